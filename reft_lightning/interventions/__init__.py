@@ -1,0 +1,43 @@
+"""Interventions Phi: one class a formula, one table from names to classes."""
+
+from .base import (
+    INTERVENTIONS,
+    Intervention,
+    check_settings,
+    intervention_class,
+    method_name,
+    nearest,
+    settings_of,
+)
+from .orthonormal import orthonormal_rows
+from .subspace import (
+    ConsReFT,
+    DiReFT,
+    LobiReFT,
+    LoReFT,
+    NoReFT,
+    Orthonormal,
+    OrthonormalDiReFT,
+    Subspace,
+    rotations,
+)
+
+__all__ = [
+    "INTERVENTIONS",
+    "ConsReFT",
+    "DiReFT",
+    "Intervention",
+    "LoReFT",
+    "LobiReFT",
+    "NoReFT",
+    "Orthonormal",
+    "OrthonormalDiReFT",
+    "Subspace",
+    "check_settings",
+    "intervention_class",
+    "method_name",
+    "nearest",
+    "orthonormal_rows",
+    "rotations",
+    "settings_of",
+]

@@ -1,0 +1,143 @@
+r"""An intervention is a module :math:`\Phi: R^d \to R^d` on single tokens.
+
+It knows nothing of transformers, positions or layers. Subclassing registers it:
+
+    class RED(Intervention, name="red"): ...
+
+makes ``rl.attach(model, "red")`` and ``reft-train intervention.method=red`` work, with the parameters of its
+constructor as settings. Shapes: n tokens, d width, r rank.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INTERVENTIONS: dict[str, type[Intervention]] = {}
+"""The table name -> class. Saved adapters name a method; only this table turns the name into code."""
+
+
+class Intervention(nn.Module):
+    r"""Edit single tokens: :math:`\Phi(h) = h + \text{scale} \cdot \text{edit}(h)`.
+
+    A subclass defines :meth:`edit`, the difference :math:`\Phi(h) - h`. Parameters are float32 and the edit is
+    computed in float32 (float64 where the parameters are), then :math:`\Phi(h)` is cast to the dtype of h.
+
+    Args:
+        dim: width d of the representation.
+        dropout: probability of dropping an entry during training.
+        dropout_on: ``edit`` drops entries of the edit; ``output`` drops entries of the whole edited hidden
+            state, which is what pyreft does.
+
+    Raises:
+        ValueError: if dropout lies outside [0, 1) or dropout_on is unknown.
+    """
+
+    rotations: ClassVar[tuple[str, ...]] = ()
+    """Names of parameters whose scale carries no meaning (R): the optimizer never decays them."""
+
+    def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name is not None:
+            INTERVENTIONS[name] = cls
+
+    def __init__(self, dim: int, *, dropout: float = 0.0, dropout_on: str = "edit") -> None:
+        super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1); got {dropout}")
+        if dropout_on not in ("edit", "output"):
+            raise ValueError(f"dropout_on must be 'edit' or 'output'; got {dropout_on!r}")
+        self.dim, self.dropout, self.dropout_on = dim, dropout, dropout_on
+
+    def edit(self, h: Tensor) -> Tensor:  # (n, d) -> (n, d)
+        """Return the difference Phi(h) - h at scale 1, without dropout."""
+        raise NotImplementedError(f"{type(self).__name__} must define edit(h), the difference Phi(h) - h")
+
+    def forward(self, h: Tensor, scale: float = 1.0) -> Tensor:  # (n, d) -> (n, d)
+        """Return Phi(h) in the dtype of h."""
+        x = h.to(torch.promote_types(next(self.parameters()).dtype, torch.float32))
+        with torch.autocast(h.device.type, enabled=False):
+            edit = self.edit(x)
+            if self.dropout_on == "edit":
+                out = x + scale * F.dropout(edit, self.dropout, self.training)
+            else:
+                out = F.dropout(x + scale * edit, self.dropout, self.training)
+        return out.to(h.dtype)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the allowed name closest to ``name``, or nothing."""
+    close = difflib.get_close_matches(name, list(allowed), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def intervention_class(method: str | type[Intervention]) -> type[Intervention]:
+    """Return the class of a method: a class itself, a name of the table, or ``package.module.Class``.
+
+    Raises:
+        ValueError: if the name is unknown, with the nearest one.
+    """
+    if isinstance(method, type):
+        return method
+    if method not in INTERVENTIONS and "." in method:
+        module, _, name = method.rpartition(".")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"cannot import the intervention {method!r}: {error}") from error
+    if method not in INTERVENTIONS:
+        raise ValueError(
+            f"unknown intervention {method!r}; known are {', '.join(sorted(INTERVENTIONS))}"
+            f"{nearest(method, INTERVENTIONS)} (your own: import the module that defines it first, "
+            "or give its class as 'package.module.Class')"
+        )
+    return INTERVENTIONS[method]
+
+
+def method_name(cls: type[Intervention]) -> str:
+    """Return the name under which a class is registered, else its import path."""
+    names = [name for name, registered in INTERVENTIONS.items() if registered is cls]
+    return names[0] if names else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def settings_of(cls: type[Intervention]) -> dict[str, inspect.Parameter]:
+    """Return the constructor's parameters besides ``dim``, base classes included where ``**kwargs`` passes on."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(base.__init__).parameters
+        passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        for name, parameter in parameters.items():
+            if name not in ("self", "dim") and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                found.setdefault(name, parameter)
+        if not passes_on:
+            break
+    return found
+
+
+def check_settings(cls: type[Intervention], settings: Mapping[str, Any]) -> None:
+    """Refuse settings that the class does not take, naming the nearest that it does.
+
+    Raises:
+        ValueError: for an unknown or a missing setting.
+    """
+    allowed = settings_of(cls)
+    for name in settings:
+        if name not in allowed:
+            raise ValueError(
+                f"{cls.__name__} takes no setting {name!r}; it takes {', '.join(allowed)}{nearest(name, allowed)}"
+            )
+    missing = [n for n, p in allowed.items() if p.default is p.empty and n not in settings]
+    if missing:
+        raise ValueError(f"{cls.__name__} needs the setting {', '.join(missing)}")

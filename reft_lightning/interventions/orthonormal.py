@@ -1,0 +1,45 @@
+r"""R: r orthonormal rows in R^d, from an unconstrained (r, d) parameter A, for all layers in one batched call.
+
+With the Cholesky factorisation :math:`A A^\top = L L^\top` (an r x r matrix), :math:`R = L^{-1} A` has
+orthonormal rows that span the rows of A, and R = A where A is orthonormal already. This is the Q of a thin QR
+of A with positive diagonal. One pass loses digits with the square of A's condition number, so a second pass
+follows it ("CholeskyQR2", Yamamoto et al. 2015), which leaves :math:`\|R R^\top - I\|` at rounding.
+
+The cost is O(r^2 d) a layer. ``torch.nn.utils.parametrizations.orthogonal`` costs O(r d^2) and a d x d buffer
+per intervention, and any weight decay that reaches its parameter turns R into 0 at the first step; here decay
+only shrinks A, on whose scale R does not depend.
+
+Shapes: r rank, d width, ``...`` any batch of layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def orthonormal_rows(A: Tensor) -> Tensor:  # (..., r, d) -> (..., r, d)
+    r"""Return R with :math:`R R^\top = I_r` and the row space of A, continuously in A.
+
+    Args:
+        A: (..., r, d) with r <= d, of full row rank.
+
+    Returns:
+        R of the same shape, in at least float32.
+
+    Raises:
+        torch.linalg.LinAlgError: if the rows of some A are linearly dependent.
+    """
+    A = A.to(torch.promote_types(A.dtype, torch.float32))
+    A = A / A.norm(dim=-1, keepdim=True).mean(dim=-2, keepdim=True)  # R does not depend on the scale of A
+    return _cholesky_pass(_cholesky_pass(A))
+
+
+def _cholesky_pass(A: Tensor) -> Tensor:
+    L = torch.linalg.cholesky(A @ A.mT)  # (..., r, r)
+    return torch.linalg.solve_triangular(L, A, upper=False)
+
+
+def random_rows(rank: int, dim: int) -> Tensor:  # () -> (r, d)
+    """Draw r orthonormal rows of R^d uniformly (as ``torch.nn.init.orthogonal_`` does)."""
+    return nn.init.orthogonal_(torch.empty(rank, dim))

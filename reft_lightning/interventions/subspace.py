@@ -1,0 +1,225 @@
+r"""The low-rank family of the ReFT paper (Wu et al. 2024, arXiv:2404.03592, eq. 2, eq. 3 and Table 17).
+
+==================  ========================================  ===================  ==================
+name                Phi(h)                                    paper                pyreft
+==================  ========================================  ===================  ==================
+loreft              h + R'(W h + b - R h)                     LoReFT, eq. 2        LoreftIntervention
+direft              h + W2'(W1 h + b)                         DiReFT, eq. 3        NodireftIntervention
+direft_orthonormal  h + R'(W h + b)                           Table 17, row 3      DireftIntervention
+noreft              h + W2'(W1 h + b - W2 h)                  Table 17, row 4      NoreftIntervention
+consreft            h + R'(b - R h)                           Table 17, row 2      ConsreftIntervention
+lobireft            h + R' b                                  Table 17, row 1      LobireftIntervention
+==================  ========================================  ===================  ==================
+
+The names are the paper's; pyreft calls the paper's DiReFT ``Nodireft``. Letters: h (n, d) tokens; R, W, W1, W2
+(r, d); b (r,). R has orthonormal rows. Weights start as ``nn.Linear`` does, R uniformly, as the authors' code
+has it: no variant is the identity then. ``init="identity"`` starts where Phi(h) = h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Intervention
+from .orthonormal import orthonormal_rows, random_rows
+
+
+class Subspace(Intervention):
+    """What the family shares: a rank and a start.
+
+    Args:
+        dim: width d of the representation.
+        rank: r, with 1 <= r <= d.
+        init: ``paper`` or ``identity``.
+        **kwargs: dropout and dropout_on, see :class:`Intervention`.
+
+    Raises:
+        ValueError: if rank lies outside 1..dim, or init is unknown or impossible for the class.
+    """
+
+    def __init__(self, dim: int, rank: int, *, init: str = "paper", **kwargs: Any) -> None:
+        super().__init__(dim, **kwargs)
+        if not 1 <= rank <= dim:
+            raise ValueError(f"rank must lie in 1..{dim}, the width of the representation; got {rank}")
+        if init not in ("paper", "identity"):
+            raise ValueError(f"init must be 'paper' or 'identity'; got {init!r}")
+        self.rank = rank
+        self.build()
+        if init == "identity":
+            with torch.no_grad():
+                self.make_identity()
+
+    def build(self) -> None:
+        """Create the parameters."""
+        raise NotImplementedError(f"{type(self).__name__} must define build(), which creates its parameters")
+
+    def make_identity(self) -> None:
+        """Set the parameters to where Phi(h) = h."""
+        raise ValueError(f"{type(self).__name__} is the identity for no parameters: init must be 'paper'")
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, rank={self.rank}"
+
+
+class Orthonormal(Subspace):
+    """A subspace with orthonormal rows R, kept as the free parameter ``basis``; see :mod:`.orthonormal`."""
+
+    rotations = ("basis",)
+
+    _lent: Tensor | None = None
+
+    def build(self) -> None:
+        self.basis = nn.Parameter(random_rows(self.rank, self.dim))
+
+    @property
+    def R(self) -> Tensor:  # (r, d)
+        """The orthonormal rows."""
+        return orthonormal_rows(self.basis) if self._lent is None else self._lent
+
+    @contextmanager
+    def borrow(self, R: Tensor | None) -> Iterator[None]:
+        """Use R, computed by :func:`rotations` for all layers at once, inside the block."""
+        self._lent = R
+        try:
+            yield
+        finally:
+            self._lent = None
+
+
+class LoReFT(Orthonormal, name="loreft"):
+    r"""Move h, within the row space of R, to where W h + b points.
+
+    .. math:: \Phi(h) = h + R^\top (W h + b - R h), \qquad R R^\top = I_r
+
+    Laws: :math:`R \Phi(h) = W h + b`, and the edit has no component outside the rows of R.
+    Source: Wu et al. 2024, arXiv:2404.03592, eq. 2.
+    """
+
+    def build(self) -> None:
+        super().build()
+        self.source = nn.Linear(self.dim, self.rank)  # W, b
+
+    def edit(self, h: Tensor) -> Tensor:  # (n, d) -> (n, d)
+        R = self.R
+        return F.linear(h, self.source.weight - R, self.source.bias) @ R
+
+    def make_identity(self) -> None:
+        self.source.weight.copy_(self.R)
+        self.source.bias.zero_()
+
+
+class NoReFT(Subspace, name="noreft"):
+    r"""LoReFT without the orthonormality constraint.
+
+    .. math:: \Phi(h) = h + W_2^\top (W_1 h + b - W_2 h)
+
+    Source: Wu et al. 2024, Table 17, row 4.
+    """
+
+    def build(self) -> None:
+        self.source = nn.Linear(self.dim, self.rank)  # W1, b
+        self.projection = nn.Linear(self.dim, self.rank, bias=False)  # W2
+
+    def edit(self, h: Tensor) -> Tensor:
+        W2 = self.projection.weight
+        return F.linear(h, self.source.weight - W2, self.source.bias) @ W2
+
+    def make_identity(self) -> None:
+        self.source.weight.copy_(self.projection.weight)
+        self.source.bias.zero_()
+
+
+class DiReFT(Subspace, name="direft"):
+    r"""LoRA applied to a hidden representation.
+
+    .. math:: \Phi(h) = h + W_2^\top (W_1 h + b)
+
+    Source: Wu et al. 2024, eq. 3 (``NodireftIntervention`` in pyreft).
+    """
+
+    def build(self) -> None:
+        self.source = nn.Linear(self.dim, self.rank)  # W1, b
+        self.projection = nn.Linear(self.dim, self.rank, bias=False)  # W2
+
+    def edit(self, h: Tensor) -> Tensor:
+        return self.source(h) @ self.projection.weight
+
+    def make_identity(self) -> None:
+        self.projection.weight.zero_()
+
+
+class OrthonormalDiReFT(LoReFT, name="direft_orthonormal"):
+    r"""DiReFT with an orthonormal R for W2.
+
+    .. math:: \Phi(h) = h + R^\top (W h + b), \qquad R R^\top = I_r
+
+    Source: Wu et al. 2024, Table 17, row 3 (``DireftIntervention`` in pyreft).
+    """
+
+    def edit(self, h: Tensor) -> Tensor:
+        return self.source(h) @ self.R
+
+    def make_identity(self) -> None:
+        self.source.weight.zero_()
+        self.source.bias.zero_()
+
+
+class ConsReFT(Orthonormal, name="consreft"):
+    r"""Set the component of h in the row space of R to a constant.
+
+    .. math:: \Phi(h) = h + R^\top (b - R h), \qquad R R^\top = I_r
+
+    Laws: :math:`R \Phi(h) = b`; idempotent; the identity for no parameters.
+    Source: Wu et al. 2024, Table 17, row 2; b starts uniform in [0, 1) as in pyreft.
+    """
+
+    def build(self) -> None:
+        super().build()
+        self.bias = nn.Parameter(torch.rand(self.rank))
+
+    def edit(self, h: Tensor) -> Tensor:
+        R = self.R
+        return (self.bias - h @ R.mT) @ R
+
+
+class LobiReFT(Orthonormal, name="lobireft"):
+    r"""Add a constant vector of the row space of R.
+
+    .. math:: \Phi(h) = h + R^\top b, \qquad R R^\top = I_r
+
+    Source: Wu et al. 2024, Table 17, row 1; b starts uniform in [0, 1) as in pyreft.
+    """
+
+    def build(self) -> None:
+        super().build()
+        self.bias = nn.Parameter(torch.rand(self.rank))
+
+    def edit(self, h: Tensor) -> Tensor:
+        return (self.bias @ self.R).expand_as(h)
+
+    def make_identity(self) -> None:
+        self.bias.zero_()
+
+
+def rotations(interventions: Iterable[Intervention]) -> dict[Orthonormal, Tensor]:
+    """Compute R for all interventions that have one, by one factorisation for each shape.
+
+    Returns:
+        A mapping from intervention to R, to be lent by :meth:`Orthonormal.borrow`.
+    """
+    stacks: dict[tuple, list[Orthonormal]] = {}
+    for intervention in interventions:
+        if isinstance(intervention, Orthonormal):
+            basis = intervention.basis
+            stacks.setdefault((basis.shape, basis.dtype, basis.device), []).append(intervention)
+    shared: dict[Orthonormal, Tensor] = {}
+    for stack in stacks.values():
+        rows = orthonormal_rows(torch.stack([phi.basis for phi in stack]))
+        shared.update(zip(stack, rows.unbind(), strict=True))
+    return shared

@@ -1,0 +1,101 @@
+"""Which tokens of a batch are prompt, which come after it, and where they stand.
+
+Shapes: b rows, s columns. Masks are bool; padding is what neither mask covers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The prompt and target tokens of one call, known up to a column and predictable beyond it.
+
+    Args:
+        prompt: (b, s).
+        target: (b, s).
+        generating: whether columns from s on are generated tokens.
+    """
+
+    prompt: Tensor
+    target: Tensor
+    generating: bool = False
+
+    @property
+    def width(self) -> int:
+        """The number of columns s that the masks describe."""
+        return self.prompt.shape[1]
+
+    def upto(self, stop: int, rows: int) -> tuple[Tensor, Tensor]:  # -> (rows, stop), (rows, stop)
+        """Return both masks for the first ``stop`` columns and ``rows`` rows.
+
+        Beam search and ``num_return_sequences`` repeat every row, next to each other.
+        """
+        extra = stop - self.width
+        if extra > 0 and not self.generating:
+            raise ValueError(f"the masks cover {self.width} columns, the model reads {stop}: pass masks of all columns")
+        prompt, target = self.prompt[:, :stop], self.target[:, :stop]
+        if extra > 0:
+            prompt, target = F.pad(prompt, (0, extra)), F.pad(target, (0, extra), value=True)
+        repeats, rest = divmod(rows, prompt.shape[0])
+        if rest:
+            raise ValueError(f"the model reads {rows} rows, no multiple of the batch of {prompt.shape[0]}")
+        return prompt.repeat_interleave(repeats, 0), target.repeat_interleave(repeats, 0)
+
+
+def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | None) -> Spans:
+    """Split the real tokens of a batch into prompt and target.
+
+    ``prompt_mask`` decides; without it the prompt is where ``labels == -100``; without token labels it is
+    everything.
+
+    Args:
+        attention: (b, s), 1 for real tokens.
+        labels: (b, s) token labels, or (b,) labels of whole texts, or None.
+        prompt_mask: (b, s) bool, or None.
+
+    Raises:
+        ValueError: for shapes that do not fit each other.
+    """
+    real = attention.bool()
+    if prompt_mask is not None:
+        if prompt_mask.shape != real.shape:
+            raise ValueError(f"prompt_mask must have the shape {tuple(real.shape)}; got {tuple(prompt_mask.shape)}")
+        prompt = real & prompt_mask.bool()
+    elif labels is not None and labels.ndim == 2 and labels.shape[0] == real.shape[0]:
+        if labels.shape != real.shape:
+            raise ValueError(
+                f"labels have the shape {tuple(labels.shape)}, the tokens {tuple(real.shape)}: labels of the last "
+                "columns alone need a prompt_mask beside them"
+            )
+        prompt = real & (labels == -100)
+    else:
+        prompt = real
+    return Spans(prompt, real & ~prompt)
+
+
+def position_ids_of(attention: Tensor) -> Tensor:  # (b, s) -> (b, s)
+    """Number the real tokens of each row from 0, wherever padding stands."""
+    return (attention.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def numbers_its_own_positions(model: nn.Module) -> bool:
+    """Whether a model derives positions from its input ids (RoBERTa and its kin).
+
+    Their position table has a padding row, and positions start behind it.
+    """
+    return any(
+        isinstance(module, nn.Embedding) and module.padding_idx is not None and name.endswith("position_embeddings")
+        for name, module in model.named_modules()
+    )
+
+
+def left_padded(input_ids: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:  # (b, s) x 2 -> (b, s) x 2
+    """Move the padding of each row to its left; the order of the tokens stays."""
+    order = torch.argsort(attention.bool().long(), dim=-1, stable=True)
+    return input_ids.gather(-1, order), attention.gather(-1, order)

@@ -1,0 +1,399 @@
+r"""A frozen language model with interventions: a set of triples (Phi, P, l).
+
+    reft = attach(base_model, "loreft", rank=8, layers="all", positions="f7+l7")
+
+One hook per site, registered once and bound to the :class:`ReftModel`; a pre-hook on the base model works out, once
+a call, which tokens are selected (P) and all R (Phi). Outside ``forward`` and ``generate`` of the ReftModel, and
+inside ``disabled()``, the hooks do nothing.
+
+Shapes: b rows, s columns, d width, n selected tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+from .checkpoint import ReftConfig, load_adapter, save_adapter
+from .interventions import Intervention, Orthonormal, check_settings, intervention_class, method_name, nearest, rotations
+from .masks import Spans, left_padded, numbers_its_own_positions, position_ids_of, spans_of
+from .positions import MaskFunction, Positions, parse_positions
+from .sites import Site, check_layers, find_site, text_config
+
+TIED = ("all", "group", "position")
+
+
+@dataclass
+class Plan:
+    """What the hooks do during one call of the base model: flat token indices and R for every site."""
+
+    edits: dict[str, list[Tensor]]  # site -> one index (n,) for each of its interventions
+    rotations: dict[Orthonormal, Tensor]
+
+
+class ParameterCount(NamedTuple):
+    """Trained parameters, parameters of the base model, and their ratio in percent."""
+
+    trainable: int
+    base: int
+    percent: float
+
+
+class ReftModel(nn.Module):
+    """A frozen base model and its interventions. Built by :func:`attach` or :meth:`from_pretrained`.
+
+    Args:
+        base_model: a Hugging Face model; its parameters are frozen in place, except those of ``heads``.
+        config: what to attach, see :func:`attach`.
+
+    Raises:
+        ValueError: for a method, layer, component, position, setting or head that does not exist.
+    """
+
+    def __init__(self, base_model: PreTrainedModel, config: ReftConfig) -> None:
+        super().__init__()
+        self.base_model, self.config = base_model, config
+        self.scale = 1.0
+        self._enabled = True
+        self._spans: Spans | None = None
+        self._plan: Plan | None = None
+        self._kept: tuple[tuple, dict[Orthonormal, Tensor]] | None = None
+        accepted = inspect.signature(base_model.forward).parameters
+        self._wants_position_ids = "position_ids" in accepted and not numbers_its_own_positions(base_model)
+        self.sites: dict[str, Site] = {}
+        self.positions: dict[str, tuple[Positions, str]] = {}
+        self.interventions = nn.ModuleDict()
+        for layer in config.layers:
+            self._add(layer)
+        base_model.requires_grad_(False)
+        for head in config.heads:
+            _submodule(base_model, head).requires_grad_(True)
+        base_model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        for key, site in self.sites.items():
+            module = base_model.get_submodule(site.path)
+            if site.end == "output":
+                module.register_forward_hook(partial(self._after, key))
+            else:
+                module.register_forward_pre_hook(partial(self._before, key), with_kwargs=True)
+
+    def _add(self, layer: int) -> None:
+        spec = self.config.for_layer(layer)
+        site = find_site(self.base_model, layer, spec.component)
+        positions = parse_positions(spec.positions)
+        if spec.tied not in TIED:
+            raise ValueError(f"tied must be one of {', '.join(TIED)}; got {spec.tied!r}{nearest(str(spec.tied), TIED)}")
+        copies = {"all": 1, "group": positions.groups}.get(spec.tied) or sum(positions.slots())
+        cls = intervention_class(spec.method)
+        check_settings(cls, spec.settings)
+        device = next(self.base_model.get_submodule(site.path).parameters()).device
+        key = str(layer)
+        self.sites[key], self.positions[key] = site, (positions, spec.tied)
+        self.interventions[key] = nn.ModuleList(cls(site.dim, **spec.settings).to(device) for _ in range(copies))
+
+    # --- forward and generate ------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # (b, s)
+        attention_mask: Tensor | None = None,  # (b, s)
+        labels: Tensor | None = None,  # (b, s), the last columns of it, or (b,)
+        prompt_mask: Tensor | None = None,  # (b, s) bool
+        **kwargs: Any,
+    ) -> Any:
+        """Run the base model with the edits; returns what the base model returns (``loss``, ``logits``, ...).
+
+        The prompt is ``prompt_mask``; without it, where ``labels == -100``; without token labels, every real
+        token. Padding may stand on either side. Labels of the last columns alone, beside ``logits_to_keep`` of as
+        many, compute only those logits.
+        """
+        tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        if tokens is None:
+            raise ValueError("forward needs input_ids or inputs_embeds")
+        past = kwargs.get("past_key_values")
+        start = int(past.get_seq_length()) if past is not None else 0
+        if start and prompt_mask is None:
+            raise ValueError("with past_key_values, pass prompt_mask (b, cached + new columns): which part is prompt?")
+        attention = attention_mask
+        if attention is None:
+            attention = tokens.new_ones((tokens.shape[0], start + tokens.shape[1]), dtype=torch.long)
+        spans = spans_of(attention, labels, prompt_mask)
+        if self._wants_position_ids and kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = position_ids_of(attention)[:, start:]
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        with self._editing(spans):
+            return self.base_model(**{k: v for k, v in inputs.items() if v is not None}, **kwargs)
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:  # (b, s)
+        """Generate as Hugging Face does, with the edits on the prompt (and on new tokens where P says so).
+
+        Rows padded on the right are moved to the left first, so new tokens always start at column s. Without
+        ``attention_mask``, padding is the pad token, unless it is the end-of-text token too.
+        """
+        if attention_mask is None:
+            attention_mask = self._guess_attention(input_ids, kwargs)
+        input_ids, attention_mask = left_padded(input_ids, attention_mask)
+        prompt = attention_mask.bool()
+        with self._editing(Spans(prompt, torch.zeros_like(prompt), generating=True)):
+            return self.base_model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    def _guess_attention(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        settings = kwargs.get("generation_config") or self.base_model.generation_config
+        pad, eos = (kwargs.get(f"{name}_token_id", getattr(settings, f"{name}_token_id")) for name in ("pad", "eos"))
+        if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
+            return torch.ones_like(input_ids)
+        return (input_ids != pad).long()
+
+    @contextmanager
+    def _editing(self, spans: Spans) -> Iterator[None]:
+        self._spans = spans if self._enabled else None
+        try:
+            yield
+        finally:
+            self._spans = None
+            if not (torch.is_grad_enabled() and self._recomputes()):
+                self._plan = None
+
+    def _recomputes(self) -> bool:
+        """Whether gradient checkpointing will run hooks inside a block again, during the backward pass."""
+        return any(vars(module).get("gradient_checkpointing") for module in self.base_model.modules())
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Run exactly the base model inside the block."""
+        enabled, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = enabled
+
+    # --- the hooks ------------------------------------------------------------------------------------------------
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Plan a call of the base model: which columns it reads, which of their tokens are selected."""
+        self._plan = None
+        if self._spans is None:
+            return
+        tokens = kwargs.get("input_ids")
+        if tokens is None:
+            tokens = kwargs["inputs_embeds"]
+        past = kwargs.get("past_key_values")
+        start = int(past.get_seq_length()) if past is not None else 0
+        self._plan = self._plan_for(self._spans, tokens.shape[0], start, start + tokens.shape[1])
+
+    def _plan_for(self, spans: Spans, rows: int, start: int, stop: int) -> Plan | None:
+        decoding = spans.generating and start >= spans.width
+        active = {key: spec for key, spec in self.positions.items() if spec[0].reaches_decode or not decoding}
+        if not active:
+            return None
+        prompt, target = spans.upto(stop, rows)
+        chosen = {spec: _indices(*spec, prompt, target, start) for spec in set(active.values())}
+        return Plan({key: chosen[spec] for key, spec in active.items()}, self._rotations())
+
+    def _rotations(self) -> dict[Orthonormal, Tensor]:
+        """Return R of every intervention; without gradients, computed again only after a change of parameters."""
+        phis = [phi for group in self.interventions.values() for phi in group]
+        if torch.is_grad_enabled():
+            return rotations(phis)
+        state = tuple((p.data_ptr(), p._version) for phi in phis for p in phi.parameters())
+        if self._kept is None or self._kept[0] != state:
+            self._kept = (state, rotations(phis))
+        return self._kept[1]
+
+    def _after(self, key: str, module: nn.Module, args: tuple, output: Any) -> Any:
+        if self._plan is None or key not in self._plan.edits:
+            return None
+        if isinstance(output, tuple):
+            return (self._edit(key, output[0]), *output[1:])
+        return self._edit(key, output)
+
+    def _before(self, key: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self._plan is None or key not in self._plan.edits:
+            return None
+        if args:
+            return (self._edit(key, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._edit(key, kwargs["hidden_states"])}
+
+    def _edit(self, key: str, hidden: Tensor) -> Tensor:  # (b, s, d) -> (b, s, d)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        indices = [index.to(hidden.device) for index in self._plan.edits[key]]
+        edited = []
+        for phi, index in zip(self.interventions[key], indices, strict=True):
+            R = self._plan.rotations.get(phi)
+            with phi.borrow(R) if R is not None else nullcontext():
+                edited.append(phi(flat[index], self.scale))
+        return flat.index_copy(0, torch.cat(indices), torch.cat(edited)).view_as(hidden)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A plan belongs to one call; its tensors carry a graph, which neither pickles nor copies.
+        return {**self.__dict__, "_plan": None, "_spans": None, "_kept": None}
+
+    # --- parameters and files -------------------------------------------------------------------------------------
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """Return every trained tensor: the interventions, and the heads under ``heads.``."""
+        state = {f"interventions.{name}": tensor for name, tensor in self.interventions.state_dict().items()}
+        for head in self.config.heads:
+            for name, tensor in _submodule(self.base_model, head).state_dict().items():
+                state[f"heads.{head}.{name}"] = tensor
+        return state
+
+    def load_adapter_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Load what :meth:`adapter_state_dict` returned, into the same parameters.
+
+        Raises:
+            ValueError: if a tensor is missing, unexpected, or of another shape.
+        """
+        own = self.adapter_state_dict()
+        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        shapes = [f"{k}: {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+                  for k in own.keys() & state.keys() if state[k].shape != own[k].shape]  # fmt: skip
+        if missing or unexpected or shapes:
+            raise ValueError(f"the adapter does not fit: missing {missing}, unexpected {unexpected}, shapes {shapes}")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+
+    def parameter_roles(self) -> dict[str, list[nn.Parameter]]:
+        """Return the trained parameters by role: ``rotation`` (R), ``weight``, ``bias`` and ``head``."""
+        roles: dict[str, list[nn.Parameter]] = {"rotation": [], "weight": [], "bias": [], "head": []}
+        for group in self.interventions.values():
+            for phi in group:
+                for name, parameter in phi.named_parameters():
+                    role = "rotation" if name in phi.rotations else "bias" if parameter.ndim < 2 else "weight"
+                    roles[role].append(parameter)
+        roles["head"] = [p for head in self.config.heads for p in _submodule(self.base_model, head).parameters()]
+        return roles
+
+    def parameter_count(self) -> ParameterCount:
+        """Count the interventions' parameters (heads apart, as the paper does) against the base model's."""
+        trainable = sum(p.numel() for p in self.interventions.parameters())
+        base = sum(p.numel() for p in self.base_model.parameters())
+        return ParameterCount(trainable, base, 100 * trainable / base)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the count in PEFT's words."""
+        trainable, base, percent = self.parameter_count()
+        print(f"trainable params: {trainable:,} || base params: {base:,} || trainable%: {percent:.4f}")
+
+    def save_pretrained(self, folder: str | PathLike) -> None:
+        """Write ``reft_config.json``, ``reft.safetensors`` and a model card into a folder."""
+        save_adapter(folder, self.config, self.adapter_state_dict(), self.parameter_count())
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
+        """Save the adapter and upload it to the Hugging Face hub; needs a login."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=kwargs.pop("token", None))
+        api.create_repo(repo_id, exist_ok=True, **kwargs)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api.upload_folder(repo_id=repo_id, folder_path=folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, base_model: PreTrainedModel, name: str | PathLike, *, positions: MaskFunction | None = None
+    ) -> ReftModel:
+        """Attach a saved adapter.
+
+        Args:
+            base_model: the model it was trained on.
+            name: a folder, or the name of a repository on the Hugging Face hub.
+            positions: the callable, where the adapter was trained with one.
+
+        Raises:
+            ValueError: if the adapter does not fit the model, is incomplete, or is of a newer format.
+        """
+        config, state = load_adapter(name, positions)
+        reft = cls(base_model, config)
+        reft.load_adapter_state_dict(state)
+        return reft
+
+
+def _indices(positions: Positions, tied: str, prompt: Tensor, target: Tensor, start: int) -> list[Tensor]:
+    """Return one flat token index (n,) for each intervention of a site, in the columns from ``start`` on."""
+    groups = [slots[:, start:].flatten() for slots in positions.select(prompt, target)]
+    if tied == "all":
+        return [(torch.stack(groups) >= 0).any(0).nonzero().squeeze(-1)]
+    if tied == "group":
+        return [(slots >= 0).nonzero().squeeze(-1) for slots in groups]
+    counts = positions.slots()
+    return [(s == k).nonzero().squeeze(-1) for s, n in zip(groups, counts, strict=True) for k in range(n)]
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    modules = dict(model.named_modules())
+    if name not in modules:
+        raise ValueError(f"the model has no module {name!r} to train as a head{nearest(name, modules)}")
+    return modules[name]
+
+
+def attach(
+    base_model: PreTrainedModel,
+    method: str | type[Intervention] = "loreft",
+    *,
+    layers: str | Sequence[int] | dict[int, dict[str, Any]] = "all",
+    positions: str | MaskFunction = "f7+l7",
+    tied: str = "all",
+    component: str = "block_output",
+    heads: Sequence[str] = (),
+    **settings: Any,
+) -> ReftModel:
+    """Freeze a model and attach interventions to it.
+
+    Args:
+        base_model: a Hugging Face decoder or encoder.
+        method: a name of the table (``loreft``, ``direft``, ...) or a subclass of Intervention.
+        layers: ``"all"``, 0-based ids, or a dict from id to what differs there (``{3: {"rank": 4}}``).
+        positions: see :mod:`reft_lightning.positions`.
+        tied: ``all`` one Phi a layer; ``group`` one for each term (prefix, suffix), which pyreft calls untied;
+            ``position`` one for each position, the paper's untied formula.
+        component: see :mod:`reft_lightning.sites`.
+        heads: paths of modules of the base model that are trained and saved with the interventions.
+        **settings: arguments of the intervention's constructor (``rank``, ``dropout``, ``init``, ...).
+
+    Raises:
+        ValueError: for anything unknown or out of range, with what is allowed.
+    """
+    per_layer = {int(layer): dict(own) for layer, own in layers.items()} if isinstance(layers, dict) else {}
+    ids = check_layers(list(per_layer) if per_layer else layers, text_config(base_model.config).num_hidden_layers)
+    config = ReftConfig(
+        method=method if isinstance(method, str) else method_name(method),
+        layers=ids,
+        positions=positions,
+        tied=tied,
+        component=component,
+        settings=settings,
+        per_layer=per_layer,
+        heads=list(heads),
+        base_model=base_model.config.name_or_path or None,
+    )
+    return ReftModel(base_model, config)
+
+
+def build_on_meta(config: PretrainedConfig, model_class: Callable[[PretrainedConfig], Any] | None = None) -> Any:
+    """Build the model of a configuration without memory for its weights."""
+    if model_class is None:
+        causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+        model_class = (AutoModelForCausalLM if causal else AutoModel).from_config
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def count_parameters(config: PretrainedConfig, method: str | type[Intervention] = "loreft", **kwargs: Any) -> ParameterCount:
+    """Count what :func:`attach` would train, from a configuration alone: no weights are needed.
+
+    Takes the arguments of :func:`attach` and raises what it raises.
+    """
+    return attach(build_on_meta(config), method, **kwargs).parameter_count()

@@ -1,0 +1,164 @@
+r"""Positions P: which tokens are edited, as a pure function of masks.
+
+========== ==================================================== ==================================
+term       tokens                                               positions (``tied="position"``)
+========== ==================================================== ==================================
+fN         the first N tokens of the prompt                     1 .. N from the left
+lN         the last N tokens of the prompt                      1 .. N from the right
+prompt     every token of the prompt                            unbounded
+decode     every token after the prompt (target or generated)   unbounded
+decode:N   the first N tokens after the prompt                  1 .. N
+all        every token                                          unbounded
+========== ==================================================== ==================================
+
+Terms are added: ``f7+l7``, ``prompt+decode:8``. A prompt of n tokens with n < p + s clips ``fp+ls`` as the paper
+does (sec. 4.1): p to floor(n / 2), s to ceil(n / 2), so the two never overlap. The clip of pyreft floors both.
+A callable ``(prompt_mask, target_mask) -> mask``, all (b, s) bool, selects anything else.
+
+Shapes: b rows, s columns. A prompt need not be contiguous or start at any particular column: padding is
+whatever neither mask covers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MaskFunction = Callable[[Tensor, Tensor], Tensor]
+SYNTAX = "fN, lN, fN+lM, prompt, all, decode, decode:N and sums of them, with N >= 1"
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a position specification: a kind and, where it is bounded, a count."""
+
+    kind: str
+    count: int | None = None
+
+    @property
+    def slots(self) -> int | None:
+        """How many distinct positions the term has; None where that depends on the text."""
+        return self.count
+
+    def __str__(self) -> str:
+        return {"f": f"f{self.count}", "l": f"l{self.count}", "decode": f"decode:{self.count}"}.get(
+            self.kind if self.count is not None else "", self.kind
+        )
+
+
+@dataclass(frozen=True)
+class Positions:
+    """A parsed specification: terms whose tokens never overlap, or one callable."""
+
+    terms: tuple[Term, ...]
+    function: MaskFunction | None = None
+
+    @property
+    def reaches_decode(self) -> bool:
+        """Whether tokens after the prompt can be selected."""
+        return self.function is not None or any(term.kind in ("decode", "all") for term in self.terms)
+
+    @property
+    def groups(self) -> int:
+        """The number of groups (``tied="group"``): one for each term."""
+        return 1 if self.function is not None else len(self.terms)
+
+    def slots(self) -> list[int]:
+        """Return the number of distinct positions of each group.
+
+        Raises:
+            ValueError: if a group has no fixed number of positions.
+        """
+        counts = [None] if self.function is not None else [term.slots for term in self.terms]
+        if None in counts:
+            raise ValueError(
+                f"tied='position' needs a fixed number of positions, but {self} selects as many as the text has; "
+                "use tied='group' or 'all', or fN, lN, decode:N"
+            )
+        return [count for count in counts if count is not None]
+
+    def select(self, prompt: Tensor, target: Tensor) -> list[Tensor]:  # (b, s), (b, s) -> [(b, s)] a group
+        """Return for each group which slot every token fills: 0, 1, ... and -1 where it is not selected.
+
+        Args:
+            prompt: (b, s) bool, the tokens of the prompt.
+            target: (b, s) bool, the tokens after it.
+        """
+        if self.function is not None:
+            chosen = self.function(prompt, target)
+            if chosen.shape != prompt.shape or chosen.dtype != torch.bool:
+                raise ValueError(
+                    f"a position function must return a bool mask of shape {tuple(prompt.shape)}; "
+                    f"got {chosen.dtype} of shape {tuple(chosen.shape)}"
+                )
+            return [torch.where(chosen & (prompt | target), 0, -1)]
+        n = prompt.sum(-1, keepdim=True)  # (b, 1)
+        from_left = prompt.cumsum(-1) - 1
+        after = target.cumsum(-1) - 1
+        p, s = (next((t.count for t in self.terms if t.kind == kind), 0) or 0 for kind in "fl")
+        clipped = n < p + s
+        first = torch.where(clipped, (n // 2).clamp(max=p), p)
+        last = torch.where(clipped, (n - n // 2).clamp(max=s), s)
+        return [self._slots(term, prompt, target, from_left, after, n, first, last) for term in self.terms]
+
+    @staticmethod
+    def _slots(
+        term: Term, prompt: Tensor, target: Tensor, from_left: Tensor, after: Tensor, n: Tensor, first: Tensor,
+        last: Tensor,
+    ) -> Tensor:  # fmt: skip
+        if term.kind == "f":
+            return torch.where(prompt & (from_left < first), from_left, -1)
+        if term.kind == "l":
+            from_right = n - 1 - from_left
+            return torch.where(prompt & (from_right < last), from_right, -1)
+        if term.kind == "decode":
+            chosen = target if term.count is None else target & (after < term.count)
+            return torch.where(chosen, 0 if term.count is None else after, -1)
+        chosen = prompt | target if term.kind == "all" else prompt
+        return torch.where(chosen, 0, -1)
+
+    def __str__(self) -> str:
+        if self.function is not None:
+            return f"<callable {self.function.__module__}.{getattr(self.function, '__qualname__', self.function)}>"
+        return "+".join(map(str, self.terms))
+
+
+def parse_positions(spec: str | MaskFunction | Positions) -> Positions:
+    """Parse a specification such as ``f7+l7``.
+
+    Raises:
+        ValueError: if a term is malformed, repeated, or overlaps another.
+    """
+    if isinstance(spec, Positions):
+        return spec
+    if callable(spec):
+        return Positions((), spec)
+    if not isinstance(spec, str):
+        raise ValueError(f"positions must be a string or a callable on masks; got {spec!r}; allowed: {SYNTAX}")
+    terms = tuple(_parse_term(part.strip(), spec) for part in spec.split("+"))
+    kinds = [term.kind for term in terms]
+    for kind in kinds:
+        if kinds.count(kind) > 1:
+            raise ValueError(f"positions {spec!r} name {kind!r} twice; each kind may stand once")
+    covering = {"prompt": {"f", "l"}, "all": {"f", "l", "prompt", "decode"}}
+    for kind, covered in covering.items():
+        overlap = covered & set(kinds) if kind in kinds else set()
+        if overlap:
+            raise ValueError(
+                f"positions {spec!r} overlap: {kind!r} already covers {', '.join(sorted(overlap))}; "
+                "interventions at one site need disjoint positions"
+            )
+    return Positions(terms)
+
+
+def _parse_term(part: str, spec: str) -> Term:
+    if part in ("prompt", "all", "decode"):
+        return Term(part)
+    match = re.fullmatch(r"([fl])([1-9]\d*)|(decode):([1-9]\d*)", part)
+    if not match:
+        raise ValueError(f"malformed positions {spec!r}: cannot read {part!r}; allowed: {SYNTAX}")
+    return Term(match[1] or match[3], int(match[2] or match[4]))

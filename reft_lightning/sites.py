@@ -1,0 +1,142 @@
+r"""Sites l: where in the base model an intervention acts, found in the model itself.
+
+A site is a module and one of its ends (input or output). Blocks are the ``nn.ModuleList`` of as many members as
+the configuration has layers, so no table of architectures is needed. Components:
+
+================  =====================================================================
+block_output      the hidden state after block l (the paper's choice)
+block_input       the hidden state before block l
+attention_output  the output of the block's attention module
+mlp_output        the output of the block's feed-forward module
+a module path     e.g. ``model.layers.{layer}.mlp.down_proj`` or ``...o_proj.input``
+================  =====================================================================
+
+Layers are 0-based: layer 0 is the first block.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+COMPONENTS = ("block_output", "block_input", "attention_output", "mlp_output")
+# What Hugging Face models call the module, in the order in which they are looked for inside a block.
+ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
+MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2", "output.dense")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module of the base model (by path) and its end, with the width of the representation there."""
+
+    layer: int
+    path: str
+    end: str  # "input" or "output"
+    dim: int
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the part of a configuration that describes the language model."""
+    return config.get_text_config()
+
+
+def check_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:
+    """Return the layer ids asked for.
+
+    Raises:
+        ValueError: for anything but ``"all"`` or distinct ids in 0..num_layers-1.
+    """
+    if isinstance(layers, str):
+        if layers != "all":
+            raise ValueError(f"layers must be 'all' or a list of ids in 0..{num_layers - 1}; got {layers!r}")
+        return list(range(num_layers))
+    if isinstance(layers, int) and not isinstance(layers, bool):
+        layers = [layers]
+    ids = list(layers)
+    for layer in ids:
+        if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < num_layers:
+            raise ValueError(f"layer must lie in 0..{num_layers - 1}, the model has {num_layers}; got {layer!r}")
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"layers are named twice in {ids}")
+    if not ids:
+        raise ValueError(f"layers is empty; name at least one of 0..{num_layers - 1}, or 'all'")
+    return ids
+
+
+def block_path(model: PreTrainedModel) -> str:
+    """Return the path of the list of blocks, e.g. ``model.layers``.
+
+    Raises:
+        ValueError: if there is none, or several of equal standing (an encoder and a decoder).
+    """
+    num_layers = text_config(model.config).num_hidden_layers
+    lists = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    found = [name for name, length in lists.items() if length == num_layers]
+    # A list inside a block (T5's block.N.layer, a mixture's experts) is not the list of blocks.
+    found = [n for n in found if not any(n.startswith(f"{outer}.") for outer in lists if outer != n)]
+    # A vision or audio tower can have as many blocks; the language model is what the config calls text.
+    if len(found) > 1:
+        text = [n for n in found if any(part in n for part in ("language_model", "text_model", "text_decoder"))]
+        found = text or found
+    if len(found) != 1:
+        what = f"{len(found)} lists" if found else "no list"
+        raise ValueError(
+            f"{what} of {num_layers} blocks in {type(model).__name__} ({', '.join(found or lists) or 'no ModuleList'}); "
+            "give component as a module path with {layer}, e.g. 'decoder.block.{layer}'"
+        )
+    return found[0]
+
+
+def find_site(model: PreTrainedModel, layer: int, component: str = "block_output") -> Site:
+    """Return the site of a component in a layer.
+
+    Raises:
+        ValueError: for an unknown component or path, with the candidates.
+    """
+    if "{layer}" in component:
+        path, end = component.format(layer=layer), "output"
+        for suffix in ("input", "output"):
+            if path.endswith(f".{suffix}") and path not in dict(model.named_modules()):
+                path, end = path[: -len(suffix) - 1], suffix
+    elif component in COMPONENTS:
+        path, end = f"{block_path(model)}.{layer}", "input" if component == "block_input" else "output"
+        names = {"attention_output": ATTENTION_NAMES, "mlp_output": MLP_NAMES}.get(component)
+        if names:
+            path = f"{path}.{_child(model, path, names, component)}"
+    else:
+        near = difflib.get_close_matches(component, COMPONENTS, n=1)
+        raise ValueError(
+            f"unknown component {component!r}; allowed: {', '.join(COMPONENTS)}, or a module path with {{layer}}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    modules = dict(model.named_modules())
+    if path not in modules:
+        near = difflib.get_close_matches(path, modules, n=5, cutoff=0.5)
+        raise ValueError(f"{type(model).__name__} has no module {path!r}; near it are {', '.join(near) or 'none'}")
+    return Site(layer, path, end, _width(model, modules[path], end))
+
+
+def _child(model: PreTrainedModel, block: str, names: tuple[str, ...], component: str) -> str:
+    inside = dict(model.get_submodule(block).named_modules())
+    for name in names:
+        if name in inside:
+            return name
+    candidates = ", ".join(f"'{block.rsplit('.', 1)[0]}.{{layer}}.{name}'" for name in inside if name)
+    raise ValueError(
+        f"{component} was not found in {block} of {type(model).__name__}; give one of these paths as the component: "
+        f"{candidates}"
+    )
+
+
+def _width(model: PreTrainedModel, module: nn.Module, end: str) -> int:
+    """Return d at a site: a linear map's own width, elsewhere the width of the residual stream."""
+    if isinstance(module, nn.Linear):
+        return module.in_features if end == "input" else module.out_features
+    if isinstance(module, Conv1D):  # GPT-2's linear map, which stores (in, out)
+        return module.weight.shape[0 if end == "input" else 1]
+    return text_config(model.config).hidden_size
