@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -62,7 +62,8 @@ class Intervention(nn.Module):
 
     def forward(self, h: Tensor, scale: float = 1.0) -> Tensor:  # (n, d) -> (n, d)
         """Return Phi(h) in the dtype of h."""
-        x = h.to(torch.promote_types(next(self.parameters()).dtype, torch.float32))
+        own = next((parameter.dtype for parameter in self.parameters()), torch.float32)
+        x = h.to(torch.promote_types(own, torch.float32))
         with torch.autocast(h.device.type, enabled=False):
             edit = self.edit(x)
             if self.dropout_on == "edit":
@@ -70,6 +71,14 @@ class Intervention(nn.Module):
             else:
                 out = F.dropout(x + scale * edit, self.dropout, self.training)
         return out.to(h.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Intervention:
+        # What .to(), .half() and .bfloat16() of a whole model call: Phi moves to the device, stays float32.
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
+
+        return super()._apply(keep, recurse)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"

@@ -30,9 +30,10 @@ def orthonormal_rows(A: Tensor) -> Tensor:  # (..., r, d) -> (..., r, d)
     Raises:
         torch.linalg.LinAlgError: if the rows of some A are linearly dependent.
     """
-    A = A.to(torch.promote_types(A.dtype, torch.float32))
-    A = A / A.norm(dim=-1, keepdim=True).mean(dim=-2, keepdim=True)  # R does not depend on the scale of A
-    return _cholesky_pass(_cholesky_pass(A))
+    with torch.autocast(A.device.type, enabled=False):  # in bfloat16, R R' = I would hold to two digits
+        A = A.to(torch.promote_types(A.dtype, torch.float32))
+        A = A / A.norm(dim=-1, keepdim=True).mean(dim=-2, keepdim=True)  # R does not depend on the scale of A
+        return _cholesky_pass(_cholesky_pass(A))
 
 
 def _cholesky_pass(A: Tensor) -> Tensor:

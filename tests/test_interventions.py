@@ -1,0 +1,379 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from laws import D, InterventionLaws, OrthonormalLaws, R, shaken, tokens
+from torch import nn
+
+from reft_lightning import (
+    INTERVENTIONS,
+    ConsReFT,
+    DiReFT,
+    Intervention,
+    LobiReFT,
+    LoReFT,
+    NoReFT,
+    OrthonormalDiReFT,
+)
+from reft_lightning.interventions import (
+    check_settings,
+    intervention_class,
+    method_name,
+    orthonormal_rows,
+    rotations,
+    settings_of,
+)
+
+
+def gram_schmidt(A):
+    """Orthonormalise the rows of A one after the other: the definition, without a factorisation."""
+    rows = []
+    for a in A:
+        for row in rows:
+            a = a - (a @ row) * row
+        rows.append(a / a.norm())
+    return torch.stack(rows)
+
+
+class TestLoReFT(OrthonormalLaws):
+    def make(self, **settings):
+        return LoReFT(D, rank=R, **settings)
+
+    def num_parameters(self):
+        return 2 * R * D + R  # R, W and b
+
+    def formula(self, phi, h):  # eq. 2
+        rows, W, b = gram_schmidt(phi.basis), phi.source.weight, phi.source.bias
+        return torch.stack([x + rows.T @ (W @ x + b - rows @ x) for x in h])
+
+    def test_in_the_subspace_the_result_is_what_w_and_b_say(self):
+        torch.manual_seed(0)
+        phi = shaken(self.make().double())
+        h = tokens(dtype=torch.float64)
+        torch.testing.assert_close(phi(h) @ phi.R.T, phi.source(h), atol=1e-12, rtol=1e-12)
+
+
+class TestNoReFT(InterventionLaws):
+    def make(self, **settings):
+        return NoReFT(D, rank=R, **settings)
+
+    def num_parameters(self):
+        return 2 * R * D + R  # W1, W2 and b
+
+    def formula(self, phi, h):  # Table 17, row 4
+        W1, b, W2 = phi.source.weight, phi.source.bias, phi.projection.weight
+        return torch.stack([x + W2.T @ (W1 @ x + b - W2 @ x) for x in h])
+
+
+class TestDiReFT(InterventionLaws):
+    def make(self, **settings):
+        return DiReFT(D, rank=R, **settings)
+
+    def num_parameters(self):
+        return 2 * R * D + R  # W1, W2 and b
+
+    def formula(self, phi, h):  # eq. 3
+        W1, b, W2 = phi.source.weight, phi.source.bias, phi.projection.weight
+        return torch.stack([x + W2.T @ (W1 @ x + b) for x in h])
+
+
+class TestOrthonormalDiReFT(OrthonormalLaws):
+    def make(self, **settings):
+        return OrthonormalDiReFT(D, rank=R, **settings)
+
+    def num_parameters(self):
+        return 2 * R * D + R  # R, W and b
+
+    def formula(self, phi, h):  # Table 17, row 3
+        rows, W, b = gram_schmidt(phi.basis), phi.source.weight, phi.source.bias
+        return torch.stack([x + rows.T @ (W @ x + b) for x in h])
+
+
+class TestConsReFT(OrthonormalLaws):
+    has_identity = False
+
+    def make(self, **settings):
+        return ConsReFT(D, rank=R, **settings)
+
+    def num_parameters(self):
+        return R * D + R  # R and b
+
+    def formula(self, phi, h):  # Table 17, row 2
+        rows, b = gram_schmidt(phi.basis), phi.bias
+        return torch.stack([x + rows.T @ (b - rows @ x) for x in h])
+
+    def test_editing_twice_is_editing_once(self, phi):
+        once = phi(tokens())
+        torch.testing.assert_close(phi(once), once, atol=1e-5, rtol=1e-5)
+
+    def test_in_the_subspace_the_result_is_the_constant(self, phi):
+        torch.testing.assert_close(phi(tokens()) @ phi.R.T, phi.bias.expand(7, R), atol=1e-5, rtol=1e-5)
+
+
+class TestLobiReFT(OrthonormalLaws):
+    def make(self, **settings):
+        return LobiReFT(D, rank=R, **settings)
+
+    def num_parameters(self):
+        return R * D + R  # R and b
+
+    def formula(self, phi, h):  # Table 17, row 1
+        return h + gram_schmidt(phi.basis).T @ phi.bias
+
+
+class ScaleAndShift(Intervention, name="tests.scale_and_shift"):
+    """A class that a user would write: h * s + v on all coordinates."""
+
+    def __init__(self, dim, *, init="paper", **kwargs):
+        super().__init__(dim, **kwargs)
+        start = torch.full((2, dim), 0.0 if init == "identity" else 0.1)
+        self.gain, self.shift = nn.Parameter(start[0].clone()), nn.Parameter(start[1].clone())
+
+    def edit(self, h):
+        return h * self.gain + self.shift
+
+
+class TestTenLinesOfAUser(InterventionLaws):
+    def make(self, **settings):
+        return ScaleAndShift(D, **settings)
+
+    def num_parameters(self):
+        return 2 * D
+
+    def formula(self, phi, h):
+        return h * (1 + phi.gain) + phi.shift
+
+    def test_subclassing_registers_the_name(self, phi):
+        assert INTERVENTIONS["tests.scale_and_shift"] is ScaleAndShift
+        assert intervention_class("tests.scale_and_shift") is ScaleAndShift
+        assert method_name(ScaleAndShift) == "tests.scale_and_shift"
+
+
+class NoParameters(Intervention):
+    def edit(self, h):
+        return torch.ones_like(h)
+
+
+def test_an_intervention_needs_no_parameters():
+    assert torch.equal(NoParameters(D)(tokens()), tokens() + 1)
+
+
+def test_a_class_without_a_name_is_known_by_its_path():
+    path = method_name(NoParameters)
+    assert path.endswith("test_interventions.NoParameters")
+    assert intervention_class(path) is NoParameters
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_starts_differ_with_the_seed_and_agree_with_the_same_seed(seed):
+    def basis(value):
+        torch.manual_seed(value)
+        return LoReFT(D, R).basis
+
+    assert torch.equal(basis(seed), basis(seed))
+    assert not torch.equal(basis(seed), basis(seed + 1))
+    torch.testing.assert_close(basis(seed) @ basis(seed).T, torch.eye(R), atol=1e-6, rtol=0)
+
+
+# --- orthonormal_rows ---------------------------------------------------------------------------------------
+
+
+def random_rows_of(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize(("rank", "dim"), [(1, 1), (1, 9), (3, 12), (8, 64), (12, 12)])
+def test_rows_are_orthonormal_and_span_those_of_a(rank, dim):
+    A = random_rows_of(rank, dim)
+    rows = orthonormal_rows(A)
+    eye = torch.eye(rank, dtype=A.dtype)
+    torch.testing.assert_close(rows @ rows.T, eye, atol=1e-13, rtol=0)
+    torch.testing.assert_close(A @ rows.T @ rows, A, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(rows, gram_schmidt(A), atol=1e-10, rtol=1e-10)
+
+
+def test_rows_agree_with_qr():
+    A = random_rows_of(4, 20)
+    Q, L = torch.linalg.qr(A.T)
+    torch.testing.assert_close(orthonormal_rows(A), (Q * L.diagonal().sign()).T, atol=1e-12, rtol=1e-12)
+
+
+def test_torch_s_orthogonal_map_reaches_the_same_subspaces():
+    layer = nn.utils.parametrizations.orthogonal(nn.Linear(20, 4, bias=False, dtype=torch.float64))
+    theirs = layer.weight.detach()
+    eye = torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(theirs @ theirs.T, eye, atol=1e-12, rtol=0)
+    # Any point of theirs is a point of ours, reached by itself and by any mixture of its rows.
+    torch.testing.assert_close(orthonormal_rows(theirs), theirs, atol=1e-12, rtol=0)
+    mixed = orthonormal_rows(random_rows_of(4, 4) @ theirs)
+    torch.testing.assert_close(mixed.T @ mixed, theirs.T @ theirs, atol=1e-10, rtol=0)
+
+
+def test_both_maps_give_the_same_gradient_along_the_manifold():
+    """A step along R(t) = R exp(tX) changes a loss equally whichever parameter carries it."""
+    A = random_rows_of(3, 10).requires_grad_()
+    goal = random_rows_of(3, 10, seed=5)
+    loss = (orthonormal_rows(A) * goal).sum()
+    (gradient,) = torch.autograd.grad(loss, A)
+    rows = orthonormal_rows(A).detach()
+    # At A = R the derivative towards directions tangent to the manifold is the inner product with the goal.
+    B = rows.clone().requires_grad_()
+    (at_rows,) = torch.autograd.grad((orthonormal_rows(B) * goal).sum(), B)
+    skew = random_rows_of(10, 10, seed=6)
+    tangent = rows @ (skew - skew.T)
+    torch.testing.assert_close((at_rows * tangent).sum(), (goal * tangent).sum(), atol=1e-10, rtol=1e-10)
+    # Along A itself nothing changes: the loss does not depend on A's scale, nor on that of any single row.
+    assert (gradient * A).sum(-1).abs().max() < 1e-12
+
+
+def test_the_map_has_right_gradients():
+    A = random_rows_of(3, 7).requires_grad_()
+    assert torch.autograd.gradcheck(orthonormal_rows, A)
+    assert torch.autograd.gradcheck(orthonormal_rows, random_rows_of(2, 3, 7).requires_grad_())
+
+
+def test_a_batch_of_layers_equals_single_layers():
+    A = random_rows_of(5, 4, 16, dtype=torch.float32)
+    together = orthonormal_rows(A)
+    for rows, a in zip(together, A, strict=True):
+        torch.testing.assert_close(rows, orthonormal_rows(a), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e3, 1e12])
+def test_the_scale_of_a_does_not_matter(scale):
+    A = random_rows_of(4, 16, dtype=torch.float32)
+    torch.testing.assert_close(orthonormal_rows(scale * A), orthonormal_rows(A), atol=1e-5, rtol=1e-5)
+
+
+def test_rows_of_very_different_norms_are_no_difficulty():
+    A = random_rows_of(4, 64, dtype=torch.float32)
+    uneven = A * torch.tensor([1e-6, 1.0, 1e3, 1e6])[:, None]
+    torch.testing.assert_close(orthonormal_rows(uneven), orthonormal_rows(A), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("apart", [1e-1, 1e-2, 1e-3])
+def test_nearly_dependent_rows_come_out_orthonormal(apart):
+    A = random_rows_of(4, 64, dtype=torch.float32)
+    A[1] = A[0] + apart * A[1]
+    rows = orthonormal_rows(A)
+    torch.testing.assert_close(rows @ rows.T, torch.eye(4), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("broken", ["twice", "zero"])
+def test_dependent_rows_raise(broken):
+    A = random_rows_of(3, 8, dtype=torch.float32)
+    A[1] = A[0] if broken == "twice" else 0
+    with pytest.raises(torch.linalg.LinAlgError):
+        orthonormal_rows(A)
+
+
+def test_autocast_leaves_the_rows_orthonormal():
+    A = random_rows_of(4, 64, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = orthonormal_rows(A)
+    assert torch.equal(inside, orthonormal_rows(A))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_computed_in_float32(dtype):
+    rows = orthonormal_rows(random_rows_of(4, 16).to(dtype))
+    assert rows.dtype == torch.float32
+    torch.testing.assert_close(rows @ rows.T, torch.eye(4), atol=1e-5, rtol=0)
+
+
+def test_rows_for_all_layers_are_those_of_each_layer():
+    phis = [LoReFT(D, 2), LobiReFT(D, R), NoReFT(D, R), ConsReFT(D, R)]
+    phis += [LoReFT(D + 1, R), LoReFT(D, R).double()]  # another width, another dtype
+    found = rotations(phis)
+    assert set(found) == {phi for phi in phis if not isinstance(phi, NoReFT)}
+    for phi, rows in found.items():
+        torch.testing.assert_close(rows, phi.R, atol=1e-6, rtol=1e-6)
+
+
+def test_lent_rows_are_used_and_given_back():
+    phi = shaken(LoReFT(D, R))
+    with phi.borrow(torch.zeros(R, D)):
+        assert torch.equal(phi(tokens()), tokens())
+    torch.testing.assert_close(phi.R @ phi.R.T, torch.eye(R), atol=1e-5, rtol=0)
+    with pytest.raises(RuntimeError, match="inside"), phi.borrow(torch.zeros(R, D)):
+        raise RuntimeError("inside")
+    assert not torch.equal(phi(tokens()), tokens())
+
+
+# --- starts and errors --------------------------------------------------------------------------------------
+
+
+def test_linear_maps_start_as_nn_linear_does():
+    torch.manual_seed(0)
+    phi = DiReFT(400, 50)
+    bound = 1 / 400**0.5
+    for parameter in phi.parameters():
+        assert 0.8 * bound < parameter.abs().max() <= bound
+
+
+@pytest.mark.parametrize("cls", [ConsReFT, LobiReFT])
+def test_constants_start_uniform_in_the_unit_interval(cls):
+    bias = cls(1000, 500).bias
+    assert bias.min() >= 0
+    assert bias.max() < 1
+    assert 0.4 < bias.mean() < 0.6
+
+
+@pytest.mark.parametrize("rank", [0, -1, D + 1, 1024])
+def test_a_rank_outside_the_width_raises(rank):
+    with pytest.raises(ValueError, match=f"rank must lie in 1..{D}, .*got {rank}"):
+        LoReFT(D, rank)
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, 2])
+def test_dropout_outside_the_unit_interval_raises(dropout):
+    with pytest.raises(ValueError, match="dropout must lie in"):
+        LoReFT(D, R, dropout=dropout)
+
+
+def test_unknown_choices_raise():
+    with pytest.raises(ValueError, match="init must be 'paper' or 'identity'; got 'zero'"):
+        LoReFT(D, R, init="zero")
+    with pytest.raises(ValueError, match="dropout_on must be 'edit' or 'output'; got 'edits'"):
+        LoReFT(D, R, dropout_on="edits")
+
+
+def test_an_unknown_method_names_the_nearest():
+    with pytest.raises(ValueError, match=r"unknown intervention 'lorefft'; .*did you mean 'loreft'"):
+        intervention_class("lorefft")
+    with pytest.raises(ValueError, match=r"cannot import the intervention 'no\.such\.Class'"):
+        intervention_class("no.such.Class")
+
+
+def test_an_unknown_setting_names_the_nearest():
+    with pytest.raises(ValueError, match=r"LoReFT takes no setting 'rnak'; .*did you mean 'rank'"):
+        check_settings(LoReFT, {"rnak": 4})
+    with pytest.raises(ValueError, match="LoReFT needs the setting rank"):
+        check_settings(LoReFT, {})
+    check_settings(LoReFT, {"rank": 4, "dropout": 0.1})
+    assert list(settings_of(LoReFT)) == ["rank", "init", "dropout", "dropout_on"]
+
+
+def test_the_paper_s_names_are_registered():
+    names = {"loreft", "direft", "noreft", "consreft", "lobireft", "direft_orthonormal"}
+    assert names <= set(INTERVENTIONS)
+    # The paper's DiReFT has no orthonormal rows (pyreft gives that name to another class).
+    assert not INTERVENTIONS["direft"].rotations
+    assert INTERVENTIONS["direft_orthonormal"].rotations
+
+
+def test_base_classes_say_what_to_define():
+    class Nothing(Intervention):
+        pass
+
+    with pytest.raises(NotImplementedError, match="Nothing must define edit"):
+        Nothing(D)(tokens())
+
+
+def test_weights_can_be_trained_by_a_fused_or_foreach_optimizer():
+    for kind in ({"fused": True}, {"foreach": True}):
+        torch.manual_seed(0)
+        phi = LoReFT(D, R)
+        optimizer = torch.optim.AdamW(phi.parameters(), lr=0.1, weight_decay=0.1, **kind)
+        F.mse_loss(phi(tokens()), tokens() * 2).backward()
+        optimizer.step()
+        torch.testing.assert_close(phi.R @ phi.R.T, torch.eye(R), atol=1e-5, rtol=0)
