@@ -48,7 +48,9 @@ class ReftConfig:
     def for_layer(self, layer: int) -> LayerSpec:
         """Return the common specification with what differs at this layer."""
         own = dict(self.per_layer.get(layer, {}))
-        common = {name: own.pop(name, getattr(self, name)) for name in ("method", "positions", "tied", "component")}
+        common = {
+            name: own.pop(name, getattr(self, name)) for name in ("method", "positions", "tied", "component")
+        }
         return LayerSpec(**common, settings={**self.settings, **own})
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,10 +73,14 @@ class ReftConfig:
         values = dict(values)
         version = values.pop("format", None)
         if version != FORMAT:
-            raise ValueError(f"{CONFIG_FILE} has format {version!r}; this version reads {FORMAT}: update reft_lightning")
+            raise ValueError(
+                f"{CONFIG_FILE} has format {version!r}; this version reads {FORMAT}: update reft_lightning"
+            )
         unknown = sorted(values.keys() - cls.__dataclass_fields__.keys())
         if unknown:
-            raise ValueError(f"{CONFIG_FILE} has unknown keys {unknown}; known: {sorted(cls.__dataclass_fields__)}")
+            raise ValueError(
+                f"{CONFIG_FILE} has unknown keys {unknown}; known: {sorted(cls.__dataclass_fields__)}"
+            )
         if positions is not None:
             values["positions"] = positions
         elif str(values["positions"]).startswith("<callable"):
@@ -143,7 +149,9 @@ def model_card(config: ReftConfig, count: Any) -> str:
         header.append(f"base_model: {config.base_model}")
     settings = "\n".join(f"| {name} | `{value}` |" for name, value in config.to_dict().items())
     name = config.base_model or "..."
-    return "\n".join(header) + f"""
+    return (
+        "\n".join(header)
+        + f"""
 ---
 # A ReFT adapter ({config.method}) for {base}
 
@@ -162,3 +170,4 @@ reft = rl.ReftModel.from_pretrained(model, "this folder or its name on the hub")
 |---|---|
 {settings}
 """
+    )

@@ -44,7 +44,11 @@ def _train(config: DictConfig) -> float | None:
     from . import experiment
 
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    results = experiment.run(OmegaConf.to_object(config), run_dir)
+    try:
+        results = experiment.run(OmegaConf.to_object(config), run_dir)
+    except experiment.SetupError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)
     # Sweepers maximise or minimise what a job returns; a run without validation has nothing to return.
     value = results["metrics"].get(config.callbacks.monitor)
     return None if value is None else float(value)

@@ -32,14 +32,18 @@ class Spans:
         return self.prompt.shape[1]
 
     def upto(self, stop: int, rows: int) -> tuple[Tensor, Tensor]:  # -> (rows, stop), (rows, stop)
-        """Return both masks for the first ``stop`` columns and ``rows`` rows.
+        """Return both masks for ``rows`` rows and all columns, at least ``stop`` of them.
 
+        A call may read fewer columns than are known (a prompt read in chunks): which tokens are its first and
+        last does not depend on that.
         Beam search and ``num_return_sequences`` repeat every row, next to each other.
         """
         extra = stop - self.width
         if extra > 0 and not self.generating:
-            raise ValueError(f"the masks cover {self.width} columns, the model reads {stop}: pass masks of all columns")
-        prompt, target = self.prompt[:, :stop], self.target[:, :stop]
+            raise ValueError(
+                f"the masks cover {self.width} columns, the model reads {stop}: pass masks of all columns"
+            )
+        prompt, target = self.prompt, self.target
         if extra > 0:
             prompt, target = F.pad(prompt, (0, extra)), F.pad(target, (0, extra), value=True)
         repeats, rest = divmod(rows, prompt.shape[0])
@@ -56,7 +60,7 @@ def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | Non
 
     Args:
         attention: (b, s), 1 for real tokens.
-        labels: (b, s) token labels, or (b,) labels of whole texts, or None.
+        labels: (b, s) token labels; labels of whole texts, (b,) or floating-point; or None.
         prompt_mask: (b, s) bool, or None.
 
     Raises:
@@ -65,9 +69,11 @@ def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | Non
     real = attention.bool()
     if prompt_mask is not None:
         if prompt_mask.shape != real.shape:
-            raise ValueError(f"prompt_mask must have the shape {tuple(real.shape)}; got {tuple(prompt_mask.shape)}")
+            raise ValueError(
+                f"prompt_mask must have the shape {tuple(real.shape)}; got {tuple(prompt_mask.shape)}"
+            )
         prompt = real & prompt_mask.bool()
-    elif labels is not None and labels.ndim == 2 and labels.shape[0] == real.shape[0]:
+    elif labels is not None and labels.ndim == 2 and not labels.is_floating_point():
         if labels.shape != real.shape:
             raise ValueError(
                 f"labels have the shape {tuple(labels.shape)}, the tokens {tuple(real.shape)}: labels of the last "
@@ -90,7 +96,9 @@ def numbers_its_own_positions(model: nn.Module) -> bool:
     Their position table has a padding row, and positions start behind it.
     """
     return any(
-        isinstance(module, nn.Embedding) and module.padding_idx is not None and name.endswith("position_embeddings")
+        isinstance(module, nn.Embedding)
+        and module.padding_idx is not None
+        and name.endswith("position_embeddings")
         for name, module in model.named_modules()
     )
 

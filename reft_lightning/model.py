@@ -25,7 +25,15 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreT
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from .checkpoint import ReftConfig, load_adapter, save_adapter
-from .interventions import Intervention, Orthonormal, check_settings, intervention_class, method_name, nearest, rotations
+from .interventions import (
+    Intervention,
+    Orthonormal,
+    check_settings,
+    intervention_class,
+    method_name,
+    nearest,
+    rotations,
+)
 from .masks import Spans, left_padded, numbers_its_own_positions, position_ids_of, spans_of
 from .positions import MaskFunction, Positions, parse_positions
 from .sites import Site, check_layers, find_site, text_config
@@ -39,6 +47,7 @@ class Plan:
 
     edits: dict[str, list[Tensor]]  # site -> one index (n,) for each of its interventions
     rotations: dict[Orthonormal, Tensor]
+    differentiable: bool  # whether the call records gradients
 
 
 class ParameterCount(NamedTuple):
@@ -67,7 +76,7 @@ class ReftModel(nn.Module):
         self._enabled = True
         self._spans: Spans | None = None
         self._plan: Plan | None = None
-        self._kept: tuple[tuple, dict[Orthonormal, Tensor]] | None = None
+        self._kept: dict[Orthonormal, Tensor] | None = None  # R while generating
         accepted = inspect.signature(base_model.forward).parameters
         self._wants_position_ids = "position_ids" in accepted and not numbers_its_own_positions(base_model)
         self.sites: dict[str, Site] = {}
@@ -91,14 +100,18 @@ class ReftModel(nn.Module):
         site = find_site(self.base_model, layer, spec.component)
         positions = parse_positions(spec.positions)
         if spec.tied not in TIED:
-            raise ValueError(f"tied must be one of {', '.join(TIED)}; got {spec.tied!r}{nearest(str(spec.tied), TIED)}")
+            raise ValueError(
+                f"tied must be one of {', '.join(TIED)}; got {spec.tied!r}{nearest(str(spec.tied), TIED)}"
+            )
         copies = {"all": 1, "group": positions.groups}.get(spec.tied) or sum(positions.slots())
         cls = intervention_class(spec.method)
         check_settings(cls, spec.settings)
-        device = next(self.base_model.get_submodule(site.path).parameters()).device
+        device = _device_at(self.base_model, site.path)
         key = str(layer)
         self.sites[key], self.positions[key] = site, (positions, spec.tied)
-        self.interventions[key] = nn.ModuleList(cls(site.dim, **spec.settings).to(device) for _ in range(copies))
+        self.interventions[key] = nn.ModuleList(
+            cls(site.dim, **spec.settings).to(device) for _ in range(copies)
+        )
 
     # --- forward and generate ------------------------------------------------------------------------------------
 
@@ -122,7 +135,9 @@ class ReftModel(nn.Module):
         past = kwargs.get("past_key_values")
         start = int(past.get_seq_length()) if past is not None else 0
         if start and prompt_mask is None:
-            raise ValueError("with past_key_values, pass prompt_mask (b, cached + new columns): which part is prompt?")
+            raise ValueError(
+                "with past_key_values, pass prompt_mask (b, cached + new columns): which part is prompt?"
+            )
         attention = attention_mask
         if attention is None:
             attention = tokens.new_ones((tokens.shape[0], start + tokens.shape[1]), dtype=torch.long)
@@ -133,7 +148,9 @@ class ReftModel(nn.Module):
         with self._editing(spans):
             return self.base_model(**{k: v for k, v in inputs.items() if v is not None}, **kwargs)
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:  # (b, s)
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:  # (b, s)
         """Generate as Hugging Face does, with the edits on the prompt (and on new tokens where P says so).
 
         Rows padded on the right are moved to the left first, so new tokens always start at column s. Without
@@ -148,7 +165,9 @@ class ReftModel(nn.Module):
 
     def _guess_attention(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
         settings = kwargs.get("generation_config") or self.base_model.generation_config
-        pad, eos = (kwargs.get(f"{name}_token_id", getattr(settings, f"{name}_token_id")) for name in ("pad", "eos"))
+        pad, eos = (
+            kwargs.get(f"{name}_token_id", getattr(settings, f"{name}_token_id")) for name in ("pad", "eos")
+        )
         if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
             return torch.ones_like(input_ids)
         return (input_ids != pad).long()
@@ -156,16 +175,34 @@ class ReftModel(nn.Module):
     @contextmanager
     def _editing(self, spans: Spans) -> Iterator[None]:
         self._spans = spans if self._enabled else None
+        checkpoints = {}
+        if torch.is_grad_enabled():
+            checkpoints = {
+                module: module._gradient_checkpointing_func
+                for module in self.base_model.modules()
+                if vars(module).get("gradient_checkpointing")
+            }
+        for module, checkpoint in checkpoints.items():
+            module._gradient_checkpointing_func = partial(self._checkpoint, checkpoint)
         try:
             yield
         finally:
-            self._spans = None
-            if not (torch.is_grad_enabled() and self._recomputes()):
-                self._plan = None
+            for module, checkpoint in checkpoints.items():
+                module._gradient_checkpointing_func = checkpoint
+            self._spans = self._plan = self._kept = None
 
-    def _recomputes(self) -> bool:
-        """Whether gradient checkpointing will run hooks inside a block again, during the backward pass."""
-        return any(vars(module).get("gradient_checkpointing") for module in self.base_model.modules())
+    def _checkpoint(self, checkpoint: Callable, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint a block: hooks inside it, run again in the backward pass, find the plan of this call."""
+        plan = self._plan
+
+        def planned(*inputs: Any, **options: Any) -> Any:
+            held, self._plan = self._plan, plan
+            try:
+                return function(*inputs, **options)
+            finally:
+                self._plan = held
+
+        return checkpoint(planned, *args, **kwargs)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -196,18 +233,18 @@ class ReftModel(nn.Module):
         if not active:
             return None
         prompt, target = spans.upto(stop, rows)
-        chosen = {spec: _indices(*spec, prompt, target, start) for spec in set(active.values())}
-        return Plan({key: chosen[spec] for key, spec in active.items()}, self._rotations())
+        chosen = {spec: _indices(*spec, prompt, target, slice(start, stop)) for spec in set(active.values())}
+        edits = {key: chosen[spec] for key, spec in active.items()}
+        return Plan(edits, self._rotations(spans.generating), torch.is_grad_enabled())
 
-    def _rotations(self) -> dict[Orthonormal, Tensor]:
-        """Return R of every intervention; without gradients, computed again only after a change of parameters."""
-        phis = [phi for group in self.interventions.values() for phi in group]
-        if torch.is_grad_enabled():
-            return rotations(phis)
-        state = tuple((p.data_ptr(), p._version) for phi in phis for p in phi.parameters())
-        if self._kept is None or self._kept[0] != state:
-            self._kept = (state, rotations(phis))
-        return self._kept[1]
+    def _rotations(self, generating: bool) -> dict[Orthonormal, Tensor]:
+        """Return R of every intervention, computed once a forward pass and once a generation."""
+        if self._kept is not None:
+            return self._kept
+        found = rotations(phi for group in self.interventions.values() for phi in group)
+        if generating:
+            self._kept = found
+        return found
 
     def _after(self, key: str, module: nn.Module, args: tuple, output: Any) -> Any:
         if self._plan is None or key not in self._plan.edits:
@@ -224,6 +261,17 @@ class ReftModel(nn.Module):
         return args, {**kwargs, "hidden_states": self._edit(key, kwargs["hidden_states"])}
 
     def _edit(self, key: str, hidden: Tensor) -> Tensor:  # (b, s, d) -> (b, s, d)
+        site = self.sites[key]
+        if hidden.shape[-1] != site.dim:
+            raise ValueError(
+                f"the {site.end} of {site.path} is {hidden.shape[-1]} wide, not {site.dim} as supposed: name the "
+                "linear map that reads it, as '...{layer}....input'"
+            )
+        if self._plan.differentiable and not torch.is_grad_enabled():
+            raise ValueError(
+                f"no gradient reaches {site.path}: gradient checkpointing with use_reentrant=True cannot train "
+                "interventions inside a block; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
         flat = hidden.reshape(-1, hidden.shape[-1])
         indices = [index.to(hidden.device) for index in self._plan.edits[key]]
         edited = []
@@ -258,7 +306,9 @@ class ReftModel(nn.Module):
         shapes = [f"{k}: {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
                   for k in own.keys() & state.keys() if state[k].shape != own[k].shape]  # fmt: skip
         if missing or unexpected or shapes:
-            raise ValueError(f"the adapter does not fit: missing {missing}, unexpected {unexpected}, shapes {shapes}")
+            raise ValueError(
+                f"the adapter does not fit: missing {missing}, unexpected {unexpected}, shapes {shapes}"
+            )
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state[name])
@@ -271,7 +321,9 @@ class ReftModel(nn.Module):
                 for name, parameter in phi.named_parameters():
                     role = "rotation" if name in phi.rotations else "bias" if parameter.ndim < 2 else "weight"
                     roles[role].append(parameter)
-        roles["head"] = [p for head in self.config.heads for p in _submodule(self.base_model, head).parameters()]
+        roles["head"] = [
+            p for head in self.config.heads for p in _submodule(self.base_model, head).parameters()
+        ]
         return roles
 
     def parameter_count(self) -> ParameterCount:
@@ -321,9 +373,16 @@ class ReftModel(nn.Module):
         return reft
 
 
-def _indices(positions: Positions, tied: str, prompt: Tensor, target: Tensor, start: int) -> list[Tensor]:
-    """Return one flat token index (n,) for each intervention of a site, in the columns from ``start`` on."""
-    groups = [slots[:, start:].flatten() for slots in positions.select(prompt, target)]
+def _device_at(model: nn.Module, path: str) -> torch.device:
+    """Return the device of a module's parameters, or of those around it where it has none."""
+    while (parameter := next(model.get_submodule(path).parameters(), None)) is None:
+        path = path.rpartition(".")[0]
+    return parameter.device
+
+
+def _indices(positions: Positions, tied: str, prompt: Tensor, target: Tensor, columns: slice) -> list[Tensor]:
+    """Return one flat token index (n,) for each intervention of a site, in the columns that are read."""
+    groups = [slots[:, columns].flatten() for slots in positions.select(prompt, target)]
     if tied == "all":
         return [(torch.stack(groups) >= 0).any(0).nonzero().squeeze(-1)]
     if tied == "group":
@@ -367,7 +426,9 @@ def attach(
         ValueError: for anything unknown or out of range, with what is allowed.
     """
     per_layer = {int(layer): dict(own) for layer, own in layers.items()} if isinstance(layers, dict) else {}
-    ids = check_layers(list(per_layer) if per_layer else layers, text_config(base_model.config).num_hidden_layers)
+    ids = check_layers(
+        list(per_layer) if per_layer else layers, text_config(base_model.config).num_hidden_layers
+    )
     config = ReftConfig(
         method=method if isinstance(method, str) else method_name(method),
         layers=ids,
@@ -382,16 +443,22 @@ def attach(
     return ReftModel(base_model, config)
 
 
-def build_on_meta(config: PretrainedConfig, model_class: Callable[[PretrainedConfig], Any] | None = None) -> Any:
+def build_on_meta(
+    config: PretrainedConfig, model_class: Callable[[PretrainedConfig], Any] | None = None
+) -> Any:
     """Build the model of a configuration without memory for its weights."""
     if model_class is None:
-        causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+        causal = (
+            type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+        )
         model_class = (AutoModelForCausalLM if causal else AutoModel).from_config
     with torch.device("meta"):
         return model_class(config)
 
 
-def count_parameters(config: PretrainedConfig, method: str | type[Intervention] = "loreft", **kwargs: Any) -> ParameterCount:
+def count_parameters(
+    config: PretrainedConfig, method: str | type[Intervention] = "loreft", **kwargs: Any
+) -> ParameterCount:
     """Count what :func:`attach` would train, from a configuration alone: no weights are needed.
 
     Takes the arguments of :func:`attach` and raises what it raises.

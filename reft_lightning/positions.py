@@ -138,7 +138,9 @@ def parse_positions(spec: str | MaskFunction | Positions) -> Positions:
     if callable(spec):
         return Positions((), spec)
     if not isinstance(spec, str):
-        raise ValueError(f"positions must be a string or a callable on masks; got {spec!r}; allowed: {SYNTAX}")
+        raise ValueError(
+            f"positions must be a string or a callable on masks; got {spec!r}; allowed: {SYNTAX}"
+        )
     terms = tuple(_parse_term(part.strip(), spec) for part in spec.split("+"))
     kinds = [term.kind for term in terms]
     for kind in kinds:

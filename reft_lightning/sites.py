@@ -60,7 +60,9 @@ def check_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:
     ids = list(layers)
     for layer in ids:
         if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < num_layers:
-            raise ValueError(f"layer must lie in 0..{num_layers - 1}, the model has {num_layers}; got {layer!r}")
+            raise ValueError(
+                f"layer must lie in 0..{num_layers - 1}, the model has {num_layers}; got {layer!r}"
+            )
     if len(set(ids)) < len(ids):
         raise ValueError(f"layers are named twice in {ids}")
     if not ids:
@@ -81,7 +83,9 @@ def block_path(model: PreTrainedModel) -> str:
     found = [n for n in found if not any(n.startswith(f"{outer}.") for outer in lists if outer != n)]
     # A vision or audio tower can have as many blocks; the language model is what the config calls text.
     if len(found) > 1:
-        text = [n for n in found if any(part in n for part in ("language_model", "text_model", "text_decoder"))]
+        text = [
+            n for n in found if any(part in n for part in ("language_model", "text_model", "text_decoder"))
+        ]
         found = text or found
     if len(found) != 1:
         what = f"{len(found)} lists" if found else "no list"
@@ -117,7 +121,9 @@ def find_site(model: PreTrainedModel, layer: int, component: str = "block_output
     modules = dict(model.named_modules())
     if path not in modules:
         near = difflib.get_close_matches(path, modules, n=5, cutoff=0.5)
-        raise ValueError(f"{type(model).__name__} has no module {path!r}; near it are {', '.join(near) or 'none'}")
+        raise ValueError(
+            f"{type(model).__name__} has no module {path!r}; near it are {', '.join(near) or 'none'}"
+        )
     return Site(layer, path, end, _width(model, modules[path], end))
 
 

@@ -128,7 +128,10 @@ def settings_of(cls: type[Intervention]) -> dict[str, inspect.Parameter]:
         parameters = inspect.signature(base.__init__).parameters
         passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for name, parameter in parameters.items():
-            if name not in ("self", "dim") and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            if name not in ("self", "dim") and parameter.kind not in (
+                parameter.VAR_KEYWORD,
+                parameter.VAR_POSITIONAL,
+            ):
                 found.setdefault(name, parameter)
         if not passes_on:
             break

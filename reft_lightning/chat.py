@@ -1,0 +1,106 @@
+"""Talk to the frozen base and the adapted model side by side: ``reft-chat run=FOLDER``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from transformers import GenerationConfig
+
+from .base_models import load_base_model
+from .checkpoint import load_adapter
+from .experiment import attachment, load_run_config, model_source
+from .model import ReftModel, attach
+
+log = logging.getLogger(__name__)
+HELP = "Type a prompt; end a line with \\ to go on in the next. /plain and /chat choose the template, /quit ends."
+
+
+def main(folder: Path, max_new_tokens: int = 64, template: str = "plain") -> None:
+    """Answer prompts from standard input until it ends or says ``/quit``.
+
+    Args:
+        folder: a run folder.
+        max_new_tokens: of each answer.
+        template: ``plain`` reads the prompt as the training rows are read, text and a newline; ``chat`` through
+            the tokenizer's chat template.
+
+    Raises:
+        ValueError: if the folder is no run, or the tokenizer has no chat template.
+    """
+    console = Console()
+    model, tokenizer = load(folder)
+    console.print(f"[bold]{folder}[/bold]: frozen base and adapted model. {HELP}", soft_wrap=True)
+    while True:
+        text = _read(console)
+        if text is None or text == "/quit":
+            return
+        if text in ("/plain", "/chat"):
+            template = text[1:]
+        elif text:
+            base, adapted = answer(model, tokenizer, text, max_new_tokens, template)
+            console.print(
+                Columns(
+                    [Panel(base, title="frozen base"), Panel(adapted, title="adapted")],
+                    expand=True,
+                    equal=True,
+                )
+            )
+
+
+def load(folder: Path) -> tuple[ReftModel, Any]:
+    """Return the adapted model of a run folder, ready to generate, and its tokenizer."""
+    config = load_run_config(folder)
+    base, tokenizer = load_base_model(**model_source(config))
+    model = attach(base, **attachment(config))
+    model.load_adapter_state_dict(load_adapter(folder / "adapter")[1])
+    return model.eval(), tokenizer
+
+
+@torch.no_grad()
+def answer(
+    model: ReftModel, tokenizer: Any, text: str, max_new_tokens: int, template: str
+) -> tuple[str, str]:
+    """Return what the frozen base and the adapted model answer, greedily."""
+    if template == "chat":
+        if tokenizer.chat_template is None:
+            raise ValueError("this tokenizer has no chat template; use template=plain")
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+        encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)  # the template has the BOS
+    else:
+        encoded = tokenizer(text + "\n", return_tensors="pt")
+    ids, mask = (
+        encoded["input_ids"].to(model.base_model.device),
+        encoded["attention_mask"].to(model.base_model.device),
+    )
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+
+    def generate() -> str:
+        new = model.generate(ids, attention_mask=mask, generation_config=settings)[0, ids.shape[1] :]
+        return tokenizer.decode(new, skip_special_tokens=True).strip() or "(nothing)"
+
+    with model.disabled():
+        base = generate()
+    return base, generate()
+
+
+def _read(console: Console) -> str | None:
+    lines = []
+    while True:
+        try:
+            line = console.input("[bold]> [/bold]" if not lines else "  ")
+        except (EOFError, KeyboardInterrupt):
+            return None
+        if not line.endswith("\\"):
+            return "\n".join([*lines, line]).strip()
+        lines.append(line[:-1])

@@ -1,0 +1,322 @@
+"""One run: configuration -> objects -> (base) -> fit -> validate -> test -> ``results.json``.
+
+What can be wrong is checked before weights are loaded: the configuration, the interventions against a model without
+weights, then the data. A run folder holds the resolved configuration, results.json, predictions/, checkpoints/,
+adapter/ and the logs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer, seed_everything
+from omegaconf import OmegaConf
+
+from .base_models import load_base_model, load_config, load_tokenizer
+from .callbacks import WandbReport, build_callbacks, build_loggers, finish_wandb
+from .checkpoint import load_adapter
+from .data import FAMILIES
+from .data.module import FamilyDataModule
+from .data.options import option_batches
+from .data.rows import DataSource
+from .interventions import nearest
+from .launch import single_job_ddp
+from .model import ParameterCount, ReftModel, attach, build_on_meta
+from .module import FinetuningModule
+from .optimization import Optimization
+from .report import print_table
+from .results import Results, config_hash, environment, now, peak_memory_bytes, write_json, write_predictions
+from .schema import Config
+
+log = logging.getLogger(__name__)
+
+PLACE = ("source", "name", "path", "package", "sha256", "revision")  # where a model lies
+
+
+class SetupError(ValueError):
+    """A run cannot start as configured; the message says why, and nothing has been trained."""
+
+
+@dataclass
+class Objects:
+    """What a configuration builds."""
+
+    model: ReftModel
+    data: FamilyDataModule
+    module: FinetuningModule
+    count: ParameterCount
+
+
+def run(config: Config, folder: Path) -> dict[str, Any]:
+    """Train and evaluate as the configuration says; return the contents of ``results.json``.
+
+    Args:
+        config: a checked configuration.
+        folder: the run folder; it is created. With ``resume`` the earlier run's folder is used instead.
+
+    Raises:
+        SetupError: for a configuration that cannot work, before any weight is loaded.
+    """
+    with single_job_ddp():
+        return _run(config, Path(config.resume) if config.resume else Path(folder))
+
+
+def _run(config: Config, folder: Path) -> dict[str, Any]:
+    values = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    last = folder / "checkpoints" / "last.ckpt"
+    if config.resume and not last.is_file():
+        raise SetupError(f"resume={config.resume}: there is no {last} to continue from")
+    quiet_lightning()
+    seed_everything(config.seed, workers=True, verbose=False)
+    try:
+        objects = build(config)
+    except (ValueError, OSError) as error:
+        raise SetupError(str(error)) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    main = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if main and not config.resume:
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
+    results = Results(
+        folder, config_hash=config_hash(values), seed=config.seed, run_dir=str(folder), **environment()
+    )
+    if config.resume:
+        results.resume()
+    trainer = build_trainer(config, folder, values)
+    results.on = trainer.is_global_zero
+    results.update(
+        method=config.intervention.method, model=config.model.name, trainable_parameters=objects.count.trainable,
+        base_parameters=objects.count.base, percent=objects.count.percent, data_versions=objects.data.data_versions,
+    )  # fmt: skip
+    log.info("run folder: %s", folder)
+    try:
+        _stages(config, folder, objects, trainer, results, last if config.resume else None)
+    except BaseException as error:
+        results.update(status=f"stopped: {type(error).__name__}: {error}", stopped=now())
+        if main and last.is_file():
+            log.error(
+                "stopped; what was computed is in %s; continue with reft-train resume=%s", folder, folder
+            )
+        raise
+    results.update(status="complete", finished=now())
+    finish_wandb(trainer.loggers, results.values, folder / "adapter", config.logger.log_adapter)
+    if trainer.is_global_zero:
+        print_table(results.values)
+    return results.values
+
+
+def _stages(
+    config: Config, folder: Path, objects: Objects, trainer: Trainer, results: Results, resume: Path | None
+) -> None:
+    split = "test" if config.test and not config.sealed else "validation"
+    if config.evaluate_base and not results.has("base/"):
+        with objects.model.disabled():
+            evaluate_split(trainer, objects, split, folder, results, "base")
+    start, tokens = time.perf_counter(), objects.module.tokens
+    trainer.fit(objects.module, objects.data, ckpt_path=resume, weights_only=False)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    seconds = time.perf_counter() - start
+    results.update(
+        train_seconds=seconds, steps=trainer.global_step, tokens=objects.module.tokens,
+        tokens_per_second=(objects.module.tokens - tokens) / seconds,
+        metrics={k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")},
+    )  # fmt: skip
+    best = Path(trainer.checkpoint_callback.best_model_path or "none")
+    if config.callbacks.restore_best and best.is_file():
+        checkpoint = torch.load(best, map_location="cpu", weights_only=False)
+        objects.module.load_state_dict(checkpoint["state_dict"])
+        results.update(best_step=checkpoint["global_step"])
+    if trainer.is_global_zero:
+        objects.model.save_pretrained(folder / "adapter")
+    evaluate_split(trainer, objects, "validation", folder, results, "")
+    if split == "test":
+        evaluate_split(trainer, objects, "test", folder, results, "")
+    results.update(peak_memory_bytes=peak_memory_bytes())
+
+
+def evaluate_split(
+    trainer: Trainer, objects: Objects, split: str, folder: Path, results: Results, who: str
+) -> dict[str, float]:
+    """Evaluate the model as it is on a split; scores and predictions go to the run folder.
+
+    Args:
+        trainer: a trainer.
+        objects: what is evaluated, on what.
+        split: ``validation`` or ``test``; reading the test split is recorded.
+        folder: the run folder.
+        results: takes the scores.
+        who: prefix of the names, ``base`` or nothing.
+    """
+    start = time.perf_counter()
+    evaluate = {"validation": trainer.validate, "test": trainer.test}[split]
+    evaluate(objects.module, objects.data, verbose=False)
+    prefix = f"{who}/" if who else ""
+    metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "test/"))}
+    results.add_scores(metrics, objects.module.counts, prefix)
+    results.update(
+        seconds={f"{prefix}{split}": time.perf_counter() - start}, test_reads=list(objects.data.test_reads)
+    )
+    rank = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+    write_predictions(
+        folder / "predictions" / f"{who or 'reft'}_{split}{rank}.jsonl", objects.module.predictions
+    )
+    return metrics
+
+
+def evaluate(folder: Path, split: str = "validation", limit: int | None = None) -> dict[str, Any]:
+    """Evaluate the adapter of a run folder again, and write the scores to ``<folder>/evaluations``.
+
+    Args:
+        folder: a run folder.
+        split: ``validation`` or ``test``; a read of the test split is added to the run's ``test_reads``.
+        limit: rows (of each test task), or None for all.
+
+    Raises:
+        ValueError: for an unknown split, or a folder that is no run.
+    """
+    if split not in ("validation", "test"):
+        raise ValueError(
+            f"split must be 'validation' or 'test'; got {split!r}{nearest(split, ('validation', 'test'))}"
+        )
+    config = load_run_config(folder)
+    name = "limit_test" if split == "test" else "limit_validation"
+    if limit is not None:
+        setattr(config.data, name, limit)
+    if split == "test" and config.sealed:
+        raise ValueError(f"{folder} is part of a search, whose test split is sealed")
+    quiet_lightning()
+    seed_everything(config.seed, workers=True, verbose=False)
+    objects = build(config)
+    objects.model.load_adapter_state_dict(load_adapter(folder / "adapter")[1])
+    target = folder / "evaluations" / now().replace(":", "")
+    target.mkdir(parents=True)
+    results = Results(target, run_dir=str(folder), split=split, limit=limit, **environment())
+    trainer = Trainer(
+        accelerator=config.trainer.accelerator, devices=1, logger=False, enable_checkpointing=False,
+        use_distributed_sampler=False, default_root_dir=target, precision=config.trainer.precision,
+        enable_model_summary=False,
+    )  # fmt: skip
+    evaluate_split(trainer, objects, split, target, results, "")
+    if split == "test":
+        original = Results.read(folder)
+        original.update(test_reads=[*original.values["test_reads"], *objects.data.test_reads])
+    results.update(
+        status="complete", finished=now(), method=config.intervention.method, model=config.model.name
+    )
+    print_table(results.values)
+    return results.values
+
+
+def load_run_config(folder: Path) -> Config:
+    """Read the resolved configuration of a run folder.
+
+    Raises:
+        ValueError: if the folder holds none.
+    """
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is no run folder: it has no config.yaml; give the folder that reft-train named"
+        )
+    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+    return OmegaConf.to_object(merged)
+
+
+def build(config: Config) -> Objects:
+    """Build what a run needs, the weights last.
+
+    Raises:
+        ValueError: for an unknown family, task, model, layer, rank, position or setting, and for missing data.
+    """
+    if config.data.family not in FAMILIES:
+        raise ValueError(
+            f"unknown family {config.data.family!r}; known: {', '.join(FAMILIES)}"
+            f"{nearest(config.data.family, FAMILIES)}"
+        )
+    source = model_source(config)
+    optimization = optimization_of(config)
+    hf_config = load_config(**{k: source[k] for k in (*PLACE, "base_dropout", "config")})
+    attach(build_on_meta(hf_config), **attachment(config))  # raises what attaching would, without weights
+    tokenizer = load_tokenizer(**{k: source[k] for k in (*PLACE, "tokenizer")})
+    data = FamilyDataModule(FAMILIES[config.data.family], tokenizer, **data_arguments(config))
+    data.prepare_data()
+    data.setup("fit")
+    base_model, _ = load_base_model(**source)
+    if config.model.gradient_checkpointing:
+        base_model.gradient_checkpointing_enable()
+    model = attach(base_model, **attachment(config))
+    options = (
+        partial(option_batches, tokenizer, max_length=data.max_length) if config.option_likelihood else None
+    )
+    module = FinetuningModule(
+        model, tokenizer, data.family, data.val_tasks, data.test_tasks, optimization, options,
+        config.data.max_new_tokens,
+    )  # fmt: skip
+    module.train()  # Lightning starts training in the mode it finds; the base's dropout is 0 unless asked for
+    return Objects(model, data, module, model.parameter_count())
+
+
+def model_source(config: Config) -> dict[str, Any]:
+    """Return the arguments of :func:`load_base_model`."""
+    model = OmegaConf.to_container(OmegaConf.structured(config.model))
+    del model["gradient_checkpointing"]
+    return model | {"seed": config.seed}
+
+
+def attachment(config: Config) -> dict[str, Any]:
+    """Return the arguments of :func:`attach`."""
+    values = OmegaConf.to_container(OmegaConf.structured(config.intervention))
+    options = values.pop("options")
+    if values["rank"] is None:
+        del values["rank"]
+    if isinstance(values["layers"], dict):
+        values["layers"] = {int(layer): own or {} for layer, own in values["layers"].items()}
+    return values | options
+
+
+def data_arguments(config: Config) -> dict[str, Any]:
+    """Return the arguments of the DataModule."""
+    values = OmegaConf.to_container(OmegaConf.structured(config.data))
+    for name in ("family", "max_new_tokens"):
+        del values[name]
+    source = DataSource(
+        values.pop("source"), *(values.pop(k) for k in ("path", "package", "sha256", "mixture"))
+    )
+    values["tasks"] = values["tasks"] or list(FAMILIES[config.data.family].tasks)
+    return values | {"source": source, "seed": config.seed, "sealed": config.sealed}
+
+
+def optimization_of(config: Config) -> Optimization:
+    """Return the optimizer's settings."""
+    o = config.optimizer
+    return Optimization(
+        lr=o.lr, weight_decay=o.weight_decay, betas=tuple(o.betas), eps=o.eps, schedule=o.schedule,
+        warmup_ratio=o.warmup_ratio, head_lr=o.head_lr,
+    )  # fmt: skip
+
+
+def build_trainer(config: Config, folder: Path, values: dict[str, Any]) -> Trainer:
+    """Return the Trainer with its callbacks and loggers."""
+    arguments = OmegaConf.to_container(OmegaConf.structured(config.trainer))
+    callbacks = build_callbacks(config.callbacks, folder, config.trainer.enable_progress_bar)
+    if config.logger.wandb:
+        callbacks.append(WandbReport())
+    return Trainer(
+        **arguments, default_root_dir=folder, callbacks=callbacks,
+        logger=build_loggers(config.logger, folder, values), use_distributed_sampler=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+
+
+def quiet_lightning() -> None:
+    """Keep Lightning's tips and device listings out of the log."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)

@@ -1,0 +1,75 @@
+"""Optimizer groups by role, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """AdamW and a schedule with linear warm-up; the defaults are the paper's commonsense runs."""
+
+    lr: float = 9e-4
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    schedule: str = "linear"
+    warmup_ratio: float = 0.1
+    head_lr: float | None = None
+
+
+def parameter_groups(roles: dict[str, list[nn.Parameter]], settings: Optimization) -> list[dict[str, Any]]:
+    """Return one AdamW group a role: decay acts on weights and heads, never on R or on biases.
+
+    Decay of R's free parameter would only change its scale, on which R does not depend; under other
+    parametrisations of R it destroys the model (torch's orthogonal map turns to exactly 0).
+    """
+    decay = {"weight": settings.weight_decay, "head": settings.weight_decay}
+    rates = {"head": settings.head_lr or settings.lr}
+    groups = [
+        {
+            "name": role,
+            "params": parameters,
+            "lr": rates.get(role, settings.lr),
+            "weight_decay": decay.get(role, 0.0),
+        }
+        for role, parameters in roles.items()
+        if parameters
+    ]
+    for group in groups:
+        count = sum(p.numel() for p in group["params"])
+        log.info("optimizer group %s: %s parameters, lr %g, weight decay %g",
+                 group["name"], f"{count:,}", group["lr"], group["weight_decay"])  # fmt: skip
+    return groups
+
+
+def schedule_factor(settings: Optimization, total_steps: int) -> Callable[[int], float]:
+    """Return the factor on the learning rate by optimizer step: 0 -> 1 over the warm-up, then the schedule to 0.
+
+    Raises:
+        ValueError: for an unknown schedule, or a run of unknown length that needs one.
+    """
+    warmup = math.ceil(settings.warmup_ratio * total_steps)
+    shapes: dict[str, Callable[[float], float]] = {
+        "linear": lambda x: 1 - x,
+        "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)),
+        "constant": lambda x: 1.0,
+    }
+    if settings.schedule not in shapes:
+        raise ValueError(f"schedule must be one of {', '.join(shapes)}; got {settings.schedule!r}")
+    shape = shapes[settings.schedule]
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        return shape(min(1.0, (step - warmup) / max(1, total_steps - warmup)))
+
+    return factor

@@ -1,0 +1,67 @@
+"""The table that a run ends with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .evaluation import wilson_interval
+
+
+def print_table(results: dict[str, Any], console: Console | None = None) -> None:
+    """Print what a run obtained: frozen base against adapted model, with 95 % intervals, and what it cost."""
+    console = console or Console()
+    split = "test" if any(name.startswith(("test/", "base/test/")) for name in results["counts"]) else "val"
+    table = Table(title=f"{results['model']}, {'test' if split == 'test' else 'validation'} rows")
+    for column in (
+        "",
+        "task",
+        "accuracy (generated)",
+        "accuracy (option likelihood)",
+        "trained",
+        "% of base",
+    ):
+        table.add_column(column, justify="left" if column in ("", "task") else "right")
+    for prefix, label, count in _rows(results):
+        tasks = [name.split("/")[-2] for name in results["counts"] if name.startswith(f"{prefix}{split}/")]
+        for task in dict.fromkeys(tasks):
+            cells = [_score(results["counts"].get(f"{prefix}{split}/{task}/{name}"))
+                     for name in ("accuracy", "option_accuracy")]  # fmt: skip
+            table.add_row(label, task, *cells, *count)
+    console.print(table)
+    if "train_seconds" in results:
+        seconds = results["seconds"]
+        console.print(
+            f"training {results['train_seconds']:.0f} s ({results['steps']} steps, "
+            f"{results['tokens_per_second']:.0f} tokens/s), evaluation {sum(seconds.values()):.0f} s, "
+            f"peak memory {results['peak_memory_bytes'] / 2**30:.1f} GiB, seed {results['seed']}"
+        )
+    folder = results["run_dir"]
+    console.print(f"[bold]run folder[/bold]  {folder}", soft_wrap=True)
+    console.print(f"talk to both     reft-chat run={folder}", soft_wrap=True)
+    console.print(f"evaluate again   reft-eval run={folder} split=validation", soft_wrap=True)
+    console.print("change a thing   reft-train experiment=quickstart intervention=direft", soft_wrap=True)
+
+
+def _rows(results: dict[str, Any]) -> list[tuple[str, str, tuple[str, str]]]:
+    rows = []
+    if any(name.startswith("base/") for name in results["counts"]):
+        rows.append(("base/", "frozen base", ("0", "0")))
+    if any(not name.startswith("base/") for name in results["counts"]):
+        trained = (
+            (f"{results['trainable_parameters']:,}", f"{results['percent']:.3f}")
+            if "percent" in results
+            else ("", "")
+        )
+        rows.append(("", results["method"], trained))
+    return rows
+
+
+def _score(count: dict[str, Any] | None) -> str:
+    if not count:
+        return "-"
+    low, high = wilson_interval(count["correct"], count["total"])
+    missing = f", {count['missing']} without an answer" if count["missing"] else ""
+    return f"{100 * count['correct'] / count['total']:.1f} [{100 * low:.1f}, {100 * high:.1f}] of {count['total']}{missing}"

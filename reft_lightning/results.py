@@ -1,0 +1,142 @@
+"""`results.json`: what a run obtained, and what is needed to run it again.
+
+It is written after every stage, so that a crash loses nothing that was computed; ``status`` says how far it got.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .evaluation import wilson_interval
+
+PACKAGES = ("reft_lightning", "torch", "lightning", "transformers", "datasets", "tokenizers", "hydra-core")
+
+
+class Results:
+    """The contents of ``results.json`` in a run folder, kept on disk."""
+
+    def __init__(self, folder: Path, **values: Any) -> None:
+        self.path = folder / "results.json"
+        self.on = True  # only one process of a run writes
+        self.values: dict[str, Any] = {
+            "status": "running",
+            "metrics": {},
+            "counts": {},
+            "test_reads": [],
+        } | values
+
+    @classmethod
+    def read(cls, folder: Path) -> Results:
+        """Return the results of an earlier run."""
+        results = cls(folder)
+        results.values = json.loads(results.path.read_text(encoding="utf-8"))
+        return results
+
+    def resume(self) -> None:
+        """Take up what an interrupted run had obtained in the same folder; its environment is this one's."""
+        if self.path.is_file():
+            self.values = json.loads(self.path.read_text(encoding="utf-8")) | {
+                k: v for k, v in self.values.items() if k not in ("metrics", "counts", "test_reads")
+            }
+
+    def has(self, prefix: str) -> bool:
+        """Whether a metric with this prefix was obtained."""
+        return any(name.startswith(prefix) for name in self.values["metrics"])
+
+    def update(self, **values: Any) -> None:
+        """Set values, merging dictionaries, and write the file."""
+        for name, value in values.items():
+            old = self.values.get(name)
+            self.values[name] = (
+                {**old, **value} if isinstance(old, dict) and isinstance(value, Mapping) else value
+            )
+        if self.on:
+            write_json(self.path, self.values)
+
+    def add_scores(
+        self, metrics: Mapping[str, Any], counts: Mapping[str, dict[str, int]], prefix: str = ""
+    ) -> None:
+        """Add metrics and the counts behind them, with 95 % intervals."""
+        with_interval = {
+            f"{prefix}{name}": {**count, "interval": list(wilson_interval(count["correct"], count["total"]))}
+            for name, count in counts.items()
+        }
+        self.update(metrics={f"{prefix}{k}": float(v) for k, v in metrics.items()}, counts=with_interval)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_predictions(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write one JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Return a hash of what determines a result: the configuration without names and places."""
+    kept = {k: v for k, v in config.items() if k not in ("name", "resume", "logger")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, git commit of the code, and the machine in words."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    device = (
+        torch.cuda.get_device_name(0)
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    return {"versions": versions, "git_commit": git_commit(), "device": device, "started": now()}
+
+
+def git_commit() -> str | None:
+    """Return the commit of this package's source tree, with ``+changes`` where it differs; None outside git."""
+    here = Path(__file__).parent
+    run = ["git", "-C", str(here)]
+    try:
+        commit = subprocess.run([*run, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run(
+            [*run, "status", "--porcelain", "."], capture_output=True, text=True, timeout=10
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    if commit.returncode:
+        return None
+    return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+def peak_memory_bytes() -> int:
+    """Return the peak memory so far: of the GPU where one is used, else of the process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def now() -> str:
+    """Return the time in ISO 8601, UTC, in seconds."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
