@@ -20,8 +20,8 @@ GOLDEN = Path(__file__).parent / "golden"
 FACTS = json.loads((GOLDEN / "pyreft.json").read_text())
 TENSORS = load_file(GOLDEN / "pyreft.safetensors")
 CASES = {case["name"]: case for case in FACTS["cases"]}
-# Logits reach about 7. What is left in float64 comes from the norms and rotary angles, which the Llama code keeps
-# in float32, at positions that pyreft shifts by one; measured up to 3e-6. In float32: up to 2.2e-5.
+# Logits reach about 7. What is left in float64 comes from the norms and rotary angles, which the Llama code
+# keeps in float32, at positions that pyreft shifts by one; measured up to 3e-6. In float32: up to 2.2e-5.
 TOLERANCE = {
     torch.float64: {"rtol": 0.0, "atol": 1e-5},
     torch.float32: {"rtol": 0.0, "atol": 1e-4},
