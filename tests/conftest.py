@@ -1,0 +1,53 @@
+"""What every test gets: no network, no W&B account, quiet libraries, and the places of optional data."""
+
+import logging
+import os
+from pathlib import Path
+
+# Read by the libraries when they are imported, so before any test module is.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+)
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("REFT_SHARED") or ROOT.parent / "shared")
+
+# Lightning announces the devices and advertises its products at each Trainer.
+for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+    logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def pytest_collection_modifyitems(items):
+    missing_shared = pytest.mark.skip(reason=f"no shared data in {SHARED}: set REFT_SHARED to its folder")
+    missing_gpu = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if item.get_closest_marker("shared") and not SHARED.is_dir():
+            item.add_marker(missing_shared)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(missing_gpu)
+
+
+@pytest.fixture(scope="session")
+def root():
+    """The folder of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of the shared data; only for tests marked ``shared``."""
+    return SHARED
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

@@ -1,0 +1,287 @@
+"""The commands: mistakes are answered with the nearest name and status 2, correct arguments reach the run."""
+
+import logging
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import reft_lightning
+from reft_lightning import cli, composition
+from reft_lightning.schema import Config
+
+
+@pytest.fixture
+def refuse(capsys):
+    """Call preflight with arguments that do not fit; return what it says."""
+
+    def call(*argv):
+        with pytest.raises(SystemExit) as left:
+            composition.preflight(argv)
+        assert left.value.code == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        assert len(said.splitlines()) <= 4
+        return said
+
+    return call
+
+
+@pytest.fixture
+def runs(monkeypatch, tmp_path):
+    """Put a recorder in the place of ``experiment`` and give the command a folder of its own."""
+    fake = types.ModuleType("reft_lightning.experiment")
+    fake.calls = []
+
+    def run(config, run_dir):
+        fake.calls.append((config, run_dir))
+        return {"metrics": {"val/accuracy": config.optimizer.lr}}
+
+    def evaluate(run_dir, split, limit):
+        fake.calls.append((run_dir, split, limit))
+        return {"metrics": {}}
+
+    fake.run, fake.evaluate = run, evaluate
+    monkeypatch.setitem(sys.modules, "reft_lightning.experiment", fake)
+    monkeypatch.setattr(reft_lightning, "experiment", fake, raising=False)
+    monkeypatch.chdir(tmp_path)
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield fake.calls
+    for handler in set(root.handlers) - set(handlers):  # Hydra logs into the run folder
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(level)
+
+
+def command(monkeypatch, function, *argv):
+    monkeypatch.setattr(sys, "argv", ["reft", *argv])
+    function()
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("optimizer.lrr=1", "optimizer.lr"),
+        ("+optimizer.lrr=1", "optimizer.lr"),
+        ("++optimizer.lrr=1", "optimizer.lr"),
+        ("lr=1", "optimizer.lr"),
+        ("modle=tiny_random", "model"),
+        ("trainr.max_epochs=1", "trainer.max_epochs"),
+        ("intervention.rnak=2", "intervention.rank"),
+        ("sede=1", "seed"),
+    ],
+)
+def test_a_typo_on_the_command_line_names_the_nearest_key(refuse, written, meant):
+    said = refuse("model=tiny_random", written)
+    assert said.startswith(f"{written}: unknown key")
+    assert f"did you mean {meant!r}?" in said
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("intervention=loref", "intervention=loreft"),
+        ("model=tiny", "model=tiny_random"),
+        ("data=bolq", "data=boolq"),
+        ("experiment=paper/commonsense_llama_7b_lorft", "experiment=paper/commonsense_llama_7b_loreft"),
+    ],
+)
+def test_an_unknown_option_of_a_group_names_the_nearest_and_all(refuse, written, meant):
+    said = refuse("model=tiny_random", written)
+    assert f"did you mean {meant!r}?" in said
+    assert meant.partition("=")[2] in said.splitlines()[1]
+
+
+@pytest.mark.parametrize(
+    ("written", "kind"),
+    [
+        ("optimizer.lr=fast", "must be a number"),
+        ("seed=1.5", "must be an integer"),
+        ("test=perhaps", "must be true or false"),
+        ("data.tasks=boolq", "must be a list, written data.tasks=[a,b]"),
+        ("optimizer.betas=0.9", "must be a list"),
+        ("optimizer.schedule=linaer", "did you mean 'linear'?"),
+        ("model.dtype=float8", "must be one of float32, bfloat16, float16"),
+    ],
+)
+def test_a_wrong_value_says_what_the_key_takes(refuse, written, kind):
+    said = refuse("model=tiny_random", written)
+    assert written.partition("=")[0] in said
+    assert kind in said
+
+
+def test_an_unknown_intervention_option_names_the_class_and_what_it_takes(refuse):
+    said = refuse("model=tiny_random", "+intervention.options.dropuot=0.1")
+    assert "LoReFT takes no 'dropuot'; did you mean 'dropout'?" in said
+
+
+def test_an_unknown_method_names_the_nearest(refuse):
+    assert "did you mean 'loreft'?" in refuse("model=tiny_random", "intervention.method=loreff")
+
+
+def test_a_new_entry_of_a_dictionary_takes_a_plus(refuse):
+    assert "+intervention.options.x=1" in refuse("model=tiny_random", "intervention.options.x=1")
+
+
+def test_a_key_of_the_schema_cannot_be_deleted(refuse):
+    assert "set optimizer.lr=null" in refuse("model=tiny_random", "~optimizer.lr")
+
+
+def test_no_arguments_say_which_models_and_experiments_there_are(refuse):
+    said = refuse()
+    assert "tiny_random" in said
+    assert "quickstart" in said
+
+
+def test_a_source_says_what_it_needs(refuse):
+    assert "write model.path=..." in refuse("model=stories260k")
+    assert "write data.path=FOLDER" in refuse("model=tiny_random", "data.source=local")
+
+
+def test_an_argument_that_cannot_be_read_is_shown(refuse):
+    assert "'optimizer.lr=[1'" in refuse("model=tiny_random", "optimizer.lr=[1")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("optimizer: {lrr: 1}", "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
+        ("optimizr: {lr: 1}", "unknown key 'optimizr'; did you mean 'optimizer'?"),
+        ("optimizer: {lr: fast}", "optimizer.lr must be a number"),
+        ("defaults: [override /intervention: loref]", "did you mean 'intervention=loreft'?"),
+        ("defaults: [override /modle: tiny_random]", "unknown group 'modle'; did you mean 'model'?"),
+        ("seed: [1", "line 2"),
+    ],
+)
+def test_a_mistake_inside_a_yaml_file_names_the_file(refuse, tmp_path, content, expected):
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.parent.mkdir()
+    file.write_text(f"# @package _global_\n{content}\n")
+    model = [] if "modle" in content else ["model=tiny_random"]
+    said = refuse("--config-dir", str(tmp_path), "experiment=mine", *model)
+    assert str(file) in said
+    assert expected in said
+
+
+def test_every_choice_of_a_sweep_is_checked_before_the_first_job(refuse):
+    said = refuse("-m", "model=tiny_random", "seed=1,2", "optimizer.lr=1e-3,fast")
+    assert said.startswith("optimizer.lr=fast: optimizer.lr must be a number")
+    assert "did you mean 'model=tiny_random'?" in refuse("-m", "model=tiny_random,tiny")
+
+
+def test_several_values_without_multirun_say_how_to_sweep(refuse):
+    assert "add --multirun" in refuse("model=tiny_random", "seed=1,2")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["model=tiny_random"],
+        ["-m", "model=tiny_random", "seed=1,2,3", "optimizer.lr=choice(1e-3,1e-4)", "intervention=glob(*)"],
+        ["-m", "model=tiny_random", "optimizer.lr=interval(1e-4,1e-2)", "seed=range(1,3)"],
+        ["model=tiny_random", "intervention.layers=[0,1]", "trainer.devices=2", "hydra.verbose=true"],
+        ["--help"],
+    ],
+)
+def test_correct_arguments_pass_in_silence(argv, capsys):
+    composition.preflight(argv)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_typo_is_answered_without_importing_torch():
+    code = (
+        "import sys\n"
+        "from reft_lightning import composition\n"
+        "try:\n"
+        "    composition.preflight(['model=tiny_random', 'optimizer.lrr=1'])\n"
+        "except SystemExit as left:\n"
+        "    assert left.code == 2\n"
+        "assert not {'torch', 'transformers', 'lightning'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_train_runs_one_job_in_its_own_folder(monkeypatch, runs):
+    command(monkeypatch, cli.train, "experiment=debug", "data.path=rows", "seed=5")
+    ((config, run_dir),) = runs
+    assert isinstance(config, Config)
+    assert (config.seed, config.model.name, config.data.path) == (5, "tiny_random", "rows")
+    assert run_dir.parent == Path.cwd() / "outputs" / "debug"
+    assert (run_dir / ".hydra" / "overrides.yaml").is_file()
+
+
+def test_a_name_replaces_the_experiment_in_the_run_folder(monkeypatch, runs):
+    command(monkeypatch, cli.train, "experiment=debug", "data.path=rows", "name=mine")
+    assert runs[0][1].parent.name == "mine"
+
+
+def test_a_multirun_gives_each_job_a_folder_named_by_its_overrides(monkeypatch, runs):
+    command(monkeypatch, cli.train, "-m", "model=tiny_random", "seed=1,2", "data.mixture=a/b.json")
+    folders = [run_dir.name for _, run_dir in runs]
+    assert folders == [f"{i}_data.mixture=a_b.json,model=tiny_random,seed={i + 1}" for i in range(2)]
+    assert runs[0][1].parent == runs[1][1].parent
+
+
+def test_a_job_returns_the_monitored_metric_for_sweepers(monkeypatch, runs):
+    returned = []
+    monkeypatch.setattr(cli, "_train", lambda config, train=cli._train: returned.append(train(config)))
+    command(monkeypatch, cli.train, "-m", "model=tiny_random", "optimizer.lr=0.5,0.25")
+    assert returned == [0.5, 0.25]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "finished"
+    path.mkdir()
+    (path / "config.yaml").write_text("seed: 1\n")
+    return path
+
+
+def test_eval_reads_validation_unless_told_otherwise(monkeypatch, runs, folder):
+    command(monkeypatch, cli.evaluate, f"run={folder}")
+    command(monkeypatch, cli.evaluate, f"run={folder}", "split=test", "limit=10")
+    assert runs == [(folder, "validation", None), (folder, "test", 10)]
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("split=tset", "did you mean 'test'?"),
+        ("limt=3", "did you mean 'limit'?"),
+        ("limit=-3", "an integer, 1 or more; got '-3'"),
+        ("test", "key=value"),
+        ("run=", "run=FOLDER is missing"),
+        ("run=finishd", "no such folder; did you mean 'finished'?"),
+        ("run=.", "it has no config.yaml"),
+    ],
+)
+def test_eval_explains_a_wrong_argument(monkeypatch, runs, folder, capsys, argument, expected):
+    with pytest.raises(SystemExit) as left:
+        command(monkeypatch, cli.evaluate, "run=finished", argument)
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert expected in said
+    assert "usage: reft-eval" in said
+    assert runs == []
+
+
+def test_chat_hands_its_arguments_on(monkeypatch, folder):
+    fake = types.ModuleType("reft_lightning.chat")
+    calls = []
+    fake.main = lambda *arguments: calls.append(arguments)
+    monkeypatch.setitem(sys.modules, "reft_lightning.chat", fake)
+    monkeypatch.setattr(reft_lightning, "chat", fake, raising=False)
+    command(monkeypatch, cli.chat, f"run={folder}", "template=chat", "max_new_tokens=8")
+    assert calls == [(folder, 8, "chat")]
+
+
+@pytest.mark.parametrize("function", [cli.evaluate, cli.chat])
+def test_help_prints_the_usage(monkeypatch, capsys, function):
+    with pytest.raises(SystemExit) as left:
+        command(monkeypatch, function, "--help")
+    assert left.value.code == 0
+    assert "run=FOLDER" in capsys.readouterr().out
