@@ -2,8 +2,8 @@
 
 ``step.py`` starts it: ``python worker.py VARIANT MODEL_FOLDER BATCHES THREADS``. Requests arrive on stdin,
 one JSON object a line: ``{"step": i}`` trains on batch i and answers wall time, CPU time and loss;
-``{"report": true}`` answers peak memory, parameter count and versions; the end of the input ends the process. Only the packages of
-the variant are imported, so a variant may live in another environment than ``step.py``.
+``{"report": true}`` answers peak memory, parameter count and versions; the end of the input ends the process.
+Only the packages of the variant are imported, so a variant may live in another environment than ``step.py``.
 
 Shapes: b rows, s columns, t target columns.
 """
@@ -100,7 +100,8 @@ def pyreft(model: nn.Module, *, tied: bool) -> tuple[Loss, list[nn.Parameter]]:
         inputs = plain_inputs(batch)
         labels = inputs.pop("labels")
         where = batch["pyreft_locations.tied" if tied else "pyreft_locations.untied"]
-            where = where.repeat_interleave(len(layers) // where.shape[1], dim=1)
+        # (b, 1 or 2, slots) -> (b, interventions, slots): all prefix interventions, then all suffix interventions
+        where = where.repeat_interleave(len(layers) // where.shape[1], dim=1)
         unit_locations = {"sources->base": (None, where.permute(1, 0, 2).tolist())}
         _, output = adapted(inputs, unit_locations=unit_locations, labels=labels)
         return output.loss
@@ -109,10 +110,7 @@ def pyreft(model: nn.Module, *, tied: bool) -> tuple[Loss, list[nn.Parameter]]:
 
 
 LORA_SMALL = (8, ["q_proj", "v_proj"])
-LORA_LARGE = (
-    32,
-    ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
-)  # the paper's LoRA modules, its rank
+LORA_LARGE = (32, ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
 VARIANTS: dict[str, Callable[[nn.Module], tuple[Loss, list[nn.Parameter]]]] = {
     "B": bare,
     "reft": reft,
