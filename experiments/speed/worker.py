@@ -100,7 +100,7 @@ def pyreft(model: nn.Module, *, tied: bool) -> tuple[Loss, list[nn.Parameter]]:
         inputs = plain_inputs(batch)
         labels = inputs.pop("labels")
         where = batch["pyreft_locations.tied" if tied else "pyreft_locations.untied"]
-        # (b, 1 or 2, slots) -> (b, interventions, slots): all prefix interventions, then all suffix interventions
+        # (b, 1 or 2, slots) -> (b, interventions, slots): all prefixes, then all suffixes
         where = where.repeat_interleave(len(layers) // where.shape[1], dim=1)
         unit_locations = {"sources->base": (None, where.permute(1, 0, 2).tolist())}
         _, output = adapted(inputs, unit_locations=unit_locations, labels=labels)
