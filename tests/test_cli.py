@@ -220,9 +220,11 @@ def test_a_name_replaces_the_experiment_in_the_run_folder(monkeypatch, runs):
 
 
 def test_a_multirun_gives_each_job_a_folder_named_by_its_overrides(monkeypatch, runs):
-    command(monkeypatch, cli.train, "-m", "model=tiny_random", "seed=1,2", "data.mixture=a/b.json")
+    command(
+        monkeypatch, cli.train, "-m", "model=tiny_random", "seed=1,2", "logger.group=a/b", "data.path=rows"
+    )
     folders = [run_dir.name for _, run_dir in runs]
-    assert folders == [f"{i}_data.mixture=a_b.json,model=tiny_random,seed={i + 1}" for i in range(2)]
+    assert folders == [f"{i}_logger.group=a_b,model=tiny_random,seed={i + 1}" for i in range(2)]
     assert runs[0][1].parent == runs[1][1].parent
 
 
