@@ -1,20 +1,46 @@
 """reft_lightning: Representation Finetuning (ReFT, arXiv:2404.03592) of frozen language models."""
 
-from .checkpoint import ReftConfig
-from .interventions import (
-    INTERVENTIONS,
-    ConsReFT,
-    DiReFT,
-    Intervention,
-    LobiReFT,
-    LoReFT,
-    NoReFT,
-    OrthonormalDiReFT,
-)
-from .model import ParameterCount, ReftModel, attach, count_parameters
-from .positions import parse_positions
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attachment import attach, count_parameters
+    from .checkpoint import ReftConfig
+    from .interventions import (
+        INTERVENTIONS,
+        ConsReFT,
+        DiReFT,
+        Intervention,
+        LobiReFT,
+        LoReFT,
+        NoReFT,
+        OrthonormalDiReFT,
+    )
+    from .model import ParameterCount, ReftModel
+    from .positions import parse_positions
 
 __version__ = "0.1.0"
+
+# Where each public name lives: it is imported when first used, so that a typo in a command line is answered
+# before torch is imported.
+_HOME = {
+    "INTERVENTIONS": ".interventions",
+    "ConsReFT": ".interventions",
+    "DiReFT": ".interventions",
+    "Intervention": ".interventions",
+    "LoReFT": ".interventions",
+    "LobiReFT": ".interventions",
+    "NoReFT": ".interventions",
+    "OrthonormalDiReFT": ".interventions",
+    "ParameterCount": ".model",
+    "ReftConfig": ".checkpoint",
+    "ReftModel": ".model",
+    "attach": ".attachment",
+    "count_parameters": ".attachment",
+    "parse_positions": ".positions",
+}
 
 __all__ = [
     "INTERVENTIONS",
@@ -32,3 +58,9 @@ __all__ = [
     "count_parameters",
     "parse_positions",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.panel import Panel
 from transformers import GenerationConfig
 
+from .attachment import attach
 from .base_models import load_base_model
 from .checkpoint import load_adapter
 from .experiment import attachment, load_run_config, model_source
-from .model import ReftModel, attach
+from .model import ReftModel
 
 log = logging.getLogger(__name__)
 HELP = "Type a prompt; end a line with \\ to go on in the next. /plain and /chat choose the template, /quit ends."

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from lightning import Trainer, seed_everything
 from omegaconf import OmegaConf
 
+from .attachment import attach, build_on_meta
 from .base_models import load_base_model, load_config, load_tokenizer
 from .callbacks import WandbReport, build_callbacks, build_loggers, finish_wandb
 from .checkpoint import load_adapter
@@ -29,11 +29,11 @@ from .data.options import option_batches
 from .data.rows import DataSource
 from .interventions import nearest
 from .launch import single_job_ddp
-from .model import ParameterCount, ReftModel, attach, build_on_meta
+from .model import ParameterCount, ReftModel
 from .module import FinetuningModule
 from .optimization import Optimization
 from .report import print_table
-from .results import Results, config_hash, environment, now, peak_memory_bytes, write_json, write_predictions
+from .results import Results, config_hash, environment, now, peak_memory_bytes, write_predictions
 from .schema import Config
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,5 @@
 r"""A frozen language model with interventions: a set of triples (Phi, P, l).
 
-    reft = attach(base_model, "loreft", rank=8, layers="all", positions="f7+l7")
-
 One hook per site, registered once and bound to the :class:`ReftModel`; a pre-hook on the base model works out, once
 a call, which tokens are selected (P) and all R (Phi). Outside ``forward`` and ``generate`` of the ReftModel, and
 inside ``disabled()``, the hooks do nothing.
@@ -12,7 +10,7 @@ Shapes: b rows, s columns, d width, n selected tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,22 +19,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers import PreTrainedModel
 
 from .checkpoint import ReftConfig, load_adapter, save_adapter
 from .interventions import (
-    Intervention,
     Orthonormal,
     check_settings,
     intervention_class,
-    method_name,
     nearest,
     rotations,
 )
 from .masks import Spans, left_padded, numbers_its_own_positions, position_ids_of, spans_of
 from .positions import MaskFunction, Positions, parse_positions
-from .sites import Site, check_layers, find_site, text_config
+from .sites import Site, find_site
 
 TIED = ("all", "group", "position")
 
@@ -270,7 +265,7 @@ class ReftModel(nn.Module):
         if self._plan.differentiable and not torch.is_grad_enabled():
             raise ValueError(
                 f"no gradient reaches {site.path}: gradient checkpointing with use_reentrant=True cannot train "
-                "interventions inside a block; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
+                "interventions inside a block; switch it on with use_reentrant=False"
             )
         flat = hidden.reshape(-1, hidden.shape[-1])
         indices = [index.to(hidden.device) for index in self._plan.edits[key]]
@@ -396,71 +391,3 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
     if name not in modules:
         raise ValueError(f"the model has no module {name!r} to train as a head{nearest(name, modules)}")
     return modules[name]
-
-
-def attach(
-    base_model: PreTrainedModel,
-    method: str | type[Intervention] = "loreft",
-    *,
-    layers: str | Sequence[int] | dict[int, dict[str, Any]] = "all",
-    positions: str | MaskFunction = "f7+l7",
-    tied: str = "all",
-    component: str = "block_output",
-    heads: Sequence[str] = (),
-    **settings: Any,
-) -> ReftModel:
-    """Freeze a model and attach interventions to it.
-
-    Args:
-        base_model: a Hugging Face decoder or encoder.
-        method: a name of the table (``loreft``, ``direft``, ...) or a subclass of Intervention.
-        layers: ``"all"``, 0-based ids, or a dict from id to what differs there (``{3: {"rank": 4}}``).
-        positions: see :mod:`reft_lightning.positions`.
-        tied: ``all`` one Phi a layer; ``group`` one for each term (prefix, suffix), which pyreft calls untied;
-            ``position`` one for each position, the paper's untied formula.
-        component: see :mod:`reft_lightning.sites`.
-        heads: paths of modules of the base model that are trained and saved with the interventions.
-        **settings: arguments of the intervention's constructor (``rank``, ``dropout``, ``init``, ...).
-
-    Raises:
-        ValueError: for anything unknown or out of range, with what is allowed.
-    """
-    per_layer = {int(layer): dict(own) for layer, own in layers.items()} if isinstance(layers, dict) else {}
-    ids = check_layers(
-        list(per_layer) if per_layer else layers, text_config(base_model.config).num_hidden_layers
-    )
-    config = ReftConfig(
-        method=method if isinstance(method, str) else method_name(method),
-        layers=ids,
-        positions=positions,
-        tied=tied,
-        component=component,
-        settings=settings,
-        per_layer=per_layer,
-        heads=list(heads),
-        base_model=base_model.config.name_or_path or None,
-    )
-    return ReftModel(base_model, config)
-
-
-def build_on_meta(
-    config: PretrainedConfig, model_class: Callable[[PretrainedConfig], Any] | None = None
-) -> Any:
-    """Build the model of a configuration without memory for its weights."""
-    if model_class is None:
-        causal = (
-            type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
-        )
-        model_class = (AutoModelForCausalLM if causal else AutoModel).from_config
-    with torch.device("meta"):
-        return model_class(config)
-
-
-def count_parameters(
-    config: PretrainedConfig, method: str | type[Intervention] = "loreft", **kwargs: Any
-) -> ParameterCount:
-    """Count what :func:`attach` would train, from a configuration alone: no weights are needed.
-
-    Takes the arguments of :func:`attach` and raises what it raises.
-    """
-    return attach(build_on_meta(config), method, **kwargs).parameter_count()

@@ -50,7 +50,7 @@ class ExactMatch(Metric):
         """Count a batch."""
         correct = sum(a == g for a, g in zip(answers, gold, strict=True))
         missing = sum(a is None for a in answers)
-        self.counts += torch.tensor([correct, len(gold), missing], device=self.counts.device)
+        self.counts = self.counts + torch.tensor([correct, len(gold), missing], device=self.counts.device)  # not in place: inference mode made it
 
     def compute(self) -> Tensor:
         """Return correct, total, missing."""

@@ -1,0 +1,87 @@
+"""Attach interventions to a model, or count what that would train.
+
+    reft = attach(base_model, "loreft", rank=8, layers="all", positions="f7+l7")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+from .checkpoint import ReftConfig
+from .interventions import Intervention, method_name
+from .model import ParameterCount, ReftModel
+from .positions import MaskFunction
+from .sites import check_layers, text_config
+
+
+def attach(
+    base_model: PreTrainedModel,
+    method: str | type[Intervention] = "loreft",
+    *,
+    layers: str | Sequence[int] | dict[int, dict[str, Any]] = "all",
+    positions: str | MaskFunction = "f7+l7",
+    tied: str = "all",
+    component: str = "block_output",
+    heads: Sequence[str] = (),
+    **settings: Any,
+) -> ReftModel:
+    """Freeze a model and attach interventions to it.
+
+    Args:
+        base_model: a Hugging Face decoder or encoder.
+        method: a name of the table (``loreft``, ``direft``, ...) or a subclass of Intervention.
+        layers: ``"all"``, 0-based ids, or a dict from id to what differs there (``{3: {"rank": 4}}``).
+        positions: see :mod:`reft_lightning.positions`.
+        tied: ``all`` one Phi a layer; ``group`` one for each term (prefix, suffix), which pyreft calls untied;
+            ``position`` one for each position, the paper's untied formula.
+        component: see :mod:`reft_lightning.sites`.
+        heads: paths of modules of the base model that are trained and saved with the interventions.
+        **settings: arguments of the intervention's constructor (``rank``, ``dropout``, ``init``, ...).
+
+    Raises:
+        ValueError: for anything unknown or out of range, with what is allowed.
+    """
+    per_layer = {int(layer): dict(own) for layer, own in layers.items()} if isinstance(layers, dict) else {}
+    ids = check_layers(
+        list(per_layer) if per_layer else layers, text_config(base_model.config).num_hidden_layers
+    )
+    config = ReftConfig(
+        method=method if isinstance(method, str) else method_name(method),
+        layers=ids,
+        positions=positions,
+        tied=tied,
+        component=component,
+        settings=settings,
+        per_layer=per_layer,
+        heads=list(heads),
+        base_model=base_model.config.name_or_path or None,
+    )
+    return ReftModel(base_model, config)
+
+
+def build_on_meta(
+    config: PretrainedConfig, model_class: Callable[[PretrainedConfig], Any] | None = None
+) -> Any:
+    """Build the model of a configuration without memory for its weights."""
+    if model_class is None:
+        causal = (
+            type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+        )
+        model_class = (AutoModelForCausalLM if causal else AutoModel).from_config
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def count_parameters(
+    config: PretrainedConfig, method: str | type[Intervention] = "loreft", **kwargs: Any
+) -> ParameterCount:
+    """Count what :func:`attach` would train, from a configuration alone: no weights are needed.
+
+    Takes the arguments of :func:`attach` and raises what it raises.
+    """
+    return attach(build_on_meta(config), method, **kwargs).parameter_count()
