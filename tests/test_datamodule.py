@@ -1,5 +1,6 @@
 """Splits, order, ranks, resume and the sealed test split. Defects are numbered as in the survey of peers."""
 
+import itertools
 import logging
 import random
 from collections import Counter
@@ -198,7 +199,7 @@ class TestTrainBatches:
         assert padded(grouped) < 1.1 < 1.5 < padded(plain)
         means = [sum(self.lengths[i] for i in b) / len(b) for b in grouped[:-1]]
         assert means not in (sorted(means), sorted(means, reverse=True))
-        ups = sum(a < b for a, b in zip(means, means[1:], strict=False))
+        ups = sum(a < b for a, b in itertools.pairwise(means))
         assert 0.3 < ups / len(means) < 0.7
 
     @pytest.mark.parametrize("world", [2, 3, 5])

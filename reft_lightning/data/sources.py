@@ -88,9 +88,11 @@ def wheel_file(package: str | None, sha256: str | None) -> Path:
     name, version = match.groups()
     folder = cache_folder() / "wheels"
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{re.sub(r'[-_.]+', '_', name)}-{version}"
+    stem = f"{_normal(name)}-{version}"
     with FileLock(str(folder / f"{stem}.lock")):
-        present = sorted(folder.glob(f"{_glob_escape(stem)}-*.whl"))
+        wanted = [_normal(name), _normal(version)]
+        files = sorted(folder.glob("*.whl"))
+        present = [path for path in files if [_normal(part) for part in path.name.split("-")[:2]] == wanted]
         matching = [path for path in present if sha256_of(path) == sha256.lower()]
         if matching:
             return matching[0]
@@ -104,9 +106,9 @@ def wheel_file(package: str | None, sha256: str | None) -> Path:
     return target
 
 
-def _glob_escape(text: str) -> str:
-    """Return text with the characters that a glob pattern treats specially made literal."""
-    return re.sub(r"([*?[])", r"[\1]", text)
+def _normal(name: str) -> str:
+    # the index's rule for equal names (PEP 503)
+    return re.sub(r"[-_.]+", "_", name).lower()
 
 
 def _download(package: str, part: Path, folder: Path) -> Path:
