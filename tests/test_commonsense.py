@@ -184,8 +184,40 @@ class TestNames:
             get_family("comonsense")
 
     def test_the_hub_fails_at_once_and_says_what_to_do_when_offline(self):
-        with pytest.raises(ConnectionError, match=r"(?s)google/boolq.*data.source=local"):
+        with pytest.raises(ConnectionError, match=r"(?s)google/boolq:default:train@main.*data.source=local"):
             hub_rows(TASKS["boolq"].hub["train"][0])
+
+
+class TestHub:
+    """A folder in the layout of the hub's Parquet branch stands in for the hub."""
+
+    def test_sets_that_are_scripts_are_read_by_folder_from_the_parquet_branch(self, tmp_path, monkeypatch):
+        datasets = pytest.importorskip("datasets")
+        for size in ("xs", "xl"):
+            rows = [row for row, _ in read_json_file(FIXTURES / f"original/winogrande/train_{size}.jsonl.gz")]
+            for split in ("train", "validation"):
+                path = tmp_path / f"winogrande_{size}" / split / "0000.parquet"
+                path.parent.mkdir(parents=True)
+                datasets.Dataset.from_list(rows).to_parquet(path)
+        load, asked = datasets.load_dataset, []
+
+        def stand_in(name, config, *, revision, **arguments):
+            asked.append((name, config, revision))
+            return load(str(tmp_path), config, cache_dir=str(tmp_path / "cache"), **arguments)
+
+        monkeypatch.setattr(datasets, "load_dataset", stand_in)
+        train = TASKS["winogrande"].hub["train"]
+        counts = [
+            len(hub_rows(table)) for table in train if table.folder in ("winogrande_xs", "winogrande_xl")
+        ]
+        assert counts == [2, 12]
+        found = [TASKS["winogrande"].example(r, w) for r, w in hub_rows(TASKS["winogrande"].hub["test"][0])]
+        assert as_rendered(found) == as_rendered(examples("winogrande", "train", local("rendered")))
+        assert set(asked) == {("allenai/winogrande", None, "refs/convert/parquet")}
+
+    def test_all_six_sizes_of_winogrande_make_its_train_split(self):
+        folders = [table.folder for table in TASKS["winogrande"].hub["train"]]
+        assert folders == [f"winogrande_{size}" for size in ("xs", "s", "m", "l", "xl", "debiased")]
 
 
 def test_fixture_rows_match_the_schema_of_their_benchmarks():

