@@ -289,6 +289,28 @@ class TestLoaders:
             make(tasks=[])
 
 
+def read_as_rank(rank, store, folder):
+    """Run in a process of its own: read an epoch and a test split as one of two ranks."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    data = make(batch_size=2, limit_train=23)
+    steps = [b["input_ids"][b["prompt_mask"]].tolist() for b in data.train_dataloader()]
+    tested = [e.prompt for loader in data.test_dataloader() for b in loader for e in b["examples"]]
+    torch.save((steps, tested), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_share_an_epoch_and_a_test_split_D69(tmp_path):
+    torch.multiprocessing.spawn(read_as_rank, (tmp_path / "store", tmp_path), nprocs=2)
+    (left, left_test), (right, right_test) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    alone = make(batch_size=4, limit_train=23)
+    batches = alone.train_dataloader()
+    tokens = [sorted(b["input_ids"][b["prompt_mask"]].tolist()) for b in batches]
+    assert [sorted(a + b) for a, b in zip(left, right, strict=True)] == tokens
+    whole = [e.prompt for loader in alone.test_dataloader() for b in loader for e in b["examples"]]
+    assert sorted(left_test + right_test) == sorted(whole)
+
+
 class Recorder(pl.LightningModule):
     """Learns one number from each batch and writes down what it saw."""
 
