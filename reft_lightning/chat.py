@@ -9,17 +9,24 @@ from typing import Any
 import torch
 from rich.columns import Columns
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
+from rich.text import Text
 from transformers import GenerationConfig
 
 from .attachment import attach
 from .base_models import load_base_model
 from .checkpoint import load_adapter
+from .evaluation import without_generation_defaults
 from .experiment import attachment, load_run_config, model_source
 from .model import ReftModel
 
 log = logging.getLogger(__name__)
-HELP = "Type a prompt; end a line with \\ to go on in the next. /plain and /chat choose the template, /quit ends."
+HELP = (
+    "Type a prompt; a \\ at the end of a line goes on in the next. "
+    "/plain and /chat choose the template, /quit ends."
+)
+NO_TEMPLATE = "this tokenizer has no chat template"
 
 
 def main(folder: Path, max_new_tokens: int = 64, template: str = "plain") -> None:
@@ -28,26 +35,34 @@ def main(folder: Path, max_new_tokens: int = 64, template: str = "plain") -> Non
     Args:
         folder: a run folder.
         max_new_tokens: of each answer.
-        template: ``plain`` reads the prompt as the training rows are read, text and a newline; ``chat`` through
-            the tokenizer's chat template.
+        template: ``plain`` reads the prompt as the training rows are read, text and a newline; ``chat`` reads
+            it through the tokenizer's chat template.
 
     Raises:
         ValueError: if the folder is no run, or the tokenizer has no chat template.
     """
     console = Console()
     model, tokenizer = load(folder)
-    console.print(f"[bold]{folder}[/bold]: frozen base and adapted model. {HELP}", soft_wrap=True)
+    if template == "chat" and tokenizer.chat_template is None:
+        raise ValueError(f"{NO_TEMPLATE}; use template=plain")
+    console.print(f"[bold]{escape(str(folder))}[/bold]: base and adapted model. {HELP}", soft_wrap=True)
     while True:
         text = _read(console)
         if text is None or text == "/quit":
             return
         if text in ("/plain", "/chat"):
-            template = text[1:]
+            if text == "/chat" and tokenizer.chat_template is None:
+                console.print(f"{NO_TEMPLATE}; template stays {template}")
+            else:
+                template = text[1:]
+        elif text.startswith("/"):
+            console.print(f"{escape(text)} is no command. {HELP}")
         elif text:
             base, adapted = answer(model, tokenizer, text, max_new_tokens, template)
             console.print(
                 Columns(
-                    [Panel(base, title="frozen base"), Panel(adapted, title="adapted")],
+                    # Text: what a model says may look like markup
+                    [Panel(Text(base), title="frozen base"), Panel(Text(adapted), title="adapted")],
                     expand=True,
                     equal=True,
                 )
@@ -70,7 +85,7 @@ def answer(
     """Return what the frozen base and the adapted model answer, greedily."""
     if template == "chat":
         if tokenizer.chat_template is None:
-            raise ValueError("this tokenizer has no chat template; use template=plain")
+            raise ValueError(f"{NO_TEMPLATE}; use template=plain")
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
@@ -87,7 +102,8 @@ def answer(
     )  # fmt: skip
 
     def generate() -> str:
-        new = model.generate(ids, attention_mask=mask, generation_config=settings)[0, ids.shape[1] :]
+        with without_generation_defaults(model):
+            new = model.generate(ids, attention_mask=mask, generation_config=settings)[0, ids.shape[1] :]
         return tokenizer.decode(new, skip_special_tokens=True).strip() or "(nothing)"
 
     with model.disabled():

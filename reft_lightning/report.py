@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .evaluation import wilson_interval
@@ -14,7 +15,8 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
     """Print what a run obtained: frozen base against adapted model, with 95 % intervals, and what it cost."""
     console = console or Console()
     split = "test" if any(name.startswith(("test/", "base/test/")) for name in results["counts"]) else "val"
-    table = Table(title=f"{results['model']}, {'test' if split == 'test' else 'validation'} rows")
+    rows = "test" if split == "test" else "validation"
+    table = Table(title=f"{escape(str(results['model']))}, {rows} rows")
     for column in (
         "",
         "task",
@@ -38,7 +40,7 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
             f"{results['tokens_per_second']:.0f} tokens/s), evaluation {sum(seconds.values()):.0f} s, "
             f"peak memory {results['peak_memory_bytes'] / 2**30:.1f} GiB, seed {results['seed']}"
         )
-    folder = results["run_dir"]
+    folder = escape(str(results["run_dir"]))  # a sweep's folders have brackets, which rich reads as markup
     console.print(f"[bold]run folder[/bold]  {folder}", soft_wrap=True)
     console.print(f"talk to both     reft-chat run={folder}", soft_wrap=True)
     console.print(f"evaluate again   reft-eval run={folder} split=validation", soft_wrap=True)
@@ -64,4 +66,5 @@ def _score(count: dict[str, Any] | None) -> str:
         return "-"
     low, high = wilson_interval(count["correct"], count["total"])
     missing = f", {count['missing']} without an answer" if count["missing"] else ""
-    return f"{100 * count['correct'] / count['total']:.1f} [{100 * low:.1f}, {100 * high:.1f}] of {count['total']}{missing}"
+    share = 100 * count["correct"] / count["total"]
+    return f"{share:.1f} [{100 * low:.1f}, {100 * high:.1f}] of {count['total']}{missing}"

@@ -5,11 +5,13 @@ Shapes: b rows, s columns of prompt | target, t target columns, n new tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin
 
 
 @torch.no_grad()
@@ -18,18 +20,33 @@ def generate_greedily(
 ) -> Tensor:  # -> (b, n)
     """Return the new token ids that greedy decoding appends to the prompts of a batch.
 
-    The settings are complete: what a model ships as its own generation defaults (sampling, penalties) plays no part.
+    What a model ships as its own generation defaults (sampling, penalties, suppressed tokens) plays no part.
     """
     boundary = batch["boundary"]
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=eos, pad_token_id=pad
     )
-    ids = model.generate(
-        input_ids=batch["input_ids"][:, :boundary],
-        attention_mask=batch["attention_mask"][:, :boundary] * batch["prompt_mask"][:, :boundary],
-        generation_config=settings,
-    )
+    with without_generation_defaults(model):
+        ids = model.generate(
+            input_ids=batch["input_ids"][:, :boundary],
+            attention_mask=batch["attention_mask"][:, :boundary] * batch["prompt_mask"][:, :boundary],
+            generation_config=settings,
+        )
     return ids[:, boundary:]
+
+
+@contextmanager
+def without_generation_defaults(model: nn.Module) -> Iterator[None]:
+    """Put aside the generation defaults of a model, from which ``generate`` fills what is not set."""
+    owners = [module for module in model.modules() if isinstance(module, GenerationMixin)]
+    shipped = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = GenerationConfig()
+        yield
+    finally:
+        for owner, settings in zip(owners, shipped, strict=True):
+            owner.generation_config = settings
 
 
 @torch.no_grad()
