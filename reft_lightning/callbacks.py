@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from .resume import LastCheckpoint
 from .schema import CallbacksConfig, LoggerConfig
 
 log = logging.getLogger(__name__)
@@ -18,17 +21,14 @@ TABLE_ROWS = 100  # predictions shown in a W&B table
 
 
 def build_callbacks(config: CallbacksConfig, folder: Path, progress: bool) -> list[Callback]:
-    """Return the callbacks: ``best.ckpt`` by the monitored metric, ``last.ckpt`` also when a run is interrupted."""
+    """Return the callbacks: ``best.ckpt`` by the monitored metric, ``last.ckpt`` to go on from."""
     checkpoints = folder / "checkpoints"
     best = ModelCheckpoint(
         checkpoints, filename="best", monitor=config.monitor, mode=config.mode, save_top_k=1,
         enable_version_counter=False, save_on_train_epoch_end=False,
     )  # fmt: skip
-    last = ModelCheckpoint(
-        checkpoints, filename="last", every_n_train_steps=config.checkpoint_every_n_steps, save_on_exception=True,
-        enable_version_counter=False,
-    )  # fmt: skip
-    callbacks: list[Callback] = [best, last, LearningRateMonitor("step")]
+    last = LastCheckpoint(checkpoints / "last.ckpt", config.checkpoint_every_n_steps, torch.get_rng_state())
+    callbacks: list[Callback] = [best, last, LearningRateMonitor("step")]  # last knows of the best
     if config.early_stopping_patience is not None:
         callbacks.append(
             EarlyStopping(config.monitor, mode=config.mode, patience=config.early_stopping_patience)
@@ -43,7 +43,10 @@ def build_loggers(config: LoggerConfig, folder: Path, values: dict[str, Any]) ->
 
     Without a key W&B runs offline and the log says how to sync later.
     """
-    loggers: list[Logger] = [CSVLogger(folder, name="", version="csv")]
+    # CSVLogger empties a folder that it finds: a resumed run writes beside the log of its first part
+    parts = ("csv" if part == 1 else f"csv_{part}" for part in itertools.count(1))
+    version = next(part for part in parts if not (folder / part / "metrics.csv").is_file())
+    loggers: list[Logger] = [CSVLogger(folder, name="", version=version)]
     if config.tensorboard:
         loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
     if config.wandb:
@@ -102,8 +105,17 @@ class WandbReport(Callback):
                 )
 
 
-def finish_wandb(loggers: list[Logger], summary: dict[str, Any], adapter: Path, log_adapter: bool) -> None:
-    """Write the results into the W&B summary, upload the adapter as an artifact, and close the run."""
+def finish_wandb(
+    loggers: list[Logger], summary: dict[str, Any], adapter: Path | None, exit_code: int = 0
+) -> None:
+    """Write the results into the W&B summary, upload the adapter as an artifact, and close the run.
+
+    Args:
+        loggers: of the first process; W&B's may be among them.
+        summary: contents of ``results.json``.
+        adapter: its folder, or None not to upload it.
+        exit_code: 0 for a run that is complete.
+    """
     from lightning.pytorch.loggers import WandbLogger
 
     for logger in loggers:
@@ -112,8 +124,8 @@ def finish_wandb(loggers: list[Logger], summary: dict[str, Any], adapter: Path, 
 
             run = logger.experiment
             run.summary.update(summary)
-            if log_adapter and adapter.is_dir():
+            if adapter is not None:
                 artifact = wandb.Artifact(f"adapter-{run.id}", type="model")
                 artifact.add_dir(str(adapter))
                 run.log_artifact(artifact)
-            run.finish()
+            run.finish(exit_code)

@@ -1,14 +1,13 @@
 """One run: configuration -> objects -> (base) -> fit -> validate -> test -> ``results.json``.
 
-What can be wrong is checked before weights are loaded: the configuration, the interventions against a model without
-weights, then the data. A run folder holds the resolved configuration, results.json, predictions/, checkpoints/,
-adapter/ and the logs.
+What can be wrong is checked before weights are loaded: the configuration, the interventions against a model
+without weights, then the data. A run folder holds the resolved configuration, results.json, predictions/,
+checkpoints/, adapter/ and the logs.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 from lightning import Trainer, seed_everything
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
 from .attachment import attach, build_on_meta
@@ -74,42 +74,74 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
     last = folder / "checkpoints" / "last.ckpt"
     if config.resume and not last.is_file():
         raise SetupError(f"resume={config.resume}: there is no {last} to continue from")
+    if config.resume:
+        check_same_run(values, folder)
     quiet_lightning()
     seed_everything(config.seed, workers=True, verbose=False)
     try:
+        trainer = build_trainer(config, folder, values)
         objects = build(config)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MisconfigurationException) as error:
         raise SetupError(str(error)) from error
+    main = trainer.is_global_zero
     folder.mkdir(parents=True, exist_ok=True)
-    main = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if main and not config.resume:
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
     results = Results(
         folder, config_hash=config_hash(values), seed=config.seed, run_dir=str(folder), **environment()
     )
+    results.on = main
     if config.resume:
         results.resume()
-    trainer = build_trainer(config, folder, values)
-    results.on = trainer.is_global_zero
     results.update(
-        method=config.intervention.method, model=config.model.name, trainable_parameters=objects.count.trainable,
-        base_parameters=objects.count.base, percent=objects.count.percent, data_versions=objects.data.data_versions,
+        method=config.intervention.method, model=config.model.name, data_versions=objects.data.data_versions,
+        trainable_parameters=objects.count.trainable, base_parameters=objects.count.base,
+        percent=objects.count.percent,
     )  # fmt: skip
     log.info("run folder: %s", folder)
     try:
         _stages(config, folder, objects, trainer, results, last if config.resume else None)
     except BaseException as error:
-        results.update(status=f"stopped: {type(error).__name__}: {error}", stopped=now())
+        results.update(status="stopped", error=f"{type(error).__name__}: {error}", stopped=now())
+        if main:
+            finish_wandb(trainer.loggers, results.values, None, exit_code=1)
         if main and last.is_file():
-            log.error(
-                "stopped; what was computed is in %s; continue with reft-train resume=%s", folder, folder
-            )
+            log.error("stopped; what was computed is in %s; the same command with resume=%s goes on",
+                      folder, folder)  # fmt: skip
         raise
     results.update(status="complete", finished=now())
-    finish_wandb(trainer.loggers, results.values, folder / "adapter", config.logger.log_adapter)
-    if trainer.is_global_zero:
+    if main:
+        adapter = folder / "adapter" if config.logger.log_adapter else None
+        finish_wandb(trainer.loggers, results.values, adapter)
         print_table(results.values)
     return results.values
+
+
+def check_same_run(values: dict[str, Any], folder: Path) -> None:
+    """Refuse to go on with a run under another configuration: optimizer and schedule are the checkpoint's.
+
+    Raises:
+        SetupError: if a value differs that determines the result.
+    """
+    free = ("name", "resume", "logger.", "trainer.enable_progress_bar", "trainer.accelerator",
+            "data.num_workers", "callbacks.checkpoint_every_n_steps")  # fmt: skip
+    earlier = _flat(OmegaConf.to_container(OmegaConf.structured(load_run_config(folder))))
+    differ = [f"{name}: {earlier.get(name)!r} then, {value!r} now" for name, value in _flat(values).items()
+              if earlier.get(name) != value and not name.startswith(free)]  # fmt: skip
+    if differ:
+        raise SetupError(
+            f"resume={folder} continues that run: what determines its result must stay; {'; '.join(differ)}"
+        )
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {
+        name: leaf
+        for key, value in values.items()
+        for name, leaf in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
 
 
 def _stages(
@@ -119,14 +151,15 @@ def _stages(
     if config.evaluate_base and not results.has("base/"):
         with objects.model.disabled():
             evaluate_split(trainer, objects, split, folder, results, "base")
-    start, tokens = time.perf_counter(), objects.module.tokens
     trainer.fit(objects.module, objects.data, ckpt_path=resume, weights_only=False)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    seconds = time.perf_counter() - start
+    seconds = objects.module.train_seconds  # over all parts of a run that was resumed
+    tokens = int(trainer.strategy.reduce(torch.tensor(objects.module.tokens, device=objects.module.device),
+                                         reduce_op="sum"))  # fmt: skip
     results.update(
-        train_seconds=seconds, steps=trainer.global_step, tokens=objects.module.tokens,
-        tokens_per_second=(objects.module.tokens - tokens) / seconds,
+        train_seconds=seconds, steps=trainer.global_step, tokens=tokens,
+        tokens_per_second=tokens / seconds if seconds else 0.0,
         metrics={k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")},
     )  # fmt: skip
     best = Path(trainer.checkpoint_callback.best_model_path or "none")
@@ -196,8 +229,7 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
     seed_everything(config.seed, workers=True, verbose=False)
     objects = build(config)
     objects.model.load_adapter_state_dict(load_adapter(folder / "adapter")[1])
-    target = folder / "evaluations" / now().replace(":", "")
-    target.mkdir(parents=True)
+    target = _new_folder(folder / "evaluations")
     results = Results(target, run_dir=str(folder), split=split, limit=limit, **environment())
     trainer = Trainer(
         accelerator=config.trainer.accelerator, devices=1, logger=False, enable_checkpointing=False,
@@ -213,6 +245,18 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
     )
     print_table(results.values)
     return results.values
+
+
+def _new_folder(parent: Path) -> Path:
+    name = now().replace(":", "")
+    for number in range(1, 1000):
+        folder = parent / (name if number == 1 else f"{name}_{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise FileExistsError(f"{parent} has a thousand evaluations of the same second")
 
 
 def load_run_config(folder: Path) -> Config:
@@ -234,7 +278,7 @@ def build(config: Config) -> Objects:
     """Build what a run needs, the weights last.
 
     Raises:
-        ValueError: for an unknown family, task, model, layer, rank, position or setting, and for missing data.
+        ValueError: for an unknown family, task, model, layer, rank, position or setting, or missing data.
     """
     if config.data.family not in FAMILIES:
         raise ValueError(

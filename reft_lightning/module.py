@@ -1,12 +1,13 @@
 """The LightningModule: trains and evaluates any adapted model (ReFT, a PEFT baseline, the frozen model).
 
 An adapted model has ``forward(**batch)``, ``generate(...)``, ``adapter_state_dict()``,
-``load_adapter_state_dict(...)``, ``parameter_roles()`` and ``disabled()``. What it does inside, this file does not
-know. Checkpoints hold the adapter, the optimizer and the loop, never the base model.
+``load_adapter_state_dict(...)``, ``parameter_roles()`` and ``disabled()``. What it does inside, this file does
+not know. Checkpoints hold the adapter, the optimizer and the loop, never the base model.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -17,22 +18,36 @@ from torch import Tensor, nn
 
 from .data.base import Example, Family
 from .data.encoding import target_only
-from .evaluation import ExactMatch, generate_greedily, option_log_likelihoods
+from .evaluation import ExactMatch, MeanLoss, generate_greedily, option_log_likelihoods
 from .optimization import Optimization, parameter_groups, schedule_factor
 
 
 class AdaptedModel(Protocol):
     """What the module needs of a model."""
 
-    def forward(self, **batch: Any) -> Any: ...
-    def generate(self, **inputs: Any) -> Tensor: ...
-    def adapter_state_dict(self) -> dict[str, Tensor]: ...
-    def load_adapter_state_dict(self, state: dict[str, Tensor]) -> None: ...
-    def parameter_roles(self) -> dict[str, list[nn.Parameter]]: ...
+    def forward(self, **batch: Any) -> Any:
+        """Return loss and logits."""
+        ...
+
+    def generate(self, **inputs: Any) -> Tensor:
+        """Return prompts and new tokens."""
+        ...
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """Return every trained tensor."""
+        ...
+
+    def load_adapter_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Load them; all must be there."""
+        ...
+
+    def parameter_roles(self) -> dict[str, list[nn.Parameter]]:
+        """Return the trained parameters by role."""
+        ...
 
 
 class FinetuningModule(LightningModule):
-    """Train the adapter by next-token loss on the target; evaluate by generated answers and option likelihood.
+    """Train the adapter by next-token loss on the target; evaluate generated answers and option likelihoods.
 
     Args:
         model: an :class:`AdaptedModel`.
@@ -66,44 +81,53 @@ class FinetuningModule(LightningModule):
         self.max_new_tokens = max_new_tokens or family.max_new_tokens
         self.generated = nn.ModuleDict({_key(task): ExactMatch() for task in {*val_tasks, *test_tasks}})
         self.ranked = nn.ModuleDict({_key(task): ExactMatch() for task in {*val_tasks, *test_tasks}})
+        self.loss = MeanLoss()
         self.predictions: list[dict[str, Any]] = []
         self.counts: dict[str, dict[str, int]] = {}
         self.tokens = 0
+        self.train_seconds = 0.0  # before the last on_train_start
+        self._started: float | None = None
         self._window = (0, 0.0)
-        self._random_state: dict[str, Any] | None = None
+        self._batch_tokens = 0
 
-    # --- training ---------------------------------------------------------------------------------------------------
+    # --- training -------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Return the mean next-token loss over the target's tokens."""
-        tokens = int(batch["attention_mask"].sum())
+        self._batch_tokens = int(batch["attention_mask"].sum())
         loss = self.model(**_inputs(target_only(batch))).loss
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.global_step}: lower optimizer.lr, or try model.dtype=float32; "
-                "the last checkpoint is from before this step"
+                f"the loss is {loss.item()} at step {self.global_step}: lower optimizer.lr, or try "
+                "model.dtype=float32; the last checkpoint is from before this step"
             )
-        self.tokens += tokens
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def on_train_start(self) -> None:
-        """Start the clock of tokens per second."""
-        self._window = (self.tokens, time.perf_counter())
+    def on_after_backward(self) -> None:
+        """Count the batch's tokens: before a checkpoint can be written, and not if the batch failed."""
+        self.tokens += self._batch_tokens
 
-    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        """After a resume, continue the random numbers where the checkpoint left them."""
-        if self._random_state is not None:
-            _set_random_state(self._random_state)
-            self._random_state = None
+    def on_train_start(self) -> None:
+        """Start the clocks."""
+        self._started = time.perf_counter()
+        self._window = (self.tokens, self._started)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
         """Log tokens per second of this process, over the steps since the last log."""
-        if (batch_index + 1) % self.trainer.log_every_n_steps == 0:
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
             tokens, since = self._window
             now = time.perf_counter()
             self.log("train/tokens_per_second", (self.tokens - tokens) / (now - since))
             self._window = (self.tokens, now)
+
+    def on_train_end(self) -> None:
+        """Stop the clock of training."""
+        self.train_seconds, self._started = self._seconds_so_far(), None
+
+    def _seconds_so_far(self) -> float:
+        running = 0.0 if self._started is None else time.perf_counter() - self._started
+        return self.train_seconds + running
 
     def on_validation_end(self) -> None:
         """Leave the time of validation out of tokens per second."""
@@ -114,18 +138,28 @@ class FinetuningModule(LightningModule):
         settings = self.optimization
         groups = parameter_groups(self.model.parameter_roles(), settings)
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
-        factor = schedule_factor(settings, int(self.trainer.estimated_stepping_batches))
+        factor = schedule_factor(settings, self._total_steps())
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    # --- evaluation -------------------------------------------------------------------------------------------------
+    def _total_steps(self) -> float:
+        # trainer.estimated_stepping_batches would build the loaders before a checkpoint is read, and Lightning
+        # restores the state of those that it builds afterwards alone: a resumed run would read its epoch again.
+        trainer = self.trainer
+        if trainer.datamodule is None:
+            return trainer.estimated_stepping_batches
+        most = math.inf if trainer.max_steps == -1 else trainer.max_steps
+        if trainer.max_epochs == -1:
+            return most
+        batches = len(trainer.datamodule.train_dataloader())
+        return min(most, trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+
+    # --- evaluation -----------------------------------------------------------------------------------------
 
     def validation_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:
-        """Score a batch of the validation rows, and log its loss."""
+        """Score a batch of the validation rows, and add its loss."""
         loss = self.model(**_inputs(target_only(batch))).loss
-        self.log(
-            "val/loss", loss, batch_size=len(batch["examples"]), add_dataloader_idx=False, sync_dist=True
-        )
+        self.loss.update(loss, int((batch["labels"] != -100).sum()))
         self._score(batch, self.tasks["val"][dataloader_idx])
 
     def test_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:
@@ -164,15 +198,24 @@ class FinetuningModule(LightningModule):
         ]
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the predictions of the last validation."""
-        self.predictions = []
+        """Forget the last evaluation, also one that was interrupted."""
+        self._forget()
 
     def on_test_epoch_start(self) -> None:
-        """Forget the predictions of the last evaluation."""
+        """Forget the last evaluation, also one that was interrupted."""
+        self._forget()
+
+    def _forget(self) -> None:
         self.predictions = []
+        self.loss.reset()
+        for metric in (*self.generated.values(), *self.ranked.values()):
+            metric.reset()
+            metric.update([], [])  # torchmetrics warns of a process, or a way to score, without rows
 
     def on_validation_epoch_end(self) -> None:
-        """Log accuracy by task and on average."""
+        """Log the loss, a mean over all target tokens, and accuracy by task and on average."""
+        self.loss.update(torch.zeros((), device=self.device), 0)
+        self.log("val/loss", self.loss.compute(), sync_dist=True)
         self._log_accuracy("val")
 
     def on_test_epoch_end(self) -> None:
@@ -180,14 +223,13 @@ class FinetuningModule(LightningModule):
         self._log_accuracy("test")
 
     def _log_accuracy(self, stage: str) -> None:
-        """Log ``<stage>/<task>/accuracy`` and, as the paper's tables do, the mean over tasks ``<stage>/accuracy``."""
+        """Log ``<stage>/<task>/accuracy``, and ``<stage>/accuracy``: the mean over tasks, as the paper has it."""
         self.counts = {}
         for name, metrics in (("accuracy", self.generated), ("option_accuracy", self.ranked)):
             shares = []
             for task in self.tasks[stage]:
                 metric = metrics[_key(task)]
                 correct, total, missing = metric.compute().tolist()
-                metric.reset()
                 if total:
                     self.counts[f"{stage}/{task}/{name}"] = {
                         "correct": correct,
@@ -201,7 +243,7 @@ class FinetuningModule(LightningModule):
                     f"{stage}/{name}", sum(shares) / len(shares), prog_bar=name == "accuracy", sync_dist=True
                 )
 
-    # --- checkpoints ------------------------------------------------------------------------------------------------
+    # --- checkpoints ----------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the adapter alone; the base model is never part of a checkpoint."""
@@ -214,12 +256,12 @@ class FinetuningModule(LightningModule):
         self.model.load_adapter_state_dict({k.removeprefix("adapter."): v for k, v in state_dict.items()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the counted tokens and the random state."""
-        checkpoint["tokens"], checkpoint["random_state"] = self.tokens, _random_state()
+        """Add what training has taken so far."""
+        checkpoint["tokens"], checkpoint["train_seconds"] = self.tokens, self._seconds_so_far()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the counted tokens, and the random state at the first step."""
-        self.tokens, self._random_state = checkpoint["tokens"], checkpoint["random_state"]
+        """Go on counting."""
+        self.tokens, self.train_seconds = checkpoint["tokens"], checkpoint["train_seconds"]
 
 
 def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
@@ -228,14 +270,3 @@ def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
 
 def _key(task: str) -> str:
     return task.replace(".", "_")  # module names may not contain dots
-
-
-def _random_state() -> dict[str, Any]:
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": devices}
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"].cpu())
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

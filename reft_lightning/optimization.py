@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 from collections.abc import Callable
@@ -11,6 +12,14 @@ from typing import Any
 from torch import nn
 
 log = logging.getLogger(__name__)
+
+
+# The factor on the learning rate after the warm-up, by the part x of the remaining steps that is done.
+SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)),
+    "constant": lambda x: 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,24 @@ class Optimization:
     schedule: str = "linear"
     warmup_ratio: float = 0.1
     head_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: for a value that cannot train.
+        """
+        if self.schedule not in SHAPES:
+            close = difflib.get_close_matches(str(self.schedule), SHAPES, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"schedule must be one of {', '.join(SHAPES)}; got {self.schedule!r}{hint}")
+        for name in ("lr", "head_lr"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be above 0; got {value}")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio, a part of all steps, must lie in 0..1; got {self.warmup_ratio}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must be 0 or more; got {self.weight_decay}")
 
 
 def parameter_groups(roles: dict[str, list[nn.Parameter]], settings: Optimization) -> list[dict[str, Any]]:
@@ -51,21 +78,21 @@ def parameter_groups(roles: dict[str, list[nn.Parameter]], settings: Optimizatio
     return groups
 
 
-def schedule_factor(settings: Optimization, total_steps: int) -> Callable[[int], float]:
-    """Return the factor on the learning rate by optimizer step: 0 -> 1 over the warm-up, then the schedule to 0.
+def schedule_factor(settings: Optimization, total_steps: float) -> Callable[[int], float]:
+    """Return the factor on the learning rate by step: 0 -> 1 over the warm-up, then the schedule to 0.
 
     Raises:
-        ValueError: for an unknown schedule, or a run of unknown length that needs one.
+        ValueError: for a run without an end that needs one.
     """
+    if math.isinf(total_steps):
+        if settings.schedule != "constant" or settings.warmup_ratio:
+            raise ValueError(
+                f"the {settings.schedule} schedule with warmup_ratio={settings.warmup_ratio} needs the number "
+                "of steps: set trainer.max_steps or trainer.max_epochs"
+            )
+        return lambda step: 1.0
     warmup = math.ceil(settings.warmup_ratio * total_steps)
-    shapes: dict[str, Callable[[float], float]] = {
-        "linear": lambda x: 1 - x,
-        "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)),
-        "constant": lambda x: 1.0,
-    }
-    if settings.schedule not in shapes:
-        raise ValueError(f"schedule must be one of {', '.join(shapes)}; got {settings.schedule!r}")
-    shape = shapes[settings.schedule]
+    shape = SHAPES[settings.schedule]
 
     def factor(step: int) -> float:
         if step < warmup:

@@ -1,6 +1,7 @@
 """`results.json`: what a run obtained, and what is needed to run it again.
 
-It is written after every stage, so that a crash loses nothing that was computed; ``status`` says how far it got.
+It is written after every stage, so that a crash loses nothing that was computed; ``status`` is running, stopped
+or complete.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ class Results:
     def resume(self) -> None:
         """Take up what an interrupted run had obtained in the same folder; its environment is this one's."""
         if self.path.is_file():
-            self.values = json.loads(self.path.read_text(encoding="utf-8")) | {
-                k: v for k, v in self.values.items() if k not in ("metrics", "counts", "test_reads")
-            }
+            earlier = json.loads(self.path.read_text(encoding="utf-8"))
+            now = {k: v for k, v in self.values.items() if k not in ("metrics", "counts", "test_reads")}
+            self.values = {k: v for k, v in earlier.items() if k not in ("stopped", "error")} | now
 
     def has(self, prefix: str) -> bool:
         """Whether a metric with this prefix was obtained."""
@@ -114,7 +115,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Return the commit of this package's source tree, with ``+changes`` where it differs; None outside git."""
+    """Return the commit of this source tree, with ``+changes`` where it differs; None outside git."""
     here = Path(__file__).parent
     run = ["git", "-C", str(here)]
     try:

@@ -1,6 +1,13 @@
 """Evaluation: generated text -> answer -> score, and the likelihood of options."""
 
-from .decoding import generate_greedily, option_log_likelihoods
-from .metrics import ExactMatch, wilson_interval
+from .decoding import generate_greedily, option_log_likelihoods, without_generation_defaults
+from .metrics import ExactMatch, MeanLoss, wilson_interval
 
-__all__ = ["ExactMatch", "generate_greedily", "option_log_likelihoods", "wilson_interval"]
+__all__ = [
+    "ExactMatch",
+    "MeanLoss",
+    "generate_greedily",
+    "option_log_likelihoods",
+    "wilson_interval",
+    "without_generation_defaults",
+]

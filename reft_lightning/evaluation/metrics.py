@@ -19,6 +19,7 @@ def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[floa
     Args:
         correct: successes, 0..total.
         total: trials n.
+        z: quantile of the normal distribution, 1.96 for 95 %.
 
     Returns:
         Lower and upper end; (nan, nan) without trials.
@@ -50,8 +51,29 @@ class ExactMatch(Metric):
         """Count a batch."""
         correct = sum(a == g for a, g in zip(answers, gold, strict=True))
         missing = sum(a is None for a in answers)
-        self.counts = self.counts + torch.tensor([correct, len(gold), missing], device=self.counts.device)  # not in place: inference mode made it
+        batch = torch.tensor([correct, len(gold), missing], device=self.counts.device)
+        self.counts = self.counts + batch  # not in place: inference mode may have made it
 
     def compute(self) -> Tensor:
         """Return correct, total, missing."""
         return self.counts
+
+
+class MeanLoss(Metric):
+    """Mean loss over target tokens: the same for any batch size and any number of processes."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", default=torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("tokens", default=torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, tokens: int) -> None:
+        """Add a batch's mean loss over so many tokens."""
+        self.total = self.total + loss.detach().float() * tokens
+        self.tokens = self.tokens + tokens
+
+    def compute(self) -> Tensor:
+        """Return the mean; nan without tokens."""
+        return self.total / self.tokens
