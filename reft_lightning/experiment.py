@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -295,7 +296,10 @@ def build(config: Config) -> Objects:
     data.setup("fit")
     base_model, _ = load_base_model(**source)
     if config.model.gradient_checkpointing:
-        base_model.gradient_checkpointing_enable()
+        with warnings.catch_warnings():
+            # the name in all of transformers 5; 5.23 deprecates it for 6
+            warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable.*deprecated", FutureWarning)
+            base_model.gradient_checkpointing_enable()
     model = attach(base_model, **attachment(config))
     options = (
         partial(option_batches, tokenizer, max_length=data.max_length) if config.option_likelihood else None

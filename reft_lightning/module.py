@@ -95,7 +95,13 @@ class FinetuningModule(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Return the mean next-token loss over the target's tokens."""
         self._batch_tokens = int(batch["attention_mask"].sum())
-        loss = self.model(**_inputs(target_only(batch))).loss
+        try:
+            loss = self.model(**_inputs(target_only(batch))).loss
+        except torch.linalg.LinAlgError as error:
+            raise FloatingPointError(
+                f"R cannot be computed at step {self.global_step}, its parameters are no longer finite or its rows "
+                f"no longer independent: lower optimizer.lr ({error})"
+            ) from error
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.global_step}: lower optimizer.lr, or try "
