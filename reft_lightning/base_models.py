@@ -179,6 +179,7 @@ def load_base_model(
     task: str = "causal_lm",
     base_dropout: bool = False,
     attn_implementation: str | None = None,
+    float32_logits: bool = False,
     config: Mapping[str, Any] | None = None,
     num_labels: int | None = None,
     seed: int = 42,
@@ -197,6 +198,7 @@ def load_base_model(
         task: `causal_lm` or `sequence_classification`.
         base_dropout: False sets every dropout of the base model to 0, so `train()` changes nothing in it.
         attn_implementation: of transformers: `eager`, `sdpa`, ...; None for its default.
+        float32_logits: compute the logits of a 16-bit causal model in float32, see `widen_logits`.
         config: for `random`: configuration arguments, `model_type` among them.
         num_labels: of a classifier.
         seed: of the random weights: all of `random`, the new head of a classifier.
@@ -235,8 +237,27 @@ def load_base_model(
     if model.config.pad_token_id is None:
         # a classifier finds the last token of a row by the pad id of its configuration
         model.config.pad_token_id = loaded_tokenizer.pad_token_id
+    if float32_logits and task == "causal_lm" and DTYPES[dtype] != torch.float32:
+        widen_logits(model)
     model.eval()
     return model, loaded_tokenizer
+
+
+def widen_logits(model: PreTrainedModel) -> None:
+    """Let the language-model head of a 16-bit model compute in float32.
+
+    bfloat16 keeps 8 bits: logits around 33, as SmolLM2 has them, come in steps of 0.25, so that close answers tie
+    and the lower token id wins. The head gets a float32 copy of its weights; embeddings tied to it keep theirs.
+    """
+    head = model.get_output_embeddings()
+    # head.float() would widen embeddings that are tied to it
+    for name, parameter in list(head.named_parameters(recurse=False)):
+        setattr(head, name, torch.nn.Parameter(parameter.detach().float(), requires_grad=False))
+    head.register_forward_pre_hook(_to_float32)
+
+
+def _to_float32(module: torch.nn.Module, args: tuple) -> tuple:
+    return (args[0].float(), *args[1:])
 
 
 def _fit_to_tokenizer(

@@ -50,6 +50,7 @@ class ModelConfig:
     base_dropout: bool = False  # train() on the base while training, as the authors' code did
     gradient_checkpointing: bool = False
     attn_implementation: Optional[str] = None  # None: transformers' choice
+    float32_logits: bool = True  # of a 16-bit model: bfloat16 logits tie. False, as the authors' code has it
     config: dict[str, Any] = field(
         default_factory=dict
     )  # source=random: arguments of the HF config, with model_type

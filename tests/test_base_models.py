@@ -229,3 +229,15 @@ def test_the_language_model_in_a_wheel_is_converted_once_and_answers():
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     ids = model.generate(**prompt, max_new_tokens=3, do_sample=False)
     assert "Paris" in tokenizer.decode(ids[0])
+
+
+def test_logits_of_a_bfloat16_model_can_be_float32_and_break_ties():
+    arguments = {"source": "random", "tokenizer": "bytes", "dtype": "bfloat16", "config": LLAMA}
+    ids = torch.arange(3, 60).unsqueeze(0)
+    narrow = load_base_model(**arguments)[0](ids).logits
+    model, _ = load_base_model(**arguments, float32_logits=True)
+    wide = model(ids).logits
+    assert (narrow.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(wide, narrow.float(), rtol=1e-2, atol=1e-2)  # bfloat16 keeps 8 bits
+    assert wide.unique().numel() > 2 * narrow.unique().numel()
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16

@@ -1,0 +1,70 @@
+"""What the README shows is run."""
+
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import reft_lightning as rl
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def code_with(words: str) -> str:
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if words in block]
+    assert len(blocks) == 1, f"one block of the README holds {words!r}"
+    return blocks[0]
+
+
+@pytest.fixture
+def red():
+    names = dict(rl.INTERVENTIONS)
+    scope: dict = {"__name__": "readme"}
+    exec(code_with("class RED"), scope)
+    yield scope["RED"]
+    rl.INTERVENTIONS.clear()
+    rl.INTERVENTIONS.update(names)
+
+
+def test_the_new_intervention_of_the_readme_is_ten_lines():
+    lines = code_with("class RED").split("class RED")[1].splitlines()
+    assert len([line for line in lines if line.strip() and '"""' not in line]) <= 10
+
+
+def test_the_new_intervention_of_the_readme_edits_saves_loads_and_generates(red, tmp_path):
+    reft = rl.attach(tiny.model("llama"), "red", positions="all").eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with reft.disabled():
+        base = reft(input_ids=ids).logits
+    torch.testing.assert_close(reft(input_ids=ids).logits, base, rtol=0, atol=0)  # s = 1, b = 0: the identity
+    with torch.no_grad():
+        for parameter in reft.interventions.parameters():
+            parameter.add_(0.3)
+    edited = reft(input_ids=ids).logits
+    assert (edited - base).abs().max() > 1e-3
+    reft.save_pretrained(tmp_path)
+    again = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()
+    torch.testing.assert_close(again(input_ids=ids).logits, edited, rtol=0, atol=0)
+    new = {name: again.generate(ids, max_new_tokens=4, do_sample=False, use_cache=name) for name in (True, False)}
+    assert torch.equal(new[True], new[False])
+    width = reft.base_model.config.hidden_size
+    assert reft.parameter_count().trainable == 2 * width * reft.base_model.config.num_hidden_layers
+
+
+def test_every_file_that_the_readme_links_to_is_there():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("path", re.findall(r"`(experiments/\w+|tests/\w+\.py)`", README))
+def test_every_path_that_the_readme_names_is_there(path):
+    assert (ROOT / path).exists()
+
+
+def test_the_files_of_the_annotated_tree_are_there():
+    tree = README.split("## Files")[1].split("```")[1]
+    for name in re.findall(r"\b([a-z_]+\.py)\b", tree):
+        assert list((ROOT / "reft_lightning").rglob(name)) or list((ROOT / "tests").rglob(name)), name
