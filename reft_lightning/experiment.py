@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,6 +95,7 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
     results.on = main
     if config.resume:
         results.resume()
+        objects.data.test_reads[:0] = results.values["test_reads"]
     results.update(
         method=config.intervention.method, model=config.model.name, data_versions=objects.data.data_versions,
         trainable_parameters=objects.count.trainable, base_parameters=objects.count.base,
@@ -149,9 +151,12 @@ def _stages(
     config: Config, folder: Path, objects: Objects, trainer: Trainer, results: Results, resume: Path | None
 ) -> None:
     split = "test" if config.test and not config.sealed else "validation"
-    if config.evaluate_base and not results.has("base/"):
+    if config.evaluate_base and not results.has("base/") and (split == "test" or objects.data.val_tasks):
         with objects.model.disabled():
             evaluate_split(trainer, objects, split, folder, results, "base")
+    validated = bool(objects.data.val_tasks)
+    if not validated:
+        trainer.limit_val_batches = 0
     trainer.fit(objects.module, objects.data, ckpt_path=resume, weights_only=False)
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -170,7 +175,8 @@ def _stages(
         results.update(best_step=checkpoint["global_step"])
     if trainer.is_global_zero:
         objects.model.save_pretrained(folder / "adapter")
-    evaluate_split(trainer, objects, "validation", folder, results, "")
+    if validated:
+        evaluate_split(trainer, objects, "validation", folder, results, "")
     if split == "test":
         evaluate_split(trainer, objects, "test", folder, results, "")
     results.update(peak_memory_bytes=peak_memory_bytes())
@@ -294,6 +300,7 @@ def build(config: Config) -> Objects:
     data = FamilyDataModule(FAMILIES[config.data.family], tokenizer, **data_arguments(config))
     data.prepare_data()
     data.setup("fit")
+    check_monitor(config, data.val_tasks)
     base_model, _ = load_base_model(**source)
     if config.model.gradient_checkpointing:
         with warnings.catch_warnings():
@@ -310,6 +317,26 @@ def build(config: Config) -> Objects:
     )  # fmt: skip
     module.train()  # Lightning starts training in the mode it finds; the base's dropout is 0 unless asked for
     return Objects(model, data, module, model.parameter_count())
+
+
+def check_monitor(config: Config, tasks: Sequence[str]) -> None:
+    """Refuse a monitored score that no validation will report.
+
+    Raises:
+        ValueError: for an unknown score, or early stopping without validation rows.
+    """
+    scores = ["accuracy", "option_accuracy"] if config.option_likelihood else ["accuracy"]
+    known = ["val/loss", *(f"val/{s}" for s in scores), *(f"val/{t}/{s}" for t in tasks for s in scores)]
+    name = config.callbacks.monitor
+    if tasks and name not in known:
+        raise ValueError(
+            f"callbacks.monitor must be one of {', '.join(known)}; got {name!r}{nearest(name, known)}"
+        )
+    if not tasks and config.callbacks.early_stopping_patience is not None:
+        raise ValueError(
+            "early stopping needs validation rows: set data.validation_size, or no "
+            "callbacks.early_stopping_patience"
+        )
 
 
 def model_source(config: Config) -> dict[str, Any]:

@@ -1,0 +1,322 @@
+"""Whole runs: what they write, what they refuse before weights are loaded, what a crash leaves."""
+
+import json
+
+import pytest
+import short_runs
+import torch
+from lightning import Callback
+
+import reft_lightning as rl
+from reft_lightning import experiment
+from reft_lightning.base_models import load_base_model
+from reft_lightning.composition import CompositionError
+from reft_lightning.results import config_hash
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return short_runs.write_rows(tmp_path_factory.mktemp("rows"))
+
+
+# rates that the schedule keeps high spoil the model after a good start: the best checkpoint is not the last
+SETTINGS = ("evaluate_base=true", "callbacks.monitor=val/loss", "callbacks.mode=min")
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "a"
+    return folder, short_runs.run(data, folder, *SETTINGS)
+
+
+def test_the_results_hold_what_is_needed_to_run_again(data, finished):
+    folder, results = finished
+    assert results == short_runs.results(folder)
+    assert results["status"] == "complete"
+    reft = rl.attach(base(data), "loreft", rank=2, positions="f2+l2")
+    count = reft.parameter_count()
+    assert (results["trainable_parameters"], results["percent"]) == (count.trainable, count.percent)
+    assert results["steps"] == 12
+    assert results["train_seconds"] > 0
+    assert {"base/test", "validation", "test"} == set(results["seconds"])
+    assert results["tokens_per_second"] == pytest.approx(results["tokens"] / results["train_seconds"])
+    assert results["peak_memory_bytes"] > 100 * 2**20
+    assert results["seed"] == 42
+    assert {"python", "torch", "lightning", "transformers", "reft_lightning"} <= set(results["versions"])
+    assert results["versions"]["torch"] == torch.__version__
+    assert results["git_commit"] is None or len(results["git_commit"].removesuffix("+changes")) == 40
+    assert results["data_versions"]["family"] == "commonsense"
+    assert results["data_versions"]["train"]["boolq"]["rows"] == 24
+    assert [read["rows"] for read in results["test_reads"]] == [6]
+    assert results["method"] == "loreft"
+
+
+def test_the_hash_tells_what_determines_a_result():
+    values = {"seed": 1, "name": "a", "resume": None, "logger": {"wandb": True}}
+    assert config_hash(values) == config_hash({**values, "name": "b", "resume": "x", "logger": {}})
+    assert config_hash(values) != config_hash({**values, "seed": 2})
+
+
+def test_every_score_comes_with_its_counts(finished):
+    folder, results = finished
+    metrics, counts = results["metrics"], results["counts"]
+    assert {"val/accuracy", "val/loss", "val/boolq/accuracy", "val/boolq/option_accuracy", "test/accuracy",
+            "test/boolq/accuracy", "base/test/boolq/accuracy", "train/loss"} <= set(metrics)  # fmt: skip
+    for name, count in counts.items():
+        assert count["total"] == 6
+        assert metrics[name] == pytest.approx(count["correct"] / 6)
+        low, high = count["interval"]
+        assert low <= metrics[name] <= high
+    for name, prefix in (("reft_test", ""), ("base_test", "base/")):
+        rows = short_runs.predictions(folder, name)
+        assert len(rows) == 6
+        by_rows = sum(row["option"] == row["gold"] for row in rows)
+        assert counts[f"{prefix}test/boolq/option_accuracy"]["correct"] == by_rows
+
+
+def base(data):
+    return load_base_model(**experiment.model_source(short_runs.config(data)))[0]
+
+
+def test_the_adapter_folder_reproduces_the_predictions_on_a_fresh_base(data, finished):
+    folder, _ = finished
+    settings = short_runs.config(data)
+    objects = experiment.build(settings)
+    reft = rl.ReftModel.from_pretrained(base(data), folder / "adapter").eval()
+    texts = {}
+    objects.data.setup("test")
+    for loader in objects.data.test_dataloader():
+        for batch in loader:
+            new = experiment_generate(reft, batch)
+            for example, ids in zip(batch["examples"], new, strict=True):
+                texts[example.source] = objects.data.tokenizer.decode(ids, skip_special_tokens=True)
+    rows = short_runs.predictions(folder, "reft_test")
+    assert {row["source"]: row["generated"] for row in rows} == texts
+    # the adapter says something else than the base, so the check above is one
+    assert [row["generated"] for row in short_runs.predictions(folder, "base_test")] != [
+        row["generated"] for row in rows
+    ]
+
+
+def experiment_generate(model, batch):
+    from reft_lightning.evaluation import generate_greedily
+
+    return generate_greedily(model, batch, max_new_tokens=3, eos=2, pad=0)
+
+
+def test_evaluating_again_gives_the_runs_own_scores(finished):
+    folder, results = finished
+    again = experiment.evaluate(folder)
+    assert again["test_reads"] == []
+    measured = {k: v for k, v in results["metrics"].items() if k.startswith("val/")}
+    assert again["metrics"] == pytest.approx(measured)
+    assert again["counts"] == {k: v for k, v in results["counts"].items() if k.startswith("val/")}
+
+
+def test_each_read_of_the_test_split_is_recorded_in_the_run(data, tmp_path):
+    short_runs.run(data, tmp_path, "trainer.max_epochs=1")
+    experiment.evaluate(tmp_path, "test")
+    again = experiment.evaluate(tmp_path, "test", limit=3)
+    results = short_runs.results(tmp_path)
+    assert [read["rows"] for read in results["test_reads"]] == [6, 6, 3]
+    assert again["counts"]["test/boolq/accuracy"]["total"] == 3
+    assert len(list((tmp_path / "evaluations").iterdir())) == 2
+    assert results["status"] == "complete"
+
+
+def test_an_unknown_split_names_the_nearest(finished):
+    with pytest.raises(ValueError, match="got 'tset'; did you mean 'test'"):
+        experiment.evaluate(finished[0], "tset")
+
+
+class Worsen(Callback):
+    """Spoil the adapter after the first validation."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        if trainer.global_step == 9:
+            with torch.no_grad():
+                for parameter in module.model.interventions.parameters():
+                    parameter.add_(torch.randn_like(parameter) * 5)
+
+
+@pytest.fixture
+def worsen(monkeypatch):
+    build = experiment.build_callbacks
+    monkeypatch.setattr(experiment, "build_callbacks", lambda *args: [Worsen(), *build(*args)])
+
+
+def test_the_best_checkpoint_is_tested_and_saved_and_not_the_last(data, worsen, tmp_path):
+    results = short_runs.run(data, tmp_path, *SETTINGS)
+    best, last = short_runs.checkpoint(tmp_path, "best"), short_runs.checkpoint(tmp_path, "last")
+    assert (best["global_step"], last["global_step"]) == (6, 12)
+    assert results["best_step"] == 6
+    losses = short_runs.logged(tmp_path, "val/loss")
+    first, second = [losses[step] for step in sorted(losses)][:2]
+    assert second > first + 0.01
+    assert results["metrics"]["val/loss"] == pytest.approx(first)
+    saved = rl.checkpoint.load_adapter(tmp_path / "adapter")[1]
+    for name, tensor in best["state_dict"].items():
+        assert torch.equal(saved[name.removeprefix("adapter.")], tensor)
+
+
+def test_the_last_checkpoint_is_kept_where_the_best_is_not_wanted(data, worsen, tmp_path):
+    results = short_runs.run(data, tmp_path, *SETTINGS, "callbacks.restore_best=false")
+    assert "best_step" not in results
+    saved = rl.checkpoint.load_adapter(tmp_path / "adapter")[1]
+    for name, tensor in short_runs.checkpoint(tmp_path)["state_dict"].items():
+        assert torch.equal(saved[name.removeprefix("adapter.")], tensor)
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(data, finished, tmp_path):
+    _, results = finished
+    again = short_runs.run(data, tmp_path / "again", *SETTINGS)
+    other = short_runs.run(data, tmp_path / "other", *SETTINGS, "seed=43")
+    timeless = [k for k in results["metrics"] if "per_second" not in k]
+    assert {k: again["metrics"][k] for k in timeless} == {k: results["metrics"][k] for k in timeless}
+    assert again["config_hash"] == results["config_hash"] != other["config_hash"]
+    assert other["metrics"]["train/loss"] != results["metrics"]["train/loss"]
+    # the split is its own seed's: all runs validate on the same rows
+    assert other["data_versions"]["split"] == results["data_versions"]["split"]
+
+
+def test_a_sealed_run_never_reads_the_test_split(data, tmp_path):
+    (tmp_path / "rows" / "boolq").mkdir(parents=True)
+    rows = json.loads((data / "boolq" / "train.json").read_text())
+    (tmp_path / "rows" / "boolq" / "train.json").write_text(json.dumps(rows))
+    results = short_runs.run(tmp_path / "rows", tmp_path / "run", "sealed=true", "evaluate_base=true")
+    assert results["test_reads"] == []
+    assert "val/accuracy" in results["metrics"]
+    assert "base/val/accuracy" in results["metrics"]
+    assert not [name for name in results["metrics"] if "test/" in name]
+    with pytest.raises(ValueError, match="sealed"):
+        experiment.evaluate(tmp_path / "run", "test")
+
+
+def test_a_run_without_the_test_reads_no_test_rows(data, tmp_path):
+    results = short_runs.run(data, tmp_path, "test=false", "trainer.max_epochs=1")
+    assert results["test_reads"] == []
+    assert not [name for name in results["metrics"] if name.startswith("test/")]
+
+
+def test_a_run_may_have_no_validation_rows(data, tmp_path):
+    results = short_runs.run(data, tmp_path, "data.validation_size=0")
+    assert results["status"] == "complete"
+    assert results["steps"] == 16
+    assert not [name for name in results["metrics"] if name.startswith("val/")]
+    assert short_runs.checkpoint(tmp_path)["global_step"] == 16
+
+
+def test_early_stopping_needs_validation_rows(data, no_weights, tmp_path):
+    with pytest.raises(experiment.SetupError, match="early stopping needs validation rows"):
+        short_runs.run(data, tmp_path, "data.validation_size=0", "callbacks.early_stopping_patience=1")
+
+
+def test_early_stopping_stops_early(data, worsen, tmp_path):
+    overrides = ("callbacks.early_stopping_patience=1", "trainer.max_epochs=6")
+    results = short_runs.run(data, tmp_path, *SETTINGS, *overrides)
+    assert results["steps"] == 12
+    assert results["best_step"] == 6
+
+
+# --- refused before weights are loaded -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    def loaded(**_):
+        raise AssertionError("weights were loaded before the configuration was checked")
+
+    monkeypatch.setattr(experiment, "load_base_model", loaded)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("intervention.layers=[0,7]", "7"),
+        ("intervention.rank=33", r"rank must lie in 1\.\.32, the width of the representation; got 33"),
+        ("intervention.positions=g3", "g3"),
+        ("intervention.method=lorefd", "did you mean 'loreft'"),
+        ("+intervention.options.rnak=2", "did you mean 'rank'"),
+        ("intervention.tied=allof", "did you mean 'all'"),
+        ("intervention.dropout=1.5", r"dropout must lie in \[0, 1\); got 1.5"),
+        ("intervention.component=block_ouput", "did you mean 'block_output'"),
+        ("data.tasks=[bolq]", "did you mean 'boolq'"),
+        ("data.family=commonsens", "did you mean 'commonsense'"),
+        ("data.path=/nowhere/at/all", "/nowhere/at/all"),
+        ("data.validation_size=24", "validation_size must be smaller than the 24 distinct train prompts"),
+        ("optimizer.lr=0", "lr must be above 0; got 0"),
+        ("optimizer.warmup_ratio=2", r"must lie in 0\.\.1; got 2"),
+        ("optimizer.schedule=linaer", "did you mean 'linear'"),
+        ("callbacks.monitor=val/acuracy", "did you mean 'val/accuracy'"),
+        ("callbacks.monitor=val/piqa/accuracy", "got 'val/piqa/accuracy'"),
+        ("trainer.accelerator=abacus", "abacus"),
+        ("trainer.precision=31", "31"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_weights_are_loaded(data, no_weights, tmp_path, override, message):
+    with pytest.raises((experiment.SetupError, CompositionError), match=message):
+        short_runs.run(data, tmp_path / "run", override)
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_broken_line_of_the_rows_is_named(data, no_weights, tmp_path):
+    (tmp_path / "boolq").mkdir()
+    text = (data / "boolq" / "train.json").read_text().replace("}, {", "},\n{")
+    lines = text.splitlines()
+    lines[4] = lines[4].replace('"answer"', 'answer"')
+    (tmp_path / "boolq" / "train.json").write_text("\n".join(lines))
+    with pytest.raises(experiment.SetupError, match=r"train\.json, line 5: not JSON"):
+        short_runs.run(tmp_path, tmp_path / "run")
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"is no run folder: it has no config\.yaml"):
+        experiment.evaluate(tmp_path)
+
+
+# --- crashes -------------------------------------------------------------------------------------------------------
+
+
+def test_a_crash_in_training_keeps_what_was_computed(data, monkeypatch, tmp_path, caplog):
+    short_runs.stop_at(monkeypatch, 3)
+    with pytest.raises(short_runs.Stop):
+        short_runs.run(data, tmp_path, "evaluate_base=true")
+    results = short_runs.results(tmp_path)
+    assert results["status"] == "stopped"
+    assert results["error"] == "Stop: stopped in call 3 of training_step"
+    assert "base/test/accuracy" in results["metrics"]
+    assert [read["rows"] for read in results["test_reads"]] == [6]
+    assert len(short_runs.predictions(tmp_path, "base_test")) == 6
+    assert short_runs.checkpoint(tmp_path)["global_step"] == 3
+    assert f"resume={tmp_path}" in caplog.text
+
+
+def test_after_a_crash_the_base_is_not_evaluated_again(data, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        short_runs.stop_at(patch, 3)
+        with pytest.raises(short_runs.Stop):
+            short_runs.run(data, tmp_path, "evaluate_base=true")
+    base = {k: v for k, v in short_runs.results(tmp_path)["metrics"].items() if k.startswith("base/")}
+    seen = []
+    original = experiment.evaluate_split
+    monkeypatch.setattr(
+        experiment, "evaluate_split", lambda *args: (seen.append(args[-1]), original(*args))[1]
+    )
+    results = short_runs.run(data, tmp_path, "evaluate_base=true", f"resume={tmp_path}")
+    assert seen == ["", ""]
+    assert base.items() <= results["metrics"].items()
+    assert [read["rows"] for read in results["test_reads"]] == [6, 6]
+
+
+def test_a_crash_in_the_last_evaluation_can_be_continued(data, finished, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        short_runs.stop_at(patch, 1, "test_step")
+        with pytest.raises(short_runs.Stop):
+            short_runs.run(data, tmp_path, *SETTINGS[1:])
+    results = short_runs.results(tmp_path)
+    assert results["status"] == "stopped"
+    assert results["metrics"]["val/loss"] == finished[1]["metrics"]["val/loss"]
+    again = short_runs.run(data, tmp_path, *SETTINGS[1:], f"resume={tmp_path}")
+    assert again["metrics"]["test/accuracy"] == finished[1]["metrics"]["test/accuracy"]
+    assert again["train_seconds"] == pytest.approx(results["train_seconds"], rel=0.5)
+    assert again["best_step"] == finished[1]["best_step"]
