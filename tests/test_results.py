@@ -1,0 +1,105 @@
+"""results.json: written whole, resumed, merged; the table that a run ends with."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from reft_lightning import results as module
+from reft_lightning.report import print_table
+from reft_lightning.results import Results, write_json, write_predictions
+
+
+def test_values_are_merged_and_on_disk_at_once(tmp_path):
+    results = Results(tmp_path, seed=3)
+    results.update(seconds={"a": 1.0})
+    results.update(seconds={"b": 2.0}, steps=4)
+    assert json.loads((tmp_path / "results.json").read_text()) == results.values
+    assert results.values["seconds"] == {"a": 1.0, "b": 2.0}
+    assert results.values["status"] == "running"
+    assert Results.read(tmp_path).values == results.values
+
+
+def test_only_the_first_process_writes(tmp_path):
+    results = Results(tmp_path)
+    results.on = False
+    results.update(steps=4)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_scores_get_intervals_and_a_prefix(tmp_path):
+    results = Results(tmp_path)
+    counts = {"test/boolq/accuracy": {"correct": 5, "total": 10, "missing": 1}}
+    results.add_scores({"test/boolq/accuracy": 0.5}, counts, "base/")
+    assert results.values["metrics"] == {"base/test/boolq/accuracy": 0.5}
+    count = results.values["counts"]["base/test/boolq/accuracy"]
+    assert (count["correct"], count["total"], count["missing"]) == (5, 10, 1)
+    assert count["interval"] == pytest.approx([0.2366, 0.7634], abs=1e-4)
+    assert results.has("base/")
+    assert not results.has("test/")
+
+
+def test_a_resumed_run_keeps_its_scores_and_forgets_that_it_stopped(tmp_path):
+    first = Results(tmp_path, versions={"torch": "1"})
+    first.update(metrics={"base/x": 1.0}, test_reads=[{"rows": 2}], seconds={"base/test": 1.0})
+    first.update(status="stopped", error="Stop: x", stopped="then")
+    second = Results(tmp_path, versions={"torch": "2"})
+    second.resume()
+    assert second.values["metrics"] == {"base/x": 1.0}
+    assert second.values["test_reads"] == [{"rows": 2}]
+    assert second.values["seconds"] == {"base/test": 1.0}
+    assert (second.values["status"], second.values["versions"]) == ("running", {"torch": "2"})
+    assert not {"error", "stopped"} & set(second.values)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    write_json(tmp_path / "x.json", {"a": 1})
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(module.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_json(tmp_path / "x.json", {"a": 2})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+
+def test_predictions_keep_every_character(tmp_path):
+    rows = [{"generated": 'é\u2028\n"quoted" 日本'}, {"generated": ""}]
+    write_predictions(tmp_path / "deep" / "x.jsonl", rows)
+    lines = (tmp_path / "deep" / "x.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert [json.loads(line) for line in lines] == rows
+
+
+def test_outside_git_there_is_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "results.py"))
+    assert module.git_commit() is None
+
+
+def table(**more):
+    count = {"correct": 5, "total": 10, "missing": 2}
+    values = {
+        "model": "m[b]odel", "method": "loreft", "run_dir": "outputs/0_data.tasks=[boolq]", "seed": 42,
+        "counts": {"base/test/boolq/accuracy": count, "test/boolq/accuracy": {**count, "correct": 8},
+                   "val/boolq/accuracy": count, "test/boolq/option_accuracy": count},
+        "trainable_parameters": 1234, "percent": 0.5,
+    }  # fmt: skip
+    out = io.StringIO()
+    print_table(values | more, Console(file=out, width=200))
+    return out.getvalue()
+
+
+def test_the_table_shows_base_and_adapter_with_intervals():
+    text = table()
+    assert "50.0 [23.7, 76.3] of 10, 2 without an answer" in text
+    assert "80.0 [49.0, 94.3] of 10" in text
+    assert text.index("frozen base") < text.index("loreft")
+    assert "1,234" in text
+    assert "0.500" in text
+
+
+def test_the_table_prints_brackets_as_they_are():
+    text = table()
+    assert "run=outputs/0_data.tasks=[boolq]" in text
+    assert "m[b]odel" in text
