@@ -204,11 +204,19 @@ def evaluate_split(
     results.update(
         seconds={f"{prefix}{split}": time.perf_counter() - start}, test_reads=list(objects.data.test_reads)
     )
-    rank = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
-    write_predictions(
-        folder / "predictions" / f"{who or 'reft'}_{split}{rank}.jsonl", objects.module.predictions
-    )
+    rows = _gather(trainer, objects.module.predictions)
+    if trainer.is_global_zero:
+        write_predictions(folder / "predictions" / f"{who or 'reft'}_{split}.jsonl", rows)
     return metrics
+
+
+def _gather(trainer: Trainer, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of all processes."""
+    if trainer.world_size == 1:
+        return rows
+    parts: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
 
 
 def evaluate(folder: Path, split: str = "validation", limit: int | None = None) -> dict[str, Any]:
