@@ -5,7 +5,7 @@ scale-invariant: its norm may grow and shrink the effective step. Same seeds, da
 of every step and the held-out loss at the end are compared. Further variants retract (A <- R after every step), and
 start with rows of length 1/2, where a step of A turns R twice as far.
 
-    python experiments/orthonormal_map/run.py --steps 300 --seeds 42 43 44 --out experiments/orthonormal_map/results.jsonl
+    python experiments/orthonormal_map/run.py --steps 60 --seeds 42 43 44 --out experiments/orthonormal_map/new.jsonl
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def phis(model: rl.ReftModel) -> list[nn.Module]:
 
 def train(config, base, tokenizer, variant: str, seed: int, steps: int) -> dict:
     """Train one variant with one seed; return losses, held-out loss and the growth of A."""
-    method = "experiment_householder_loreft" if variant == "householder" else "loreft"
     torch.manual_seed(seed)
+    # the hooks of variants attached before stay on the shared base and do nothing outside their own calls
     reference = rl.attach(base, "loreft", rank=config.intervention.rank, positions=config.intervention.positions)
     model = reference
     length = 0.5 if variant.startswith("half") else 1.0  # of A's rows; R does not depend on it, the step size does
@@ -65,7 +65,7 @@ def train(config, base, tokenizer, variant: str, seed: int, steps: int) -> dict:
             phi.basis.copy_(length * phi.R)
     if variant == "householder":
         starts = [(phi.R.detach().clone(), phi.source.state_dict()) for phi in phis(reference)]
-        remove_hooks(base)
+        method = "experiment_householder_loreft"
         model = rl.attach(base, method, rank=config.intervention.rank, positions=config.intervention.positions)
         for phi, (R, source) in zip(phis(model), starts, strict=True):
             phi.rotation.weight = R  # torch's right inverse: the map starts at exactly this R
@@ -99,17 +99,9 @@ def train(config, base, tokenizer, variant: str, seed: int, steps: int) -> dict:
     growth = 1.0
     if variant != "householder":
         growth = statistics.mean(phi.basis.norm().item() / phi.rank**0.5 for phi in phis(model)) / length
-    remove_hooks(base)
     return {"variant": variant, "seed": seed, "steps": steps, "held_out_loss": statistics.mean(held_out),
             "final_train_loss": statistics.mean(losses[-50:]), "basis_norm_growth": growth,
             "cpu_seconds": seconds, "losses": [round(x, 5) for x in losses]}  # fmt: skip
-
-
-def remove_hooks(base: nn.Module) -> None:
-    """Take the interventions of the last variant off the base model, which all variants share."""
-    for module in base.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
 
 
 def main() -> None:
