@@ -11,6 +11,8 @@ import logging
 import time
 import warnings
 from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,7 @@ from .base_models import load_base_model, load_config, load_tokenizer
 from .callbacks import WandbReport, build_callbacks, build_loggers, finish_wandb
 from .checkpoint import load_adapter
 from .data import FAMILIES
+from .data.base import Example
 from .data.module import FamilyDataModule
 from .data.options import option_batches
 from .data.rows import DataSource
@@ -99,7 +102,7 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
     results.update(
         method=config.intervention.method, model=config.model.name, data_versions=objects.data.data_versions,
         trainable_parameters=objects.count.trainable, base_parameters=objects.count.base,
-        percent=objects.count.percent,
+        percent=objects.count.percent, commonest_answers=objects.module.commonest,
     )  # fmt: skip
     log.info("run folder: %s", folder)
     try:
@@ -321,7 +324,7 @@ def build(config: Config) -> Objects:
     )
     module = FinetuningModule(
         model, tokenizer, data.family, data.val_tasks, data.test_tasks, optimization, options,
-        config.data.max_new_tokens,
+        config.data.max_new_tokens, commonest_answers(data.train_rows.examples),
     )  # fmt: skip
     module.train()  # Lightning starts training in the mode it finds; the base's dropout is 0 unless asked for
     return Objects(model, data, module, model.parameter_count())
@@ -345,6 +348,14 @@ def check_monitor(config: Config, tasks: Sequence[str]) -> None:
             "early stopping needs validation rows: set data.validation_size, or no "
             "callbacks.early_stopping_patience"
         )
+
+
+def commonest_answers(examples: Iterable[Example]) -> dict[str, str]:
+    """Return the commonest answer of each task's training rows."""
+    answers: dict[str, Counter[str]] = {}
+    for example in examples:
+        answers.setdefault(example.task, Counter())[example.answer] += 1
+    return {task: counts.most_common(1)[0][0] for task, counts in answers.items()}
 
 
 def model_source(config: Config) -> dict[str, Any]:

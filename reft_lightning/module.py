@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -58,6 +58,8 @@ class FinetuningModule(LightningModule):
         optimization: optimizer and schedule.
         option_batches: examples -> one target-only batch for each option index, or None not to rank options.
         max_new_tokens: overrides the family's.
+        commonest: task -> the commonest answer of its training rows; how often it is right is what a score must
+            beat before the model can be said to read the question (``majority_accuracy``).
     """
 
     strict_loading = False
@@ -72,6 +74,7 @@ class FinetuningModule(LightningModule):
         optimization: Optimization,
         option_batches: Callable[[list[Example]], list[dict[str, Any]]] | None = None,
         max_new_tokens: int | None = None,
+        commonest: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.family = model, tokenizer, family
@@ -81,6 +84,8 @@ class FinetuningModule(LightningModule):
         self.max_new_tokens = max_new_tokens or family.max_new_tokens
         self.generated = nn.ModuleDict({_key(task): ExactMatch() for task in {*val_tasks, *test_tasks}})
         self.ranked = nn.ModuleDict({_key(task): ExactMatch() for task in {*val_tasks, *test_tasks}})
+        self.commonest = dict(commonest or {})
+        self.constant = nn.ModuleDict({_key(task): ExactMatch() for task in self.commonest})
         self.loss = MeanLoss()
         self.predictions: list[dict[str, Any]] = []
         self.counts: dict[str, dict[str, int]] = {}
@@ -182,6 +187,8 @@ class FinetuningModule(LightningModule):
         answers = [self.family.extract(text) for text in texts]
         gold = [example.answer for example in examples]
         self.generated[_key(task)].update(answers, gold)
+        if task in self.commonest:
+            self.constant[_key(task)].update([self.commonest[task]] * len(gold), gold)
         choices = self._rank(examples)
         if choices:
             self.ranked[_key(task)].update(choices, gold)
@@ -214,7 +221,7 @@ class FinetuningModule(LightningModule):
     def _forget(self) -> None:
         self.predictions = []
         self.loss.reset()
-        for metric in (*self.generated.values(), *self.ranked.values()):
+        for metric in (*self.generated.values(), *self.ranked.values(), *self.constant.values()):
             metric.reset()
             metric.update([], [])  # torchmetrics warns of a process, or a way to score, without rows
 
@@ -231,9 +238,14 @@ class FinetuningModule(LightningModule):
     def _log_accuracy(self, stage: str) -> None:
         """Log ``<stage>/<task>/accuracy``, and ``<stage>/accuracy``: the mean over tasks, as the paper has it."""
         self.counts = {}
-        for name, metrics in (("accuracy", self.generated), ("option_accuracy", self.ranked)):
+        families = {
+            "accuracy": self.generated,
+            "option_accuracy": self.ranked,
+            "majority_accuracy": self.constant,
+        }
+        for name, metrics in families.items():
             shares = []
-            for task in self.tasks[stage]:
+            for task in (task for task in self.tasks[stage] if _key(task) in metrics):
                 metric = metrics[_key(task)]
                 correct, total, missing = metric.compute().tolist()
                 if total:

@@ -16,23 +16,32 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
     console = console or Console()
     split = "test" if any(name.startswith(("test/", "base/test/")) for name in results["counts"]) else "val"
     rows = "test" if split == "test" else "validation"
-    table = Table(title=f"{escape(str(results['model']))}, {rows} rows")
-    for column in (
-        "",
-        "task",
-        "accuracy (generated)",
-        "accuracy (option likelihood)",
-        "trained",
-        "% of base",
-    ):
+    table = Table(title=f"{escape(str(results['model']))}, {rows} rows, accuracy in % [95 % interval]")
+    for column in ("", "task", "rows", "generated", "option likelihood", "trained", "% of base"):
         table.add_column(column, justify="left" if column in ("", "task") else "right")
+    missing: list[str] = []
+    baselines: dict[str, tuple[str, ...]] = {}
     for prefix, label, count in _rows(results):
-        tasks = [name.split("/")[-2] for name in results["counts"] if name.startswith(f"{prefix}{split}/")]
-        for task in dict.fromkeys(tasks):
-            cells = [_score(results["counts"].get(f"{prefix}{split}/{task}/{name}"))
-                     for name in ("accuracy", "option_accuracy")]  # fmt: skip
-            table.add_row(label, task, *cells, *count)
+        names = [name.split("/")[-2] for name in results["counts"] if name.startswith(f"{prefix}{split}/")]
+        for task in dict.fromkeys(names):
+            scores = {name: results["counts"].get(f"{prefix}{split}/{task}/{name}")
+                      for name in ("accuracy", "option_accuracy", "majority_accuracy")}  # fmt: skip
+            if majority := scores["majority_accuracy"]:
+                answer = results.get("commonest_answers", {}).get(task)
+                baselines[task] = (f"always {answer!r}" if answer else "commonest answer", task,
+                                   str(majority["total"]), _score(majority), "", "0", "0")  # fmt: skip
+            total = next(score["total"] for score in scores.values() if score)
+            table.add_row(
+                label, task, str(total), _score(scores["accuracy"]), _score(scores["option_accuracy"]), *count
+            )
+            if scores["accuracy"] and scores["accuracy"]["missing"]:
+                missing.append(f"{label}, {task}: {scores['accuracy']['missing']} of {total} generated texts "
+                               "hold no answer in the format")  # fmt: skip
+    for row in baselines.values():
+        table.add_row(*row)
     console.print(table)
+    for line in missing:
+        console.print(line, soft_wrap=True)
     if "train_seconds" in results:
         seconds = results["seconds"]
         console.print(
@@ -65,6 +74,4 @@ def _score(count: dict[str, Any] | None) -> str:
     if not count:
         return "-"
     low, high = wilson_interval(count["correct"], count["total"])
-    missing = f", {count['missing']} without an answer" if count["missing"] else ""
-    share = 100 * count["correct"] / count["total"]
-    return f"{share:.1f} [{100 * low:.1f}, {100 * high:.1f}] of {count['total']}{missing}"
+    return f"{100 * count['correct'] / count['total']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

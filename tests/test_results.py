@@ -82,7 +82,9 @@ def table(**more):
     values = {
         "model": "m[b]odel", "method": "loreft", "run_dir": "outputs/0_data.tasks=[boolq]", "seed": 42,
         "counts": {"base/test/boolq/accuracy": count, "test/boolq/accuracy": {**count, "correct": 8},
-                   "val/boolq/accuracy": count, "test/boolq/option_accuracy": count},
+                   "val/boolq/accuracy": count, "test/boolq/option_accuracy": count,
+                   "test/boolq/majority_accuracy": {**count, "correct": 6, "missing": 0}},
+        "commonest_answers": {"boolq": "true"},
         "trainable_parameters": 1234, "percent": 0.5,
     }  # fmt: skip
     out = io.StringIO()
@@ -92,8 +94,11 @@ def table(**more):
 
 def test_the_table_shows_base_and_adapter_with_intervals():
     text = table()
-    assert "50.0 [23.7, 76.3] of 10, 2 without an answer" in text
-    assert "80.0 [49.0, 94.3] of 10" in text
+    assert "50.0 [23.7, 76.3]" in text
+    assert "80.0 [49.0, 94.3]" in text
+    assert "frozen base, boolq: 2 of 10 generated texts hold no answer" in text
+    assert "always 'true'" in text
+    assert "60.0 [31.3, 83.2]" in text
     assert text.index("frozen base") < text.index("loreft")
     assert "1,234" in text
     assert "0.500" in text
