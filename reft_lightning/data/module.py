@@ -56,8 +56,6 @@ class FamilyDataModule(LightningDataModule):
         data_versions: what was read: family version, origin, rows and fingerprints.
     """
 
-    allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have no row of a small test set
-
     def __init__(
         self,
         family: Family,
@@ -80,6 +78,8 @@ class FamilyDataModule(LightningDataModule):
         sealed: bool = False,
     ) -> None:
         super().__init__()
+        # a rank may have no row of a small split; on the instance, where Lightning sets it to False
+        self.allow_zero_length_dataloader_with_multiple_devices = True
         for name in (*tasks, *(train_tasks or ())):
             family.task(name)
         if not tasks:
