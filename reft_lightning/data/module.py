@@ -242,7 +242,7 @@ class FamilyDataModule(LightningDataModule):
     def val_dataloader(self) -> list[DataLoader]:
         """Return one loader per task that has validation rows."""
         self.setup("validate")
-        return [self._evaluation_loader(rows) for rows in self._validation.values()]
+        return self._evaluation_loaders(self._validation)
 
     def test_dataloader(self) -> list[DataLoader]:
         """Return one loader per task.
@@ -251,7 +251,18 @@ class FamilyDataModule(LightningDataModule):
             PermissionError: when the module is sealed.
         """
         self.setup("test")
-        return [self._evaluation_loader(rows) for rows in self._test.values()]
+        return self._evaluation_loaders(self._test)
+
+    def _evaluation_loaders(self, split: dict[str, EncodedRows]) -> list[DataLoader]:
+        _, world_size = _rank_and_world_size()
+        most = max((len(rows) for rows in split.values()), default=world_size)
+        if most < world_size:
+            # Lightning leaves a validation out where a process has no rows at all, and the others wait for it
+            raise ValueError(
+                f"{world_size} processes evaluate {most} rows a task: give one task at least {world_size} rows, "
+                "or use fewer devices"
+            )
+        return [self._evaluation_loader(rows) for rows in split.values()]
 
     def _evaluation_loader(self, rows: EncodedRows) -> DataLoader:
         rank, world_size = _rank_and_world_size()
