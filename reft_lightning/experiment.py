@@ -38,7 +38,8 @@ from .model import ParameterCount, ReftModel
 from .module import FinetuningModule
 from .optimization import Optimization
 from .report import print_table
-from .results import Results, config_hash, environment, now, peak_memory_bytes, write_predictions
+from .results import Results, config_hash, environment, new_folder, now, peak_memory_bytes, write_predictions
+from .resume import check_same_run
 from .schema import Config
 
 log = logging.getLogger(__name__)
@@ -79,11 +80,12 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
     last = folder / "checkpoints" / "last.ckpt"
     if config.resume and not last.is_file():
         raise SetupError(f"resume={config.resume}: there is no {last} to continue from")
-    if config.resume:
-        check_same_run(values, folder)
     quiet_lightning()
     seed_everything(config.seed, workers=True, verbose=False)
     try:
+        if config.resume:
+            earlier = OmegaConf.to_container(OmegaConf.structured(load_run_config(folder)))
+            check_same_run(values, earlier, folder)
         trainer = build_trainer(config, folder, values)
         objects = build(config)
     except (ValueError, OSError, MisconfigurationException) as error:
@@ -121,33 +123,6 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
         finish_wandb(trainer.loggers, results.values, adapter)
         print_table(results.values)
     return results.values
-
-
-def check_same_run(values: dict[str, Any], folder: Path) -> None:
-    """Refuse to go on with a run under another configuration: optimizer and schedule are the checkpoint's.
-
-    Raises:
-        SetupError: if a value differs that determines the result.
-    """
-    free = ("name", "resume", "logger.", "trainer.enable_progress_bar", "trainer.accelerator",
-            "data.num_workers", "callbacks.checkpoint_every_n_steps")  # fmt: skip
-    earlier = _flat(OmegaConf.to_container(OmegaConf.structured(load_run_config(folder))))
-    differ = [f"{name}: {earlier.get(name)!r} then, {value!r} now" for name, value in _flat(values).items()
-              if earlier.get(name) != value and not name.startswith(free)]  # fmt: skip
-    if differ:
-        raise SetupError(
-            f"resume={folder} continues that run: what determines its result must stay; {'; '.join(differ)}"
-        )
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix: values}
-    return {
-        name: leaf
-        for key, value in values.items()
-        for name, leaf in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
 
 
 def _stages(
@@ -247,7 +222,7 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
     seed_everything(config.seed, workers=True, verbose=False)
     objects = build(config)
     objects.model.load_adapter_state_dict(load_adapter(folder / "adapter")[1])
-    target = _new_folder(folder / "evaluations")
+    target = new_folder(folder / "evaluations")
     results = Results(target, run_dir=str(folder), split=split, limit=limit, **environment())
     trainer = Trainer(
         accelerator=config.trainer.accelerator, devices=1, logger=False, enable_checkpointing=False,
@@ -263,18 +238,6 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
     )
     print_table(results.values)
     return results.values
-
-
-def _new_folder(parent: Path) -> Path:
-    name = now().replace(":", "")
-    for number in range(1, 1000):
-        folder = parent / (name if number == 1 else f"{name}_{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise FileExistsError(f"{parent} has a thousand evaluations of the same second")
 
 
 def load_run_config(folder: Path) -> Config:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -82,6 +83,15 @@ def write_json(path: Path, values: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def new_folder(parent: Path) -> Path:
+    """Create a folder named by the time, and by a number after the first of one second."""
+    name = now().replace(":", "")
+    names = (name if number == 1 else f"{name}_{number}" for number in itertools.count(1))
+    folder = next(parent / name for name in names if not (parent / name).exists())
+    folder.mkdir(parents=True)
+    return folder
 
 
 def write_predictions(path: Path, rows: list[dict[str, Any]]) -> None:

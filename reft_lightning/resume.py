@@ -145,3 +145,48 @@ def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+# What may differ between the parts of a run.
+FREE = (
+    "name",
+    "resume",
+    "logger.",
+    "trainer.enable_progress_bar",
+    "trainer.accelerator",
+    "data.num_workers",
+    "callbacks.checkpoint_every_n_steps",
+)
+
+
+def check_same_run(now: dict[str, Any], earlier: dict[str, Any], folder: Path) -> None:
+    """Refuse to go on with a run under another configuration: optimizer and schedule are the checkpoint's.
+
+    Args:
+        now: the configuration as a dictionary.
+        earlier: that of the run.
+        folder: of the run.
+
+    Raises:
+        ValueError: if a value differs that determines the result.
+    """
+    before = _flat(earlier)
+    differ = [
+        f"{name}: {before.get(name)!r} then, {value!r} now"
+        for name, value in _flat(now).items()
+        if before.get(name) != value and not name.startswith(FREE)
+    ]
+    if differ:
+        raise ValueError(
+            f"resume={folder} continues that run: what determines its result must stay; {'; '.join(differ)}"
+        )
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {
+        name: leaf
+        for key, value in values.items()
+        for name, leaf in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
