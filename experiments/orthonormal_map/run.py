@@ -57,16 +57,22 @@ def train(config, base, tokenizer, variant: str, seed: int, steps: int) -> dict:
     """Train one variant with one seed; return losses, held-out loss and the growth of A."""
     torch.manual_seed(seed)
     # the hooks of variants attached before stay on the shared base and do nothing outside their own calls
-    reference = rl.attach(base, "loreft", rank=config.intervention.rank, positions=config.intervention.positions)
+    reference = rl.attach(
+        base, "loreft", rank=config.intervention.rank, positions=config.intervention.positions
+    )
     model = reference
-    length = 0.5 if variant.startswith("half") else 1.0  # of A's rows; R does not depend on it, the step size does
+    length = (
+        0.5 if variant.startswith("half") else 1.0
+    )  # of A's rows; R does not depend on it, the step size does
     with torch.no_grad():
         for phi in phis(reference):
             phi.basis.copy_(length * phi.R)
     if variant == "householder":
         starts = [(phi.R.detach().clone(), phi.source.state_dict()) for phi in phis(reference)]
         method = "experiment_householder_loreft"
-        model = rl.attach(base, method, rank=config.intervention.rank, positions=config.intervention.positions)
+        model = rl.attach(
+            base, method, rank=config.intervention.rank, positions=config.intervention.positions
+        )
         for phi, (R, source) in zip(phis(model), starts, strict=True):
             phi.rotation.weight = R  # torch's right inverse: the map starts at exactly this R
             phi.source.load_state_dict(source)
@@ -105,10 +111,14 @@ def train(config, base, tokenizer, variant: str, seed: int, steps: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
-    parser.add_argument("--variants", nargs="+", default=["qr", "householder", "retracted", "half", "half_retracted"])
+    parser.add_argument(
+        "--variants", nargs="+", default=["qr", "householder", "retracted", "half", "half_retracted"]
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", help="hydra overrides on top of experiment=quickstart")
     given = parser.parse_args()
