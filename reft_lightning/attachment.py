@@ -1,6 +1,6 @@
 """Attach interventions to a model, or count what that would train.
 
-    reft = attach(base_model, "loreft", rank=8, layers="all", positions="f7+l7")
+As in ``reft = attach(base_model, "loreft", rank=8, layers="all", positions="f7+l7")``.
 """
 
 from __future__ import annotations

@@ -90,7 +90,8 @@ def block_path(model: PreTrainedModel) -> str:
     if len(found) != 1:
         what = f"{len(found)} lists" if found else "no list"
         raise ValueError(
-            f"{what} of {num_layers} blocks in {type(model).__name__} ({', '.join(found or lists) or 'no ModuleList'}); "
+            f"{what} of {num_layers} blocks in {type(model).__name__} "
+            f"({', '.join(found or lists) or 'no ModuleList'}); "
             "give component as a module path with {layer}, e.g. 'decoder.block.{layer}'"
         )
     return found[0]

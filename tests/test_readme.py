@@ -48,7 +48,9 @@ def test_the_new_intervention_of_the_readme_edits_saves_loads_and_generates(red,
     reft.save_pretrained(tmp_path)
     again = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()
     torch.testing.assert_close(again(input_ids=ids).logits, edited, rtol=0, atol=0)
-    new = {name: again.generate(ids, max_new_tokens=4, do_sample=False, use_cache=name) for name in (True, False)}
+    new = {
+        name: again.generate(ids, max_new_tokens=4, do_sample=False, use_cache=name) for name in (True, False)
+    }
     assert torch.equal(new[True], new[False])
     width = reft.base_model.config.hidden_size
     assert reft.parameter_count().trainable == 2 * width * reft.base_model.config.num_hidden_layers
