@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from lightning import Trainer, seed_everything
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
@@ -366,16 +365,11 @@ def build_trainer(config: Config, folder: Path, values: dict[str, Any]) -> Train
     callbacks = build_callbacks(config.callbacks, folder, config.trainer.enable_progress_bar)
     if config.logger.wandb:
         callbacks.append(WandbReport())
-    trainer = Trainer(
+    return Trainer(
         **arguments, default_root_dir=folder, callbacks=callbacks,
         logger=build_loggers(config.logger, folder, values), use_distributed_sampler=False,
         enable_model_summary=False,
     )  # fmt: skip
-    if isinstance(trainer.strategy, DDPStrategy):
-        # Buffers of a frozen model do not change. Broadcasting them in each forward pass, validation's too, would
-        # make processes wait for each other that have different numbers of validation batches: for ever.
-        trainer.strategy._ddp_kwargs.setdefault("broadcast_buffers", False)
-    return trainer
 
 
 def quiet_lightning() -> None:
