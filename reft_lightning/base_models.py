@@ -253,11 +253,11 @@ def widen_logits(model: PreTrainedModel) -> None:
     # head.float() would widen embeddings that are tied to it
     for name, parameter in list(head.named_parameters(recurse=False)):
         setattr(head, name, torch.nn.Parameter(parameter.detach().float(), requires_grad=False))
-    head.register_forward_pre_hook(_to_float32)
+    head.register_forward_pre_hook(_to_dtype_of_weight)
 
 
-def _to_float32(module: torch.nn.Module, args: tuple) -> tuple:
-    return (args[0].float(), *args[1:])
+def _to_dtype_of_weight(module: torch.nn.Module, args: tuple) -> tuple:
+    return (args[0].to(module.weight.dtype), *args[1:])
 
 
 def _fit_to_tokenizer(

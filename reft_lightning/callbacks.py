@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 
 from .resume import LastCheckpoint
 from .schema import CallbacksConfig, LoggerConfig
@@ -39,7 +39,7 @@ def build_callbacks(config: CallbacksConfig, folder: Path, progress: bool) -> li
 
 
 def build_loggers(config: LoggerConfig, folder: Path, values: dict[str, Any]) -> list[Logger]:
-    """Return the CSV logger, and W&B and TensorBoard where asked for.
+    """Return the CSV logger, and W&B where asked for.
 
     Without a key W&B runs offline and the log says how to sync later.
     """
@@ -47,8 +47,6 @@ def build_loggers(config: LoggerConfig, folder: Path, values: dict[str, Any]) ->
     parts = ("csv" if part == 1 else f"csv_{part}" for part in itertools.count(1))
     version = next(part for part in parts if not (folder / part / "metrics.csv").is_file())
     loggers: list[Logger] = [CSVLogger(folder, name="", version=version)]
-    if config.tensorboard:
-        loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
     if config.wandb:
         loggers.append(_wandb_logger(config, folder, values))
     return loggers
@@ -84,24 +82,27 @@ class WandbReport(Callback):
     """Log a table of predictions after each validation and test; used where W&B is."""
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Log the first rows of the validation."""
+        """Log rows of the validation."""
         self._table(trainer, module, "val/predictions")
 
     def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Log the first rows of the test."""
+        """Log rows of the test."""
         self._table(trainer, module, "test/predictions")
 
     def _table(self, trainer: Trainer, module: Any, key: str) -> None:
         from lightning.pytorch.loggers import WandbLogger
 
-        rows = module.predictions[:TABLE_ROWS]
+        step = max(1, len(module.predictions) // TABLE_ROWS)  # some of every task: rows come task by task
+        rows = module.predictions[::step][:TABLE_ROWS]
         if trainer.sanity_checking or not rows:
             return
         columns = list(rows[0])
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_table(
-                    key, columns=columns, data=[[str(row.get(c)) for c in columns] for row in rows]
+                    f"{module.prefix}{key}",
+                    columns=columns,
+                    data=[[str(row.get(c)) for c in columns] for row in rows],
                 )
 
 

@@ -17,8 +17,9 @@ from transformers import GenerationConfig
 from .attachment import attach
 from .base_models import load_base_model
 from .checkpoint import load_adapter
+from .construction import attachment, model_source
 from .evaluation import without_generation_defaults
-from .experiment import attachment, load_run_config, model_source
+from .experiment import load_run_config
 from .model import ReftModel
 
 log = logging.getLogger(__name__)

@@ -57,10 +57,13 @@ class ReftConfig:
         """Return JSON-ready values; a position callable is named, not stored."""
         values = asdict(self)
         values["positions"] = str(parse_positions(self.positions))
-        values["per_layer"] = {
-            str(layer): {k: str(parse_positions(v)) if k == "positions" else v for k, v in own.items()}
-            for layer, own in self.per_layer.items()
-        }
+        for layer, own in self.per_layer.items():
+            if callable(own.get("positions")):
+                raise ValueError(
+                    f"layer {layer} has a position function of its own, and code is not stored: give one function for "
+                    "all layers (it is passed again when loading), or a specification such as 'f7+l7'"
+                )
+        values["per_layer"] = {str(layer): own for layer, own in self.per_layer.items()}
         return {"format": FORMAT, **values}
 
     @classmethod
@@ -131,11 +134,11 @@ def load_adapter(
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, TENSOR_FILE]))
-    except (HFValidationError, HubHTTPError, LocalEntryNotFoundError) as error:
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"{name!r} is no folder here, and no adapter of that name could be had from the hub ({error})"
         ) from error

@@ -6,6 +6,7 @@ Torch and transformers are imported after the arguments have been checked, so th
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ class UsageError(ValueError):
 
 def train() -> None:
     """Train, validate and test one configuration, or each one of a ``--multirun``."""
+    sys.path.insert(0, os.getcwd())  # intervention.method=my_module.RED finds my_module.py here
     composition.preflight(sys.argv[1:])
     composition.register()
     main = hydra.main(
@@ -94,6 +96,9 @@ def _command(action: Callable[[Sequence[str]], Any], usage: str) -> None:
         action(argv)
     except UsageError as error:
         sys.stderr.write(f"{error}\nusage: {usage}\n")
+        sys.exit(2)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
         sys.exit(2)
 
 

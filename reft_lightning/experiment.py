@@ -9,11 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +17,11 @@ from lightning import Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
-from .attachment import attach, build_on_meta
-from .base_models import load_base_model, load_config, load_tokenizer
-from .callbacks import WandbReport, build_callbacks, build_loggers, finish_wandb
+from .callbacks import finish_wandb
 from .checkpoint import load_adapter
-from .data import FAMILIES
-from .data.base import Example
-from .data.module import FamilyDataModule
-from .data.options import option_batches
-from .data.rows import DataSource
+from .construction import Objects, build, build_trainer, quiet_lightning
 from .interventions import nearest
 from .launch import single_job_ddp
-from .model import ParameterCount, ReftModel
-from .module import FinetuningModule
-from .optimization import Optimization
 from .report import print_table
 from .results import Results, config_hash, environment, new_folder, now, peak_memory_bytes, write_predictions
 from .resume import check_same_run
@@ -43,21 +29,9 @@ from .schema import Config
 
 log = logging.getLogger(__name__)
 
-PLACE = ("source", "name", "path", "package", "sha256", "revision")  # where a model lies
-
 
 class SetupError(ValueError):
     """A run cannot start as configured; the message says why, and nothing has been trained."""
-
-
-@dataclass
-class Objects:
-    """What a configuration builds."""
-
-    model: ReftModel
-    data: FamilyDataModule
-    module: FinetuningModule
-    count: ParameterCount
 
 
 def run(config: Config, folder: Path) -> dict[str, Any]:
@@ -99,7 +73,6 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
     results.on = main
     if config.resume:
         results.resume()
-        objects.data.test_reads[:0] = results.values["test_reads"]
     results.update(
         method=config.intervention.method, model=config.model.name, data_versions=objects.data.data_versions,
         trainable_parameters=objects.count.trainable, base_parameters=objects.count.base,
@@ -146,7 +119,10 @@ def _stages(
         metrics={k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")},
     )  # fmt: skip
     best = Path(trainer.checkpoint_callback.best_model_path or "none")
-    if config.callbacks.restore_best and best.is_file():
+    if config.callbacks.restore_best and not best.is_file():
+        log.warning("no validation chose a checkpoint: the weights of the last step are evaluated")
+        results.update(best_step=None)
+    elif config.callbacks.restore_best:
         checkpoint = torch.load(best, map_location="cpu", weights_only=False)
         objects.module.load_state_dict(checkpoint["state_dict"])
         results.update(best_step=checkpoint["global_step"])
@@ -174,12 +150,23 @@ def evaluate_split(
     """
     start = time.perf_counter()
     evaluate = {"validation": trainer.validate, "test": trainer.test}[split]
-    evaluate(objects.module, objects.data, verbose=False)
-    prefix = f"{who}/" if who else ""
-    metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "test/"))}
-    results.add_scores(metrics, objects.module.counts, prefix)
+    prefix = objects.module.prefix = f"{who}/" if who else ""
+    try:
+        evaluate(objects.module, objects.data, verbose=False)
+    finally:
+        objects.module.prefix = ""
+    names = (f"{prefix}val/", f"{prefix}test/")
+    metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(names)}
+    counts = objects.module.counts
+    results.add_scores(metrics, counts)
+    reads = [
+        {"task": name.split("/")[-2], "rows": count["total"], "time": now(), "model": who or "adapted"}
+        for name, count in counts.items()
+        if name.startswith(f"{prefix}test/") and name.endswith("/accuracy")
+    ]
     results.update(
-        seconds={f"{prefix}{split}": time.perf_counter() - start}, test_reads=list(objects.data.test_reads)
+        seconds={f"{prefix}{split}": time.perf_counter() - start},
+        test_reads=[*results.values["test_reads"], *reads],
     )
     rows = _gather(trainer, objects.module.predictions)
     if trainer.is_global_zero:
@@ -231,7 +218,7 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
     evaluate_split(trainer, objects, split, target, results, "")
     if split == "test":
         original = Results.read(folder)
-        original.update(test_reads=[*original.values["test_reads"], *objects.data.test_reads])
+        original.update(test_reads=[*original.values["test_reads"], *results.values["test_reads"]])
     results.update(
         status="complete", finished=now(), method=config.intervention.method, model=config.model.name
     )
@@ -252,127 +239,3 @@ def load_run_config(folder: Path) -> Config:
         )
     merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
     return OmegaConf.to_object(merged)
-
-
-def build(config: Config) -> Objects:
-    """Build what a run needs, the weights last.
-
-    Raises:
-        ValueError: for an unknown family, task, model, layer, rank, position or setting, or missing data.
-    """
-    if config.data.family not in FAMILIES:
-        raise ValueError(
-            f"unknown family {config.data.family!r}; known: {', '.join(FAMILIES)}"
-            f"{nearest(config.data.family, FAMILIES)}"
-        )
-    source = model_source(config)
-    optimization = optimization_of(config)
-    hf_config = load_config(**{k: source[k] for k in (*PLACE, "base_dropout", "config")})
-    attach(build_on_meta(hf_config), **attachment(config))  # raises what attaching would, without weights
-    tokenizer = load_tokenizer(**{k: source[k] for k in (*PLACE, "tokenizer")})
-    data = FamilyDataModule(FAMILIES[config.data.family], tokenizer, **data_arguments(config))
-    data.prepare_data()
-    data.setup("fit")
-    check_monitor(config, data.val_tasks)
-    base_model, _ = load_base_model(**source)
-    if config.model.gradient_checkpointing:
-        with warnings.catch_warnings():
-            # the name in all of transformers 5; 5.23 deprecates it for 6
-            warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable.*deprecated", FutureWarning)
-            base_model.gradient_checkpointing_enable()
-    model = attach(base_model, **attachment(config))
-    options = (
-        partial(option_batches, tokenizer, max_length=data.max_length) if config.option_likelihood else None
-    )
-    module = FinetuningModule(
-        model, tokenizer, data.family, data.val_tasks, data.test_tasks, optimization, options,
-        config.data.max_new_tokens, commonest_answers(data.train_rows.examples),
-    )  # fmt: skip
-    module.train()  # Lightning starts training in the mode it finds; the base's dropout is 0 unless asked for
-    return Objects(model, data, module, model.parameter_count())
-
-
-def check_monitor(config: Config, tasks: Sequence[str]) -> None:
-    """Refuse a monitored score that no validation will report.
-
-    Raises:
-        ValueError: for an unknown score, or early stopping without validation rows.
-    """
-    scores = ["accuracy", "option_accuracy"] if config.option_likelihood else ["accuracy"]
-    known = ["val/loss", *(f"val/{s}" for s in scores), *(f"val/{t}/{s}" for t in tasks for s in scores)]
-    name = config.callbacks.monitor
-    if tasks and name not in known:
-        raise ValueError(
-            f"callbacks.monitor must be one of {', '.join(known)}; got {name!r}{nearest(name, known)}"
-        )
-    if not tasks and config.callbacks.early_stopping_patience is not None:
-        raise ValueError(
-            "early stopping needs validation rows: set data.validation_size, or no "
-            "callbacks.early_stopping_patience"
-        )
-
-
-def commonest_answers(examples: Iterable[Example]) -> dict[str, str]:
-    """Return the commonest answer of each task's training rows."""
-    answers: dict[str, Counter[str]] = {}
-    for example in examples:
-        answers.setdefault(example.task, Counter())[example.answer] += 1
-    return {task: counts.most_common(1)[0][0] for task, counts in answers.items()}
-
-
-def model_source(config: Config) -> dict[str, Any]:
-    """Return the arguments of :func:`load_base_model`."""
-    model = OmegaConf.to_container(OmegaConf.structured(config.model))
-    del model["gradient_checkpointing"]
-    return model | {"seed": config.seed}
-
-
-def attachment(config: Config) -> dict[str, Any]:
-    """Return the arguments of :func:`attach`."""
-    values = OmegaConf.to_container(OmegaConf.structured(config.intervention))
-    options = values.pop("options")
-    if values["rank"] is None:
-        del values["rank"]
-    if isinstance(values["layers"], dict):
-        values["layers"] = {int(layer): own or {} for layer, own in values["layers"].items()}
-    return values | options
-
-
-def data_arguments(config: Config) -> dict[str, Any]:
-    """Return the arguments of the DataModule."""
-    values = OmegaConf.to_container(OmegaConf.structured(config.data))
-    for name in ("family", "max_new_tokens"):
-        del values[name]
-    source = DataSource(
-        values.pop("source"), *(values.pop(k) for k in ("path", "package", "sha256", "mixture"))
-    )
-    values["tasks"] = values["tasks"] or list(FAMILIES[config.data.family].tasks)
-    return values | {"source": source, "seed": config.seed, "sealed": config.sealed}
-
-
-def optimization_of(config: Config) -> Optimization:
-    """Return the optimizer's settings."""
-    o = config.optimizer
-    return Optimization(
-        lr=o.lr, weight_decay=o.weight_decay, betas=tuple(o.betas), eps=o.eps, schedule=o.schedule,
-        warmup_ratio=o.warmup_ratio, head_lr=o.head_lr,
-    )  # fmt: skip
-
-
-def build_trainer(config: Config, folder: Path, values: dict[str, Any]) -> Trainer:
-    """Return the Trainer with its callbacks and loggers."""
-    arguments = OmegaConf.to_container(OmegaConf.structured(config.trainer))
-    callbacks = build_callbacks(config.callbacks, folder, config.trainer.enable_progress_bar)
-    if config.logger.wandb:
-        callbacks.append(WandbReport())
-    return Trainer(
-        **arguments, default_root_dir=folder, callbacks=callbacks,
-        logger=build_loggers(config.logger, folder, values), use_distributed_sampler=False,
-        enable_model_summary=False,
-    )  # fmt: skip
-
-
-def quiet_lightning() -> None:
-    """Keep Lightning's tips and device listings out of the log."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)

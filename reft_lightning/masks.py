@@ -55,8 +55,8 @@ class Spans:
 def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | None) -> Spans:
     """Split the real tokens of a batch into prompt and target.
 
-    ``prompt_mask`` decides; without it the prompt is where ``labels == -100``; without token labels it is
-    everything.
+    ``prompt_mask`` decides; without it the prompt is what stands before the first label of its row (an eos without
+    a label, behind the target, is no prompt); without token labels it is everything.
 
     Args:
         attention: (b, s), 1 for real tokens.
@@ -79,7 +79,7 @@ def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | Non
                 f"labels have the shape {tuple(labels.shape)}, the tokens {tuple(real.shape)}: labels of the last "
                 "columns alone need a prompt_mask beside them"
             )
-        prompt = real & (labels == -100)
+        prompt = real & ((labels != -100).cumsum(-1) == 0)
     else:
         prompt = real
     return Spans(prompt, real & ~prompt)

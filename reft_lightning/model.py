@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from typing import Any, NamedTuple
@@ -30,19 +29,11 @@ from .interventions import (
     rotations,
 )
 from .masks import Spans, left_padded, numbers_its_own_positions, position_ids_of, spans_of
+from .plan import Plan, token_indices
 from .positions import MaskFunction, Positions, parse_positions
 from .sites import Site, find_site
 
 TIED = ("all", "group", "position")
-
-
-@dataclass
-class Plan:
-    """What the hooks do during one call of the base model: flat token indices and R for every site."""
-
-    edits: dict[str, list[Tensor]]  # site -> one index (n,) for each of its interventions
-    rotations: dict[Orthonormal, Tensor]
-    differentiable: bool  # whether the call records gradients
 
 
 class ParameterCount(NamedTuple):
@@ -72,6 +63,11 @@ class ReftModel(nn.Module):
         self._spans: Spans | None = None
         self._plan: Plan | None = None
         self._kept: dict[Orthonormal, Tensor] | None = None  # R while generating
+        if base_model.config.is_encoder_decoder:
+            raise ValueError(
+                f"{type(base_model).__name__} has an encoder and a decoder, whose tokens differ; attach to decoders or "
+                "encoders alone, such as model.get_encoder()"
+            )
         accepted = inspect.signature(base_model.forward).parameters
         self._wants_position_ids = "position_ids" in accepted and not numbers_its_own_positions(base_model)
         self.sites: dict[str, Site] = {}
@@ -120,9 +116,9 @@ class ReftModel(nn.Module):
     ) -> Any:
         """Run the base model with the edits; returns what the base model returns (``loss``, ``logits``, ...).
 
-        The prompt is ``prompt_mask``; without it, where ``labels == -100``; without token labels, every real
-        token. Padding may stand on either side. Labels of the last columns alone, beside ``logits_to_keep`` of as
-        many, compute only those logits.
+        The prompt is ``prompt_mask``; without it, what stands before the first label of a row; without token
+        labels, every real token. Padding may stand on either side. Labels of the last columns alone, beside
+        ``logits_to_keep`` of as many, compute only those logits.
         """
         tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if tokens is None:
@@ -137,6 +133,8 @@ class ReftModel(nn.Module):
         if attention is None:
             attention = tokens.new_ones((tokens.shape[0], start + tokens.shape[1]), dtype=torch.long)
         spans = spans_of(attention, labels, prompt_mask)
+        if prompt_mask is None and labels is not None:
+            self._check_prompts(spans)
         if self._wants_position_ids and kwargs.get("position_ids") is None:
             kwargs["position_ids"] = position_ids_of(attention)[:, start:]
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
@@ -157,6 +155,15 @@ class ReftModel(nn.Module):
         prompt = attention_mask.bool()
         with self._editing(Spans(prompt, torch.zeros_like(prompt), generating=True)):
             return self.base_model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    def _check_prompts(self, spans: Spans) -> None:
+        needy = [str(spec) for spec, _ in self.positions.values() if spec.needs_prompt]
+        empty = (spans.target.any(-1) & ~spans.prompt.any(-1)).nonzero().flatten().tolist()
+        if needy and empty:
+            raise ValueError(
+                f"rows {empty} have a label on their first token, so no prompt for the positions {needy[0]!r}: set the "
+                "labels of the prompt to -100, or pass prompt_mask"
+            )
 
     def _guess_attention(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
         settings = kwargs.get("generation_config") or self.base_model.generation_config
@@ -228,9 +235,11 @@ class ReftModel(nn.Module):
         if not active:
             return None
         prompt, target = spans.upto(stop, rows)
-        chosen = {spec: _indices(*spec, prompt, target, slice(start, stop)) for spec in set(active.values())}
+        chosen = {
+            spec: token_indices(*spec, prompt, target, slice(start, stop)) for spec in set(active.values())
+        }
         edits = {key: chosen[spec] for key, spec in active.items()}
-        return Plan(edits, self._rotations(spans.generating), torch.is_grad_enabled())
+        return Plan(edits, (rows, stop - start), self._rotations(spans.generating), torch.is_grad_enabled())
 
     def _rotations(self, generating: bool) -> dict[Orthonormal, Tensor]:
         """Return R of every intervention, computed once a forward pass and once a generation."""
@@ -261,6 +270,11 @@ class ReftModel(nn.Module):
             raise ValueError(
                 f"the {site.end} of {site.path} is {hidden.shape[-1]} wide, not {site.dim} as supposed: name the "
                 "linear map that reads it, as '...{layer}....input'"
+            )
+        if tuple(hidden.shape[:-1]) != self._plan.shape:
+            raise ValueError(
+                f"the {site.end} of {site.path} has the shape {tuple(hidden.shape)}, but the model reads "
+                f"{self._plan.shape[0]} rows of {self._plan.shape[1]} tokens: positions mean nothing there"
             )
         if self._plan.differentiable and not torch.is_grad_enabled():
             raise ValueError(
@@ -373,17 +387,6 @@ def _device_at(model: nn.Module, path: str) -> torch.device:
     while (parameter := next(model.get_submodule(path).parameters(), None)) is None:
         path = path.rpartition(".")[0]
     return parameter.device
-
-
-def _indices(positions: Positions, tied: str, prompt: Tensor, target: Tensor, columns: slice) -> list[Tensor]:
-    """Return one flat token index (n,) for each intervention of a site, in the columns that are read."""
-    groups = [slots[:, columns].flatten() for slots in positions.select(prompt, target)]
-    if tied == "all":
-        return [(torch.stack(groups) >= 0).any(0).nonzero().squeeze(-1)]
-    if tied == "group":
-        return [(slots >= 0).nonzero().squeeze(-1) for slots in groups]
-    counts = positions.slots()
-    return [(s == k).nonzero().squeeze(-1) for s, n in zip(groups, counts, strict=True) for k in range(n)]
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

@@ -86,6 +86,7 @@ class FinetuningModule(LightningModule):
         self.ranked = nn.ModuleDict({_key(task): ExactMatch() for task in {*val_tasks, *test_tasks}})
         self.commonest = dict(commonest or {})
         self.constant = nn.ModuleDict({_key(task): ExactMatch() for task in self.commonest})
+        self.prefix = ""  # of logged names: "base/" while the frozen base is evaluated
         self.loss = MeanLoss()
         self.predictions: list[dict[str, Any]] = []
         self.counts: dict[str, dict[str, int]] = {}
@@ -228,7 +229,7 @@ class FinetuningModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the loss, a mean over all target tokens, and accuracy by task and on average."""
         self.loss.update(torch.zeros((), device=self.device), 0)
-        self.log("val/loss", self.loss.compute(), sync_dist=True)
+        self.log(f"{self.prefix}val/loss", self.loss.compute(), sync_dist=True)
         self._log_accuracy("val")
 
     def on_test_epoch_end(self) -> None:
@@ -249,16 +250,19 @@ class FinetuningModule(LightningModule):
                 metric = metrics[_key(task)]
                 correct, total, missing = metric.compute().tolist()
                 if total:
-                    self.counts[f"{stage}/{task}/{name}"] = {
+                    self.counts[f"{self.prefix}{stage}/{task}/{name}"] = {
                         "correct": correct,
                         "total": total,
                         "missing": missing,
                     }
                     shares.append(correct / total)
-                    self.log(f"{stage}/{task}/{name}", correct / total, sync_dist=True)
+                    self.log(f"{self.prefix}{stage}/{task}/{name}", correct / total, sync_dist=True)
             if shares:
                 self.log(
-                    f"{stage}/{name}", sum(shares) / len(shares), prog_bar=name == "accuracy", sync_dist=True
+                    f"{self.prefix}{stage}/{name}",
+                    sum(shares) / len(shares),
+                    prog_bar=name == "accuracy",
+                    sync_dist=True,
                 )
 
     # --- checkpoints ----------------------------------------------------------------------------------------

@@ -63,6 +63,11 @@ class Positions:
         return self.function is not None or any(term.kind in ("decode", "all") for term in self.terms)
 
     @property
+    def needs_prompt(self) -> bool:
+        """Whether every row needs a prompt for the specification to mean anything."""
+        return any(term.kind in ("f", "l", "prompt") for term in self.terms)
+
+    @property
     def groups(self) -> int:
         """The number of groups (``tied="group"``): one for each term."""
         return 1 if self.function is not None else len(self.terms)

@@ -67,15 +67,13 @@ class Results:
         if self.on:
             write_json(self.path, self.values)
 
-    def add_scores(
-        self, metrics: Mapping[str, Any], counts: Mapping[str, dict[str, int]], prefix: str = ""
-    ) -> None:
+    def add_scores(self, metrics: Mapping[str, Any], counts: Mapping[str, dict[str, int]]) -> None:
         """Add metrics and the counts behind them, with 95 % intervals."""
         with_interval = {
-            f"{prefix}{name}": {**count, "interval": list(wilson_interval(count["correct"], count["total"]))}
+            name: {**count, "interval": list(wilson_interval(count["correct"], count["total"]))}
             for name, count in counts.items()
         }
-        self.update(metrics={f"{prefix}{k}": float(v) for k, v in metrics.items()}, counts=with_interval)
+        self.update(metrics={k: float(v) for k, v in metrics.items()}, counts=with_interval)
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -150,4 +148,4 @@ def peak_memory_bytes() -> int:
 
 def now() -> str:
     """Return the time in ISO 8601, UTC, in seconds."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -46,7 +46,6 @@ class ModelConfig:
     dtype: str = (
         "float32"  # of the base; interventions are float32 always. bfloat16 is ~3x faster on new CPUs
     )
-    task: str = "causal_lm"  # causal_lm | sequence_classification
     base_dropout: bool = False  # train() on the base while training, as the authors' code did
     gradient_checkpointing: bool = False
     attn_implementation: Optional[str] = None  # None: transformers' choice
@@ -122,14 +121,12 @@ class TrainerConfig:
 class OptimizerConfig:
     """Optimizer and learning-rate schedule."""
 
-    name: str = "adamw"
     lr: float = 9e-4  # Wu et al. 2024, README commonsense command
     weight_decay: float = 0.0  # acts on W; R and biases never decay
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
     schedule: str = "linear"  # linear | cosine | constant, after the warm-up
     warmup_ratio: float = 0.1  # part of all optimizer steps
-    head_lr: Optional[float] = None  # of a classification head; None: lr
 
 
 @dataclass
@@ -144,7 +141,6 @@ class LoggerConfig:
     tags: list[str] = field(default_factory=list)
     mode: Optional[str] = None  # online | offline | disabled; None: online with a key, offline without
     log_adapter: bool = True  # the adapter folder as a W&B artifact
-    tensorboard: bool = False
 
 
 @dataclass
@@ -182,11 +178,9 @@ class Config:
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.source": ("hub", "local", "wheel", "random"),
     "model.dtype": ("float32", "bfloat16", "float16"),
-    "model.task": ("causal_lm", "sequence_classification"),
     "intervention.dropout_on": ("edit", "output"),
     "intervention.init": ("paper", "identity"),
     "data.source": ("hub", "local", "wheel"),
-    "optimizer.name": ("adamw",),
     "optimizer.schedule": ("linear", "cosine", "constant"),
     "logger.mode": ("online", "offline", "disabled"),
     "callbacks.mode": ("max", "min"),

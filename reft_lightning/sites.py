@@ -92,7 +92,7 @@ def block_path(model: PreTrainedModel) -> str:
         raise ValueError(
             f"{what} of {num_layers} blocks in {type(model).__name__} "
             f"({', '.join(found or lists) or 'no ModuleList'}); "
-            "give component as a module path with {layer}, e.g. 'decoder.block.{layer}'"
+            "give component as a module path with {layer}"
         )
     return found[0]
 

@@ -8,7 +8,7 @@ import torch
 from lightning import Callback
 
 import reft_lightning as rl
-from reft_lightning import experiment
+from reft_lightning import construction, experiment
 from reft_lightning.base_models import load_base_model
 from reft_lightning.composition import CompositionError
 from reft_lightning.results import config_hash
@@ -75,7 +75,7 @@ def test_every_score_comes_with_its_counts(finished):
 
 
 def base(data):
-    return load_base_model(**experiment.model_source(short_runs.config(data)))[0]
+    return load_base_model(**construction.model_source(short_runs.config(data)))[0]
 
 
 def test_the_adapter_folder_reproduces_the_predictions_on_a_fresh_base(data, finished):
@@ -141,8 +141,8 @@ class Worsen(Callback):
 
 @pytest.fixture
 def worsen(monkeypatch):
-    build = experiment.build_callbacks
-    monkeypatch.setattr(experiment, "build_callbacks", lambda *args: [Worsen(), *build(*args)])
+    build = construction.build_callbacks
+    monkeypatch.setattr(construction, "build_callbacks", lambda *args: [Worsen(), *build(*args)])
 
 
 def test_the_best_checkpoint_is_tested_and_saved_and_not_the_last(data, worsen, tmp_path):
@@ -226,7 +226,7 @@ def no_weights(monkeypatch):
     def loaded(**_):
         raise AssertionError("weights were loaded before the configuration was checked")
 
-    monkeypatch.setattr(experiment, "load_base_model", loaded)
+    monkeypatch.setattr(construction, "load_base_model", loaded)
 
 
 @pytest.mark.parametrize(
@@ -320,3 +320,11 @@ def test_a_crash_in_the_last_evaluation_can_be_continued(data, finished, monkeyp
     assert again["metrics"]["test/accuracy"] == finished[1]["metrics"]["test/accuracy"]
     assert again["train_seconds"] == pytest.approx(results["train_seconds"], rel=0.5)
     assert again["best_step"] == finished[1]["best_step"]
+
+
+def test_a_head_in_float32_does_not_count_as_more_of_the_base(data, tmp_path):
+    tied = ["model.config.tie_word_embeddings=true", "trainer.max_steps=1", "test=false"]
+    plain = short_runs.run(data, tmp_path / "float32", *tied)
+    widened = short_runs.run(data, tmp_path / "bfloat16", *tied, "model.dtype=bfloat16")
+    assert widened["base_parameters"] == plain["base_parameters"]
+    assert widened["percent"] == plain["percent"]

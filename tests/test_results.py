@@ -28,10 +28,10 @@ def test_only_the_first_process_writes(tmp_path):
     assert not (tmp_path / "results.json").exists()
 
 
-def test_scores_get_intervals_and_a_prefix(tmp_path):
+def test_scores_get_intervals(tmp_path):
     results = Results(tmp_path)
-    counts = {"test/boolq/accuracy": {"correct": 5, "total": 10, "missing": 1}}
-    results.add_scores({"test/boolq/accuracy": 0.5}, counts, "base/")
+    counts = {"base/test/boolq/accuracy": {"correct": 5, "total": 10, "missing": 1}}
+    results.add_scores({"base/test/boolq/accuracy": 0.5}, counts)
     assert results.values["metrics"] == {"base/test/boolq/accuracy": 0.5}
     count = results.values["counts"]["base/test/boolq/accuracy"]
     assert (count["correct"], count["total"], count["missing"]) == (5, 10, 1)

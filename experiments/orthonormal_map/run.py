@@ -27,7 +27,7 @@ from reft_lightning.base_models import load_base_model
 from reft_lightning.data import FAMILIES
 from reft_lightning.data.encoding import target_only
 from reft_lightning.data.module import FamilyDataModule
-from reft_lightning.experiment import data_arguments, model_source, optimization_of
+from reft_lightning.construction import data_arguments, model_source, optimization_of
 from reft_lightning.interventions.subspace import Subspace
 from reft_lightning.optimization import schedule_factor
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ class FamilyDataModule(LightningDataModule):
                 log.warning("%d of %d %s test prompts occur in the train rows", seen, len(examples), task)
             examples = subset(examples, self.limit_test, self.split_seed)
             built[task] = encode_all(self.tokenizer, examples, self.max_length, f"{task} test rows")
-            time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            time = datetime.now(UTC).isoformat(timespec="seconds")
             self.test_reads.append({"task": task, "rows": len(examples), "time": time})
         self._test = built
 
