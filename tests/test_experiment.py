@@ -47,7 +47,7 @@ def test_the_results_hold_what_is_needed_to_run_again(data, finished):
     assert results["git_commit"] is None or len(results["git_commit"].removesuffix("+changes")) == 40
     assert results["data_versions"]["family"] == "commonsense"
     assert results["data_versions"]["train"]["boolq"]["rows"] == 24
-    assert [read["rows"] for read in results["test_reads"]] == [6]
+    assert [(read["model"], read["rows"]) for read in results["test_reads"]] == [("base", 6), ("adapted", 6)]
     assert results["method"] == "loreft"
 
 
@@ -323,7 +323,7 @@ def test_a_crash_in_the_last_evaluation_can_be_continued(data, finished, monkeyp
 
 
 def test_a_head_in_float32_does_not_count_as_more_of_the_base(data, tmp_path):
-    tied = ["model.config.tie_word_embeddings=true", "trainer.max_steps=1", "test=false"]
+    tied = ["+model.config.tie_word_embeddings=true", "trainer.max_steps=1", "test=false"]
     plain = short_runs.run(data, tmp_path / "float32", *tied)
     widened = short_runs.run(data, tmp_path / "bfloat16", *tied, "model.dtype=bfloat16")
     assert widened["base_parameters"] == plain["base_parameters"]
