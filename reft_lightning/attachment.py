@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreT
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from .checkpoint import ReftConfig
-from .interventions import Intervention, method_name
+from .interventions import Intervention, intervention_class, method_name
 from .model import ParameterCount, ReftModel
 from .positions import MaskFunction
 from .sites import check_layers, text_config
@@ -47,11 +47,14 @@ def attach(
         ValueError: for anything unknown or out of range, with what is allowed.
     """
     per_layer = {int(layer): dict(own) for layer, own in layers.items()} if isinstance(layers, dict) else {}
+    for own in per_layer.values():
+        if "method" in own:
+            own["method"] = method_name(intervention_class(own["method"]))
     ids = check_layers(
         list(per_layer) if per_layer else layers, text_config(base_model.config).num_hidden_layers
     )
     config = ReftConfig(
-        method=method if isinstance(method, str) else method_name(method),
+        method=method_name(intervention_class(method)),
         layers=ids,
         positions=positions,
         tied=tied,

@@ -24,8 +24,8 @@ from .checkpoint import ReftConfig, load_adapter, save_adapter
 from .interventions import (
     Orthonormal,
     check_settings,
-    intervention_class,
     nearest,
+    registered,
     rotations,
 )
 from .masks import Spans, left_padded, numbers_its_own_positions, position_ids_of, spans_of
@@ -95,7 +95,7 @@ class ReftModel(nn.Module):
                 f"tied must be one of {', '.join(TIED)}; got {spec.tied!r}{nearest(str(spec.tied), TIED)}"
             )
         copies = {"all": 1, "group": positions.groups}.get(spec.tied) or sum(positions.slots())
-        cls = intervention_class(spec.method)
+        cls = registered(spec.method)
         check_settings(cls, spec.settings)
         device = _device_at(self.base_model, site.path)
         key = str(layer)

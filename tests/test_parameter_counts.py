@@ -51,8 +51,13 @@ def test_counts_and_percents_are_the_papers(row):
 
 def test_the_papers_untied_formula_has_one_intervention_a_position():
     tied = rl.count_parameters(LLAMA_7B, "loreft", rank=8, positions="f7+l7", tied="all").trainable
-    assert rl.count_parameters(LLAMA_7B, "loreft", rank=8, positions="f7+l7", tied="group").trainable == 2 * tied
-    assert rl.count_parameters(LLAMA_7B, "loreft", rank=8, positions="f7+l7", tied="position").trainable == 14 * tied
+    assert (
+        rl.count_parameters(LLAMA_7B, "loreft", rank=8, positions="f7+l7", tied="group").trainable == 2 * tied
+    )
+    assert (
+        rl.count_parameters(LLAMA_7B, "loreft", rank=8, positions="f7+l7", tied="position").trainable
+        == 14 * tied
+    )
     # peers count a second, unused intervention for a prefix alone
     assert rl.count_parameters(LLAMA_7B, "loreft", rank=8, positions="f7", tied="group").trainable == tied
 

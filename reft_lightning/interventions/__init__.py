@@ -7,6 +7,7 @@ from .base import (
     intervention_class,
     method_name,
     nearest,
+    registered,
     settings_of,
 )
 from .orthonormal import orthonormal_rows
@@ -38,6 +39,7 @@ __all__ = [
     "method_name",
     "nearest",
     "orthonormal_rows",
+    "registered",
     "rotations",
     "settings_of",
 ]

@@ -90,33 +90,48 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def intervention_class(method: str | type[Intervention]) -> type[Intervention]:
-    """Return the class of a method: a class itself, a name of the table, or ``package.module.Class``.
+def registered(name: str) -> type[Intervention]:
+    """Return the class of a name of the table, without importing anything.
 
     Raises:
         ValueError: if the name is unknown, with the nearest one.
     """
-    if isinstance(method, type):
-        return method
-    if method not in INTERVENTIONS and "." in method:
+    if name not in INTERVENTIONS:
+        raise ValueError(
+            f"unknown intervention {name!r}; known are {', '.join(sorted(INTERVENTIONS))}"
+            f"{nearest(name, INTERVENTIONS)} (your own: import the module that defines it first)"
+        )
+    return INTERVENTIONS[name]
+
+
+def intervention_class(method: str | type[Intervention]) -> type[Intervention]:
+    """Return the class of a method: a class itself, a name of the table, or ``package.module.Class`` to import.
+
+    For what a user writes; a name in a file that somebody else wrote goes through :func:`registered`.
+
+    Raises:
+        ValueError: if the name is unknown, with the nearest one, or names no Intervention.
+    """
+    if isinstance(method, str) and method not in INTERVENTIONS and "." in method:
         module, _, name = method.rpartition(".")
         try:
-            return getattr(importlib.import_module(module), name)
+            method = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"cannot import the intervention {method!r}: {error}") from error
-    if method not in INTERVENTIONS:
-        raise ValueError(
-            f"unknown intervention {method!r}; known are {', '.join(sorted(INTERVENTIONS))}"
-            f"{nearest(method, INTERVENTIONS)} (your own: import the module that defines it first, "
-            "or give its class as 'package.module.Class')"
-        )
-    return INTERVENTIONS[method]
+    if isinstance(method, str):
+        return registered(method)
+    if not (isinstance(method, type) and issubclass(method, Intervention)):
+        raise ValueError(f"{method!r} is no subclass of Intervention")
+    return method
 
 
 def method_name(cls: type[Intervention]) -> str:
-    """Return the name under which a class is registered, else its import path."""
-    names = [name for name, registered in INTERVENTIONS.items() if registered is cls]
-    return names[0] if names else f"{cls.__module__}.{cls.__qualname__}"
+    """Return the name of a class in the table; one without a name is entered under its import path."""
+    names = [name for name, known in INTERVENTIONS.items() if known is cls]
+    if not names:
+        names = [f"{cls.__module__}.{cls.__qualname__}"]
+        INTERVENTIONS[names[0]] = cls
+    return names[0]
 
 
 def settings_of(cls: type[Intervention]) -> dict[str, inspect.Parameter]:
