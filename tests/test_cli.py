@@ -1,5 +1,6 @@
 """The commands: mistakes are answered with the nearest name and status 2, correct arguments reach the run."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -287,3 +288,32 @@ def test_help_prints_the_usage(monkeypatch, capsys, function):
         command(monkeypatch, function, "--help")
     assert left.value.code == 0
     assert "run=FOLDER" in capsys.readouterr().out
+
+
+def test_ones_own_intervention_is_found_in_the_working_folder(tmp_path):
+    # the README's RED, without the settings that only the paper's family has
+    (tmp_path / "my_module.py").write_text(
+        "import torch\nimport reft_lightning as rl\n\n\n"
+        "class RED(rl.Intervention, name='red'):\n"
+        "    def __init__(self, dim, **settings):\n"
+        "        super().__init__(dim, **settings)\n"
+        "        self.s = torch.nn.Parameter(torch.ones(dim))\n\n"
+        "    def edit(self, h):\n"
+        "        return (self.s - 1) * h\n"
+    )
+    rows = [{"instruction": f"Is {i} odd?\n\nAnswer format: true/false", "input": "",
+             "output": "the correct answer is true", "answer": "true"} for i in range(40)]  # fmt: skip
+    for split in ("train", "test"):
+        (tmp_path / "boolq").mkdir(exist_ok=True)
+        (tmp_path / "boolq" / f"{split}.json").write_text(json.dumps(rows))
+    arguments = ["experiment=debug", "data.source=local", "data.path=.", "intervention.method=my_module.RED", "intervention.rank=null",
+                 "trainer.enable_progress_bar=false"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", "from reft_lightning.cli import train; train()", *arguments],
+        cwd=tmp_path, capture_output=True, text=True, timeout=150,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (results,) = tmp_path.glob("outputs/debug/*/results.json")
+    values = json.loads(results.read_text())
+    assert values["method"] == "my_module.RED"
+    assert values["trainable_parameters"] == 2 * 32

@@ -4,15 +4,11 @@ import re
 import stat
 import subprocess
 import sys
+import tomllib
 import zipfile
 from itertools import pairwise
 
 import pytest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    tomllib = pytest.importorskip("tomli", reason="Python 3.10 reads no TOML")
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,10 @@ from torch.nn.utils.parametrizations import orthogonal
 import reft_lightning as rl
 from reft_lightning import composition
 from reft_lightning.base_models import load_base_model
+from reft_lightning.construction import data_arguments, model_source, optimization_of
 from reft_lightning.data import FAMILIES
 from reft_lightning.data.encoding import target_only
 from reft_lightning.data.module import FamilyDataModule
-from reft_lightning.construction import data_arguments, model_source, optimization_of
 from reft_lightning.interventions.subspace import Subspace
 from reft_lightning.optimization import schedule_factor
 
