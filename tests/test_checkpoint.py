@@ -89,7 +89,7 @@ def test_a_config_cannot_name_code_to_import(tmp_path):  # pyreft imports any cl
     attached().save_pretrained(tmp_path)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
     (tmp_path / CONFIG_FILE).write_text(json.dumps(config | {"method": "subprocess.Popen"}))
-    with pytest.raises(ValueError, match="unknown intervention 'subprocess.Popen'"):
+    with pytest.raises(ValueError, match=r"unknown intervention 'subprocess\.Popen'"):
         rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
 
 
@@ -123,7 +123,7 @@ def test_an_incomplete_or_foreign_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"missing.*{name}"):
         rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
     save_file(state | {"stray": torch.zeros(1)}, tmp_path / TENSOR_FILE)
-    with pytest.raises(ValueError, match="unexpected.*stray"):
+    with pytest.raises(ValueError, match=r"unexpected.*stray"):
         rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
 
 

@@ -306,7 +306,8 @@ def test_ones_own_intervention_is_found_in_the_working_folder(tmp_path):
     for split in ("train", "test"):
         (tmp_path / "boolq").mkdir(exist_ok=True)
         (tmp_path / "boolq" / f"{split}.json").write_text(json.dumps(rows))
-    arguments = ["experiment=debug", "data.source=local", "data.path=.", "intervention.method=my_module.RED", "intervention.rank=null",
+    arguments = ["experiment=debug", "data.source=local", "data.path=.",
+                 "intervention.method=my_module.RED", "intervention.rank=null",
                  "trainer.enable_progress_bar=false"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", "from reft_lightning.cli import train; train()", *arguments],

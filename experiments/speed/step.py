@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +266,7 @@ def main() -> None:
     header = {
         "question": "training step time, in ratios to B",
         "model": "random weights, shape of SmolLM2-135M" if args.random else args.model.resolve().name,
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "torch": torch.__version__,
         "threads": args.threads,
         "rounds": args.rounds,
