@@ -20,6 +20,7 @@ from . import composition
 from .vocabulary import did_you_mean
 
 EVAL_USAGE = "reft-eval run=FOLDER [split=validation|test] [limit=N]"
+RESUME_USAGE = "reft-train resume=FOLDER"
 CHAT_USAGE = "reft-chat run=FOLDER [max_new_tokens=N] [template=plain|chat]"
 SPLITS = ("validation", "test")
 TEMPLATES = ("plain", "chat")
@@ -29,9 +30,14 @@ class UsageError(ValueError):
     """An argument of ``reft-eval`` or ``reft-chat`` does not fit."""
 
 
-def train() -> None:
-    """Train, validate and test one configuration, or each one of a ``--multirun``."""
+def train() -> Any:
+    """Train, validate and test one configuration, or each one of a ``--multirun``.
+
+    ``resume=FOLDER`` alone goes on with that run, under the configuration that it keeps.
+    """
     sys.path.insert(0, os.getcwd())  # intervention.method=my_module.RED finds my_module.py here
+    if len(sys.argv) == 2 and sys.argv[1].startswith("resume="):
+        return _command(_resume, RESUME_USAGE)
     composition.preflight(sys.argv[1:])
     composition.register()
     main = hydra.main(
@@ -39,7 +45,16 @@ def train() -> None:
         config_name=composition.CONFIG_NAME,
         version_base=composition.VERSION_BASE,
     )
-    main(_train)()
+    return main(_train)()
+
+
+def _resume(argv: Sequence[str]) -> None:
+    run_dir = _run_dir({"run": _options(argv, ("resume",))["resume"]})
+    from . import experiment
+
+    config = experiment.load_run_config(run_dir)
+    config.resume = str(run_dir)
+    experiment.run(config, run_dir)
 
 
 def _train(config: DictConfig) -> float | None:

@@ -86,8 +86,7 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
         if main:
             finish_wandb(trainer.loggers, results.values, None, exit_code=1)
         if main and last.is_file():
-            log.error("stopped; what was computed is in %s; the same command with resume=%s goes on",
-                      folder, folder)  # fmt: skip
+            log.error("stopped; what was computed is in %s; go on with: reft-train resume=%s", folder, folder)
         raise
     results.update(status="complete", finished=now())
     if main:

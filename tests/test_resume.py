@@ -10,7 +10,7 @@ import pytest
 import short_runs
 import torch
 
-from reft_lightning import experiment
+from reft_lightning import cli, experiment
 
 # dropout needs the random numbers, the clipped gradients and the warm-up need the step
 SETTINGS = ("intervention.dropout=0.3", "trainer.val_check_interval=4", "optimizer.weight_decay=0.1")
@@ -154,4 +154,17 @@ def test_a_run_told_to_stop_leaves_a_checkpoint_and_goes_on(data, tmp_path, root
     assert 0 < step < 360
     resume(data, tmp_path / "run", "intervention.dropout=0.3", "trainer.max_epochs=60")
     short_runs.run(data, tmp_path / "whole", "intervention.dropout=0.3", "trainer.max_epochs=60")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_resume_alone_goes_on_under_the_configuration_of_the_folder(data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        short_runs.stop_at(patch, 3)
+        with pytest.raises(short_runs.Stop):
+            short_runs.run(data, tmp_path / "run", "intervention.dropout=0.3")
+    monkeypatch.setattr(sys, "argv", ["reft-train", f"resume={tmp_path / 'run'}"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    cli.train()
+    assert short_runs.results(tmp_path / "run")["status"] == "complete"
+    short_runs.run(data, tmp_path / "whole", "intervention.dropout=0.3")
     assert_same_run(tmp_path / "run", tmp_path / "whole")
