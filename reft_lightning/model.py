@@ -271,10 +271,11 @@ class ReftModel(nn.Module):
                 f"the {site.end} of {site.path} is {hidden.shape[-1]} wide, not {site.dim} as supposed: name the "
                 "linear map that reads it, as '...{layer}....input'"
             )
-        if tuple(hidden.shape[:-1]) != self._plan.shape:
+        rows, columns = self._plan.shape
+        if hidden.shape[:-1].numel() != rows * columns:  # OPT's last map sees them in one dimension
             raise ValueError(
                 f"the {site.end} of {site.path} has the shape {tuple(hidden.shape)}, but the model reads "
-                f"{self._plan.shape[0]} rows of {self._plan.shape[1]} tokens: positions mean nothing there"
+                f"{rows} rows of {columns} tokens: positions mean nothing there"
             )
         if self._plan.differentiable and not torch.is_grad_enabled():
             raise ValueError(

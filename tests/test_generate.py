@@ -1,0 +1,179 @@
+"""Generation: teacher forcing, a cache, no cache, beams and batches select the same tokens and give the same ids."""
+
+import pytest
+import tiny
+import torch
+from laws import shaken
+from transformers import GenerationConfig
+
+import reft_lightning as rl
+
+POSITIONS = ["f2+l2", "l1", "prompt", "all", "decode", "decode:2", "f1+l1+decode:2"]
+NEW = 6
+GREEDY = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": tiny.PAD}
+
+
+def attached(family="llama", positions="f2+l2", dtype=torch.float64, **settings):
+    torch.manual_seed(1)
+    reft = rl.attach(tiny.model(family, dtype), "loreft", rank=2, positions=positions, **settings).eval()
+    shaken(reft.interventions.to(dtype))
+    return reft
+
+
+def new_ids(reft, batch, **settings):
+    return reft.generate(**batch, **(GREEDY | settings))[:, batch["input_ids"].shape[1] :]
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("family", tiny.DECODERS)
+def test_cached_and_uncached_generation_and_teacher_forcing_agree(family, positions):
+    # adapters edits every decoded token with a cache and crashes with suffix positions; pyreft differs without a cache
+    reft = attached(family, positions)
+    batch = tiny.padded(tiny.rows(5, 3, 7), "left")
+    cached = new_ids(reft, batch)
+    assert torch.equal(new_ids(reft, batch, use_cache=False), cached)
+    prompts = [
+        row[mask.bool()] for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    forced = tiny.prompt_target(prompts, list(cached))
+    with torch.no_grad():
+        logits = reft(**{k: v for k, v in forced.items() if k != "labels"}).logits
+    assert torch.equal(logits[:, -NEW - 1 : -1].argmax(-1), cached)
+    with reft.disabled():
+        assert not torch.equal(new_ids(reft, batch), cached), "the edit must show in the ids"
+
+
+@pytest.mark.parametrize("positions", ["f2+l2", "all", "decode:2"])
+def test_scores_of_generation_are_the_logits_of_teacher_forcing(positions):
+    reft = attached(positions=positions)
+    batch = tiny.padded(tiny.rows(5, 3), "left")
+    out = reft.generate(**batch, **GREEDY, output_logits=True, return_dict_in_generate=True)
+    width = batch["input_ids"].shape[1]
+    whole = {
+        "input_ids": out.sequences,
+        "attention_mask": torch.nn.functional.pad(batch["attention_mask"], (0, NEW), value=1),
+        "prompt_mask": torch.nn.functional.pad(batch["attention_mask"].bool(), (0, NEW)),
+    }
+    with torch.no_grad():
+        logits = reft(**whole).logits
+    generated = torch.stack(out.logits, 1)  # generate() hands them out in float32
+    torch.testing.assert_close(generated, logits[:, width - 1 : -1].float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", tiny.DECODERS)
+def test_a_batch_gives_what_its_rows_give_padded_on_either_side(family):  # pyreft searches for BOS (D12)
+    reft = attached(family)
+    texts = tiny.rows(6, 1, 3)  # shorter than the positions asked for, too
+    alone = torch.cat([new_ids(reft, tiny.padded([text])) for text in texts])
+    assert torch.equal(new_ids(reft, tiny.padded(texts, "left", extra=2)), alone)
+    assert torch.equal(new_ids(reft, tiny.padded(texts, "right")), alone)
+
+
+@pytest.mark.parametrize("positions", ["f2+l2", "all"])
+def test_beams_give_each_row_what_it_gets_alone(positions):  # pyreft needs locations repeated by hand (D44)
+    reft = attached(positions=positions)
+    texts = tiny.rows(5, 3, 4)
+    alone = torch.cat([new_ids(reft, tiny.padded([text]), num_beams=3) for text in texts])
+    batch = tiny.padded(texts, "left")
+    assert torch.equal(new_ids(reft, batch, num_beams=3), alone)
+    assert torch.equal(new_ids(reft, batch, num_beams=3, use_cache=False), alone)
+
+
+def test_several_sequences_a_row_come_next_to_each_other():  # D44
+    reft = attached()
+    batch = tiny.padded(tiny.rows(5, 3), "left")
+    beams = reft.generate(**batch, **(GREEDY | {"num_beams": 3, "num_return_sequences": 2}))
+    assert beams.shape[0] == 4
+    assert torch.equal(beams[::2, batch["input_ids"].shape[1] :], new_ids(reft, batch, num_beams=3))
+
+
+def test_sampling_is_reproducible_and_uses_the_edit():
+    reft = attached(positions="all")
+    batch = tiny.padded(tiny.rows(5, 3), "left")
+    drawn = []
+    for enabled in (True, True, False):
+        torch.manual_seed(7)
+        if enabled:
+            drawn.append(new_ids(reft, batch, do_sample=True, num_return_sequences=3))
+        else:
+            with reft.disabled():
+                drawn.append(new_ids(reft, batch, do_sample=True, num_return_sequences=3))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert drawn[0].shape == (6, NEW)
+
+
+@pytest.mark.parametrize("positions", ["f2+l2", "decode"])
+def test_a_static_cache_gives_the_same_ids(positions):
+    reft = attached(positions=positions)
+    batch = tiny.padded(tiny.rows(5, 3), "left")
+    assert torch.equal(new_ids(reft, batch, cache_implementation="static"), new_ids(reft, batch))
+
+
+def test_a_prompt_read_in_chunks_gives_the_same_ids():  # pyreft raises (D44)
+    reft = attached(positions="f2+l2")
+    batch = tiny.padded(tiny.rows(9, 4), "left")
+    assert torch.equal(new_ids(reft, batch, prefill_chunk_size=4), new_ids(reft, batch))
+
+
+@pytest.mark.parametrize("tied", ["all", "group", "position"])
+@pytest.mark.parametrize("component", ["block_input", "attention_output", "mlp_output"])
+def test_every_component_and_tying_generates_as_it_is_forced(component, tied):
+    reft = attached(component=component, tied=tied)
+    batch = tiny.padded(tiny.rows(5, 3), "left")
+    assert torch.equal(new_ids(reft, batch, use_cache=False), new_ids(reft, batch))
+
+
+def test_decoded_tokens_cost_nothing_when_the_prompt_alone_is_edited():
+    reft = attached(positions="f2+l2")
+    calls = []
+    for group in reft.interventions.values():
+        for phi in group:
+            phi.register_forward_hook(lambda *_: calls.append(1))
+    new_ids(reft, tiny.padded(tiny.rows(5)))
+    assert len(calls) == tiny.LAYERS, "one edit a layer, in the pass over the prompt"
+
+
+def test_without_an_attention_mask_padding_is_the_pad_token():
+    reft = attached()
+    batch = tiny.padded(tiny.rows(5, 3), "left")
+    assert torch.equal(reft.generate(batch["input_ids"], **GREEDY), reft.generate(**batch, **GREEDY))
+
+
+def test_a_pad_token_that_is_the_eos_token_too_pads_nothing_by_itself():  # genuine eos tokens stay (D14)
+    reft = attached()
+    ids = torch.tensor([[5, tiny.EOS, 7, 8]])
+    settings = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": tiny.EOS, "eos_token_id": tiny.EOS}
+    expected = reft.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    assert torch.equal(reft.generate(ids, **settings), expected)
+
+
+def test_a_generation_config_is_passed_on():
+    reft = attached()
+    batch = tiny.padded(tiny.rows(5, 3), "left")
+    settings = GenerationConfig(**GREEDY)
+    assert torch.equal(reft.generate(**batch, generation_config=settings), reft.generate(**batch, **GREEDY))
+
+
+def test_rows_that_end_early_do_not_disturb_the_others():
+    reft = attached(positions="all")
+    batch = tiny.padded(tiny.rows(5, 3), "left")
+    free = new_ids(reft, batch)
+    ended = new_ids(reft, batch, eos_token_id=int(free[0, 1]))
+    assert (ended[0, 2:] == tiny.PAD).all()
+    stop = (free[1] == free[0, 1]).nonzero().flatten()
+    length = int(stop[0]) + 1 if len(stop) else NEW
+    assert torch.equal(ended[1, :length], free[1, :length])
+
+
+def test_a_cache_of_ones_own_needs_the_prompt_mask():
+    reft = attached()
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        first = reft(input_ids=ids[:, :4], use_cache=True)
+        with pytest.raises(ValueError, match="pass prompt_mask"):
+            reft(input_ids=ids[:, 4:], past_key_values=first.past_key_values)
+        prompt = torch.tensor([[True] * 4 + [False]])
+        step = reft(input_ids=ids[:, 4:], past_key_values=first.past_key_values, prompt_mask=prompt)
+        whole = reft(input_ids=ids, prompt_mask=prompt)
+    torch.testing.assert_close(step.logits[:, -1], whole.logits[:, -1], atol=1e-6, rtol=1e-5)
