@@ -53,7 +53,9 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
     console.print(f"[bold]run folder[/bold]  {folder}", soft_wrap=True)
     console.print(f"talk to both     reft-chat run={folder}", soft_wrap=True)
     console.print(f"evaluate again   reft-eval run={folder} split=validation", soft_wrap=True)
-    console.print("change a thing   the same command and intervention=direft, or -m seed=42,43,44", soft_wrap=True)
+    console.print(
+        "change a thing   the same command and intervention=direft, or -m seed=42,43,44", soft_wrap=True
+    )
 
 
 def _rows(results: dict[str, Any]) -> list[tuple[str, str, tuple[str, str]]]:

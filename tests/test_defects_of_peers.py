@@ -98,7 +98,9 @@ def test_an_adapter_goes_where_its_layer_is():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", sorted(name for name, c in rl.INTERVENTIONS.items() if "reft" in c.__module__))
+@pytest.mark.parametrize(
+    "method", sorted(name for name, c in rl.INTERVENTIONS.items() if "reft" in c.__module__)
+)
 def test_an_intervention_has_no_buffers(method):
     assert list(rl.INTERVENTIONS[method](16, rank=2).buffers()) == []
 
@@ -107,7 +109,9 @@ def test_R_is_computed_once_a_forward_pass_for_all_layers(monkeypatch):
     from reft_lightning.interventions import subspace
 
     shapes, original = [], subspace.orthonormal_rows
-    monkeypatch.setattr(subspace, "orthonormal_rows", lambda A: (shapes.append(tuple(A.shape)), original(A))[1])
+    monkeypatch.setattr(
+        subspace, "orthonormal_rows", lambda A: (shapes.append(tuple(A.shape)), original(A))[1]
+    )
     reft = rl.attach(tiny.model("llama"), "loreft", rank=2, positions="f1+l1", tied="group")
     reft(input_ids=torch.tensor([[5, 6, 7]]))
     assert shapes == [(2 * tiny.LAYERS, 2, tiny.WIDTH)]
