@@ -172,6 +172,9 @@ def build_trainer(config: Config, folder: Path, values: dict[str, Any]) -> Train
 
 
 def quiet_lightning() -> None:
-    """Keep Lightning's tips and device listings out of the log."""
+    """Keep Lightning's tips, device listings and a warning about its own code out of the log."""
+    warnings.filterwarnings(
+        "ignore", ".*LeafSpec.*", FutureWarning
+    )  # lightning 2.6 calls what torch 2.13 deprecates
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
