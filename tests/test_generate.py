@@ -134,6 +134,17 @@ def test_decoded_tokens_cost_nothing_when_the_prompt_alone_is_edited():
     assert len(calls) == tiny.LAYERS, "one edit a layer, in the pass over the prompt"
 
 
+def test_a_change_of_parameters_after_a_generation_is_seen():
+    reft, batch = attached(), tiny.padded(tiny.rows(5, 3), "left")
+    first = new_ids(reft, batch)
+    other = attached()
+    shaken(reft.interventions, seed=8)
+    other.load_adapter_state_dict(reft.adapter_state_dict())
+    assert torch.equal(reft(**batch).logits, other(**batch).logits)
+    assert torch.equal(new_ids(reft, batch), new_ids(other, batch))
+    assert not torch.equal(new_ids(reft, batch), first)
+
+
 def test_without_an_attention_mask_padding_is_the_pad_token():
     reft = attached()
     batch = tiny.padded(tiny.rows(5, 3), "left")

@@ -1,0 +1,219 @@
+"""attach(): what is accepted, how it is tied, and what is refused with a sentence that helps."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from laws import shaken
+from model_laws import CLOSE
+
+import reft_lightning as rl
+
+
+def attach(method="loreft", **settings):
+    torch.manual_seed(1)
+    reft = rl.attach(tiny.model("llama"), method, **{"rank": 2, "positions": "f1+l1", **settings})
+    shaken(reft.interventions)
+    return reft.eval()
+
+
+BATCH = tiny.padded(tiny.rows(6, 4), "left")
+
+
+def test_defaults_are_the_contract_s():
+    reft = rl.attach(tiny.model("llama"), rank=2)
+    config = reft.config
+    assert (config.method, config.layers) == ("loreft", [0, 1, 2])
+    assert (config.positions, config.tied, config.component) == ("f7+l7", "all", "block_output")
+    assert [len(group) for group in reft.interventions.values()] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("tied", "positions", "copies"),
+    [("all", "f2+l1", 1), ("group", "f2+l1", 2), ("group", "l3", 1), ("position", "f2+l1", 3),
+     ("position", "l2+decode:2", 4)],
+)  # fmt: skip
+def test_tying_decides_the_number_of_interventions(tied, positions, copies):
+    reft = attach(tied=tied, positions=positions)
+    assert {len(group) for group in reft.interventions.values()} == {copies}
+    expected = 3 * copies * (2 * 2 * tiny.WIDTH + 2)
+    assert reft.parameter_count().trainable == expected
+    reft(**BATCH).logits.square().sum().backward()
+    unused = {"l2+decode:2": ("2", "3")}.get(positions, ())  # no token follows these prompts
+    for name, parameter in reft.interventions.named_parameters():
+        assert (parameter.grad is None or not parameter.grad.any()) == (name.split(".")[1] in unused), name
+
+
+def test_equal_copies_give_the_same_result_however_they_are_tied():
+    tied = attach(positions="f2+l1")
+    expected = tied(**BATCH).logits
+    for how in ("group", "position"):
+        other = attach(positions="f2+l1", tied=how)
+        for key, group in other.interventions.items():
+            for phi in group:
+                phi.load_state_dict(tied.interventions[key][0].state_dict())
+        torch.testing.assert_close(other(**BATCH).logits, expected, **CLOSE)
+
+
+def test_each_position_has_its_own_intervention():
+    reft = attach(positions="f2+l1", tied="position", layers=[1])
+    before = reft(**BATCH, output_hidden_states=True).hidden_states[2]
+    for copy_, columns in enumerate([{0, 2}, {1, 3}, {5}]):  # f: first, second; l: last, of both rows
+        other = copy.deepcopy(reft)
+        shaken(other.interventions["1"][copy_], seed=9)
+        after = other(**BATCH, output_hidden_states=True).hidden_states[2]
+        changed = (before - after).abs().amax(-1) > 1e-4
+        assert set(changed.nonzero()[:, 1].tolist()) == columns
+
+
+def test_a_prompt_shorter_than_asked_is_clipped_not_refused():
+    reft = attach(positions="f7+l7", tied="position")
+    for n in (1, 2, 3, 5, 14, 20):
+        assert reft(**tiny.padded(tiny.rows(n))).logits.isfinite().all()
+    empty = tiny.padded([*tiny.rows(3), torch.empty(0, dtype=torch.long)])
+    assert reft(**empty).logits[0].isfinite().all()
+
+
+def test_layers_may_have_their_own_settings():
+    reft = attach(
+        layers={0: {}, 2: {"rank": 4, "positions": "all", "method": "direft", "component": "mlp_output"}}
+    )
+    assert list(reft.interventions) == ["0", "2"]
+    first, last = reft.interventions["0"][0], reft.interventions["2"][0]
+    assert (type(first), first.rank) == (rl.LoReFT, 2)
+    assert (type(last), last.rank) == (rl.DiReFT, 4)
+    assert reft.sites["2"].path == "model.layers.2.mlp"
+    assert reft(**BATCH).logits.isfinite().all()
+    with reft.disabled():
+        base = reft(**BATCH).logits
+    assert not torch.allclose(reft(**BATCH).logits[1, 3], base[1, 3])  # l1+f1 skip it, all does not
+
+
+def test_the_input_of_a_block_is_the_output_of_the_block_before():
+    after, before = attach(layers=[0]), attach(layers=[1], component="block_input")
+    before.interventions["1"].load_state_dict(after.interventions["0"].state_dict())
+    assert torch.equal(before(**BATCH).logits, after(**BATCH).logits)
+
+
+@pytest.mark.parametrize(
+    ("path", "same_as"),
+    [
+        ("model.layers.{layer}", "block_output"),
+        ("model.layers.{layer}.output", "block_output"),
+        ("model.layers.{layer}.input", "block_input"),
+        ("model.layers.{layer}.mlp", "mlp_output"),
+        ("model.layers.{layer}.mlp.down_proj", "mlp_output"),
+        ("model.layers.{layer}.self_attn.o_proj", "attention_output"),
+    ],
+)
+def test_a_module_path_is_a_component(path, same_as):
+    by_path, by_name = attach(component=path), attach(component=same_as)
+    assert torch.equal(by_path(**BATCH).logits, by_name(**BATCH).logits)
+
+
+def test_a_module_whose_width_is_not_known_raises_when_it_differs():
+    reft = attach(component="model.layers.{layer}.mlp.act_fn")  # has no parameters, and another width
+    with pytest.raises(ValueError, match=r"output of model\.layers\.0\.mlp\.act_fn is 24 wide, not 16"):
+        reft(**BATCH)
+
+
+def test_a_callable_selects_positions():
+    by_name = attach(positions="f1")
+    by_hand = attach(positions=lambda prompt, target: prompt & (prompt.cumsum(-1) == 1))
+    assert torch.equal(by_name(**BATCH).logits, by_hand(**BATCH).logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "lorefft"}, "unknown intervention 'lorefft'.*did you mean 'loreft'"),
+        ({"rnak": 4}, "takes no setting 'rnak'.*did you mean 'rank'"),
+        ({"rank": 17}, "rank must lie in 1..16.*got 17"),
+        ({"layers": {}}, "layers is empty"),
+        ({"layers": {1: {"rnk": 2}}}, "takes no setting 'rnk'.*did you mean 'rank'"),
+        ({"positions": "f1+f2"}, "name 'f' twice"),
+        ({"positions": "7"}, "malformed positions"),
+        ({"tied": "groups"}, "tied must be one of all, group, position; got 'groups'.*did you mean 'group'"),
+        ({"tied": "position", "positions": "all"}, "tied='position' needs a fixed number of positions"),
+        ({"component": "mlp_ouput"}, "unknown component 'mlp_ouput'.*did you mean 'mlp_output'"),
+        ({"component": "model.layers.{layer}.mpl"}, r"no module 'model\.layers\.0\.mpl'; near it are .*mlp"),
+        ({"heads": ["classifier"]}, "no module 'classifier' to train as a head"),
+        ({"dropout": 1.5}, "dropout must lie in"),
+    ],
+)
+def test_what_does_not_exist_is_refused_with_what_does(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        attach(**arguments)
+
+
+def test_a_refused_attachment_leaves_the_model_unhooked():
+    base = tiny.model("llama")
+    with pytest.raises(ValueError, match="no module"):
+        rl.attach(base, rank=2, heads=["classifier"])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+
+
+def test_forward_refuses_what_it_cannot_place():
+    reft = attach()
+    ids, cache = BATCH["input_ids"], reft(**BATCH, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="needs input_ids or inputs_embeds"):
+        reft(attention_mask=BATCH["attention_mask"])
+    with pytest.raises(ValueError, match="with past_key_values, pass prompt_mask"):
+        reft(ids[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="labels of the last columns alone need a prompt_mask"):
+        reft(**BATCH, labels=ids[:, -2:])
+    with pytest.raises(ValueError, match="prompt_mask must have the shape"):
+        reft(**BATCH, prompt_mask=torch.ones(2, 3, dtype=torch.bool))
+
+
+def test_embeddings_may_be_given_for_tokens():
+    reft = attach()
+    embeds = reft.base_model.get_input_embeddings()(BATCH["input_ids"])
+    got = reft(inputs_embeds=embeds, attention_mask=BATCH["attention_mask"])
+    assert torch.equal(got.logits, reft(**BATCH).logits)
+
+
+def test_without_an_attention_mask_every_token_is_real():
+    reft, ids = attach(), torch.stack(tiny.rows(5, 5))
+    assert torch.equal(reft(ids).logits, reft(ids, torch.ones_like(ids)).logits)
+
+
+@pytest.mark.parametrize("positions", ["f1+l2", "all", "decode", "l1+decode:1"])
+def test_a_text_read_in_two_parts_with_a_cache_is_edited_as_a_whole(positions):
+    reft = attach(positions=positions)
+    texts, targets = tiny.rows(6, 4), tiny.rows(3, 2, seed=1)
+    batch = tiny.prompt_target(texts, targets)
+    del batch["labels"]
+    expected = reft(**batch).logits
+    for cut in (6, 7):  # the first part holds the whole prompt
+        mask, prompt = batch["attention_mask"], batch["prompt_mask"]
+        ids = batch["input_ids"]
+        first = reft(ids[:, :cut], mask[:, :cut], prompt_mask=prompt[:, :cut], use_cache=True)
+        rest = reft(ids[:, cut:], mask, prompt_mask=prompt, past_key_values=first.past_key_values)
+        torch.testing.assert_close(rest.logits[:, :2], expected[:, cut : cut + 2], **CLOSE)
+
+
+def test_reentrant_checkpointing_is_refused_where_it_would_lose_gradients():
+    batch = tiny.padded(tiny.rows(5, 4))
+    outside = attach()
+    outside(**batch).logits.sum().backward()
+    expected = outside.interventions["0"][0].source.bias.grad.clone()
+    outside.zero_grad()
+    for reft in (outside, attach(component="mlp_output")):
+        reft.train()
+        reft.base_model.activation_checkpointing_enable({"use_reentrant": True})
+    outside(**batch).logits.sum().backward()
+    torch.testing.assert_close(outside.interventions["0"][0].source.bias.grad, expected, **CLOSE)
+    with pytest.raises(ValueError, match=r"no gradient reaches model\.layers\.0\.mlp: .*use_reentrant=False"):
+        reft(**batch)
+
+
+def test_the_count_is_printed_in_peft_s_words(capsys):
+    reft = attach()
+    count = reft.parameter_count()
+    reft.print_trainable_parameters()
+    line = capsys.readouterr().out
+    assert line.startswith(f"trainable params: {3 * (2 * 2 * 16 + 2):,} || base params: {count.base:,} ||")
+    assert count.base == sum(p.numel() for p in tiny.model("llama").parameters())
+    assert count.percent == 100 * count.trainable / count.base
