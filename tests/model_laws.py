@@ -131,7 +131,7 @@ class AdaptedModelLaws:
         batch = tiny.padded(tiny.rows(5, 5))
         expected = base(**batch).logits
         with pytest.raises(IndexError):
-            reft(input_ids=torch.tensor([[3, 4, 10_000]]))  # no such token
+            reft(input_ids=torch.tensor([[3, 4, base.config.vocab_size]]))  # no such token
         assert torch.equal(base(**batch).logits, expected)
 
     def test_training_changes_interventions_and_nothing_else(self):
