@@ -66,7 +66,7 @@ def test_two_processes_count_every_row_once(both):
         rows = short_runs.predictions(both[1], name)
         assert len(rows) == len(expected) == 7
         assert {row["source"]: row for row in rows} == expected
-    assert len(two["test_reads"]) == 1
+    assert [(read["model"], read["rows"]) for read in two["test_reads"]] == [("base", 7), ("adapted", 7)]
     assert two["tokens"] == one["tokens"]
 
 
