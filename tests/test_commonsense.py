@@ -57,7 +57,7 @@ def blob_id(rows):
 
 
 class TestLaws:
-    """What holds for every family (DESIGN 7)."""
+    """What holds for every family."""
 
     @pytest.fixture(params=NAMES)
     def found(self, request):

@@ -1,4 +1,4 @@
-"""Splits, order, ranks, resume and the sealed test split. Defects are numbered as in the survey of peers."""
+"""Splits, order, ranks, resume and the sealed test split. Defects are numbered as in test_defects_of_peers.py."""
 
 import itertools
 import logging

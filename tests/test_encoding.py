@@ -1,4 +1,4 @@
-"""Tokens and the prompt | target layout. Defects are numbered as in the survey of peers (D12, D14, ...)."""
+"""Tokens and the prompt | target layout. Defects are numbered as in test_defects_of_peers.py."""
 
 import logging
 
