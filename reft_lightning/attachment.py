@@ -5,7 +5,7 @@ As in ``reft = attach(base_model, "loreft", rank=8, layers="all", positions="f7+
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,17 +67,11 @@ def attach(
     return ReftModel(base_model, config)
 
 
-def build_on_meta(
-    config: PretrainedConfig, model_class: Callable[[PretrainedConfig], Any] | None = None
-) -> Any:
+def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
     """Build the model of a configuration without memory for its weights."""
-    if model_class is None:
-        causal = (
-            type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
-        )
-        model_class = (AutoModelForCausalLM if causal else AutoModel).from_config
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
     with torch.device("meta"):
-        return model_class(config)
+        return (AutoModelForCausalLM if causal else AutoModel).from_config(config)
 
 
 def count_parameters(

@@ -12,13 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
-from transformers import GenerationConfig
 
 from .attachment import attach
 from .base_models import load_base_model
 from .checkpoint import load_adapter
 from .construction import attachment, model_source
-from .evaluation import without_generation_defaults
+from .evaluation import generate_greedily
 from .experiment import load_run_config
 from .model import ReftModel
 
@@ -73,9 +72,10 @@ def main(folder: Path, max_new_tokens: int = 64, template: str = "plain") -> Non
 def load(folder: Path) -> tuple[ReftModel, Any]:
     """Return the adapted model of a run folder, ready to generate, and its tokenizer."""
     config = load_run_config(folder)
+    _, adapter = load_adapter(folder / "adapter")  # a missing one is said before weights are loaded
     base, tokenizer = load_base_model(**model_source(config))
     model = attach(base, **attachment(config))
-    model.load_adapter_state_dict(load_adapter(folder / "adapter")[1])
+    model.load_adapter_state_dict(adapter)
     return model.eval(), tokenizer
 
 
@@ -93,18 +93,17 @@ def answer(
         encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)  # the template has the BOS
     else:
         encoded = tokenizer(text + "\n", return_tensors="pt")
-    ids, mask = (
-        encoded["input_ids"].to(model.base_model.device),
-        encoded["attention_mask"].to(model.base_model.device),
-    )
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    ids, mask = (encoded[name].to(model.base_model.device) for name in ("input_ids", "attention_mask"))
+    batch = {"input_ids": ids, "attention_mask": mask, "prompt_mask": mask.bool(), "boundary": ids.shape[1]}
 
     def generate() -> str:
-        with without_generation_defaults(model):
-            new = model.generate(ids, attention_mask=mask, generation_config=settings)[0, ids.shape[1] :]
+        (new,) = generate_greedily(
+            model,
+            batch,
+            max_new_tokens=max_new_tokens,
+            eos=tokenizer.eos_token_id,
+            pad=tokenizer.pad_token_id,
+        )
         return tokenizer.decode(new, skip_special_tokens=True).strip() or "(nothing)"
 
     with model.disabled():

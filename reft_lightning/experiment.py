@@ -136,7 +136,7 @@ def _stages(
 
 def evaluate_split(
     trainer: Trainer, objects: Objects, split: str, folder: Path, results: Results, who: str
-) -> dict[str, float]:
+) -> None:
     """Evaluate the model as it is on a split; scores and predictions go to the run folder.
 
     Args:
@@ -170,7 +170,6 @@ def evaluate_split(
     rows = _gather(trainer, objects.module.predictions)
     if trainer.is_global_zero:
         write_predictions(folder / "predictions" / f"{who or 'reft'}_{split}.jsonl", rows)
-    return metrics
 
 
 def _gather(trainer: Trainer, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -205,8 +204,9 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
         raise ValueError(f"{folder} is part of a search, whose test split is sealed")
     quiet_lightning()
     seed_everything(config.seed, workers=True, verbose=False)
+    _, adapter = load_adapter(folder / "adapter")  # a missing one is said before weights are loaded
     objects = build(config)
-    objects.model.load_adapter_state_dict(load_adapter(folder / "adapter")[1])
+    objects.model.load_adapter_state_dict(adapter)
     target = new_folder(folder / "evaluations")
     results = Results(target, run_dir=str(folder), split=split, limit=limit, **environment())
     trainer = Trainer(

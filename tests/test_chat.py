@@ -66,7 +66,7 @@ def test_the_chat_template_is_used_once_with_its_own_bos(folder):
     tokenizer.chat_template = "<s>{% for m in messages %}{{ m.content }}{% endfor %}!"
     seen = []
     generate = model.generate
-    model.generate = lambda ids, **kwargs: (seen.append(ids), generate(ids, **kwargs))[1]
+    model.generate = lambda **kwargs: (seen.append(kwargs["input_ids"]), generate(**kwargs))[1]
     chat.answer(model, tokenizer, "hello", 2, "chat")
     assert tokenizer.decode(seen[0][0]) == "<s>hello!"
 

@@ -1,6 +1,6 @@
 """Evaluation: generated text -> answer -> score, and the likelihood of options."""
 
-from .decoding import generate_greedily, option_log_likelihoods, without_generation_defaults
+from .decoding import generate_greedily, option_log_likelihoods
 from .metrics import ExactMatch, MeanLoss, wilson_interval
 
 __all__ = [
@@ -9,5 +9,4 @@ __all__ = [
     "generate_greedily",
     "option_log_likelihoods",
     "wilson_interval",
-    "without_generation_defaults",
 ]
