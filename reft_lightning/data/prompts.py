@@ -1,0 +1,180 @@
+r"""Templates: what is laid around an instruction before the model reads it.
+
+A template takes an example whose `prompt` is the bare question and returns the same example with the text the
+model reads. `alpaca` is the header of Stanford Alpaca (https://github.com/tatsu-lab/stanford_alpaca, README),
+ended by one newline as the paper's code does (arXiv:2404.03592; pyreft at dafd0995a366, examples/loreft)::
+
+    Below is an instruction that describes a task. Write a response that appropriately completes the request.
+
+    ### Instruction:
+    Name a colour.
+
+    ### Response:
+
+`chat` is the tokenizer's own chat template. A BOS that the template spells out and one that the tokenizer adds
+are the same BOS: after `encoding.encode` exactly one stands in front (none for models that know none, such as
+Qwen's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from reft_lightning.data.base import Example, nearest
+from reft_lightning.data.encoding import leading_ids
+
+Template = Callable[[Example, PreTrainedTokenizerBase], Example]
+
+ROLES = ("system", "user", "assistant")
+_TASK = "Below is an instruction that describes a task"
+_INPUT = "paired with an input that provides further context"
+_REQUEST = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
+WITHOUT_INPUT = f"{_TASK}. {_REQUEST}"
+WITH_INPUT = f"{_TASK}, {_INPUT}. {_REQUEST}"
+RESPONSE = "\n\n### Response:\n"
+
+
+def plain(example: Example, tokenizer: PreTrainedTokenizerBase | None = None) -> Example:
+    r"""Return the example with its context, if it has one, on a new line behind the prompt.
+
+    >>> plain(Example("t", "Add up.", "3", "3", context="1 + 2")).prompt
+    'Add up.\n1 + 2'
+    """
+    _refuse_turns(example, "plain")
+    text = f"{example.prompt}\n{example.context}" if example.context else example.prompt
+    return replace(example, prompt=text, context="")
+
+
+def alpaca(example: Example, tokenizer: PreTrainedTokenizerBase | None = None) -> Example:
+    r"""Return the example under Alpaca's header, with "### Input:" where it has a context.
+
+    >>> alpaca(Example("t", "Name a colour.", "Red", "Red")).prompt.splitlines()[2:]
+    ['### Instruction:', 'Name a colour.', '', '### Response:']
+    """
+    _refuse_turns(example, "alpaca")
+    if example.context:
+        text = f"{WITH_INPUT}{example.prompt}\n\n### Input:\n{example.context}{RESPONSE}"
+    else:
+        text = f"{WITHOUT_INPUT}{example.prompt}{RESPONSE}"
+    return replace(example, prompt=text, context="")
+
+
+def chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Return the example in the tokenizer's chat template, with the mark that the assistant speaks next.
+
+    The context follows the prompt after an empty line. Where the template puts white space in front of what the
+    assistant says (Llama-2: `[/INST] Red`), target and options begin with it, as the model knows it from its
+    own training.
+
+    Raises:
+        ValueError: if the tokenizer has no chat template, or the template refuses the turns (some know no
+            system role); names the row.
+    """
+    where = example.source or example.task
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"template chat needs a tokenizer with a chat template, which {_name(tokenizer)} has not; use an "
+            "instruction-tuned model, or template alpaca or plain"
+        )
+    question = f"{example.prompt}\n\n{example.context}" if example.context else example.prompt
+    turns = [*example.turns, ("user", question)]
+    for role, _ in turns:
+        if role not in ROLES:
+            raise ValueError(
+                f"{where}: a turn's role must be one of {', '.join(ROLES)}; got {role!r}{nearest(role, ROLES)}"
+            )
+    text = _render(tokenizer, turns, where)
+    lead = _white_space_of_answers(tokenizer, turns, text, where)
+    bos = tokenizer.bos_token
+    if bos and leading_ids(tokenizer) and text.lstrip().startswith(bos):
+        text = text.lstrip().removeprefix(bos)  # the tokenizer adds it
+    return replace(
+        example,
+        prompt=text,
+        target=_led(lead, example.target),
+        options=tuple(_led(lead, option) for option in example.options),
+        context="",
+        turns=(),
+    )
+
+
+TEMPLATES: dict[str, Template] = {"plain": plain, "alpaca": alpaca, "chat": chat}
+
+
+def apply_template(
+    name: str,
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str | None = None,
+) -> list[Example]:
+    """Return the examples with the text the model reads.
+
+    Args:
+        name: of `TEMPLATES`.
+        examples: with bare prompts.
+        tokenizer: its chat template is used by `chat` alone.
+        system_prompt: first turn of every example that begins with no system turn of its own; `chat` only.
+
+    Raises:
+        ValueError: if there is no such template (names the nearest), or it has no place for a system prompt.
+    """
+    if name not in TEMPLATES:
+        raise ValueError(
+            f"no prompt template {name!r}{nearest(name, TEMPLATES)}; there are {', '.join(TEMPLATES)}"
+        )
+    if system_prompt and name != "chat":
+        raise ValueError(f"template {name} has no place for a system prompt; got {system_prompt!r:.60}")
+    return [TEMPLATES[name](_begun(example, system_prompt), tokenizer) for example in examples]
+
+
+def _begun(example: Example, system_prompt: str | None) -> Example:
+    if not system_prompt or (example.turns and example.turns[0][0] == "system"):
+        return example
+    return replace(example, turns=(("system", system_prompt), *example.turns))
+
+
+def _refuse_turns(example: Example, name: str) -> None:
+    if example.turns:
+        raise ValueError(
+            f"{example.source or example.task}: template {name} has no place for the {len(example.turns)} earlier "
+            "turns of a conversation; use template chat"
+        )
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], where: str, prompt: bool = True
+) -> str:
+    messages = [{"role": role, "content": text} for role, text in turns]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    except TemplateError as error:
+        roles = ", ".join(role for role, _ in turns)
+        raise ValueError(
+            f"{where}: the chat template of {_name(tokenizer)} refuses the turns {roles}: {error}"
+        ) from error
+
+
+_PROBE = "answer"
+
+
+def _white_space_of_answers(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], prompt: str, where: str
+) -> str:
+    """Return what stands between the prompt and an assistant's text, if it is white space alone."""
+    whole = _render(tokenizer, [*turns, ("assistant", _PROBE)], where, prompt=False)
+    if not whole.startswith(prompt):
+        return ""
+    between, _, _ = whole[len(prompt) :].partition(_PROBE)
+    return between if between.isspace() else ""
+
+
+def _led(lead: str, text: str) -> str:
+    return text if text.startswith(lead) else lead + text
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.name_or_path or type(tokenizer).__name__
