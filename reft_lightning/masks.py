@@ -6,6 +6,7 @@ Shapes: b rows, s columns. Masks are bool; padding is what neither mask covers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +104,23 @@ def numbers_its_own_positions(model: nn.Module) -> bool:
     )
 
 
-def left_padded(input_ids: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:  # (b, s) x 2 -> (b, s) x 2
-    """Move the padding of each row to its left; the order of the tokens stays."""
+def left_padded(attention: Tensor, *others: Tensor) -> list[Tensor]:  # (b, s) each -> (b, s) each
+    """Move the padding of each row to its left, in the mask and in what goes with it; the order of tokens stays."""
     order = torch.argsort(attention.bool().long(), dim=-1, stable=True)
-    return input_ids.gather(-1, order), attention.gather(-1, order)
+    return [tensor.gather(-1, order) for tensor in (attention, *others)]
+
+
+def guess_attention(
+    input_ids: Tensor, arguments: dict[str, Any], defaults: Any
+) -> Tensor:  # (b, s) -> (b, s)
+    """Call padding what ``generate``'s arguments, or the model's defaults, name as the pad token.
+
+    Where that is the end-of-text token too, or none is named, every token is real.
+    """
+    settings = arguments.get("generation_config") or defaults
+    pad, eos = (
+        arguments.get(f"{name}_token_id", getattr(settings, f"{name}_token_id")) for name in ("pad", "eos")
+    )
+    if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
+        return torch.ones_like(input_ids)
+    return (input_ids != pad).long()

@@ -28,7 +28,7 @@ from .interventions import (
     registered,
     rotations,
 )
-from .masks import Spans, left_padded, numbers_its_own_positions, position_ids_of, spans_of
+from .masks import Spans, guess_attention, left_padded, numbers_its_own_positions, position_ids_of, spans_of
 from .plan import Plan, token_indices
 from .positions import MaskFunction, Positions, parse_positions
 from .sites import Site, find_site
@@ -142,18 +142,24 @@ class ReftModel(nn.Module):
             return self.base_model(**{k: v for k, v in inputs.items() if v is not None}, **kwargs)
 
     def generate(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> Any:  # (b, s)
+        self,
+        input_ids: Tensor,  # (b, s)
+        attention_mask: Tensor | None = None,  # (b, s)
+        prompt_mask: Tensor | None = None,  # (b, s) bool
+        **kwargs: Any,
+    ) -> Any:
         """Generate as Hugging Face does, with the edits on the prompt (and on new tokens where P says so).
 
         Rows padded on the right are moved to the left first, so new tokens always start at column s. Without
-        ``attention_mask``, padding is the pad token, unless it is the end-of-text token too.
+        ``attention_mask``, padding is the pad token, unless it is the end-of-text token too. ``prompt_mask`` goes
+        with rows that hold the beginning of an answer behind their prompt: it is edited as if it had been generated.
         """
         if attention_mask is None:
-            attention_mask = self._guess_attention(input_ids, kwargs)
-        input_ids, attention_mask = left_padded(input_ids, attention_mask)
-        prompt = attention_mask.bool()
-        with self._editing(Spans(prompt, torch.zeros_like(prompt), generating=True)):
+            attention_mask = guess_attention(input_ids, kwargs, self.base_model.generation_config)
+        spans = spans_of(attention_mask, None, prompt_mask)
+        moved = left_padded(attention_mask, input_ids, spans.prompt, spans.target)
+        attention_mask, input_ids, prompt, target = moved
+        with self._editing(Spans(prompt, target, generating=True)):
             return self.base_model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     def _check_prompts(self, spans: Spans) -> None:
@@ -164,15 +170,6 @@ class ReftModel(nn.Module):
                 f"rows {empty} have a label on their first token, so no prompt for the positions {needy[0]!r}: set the "
                 "labels of the prompt to -100, or pass prompt_mask"
             )
-
-    def _guess_attention(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        settings = kwargs.get("generation_config") or self.base_model.generation_config
-        pad, eos = (
-            kwargs.get(f"{name}_token_id", getattr(settings, f"{name}_token_id")) for name in ("pad", "eos")
-        )
-        if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
-            return torch.ones_like(input_ids)
-        return (input_ids != pad).long()
 
     @contextmanager
     def _editing(self, spans: Spans) -> Iterator[None]:

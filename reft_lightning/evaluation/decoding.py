@@ -1,38 +1,270 @@
-"""Two ways to an answer: generate greedily, or rank the options by likelihood.
+"""Two ways to an answer: generate text, or rank the options by likelihood.
 
-Shapes: b rows, s columns of prompt | target, t target columns, n new tokens.
+Greedy decoding of rows whose answer is known need not run token by token. The gold target serves as a draft: one
+pass over prompt | target tells what the model would say behind every prefix of it, so the longest prefix that the
+model agrees with, and its own token behind that, are known at once. Only rows that have not ended by then are decoded
+further, from the keys and values of that pass. The draft decides how fast the tokens are known, never which they are
+(speculative decoding with a given draft: Leviathan et al. 2023, arXiv:2211.17192, at temperature 0).
+
+Shapes: b rows, s columns of prompt | target, t target columns, n new tokens, r rows decoded further.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin
+from transformers import DynamicCache, GenerationConfig, GenerationMixin
+from transformers.cache_utils import DynamicLayer
+from transformers.generation import StopStringCriteria
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How texts are generated; the defaults are greedy decoding.
+
+    Args:
+        max_new_tokens: of each text, end of text included.
+        do_sample: draw tokens instead of taking the likeliest.
+        temperature: of the drawn distribution.
+        top_p: draw from the likeliest tokens that hold this share.
+        top_k: draw from so many of the likeliest tokens; 0 from all.
+        num_beams: of beam search, which ends as soon as that many texts are complete, as in the authors' code.
+        no_repeat_ngram_size: no n-gram of this size occurs twice in prompt and text; 0 for no such rule.
+        repetition_penalty: divides the logits of tokens that occurred already.
+        samples: texts for each row.
+        verify: check the target in one pass first, where decoding is plainly greedy; the texts stay the same.
+        stop_strings: a text ends behind one of these.
+        seed: of the draws, beside the prompts of the batch: the same rows in the same batch get the same texts,
+            whatever was drawn before.
+
+    Raises:
+        ValueError: for a value out of range, or several samples that would all be the same.
+    """
+
+    max_new_tokens: int
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    num_beams: int = 1
+    no_repeat_ngram_size: int = 0
+    repetition_penalty: float = 1.0
+    samples: int = 1
+    verify: bool = True
+    stop_strings: tuple[str, ...] = ()
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        least = {"max_new_tokens": 1, "num_beams": 1, "samples": 1, "top_k": 0, "no_repeat_ngram_size": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"decoding.{name} must be at least {low}; got {getattr(self, name)}")
+        for name in ("temperature", "repetition_penalty", "top_p"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"decoding.{name} must be positive; got {getattr(self, name)} (do_sample=false decodes greedily)"
+                )
+        if self.top_p > 1:
+            raise ValueError(f"decoding.top_p must be at most 1; got {self.top_p}")
+        if self.samples > 1 and not self.do_sample and self.num_beams < self.samples:
+            raise ValueError(
+                f"decoding.samples={self.samples} greedy texts of a row would be the same: set "
+                f"decoding.do_sample=true, or decoding.num_beams to {self.samples} or more"
+            )
+        unused = [name for name in ("temperature", "top_p") if getattr(self, name) != 1] + ["top_k"] * (
+            self.top_k > 0
+        )
+        if unused and not self.do_sample:
+            log.warning("decoding.%s: no effect without decoding.do_sample=true", ", ".join(unused))
+
+    @property
+    def verifiable(self) -> bool:
+        """Whether every token is the likeliest one behind the tokens before it, so that a draft can be checked."""
+        plain = not self.do_sample and self.num_beams == self.samples == 1
+        return plain and self.no_repeat_ngram_size == 0 and self.repetition_penalty == 1.0
+
+
+def generate(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: Decoding) -> list[list[str]]:
+    """Return the texts that a model generates behind the prompts of a batch: ``texts[row][sample]``.
+
+    Special tokens are left out. See :func:`generate_ids`.
+    """
+    ids = generate_ids(model, batch, tokenizer, decoding)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return [texts[i : i + decoding.samples] for i in range(0, len(texts), decoding.samples)]
 
 
 @torch.no_grad()
-def generate_greedily(
-    model: Any, batch: dict[str, Any], *, max_new_tokens: int, eos: int, pad: int
-) -> Tensor:  # -> (b, n)
-    """Return the new token ids that greedy decoding appends to the prompts of a batch.
+def generate_ids(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: Decoding) -> Tensor:
+    """Return the new token ids behind the prompts of a batch, padded to ``max_new_tokens`` columns.
 
     What a model ships as its own generation defaults (sampling, penalties, suppressed tokens) plays no part.
+
+    Args:
+        model: an adapted model. ``forward`` numbers the tokens of left-padded rows and returns ``logits`` and
+            ``past_key_values``; ``generate`` takes ``prompt_mask`` beside Hugging Face's arguments: which columns are
+            prompt, where part of the answer stands behind it already.
+        batch: ``input_ids``, ``attention_mask``, ``prompt_mask`` (b, s) and ``boundary``, the column in which prompts
+            end and targets start. A batch without target columns is decoded plainly.
+        tokenizer: its ids of eos and pad, and its vocabulary where there are stop strings.
+        decoding: the settings.
+
+    Returns:
+        (b * samples, max_new_tokens): rows in order, the samples of a row next to each other.
     """
     boundary = batch["boundary"]
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=eos, pad_token_id=pad
-    )
     with without_generation_defaults(model):
-        ids = model.generate(
-            input_ids=batch["input_ids"][:, :boundary],
-            attention_mask=batch["attention_mask"][:, :boundary] * batch["prompt_mask"][:, :boundary],
-            generation_config=settings,
-        )
-    return ids[:, boundary:]
+        if decoding.verify and decoding.verifiable and batch["input_ids"].shape[1] > boundary:
+            return _verified(model, batch, tokenizer, decoding)
+        ids = batch["input_ids"][:, :boundary]
+        attention = batch["attention_mask"][:, :boundary] * batch["prompt_mask"][:, :boundary]
+        with _own_randomness(decoding.seed, ids) if decoding.do_sample else nullcontext():
+            return _decode(model, tokenizer, decoding, ids, attention)
+
+
+def _decode(
+    model: Any, tokenizer: Any, decoding: Decoding, ids: Tensor, attention: Tensor, **more: Any
+) -> Tensor:  # (r, s) x 2 -> (r, max_new_tokens)
+    settings: dict[str, Any] = {
+        "max_new_tokens": decoding.max_new_tokens,
+        "do_sample": decoding.do_sample,
+        "num_beams": decoding.num_beams,
+        "num_return_sequences": decoding.samples,
+        "repetition_penalty": decoding.repetition_penalty,
+        "no_repeat_ngram_size": decoding.no_repeat_ngram_size,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if decoding.do_sample:
+        settings |= {name: getattr(decoding, name) for name in ("temperature", "top_p", "top_k")}
+    if decoding.num_beams > 1:
+        settings["early_stopping"] = True
+    if decoding.stop_strings:
+        settings["stop_strings"] = list(decoding.stop_strings)
+        more["tokenizer"] = tokenizer
+    whole = model.generate(
+        input_ids=ids, attention_mask=attention, generation_config=GenerationConfig(**settings), **more
+    )
+    new = whole[:, ids.shape[1] :]
+    return F.pad(new, (0, decoding.max_new_tokens - new.shape[1]), value=tokenizer.pad_token_id)
+
+
+# --- the target as a draft ------------------------------------------------------------------------------------
+
+
+def _verified(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: Decoding) -> Tensor:
+    boundary, most = batch["boundary"], decoding.max_new_tokens
+    width = min(batch["input_ids"].shape[1], boundary + most)
+    inputs = {name: batch[name][:, :width] for name in ("input_ids", "attention_mask", "prompt_mask")}
+    t = width - boundary
+    output = model(**inputs, logits_to_keep=t + 1, use_cache=True)
+    # what the model says behind the prompt and behind each target token; generate() compares in float32, too
+    own = output.logits[:, -(t + 1) :].float().argmax(-1)  # (b, t + 1)
+    drafted = inputs["attention_mask"][:, boundary:].bool() & ~inputs["prompt_mask"][:, boundary:]
+    agreed = drafted & (inputs["input_ids"][:, boundary:] == own[:, :-1])
+    accepted = agreed.long().cumprod(-1).sum(-1, keepdim=True)  # (b, 1), tokens of the draft
+    columns = torch.arange(t + 1, device=own.device)
+    known = columns <= accepted  # the accepted tokens and the model's own behind them
+    tokens = own.masked_fill(~known, tokenizer.pad_token_id)
+    ends = tokens == tokenizer.eos_token_id
+    if decoding.stop_strings:
+        ends |= _stops(inputs["input_ids"][:, :boundary], tokens, tokenizer, decoding.stop_strings)
+    ends &= known
+    tokens = tokens.masked_fill(ends.cumsum(-1) - ends.long() > 0, tokenizer.pad_token_id)  # behind an end
+    tokens = F.pad(tokens, (0, max(most - t - 1, 0)), value=tokenizer.pad_token_id)[:, :most]
+    length = accepted.squeeze(-1) + 1
+    open_rows = (~ends.any(-1) & (length < most)).nonzero().squeeze(-1)
+    if len(open_rows):
+        cache = output.get("past_key_values")
+        _continue(model, tokenizer, decoding, inputs, boundary, cache, open_rows, length[open_rows], tokens)
+    return tokens
+
+
+def _stops(
+    prompts: Tensor, tokens: Tensor, tokenizer: Any, stop_strings: tuple[str, ...]
+) -> Tensor:  # (b, boundary), (b, n) -> (b, n)
+    """Return where ``generate`` would stop: asked of its own criterion, token by token."""
+    stop = StopStringCriteria(tokenizer=tokenizer, stop_strings=list(stop_strings))
+    whole = torch.cat([prompts, tokens], 1)
+    found = [stop(whole[:, : prompts.shape[1] + j + 1], None) for j in range(tokens.shape[1])]
+    return torch.stack(found, 1).to(tokens.device)
+
+
+def _continue(
+    model: Any,
+    tokenizer: Any,
+    decoding: Decoding,
+    inputs: dict[str, Tensor],  # (b, s)
+    boundary: int,
+    cache: Any,
+    rows: Tensor,  # (r,)
+    length: Tensor,  # (r,), known new tokens
+    tokens: Tensor,  # (b, max_new_tokens), filled in place
+) -> None:
+    """Decode some rows behind their known tokens, padded on the left to one column again."""
+    width, most = inputs["input_ids"].shape[1], tokens.shape[1]
+    # The last known token is the model's own, which the pass over the draft has not read.
+    last = tokens[rows].gather(1, length[:, None] - 1)  # (r, 1)
+    new = torch.ones_like(last, dtype=torch.bool)
+    accepted = torch.arange(width, device=rows.device) < (boundary + length - 1)[:, None]
+    attention = torch.cat([inputs["attention_mask"][rows].bool() & accepted, new], 1)
+    order = torch.argsort(attention.long(), dim=-1, stable=True)  # dropped columns to the left
+    order = order[:, width + 1 - int(attention.sum(-1).max()) :]
+    ids = torch.cat([inputs["input_ids"][rows], last], 1).gather(1, order)
+    prompt = torch.cat([inputs["prompt_mask"][rows], ~new], 1).gather(1, order)
+    more: dict[str, Any] = {"prompt_mask": prompt}
+    cache = _taken(cache, rows, order[:, :-1], width)
+    if cache is not None:
+        more["past_key_values"] = cache
+    rest = replace(decoding, max_new_tokens=most - int(length.min()))
+    found = _decode(model, tokenizer, rest, ids, attention.gather(1, order).long(), **more)
+    for row, known, further in zip(rows.tolist(), length.tolist(), found, strict=True):
+        tokens[row, known:] = further[: most - known]
+
+
+def _taken(cache: Any, rows: Tensor, order: Tensor, width: int) -> DynamicCache | None:
+    """Return a cache with other rows and columns, changed in place; None where it does not hold every column.
+
+    Sliding windows, linear attention and virtual tokens in front (prompt tuning) are such cases: their prefixes
+    are read again.
+    """
+    if not isinstance(cache, DynamicCache):
+        return None
+    if any(type(layer) is not DynamicLayer or layer.get_seq_length() != width for layer in cache.layers):
+        return None
+    for layer in cache.layers:
+        at, columns = rows.to(layer.keys.device), order.to(layer.keys.device)[:, None, :, None]
+        for name in ("keys", "values"):
+            states = getattr(layer, name)[at]  # (r, heads, width, d)
+            setattr(layer, name, states.gather(2, columns.expand(-1, states.shape[1], -1, states.shape[3])))
+    return cache
+
+
+# --- randomness and defaults ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _own_randomness(seed: int, ids: Tensor) -> Iterator[None]:
+    """Draw from a stream of the seed and the prompts, and leave the stream of training as it was."""
+    digest = hashlib.sha256(ids.cpu().numpy().tobytes() + str((seed, *ids.shape)).encode()).digest()
+    own = int.from_bytes(digest[:8], "little") >> 1
+    cuda = ids.device.type == "cuda"
+    with torch.random.fork_rng(devices=[ids.device] if cuda else []):
+        torch.default_generator.manual_seed(own)
+        if cuda:
+            with torch.cuda.device(ids.device):
+                torch.cuda.manual_seed(own)
+        yield
 
 
 @contextmanager
@@ -47,6 +279,9 @@ def without_generation_defaults(model: nn.Module) -> Iterator[None]:
     finally:
         for owner, settings in zip(owners, shipped, strict=True):
             owner.generation_config = settings
+
+
+# --- options --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
