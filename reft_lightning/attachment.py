@@ -27,6 +27,7 @@ def attach(
     positions: str | MaskFunction = "f7+l7",
     tied: str = "all",
     component: str = "block_output",
+    clip: str = "paper",
     heads: Sequence[str] = (),
     **settings: Any,
 ) -> ReftModel:
@@ -40,6 +41,7 @@ def attach(
         tied: ``all`` one Phi a layer; ``group`` one for each term (prefix, suffix), which pyreft calls untied;
             ``position`` one for each position, the paper's untied formula.
         component: see :mod:`reft_lightning.sites`.
+        clip: of prompts shorter than the positions ask for: ``paper``, or ``floor`` as in the authors' code.
         heads: paths of modules of the base model that are trained and saved with the interventions.
         **settings: arguments of the intervention's constructor (``rank``, ``dropout``, ``init``, ...).
 
@@ -59,6 +61,7 @@ def attach(
         positions=positions,
         tied=tied,
         component=component,
+        clip=clip,
         settings=settings,
         per_layer=per_layer,
         heads=list(heads),

@@ -28,6 +28,7 @@ class LayerSpec(NamedTuple):
     positions: str | MaskFunction
     tied: str
     component: str
+    clip: str
     settings: dict[str, Any]
 
 
@@ -44,13 +45,13 @@ class ReftConfig:
     per_layer: dict[int, dict[str, Any]] = field(default_factory=dict)
     heads: list[str] = field(default_factory=list)
     base_model: str | None = None
+    clip: str = "paper"  # what files without it, from before it was a choice, mean
 
     def for_layer(self, layer: int) -> LayerSpec:
         """Return the common specification with what differs at this layer."""
         own = dict(self.per_layer.get(layer, {}))
-        common = {
-            name: own.pop(name, getattr(self, name)) for name in ("method", "positions", "tied", "component")
-        }
+        names = ("method", "positions", "tied", "component", "clip")
+        common = {name: own.pop(name, getattr(self, name)) for name in names}
         return LayerSpec(**common, settings={**self.settings, **own})
 
     def to_dict(self) -> dict[str, Any]:

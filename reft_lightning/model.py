@@ -89,7 +89,7 @@ class ReftModel(nn.Module):
     def _add(self, layer: int) -> None:
         spec = self.config.for_layer(layer)
         site = find_site(self.base_model, layer, spec.component)
-        positions = parse_positions(spec.positions)
+        positions = parse_positions(spec.positions, spec.clip)
         if spec.tied not in TIED:
             raise ValueError(
                 f"tied must be one of {', '.join(TIED)}; got {spec.tied!r}{nearest(str(spec.tied), TIED)}"

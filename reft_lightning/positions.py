@@ -11,9 +11,20 @@ decode:N   the first N tokens after the prompt                  1 .. N
 all        every token                                          unbounded
 ========== ==================================================== ==================================
 
-Terms are added: ``f7+l7``, ``prompt+decode:8``. A prompt of n tokens with n < p + s clips ``fp+ls`` as the paper
-does (sec. 4.1): p to floor(n / 2), s to ceil(n / 2), so the two never overlap. The clip of pyreft floors both.
-A callable ``(prompt_mask, target_mask) -> mask``, all (b, s) bool, selects anything else.
+Terms are added: ``f7+l7``, ``prompt+decode:8``. A callable ``(prompt_mask, target_mask) -> mask``, all (b, s)
+bool, selects anything else.
+
+A short prompt of n tokens clips the counts of ``fp+ls``, so that the two never overlap:
+
+=============== =============================================== ==============================================
+clip            p becomes                                       s becomes
+=============== =============================================== ==============================================
+paper           n < p + s: min(p, floor(n / 2))                 n < p + s: min(s, ceil(n / 2))
+floor           always: min(p, floor(n / 2))                    always: min(s, floor(n / 2))
+=============== =============================================== ==============================================
+
+``paper`` is Wu et al. 2024, sec. 4.1; ``floor`` is what the authors' code does (pyreft's
+``get_intervention_locations``), which also halves prompts that are long enough for ``fN`` or ``lN`` alone.
 
 Shapes: b rows, s columns. A prompt need not be contiguous or start at any particular column: padding is
 whatever neither mask covers.
@@ -21,14 +32,16 @@ whatever neither mask covers.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 MaskFunction = Callable[[Tensor, Tensor], Tensor]
+CLIPS = ("paper", "floor")
 SYNTAX = "fN, lN, fN+lM, prompt, all, decode, decode:N and sums of them, with N >= 1"
 
 
@@ -52,10 +65,11 @@ class Term:
 
 @dataclass(frozen=True)
 class Positions:
-    """A parsed specification: terms whose tokens never overlap, or one callable."""
+    """A parsed specification: terms whose tokens never overlap, or one callable; and the clip of short prompts."""
 
     terms: tuple[Term, ...]
     function: MaskFunction | None = None
+    clip: str = "paper"
 
     @property
     def reaches_decode(self) -> bool:
@@ -105,9 +119,12 @@ class Positions:
         from_left = prompt.cumsum(-1) - 1
         after = target.cumsum(-1) - 1
         p, s = (next((t.count for t in self.terms if t.kind == kind), 0) or 0 for kind in "fl")
-        clipped = n < p + s
-        first = torch.where(clipped, (n // 2).clamp(max=p), p)
-        last = torch.where(clipped, (n - n // 2).clamp(max=s), s)
+        if self.clip == "floor":
+            first, last = (n // 2).clamp(max=p), (n // 2).clamp(max=s)
+        else:
+            clipped = n < p + s
+            first = torch.where(clipped, (n // 2).clamp(max=p), p)
+            last = torch.where(clipped, (n - n // 2).clamp(max=s), s)
         return [self._slots(term, prompt, target, from_left, after, n, first, last) for term in self.terms]
 
     @staticmethod
@@ -132,16 +149,24 @@ class Positions:
         return "+".join(map(str, self.terms))
 
 
-def parse_positions(spec: str | MaskFunction | Positions) -> Positions:
+def parse_positions(spec: str | MaskFunction | Positions, clip: str = "paper") -> Positions:
     """Parse a specification such as ``f7+l7``.
 
+    Args:
+        spec: terms, or a callable on masks; a parsed one only takes the clip over.
+        clip: of prompts that are too short: ``paper`` or ``floor``, see the top of this file.
+
     Raises:
-        ValueError: if a term is malformed, repeated, or overlaps another.
+        ValueError: if a term is malformed, repeated, or overlaps another, or the clip is unknown.
     """
+    if clip not in CLIPS:
+        close = difflib.get_close_matches(str(clip), CLIPS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"clip must be one of {', '.join(CLIPS)}; got {clip!r}{hint}")
     if isinstance(spec, Positions):
-        return spec
+        return spec if spec.clip == clip else replace(spec, clip=clip)
     if callable(spec):
-        return Positions((), spec)
+        return Positions((), spec, clip)
     if not isinstance(spec, str):
         raise ValueError(
             f"positions must be a string or a callable on masks; got {spec!r}; allowed: {SYNTAX}"
@@ -159,7 +184,7 @@ def parse_positions(spec: str | MaskFunction | Positions) -> Positions:
                 f"positions {spec!r} overlap: {kind!r} already covers {', '.join(sorted(overlap))}; "
                 "interventions at one site need disjoint positions"
             )
-    return Positions(terms)
+    return Positions(terms, clip=clip)
 
 
 def _parse_term(part: str, spec: str) -> Term:

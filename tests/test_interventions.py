@@ -350,7 +350,7 @@ def test_an_unknown_setting_names_the_nearest():
     with pytest.raises(ValueError, match="LoReFT needs the setting rank"):
         check_settings(LoReFT, {})
     check_settings(LoReFT, {"rank": 4, "dropout": 0.1})
-    assert list(settings_of(LoReFT)) == ["rank", "init", "dropout", "dropout_on"]
+    assert list(settings_of(LoReFT)) == ["rank", "init", "weight_dtype", "dropout", "dropout_on"]
 
 
 def test_the_paper_s_names_are_registered():

@@ -28,7 +28,8 @@ class Intervention(nn.Module):
     r"""Edit single tokens: :math:`\Phi(h) = h + \text{scale} \cdot \text{edit}(h)`.
 
     A subclass defines :meth:`edit`, the difference :math:`\Phi(h) - h`. Parameters are float32 and the edit is
-    computed in float32 (float64 where the parameters are), then :math:`\Phi(h)` is cast to the dtype of h.
+    computed in float32 (float64 where the parameters are), then :math:`\Phi(h)` is cast to the dtype of h. Only
+    parameters that a subclass makes bfloat16 itself stay so.
 
     Args:
         dim: width d of the representation.
@@ -67,13 +68,12 @@ class Intervention(nn.Module):
         with torch.autocast(h.device.type, enabled=False):
             edit = self.edit(x)
             if self.dropout_on == "edit":
-                out = x + scale * F.dropout(edit, self.dropout, self.training)
-            else:
-                out = F.dropout(x + scale * edit, self.dropout, self.training)
-        return out.to(h.dtype)
+                return (x + scale * F.dropout(edit, self.dropout, self.training)).to(h.dtype)
+            # cast first, as pyreft does: the factor 1 / (1 - dropout) then rounds as it does there
+            return F.dropout((x + scale * edit).to(h.dtype), self.dropout, self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Intervention:
-        # What .to(), .half() and .bfloat16() of a whole model call: Phi moves to the device, stays float32.
+        # What .to(), .half() and .bfloat16() of a whole model call: Phi moves to the device, keeps its dtypes.
         def keep(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return tensor.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved

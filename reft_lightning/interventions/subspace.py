@@ -14,6 +14,10 @@ lobireft            h + R' b                                  Table 17, row 1   
 The names are the paper's; pyreft calls the paper's DiReFT ``Nodireft``. Letters: h (n, d) tokens; R, W, W1, W2
 (r, d); b (r,). R has orthonormal rows. Weights start as ``nn.Linear`` does, R uniformly, as the authors' code
 has it: no variant is the identity then. ``init="identity"`` starts where Phi(h) = h.
+
+``weight_dtype="bfloat16"`` is the authors' code: W, W1, W2 and b are stored, trained and multiplied in bfloat16, while
+R and what it multiplies stay float32. Entries above 2^-7 cannot move at small learning rates then. pyreft keeps the b
+of ConsReFT and LobiReFT in float32.
 """
 
 from __future__ import annotations
@@ -26,8 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Intervention
+from .base import Intervention, nearest
 from .orthonormal import orthonormal_rows, random_rows
+
+WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Subspace(Intervention):
@@ -37,20 +43,30 @@ class Subspace(Intervention):
         dim: width d of the representation.
         rank: r, with 1 <= r <= d.
         init: ``paper`` or ``identity``.
+        weight_dtype: of W and b: ``float32``, or ``bfloat16`` as in the authors' code.
         **kwargs: dropout and dropout_on, see :class:`Intervention`.
 
     Raises:
-        ValueError: if rank lies outside 1..dim, or init is unknown or impossible for the class.
+        ValueError: if rank lies outside 1..dim, or init or weight_dtype is unknown or impossible for the class.
     """
 
-    def __init__(self, dim: int, rank: int, *, init: str = "paper", **kwargs: Any) -> None:
+    def __init__(
+        self, dim: int, rank: int, *, init: str = "paper", weight_dtype: str = "float32", **kwargs: Any
+    ) -> None:
         super().__init__(dim, **kwargs)
         if not 1 <= rank <= dim:
             raise ValueError(f"rank must lie in 1..{dim}, the width of the representation; got {rank}")
         if init not in ("paper", "identity"):
             raise ValueError(f"init must be 'paper' or 'identity'; got {init!r}")
-        self.rank = rank
+        if weight_dtype not in WEIGHT_DTYPES:
+            raise ValueError(
+                f"weight_dtype must be one of {', '.join(WEIGHT_DTYPES)}; got {weight_dtype!r}"
+                f"{nearest(str(weight_dtype), WEIGHT_DTYPES)}"
+            )
+        self.rank, self.weight_dtype = rank, weight_dtype
         self.build()
+        if weight_dtype != "float32":
+            self._cast_weights(WEIGHT_DTYPES[weight_dtype])
         if init == "identity":
             with torch.no_grad():
                 self.make_identity()
@@ -58,6 +74,26 @@ class Subspace(Intervention):
     def build(self) -> None:
         """Create the parameters."""
         raise NotImplementedError(f"{type(self).__name__} must define build(), which creates its parameters")
+
+    def _cast_weights(self, dtype: torch.dtype) -> None:
+        maps = [child for child in self.children() if isinstance(child, nn.Linear)]
+        if not maps:
+            raise ValueError(
+                f"{type(self).__name__} has no W to keep in {self.weight_dtype}: weight_dtype must be 'float32' (the "
+                "authors' code keeps its b in float32, too)"
+            )
+        for linear in maps:
+            linear.to(dtype)
+
+    def pull(self, h: Tensor, rows: Tensor) -> Tensor:  # (n, d), (r, d) -> (n, r)
+        """Return W h + b - rows h: what is missing, in the coordinates of ``rows``.
+
+        In bfloat16 each term is rounded before they are subtracted, as in the authors' code.
+        """
+        W, b = self.source.weight, self.source.bias
+        if W.dtype == torch.bfloat16:
+            return F.linear(h.to(W.dtype), W, b) - h.to(rows.dtype) @ rows.mT
+        return F.linear(h, W - rows, b)
 
     def make_identity(self) -> None:
         """Set the parameters to where Phi(h) = h."""
@@ -107,9 +143,13 @@ class LoReFT(Orthonormal, name="loreft"):
 
     def edit(self, h: Tensor) -> Tensor:  # (n, d) -> (n, d)
         R = self.R
-        return F.linear(h, self.source.weight - R, self.source.bias) @ R
+        return self.pull(h, R) @ R
 
     def make_identity(self) -> None:
+        if self.weight_dtype != "float32":
+            raise ValueError(
+                f"init='identity' sets W to R, which {self.weight_dtype} cannot hold: use weight_dtype='float32'"
+            )
         self.source.weight.copy_(self.R)
         self.source.bias.zero_()
 
@@ -128,7 +168,7 @@ class NoReFT(Subspace, name="noreft"):
 
     def edit(self, h: Tensor) -> Tensor:
         W2 = self.projection.weight
-        return F.linear(h, self.source.weight - W2, self.source.bias) @ W2
+        return self.pull(h, W2) @ W2
 
     def make_identity(self) -> None:
         self.source.weight.copy_(self.projection.weight)
@@ -148,7 +188,8 @@ class DiReFT(Subspace, name="direft"):
         self.projection = nn.Linear(self.dim, self.rank, bias=False)  # W2
 
     def edit(self, h: Tensor) -> Tensor:
-        return self.source(h) @ self.projection.weight
+        W2 = self.projection.weight
+        return self.source(h.to(W2.dtype)) @ W2
 
     def make_identity(self) -> None:
         self.projection.weight.zero_()
@@ -163,7 +204,8 @@ class OrthonormalDiReFT(LoReFT, name="direft_orthonormal"):
     """
 
     def edit(self, h: Tensor) -> Tensor:
-        return self.source(h) @ self.R
+        R = self.R
+        return self.source(h.to(self.source.weight.dtype)).to(R.dtype) @ R
 
     def make_identity(self) -> None:
         self.source.weight.zero_()
