@@ -1,0 +1,247 @@
+"""The inside of the sandbox: give up what a generated program does not need, then run it.
+
+`execute.py` starts this file as a script, in a fresh interpreter whose folder is empty but for `program.py`. It
+uses the standard library alone and nothing of the package. In this order it takes away
+
+1. resources, by limits of the kernel: processor time, address space, size of a file, open files, core dumps;
+2. writing outside the folder, by Landlock (Linux 5.13 and later; needs no privilege);
+3. processes, signals, sockets, shared memory and namespaces, by a seccomp filter (Linux on x86_64 and arm64);
+4. the same things once more by an audit hook of Python, which also says what was refused, and which is all there
+   is where the kernel has neither Landlock nor seccomp.
+
+It says `ready` and the names of the kernel's guards, runs the program, and only when the last line of it has run
+hands back a token that lies unread in a pipe until then.
+"""
+
+import errno
+import math
+import os
+import resource
+import struct
+import sys
+
+# Nothing of these is needed to compute something. `_thread.start` stands for two events (Python 3.13 has a second).
+REFUSED_EVENTS = (
+    "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.startfile", "pty.spawn", "subprocess.Popen",
+    "_thread.start", "os.kill", "signal.pthread_kill", "resource.", "socket.", "syslog.", "os.link", "os.symlink",
+    "ctypes.", "code.__new__", "sqlite3.enable_load_extension", "sqlite3.load",
+)  # fmt: skip
+# Doors to the system without events of their own, and to interpreters in which the hook is not installed.
+REFUSED_MODULES = (
+    "ctypes",
+    "_ctypes",
+    "_posixsubprocess",
+    "_interpreters",
+    "_xxsubinterpreters",
+    "_testcapi",
+)
+# event -> how many of its first arguments are paths
+PATH_EVENTS = {
+    "os.mkdir": 1, "os.remove": 1, "os.rmdir": 1, "os.rename": 2, "os.truncate": 1, "os.chmod": 1, "os.chown": 1,
+    "os.utime": 1, "os.setxattr": 1, "os.removexattr": 1, "os.chflags": 1, "os.chdir": 1, "sqlite3.connect": 1,
+}  # fmt: skip
+MAKING_EVENTS = ("os.mkdir", "os.rename", "sqlite3.connect")
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+# System calls that the filter refuses: (x86_64, arm64) numbers; None where the architecture has no such call.
+REFUSED_CALLS = (
+    (56, 220), (435, 435), (57, None), (58, None),  # clone, clone3, fork, vfork
+    (59, 221), (322, 281),  # execve, execveat
+    (62, 129), (200, 130), (234, 131), (129, 138), (297, 240), (424, 424),  # kill ... pidfd_send_signal
+    (434, 434), (438, 438), (101, 117), (310, 270), (311, 271),  # pidfd_open, pidfd_getfd, ptrace, process_vm_*
+    (41, 198), (53, 199), (425, 425),  # socket, socketpair, io_uring_setup (which does what calls do)
+    (29, 194), (64, 190), (68, 186), (240, 180),  # shmget, semget, msgget, mq_open: outlive their process
+    (248, 217), (250, 219), (319, 279), (323, 282),  # add_key, keyctl, memfd_create, userfaultfd
+    (272, 97), (308, 268), (165, 40), (166, 39), (155, 41), (161, 51),  # unshare, setns, (u)mount, *root
+    (112, 157), (133, None), (259, 33), (321, 280), (298, 241), (169, 142),  # setsid, mknod*, bpf, perf, reboot
+)  # fmt: skip
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH of the kernel
+
+
+def set_limits(seconds: float, memory_bytes: int, file_bytes: int) -> None:
+    """Limit this process for good: a hard limit cannot be raised again.
+
+    `RLIMIT_NPROC` is 0: not one more process or thread. It does not bind the superuser; the filter does.
+    """
+
+    def limit(kind: int, soft: int, beyond: int = 0) -> None:
+        _, most = resource.getrlimit(kind)
+        cap = math.inf if most == resource.RLIM_INFINITY else most
+        resource.setrlimit(kind, (int(min(soft, cap)), int(min(soft + beyond, cap))))
+
+    limit(resource.RLIMIT_CPU, math.ceil(seconds), beyond=1)  # SIGXCPU, which can be caught, then SIGKILL
+    limit(resource.RLIMIT_AS, memory_bytes)
+    limit(resource.RLIMIT_FSIZE, file_bytes)
+    limit(resource.RLIMIT_NOFILE, 64)
+    limit(resource.RLIMIT_CORE, 0)
+    limit(resource.RLIMIT_NPROC, 0)
+
+
+def kernel_guards(folder: str) -> list[str]:
+    """Raise the guards this kernel has, and return their names."""
+    if sys.platform != "linux" or struct.calcsize("P") != 8:
+        return []
+    try:
+        import ctypes
+    except ImportError:  # an interpreter built without it: the audit hook remains
+        return []
+    libc = ctypes.CDLL(None, use_errno=True)
+    pr_set_no_new_privs = 38  # Landlock and seccomp ask for it; no set-uid program can lift them later
+    if libc.prctl(pr_set_no_new_privs, 1, 0, 0, 0):
+        return []
+    guards = {"landlock": landlock(ctypes, libc, folder), "seccomp": seccomp(ctypes, libc)}
+    for name in [name for name in sys.modules if name.split(".")[0] in REFUSED_MODULES]:
+        del sys.modules[name]
+    return [name for name, raised in guards.items() if raised]
+
+
+def landlock(ctypes, libc, folder: str) -> bool:
+    """Confine writing, making, removing and executing of files to `folder`; False if the kernel cannot.
+
+    Source: https://docs.kernel.org/userspace-api/landlock.html. The three calls have the same numbers everywhere.
+    """
+    create_ruleset, add_rule, restrict_self = 444, 445, 446
+
+    def call(number: int, *arguments) -> int:
+        return libc.syscall(number, *(ctypes.c_long(a) if isinstance(a, int) else a for a in arguments))
+
+    version = call(create_ruleset, None, 0, 1)
+    if version < 1:
+        return False
+    write_file, remove, make_dir, make_file, refer, truncate = (
+        1 << 1,
+        3 << 4,
+        1 << 7,
+        1 << 8,
+        1 << 13,
+        1 << 14,
+    )
+    others = 1 << 0 | 1 << 6 | 15 << 9  # execute; devices, sockets, pipes, symbolic links
+    newer = (refer if version >= 2 else 0) | (truncate if version >= 3 else 0)
+    allowed = write_file | remove | make_dir | make_file | newer
+    rules = call(create_ruleset, struct.pack("=Q", allowed | others), 8, 0)
+    if rules < 0:
+        return False
+    try:
+        for path, rights in ((folder, allowed), (os.devnull, write_file)):
+            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            try:
+                if call(add_rule, rules, 1, struct.pack("=Qi", rights, place), 0):
+                    return False
+            finally:
+                os.close(place)
+        return call(restrict_self, rules, 0) == 0
+    finally:
+        os.close(rules)
+
+
+def seccomp(ctypes, libc) -> bool:
+    """Refuse `REFUSED_CALLS` with EPERM from now on; False if the kernel or the machine cannot.
+
+    Source: https://docs.kernel.org/userspace-api/seccomp_filter.html.
+    """
+    if os.uname().machine not in MACHINES:
+        return False
+    column, architecture = MACHINES[os.uname().machine]
+    load, equal, at_least, give_back = 0x20, 0x15, 0x35, 0x06
+    allow, refuse = 0x7FFF0000, 0x00050000 | errno.EPERM
+    steps = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give_back, 0, 0, refuse), (load, 0, 0, 0)]
+    if column == 0:
+        steps += [(at_least, 0, 1, 0x40000000), (give_back, 0, 0, refuse)]  # calls of the x32 variant
+    for number in (numbers[column] for numbers in REFUSED_CALLS):
+        if number is not None:
+            steps += [(equal, 0, 1, number), (give_back, 0, 0, refuse)]
+    steps.append((give_back, 0, 0, allow))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
+    program = struct.pack("@HP", len(steps), ctypes.addressof(code))
+    pr_set_seccomp, filter_mode = 22, 2
+    return libc.prctl(pr_set_seccomp, filter_mode, program, 0, 0) == 0
+
+
+def watch(folder: str, files: int) -> None:
+    """Install the audit hook; it raises PermissionError in the program at whatever it refuses.
+
+    Args:
+        folder: the only place to write.
+        files: how many times something may be made there, or opened for writing.
+    """
+    made = 0
+    real, decode, devnull, within = os.path.realpath, os.fsdecode, os.devnull, folder + os.sep
+
+    def refuse(what: str) -> None:
+        raise PermissionError(errno.EPERM, f"the sandbox refuses {what}")
+
+    def check(path: object, event: str) -> None:
+        if isinstance(path, int):  # an open file, which was checked when it was opened
+            return
+        if event == "sqlite3.connect" and path == ":memory:":
+            return
+        where = real(decode(path))
+        if where not in (folder, devnull) and not where.startswith(within):
+            refuse(f"{event} outside its folder")
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal made
+        if event == "open":
+            path, mode, flags = arguments
+            if path is None or not (flags & WRITING or (isinstance(mode, str) and set(mode) & set("wax+"))):
+                return
+        elif event == "import":
+            if arguments[0].split(".")[0] in REFUSED_MODULES:
+                refuse(f"import of {arguments[0]}")
+            return
+        elif event not in PATH_EVENTS:
+            if event.startswith(REFUSED_EVENTS):
+                refuse(event)
+            return
+        for path in arguments[: PATH_EVENTS.get(event, 1)]:
+            check(path, event)
+        if event == "open" or event in MAKING_EVENTS:
+            made += 1
+            if made > files:
+                refuse(f"more than {files} files")
+
+    sys.addaudithook(hook)
+
+
+def describe(error: BaseException) -> str:
+    """Return an exception as one short line; its own text may be code of the program, and fail."""
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except BaseException:
+        text = type(error).__name__
+    return " ".join(text.split())[:200] or "an exception without a name"
+
+
+def main() -> None:
+    """Run `program.py` of the folder given, and report."""
+    folder, report, token = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    seconds, (memory_bytes, file_bytes, files) = float(sys.argv[4]), map(int, sys.argv[5:8])
+    write, read, leave, told = os.write, os.read, os._exit, describe  # the program may replace them in `os`
+
+    def tell(text: str) -> None:
+        write(report, text.encode("utf-8", "replace") + b"\n")
+
+    try:
+        with open(os.path.join(folder, "program.py"), encoding="utf-8") as file:
+            source = file.read()
+        set_limits(seconds, memory_bytes, file_bytes)
+        tell(" ".join(["ready", *kernel_guards(folder)]))
+        watch(folder, files)
+    except Exception as error:
+        tell(f"broken {describe(error)}")
+        leave(1)
+    module = type(sys)("program")
+    sys.modules["program"] = module  # where dataclasses and pickle look for the classes of a module
+    sys.argv = ["program.py"]
+    try:
+        exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)
+    except BaseException as error:  # SystemExit and KeyboardInterrupt too: the tests did not end
+        tell(f"failed {told(error)}")
+        leave(1)
+    write(report, b"passed " + read(token, 64) + b"\n")
+    leave(0)
+
+
+if __name__ == "__main__":
+    main()

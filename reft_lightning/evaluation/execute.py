@@ -1,0 +1,236 @@
+"""Run generated programs in a sandbox: does a program reach its last line, its tests included?
+
+Each program gets a process of its own (a fresh interpreter without site-packages, with a scrubbed environment),
+a session of its own that is killed as a whole, and a temporary folder that is removed. It has no input and no
+output, no network, and limits on time, memory, files and processes; `confinement.py` says how.
+
+What this does not cover:
+
+- The limits of writing, network and processes are kept by the kernel where it has Landlock and seccomp (Linux on
+  x86_64 and arm64, outside containers that forbid them; a warning says when a guard is missing). Elsewhere
+  Python's audit hook alone keeps them, and that is no boundary for a program that means harm: it can be evaded,
+  and it sees nothing of native code.
+- A program may read every file that this user may read, and see what `/proc` shows. It cannot send it anywhere,
+  but run programs where nothing secret lies.
+- Not every change to files is writing: with the hook evaded, a program can change modes and times of files that
+  this user owns.
+- Memory is limited for each process (of which there is one), disk by size and number of the files it makes. The
+  processor is not reserved: programs run beside whatever else runs.
+- A program that looks for it can find the way to report that it passed, and a test can be deceived by an object
+  that equals everything: what is caught is leaving early and printing, not a program written to cheat.
+- Flaws of the kernel and of the interpreter.
+
+For programs of a model that you do not trust, run the whole evaluation in a container or virtual machine without
+network, as an unprivileged user, which this sandbox then divides further.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+log = logging.getLogger(__name__)
+
+STARTING_SECONDS = 60.0  # for the interpreter to start on a busy machine; the program's own time begins after
+REPORT_BYTES = 4096
+GUARDS = ("landlock", "seccomp")
+
+
+class Outcome(NamedTuple):
+    """What became of a program.
+
+    Args:
+        passed: whether its last line ran.
+        reason: `"passed"`, or why not, in one line.
+    """
+
+    passed: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may use.
+
+    Args:
+        seconds: of the processor, rounded up to whole ones: the verdict hardly depends on what else the machine
+            does. 3 is the timeout of the published HumanEval scorer, which measures the clock on the wall.
+        wall_seconds: of the clock, for programs that wait; None for four times `seconds`.
+        memory_bytes: of address space, the interpreter included.
+        file_bytes: the size of one file.
+        files: how many files and folders it may make or open for writing.
+    """
+
+    seconds: float = 3.0
+    wall_seconds: float | None = None
+    memory_bytes: int = 1 << 30
+    file_bytes: int = 1 << 22
+    files: int = 64
+
+    def __post_init__(self) -> None:
+        """Check that every limit is one."""
+        for name, value in vars(self).items():
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive; got {value}")
+
+    @property
+    def wall(self) -> float:
+        """Return the seconds on the wall."""
+        return 4 * self.seconds if self.wall_seconds is None else self.wall_seconds
+
+
+def run_program(source: str, limits: Limits | None = None) -> Outcome:
+    """Run a program in the sandbox.
+
+    It passes if it runs to its end. An exception, a refused action, `sys.exit(0)` and `os._exit(0)` before the
+    end, a crash or a limit make it fail; what it prints is thrown away. Its module is called `program`, so that a
+    block under `if __name__ == "__main__"` is not run.
+
+    Args:
+        source: Python text, its tests at the end.
+        limits: None for the defaults of :class:`Limits`.
+
+    Raises:
+        RuntimeError: if the sandbox itself does not start; says what it reported.
+        OSError: on systems without POSIX limits.
+    """
+    if os.name != "posix":
+        raise OSError(
+            f"programs are limited by POSIX means, which {sys.platform} has not: use Linux or a container"
+        )
+    limits = limits or Limits()
+    folder = tempfile.TemporaryDirectory(prefix="reft-program-")
+    try:
+        return _run_in(os.path.realpath(folder.name), source, limits)
+    finally:
+        try:
+            folder.cleanup()
+        except OSError as error:  # the program's doing must not end the evaluation
+            log.warning("%s could not be removed: %s", folder.name, error)
+
+
+def run_programs(
+    sources: Sequence[str], limits: Limits | None = None, workers: int | None = None
+) -> list[Outcome]:
+    """Run programs side by side, each text once, and return their outcomes in the order given.
+
+    Args:
+        sources: texts; equal ones are run once.
+        limits: of each.
+        workers: how many at a time; None for the number of processors, at most 8.
+    """
+    distinct = list(dict.fromkeys(sources))
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        outcomes = dict(
+            zip(distinct, pool.map(lambda source: run_program(source, limits), distinct), strict=True)
+        )
+    return [outcomes[source] for source in sources]
+
+
+def _run_in(folder: str, source: str, limits: Limits) -> Outcome:
+    # what cannot be encoded (half a surrogate pair) becomes "?", as no program needs it
+    Path(folder, "program.py").write_bytes(source.encode("utf-8", "replace"))
+    token = secrets.token_hex(16)
+    token_read, token_write = os.pipe()
+    report_read, report_write = os.pipe()
+    with os.fdopen(report_read, "rb", buffering=0) as report:
+        try:
+            os.write(token_write, token.encode())
+            process = _start(folder, limits, report_write, token_read)
+        finally:
+            for descriptor in (token_read, token_write, report_write):
+                os.close(descriptor)
+        try:
+            lines, in_time = _listen(report.fileno(), limits)
+        finally:
+            # before the process is waited for, so that its number cannot belong to another session yet
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # all of it has ended
+                os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+    if not lines or not lines[0].startswith("ready"):
+        said = lines[0] if lines else f"it ended with code {code}" if in_time else "it was not ready in time"
+        raise RuntimeError(f"the sandbox of generated programs did not start: {said}")
+    _warn_of_missing(tuple(name for name in GUARDS if name not in lines[0].split()))
+    verdict, _, rest = lines[1].partition(" ") if len(lines) > 1 else ("", "", "")
+    if verdict == "passed" and secrets.compare_digest(rest.encode(), token.encode()):
+        return Outcome(True, "passed")
+    if verdict == "failed":
+        return Outcome(False, rest)
+    if code == -signal.SIGXCPU:
+        return Outcome(False, f"used more than {limits.seconds:g} s of the processor")
+    if not in_time:
+        return Outcome(False, f"ran longer than {limits.wall:g} s")
+    if code < 0:
+        return Outcome(False, f"killed by {signal.Signals(-code).name}")
+    return Outcome(False, f"left with exit code {code} before its end")
+
+
+def _start(folder: str, limits: Limits, report: int, token: int) -> subprocess.Popen[bytes]:
+    script = Path(__file__).with_name("confinement.py")
+    settings = (limits.seconds, limits.memory_bytes, limits.file_bytes, limits.files)
+    return subprocess.Popen(
+        # no user or installed packages, no folder of the script on the path, no byte code written
+        [
+            sys.executable,
+            "-s",
+            "-S",
+            "-P",
+            "-B",
+            str(script),
+            folder,
+            str(report),
+            str(token),
+            *map(str, settings),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=folder,
+        # a fixed hash seed: a program that depends on the order of a set gets the same verdict each time
+        env={"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"},
+        pass_fds=(report, token),
+        start_new_session=True,
+    )
+
+
+def _listen(report: int, limits: Limits) -> tuple[list[str], bool]:
+    """Return the lines of a report until it ends or time is up, and whether it ended in time."""
+    poll = select.poll()
+    poll.register(report, select.POLLIN)
+    text = b""
+    end = time.monotonic() + STARTING_SECONDS
+    while len(text) < REPORT_BYTES:
+        left = end - time.monotonic()
+        if left <= 0 or not poll.poll(1000 * left):
+            return text.decode("utf-8", "replace").splitlines(), False
+        piece = os.read(report, REPORT_BYTES)
+        if not piece:
+            break
+        if b"\n" not in text and b"\n" in text + piece:  # ready: the program's own time begins
+            end = time.monotonic() + limits.wall
+        text += piece
+    return text.decode("utf-8", "replace").splitlines(), True
+
+
+@functools.cache
+def _warn_of_missing(guards: tuple[str, ...]) -> None:
+    if guards:
+        log.warning(
+            "this system has no %s: generated programs are held back by Python's audit hook instead, which a "
+            "program that means harm can evade; run the evaluation in a container without network",
+            " and no ".join(guards),
+        )
