@@ -1,0 +1,239 @@
+"""From a row of one's own to an example: named columns, texts with columns in braces, conversations."""
+
+from __future__ import annotations
+
+import json
+import math
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from reft_lightning.data.base import Example, Row, column, nearest
+
+TASK = "custom"
+# Who speaks, in the two forms of conversations.
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A text with columns in braces; (literal, column) pairs, and what stands behind the last column.
+
+    >>> Pattern.parse("{a} + {b} =", "data.prompt").fill({"a": 1, "b": 2}, "row 0")
+    '1 + 2 ='
+    """
+
+    parts: tuple[tuple[str, str], ...]
+    end: str = ""
+
+    @classmethod
+    def parse(cls, text: str, key: str) -> Pattern:
+        r"""Read a pattern; text without braces is the name of one column.
+
+        The two characters `\n`, which a shell hands on as they are, mean a line break; `{{` is a brace.
+
+        Raises:
+            ValueError: for braces that do not match, are empty, or hold more than a name.
+        """
+        if "{" not in text and "}" not in text:
+            return cls((("", text),))
+        try:
+            fields = list(string.Formatter().parse(text.replace("\\n", "\n")))
+        except ValueError as error:
+            raise ValueError(
+                f"{key}={text!r}: {error}; columns stand in braces, '{{{{' is a brace"
+            ) from error
+        parts, literal = [], ""
+        for before, name, spec, kind in fields:
+            literal += before  # an escaped brace comes as a piece of its own, without a name
+            if name is None:
+                continue
+            if not name or spec or kind:
+                raise ValueError(f"{key}={text!r}: braces must hold the name of a column and nothing else")
+            parts.append((literal, name))
+            literal = ""
+        if not parts:
+            raise ValueError(f"{key}={text!r} names no column")
+        return cls(tuple(parts), literal)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the columns."""
+        return tuple(name for _, name in self.parts)
+
+    def fill(self, row: Row, where: str) -> str:
+        """Return the text of a row."""
+        filled = (literal + _text(column(row, name, where), name, where) for literal, name in self.parts)
+        return "".join(filled) + self.end
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    """Return a cell as text; an absent value (None, not-a-number) is empty, a list is joined by commas."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, Mapping):
+        raise ValueError(f"{where}: column {name!r} holds an object, which is no text: {value!r:.80}")
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(part, name, where) for part in value)
+    return str(value)
+
+
+class Columns:
+    """Makes examples of rows with named columns.
+
+    Raises:
+        ValueError: if `answer` does not stand in the target, or `options` could not take its place there.
+    """
+
+    def __init__(
+        self,
+        prompt: str,
+        target: str,
+        answer: str | None,
+        context: str | None,
+        options: str | None,
+        line_break: bool,
+    ) -> None:
+        self.prompt, self.target = Pattern.parse(prompt, "data.prompt"), Pattern.parse(target, "data.target")
+        self.context = Pattern.parse(context, "data.context") if context else None
+        self.options, self.line_break = options, line_break
+        bare = self.target == Pattern((("", self.target.names[0]),))  # one column and nothing around it
+        if answer and answer not in self.target.names:
+            raise ValueError(
+                f"data.answer={answer!r} does not stand in data.target={target!r}{nearest(answer, self.target.names)}: "
+                f"a text is compared with the answer where the target has it, such as 'The answer is {{{answer}}}'"
+            )
+        if options and not answer and not bare:
+            raise ValueError(
+                f"data.options needs data.answer: which column of data.target={target!r} do the options replace?"
+            )
+        self.answer = self.target.names[0] if bare else answer
+        place = self.target.names.index(self.answer) if self.answer else 0
+        ends = [*(literal for literal, _ in self.target.parts[1:]), self.target.end]
+        # what stands around the answer, by which it is found in a generated text
+        self.before, self.after = (
+            (self.target.parts[place][0].strip(), ends[place].strip()) if self.answer else ("", "")
+        )
+        texts = (self.prompt, self.target, *((self.context,) if self.context else ()))
+        self.names = (*(name for text in texts for name in text.names), *((options,) if options else ()))
+
+    def __call__(self, row: Row, where: str) -> Example:
+        """Return the example of a row.
+
+        Raises:
+            ValueError: if a column is missing, or the row has no prompt or no answer; names the row.
+        """
+        prompt = self.prompt.fill(row, where)
+        if not any(_text(row[name], name, where).strip() for name in self.prompt.names):
+            raise ValueError(f"{where}: the row has no prompt: {_columns(self.prompt.names)} empty")
+        for name in self.target.names:
+            if not _text(column(row, name, where), name, where).strip():
+                raise ValueError(f"{where}: the row has no answer: {_columns((name,))} empty")
+        target = self.target.fill(row, where).strip()
+        answer = _text(row[self.answer], self.answer, where).strip() if self.answer else target
+        if self.find(target) != answer:
+            raise ValueError(
+                f"{where}: the answer {answer!r} cannot be told from the rest of the target {target!r:.200}: what "
+                f"stands around {{{self.answer}}} in data.target must mark it"
+            )
+        context = self.context.fill(row, where) if self.context else ""
+        if self.line_break and context:
+            context = _ended(context)
+        elif self.line_break:
+            prompt = _ended(prompt)
+        return Example(TASK, prompt, target, answer, self._options(row, answer, where), where, context)
+
+    def find(self, text: str) -> str | None:
+        """Return what stands in a text where the target has the answer; None where its mark is missing."""
+        _, found, rest = text.partition(self.before) if self.before else ("", "here", text)
+        if self.after and self.after in rest:
+            rest = rest.rpartition(self.after)[0]
+        return rest.strip() or None if found else None
+
+    def _options(self, row: Row, answer: str, where: str) -> tuple[str, ...]:
+        if not self.options:
+            return ()
+        cell = column(row, self.options, where)
+        parts = cell.split(",") if isinstance(cell, str) else cell
+        if not isinstance(parts, list | tuple):
+            raise ValueError(
+                f"{where}: column {self.options!r} must be a list or text with commas; got {cell!r:.80}"
+            )
+        words = [_text(part, self.options, where).strip() for part in parts]
+        if answer not in words:
+            raise ValueError(f"{where}: the answer {answer!r} is not among the options {', '.join(words)}")
+        return tuple(self.target.fill({**row, str(self.answer): word}, where).strip() for word in words)
+
+
+def _columns(names: Sequence[str]) -> str:
+    listed = ", ".join(map(repr, names))
+    return f"column {listed} is" if len(names) == 1 else f"columns {listed} are"
+
+
+def _ended(text: str) -> str:
+    return text if text[-1:].isspace() else text + "\n"
+
+
+class Conversations:
+    """Makes examples of rows with a column of messages."""
+
+    def __init__(self, messages: str, line_break: bool = False) -> None:
+        self.names = (messages,)
+        self.line_break = line_break
+
+    def __call__(self, row: Row, where: str) -> Example:
+        """Return the example of a conversation: its last answer, after all that precedes it.
+
+        Raises:
+            ValueError: if the column is missing or holds something else, or the conversation does not end in a
+                question and its answer; names the row.
+        """
+        turns = _turns(column(row, self.names[0], where), where)
+        if [role for role, _ in turns[-2:]] != ["user", "assistant"]:
+            roles = ", ".join(role for role, _ in turns) or "nothing"
+            raise ValueError(
+                f"{where}: the row has no answer: a conversation must end in a user's message and the assistant's "
+                f"answer; this one has {roles}"
+            )
+        *earlier, (_, prompt), (_, target) = turns
+        for text, role in ((prompt, "the last user's"), (target, "the assistant's last")):
+            if not text.strip():
+                raise ValueError(f"{where}: {role} message is empty")
+        prompt = _ended(prompt) if self.line_break else prompt
+        return Example(TASK, prompt, target.strip(), target.strip(), (), where, turns=tuple(earlier))
+
+    def find(self, text: str) -> str | None:
+        """Return a text stripped; None where nothing is left."""
+        return text.strip() or None
+
+
+def _turns(messages: Any, where: str) -> list[tuple[str, str]]:
+    """Return (role, text) of messages in either form; text in JSON, as a CSV file holds it, is read first."""
+    if isinstance(messages, str):
+        try:
+            messages = json.loads(messages)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{where}: messages in text must be JSON ({error.msg}); got {messages!r:.80}"
+            ) from error
+    if not isinstance(messages, list | tuple) or not all(isinstance(m, Mapping) for m in messages):
+        raise ValueError(f"{where}: a conversation must be a list of messages; got {messages!r:.80}")
+    turns = []
+    for message in messages:
+        who, what = ("from", "value") if "from" in message else ("role", "content")
+        role, text = column(message, who, where), column(message, what, where)
+        if role not in ROLES:
+            raise ValueError(
+                f"{where}: a message is by {', '.join(ROLES)}; got {role!r}{nearest(str(role), ROLES)}"
+            )
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: a message's {what} must be text; got {text!r:.80}")
+        turns.append((ROLES[role], text))
+    return turns
