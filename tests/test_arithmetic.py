@@ -239,6 +239,11 @@ class TestRows:
             else:
                 assert all(equals(a.answer, b.answer) for a, b in zip(mine, theirs, strict=True))
 
+    def test_an_option_without_its_letter_is_taken_whole(self):
+        row = {"question": "Q", "options": ["A)1", "2", "C) 3", "A", "E)"], "rationale": "r", "correct": "A"}
+        example = TASKS["AQuA"].example(row, "here")
+        assert example.prompt == "Q Answer Choices: (A) 1 (B) 2 (C)  3 (D) A (E) "
+
     def test_a_mixture_row_is_learnt_as_it_stands(self):
         row = {
             "instruction": "How many?",

@@ -166,17 +166,23 @@ def aqua(row: Row, where: str) -> tuple[str, str, str]:
     """Make of {question, options: ["A)21", ...], rationale, correct} instruction, rationale and letter.
 
     Raises:
-        ValueError: if an option does not begin with its letter.
+        ValueError: if an option begins with the letter of another.
     """
     options = column(row, "options", where)
-    for letter, option in zip(LETTERS, options, strict=False):
-        if not option.startswith(f"{letter})"):
-            raise ValueError(f"{where}: option {letter} must begin with '{letter})'; got {option!r:.60}")
-    choices = " ".join(f"({option[0]}) {option[2:]}" for option in options)
+    choices = " ".join(f"({x}) {_choice(x, y, where)}" for x, y in zip(LETTERS, options, strict=False))
     rationale = _SAYS_LETTER.sub("", column(row, "rationale", where).strip())
     rationale = re.sub("[A-E]", lambda capital: capital.group().lower(), rationale)
     letter = gold_letter(column(row, "correct", where), where)
     return f"{column(row, 'question', where)} Answer Choices: {choices}", rationale, letter
+
+
+def _choice(letter: str, option: str, where: str) -> str:
+    """Return the text of an option, which begins with its letter in the files; one without any letter is whole."""
+    if option[:1] in LETTERS and option[1:2] == ")":
+        if option[0] != letter:
+            raise ValueError(f"{where}: option {letter} must begin with '{letter})'; got {option!r:.60}")
+        return option[2:]
+    return option
 
 
 def svamp(row: Row, where: str) -> tuple[str, str, str]:
