@@ -134,7 +134,7 @@ def pair_up(
         log.warning("outputs answer %d of the reference's %d instructions", len(said), len(known))
     return [
         Pair(
-            instruction,
+            known[instruction]["instruction"],
             row["output"],
             known[instruction]["output"],
             name,
@@ -148,7 +148,8 @@ def pair_up(
 def _by_instruction(rows: Sequence[Mapping[str, Any]], what: str) -> dict[str, Mapping[str, Any]]:
     found: dict[str, Mapping[str, Any]] = {}
     for i, row in enumerate(rows):
-        instruction = column(row, "instruction", f"{what}, row {i}")
+        # some of AlpacaEval's instructions end in a newline, which other files have lost
+        instruction = column(row, "instruction", f"{what}, row {i}").strip()
         if not isinstance(column(row, "output", f"{what}, row {i}"), str):
             raise ValueError(f"{what}, row {i}: output must be text; got {row['output']!r:.60}")
         if instruction in found and found[instruction]["output"] != row["output"]:

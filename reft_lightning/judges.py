@@ -10,7 +10,6 @@ import hashlib
 import http.client
 import json
 import logging
-import math
 import re
 import time
 import urllib.error
@@ -282,8 +281,8 @@ def _seconds(header: str | None) -> float | None:
 class ModelJudge:
     r"""A Hugging Face causal language model on this machine.
 
-    It says no word: :math:`w = p(\text{model's digit}) / (p(1) + p(2))` for the first token of the reply, so
-    every pair gets a judgement and a model in doubt gives a half.
+    It says no word: :math:`w = p(\text{model's digit}) / (p(1) + p(2))` where the reply begins, so every pair gets a
+    judgement and a model in doubt gives a half. Small models like one place better: ask in both orders.
 
     Args:
         model: a causal language model.
@@ -335,31 +334,28 @@ class ModelJudge:
         Raises:
             PairRefused: if the question is longer than the model reads.
         """
+        import torch
+
         from .data.base import Example
+        from .data.encoding import encode
         from .data.prompts import apply_template
 
         examples = [Example("judge", ask(pair, model_first), digit, digit) for digit in "12"]
         texts = apply_template(self.template, examples, self.tokenizer)
-        first, second = (self._log_likelihood(example) for example in texts)
-        p_first = 1 / (1 + math.exp(min(second - first, 700.0)))  # e^709 is the largest float
-        return p_first if model_first else 1 - p_first
-
-    def _log_likelihood(self, example: Any) -> float:
-        """Return log p(digit | question), without the eos behind it."""
-        import torch
-
-        from .data.encoding import encode
-
-        row = encode(self.tokenizer, example, self.max_length)
-        if row.cut_prompt or row.cut_target:
+        first, second = (encode(self.tokenizer, example, self.max_length) for example in texts)
+        if first.cut_prompt or second.cut_prompt:
             raise PairRefused(
-                f"the question has {len(row) + row.cut_prompt} tokens, {self.name} reads {self.max_length}"
+                f"the question has {len(first) + first.cut_prompt} tokens, {self.name} reads {self.max_length}"
             )
-        digit = row.target_ids[:-1]
-        ids = torch.tensor([row.prompt_ids + digit], device=self.model.device)
+        # some tokenizers put the same token, a space, in front of both digits
+        at = next(
+            i for i, (a, b) in enumerate(zip(first.target_ids, second.target_ids, strict=False)) if a != b
+        )
+        ids = torch.tensor([first.prompt_ids + first.target_ids[:at]], device=self.model.device)
         with torch.no_grad():
-            logits = self.model(input_ids=ids, logits_to_keep=len(digit) + 1).logits[0, :-1].float()
-        return float(logits.log_softmax(-1)[range(len(digit)), digit].sum())
+            logits = self.model(input_ids=ids, logits_to_keep=1).logits[0, -1].float()
+        p_first = float(logits[[first.target_ids[at], second.target_ids[at]]].softmax(-1)[0])
+        return p_first if model_first else 1 - p_first
 
 
 def annotator_of(rows: list[Mapping[str, Any]], path: Path) -> str:

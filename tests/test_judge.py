@@ -405,6 +405,11 @@ class TestPairs:
         ):
             pair_up(read(OUTPUTS), read(REFERENCE)[3:])
 
+    def test_white_space_around_an_instruction_does_not_part_a_pair(self):
+        rows = [row | {"instruction": f"{row['instruction']}\n"} for row in read(REFERENCE)]
+        found = pair_up(read(OUTPUTS), rows)
+        assert [pair.instruction for pair in found] == [row["instruction"] for row in rows]
+
     def test_two_outputs_for_one_instruction_are_refused(self):
         rows = read(OUTPUTS)
         with pytest.raises(ValueError, match="outputs, row 10: a second output"):
