@@ -78,7 +78,9 @@ NO_HUB = (
     "No hub data set is known to hold the LLM-Adapters test split: take dataset/ of the LLM-Adapters repository "
     "as data.path with data.source=local."
 )
-ORIGINAL_AQUA = "AQuA in its original form: in 10 of the 254 test rows LLM-Adapters' file has other blanks in the choices."
+ORIGINAL_AQUA = (
+    "AQuA in its original form: in 10 of 254 test rows LLM-Adapters' file has other blanks in the choices."
+)
 DEV_FOR_TRAIN = "AQuA dev (254 rows) stands in for train (97,467)."
 HUB_MULTIARITH = "MultiArith from the hub: train and test joined (600), not compared with LLM-Adapters' file."
 HUB_SVAMP = "SVAMP from the hub: train and test joined (1,000), in another order than LLM-Adapters' file."
