@@ -177,6 +177,29 @@ def test_rows_that_end_early_do_not_disturb_the_others():
     assert torch.equal(ended[1, :length], free[1, :length])
 
 
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_the_beginning_of_an_answer_is_edited_as_if_it_had_been_generated(positions):
+    reft = attached(positions=positions)
+    batch = tiny.padded(tiny.rows(5, 3), "left")
+    whole = reft.generate(**batch, **GREEDY)
+    begun = {
+        "input_ids": whole[:, :-3],
+        "attention_mask": torch.nn.functional.pad(batch["attention_mask"], (0, NEW - 3), value=1),
+        "prompt_mask": torch.nn.functional.pad(batch["attention_mask"].bool(), (0, NEW - 3)),
+    }
+    assert torch.equal(reft.generate(**begun, **(GREEDY | {"max_new_tokens": 3})), whole)
+    moved = {name: value.clone() for name, value in begun.items()}
+    for value in moved.values():
+        value[1] = value[1].roll(-2)  # the padding of the shorter row to its right
+    assert torch.equal(reft.generate(**moved, **(GREEDY | {"max_new_tokens": 3}))[:, -3:], whole[:, -3:])
+
+
+def test_a_prompt_mask_of_another_shape_is_refused():
+    batch = tiny.padded(tiny.rows(5, 3), "left")
+    with pytest.raises(ValueError, match="prompt_mask must have the shape"):
+        attached().generate(**batch, prompt_mask=batch["attention_mask"][:, :1].bool(), **GREEDY)
+
+
 def test_a_cache_of_ones_own_needs_the_prompt_mask():
     reft = attached()
     ids = torch.tensor([[5, 6, 7, 8, 9]])
