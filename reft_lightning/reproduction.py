@@ -1,0 +1,305 @@
+"""What the paper's tables print, and which runs stand for it.
+
+The printed numbers stand in the headers of `conf/experiment/paper/*.yaml`, the obtained ones in the `results.json`
+of run folders; `results["experiment"]` joins the two. Numbers are percent.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import re
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from .composition import CompositionError, compose
+from .schema import Config
+
+log = logging.getLogger(__name__)
+
+GROUP = "paper"  # of conf/experiment
+AVERAGE = "average"
+WIN_RATE = "win rate"
+# A win rate is the paper's only by its judge and against its reference.
+JUDGE, REFERENCE = "alpaca_eval_gpt4", "text_davinci_003"
+
+# How the paper prints a benchmark, without its punctuation -> task and measure of the results.
+NAMES: dict[str, tuple[str, str]] = {
+    "boolq": ("boolq", "accuracy"),
+    "piqa": ("piqa", "accuracy"),
+    "siqa": ("social_i_qa", "accuracy"),
+    "hellas": ("hellaswag", "accuracy"),
+    "hellaswag": ("hellaswag", "accuracy"),
+    "winog": ("winogrande", "accuracy"),
+    "winogrande": ("winogrande", "accuracy"),
+    "arce": ("ARC-Easy", "accuracy"),
+    "arcc": ("ARC-Challenge", "accuracy"),
+    "obqa": ("openbookqa", "accuracy"),
+    "aqua": ("AQuA", "accuracy"),
+    "gsm8k": ("gsm8k", "accuracy"),
+    "mawps": ("mawps", "accuracy"),
+    "svamp": ("SVAMP", "accuracy"),
+    "mnli": ("mnli", "accuracy"),
+    "sst2": ("sst2", "accuracy"),
+    "mrpc": ("mrpc", "accuracy"),
+    "cola": ("cola", "matthews"),
+    "qnli": ("qnli", "accuracy"),
+    "qqp": ("qqp", "accuracy"),
+    "rte": ("rte", "accuracy"),
+    "stsb": ("stsb", "pearson"),
+    "winrate": (WIN_RATE, ""),
+}
+
+# What may differ without making another experiment of a run: its seed, where files lie, what is logged, and what
+# the machine affords as long as a step sees the same rows.
+FREE = re.compile(
+    r"seed|name|resume|evaluate_base|option_likelihood|logger\..*|model\.path|data\.path|data\.test_path|"
+    r"data\.eval_batch_size|data\.num_workers|trainer\.(accelerator|enable_progress_bar|log_every_n_steps)|"
+    r"callbacks\.checkpoint_every_n_steps|decoding\.verify"
+)
+FILES = ("data.mixture",)  # compared by the name of the file alone
+
+
+@dataclass(frozen=True)
+class Printed:
+    """One row of a table of the paper, from the header of its experiment file.
+
+    Args:
+        experiment: `"paper/commonsense_llama_7b_loreft"`.
+        table: `"1"`.
+        row: `"LLaMA-7B LoReFT"`.
+        numbers: the paper's name of a benchmark -> (percent, standard deviation or None); the average is one too.
+        seeds: over how many; None where the header does not say.
+        command: the overrides of the header's command beside the experiment.
+    """
+
+    experiment: str
+    table: str
+    row: str
+    numbers: Mapping[str, tuple[float, float | None]]
+    seeds: int | None
+    command: tuple[str, ...] = ()
+
+
+@dataclass
+class Obtained:
+    """Runs of one experiment with the same settings.
+
+    Args:
+        changed: what differs from the experiment's own settings, `("data.limit_train=100",)`; empty: nothing.
+        scores: seed -> the paper's name -> percent.
+        notes: what a reader must know.
+    """
+
+    changed: tuple[str, ...]
+    scores: dict[int, dict[str, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_rows(folder: Path) -> list[Printed]:
+    """Return the rows of all experiment files that carry numbers, by table."""
+    rows = [read_row(path) for path in sorted(folder.glob("*.yaml"))]
+    return sorted((row for row in rows if row.numbers), key=lambda row: order(row.table))
+
+
+def read_row(path: Path) -> Printed:
+    """Return what the header of one experiment file says.
+
+    Raises:
+        ValueError: if it lacks a line, or a number or name cannot be read; names the file.
+    """
+    said = header(path.read_text(encoding="utf-8"))
+    for key in ("Command", "Table", "Expected"):
+        if key not in said:
+            raise ValueError(f"{path}: the header has no line '# {key}:'")
+    table, _, rest = said["Table"].partition(",")
+    row = re.search(r"\brow (.+?)(?: \([\d.]+ %|, mean of|$)", rest)
+    seeds = re.search(r"mean of (\d+) seeds", said["Table"])
+    numbers = {} if said["Expected"].startswith("no published") else _numbers(said["Expected"], path)
+    if numbers and "Average" in said:
+        numbers |= _numbers(f"{AVERAGE} {said['Average']}", path)
+    return Printed(
+        experiment=f"{GROUP}/{path.stem}",
+        table=table.strip(),
+        row=row.group(1) if row else path.stem,
+        numbers=numbers,
+        seeds=int(seeds.group(1)) if seeds else None,
+        command=_overrides(said["Command"]),
+    )
+
+
+def _overrides(command: str) -> tuple[str, ...]:
+    """Return what `reft-train experiment=NAME ...` has beside the experiment and the seeds."""
+    arguments = re.split(r"\breft-(?!train)", command)[0].split()[1:]
+    return tuple(x for x in arguments if "=" in x and not x.startswith(("experiment=", "seed=")))
+
+
+def header(text: str) -> dict[str, str]:
+    """Return key -> value of the comment lines on top of a file; a deeper indented line continues the value."""
+    said: dict[str, str] = {}
+    key = None
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        found = re.match(r"# ([A-Z]\w+): +(.+)", line)
+        if found:
+            key = found.group(1)
+            said[key] = found.group(2).strip()
+        elif key and re.match(r"#  +\S", line):
+            said[key] += f" {line[1:].strip()}"
+        else:
+            key = None  # an empty line ends the keys' values
+    return said
+
+
+def _numbers(text: str, path: Path) -> dict[str, tuple[float, float | None]]:
+    numbers: dict[str, tuple[float, float | None]] = {}
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\S.*?) (\d+(?:\.\d+)?)(?: \((\d*\.?\d+)\))?\s*", part)
+        if not found:
+            raise ValueError(
+                f"{path}: 'NAME number' or 'NAME number (SD)' cannot be read from {part.strip()!r}"
+            )
+        name, value, deviation = found.groups()
+        if name != AVERAGE and plain(name) not in NAMES:
+            close = difflib.get_close_matches(plain(name), NAMES, n=1)
+            hint = f", did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{path}: no benchmark is known as {name!r}{hint}; known: {', '.join(NAMES)}")
+        numbers[name] = (float(value), float(deviation) if deviation else None)
+    return numbers
+
+
+def plain(name: str) -> str:
+    """Return a name in lower case without punctuation.
+
+    >>> plain("SST-2")
+    'sst2'
+    """
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def order(table: str) -> tuple[int, str]:
+    """Return what tables are sorted by: their number."""
+    digits = re.match(r"\d+", table)
+    return (int(digits.group()) if digits else 0, table)
+
+
+def read_runs(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Return (run folder, results) of all runs below a folder that name an experiment of the paper."""
+    runs = []
+    for path in sorted(folder.rglob("results.json")):
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            log.warning("%s is left out: not JSON (%s)", path, error)
+            continue
+        if str(results.get("experiment") or "").startswith(f"{GROUP}/"):
+            runs.append((path.parent, results))
+    return runs
+
+
+def compare(row: Printed, runs: Iterable[tuple[Path, dict[str, Any]]]) -> list[Obtained]:
+    """Return the runs of a row, grouped by what was changed; the unchanged ones first.
+
+    Of several complete runs with one seed and the same settings the last one counts, and a note says so.
+    """
+    groups: dict[tuple[str, ...], Obtained] = {}
+    mine = [run for run in runs if run[1]["experiment"] == row.experiment]
+    expected = composed(row) if mine else None
+    for folder, results in sorted(mine, key=lambda run: str(run[1].get("finished", ""))):
+        changed = _changes(folder / "config.yaml", expected)
+        group = groups.setdefault(changed, Obtained(changed))
+        seed = int(results["seed"])
+        if results.get("status") != "complete":
+            group.notes.append(f"seed {seed} is {results.get('status')}, not complete: {folder}")
+            continue
+        if seed in group.scores:
+            group.notes.append(f"seed {seed} ran more than once: the last complete run counts")
+        group.scores[seed] = _scores(row, folder, results, group.notes)
+    for group in groups.values():
+        group.notes = list(dict.fromkeys(group.notes))
+    return sorted(groups.values(), key=lambda group: (len(group.changed), group.changed))
+
+
+def _scores(row: Printed, folder: Path, results: Mapping[str, Any], notes: list[str]) -> dict[str, float]:
+    scores = {}
+    for name in row.numbers:
+        if name == AVERAGE:
+            continue
+        task, measure = NAMES[plain(name)]
+        value = (
+            _win_rate(folder, notes)
+            if task == WIN_RATE
+            else _percent(results["metrics"].get(f"test/{task}/{measure}"))
+        )
+        if value is not None:
+            scores[name] = value
+    if AVERAGE in row.numbers and len(scores) == len(row.numbers) - 1:
+        scores[AVERAGE] = statistics.fmean(scores.values())
+    return scores
+
+
+def _percent(fraction: float | None) -> float | None:
+    return None if fraction is None else 100 * float(fraction)
+
+
+def _win_rate(folder: Path, notes: list[str]) -> float | None:
+    """Return the win rate in percent that `reft-judge` wrote, if judge and reference are the paper's."""
+    found = None
+    for path in sorted((folder / "outputs").glob("reft_*win_rate.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        judge, reference = str(result["judge"]), str(result["reference"])
+        if plain(judge) == plain(JUDGE) and plain(reference) == plain(REFERENCE):
+            found = float(result["win_rate"])
+        else:
+            notes.append(
+                f"{judge} against {reference} gives {result['win_rate']:.2f}: another judge, another number"
+            )
+    return found
+
+
+def composed(row: Printed) -> dict[str, Any] | None:
+    """Return the settings that the experiment and its header's command compose to."""
+    try:
+        config = compose([f"experiment={row.experiment}", *row.command])
+    except CompositionError as error:
+        log.warning("%s does not compose, so changes cannot be told: %s", row.experiment, error)
+        return None
+    return _flat(OmegaConf.to_container(OmegaConf.structured(config)))
+
+
+def _changes(path: Path, expected: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Return what a run's configuration has other than the experiment, as overrides."""
+    if expected is None or not path.is_file():
+        return ("(settings unknown)",)
+    # a key that is younger than the run stands at its default
+    defaults = _flat(OmegaConf.to_container(OmegaConf.structured(Config)))
+    found = defaults | _flat(OmegaConf.to_container(OmegaConf.load(path)))
+    changed = []
+    for key in sorted(found.keys() | expected.keys()):
+        mine, theirs = found.get(key), expected.get(key)
+        if FREE.fullmatch(key) or mine == theirs:
+            continue
+        if key in FILES and mine and theirs and PurePath(str(mine)).name == PurePath(str(theirs)).name:
+            continue
+        if key in ("callbacks.monitor", "callbacks.mode") and theirs is None:
+            continue  # a run fills in what its family decides by
+        changed.append(f"{key}={json.dumps(mine) if isinstance(mine, bool | list | None) else mine}")
+    return tuple(changed)
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Return dotted key -> value; an empty dictionary is no key."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
