@@ -3,11 +3,11 @@
 `execute.py` starts this file as a script, in a fresh interpreter whose folder is empty but for `program.py`. It
 uses the standard library alone and nothing of the package. In this order it takes away
 
-1. resources, by limits of the kernel: processor time, address space, size of a file, open files, core dumps;
-2. writing outside the folder, by Landlock (Linux 5.13 and later; needs no privilege);
-3. processes, signals, sockets, shared memory and namespaces, by a seccomp filter (Linux on x86_64 and arm64);
-4. the same things once more by an audit hook of Python, which also says what was refused, and which is all there
-   is where the kernel has neither Landlock nor seccomp.
+1. writing outside the folder, by Landlock (Linux 5.13 and later; needs no privilege);
+2. processes, signals, sockets, shared memory and namespaces, by a seccomp filter (Linux on x86_64 and arm64);
+3. resources, by limits of the kernel: processor time, address space, size of a file, open files, core dumps;
+4. writing, processes, signals and sockets once more, by an audit hook of Python, which also says what was refused,
+   and which is all there is where the kernel has neither Landlock nor seccomp.
 
 It says `ready` and the names of the kernel's guards, runs the program, and only when the last line of it has run
 hands back a token that lies unread in a pipe until then.
@@ -20,7 +20,7 @@ import resource
 import struct
 import sys
 
-# Nothing of these is needed to compute something. `_thread.start` stands for two events (Python 3.13 has a second).
+# Beginnings of events; nothing of these is needed to compute something. Not every Python reports new threads.
 REFUSED_EVENTS = (
     "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.startfile", "pty.spawn", "subprocess.Popen",
     "_thread.start", "os.kill", "signal.pthread_kill", "resource.", "socket.", "syslog.", "os.link", "os.symlink",
@@ -166,7 +166,8 @@ def watch(folder: str, files: int) -> None:
         files: how many times something may be made there, or opened for writing.
     """
     made = 0
-    real, decode, devnull, within = os.path.realpath, os.fsdecode, os.devnull, folder + os.sep
+    real, is_folder, decode = os.path.realpath, os.path.isdir, os.fsdecode
+    devnull, within = os.devnull, folder + os.sep
 
     def refuse(what: str) -> None:
         raise PermissionError(errno.EPERM, f"the sandbox refuses {what}")
@@ -184,7 +185,12 @@ def watch(folder: str, files: int) -> None:
         nonlocal made
         if event == "open":
             path, mode, flags = arguments
-            if path is None or not (flags & WRITING or (isinstance(mode, str) and set(mode) & set("wax+"))):
+            if path is None:
+                return
+            if not (flags & WRITING or (isinstance(mode, str) and set(mode) & set("wax+"))):
+                # an open folder is where other calls begin from (dir_fd), which the hook is not told
+                if mode is None and not isinstance(path, int) and is_folder(path):
+                    check(path, "opening a folder")
                 return
         elif event == "import":
             if arguments[0].split(".")[0] in REFUSED_MODULES:
@@ -225,9 +231,10 @@ def main() -> None:
     try:
         with open(os.path.join(folder, "program.py"), encoding="utf-8") as file:
             source = file.read()
-        set_limits(seconds, memory_bytes, file_bytes)
-        tell(" ".join(["ready", *kernel_guards(folder)]))
+        guards = kernel_guards(folder)
+        set_limits(seconds, memory_bytes, file_bytes)  # afterwards: the guards need memory to be raised
         watch(folder, files)
+        tell(" ".join(["ready", *guards]))
     except Exception as error:
         tell(f"broken {describe(error)}")
         leave(1)

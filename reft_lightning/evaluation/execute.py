@@ -9,7 +9,7 @@ What this does not cover:
 - The limits of writing, network and processes are kept by the kernel where it has Landlock and seccomp (Linux on
   x86_64 and arm64, outside containers that forbid them; a warning says when a guard is missing). Elsewhere
   Python's audit hook alone keeps them, and that is no boundary for a program that means harm: it can be evaded,
-  and it sees nothing of native code.
+  it sees nothing of native code, and Python does not tell it of everything (`os.mkfifo`, in some versions threads).
 - A program may read every file that this user may read, and see what `/proc` shows. It cannot send it anywhere,
   but run programs where nothing secret lies.
 - Not every change to files is writing: with the hook evaded, a program can change modes and times of files that
