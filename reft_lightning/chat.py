@@ -16,32 +16,41 @@ from rich.text import Text
 from .attachment import attach
 from .base_models import load_base_model
 from .checkpoint import load_adapter
-from .construction import attachment, model_source
-from .evaluation import generate_greedily
+from .construction import attachment, family_of, model_source
+from .data import ClassificationFamily, Example
+from .data.encoding import Collator, encode
+from .data.prompts import TEMPLATES, apply_template
+from .evaluation import Decoding, generate
 from .experiment import load_run_config
 from .model import ReftModel
 
 log = logging.getLogger(__name__)
 HELP = (
     "Type a prompt; a \\ at the end of a line goes on in the next. "
-    "/plain and /chat choose the template, /quit ends."
+    "/plain, /alpaca and /chat choose the template, /quit ends."
 )
+MAX_LENGTH = 4096  # tokens of a question; beyond, its beginning is left out
 NO_TEMPLATE = "this tokenizer has no chat template"
 
 
-def main(folder: Path, max_new_tokens: int = 64, template: str = "plain") -> None:
+def main(folder: Path, max_new_tokens: int = 64, template: str | None = None) -> None:
     """Answer prompts from standard input until it ends or says ``/quit``.
 
     Args:
         folder: a run folder.
         max_new_tokens: of each answer.
-        template: ``plain`` reads the prompt as the training rows are read, text and a newline; ``chat`` reads
-            it through the tokenizer's chat template.
+        template: laid around each prompt, a name in ``data.prompts.TEMPLATES`` (``plain`` is the text and a newline);
+            None for that of the training rows.
 
     Raises:
-        ValueError: if the folder is no run, or the tokenizer has no chat template.
+        ValueError: if the folder is no run, its model is a classifier, or the tokenizer has no chat template.
     """
     console = Console()
+    config = load_run_config(folder)
+    family = family_of(config)
+    if isinstance(family, ClassificationFamily):
+        raise ValueError(f"{folder} trained a classifier ({family.name}), which says nothing")
+    template = template or config.data.template or family.template
     model, tokenizer = load(folder)
     if template == "chat" and tokenizer.chat_template is None:
         raise ValueError(f"{NO_TEMPLATE}; use template=plain")
@@ -50,7 +59,7 @@ def main(folder: Path, max_new_tokens: int = 64, template: str = "plain") -> Non
         text = _read(console)
         if text is None or text == "/quit":
             return
-        if text in ("/plain", "/chat"):
+        if text[:1] == "/" and text[1:] in TEMPLATES:
             if text == "/chat" and tokenizer.chat_template is None:
                 console.print(f"{NO_TEMPLATE}; template stays {template}")
             else:
@@ -58,7 +67,9 @@ def main(folder: Path, max_new_tokens: int = 64, template: str = "plain") -> Non
         elif text.startswith("/"):
             console.print(f"{escape(text)} is no command. {HELP}")
         elif text:
-            base, adapted = answer(model, tokenizer, text, max_new_tokens, template)
+            base, adapted = answer(
+                model, tokenizer, text, max_new_tokens, template, config.data.system_prompt
+            )
             console.print(
                 Columns(
                     # Text: what a model says may look like markup
@@ -73,42 +84,35 @@ def load(folder: Path) -> tuple[ReftModel, Any]:
     """Return the adapted model of a run folder, ready to generate, and its tokenizer."""
     config = load_run_config(folder)
     _, adapter = load_adapter(folder / "adapter")  # a missing one is said before weights are loaded
-    base, tokenizer = load_base_model(**model_source(config))
-    model = attach(base, **attachment(config))
+    family = family_of(config)
+    base, tokenizer = load_base_model(**model_source(config, family))
+    model = attach(base, **attachment(config, family))
     model.load_adapter_state_dict(adapter)
     return model.eval(), tokenizer
 
 
-@torch.no_grad()
 def answer(
-    model: ReftModel, tokenizer: Any, text: str, max_new_tokens: int, template: str
+    model: ReftModel,
+    tokenizer: Any,
+    text: str,
+    max_new_tokens: int,
+    template: str,
+    system_prompt: str | None = None,
 ) -> tuple[str, str]:
-    """Return what the frozen base and the adapted model answer, greedily."""
-    if template == "chat":
-        if tokenizer.chat_template is None:
-            raise ValueError(f"{NO_TEMPLATE}; use template=plain")
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
-        encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)  # the template has the BOS
-    else:
-        encoded = tokenizer(text + "\n", return_tensors="pt")
-    ids, mask = (encoded[name].to(model.base_model.device) for name in ("input_ids", "attention_mask"))
-    batch = {"input_ids": ids, "attention_mask": mask, "prompt_mask": mask.bool(), "boundary": ids.shape[1]}
+    """Return what the frozen base and the adapted model answer, greedily, by the code of the evaluation."""
+    question = Example("chat", f"{text}\n" if template == "plain" else text, target="-", answer="-")
+    (example,) = apply_template(template, [question], tokenizer, system_prompt)
+    batch = Collator(tokenizer.pad_token_id)([encode(tokenizer, example, MAX_LENGTH)])
+    batch = {k: v.to(model.base_model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    decoding = Decoding(max_new_tokens, verify=False)
 
-    def generate() -> str:
-        (new,) = generate_greedily(
-            model,
-            batch,
-            max_new_tokens=max_new_tokens,
-            eos=tokenizer.eos_token_id,
-            pad=tokenizer.pad_token_id,
-        )
-        return tokenizer.decode(new, skip_special_tokens=True).strip() or "(nothing)"
+    def say() -> str:
+        ((said,),) = generate(model, batch, tokenizer, decoding)
+        return said.strip() or "(nothing)"
 
     with model.disabled():
-        base = generate()
-    return base, generate()
+        base = say()
+    return base, say()
 
 
 def _read(console: Console) -> str | None:

@@ -1,4 +1,4 @@
-"""The commands ``reft-train``, ``reft-eval`` and ``reft-chat``.
+"""The commands ``reft-train``, ``reft-eval``, ``reft-chat``, ``reft-judge`` and ``reft-report``.
 
 Torch and transformers are imported after the arguments have been checked, so that a typo is answered at once.
 """
@@ -21,13 +21,14 @@ from .vocabulary import did_you_mean
 
 EVAL_USAGE = "reft-eval run=FOLDER [split=validation|test] [limit=N]"
 RESUME_USAGE = "reft-train resume=FOLDER"
-CHAT_USAGE = "reft-chat run=FOLDER [max_new_tokens=N] [template=plain|chat]"
+CHAT_USAGE = "reft-chat run=FOLDER [max_new_tokens=N] [template=plain|alpaca|chat]"
+REPORT_USAGE = "reft-report paper [folder=outputs] [table=N]"
 SPLITS = ("validation", "test")
-TEMPLATES = ("plain", "chat")
+TEMPLATES = ("plain", "alpaca", "chat")
 
 
 class UsageError(ValueError):
-    """An argument of ``reft-eval`` or ``reft-chat`` does not fit."""
+    """An argument of a command beside ``reft-train`` does not fit."""
 
 
 def train() -> Any:
@@ -62,13 +63,17 @@ def _train(config: DictConfig) -> float | None:
 
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     try:
-        results = experiment.run(OmegaConf.to_object(config), run_dir)
+        results = experiment.run(OmegaConf.to_object(config), run_dir, _experiment())
     except experiment.SetupError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(2)
     # Sweepers maximise or minimise what a job returns; a run without validation has nothing to return.
-    value = results["metrics"].get(config.callbacks.monitor)
+    value = results["metrics"].get(results["monitor"])
     return None if value is None else float(value)
+
+
+def _experiment() -> str | None:
+    return HydraConfig.get().runtime.choices.get("experiment")
 
 
 def evaluate() -> None:
@@ -94,11 +99,33 @@ def chat() -> None:
 def _chat(argv: Sequence[str]) -> None:
     options = _options(argv, ("run", "max_new_tokens", "template"))
     run_dir = _run_dir(options)
-    template = _choice(options, "template", TEMPLATES)
+    template = _choice(options, "template", TEMPLATES) if "template" in options else None
     max_new_tokens = _count(options, "max_new_tokens") or 64
     from . import chat as conversation
 
     conversation.main(run_dir, max_new_tokens, template)
+
+
+def judge() -> None:
+    """Compare a model's outputs with those of a reference model, and print the win rate."""
+    from . import judge as judging
+
+    _command(lambda argv: judging.main(_options(argv, judging.OPTIONS)), judging.USAGE)
+
+
+def report() -> None:
+    """Compare what runs obtained with what the paper prints."""
+    _command(_report, REPORT_USAGE)
+
+
+def _report(argv: Sequence[str]) -> None:
+    what, *rest = argv
+    if what != "paper":
+        raise UsageError(f"unknown report {what!r}; there is: paper{did_you_mean(what, ['paper'])}")
+    options = _options(rest, ("folder", "table"))
+    from . import paper
+
+    paper.main(options)
 
 
 def _command(action: Callable[[Sequence[str]], Any], usage: str) -> None:

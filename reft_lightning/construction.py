@@ -21,17 +21,26 @@ from omegaconf import OmegaConf
 from .attachment import attach, build_on_meta
 from .base_models import load_base_model, load_config, load_tokenizer
 from .callbacks import WandbReport, build_callbacks, build_loggers
-from .data import FAMILIES
+from .classification import ClassificationModule
+from .data import Family, get_family
 from .data.base import Example
+from .data.classification import ClassificationDataModule
+from .data.custom import custom_family
+from .data.labelled import ClassificationFamily
 from .data.module import FamilyDataModule
 from .data.options import option_batches
 from .data.rows import DataSource
+from .evaluation import Decoding
+from .generation import GenerationModule
 from .interventions import intervention_class, nearest, settings_of
 from .model import ParameterCount, ReftModel
 from .module import FinetuningModule
 from .optimization import Optimization
-from .schema import Config, InterventionConfig
+from .schema import Config, DataConfig, InterventionConfig
 
+AnyFamily = Family | ClassificationFamily
+
+COLUMNS = ("prompt", "target", "answer", "context", "options", "messages")  # of one's own rows
 PLACE = ("source", "name", "path", "package", "sha256", "revision")  # where a model lies
 
 
@@ -43,6 +52,14 @@ class Objects:
     data: FamilyDataModule
     module: FinetuningModule
     count: ParameterCount
+    commonest: dict[str, str]  # task -> the commonest answer of its training rows
+    measures: tuple[str, ...]  # names of the scores, the main one first; none where only the loss is measured
+    name: str  # of the adapted model, as judges know it
+
+    @property
+    def head_parameters(self) -> int:
+        """Count the trained parameters of heads, which the paper leaves out of its counts."""
+        return sum(p.numel() for p in self.model.parameter_roles()["head"])
 
 
 def build(config: Config) -> Objects:
@@ -51,48 +68,86 @@ def build(config: Config) -> Objects:
     Raises:
         ValueError: for an unknown family, task, model, layer, rank, position or setting, or missing data.
     """
-    if config.data.family not in FAMILIES:
-        raise ValueError(
-            f"unknown family {config.data.family!r}; known: {', '.join(FAMILIES)}"
-            f"{nearest(config.data.family, FAMILIES)}"
-        )
-    source = model_source(config)
+    family = family_of(config)
+    choose_monitor(config)
+    source = model_source(config, family)
     optimization = optimization_of(config)
-    hf_config = load_config(**{k: source[k] for k in (*PLACE, "base_dropout", "config")})
-    attach(build_on_meta(hf_config), **attachment(config))  # raises what attaching would, without weights
+    attached = attachment(config, family)
+    decoding = None if isinstance(family, ClassificationFamily) else decoding_of(config, family)
+    hf_config = load_config(**{k: source[k] for k in (*PLACE, "base_dropout", "config", "num_labels")})
+    attach(
+        build_on_meta(hf_config, source["task"]), **attached
+    )  # raises what attaching would, without weights
     tokenizer = load_tokenizer(**{k: source[k] for k in (*PLACE, "tokenizer")})
-    data = FamilyDataModule(FAMILIES[config.data.family], tokenizer, **data_arguments(config))
+    data = data_module(config, family, tokenizer)
     data.prepare_data()
     data.setup("fit")
-    check_monitor(config, data.val_tasks)
+    measures = measures_of(config, family)
+    check_monitor(config, measures, data.val_tasks)
     base_model, _ = load_base_model(**source)
     if config.model.gradient_checkpointing:
         with warnings.catch_warnings():
             # the name in all of transformers 5; 5.23 deprecates it for 6
             warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable.*deprecated", FutureWarning)
             base_model.gradient_checkpointing_enable()
-    model = attach(base_model, **attachment(config))
+    model = attach(base_model, **attached)
     model.config.base_model = config.model.name  # a folder of this machine means nothing elsewhere
-    options = (
-        partial(option_batches, tokenizer, max_length=data.max_length) if config.option_likelihood else None
-    )
-    module = FinetuningModule(
-        model, tokenizer, data.family, data.val_tasks, data.test_tasks, optimization, options,
-        config.data.max_new_tokens, commonest_answers(data.train_rows.examples),
-    )  # fmt: skip
+    if decoding is None:
+        module: FinetuningModule = ClassificationModule(model, tokenizer, data, optimization)
+        commonest = module.commonest
+    else:
+        commonest = commonest_answers(data.train_rows.examples)
+        options = partial(option_batches, tokenizer, max_length=data.max_length)
+        module = GenerationModule(
+            model, tokenizer, family, data.val_tasks, data.test_tasks, optimization, decoding,
+            options if config.option_likelihood else None, commonest,
+        )  # fmt: skip
     module.train()  # Lightning starts training in the mode it finds; the base's dropout is 0 unless asked for
     # of the published model: a head in float32 has a copy of embeddings that it shares there
-    count = attach(build_on_meta(base_model.config), **attachment(config)).parameter_count()
-    return Objects(model, data, module, count)
+    count = attach(build_on_meta(base_model.config, source["task"]), **attached).parameter_count()
+    name = f"{config.model.name} {config.intervention.method} seed {config.seed}"
+    return Objects(model, data, module, count, commonest, measures, name)
 
 
-def check_monitor(config: Config, tasks: Sequence[str]) -> None:
+def family_of(config: Config) -> AnyFamily:
+    """Return the benchmark family; that of one's own data is made from the names of its columns."""
+    data = config.data
+    if data.family != "custom":
+        return get_family(data.family)
+    columns = {name: getattr(data, name) for name in COLUMNS}
+    return custom_family(path=data.path, source=data.source, test_path=data.test_path, **columns)
+
+
+def choose_monitor(config: Config) -> None:
+    """Fill in which validation score decides: the family's main measure, or the loss where nothing is scored."""
+    callbacks = config.callbacks
+    if callbacks.monitor is None:
+        callbacks.monitor = f"val/{(*measures_of(config, family_of(config)), 'loss')[0]}"
+    if callbacks.mode is None:
+        callbacks.mode = "min" if callbacks.monitor.endswith("loss") else "max"
+
+
+def measures_of(config: Config, family: AnyFamily) -> tuple[str, ...]:
+    """Return the names of a run's scores, the main one first; none where only the loss is measured."""
+    if isinstance(family, ClassificationFamily):
+        return family.task(config.data.tasks[0]).measures
+    return family.measures if family.score else ()
+
+
+def decoding_of(config: Config, family: Family) -> Decoding:
+    """Return how texts are generated."""
+    values = OmegaConf.to_container(OmegaConf.structured(config.decoding))
+    values["max_new_tokens"] = values["max_new_tokens"] or family.max_new_tokens
+    return Decoding(**values, stop_strings=family.stop_strings, seed=config.seed)
+
+
+def check_monitor(config: Config, measures: Sequence[str], tasks: Sequence[str]) -> None:
     """Refuse a monitored score that no validation will report.
 
     Raises:
         ValueError: for an unknown score, or early stopping without validation rows.
     """
-    scores = ["accuracy", "option_accuracy"] if config.option_likelihood else ["accuracy"]
+    scores = [*measures, *(["option_accuracy"] * config.option_likelihood)]
     known = ["val/loss", *(f"val/{s}" for s in scores), *(f"val/{t}/{s}" for t in tasks for s in scores)]
     name = config.callbacks.monitor
     if tasks and name not in known:
@@ -107,29 +162,40 @@ def check_monitor(config: Config, tasks: Sequence[str]) -> None:
 
 
 def commonest_answers(examples: Iterable[Example]) -> dict[str, str]:
-    """Return the commonest answer of each task's training rows."""
+    """Return the commonest answer of each task's training rows, of rows that offer options."""
     answers: dict[str, Counter[str]] = {}
-    for example in examples:
+    for example in (example for example in examples if example.options):
         answers.setdefault(example.task, Counter())[example.answer] += 1
     return {task: counts.most_common(1)[0][0] for task, counts in answers.items()}
 
 
-def model_source(config: Config) -> dict[str, Any]:
-    """Return the arguments of :func:`load_base_model`."""
+def model_source(config: Config, family: AnyFamily | None = None) -> dict[str, Any]:
+    """Return the arguments of :func:`load_base_model`; the family says what kind of model it needs."""
     model = OmegaConf.to_container(OmegaConf.structured(config.model))
     del model["gradient_checkpointing"]
-    return model | {"seed": config.seed}
+    kind: dict[str, Any] = {"task": "causal_lm", "num_labels": None}
+    if isinstance(family, ClassificationFamily):
+        kind = {
+            "task": "sequence_classification",
+            "num_labels": family.task(config.data.tasks[0]).num_labels,
+        }
+    return model | kind | {"seed": config.seed}
 
 
-def attachment(config: Config) -> dict[str, Any]:
+def attachment(config: Config, family: AnyFamily) -> dict[str, Any]:
     """Return the arguments of :func:`attach`.
 
-    A setting that the method's class does not take is left out where it stands at its default.
+    A setting that the method's class does not take is left out where it stands at its default. A classifier's head
+    is trained unless ``intervention.heads`` says otherwise.
     """
     values = OmegaConf.to_container(OmegaConf.structured(config.intervention))
     options, defaults = values.pop("options"), InterventionConfig()
+    if values["heads"] is None:
+        values["heads"] = "auto" if isinstance(family, ClassificationFamily) else ()
+    if values["method"] == "none":  # the head alone
+        return {"method": "none", "heads": values["heads"]}
     taken = settings_of(intervention_class(values["method"]))
-    for name in ("rank", "dropout", "dropout_on", "init"):
+    for name in ("rank", "dropout", "dropout_on", "init", "weight_dtype"):
         if values[name] is None or (name not in taken and values[name] == getattr(defaults, name)):
             del values[name]
     if isinstance(values["layers"], dict):
@@ -137,16 +203,33 @@ def attachment(config: Config) -> dict[str, Any]:
     return values | options
 
 
-def data_arguments(config: Config) -> dict[str, Any]:
-    """Return the arguments of the DataModule."""
+def data_module(
+    config: Config, family: AnyFamily, tokenizer: Any
+) -> FamilyDataModule | ClassificationDataModule:
+    """Return the DataModule of a family.
+
+    Raises:
+        ValueError: for a setting that the family has no use for.
+    """
     values = OmegaConf.to_container(OmegaConf.structured(config.data))
-    for name in ("family", "max_new_tokens"):
-        del values[name]
     source = DataSource(
         values.pop("source"), *(values.pop(k) for k in ("path", "package", "sha256", "mixture"))
     )
-    values["tasks"] = values["tasks"] or list(FAMILIES[config.data.family].tasks)
-    return values | {"source": source, "seed": config.seed, "sealed": config.sealed}
+    values |= {"tasks": values["tasks"] or list(family.tasks), "seed": config.seed, "sealed": config.sealed}
+    del values["family"]
+    classifies = isinstance(family, ClassificationFamily)
+    # the columns of one's own rows; and what has no meaning where a published validation set is divided
+    unused = (*COLUMNS, "test_path")
+    if classifies:
+        unused += ("train_tasks", "validation_size", "template", "system_prompt")
+    defaults = DataConfig()
+    for name in unused:
+        if family.name != "custom" and values[name] != getattr(defaults, name):
+            raise ValueError(
+                f"data.{name}={values[name]} means nothing to the family {family.name}: leave it out"
+            )
+        del values[name]
+    return (ClassificationDataModule if classifies else FamilyDataModule)(family, tokenizer, source, **values)
 
 
 def optimization_of(config: Config) -> Optimization:
@@ -154,7 +237,7 @@ def optimization_of(config: Config) -> Optimization:
     o = config.optimizer
     return Optimization(
         lr=o.lr, weight_decay=o.weight_decay, betas=tuple(o.betas), eps=o.eps, schedule=o.schedule,
-        warmup_ratio=o.warmup_ratio,
+        warmup_ratio=o.warmup_ratio, head_lr=o.head_lr,
     )  # fmt: skip
 
 

@@ -19,11 +19,21 @@ from omegaconf import OmegaConf
 
 from .callbacks import finish_wandb
 from .checkpoint import load_adapter
-from .construction import Objects, build, build_trainer, quiet_lightning
+from .construction import Objects, build, build_trainer, choose_monitor, quiet_lightning
+from .data.instruction import alpaca_eval_outputs
 from .interventions import nearest
 from .launch import single_job_ddp
 from .report import print_table
-from .results import Results, config_hash, environment, new_folder, now, peak_memory_bytes, write_predictions
+from .results import (
+    Results,
+    config_hash,
+    environment,
+    new_folder,
+    now,
+    peak_memory_bytes,
+    write_json,
+    write_predictions,
+)
 from .resume import check_same_run
 from .schema import Config
 
@@ -34,21 +44,26 @@ class SetupError(ValueError):
     """A run cannot start as configured; the message says why, and nothing has been trained."""
 
 
-def run(config: Config, folder: Path) -> dict[str, Any]:
+def run(config: Config, folder: Path, experiment: str | None = None) -> dict[str, Any]:
     """Train and evaluate as the configuration says; return the contents of ``results.json``.
 
     Args:
-        config: a checked configuration.
+        config: a checked configuration; a monitored score that it leaves open is filled in.
         folder: the run folder; it is created. With ``resume`` the earlier run's folder is used instead.
+        experiment: the file of ``conf/experiment`` that it was composed from; recorded.
 
     Raises:
         SetupError: for a configuration that cannot work, before any weight is loaded.
     """
     with single_job_ddp():
-        return _run(config, Path(config.resume) if config.resume else Path(folder))
+        return _run(config, Path(config.resume) if config.resume else Path(folder), experiment)
 
 
-def _run(config: Config, folder: Path) -> dict[str, Any]:
+def _run(config: Config, folder: Path, experiment: str | None) -> dict[str, Any]:
+    try:
+        choose_monitor(config)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
     values = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
     last = folder / "checkpoints" / "last.ckpt"
     if config.resume and not last.is_file():
@@ -76,7 +91,8 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
     results.update(
         method=config.intervention.method, model=config.model.name, data_versions=objects.data.data_versions,
         trainable_parameters=objects.count.trainable, base_parameters=objects.count.base,
-        percent=objects.count.percent, commonest_answers=objects.module.commonest,
+        percent=objects.count.percent, head_parameters=objects.head_parameters, monitor=config.callbacks.monitor, commonest_answers=objects.commonest,
+        **({"experiment": experiment} if experiment else {}),
     )  # fmt: skip
     log.info("run folder: %s", folder)
     try:
@@ -99,7 +115,7 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
 def _stages(
     config: Config, folder: Path, objects: Objects, trainer: Trainer, results: Results, resume: Path | None
 ) -> None:
-    split = "test" if config.test and not config.sealed else "validation"
+    split = "test" if config.test and not config.sealed and objects.data.test_tasks else "validation"
     if config.evaluate_base and not results.has("base/") and (split == "test" or objects.data.val_tasks):
         with objects.model.disabled():
             evaluate_split(trainer, objects, split, folder, results, "base")
@@ -156,20 +172,33 @@ def evaluate_split(
         objects.module.prefix = ""
     names = (f"{prefix}val/", f"{prefix}test/")
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(names)}
-    counts = objects.module.counts
-    results.add_scores(metrics, counts)
+    read = objects.data.test_rows if split == "test" else {}
     reads = [
-        {"task": name.split("/")[-2], "rows": count["total"], "time": now(), "model": who or "adapted"}
-        for name, count in counts.items()
-        if name.startswith(f"{prefix}test/") and name.endswith("/accuracy")
+        {"task": task, "rows": rows, "time": now(), "model": who or "adapted"} for task, rows in read.items()
     ]
     results.update(
+        metrics=metrics,
+        counts=objects.module.counts,
         seconds={f"{prefix}{split}": time.perf_counter() - start},
         test_reads=[*results.values["test_reads"], *reads],
     )
     rows = _gather(trainer, objects.module.predictions)
     if trainer.is_global_zero:
         write_predictions(folder / "predictions" / f"{who or 'reft'}_{split}.jsonl", rows)
+        if split == "test" and not objects.measures:
+            _write_outputs(folder, objects, rows, who)
+
+
+def _write_outputs(folder: Path, objects: Objects, rows: list[dict[str, Any]], who: str) -> None:
+    """Write what nothing scored in AlpacaEval's format, for `reft-judge` and for AlpacaEval itself."""
+    for task in objects.data.test_tasks:
+        said = [row for row in rows if row["task"] == task]
+        generator = objects.name.partition(" ")[0] if who else objects.name
+        outputs = alpaca_eval_outputs(said, objects.data.test_instructions(task), generator)
+        path = folder / "outputs" / f"{who or 'reft'}_{task}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, outputs)
+        log.info("%d outputs for a judge: %s", len(outputs), path)
 
 
 def _gather(trainer: Trainer, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

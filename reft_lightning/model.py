@@ -334,9 +334,10 @@ class ReftModel(nn.Module):
         return roles
 
     def parameter_count(self) -> ParameterCount:
-        """Count the interventions' parameters (heads apart, as the paper does) against the base model's."""
+        """Count the interventions' parameters against the base model's; heads are in neither, as in the paper."""
         trainable = sum(p.numel() for p in self.interventions.parameters())
-        base = sum(p.numel() for p in self.base_model.parameters())
+        heads = sum(p.numel() for p in self.parameter_roles()["head"])
+        base = sum(p.numel() for p in self.base_model.parameters()) - heads
         return ParameterCount(trainable, base, 100 * trainable / base)
 
     def print_trainable_parameters(self) -> None:

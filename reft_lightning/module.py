@@ -1,6 +1,7 @@
-"""The LightningModule: trains and evaluates any adapted model (ReFT, a PEFT baseline, the frozen model).
+"""The LightningModule: trains any adapted model (ReFT, a PEFT baseline, the frozen model).
 
-An adapted model has ``forward(**batch)``, ``generate(...)``, ``adapter_state_dict()``,
+Its subclasses evaluate: :class:`~reft_lightning.generation.GenerationModule` by what the model says,
+:class:`~reft_lightning.classification.ClassificationModule` by its classifier. An adapted model has ``forward(**batch)``, ``generate(...)``, ``adapter_state_dict()``,
 ``load_adapter_state_dict(...)``, ``parameter_roles()`` and ``disabled()``. What it does inside, this file does
 not know. Checkpoints hold the adapter, the optimizer and the loop, never the base model.
 """
@@ -9,16 +10,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from .data.base import Example, Family
-from .data.encoding import target_only
-from .evaluation import ExactMatch, MeanLoss, generate_greedily, option_log_likelihoods
+from .evaluation import MeanLoss
 from .optimization import Optimization, parameter_groups, schedule_factor
 
 
@@ -47,19 +46,18 @@ class AdaptedModel(Protocol):
 
 
 class FinetuningModule(LightningModule):
-    """Train the adapter by next-token loss on the target; evaluate generated answers and option likelihoods.
+    """Train an adapter; a subclass says what the loss is and how the model is evaluated.
 
     Args:
         model: an :class:`AdaptedModel`.
-        tokenizer: of its base model.
-        family: the benchmark family, which extracts answers.
         val_tasks: names of the validation loaders, in their order.
         test_tasks: names of the test loaders, in their order.
         optimization: optimizer and schedule.
-        option_batches: examples -> one target-only batch for each option index, or None not to rank options.
-        max_new_tokens: overrides the family's.
-        commonest: task -> the commonest answer of its training rows; how often it is right is what a score must
-            beat before the model can be said to read the question (``majority_accuracy``).
+
+    Attributes:
+        prefix: of logged names: ``base/`` while the frozen base is evaluated.
+        predictions: one dictionary a row of the last evaluation, of this process.
+        counts: score -> what stands behind it: ``total`` rows, ``correct`` of them, ``missing``, ``interval``.
     """
 
     strict_loading = False
@@ -67,42 +65,35 @@ class FinetuningModule(LightningModule):
     def __init__(
         self,
         model: AdaptedModel,
-        tokenizer: Any,
-        family: Family,
         val_tasks: Sequence[str],
         test_tasks: Sequence[str],
         optimization: Optimization,
-        option_batches: Callable[[list[Example]], list[dict[str, Any]]] | None = None,
-        max_new_tokens: int | None = None,
-        commonest: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.tokenizer, self.family = model, tokenizer, family
+        self.model = model
         self.tasks = {"val": tuple(val_tasks), "test": tuple(test_tasks)}
         self.optimization = optimization
-        self.option_batches = option_batches
-        self.max_new_tokens = max_new_tokens or family.max_new_tokens
-        self.generated = nn.ModuleDict({_key(task): ExactMatch() for task in {*val_tasks, *test_tasks}})
-        self.ranked = nn.ModuleDict({_key(task): ExactMatch() for task in {*val_tasks, *test_tasks}})
-        self.commonest = dict(commonest or {})
-        self.constant = nn.ModuleDict({_key(task): ExactMatch() for task in self.commonest})
-        self.prefix = ""  # of logged names: "base/" while the frozen base is evaluated
+        self.prefix = ""
         self.loss = MeanLoss()
         self.predictions: list[dict[str, Any]] = []
-        self.counts: dict[str, dict[str, int]] = {}
+        self.counts: dict[str, dict[str, Any]] = {}
         self.tokens = 0
         self.train_seconds = 0.0  # before the last on_train_start
         self._started: float | None = None
         self._window = (0, 0.0)
         self._batch_tokens = 0
 
+    def loss_of(self, batch: dict[str, Any]) -> Tensor:
+        """Return the loss of a batch, a scalar with a gradient."""
+        raise NotImplementedError
+
     # --- training -------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        """Return the mean next-token loss over the target's tokens."""
+        """Return the loss of a batch."""
         self._batch_tokens = int(batch["attention_mask"].sum())
         try:
-            loss = self.model(**_inputs(target_only(batch))).loss
+            loss = self.loss_of(batch)
         except torch.linalg.LinAlgError as error:
             raise FloatingPointError(
                 f"R cannot be computed at step {self.global_step}, its parameters are no longer finite or its rows "
@@ -166,105 +157,6 @@ class FinetuningModule(LightningModule):
         batches = len(trainer.datamodule.train_dataloader())
         return min(most, trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
 
-    # --- evaluation -----------------------------------------------------------------------------------------
-
-    def validation_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:
-        """Score a batch of the validation rows, and add its loss."""
-        loss = self.model(**_inputs(target_only(batch))).loss
-        self.loss.update(loss, int((batch["labels"] != -100).sum()))
-        self._score(batch, self.tasks["val"][dataloader_idx])
-
-    def test_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:
-        """Score a batch of the test rows."""
-        self._score(batch, self.tasks["test"][dataloader_idx])
-
-    def _score(self, batch: dict[str, Any], task: str) -> None:
-        examples: list[Example] = batch["examples"]
-        ids = generate_greedily(
-            self.model, batch, max_new_tokens=self.max_new_tokens,
-            eos=self.tokenizer.eos_token_id, pad=self.tokenizer.pad_token_id,
-        )  # fmt: skip
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        answers = [self.family.extract(text) for text in texts]
-        gold = [example.answer for example in examples]
-        self.generated[_key(task)].update(answers, gold)
-        if task in self.commonest:
-            self.constant[_key(task)].update([self.commonest[task]] * len(gold), gold)
-        choices = self._rank(examples)
-        if choices:
-            self.ranked[_key(task)].update(choices, gold)
-        for i, (example, text, answer) in enumerate(zip(examples, texts, answers, strict=True)):
-            row = {"task": task, "source": example.source, "prompt": example.prompt, "generated": text,
-                   "answer": answer, "gold": example.answer, "correct": answer == example.answer}  # fmt: skip
-            self.predictions.append(row | ({"option": choices[i]} if choices else {}))
-
-    def _rank(self, examples: list[Example]) -> list[str | None]:
-        if self.option_batches is None or not all(example.options for example in examples):
-            return []
-        batches = [{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in _inputs(b).items()}
-                   for b in self.option_batches(examples)]  # fmt: skip
-        scores = option_log_likelihoods(self.model, batches)
-        for i, example in enumerate(examples):
-            scores[i, len(example.options) :] = -torch.inf  # rows with fewer options than others
-        return [
-            self.family.extract(e.options[k])
-            for e, k in zip(examples, scores.argmax(-1).tolist(), strict=True)
-        ]
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget the last evaluation, also one that was interrupted."""
-        self._forget()
-
-    def on_test_epoch_start(self) -> None:
-        """Forget the last evaluation, also one that was interrupted."""
-        self._forget()
-
-    def _forget(self) -> None:
-        self.predictions = []
-        self.loss.reset()
-        for metric in (*self.generated.values(), *self.ranked.values(), *self.constant.values()):
-            metric.reset()
-            metric.update([], [])  # torchmetrics warns of a process, or a way to score, without rows
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the loss, a mean over all target tokens, and accuracy by task and on average."""
-        self.loss.update(torch.zeros((), device=self.device), 0)
-        self.log(f"{self.prefix}val/loss", self.loss.compute(), sync_dist=True)
-        self._log_accuracy("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log accuracy by task and on average."""
-        self._log_accuracy("test")
-
-    def _log_accuracy(self, stage: str) -> None:
-        """Log ``<stage>/<task>/accuracy``, and ``<stage>/accuracy``: the mean over tasks, as the paper has it."""
-        self.counts = {}
-        families = {
-            "accuracy": self.generated,
-            "option_accuracy": self.ranked,
-            "majority_accuracy": self.constant,
-        }
-        for name, metrics in families.items():
-            shares = []
-            for task in (task for task in self.tasks[stage] if _key(task) in metrics):
-                metric = metrics[_key(task)]
-                correct, total, missing = metric.compute().tolist()
-                if total:
-                    self.counts[f"{self.prefix}{stage}/{task}/{name}"] = {
-                        "correct": correct,
-                        "total": total,
-                        "missing": missing,
-                    }
-                    shares.append(correct / total)
-                    self.log(f"{self.prefix}{stage}/{task}/{name}", correct / total, sync_dist=True)
-            if shares:
-                self.log(
-                    f"{self.prefix}{stage}/{name}",
-                    sum(shares) / len(shares),
-                    prog_bar=name == "accuracy",
-                    sync_dist=True,
-                )
-
     # --- checkpoints ----------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -284,11 +176,3 @@ class FinetuningModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting."""
         self.tokens, self.train_seconds = checkpoint["tokens"], checkpoint["train_seconds"]
-
-
-def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in batch.items() if name not in ("boundary", "examples")}
-
-
-def _key(task: str) -> str:
-    return task.replace(".", "_")  # module names may not contain dots

@@ -1,79 +1,110 @@
-"""The table that a run ends with."""
+"""The table at the end of a run."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .evaluation import wilson_interval
+HEADINGS = {"option_accuracy": "option likelihood"}  # of a measure, where its name says too little
+MAJORITY = "majority_accuracy"
 
 
 def print_table(results: dict[str, Any], console: Console | None = None) -> None:
     """Print what a run obtained: frozen base against adapted model, with 95 % intervals, and what it cost."""
-    console = console or Console()
-    split = "test" if any(name.startswith(("test/", "base/test/")) for name in results["counts"]) else "val"
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    split = "test" if any("test" in name.split("/") for name in results["metrics"]) else "val"
+    scores = {name: _split(name) for name in (*results["counts"], *_losses(results, split))}
+    measures = list(dict.fromkeys(m for _, s, _, m in scores.values() if s == split and m != MAJORITY))
     rows = "test" if split == "test" else "validation"
-    table = Table(title=f"{escape(str(results['model']))}, {rows} rows, accuracy in % [95 % interval]")
-    for column in ("", "task", "rows", "generated", "option likelihood", "trained", "% of base"):
+    table = Table(title=f"{escape(str(results['model']))}, {rows} rows, in % [95 % interval]")
+    headings = dict(HEADINGS)
+    if "option_accuracy" in measures:
+        headings["accuracy"] = "generated"
+    for column in ("", "task", "rows", *(headings.get(m, m.replace("_", " ")) for m in measures), "trained",
+                   "% of base"):  # fmt: skip
         table.add_column(column, justify="left" if column in ("", "task") else "right")
-    missing: list[str] = []
-    baselines: dict[str, tuple[str, ...]] = {}
-    for prefix, label, count in _rows(results):
-        names = [name.split("/")[-2] for name in results["counts"] if name.startswith(f"{prefix}{split}/")]
-        for task in dict.fromkeys(names):
-            scores = {name: results["counts"].get(f"{prefix}{split}/{task}/{name}")
-                      for name in ("accuracy", "option_accuracy", "majority_accuracy")}  # fmt: skip
-            if majority := scores["majority_accuracy"]:
+    notes, constants = [], {}
+    for prefix, label, trained in _models(results, scores):
+        for task in dict.fromkeys(t for p, s, t, _ in scores.values() if (p, s) == (prefix, split)):
+            path = f"{prefix}{split}/{task}/" if task else f"{prefix}{split}/"
+            counts = [results["counts"].get(path + m) for m in measures]
+            total = next((str(count["total"]) for count in counts if count), "")
+            cells = [_cell(results, path + measure) for measure in measures]
+            table.add_row(label, task or "all", total, *cells, *trained)
+            missing = (counts[0] or {}).get("missing") if counts else None
+            if missing:
+                notes.append(f"{label}, {task}: {missing} of {total} generated texts hold no answer")
+            if path + MAJORITY in results["counts"]:
                 answer = results.get("commonest_answers", {}).get(task)
-                baselines[task] = (f"always {answer!r}" if answer else "commonest answer", task,
-                                   str(majority["total"]), _score(majority), "", "0", "0")  # fmt: skip
-            total = next(score["total"] for score in scores.values() if score)
-            table.add_row(
-                label, task, str(total), _score(scores["accuracy"]), _score(scores["option_accuracy"]), *count
-            )
-            if scores["accuracy"] and scores["accuracy"]["missing"]:
-                missing.append(f"{label}, {task}: {scores['accuracy']['missing']} of {total} generated texts "
-                               "hold no answer in the format")  # fmt: skip
-    for row in baselines.values():
+                cell = _cell(results, path + MAJORITY)
+                empty = [""] * (len(measures) - 1)
+                name = f"always {answer!r}" if answer else "commonest answer"
+                constants[task] = [name, task, total, cell, *empty, "0", "0"]
+    for row in constants.values():
         table.add_row(*row)
     console.print(table)
-    for line in missing:
+    for line in notes:
         console.print(line, soft_wrap=True)
     if "train_seconds" in results:
         seconds = results["seconds"]
         console.print(
             f"training {results['train_seconds']:.0f} s ({results['steps']} steps, "
             f"{results['tokens_per_second']:.0f} tokens/s), evaluation {sum(seconds.values()):.0f} s, "
-            f"peak memory {results['peak_memory_bytes'] / 2**30:.1f} GiB, seed {results['seed']}"
+            f"peak memory {results['peak_memory_bytes'] / 2**30:.1f} GiB, seed {results['seed']}",
+            soft_wrap=True,
         )
     folder = escape(str(results["run_dir"]))  # a sweep's folders have brackets, which rich reads as markup
     console.print(f"[bold]run folder[/bold]  {folder}", soft_wrap=True)
-    console.print(f"talk to both     reft-chat run={folder}", soft_wrap=True)
+    if not results.get("head_parameters"):  # a classifier says nothing
+        console.print(f"talk to both     reft-chat run={folder}", soft_wrap=True)
     console.print(f"evaluate again   reft-eval run={folder} split=validation", soft_wrap=True)
     console.print(
         "change a thing   the same command and intervention=direft, or -m seed=42,43,44", soft_wrap=True
     )
 
 
-def _rows(results: dict[str, Any]) -> list[tuple[str, str, tuple[str, str]]]:
+def _split(name: str) -> tuple[str, str, str, str]:
+    """Return (prefix, split, task or nothing, measure) of a score's name."""
+    prefix = "base/" if name.startswith("base/") else ""
+    split, *task, measure = name.removeprefix("base/").split("/")
+    return prefix, split, "/".join(task), measure
+
+
+def _losses(results: dict[str, Any], split: str) -> list[str]:
+    """Return the names of the losses, where nothing was scored."""
+    if results["counts"]:
+        return []
+    return [name for name in results["metrics"] if _split(name)[1:] == (split, "", "loss")]
+
+
+def _models(results: dict[str, Any], scores: dict[str, Any]) -> list[tuple[str, str, tuple[str, str]]]:
     rows = []
-    if any(name.startswith("base/") for name in results["counts"]):
+    if any(name.startswith("base/") for name in scores):
         rows.append(("base/", "frozen base", ("0", "0")))
-    if any(not name.startswith("base/") for name in results["counts"]):
+    if any(not name.startswith("base/") for name in scores):
         trained = (
             (f"{results['trainable_parameters']:,}", f"{results['percent']:.3f}")
             if "percent" in results
             else ("", "")
         )
+        if heads := results.get("head_parameters"):
+            trained = (f"{trained[0]} + head {heads:,}", trained[1])
         rows.append(("", results["method"], trained))
     return rows
 
 
-def _score(count: dict[str, Any] | None) -> str:
+def _cell(results: dict[str, Any], name: str) -> str:
+    count = results["counts"].get(name)
+    if name.endswith("/loss"):
+        return f"{results['metrics'][name]:.4f}"
     if not count:
         return "-"
-    low, high = wilson_interval(count["correct"], count["total"])
-    return f"{100 * count['correct'] / count['total']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    value = results["metrics"].get(name)
+    if value is None:
+        value = count["correct"] / count["total"]
+    low, high = count["interval"]
+    return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -21,8 +21,6 @@ from typing import Any
 
 import torch
 
-from .evaluation import wilson_interval
-
 PACKAGES = ("reft_lightning", "torch", "lightning", "transformers", "datasets", "tokenizers", "hydra-core")
 
 
@@ -66,14 +64,6 @@ class Results:
             )
         if self.on:
             write_json(self.path, self.values)
-
-    def add_scores(self, metrics: Mapping[str, Any], counts: Mapping[str, dict[str, int]]) -> None:
-        """Add metrics and the counts behind them, with 95 % intervals."""
-        with_interval = {
-            name: {**count, "interval": list(wilson_interval(count["correct"], count["total"]))}
-            for name, count in counts.items()
-        }
-        self.update(metrics={k: float(v) for k, v in metrics.items()}, counts=with_interval)
 
 
 def write_json(path: Path, values: Any) -> None:

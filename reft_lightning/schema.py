@@ -68,6 +68,13 @@ class InterventionConfig:
     dropout: float = 0.0
     dropout_on: str = "edit"  # edit | output (drops whole hidden states, as the authors' code does)
     init: str = "paper"  # paper | identity (Phi(h) = h before the first step)
+    clip: str = (
+        "paper"  # of prompts shorter than p + s: paper | floor (n // 2 on both sides, as the authors' code)
+    )
+    weight_dtype: str = "float32"  # of W and b: float32 | bfloat16 (as the authors' code trains them)
+    heads: Optional[list[str]] = (
+        None  # modules trained beside; None: the classifier's head, where there is one
+    )
     options: dict[str, Any] = field(default_factory=dict)  # further constructor arguments of the class
 
 
@@ -86,14 +93,43 @@ class DataConfig:
     batch_size: int = 16  # per device and step; the paper accumulates two
     eval_batch_size: int = 32
     max_length: int = 512  # tokens, prompt and target together
+    template: Optional[str] = None  # plain | alpaca | chat; None: the family's
+    system_prompt: Optional[str] = None  # of the chat template
     validation_size: int = 300  # rows held out of the training rows; the paper tuned on 300
     limit_train: Optional[int] = None  # rows
     limit_validation: Optional[int] = None  # rows
     limit_test: Optional[int] = None  # rows a task
-    split_seed: int = 42  # of the held-out rows, so that runs with other seeds validate on the same rows
-    max_new_tokens: Optional[int] = None  # None: the family's (commonsense 32)
+    split_seed: Optional[int] = (
+        42  # of the held-out rows: runs with other seeds validate on the same. None: seed
+    )
     group_by_length: bool = True
     num_workers: int = 0
+    # family=custom: names of columns, or texts with names in braces such as "{question} {choices}"
+    prompt: Optional[str] = None
+    target: Optional[str] = None
+    answer: Optional[str] = None  # None: the target
+    context: Optional[str] = None
+    options: Optional[str] = None
+    messages: Optional[str] = None  # a conversation instead of prompt and target
+    test_path: Optional[str] = None  # test rows, where data.path is one file
+
+
+@dataclass
+class DecodingConfig:
+    """How texts are generated for evaluation; the defaults are greedy decoding, the paper's for commonsense."""
+
+    max_new_tokens: Optional[int] = None  # None: the family's (commonsense 32)
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    num_beams: int = 1
+    no_repeat_ngram_size: int = 0
+    repetition_penalty: float = 1.0
+    samples: int = 1  # texts a row; pass@k needs at least k
+    verify: bool = (
+        True  # check the gold target in one pass and decode from where the model differs: same texts
+    )
 
 
 @dataclass
@@ -122,6 +158,7 @@ class OptimizerConfig:
     """Optimizer and learning-rate schedule."""
 
     lr: float = 9e-4  # Wu et al. 2024, README commonsense command
+    head_lr: Optional[float] = None  # of trained heads; None: lr
     weight_decay: float = 0.0  # acts on W; R and biases never decay
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
@@ -147,8 +184,8 @@ class LoggerConfig:
 class CallbacksConfig:
     """Which checkpoint counts, and when to write one."""
 
-    monitor: str = "val/accuracy"
-    mode: str = "max"  # max | min
+    monitor: Optional[str] = None  # None: the family's main measure, or val/loss where nothing is scored
+    mode: Optional[str] = None  # max | min; None: min for a loss, max for a score
     checkpoint_every_n_steps: Optional[int] = None  # optimizer steps; None: once a validation
     early_stopping_patience: Optional[int] = None  # validations without improvement; None: never
     restore_best: bool = True  # test the checkpoint that is best on validation, not the last
@@ -161,6 +198,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -180,7 +218,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "intervention.dropout_on": ("edit", "output"),
     "intervention.init": ("paper", "identity"),
+    "intervention.clip": ("paper", "floor"),
+    "intervention.weight_dtype": ("float32", "bfloat16"),
     "data.source": ("hub", "local", "wheel"),
+    "data.template": ("plain", "alpaca", "chat"),
     "optimizer.schedule": ("linear", "cosine", "constant"),
     "logger.mode": ("online", "offline", "disabled"),
     "callbacks.mode": ("max", "min"),

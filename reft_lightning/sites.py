@@ -45,8 +45,13 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     return config.get_text_config()
 
 
-def check_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:
+def check_layers(layers: str | Sequence[int], num_layers: int, none_allowed: bool = False) -> list[int]:
     """Return the layer ids asked for.
+
+    Args:
+        layers: ``"all"``, or ids.
+        num_layers: how many the model has.
+        none_allowed: whether the list may be empty, because something else is trained.
 
     Raises:
         ValueError: for anything but ``"all"`` or distinct ids in 0..num_layers-1.
@@ -65,8 +70,11 @@ def check_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:
             )
     if len(set(ids)) < len(ids):
         raise ValueError(f"layers are named twice in {ids}")
-    if not ids:
-        raise ValueError(f"layers is empty; name at least one of 0..{num_layers - 1}, or 'all'")
+    if not ids and not none_allowed:
+        raise ValueError(
+            f"layers is empty, and no heads are given, so nothing would be trained; name at least one of "
+            f"0..{num_layers - 1}, or 'all'; or heads, to train a classifier's head alone"
+        )
     return ids
 
 

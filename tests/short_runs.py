@@ -41,7 +41,7 @@ def arguments(data):
     """Return the overrides of a short run."""
     return [
         "model=tiny_random", "data=boolq", "data.source=local", f"data.path={data}",
-        "data.validation_size=6", "data.batch_size=3", "data.eval_batch_size=4", "data.max_new_tokens=3",
+        "data.validation_size=6", "data.batch_size=3", "data.eval_batch_size=4", "decoding.max_new_tokens=3",
         "intervention.rank=2", "intervention.positions=f2+l2", "trainer.accelerator=cpu",
         "trainer.max_epochs=2", "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false", "optimizer.lr=5e-3",
     ]  # fmt: skip
@@ -95,9 +95,9 @@ class Stop(RuntimeError):
 
 def stop_at(monkeypatch, batch, where="training_step"):
     """Raise in the ``batch``-th call, counted from 0, of a method of the module."""
-    from reft_lightning.module import FinetuningModule
+    from reft_lightning.generation import GenerationModule
 
-    original, calls = getattr(FinetuningModule, where), SimpleNamespace(count=0)
+    original, calls = getattr(GenerationModule, where), SimpleNamespace(count=0)
 
     def counted(self, *args, **kwargs):
         calls.count += 1
@@ -107,4 +107,4 @@ def stop_at(monkeypatch, batch, where="training_step"):
             raise Stop(f"stopped in call {batch} of {where}")
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(FinetuningModule, where, counted)
+    monkeypatch.setattr(GenerationModule, where, counted)

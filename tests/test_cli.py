@@ -34,11 +34,12 @@ def refuse(capsys):
 def runs(monkeypatch, tmp_path):
     """Put a recorder in the place of ``experiment`` and give the command a folder of its own."""
     fake = types.ModuleType("reft_lightning.experiment")
-    fake.calls = []
+    fake.calls, fake.experiments = [], []
 
-    def run(config, run_dir):
+    def run(config, run_dir, experiment=None):
         fake.calls.append((config, run_dir))
-        return {"metrics": {"val/accuracy": config.optimizer.lr}}
+        fake.experiments.append(experiment)
+        return {"metrics": {"val/accuracy": config.optimizer.lr}, "monitor": "val/accuracy"}
 
     def evaluate(run_dir, split, limit):
         fake.calls.append((run_dir, split, limit))
@@ -227,6 +228,12 @@ def test_a_multirun_gives_each_job_a_folder_named_by_its_overrides(monkeypatch, 
     folders = [run_dir.name for _, run_dir in runs]
     assert folders == [f"{i}_logger.group=a_b,model=tiny_random,seed={i + 1}" for i in range(2)]
     assert runs[0][1].parent == runs[1][1].parent
+
+
+def test_a_run_knows_the_experiment_it_was_composed_from(monkeypatch, runs):
+    command(monkeypatch, cli.train, "experiment=debug", "data.path=folder")
+    command(monkeypatch, cli.train, "model=tiny_random")
+    assert sys.modules["reft_lightning.experiment"].experiments == ["debug", None]
 
 
 def test_a_job_returns_the_monitored_metric_for_sweepers(monkeypatch, runs):

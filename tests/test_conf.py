@@ -64,10 +64,14 @@ def test_every_option_of_every_group_composes(group, option):
 
 def needs_of(override):
     """What a user must add: the paths that only they know."""
-    return {
-        "model=stories260k": ["model.path=folder"],
-        "experiment=debug": ["data.path=folder"],
-    }.get(override, [])
+    if override == "model=stories260k":
+        return ["model.path=folder"]
+    if re.search(
+        "=(debug|paper/(arithmetic|ablation)_|small/(arithmetic|ultrafeedback|code)|arithmetic|few_shot|custom)",
+        override,
+    ):
+        return ["data.path=folder"]
+    return []
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

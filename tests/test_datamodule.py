@@ -130,24 +130,19 @@ class TestTestSplit:
         for build in (lambda: data.setup("test"), data.test_dataloader):
             with pytest.raises(PermissionError, match="sealed"):
                 build()
-        assert data.test_reads == []
+        assert data.test_rows == {}
 
     def test_fitting_and_validating_read_no_test_rows(self):
         data = make()
         data.setup("fit")
         data.val_dataloader()
-        assert data.test_reads == []
+        assert data.test_rows == {}
         assert data.data_versions["test"] == {}
 
-    def test_every_build_is_recorded_with_task_rows_and_time(self):
+    def test_the_rows_that_were_read_are_known(self):
         data = make(limit_test=4)
         data.test_dataloader()
-        assert [(read["task"], read["rows"]) for read in data.test_reads] == [
-            ("boolq", 4), ("piqa", 4), ("winogrande", 4)
-        ]  # fmt: skip
-        assert all(read["time"].endswith("+00:00") for read in data.test_reads)
-        data.test_dataloader()
-        assert len(data.test_reads) == 3  # loaders of rows already built are no new read
+        assert data.test_rows == {"boolq": 4, "piqa": 4, "winogrande": 4}
 
     def test_test_prompts_seen_in_training_are_counted_when_the_test_is_built(self, caplog, tmp_path):
         for split in ("train", "test"):
@@ -158,9 +153,10 @@ class TestTestSplit:
         data = make(tasks=["boolq"], source=DataSource("local", str(tmp_path)), validation_size=2)
         with caplog.at_level(logging.WARNING):
             data.setup("fit")
-            assert "test prompts" not in caplog.text
+            assert "test questions" not in caplog.text
             data.setup("test")
-        assert "12 of 12 boolq test prompts occur in the train rows" in caplog.text
+        assert "12 of 12 boolq test questions occur in the train rows" in caplog.text
+        assert data.data_versions["test"]["boolq"]["overlap"] == 12
 
 
 class TestTrainBatches:

@@ -11,6 +11,7 @@ import reft_lightning as rl
 from reft_lightning import construction, experiment
 from reft_lightning.base_models import load_base_model
 from reft_lightning.composition import CompositionError
+from reft_lightning.evaluation import Decoding, generate
 from reft_lightning.results import config_hash
 
 
@@ -87,21 +88,14 @@ def test_the_adapter_folder_reproduces_the_predictions_on_a_fresh_base(data, fin
     objects.data.setup("test")
     for loader in objects.data.test_dataloader():
         for batch in loader:
-            new = experiment_generate(reft, batch)
-            for example, ids in zip(batch["examples"], new, strict=True):
-                texts[example.source] = objects.data.tokenizer.decode(ids, skip_special_tokens=True)
+            said = generate(reft, batch, objects.data.tokenizer, Decoding(3, verify=False))
+            texts |= {e.source: text for e, (text,) in zip(batch["examples"], said, strict=True)}
     rows = short_runs.predictions(folder, "reft_test")
     assert {row["source"]: row["generated"] for row in rows} == texts
     # the adapter says something else than the base, so the check above is one
     assert [row["generated"] for row in short_runs.predictions(folder, "base_test")] != [
         row["generated"] for row in rows
     ]
-
-
-def experiment_generate(model, batch):
-    from reft_lightning.evaluation import generate_greedily
-
-    return generate_greedily(model, batch, max_new_tokens=3, eos=2, pad=0)
 
 
 def test_evaluating_again_gives_the_runs_own_scores(finished):

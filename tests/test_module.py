@@ -7,6 +7,7 @@ from lightning import Callback, Trainer
 
 from reft_lightning.data.encoding import target_only
 from reft_lightning.data.options import option_batches
+from reft_lightning.evaluation import wilson_interval
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_gradient_checkpointing_trains_the_same(data):
 
 
 def test_scores_counts_and_predictions_agree(data):
-    objects = short_runs.build(data, TWO, "data.max_new_tokens=30", "data.validation_size=8")
+    objects = short_runs.build(data, TWO, "decoding.max_new_tokens=30", "data.validation_size=8")
     module = objects.module
     generated = iter(["the correct answer is true", "the correct answer is solution1", "nothing"] * 20)
     module.tokenizer = TextsInOrder(objects.data.tokenizer, generated)
@@ -163,6 +164,7 @@ def test_scores_counts_and_predictions_agree(data):
             "correct": correct,
             "total": len(own),
             "missing": missing,
+            "interval": list(wilson_interval(correct, len(own))),
         }
         assert measured[f"val/{task}/accuracy"] == pytest.approx(correct / len(own))
         accuracies.append(correct / len(own))

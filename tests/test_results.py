@@ -28,14 +28,9 @@ def test_only_the_first_process_writes(tmp_path):
     assert not (tmp_path / "results.json").exists()
 
 
-def test_scores_get_intervals(tmp_path):
+def test_a_prefix_tells_what_was_obtained(tmp_path):
     results = Results(tmp_path)
-    counts = {"base/test/boolq/accuracy": {"correct": 5, "total": 10, "missing": 1}}
-    results.add_scores({"base/test/boolq/accuracy": 0.5}, counts)
-    assert results.values["metrics"] == {"base/test/boolq/accuracy": 0.5}
-    count = results.values["counts"]["base/test/boolq/accuracy"]
-    assert (count["correct"], count["total"], count["missing"]) == (5, 10, 1)
-    assert count["interval"] == pytest.approx([0.2366, 0.7634], abs=1e-4)
+    results.update(metrics={"base/test/boolq/accuracy": 0.5})
     assert results.has("base/")
     assert not results.has("test/")
 
@@ -78,12 +73,15 @@ def test_outside_git_there_is_no_commit(monkeypatch, tmp_path):
 
 
 def table(**more):
-    count = {"correct": 5, "total": 10, "missing": 2}
+    count = {"correct": 5, "total": 10, "missing": 2, "interval": [0.2366, 0.7634]}
+    right = {"correct": 8, "interval": [0.4902, 0.9433]}
+    constant = {"correct": 6, "missing": 0, "interval": [0.3127, 0.8318]}
     values = {
         "model": "m[b]odel", "method": "loreft", "run_dir": "outputs/0_data.tasks=[boolq]", "seed": 42,
-        "counts": {"base/test/boolq/accuracy": count, "test/boolq/accuracy": {**count, "correct": 8},
+        "counts": {"base/test/boolq/accuracy": count, "test/boolq/accuracy": count | right,
                    "val/boolq/accuracy": count, "test/boolq/option_accuracy": count,
-                   "test/boolq/majority_accuracy": {**count, "correct": 6, "missing": 0}},
+                   "test/boolq/majority_accuracy": count | constant},
+        "metrics": {"base/test/boolq/accuracy": 0.5, "test/boolq/accuracy": 0.8},
         "commonest_answers": {"boolq": "true"},
         "trainable_parameters": 1234, "percent": 0.5,
     }  # fmt: skip
@@ -108,3 +106,17 @@ def test_the_table_prints_brackets_as_they_are():
     text = table()
     assert "run=outputs/0_data.tasks=[boolq]" in text
     assert "m[b]odel" in text
+
+
+def test_the_table_shows_losses_where_nothing_was_scored():
+    text = table(counts={}, metrics={"base/val/loss": 2.5, "val/loss": 1.25, "train/loss": 1.0})
+    assert "validation rows" in text
+    assert "2.5000" in text
+    assert "1.2500" in text
+
+
+def test_the_table_shows_correlations_with_their_own_interval():
+    counts = {"test/cola/matthews": {"total": 10, "interval": [0.1, 0.3]}}
+    text = table(counts=counts, metrics={"test/cola/matthews": 0.2}, head_parameters=77)
+    assert "20.0 [10.0, 30.0]" in text
+    assert "1,234 + head 77" in text

@@ -24,10 +24,9 @@ from torch.nn.utils.parametrizations import orthogonal
 import reft_lightning as rl
 from reft_lightning import composition
 from reft_lightning.base_models import load_base_model
-from reft_lightning.construction import data_arguments, model_source, optimization_of
+from reft_lightning.construction import data_module, model_source, optimization_of
 from reft_lightning.data import FAMILIES
 from reft_lightning.data.encoding import target_only
-from reft_lightning.data.module import FamilyDataModule
 from reft_lightning.interventions.subspace import Subspace
 from reft_lightning.optimization import schedule_factor
 
@@ -76,8 +75,8 @@ def train(config, base, tokenizer, variant: str, seed: int, steps: int) -> dict:
         for phi, (R, source) in zip(phis(model), starts, strict=True):
             phi.rotation.weight = R  # torch's right inverse: the map starts at exactly this R
             phi.source.load_state_dict(source)
-    arguments = data_arguments(config) | {"seed": seed}
-    data = FamilyDataModule(FAMILIES[config.data.family], tokenizer, **arguments)
+    config.seed = seed
+    data = data_module(config, FAMILIES[config.data.family], tokenizer)
     data.setup("fit")
     optimizer = torch.optim.AdamW(model.interventions.parameters(), lr=config.optimizer.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_factor(optimization_of(config), steps))

