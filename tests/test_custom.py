@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from reft_lightning import composition, experiment
 from reft_lightning.base_models import byte_tokenizer
 from reft_lightning.data.columns import Pattern
 from reft_lightning.data.custom import carve, custom_family
@@ -310,6 +311,38 @@ class TestDataModule:
             return len(carve(rows, -1, 42)[1])
 
         assert [held_out(count) for count in (5, 10, 99, 1000, 5000)] == [0, 1, 9, 100, 100]
+
+    def test_a_conversation_is_read_whole_and_its_last_answer_learnt(self):
+        family = custom_family(path=str(FIXTURES / "chat.jsonl"), messages="messages")
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = (
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}"
+        )
+        source = DataSource("local", str(FIXTURES / "chat.jsonl"))
+        arguments = {"batch_size": 4, "eval_batch_size": 3, "validation_size": 0}
+        data = FamilyDataModule(family, tokenizer, source, tasks=["custom"], **arguments)
+        data.setup("fit")
+        first = data.train_rows[0]
+        assert tokenizer.decode(first.prompt_ids, skip_special_tokens=True) == (
+            "<system>Answer in three emoji.\n<user>Hello!\n<assistant>👋 😀 🌞\n"
+            "<user>Which animal barks at the postman?\n<assistant>"
+        )
+        assert tokenizer.decode(first.target_ids, skip_special_tokens=True) == "🐶 🔊 📬"
+
+
+def test_a_run_on_ten_rows_reports_what_it_held_out(tmp_path):
+    settings = ["model=tiny_random", "data=custom", f"data.path={FIXTURES / 'rows.csv'}", "data.target=topic",
+                'data.prompt="{question} Say:"', "data.options=topics", "intervention.positions=l1",
+                "intervention.rank=2", "trainer.accelerator=cpu", "trainer.max_epochs=1", "trainer.log_every_n_steps=1",
+                "trainer.enable_progress_bar=false", "decoding.max_new_tokens=3"]  # fmt: skip
+    results = experiment.run(composition.compose(settings), tmp_path)
+    assert results["status"] == "complete"
+    assert results["data_versions"]["split"]["train_rows"] == 9
+    assert results["counts"]["val/custom/accuracy"]["total"] == 1
+    assert 0 <= results["metrics"]["val/custom/option_accuracy"] <= 1
+    assert not any(name.startswith("test/") for name in results["metrics"])
+    assert results["test_reads"] == []
 
 
 def test_a_pattern_keeps_its_literals():
