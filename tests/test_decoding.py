@@ -160,7 +160,7 @@ def reads(model, batch, **settings):
 def test_a_target_that_the_model_agrees_with_costs_one_pass():
     reft = attached()
     plain = plain_ids(reft)
-    assert reads(reft, batch_of(PROMPTS, list(plain))) == [(8, 9 + NEW)]
+    assert reads(reft, batch_of(PROMPTS, list(plain))) == [(8, 9 + NEW - 1)]
     assert reads(reft, batch_of(PROMPTS, list(plain)), verify=False) == [(8, 9)] + [(8, 1)] * (NEW - 1)
 
 
@@ -170,7 +170,7 @@ def test_other_rows_go_on_from_the_keys_and_values_of_that_pass():
     targets = list(plain)
     targets[1], targets[5] = wrong_at(plain[1], 4), wrong_at(plain[5], 2)
     calls = reads(reft, batch_of(PROMPTS, targets))
-    assert calls == [(8, 9 + NEW)] + [(2, 1)] * (NEW - 3), (
+    assert calls == [(8, 9 + NEW - 1)] + [(2, 1)] * (NEW - 3), (
         "3 of 7 tokens are known in the row that knows least"
     )
 
@@ -180,7 +180,7 @@ def test_a_sliding_window_is_read_again():
     plain = plain_ids(reft)
     targets = list(plain)
     targets[1] = wrong_at(plain[1], 4)  # prompt of 3 tokens, 4 accepted, 1 of its own
-    assert reads(reft, batch_of(PROMPTS, targets)) == [(8, 9 + NEW), (1, 8), (1, 1)]
+    assert reads(reft, batch_of(PROMPTS, targets)) == [(8, 9 + NEW - 1), (1, 8), (1, 1)]
 
 
 def test_a_batch_without_targets_is_decoded_plainly():

@@ -164,29 +164,32 @@ def _decode(
 
 def _verified(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: Decoding) -> Tensor:
     boundary, most = batch["boundary"], decoding.max_new_tokens
-    width = min(batch["input_ids"].shape[1], boundary + most)
-    inputs = {name: batch[name][:, :width] for name in ("input_ids", "attention_mask", "prompt_mask")}
-    t = width - boundary
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    target = batch["attention_mask"].bool()[:, boundary:] & ~batch["prompt_mask"][:, boundary:]
+    draft = target & ((batch["input_ids"][:, boundary:] == eos).cumsum(-1) == 0)  # nothing is said behind eos
+    t = min(int(draft.sum(-1).max()), most - 1)  # nor behind the last token allowed
+    inputs = {name: batch[name][:, : boundary + t] for name in ("input_ids", "attention_mask", "prompt_mask")}
     output = model(**inputs, logits_to_keep=t + 1, use_cache=True)
-    # what the model says behind the prompt and behind each target token; generate() compares in float32, too
-    own = output.logits[:, -(t + 1) :].float().argmax(-1)  # (b, t + 1)
-    drafted = inputs["attention_mask"][:, boundary:].bool() & ~inputs["prompt_mask"][:, boundary:]
-    agreed = drafted & (inputs["input_ids"][:, boundary:] == own[:, :-1])
-    accepted = agreed.long().cumprod(-1).sum(-1, keepdim=True)  # (b, 1), tokens of the draft
-    columns = torch.arange(t + 1, device=own.device)
-    known = columns <= accepted  # the accepted tokens and the model's own behind them
-    tokens = own.masked_fill(~known, tokenizer.pad_token_id)
-    ends = tokens == tokenizer.eos_token_id
+    # What the model says behind the prompt and behind each token of the draft, column by column as generate() takes
+    # the argmax in float32: all columns at once would be a second copy of the logits.
+    own = torch.stack(
+        [column.float().argmax(-1) for column in output.logits[:, -(t + 1) :].unbind(1)], 1
+    )  # (b, t + 1)
+    agreed = draft[:, :t] & (inputs["input_ids"][:, boundary:] == own[:, :-1])
+    accepted = agreed.long().cumprod(-1).sum(-1)  # (b,), tokens of the draft
+    known = (
+        torch.arange(t + 1, device=own.device) <= accepted[:, None]
+    )  # those and the model's own behind them
+    ends = own == eos
     if decoding.stop_strings:
-        ends |= _stops(inputs["input_ids"][:, :boundary], tokens, tokenizer, decoding.stop_strings)
+        ends |= _stops(inputs["input_ids"][:, :boundary], own, tokenizer, decoding.stop_strings)
     ends &= known
-    tokens = tokens.masked_fill(ends.cumsum(-1) - ends.long() > 0, tokenizer.pad_token_id)  # behind an end
-    tokens = F.pad(tokens, (0, max(most - t - 1, 0)), value=tokenizer.pad_token_id)[:, :most]
-    length = accepted.squeeze(-1) + 1
-    open_rows = (~ends.any(-1) & (length < most)).nonzero().squeeze(-1)
-    if len(open_rows):
+    behind = ends.cumsum(-1) - ends.long() > 0
+    tokens = F.pad(own.masked_fill(behind | ~known, pad), (0, most - t - 1), value=pad)
+    rows = (~ends.any(-1) & (accepted + 1 < most)).nonzero().squeeze(-1)
+    if len(rows):
         cache = output.get("past_key_values")
-        _continue(model, tokenizer, decoding, inputs, boundary, cache, open_rows, length[open_rows], tokens)
+        _continue(model, tokenizer, decoding, inputs, boundary, cache, rows, accepted[rows], tokens)
     return tokens
 
 
@@ -208,16 +211,16 @@ def _continue(
     boundary: int,
     cache: Any,
     rows: Tensor,  # (r,)
-    length: Tensor,  # (r,), known new tokens
+    accepted: Tensor,  # (r,), tokens of the draft
     tokens: Tensor,  # (b, max_new_tokens), filled in place
 ) -> None:
     """Decode some rows behind their known tokens, padded on the left to one column again."""
     width, most = inputs["input_ids"].shape[1], tokens.shape[1]
     # The last known token is the model's own, which the pass over the draft has not read.
-    last = tokens[rows].gather(1, length[:, None] - 1)  # (r, 1)
+    last = tokens[rows].gather(1, accepted[:, None])  # (r, 1)
     new = torch.ones_like(last, dtype=torch.bool)
-    accepted = torch.arange(width, device=rows.device) < (boundary + length - 1)[:, None]
-    attention = torch.cat([inputs["attention_mask"][rows].bool() & accepted, new], 1)
+    kept = torch.arange(width, device=rows.device) < (boundary + accepted)[:, None]
+    attention = torch.cat([inputs["attention_mask"][rows].bool() & kept, new], 1)
     order = torch.argsort(attention.long(), dim=-1, stable=True)  # dropped columns to the left
     order = order[:, width + 1 - int(attention.sum(-1).max()) :]
     ids = torch.cat([inputs["input_ids"][rows], last], 1).gather(1, order)
@@ -226,9 +229,9 @@ def _continue(
     cache = _taken(cache, rows, order[:, :-1], width)
     if cache is not None:
         more["past_key_values"] = cache
-    rest = replace(decoding, max_new_tokens=most - int(length.min()))
+    rest = replace(decoding, max_new_tokens=most - 1 - int(accepted.min()))
     found = _decode(model, tokenizer, rest, ids, attention.gather(1, order).long(), **more)
-    for row, known, further in zip(rows.tolist(), length.tolist(), found, strict=True):
+    for row, known, further in zip(rows.tolist(), (accepted + 1).tolist(), found, strict=True):
         tokens[row, known:] = further[: most - known]
 
 
