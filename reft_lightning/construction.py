@@ -115,7 +115,9 @@ def family_of(config: Config) -> AnyFamily:
     if data.family != "custom":
         return get_family(data.family)
     columns = {name: getattr(data, name) for name in COLUMNS}
-    return custom_family(path=data.path, source=data.source, test_path=data.test_path, **columns)
+    return custom_family(
+        path=data.path, source=data.source, test_path=data.test_path, template=data.template, **columns
+    )
 
 
 def choose_monitor(config: Config) -> None:
@@ -138,7 +140,7 @@ def decoding_of(config: Config, family: Family) -> Decoding:
     """Return how texts are generated."""
     values = OmegaConf.to_container(OmegaConf.structured(config.decoding))
     values["max_new_tokens"] = values["max_new_tokens"] or family.max_new_tokens
-    return Decoding(**values, stop_strings=family.stop_strings, seed=config.seed)
+    return Decoding(**values, seed=config.seed)
 
 
 def check_monitor(config: Config, measures: Sequence[str], tasks: Sequence[str]) -> None:

@@ -91,7 +91,8 @@ def _run(config: Config, folder: Path, experiment: str | None) -> dict[str, Any]
     results.update(
         method=config.intervention.method, model=config.model.name, data_versions=objects.data.data_versions,
         trainable_parameters=objects.count.trainable, base_parameters=objects.count.base,
-        percent=objects.count.percent, head_parameters=objects.head_parameters, monitor=config.callbacks.monitor, commonest_answers=objects.commonest,
+        percent=objects.count.percent, head_parameters=objects.head_parameters,
+        monitor=config.callbacks.monitor, commonest_answers=objects.commonest,
         **({"experiment": experiment} if experiment else {}),
     )  # fmt: skip
     log.info("run folder: %s", folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,7 +81,10 @@ class GenerationModule(FinetuningModule):
 
     def _score(self, batch: dict[str, Any], task: str) -> None:
         examples: list[Example] = batch["examples"]
-        texts = generate(self.model, batch, self.tokenizer, self.decoding)
+        stops = (
+            self.family.tasks[task].stop_strings if task in self.family.tasks else ()
+        )  # a mixture is no task
+        texts = generate(self.model, batch, self.tokenizer, replace(self.decoding, stop_strings=stops))
         options = self._rank(examples)
         if options:
             right = [float(option == e.target) for option, e in zip(options, examples, strict=True)]

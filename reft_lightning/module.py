@@ -1,7 +1,9 @@
 """The LightningModule: trains any adapted model (ReFT, a PEFT baseline, the frozen model).
 
 Its subclasses evaluate: :class:`~reft_lightning.generation.GenerationModule` by what the model says,
-:class:`~reft_lightning.classification.ClassificationModule` by its classifier. An adapted model has ``forward(**batch)``, ``generate(...)``, ``adapter_state_dict()``,
+:class:`~reft_lightning.classification.ClassificationModule` by its classifier.
+
+An adapted model has ``forward(**batch)``, ``generate(...)``, ``adapter_state_dict()``,
 ``load_adapter_state_dict(...)``, ``parameter_roles()`` and ``disabled()``. What it does inside, this file does
 not know. Checkpoints hold the adapter, the optimizer and the loop, never the base model.
 """

@@ -46,11 +46,14 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
                 constants[task] = [name, task, total, cell, *empty, "0", "0"]
     for row in constants.values():
         table.add_row(*row)
-    console.print(table)
+    if scores:
+        console.print(table)
+    else:
+        console.print("nothing was evaluated: there are neither test rows nor validation rows")
     for line in notes:
         console.print(line, soft_wrap=True)
     if "train_seconds" in results:
-        seconds = results["seconds"]
+        seconds = results.get("seconds", {})
         console.print(
             f"training {results['train_seconds']:.0f} s ({results['steps']} steps, "
             f"{results['tokens_per_second']:.0f} tokens/s), evaluation {sum(seconds.values()):.0f} s, "

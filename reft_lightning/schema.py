@@ -95,7 +95,9 @@ class DataConfig:
     max_length: int = 512  # tokens, prompt and target together
     template: Optional[str] = None  # plain | alpaca | chat; None: the family's
     system_prompt: Optional[str] = None  # of the chat template
-    validation_size: int = 300  # rows held out of the training rows; the paper tuned on 300
+    validation_size: int = (
+        300  # rows held out of the training rows; the paper tuned on 300. custom: -1 for a tenth
+    )
     limit_train: Optional[int] = None  # rows
     limit_validation: Optional[int] = None  # rows
     limit_test: Optional[int] = None  # rows a task
@@ -107,7 +109,7 @@ class DataConfig:
     # family=custom: names of columns, or texts with names in braces such as "{question} {choices}"
     prompt: Optional[str] = None
     target: Optional[str] = None
-    answer: Optional[str] = None  # None: the target
+    answer: Optional[str] = None  # None: the whole target; else the column in braces within target
     context: Optional[str] = None
     options: Optional[str] = None
     messages: Optional[str] = None  # a conversation instead of prompt and target

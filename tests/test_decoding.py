@@ -9,6 +9,8 @@ import pytest
 import tiny
 import torch
 from laws import shaken
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import reft_lightning as rl
 from reft_lightning import composition
@@ -16,6 +18,7 @@ from reft_lightning.base_models import byte_tokenizer, load_base_model
 from reft_lightning.data.base import Example
 from reft_lightning.data.encoding import Collator, encode
 from reft_lightning.data.sources import cache_folder
+from reft_lightning.evaluation import decoding as decoding_module
 from reft_lightning.evaluation.decoding import Decoding, generate, generate_ids
 
 POSITIONS = ["f2+l2", "prompt", "all", "decode:2", "prompt+decode"]
@@ -366,3 +369,18 @@ def test_real_rows_get_the_ids_of_plain_decoding(shared):
     with reft.disabled():
         plain = generate_ids(reft, collate(encoded), tokenizer, Decoding(most, verify=False))
         assert torch.equal(generate_ids(reft, collate(encoded), tokenizer, Decoding(most)), plain)
+
+
+def test_a_blank_at_the_start_of_the_answer_survives_a_sentencepiece_tokenizer(monkeypatch):
+    """Llama's decoder drops the first blank of a text: an indented line of code would lose its indentation."""
+    backend = Tokenizer(models.BPE(vocab={"<pad>": 0, "</s>": 1, "▁": 2, "x": 3, ":": 4}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+    new = torch.tensor([[2, 2, 3, 1]])
+    assert tokenizer.decode(new[0], skip_special_tokens=True) == " x"
+    monkeypatch.setattr(decoding_module, "generate_ids", lambda *_: new)
+    batch = {"input_ids": torch.tensor([[3, 4]]), "boundary": 2}
+    assert generate(None, batch, tokenizer, Decoding(4)) == [["  x"]]

@@ -5,6 +5,7 @@ import short_runs
 import torch
 from lightning import Callback, Trainer
 
+from reft_lightning import generation
 from reft_lightning.data.encoding import target_only
 from reft_lightning.data.options import option_batches
 from reft_lightning.evaluation import wilson_interval
@@ -144,11 +145,13 @@ def test_gradient_checkpointing_trains_the_same(data):
     assert len(set(losses[0])) > 1
 
 
-def test_scores_counts_and_predictions_agree(data):
+def test_scores_counts_and_predictions_agree(data, monkeypatch):
     objects = short_runs.build(data, TWO, "decoding.max_new_tokens=30", "data.validation_size=8")
     module = objects.module
     generated = iter(["the correct answer is true", "the correct answer is solution1", "nothing"] * 20)
-    module.tokenizer = TextsInOrder(objects.data.tokenizer, generated)
+    monkeypatch.setattr(
+        generation, "generate", lambda _, batch, *__: [[next(generated)] for _ in batch["examples"]]
+    )
     measured = trainer().validate(module, objects.data, verbose=False)
     measured = {k: v for part in measured for k, v in part.items()}
     rows = module.predictions
@@ -174,19 +177,6 @@ def test_scores_counts_and_predictions_agree(data):
     assert measured["val/accuracy"] == pytest.approx(sum(accuracies) / 2)
     options = {row["option"] for row in rows}
     assert options <= {"true", "false", "solution1", "solution2"}
-
-
-class TextsInOrder:
-    """A tokenizer whose decoded texts are given."""
-
-    def __init__(self, tokenizer, texts):
-        self._tokenizer, self._texts = tokenizer, texts
-
-    def __getattr__(self, name):
-        return getattr(self._tokenizer, name)
-
-    def batch_decode(self, ids, **_):
-        return [next(self._texts) for _ in ids]
 
 
 def test_the_option_that_is_chosen_is_the_likeliest(data):

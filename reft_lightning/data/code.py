@@ -168,24 +168,28 @@ TASKS = {
         Task(
             "humaneval",
             humaneval,
+            stop_strings=STOP_STRINGS["humaneval"],
             hub={"test": (HubRows("openai/openai_humaneval", None, "test"),)},
             local={"test": (LocalRows(("humaneval/HumanEval.jsonl",)), LocalRows(("humaneval/test.jsonl",)))},
         ),
         Task(
             "mbpp",
             mbpp("mbpp"),
+            stop_strings=STOP_STRINGS["mbpp"],
             hub=_hub("full"),
             local={"train": _TRAIN, "test": _layouts("mbpp/test.jsonl", TEST, _ALL)},
         ),
         Task(
             "mbpp_validation",
             mbpp("mbpp_validation"),
+            stop_strings=STOP_STRINGS["mbpp_validation"],
             hub=_hub("full", "validation"),
             local={"train": _TRAIN, "test": _layouts("mbpp/validation.jsonl", VALIDATION, _ALL, _OPEN)},
         ),
         Task(
             "mbpp_sanitized",
             mbpp("mbpp_sanitized"),
+            stop_strings=STOP_STRINGS["mbpp_sanitized"],
             hub=_hub("sanitized"),
             local={
                 "train": _layouts("mbpp/sanitized_train.jsonl", TRAIN, _SANITIZED, _SANITIZED_OPEN),
@@ -202,6 +206,4 @@ FAMILY = Family(
     score=score,
     measures=tuple(f"pass@{k}" for k in KS),
     max_new_tokens=512,
-    # only what ends the text of every task: a line that begins with "def" ends HumanEval's and begins MBPP's
-    stop_strings=(DONE,),
 )

@@ -214,10 +214,7 @@ class FamilyDataModule(LightningDataModule):
             seen = sum(question in self._train_questions for question in questions)
             self.data_versions["test"][task]["overlap"] = seen
             if seen:
-                log.warning(
-                    "%d of %d %s test questions occur in the train rows: its score is no test of what was learnt",
-                    seen, len(examples), task,
-                )  # fmt: skip
+                log.warning("%d of %d %s test questions occur in the train rows", seen, len(examples), task)
             examples = subset(examples, self.limit_test, self.split_seed)
             built[task] = self._encode(examples, f"{task} test rows")
         self._test = built

@@ -97,10 +97,20 @@ class Decoding:
 def generate(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: Decoding) -> list[list[str]]:
     """Return the texts that a model generates behind the prompts of a batch: ``texts[row][sample]``.
 
-    Special tokens are left out. See :func:`generate_ids`.
+    Special tokens are left out. See :func:`generate_ids`. The new ids are decoded behind the prompt's last token:
+    alone, SentencePiece tokenizers (Llama's) drop the blank that they begin with, and code its indentation.
     """
     ids = generate_ids(model, batch, tokenizer, decoding)
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    last = batch["input_ids"][:, batch["boundary"] - 1].repeat_interleave(decoding.samples)
+    before, wholes, alone = (
+        tokenizer.batch_decode(part, skip_special_tokens=True)
+        for part in (last.unsqueeze(-1), torch.cat([last.unsqueeze(-1), ids], -1), ids)
+    )
+    # a character of several tokens may span the boundary: then only the new ids alone are text of their own
+    texts = [
+        whole.removeprefix(start) if whole.startswith(start) else text
+        for start, whole, text in zip(before, wholes, alone, strict=True)
+    ]
     return [texts[i : i + decoding.samples] for i in range(0, len(texts), decoding.samples)]
 
 
