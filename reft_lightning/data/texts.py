@@ -2,7 +2,7 @@
 
 Letters: b rows, s columns. A row is what the tokenizer makes of it with its special tokens::
 
-    cls a1 a2 sep b1 b2 sep pad pad     input_ids, attention_mask, token_type_ids (where the model reads them)
+    cls a1 a2 sep b1 b2 sep pad pad     input_ids, attention_mask, token_type_ids (where the tokenizer tells texts apart)
     label                               (b,) int64 classes, or float32 scores
 
 Masks come from lengths, never from comparing ids with the pad id.
@@ -66,7 +66,9 @@ class EncodedTexts(Dataset[dict[str, Any]]):
                     types.append(np.asarray(kinds, dtype=np.int8))
         self._starts = np.concatenate([[0], np.cumsum([len(ids) for ids in tokens])]).astype(np.int64)
         self._tokens = np.concatenate(tokens) if tokens else np.zeros(0, dtype=np.int32)
-        self._types = np.concatenate(types) if types else None
+        kinds = np.concatenate(types) if types else np.zeros(0, dtype=np.int8)
+        # types that are all 0 are every model's default, and decoders know none
+        self._types = kinds if kinds.any() else None
         if self.truncated:
             log.warning(
                 "%d of %d %s: truncated to %d tokens, the longer text first",
