@@ -41,9 +41,9 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
             if path + MAJORITY in results["counts"]:
                 answer = results.get("commonest_answers", {}).get(task)
                 cell = _cell(results, path + MAJORITY)
-                empty = [""] * (len(measures) - 1)
                 name = f"always {answer!r}" if answer else "commonest answer"
-                constants[task] = [name, task, total, cell, *empty, "0", "0"]
+                own = [cell if measure == "accuracy" else "" for measure in measures]
+                constants[task] = [name, task, total, *own, "0", "0"]
     for row in constants.values():
         table.add_row(*row)
     if scores:
