@@ -39,9 +39,6 @@ from reft_lightning.data.rows import HubRows, LocalRows
 
 VERSION = 1
 NO_ANSWER = "(no answer)"
-PARQUET = (
-    "refs/convert/parquet"  # tatsu-lab/alpaca_eval is a loading script on main, which datasets 4 refuses
-)
 
 
 def _instruction(task: str, row: Row, where: str) -> Example:
@@ -231,7 +228,7 @@ TASKS = {
             "alpaca_eval",
             alpaca_eval_example,
             # the branch's folder is called eval, which datasets takes for a test split
-            hub={"test": (HubRows("tatsu-lab/alpaca_eval", None, "test", PARQUET, "alpaca_eval"),)},
+            hub={"test": (HubRows("tatsu-lab/alpaca_eval", split="test", file="alpaca_eval.json"),)},
             local={
                 "test": (
                     LocalRows(("alpaca_eval/alpaca_eval.json",)),

@@ -44,6 +44,7 @@ class HubRows:
         folder: read the Parquet files below this folder of the revision instead of a configuration. The hub's
             branch `refs/convert/parquet` holds `<config>/<split>/*.parquet` of sets that are scripts on main,
             which datasets 4 refuses, and knows no configuration names.
+        file: read this JSON file of the revision, of sets that are scripts on main and have no Parquet branch.
     """
 
     name: str
@@ -51,10 +52,12 @@ class HubRows:
     split: str = "train"
     revision: str | None = None
     folder: str | None = None
+    file: str | None = None
 
     def __str__(self) -> str:
         """Return it as one line for the results."""
-        return f"{self.name}:{self.folder or self.config or 'default'}:{self.split}@{self.revision or 'main'}"
+        part = self.file or self.folder or self.config or "default"
+        return f"{self.name}:{part}:{self.split}@{self.revision or 'main'}"
 
 
 @dataclass(frozen=True)
@@ -181,9 +184,13 @@ def hub_rows(table: HubRows) -> list[tuple[dict[str, Any], str]]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(
-            table.name, table.config, data_dir=table.folder, split=table.split, revision=table.revision
-        )
+        if table.file is not None:
+            file = f"hf://datasets/{table.name}@{table.revision or 'main'}/{table.file}"
+            rows = datasets.load_dataset("json", data_files={table.split: file}, split=table.split)
+        else:
+            rows = datasets.load_dataset(
+                table.name, table.config, data_dir=table.folder, split=table.split, revision=table.revision
+            )
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().split("\n")[0]
         raise ConnectionError(
@@ -211,8 +218,9 @@ def read_rows(
     tables: Mapping[str, Any] = getattr(task, source.kind)
     if split not in tables:
         have = [f"{kind} ({', '.join(getattr(task, kind))})" for kind in SOURCES if getattr(task, kind)]
+        note = f". {task.notes[source.kind]}" if source.kind in task.notes else ""
         raise ValueError(
-            f"{task.name} has no {split} split in source {source.kind}; it has {'; '.join(have)}"
+            f"{task.name} has no {split} split in source {source.kind}; it has {'; '.join(have)}{note}"
         )
     facts: dict[str, Any] = {"source": source.kind}
     notes: list[str] = [task.notes[source.kind]] if source.kind in task.notes else []
