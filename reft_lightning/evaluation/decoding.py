@@ -6,6 +6,9 @@ model agrees with, and its own token behind that, are known at once. Only rows t
 further, from the keys and values of that pass. The draft decides how fast the tokens are known, never which they are
 (speculative decoding with a given draft: Leviathan et al. 2023, arXiv:2211.17192, at temperature 0).
 
+The ids are those of plain greedy decoding up to rounding: a 16-bit base model may settle a near tie otherwise, as it
+does between plain decodings of the same rows under other padding (counts in ``experiments/speed/README.md``).
+
 Shapes: b rows, s columns of prompt | target, t target columns, n new tokens, r rows decoded further.
 """
 
