@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch.utils.data import random_split
 
 from reft_lightning.base_models import byte_tokenizer
+from reft_lightning.composition import config_dir
 from reft_lightning.data.classification import ClassificationDataModule, divide
 from reft_lightning.data.glue import FAMILY
 from reft_lightning.data.labelled import ClassificationTask, LabelledText
@@ -327,6 +329,44 @@ class TestModule:
         resumed = [batch["input_ids"] for batch in again]
         assert len(rest) == len(resumed) == 3
         assert all(torch.equal(a, b) for a, b in zip(rest, resumed, strict=True))
+
+
+# Tables 9 to 12 of Wu et al. 2024: prefix, dropout, learning rate (1e-4), weight decay, warm-up, epochs of each task
+TASKS = ["mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"]
+TABLES = {
+    ("base", "loreft"): (
+        "1 3 3 3 11 11 3 3", ".05 .10 .05 .20 .05 .05 .05 .05", "6 6 3 4 9 6 9 6", "0 0 0 0 0 0 0 0",
+        ".06 .1 0 .005 .1 0 0 .03", "40 40 40 60 20 40 60 60",
+    ),
+    ("large", "loreft"): (
+        "1 3 3 3 11 11 3 3", ".05 .05 .20 .20 .05 .05 .05 .05", "6 6 3 1 9 6 6 8", "0 0 0 0 0 0 0 0",
+        "0 .1 .06 .2 .1 .06 0 .2", "20 20 30 30 20 20 30 30",
+    ),
+    ("base", "direft"): (
+        "1 3 5 1 11 11 1 3", ".05 .10 .05 0 .05 .05 0 .05", "6 6 3 6 9 6 9 6", "0 0 0 .04 0 0 .04 0",
+        ".06 .1 .1 0 .1 0 0 .03", "40 40 40 60 20 40 60 60",
+    ),
+    ("large", "direft"): (
+        "1 3 1 1 11 7 3 3", ".05 .05 .10 .15 .05 .05 .05 .05", "6 6 9 9 9 9 6 8", "0 0 0 0 0 0 .006 0",
+        "0 .1 0 0 .1 .1 0 .1", "20 20 50 60 20 20 30 30",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "method"), TABLES)
+def test_the_papers_experiments_have_its_settings(size, method):
+    columns = [map(float, column.split()) for column in TABLES[size, method]]
+    for task, *expected in zip(TASKS, *columns, strict=True):
+        path = config_dir() / "experiment" / "paper" / f"glue_roberta_{size}_{task}_{method}.yaml"
+        config = OmegaConf.load(path)
+        phi, optimizer = config.intervention, config.optimizer
+        found = [float(phi.positions.removeprefix("f")), phi.dropout, optimizer.lr * 1e4, optimizer.weight_decay,
+                 optimizer.warmup_ratio, config.trainer.max_epochs]  # fmt: skip
+        assert found == pytest.approx(expected), path.name
+        assert (phi.rank, phi.layers, config.data.max_length) == (1, "all", 256)
+        assert config.data.batch_size == (8 if (size, method, task) == ("base", "direft", "rte") else 32)
+        assert config.data.split_seed is None
+        assert config.model.base_dropout
 
 
 # task: train rows, validation rows, as the shared folder's README counts them

@@ -35,7 +35,10 @@ def metric_of(measure: str, num_labels: int) -> Metric:
     if measure == "pearson" and num_labels == 1:
         return PearsonCorrCoef()
     if measure == "spearman" and num_labels == 1:
-        return SpearmanCorrCoef()
+        with warnings.catch_warnings():
+            # it keeps every value to rank them, which is what a rank correlation takes
+            warnings.filterwarnings("ignore", "Metric `SpearmanCorrcoef` will save all", UserWarning)
+            return SpearmanCorrCoef()
     raise ValueError(f"no measure {measure!r} of {num_labels} labels")
 
 
