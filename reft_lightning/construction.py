@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ class Objects:
     commonest: dict[str, str]  # task -> the commonest answer of its training rows
     measures: tuple[str, ...]  # names of the scores, the main one first; none where only the loss is measured
     name: str  # of the adapted model, as judges know it
+    decoding: dict[str, Any]  # how texts are generated; empty for a classifier
 
     @property
     def head_parameters(self) -> int:
@@ -106,7 +107,13 @@ def build(config: Config) -> Objects:
     # of the published model: a head in float32 has a copy of embeddings that it shares there
     count = attach(build_on_meta(base_model.config, source["task"]), **attached).parameter_count()
     name = f"{config.model.name} {config.intervention.method} seed {config.seed}"
-    return Objects(model, data, module, count, commonest, measures, name)
+    return Objects(model, data, module, count, commonest, measures, name, _described(decoding))
+
+
+def _described(decoding: Decoding | None) -> dict[str, Any]:
+    values = {} if decoding is None else asdict(decoding)
+    values.pop("stop_strings", None)  # they are the task's
+    return values
 
 
 def family_of(config: Config) -> AnyFamily:

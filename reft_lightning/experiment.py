@@ -94,6 +94,7 @@ def _run(config: Config, folder: Path, experiment: str | None) -> dict[str, Any]
         percent=objects.count.percent, head_parameters=objects.head_parameters,
         monitor=config.callbacks.monitor, commonest_answers=objects.commonest,
         **({"experiment": experiment} if experiment else {}),
+        **({"decoding": objects.decoding} if objects.decoding else {}),
     )  # fmt: skip
     log.info("run folder: %s", folder)
     try:

@@ -30,6 +30,11 @@ def finished(data, tmp_path_factory):
     return folder, short_runs.run(data, folder, *SETTINGS)
 
 
+def test_the_results_say_how_texts_were_generated(finished):
+    decoding = finished[1]["decoding"]
+    assert (decoding["max_new_tokens"], decoding["do_sample"], decoding["verify"]) == (3, False, True)
+
+
 def test_the_results_hold_what_is_needed_to_run_again(data, finished):
     folder, results = finished
     assert results == short_runs.results(folder)

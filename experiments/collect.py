@@ -1,6 +1,6 @@
 """Copy the results of run folders into one results.jsonl, without the paths of the machine.
 
-python experiments/quickstart/collect.py experiments/quickstart/results.jsonl RUN_FOLDER ...
+python experiments/collect.py experiments/quickstart/results.jsonl RUN_FOLDER ...
 """
 
 from __future__ import annotations
