@@ -147,6 +147,7 @@ def decoding_of(config: Config, family: Family) -> Decoding:
     """Return how texts are generated."""
     values = OmegaConf.to_container(OmegaConf.structured(config.decoding))
     values["max_new_tokens"] = values["max_new_tokens"] or family.max_new_tokens
+    values["verify"] &= family.literal
     return Decoding(**values, seed=config.seed)
 
 

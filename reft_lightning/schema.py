@@ -130,7 +130,7 @@ class DecodingConfig:
     repetition_penalty: float = 1.0
     samples: int = 1  # texts a row; pass@k needs at least k
     verify: bool = (
-        True  # check the gold target in one pass and decode from where the model differs: same texts
+        True  # check a short gold target in one pass, decode from where the model differs: same texts
     )
 
 

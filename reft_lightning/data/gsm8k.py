@@ -104,6 +104,7 @@ FAMILY = Family(
     version=VERSION,
     tasks=TASKS,
     score=score,
+    literal=False,
     max_new_tokens=256,  # pyreft, examples/loreft/task_config.py, after LoftQ
     carve=carve_last,
 )

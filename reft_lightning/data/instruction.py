@@ -244,6 +244,7 @@ FAMILY = Family(
     version=VERSION,
     tasks=TASKS,
     score=None,
+    literal=False,
     template="alpaca",
     max_new_tokens=1024,  # AlpacaEval's reference outputs have 300 (davinci) to 2,000 (GPT-4) characters on average
 )
