@@ -14,6 +14,7 @@ import short_runs
 import tiny
 import torch
 from lightning import Trainer
+from torchmetrics.functional import matthews_corrcoef
 from transformers import (
     AutoConfig,
     BertConfig,
@@ -263,12 +264,20 @@ class TestMeasures:
         metric.update(said, gold)
         assert value_of("matthews", metric) == pytest.approx(pearson(said, gold))
 
+    def test_matthews_of_three_classes_agrees_with_torchmetrics_where_it_is_defined(self):
+        said, gold = torch.randint(3, (2, 50))
+        metric = metric_of("matthews", 3)
+        metric.update(said[:20], gold[:20])
+        metric.update(said[20:], gold[20:])
+        expected = matthews_corrcoef(said, gold, task="multiclass", num_classes=3)
+        assert value_of("matthews", metric) == pytest.approx(float(expected), abs=1e-6)
+
     @pytest.mark.parametrize(
         ("measure", "labels"), [("matthews", 2), ("pearson", 1), ("spearman", 1), ("f1", 2)]
     )
     def test_constant_predictions_count_as_0(self, measure, labels, caplog):
         metric = metric_of(measure, labels)
-        gold = torch.tensor([0, 1, 0, 1]) if labels == 2 else torch.tensor([1.0, 2.0, 3.0, 4.0])
+        gold = torch.tensor([0, 1, 0, 0, 0, 1, 0]) if labels == 2 else torch.tensor([1.0, 2.0, 3.0, 3.0])
         metric.update(torch.zeros_like(gold), gold)
         assert value_of(measure, metric) == 0.0
         assert ("undefined" in caplog.text) == (measure == "pearson")  # the others are 0 by definition

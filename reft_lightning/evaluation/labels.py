@@ -9,13 +9,45 @@ import logging
 import math
 import warnings
 
+import torch
 from torch import Tensor
-from torchmetrics import MatthewsCorrCoef, Metric, PearsonCorrCoef, SpearmanCorrCoef
-from torchmetrics.classification import BinaryF1Score
+from torchmetrics import Metric, PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics.classification import BinaryF1Score, MulticlassConfusionMatrix
 
 log = logging.getLogger(__name__)
 
 Z = 1.959964  # quantile of the normal distribution for 95 %
+
+
+def matthews(confusion: Tensor) -> float:  # (classes, classes), rows are labels
+    r"""Return Matthews' correlation of the classes of a confusion matrix C; 0 where it is undefined.
+
+    .. math:: \frac{c s - \sum_k p_k t_k}{\sqrt{(s^2 - \sum_k p_k^2)(s^2 - \sum_k t_k^2)}}
+
+    with c the trace of C, s its sum, t and p the sums of its rows and columns.
+
+    Source: Gorodkin 2004, Computational Biology and Chemistry 28. It is undefined where all predictions, or all
+    labels, are one class: 0 by convention, as in scikit-learn and GLUE's metric. (torchmetrics takes a limit there that
+    rewards the constant prediction of the commonest class.)
+
+    >>> matthews(torch.tensor([[0, 3], [0, 7]]))
+    0.0
+    """
+    counts = confusion.cpu().double()  # not every accelerator has float64
+    total, right = counts.sum(), counts.trace()
+    said, true = counts.sum(0), counts.sum(1)
+    spread = (total**2 - (said**2).sum()) * (total**2 - (true**2).sum())
+    if spread <= 0:
+        return 0.0
+    return float((right * total - said @ true) / spread.sqrt())
+
+
+class Matthews(MulticlassConfusionMatrix):
+    """Matthews' correlation over batches and processes, see `matthews`."""
+
+    def compute(self) -> Tensor:
+        """Return the correlation."""
+        return torch.tensor(matthews(super().compute()))
 
 
 def metric_of(measure: str, num_labels: int) -> Metric:
@@ -31,7 +63,7 @@ def metric_of(measure: str, num_labels: int) -> Metric:
     if measure == "f1" and num_labels == 2:
         return BinaryF1Score()
     if measure == "matthews" and num_labels > 1:
-        return MatthewsCorrCoef(task="multiclass", num_classes=num_labels)
+        return Matthews(num_labels)
     if measure == "pearson" and num_labels == 1:
         return PearsonCorrCoef()
     if measure == "spearman" and num_labels == 1:
