@@ -47,10 +47,11 @@ def main(folder: Path, max_new_tokens: int = 64, template: str | None = None) ->
     """
     console = Console()
     config = load_run_config(folder)
-    family = family_of(config)
+    # one's own rows, which may be gone, are not needed to talk
+    family = None if config.data.family == "custom" else family_of(config)
     if isinstance(family, ClassificationFamily):
         raise ValueError(f"{folder} trained a classifier ({family.name}), which says nothing")
-    template = template or config.data.template or family.template
+    template = template or config.data.template or (family.template if family else "plain")
     model, tokenizer = load(folder)
     if template == "chat" and tokenizer.chat_template is None:
         raise ValueError(f"{NO_TEMPLATE}; use template=plain")
@@ -84,9 +85,8 @@ def load(folder: Path) -> tuple[ReftModel, Any]:
     """Return the adapted model of a run folder, ready to generate, and its tokenizer."""
     config = load_run_config(folder)
     _, adapter = load_adapter(folder / "adapter")  # a missing one is said before weights are loaded
-    family = family_of(config)
-    base, tokenizer = load_base_model(**model_source(config, family))
-    model = attach(base, **attachment(config, family))
+    base, tokenizer = load_base_model(**model_source(config))
+    model = attach(base, **attachment(config))
     model.load_adapter_state_dict(adapter)
     return model.eval(), tokenizer
 

@@ -129,6 +129,7 @@ def _report(argv: Sequence[str]) -> None:
 
 
 def _command(action: Callable[[Sequence[str]], Any], usage: str) -> None:
+    sys.path.insert(0, os.getcwd())  # data.family=my_module.FAMILY finds my_module.py here
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(f"{usage}\n")

@@ -17,6 +17,7 @@ from typing import Any
 
 from lightning import Trainer
 from omegaconf import OmegaConf
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from .attachment import attach, build_on_meta
 from .base_models import load_base_model, load_config, load_tokenizer
@@ -36,7 +37,7 @@ from .interventions import intervention_class, nearest, settings_of
 from .model import ParameterCount, ReftModel
 from .module import FinetuningModule
 from .optimization import Optimization
-from .schema import Config, DataConfig, InterventionConfig
+from .schema import Config, DataConfig, DecodingConfig, InterventionConfig
 
 AnyFamily = Family | ClassificationFamily
 
@@ -71,11 +72,21 @@ def build(config: Config) -> Objects:
     """
     family = family_of(config)
     choose_monitor(config)
+    check_unused(config, family)
     source = model_source(config, family)
     optimization = optimization_of(config)
     attached = attachment(config, family)
     decoding = None if isinstance(family, ClassificationFamily) else decoding_of(config, family)
     hf_config = load_config(**{k: source[k] for k in (*PLACE, "base_dropout", "config", "num_labels")})
+    if (
+        source["task"] == "causal_lm"
+        and type(hf_config) in MODEL_FOR_MASKED_LM_MAPPING
+        and not hf_config.is_decoder
+    ):
+        raise ValueError(
+            f"model {config.model.name} is an encoder, every token of which reads those behind it: it cannot learn to "
+            f"say a target (family {family.name}). Choose a data=glue_... file, or a decoder."
+        )
     attach(
         build_on_meta(hf_config, source["task"]), **attached
     )  # raises what attaching would, without weights
@@ -83,8 +94,13 @@ def build(config: Config) -> Objects:
     data = data_module(config, family, tokenizer)
     data.prepare_data()
     data.setup("fit")
+    if config.test and not config.sealed:
+        data.check_test()
     measures = measures_of(config, family)
-    check_monitor(config, measures, data.val_tasks)
+    if decoding is not None:
+        check_monitor(config, reported(family, data.train_rows.examples[0], decoding), data.val_tasks)
+    else:
+        check_monitor(config, measures, data.val_tasks)
     base_model, _ = load_base_model(**source)
     if config.model.gradient_checkpointing:
         with warnings.catch_warnings():
@@ -146,9 +162,51 @@ def measures_of(config: Config, family: AnyFamily) -> tuple[str, ...]:
 def decoding_of(config: Config, family: Family) -> Decoding:
     """Return how texts are generated."""
     values = OmegaConf.to_container(OmegaConf.structured(config.decoding))
-    values["max_new_tokens"] = values["max_new_tokens"] or family.max_new_tokens
-    values["verify"] &= family.literal
+    if values["max_new_tokens"] is None:
+        values["max_new_tokens"] = family.max_new_tokens
+    if values["verify"] is None:
+        values["verify"] = family.literal
     return Decoding(**values, seed=config.seed)
+
+
+def reported(family: Family, example: Example, decoding: Decoding) -> tuple[str, ...]:
+    """Return the measures that a family's scorer gives for as many samples as are generated.
+
+    Raises:
+        ValueError: if it gives one that the family does not declare.
+    """
+    if family.score is None:
+        return ()
+    found = tuple(family.score([example.target] * decoding.samples, example).scores)
+    for name in found:
+        if name not in family.measures:
+            raise ValueError(
+                f"the scorer of {family.name} gives {name!r}, which its measures {family.measures} do not declare"
+            )
+    return (*found, *(["option_accuracy"] if example.options else []))
+
+
+def check_unused(config: Config, family: AnyFamily) -> None:
+    """Refuse settings that would change nothing.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if isinstance(family, ClassificationFamily):
+        for name, default in vars(DecodingConfig()).items():
+            if getattr(config.decoding, name) != default:
+                raise ValueError(
+                    f"decoding.{name} means nothing to the classifiers of {family.name}: leave it out"
+                )
+    elif config.decoding.samples > 1 and family.score is None:
+        raise ValueError(
+            f"decoding.samples={config.decoding.samples}: nothing scores the texts of {family.name}, and a judge reads "
+            "one text an instruction"
+        )
+    if config.optimizer.head_lr is not None and not attachment(config, family)["heads"]:
+        raise ValueError(
+            "optimizer.head_lr: no head is trained; leave it out, or name one in intervention.heads"
+        )
 
 
 def check_monitor(config: Config, measures: Sequence[str], tasks: Sequence[str]) -> None:
@@ -157,7 +215,7 @@ def check_monitor(config: Config, measures: Sequence[str], tasks: Sequence[str])
     Raises:
         ValueError: for an unknown score, or early stopping without validation rows.
     """
-    scores = [*measures, *(["option_accuracy"] * config.option_likelihood)]
+    scores = [name for name in measures if name != "option_accuracy" or config.option_likelihood]
     known = ["val/loss", *(f"val/{s}" for s in scores), *(f"val/{t}/{s}" for t in tasks for s in scores)]
     name = config.callbacks.monitor
     if tasks and name not in known:
@@ -192,7 +250,7 @@ def model_source(config: Config, family: AnyFamily | None = None) -> dict[str, A
     return model | kind | {"seed": config.seed}
 
 
-def attachment(config: Config, family: AnyFamily) -> dict[str, Any]:
+def attachment(config: Config, family: AnyFamily | None = None) -> dict[str, Any]:
     """Return the arguments of :func:`attach`.
 
     A setting that the method's class does not take is left out where it stands at its default. A classifier's head

@@ -16,6 +16,7 @@ import torch
 from lightning import Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from .callbacks import finish_wandb
 from .checkpoint import load_adapter
@@ -62,7 +63,7 @@ def run(config: Config, folder: Path, experiment: str | None = None) -> dict[str
 def _run(config: Config, folder: Path, experiment: str | None) -> dict[str, Any]:
     try:
         choose_monitor(config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SetupError(str(error)) from error
     values = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
     last = folder / "checkpoints" / "last.ckpt"
@@ -250,8 +251,10 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
         original = Results.read(folder)
         original.update(test_reads=[*original.values["test_reads"], *results.values["test_reads"]])
     results.update(
-        status="complete", finished=now(), method=config.intervention.method, model=config.model.name
-    )
+        status="complete", finished=now(), method=config.intervention.method, model=config.model.name,
+        trainable_parameters=objects.count.trainable, percent=objects.count.percent,
+        head_parameters=objects.head_parameters, commonest_answers=objects.commonest,
+    )  # fmt: skip
     print_table(results.values)
     return results.values
 
@@ -267,5 +270,9 @@ def load_run_config(folder: Path) -> Config:
         raise ValueError(
             f"{folder} is no run folder: it has no config.yaml; give the folder that reft-train named"
         )
-    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
-    return OmegaConf.to_object(merged)
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+    except OmegaConfBaseException as error:
+        raise ValueError(
+            f"{path} was written by another version of reft_lightning: {str(error).splitlines()[0]}"
+        ) from error

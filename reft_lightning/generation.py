@@ -102,7 +102,7 @@ class GenerationModule(FinetuningModule):
                 judged.append(scores)
                 missing += answer is None
                 row |= {"answer": answer, "gold": example.answer}
-                row |= {"correct": scores[self.family.measures[0]] == 1.0} if len(scores) == 1 else scores
+                row |= {"correct": 1.0 in scores.values()} if len(scores) == 1 else scores
             if options:
                 row["option"] = self._answer_of(options[i], example)
             self.predictions.append(row)

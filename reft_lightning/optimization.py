@@ -54,13 +54,16 @@ class Optimization:
 
 
 def parameter_groups(roles: dict[str, list[nn.Parameter]], settings: Optimization) -> list[dict[str, Any]]:
-    """Return one AdamW group a role: decay acts on weights and heads, never on R or on biases.
+    """Return one AdamW group a role: decay acts on weights, of heads too, never on R or on biases.
 
     Decay of R's free parameter would only change its scale, on which R does not depend; under other
     parametrisations of R it destroys the model (torch's orthogonal map turns to exactly 0).
     """
+    roles = dict(roles)
+    heads = roles.pop("head", [])
+    roles |= {"head": [p for p in heads if p.ndim > 1], "head_bias": [p for p in heads if p.ndim < 2]}
     decay = {"weight": settings.weight_decay, "head": settings.weight_decay}
-    rates = {"head": settings.head_lr or settings.lr}
+    rates = dict.fromkeys(("head", "head_bias"), settings.head_lr or settings.lr)
     groups = [
         {
             "name": role,

@@ -129,9 +129,9 @@ class DecodingConfig:
     no_repeat_ngram_size: int = 0
     repetition_penalty: float = 1.0
     samples: int = 1  # texts a row; pass@k needs at least k
-    verify: bool = (
-        True  # check a short gold target in one pass, decode from where the model differs: same texts
-    )
+    # check the gold target in one pass and decode from where the model differs: the same texts, sooner where
+    # answers are short. None: as the family says (commonsense and reading yes, chains of thought and code no)
+    verify: Optional[bool] = None
 
 
 @dataclass

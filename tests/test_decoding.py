@@ -242,6 +242,23 @@ def test_stop_strings_end_a_text_in_the_same_place():
             )
 
 
+def test_a_stop_string_is_looked_for_behind_the_prompt_alone():
+    """A completion that begins with "def" behind a prompt that ends in a newline goes on; Hugging Face stops there."""
+    model, tokenizer = byte_model(), byte_tokenizer()
+    batch = bytes_batch(["yes", "no", "so it is"])
+    free = generate_ids(model, batch, tokenizer, Decoding(6, verify=False))
+    last = int(batch["input_ids"][0, batch["boundary"] - 1])
+    across = tokenizer.decode([last, int(free[0, 0])])
+    stops = Decoding(6, verify=False, stop_strings=(across,))
+    found = generate_ids(model, batch, tokenizer, stops)
+    text = tokenizer.decode(free[0], skip_special_tokens=True)
+    assert across not in text, "the check below needs a stop string that only the prompt's end completes"
+    assert torch.equal(found[0], free[0])
+    assert torch.equal(
+        generate_ids(model, with_draft(free), tokenizer, Decoding(6, stop_strings=(across,)))[0], free[0]
+    )
+
+
 # --- texts and settings ---------------------------------------------------------------------------------------
 
 

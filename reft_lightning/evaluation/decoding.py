@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.cache_utils import DynamicLayer
-from transformers.generation import StopStringCriteria
+from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,11 @@ class Decoding:
                 )
         if self.top_p > 1:
             raise ValueError(f"decoding.top_p must be at most 1; got {self.top_p}")
+        if 1 < self.num_beams < self.samples:
+            raise ValueError(
+                f"decoding.samples={self.samples} of {self.num_beams} beams: set decoding.num_beams to "
+                f"{self.samples} or more, or to 1"
+            )
         if self.samples > 1 and not self.do_sample and self.num_beams < self.samples:
             raise ValueError(
                 f"decoding.samples={self.samples} greedy texts of a row would be the same: set "
@@ -163,8 +168,11 @@ def _decode(
     if decoding.num_beams > 1:
         settings["early_stopping"] = True
     if decoding.stop_strings:
-        settings["stop_strings"] = list(decoding.stop_strings)
-        more["tokenizer"] = tokenizer
+        prompt = more.get("prompt_mask", torch.ones_like(ids, dtype=torch.bool))
+        first = prompt.shape[1] - (attention.bool() & ~prompt).sum(-1).repeat_interleave(decoding.samples)
+        more["stopping_criteria"] = StoppingCriteriaList(
+            [_Stop(tokenizer, decoding.stop_strings, first.tolist())]
+        )
     whole = model.generate(
         input_ids=ids, attention_mask=attention, generation_config=GenerationConfig(**settings), **more
     )
@@ -195,7 +203,7 @@ def _verified(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: Decod
     )  # those and the model's own behind them
     ends = own == eos
     if decoding.stop_strings:
-        ends |= _stops(inputs["input_ids"][:, :boundary], own, tokenizer, decoding.stop_strings)
+        ends |= _stops(own, tokenizer, decoding.stop_strings)
     ends &= known
     behind = ends.cumsum(-1) - ends.long() > 0
     tokens = F.pad(own.masked_fill(behind | ~known, pad), (0, most - t - 1), value=pad)
@@ -206,14 +214,32 @@ def _verified(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: Decod
     return tokens
 
 
-def _stops(
-    prompts: Tensor, tokens: Tensor, tokenizer: Any, stop_strings: tuple[str, ...]
-) -> Tensor:  # (b, boundary), (b, n) -> (b, n)
-    """Return where ``generate`` would stop: asked of its own criterion, token by token."""
-    stop = StopStringCriteria(tokenizer=tokenizer, stop_strings=list(stop_strings))
-    whole = torch.cat([prompts, tokens], 1)
-    found = [stop(whole[:, : prompts.shape[1] + j + 1], None) for j in range(tokens.shape[1])]
-    return torch.stack(found, 1).to(tokens.device)
+class _Stop(StoppingCriteria):
+    """End a row whose new text holds a stop string.
+
+    Hugging Face's own criterion reads across the end of the prompt: behind a newline, a text that begins with "def"
+    would end there.
+
+    Args:
+        tokenizer: decodes the new tokens.
+        stop_strings: any of them ends a text.
+        first: of each row, the column in which its new text begins.
+    """
+
+    def __init__(self, tokenizer: Any, stop_strings: tuple[str, ...], first: list[int]) -> None:
+        self.tokenizer, self.stop_strings, self.first = tokenizer, stop_strings, first
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # (r, s) -> (r,)
+        rows = zip(input_ids.tolist(), self.first, strict=True)
+        texts = self.tokenizer.batch_decode([row[first:] for row, first in rows], skip_special_tokens=True)
+        found = [any(stop in text for stop in self.stop_strings) for text in texts]
+        return torch.tensor(found, device=input_ids.device)
+
+
+def _stops(tokens: Tensor, tokenizer: Any, stop_strings: tuple[str, ...]) -> Tensor:  # (b, n) -> (b, n)
+    """Return behind which of the new tokens a text has ended."""
+    stop = _Stop(tokenizer, stop_strings, [0] * len(tokens))
+    return torch.stack([stop(tokens[:, : j + 1], None) for j in range(tokens.shape[1])], 1)
 
 
 def _continue(

@@ -9,15 +9,18 @@ What this does not cover:
 - The limits of writing, network and processes are kept by the kernel where it has Landlock and seccomp (Linux on
   x86_64 and arm64, outside containers that forbid them; a warning says when a guard is missing). Elsewhere
   Python's audit hook alone keeps them, and that is no boundary for a program that means harm: it can be evaded,
-  it sees nothing of native code, and Python does not tell it of everything (`os.mkfifo`, in some versions threads).
+  it sees nothing of native code, and Python does not tell it of everything (`os.mkfifo`, `os.setpriority` and
+  `os.sched_setaffinity` of the evaluator, in some versions threads).
 - A program may read every file that this user may read, and see what `/proc` shows. It cannot send it anywhere,
   but run programs where nothing secret lies.
 - Not every change to files is writing: with the hook evaded, a program can change modes and times of files that
   this user owns.
 - Memory is limited for each process (of which there is one), disk by size and number of the files it makes. The
   processor is not reserved: programs run beside whatever else runs.
-- A program that looks for it can find the way to report that it passed, and a test can be deceived by an object
-  that equals everything: what is caught is leaving early and printing, not a program written to cheat.
+- pass@k is not safe against adversarial training. A program that looks for it passes falsely in about ten lines: it
+  reads the token from the inherited descriptor and writes the report itself, or returns an `int` subclass whose
+  `__eq__` is always true. What is caught is leaving early and printing, not a program written to cheat: use this to
+  measure models, never as the reward of reinforcement learning.
 - Flaws of the kernel and of the interpreter.
 
 For programs of a model that you do not trust, run the whole evaluation in a container or virtual machine without
@@ -131,10 +134,13 @@ def run_programs(
     Args:
         sources: texts; equal ones are run once.
         limits: of each.
-        workers: how many at a time; None for the number of processors, at most 8.
+        workers: how many at a time; None for this process's share of the processors, at most 8.
     """
     distinct = list(dict.fromkeys(sources))
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+    share = (os.cpu_count() or 1) // int(
+        os.environ.get("LOCAL_WORLD_SIZE", "1")
+    )  # of the ranks on this machine
+    with ThreadPoolExecutor(workers or max(1, min(8, share))) as pool:
         outcomes = dict(
             zip(distinct, pool.map(lambda source: run_program(source, limits), distinct), strict=True)
         )
