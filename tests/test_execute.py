@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -11,7 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from reft_lightning.evaluation import Limits, Outcome, execute, pass_at_k, run_program, run_programs
+from reft_lightning.evaluation import (
+    Limits,
+    Outcome,
+    confinement,
+    execute,
+    pass_at_k,
+    run_program,
+    run_programs,
+)
 
 SHORT = Limits(seconds=1, wall_seconds=2)
 CONFINEMENT = Path(execute.__file__).with_name("confinement.py")
@@ -307,6 +316,8 @@ class TestKernel:
             "os.kill(os.getppid(), 0)",
             "os.setsid()",
             "os.memfd_create('x')",
+            "import fcntl; fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())",
+            "import fcntl; fcntl.fcntl(os.pipe()[0], 10, 9)",  # F_SETSIG, SIGKILL
         ],
     )
     def test_seccomp_refuses_processes_signals_and_sockets(self, guards, body):
@@ -314,6 +325,54 @@ class TestKernel:
             pytest.skip("this kernel or machine has no seccomp filter")
         _, error = guarded(body)
         assert error.strip().splitlines()[-1].startswith("PermissionError: [Errno 1]")
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "os.setpriority(os.PRIO_PROCESS, os.getppid(), os.getpriority(os.PRIO_PROCESS, os.getppid()))",
+            "os.sched_setaffinity(os.getppid(), os.sched_getaffinity(os.getppid()))",
+            "os.sched_setscheduler(os.getppid(), os.SCHED_OTHER, os.sched_param(0))",
+            "os.sched_setparam(os.getppid(), os.sched_param(0))",
+            "resource.prlimit(os.getppid(), kind, resource.prlimit(0, kind))",
+        ],
+    )
+    def test_seccomp_refuses_changes_to_the_evaluator(self, guards, body):
+        if "seccomp" not in guards:
+            pytest.skip("this kernel or machine has no seccomp filter")
+        _, error = guarded(f"import resource\nkind = resource.RLIMIT_CORE\n{body}")
+        assert error.strip().splitlines()[-1].startswith("PermissionError: [Errno 1]")
+
+    def test_a_process_may_limit_itself_and_set_up_its_own_files(self, guards):
+        body = """
+import fcntl, resource
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+fcntl.fcntl(os.pipe()[0], fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+print("done")
+"""
+        lines, error = guarded(body)
+        assert (lines[-1], error) == ("done", "")
+
+    def test_the_numbers_are_those_of_the_kernels_headers(self):
+        calls = ["setpriority", "sched_setaffinity", "sched_setscheduler", "sched_setparam", "sched_setattr"]
+        calls += ["ioprio_set", "migrate_pages", "move_pages", "prlimit64", "fcntl"]
+        headers = (
+            Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
+            Path("/usr/include/asm-generic/unistd.h"),
+        )
+        if not all(header.is_file() for header in headers):
+            pytest.skip("no kernel headers of x86_64")
+        known = [
+            {
+                int(number)
+                for name in calls
+                for number in re.findall(rf"__NR(?:3264)?_{name} (\d+)", header.read_text())
+            }
+            for header in headers
+        ]
+        own = [*confinement.REFUSED_CALLS, *(numbers for numbers, *_ in confinement.DECIDED_CALLS)]
+        for column, numbers in enumerate(known):
+            assert len(numbers) == len(calls)
+            assert numbers <= {pair[column] for pair in own}
 
     @pytest.mark.parametrize(
         "body",
@@ -365,6 +424,7 @@ class TestHook:
             "import subprocess",
             "import socket; socket.socket()",
             "os.kill(os.getppid(), 0)",
+            "import fcntl; fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())",
             "open({path!r}, 'w')",
             "os.open({path!r}, os.O_RDWR | os.O_CREAT)",
             "os.mkdir({path!r})",

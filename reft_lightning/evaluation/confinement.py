@@ -25,6 +25,7 @@ REFUSED_EVENTS = (
     "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.startfile", "pty.spawn", "subprocess.Popen",
     "_thread.start", "os.kill", "signal.pthread_kill", "resource.", "socket.", "syslog.", "os.link", "os.symlink",
     "ctypes.", "code.__new__", "sqlite3.enable_load_extension", "sqlite3.load",
+    "fcntl.fcntl",  # an open file can be told to send signals to any process
 )  # fmt: skip
 # Doors to the system without events of their own, and to interpreters in which the hook is not installed.
 REFUSED_MODULES = (
@@ -54,7 +55,14 @@ REFUSED_CALLS = (
     (248, 217), (250, 219), (319, 279), (323, 282),  # add_key, keyctl, memfd_create, userfaultfd
     (272, 97), (308, 268), (165, 40), (166, 39), (155, 41), (161, 51),  # unshare, setns, (u)mount, *root
     (112, 157), (133, None), (259, 33), (321, 280), (298, 241), (169, 142),  # setsid, mknod*, bpf, perf, reboot
+    (141, 140), (203, 122), (144, 119), (142, 118), (314, 274), (251, 30),  # setpriority, sched_set*, ioprio_set
+    (256, 238), (279, 239),  # migrate_pages, move_pages: like those above, also of the evaluator
 )  # fmt: skip
+# System calls that one argument decides: numbers as above, which argument, its values, whether just these are allowed.
+DECIDED_CALLS = (
+    ((302, 261), 0, (0,), True),  # prlimit64, which is also how a process limits itself: process 0
+    ((72, 25), 1, (8, 10, 15), False),  # fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX, signals by an open file
+)
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH of the kernel
 
 
@@ -136,7 +144,7 @@ def landlock(ctypes, libc, folder: str) -> bool:
 
 
 def seccomp(ctypes, libc) -> bool:
-    """Refuse `REFUSED_CALLS` with EPERM from now on; False if the kernel or the machine cannot.
+    """Refuse `REFUSED_CALLS` and `DECIDED_CALLS` with EPERM from now on; False if kernel or machine cannot.
 
     Source: https://docs.kernel.org/userspace-api/seccomp_filter.html.
     """
@@ -151,6 +159,13 @@ def seccomp(ctypes, libc) -> bool:
     for number in (numbers[column] for numbers in REFUSED_CALLS):
         if number is not None:
             steps += [(equal, 0, 1, number), (give_back, 0, 0, refuse)]
+    for numbers, argument, values, allowed in DECIDED_CALLS:
+        then, otherwise = (allow, refuse) if allowed else (refuse, allow)
+        inner = [(load, 0, 0, 16 + 8 * argument)]  # its low half: the kernel reads an int
+        for value in values:
+            inner += [(equal, 0, 1, value), (give_back, 0, 0, then)]
+        inner.append((give_back, 0, 0, otherwise))
+        steps += [(equal, 0, len(inner), numbers[column]), *inner]
     steps.append((give_back, 0, 0, allow))
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
     program = struct.pack("@HP", len(steps), ctypes.addressof(code))
