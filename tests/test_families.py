@@ -11,9 +11,11 @@ import yaml
 from test_readme import code_with
 
 from reft_lightning import composition, experiment
-from reft_lightning.data import FAMILIES, ClassificationFamily, get_family
+from reft_lightning.construction import reported
+from reft_lightning.data import FAMILIES, ClassificationFamily, Example, Family, Judgement, get_family
 from reft_lightning.data.prompts import TEMPLATES
 from reft_lightning.data.rows import HubRows, hub_rows
+from reft_lightning.evaluation import Decoding
 
 CONF = Path(composition.config_dir()) / "data"
 FILES = sorted(CONF.glob("*.yaml"))
@@ -135,3 +137,61 @@ def test_a_file_on_the_hub_is_read_where_there_is_no_table(tmp_path, monkeypatch
     rows = hub_rows(HubRows("owner/name", split="test", file="rows.json"))
     assert [row["instruction"] for row, _ in rows] == ["a", "b"]
     assert asked == [("json", {"test": "hf://datasets/owner/name@main/rows.json"})]
+
+
+BERT = ["model.config.model_type=bert"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["callbacks.monitor=val/strict_accuracy"],
+            r"monitor must be one of val/loss, val/accuracy.*strict_accuracy",
+        ),
+        (["option_likelihood=false", "callbacks.monitor=val/option_accuracy"], "monitor must be one of"),
+        (["optimizer.head_lr=1e-3"], "no head is trained"),
+        (["decoding.samples=2"], "would be the same"),
+        (["decoding.max_new_tokens=0"], "max_new_tokens must be at least 1"),
+        (BERT, "is an encoder"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_would_fail_after_training_is_refused_before(rows, tmp_path, overrides, message):
+    with pytest.raises(experiment.SetupError, match=message):
+        short_runs.run(rows, tmp_path, *overrides)
+    assert not (tmp_path / "config.yaml").exists()
+
+
+@pytest.fixture
+def rows(tmp_path_factory):
+    return short_runs.write_rows(tmp_path_factory.mktemp("rows"))
+
+
+def test_missing_test_rows_are_found_before_training(rows, tmp_path):
+    for file in (rows / "boolq").glob("test*"):
+        file.unlink()
+    with pytest.raises(experiment.SetupError, match=r"lacks boolq/test\.json"):
+        short_runs.run(rows, tmp_path)
+    results = short_runs.run(rows, tmp_path, "test=false", "trainer.max_steps=1")
+    assert results["status"] == "complete"
+
+
+def test_classifiers_refuse_decoding(tmp_path):
+    settings = composition.compose(["model=tiny_random", "data=glue_rte", "decoding.num_beams=4"])
+    with pytest.raises(experiment.SetupError, match=r"decoding\.num_beams means nothing"):
+        experiment.run(settings, tmp_path)
+
+
+def test_a_scorer_that_gives_an_undeclared_measure_is_refused():
+    family = Family("odd", 1, {}, 4, score=lambda texts, example: Judgement(None, {"em": 1.0}))
+    with pytest.raises(ValueError, match=r"'em', which its measures .* do not declare"):
+        reported(family, Example("odd", "q", "a", "a"), Decoding(4))
+
+
+def test_pass_at_k_is_monitored_only_with_k_samples():
+    family = FAMILIES["code"]
+    answer = json.dumps({"before": "def f():\n", "after": "\nassert f() == 1\n"})
+    example = Example("humaneval", "def f():\n", "    return 1", answer)
+    assert reported(family, example, Decoding(4)) == ("pass@1",)
+    assert reported(family, example, Decoding(4, do_sample=True, samples=10)) == ("pass@1", "pass@10")
