@@ -18,10 +18,13 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
+from .baseline_methods import IN_PLACE, check_baseline, is_baseline
+from .baselines import Baseline, InPlaceBaseline
 from .checkpoint import ReftConfig
 from .heads import heads_to_train
 from .interventions import Intervention, intervention_class, method_name
 from .model import ParameterCount, ReftModel
+from .peft_baselines import PeftBaseline
 from .positions import MaskFunction
 from .sites import check_layers, text_config
 
@@ -90,6 +93,26 @@ def attach(
         base_model=base,
     )
     return ReftModel(base_model, config)
+
+
+def adapt(base_model: PreTrainedModel, method: str = "loreft", **settings: Any) -> ReftModel | Baseline:
+    """Attach interventions, or one of the baselines: whatever ``intervention.method`` may name.
+
+    Args:
+        base_model: a Hugging Face model; it is changed in place.
+        method: what :func:`attach` takes, ``peft/lora`` and the like, ``bitfit``, ``full`` or ``frozen``.
+        **settings: the arguments of :func:`attach`; ``heads`` and the options of a baseline.
+
+    Raises:
+        ValueError: for anything unknown or out of range.
+    """
+    if not is_baseline(method):
+        return attach(base_model, method, **settings)
+    heads = heads_to_train(base_model, settings.pop("heads", ()))
+    if method in IN_PLACE:
+        check_baseline(method, settings)
+        return InPlaceBaseline(base_model, method, heads)
+    return PeftBaseline(base_model, method, heads, settings)
 
 
 def build_on_meta(config: PretrainedConfig, task: str = "causal_lm") -> PreTrainedModel:

@@ -13,9 +13,10 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
 
-from .attachment import attach
+from .attachment import adapt
 from .base_models import load_base_model
-from .checkpoint import load_adapter
+from .baselines import Baseline
+from .checkpoint import load_state
 from .construction import attachment, family_of, model_source
 from .data import ClassificationFamily, Example
 from .data.encoding import Collator, encode
@@ -81,18 +82,18 @@ def main(folder: Path, max_new_tokens: int = 64, template: str | None = None) ->
             )
 
 
-def load(folder: Path) -> tuple[ReftModel, Any]:
+def load(folder: Path) -> tuple[ReftModel | Baseline, Any]:
     """Return the adapted model of a run folder, ready to generate, and its tokenizer."""
     config = load_run_config(folder)
-    _, adapter = load_adapter(folder / "adapter")  # a missing one is said before weights are loaded
+    adapter = load_state(folder / "adapter")  # a missing one is said before weights are loaded
     base, tokenizer = load_base_model(**model_source(config))
-    model = attach(base, **attachment(config))
+    model = adapt(base, **attachment(config))
     model.load_adapter_state_dict(adapter)
     return model.eval(), tokenizer
 
 
 def answer(
-    model: ReftModel,
+    model: ReftModel | Baseline,
     tokenizer: Any,
     text: str,
     max_new_tokens: int,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from .positions import MaskFunction, parse_positions
 
 FORMAT = 1
 CONFIG_FILE, TENSOR_FILE, CARD_FILE = "reft_config.json", "reft.safetensors", "README.md"
+BASELINE_CONFIG_FILE, BASELINE_FILE = "baseline_config.json", "baseline.safetensors"
+PEFT_CONFIG_FILE, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 class LayerSpec(NamedTuple):
@@ -100,14 +103,22 @@ def save_adapter(folder: str | os.PathLike, config: ReftConfig, state: dict[str,
     """Write the three files of an adapter."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    _replace(folder / TENSOR_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_tensors(folder / TENSOR_FILE, state)
     text = json.dumps(config.to_dict(), indent=2) + "\n"
-    _replace(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
-    _replace(folder / CARD_FILE, lambda path: path.write_text(model_card(config, count), encoding="utf-8"))
+    replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(
+        folder / CARD_FILE, lambda path: path.write_text(model_card(config, count), encoding="utf-8")
+    )
 
 
-def _replace(path: Path, write: Any) -> None:
+def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write tensors into a safetensors file."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    replace_file(path, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file beside its place and move it there."""
     partial = path.with_name(path.name + ".partial")
     write(partial)
     os.replace(partial, path)
@@ -133,6 +144,23 @@ def load_adapter(
     return config, load_file(folder / TENSOR_FILE)
 
 
+def load_state(folder: str | os.PathLike) -> dict[str, Tensor]:
+    """Read the trained tensors of a saved adapter or baseline: what ``load_adapter_state_dict`` takes.
+
+    Which one it is, its files say: ``reft_config.json``, peft's ``adapter_config.json`` or ``baseline_config.json``.
+
+    Raises:
+        FileNotFoundError: if the folder holds none, or not the tensors.
+    """
+    folder = Path(folder)
+    for config, tensors in ((PEFT_CONFIG_FILE, PEFT_FILE), (BASELINE_CONFIG_FILE, BASELINE_FILE)):
+        if (folder / config).is_file():
+            if not (folder / tensors).is_file():
+                raise FileNotFoundError(f"{folder} holds no adapter: {tensors} is missing beside {config}")
+            return load_file(folder / tensors)
+    return load_adapter(folder)[1]
+
+
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -153,20 +181,23 @@ def model_card(config: ReftConfig, count: Any) -> str:
         header.append(f"base_model: {config.base_model}")
     settings = "\n".join(f"| {name} | `{value}` |" for name, value in config.to_dict().items())
     name = config.base_model or "..."
+    kind = "AutoModelForSequenceClassification" if config.heads else "AutoModelForCausalLM"
+    arguments = ", num_labels=..." if config.heads else ""
+    beside = f", beside the heads {', '.join(config.heads)}" if config.heads else ""
     return (
         "\n".join(header)
         + f"""
 ---
 # A ReFT adapter ({config.method}) for {base}
 
-Representation Finetuning (ReFT, arXiv:2404.03592): {count.trainable:,} trained parameters, {count.percent:.4f} % of
-the frozen base model's {count.base:,}.
+Representation Finetuning (ReFT, arXiv:2404.03592): {count.trainable:,} trained parameters{beside},
+{count.percent:.4f} % of the frozen base model's {count.base:,}.
 
 ```python
 import reft_lightning as rl
-from transformers import AutoModelForCausalLM
+from transformers import {kind}
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
+model = {kind}.from_pretrained("{name}"{arguments})
 reft = rl.ReftModel.from_pretrained(model, "this folder or its name on the hub")
 ```
 

@@ -26,6 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from .baseline_methods import check_baseline, is_baseline
 from .schema import CHOICES, Config
 from .vocabulary import Vocabulary, did_you_mean
 
@@ -229,7 +230,13 @@ def _check_values(config: Config) -> None:
 def _check_intervention(config: Config, vocabulary: Vocabulary) -> None:
     """Check a method that no YAML file names and options of its class; only these need torch this early."""
     intervention = config.intervention
-    named = {option.rpartition("/")[2] for option in vocabulary.groups["intervention"]} | {"none"}
+    if is_baseline(intervention.method):
+        try:
+            check_baseline(intervention.method, intervention.options)
+        except ValueError as error:
+            raise CompositionError(f"intervention: {error}") from error
+        return
+    named = {option for option in vocabulary.groups["intervention"] if "/" not in option} | {"none"}
     if intervention.method in named and not intervention.options:
         return
     from .interventions import intervention_class, settings_of

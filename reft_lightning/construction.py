@@ -19,8 +19,10 @@ from lightning import Trainer
 from omegaconf import OmegaConf
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
-from .attachment import attach, build_on_meta
+from .attachment import adapt, build_on_meta
 from .base_models import load_base_model, load_config, load_tokenizer
+from .baseline_methods import IN_PLACE, is_baseline
+from .baselines import Baseline
 from .callbacks import WandbReport, build_callbacks, build_loggers
 from .classification import ClassificationModule
 from .data import Family, get_family
@@ -49,7 +51,7 @@ PLACE = ("source", "name", "path", "package", "sha256", "revision")  # where a m
 class Objects:
     """What a configuration builds."""
 
-    model: ReftModel
+    model: ReftModel | Baseline
     data: FamilyDataModule
     module: FinetuningModule
     count: ParameterCount
@@ -87,7 +89,7 @@ def build(config: Config) -> Objects:
             f"model {config.model.name} is an encoder, every token of which reads those behind it: it cannot learn to "
             f"say a target (family {family.name}). Choose a data=glue_... file, or a decoder."
         )
-    attach(
+    adapt(
         build_on_meta(hf_config, source["task"]), **attached
     )  # raises what attaching would, without weights
     tokenizer = load_tokenizer(**{k: source[k] for k in (*PLACE, "tokenizer")})
@@ -107,7 +109,7 @@ def build(config: Config) -> Objects:
             # the name in all of transformers 5; 5.23 deprecates it for 6
             warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable.*deprecated", FutureWarning)
             base_model.gradient_checkpointing_enable()
-    model = attach(base_model, **attached)
+    model = adapt(base_model, **attached)
     model.config.base_model = config.model.name  # a folder of this machine means nothing elsewhere
     if decoding is None:
         module: FinetuningModule = ClassificationModule(model, tokenizer, data, optimization)
@@ -121,7 +123,7 @@ def build(config: Config) -> Objects:
         )  # fmt: skip
     module.train()  # Lightning starts training in the mode it finds; the base's dropout is 0 unless asked for
     # of the published model: a head in float32 has a copy of embeddings that it shares there
-    count = attach(build_on_meta(base_model.config, source["task"]), **attached).parameter_count()
+    count = adapt(build_on_meta(base_model.config, source["task"]), **attached).parameter_count()
     name = f"{config.model.name} {config.intervention.method} seed {config.seed}"
     return Objects(model, data, module, count, commonest, measures, name, _described(decoding))
 
@@ -251,7 +253,7 @@ def model_source(config: Config, family: AnyFamily | None = None) -> dict[str, A
 
 
 def attachment(config: Config, family: AnyFamily | None = None) -> dict[str, Any]:
-    """Return the arguments of :func:`attach`.
+    """Return the arguments of :func:`adapt`.
 
     A setting that the method's class does not take is left out where it stands at its default. A classifier's head
     is trained unless ``intervention.heads`` says otherwise.
@@ -262,6 +264,8 @@ def attachment(config: Config, family: AnyFamily | None = None) -> dict[str, Any
         values["heads"] = "auto" if isinstance(family, ClassificationFamily) else ()
     if values["method"] == "none":  # the head alone
         return {"method": "none", "heads": values["heads"]}
+    if is_baseline(values["method"]):
+        return _baseline(config, values["heads"]) | options
     taken = settings_of(intervention_class(values["method"]))
     for name in ("rank", "dropout", "dropout_on", "init", "weight_dtype"):
         if values[name] is None or (name not in taken and values[name] == getattr(defaults, name)):
@@ -269,6 +273,21 @@ def attachment(config: Config, family: AnyFamily | None = None) -> dict[str, Any
     if isinstance(values["layers"], dict):
         values["layers"] = {int(layer): own or {} for layer, own in values["layers"].items()}
     return values | options
+
+
+def _baseline(config: Config, heads: Any) -> dict[str, Any]:
+    """Return the arguments of :func:`adapt` for a baseline; nothing of a frozen model is trained unless named.
+
+    Raises:
+        ValueError: for a setting of interventions, which would change nothing.
+    """
+    intervention, defaults = config.intervention, vars(InterventionConfig())
+    method = intervention.method
+    for name in defaults.keys() - {"method", "heads", "options"}:
+        if (value := getattr(intervention, name)) != defaults[name]:
+            where = "" if method in IN_PLACE else ", whose own settings stand in intervention.options"
+            raise ValueError(f"intervention.{name}={value} means nothing to {method}{where}: leave it out")
+    return {"method": method, "heads": () if method == "frozen" and intervention.heads is None else heads}
 
 
 def data_module(

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .callbacks import finish_wandb
-from .checkpoint import load_adapter
+from .checkpoint import load_state
 from .construction import Objects, build, build_trainer, choose_monitor, quiet_lightning
 from .data.instruction import alpaca_eval_outputs
 from .interventions import nearest
@@ -125,6 +125,22 @@ def _stages(
     validated = bool(objects.data.val_tasks)
     if not validated:
         trainer.limit_val_batches = 0
+    if any(objects.model.parameter_roles().values()):
+        _train(config, objects, trainer, results, resume)
+    else:
+        log.info("%s trains nothing", config.intervention.method)
+        results.update(train_seconds=0.0, steps=0, tokens=0, tokens_per_second=0.0)
+    if trainer.is_global_zero:
+        objects.model.save_pretrained(folder / "adapter")
+    if validated:
+        evaluate_split(trainer, objects, "validation", folder, results, "")
+    if split == "test":
+        evaluate_split(trainer, objects, "test", folder, results, "")
+    results.update(peak_memory_bytes=peak_memory_bytes())
+
+
+def _train(config: Config, objects: Objects, trainer: Trainer, results: Results, resume: Path | None) -> None:
+    """Fit, and go back to the checkpoint that validation chose."""
     trainer.fit(objects.module, objects.data, ckpt_path=resume, weights_only=False)
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -144,13 +160,6 @@ def _stages(
         checkpoint = torch.load(best, map_location="cpu", weights_only=False)
         objects.module.load_state_dict(checkpoint["state_dict"])
         results.update(best_step=checkpoint["global_step"])
-    if trainer.is_global_zero:
-        objects.model.save_pretrained(folder / "adapter")
-    if validated:
-        evaluate_split(trainer, objects, "validation", folder, results, "")
-    if split == "test":
-        evaluate_split(trainer, objects, "test", folder, results, "")
-    results.update(peak_memory_bytes=peak_memory_bytes())
 
 
 def evaluate_split(
@@ -236,7 +245,7 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
         raise ValueError(f"{folder} is part of a search, whose test split is sealed")
     quiet_lightning()
     seed_everything(config.seed, workers=True, verbose=False)
-    _, adapter = load_adapter(folder / "adapter")  # a missing one is said before weights are loaded
+    adapter = load_state(folder / "adapter")  # a missing one is said before weights are loaded
     objects = build(config)
     objects.model.load_adapter_state_dict(adapter)
     target = new_folder(folder / "evaluations")

@@ -1,0 +1,114 @@
+"""What ReFT is compared with: the names of the baselines, and the options that each takes.
+
+``peft/NAME`` is a method of the peft library; the options are the arguments of its configuration class. ``bitfit``,
+``full`` and ``frozen`` train the base model's own parameters, or none, and take no options.
+
+Importing this file costs nothing: peft is imported when the options of one of its methods are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from .vocabulary import did_you_mean
+
+PEFT = "peft/"
+IN_PLACE = ("bitfit", "full", "frozen")
+
+# peft's configuration class, and what makes the method of it.
+PEFT_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("LoraConfig", {}),  # Hu et al. 2021, arXiv:2106.09685
+    "rslora": ("LoraConfig", {"use_rslora": True}),  # Kalajdzievski 2023, arXiv:2312.03732
+    "dora": ("LoraConfig", {"use_dora": True}),  # Liu et al. 2024, arXiv:2402.09353
+    "ia3": ("IA3Config", {}),  # Liu et al. 2022, arXiv:2205.05638
+    "prefix_tuning": ("PrefixTuningConfig", {}),  # Li and Liang 2021, arXiv:2101.00190
+    "prompt_tuning": ("PromptTuningConfig", {}),  # Lester et al. 2021, arXiv:2104.08691
+    "road": ("RoadConfig", {}),  # Liao and Monz 2024, arXiv:2409.00119
+    "vera": ("VeraConfig", {}),  # Kopiczko et al. 2023, arXiv:2310.11454
+    "oft": ("OFTConfig", {}),  # Qiu et al. 2023, arXiv:2306.07280
+}
+
+# Arguments of peft's classes that the framework sets, or that would break what it promises of an adapted model.
+KEPT = {
+    "task_type": "it is read from the model",
+    "peft_type": "it is the method",
+    "base_model_name_or_path": "it is model.name",
+    "revision": "it is model.revision",
+    "inference_mode": "adapters are trained here",
+    "modules_to_save": "name trained heads in intervention.heads",
+    "bias": "trained biases of the base would stay where the adapter is disabled; intervention=bitfit trains biases",
+    "prefix_projection": "what peft saves of a projected prefix cannot be trained further, so no run could be resumed",
+    "trainable_token_indices": "trained embeddings of the base are not supported",
+    "auto_mapping": "peft fills it in",
+    "peft_version": "peft fills it in",
+}
+
+
+def is_baseline(method: Any) -> bool:
+    """Whether a method of the configuration is a baseline, whatever follows ``peft/``."""
+    return isinstance(method, str) and (method.startswith(PEFT) or method in IN_PLACE)
+
+
+def check_baseline(method: str, options: Mapping[str, Any]) -> None:
+    """Refuse an unknown method or option.
+
+    Raises:
+        ValueError: with the nearest name and the allowed ones.
+    """
+    allowed = options_of(method)
+    for name in options:
+        if name in KEPT:
+            raise ValueError(f"{method}: leave the option {name!r} out, {KEPT[name]}")
+        if name not in allowed:
+            takes = ", ".join(sorted(allowed)) or "none"
+            raise ValueError(
+                f"{method} takes no option {name!r}{did_you_mean(name, allowed)}\nit takes {takes}"
+            )
+
+
+def options_of(method: str) -> list[str]:
+    """Return the names of a baseline's options.
+
+    Raises:
+        ValueError: for an unknown method.
+    """
+    if method in IN_PLACE:
+        return []
+    name, fixed = _peft_method(method)
+    return [f.name for f in fields(_class(name)) if f.init and f.name not in {*KEPT, *fixed}]
+
+
+def peft_config(method: str, options: Mapping[str, Any]) -> Any:
+    """Return peft's configuration object of a method with some options.
+
+    Raises:
+        ValueError: for an unknown method or option, or what peft itself refuses.
+    """
+    check_baseline(method, options)
+    name, fixed = _peft_method(method)
+    try:
+        return _class(name)(**options, **fixed)
+    except TypeError as error:
+        raise ValueError(f"{method}: {error}") from error
+
+
+def _peft_method(method: str) -> tuple[str, dict[str, Any]]:
+    known = [f"{PEFT}{name}" for name in PEFT_METHODS]
+    if method not in known:
+        names = [*known, *IN_PLACE]
+        raise ValueError(
+            f"unknown baseline {method!r}; known are {', '.join(names)}{did_you_mean(method, names)}"
+        )
+    return PEFT_METHODS[method.removeprefix(PEFT)]
+
+
+def _class(name: str) -> Any:
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"the peft methods need the peft library ({error}): pip install 'reft_lightning[peft]'"
+        ) from error
+    return getattr(peft, name)

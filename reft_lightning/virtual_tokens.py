@@ -1,0 +1,113 @@
+"""Trained virtual tokens in front of every row: prompt tuning (embeddings) and prefix tuning (keys and values).
+
+Two hooks on the transformer inside a base model put the tokens in front of whatever it reads first, and of nothing it
+reads later: training, evaluation and every kind of generation go the same way, and rows may be padded on the left.
+(peft's own wrapper drops the positions of left-padded rows under prompt tuning.) Virtual tokens are the positions
+0..v-1 and the text's first token is position v, whatever padding stands between.
+
+A decoder's outputs hold the text's columns alone, so labels, ``logits_to_keep`` and a classifier's last token mean
+what they mean without virtual tokens. An encoder's keep the virtual ones, on whose first a classifier reads, as
+under peft.
+
+Shapes: b rows, s columns, v virtual tokens, d width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+
+def is_decoder(model: PreTrainedModel) -> bool:
+    """Whether a model reads from left to right."""
+    kind = type(model.config)
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
+
+
+class VirtualTokens:
+    """Put the virtual tokens of a peft model in front of what its base model reads.
+
+    Args:
+        peft_model: of a prompt learning method.
+
+    Attributes:
+        enabled: whether they are put there.
+        calls: how often the transformer was called with them.
+    """
+
+    def __init__(self, peft_model: Any) -> None:
+        self.peft_model = peft_model
+        settings = peft_model.active_peft_config
+        self.count: int = settings.num_virtual_tokens
+        self.prefix = settings.peft_type.value == "PREFIX_TUNING"
+        self.enabled = True
+        base = peft_model.get_base_model()
+        self.decoder = is_decoder(base)
+        # a language model may call its decoder past the model around it (OPT)
+        self.inner = base.get_decoder() if isinstance(base, GenerationMixin) else base.base_model
+        self._names = list(inspect.signature(self.inner.forward).parameters)
+        self._in_front = 0  # columns that the call under way has in front of the text's
+        self.calls = 0
+        self.inner.register_forward_pre_hook(self._before, with_kwargs=True)
+        self.inner.register_forward_hook(self._after)
+
+    def _before(
+        self, module: Any, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        self._in_front = 0
+        if not self.enabled:
+            return None
+        self.calls += 1
+        kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        tokens = kwargs.get("input_ids")
+        rows = len(tokens if tokens is not None else kwargs["inputs_embeds"])
+        past = kwargs.get("past_key_values")
+        first = past is None or past.get_seq_length() == 0
+        mask = kwargs.get("attention_mask")
+        if mask is not None:
+            if mask.ndim != 2:
+                raise ValueError(
+                    f"virtual tokens need an attention mask of rows and columns; got the shape {tuple(mask.shape)} "
+                    "(a static cache makes such a mask: generate with a dynamic one)"
+                )
+            kwargs["attention_mask"] = F.pad(mask, (self.count, 0), value=1)
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"] + self.count
+        if first and self.prefix:
+            kwargs["past_key_values"] = self._keys_and_values(rows, past)
+        elif first:
+            self._embeddings(rows, kwargs)
+            self._in_front = self.count
+        return (), kwargs
+
+    def _keys_and_values(self, rows: int, cache: Any) -> Any:
+        """Return the cache, or a new one, with the prefix of every layer in it."""
+        cache = DynamicCache(config=self.inner.config) if cache is None else cache
+        for index, layer in enumerate(self.peft_model.get_prompt(rows).layers):
+            cache.update(layer.keys, layer.values, index)
+        return cache
+
+    def _embeddings(self, rows: int, kwargs: dict[str, Any]) -> None:
+        """Replace token ids by embeddings with the virtual tokens' in front."""
+        embeddings = kwargs.get("inputs_embeds")
+        if embeddings is None:
+            embeddings = self.inner.get_input_embeddings()(kwargs["input_ids"])  # (b, s, d)
+        prompt = self.peft_model.get_prompt(rows).to(embeddings.dtype)  # (b, v, d)
+        kwargs["inputs_embeds"], kwargs["input_ids"] = torch.cat([prompt, embeddings], 1), None
+        positions: Tensor | None = kwargs.get("position_ids")
+        if positions is not None:
+            own = torch.arange(self.count, device=positions.device).expand(len(positions), -1)
+            kwargs["position_ids"] = torch.cat([own, positions], 1)
+        if kwargs.get("token_type_ids") is not None:
+            kwargs["token_type_ids"] = F.pad(kwargs["token_type_ids"], (self.count, 0), value=0)
+
+    def _after(self, module: Any, args: tuple, output: Any) -> Any:
+        if self._in_front and self.decoder:
+            output.last_hidden_state = output.last_hidden_state[:, self._in_front :]
+        return output
