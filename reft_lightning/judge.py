@@ -28,6 +28,7 @@ from .judges import EndpointJudge, FileJudge, Judge, JudgeFailed, ModelJudge, Pa
 log = logging.getLogger(__name__)
 
 JUDGES = ("file", "endpoint", "model")
+FIRST_PAIRS = 5  # when these are all refused, the judge refuses everything, not these pairs
 USAGE = (
     "reft-judge outputs=FILE reference=FILE judge=file annotations=FILE\n"
     "       reft-judge outputs=FILE reference=FILE judge=endpoint url=URL model=NAME [key_env=VARIABLE]\n"
@@ -185,7 +186,8 @@ def judge_pairs(
         both_orders: ask with either output first and take the mean, against a judge's liking for one place.
 
     Raises:
-        JudgeFailed: if the judge gives up; says how many judgements are kept.
+        JudgeFailed: if the judge gives up, which says how many judgements are kept, or refuses every one of the
+            first pairs. A judge that has answered before may refuse as many as it likes.
         ValueError: if the journal holds something else than judgements, or another process writes to it.
     """
     journal.parent.mkdir(parents=True, exist_ok=True)
@@ -209,15 +211,20 @@ def _judge_pairs(
     kept = sum(row["preference"] is not None for row in rows.values())
     if kept:
         log.info("%s has %d of %d judgements already", journal, kept, len(pairs))
+    answered, refused = kept > 0, 0
     with journal.open("a", encoding="utf-8") as file:
         for key, pair in zip(keys, pairs, strict=True):
             if key in rows and rows[key]["preference"] is not None:
                 continue
             try:
                 share = _share(pair, judge, both_orders)
+                answered = True
             except PairRefused as error:
-                if not kept:  # nothing has passed yet: more likely the whole endpoint than this pair
-                    raise JudgeFailed(str(error)) from error
+                refused += 1
+                if not answered and refused == min(FIRST_PAIRS, len(pairs)):
+                    raise JudgeFailed(
+                        f"the first {refused} pairs were all refused, the last: {error}"
+                    ) from error
                 log.warning("not judged: %r (%s)", pair.instruction[:60], error)
                 share = None
             except JudgeFailed as error:
@@ -226,7 +233,7 @@ def _judge_pairs(
                     "the same command goes on from there"
                 ) from error
             rows[key] = _annotation(key, pair, judge, share)
-            file.write(json.dumps(rows[key], ensure_ascii=False) + "\n")
+            file.write(json.dumps(rows[key]) + "\n")  # in ASCII: half a surrogate pair has no UTF-8
             file.flush()
             os.fsync(file.fileno())  # a judgement may have cost money
             kept += share is not None

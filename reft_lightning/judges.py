@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import json
 import logging
+import math
 import re
 import time
 import urllib.error
@@ -111,17 +112,21 @@ class FileJudge:
     """Judgements that someone else made: AlpacaEval's annotations, or what `reft-judge` wrote.
 
     A row counts for a pair whose texts it has, in either order: judgements of other outputs, also of another
-    version of the same model, are never used.
+    version of the same model, are never used. Rows with the same texts must agree: which of two judgements holds,
+    or whether they are two orders to average, only their maker knows.
 
     Args:
         rows: {instruction, output_1, output_2, preference}; None as preference says nothing.
         name: who judged.
+
+    Raises:
+        ValueError: if two rows contradict each other; names both.
     """
 
     def __init__(self, rows: list[Mapping[str, Any]], name: str) -> None:
         self.name = name
         self.instructions: set[str] = set()
-        self._shares: dict[tuple[str, str, str], float | None] = {}
+        self._judged: dict[tuple[str, str, str], tuple[float, int]] = {}  # texts -> share, row
         digest = hashlib.sha256()
         for i, row in enumerate(rows):
             where = f"judgement {i}"
@@ -130,9 +135,17 @@ class FileJudge:
             digest.update(json.dumps([instruction, first, second, preference]).encode())
             share = share_of_win(preference, where)
             self.instructions.add(instruction)
-            self._shares[instruction, first, second] = share
-            if first != second:
-                self._shares[instruction, second, first] = None if share is None else 1 - share
+            if share is None:
+                continue
+            shares = {(instruction, first, second): share}
+            shares.setdefault((instruction, second, first), 1 - share)  # equal outputs are one key
+            for texts, mine in shares.items():
+                known, at = self._judged.setdefault(texts, (mine, i))
+                if not math.isclose(known, mine, abs_tol=1e-9):
+                    raise ValueError(
+                        f"judgements {at} and {i} contradict each other: {known:g} and {mine:g} of a win for the same "
+                        f"output on {instruction!r:.80}; keep one of them, or their mean as preference"
+                    )
         self._digest = digest.hexdigest()[:16]
 
     @property
@@ -142,7 +155,8 @@ class FileJudge:
 
     def __call__(self, pair: Pair, model_first: bool) -> float | None:
         """Look the pair up; None where it is not there."""
-        return self._shares.get((pair.instruction, pair.reference_output, pair.output))
+        share, _ = self._judged.get((pair.instruction, pair.reference_output, pair.output), (None, None))
+        return share
 
 
 # --------------------------------------------------------------------------------------------- over an endpoint
@@ -290,6 +304,9 @@ class ModelJudge:
         name: recorded as the judge.
         max_length: tokens; None takes what the model was made for.
         place: where it was loaded from, part of its settings.
+
+    Raises:
+        ValueError: if max_length is None and the model's configuration does not say it.
     """
 
     def __init__(
@@ -301,7 +318,7 @@ class ModelJudge:
         place: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.name, self.place = model, tokenizer, name, dict(place or {})
-        self.max_length = max_length or model.config.max_position_embeddings
+        self.max_length = max_length or _tokens_read(model, name)
         self.template = "chat" if tokenizer.chat_template else "alpaca"
 
     @classmethod
@@ -356,6 +373,17 @@ class ModelJudge:
             logits = self.model(input_ids=ids, logits_to_keep=1).logits[0, -1].float()
         p_first = float(logits[[first.target_ids[at], second.target_ids[at]]].softmax(-1)[0])
         return p_first if model_first else 1 - p_first
+
+
+def _tokens_read(model: Any, name: str) -> int:
+    config = model.config.get_text_config()
+    try:
+        return config.max_position_embeddings
+    except AttributeError as error:
+        raise ValueError(
+            f"the configuration of {name} ({config.model_type}) does not say how many tokens it reads (it has no "
+            "max_position_embeddings): write max_length=N"
+        ) from error
 
 
 def annotator_of(rows: list[Mapping[str, Any]], path: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from reft_lightning.base_models import byte_tokenizer
 from reft_lightning.data.rows import read_json_file
@@ -195,6 +195,13 @@ class TestResume:
         assert judge_pairs([PAIR], Mute(), journal)[0]["preference"] is None
         assert judge_pairs([PAIR], Scripted(), journal)[0]["preference"] == 1.0
 
+    def test_a_text_that_utf8_cannot_write_is_judged_and_kept(self, tmp_path):
+        odd = Pair("Say A.", "half of a \ud83d", "reference says", "mine", "theirs")
+        again = Scripted(fail_at=0)
+        found = judge_pairs([odd], Scripted(), tmp_path / "j.jsonl")
+        assert found[0]["output_2"] == "half of a \ud83d"
+        assert judge_pairs([odd], again, tmp_path / "j.jsonl") == found
+
     def test_two_processes_do_not_write_one_journal(self, tmp_path):
         from filelock import FileLock
 
@@ -299,11 +306,27 @@ class TestEndpoint:
         found = judge_pairs(pairs(), judge, tmp_path / "j.jsonl")
         assert [row["preference"] is None for row in found].count(True) == 1
 
-    def test_a_refusal_at_the_very_first_pair_stops_at_once(self, endpoint, judge, tmp_path):
+    def test_a_first_pair_that_is_refused_does_not_stop_the_others_either(self, endpoint, judge, tmp_path):
+        endpoint.replies = {n: (400, b"content filter", {}) for n in range(4)}
+        found = judge_pairs(pairs(), judge, tmp_path / "j.jsonl")
+        assert [row["preference"] is None for row in found] == [True] * 4 + [False] * 6
+
+    @pytest.mark.parametrize(("rows", "asked"), [(10, 5), (2, 2)])
+    def test_a_judge_that_refuses_all_of_the_first_pairs_is_given_up(
+        self, endpoint, judge, tmp_path, rows, asked
+    ):
         endpoint.default = (400, b"max_tokens is not supported", {})
-        with pytest.raises(JudgeFailed, match="max_tokens is not supported"):
-            judge_pairs(pairs(), judge, tmp_path / "j.jsonl")
-        assert len(endpoint.requests) == 1
+        with pytest.raises(
+            JudgeFailed, match=rf"the first {asked} pairs were all refused.*max_tokens is not supported"
+        ):
+            judge_pairs(pairs()[:rows], judge, tmp_path / "j.jsonl")
+        assert len(endpoint.requests) == asked
+
+    def test_a_judge_that_has_answered_before_may_refuse_all_that_is_left(self, endpoint, judge, tmp_path):
+        judge_pairs(pairs()[:1], judge, tmp_path / "j.jsonl")
+        endpoint.default = (400, b"content filter", {})
+        found = judge_pairs(pairs(), judge, tmp_path / "j.jsonl")
+        assert [row["preference"] is None for row in found] == [False] + [True] * 9
 
     def test_an_endpoint_that_dies_midway_is_resumed(self, endpoint, judge, tmp_path):
         endpoint.replies = {n: (500, b"", {}) for n in range(6, 9)}
@@ -365,6 +388,15 @@ class TestModel:
         with pytest.raises(PairRefused, match=r"the question has \d+ tokens, tiny reads 2048"):
             tiny_judge(Pair("Say A.", "a" * 3000, "b", "mine", "theirs"), True)
 
+    def test_a_model_that_does_not_say_how_much_it_reads_is_asked_for_it(self):
+        config = BloomConfig(vocab_size=300, hidden_size=8, n_layer=1, n_head=1)
+        model, tokenizer = BloomForCausalLM(config), byte_tokenizer()
+        with pytest.raises(
+            ValueError, match=r"configuration of tiny \(bloom\) does not say .* write max_length=N"
+        ):
+            ModelJudge(model, tokenizer, "tiny")
+        assert ModelJudge(model, tokenizer, "tiny", max_length=100).max_length == 100
+
     def test_a_chat_model_is_asked_through_its_template(self, tiny_judge):
         tokenizer = byte_tokenizer()
         tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
@@ -392,6 +424,31 @@ class TestFile:
     @pytest.mark.parametrize("column", ["instruction", "output_1", "output_2"])
     def test_judgements_of_other_texts_do_not_count(self, column):
         assert self.judged(**{column: "something else"}) is None
+
+    ROW = {"instruction": "Say A.", "output_1": "reference says", "output_2": "model says"}  # noqa: RUF012
+    TURNED = {"instruction": "Say A.", "output_1": "model says", "output_2": "reference says"}  # noqa: RUF012
+
+    @pytest.mark.parametrize(
+        ("row", "preference", "shares"),
+        [(ROW, 1, "1 and 0"), (ROW, 1.5, "1 and 0.5"), (TURNED, 2, "0 and 1")],
+    )
+    def test_two_judgements_of_the_same_texts_must_agree(self, row, preference, shares):
+        rows = [
+            self.ROW | {"preference": 2},
+            self.ROW | {"preference": None},
+            row | {"preference": preference},
+        ]
+        with pytest.raises(ValueError, match=f"judgements 0 and 2 contradict each other: {shares} of a win"):
+            FileJudge(rows, "someone")
+
+    def test_judgements_that_agree_and_rows_without_one_count_once(self):
+        said = [(self.ROW, None), (self.ROW, 1.3), (self.TURNED, 1.7), (self.ROW, None)]
+        judge = FileJudge([row | {"preference": preference} for row, preference in said], "someone")
+        assert judge(PAIR, True) == pytest.approx(0.3)
+
+    def test_equal_outputs_are_a_pair_like_any_other(self):
+        row = {"instruction": "Say A.", "output_1": "A", "output_2": "A", "preference": 1}
+        assert FileJudge([row, row], "someone")(Pair("Say A.", "A", "A", "mine", "theirs"), True) == 0.0
 
     def test_a_row_without_its_texts_is_refused(self):
         with pytest.raises(ValueError, match="judgement 0: no column 'output_1'"):
