@@ -46,8 +46,9 @@ class ClassificationModule(FinetuningModule):
     ) -> None:
         super().__init__(model, data.val_tasks, data.test_tasks, optimization)
         self.tokenizer, self.task, self.measures = tokenizer, data.task, data.measures
-        self.commonest = {} if self.task.regression else _commonest(data.train_rows.examples)
         names = dict.fromkeys((*data.val_tasks, *data.test_tasks))
+        answer = "" if self.task.regression else _commonest(data.train_rows.examples)
+        self.commonest = {name: answer for name in names if answer}
         self.scores = nn.ModuleDict({name: self._metrics_of_task() for name in names})
 
     def _metrics_of_task(self) -> nn.ModuleDict:
@@ -95,9 +96,7 @@ class ClassificationModule(FinetuningModule):
             if measure == "accuracy":
                 metric.update((predicted == labels).double().tolist())
             elif measure == "majority_accuracy":
-                metric.update(
-                    [float(example.answer == self.commonest[self.task.name]) for example in examples]
-                )
+                metric.update([float(example.answer == self.commonest[task]) for example in examples])
             else:
                 metric.update(predicted, labels)
         for example, guess, row in zip(examples, predicted.tolist(), logits.tolist(), strict=True):
@@ -175,5 +174,5 @@ class ClassificationModule(FinetuningModule):
         return self.trainer.strategy.reduce(torch.tensor(read, device=self.device), reduce_op="sum")
 
 
-def _commonest(examples: list[LabelledText]) -> dict[str, str]:
-    return {examples[0].task: Counter(example.answer for example in examples).most_common(1)[0][0]}
+def _commonest(examples: list[LabelledText]) -> str:
+    return Counter(example.answer for example in examples).most_common(1)[0][0]
