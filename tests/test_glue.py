@@ -132,6 +132,17 @@ class TestRows:
         assert len(examples) == 16
         assert not any("what is a zorb" in text for example in examples for text in example.texts)
 
+    def test_a_broken_file_of_qqp_is_named_as_any_other(self, tmp_path):
+        (tmp_path / "QQP").mkdir()
+        source = DataSource("local", path=str(tmp_path))
+        (tmp_path / "QQP" / "train.tsv").write_bytes("question1\tä\n".encode("latin-1"))
+        with pytest.raises(ValueError, match=r"train\.tsv: not UTF-8 text"):
+            read("qqp", source=source)
+        (tmp_path / "QQP" / "train.tsv").unlink()
+        (tmp_path / "QQP" / "train.tsv.gz").write_bytes(b"plain text")
+        with pytest.raises(ValueError, match=r"train\.tsv\.gz: not a whole gzip file"):
+            read("qqp", source=source)
+
     def test_a_torn_line_of_another_task_is_an_error(self, tmp_path):
         (tmp_path / "RTE").mkdir()
         (tmp_path / "RTE" / "train.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\ta\tb\n")

@@ -101,6 +101,11 @@ class TestTables:
         assert places(rows) == ["rows.csv, line 2", "rows.csv, line 5"]
 
     @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
+    def test_a_cell_may_be_longer_than_131072_characters(self, tmp_path, name):
+        path = put(tmp_path, name, "q\n" + "x" * 140_000 + "\n")
+        assert [len(row["q"]) for row, _ in read_file(path)] == [140_000]
+
+    @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
     @pytest.mark.parametrize(("cells", "count"), [(["x"], 1), (["x", "y", "z"], 3)])
     def test_a_row_with_too_many_or_too_few_cells_names_its_line(self, tmp_path, name, cells, count):
         mark = "," if name.endswith(".csv") else "\t"

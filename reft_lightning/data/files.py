@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 Rows = Iterator[tuple[dict[str, Any], str]]
+LONGEST_CELL = 2**31 - 1  # of a CSV file; the csv module allows 131,072 characters unless told otherwise
 _SPACE = re.compile(r"[ \t\r\n]*")  # what JSON allows between two values
 
 
@@ -73,9 +74,9 @@ def read_json_file(path: Path) -> Rows:
         FileNotFoundError: if there is no such file; lists what its folder holds.
     """
     if ending(path) == ".jsonl":
-        yield from json_lines(_lines(path), path, _label(path))
+        yield from json_lines(text_lines(path), path, _label(path))
         return
-    text = "".join(_lines(path))
+    text = "".join(text_lines(path))
     try:
         for i, (row, line) in enumerate(_json_values(text)):
             if not isinstance(row, dict):
@@ -170,7 +171,7 @@ def read_tsv(path: Path, columns: Sequence[str] | None = None) -> Rows:
     """
     cells = (
         (number, line.rstrip("\r\n").split("\t"))
-        for number, line in enumerate(_lines(path), start=1)
+        for number, line in enumerate(text_lines(path), start=1)
         if line.strip("\r\n")
     )
     yield from _table(cells, path, columns)
@@ -178,7 +179,8 @@ def read_tsv(path: Path, columns: Sequence[str] | None = None) -> Rows:
 
 def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield (line in which the row begins, cells) of a CSV file."""
-    reader = csv.reader(_lines(path), strict=True)
+    csv.field_size_limit(LONGEST_CELL)
+    reader = csv.reader(text_lines(path), strict=True)
     begin = 1
     try:
         for cells in reader:
@@ -253,8 +255,15 @@ def _check_exists(path: Path) -> None:
         raise FileNotFoundError(f"{path} does not exist; {path.parent} holds {listing(path.parent)}")
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a text file with their ends; only a line feed ends one."""
+def text_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a text file with their ends; only a line feed ends one.
+
+    Every reader of text opens its file here: UTF-8 with or without a byte order mark, gzipped where the name says so.
+
+    Raises:
+        ValueError: for another encoding, or a gzip file that is broken; names the file.
+        FileNotFoundError: if there is no such file; lists what its folder holds.
+    """
     _check_exists(path)
     opener = gzip.open if path.suffix.lower() == ".gz" else open
     try:

@@ -37,14 +37,13 @@ Changes: version 1, first version.
 
 from __future__ import annotations
 
-import gzip
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reft_lightning.data.files import Rows, read_file, read_tsv
+from reft_lightning.data.files import Rows, read_file, read_tsv, text_lines
 from reft_lightning.data.labelled import ClassificationFamily, ClassificationTask
 from reft_lightning.data.rows import HubRows, LocalRows
 
@@ -84,16 +83,14 @@ class Renamed:
 
 
 def _whole_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    opener = gzip.open if path.suffix == ".gz" else open
+    lines = (line.rstrip("\r\n").split("\t") for line in text_lines(path))
+    header = next(lines, [])
     torn = 0
-    with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-        header = file.readline().rstrip("\r\n").split("\t")
-        for number, line in enumerate(file, start=2):
-            cells = line.rstrip("\r\n").split("\t")
-            if len(cells) == len(header):
-                yield dict(zip(header, cells, strict=True)), f"{path.parent.name}/{path.name}, line {number}"
-            else:
-                torn += 1
+    for number, cells in enumerate(lines, start=2):
+        if len(cells) == len(header):
+            yield dict(zip(header, cells, strict=True)), f"{path.parent.name}/{path.name}, line {number}"
+        else:
+            torn += 1
     if torn:
         log.info("%s: left out %d lines without all of %s", path.name, torn, ", ".join(header))
 
