@@ -1,6 +1,8 @@
 """The families reading (RACE, QuAIL) and spans (SQuAD, XQuAD): laws, prompts, readers, scorer, sources."""
 
+import gzip
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from reft_lightning.data import reading, spans
 from reft_lightning.data.base import Example
 from reft_lightning.data.commonsense import TRIGGER
 from reft_lightning.data.encoding import Collator, encode
+from reft_lightning.data.passages import carve_passages, passage_of, prompt_about
 from reft_lightning.data.rows import DataSource, read_rows
 from reft_lightning.data.spans import extract, f1, score, words
 
@@ -156,6 +159,14 @@ class TestChoices:
         ):
             list(reading.read_quail(path))
 
+    @pytest.mark.parametrize("number", ["A", None, "1.5"])
+    def test_an_answer_that_is_no_number_names_its_row(self, number):
+        row = {"context": "x", "question": "y", "answers": ["1", "2"], "correct_answer_id": number}
+        with pytest.raises(
+            ValueError, match=rf"row 3: correct_answer_id must be the number .*; got {number!r}"
+        ):
+            reading.TASKS["quail"].example(row, "row 3")
+
     def test_an_empty_passage_or_a_missing_choice_is_refused(self):
         with pytest.raises(ValueError, match="here: the passage is empty"):
             reading.multiple_choice("quail", " ", "q", ["a", "b"], 0, "here")
@@ -248,6 +259,113 @@ class TestSpans:
         example = Example("squad", "p", TRIGGER + "x", '["x y"]')
         found = score([TRIGGER + "x y", TRIGGER + "x", "nothing", TRIGGER + "z"], example)
         assert found == ("x y", {"exact_match": 0.25, "f1": pytest.approx((1 + 2 / 3) / 4)})
+
+
+class TestFiles:
+    """Files with a byte order mark, in capitals, in another encoding or broken are read or named, as all others."""
+
+    FILES = (
+        (reading.read_quail, "quail/quail_1.3_dev_randomized.xml"),
+        (spans.read_squad, "squad/train-v1.1.json"),
+    )
+
+    @pytest.mark.parametrize(("read", "name"), FILES)
+    def test_a_byte_order_mark_and_gz_in_capitals_change_nothing(self, tmp_path, read, name):
+        content = (FIXTURES / name).read_bytes()
+        path = tmp_path / f"{Path(name).name}.GZ"
+        path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + content))
+        assert [row for row, _ in read(path)] == [row for row, _ in read(FIXTURES / name)]
+
+    @pytest.mark.parametrize(("read", "name"), FILES)
+    def test_another_encoding_and_a_broken_gzip_file_are_named(self, tmp_path, read, name):
+        path = tmp_path / Path(name).name
+        path.write_bytes(b"\xff" + (FIXTURES / name).read_bytes())
+        with pytest.raises(ValueError, match=rf"{path.name}: not UTF-8 text"):
+            list(read(path))
+        path = path.with_name(path.name + ".gz")
+        path.write_bytes(b"plain text")
+        with pytest.raises(ValueError, match=rf"{path.name}: not a whole gzip file"):
+            list(read(path))
+
+
+def about(*counts, task="t"):
+    """Rows about passages with so many questions."""
+    return [
+        Example(task, prompt_about(f"{task} {i}", "say: ", f"{j}?", "here"), "x", "x")
+        for i, count in enumerate(counts)
+        for j in range(count)
+    ]
+
+
+class TestValidationRows:
+    @pytest.mark.parametrize("family", [reading.FAMILY, spans.FAMILY])
+    @pytest.mark.parametrize("seed", range(5))
+    def test_no_passage_is_trained_on_and_validated(self, family, seed):
+        rows = [
+            e for task in family.tasks.values() if "train" in task.local for e in examples(task.name, "train")
+        ]
+        train, validation = family.carve(rows, 4, seed, lambda e: e.task)
+        assert 4 <= len(validation) < 4 + max(Counter(map(passage_of, rows)).values())
+        assert not set(map(passage_of, train)) & set(map(passage_of, validation))
+        assert sorted(train + validation, key=rows.index) == rows
+
+    @pytest.mark.parametrize("size", [1, 5, 18, 19, 60])
+    def test_the_size_is_reached_and_exceeded_by_less_than_a_passage(self, size):
+        rows = about(*[18] * 3, task="long") + about(*[2] * 40, task="short")
+        train, validation = carve_passages(rows, size, 0)
+        assert size <= len(validation) < size + 18
+        assert len(train) + len(validation) == len(rows)
+
+    def test_passages_of_one_question_are_held_out_to_the_row(self):
+        assert len(carve_passages(about(*[1] * 50), 17, 0)[1]) == 17
+
+    def test_the_split_depends_on_its_seed_and_the_rows_alone(self):
+        rows = about(*[3] * 20)
+        assert carve_passages(rows, 9, 1) == carve_passages(rows, 9, 1)
+        assert carve_passages(rows, 9, 1) != carve_passages(rows, 9, 2)
+
+    def test_each_task_gives_its_share(self):
+        rows = about(*[2] * 35, task="a") + about(*[2] * 10, task="b") + about(*[2] * 5, task="c")
+        assert Counter(e.task for e in carve_passages(rows, 20, 0)[1]) == {"a": 14, "b": 4, "c": 2}
+
+    def test_a_passage_of_two_tasks_is_held_out_of_both(self):
+        rows = about(*[2] * 8)
+        rows += [Example("u", e.prompt.replace("?", "!"), "x", "x") for e in rows]
+        train, validation = carve_passages(rows, 5, 0)
+        assert len(validation) == 8
+        assert not set(map(passage_of, train)) & set(map(passage_of, validation))
+
+    def test_a_repeated_row_is_validated_once_and_not_trained_on(self):
+        rows = about(*[2] * 5) * 2
+        train, validation = carve_passages(rows, 4, 0)
+        assert (len(validation), len(train)) == (4, 12)
+        assert validation == sorted(set(validation), key=rows.index)
+
+    def test_no_validation_rows_are_possible(self):
+        assert carve_passages(about(3), 0, 0) == (about(3), [])
+
+    @pytest.mark.parametrize(
+        ("size", "words"),
+        [(-1, "must be 0 or more; got -1"), (4, "=4 needs all 2 passages of the 6 distinct train")],
+    )
+    def test_an_impossible_size_is_refused(self, size, words):
+        with pytest.raises(ValueError, match=f"validation_size.*{words}"):
+            carve_passages(about(3, 3), size, 0)
+
+    def test_a_passage_that_asks_please_itself_is_still_one(self):
+        rows = [
+            reading.multiple_choice("quail", "Hi.\n\nPlease come.\n\nPlease stay.", q, ["a", "b"], 0, "here")
+            for q in ("x", "y\n\nPlease z")
+        ]
+        assert len(set(map(passage_of, rows))) == 1
+        assert passage_of(about(1)[0]) == "t 0"
+
+    @pytest.mark.parametrize(("passage", "words"), [(None, "is empty"), (3, "must be text; got 3")])
+    def test_a_passage_that_is_no_text_names_its_row(self, passage, words):
+        with pytest.raises(ValueError, match=f"row 3: the passage {words}"):
+            spans.TASKS["squad"].example(
+                {"context": passage, "question": "y", "answers": {"text": ["x"]}}, "row 3"
+            )
 
 
 # ------------------------------------------------------------------------------------- real rows

