@@ -2,7 +2,7 @@
 
 Letters: b rows, s columns. A row is what the tokenizer makes of it with its special tokens::
 
-    cls a1 a2 sep b1 b2 sep pad pad     input_ids, attention_mask, token_type_ids (where the tokenizer tells texts apart)
+    cls a1 a2 sep b1 b2 sep pad pad     input_ids, attention_mask, token_type_ids (if the tokenizer tells texts apart)
     label                               (b,) int64 classes, or float32 scores
 
 Masks come from lengths, never from comparing ids with the pad id.
