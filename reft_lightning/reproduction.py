@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from .composition import CompositionError, compose
+from .composition import CompositionError, compose, config_dir
 from .schema import Config
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,9 @@ log = logging.getLogger(__name__)
 GROUP = "paper"  # of conf/experiment
 AVERAGE = "average"
 WIN_RATE = "win rate"
-# A win rate is the paper's only by its judge and against its reference.
+# A win rate is the paper's only by its judge, against its reference, on all of AlpacaEval; a judge may fail on 1 %.
 JUDGE, REFERENCE = "alpaca_eval_gpt4", "text_davinci_003"
+INSTRUCTIONS, MOST_UNJUDGED = 805, 8
 
 # How the paper prints a benchmark, without its punctuation -> task and measure of the results.
 NAMES: dict[str, tuple[str, str]] = {
@@ -222,6 +223,7 @@ def compare(row: Printed, runs: Iterable[tuple[Path, dict[str, Any]]]) -> list[O
         if seed in group.scores:
             group.notes.append(f"seed {seed} ran more than once: the last complete run counts")
         group.scores[seed] = _scores(row, folder, results, group.notes)
+        group.notes += _data_notes(results.get("data_versions", {}))
     for group in groups.values():
         group.notes = list(dict.fromkeys(group.notes))
     return sorted(groups.values(), key=lambda group: (len(group.changed), group.changed))
@@ -249,25 +251,53 @@ def _percent(fraction: float | None) -> float | None:
     return None if fraction is None else 100 * float(fraction)
 
 
+def _data_notes(versions: Mapping[str, Any]) -> list[str]:
+    """Return what a run recorded about its data: train rows, facts about a source, test rows seen in training."""
+    notes = []
+    if "train_rows" in versions.get("split", {}):
+        notes.append(f"{versions['split']['train_rows']} train rows")
+    for split in ("train", "validation", "test"):
+        for task, facts in versions.get(split, {}).items():
+            if facts.get("note"):
+                notes.append(f"{task}, {split}: {facts['note']}")
+            if facts.get("overlap"):
+                notes.append(
+                    f"{task}: {facts['overlap']} test rows of {facts['rows']} occur in the train rows"
+                )
+    return notes
+
+
 def _win_rate(folder: Path, notes: list[str]) -> float | None:
-    """Return the win rate in percent that `reft-judge` wrote, if judge and reference are the paper's."""
-    found = None
+    """Return the win rate in percent that `reft-judge` wrote, if judge, reference and number of pairs are the paper's.
+
+    Of several files the last by name counts, and a note says so.
+    """
+    found: dict[str, float] = {}
     for path in sorted((folder / "outputs").glob("reft_*win_rate.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         judge, reference = str(result["judge"]), str(result["reference"])
-        if plain(judge) == plain(JUDGE) and plain(reference) == plain(REFERENCE):
-            found = float(result["win_rate"])
+        judged, unjudged = int(result["n_total"]), int(result["n_unjudged"])
+        rate = f"{judge} against {reference} gives {result['win_rate']:.2f}"
+        if plain(judge) != plain(JUDGE) or plain(reference) != plain(REFERENCE):
+            notes.append(f"{rate}: another judge, another number")
+        elif judged + unjudged != INSTRUCTIONS or unjudged > MOST_UNJUDGED:
+            notes.append(f"{rate} on {judged} judged pairs, which are not AlpacaEval's {INSTRUCTIONS}")
         else:
-            notes.append(
-                f"{judge} against {reference} gives {result['win_rate']:.2f}: another judge, another number"
-            )
-    return found
+            found[path.name] = float(result["win_rate"])
+            if unjudged:
+                notes.append(f"{rate} with {unjudged} of {INSTRUCTIONS} pairs unjudged")
+    if len(found) > 1:
+        said = ", ".join(f"{name} ({rate:.2f})" for name, rate in found.items())
+        notes.append(f"{len(found)} files hold its win rate, the last one counts: {said}")
+    return next(reversed(found.values()), None)
 
 
 def composed(row: Printed) -> dict[str, Any] | None:
-    """Return the settings that the experiment and its header's command compose to."""
+    """Return the settings that the experiment and its header's command compose to, on any machine."""
+    # what one machine adds to every run makes another experiment of them
+    nothing_local = ["~local"] if (config_dir() / "local" / "default.yaml").is_file() else []
     try:
-        config = compose([f"experiment={row.experiment}", *row.command])
+        config = compose([f"experiment={row.experiment}", *row.command, *nothing_local])
     except CompositionError as error:
         log.warning("%s does not compose, so changes cannot be told: %s", row.experiment, error)
         return None

@@ -2,12 +2,13 @@
 
 import io
 import json
+import shutil
 
 import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from reft_lightning import paper
+from reft_lightning import composition, paper, reproduction
 from reft_lightning.composition import compose, config_dir
 from reft_lightning.data.arithmetic import FAMILY as ARITHMETIC
 from reft_lightning.data.commonsense import FAMILY as COMMONSENSE
@@ -178,6 +179,39 @@ class TestRuns:
             ("data.mixture=null",),
         }
 
+    def test_what_this_machine_changes_in_every_run_is_a_change(self, tmp_path, monkeypatch):
+        conf = tmp_path / "conf"
+        shutil.copytree(config_dir(), conf)
+        (conf / "local").mkdir(exist_ok=True)
+        (conf / "local" / "default.yaml").write_text(
+            "# @package _global_\ndata:\n  limit_test: 100\n  path: /data\n"
+        )
+        monkeypatch.setattr(composition, "config_dir", lambda: conf)
+        monkeypatch.setattr(reproduction, "config_dir", lambda: conf)
+        folder = put_run(tmp_path / "runs" / "a")
+        assert OmegaConf.load(folder / "config.yaml").data.limit_test == 100
+        _, groups = compared(tmp_path / "runs")
+        assert [group.changed for group in groups] == [("data.limit_test=100",)]
+
+    def test_what_a_run_recorded_about_its_data_is_noted(self, tmp_path):
+        versions = {
+            "split": {"train_rows": 169_120, "validation_rows": 1300},
+            "train": {"mixture": {"rows": 170_420}},
+            "test": {
+                "boolq": {"rows": 3270, "overlap": 0, "note": "Without passages."},
+                "piqa": {"rows": 1838, "overlap": 12},
+            },
+        }
+        for seed in (42, 43):
+            put_run(tmp_path / str(seed), seed=seed, data_versions=versions)
+        _, (group,) = compared(tmp_path)
+        assert group.notes == [
+            "169120 train rows",
+            "boolq, test: Without passages.",
+            "piqa: 12 test rows of 1838 occur in the train rows",
+        ]
+        assert f"{SEVEN}: piqa: 12 test rows of 1838" in printed(tmp_path)
+
     def test_a_run_older_than_a_setting_has_its_default(self, tmp_path):
         folder = put_run(tmp_path / "a")
         kept = OmegaConf.load(folder / "config.yaml")
@@ -215,26 +249,64 @@ class TestRuns:
 class TestWinRates:
     ROW = "paper/instruction_llama2_7b_loreft"
 
-    def put(self, folder, judge, rate):
-        folder.mkdir(parents=True)
-        config = compose([f"experiment={self.ROW}"])
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-        results = {"status": "complete", "experiment": self.ROW, "seed": 42, "metrics": {"test/loss": 1.0}}
-        (folder / "results.json").write_text(json.dumps(results))
-        (folder / "outputs").mkdir()
+    def put(self, folder, judge="alpaca_eval_gpt4", rate=85.1, n_total=805, n_unjudged=0, name="x"):
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            config = compose([f"experiment={self.ROW}"])
+            (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+            results = {
+                "status": "complete",
+                "experiment": self.ROW,
+                "seed": 42,
+                "metrics": {"test/loss": 1.0},
+            }
+            (folder / "results.json").write_text(json.dumps(results))
+            (folder / "outputs").mkdir()
         result = {"judge": judge, "reference": "text_davinci_003", "win_rate": rate}
-        (folder / "outputs" / "reft_alpaca_eval.vs_x.win_rate.json").write_text(json.dumps(result))
+        result |= {"n_total": n_total, "n_unjudged": n_unjudged}
+        (folder / "outputs" / f"reft_alpaca_eval.vs_{name}.win_rate.json").write_text(json.dumps(result))
+
+    def group(self, folder):
+        _, (group,) = compared(folder, self.ROW)
+        return group
 
     def test_the_papers_judge_gives_the_papers_number(self, tmp_path):
-        self.put(tmp_path / "a", "alpaca_eval_gpt4", 85.1)
-        _, (group,) = compared(tmp_path, self.ROW)
-        assert group.scores == {42: {"Win-rate": 85.1}}
+        self.put(tmp_path / "a")
+        assert (self.group(tmp_path).scores, self.group(tmp_path).notes) == ({42: {"Win-rate": 85.1}}, [])
 
     def test_another_judges_number_is_not_compared(self, tmp_path):
         self.put(tmp_path / "a", "length", 99.0)
-        _, (group,) = compared(tmp_path, self.ROW)
+        group = self.group(tmp_path)
         assert group.scores == {42: {}}
         assert group.notes == ["length against text_davinci_003 gives 99.00: another judge, another number"]
+
+    @pytest.mark.parametrize(("n_total", "n_unjudged"), [(3, 0), (3, 800), (3, 802), (796, 9), (806, 0)])
+    def test_a_win_rate_over_other_pairs_is_not_compared(self, tmp_path, n_total, n_unjudged):
+        self.put(tmp_path / "a", n_total=n_total, n_unjudged=n_unjudged)
+        group = self.group(tmp_path)
+        assert group.scores == {42: {}}
+        assert group.notes == [
+            f"alpaca_eval_gpt4 against text_davinci_003 gives 85.10 on {n_total} judged pairs, which are not "
+            "AlpacaEval's 805"
+        ]
+
+    def test_a_few_unjudged_pairs_are_noted(self, tmp_path):
+        self.put(tmp_path / "a", n_total=797, n_unjudged=8)
+        group = self.group(tmp_path)
+        assert group.scores == {42: {"Win-rate": 85.1}}
+        assert group.notes == [
+            "alpaca_eval_gpt4 against text_davinci_003 gives 85.10 with 8 of 805 pairs unjudged"
+        ]
+
+    def test_several_files_are_noted_and_the_last_counts(self, tmp_path):
+        self.put(tmp_path / "a", rate=80.0, name="a")
+        self.put(tmp_path / "a", rate=81.0, name="b")
+        group = self.group(tmp_path)
+        assert group.scores == {42: {"Win-rate": 81.0}}
+        assert group.notes == [
+            "2 files hold its win rate, the last one counts: reft_alpaca_eval.vs_a.win_rate.json (80.00), "
+            "reft_alpaca_eval.vs_b.win_rate.json (81.00)"
+        ]
 
 
 class TestArguments:
