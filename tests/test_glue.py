@@ -103,6 +103,14 @@ class TestRows:
         )
         assert by_word == by_number == by_text == 1
 
+    @pytest.mark.parametrize("absent", [None, float("nan")])
+    def test_an_absent_text_is_empty_and_not_the_word_none(self, absent):
+        qqp = FAMILY.task("qqp")
+        row = {"question1": absent, "question2": "b", "label": 0}
+        assert qqp.example(row, "x").texts == ("", "b")
+        with pytest.raises(ValueError, match="row 3: question1 and question2 is empty"):
+            qqp.example({**row, "question2": absent}, "row 3")
+
     def test_entailment_is_class_0_of_rte_and_class_1_of_wnli(self):
         assert FAMILY.task("rte").labels.index("entailment") == 0
         assert FAMILY.task("wnli").labels.index("entailment") == 1

@@ -70,18 +70,18 @@ class Pattern:
 
     def fill(self, row: Row, where: str) -> str:
         """Return the text of a row."""
-        filled = (literal + _text(column(row, name, where), name, where) for literal, name in self.parts)
+        filled = (literal + text_of(column(row, name, where), name, where) for literal, name in self.parts)
         return "".join(filled) + self.end
 
 
-def _text(value: Any, name: str, where: str) -> str:
+def text_of(value: Any, name: str, where: str) -> str:
     """Return a cell as text; an absent value (None, not-a-number) is empty, a list is joined by commas."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, Mapping):
         raise ValueError(f"{where}: column {name!r} holds an object, which is no text: {value!r:.80}")
     if isinstance(value, list | tuple):
-        return ", ".join(_text(part, name, where) for part in value)
+        return ", ".join(text_of(part, name, where) for part in value)
     return str(value)
 
 
@@ -131,13 +131,13 @@ class Columns:
             ValueError: if a column is missing, or the row has no prompt or no answer; names the row.
         """
         prompt = self.prompt.fill(row, where)
-        if not any(_text(row[name], name, where).strip() for name in self.prompt.names):
+        if not any(text_of(row[name], name, where).strip() for name in self.prompt.names):
             raise ValueError(f"{where}: the row has no prompt: {_columns(self.prompt.names)} empty")
         for name in self.target.names:
-            if not _text(column(row, name, where), name, where).strip():
+            if not text_of(column(row, name, where), name, where).strip():
                 raise ValueError(f"{where}: the row has no answer: {_columns((name,))} empty")
         target = self.target.fill(row, where).strip()
-        answer = _text(row[self.answer], self.answer, where).strip() if self.answer else target
+        answer = text_of(row[self.answer], self.answer, where).strip() if self.answer else target
         if self.find(target) != answer:
             raise ValueError(
                 f"{where}: the answer {answer!r} cannot be told from the rest of the target {target!r:.200}: what "
@@ -166,7 +166,7 @@ class Columns:
             raise ValueError(
                 f"{where}: column {self.options!r} must be a list or text with commas; got {cell!r:.80}"
             )
-        words = [_text(part, self.options, where).strip() for part in parts]
+        words = [text_of(part, self.options, where).strip() for part in parts]
         if answer not in words:
             raise ValueError(f"{where}: the answer {answer!r} is not among the options {', '.join(words)}")
         return tuple(self.target.fill({**row, str(self.answer): word}, where).strip() for word in words)
@@ -195,7 +195,7 @@ class Conversations:
             ValueError: if the column is missing or holds something else, or the conversation does not end in a
                 question and its answer; names the row.
         """
-        turns = _turns(column(row, self.names[0], where), where)
+        turns = turns_of(column(row, self.names[0], where), where)
         if [role for role, _ in turns[-2:]] != ["user", "assistant"]:
             roles = ", ".join(role for role, _ in turns) or "nothing"
             raise ValueError(
@@ -214,8 +214,12 @@ class Conversations:
         return text.strip() or None
 
 
-def _turns(messages: Any, where: str) -> list[tuple[str, str]]:
-    """Return (role, text) of messages in either form; text in JSON, as a CSV file holds it, is read first."""
+def turns_of(messages: Any, where: str) -> list[tuple[str, str]]:
+    """Return (role, text) of messages in either form; text in JSON, as a CSV file holds it, is read first.
+
+    Raises:
+        ValueError: if they are no list of messages, a role is not one of `ROLES`, or what one says is no text.
+    """
     if isinstance(messages, str):
         try:
             messages = json.loads(messages)

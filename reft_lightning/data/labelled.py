@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from reft_lightning.data.base import Row, column, nearest
+from reft_lightning.data.columns import text_of
 from reft_lightning.data.rows import HubRows, LocalRows, WheelRows
 from reft_lightning.data.sources import Wheel
 
@@ -94,12 +95,12 @@ class ClassificationTask:
         return len(self.labels) or 1
 
     def example(self, row: Row, where: str) -> LabelledText:
-        """Return the example of a row.
+        """Return the example of a row; an absent text (None, as the hub has in QQP) is empty.
 
         Raises:
             ValueError: if a column is missing, there is no text, or the label is missing or unknown; names the row.
         """
-        texts = tuple(str(column(row, name, where)) for name in self.texts)
+        texts = tuple(text_of(column(row, name, where), name, where) for name in self.texts)
         if not any(text.strip() for text in texts):  # one empty text of a pair does occur, in QQP
             raise ValueError(f"{where}: {' and '.join(self.texts)} is empty")
         label = self._score(row, where) if self.regression else self._class(row, where)
