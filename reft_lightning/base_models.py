@@ -239,9 +239,10 @@ def load_base_model(
             f"the tokenizer knows {len(loaded_tokenizer)} tokens, the model embeds {vocabulary}; they do not "
             "belong together (embeddings are never resized here)"
         )
-    if model.config.pad_token_id is None:
-        # a classifier finds the last token of a row by the pad id of its configuration
-        model.config.pad_token_id = loaded_tokenizer.pad_token_id
+    if task == "sequence_classification" or model.config.pad_token_id is None:
+        # a decoder's classifier finds the last token of a row by the pad id of its text configuration
+        for part in (model.config, model.config.get_text_config()):
+            part.pad_token_id = loaded_tokenizer.pad_token_id
     if float32_logits and task == "causal_lm" and DTYPES[dtype] != torch.float32:
         widen_logits(model)
     model.eval()

@@ -92,6 +92,19 @@ class TestRandom:
         batch = torch.tensor([[5, 6, 0], [5, 6, 7]])
         assert model(input_ids=batch, attention_mask=(batch != 0).long()).logits.shape == (2, 3)
 
+    def test_a_classifier_reads_the_same_token_whatever_pad_id_its_configuration_names(self):
+        config = {**LLAMA, "pad_token_id": 7, "initializer_range": 0.4}
+        model, tokenizer = random_model(config, task="sequence_classification", num_labels=3)
+        assert model.config.pad_token_id == tokenizer.pad_token_id == 0
+        row = torch.tensor([[5, 6, 7]])  # its last token has the id that the configuration named
+        padded = torch.nn.functional.pad(row, (0, 2), value=tokenizer.pad_token_id)
+        with torch.no_grad():
+            expected = model(input_ids=row).logits
+            logits = model(input_ids=padded, attention_mask=(padded != 0).long()).logits
+        torch.testing.assert_close(logits, expected)
+        with torch.no_grad():
+            assert not torch.allclose(model(input_ids=row[:, :2]).logits, expected)
+
     def test_the_attention_implementation_is_passed_on(self):
         assert random_model(attn_implementation="eager")[0].config._attn_implementation == "eager"
 
