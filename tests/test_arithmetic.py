@@ -326,6 +326,25 @@ def make(family, layout, **arguments):
 
 
 class TestOverlap:
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [("What is 2 - 3?", "What is 2 + 3?"), ("x < y", "x > y"), ("🙂", "🙁"), ("5%", "$5"), ("...", "?!")],
+    )
+    def test_questions_that_differ_in_a_symbol_are_not_the_same(self, one, other):
+        assert normalized(one) != normalized(other)
+        assert "" not in (normalized(one), normalized(other))
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ("What is 2+3 ?", "what  is\n(2 + 3)"),
+            ("“Tom’s” cat.", '"Tom\'s" cat'),
+            ("One, two; three!", "one two three"),
+        ],
+    )
+    def test_case_space_and_the_punctuation_of_sentences_do_not_count(self, one, other):
+        assert normalized(one) == normalized(other)
+
     def test_train_rows_that_hold_test_questions_are_counted_and_warned_of(self, caplog, tmp_path):
         for layout in ("original", "rendered"):
             for path in (FIXTURES / layout).rglob("*.*"):

@@ -1,13 +1,17 @@
 """The instruction family: laws of every family, its schemas, AlpacaEval's format, the real files."""
 
+import json
+import logging
 from pathlib import Path
 
 import pytest
 
 from reft_lightning.base_models import byte_tokenizer
 from reft_lightning.data import FAMILIES
+from reft_lightning.data.base import Family
 from reft_lightning.data.encoding import Collator, encode, encode_all
 from reft_lightning.data.instruction import FAMILY, NO_ANSWER, TASKS, alpaca_eval_outputs, example_of
+from reft_lightning.data.module import FamilyDataModule
 from reft_lightning.data.prompts import apply_template
 from reft_lightning.data.rows import DataSource, read_json_file, read_rows
 
@@ -87,6 +91,27 @@ class TestSchemas:
         with pytest.raises(ValueError, match=r"row 4: a conversation must end .* got assistant, user"):
             example_of("t")({"messages": messages}, "row 4")
 
+    @pytest.mark.parametrize("content", [None, 3, ["Hello"]])
+    def test_a_message_without_text_names_its_row(self, content):
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
+        for row in ({"messages": messages}, {"prompt": "Hi", "chosen": messages}):
+            with pytest.raises(ValueError, match="row 4: a message's content must be text; got"):
+                example_of("t")(row, "row 4")
+
+    @pytest.mark.parametrize("name", ["input", "context"])
+    @pytest.mark.parametrize("value", [3, 0, float("nan"), ["a"]])
+    def test_an_input_that_is_no_text_names_its_row(self, name, value):
+        row = {"instruction": "Do.", name: value, "output": "Done."}
+        with pytest.raises(ValueError, match=r"row 4: the input must be text; got"):
+            example_of("t")(row, "row 4")
+        nested = {"instruction": "Do.", "instances": [{"input": value, "output": "Done."}]}
+        with pytest.raises(ValueError, match=r"row 4: the input must be text; got"):
+            example_of("t")(nested, "row 4")
+
+    @pytest.mark.parametrize("absent", [{}, {"input": None}, {"input": " "}])
+    def test_an_absent_input_is_no_context(self, absent):
+        assert example_of("t")({"instruction": "Do.", **absent, "output": "Done."}, "here").context == ""
+
     def test_self_instruct_takes_the_first_instance(self):
         first, second = {"input": "a", "output": "b"}, {"input": "c", "output": "d"}
         found = example_of("t")({"instruction": "Do.", "instances": [first, second]}, "here")
@@ -102,6 +127,56 @@ class TestSchemas:
         )
         with pytest.raises(ValueError, match=r"alpaca/train.json, row 5: the target is empty"):
             encode(byte_tokenizer(), found, 512)
+
+
+class TestEmptyAnswers:
+    """Stanford's alpaca_data.json has 28 rows with an empty output."""
+
+    def module(self, folder, outputs, split="train"):
+        rows = [{"instruction": f"Do {i}.", "input": "", "output": text} for i, text in enumerate(outputs)]
+        task = "alpaca" if split == "train" else "self_instruct"
+        name = (
+            "alpaca/alpaca_data.json"
+            if split == "train"
+            else "self_instruct/user_oriented_instructions.jsonl"
+        )
+        path = folder / name
+        path.parent.mkdir()
+        lines = json.dumps(rows) if split == "train" else "".join(json.dumps(row) + "\n" for row in rows)
+        path.write_text(lines, encoding="utf-8")
+        return FamilyDataModule(
+            FAMILY, byte_tokenizer(), DataSource("local", str(folder)), tasks=[task], batch_size=2,
+            eval_batch_size=2, validation_size=1,
+        )  # fmt: skip
+
+    def test_they_are_left_out_of_training_counted_and_said(self, tmp_path, caplog):
+        data = self.module(tmp_path, ["a", "", "b", " \n", "c"])
+        with caplog.at_level(logging.WARNING):
+            data.setup("fit")
+        assert "2 of 5 alpaca train rows have no answer to learn and are left out" in caplog.text
+        facts = data.data_versions["train"]["alpaca"]
+        assert (facts["rows"], facts["left_out"]) == (5, 2)
+        assert len(data.train_rows) + data.data_versions["split"]["validation_rows"] == 3
+
+    def test_nothing_is_said_where_none_is_empty(self, tmp_path, caplog):
+        data = self.module(tmp_path, ["a", "b"])
+        data.setup("fit")
+        assert data.data_versions["train"]["alpaca"]["left_out"] == 0
+        assert "left out" not in caplog.text
+
+    def test_a_test_row_without_an_answer_is_still_an_error(self, tmp_path):
+        data = self.module(tmp_path, ["a", ""], split="test")
+        with pytest.raises(
+            ValueError, match=r"user_oriented_instructions\.jsonl, line 2: the target is empty"
+        ):
+            data.setup("test")
+
+    def test_every_other_family_keeps_raising(self):
+        others = [
+            family for family in FAMILIES.values() if isinstance(family, Family) and family is not FAMILY
+        ]
+        assert others
+        assert not any(family.skip_empty for family in others)
 
 
 class TestAlpacaEval:

@@ -21,6 +21,7 @@ from reft_lightning.data.sources import Wheel
 log = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
+_WORD_OR_SYMBOL = re.compile(r"""\w+|[^\w\s.,;:!?'"()‘’“”…]""")
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Family:
         max_new_tokens: enough for the longest answer.
         score: (generated texts of a row, its example) -> Judgement; None where only the loss is measured.
         measures: what `score` may return; the first is the main one, by which checkpoints are chosen.
+        skip_empty: whether train rows with nothing to learn are left out, and counted, instead of an error.
         literal: whether a right answer is the target word for word, so that it pays to check the target first.
         template: of the prompts, a name in `prompts.TEMPLATES`, where the configuration names none.
         carve: how validation rows are taken out of the train rows, with the arguments of `carve_validation`.
@@ -111,6 +113,7 @@ class Family:
     max_new_tokens: int
     score: Score | None
     measures: tuple[str, ...] = ("accuracy",)
+    skip_empty: bool = False
     literal: bool = True
     template: str = "plain"
     carve: Callable[..., tuple[list[Example], list[Example]]] = field(
@@ -152,12 +155,14 @@ def exact_match(extract: Callable[[str], str | None]) -> Score:
 
 
 def normalized(question: str) -> str:
-    """Return a question in lower case without punctuation and with single spaces, to find it elsewhere.
+    """Return a question as its words and symbols in lower case, each after one space, to find it elsewhere.
 
-    >>> normalized("What is  2 + 3?")
-    'what is 2 3'
+    Punctuation of sentences does not count, unless there is nothing else; operators and emoji do.
+
+    >>> normalized("What is  (2+3)?")
+    'what is 2 + 3'
     """
-    return " ".join(re.findall(r"\w+", question.lower()))
+    return " ".join(_WORD_OR_SYMBOL.findall(question.lower())) or " ".join(question.split())
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

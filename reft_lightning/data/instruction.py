@@ -23,6 +23,9 @@ The answer that stands beside an AlpacaEval instruction is the reference model's
 1); it gives the test loss and is what a judge compares with. Two of those are empty in the published file, where
 `NO_ANSWER` stands in.
 
+Train rows with an empty output are left out and counted in `data_versions`: Stanford's own alpaca_data.json has 28
+(https://github.com/tatsu-lab/stanford_alpaca/issues/265).
+
 The paper's prompts, decoding and judge: `prompts.alpaca`, conf/decoding/instruction_paper.yaml, GPT-4 against
 text_davinci_003 (https://github.com/stanfordnlp/pyreft/tree/dafd0995a366/examples/loreft).
 
@@ -35,6 +38,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from reft_lightning.data.base import Example, Family, Row, Task, column
+from reft_lightning.data.columns import turns_of
 from reft_lightning.data.rows import HubRows, LocalRows
 
 VERSION = 1
@@ -43,7 +47,7 @@ NO_ANSWER = "(no answer)"
 
 def _instruction(task: str, row: Row, where: str) -> Example:
     """Build the example of {instruction, input or context, output or response}; either context may be absent."""
-    context = row.get("input", row.get("context")) or ""
+    context = row.get("input", row.get("context"))
     output = row["response"] if "response" in row else column(row, "output", where)
     return _example(task, column(row, "instruction", where), output, where, context)
 
@@ -54,8 +58,8 @@ def _instances(task: str, row: Row, where: str) -> Example:
     if not instances:
         raise ValueError(f"{where}: instances is empty")
     first = instances[0]
-    output, context = column(first, "output", where), first.get("input") or ""
-    return _example(task, column(row, "instruction", where), output, where, context)
+    output = column(first, "output", where)
+    return _example(task, column(row, "instruction", where), output, where, first.get("input"))
 
 
 def _chosen(task: str, row: Row, where: str) -> Example:
@@ -66,13 +70,14 @@ def _chosen(task: str, row: Row, where: str) -> Example:
     return _conversation(task, chosen, where)
 
 
-def _conversation(task: str, messages: Sequence[Mapping[str, Any]], where: str) -> Example:
+def _conversation(task: str, messages: Any, where: str) -> Example:
     """Build the example of messages {role, content}: the last answer is learnt, what precedes it is read.
 
     Raises:
-        ValueError: if they do not end in a question of the user and an answer of the assistant.
+        ValueError: if they are no messages in text, or do not end in a question of the user and an answer of the
+            assistant.
     """
-    turns = [(str(column(m, "role", where)), str(column(m, "content", where))) for m in messages]
+    turns = turns_of(messages, where)
     roles = [role for role, _ in turns]
     if roles[-2:] != ["user", "assistant"]:
         raise ValueError(
@@ -87,13 +92,13 @@ def _example(
     instruction: str,
     output: str,
     where: str,
-    context: str = "",
+    context: str | None = None,
     turns: tuple[tuple[str, str], ...] = (),
 ) -> Example:
-    if not isinstance(output, str) or not isinstance(instruction, str):
-        raise ValueError(
-            f"{where}: instruction and output must be text; got {instruction!r:.40}, {output!r:.40}"
-        )
+    context = "" if context is None else context
+    for value, what in ((instruction, "instruction"), (output, "output"), (context, "input")):
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: the {what} must be text; got {value!r:.80}")
     context = context if context.strip() else ""
     return Example(task, instruction, output, output, source=where, context=context, turns=turns)
 
@@ -248,6 +253,7 @@ FAMILY = Family(
     version=VERSION,
     tasks=TASKS,
     score=None,
+    skip_empty=True,
     literal=False,
     template="alpaca",
     max_new_tokens=1024,  # AlpacaEval's reference outputs have 300 (davinci) to 2,000 (GPT-4) characters on average

@@ -170,6 +170,13 @@ class FamilyDataModule(LightningDataModule):
     def _read(self, task: str, split: str) -> list[Example]:
         rows, facts = read_rows(self.family.task(task), split, self.source, self.family.wheel)
         examples = [self.family.task(task).example(row, where) for row, where in rows]
+        if split == "train" and self.family.skip_empty:
+            answered = [example for example in examples if example.target.strip()]
+            facts["left_out"] = len(examples) - len(answered)
+            if facts["left_out"]:
+                log.warning("%d of %d %s train rows have no answer to learn and are left out",
+                            facts["left_out"], len(examples), task)  # fmt: skip
+            examples = answered
         self.data_versions[split][task] = {**facts, "fingerprint": fingerprint(examples)}
         return examples
 
