@@ -137,9 +137,8 @@ def run_programs(
         workers: how many at a time; None for this process's share of the processors, at most 8.
     """
     distinct = list(dict.fromkeys(sources))
-    share = (os.cpu_count() or 1) // int(
-        os.environ.get("LOCAL_WORLD_SIZE", "1")
-    )  # of the ranks on this machine
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
+    share = (os.cpu_count() or 1) // ranks
     with ThreadPoolExecutor(workers or max(1, min(8, share))) as pool:
         outcomes = dict(
             zip(distinct, pool.map(lambda source: run_program(source, limits), distinct), strict=True)
