@@ -184,6 +184,9 @@ def _check_override(override: Override, vocabulary: Vocabulary) -> None:
         option = override.value()
         if isinstance(option, str) and option not in vocabulary.groups[name]:
             raise CompositionError(vocabulary.unknown_option(name, option, text))
+        if "/" in name:  # a folder inside a group
+            group, _, folder = name.partition("/")
+            raise CompositionError(f"{text}: write {group}={folder}/{option}")
     elif name not in vocabulary.keys:
         if not vocabulary.is_free(name):
             raise CompositionError(vocabulary.unknown_key(name, text))

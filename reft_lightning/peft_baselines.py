@@ -133,6 +133,8 @@ def _with_adapter(base_model: PreTrainedModel, settings: Any) -> Any:
     with warnings.catch_warnings():
         # peft 0.21 reads a property that transformers 5.23 renames
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*deprecated", FutureWarning)
+        # it corrects the setting for GPT-2 itself
+        warnings.filterwarnings("ignore", ".*fan_in_fan_out is set to", UserWarning)
         return PeftModel(base_model, settings, ADAPTER, low_cpu_mem_usage=on_meta)
 
 

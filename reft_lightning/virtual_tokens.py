@@ -9,6 +9,9 @@ A decoder's outputs hold the text's columns alone, so labels, ``logits_to_keep``
 what they mean without virtual tokens. An encoder's keep the virtual ones, on whose first a classifier reads, as
 under peft.
 
+A sliding window counts columns, so padding between virtual tokens and text takes room in it: models with one (Mistral)
+give rows longer than their window other outputs under other padding.
+
 Shapes: b rows, s columns, v virtual tokens, d width.
 """
 
@@ -52,7 +55,8 @@ class VirtualTokens:
         # a language model may call its decoder past the model around it (OPT)
         self.inner = base.get_decoder() if isinstance(base, GenerationMixin) else base.base_model
         self._names = list(inspect.signature(self.inner.forward).parameters)
-        self._in_front = 0  # columns that the call under way has in front of the text's
+        # of the call under way: columns in front of the text's, and whether its cache holds the prefix alone
+        self._in_front, self._passing = 0, False
         self.calls = 0
         self.inner.register_forward_pre_hook(self._before, with_kwargs=True)
         self.inner.register_forward_hook(self._after)
@@ -60,7 +64,7 @@ class VirtualTokens:
     def _before(
         self, module: Any, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        self._in_front = 0
+        self._in_front, self._passing = 0, False
         if not self.enabled:
             return None
         self.calls += 1
@@ -80,6 +84,7 @@ class VirtualTokens:
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = kwargs["position_ids"] + self.count
         if first and self.prefix:
+            self._passing = past is None and kwargs.get("use_cache") is False
             kwargs["past_key_values"] = self._keys_and_values(rows, past)
         elif first:
             self._embeddings(rows, kwargs)
@@ -110,4 +115,6 @@ class VirtualTokens:
     def _after(self, module: Any, args: tuple, output: Any) -> Any:
         if self._in_front and self.decoder:
             output.last_hidden_state = output.last_hidden_state[:, self._in_front :]
+        if self._passing:  # nobody asked for it; generation without a cache would take it for one
+            output.past_key_values = None
         return output

@@ -15,7 +15,7 @@ OPTIONS = [
     (group, option)
     for group, options in VOCABULARY.groups.items()
     for option in options
-    if not group.startswith("experiment") and group != "local"
+    if group not in ("experiment", "local") and "/" not in group  # a/b: chosen as a=b/...
 ]
 # Table 1 of Wu et al. 2024: the average over the eight tasks.
 AVERAGES = {
