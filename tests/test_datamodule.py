@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from reft_lightning.base_models import byte_tokenizer
 from reft_lightning.data import FAMILIES
+from reft_lightning.data import loaders
 from reft_lightning.data import module as module_file
 from reft_lightning.data.base import Example, carve_validation, fingerprint, subset
 from reft_lightning.data.module import FamilyDataModule
@@ -252,7 +253,8 @@ class TestLoaders:
         whole = [e.prompt for loader in make().test_dataloader() for b in loader for e in b["examples"]]
         parts, lengths = [], []
         for rank in range(2):
-            monkeypatch.setattr(module_file, "_rank_and_world_size", lambda rank=rank: (rank, 2))
+            for file in (module_file, loaders):
+                monkeypatch.setattr(file, "rank_and_world_size", lambda rank=rank: (rank, 2))
             data = make()
             parts += [e.prompt for loader in data.test_dataloader() for b in loader for e in b["examples"]]
             lengths.append(len(data.train_dataloader()))
