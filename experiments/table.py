@@ -40,7 +40,11 @@ def main() -> None:
                     interval = " [{:.1f}, {:.1f}]".format(*(100 * end for end in count["interval"]))
                 cells[key][run["seed"]] = f"{100 * value:.1f}{interval}"
                 values[key].append(100 * value)
-    print("| trained on | model | task, measure | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean (SD) |")
+    print(
+        "| trained on | model | task, measure | "
+        + " | ".join(f"seed {seed}" for seed in seeds)
+        + " | mean (SD) |"
+    )
     print("|---" * (len(seeds) + 4) + "|")
     for key in sorted(cells, key=lambda key: (key[0], key[2], key[1])):
         found = values[key]

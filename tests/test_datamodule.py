@@ -12,8 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from reft_lightning.base_models import byte_tokenizer
-from reft_lightning.data import FAMILIES
-from reft_lightning.data import loaders
+from reft_lightning.data import FAMILIES, loaders
 from reft_lightning.data import module as module_file
 from reft_lightning.data.base import Example, carve_validation, fingerprint, subset
 from reft_lightning.data.module import FamilyDataModule

@@ -153,9 +153,7 @@ def local_rows(
 
 
 def _with_labels(rows: list[tuple[dict[str, Any], str]], path: Path) -> list[tuple[dict[str, Any], str]]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        labels = file.read().split()
+    labels = "".join(text_lines(path)).split()
     if len(labels) != len(rows):
         raise ValueError(f"{path} has {len(labels)} labels for {len(rows)} rows")
     return [({**row, "label": label}, where) for (row, where), label in zip(rows, labels, strict=True)]
