@@ -283,10 +283,18 @@ def _baseline(config: Config, heads: Any) -> dict[str, Any]:
     """
     intervention, defaults = config.intervention, vars(InterventionConfig())
     method = intervention.method
-    for name in defaults.keys() - {"method", "heads", "options"}:
-        if (value := getattr(intervention, name)) != defaults[name]:
-            where = "" if method in IN_PLACE else ", whose own settings stand in intervention.options"
-            raise ValueError(f"intervention.{name}={value} means nothing to {method}{where}: leave it out")
+    unused = [
+        n
+        for n in defaults
+        if n not in ("method", "heads", "options") and getattr(intervention, n) != defaults[n]
+    ]
+    if unused:
+        where = "" if method in IN_PLACE else ", whose own settings stand in intervention.options"
+        said = " ".join(f"intervention.{name}={getattr(intervention, name)}" for name in unused)
+        reset = " ".join(f"intervention.{name}={defaults[name]}" for name in unused)
+        raise ValueError(
+            f"{said} means nothing to {method}{where}: leave it out; where an experiment sets it, add {reset}"
+        )
     return {"method": method, "heads": () if method == "frozen" and intervention.heads is None else heads}
 
 

@@ -9,6 +9,7 @@ import short_runs
 import tiny
 import torch
 from peft import PeftModel, get_peft_model
+from transformers import LlamaConfig
 
 from reft_lightning import chat, composition, experiment
 from reft_lightning.attachment import adapt, build_on_meta
@@ -302,8 +303,6 @@ def test_the_count_needs_no_weights_and_leaves_heads_out(family, method):
 
 
 def test_llm_adapters_lora_has_its_published_size():
-    from transformers import LlamaConfig
-
     llama_7b = LlamaConfig(
         vocab_size=32000,
         hidden_size=4096,
@@ -384,6 +383,10 @@ def test_models_without_biases_or_caches_are_refused():
 
 def test_settings_of_interventions_are_refused_before_weights_are_loaded(tmp_path):
     data = short_runs.write_rows(tmp_path / "rows")
+    with pytest.raises(
+        experiment.SetupError, match=r"add intervention.positions=f7\+l7 intervention.rank=8$"
+    ):
+        short_runs.run(data, tmp_path / "run", "intervention=peft/lora")
     for override in ("intervention.rank=4", "intervention.positions=f1", "intervention.layers=[0]"):
         with pytest.raises(experiment.SetupError, match=r"means nothing to peft/lora.*intervention.options"):
             short_runs.run(data, tmp_path / "run", "intervention=peft/lora", *OURS, override)
@@ -435,6 +438,25 @@ def test_a_frozen_model_is_evaluated_and_nothing_else(data, tmp_path):
     assert not (tmp_path / "checkpoints").exists()
     again = experiment.evaluate(tmp_path, "validation")
     assert again["metrics"]["val/loss"] == result["metrics"]["val/loss"]
+
+
+@pytest.mark.parametrize("method", ["peft/lora", "peft/prompt_tuning", "bitfit"])
+def test_a_classifier_is_trained_with_its_head(method, root, tmp_path):
+    config = composition.compose(
+        [
+            "model=tiny_random", "model.config.model_type=bert", "data=glue_rte", f"intervention={method}",
+            "data.source=local", f"data.path={root / 'tests/fixtures/glue'}", "data.batch_size=4",
+            "trainer.accelerator=cpu", "trainer.max_epochs=1", "trainer.enable_progress_bar=false",
+        ]
+    )  # fmt: skip
+    result = experiment.run(config, tmp_path)
+    head = 32 * 32 + 32 + 2 * 32 + 2  # BERT's pooler and classifier
+    assert (result["status"], result["head_parameters"]) == ("complete", head)
+    # 2 layers of width 32 and 64: A and B of query and value; 20 virtual tokens; every bias
+    counts = {"peft/lora": 2 * 2 * 8 * 64, "peft/prompt_tuning": 20 * 32, "bitfit": 2 * (7 * 32 + 64) + 32}
+    assert result["trainable_parameters"] == counts[method]
+    again = experiment.evaluate(tmp_path, "validation")
+    assert again["metrics"]["val/loss"] == pytest.approx(result["metrics"]["val/loss"])
 
 
 @pytest.mark.parametrize(
