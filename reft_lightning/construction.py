@@ -276,10 +276,10 @@ def attachment(config: Config, family: AnyFamily | None = None) -> dict[str, Any
 
 
 def _baseline(config: Config, heads: Any) -> dict[str, Any]:
-    """Return the arguments of :func:`adapt` for a baseline; nothing of a frozen model is trained unless named.
+    """Return the arguments of :func:`adapt` for a baseline; a frozen model's head is not trained.
 
     Raises:
-        ValueError: for a setting of interventions, which would change nothing.
+        ValueError: for a setting of interventions, which would change nothing, or a prefix without a cache.
     """
     intervention, defaults = config.intervention, vars(InterventionConfig())
     method = intervention.method
@@ -294,6 +294,11 @@ def _baseline(config: Config, heads: Any) -> dict[str, Any]:
         reset = " ".join(f"intervention.{name}={defaults[name]}" for name in unused)
         raise ValueError(
             f"{said} means nothing to {method}{where}: leave it out; where an experiment sets it, add {reset}"
+        )
+    if method == "peft/prefix_tuning" and config.model.gradient_checkpointing:
+        raise ValueError(
+            f"{method} holds its prefix in a cache, and gradient checkpointing has none: leave "
+            "model.gradient_checkpointing out"
         )
     return {"method": method, "heads": () if method == "frozen" and intervention.heads is None else heads}
 
