@@ -390,8 +390,8 @@ def test_settings_of_interventions_are_refused_before_weights_are_loaded(tmp_pat
     for override in ("intervention.rank=4", "intervention.positions=f1", "intervention.layers=[0]"):
         with pytest.raises(experiment.SetupError, match=r"means nothing to peft/lora.*intervention.options"):
             short_runs.run(data, tmp_path / "run", "intervention=peft/lora", *OURS, override)
+    arguments = ("intervention=peft/prefix_tuning", *OURS, "model.gradient_checkpointing=true")
     with pytest.raises(experiment.SetupError, match=r"leave model.gradient_checkpointing out"):
-        arguments = ("intervention=peft/prefix_tuning", *OURS, "model.gradient_checkpointing=true")
         short_runs.run(data, tmp_path / "run", *arguments)
     with pytest.raises(experiment.SetupError, match=r"no biases"):
         short_runs.run(data, tmp_path / "run", "intervention=bitfit", *OURS)
