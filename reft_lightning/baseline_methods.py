@@ -46,6 +46,15 @@ KEPT = {
 }
 
 
+# LoRA's class also takes the options of other methods, some of which change the base (PiSSA, OLoRA, LoftQ, layer
+# replication) or are computed by calls that are not made here (aLoRA, EVA): something else would be trained or compared.
+LORA_OPTIONS = (
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "init_lora_weights",
+)  # fmt: skip
+LORA_STARTS = (True, False, "gaussian", "orthogonal")  # of init_lora_weights
+
+
 def is_baseline(method: Any) -> bool:
     """Whether a method of the configuration is a baseline, whatever follows ``peft/``."""
     return isinstance(method, str) and (method.startswith(PEFT) or method in IN_PLACE)
@@ -61,6 +70,11 @@ def check_baseline(method: str, options: Mapping[str, Any]) -> None:
     for name in options:
         if name in KEPT:
             raise ValueError(f"{method}: leave the option {name!r} out, {KEPT[name]}")
+        if name == "init_lora_weights" and options[name] not in LORA_STARTS:
+            raise ValueError(
+                f"{method}: init_lora_weights must be one of {', '.join(map(str, LORA_STARTS))}; got "
+                f"{options[name]!r}, which changes the weights of the base, or needs calls that are not made here"
+            )
         if name not in allowed:
             takes = ", ".join(sorted(allowed)) or "none"
             raise ValueError(
@@ -77,7 +91,8 @@ def options_of(method: str) -> list[str]:
     if method in IN_PLACE:
         return []
     name, fixed = _peft_method(method)
-    return [f.name for f in fields(_class(name)) if f.init and f.name not in {*KEPT, *fixed}]
+    known = [f.name for f in fields(_class(name)) if f.init and f.name not in {*KEPT, *fixed}]
+    return [option for option in known if name != "LoraConfig" or option in LORA_OPTIONS]
 
 
 def peft_config(method: str, options: Mapping[str, Any]) -> Any:

@@ -165,13 +165,15 @@ class Baseline(nn.Module):
         """Whether a trained parameter, by its name in this module, belongs to a head."""
         return inside(name.removeprefix("base_model."), self.config.heads)
 
+    def _is_vector(self, parameter: nn.Parameter) -> bool:
+        return parameter.ndim < 2
+
     def parameter_roles(self) -> dict[str, list[nn.Parameter]]:
         """Return the trained parameters by role; vectors are biases, which never decay."""
         roles: dict[str, list[nn.Parameter]] = {"rotation": [], "weight": [], "bias": [], "head": []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                vector = parameter.numel() == max(parameter.shape, default=1)
-                role = "head" if self._is_head(name) else "bias" if vector else "weight"
+                role = "head" if self._is_head(name) else "bias" if self._is_vector(parameter) else "weight"
                 roles[role].append(parameter)
         return roles
 
@@ -224,7 +226,11 @@ class InPlaceBaseline(Baseline):
             )
         super().__init__(config, base_model, [*chosen, *(n for n in names if inside(n, heads))])
         self.base_model = base_model
-        if chosen and base_model.dtype in (torch.bfloat16, torch.float16):
+        if (
+            chosen
+            and not next(base_model.parameters()).is_meta
+            and base_model.dtype in (torch.bfloat16, torch.float16)
+        ):
             log.warning(
                 "%s trains %s weights: small updates are lost in their rounding; model.dtype=float32 keeps them",
                 method, str(base_model.dtype).removeprefix("torch."),

@@ -103,6 +103,7 @@ def build(config: Config) -> Objects:
         check_monitor(config, reported(family, data.train_rows.examples[0], decoding), data.val_tasks)
     else:
         check_monitor(config, measures, data.val_tasks)
+    check_tied_head(config, hf_config, attached.get("heads") or ())
     base_model, _ = load_base_model(**source)
     if config.model.gradient_checkpointing:
         with warnings.catch_warnings():
@@ -126,6 +127,20 @@ def build(config: Config) -> Objects:
     count = adapt(build_on_meta(base_model.config, source["task"]), **attached).parameter_count()
     name = f"{config.model.name} {config.intervention.method} seed {config.seed}"
     return Objects(model, data, module, count, commonest, measures, name, _described(decoding))
+
+
+def check_tied_head(config: Config, hf_config: Any, heads: Sequence[str]) -> None:
+    """Refuse to train a language-model head that is the embeddings too, where it gets a float32 copy of its own.
+
+    Raises:
+        ValueError: with what to set.
+    """
+    copied = config.model.dtype != "float32" and config.model.float32_logits and hf_config.tie_word_embeddings
+    if copied and (config.intervention.method == "full" or "lm_head" in heads):
+        raise ValueError(
+            f"{config.model.name} shares its embeddings with its head, and model.float32_logits gives the head a copy: "
+            "training would part the two. Set model.dtype=float32, or model.float32_logits=false"
+        )
 
 
 def _described(decoding: Decoding | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Its subclasses evaluate: :class:`~reft_lightning.generation.GenerationModule` by
 
 An adapted model has ``forward(**batch)``, ``generate(...)``, ``adapter_state_dict()``,
 ``load_adapter_state_dict(...)``, ``parameter_roles()`` and ``disabled()``. What it does inside, this file does
-not know. Checkpoints hold the adapter, the optimizer and the loop, never the base model.
+not know. Checkpoints hold what is trained, the optimizer and the loop, not the frozen base.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from .baseline_methods import PEFT, peft_config
@@ -44,6 +44,17 @@ class PeftBaseline(Baseline):
     ) -> None:
         settings = peft_config(method, options or {})
         check_heads(base_model, heads)
+        # peft takes every module whose path ends in a head's name
+        more = (
+            [n for n, _ in base_model.named_modules() if n.endswith(tuple(heads)) and n not in heads]
+            if heads
+            else []
+        )
+        if more:
+            raise ValueError(
+                f"{method} would train {', '.join(more)} beside the heads {', '.join(heads)}: peft goes by the ends of "
+                "names; name those too in intervention.heads"
+            )
         if method == f"{PEFT}prefix_tuning" and not is_decoder(base_model):
             raise ValueError(
                 f"{method} needs a cache of keys and values, which {type(base_model).__name__}, an encoder, does not "
@@ -101,6 +112,11 @@ class PeftBaseline(Baseline):
 
     def _is_head(self, name: str) -> bool:
         return ".modules_to_save." in name
+
+    def _is_vector(self, parameter: nn.Parameter) -> bool:
+        # IA3 keeps its vectors as (d, 1) and (1, d)
+        flat = self.config.method == f"{PEFT}ia3" and parameter.numel() == max(parameter.shape, default=1)
+        return flat or super()._is_vector(parameter)
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Return every trained tensor, and those that peft saves with them, by the names of peft's file."""

@@ -9,7 +9,7 @@ import short_runs
 import tiny
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import LlamaConfig
+from transformers import DistilBertConfig, DistilBertForSequenceClassification, LlamaConfig
 
 from reft_lightning import chat, composition, experiment
 from reft_lightning.attachment import adapt, build_on_meta
@@ -214,7 +214,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method):
     for checkpointing in (False, True):
         base = tiny.model("llama")
         if checkpointing:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            base.gradient_checkpointing_enable()
         torch.manual_seed(0)
         model = adapt(base, method, **OPTIONS.get(method, {})).train()
         model(**batch).loss.backward()
@@ -328,6 +328,8 @@ def test_vectors_and_biases_never_decay():
     assert not roles["weight"]
     roles = adapted("llama", "peft/dora").parameter_roles()
     assert (len(roles["weight"]), len(roles["bias"])) == (12, 6)  # A and B; magnitudes
+    roles = adapted("llama", "peft/lora", r=1).parameter_roles()
+    assert not roles["bias"]  # A and B are matrices at any rank
 
 
 def test_a_state_that_does_not_fit_is_refused():
@@ -339,6 +341,25 @@ def test_a_state_that_does_not_fit_is_refused():
             model.load_adapter_state_dict(wrong)
     with pytest.raises(ValueError, match="shapes"):
         adapted("llama", "peft/lora", r=4).load_adapter_state_dict(state)
+
+
+def test_a_head_that_peft_would_take_by_the_end_of_its_name_is_refused():
+    config = DistilBertConfig(vocab_size=40, dim=16, n_layers=1, n_heads=2, hidden_dim=16)
+    model = DistilBertForSequenceClassification(config)
+    with pytest.raises(ValueError, match=r"would train pre_classifier beside the heads classifier"):
+        adapt(model, "peft/lora", heads=["classifier"], target_modules=["q_lin"])
+
+
+@pytest.mark.parametrize(
+    "more", [["intervention=full"], ["intervention.heads=[lm_head]"]], ids=lambda m: m[0]
+)
+def test_a_head_that_shares_the_embeddings_is_not_parted_from_them(more, tmp_path):
+    data = short_runs.write_rows(tmp_path / "rows")
+    tied = ["model.dtype=bfloat16", "+model.config.tie_word_embeddings=true", *more]
+    if more == ["intervention=full"]:
+        tied += OURS
+    with pytest.raises(experiment.SetupError, match=r"shares its embeddings with its head"):
+        short_runs.run(data, tmp_path / "run", *tied)
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -359,6 +380,18 @@ def test_unknown_methods_and_options_name_the_nearest():
         (["intervention.method=peft/lorra"], r"unknown baseline 'peft/lorra'.*did you mean 'peft/lora'"),
         (["intervention=peft/lora", "+intervention.options.lora_alhpa=3"], r"did you mean 'lora_alpha'"),
         (["intervention=peft/lora", "+intervention.options.bias=all"], r"leave the option 'bias' out"),
+        (
+            ["intervention=peft/lora", "+intervention.options.init_lora_weights=pissa"],
+            r"orthogonal; got 'pissa', which",
+        ),
+        (
+            ["intervention=peft/lora", "+intervention.options.layer_replication=[[0,2]]"],
+            r"no option 'layer_replic",
+        ),
+        (
+            ["intervention=peft/lora", "+intervention.options.alora_invocation_tokens=[3]"],
+            r"no option 'alora_inv",
+        ),
         (["intervention=full", "+intervention.options.r=3"], r"full takes no option 'r'"),
         (["intervention/peft=lora"], r"write intervention=peft/lora"),
         (["intervention.method=lora"], r"unknown intervention 'lora'"),
