@@ -47,7 +47,7 @@ KEPT = {
 
 
 # LoRA's class also takes the options of other methods, some of which change the base (PiSSA, OLoRA, LoftQ, layer
-# replication) or are computed by calls that are not made here (aLoRA, EVA): something else would be trained or compared.
+# replication) or are computed by calls that are not made here (aLoRA, EVA): another model would be trained or compared.
 LORA_OPTIONS = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "init_lora_weights",
