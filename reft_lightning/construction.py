@@ -29,7 +29,7 @@ from .data import Family, get_family
 from .data.base import Example
 from .data.classification import ClassificationDataModule
 from .data.custom import custom_family
-from .data.labelled import ClassificationFamily
+from .data.labelled import ClassificationFamily, ClassificationTask
 from .data.module import FamilyDataModule
 from .data.options import option_batches
 from .data.rows import DataSource
@@ -172,8 +172,22 @@ def choose_monitor(config: Config) -> None:
 def measures_of(config: Config, family: AnyFamily) -> tuple[str, ...]:
     """Return the names of a run's scores, the main one first; none where only the loss is measured."""
     if isinstance(family, ClassificationFamily):
-        return family.task(config.data.tasks[0]).measures
+        return classified(config, family).measures
     return family.measures if family.score else ()
+
+
+def classified(config: Config, family: ClassificationFamily) -> ClassificationTask:
+    """Return the one task of a classifier.
+
+    Raises:
+        ValueError: if there is not exactly one.
+    """
+    tasks = config.data.tasks
+    if len(tasks) != 1:
+        raise ValueError(
+            f"a classifier has one task: give data.tasks one of {', '.join(family.tasks)}; got {list(tasks)}"
+        )
+    return family.task(tasks[0])
 
 
 def decoding_of(config: Config, family: Family) -> Decoding:
@@ -262,7 +276,7 @@ def model_source(config: Config, family: AnyFamily | None = None) -> dict[str, A
     if isinstance(family, ClassificationFamily):
         kind = {
             "task": "sequence_classification",
-            "num_labels": family.task(config.data.tasks[0]).num_labels,
+            "num_labels": classified(config, family).num_labels,
         }
     return model | kind | {"seed": config.seed}
 
