@@ -261,6 +261,7 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
         original.update(test_reads=[*original.values["test_reads"], *results.values["test_reads"]])
     results.update(
         status="complete", finished=now(), method=config.intervention.method, model=config.model.name,
+        seed=config.seed, data_versions=objects.data.data_versions, decoding=objects.decoding,
         trainable_parameters=objects.count.trainable, percent=objects.count.percent,
         head_parameters=objects.head_parameters, commonest_answers=objects.commonest,
     )  # fmt: skip

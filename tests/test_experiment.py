@@ -107,6 +107,7 @@ def test_evaluating_again_gives_the_runs_own_scores(finished):
     folder, results = finished
     again = experiment.evaluate(folder)
     assert again["test_reads"] == []
+    assert all(again[name] == results[name] for name in ("seed", "method", "percent", "decoding"))
     measured = {k: v for k, v in results["metrics"].items() if k.startswith("val/")}
     assert again["metrics"] == pytest.approx(measured)
     assert again["counts"] == {k: v for k, v in results["counts"].items() if k.startswith("val/")}
