@@ -185,7 +185,7 @@ def classified(config: Config, family: ClassificationFamily) -> ClassificationTa
     tasks = config.data.tasks
     if len(tasks) != 1:
         raise ValueError(
-            f"a classifier has one task: give data.tasks one of {', '.join(family.tasks)}; got {list(tasks)}"
+            f"a classifier has one task a run: give data.tasks one of {', '.join(family.tasks)}; got {list(tasks)}"
         )
     return family.task(tasks[0])
 

@@ -181,7 +181,7 @@ def test_missing_test_rows_are_found_before_training(rows, tmp_path):
 def test_a_classifier_has_one_task(tasks, tmp_path):
     settings = composition.compose(["model=tiny_random", "data=glue_rte", f"data.tasks={tasks}"])
     with pytest.raises(
-        experiment.SetupError, match=r"a classifier has one task: give data\.tasks one of cola, sst2"
+        experiment.SetupError, match=r"a classifier has one task a run: give data\.tasks one of cola, sst2"
     ):
         experiment.run(settings, tmp_path)
 
