@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .baseline_methods import check_baseline
-from .checkpoint import BASELINE_CONFIG_FILE, BASELINE_FILE, replace_file, write_tensors
+from .checkpoint import BASELINE_CONFIG_FILE, BASELINE_FILE, check_fit, replace_file, write_tensors
 from .interventions import nearest
 from .masks import guess_attention, left_padded, numbers_its_own_positions, position_ids_of
 from .model import ParameterCount
@@ -147,15 +147,7 @@ class Baseline(nn.Module):
         Raises:
             ValueError: if a tensor is missing, unexpected, or of another shape.
         """
-        own = self.adapter_state_dict()
-        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        shapes = [f"{k}: {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
-                  for k in own.keys() & state.keys() if state[k].shape != own[k].shape]  # fmt: skip
-        if missing or unexpected or shapes:
-            raise ValueError(
-                f"the adapter does not fit {self.config.method}: missing {missing}, unexpected {unexpected}, "
-                f"shapes {shapes}"
-            )
+        check_fit(self.adapter_state_dict(), state, f" {self.config.method}")
         self._load(state)
 
     def _load(self, state: dict[str, Tensor]) -> None:

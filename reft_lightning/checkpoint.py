@@ -99,6 +99,21 @@ class ReftConfig:
         return cls(**values)
 
 
+def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], what: str = "") -> None:
+    """Refuse tensors that are not exactly those of an adapter.
+
+    Raises:
+        ValueError: if one is missing, unexpected, or of another shape.
+    """
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [f"{k}: {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+              for k in own.keys() & state.keys() if state[k].shape != own[k].shape]  # fmt: skip
+    if missing or unexpected or shapes:
+        raise ValueError(
+            f"the adapter does not fit{what}: missing {missing}, unexpected {unexpected}, shapes {shapes}"
+        )
+
+
 def save_adapter(folder: str | os.PathLike, config: ReftConfig, state: dict[str, Tensor], count: Any) -> None:
     """Write the three files of an adapter."""
     folder = Path(folder)

@@ -115,18 +115,8 @@ class ClassificationModule(FinetuningModule):
 
     # --- a whole split --------------------------------------------------------------------------------------
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the last evaluation, also one that was interrupted."""
-        self._forget()
-
-    def on_test_epoch_start(self) -> None:
-        """Forget the last evaluation, also one that was interrupted."""
-        self._forget()
-
     def _forget(self) -> None:
-        self.predictions = []
-        self.loss.reset()
-        self.loss.update(torch.zeros((), device=self.device), 0)  # torchmetrics warns of one without rows
+        super()._forget()
         for metric in (metric for metrics in self.scores.values() for metric in metrics.values()):
             metric.reset()
 

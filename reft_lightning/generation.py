@@ -132,18 +132,8 @@ class GenerationModule(FinetuningModule):
     def _metrics(self) -> Iterator[RowScores]:
         return (metric for by_task in self.scores.values() for metric in by_task.values())
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the last evaluation, also one that was interrupted."""
-        self._forget()
-
-    def on_test_epoch_start(self) -> None:
-        """Forget the last evaluation, also one that was interrupted."""
-        self._forget()
-
     def _forget(self) -> None:
-        self.predictions = []
-        self.loss.reset()
-        self.loss.update(torch.zeros((), device=self.device), 0)  # torchmetrics warns of one without rows
+        super()._forget()
         for metric in self._metrics():
             metric.reset()
             metric.update([])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .checkpoint import ReftConfig, load_adapter, save_adapter
+from .checkpoint import ReftConfig, check_fit, load_adapter, save_adapter
 from .interventions import (
     Orthonormal,
     check_settings,
@@ -309,13 +309,7 @@ class ReftModel(nn.Module):
             ValueError: if a tensor is missing, unexpected, or of another shape.
         """
         own = self.adapter_state_dict()
-        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        shapes = [f"{k}: {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
-                  for k in own.keys() & state.keys() if state[k].shape != own[k].shape]  # fmt: skip
-        if missing or unexpected or shapes:
-            raise ValueError(
-                f"the adapter does not fit: missing {missing}, unexpected {unexpected}, shapes {shapes}"
-            )
+        check_fit(own, state)
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state[name])

@@ -87,7 +87,9 @@ class FinetuningModule(LightningModule):
 
     def loss_of(self, batch: dict[str, Any]) -> Tensor:
         """Return the loss of a batch, a scalar with a gradient."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} must define loss_of(batch), the loss that is trained"
+        )
 
     # --- training -------------------------------------------------------------------------------------------
 
@@ -158,6 +160,21 @@ class FinetuningModule(LightningModule):
             return most
         batches = len(trainer.datamodule.train_dataloader())
         return min(most, trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+
+    # --- evaluation -----------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last evaluation, also one that was interrupted."""
+        self._forget()
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the last evaluation, also one that was interrupted."""
+        self._forget()
+
+    def _forget(self) -> None:
+        self.predictions = []
+        self.loss.reset()
+        self.loss.update(torch.zeros((), device=self.device), 0)  # torchmetrics warns of one without rows
 
     # --- checkpoints ----------------------------------------------------------------------------------------
 
