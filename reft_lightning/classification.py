@@ -63,7 +63,7 @@ class ClassificationModule(FinetuningModule):
 
     def logits_of(self, batch: dict[str, Any]) -> Tensor:  # (b, classes) or (b,) float32
         """Return the classifier's outputs."""
-        inputs = {name: value for name, value in batch.items() if name not in ("labels", "examples")}
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", "examples", "rows")}
         logits = self.model(**inputs).logits.float()
         return logits.squeeze(-1) if self.task.regression else logits
 

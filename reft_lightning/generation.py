@@ -176,7 +176,7 @@ def _key(task: str) -> str:
 
 
 def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in batch.items() if name not in ("boundary", "examples")}
+    return {name: value for name, value in batch.items() if name not in ("boundary", "examples", "rows")}
 
 
 def _first_rows(batch: dict[str, Any], count: int) -> dict[str, Any]:

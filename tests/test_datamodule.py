@@ -240,6 +240,19 @@ class TestLoaders:
         others = {name for name, value in batch.items() if not isinstance(value, torch.Tensor)}
         assert others == {"boundary"}
 
+    def test_an_epoch_names_every_train_row_once_and_means_it(self):
+        data = make()
+        batches = list(data.train_dataloader())
+        assert sorted(torch.cat([batch["rows"] for batch in batches]).tolist()) == list(
+            range(len(data.train_rows))
+        )
+        for batch in batches:
+            for ids, mask, i in zip(
+                batch["input_ids"], batch["attention_mask"].bool(), batch["rows"], strict=True
+            ):
+                row = data.train_rows[int(i)]
+                assert ids[mask].tolist() == row.prompt_ids + row.target_ids
+
     def test_there_is_one_loader_per_task_in_the_order_of_eval_tasks(self):
         data = make()
         for task, loader in zip(data.eval_tasks, data.val_dataloader(), strict=True):

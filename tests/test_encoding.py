@@ -158,7 +158,7 @@ class TestLayout:
 
     def test_shapes_and_types_are_those_of_the_contract(self, rows):
         batch = Collator(0)(rows)
-        assert set(batch) == {"input_ids", "attention_mask", "labels", "prompt_mask", "boundary"}
+        assert set(batch) == {"input_ids", "attention_mask", "labels", "prompt_mask", "boundary", "rows"}
         shape = (3, batch["boundary"] + 9)
         for name in ("input_ids", "attention_mask", "labels"):
             assert (batch[name].shape, batch[name].dtype) == (shape, torch.int64)
@@ -188,6 +188,13 @@ class TestLayout:
         assert (cut["labels"][:, 0] == -100).all()
         torch.testing.assert_close(loss(model, cut), loss(model, batch))
         assert batch["labels"].shape == batch["input_ids"].shape  # the batch itself is as it was
+
+    def test_a_batch_names_its_rows(self, rows, tokenizer):
+        kept = EncodedRows(rows)
+        batch = Collator(0)([kept[2], kept[0]])
+        assert (batch["rows"].tolist(), batch["rows"].dtype) == ([2, 0], torch.int64)
+        assert Collator(0)(rows)["rows"].tolist() == [-1, -1, -1]  # of no split
+        assert kept[2] == rows[2]  # the number is no part of what a row says
 
     def test_examples_come_along_only_when_asked(self, rows):
         assert Collator(0, with_examples=True)(rows)["examples"] == [row.example for row in rows]

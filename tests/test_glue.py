@@ -247,6 +247,7 @@ class TestBatches:
         assert batch["input_ids"].tolist() == [[1, 100, 101, 1, 102], [1, 100, 1, 0, 0]]
         assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
         assert batch["labels"].tolist() == [1, 0]
+        assert (batch["rows"].tolist(), batch["rows"].dtype) == ([0, 1], torch.int64)
         assert batch["labels"].dtype == torch.int64
         assert "token_type_ids" not in batch
 

@@ -44,7 +44,7 @@ def test_the_loss_is_that_of_full_logits(data):
     batch = next(iter(objects.data.train_dataloader()))
     objects.module.log = lambda *_, **__: None
     loss = objects.module.training_step(batch, 0)
-    ordinary = {k: v for k, v in batch.items() if k != "boundary"}
+    ordinary = {k: v for k, v in batch.items() if k not in ("boundary", "rows")}
     logits = objects.model(**ordinary).logits
     expected = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100
@@ -95,7 +95,9 @@ def test_a_step_starts_without_the_gradients_of_the_last(data):
     trainer(callbacks=[gradients], max_steps=3).fit(objects.module, objects.data)
     for batch, found in zip(batches, gradients.noted, strict=False):
         objects.module.zero_grad()
-        objects.model(**{k: v for k, v in target_only(batch).items() if k != "boundary"}).loss.backward()
+        objects.model(
+            **{k: v for k, v in target_only(batch).items() if k not in ("boundary", "rows")}
+        ).loss.backward()
         for parameter, gradient in zip(objects.model.interventions.parameters(), found, strict=True):
             # the rate of 1e-8 moves parameters a little; gradients that piled up would be twice as large
             torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-3)
@@ -127,7 +129,9 @@ def test_the_dropout_of_the_base_acts_in_training_only_when_asked_for(data, aske
     objects = short_runs.build(data, f"model.base_dropout={asked}", "+model.config.attention_dropout=0.4")
     attention = objects.model.base_model.model.layers[0].self_attn
     assert attention.attention_dropout == rate
-    batch = {k: v for k, v in next(iter(objects.data.train_dataloader())).items() if k != "boundary"}
+    batch = {
+        k: v for k, v in next(iter(objects.data.train_dataloader())).items() if k not in ("boundary", "rows")
+    }
     losses = {objects.model(**batch).loss.item() for _ in range(3)}
     assert len(losses) == (1 if rate == 0 else 3)
     objects.module.eval()
@@ -188,7 +192,7 @@ def test_the_option_that_is_chosen_is_the_likeliest(data):
             example = examples[row["source"]]
             scores = []
             for batch in option_batches(objects.data.tokenizer, [example], 512):
-                inputs = {k: v for k, v in batch.items() if k != "boundary"}
+                inputs = {k: v for k, v in batch.items() if k not in ("boundary", "rows")}
                 tokens = (batch["labels"] != -100).sum()
                 scores.append(-(objects.model(**inputs).loss * tokens).item())
             best = example.options[scores.index(max(scores))]
@@ -210,7 +214,7 @@ def test_the_validation_loss_is_a_mean_over_tokens_whatever_the_batch_size(data,
     with torch.no_grad():
         for loader in objects.data.val_dataloader():
             for batch in loader:
-                inputs = {k: v for k, v in batch.items() if k not in ("boundary", "examples")}
+                inputs = {k: v for k, v in batch.items() if k not in ("boundary", "examples", "rows")}
                 log_p = objects.model(**inputs).logits[:, :-1].log_softmax(-1)
                 labels = inputs["labels"][:, 1:]
                 chosen = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)

@@ -45,7 +45,7 @@ class HouseholderLoReFT(Subspace, name="experiment_householder_loreft"):
 
 
 def inputs(batch: dict) -> dict:
-    return {k: v for k, v in target_only(batch).items() if k not in ("boundary", "examples")}
+    return {k: v for k, v in target_only(batch).items() if k not in ("boundary", "examples", "rows")}
 
 
 def phis(model: rl.ReftModel) -> list[nn.Module]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ class Encoded:
         joint: True when prompt and target were tokenised as one text and split.
         cut_prompt: prompt tokens left out on the left.
         cut_target: target tokens left out on the right.
+        row: its place in the `EncodedRows` it was read from; -1 for a row of its own. No part of equality.
     """
 
     prompt_ids: list[int]
@@ -50,6 +51,7 @@ class Encoded:
     joint: bool = True
     cut_prompt: int = 0
     cut_target: int = 0
+    row: int = field(default=-1, compare=False)
 
     def __len__(self) -> int:
         """Return the number of tokens, eos included."""
@@ -189,11 +191,11 @@ class EncodedRows(Dataset[Encoded]):
         return len(self.examples)
 
     def __getitem__(self, i: int) -> Encoded:
-        """Return row i as `encode` made it."""
+        """Return row i as `encode` made it, with its number."""
         start, middle = self._starts[i], self._starts[i] + self._prompts[i]
         tokens = self._tokens
         prompt, target = tokens[start:middle].tolist(), tokens[middle : self._starts[i + 1]].tolist()
-        return Encoded(prompt, target, self.examples[i], *self._flags[i])
+        return Encoded(prompt, target, self.examples[i], *self._flags[i], row=i)
 
     @property
     def lengths(self) -> list[int]:
@@ -231,7 +233,11 @@ class Collator:
         self.with_examples = with_examples
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Return input_ids, attention_mask, labels, prompt_mask (bool), all (b, s), and boundary (int)."""
+        """Return the batch.
+
+        input_ids, attention_mask, labels and prompt_mask (bool) are (b, s); boundary is an int; rows (b,) holds
+        the rows' numbers in their `EncodedRows`, which no model takes.
+        """
         boundary = max(len(row.prompt_ids) for row in rows)
         width = boundary + max(len(row.target_ids) for row in rows)
         input_ids = torch.full((len(rows), width), self.pad_token_id)
@@ -252,6 +258,7 @@ class Collator:
             "labels": labels,
             "prompt_mask": prompt_mask,
             "boundary": boundary,
+            "rows": torch.tensor([row.row for row in rows], dtype=torch.int64),
         }
         if self.with_examples:
             batch["examples"] = [row.example for row in rows]

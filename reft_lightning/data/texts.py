@@ -95,9 +95,9 @@ class EncodedTexts(Dataset[dict[str, Any]]):
         return len(self.examples)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """Return row i: input_ids, token_type_ids if there are any, and the example."""
+        """Return row i: input_ids, token_type_ids if there are any, the example and the row's number."""
         place = slice(self._starts[i], self._starts[i + 1])
-        row: dict[str, Any] = {"input_ids": self._tokens[place], "example": self.examples[i]}
+        row: dict[str, Any] = {"input_ids": self._tokens[place], "example": self.examples[i], "row": i}
         return row if self._types is None else row | {TYPES: self._types[place]}
 
     @property
@@ -121,7 +121,7 @@ class TextCollator:
         self.pad_token_id, self.regression, self.with_examples = pad_token_id, regression, with_examples
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return input_ids, attention_mask, perhaps token_type_ids (b, s), and labels (b,)."""
+        """Return input_ids, attention_mask, perhaps token_type_ids (b, s), labels (b,) and the rows' numbers (b,)."""
         examples = [row["example"] for row in rows]
         ids = [row["input_ids"] for row in rows]
         kind = torch.float32 if self.regression else torch.int64
@@ -129,6 +129,7 @@ class TextCollator:
             "input_ids": _padded(ids, self.pad_token_id),
             "attention_mask": _padded([np.ones_like(row) for row in ids], 0),
             "labels": torch.tensor([example.label for example in examples], dtype=kind),
+            "rows": torch.tensor([row["row"] for row in rows], dtype=torch.int64),
         }
         if TYPES in rows[0]:
             batch[TYPES] = _padded([row[TYPES] for row in rows], 0)
