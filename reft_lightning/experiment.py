@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer, seed_everything
+from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -45,22 +46,43 @@ class SetupError(ValueError):
     """A run cannot start as configured; the message says why, and nothing has been trained."""
 
 
-def run(config: Config, folder: Path, experiment: str | None = None) -> dict[str, Any]:
+class Halted(RuntimeError):
+    """A callback ends the run on purpose: a search pruned it, or its budget is used up.
+
+    Args:
+        status: what ``results.json`` says, such as ``pruned``.
+        reason: why.
+        values: further values of ``results.json``.
+    """
+
+    def __init__(self, status: str, reason: str, **values: Any) -> None:
+        super().__init__(reason)
+        self.status, self.values = status, values
+
+
+def run(
+    config: Config, folder: Path, experiment: str | None = None, callbacks: Sequence[Callback] = ()
+) -> dict[str, Any]:
     """Train and evaluate as the configuration says; return the contents of ``results.json``.
 
     Args:
         config: a checked configuration; a monitored score that it leaves open is filled in.
         folder: the run folder; it is created. With ``resume`` the earlier run's folder is used instead.
         experiment: the file of ``conf/experiment`` that it was composed from; recorded.
+        callbacks: of Lightning, beside those of the configuration. One that raises :class:`Halted` ends the run
+            without an error.
 
     Raises:
         SetupError: for a configuration that cannot work, before any weight is loaded.
     """
     with single_job_ddp():
-        return _run(config, Path(config.resume) if config.resume else Path(folder), experiment)
+        target = Path(config.resume) if config.resume else Path(folder)
+        return _run(config, target, experiment, callbacks)
 
 
-def _run(config: Config, folder: Path, experiment: str | None) -> dict[str, Any]:
+def _run(
+    config: Config, folder: Path, experiment: str | None, callbacks: Sequence[Callback]
+) -> dict[str, Any]:
     try:
         choose_monitor(config)
     except (ValueError, OSError) as error:
@@ -76,6 +98,7 @@ def _run(config: Config, folder: Path, experiment: str | None) -> dict[str, Any]
             earlier = OmegaConf.to_container(OmegaConf.structured(load_run_config(folder)))
             check_same_run(values, earlier, folder)
         trainer = build_trainer(config, folder, values)
+        trainer.callbacks[:0] = callbacks
         objects = build(config)
     except (ValueError, OSError, MisconfigurationException) as error:
         raise SetupError(str(error)) from error
@@ -100,6 +123,12 @@ def _run(config: Config, folder: Path, experiment: str | None) -> dict[str, Any]
     log.info("run folder: %s", folder)
     try:
         _stages(config, folder, objects, trainer, results, last if config.resume else None)
+    except Halted as halt:
+        results.update(status=halt.status, reason=str(halt), stopped=now(), **halt.values)
+        if main:
+            finish_wandb(trainer.loggers, results.values, None)
+        log.info("%s: %s", halt.status, halt)
+        return results.values
     except BaseException as error:
         results.update(status="stopped", error=f"{type(error).__name__}: {error}", stopped=now())
         if main:
@@ -186,8 +215,12 @@ def evaluate_split(
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(names)}
     read = objects.data.test_rows if split == "test" else {}
     reads = [
-        {"task": task, "rows": rows, "time": now(), "model": who or "adapted"} for task, rows in read.items()
-    ]
+        {
+            "task": task, "rows": rows, "time": now(), "model": who or "adapted",
+            "config_hash": results.values.get("config_hash"),
+        }
+        for task, rows in read.items()
+    ]  # fmt: skip
     results.update(
         metrics=metrics,
         counts=objects.module.counts,
@@ -249,7 +282,15 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
     objects = build(config)
     objects.model.load_adapter_state_dict(adapter)
     target = new_folder(folder / "evaluations")
-    results = Results(target, run_dir=str(folder), split=split, limit=limit, **environment())
+    values = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    results = Results(
+        target,
+        config_hash=config_hash(values),
+        run_dir=str(folder),
+        split=split,
+        limit=limit,
+        **environment(),
+    )
     trainer = Trainer(
         accelerator=config.trainer.accelerator, devices=1, logger=False, enable_checkpointing=False,
         use_distributed_sampler=False, default_root_dir=target, precision=config.trainer.precision,
