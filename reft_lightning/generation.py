@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from .data.base import Example, Family
 from .data.encoding import target_only
-from .evaluation import Decoding, RowScores, generate, option_log_likelihoods
+from .evaluation import (
+    ColumnReader,
+    Decoding,
+    RowScores,
+    generate,
+    log_likelihood,
+    option_log_likelihoods,
+    with_draft,
+)
 from .module import AdaptedModel, FinetuningModule
 from .optimization import Optimization
 
@@ -32,7 +40,7 @@ class GenerationModule(FinetuningModule):
         test_tasks: names of the test loaders, in their order.
         optimization: optimizer and schedule.
         decoding: how texts are generated.
-        option_batches: examples -> one target-only batch for each option index, or None not to rank options.
+        option_batches: examples -> one batch for each option index, or None not to rank options.
         commonest: task -> the commonest answer of its training rows; how often it is right is what a score must
             beat before the model can be said to read the question (``majority_accuracy``).
     """
@@ -67,25 +75,32 @@ class GenerationModule(FinetuningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:
         """Add the loss of a batch of validation rows, and score it."""
-        self.loss.update(self.loss_of(batch), int((batch["labels"] != -100).sum()))
+        reader = ColumnReader(self.model)  # loss, options and texts stand behind the same prompts, read once
+        self._add_loss(batch, reader)
         if self.family.score is not None:
-            self._score(batch, self.tasks["val"][dataloader_idx])
+            self._score(batch, self.tasks["val"][dataloader_idx], reader)
         elif batch_index == 0:
-            self._score(_first_rows(batch, SAMPLES), self.tasks["val"][dataloader_idx])
+            self._score(_first_rows(batch, SAMPLES), self.tasks["val"][dataloader_idx], reader)
 
     def test_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:
         """Score a batch of the test rows."""
+        reader = ColumnReader(self.model)
         if self.family.score is None:
-            self.loss.update(self.loss_of(batch), int((batch["labels"] != -100).sum()))
-        self._score(batch, self.tasks["test"][dataloader_idx])
+            self._add_loss(batch, reader)
+        self._score(batch, self.tasks["test"][dataloader_idx], reader)
 
-    def _score(self, batch: dict[str, Any], task: str) -> None:
+    def _add_loss(self, batch: dict[str, Any], reader: ColumnReader) -> None:
+        tokens = int((batch["labels"] != -100).sum())
+        self.loss.update(-log_likelihood(reader, batch).sum() / tokens, tokens)
+
+    def _score(self, batch: dict[str, Any], task: str, reader: ColumnReader) -> None:
         examples: list[Example] = batch["examples"]
         stops = (
             self.family.tasks[task].stop_strings if task in self.family.tasks else ()
         )  # a mixture is no task
-        texts = generate(self.model, batch, self.tokenizer, replace(self.decoding, stop_strings=stops))
-        options = self._rank(examples)
+        options, drafted = self._rank(batch, reader)
+        decoding = replace(self.decoding, stop_strings=stops)
+        texts = generate(self.model, drafted, self.tokenizer, decoding, reader)
         if options:
             right = [float(option == e.target) for option, e in zip(options, examples, strict=True)]
             self._metric("option_accuracy", task).update(right)
@@ -113,16 +128,22 @@ class GenerationModule(FinetuningModule):
     def _answer_of(self, option: str, example: Example) -> str | None:
         return self.family.score([option], example).answer if self.family.score else option
 
-    def _rank(self, examples: list[Example]) -> list[str]:
-        """Return the most likely option of each row; nothing where there are none to rank."""
+    def _rank(self, batch: dict[str, Any], reader: ColumnReader) -> tuple[list[str], dict[str, Any]]:
+        """Return the most likely option of each row, none where there are none to rank, and the batch to decode.
+
+        The likeliest option is its draft: what a model that knows the format says.
+        """
+        examples: list[Example] = batch["examples"]
         if self.option_batches is None or not all(example.options for example in examples):
-            return []
-        batches = [{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in _inputs(b).items()}
+            return [], batch
+        batches = [{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in b.items()}
                    for b in self.option_batches(examples)]  # fmt: skip
-        likelihoods = option_log_likelihoods(self.model, batches)
+        likelihoods = option_log_likelihoods(self.model, batches, reader)
         for i, example in enumerate(examples):
             likelihoods[i, len(example.options) :] = -torch.inf  # rows with fewer options than others
-        return [e.options[k] for e, k in zip(examples, likelihoods.argmax(-1).tolist(), strict=True)]
+        choice = likelihoods.argmax(-1).tolist()
+        options = [e.options[k] for e, k in zip(examples, choice, strict=True)]
+        return options, with_draft(batch, batches, choice)
 
     # --- a whole split --------------------------------------------------------------------------------------
 

@@ -1,10 +1,11 @@
-"""Two ways to an answer: generate text, or rank the options by likelihood.
+"""Generate texts behind the prompts of a batch.
 
-Greedy decoding of rows whose answer is known need not run token by token. The gold target serves as a draft: one
-pass over prompt | target tells what the model would say behind every prefix of it, so the longest prefix that the
-model agrees with, and its own token behind that, are known at once. Only rows that have not ended by then are decoded
-further, from the keys and values of that pass. The draft decides how fast the tokens are known, never which they are
-(speculative decoding with a given draft: Leviathan et al. 2023, arXiv:2211.17192, at temperature 0).
+Greedy decoding of rows whose answer can be guessed need not run token by token. The gold target, or the likeliest
+option, serves as a draft: one pass over prompt | draft tells what the model would say behind every prefix of it, so the
+longest prefix that the model agrees with, and its own token behind that, are known at once. Only rows that have not
+ended by then are decoded further, from the keys and values of that pass. The draft decides how fast the tokens are
+known, never which they are (speculative decoding with a given draft: Leviathan et al. 2023, arXiv:2211.17192, at
+temperature 0).
 
 The ids are those of plain greedy decoding up to rounding: a 16-bit base model may settle a near tie otherwise, as it
 does between plain decodings of the same rows under other padding (counts in ``experiments/speed/README.md``).
@@ -25,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin
-from transformers.cache_utils import DynamicLayer
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
+
+from .shared_columns import COLUMNS, ColumnReader
 
 log = logging.getLogger(__name__)
 
@@ -102,13 +104,19 @@ class Decoding:
         return plain and self.no_repeat_ngram_size == 0 and self.repetition_penalty == 1.0
 
 
-def generate(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: Decoding) -> list[list[str]]:
+def generate(
+    model: Any,
+    batch: dict[str, Any],
+    tokenizer: Any,
+    decoding: Decoding,
+    reader: ColumnReader | None = None,
+) -> list[list[str]]:
     """Return the texts that a model generates behind the prompts of a batch: ``texts[row][sample]``.
 
     Special tokens are left out. See :func:`generate_ids`. The new ids are decoded behind the prompt's last token:
     alone, SentencePiece tokenizers (Llama's) drop the blank that they begin with, and code its indentation.
     """
-    ids = generate_ids(model, batch, tokenizer, decoding)
+    ids = generate_ids(model, batch, tokenizer, decoding, reader)
     last = batch["input_ids"][:, batch["boundary"] - 1].repeat_interleave(decoding.samples)
     before, wholes, alone = (
         tokenizer.batch_decode(part, skip_special_tokens=True)
@@ -123,7 +131,13 @@ def generate(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: Decodi
 
 
 @torch.no_grad()
-def generate_ids(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: Decoding) -> Tensor:
+def generate_ids(
+    model: Any,
+    batch: dict[str, Any],
+    tokenizer: Any,
+    decoding: Decoding,
+    reader: ColumnReader | None = None,
+) -> Tensor:
     """Return the new token ids behind the prompts of a batch, padded to ``max_new_tokens`` columns.
 
     What a model ships as its own generation defaults (sampling, penalties, suppressed tokens) plays no part.
@@ -136,14 +150,18 @@ def generate_ids(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: De
             end and targets start. A batch without target columns is decoded plainly.
         tokenizer: its ids of eos and pad, and its vocabulary where there are stop strings.
         decoding: the settings.
+        reader: of the model, where something else was asked about the same prompts: a draft is checked from what
+            it has read. It has forgotten that afterwards.
 
     Returns:
         (b * samples, max_new_tokens): rows in order, the samples of a row next to each other.
     """
     boundary = batch["boundary"]
+    reader = reader or ColumnReader(model)
     with without_generation_defaults(model):
         if decoding.verify and decoding.verifiable and batch["input_ids"].shape[1] > boundary:
-            return _verified(model, batch, tokenizer, decoding)
+            return _verified(reader, batch, tokenizer, decoding)
+        reader.forget()
         ids = batch["input_ids"][:, :boundary]
         attention = batch["attention_mask"][:, :boundary] * batch["prompt_mask"][:, :boundary]
         with _own_randomness(decoding.seed, ids) if decoding.do_sample else nullcontext():
@@ -183,19 +201,19 @@ def _decode(
 # --- the target as a draft ------------------------------------------------------------------------------------
 
 
-def _verified(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: Decoding) -> Tensor:
+def _verified(reader: ColumnReader, batch: dict[str, Any], tokenizer: Any, decoding: Decoding) -> Tensor:
     boundary, most = batch["boundary"], decoding.max_new_tokens
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     target = batch["attention_mask"].bool()[:, boundary:] & ~batch["prompt_mask"][:, boundary:]
     draft = target & ((batch["input_ids"][:, boundary:] == eos).cumsum(-1) == 0)  # nothing is said behind eos
     t = min(int(draft.sum(-1).max()), most - 1)  # nor behind the last token allowed
-    inputs = {name: batch[name][:, : boundary + t] for name in ("input_ids", "attention_mask", "prompt_mask")}
-    output = model(**inputs, logits_to_keep=t + 1, use_cache=True)
+    inputs = {name: batch[name][:, : boundary + t] for name in COLUMNS}
+    logits = reader.logits({**inputs, "boundary": boundary})  # (b, t + 1, v)
     # What the model says behind the prompt and behind each token of the draft, column by column as generate() takes
     # the argmax in float32: all columns at once would be a second copy of the logits.
-    own = torch.stack(
-        [column.float().argmax(-1) for column in output.logits[:, -(t + 1) :].unbind(1)], 1
-    )  # (b, t + 1)
+    own = torch.stack([column.float().argmax(-1) for column in logits.unbind(1)], 1)  # (b, t + 1)
+    del logits
+    cache = reader.take_cache()
     agreed = draft[:, :t] & (inputs["input_ids"][:, boundary:] == own[:, :-1])
     accepted = agreed.long().cumprod(-1).sum(-1)  # (b,), tokens of the draft
     known = (
@@ -209,8 +227,7 @@ def _verified(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: Decod
     tokens = F.pad(own.masked_fill(behind | ~known, pad), (0, most - t - 1), value=pad)
     rows = (~ends.any(-1) & (accepted + 1 < most)).nonzero().squeeze(-1)
     if len(rows):
-        cache = output.get("past_key_values")
-        _continue(model, tokenizer, decoding, inputs, boundary, cache, rows, accepted[rows], tokens)
+        _continue(reader.model, tokenizer, decoding, inputs, boundary, cache, rows, accepted[rows], tokens)
     return tokens
 
 
@@ -248,7 +265,7 @@ def _continue(
     decoding: Decoding,
     inputs: dict[str, Tensor],  # (b, s)
     boundary: int,
-    cache: Any,
+    cache: DynamicCache | None,  # of all s columns; without it prefixes are read again
     rows: Tensor,  # (r,)
     accepted: Tensor,  # (r,), tokens of the draft
     tokens: Tensor,  # (b, max_new_tokens), filled in place
@@ -265,25 +282,16 @@ def _continue(
     ids = torch.cat([inputs["input_ids"][rows], last], 1).gather(1, order)
     prompt = torch.cat([inputs["prompt_mask"][rows], ~new], 1).gather(1, order)
     more: dict[str, Any] = {"prompt_mask": prompt}
-    cache = _taken(cache, rows, order[:, :-1], width)
     if cache is not None:
-        more["past_key_values"] = cache
+        more["past_key_values"] = _taken(cache, rows, order[:, :-1])
     rest = replace(decoding, max_new_tokens=most - 1 - int(accepted.min()))
     found = _decode(model, tokenizer, rest, ids, attention.gather(1, order).long(), **more)
     for row, known, further in zip(rows.tolist(), (accepted + 1).tolist(), found, strict=True):
         tokens[row, known:] = further[: most - known]
 
 
-def _taken(cache: Any, rows: Tensor, order: Tensor, width: int) -> DynamicCache | None:
-    """Return a cache with other rows and columns, changed in place; None where it does not hold every column.
-
-    Sliding windows, linear attention and virtual tokens in front (prompt tuning) are such cases: their prefixes
-    are read again.
-    """
-    if not isinstance(cache, DynamicCache):
-        return None
-    if any(type(layer) is not DynamicLayer or layer.get_seq_length() != width for layer in cache.layers):
-        return None
+def _taken(cache: DynamicCache, rows: Tensor, order: Tensor) -> DynamicCache:
+    """Return a cache with other rows and columns, changed in place."""
     for layer in cache.layers:
         at, columns = rows.to(layer.keys.device), order.to(layer.keys.device)[:, None, :, None]
         for name in ("keys", "values"):
@@ -321,23 +329,3 @@ def without_generation_defaults(model: nn.Module) -> Iterator[None]:
     finally:
         for owner, settings in zip(owners, shipped, strict=True):
             owner.generation_config = settings
-
-
-# --- options --------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def option_log_likelihoods(model: Any, batches: list[dict[str, Any]]) -> Tensor:  # -> (b, number of options)
-    r"""Return :math:`\log p(\text{option} \mid \text{prompt})`, summed over the option's tokens.
-
-    Args:
-        model: an adapted model.
-        batches: one target-only batch for each option index, rows in the same order.
-    """
-    columns = []
-    for batch in batches:
-        labels = batch["labels"][:, 1:]
-        logits = model(**batch).logits[:, :-1].float()  # column i predicts label i + 1
-        log_p = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        columns.append(log_p.masked_fill(labels == -100, 0.0).sum(-1))
-    return torch.stack(columns, dim=-1)
