@@ -301,7 +301,7 @@ def composed(row: Printed) -> dict[str, Any] | None:
     except CompositionError as error:
         log.warning("%s does not compose, so changes cannot be told: %s", row.experiment, error)
         return None
-    return _flat(OmegaConf.to_container(OmegaConf.structured(config)))
+    return flat(OmegaConf.to_container(OmegaConf.structured(config)))
 
 
 def _changes(path: Path, expected: Mapping[str, Any] | None) -> tuple[str, ...]:
@@ -309,8 +309,8 @@ def _changes(path: Path, expected: Mapping[str, Any] | None) -> tuple[str, ...]:
     if expected is None or not path.is_file():
         return ("(settings unknown)",)
     # a key that is younger than the run stands at its default
-    defaults = _flat(OmegaConf.to_container(OmegaConf.structured(Config)))
-    found = defaults | _flat(OmegaConf.to_container(OmegaConf.load(path)))
+    defaults = flat(OmegaConf.to_container(OmegaConf.structured(Config)))
+    found = defaults | flat(OmegaConf.to_container(OmegaConf.load(path)))
     changed = []
     for key in sorted(found.keys() | expected.keys()):
         mine, theirs = found.get(key), expected.get(key)
@@ -324,12 +324,12 @@ def _changes(path: Path, expected: Mapping[str, Any] | None) -> tuple[str, ...]:
     return tuple(changed)
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
     """Return dotted key -> value; an empty dictionary is no key."""
-    flat: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            leaves |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            leaves[f"{prefix}{key}"] = value
+    return leaves

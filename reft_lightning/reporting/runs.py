@@ -1,0 +1,248 @@
+"""Run folders as records: which there are, what each holds, and why one is left out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from ..reproduction import FREE, flat
+from ..schema import Config
+
+RUN_FOLDER = "a run folder is what reft-train writes: config.yaml, results.json, predictions/, adapter/"
+INSIDE = {"evaluations", "checkpoints", "predictions", "adapter", "wandb"}  # of a run folder
+NEEDED = ("metrics", "seed", "method", "model", "data_versions")
+# Beside places and logging, what says which stages ran, not what was trained.
+STAGES = ("test", "sealed")
+
+
+class ReportError(ValueError):
+    """What was asked for cannot be reported."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A folder that is no usable run, and why."""
+
+    folder: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Read:
+    """One reading of a test split."""
+
+    folder: Path
+    configuration: str  # what was read by: the configuration without its seed
+    seed: int | None
+    hash: str
+    method: str
+    task: str
+    rows: int
+    time: str
+    model: str  # adapted | base
+
+
+@dataclass(frozen=True)
+class Run:
+    """One complete run.
+
+    Args:
+        folder: where it lies.
+        config: dotted key -> value, keys that are younger than the run at their defaults.
+        results: the contents of `results.json`.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    results: Mapping[str, Any]
+
+    @property
+    def seed(self) -> int:
+        """Return the seed of training."""
+        return int(self.results["seed"])
+
+    @property
+    def method(self) -> str:
+        """Return the name of the method."""
+        return str(self.results["method"])
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Return what makes the method: the configuration without seed, places of files, logging and stages."""
+        return {k: v for k, v in self.config.items() if not FREE.fullmatch(k) and k not in STAGES}
+
+    @property
+    def configuration(self) -> str:
+        """Return the settings as one text: equal texts are one method."""
+        return json.dumps(self.settings, sort_keys=True, default=str)
+
+    @cached_property
+    def adapter_bytes(self) -> int | None:
+        """Return the size of what is saved of the model; None where nothing is."""
+        files = list((self.folder / "adapter").glob("*.safetensors"))
+        return sum(file.stat().st_size for file in files) if files else None
+
+    def scores(self, split: str, base: bool = False) -> dict[str, dict[str, float]]:
+        """Return task -> measure -> value of a split (`test` or `validation`)."""
+        prefix = ("base/" if base else "") + ("test/" if split == "test" else "val/")
+        found: dict[str, dict[str, float]] = defaultdict(dict)
+        for name, value in self.results["metrics"].items():
+            if name.startswith(prefix) and name.count("/") > prefix.count("/"):
+                task, _, measure = name.removeprefix(prefix).rpartition("/")
+                found[task][measure] = float(value)
+        return dict(found)
+
+    def predictions(
+        self, split: str, base: bool = False
+    ) -> dict[str, dict[tuple[str, int], Mapping[str, Any]]]:
+        """Return task -> (source, how often it occurred before) -> row, in the order of the keys.
+
+        Raises:
+            ReportError: for a line that is no row.
+        """
+        path = self.folder / "predictions" / f"{'base' if base else 'reft'}_{split}.jsonl"
+        found: dict[str, dict[tuple[str, int], Mapping[str, Any]]] = defaultdict(dict)
+        seen: Counter[tuple[str, str]] = Counter()
+        if not path.is_file():
+            return found
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line)
+                key = str(row["task"]), str(row["source"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise ReportError(f"{path}, line {number} is no row of predictions: {error!r}") from error
+            found[key[0]][key[1], seen[key]] = row
+            seen[key] += 1
+        return {task: dict(sorted(rows.items())) for task, rows in found.items()}
+
+    def curve(self, column: str) -> list[tuple[int, float]]:
+        """Return (step, value) of one column of the CSV logs, of all parts of a run that was resumed."""
+        points: dict[int, float] = {}
+        for part in sorted(self.folder.glob("csv*/metrics.csv")):
+            with part.open(newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    if row.get(column) and row.get("step"):
+                        points[int(row["step"])] = float(row[column])
+        return sorted(points.items())
+
+
+def find_folders(roots: Iterable[Path]) -> tuple[list[Path], list[LeftOut]]:
+    """Return the folders below some that look like runs, each once, and what holds none.
+
+    Raises:
+        ReportError: for a folder that does not exist.
+    """
+    found: dict[Path, Path] = {}
+    left: list[LeftOut] = []
+    for root in roots:
+        if not root.is_dir():
+            raise ReportError(f"{root}: no such folder; {RUN_FOLDER}")
+        before = len(found)
+        known = {path.resolve() for path in found}
+        again = False
+        for parent, folders, files in os.walk(root, followlinks=True):
+            path = Path(parent)
+            if {"results.json", "config.yaml"} & set(files) or (".hydra" in folders):
+                folders.clear()
+                again |= path.resolve() in known
+                found.setdefault(path.resolve(), path)
+            else:
+                folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in INSIDE)
+        if len(found) == before and not again:
+            left.append(LeftOut(root, f"holds no run; {RUN_FOLDER}"))
+    return list(found.values()), left
+
+
+def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[LeftOut], list[Read]]:
+    """Return the complete runs, what is left out, and every recorded read of a test split, of stopped runs too."""
+    runs: list[Run] = []
+    left: list[LeftOut] = []
+    reads: list[Read] = []
+    for folder in folders:
+        try:
+            run = read_run(folder)
+            reads += _reads(run)
+            problem = _problem(run)
+        except ReportError as error:
+            problem = str(error)
+        if problem:
+            left.append(LeftOut(folder, problem))
+        else:
+            runs.append(run)
+    return runs, left, sorted(reads, key=lambda read: (read.time, str(read.folder)))
+
+
+def read_run(folder: Path) -> Run:
+    """Read one folder.
+
+    Raises:
+        ReportError: if a file is missing or cannot be read.
+    """
+    path = folder / "results.json"
+    if not path.is_file():
+        raise ReportError("no results.json: the run ended before it began")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReportError(f"results.json is not JSON: {error}") from error
+    if not isinstance(results, dict):
+        raise ReportError("results.json holds no object")
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ReportError("no config.yaml")
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ReportError(f"config.yaml cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(config, dict):
+        raise ReportError("config.yaml holds no settings")
+    return Run(folder, flat(OmegaConf.to_container(OmegaConf.structured(Config))) | flat(config), results)
+
+
+def _problem(run: Run) -> str | None:
+    """Return why a run cannot be compared; None where it can."""
+    status = run.results.get("status")
+    if status != "complete":
+        error = f" ({run.results['error']})" if run.results.get("error") else ""
+        return f"its status is {str(status).partition(':')[0]!r}, not 'complete'{error}"
+    missing = [name for name in NEEDED if run.results.get(name) is None]
+    if missing:
+        return f"results.json lacks {', '.join(missing)}"
+    wrong = [name for name in ("metrics", "data_versions") if not isinstance(run.results[name], dict)]
+    return f"results.json: {', '.join(wrong)} should be an object" if wrong else None
+
+
+def _reads(run: Run) -> list[Read]:
+    seed = run.results.get("seed")
+    return [
+        Read(
+            folder=run.folder, configuration=run.configuration, seed=seed,
+            hash=str(run.results.get("config_hash", "")), method=str(run.results.get("method", "")),
+            task=str(read.get("task", "")), rows=int(read.get("rows") or 0), time=str(read.get("time", "")),
+            model=str(read.get("model", "adapted")),
+        )
+        for read in run.results.get("test_reads") or [] if isinstance(read, dict)
+    ]  # fmt: skip
+
+
+def repeated(reads: Sequence[Read]) -> set[int]:
+    """Return the positions of reads of a test split that one configuration and seed had read before."""
+    seen: set[tuple[Any, ...]] = set()
+    again: set[int] = set()
+    for i, read in enumerate(reads):
+        key = (read.configuration, read.seed, read.task, read.model)
+        if key in seen:
+            again.add(i)
+        seen.add(key)
+    return again
