@@ -1,25 +1,15 @@
-"""Answers and scores: the interval, the counts, likelihoods from full logits."""
+"""Scores: the interval, the counts, the mean loss."""
 
 import math
 import statistics
 
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from reft_lightning import attach
-from reft_lightning.base_models import byte_tokenizer
-from reft_lightning.data.base import Example
-from reft_lightning.data.options import option_batches
-from reft_lightning.evaluation import (
-    MeanLoss,
-    RowScores,
-    option_log_likelihoods,
-    wilson_interval,
-)
+from reft_lightning.evaluation import MeanLoss, RowScores, wilson_interval
 
 
 @given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -73,36 +63,3 @@ def test_the_mean_loss_weighs_tokens_and_not_batches():
     metric.update(torch.tensor(1.0), 3)
     metric.update(torch.tensor(5.0), 1)
     assert metric.compute().item() == 2.0
-
-
-def byte_model():
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    settings = tiny.SIZES | tiny.GROUPED | {"vocab_size": 259, "max_position_embeddings": 128}
-    torch.manual_seed(3)
-    base = AutoModelForCausalLM.from_config(LlamaConfig(**settings, initializer_range=0.4)).eval()
-    return attach(base, "loreft", rank=4, positions="f2+l2").eval()
-
-
-EXAMPLES = [
-    Example("x", "is it so?\n", "yes", "yes", ("yes", "no")),
-    Example("x", "which of these?\n", "b", "b", ("a", "b", "the third")),
-]
-
-
-def test_option_likelihoods_are_those_of_full_logits_row_by_row():
-    model, tokenizer = byte_model(), byte_tokenizer()
-    scores = option_log_likelihoods(model, option_batches(tokenizer, EXAMPLES, max_length=64))
-    assert scores.shape == (2, 3)
-    for i, example in enumerate(EXAMPLES):
-        for k, option in enumerate(example.options):
-            prompt = tokenizer(example.prompt)["input_ids"]
-            target = [*tokenizer(option, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-            ids = torch.tensor([prompt + target])
-            mask = torch.zeros_like(ids, dtype=torch.bool)
-            mask[:, : len(prompt)] = True
-            with torch.no_grad():
-                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), prompt_mask=mask).logits
-            log_p = logits[0].log_softmax(-1)
-            by_hand = sum(log_p[len(prompt) + j - 1, token].item() for j, token in enumerate(target))
-            assert scores[i, k].item() == pytest.approx(by_hand, abs=1e-4)
