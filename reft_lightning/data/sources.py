@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,19 @@ def _digest(file: Any) -> str:
     return digest.hexdigest()
 
 
+def _sha256_once(path: Path) -> str:
+    """Return the sha256 of a file, which is read again only when it changed: start-up asks six times."""
+    facts = path.stat()
+    return _sha256_of_state(path, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+
+
+@cache
+def _sha256_of_state(path: Path, *state: int) -> str:
+    return sha256_of(path)
+
+
 def _check(path: Path, package: str, expected: str) -> None:
-    found = sha256_of(path)
+    found = _sha256_once(path)
     if found != expected.lower():
         raise ValueError(
             f"{package}: the wheel {path.name} is not the one this configuration names\n"
@@ -72,7 +84,7 @@ def wheel_file(package: str | None, sha256: str | None) -> Path:
 
     Args:
         package: `name==version`.
-        sha256: of the wheel file; checked at every call.
+        sha256: of the wheel file; checked at every call, by reading it once a process.
 
     Raises:
         ValueError: if the requirement is not pinned, the sha256 is missing, or the file has another one.
@@ -93,7 +105,7 @@ def wheel_file(package: str | None, sha256: str | None) -> Path:
         wanted = [_normal(name), _normal(version)]
         files = sorted(folder.glob("*.whl"))
         present = [path for path in files if [_normal(part) for part in path.name.split("-")[:2]] == wanted]
-        matching = [path for path in present if sha256_of(path) == sha256.lower()]
+        matching = [path for path in present if _sha256_once(path) == sha256.lower()]
         if matching:
             return matching[0]
         if present:
