@@ -1,34 +1,31 @@
-"""Training step time of LoReFT, LoRA and pyreft in ratios to a bare frozen model, in one interleaved run.
+"""Training step time and memory of LoReFT, LoRA, pyreft and adapters in ratios to a bare frozen model.
 
     python experiments/speed/step.py --random --out step
     python experiments/speed/step.py --model FOLDER --pyreft-python pyreft-venv/bin/python --out step
 
-Every variant is a fresh process (``worker.py``) with the same weights and batches; in each round each variant
-trains one step while the others wait, in an order that rotates by one a round. Writes ``OUT.json`` (every
-measurement) and ``OUT.md`` (a table a workload). Only ratios travel between machines.
+Every variant (``worker.py``) is a fresh process with the same weights and batches; in each round each variant of
+a group trains one step while the others wait, in an order that rotates by one a round. All variants at once would
+not fit into memory: they run in groups, B in each. Only ratios travel between machines.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
-import json
 import logging
-import os
-import statistics
-import subprocess
-import sys
 import tempfile
-from contextlib import ExitStack
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from figures import Figure, add_arguments, figure, header, ratio, seconds_table, write
+from models import model_folder, vocabulary_of
+from processes import interleaved, is_worker, serve
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
-from worker import PREFIX, SUFFIX, VARIANTS
+from worker import PREFIX, SUFFIX, VARIANTS, load_step
 
 log = logging.getLogger("speed")
 
@@ -38,20 +35,99 @@ WORKLOADS = {
     "8 x (115 + 6)": (8, 115, 6),
     "8 x (115 + 48)": (8, 115, 48),
     "1 x (115 + 6)": (1, 115, 6),
-    "1 x (115 + 48)": (1, 115, 48),
 }
+SHORT, LONG, SINGLE = WORKLOADS
 BATCHES = 4
 SPREAD = 7  # prompts are up to this much shorter than the longest, as in a batch grouped by length
-SMOLLM2_135M = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 2048,
+
+# group -> the workloads it runs on, and its variants; B comes first in each
+GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "float32": (
+        (SHORT, LONG, SINGLE),
+        ("B", "A", "reft", "reft untied", "reft target-only", "pyreft tied", "pyreft untied"),
+    ),
+    "peers": (
+        (SHORT, LONG, SINGLE),
+        ("B", "reft target-only", "lora r8", "lora r32", "adapters loreft"),
+    ),
+    "suffix": (
+        (SHORT,),
+        ("B", "reft l7 target-only", "reft l1 target-only", "reft middle layer l1 target-only"),
+    ),
+    "onednn": ((SHORT,), ("B", "B onednn", "reft target-only", "reft target-only onednn")),
+    "bf16": (
+        (SHORT,),
+        (
+            "B",
+            "B bf16",
+            "reft bf16",
+            "reft target-only bf16",
+            "lora r8 bf16",
+            "lora r32 bf16",
+            "pyreft tied bf16",
+        ),
+    ),
 }
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure of the table: ``above`` over ``below``, in time or in peak memory.
+
+    Args:
+        what: names the figure.
+        group: both variants are in it.
+        above: a variant.
+        below: a variant.
+        goal: to reach, or None for a figure that is only reported.
+        better: ``lower`` or ``higher``.
+        workload: a name of ``WORKLOADS``.
+        memory: peak memory instead of time.
+    """
+
+    what: str
+    group: str
+    above: str
+    below: str
+    goal: float | None = None
+    better: str = "lower"
+    workload: str = SHORT
+    memory: bool = False
+
+
+OURS = "reft target-only"
+OURS_BF16 = "reft target-only bf16"
+GOALS = (
+    Goal("training step, f7+l7, target-only, short targets / B", "float32", OURS, "B", 0.78),
+    Goal("the same, oneDNN products / B (MKL)", "onednn", f"{OURS} onednn", "B", 0.55),
+    Goal("the same, bf16 base / B (float32)", "bf16", OURS_BF16, "B", 0.36),
+    Goal("training step, full logits, batch 8 / B", "float32", "reft", "B", 1.02),
+    Goal("training step, full logits, batch 1 / B", "float32", "reft", "B", 1.10, workload=SINGLE),
+    Goal("training step, tied=group, full logits, batch 8 / B", "float32", "reft untied", "B"),
+    Goal("forward alone / B", "float32", "A", "B"),
+    Goal("training step of pyreft, tied / ours", "float32", "pyreft tied", OURS, 1.4, "higher"),
+    Goal("training step of pyreft, untied / ours", "float32", "pyreft untied", OURS, 1.55, "higher"),
+    Goal("training step of LoRA r=32 / ours", "peers", "lora r32", OURS, 1.45, "higher"),
+    Goal("training step of LoRA r=8 / ours", "peers", "lora r8", OURS, 1.3, "higher"),
+    Goal("training step of adapters / ours", "peers", "adapters loreft", OURS, None, "higher"),
+    Goal("training step of pyreft, tied, bf16 / ours, bf16", "bf16", "pyreft tied bf16", OURS_BF16, 1.4, "higher"),
+    Goal("training step of LoRA r=32, bf16 / ours, bf16", "bf16", "lora r32 bf16", OURS_BF16, 1.45, "higher"),
+    Goal("training step of LoRA r=8, bf16 / ours, bf16", "bf16", "lora r8 bf16", OURS_BF16, 1.3, "higher"),
+    Goal("training step, 48 target tokens / B", "float32", OURS, "B", workload=LONG),
+    Goal("step of pyreft, tied, 48 target tokens / ours", "float32", "pyreft tied", OURS, None, "higher", LONG),
+    Goal("step of LoRA r=32, 48 target tokens / ours", "peers", "lora r32", OURS, None, "higher", LONG),
+    Goal("step of pyreft, tied, batch 1 / ours", "float32", "pyreft tied", OURS, None, "higher", SINGLE),
+    Goal("training step, l7, target-only / B", "suffix", "reft l7 target-only", "B", 0.5),
+    Goal("training step, l1, target-only / B", "suffix", "reft l1 target-only", "B", 0.5),
+    Goal("training step, middle layer l1, target-only / B", "suffix", "reft middle layer l1 target-only", "B"),
+    Goal("oneDNN products alone: B onednn / B", "onednn", "B onednn", "B"),
+    Goal("peak memory of the step / B", "float32", OURS, "B", 0.85, memory=True),
+    Goal("peak memory of the step / pyreft tied", "float32", OURS, "pyreft tied", 0.74, memory=True),
+    Goal("peak memory of the step / LoRA r=32", "peers", OURS, "lora r32", 0.6, memory=True),
+    Goal("peak memory, 48 target tokens / B", "float32", OURS, "B", workload=LONG, memory=True),
+)  # fmt: skip
+# products in oneDNN gain where B takes at most this part of its time; elsewhere their goal does not apply
+ONEDNN_GAINS = 0.95
 
 
 def make_batches(vocabulary: int, rows: int, longest: int, target: int) -> dict[str, Tensor]:
@@ -84,151 +160,79 @@ def make_batches(vocabulary: int, rows: int, longest: int, target: int) -> dict[
     return tensors
 
 
-class Worker:
-    """A variant in its own process; :meth:`ask` sends one request and waits for the answer."""
-
-    def __init__(self, python: str, variant: str, model: str, batches: Path, threads: int) -> None:
-        self.variant = variant
-        path = os.pathsep.join(filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH")]))
-        quiet = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        self.process = subprocess.Popen(
-            [python, str(HERE / "worker.py"), variant, model, str(batches), str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-            env={**os.environ, **quiet, "PYTHONPATH": path},
-        )
-
-    def answer(self) -> dict[str, Any]:
-        """Wait for the next answer.
-
-        Raises:
-            RuntimeError: if the process ended instead.
-        """
-        line = self.process.stdout.readline()
-        if not line:
-            code = self.process.wait()
-            raise RuntimeError(
-                f"the worker {self.variant!r} ended with code {code}; its own message stands above"
-            )
-        return json.loads(line)
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Send one request and wait for its answer."""
-        self.process.stdin.write(json.dumps(request) + "\n")
-        return self.answer()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.process.stdin.close()
-        try:
-            self.process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
-
-
 def measure(
-    workload: str, variants: list[str], model: str, vocabulary: int, args: argparse.Namespace
-) -> list[dict]:
-    """Time all variants on one workload; returns one record a variant."""
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        batches = Path(folder) / "batches.safetensors"
-        save_file(make_batches(vocabulary, *WORKLOADS[workload]), batches)
-        workers = []
-        for variant in variants:  # one after the other: loading has the memory and the cores to itself
-            python = args.pyreft_python if variant.startswith("pyreft") else sys.executable
-            workers.append(stack.enter_context(Worker(python, variant, model, batches, args.threads)))
-            workers[-1].answer()
-        steps: dict[str, list[dict]] = {variant: [] for variant in variants}
-        for number in range(args.warmup + args.rounds):
-            turn = number % len(workers)
-            for worker in workers[turn:] + workers[:turn]:
-                steps[worker.variant].append(worker.ask({"step": number}))
-            log.info("%s: round %d of %d", workload, number + 1, args.warmup + args.rounds)
-        records = []
-        for worker in workers:
-            timed = steps[worker.variant][args.warmup :]
-            records.append(
-                {
-                    "workload": workload,
-                    "variant": worker.variant,
-                    "first_loss": steps[worker.variant][0]["loss"],
-                    "wall": [step["wall"] for step in timed],
-                    "cpu": [step["cpu"] for step in timed],
-                    **worker.ask({"report": True}),
-                }
-            )
-        check_losses(records)
-        return records
+    workload: str, group: str, variants: list[str], folder: str, args: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Time the variants of a group on one workload; returns one record a variant."""
+    pythons = {"pyreft": args.pyreft_python, "adapters": args.adapters_python}
+    with tempfile.TemporaryDirectory() as work:
+        batches = Path(work) / "batches.safetensors"
+        save_file(make_batches(vocabulary_of(folder), *WORKLOADS[workload]), batches)
+        records = interleaved(
+            __file__,
+            variants,
+            {"folder": folder, "batch_file": str(batches)},
+            rounds=args.rounds,
+            warmup=args.warmup,
+            threads=args.threads,
+            pythons={v: pythons[VARIANTS[v].needs] for v in variants if VARIANTS[v].needs in pythons},
+            name=f"{workload}, {group}",
+        )
+    check_losses(records)
+    return records
 
 
-def check_losses(records: list[dict]) -> None:
+def check_losses(records: dict[str, dict[str, Any]]) -> None:
     """Logits at the targets alone must give the loss of all logits: both variants start from the same seed.
 
     Raises:
         RuntimeError: if the first losses differ by more than rounding.
     """
-    losses = {record["variant"]: record["first_loss"] for record in records}
-    for name, loss in losses.items():
-        full = losses.get(name.removesuffix(" target-only"), loss)
-        if abs(loss - full) > 1e-3 * abs(full):
-            raise RuntimeError(f"{name!r} starts at loss {loss}, the same with all logits at {full}")
+    for name, record in records.items():
+        full = name.replace(" target-only", "")
+        if full not in records:
+            continue
+        loss, expected = record["first"]["loss"], records[full]["first"]["loss"]
+        if abs(loss - expected) > (1e-2 if "bf16" in name else 1e-3) * abs(expected):
+            raise RuntimeError(f"{name!r} starts at loss {loss}, the same with all logits at {expected}")
 
 
-def with_ratios(records: list[dict]) -> list[dict]:
-    """Add the ratios to B: of the fastest round, of the median, and of the fastest in CPU time."""
-    base = next(record for record in records if record["variant"] == "B")
-    return [
-        record
-        | {
-            "ratio_best": min(record["wall"]) / min(base["wall"]),
-            "ratio_median": statistics.median(record["wall"]) / statistics.median(base["wall"]),
-            "ratio_cpu": min(record["cpu"]) / min(base["cpu"]),
-        }
-        for record in records
-    ]
+def figures_of(found: dict[tuple[str, str], dict[str, dict[str, Any]]]) -> list[Figure]:
+    """Return the figures of ``GOALS`` whose variants were both measured.
 
-
-def table(records: list[dict]) -> str:
-    """Return a Markdown table of one workload."""
-    lines = [
-        f"## {records[0]['workload']}",
-        "",
-        "| variant | best / B | median / B | cpu / B | best s | median s | trainable | peak RSS MB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for r in records:
-        ratios = " | ".join(f"{r[key]:.2f}" for key in ("ratio_best", "ratio_median", "ratio_cpu"))
-        times = f"{min(r['wall']):.4f} | {statistics.median(r['wall']):.4f}"
-        size = f"{r['trainable_parameters']:,} | {r['peak_memory_bytes'] / 1e6:.0f}"
-        lines.append(f"| {r['variant']} | {ratios} | {times} | {size} |")
-    return "\n".join(lines)
-
-
-def available(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
-    """Return the variants to run and, for the others, why not.
-
-    Raises:
-        ValueError: if a variant asked for by name is unknown or cannot run.
+    Args:
+        found: (workload, group) -> variant -> record.
     """
+    figures = []
+    for goal in GOALS:
+        records = found.get((goal.workload, goal.group), {})
+        if goal.above not in records or goal.below not in records:
+            continue
+        above, below = records[goal.above], records[goal.below]
+        options = {"goal": goal.goal, "better": goal.better}
+        if goal.above.endswith("onednn") and goal.goal is not None and "B onednn" in records:
+            gain = min(records["B onednn"]["wall"]) / min(records["B"]["wall"])
+            if gain > ONEDNN_GAINS:
+                options |= {"goal": None, "note": f"no goal: oneDNN gains nothing on this CPU, {gain:.2f}"}
+        if goal.memory:
+            figures.append(
+                figure(goal.what, above["peak_memory_bytes"] / below["peak_memory_bytes"], **options)
+            )
+        else:
+            figures.append(ratio(goal.what, above["wall"], below["wall"], **options))
+    return figures
+
+
+def left_out(args: argparse.Namespace) -> dict[str, str]:
+    """Return why variants cannot run: package -> reason."""
     reasons = {}
     if importlib.util.find_spec("peft") is None:
-        reasons |= {name: "peft is not installed" for name in VARIANTS if name.startswith("lora")}
+        reasons["peft"] = "peft is not installed"
     if args.pyreft_python is None:
-        reasons |= {name: "no --pyreft-python" for name in VARIANTS if name.startswith("pyreft")}
-    wanted = args.variants or list(VARIANTS)
-    for name in args.variants or []:
-        if name not in VARIANTS:
-            raise ValueError(f"unknown variant {name!r}; known are {', '.join(VARIANTS)}")
-        if name in reasons:
-            raise ValueError(f"the variant {name!r} cannot run: {reasons[name]}")
-    chosen = [name for name in VARIANTS if name == "B" or (name in wanted and name not in reasons)]
-    return chosen, {name: why for name, why in reasons.items() if name in wanted}
+        reasons["pyreft"] = "no --pyreft-python"
+    if args.adapters_python is None:
+        reasons["adapters"] = "no --adapters-python"
+    return reasons
 
 
 def arguments() -> argparse.Namespace:
@@ -236,53 +240,45 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", type=Path, help="folder of a Hugging Face causal model")
-    source.add_argument("--random", action="store_true", help="random weights, shape of SmolLM2-135M")
-    parser.add_argument("--pyreft-python", help="python of an environment with pyreft, see README.md")
-    parser.add_argument(
-        "--variants", nargs="+", metavar="NAME", help=f"of {', '.join(VARIANTS)}; B always runs"
-    )
+    # every batch once before a step counts: what is kept over epochs is there then
+    add_arguments(parser, HERE / "step", rounds=8, warmup=BATCHES, peers=("pyreft", "adapters"))
+    parser.add_argument("--groups", nargs="+", metavar="NAME", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--workloads", nargs="+", metavar="NAME", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=HERE / "step", help="writes OUT.json and OUT.md")
+    parser.add_argument(
+        "--variants", nargs="+", metavar="NAME", choices=VARIANTS, help=f"of {', '.join(VARIANTS)}; B always runs"
+    )  # fmt: skip
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measure every workload and write both files."""
+    """Measure every group on its workloads and write both files."""
+    if is_worker():
+        serve({name: functools.partial(load_step, name) for name in VARIANTS})
+        return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = arguments()
-    variants, left_out = available(args)
-    with tempfile.TemporaryDirectory() as folder:
-        if args.random:
-            torch.manual_seed(0)
-            LlamaForCausalLM(LlamaConfig(**SMOLLM2_135M)).save_pretrained(folder)
-        model = folder if args.random else str(args.model)
-        vocabulary = AutoConfig.from_pretrained(model, local_files_only=True).vocab_size
-        results = [with_ratios(measure(name, variants, model, vocabulary, args)) for name in args.workloads]
-    header = {
-        "question": "training step time, in ratios to B",
-        "model": "random weights, shape of SmolLM2-135M" if args.random else args.model.resolve().name,
-        "date": datetime.now(UTC).date().isoformat(),
-        "torch": torch.__version__,
-        "threads": args.threads,
-        "rounds": args.rounds,
-        "warmup": args.warmup,
-        "load_after": os.getloadavg()[0],
-        "left_out": left_out,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    records = [record for workload in results for record in workload]
-    args.out.with_suffix(".json").write_text(json.dumps({**header, "records": records}, indent=1) + "\n")
-    facts = ", ".join(
-        f"{key} {header[key]}" for key in ("model", "date", "torch", "threads", "rounds", "warmup")
+    reasons = left_out(args)
+    wanted = args.variants or list(VARIANTS)
+    found, missing = {}, {}
+    with model_folder(args) as folder:
+        for group in args.groups:
+            workloads, variants = GROUPS[group]
+            asked = [name for name in variants if name == "B" or name in wanted]
+            missing |= {n: reasons[VARIANTS[n].needs] for n in asked if VARIANTS[n].needs in reasons}
+            variants = [name for name in asked if name not in missing]
+            for workload in workloads:
+                if workload in args.workloads and len(variants) > 1:
+                    found[workload, group] = measure(workload, group, variants, folder, args)
+    facts = header(
+        "Training step time and memory, in ratios to B", args, torch=torch.__version__, left_out=missing
     )
-    notes = [f"Not measured: {name} ({why})." for name, why in left_out.items()]
-    text = "\n\n".join([f"# Step time\n\n{facts}", *notes, *map(table, results)])
-    args.out.with_suffix(".md").write_text(text + "\n")
+    records = [
+        {"workload": workload, "group": group, "variant": variant, **record}
+        for (workload, group), variants in found.items()
+        for variant, record in variants.items()
+    ]
+    tables = [f"## {key[0]}, {key[1]}\n\n{seconds_table(variants, 'B')}" for key, variants in found.items()]
+    write(args.out, facts, records, figures_of(found), "\n\n".join(tables))
     log.info("wrote %s and %s", args.out.with_suffix(".json").name, args.out.with_suffix(".md").name)
 
 

@@ -1,23 +1,18 @@
-"""One variant of a training step in a process of its own, driven line by line through a pipe.
+"""The variants of a training step: what ``step.py`` and ``gpu.py`` time, each in a process of its own.
 
-``step.py`` starts it: ``python worker.py VARIANT MODEL_FOLDER BATCHES THREADS``. Requests arrive on stdin,
-one JSON object a line: ``{"step": i}`` trains on batch i and answers wall time, CPU time and loss;
-``{"report": true}`` answers peak memory, parameter count and versions; the end of the input ends the process.
-Only the packages of the variant are imported, so a variant may live in another environment than ``step.py``.
+A variant loads the model and attaches its method; its function trains one step on batch ``number mod 4``. Imports
+of reft_lightning, peft, pyreft and adapters stand in the variants, so that each runs in an environment of its own.
+
+A further variant: an entry of ``VARIANTS`` here, its name in a group of ``step.GROUPS``, its goal in ``step.GOALS``.
 
 Shapes: b rows, s columns, t target columns.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import os
-import resource
-import sys
-import time
+import functools
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +26,24 @@ LEARNING_RATE = 1e-4
 
 Batch = dict[str, Any]
 Loss = Callable[[Batch], Tensor]
+Attached = tuple[Loss, list[nn.Parameter]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train, or to run, a step.
+
+    Args:
+        attach: model -> loss of a batch, and what is trained; nothing trained: forward alone, without gradients.
+        needs: the package whose environment it runs in: peft (this one), pyreft or adapters; none is this one.
+        dtype: of the base model.
+        matmul: ``torch.set_float32_matmul_precision``; medium lets oneDNN multiply on CPUs, highest is MKL.
+    """
+
+    attach: Callable[[nn.Module], Attached]
+    needs: str = ""
+    dtype: str = "float32"
+    matmul: str = "highest"
 
 
 def plain_inputs(batch: Batch) -> Batch:
@@ -38,32 +51,54 @@ def plain_inputs(batch: Batch) -> Batch:
     return {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids", "labels")}
 
 
-def bare(model: nn.Module) -> tuple[Loss, list[nn.Parameter]]:
+def target_inputs(batch: Batch) -> Batch:
+    """The same with logits of the target columns alone."""
+    keep = batch["labels"].shape[1] - batch["boundary"] + 1
+    return {**plain_inputs(batch), "labels": batch["labels"][:, -keep:], "logits_to_keep": keep}
+
+
+def bare(model: nn.Module, inputs: Callable[[Batch], Batch] = plain_inputs) -> Attached:
     """B: the frozen model and one trained vector at the embeddings, so that gradients pass every block."""
-    vector = nn.Parameter(torch.zeros(model.config.hidden_size))
+    width = model.config.hidden_size
+    vector = nn.Parameter(torch.zeros(width, device=model.device))
     model.get_input_embeddings().register_forward_hook(lambda module, args, out: out + vector.to(out.dtype))
-    return lambda batch: model(**plain_inputs(batch)).loss, [vector]
+    return lambda batch: model(**inputs(batch)).loss, [vector]
+
+
+def forward_alone(model: nn.Module) -> Attached:
+    """A: the frozen model, forward and loss without gradients."""
+    return lambda batch: model(**plain_inputs(batch)).loss, []
 
 
 def reft(
-    model: nn.Module, *, tied: str = "all", target_logits_only: bool = False
-) -> tuple[Loss, list[nn.Parameter]]:
-    """LoReFT of this project on all layers."""
+    model: nn.Module,
+    *,
+    target_logits_only: bool = True,
+    positions: str = f"f{PREFIX}+l{SUFFIX}",
+    tied: str = "all",
+    middle_layer: bool = False,
+) -> Attached:
+    """LoReFT of this project, on all layers or on the middle one (15 of 30)."""
     import reft_lightning as rl
     from reft_lightning.data.encoding import target_only
 
-    adapted = rl.attach(model, "loreft", rank=RANK, layers="all", positions=f"f{PREFIX}+l{SUFFIX}", tied=tied)
+    layers = [model.config.num_hidden_layers // 2] if middle_layer else "all"
+    adapted = rl.attach(model, "loreft", rank=RANK, layers=layers, positions=positions, tied=tied)
     adapted.train()
+    # a ReftModel finds positions in masks and numbers tokens itself
+    names = ("input_ids", "attention_mask", "labels", "prompt_mask", "boundary")
 
     def loss(batch: Batch) -> Tensor:
-        inputs = target_only(batch) if target_logits_only else dict(batch)
+        inputs = {name: batch[name] for name in names}
+        if target_logits_only:
+            inputs = target_only(inputs)
         del inputs["boundary"]
         return adapted(**inputs).loss
 
     return loss, [p for p in adapted.parameters() if p.requires_grad]
 
 
-def lora(model: nn.Module, rank: int, modules: list[str]) -> tuple[Loss, list[nn.Parameter]]:
+def lora(model: nn.Module, rank: int, modules: list[str]) -> Attached:
     """LoRA through peft, without dropout."""
     from peft import LoraConfig, get_peft_model
 
@@ -74,25 +109,9 @@ def lora(model: nn.Module, rank: int, modules: list[str]) -> tuple[Loss, list[nn
     ]
 
 
-def pyreft(model: nn.Module, *, tied: bool) -> tuple[Loss, list[nn.Parameter]]:
-    """LoReFT of pyreft on all layers, called as its trainer calls it."""
-    import pyreft as peer
-
-    layers = list(range(model.config.num_hidden_layers)) * (1 if tied else 2)
-    representations = []
-    for layer in layers:
-        intervention = peer.LoreftIntervention(
-            embed_dim=model.config.hidden_size, low_rank_dimension=RANK, dtype=torch.float32
-        )
-        representations.append(
-            {
-                "layer": layer,
-                "component": "block_output",
-                "low_rank_dimension": RANK,
-                "intervention": intervention,
-            }
-        )
-    adapted = peer.get_reft_model(model, peer.ReftConfig(representations=representations))
+def pyreft(model: nn.Module, *, tied: bool) -> Attached:
+    """LoReFT of pyreft on all layers, called as its trainer calls it; W and b have the base's precision."""
+    adapted, representations = pyreft_model(model, tied)
     adapted.train()
     parameters = [p for r in representations for p in r["intervention"].parameters()]
 
@@ -101,7 +120,7 @@ def pyreft(model: nn.Module, *, tied: bool) -> tuple[Loss, list[nn.Parameter]]:
         labels = inputs.pop("labels")
         where = batch["pyreft_locations.tied" if tied else "pyreft_locations.untied"]
         # (b, 1 or 2, slots) -> (b, interventions, slots): all prefixes, then all suffixes
-        where = where.repeat_interleave(len(layers) // where.shape[1], dim=1)
+        where = where.repeat_interleave(len(representations) // where.shape[1], dim=1)
         unit_locations = {"sources->base": (None, where.permute(1, 0, 2).tolist())}
         _, output = adapted(inputs, unit_locations=unit_locations, labels=labels)
         return output.loss
@@ -109,20 +128,69 @@ def pyreft(model: nn.Module, *, tied: bool) -> tuple[Loss, list[nn.Parameter]]:
     return loss, parameters
 
 
-LORA_SMALL = (8, ["q_proj", "v_proj"])
-LORA_LARGE = (32, ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
-VARIANTS: dict[str, Callable[[nn.Module], tuple[Loss, list[nn.Parameter]]]] = {
-    "B": bare,
-    "reft": reft,
-    "reft untied": lambda model: reft(model, tied="group"),
-    "reft target-only": lambda model: reft(model, target_logits_only=True),
-    "B bf16": bare,
-    "reft bf16": reft,
-    "reft bf16 target-only": lambda model: reft(model, target_logits_only=True),
-    "lora r8": lambda model: lora(model, *LORA_SMALL),
-    "lora r32": lambda model: lora(model, *LORA_LARGE),
-    "pyreft tied": lambda model: pyreft(model, tied=True),
-    "pyreft untied": lambda model: pyreft(model, tied=False),
+def pyreft_model(model: nn.Module, tied: bool) -> tuple[Any, list[dict[str, Any]]]:
+    """Return pyreft's model and its representations: one a layer, or all prefixes and then all suffixes."""
+    import pyreft as peer
+
+    representations = []
+    for layer in list(range(model.config.num_hidden_layers)) * (1 if tied else 2):
+        intervention = peer.LoreftIntervention(
+            embed_dim=model.config.hidden_size, low_rank_dimension=RANK, dtype=model.dtype
+        )
+        representations.append(
+            {
+                "layer": layer,
+                "component": "block_output",
+                "low_rank_dimension": RANK,
+                "intervention": intervention.to(model.device),
+            }
+        )
+    return peer.get_reft_model(model, peer.ReftConfig(representations=representations)), representations
+
+
+def adapters(model: nn.Module) -> Attached:
+    """LoReFT of adapters, tied: its positions are the first and last of prompt and target together."""
+    import adapters as peer
+
+    peer.init(model)
+    config = peer.LoReftConfig(
+        prefix_positions=PREFIX, suffix_positions=SUFFIX, r=RANK, tied_weights=True, dropout=0.0
+    )
+    model.add_adapter("loreft", config=config)
+    model.train_adapter("loreft")
+    model.to(model.device).train()
+    return lambda batch: model(**plain_inputs(batch)).loss, [p for p in model.parameters() if p.requires_grad]
+
+
+full_logits = functools.partial(reft, target_logits_only=False)
+lora_small = functools.partial(lora, rank=8, modules=["q_proj", "v_proj"])
+lora_large = functools.partial(lora, rank=32, modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
+pyreft_tied = functools.partial(pyreft, tied=True)
+
+VARIANTS: dict[str, Variant] = {
+    "A": Variant(forward_alone),
+    "B": Variant(bare),
+    "B target-only": Variant(functools.partial(bare, inputs=target_inputs)),
+    "reft": Variant(full_logits),
+    "reft untied": Variant(functools.partial(full_logits, tied="group")),
+    "reft target-only": Variant(reft),
+    "reft l7 target-only": Variant(functools.partial(reft, positions=f"l{SUFFIX}")),
+    "reft l1 target-only": Variant(functools.partial(reft, positions="l1")),
+    "reft middle layer l1 target-only": Variant(functools.partial(reft, positions="l1", middle_layer=True)),
+    "B onednn": Variant(bare, matmul="medium"),
+    "reft target-only onednn": Variant(reft, matmul="medium"),
+    "B bf16": Variant(bare, dtype="bfloat16"),
+    "B target-only bf16": Variant(functools.partial(bare, inputs=target_inputs), dtype="bfloat16"),
+    "reft bf16": Variant(full_logits, dtype="bfloat16"),
+    "reft target-only bf16": Variant(reft, dtype="bfloat16"),
+    "lora r8": Variant(lora_small, needs="peft"),
+    "lora r32": Variant(lora_large, needs="peft"),
+    "lora r8 bf16": Variant(lora_small, needs="peft", dtype="bfloat16"),
+    "lora r32 bf16": Variant(lora_large, needs="peft", dtype="bfloat16"),
+    "pyreft tied": Variant(pyreft_tied, needs="pyreft"),
+    "pyreft untied": Variant(functools.partial(pyreft, tied=False), needs="pyreft"),
+    "pyreft tied bf16": Variant(pyreft_tied, needs="pyreft", dtype="bfloat16"),
+    "adapters loreft": Variant(adapters, needs="adapters"),
 }
 
 
@@ -135,62 +203,50 @@ def load_batches(path: str) -> list[Batch]:
     return [batches[index] for index in sorted(batches, key=int)]
 
 
-def peak_memory_bytes() -> int:
-    """The largest resident memory of this process.
-
-    Linux: ``VmHWM``, because ``ru_maxrss`` starts at the parent's figure after a fork.
-    """
-    if sys.platform == "linux":
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def main() -> None:
-    """Build the variant, say ready, answer requests."""
-    variant, folder, batch_file, threads = sys.argv[1:]
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print must not mix with the answers
-    torch.set_num_threads(int(threads))
-    torch.manual_seed(0)
-    batches = load_batches(batch_file)
-    dtype = torch.bfloat16 if "bf16" in variant else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+def frozen(model: nn.Module) -> nn.Module:
+    """Return a base model as it is trained on: frozen, without a cache, in training mode."""
     model.requires_grad_(False)
     model.config.use_cache = False
-    model.train()
-    loss_of, parameters = VARIANTS[variant](model)
-    if variant.startswith("reft"):  # a ReftModel finds positions in masks and numbers tokens itself
-        unread = ("pyreft_locations.tied", "pyreft_locations.untied", "position_ids")
-        batches = [{key: value for key, value in batch.items() if key not in unread} for batch in batches]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+    return model.train()
 
-    def step(index: int) -> dict[str, float]:
-        wall, cpu = time.perf_counter(), time.process_time()
-        loss = loss_of(batches[index % len(batches)])
+
+class Step:
+    """One training step of a variant; called with the number of the step, returns the loss.
+
+    Args:
+        variant: an entry of ``VARIANTS``.
+        model: a frozen base model, on its device.
+        batches: are moved there.
+    """
+
+    def __init__(self, variant: Variant, model: nn.Module, batches: list[Batch]) -> None:
+        device = model.device
+        self.batches = [
+            {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches
+        ]
+        self.loss_of, self.parameters = variant.attach(model)
+        self.optimizer = None
+        if self.parameters:
+            self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=0.0)
+        self.report = {"trainable_parameters": sum(p.numel() for p in self.parameters)}
+
+    def __call__(self, number: int) -> dict[str, float]:
+        """Train on batch ``number`` mod the number of batches."""
+        batch = self.batches[number % len(self.batches)]
+        if self.optimizer is None:
+            with torch.no_grad():
+                return {"loss": float(self.loss_of(batch))}
+        loss = self.loss_of(batch)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return {
-            "wall": time.perf_counter() - wall,
-            "cpu": time.process_time() - cpu,
-            "loss": float(loss.detach()),
-        }
-
-    def report() -> dict[str, Any]:
-        names = ["torch", "transformers", *[n for n in ("peft", "pyreft", "pyvene") if n in sys.modules]]
-        return {
-            "peak_memory_bytes": peak_memory_bytes(),
-            "trainable_parameters": sum(p.numel() for p in parameters),
-            "versions": {name: importlib.metadata.version(name) for name in names},
-        }
-
-    answers.write(json.dumps({"ready": variant}) + "\n")
-    for line in sys.stdin:
-        request = json.loads(line)
-        answers.write(json.dumps(step(request["step"]) if "step" in request else report()) + "\n")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {"loss": float(loss.detach())}
 
 
-if __name__ == "__main__":
-    main()
+def load_step(name: str, *, folder: str, batch_file: str) -> Step:
+    """Load a model from its folder and make a variant's step on the CPU."""
+    variant = VARIANTS[name]
+    torch.set_float32_matmul_precision(variant.matmul)
+    dtype = getattr(torch, variant.dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return Step(variant, frozen(model), load_batches(batch_file))
