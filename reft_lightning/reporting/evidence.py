@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .comparisons import AVERAGE, BASE, Comparison, Method, Pair, Score
+from .comparisons import AVERAGE, BASE, LOSS, Comparison, Method, Pair, Score
 from .runs import ReportError, Run
-from .scores import MAJORITY, RowMean, measures_of
+from .scores import MAJORITY, Mean, RowMean, measures_of
 from .statistics import (
     Array,
     Measure,
@@ -83,6 +83,27 @@ def _check_rows(task: str, found: Sequence[tuple[Run, Rows]]) -> None:
             )
 
 
+Entry = tuple[Score, int, Measure]  # of one score: a seed and its measure
+
+
+def _entries(
+    comparison: Comparison, task: str, loaded: Sequence[tuple[Method, Run, Rows | None]]
+) -> list[Entry]:
+    """Return the measures that can be resampled; a note says which cannot."""
+    found: list[Entry] = []
+    for method, run, rows in loaded:
+        scores = {m: s for (t, m), s in method.scores.items() if t == task}
+        reported = {m: s.values[run.seed] for m, s in scores.items() if run.seed in s.values}
+        measures = measures_of(list(rows.values()), reported) if rows else {}
+        for name in sorted(reported.keys() - {MAJORITY, LOSS} - measures.keys()):
+            comparison.notes.append(
+                f"{method.label}, seed {run.seed}: the predictions do not give {name} of {task} as results.json has "
+                "it, so there is no interval"
+            )
+        found += [(scores[name], run.seed, measure) for name, measure in measures.items()]
+    return found
+
+
 def _score_task(
     comparison: Comparison,
     task: str,
@@ -91,39 +112,43 @@ def _score_task(
     seed: int,
     advance: Callable[[float], None],
 ) -> None:
-    entries: list[tuple[Score, int, Measure]] = []
-    for method, run, rows in loaded:
-        scores = {m: s for (t, m), s in method.scores.items() if t == task}
-        reported = {m: s.values[run.seed] for m, s in scores.items() if run.seed in s.values}
-        measures = measures_of(list(rows.values()), reported) if rows else {}
-        for name in reported.keys() - {MAJORITY, "loss"} - measures.keys():
-            comparison.notes.append(
-                f"{method.label}, seed {run.seed}: the predictions do not give {name} of {task} as results.json has "
-                "it, so there is no interval"
-            )
-        entries += [(scores[name], run.seed, measure) for name, measure in measures.items()]
+    entries = _entries(comparison, task, loaded)
+    share = 1 / len(comparison.main)
     if not entries:
-        advance(1 / len(comparison.main))
+        advance(share)
         return
-    n = next(len(rows) for _, _, rows in loaded if rows)
-    draws = resample_rows(
-        [measure for *_, measure in entries], n, resamples, _generator(seed, "rows", task),
-        lambda done: advance(done / resamples / len(comparison.main)),
+    rows = next(len(found) for *_, found in loaded if found)
+    draws = _draws(
+        [measure for *_, measure in entries], rows, resamples, _generator(seed, "rows", task),
+        lambda done: advance(done / resamples * share),
     )  # fmt: skip
     for method in comparison.methods:
-        weights: Array | None = None
+        weights = seed_weights(len(method.runs), resamples, _generator(seed, "seeds", _identity(method)))
         for score in (s for (t, _), s in method.scores.items() if t == task):
-            own = [k for k, (other, *_) in enumerate(entries) if other is score]
-            if len(own) < len(score.values) or not own:
-                continue
-            if weights is None or weights.shape[1] != len(own):
-                weights = seed_weights(len(own), resamples, _generator(seed, "seeds", _identity(method)))
-            score.rows = n
-            score.draws = over_seeds(draws[:, own], weights)
-            score.interval = percentile_interval(score.draws)
-            measures = {entries[k][1]: entries[k][2] for k in own}
-            if all(isinstance(measure, RowMean) for measure in measures.values()):
-                score.row_scores = {s: m.scores for s, m in measures.items() if isinstance(m, RowMean)}
+            own = {s: measure for other, s, measure in entries if other is score}
+            if len(own) == len(method.runs):
+                score.rows = rows
+                score.draws = over_seeds(np.stack([draws[id(m)] for m in own.values()], 1), weights)
+                score.interval = percentile_interval(score.draws)
+                means = {s: m.scores for s, m in own.items() if isinstance(m, RowMean)}
+                score.row_scores = means if len(means) == len(own) else None
+
+
+def _draws(
+    measures: Sequence[Measure],
+    rows: int,
+    resamples: int,
+    rng: np.random.Generator,
+    advance: Callable[[int], None],
+) -> dict[int, Array]:
+    """Return id of a measure -> its (B,) resampled values; a mean of others comes from theirs."""
+    single = [measure for measure in measures if not isinstance(measure, Mean)]
+    values = resample_rows(single, rows, resamples, rng, advance)
+    found = {id(measure): values[:, k] for k, measure in enumerate(single)}
+    for measure in measures:
+        if isinstance(measure, Mean):
+            found[id(measure)] = np.mean([found[id(part)] for part in measure.parts], axis=0)
+    return found
 
 
 def _identity(method: Method) -> str:

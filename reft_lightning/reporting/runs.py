@@ -21,6 +21,8 @@ from ..schema import Config
 
 RUN_FOLDER = "a run folder is what reft-train writes: config.yaml, results.json, predictions/, adapter/"
 INSIDE = {"evaluations", "checkpoints", "predictions", "adapter", "wandb"}  # of a run folder
+STUDY_FILES = {"study.db", "study.yaml"}  # of the folder that reft-search writes
+TRIALS = {"trials", "locks"}  # folders of a study without runs to compare
 NEEDED = ("metrics", "seed", "method", "model", "data_versions")
 # Beside places and logging, what says which stages ran, not what was trained.
 STAGES = ("test", "sealed")
@@ -84,7 +86,9 @@ class Run:
 
     @property
     def configuration(self) -> str:
-        """Return the settings as one text: equal texts are one method."""
+        """Return the settings as one text: equal texts are one method. A hash stands for settings that are lost."""
+        if not self.config:
+            return str(self.results.get("config_hash", ""))
         return json.dumps(self.settings, sort_keys=True, default=str)
 
     @cached_property
@@ -137,31 +141,36 @@ class Run:
         return sorted(points.items())
 
 
-def find_folders(roots: Iterable[Path]) -> tuple[list[Path], list[LeftOut]]:
-    """Return the folders below some that look like runs, each once, and what holds none.
+def find_folders(roots: Iterable[Path]) -> tuple[list[Path], list[Path], list[LeftOut]]:
+    """Return the folders below some that look like runs, the studies, each once, and what holds neither.
+
+    The trials of a study are no runs of a table: they were there to choose by validation.
 
     Raises:
         ReportError: for a folder that does not exist.
     """
-    found: dict[Path, Path] = {}
+    runs: dict[Path, Path] = {}
+    studies: dict[Path, Path] = {}
     left: list[LeftOut] = []
     for root in roots:
         if not root.is_dir():
             raise ReportError(f"{root}: no such folder; {RUN_FOLDER}")
-        before = len(found)
-        known = {path.resolve() for path in found}
-        again = False
-        for parent, folders, files in os.walk(root, followlinks=True):
+        something = False
+        for parent, folders, files in os.walk(root):
             path = Path(parent)
-            if {"results.json", "config.yaml"} & set(files) or (".hydra" in folders):
+            if STUDY_FILES & set(files):
+                something = True
+                studies.setdefault(path.resolve(), path)
+                folders[:] = sorted(f for f in folders if f not in TRIALS)
+            elif {"results.json", "config.yaml"} & set(files) or ".hydra" in folders:
+                something = True
                 folders.clear()
-                again |= path.resolve() in known
-                found.setdefault(path.resolve(), path)
+                runs.setdefault(path.resolve(), path)
             else:
                 folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in INSIDE)
-        if len(found) == before and not again:
+        if not something:
             left.append(LeftOut(root, f"holds no run; {RUN_FOLDER}"))
-    return list(found.values()), left
+    return list(runs.values()), list(studies.values()), left
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[LeftOut], list[Read]]:
@@ -171,9 +180,11 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[LeftOut], list[R
     reads: list[Read] = []
     for folder in folders:
         try:
-            run = read_run(folder)
+            results = _read_results(folder)
+            config, problem = _read_config(folder)
+            run = Run(folder, config, results)
             reads += _reads(run)
-            problem = _problem(run)
+            problem = _problem(run) or problem
         except ReportError as error:
             problem = str(error)
         if problem:
@@ -183,35 +194,35 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[LeftOut], list[R
     return runs, left, sorted(reads, key=lambda read: (read.time, str(read.folder)))
 
 
-def read_run(folder: Path) -> Run:
-    """Read one folder.
-
-    Raises:
-        ReportError: if a file is missing or cannot be read.
-    """
+def _read_results(folder: Path) -> dict[str, Any]:
     path = folder / "results.json"
     if not path.is_file():
         raise ReportError("no results.json: the run ended before it began")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ReportError(f"results.json is not JSON: {error}") from error
+    except (ValueError, OSError) as error:
+        raise ReportError(f"results.json cannot be read: {error}") from error
     if not isinstance(results, dict):
         raise ReportError("results.json holds no object")
+    return results
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """Return the settings, missing ones at their defaults; or none, and why."""
     path = folder / "config.yaml"
     if not path.is_file():
-        raise ReportError("no config.yaml")
+        return {}, "no config.yaml"
     try:
         config = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ReportError(f"config.yaml cannot be read: {str(error).splitlines()[0]}") from error
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+        return {}, f"config.yaml cannot be read: {(str(error) or repr(error)).splitlines()[0]}"
     if not isinstance(config, dict):
-        raise ReportError("config.yaml holds no settings")
-    return Run(folder, flat(OmegaConf.to_container(OmegaConf.structured(Config))) | flat(config), results)
+        return {}, "config.yaml holds no settings"
+    return flat(OmegaConf.to_container(OmegaConf.structured(Config))) | flat(config), None
 
 
 def _problem(run: Run) -> str | None:
-    """Return why a run cannot be compared; None where it can."""
+    """Return why the results of a run cannot be compared; None where they can."""
     status = run.results.get("status")
     if status != "complete":
         error = f" ({run.results['error']})" if run.results.get("error") else ""
@@ -224,25 +235,30 @@ def _problem(run: Run) -> str | None:
 
 
 def _reads(run: Run) -> list[Read]:
-    seed = run.results.get("seed")
+    results = run.results
+    recorded = [read for read in results.get("test_reads") or [] if isinstance(read, dict)]
     return [
         Read(
-            folder=run.folder, configuration=run.configuration, seed=seed,
-            hash=str(run.results.get("config_hash", "")), method=str(run.results.get("method", "")),
-            task=str(read.get("task", "")), rows=int(read.get("rows") or 0), time=str(read.get("time", "")),
+            folder=run.folder, configuration=run.configuration, seed=results.get("seed"),
+            hash=str(read.get("config_hash") or results.get("config_hash", "")),
+            method=str(results.get("method", "")), task=str(read.get("task", "")),
+            rows=int(read.get("rows") or 0), time=str(read.get("time", "")),
             model=str(read.get("model", "adapted")),
         )
-        for read in run.results.get("test_reads") or [] if isinstance(read, dict)
+        for read in recorded
     ]  # fmt: skip
 
 
 def repeated(reads: Sequence[Read]) -> set[int]:
-    """Return the positions of reads of a test split that one configuration and seed had read before."""
+    """Return the positions of reads of a test split that one configuration and seed had read before.
+
+    The same hash is the same configuration; so are the same settings, wherever files lie and whatever is logged.
+    """
     seen: set[tuple[Any, ...]] = set()
     again: set[int] = set()
     for i, read in enumerate(reads):
-        key = (read.configuration, read.seed, read.task, read.model)
-        if key in seen:
+        keys = {(read.configuration, read.seed, read.task, read.model), (read.hash, read.task, read.model)}
+        if keys & seen:
             again.add(i)
-        seen.add(key)
+        seen |= keys
     return again

@@ -134,11 +134,12 @@ def measures_of(rows: Sequence[Row], reported: Mapping[str, float]) -> dict[str,
         measure = None if name == MAJORITY else _measure(name, rows)
         if measure is not None:
             found[name] = measure
-    if COMBINED in reported:
-        others = tuple(found.values())
-        if others:
-            found[COMBINED] = Mean(others)
-    return {name: measure for name, measure in found.items() if agrees(measure, len(rows), reported[name])}
+    found = {name: measure for name, measure in found.items() if agrees(measure, len(rows), reported[name])}
+    if COMBINED in reported and found:
+        combined = Mean(tuple(found.values()))
+        if agrees(combined, len(rows), reported[COMBINED]):
+            found[COMBINED] = combined
+    return found
 
 
 def agrees(measure: Measure, rows: int, reported: float) -> bool:

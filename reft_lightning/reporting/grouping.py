@@ -1,0 +1,257 @@
+"""Which runs may stand in one table, and which of them are one method.
+
+Runs are compared where model, family, tasks, rows and split are the same; everything else that differs, seeds, places
+of files and logging apart, makes another method. Runs of other data are another comparison, never another line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .comparisons import BASE, LOSS, Comparison, Method, Score, lower_is_better
+from .runs import Run
+
+UNEQUAL = 0.01  # budgets that differ by more are said to
+BUDGETS = ("steps", "tokens")
+SHOWN = 4  # settings in a label
+
+
+def compare(runs: Sequence[Run], split: str | None = None) -> list[Comparison]:
+    """Return the comparisons that runs allow, without intervals and pairs.
+
+    Args:
+        runs: complete runs.
+        split: `test` or `validation`; None for test where a run has it, else validation.
+    """
+    groups: dict[str, list[tuple[Run, dict[str, str], str]]] = defaultdict(list)
+    for run in runs:
+        used = split or ("test" if _scores(run, "test") else "validation")
+        if not _scores(run, used):
+            continue
+        facts, key = facts_of(run, used)
+        groups[key].append((run, facts, used))
+    found = [_comparison([run for run, *_ in group], *group[0][1:]) for group in groups.values()]
+    for comparison, title in zip(found, _titles([c.facts for c in found]), strict=True):
+        comparison.title = title
+    return sorted(found, key=lambda comparison: comparison.title)
+
+
+def _scores(run: Run, split: str, base: bool = False) -> dict[str, dict[str, float]]:
+    """Return task -> measure -> value; the loss where nothing was scored."""
+    scores = run.scores(split, base)
+    prefix = f"{'base/' if base else ''}{'test' if split == 'test' else 'val'}/"
+    loss = run.results["metrics"].get(f"{prefix}{LOSS}")
+    if not scores and loss is not None:
+        return {"all": {LOSS: float(loss)}}
+    return scores
+
+
+def facts_of(run: Run, split: str) -> tuple[dict[str, str], str]:
+    """Return what must be the same within a comparison: in words, and as one text that is equal for equal data."""
+    data: Mapping[str, Any] = run.results["data_versions"]
+    parts: dict[str, Any] = {
+        part: data[part] for part in ("train", "validation", "test") if isinstance(data.get(part), dict)
+    }
+    kept = ("fingerprint", "test_fingerprint", "test_rows")
+    prints = {
+        part: {task: {k: facts.get(k) for k in kept} for task, facts in tasks.items() if isinstance(facts, dict)}
+        for part, tasks in parts.items() if part != "test" or split == "test"
+    }  # fmt: skip
+    limit = run.config.get("data.limit_test" if split == "test" else "data.limit_validation")
+    carved: Mapping[str, Any] = data.get("split") or {}
+    # split_seed=null carves other rows for every seed: then they cannot be a fact that seeds share
+    by_seed = run.config.get("data.split_seed") is None
+    if by_seed and split == "test" and limit is None:
+        carved = {k: v for k, v in carved.items() if not k.endswith("fingerprint")}
+    seed = data.get("split_seed") if limit is not None or split == "validation" else None
+    tasks = sorted(_scores(run, split))
+    facts = {
+        "model": str(run.results["model"]),
+        "tasks": ", ".join(tasks),
+        "split": split,
+        "family": f"{data.get('family', '?')}, version {data.get('version', '?')}",
+        "train rows": f"{carved.get('train_rows', '?'):,}" if "train_rows" in carved else "?",
+        "evaluated rows": "all" if limit is None else f"at most {limit:,} a task",
+        "template": str(data.get("template") or "none"),
+    }
+    revision = run.config.get("model.revision")
+    if revision:
+        facts["revision"] = str(revision)
+    return facts, json.dumps([facts, prints, carved, seed], sort_keys=True, default=str)
+
+
+def _titles(all_facts: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return one title a comparison: model, tasks and split, with what else tells equal ones apart."""
+    base = [f"{f['model']}, {f['tasks']} ({f['split']})" for f in all_facts]
+    titles: list[str] = []
+    for facts, title in zip(all_facts, base, strict=True):
+        twins = [other for other, same in zip(all_facts, base, strict=True) if same == title]
+        differing = [k for k in facts if len({twin.get(k) for twin in twins}) > 1]
+        told = ", ".join(f"{k} {facts[k]}" for k in differing)
+        titles.append(f"{title}, {told}" if told else title)
+    counts, seen = Counter(titles), Counter[str]()
+    for i, title in enumerate(titles):
+        if counts[title] > 1:
+            seen[title] += 1
+            titles[i] = f"{title}, data {seen[title]} of {counts[title]}"
+    return titles
+
+
+def _comparison(runs: Sequence[Run], facts: dict[str, str], split: str) -> Comparison:
+    notes: list[str] = []
+    by_settings: dict[str, dict[int, Run]] = defaultdict(dict)
+    for run in sorted(
+        runs, key=lambda run: (run.seed, str(run.results.get("finished", "")), str(run.folder))
+    ):
+        seeds = by_settings[run.configuration]
+        if run.seed in seeds:
+            notes.append(f"{run.method}: seed {run.seed} ran more than once; the last complete run counts")
+        seeds[run.seed] = run
+    groups = [list(seeds.values()) for seeds in by_settings.values()]
+    methods = [Method(label, group) for label, group in zip(labels(groups), groups, strict=True)]
+    for method in methods:
+        method.scores = _collect(method.runs, split)
+    methods += _base(runs, split, notes)
+    comparison = Comparison(
+        "", facts, split, methods, _main(runs[0], split), notes=list(dict.fromkeys(notes))
+    )
+    _average(comparison)
+    comparison.unequal = unequal_budgets(methods)
+    comparison.notes += _remarks(comparison)
+    reverse = not lower_is_better(comparison.head[1])
+    worst = -np.inf if reverse else np.inf
+    methods.sort(
+        key=lambda m: m.scores[comparison.head].mean if comparison.head in m.scores else worst,
+        reverse=reverse,
+    )
+    return comparison
+
+
+def _collect(runs: Sequence[Run], split: str) -> dict[tuple[str, str], Score]:
+    found: dict[tuple[str, str], Score] = {}
+    for run in runs:
+        for task, measures in _scores(run, split).items():
+            for measure, value in measures.items():
+                score = found.setdefault((task, measure), Score(task, measure, {}))
+                score.values[run.seed] = value
+    return found
+
+
+def _base(runs: Sequence[Run], split: str, notes: list[str]) -> list[Method]:
+    """Return the frozen base as the first run that evaluated it found it."""
+    having = [run for run in runs if _scores(run, split, base=True)]
+    if not having:
+        return []
+    first = having[0]
+    values = _scores(first, split, base=True)
+    for other in having[1:]:
+        if _scores(other, split, base=True) != values:
+            notes.append(
+                f"the frozen base scored otherwise in {other.folder} than in {first.folder}, which counts"
+            )
+    method = Method(BASE, [first], base=True)
+    for task, measures in values.items():
+        for measure, value in measures.items():
+            method.scores[task, measure] = Score(task, measure, {first.seed: value})
+    return [method]
+
+
+def _main(run: Run, split: str) -> dict[str, str]:
+    """Return task -> the measure by which checkpoints are chosen, or the task's first."""
+    monitored = str(run.results.get("monitor") or "").rpartition("/")[2]
+    return {
+        task: monitored if monitored in measures else next(iter(measures))
+        for task, measures in sorted(_scores(run, split).items())
+    }
+
+
+def _average(comparison: Comparison) -> None:
+    if not comparison.has_average:
+        return
+    column = comparison.columns[-1]
+    for method in comparison.methods:
+        parts = [method.scores.get(item) for item in comparison.main.items()]
+        if all(part is not None and part.values.keys() == parts[0].values.keys() for part in parts):
+            values = {seed: float(np.mean([part.values[seed] for part in parts])) for seed in parts[0].values}
+            method.scores[column] = Score(*column, values)
+
+
+def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """Return a label a method: its name, and of methods with one name what differs between them."""
+    found: list[str] = []
+    for group in groups:
+        twins = [other[0].settings for other in groups if other[0].method == group[0].method]
+        own = group[0].settings
+        keys = sorted({k for twin in twins for k in twin.keys() | own.keys() if twin.get(k) != own.get(k)})
+        short = [key.rpartition(".")[2] for key in keys]
+        told = [
+            f"{name if short.count(name) == 1 else key}={_plain(own.get(key))}"
+            for key, name in zip(keys, short, strict=True)
+        ]
+        more = [f"and {len(told) - SHOWN} more"] if len(told) > SHOWN else []
+        found.append(" ".join([group[0].method, *told[:SHOWN], *more]))
+    counts, seen = Counter(found), Counter[str]()
+    for i, label in enumerate(found):
+        if counts[label] > 1:
+            seen[label] += 1
+            found[i] = f"{label} ({seen[label]})"
+    return found
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def unequal_budgets(methods: Sequence[Method]) -> list[str]:
+    """Return a sentence for each budget that the methods that train spent unequally, by more than 1 %."""
+    said: list[str] = []
+    for name in BUDGETS:
+        spent = {method.label: method.cost(name) for method in methods if method.trains}
+        known = {label: value for label, value in spent.items() if value}
+        if len(known) > 1 and max(known.values()) > (1 + UNEQUAL) * min(known.values()):
+            each = ", ".join(f"{label} {value:,.0f}" for label, value in known.items())
+            said.append(f"unequal budget, {name}: {each}")
+    return said
+
+
+def _remarks(comparison: Comparison) -> list[str]:
+    """Return what a reader must know of the runs of a comparison."""
+    said: list[str] = []
+    methods = [method for method in comparison.methods if not method.base]
+    seeds = {method.label: method.seeds for method in methods}
+    if len({tuple(s) for s in seeds.values()}) > 1:
+        each = "; ".join(f"{label}: {', '.join(map(str, s))}" for label, s in seeds.items())
+        said.append(f"the methods have other seeds: {each}")
+    if any(len(s) == 1 for s in seeds.values()):
+        said.append("of one seed there is no deviation, and its interval is over rows alone")
+    for name, word in (("device", "devices: seconds and tokens/s do not compare"), ("git_commit", "commits")):
+        values = sorted({str(run.results.get(name)) for method in methods for run in method.runs})
+        if len(values) > 1:
+            said.append(f"runs of {len(values)} {word} ({', '.join(value[:40] for value in values)})")
+    for task, constant in _constants(comparison).items():
+        said.append(f"{task}: the commonest training answer scores {100 * constant:.1f}")
+    tests = [run.results["data_versions"].get("test") or {} for method in methods for run in method.runs]
+    for task in comparison.main if comparison.split == "test" else ():
+        overlaps = {facts[task].get("overlap") for facts in tests if isinstance(facts.get(task), dict)} - {
+            None,
+            0,
+        }
+        if overlaps:
+            said.append(f"{task}: {max(overlaps)} test rows occur among the training rows")
+    return said
+
+
+def _constants(comparison: Comparison) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for method in comparison.methods:
+        for (task, measure), score in method.scores.items():
+            if measure == "majority_accuracy":
+                found[task] = score.mean
+    return found

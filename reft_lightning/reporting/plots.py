@@ -1,0 +1,264 @@
+"""The plots of a report: matplotlib figures, the same bytes for the same numbers.
+
+Colours are Okabe and Ito's, which people with any colour vision tell apart; markers and line styles repeat what they
+say. Ink is one colour, so that a page can show it in its own.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .comparisons import LOSS, Comparison, Method
+from .runs import ReportError
+from .studies import Study
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = "#1b1f24"
+# Okabe and Ito 2008, Color Universal Design; without black, which is the ink, and the yellow that white swallows.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", "-.", ":")
+STYLE = {
+    "svg.hashsalt": "reft-report", "svg.fonttype": "path", "font.size": 10, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "grid.color": INK, "text.color": INK,
+    "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "legend.frameon": False,
+    "axes.axisbelow": True, "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
+}  # fmt: skip
+
+
+def check_matplotlib() -> None:
+    """Say at once what is missing.
+
+    Raises:
+        ReportError: without matplotlib.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ReportError(f"plots need matplotlib ({error}): pip install 'reft_lightning[report]'") from error
+
+
+def comparison_plots(comparison: Comparison) -> dict[str, Figure]:
+    """Return name -> figure; what has no data has no plot."""
+    from matplotlib import rc_context
+
+    with rc_context(STYLE):
+        found = {
+            "intervals": _intervals(comparison),
+            "score_parameters": _against(comparison, "trainable_parameters", "trained parameters", log=True),
+            "score_seconds": _against(comparison, "train_seconds", "training seconds, mean over seeds"),
+            "learning_curves": _curves(comparison),
+        }
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def study_plots(study: Study) -> dict[str, Figure]:
+    """Return the search history and the importance of parameters, where there are trials."""
+    from matplotlib import rc_context
+
+    with rc_context(STYLE):
+        found = {"search_history": _history(study), "parameter_importance": _importance(study)}
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def svg(figure: Figure, prefix: str = "") -> str:
+    """Return a figure as SVG without a date; ids begin with the prefix, so that one page holds many."""
+    import re
+
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context(STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}", text) if prefix else text
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as PNG on white."""
+    from matplotlib import rc_context
+
+    buffer = io.BytesIO()
+    with rc_context(STYLE):
+        figure.savefig(buffer, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _figure(width: float = 7.0, height: float = 3.6, columns: int = 1) -> tuple[Figure, Sequence[Axes]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _colour(i: int) -> str:
+    return COLOURS[i % len(COLOURS)]
+
+
+def _marker(i: int) -> str:
+    return MARKERS[(i // len(COLOURS) + i) % len(MARKERS)]
+
+
+def _line_style(i: int) -> str:
+    return LINES[(i // len(COLOURS)) % len(LINES)]
+
+
+def _scale(measure: str) -> float:
+    return 1 if measure == LOSS else 100
+
+
+def _name(column: tuple[str, str]) -> str:
+    task, measure = column
+    words = measure.replace("_", " ") if task == "all" else f"{task} {measure.replace('_', ' ')}"
+    return words if measure == LOSS else f"{words}, %"
+
+
+def _scored(comparison: Comparison) -> list[tuple[int, Method]]:
+    """Return the methods with a score in the head column, each with the number that chooses its colour."""
+    ordered = sorted((m for m in comparison.methods if not m.base), key=lambda m: m.label)
+    numbers = {m.label: i for i, m in enumerate(ordered)}
+    return [(numbers.get(m.label, -1), m) for m in comparison.methods if comparison.head in m.scores]
+
+
+def _intervals(comparison: Comparison) -> Figure | None:
+    """Draw mean, 95 % interval and every seed, a line a method, the best on top."""
+    methods = _scored(comparison)
+    if not methods:
+        return None
+    figure, (ax,) = _figure(height=1.1 + 0.38 * len(methods))
+    scale = _scale(comparison.head[1])
+    for y, (i, method) in enumerate(methods):
+        score = method.scores[comparison.head]
+        colour = INK if method.base else _colour(i)
+        if score.interval:
+            ax.plot([scale * x for x in score.interval], [y, y], color=colour, lw=2, solid_capstyle="butt")
+        ax.plot(
+            [scale * v for v in score.values.values()],
+            [y] * len(score.values),
+            "|",
+            ms=9,
+            color=colour,
+            alpha=0.6,
+        )
+        ax.plot([scale * score.mean], [y], marker="o" if method.base else _marker(i), ms=7, color=colour)
+    ax.set_yticks(range(len(methods)), [method.label for _, method in methods])
+    ax.set_ylim(len(methods) - 0.5, -0.5)
+    ax.set_xlabel(f"{_name(comparison.head)}: mean, seeds (|), 95 % interval")
+    ax.grid(axis="y", visible=False)
+    return figure
+
+
+def _against(comparison: Comparison, cost: str, label: str, log: bool = False) -> Figure | None:
+    """Draw the score against a cost; methods without any are lines across."""
+    methods = _scored(comparison)
+    if not any(method.cost(cost) for _, method in methods):
+        return None
+    figure, (ax,) = _figure()
+    scale = _scale(comparison.head[1])
+    for i, method in methods:
+        score, x = method.scores[comparison.head], method.cost(cost)
+        y, colour = scale * score.mean, INK if method.base else _colour(i)
+        if not x:
+            ax.axhline(y, color=colour, ls=":", lw=1.5, label=f"{method.label} (none)")
+            continue
+        ends = None
+        if score.interval:
+            # a percentile interval need not hold the mean
+            ends = [[max(y - scale * score.interval[0], 0)], [max(scale * score.interval[1] - y, 0)]]
+        ax.errorbar([x], [y], yerr=ends, fmt=_marker(i), ms=7, capsize=3, color=colour, label=method.label)
+    if log:
+        ax.set_xscale("log")
+    ax.set_xlabel(label)
+    ax.set_ylabel(_name(comparison.head))
+    _legend(figure, ax)
+    return figure
+
+
+def _legend(figure: Figure, ax: Axes) -> None:
+    handles, names = ax.get_legend_handles_labels()
+    if names:
+        figure.legend(handles, names, loc="outside right center", fontsize=9)
+
+
+def _curves(comparison: Comparison) -> Figure | None:
+    """Draw training loss and validation score against steps: the mean over seeds, and each seed thin."""
+    measure = comparison.head[1]
+    methods = [(i, method) for i, method in _scored(comparison) if not method.base]
+    columns = [("train/loss", "training loss"), (f"val/{measure}", f"validation {measure.replace('_', ' ')}")]
+    curves = {
+        (column, i): [points for run in method.runs if (points := run.curve(column))]
+        for column, _ in columns for i, method in methods
+    }  # fmt: skip
+    shown = [(column, name) for column, name in columns if any(curves[column, i] for i, _ in methods)]
+    if not shown:
+        return None
+    figure, axes = _figure(width=8.5, height=3.4, columns=len(shown))
+    for ax, (column, name) in zip(axes, shown, strict=True):
+        for i, method in methods:
+            _curve(ax, curves[column, i], method.label, i)
+        ax.set_xlabel("optimizer step")
+        ax.set_ylabel(name)
+    _legend(figure, axes[0])
+    return figure
+
+
+def _curve(ax: Axes, curves: Sequence[Sequence[tuple[int, float]]], label: str, i: int) -> None:
+    if not curves:
+        return
+    for points in curves if len(curves) > 1 else ():
+        ax.plot(*zip(*points, strict=True), color=_colour(i), lw=0.8, alpha=0.35)
+    steps = sorted(set.intersection(*({step for step, _ in points} for points in curves)))
+    if not steps:
+        return
+    mean = [float(np.mean([dict(points)[step] for points in curves])) for step in steps]
+    marker = _marker(i) if len(steps) < 12 else None
+    ax.plot(steps, mean, color=_colour(i), ls=_line_style(i), lw=2, marker=marker, ms=4, label=label)
+
+
+def _history(study: Study) -> Figure | None:
+    """Draw each trial's score by its number, and the best so far."""
+    if not any(trial.value is not None for trials in study.trials.values() for trial in trials):
+        return None
+    figure, (ax,) = _figure()
+    pick: Any = np.maximum if study.maximize else np.minimum
+    for i, (method, trials) in enumerate(study.trials.items()):
+        done = [(trial.number, trial.value) for trial in trials if trial.value is not None]
+        if not done:
+            continue
+        numbers, values = zip(*done, strict=True)
+        ax.plot(numbers, values, _marker(i), color=_colour(i), ms=5, alpha=0.6)
+        ax.step(
+            numbers, pick.accumulate(values), where="post", color=_colour(i), ls=_line_style(i), label=method
+        )
+    ax.set_xlabel("trial (line: the best so far)")
+    ax.set_ylabel(study.monitor)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    _legend(figure, ax)
+    return figure
+
+
+def _importance(study: Study) -> Figure | None:
+    """Draw the importance of each parameter, a panel a method."""
+    known = {method: shares for method, shares in study.importance.items() if shares}
+    if not known:
+        return None
+    most = max(len(shares) for shares in known.values())
+    figure, axes = _figure(width=min(4.2 * len(known), 12), height=1.2 + 0.35 * most, columns=len(known))
+    for i, (ax, (method, shares)) in enumerate(zip(axes, known.items(), strict=True)):
+        names = sorted(shares, key=lambda name: shares[name])
+        ax.barh(range(len(names)), [shares[name] for name in names], color=_colour(i), height=0.6)
+        ax.set_yticks(range(len(names)), names)
+        ax.set_xlim(0, 1)
+        ax.set_title(method, fontsize=10)
+        ax.set_xlabel("importance (PED-ANOVA)")
+        ax.grid(axis="y", visible=False)
+    return figure

@@ -1,0 +1,191 @@
+"""Studies of `reft-search` as records: trials, what they spent, and which parameters mattered.
+
+Optuna is needed to read `study.db`; the winners' runs are ordinary run folders and need nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .runs import Read, ReportError
+
+log = logging.getLogger(__name__)
+DATABASE, PLAN, TRIALS, LEDGER = "study.db", "study.yaml", "trials", "test_reads.jsonl"
+ENOUGH = 4  # complete trials, below which no importance is told
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial: its number, how it ended, its validation score and its parameters."""
+
+    number: int
+    state: str
+    value: float | None
+    params: Mapping[str, Any]
+
+
+@dataclass
+class Study:
+    """A study: the trials of each method and what they spent.
+
+    Args:
+        folder: of the study.
+        maximize: whether a higher score is better.
+        monitor: the validation score that decides.
+        trials: method -> trials by number.
+        importance: method -> parameter -> share of the variance.
+        spent: method -> unit -> amount.
+        budget: in words, with the verdict whether the methods spent the same; empty where none is recorded.
+        equal: whether they did.
+    """
+
+    folder: Path
+    maximize: bool = True
+    monitor: str = "score"
+    trials: dict[str, list[Trial]] = field(default_factory=dict)
+    importance: dict[str, dict[str, float]] = field(default_factory=dict)
+    spent: dict[str, dict[str, float]] = field(default_factory=dict)
+    budget: str = ""
+    equal: bool = True
+
+    def states(self, method: str) -> str:
+        """Return how the trials of a method ended: `12 complete, 3 pruned`."""
+        counts = Counter(trial.state for trial in self.trials[method])
+        return ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none"
+
+    def best(self, method: str) -> Trial | None:
+        """Return the trial with the best score, the first of equals."""
+        done = [
+            trial for trial in self.trials[method] if trial.value is not None and trial.state == "complete"
+        ]
+        sign = -1 if self.maximize else 1
+        return min(done, key=lambda trial: (sign * (trial.value or 0.0), trial.number), default=None)
+
+
+def read_study(folder: Path) -> Study:
+    """Read a study.
+
+    Raises:
+        ReportError: if the database cannot be read, or Optuna is not there.
+    """
+    study = Study(folder)
+    plan = _plan(folder)
+    study.monitor = str(plan.get("monitor") or "validation score")
+    if (folder / DATABASE).is_file():
+        _read_database(study)
+    _add_budget(study, plan)
+    return study
+
+
+def _plan(folder: Path) -> dict[str, Any]:
+    path = folder / PLAN
+    if not path.is_file():
+        return {}
+    try:
+        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ReportError(f"{path} cannot be read: {error}") from error
+    if not isinstance(plan, dict):
+        return {}
+    inner = plan.get("plan")
+    return {**inner, **plan} if isinstance(inner, dict) else plan
+
+
+def _read_database(study: Study) -> None:
+    try:
+        import optuna
+        from sqlalchemy.exc import SQLAlchemyError
+    except ModuleNotFoundError as error:
+        raise ReportError(
+            f"{study.folder} is a study, which takes Optuna to read ({error}): pip install 'reft_lightning[search]'"
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        storage = optuna.storages.RDBStorage(f"sqlite:///{(study.folder / DATABASE).resolve()}")
+        found = {name: optuna.load_study(study_name=name, storage=storage)
+                 for name in sorted(s.study_name for s in storage.get_all_studies())}  # fmt: skip
+        for name, kept in found.items():
+            study.maximize = kept.direction == optuna.study.StudyDirection.MAXIMIZE
+            study.trials[name] = [
+                Trial(
+                    t.number, t.state.name.lower(), t.value if t.state.name == "COMPLETE" else None, t.params
+                )
+                for t in kept.get_trials(deepcopy=False)
+            ]
+            study.importance[name] = _importance(kept, study.trials[name])
+    except (SQLAlchemyError, RuntimeError) as error:
+        raise ReportError(
+            f"{study.folder / DATABASE} is no database of Optuna: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _importance(kept: Any, trials: Sequence[Trial]) -> dict[str, float]:
+    """Return each parameter's share by PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255); nothing of a few trials."""
+    complete = [trial for trial in trials if trial.state == "complete"]
+    shared = set.intersection(*(set(trial.params) for trial in complete)) if complete else set()
+    varied = [name for name in sorted(shared) if len({str(trial.params[name]) for trial in complete}) > 1]
+    if len(complete) < ENOUGH or not varied or len({trial.value for trial in complete}) < 2:
+        return {}
+    import warnings
+
+    import optuna
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        shares = optuna.importance.get_param_importances(kept, evaluator=evaluator, params=varied)
+    return {name: float(share) for name, share in shares.items()}
+
+
+def _add_budget(study: Study, plan: Mapping[str, Any]) -> None:
+    from ..search.budget import total_cost, verdict
+
+    for method in study.trials:
+        spent = total_cost(study.folder / TRIALS / method)
+        study.spent[method] = {"trials": float(len(study.trials[method])), **spent}
+    budget = plan.get("budget") if isinstance(plan.get("budget"), dict) else {}
+    unit, amount = budget.get("unit"), budget.get("amount")
+    if unit is None or amount is None or not study.spent or any(unit not in s for s in study.spent.values()):
+        return
+    said = verdict(unit, amount, {method: spent[unit] for method, spent in study.spent.items()})
+    study.equal = said == "equal"
+    study.budget = f"budget of each method: {amount:g} {unit}; spent: {said}"
+
+
+def ledger_reads(folder: Path, reads: Sequence[Read]) -> list[Read]:
+    """Return the reads that a study's ledger knows and its run folders do not: those of runs that were begun anew.
+
+    Args:
+        folder: of the study.
+        reads: that run folders recorded.
+    """
+    path = folder / LEDGER
+    if not path.is_file():
+        return []
+    lines: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+            lines[str(entry["config_hash"]), str(entry["model"])].append(entry)
+        except (ValueError, TypeError, KeyError):
+            log.warning("%s: a line cannot be read: %.80s", path, line)
+    found: list[Read] = []
+    for (hash_, model), entries in lines.items():
+        known = [read for read in reads if (read.hash, read.model) == (hash_, model)]
+        events = max(Counter(read.task for read in known).values(), default=0)
+        patterns = list({read.task: read for read in known}.values())
+        for entry in entries[: len(entries) - events] if len(entries) > events else ():
+            place, seed = Path(str(entry.get("folder", folder))), entry.get("seed")
+            method = str(entry.get("method", ""))
+            found += [replace(p, time=str(entry.get("time", ""))) for p in patterns] or [
+                Read(place, hash_, seed, hash_, method, "?", 0, str(entry.get("time", "")), model)
+            ]
+    return found
