@@ -1,5 +1,6 @@
 """The commands: mistakes are answered with the nearest name and status 2, correct arguments reach the run."""
 
+import gc
 import json
 import logging
 import subprocess
@@ -325,3 +326,24 @@ def test_ones_own_intervention_is_found_in_the_working_folder(tmp_path):
     values = json.loads(results.read_text())
     assert values["method"] == "my_module.RED"
     assert values["trainable_parameters"] == 2 * 32
+
+
+def test_garbage_is_not_looked_for_while_torch_is_first_imported(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch")
+    frozen = gc.get_freeze_count()
+    try:
+        with cli.heavy_imports():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > frozen
+    finally:
+        gc.unfreeze()
+
+
+def test_garbage_is_looked_for_when_torch_is_there_already():
+    # the jobs of a sweep: what the first one leaves behind must not be kept
+    assert "torch" in sys.modules
+    frozen = gc.get_freeze_count()
+    with cli.heavy_imports():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == frozen

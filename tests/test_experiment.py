@@ -8,7 +8,7 @@ import torch
 from lightning import Callback
 
 import reft_lightning as rl
-from reft_lightning import construction, experiment
+from reft_lightning import base_models, construction, experiment
 from reft_lightning.base_models import load_base_model
 from reft_lightning.composition import CompositionError
 from reft_lightning.evaluation import Decoding, generate
@@ -272,6 +272,30 @@ def test_a_broken_line_of_the_rows_is_named(data, no_weights, tmp_path):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is no run folder: it has no config\.yaml"):
         experiment.evaluate(tmp_path)
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_the_tokenizer_and_the_configuration_are_loaded_once(data, monkeypatch, tmp_path, random):
+    settings = short_runs.config(data)
+    if not random:
+        model, tokenizer = load_base_model(**construction.model_source(settings))
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        settings.model.source, settings.model.path = "local", str(tmp_path)
+        settings.model.config, settings.model.tokenizer = {}, None
+    calls = []
+
+    def count(name):
+        original = getattr(base_models, name)
+        for owner in (base_models, construction):
+            monkeypatch.setattr(
+                owner, name, lambda *args, **kw: (calls.append(name), original(*args, **kw))[1]
+            )
+
+    count("load_config")
+    count("load_tokenizer")
+    construction.build(settings)
+    assert sorted(calls) == ["load_config", "load_tokenizer"]
 
 
 # --- crashes -------------------------------------------------------------------------------------------------------

