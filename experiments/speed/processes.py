@@ -104,6 +104,7 @@ def interleaved(
     threads: int,
     pythons: Mapping[str, str] | None = None,
     name: str = "",
+    clocks: Sequence[str] = ("wall", "cpu"),
 ) -> dict[str, Answer]:
     """Let variants take turns, in an order that rotates by one a round.
 
@@ -118,9 +119,10 @@ def interleaved(
         threads: of torch.
         pythons: variant -> python of its environment, where it is another one.
         name: for the log.
+        clocks: entries of the answers that are kept of every timed round.
 
     Returns:
-        variant -> what its process reports (peak memory, versions, ...), with lists ``wall`` and ``cpu`` of seconds
+        variant -> what its process reports (peak memory, versions, ...), with lists of the ``clocks`` (seconds)
         and ``first``, the answer to the first request.
     """
     pythons = pythons or {}
@@ -139,8 +141,8 @@ def interleaved(
     found = {}
     for variant, given in answers.items():
         timed = given[warmup:]
-        times = {clock: [answer[clock] for answer in timed] for clock in ("wall", "cpu")}
-        found[variant] = {**reports[variant], "first": given[0], **times}
+        kept = {key: [answer[key] for answer in timed] for key in timed[0] if key in clocks}
+        found[variant] = {**reports[variant], "first": given[0], **kept}
     return found
 
 

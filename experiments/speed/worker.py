@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 RANK, PREFIX, SUFFIX = 8, 7, 7
+LORA_SMALL = (8, ["q_proj", "v_proj"])
+LORA_LARGE = (32, ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
 # an ordinary rate: the time of a step does not depend on it, and losses stay finite
 LEARNING_RATE = 1e-4
 
@@ -163,8 +165,8 @@ def adapters(model: nn.Module) -> Attached:
 
 
 full_logits = functools.partial(reft, target_logits_only=False)
-lora_small = functools.partial(lora, rank=8, modules=["q_proj", "v_proj"])
-lora_large = functools.partial(lora, rank=32, modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
+lora_small = functools.partial(lora, rank=LORA_SMALL[0], modules=LORA_SMALL[1])
+lora_large = functools.partial(lora, rank=LORA_LARGE[0], modules=LORA_LARGE[1])
 pyreft_tied = functools.partial(pyreft, tied=True)
 
 VARIANTS: dict[str, Variant] = {
