@@ -190,7 +190,7 @@ class TestLayout:
         assert batch["labels"].shape == batch["input_ids"].shape  # the batch itself is as it was
 
     def test_a_batch_names_its_rows(self, rows, tokenizer):
-        kept = EncodedRows(rows)
+        kept = encode_all(tokenizer, [row.example for row in rows], 64)
         batch = Collator(0)([kept[2], kept[0]])
         assert (batch["rows"].tolist(), batch["rows"].dtype) == ([2, 0], torch.int64)
         assert Collator(0)(rows)["rows"].tolist() == [-1, -1, -1]  # of no split

@@ -14,8 +14,9 @@ genuine one in the text must stay visible.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from reft_lightning.data.base import Example
+from reft_lightning.data.prepared import prepare
+from reft_lightning.data.tokenizer_state import tokenizer_digest
 
 log = logging.getLogger(__name__)
 
@@ -89,14 +92,36 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int
         ValueError: if prompt or target is empty (names the row), the tokenizer has no eos token, or
             `max_length` leaves no room.
     """
-    return next(_encoded(tokenizer, [example], max_length))
+    leading, eos = _frame(tokenizer, max_length)
+    _refuse_empty([example])
+    columns = encode_texts(
+        {"prompt": [example.prompt], "target": [example.target]},
+        tokenizer=tokenizer,
+        leading=leading,
+        eos=eos,
+        max_length=max_length,
+    )
+    (ids,), (prompt,), (joint,), (cut_prompt,), (cut_target,) = (columns[name] for name in TYPES)
+    return Encoded(ids[:prompt], ids[prompt:], example, joint, cut_prompt, cut_target)
 
 
 def encode_all(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int, what: str = "rows"
 ) -> EncodedRows:
-    """Encode many examples and log what was unusual about them: boundary tokens, truncation."""
-    rows = EncodedRows(_encoded(tokenizer, examples, max_length))
+    """Encode many examples, each as `encode` does, and log what was unusual: boundary tokens, truncation.
+
+    Many rows are encoded in several processes and kept in the cache, see `prepared`.
+    """
+    leading, eos = _frame(tokenizer, max_length)
+    _refuse_empty(examples)
+    columns = prepare(
+        partial(encode_texts, tokenizer=tokenizer, leading=leading, eos=eos, max_length=max_length),
+        {"prompt": [e.prompt for e in examples], "target": [e.target for e in examples]},
+        TYPES,
+        depends_on=lambda: _described(tokenizer, max_length),
+        what=what,
+    )
+    rows = EncodedRows(examples, columns)
     apart, prompts, targets = rows.apart, rows.cut_prompts, rows.cut_targets
     if apart:
         log.info("%d of %d %s: a token spans prompt and target; tokenised apart", apart, len(rows), what)
@@ -109,12 +134,17 @@ def encode_all(
     return rows
 
 
-_CHUNK = 1024  # texts a tokenizer call; fast tokenizers are about 3 times faster on lists
+def _described(tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any] | None:
+    digest = tokenizer_digest(tokenizer)
+    return (
+        None
+        if digest is None
+        else {"layout": "prompt | target", "tokenizer": digest, "max_length": max_length}
+    )
 
 
-def _encoded(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
-) -> Iterator[Encoded]:
+def _frame(tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], int]:
+    """Return the ids in front of every prompt, and the one behind every target."""
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError(
@@ -123,18 +153,40 @@ def _encoded(
     leading = leading_ids(tokenizer)
     if max_length < len(leading) + 4:
         raise ValueError(f"max_length must be at least {len(leading) + 4}; got {max_length}")
-    for start in range(0, len(examples), _CHUNK):
-        chunk = examples[start : start + _CHUNK]
-        for example in chunk:
-            for part, text in (("prompt", example.prompt), ("target", example.target)):
-                if not text.strip():
-                    raise ValueError(f"{example.source or example.task}: the {part} is empty")
-        prompts = _ids(tokenizer, [example.prompt for example in chunk])
-        wholes = _ids(tokenizer, [example.prompt + example.target for example in chunk])
-        for example, prompt, whole in zip(chunk, prompts, wholes, strict=True):
-            joint = whole[: len(prompt)] == prompt and len(whole) > len(prompt)
-            target = whole[len(prompt) :] if joint else _ids(tokenizer, [example.target])[0]
-            yield _fit(example, prompt, target, joint, leading, eos, max_length)
+    return leading, eos
+
+
+def _refuse_empty(examples: Sequence[Example]) -> None:
+    for example in examples:
+        for part, text in (("prompt", example.prompt), ("target", example.target)):
+            if not text.strip():
+                raise ValueError(f"{example.source or example.task}: the {part} is empty")
+
+
+# ids of prompt and target, how many are the prompt's, and what `Encoded` says of them; raise `prepared.VERSION` when
+# the same texts shall give other numbers
+TYPES = {"ids": "[int32]", "prompt": "int32", "joint": "bool", "cut_prompt": "int32", "cut_target": "int32"}
+
+
+def encode_texts(
+    texts: Mapping[str, list[str]],  # prompt, target
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    leading: list[int],
+    eos: int,
+    max_length: int,
+) -> dict[str, list]:
+    """Return the columns `TYPES` of prompts and targets that hold text; `datasets.map` calls it in processes."""
+    prompts = _ids(tokenizer, texts["prompt"])
+    wholes = _ids(tokenizer, [p + t for p, t in zip(texts["prompt"], texts["target"], strict=True)])
+    columns: dict[str, list] = {name: [] for name in TYPES}
+    for prompt, whole, text in zip(prompts, wholes, texts["target"], strict=True):
+        joint = whole[: len(prompt)] == prompt and len(whole) > len(prompt)
+        target = whole[len(prompt) :] if joint else _ids(tokenizer, [text])[0]
+        row = _fit(prompt, target, joint, leading, eos, max_length)
+        for name, value in zip(TYPES, row, strict=True):
+            columns[name].append(value)
+    return columns
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -143,14 +195,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]
 
 
 def _fit(
-    example: Example,
-    prompt: list[int],
-    target: list[int],
-    joint: bool,
-    leading: list[int],
-    eos: int,
-    max_length: int,
-) -> Encoded:
+    prompt: list[int], target: list[int], joint: bool, leading: list[int], eos: int, max_length: int
+) -> tuple[list[int], int, bool, int, int]:
     if prompt[: len(leading)] == leading:  # the text spells BOS out: one is enough
         prompt = prompt[len(leading) :]
     if target[-1] != eos:
@@ -159,32 +205,25 @@ def _fit(
     cut_target = max(len(target) - room, 0)
     target = target[: len(target) - cut_target]
     cut_prompt = max(len(leading) + len(prompt) + len(target) - max_length, 0)
-    return Encoded(leading + prompt[cut_prompt:], target, example, joint, cut_prompt, cut_target)
+    prompt = leading + prompt[cut_prompt:]
+    return prompt + target, len(prompt), joint, cut_prompt, cut_target
 
 
 class EncodedRows(Dataset[Encoded]):
     """Encoded examples in one array of tokens: 170,000 prompts take 70 MB instead of 600.
 
     Args:
-        rows: what `encode` returns, one after the other.
+        examples: n of them.
+        columns: what `encode_texts` makes of them, as `prepare` returns it.
     """
 
-    def __init__(self, rows: Iterable[Encoded]) -> None:
-        chunks: list[np.ndarray] = []
-        prompts: list[int] = []
-        targets: list[int] = []
-        self.examples: list[Example] = []
-        self._flags: list[tuple[bool, int, int]] = []
-        for row in rows:
-            chunks.append(np.asarray(row.prompt_ids + row.target_ids, dtype=np.int32))
-            prompts.append(len(row.prompt_ids))
-            targets.append(len(row.target_ids))
-            self.examples.append(row.example)
-            self._flags.append((row.joint, row.cut_prompt, row.cut_target))
-        self._tokens = np.concatenate(chunks) if chunks else np.zeros(0, dtype=np.int32)
-        self._prompts = np.asarray(prompts, dtype=np.int64)
-        self._targets = np.asarray(targets, dtype=np.int64)
-        self._starts = np.concatenate([[0], np.cumsum(self._prompts + self._targets)]).astype(np.int64)
+    def __init__(self, examples: Sequence[Example], columns: Mapping[str, np.ndarray]) -> None:
+        self.examples = list(examples)
+        self._tokens = columns["ids"]
+        self._lengths = columns["ids.lengths"]
+        self._prompts = columns["prompt"]
+        self._flags = [columns[name] for name in ("joint", "cut_prompt", "cut_target")]
+        self._starts = np.concatenate([[0], np.cumsum(self._lengths)]).astype(np.int64)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -195,27 +234,27 @@ class EncodedRows(Dataset[Encoded]):
         start, middle = self._starts[i], self._starts[i] + self._prompts[i]
         tokens = self._tokens
         prompt, target = tokens[start:middle].tolist(), tokens[middle : self._starts[i + 1]].tolist()
-        return Encoded(prompt, target, self.examples[i], *self._flags[i], row=i)
+        return Encoded(prompt, target, self.examples[i], *(flag[i].item() for flag in self._flags), row=i)
 
     @property
     def lengths(self) -> list[int]:
         """Return the number of tokens of each row."""
-        return (self._prompts + self._targets).tolist()
+        return self._lengths.tolist()
 
     @property
     def apart(self) -> int:
         """Return how many rows were tokenised apart."""
-        return sum(not joint for joint, _, _ in self._flags)
+        return int((~self._flags[0]).sum())
 
     @property
     def cut_prompts(self) -> int:
         """Return how many rows lost prompt tokens."""
-        return sum(cut > 0 for _, cut, _ in self._flags)
+        return int((self._flags[1] > 0).sum())
 
     @property
     def cut_targets(self) -> int:
         """Return how many rows lost target tokens."""
-        return sum(cut > 0 for _, _, cut in self._flags)
+        return int((self._flags[2] > 0).sum())
 
 
 class Collator:

@@ -11,7 +11,8 @@ Masks come from lengths, never from comparing ids with the pad id.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,11 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from reft_lightning.data.labelled import LabelledText
+from reft_lightning.data.prepared import prepare
+from reft_lightning.data.tokenizer_state import tokenizer_digest
 
 log = logging.getLogger(__name__)
 
-_CHUNK = 1024  # texts a tokenizer call
 TYPES = "token_type_ids"
 
 
@@ -55,40 +57,25 @@ class EncodedTexts(Dataset[dict[str, Any]]):
         if max_length < least:
             raise ValueError(f"max_length must be at least {least} for pairs of texts; got {max_length}")
         self.examples = list(examples)
-        self.truncated = 0
-        tokens: list[np.ndarray] = []
-        types: list[np.ndarray] = []
-        for start in range(0, len(self.examples), _CHUNK):
-            chunk = [example.texts for example in self.examples[start : start + _CHUNK]]
-            for ids, kinds in self._encoded(tokenizer, chunk, max_length):
-                tokens.append(np.asarray(ids, dtype=np.int32))
-                if kinds is not None:
-                    types.append(np.asarray(kinds, dtype=np.int8))
-        self._starts = np.concatenate([[0], np.cumsum([len(ids) for ids in tokens])]).astype(np.int64)
-        self._tokens = np.concatenate(tokens) if tokens else np.zeros(0, dtype=np.int32)
-        kinds = np.concatenate(types) if types else np.zeros(0, dtype=np.int8)
+        sides = zip(*(example.texts for example in self.examples), strict=True)
+        typed = TYPES in (tokenizer("a") if self.examples else ())
+        columns = prepare(
+            partial(encode_texts, tokenizer=tokenizer, max_length=max_length),
+            dict(zip(("first", "second"), map(list, sides), strict=False)) or {"first": []},
+            {"ids": "[int32]", "cut": "bool"} | ({TYPES: "[int8]"} if typed else {}),
+            depends_on=lambda: _described(tokenizer, max_length),
+            what=what,
+        )
+        self._tokens, self._lengths = columns["ids"], columns["ids.lengths"]
+        self._starts = np.concatenate([[0], np.cumsum(self._lengths)]).astype(np.int64)
         # types that are all 0 are every model's default, and decoders know none
-        self._types = kinds if kinds.any() else None
+        self._types = columns[TYPES] if typed and columns[TYPES].any() else None
+        self.truncated = int(columns["cut"].sum())
         if self.truncated:
             log.warning(
                 "%d of %d %s: truncated to %d tokens, the longer text first",
                 self.truncated, len(self.examples), what, max_length,
             )  # fmt: skip
-
-    def _encoded(
-        self, tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, ...]], max_length: int
-    ) -> list[tuple[list[int], list[int] | None]]:
-        # verbose=False: no advice about texts beyond the model's length, which are cut below
-        whole = tokenizer(*map(list, zip(*texts, strict=True)), verbose=False)
-        ids, kinds = whole["input_ids"], whole.get(TYPES)
-        for i, row in enumerate(ids):
-            if len(row) > max_length:
-                cut = tokenizer(*texts[i], truncation="longest_first", max_length=max_length, verbose=False)
-                ids[i] = cut["input_ids"]
-                if kinds is not None:
-                    kinds[i] = cut[TYPES]
-                self.truncated += 1
-        return list(zip(ids, kinds or [None] * len(ids), strict=True))
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -103,7 +90,36 @@ class EncodedTexts(Dataset[dict[str, Any]]):
     @property
     def lengths(self) -> list[int]:
         """Return the number of tokens of each row."""
-        return np.diff(self._starts).tolist()
+        return self._lengths.tolist()
+
+
+def encode_texts(
+    texts: Mapping[str, list[str]],  # first, and second for pairs
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> dict[str, list]:
+    """Return ids, perhaps token types, and whether a row was cut; `datasets.map` calls it in processes."""
+    sides = [texts[name] for name in ("first", "second") if name in texts]
+    # verbose=False: no advice about texts beyond the model's length, which are cut below
+    whole = tokenizer(*sides, verbose=False)
+    columns = {"ids": whole["input_ids"]} | ({TYPES: whole[TYPES]} if TYPES in whole else {})
+    cut = [len(row) > max_length for row in columns["ids"]]
+    for i in (i for i, long in enumerate(cut) if long):
+        row = tokenizer(
+            *(side[i] for side in sides), truncation="longest_first", max_length=max_length, verbose=False
+        )
+        columns["ids"][i] = row["input_ids"]
+        if TYPES in columns:
+            columns[TYPES][i] = row[TYPES]
+    return {**columns, "cut": cut}
+
+
+def _described(tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any] | None:
+    digest = tokenizer_digest(tokenizer)
+    return (
+        None if digest is None else {"layout": "text or pair", "tokenizer": digest, "max_length": max_length}
+    )
 
 
 class TextCollator:

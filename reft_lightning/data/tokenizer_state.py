@@ -1,0 +1,69 @@
+"""What the ids of a tokenizer depend on, as a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+# Attributes that change no id: where it came from, the layout of conversations (their text is rendered before),
+# and what a tokenizer notes while it is used.
+_NO_IDS = {
+    "chat_template", "deprecation_warnings", "files_loaded", "init_inputs", "init_kwargs", "name_or_path",
+    "response_template", "verbose", "_in_target_context_manager",
+}  # fmt: skip
+_PROBE = "Ab  1,234\n\tdon't </s> <s> naïve 中文 🙂 ﬁ"
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return a digest of class, vocabulary, rules, special tokens and options of a tokenizer.
+
+    Returns:
+        None for a class from elsewhere than transformers, or with parts written in Python: what its ids depend on
+        cannot be seen from outside.
+    """
+    kind = type(tokenizer)
+    if kind.__module__.partition(".")[0] != "transformers":
+        log.info(
+            "what the ids of %s.%s depend on is not known: they are not kept", kind.__module__, kind.__name__
+        )
+        return None
+    # The calls come first: they also take away what earlier ones left in the rules, truncation and padding.
+    probe = [tokenizer(_PROBE, add_special_tokens=special)["input_ids"] for special in (False, True)]
+    state = _rules(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerFast) else _files(tokenizer)
+    if state is None:
+        log.info("%s has parts that cannot be written to a file: its ids are not kept", kind.__name__)
+        return None
+    options = {name: value for name, value in vars(tokenizer).items() if name not in _NO_IDS}
+    ids = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
+    described = json.dumps([kind.__qualname__, state, options, probe, ids], sort_keys=True, default=_named)
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
+def _rules(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    try:
+        rules = tokenizer.backend_tokenizer.to_str()
+    except Exception as error:  # the library raises Exception itself for components written in Python
+        log.debug("%s", error)
+        return None
+    return hashlib.sha256(rules.encode()).hexdigest()
+
+
+def _files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".jinja")
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _named(value: Any) -> str:
+    # objects are covered by the rules or the files; their representation may hold an address
+    return repr(value) if isinstance(value, AddedToken) else type(value).__name__
