@@ -60,6 +60,14 @@ def add_evidence(
     if comparison.has_average:
         _average(comparison)
     comparison.pairs = pairs_of(comparison, resamples, seed)
+    flat = [
+        method.label for method in comparison.methods
+        if (score := method.scores.get(comparison.head)) and score.interval and score.interval[0] == score.interval[1]
+    ]  # fmt: skip
+    if flat:
+        comparison.notes.append(
+            f"the interval of {', '.join(flat)} has no width, as every resample gave the same: that is no certainty"
+        )
 
 
 def _predictions(method: Method, split: str) -> list[Mapping[str, Rows]]:

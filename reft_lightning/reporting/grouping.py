@@ -30,8 +30,8 @@ def compare(runs: Sequence[Run], split: str | None = None) -> list[Comparison]:
     """
     groups: dict[str, list[tuple[Run, dict[str, str], str]]] = defaultdict(list)
     for run in runs:
-        used = split or ("test" if _scores(run, "test") else "validation")
-        if not _scores(run, used):
+        used = used_split(run, split)
+        if used is None:
             continue
         facts, key = facts_of(run, used)
         groups[key].append((run, facts, used))
@@ -39,6 +39,12 @@ def compare(runs: Sequence[Run], split: str | None = None) -> list[Comparison]:
     for comparison, title in zip(found, _titles([c.facts for c in found]), strict=True):
         comparison.title = title
     return sorted(found, key=lambda comparison: comparison.title)
+
+
+def used_split(run: Run, split: str | None = None) -> str | None:
+    """Return the split that a run stands in a table by; None where it has no score on it."""
+    allowed = (split,) if split else ("test", "validation")
+    return next((name for name in allowed if _scores(run, name)), None)
 
 
 def _scores(run: Run, split: str, base: bool = False) -> dict[str, dict[str, float]]:

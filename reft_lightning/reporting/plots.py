@@ -7,7 +7,9 @@ say. Ink is one colour, so that a page can show it in its own.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,8 +47,16 @@ def check_matplotlib() -> None:
         raise ReportError(f"plots need matplotlib ({error}): pip install 'reft_lightning[report]'") from error
 
 
-def comparison_plots(comparison: Comparison) -> dict[str, Figure]:
-    """Return name -> figure; what has no data has no plot."""
+@dataclass(frozen=True)
+class Drawn:
+    """A plot as the files that show it."""
+
+    svg: str
+    png: bytes
+
+
+def comparison_plots(comparison: Comparison) -> dict[str, Drawn]:
+    """Return name -> plot; what has no data has no plot."""
     from matplotlib import rc_context
 
     with rc_context(STYLE):
@@ -56,29 +66,43 @@ def comparison_plots(comparison: Comparison) -> dict[str, Figure]:
             "score_seconds": _against(comparison, "train_seconds", "training seconds, mean over seeds"),
             "learning_curves": _curves(comparison),
         }
-    return {name: figure for name, figure in found.items() if figure is not None}
+    return _drawn(found)
 
 
-def study_plots(study: Study) -> dict[str, Figure]:
+def study_plots(study: Study) -> dict[str, Drawn]:
     """Return the search history and the importance of parameters, where there are trials."""
     from matplotlib import rc_context
 
     with rc_context(STYLE):
         found = {"search_history": _history(study), "parameter_importance": _importance(study)}
-    return {name: figure for name, figure in found.items() if figure is not None}
+    return _drawn(found)
 
 
-def svg(figure: Figure, prefix: str = "") -> str:
-    """Return a figure as SVG without a date; ids begin with the prefix, so that one page holds many."""
-    import re
+def _drawn(figures: Mapping[str, Figure | None]) -> dict[str, Drawn]:
+    return {name: Drawn(svg(figure), png(figure)) for name, figure in figures.items() if figure is not None}
 
+
+def svg(figure: Figure) -> str:
+    """Return a figure as SVG without a date."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()
     with rc_context(STYLE):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}", text) if prefix else text
+    return buffer.getvalue()
+
+
+def inline(text: str, prefix: str, label: str) -> str:
+    """Return an SVG file as an element of a page.
+
+    Args:
+        text: of the file.
+        prefix: of all its ids, so that one page holds many.
+        label: what the picture shows, for those who do not see it; without markup.
+    """
+    element = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", text[text.index("<svg") :])
+    element = element.replace(INK, "currentColor")
+    return element.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
 def png(figure: Figure) -> bytes:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .comparisons import LOSS, Comparison, Method, Pair, Score
 from .runs import LeftOut, Read, repeated
+from .studies import Study
 
 SIGNIFICANT = 0.05
 COSTS = (
@@ -195,23 +196,48 @@ def left_table(left: Sequence[LeftOut]) -> Table:
     return Table("Left out", ["folder", "why"], rows)
 
 
+def study_table(study: Study) -> Table:
+    """Return what the search of each method spent and found."""
+    units = list(dict.fromkeys(unit for spent in study.spent.values() for unit in spent))
+    rows = []
+    for method in study.trials:
+        best = study.best(method)
+        drawn = best.params.items() if best else ()
+        params = ", ".join(f"{name}={v:g}" if isinstance(v, float) else f"{name}={v}" for name, v in drawn)
+        spent = study.spent.get(method, {})
+        rows.append([
+            Cell(method), Cell(study.states(method)),
+            Cell("-" if best is None or best.value is None else f"{best.value:.4f}", best.value if best else None),
+            Cell("-" if best is None else str(best.number), best.number if best else None), Cell(params or "-"),
+            *(_cell(spent.get(unit), "{:,.4g}" if unit == "flops" else "{:,.0f}") for unit in units),
+        ])  # fmt: skip
+    columns = ["method", "trials", f"best {study.monitor}", "of trial", "with", *units]
+    return Table("Search: what each method spent and found", columns, rows)
+
+
 def verdict(comparison: Comparison) -> str:
-    """Return what the head column says, in a sentence or two."""
+    """Return what the head column says, in a sentence."""
     column = comparison.head
-    scored = [m for m in comparison.methods if column in m.scores]
-    best = scored[0]
-    score = best.scores[column]
-    on = "on average over the tasks" if comparison.has_average else f"on {column[0]}"
-    text = f"{best.label} has {spread(score)} {interval(score.interval, score.measure)}".rstrip()
-    text += f" {on} ({column[1].replace('_', ' ')})"
+    scored = [method for method in comparison.methods if column in method.scores]
+    best, score = scored[0], scored[0].scores[column]
+    on = (
+        "on average over the tasks"
+        if comparison.has_average
+        else ""
+        if column[0] == "all"
+        else f"on {column[0]}"
+    )
+    value = " ".join(filter(None, (spread(score), interval(score.interval, score.measure), on)))
+    text = f"{best.label} has {value} ({column[1].replace('_', ' ')})"
     if len(scored) == 1:
         return f"{text}."
+    equal = [method.label for method in scored[1:] if method.scores[column].mean == score.mean]
+    parts = [f"{text}, as have {', '.join(equal)}" if equal else f"{text}, the best of {len(scored)}"]
     sure, unsure = [], []
     for method in scored[1:]:
         pair = _pair(comparison, best, method)
-        if pair is not None:
-            (sure if pair.p_holm < SIGNIFICANT and pair.difference != 0 else unsure).append(method.label)
-    parts = [f"{text}, the best of {len(scored)}"]
+        if pair is not None and method.label not in equal:
+            (sure if pair.p_holm < SIGNIFICANT else unsure).append(method.label)
     if sure:
         parts.append(f"it differs from {', '.join(sure)} (p < {SIGNIFICANT} after Holm)")
     if unsure:
@@ -299,6 +325,9 @@ def _tex(text: str) -> str:
 CSV_COLUMNS = (
     "comparison", "split", "model", "task", "measure", "main", "method", "seeds", "rows", "mean", "deviation", "low",
     "high", "by_seed", *COSTS, "unequal_budget", "settings",
+)  # fmt: skip
+PAIR_COLUMNS = (
+    "comparison", "task", "measure", "first", "second", "difference", "low", "high", "test", "p", "p_holm", "mcnemar",
 )  # fmt: skip
 
 

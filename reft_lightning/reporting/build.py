@@ -1,0 +1,92 @@
+"""Folders -> report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .comparisons import Comparison
+from .evidence import RESAMPLES, add_evidence
+from .grouping import compare, used_split
+from .runs import RUN_FOLDER, LeftOut, Read, ReportError, Run, find_folders, read_runs
+from .studies import Study, ledger_reads, read_study
+
+SPLITS = ("test", "validation")
+
+
+@dataclass
+class Report:
+    """Everything that is said of some folders.
+
+    Args:
+        folders: as they were given.
+        runs: the complete ones.
+        comparisons: by title.
+        studies: of `reft-search`.
+        reads: every read of a test split, by time.
+        left: folders that are left out, and why.
+        resamples: of bootstrap and sign flips.
+        seed: of the draws.
+    """
+
+    folders: list[Path]
+    runs: list[Run]
+    comparisons: list[Comparison]
+    studies: list[Study] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
+    left: list[LeftOut] = field(default_factory=list)
+    resamples: int = RESAMPLES
+    seed: int = 0
+
+
+def build_report(
+    folders: Sequence[Path], split: str | None = None, resamples: int = RESAMPLES, seed: int = 0
+) -> Report:
+    """Read folders and compute what they say; a bar shows the progress where people look.
+
+    Args:
+        folders: run folders, multiruns, studies, or folders that hold any of them.
+        split: `test` or `validation`; None for test where a run has it, else validation.
+        resamples: of bootstrap and sign flips.
+        seed: of the draws.
+
+    Raises:
+        ReportError: if nothing can be reported, or runs that should be compared read other rows.
+    """
+    run_folders, study_folders, left = find_folders(folders)
+    runs, incomplete, reads = read_runs(run_folders)
+    left += incomplete
+    studies: list[Study] = []
+    for folder in study_folders:
+        reads += ledger_reads(folder, reads)
+        try:
+            studies.append(read_study(folder))
+        except ReportError as error:
+            left.append(LeftOut(folder, str(error)))
+    comparisons = compare(runs, split)
+    where = f"the {split} split" if split else "any split"
+    left += [LeftOut(run.folder, f"no score on {where}") for run in runs if not used_split(run, split)]
+    if not comparisons and not any(study.trials for study in studies):
+        reasons = [f"  {item.folder}: {item.reason}" for item in left]
+        raise ReportError(
+            "\n".join([f"nothing to report: no complete run has a score on {where}", *reasons, RUN_FOLDER])
+        )
+    with _progress(len(comparisons)) as advance:
+        for comparison in comparisons:
+            add_evidence(comparison, resamples, seed, advance)
+    reads.sort(key=lambda read: (read.time, str(read.folder)))
+    return Report(list(folders), runs, comparisons, studies, reads, left, resamples, seed)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[float], None]]:
+    """Show a bar on a terminal's standard error; yield what moves it by a share of one comparison."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("resampling rows and seeds", total=total)
+        yield lambda share: bar.advance(task, share)

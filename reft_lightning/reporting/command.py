@@ -1,0 +1,189 @@
+"""`reft-report FOLDER [FOLDER ...]`: write tables, plots and the page, and say what they say."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from . import plots, tables
+from .build import SPLITS, Report, build_report
+from .evidence import RESAMPLES
+from .page import page
+from .runs import ReportError
+
+FILES = {
+    "report.html": "everything, one file that opens without a network",
+    "report.md": "tables for GitHub",
+    "report.tex": "tables for LaTeX, with booktabs",
+    "scores.csv": "one line for each method, task and measure, in fractions",
+    "pairs.csv": "one line for each pair of methods",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the arguments of the command."""
+    arguments = argparse.ArgumentParser(
+        prog="reft-report", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Compare runs: tables, intervals, paired tests, plots, one HTML page. "
+        "(reft-report paper sets runs beside the paper's numbers.)",
+    )  # fmt: skip
+    add = arguments.add_argument
+    add(
+        "folders",
+        nargs="+",
+        type=Path,
+        metavar="FOLDER",
+        help="run folders, multiruns, studies, or what holds them",
+    )
+    add("--out", type=Path, default=Path("report"), metavar="DIR", help="where the report is written")
+    add("--split", choices=SPLITS, help="the scores to compare; test where a run has it, else validation")
+    add("--resamples", type=_count, default=RESAMPLES, help="of the bootstrap and of the sign flips")
+    add("--seed", type=int, default=0, help="of the resamples")
+    add("--wandb", action="store_true", help="log tables and page to W&B; offline unless WANDB_MODE=online")
+    add("--project", default="reft_lightning", help="of W&B")
+    return arguments
+
+
+def _count(text: str) -> int:
+    if not (text.isdecimal() and int(text) >= 100):
+        raise argparse.ArgumentTypeError(f"must be an integer, 100 or more; got {text!r}")
+    return int(text)
+
+
+def main(argv: Sequence[str], console: Console | None = None) -> Report:
+    """Build a report, write it and print its tables.
+
+    Args:
+        argv: as in :func:`parser`.
+        console: where to print.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ReportError: if nothing can be reported.
+    """
+    options = parser().parse_args(argv)
+    plots.check_matplotlib()
+    if options.out.exists() and not options.out.is_dir():
+        raise ReportError(f"--out {options.out} is a file; give a folder")
+    report = build_report(options.folders, options.split, options.resamples, options.seed)
+    html = write(report, options.out)
+    console = console or Console(width=None if sys.stdout.isatty() else 140)
+    print_report(report, console)
+    if options.wandb:
+        log_to_wandb(report, html, options.out, options.project)
+    for name, what in FILES.items():
+        console.print(
+            f"{escape(str(options.out / name))}  [dim]{what}[/dim]", soft_wrap=True, highlight=False
+        )
+    return report
+
+
+def write(report: Report, out: Path) -> str:
+    """Write all files of a report; return the page."""
+    (out / "plots").mkdir(parents=True, exist_ok=True)
+    figures = {c.title: plots.comparison_plots(c) for c in report.comparisons}
+    figures |= {str(study.folder): plots.study_plots(study) for study in report.studies}
+    names = _file_names(figures)
+    for title, some in figures.items():
+        for name, drawn in some.items():
+            path = out / "plots" / f"{names[title]}_{name}"
+            path.with_suffix(".svg").write_text(drawn.svg, encoding="utf-8")
+            path.with_suffix(".png").write_bytes(drawn.png)
+    html = page(report, figures)
+    (out / "report.html").write_text(html, encoding="utf-8")
+    (out / "report.md").write_text(markdown(report), encoding="utf-8")
+    (out / "report.tex").write_text("\n".join(map(tables.latex, report.comparisons)), encoding="utf-8")
+    tables.write_csv(out / "scores.csv", tables.records(report.comparisons), tables.CSV_COLUMNS)
+    tables.write_csv(out / "pairs.csv", tables.pair_records(report.comparisons), tables.PAIR_COLUMNS)
+    return html
+
+
+def _file_names(titles: Iterable[str]) -> dict[str, str]:
+    """Return a file name a title, without what file systems mind; numbered, since two may come out the same."""
+    plain = {title: re.sub(r"[^A-Za-z0-9]+", "-", title.rpartition("/")[2]).strip("-") for title in titles}
+    return {title: f"{i:02d}_{name[:60].strip('-')}" for i, (title, name) in enumerate(plain.items(), 1)}
+
+
+def markdown(report: Report) -> str:
+    """Return the report in GitHub's Markdown, without plots."""
+    parts = [f"# Report of {len(report.runs)} runs\n"]
+    for comparison in report.comparisons:
+        parts += [f"## {comparison.title}\n", f"{tables.verdict(comparison)}\n"]
+        parts += [f"> **{line}**\n" for line in comparison.unequal]
+        parts += [
+            tables.markdown(tables.score_table(comparison)),
+            tables.markdown(tables.cost_table(comparison)),
+        ]
+        parts += [tables.markdown(tables.measure_table(comparison))]
+        if comparison.pairs:
+            parts.append(tables.markdown(tables.pair_table(comparison)))
+        if comparison.notes:
+            parts.append("".join(f"- {note}\n" for note in comparison.notes))
+    for study in report.studies:
+        parts += [
+            f"## Study {study.folder.name}\n",
+            f"{study.budget}\n",
+            tables.markdown(tables.study_table(study)),
+        ]
+    parts += ["## Test reads\n", tables.markdown(tables.read_table(report.reads))]
+    if report.left:
+        parts += ["## Left out\n", tables.markdown(tables.left_table(report.left))]
+    return "\n".join(parts)
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print scores, budgets, notes and what was left out."""
+    for comparison in report.comparisons:
+        table = tables.score_table(comparison)
+        shown = RichTable()
+        console.print(f"[bold]{escape(comparison.title)}[/bold]", soft_wrap=True, highlight=False)
+        for i, name in enumerate(table.columns):
+            shown.add_column(escape(name), justify="right" if i else "left")
+        for row in table.rows:
+            shown.add_row(
+                *(f"[bold]{escape(cell.text)}[/bold]" if cell.best else escape(cell.text) for cell in row)
+            )
+        console.print(shown)
+        for line in comparison.unequal:
+            console.print(f"[bold yellow]{escape(line)}[/bold yellow]", soft_wrap=True)
+        for line in (tables.verdict(comparison), *comparison.notes):
+            console.print(escape(line), soft_wrap=True, highlight=False)
+        console.print()
+    for study in report.studies:
+        best = {method: trial for method in study.trials if (trial := study.best(method))}
+        said = ", ".join(
+            f"{method} {trial.value:.4f} (trial {trial.number})" for method, trial in best.items()
+        )
+        console.print(
+            escape(f"study {study.folder}: best {study.monitor}: {said}; {study.budget}"), soft_wrap=True
+        )
+    for note in tables.read_table(report.reads).notes:
+        console.print(f"[bold yellow]{escape(note)}[/bold yellow]", soft_wrap=True)
+    for item in report.left:
+        console.print(escape(f"left out: {item.folder}: {item.reason}"), soft_wrap=True, highlight=False)
+
+
+def log_to_wandb(report: Report, html: str, out: Path, project: str) -> None:
+    """Log scores and pairs as W&B tables, and the page, in a run of its own."""
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE") or "offline"
+    run = wandb.init(project=project, job_type="report", dir=str(out), mode=mode, name=out.name)
+    for name, lines, columns in (
+        ("scores", tables.records(report.comparisons), tables.CSV_COLUMNS),
+        ("pairs", tables.pair_records(report.comparisons), tables.PAIR_COLUMNS),
+    ):
+        rows = [[line[column] for column in columns] for line in lines]
+        run.log({name: wandb.Table(columns=list(columns), data=rows)})
+    run.log({"report": wandb.Html(html, inject=False)})
+    run.finish()
