@@ -41,6 +41,10 @@ def check_unused(config: Config, family: AnyFamily) -> None:
     Raises:
         ValueError: naming the setting.
     """
+    if config.kept.limit_gb < 0:
+        raise ValueError(f"kept.limit_gb must be 0 or more; got {config.kept.limit_gb}")
+    if config.kept.folder and not config.kept.limit_gb:
+        raise ValueError(f"kept.folder={config.kept.folder} keeps nothing: set kept.limit_gb, too")
     if isinstance(family, ClassificationFamily):
         for name, default in vars(DecodingConfig()).items():
             if getattr(config.decoding, name) != default:

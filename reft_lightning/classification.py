@@ -64,7 +64,7 @@ class ClassificationModule(FinetuningModule):
     def logits_of(self, batch: dict[str, Any]) -> Tensor:  # (b, classes) or (b,) float32
         """Return the classifier's outputs."""
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "examples", "rows")}
-        logits = self.model(**inputs).logits.float()
+        logits = self.output_of(inputs, batch).logits.float()
         return logits.squeeze(-1) if self.task.regression else logits
 
     def loss_of(self, batch: dict[str, Any]) -> Tensor:

@@ -50,6 +50,9 @@ from .generation import GenerationModule
 from .model import ParameterCount, ReftModel
 from .module import FinetuningModule
 from .schema import Config
+from .training_pass import training_pass
+
+log = logging.getLogger(__name__)
 
 PLACE = tuple(field.name for field in fields(ModelPlace))
 
@@ -140,6 +143,27 @@ def commonest_answers(examples: Iterable[Example]) -> dict[str, str]:
     for example in (example for example in examples if example.options):
         answers.setdefault(example.task, Counter())[example.answer] += 1
     return {task: counts.most_common(1)[0][0] for task, counts in answers.items()}
+
+
+def leave_out_constants(config: Config, objects: Objects) -> None:
+    """Let training leave out what no intervention can change, and keep it where the configuration says so.
+
+    The base's own dropout makes nothing constant: then training is plain.
+
+    Raises:
+        OSError: if the disk has no room for what is to be kept.
+    """
+    limit = int(config.kept.limit_gb * 1e9)
+    if config.model.base_dropout:
+        if limit:
+            log.warning(
+                "kept.limit_gb: with model.base_dropout=true nothing stays the same, so nothing is kept"
+            )
+        return
+    objects.module.training_pass = training_pass(
+        objects.model, objects.data.train_rows, causal=bool(objects.decoding), limit=limit,
+        folder=Path(config.kept.folder) if config.kept.folder else None,
+    )  # fmt: skip
 
 
 def build_trainer(config: Config, folder: Path, values: dict[str, Any]) -> Trainer:

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .callbacks import finish_wandb
 from .checkpoint import load_state
-from .construction import Objects, build, build_trainer, choose_monitor, quiet_lightning
+from .construction import Objects, build, build_trainer, choose_monitor, leave_out_constants, quiet_lightning
 from .data.instruction import alpaca_eval_outputs
 from .interventions import nearest
 from .launch import single_job_ddp
@@ -170,6 +170,7 @@ def _stages(
 
 def _train(config: Config, objects: Objects, trainer: Trainer, results: Results, resume: Path | None) -> None:
     """Fit, and go back to the checkpoint that validation chose."""
+    leave_out_constants(config, objects)
     trainer.fit(objects.module, objects.data, ckpt_path=resume, weights_only=False)
     if trainer.interrupted:
         raise KeyboardInterrupt

@@ -69,7 +69,7 @@ class GenerationModule(FinetuningModule):
 
     def loss_of(self, batch: dict[str, Any]) -> Tensor:
         """Return the mean next-token loss over the target's tokens."""
-        return self.model(**_inputs(target_only(batch))).loss
+        return self.output_of(_inputs(target_only(batch)), batch).loss
 
     # --- one batch ------------------------------------------------------------------------------------------
 

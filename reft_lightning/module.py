@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -60,6 +60,7 @@ class FinetuningModule(LightningModule):
         prefix: of logged names: ``base/`` while the frozen base is evaluated.
         predictions: one dictionary a row of the last evaluation, of this process.
         counts: score -> what stands behind it: ``total`` rows, ``correct`` of them, ``missing``, ``interval``.
+        training_pass: runs the model where gradients are wanted, from (inputs, rows, boundary); None: plainly.
     """
 
     strict_loading = False
@@ -76,6 +77,7 @@ class FinetuningModule(LightningModule):
         self.tasks = {"val": tuple(val_tasks), "test": tuple(test_tasks)}
         self.optimization = optimization
         self.prefix = ""
+        self.training_pass: Callable[..., Any] | None = None
         self.loss = MeanLoss()
         self.predictions: list[dict[str, Any]] = []
         self.counts: dict[str, dict[str, Any]] = {}
@@ -90,6 +92,12 @@ class FinetuningModule(LightningModule):
         raise NotImplementedError(
             f"{type(self).__name__} must define loss_of(batch), the loss that is trained"
         )
+
+    def output_of(self, inputs: dict[str, Any], batch: dict[str, Any]) -> Any:
+        """Return the model's output for the inputs that a batch holds."""
+        if self.training_pass is None or not torch.is_grad_enabled():
+            return self.model(**inputs)
+        return self.training_pass(inputs, batch["rows"].tolist(), batch.get("boundary"))
 
     # --- training -------------------------------------------------------------------------------------------
 

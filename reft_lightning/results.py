@@ -91,8 +91,8 @@ def write_predictions(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Return a hash of what determines a result: the configuration without names and places."""
-    kept = {k: v for k, v in config.items() if k not in ("name", "resume", "logger")}
+    """Return a hash of what determines a result: the configuration without names, places, and what is kept."""
+    kept = {k: v for k, v in config.items() if k not in ("name", "resume", "logger", "kept")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

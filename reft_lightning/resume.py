@@ -155,6 +155,7 @@ FREE = (
     "trainer.enable_progress_bar",
     "trainer.accelerator",
     "data.num_workers",
+    "kept.",
     "callbacks.checkpoint_every_n_steps",
 )
 

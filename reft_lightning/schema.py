@@ -169,6 +169,16 @@ class OptimizerConfig:
 
 
 @dataclass
+class KeptConfig:
+    """What no intervention can change, kept over the epochs instead of computed in each."""
+
+    # 0: nothing. Keys and values of the prompt up to the first edited token (positions such as l7), where all of
+    # them fit; else the input of the first edited layer, where that is not the first of the model
+    limit_gb: float = 0.0
+    folder: Optional[str] = None  # None: in memory; a folder: on disk, for later runs of this model and data too
+
+
+@dataclass
 class LoggerConfig:
     """Where metrics go. A CSV file is written always."""
 
@@ -203,6 +213,7 @@ class Config:
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    kept: KeptConfig = field(default_factory=KeptConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
     seed: int = 42  # the first of the authors' seeds 42, 43, 44

@@ -1,0 +1,260 @@
+r"""What of a training pass no intervention can change, computed without gradient and, if wished, only once.
+
+Two things are constant while a frozen model's interventions train:
+
+==================  ======================================================================================
+the prefix          In a causal model no column left of the first edited token of its row depends on Phi, at any
+                    layer. Its keys and values are a cache; gradients pass through the other columns alone. That
+                    is worth something for suffix positions (``l7``, ``l1``), nothing for ``f7+l7``.
+the layer's input   No block below the lowest edited site depends on Phi. What the last of them says of a
+                    row's tokens is the input of everything that trains.
+==================  ======================================================================================
+
+:class:`~reft_lightning.kept.KeptRows` keeps either over the epochs. Losses and gradients are those of the plain pass up
+to rounding.
+
+Shapes: b rows, s columns, c constant columns, d width, k the last constant block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from .kept import KeptRows
+from .model import ReftModel
+from .sites import block_path
+
+SHORTEST = 8  # constant columns below which a second pass costs more than it saves
+
+Batch = Mapping[str, Any]
+
+
+class ConstantPrefix:
+    """Keys and values of the columns left of the first edited one.
+
+    Args:
+        model: of a causal base model.
+        prompts: tokens of each train row's prompt, (n,).
+        behind: of them, those from the first edited one on, (n,); see :func:`tokens_behind`.
+
+    Attributes:
+        lengths: constant tokens of each row, (n,).
+        width: numbers a token: keys and values of all heads and layers.
+        dtype: of the numbers.
+        keepable: whether the cache holds every column; that of a sliding window does not.
+        kept: where they are kept; None computes them in each pass.
+
+    Raises:
+        ValueError: if the model's cache holds anything but keys and values.
+    """
+
+    name = "the keys and values of prefixes"
+
+    def __init__(self, model: ReftModel, prompts: Tensor, behind: Tensor) -> None:
+        self.model, self.behind, self.lengths = model, behind, prompts - behind
+        self.kept: KeptRows | None = None
+        cache = self._compute(*_two_tokens(model), 2)
+        if not isinstance(cache, DynamicCache) or not all(isinstance(c, DynamicLayer) for c in cache.layers):
+            raise ValueError(f"{type(model.base_model).__name__} has no cache of keys and values alone")
+        self.keepable = all(type(c) is DynamicLayer and c.get_seq_length() == 2 for c in cache.layers)
+        self.shapes = [tuple(t.shape[1::2]) for layer in cache.layers for t in (layer.keys, layer.values)]
+        self.dtype = cache.layers[0].keys.dtype
+        self.width = sum(heads * dim for heads, dim in self.shapes)
+
+    def __call__(self, inputs: Batch, rows: list[int], boundary: int | None) -> Any:
+        """Return the model's output, with the logits and labels of the last columns alone."""
+        assert boundary is not None
+        columns = boundary - int(self.behind[rows].max())
+        if columns < SHORTEST:
+            return self.model(**inputs)
+        ids, attention = inputs["input_ids"], inputs["attention_mask"]
+        if self.kept is None:
+            cache = self._compute(ids, attention, columns)
+        else:
+            cache = self._assemble(self._rows(ids, attention, rows, boundary), attention[:, :columns])
+        rest = {**inputs, "input_ids": ids[:, columns:]}
+        return self.model(**rest, past_key_values=cache)
+
+    def _compute(self, ids: Tensor, attention: Tensor, columns: int) -> DynamicCache:
+        with torch.no_grad(), self.model.disabled():
+            return self.model(
+                input_ids=ids[:, :columns],
+                attention_mask=attention[:, :columns],
+                use_cache=True,
+                logits_to_keep=1,
+            ).past_key_values
+
+    def _rows(self, ids: Tensor, attention: Tensor, rows: list[int], boundary: int) -> list[Tensor]:
+        """Return (constant tokens, width) of each row, kept before or computed now."""
+        found = _kept(self.kept, rows)
+        missing = [i for i in range(len(rows)) if i not in found]
+        if missing:
+            most = boundary - int(self.behind[[rows[i] for i in missing]].min())
+            cache = self._compute(ids[missing], attention[missing], most)
+            states = [t for layer in cache.layers for t in (layer.keys, layer.values)]  # (b, heads, c, dim)
+            flat = torch.cat([t.transpose(1, 2).flatten(2) for t in states], -1).cpu()  # (b, c, width)
+            for i, values in zip(missing, flat, strict=True):
+                own = boundary - int(self.behind[rows[i]])
+                found[i] = values[:own][attention[i, :own].bool().cpu()]
+                self.kept.write(rows[i], found[i])
+        return [found[i] for i in range(len(rows))]
+
+    def _assemble(self, rows: list[Tensor], attention: Tensor) -> DynamicCache:  # (b, c)
+        real = attention.bool()
+        flat = torch.zeros(*real.shape, self.width, dtype=self.dtype, device=real.device)
+        counts = real.sum(-1).tolist()
+        flat[real] = torch.cat([row[:n] for row, n in zip(rows, counts, strict=True)]).to(real.device)
+        parts = flat.split([heads * dim for heads, dim in self.shapes], -1)
+        states = [
+            part.unflatten(-1, shape).transpose(1, 2) for part, shape in zip(parts, self.shapes, strict=True)
+        ]
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(zip(states[::2], states[1::2], strict=True)):
+            cache.update(keys, values, layer)
+        return cache
+
+
+class ConstantInput:
+    """What block k says of each token, where no site lies below its output.
+
+    Args:
+        model: any adapted base model whose blocks take and return the hidden states.
+        last: k.
+        lengths: tokens of each train row, (n,).
+
+    Attributes:
+        width: d.
+        dtype: of the hidden states.
+        kept: where they are kept; None computes them in each pass, which saves nothing.
+
+    Raises:
+        ValueError: if a block returns anything beside the hidden states.
+    """
+
+    def __init__(self, model: ReftModel, last: int, lengths: Tensor) -> None:
+        self.model, self.last, self.lengths = model, last, lengths
+        self.name = f"the output of block {last}"
+        self.keepable = True
+        self.kept: KeptRows | None = None
+        self.blocks = list(model.base_model.get_submodule(block_path(model.base_model)))
+        self._beside: tuple[None, ...] | None = None  # what a block returns in a tuple with the hidden states
+        ids, attention = _two_tokens(model)
+        hidden = self._compute({"input_ids": ids, "attention_mask": attention})
+        self.width, self.dtype = hidden.shape[-1], hidden.dtype
+
+    def __call__(self, inputs: Batch, rows: list[int], boundary: int | None = None) -> Any:
+        """Return the model's output."""
+        real = inputs["attention_mask"].bool()
+        found = _kept(self.kept, rows)
+        missing = [i for i in range(len(rows)) if i not in found]
+        if missing:
+            some = {name: v[missing] if isinstance(v, Tensor) else v for name, v in inputs.items()}
+            for i, values in zip(missing, self._compute(some), strict=True):
+                found[i] = values[real[i]].cpu()
+                if self.kept is not None:
+                    self.kept.write(rows[i], found[i])
+        hidden = torch.zeros(*real.shape, self.width, dtype=self.dtype, device=real.device)
+        hidden[real] = torch.cat([found[i] for i in range(len(rows))]).to(real.device)
+        skipped = dict.fromkeys(self.blocks[: self.last], self._passed)
+        with _replaced({**skipped, self.blocks[self.last]: lambda *_, **__: self._returned(hidden)}):
+            return self.model(**inputs)
+
+    def _compute(self, inputs: Batch) -> Tensor:  # -> (b, s, d)
+        block, found = self.blocks[self.last], []
+        run = block.forward
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            output = run(*args, **kwargs)
+            hidden, *beside = output if isinstance(output, tuple) else (output,)
+            if any(other is not None for other in beside):
+                raise ValueError(f"{type(block).__name__} returns more than hidden states")
+            self._beside = tuple(beside) if isinstance(output, tuple) else None
+            found.append(hidden)
+            return output
+
+        plain = {name: value for name, value in inputs.items() if name != "labels"}
+        if "logits_to_keep" in plain:
+            plain["logits_to_keep"] = 1
+        above = dict.fromkeys(self.blocks[self.last + 1 :], self._passed)
+        with torch.no_grad(), self.model.disabled(), _replaced({**above, block: recorded}):
+            self.model(**plain)
+        return found[0]
+
+    def _passed(self, *args: Any, **kwargs: Any) -> Any:
+        return self._returned(args[0] if args else kwargs["hidden_states"])
+
+    def _returned(self, hidden: Tensor) -> Any:
+        return hidden if self._beside is None else (hidden, *self._beside)
+
+
+def _kept(store: KeptRows | None, rows: list[int]) -> dict[int, Tensor]:
+    """Return place in the batch -> what is kept of the row there."""
+    if store is None:
+        return {}
+    return {i: store.read(row) for i, row in enumerate(rows) if store.has(row)}
+
+
+@contextmanager
+def _replaced(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Give modules another forward; their hooks, and so the edits, stay."""
+    held = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in held.items():
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+def _two_tokens(model: ReftModel) -> tuple[Tensor, Tensor]:
+    ids = torch.tensor([[0, 1]], device=model.base_model.device)
+    return ids, torch.ones_like(ids)
+
+
+def last_constant_block(model: ReftModel) -> int:
+    """Return k, the last block that no site and no trained head lies in or below; -1 where there is none."""
+    path = block_path(model.base_model)
+    names = [name for name, _ in model.base_model.named_modules()]
+    blocks = [name for name in names if name.rpartition(".")[0] == path]
+    ends = [_constant_below(site.path, site.end, path) for site in model.sites.values()]
+    for head in model.config.heads:  # modules are defined in the order in which they run
+        ends.append(len(blocks) - 1 if names.index(head) > names.index(blocks[-1]) else -1)
+    tied = any(p.requires_grad for p in model.base_model.get_input_embeddings().parameters())
+    return -1 if tied else min(ends, default=-1)
+
+
+def _constant_below(site: str, end: str, blocks: str) -> int:
+    if not site.startswith(f"{blocks}."):
+        return -1
+    number, _, inside = site.removeprefix(f"{blocks}.").partition(".")
+    return int(number) if end == "output" and not inside else int(number) - 1
+
+
+def tokens_behind(model: ReftModel, prompts: Tensor, targets: Tensor) -> Tensor:  # (n,), (n,) -> (n,)
+    """Return how many prompt tokens of each row stand from its first edited token on, at least one.
+
+    One, where only tokens behind the prompt are edited: the column before the target predicts its first token.
+    """
+    behind = torch.ones_like(prompts)
+    for start in range(0, len(prompts), 1024):
+        rows = slice(start, start + 1024)
+        n, width = prompts[rows, None], int((prompts[rows] + targets[rows]).max())
+        columns = torch.arange(width)
+        prompt, target = columns < n, (columns >= n) & (columns < n + targets[rows, None])
+        chosen = torch.zeros_like(prompt)
+        for positions, _ in set(model.positions.values()):
+            chosen |= torch.stack(positions.select(prompt, target)).ge(0).any(0)
+        first = torch.where(chosen.any(-1), chosen.int().argmax(-1), width)
+        behind[rows] = (n.squeeze(-1) - first).clamp(min=1)
+    return behind

@@ -1,0 +1,378 @@
+"""The constant part of a training pass: the same losses and gradients as the plain pass, kept and never stale."""
+
+import errno
+import logging
+import os
+import random
+
+import pytest
+import short_runs
+import tiny
+import torch
+from laws import shaken
+from model_laws import exact_loss
+
+import reft_lightning as rl
+from reft_lightning import kept
+from reft_lightning.constant import ConstantInput, ConstantPrefix, last_constant_block, tokens_behind
+from reft_lightning.data.base import Example
+from reft_lightning.data.encoding import Collator, Encoded, target_only
+from reft_lightning.experiment import SetupError
+from reft_lightning.kept import KeptRows
+from reft_lightning.training_pass import training_pass
+
+ROWS, BATCH = 12, 4
+PLENTY = 10**8
+# positions, layers, limit (of float64) -> what is left out
+CASES = {
+    "a split prefix": ("l2", "all", 0, ConstantPrefix),
+    "a kept prefix": ("l2", "all", PLENTY, ConstantPrefix),
+    "a prefix before the target": ("decode:1", [0, 2], PLENTY, ConstantPrefix),
+    "both": ("l1", [1], 40_000, ConstantInput),  # the keys and values would not fit
+    "the input of the last layer": ("f2+l2", [2], PLENTY, ConstantInput),
+    "some rows' input": ("f2+l2", [1], 10_000, ConstantInput),
+}
+
+
+def encoded(count=ROWS, seed=0, shortest=12):
+    draw = random.Random(seed)
+    example = Example("boolq", "prompt", "target", "answer")
+
+    def ids(least, most):
+        return [draw.randrange(3, tiny.VOCABULARY) for _ in range(draw.randint(least, most))]
+
+    return [Encoded(ids(shortest, 20), [*ids(1, 4), tiny.EOS], example, row=i) for i in range(count)]
+
+
+def attached(family, dtype=torch.float64, **settings):
+    torch.manual_seed(0)
+    reft = rl.attach(tiny.model(family, dtype), "loreft", rank=2, **settings)
+    shaken(reft.to(dtype).interventions)
+    return reft.train()
+
+
+def batches(rows, steps):
+    order, found = random.Random(1), []
+    while len(found) < steps:
+        shuffled = order.sample(range(len(rows)), len(rows))
+        found += [shuffled[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+    return [Collator(tiny.PAD)([rows[i] for i in batch]) for batch in found[:steps]]
+
+
+def train(reft, rows, run=None, steps=6):
+    """Return the losses, and the gradients of the last step."""
+    optimizer = torch.optim.AdamW([p for p in reft.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for batch in batches(rows, steps):
+        optimizer.zero_grad()
+        inputs = target_only(batch)
+        boundary, numbers = inputs.pop("boundary"), inputs.pop("rows")
+        output = reft(**inputs) if run is None else run(inputs, numbers.tolist(), boundary)
+        loss = exact_loss(output.logits, inputs["labels"])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses), [p.grad for p in reft.interventions.parameters()]
+
+
+def compare(family, case, steps, dtype=torch.float64, tolerance=1e-10, **settings):
+    positions, layers, limit, part = CASES[case]
+    rows = encoded()
+    plain, short = (attached(family, dtype, positions=positions, layers=layers, **settings) for _ in range(2))
+    run = training_pass(short, rows, causal=True, limit=limit * dtype.itemsize // 8)
+    assert type(run.part) is part
+    torch.manual_seed(3)
+    expected, gradients = train(plain, rows, steps=steps)
+    torch.manual_seed(3)
+    losses, found = train(short, rows, run, steps=steps)
+    torch.testing.assert_close(losses, expected, atol=0, rtol=tolerance)
+    assert any(gradient.abs().max() > 0 for gradient in found)
+    for gradient, other in zip(found, gradients, strict=True):
+        torch.testing.assert_close(gradient, other, atol=tolerance * float(other.abs().max()), rtol=tolerance)
+    assert not run._refused
+    return run
+
+
+# --- the same numbers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fifty_steps_give_the_losses_and_gradients_of_the_plain_pass(case):
+    compare("llama", case, steps=50)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_in_float32(case):
+    compare("llama", case, steps=50, dtype=torch.float32, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "qwen3", "falcon"])
+@pytest.mark.parametrize("case", ["a split prefix", "a kept prefix", "the input of the last layer"])
+def test_other_architectures_give_the_same(family, case):
+    # Falcon and OPT compute some of their norms in float32
+    compare(family, case, steps=6, tolerance=2e-6)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_a_sliding_window_is_split_and_its_layers_are_kept_instead_of_its_prefixes(family):
+    rows = encoded()
+    assert isinstance(compare(family, "a split prefix", steps=6, tolerance=2e-6).part, ConstantPrefix)
+    reft = attached(family, positions="l2", layers=[1])
+    assert isinstance(training_pass(reft, rows, causal=True, limit=PLENTY).part, ConstantInput)
+
+
+@pytest.mark.parametrize("case", ["a kept prefix", "the input of the last layer"])
+@pytest.mark.parametrize(
+    "settings", [{"dropout": 0.5}, {"tied": "group"}, {"component": "mlp_output"}], ids=str
+)
+def test_dropout_tying_and_components_change_nothing(case, settings):
+    compare("llama", case, steps=6, **settings)
+
+
+def test_prompts_too_short_for_their_positions_are_as_in_the_plain_pass():
+    rows = encoded(shortest=1)
+    plain, short = (attached("llama", positions="l9") for _ in range(2))
+    run = training_pass(short, rows, causal=True, limit=PLENTY)
+    expected, losses = train(plain, rows, steps=12)[0], train(short, rows, run, steps=12)[0]
+    torch.testing.assert_close(losses, expected, atol=0, rtol=1e-10)
+
+
+def test_a_bfloat16_base_gives_nearly_the_same():
+    compare("llama", "a kept prefix", steps=4, dtype=torch.bfloat16, tolerance=0.1)
+
+
+# --- what is constant ----------------------------------------------------------------------------------------------
+
+
+def test_tokens_behind_are_counted_from_the_first_edited_one():
+    prompts, targets = torch.tensor([10, 3, 1]), torch.tensor([2, 2, 2])
+    for positions, expected in {
+        "l2": [2, 2, 1],  # paper's clip: a prompt of one token has one suffix token
+        "f1+l2": [10, 3, 1],
+        "decode": [1, 1, 1],
+        "prompt": [10, 3, 1],
+    }.items():
+        assert tokens_behind(attached("llama", positions=positions), prompts, targets).tolist() == expected
+
+
+def test_a_function_of_masks_is_asked():
+    def third(prompt, target):
+        return prompt & (prompt.cumsum(-1) == 3)
+
+    reft = attached("llama", positions=third)
+    assert tokens_behind(reft, torch.tensor([10, 2]), torch.tensor([1, 1])).tolist() == [8, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "last"),
+    [
+        ({"layers": [1, 2]}, 1),
+        ({"layers": [1], "component": "block_input"}, 0),
+        ({"layers": [2], "component": "attention_output"}, 1),
+        ({"layers": [0], "component": "mlp_output"}, -1),
+        ({"layers": [2], "component": "model.layers.{layer}.mlp.down_proj"}, 1),
+        ({"layers": [2], "heads": ["lm_head"]}, 2),
+        ({"layers": [2], "heads": ["model.layers.1.mlp"]}, -1),
+        ({"layers": [2], "heads": ["model.embed_tokens"]}, -1),
+    ],
+    ids=str,
+)
+def test_the_last_constant_block_lies_below_every_site_and_every_trained_weight(settings, last):
+    assert last_constant_block(attached("llama", positions="f1", **settings)) == last
+
+
+def test_prefix_positions_in_all_layers_leave_nothing_constant(caplog):
+    reft = attached("llama", positions="f2+l2", component="mlp_output")
+    assert training_pass(reft, encoded(), causal=True) is None
+    with caplog.at_level(logging.WARNING):
+        assert training_pass(reft, encoded(), causal=True, limit=PLENTY) is None
+    assert "nothing is kept" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+def test_checkpointing_and_baselines_train_plainly():
+    reft = attached("llama", positions="l1")
+    reft.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert training_pass(reft, encoded(), causal=True) is None
+    assert training_pass(tiny.model("llama"), encoded(), causal=True) is None
+
+
+def test_a_second_epoch_reads_what_the_first_computed():
+    rows, reft = encoded(), attached("llama", positions="l2")
+    run = training_pass(reft, rows, causal=True, limit=PLENTY)
+    read = []
+    reft.base_model.model.layers[0].register_forward_hook(
+        lambda *call: read.append(call[2].shape[:2].numel())
+    )
+    train(reft, rows, run, steps=ROWS // BATCH)
+    first, read[:] = sum(read), []
+    train(reft, rows, run, steps=ROWS // BATCH)
+    assert sum(read) == sum(BATCH * (2 + b["input_ids"].shape[1] - b["boundary"]) for b in batches(rows, 3))
+    assert sum(read) < first / 2
+
+
+def test_a_second_epoch_runs_no_block_below_the_site():
+    rows, reft = encoded(), attached("llama", positions="f2+l2", layers=[1])
+    run = training_pass(reft, rows, causal=True, limit=PLENTY)
+    train(reft, rows, run, steps=3)
+    read = []
+    for layer, block in enumerate(reft.base_model.model.layers):
+        block.self_attn.register_forward_hook(lambda *call, layer=layer: read.append(layer))
+    train(reft, rows, run, steps=3)
+    assert read == [2, 2, 2]
+
+
+def test_the_model_itself_is_as_before():
+    rows, reft = encoded(), attached("llama", positions="f2+l2", layers=[1])
+    inputs = {k: v for k, v in batches(rows, 1)[0].items() if k not in ("rows", "boundary")}
+    before = reft(**inputs).logits
+    run = training_pass(reft, rows, causal=True, limit=PLENTY)
+    train(attached("llama", positions="f2+l2", layers=[1]), rows, run, steps=3)
+    torch.testing.assert_close(reft(**inputs).logits, before, atol=0, rtol=0)
+    assert not any("forward" in vars(module) for module in reft.base_model.modules())
+
+
+def test_a_model_whose_blocks_know_each_other_is_trained_plainly(caplog):
+    def spoilt():
+        reft = attached("llama", positions="f2+l2", layers=[1])
+        layers, seen = reft.base_model.model.layers, {}
+        layers[0].self_attn.register_forward_hook(lambda module, args, output: seen.update(said=output[0]))
+        layers[2].mlp.register_forward_hook(lambda module, args, output: output + seen.pop("said", 0))
+        return reft
+
+    plain, short, rows = spoilt(), spoilt(), encoded()
+    run = training_pass(short, rows, causal=True, limit=PLENTY)
+    with caplog.at_level(logging.WARNING):
+        losses = train(short, rows, run, steps=4)[0]
+    assert "gives other logits when the output of block 1 are computed apart" in caplog.text
+    torch.testing.assert_close(losses, train(plain, rows, steps=4)[0], atol=0, rtol=0)
+
+
+# --- what is kept --------------------------------------------------------------------------------------------------
+
+
+def test_rows_beyond_the_limit_have_no_place():
+    store = KeptRows([3, 2, 4], width=2, dtype=torch.float32, limit=5 * 2 * 4 + 7)
+    assert len(store) == 2
+    assert store.bytes == 40
+    value = torch.arange(8.0).view(4, 2)
+    store.write(2, value)
+    assert not store.has(2)
+    store.write(1, value[:2])
+    assert store.has(1)
+    assert not store.has(0)
+    assert torch.equal(store.read(1), value[:2])
+
+
+def test_a_row_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="row 0 has 3 tokens of 2 numbers"):
+        KeptRows([3], 2, torch.float32, 100).write(0, torch.zeros(2, 2))
+
+
+def test_rows_on_disk_are_found_again_and_damaged_ones_are_not(tmp_path):
+    first = KeptRows([3, 2], 2, torch.bfloat16, 1000, tmp_path)
+    value = torch.randn(3, 2).bfloat16()
+    first.write(0, value)
+    first.write(1, value[:2])
+    del first
+    with (tmp_path / kept.VALUES).open("r+b") as file:
+        file.seek(13)  # within row 1
+        byte = file.read(1)[0]
+        file.seek(13)
+        file.write(bytes([byte ^ 1]))
+    again = KeptRows([3, 2], 2, torch.bfloat16, 1000, tmp_path)
+    assert again.has(0)
+    assert torch.equal(again.read(0), value)
+    assert not again.has(1)
+    again.write(1, value[:2])
+    assert KeptRows([3, 2], 2, torch.bfloat16, 1000, tmp_path).has(1)
+
+
+def test_a_larger_limit_keeps_what_a_smaller_one_kept(tmp_path):
+    small = KeptRows([3, 2], 2, torch.float32, 24, tmp_path)
+    small.write(0, torch.ones(3, 2))
+    assert len(small) == 1
+    large = KeptRows([3, 2], 2, torch.float32, 1000, tmp_path)
+    assert len(large) == 2
+    assert large.has(0)
+    assert not large.has(1)
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space"):
+        KeptRows([3], 2, torch.float32, 1000, tmp_path)
+
+
+def test_a_later_run_reads_the_disk_and_another_model_or_data_does_not(tmp_path):
+    def folders():
+        return {path.parent.name for path in tmp_path.glob(f"*/{kept.ABOUT}")}
+
+    def run(reft, rows=None):
+        before, rows = folders(), rows or encoded()
+        short = training_pass(reft, rows, causal=True, limit=PLENTY, folder=tmp_path)
+        known = sum(short.part.kept.has(row) for row in range(len(rows)))
+        train(reft, rows, short, steps=3)
+        return len(folders() - before), known
+
+    assert run(attached("llama", positions="l2")) == (1, 0)
+    assert run(attached("llama", positions="l2")) == (0, ROWS)
+    shaken_up = attached("llama", positions="l2")
+    shaken(shaken_up.interventions)
+    assert run(shaken_up) == (0, ROWS)  # interventions have no part in it
+    assert run(attached("llama", positions="l2"), encoded(seed=1)) == (1, 0)
+    assert run(attached("llama", positions="l3")) == (1, 0)
+    assert run(attached("llama", torch.float32, positions="l2")) == (1, 0)
+    other = attached("llama", positions="l2")
+    other.base_model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1e-6
+    assert run(other) == (1, 0)
+
+
+# --- runs ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_with_kept_inputs_reports_what_a_plain_one_does(tmp_path, caplog):
+    data = short_runs.write_rows(tmp_path / "data")
+    layers = ["intervention.layers=[1]", "test=false"]
+    plain = short_runs.run(data, tmp_path / "plain", *layers)
+    with caplog.at_level(logging.INFO):
+        keeping = short_runs.run(data, tmp_path / "kept", *layers, "kept.limit_gb=0.1")
+    assert "keeps the output of block 1 of 18 of 18 rows" in caplog.text
+    assert plain["config_hash"] == keeping["config_hash"]
+    losses = [short_runs.logged(tmp_path / name, "train/loss") for name in ("plain", "kept")]
+    assert len(losses[0]) == 12
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_split_run_resumes_exactly(tmp_path, monkeypatch):
+    data = short_runs.write_rows(tmp_path / "data")
+    settings = ["intervention.positions=l2", "test=false", "callbacks.checkpoint_every_n_steps=2"]
+    short_runs.run(data, tmp_path / "whole", *settings)
+    with monkeypatch.context() as patch:
+        short_runs.stop_at(patch, 7)
+        with pytest.raises(short_runs.Stop):
+            short_runs.run(data, tmp_path / "parts", *settings)
+    short_runs.run(data, tmp_path / "parts", *settings, f"resume={tmp_path / 'parts'}", "kept.limit_gb=1")
+    a, b = (short_runs.logged(tmp_path / name, "train/loss") for name in ("whole", "parts"))
+    assert b == pytest.approx(a, rel=1e-5)
+
+
+def test_the_base_s_own_dropout_keeps_nothing(tmp_path, caplog):
+    data = short_runs.write_rows(tmp_path / "data")
+    with caplog.at_level(logging.WARNING):
+        short_runs.run(data, tmp_path / "run", "model.base_dropout=true", "kept.limit_gb=1", "trainer.max_steps=1",
+                       "intervention.positions=l1", "test=false")  # fmt: skip
+    assert "nothing stays the same" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [(["kept.limit_gb=-1"], "kept.limit_gb"), (["kept.folder=cache"], "kept.folder=cache keeps nothing")],
+    ids=str,
+)
+def test_settings_that_keep_nothing_are_refused(tmp_path, overrides, message):
+    with pytest.raises(SetupError, match=message):
+        short_runs.run(short_runs.write_rows(tmp_path / "data"), tmp_path / "run", *overrides)
