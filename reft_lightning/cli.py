@@ -1,4 +1,4 @@
-"""The commands ``reft-train``, ``reft-eval``, ``reft-chat``, ``reft-judge`` and ``reft-report``.
+"""The commands ``reft-train``, ``reft-eval``, ``reft-chat``, ``reft-judge``, ``reft-search`` and ``reft-report``.
 
 Torch and transformers are imported after the arguments have been checked, so that a typo is answered at once, and
 under :func:`heavy_imports`.
@@ -25,7 +25,10 @@ from .vocabulary import did_you_mean
 EVAL_USAGE = "reft-eval run=FOLDER [split=validation|test] [limit=N]"
 RESUME_USAGE = "reft-train resume=FOLDER"
 CHAT_USAGE = "reft-chat run=FOLDER [max_new_tokens=N] [template=plain|alpaca|chat]"
-REPORT_USAGE = "reft-report paper [folder=outputs] [table=N]"
+REPORT_USAGE = (
+    "reft-report FOLDER [FOLDER ...] [--out DIR] [--split test|validation] [--resamples N] [--seed N] [--wandb] "
+    "[--project NAME]\nreft-report paper [folder=outputs] [table=N]"
+)
 SPLITS = ("validation", "test")
 TEMPLATES = ("plain", "alpaca", "chat")
 
@@ -137,19 +140,29 @@ def judge() -> None:
     _command(lambda argv: judging.main(_options(argv, judging.OPTIONS)), judging.USAGE)
 
 
+def search() -> None:
+    """Search the settings of several methods on one budget, and test the winners once."""
+    from . import search as searching
+
+    _command(searching.main, searching.USAGE)
+
+
 def report() -> None:
-    """Compare what runs obtained with what the paper prints."""
+    """Compare runs with each other; or, as ``reft-report paper``, with what the paper prints."""
     _command(_report, REPORT_USAGE)
 
 
 def _report(argv: Sequence[str]) -> None:
     what, *rest = argv
-    if what != "paper":
-        raise UsageError(f"unknown report {what!r}; there is: paper{did_you_mean(what, ['paper'])}")
-    options = _options(rest, ("folder", "table"))
-    from . import paper
+    if what == "paper":
+        options = _options(rest, ("folder", "table"))
+        from . import paper
 
-    paper.main(options)
+        paper.main(options)
+    else:
+        from .reporting import command
+
+        command.main(argv)
 
 
 def _command(action: Callable[[Sequence[str]], Any], usage: str) -> None:

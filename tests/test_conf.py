@@ -15,7 +15,8 @@ OPTIONS = [
     (group, option)
     for group, options in VOCABULARY.groups.items()
     for option in options
-    if group not in ("experiment", "local") and "/" not in group  # a/b: chosen as a=b/...
+    # a/b: chosen as a=b/...; search: read by reft-search, see tests/test_search_space.py
+    if group not in ("experiment", "local", "search") and "/" not in group
 ]
 # Table 1 of Wu et al. 2024: the average over the eight tasks.
 AVERAGES = {
