@@ -7,6 +7,7 @@ a YAML file, also one in the last choice of a sweep, ends in a short message tha
 from __future__ import annotations
 
 import dataclasses
+import operator
 import sys
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -209,8 +210,7 @@ def _check_fields(config: DictConfig, vocabulary: Vocabulary, cls: type = Config
 
 def _check_values(config: Config) -> None:
     for name, allowed in CHOICES.items():
-        group, key = name.split(".")
-        value = getattr(getattr(config, group), key)
+        value = operator.attrgetter(name)(config)
         if value is not None and value not in allowed:
             hint = did_you_mean(str(value), allowed)
             raise CompositionError(f"{name} must be one of {', '.join(allowed)}; got {value!r}{hint}")

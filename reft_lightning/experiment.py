@@ -25,6 +25,7 @@ from .construction import Objects, build, build_trainer, choose_monitor, leave_o
 from .data.instruction import alpaca_eval_outputs
 from .interventions import nearest
 from .launch import single_job_ddp
+from .matmul import matmul_precision
 from .report import print_table
 from .results import (
     Results,
@@ -122,7 +123,9 @@ def _run(
     )  # fmt: skip
     log.info("run folder: %s", folder)
     try:
-        _stages(config, folder, objects, trainer, results, last if config.resume else None)
+        with matmul_precision(config.matmul_precision, trainer.strategy.root_device) as precision:
+            results.update(matmul_precision=precision)
+            _stages(config, folder, objects, trainer, results, last if config.resume else None)
     except Halted as halt:
         results.update(status=halt.status, reason=str(halt), stopped=now(), **halt.values)
         if main:
@@ -297,7 +300,9 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
         use_distributed_sampler=False, default_root_dir=target, precision=config.trainer.precision,
         enable_model_summary=False,
     )  # fmt: skip
-    evaluate_split(trainer, objects, split, target, results, "")
+    with matmul_precision(config.matmul_precision, trainer.strategy.root_device) as precision:
+        results.update(matmul_precision=precision)
+        evaluate_split(trainer, objects, split, target, results, "")
     if split == "test":
         original = Results.read(folder)
         original.update(test_reads=[*original.values["test_reads"], *results.values["test_reads"]])

@@ -219,6 +219,9 @@ class Config:
     seed: int = 42  # the first of the authors' seeds 42, 43, 44
     test: bool = True  # evaluate the test split, once, after training
     evaluate_base: bool = False  # the frozen base in the same table
+    # of float32 products, as torch.set_float32_matmul_precision has it: auto | highest | high | medium. auto: on CPUs
+    # the faster library where it errs no more than float32 does (measured at the start of a run), elsewhere torch's own
+    matmul_precision: str = "auto"
     option_likelihood: bool = True  # rank each row's options by likelihood beside generating
     sealed: bool = False  # the test split cannot be built: for searches
     resume: Optional[str] = None  # a run folder to continue
@@ -236,6 +239,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.source": ("hub", "local", "wheel"),
     "data.template": ("plain", "alpaca", "chat"),
     "optimizer.schedule": ("linear", "cosine", "constant"),
+    "matmul_precision": ("auto", "highest", "high", "medium"),
     "logger.mode": ("online", "offline", "disabled"),
     "callbacks.mode": ("max", "min"),
 }
