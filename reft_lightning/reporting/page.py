@@ -44,7 +44,8 @@ thead th[aria-sort=descending]::after { content: " \\2193"; }
 tbody tr:hover { background: var(--panel); } td.best { font-weight: 700; }
 .warn { background: var(--warn-paper); color: var(--warn); border-left: 4px solid var(--warn); padding: .5rem .9rem;
   margin: .7rem 0; max-width: 76ch; font-weight: 600; }
-figure { margin: 1rem 0; } figcaption { color: var(--soft); font-size: .9rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(28rem, 100%), 1fr)); gap: .5rem 1.5rem; }
+figure { margin: .6rem 0; } figcaption { color: var(--soft); font-size: .9rem; }
 figure svg { max-width: 100%; height: auto; }
 details { margin: .5rem 0; } summary { cursor: pointer; overflow-wrap: anywhere; }
 pre { background: var(--panel); padding: .8rem 1rem; overflow-x: auto; font-size: .85rem; border-radius: 4px; }
@@ -129,10 +130,10 @@ def _summary(report: Report) -> str:
         items.append(f"<li>{link}<br>{escape(tables.verdict(comparison))}{_warn(comparison.unequal)}</li>")
     parts.append(f"<ul>{''.join(items)}</ul>" if items else "<p>No run was scored.</p>")
     again = len(tables.repeated(report.reads))
-    parts.append(_warn([f"{again} reads of a test split repeat an earlier one"] if again else []))
+    parts.append(_warn([f"reads of a test split that repeat an earlier one: {again}"] if again else []))
     parts.append(_warn([f"study {s.folder.name}: {s.budget}" for s in report.studies if not s.equal]))
     if report.left:
-        parts.append(f'<p><a href="#left-out">{len(report.left)} folders are left out.</a></p>')
+        parts.append(f'<p><a href="#left-out">Folders that are left out: {len(report.left)}</a></p>')
     parts.append(
         f'<p class="soft">Intervals: 95 % percentile bootstrap, {report.resamples:,} resamples of rows and seeds '
         f"(seed {report.seed}). p-values are two-sided, adjusted by Holm within a comparison.</p>"
@@ -152,7 +153,7 @@ def _comparison(comparison: Comparison, figures: Mapping[str, Drawn], prefix: st
         f"<details><summary>All measures, by seed</summary>{_table(tables.measure_table(comparison))}</details>"
     )
     if figures:
-        parts += ["<h3>Plots</h3>", *(_figure(name, figure, prefix) for name, figure in figures.items())]
+        parts += ["<h3>Plots</h3>", _figures(figures, prefix)]
     if comparison.pairs:
         parts += ["<h3>Significance</h3>", _table(tables.pair_table(comparison))]
     return "".join(parts)
@@ -163,7 +164,7 @@ def _study(study: Study, figures: Mapping[str, Drawn], prefix: str) -> str:
     if study.budget:
         parts.append(f"<p>{escape(study.budget)}</p>" if study.equal else _warn([study.budget]))
     parts.append(_table(tables.study_table(study), text=True))
-    return "".join([*parts, *(_figure(name, figure, prefix) for name, figure in figures.items())])
+    return "".join([*parts, _figures(figures, prefix)])
 
 
 def _reads(table: Table) -> str:
@@ -187,6 +188,12 @@ def _cell(cell: Cell) -> str:
     value = "" if cell.value is None else f' data-value="{cell.value:.10g}"'
     best = ' class="best"' if cell.best else ""
     return f"<td{value}{best}>{escape(cell.text)}</td>"
+
+
+def _figures(figures: Mapping[str, Drawn], prefix: str) -> str:
+    return (
+        f'<div class="plots">{"".join(_figure(name, drawn, prefix) for name, drawn in figures.items())}</div>'
+    )
 
 
 def _figure(name: str, drawn: Drawn, prefix: str) -> str:

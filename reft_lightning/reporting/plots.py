@@ -217,12 +217,16 @@ def _curves(comparison: Comparison) -> Figure | None:
     """Draw training loss and validation score against steps: the mean over seeds, and each seed thin."""
     measure = comparison.head[1]
     methods = [(i, method) for i, method in _scored(comparison) if not method.base]
-    columns = [("train/loss", "training loss"), (f"val/{measure}", f"validation {measure.replace('_', ' ')}")]
+    unit = "" if measure == LOSS else ", %"
+    columns = [
+        ("train/loss", "training loss", 1.0),
+        (f"val/{measure}", f"validation {measure.replace('_', ' ')}{unit}", _scale(measure)),
+    ]
     curves = {
-        (column, i): [points for run in method.runs if (points := run.curve(column))]
-        for column, _ in columns for i, method in methods
+        (column, i): [[(x, by * y) for x, y in points] for run in method.runs if (points := run.curve(column))]
+        for column, _, by in columns for i, method in methods
     }  # fmt: skip
-    shown = [(column, name) for column, name in columns if any(curves[column, i] for i, _ in methods)]
+    shown = [(column, name) for column, name, _ in columns if any(curves[column, i] for i, _ in methods)]
     if not shown:
         return None
     figure, axes = _figure(width=8.5, height=3.4, columns=len(shown))

@@ -169,7 +169,7 @@ def find_folders(roots: Iterable[Path]) -> tuple[list[Path], list[Path], list[Le
             else:
                 folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in INSIDE)
         if not something:
-            left.append(LeftOut(root, f"holds no run; {RUN_FOLDER}"))
+            left.append(LeftOut(root, "holds no run folder"))
     return list(runs.values()), list(studies.values()), left
 
 

@@ -324,7 +324,7 @@ def _tex(text: str) -> str:
 
 CSV_COLUMNS = (
     "comparison", "split", "model", "task", "measure", "main", "method", "seeds", "rows", "mean", "deviation", "low",
-    "high", "by_seed", *COSTS, "unequal_budget", "settings",
+    "high", "by_seed", *COSTS, "unequal_budget", "folders",
 )  # fmt: skip
 PAIR_COLUMNS = (
     "comparison", "task", "measure", "first", "second", "difference", "low", "high", "test", "p", "p_holm", "mcnemar",
@@ -344,7 +344,7 @@ def records(comparisons: Sequence[Comparison]) -> list[dict[str, object]]:
                     "method": method.label, "seeds": len(method.seeds), "rows": score.rows, "mean": score.mean,
                     "deviation": score.deviation, "low": low, "high": high, "by_seed": json.dumps(score.values),
                     **{name: method.cost(name) for name in COSTS}, "unequal_budget": "; ".join(comparison.unequal),
-                    "settings": "" if method.base else method.runs[0].configuration,
+                    "folders": "; ".join(str(run.folder) for run in method.runs),
                 })  # fmt: skip
     return found
 
