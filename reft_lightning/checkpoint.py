@@ -1,24 +1,30 @@
 """Saved adapters: ``reft_config.json`` + ``reft.safetensors`` + a model card ``README.md``, and no pickle.
 
-The configuration holds a version and every argument; the tensors are all trained ones, heads included. Files are
-written beside their place and moved into it, so that a crash leaves the old adapter or the new one.
+The configuration holds a version and every argument; the tensors are all trained ones, heads included. Tensors that
+differ in their layer and copy alone are stored as one, ``interventions.0-29.0.basis`` (30, r, d): their names would
+else take 100 bytes each. Files are written beside their place and moved into it, so that a crash leaves the old
+adapter or the new one.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .positions import MaskFunction, parse_positions
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)  # 1: a tensor for each layer and copy, which this version reads as what it is
 CONFIG_FILE, TENSOR_FILE, CARD_FILE = "reft_config.json", "reft.safetensors", "README.md"
 BASELINE_CONFIG_FILE, BASELINE_FILE = "baseline_config.json", "baseline.safetensors"
 PEFT_CONFIG_FILE, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -79,9 +85,10 @@ class ReftConfig:
         """
         values = dict(values)
         version = values.pop("format", None)
-        if version != FORMAT:
+        if version not in READABLE:
             raise ValueError(
-                f"{CONFIG_FILE} has format {version!r}; this version reads {FORMAT}: update reft_lightning"
+                f"{CONFIG_FILE} has format {version!r}; this version reads {', '.join(map(str, READABLE))}: update "
+                "reft_lightning"
             )
         unknown = sorted(values.keys() - cls.__dataclass_fields__.keys())
         if unknown:
@@ -118,12 +125,81 @@ def save_adapter(folder: str | os.PathLike, config: ReftConfig, state: dict[str,
     """Write the three files of an adapter."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / TENSOR_FILE, state)
+    write_tensors(folder / TENSOR_FILE, pack(state))
     text = json.dumps(config.to_dict(), indent=2) + "\n"
     replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
     replace_file(
         folder / CARD_FILE, lambda path: path.write_text(model_card(config, count), encoding="utf-8")
     )
+
+
+def pack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Stack the tensors of interventions that differ in their layer and copy alone.
+
+    Their name then gives the numbers of all: ``interventions.0-3,7.0-1.basis``, layer by layer.
+    """
+    packed: dict[str, Tensor] = {}
+    alike: dict[tuple, dict[str, list[str]]] = {}  # name behind the copy, dtype, shape -> layer -> copies
+    for name, tensor in state.items():
+        if match := _OF_ONE.fullmatch(name):
+            layer, copy, rest = match.groups()
+            alike.setdefault((rest, tensor.dtype, tensor.shape), {}).setdefault(layer, []).append(copy)
+        else:
+            packed[name] = tensor
+    for (rest, *_), layers in alike.items():
+        by_copies: dict[tuple[str, ...], list[str]] = {}
+        for layer, copies in layers.items():
+            by_copies.setdefault(tuple(copies), []).append(layer)
+        for copies, members in by_copies.items():
+            tensors = [state[f"interventions.{layer}.{copy}.{rest}"] for layer in members for copy in copies]
+            name = f"interventions.{_join(members)}.{_join(copies)}.{rest}"
+            packed[name] = tensors[0] if len(tensors) == 1 else torch.stack(tensors)
+    return packed
+
+
+def unpack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what :func:`pack` was given; a tensor of one layer and copy stays as it is.
+
+    Raises:
+        ValueError: if a name stands for more or fewer tensors than are stored under it.
+    """
+    unpacked: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        match = _OF_MANY.fullmatch(name)
+        layers, copies = (_runs(match[1]), _runs(match[2])) if match else ([], [])
+        count = sum(map(len, layers)) * sum(map(len, copies))
+        if count < 2:
+            unpacked[name] = tensor
+        elif tensor.shape[:1] != (count,):
+            raise ValueError(
+                f"the adapter's tensor {name} must hold {count} along its first dimension; it has the shape "
+                f"{tuple(tensor.shape)}"
+            )
+        else:
+            numbers = itertools.product(itertools.chain(*layers), itertools.chain(*copies))
+            for (layer, copy), one in zip(numbers, tensor.unbind(), strict=True):
+                unpacked[f"interventions.{layer}.{copy}.{match[3]}"] = one
+    return unpacked
+
+
+_OF_ONE = re.compile(r"interventions\.(\d+)\.(\d+)\.(.+)")
+_RUNS = r"(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)"
+_OF_MANY = re.compile(rf"interventions\.{_RUNS}\.{_RUNS}\.(.+)")
+
+
+def _join(numbers: Sequence[str]) -> str:  # 0, 1, 2, 7 -> "0-2,7"
+    runs: list[list[int]] = []
+    for number in map(int, numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, run)) for run in runs)
+
+
+def _runs(text: str) -> list[range]:  # "0-2,7" -> 0, 1, 2 and 7
+    ends = [[int(end) for end in run.split("-")] for run in text.split(",")]
+    return [range(run[0], run[-1] + 1) for run in ends]
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -156,7 +232,7 @@ def load_adapter(
             there = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
             raise FileNotFoundError(f"{folder} holds no adapter: {file} is missing; there is {there}")
     config = ReftConfig.from_dict(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), positions)
-    return config, load_file(folder / TENSOR_FILE)
+    return config, unpack(load_file(folder / TENSOR_FILE))
 
 
 def load_state(folder: str | os.PathLike) -> dict[str, Tensor]:

@@ -20,18 +20,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .checkpoint import ReftConfig, check_fit, load_adapter, save_adapter
-from .interventions import (
-    Orthonormal,
-    check_settings,
-    nearest,
-    registered,
-    rotations,
-)
+from .checkpoint import LayerSpec, ReftConfig, check_fit, load_adapter, save_adapter
+from .interventions import Orthonormal, check_settings, nearest, registered, rotations
 from .masks import Spans, guess_attention, left_padded, numbers_its_own_positions, position_ids_of, spans_of
 from .plan import Plan, token_indices
 from .positions import MaskFunction, Positions, parse_positions
-from .sites import Site, find_site
+from .replaced import checkpointable, replaced
+from .sites import Site, device_at, find_sites
 
 TIED = ("all", "group", "position")
 
@@ -63,6 +58,7 @@ class ReftModel(nn.Module):
         self._spans: Spans | None = None
         self._plan: Plan | None = None
         self._kept: dict[Orthonormal, Tensor] | None = None  # R while generating
+        self._compiled: Callable[..., Any] | None = None  # the base model's forward
         if base_model.config.is_encoder_decoder:
             raise ValueError(
                 f"{type(base_model).__name__} has an encoder and a decoder, whose tokens differ; attach to decoders or "
@@ -70,11 +66,18 @@ class ReftModel(nn.Module):
             )
         accepted = inspect.signature(base_model.forward).parameters
         self._wants_position_ids = "position_ids" in accepted and not numbers_its_own_positions(base_model)
+        modules = dict(base_model.named_modules())
+        self._checkpointable = checkpointable(modules.values())
         self.sites: dict[str, Site] = {}
         self.positions: dict[str, tuple[Positions, str]] = {}
         self.interventions = nn.ModuleDict()
-        for layer in config.layers:
-            self._add(layer)
+        specs = {layer: config.for_layer(layer) for layer in config.layers}
+        sites = find_sites(base_model, {layer: spec.component for layer, spec in specs.items()}, modules)
+        for layer, spec in specs.items():
+            self._add(str(layer), sites[layer], spec, device_at(modules, sites[layer].path))
+        self._selected_by: dict[tuple[Positions, str], list[str]] = {}
+        for key, selection in self.positions.items():
+            self._selected_by.setdefault(selection, []).append(key)
         base_model.requires_grad_(False)
         for head in config.heads:
             _submodule(base_model, head).requires_grad_(True)
@@ -86,9 +89,7 @@ class ReftModel(nn.Module):
             else:
                 module.register_forward_pre_hook(partial(self._before, key), with_kwargs=True)
 
-    def _add(self, layer: int) -> None:
-        spec = self.config.for_layer(layer)
-        site = find_site(self.base_model, layer, spec.component)
+    def _add(self, key: str, site: Site, spec: LayerSpec, device: torch.device) -> None:
         positions = parse_positions(spec.positions, spec.clip)
         if spec.tied not in TIED:
             raise ValueError(
@@ -97,12 +98,9 @@ class ReftModel(nn.Module):
         copies = {"all": 1, "group": positions.groups}.get(spec.tied) or sum(positions.slots())
         cls = registered(spec.method)
         check_settings(cls, spec.settings)
-        device = _device_at(self.base_model, site.path)
-        key = str(layer)
         self.sites[key], self.positions[key] = site, (positions, spec.tied)
-        self.interventions[key] = nn.ModuleList(
-            cls(site.dim, **spec.settings).to(device) for _ in range(copies)
-        )
+        group = nn.ModuleList(cls(site.dim, **spec.settings) for _ in range(copies))
+        self.interventions[key] = group if device == torch.get_default_device() else group.to(device)
 
     # --- forward and generate ------------------------------------------------------------------------------------
 
@@ -138,8 +136,20 @@ class ReftModel(nn.Module):
         if self._wants_position_ids and kwargs.get("position_ids") is None:
             kwargs["position_ids"] = position_ids_of(attention)[:, start:]
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        with self._editing(spans):
+        with self._editing(spans, compiled=True):
             return self.base_model(**{k: v for k, v in inputs.items() if v is not None}, **kwargs)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the training step: the forward pass of the base model with its edits, and its backward pass.
+
+        What is selected depends on the data, so it is worked out before, uncompiled; the rest is one graph, also with
+        ``fullgraph=True``. ``generate``, ``disabled()``, passes without gradients and copies of this model are not
+        compiled. ``torch.compile(reft)`` works, too, but compiles the choice of tokens in pieces.
+
+        Args:
+            **options: of ``torch.compile``.
+        """
+        self._compiled = torch.compile(self.base_model.forward, **options)
 
     def generate(
         self,
@@ -172,26 +182,28 @@ class ReftModel(nn.Module):
             )
 
     @contextmanager
-    def _editing(self, spans: Spans) -> Iterator[None]:
+    def _editing(self, spans: Spans, compiled: bool = False) -> Iterator[None]:
         self._spans = spans if self._enabled else None
-        checkpoints = {}
+        others: list[tuple[nn.Module, str, Callable]] = []
         if torch.is_grad_enabled():
-            checkpoints = {
-                module: module._gradient_checkpointing_func
-                for module in self.base_model.modules()
-                if vars(module).get("gradient_checkpointing")
-            }
-        for module, checkpoint in checkpoints.items():
-            module._gradient_checkpointing_func = partial(self._checkpoint, checkpoint)
-        try:
-            yield
-        finally:
-            for module, checkpoint in checkpoints.items():
-                module._gradient_checkpointing_func = checkpoint
-            self._spans = self._plan = self._kept = None
+            name = "_gradient_checkpointing_func"
+            others = [
+                (module, name, partial(self._checkpoint, getattr(module, name)))
+                for module in self._checkpointable
+                if module.gradient_checkpointing
+            ]
+            if compiled and self._compiled is not None and self._enabled:
+                others.append((self.base_model, "forward", self._compiled))
+        with replaced(others):
+            try:
+                yield
+            finally:
+                self._spans = self._plan = self._kept = None
 
     def _checkpoint(self, checkpoint: Callable, function: Callable, *args: Any, **kwargs: Any) -> Any:
         """Checkpoint a block: hooks inside it, run again in the backward pass, find the plan of this call."""
+        if torch.compiler.is_compiling():  # the graph holds what is run again
+            return checkpoint(function, *args, **kwargs)
         plan = self._plan
 
         def planned(*inputs: Any, **options: Any) -> Any:
@@ -224,19 +236,19 @@ class ReftModel(nn.Module):
             tokens = kwargs["inputs_embeds"]
         past = kwargs.get("past_key_values")
         start = int(past.get_seq_length()) if past is not None else 0
-        self._plan = self._plan_for(self._spans, tokens.shape[0], start, start + tokens.shape[1])
+        self._plan = self._plan_for(self._spans, tokens, start)
 
-    def _plan_for(self, spans: Spans, rows: int, start: int, stop: int) -> Plan | None:
+    def _plan_for(self, spans: Spans, tokens: Tensor, start: int) -> Plan | None:
         decoding = spans.generating and start >= spans.width
-        active = {key: spec for key, spec in self.positions.items() if spec[0].reaches_decode or not decoding}
+        active = [item for item in self._selected_by.items() if item[0][0].reaches_decode or not decoding]
         if not active:
             return None
-        prompt, target = spans.upto(stop, rows)
-        chosen = {
-            spec: token_indices(*spec, prompt, target, slice(start, stop)) for spec in set(active.values())
-        }
-        edits = {key: chosen[spec] for key, spec in active.items()}
-        return Plan(edits, (rows, stop - start), self._rotations(spans.generating), torch.is_grad_enabled())
+        stop = start + tokens.shape[1]
+        prompt, target = spans.upto(stop, tokens.shape[0])
+        edits = {}
+        for selection, keys in active:
+            edits |= dict.fromkeys(keys, token_indices(*selection, prompt, target, slice(start, stop)))
+        return Plan(edits, tokens, self._rotations(spans.generating), torch.is_grad_enabled())
 
     def _rotations(self, generating: bool) -> dict[Orthonormal, Tensor]:
         """Return R of every intervention, computed once a forward pass and once a generation."""
@@ -268,7 +280,7 @@ class ReftModel(nn.Module):
                 f"the {site.end} of {site.path} is {hidden.shape[-1]} wide, not {site.dim} as supposed: name the "
                 "linear map that reads it, as '...{layer}....input'"
             )
-        rows, columns = self._plan.shape
+        rows, columns = self._plan.tokens.shape[:2]
         if hidden.shape[:-1].numel() != rows * columns:  # OPT's last map sees them in one dimension
             raise ValueError(
                 f"the {site.end} of {site.path} has the shape {tuple(hidden.shape)}, but the model reads "
@@ -285,12 +297,15 @@ class ReftModel(nn.Module):
         for phi, index in zip(self.interventions[key], indices, strict=True):
             R = self._plan.rotations.get(phi)
             with phi.borrow(R) if R is not None else nullcontext():
-                edited.append(phi(flat[index], self.scale))
-        return flat.index_copy(0, torch.cat(indices), torch.cat(edited)).view_as(hidden)
+                edited.append(phi(flat.index_select(0, index), self.scale))
+        if len(edited) > 1:
+            indices, edited = [torch.cat(indices)], [torch.cat(edited)]
+        return flat.index_copy(0, indices[0], edited[0]).view_as(hidden)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A plan belongs to one call; its tensors carry a graph, which neither pickles nor copies.
-        return {**self.__dict__, "_plan": None, "_spans": None, "_kept": None}
+        # A plan belongs to one call; its tensors carry a graph, which neither pickles nor copies; nor does
+        # compiled code.
+        return {**self.__dict__, "_plan": None, "_spans": None, "_kept": None, "_compiled": None}
 
     # --- parameters and files -------------------------------------------------------------------------------------
 
@@ -373,13 +388,6 @@ class ReftModel(nn.Module):
         reft = cls(base_model, config)
         reft.load_adapter_state_dict(state)
         return reft
-
-
-def _device_at(model: nn.Module, path: str) -> torch.device:
-    """Return the device of a module's parameters, or of those around it where it has none."""
-    while (parameter := next(model.get_submodule(path).parameters(), None)) is None:
-        path = path.rpartition(".")[0]
-    return parameter.device
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

@@ -19,7 +19,7 @@ class Plan:
     """What the hooks do during one call of the base model: flat token indices and R for every site."""
 
     edits: dict[str, list[Tensor]]  # site -> one index (n,) for each of its interventions
-    shape: tuple[int, int]  # rows and columns that the call reads
+    tokens: Tensor  # (b, s) or (b, s, d), what the call reads; sizes in numbers would be constants to torch.compile
     rotations: dict[Orthonormal, Tensor]
     differentiable: bool  # whether the call records gradients
 

@@ -17,9 +17,10 @@ Layers are 0-based: layer 0 is the first block.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -78,14 +79,19 @@ def check_layers(layers: str | Sequence[int], num_layers: int, none_allowed: boo
     return ids
 
 
-def block_path(model: PreTrainedModel) -> str:
+def block_path(model: PreTrainedModel, modules: Mapping[str, nn.Module] | None = None) -> str:
     """Return the path of the list of blocks, e.g. ``model.layers``.
+
+    Args:
+        model: any of Hugging Face's.
+        modules: its modules by path, where they are known.
 
     Raises:
         ValueError: if there is none, or several of equal standing (an encoder and a decoder).
     """
     num_layers = text_config(model.config).num_hidden_layers
-    lists = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    modules = dict(model.named_modules()) if modules is None else modules
+    lists = {name: len(module) for name, module in modules.items() if isinstance(module, nn.ModuleList)}
     found = [name for name, length in lists.items() if length == num_layers]
     # A list inside a block (T5's block.N.layer, a mixture's experts) is not the list of blocks.
     found = [n for n in found if not any(n.startswith(f"{outer}.") for outer in lists if outer != n)]
@@ -111,13 +117,43 @@ def find_site(model: PreTrainedModel, layer: int, component: str = "block_output
     Raises:
         ValueError: for an unknown component or path, with the candidates.
     """
+    return find_sites(model, {layer: component})[layer]
+
+
+def find_sites(
+    model: PreTrainedModel, components: Mapping[int, str], modules: Mapping[str, nn.Module] | None = None
+) -> dict[int, Site]:
+    """Return the site of each layer's component, looking through the model once.
+
+    Args:
+        model: any of Hugging Face's.
+        components: by layer.
+        modules: the model's modules by path, where they are known.
+
+    Raises:
+        ValueError: for an unknown component or path, with the candidates.
+    """
+    modules = dict(model.named_modules()) if modules is None else modules
+    blocks = block_path(model, modules) if any(name in COMPONENTS for name in components.values()) else ""
+    width = text_config(model.config).hidden_size
+    return {layer: _site(model, modules, blocks, layer, name, width) for layer, name in components.items()}
+
+
+def _site(
+    model: PreTrainedModel,
+    modules: Mapping[str, nn.Module],
+    blocks: str,
+    layer: int,
+    component: str,
+    width: int,
+) -> Site:
     if "{layer}" in component:
         path, end = component.format(layer=layer), "output"
         for suffix in ("input", "output"):
-            if path.endswith(f".{suffix}") and path not in dict(model.named_modules()):
+            if path.endswith(f".{suffix}") and path not in modules:
                 path, end = path[: -len(suffix) - 1], suffix
     elif component in COMPONENTS:
-        path, end = f"{block_path(model)}.{layer}", "input" if component == "block_input" else "output"
+        path, end = f"{blocks}.{layer}", "input" if component == "block_input" else "output"
         names = {"attention_output": ATTENTION_NAMES, "mlp_output": MLP_NAMES}.get(component)
         if names:
             path = f"{path}.{_child(model, path, names, component)}"
@@ -127,13 +163,12 @@ def find_site(model: PreTrainedModel, layer: int, component: str = "block_output
             f"unknown component {component!r}; allowed: {', '.join(COMPONENTS)}, or a module path with {{layer}}"
             + (f"; did you mean {near[0]!r}?" if near else "")
         )
-    modules = dict(model.named_modules())
     if path not in modules:
         near = difflib.get_close_matches(path, modules, n=5, cutoff=0.5)
         raise ValueError(
             f"{type(model).__name__} has no module {path!r}; near it are {', '.join(near) or 'none'}"
         )
-    return Site(layer, path, end, _width(model, modules[path], end))
+    return Site(layer, path, end, _width(modules[path], end, width))
 
 
 def _child(model: PreTrainedModel, block: str, names: tuple[str, ...], component: str) -> str:
@@ -148,10 +183,17 @@ def _child(model: PreTrainedModel, block: str, names: tuple[str, ...], component
     )
 
 
-def _width(model: PreTrainedModel, module: nn.Module, end: str) -> int:
+def _width(module: nn.Module, end: str, stream: int) -> int:
     """Return d at a site: a linear map's own width, elsewhere the width of the residual stream."""
     if isinstance(module, nn.Linear):
         return module.in_features if end == "input" else module.out_features
     if isinstance(module, Conv1D):  # GPT-2's linear map, which stores (in, out)
         return module.weight.shape[0 if end == "input" else 1]
-    return text_config(model.config).hidden_size
+    return stream
+
+
+def device_at(modules: Mapping[str, nn.Module], path: str) -> torch.device:
+    """Return the device of a module's parameters, or of those around it where it has none."""
+    while (parameter := next(modules[path].parameters(), None)) is None:
+        path = path.rpartition(".")[0]
+    return parameter.device

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import reft_lightning as rl
-from reft_lightning.checkpoint import CONFIG_FILE, TENSOR_FILE
+from reft_lightning.checkpoint import CONFIG_FILE, load_state
 from reft_lightning.interventions import intervention_class
 from reft_lightning.positions import parse_positions
 
@@ -160,7 +160,7 @@ def test_a_bfloat16_adapter_is_saved_as_it_is(method, tmp_path):
     reft = rl.attach(tiny.model("llama"), method, rank=2, weight_dtype="bfloat16").eval()
     reft.save_pretrained(tmp_path)
     again = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()
-    stored = load_file(tmp_path / TENSOR_FILE)
+    stored = load_state(tmp_path)
     for name, tensor in reft.adapter_state_dict().items():
         assert stored[name].dtype == again.adapter_state_dict()[name].dtype == tensor.dtype
         assert torch.equal(again.adapter_state_dict()[name], tensor)

@@ -11,9 +11,12 @@ constructor as settings. Shapes: n tokens, d width, r rank.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -63,14 +66,20 @@ class Intervention(nn.Module):
 
     def forward(self, h: Tensor, scale: float = 1.0) -> Tensor:  # (n, d) -> (n, d)
         """Return Phi(h) in the dtype of h."""
-        own = next((parameter.dtype for parameter in self.parameters()), torch.float32)
-        x = h.to(torch.promote_types(own, torch.float32))
-        with torch.autocast(h.device.type, enabled=False):
+        x = h.to(torch.promote_types(self._dtype(), torch.float32))
+        with without_autocast(h.device.type):
             edit = self.edit(x)
             if self.dropout_on == "edit":
                 return (x + scale * F.dropout(edit, self.dropout, self.training)).to(h.dtype)
             # cast first, as pyreft does: the factor 1 / (1 - dropout) then rounds as it does there
             return F.dropout((x + scale * edit).to(h.dtype), self.dropout, self.training)
+
+    def _dtype(self) -> torch.dtype:
+        # of the first parameter; most have one of their own, which is found at once
+        for parameter in self._parameters.values():
+            if parameter is not None:
+                return parameter.dtype
+        return next((parameter.dtype for parameter in self.parameters()), torch.float32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Intervention:
         # What .to(), .half() and .bfloat16() of a whole model call: Phi moves to the device, keeps its dtypes.
@@ -82,6 +91,11 @@ class Intervention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """Switch autocast off, where it is on: entering ``torch.autocast`` costs more than the question."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
@@ -134,7 +148,8 @@ def method_name(cls: type[Intervention]) -> str:
     return names[0]
 
 
-def settings_of(cls: type[Intervention]) -> dict[str, inspect.Parameter]:
+@functools.cache
+def settings_of(cls: type[Intervention]) -> Mapping[str, inspect.Parameter]:
     """Return the constructor's parameters besides ``dim``, base classes included where ``**kwargs`` passes on."""
     found: dict[str, inspect.Parameter] = {}
     for base in cls.__mro__:
@@ -150,7 +165,7 @@ def settings_of(cls: type[Intervention]) -> dict[str, inspect.Parameter]:
                 found.setdefault(name, parameter)
         if not passes_on:
             break
-    return found
+    return MappingProxyType(found)  # kept for the next layer
 
 
 def check_settings(cls: type[Intervention], settings: Mapping[str, Any]) -> None:
