@@ -25,6 +25,7 @@ LORA_SMALL = (8, ["q_proj", "v_proj"])
 LORA_LARGE = (32, ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
 # an ordinary rate: the time of a step does not depend on it, and losses stay finite
 LEARNING_RATE = 1e-4
+KEPT = 2 * 10**9  # bytes, more than the batches need
 
 Batch = dict[str, Any]
 Loss = Callable[[Batch], Tensor]
@@ -79,13 +80,14 @@ def reft(
     positions: str = f"f{PREFIX}+l{SUFFIX}",
     tied: str = "all",
     middle_layer: bool = False,
+    rank: int = RANK,
 ) -> Attached:
     """LoReFT of this project, on all layers or on the middle one (15 of 30)."""
     import reft_lightning as rl
     from reft_lightning.data.encoding import target_only
 
     layers = [model.config.num_hidden_layers // 2] if middle_layer else "all"
-    adapted = rl.attach(model, "loreft", rank=RANK, layers=layers, positions=positions, tied=tied)
+    adapted = rl.attach(model, "loreft", rank=rank, layers=layers, positions=positions, tied=tied)
     adapted.train()
     # a ReftModel finds positions in masks and numbers tokens itself
     names = ("input_ids", "attention_mask", "labels", "prompt_mask", "boundary")
@@ -96,6 +98,35 @@ def reft(
             inputs = target_only(inputs)
         del inputs["boundary"]
         return adapted(**inputs).loss
+
+    return loss, [p for p in adapted.parameters() if p.requires_grad]
+
+
+def without_constants(
+    model: nn.Module, *, positions: str, middle_layer: bool = False, limit: int = 0
+) -> Attached:
+    """The same with target-only logits, without what no intervention can change; kept up to a limit in bytes."""
+    import reft_lightning as rl
+    from reft_lightning.data.base import Example
+    from reft_lightning.data.encoding import Encoded, target_only
+    from reft_lightning.training_pass import training_pass
+
+    layers = [model.config.num_hidden_layers // 2] if middle_layer else "all"
+    adapted = rl.attach(model, "loreft", rank=RANK, layers=layers, positions=positions)
+    adapted.train()
+    example = Example("speed", "prompt", "target", "answer")
+    passes: dict[int, Any] = {}  # each batch has rows of its own
+
+    def loss(batch: Batch) -> Tensor:
+        if id(batch) not in passes:
+            ids, prompt = batch["input_ids"], batch["prompt_mask"]
+            target = batch["attention_mask"].bool() & ~prompt
+            rows = [Encoded(i[p].tolist(), i[t].tolist(), example) for i, p, t in zip(ids, prompt, target, strict=True)]
+            passes[id(batch)] = training_pass(adapted, rows, causal=True, limit=limit)
+        names = ("input_ids", "attention_mask", "labels", "prompt_mask", "boundary")
+        inputs = target_only({name: batch[name] for name in names})
+        del inputs["boundary"]
+        return passes[id(batch)](inputs, range(len(batch["input_ids"])), batch["boundary"]).loss
 
     return loss, [p for p in adapted.parameters() if p.requires_grad]
 
@@ -167,6 +198,10 @@ def adapters(model: nn.Module) -> Attached:
 full_logits = functools.partial(reft, target_logits_only=False)
 lora_small = functools.partial(lora, rank=LORA_SMALL[0], modules=LORA_SMALL[1])
 lora_large = functools.partial(lora, rank=LORA_LARGE[0], modules=LORA_LARGE[1])
+split_l7 = functools.partial(without_constants, positions=f"l{SUFFIX}")
+split_l1 = functools.partial(without_constants, positions="l1")
+# with prefix positions no key or value is constant: the input of the layer is what is kept
+middle = functools.partial(without_constants, positions="f1+l1", middle_layer=True, limit=KEPT)
 pyreft_tied = functools.partial(pyreft, tied=True)
 
 VARIANTS: dict[str, Variant] = {
@@ -179,6 +214,11 @@ VARIANTS: dict[str, Variant] = {
     "reft l7 target-only": Variant(functools.partial(reft, positions=f"l{SUFFIX}")),
     "reft l1 target-only": Variant(functools.partial(reft, positions="l1")),
     "reft middle layer l1 target-only": Variant(functools.partial(reft, positions="l1", middle_layer=True)),
+    "reft l7 split": Variant(split_l7),
+    "reft l1 split": Variant(split_l1),
+    "reft l7 kept": Variant(functools.partial(split_l7, limit=KEPT)),
+    "reft l1 kept": Variant(functools.partial(split_l1, limit=KEPT)),
+    "reft middle layer kept": Variant(middle),
     "B onednn": Variant(bare, matmul="medium"),
     "reft target-only onednn": Variant(reft, matmul="medium"),
     "B bf16": Variant(bare, dtype="bfloat16"),
