@@ -78,6 +78,7 @@ class Study:
         self.environment = dict(environment or {})
         self.lock = Lock(self.folder / "locks" / "study")
         self.tried: set[Path] = set()  # winners' runs that failed since the study was started
+        self._costs: dict[tuple[str, ...], float | None] = {}  # by overrides: composing takes a moment
         self._optuna = optuna = quiet_optuna()
         with self.lock:
             storage = optuna.storages.RDBStorage(
@@ -146,11 +147,13 @@ class Study:
     def _cost_in_advance(self, method: str, params: Mapping[str, Value]) -> float | None:
         if self.plan.unit != "steps":
             return 1 if self.plan.unit == "trials" else None
-        try:
-            config = composition.compose(self.plan.trial_overrides(method, params))
-        except composition.CompositionError:  # the trial will say so, and fail
-            return None
-        return cost_in_advance(self.plan.unit, config)
+        overrides = tuple(self.plan.trial_overrides(method, params))
+        if overrides not in self._costs:
+            try:
+                self._costs[overrides] = cost_in_advance(self.plan.unit, composition.compose(overrides))
+            except composition.CompositionError:  # the trial will say so, and fail
+                self._costs[overrides] = None
+        return self._costs[overrides]
 
     def _committed(self, method: str) -> float:
         """Return what is spent, and for trials that run what they will spend, as far as it is known."""
