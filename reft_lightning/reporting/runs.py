@@ -8,7 +8,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +218,12 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
         return {}, f"config.yaml cannot be read: {(str(error) or repr(error)).splitlines()[0]}"
     if not isinstance(config, dict):
         return {}, "config.yaml holds no settings"
-    return flat(OmegaConf.to_container(OmegaConf.structured(Config))) | flat(config), None
+    return _defaults() | flat(config), None
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return flat(OmegaConf.to_container(OmegaConf.structured(Config)))
 
 
 def _problem(run: Run) -> str | None:

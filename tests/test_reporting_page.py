@@ -1,0 +1,385 @@
+"""The page, the plots, the command, studies and W&B of reports."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from invented_runs import right, write_grid, write_run
+
+from reft_lightning import cli
+from reft_lightning.reporting import plots, tables
+from reft_lightning.reporting.build import build_report
+from reft_lightning.reporting.command import main, write
+from reft_lightning.reporting.runs import ReportError
+from reft_lightning.reporting.studies import read_study
+
+FEW = 400
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """What a page holds: its elements, whether they nest, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open, self.text = [], [], ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def values(self, name):
+        return [attributes[name] for _, attributes in self.elements if name in attributes]
+
+
+def made(folder, out, **options):
+    report = build_report([folder], resamples=FEW, **options)
+    return write(report, out)
+
+
+class TestPage:
+    def test_it_holds_every_section_and_every_number(self, tmp_path):
+        write_grid(tmp_path / "runs")
+        write_run(tmp_path / "runs" / "stopped", status="stopped")
+        text = made(tmp_path / "runs", tmp_path / "out")
+        page = Page(text)
+        assert page.open == []
+        sections = {attributes.get("id") for tag, attributes in page.elements if tag == "section"}
+        assert sections == {
+            "summary", "comparison-1", "reads", "left-out", "configurations", "versions",
+        }  # fmt: skip
+        for table in (tables.score_table, tables.cost_table, tables.measure_table, tables.pair_table):
+            (comparison,) = build_report([tmp_path / "runs"], resamples=FEW).comparisons
+            for row in table(comparison).rows:
+                assert all(cell.text in page.text for cell in row)
+        assert sum(tag == "svg" for tag, _ in page.elements) == 4
+        assert "intervention.rank: 8" in page.text
+        assert (tmp_path / "out" / "report.html").read_text() == text
+
+    def test_it_asks_for_nothing_from_outside(self, tmp_path):
+        write_grid(tmp_path / "runs")
+        text = made(tmp_path / "runs", tmp_path / "out")
+        page = Page(text)
+        assert page.values("src") == []
+        assert all(link.startswith("#") for link in page.values("href") + page.values("xlink:href"))
+        assert "@import" not in text
+        assert set(re.findall(r"url\((.)", text)) <= {"#"}
+        assert not {tag for tag, _ in page.elements} & {"link", "iframe", "object", "embed"}
+        (policy,) = (
+            a["content"] for t, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"
+        )
+        assert policy.startswith("default-src 'none'")
+
+    def test_ids_are_unique_and_links_lead_somewhere(self, tmp_path):
+        write_grid(tmp_path / "runs" / "one")
+        write_grid(tmp_path / "runs" / "two", data="two")
+        page = Page(made(tmp_path / "runs", tmp_path / "out"))
+        ids = page.values("id")
+        assert len(ids) == len(set(ids))
+        links = page.values("href") + page.values("xlink:href")
+        assert {link[1:] for link in links} <= set(ids)
+
+    def test_names_cannot_write_markup(self, tmp_path):
+        method = 'x"><script>alert(1)</script>'
+        write_run(tmp_path / "runs" / "a", method, device="<img src=x onerror=alert(1)>")
+        page = Page(made(tmp_path / "runs", tmp_path / "out"))
+        assert sum(tag == "script" for tag, _ in page.elements) == 1
+        assert not any(tag == "img" for tag, _ in page.elements)
+        assert method in page.text
+
+    def test_an_unequal_budget_and_a_second_read_stand_out(self, tmp_path):
+        write_run(tmp_path / "runs" / "a")
+        read = {"task": "boolq", "rows": 60, "time": "2026", "model": "adapted"}
+        write_run(tmp_path / "runs" / "b", "red", steps=80, test_reads=[read, read])
+        text = made(tmp_path / "runs", tmp_path / "out")
+        warnings = re.findall(r'<p class="warn" role="note">(.*?)</p>', text)
+        assert (
+            sum("unequal budget, steps: loreft 50, red 80" in line for line in warnings) == 2
+        )  # summary, comparison
+        assert any("reads of a test split that repeat an earlier one: 1" in line for line in warnings)
+        assert "unequal budget" in (tmp_path / "out" / "report.md").read_text()
+
+    def test_the_same_runs_give_the_same_bytes(self, tmp_path):
+        write_grid(tmp_path / "runs")
+        for out in ("one", "two"):
+            made(tmp_path / "runs", tmp_path / out)
+        files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
+        assert len(files) == 5 + 8
+        for name in files:
+            assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+class TestPlots:
+    def drawn(self, folder):
+        (comparison,) = build_report([folder], resamples=FEW).comparisons
+        return comparison, plots.comparison_plots(comparison)
+
+    def test_each_is_a_picture_in_both_formats(self, tmp_path):
+        _, drawn = self.drawn(write_grid(tmp_path))
+        assert list(drawn) == ["intervals", "score_parameters", "score_seconds", "learning_curves"]
+        for plot in drawn.values():
+            assert plot.png.startswith(b"\x89PNG")
+            assert "<dc:date>" not in plot.svg
+            assert "</svg>" in plot.svg
+
+    def test_what_has_no_data_has_no_plot(self, tmp_path):
+        write_run(tmp_path / "a", "frozen", trainable_parameters=0, steps=0, train_seconds=0.0)
+        (tmp_path / "a" / "csv" / "metrics.csv").unlink()
+        assert list(self.drawn(tmp_path)[1]) == ["intervals"]
+
+    def test_points_stand_where_the_numbers_say(self, tmp_path):
+        from matplotlib import rc_context
+
+        write_run(tmp_path / "a", "loreft", trainable_parameters=4000)
+        write_run(tmp_path / "b", "none", scores={"boolq": right(0.4)}, trainable_parameters=0)
+        (comparison,) = build_report([tmp_path], resamples=FEW).comparisons
+        with rc_context(plots.STYLE):
+            figure = plots._against(comparison, "trainable_parameters", "trained parameters", log=True)
+        (ax,) = figure.axes
+        (bar,) = ax.containers
+        assert bar.lines[0].get_xdata() == [4000]
+        assert bar.lines[0].get_ydata() == pytest.approx([100 * np.mean(right(0.6))])
+        lines = {tuple(line.get_ydata()) for line in ax.lines if line.get_label().startswith("none")}
+        assert {round(y, 6) for line in lines for y in line} == {round(100 * np.mean(right(0.4)), 6)}
+        assert (ax.get_xscale(), ax.get_xlabel()) == ("log", "trained parameters")
+
+    def test_learning_curves_are_means_over_seeds(self, tmp_path):
+        from matplotlib import rc_context
+
+        write_grid(tmp_path, {"loreft": 0.5}, seeds=(42, 43))
+        (comparison,) = build_report([tmp_path], resamples=FEW).comparisons
+        with rc_context(plots.STYLE):
+            figure = plots._curves(comparison)
+        loss, score = figure.axes
+        (mean,) = (line for line in loss.lines if line.get_label() == "loreft")
+        steps = [9, 19, 29, 39, 49]
+        assert list(mean.get_xdata()) == steps
+        assert list(mean.get_ydata()) == pytest.approx([(1 / (s + 0) + 1 / (s + 1)) / 2 for s in steps])
+        assert score.get_ylabel() == "validation accuracy, %"
+
+
+class TestCommand:
+    def run(self, monkeypatch, *arguments):
+        monkeypatch.setattr(sys, "argv", ["reft-report", *map(str, arguments)])
+        cli.report()
+
+    def test_it_writes_all_files_and_prints_the_scores(self, tmp_path, monkeypatch, capsys):
+        write_grid(tmp_path / "runs")
+        self.run(monkeypatch, tmp_path / "runs", "--out", tmp_path / "out", "--resamples", FEW)
+        files = {path.name for path in (tmp_path / "out").iterdir()}
+        assert files == {"report.html", "report.md", "report.tex", "scores.csv", "pairs.csv", "plots"}
+        said = capsys.readouterr().out
+        assert "tiny, boolq (test)" in said
+        assert "loreft" in said
+        assert "report.html" in said
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (("nowhere",), "nowhere: no such folder; a run folder is"),
+            ((), "reft-report FOLDER"),
+            ((".", "--split", "train"), "invalid choice: 'train'"),
+            ((".", "--resamples", "7"), "must be an integer, 100 or more; got '7'"),
+            ((".", "--outt", "x"), "unrecognized arguments: --outt"),
+        ],
+    )
+    def test_mistakes_end_with_status_2_and_say_what_to_do(
+        self, tmp_path, monkeypatch, capsys, arguments, words
+    ):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as ended:
+            self.run(monkeypatch, *arguments)
+        assert ended.value.code == 2
+        said = capsys.readouterr()
+        assert words in said.err + said.out
+
+    def test_the_papers_report_is_still_there(self, tmp_path, monkeypatch, capsys):
+        self.run(monkeypatch, "paper", f"folder={tmp_path}", "table=1")
+        assert "0 runs in" in capsys.readouterr().out
+
+    def test_without_matplotlib_the_extra_is_named(self, tmp_path, monkeypatch):
+        write_run(tmp_path / "a")
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        with pytest.raises(ReportError, match=r"pip install 'reft_lightning\[report\]'"):
+            main([str(tmp_path)])
+
+    def test_tables_and_page_go_to_wandb(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        write_grid(tmp_path / "runs")
+        main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--resamples", str(FEW), "--wandb"])
+        (folder,) = (tmp_path / "out" / "wandb").glob("offline-run-*")
+        found = {}
+        for path in (folder / "files" / "media" / "table").rglob("*.table.json"):
+            found[path.name.split("_")[0]] = json.loads(path.read_text())
+        assert tuple(found["scores"]["columns"]) == tables.CSV_COLUMNS
+        assert [row[list(tables.CSV_COLUMNS).index("method")] for row in found["scores"]["data"]] == [
+            "loreft",
+            "red",
+        ]
+        assert tuple(found["pairs"]["columns"]) == tables.PAIR_COLUMNS
+        (html,) = (folder / "files" / "media" / "html").rglob("*.html")
+        assert html.read_text() == (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A study as reft-search leaves it: two methods, ten trials each, winners of two seeds."""
+    optuna = pytest.importorskip("optuna", reason="studies take the extra 'search'")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    folder = tmp_path / "study"
+    folder.mkdir()
+    storage = f"sqlite:///{folder / 'study.db'}"
+    rng = np.random.default_rng(0)
+    space = {
+        "optimizer.lr": optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True),
+        "intervention.rank": optuna.distributions.CategoricalDistribution([4, 8]),
+    }
+    for method in ("loreft", "red"):
+        kept = optuna.create_study(storage=storage, study_name=method, direction="maximize")
+        for number in range(10):
+            params = {
+                "optimizer.lr": float(10 ** rng.uniform(-4, -2)),
+                "intervention.rank": int(rng.choice([4, 8])),
+            }
+            value = None if number == 3 else 1 - abs(np.log10(params["optimizer.lr"]) + 3)
+            state = optuna.trial.TrialState.FAIL if number == 3 else optuna.trial.TrialState.COMPLETE
+            kept.add_trial(
+                optuna.trial.create_trial(state=state, value=value, params=params, distributions=space)
+            )
+            trial = write_run(folder / "trials" / method / str(number), method, split="validation")
+            (trial / "cost.json").write_text(
+                json.dumps({"steps": 50, "tokens": 5000, "seconds": 10, "flops": 1e9})
+            )
+        for seed in (42, 43):
+            write_run(folder / "winners" / method / f"seed_{seed}", method, seed)
+    (folder / "study.yaml").write_text("budget: {unit: trials, amount: 10}\nmonitor: val/accuracy\n")
+    return folder
+
+
+class TestStudies:
+    def test_winners_are_compared_and_trials_are_history(self, study, tmp_path):
+        report = build_report([study], resamples=FEW)
+        (comparison,) = report.comparisons
+        assert [(m.label, m.seeds) for m in comparison.methods] == [("loreft", [42, 43]), ("red", [42, 43])]
+        (kept,) = report.studies
+        assert {method: len(trials) for method, trials in kept.trials.items()} == {"loreft": 10, "red": 10}
+        assert kept.states("red") == "9 complete, 1 fail"
+        assert kept.budget == "budget of each method: 10 trials; spent: equal"
+        page = Page(write(report, tmp_path / "out"))
+        assert "Study study" in page.text
+        assert "val/accuracy" in page.text
+        names = {path.name.split("_", 1)[1] for path in (tmp_path / "out" / "plots").glob("*.svg")}
+        assert {"study_search_history.svg", "study_parameter_importance.svg"} <= names
+
+    def test_the_best_trial_and_the_parameter_that_matters(self, study):
+        kept = read_study(study)
+        for method, trials in kept.trials.items():
+            best = kept.best(method)
+            assert best.value == max(trial.value for trial in trials if trial.value is not None)
+            shares = kept.importance[method]
+            assert set(shares) == {"optimizer.lr", "intervention.rank"}
+            assert sum(shares.values()) == pytest.approx(1)
+        table = tables.study_table(kept)
+        assert table.rows[0][list(table.columns).index("steps")].text == "500"
+
+    def test_a_study_that_spent_unequally_is_said_to(self, study, tmp_path):
+        (study / "study.yaml").write_text("budget: {unit: steps, amount: 500}\n")
+        (study / "trials" / "red" / "9" / "cost.json").unlink()
+        report = build_report([study], resamples=FEW)
+        assert "unequal: red has spent 450 steps" in report.studies[0].budget
+        text = write(report, tmp_path / "out")
+        assert text.count('<p class="warn" role="note">⚠ study study: budget of each method') == 1
+
+    def test_a_read_that_only_the_ledger_knows_is_shown(self, study):
+        (run,) = (study / "winners" / "red").glob("seed_42")
+        results = json.loads((run / "results.json").read_text())
+        lines = [{"time": f"2025-0{i}", "method": "red", "seed": 42, "config_hash": results["config_hash"],
+                  "model": "adapted", "folder": str(run)} for i in (1, 2)]  # fmt: skip
+        (study / "test_reads.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        table = tables.read_table(build_report([study], resamples=FEW).reads)
+        assert len(table.rows) == 5  # four winners, and the first read of a run that was begun anew
+        assert [row[7].text for row in table.rows if row[1].text == "red" and row[2].text == "42"] == [
+            "",
+            "read again",
+        ]
+
+    def test_a_database_of_something_else_is_left_out(self, study):
+        (study / "study.db").write_text("no database")
+        report = build_report([study], resamples=FEW)
+        (left,) = report.left
+        assert "is no database of Optuna" in left.reason
+        assert len(report.comparisons) == 1
+
+
+@pytest.fixture
+def browser():
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"no browser is installed: none of {', '.join(BROWSERS)}")
+    return found
+
+
+def browse(browser, profile, page, *arguments):
+    """Open a page in a browser that reaches no network; return what it prints."""
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", "--hide-scrollbars", f"--user-data-dir={profile}",
+        "--host-resolver-rules=MAP * ~NOTFOUND", *arguments, page.as_uri(),
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.mark.slow
+class TestBrowser:
+    def test_the_page_is_drawn_without_a_network(self, tmp_path, browser):
+        from PIL import Image
+
+        write_grid(tmp_path / "runs")
+        made(tmp_path / "runs", tmp_path / "out")
+        page = tmp_path / "out" / "report.html"
+        pictures = {}
+        for scheme in ("light", "dark"):
+            path = tmp_path / f"{scheme}.png"
+            dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
+            browse(
+                browser, tmp_path / "profile", page, "--window-size=1300,2400", f"--screenshot={path}", *dark
+            )
+            pictures[scheme] = np.asarray(Image.open(path).convert("RGB")).astype(int)
+        light, dark = pictures["light"], pictures["dark"]
+        assert light.shape[:2] == (2400, 1300)
+        assert (light[0, 0] > 240).all()
+        assert (dark[0, 0] < 40).all()
+        # text, lines and the colours of both methods
+        assert 0.01 < (light.sum(2) < 3 * 128).mean() < 0.3
+        for colour in ((0, 114, 178), (213, 94, 0)):
+            assert (np.abs(light - colour).sum(2) < 12).sum() > 100
+
+    def test_a_click_on_a_heading_sorts_the_table(self, tmp_path, browser):
+        write_grid(tmp_path / "runs")
+        text = made(tmp_path / "runs", tmp_path / "out")
+        click = "<script>const head = document.querySelector('thead th:nth-child(3)'); head.click();</script>"
+        page = tmp_path / "clicked.html"
+        page.write_text(text.replace("</body>", f"{click}</body>"))
+        document = browse(browser, tmp_path / "profile", page, "--dump-dom")
+        first = document[document.index("<tbody>") : document.index("</tbody>")]
+        assert first.index(">red<") < first.index(">loreft<")  # the lower score first
+        assert text.index(">loreft<") < text.index(">red<")
+        assert 'aria-sort="ascending"' in document
