@@ -7,8 +7,9 @@ often the first of the targets ("the correct answer is ..."). Their keys and val
 Where a model's cache does not hold every column (sliding windows, linear attention, virtual tokens in front), or the
 prompts differ (a long target may cut its prompt), every batch is read whole.
 
-The logits are those of a whole read up to rounding, which has other shapes: about 1e-6 in float32, and 1e-2 with a
-bfloat16 base. Positions P of a callable are told the columns read so far, as in generation.
+The logits are those of a whole read up to rounding, as matrix products have other shapes: with a 16-bit base model a
+near tie between options may fall otherwise (counts in ``experiments/speed/README.md``). Positions P of a callable are
+told the columns read so far, as in generation.
 
 Shapes: b rows, s columns of prompt | target, t target columns, v tokens of the vocabulary.
 """
