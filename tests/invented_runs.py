@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import cache
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -10,6 +11,11 @@ from reft_lightning.results import config_hash
 from reft_lightning.schema import Config
 
 MEASURE = "accuracy"
+
+
+@cache
+def _defaults():
+    return OmegaConf.structured(Config)
 
 
 def right(rate, rows=60, seed=0):
@@ -50,7 +56,7 @@ def write_run(
     """
     scores = {"boolq": right(0.6)} if scores is None else scores
     folder.mkdir(parents=True)
-    config = OmegaConf.structured(Config)
+    config = _defaults().copy()
     config.model.name, config.intervention.method, config.seed = "tiny", method, seed
     config.data.tasks = list(scores)
     for key, value in (settings or {}).items():

@@ -153,7 +153,7 @@ class TestWhatSharesATable:
         rows[7]["gold"] = "no"
         write_run(tmp_path / "b", "red", rows=rows)
         with pytest.raises(
-            ReportError, match="other gold answers of boolq, boolq.json, row 7: 'yes' and 'no'"
+            ReportError, match=r"other gold answers of boolq, boolq\.json, row 7: 'yes' and 'no'"
         ):
             report(tmp_path)
 
@@ -270,8 +270,8 @@ class TestEvidence:
                 for i, (a, g) in enumerate(zip(said, gold, strict=True))
             ]
             pearson, spearman = stats.pearsonr(said, gold)[0], stats.spearmanr(said, gold)[0]
-            metrics = {f"test/stsb/{k}": v for k, v in
-                       (("pearson", pearson), ("spearman", spearman), ("combined_score", (pearson + spearman) / 2))}  # fmt: skip
+            measures = {"pearson": pearson, "spearman": spearman, "combined_score": (pearson + spearman) / 2}
+            metrics = {f"test/stsb/{measure}": value for measure, value in measures.items()}
             write_run(
                 tmp_path / name, name, scores={"stsb": [0]}, rows=rows, metrics=metrics, monitor="val/pearson"
             )

@@ -55,28 +55,34 @@ def made(folder, out, **options):
     return write(report, out)
 
 
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The report of two methods on two sets of data, written once; its folder, beside that of the runs."""
+    folder = tmp_path_factory.mktemp("two")
+    write_grid(folder / "runs" / "one", seeds=(42, 43))
+    write_grid(folder / "runs" / "two", seeds=(42,), data="two")
+    write_run(folder / "runs" / "stopped", status="stopped")
+    made(folder / "runs", folder / "out")
+    return folder / "out"
+
+
 class TestPage:
-    def test_it_holds_every_section_and_every_number(self, tmp_path):
-        write_grid(tmp_path / "runs")
-        write_run(tmp_path / "runs" / "stopped", status="stopped")
-        text = made(tmp_path / "runs", tmp_path / "out")
-        page = Page(text)
+    def test_it_holds_every_section_and_every_number(self, two):
+        page = Page((two / "report.html").read_text())
         assert page.open == []
         sections = {attributes.get("id") for tag, attributes in page.elements if tag == "section"}
         assert sections == {
-            "summary", "comparison-1", "reads", "left-out", "configurations", "versions",
+            "summary", "comparison-1", "comparison-2", "reads", "left-out", "configurations", "versions",
         }  # fmt: skip
+        comparisons = build_report([two.parent / "runs"], resamples=FEW).comparisons
         for table in (tables.score_table, tables.cost_table, tables.measure_table, tables.pair_table):
-            (comparison,) = build_report([tmp_path / "runs"], resamples=FEW).comparisons
-            for row in table(comparison).rows:
+            for row in (row for comparison in comparisons for row in table(comparison).rows):
                 assert all(cell.text in page.text for cell in row)
-        assert sum(tag == "svg" for tag, _ in page.elements) == 4
+        assert sum(tag == "svg" for tag, _ in page.elements) == 8
         assert "intervention.rank: 8" in page.text
-        assert (tmp_path / "out" / "report.html").read_text() == text
 
-    def test_it_asks_for_nothing_from_outside(self, tmp_path):
-        write_grid(tmp_path / "runs")
-        text = made(tmp_path / "runs", tmp_path / "out")
+    def test_it_asks_for_nothing_from_outside(self, two):
+        text = (two / "report.html").read_text()
         page = Page(text)
         assert page.values("src") == []
         assert all(link.startswith("#") for link in page.values("href") + page.values("xlink:href"))
@@ -88,14 +94,20 @@ class TestPage:
         )
         assert policy.startswith("default-src 'none'")
 
-    def test_ids_are_unique_and_links_lead_somewhere(self, tmp_path):
-        write_grid(tmp_path / "runs" / "one")
-        write_grid(tmp_path / "runs" / "two", data="two")
-        page = Page(made(tmp_path / "runs", tmp_path / "out"))
+    def test_ids_are_unique_and_links_lead_somewhere(self, two):
+        page = Page((two / "report.html").read_text())
         ids = page.values("id")
         assert len(ids) == len(set(ids))
         links = page.values("href") + page.values("xlink:href")
+        assert len(links) > 50
         assert {link[1:] for link in links} <= set(ids)
+
+    def test_the_same_runs_give_the_same_bytes(self, two, tmp_path):
+        made(two.parent / "runs", tmp_path)
+        files = sorted(path.relative_to(two) for path in two.rglob("*.*"))
+        assert len(files) == 5 + 16
+        for name in files:
+            assert (two / name).read_bytes() == (tmp_path / name).read_bytes(), name
 
     def test_names_cannot_write_markup(self, tmp_path):
         method = 'x"><script>alert(1)</script>'
@@ -116,15 +128,6 @@ class TestPage:
         )  # summary, comparison
         assert any("reads of a test split that repeat an earlier one: 1" in line for line in warnings)
         assert "unequal budget" in (tmp_path / "out" / "report.md").read_text()
-
-    def test_the_same_runs_give_the_same_bytes(self, tmp_path):
-        write_grid(tmp_path / "runs")
-        for out in ("one", "two"):
-            made(tmp_path / "runs", tmp_path / out)
-        files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
-        assert len(files) == 5 + 8
-        for name in files:
-            assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
 
 class TestPlots:
@@ -239,14 +242,14 @@ class TestCommand:
         assert html.read_text() == (tmp_path / "out" / "report.html").read_text()
 
 
-@pytest.fixture
-def study(tmp_path):
-    """A study as reft-search leaves it: two methods, ten trials each, winners of two seeds."""
+@pytest.fixture(scope="module")
+def finished_study(tmp_path_factory):
+    """A study as reft-search leaves it: two methods, six trials each, winners of two seeds."""
     optuna = pytest.importorskip("optuna", reason="studies take the extra 'search'")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    folder = tmp_path / "study"
+    folder = tmp_path_factory.mktemp("searched") / "study"
     folder.mkdir()
-    storage = f"sqlite:///{folder / 'study.db'}"
+    storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'study.db'}")
     rng = np.random.default_rng(0)
     space = {
         "optimizer.lr": optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True),
@@ -254,24 +257,33 @@ def study(tmp_path):
     }
     for method in ("loreft", "red"):
         kept = optuna.create_study(storage=storage, study_name=method, direction="maximize")
-        for number in range(10):
+        for number in range(6):
             params = {
                 "optimizer.lr": float(10 ** rng.uniform(-4, -2)),
-                "intervention.rank": int(rng.choice([4, 8])),
+                "intervention.rank": (4, 8)[number % 2],
             }
             value = None if number == 3 else 1 - abs(np.log10(params["optimizer.lr"]) + 3)
             state = optuna.trial.TrialState.FAIL if number == 3 else optuna.trial.TrialState.COMPLETE
             kept.add_trial(
                 optuna.trial.create_trial(state=state, value=value, params=params, distributions=space)
             )
-            trial = write_run(folder / "trials" / method / str(number), method, split="validation")
+            trial = folder / "trials" / method / str(number)
+            trial.mkdir(parents=True)
             (trial / "cost.json").write_text(
                 json.dumps({"steps": 50, "tokens": 5000, "seconds": 10, "flops": 1e9})
             )
+        # of the trials one has a run folder, which no table may take
+        write_run(folder / "trials" / method / "6", method, seed=7)
         for seed in (42, 43):
             write_run(folder / "winners" / method / f"seed_{seed}", method, seed)
-    (folder / "study.yaml").write_text("budget: {unit: trials, amount: 10}\nmonitor: val/accuracy\n")
+    (folder / "study.yaml").write_text("budget: {unit: trials, amount: 6}\nmonitor: val/accuracy\n")
+    storage.engine.dispose()
     return folder
+
+
+@pytest.fixture
+def study(finished_study, tmp_path):
+    return shutil.copytree(finished_study, tmp_path / "study")
 
 
 class TestStudies:
@@ -280,9 +292,9 @@ class TestStudies:
         (comparison,) = report.comparisons
         assert [(m.label, m.seeds) for m in comparison.methods] == [("loreft", [42, 43]), ("red", [42, 43])]
         (kept,) = report.studies
-        assert {method: len(trials) for method, trials in kept.trials.items()} == {"loreft": 10, "red": 10}
-        assert kept.states("red") == "9 complete, 1 fail"
-        assert kept.budget == "budget of each method: 10 trials; spent: equal"
+        assert {method: len(trials) for method, trials in kept.trials.items()} == {"loreft": 6, "red": 6}
+        assert kept.states("red") == "5 complete, 1 fail"
+        assert kept.budget == "budget of each method: 6 trials; spent: equal"
         page = Page(write(report, tmp_path / "out"))
         assert "Study study" in page.text
         assert "val/accuracy" in page.text
@@ -298,13 +310,13 @@ class TestStudies:
             assert set(shares) == {"optimizer.lr", "intervention.rank"}
             assert sum(shares.values()) == pytest.approx(1)
         table = tables.study_table(kept)
-        assert table.rows[0][list(table.columns).index("steps")].text == "500"
+        assert table.rows[0][list(table.columns).index("steps")].text == "300"
 
     def test_a_study_that_spent_unequally_is_said_to(self, study, tmp_path):
-        (study / "study.yaml").write_text("budget: {unit: steps, amount: 500}\n")
-        (study / "trials" / "red" / "9" / "cost.json").unlink()
+        (study / "study.yaml").write_text("budget: {unit: steps, amount: 300}\n")
+        (study / "trials" / "red" / "5" / "cost.json").unlink()
         report = build_report([study], resamples=FEW)
-        assert "unequal: red has spent 450 steps" in report.studies[0].budget
+        assert "unequal: red has spent 250 steps" in report.studies[0].budget
         text = write(report, tmp_path / "out")
         assert text.count('<p class="warn" role="note">⚠ study study: budget of each method') == 1
 
