@@ -198,6 +198,18 @@ class TestTrainBatches:
         ups = sum(a < b for a, b in itertools.pairwise(means))
         assert 0.3 < ups / len(means) < 0.7
 
+    @pytest.mark.parametrize(("size", "random_order"), [(8, 1.8), (32, 2.2)])
+    def test_groups_of_a_mixture_of_short_and_long_tasks_waste_little(self, size, random_order):
+        rng = random.Random(0)
+        tasks = rng.choices([(36, 40), (60, 95), (130, 293)], weights=(20, 58, 22), k=5000)
+        lengths = [rng.randint(*task) for task in tasks]
+
+        def padded(grouped):
+            batches = TrainBatches(lengths, size, seed=1, group_by_length=grouped).batches(0)
+            return sum(max(lengths[i] for i in batch) * len(batch) for batch in batches) / sum(lengths)
+
+        assert padded(True) < 1.1 < random_order < padded(False)
+
     @pytest.mark.parametrize("world", [2, 3, 5])
     def test_ranks_get_equally_many_batches_and_share_the_rows_D69(self, world):
         ranks = [list(self.make(rank=rank, world_size=world)) for rank in range(world)]

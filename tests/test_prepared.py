@@ -395,8 +395,10 @@ class TestProcesses:
         monkeypatch.undo()
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
         monkeypatch.setattr(prepared.sys, "platform", "linux")
-        small = prepared.SMALL
-        counts = [prepared.processes_for(rows) for rows in (1, small, 2 * small, 4 * small + 1, 100 * small)]
+        enough = prepared.PER_PROCESS
+        counts = [
+            prepared.processes_for(rows) for rows in (1, enough, 2 * enough, 4 * enough + 1, 100 * enough)
+        ]
         assert counts == [1, 1, 2, 4, prepared.PROCESSES]
         monkeypatch.setattr(multiprocessing.current_process(), "_config", {"daemon": True})
-        assert prepared.processes_for(100 * small) == 1
+        assert prepared.processes_for(100 * enough) == 1

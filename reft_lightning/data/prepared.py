@@ -35,8 +35,11 @@ from reft_lightning.data.sources import cache_folder, sha256_of
 log = logging.getLogger(__name__)
 
 VERSION = 1  # raise when the same texts, tokenizer and settings shall give other numbers
-SMALL = 5000  # rows; fewer are computed in this process before `datasets` is even imported
-PROCESSES = 8  # at most; each gets SMALL rows or more
+SMALL = (
+    2000  # rows; fewer are computed here before `datasets` is imported (0.3 s), experiments/speed/encoding.py
+)
+PROCESSES = 8  # at most; each gets PER_PROCESS rows or more, as starting them takes about half a second
+PER_PROCESS = 5000
 CHUNK = 1024  # texts a call; fast tokenizers are about 3 times faster on lists
 NUMBERS = {"int8": np.int8, "int32": np.int32, "bool": np.bool_}
 
@@ -142,7 +145,7 @@ def processes_for(rows: int) -> int:
     if multiprocessing.current_process().daemon or multiprocess.get_start_method() != "fork":
         return 1  # a daemon may start none; started in another way, they would run the user's script again
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(min(cores, PROCESSES, rows // SMALL), 1)
+    return max(min(cores, PROCESSES, rows // PER_PROCESS), 1)
 
 
 def _build(
