@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from .baseline_methods import IN_PLACE, is_baseline
+from .baseline_methods import IN_PLACE, check_beside, is_baseline
 from .data import Family, get_family
 from .data.classification import ClassificationDataModule
 from .data.custom import custom_family
@@ -79,9 +79,14 @@ def attachment(config: Config, family: AnyFamily | None = None) -> dict[str, Any
 
     A setting that the method's class does not take is left out where it stands at its default. A classifier's head
     is trained unless ``intervention.heads`` says otherwise.
+
+    Raises:
+        ValueError: for a setting that means nothing to a baseline, or a method that cannot be trained beside.
     """
     values = OmegaConf.to_container(OmegaConf.structured(config.intervention))
     options, defaults = values.pop("options"), InterventionConfig()
+    beside, beside_options = values.pop("beside"), values.pop("beside_options")
+    check_beside(values["method"], beside, beside_options)
     if values["heads"] is None:
         values["heads"] = "auto" if isinstance(family, ClassificationFamily) else ()
     if values["method"] == "none":  # the head alone
@@ -94,7 +99,14 @@ def attachment(config: Config, family: AnyFamily | None = None) -> dict[str, Any
             del values[name]
     if isinstance(values["layers"], dict):
         values["layers"] = {int(layer): own or {} for layer, own in values["layers"].items()}
-    return values | options
+    together = {"beside": beside, "beside_options": beside_options} if beside else {}
+    return values | options | together
+
+
+def method_of(config: Config) -> str:
+    """Return the method as results name it: ``loreft``, or ``loreft + peft/lora`` where two are trained together."""
+    intervention = config.intervention
+    return " + ".join(filter(None, (intervention.method, intervention.beside)))
 
 
 def _baseline(config: Config, heads: Any) -> dict[str, Any]:
@@ -108,7 +120,8 @@ def _baseline(config: Config, heads: Any) -> dict[str, Any]:
     unused = [
         n
         for n in defaults
-        if n not in ("method", "heads", "options") and getattr(intervention, n) != defaults[n]
+        if n not in ("method", "heads", "options", "beside", "beside_options")
+        and getattr(intervention, n) != defaults[n]
     ]
     if unused:
         where = "" if method in IN_PLACE else ", whose own settings stand in intervention.options"

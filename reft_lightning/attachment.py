@@ -5,7 +5,8 @@ As in ``reft = attach(base_model, "loreft", rank=8, layers="all", positions="f7+
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-from .baseline_methods import IN_PLACE, check_baseline, is_baseline
+from .baseline_methods import IN_PLACE, check_baseline, check_beside, is_baseline
 from .baselines import Baseline, InPlaceBaseline
 from .checkpoint import ReftConfig
 from .heads import heads_to_train
 from .interventions import Intervention, intervention_class, method_name
+from .joint import JointModel
 from .model import ParameterCount, ReftModel
 from .peft_baselines import PeftBaseline
 from .positions import MaskFunction
@@ -95,17 +97,31 @@ def attach(
     return ReftModel(base_model, config)
 
 
-def adapt(base_model: PreTrainedModel, method: str = "loreft", **settings: Any) -> ReftModel | Baseline:
+def adapt(
+    base_model: PreTrainedModel,
+    method: str | type[Intervention] = "loreft",
+    *,
+    beside: str | None = None,
+    beside_options: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> ReftModel | Baseline | JointModel:
     """Attach interventions, or one of the baselines: whatever ``intervention.method`` may name.
 
     Args:
         base_model: a Hugging Face model; it is changed in place.
         method: what :func:`attach` takes, ``peft/lora`` and the like, ``bitfit``, ``full`` or ``frozen``.
+        beside: a peft method that is trained together with interventions, one of ``joint.JOINT_METHODS``.
+        beside_options: its options.
         **settings: the arguments of :func:`attach`; ``heads`` and the options of a baseline.
 
     Raises:
         ValueError: for anything unknown or out of range.
     """
+    check_beside(method, beside, beside_options or {})
+    if beside is not None:
+        heads = heads_to_train(base_model, settings.pop("heads", ()))
+        peft = PeftBaseline(base_model, beside, heads, beside_options)
+        return JointModel(peft, partial(attach, method=method, **settings))
     if not is_baseline(method):
         return attach(base_model, method, **settings)
     heads = heads_to_train(base_model, settings.pop("heads", ()))
@@ -138,8 +154,8 @@ def count_parameters(
     task: str = "causal_lm",
     **kwargs: Any,
 ) -> ParameterCount:
-    """Count what :func:`attach` would train, from a configuration alone: no weights are needed.
+    """Count what :func:`adapt` would train, from a configuration alone: no weights are needed.
 
-    Takes the arguments of :func:`attach`, and the task of :func:`build_on_meta`, and raises what attaching raises.
+    Takes the arguments of :func:`adapt`, and the task of :func:`build_on_meta`, and raises what attaching raises.
     """
-    return attach(build_on_meta(config, task), method, **kwargs).parameter_count()
+    return adapt(build_on_meta(config, task), method, **kwargs).parameter_count()

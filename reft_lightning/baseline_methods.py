@@ -30,6 +30,10 @@ PEFT_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "oft": ("OFTConfig", {}),  # Qiu et al. 2023, arXiv:2306.07280
 }
 
+# Those that put virtual tokens in front of the text, and the others, which can be trained beside interventions.
+VIRTUAL = (f"{PEFT}prefix_tuning", f"{PEFT}prompt_tuning")
+JOINT_METHODS = tuple(name for name in (f"{PEFT}{short}" for short in PEFT_METHODS) if name not in VIRTUAL)
+
 # Arguments of peft's classes that the framework sets, or that would break what it promises of an adapted model.
 KEPT = {
     "task_type": "it is read from the model",
@@ -80,6 +84,52 @@ def check_baseline(method: str, options: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{method} takes no option {name!r}{did_you_mean(name, allowed)}\nit takes {takes}"
             )
+
+
+def check_beside(method: Any, beside: str | None, options: Mapping[str, Any]) -> None:
+    """Refuse what cannot be trained beside interventions.
+
+    Args:
+        method: of the interventions, ``intervention.method``.
+        beside: of peft, or None for nothing.
+        options: arguments of peft's configuration class.
+
+    Raises:
+        ValueError: for options without a method, a method beside a baseline or beside nothing, one with virtual
+            tokens, or an unknown name or option, with the nearest.
+    """
+    if beside is None:
+        if options:
+            raise ValueError(
+                f"beside_options {', '.join(options)} are those of a peft method, and none stands beside {method}: "
+                "name it (intervention.beside=peft/lora), or leave them out"
+            )
+        return
+    if method == "none":
+        raise ValueError(
+            f"beside={beside} stands beside interventions, and method none attaches none: to train {beside} alone, "
+            f"take intervention.method={beside}"
+        )
+    if is_baseline(method):
+        raise ValueError(
+            f"beside={beside} stands beside interventions, and {method} is a baseline: take method=loreft or another "
+            "intervention, or leave beside out"
+        )
+    if beside in VIRTUAL:
+        raise ValueError(
+            f"beside={beside}: its virtual tokens stand in front of the text, where the positions of interventions "
+            f"such as f7 do not count them; take one of {', '.join(JOINT_METHODS)}"
+        )
+    if beside in IN_PLACE:
+        raise ValueError(
+            f"beside={beside} trains the base model's own weights, which an adapter does not hold; take one of "
+            f"{', '.join(JOINT_METHODS)}"
+        )
+    if beside not in JOINT_METHODS:
+        raise ValueError(
+            f"beside must be one of {', '.join(JOINT_METHODS)}; got {beside!r}{did_you_mean(beside, JOINT_METHODS)}"
+        )
+    check_baseline(beside, options)
 
 
 def options_of(method: str) -> list[str]:

@@ -23,6 +23,7 @@ from .data.encoding import Collator, encode
 from .data.prompts import TEMPLATES, apply_template
 from .evaluation import Decoding, generate
 from .experiment import load_run_config
+from .joint import JointModel
 from .model import ReftModel
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def main(folder: Path, max_new_tokens: int = 64, template: str | None = None) ->
             )
 
 
-def load(folder: Path) -> tuple[ReftModel | Baseline, Any]:
+def load(folder: Path) -> tuple[ReftModel | Baseline | JointModel, Any]:
     """Return the adapted model of a run folder, ready to generate, and its tokenizer."""
     config = load_run_config(folder)
     adapter = load_state(folder / "adapter")  # a missing one is said before weights are loaded
@@ -93,7 +94,7 @@ def load(folder: Path) -> tuple[ReftModel | Baseline, Any]:
 
 
 def answer(
-    model: ReftModel | Baseline,
+    model: ReftModel | Baseline | JointModel,
     tokenizer: Any,
     text: str,
     max_new_tokens: int,

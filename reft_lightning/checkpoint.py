@@ -28,6 +28,7 @@ READABLE = (1, 2)  # 1: a tensor for each layer and copy, which this version rea
 CONFIG_FILE, TENSOR_FILE, CARD_FILE = "reft_config.json", "reft.safetensors", "README.md"
 BASELINE_CONFIG_FILE, BASELINE_FILE = "baseline_config.json", "baseline.safetensors"
 PEFT_CONFIG_FILE, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
+BESIDE = "peft"  # the subfolder of a peft adapter trained beside interventions, and the prefix of its tensors
 
 
 class LayerSpec(NamedTuple):
@@ -239,6 +240,7 @@ def load_state(folder: str | os.PathLike) -> dict[str, Tensor]:
     """Read the trained tensors of a saved adapter or baseline: what ``load_adapter_state_dict`` takes.
 
     Which one it is, its files say: ``reft_config.json``, peft's ``adapter_config.json`` or ``baseline_config.json``.
+    Interventions with a subfolder ``peft`` were trained together with what lies there: its tensors get that prefix.
 
     Raises:
         FileNotFoundError: if the folder holds none, or not the tensors.
@@ -249,7 +251,15 @@ def load_state(folder: str | os.PathLike) -> dict[str, Tensor]:
             if not (folder / tensors).is_file():
                 raise FileNotFoundError(f"{folder} holds no adapter: {tensors} is missing beside {config}")
             return load_file(folder / tensors)
-    return load_adapter(folder)[1]
+    state = load_adapter(folder)[1]
+    if (folder / BESIDE).is_dir():
+        if not (folder / BESIDE / PEFT_CONFIG_FILE).is_file():
+            raise FileNotFoundError(
+                f"{folder / BESIDE} holds no adapter of peft: {PEFT_CONFIG_FILE} is missing; interventions trained "
+                "alone have no such folder"
+            )
+        state |= {f"{BESIDE}.{name}": tensor for name, tensor in load_state(folder / BESIDE).items()}
+    return state
 
 
 def _download(name: str) -> Path:

@@ -27,7 +27,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from .baseline_methods import check_baseline, is_baseline
+from .baseline_methods import check_baseline, check_beside, is_baseline
 from .schema import CHOICES, Config
 from .vocabulary import Vocabulary, did_you_mean
 
@@ -233,11 +233,14 @@ def _check_values(config: Config) -> None:
 def _check_intervention(config: Config, vocabulary: Vocabulary) -> None:
     """Check a method that no YAML file names and options of its class; only these need torch this early."""
     intervention = config.intervention
-    if is_baseline(intervention.method):
-        try:
+    baseline = is_baseline(intervention.method)
+    try:
+        check_beside(intervention.method, intervention.beside, intervention.beside_options)
+        if baseline:
             check_baseline(intervention.method, intervention.options)
-        except ValueError as error:
-            raise CompositionError(f"intervention: {error}") from error
+    except ValueError as error:
+        raise CompositionError(f"intervention: {error}") from error
+    if baseline:
         return
     named = {option for option in vocabulary.groups["intervention"] if "/" not in option} | {"none"}
     if intervention.method in named and not intervention.options:

@@ -23,6 +23,7 @@ from .arguments import (
     data_module,
     decoding_of,
     family_of,
+    method_of,
     model_source,
     optimization_of,
 )
@@ -47,6 +48,7 @@ from .data.options import option_batches
 from .data.sources import ModelPlace
 from .evaluation import Decoding
 from .generation import GenerationModule
+from .joint import JointModel
 from .model import ParameterCount, ReftModel
 from .module import FinetuningModule
 from .schema import Config
@@ -61,7 +63,7 @@ PLACE = tuple(field.name for field in fields(ModelPlace))
 class Objects:
     """What a configuration builds."""
 
-    model: ReftModel | Baseline
+    model: ReftModel | Baseline | JointModel
     data: FamilyDataModule
     module: FinetuningModule
     count: ParameterCount
@@ -127,7 +129,7 @@ def build(config: Config) -> Objects:
     module.train()  # Lightning starts training in the mode it finds; the base's dropout is 0 unless asked for
     # of the published model: a head in float32 has a copy of embeddings that it shares there
     count = adapt(build_on_meta(base_model.config, source["task"]), **attached).parameter_count()
-    name = f"{config.model.name} {config.intervention.method} seed {config.seed}"
+    name = f"{config.model.name} {method_of(config)} seed {config.seed}"
     return Objects(model, data, module, count, commonest, measures, name, _described(decoding))
 
 

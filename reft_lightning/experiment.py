@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .arguments import method_of
 from .callbacks import finish_wandb
 from .checkpoint import load_state
 from .construction import Objects, build, build_trainer, choose_monitor, leave_out_constants, quiet_lightning
@@ -114,7 +115,7 @@ def _run(
     if config.resume:
         results.resume()
     results.update(
-        method=config.intervention.method, model=config.model.name, data_versions=objects.data.data_versions,
+        method=method_of(config), model=config.model.name, data_versions=objects.data.data_versions,
         trainable_parameters=objects.count.trainable, base_parameters=objects.count.base,
         percent=objects.count.percent, head_parameters=objects.head_parameters,
         monitor=config.callbacks.monitor, commonest_answers=objects.commonest,
@@ -160,7 +161,7 @@ def _stages(
     if any(objects.model.parameter_roles().values()):
         _train(config, objects, trainer, results, resume)
     else:
-        log.info("%s trains nothing", config.intervention.method)
+        log.info("%s trains nothing", method_of(config))
         results.update(train_seconds=0.0, steps=0, tokens=0, tokens_per_second=0.0)
     if trainer.is_global_zero:
         objects.model.save_pretrained(folder / "adapter")
@@ -307,7 +308,7 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
         original = Results.read(folder)
         original.update(test_reads=[*original.values["test_reads"], *results.values["test_reads"]])
     results.update(
-        status="complete", finished=now(), method=config.intervention.method, model=config.model.name,
+        status="complete", finished=now(), method=method_of(config), model=config.model.name,
         seed=config.seed, data_versions=objects.data.data_versions, decoding=objects.decoding,
         trainable_parameters=objects.count.trainable, percent=objects.count.percent,
         head_parameters=objects.head_parameters, commonest_answers=objects.commonest,

@@ -76,6 +76,8 @@ class InterventionConfig:
         None  # modules trained beside; None: the classifier's head, where there is one
     )
     options: dict[str, Any] = field(default_factory=dict)  # further constructor arguments of the class
+    beside: Optional[str] = None  # a peft method trained together with the interventions, such as peft/lora
+    beside_options: dict[str, Any] = field(default_factory=dict)  # arguments of its configuration class
 
 
 @dataclass

@@ -185,6 +185,7 @@ def _child(model: PreTrainedModel, block: str, names: tuple[str, ...], component
 
 def _width(module: nn.Module, end: str, stream: int) -> int:
     """Return d at a site: a linear map's own width, elsewhere the width of the residual stream."""
+    module = dict(module.named_children()).get("base_layer", module)  # the map inside an adapter of peft
     if isinstance(module, nn.Linear):
         return module.in_features if end == "input" else module.out_features
     if isinstance(module, Conv1D):  # GPT-2's linear map, which stores (in, out)
