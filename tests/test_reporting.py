@@ -172,6 +172,8 @@ class TestWhatSharesATable:
         (comparison,) = made.comparisons
         assert comparison.split == "validation"
         assert comparison.methods[0].scores["boolq", "accuracy"].values == {42: 0.25}
+        # there are no predictions of that split
+        assert comparison.methods[0].scores["boolq", "accuracy"].interval is None
         assert [(item.folder.name, item.reason) for item in made.left] == [
             ("b", "no score on the validation split")
         ]
@@ -240,6 +242,21 @@ class TestEvidence:
         assert all(pair.p_holm >= pair.p for pair in comparison.pairs)
         smallest = min(comparison.pairs, key=lambda pair: pair.p)
         assert smallest.p_holm == pytest.approx(min(1, 3 * smallest.p))
+
+    def test_many_pairs_can_still_differ(self, tmp_path):
+        rates = {f"m{i:02d}": 0.5 for i in range(14)} | {"better": 0.95}
+        comparison = only(write_grid(tmp_path, rates, seeds=(1,)), resamples=100)
+        assert len(comparison.pairs) == 105
+        assert all(pair.differs for pair in comparison.pairs if pair.first == "better")
+
+    def test_rows_that_differ_do_not_suffice_where_seeds_do_not(self, tmp_path):
+        for seed, rate in ((1, 0.5), (2, 0.95)):
+            write_run(tmp_path / f"a{seed}", "loreft", seed, {"boolq": right(rate)})
+            write_run(tmp_path / f"b{seed}", "red", seed, {"boolq": right(0.55)})
+        (pair,) = only(tmp_path, resamples=4000).pairs
+        assert pair.p_holm < 0.05
+        assert pair.interval[0] < 0 < pair.interval[1]
+        assert not pair.differs
 
     def test_tasks_are_averaged_with_equal_weight(self, tmp_path):
         for name, rate in (("loreft", 0.8), ("red", 0.4)):
@@ -471,7 +488,7 @@ class TestTables:
         comparison = only(write_grid(tmp_path, {"loreft": 0.8, "near": 0.79, "far": 0.2}), resamples=2000)
         text = tables.verdict(comparison)
         assert "the best of 3" in text
-        assert "it differs from far (p < 0.05 after Holm)" in text
+        assert "it differs from far (p < 0.05 after Holm, interval without 0)" in text
         assert "it cannot be told from near" in text
 
     def test_equal_methods_share_the_first_place(self, tmp_path):

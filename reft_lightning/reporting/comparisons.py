@@ -13,6 +13,7 @@ from .statistics import Array
 AVERAGE = "average"
 LOSS = "loss"
 BASE = "frozen base"
+SIGNIFICANT = 0.05
 
 
 @dataclass
@@ -96,7 +97,7 @@ class Pair:
         interval: 95 %, paired bootstrap over rows and seeds.
         test: `sign flips` or `paired bootstrap`.
         p: of the test.
-        p_holm: adjusted over all pairs and tasks of the comparison.
+        p_holm: adjusted over all pairs of methods on this task and measure.
         mcnemar: seed -> exact p-value, where every score is 0 or 1.
     """
 
@@ -110,6 +111,12 @@ class Pair:
     p: float
     p_holm: float
     mcnemar: Mapping[int, float]
+
+    @property
+    def differs(self) -> bool:
+        """Whether rows tell the methods apart after Holm, and the interval, which counts seeds too, leaves out 0."""
+        low, high = self.interval
+        return self.p_holm < SIGNIFICANT and (low > 0 or high < 0)
 
 
 @dataclass

@@ -28,6 +28,7 @@ from .statistics import (
 Key = tuple[str, int]
 Rows = Mapping[Key, Mapping[str, Any]]
 RESAMPLES = 10_000
+RESOLUTION = 100  # sign flips a pair: the smallest p-value stays below 0.01 after Holm
 
 
 def add_evidence(
@@ -181,28 +182,32 @@ def _average(comparison: Comparison) -> None:
 
 
 def pairs_of(comparison: Comparison, resamples: int, seed: int) -> list[Pair]:
-    """Return every pair of methods on every main measure, p-values adjusted over all of them."""
-    found: list[dict[str, Any]] = []
+    """Return every pair of methods on every main measure, p-values adjusted over the pairs of one measure."""
+    found: list[Pair] = []
     for column in comparison.columns:
         methods = [m for m in comparison.methods if column in m.scores and m.scores[column].draws is not None]
         couples = list(itertools.combinations(methods, 2))
         differences = [_row_differences(comparison, a, b, column) for a, b in couples]
         exact = [d for d in differences if d is not None]
+        # with fewer flips the smallest p-value, adjusted over many pairs, would not be small
+        flips = max(resamples, RESOLUTION * len(couples))
         flipped = iter(
-            sign_flip_tests(np.stack(exact), resamples, _generator(seed, "signs", *column)) if exact else []
+            sign_flip_tests(np.stack(exact), flips, _generator(seed, "signs", *column)) if exact else []
         )
+        pairs = []
         for (a, b), difference in zip(couples, differences, strict=True):
             first, second = a.scores[column], b.scores[column]
             draws = first.draws - second.draws  # the same resamples of rows
-            found.append({
+            pairs.append({
                 "first": a.label, "second": b.label, "task": column[0], "measure": column[1],
                 "difference": first.mean - second.mean, "interval": percentile_interval(draws),
                 "test": "paired bootstrap" if difference is None else "sign flips",
                 "p": bootstrap_p(draws) if difference is None else next(flipped),
                 "mcnemar": _mcnemar(a, b, column),
             })  # fmt: skip
-    adjusted = holm([pair["p"] for pair in found])
-    return [Pair(**pair, p_holm=p) for pair, p in zip(found, adjusted, strict=True)]
+        adjusted = holm([pair["p"] for pair in pairs])
+        found += [Pair(**pair, p_holm=p) for pair, p in zip(pairs, adjusted, strict=True)]
+    return found
 
 
 def _row_differences(comparison: Comparison, a: Method, b: Method, column: tuple[str, str]) -> Array | None:

@@ -45,7 +45,7 @@ tbody tr:hover { background: var(--panel); } td.best { font-weight: 700; }
 .warn { background: var(--warn-paper); color: var(--warn); border-left: 4px solid var(--warn); padding: .5rem .9rem;
   margin: .7rem 0; max-width: 76ch; font-weight: 600; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(28rem, 100%), 1fr)); gap: .5rem 1.5rem; }
-figure { margin: .6rem 0; } figcaption { color: var(--soft); font-size: .9rem; }
+figure { margin: .6rem 0; } .wide { grid-column: 1 / -1; } figcaption { color: var(--soft); font-size: .9rem; }
 figure svg { max-width: 100%; height: auto; }
 details { margin: .5rem 0; } summary { cursor: pointer; overflow-wrap: anywhere; }
 pre { background: var(--panel); padding: .8rem 1rem; overflow-x: auto; font-size: .85rem; border-radius: 4px; }
@@ -136,7 +136,7 @@ def _summary(report: Report) -> str:
         parts.append(f'<p><a href="#left-out">Folders that are left out: {len(report.left)}</a></p>')
     parts.append(
         f'<p class="soft">Intervals: 95 % percentile bootstrap, {report.resamples:,} resamples of rows and seeds '
-        f"(seed {report.seed}). p-values are two-sided, adjusted by Holm within a comparison.</p>"
+        f"(seed {report.seed}). p-values are two-sided, adjusted by Holm over all pairs of methods.</p>"
     )
     return "".join(parts)
 
@@ -155,7 +155,11 @@ def _comparison(comparison: Comparison, figures: Mapping[str, Drawn], prefix: st
     if figures:
         parts += ["<h3>Plots</h3>", _figures(figures, prefix)]
     if comparison.pairs:
-        parts += ["<h3>Significance</h3>", _table(tables.pair_table(comparison))]
+        parts += ["<h3>Significance</h3>", _table(tables.pair_table(comparison, [comparison.head]))]
+        others = [column for column in comparison.columns if column != comparison.head]
+        if others:
+            pairs = _table(tables.pair_table(comparison, others), notes=False)
+            parts.append(f"<details><summary>Pairs on every task</summary>{pairs}</details>")
     return "".join(parts)
 
 
@@ -199,7 +203,8 @@ def _figures(figures: Mapping[str, Drawn], prefix: str) -> str:
 def _figure(name: str, drawn: Drawn, prefix: str) -> str:
     caption = escape(CAPTIONS[name])
     picture = plots.inline(drawn.svg, f"{prefix}{name}-", caption)
-    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+    kind = ' class="wide"' if name == "learning_curves" else ""
+    return f"<figure{kind}>{picture}<figcaption>{caption}</figcaption></figure>"
 
 
 def _warn(lines: Iterable[str]) -> str:

@@ -129,7 +129,7 @@ def _colour(i: int) -> str:
 
 
 def _marker(i: int) -> str:
-    return MARKERS[(i // len(COLOURS) + i) % len(MARKERS)]
+    return MARKERS[i % len(MARKERS)]  # seven against six colours: no two of 42 methods look the same
 
 
 def _line_style(i: int) -> str:
@@ -192,7 +192,7 @@ def _against(comparison: Comparison, cost: str, label: str, log: bool = False) -
         score, x = method.scores[comparison.head], method.cost(cost)
         y, colour = scale * score.mean, INK if method.base else _colour(i)
         if not x:
-            ax.axhline(y, color=colour, ls=":", lw=1.5, label=f"{method.label} (none)")
+            ax.axhline(y, color=colour, ls=":", lw=1.5, label=f"{method.label} (0)")
             continue
         ends = None
         if score.interval:

@@ -8,15 +8,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .comparisons import LOSS, Comparison, Method, Pair, Score
+from .comparisons import LOSS, SIGNIFICANT, Comparison, Method, Pair, Score
 from .runs import LeftOut, Read, repeated
 from .studies import Study
 
-SIGNIFICANT = 0.05
 COSTS = (
     "trainable_parameters", "head_parameters", "percent", "steps", "tokens", "train_seconds", "tokens_per_second",
     "peak_memory_bytes", "adapter_bytes",
@@ -84,7 +83,9 @@ def score_table(comparison: Comparison) -> Table:
                 cells.append(Cell("-"))
                 continue
             text = " ".join(filter(None, (spread(score), interval(score.interval, score.measure))))
-            best = len(comparison.methods) > 1 and score.mean == comparison.best(column)
+            # what prints the same is as good
+            same = number(score.mean, column[1]) == number(comparison.best(column), column[1])
+            best = same and len(comparison.methods) > 1
             cells.append(Cell(text, score.mean, best))
         rows.append(cells)
     headings = [
@@ -147,28 +148,28 @@ def measure_table(comparison: Comparison) -> Table:
     return Table("All measures", columns, rows)
 
 
-def pair_table(comparison: Comparison) -> Table:
-    """Return every pair of methods on the same rows."""
+def pair_table(comparison: Comparison, columns: Collection[tuple[str, str]] | None = None) -> Table:
+    """Return pairs of methods on the same rows: all of them, or those on some (task, measure)."""
     rows = [
         [
             Cell(f"{pair.first} − {pair.second}"), Cell(pair.task), Cell(pair.measure.replace("_", " ")),
             Cell(f"{'+' if pair.difference > 0 else ''}{number(pair.difference, pair.measure)}", pair.difference),
             Cell(interval(pair.interval, pair.measure), pair.interval[0]), Cell(pair.test),
             Cell(p_value(pair.p), pair.p), Cell(p_value(pair.p_holm), pair.p_holm),
-            Cell("yes" if pair.p_holm < SIGNIFICANT else "no"),
+            Cell("yes" if pair.differs else "no"),
             Cell(", ".join(f"{seed}: {p_value(p)}" for seed, p in pair.mcnemar.items()) or "-"),
         ]
-        for pair in comparison.pairs
+        for pair in comparison.pairs if columns is None or (pair.task, pair.measure) in columns
     ]  # fmt: skip
-    columns = ["pair", "task", "measure", "difference", "95 % interval", "test", "p", "p (Holm)", "differs",
+    headings = ["pair", "task", "measure", "difference", "95 % interval", "test", "p", "p (Holm)", "differs",
                "McNemar by seed"]  # fmt: skip
     notes = [
         "Sign flips: each row's difference of scores, averaged over seeds, with its sign drawn at random; the test is "
         "about rows, given the models that were trained. Measures that are no mean over rows: paired bootstrap. The "
-        "interval of the difference counts seeds too.",
-        f"p (Holm) is adjusted over the {len(rows)} tests of this table; McNemar's exact test is not adjusted.",
+        f"interval counts seeds too. Methods differ where p (Holm) < {SIGNIFICANT} and the interval leaves out 0.",
+        "p (Holm) is adjusted over all pairs of methods on a task and measure; McNemar's exact test is not adjusted.",
     ]
-    return Table("Paired comparison on the same rows", columns, rows, notes if rows else ())
+    return Table("Paired comparison on the same rows", headings, rows, notes if rows else ())
 
 
 def read_table(reads: Sequence[Read]) -> Table:
@@ -237,9 +238,9 @@ def verdict(comparison: Comparison) -> str:
     for method in scored[1:]:
         pair = _pair(comparison, best, method)
         if pair is not None and method.label not in equal:
-            (sure if pair.p_holm < SIGNIFICANT else unsure).append(method.label)
+            (sure if pair.differs else unsure).append(method.label)
     if sure:
-        parts.append(f"it differs from {', '.join(sure)} (p < {SIGNIFICANT} after Holm)")
+        parts.append(f"it differs from {', '.join(sure)} (p < {SIGNIFICANT} after Holm, interval without 0)")
     if unsure:
         parts.append(f"it cannot be told from {', '.join(unsure)}")
     return "; ".join(parts) + "."
