@@ -11,11 +11,13 @@ export TOKENIZERS_PARALLELISM = false
 # Without an account W&B writes its runs to disk; a user's own setting wins.
 export WANDB_MODE ?= offline
 
+BENCH_ARGS ?= --random
+
 # A slow package index drops connections: pip resumes, and the whole call is tried again from its cache.
 PIP_INSTALL = $(BIN)/python -m pip install --retries 10 --timeout 120 --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint format clean
+.PHONY: help install quickstart test test-slow bench bench-gpu lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | sort | expand -t 14
@@ -40,6 +42,12 @@ test: $(STAMP)  ## the tests a change must pass: no network, no GPU, under 5 min
 test-slow: $(STAMP)  ## the tests that take longer
 	HF_HUB_OFFLINE=1 WANDB_SILENT=true $(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
+bench: $(STAMP)  ## speed and memory beside pyreft, adapters and peft; about an hour (BENCH_ARGS="--quick --random")
+	$(BIN)/python experiments/speed/bench.py $(BENCH_ARGS)
+
+bench-gpu: $(STAMP)  ## the training step on a CUDA device: 135M, 1B and 8B shapes (GPU_ARGS="--shapes 1B")
+	$(BIN)/python experiments/speed/gpu.py $(GPU_ARGS)
+
 lint: $(STAMP)  ## ruff, as in continuous integration
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,5 +56,5 @@ format: $(STAMP)  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove the virtual environment and caches; outputs/ stays
-	rm -rf $(VENV) .pytest_cache .ruff_cache build dist
+clean:  ## remove the virtual environments and caches; outputs/ stays
+	rm -rf $(VENV) .bench .pytest_cache .ruff_cache build dist

@@ -158,8 +158,8 @@ def serve(variants: Mapping[str, Build]) -> None:
     """Be the variant that the command line names: build it, say ready, answer requests until there are no more.
 
     A variant takes the settings as keyword arguments and returns a function of the round's number, which is timed
-    whole unless its answer holds ``wall`` and ``cpu`` itself. An attribute ``report`` of that function, a dictionary,
-    is added to the report.
+    whole unless its answer holds ``wall`` and ``cpu`` itself. An attribute ``report`` of that function, a dictionary
+    or a function that returns one, is added to the report.
     """
     variant, request = sys.argv[2:4]
     request = json.loads(request)
@@ -184,11 +184,12 @@ def clocked(run: Callable[[int], Answer | None], number: int) -> Answer:
 
 
 def _report(run: Callable) -> Answer:
+    more = vars(run).get("report", {})
     names = ("torch", "transformers", "lightning", "peft", "pyreft", "pyvene", "adapters")
     return {
         "peak_memory_bytes": peak_memory_bytes(),
         "versions": {name: importlib.metadata.version(name) for name in names if name in sys.modules},
-        **vars(run).get("report", {}),
+        **(more() if callable(more) else more),
     }
 
 

@@ -106,6 +106,7 @@ def plot(points: list[dict[str, Any]], out: Path) -> None:
     panels, axes = pyplot.subplots(
         1, len(sweeps), figsize=(3.2 * len(sweeps), 3.4), sharey=True, squeeze=False, constrained_layout=True
     )
+    highest = 1.0
     for axis, sweep in zip(axes[0], sweeps, strict=True):
         chosen = [point for point in points if point["sweep"] == sweep]
         values = [point["value"] for point in chosen]
@@ -124,7 +125,8 @@ def plot(points: list[dict[str, Any]], out: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks(values, [str(value) for value in values])
         axis.set_xlabel(SWEEPS[sweep][1])
-        axis.set_ylim(bottom=0)
+        highest = max([highest, *(max(line.get_ydata()) for line in axis.get_lines())])
+    axes[0][0].set_ylim(0, 1.15 * highest)
     axes[0][0].set_ylabel("step time / step time of B")
     axes[0][0].legend(loc="lower left", frameon=False)
     for ending in ("png", "svg"):

@@ -70,7 +70,7 @@ def pyreft(folder: str, rows: str, pad: int, batch_size: int, **_: Any):
         with tempfile.TemporaryDirectory() as work:
             settings = TrainingArguments(
                 output_dir=work, num_train_epochs=1, per_device_train_batch_size=batch_size, learning_rate=9e-4,
-                lr_scheduler_type="linear", warmup_ratio=0.1, logging_steps=10, save_strategy="no", report_to=[],
+                lr_scheduler_type="linear", logging_steps=10, save_strategy="no", report_to=[],
                 use_cpu=True, remove_unused_columns=False, disable_tqdm=True, seed=number,
             )  # fmt: skip
             done = Trainer(model=model, args=settings, train_dataset=data, data_collator=collate).train()

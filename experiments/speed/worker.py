@@ -121,7 +121,10 @@ def without_constants(
         if id(batch) not in passes:
             ids, prompt = batch["input_ids"], batch["prompt_mask"]
             target = batch["attention_mask"].bool() & ~prompt
-            rows = [Encoded(i[p].tolist(), i[t].tolist(), example) for i, p, t in zip(ids, prompt, target, strict=True)]
+            rows = [
+                Encoded(i[p].tolist(), i[t].tolist(), example)
+                for i, p, t in zip(ids, prompt, target, strict=True)
+            ]
             passes[id(batch)] = training_pass(adapted, rows, causal=True, limit=limit)
         names = ("input_ids", "attention_mask", "labels", "prompt_mask", "boundary")
         inputs = target_only({name: batch[name] for name in names})
@@ -272,17 +275,21 @@ class Step:
             self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=0.0)
         self.report = {"trainable_parameters": sum(p.numel() for p in self.parameters)}
 
-    def __call__(self, number: int) -> dict[str, float]:
-        """Train on batch ``number`` mod the number of batches."""
+    def train(self, number: int) -> Tensor:
+        """Train on batch ``number`` mod the number of batches; returns the loss without waiting for a device."""
         batch = self.batches[number % len(self.batches)]
         if self.optimizer is None:
             with torch.no_grad():
-                return {"loss": float(self.loss_of(batch))}
+                return self.loss_of(batch)
         loss = self.loss_of(batch)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return {"loss": float(loss.detach())}
+        return loss.detach()
+
+    def __call__(self, number: int) -> dict[str, float]:
+        """Train one step."""
+        return {"loss": float(self.train(number))}
 
 
 def load_step(name: str, *, folder: str, batch_file: str) -> Step:

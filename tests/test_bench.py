@@ -1,0 +1,343 @@
+"""The benchmark command: what it makes of figures. Nothing here depends on how long something takes."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+FOLDER = "experiments/speed"
+
+
+@pytest.fixture(scope="module")
+def scripts(root):
+    """Import a module of the benchmarks by its name."""
+    sys.path.insert(0, str(root / FOLDER))
+    names = set(sys.modules)
+    yield importlib.import_module
+    sys.path.remove(str(root / FOLDER))
+    for name in set(sys.modules) - names:
+        if str(root / FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def figures(scripts):
+    return scripts("figures")
+
+
+@pytest.fixture(scope="module")
+def bench(scripts):
+    return scripts("bench")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a causal model of two layers."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def content(value, low=None, high=None, *, script="step", goal=0.78, better="lower", model="m", figures):
+    one = figures.figure("step / B", value, goal=goal, better=better, low=low, high=high)
+    return {"scripts": {script: {"model": model, "threads": 2}}, "figures": [{**one, "script": script}]}
+
+
+# --- figures ------------------------------------------------------------------------------------------------------
+
+
+def test_a_ratio_is_of_the_fastest_rounds_and_its_noise_is_what_parts_of_the_rounds_give(figures):
+    above, below = [4.0, 6.0, 5.0, 9.0, 8.0, 6.0, 5.0, 4.5], [2.0] * 8
+    found = figures.ratio("a / b", above, below, goal=3)
+    # rounds 0 and 4, 1 and 5, 2 and 6, 3 and 7
+    assert (found["value"], found["low"], found["high"]) == (2.0, 2.0, 3.0)
+
+
+def test_the_noise_of_two_rounds_is_both(figures):
+    found = figures.ratio("a / b", [3.0, 4.0], [1.0, 2.0])
+    assert (found["value"], found["low"], found["high"]) == (3.0, 2.0, 3.0)
+
+
+def test_the_noise_of_a_figure_contains_it(figures):
+    # the fastest rounds of the two stand in different folds: no fold gives their ratio
+    found = figures.ratio("a / b", [1.0, 8.0], [1.0, 0.5])
+    assert found["low"] <= found["value"] <= found["high"]
+
+
+def test_a_figure_without_a_goal_is_neither_met_nor_missed(figures):
+    assert figures.is_met(figures.figure("x", 1.0)) is None
+
+
+def test_better_must_be_a_direction(figures):
+    with pytest.raises(ValueError, match="'lower' or 'higher'; got 'less'"):
+        figures.figure("x", 1.0, better="less")
+
+
+def test_the_table_says_goal_and_noise(figures):
+    found = figures.figure("step / B", 0.8, goal=0.78, low=0.79, high=0.81)
+    assert figures.table([found]).splitlines()[-1] == "| step / B | 0.8 | 0.79 to 0.81 | at most 0.78 | no |"
+
+
+# --- the comparison -----------------------------------------------------------------------------------------------
+
+
+def test_a_goal_that_was_met_and_is_missed_beyond_the_noise_is_lost(bench, figures):
+    before = content(0.75, 0.74, 0.77, figures=figures)
+    now = content(0.90, 0.88, 0.93, figures=figures)
+    (sentence,) = bench.lost(before, now)
+    assert "step / B: 0.9 (0.88 to 0.93), before 0.75 (0.74 to 0.77), goal 0.78" in sentence
+
+
+def test_a_goal_that_was_missed_before_is_not_lost(bench, figures):
+    before = content(0.85, 0.84, 0.86, figures=figures)
+    assert bench.lost(before, content(0.99, 0.98, 1.0, figures=figures)) == []
+
+
+def test_a_figure_without_a_goal_is_never_lost(bench, figures):
+    before = content(0.75, goal=None, figures=figures)
+    assert bench.lost(before, content(2.0, goal=None, figures=figures)) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ((0.75, 0.74, 0.80), (0.79, 0.79, 0.85)),  # the intervals touch
+        ((0.75, 0.74, 0.76), (0.80, 0.77, 0.85)),  # the best end of the new one meets the goal
+    ],
+)
+def test_within_the_noise_of_either_measurement_nothing_is_lost(bench, figures, before, now):
+    assert bench.lost(content(*before, figures=figures), content(*now, figures=figures)) == []
+
+
+def test_goals_to_exceed_are_compared_the_other_way_round(bench, figures):
+    options = {"goal": 1.4, "better": "higher", "figures": figures}
+    before = content(1.5, 1.45, 1.55, **options)
+    assert bench.lost(before, content(1.3, 1.28, 1.32, **options))
+    assert bench.lost(before, content(1.3, 1.28, 1.41, **options)) == []
+    assert bench.lost(before, content(1.6, 1.58, 1.62, **options)) == []
+
+
+def test_a_new_figure_is_not_lost(bench, figures):
+    assert bench.lost({}, content(0.9, figures=figures)) == []
+
+
+def test_figures_of_another_model_are_not_compared(bench, figures):
+    before = content(0.75, figures=figures)
+    assert bench.lost(before, content(0.9, figures=figures))
+    assert bench.lost(before, content(0.9, model="other", figures=figures)) == []
+
+
+# --- the merge ----------------------------------------------------------------------------------------------------
+
+
+def test_a_script_that_did_not_run_keeps_its_figures(bench, figures):
+    before = content(0.75, figures=figures)
+    other = figures.figure("save", 3.0, goal=10, unit="ms")
+    merged = bench.merge(before, {"files": bench.Found(figures=[other], facts={"threads": 2})})
+    assert [(one["script"], one["what"]) for one in merged["figures"]] == [
+        ("step", "step / B"),
+        ("files", "save"),
+    ]
+    assert set(merged["scripts"]) == {"step", "files"}
+
+
+def test_a_script_that_ran_replaces_its_figures(bench, figures):
+    before = content(0.75, figures=figures)
+    new = figures.figure("another / B", 0.5)
+    merged = bench.merge(before, {"step": bench.Found(figures=[new])})
+    assert [one["what"] for one in merged["figures"]] == ["another / B"]
+
+
+def test_a_script_that_failed_leaves_no_figures_and_says_so(bench, figures):
+    merged = bench.merge(
+        content(0.75, figures=figures), {"step": bench.Found(failed="step.py ended with status 1")}
+    )
+    assert merged["figures"] == []
+    assert "Failed: step.py ended with status 1." in bench.text_of(merged)
+
+
+def test_what_was_left_out_is_named_once_with_its_reason(bench, figures):
+    left_out = {"pyreft tied": "no network", "pyreft untied": "no network"}
+    merged = bench.merge({}, {"step": bench.Found(left_out=left_out)})
+    assert "Not measured: pyreft tied, pyreft untied (no network)." in bench.text_of(merged)
+
+
+def test_the_text_counts_the_goals_that_are_met(bench, figures):
+    merged = bench.merge(
+        content(0.75, figures=figures),
+        {"files": bench.Found(figures=[figures.figure("save", 30.0, goal=10)])},
+    )
+    assert "1 of 2 goals met" in bench.text_of(merged)
+
+
+def test_a_script_without_what_it_needs_is_left_out(bench, tmp_path):
+    args = bench.arguments(["--random"])
+    found = bench.run_script("verified_decoding", bench.SCRIPTS["verified_decoding"], args, {}, {}, tmp_path)
+    assert found.left_out == {"verified_decoding": "needs --model, --adapter, --rows"}
+    assert not found.failed
+
+
+def test_a_peer_that_cannot_be_installed_is_left_out(bench, monkeypatch):
+    def fails(name, peer, folder):
+        raise RuntimeError(f"no {name} today")
+
+    monkeypatch.setattr(bench, "environment", fails)
+    pythons, reasons = bench.find_pythons({"pyreft", "adapters"}, {"adapters": "python"})
+    assert pythons == {"adapters": "python"}
+    assert reasons == {"pyreft": "no pyreft today"}
+
+
+def test_an_environment_is_used_again_until_its_recipe_changes(bench, monkeypatch, tmp_path):
+    calls = []
+
+    def run(line, **_):
+        calls.append(line)
+        return subprocess.CompletedProcess(line, 0, "", "")
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    monkeypatch.setattr(bench.venv, "create", lambda home, **_: home.mkdir(exist_ok=True))
+    peer = bench.Peer((("one==1",), ("--no-deps", "two==2")), "import one")
+    python = bench.environment("peer", peer, tmp_path)
+    assert [line[-1] for line in calls] == ["one==1", "two==2", "import one"]
+    assert bench.environment("peer", peer, tmp_path) == python
+    assert len(calls) == 3
+    bench.environment("peer", bench.Peer((("one==2",),), "import one"), tmp_path)
+    assert len(calls) == 5
+
+
+def test_a_failing_pip_says_its_last_line(bench, monkeypatch, tmp_path):
+    failed = subprocess.CompletedProcess([], 1, "", "first\nERROR: no such version\n")
+    monkeypatch.setattr(bench.subprocess, "run", lambda line, **_: failed)
+    monkeypatch.setattr(bench.venv, "create", lambda home, **_: home.mkdir())
+    with pytest.raises(RuntimeError, match="one==1: ERROR: no such version"):
+        bench.environment("peer", bench.Peer((("one==1",),), "import one"), tmp_path)
+    assert not (tmp_path / "peer" / "recipe").exists()
+
+
+def test_recipes_pin_every_peer_and_take_the_torch_of_the_constraints(bench):
+    for peer in bench.peers().values():
+        packages = [word for step in peer.steps for word in step]
+        assert "torch==2.13.0" in packages
+    text = repr(bench.peers())
+    assert all(
+        pin in text for pin in ("pyreft==0.1.0", "pyvene==0.1.8", "adapters==1.3.0", "transformers==4.57.6")
+    )
+
+
+# --- README -------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_stands_between_its_markers_and_the_rest_stays(bench):
+    text = f"# Speed\n\n{bench.BEGIN}\n\nold\n\n{bench.END}\n\nafter\n"
+    new = bench.between_markers(text, "| new |")
+    assert new == f"# Speed\n\n{bench.BEGIN}\n\n| new |\n\n{bench.END}\n\nafter\n"
+    assert bench.between_markers(new, "| new |") == new
+
+
+@pytest.mark.parametrize("text", ["none", "{end}{begin}", "{begin}{begin}{end}"])
+def test_a_readme_without_its_markers_is_refused(bench, text):
+    with pytest.raises(ValueError, match="once each"):
+        bench.between_markers(text.format(begin=bench.BEGIN, end=bench.END), "table")
+
+
+def test_the_readme_shows_the_committed_figures(bench, root):
+    text = (root / FOLDER / "README.md").read_text()
+    if bench.on_disk():
+        assert bench.between_markers(text, bench.text_of(bench.on_disk())) == text
+    else:
+        assert bench.between_markers(text, "x") != text
+
+
+# --- the scripts --------------------------------------------------------------------------------------------------
+
+
+def test_every_script_takes_what_the_command_gives_it(bench, root):
+    for name, script in bench.SCRIPTS.items():
+        path = root / FOLDER / f"{name}.py"
+        if not path.is_file():
+            continue
+        source = path.read_text()
+        options = {f"--{option}" for option in script.takes if option not in bench.SOURCE}
+        for option in (*options, *script.quick[::2]):
+            assert f'"{option}"' in source, f"{name}.py lacks {option}"
+
+
+def test_every_variant_with_a_goal_is_in_its_group(scripts):
+    step = scripts("step")
+    for goal in step.GOALS:
+        workloads, variants = step.GROUPS[goal.group]
+        assert goal.workload in workloads, goal
+        assert {goal.above, goal.below} <= set(variants), goal
+    for workloads, variants in step.GROUPS.values():
+        assert variants[0] == "B"
+        assert set(variants) <= set(step.VARIANTS)
+        assert set(workloads) <= set(step.WORKLOADS)
+
+
+def test_figures_of_missing_variants_are_left_out(scripts):
+    step = scripts("step")
+    record = {"wall": [2.0, 2.0], "peak_memory_bytes": 100}
+    ours = {"wall": [1.0, 1.0], "peak_memory_bytes": 50}
+    found = step.figures_of({(step.SHORT, "float32"): {"B": record, "reft target-only": ours}})
+    assert [one["value"] for one in found] == [0.5, 0.5]
+    assert [one["goal"] for one in found] == [0.78, 0.85]
+
+
+def test_onednn_has_no_goal_where_it_gains_nothing(scripts):
+    step = scripts("step")
+    names = ("B", "B onednn", "reft target-only", "reft target-only onednn")
+    for gain, goal in ((0.6, 0.55), (1.2, None)):
+        records = {
+            name: {"wall": [gain if "onednn" in name else 1.0], "peak_memory_bytes": 1} for name in names
+        }
+        found = {one["what"]: one for one in step.figures_of({(step.SHORT, "onednn"): records})}
+        assert found["the same, oneDNN products / B (MKL)"]["goal"] == goal
+
+
+def test_target_only_must_start_at_the_loss_of_all_logits(scripts):
+    step = scripts("step")
+    records = {name: {"first": {"loss": loss}} for name, loss in (("reft", 4.0), ("reft target-only", 4.1))}
+    with pytest.raises(RuntimeError, match="'reft target-only' starts at loss"):
+        step.check_losses(records)
+
+
+def test_invented_lengths_follow_the_quantiles(scripts):
+    runs = scripts("runs")
+    lengths = sorted(runs.invented_lengths(2000))
+    for i, expected in enumerate(runs.PROMPT_QUANTILES[1:-1], 1):
+        assert abs(lengths[i * 100] - expected) <= 2
+    assert runs.invented_lengths(50) == runs.invented_lengths(50)
+
+
+def test_invented_rows_have_the_lengths_asked_for(scripts):
+    from reft_lightning.base_models import byte_tokenizer
+
+    rows = scripts("runs").invented_rows([30, 31])
+    assert [len(byte_tokenizer()(row["instruction"] + "\n")["input_ids"]) for row in rows] == [30, 31]
+
+
+@pytest.mark.slow
+def test_the_step_benchmark_runs_on_a_tiny_model(root, tiny, tmp_path):
+    line = [
+        sys.executable, str(root / FOLDER / "step.py"), "--model", str(tiny), "--rounds", "2", "--warmup", "1",
+        "--groups", "float32", "suffix", "--workloads", "8 x (115 + 6)", "--out", str(tmp_path / "step"),
+    ]  # fmt: skip
+    subprocess.run(line, check=True, cwd=tmp_path)
+    found = json.loads((tmp_path / "step.json").read_text())
+    assert {"pyreft tied", "pyreft untied"} == set(found["left_out"])
+    assert {one["what"] for one in found["figures"]} >= {"peak memory of the step / B", "forward alone / B"}
+    assert all(one["low"] <= one["value"] <= one["high"] for one in found["figures"])
+    assert all(record["peak_memory_bytes"] > 1e7 for record in found["records"])
+    assert (
+        "| step" in (tmp_path / "step.md").read_text()
+        or "training step" in (tmp_path / "step.md").read_text()
+    )
