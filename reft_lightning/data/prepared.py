@@ -35,9 +35,8 @@ from reft_lightning.data.sources import cache_folder, sha256_of
 log = logging.getLogger(__name__)
 
 VERSION = 1  # raise when the same texts, tokenizer and settings shall give other numbers
-SMALL = (
-    2000  # rows; fewer are computed here before `datasets` is imported (0.3 s), experiments/speed/encoding.py
-)
+# fewer rows are computed in this process: importing `datasets` takes as long (experiments/speed/encoding.py)
+SMALL = 2000
 PROCESSES = 8  # at most; each gets PER_PROCESS rows or more, as starting them takes about half a second
 PER_PROCESS = 5000
 CHUNK = 1024  # texts a call; fast tokenizers are about 3 times faster on lists
