@@ -333,6 +333,18 @@ class TestStudies:
             "read again",
         ]
 
+    def test_a_study_without_winners_is_its_history(self, study, tmp_path):
+        shutil.rmtree(study / "winners")
+        report = build_report([study], resamples=FEW)
+        assert report.comparisons == []
+        assert "No run was scored." in Page(write(report, tmp_path / "out")).text
+
+    def test_without_optuna_the_winners_are_still_compared(self, study, monkeypatch):
+        monkeypatch.setitem(sys.modules, "optuna", None)
+        report = build_report([study], resamples=FEW)
+        assert "pip install 'reft_lightning[search]'" in report.left[0].reason
+        assert len(report.comparisons) == 1
+
     def test_a_database_of_something_else_is_left_out(self, study):
         (study / "study.db").write_text("no database")
         report = build_report([study], resamples=FEW)

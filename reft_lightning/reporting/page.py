@@ -18,6 +18,9 @@ from .tables import Cell, Table
 # The browser itself is told to fetch nothing.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
+LONG = 60  # characters, beyond which a cell has several lines
+WIDE = ("learning_curves", "parameter_importance")  # plots of several panels
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --paper: #ffffff;
   --panel: #f6f8fa; --accent: #0072b2; --warn: #8a4600; --warn-paper: #fff4e5; }
@@ -37,7 +40,7 @@ nav { margin: .8rem 0 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-s
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .32rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child, .text th, .text td { text-align: left; }
-.text td { white-space: normal; overflow-wrap: anywhere; min-width: 5rem; }
+td.long { white-space: normal; overflow-wrap: anywhere; min-width: 22rem; }
 thead th { border-bottom: 2px solid var(--line); cursor: pointer; user-select: none; font-weight: 600; }
 thead th[aria-sort=ascending]::after { content: " \\2191"; }
 thead th[aria-sort=descending]::after { content: " \\2193"; }
@@ -190,8 +193,9 @@ def _table(table: Table, text: bool = False, notes: bool = True) -> str:
 
 def _cell(cell: Cell) -> str:
     value = "" if cell.value is None else f' data-value="{cell.value:.10g}"'
-    best = ' class="best"' if cell.best else ""
-    return f"<td{value}{best}>{escape(cell.text)}</td>"
+    kinds = " ".join(name for name, holds in (("best", cell.best), ("long", len(cell.text) > LONG)) if holds)
+    kind = f' class="{kinds}"' if kinds else ""
+    return f"<td{value}{kind}>{escape(cell.text)}</td>"
 
 
 def _figures(figures: Mapping[str, Drawn], prefix: str) -> str:
@@ -203,7 +207,7 @@ def _figures(figures: Mapping[str, Drawn], prefix: str) -> str:
 def _figure(name: str, drawn: Drawn, prefix: str) -> str:
     caption = escape(CAPTIONS[name])
     picture = plots.inline(drawn.svg, f"{prefix}{name}-", caption)
-    kind = ' class="wide"' if name == "learning_curves" else ""
+    kind = ' class="wide"' if name in WIDE else ""
     return f"<figure{kind}>{picture}<figcaption>{caption}</figcaption></figure>"
 
 

@@ -212,7 +212,7 @@ def study_table(study: Study) -> Table:
             Cell("-" if best is None else str(best.number), best.number if best else None), Cell(params or "-"),
             *(_cell(spent.get(unit), "{:,.4g}" if unit == "flops" else "{:,.0f}") for unit in units),
         ])  # fmt: skip
-    columns = ["method", "trials", f"best {study.monitor}", "of trial", "with", *units]
+    columns = ["method", "outcomes", f"best {study.monitor}", "of trial", "with", *units]
     return Table("Search: what each method spent and found", columns, rows)
 
 
@@ -328,7 +328,8 @@ CSV_COLUMNS = (
     "high", "by_seed", *COSTS, "unequal_budget", "folders",
 )  # fmt: skip
 PAIR_COLUMNS = (
-    "comparison", "task", "measure", "first", "second", "difference", "low", "high", "test", "p", "p_holm", "mcnemar",
+    "comparison", "task", "measure", "first", "second", "difference", "low", "high", "test", "p", "p_holm", "differs",
+    "mcnemar",
 )  # fmt: skip
 
 
@@ -356,7 +357,8 @@ def pair_records(comparisons: Sequence[Comparison]) -> list[dict[str, object]]:
         {
             "comparison": comparison.title, "task": pair.task, "measure": pair.measure, "first": pair.first,
             "second": pair.second, "difference": pair.difference, "low": pair.interval[0], "high": pair.interval[1],
-            "test": pair.test, "p": pair.p, "p_holm": pair.p_holm, "mcnemar": json.dumps(dict(pair.mcnemar)),
+            "test": pair.test, "p": pair.p, "p_holm": pair.p_holm, "differs": pair.differs,
+            "mcnemar": json.dumps(dict(pair.mcnemar)),
         }
         for comparison in comparisons for pair in comparison.pairs
     ]  # fmt: skip
