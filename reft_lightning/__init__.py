@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from .checkpoint import ReftConfig
     from .interventions import (
         INTERVENTIONS,
+        RED,
+        Bias,
         ConsReFT,
         DiReFT,
         Intervention,
@@ -27,6 +29,8 @@ __version__ = "0.1.0"
 # before torch is imported.
 _HOME = {
     "INTERVENTIONS": ".interventions",
+    "RED": ".interventions",
+    "Bias": ".interventions",
     "ConsReFT": ".interventions",
     "DiReFT": ".interventions",
     "Intervention": ".interventions",
@@ -44,6 +48,8 @@ _HOME = {
 
 __all__ = [
     "INTERVENTIONS",
+    "RED",
+    "Bias",
     "ConsReFT",
     "DiReFT",
     "Intervention",

@@ -354,7 +354,7 @@ def test_an_unknown_setting_names_the_nearest():
 
 
 def test_the_paper_s_names_are_registered():
-    names = {"loreft", "direft", "noreft", "consreft", "lobireft", "direft_orthonormal"}
+    names = {"loreft", "direft", "noreft", "consreft", "lobireft", "direft_orthonormal", "red", "bias"}
     assert names <= set(INTERVENTIONS)
     # The paper's DiReFT has no orthonormal rows (pyreft gives that name to another class).
     assert not INTERVENTIONS["direft"].rotations

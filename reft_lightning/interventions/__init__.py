@@ -10,6 +10,7 @@ from .base import (
     registered,
     settings_of,
 )
+from .elementwise import RED, Bias
 from .orthonormal import orthonormal_rows
 from .subspace import (
     ConsReFT,
@@ -25,6 +26,8 @@ from .subspace import (
 
 __all__ = [
     "INTERVENTIONS",
+    "RED",
+    "Bias",
     "ConsReFT",
     "DiReFT",
     "Intervention",

@@ -1,0 +1,50 @@
+r"""Edits of each number of a representation by itself: no subspace, no rank.
+
+==================  ======================================  ====================================================
+name                Phi(h)                                  paper
+==================  ======================================  ====================================================
+red                 s * h + b                               RED: Wu et al. 2024, arXiv:2402.15179, eq. 3
+bias                h + b                                   a trained steering vector; RED without its scaling
+==================  ======================================  ====================================================
+
+Letters: h (n, d) tokens; s, b (d,), multiplied entry by entry. Both start where Phi(h) = h: s at 1, b at 0.
+RED edits every token behind the feed-forward module of every layer: ``component="mlp_output"``, ``positions="all"``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Intervention
+
+
+class Bias(Intervention, name="bias"):
+    r"""Add a vector: :math:`\Phi(h) = h + b`. Trains d numbers.
+
+    Args:
+        dim: width d of the representation.
+        **kwargs: dropout and dropout_on, see :class:`Intervention`.
+    """
+
+    def __init__(self, dim: int, **kwargs: Any) -> None:
+        super().__init__(dim, **kwargs)
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def edit(self, h: Tensor) -> Tensor:  # (n, d) -> (n, d)
+        """Return b for every token."""
+        return self.bias.expand_as(h)
+
+
+class RED(Bias, name="red"):
+    r"""Scale each number and add a vector: :math:`\Phi(h) = s \odot h + b`. Trains 2 d numbers."""
+
+    def __init__(self, dim: int, **kwargs: Any) -> None:
+        super().__init__(dim, **kwargs)
+        self.scaling = nn.Parameter(torch.ones(dim))
+
+    def edit(self, h: Tensor) -> Tensor:  # (n, d) -> (n, d)
+        """Return (s - 1) * h + b."""
+        return (self.scaling - 1) * h + self.bias

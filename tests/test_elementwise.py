@@ -1,0 +1,50 @@
+"""RED and its bias alone: the laws of interventions, their formulas, and where they start."""
+
+import pytest
+import torch
+from laws import D, InterventionLaws, shaken, tokens
+
+import reft_lightning as rl
+from reft_lightning.interventions import RED, Bias
+
+
+class ElementwiseLaws(InterventionLaws):
+    cls: type[Bias]
+
+    def make(self, **settings):
+        return shaken(self.cls(D, **settings))
+
+    def test_it_is_the_identity_at_its_identity_parameters(self):
+        assert torch.equal(self.cls(D)(tokens()), tokens())  # where it starts: there is no `init`
+        with pytest.raises(TypeError, match="init"):
+            self.cls(D, init="identity")
+
+
+class TestRED(ElementwiseLaws):
+    cls = RED
+
+    def num_parameters(self):
+        return 2 * D
+
+    def formula(self, phi, h):
+        return torch.stack([torch.stack([s * x + b for s, x, b in zip(phi.scaling, row, phi.bias, strict=True)])
+                            for row in h])  # fmt: skip
+
+
+class TestBias(ElementwiseLaws):
+    cls = Bias
+
+    def num_parameters(self):
+        return D
+
+    def formula(self, phi, h):
+        return h + phi.bias
+
+
+@pytest.mark.parametrize(("method", "count"), [("red", 2 * 576 * 30), ("bias", 576 * 30)])
+def test_a_model_trains_two_vectors_or_one_a_layer(method, count):
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, vocab_size=100)
+    settings = {"component": "mlp_output", "positions": "all"}
+    assert rl.count_parameters(config, method, **settings).trainable == count
