@@ -20,7 +20,7 @@ import yaml
 
 from .plan import Plan, key_of, parse_plan, read_plan
 from .process import end_with_parent, interruptible, last_lines, said_of, start, stop
-from .space import override
+from .space import override, quiet_optuna
 
 log = logging.getLogger(__name__)
 USAGE = """reft-search search=NAME|FILE [folder=FOLDER] [workers=N] [key=value ...]
@@ -89,21 +89,23 @@ def prepare(own: Mapping[str, str], rest: Sequence[str]) -> Path:
 
 def write_plan(folder: Path, plan: Plan, monitor: str, mode: str, directory: str) -> None:
     """Write ``study.yaml``: the plan, the score that decides, and where its runs start."""
-    values = {"name": plan.name, "monitor": monitor, "mode": mode, "directory": directory, **plan.to_dict()}
+    version = quiet_optuna().__version__
+    more = {"monitor": monitor, "mode": mode, "directory": directory, "optuna": version}
+    values = {"name": plan.name, **more, **plan.to_dict()}
     partial = folder / f"{PLAN_FILE}.partial"
     partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
     partial.replace(folder / PLAN_FILE)
 
 
 def read_study_plan(folder: Path) -> tuple[Plan, dict[str, str]]:
-    """Read ``study.yaml``; return the plan, and monitor, mode and directory."""
+    """Read ``study.yaml``; return the plan, and monitor, mode, directory and Optuna's version."""
     path = folder / PLAN_FILE
     if not path.is_file():
         raise ValueError(
             f"{folder} is no study: it has no {PLAN_FILE}; begin one with reft-search search=NAME"
         )
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    more = {key: values.pop(key) for key in ("monitor", "mode", "directory")}
+    more = {key: values.pop(key) for key in ("monitor", "mode", "directory", "optuna")}
     return parse_plan(values.pop("name"), values, where=str(path)), more
 
 
@@ -192,6 +194,11 @@ def open_study(folder: Path, environment: Mapping[str, str] | None = None) -> An
     from .study import Study
 
     plan, more = read_study_plan(folder)
+    if more["optuna"] != quiet_optuna().__version__:
+        log.warning(
+            "%s was begun with Optuna %s, and this is %s: the trials to come may be others than they would have been",
+            folder, more["optuna"], quiet_optuna().__version__,
+        )  # fmt: skip
     return Study(folder, plan, more["monitor"], more["mode"] == "max", environment)
 
 
@@ -293,6 +300,9 @@ def _report(folder: Path) -> None:
         f"{name} seed {seed}" for name, method in values["methods"].items()
         for seed, winner in method["winners"].items() if winner["status"] != "complete"
     ]  # fmt: skip
+    if values["status"] != "complete" and not lost:
+        log.error("the study has not ended; go on with: reft-search folder=%s", folder)
+        sys.exit(1)
     if lost:
         log.error("without a result: %s; the causes stand in %s", ", ".join(lost), folder / "summary.json")
         sys.exit(1)

@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -243,7 +244,11 @@ def draw(
     if sampler == "random":
         chosen: Any = optuna.samplers.RandomSampler(seed=own)
     else:
-        chosen = optuna.samplers.TPESampler(seed=own, n_startup_trials=startup, constant_liar=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", optuna.exceptions.ExperimentalWarning
+            )  # constant_liar, in Optuna 4
+            chosen = optuna.samplers.TPESampler(seed=own, n_startup_trials=startup, constant_liar=True)
     # a study in memory: the draw leaves no trace, so that it can be repeated
     study = optuna.create_study(sampler=chosen, direction="maximize" if maximize else "minimize")
     if sampler == "tpe":
