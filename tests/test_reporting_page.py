@@ -333,6 +333,11 @@ class TestStudies:
             "read again",
         ]
 
+    def test_winners_have_the_names_of_the_study(self, study):
+        (study / "winners" / "red").rename(study / "winners" / "red_all_layers")
+        (comparison,) = build_report([study], resamples=FEW).comparisons
+        assert [method.label for method in comparison.methods] == ["loreft", "red_all_layers"]
+
     def test_a_study_without_winners_is_its_history(self, study, tmp_path):
         shutil.rmtree(study / "winners")
         report = build_report([study], resamples=FEW)

@@ -23,6 +23,7 @@ RUN_FOLDER = "a run folder is what reft-train writes: config.yaml, results.json,
 INSIDE = {"evaluations", "checkpoints", "predictions", "adapter", "wandb"}  # of a run folder
 STUDY_FILES = {"study.db", "study.yaml"}  # of the folder that reft-search writes
 TRIALS = {"trials", "locks"}  # folders of a study without runs to compare
+WINNERS = "winners"  # of a study: winners/METHOD/seed_SEED
 NEEDED = ("metrics", "seed", "method", "model", "data_versions")
 # Beside places and logging, what says which stages ran, not what was trained.
 STAGES = ("test", "sealed")
@@ -74,10 +75,11 @@ class Run:
         """Return the seed of training."""
         return int(self.results["seed"])
 
-    @property
+    @cached_property
     def method(self) -> str:
-        """Return the name of the method."""
-        return str(self.results["method"])
+        """Return the name of the method: of a winner the one in its study, else the intervention's."""
+        folder = self.folder.resolve()
+        return folder.parent.name if folder.parent.parent.name == WINNERS else str(self.results["method"])
 
     @cached_property
     def settings(self) -> dict[str, Any]:
