@@ -51,3 +51,9 @@ def shared():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_kept(monkeypatch):
+    """Tests of many rows leave no files in the user's cache."""
+    monkeypatch.setattr("reft_lightning.data.prepared.SMALL", 10**9)

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import random
+from pathlib import Path
 
 import pytest
 import short_runs
@@ -13,7 +14,7 @@ from laws import shaken
 from model_laws import exact_loss
 
 import reft_lightning as rl
-from reft_lightning import kept
+from reft_lightning import composition, experiment, kept
 from reft_lightning.constant import ConstantInput, ConstantPrefix, last_constant_block, tokens_behind
 from reft_lightning.data.base import Example
 from reft_lightning.data.encoding import Collator, Encoded, target_only
@@ -366,6 +367,34 @@ def test_the_base_s_own_dropout_keeps_nothing(tmp_path, caplog):
         short_runs.run(data, tmp_path / "run", "model.base_dropout=true", "kept.limit_gb=1", "trainer.max_steps=1",
                        "intervention.positions=l1", "test=false")  # fmt: skip
     assert "nothing stays the same" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "block"),
+    [(["intervention=none"], 1), (["intervention=lobireft", "intervention.layers=[1]"], 1),
+     (["intervention.layers=[1]", "intervention.component=mlp_output"], 0)],
+    ids=str,
+)  # fmt: skip
+def test_a_classifier_keeps_what_lies_below_its_head_or_its_lowest_site(tmp_path, caplog, overrides, block):
+    rows = Path(__file__).parent / "fixtures" / "glue"
+    settings = [
+        "model=tiny_random", "model.config.model_type=bert", "model.config.num_hidden_layers=2", "data=glue_rte",
+        "data.source=local", f"data.path={rows}", "data.batch_size=4", "intervention.positions=f3",
+        "intervention.rank=1", "trainer.accelerator=cpu", "trainer.max_epochs=3", "trainer.log_every_n_steps=1",
+        "trainer.enable_progress_bar=false", "test=false", *overrides,
+    ]  # fmt: skip
+    losses = []
+    with caplog.at_level(logging.INFO):
+        for name, more in (
+            ("plain", []),
+            ("kept", ["kept.limit_gb=0.1", f"kept.folder={tmp_path / 'cache'}"]),
+        ):
+            experiment.run(composition.compose([*settings, *more]), tmp_path / name)
+            losses.append(short_runs.logged(tmp_path / name, "train/loss"))
+    assert f"keeps the output of block {block} of" in caplog.text
+    assert "trained plainly" not in caplog.text
+    assert len(losses[0]) >= 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.parametrize(
