@@ -325,16 +325,80 @@ def test_invented_rows_have_the_lengths_asked_for(scripts):
     assert [len(byte_tokenizer()(row["instruction"] + "\n")["input_ids"]) for row in rows] == [30, 31]
 
 
+@pytest.fixture(scope="module")
+def device_steps(scripts, tmp_path_factory):
+    """Ours and the bare step of `gpu.py`, on the CPU, with their batches."""
+    from safetensors.torch import save_file
+
+    gpu, step = scripts("gpu"), scripts("step")
+    file = tmp_path_factory.mktemp("gpu") / "batches.safetensors"
+    save_file(step.make_batches(gpu.TINY["vocab_size"], *step.WORKLOADS[step.SHORT]), file)
+    settings = {"shape": gpu.TINY, "device": "cpu", "batch_file": str(file), "steps": 2}
+    return {name: gpu.DeviceStep(name, **settings) for name in (gpu.OURS, "B target-only bf16")}
+
+
+def test_a_device_step_trains_as_many_steps_as_asked(device_steps):
+    ours = device_steps["reft target-only bf16"]
+    before = [parameter.detach().clone() for parameter in ours.step.parameters]
+    answer = ours(0)
+    assert set(answer) == {"wall", "cpu", "loss"}
+    assert answer["wall"] > 0
+    assert ours.step.optimizer.state[ours.step.parameters[0]]["step"] == 2
+    assert any(not torch.equal(a, b) for a, b in zip(before, ours.step.parameters, strict=True))
+
+
+def test_the_report_of_a_device_step_counts_what_it_does(device_steps):
+    ours, bare = (device_steps[name].report() for name in ("reft target-only bf16", "B target-only bf16"))
+    assert ours["kernels"] > bare["kernels"] > 100
+    # each weight is multiplied in the forward and in the backward pass, 2 operations a token
+    weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    assert bare["flops"] > 4 * weights * 8 * 121
+    assert ours["trainable_parameters"] == 2 * (2 * 8 * 32 + 8)
+
+
+def test_the_roofline_says_what_bounds_a_step(scripts):
+    gpu = scripts("gpu")
+    record = {"wall": [0.5, 0.4], "flops": 2e12}
+    speeds = {"flops_per_second": 1e13, "bytes_per_second": 1e10}
+    share, bound = gpu.roofline("x", record, speeds, weights=10**6)
+    assert share["value"] == pytest.approx(0.5)  # 0.2 s of products in 0.4 s
+    assert "bound by products" in bound["note"]
+    _, bound = gpu.roofline("x", record, speeds, weights=15 * 10**8)
+    assert bound["value"] == pytest.approx(0.75)  # 3 GB at 10 GB/s
+    assert "bound by reading weights" in bound["note"]
+
+
+def test_weights_that_a_step_reads_leave_an_untied_embedding_out(scripts):
+    gpu = scripts("gpu")
+    embedding = 2 * gpu.TINY["vocab_size"] * gpu.TINY["hidden_size"]
+    untied = {**gpu.TINY, "tie_word_embeddings": False}
+    assert gpu.weight_bytes(gpu.TINY) == gpu.weight_bytes(untied) > embedding
+
+
+def test_without_a_gpu_the_command_says_so(scripts, monkeypatch, caplog):
+    gpu = scripts("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    assert gpu.main() == 2
+    assert "no CUDA device: nothing is measured" in caplog.text
+
+
 @pytest.mark.slow
 def test_the_step_benchmark_runs_on_a_tiny_model(root, tiny, tmp_path):
     line = [
         sys.executable, str(root / FOLDER / "step.py"), "--model", str(tiny), "--rounds", "2", "--warmup", "1",
-        "--groups", "float32", "suffix", "--workloads", "8 x (115 + 6)", "--out", str(tmp_path / "step"),
+        "--groups", "float32", "--workloads", "8 x (115 + 6)", "--out", str(tmp_path / "step"),
+        "--variants", "reft", "reft target-only", "pyreft tied",
     ]  # fmt: skip
     subprocess.run(line, check=True, cwd=tmp_path)
     found = json.loads((tmp_path / "step.json").read_text())
-    assert {"pyreft tied", "pyreft untied"} == set(found["left_out"])
-    assert {one["what"] for one in found["figures"]} >= {"peak memory of the step / B", "forward alone / B"}
+    assert set(found["left_out"]) == {"pyreft tied"}
+    assert [record["variant"] for record in found["records"]] == ["B", "reft", "reft target-only"]
+    assert {one["what"] for one in found["figures"]} == {
+        "training step, f7+l7, target-only, short targets / B",
+        "training step, full logits, batch 8 / B",
+        "peak memory of the step / B",
+    }
     assert all(one["low"] <= one["value"] <= one["high"] for one in found["figures"])
     assert all(record["peak_memory_bytes"] > 1e7 for record in found["records"])
     assert (
