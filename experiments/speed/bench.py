@@ -111,6 +111,7 @@ SCRIPTS: dict[str, Script] = {
     "whole_pass": Script(takes=(*SOURCE, "mixture"), peers=("pyreft",), quick=("--limit", "64")),
     "verified_decoding": Script(needs=("model", "adapter", "rows"), takes=("model", "adapter", "rows")),
     "option_likelihood": Script(takes=SOURCE),
+    "compile": Script(takes=SOURCE),
     "encoding": Script(takes=("model", "mixture")),
     "startup": Script(),
     "scaling": Script(),
