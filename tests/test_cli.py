@@ -299,10 +299,9 @@ def test_help_prints_the_usage(monkeypatch, capsys, function):
 
 
 def test_ones_own_intervention_is_found_in_the_working_folder(tmp_path):
-    # the README's RED, without the settings that only the paper's family has
     (tmp_path / "my_module.py").write_text(
         "import torch\nimport reft_lightning as rl\n\n\n"
-        "class RED(rl.Intervention, name='red'):\n"
+        "class Scaled(rl.Intervention, name='scaled'):\n"
         "    def __init__(self, dim, **settings):\n"
         "        super().__init__(dim, **settings)\n"
         "        self.s = torch.nn.Parameter(torch.ones(dim))\n\n"
@@ -315,7 +314,7 @@ def test_ones_own_intervention_is_found_in_the_working_folder(tmp_path):
         (tmp_path / "boolq").mkdir(exist_ok=True)
         (tmp_path / "boolq" / f"{split}.json").write_text(json.dumps(rows))
     arguments = ["experiment=debug", "data.source=local", "data.path=.",
-                 "intervention.method=my_module.RED", "intervention.rank=null",
+                 "intervention.method=my_module.Scaled", "intervention.rank=null",
                  "trainer.enable_progress_bar=false"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", "from reft_lightning.cli import train; train()", *arguments],
@@ -324,7 +323,7 @@ def test_ones_own_intervention_is_found_in_the_working_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     (results,) = tmp_path.glob("outputs/debug/*/results.json")
     values = json.loads(results.read_text())
-    assert values["method"] == "my_module.RED"
+    assert values["method"] == "my_module.Scaled"
     assert values["trainable_parameters"] == 2 * 32
 
 

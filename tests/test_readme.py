@@ -20,26 +20,26 @@ def code_with(words: str) -> str:
 
 
 @pytest.fixture
-def red():
+def gate():
     names = dict(rl.INTERVENTIONS)
     scope: dict = {"__name__": "readme"}
-    exec(code_with("class RED"), scope)
-    yield scope["RED"]
+    exec(code_with("class Gate"), scope)
+    yield scope["Gate"]
     rl.INTERVENTIONS.clear()
     rl.INTERVENTIONS.update(names)
 
 
 def test_the_new_intervention_of_the_readme_is_ten_lines():
-    lines = code_with("class RED").split("class RED")[1].splitlines()
+    lines = code_with("class Gate").split("class Gate")[1].splitlines()
     assert len([line for line in lines if line.strip() and '"""' not in line]) <= 10
 
 
-def test_the_new_intervention_of_the_readme_edits_saves_loads_and_generates(red, tmp_path):
-    reft = rl.attach(tiny.model("llama"), "red", positions="all").eval()
+def test_the_new_intervention_of_the_readme_edits_saves_loads_and_generates(gate, tmp_path):
+    reft = rl.attach(tiny.model("llama"), "gate", positions="all").eval()
     ids = torch.tensor([[5, 6, 7, 8]])
     with reft.disabled():
         base = reft(input_ids=ids).logits
-    torch.testing.assert_close(reft(input_ids=ids).logits, base, rtol=0, atol=0)  # s = 1, b = 0: the identity
+    torch.testing.assert_close(reft(input_ids=ids).logits, base, rtol=0, atol=0)  # b = 0: the identity
     with torch.no_grad():
         for parameter in reft.interventions.parameters():
             parameter.add_(0.3)

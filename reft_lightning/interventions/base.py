@@ -2,9 +2,9 @@ r"""An intervention is a module :math:`\Phi: R^d \to R^d` on single tokens.
 
 It knows nothing of transformers, positions or layers. Subclassing registers it:
 
-    class RED(Intervention, name="red"): ...
+    class Gate(Intervention, name="gate"): ...
 
-makes ``rl.attach(model, "red")`` and ``reft-train intervention.method=red`` work, with the parameters of its
+makes ``rl.attach(model, "gate")`` and ``reft-train intervention.method=gate`` work, with the parameters of its
 constructor as settings. Shapes: n tokens, d width, r rank.
 """
 
