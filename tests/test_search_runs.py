@@ -257,7 +257,7 @@ def test_a_command_that_is_killed_goes_on_to_the_same_trials(data, tmp_path):
     }
     values = contents(
         data, methods=methods, sampler="tpe", startup_trials=2, pruner="successive_halving", seeds=[1],
-        budget={"unit": "trials", "amount": 4},
+        budget={"unit": "trials", "amount": 3},
     )  # fmt: skip
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     whole = start(["search=mine.yaml", "folder=whole"], tmp_path)

@@ -402,6 +402,19 @@ def test_a_trial_dies_with_its_worker_and_holds_the_lock_until_then(tmp_path):
     assert process.said_of(running.returncode) == "killed by SIGKILL (out of memory?)"
 
 
+def test_a_signal_to_end_interrupts_as_ctrl_c_does():
+    before = signal.getsignal(signal.SIGTERM)
+
+    def end():
+        with process.interruptible():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt):
+        end()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_how_a_process_ended_is_said(tmp_path):
     assert process.said_of(1) == "exit status 1"
     (tmp_path / "log").write_text("\n".join(map(str, range(50))))

@@ -174,7 +174,9 @@ def run(folder: Path, workers: int = 1) -> None:
                 log.error("worker %d ended with %s; the others go on:\n%s", i, said_of(code), ending)
     finally:
         for process in started:
-            stop(process)
+            process.stdin.close()  # all end at the same time
+        for process in started:
+            stop(process, patience=30)  # each ends its trial first
 
 
 def run_worker(argv: Sequence[str]) -> None:
