@@ -27,7 +27,8 @@ RESUME_USAGE = "reft-train resume=FOLDER"
 CHAT_USAGE = "reft-chat run=FOLDER [max_new_tokens=N] [template=plain|alpaca|chat]"
 REPORT_USAGE = (
     "reft-report FOLDER [FOLDER ...] [--out DIR] [--split test|validation] [--resamples N] [--seed N] [--wandb] "
-    "[--project NAME]\nreft-report paper [folder=outputs] [table=N]"
+    "[--project NAME]\nreft-report paper [folder=outputs] [table=N]\n"
+    "reft-report peft RUN [--out FILE] [--name METHOD/VARIANT]"
 )
 SPLITS = ("validation", "test")
 TEMPLATES = ("plain", "alpaca", "chat")
@@ -148,7 +149,10 @@ def search() -> None:
 
 
 def report() -> None:
-    """Compare runs with each other; or, as ``reft-report paper``, with what the paper prints."""
+    """Compare runs with each other; or, as ``reft-report paper``, with what the paper prints.
+
+    ``reft-report peft`` writes one run in the schema of PEFT's method comparison.
+    """
     _command(_report, REPORT_USAGE)
 
 
@@ -159,6 +163,10 @@ def _report(argv: Sequence[str]) -> None:
         from . import paper
 
         paper.main(options)
+    elif what == "peft":
+        from .reporting import peft_schema
+
+        peft_schema.main(rest)
     else:
         from .reporting import command
 

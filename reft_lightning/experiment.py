@@ -35,6 +35,7 @@ from .results import (
     new_folder,
     now,
     peak_memory_bytes,
+    peak_reserved_bytes,
     write_json,
     write_predictions,
 )
@@ -169,7 +170,7 @@ def _stages(
         evaluate_split(trainer, objects, "validation", folder, results, "")
     if split == "test":
         evaluate_split(trainer, objects, "test", folder, results, "")
-    results.update(peak_memory_bytes=peak_memory_bytes())
+    results.update(peak_memory_bytes=peak_memory_bytes(), peak_reserved_bytes=peak_reserved_bytes())
 
 
 def _train(config: Config, objects: Objects, trainer: Trainer, results: Results, resume: Path | None) -> None:

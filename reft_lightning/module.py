@@ -129,12 +129,17 @@ class FinetuningModule(LightningModule):
         self._window = (self.tokens, self._started)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
-        """Log tokens per second of this process, over the steps since the last log."""
+        """Log tokens per second of this process, over the steps since the last log, and how far training is."""
         if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
             tokens, since = self._window
             now = time.perf_counter()
             self.log("train/tokens_per_second", (self.tokens - tokens) / (now - since))
             self._window = (self.tokens, now)
+            self.log("progress/tokens", float(self.tokens))
+            self.log("progress/seconds", self._seconds_so_far())  # validations included
+            if self.device.type == "cuda":
+                self.log("progress/memory_allocated", float(torch.cuda.memory_allocated(self.device)))
+                self.log("progress/memory_reserved", float(torch.cuda.memory_reserved(self.device)))
 
     def on_train_end(self) -> None:
         """Stop the clock of training."""

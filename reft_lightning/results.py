@@ -136,6 +136,11 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def peak_reserved_bytes() -> int | None:
+    """Return the most memory that torch held on the GPU so far, used or not; None without a GPU."""
+    return torch.cuda.max_memory_reserved() or None if torch.cuda.is_available() else None
+
+
 def now() -> str:
     """Return the time in ISO 8601, UTC, in seconds."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -18,6 +18,7 @@ from reft_lightning.checkpoint import load_state
 from reft_lightning.joint import JointModel
 from reft_lightning.masks import position_ids_of
 from reft_lightning.optimization import Optimization, parameter_groups
+from reft_lightning.reporting.runs import read_runs
 
 # peft 0.21, called directly here, reads a property that transformers 5.23 renames
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -374,6 +375,11 @@ def test_a_stopped_run_goes_on_exactly_and_is_evaluated_again(data, tmp_path, mo
     again = experiment.evaluate(tmp_path / "whole", "validation")
     assert again["metrics"]["val/loss"] == pytest.approx(whole["metrics"]["val/loss"])
     assert again["method"] == "loreft + peft/lora"
+    (read,), _, _ = read_runs([tmp_path / "whole"])
+    files = [
+        tmp_path / "whole/adapter" / name for name in ("reft.safetensors", "peft/adapter_model.safetensors")
+    ]
+    assert read.adapter_bytes == sum(file.stat().st_size for file in files)
 
 
 def test_a_run_is_talked_to(data, tmp_path):

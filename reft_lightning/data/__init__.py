@@ -13,12 +13,23 @@ from reft_lightning.data.glue import FAMILY as _GLUE
 from reft_lightning.data.gsm8k import FAMILY as _GSM8K
 from reft_lightning.data.instruction import FAMILY as _INSTRUCTION
 from reft_lightning.data.labelled import ClassificationFamily
+from reft_lightning.data.metamathqa import FAMILY as _METAMATHQA
 from reft_lightning.data.reading import FAMILY as _READING
 from reft_lightning.data.spans import FAMILY as _SPANS
 
 FAMILIES: dict[str, Family | ClassificationFamily] = {
     family.name: family
-    for family in (_COMMONSENSE, _ARITHMETIC, _GSM8K, _INSTRUCTION, _GLUE, _CODE, _READING, _SPANS)
+    for family in (
+        _COMMONSENSE,
+        _ARITHMETIC,
+        _GSM8K,
+        _INSTRUCTION,
+        _GLUE,
+        _CODE,
+        _READING,
+        _SPANS,
+        _METAMATHQA,
+    )
 }
 
 

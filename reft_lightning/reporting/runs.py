@@ -96,7 +96,7 @@ class Run:
     @cached_property
     def adapter_bytes(self) -> int | None:
         """Return the size of what is saved of the model; None where nothing is."""
-        files = list((self.folder / "adapter").glob("*.safetensors"))
+        files = list((self.folder / "adapter").rglob("*.safetensors"))  # peft's lie in a folder of their own
         return sum(file.stat().st_size for file in files) if files else None
 
     def scores(self, split: str, base: bool = False) -> dict[str, dict[str, float]]:
