@@ -57,7 +57,7 @@ class ReftModel(nn.Module):
         self._enabled = True
         self._spans: Spans | None = None
         self._plan: Plan | None = None
-        self._kept: dict[Orthonormal, Tensor] | None = None  # R while generating
+        self._rotations: dict[Orthonormal, Tensor] = {}  # R of every intervention, during a call
         self._compiled: Callable[..., Any] | None = None  # the base model's forward
         if base_model.config.is_encoder_decoder:
             raise ValueError(
@@ -142,9 +142,10 @@ class ReftModel(nn.Module):
     def compile(self, **options: Any) -> None:
         """Compile the training step: the forward pass of the base model with its edits, and its backward pass.
 
-        What is selected depends on the data, so it is worked out before, uncompiled; the rest is one graph, also with
-        ``fullgraph=True``. ``generate``, ``disabled()``, passes without gradients and copies of this model are not
-        compiled. ``torch.compile(reft)`` works, too, but compiles the choice of tokens in pieces.
+        Which tokens are selected depends on the data and is worked out before, uncompiled; the rest is one graph, also
+        with ``fullgraph=True``. ``generate``, ``disabled()``, passes without gradients and copies of this model are
+        not compiled. Hugging Face's ``gradient_checkpointing_enable`` hooks the embeddings, which breaks the graph:
+        call ``base_model.disable_input_require_grads()`` after it, and set ``base_model.config.use_cache`` to False.
 
         Args:
             **options: of ``torch.compile``.
@@ -196,9 +197,16 @@ class ReftModel(nn.Module):
                 others.append((self.base_model, "forward", self._compiled))
         with replaced(others):
             try:
+                if self._enabled:  # R is computed once a pass and once a generation, which needs no gradients
+                    with torch.set_grad_enabled(torch.is_grad_enabled() and not spans.generating):
+                        self._rotations = rotations(phi for g in self.interventions.values() for phi in g)
+                for phi, R in self._rotations.items():
+                    phi.lend(R)
                 yield
             finally:
-                self._spans = self._plan = self._kept = None
+                for phi in self._rotations:
+                    phi.lend(None)
+                self._spans, self._plan, self._rotations = None, None, {}
 
     def _checkpoint(self, checkpoint: Callable, function: Callable, *args: Any, **kwargs: Any) -> Any:
         """Checkpoint a block: hooks inside it, run again in the backward pass, find the plan of this call."""
@@ -248,16 +256,7 @@ class ReftModel(nn.Module):
         edits = {}
         for selection, keys in active:
             edits |= dict.fromkeys(keys, token_indices(*selection, prompt, target, slice(start, stop)))
-        return Plan(edits, tokens, self._rotations(spans.generating), torch.is_grad_enabled())
-
-    def _rotations(self, generating: bool) -> dict[Orthonormal, Tensor]:
-        """Return R of every intervention, computed once a forward pass and once a generation."""
-        if self._kept is not None:
-            return self._kept
-        found = rotations(phi for group in self.interventions.values() for phi in group)
-        if generating:
-            self._kept = found
-        return found
+        return Plan(edits, tokens, self._rotations, torch.is_grad_enabled())
 
     def _after(self, key: str, module: nn.Module, args: tuple, output: Any) -> Any:
         if self._plan is None or key not in self._plan.edits:
@@ -296,7 +295,9 @@ class ReftModel(nn.Module):
         edited = []
         for phi, index in zip(self.interventions[key], indices, strict=True):
             R = self._plan.rotations.get(phi)
-            with phi.borrow(R) if R is not None else nullcontext():
+            # lent before the call, where a compiled graph reads it; not when checkpointing runs a block again
+            lent = R is None or torch.compiler.is_compiling() or phi.lent is R
+            with nullcontext() if lent else phi.borrow(R):
                 edited.append(phi(flat.index_select(0, index), self.scale))
         if len(edited) > 1:
             indices, edited = [torch.cat(indices)], [torch.cat(edited)]
@@ -305,7 +306,7 @@ class ReftModel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A plan belongs to one call; its tensors carry a graph, which neither pickles nor copies; nor does
         # compiled code.
-        return {**self.__dict__, "_plan": None, "_spans": None, "_kept": None, "_compiled": None}
+        return {**self.__dict__, "_plan": None, "_spans": None, "_rotations": {}, "_compiled": None}
 
     # --- parameters and files -------------------------------------------------------------------------------------
 

@@ -2,12 +2,10 @@ import copy
 import functools
 
 import pytest
-import tiny
 import torch
 from model_laws import DecoderLaws, EncoderLaws
 from transformers import AutoModelForCausalLM
 
-import reft_lightning as rl
 from reft_lightning import composition
 from reft_lightning.base_models import load_base_model
 from reft_lightning.construction import model_source
@@ -82,19 +80,3 @@ def smollm2():
     if not (cache_folder() / "models").is_dir():
         pytest.skip("SmolLM2 is not in the cache: run `make quickstart` once")
     return load_base_model(**model_source(settings))[0]
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # torch.compile warns of its own internals
-def test_compiled_blocks_keep_their_edits():
-    reft = rl.attach(tiny.model("llama"), "loreft", rank=2, positions="f1+l2").eval()
-    batch = tiny.padded(tiny.rows(5, 3))
-    with torch.no_grad():
-        plain = reft(**batch).logits
-        for block in reft.base_model.model.layers:
-            block.compile()
-        compiled = reft(**batch).logits
-        with reft.disabled():
-            base = reft(**batch).logits
-    torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-4)
-    assert (compiled - base).abs().max() > 1e-2

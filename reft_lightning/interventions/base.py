@@ -70,9 +70,12 @@ class Intervention(nn.Module):
         with without_autocast(h.device.type):
             edit = self.edit(x)
             if self.dropout_on == "edit":
-                return (x + scale * F.dropout(edit, self.dropout, self.training)).to(h.dtype)
+                edit = F.dropout(edit, self.dropout, self.training)
+            edited = (x + (edit if scale == 1 else scale * edit)).to(h.dtype)
+            if self.dropout_on == "edit":
+                return edited
             # cast first, as pyreft does: the factor 1 / (1 - dropout) then rounds as it does there
-            return F.dropout((x + scale * edit).to(h.dtype), self.dropout, self.training)
+            return F.dropout(edited, self.dropout, self.training)
 
     def _dtype(self) -> torch.dtype:
         # of the first parameter; most have one of their own, which is found at once

@@ -108,7 +108,8 @@ class Orthonormal(Subspace):
 
     rotations = ("basis",)
 
-    _lent: Tensor | None = None
+    lent: Tensor | None = None
+    """R, where somebody has computed it for all layers at once."""
 
     def build(self) -> None:
         self.basis = nn.Parameter(random_rows(self.rank, self.dim))
@@ -116,16 +117,25 @@ class Orthonormal(Subspace):
     @property
     def R(self) -> Tensor:  # (r, d)
         """The orthonormal rows."""
-        return orthonormal_rows(self.basis) if self._lent is None else self._lent
+        return orthonormal_rows(self.basis) if self.lent is None else self.lent
+
+    def lend(self, R: Tensor | None) -> None:
+        """Use R, computed by :func:`rotations` for all layers at once, until None is lent."""
+        self.lent = R
 
     @contextmanager
-    def borrow(self, R: Tensor | None) -> Iterator[None]:
-        """Use R, computed by :func:`rotations` for all layers at once, inside the block."""
-        self._lent = R
+    def borrow(self, R: Tensor) -> Iterator[None]:
+        """Use R inside the block."""
+        before = self.lent
+        self.lend(R)
         try:
             yield
         finally:
-            self._lent = None
+            self.lend(before)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # R belongs to one call, and carries a graph, which neither pickles nor copies.
+        return {**super().__getstate__(), "lent": None}
 
 
 class LoReFT(Orthonormal, name="loreft"):
@@ -253,7 +263,7 @@ def rotations(interventions: Iterable[Intervention]) -> dict[Orthonormal, Tensor
     """Compute R for all interventions that have one, by one factorisation for each shape.
 
     Returns:
-        A mapping from intervention to R, to be lent by :meth:`Orthonormal.borrow`.
+        A mapping from intervention to R, to be lent by :meth:`Orthonormal.lend`.
     """
     stacks: dict[tuple, list[Orthonormal]] = {}
     for intervention in interventions:
