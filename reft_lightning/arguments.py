@@ -64,7 +64,7 @@ def decoding_of(config: Config, family: Family) -> Decoding:
 def model_source(config: Config, family: AnyFamily | None = None) -> dict[str, Any]:
     """Return the arguments of :func:`load_base_model`; the family says what kind of model it needs."""
     model = OmegaConf.to_container(OmegaConf.structured(config.model))
-    del model["gradient_checkpointing"]
+    del model["gradient_checkpointing"], model["compile"]
     kind: dict[str, Any] = {"task": "causal_lm", "num_labels": None}
     if isinstance(family, ClassificationFamily):
         kind = {

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from .arguments import AnyFamily, attachment, classified, family_of
+from .baseline_methods import is_baseline
 from .data import Family
 from .data.base import Example
 from .data.labelled import ClassificationFamily
@@ -41,6 +42,9 @@ def check_unused(config: Config, family: AnyFamily) -> None:
     Raises:
         ValueError: naming the setting.
     """
+    other = config.intervention.beside or config.intervention.method
+    if config.model.compile and is_baseline(other):
+        raise ValueError(f"model.compile compiles interventions alone, not {other}: leave it out")
     if config.kept.limit_gb < 0:
         raise ValueError(f"kept.limit_gb must be 0 or more; got {config.kept.limit_gb}")
     if config.kept.folder and not config.kept.limit_gb:

@@ -116,6 +116,11 @@ def build(config: Config) -> Objects:
             base_model.gradient_checkpointing_enable()
     model = adapt(base_model, **attached)
     model.config.base_model = config.model.name  # a folder of this machine means nothing elsewhere
+    if config.model.compile:
+        if config.model.gradient_checkpointing:  # its hook on the embeddings, and its warning, break the graph
+            base_model.disable_input_require_grads()
+            base_model.config.use_cache = False
+        model.compile()
     if decoding is None:
         module: FinetuningModule = ClassificationModule(model, tokenizer, data, optimization)
         commonest = module.commonest

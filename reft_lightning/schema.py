@@ -48,6 +48,7 @@ class ModelConfig:
     )
     base_dropout: bool = False  # train() on the base while training, as the authors' code did
     gradient_checkpointing: bool = False
+    compile: bool = False  # the training step, by torch.compile: minutes at the start, and a C++ compiler on a CPU
     attn_implementation: Optional[str] = None  # None: transformers' choice
     float32_logits: bool = True  # of a 16-bit model: bfloat16 logits tie. False, as the authors' code has it
     config: dict[str, Any] = field(

@@ -7,6 +7,7 @@ import copy
 import pickle
 
 import pytest
+import short_runs
 import tiny
 import torch
 import torch._dynamo
@@ -15,6 +16,7 @@ from torch._dynamo.utils import counters
 
 import reft_lightning as rl
 from reft_lightning.data.encoding import target_only
+from reft_lightning.experiment import SetupError
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -198,3 +200,22 @@ def test_blocks_compiled_one_by_one_keep_their_edits():
             base = reft(**inputs).logits
     torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-4)
     assert (compiled - base).abs().max() > 1e-2
+
+
+def test_a_run_compiles_its_training_step(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(rl.ReftModel, "compile", lambda self, **options: called.append(options))
+    data = short_runs.write_rows(tmp_path / "data")
+    short = ["trainer.max_steps=1", "test=false", "data.validation_size=0", "model.compile=true"]
+    assert short_runs.run(data, tmp_path / "run", *short)["status"] == "complete"
+    assert called == [{}]
+
+
+@pytest.mark.parametrize(
+    "overrides", [["intervention=peft/lora"], ["intervention=loreft_lora"]], ids=["baseline", "joint"]
+)
+def test_what_is_no_intervention_is_not_compiled(tmp_path, overrides):
+    data = short_runs.write_rows(tmp_path / "data")
+    reset = ["intervention.rank=8", "intervention.positions=f7+l7"] if "peft/lora" in overrides[0] else []
+    with pytest.raises(SetupError, match=r"model.compile compiles interventions alone, not peft/lora"):
+        short_runs.run(data, tmp_path / "run", "model.compile=true", *overrides, *reset)
