@@ -7,6 +7,7 @@ import pytest
 import short_runs
 import tiny
 import torch
+import torch._dynamo
 from peft import PeftModel
 from transformers import LlamaConfig
 
@@ -188,6 +189,22 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(checkpointed, plain)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns of its own internals
+def test_a_compiled_step_gives_the_same_gradients():
+    gradients = []
+    for compiled in (False, True):
+        model = joint().train()
+        if compiled:
+            model.compile(backend="aot_eager")
+        model(**training_batch("llama")).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    torch._dynamo.reset()
+    plain, graph = gradients
+    assert plain.keys() == graph.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(graph[name], gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_a_copy_runs_on_its_own():

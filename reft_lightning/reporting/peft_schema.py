@@ -178,7 +178,7 @@ def _train_config(run: Run) -> dict[str, Any]:
         "batch_size_eval": config["data.eval_batch_size"],
         "max_steps": results["steps"],
         "eval_steps": every if isinstance(every, int) else None,
-        "compile": False,  # no setting of a run compiles its model
+        "compile": config["model.compile"],
         "use_gc": config["model.gradient_checkpointing"],
         "query_template": prompt("{query}"),
         "seed": run.seed,
