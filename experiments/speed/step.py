@@ -52,7 +52,10 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "suffix": (
         (SHORT,),
-        ("B", "reft l7 target-only", "reft l1 target-only", "reft middle layer l1 target-only"),
+        (
+            "B", "reft l7 target-only", "reft l7 split", "reft l1 split", "reft l7 kept", "reft l1 kept",
+            "reft middle layer l1 target-only", "reft middle layer kept",
+        ),
     ),
     "onednn": ((SHORT,), ("B", "B onednn", "reft target-only", "reft target-only onednn")),
     "bf16": (
@@ -117,8 +120,12 @@ GOALS = (
     Goal("step of pyreft, tied, 48 target tokens / ours", "float32", "pyreft tied", OURS, None, "higher", LONG),
     Goal("step of LoRA r=32, 48 target tokens / ours", "peers", "lora r32", OURS, None, "higher", LONG),
     Goal("step of pyreft, tied, batch 1 / ours", "float32", "pyreft tied", OURS, None, "higher", SINGLE),
-    Goal("training step, l7, target-only / B", "suffix", "reft l7 target-only", "B", 0.5),
-    Goal("training step, l1, target-only / B", "suffix", "reft l1 target-only", "B", 0.5),
+    Goal("training step, l7, constant prefix not split off / B", "suffix", "reft l7 target-only", "B"),
+    Goal("training step, l7 / B", "suffix", "reft l7 split", "B", 0.5),
+    Goal("training step, l1 / B", "suffix", "reft l1 split", "B", 0.5),
+    Goal("training step, l7, constant prefix kept / B", "suffix", "reft l7 kept", "B", 0.26),
+    Goal("training step, l1, constant prefix kept / B", "suffix", "reft l1 kept", "B", 0.26),
+    Goal("training step, middle layer f1+l1, its input kept / B", "suffix", "reft middle layer kept", "B", 0.37),
     Goal("training step, middle layer l1, target-only / B", "suffix", "reft middle layer l1 target-only", "B"),
     Goal("oneDNN products alone: B onednn / B", "onednn", "B onednn", "B"),
     Goal("peak memory of the step / B", "float32", OURS, "B", 0.85, memory=True),
