@@ -2,8 +2,8 @@
 
 The configuration holds a version and every argument; the tensors are all trained ones, heads included. Tensors that
 differ in their layer and copy alone are stored as one, ``interventions.0-29.0.basis`` (30, r, d): their names would
-else take 100 bytes each. Files are written beside their place and moved into it, so that a crash leaves the old
-adapter or the new one.
+else take 100 bytes each. Each file is written beside its place and moved into it, so that a crash leaves it old or new,
+never half-written.
 """
 
 from __future__ import annotations

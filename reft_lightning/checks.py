@@ -5,7 +5,10 @@ Each check needs the benchmark family, and none needs weights.
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
@@ -42,13 +45,10 @@ def check_unused(config: Config, family: AnyFamily) -> None:
     Raises:
         ValueError: naming the setting.
     """
-    other = config.intervention.beside or config.intervention.method
-    if config.model.compile and is_baseline(other):
-        raise ValueError(f"model.compile compiles interventions alone, not {other}: leave it out")
-    if config.kept.limit_gb < 0:
-        raise ValueError(f"kept.limit_gb must be 0 or more; got {config.kept.limit_gb}")
-    if config.kept.folder and not config.kept.limit_gb:
-        raise ValueError(f"kept.folder={config.kept.folder} keeps nothing: set kept.limit_gb, too")
+    method = config.intervention.method
+    if config.model.compile and is_baseline(method):
+        raise ValueError(f"model.compile compiles interventions, not {method}: leave it out")
+    _check_kept(config)
     if isinstance(family, ClassificationFamily):
         for name, default in vars(DecodingConfig()).items():
             if getattr(config.decoding, name) != default:
@@ -95,6 +95,29 @@ def reported(family: Family, example: Example, decoding: Decoding) -> tuple[str,
                 f"the scorer of {family.name} gives {name!r}, which its measures {family.measures} do not declare"
             )
     return (*found, *(["option_accuracy"] if example.options else []))
+
+
+def _check_kept(config: Config) -> None:
+    limit, folder, method = config.kept.limit_gb, config.kept.folder, config.intervention.method
+    if not (math.isfinite(limit) and limit >= 0):
+        raise ValueError(f"kept.limit_gb must be a number, 0 or more; got {limit}")
+    if folder and not limit:
+        raise ValueError(f"kept.folder={folder} keeps nothing: set kept.limit_gb, too")
+    reasons = {
+        f"{method} trains weights of all layers": is_baseline(method) and method != "frozen",
+        "intervention.beside trains weights of all layers": bool(config.intervention.beside),
+        "model.base_dropout=true leaves nothing the same": config.model.base_dropout,
+        "model.gradient_checkpointing=true computes all of it again": config.model.gradient_checkpointing,
+    }
+    for reason in (reason for reason, holds in reasons.items() if limit and holds):
+        raise ValueError(f"kept.limit_gb={limit} keeps nothing: {reason}; leave one of the two out")
+    if folder:
+        try:
+            Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=Path(folder).expanduser()):
+                pass
+        except OSError as error:
+            raise ValueError(f"kept.folder={folder} cannot be written: {error}") from error
 
 
 def check_monitor(config: Config, measures: Sequence[str], tasks: Sequence[str]) -> None:

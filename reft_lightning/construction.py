@@ -54,8 +54,6 @@ from .module import FinetuningModule
 from .schema import Config
 from .training_pass import training_pass
 
-log = logging.getLogger(__name__)
-
 PLACE = tuple(field.name for field in fields(ModelPlace))
 
 
@@ -117,7 +115,9 @@ def build(config: Config) -> Objects:
     model = adapt(base_model, **attached)
     model.config.base_model = config.model.name  # a folder of this machine means nothing elsewhere
     if config.model.compile:
-        if config.model.gradient_checkpointing:  # its hook on the embeddings, and its warning, break the graph
+        if (
+            config.model.gradient_checkpointing
+        ):  # its hook on the embeddings, and its warning, break the graph
             base_model.disable_input_require_grads()
             base_model.config.use_cache = False
         model.compile()
@@ -155,22 +155,15 @@ def commonest_answers(examples: Iterable[Example]) -> dict[str, str]:
 def leave_out_constants(config: Config, objects: Objects) -> None:
     """Let training leave out what no intervention can change, and keep it where the configuration says so.
 
-    The base's own dropout makes nothing constant: then training is plain.
-
-    Raises:
-        OSError: if the disk has no room for what is to be kept.
+    The base's own dropout makes nothing constant: then training is plain. The pass is made when training starts, where
+    the model has its device and precision.
     """
-    limit = int(config.kept.limit_gb * 1e9)
-    if config.model.base_dropout:
-        if limit:
-            log.warning(
-                "kept.limit_gb: with model.base_dropout=true nothing stays the same, so nothing is kept"
-            )
-        return
-    objects.module.training_pass = training_pass(
-        objects.model, objects.data.train_rows, causal=bool(objects.decoding), limit=limit,
-        folder=Path(config.kept.folder) if config.kept.folder else None,
-    )  # fmt: skip
+    if not config.model.base_dropout:
+        objects.module.make_training_pass = partial(
+            training_pass, objects.model, objects.data.train_rows, causal=bool(objects.decoding),
+            limit=int(config.kept.limit_gb * 1e9), precision=config.trainer.precision,
+            folder=Path(config.kept.folder) if config.kept.folder else None,
+        )  # fmt: skip
 
 
 def build_trainer(config: Config, folder: Path, values: dict[str, Any]) -> Trainer:

@@ -63,7 +63,7 @@ class KeptRows:
 
     def has(self, row: int) -> bool:
         """Whether a row is kept; the first read of a row from disk compares its checksum."""
-        if row >= len(self) or not self.sums[row]:
+        if not 0 <= row < len(self) or not self.sums[row]:
             return False
         if not self._checked[row]:
             self._checked[row] = self.sums[row] == _checksum(self._place(row))
@@ -79,7 +79,7 @@ class KeptRows:
         Raises:
             ValueError: if the row has another number of tokens, so that it belongs to other data.
         """
-        if row >= len(self):
+        if not 0 <= row < len(self):
             return
         if value.shape != (self.lengths[row], self.width):
             raise ValueError(

@@ -60,6 +60,7 @@ class FinetuningModule(LightningModule):
         prefix: of logged names: ``base/`` while the frozen base is evaluated.
         predictions: one dictionary a row of the last evaluation, of this process.
         counts: score -> what stands behind it: ``total`` rows, ``correct`` of them, ``missing``, ``interval``.
+        make_training_pass: called when training starts, for the next one; None: training is plain.
         training_pass: runs the model where gradients are wanted, from (inputs, rows, boundary); None: plainly.
     """
 
@@ -77,6 +78,7 @@ class FinetuningModule(LightningModule):
         self.tasks = {"val": tuple(val_tasks), "test": tuple(test_tasks)}
         self.optimization = optimization
         self.prefix = ""
+        self.make_training_pass: Callable[[], Callable[..., Any] | None] | None = None
         self.training_pass: Callable[..., Any] | None = None
         self.loss = MeanLoss()
         self.predictions: list[dict[str, Any]] = []
@@ -124,7 +126,10 @@ class FinetuningModule(LightningModule):
         self.tokens += self._batch_tokens
 
     def on_train_start(self) -> None:
-        """Start the clocks."""
+        """Make the training pass, on the device and in the precision of training, and start the clocks."""
+        if self.make_training_pass is not None:
+            with self.trainer.precision_plugin.forward_context():
+                self.training_pass = self.make_training_pass()
         self._started = time.perf_counter()
         self._window = (self.tokens, self._started)
 

@@ -177,7 +177,7 @@ class KeptConfig:
 
     # 0: nothing. Keys and values of the prompt up to the first edited token (positions such as l7), where all of
     # them fit; else the input of the first edited layer, where that is not the first of the model
-    limit_gb: float = 0.0
+    limit_gb: float = 0.0  # of each process
     folder: Optional[str] = None  # None: in memory; a folder: on disk, for later runs of this model and data too
 
 
@@ -223,7 +223,8 @@ class Config:
     test: bool = True  # evaluate the test split, once, after training
     evaluate_base: bool = False  # the frozen base in the same table
     # of float32 products, as torch.set_float32_matmul_precision has it: auto | highest | high | medium. auto: on CPUs
-    # the faster library where it errs no more than float32 does (measured at the start of a run), elsewhere torch's own
+    # the faster library where it errs no more than float32 does (measured at the start of a run), elsewhere torch's own.
+    # high and medium on a GPU (TF32) reach the products within interventions, too
     matmul_precision: str = "auto"
     option_likelihood: bool = True  # rank each row's options by likelihood beside generating
     sealed: bool = False  # the test split cannot be built: for searches

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,23 @@ import torch
 import transformers
 from torch import Tensor
 
-from .constant import SHORTEST, ConstantInput, ConstantPrefix, last_constant_block, tokens_behind
+from .constant import (
+    SHORTEST,
+    ConstantInput,
+    ConstantPrefix,
+    last_constant_block,
+    last_untrained,
+    tokens_behind,
+)
 from .kept import KeptRows, describe, key_of
+from .matmul import EXACT, product_error
 from .model import ReftModel
+from .sites import block_path
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the largest logit; 16 bits: 0.05
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the largest logit
+COARSE = 0.05  # where products have 16 bits or fewer
 FORMAT = 1  # of kept tensors: another number makes other keys
 
 Part = ConstantPrefix | ConstantInput
@@ -27,7 +37,8 @@ Part = ConstantPrefix | ConstantInput
 class TrainingPass:
     """The adapted model's forward pass without its constant part.
 
-    The first batch is computed both ways. A model for which they differ is trained plainly, with a warning.
+    The first batch of which a part is left out is computed both ways. A model for which the logits differ is trained
+    plainly, with a warning.
 
     Args:
         model: the adapted model.
@@ -47,12 +58,15 @@ class TrainingPass:
             boundary: the column in which targets start; None for a classifier.
         """
         rows = [int(row) for row in rows]
+        if self._refused or not self.part.columns(rows, boundary):
+            return self.model(**inputs)
         if not self._checked:
             self._check(inputs, rows, boundary)
-        return self.model(**inputs) if self._refused else self.part(inputs, rows, boundary)
+            return self(inputs, rows, boundary)
+        return self.part(inputs, rows, boundary)
 
     @torch.no_grad()
-    def _check(self, inputs: Mapping[str, Any], rows: Sequence[int], boundary: int | None) -> None:
+    def _check(self, inputs: Mapping[str, Any], rows: list[int], boundary: int | None) -> None:
         plain = self._logits(lambda: self.model(**inputs))
         # the second time reads what the first one kept
         _, short = (self._logits(lambda: self.part(inputs, rows, boundary)) for _ in range(2))
@@ -61,55 +75,70 @@ class TrainingPass:
             # padding says anything: nobody reads it
             real = ... if plain.ndim == 2 else inputs["attention_mask"][:, -plain.shape[1] :].bool()
             apart = float((plain - short)[real].abs().max() / plain[real].abs().max().clamp(min=1e-6))
-        tolerance = TOLERANCE.get(self.model.base_model.dtype, 0.05)
+        tolerance = self._tolerance()
         self._checked, self._refused = True, not apart <= tolerance
         if self._refused:
+            self.part.kept = None
             log.warning(
                 "%s gives other logits when %s are computed apart (%.2g of the largest, allowed %.2g): trained plainly",
                 type(self.model.base_model).__name__, self.part.name, apart, tolerance,
             )  # fmt: skip
 
+    def _tolerance(self) -> float:
+        base, precision = self.model.base_model, torch.get_float32_matmul_precision()
+        coarse = torch.is_autocast_enabled(base.device.type)
+        if precision != "highest":
+            coarse |= base.device.type != "cpu" or product_error(precision) > EXACT
+        return COARSE if coarse else TOLERANCE.get(base.dtype, COARSE)
+
     def _logits(self, run: Callable[[], Any]) -> Tensor:
         """Run with the same random numbers for dropout each time."""
         device = self.model.base_model.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        devices = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
             torch.manual_seed(0)
             return run().logits.float()
 
 
 def training_pass(
-    model: Any, rows: Sequence[Any], *, causal: bool, limit: int = 0, folder: Path | None = None
+    model: Any,
+    rows: Sequence[Any],
+    *,
+    causal: bool,
+    limit: int = 0,
+    folder: Path | None = None,
+    precision: str = "32-true",
 ) -> TrainingPass | None:
     """Return the pass that leaves out what is constant; None where nothing is, or nothing is worth it.
+
+    To be called where the model is trained: on its device, in its precision.
 
     Args:
         model: the adapted model, whose base has no dropout in training.
         rows: the encoded train rows.
         causal: whether they have prompts and targets; otherwise they are a classifier's.
-        limit: bytes to keep over the epochs.
+        limit: bytes to keep over the epochs, in this process.
         folder: keep them on disk, below it, for later runs of the same model and data; None: in memory.
+        precision: of the trainer; what is kept in one is not read in another.
     """
     if not isinstance(model, ReftModel) or any(
         vars(module).get("gradient_checkpointing") for module in model.base_model.modules()
     ):
         return None
     parts = _parts(model, rows, causal, limit)
-    if not parts:
+    shares = {part: _share(part, limit) for part in parts}
+    part = min(parts, key=lambda part: _cost(part, shares[part]), default=None)
+    if part is None or _cost(part, shares[part]) >= _plain_cost(model):
         if limit:
-            log.warning(
-                "nothing is kept: every token, in every layer, comes behind an edit or a trained weight"
-            )
+            log.warning("nothing is kept: nearly all of the model stands behind an edit or a trained weight")
         return None
-    if not limit or not any(part.keepable for part in parts):
+    if not shares[part]:
         log.info("gradients leave out the prompt up to the first edited token")
-        return TrainingPass(model, parts[0])
-    parts = [part for part in parts if part.keepable]
-    sizes = {part: int(part.lengths.sum()) * part.width * part.dtype.itemsize for part in parts}
-    part = next((part for part in parts if sizes[part] <= limit), parts[-1])
-    about: dict[str, Any] = {"what": part.name, "rows": len(rows), "bytes": min(sizes[part], limit)}
+        return TrainingPass(model, part)
     if folder is not None:
-        folder = Path(folder).expanduser() / _key(model, part, rows)
-        describe(folder, about | {"model": model.config.base_model or type(model.base_model).__name__})
+        folder = Path(folder).expanduser() / _key(model, part, rows, precision)
+        name = model.config.base_model or type(model.base_model).__name__
+        describe(folder, {"model": name, "what": part.name, "rows": len(rows), "precision": precision})
     part.kept = KeptRows(part.lengths, part.width, part.dtype, limit, folder)
     log.info("keeps %s of %d of %d rows, %.2f GB %s", part.name, len(part.kept), len(rows), part.kept.bytes / 1e9,
              f"in {folder}" if folder else "of memory")  # fmt: skip
@@ -117,16 +146,18 @@ def training_pass(
 
 
 def _parts(model: ReftModel, rows: Sequence[Any], causal: bool, limit: int) -> list[Part]:
-    """Return the constant parts there are, the one that saves more first."""
+    """Return the constant parts there are."""
     parts: list[Part] = []
+    prompts = None
     if causal:
-        prompts = torch.tensor([len(rows[i].prompt_ids) for i in range(len(rows))])
-        targets = torch.tensor([len(rows[i].target_ids) for i in range(len(rows))])
-        lengths = prompts + targets
-        behind = tokens_behind(model, prompts, targets)
-        if model.sites and int((prompts - behind).max()) >= SHORTEST:
+        encoded = [rows[i] for i in range(len(rows))]
+        prompts = torch.tensor([len(row.prompt_ids) for row in encoded])
+        lengths = prompts + torch.tensor([len(row.target_ids) for row in encoded])
+        behind = tokens_behind(model, prompts, lengths - prompts)
+        frozen = last_untrained(model) == len(_blocks(model)) - 1
+        if model.sites and frozen and int((prompts - behind).max()) >= SHORTEST:
             try:
-                parts.append(ConstantPrefix(model, prompts, behind))
+                parts.append(ConstantPrefix(model, prompts, lengths - prompts, behind))
             except ValueError as error:
                 log.info("prompts are not split at their first edited token: %s", error)
     else:
@@ -134,25 +165,67 @@ def _parts(model: ReftModel, rows: Sequence[Any], causal: bool, limit: int) -> l
     last = last_constant_block(model) if limit else -1
     if last >= 0:
         try:
-            parts.append(ConstantInput(model, last, lengths))
+            parts.append(ConstantInput(model, last, lengths, prompts))
         except ValueError as error:
             log.warning("the output of block %d is not kept: %s", last, error)
     return parts
 
 
-def _key(model: ReftModel, part: Part, rows: Sequence[Any]) -> str:
+# --- which part is worth more ---------------------------------------------------------------------------------------
+# Costs are forward and backward passes of a block for a token; a frozen block's backward pass costs about as much as
+# its forward pass, and is needed behind the lowest site alone.
+
+
+def _share(part: Part, limit: int) -> float:
+    """Return which share of what is constant can be kept."""
+    needed = int(part.lengths.sum()) * part.width * part.dtype.itemsize
+    return min(1.0, limit / needed) if part.keepable and needed else 0.0
+
+
+def _cost(part: Part, kept: float) -> float:
+    blocks = len(_blocks(part.model))
+    backward = _backward(part.model)
+    if isinstance(part, ConstantInput):
+        above = blocks - 1 - part.last
+        return kept * above + (1 - kept) * blocks + backward
+    constant = float(part.lengths.sum() / part.tokens.sum())
+    return (1 - constant) * (blocks + backward) + constant * (1 - kept) * blocks
+
+
+def _plain_cost(model: ReftModel) -> float:
+    return len(_blocks(model)) + _backward(model)
+
+
+def _backward(model: ReftModel) -> int:
+    """Return how many blocks gradients pass."""
+    return len(_blocks(model)) - 1 - last_constant_block(model)
+
+
+def _blocks(model: ReftModel) -> list[Any]:
+    return list(model.base_model.get_submodule(block_path(model.base_model)))
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
+def _key(model: ReftModel, part: Part, rows: Sequence[Any], precision: str) -> str:
     about = {
         "format": FORMAT,
         "what": part.name,
         "dtype": part.dtype,
+        "precision": precision,
+        "products": torch.get_float32_matmul_precision(),
+        "device": model.base_model.device.type,
         "attention": model.base_model.config._attn_implementation,
         "lengths": hashlib.sha256(part.lengths.numpy()).hexdigest(),
         "versions": [torch.__version__, transformers.__version__],
     }
-    return key_of(model.base_model, about, (_tokens(rows[i]) for i in range(len(rows))))
+    return key_of(model.base_model, about, _tokens(rows))
 
 
-def _tokens(row: Any) -> list[int]:
-    if isinstance(row, Mapping):
-        return [*row["input_ids"], *row.get("token_type_ids", ())]
-    return [*row.prompt_ids, *row.target_ids]
+def _tokens(rows: Sequence[Any]) -> Iterable[list[int]]:
+    for row in (rows[i] for i in range(len(rows))):
+        if isinstance(row, Mapping):
+            yield [*row["input_ids"], *row.get("token_type_ids", ())]
+        else:
+            yield [*row.prompt_ids, *row.target_ids]

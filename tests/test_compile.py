@@ -211,11 +211,19 @@ def test_a_run_compiles_its_training_step(tmp_path, monkeypatch):
     assert called == [{}]
 
 
-@pytest.mark.parametrize(
-    "overrides", [["intervention=peft/lora"], ["intervention=loreft_lora"]], ids=["baseline", "joint"]
-)
-def test_what_is_no_intervention_is_not_compiled(tmp_path, overrides):
+def test_a_baseline_is_not_compiled(tmp_path):
     data = short_runs.write_rows(tmp_path / "data")
-    reset = ["intervention.rank=8", "intervention.positions=f7+l7"] if "peft/lora" in overrides[0] else []
-    with pytest.raises(SetupError, match=r"model.compile compiles interventions alone, not peft/lora"):
-        short_runs.run(data, tmp_path / "run", "model.compile=true", *overrides, *reset)
+    baseline = ["intervention=peft/lora", "intervention.rank=8", "intervention.positions=f7+l7"]
+    with pytest.raises(SetupError, match=r"model.compile compiles interventions, not peft/lora"):
+        short_runs.run(data, tmp_path / "run", "model.compile=true", *baseline)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_reports_what_a_plain_one_does(tmp_path):
+    data = short_runs.write_rows(tmp_path / "data")
+    short = ["trainer.max_steps=3", "test=false", "data.validation_size=0", "intervention.positions=l2"]
+    for name, more in (("plain", []), ("compiled", ["model.compile=true"])):
+        short_runs.run(data, tmp_path / name, *short, *more)
+    plain, compiled = (short_runs.logged(tmp_path / name, "train/loss") for name in ("plain", "compiled"))
+    assert len(plain) == 3
+    assert compiled == pytest.approx(plain, rel=1e-5)

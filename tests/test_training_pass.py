@@ -1,9 +1,8 @@
 """The constant part of a training pass: the same losses and gradients as the plain pass, kept and never stale."""
 
-import errno
 import logging
-import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from reft_lightning.constant import ConstantInput, ConstantPrefix, last_constant
 from reft_lightning.data.base import Example
 from reft_lightning.data.encoding import Collator, Encoded, target_only
 from reft_lightning.experiment import SetupError
-from reft_lightning.kept import KeptRows
 from reft_lightning.training_pass import training_pass
 
 ROWS, BATCH = 12, 4
@@ -29,7 +27,7 @@ CASES = {
     "a split prefix": ("l2", "all", 0, ConstantPrefix),
     "a kept prefix": ("l2", "all", PLENTY, ConstantPrefix),
     "a prefix before the target": ("decode:1", [0, 2], PLENTY, ConstantPrefix),
-    "both": ("l1", [1], 40_000, ConstantInput),  # the keys and values would not fit
+    "both": ("l1", [2], 24_000, ConstantInput),  # a third of the keys and values would fit
     "the input of the last layer": ("f2+l2", [2], PLENTY, ConstantInput),
     "some rows' input": ("f2+l2", [1], 10_000, ConstantInput),
 }
@@ -142,6 +140,38 @@ def test_a_bfloat16_base_gives_nearly_the_same():
     compare("llama", "a kept prefix", steps=4, dtype=torch.bfloat16, tolerance=0.1)
 
 
+@pytest.mark.parametrize(
+    ("head", "positions", "layers", "tied", "limit", "part"),
+    [
+        ("lm_head", "l2", "all", False, 0, ConstantPrefix),
+        ("lm_head", "l2", "all", False, PLENTY, ConstantPrefix),
+        ("lm_head", "l2", "all", True, PLENTY, None),  # it is the embeddings, too
+        ("lm_head", "f2+l2", [2], False, PLENTY, ConstantInput),
+        ("model.layers.1.mlp", "l2", "all", False, 0, None),
+        ("model.layers.1.mlp", "l2", [2], False, PLENTY, ConstantInput),
+        ("model.layers.2.mlp", "f2+l2", [2], False, PLENTY, ConstantInput),
+        ("model.embed_tokens", "l2", "all", False, PLENTY, None),
+    ],
+)
+def test_weights_that_train_beside_get_their_whole_gradients(head, positions, layers, tied, limit, part):
+    rows, models = encoded(), []
+    for _ in range(2):
+        base = tiny.model("llama", torch.float64)
+        if tied:
+            base.config.tie_word_embeddings = True
+            base.lm_head.weight = base.model.embed_tokens.weight
+        torch.manual_seed(0)
+        reft = rl.attach(base, "loreft", rank=2, positions=positions, layers=layers, heads=[head])
+        models.append(reft.to(torch.float64).train())
+    run = training_pass(models[1], rows, causal=True, limit=limit)
+    assert (run and type(run.part)) is part
+    plain, losses = train(models[0], rows)[0], train(models[1], rows, run)[0]
+    torch.testing.assert_close(losses, plain, atol=0, rtol=1e-10)
+    for a, b in zip(*(m.parameter_roles()["head"] for m in models), strict=True):
+        assert a.grad.abs().max() > 0
+        torch.testing.assert_close(b.grad, a.grad, atol=1e-9 * float(a.grad.abs().max()), rtol=1e-8)
+
+
 # --- what is constant ----------------------------------------------------------------------------------------------
 
 
@@ -173,7 +203,9 @@ def test_a_function_of_masks_is_asked():
         ({"layers": [0], "component": "mlp_output"}, -1),
         ({"layers": [2], "component": "model.layers.{layer}.mlp.down_proj"}, 1),
         ({"layers": [2], "heads": ["lm_head"]}, 2),
-        ({"layers": [2], "heads": ["model.layers.1.mlp"]}, -1),
+        ({"layers": [2], "heads": ["model.layers.1.mlp"]}, 0),
+        ({"layers": [2], "heads": ["model.layers.2.mlp"]}, 1),
+        ({"layers": [2], "heads": ["model.norm"]}, -1),
         ({"layers": [2], "heads": ["model.embed_tokens"]}, -1),
     ],
     ids=str,
@@ -249,63 +281,34 @@ def test_a_model_whose_blocks_know_each_other_is_trained_plainly(caplog):
     torch.testing.assert_close(losses, train(plain, rows, steps=4)[0], atol=0, rtol=0)
 
 
+def test_batches_too_short_to_split_do_not_stand_for_the_others(caplog):
+    def spoilt():
+        reft = attached("llama", positions="l2")
+
+        def mixed(module, args, output):  # each column reads those behind it, too
+            return output + output.mean(1, keepdim=True)
+
+        reft.base_model.model.layers[0].mlp.register_forward_hook(mixed)
+        return reft
+
+    rows = encoded(4, shortest=2)
+    long = encoded(4, seed=2)
+    rows = [*(replace(row, prompt_ids=row.prompt_ids[:6]) for row in rows), *long]
+    run = training_pass(spoilt(), rows, causal=True)
+    for numbers in (range(4), range(4, 8)):
+        batch = target_only(Collator(tiny.PAD)([rows[i] for i in numbers]))
+        boundary, _ = batch.pop("boundary"), batch.pop("rows")
+        with caplog.at_level(logging.WARNING):
+            run(batch, numbers, boundary)
+        assert ("trained plainly" in caplog.text) == (numbers[0] == 4)
+
+
+def test_an_input_far_down_is_not_kept_in_place_of_a_prefix():
+    reft = attached("llama", positions="l2", layers=[0, 1, 2])
+    assert type(training_pass(reft, encoded(), causal=True, limit=40_000).part) is ConstantPrefix
+
+
 # --- what is kept --------------------------------------------------------------------------------------------------
-
-
-def test_rows_beyond_the_limit_have_no_place():
-    store = KeptRows([3, 2, 4], width=2, dtype=torch.float32, limit=5 * 2 * 4 + 7)
-    assert len(store) == 2
-    assert store.bytes == 40
-    value = torch.arange(8.0).view(4, 2)
-    store.write(2, value)
-    assert not store.has(2)
-    store.write(1, value[:2])
-    assert store.has(1)
-    assert not store.has(0)
-    assert torch.equal(store.read(1), value[:2])
-
-
-def test_a_row_of_another_length_is_refused():
-    with pytest.raises(ValueError, match="row 0 has 3 tokens of 2 numbers"):
-        KeptRows([3], 2, torch.float32, 100).write(0, torch.zeros(2, 2))
-
-
-def test_rows_on_disk_are_found_again_and_damaged_ones_are_not(tmp_path):
-    first = KeptRows([3, 2], 2, torch.bfloat16, 1000, tmp_path)
-    value = torch.randn(3, 2).bfloat16()
-    first.write(0, value)
-    first.write(1, value[:2])
-    del first
-    with (tmp_path / kept.VALUES).open("r+b") as file:
-        file.seek(13)  # within row 1
-        byte = file.read(1)[0]
-        file.seek(13)
-        file.write(bytes([byte ^ 1]))
-    again = KeptRows([3, 2], 2, torch.bfloat16, 1000, tmp_path)
-    assert again.has(0)
-    assert torch.equal(again.read(0), value)
-    assert not again.has(1)
-    again.write(1, value[:2])
-    assert KeptRows([3, 2], 2, torch.bfloat16, 1000, tmp_path).has(1)
-
-
-def test_a_larger_limit_keeps_what_a_smaller_one_kept(tmp_path):
-    small = KeptRows([3, 2], 2, torch.float32, 24, tmp_path)
-    small.write(0, torch.ones(3, 2))
-    assert len(small) == 1
-    large = KeptRows([3, 2], 2, torch.float32, 1000, tmp_path)
-    assert len(large) == 2
-    assert large.has(0)
-    assert not large.has(1)
-
-
-def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="No space"):
-        KeptRows([3], 2, torch.float32, 1000, tmp_path)
 
 
 def test_a_later_run_reads_the_disk_and_another_model_or_data_does_not(tmp_path):
@@ -348,6 +351,19 @@ def test_a_run_with_kept_inputs_reports_what_a_plain_one_does(tmp_path, caplog):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("settings", [["intervention.positions=l2"], ["intervention.layers=[1]"]], ids=str)
+def test_mixed_precision_keeps_what_the_base_says_in_its_own(tmp_path, caplog, settings):
+    data = short_runs.write_rows(tmp_path / "data")
+    mixed = [*settings, "test=false", "trainer.precision=bf16-mixed"]
+    with caplog.at_level(logging.INFO):
+        for name, more in (("plain", []), ("kept", ["kept.limit_gb=0.1"])):
+            short_runs.run(data, tmp_path / name, *mixed, *more)
+    assert "18 of 18 rows" in caplog.text
+    assert "trained plainly" not in caplog.text
+    losses = [short_runs.logged(tmp_path / name, "train/loss") for name in ("plain", "kept")]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 def test_a_split_run_resumes_exactly(tmp_path, monkeypatch):
     data = short_runs.write_rows(tmp_path / "data")
     settings = ["intervention.positions=l2", "test=false", "callbacks.checkpoint_every_n_steps=2"]
@@ -359,14 +375,6 @@ def test_a_split_run_resumes_exactly(tmp_path, monkeypatch):
     short_runs.run(data, tmp_path / "parts", *settings, f"resume={tmp_path / 'parts'}", "kept.limit_gb=1")
     a, b = (short_runs.logged(tmp_path / name, "train/loss") for name in ("whole", "parts"))
     assert b == pytest.approx(a, rel=1e-5)
-
-
-def test_the_base_s_own_dropout_keeps_nothing(tmp_path, caplog):
-    data = short_runs.write_rows(tmp_path / "data")
-    with caplog.at_level(logging.WARNING):
-        short_runs.run(data, tmp_path / "run", "model.base_dropout=true", "kept.limit_gb=1", "trainer.max_steps=1",
-                       "intervention.positions=l1", "test=false")  # fmt: skip
-    assert "nothing stays the same" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -399,7 +407,15 @@ def test_a_classifier_keeps_what_lies_below_its_head_or_its_lowest_site(tmp_path
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
-    [(["kept.limit_gb=-1"], "kept.limit_gb"), (["kept.folder=cache"], "kept.folder=cache keeps nothing")],
+    [
+        (["kept.limit_gb=-1"], "kept.limit_gb must be a number"),
+        (["kept.limit_gb=inf"], "kept.limit_gb must be a number"),
+        (["kept.folder=cache"], "kept.folder=cache keeps nothing"),
+        (["kept.limit_gb=1", "kept.folder=/proc/none"], "cannot be written"),
+        (["kept.limit_gb=1", "model.base_dropout=true"], "leaves nothing the same"),
+        (["kept.limit_gb=1", "model.gradient_checkpointing=true"], "computes all of it again"),
+        (["kept.limit_gb=1", "intervention.beside=peft/lora"], "trains weights of all layers"),
+    ],
     ids=str,
 )
 def test_settings_that_keep_nothing_are_refused(tmp_path, overrides, message):

@@ -22,7 +22,7 @@ from reft_lightning.data.labelled import (
     LabelledText,
     text_fingerprint,
 )
-from reft_lightning.data.loaders import evaluation_loader, rank_and_world_size, train_loader
+from reft_lightning.data.loaders import evaluation_loader, rank_and_world_size, to_device, train_loader
 from reft_lightning.data.rows import DataSource, read_rows
 from reft_lightning.data.sources import Wheel, wheel_file
 from reft_lightning.data.texts import EncodedTexts, TextCollator
@@ -295,11 +295,8 @@ class ClassificationDataModule(LightningDataModule):
         )
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move the tensors of a batch; examples stay, as Lightning would try to rebuild each of them."""
-        return {
-            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-        }
+        """Move the tensors of a batch, see :func:`~reft_lightning.data.loaders.to_device`."""
+        return to_device(batch, device)
 
 
 def _question(example: LabelledText) -> tuple[str, ...]:

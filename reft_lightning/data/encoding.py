@@ -231,6 +231,7 @@ class EncodedRows(Dataset[Encoded]):
 
     def __getitem__(self, i: int) -> Encoded:
         """Return row i as `encode` made it, with its number."""
+        i = range(len(self))[i]  # -1 is the last row, len(self) an IndexError
         start, middle = self._starts[i], self._starts[i] + self._prompts[i]
         tokens = self._tokens
         prompt, target = tokens[start:middle].tolist(), tokens[middle : self._starts[i + 1]].tolist()
