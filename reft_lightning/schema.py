@@ -223,7 +223,7 @@ class Config:
     test: bool = True  # evaluate the test split, once, after training
     evaluate_base: bool = False  # the frozen base in the same table
     # of float32 products, as torch.set_float32_matmul_precision has it: auto | highest | high | medium. auto: on CPUs
-    # the faster library where it errs no more than float32 does (measured at the start of a run), elsewhere torch's own.
+    # oneDNN where it errs no more than float32 does and is faster (measured at the start of a run), else torch's own.
     # high and medium on a GPU (TF32) reach the products within interventions, too
     matmul_precision: str = "auto"
     option_likelihood: bool = True  # rank each row's options by likelihood beside generating

@@ -15,11 +15,21 @@ def test_the_error_of_float32_products_is_that_of_float32():
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-@pytest.mark.parametrize(("error", "precision"), [(1e-6, "medium"), (3e-3, "highest")])
-def test_auto_takes_the_fast_library_where_it_is_exact(monkeypatch, error, precision):
+@pytest.mark.parametrize(
+    ("error", "gain", "precision"), [(1e-6, 2.2, "medium"), (1e-6, 1.1, "highest"), (3e-3, 4.0, "highest")]
+)
+def test_auto_takes_the_other_library_where_it_is_exact_and_faster(monkeypatch, error, gain, precision):
     monkeypatch.setattr(matmul, "product_error", lambda precision: error)
+    monkeypatch.setattr(matmul, "product_gain", lambda precision: gain)
     with matmul.matmul_precision("auto", CPU) as chosen:
         assert chosen == torch.get_float32_matmul_precision() == precision
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_the_gain_is_a_ratio_of_times(monkeypatch):
+    clock = iter([0.0, 4.0, 10.0, 12.0] * matmul.REPEATS)  # highest takes 4, medium 2
+    monkeypatch.setattr(matmul.time, "perf_counter", lambda: next(clock))
+    assert matmul.product_gain("medium") == 2.0
     assert torch.get_float32_matmul_precision() == "highest"
 
 
@@ -41,6 +51,7 @@ def test_a_choice_is_taken_and_given_back_after_an_error():
 
 
 def test_a_run_records_what_it_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(matmul, "product_gain", lambda precision: 2.0)
     monkeypatch.setattr(matmul, "product_error", lambda precision: 1e-6)
     data = short_runs.write_rows(tmp_path / "data")
     short = ["trainer.max_steps=1", "test=false", "data.validation_size=0"]
