@@ -1,4 +1,4 @@
-"""Run folders as reft-train leaves them, with invented rows and scores, for tests of reports."""
+"""Run folders as reft-train leaves them, with invented rows and scores, for tests of reports; and what they report."""
 
 import csv
 import json
@@ -7,10 +7,12 @@ from functools import cache
 import numpy as np
 from omegaconf import OmegaConf
 
+from reft_lightning.reporting.build import build_report
 from reft_lightning.results import config_hash
 from reft_lightning.schema import Config
 
 MEASURE = "accuracy"
+FEW = 400  # resamples, where no digit of theirs is looked at
 
 
 @cache
@@ -116,3 +118,23 @@ def write_grid(folder, rates=None, seeds=(42, 43, 44), **values):
             run = {"scores": {"boolq": right(rate, seed=seed)}} | values
             write_run(folder / f"{method}_{seed}", method, seed, **run)
     return folder
+
+
+def report(*folders, **options):
+    return build_report(folders, resamples=options.pop("resamples", FEW), **options)
+
+
+def only(folder, **options):
+    """Return the one comparison that a folder's runs make."""
+    (comparison,) = report(folder, **options).comparisons
+    return comparison
+
+
+def method(comparison, label):
+    return next(method for method in comparison.methods if method.label == label)
+
+
+def cells(table, label, column):
+    """Return the text of one cell: of the line that begins with the label."""
+    row = next(row for row in table.rows if row[0].text == label)
+    return row[list(table.columns).index(column)].text

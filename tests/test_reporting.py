@@ -1,39 +1,16 @@
-"""Reports of invented runs: what shares a table, what a table says, and what is left out and why."""
+"""Reports of invented runs: what shares a table, what it cost, and what is left out and why."""
 
-import csv
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
-from invented_runs import predictions, right, write_grid, write_run
-from scipy import stats
+from invented_runs import cells, method, only, predictions, report, right, write_grid, write_run
 
-from reft_lightning.reporting import tables
-from reft_lightning.reporting.build import build_report
-from reft_lightning.reporting.comparisons import AVERAGE, BASE
+from reft_lightning.reporting import formats, peft_schema, tables
+from reft_lightning.reporting.comparisons import BASE
 from reft_lightning.reporting.runs import ReportError, find_folders, read_runs
-
-FEW = 400  # resamples, where no digit of theirs is looked at
-
-
-def report(*folders, **options):
-    return build_report(folders, resamples=options.pop("resamples", FEW), **options)
-
-
-def only(folder, **options):
-    """The one comparison that a folder's runs make."""
-    (comparison,) = report(folder, **options).comparisons
-    return comparison
-
-
-def method(comparison, label):
-    return next(method for method in comparison.methods if method.label == label)
-
-
-def cells(table, label, column):
-    row = next(row for row in table.rows if row[0].text == label)
-    return row[list(table.columns).index(column)].text
 
 
 class TestMethods:
@@ -59,6 +36,15 @@ class TestMethods:
         labels = {m.label for m in only(tmp_path).methods}
         assert labels == {"loreft rank=4 lr=0.001", "loreft rank=8 lr=0.001", "loreft rank=8 lr=0.002", "red"}
 
+    def test_several_configurations_on_test_rows_are_a_choice_that_is_warned_of(self, tmp_path):
+        for rank in (4, 8):
+            run = {"intervention.rank": rank}
+            write_run(tmp_path / f"test_{rank}", settings=run)
+            write_run(tmp_path / f"val_{rank}", settings=run, split="validation")
+        test, validation = report(tmp_path).comparisons
+        assert any("loreft in 2 configurations, all scored on test rows" in note for note in test.notes)
+        assert not any("configurations" in note for note in validation.notes)
+
     def test_places_logging_and_stages_make_no_other_method(self, tmp_path):
         write_run(tmp_path / "a", seed=1)
         free = {"data.path": "/elsewhere", "logger.wandb": True, "trainer.accelerator": "cpu", "sealed": True}
@@ -81,7 +67,7 @@ class TestMethods:
         assert (frozen.seeds, frozen.cost("trainable_parameters"), frozen.trains) == ([], 0.0, False)
         (pair,) = comparison.pairs
         assert sorted(pair.mcnemar) == [42, 43]  # against every seed
-        assert comparison.notes == []
+        assert not any("frozen base" in note for note in comparison.notes)
 
     def test_other_scores_of_the_frozen_base_are_said(self, tmp_path):
         write_run(tmp_path / "a", seed=42, base={"boolq": right(0.3)})
@@ -137,25 +123,34 @@ class TestWhatSharesATable:
             (folder / "results.json").write_text(json.dumps(results))
         assert [m.seeds for m in only(tmp_path).methods] == [[1, 2]]
 
-    def test_predictions_of_other_rows_are_an_error_that_names_both_runs(self, tmp_path):
-        write_run(tmp_path / "a")
-        rows = predictions("boolq", right(0.6))
-        rows[7]["source"] = "boolq.json, row 7000"
-        write_run(tmp_path / "b", "red", rows=rows)
-        with pytest.raises(
-            ReportError, match=r"a and .*b were evaluated on other rows of boolq: 2 are .* row 7"
-        ):
-            report(tmp_path)
+    @pytest.mark.parametrize(
+        ("column", "value", "words"),
+        [
+            ("source", "boolq.json, row 7000", "evaluated on other rows of boolq than .*: 2 are .* row 7"),
+            ("gold", "no", r"other gold answers of boolq than .*, boolq\.json, row 7: 'no' and 'yes'"),
+        ],
+    )
+    def test_a_run_of_other_rows_is_left_out_and_the_others_stay(self, tmp_path, column, value, words):
+        write_grid(tmp_path / "runs", seeds=(42, 43))
+        write_run(tmp_path / "runs" / "elsewhere", data="two")
+        rows = predictions("boolq", right(0.99))
+        rows[7][column] = value
+        write_run(tmp_path / "runs" / "a_first", "direft", rows=rows, metrics={"test/boolq/accuracy": 0.99})
+        made = report(tmp_path / "runs")
+        found = {tuple(m.label for m in c.methods): len(c.pairs) for c in made.comparisons}
+        assert found == {("loreft", "red"): 1, ("loreft",): 0}
+        (left,) = made.left
+        assert left.folder.name == "a_first"
+        assert re.search(words, left.reason)
 
-    def test_other_gold_answers_are_an_error(self, tmp_path):
-        write_run(tmp_path / "a")
-        rows = predictions("boolq", right(0.6))
+    def test_of_two_runs_of_other_rows_the_one_that_finished_first_counts(self, tmp_path):
+        rows = predictions("boolq", right(0.9))
         rows[7]["gold"] = "no"
-        write_run(tmp_path / "b", "red", rows=rows)
-        with pytest.raises(
-            ReportError, match=r"other gold answers of boolq, boolq\.json, row 7: 'yes' and 'no'"
-        ):
-            report(tmp_path)
+        write_run(tmp_path / "a", "better", rows=rows, scores={"boolq": right(0.9)}, finished="2026-01-02")
+        write_run(tmp_path / "b", "red", finished="2026-01-01")
+        made = report(tmp_path)
+        assert [m.label for m in made.comparisons[0].methods] == ["red"]
+        assert [item.folder.name for item in made.left] == ["a"]
 
     def test_the_order_of_rows_means_nothing(self, tmp_path):
         scores = right(0.6)
@@ -177,150 +172,6 @@ class TestWhatSharesATable:
         assert [(item.folder.name, item.reason) for item in made.left] == [
             ("b", "no score on the validation split")
         ]
-
-
-class TestEvidence:
-    def test_sign_flips_average_over_seeds_and_mcnemar_goes_seed_by_seed(self, tmp_path):
-        rates = {"loreft": 0.6, "red": 0.5}
-        comparison = only(write_grid(tmp_path, rates), resamples=4000)
-        (pair,) = comparison.pairs
-        first, second = (
-            np.array([right(rate, seed=seed) for seed in (42, 43, 44)]) for rate in rates.values()
-        )
-        assert pair.difference == pytest.approx(first.mean() - second.mean())
-        theirs = stats.permutation_test(
-            (first.mean(0), second.mean(0)), lambda x, y, axis: np.mean(x - y, axis=axis),
-            permutation_type="samples", n_resamples=20_000, rng=np.random.default_rng(0),
-        )  # fmt: skip
-        assert (pair.test, pair.p) == ("sign flips", pytest.approx(theirs.pvalue, abs=0.02))
-        for i, seed in enumerate((42, 43, 44)):
-            b, c = ((first[i] > second[i]).sum(), (first[i] < second[i]).sum())
-            assert pair.mcnemar[seed] == pytest.approx(stats.binomtest(b, b + c).pvalue)
-
-    def test_of_one_seed_the_interval_is_scipys(self, tmp_path):
-        scores = right(0.7)
-        write_run(tmp_path / "a", scores={"boolq": scores})
-        comparison = only(tmp_path, resamples=20_000)
-        theirs = stats.bootstrap(
-            (scores,), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(1)
-        ).confidence_interval
-        score = comparison.methods[0].scores["boolq", "accuracy"]
-        assert score.interval == pytest.approx((theirs.low, theirs.high), abs=0.018)  # a row is 0.0167
-        assert score.deviation is None
-        assert "of one seed there is no deviation, and its interval is over rows alone" in comparison.notes
-
-    def test_seeds_that_differ_widen_the_interval(self, tmp_path):
-        same, other = tmp_path / "same", tmp_path / "other"
-        for seed, rate in ((1, 0.3), (2, 0.5), (3, 0.7)):
-            write_run(same / str(seed), seed=seed, scores={"boolq": right(0.5)})
-            write_run(other / str(seed), seed=seed, scores={"boolq": right(rate)})
-        widths = [
-            np.ptp(only(f, resamples=4000).methods[0].scores["boolq", "accuracy"].interval)
-            for f in (same, other)
-        ]
-        assert widths[1] > 1.3 * widths[0]
-
-    def test_another_method_changes_nobodys_interval(self, tmp_path):
-        write_grid(tmp_path / "two")
-        before = {m.label: m.scores["boolq", "accuracy"].interval for m in only(tmp_path / "two").methods}
-        write_run(tmp_path / "two" / "third", "direft")
-        after = {m.label: m.scores["boolq", "accuracy"].interval for m in only(tmp_path / "two").methods}
-        assert before.items() <= after.items()
-        assert len(after) == 3
-
-    def test_the_order_of_folders_changes_nothing(self, tmp_path):
-        folders = sorted(write_grid(tmp_path).iterdir())
-        one, two = (
-            tables.markdown(tables.pair_table(report(*some).comparisons[0]))
-            for some in (folders, folders[::-1])
-        )
-        assert one == two
-
-    def test_p_values_are_adjusted_over_all_pairs(self, tmp_path):
-        comparison = only(write_grid(tmp_path, {"a": 0.5, "b": 0.55, "c": 0.7}))
-        assert len(comparison.pairs) == 3
-        assert all(pair.p_holm >= pair.p for pair in comparison.pairs)
-        smallest = min(comparison.pairs, key=lambda pair: pair.p)
-        assert smallest.p_holm == pytest.approx(min(1, 3 * smallest.p))
-
-    def test_many_pairs_can_still_differ(self, tmp_path):
-        rates = {f"m{i:02d}": 0.5 for i in range(14)} | {"better": 0.95}
-        comparison = only(write_grid(tmp_path, rates, seeds=(1,)), resamples=100)
-        assert len(comparison.pairs) == 105
-        assert all(pair.differs for pair in comparison.pairs if pair.first == "better")
-
-    def test_rows_that_differ_do_not_suffice_where_seeds_do_not(self, tmp_path):
-        for seed, rate in ((1, 0.5), (2, 0.95)):
-            write_run(tmp_path / f"a{seed}", "loreft", seed, {"boolq": right(rate)})
-            write_run(tmp_path / f"b{seed}", "red", seed, {"boolq": right(0.55)})
-        (pair,) = only(tmp_path, resamples=4000).pairs
-        assert pair.p_holm < 0.05
-        assert pair.interval[0] < 0 < pair.interval[1]
-        assert not pair.differs
-
-    def test_tasks_are_averaged_with_equal_weight(self, tmp_path):
-        for name, rate in (("loreft", 0.8), ("red", 0.4)):
-            for seed in (1, 2):
-                scores = {"boolq": right(rate, 60, seed), "piqa": right(rate, 20, seed + 5)}
-                write_run(tmp_path / f"{name}{seed}", name, seed, scores)
-        comparison = only(tmp_path, resamples=4000)
-        assert comparison.head == (AVERAGE, "accuracy")
-        score = method(comparison, "loreft").scores[comparison.head]
-        parts = [method(comparison, "loreft").scores[task, "accuracy"].mean for task in ("boolq", "piqa")]
-        assert score.mean == pytest.approx(np.mean(parts))
-        assert score.interval[0] < score.mean < score.interval[1]
-        assert [pair.task for pair in comparison.pairs] == ["boolq", "piqa", AVERAGE]
-
-    def test_measures_that_are_no_mean_are_recomputed_in_every_resample(self, tmp_path):
-        rng = np.random.default_rng(0)
-        gold = rng.normal(size=80)
-        for name, noise in (("loreft", 0.5), ("red", 2.0)):
-            said = gold + noise * rng.normal(size=80)
-            rows = [
-                {
-                    "task": "stsb",
-                    "source": f"row {i}",
-                    "answer": f"{a:.4f}",
-                    "gold": str(g),
-                    "error": abs(a - g),
-                }
-                for i, (a, g) in enumerate(zip(said, gold, strict=True))
-            ]
-            pearson, spearman = stats.pearsonr(said, gold)[0], stats.spearmanr(said, gold)[0]
-            measures = {"pearson": pearson, "spearman": spearman, "combined_score": (pearson + spearman) / 2}
-            metrics = {f"test/stsb/{measure}": value for measure, value in measures.items()}
-            write_run(
-                tmp_path / name, name, scores={"stsb": [0]}, rows=rows, metrics=metrics, monitor="val/pearson"
-            )
-            results = json.loads((tmp_path / name / "results.json").read_text())
-            del results["metrics"]["test/stsb/accuracy"]
-            (tmp_path / name / "results.json").write_text(json.dumps(results))
-        comparison = only(tmp_path, resamples=4000)
-        scores = comparison.methods[0].scores
-        assert all(scores["stsb", m].interval for m in ("pearson", "spearman", "combined_score"))
-        (pair,) = comparison.pairs
-        assert (pair.test, pair.mcnemar, pair.measure) == ("paired bootstrap", {}, "pearson")
-        assert pair.p < 0.01
-        assert pair.interval[0] > 0
-
-    def test_predictions_that_give_another_score_get_no_interval(self, tmp_path):
-        write_run(tmp_path / "a", metrics={"test/boolq/accuracy": 0.99})
-        comparison = only(tmp_path)
-        assert comparison.methods[0].scores["boolq", "accuracy"].interval is None
-        assert any("the predictions do not give accuracy of boolq" in note for note in comparison.notes)
-        assert cells(tables.score_table(comparison), "loreft", "boolq accuracy") == "99.0"
-
-    def test_a_loss_alone_is_compared_without_rows(self, tmp_path):
-        for name, loss in (("loreft", 1.5), ("red", 1.7)):
-            write_run(tmp_path / name, name, scores={}, metrics={"val/loss": loss}, monitor="val/loss")
-        comparison = only(tmp_path)
-        assert [m.label for m in comparison.methods] == ["loreft", "red"]  # the lower one first
-        assert comparison.pairs == []
-        assert cells(tables.score_table(comparison), "loreft", "loss") == "1.5000"
-
-    def test_an_interval_without_width_is_no_certainty(self, tmp_path):
-        write_run(tmp_path / "a", scores={"boolq": [0] * 60})
-        assert any("has no width" in note for note in only(tmp_path).notes)
 
 
 class TestCosts:
@@ -352,8 +203,12 @@ class TestCosts:
         write_run(tmp_path / "b", "red", **other)
         comparison = only(tmp_path)
         assert comparison.unequal == said
-        assert ("nequal budget" in tables.latex(comparison)) == bool(said)
-        assert {record["unequal_budget"] for record in tables.records([comparison])} == {"; ".join(said)}
+        assert ("nequal budget" in formats.latex(comparison)) == bool(said)
+        assert {record["unequal_budget"] for record in formats.records([comparison])} == {"; ".join(said)}
+
+    def test_memory_that_is_not_known_is_no_number(self, tmp_path):
+        write_run(tmp_path / "a", peak_memory_bytes=None)
+        assert cells(tables.cost_table(only(tmp_path)), "loreft", "peak memory GiB") == "-"
 
     def test_a_method_that_trains_nothing_has_no_budget(self, tmp_path):
         write_run(tmp_path / "a")
@@ -410,12 +265,42 @@ class TestFolders:
         assert reasons["yaml"].startswith("config.yaml cannot be read")
         assert reasons["bare"] == reasons["hydra"] == "no results.json: the run ended before it began"
 
-    def test_broken_predictions_are_an_error_with_the_line(self, tmp_path):
-        folder = write_run(tmp_path / "a")
+    def test_broken_predictions_leave_their_run_out_and_name_the_line(self, tmp_path):
+        for name in ("loreft", "red"):
+            folder = write_run(tmp_path / name, name)
         with open(folder / "predictions" / "reft_test.jsonl", "a") as file:
             file.write("{}\n")
-        with pytest.raises(ReportError, match=r"reft_test\.jsonl, line 61 is no row"):
-            report(tmp_path)
+        made = report(tmp_path)
+        assert [run.method for run in made.runs] == ["loreft"]
+        assert re.search(r"reft_test\.jsonl, line 61 is no row", made.left[0].reason)
+        with pytest.raises(ReportError, match=r"(?s)nothing to report.*line 61 is no row"):
+            report(folder)
+
+    @pytest.mark.parametrize("end", ["\u2028", "\u2029", "\u0085", "\x1e"])
+    def test_a_text_may_hold_any_end_of_line(self, tmp_path, end):
+        folder = write_run(tmp_path / "a")
+        rows = predictions("boolq", right(0.6))
+        rows[3]["prompt"] = f"one{end}two"
+        path = folder / "predictions" / "reft_test.jsonl"
+        path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+        assert only(tmp_path).methods[0].scores["boolq", "accuracy"].rows == 60
+
+    def test_ten_parts_of_a_curve_stand_in_their_order(self, tmp_path):
+        folder = write_run(tmp_path / "a")
+        for part in range(2, 11):
+            (folder / f"csv_{part}").mkdir()
+            (folder / f"csv_{part}" / "metrics.csv").write_text(f"step,train/loss\n9,{part}\n")
+        ((run,), _, _) = read_runs([folder])
+        assert dict(run.curve("train/loss"))[9] == 10  # the last part knows best
+
+    def test_a_resumed_run_has_no_total_time_for_peft(self, tmp_path):
+        times = {"started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T00:01:40+00:00"}
+        folder = write_run(tmp_path / "a", **times)
+        ((run,), _, _) = read_runs([folder])
+        assert peft_schema._total_time(run) == 100
+        (folder / "csv_2").mkdir()
+        (folder / "csv_2" / "metrics.csv").write_text("step\n1\n")
+        assert peft_schema._total_time(run) is None
 
     def test_nothing_usable_says_what_a_run_folder_is(self, tmp_path):
         write_run(tmp_path / "stopped", status="stopped")
@@ -451,47 +336,3 @@ class TestFolders:
         with caplog.at_level(logging.INFO):
             read_runs(find_folders([tmp_path])[0])
         assert caplog.text == ""
-
-
-class TestTables:
-    def test_the_best_is_bold_in_markdown_and_latex(self, tmp_path):
-        comparison = only(write_grid(tmp_path))
-        lines = tables.markdown(tables.score_table(comparison)).splitlines()
-        assert next(line for line in lines if line.startswith("| loreft")).count("**") == 2
-        assert next(line for line in lines if line.startswith("| red")).count("**") == 0
-        text = tables.latex(comparison)
-        assert text.count(r"\textbf") == 1
-        assert all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
-        rows = [line for line in text.splitlines() if line.endswith(r"\\")]
-        assert {line.count("&") for line in rows} == {2}
-
-    def test_names_are_escaped(self, tmp_path):
-        write_run(tmp_path / "a", "my_module.A|B & <b>50%</b>")
-        comparison = only(tmp_path)
-        assert "my_module.A\\|B & \\<b>50%\\</b>" in tables.markdown(tables.score_table(comparison))
-        assert r"my\_module.A|B \& \textless{}b\textgreater{}50\%" in tables.latex(comparison)
-
-    def test_the_csv_has_one_line_for_each_method_task_and_measure(self, tmp_path):
-        comparison = only(write_grid(tmp_path / "runs"))
-        tables.write_csv(tmp_path / "x.csv", tables.records([comparison]), tables.CSV_COLUMNS)
-        with open(tmp_path / "x.csv", newline="") as file:
-            lines = list(csv.DictReader(file))
-        assert [(line["method"], line["task"], line["measure"]) for line in lines] == [
-            ("loreft", "boolq", "accuracy"), ("red", "boolq", "accuracy"),
-        ]  # fmt: skip
-        score = comparison.methods[0].scores["boolq", "accuracy"]
-        assert float(lines[0]["mean"]) == score.mean
-        assert (float(lines[0]["low"]), float(lines[0]["high"])) == score.interval
-        assert json.loads(lines[0]["by_seed"]) == {str(seed): value for seed, value in score.values.items()}
-
-    def test_the_verdict_names_who_differs_and_who_cannot_be_told(self, tmp_path):
-        comparison = only(write_grid(tmp_path, {"loreft": 0.8, "near": 0.79, "far": 0.2}), resamples=2000)
-        text = tables.verdict(comparison)
-        assert "the best of 3" in text
-        assert "it differs from far (p < 0.05 after Holm, interval without 0)" in text
-        assert "it cannot be told from near" in text
-
-    def test_equal_methods_share_the_first_place(self, tmp_path):
-        write_run(tmp_path / "a", "loreft")
-        write_run(tmp_path / "b", "red")
-        assert ", as have red" in tables.verdict(only(tmp_path))

@@ -1,4 +1,4 @@
-"""The page, the plots, the command, studies and W&B of reports."""
+"""The page, the plots, the command and W&B of reports."""
 
 import json
 import re
@@ -9,16 +9,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from invented_runs import right, write_grid, write_run
+from invented_runs import FEW, right, write_grid, write_run
 
 from reft_lightning import cli
-from reft_lightning.reporting import plots, tables
+from reft_lightning.reporting import formats, plots, tables
 from reft_lightning.reporting.build import build_report
 from reft_lightning.reporting.command import main, write
 from reft_lightning.reporting.runs import ReportError
-from reft_lightning.reporting.studies import read_study
 
-FEW = 400
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
@@ -155,7 +153,7 @@ class TestPlots:
         write_run(tmp_path / "b", "none", scores={"boolq": right(0.4)}, trainable_parameters=0)
         (comparison,) = build_report([tmp_path], resamples=FEW).comparisons
         with rc_context(plots.STYLE):
-            figure = plots._against(comparison, "trainable_parameters", "trained parameters", log=True)
+            figure = plots._against(comparison, lambda m: m.trained, "trained parameters", log=True)
         (ax,) = figure.axes
         (bar,) = ax.containers
         assert bar.lines[0].get_xdata() == [4000]
@@ -163,6 +161,40 @@ class TestPlots:
         lines = {tuple(line.get_ydata()) for line in ax.lines if line.get_label().startswith("none")}
         assert {round(y, 6) for line in lines for y in line} == {round(100 * np.mean(right(0.4)), 6)}
         assert (ax.get_xscale(), ax.get_xlabel()) == ("log", "trained parameters")
+
+    def test_a_head_counts_and_what_is_not_recorded_is_not_zero(self, tmp_path):
+        from matplotlib import rc_context
+
+        write_run(tmp_path / "a", "loreft", trainable_parameters=4000, head_parameters=700)
+        write_run(tmp_path / "b", "none", trainable_parameters=0, head_parameters=700)
+        write_run(tmp_path / "c", "lost", trainable_parameters=None, head_parameters=None)
+        write_run(tmp_path / "d", "frozen", trainable_parameters=0, head_parameters=0)
+        (comparison,) = build_report([tmp_path], resamples=FEW).comparisons
+        with rc_context(plots.STYLE):
+            figure = plots._against(comparison, lambda m: m.trained, "trained parameters", log=True)
+        (ax,) = figure.axes
+        assert sorted(bar.lines[0].get_xdata()[0] for bar in ax.containers) == [700, 4700]
+        across = {line.get_label() for line in ax.lines if "(" in line.get_label()}
+        assert across == {"frozen (0)", "lost (not recorded)"}
+
+    @pytest.mark.parametrize("method", [r"lo$\foo$", "a $ b", r"\$x$", "$"])
+    def test_dollars_in_a_name_are_dollars(self, tmp_path, method):
+        from matplotlib import rc_context
+
+        write_run(tmp_path / "a", method)
+        comparison, drawn = self.drawn(tmp_path)
+        assert "intervals" in drawn
+        with rc_context(plots.STYLE):
+            (ax,) = plots._intervals(comparison).axes
+        (label,) = ax.get_yticklabels()
+        assert label._preprocess_math(label.get_text()) == (method, False)
+
+    def test_a_diverged_method_is_not_drawn(self, tmp_path):
+        write_run(tmp_path / "a", "loreft")
+        write_run(tmp_path / "b", "red", metrics={"test/boolq/accuracy": float("nan")})
+        comparison, drawn = self.drawn(tmp_path)
+        assert len(drawn) == 4
+        assert [m.label for _, m in plots._scored(comparison)] == ["loreft"]
 
     def test_learning_curves_are_means_over_seeds(self, tmp_path):
         from matplotlib import rc_context
@@ -186,7 +218,7 @@ class TestCommand:
 
     def test_it_writes_all_files_and_prints_the_scores(self, tmp_path, monkeypatch, capsys):
         write_grid(tmp_path / "runs")
-        self.run(monkeypatch, tmp_path / "runs", "--out", tmp_path / "out", "--resamples", FEW)
+        self.run(monkeypatch, tmp_path / "runs", "--out", tmp_path / "out", "--resamples", 1000)
         files = {path.name for path in (tmp_path / "out").iterdir()}
         assert files == {"report.html", "report.md", "report.tex", "scores.csv", "pairs.csv", "plots"}
         said = capsys.readouterr().out
@@ -194,13 +226,24 @@ class TestCommand:
         assert "loreft" in said
         assert "report.html" in said
 
+    def test_plots_of_an_earlier_report_go_and_other_files_stay(self, tmp_path):
+        write_grid(tmp_path / "runs" / "one", seeds=(42,))
+        write_grid(tmp_path / "runs" / "two", seeds=(42,), data="two")
+        made(tmp_path / "runs", tmp_path / "out")
+        before = {path.name for path in (tmp_path / "out" / "plots").iterdir()}
+        (tmp_path / "out" / "plots" / "mine.png").write_text("kept")
+        made(tmp_path / "runs" / "one", tmp_path / "out")
+        after = {path.name for path in (tmp_path / "out" / "plots").iterdir()}
+        assert (len(before), len(after)) == (16, 9)
+        assert "mine.png" in after
+
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
             (("nowhere",), "nowhere: no such folder; a run folder is"),
             ((), "reft-report FOLDER"),
             ((".", "--split", "train"), "invalid choice: 'train'"),
-            ((".", "--resamples", "7"), "must be an integer, 100 or more; got '7'"),
+            ((".", "--resamples", "999"), "must be an integer, 1000 or more, as fewer do not settle"),
             ((".", "--outt", "x"), "unrecognized arguments: --outt"),
         ],
     )
@@ -227,135 +270,19 @@ class TestCommand:
     def test_tables_and_page_go_to_wandb(self, tmp_path, monkeypatch):
         monkeypatch.setenv("WANDB_MODE", "offline")
         write_grid(tmp_path / "runs")
-        main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--resamples", str(FEW), "--wandb"])
+        main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--resamples", "1000", "--wandb"])
         (folder,) = (tmp_path / "out" / "wandb").glob("offline-run-*")
         found = {}
         for path in (folder / "files" / "media" / "table").rglob("*.table.json"):
             found[path.name.split("_")[0]] = json.loads(path.read_text())
-        assert tuple(found["scores"]["columns"]) == tables.CSV_COLUMNS
-        assert [row[list(tables.CSV_COLUMNS).index("method")] for row in found["scores"]["data"]] == [
+        assert tuple(found["scores"]["columns"]) == formats.CSV_COLUMNS
+        assert [row[list(formats.CSV_COLUMNS).index("method")] for row in found["scores"]["data"]] == [
             "loreft",
             "red",
         ]
-        assert tuple(found["pairs"]["columns"]) == tables.PAIR_COLUMNS
+        assert tuple(found["pairs"]["columns"]) == formats.PAIR_COLUMNS
         (html,) = (folder / "files" / "media" / "html").rglob("*.html")
         assert html.read_text() == (tmp_path / "out" / "report.html").read_text()
-
-
-@pytest.fixture(scope="module")
-def finished_study(tmp_path_factory):
-    """A study as reft-search leaves it: two methods, six trials each, winners of two seeds."""
-    optuna = pytest.importorskip("optuna", reason="studies take the extra 'search'")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    folder = tmp_path_factory.mktemp("searched") / "study"
-    folder.mkdir()
-    storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'study.db'}")
-    rng = np.random.default_rng(0)
-    space = {
-        "optimizer.lr": optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True),
-        "intervention.rank": optuna.distributions.CategoricalDistribution([4, 8]),
-    }
-    for method in ("loreft", "red"):
-        kept = optuna.create_study(storage=storage, study_name=method, direction="maximize")
-        for number in range(6):
-            params = {
-                "optimizer.lr": float(10 ** rng.uniform(-4, -2)),
-                "intervention.rank": (4, 8)[number % 2],
-            }
-            value = None if number == 3 else 1 - abs(np.log10(params["optimizer.lr"]) + 3)
-            state = optuna.trial.TrialState.FAIL if number == 3 else optuna.trial.TrialState.COMPLETE
-            kept.add_trial(
-                optuna.trial.create_trial(state=state, value=value, params=params, distributions=space)
-            )
-            trial = folder / "trials" / method / str(number)
-            trial.mkdir(parents=True)
-            (trial / "cost.json").write_text(
-                json.dumps({"steps": 50, "tokens": 5000, "seconds": 10, "flops": 1e9})
-            )
-        # of the trials one has a run folder, which no table may take
-        write_run(folder / "trials" / method / "6", method, seed=7)
-        for seed in (42, 43):
-            write_run(folder / "winners" / method / f"seed_{seed}", method, seed)
-    (folder / "study.yaml").write_text("budget: {unit: trials, amount: 6}\nmonitor: val/accuracy\n")
-    storage.engine.dispose()
-    return folder
-
-
-@pytest.fixture
-def study(finished_study, tmp_path):
-    return shutil.copytree(finished_study, tmp_path / "study")
-
-
-class TestStudies:
-    def test_winners_are_compared_and_trials_are_history(self, study, tmp_path):
-        report = build_report([study], resamples=FEW)
-        (comparison,) = report.comparisons
-        assert [(m.label, m.seeds) for m in comparison.methods] == [("loreft", [42, 43]), ("red", [42, 43])]
-        (kept,) = report.studies
-        assert {method: len(trials) for method, trials in kept.trials.items()} == {"loreft": 6, "red": 6}
-        assert kept.states("red") == "5 complete, 1 fail"
-        assert kept.budget == "budget of each method: 6 trials; spent: equal"
-        page = Page(write(report, tmp_path / "out"))
-        assert "Study study" in page.text
-        assert "val/accuracy" in page.text
-        names = {path.name.split("_", 1)[1] for path in (tmp_path / "out" / "plots").glob("*.svg")}
-        assert {"study_search_history.svg", "study_parameter_importance.svg"} <= names
-
-    def test_the_best_trial_and_the_parameter_that_matters(self, study):
-        kept = read_study(study)
-        for method, trials in kept.trials.items():
-            best = kept.best(method)
-            assert best.value == max(trial.value for trial in trials if trial.value is not None)
-            shares = kept.importance[method]
-            assert set(shares) == {"optimizer.lr", "intervention.rank"}
-            assert sum(shares.values()) == pytest.approx(1)
-        table = tables.study_table(kept)
-        assert table.rows[0][list(table.columns).index("steps")].text == "300"
-
-    def test_a_study_that_spent_unequally_is_said_to(self, study, tmp_path):
-        (study / "study.yaml").write_text("budget: {unit: steps, amount: 300}\n")
-        (study / "trials" / "red" / "5" / "cost.json").unlink()
-        report = build_report([study], resamples=FEW)
-        assert "unequal: red has spent 250 steps" in report.studies[0].budget
-        text = write(report, tmp_path / "out")
-        assert text.count('<p class="warn" role="note">⚠ study study: budget of each method') == 1
-
-    def test_a_read_that_only_the_ledger_knows_is_shown(self, study):
-        (run,) = (study / "winners" / "red").glob("seed_42")
-        results = json.loads((run / "results.json").read_text())
-        lines = [{"time": f"2025-0{i}", "method": "red", "seed": 42, "config_hash": results["config_hash"],
-                  "model": "adapted", "folder": str(run)} for i in (1, 2)]  # fmt: skip
-        (study / "test_reads.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        table = tables.read_table(build_report([study], resamples=FEW).reads)
-        assert len(table.rows) == 5  # four winners, and the first read of a run that was begun anew
-        assert [row[7].text for row in table.rows if row[1].text == "red" and row[2].text == "42"] == [
-            "",
-            "read again",
-        ]
-
-    def test_winners_have_the_names_of_the_study(self, study):
-        (study / "winners" / "red").rename(study / "winners" / "red_all_layers")
-        (comparison,) = build_report([study], resamples=FEW).comparisons
-        assert [method.label for method in comparison.methods] == ["loreft", "red_all_layers"]
-
-    def test_a_study_without_winners_is_its_history(self, study, tmp_path):
-        shutil.rmtree(study / "winners")
-        report = build_report([study], resamples=FEW)
-        assert report.comparisons == []
-        assert "No run was scored." in Page(write(report, tmp_path / "out")).text
-
-    def test_without_optuna_the_winners_are_still_compared(self, study, monkeypatch):
-        monkeypatch.setitem(sys.modules, "optuna", None)
-        report = build_report([study], resamples=FEW)
-        assert "pip install 'reft_lightning[search]'" in report.left[0].reason
-        assert len(report.comparisons) == 1
-
-    def test_a_database_of_something_else_is_left_out(self, study):
-        (study / "study.db").write_text("no database")
-        report = build_report([study], resamples=FEW)
-        (left,) = report.left
-        assert "is no database of Optuna" in left.reason
-        assert len(report.comparisons) == 1
 
 
 @pytest.fixture

@@ -22,8 +22,11 @@ from reft_lightning.reporting.statistics import (
     percentile_interval,
     resample_rows,
     row_counts,
+    satterthwaite,
     seed_weights,
     sign_flip_tests,
+    t_interval,
+    t_p,
 )
 
 FEW = settings(max_examples=60, deadline=None)
@@ -166,16 +169,26 @@ class TestBootstrap:
         np.testing.assert_allclose(weights.sum(1), 1)
         np.testing.assert_allclose(weights.mean(0), 1 / seeds, atol=0.03)
 
+    @pytest.mark.parametrize("seeds", [2, 3, 5])
+    def test_resampled_seeds_have_the_standard_error_of_the_mean(self, seeds):
+        scores = rng(7).normal(size=seeds)
+        means = seed_weights(seeds, 40_000, rng()) @ scores
+        assert means.var() == pytest.approx(scores.var(ddof=1) / seeds, rel=0.03)
+
     @pytest.mark.parametrize("seeds", [1, 2, 5])
     def test_rows_and_seeds_vary_as_the_formula_says(self, seeds):
         scores = rng(5).random((seeds, 60)) + 0.5 * rng(6).random((seeds, 1))
         draws = resample_rows([RowMean(line) for line in scores], 60, 40_000, rng())
         both = over_seeds(draws, seed_weights(seeds, 40_000, rng(1)))
 
-        def second(n):  # E[w w'] of multinomial counts over n, divided by n
-            return (1 - 1 / n + np.eye(n)) / n**2
+        def second(
+            n, by=1.0
+        ):  # E[w w'] of multinomial counts over n, divided by n, their variance times `by`
+            return 1 / n**2 + by * (np.eye(n) - 1 / n) / n**2
 
-        expected = np.einsum("st,nm,sn,tm->", second(seeds), second(60), scores, scores) - scores.mean() ** 2
+        by = seeds / (seeds - 1) if seeds > 1 else 1
+        moments = second(seeds, by), second(60)
+        expected = np.einsum("st,nm,sn,tm->", *moments, scores, scores) - scores.mean() ** 2
         assert both.mean() == pytest.approx(scores.mean(), abs=3 * math.sqrt(expected / 40_000) + 1e-12)
         assert both.var() == pytest.approx(expected, rel=0.05)
 
@@ -243,6 +256,33 @@ class TestPairedTests:
         values = np.array(sign_flip_tests(lines, 999, rng()))
         assert stats.kstest(values, "uniform").pvalue > 1e-3
         assert (values <= 0.05).mean() < 0.09
+
+
+class TestStudent:
+    @FEW
+    @given(st.integers(0, 1000), st.integers(2, 6), st.integers(2, 6))
+    def test_of_two_methods_over_seeds_alone_it_is_welchs_test(self, seed, m, n):
+        a, b = rng(seed).normal(size=m), 1 + 2 * rng(seed + 1).normal(size=n)
+        error, freedom = satterthwaite([(a.var(ddof=1) / m, m - 1), (b.var(ddof=1) / n, n - 1)])
+        theirs = stats.ttest_ind(a, b, equal_var=False)
+        difference = a.mean() - b.mean()
+        assert freedom == pytest.approx(theirs.df)
+        assert t_p(difference, error, freedom) == pytest.approx(theirs.pvalue)
+        ends = theirs.confidence_interval()
+        assert t_interval(difference, error, freedom) == pytest.approx((ends.low, ends.high))
+
+    def test_of_rows_alone_it_is_the_paired_t_test(self):
+        line = rng(2).normal(0.2, 1, size=80)
+        error, freedom = satterthwaite([(line.var(ddof=1) / 80, 79)])
+        assert t_p(line.mean(), error, freedom) == pytest.approx(stats.ttest_1samp(line, 0).pvalue)
+
+    def test_what_has_no_spread_or_an_unknown_one(self):
+        assert satterthwaite([(0.0, 3), (0.0, 4)]) == (0.0, math.inf)
+        assert t_p(0.0, 0.0, math.inf) == 1.0
+        assert t_interval(0.5, 0.0, math.inf) == (0.5, 0.5)
+        error, freedom = satterthwaite([(0.1, 3), (math.inf, 1)])
+        assert t_p(0.5, error, freedom) == 1.0
+        assert t_interval(0.5, error, freedom) == (-math.inf, math.inf)
 
 
 class TestHolm:

@@ -1,5 +1,6 @@
 """`reft-report`: run folders -> statistics -> tables, plots and one HTML page.
 
-`runs` reads folders, `scores` turns predictions into measures of weighted rows, `statistics` resamples them,
-`comparisons` decides what may stand in one table; `tables`, `plots` and `page` write, `command` is the command.
+`runs` and `studies` read folders, `grouping` decides what may stand in one of the `comparisons`, `scores` turns
+predictions into measures of weighted rows, `statistics` resamples and tests them for `evidence`; `tables` says it,
+`formats`, `plots` and `page` write it, `command` is the command.
 """

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .comparisons import Comparison
-from .evidence import RESAMPLES, add_evidence
+from .evidence import RESAMPLES, add_evidence, deviating
 from .grouping import compare, used_split
 from .runs import RUN_FOLDER, LeftOut, Read, ReportError, Run, find_folders, read_runs
 from .studies import Study, ledger_reads, read_study
@@ -54,7 +54,7 @@ def build_report(
         seed: of the draws.
 
     Raises:
-        ReportError: if nothing can be reported, or runs that should be compared read other rows.
+        ReportError: if nothing can be reported.
     """
     run_folders, study_folders, left = find_folders(folders)
     runs, incomplete, reads = read_runs(run_folders)
@@ -67,6 +67,11 @@ def build_report(
         except ReportError as error:
             left.append(LeftOut(folder, str(error)))
     comparisons = compare(runs, split)
+    while bad := [item for comparison in comparisons for item in deviating(comparison)]:
+        left += bad
+        folders = {item.folder for item in bad}
+        runs = [run for run in runs if run.folder not in folders]
+        comparisons = compare(runs, split)
     where = f"the {split} split" if split else "any split"
     left += [LeftOut(run.folder, f"no score on {where}") for run in runs if not used_split(run, split)]
     if not comparisons and not any(study.trials for study in studies):

@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from . import plots, tables
+from . import formats, plots, tables
 from .build import SPLITS, Report, build_report
 from .evidence import RESAMPLES
 from .page import page
 from .runs import ReportError
 
+FEWEST = 1000  # resamples: 25 lie beyond each end of an interval
+PLOT = re.compile(r"\d{2,}_[A-Za-z0-9_-]+\.(svg|png)")
 FILES = {
     "report.html": "everything, one file that opens without a network",
     "report.md": "tables for GitHub",
@@ -53,8 +55,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    if not (text.isdecimal() and int(text) >= 100):
-        raise argparse.ArgumentTypeError(f"must be an integer, 100 or more; got {text!r}")
+    if not (text.isdecimal() and int(text) >= FEWEST):
+        raise argparse.ArgumentTypeError(
+            f"must be an integer, {FEWEST} or more, as fewer do not settle the ends of an interval; got {text!r}"
+        )
     return int(text)
 
 
@@ -72,7 +76,7 @@ def main(argv: Sequence[str], console: Console | None = None) -> Report:
         ReportError: if nothing can be reported.
     """
     options = parser().parse_args(argv)
-    plots.check_matplotlib()
+    plots.check_packages()
     if options.out.exists() and not options.out.is_dir():
         raise ReportError(f"--out {options.out} is a file; give a folder")
     report = build_report(options.folders, options.split, options.resamples, options.seed)
@@ -89,8 +93,11 @@ def main(argv: Sequence[str], console: Console | None = None) -> Report:
 
 
 def write(report: Report, out: Path) -> str:
-    """Write all files of a report; return the page."""
+    """Write all files of a report, in place of those of an earlier one; return the page."""
     (out / "plots").mkdir(parents=True, exist_ok=True)
+    for path in (out / "plots").iterdir():
+        if PLOT.fullmatch(path.name):  # of other runs it may have other names
+            path.unlink()
     figures = {c.title: plots.comparison_plots(c) for c in report.comparisons}
     figures |= {str(study.folder): plots.study_plots(study) for study in report.studies}
     names = _file_names(figures)
@@ -102,9 +109,9 @@ def write(report: Report, out: Path) -> str:
     html = page(report, figures)
     (out / "report.html").write_text(html, encoding="utf-8")
     (out / "report.md").write_text(markdown(report), encoding="utf-8")
-    (out / "report.tex").write_text("\n".join(map(tables.latex, report.comparisons)), encoding="utf-8")
-    tables.write_csv(out / "scores.csv", tables.records(report.comparisons), tables.CSV_COLUMNS)
-    tables.write_csv(out / "pairs.csv", tables.pair_records(report.comparisons), tables.PAIR_COLUMNS)
+    (out / "report.tex").write_text("\n".join(map(formats.latex, report.comparisons)), encoding="utf-8")
+    formats.write_csv(out / "scores.csv", formats.records(report.comparisons), formats.CSV_COLUMNS)
+    formats.write_csv(out / "pairs.csv", formats.pair_records(report.comparisons), formats.PAIR_COLUMNS)
     return html
 
 
@@ -121,23 +128,23 @@ def markdown(report: Report) -> str:
         parts += [f"## {comparison.title}\n", f"{tables.verdict(comparison)}\n"]
         parts += [f"> **{line}**\n" for line in comparison.unequal]
         parts += [
-            tables.markdown(tables.score_table(comparison)),
-            tables.markdown(tables.cost_table(comparison)),
+            formats.markdown(tables.score_table(comparison)),
+            formats.markdown(tables.cost_table(comparison)),
         ]
-        parts += [tables.markdown(tables.measure_table(comparison))]
+        parts += [formats.markdown(tables.measure_table(comparison))]
         if comparison.pairs:
-            parts.append(tables.markdown(tables.pair_table(comparison)))
+            parts.append(formats.markdown(tables.pair_table(comparison)))
         if comparison.notes:
             parts.append("".join(f"- {note}\n" for note in comparison.notes))
     for study in report.studies:
         parts += [
             f"## Study {study.folder.name}\n",
             f"{study.budget}\n",
-            tables.markdown(tables.study_table(study)),
+            formats.markdown(tables.study_table(study)),
         ]
-    parts += ["## Test reads\n", tables.markdown(tables.read_table(report.reads))]
+    parts += ["## Test reads\n", formats.markdown(tables.read_table(report.reads))]
     if report.left:
-        parts += ["## Left out\n", tables.markdown(tables.left_table(report.left))]
+        parts += ["## Left out\n", formats.markdown(tables.left_table(report.left))]
     return "\n".join(parts)
 
 
@@ -167,6 +174,8 @@ def print_report(report: Report, console: Console) -> None:
         console.print(
             escape(f"study {study.folder}: best {study.monitor}: {said}; {study.budget}"), soft_wrap=True
         )
+        for note in tables.study_table(study).notes:
+            console.print(escape(note), soft_wrap=True, highlight=False)
     for note in tables.read_table(report.reads).notes:
         console.print(f"[bold yellow]{escape(note)}[/bold yellow]", soft_wrap=True)
     for item in report.left:
@@ -180,8 +189,8 @@ def log_to_wandb(report: Report, html: str, out: Path, project: str) -> None:
     mode = os.environ.get("WANDB_MODE") or "offline"
     run = wandb.init(project=project, job_type="report", dir=str(out), mode=mode, name=out.name)
     for name, lines, columns in (
-        ("scores", tables.records(report.comparisons), tables.CSV_COLUMNS),
-        ("pairs", tables.pair_records(report.comparisons), tables.PAIR_COLUMNS),
+        ("scores", formats.records(report.comparisons), formats.CSV_COLUMNS),
+        ("pairs", formats.pair_records(report.comparisons), formats.PAIR_COLUMNS),
     ):
         rows = [[line[column] for column in columns] for line in lines]
         run.log({name: wandb.Table(columns=list(columns), data=rows)})

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from .runs import Run
-from .statistics import Array
+from .statistics import Array, Part
 
 AVERAGE = "average"
 LOSS = "loss"
 BASE = "frozen base"
+CORRELATIONS = ("pearson", "spearman", "matthews", "combined_score")  # no shares of rows
 SIGNIFICANT = 0.05
+ROWS_AND_SEEDS, ROWS_ONLY = "rows and seeds", "rows only"
 
 
 @dataclass
@@ -26,7 +29,9 @@ class Score:
         values: seed -> value.
         rows: evaluated by each seed; None where no predictions say.
         interval: 95 %, over rows and seeds.
-        draws: (B,) what the bootstrap drew; None without rows.
+        draws: (B,) what the bootstrap of rows and seeds drew; None without rows.
+        row_draws: (B,) the same of rows alone, means over seeds.
+        limits: least and greatest value of the measure.
         row_scores: seed -> (n,) scores of rows, where the measure is their mean.
     """
 
@@ -36,17 +41,33 @@ class Score:
     rows: int | None = None
     interval: tuple[float, float] | None = None
     draws: Array | None = None
+    row_draws: Array | None = None
+    limits: tuple[float, float] = (-math.inf, math.inf)
     row_scores: dict[int, Array] | None = None
 
     @property
+    def diverged(self) -> list[int]:
+        """Return the seeds whose value is no number."""
+        return sorted(seed for seed, value in self.values.items() if not math.isfinite(value))
+
+    @property
     def mean(self) -> float:
-        """Return the mean over seeds."""
-        return float(np.mean(list(self.values.values())))
+        """Return the mean over seeds; NaN where one diverged."""
+        return math.nan if self.diverged else float(np.mean(list(self.values.values())))
 
     @property
     def deviation(self) -> float | None:
-        """Return the sample standard deviation over seeds; None of one seed."""
-        return float(np.std(list(self.values.values()), ddof=1)) if len(self.values) > 1 else None
+        """Return the sample standard deviation over seeds; None of one seed, or where one diverged."""
+        if len(self.values) < 2 or self.diverged:
+            return None
+        return float(np.std(list(self.values.values()), ddof=1))
+
+    @property
+    def seed_part(self) -> Part | None:
+        """Return the squared standard error of the mean over seeds, with its degrees of freedom; None of one seed."""
+        if self.deviation is None:
+            return None
+        return self.deviation**2 / len(self.values), len(self.values) - 1.0
 
 
 @dataclass
@@ -79,6 +100,12 @@ class Method:
         return sum(numbers) / len(numbers) if numbers else None
 
     @property
+    def trained(self) -> float | None:
+        """Return the mean number of trained parameters, those of a head included; None where it is not recorded."""
+        own = self.cost("trainable_parameters")
+        return None if own is None else own + (self.cost("head_parameters") or 0.0)
+
+    @property
     def trains(self) -> bool:
         """Whether anything is trained."""
         return bool(self.cost("steps"))
@@ -94,10 +121,12 @@ class Pair:
         task: name.
         measure: name.
         difference: mean of the first less mean of the second.
-        interval: 95 %, paired bootstrap over rows and seeds.
-        test: `sign flips` or `paired bootstrap`.
-        p: of the test.
+        interval: 95 %, by what is counted.
+        counted: `ROWS_AND_SEEDS`, or `ROWS_ONLY` where a method has one seed.
+        p: by what is counted.
         p_holm: adjusted over all pairs of methods on this task and measure.
+        rows_test: `sign flips` or `paired bootstrap`, about rows given the models that were trained.
+        rows_p: its p-value.
         mcnemar: seed -> exact p-value, where every score is 0 or 1.
     """
 
@@ -107,16 +136,17 @@ class Pair:
     measure: str
     difference: float
     interval: tuple[float, float]
-    test: str
+    counted: str
     p: float
     p_holm: float
+    rows_test: str
+    rows_p: float
     mcnemar: Mapping[int, float]
 
     @property
     def differs(self) -> bool:
-        """Whether rows tell the methods apart after Holm, and the interval, which counts seeds too, leaves out 0."""
-        low, high = self.interval
-        return self.p_holm < SIGNIFICANT and (low > 0 or high < 0)
+        """Whether what is counted tells the methods apart, after Holm."""
+        return self.p_holm < SIGNIFICANT
 
 
 @dataclass
@@ -160,8 +190,9 @@ class Comparison:
         return self.columns[-1] if self.has_average else self.columns[0]
 
     def best(self, column: tuple[str, str]) -> float:
-        """Return the best mean of a column."""
+        """Return the best mean of a column, of methods that did not diverge; NaN without any."""
         means = [m.scores[column].mean for m in self.methods if column in m.scores]
+        means = [mean for mean in means if math.isfinite(mean)] or [math.nan]
         return min(means) if lower_is_better(column[1]) else max(means)
 
 

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import itertools
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from .comparisons import AVERAGE, BASE, LOSS, Comparison, Method, Pair, Score
-from .runs import ReportError, Run
-from .scores import MAJORITY, Mean, RowMean, measures_of
+from .comparisons import AVERAGE, BASE, LOSS, ROWS_AND_SEEDS, ROWS_ONLY, Comparison, Method, Pair, Score
+from .runs import LeftOut, ReportError, Run
+from .scores import MAJORITY, Mean, RowMean, limits, measures_of
 from .statistics import (
     Array,
     Measure,
+    Part,
     bootstrap_p,
     holm,
     mcnemar,
     over_seeds,
     percentile_interval,
     resample_rows,
+    satterthwaite,
     seed_weights,
     sign_flip_tests,
+    t_interval,
+    t_p,
 )
 
 Key = tuple[str, int]
@@ -37,7 +43,7 @@ def add_evidence(
     seed: int = 0,
     advance: Callable[[float], None] = lambda share: None,
 ) -> None:
-    """Fill in intervals and pairs.
+    """Fill in intervals and pairs, of runs that :func:`deviating` found nothing against.
 
     The draws of rows depend on seed, task and rows alone, those of seeds on the method besides: another method in the
     table changes nobody's interval.
@@ -47,16 +53,15 @@ def add_evidence(
         resamples: of the bootstrap and of the sign flips.
         seed: of the draws.
         advance: is told which share of the work was done since the last call.
-
-    Raises:
-        ReportError: if two runs were evaluated on other rows; names both.
     """
-    rows = {id(method): _predictions(method, comparison.split) for method in comparison.methods}
+    rows = {
+        id(method): [run.predictions(comparison.split, method.base) for run in method.runs]
+        for method in comparison.methods
+    }
     for task in comparison.main:
         loaded = [
             (m, run, rows[id(m)][i].get(task)) for m in comparison.methods for i, run in enumerate(m.runs)
         ]
-        _check_rows(task, [(run, found) for _, run, found in loaded if found])
         _score_task(comparison, task, loaded, resamples, seed, advance)
     if comparison.has_average:
         _average(comparison)
@@ -71,25 +76,55 @@ def add_evidence(
         )
 
 
-def _predictions(method: Method, split: str) -> list[Mapping[str, Rows]]:
-    return [run.predictions(split, method.base) for run in method.runs]
+Gold = Mapping[Key, Any]
 
 
-def _check_rows(task: str, found: Sequence[tuple[Run, Rows]]) -> None:
-    for run, rows in found[1:]:
-        first, expected = found[0]
-        alone = sorted(rows.keys() ^ expected.keys())
-        if alone:
-            raise ReportError(
-                f"{first.folder} and {run.folder} were evaluated on other rows of {task}: {len(alone)} are in one "
-                f"alone, such as {alone[0][0]!r}; runs are compared on the same rows only"
-            )
-        other = next((key for key in rows if rows[key].get("gold") != expected[key].get("gold")), None)
-        if other:
-            raise ReportError(
-                f"{first.folder} and {run.folder} have other gold answers of {task}, {other[0]}: "
-                f"{expected[other].get('gold')!r} and {rows[other].get('gold')!r}"
-            )
+def deviating(comparison: Comparison) -> list[LeftOut]:
+    """Return the runs of a comparison whose predictions cannot be read, or are of other rows than those of most.
+
+    Where as many runs have the one rows as the other, those of the run that finished first count.
+    """
+    found: dict[str, list[tuple[Run, Gold]]] = {}
+    left: dict[int, LeftOut] = {}
+    runs = [(run, method.base) for method in comparison.methods for run in method.runs]
+    for run, base in sorted(
+        runs, key=lambda pair: (str(pair[0].results.get("finished")), str(pair[0].folder))
+    ):
+        try:
+            predictions = run.predictions(comparison.split, base)
+        except ReportError as error:
+            left.setdefault(id(run), LeftOut(run.folder, str(error)))
+            continue
+        for task in predictions.keys() & comparison.main.keys():
+            gold = {key: row.get("gold") for key, row in predictions[task].items()}
+            found.setdefault(task, []).append((run, gold))
+    for task in sorted(found):
+        groups: list[list[tuple[Run, Gold]]] = []
+        for run, gold in found[task]:
+            same = next((group for group in groups if group[0][1] == gold), None)
+            if same is None:
+                groups.append([(run, gold)])
+            else:
+                same.append((run, gold))
+        most = max(groups, key=len)
+        for run, gold in (one for group in groups if group is not most for one in group):
+            left.setdefault(id(run), LeftOut(run.folder, _deviation(task, *most[0], gold)))
+    return list(left.values())
+
+
+def _deviation(task: str, standard: Run, expected: Gold, gold: Gold) -> str:
+    """Say how the rows of a run differ from those that count."""
+    alone = sorted(gold.keys() ^ expected.keys())
+    if alone:
+        return (
+            f"it was evaluated on other rows of {task} than {standard.folder}: {len(alone)} are in one alone, such as "
+            f"{alone[0][0]!r}; runs are compared on the same rows only"
+        )
+    other = next(key for key in gold if gold[key] != expected[key])
+    return (
+        f"it has other gold answers of {task} than {standard.folder}, {other[0]}: {gold[other]!r} and "
+        f"{expected[other]!r}"
+    )
 
 
 Entry = tuple[Score, int, Measure]  # of one score: a seed and its measure
@@ -102,7 +137,10 @@ def _entries(
     found: list[Entry] = []
     for method, run, rows in loaded:
         scores = {m: s for (t, m), s in method.scores.items() if t == task}
-        reported = {m: s.values[run.seed] for m, s in scores.items() if run.seed in s.values}
+        reported = {
+            m: s.values[run.seed] for m, s in scores.items()
+            if run.seed in s.values and run.seed not in s.diverged
+        }  # fmt: skip
         measures = measures_of(list(rows.values()), reported) if rows else {}
         for name in sorted(reported.keys() - {MAJORITY, LOSS} - measures.keys()):
             comparison.notes.append(
@@ -137,10 +175,30 @@ def _score_task(
             own = {s: measure for other, s, measure in entries if other is score}
             if len(own) == len(method.runs):
                 score.rows = rows
-                score.draws = over_seeds(np.stack([draws[id(m)] for m in own.values()], 1), weights)
-                score.interval = percentile_interval(score.draws)
+                by_seed = np.stack([draws[id(m)] for m in own.values()], 1)
+                score.draws, score.row_draws = over_seeds(by_seed, weights), by_seed.mean(1)
+                score.limits = limits(next(iter(own.values())))
                 means = {s: m.scores for s, m in own.items() if isinstance(m, RowMean)}
                 score.row_scores = means if len(means) == len(own) else None
+                score.interval = _interval(score)
+
+
+def _interval(score: Score) -> tuple[float, float]:
+    """Return the 95 % interval: of one seed the bootstrap's percentiles, of several Student's by the bootstrap's error.
+
+    Of few seeds the percentiles would be far too narrow, as three seeds know their own spread badly.
+    """
+    if score.draws is None or score.row_draws is None or score.rows is None:
+        raise ValueError(f"{score.task} {score.measure} has no resamples")
+    if score.seed_part is None:
+        return percentile_interval(score.draws)
+    rows = float(score.row_draws.var(ddof=1)), max(score.rows - 1.0, 1.0)
+    _, freedom = satterthwaite([rows, score.seed_part])
+    return _within(score.limits, t_interval(score.mean, float(score.draws.std(ddof=1)), freedom))
+
+
+def _within(limits: tuple[float, float], ends: tuple[float, float]) -> tuple[float, float]:
+    return max(ends[0], limits[0]), min(ends[1], limits[1])
 
 
 def _draws(
@@ -175,12 +233,14 @@ def _average(comparison: Comparison) -> None:
     column = comparison.columns[-1]
     for method in comparison.methods:
         parts = [method.scores.get(item) for item in comparison.main.items()]
-        draws = [part.draws for part in parts if part is not None and part.draws is not None]
-        if column in method.scores and len(draws) == len(parts):
+        known = [part for part in parts if part is not None and part.draws is not None]
+        if column in method.scores and len(known) == len(parts):
             score = method.scores[column]
-            score.rows = sum(part.rows or 0 for part in parts if part is not None)
-            score.draws = np.mean(draws, axis=0)
-            score.interval = percentile_interval(score.draws)
+            score.rows = sum(part.rows or 0 for part in known)
+            score.draws = np.mean([part.draws for part in known], axis=0)
+            score.row_draws = np.mean([part.row_draws for part in known], axis=0)
+            score.limits = tuple(np.mean([part.limits for part in known], axis=0).tolist())
+            score.interval = _interval(score)
 
 
 def pairs_of(comparison: Comparison, resamples: int, seed: int) -> list[Pair]:
@@ -190,42 +250,88 @@ def pairs_of(comparison: Comparison, resamples: int, seed: int) -> list[Pair]:
         methods = [m for m in comparison.methods if column in m.scores and m.scores[column].draws is not None]
         couples = list(itertools.combinations(methods, 2))
         differences = [_row_differences(comparison, a, b, column) for a, b in couples]
-        exact = [d for d in differences if d is not None]
+        exact = [_line(lines) for lines in differences if lines]
         # with fewer flips the smallest p-value, adjusted over many pairs, would not be small
         flips = max(resamples, RESOLUTION * len(couples))
         flipped = iter(
             sign_flip_tests(np.stack(exact), flips, _generator(seed, "signs", *column)) if exact else []
         )
-        pairs = []
-        for (a, b), difference in zip(couples, differences, strict=True):
-            first, second = a.scores[column], b.scores[column]
-            draws = first.draws - second.draws  # the same resamples of rows
-            pairs.append({
-                "first": a.label, "second": b.label, "task": column[0], "measure": column[1],
-                "difference": first.mean - second.mean, "interval": percentile_interval(draws),
-                "test": "paired bootstrap" if difference is None else "sign flips",
-                "p": bootstrap_p(draws) if difference is None else next(flipped),
-                "mcnemar": _mcnemar(a, b, column),
-            })  # fmt: skip
-        adjusted = holm([pair["p"] for pair in pairs])
-        found += [Pair(**pair, p_holm=p) for pair, p in zip(pairs, adjusted, strict=True)]
+        pairs = [
+            _pair(a, b, column, lines, next(flipped) if lines else None)
+            for (a, b), lines in zip(couples, differences, strict=True)
+        ]
+        adjusted = holm([pair.p for pair in pairs])
+        found += [replace(pair, p_holm=p) for pair, p in zip(pairs, adjusted, strict=True)]
     return found
 
 
-def _row_differences(comparison: Comparison, a: Method, b: Method, column: tuple[str, str]) -> Array | None:
-    """Return each row's difference of scores, averaged over seeds; of an average each task counts the same.
+def _pair(
+    a: Method, b: Method, column: tuple[str, str], lines: Sequence[Array], flipped: float | None
+) -> Pair:
+    """Return a pair, its p-value not yet adjusted.
 
-    None where a measure is no mean over rows.
+    Over rows and seeds p is Welch's, and where every row has a score of its own never below that of the sign flips,
+    which holds for few rows that differ too. Where a method has one seed, rows alone are counted.
+
+    Args:
+        a: the one method.
+        b: the other.
+        column: task and measure.
+        lines: of each task each row's difference; empty where the measure is no mean over rows.
+        flipped: p-value of the sign flips of those.
     """
-    if column[0] != AVERAGE:
-        scores = [method.scores[column].row_scores for method in (a, b)]
-        if scores[0] is None or scores[1] is None:
-            return None
-        first, second = (np.mean(list(s.values()), axis=0) for s in scores if s is not None)
-        return first - second
-    parts = [_row_differences(comparison, a, b, item) for item in comparison.main.items()]
-    known = [part / len(part) for part in parts if part is not None]
-    return np.concatenate(known) if len(known) == len(parts) else None
+    first, second = a.scores[column], b.scores[column]
+    draws = first.row_draws - second.row_draws  # the same resamples of rows
+    difference = first.mean - second.mean
+    rows_p = bootstrap_p(draws) if flipped is None else flipped
+    parts = [_rows_part(lines, draws, first.rows or 0)]
+    several = all(method.base or method.scores[column].seed_part is not None for method in (a, b))
+    if several:
+        parts += [part for part in (first.seed_part, second.seed_part) if part is not None]
+    error, freedom = satterthwaite(parts)
+    p = t_p(difference, error, freedom)
+    if flipped is not None:
+        p = max(p, flipped) if several else flipped
+    elif error == 0:
+        p = rows_p
+    bounds = first.limits[0] - second.limits[1], first.limits[1] - second.limits[0]
+    ends = t_interval(difference, error, freedom) if several else percentile_interval(draws)
+    return Pair(
+        first=a.label, second=b.label, task=column[0], measure=column[1], difference=difference,
+        interval=_within(bounds, ends), counted=ROWS_AND_SEEDS if several else ROWS_ONLY, p=p, p_holm=p,
+        rows_test="paired bootstrap" if flipped is None else "sign flips", rows_p=rows_p,
+        mcnemar=_mcnemar(a, b, column),
+    )  # fmt: skip
+
+
+def _rows_part(lines: Sequence[Array], draws: Array, rows: int) -> Part:
+    """Return the variance that rows give a difference, with its degrees of freedom; without lines the bootstrap's."""
+    if rows < 2 or any(len(line) < 2 for line in lines):
+        return math.inf, 1.0
+    if not lines:
+        return float(draws.var(ddof=1)), rows - 1.0
+    variance = sum(float(line.var(ddof=1)) / len(line) for line in lines) / len(lines) ** 2
+    return variance, float(sum(len(line) - 1 for line in lines))
+
+
+def _line(lines: Sequence[Array]) -> Array:
+    """Return the differences of all tasks as one line, in which each task counts the same."""
+    return np.concatenate([line / len(line) for line in lines])
+
+
+def _row_differences(comparison: Comparison, a: Method, b: Method, column: tuple[str, str]) -> list[Array]:
+    """Return of each task of a column each row's difference of scores, averaged over seeds.
+
+    Nothing where a measure is no mean over rows.
+    """
+    columns = list(comparison.main.items()) if column[0] == AVERAGE else [column]
+    found: list[Array] = []
+    for one in columns:
+        first, second = (method.scores[one].row_scores for method in (a, b))
+        if first is None or second is None:
+            return []
+        found.append(np.mean(list(first.values()), axis=0) - np.mean(list(second.values()), axis=0))
+    return found
 
 
 def _mcnemar(a: Method, b: Method, column: tuple[str, str]) -> dict[int, float]:

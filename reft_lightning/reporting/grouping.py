@@ -7,18 +7,20 @@ of files and logging apart, makes another method. Runs of other data are another
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from .comparisons import BASE, LOSS, Comparison, Method, Score, lower_is_better
+from .comparisons import AVERAGE, BASE, LOSS, Comparison, Method, Score, lower_is_better
 from .runs import Run
 
 UNEQUAL = 0.01  # budgets that differ by more are said to
 BUDGETS = ("steps", "tokens")
 SHOWN = 4  # settings in a label
+FEW = 10  # seeds, below which their deviation is hardly known
 
 
 def compare(runs: Sequence[Run], split: str | None = None) -> list[Comparison]:
@@ -129,12 +131,10 @@ def _comparison(runs: Sequence[Run], facts: dict[str, str], split: str) -> Compa
     _average(comparison)
     comparison.unequal = unequal_budgets(methods)
     comparison.notes += _remarks(comparison)
-    reverse = not lower_is_better(comparison.head[1])
-    worst = -np.inf if reverse else np.inf
-    methods.sort(
-        key=lambda m: m.scores[comparison.head].mean if comparison.head in m.scores else worst,
-        reverse=reverse,
-    )
+    head = comparison.head
+    sign = 1 if lower_is_better(head[1]) else -1
+    means = {id(m): m.scores[head].mean if head in m.scores else math.nan for m in methods}
+    methods.sort(key=lambda m: sign * means[id(m)] if math.isfinite(means[id(m)]) else math.inf)
     return comparison
 
 
@@ -156,7 +156,8 @@ def _base(runs: Sequence[Run], split: str, notes: list[str]) -> list[Method]:
     first = having[0]
     values = _scores(first, split, base=True)
     for other in having[1:]:
-        if _scores(other, split, base=True) != values:
+        # as text, in which NaN is NaN
+        if json.dumps(_scores(other, split, base=True)) != json.dumps(values):
             notes.append(
                 f"the frozen base scored otherwise in {other.folder} than in {first.folder}, which counts"
             )
@@ -236,7 +237,26 @@ def _remarks(comparison: Comparison) -> list[str]:
         each = "; ".join(f"{label}: {', '.join(map(str, s))}" for label, s in seeds.items())
         said.append(f"the methods have other seeds: {each}")
     if any(len(s) == 1 for s in seeds.values()):
-        said.append("of one seed there is no deviation, and its interval is over rows alone")
+        said.append(
+            "of one seed there is no deviation, its interval and its tests are over rows alone, and nothing is known "
+            "of other seeds"
+        )
+    few = {label: len(s) for label, s in seeds.items() if 1 < len(s) < FEW}
+    if few:
+        each = ", ".join(f"{label} {count}" for label, count in few.items())
+        said.append(
+            f"fewer than {FEW} seeds ({each}): they hardly know their own spread, so intervals and p-values are "
+            "Student's t, wide, and trust that scores are normal over seeds"
+        )
+    said += _diverged(methods)
+    if comparison.split == "test":
+        names = Counter(method.runs[0].method for method in methods)
+        several = ", ".join(f"{name} in {count} configurations" for name, count in names.items() if count > 1)
+        if several:
+            said.append(
+                f"{several}, all scored on test rows: choosing among them here is choosing by the test split; choose "
+                "by validation (--split validation)"
+            )
     for name, word in (("device", "devices: seconds and tokens/s do not compare"), ("git_commit", "commits")):
         values = sorted({str(run.results.get(name)) for method in methods for run in method.runs})
         if len(values) > 1:
@@ -254,10 +274,26 @@ def _remarks(comparison: Comparison) -> list[str]:
     return said
 
 
+def _diverged(methods: Sequence[Method]) -> list[str]:
+    """Return a sentence for each method with scores that are no numbers."""
+    said: list[str] = []
+    for method in methods:
+        lost: dict[tuple[int, ...], list[str]] = defaultdict(list)
+        for (task, measure), score in method.scores.items():
+            if score.diverged and task != AVERAGE:
+                lost[tuple(score.diverged)].append(f"{task} {measure.replace('_', ' ')}")
+        for seeds, names in lost.items():
+            said.append(
+                f"{method.label} diverged, seeds {', '.join(map(str, seeds))}: {', '.join(names)} is no number, so it "
+                "stands last and in no test"
+            )
+    return said
+
+
 def _constants(comparison: Comparison) -> dict[str, float]:
     found: dict[str, float] = {}
     for method in comparison.methods:
         for (task, measure), score in method.scores.items():
-            if measure == "majority_accuracy":
+            if measure == "majority_accuracy" and not score.diverged:
                 found[task] = score.mean
     return found

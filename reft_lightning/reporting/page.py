@@ -12,7 +12,7 @@ from .build import Report
 from .comparisons import Comparison
 from .plots import Drawn
 from .runs import Run
-from .studies import Study
+from .studies import ENOUGH, Study
 from .tables import Cell, Table
 
 # The browser itself is told to fetch nothing.
@@ -76,12 +76,14 @@ for (const head of document.querySelectorAll("thead th")) {
 """
 
 CAPTIONS = {
-    "intervals": "Scores: mean (marker), each seed (|), 95 % bootstrap interval over rows and seeds (line).",
-    "score_parameters": "Score against trained parameters; a dotted line trains none.",
-    "score_seconds": "Score against seconds of training; a dotted line trains nothing.",
+    "intervals": "Scores: mean (marker), each seed (|), 95 % interval over rows and seeds (line).",
+    "score_parameters": "Score against trained parameters, those of heads included; dotted: none, or not recorded.",
+    "score_seconds": "Score against seconds of training; dotted: none, or not recorded.",
     "learning_curves": "Learning curves: mean over seeds, each seed thin.",
     "search_history": "Search history: each complete trial, and the best so far.",
-    "parameter_importance": "Importance of each searched parameter for the validation score.",
+    "parameter_importance": "Importance (PED-ANOVA) of each searched parameter for being among the best trials, of "
+    f"methods with {ENOUGH} complete trials and two parameters or more. Shares always add up to 1, those of noise too: "
+    "they say which parameter deserves the next trials, not that it matters.",
 }
 
 
@@ -134,12 +136,15 @@ def _summary(report: Report) -> str:
     parts.append(f"<ul>{''.join(items)}</ul>" if items else "<p>No run was scored.</p>")
     again = len(tables.repeated(report.reads))
     parts.append(_warn([f"reads of a test split that repeat an earlier one: {again}"] if again else []))
-    parts.append(_warn([f"study {s.folder.name}: {s.budget}" for s in report.studies if not s.equal]))
+    parts.append(
+        _warn([f"study {s.folder.name}: {s.budget}" for s in report.studies if s.running or not s.equal])
+    )
     if report.left:
         parts.append(f'<p><a href="#left-out">Folders that are left out: {len(report.left)}</a></p>')
     parts.append(
-        f'<p class="soft">Intervals: 95 % percentile bootstrap, {report.resamples:,} resamples of rows and seeds '
-        f"(seed {report.seed}). p-values are two-sided, adjusted by Holm over all pairs of methods.</p>"
+        f'<p class="soft">Intervals: 95 %, bootstrap of rows and seeds, {report.resamples:,} resamples (seed '
+        f"{report.seed}): of several seeds Student's t by its error, of one seed its percentiles. p-values are "
+        "two-sided, over rows and seeds, adjusted by Holm over all pairs of methods.</p>"
     )
     return "".join(parts)
 
@@ -169,7 +174,8 @@ def _comparison(comparison: Comparison, figures: Mapping[str, Drawn], prefix: st
 def _study(study: Study, figures: Mapping[str, Drawn], prefix: str) -> str:
     parts = [f'<p class="soft">{escape(str(study.folder))}</p>']
     if study.budget:
-        parts.append(f"<p>{escape(study.budget)}</p>" if study.equal else _warn([study.budget]))
+        well = study.equal and not study.running
+        parts.append(f"<p>{escape(study.budget)}</p>" if well else _warn([study.budget]))
     parts.append(_table(tables.study_table(study), text=True))
     return "".join([*parts, _figures(figures, prefix)])
 

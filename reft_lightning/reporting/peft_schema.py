@@ -7,6 +7,7 @@ of its own methods (it wants memory in numbers: of a run on a GPU with `trainer.
 =====================================  ===========================================================================
 key                                    from
 =====================================  ===========================================================================
+run_info.total_time                    from start to end; null of a run that was resumed, whose first start is not known
 train_info.train_time                  training and the test, without validations, as there
 train_info.accelerator_memory_max      the most that torch reserved, from start to end
 train_info.accelerator_memory_...      of the steps that were logged: mean and 99th percentile of what was reserved
@@ -104,11 +105,10 @@ def record(run: Run, name: str | None = None) -> dict[str, Any]:
     method_config = _method_config(run)
     metrics, seconds = _metrics(run)
     reserved = [value for _, value in run.curve("progress/memory_reserved")]
-    began, ended = (datetime.fromisoformat(results[key]) for key in ("started", "finished"))
     return {
         "run_info": {
             "created_at": results["started"],
-            "total_time": (ended - began).total_seconds(),
+            "total_time": _total_time(run),
             "experiment_name": name,
             "peft_branch": f"reft_lightning {versions.get('reft_lightning')} {commit}",
             "train_config": _train_config(run),
@@ -137,6 +137,16 @@ def record(run: Run, name: str | None = None) -> dict[str, Any]:
             "pytorch_info": f"torch {versions.get('torch')}",
         },
     }
+
+
+def _total_time(run: Run) -> float | None:
+    """Return the seconds from start to end; None of a run in parts, which records the start of its last one."""
+    parts = len(list(run.folder.glob("csv*/metrics.csv")))
+    if parts > 1:
+        log.warning("%s was resumed, in %d parts: its total time is not known, and null", run.folder, parts)
+        return None
+    began, ended = (datetime.fromisoformat(run.results[key]) for key in ("started", "finished"))
+    return (ended - began).total_seconds()
 
 
 def _packages(versions: Mapping[str, str], method_config: Mapping[str, Any] | None) -> dict[str, Any]:

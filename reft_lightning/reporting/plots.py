@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .comparisons import LOSS, Comparison, Method
+from .comparisons import CORRELATIONS, LOSS, Comparison, Method
 from .runs import ReportError
 from .studies import Study
 
@@ -35,16 +35,19 @@ STYLE = {
 }  # fmt: skip
 
 
-def check_matplotlib() -> None:
+def check_packages() -> None:
     """Say at once what is missing.
 
     Raises:
-        ReportError: without matplotlib.
+        ReportError: without matplotlib or scipy.
     """
     try:
         import matplotlib  # noqa: F401
+        import scipy.special  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ReportError(f"plots need matplotlib ({error}): pip install 'reft_lightning[report]'") from error
+        raise ReportError(
+            f"a report needs matplotlib and scipy ({error}): pip install 'reft_lightning[report]'"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,12 @@ def comparison_plots(comparison: Comparison) -> dict[str, Drawn]:
     with rc_context(STYLE):
         found = {
             "intervals": _intervals(comparison),
-            "score_parameters": _against(comparison, "trainable_parameters", "trained parameters", log=True),
-            "score_seconds": _against(comparison, "train_seconds", "training seconds, mean over seeds"),
+            "score_parameters": _against(
+                comparison, lambda method: method.trained, "trained parameters", log=True
+            ),
+            "score_seconds": _against(
+                comparison, lambda method: method.cost("train_seconds"), "training seconds, mean over seeds"
+            ),
             "learning_curves": _curves(comparison),
         }
     return _drawn(found)
@@ -136,6 +143,11 @@ def _line_style(i: int) -> str:
     return LINES[(i // len(COLOURS)) % len(LINES)]
 
 
+def _text(label: str) -> str:
+    """Return a label as matplotlib shows it: between two dollars it would read mathematics."""
+    return label.replace("$", r"\$")
+
+
 def _scale(measure: str) -> float:
     return 1 if measure == LOSS else 100
 
@@ -143,14 +155,23 @@ def _scale(measure: str) -> float:
 def _name(column: tuple[str, str]) -> str:
     task, measure = column
     words = measure.replace("_", " ") if task == "all" else f"{task} {measure.replace('_', ' ')}"
-    return words if measure == LOSS else f"{words}, %"
+    return _text(f"{words}{_unit(measure)}")
+
+
+def _unit(measure: str) -> str:
+    """Return what stands behind the name of a measure: a correlation is no share of anything."""
+    return "" if measure == LOSS else " × 100" if measure in CORRELATIONS else ", %"
 
 
 def _scored(comparison: Comparison) -> list[tuple[int, Method]]:
-    """Return the methods with a score in the head column, each with the number that chooses its colour."""
+    """Return the methods with a number in the head column, each with the number that chooses its colour."""
     ordered = sorted((m for m in comparison.methods if not m.base), key=lambda m: m.label)
     numbers = {m.label: i for i, m in enumerate(ordered)}
-    return [(numbers.get(m.label, -1), m) for m in comparison.methods if comparison.head in m.scores]
+    return [(numbers.get(m.label, -1), m) for m in comparison.methods if _shown(comparison, m)]
+
+
+def _shown(comparison: Comparison, method: Method) -> bool:
+    return comparison.head in method.scores and not method.scores[comparison.head].diverged
 
 
 def _intervals(comparison: Comparison) -> Figure | None:
@@ -174,31 +195,37 @@ def _intervals(comparison: Comparison) -> Figure | None:
             alpha=0.6,
         )
         ax.plot([scale * score.mean], [y], marker="o" if method.base else _marker(i), ms=7, color=colour)
-    ax.set_yticks(range(len(methods)), [method.label for _, method in methods])
+    ax.set_yticks(range(len(methods)), [_text(method.label) for _, method in methods])
     ax.set_ylim(len(methods) - 0.5, -0.5)
     ax.set_xlabel(f"{_name(comparison.head)}: mean, seeds (|), 95 % interval")
     ax.grid(axis="y", visible=False)
     return figure
 
 
-def _against(comparison: Comparison, cost: str, label: str, log: bool = False) -> Figure | None:
-    """Draw the score against a cost; methods without any are lines across."""
+def _against(
+    comparison: Comparison, cost: Callable[[Method], float | None], label: str, log: bool = False
+) -> Figure | None:
+    """Draw the score against a cost; methods without any, and those whose cost is not recorded, are lines across."""
     methods = _scored(comparison)
-    if not any(method.cost(cost) for _, method in methods):
+    if not any(cost(method) for _, method in methods):
         return None
     figure, (ax,) = _figure()
     scale = _scale(comparison.head[1])
     for i, method in methods:
-        score, x = method.scores[comparison.head], method.cost(cost)
+        score, x = method.scores[comparison.head], cost(method)
         y, colour = scale * score.mean, INK if method.base else _colour(i)
         if not x:
-            ax.axhline(y, color=colour, ls=":", lw=1.5, label=f"{method.label} (0)")
+            # the frozen base trains nothing, whatever is recorded
+            known = "0" if x == 0 or method.base else "not recorded"
+            ax.axhline(y, color=colour, ls=":", lw=1.5, label=_text(f"{method.label} ({known})"))
             continue
         ends = None
         if score.interval:
             # a percentile interval need not hold the mean
             ends = [[max(y - scale * score.interval[0], 0)], [max(scale * score.interval[1] - y, 0)]]
-        ax.errorbar([x], [y], yerr=ends, fmt=_marker(i), ms=7, capsize=3, color=colour, label=method.label)
+        ax.errorbar(
+            [x], [y], yerr=ends, fmt=_marker(i), ms=7, capsize=3, color=colour, label=_text(method.label)
+        )
     if log:
         ax.set_xscale("log")
     ax.set_xlabel(label)
@@ -217,10 +244,9 @@ def _curves(comparison: Comparison) -> Figure | None:
     """Draw training loss and validation score against steps: the mean over seeds, and each seed thin."""
     measure = comparison.head[1]
     methods = [(i, method) for i, method in _scored(comparison) if not method.base]
-    unit = "" if measure == LOSS else ", %"
     columns = [
         ("train/loss", "training loss", 1.0),
-        (f"val/{measure}", f"validation {measure.replace('_', ' ')}{unit}", _scale(measure)),
+        (f"val/{measure}", _text(f"validation {measure.replace('_', ' ')}{_unit(measure)}"), _scale(measure)),
     ]
     curves = {
         (column, i): [[(x, by * y) for x, y in points] for run in method.runs if (points := run.curve(column))]
@@ -232,7 +258,7 @@ def _curves(comparison: Comparison) -> Figure | None:
     figure, axes = _figure(width=8.5, height=3.4, columns=len(shown))
     for ax, (column, name) in zip(axes, shown, strict=True):
         for i, method in methods:
-            _curve(ax, curves[column, i], method.label, i)
+            _curve(ax, curves[column, i], _text(method.label), i)
         ax.set_xlabel("optimizer step")
         ax.set_ylabel(name)
     _legend(figure, axes[0])
@@ -265,10 +291,10 @@ def _history(study: Study) -> Figure | None:
         numbers, values = zip(*done, strict=True)
         ax.plot(numbers, values, _marker(i), color=_colour(i), ms=5, alpha=0.6)
         ax.step(
-            numbers, pick.accumulate(values), where="post", color=_colour(i), ls=_line_style(i), label=method
-        )
+            numbers, pick.accumulate(values), where="post", color=_colour(i), ls=_line_style(i), label=_text(method)
+        )  # fmt: skip
     ax.set_xlabel("trial (line: the best so far)")
-    ax.set_ylabel(study.monitor)
+    ax.set_ylabel(_text(study.monitor))
     ax.xaxis.get_major_locator().set_params(integer=True)
     _legend(figure, ax)
     return figure
@@ -284,9 +310,9 @@ def _importance(study: Study) -> Figure | None:
     for i, (ax, (method, shares)) in enumerate(zip(axes, known.items(), strict=True)):
         names = sorted(shares, key=lambda name: shares[name])
         ax.barh(range(len(names)), [shares[name] for name in names], color=_colour(i), height=0.6)
-        ax.set_yticks(range(len(names)), names)
+        ax.set_yticks(range(len(names)), [_text(name) for name in names])
         ax.set_xlim(0, 1)
-        ax.set_title(method, fontsize=10)
+        ax.set_title(f"{_text(method)}, {study.states(method)}", fontsize=10)
         ax.set_xlabel("importance (PED-ANOVA)")
         ax.grid(axis="y", visible=False)
     return figure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -106,7 +107,8 @@ class Run:
         for name, value in self.results["metrics"].items():
             if name.startswith(prefix) and name.count("/") > prefix.count("/"):
                 task, _, measure = name.removeprefix(prefix).rpartition("/")
-                found[task][measure] = float(value)
+                # JSON without NaN writes null
+                found[task][measure] = float(value) if isinstance(value, int | float) else math.nan
         return dict(found)
 
     def predictions(
@@ -122,20 +124,22 @@ class Run:
         seen: Counter[tuple[str, str]] = Counter()
         if not path.is_file():
             return found
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                row = json.loads(line)
-                key = str(row["task"]), str(row["source"])
-            except (ValueError, TypeError, KeyError) as error:
-                raise ReportError(f"{path}, line {number} is no row of predictions: {error!r}") from error
-            found[key[0]][key[1], seen[key]] = row
-            seen[key] += 1
+        with path.open(encoding="utf-8") as file:  # lines end at \n; texts hold other ends, such as U+2028
+            for number, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line)
+                    key = str(row["task"]), str(row["source"])
+                except (ValueError, TypeError, KeyError) as error:
+                    raise ReportError(f"{path}, line {number} is no row of predictions: {error!r}") from error
+                found[key[0]][key[1], seen[key]] = row
+                seen[key] += 1
         return {task: dict(sorted(rows.items())) for task, rows in found.items()}
 
     def curve(self, column: str) -> list[tuple[int, float]]:
         """Return (step, value) of one column of the CSV logs, of all parts of a run that was resumed."""
         points: dict[int, float] = {}
-        for part in sorted(self.folder.glob("csv*/metrics.csv")):
+        parts = self.folder.glob("csv*/metrics.csv")
+        for part in sorted(parts, key=lambda path: (len(path.parent.name), path)):  # csv, csv_2, ... csv_10
             with part.open(newline="", encoding="utf-8") as file:
                 for row in csv.DictReader(file):
                     if row.get(column) and row.get("step"):

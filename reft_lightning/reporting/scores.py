@@ -142,6 +142,18 @@ def measures_of(rows: Sequence[Row], reported: Mapping[str, float]) -> dict[str,
     return found
 
 
+def limits(measure: Measure) -> tuple[float, float]:
+    """Return the least and the greatest value that a measure can have."""
+    if isinstance(measure, Mean):
+        ends = [limits(part) for part in measure.parts]
+        return float(np.mean([low for low, _ in ends])), float(np.mean([high for _, high in ends]))
+    if isinstance(measure, Pearson | Spearman | Matthews):
+        return -1.0, 1.0
+    if isinstance(measure, RowMean) and (measure.scores.min() < 0 or measure.scores.max() > 1):
+        return -np.inf, np.inf
+    return 0.0, 1.0
+
+
 def agrees(measure: Measure, rows: int, reported: float) -> bool:
     """Whether a measure of rows that all count once is the reported one, up to the rounding of what is written."""
     slack = 1e-5 if isinstance(measure, RowMean) else TOLERANCE

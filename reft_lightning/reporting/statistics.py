@@ -1,4 +1,4 @@
-"""Intervals and tests over rows and seeds: hierarchical bootstrap, sign flips, McNemar, Holm.
+"""Intervals and tests over rows and seeds: hierarchical bootstrap, Student's t, sign flips, McNemar, Holm.
 
 Shapes: n rows, s seeds, B resamples, k statistics. A resample of rows is a vector of counts, how often each row was
 drawn, so that a measure is a function of weighted rows and thousands of resamples are one matrix product.
@@ -6,6 +6,7 @@ drawn, so that a measure is a function of weighted rows and thousands of resampl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -63,19 +64,28 @@ def resample_rows(
 
 
 def seed_weights(seeds: int, resamples: int, rng: np.random.Generator) -> Array:  # (B, s)
-    """Return bootstrap resamples of seeds: the share of each among s draws."""
-    return rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
+    r"""Return bootstrap resamples of seeds: the weight of each, which may fall below 0, 1 together.
+
+    .. math:: v_i = \frac1S + \sqrt{\frac{S}{S - 1}} \Big(u_i - \frac1S\Big), \qquad u_i \sim \mathrm{Mult}(S, 1/S) / S
+
+    The root makes up for the variance of plain resamples, which is too small by (S - 1) / S: by a third of three seeds.
+    Source: Rao and Wu 1988, Journal of the American Statistical Association 83(401), rescaled bootstrap.
+    """
+    if seeds == 1:
+        return np.ones((resamples, 1))
+    shares = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
+    return 1 / seeds + math.sqrt(seeds / (seeds - 1)) * (shares - 1 / seeds)
 
 
 def over_seeds(values: Array, weights: Array) -> Array:  # (B, s), (B, s) -> (B,)
     r"""Return the resampled mean over seeds of a measure: the hierarchical bootstrap of rows and seeds.
 
     .. math:: \theta^*_i = \sum_s v_{is} \, m_s(w_i), \qquad
-        w_i \sim \mathrm{Mult}(n, 1/n), \quad v_i \sim \mathrm{Mult}(S, 1/S) / S
+        w_i \sim \mathrm{Mult}(n, 1/n)
 
-    with m_s(w) the measure of seed s under row counts w. All seeds read the same rows, so rows and seeds are crossed
-    and each is resampled as a whole (Owen 2007, The pigeonhole bootstrap, Annals of Applied Statistics 1(2)). Of one
-    seed only the rows vary; of a few the spread over seeds comes out too small by about (S - 1) / S.
+    with m_s(w) the measure of seed s under row counts w, and v as in :func:`seed_weights`. All seeds read the same
+    rows, so rows and seeds are crossed and each is resampled as a whole (Owen 2007, The pigeonhole bootstrap, Annals of
+    Applied Statistics 1(2)). Of one seed only the rows vary.
     """
     return (values * weights).sum(1)
 
@@ -89,6 +99,50 @@ def percentile_interval(draws: Array, level: float = LEVEL) -> tuple[float, floa
     """
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+Part = tuple[float, float]  # a squared standard error, and its degrees of freedom
+
+
+def satterthwaite(parts: Sequence[Part]) -> Part:
+    r"""Return the standard error of a sum of independent parts, and its degrees of freedom.
+
+    .. math:: se^2 = \sum_i v_i, \qquad \nu = \frac{(\sum_i v_i)^2}{\sum_i v_i^2 / \nu_i}
+
+    Of two methods over rows and seeds the parts are the variance of the rows' differences, averaged over seeds, over n,
+    and of each method the variance of its scores over seeds, over S: what one row and one seed do together stands in
+    all of them, which errs towards wide. Source: Satterthwaite 1946, Biometrics Bulletin 2(6); Welch 1947,
+    Biometrika 34.
+
+    Args:
+        parts: one or more; an infinite one where a variance is unknown.
+    """
+    total = sum(variance for variance, _ in parts)
+    if not math.isfinite(total):
+        return math.inf, 1.0
+    below = sum(variance**2 / freedom for variance, freedom in parts)
+    return math.sqrt(total), total**2 / below if below else math.inf
+
+
+def t_interval(value: float, error: float, freedom: float, level: float = LEVEL) -> tuple[float, float]:
+    """Return Student's interval around a value, from its standard error and degrees of freedom."""
+    from scipy.special import ndtri, stdtrit
+
+    reach = ndtri((1 + level) / 2) if math.isinf(freedom) else stdtrit(freedom, (1 + level) / 2)
+    reach = float(reach) * error if error else 0.0
+    return value - reach, value + reach
+
+
+def t_p(difference: float, error: float, freedom: float) -> float:
+    """Return the two-sided p-value of a difference against 0 by Student's t; 1 of no difference."""
+    from scipy.special import ndtr, stdtr
+
+    if difference == 0:
+        return 1.0
+    if error == 0:
+        return 0.0
+    t = -abs(difference) / error
+    return float(2 * (ndtr(t) if math.isinf(freedom) else stdtr(freedom, t)))
 
 
 def bootstrap_p(draws: Array) -> float:

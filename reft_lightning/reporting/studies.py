@@ -18,8 +18,9 @@ import yaml
 from .runs import Read, ReportError
 
 log = logging.getLogger(__name__)
-DATABASE, PLAN, TRIALS, LEDGER = "study.db", "study.yaml", "trials", "test_reads.jsonl"
-ENOUGH = 4  # complete trials, below which no importance is told
+DATABASE, PLAN, SUMMARY = "study.db", "study.yaml", "summary.json"
+TRIALS, LEDGER = "trials", "test_reads.jsonl"
+ENOUGH = 30  # complete trials, below which importance is that of noise
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Study:
         importance: method -> parameter -> share of the variance.
         spent: method -> unit -> amount.
         budget: in words, with the verdict whether the methods spent the same; empty where none is recorded.
-        equal: whether they did.
+        equal: whether they did, as far as the search has come to its end.
+        running: whether the search has not come to its end, as its summary says.
+        remarks: method -> what its summary says of its winner and of its end.
     """
 
     folder: Path
@@ -55,6 +58,8 @@ class Study:
     spent: dict[str, dict[str, float]] = field(default_factory=dict)
     budget: str = ""
     equal: bool = True
+    running: bool = False
+    remarks: dict[str, list[str]] = field(default_factory=dict)
 
     def states(self, method: str) -> str:
         """Return how the trials of a method ended: `12 complete, 3 pruned`."""
@@ -81,8 +86,31 @@ def read_study(folder: Path) -> Study:
     study.monitor = str(plan.get("monitor") or "validation score")
     if (folder / DATABASE).is_file():
         _read_database(study)
+    _add_summary(study)
     _add_budget(study, plan)
     return study
+
+
+def _add_summary(study: Study) -> None:
+    """Take what the summary alone knows: whether the search has ended, and where its winners lie."""
+    path = study.folder / SUMMARY
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        log.warning("%s cannot be read: %s", path, error)
+        values = {}
+    summary = values if isinstance(values, dict) else {}
+    study.running = summary.get("status") != "complete"
+    methods = summary.get("methods")
+    for name, method in methods.items() if isinstance(methods, dict) else ():
+        method = method if isinstance(method, dict) else {}
+        best = method.get("best")
+        edges = best.get("edges") if isinstance(best, dict) else None
+        said = [f"the winner lies {', '.join(map(str, edges))}: beyond, nothing was tried"] if edges else []
+        if method.get("gave_up"):
+            said.append(f"it ended before its budget: {method['gave_up']}")
+        if said:
+            study.remarks[str(name)] = said
 
 
 def _plan(folder: Path) -> dict[str, Any]:
@@ -93,10 +121,7 @@ def _plan(folder: Path) -> dict[str, Any]:
         plan = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ReportError(f"{path} cannot be read: {error}") from error
-    if not isinstance(plan, dict):
-        return {}
-    inner = plan.get("plan")
-    return {**inner, **plan} if isinstance(inner, dict) else plan
+    return plan if isinstance(plan, dict) else {}
 
 
 def _read_database(study: Study) -> None:
@@ -128,11 +153,14 @@ def _read_database(study: Study) -> None:
 
 
 def _importance(kept: Any, trials: Sequence[Trial]) -> dict[str, float]:
-    """Return each parameter's share by PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255); nothing of a few trials."""
+    """Return each parameter's share by PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255).
+
+    Nothing of a few trials, whose shares come from noise, and nothing of a single parameter, whose share is always 1.
+    """
     complete = [trial for trial in trials if trial.state == "complete"]
     shared = set.intersection(*(set(trial.params) for trial in complete)) if complete else set()
     varied = [name for name in sorted(shared) if len({str(trial.params[name]) for trial in complete}) > 1]
-    if len(complete) < ENOUGH or not varied or len({trial.value for trial in complete}) < 2:
+    if len(complete) < ENOUGH or len(varied) < 2 or len({trial.value for trial in complete}) < 2:
         return {}
     import warnings
 
@@ -154,8 +182,14 @@ def _add_budget(study: Study, plan: Mapping[str, Any]) -> None:
     budget = plan.get("budget") if isinstance(plan.get("budget"), dict) else {}
     unit, amount = budget.get("unit"), budget.get("amount")
     if unit is None or amount is None or not study.spent or any(unit not in s for s in study.spent.values()):
+        study.budget = "still running" if study.running else ""
         return
-    said = verdict(unit, amount, {method: spent[unit] for method, spent in study.spent.items()})
+    spent = {method: spent[unit] for method, spent in study.spent.items()}
+    if study.running:
+        each = ", ".join(f"{method} {value:,.0f}" for method, value in spent.items())
+        study.budget = f"still running: spent {each} of {amount:,g} {unit} for each method"
+        return
+    said = verdict(unit, amount, spent)
     study.equal = said == "equal"
     study.budget = f"budget of each method: {amount:g} {unit}; spent: {said}"
 
@@ -171,12 +205,13 @@ def ledger_reads(folder: Path, reads: Sequence[Read]) -> list[Read]:
     if not path.is_file():
         return []
     lines: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-            lines[str(entry["config_hash"]), str(entry["model"])].append(entry)
-        except (ValueError, TypeError, KeyError):
-            log.warning("%s: a line cannot be read: %.80s", path, line)
+    with path.open(encoding="utf-8") as file:  # lines end at \n alone
+        for line in file:
+            try:
+                entry = json.loads(line)
+                lines[str(entry["config_hash"]), str(entry["model"])].append(entry)
+            except (ValueError, TypeError, KeyError):
+                log.warning("%s: a line cannot be read: %.80s", path, line)
     found: list[Read] = []
     for (hash_, model), entries in lines.items():
         known = [read for read in reads if (read.hash, read.model) == (hash_, model)]

@@ -1,18 +1,16 @@
-"""The tables of a report, as Markdown, LaTeX and CSV.
+"""The tables of a report, and its verdict in words.
 
-Scores are percent, losses are what they are; the CSV file holds fractions, for programs.
+Scores are times 100, losses are what they are.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Collection, Iterable, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from .comparisons import LOSS, SIGNIFICANT, Comparison, Method, Pair, Score
+from .comparisons import LOSS, ROWS_AND_SEEDS, SIGNIFICANT, Comparison, Method, Pair, Score
 from .runs import LeftOut, Read, repeated
 from .studies import Study
 
@@ -42,7 +40,9 @@ class Table:
 
 
 def number(value: float, measure: str) -> str:
-    """Return a score as tables print it: percent with one decimal, a loss with four."""
+    """Return a score as tables print it: times 100 with one decimal, a loss with four."""
+    if not math.isfinite(value):
+        return "diverged"
     return f"{value:.4f}" if measure == LOSS else f"{100 * value:.1f}"
 
 
@@ -86,16 +86,21 @@ def score_table(comparison: Comparison) -> Table:
             # what prints the same is as good
             same = number(score.mean, column[1]) == number(comparison.best(column), column[1])
             best = same and len(comparison.methods) > 1
-            cells.append(Cell(text, score.mean, best))
+            cells.append(_known(text, score.mean, best and not score.diverged))
         rows.append(cells)
     headings = [
         f"{task} {measure.replace('_', ' ')}" if task != "all" else measure for task, measure in columns
     ]
-    units = "the loss" if comparison.head[1] == LOSS else "percent"
+    scores = "Loss" if comparison.head[1] == LOSS else "Scores × 100"
     return Table(
-        f"Scores: {units}, mean ± standard deviation over seeds [95 % interval over rows and seeds]",
+        f"{scores}: mean ± standard deviation over seeds [95 % interval over rows and seeds]",
         ["method", "seeds", *headings], rows,
     )  # fmt: skip
+
+
+def _known(text: str, value: float, best: bool = False) -> Cell:
+    """Return a cell that sorts by its number, if it is one."""
+    return Cell(text, value if math.isfinite(value) else None, best)
 
 
 def cost_table(comparison: Comparison) -> Table:
@@ -109,7 +114,7 @@ def cost_table(comparison: Comparison) -> Table:
         )
         memory, saved = values["peak_memory_bytes"], values["adapter_bytes"]
         rows.append([
-            Cell(method.label), Cell(trained, parameters),
+            Cell(method.label), Cell(trained, method.trained),
             _cell(values["percent"], "{:.4g}"), _cell(values["steps"], "{:,.0f}"), _cell(values["tokens"], "{:,.0f}"),
             _cell(values["train_seconds"], "{:,.1f}"), _cell(values["tokens_per_second"], "{:,.0f}"),
             Cell("-" if memory is None else f"{memory / 2**30:.2f}", memory),
@@ -139,7 +144,7 @@ def measure_table(comparison: Comparison) -> Table:
             rows.append([
                 Cell(task), Cell(measure.replace("_", " ")), Cell(method.label),
                 Cell("-" if score.rows is None else f"{score.rows:,}", score.rows),
-                Cell(number(score.mean, measure), score.mean),
+                _known(number(score.mean, measure), score.mean),
                 Cell("-" if score.deviation is None else number(score.deviation, measure), score.deviation),
                 Cell(interval(score.interval, measure) or "-", score.interval[0] if score.interval else None),
                 Cell("-" if method.base else each),
@@ -154,20 +159,23 @@ def pair_table(comparison: Comparison, columns: Collection[tuple[str, str]] | No
         [
             Cell(f"{pair.first} − {pair.second}"), Cell(pair.task), Cell(pair.measure.replace("_", " ")),
             Cell(f"{'+' if pair.difference > 0 else ''}{number(pair.difference, pair.measure)}", pair.difference),
-            Cell(interval(pair.interval, pair.measure), pair.interval[0]), Cell(pair.test),
+            _known(interval(pair.interval, pair.measure), pair.interval[0]), Cell(pair.counted),
             Cell(p_value(pair.p), pair.p), Cell(p_value(pair.p_holm), pair.p_holm),
-            Cell("yes" if pair.differs else "no"),
+            Cell("yes" if pair.differs else "no"), Cell(pair.rows_test), Cell(p_value(pair.rows_p), pair.rows_p),
             Cell(", ".join(f"{seed}: {p_value(p)}" for seed, p in pair.mcnemar.items()) or "-"),
         ]
         for pair in comparison.pairs if columns is None or (pair.task, pair.measure) in columns
     ]  # fmt: skip
-    headings = ["pair", "task", "measure", "difference", "95 % interval", "test", "p", "p (Holm)", "differs",
-               "McNemar by seed"]  # fmt: skip
+    headings = ["pair", "task", "measure", "difference", "95 % interval", "counted", "p", "p (Holm)", "differs",
+               "rows only: test", "rows only: p", "rows only: McNemar by seed"]  # fmt: skip
     notes = [
-        "Sign flips: each row's difference of scores, averaged over seeds, with its sign drawn at random; the test is "
-        "about rows, given the models that were trained. Measures that are no mean over rows: paired bootstrap. The "
-        f"interval counts seeds too. Methods differ where p (Holm) < {SIGNIFICANT} and the interval leaves out 0.",
-        "p (Holm) is adjusted over all pairs of methods on a task and measure; McNemar's exact test is not adjusted.",
+        "p counts rows and seeds: Student's t by Welch and Satterthwaite, from the variance of the rows' differences, "
+        "averaged over seeds, and of each method's scores over seeds; it is never below p of the sign flips. Where a "
+        "method has one seed, rows only are counted, and nothing is known of other seeds. p (Holm) is adjusted over "
+        f"all pairs of methods on a task and measure; methods differ where it is < {SIGNIFICANT}.",
+        "Rows only: tests about rows, given the models that were trained, not adjusted. Sign flips: each row's "
+        "difference, averaged over seeds, with its sign drawn at random; of measures that are no mean over rows the "
+        "paired bootstrap; McNemar's exact test of right and wrong answers.",
     ]
     return Table("Paired comparison on the same rows", headings, rows, notes if rows else ())
 
@@ -213,13 +221,18 @@ def study_table(study: Study) -> Table:
             *(_cell(spent.get(unit), "{:,.4g}" if unit == "flops" else "{:,.0f}") for unit in units),
         ])  # fmt: skip
     columns = ["method", "outcomes", f"best {study.monitor}", "of trial", "with", *units]
-    return Table("Search: what each method spent and found", columns, rows)
+    notes = [f"{method}: {remark}" for method, remarks in study.remarks.items() for remark in remarks]
+    return Table("Search: what each method spent and found", columns, rows, notes)
 
 
 def verdict(comparison: Comparison) -> str:
     """Return what the head column says, in a sentence."""
     column = comparison.head
     scored = [method for method in comparison.methods if column in method.scores]
+    lost = [method.label for method in scored if method.scores[column].diverged]
+    scored = [method for method in scored if method.label not in lost]
+    if not scored:
+        return f"No method has a number: {', '.join(lost)} diverged."
     best, score = scored[0], scored[0].scores[column]
     on = (
         "on average over the tasks"
@@ -230,20 +243,36 @@ def verdict(comparison: Comparison) -> str:
     )
     value = " ".join(filter(None, (spread(score), interval(score.interval, score.measure), on)))
     text = f"{best.label} has {value} ({column[1].replace('_', ' ')})"
-    if len(scored) == 1:
-        return f"{text}."
     equal = [method.label for method in scored[1:] if method.scores[column].mean == score.mean]
-    parts = [f"{text}, as have {', '.join(equal)}" if equal else f"{text}, the best of {len(scored)}"]
-    sure, unsure = [], []
+    if equal:
+        text += f", as have {', '.join(equal)}"
+    elif len(scored) > 1:
+        text += f", the best of {len(scored)}"
+    found: dict[str, list[str]] = defaultdict(list)
     for method in scored[1:]:
-        pair = _pair(comparison, best, method)
-        if pair is not None and method.label not in equal:
-            (sure if pair.differs else unsure).append(method.label)
-    if sure:
-        parts.append(f"it differs from {', '.join(sure)} (p < {SIGNIFICANT} after Holm, interval without 0)")
-    if unsure:
-        parts.append(f"it cannot be told from {', '.join(unsure)}")
-    return "; ".join(parts) + "."
+        if method.label not in equal:
+            found[_judgement(_pair(comparison, best, method))].append(method.label)
+    parts = [said.format(", ".join(found[said])) for said in JUDGEMENTS if found[said]]
+    if lost:
+        parts.append(f"{', '.join(lost)} diverged")
+    return "; ".join([text, *parts]) + "."
+
+
+JUDGEMENTS = (
+    f"it differs from {{}} (p < {SIGNIFICANT} after Holm, over rows and seeds)",
+    f"on these rows it differs from {{}} (p < {SIGNIFICANT} after Holm, over rows only: nothing is known of other "
+    "seeds)",
+    "it cannot be told from {}",
+    "there is no test against {}, for want of predictions that give both scores",
+)
+
+
+def _judgement(pair: Pair | None) -> str:
+    if pair is None:
+        return JUDGEMENTS[3]
+    if not pair.differs:
+        return JUDGEMENTS[2]
+    return JUDGEMENTS[0] if pair.counted == ROWS_AND_SEEDS else JUDGEMENTS[1]
 
 
 def _pair(comparison: Comparison, a: Method, b: Method) -> Pair | None:
@@ -256,118 +285,3 @@ def _pair(comparison: Comparison, a: Method, b: Method) -> Pair | None:
         ),
         None,
     )
-
-
-# --- formats ------------------------------------------------------------------------------------------------
-
-
-def markdown(table: Table) -> str:
-    """Return a table in GitHub's Markdown; the best cells are bold."""
-    lines = [
-        f"**{_md(table.title)}**",
-        "",
-        _line(map(_md, table.columns)),
-        _line("---" for _ in table.columns),
-    ]
-    for row in table.rows:
-        lines.append(_line(f"**{_md(cell.text)}**" if cell.best else _md(cell.text) for cell in row))
-    return "\n".join([*lines, *(f"\n{_md(note)}" for note in table.notes)]) + "\n"
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _md(text: str) -> str:
-    for character in "\\|*`<":
-        text = text.replace(character, f"\\{character}")
-    return text.replace("](", "]\\(").replace("\n", " ")
-
-
-def latex(comparison: Comparison) -> str:
-    """Return the score table with parameters for booktabs; the best values are bold."""
-    table = score_table(comparison)
-    rows = []
-    for method, cells in zip(comparison.methods, table.rows, strict=True):
-        percent = method.cost("percent")
-        scores = []
-        for cell, column in zip(cells[2:], comparison.columns, strict=True):
-            score = method.scores.get(column)
-            scores.append("--" if score is None else _tex_score(score, cell.best))
-        parameters = "--" if percent is None else f"{percent:.3g}"
-        rows.append(" & ".join([_tex(method.label), parameters, *scores]) + r" \\")
-    headings = ["Method", r"Params (\%)", *(_tex(name) for name in table.columns[2:])]
-    caption = f"{comparison.title}. {table.title}."
-    if comparison.unequal:
-        caption += f" {'; '.join(comparison.unequal).capitalize()}."
-    return "\n".join([
-        r"% \usepackage{booktabs}", r"\begin{table}", r"\centering",
-        rf"\caption{{{_tex(caption)}}}", rf"\begin{{tabular}}{{lr{'r' * len(comparison.columns)}}}", r"\toprule",
-        " & ".join(headings) + r" \\", r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
-    ])  # fmt: skip
-
-
-def _tex_score(score: Score, best: bool) -> str:
-    mean = number(score.mean, score.measure).replace("-", "$-$")
-    text = rf"\textbf{{{mean}}}" if best else mean
-    if score.deviation is not None:
-        text += rf"$_{{\pm {number(score.deviation, score.measure)}}}$"
-    if score.interval is not None:
-        text += rf" {{\scriptsize [{', '.join(number(x, score.measure).replace('-', '$-$') for x in score.interval)}]}}"
-    return text
-
-
-def _tex(text: str) -> str:
-    names = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
-             "−": "$-$", "<": r"\textless{}", ">": r"\textgreater{}"}  # fmt: skip
-    return "".join(names.get(c, f"\\{c}" if c in "&%$#_{}" else " " if c == "\n" else c) for c in text)
-
-
-CSV_COLUMNS = (
-    "comparison", "split", "model", "task", "measure", "main", "method", "seeds", "rows", "mean", "deviation", "low",
-    "high", "by_seed", *COSTS, "unequal_budget", "folders",
-)  # fmt: skip
-PAIR_COLUMNS = (
-    "comparison", "task", "measure", "first", "second", "difference", "low", "high", "test", "p", "p_holm", "differs",
-    "mcnemar",
-)  # fmt: skip
-
-
-def records(comparisons: Sequence[Comparison]) -> list[dict[str, object]]:
-    """Return one record for each method, task and measure; scores are fractions."""
-    found: list[dict[str, object]] = []
-    for comparison in comparisons:
-        for method in comparison.methods:
-            for (task, measure), score in method.scores.items():
-                low, high = score.interval or (None, None)
-                found.append({
-                    "comparison": comparison.title, "split": comparison.split, "model": comparison.facts["model"],
-                    "task": task, "measure": measure, "main": (task, measure) in comparison.columns,
-                    "method": method.label, "seeds": len(method.seeds), "rows": score.rows, "mean": score.mean,
-                    "deviation": score.deviation, "low": low, "high": high, "by_seed": json.dumps(score.values),
-                    **{name: method.cost(name) for name in COSTS}, "unequal_budget": "; ".join(comparison.unequal),
-                    "folders": "; ".join(str(run.folder) for run in method.runs),
-                })  # fmt: skip
-    return found
-
-
-def pair_records(comparisons: Sequence[Comparison]) -> list[dict[str, object]]:
-    """Return one record for each pair of methods."""
-    return [
-        {
-            "comparison": comparison.title, "task": pair.task, "measure": pair.measure, "first": pair.first,
-            "second": pair.second, "difference": pair.difference, "low": pair.interval[0], "high": pair.interval[1],
-            "test": pair.test, "p": pair.p, "p_holm": pair.p_holm, "differs": pair.differs,
-            "mcnemar": json.dumps(dict(pair.mcnemar)),
-        }
-        for comparison in comparisons for pair in comparison.pairs
-    ]  # fmt: skip
-
-
-def write_csv(path: Path, lines: Sequence[dict[str, object]], columns: Sequence[str]) -> None:
-    """Write records as CSV, a missing value as nothing."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    path.write_text(text.getvalue(), encoding="utf-8")

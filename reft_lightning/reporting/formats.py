@@ -1,0 +1,142 @@
+"""Tables as Markdown, LaTeX and CSV.
+
+Tables say scores times 100; the CSV files hold fractions, for programs.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .comparisons import Comparison
+from .tables import COSTS, Cell, Table, cost_table, pair_table, score_table, verdict
+
+
+def markdown(table: Table) -> str:
+    """Return a table in GitHub's Markdown; the best cells are bold."""
+    lines = [
+        f"**{_md(table.title)}**",
+        "",
+        _line(map(_md, table.columns)),
+        _line("---" for _ in table.columns),
+    ]
+    for row in table.rows:
+        lines.append(_line(f"**{_md(cell.text)}**" if cell.best else _md(cell.text) for cell in row))
+    return "\n".join([*lines, *(f"\n{_md(note)}" for note in table.notes)]) + "\n"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _md(text: str) -> str:
+    for character in "\\|*`<":
+        text = text.replace(character, f"\\{character}")
+    return text.replace("](", "]\\(").replace("\n", " ")
+
+
+def latex(comparison: Comparison) -> str:
+    """Return scores, costs and pairs on the head column as tables for booktabs, each with its notes below."""
+    score, cost = score_table(comparison), cost_table(comparison)
+    said = [verdict(comparison), *comparison.unequal, *comparison.notes]
+    parts = [
+        latex_table(score, f"{comparison.title}. {score.title}.", [*score.notes, *said]),
+        latex_table(cost, f"{comparison.title}. {cost.title}."),
+    ]
+    if comparison.pairs:
+        pairs = pair_table(comparison, [comparison.head])
+        parts.append(latex_table(pairs, f"{comparison.title}. {pairs.title}."))
+    return "\n".join([r"% \usepackage{booktabs}", *parts])
+
+
+def latex_table(table: Table, caption: str, notes: Sequence[str] | None = None) -> str:
+    """Return a table for booktabs; the best cells are bold, and notes stand below.
+
+    Args:
+        table: any.
+        caption: of the float.
+        notes: None for the table's own.
+    """
+    rows = [" & ".join(map(_tex_cell, row)) + r" \\" for row in table.rows]
+    below = [rf"\par {_tex(note)}" for note in (table.notes if notes is None else notes)]
+    if below:
+        below = [
+            r"\par\medskip",
+            r"\begin{minipage}{\linewidth}",
+            r"\footnotesize",
+            *below,
+            r"\end{minipage}",
+        ]
+    return "\n".join([
+        r"\begin{table}", r"\centering", rf"\caption{{{_tex(caption)}}}",
+        rf"\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}", r"\toprule",
+        " & ".join(map(_tex, table.columns)) + r" \\", r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", *below,
+        r"\end{table}", "",
+    ])  # fmt: skip
+
+
+def _tex_cell(cell: Cell) -> str:
+    text = _tex(cell.text)
+    if cell.value is not None:
+        text = re.sub(r"(?<!\w)-(?=\d)", "$-$", text)
+    return rf"\textbf{{{text}}}" if cell.best else text
+
+
+def _tex(text: str) -> str:
+    names = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
+             "−": "$-$", "×": r"$\times$", "<": r"\textless{}", ">": r"\textgreater{}"}  # fmt: skip
+    return "".join(names.get(c, f"\\{c}" if c in "&%$#_{}" else " " if c == "\n" else c) for c in text)
+
+
+CSV_COLUMNS = (
+    "comparison", "split", "model", "task", "measure", "main", "method", "seeds", "rows", "mean", "deviation", "low",
+    "high", "by_seed", *COSTS, "unequal_budget", "folders",
+)  # fmt: skip
+PAIR_COLUMNS = (
+    "comparison", "task", "measure", "first", "second", "difference", "low", "high", "counted", "p", "p_holm",
+    "differs", "rows_test", "rows_p", "mcnemar",
+)  # fmt: skip
+
+
+def records(comparisons: Sequence[Comparison]) -> list[dict[str, object]]:
+    """Return one record for each method, task and measure; scores are fractions."""
+    found: list[dict[str, object]] = []
+    for comparison in comparisons:
+        for method in comparison.methods:
+            for (task, measure), score in method.scores.items():
+                low, high = score.interval or (None, None)
+                found.append({
+                    "comparison": comparison.title, "split": comparison.split, "model": comparison.facts["model"],
+                    "task": task, "measure": measure, "main": (task, measure) in comparison.columns,
+                    "method": method.label, "seeds": len(method.seeds), "rows": score.rows, "mean": score.mean,
+                    "deviation": score.deviation, "low": low, "high": high, "by_seed": json.dumps(score.values),
+                    **{name: method.cost(name) for name in COSTS}, "unequal_budget": "; ".join(comparison.unequal),
+                    "folders": "; ".join(str(run.folder) for run in method.runs),
+                })  # fmt: skip
+    return found
+
+
+def pair_records(comparisons: Sequence[Comparison]) -> list[dict[str, object]]:
+    """Return one record for each pair of methods."""
+    return [
+        {
+            "comparison": comparison.title, "task": pair.task, "measure": pair.measure, "first": pair.first,
+            "second": pair.second, "difference": pair.difference, "low": pair.interval[0], "high": pair.interval[1],
+            "counted": pair.counted, "p": pair.p, "p_holm": pair.p_holm, "differs": pair.differs,
+            "rows_test": pair.rows_test, "rows_p": pair.rows_p, "mcnemar": json.dumps(dict(pair.mcnemar)),
+        }
+        for comparison in comparisons for pair in comparison.pairs
+    ]  # fmt: skip
+
+
+def write_csv(path: Path, lines: Sequence[dict[str, object]], columns: Sequence[str]) -> None:
+    """Write records as CSV, a missing value as nothing."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    path.write_text(text.getvalue(), encoding="utf-8")

@@ -1,0 +1,197 @@
+"""Studies of reft-search in reports."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from invented_runs import FEW, write_run
+
+from reft_lightning.reporting import plots, tables
+from reft_lightning.reporting.build import Report, build_report
+from reft_lightning.reporting.command import write
+from reft_lightning.reporting.page import page
+from reft_lightning.reporting.studies import ENOUGH, Study, Trial, _importance, read_study
+
+
+@pytest.fixture(scope="module")
+def finished_study(tmp_path_factory):
+    """A study as reft-search leaves it: two methods, six trials each, winners of two seeds."""
+    optuna = pytest.importorskip("optuna", reason="studies take the extra 'search'")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    folder = tmp_path_factory.mktemp("searched") / "study"
+    folder.mkdir()
+    storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'study.db'}")
+    rng = np.random.default_rng(0)
+    space = {
+        "optimizer.lr": optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True),
+        "intervention.rank": optuna.distributions.CategoricalDistribution([4, 8]),
+    }
+    for method in ("loreft", "red"):
+        kept = optuna.create_study(storage=storage, study_name=method, direction="maximize")
+        for number in range(6):
+            params = {
+                "optimizer.lr": float(10 ** rng.uniform(-4, -2)),
+                "intervention.rank": (4, 8)[number % 2],
+            }
+            value = None if number == 3 else 1 - abs(np.log10(params["optimizer.lr"]) + 3)
+            state = optuna.trial.TrialState.FAIL if number == 3 else optuna.trial.TrialState.COMPLETE
+            kept.add_trial(
+                optuna.trial.create_trial(state=state, value=value, params=params, distributions=space)
+            )
+            trial = folder / "trials" / method / str(number)
+            trial.mkdir(parents=True)
+            (trial / "cost.json").write_text(
+                json.dumps({"steps": 50, "tokens": 5000, "seconds": 10, "flops": 1e9})
+            )
+        # of the trials one has a run folder, which no table may take
+        write_run(folder / "trials" / method / "6", method, seed=7)
+        for seed in (42, 43):
+            write_run(folder / "winners" / method / f"seed_{seed}", method, seed)
+    (folder / "study.yaml").write_text("budget: {unit: trials, amount: 6}\nmonitor: val/accuracy\n")
+    (folder / "summary.json").write_text(
+        json.dumps({"status": "complete", "methods": {"loreft": {}, "red": None}})
+    )
+    storage.engine.dispose()
+    return folder
+
+
+@pytest.fixture
+def study(finished_study, tmp_path):
+    return shutil.copytree(finished_study, tmp_path / "study")
+
+
+class TestStudies:
+    def test_winners_are_compared_and_trials_are_history(self, study, tmp_path):
+        report = build_report([study], resamples=FEW)
+        (comparison,) = report.comparisons
+        assert [(m.label, m.seeds) for m in comparison.methods] == [("loreft", [42, 43]), ("red", [42, 43])]
+        (kept,) = report.studies
+        assert {method: len(trials) for method, trials in kept.trials.items()} == {"loreft": 6, "red": 6}
+        assert kept.states("red") == "5 complete, 1 fail"
+        assert kept.budget == "budget of each method: 6 trials; spent: equal"
+        text = write(report, tmp_path / "out")
+        assert "Study study" in text
+        assert "val/accuracy" in text
+        names = {path.name.split("_", 1)[1] for path in (tmp_path / "out" / "plots").glob("*.svg")}
+        assert "study_search_history.svg" in names
+        assert "study_parameter_importance.svg" not in names  # of six trials
+
+    def test_the_best_trial_and_what_was_spent(self, study):
+        kept = read_study(study)
+        for method, trials in kept.trials.items():
+            best = kept.best(method)
+            assert best.value == max(trial.value for trial in trials if trial.value is not None)
+        table = tables.study_table(kept)
+        assert table.rows[0][list(table.columns).index("steps")].text == "300"
+
+    def test_a_study_that_spent_unequally_is_said_to(self, study, tmp_path):
+        (study / "study.yaml").write_text("budget: {unit: steps, amount: 300}\n")
+        (study / "trials" / "red" / "5" / "cost.json").unlink()
+        report = build_report([study], resamples=FEW)
+        assert "unequal: red has spent 250 steps" in report.studies[0].budget
+        text = write(report, tmp_path / "out")
+        assert text.count('<p class="warn" role="note">⚠ study study: budget of each method') == 1
+
+    @pytest.mark.parametrize("summary", [None, '{"status": "running"}', "{", "[]"])
+    def test_a_study_that_has_not_ended_is_running_and_not_unequal(self, study, tmp_path, summary):
+        (study / "study.yaml").write_text("budget: {unit: steps, amount: 3000}\n")
+        (study / "trials" / "red" / "5" / "cost.json").unlink()
+        (study / "summary.json").unlink()
+        if summary is not None:
+            (study / "summary.json").write_text(summary)
+        report = build_report([study], resamples=FEW)
+        (kept,) = report.studies
+        assert kept.budget == "still running: spent loreft 300, red 250 of 3,000 steps for each method"
+        assert (kept.running, kept.equal) == (True, True)
+        text = write(report, tmp_path / "out")
+        assert "unequal" not in text
+        assert text.count('<p class="warn" role="note">⚠ study study: still running') == 1
+
+    def test_a_winner_at_the_edge_of_its_space_is_said_to_lie_there(self, study, tmp_path):
+        methods = {
+            "loreft": {"best": {"number": 1, "edges": ["at the upper edge of optimizer.lr"]}},
+            "red": {"best": {"number": 2, "edges": []}, "gave_up": "3 trials in a row cost no tokens"},
+        }
+        (study / "summary.json").write_text(json.dumps({"status": "complete", "methods": methods}))
+        report = build_report([study], resamples=FEW)
+        said = tables.study_table(report.studies[0]).notes
+        assert said == [
+            "loreft: the winner lies at the upper edge of optimizer.lr: beyond, nothing was tried",
+            "red: it ended before its budget: 3 trials in a row cost no tokens",
+        ]
+        assert said[0] in write(report, tmp_path / "out")
+        assert all(note in (tmp_path / "out" / "report.md").read_text() for note in said)
+
+    def test_a_read_that_only_the_ledger_knows_is_shown(self, study):
+        (run,) = (study / "winners" / "red").glob("seed_42")
+        results = json.loads((run / "results.json").read_text())
+        lines = [{"time": f"2025-0{i}", "method": "red", "seed": 42, "config_hash": results["config_hash"],
+                  "model": "adapted", "folder": str(run)} for i in (1, 2)]  # fmt: skip
+        (study / "test_reads.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        table = tables.read_table(build_report([study], resamples=FEW).reads)
+        assert len(table.rows) == 5  # four winners, and the first read of a run that was begun anew
+        assert [row[7].text for row in table.rows if row[1].text == "red" and row[2].text == "42"] == [
+            "",
+            "read again",
+        ]
+
+    def test_winners_have_the_names_of_the_study(self, study):
+        (study / "winners" / "red").rename(study / "winners" / "red_all_layers")
+        (comparison,) = build_report([study], resamples=FEW).comparisons
+        assert [method.label for method in comparison.methods] == ["loreft", "red_all_layers"]
+
+    def test_a_study_without_winners_is_its_history(self, study, tmp_path):
+        shutil.rmtree(study / "winners")
+        report = build_report([study], resamples=FEW)
+        assert report.comparisons == []
+        assert "No run was scored." in write(report, tmp_path / "out")
+
+    def test_without_optuna_the_winners_are_still_compared(self, study, monkeypatch):
+        monkeypatch.setitem(sys.modules, "optuna", None)
+        report = build_report([study], resamples=FEW)
+        assert "pip install 'reft_lightning[search]'" in report.left[0].reason
+        assert len(report.comparisons) == 1
+
+    def test_a_database_of_something_else_is_left_out(self, study):
+        (study / "study.db").write_text("no database")
+        report = build_report([study], resamples=FEW)
+        (left,) = report.left
+        assert "is no database of Optuna" in left.reason
+        assert len(report.comparisons) == 1
+
+
+def searched(trials, names, value):
+    """Trials of a study that drew every parameter between 0 and 1, and what the report makes of them."""
+    optuna = pytest.importorskip("optuna", reason="studies take the extra 'search'")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    rng = np.random.default_rng(0)
+    kept = optuna.create_study(direction="maximize")
+    space = {name: optuna.distributions.FloatDistribution(0, 1) for name in names}
+    for _ in range(trials):
+        params = {name: float(rng.random()) for name in names}
+        kept.add_trial(
+            optuna.trial.create_trial(params=params, distributions=space, value=value(params, rng))
+        )
+    return kept, [Trial(t.number, "complete", t.value, t.params) for t in kept.trials]
+
+
+class TestImportance:
+    def test_the_parameter_that_matters_has_the_larger_share(self):
+        kept, trials = searched(ENOUGH, ["lr", "rank"], lambda params, rng: -abs(params["lr"] - 0.5))
+        shares = _importance(kept, trials)
+        assert sum(shares.values()) == pytest.approx(1)
+        assert shares["lr"] > 0.6
+
+    @pytest.mark.parametrize(("trials", "names"), [(ENOUGH - 1, ["lr", "rank"]), (ENOUGH, ["lr"])])
+    def test_few_trials_and_a_single_parameter_tell_nothing(self, trials, names):
+        kept, found = searched(trials, names, lambda params, rng: rng.normal())
+        assert _importance(kept, found) == {}
+
+    def test_the_caption_says_that_shares_of_noise_add_up_too(self, tmp_path):
+        trials = {"loreft": [Trial(0, "complete", 0.5, {"lr": 0.1, "rank": 4})]}
+        study = Study(tmp_path, trials=trials, importance={"loreft": {"lr": 0.7, "rank": 0.3}})
+        text = page(Report([tmp_path], [], [], [study]), {str(tmp_path): plots.study_plots(study)})
+        assert f"of methods with {ENOUGH} complete trials and two parameters or more" in text
+        assert "those of noise too" in text
