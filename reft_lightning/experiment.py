@@ -30,6 +30,7 @@ from .matmul import matmul_precision
 from .report import print_table
 from .results import (
     Results,
+    begin_peak_memory,
     config_hash,
     environment,
     new_folder,
@@ -95,6 +96,7 @@ def _run(
     if config.resume and not last.is_file():
         raise SetupError(f"resume={config.resume}: there is no {last} to continue from")
     quiet_lightning()
+    begin_peak_memory()
     seed_everything(config.seed, workers=True, verbose=False)
     try:
         if config.resume:

@@ -57,7 +57,7 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
         console.print(
             f"training {results['train_seconds']:.0f} s ({results['steps']} steps, "
             f"{results['tokens_per_second']:.0f} tokens/s), evaluation {sum(seconds.values()):.0f} s, "
-            f"peak memory {results['peak_memory_bytes'] / 2**30:.1f} GiB, seed {results['seed']}",
+            f"peak memory {_gibibytes(results['peak_memory_bytes'])}, seed {results['seed']}",
             soft_wrap=True,
         )
     folder = escape(str(results["run_dir"]))  # a sweep's folders have brackets, which rich reads as markup
@@ -68,6 +68,10 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
     console.print(
         "change a thing   the same command and intervention=direft, or -m seed=42,43,44", soft_wrap=True
     )
+
+
+def _gibibytes(count: int | None) -> str:
+    return "unknown, as runs before it ran in its process" if count is None else f"{count / 2**30:.1f} GiB"
 
 
 def _split(name: str) -> tuple[str, str, str, str]:

@@ -7,12 +7,14 @@ or complete.
 from __future__ import annotations
 
 import datetime
+import gc
 import hashlib
 import importlib.metadata
 import itertools
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 from collections.abc import Mapping
@@ -22,6 +24,14 @@ from typing import Any
 import torch
 
 PACKAGES = ("reft_lightning", "torch", "lightning", "transformers", "datasets", "tokenizers", "hydra-core")
+CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+class _Process:
+    """What this process knows of its peak memory."""
+
+    runs = 0  # that have begun
+    alone = True  # whether the peak is that of the last run alone
 
 
 class Results:
@@ -128,10 +138,35 @@ def git_commit() -> str | None:
     return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
 
 
-def peak_memory_bytes() -> int:
-    """Return the peak memory so far: of the GPU where one is used, else of the process."""
+def begin_peak_memory() -> None:
+    """Let the peaks count from here: a process may have run others before, as a multirun does."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    _Process.runs += 1
+    try:
+        CLEAR_REFS.write_text("5")  # proc(5): resets the peak resident set size, of this process alone
+    except OSError:  # another system than Linux, or one that forbids it
+        _Process.alone = _Process.runs == 1
+    else:
+        _Process.alone = True
+
+
+def peak_memory_bytes() -> int | None:
+    """Return the peak memory of a run: of the GPU where one is used, else of the process.
+
+    Returns:
+        None where the process cannot tell it from the peak of the runs before.
+    """
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
+    if not _Process.alone:
+        return None
+    if STATUS.is_file():
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text(encoding="utf-8"), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

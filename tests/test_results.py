@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -127,3 +129,45 @@ def test_a_run_that_evaluated_nothing_says_so():
                  peak_memory_bytes=0)  # fmt: skip
     assert "nothing was evaluated" in text
     assert "training 1 s (2 steps" in text
+
+
+def test_memory_that_cannot_be_told_is_unknown():
+    arguments = {"train_seconds": 1.0, "steps": 2, "tokens_per_second": 3.0}
+    assert "peak memory 2.0 GiB" in table(**arguments, peak_memory_bytes=2**31)
+    assert "peak memory unknown, as runs before it ran in its process" in table(
+        **arguments, peak_memory_bytes=None
+    )
+
+
+PEAKS = """
+import sys
+from pathlib import Path
+from reft_lightning import results
+if sys.argv[1] == "forbidden":
+    results.CLEAR_REFS = Path("/nowhere/clear_refs")
+for size in (400, 1):
+    results.begin_peak_memory()
+    block = bytearray(size * 2**20)
+    del block
+    print(results.peak_memory_bytes())
+"""
+
+
+def peaks(how):
+    """The peaks of two runs in one process: the first takes 400 MiB more than the second."""
+    said = subprocess.run(
+        [sys.executable, "-c", PEAKS, how], capture_output=True, text=True, check=True
+    ).stdout
+    return [None if line == "None" else int(line) for line in said.split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not reset the peak")
+def test_the_peak_of_a_run_is_not_that_of_the_runs_before():
+    first, second = peaks("reset")
+    assert second < first - 300 * 2**20
+
+
+def test_where_peaks_cannot_be_reset_only_the_first_run_has_one():
+    first, second = peaks("forbidden")
+    assert first > 400 * 2**20
+    assert second is None
