@@ -179,6 +179,8 @@ def _compose(overrides: list[str], vocabulary: Vocabulary) -> Config:
 
 def _check_override(override: Override, vocabulary: Vocabulary) -> None:
     name, text = override.key_or_group, str(override.input_line)
+    if name == "search":
+        raise CompositionError(f"{text}: search is for reft-search: reft-search {text}")
     if override.is_hydra_override() or override.package is not None:
         return
     if name in vocabulary.groups:

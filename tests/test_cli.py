@@ -144,6 +144,12 @@ def test_a_source_says_what_it_needs(refuse):
     assert "write data.path=FOLDER" in refuse("model=tiny_random", "data.source=local")
 
 
+def test_a_search_names_its_own_command(refuse):
+    assert refuse("search=small_stsb") == (
+        "search=small_stsb: search is for reft-search: reft-search search=small_stsb\n"
+    )
+
+
 def test_an_argument_that_cannot_be_read_is_shown(refuse):
     assert "'optimizer.lr=[1'" in refuse("model=tiny_random", "optimizer.lr=[1")
 
