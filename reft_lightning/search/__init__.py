@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from .plan import Plan, key_of, parse_plan, read_plan
+from .plan import Plan, key_of, parse_plan, read_argument, read_plan
 from .process import end_with_parent, interruptible, last_lines, said_of, start, stop
 from .space import override, quiet_optuna
 
@@ -52,14 +52,15 @@ def main(argv: Sequence[str]) -> None:
     if "multirun" in own:
         sys.stdout.write(multirun_command(read_plan(own.get("search", ""), rest), own["multirun"]) + "\n")
         return
+    since = time.time()
     folder = prepare(own, rest)
     with interruptible():
         try:
-            run(folder, int(workers))
+            run(folder, int(workers), since)
         except KeyboardInterrupt:
             sys.stderr.write(f"stopped; go on with: reft-search folder={folder}\n")
             sys.exit(130)
-    _report(folder)
+    _report(folder, since)
 
 
 def prepare(own: Mapping[str, str], rest: Sequence[str]) -> Path:
@@ -75,9 +76,11 @@ def prepare(own: Mapping[str, str], rest: Sequence[str]) -> Path:
     if exists:
         _check_same(plan, folder)
         return folder
-    from .preflight import check_corners, compose_corners
+    from .preflight import check_corners, check_rows, compose_corners
 
-    monitor, mode = check_corners(plan, compose_corners(plan))
+    corners = compose_corners(plan)
+    monitor, mode = check_corners(plan, corners)
+    check_rows(plan, corners)
     if folder is None:
         from ..results import new_folder
 
@@ -117,13 +120,13 @@ def go_on(folder: Path, rest: Sequence[str]) -> None:
     """
     plan, more = read_study_plan(folder)
     for text in rest:
-        key, value = key_of(text), text.partition("=")[2]
+        key = key_of(text)
         if key != "budget.amount":
             raise ValueError(
                 f"{text}: {folder} has its plan; only budget.amount can be raised, or begin another study"
             )
         values = plan.to_dict()
-        values["budget"]["amount"] = yaml.safe_load(value)
+        values["budget"] |= read_argument(key, text.partition("=")[2])["budget"]
         raised = parse_plan(plan.name, values, where=text)
         if raised.amount < plan.amount:
             raise ValueError(
@@ -150,11 +153,18 @@ def _check_same(plan: Plan, folder: Path) -> None:
 # --- workers ------------------------------------------------------------------------------------------------
 
 
-def run(folder: Path, workers: int = 1) -> None:
-    """Run what is left of a study, with as many workers, each with a GPU of its own where there are several."""
+def run(folder: Path, workers: int = 1, since: float | None = None) -> None:
+    """Run what is left of a study, with as many workers, each with a GPU of its own where there are several.
+
+    Args:
+        folder: of the study.
+        workers: processes.
+        since: when the command was started; None: now.
+    """
     plan, _ = read_study_plan(folder)
+    since = time.time() if since is None else since
     if workers == 1:
-        work(open_study(folder), in_process_of_its_own(folder, {}))
+        work(open_study(folder, since=since), in_process_of_its_own(folder, {}))
         return
     devices = _devices()
     threads = {} if "OMP_NUM_THREADS" in os.environ else {
@@ -164,7 +174,12 @@ def run(folder: Path, workers: int = 1) -> None:
     try:
         for i in range(workers):
             device = {"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} if devices else {}
-            arguments = ["reft_lightning.search", str(folder), *(f"{k}={v}" for k, v in threads.items())]
+            arguments = [
+                "reft_lightning.search",
+                str(folder),
+                repr(since),
+                *(f"{k}={v}" for k, v in threads.items()),
+            ]
             started.append(start(arguments, folder / "workers" / f"{i}.log", device))
         log.info("search %s: %d workers; their logs are in %s", plan.name, workers, folder / "workers")
         for i, process in enumerate(started):
@@ -180,18 +195,19 @@ def run(folder: Path, workers: int = 1) -> None:
 
 
 def run_worker(argv: Sequence[str]) -> None:
-    """Be one of several workers: ``python -m reft_lightning.search FOLDER [VARIABLE=VALUE ...]``."""
+    """Be one of several workers: ``python -m reft_lightning.search FOLDER SINCE [VARIABLE=VALUE ...]``."""
     end_with_parent(signal.SIGTERM)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    folder, environment = Path(argv[0]), dict(text.split("=", 1) for text in argv[1:])
+    folder, since = Path(argv[0]), float(argv[1])
+    environment = dict(text.split("=", 1) for text in argv[2:])
     with interruptible():
         try:
-            work(open_study(folder, environment), in_process_of_its_own(folder, environment))
+            work(open_study(folder, environment, since), in_process_of_its_own(folder, environment))
         except KeyboardInterrupt:
             sys.exit(130)
 
 
-def open_study(folder: Path, environment: Mapping[str, str] | None = None) -> Any:
+def open_study(folder: Path, environment: Mapping[str, str] | None = None, since: float | None = None) -> Any:
     """Return the :class:`~reft_lightning.search.study.Study` of a folder."""
     from .study import Study
 
@@ -201,7 +217,7 @@ def open_study(folder: Path, environment: Mapping[str, str] | None = None) -> An
             "%s was begun with Optuna %s, and this is %s: the trials to come may be others than they would have been",
             folder, more["optuna"], quiet_optuna().__version__,
         )  # fmt: skip
-    return Study(folder, plan, more["monitor"], more["mode"] == "max", environment)
+    return Study(folder, plan, more["monitor"], more["mode"] == "max", environment, since)
 
 
 def work(study: Any, runner: Runner) -> None:
@@ -216,7 +232,9 @@ def work(study: Any, runner: Runner) -> None:
     while True:
         job = study.take_trial()
         if job is None:
-            if not study.busy():
+            with study.lock:  # one look: a trial that ends between two could leave room for another
+                searched = study.searched()
+            if searched:
                 break
             time.sleep(WAIT)
             continue
@@ -239,7 +257,8 @@ def work(study: Any, runner: Runner) -> None:
             outcome = study.tell_winner(job, ended)
         finally:
             job.lock.release()
-        log.log(logging.ERROR if ended else logging.INFO, "winner %s: %s %s", job.name, outcome, ended)
+        level = logging.ERROR if outcome == "failed" else logging.INFO
+        log.log(level, "winner %s: %s %s", job.name, outcome, ended)
         summarize(study)
 
 
@@ -292,19 +311,25 @@ def multirun_command(plan: Plan, method: str) -> str:
     return shlex.join(["reft-train", "--multirun", *plan.base, *own.overrides, *sweeps, "sealed=true"])
 
 
-def _report(folder: Path) -> None:
+def _report(folder: Path, since: float) -> None:
     from .summary import print_summary, summarize
 
-    values = summarize(open_study(folder))
+    values = summarize(open_study(folder, since=since))
     print_summary(values, folder)
     lost = [name for name, method in values["methods"].items() if method["best"] is None]
     lost += [
         f"{name} seed {seed}" for name, method in values["methods"].items()
         for seed, winner in method["winners"].items() if winner["status"] != "complete"
     ]  # fmt: skip
+    early = [name for name, method in values["methods"].items() if method["gave_up"]]
     if values["status"] != "complete" and not lost:
         log.error("the study has not ended; go on with: reft-search folder=%s", folder)
-        sys.exit(1)
+    if early:
+        log.error(
+            "ended before their budget: %s; mend the cause, which stands in %s, and go on with: reft-search folder=%s",
+            ", ".join(early), folder / "summary.json", folder,
+        )  # fmt: skip
     if lost:
         log.error("without a result: %s; the causes stand in %s", ", ".join(lost), folder / "summary.json")
+    if early or lost or values["status"] != "complete":
         sys.exit(1)

@@ -15,7 +15,8 @@ A trial starts if what is left covers it, where that is known in advance (a tria
 ``trainer.max_steps``); the first one that is not covered ends the method. Where it is not known, trials start while
 anything is left, and the batch that uses up the budget ends the trial: it counts as pruned, as its schedule was cut,
 and cannot win. Pruned and failed trials cost what they spent. A trial that was running when the study was killed
-runs again from its beginning, and its first attempt costs nothing.
+runs again from its beginning, and its first attempt costs nothing. Trials that cost nothing would never use a budget
+up: after :data:`FREE` of them in a row the method ends, until the command is started again.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 COST_FILE = "cost.json"  # in a trial's folder; written while it trains
 MEASURED = ("steps", "tokens", "seconds", "flops")
+FREE = 3  # trials in a row that cost nothing, as those do that fail before their first batch
 TOLERANCE = 0.01  # part of the budget by which methods may differ and still count as equal
 
 
@@ -41,9 +43,9 @@ def flops_per_token(model: nn.Module, roles: Mapping[str, list[nn.Parameter]]) -
 
     for the forward pass, for the gradient that travels back through the model, and for the gradients of what is
     trained: N frozen and n trained parameters, each one product and one sum. Embeddings are looked up, so they do
-    not count unless they are trained. With everything trained this is the :math:`6 N` of the source. Attention's
-    products of activations and what fast paths leave out are not in it: it says what a method asks for, not what
-    a machine does.
+    not count unless they are trained, or multiplied too, as those are that a model shares with its head. With
+    everything trained this is the :math:`6 N` of the source. Attention's products of activations and what fast paths
+    leave out are not in it: it says what a method asks for, not what a machine does.
 
     Source: Kaplan et al. 2020, arXiv:2001.08361, section 2.1.
 
@@ -54,7 +56,10 @@ def flops_per_token(model: nn.Module, roles: Mapping[str, list[nn.Parameter]]) -
     from torch import nn
 
     trained = {id(p) for parameters in roles.values() for p in parameters}
-    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    others = (module for module in model.modules() if not isinstance(module, nn.Embedding))
+    multiplied = {id(p) for module in others for p in module.parameters(recurse=False)}
+    looked_up = {id(table.weight) for table in tables} - multiplied
     parameters = {id(p): p for p in model.parameters()}
     n = sum(p.numel() for key, p in parameters.items() if key in trained)
     N = sum(p.numel() for key, p in parameters.items() if key not in trained and key not in looked_up)
@@ -109,3 +114,21 @@ def verdict(unit: str, amount: float, spent: Mapping[str, float]) -> str:
     if spent[high] - spent[low] <= allowed:
         return "equal"
     return f"unequal: {low} has spent {spent[low]:g} {unit}, {high} {spent[high]:g}, of {amount:g}"
+
+
+def behind_trials(unit: str, spent: Mapping[str, Mapping[str, float]]) -> str:
+    """Say by how much methods with the same number of trials differ in steps and tokens; empty where they do not.
+
+    Args:
+        unit: of the budget; where it is not trials, it is measured itself.
+        spent: by method, in every unit.
+    """
+    said = []
+    for other in ("steps", "tokens") if unit == "trials" else ():
+        low = min(spent, key=lambda method: spent[method][other])
+        high = max(spent, key=lambda method: spent[method][other])
+        least, most = spent[low][other], spent[high][other]
+        if most > (1 + TOLERANCE) * least:
+            ratio = f", {most / least:.3g} times as many" if least else ""
+            said.append(f"{low} {least:,.0f} {other} and {high} {most:,.0f}{ratio}")
+    return f"trials were not equally long: {'; '.join(said)}" if said else ""

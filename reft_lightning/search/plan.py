@@ -159,10 +159,15 @@ def read_plan(name: str, arguments: Sequence[str] = ()) -> Plan:
     return parse_plan(Path(name).stem if name.endswith(".yaml") else name, values, overrides, str(path))
 
 
+def read_argument(key: str, text: str) -> dict[str, Any]:
+    """Read an argument of the command as search files are read: 1e6 is a number, and dots part keys."""
+    return OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={text}"]))
+
+
 def _apply(values: dict[str, Any], own: Mapping[str, str], path: Path) -> None:
     """Write the command's own arguments over those of the file."""
     for key, text in own.items():
-        given = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={text}"]))
+        given = read_argument(key, text)
         if key == "methods":
             values["methods"] = _selected(values.get("methods") or {}, text, path)
         elif key == "seeds":

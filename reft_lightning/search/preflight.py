@@ -1,17 +1,31 @@
 """What can be wrong with a study is said before its first trial.
 
 First, without torch: every value of every space composes with the rest. Then, without weights: the settings mean
-something to the method and to the benchmark family, all methods are selected by the same score, and their trials can
-spend the same budget.
+something to the method and to the benchmark family, all trials are selected by the same score of the same model on the
+same rows, and methods can spend the same budget. Last, the rows are there; those of a test split are left alone.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
 
 from ..composition import CompositionError, compose
 from ..schema import Config
 from .budget import cost_in_advance, unequal_in_advance
 from .plan import Plan
 from .space import override
+
+# What is compared must be the same in all trials: else a search would choose the easiest rows, or the best base model.
+SAME = (
+    *(f"model.{key}" for key in ("name", "source", "path", "package", "sha256", "revision", "config")),
+    *(f"data.{key}" for key in (
+        "family", "tasks", "train_tasks", "source", "path", "package", "sha256", "mixture", "split_seed",
+        "validation_size", "limit_validation", "target", "answer", "context", "options", "messages", "test_path",
+    )),
+)  # fmt: skip
 
 
 def compose_corners(plan: Plan) -> dict[str, list[Config]]:
@@ -38,12 +52,13 @@ def check_corners(plan: Plan, corners: dict[str, list[Config]]) -> tuple[str, st
     """Check what does not need weights; return the score that decides, and ``max`` or ``min``.
 
     Raises:
-        ValueError: for a setting that means nothing or is out of its range, trials that select by different scores
-            or by none, and trials that cannot spend the same budget.
+        ValueError: for a setting that means nothing or is out of its range, trials that select by different scores,
+            by none or on different rows, trials that cost nothing of the budget, and trials that cannot spend the same.
     """
-    from ..arguments import attachment, family_of, optimization_of
+    from ..arguments import attachment, data_module, family_of, optimization_of
     from ..checks import check_unused, choose_monitor
 
+    _check_same(plan, corners)
     scores: dict[tuple[str, str], str] = {}
     costs: dict[str, set[float | None]] = {}
     for method, configs in corners.items():
@@ -52,13 +67,20 @@ def check_corners(plan: Plan, corners: dict[str, list[Config]]) -> tuple[str, st
                 choose_monitor(config)
                 family = family_of(config)
                 check_unused(config, family)
-                attachment(config, family)
+                attached = attachment(config, family)
                 optimization_of(config)
+                data_module(config, family, None)  # reads nothing yet
             except (ValueError, OSError) as error:
                 raise ValueError(f"search {plan.name}, method {method}: {error}") from error
             if config.data.validation_size == 0:
                 raise ValueError(
                     f"search {plan.name}, method {method}: data.validation_size=0 leaves no rows to select by"
+                )
+            free = _trains_nothing(config, attached)
+            if free and plan.unit != "trials":
+                raise ValueError(
+                    f"search {plan.name}, method {method}: {free} trains nothing, so that its trials would cost no "
+                    f"{plan.unit}, and never use the budget up: leave it out, or count trials (budget.unit=trials)"
                 )
             scores.setdefault((config.callbacks.monitor, config.callbacks.mode), method)
             costs.setdefault(method, set()).add(cost_in_advance(plan.unit, config))
@@ -78,3 +100,81 @@ def check_corners(plan: Plan, corners: dict[str, list[Config]]) -> tuple[str, st
             raise ValueError(f"search {plan.name}: {unequal}")
     (score,) = scores
     return score
+
+
+def _trains_nothing(config: Config, attached: Mapping[str, Any]) -> str:
+    """Return the setting that leaves nothing to train; empty where something is trained."""
+    for setting in ("max_steps", "max_epochs"):
+        if getattr(config.trainer, setting) == 0:
+            return f"trainer.{setting}=0"
+    if attached["method"] in ("frozen", "none") and not attached["heads"]:
+        return f"intervention={attached['method']}"
+    return ""
+
+
+def _check_same(plan: Plan, corners: Mapping[str, list[Config]]) -> None:
+    """Refuse a study whose trials differ in what :data:`SAME` names, within a method or between two.
+
+    Raises:
+        ValueError: naming the setting, both values and both methods.
+    """
+    values = {
+        (key, method): [_value(config, key) for config in configs]
+        for key in SAME for method, configs in corners.items()
+    }  # fmt: skip
+    (first, *_) = corners
+    for (key, method), found in values.items():
+        for value in found:
+            expected = values[key, first][0]
+            if value != expected:
+                who = f"method {method} searches it" if method == first else f"methods {first} and {method}"
+                raise ValueError(
+                    f"search {plan.name}: {key} is {expected} and {value} ({who}): trials that differ in their rows or "
+                    f"in their base model cannot be compared; set it once, in base"
+                )
+
+
+def _value(config: Config, key: str) -> Any:
+    if key == "data.split_seed" and config.data.split_seed is None:
+        return config.seed  # it divides the rows then
+    return attrgetter(key)(config)
+
+
+def check_rows(plan: Plan, corners: Mapping[str, list[Config]]) -> None:
+    """Read the rows that the trials will train on and be selected by; no test rows, and no weights.
+
+    All trials read the same rows (:func:`check_corners`), so those of one are read.
+
+    Raises:
+        ValueError: for rows that are not there, cannot be read, or are too few to validate on.
+    """
+    from ..arguments import data_module, family_of
+    from ..data.classification import ClassificationDataModule
+    from ..data.files import read_json_file
+    from ..data.rows import read_rows
+
+    method, configs = next(iter(corners.items()))
+    config = configs[0]
+    try:
+        family = family_of(config)
+        data = data_module(config, family, None)
+        data.prepare_data()
+        if isinstance(data, ClassificationDataModule):
+            # its validation file holds the rows of the test too: they are parsed, and no trial sees them
+            splits = [(data.task, "train"), (data.task, "validation")]
+        else:
+            splits = [(family.task(name), "train") for name in data.train_tasks]
+        if data.source.mixture:
+            examples = [
+                family.mixture_example(*row) for row in read_json_file(Path(data.source.mixture).expanduser())
+            ]
+        else:
+            examples = [
+                task.example(*row)
+                for task, split in splits
+                for row in read_rows(task, split, data.source, family.wheel)[0]
+            ]
+        if not isinstance(data, ClassificationDataModule):
+            family.carve(examples, config.data.validation_size, data.split_seed)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"search {plan.name}, method {method}: {error}") from error

@@ -1,7 +1,8 @@
 """Successive halving: whether a trial goes on, from its validations and those of the other trials.
 
 Everything that is needed lies in the trials' folders, so that a trial that runs again begins with nothing of its
-first attempt, and is judged as it would have been then.
+first attempt. With one worker it is judged as it would have been then; of several workers, the others have gone on
+meanwhile, and it is judged against more trials.
 """
 
 from __future__ import annotations

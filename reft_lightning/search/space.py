@@ -28,6 +28,7 @@ from ..vocabulary import did_you_mean
 KINDS = ("choice", "int", "float", "log")
 EXTRA = {"choice": (), "int": ("step",), "float": ("points",), "log": ("points",)}
 SAMPLERS = ("tpe", "random", "grid")
+EDGE = 0.05  # part of a continuous range, at either end, that counts as its edge
 DIGITS = 4  # significant ones of a drawn number: it is read, typed and compared by people
 
 Value = bool | int | float | str | None
@@ -94,6 +95,28 @@ class Dimension:
             return value
         low, high = self.values
         return min(max(float(f"{value:.{DIGITS}g}"), low), high)
+
+    def edge(self, value: Value) -> str:
+        """Return ``lower`` or ``upper`` where a value lies at that edge of the space, beyond which nothing was tried.
+
+        Of a choice the edges are its lowest and its highest number, if there are more than two. Below 0, and below
+        the integer 1, there is nothing to try.
+        """
+        if any(isinstance(v, bool) or not isinstance(v, int | float) for v in (value, *self.values)):
+            return ""
+        low, high = min(self.values), max(self.values)
+        if self.kind == "choice" and len(self.values) < 3:
+            return ""
+        if self.kind == "int":
+            high -= (high - low) % self.step
+        part = (value - low) / (high - low) if high > low else 0.5
+        if self.kind == "log":
+            part = math.log(value / low) / math.log(high / low)
+        margin = EDGE if self.kind in ("float", "log") else 0.0
+        if part >= 1 - margin:
+            return "upper"
+        natural = low == 0 or (low == 1 and isinstance(low, int))
+        return "lower" if part <= margin and not natural else ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return what :func:`parse_dimension` reads."""

@@ -10,7 +10,7 @@
     summary.json                    methods, trials, spent budgets, winners, reads
 
 Workers take trials under the lock of the folder. A trial that nobody holds any more is taken again, with its
-parameters and from its beginning, so that a study that was killed has the trials of one that was not.
+parameters and from its beginning, so that, of one worker, a study that was killed has the trials of one that was not.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import logging
 import math
 import shlex
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any
 
 from .. import composition
 from ..results import now, write_json
-from .budget import MEASURED, cost_in_advance, read_cost, total_cost
+from .budget import FREE, MEASURED, cost_in_advance, read_cost, total_cost
 from .plan import Plan
 from .process import Lock
 from .pruning import Reports
@@ -35,6 +36,7 @@ from .space import Value, draw, quiet_optuna
 
 log = logging.getLogger(__name__)
 LEDGER = "test_reads.jsonl"
+ERROR_FILE = "error.txt"  # of a winner's run that failed
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Study:
         monitor: the validation score that decides.
         maximize: whether a higher one is better.
         environment: variables that its runs are started with, written into their commands.
+        since: when the command was started, in seconds of the epoch; None: now. What failed before is tried again.
     """
 
     def __init__(
@@ -73,11 +76,12 @@ class Study:
         monitor: str,
         maximize: bool,
         environment: Mapping[str, str] | None = None,
+        since: float | None = None,
     ) -> None:
+        self.since = time.time() if since is None else since
         self.folder, self.plan, self.monitor, self.maximize = Path(folder).resolve(), plan, monitor, maximize
         self.environment = dict(environment or {})
         self.lock = Lock(self.folder / "locks" / "study")
-        self.tried: set[Path] = set()  # winners' runs that failed since the study was started
         self._costs: dict[tuple[str, ...], float | None] = {}  # by overrides: composing takes a moment
         self._optuna = optuna = quiet_optuna()
         with self.lock:
@@ -116,7 +120,7 @@ class Study:
         """Return number, parameters and known cost of a method's next trial, or None where it has ended."""
         plan, history = self.plan, self.trials(method)
         committed = self._committed(method)
-        if committed >= plan.amount:
+        if committed >= plan.amount or self.gave_up(method):
             return None
         params = draw(
             plan.methods[method].space, plan.sampler, plan.sampler_seed, method, len(history), history,
@@ -126,6 +130,18 @@ class Study:
             return None
         cost = self._cost_in_advance(method, params)
         return None if committed + (cost or 0) > plan.amount else (len(history), params, cost)
+
+    def gave_up(self, method: str) -> bool:
+        """Whether a method's last trials since the command's start cost nothing: no budget would ever end it."""
+        unit = self.plan.unit
+        if unit == "trials":
+            return False
+        ended = [
+            trial for trial in self.trials(method)
+            if trial.datetime_complete is not None and trial.datetime_complete.timestamp() >= self.since
+        ]  # fmt: skip
+        last = ended[-FREE:]
+        return len(last) == FREE and not any(read_cost(self._folder(method, t.number))[unit] for t in last)
 
     def _next(self, method: str) -> Job | None:
         drawn = self._drawn(method)
@@ -168,17 +184,6 @@ class Study:
         params = {name: params[name] for name in (d.name for d in self.plan.methods[method].space)}
         overrides = self.plan.trial_overrides(method, params)
         return Job(method, number, params, self._folder(method, number), lock, overrides)
-
-    def busy(self) -> bool:
-        """Whether a trial runs that another process holds."""
-        with self.lock:
-            for method in self.plan.methods:
-                for trial in self.trials(method, "RUNNING"):
-                    lock = self._lock(f"{method}.{trial.number}")
-                    if not lock.acquire(wait=False):
-                        return True
-                    lock.release()
-        return False
 
     def finished_before(self, job: Job) -> bool:
         """Whether a trial that is taken again had ended before, and only its outcome was not yet kept."""
@@ -254,10 +259,17 @@ class Study:
         return min(complete, key=lambda trial: (sign * trial.value, trial.number), default=None)
 
     def take_winner(self) -> Job | None:
-        """Return a winner's run that is neither complete nor held nor has failed since the study was started."""
+        """Return a winner's run that is neither complete nor held nor has failed since the command was started.
+
+        There is none while a trial runs or is still to run: it could win.
+        """
         with self.lock:
+            if not self.searched():
+                return None
             for method, seed, folder in self.winners():
-                if folder in self.tried or self.results(folder).get("status") == "complete":
+                error = folder / ERROR_FILE
+                failed = error.is_file() and error.stat().st_mtime >= self.since
+                if failed or self.results(folder).get("status") == "complete":
                     continue
                 lock = self._lock(f"winner.{method}.{seed}")
                 if lock.acquire(wait=False):
@@ -268,9 +280,11 @@ class Study:
 
     def tell_winner(self, job: Job, ended: str) -> str:
         """Let go of a winner's run; return its outcome."""
-        self.tried.add(job.folder)
+        status = self.results(job.folder).get("status")
+        if not ended and status != "complete":
+            ended = f"the run ended as {status!r}"
         if ended:
-            (job.folder / "error.txt").write_text(ended + "\n", encoding="utf-8")
+            (job.folder / ERROR_FILE).write_text(ended + "\n", encoding="utf-8")
         job.lock.release()
         return "failed" if ended else "complete"
 
@@ -289,8 +303,10 @@ class Study:
         return {"trials": len(self.trials(method)), **{unit: total[unit] for unit in MEASURED}}
 
     def searched(self) -> bool:
-        """Whether no method has a trial that runs or is still to run."""
-        return not any(self.trials(m, "RUNNING") or self._drawn(m) for m in self.plan.methods)
+        """Whether no method has a trial that runs or is still to run; the caller holds the study's lock."""
+        if any(self.trials(method, "RUNNING") for method in self.plan.methods):
+            return False
+        return not any(self._drawn(method) for method in self.plan.methods)
 
     def tested(self) -> bool:
         """Whether every winner's run is complete."""

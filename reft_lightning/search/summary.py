@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..results import write_json
-from .budget import verdict
-from .study import LEDGER, Study
+from .budget import FREE, behind_trials, verdict
+from .study import ERROR_FILE, LEDGER, Study
 
 
 def summarize(study: Study, write: bool = True) -> dict[str, Any]:
@@ -16,12 +16,15 @@ def summarize(study: Study, write: bool = True) -> dict[str, Any]:
 
     The keys: ``search``, ``status`` (running, complete), ``monitor``, ``mode``, ``sampler``, ``pruner``,
     ``budget`` (``unit``, ``amount``, ``verdict``), ``test_reads``, and for each of ``methods``: ``trials`` (counts by
-    outcome), ``spent`` (in every unit), ``best`` (``number``, ``value``, ``params``, ``folder``), ``winners`` (seed ->
-    ``folder``, ``status``, ``metrics``), ``failed`` (number -> error). Folders are relative to the study's.
+    outcome), ``spent`` (in every unit), ``best`` (``number``, ``value``, ``params``, ``edges``, ``folder``),
+    ``winners`` (seed -> ``folder``, ``status``, ``metrics``), ``failed`` (number -> error), ``gave_up`` (why it ended
+    before its budget; empty where it did not). Folders are relative to the study's.
     """
     with study.lock:
         methods = {method: _method(study, method) for method in study.plan.methods}
         plan = study.plan
+        spent = {method: found["spent"] for method, found in methods.items()}
+        equal = verdict(plan.unit, plan.amount, {method: each[plan.unit] for method, each in spent.items()})
         values = {
             "search": plan.name,
             "status": "complete" if study.searched() and study.tested() else "running",
@@ -29,7 +32,7 @@ def summarize(study: Study, write: bool = True) -> dict[str, Any]:
             "sampler": plan.sampler, "pruner": plan.pruner,
             "budget": {
                 "unit": plan.unit, "amount": plan.amount,
-                "verdict": verdict(plan.unit, plan.amount, {m: v["spent"][plan.unit] for m, v in methods.items()}),
+                "verdict": "; ".join(filter(None, (equal, behind_trials(plan.unit, spent)))),
             },
             "methods": methods,
             "test_reads": test_reads(study.folder),
@@ -74,11 +77,19 @@ def _method(study: Study, method: str) -> dict[str, Any]:
         "trials": {name.replace("fail", "failed"): sum(t.state.name.lower() == name for t in trials) for name in names},
         "spent": study.spent(method),
         "best": None if best is None else {
-            "number": best.number, "value": best.value, "params": best.params, "folder": best.user_attrs["folder"]
+            "number": best.number, "value": best.value, "params": best.params,
+            "edges": _edges(study, method, best.params), "folder": best.user_attrs["folder"],
         },
         "winners": {str(seed): _winner(study, folder) for m, seed, folder in study.winners() if m == method},
         "failed": {str(t.number): t.user_attrs.get("error") for t in trials if t.state.name == "FAIL"},
+        "gave_up": f"{FREE} trials in a row cost no {study.plan.unit}" if study.gave_up(method) else "",
     }  # fmt: skip
+
+
+def _edges(study: Study, method: str, params: dict[str, Any]) -> list[str]:
+    """Return at which edges of its space a winner lies: beyond, there may be a better one."""
+    found = [(d.edge(params[d.name]), d.name) for d in study.plan.methods[method].space]
+    return [f"at the {edge} edge of {name}" for edge, name in found if edge]
 
 
 def _winner(study: Study, folder: Path) -> dict[str, Any]:
@@ -86,7 +97,7 @@ def _winner(study: Study, folder: Path) -> dict[str, Any]:
     metrics = {
         name: value for name, value in results.get("metrics", {}).items() if "test/" in name or "val/" in name
     }
-    error = folder / "error.txt"
+    error = folder / ERROR_FILE
     status = "failed" if error.is_file() else results.get("status", "waiting")
     return {
         "folder": str(folder.relative_to(study.folder)), "status": status, "metrics": metrics,
@@ -121,8 +132,19 @@ def print_summary(values: dict[str, Any], folder: Path, console: Any = None) -> 
             f"{method['spent'][unit]:.6g}", *(_mean(method["winners"], score) for score in tested),
         )  # fmt: skip
     console.print(table)
+    for name, method in values["methods"].items():
+        if method["best"] and method["best"]["edges"]:
+            where = ", ".join(method["best"]["edges"])
+            console.print(
+                f"{name}: the winner lies {where}; beyond, nothing was tried", soft_wrap=True, markup=False
+            )
+        if method["gave_up"]:
+            console.print(
+                f"{name}: ended before its budget: {method['gave_up']}", soft_wrap=True, markup=False
+            )
     console.print(
-        f"budget of each method: {values['budget']['amount']:g} {unit}; {values['budget']['verdict']}"
+        f"budget of each method: {values['budget']['amount']:g} {unit}; {values['budget']['verdict']}",
+        soft_wrap=True,
     )
     reads = values["test_reads"]
     again = sum(bool(read.get("again")) for read in reads)
