@@ -38,15 +38,15 @@ def compared(scores):
 
 
 class TestLevels:
-    @pytest.mark.parametrize("deviation", [0.0, 0.02, 0.05])
-    def test_of_equal_methods_some_pair_differs_in_one_of_twenty_tables(self, deviation):
+    @pytest.mark.parametrize(("seeds", "deviation"), [(2, 0.02), (2, 0.05), (3, 0.02), (3, 0.05)])
+    def test_of_equal_methods_some_pair_differs_in_one_of_twenty_tables_at_most(self, seeds, deviation):
         rng = np.random.default_rng(1)
         false = 0
         for _ in range(80):
-            pairs = pairs_of(compared(answers(rng, 6, 3, 300, deviation)), 1000, 0)
+            pairs = pairs_of(compared(answers(rng, 6, seeds, 300, deviation)), 1000, 0)
             assert len(pairs) == 15
             false += any(pair.differs for pair in pairs)
-        assert false / 80 <= 0.1  # 0.05, with the noise of 80 tables
+        assert false / 80 <= 0.08  # 0.05, with the noise of 80 tables
 
     @pytest.mark.parametrize("deviation", [0.0, 0.02, 0.05])
     def test_a_method_that_is_far_better_differs(self, deviation):
@@ -74,7 +74,9 @@ class TestLevels:
         scores[0] = np.maximum(scores[0], scores[1])
         (pair,) = pairs_of(compared(scores), 1000, 0)
         rows = (scores[0].mean(0) - scores[1].mean(0)).var(ddof=1) / 100
-        a, b = (by_seed.mean(1).var(ddof=1) / 4 for by_seed in scores)
+        variances = [by_seed.mean(1).var(ddof=1) for by_seed in scores]
+        assert variances[0] != pytest.approx(variances[1])
+        a, b = (max(variance, np.mean(variances)) / 4 for variance in variances)
         error = np.sqrt(rows + a + b)
         freedom = (rows + a + b) ** 2 / (rows**2 / 99 + a**2 / 3 + b**2 / 3)
         p = 2 * stats.t.sf(pair.difference / error, freedom)

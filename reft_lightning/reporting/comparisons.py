@@ -62,12 +62,15 @@ class Score:
             return None
         return float(np.std(list(self.values.values()), ddof=1))
 
-    @property
-    def seed_part(self) -> Part | None:
-        """Return the squared standard error of the mean over seeds, with its degrees of freedom; None of one seed."""
+    def seed_part(self, least: float = 0.0) -> Part | None:
+        """Return the squared standard error of the mean over seeds, with its degrees of freedom; None of one seed.
+
+        Args:
+            least: variance over seeds, below which that of these seeds is not believed.
+        """
         if self.deviation is None:
             return None
-        return self.deviation**2 / len(self.values), len(self.values) - 1.0
+        return max(self.deviation**2, least) / len(self.values), len(self.values) - 1.0
 
 
 @dataclass

@@ -170,9 +170,10 @@ def pair_table(comparison: Comparison, columns: Collection[tuple[str, str]] | No
                "rows only: test", "rows only: p", "rows only: McNemar by seed"]  # fmt: skip
     notes = [
         "p counts rows and seeds: Student's t by Welch and Satterthwaite, from the variance of the rows' differences, "
-        "averaged over seeds, and of each method's scores over seeds; it is never below p of the sign flips. Where a "
-        "method has one seed, rows only are counted, and nothing is known of other seeds. p (Holm) is adjusted over "
-        f"all pairs of methods on a task and measure; methods differ where it is < {SIGNIFICANT}.",
+        "averaged over seeds, and of each method's scores over seeds, not taken for smaller than its mean over the "
+        "methods; it is never below p of the sign flips. Where a method has one seed, rows only are counted, and "
+        "nothing is known of other seeds. p (Holm) is adjusted over all pairs of methods on a task and measure; "
+        f"methods differ where it is < {SIGNIFICANT}.",
         "Rows only: tests about rows, given the models that were trained, not adjusted. Sign flips: each row's "
         "difference, averaged over seeds, with its sign drawn at random; of measures that are no mean over rows the "
         "paired bootstrap; McNemar's exact test of right and wrong answers.",
