@@ -1,5 +1,6 @@
 """That a search sees nothing of the test rows, whatever it searches, where both halves lie in one file, too."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -31,7 +32,8 @@ def outcomes(study):
         for trial in study.trials(method):
             folder = study.folder / trial.user_attrs["folder"]
             results = short_runs.results(folder)
-            predictions = sorted((p.name, p.read_text()) for p in (folder / "predictions").glob("*"))
+            files = sorted((folder / "predictions").glob("*"))
+            predictions = [(p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in files]
             facts = (trial.number, trial.params, trial.state.name, trial.value, trial.intermediate_values)
             found.append((*facts, results["metrics"], results["counts"], results["test_reads"], predictions))
     return found
@@ -123,7 +125,8 @@ def test_labels_of_the_tests_half_of_a_file_change_nothing_in_a_search(tmp_path)
     before = search_glue(tmp_path / "before", rows)
     poison(rows)
     after = search_glue(tmp_path / "after", rows)
-    assert outcomes(before) == outcomes(after)
+    pairs = zip(outcomes(before), outcomes(after), strict=True)
+    assert [number for number, (one, other) in enumerate(pairs) if one != other] == []
     assert "COMPLETE" in {outcome[2] for outcome in outcomes(after)}
     assert before.winner("loreft").number == after.winner("loreft").number
     # the winners' runs, which may read them, do
