@@ -48,7 +48,9 @@ class ModelConfig:
     )
     base_dropout: bool = False  # train() on the base while training, as the authors' code did
     gradient_checkpointing: bool = False
-    compile: bool = False  # the training step, by torch.compile: minutes at the start, and a C++ compiler on a CPU
+    compile: bool = (
+        False  # the training step, by torch.compile: minutes at the start, and a C++ compiler on a CPU
+    )
     attn_implementation: Optional[str] = None  # None: transformers' choice
     float32_logits: bool = True  # of a 16-bit model: bfloat16 logits tie. False, as the authors' code has it
     config: dict[str, Any] = field(
@@ -178,7 +180,9 @@ class KeptConfig:
     # 0: nothing. Keys and values of the prompt up to the first edited token (positions such as l7), where all of
     # them fit; else the input of the first edited layer, where that is not the first of the model
     limit_gb: float = 0.0  # of each process
-    folder: Optional[str] = None  # None: in memory; a folder: on disk, for later runs of this model and data too
+    folder: Optional[str] = (
+        None  # None: in memory; a folder: on disk, for later runs of this model and data too
+    )
 
 
 @dataclass
@@ -222,10 +226,10 @@ class Config:
     seed: int = 42  # the first of the authors' seeds 42, 43, 44
     test: bool = True  # evaluate the test split, once, after training
     evaluate_base: bool = False  # the frozen base in the same table
-    # of float32 products, as torch.set_float32_matmul_precision has it: auto | highest | high | medium. auto: on CPUs
-    # oneDNN where it errs no more than float32 does and is faster (measured at the start of a run), else torch's own.
-    # high and medium on a GPU (TF32) reach the products within interventions, too
-    matmul_precision: str = "auto"
+    # of float32 products, as torch.set_float32_matmul_precision has it: highest | high | medium. On a GPU the last two
+    # (TF32) reach the products within interventions, too. auto: on CPUs oneDNN where it errs no more than float32 does
+    # and is faster, measured at the start of a run: where that is a near thing, two runs may round otherwise
+    matmul_precision: str = "highest"
     option_likelihood: bool = True  # rank each row's options by likelihood beside generating
     sealed: bool = False  # the test split cannot be built: for searches
     resume: Optional[str] = None  # a run folder to continue

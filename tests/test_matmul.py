@@ -55,9 +55,9 @@ def test_a_run_records_what_it_used(tmp_path, monkeypatch):
     monkeypatch.setattr(matmul, "product_error", lambda precision: 1e-6)
     data = short_runs.write_rows(tmp_path / "data")
     short = ["trainer.max_steps=1", "test=false", "data.validation_size=0"]
-    assert short_runs.run(data, tmp_path / "auto", *short)["matmul_precision"] == "medium"
-    exact = short_runs.run(data, tmp_path / "exact", *short, "matmul_precision=highest")
-    assert exact["matmul_precision"] == "highest"
+    auto = short_runs.run(data, tmp_path / "auto", *short, "matmul_precision=auto")
+    assert auto["matmul_precision"] == "medium"
+    assert short_runs.run(data, tmp_path / "exact", *short)["matmul_precision"] == "highest"
     assert torch.get_float32_matmul_precision() == "highest"
 
 

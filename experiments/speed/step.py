@@ -53,8 +53,14 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "suffix": (
         (SHORT,),
         (
-            "B", "reft l7 target-only", "reft l7 split", "reft l1 split", "reft l7 kept", "reft l1 kept",
-            "reft middle layer l1 target-only", "reft middle layer kept",
+            "B",
+            "reft l7 target-only",
+            "reft l7 split",
+            "reft l1 split",
+            "reft l7 kept",
+            "reft l1 kept",
+            "reft middle layer l1 target-only",
+            "reft middle layer kept",
         ),
     ),
     "onednn": ((SHORT,), ("B", "B onednn", "reft target-only", "reft target-only onednn")),

@@ -54,7 +54,9 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     Examples stay, as Lightning would try to rebuild each of them; so do the numbers of rows, which are read on the CPU.
     """
     return {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) and name != "rows" else value
+        name: value.to(device, non_blocking=True)
+        if isinstance(value, torch.Tensor) and name != "rows"
+        else value
         for name, value in batch.items()
     }
 
