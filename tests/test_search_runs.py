@@ -195,7 +195,6 @@ def test_a_command_that_is_killed_goes_on_to_the_same_trials(data, tmp_path):
         data, methods={"loreft": {"overrides": ["intervention=loreft"], "space": space}}, sampler="tpe",
         startup_trials=1, pruner="successive_halving", seeds=[1], budget={"unit": "trials", "amount": 3},
     )  # fmt: skip
-    values["base"].append("matmul_precision=highest")  # "auto" measures, and both run at the same time
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     whole = start(["search=mine.yaml", "folder=whole"], tmp_path)
     begin = ["search=mine.yaml", "folder=killed"]
