@@ -69,7 +69,7 @@ def needs_of(override):
     if override == "model=stories260k":
         return ["model.path=folder"]
     if re.search(
-        "=(debug|paper/(arithmetic|ablation)_|small/(arithmetic|ultrafeedback|code|glue)|arithmetic|few_shot|custom)",
+        "=(debug|paper/(arithmetic|ablation)_|small/(arithmetic|ultrafeedback|code|glue|stsb)|arithmetic|few_shot|custom)",
         override,
     ):
         return ["data.path=folder"]

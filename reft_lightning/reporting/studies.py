@@ -174,7 +174,7 @@ def _importance(kept: Any, trials: Sequence[Trial]) -> dict[str, float]:
 
 
 def _add_budget(study: Study, plan: Mapping[str, Any]) -> None:
-    from ..search.budget import total_cost, verdict
+    from ..search.budget import behind_trials, total_cost, verdict
 
     for method in study.trials:
         spent = total_cost(study.folder / TRIALS / method)
@@ -189,9 +189,11 @@ def _add_budget(study: Study, plan: Mapping[str, Any]) -> None:
         each = ", ".join(f"{method} {value:,.0f}" for method, value in spent.items())
         study.budget = f"still running: spent {each} of {amount:,g} {unit} for each method"
         return
-    said = verdict(unit, amount, spent)
+    said, behind = verdict(unit, amount, spent), behind_trials(unit, study.spent)
     study.equal = said == "equal"
-    study.budget = f"budget of each method: {amount:g} {unit}; spent: {said}"
+    study.budget = f"budget of each method: {amount:g} {unit}; spent: {said}" + (
+        f"; {behind}" if behind else ""
+    )
 
 
 def ledger_reads(folder: Path, reads: Sequence[Read]) -> list[Read]:
