@@ -7,6 +7,7 @@ checkpoints/, adapter/ and the logs.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Sequence
@@ -81,7 +82,10 @@ def run(
     """
     with single_job_ddp():
         target = Path(config.resume) if config.resume else Path(folder)
-        return _run(config, target, experiment, callbacks)
+        try:
+            return _run(config, target, experiment, callbacks)
+        finally:
+            gc.collect()  # hooks tie model and interventions in a circle, and a sweep's next job needs the memory
 
 
 def _run(
