@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from .evaluation.shared_columns import holds_columns
 from .kept import KeptRows
 from .model import ReftModel
 from .replaced import replaced
@@ -67,7 +68,7 @@ class ConstantPrefix:
         cache = self._compute(*_two_tokens(model), 2)
         if not isinstance(cache, DynamicCache) or not all(isinstance(c, DynamicLayer) for c in cache.layers):
             raise ValueError(f"{type(model.base_model).__name__} has no cache of keys and values alone")
-        self.keepable = all(type(c) is DynamicLayer and c.get_seq_length() == 2 for c in cache.layers)
+        self.keepable = holds_columns(cache, 2)
         self.shapes = [tuple(t.shape[1::2]) for layer in cache.layers for t in (layer.keys, layer.values)]
         self.dtype = cache.layers[0].keys.dtype
         self.width = sum(heads * dim for heads, dim in self.shapes)

@@ -115,9 +115,8 @@ def build(config: Config) -> Objects:
     model = adapt(base_model, **attached)
     model.config.base_model = config.model.name  # a folder of this machine means nothing elsewhere
     if config.model.compile:
-        if (
-            config.model.gradient_checkpointing
-        ):  # its hook on the embeddings, and its warning, break the graph
+        if config.model.gradient_checkpointing:
+            # its hook on the embeddings, and its warning, break the graph
             base_model.disable_input_require_grads()
             base_model.config.use_cache = False
         model.compile()

@@ -23,6 +23,7 @@ from .constant import (
 from .kept import KeptRows, describe, key_of
 from .matmul import EXACT, product_error
 from .model import ReftModel
+from .replaced import checkpointable
 from .sites import block_path
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class TrainingPass:
 
 def training_pass(
     model: Any,
-    rows: Sequence[Any],
+    rows: Any,
     *,
     causal: bool,
     limit: int = 0,
@@ -115,15 +116,15 @@ def training_pass(
 
     Args:
         model: the adapted model, whose base has no dropout in training.
-        rows: the encoded train rows.
+        rows: the encoded train rows, with their ``lengths`` and, if causal, ``prompt_lengths``.
         causal: whether they have prompts and targets; otherwise they are a classifier's.
         limit: bytes to keep over the epochs, in this process.
         folder: keep them on disk, below it, for later runs of the same model and data; None: in memory.
         precision: of the trainer; what is kept in one is not read in another.
     """
-    if not isinstance(model, ReftModel) or any(
-        vars(module).get("gradient_checkpointing") for module in model.base_model.modules()
-    ):
+    if not isinstance(model, ReftModel):
+        return None
+    if any(module.gradient_checkpointing for module in checkpointable(model.base_model.modules())):
         return None
     parts = _parts(model, rows, causal, limit)
     shares = {part: _share(part, limit) for part in parts}
@@ -145,14 +146,12 @@ def training_pass(
     return TrainingPass(model, part)
 
 
-def _parts(model: ReftModel, rows: Sequence[Any], causal: bool, limit: int) -> list[Part]:
+def _parts(model: ReftModel, rows: Any, causal: bool, limit: int) -> list[Part]:
     """Return the constant parts there are."""
     parts: list[Part] = []
-    prompts = None
+    prompts, lengths = None, torch.tensor(rows.lengths)
     if causal:
-        encoded = [rows[i] for i in range(len(rows))]
-        prompts = torch.tensor([len(row.prompt_ids) for row in encoded])
-        lengths = prompts + torch.tensor([len(row.target_ids) for row in encoded])
+        prompts = torch.tensor(rows.prompt_lengths)
         behind = tokens_behind(model, prompts, lengths - prompts)
         frozen = last_untrained(model) == len(_blocks(model)) - 1
         if model.sites and frozen and int((prompts - behind).max()) >= SHORTEST:
@@ -160,8 +159,6 @@ def _parts(model: ReftModel, rows: Sequence[Any], causal: bool, limit: int) -> l
                 parts.append(ConstantPrefix(model, prompts, lengths - prompts, behind))
             except ValueError as error:
                 log.info("prompts are not split at their first edited token: %s", error)
-    else:
-        lengths = torch.tensor(rows.lengths)
     last = last_constant_block(model) if limit else -1
     if last >= 0:
         try:
@@ -208,7 +205,7 @@ def _blocks(model: ReftModel) -> list[Any]:
 # --- keys -----------------------------------------------------------------------------------------------------------
 
 
-def _key(model: ReftModel, part: Part, rows: Sequence[Any], precision: str) -> str:
+def _key(model: ReftModel, part: Part, rows: Any, precision: str) -> str:
     about = {
         "format": FORMAT,
         "what": part.name,
@@ -223,7 +220,7 @@ def _key(model: ReftModel, part: Part, rows: Sequence[Any], precision: str) -> s
     return key_of(model.base_model, about, _tokens(rows))
 
 
-def _tokens(rows: Sequence[Any]) -> Iterable[list[int]]:
+def _tokens(rows: Any) -> Iterable[list[int]]:
     for row in (rows[i] for i in range(len(rows))):
         if isinstance(row, Mapping):
             yield [*row["input_ids"], *row.get("token_type_ids", ())]

@@ -33,6 +33,13 @@ CASES = {
 }
 
 
+class Rows(list):
+    """Encoded rows with the lengths that the data set of a run knows."""
+
+    lengths = property(lambda self: [len(row) for row in self])
+    prompt_lengths = property(lambda self: [len(row.prompt_ids) for row in self])
+
+
 def encoded(count=ROWS, seed=0, shortest=12):
     draw = random.Random(seed)
     example = Example("boolq", "prompt", "target", "answer")
@@ -40,7 +47,7 @@ def encoded(count=ROWS, seed=0, shortest=12):
     def ids(least, most):
         return [draw.randrange(3, tiny.VOCABULARY) for _ in range(draw.randint(least, most))]
 
-    return [Encoded(ids(shortest, 20), [*ids(1, 4), tiny.EOS], example, row=i) for i in range(count)]
+    return Rows(Encoded(ids(shortest, 20), [*ids(1, 4), tiny.EOS], example, row=i) for i in range(count))
 
 
 def attached(family, dtype=torch.float64, **settings):
@@ -293,7 +300,7 @@ def test_batches_too_short_to_split_do_not_stand_for_the_others(caplog):
 
     rows = encoded(4, shortest=2)
     long = encoded(4, seed=2)
-    rows = [*(replace(row, prompt_ids=row.prompt_ids[:6]) for row in rows), *long]
+    rows = Rows([*(replace(row, prompt_ids=row.prompt_ids[:6]) for row in rows), *long])
     run = training_pass(spoilt(), rows, causal=True)
     for numbers in (range(4), range(4, 8)):
         batch = target_only(Collator(tiny.PAD)([rows[i] for i in numbers]))

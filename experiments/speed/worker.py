@@ -108,7 +108,7 @@ def without_constants(
     """The same with target-only logits, without what no intervention can change; kept up to a limit in bytes."""
     import reft_lightning as rl
     from reft_lightning.data.base import Example
-    from reft_lightning.data.encoding import Encoded, target_only
+    from reft_lightning.data.encoding import EncodedRows, target_only
     from reft_lightning.training_pass import training_pass
 
     layers = [model.config.num_hidden_layers // 2] if middle_layer else "all"
@@ -119,12 +119,14 @@ def without_constants(
 
     def loss(batch: Batch) -> Tensor:
         if id(batch) not in passes:
-            ids, prompt = batch["input_ids"], batch["prompt_mask"]
-            target = batch["attention_mask"].bool() & ~prompt
-            rows = [
-                Encoded(i[p].tolist(), i[t].tolist(), example)
-                for i, p, t in zip(ids, prompt, target, strict=True)
-            ]
+            real, prompt = batch["attention_mask"].bool().cpu(), batch["prompt_mask"].cpu()
+            columns = {
+                "ids": batch["input_ids"].cpu()[real].numpy(),
+                "ids.lengths": real.sum(-1).numpy(),
+                "prompt": prompt.sum(-1).numpy(),
+                **dict.fromkeys(("joint", "cut_prompt", "cut_target"), torch.zeros(len(real)).numpy()),
+            }
+            rows = EncodedRows([example] * len(real), columns)
             passes[id(batch)] = training_pass(adapted, rows, causal=True, limit=limit)
         names = ("input_ids", "attention_mask", "labels", "prompt_mask", "boundary")
         inputs = target_only({name: batch[name] for name in names})

@@ -238,6 +238,11 @@ class EncodedRows(Dataset[Encoded]):
         return Encoded(prompt, target, self.examples[i], *(flag[i].item() for flag in self._flags), row=i)
 
     @property
+    def prompt_lengths(self) -> list[int]:
+        """Return the number of tokens of each row's prompt."""
+        return self._prompts.tolist()
+
+    @property
     def lengths(self) -> list[int]:
         """Return the number of tokens of each row."""
         return self._lengths.tolist()

@@ -99,7 +99,7 @@ class ColumnReader:
             inputs["past_key_values"] = cache
         output = self.model(**inputs, logits_to_keep=keep, use_cache=True)
         cache = output.get("past_key_values")
-        holds = _holds(cache, columns["input_ids"].shape[1])
+        holds = holds_columns(cache, columns["input_ids"].shape[1])
         return output.logits[:, -keep:], cache if holds else None
 
     def _shared(self, columns: dict[str, Tensor], boundary: int) -> int:
@@ -121,7 +121,7 @@ class ColumnReader:
         return count if count >= boundary and (last.cache is not None or whole) else 0
 
 
-def _holds(cache: Any, width: int) -> bool:
+def holds_columns(cache: Any, width: int) -> bool:
     """Whether a cache holds the keys and values of every column, and of nothing else.
 
     Not so with sliding windows, linear attention and virtual tokens in front (prompt tuning, prefix tuning).
