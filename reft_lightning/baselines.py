@@ -60,7 +60,8 @@ class Baseline(nn.Module):
         super().__init__()
         self.config = config
         accepted = inspect.signature(base_model.forward).parameters
-        self._wants_position_ids = "position_ids" in accepted and not numbers_its_own_positions(base_model)
+        modules = dict(base_model.named_modules())
+        self._wants_position_ids = "position_ids" in accepted and not numbers_its_own_positions(modules)
         base_model.requires_grad_(False)
         parameters = dict(base_model.named_parameters())
         self._in_place = list(trained)

@@ -5,6 +5,7 @@ Shapes: b rows, s columns. Masks are bool; padding is what neither mask covers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,8 +92,8 @@ def position_ids_of(attention: Tensor) -> Tensor:  # (b, s) -> (b, s)
     return (attention.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def numbers_its_own_positions(model: nn.Module) -> bool:
-    """Whether a model derives positions from its input ids (RoBERTa and its kin).
+def numbers_its_own_positions(modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a model, given as its modules by path, derives positions from its input ids (RoBERTa and its kin).
 
     Their position table has a padding row, and positions start behind it.
     """
@@ -100,7 +101,7 @@ def numbers_its_own_positions(model: nn.Module) -> bool:
         isinstance(module, nn.Embedding)
         and module.padding_idx is not None
         and name.endswith("position_embeddings")
-        for name, module in model.named_modules()
+        for name, module in modules.items()
     )
 
 

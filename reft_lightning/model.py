@@ -65,8 +65,8 @@ class ReftModel(nn.Module):
                 "encoders alone, such as model.get_encoder()"
             )
         accepted = inspect.signature(base_model.forward).parameters
-        self._wants_position_ids = "position_ids" in accepted and not numbers_its_own_positions(base_model)
         modules = dict(base_model.named_modules())
+        self._wants_position_ids = "position_ids" in accepted and not numbers_its_own_positions(modules)
         self._checkpointable = checkpointable(modules.values())
         self.sites: dict[str, Site] = {}
         self.positions: dict[str, tuple[Positions, str]] = {}

@@ -36,6 +36,7 @@ import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -171,6 +172,11 @@ def parse_positions(spec: str | MaskFunction | Positions, clip: str = "paper") -
         raise ValueError(
             f"positions must be a string or a callable on masks; got {spec!r}; allowed: {SYNTAX}"
         )
+    return Positions(_parse_terms(spec), clip=clip)
+
+
+@cache  # every layer names its positions
+def _parse_terms(spec: str) -> tuple[Term, ...]:
     terms = tuple(_parse_term(part.strip(), spec) for part in spec.split("+"))
     kinds = [term.kind for term in terms]
     for kind in kinds:
@@ -184,7 +190,7 @@ def parse_positions(spec: str | MaskFunction | Positions, clip: str = "paper") -
                 f"positions {spec!r} overlap: {kind!r} already covers {', '.join(sorted(overlap))}; "
                 "interventions at one site need disjoint positions"
             )
-    return Positions(terms, clip=clip)
+    return terms
 
 
 def _parse_term(part: str, spec: str) -> Term:
