@@ -147,6 +147,26 @@ class TestTenLinesOfAUser(InterventionLaws):
         assert intervention_class("tests.scale_and_shift") is ScaleAndShift
         assert method_name(ScaleAndShift) == "tests.scale_and_shift"
 
+    def test_a_name_is_not_taken_from_another_class(self):
+        with pytest.raises(
+            ValueError, match=r"'loreft' of .*Mine is taken by reft_lightning.*LoReFT; give another"
+        ):
+
+            class Mine(Intervention, name="loreft"):
+                pass
+
+        assert INTERVENTIONS["loreft"] is LoReFT
+
+    def test_a_cell_of_a_notebook_may_run_twice(self):
+        def cell():
+            class Mine(Intervention, name="tests.cell"):
+                pass
+
+            return Mine
+
+        cell()
+        assert cell() is INTERVENTIONS.pop("tests.cell")
+
 
 class NoParameters(Intervention):
     def edit(self, h):

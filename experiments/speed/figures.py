@@ -120,10 +120,14 @@ def default_threads() -> int:
 
 def header(question: str, args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """Return the facts that stand above every measurement."""
+    from reft_lightning.results import (
+        git_commit,
+    )  # here: workers of peers import this file without the package
+
     facts = {"question": question}
     if "random" in vars(args):
         facts["model"] = model_name(args)
-    facts["date"] = datetime.now(UTC).date().isoformat()
+    facts |= {"date": datetime.now(UTC).date().isoformat(), "commit": git_commit()}
     facts |= {name: vars(args)[name] for name in ("threads", "rounds", "warmup") if name in vars(args)}
     return {**facts, "load_after": round(os.getloadavg()[0], 2), **more}
 

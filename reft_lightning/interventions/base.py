@@ -49,8 +49,12 @@ class Intervention(nn.Module):
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if name is not None:
-            INTERVENTIONS[name] = cls
+        if name is None:
+            return
+        mine, other = (f"{c.__module__}.{c.__qualname__}" for c in (cls, INTERVENTIONS.get(name, cls)))
+        if mine != other:  # equal where a module is reloaded, or a cell of a notebook run again
+            raise ValueError(f"the name {name!r} of {mine} is taken by {other}; give another name")
+        INTERVENTIONS[name] = cls
 
     def __init__(self, dim: int, *, dropout: float = 0.0, dropout_on: str = "edit") -> None:
         super().__init__()
