@@ -160,7 +160,21 @@ class TestPlots:
         assert bar.lines[0].get_ydata() == pytest.approx([100 * np.mean(right(0.6))])
         lines = {tuple(line.get_ydata()) for line in ax.lines if line.get_label().startswith("none")}
         assert {round(y, 6) for line in lines for y in line} == {round(100 * np.mean(right(0.4)), 6)}
-        assert (ax.get_xscale(), ax.get_xlabel()) == ("log", "trained parameters")
+        assert (ax.get_xscale(), ax.get_xlabel()) == ("linear", "trained parameters")
+
+    @pytest.mark.parametrize(("more", "scale"), [(39_999, "linear"), (40_000, "log")])
+    def test_costs_that_span_a_decade_stand_on_a_logarithmic_axis(self, tmp_path, more, scale):
+        from matplotlib import rc_context
+
+        write_run(tmp_path / "a", "loreft", trainable_parameters=4000)
+        write_run(tmp_path / "b", "lora", trainable_parameters=more)
+        (comparison,) = build_report([tmp_path], resamples=FEW).comparisons
+        with rc_context(plots.STYLE):
+            figure = plots._against(comparison, lambda m: m.trained, "trained parameters", log=True)
+        (ax,) = figure.axes
+        assert ax.get_xscale() == scale
+        figure.canvas.draw()
+        assert "10k" in {tick.get_text() for tick in ax.get_xticklabels()}
 
     def test_a_head_counts_and_what_is_not_recorded_is_not_zero(self, tmp_path):
         from matplotlib import rc_context

@@ -205,7 +205,12 @@ def _intervals(comparison: Comparison) -> Figure | None:
 def _against(
     comparison: Comparison, cost: Callable[[Method], float | None], label: str, log: bool = False
 ) -> Figure | None:
-    """Draw the score against a cost; methods without any, and those whose cost is not recorded, are lines across."""
+    """Draw the score against a cost; methods without any, and those whose cost is not recorded, are lines across.
+
+    With ``log`` the axis of costs is logarithmic where they span a decade or more.
+    """
+    from matplotlib.ticker import EngFormatter
+
     methods = _scored(comparison)
     if not any(cost(method) for _, method in methods):
         return None
@@ -226,8 +231,13 @@ def _against(
         ax.errorbar(
             [x], [y], yerr=ends, fmt=_marker(i), ms=7, capsize=3, color=colour, label=_text(method.label)
         )
-    if log:
+    costs = [x for _, method in methods if (x := cost(method))]
+    if log and max(costs) >= 10 * min(
+        costs
+    ):  # within a decade a logarithmic axis labels its ticks on top of each other
         ax.set_xscale("log")
+    if log:
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.set_xlabel(label)
     ax.set_ylabel(_name(comparison.head))
     _legend(figure, ax)
