@@ -56,6 +56,20 @@ def test_the_new_intervention_of_the_readme_edits_saves_loads_and_generates(gate
     assert reft.parameter_count().trainable == 2 * width * reft.base_model.config.num_hidden_layers
 
 
+def test_the_loop_of_the_readme_trains_the_interventions_alone():
+    torch.manual_seed(0)
+    reft = rl.attach(tiny.model("llama"), "loreft", rank=2, positions="f2+l2")
+    before = {name: parameter.clone() for name, parameter in reft.named_parameters()}
+    ids = torch.randint(5, tiny.VOCABULARY, (4, 9))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    batch["labels"][:, :6] = -100
+    first = reft(**batch).loss.item()
+    exec(code_with("torch.optim.AdamW"), {"torch": torch, "reft": reft, "batches": [batch] * 30})
+    assert reft(**batch).loss.item() < first - 0.05
+    for name, parameter in reft.named_parameters():
+        assert torch.equal(parameter, before[name]) != name.startswith("interventions."), name
+
+
 def test_every_file_that_the_readme_links_to_is_there():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

@@ -51,9 +51,12 @@ class Intervention(nn.Module):
         super().__init_subclass__(**kwargs)
         if name is None:
             return
-        mine, other = (f"{c.__module__}.{c.__qualname__}" for c in (cls, INTERVENTIONS.get(name, cls)))
-        if mine != other:  # equal where a module is reloaded, or a cell of a notebook run again
-            raise ValueError(f"the name {name!r} of {mine} is taken by {other}; give another name")
+        other = INTERVENTIONS.get(name, cls)
+        # the same class again: a module reloaded, a cell run twice, a script that is imported, too
+        same = cls.__module__ in (other.__module__, "__main__") or other.__module__ == "__main__"
+        if not same or cls.__qualname__ != other.__qualname__:
+            mine, theirs = (f"{c.__module__}.{c.__qualname__}" for c in (cls, other))
+            raise ValueError(f"the name {name!r} of {mine} is taken by {theirs}; give another name")
         INTERVENTIONS[name] = cls
 
     def __init__(self, dim: int, *, dropout: float = 0.0, dropout_on: str = "edit") -> None:
