@@ -97,6 +97,8 @@ def _run(
         raise SetupError(str(error)) from error
     values = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
     last = folder / "checkpoints" / "last.ckpt"
+    if config.resume:
+        _check_incomplete(folder)
     if config.resume and not last.is_file():
         raise SetupError(f"resume={config.resume}: there is no {last} to continue from")
     quiet_lightning()
@@ -153,6 +155,15 @@ def _run(
         finish_wandb(trainer.loggers, results.values, adapter)
         print_table(results.values)
     return results.values
+
+
+def _check_incomplete(folder: Path) -> None:
+    """Refuse to resume what is finished: the test split would be read once more for the same scores."""
+    if (folder / "results.json").is_file() and Results.read(folder).values.get("status") == "complete":
+        raise SetupError(
+            f"resume={folder}: the run is already complete, and nothing is left to do; to evaluate its adapter again: "
+            f"reft-eval run={folder}"
+        )
 
 
 def _stages(

@@ -168,3 +168,16 @@ def test_resume_alone_goes_on_under_the_configuration_of_the_folder(data, tmp_pa
     assert short_runs.results(tmp_path / "run")["status"] == "complete"
     short_runs.run(data, tmp_path / "whole", "intervention.dropout=0.3")
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_complete_run_is_not_resumed(whole, monkeypatch, capsys):
+    before, parts = short_runs.results(whole), sorted(whole.iterdir())
+    monkeypatch.setattr(sys, "argv", ["reft-train", f"resume={whole}"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as left:
+        cli.train()
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert f"resume={whole}: the run is already complete" in said
+    assert f"reft-eval run={whole}" in said
+    assert (short_runs.results(whole), sorted(whole.iterdir())) == (before, parts)
