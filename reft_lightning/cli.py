@@ -74,7 +74,7 @@ def train() -> Any:
 
 
 def _resume(argv: Sequence[str]) -> None:
-    run_dir = _run_dir({"run": _options(argv, ("resume",))["resume"]})
+    run_dir = _run_dir(_options(argv, ("resume",)), "resume")
     with heavy_imports():
         from . import experiment
 
@@ -219,17 +219,17 @@ def _count(options: dict[str, str], name: str) -> int | None:
     return None if value is None else int(value)
 
 
-def _run_dir(options: dict[str, str]) -> Path:
-    if not options.get("run"):
+def _run_dir(options: dict[str, str], key: str = "run") -> Path:
+    if not options.get(key):
         raise UsageError(
-            "run=FOLDER is missing: the folder that reft-train wrote, such as outputs/quickstart/..."
+            f"{key}=FOLDER is missing: the folder that reft-train wrote, such as outputs/quickstart/..."
         )
-    folder = Path(options["run"])
+    folder = Path(options[key])
     if not folder.is_dir():
         siblings = [str(p) for p in folder.parent.glob("*") if p.is_dir()] if folder.parent.is_dir() else []
-        raise UsageError(f"run={folder}: no such folder{did_you_mean(str(folder), siblings)}")
+        raise UsageError(f"{key}={folder}: no such folder{did_you_mean(str(folder), siblings)}")
     if not (folder / "config.yaml").is_file():
-        raise UsageError(f"run={folder} is no run folder: it has no config.yaml")
+        raise UsageError(f"{key}={folder} is no run folder: it has no config.yaml")
     return folder
 
 

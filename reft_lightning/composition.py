@@ -313,6 +313,12 @@ def _experiment_defaults(overrides: Sequence[str], vocabulary: Vocabulary) -> It
 def _no_choice(overrides: Sequence[str], vocabulary: Vocabulary) -> str:
     """Explain a group without an option: the experiment misspells its name, or nothing chose it."""
     known = vocabulary.groups
+    if resumed := [text for text in overrides if text.startswith("resume=")]:
+        others = ", ".join(text for text in overrides if text not in resumed)
+        return (
+            f"{resumed[-1]} stands alone, as the run goes on under the configuration that its folder keeps: leave "
+            f"{others or 'the flags'} out"
+        )
     for file, group, _ in _experiment_defaults(overrides, vocabulary):
         if group not in known:
             return vocabulary.unknown_group(group, str(file))

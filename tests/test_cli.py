@@ -139,6 +139,13 @@ def test_no_arguments_say_which_models_and_experiments_there_are(refuse):
     assert "quickstart" in said
 
 
+def test_resume_beside_other_arguments_says_that_it_stands_alone(refuse):
+    said = refuse("resume=outputs/mine", "seed=1")
+    assert said.startswith("resume=outputs/mine stands alone")
+    assert "leave seed=1 out" in said
+    assert "no model was chosen" not in said
+
+
 def test_a_source_says_what_it_needs(refuse):
     assert "write model.path=..." in refuse("model=stories260k")
     assert "write data.path=FOLDER" in refuse("model=tiny_random", "data.source=local")
@@ -283,6 +290,14 @@ def test_eval_explains_a_wrong_argument(monkeypatch, runs, folder, capsys, argum
     said = capsys.readouterr().err
     assert expected in said
     assert "usage: reft-eval" in said
+    assert runs == []
+
+
+def test_resume_names_its_own_key_where_the_folder_is_missing(monkeypatch, runs, folder, capsys):
+    with pytest.raises(SystemExit) as left:
+        command(monkeypatch, cli.train, "resume=finishd")
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("resume=finishd: no such folder; did you mean 'finished'?")
     assert runs == []
 
 
