@@ -220,9 +220,31 @@ class TestPlots:
         loss, score = figure.axes
         (mean,) = (line for line in loss.lines if line.get_label() == "loreft")
         steps = [9, 19, 29, 39, 49]
-        assert list(mean.get_xdata()) == steps
+        assert list(mean.get_xdata()) == [step + 1 for step in steps]
         assert list(mean.get_ydata()) == pytest.approx([(1 / (s + 0) + 1 / (s + 1)) / 2 for s in steps])
         assert score.get_ylabel() == "validation accuracy, %"
+        (mean,) = (line for line in score.lines if line.get_label() == "loreft")
+        assert list(mean.get_xdata()) == [25, 50]
+
+    def test_what_is_validated_after_training_is_no_point_of_a_curve(self, tmp_path):
+        for seed in (42, 43):
+            folder = write_run(tmp_path / str(seed), seed=seed, steps=50)
+            # the checkpoint of another step, validated once more
+            (folder / "csv" / "metrics.csv").write_text(
+                "step,train/loss,val/accuracy\n9,1.0,\n49,0.5,\n49,,0.4\n50,,0.9\n"
+            )
+        (comparison,) = build_report([tmp_path], resamples=FEW).comparisons
+        assert comparison.methods[0].runs[0].learning_curve("val/accuracy") == [(50, 0.4)]
+        _, score = plots._curves(comparison).axes
+        assert [list(line.get_xdata()) for line in score.lines] == [[50]] * 3
+        assert all(line.get_marker() not in (None, "None", "") for line in score.lines)
+
+    def test_without_a_validation_in_training_there_is_no_curve_of_it(self, tmp_path):
+        folder = write_run(tmp_path / "a", steps=50)
+        (folder / "csv" / "metrics.csv").write_text("step,train/loss,val/accuracy\n9,1.0,\n50,,0.9\n")
+        (comparison,) = build_report([tmp_path], resamples=FEW).comparisons
+        (loss,) = plots._curves(comparison).axes
+        assert loss.get_ylabel() == "training loss"
 
 
 class TestCommand:

@@ -79,7 +79,7 @@ CAPTIONS = {
     "intervals": "Scores: mean (marker), each seed (|), 95 % interval over rows and seeds (line).",
     "score_parameters": "Score against trained parameters, those of heads included; dotted: none, or not recorded.",
     "score_seconds": "Score against seconds of training; dotted: none, or not recorded.",
-    "learning_curves": "Learning curves: mean over seeds, each seed thin.",
+    "learning_curves": "Learning curves, of what was logged while training: mean over seeds, each seed thin.",
     "search_history": "Search history: each complete trial, and the best so far.",
     "parameter_importance": "Importance (PED-ANOVA) of each searched parameter for being among the best trials, of "
     f"methods with {ENOUGH} complete trials and two parameters or more. Shares always add up to 1, those of noise too: "

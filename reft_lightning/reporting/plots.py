@@ -251,7 +251,7 @@ def _legend(figure: Figure, ax: Axes) -> None:
 
 
 def _curves(comparison: Comparison) -> Figure | None:
-    """Draw training loss and validation score against steps: the mean over seeds, and each seed thin."""
+    """Draw training loss and validation score in training against steps: the mean over seeds, and each seed thin."""
     measure = comparison.head[1]
     methods = [(i, method) for i, method in _scored(comparison) if not method.base]
     columns = [
@@ -259,7 +259,7 @@ def _curves(comparison: Comparison) -> Figure | None:
         (f"val/{measure}", _text(f"validation {measure.replace('_', ' ')}{_unit(measure)}"), _scale(measure)),
     ]
     curves = {
-        (column, i): [[(x, by * y) for x, y in points] for run in method.runs if (points := run.curve(column))]
+        (column, i): [[(x, by * y) for x, y in points] for run in method.runs if (points := run.learning_curve(column))]
         for column, _, by in columns for i, method in methods
     }  # fmt: skip
     shown = [(column, name) for column, name, _ in columns if any(curves[column, i] for i, _ in methods)]
@@ -269,7 +269,7 @@ def _curves(comparison: Comparison) -> Figure | None:
     for ax, (column, name) in zip(axes, shown, strict=True):
         for i, method in methods:
             _curve(ax, curves[column, i], _text(method.label), i)
-        ax.set_xlabel("optimizer step")
+        ax.set_xlabel("optimizer steps")
         ax.set_ylabel(name)
     _legend(figure, axes[0])
     return figure
@@ -279,13 +279,15 @@ def _curve(ax: Axes, curves: Sequence[Sequence[tuple[int, float]]], label: str, 
     if not curves:
         return
     for points in curves if len(curves) > 1 else ():
-        ax.plot(*zip(*points, strict=True), color=_colour(i), lw=0.8, alpha=0.35)
+        dot = "." if len(points) == 1 else None  # a line of one point is nothing to see
+        ax.plot(*zip(*points, strict=True), color=_colour(i), lw=0.8, marker=dot, alpha=0.35)
     steps = sorted(set.intersection(*({step for step, _ in points} for points in curves)))
     if not steps:
         return
     mean = [float(np.mean([dict(points)[step] for points in curves])) for step in steps]
     marker = _marker(i) if len(steps) < 12 else None
-    ax.plot(steps, mean, color=_colour(i), ls=_line_style(i), lw=2, marker=marker, ms=4, label=label)
+    size = 4 if len(steps) > 1 else 7
+    ax.plot(steps, mean, color=_colour(i), ls=_line_style(i), lw=2, marker=marker, ms=size, label=label)
 
 
 def _history(study: Study) -> Figure | None:

@@ -136,7 +136,10 @@ class Run:
         return {task: dict(sorted(rows.items())) for task, rows in found.items()}
 
     def curve(self, column: str) -> list[tuple[int, float]]:
-        """Return (step, value) of one column of the CSV logs, of all parts of a run that was resumed."""
+        """Return (step, value) of one column of the CSV logs, of all parts of a run that was resumed.
+
+        Steps are as logged: from 0 while training, and their number for what was evaluated after training.
+        """
         points: dict[int, float] = {}
         parts = self.folder.glob("csv*/metrics.csv")
         for part in sorted(parts, key=lambda path: (len(path.parent.name), path)):  # csv, csv_2, ... csv_10
@@ -145,6 +148,15 @@ class Run:
                     if row.get(column) and row.get("step"):
                         points[int(row["step"])] = float(row[column])
         return sorted(points.items())
+
+    def learning_curve(self, column: str) -> list[tuple[int, float]]:
+        """Return (optimizer steps made, value) of what was logged while training.
+
+        The validation after training is left out: it repeats that of the last step, or of the checkpoint that was
+        restored, which belongs to an earlier step.
+        """
+        steps = self.results.get("steps")
+        return [(step + 1, value) for step, value in self.curve(column) if steps is None or step < steps]
 
 
 def find_folders(roots: Iterable[Path]) -> tuple[list[Path], list[Path], list[LeftOut]]:
