@@ -28,6 +28,7 @@ from .data.instruction import alpaca_eval_outputs
 from .interventions import nearest
 from .launch import single_job_ddp
 from .matmul import matmul_precision
+from .places import as_written, make_absolute
 from .report import print_table
 from .results import (
     Results,
@@ -95,6 +96,7 @@ def _run(
         choose_monitor(config)
     except (ValueError, OSError) as error:
         raise SetupError(str(error)) from error
+    written = make_absolute(config)
     values = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
     last = folder / "checkpoints" / "last.ckpt"
     if config.resume:
@@ -106,8 +108,10 @@ def _run(
     seed_everything(config.seed, workers=True, verbose=False)
     try:
         if config.resume:
-            earlier = OmegaConf.to_container(OmegaConf.structured(load_run_config(folder)))
-            check_same_run(values, earlier, folder)
+            earlier = load_run_config(folder)
+            make_absolute(earlier)
+            check_same_run(values, OmegaConf.to_container(OmegaConf.structured(earlier)), folder)
+            written = _written(folder, written)
         trainer = build_trainer(config, folder, values)
         trainer.callbacks[:0] = callbacks
         objects = build(config)
@@ -118,8 +122,9 @@ def _run(
     if main and not config.resume:
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
     results = Results(
-        folder, config_hash=config_hash(values), seed=config.seed, run_dir=str(folder), **environment()
-    )
+        folder, config_hash=config_hash(as_written(values, written)), seed=config.seed, run_dir=str(folder),
+        **({"places_as_written": written} if written else {}), **environment(),
+    )  # fmt: skip
     results.on = main
     if config.resume:
         results.resume()
@@ -155,6 +160,13 @@ def _run(
         finish_wandb(trainer.loggers, results.values, adapter)
         print_table(results.values)
     return results.values
+
+
+def _written(folder: Path, otherwise: dict[str, str]) -> dict[str, str]:
+    """Return the places as a run's first command wrote them: its hash stays, wherever later commands start."""
+    if not (folder / "results.json").is_file():
+        return otherwise
+    return Results.read(folder).values.get("places_as_written", {})
 
 
 def _check_incomplete(folder: Path) -> None:
@@ -308,7 +320,7 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
     values = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
     results = Results(
         target,
-        config_hash=config_hash(values),
+        config_hash=config_hash(as_written(values, _written(folder, {}))),
         run_dir=str(folder),
         split=split,
         limit=limit,

@@ -1,17 +1,20 @@
 """Whole runs: what they write, what they refuse before weights are loaded, what a crash leaves."""
 
+import dataclasses
 import json
 
 import pytest
 import short_runs
 import torch
 from lightning import Callback
+from omegaconf import OmegaConf
 
 import reft_lightning as rl
-from reft_lightning import base_models, construction, experiment
+from reft_lightning import base_models, composition, construction, experiment
 from reft_lightning.base_models import load_base_model
 from reft_lightning.composition import CompositionError
 from reft_lightning.evaluation import Decoding, generate
+from reft_lightning.places import make_absolute
 from reft_lightning.results import config_hash
 
 
@@ -101,6 +104,55 @@ def test_the_adapter_folder_reproduces_the_predictions_on_a_fresh_base(data, fin
     assert [row["generated"] for row in short_runs.predictions(folder, "base_test")] != [
         row["generated"] for row in rows
     ]
+
+
+def test_a_run_can_be_evaluated_from_another_folder_than_it_was_started_from(data, monkeypatch, tmp_path):
+    monkeypatch.chdir(data.parent)
+    settings = short_runs.config(data.name, "trainer.max_epochs=1")
+    as_given = dataclasses.asdict(settings)
+    results = experiment.run(settings, tmp_path / "run")
+    assert OmegaConf.load(tmp_path / "run" / "config.yaml").data.path == str(data)
+    # the hash is that of what was written: the same in every folder with such rows
+    assert results["places_as_written"] == {"data.path": data.name}
+    as_given["callbacks"] |= {"monitor": "val/accuracy", "mode": "max"}
+    assert results["config_hash"] == config_hash(as_given)
+    monkeypatch.chdir(tmp_path)
+    again = experiment.evaluate(tmp_path / "run")
+    assert again["config_hash"] == results["config_hash"]
+    measured = {k: v for k, v in results["metrics"].items() if k.startswith("val/")}
+    assert again["metrics"] == pytest.approx(measured)
+
+
+def test_an_interrupted_run_goes_on_from_another_folder(data, monkeypatch, tmp_path):
+    monkeypatch.chdir(data.parent)
+    with monkeypatch.context() as patch:
+        short_runs.stop_at(patch, 3)
+        with pytest.raises(short_runs.Stop):
+            short_runs.run(data.name, tmp_path / "run")
+    stopped = short_runs.results(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    settings = experiment.load_run_config(tmp_path / "run")
+    settings.resume = str(tmp_path / "run")
+    results = experiment.run(settings, tmp_path / "run")
+    assert results["status"] == "complete"
+    assert results["config_hash"] == stopped["config_hash"]
+    assert results["places_as_written"] == {"data.path": data.name}
+
+
+def test_only_places_of_files_that_exist_become_absolute(monkeypatch, tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "mixture.json").touch()
+    monkeypatch.chdir(tmp_path)
+    arguments = ["model=tiny_random", "data.source=local", "data.path=rows", "data.mixture=mixture.json",
+                 "model.source=local", "model.path=weights"]  # fmt: skip
+    config = composition.compose(arguments)
+    assert make_absolute(config) == {"data.path": "rows", "data.mixture": "mixture.json"}
+    assert (config.data.path, config.data.mixture) == (str(tmp_path / "rows"), str(tmp_path / "mixture.json"))
+    assert (config.model.path, config.model.tokenizer) == ("weights", "bytes")
+    assert make_absolute(config) == {}
+    hub = composition.compose(["model=tiny_random", "data=custom", "data.source=hub", "data.path=rows",
+                               "data.prompt=a", "data.target=b"])  # fmt: skip
+    assert make_absolute(hub) == {}
 
 
 def test_evaluating_again_gives_the_runs_own_scores(finished):
