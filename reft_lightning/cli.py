@@ -85,6 +85,13 @@ def _resume(argv: Sequence[str]) -> None:
 
 def _train(config: DictConfig) -> float | None:
     with heavy_imports():
+        from .devices import check_accelerator
+
+        try:
+            check_accelerator(config.trainer.accelerator)  # torch alone takes a fifth of what follows
+        except ValueError as error:
+            sys.stderr.write(f"{error}\n")
+            sys.exit(2)
         from . import experiment
 
     run_dir = Path(HydraConfig.get().runtime.output_dir)

@@ -25,6 +25,7 @@ from .callbacks import finish_wandb
 from .checkpoint import load_state
 from .construction import Objects, build, build_trainer, choose_monitor, leave_out_constants, quiet_lightning
 from .data.instruction import alpaca_eval_outputs
+from .devices import check_accelerator
 from .interventions import nearest
 from .launch import single_job_ddp
 from .matmul import matmul_precision
@@ -93,6 +94,7 @@ def _run(
     config: Config, folder: Path, experiment: str | None, callbacks: Sequence[Callback]
 ) -> dict[str, Any]:
     try:
+        check_accelerator(config.trainer.accelerator)
         choose_monitor(config)
     except (ValueError, OSError) as error:
         raise SetupError(str(error)) from error
@@ -311,6 +313,9 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
         setattr(config.data, name, limit)
     if split == "test" and config.sealed:
         raise ValueError(f"{folder} is part of a search, whose test split is sealed")
+    check_accelerator(
+        config.trainer.accelerator, f"set trainer.accelerator to cpu in {Path(folder) / 'config.yaml'}"
+    )
     quiet_lightning()
     seed_everything(config.seed, workers=True, verbose=False)
     adapter = load_state(folder / "adapter")  # a missing one is said before weights are loaded

@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import reft_lightning
 from reft_lightning import cli, composition
@@ -228,6 +229,18 @@ def test_train_runs_one_job_in_its_own_folder(monkeypatch, runs):
     assert (config.seed, config.model.name, config.data.path) == (5, "tiny_random", "rows")
     assert run_dir.parent == Path.cwd() / "outputs" / "debug"
     assert (run_dir / ".hydra" / "overrides.yaml").is_file()
+
+
+def test_a_gpu_that_is_not_here_is_refused_before_the_run_is_imported(monkeypatch, runs, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as left:
+        command(monkeypatch, cli.train, "model=tiny_random", "trainer=gpu_bf16")
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"trainer.accelerator=gpu: torch {torch.__version__} finds no GPU on this machine")
+    assert "trainer=cpu" in said
+    assert runs == []
 
 
 def test_a_name_replaces_the_experiment_in_the_run_folder(monkeypatch, runs):

@@ -13,6 +13,7 @@ import reft_lightning as rl
 from reft_lightning import base_models, composition, construction, experiment
 from reft_lightning.base_models import load_base_model
 from reft_lightning.composition import CompositionError
+from reft_lightning.devices import check_accelerator
 from reft_lightning.evaluation import Decoding, generate
 from reft_lightning.places import make_absolute
 from reft_lightning.results import config_hash
@@ -174,6 +175,36 @@ def test_each_read_of_the_test_split_is_recorded_in_the_run(data, tmp_path):
     assert again["counts"]["test/boolq/accuracy"]["total"] == 3
     assert len(list((tmp_path / "evaluations").iterdir())) == 2
     assert results["status"] == "complete"
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda", "mps"])
+def test_a_gpu_that_is_not_here_is_refused_before_rows_are_read(data, monkeypatch, tmp_path, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(experiment, "build", lambda _: pytest.fail("rows were read"))
+    with pytest.raises(
+        experiment.SetupError, match=rf"trainer\.accelerator={name}: .* finds no GPU .* trainer=cpu"
+    ):
+        short_runs.run(data, tmp_path / "run", f"trainer.accelerator={name}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_kind_of_gpu_that_is_here_is_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for name in ("gpu", "cuda", "auto", "cpu"):
+        check_accelerator(name)
+    with pytest.raises(ValueError, match="finds only cuda"):
+        check_accelerator("mps")
+
+
+def test_a_run_of_a_gpu_says_how_to_evaluate_it_without_one(finished, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    text = (finished[0] / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text.replace("accelerator: cpu", "accelerator: gpu"))
+    with pytest.raises(ValueError, match=r"set trainer\.accelerator to cpu in .*config\.yaml"):
+        experiment.evaluate(tmp_path)
 
 
 def test_an_unknown_split_names_the_nearest(finished):
