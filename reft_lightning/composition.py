@@ -13,6 +13,7 @@ import typing
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import yaml
@@ -33,8 +34,16 @@ from .vocabulary import Vocabulary, did_you_mean
 
 CONFIG_NAME = "config"
 VERSION_BASE = "1.3"
+TRAIN_USAGE = """reft-train model=NAME [GROUP=NAME ...] [KEY=VALUE ...]      trains, validates and tests
+       reft-train experiment=NAME [KEY=VALUE ...]              the same, from a file of settings
+       reft-train --multirun model=NAME seed=42,43,44          a run for each choice
+       reft-train resume=FOLDER                                goes on with an interrupted run
+       reft-train model=NAME --cfg job                         prints every key and value, and runs nothing
+       reft-train --config-dir FOLDER ...                      reads YAML files of your own, too
+       reft-train --hydra-help                                 the other flags"""
+SHOWN = 12  # files of one folder that the help names one by one
 # Arguments that print something and run nothing.
-PASSIVE_FLAGS = ("help", "hydra_help", "shell_completion", "info", "experimental_rerun")
+PASSIVE_FLAGS = ("hydra_help", "shell_completion", "info", "experimental_rerun")
 
 
 class CompositionError(ValueError):
@@ -91,6 +100,9 @@ def preflight(argv: Sequence[str]) -> None:
     if any(getattr(arguments, flag) for flag in PASSIVE_FLAGS):
         return
     try:
+        if arguments.help:  # Hydra's own needs a configuration that composes
+            sys.stdout.write(_help(_vocabulary(arguments.config_dir)))
+            sys.exit(0)
         vocabulary = _vocabulary(arguments.config_dir)
         with _hydra():
             for overrides in _runs(arguments.overrides, sweep=arguments.multirun):
@@ -98,6 +110,24 @@ def preflight(argv: Sequence[str]) -> None:
     except CompositionError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(2)
+
+
+def _help(vocabulary: Vocabulary) -> str:
+    lines = [f"usage: {TRAIN_USAGE}", "", "groups and what each may be:"]
+    for group, options in vocabulary.groups.items():
+        if "/" in group or group in ("local", "search"):
+            continue
+        shown = [option for option in options if "/" not in option]
+        for folder in sorted({option.partition("/")[0] for option in options if "/" in option}):
+            inside = [option for option in options if option.startswith(f"{folder}/")]
+            shown += inside if len(inside) <= SHOWN else [f"{folder}/... ({len(inside)} files)"]
+        lines.append(fill(", ".join(shown), 110, initial_indent=f"  {group:<14}", subsequent_indent=" " * 16))
+    keys = ", ".join(name for name in vocabulary.keys if "." not in name and name not in vocabulary.groups)
+    lines += [
+        "",
+        fill(f"keys: those of the groups, such as optimizer.lr; {keys}", 110, subsequent_indent=" " * 6),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 @contextmanager

@@ -200,7 +200,7 @@ def test_several_values_without_multirun_say_how_to_sweep(refuse):
         ["-m", "model=tiny_random", "seed=1,2,3", "optimizer.lr=choice(1e-3,1e-4)", "intervention=glob(*)"],
         ["-m", "model=tiny_random", "optimizer.lr=interval(1e-4,1e-2)", "seed=range(1,3)"],
         ["model=tiny_random", "intervention.layers=[0,1]", "trainer.devices=2", "hydra.verbose=true"],
-        ["--help"],
+        ["--hydra-help"],
     ],
 )
 def test_correct_arguments_pass_in_silence(argv, capsys):
@@ -330,6 +330,24 @@ def test_help_prints_the_usage(monkeypatch, capsys, function):
         command(monkeypatch, function, "--help")
     assert left.value.code == 0
     assert "run=FOLDER" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["model=tiny_random", "--help"]])
+def test_help_of_training_prints_the_usage_and_the_groups(monkeypatch, runs, capsys, argv):
+    with pytest.raises(SystemExit) as left:
+        command(monkeypatch, cli.train, *argv)
+    assert left.value.code == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "usage: reft-train model=NAME" in said.out
+    assert "reft-train resume=FOLDER" in said.out
+    lines = said.out.splitlines()
+    named = {line.split()[0] for line in lines if line.startswith("  ")}
+    assert {"model", "intervention", "data", "trainer", "experiment"} <= named
+    assert "tiny_random" in said.out
+    assert "peft/lora" in said.out
+    assert len(lines) < 45
+    assert runs == []
 
 
 def test_ones_own_intervention_is_found_in_the_working_folder(tmp_path):
