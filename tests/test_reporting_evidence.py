@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from invented_runs import cells, method, only, report, right, write_grid, write_run
+from invented_runs import cells, method, only, predictions, report, right, write_grid, write_run
 from scipy import stats
 
 from reft_lightning.reporting import formats, tables
@@ -76,12 +76,46 @@ class TestLevels:
         rows = (scores[0].mean(0) - scores[1].mean(0)).var(ddof=1) / 100
         variances = [by_seed.mean(1).var(ddof=1) for by_seed in scores]
         assert variances[0] != pytest.approx(variances[1])
+        p, ends = [], []
         a, b = (max(variance, np.mean(variances)) / 4 for variance in variances)
-        error = np.sqrt(rows + a + b)
-        freedom = (rows + a + b) ** 2 / (rows**2 / 99 + a**2 / 3 + b**2 / 3)
-        p = 2 * stats.t.sf(pair.difference / error, freedom)
-        assert pair.p == pytest.approx(max(p, pair.rows_p))
-        assert pair.interval == pytest.approx(stats.t.interval(0.95, freedom, pair.difference, error))
+        for v in (rows, 0):
+            error = np.sqrt(v + a + b)
+            freedom = (v + a + b) ** 2 / (v**2 / 99 + a**2 / 3 + b**2 / 3)
+            p.append(2 * stats.t.sf(pair.difference / error, freedom))
+            ends.append(stats.t.interval(0.95, freedom, pair.difference, error))
+        assert pair.p == pytest.approx(max(*p, pair.rows_p))
+        assert pair.interval == pytest.approx((min(low for low, _ in ends), max(high for _, high in ends)))
+
+    @pytest.mark.parametrize("seeds", [1, 2, 3, 5])
+    @pytest.mark.parametrize("deviation", [0.0, 0.03])
+    def test_intervals_of_differences_leave_out_0_where_p_is_below_005_and_only_there(self, seeds, deviation):
+        rng = np.random.default_rng([seeds, 5])
+        told = 0
+        for shift in np.linspace(0, 0.5, 12):
+            scores = answers(rng, 2, seeds, 40, deviation)
+            scores[0] = np.maximum(scores[0], rng.random(scores[0].shape) < 2 * shift)
+            (pair,) = pairs_of(compared(scores), 1000, 0)
+            low, high = pair.interval
+            assert low <= pair.difference <= high
+            assert (pair.p < 0.05) == (low > 0 or high < 0)
+            told += pair.p < 0.05
+        assert 0 < told < 12
+
+    def test_no_interval_is_narrower_than_students_over_the_seeds(self, tmp_path):
+        for seed, rate in ((1, 0.5), (2, 0.55), (3, 0.6)):
+            write_run(tmp_path / f"a{seed}", "loreft", seed, {"boolq": right(rate, 2000, seed)})
+            write_run(tmp_path / f"b{seed}", "red", seed, {"boolq": right(1.1 - rate, 2000, seed)})
+        comparison = only(tmp_path)
+        for one in comparison.methods:
+            score = one.scores["boolq", "accuracy"]
+            error = score.deviation / np.sqrt(3)
+            low, high = stats.t.interval(0.95, 2, score.mean, error)
+            assert score.interval[0] <= low + 1e-12
+            assert score.interval[1] >= high - 1e-12
+        (pair,) = comparison.pairs  # of as large a spread both
+        values = [list(one.scores["boolq", "accuracy"].values.values()) for one in comparison.methods]
+        students = stats.ttest_ind(*values).confidence_interval()
+        assert np.ptp(pair.interval) >= students.high - students.low - 1e-12
 
     def test_few_rows_that_differ_are_never_told_apart_by_t_alone(self):
         scores = np.zeros((2, 2, 60))
@@ -283,6 +317,26 @@ class TestEvidence:
         assert comparison.pairs == []
         assert cells(tables.score_table(comparison), "loreft", "loss") == "1.5000"
 
+    @pytest.mark.parametrize("seeds", [(42,), (42, 43)])
+    def test_where_every_row_is_wrong_or_right_the_interval_is_wilsons(self, tmp_path, seeds):
+        for seed in seeds:
+            write_run(tmp_path / f"a{seed}", "loreft", seed, {"boolq": [0] * 60})
+            write_run(tmp_path / f"b{seed}", "red", seed, {"boolq": [1] * 60})
+        comparison = only(tmp_path)
+        for label, value in (("loreft", 0.0), ("red", 1.0)):
+            theirs = stats.binomtest(int(60 * value), 60).proportion_ci(method="wilson")
+            score = method(comparison, label).scores["boolq", "accuracy"]
+            assert score.interval == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+        assert not any("has no width" in note for note in comparison.notes)
+
+    def test_so_it_is_on_average_over_tasks(self, tmp_path):
+        write_run(tmp_path / "a", scores={"boolq": [0] * 60, "piqa": [1] * 60})
+        comparison = only(tmp_path)
+        score = comparison.methods[0].scores[comparison.head]
+        high = stats.binomtest(0, 60).proportion_ci(method="wilson").high
+        assert score.interval == pytest.approx((0.5 - high / 2, 0.5 + high / 2), abs=1e-6)
+
     def test_an_interval_without_width_is_no_certainty(self, tmp_path):
-        write_run(tmp_path / "a", scores={"boolq": [0] * 60})
+        rows = predictions("boolq", [0.25] * 60, "rouge")
+        write_run(tmp_path / "a", rows=rows, metrics={"test/boolq/rouge": 0.25}, monitor="val/rouge")
         assert any("has no width" in note for note in only(tmp_path).notes)

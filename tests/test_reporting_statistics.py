@@ -27,6 +27,7 @@ from reft_lightning.reporting.statistics import (
     sign_flip_tests,
     t_interval,
     t_p,
+    widest_t,
 )
 
 FEW = settings(max_examples=60, deadline=None)
@@ -283,6 +284,31 @@ class TestStudent:
         error, freedom = satterthwaite([(0.1, 3), (math.inf, 1)])
         assert t_p(0.5, error, freedom) == 1.0
         assert t_interval(0.5, error, freedom) == (-math.inf, math.inf)
+
+    @pytest.mark.parametrize("seeds", [2, 3, 5])
+    @pytest.mark.parametrize("ratio", [0, 0.1, 0.3, 1, 10])
+    def test_the_wider_of_seeds_and_both_holds_the_mean_in_19_of_20_tables(self, seeds, ratio):
+        """With `ratio` the variance of rows over that of seeds; rows are 750."""
+        tables, draw = 4000, rng(seeds)
+        scores = draw.normal(size=(tables, seeds))
+        means = scores.mean(1) + math.sqrt(ratio) * draw.normal(size=tables)
+        rows = ratio * draw.chisquare(749, size=tables) / 749
+        held = narrower = 0
+        for mean, v, of_seeds in zip(means, rows, scores.var(1, ddof=1) / seeds, strict=True):
+            alone = satterthwaite([(of_seeds, seeds - 1.0)])
+            p, (low, high) = widest_t(mean, [satterthwaite([(v, 749.0), (of_seeds, seeds - 1.0)]), alone])
+            held += low <= 0 <= high
+            narrower += high - low < np.ptp(t_interval(mean, *alone))
+            assert (p < 0.05) == (not low <= 0 <= high)
+        assert narrower == 0
+        assert held / tables >= 0.94 - 0.007  # two standard errors
+
+    def test_three_seeds_of_many_rows(self):
+        scores = np.array([0.499, 0.478, 0.408])
+        alone = satterthwaite([(scores.var(ddof=1) / 3, 2.0)])
+        both = satterthwaite([(0.0009, 749.0), (scores.var(ddof=1) / 3, 2.0)])
+        _, (low, high) = widest_t(scores.mean(), [both, alone])
+        assert (low, high) == pytest.approx((0.343, 0.580), abs=1e-3)
 
 
 class TestHolm:

@@ -69,7 +69,10 @@ class TestTables:
         text = tables.verdict(comparison)
         assert "the best of 3" in text
         assert "it differs from far (p < 0.05 after Holm, over rows and seeds)" in text
-        assert "it cannot be told from near" in text
+        assert "these runs cannot tell it from near" in text
+        table = tables.pair_table(comparison)
+        assert {"95 % interval, unadjusted", "differs by p (Holm)"} <= set(table.columns)
+        assert any("Not to differ is not to be equal" in note for note in table.notes)
         assert any(note.startswith("fewer than 10 seeds (") and "near 3" in note for note in comparison.notes)
 
     def test_of_one_seed_the_verdict_speaks_of_rows_alone(self, tmp_path):

@@ -143,8 +143,9 @@ def _summary(report: Report) -> str:
         parts.append(f'<p><a href="#left-out">Folders that are left out: {len(report.left)}</a></p>')
     parts.append(
         f'<p class="soft">Intervals: 95 %, bootstrap of rows and seeds, {report.resamples:,} resamples (seed '
-        f"{report.seed}): of several seeds Student's t by its error, of one seed its percentiles. p-values are "
-        "two-sided, over rows and seeds, adjusted by Holm over all pairs of methods.</p>"
+        f"{report.seed}): of several seeds Student's t by its error, never narrower than over the seeds "
+        "alone, of one seed its percentiles. p-values are two-sided, over rows and seeds, adjusted by Holm over all "
+        "pairs of methods.</p>"
     )
     return "".join(parts)
 

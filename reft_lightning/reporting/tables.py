@@ -166,14 +166,17 @@ def pair_table(comparison: Comparison, columns: Collection[tuple[str, str]] | No
         ]
         for pair in comparison.pairs if columns is None or (pair.task, pair.measure) in columns
     ]  # fmt: skip
-    headings = ["pair", "task", "measure", "difference", "95 % interval", "counted", "p", "p (Holm)", "differs",
-               "rows only: test", "rows only: p", "rows only: McNemar by seed"]  # fmt: skip
+    headings = ["pair", "task", "measure", "difference", "95 % interval, unadjusted", "counted", "p", "p (Holm)",
+                "differs by p (Holm)", "rows only: test", "rows only: p", "rows only: McNemar by seed"]  # fmt: skip
     notes = [
         "p counts rows and seeds: Student's t by Welch and Satterthwaite, from the variance of the rows' differences, "
-        "averaged over seeds, and of each method's scores over seeds, not taken for smaller than its mean over the "
-        "methods; it is never below p of the sign flips. Where a method has one seed, rows only are counted, and "
-        "nothing is known of other seeds. p (Holm) is adjusted over all pairs of methods on a task and measure; "
-        f"methods differ where it is < {SIGNIFICANT}.",
+        "averaged over seeds, and of each method's scores over seeds, of which none counts as smaller than their mean "
+        "over the methods of the table. It is never below p of the same test over seeds alone, nor below that of the "
+        "sign flips. Where a method has one seed, rows only are counted, and nothing is known of other seeds.",
+        f"The 95 % interval is that of one pair by itself: it leaves out 0 where p < {SIGNIFICANT}. p (Holm) is "
+        "adjusted over all pairs of methods on a task and measure, and methods differ where p (Holm) < "
+        f"{SIGNIFICANT}; so of many pairs one may be said not to differ although its interval leaves out 0. Not to "
+        "differ is not to be equal: the interval says which differences these runs leave open.",
         "Rows only: tests about rows, given the models that were trained, not adjusted. Sign flips: each row's "
         "difference, averaged over seeds, with its sign drawn at random; of measures that are no mean over rows the "
         "paired bootstrap; McNemar's exact test of right and wrong answers.",
@@ -263,7 +266,7 @@ JUDGEMENTS = (
     f"it differs from {{}} (p < {SIGNIFICANT} after Holm, over rows and seeds)",
     f"on these rows it differs from {{}} (p < {SIGNIFICANT} after Holm, over rows only: nothing is known of other "
     "seeds)",
-    "it cannot be told from {}",
+    "these runs cannot tell it from {}",
     "there is no test against {}, for want of predictions that give both scores",
 )
 
