@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from .baseline_methods import IN_PLACE, check_beside, is_baseline
+from .baseline_methods import check_beside, check_no_intervention_settings, is_baseline
 from .data import Family, get_family
 from .data.classification import ClassificationDataModule
 from .data.custom import custom_family
@@ -115,21 +115,8 @@ def _baseline(config: Config, heads: Any) -> dict[str, Any]:
     Raises:
         ValueError: for a setting of interventions, which would change nothing, or a prefix without a cache.
     """
-    intervention, defaults = config.intervention, vars(InterventionConfig())
-    method = intervention.method
-    unused = [
-        n
-        for n in defaults
-        if n not in ("method", "heads", "options", "beside", "beside_options")
-        and getattr(intervention, n) != defaults[n]
-    ]
-    if unused:
-        where = "" if method in IN_PLACE else ", whose own settings stand in intervention.options"
-        said = " ".join(f"intervention.{name}={getattr(intervention, name)}" for name in unused)
-        reset = " ".join(f"intervention.{name}={defaults[name]}" for name in unused)
-        raise ValueError(
-            f"{said} means nothing to {method}{where}: leave it out; where an experiment sets it, add {reset}"
-        )
+    intervention, method = config.intervention, config.intervention.method
+    check_no_intervention_settings(intervention)
     if method == "peft/prefix_tuning" and config.model.gradient_checkpointing:
         raise ValueError(
             f"{method} holds its prefix in a cache, and gradient checkpointing has none: leave "

@@ -8,10 +8,11 @@ Importing this file costs nothing: peft is imported when the options of one of i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from .schema import InterventionConfig
 from .vocabulary import did_you_mean
 
 PEFT = "peft/"
@@ -130,6 +131,35 @@ def check_beside(method: Any, beside: str | None, options: Mapping[str, Any]) ->
             f"beside must be one of {', '.join(JOINT_METHODS)}; got {beside!r}{did_you_mean(beside, JOINT_METHODS)}"
         )
     check_baseline(beside, options)
+
+
+def check_no_intervention_settings(intervention: InterventionConfig, arguments: Sequence[str] = ()) -> None:
+    """Refuse settings of interventions beside a baseline: they would change nothing.
+
+    Args:
+        intervention: of the configuration, with a baseline as its method.
+        arguments: of the command line, which can be left out; other settings come from a file.
+
+    Raises:
+        ValueError: with what to leave out, and what to add where a file says otherwise.
+    """
+    defaults, method = vars(InterventionConfig()), intervention.method
+    own = ("method", "heads", "options", "beside", "beside_options")
+    unused = [name for name in defaults if name not in own and getattr(intervention, name) != defaults[name]]
+    if not unused:
+        return
+    typed = {text.lstrip("+").partition("=")[0] for text in arguments}
+    leave = [name for name in unused if f"intervention.{name}" in typed]
+    add = [name for name in unused if name not in leave]
+    where = "" if method in IN_PLACE else ", whose own settings stand in intervention.options"
+    said = " ".join(f"intervention.{name}={getattr(intervention, name)}" for name in unused)
+    advice = []
+    if leave:
+        advice.append(f"leave {' '.join(f'intervention.{name}' for name in leave)} out")
+    if add:
+        reset = " ".join(f"intervention.{name}={defaults[name]}" for name in add)
+        advice.append(f"a file of settings, such as the experiment's, says so: add {reset}")
+    raise ValueError(f"{said} means nothing to {method}{where}: {'; '.join(advice)}")
 
 
 def options_of(method: str) -> list[str]:

@@ -28,7 +28,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from .baseline_methods import check_baseline, check_beside, is_baseline
+from .baseline_methods import check_baseline, check_beside, check_no_intervention_settings, is_baseline
 from .schema import CHOICES, Config
 from .vocabulary import Vocabulary, did_you_mean
 
@@ -200,7 +200,7 @@ def _compose(overrides: list[str], vocabulary: Vocabulary) -> Config:
         raise CompositionError(f"{where}: {str(error).splitlines()[0]}") from error
     assert isinstance(composed, Config)
     _check_values(composed)
-    _check_intervention(composed, vocabulary)
+    _check_intervention(composed, overrides, vocabulary)
     return composed
 
 
@@ -262,10 +262,15 @@ def _check_values(config: Config) -> None:
         )
 
 
-def _check_intervention(config: Config, vocabulary: Vocabulary) -> None:
+def _check_intervention(config: Config, overrides: Sequence[str], vocabulary: Vocabulary) -> None:
     """Check a method that no YAML file names and options of its class; only these need torch this early."""
     intervention = config.intervention
     baseline = is_baseline(intervention.method)
+    if baseline:
+        try:
+            check_no_intervention_settings(intervention, overrides)
+        except ValueError as error:
+            raise CompositionError(str(error)) from error
     try:
         check_beside(intervention.method, intervention.beside, intervention.beside_options)
         if baseline:

@@ -416,12 +416,16 @@ def test_models_without_biases_or_caches_are_refused():
 
 def test_settings_of_interventions_are_refused_before_weights_are_loaded(tmp_path):
     data = short_runs.write_rows(tmp_path / "rows")
+    settings = short_runs.config(data)
+    settings.intervention.method = "peft/lora"  # without a command line, the configuration itself is asked
     with pytest.raises(
         experiment.SetupError, match=r"add intervention.positions=f7\+l7 intervention.rank=8$"
     ):
-        short_runs.run(data, tmp_path / "run", "intervention=peft/lora")
+        experiment.run(settings, tmp_path / "run")
     for override in ("intervention.rank=4", "intervention.positions=f1", "intervention.layers=[0]"):
-        with pytest.raises(experiment.SetupError, match=r"means nothing to peft/lora.*intervention.options"):
+        with pytest.raises(
+            composition.CompositionError, match=r"means nothing to peft/lora.*intervention.options"
+        ):
             short_runs.run(data, tmp_path / "run", "intervention=peft/lora", *OURS, override)
     arguments = ("intervention=peft/prefix_tuning", *OURS, "model.gradient_checkpointing=true")
     with pytest.raises(experiment.SetupError, match=r"leave model.gradient_checkpointing out"):

@@ -208,17 +208,39 @@ def test_correct_arguments_pass_in_silence(argv, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_typo_is_answered_without_importing_torch():
+def test_a_setting_of_interventions_is_to_be_left_out_of_a_baseline(refuse):
+    said = refuse("model=tiny_random", "intervention=peft/lora", "intervention.rank=4")
+    assert said == (
+        "intervention.rank=4 means nothing to peft/lora, whose own settings stand in intervention.options: leave "
+        "intervention.rank out\n"
+    )
+
+
+def test_what_an_experiment_sets_is_answered_with_the_argument_to_add(refuse):
+    said = refuse("experiment=small/glue", "data.path=rows", "model=tiny_random", "intervention=peft/lora")
+    assert said.startswith("intervention.positions=f3 intervention.rank=1 means nothing to peft/lora")
+    assert said.endswith(
+        "such as the experiment's, says so: add intervention.positions=f7+l7 intervention.rank=8\n"
+    )
+    assert "leave" not in said
+    composition.preflight(["experiment=small/glue", "data.path=rows", "model=tiny_random", "intervention=peft/lora",
+                           *said.split(" add ")[1].split()])  # fmt: skip
+
+
+@pytest.mark.parametrize("argv", [["optimizer.lrr=1"], ["intervention=peft/lora", "intervention.rank=4"]])
+def test_a_typo_is_answered_without_importing_torch(argv):
     code = (
         "import sys\n"
         "from reft_lightning import composition\n"
         "try:\n"
-        "    composition.preflight(['model=tiny_random', 'optimizer.lrr=1'])\n"
+        "    composition.preflight(['model=tiny_random', *sys.argv[1:]])\n"
         "except SystemExit as left:\n"
         "    assert left.code == 2\n"
+        "else:\n"
+        "    raise AssertionError('the arguments passed')\n"
         "assert not {'torch', 'transformers', 'lightning'} & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
