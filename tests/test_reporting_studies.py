@@ -124,6 +124,28 @@ class TestStudies:
         assert said[0] in write(report, tmp_path / "out")
         assert all(note in (tmp_path / "out" / "report.md").read_text() for note in said)
 
+    @pytest.mark.parametrize("whole", [True, False])
+    def test_beside_the_scores_such_a_winner_has_a_mark_and_a_word_below(self, study, tmp_path, whole):
+        methods = {
+            "loreft": {"best": {"edges": []}},
+            "red": {"best": {"edges": ["at the upper edge of optimizer.lr"]}},
+        }
+        (study / "summary.json").write_text(json.dumps({"status": "complete", "methods": methods}))
+        report = build_report([study if whole else study / "winners"], resamples=FEW)
+        (comparison,) = report.comparisons
+        table = tables.score_table(comparison)
+        assert [row[0].text for row in table.rows] == ["loreft", "red †"]
+        said = tables.verdict(comparison)
+        assert "the best settings of red lie at an edge of the space that was searched (†)" in said
+        text = write(report, tmp_path / "out")
+        for written in (text, (tmp_path / "out" / "report.md").read_text()):
+            assert "red †" in written
+            assert table.notes[0] in written
+            assert said in written.replace("\\<", "<").replace("&lt;", "<")
+        latex = (tmp_path / "out" / "report.tex").read_text()
+        assert r"red $\dagger$ &" in latex
+        assert r"\par $\dagger$ the best settings" in latex
+
     def test_a_read_that_only_the_ledger_knows_is_shown(self, study):
         (run,) = (study / "winners" / "red").glob("seed_42")
         results = json.loads((run / "results.json").read_text())

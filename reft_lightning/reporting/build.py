@@ -12,7 +12,7 @@ from .comparisons import Comparison
 from .evidence import RESAMPLES, add_evidence, deviating
 from .grouping import compare, used_split
 from .runs import RUN_FOLDER, LeftOut, Read, ReportError, Run, find_folders, read_runs
-from .studies import Study, ledger_reads, read_study
+from .studies import Study, ledger_reads, mark_edges, read_study
 
 SPLITS = ("test", "validation")
 
@@ -79,6 +79,7 @@ def build_report(
         raise ReportError(
             "\n".join([f"nothing to report: no complete run has a score on {where}", *reasons, RUN_FOLDER])
         )
+    mark_edges(comparisons)
     with _progress(len(comparisons)) as advance:
         for comparison in comparisons:
             add_evidence(comparison, resamples, seed, advance)

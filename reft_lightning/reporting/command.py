@@ -161,6 +161,8 @@ def print_report(report: Report, console: Console) -> None:
                 *(f"[bold]{escape(cell.text)}[/bold]" if cell.best else escape(cell.text) for cell in row)
             )
         console.print(shown)
+        for note in table.notes:
+            console.print(escape(note), soft_wrap=True, highlight=False)
         for line in comparison.unequal:
             console.print(f"[bold yellow]{escape(line)}[/bold yellow]", soft_wrap=True)
         for line in (tables.verdict(comparison), *comparison.notes):

@@ -82,12 +82,14 @@ class Method:
         runs: by seed.
         base: whether it is the frozen base beside the runs.
         scores: (task, measure) -> score.
+        edges: of the winner of a search, where its settings lie at an edge of the search space.
     """
 
     label: str
     runs: list[Run]
     base: bool = False
     scores: dict[tuple[str, str], Score] = field(default_factory=dict)
+    edges: list[str] = field(default_factory=list)
 
     @property
     def seeds(self) -> list[int]:

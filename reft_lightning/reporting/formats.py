@@ -88,7 +88,7 @@ def _tex_cell(cell: Cell) -> str:
 
 def _tex(text: str) -> str:
     names = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
-             "−": "$-$", "×": r"$\times$", "<": r"\textless{}", ">": r"\textgreater{}"}  # fmt: skip
+             "−": "$-$", "†": r"$\dagger$", "×": r"$\times$", "<": r"\textless{}", ">": r"\textgreater{}"}  # fmt: skip
     return "".join(names.get(c, f"\\{c}" if c in "&%$#_{}" else " " if c == "\n" else c) for c in text)
 
 

@@ -79,8 +79,13 @@ class Run:
     @cached_property
     def method(self) -> str:
         """Return the name of the method: of a winner the one in its study, else the intervention's."""
+        return str(self.results["method"]) if self.study is None else self.folder.resolve().parent.name
+
+    @property
+    def study(self) -> Path | None:
+        """Return the folder of the study whose winner this is; None of another run."""
         folder = self.folder.resolve()
-        return folder.parent.name if folder.parent.parent.name == WINNERS else str(self.results["method"])
+        return folder.parents[2] if folder.parent.parent.name == WINNERS else None
 
     @cached_property
     def settings(self) -> dict[str, Any]:

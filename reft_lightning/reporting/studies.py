@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from .comparisons import Comparison
 from .runs import Read, ReportError
 
 log = logging.getLogger(__name__)
@@ -91,26 +92,50 @@ def read_study(folder: Path) -> Study:
     return study
 
 
-def _add_summary(study: Study) -> None:
-    """Take what the summary alone knows: whether the search has ended, and where its winners lie."""
-    path = study.folder / SUMMARY
+def _summary(folder: Path) -> dict[str, Any]:
+    path = folder / SUMMARY
     try:
         values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         log.warning("%s cannot be read: %s", path, error)
         values = {}
-    summary = values if isinstance(values, dict) else {}
-    study.running = summary.get("status") != "complete"
+    return values if isinstance(values, dict) else {}
+
+
+def _methods(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     methods = summary.get("methods")
-    for name, method in methods.items() if isinstance(methods, dict) else ():
-        method = method if isinstance(method, dict) else {}
-        best = method.get("best")
-        edges = best.get("edges") if isinstance(best, dict) else None
-        said = [f"the winner lies {', '.join(map(str, edges))}: beyond, nothing was tried"] if edges else []
+    found = methods.items() if isinstance(methods, dict) else ()
+    return {str(name): method if isinstance(method, dict) else {} for name, method in found}
+
+
+def _edges(method: Mapping[str, Any]) -> list[str]:
+    best = method.get("best")
+    edges = best.get("edges") if isinstance(best, dict) else None
+    return list(map(str, edges)) if isinstance(edges, list) else []
+
+
+def _add_summary(study: Study) -> None:
+    """Take what the summary alone knows: whether the search has ended, and where its winners lie."""
+    summary = _summary(study.folder)
+    study.running = summary.get("status") != "complete"
+    for name, method in _methods(summary).items():
+        edges = _edges(method)
+        said = [f"the winner lies {', '.join(edges)}: beyond, nothing was tried"] if edges else []
         if method.get("gave_up"):
             said.append(f"it ended before its budget: {method['gave_up']}")
         if said:
-            study.remarks[str(name)] = said
+            study.remarks[name] = said
+
+
+def mark_edges(comparisons: Sequence[Comparison]) -> None:
+    """Mark the methods that are winners at an edge of their search space, wherever their studies lie."""
+    methods = [method for comparison in comparisons for method in comparison.methods if not method.base]
+    folders = {run.study for method in methods for run in method.runs if run.study is not None}
+    summaries = {folder: _methods(_summary(folder)) for folder in sorted(folders)}
+    for method in methods:
+        won = [(run.study, run.method) for run in method.runs if run.study is not None]
+        found = [edge for folder, name in won for edge in _edges(summaries[folder].get(name, {}))]
+        method.edges = list(dict.fromkeys(found))
 
 
 def _plan(folder: Path) -> dict[str, Any]:

@@ -20,6 +20,10 @@ COSTS = (
 )  # fmt: skip
 
 
+EDGE = "†"  # behind the name of a method
+EDGED = "at an edge of the space that was searched"
+
+
 @dataclass(frozen=True)
 class Cell:
     """A cell: what is read, what it sorts by, and whether it is the best of its column."""
@@ -76,7 +80,8 @@ def score_table(comparison: Comparison) -> Table:
     columns = comparison.columns
     rows = []
     for method in comparison.methods:
-        cells = [Cell(method.label), Cell(str(len(method.seeds) or "-"), len(method.seeds))]
+        name = f"{method.label} {EDGE}" if method.edges else method.label
+        cells = [Cell(name), Cell(str(len(method.seeds) or "-"), len(method.seeds))]
         for column in columns:
             score = method.scores.get(column)
             if score is None:
@@ -94,8 +99,18 @@ def score_table(comparison: Comparison) -> Table:
     scores = "Loss" if comparison.head[1] == LOSS else "Scores × 100"
     return Table(
         f"{scores}: mean ± standard deviation over seeds [95 % interval over rows and seeds]",
-        ["method", "seeds", *headings], rows,
+        ["method", "seeds", *headings], rows, _edge_notes(comparison.methods),
     )  # fmt: skip
+
+
+def _edge_notes(methods: Sequence[Method]) -> list[str]:
+    """Return what is said of the methods whose settings a search found at the edge of its space."""
+    found = "; ".join(f"{method.label} {', '.join(method.edges)}" for method in methods if method.edges)
+    if not found:
+        return []
+    return [
+        f"{EDGE} the best settings that its search found lie {EDGED}: {found}. Beyond, nothing was tried."
+    ]
 
 
 def _known(text: str, value: float, best: bool = False) -> Cell:
@@ -259,6 +274,10 @@ def verdict(comparison: Comparison) -> str:
     parts = [said.format(", ".join(found[said])) for said in JUDGEMENTS if found[said]]
     if lost:
         parts.append(f"{', '.join(lost)} diverged")
+    if edged := [method.label for method in comparison.methods if method.edges]:
+        parts.append(
+            f"the best settings of {', '.join(edged)} lie {EDGED} ({EDGE}), so a wider one may hold better"
+        )
     return "; ".join([text, *parts]) + "."
 
 
