@@ -70,7 +70,9 @@ def attach(
     if method == NONE:
         if not trained_heads:
             raise ValueError(
-                "method none trains the heads alone; give heads, or heads='auto' for a classifier"
+                "method none trains heads alone, and none is named: give heads='auto' (intervention.heads=auto) for a "
+                "classifier, as data=glue_... has one, or a list of module paths such as ['lm_head'] "
+                "(intervention.heads=[lm_head])"
             )
         return ReftModel(base_model, ReftConfig(NONE, layers=[], heads=trained_heads, base_model=base))
     per_layer = {int(layer): dict(own) for layer, own in layers.items()} if isinstance(layers, dict) else {}

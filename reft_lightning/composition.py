@@ -264,7 +264,12 @@ def _check_values(config: Config) -> None:
 
 def _check_intervention(config: Config, overrides: Sequence[str], vocabulary: Vocabulary) -> None:
     """Check a method that no YAML file names and options of its class; only these need torch this early."""
-    intervention = config.intervention
+    intervention, heads = config.intervention, config.intervention.heads
+    listed = isinstance(heads, list) and all(isinstance(path, str) for path in heads)
+    if not (listed or heads is None or heads == "auto"):
+        raise CompositionError(
+            f"intervention.heads must be auto or a list of module paths, such as [classifier]; got {heads!r}"
+        )
     baseline = is_baseline(intervention.method)
     if baseline:
         try:

@@ -75,9 +75,8 @@ class InterventionConfig:
         "paper"  # of prompts shorter than p + s: paper | floor (n // 2 on both sides, as the authors' code)
     )
     weight_dtype: str = "float32"  # of W and b: float32 | bfloat16 (as the authors' code trains them)
-    heads: Optional[list[str]] = (
-        None  # modules trained beside; None: the classifier's head, where there is one
-    )
+    # modules trained beside: a list of paths, or "auto" for a classifier's head; None: auto, where there is one
+    heads: Any = None
     options: dict[str, Any] = field(default_factory=dict)  # further constructor arguments of the class
     beside: Optional[str] = None  # a peft method trained together with the interventions, such as peft/lora
     beside_options: dict[str, Any] = field(default_factory=dict)  # arguments of its configuration class

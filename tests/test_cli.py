@@ -122,6 +122,14 @@ def test_an_unknown_intervention_option_names_the_class_and_what_it_takes(refuse
     assert "LoReFT takes no 'dropuot'; did you mean 'dropout'?" in said
 
 
+@pytest.mark.parametrize("heads", ["classifier", "1", "[1]", "{a: 1}"])
+def test_heads_are_auto_or_a_list_of_paths(refuse, heads):
+    said = refuse("model=tiny_random", f"intervention.heads={heads}")
+    assert "intervention.heads must be auto or a list of module paths" in said
+    for right in ("auto", "[lm_head]", "null"):
+        composition.preflight(["model=tiny_random", f"intervention.heads={right}"])
+
+
 def test_an_unknown_method_names_the_nearest(refuse):
     assert "did you mean 'loreft'?" in refuse("model=tiny_random", "intervention.method=loreff")
 

@@ -332,6 +332,11 @@ def no_weights(monkeypatch):
         ("optimizer.schedule=linaer", "did you mean 'linear'"),
         ("callbacks.monitor=val/acuracy", "did you mean 'val/accuracy'"),
         ("callbacks.monitor=val/piqa/accuracy", "got 'val/piqa/accuracy'"),
+        (
+            "intervention=none",
+            r"intervention\.heads=auto\) for a classifier.*intervention\.heads=\[lm_head\]",
+        ),
+        ("intervention.heads=auto", r"LlamaForCausalLM is no classifier"),
         ("trainer.accelerator=abacus", "abacus"),
         ("trainer.precision=31", "31"),
     ],
@@ -340,6 +345,13 @@ def test_what_cannot_work_is_refused_before_weights_are_loaded(data, no_weights,
     with pytest.raises((experiment.SetupError, CompositionError), match=message):
         short_runs.run(data, tmp_path / "run", override)
     assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_what_is_advised_where_no_head_is_named_can_be_followed(data, tmp_path):
+    head = ("intervention=none", "intervention.heads=[lm_head]", "trainer.max_epochs=1", "test=false")
+    results = short_runs.run(data, tmp_path, *head)
+    assert results["head_parameters"] > 0
+    assert results["trainable_parameters"] == 0
 
 
 def test_a_broken_line_of_the_rows_is_named(data, no_weights, tmp_path):
