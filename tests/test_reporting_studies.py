@@ -84,6 +84,11 @@ class TestStudies:
             best = kept.best(method)
             assert best.value == max(trial.value for trial in trials if trial.value is not None)
         table = tables.study_table(kept)
+        column = list(table.columns).index("best val/accuracy × 100")  # as the table of scores has them
+        assert [row[column].text for row in table.rows] == [
+            f"{100 * kept.best(method).value:.1f}" for method in kept.trials
+        ]
+        assert plots._history(kept).axes[0].get_ylabel() == "val/accuracy × 100"
         assert table.rows[0][list(table.columns).index("steps")].text == "300"
 
     def test_a_study_that_spent_unequally_is_said_to(self, study, tmp_path):
@@ -163,6 +168,21 @@ class TestStudies:
         (study / "winners" / "red").rename(study / "winners" / "red_all_layers")
         (comparison,) = build_report([study], resamples=FEW).comparisons
         assert [method.label for method in comparison.methods] == ["loreft", "red_all_layers"]
+
+    def test_reads_name_methods_and_folders_as_the_study_does(self, study):
+        (study / "winners" / "red").rename(study / "winners" / "head")
+        report = build_report([study], resamples=FEW)
+        table = tables.read_table(report.reads, report.folders)
+        names = {(row[1].text, row[2].text, row[-1].text) for row in table.rows}
+        assert names == {
+            (method, str(seed), f"study/winners/{method}/seed_{seed}")
+            for method in ("loreft", "head") for seed in (42, 43)
+        }  # fmt: skip
+        # two folders of one name are told apart by their whole path, and so is what lies in none of them
+        twins = [report.folders[0], study.parent / "other" / "study"]
+        for roots in (twins, [study.parent / "other"]):
+            folder = study / "winners" / "head"
+            assert tables.places([folder], roots) == [str(folder)]
 
     def test_a_study_without_winners_is_its_history(self, study, tmp_path):
         shutil.rmtree(study / "winners")

@@ -142,7 +142,7 @@ def markdown(report: Report) -> str:
             f"{study.budget}\n",
             formats.markdown(tables.study_table(study)),
         ]
-    parts += ["## Test reads\n", formats.markdown(tables.read_table(report.reads))]
+    parts += ["## Test reads\n", formats.markdown(tables.read_table(report.reads, report.folders))]
     if report.left:
         parts += ["## Left out\n", formats.markdown(tables.left_table(report.left))]
     return "\n".join(parts)
@@ -171,10 +171,13 @@ def print_report(report: Report, console: Console) -> None:
     for study in report.studies:
         best = {method: trial for method in study.trials if (trial := study.best(method))}
         said = ", ".join(
-            f"{method} {trial.value:.4f} (trial {trial.number})" for method, trial in best.items()
+            f"{method} {tables.number(trial.value, study.measure)} (trial {trial.number})"
+            for method, trial in best.items()
+            if trial.value is not None
         )
         console.print(
-            escape(f"study {study.folder}: best {study.monitor}: {said}; {study.budget}"), soft_wrap=True
+            escape(f"study {study.folder}: best {tables.monitored(study)}: {said}; {study.budget}"),
+            soft_wrap=True,
         )
         for note in tables.study_table(study).notes:
             console.print(escape(note), soft_wrap=True, highlight=False)

@@ -101,7 +101,7 @@ def page(report: Report, figures: Mapping[str, Mapping[str, Drawn]]) -> str:
     for i, study in enumerate(report.studies, 1):
         body = _study(study, figures.get(str(study.folder), {}), f"s{i}-")
         sections.append((f"study-{i}", f"Study {study.folder.name}", body))
-    reads = tables.read_table(report.reads)
+    reads = tables.read_table(report.reads, report.folders)
     sections.append(("reads", "Test reads", _reads(reads)))
     if report.left:
         sections.append(("left-out", "Left out", _table(tables.left_table(report.left), text=True)))

@@ -17,6 +17,7 @@ import numpy as np
 from .comparisons import CORRELATIONS, LOSS, Comparison, Method
 from .runs import ReportError
 from .studies import Study
+from .tables import monitored
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -296,8 +297,9 @@ def _history(study: Study) -> Figure | None:
         return None
     figure, (ax,) = _figure()
     pick: Any = np.maximum if study.maximize else np.minimum
+    scale = _scale(study.measure)
     for i, (method, trials) in enumerate(study.trials.items()):
-        done = [(trial.number, trial.value) for trial in trials if trial.value is not None]
+        done = [(trial.number, scale * trial.value) for trial in trials if trial.value is not None]
         if not done:
             continue
         numbers, values = zip(*done, strict=True)
@@ -306,7 +308,7 @@ def _history(study: Study) -> Figure | None:
             numbers, pick.accumulate(values), where="post", color=_colour(i), ls=_line_style(i), label=_text(method)
         )  # fmt: skip
     ax.set_xlabel("trial (line: the best so far)")
-    ax.set_ylabel(_text(study.monitor))
+    ax.set_ylabel(_text(monitored(study)))
     ax.xaxis.get_major_locator().set_params(integer=True)
     _legend(figure, ax)
     return figure

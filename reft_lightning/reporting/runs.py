@@ -269,7 +269,7 @@ def _reads(run: Run) -> list[Read]:
         Read(
             folder=run.folder, configuration=run.configuration, seed=results.get("seed"),
             hash=str(read.get("config_hash") or results.get("config_hash", "")),
-            method=str(results.get("method", "")), task=str(read.get("task", "")),
+            method=str(results.get("method", "")) if run.study is None else run.method, task=str(read.get("task", "")),
             rows=int(read.get("rows") or 0), time=str(read.get("time", "")),
             model=str(read.get("model", "adapted")),
         )

@@ -62,6 +62,11 @@ class Study:
     running: bool = False
     remarks: dict[str, list[str]] = field(default_factory=dict)
 
+    @property
+    def measure(self) -> str:
+        """Return the measure that decides, without split and task."""
+        return self.monitor.rpartition("/")[2]
+
     def states(self, method: str) -> str:
         """Return how the trials of a method ended: `12 complete, 3 pruned`."""
         counts = Counter(trial.state for trial in self.trials[method])

@@ -6,9 +6,10 @@ Scores are times 100, losses are what they are.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .comparisons import LOSS, ROWS_AND_SEEDS, SIGNIFICANT, Comparison, Method, Pair, Score
 from .runs import LeftOut, Read, repeated
@@ -199,14 +200,34 @@ def pair_table(comparison: Comparison, columns: Collection[tuple[str, str]] | No
     return Table("Paired comparison on the same rows", headings, rows, notes if rows else ())
 
 
-def read_table(reads: Sequence[Read]) -> Table:
-    """Return every read of a test split, marked where one configuration and seed read it again."""
+def places(folders: Sequence[Path], roots: Sequence[Path]) -> list[str]:
+    """Return folders as they are read: from the name of the root that holds them, where one alone has that name."""
+    resolved = list(dict.fromkeys(root.resolve() for root in roots))
+    names = Counter(root.name for root in resolved)
+    found: list[str] = []
+    for folder in folders:
+        inside = next((root for root in resolved if folder.resolve().is_relative_to(root)), None)
+        if inside is None or names[inside.name] > 1 or not inside.name:
+            found.append(str(folder))
+        else:
+            found.append((Path(inside.name) / folder.resolve().relative_to(inside)).as_posix())
+    return found
+
+
+def read_table(reads: Sequence[Read], roots: Sequence[Path] = ()) -> Table:
+    """Return every read of a test split, marked where one configuration and seed read it again.
+
+    Args:
+        reads: by time.
+        roots: the folders of the report, from which run folders are named.
+    """
+    named = places([read.folder for read in reads], roots)
     again = repeated(reads)
     rows = [
         [
             Cell(read.time), Cell(read.method), Cell("-" if read.seed is None else str(read.seed), read.seed),
             Cell(read.model), Cell(read.task), Cell(f"{read.rows:,}", read.rows), Cell(read.hash),
-            Cell("read again" if i in again else ""), Cell(str(read.folder)),
+            Cell("read again" if i in again else ""), Cell(named[i]),
         ]
         for i, read in enumerate(reads)
     ]  # fmt: skip
@@ -224,6 +245,11 @@ def left_table(left: Sequence[LeftOut]) -> Table:
     return Table("Left out", ["folder", "why"], rows)
 
 
+def monitored(study: Study) -> str:
+    """Return the name of the score that a search went by, in the scale of the tables."""
+    return study.monitor if study.measure == LOSS else f"{study.monitor} × 100"
+
+
 def study_table(study: Study) -> Table:
     """Return what the search of each method spent and found."""
     units = list(dict.fromkeys(unit for spent in study.spent.values() for unit in spent))
@@ -235,11 +261,12 @@ def study_table(study: Study) -> Table:
         spent = study.spent.get(method, {})
         rows.append([
             Cell(method), Cell(study.states(method)),
-            Cell("-" if best is None or best.value is None else f"{best.value:.4f}", best.value if best else None),
+            Cell("-" if best is None or best.value is None else number(best.value, study.measure),
+                 best.value if best else None),
             Cell("-" if best is None else str(best.number), best.number if best else None), Cell(params or "-"),
             *(_cell(spent.get(unit), "{:,.4g}" if unit == "flops" else "{:,.0f}") for unit in units),
         ])  # fmt: skip
-    columns = ["method", "outcomes", f"best {study.monitor}", "of trial", "with", *units]
+    columns = ["method", "outcomes", f"best {monitored(study)}", "of trial", "with", *units]
     notes = [f"{method}: {remark}" for method, remarks in study.remarks.items() for remark in remarks]
     return Table("Search: what each method spent and found", columns, rows, notes)
 
