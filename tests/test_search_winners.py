@@ -138,7 +138,11 @@ def test_a_study_goes_on_with_its_plan(begun):
     assert more["monitor"] == "val/accuracy"
     assert search.prepare({"folder": str(begun)}, []) == begun
     with pytest.raises(ValueError, match=r"is missing, or folder=FOLDER of a study"):
-        search.prepare({"folder": str(begun / "elsewhere")}, [])
+        search.prepare({}, [])
+    with pytest.raises(ValueError, match=rf"folder={begun}s: no such folder; did you mean '{begun}'\?"):
+        search.prepare({"folder": f"{begun}s"}, [])
+    with pytest.raises(ValueError, match=r"holds no study: it has no study\.yaml"):
+        search.prepare({"folder": str(begun.parent)}, [])
 
 
 def test_only_the_budget_of_a_study_can_be_raised_and_not_after_the_test(begun):

@@ -68,6 +68,18 @@ def prepare(own: Mapping[str, str], rest: Sequence[str]) -> Path:
     folder = Path(own["folder"]) if "folder" in own else None
     exists = folder is not None and (folder / PLAN_FILE).is_file()
     if "search" not in own:
+        if folder is not None and not folder.is_dir():
+            from ..vocabulary import did_you_mean
+
+            beside = [str(p) for p in folder.parent.glob("*") if p.is_dir()]
+            raise ValueError(
+                f"folder={folder}: no such folder{did_you_mean(str(folder), beside)}; to begin a study there, add "
+                "search=NAME"
+            )
+        if folder is not None and not exists:
+            raise ValueError(
+                f"folder={folder} holds no study: it has no {PLAN_FILE}; to begin one there, add search=NAME"
+            )
         if not exists:
             raise ValueError(f"search=NAME is missing, or folder=FOLDER of a study that has begun\n{USAGE}")
         go_on(folder, rest)
