@@ -18,6 +18,34 @@ from .schema import Config
 # Words for the types of the schema, as an error message says them.
 TYPES = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
 
+CUTOFF = 0.7  # of difflib's ratio: below it a guess misleads (learning_rate would be warmup_ratio)
+
+# What other trainers call a key, by its last part.
+ALIASES = {
+    "learning_rate": "optimizer.lr",
+    "wd": "optimizer.weight_decay",
+    "warmup": "optimizer.warmup_ratio",
+    "warmup_steps": "optimizer.warmup_ratio",
+    "scheduler": "optimizer.schedule",
+    "lr_scheduler": "optimizer.schedule",
+    "lr_scheduler_type": "optimizer.schedule",
+    "train_batch_size": "data.batch_size",
+    "per_device_train_batch_size": "data.batch_size",
+    "per_device_eval_batch_size": "data.eval_batch_size",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "epochs": "trainer.max_epochs",
+    "num_epochs": "trainer.max_epochs",
+    "num_train_epochs": "trainer.max_epochs",
+    "steps": "trainer.max_steps",
+    "num_steps": "trainer.max_steps",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "max_grad_norm": "trainer.gradient_clip_val",
+    "device": "trainer.accelerator",
+    "gpus": "trainer.devices",
+    "r": "intervention.rank",
+}
+
 
 def did_you_mean(name: str, allowed: Iterable[str], prefix: str = "") -> str:
     """Return ``"; did you mean 'x'?"`` for the allowed name closest to ``name``, or nothing."""
@@ -78,18 +106,21 @@ class Vocabulary:
     def nearest_key(self, name: str) -> str | None:
         """Return the key or group that ``name`` most likely means.
 
-        First a neighbour with a similar last part (``optimizer.lrr``), then the same last part elsewhere
-        (``lr``), then a similar whole, then a similar last part elsewhere.
+        First what other trainers call it (``learning_rate``), then a neighbour with a similar last part
+        (``optimizer.lrr``), then the same last part elsewhere (``lr``), then a similar whole, where the section is
+        not right already, then a similar last part elsewhere.
         """
         parent, last = _split(name)
         allowed = [*self.keys, *self.groups]
         siblings = {_split(key)[1]: key for key in allowed if _split(key)[0] == parent}
         leaves = {_split(key)[1]: key for key in reversed(allowed)}
         for names in (
-            [siblings[m] for m in difflib.get_close_matches(last, siblings, n=1)],
+            [siblings[last]] if last in siblings else [],
+            [ALIASES[last]] if last in ALIASES else [],
+            [siblings[m] for m in difflib.get_close_matches(last, siblings, n=1, cutoff=CUTOFF)],
             [leaves[last]] if last in leaves else [],
-            difflib.get_close_matches(name, allowed, n=1),
-            [leaves[m] for m in difflib.get_close_matches(last, leaves, n=1)],
+            difflib.get_close_matches(name, allowed if parent not in self.keys else (), n=1, cutoff=CUTOFF),
+            [leaves[m] for m in difflib.get_close_matches(last, leaves, n=1, cutoff=CUTOFF)],
         ):
             if names:
                 return names[0]

@@ -14,6 +14,7 @@ import torch
 import reft_lightning
 from reft_lightning import cli, composition
 from reft_lightning.schema import Config
+from reft_lightning.vocabulary import ALIASES, keys
 
 
 @pytest.fixture
@@ -76,12 +77,33 @@ def command(monkeypatch, function, *argv):
         ("trainr.max_epochs=1", "trainer.max_epochs"),
         ("intervention.rnak=2", "intervention.rank"),
         ("sede=1", "seed"),
+        ("optimizer.learning_rate=1", "optimizer.lr"),
+        ("learning_rate=1", "optimizer.lr"),
+        ("batch_size=4", "data.batch_size"),
+        ("data.train_batch_size=4", "data.batch_size"),
+        ("trainer.batch_size=4", "data.batch_size"),
+        ("trainer.epochs=2", "trainer.max_epochs"),
+        ("num_train_epochs=2", "trainer.max_epochs"),
     ],
 )
 def test_a_typo_on_the_command_line_names_the_nearest_key(refuse, written, meant):
     said = refuse("model=tiny_random", written)
     assert said.startswith(f"{written}: unknown key")
     assert f"did you mean {meant!r}?" in said
+
+
+@pytest.mark.parametrize("written", ["optimizer.frobnicate=1", "optimizer.ratio=1", "xyz=1"])
+def test_what_is_like_no_key_gets_no_guess(refuse, written):
+    said = refuse("model=tiny_random", written)
+    assert said.startswith(f"{written}: unknown key {written.partition('=')[0]!r}\n")
+    assert "did you mean" not in said
+
+
+def test_every_alias_stands_for_a_key_and_is_none():
+    known = keys()
+    for alias, key in ALIASES.items():
+        assert key in known
+        assert alias not in {name.rpartition(".")[2] for name in known}
 
 
 @pytest.mark.parametrize(
