@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from invented_runs import cells, method, only, predictions, report, right, write_grid, write_run
 
-from reft_lightning.reporting import formats, peft_schema, tables
+from reft_lightning.reporting import formats, peft_schema, plots, tables
 from reft_lightning.reporting.comparisons import BASE
 from reft_lightning.reporting.runs import ReportError, find_folders, read_runs
 
@@ -205,6 +205,23 @@ class TestCosts:
         assert comparison.unequal == said
         assert ("nequal budget" in formats.latex(comparison)) == bool(said)
         assert {record["unequal_budget"] for record in formats.records([comparison])} == {"; ".join(said)}
+
+    @pytest.mark.parametrize(("begin", "overlapped"), [("00:30", True), ("01:00", False), ("00:59", True)])
+    def test_runs_at_the_same_time_are_said_to_slow_each_other_down(self, tmp_path, begin, overlapped):
+        write_run(tmp_path / "a", started="2026-01-01T00:00:00+00:00", finished="2026-01-01T01:00:00+00:00")
+        times = {"started": f"2026-01-01T{begin}:00+00:00", "finished": "2026-01-01T02:00:00+00:00"}
+        write_run(tmp_path / "b", "red", **times)
+        write_run(tmp_path / "c", "direft")  # without a begin
+        comparison = only(tmp_path)
+        assert comparison.overlapped == overlapped
+        said = [
+            note for note in comparison.notes if note.startswith("2 runs were under way while another ran")
+        ]
+        assert len(said) == overlapped
+        label = plots._against(comparison, lambda m: m.cost("train_seconds"), plots.seconds(comparison)).axes[
+            0
+        ]
+        assert ("at the same time" in label.get_xlabel()) == overlapped
 
     def test_memory_that_is_not_known_is_no_number(self, tmp_path):
         write_run(tmp_path / "a", peak_memory_bytes=None)

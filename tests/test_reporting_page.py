@@ -226,6 +226,25 @@ class TestPlots:
         (mean,) = (line for line in score.lines if line.get_label() == "loreft")
         assert list(mean.get_xdata()) == [25, 50]
 
+    def test_no_two_of_forty_methods_look_the_same_and_no_two_of_ten_have_one_colour(self):
+        assert len({plots._colour(i) for i in range(10)}) == 10
+        assert len({(plots._colour(i), plots._marker(i)) for i in range(40)}) == 40
+        assert len({(plots._colour(i), plots._line_style(i)) for i in range(40)}) == 40
+
+    def test_points_of_one_cost_stand_side_by_side(self, tmp_path):
+        for name, more in (("direft", 4000), ("loreft", 4000), ("red", 8000)):
+            write_run(tmp_path / name, name, trainable_parameters=more)
+        (comparison,) = build_report([tmp_path], resamples=FEW).comparisons
+        figure = plots._against(comparison, lambda m: m.trained, "trained parameters")
+        figure.canvas.draw()
+        points = {}
+        for bar in figure.axes[0].containers:
+            (marker, *_) = bar.lines
+            assert marker.get_xdata()[0] in (4000, 8000)
+            points[bar.get_label()] = marker.get_transform().transform(marker.get_xydata())[0]
+        assert abs(points["direft"][0] - points["loreft"][0]) > 5
+        assert points["red"][0] - points["loreft"][0] > 100
+
     def test_what_is_validated_after_training_is_no_point_of_a_curve(self, tmp_path):
         for seed in (42, 43):
             folder = write_run(tmp_path / str(seed), seed=seed, steps=50)

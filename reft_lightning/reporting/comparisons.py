@@ -167,6 +167,7 @@ class Comparison:
         pairs: of methods, on the main measures.
         unequal: what is said about budgets that differ.
         notes: what a reader must know.
+        overlapped: whether runs were under way at the same time.
     """
 
     title: str
@@ -177,6 +178,7 @@ class Comparison:
     pairs: list[Pair] = field(default_factory=list)
     unequal: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    overlapped: bool = False
 
     @property
     def columns(self) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -261,6 +262,7 @@ def _remarks(comparison: Comparison) -> list[str]:
         values = sorted({str(run.results.get(name)) for method in methods for run in method.runs})
         if len(values) > 1:
             said.append(f"runs of {len(values)} {word} ({', '.join(value[:40] for value in values)})")
+    said += _overlapping(comparison)
     for task, constant in _constants(comparison).items():
         said.append(f"{task}: the commonest training answer scores {100 * constant:.1f}")
     tests = [run.results["data_versions"].get("test") or {} for method in methods for run in method.runs]
@@ -272,6 +274,38 @@ def _remarks(comparison: Comparison) -> list[str]:
         if overlaps:
             said.append(f"{task}: {max(overlaps)} test rows occur among the training rows")
     return said
+
+
+def _overlapping(comparison: Comparison) -> list[str]:
+    """Return a sentence where runs were under way at the same time; it is marked for the plot of seconds too."""
+    spans = sorted(
+        span
+        for method in comparison.methods
+        if not method.base
+        for run in method.runs
+        if (span := _span(run))
+    )
+    together = sum(
+        any(start < other_end and other < end for k, (other, other_end) in enumerate(spans) if k != i)
+        for i, (start, end) in enumerate(spans)
+    )
+    comparison.overlapped = together > 0
+    if not together:
+        return []
+    return [
+        f"{together} runs were under way while another ran: on one machine they slowed each other down, and seconds, "
+        "tokens/s and what is plotted against seconds do not compare"
+    ]
+
+
+def _span(run: Run) -> tuple[datetime, datetime] | None:
+    """Return begin and end of a run; None where they are not recorded."""
+    try:
+        start, end = (datetime.fromisoformat(str(run.results[key])) for key in ("started", "finished"))
+    except (KeyError, ValueError):
+        return None
+    # a run of several parts has the begin of the last and the end of all
+    return (start, end) if (start.tzinfo is None) == (end.tzinfo is None) else None
 
 
 def _diverged(methods: Sequence[Method]) -> list[str]:
