@@ -326,7 +326,10 @@ def no_weights(monkeypatch):
         ("data.tasks=[bolq]", "did you mean 'boolq'"),
         ("data.family=commonsens", "did you mean 'commonsense'"),
         ("data.path=/nowhere/at/all", "/nowhere/at/all"),
-        ("data.validation_size=24", "validation_size must be smaller than the 24 distinct train prompts"),
+        (
+            "data.validation_size=24",
+            r"data\.validation_size must be smaller than the 24 distinct train prompts",
+        ),
         ("optimizer.lr=0", "lr must be above 0; got 0"),
         ("optimizer.warmup_ratio=2", r"must lie in 0\.\.1; got 2"),
         ("optimizer.schedule=linaer", "did you mean 'linear'"),

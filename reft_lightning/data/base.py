@@ -213,7 +213,7 @@ def carve_validation(
         ValueError: if `size` is negative, or leaves no train row.
     """
     if size < 0:
-        raise ValueError(f"validation_size must be 0 or more; got {size}")
+        raise ValueError(f"data.validation_size must be 0 or more; got {size}")
     if size == 0:
         return list(examples), []
     first: dict[Hashable, int] = {}
@@ -221,7 +221,7 @@ def carve_validation(
         first.setdefault(question_of(example), i)
     if size >= len(first):
         raise ValueError(
-            f"validation_size must be smaller than the {len(first)} distinct train prompts; got {size}"
+            f"data.validation_size must be smaller than the {len(first)} distinct train prompts; got {size}"
         )
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for i in first.values():
