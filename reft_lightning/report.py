@@ -11,6 +11,7 @@ from rich.table import Table
 
 HEADINGS = {"option_accuracy": "option likelihood"}  # of a measure, where its name says too little
 MAJORITY = "majority_accuracy"
+OTHER = {"loreft": "direft", "direft": "loreft"}  # methods that take each other's settings
 
 
 def print_table(results: dict[str, Any], console: Console | None = None) -> None:
@@ -65,9 +66,10 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
     if not results.get("head_parameters"):  # a classifier says nothing
         console.print(f"talk to both     reft-chat run={folder}", soft_wrap=True)
     console.print(f"evaluate again   reft-eval run={folder} split=validation", soft_wrap=True)
-    console.print(
-        "change a thing   the same command and intervention=direft, or -m seed=42,43,44", soft_wrap=True
-    )
+    if "split" not in results and results["trainable_parameters"] + results.get("head_parameters", 0):
+        other = OTHER.get(results["method"])
+        change = f"intervention={other}, or -m seed=42,43,44" if other else "-m seed=42,43,44"
+        console.print(f"change a thing   the same command and {change}", soft_wrap=True)
 
 
 def _gibibytes(count: int | None) -> str:

@@ -23,7 +23,9 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("reft_lightning", "torch", "lightning", "transformers", "datasets", "tokenizers", "hydra-core")
+PACKAGES = (
+    "reft_lightning", "torch", "lightning", "transformers", "peft", "datasets", "tokenizers", "hydra-core",
+)  # fmt: skip
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 

@@ -1,5 +1,6 @@
 """results.json: written whole, resumed, merged; the table that a run ends with."""
 
+import importlib.metadata
 import io
 import json
 import subprocess
@@ -69,6 +70,12 @@ def test_predictions_keep_every_character(tmp_path):
     assert [json.loads(line) for line in lines] == rows
 
 
+def test_the_versions_are_those_of_what_decides_a_result():
+    versions = module.environment()["versions"]
+    for package in ("torch", "lightning", "transformers", "peft", "tokenizers"):
+        assert versions[package] == importlib.metadata.version(package)
+
+
 def test_outside_git_there_is_no_commit(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "__file__", str(tmp_path / "results.py"))
     assert module.git_commit() is None
@@ -102,6 +109,26 @@ def test_the_table_shows_base_and_adapter_with_intervals():
     assert text.index("frozen base") < text.index("loreft")
     assert "1,234" in text
     assert "0.500" in text
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("loreft", "intervention=direft, or -m seed=42,43,44"),
+        ("direft", "intervention=loreft, or -m seed=42,43,44"),
+        ("peft/lora", "the same command and -m seed=42,43,44"),
+    ],
+)
+def test_a_change_is_proposed_that_changes_the_method(method, said):
+    assert said in table(method=method)
+    assert "change a thing" not in table(
+        method=method, split="validation"
+    )  # evaluated again: no such command
+
+
+def test_no_change_is_proposed_of_a_model_that_trains_nothing():
+    assert "change a thing" not in table(method="frozen", trainable_parameters=0)
+    assert "-m seed=42,43,44" in table(method="none", trainable_parameters=0, head_parameters=7)
 
 
 def test_the_table_prints_brackets_as_they_are():
