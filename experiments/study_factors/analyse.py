@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 from scipy import stats
 
 FACTORS = ("formula", "positions", "layers")
-SCORE = "test/stsb/pearson"
+SCORE = "val/stsb/pearson"
 
 
 def analysis(y: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
