@@ -107,6 +107,33 @@ class TestPage:
         for name in files:
             assert (two / name).read_bytes() == (tmp_path / name).read_bytes(), name
 
+    @pytest.mark.parametrize(
+        ("method", "settings", "shown"),
+        [
+            ("peft/ia3", {"intervention.options": {"r": 4}}, {"method", "heads", "options"}),
+            ("none", {}, {"method", "heads"}),
+            ("bitfit", {}, {"method", "heads", "options"}),
+            ("loreft", {"intervention.dropout": 0.1},
+             {"method", "layers", "positions", "tied", "component", "rank", "dropout", "dropout_on", "init", "clip",
+              "weight_dtype", "heads", "options"}),
+            ("red", {"intervention.rank": None},
+             {"method", "layers", "positions", "tied", "component", "dropout", "clip", "heads", "options"}),
+            ("loreft", {"intervention.beside": "peft/lora", "intervention.beside_options": {"r": 4}},
+             {"method", "layers", "positions", "tied", "component", "rank", "dropout", "init", "clip",
+              "weight_dtype", "heads", "options", "beside", "beside_options"}),
+        ],
+    )  # fmt: skip
+    def test_configurations_hold_what_the_method_uses(self, tmp_path, method, settings, shown):
+        write_run(tmp_path / "runs" / "a", method, settings=settings)
+        text = made(tmp_path / "runs", tmp_path / "out")
+        (block,) = re.findall(r"<pre>(.*?)</pre>", text, re.DOTALL)
+        names = {
+            line.partition(":")[0].split(".")[1] for line in block.splitlines() if line.startswith("interv")
+        }
+        assert names - {"options"} == shown - {"options"}
+        assert "optimizer.lr: " in block
+        assert "seed 42: runs/a<" in text
+
     def test_names_cannot_write_markup(self, tmp_path):
         method = 'x"><script>alert(1)</script>'
         write_run(tmp_path / "runs" / "a", method, device="<img src=x onerror=alert(1)>")

@@ -26,6 +26,7 @@ from .comparisons import (
 from .runs import LeftOut, ReportError, Run
 from .scores import MAJORITY, Mean, RowMean, limits, measures_of
 from .statistics import (
+    LEVEL,
     Array,
     Measure,
     Part,
@@ -221,10 +222,12 @@ def _one_answer(score: Score) -> bool:
 
 
 def _wilson(score: Score) -> tuple[float, float]:
-    from ..evaluation.metrics import wilson_interval
+    """Return what `evaluation.metrics.wilson_interval` gives of none or all of n rows, without loading torch."""
+    from scipy.special import ndtri
 
-    rows = score.rows or 0
-    return wilson_interval(round(score.mean * rows), rows)
+    z2, rows = float(ndtri((1 + LEVEL) / 2)) ** 2, score.rows or 0
+    reach = z2 / (rows + z2)
+    return (0.0, reach) if score.mean == 0 else (1 - reach, 1.0)
 
 
 def _within(limits: tuple[float, float], ends: tuple[float, float]) -> tuple[float, float]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from . import plots, tables
@@ -105,7 +106,7 @@ def page(report: Report, figures: Mapping[str, Mapping[str, Drawn]]) -> str:
     sections.append(("reads", "Test reads", _reads(reads)))
     if report.left:
         sections.append(("left-out", "Left out", _table(tables.left_table(report.left), text=True)))
-    sections.append(("configurations", "Configurations", _configurations(report.comparisons)))
+    sections.append(("configurations", "Configurations", _configurations(report.comparisons, report.folders)))
     sections.append(("versions", "Versions", _versions(report.runs)))
     links = "".join(f'<a href="#{key}">{escape(name)}</a>' for key, name, _ in sections)
     body = "".join(
@@ -231,15 +232,18 @@ def _facts(facts: Mapping[str, Any]) -> str:
     return f"<dl>{''.join(f'<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>' for k, v in facts.items())}</dl>"
 
 
-def _configurations(comparisons: Iterable[Comparison]) -> str:
+def _configurations(comparisons: Iterable[Comparison], roots: Sequence[Path]) -> str:
     parts = []
     for comparison in comparisons:
         parts.append(f"<h3>{escape(comparison.title)}</h3>")
         for method in comparison.methods:
             if method.base:
                 continue
-            settings = "\n".join(f"{key}: {value}" for key, value in sorted(method.runs[0].settings.items()))
-            folders = "".join(f"<li>seed {run.seed}: {escape(str(run.folder))}</li>" for run in method.runs)
+            settings = "\n".join(
+                f"{key}: {value}" for key, value in sorted(method.runs[0].used_settings.items())
+            )
+            named = zip(method.runs, tables.places([run.folder for run in method.runs], roots), strict=True)
+            folders = "".join(f"<li>seed {run.seed}: {escape(place)}</li>" for run, place in named)
             parts.append(
                 f"<details><summary>{escape(method.label)}</summary><ul>{folders}</ul>"
                 f"<pre>{escape(settings)}</pre></details>"

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from ..baseline_methods import is_baseline
 from ..reproduction import FREE, flat
 from ..schema import Config
 
@@ -91,6 +92,26 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """Return what makes the method: the configuration without seed, places of files, logging and stages."""
         return {k: v for k, v in self.config.items() if not FREE.fullmatch(k) and k not in STAGES}
+
+    @property
+    def used_settings(self) -> dict[str, Any]:
+        """Return the settings without those of interventions that mean nothing to the method."""
+        method = self.settings.get("intervention.method")
+        unused = {
+            name for name in ("beside", "beside_options") if not self.settings.get("intervention.beside")
+        }
+        if method == "none" or is_baseline(method):  # see `arguments.attachment`
+            kept = {"method", "heads", *(("options",) if method != "none" else ())}
+            unused |= {key.split(".")[1] for key in self.settings if key.startswith("intervention.")} - kept
+        elif (
+            self.settings.get("intervention.rank") is None
+        ):  # without a subspace there is nothing to start in it
+            unused |= {"rank", "init", "weight_dtype"}
+        if not self.settings.get("intervention.dropout"):
+            unused.add("dropout_on")
+        return {k: v for k, v in self.settings.items() if not (
+            k.startswith("intervention.") and k.split(".")[1] in unused
+        )}  # fmt: skip
 
     @property
     def configuration(self) -> str:
