@@ -9,6 +9,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # Places on the machine; the second holds what the user wrote, which may be absolute where a link or ~ stands in it.
 PLACES = ("run_dir", "places_as_written")
@@ -34,7 +35,17 @@ def _line(folder: Path, parser: argparse.ArgumentParser) -> str:
     values = json.loads(path.read_text(encoding="utf-8"))
     if values["status"] != "complete":
         parser.error(f"{folder} is not complete: {values['status']}")
-    return json.dumps({k: v for k, v in values.items() if k not in PLACES}, sort_keys=True) + "\n"
+    kept = {k: v for k, v in values.items() if k not in PLACES}
+    return json.dumps(_names(kept), sort_keys=True) + "\n"
+
+
+def _names(value: Any) -> Any:
+    """Return a value of JSON whose absolute paths are names of files."""
+    if isinstance(value, dict):
+        return {key: _names(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_names(part) for part in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 if __name__ == "__main__":

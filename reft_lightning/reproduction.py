@@ -64,7 +64,7 @@ FREE = re.compile(
     r"data\.eval_batch_size|data\.num_workers|trainer\.(accelerator|enable_progress_bar|log_every_n_steps)|"
     r"callbacks\.checkpoint_every_n_steps|decoding\.verify"
 )
-FILES = ("data.mixture",)  # compared by the name of the file alone
+FILES = ("data.mixture", "model.tokenizer")  # compared by the name of the file alone
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,16 @@ def run_folder(parent, name, **values):
 
 
 def test_the_results_are_copied_without_the_places_of_the_machine(collect, target, tmp_path):
-    first = run_folder(tmp_path, "a", seed=1, places_as_written={"data.path": "~/rows"})
+    rows = {"custom": {"from": [str(tmp_path / "train.jsonl")]}}
+    first = run_folder(tmp_path, "a", seed=1, places_as_written={"data.path": "~/rows"}, data_versions=rows)
     second = run_folder(tmp_path, "b", seed=2)
     collect([str(target), str(first), str(second)])
     lines = [json.loads(line) for line in target.read_text().splitlines()]
-    assert lines == [{"status": "complete", "seed": 1}, {"status": "complete", "seed": 2}]
+    names = {"custom": {"from": ["train.jsonl"]}}
+    assert lines == [
+        {"status": "complete", "seed": 1, "data_versions": names},
+        {"status": "complete", "seed": 2},
+    ]
 
 
 def test_help_writes_no_file(collect, tmp_path, monkeypatch, capsys):

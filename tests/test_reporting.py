@@ -51,6 +51,12 @@ class TestMethods:
         write_run(tmp_path / "b", seed=2, settings=free)
         assert [m.seeds for m in only(tmp_path).methods] == [[1, 2]]
 
+    @pytest.mark.parametrize(("name", "methods"), [("mixture.json", 1), ("other.json", 2)])
+    def test_a_file_is_compared_by_its_name(self, tmp_path, name, methods):
+        write_run(tmp_path / "a", seed=1, settings={"data.mixture": "/here/mixture.json"})
+        write_run(tmp_path / "b", seed=2, settings={"data.mixture": f"/there/{name}"})
+        assert len(only(tmp_path).methods) == methods
+
     def test_a_seed_that_ran_twice_counts_once_by_its_last_run(self, tmp_path):
         write_run(tmp_path / "late", scores={"boolq": [1] * 60}, finished="2026-01-02")
         write_run(tmp_path / "soon", scores={"boolq": [0] * 60}, finished="2026-01-01")

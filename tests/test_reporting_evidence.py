@@ -9,7 +9,8 @@ from scipy import stats
 
 from reft_lightning.reporting import formats, tables
 from reft_lightning.reporting.comparisons import AVERAGE, ROWS_AND_SEEDS, ROWS_ONLY, Comparison, Method, Score
-from reft_lightning.reporting.evidence import _interval, pairs_of
+from reft_lightning.reporting.evidence import _interval
+from reft_lightning.reporting.pairs import pairs_of
 from reft_lightning.reporting.scores import RowMean
 from reft_lightning.reporting.statistics import over_seeds, resample_rows, seed_weights
 

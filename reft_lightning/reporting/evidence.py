@@ -1,51 +1,33 @@
-"""Intervals and paired tests of a comparison, from the predictions of its runs."""
+"""Intervals of the scores of a comparison, from the predictions of its runs."""
 
 from __future__ import annotations
 
-import itertools
-import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from .comparisons import (
-    AVERAGE,
-    BASE,
-    LOSS,
-    ROWS_AND_SEEDS,
-    ROWS_ONLY,
-    SIGNIFICANT,
-    Comparison,
-    Method,
-    Pair,
-    Score,
-)
+from .comparisons import BASE, LOSS, Comparison, Method, Score
+from .pairs import pairs_of
 from .runs import LeftOut, ReportError, Run
 from .scores import MAJORITY, Mean, RowMean, limits, measures_of
 from .statistics import (
     LEVEL,
     Array,
     Measure,
-    Part,
-    bootstrap_p,
-    holm,
-    mcnemar,
+    generator,
     over_seeds,
     percentile_interval,
     resample_rows,
     satterthwaite,
     seed_weights,
-    sign_flip_tests,
     widest_t,
+    within,
 )
 
 Key = tuple[str, int]
 Rows = Mapping[Key, Mapping[str, Any]]
 RESAMPLES = 10_000
-RESOLUTION = 100  # sign flips a pair: the smallest p-value stays below 0.01 after Holm
 
 
 def add_evidence(
@@ -177,11 +159,11 @@ def _score_task(
         return
     rows = next(len(found) for *_, found in loaded if found)
     draws = _draws(
-        [measure for *_, measure in entries], rows, resamples, _generator(seed, "rows", task),
+        [measure for *_, measure in entries], rows, resamples, generator(seed, "rows", task),
         lambda done: advance(done / resamples * share),
     )  # fmt: skip
     for method in comparison.methods:
-        weights = seed_weights(len(method.runs), resamples, _generator(seed, "seeds", _identity(method)))
+        weights = seed_weights(len(method.runs), resamples, generator(seed, "seeds", _identity(method)))
         for score in (s for (t, _), s in method.scores.items() if t == task):
             own = {s: measure for other, s, measure in entries if other is score}
             if len(own) == len(method.runs):
@@ -210,7 +192,7 @@ def _interval(score: Score) -> tuple[float, float]:
         rows = float(score.row_draws.var(ddof=1)), max(score.rows - 1.0, 1.0)
         _, freedom = satterthwaite([rows, seeds])
         both = float(score.draws.std(ddof=1)), freedom
-        ends = _within(score.limits, widest_t(score.mean, [both, satterthwaite([seeds])])[1])
+        ends = within(score.limits, widest_t(score.mean, [both, satterthwaite([seeds])])[1])
     return _wilson(score) if _one_answer(score) else ends
 
 
@@ -228,10 +210,6 @@ def _wilson(score: Score) -> tuple[float, float]:
     z2, rows = float(ndtri((1 + LEVEL) / 2)) ** 2, score.rows or 0
     reach = z2 / (rows + z2)
     return (0.0, reach) if score.mean == 0 else (1 - reach, 1.0)
-
-
-def _within(limits: tuple[float, float], ends: tuple[float, float]) -> tuple[float, float]:
-    return max(ends[0], limits[0]), min(ends[1], limits[1])
 
 
 def _draws(
@@ -257,10 +235,6 @@ def _identity(method: Method) -> str:
     return BASE if method.base else str(run.results.get("config_hash") or run.configuration)
 
 
-def _generator(seed: int, *names: str) -> np.random.Generator:
-    return np.random.default_rng([seed, *(zlib.crc32(name.encode()) for name in names)])
-
-
 def _average(comparison: Comparison) -> None:
     """Resample the mean over tasks: rows of each task by themselves, seeds for all tasks together."""
     column = comparison.columns[-1]
@@ -276,132 +250,3 @@ def _average(comparison: Comparison) -> None:
             score.interval = _interval(score)
             if score.interval[0] == score.interval[1]:  # all rows of all tasks are right, or wrong
                 score.interval = tuple(np.mean([part.interval for part in known], axis=0).tolist())
-
-
-def pairs_of(comparison: Comparison, resamples: int, seed: int) -> list[Pair]:
-    """Return every pair of methods on every main measure, p-values adjusted over the pairs of one measure.
-
-    Among many methods of two or three seeds some have hardly any spread by chance, and Welch's test alone would tell
-    them from others: of nine equal methods with two seeds in up to a quarter of tables. So no method's variance over
-    seeds counts as smaller than the mean of those in the table, which keeps the chance of any false pair below 0.05,
-    also where the variances do differ. Nor is a pair told apart that the same test over the seeds alone does not tell
-    apart, see :func:`widest_t`. By itself, before Holm, a pair of equal methods has p < 0.05 in up to 5.7 % of tables
-    where deviations over seeds differ threefold; in 9 % where a table has but two methods of two seeds, one with ten
-    times the deviation of the other (40,000 simulated tables each).
-    """
-    found: list[Pair] = []
-    for column in comparison.columns:
-        methods = [m for m in comparison.methods if column in m.scores and m.scores[column].draws is not None]
-        couples = list(itertools.combinations(methods, 2))
-        differences = [_row_differences(comparison, a, b, column) for a, b in couples]
-        exact = [_line(lines) for lines in differences if lines]
-        # with fewer flips the smallest p-value, adjusted over many pairs, would not be small
-        flips = max(resamples, RESOLUTION * len(couples))
-        flipped = iter(
-            sign_flip_tests(np.stack(exact), flips, _generator(seed, "signs", *column)) if exact else []
-        )
-        variances = [s**2 for m in methods if (s := m.scores[column].deviation) is not None]
-        least = float(np.mean(variances)) if variances else 0.0
-        pairs = [
-            _pair(a, b, column, least, lines, next(flipped) if lines else None)
-            for (a, b), lines in zip(couples, differences, strict=True)
-        ]
-        adjusted = holm([pair.p for pair in pairs])
-        found += [replace(pair, p_holm=p) for pair, p in zip(pairs, adjusted, strict=True)]
-    return found
-
-
-def _pair(
-    a: Method,
-    b: Method,
-    column: tuple[str, str],
-    least: float,
-    lines: Sequence[Array],
-    flipped: float | None,
-) -> Pair:
-    """Return a pair, its p-value not yet adjusted.
-
-    Over rows and seeds p is Welch's, never below that over seeds alone; and where every row has a score of its own
-    never below that of the sign flips, which holds for few rows that differ too. Where a method has one seed, rows
-    alone are counted. The interval leaves out 0 where p < 0.05, before Holm, and only there: where t alone would
-    leave it out, it ends at 0.
-
-    Args:
-        a: the one method.
-        b: the other.
-        column: task and measure.
-        least: variance over seeds that is counted.
-        lines: of each task each row's difference; empty where the measure is no mean over rows.
-        flipped: p-value of the sign flips of those.
-    """
-    first, second = a.scores[column], b.scores[column]
-    draws = first.row_draws - second.row_draws  # the same resamples of rows
-    difference = first.mean - second.mean
-    rows_p = bootstrap_p(draws) if flipped is None else flipped
-    rows = _rows_part(lines, draws, first.rows or 0)
-    both = [score.seed_part(least) for score in (first, second)]
-    several = all(method.base or part is not None for method, part in zip((a, b), both, strict=True))
-    tests = [satterthwaite([rows])]
-    if several:
-        seeds = [part for part in both if part is not None]
-        tests = [satterthwaite([rows, *seeds]), satterthwaite(seeds)]
-    p, ends = widest_t(difference, tests)
-    if flipped is not None or not any(error for error, _ in tests):
-        p = max(p, rows_p)
-    if p >= SIGNIFICANT:
-        ends = min(ends[0], 0.0), max(ends[1], 0.0)
-    bounds = first.limits[0] - second.limits[1], first.limits[1] - second.limits[0]
-    return Pair(
-        first=a.label, second=b.label, task=column[0], measure=column[1], difference=difference,
-        interval=_within(bounds, ends), counted=ROWS_AND_SEEDS if several else ROWS_ONLY, p=p, p_holm=p,
-        rows_test="paired bootstrap" if flipped is None else "sign flips", rows_p=rows_p,
-        mcnemar=_mcnemar(a, b, column),
-    )  # fmt: skip
-
-
-def _rows_part(lines: Sequence[Array], draws: Array, rows: int) -> Part:
-    """Return the variance that rows give a difference, with its degrees of freedom; without lines the bootstrap's."""
-    if rows < 2 or any(len(line) < 2 for line in lines):
-        return math.inf, 1.0
-    if not lines:
-        return float(draws.var(ddof=1)), rows - 1.0
-    variance = sum(float(line.var(ddof=1)) / len(line) for line in lines) / len(lines) ** 2
-    return variance, float(sum(len(line) - 1 for line in lines))
-
-
-def _line(lines: Sequence[Array]) -> Array:
-    """Return the differences of all tasks as one line, in which each task counts the same."""
-    return np.concatenate([line / len(line) for line in lines])
-
-
-def _row_differences(comparison: Comparison, a: Method, b: Method, column: tuple[str, str]) -> list[Array]:
-    """Return of each task of a column each row's difference of scores, averaged over seeds.
-
-    Nothing where a measure is no mean over rows.
-    """
-    columns = list(comparison.main.items()) if column[0] == AVERAGE else [column]
-    found: list[Array] = []
-    for one in columns:
-        first, second = (method.scores[one].row_scores for method in (a, b))
-        if first is None or second is None:
-            return []
-        found.append(np.mean(list(first.values()), axis=0) - np.mean(list(second.values()), axis=0))
-    return found
-
-
-def _mcnemar(a: Method, b: Method, column: tuple[str, str]) -> dict[int, float]:
-    """Return seed -> exact p-value; the frozen base stands against every seed of the other."""
-    first, second = a.scores[column].row_scores, b.scores[column].row_scores
-    if first is None or second is None:
-        return {}
-    if any(np.any((s != 0) & (s != 1)) for scores in (first, second) for s in scores.values()):
-        return {}
-    base_a, base_b = (
-        next(iter(scores.values())) if m.base else None for m, scores in ((a, first), (b, second))
-    )
-    seeds = sorted(first.keys() & second.keys() if base_a is None and base_b is None
-                   else (second if base_a is not None else first).keys())  # fmt: skip
-    return {
-        s: mcnemar(base_a if base_a is not None else first[s], base_b if base_b is not None else second[s])
-        for s in seeds
-    }

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ..baseline_methods import is_baseline
-from ..reproduction import FREE, flat
+from ..reproduction import FILES, FREE, flat
 from ..schema import Config
 
 RUN_FOLDER = "a run folder is what reft-train writes: config.yaml, results.json, predictions/, adapter/"
@@ -91,7 +91,8 @@ class Run:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Return what makes the method: the configuration without seed, places of files, logging and stages."""
-        return {k: v for k, v in self.config.items() if not FREE.fullmatch(k) and k not in STAGES}
+        kept = {k: v for k, v in self.config.items() if not FREE.fullmatch(k) and k not in STAGES}
+        return {k: PurePath(str(v)).name if k in FILES and v else v for k, v in kept.items()}
 
     @property
     def used_settings(self) -> dict[str, Any]:

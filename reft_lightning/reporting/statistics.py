@@ -7,6 +7,7 @@ drawn, so that a measure is a function of weighted rows and thousands of resampl
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -263,3 +264,13 @@ def holm(values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(values) - rank) * values[i]))
         adjusted[i] = largest
     return adjusted
+
+
+def generator(seed: int, *names: str) -> np.random.Generator:
+    """Return the generator of a seed and names: another name, other draws."""
+    return np.random.default_rng([seed, *(zlib.crc32(name.encode()) for name in names)])
+
+
+def within(limits: tuple[float, float], ends: tuple[float, float]) -> tuple[float, float]:
+    """Return an interval without what lies beyond the limits of a measure."""
+    return max(ends[0], limits[0]), min(ends[1], limits[1])
