@@ -76,7 +76,7 @@ def carve_last(
     """
     if not 0 <= size < len(examples):
         raise ValueError(
-            f"validation_size must lie in 0..{len(examples) - 1}, with {len(examples)} train rows; got {size}"
+            f"data.validation_size must lie in 0..{len(examples) - 1}, with {len(examples)} train rows; got {size}"
         )
     cut = len(examples) - size
     validation = list(examples[cut:])

@@ -144,7 +144,7 @@ def carve(
     theirs = [example for example in examples if example.task == "gsm8k"]
     if not 0 <= size <= len(theirs):
         raise ValueError(
-            f"validation_size must lie in 0..{len(theirs)}, the GSM8K train rows; got {size}. Validation needs both "
+            f"data.validation_size must lie in 0..{len(theirs)}, the GSM8K train rows; got {size}. Validation needs both "
             "tasks: data.train_tasks=[metamathqa,gsm8k]"
         )
     ours = [example for example in examples if example.task == "metamathqa"]

@@ -72,7 +72,7 @@ def carve_passages(
         ValueError: if `size` is negative, or leaves no passage to train on.
     """
     if size < 0:
-        raise ValueError(f"validation_size must be 0 or more; got {size}")
+        raise ValueError(f"data.validation_size must be 0 or more; got {size}")
     if size == 0:
         return list(examples), []
     first: dict[Hashable, Example] = {}
@@ -100,7 +100,7 @@ def carve_passages(
         lacking -= questions[passage]
     if len(held_out) == len(questions):
         raise ValueError(
-            f"validation_size={size} needs all {len(questions)} passages of the {len(first)} distinct train rows, "
+            f"data.validation_size={size} needs all {len(questions)} passages of the {len(first)} distinct train rows, "
             "as passages are held out whole: choose a smaller one"
         )
     train = [example for example in examples if passage_of(example) not in held_out]
