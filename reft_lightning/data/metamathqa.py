@@ -144,8 +144,8 @@ def carve(
     theirs = [example for example in examples if example.task == "gsm8k"]
     if not 0 <= size <= len(theirs):
         raise ValueError(
-            f"data.validation_size must lie in 0..{len(theirs)}, the GSM8K train rows; got {size}. Validation needs both "
-            "tasks: data.train_tasks=[metamathqa,gsm8k]"
+            f"data.validation_size must lie in 0..{len(theirs)}, the GSM8K train rows; got {size}. Validation needs "
+            "both tasks: data.train_tasks=[metamathqa,gsm8k]"
         )
     ours = [example for example in examples if example.task == "metamathqa"]
     frame = len(QUESTION) + len(ANSWER) - 1  # the blank between question and response counts
