@@ -222,7 +222,7 @@ def _against(
 
     With ``log`` the axis of costs is logarithmic where they span a decade or more.
     """
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator
     from matplotlib.transforms import ScaledTranslation
 
     methods = _scored(comparison)
@@ -252,10 +252,11 @@ def _against(
         drawn.append(x)
         for artist in bar.get_children() if aside else ():
             artist.set_transform(ax.transData + ScaledTranslation(aside / 72, 0, figure.dpi_scale_trans))
-    if log and max(costs) >= 10 * min(
-        costs
-    ):  # within a decade a logarithmic axis labels its ticks on top of each other
+    # on less than a decade of a logarithmic axis, and of all its ticks, the labels would stand on top of each other
+    if log and max(costs) >= 10 * min(costs):
         ax.set_xscale("log")
+        ax.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        ax.xaxis.set_minor_formatter(EngFormatter(sep=""))
     if log:
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.set_xlabel(label)
