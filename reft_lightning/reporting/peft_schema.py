@@ -249,6 +249,7 @@ def _metrics(run: Run) -> tuple[list[dict[str, Any]], float]:
     clock, tokens = curves["progress/seconds"], curves["progress/tokens"]
     metrics: list[dict[str, Any]] = []
     before, outside = 0, 0.0
+    begun: float | None = 0.0  # when training began or went on after a validation, in seconds
     validated = [
         step for step in sorted(curves["val/accuracy"]) if step <= steps
     ]  # behind them, once more after all
@@ -264,18 +265,23 @@ def _metrics(run: Run) -> tuple[list[dict[str, Any]], float]:
             gap = max(resumed - clock[step], 0.0)
         outside += gap or 0.0
         read = tokens[last] - tokens[first] if pace else None
+        if begun is not None and last == step:
+            spent = clock[step] - begun
+        else:
+            spent = None if pace is None else pace * len(inside)
+        begun = None if gap is None else clock[step] + gap
         metrics.append(
             {
                 "step": step,
                 "valid accuracy": curves["val/accuracy"][step],
                 "train loss": _mean(curves["train/loss"], inside),
                 "train samples": step * rows,
-                "train time": None if pace is None else pace * len(inside),
+                "train time": spent,
                 "eval time": gap,
                 "tokens / sec": read / (clock[last] - clock[first]) if read else None,
                 "mem allocated avg": _mean(curves["progress/memory_allocated"], inside),
                 "mem reserved avg": _mean(curves["progress/memory_reserved"], inside),
-                "elapsed time": None if gap is None else clock[step] + gap,
+                "elapsed time": begun,
             }
         )
         before = step
