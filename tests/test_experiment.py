@@ -438,9 +438,10 @@ def test_a_crash_in_the_last_evaluation_can_be_continued(data, finished, monkeyp
     results = short_runs.results(tmp_path)
     assert results["status"] == "stopped"
     assert results["metrics"]["val/loss"] == finished[1]["metrics"]["val/loss"]
+    trained = short_runs.checkpoint(tmp_path)["train_seconds"]
     again = short_runs.run(data, tmp_path, *SETTINGS[1:], f"resume={tmp_path}")
+    assert 0 < trained == again["train_seconds"] <= results["train_seconds"]
     assert again["metrics"]["test/accuracy"] == finished[1]["metrics"]["test/accuracy"]
-    assert again["train_seconds"] == pytest.approx(results["train_seconds"], rel=0.5)
     assert again["best_step"] == finished[1]["best_step"]
 
 

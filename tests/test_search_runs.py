@@ -112,15 +112,18 @@ def test_a_trial_is_repeated_by_its_command_alone(searched, tmp_path):
 def test_what_a_trial_spent_is_what_its_run_says(searched):
     study, _ = searched
     for number in range(2):
-        cost, results = read_cost(study.folder / "trials" / "loreft" / str(number)), results_of(study, number)
+        folder = study.folder / "trials" / "loreft" / str(number)
+        cost, results = read_cost(folder), results_of(study, number)
         assert (
             (cost["steps"], cost["tokens"])
             == (results["steps"], results["tokens"])
             == (12, results["tokens"])
         )
-        assert cost["seconds"] == pytest.approx(results["train_seconds"], rel=0.3)
+        # two clocks on one fit; a second for what the machine does between their hooks
+        last = max(short_runs.logged(folder, "progress/seconds").values())
+        assert 0 < last < cost["seconds"] < results["train_seconds"] + 1
         assert cost["flops"] > 2 * 2 * cost["tokens"] * 1000
-        assert len(Reports.read(study.folder / "trials" / "loreft" / str(number)).values) == 2  # epochs
+        assert len(Reports.read(folder).values) == 2  # epochs
 
 
 def test_a_trial_that_cannot_run_fails_and_the_study_goes_on(data, tmp_path):
