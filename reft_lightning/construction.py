@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,7 @@ from .data.sources import ModelPlace
 from .evaluation import Decoding
 from .generation import GenerationModule
 from .joint import JointModel
+from .last_block import last_columns
 from .model import ParameterCount, ReftModel
 from .module import FinetuningModule
 from .schema import Config
@@ -151,18 +152,26 @@ def commonest_answers(examples: Iterable[Example]) -> dict[str, str]:
     return {task: counts.most_common(1)[0][0] for task, counts in answers.items()}
 
 
-def leave_out_constants(config: Config, objects: Objects) -> None:
-    """Let training leave out what no intervention can change, and keep it where the configuration says so.
+def shorten_training_pass(config: Config, objects: Objects) -> None:
+    """Let training leave out what no intervention can change or nothing reads; keep it where the configuration says so.
 
     The base's own dropout makes nothing constant: then training is plain. The pass is made when training starts, where
     the model has its device and precision.
     """
     if not config.model.base_dropout:
         objects.module.make_training_pass = partial(
-            training_pass, objects.model, objects.data.train_rows, causal=bool(objects.decoding),
+            _short_pass, objects.model, objects.data.train_rows, bool(objects.decoding), config.model.compile,
             limit=int(config.kept.limit_gb * 1e9), precision=config.trainer.precision,
             folder=Path(config.kept.folder) if config.kept.folder else None,
         )  # fmt: skip
+
+
+def _short_pass(
+    model: Any, rows: Any, causal: bool, compiled: bool, **kept: Any
+) -> Callable[..., Any] | None:
+    run = training_pass(model, rows, causal=causal, **kept)
+    # the columns that are read are as many as a batch's longest target: a graph would be compiled for each
+    return last_columns(model, run) if causal and not compiled else run
 
 
 def build_trainer(config: Config, folder: Path, values: dict[str, Any]) -> Trainer:

@@ -23,7 +23,14 @@ from omegaconf.errors import OmegaConfBaseException
 from .arguments import method_of
 from .callbacks import finish_wandb
 from .checkpoint import load_state
-from .construction import Objects, build, build_trainer, choose_monitor, leave_out_constants, quiet_lightning
+from .construction import (
+    Objects,
+    build,
+    build_trainer,
+    choose_monitor,
+    quiet_lightning,
+    shorten_training_pass,
+)
 from .data.instruction import alpaca_eval_outputs
 from .devices import check_accelerator
 from .interventions import nearest
@@ -206,7 +213,7 @@ def _stages(
 
 def _train(config: Config, objects: Objects, trainer: Trainer, results: Results, resume: Path | None) -> None:
     """Fit, and go back to the checkpoint that validation chose."""
-    leave_out_constants(config, objects)
+    shorten_training_pass(config, objects)
     trainer.fit(objects.module, objects.data, ckpt_path=resume, weights_only=False)
     if trainer.interrupted:
         raise KeyboardInterrupt

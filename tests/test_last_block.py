@@ -1,0 +1,203 @@
+"""The last block without what nobody reads: the same losses and gradients, and plain wherever that is not certain."""
+
+import pytest
+import short_runs
+import tiny
+import torch
+from lightning import Callback
+from model_laws import exact_loss
+from test_baselines import DECODERS, adapted
+from test_training_pass import attached, batches, encoded, train
+from torch import nn
+
+import reft_lightning as rl
+from reft_lightning import construction, experiment
+from reft_lightning.data.encoding import target_only
+from reft_lightning.last_block import LastColumns, last_columns
+from reft_lightning.training_pass import TrainingPass, training_pass
+
+# peft 0.21, called directly here, reads a property that transformers 5.23 renames
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+SHORTENED = ["llama", "qwen3", "gemma3", "mistral", "gpt2", "gptj", "gpt_neox", "falcon"]
+
+
+def compare(plain, short, run, steps, tolerance):
+    rows = encoded()
+    expected, gradients = train(plain, rows, steps=steps)
+    losses, found = train(short, rows, run, steps=steps)
+    torch.testing.assert_close(losses, expected, atol=0, rtol=tolerance)
+    assert any(gradient.abs().max() > 0 for gradient in found)
+    for gradient, other in zip(found, gradients, strict=True):
+        torch.testing.assert_close(gradient, other, atol=tolerance * float(other.abs().max()), rtol=tolerance)
+
+
+def both(family="llama", dtype=torch.float64, **settings):
+    plain, short = (attached(family, dtype, **{"positions": "f2+l2", **settings}) for _ in range(2))
+    return plain, short, last_columns(short, None)
+
+
+@pytest.mark.parametrize("component", ["block_output", "block_input", "attention_output", "mlp_output"])
+def test_fifty_steps_give_the_losses_and_gradients_of_the_plain_pass(component):
+    plain, short, run = both(component=component)
+    assert isinstance(run, LastColumns)
+    compare(plain, short, run, 50, 1e-10)
+
+
+def test_the_same_in_float32():
+    compare(*both(dtype=torch.float32), 50, 1e-5)
+
+
+@pytest.mark.parametrize("family", SHORTENED)
+def test_other_architectures_give_the_same(family):
+    plain, short, run = both(family)
+    assert isinstance(run, LastColumns)
+    compare(plain, short, run, 6, 2e-6)  # Falcon computes some of its norms in float32
+
+
+def test_it_goes_with_a_constant_prefix():
+    plain, short, _ = both(positions="l2")
+    part = training_pass(short, encoded(), causal=True)
+    assert part is not None
+    run = last_columns(short, part)
+    assert run.run is part
+    compare(plain, short, run, 6, 1e-10)
+    assert not part._refused
+
+
+def gradients(model, run):
+    (batch,) = batches(encoded(), 1)
+    inputs = target_only(batch)
+    boundary, numbers = inputs.pop("boundary"), inputs.pop("rows")
+    output = model(**inputs) if run is None else run(inputs, numbers.tolist(), boundary)
+    exact_loss(output.logits, inputs["labels"]).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(("family", "method"), [(f, m) for f, m in DECODERS if m != "frozen"])
+def test_baselines_get_the_same_gradients(family, method):
+    options = {"lora_dropout": 0.0} if method in ("peft/lora", "peft/rslora", "peft/dora") else {}
+    plain, short = (adapted(family, method, dtype=torch.float64, **options).train() for _ in range(2))
+    run = last_columns(short, None)
+    assert isinstance(run, LastColumns)
+    expected, found = gradients(plain, None), gradients(short, run)
+    assert any(float(gradient.abs().max()) > 0 for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-10 * float(gradient.abs().max()), rtol=1e-9)
+
+
+def test_the_columns_that_nobody_reads_are_not_computed():
+    _, short, run = both()
+    seen = []
+    down = short.base_model.model.layers[-1].mlp.down_proj
+    other = short.base_model.model.layers[-2].mlp.down_proj
+    for module in (
+        down,
+        other,
+    ):  # after last_columns(), which leaves a module alone into which somebody looks
+        module.register_forward_hook(
+            lambda module, args, out: seen.append((module is down, args[0].shape[1]))
+        )
+    rows = encoded()
+    train(short, rows, run, steps=1)
+    (_, whole), (last, part) = seen
+    assert last
+    assert part < 7 < 12 < whole
+    assert "forward" not in vars(short.base_model.model.layers[-1].mlp)  # put back
+    seen.clear()
+    train(short, rows, steps=1)
+    assert [columns for _, columns in seen] == [whole, whole]
+
+
+# --- plain, where it could change a number -------------------------------------------------------------------------
+
+
+class Shift(nn.Module):
+    """A feed-forward part that reads the column before, as RWKV's does."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden):
+        return self.inner(hidden + nn.functional.pad(hidden, (0, 0, 1, -1)))
+
+
+class Two(Shift):
+    """One that takes the residual stream too, as Bloom's does."""
+
+    def forward(self, hidden, residual):
+        return residual + self.inner(hidden)
+
+
+class Routed(Shift):
+    """One that says more than its output."""
+
+    def forward(self, hidden):
+        return self.inner(hidden), None
+
+
+@pytest.mark.parametrize("kind", [Shift, Two, Routed])
+def test_a_feed_forward_part_that_is_not_of_columns_alone_is_left_whole(kind):
+    reft = attached("llama", positions="l2")
+    block = reft.base_model.model.layers[-1]
+    block.mlp = kind(block.mlp)
+    assert last_columns(reft, None) is None
+
+
+def test_a_site_inside_it_sees_all_columns():
+    component = "model.layers.{layer}.mlp.down_proj.input"
+    reft = attached("llama", positions="l2", component=component)
+    assert last_columns(reft, None) is None
+    assert last_columns(attached("llama", positions="l2", component=component, layers=[0]), None) is not None
+
+
+def test_dropout_inside_it_draws_what_it_drew():
+    assert (
+        last_columns(adapted("llama", "peft/lora", target_modules=["down_proj"], lora_dropout=0.1), None)
+        is None
+    )
+    assert (
+        last_columns(adapted("llama", "peft/lora", target_modules=["down_proj"], lora_dropout=0.0), None)
+        is not None
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+def test_a_block_that_is_run_again_in_the_backward_pass_is_left_whole():
+    reft = attached("llama", positions="l2")
+    reft.base_model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert last_columns(reft, None) is None
+
+
+def test_a_model_without_such_a_part_trains_as_it_did():
+    reft = rl.attach(tiny.model("opt"), "loreft", rank=2)
+
+    def run(*args):
+        raise AssertionError("not called")
+
+    assert last_columns(reft, run) is run
+
+
+# --- whole runs ----------------------------------------------------------------------------------------------------
+
+
+class Seen(Callback):
+    def on_train_end(self, trainer, pl_module):
+        self.run = pl_module.training_pass
+
+
+@pytest.mark.parametrize("overrides", [["intervention.positions=f2+l2"], ["intervention.positions=l2"]])
+def test_a_run_leaves_it_out_and_ends_with_the_same_numbers(overrides, tmp_path, monkeypatch):
+    data = short_runs.write_rows(tmp_path / "rows")
+    seen = Seen()
+    config = short_runs.config(data, *overrides)
+    short = experiment.run(config, tmp_path / "short", callbacks=[seen])
+    assert isinstance(seen.run, LastColumns)
+    assert (seen.run.run.__class__ is TrainingPass) is (overrides == ["intervention.positions=l2"])
+    monkeypatch.setattr(construction, "last_columns", lambda model, run: run)
+    plain = experiment.run(config, tmp_path / "plain", callbacks=[seen])
+    assert not isinstance(seen.run, LastColumns)
+    assert short["metrics"]["val/loss"] == pytest.approx(plain["metrics"]["val/loss"], rel=1e-5)
+    losses = [short_runs.logged(tmp_path / name, "train/loss") for name in ("short", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
