@@ -310,7 +310,8 @@ def test_the_parts_of_its_time_add_up(loreft):
 def test_times_are_told_apart_on_a_clock_that_is_known(loreft):
     folder, _ = loreft
     ((run_,), _, _) = peft_schema.read_runs([folder])
-    clock = [3.0, 4.0, 5.0, 13.0, 14.0, 15.0]  # 2 s of starting; 1 s a step; 7 s of evaluation; 4 s at the end
+    # 2 s of starting, 1 s a step, 7 s of the first evaluation, 4 s of the last
+    clock = [3.0, 4.0, 5.0, 13.0, 14.0, 15.0]
 
     class Timed(type(run_)):
         def curve(self, column):

@@ -130,9 +130,7 @@ def without_constants(
                 **dict.fromkeys(("joint", "cut_prompt", "cut_target"), torch.zeros(len(real)).numpy()),
             }
             rows = EncodedRows([example] * len(real), columns)
-            passes[id(batch)] = last_columns(
-                adapted, training_pass(adapted, rows, causal=True, limit=limit)
-            )
+            passes[id(batch)] = last_columns(adapted, training_pass(adapted, rows, causal=True, limit=limit))
         names = ("input_ids", "attention_mask", "labels", "prompt_mask", "boundary")
         inputs = target_only({name: batch[name] for name in names})
         del inputs["boundary"]
