@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,39 +67,54 @@ class TrainingPass:
             return self(inputs, rows, boundary)
         return self.part(inputs, rows, boundary)
 
-    @torch.no_grad()
     def _check(self, inputs: Mapping[str, Any], rows: list[int], boundary: int | None) -> None:
-        plain = self._logits(lambda: self.model(**inputs))
-        # the second time reads what the first one kept
-        _, short = (self._logits(lambda: self.part(inputs, rows, boundary)) for _ in range(2))
-        apart = float("inf")
-        if plain.shape == short.shape:
-            # padding says anything: nobody reads it
-            real = ... if plain.ndim == 2 else inputs["attention_mask"][:, -plain.shape[1] :].bool()
-            apart = float((plain - short)[real].abs().max() / plain[real].abs().max().clamp(min=1e-6))
-        tolerance = self._tolerance()
-        self._checked, self._refused = True, not apart <= tolerance
+        short = partial(self.part, inputs, rows, boundary)
+        _logits(self.model, short)  # the second time reads what the first one kept
+        apart, allowed = compare(self.model, inputs, partial(self.model, **inputs), short)
+        self._checked, self._refused = True, not apart <= allowed
         if self._refused:
             self.part.kept = None
             log.warning(
                 "%s gives other logits when %s are computed apart (%.2g of the largest, allowed %.2g): trained plainly",
-                type(self.model.base_model).__name__, self.part.name, apart, tolerance,
+                type(self.model.base_model).__name__, self.part.name, apart, allowed,
             )  # fmt: skip
 
-    def _tolerance(self) -> float:
-        base, precision = self.model.base_model, torch.get_float32_matmul_precision()
-        coarse = torch.is_autocast_enabled(base.device.type)
-        if precision != "highest":
-            coarse |= base.device.type != "cpu" or product_error(precision) > EXACT
-        return COARSE if coarse else TOLERANCE.get(base.dtype, COARSE)
 
-    def _logits(self, run: Callable[[], Any]) -> Tensor:
-        """Run with the same random numbers for dropout each time."""
-        device = self.model.base_model.device
-        devices = [] if device.type == "cpu" else [device]
-        with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
-            torch.manual_seed(0)
-            return run().logits.float()
+def compare(
+    model: Any, inputs: Mapping[str, Any], plain: Callable[[], Any], short: Callable[[], Any]
+) -> tuple[float, float]:
+    """Return how far the logits of two passes lie apart, in shares of the largest one, and what is allowed.
+
+    Args:
+        model: a :class:`ReftModel` or a baseline, which both run, with the same random numbers.
+        inputs: what both read.
+        plain: runs the pass as it is; returns the model's output.
+        short: the other one.
+    """
+    expected, found = (_logits(model, run) for run in (plain, short))
+    if expected.shape != found.shape:
+        return float("inf"), _tolerance(model)
+    # padding says anything: nobody reads it
+    real = ... if expected.ndim == 2 else inputs["attention_mask"][:, -expected.shape[1] :].bool()
+    apart = (expected - found)[real].abs().max() / expected[real].abs().max().clamp(min=1e-6)
+    return float(apart), _tolerance(model)
+
+
+@torch.no_grad()
+def _logits(model: Any, run: Callable[[], Any]) -> Tensor:
+    device = model.base_model.device
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+        torch.manual_seed(0)
+        return run().logits.float()
+
+
+def _tolerance(model: Any) -> float:
+    base, precision = model.base_model, torch.get_float32_matmul_precision()
+    coarse = torch.is_autocast_enabled(base.device.type)
+    if precision != "highest":
+        coarse |= base.device.type != "cpu" or product_error(precision) > EXACT
+    return COARSE if coarse else TOLERANCE.get(base.dtype, COARSE)
 
 
 def training_pass(

@@ -12,8 +12,9 @@ from torch import nn
 
 import reft_lightning as rl
 from reft_lightning import construction, experiment
+from reft_lightning.constant import ConstantInput
 from reft_lightning.data.encoding import target_only
-from reft_lightning.last_block import LastColumns, last_columns
+from reft_lightning.last_block import LastColumns, _last_columns, last_columns
 from reft_lightning.training_pass import TrainingPass, training_pass
 
 # peft 0.21, called directly here, reads a property that transformers 5.23 renames
@@ -88,25 +89,17 @@ def test_baselines_get_the_same_gradients(family, method):
 
 def test_the_columns_that_nobody_reads_are_not_computed():
     _, short, run = both()
-    seen = []
-    down = short.base_model.model.layers[-1].mlp.down_proj
-    other = short.base_model.model.layers[-2].mlp.down_proj
-    for module in (
-        down,
-        other,
-    ):  # after last_columns(), which leaves a module alone into which somebody looks
-        module.register_forward_hook(
-            lambda module, args, out: seen.append((module is down, args[0].shape[1]))
-        )
     rows = encoded()
+    train(short, rows, run, steps=1)  # the first batch is computed both ways, too
+    layers, seen = short.base_model.model.layers, []
+    for layer in layers[-2:]:
+        layer.mlp.down_proj.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
     train(short, rows, run, steps=1)
-    (_, whole), (last, part) = seen
-    assert last
+    whole, part = seen
     assert part < 7 < 12 < whole
-    assert "forward" not in vars(short.base_model.model.layers[-1].mlp)  # put back
-    seen.clear()
+    assert "forward" not in vars(layers[-1].mlp)  # put back
     train(short, rows, steps=1)
-    assert [columns for _, columns in seen] == [whole, whole]
+    assert seen[2:] == [whole, whole]
 
 
 # --- plain, where it could change a number -------------------------------------------------------------------------
@@ -126,23 +119,69 @@ class Shift(nn.Module):
 class Two(Shift):
     """One that takes the residual stream too, as Bloom's does."""
 
-    def forward(self, hidden, residual):
+    def forward(self, hidden, residual=0.0):
         return residual + self.inner(hidden)
 
 
-class Routed(Shift):
-    """One that says more than its output."""
+class Mixing(type(tiny.model("llama").model.layers[0])):
+    """A block that mixes columns behind its feed-forward part."""
 
-    def forward(self, hidden):
-        return self.inner(hidden), None
+    def forward(self, *args, **kwargs):
+        hidden = super().forward(*args, **kwargs)
+        return hidden + nn.functional.pad(hidden, (0, 0, 1, -1))
 
 
-@pytest.mark.parametrize("kind", [Shift, Two, Routed])
-def test_a_feed_forward_part_that_is_not_of_columns_alone_is_left_whole(kind):
+def test_a_feed_forward_part_that_takes_more_is_left_whole():
     reft = attached("llama", positions="l2")
     block = reft.base_model.model.layers[-1]
-    block.mlp = kind(block.mlp)
+    block.mlp = Two(block.mlp)
     assert last_columns(reft, None) is None
+
+
+@pytest.mark.parametrize("where", ["in the part", "behind it"])
+def test_a_block_that_mixes_columns_is_found_out_on_the_first_batch(where, caplog):
+    plain, short = (attached("llama", positions="f2+l2") for _ in range(2))
+    for reft in (plain, short):
+        block = reft.base_model.model.layers[-1]
+        if where == "in the part":
+            block.mlp = Shift(block.mlp)
+        else:
+            block.__class__ = Mixing
+    run = last_columns(short, None)
+    compare(plain, short, run, 3, 1e-10)
+    assert run._refused
+    assert "LlamaForCausalLM gives other logits when its last block reads fewer columns" in caplog.text
+
+
+def test_a_part_that_says_more_than_its_output_is_run_whole():
+    def forward(hidden):
+        return hidden, hidden.shape[1]
+
+    _, columns = _last_columns(forward, 2, torch.zeros(1, 5, 4))
+    assert columns == 5
+    assert _last_columns(lambda hidden: hidden + 1, 2, torch.zeros(1, 5, 4)).sum((0, 2)).tolist() == [
+        0,
+        0,
+        0,
+        4,
+        4,
+    ]
+
+
+def test_the_loss_of_a_router_reads_all_columns():
+    reft = attached("llama", positions="l2")
+    reft.base_model.config.output_router_logits = True
+    assert last_columns(reft, None) is None
+
+
+def test_what_is_kept_of_the_last_block_is_whole():
+    reft = attached("llama", positions="f2+l2", layers=[2])
+    kept = training_pass(reft, encoded(), causal=True, limit=10**8)
+    assert (type(kept.part), kept.part.last) == (ConstantInput, 2)
+    assert last_columns(reft, kept) is kept
+    reft = attached("llama", positions="f2+l2", layers=[1])
+    kept = training_pass(reft, encoded(), causal=True, limit=10**8)
+    assert isinstance(last_columns(reft, kept), LastColumns)
 
 
 def test_a_site_inside_it_sees_all_columns():
@@ -152,7 +191,14 @@ def test_a_site_inside_it_sees_all_columns():
     assert last_columns(attached("llama", positions="l2", component=component, layers=[0]), None) is not None
 
 
-def test_dropout_inside_it_draws_what_it_drew():
+def test_one_that_several_blocks_share_is_left_whole():
+    reft = attached("llama", positions="l2")
+    layers = reft.base_model.model.layers
+    layers[0].mlp = layers[-1].mlp
+    assert last_columns(reft, None) is None
+
+
+def test_one_that_drops_entries_is_left_whole():
     assert (
         last_columns(adapted("llama", "peft/lora", target_modules=["down_proj"], lora_dropout=0.1), None)
         is None
@@ -177,6 +223,13 @@ def test_a_model_without_such_a_part_trains_as_it_did():
         raise AssertionError("not called")
 
     assert last_columns(reft, run) is run
+
+
+@pytest.mark.parametrize(("causal", "compiled"), [(True, True), (False, False)])
+def test_compiled_steps_and_classifiers_have_no_such_pass(causal, compiled):
+    reft, rows = attached("llama", positions="l2"), encoded()
+    assert isinstance(construction._short_pass(reft, rows, True, False), LastColumns)
+    assert not isinstance(construction._short_pass(reft, rows, causal, compiled), LastColumns)
 
 
 # --- whole runs ----------------------------------------------------------------------------------------------------

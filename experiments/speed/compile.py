@@ -5,9 +5,10 @@
 
 B is the bare frozen model with one trained vector at the embeddings, full logits. LoReFT: r = 8, f7+l7, all layers,
 with full logits and with those of the targets alone, compiled by ``ReftModel.compile(fullgraph=True)``, so that a graph
-break is an error. A compiled variant's first steps compile, for one length and then for any; they are the warm-up and
-reported as seconds. Batches have four lengths. Needs a C++ compiler on a CPU. ``--layers`` makes the random model
-smaller.
+break is an error; uncompiled, the last block reads the targets' columns alone, as in runs. A compiled variant's first
+steps compile, for one length and then for any; they are the warm-up and reported as seconds, fewer where torch has kept
+the kernels of an earlier run. Batches have four lengths. Needs a C++ compiler on a CPU. ``--layers`` makes the random
+model smaller.
 """
 
 from __future__ import annotations
