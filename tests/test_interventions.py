@@ -22,6 +22,7 @@ from reft_lightning.interventions import (
     rotations,
     settings_of,
 )
+from reft_lightning.interventions.orthonormal import random_rows
 
 
 def gram_schmidt(A):
@@ -243,6 +244,25 @@ def test_both_maps_give_the_same_gradient_along_the_manifold():
     torch.testing.assert_close((at_rows * tangent).sum(), (goal * tangent).sum(), atol=1e-10, rtol=1e-10)
     # Along A itself nothing changes: the loss does not depend on A's scale, nor on that of any single row.
     assert (gradient * A).sum(-1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(("rank", "dim"), [(1, 8), (4, 20), (8, 576)])
+def test_a_start_is_the_one_that_torch_draws(rank, dim):
+    torch.manual_seed(5)
+    found, after = random_rows(rank, dim), torch.get_rng_state()
+    torch.manual_seed(5)
+    torch.testing.assert_close(found, 0.5 * nn.init.orthogonal_(torch.empty(rank, dim)), atol=1e-6, rtol=0)
+    assert torch.equal(after, torch.get_rng_state())
+    assert found.is_contiguous()
+
+
+def test_a_start_has_orthogonal_rows_of_length_one_half_and_nothing_is_drawn_without_data():
+    A = random_rows(6, 6)
+    torch.testing.assert_close(A @ A.mT, 0.25 * torch.eye(6), atol=1e-6, rtol=0)
+    before = torch.get_rng_state()
+    with torch.device("meta"):
+        assert random_rows(4, 20).shape == (4, 20)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_the_map_has_right_gradients():
