@@ -7,8 +7,8 @@ Ours is a whole run (``reft_lightning.experiment.run``) with the configuration's
 ``train_seconds``: batches by length, target-only logits, Lightning, checkpoints. pyreft's is ``ReftTrainerForCausalLM``
 with its own collator and loader, as its commonsense script calls it: a token in front, rows padded on the right, random
 batches, all logits; its clock is ``train_runtime``. Reading and tokenising stand outside both clocks. The same rows in
-tokens, the same float32 base, 8 rows a step unless ``--batch-size`` says otherwise, LoReFT r = 8 f7+l7 tied. A round is
-a pass of each. Without ``--mixture``, rows are invented with the lengths of a real mixture.
+tokens, the same float32 base, 16 rows a step unless ``--batch-size`` says otherwise, LoReFT r = 8 f7+l7 tied. A round
+is a pass of each. Without ``--mixture``, rows are invented with the lengths of a real mixture.
 """
 
 from __future__ import annotations
@@ -136,12 +136,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_arguments(parser, HERE / "whole_pass", rounds=2, warmup=0, peers=("pyreft",))
+    add_arguments(parser, HERE / "whole_pass", rounds=1, warmup=0, peers=("pyreft",))
     parser.add_argument(
         "--mixture", type=Path, help="JSON file of commonsense rows, may end in .gz; else invented rows"
     )
-    parser.add_argument("--limit", type=int, default=256, help="rows")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--limit", type=int, default=640, help="rows")
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument(
         "--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of our configuration"
     )
