@@ -18,10 +18,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .constant import ConstantInput
 from .replaced import checkpointable, replaced
+from .same_logits import compare
 from .sites import block_path, text_config
-from .training_pass import TrainingPass, compare
 
 log = logging.getLogger(__name__)
 
@@ -94,14 +93,17 @@ def last_columns(model: Any, run: Run | None) -> Run | None:
         run: the pass to shorten; None: the model's own.
     """
     module = _feed_forward(model.base_model)
-    if module is None or (isinstance(run, TrainingPass) and _keeps_the_last_block(run.part)):
+    if module is None or _keeps_the_last_block(run):
         return run
     return LastColumns(model, module, run or (lambda inputs, rows, boundary: model(**inputs)))
 
 
-def _keeps_the_last_block(part: Any) -> bool:
-    """Whether what the last block says of all columns is kept, perhaps for targets that begin elsewhere."""
-    return isinstance(part, ConstantInput) and part.last == len(part.blocks) - 1
+def _keeps_the_last_block(run: Any) -> bool:
+    """Whether a pass keeps what the last block says of all columns, perhaps for targets that begin elsewhere."""
+    part = getattr(
+        run, "part", None
+    )  # of a TrainingPass, which is not imported here: it brings metrics along
+    return hasattr(part, "last") and part.last == len(part.blocks) - 1
 
 
 def _feed_forward(base: Any) -> nn.Module | None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
 from .constant import (
     SHORTEST,
@@ -22,15 +21,13 @@ from .constant import (
     tokens_behind,
 )
 from .kept import KeptRows, describe, key_of
-from .matmul import EXACT, product_error
 from .model import ReftModel
 from .replaced import checkpointable
+from .same_logits import compare, logits_of
 from .sites import block_path
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the largest logit
-COARSE = 0.05  # where products have 16 bits or fewer
 FORMAT = 1  # of kept tensors: another number makes other keys
 
 Part = ConstantPrefix | ConstantInput
@@ -69,7 +66,7 @@ class TrainingPass:
 
     def _check(self, inputs: Mapping[str, Any], rows: list[int], boundary: int | None) -> None:
         short = partial(self.part, inputs, rows, boundary)
-        _logits(self.model, short)  # the second time reads what the first one kept
+        logits_of(self.model, short)  # the second time reads what the first one kept
         apart, allowed = compare(self.model, inputs, partial(self.model, **inputs), short)
         self._checked, self._refused = True, not apart <= allowed
         if self._refused:
@@ -78,43 +75,6 @@ class TrainingPass:
                 "%s gives other logits when %s are computed apart (%.2g of the largest, allowed %.2g): trained plainly",
                 type(self.model.base_model).__name__, self.part.name, apart, allowed,
             )  # fmt: skip
-
-
-def compare(
-    model: Any, inputs: Mapping[str, Any], plain: Callable[[], Any], short: Callable[[], Any]
-) -> tuple[float, float]:
-    """Return how far the logits of two passes lie apart, in shares of the largest one, and what is allowed.
-
-    Args:
-        model: a :class:`ReftModel` or a baseline, which both run, with the same random numbers.
-        inputs: what both read.
-        plain: runs the pass as it is; returns the model's output.
-        short: the other one.
-    """
-    expected, found = (_logits(model, run) for run in (plain, short))
-    if expected.shape != found.shape:
-        return float("inf"), _tolerance(model)
-    # padding says anything: nobody reads it
-    real = ... if expected.ndim == 2 else inputs["attention_mask"][:, -expected.shape[1] :].bool()
-    apart = (expected - found)[real].abs().max() / expected[real].abs().max().clamp(min=1e-6)
-    return float(apart), _tolerance(model)
-
-
-@torch.no_grad()
-def _logits(model: Any, run: Callable[[], Any]) -> Tensor:
-    device = model.base_model.device
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
-        torch.manual_seed(0)
-        return run().logits.float()
-
-
-def _tolerance(model: Any) -> float:
-    base, precision = model.base_model, torch.get_float32_matmul_precision()
-    coarse = torch.is_autocast_enabled(base.device.type)
-    if precision != "highest":
-        coarse |= base.device.type != "cpu" or product_error(precision) > EXACT
-    return COARSE if coarse else TOLERANCE.get(base.dtype, COARSE)
 
 
 def training_pass(

@@ -1,0 +1,52 @@
+"""Whether two ways through an adapted model give the same logits, up to the rounding of its precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .matmul import EXACT, product_error
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the largest logit
+COARSE = 0.05  # where products have 16 bits or fewer
+
+
+def compare(
+    model: Any, inputs: Mapping[str, Any], plain: Callable[[], Any], short: Callable[[], Any]
+) -> tuple[float, float]:
+    """Return how far the logits of two passes lie apart, in shares of the largest one, and what is allowed.
+
+    Args:
+        model: a :class:`ReftModel` or a baseline, which both run, with the same random numbers.
+        inputs: what both read.
+        plain: runs the pass as it is; returns the model's output.
+        short: the other one.
+    """
+    expected, found = (logits_of(model, run) for run in (plain, short))
+    if expected.shape != found.shape:
+        return float("inf"), _tolerance(model)
+    # padding says anything: nobody reads it
+    real = ... if expected.ndim == 2 else inputs["attention_mask"][:, -expected.shape[1] :].bool()
+    apart = (expected - found)[real].abs().max() / expected[real].abs().max().clamp(min=1e-6)
+    return float(apart), _tolerance(model)
+
+
+@torch.no_grad()
+def logits_of(model: Any, run: Callable[[], Any]) -> Tensor:
+    """Return the logits of a pass without gradients; random numbers are the same each time, and none is used up."""
+    device = model.base_model.device
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+        torch.manual_seed(0)
+        return run().logits.float()
+
+
+def _tolerance(model: Any) -> float:
+    base, precision = model.base_model, torch.get_float32_matmul_precision()
+    coarse = torch.is_autocast_enabled(base.device.type)
+    if precision != "highest":
+        coarse |= base.device.type != "cpu" or product_error(precision) > EXACT
+    return COARSE if coarse else TOLERANCE.get(base.dtype, COARSE)
