@@ -18,7 +18,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .replaced import checkpointable, replaced
+from .replaced import replaced, runs_blocks_again
 from .same_logits import compare
 from .sites import block_path, text_config
 
@@ -102,14 +102,14 @@ def _keeps_the_last_block(run: Any) -> bool:
     """Whether a pass keeps what the last block says of all columns, perhaps for targets that begin elsewhere."""
     part = getattr(
         run, "part", None
-    )  # of a TrainingPass, which is not imported here: it brings metrics along
+    )  # a TrainingPass is not imported for isinstance: it brings metrics along
     return hasattr(part, "last") and part.last == len(part.blocks) - 1
 
 
 def _feed_forward(base: Any) -> nn.Module | None:
     """Return the module in the last block, where nobody else looks into it."""
-    if any(module.gradient_checkpointing for module in checkpointable(base.modules())):
-        return None  # runs the block again, later
+    if runs_blocks_again(base):
+        return None
     if getattr(text_config(base.config), "output_router_logits", False):
         return None  # the loss reads the routing of all columns
     try:

@@ -22,7 +22,7 @@ from .constant import (
 )
 from .kept import KeptRows, describe, key_of
 from .model import ReftModel
-from .replaced import checkpointable
+from .replaced import runs_blocks_again
 from .same_logits import compare, logits_of
 from .sites import block_path
 
@@ -100,7 +100,7 @@ def training_pass(
     """
     if not isinstance(model, ReftModel):
         return None
-    if any(module.gradient_checkpointing for module in checkpointable(model.base_model.modules())):
+    if runs_blocks_again(model.base_model):
         return None
     parts = _parts(model, rows, causal, limit)
     shares = {part: _share(part, limit) for part in parts}

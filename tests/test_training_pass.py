@@ -81,12 +81,7 @@ def train(reft, rows, run=None, steps=6):
     return torch.stack(losses), [p.grad for p in reft.interventions.parameters()]
 
 
-def compare(family, case, steps, dtype=torch.float64, tolerance=1e-10, **settings):
-    positions, layers, limit, part = CASES[case]
-    rows = encoded()
-    plain, short = (attached(family, dtype, positions=positions, layers=layers, **settings) for _ in range(2))
-    run = training_pass(short, rows, causal=True, limit=limit * dtype.itemsize // 8)
-    assert type(run.part) is part
+def assert_same_training(plain, short, run, rows, steps, tolerance):
     torch.manual_seed(3)
     expected, gradients = train(plain, rows, steps=steps)
     torch.manual_seed(3)
@@ -95,6 +90,15 @@ def compare(family, case, steps, dtype=torch.float64, tolerance=1e-10, **setting
     assert any(gradient.abs().max() > 0 for gradient in found)
     for gradient, other in zip(found, gradients, strict=True):
         torch.testing.assert_close(gradient, other, atol=tolerance * float(other.abs().max()), rtol=tolerance)
+
+
+def compare(family, case, steps, dtype=torch.float64, tolerance=1e-10, **settings):
+    positions, layers, limit, part = CASES[case]
+    rows = encoded()
+    plain, short = (attached(family, dtype, positions=positions, layers=layers, **settings) for _ in range(2))
+    run = training_pass(short, rows, causal=True, limit=limit * dtype.itemsize // 8)
+    assert type(run.part) is part
+    assert_same_training(plain, short, run, rows, steps, tolerance)
     assert not run._refused
     return run
 
