@@ -27,6 +27,7 @@ from .checkpoint import BASELINE_CONFIG_FILE, BASELINE_FILE, check_fit, replace_
 from .interventions import nearest
 from .masks import guess_attention, left_padded, numbers_its_own_positions, position_ids_of
 from .model import ParameterCount
+from .output_head import join_columns
 
 log = logging.getLogger(__name__)
 FORMAT = 1
@@ -63,6 +64,7 @@ class Baseline(nn.Module):
         modules = dict(base_model.named_modules())
         self._wants_position_ids = "position_ids" in accepted and not numbers_its_own_positions(modules)
         base_model.requires_grad_(False)
+        join_columns(base_model)
         parameters = dict(base_model.named_parameters())
         self._in_place = list(trained)
         for name in self._in_place:

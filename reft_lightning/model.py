@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from .checkpoint import LayerSpec, ReftConfig, check_fit, load_adapter, save_adapter
 from .interventions import Orthonormal, check_settings, nearest, registered, rotations
 from .masks import Spans, guess_attention, left_padded, numbers_its_own_positions, position_ids_of, spans_of
+from .output_head import join_columns
 from .plan import Plan, token_indices
 from .positions import MaskFunction, Positions, parse_positions
 from .replaced import checkpointable, replaced
@@ -81,6 +82,7 @@ class ReftModel(nn.Module):
         base_model.requires_grad_(False)
         for head in config.heads:
             _submodule(base_model, head).requires_grad_(True)
+        join_columns(base_model)
         base_model.register_forward_pre_hook(self._begin, with_kwargs=True)
         for key, site in self.sites.items():
             module = base_model.get_submodule(site.path)
