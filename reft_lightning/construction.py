@@ -52,6 +52,7 @@ from .joint import JointModel
 from .last_block import last_columns
 from .model import ParameterCount, ReftModel
 from .module import FinetuningModule
+from .recomputed import recompute_activations
 from .schema import Config
 from .training_pass import training_pass
 
@@ -170,8 +171,10 @@ def _short_pass(
     model: Any, rows: Any, causal: bool, compiled: bool, **kept: Any
 ) -> Callable[..., Any] | None:
     run = training_pass(model, rows, causal=causal, **kept)
-    # the columns that are read are as many as a batch's longest target: a graph would be compiled for each
-    return last_columns(model, run) if causal and not compiled else run
+    # a graph would be compiled for each number of columns that are read, and chooses itself what it remembers
+    if compiled:
+        return run
+    return recompute_activations(model, last_columns(model, run) if causal else run)
 
 
 def build_trainer(config: Config, folder: Path, values: dict[str, Any]) -> Trainer:

@@ -10,7 +10,6 @@ Shapes: b rows, s columns, k of them read, d width.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,10 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .replaced import replaced, runs_blocks_again
-from .same_logits import compare
+from .same_logits import FirstBatch
 from .sites import block_path, text_config
-
-log = logging.getLogger(__name__)
 
 NAMES = ("mlp", "feed_forward", "ffn")  # of the module, in Hugging Face's blocks
 
@@ -42,8 +39,8 @@ class LastColumns:
     """
 
     def __init__(self, model: Any, feed_forward: nn.Module, run: Run) -> None:
-        self.model, self.feed_forward, self.run = model, feed_forward, run
-        self._checked = self._refused = False
+        self.feed_forward, self.run = feed_forward, run
+        self.first_batch = FirstBatch(model, "its last block reads fewer columns")
 
     def __call__(self, inputs: Mapping[str, Any], rows: Sequence[int], boundary: int | None = None) -> Any:
         """Return what the pass returns.
@@ -53,25 +50,14 @@ class LastColumns:
             rows: the numbers of the train rows they come from.
             boundary: the column in which targets start.
         """
-        if not self._checked:
-            self._check(inputs, rows, boundary)
-        return (self.run if self._refused else self._short)(inputs, rows, boundary)
+        plain, short = (partial(run, inputs, rows, boundary) for run in (self.run, self._short))
+        return self.first_batch.choose(inputs, plain, short)()
 
     def _short(self, inputs: Mapping[str, Any], rows: Sequence[int], boundary: int | None) -> Any:
         module = self.feed_forward
         limited = partial(_last_columns, module.forward, inputs["logits_to_keep"])
         with replaced([(module, "forward", limited)]):
             return self.run(inputs, rows, boundary)
-
-    def _check(self, *arguments: Any) -> None:
-        plain, short = (partial(run, *arguments) for run in (self.run, self._short))
-        apart, allowed = compare(self.model, arguments[0], plain, short)
-        self._checked, self._refused = True, not apart <= allowed
-        if self._refused:
-            log.warning(
-                "%s gives other logits when its last block reads fewer columns (%.2g of the largest, allowed %.2g): it "
-                "reads all", type(self.model.base_model).__name__, apart, allowed,
-            )  # fmt: skip
 
 
 def _last_columns(forward: Callable[[Tensor], Any], columns: int, hidden: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,8 +11,40 @@ from torch import Tensor
 
 from .matmul import EXACT, product_error
 
+log = logging.getLogger(__name__)
+
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the largest logit
 COARSE = 0.05  # where products have 16 bits or fewer
+
+
+class FirstBatch:
+    """Chooses between a pass and a shorter one: both compute the first batch, and the shorter one stays if they agree.
+
+    Args:
+        model: what both run.
+        shorter: what the shorter one does, for the warning that it is not used.
+
+    Attributes:
+        refused: whether they disagreed; None before the first batch.
+    """
+
+    def __init__(self, model: Any, shorter: str) -> None:
+        self.model, self.shorter = model, shorter
+        self.refused: bool | None = None
+
+    def choose(
+        self, inputs: Mapping[str, Any], plain: Callable[[], Any], short: Callable[[], Any]
+    ) -> Callable[[], Any]:
+        """Return ``short``, or ``plain`` where the first batch told them apart."""
+        if self.refused is None:
+            apart, allowed = compare(self.model, inputs, plain, short)
+            self.refused = not apart <= allowed
+            if self.refused:
+                log.warning(
+                    "%s gives other logits when %s (%.2g of the largest, allowed %.2g): trained plainly",
+                    type(self.model.base_model).__name__, self.shorter, apart, allowed,
+                )  # fmt: skip
+        return plain if self.refused else short
 
 
 def compare(

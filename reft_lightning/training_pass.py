@@ -23,7 +23,7 @@ from .constant import (
 from .kept import KeptRows, describe, key_of
 from .model import ReftModel
 from .replaced import runs_blocks_again
-from .same_logits import compare, logits_of
+from .same_logits import FirstBatch, logits_of
 from .sites import block_path
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class TrainingPass:
 
     def __init__(self, model: ReftModel, part: Part) -> None:
         self.model, self.part = model, part
-        self._checked = self._refused = False
+        self.first_batch = FirstBatch(model, f"computing {part.name} apart")
 
     def __call__(self, inputs: Mapping[str, Any], rows: Sequence[int], boundary: int | None = None) -> Any:
         """Return what the model returns for the inputs.
@@ -57,24 +57,15 @@ class TrainingPass:
             boundary: the column in which targets start; None for a classifier.
         """
         rows = [int(row) for row in rows]
-        if self._refused or not self.part.columns(rows, boundary):
-            return self.model(**inputs)
-        if not self._checked:
-            self._check(inputs, rows, boundary)
-            return self(inputs, rows, boundary)
-        return self.part(inputs, rows, boundary)
-
-    def _check(self, inputs: Mapping[str, Any], rows: list[int], boundary: int | None) -> None:
-        short = partial(self.part, inputs, rows, boundary)
-        logits_of(self.model, short)  # the second time reads what the first one kept
-        apart, allowed = compare(self.model, inputs, partial(self.model, **inputs), short)
-        self._checked, self._refused = True, not apart <= allowed
-        if self._refused:
+        plain, short = partial(self.model, **inputs), partial(self.part, inputs, rows, boundary)
+        if not self.part.columns(rows, boundary):
+            return plain()
+        if self.first_batch.refused is None:
+            logits_of(self.model, short)  # the second time reads what the first one kept
+        chosen = self.first_batch.choose(inputs, plain, short)
+        if self.first_batch.refused:
             self.part.kept = None
-            log.warning(
-                "%s gives other logits when %s are computed apart (%.2g of the largest, allowed %.2g): trained plainly",
-                type(self.model.base_model).__name__, self.part.name, apart, allowed,
-            )  # fmt: skip
+        return chosen()
 
 
 def training_pass(

@@ -25,7 +25,9 @@ SHORTENED = ["llama", "qwen3", "gemma3", "mistral", "gpt2", "gptj", "gpt_neox", 
 
 def compare(plain, short, run, steps, tolerance, refused=False):
     assert_same_training(plain, short, run, encoded(), steps, tolerance)
-    assert run._refused is refused  # a pass that fell back to the plain one would be the same trivially
+    assert (
+        run.first_batch.refused is refused
+    )  # a pass that fell back to the plain one would be the same trivially
 
 
 def both(family="llama", dtype=torch.float64, **settings):
@@ -58,7 +60,7 @@ def test_it_goes_with_a_constant_prefix():
     run = last_columns(short, part)
     assert run.run is part
     compare(plain, short, run, 6, 1e-10)
-    assert not part._refused
+    assert part.first_batch.refused is False
 
 
 def gradients(model, run):
@@ -77,7 +79,7 @@ def test_baselines_get_the_same_gradients(family, method):
     run = last_columns(short, None)
     assert isinstance(run, LastColumns)
     expected, found = gradients(plain, None), gradients(short, run)
-    assert not run._refused
+    assert run.first_batch.refused is False
     assert any(float(gradient.abs().max()) > 0 for gradient in expected.values())
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-10 * float(gradient.abs().max()), rtol=1e-9)
@@ -223,8 +225,9 @@ def test_a_model_without_such_a_part_trains_as_it_did():
 @pytest.mark.parametrize(("causal", "compiled"), [(True, True), (False, False)])
 def test_compiled_steps_and_classifiers_have_no_such_pass(causal, compiled):
     reft, rows = attached("llama", positions="l2"), encoded()
-    assert isinstance(construction._short_pass(reft, rows, True, False), LastColumns)
-    assert not isinstance(construction._short_pass(reft, rows, causal, compiled), LastColumns)
+    assert isinstance(construction._short_pass(reft, rows, True, False).run, LastColumns)
+    other = construction._short_pass(reft, rows, causal, compiled)
+    assert not isinstance(getattr(other, "run", None), LastColumns)
 
 
 # --- whole runs ----------------------------------------------------------------------------------------------------
@@ -232,7 +235,7 @@ def test_compiled_steps_and_classifiers_have_no_such_pass(causal, compiled):
 
 class Seen(Callback):
     def on_train_end(self, trainer, pl_module):
-        self.run = pl_module.training_pass
+        self.run = pl_module.training_pass.run  # inside RecomputedActivations
 
 
 @pytest.mark.parametrize("overrides", [["intervention.positions=f2+l2"], ["intervention.positions=l2"]])
@@ -242,7 +245,7 @@ def test_a_run_leaves_it_out_and_ends_with_the_same_numbers(overrides, tmp_path,
     config = short_runs.config(data, *overrides)
     short = experiment.run(config, tmp_path / "short", callbacks=[seen])
     assert isinstance(seen.run, LastColumns)
-    assert not seen.run._refused
+    assert seen.run.first_batch.refused is False
     assert (seen.run.run.__class__ is TrainingPass) is (overrides == ["intervention.positions=l2"])
     monkeypatch.setattr(construction, "last_columns", lambda model, run: run)
     plain = experiment.run(config, tmp_path / "plain", callbacks=[seen])

@@ -64,12 +64,14 @@ def step(name: str, folder: str, rows: int):
         import reft_lightning as rl
         from reft_lightning.data.encoding import target_only
         from reft_lightning.last_block import last_columns
+        from reft_lightning.recomputed import recompute_activations
 
         model = rl.attach(base, "loreft", rank=8, positions="f7+l7").train()
         parameters = list(model.interventions.parameters())
         if "target-only" in name:
             drawn = [target_only(batch) for batch in drawn]
-            short = None if name.endswith("compiled") else last_columns(model, None)  # as runs have it
+            if not name.endswith("compiled"):  # as runs have it
+                short = recompute_activations(model, last_columns(model, None))
     else:
         model = base
         vector = torch.nn.Parameter(torch.zeros(base.config.hidden_size))

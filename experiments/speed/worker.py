@@ -86,11 +86,12 @@ def reft(
     import reft_lightning as rl
     from reft_lightning.data.encoding import target_only
     from reft_lightning.last_block import last_columns
+    from reft_lightning.recomputed import recompute_activations
 
     layers = [model.config.num_hidden_layers // 2] if middle_layer else "all"
     adapted = rl.attach(model, "loreft", rank=rank, layers=layers, positions=positions, tied=tied)
     adapted.train()
-    short = last_columns(adapted, None) if target_logits_only else None
+    short = recompute_activations(adapted, last_columns(adapted, None)) if target_logits_only else None
     # a ReftModel finds positions in masks and numbers tokens itself
     names = ("input_ids", "attention_mask", "labels", "prompt_mask", "boundary")
 
@@ -112,6 +113,7 @@ def without_constants(
     from reft_lightning.data.base import Example
     from reft_lightning.data.encoding import EncodedRows, target_only
     from reft_lightning.last_block import last_columns
+    from reft_lightning.recomputed import recompute_activations
     from reft_lightning.training_pass import training_pass
 
     layers = [model.config.num_hidden_layers // 2] if middle_layer else "all"
@@ -130,7 +132,8 @@ def without_constants(
                 **dict.fromkeys(("joint", "cut_prompt", "cut_target"), torch.zeros(len(real)).numpy()),
             }
             rows = EncodedRows([example] * len(real), columns)
-            passes[id(batch)] = last_columns(adapted, training_pass(adapted, rows, causal=True, limit=limit))
+            run = last_columns(adapted, training_pass(adapted, rows, causal=True, limit=limit))
+            passes[id(batch)] = recompute_activations(adapted, run)
         names = ("input_ids", "attention_mask", "labels", "prompt_mask", "boundary")
         inputs = target_only({name: batch[name] for name in names})
         del inputs["boundary"]

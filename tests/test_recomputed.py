@@ -1,0 +1,182 @@
+"""Gated parts that compute phi(g) again: the same bits, less remembered, and plain where that is not certain."""
+
+import pytest
+import tiny
+import torch
+from test_baselines import adapted
+from test_training_pass import attached, encoded, train
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from reft_lightning import construction
+from reft_lightning.last_block import last_columns
+from reft_lightning.recomputed import RecomputedActivations, recompute_activations
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+GATED = ["llama", "qwen3", "gemma3", "mistral"]
+
+
+def both(family="llama", dtype=torch.float64, change=lambda model: None, **settings):
+    plain, lean = (attached(family, dtype, **{"positions": "f2+l2", **settings}) for _ in range(2))
+    for reft in (plain, lean):
+        change(reft.base_model)
+    run = recompute_activations(lean, None)
+    assert isinstance(run, RecomputedActivations)
+    return plain, lean, run
+
+
+def assert_same_bits(plain, lean, run, steps=3):
+    expected, gradients = train(plain, encoded(), steps=steps)
+    losses, found = train(lean, encoded(), run, steps=steps)
+    assert losses.tolist() == expected.tolist()
+    assert any(gradient.abs().max() > 0 for gradient in found)
+    for gradient, other in zip(found, gradients, strict=True):
+        assert torch.equal(gradient, other)
+
+
+def counted(module):
+    """Count the calls of a module's forward function."""
+    plain, calls = module.forward, []
+    module.forward = lambda hidden: (calls.append(hidden.shape), plain(hidden))[1]
+    return calls
+
+
+# --- the same numbers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_fifty_steps_give_the_bits_of_the_plain_pass(dtype):
+    assert_same_bits(*both(dtype=dtype), 50)
+
+
+@pytest.mark.parametrize("family", GATED)
+def test_other_architectures_give_the_same(family):
+    assert_same_bits(*both(family))
+
+
+@pytest.mark.parametrize("component", ["mlp_output", "model.layers.{layer}.mlp.down_proj.input"])
+def test_so_do_sites_inside_the_part(component):
+    assert_same_bits(*both(component=component))
+
+
+def test_an_edit_of_what_phi_says_is_remembered():
+    def change(model):
+        for layer in model.model.layers:
+            layer.mlp.act_fn.register_forward_hook(lambda module, args, output: 1.5 * output)
+
+    plain, lean, run = both(change=change)
+    calls = [counted(layer.mlp.act_fn) for layer in lean.base_model.model.layers]
+    assert_same_bits(plain, lean, run)
+    assert [len(c) for c in calls] == [3, 3, 3]  # never again: the product reads another tensor
+
+
+@pytest.mark.parametrize("method", ["peft/lora", "full"])
+def test_baselines_get_the_same_gradients(method):
+    options = {"target_modules": ["up_proj", "down_proj"], "lora_dropout": 0.0} if "lora" in method else {}
+    models = [adapted("llama", method, dtype=torch.float64, **options).train() for _ in range(2)]
+    batch = tiny.prompt_target(tiny.rows(5, 4, 7), tiny.rows(2, 3, 2, seed=1))
+    gradients = []
+    for model, lean in zip(models, (False, True), strict=True):
+        run = recompute_activations(model, None)
+        (run(batch, ()) if lean else model(**batch)).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_it_goes_with_a_shorter_last_block():
+    plain, lean, _ = both()
+    run = recompute_activations(lean, last_columns(lean, None))
+    expected, _ = train(plain, encoded(), last_columns(plain, None), steps=3)
+    losses, _ = train(lean, encoded(), run, steps=3)
+    assert losses.tolist() == expected.tolist()
+
+
+# --- less is remembered --------------------------------------------------------------------------------------------
+
+
+def test_phi_is_computed_again_in_the_backward_pass():
+    _, lean, run = both()
+    calls = [counted(layer.mlp.act_fn) for layer in lean.base_model.model.layers]
+    train(lean, encoded(), run, steps=1)
+    # no gradient passes the first block, whose output is edited
+    assert [len(c) for c in calls] == [1, 2, 2]
+    assert all(
+        "forward" in vars(layer.mlp.act_fn) for layer in lean.base_model.model.layers
+    )  # the counter is back
+    assert not any("forward" in vars(layer.mlp) for layer in lean.base_model.model.layers)
+
+
+def test_memory_of_a_step_is_smaller_by_one_tensor_a_block():
+    def allocated(run):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            output = run()
+        return sum(e.self_cpu_memory_usage for e in profile.events()), output
+
+    plain, _, run = both(dtype=torch.float32)
+    batch = tiny.prompt_target(tiny.rows(9, 9, 9), tiny.rows(3, 3, 3, seed=1))
+    less, _ = allocated(lambda: run(batch, ()))
+    more, _ = allocated(lambda: plain(**batch))
+    tensor = 3 * 12 * 24 * 4  # rows, columns, width of the part, bytes
+    assert more - less == pytest.approx(2 * tensor, rel=0.01)
+
+
+# --- plain, where it could change a number -------------------------------------------------------------------------
+
+
+class Doubled(LlamaMLP):
+    """One that changes what phi said in place."""
+
+    def forward(self, hidden):
+        gate = self.act_fn(self.gate_proj(hidden))
+        gate.mul_(2)
+        return self.down_proj(gate * self.up_proj(hidden))
+
+
+class Broken(LlamaMLP):
+    """One that changes in place what the backward pass reads."""
+
+    def forward(self, hidden):
+        up = self.up_proj(hidden)
+        product = self.act_fn(self.gate_proj(hidden)) * up
+        up.add_(1)
+        return self.down_proj(product)
+
+
+def feed_forward(cls):
+    def change(model):
+        for layer in model.model.layers:
+            layer.mlp.__class__ = cls
+
+    return change
+
+
+def test_what_is_changed_in_place_is_remembered():
+    assert_same_bits(*both(change=feed_forward(Doubled)))
+
+
+def test_a_change_that_would_falsify_gradients_is_refused_as_torch_refuses_it():
+    plain, lean, run = both(change=feed_forward(Broken))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        train(plain, encoded(), steps=1)
+    with pytest.raises(RuntimeError, match=r"part was changed in place .* change a copy"):
+        train(lean, encoded(), run, steps=1)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "opt"])
+def test_a_part_without_a_gate_remembers_what_it_did(family):
+    reft = attached(family, positions="l2")
+    assert recompute_activations(reft, None) is None
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+def test_checkpointed_blocks_are_left_alone():
+    reft = attached("llama", positions="l2")
+    reft.base_model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert recompute_activations(reft, None) is None
+
+
+def test_runs_have_it_unless_they_are_compiled():
+    reft = attached("llama", positions="l2")
+    for causal in (True, False):
+        assert isinstance(construction._short_pass(reft, encoded(), causal, False), RecomputedActivations)
+        assert not isinstance(construction._short_pass(reft, encoded(), causal, True), RecomputedActivations)
