@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .replaced import replaced, runs_blocks_again
-from .same_logits import FirstBatch
+from .same_logits import FirstBatch, plain_pass
 from .sites import block_path, text_config
 
 NAMES = ("mlp", "feed_forward", "ffn")  # of the module, in Hugging Face's blocks
@@ -81,7 +81,7 @@ def last_columns(model: Any, run: Run | None) -> Run | None:
     module = _feed_forward(model.base_model)
     if module is None or _keeps_the_last_block(run):
         return run
-    return LastColumns(model, module, run or (lambda inputs, rows, boundary: model(**inputs)))
+    return LastColumns(model, module, run or partial(plain_pass, model))
 
 
 def _keeps_the_last_block(run: Any) -> bool:

@@ -8,15 +8,19 @@ rounding. Measured in ``experiments/speed``.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 
 def join_columns(model: nn.Module) -> None:
     """Let the head of a Hugging Face model read its columns side by side; a model without one stays as it is."""
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if isinstance(head, nn.Linear):
         head.register_forward_pre_hook(_side_by_side)
 
 
-def _side_by_side(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(hidden.contiguous() for hidden in args)
+def _side_by_side(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if not args or not isinstance(args[0], Tensor):
+        return None
+    return args[0].contiguous(), *args[1:]

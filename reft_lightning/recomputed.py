@@ -11,7 +11,6 @@ Shapes: b rows, s columns, d_ff width inside the part.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -20,12 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from .replaced import replaced, runs_blocks_again
+from .replaced import replaced
+from .same_logits import plain_pass
 
 # whose backward pass reads what went in; ReLU's reads what came out
 ACTIVATIONS = ("SiLU", "SiLUActivation", "GELU", "GELUActivation", "GELUTanh")
 
 Run = Callable[[Mapping[str, Any], Sequence[int], int | None], Any]
+
+# whether somebody else decides what is remembered; torch has no public way to ask
+_others_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 class RecomputedActivations:
@@ -49,61 +52,85 @@ class RecomputedActivations:
 def recompute_activations(model: Any, run: Run | None) -> Run | None:
     """Return the training pass with gated parts that remember less, or ``run`` itself where there are none.
 
-    To be called where the model is trained, uncompiled. Gradient checkpointing remembers less already.
+    To be called where the model is trained. Compiled passes, gradient checkpointing and ``save_on_cpu`` go on
+    deciding themselves what they remember.
 
     Args:
         model: a :class:`ReftModel` or a baseline.
         run: the pass; None: the model's own.
     """
-    parts = [] if runs_blocks_again(model.base_model) else list(_gated(model.base_model))
-    if not parts:
-        return run
-    return RecomputedActivations(parts, run or (lambda inputs, rows, boundary: model(**inputs)))
+    parts = list(_gated(model.base_model))
+    return RecomputedActivations(parts, run or partial(plain_pass, model)) if parts else run
 
 
 def _gated(base: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Yield each module with an activation and at least three linear maps of its own, and the activation."""
+    """Yield each module with an activation and the linear maps d -> f, d -> f and f -> d, and the activation."""
     for module in base.modules():
         children = list(module.children())
-        if sum(hasattr(child, "in_features") for child in children) >= 3:  # peft's are no nn.Linear
-            yield from ((module, child) for child in children if type(child).__name__ in ACTIVATIONS)
+        # peft's are no nn.Linear, but say their widths
+        widths = [(c.in_features, c.out_features) for c in children if hasattr(c, "in_features")]
+        phis = [child for child in children if type(child).__name__ in ACTIVATIONS]
+        if len(widths) == 3 and len(phis) == 1:
+            (d, f), *others = sorted(widths, key=widths.count, reverse=True)
+            if others == [(d, f), (f, d)]:
+                yield module, phis[0]
 
 
 def _lean(forward: Callable[..., Any], phi: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run a gated part; what it would remember of phi's output is computed again when it is needed."""
-    if not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    if _others_hooks is None or _others_hooks(False) is not None:
         return forward(*args, **kwargs)
     plain = phi.forward
-    made: list[tuple[weakref.ref[Tensor], int, Tensor]] = []
+    made: list[tuple[_Saved, _Again]] = []
 
-    def noted(gate: Tensor) -> Tensor:
-        output = plain(gate)
-        made.append((weakref.ref(output), output._version, gate.detach()))
+    def noted(*args: Any, **kwargs: Any) -> Tensor:
+        output = plain(*args, **kwargs)
+        # a gate without gradient is not remembered for phi; one that phi changed in place is gone
+        if output.requires_grad and len(args) == 1 and not kwargs and output.data_ptr() != args[0].data_ptr():
+            made.append((_Saved(output), _Again(plain, _Saved(args[0]))))
         return output
 
-    def pack(tensor: Tensor) -> Any:
-        for reference, version, gate in made:
-            output = reference()
-            # its memory is its own while it lives; an edit in place makes it another value
-            if output is not None and output._version == version and _same(output, tensor):
-                return partial(plain, gate)
-        return tensor, tensor._version
+    def pack(tensor: Tensor) -> _Saved | _Again:
+        saved = _Saved(tensor)
+        return next((again for output, again in made if saved.is_(output)), saved)
 
-    with replaced([(phi, "forward", noted)]), saved_tensors_hooks(pack, _unpack):
-        return forward(*args, **kwargs)
+    with replaced([(phi, "forward", noted)]), saved_tensors_hooks(pack, lambda saved: saved()):
+        output = forward(*args, **kwargs)
+    made.clear()  # torch holds ``pack`` as long as the graph
+    return output
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return (a.data_ptr(), a.dtype, a.shape, a.stride()) == (b.data_ptr(), b.dtype, b.shape, b.stride())
+class _Saved:
+    """A tensor for the backward pass, as it is now: without its graph, which would hold it and never be freed."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.version = tensor.detach(), tensor._version
+
+    def is_(self, other: _Saved) -> bool:
+        """Whether both are one tensor that nobody has changed between them; False for tensors made of others."""
+        a, b = self.tensor, other.tensor
+        place = a.data_ptr()
+        return (
+            place != 0 and type(a) is type(b) is Tensor and self.version == other.version
+            and (place, a.dtype, a.shape, a.stride()) == (b.data_ptr(), b.dtype, b.shape, b.stride())
+        )  # fmt: skip
+
+    def __call__(self) -> Tensor:
+        if self.tensor._version != self.version:  # torch checks this only of tensors without hooks
+            raise RuntimeError(
+                f"a tensor {tuple(self.tensor.shape)} of a feed-forward part was changed in place before its gradient "
+                "was computed: change a copy"
+            )
+        return self.tensor
 
 
-def _unpack(saved: Any) -> Tensor:
-    if not isinstance(saved, tuple):
-        return saved()
-    tensor, version = saved
-    if tensor._version != version:  # torch checks this only of tensors without hooks
-        raise RuntimeError(
-            f"a tensor {tuple(tensor.shape)} of a feed-forward part was changed in place before its gradient was "
-            "computed: change a copy"
-        )
-    return tensor
+class _Again:
+    """phi(g), computed when it is called."""
+
+    def __init__(self, phi: Callable[[Tensor], Tensor], gate: _Saved) -> None:
+        self.phi, self.gate = phi, gate
+
+    def __call__(self) -> Tensor:
+        return self.phi(self.gate())

@@ -1,15 +1,20 @@
 """Gated parts that compute phi(g) again: the same bits, less remembered, and plain where that is not certain."""
 
+import copy
+import gc
+import weakref
+
 import pytest
 import tiny
 import torch
 from test_baselines import adapted
 from test_training_pass import attached, encoded, train
+from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from reft_lightning import construction
 from reft_lightning.last_block import last_columns
-from reft_lightning.recomputed import RecomputedActivations, recompute_activations
+from reft_lightning.recomputed import RecomputedActivations, _lean, recompute_activations
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -168,11 +173,120 @@ def test_a_part_without_a_gate_remembers_what_it_did(family):
     assert recompute_activations(reft, None) is None
 
 
+class InPlace(nn.SiLU):
+    """phi in the memory of its input; its name is SiLU's."""
+
+    def forward(self, gate):
+        return gate.mul_(torch.sigmoid(gate.detach()))
+
+
+InPlace.__name__ = "SiLU"
+
+
+def test_a_phi_that_works_in_place_is_remembered():
+    def change(model):
+        for layer in model.model.layers:
+            layer.mlp.act_fn = InPlace()
+
+    assert_same_bits(*both(change=change))
+
+
+class Named(LlamaMLP):
+    """One that calls its activation by keyword."""
+
+    def forward(self, hidden):
+        return self.down_proj(self.act_fn(input=self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+def test_a_phi_called_in_another_way_is_remembered():
+    assert_same_bits(*both(change=feed_forward(Named)))
+
+
+class Own(torch.Tensor):
+    """Tensors of a kind whose memory says nothing, as those of tensor parallelism."""
+
+    def data_ptr(self):
+        return 0
+
+
+def test_tensors_made_of_others_are_remembered():
+    part = tiny.model("llama").model.layers[0].mlp
+    hidden = torch.randn(2, 3, tiny.WIDTH).as_subclass(Own).requires_grad_()
+    part(hidden).sum().backward()
+    expected, hidden.grad = hidden.grad, None
+    _lean(part.forward, part.act_fn, hidden).sum().backward()
+    assert torch.equal(hidden.grad, expected)
+
+
+def test_a_gate_without_gradient_is_not_computed_twice():
+    model = adapted("llama", "peft/lora", target_modules=["up_proj"], lora_dropout=0.0)
+    part = next(module for module in model.base_model.modules() if isinstance(module, LlamaMLP))
+    calls, hidden = counted(part.act_fn), torch.randn(2, 3, tiny.WIDTH)
+    _lean(part.forward, part.act_fn, hidden).sum().backward()
+    assert len(calls) == 1
+
+
+class Kept(LlamaMLP):
+    """One with a function whose backward pass reads its own output."""
+
+    def forward(self, hidden):
+        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * torch.exp(-self.up_proj(hidden)))
+
+
+def test_a_graph_that_is_dropped_is_freed():
+    part = tiny.model("llama").model.layers[0].mlp
+    part.__class__ = Kept
+    hidden = torch.randn(2, 3, tiny.WIDTH, requires_grad=True)
+    alive = weakref.ref(hidden)
+    output = _lean(part.forward, part.act_fn, hidden)
+    assert alive() is not None
+    del hidden, output
+    gc.collect()
+    assert alive() is None
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
-def test_checkpointed_blocks_are_left_alone():
-    reft = attached("llama", positions="l2")
-    reft.base_model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert recompute_activations(reft, None) is None
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_checkpointed_blocks_are_left_alone(family):
+    plain, lean, run = both(family)
+    for reft in (plain, lean):  # after the pass was made
+        reft.base_model.gradient_checkpointing_enable({"use_reentrant": False})
+        reft.base_model.train()
+    calls = [counted(layer.mlp.act_fn) for layer in lean.base_model.model.layers]
+    assert_same_bits(plain, lean, run, steps=1)
+    assert all(len(c) <= 2 for c in calls)
+
+
+def test_what_others_move_elsewhere_is_theirs():
+    part = tiny.model("llama").model.layers[0].mlp
+    hidden, seen = torch.randn(2, 3, tiny.WIDTH, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.shape) or t, lambda t: t):
+        part(hidden)
+        plainly, seen[:] = list(seen), []
+        _lean(part.forward, part.act_fn, hidden)
+    assert seen == plainly
+    assert len(seen) >= 3
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns of its own internals
+def test_a_compiled_part_is_one_graph():
+    _, lean, run = both(dtype=torch.float32)
+    batch = tiny.prompt_target(tiny.rows(9, 9, 9), tiny.rows(3, 3, 3, seed=1))
+    expected = run(batch, ()).loss
+    lean.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(batch, ()).loss, expected)
+
+
+def test_copies_run_the_copy():
+    _, lean, run = both()
+    batch = tiny.prompt_target(tiny.rows(9, 9, 9), tiny.rows(3, 3, 3, seed=1))
+    copied, twin = copy.deepcopy((run, lean))
+    with torch.no_grad():
+        for parameter in twin.interventions.parameters():
+            parameter.add_(1)
+    assert torch.equal(run(batch, ()).logits, lean(**batch).logits)
+    assert torch.equal(copied(batch, ()).logits, twin(**batch).logits)
+    assert not torch.equal(copied(batch, ()).logits, run(batch, ()).logits)
 
 
 def test_runs_have_it_unless_they_are_compiled():
