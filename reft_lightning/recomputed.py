@@ -87,7 +87,8 @@ def _lean(forward: Callable[..., Any], phi: nn.Module, *args: Any, **kwargs: Any
 
     def noted(*args: Any, **kwargs: Any) -> Tensor:
         output = plain(*args, **kwargs)
-        # a gate without gradient is not remembered for phi; one that phi changed in place is gone
+        # a gate without gradient is not remembered for phi; one that phi changed in place is gone; tensors made of
+        # others (tensor parallelism) have no place of their own: 0
         if output.requires_grad and len(args) == 1 and not kwargs and output.data_ptr() != args[0].data_ptr():
             made.append((_Saved(output), _Again(plain, _Saved(args[0]))))
         return output
@@ -109,13 +110,12 @@ class _Saved:
         self.tensor, self.version = tensor.detach(), tensor._version
 
     def is_(self, other: _Saved) -> bool:
-        """Whether both are one tensor that nobody has changed between them; False for tensors made of others."""
-        a, b = self.tensor, other.tensor
-        place = a.data_ptr()
-        return (
-            place != 0 and type(a) is type(b) is Tensor and self.version == other.version
-            and (place, a.dtype, a.shape, a.stride()) == (b.data_ptr(), b.dtype, b.shape, b.stride())
-        )  # fmt: skip
+        """Whether both are one tensor, which nobody has changed in between."""
+        return self._identity() == other._identity()
+
+    def _identity(self) -> tuple[Any, ...]:
+        tensor = self.tensor
+        return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), self.version
 
     def __call__(self) -> Tensor:
         if self.tensor._version != self.version:  # torch checks this only of tensors without hooks
