@@ -11,6 +11,7 @@ Shapes: b rows, s columns, d_ff width inside the part.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -83,24 +84,29 @@ def _lean(forward: Callable[..., Any], phi: nn.Module, *args: Any, **kwargs: Any
     if _others_hooks is None or _others_hooks(False) is not None:
         return forward(*args, **kwargs)
     plain = phi.forward
-    made: list[tuple[_Saved, _Again]] = []
+    made: list[tuple[weakref.ref[Tensor], tuple[Any, ...], _Again]] = []
 
     def noted(*args: Any, **kwargs: Any) -> Tensor:
         output = plain(*args, **kwargs)
         # a gate without gradient is not remembered for phi; one that phi changed in place is gone; tensors made of
         # others (tensor parallelism) have no place of their own: 0
         if output.requires_grad and len(args) == 1 and not kwargs and output.data_ptr() != args[0].data_ptr():
-            made.append((_Saved(output), _Again(plain, _Saved(args[0]))))
+            made.append((weakref.ref(output), _identity(output), _Again(plain, _Saved(args[0]))))
         return output
 
     def pack(tensor: Tensor) -> _Saved | _Again:
-        saved = _Saved(tensor)
-        return next((again for output, again in made if saved.is_(output)), saved)
+        for output, identity, again in made:
+            # while it lives its place is its own; held here, it would leave a hole among what is remembered
+            if output() is not None and _identity(tensor) == identity:
+                return again
+        return _Saved(tensor)
 
     with replaced([(phi, "forward", noted)]), saved_tensors_hooks(pack, lambda saved: saved()):
-        output = forward(*args, **kwargs)
-    made.clear()  # torch holds ``pack`` as long as the graph
-    return output
+        return forward(*args, **kwargs)
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor._version
 
 
 class _Saved:
@@ -108,14 +114,6 @@ class _Saved:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.version = tensor.detach(), tensor._version
-
-    def is_(self, other: _Saved) -> bool:
-        """Whether both are one tensor, which nobody has changed in between."""
-        return self._identity() == other._identity()
-
-    def _identity(self) -> tuple[Any, ...]:
-        tensor = self.tensor
-        return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), self.version
 
     def __call__(self) -> Tensor:
         if self.tensor._version != self.version:  # torch checks this only of tensors without hooks
