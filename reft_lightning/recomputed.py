@@ -69,7 +69,10 @@ def _gated(base: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     for module in base.modules():
         children = list(module.children())
         # peft's are no nn.Linear, but say their widths
-        widths = [(c.in_features, c.out_features) for c in children if hasattr(c, "in_features")]
+        maps = [
+            child for child in children if hasattr(child, "in_features") and hasattr(child, "out_features")
+        ]
+        widths = [(child.in_features, child.out_features) for child in maps]
         phis = [child for child in children if type(child).__name__ in ACTIVATIONS]
         if len(widths) == 3 and len(phis) == 1:
             (d, f), *others = sorted(widths, key=widths.count, reverse=True)

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import tiny
 import torch
-from test_baselines import adapted
+from test_baselines import DECODERS, adapted
 from test_training_pass import attached, encoded, train
 from torch import nn
 from torch.utils._pytree import tree_map
@@ -88,6 +88,13 @@ def test_baselines_get_the_same_gradients(method):
         (run(batch, ()) if lean else model(**batch)).loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("method", [method for family, method in DECODERS if family == "llama"])
+def test_every_baseline_has_a_pass(method):
+    run = recompute_activations(adapted("llama", method), None)
+    assert isinstance(run, RecomputedActivations)
+    assert len(run.parts) == tiny.LAYERS
 
 
 def test_it_goes_with_a_shorter_last_block():
