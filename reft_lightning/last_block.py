@@ -18,12 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .replaced import replaced, runs_blocks_again
-from .same_logits import FirstBatch, plain_pass
+from .same_logits import FirstBatch, Run, plain_pass
 from .sites import block_path, text_config
 
 NAMES = ("mlp", "feed_forward", "ffn")  # of the module, in Hugging Face's blocks
-
-Run = Callable[[Mapping[str, Any], Sequence[int], int | None], Any]
 
 
 class LastColumns:

@@ -21,12 +21,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from .replaced import replaced
-from .same_logits import plain_pass
+from .same_logits import Run, plain_pass
 
 # whose backward pass reads what went in; ReLU's reads what came out
 ACTIVATIONS = ("SiLU", "SiLUActivation", "GELU", "GELUActivation", "GELUTanh")
-
-Run = Callable[[Mapping[str, Any], Sequence[int], int | None], Any]
 
 # whether somebody else decides what is remembered; torch has no public way to ask
 _others_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)

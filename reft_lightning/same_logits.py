@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the largest logit
 COARSE = 0.05  # where products have 16 bits or fewer
 
+Run = Callable[[Mapping[str, Any], Sequence[int], int | None], Any]  # a training pass: inputs, rows, boundary
+
 
 def plain_pass(
     model: Any, inputs: Mapping[str, Any], rows: Sequence[int], boundary: int | None = None
