@@ -49,10 +49,9 @@ from .data.sources import ModelPlace
 from .evaluation import Decoding
 from .generation import GenerationModule
 from .joint import JointModel
-from .last_block import last_columns
+from .lean_pass import lean_pass
 from .model import ParameterCount, ReftModel
 from .module import FinetuningModule
-from .recomputed import recompute_activations
 from .schema import Config
 from .training_pass import training_pass
 
@@ -171,10 +170,7 @@ def _short_pass(
     model: Any, rows: Any, causal: bool, compiled: bool, **kept: Any
 ) -> Callable[..., Any] | None:
     run = training_pass(model, rows, causal=causal, **kept)
-    # a graph would be compiled for each number of columns that are read, and chooses itself what it remembers
-    if compiled:
-        return run
-    return recompute_activations(model, last_columns(model, run) if causal else run)
+    return run if compiled else lean_pass(model, run, last_logits=causal)
 
 
 def build_trainer(config: Config, folder: Path, values: dict[str, Any]) -> Trainer:

@@ -1,4 +1,4 @@
-"""Attributes of modules that are others during one call: a compiled forward pass, a checkpoint that keeps the plan."""
+"""Attributes that are others during one call: a compiled forward pass, a checkpoint that keeps the plan."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import nn
 
 
 @contextmanager
-def replaced(attributes: Iterable[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+def replaced(attributes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
     """Set attributes inside the block and put back what was there: the object's own, or its class's.
 
     Args:
-        attributes: module, name and value of each.
+        attributes: object, name and value of each.
     """
-    before: list[tuple[nn.Module, str, bool, Any]] = []
+    before: list[tuple[Any, str, bool, Any]] = []
     try:
-        for module, name, value in attributes:
-            own = vars(module)
-            before.append((module, name, name in own, own.get(name)))
-            setattr(module, name, value)
+        for owner, name, value in attributes:
+            own = vars(owner)
+            before.append((owner, name, name in own, own.get(name)))
+            setattr(owner, name, value)
         yield
     finally:
-        for module, name, had, value in reversed(before):
+        for owner, name, had, value in reversed(before):
             if had:
-                setattr(module, name, value)
+                setattr(owner, name, value)
             else:
-                delattr(module, name)
+                delattr(owner, name)
 
 
 def checkpointable(modules: Iterable[nn.Module]) -> list[nn.Module]:

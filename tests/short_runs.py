@@ -108,3 +108,12 @@ def stop_at(monkeypatch, batch, where="training_step"):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(GenerationModule, where, counted)
+
+
+def passes(run):
+    """Return a training pass and those inside it, by their types."""
+    found = {}
+    while run is not None:
+        found[type(run)] = run
+        run = getattr(run, "run", None)
+    return found

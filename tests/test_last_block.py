@@ -11,7 +11,7 @@ from test_training_pass import assert_same_training, attached, batches, encoded,
 from torch import nn
 
 import reft_lightning as rl
-from reft_lightning import construction, experiment
+from reft_lightning import construction, experiment, lean_pass
 from reft_lightning.constant import ConstantInput
 from reft_lightning.data.encoding import target_only
 from reft_lightning.last_block import LastColumns, _last_columns, last_columns
@@ -225,9 +225,8 @@ def test_a_model_without_such_a_part_trains_as_it_did():
 @pytest.mark.parametrize(("causal", "compiled"), [(True, True), (False, False)])
 def test_compiled_steps_and_classifiers_have_no_such_pass(causal, compiled):
     reft, rows = attached("llama", positions="l2"), encoded()
-    assert isinstance(construction._short_pass(reft, rows, True, False).run, LastColumns)
-    other = construction._short_pass(reft, rows, causal, compiled)
-    assert not isinstance(getattr(other, "run", None), LastColumns)
+    assert LastColumns in short_runs.passes(construction._short_pass(reft, rows, True, False))
+    assert LastColumns not in short_runs.passes(construction._short_pass(reft, rows, causal, compiled))
 
 
 # --- whole runs ----------------------------------------------------------------------------------------------------
@@ -235,7 +234,7 @@ def test_compiled_steps_and_classifiers_have_no_such_pass(causal, compiled):
 
 class Seen(Callback):
     def on_train_end(self, trainer, pl_module):
-        self.run = pl_module.training_pass.run  # inside RecomputedActivations
+        self.passes = short_runs.passes(pl_module.training_pass)
 
 
 @pytest.mark.parametrize("overrides", [["intervention.positions=f2+l2"], ["intervention.positions=l2"]])
@@ -244,12 +243,11 @@ def test_a_run_leaves_it_out_and_ends_with_the_same_numbers(overrides, tmp_path,
     seen = Seen()
     config = short_runs.config(data, *overrides)
     short = experiment.run(config, tmp_path / "short", callbacks=[seen])
-    assert isinstance(seen.run, LastColumns)
-    assert seen.run.first_batch.refused is False
-    assert (seen.run.run.__class__ is TrainingPass) is (overrides == ["intervention.positions=l2"])
-    monkeypatch.setattr(construction, "last_columns", lambda model, run: run)
+    assert seen.passes[LastColumns].first_batch.refused is False
+    assert (TrainingPass in seen.passes) is (overrides == ["intervention.positions=l2"])
+    monkeypatch.setattr(lean_pass, "last_columns", lambda model, run: run)
     plain = experiment.run(config, tmp_path / "plain", callbacks=[seen])
-    assert not isinstance(seen.run, LastColumns)
+    assert LastColumns not in seen.passes
     assert short["metrics"]["val/loss"] == pytest.approx(plain["metrics"]["val/loss"], rel=1e-5)
     losses = [short_runs.logged(tmp_path / name, "train/loss") for name in ("short", "plain")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -6,6 +6,7 @@ import weakref
 from functools import partial
 
 import pytest
+import short_runs
 import tiny
 import torch
 from test_baselines import DECODERS, adapted
@@ -315,5 +316,9 @@ def test_copies_run_the_copy():
 def test_runs_have_it_unless_they_are_compiled():
     reft = attached("llama", positions="l2")
     for causal in (True, False):
-        assert isinstance(construction._short_pass(reft, encoded(), causal, False), RecomputedActivations)
-        assert not isinstance(construction._short_pass(reft, encoded(), causal, True), RecomputedActivations)
+        assert RecomputedActivations in short_runs.passes(
+            construction._short_pass(reft, encoded(), causal, False)
+        )
+        assert RecomputedActivations not in short_runs.passes(
+            construction._short_pass(reft, encoded(), causal, True)
+        )

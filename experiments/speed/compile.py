@@ -63,15 +63,14 @@ def step(name: str, folder: str, rows: int):
     if name.startswith("LoReFT"):
         import reft_lightning as rl
         from reft_lightning.data.encoding import target_only
-        from reft_lightning.last_block import last_columns
-        from reft_lightning.recomputed import recompute_activations
+        from reft_lightning.lean_pass import lean_pass
 
         model = rl.attach(base, "loreft", rank=8, positions="f7+l7").train()
         parameters = list(model.interventions.parameters())
         if "target-only" in name:
             drawn = [target_only(batch) for batch in drawn]
             if not name.endswith("compiled"):  # as runs have it
-                short = recompute_activations(model, last_columns(model, None))
+                short = lean_pass(model)
     else:
         model = base
         vector = torch.nn.Parameter(torch.zeros(base.config.hidden_size))

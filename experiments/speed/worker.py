@@ -85,13 +85,12 @@ def reft(
     """LoReFT of this project, on all layers or on the middle one (15 of 30)."""
     import reft_lightning as rl
     from reft_lightning.data.encoding import target_only
-    from reft_lightning.last_block import last_columns
-    from reft_lightning.recomputed import recompute_activations
+    from reft_lightning.lean_pass import lean_pass
 
     layers = [model.config.num_hidden_layers // 2] if middle_layer else "all"
     adapted = rl.attach(model, "loreft", rank=rank, layers=layers, positions=positions, tied=tied)
     adapted.train()
-    short = recompute_activations(adapted, last_columns(adapted, None)) if target_logits_only else None
+    run = lean_pass(adapted, last_logits=target_logits_only)
     # a ReftModel finds positions in masks and numbers tokens itself
     names = ("input_ids", "attention_mask", "labels", "prompt_mask", "boundary")
 
@@ -100,7 +99,7 @@ def reft(
         if target_logits_only:
             inputs = target_only(inputs)
         del inputs["boundary"]
-        return (adapted(**inputs) if short is None else short(inputs, ())).loss
+        return run(inputs, ()).loss
 
     return loss, [p for p in adapted.parameters() if p.requires_grad]
 
@@ -112,8 +111,7 @@ def without_constants(
     import reft_lightning as rl
     from reft_lightning.data.base import Example
     from reft_lightning.data.encoding import EncodedRows, target_only
-    from reft_lightning.last_block import last_columns
-    from reft_lightning.recomputed import recompute_activations
+    from reft_lightning.lean_pass import lean_pass
     from reft_lightning.training_pass import training_pass
 
     layers = [model.config.num_hidden_layers // 2] if middle_layer else "all"
@@ -132,8 +130,7 @@ def without_constants(
                 **dict.fromkeys(("joint", "cut_prompt", "cut_target"), torch.zeros(len(real)).numpy()),
             }
             rows = EncodedRows([example] * len(real), columns)
-            run = last_columns(adapted, training_pass(adapted, rows, causal=True, limit=limit))
-            passes[id(batch)] = recompute_activations(adapted, run)
+            passes[id(batch)] = lean_pass(adapted, training_pass(adapted, rows, causal=True, limit=limit))
         names = ("input_ids", "attention_mask", "labels", "prompt_mask", "boundary")
         inputs = target_only({name: batch[name] for name in names})
         del inputs["boundary"]

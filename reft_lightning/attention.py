@@ -1,0 +1,103 @@
+"""Attention in training on a CPU: no copies of keys and values for the heads of a group, no 16-bit backward pass.
+
+Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) has fewer heads of keys and values than of queries.
+Hugging Face's ``sdpa`` copies them for each head of queries wherever there is a mask, and the copies are remembered for
+the backward pass; torch's kernel for CPUs reads them where they lie (since 2.9) and gives the same numbers. In bfloat16
+that kernel's backward pass takes twice the time of float32's, so queries, keys and values of 16 bits are attended to in
+float32, which rounds less. Measured in ``experiments/speed``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .replaced import replaced, runs_blocks_again
+from .same_logits import Run, plain_pass
+
+READS_GROUPS = torch.__version__ >= "2.9"  # before, without copies there is no fused kernel
+HALVES = (torch.bfloat16, torch.float16)
+
+
+class GroupedAttention:
+    """A training pass whose attention reads keys and values of groups where they lie, in float32 or float64.
+
+    Args:
+        run: the pass.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __call__(self, inputs: Mapping[str, Any], rows: Sequence[int], boundary: int | None = None) -> Any:
+        """Return what the pass returns."""
+        with _grouped():
+            return self.run(inputs, rows, boundary)
+
+
+def attend_in_groups(model: Any, run: Run | None) -> Run | None:
+    """Return the training pass with cheaper attention; ``run`` itself elsewhere than on a CPU.
+
+    To be called where the model is trained, uncompiled. Under gradient checkpointing blocks run once more after the
+    pass, and attention stays as it is. Attention of other names than ``sdpa`` does, too.
+
+    Args:
+        model: a :class:`ReftModel` or a baseline.
+        run: the pass; None: the model's own.
+    """
+    base = model.base_model
+    if base.device.type != "cpu" or runs_blocks_again(base):
+        return run
+    return GroupedAttention(run or partial(plain_pass, model))
+
+
+@contextmanager
+def _grouped() -> Iterator[None]:
+    # whoever trains has a model, so that these are imported
+    from transformers.integrations import sdpa_attention as integration
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
+
+    plain = functions["sdpa"]
+    chosen = getattr(integration, "use_gqa_in_sdpa", None)
+    grouped = [(integration, "use_gqa_in_sdpa", partial(_on_cpu, chosen))] if chosen and READS_GROUPS else []
+    functions["sdpa"] = partial(_attend, plain)
+    try:
+        with replaced(grouped):
+            yield
+    finally:
+        del functions["sdpa"]  # transformers' own is back
+        if functions["sdpa"] is not plain:  # somebody had put theirs
+            functions["sdpa"] = plain
+
+
+def _on_cpu(chosen: Callable[..., bool], mask: Tensor | None, key: Tensor, *others: Any) -> bool:
+    """Whether torch is given keys and values as they are."""
+    return key.device.type == "cpu" or chosen(mask, key, *others)
+
+
+def _attend(
+    plain: Callable[..., Any],
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Attend in float32 to what has 16 bits."""
+    if query.device.type != "cpu" or value.dtype not in HALVES:
+        return plain(module, query, key, value, *args, **kwargs)
+    wide = [_widened(argument) for argument in (query, key, value, *args)]
+    with torch.autocast("cpu", enabled=False):
+        output, *others = plain(module, *wide, **{name: _widened(value) for name, value in kwargs.items()})
+    return output.to(value.dtype), *others
+
+
+def _widened(argument: Any) -> Any:
+    """Return what has 16 bits in float32: an additive mask, too, has the type of the queries."""
+    return argument.float() if isinstance(argument, Tensor) and argument.dtype in HALVES else argument

@@ -1,0 +1,27 @@
+"""The training pass with all that makes it cheaper and changes no number: for runs, and for what measures them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from .attention import attend_in_groups
+from .last_block import last_columns
+from .recomputed import recompute_activations
+from .same_logits import Run, plain_pass
+
+
+def lean_pass(model: Any, run: Run | None = None, *, last_logits: bool = True) -> Run:
+    """Return the pass to train with.
+
+    To be called where the model is trained: on its device, in its precision, uncompiled (a graph would be compiled for
+    each number of columns that are read, and chooses itself what it remembers).
+
+    Args:
+        model: a :class:`ReftModel` or a baseline.
+        run: a pass that computes less, as :func:`training_pass` makes it; None: the model's own.
+        last_logits: whether logits of the last columns alone are read, as those of targets.
+    """
+    if last_logits:
+        run = last_columns(model, run)
+    return attend_in_groups(model, recompute_activations(model, run)) or partial(plain_pass, model)
