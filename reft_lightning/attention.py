@@ -2,9 +2,9 @@
 
 Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) has fewer heads of keys and values than of queries.
 Hugging Face's ``sdpa`` copies them for each head of queries wherever there is a mask, and the copies are remembered for
-the backward pass; torch's kernel for CPUs reads them where they lie (since 2.9) and gives the same numbers. In bfloat16
-that kernel's backward pass takes twice the time of float32's, so queries, keys and values of 16 bits are attended to in
-float32, which rounds less. Measured in ``experiments/speed``.
+the backward pass; torch's kernel for CPUs reads them where they lie (since 2.9) and gives the same numbers up to
+rounding. In bfloat16 that kernel's backward pass took twice the time of float32's where it was measured (AMD EPYC), so
+queries, keys and values of 16 bits are attended to in float32, which rounds less. See ``experiments/speed``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 class GroupedAttention:
-    """A training pass whose attention reads keys and values of groups where they lie, in float32 or float64.
+    """A training pass whose attention reads keys and values of groups where they lie, those of 16 bits in float32.
 
     Args:
         run: the pass.
@@ -43,8 +43,8 @@ class GroupedAttention:
 def attend_in_groups(model: Any, run: Run | None) -> Run | None:
     """Return the training pass with cheaper attention; ``run`` itself elsewhere than on a CPU.
 
-    To be called where the model is trained, uncompiled. Under gradient checkpointing blocks run once more after the
-    pass, and attention stays as it is. Attention of other names than ``sdpa`` does, too.
+    To be called where the model is trained, uncompiled. Under gradient checkpointing, which runs blocks once more after
+    the pass, attention stays as it is; so does any that is not Hugging Face's ``sdpa``.
 
     Args:
         model: a :class:`ReftModel` or a baseline.
@@ -58,24 +58,27 @@ def attend_in_groups(model: Any, run: Run | None) -> Run | None:
 
 @contextmanager
 def _grouped() -> Iterator[None]:
-    # whoever trains has a model, so that these are imported
+    # imported here: a model that trains has imported them
     from transformers.integrations import sdpa_attention as integration
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
 
     plain = functions["sdpa"]
-    chosen = getattr(integration, "use_gqa_in_sdpa", None)
-    grouped = [(integration, "use_gqa_in_sdpa", partial(_on_cpu, chosen))] if chosen and READS_GROUPS else []
+    if plain is not integration.sdpa_attention_forward:  # somebody's own
+        yield
+        return
+    name = "use_gqa_in_sdpa"
+    groups = READS_GROUPS and hasattr(integration, name)
     functions["sdpa"] = partial(_attend, plain)
     try:
-        with replaced(grouped):
+        with replaced(
+            [(integration, name, partial(_reads_groups, getattr(integration, name)))] if groups else []
+        ):
             yield
     finally:
         del functions["sdpa"]  # transformers' own is back
-        if functions["sdpa"] is not plain:  # somebody had put theirs
-            functions["sdpa"] = plain
 
 
-def _on_cpu(chosen: Callable[..., bool], mask: Tensor | None, key: Tensor, *others: Any) -> bool:
+def _reads_groups(chosen: Callable[..., bool], mask: Tensor | None, key: Tensor, *others: Any) -> bool:
     """Whether torch is given keys and values as they are."""
     return key.device.type == "cpu" or chosen(mask, key, *others)
 
@@ -94,7 +97,7 @@ def _attend(
         return plain(module, query, key, value, *args, **kwargs)
     wide = [_widened(argument) for argument in (query, key, value, *args)]
     with torch.autocast("cpu", enabled=False):
-        output, *others = plain(module, *wide, **{name: _widened(value) for name, value in kwargs.items()})
+        output, *others = plain(module, *wide, **{name: _widened(more) for name, more in kwargs.items()})
     return output.to(value.dtype), *others
 
 

@@ -169,7 +169,7 @@ def shorten_training_pass(config: Config, objects: Objects) -> None:
 def _short_pass(
     model: Any, rows: Any, causal: bool, compiled: bool, **kept: Any
 ) -> Callable[..., Any] | None:
-    run = training_pass(model, rows, causal=causal, **kept)
+    run = training_pass(model, rows, causal=causal, compiled=compiled, **kept)
     return run if compiled else lean_pass(model, run, last_logits=causal)
 
 

@@ -1,4 +1,4 @@
-"""The training pass with all that makes it cheaper and changes no number: for runs, and for what measures them."""
+"""The training pass with all that makes it cheaper and changes numbers by rounding alone: for runs and benchmarks."""
 
 from __future__ import annotations
 

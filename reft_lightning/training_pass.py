@@ -76,6 +76,7 @@ def training_pass(
     limit: int = 0,
     folder: Path | None = None,
     precision: str = "32-true",
+    compiled: bool = False,
 ) -> TrainingPass | None:
     """Return the pass that leaves out what is constant; None where nothing is, or nothing is worth it.
 
@@ -88,6 +89,7 @@ def training_pass(
         limit: bytes to keep over the epochs, in this process.
         folder: keep them on disk, below it, for later runs of the same model and data; None: in memory.
         precision: of the trainer; what is kept in one is not read in another.
+        compiled: whether steps are; nor is what is kept of compiled ones read in others, whose attention rounds less.
     """
     if not isinstance(model, ReftModel):
         return None
@@ -104,7 +106,7 @@ def training_pass(
         log.info("gradients leave out the prompt up to the first edited token")
         return TrainingPass(model, part)
     if folder is not None:
-        folder = Path(folder).expanduser() / _key(model, part, rows, precision)
+        folder = Path(folder).expanduser() / _key(model, part, rows, precision, compiled)
         name = model.config.base_model or type(model.base_model).__name__
         describe(folder, {"model": name, "what": part.name, "rows": len(rows), "precision": precision})
     part.kept = KeptRows(part.lengths, part.width, part.dtype, limit, folder)
@@ -172,12 +174,13 @@ def _blocks(model: ReftModel) -> list[Any]:
 # --- keys -----------------------------------------------------------------------------------------------------------
 
 
-def _key(model: ReftModel, part: Part, rows: Any, precision: str) -> str:
+def _key(model: ReftModel, part: Part, rows: Any, precision: str, compiled: bool) -> str:
     about = {
         "format": FORMAT,
         "what": part.name,
         "dtype": part.dtype,
         "precision": precision,
+        "compiled": compiled,
         "products": torch.get_float32_matmul_precision(),
         "device": model.base_model.device.type,
         "attention": model.base_model.config._attn_implementation,

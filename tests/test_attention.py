@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 
 GROUPED = ["llama", "qwen3", "gemma3", "mistral"]
 TRAINED = [method for family, method in DECODERS if family == "llama" and method != "frozen"]
+reads_groups = pytest.mark.skipif(not READS_GROUPS, reason="torch reads groups on a CPU since 2.9")
 attend = torch.nn.functional.scaled_dot_product_attention
 
 
@@ -46,6 +47,7 @@ def both(family="llama", dtype=torch.float64, **settings):
 # --- the same numbers ----------------------------------------------------------------------------------------------
 
 
+@reads_groups
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_fifty_steps_give_the_losses_and_gradients_of_the_plain_pass(dtype, tolerance, calls):
     assert_same_training(*both(dtype=dtype), encoded(), 50, tolerance)
@@ -59,6 +61,7 @@ def test_other_architectures_give_the_same(family):
     assert_same_training(*both(family), encoded(), 6, 2e-6)  # Falcon computes some of its norms in float32
 
 
+@reads_groups
 @pytest.mark.parametrize("family", GROUPED)
 def test_their_groups_are_not_copied(family, calls):
     _, grouped, run = both(family)
@@ -92,6 +95,7 @@ def test_baselines_train_with_it(method):
 # --- 16 bits -------------------------------------------------------------------------------------------------------
 
 
+@reads_groups
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_are_attended_to_in_float32(dtype, calls):
     reft = attached("llama", dtype, positions="f2+l2")
@@ -155,14 +159,12 @@ def test_what_is_added_to_bfloat16_scores_is_widened_too(name):
 # --- where it stands back ------------------------------------------------------------------------------------------
 
 
-def test_generation_and_evaluation_keep_hugging_faces_own(calls):
-    plain, grouped, run = both()
+def test_what_follows_a_pass_has_hugging_faces_own_again(calls):
+    _, grouped, run = both()
     train(grouped, encoded(), run, steps=1)
     calls.clear()
-    batch = tiny.prompt_target(tiny.rows(5, 4, 7), tiny.rows(2, 3, 2, seed=1))
-    expected, output = plain(**batch), grouped(**batch)
+    grouped(**tiny.prompt_target(tiny.rows(5, 4, 7), tiny.rows(2, 3, 2, seed=1)))
     assert set(calls) == {(2, 2, torch.float64)}
-    assert expected.logits.shape == output.logits.shape
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -185,34 +187,40 @@ def test_nothing_is_left_behind(fails):
     assert (ALL_ATTENTION_FUNCTIONS["sdpa"], integration.use_gqa_in_sdpa) == before
 
 
-def test_a_function_that_somebody_put_there_is_called_and_stays():
-    heads = []
+def test_a_function_that_somebody_put_there_sees_what_it_saw():
+    seen = set()
 
     def theirs(module, query, key, *args, **kwargs):
-        heads.append(key.shape[1])
+        seen.add(query.dtype)
         return integration.sdpa_attention_forward(module, query, key, *args, **kwargs)
 
-    _, grouped, run = both()
+    plain, grouped, run = both(dtype=torch.bfloat16)
     ALL_ATTENTION_FUNCTIONS["sdpa"] = theirs
     try:
-        train(grouped, encoded(), run, steps=2)
+        assert_same_training(plain, grouped, run, encoded(), 2, 0)
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is theirs
     finally:
         del ALL_ATTENTION_FUNCTIONS["sdpa"]
-    assert heads == [1] * 2 * tiny.LAYERS
+    assert seen == {torch.bfloat16}
 
 
-def test_a_transformers_without_this_choice_copies_as_before(monkeypatch, calls):
+def test_an_older_torch_copies_as_before(monkeypatch, calls):
     _, grouped, run = both(dtype=torch.bfloat16)
-    chosen = integration.use_gqa_in_sdpa
     monkeypatch.setattr("reft_lightning.attention.READS_GROUPS", False)
     train(grouped, encoded(), run, steps=1)
     assert set(calls) == {(2, 2, torch.float32)}
-    assert integration.use_gqa_in_sdpa is chosen
 
 
-def test_this_torch_reads_groups():
-    assert READS_GROUPS
+def test_a_transformers_without_this_choice_decides_itself(monkeypatch, calls):
+    def forward(module, query, key, value, mask, **kwargs):
+        return attend(query, key, value, attn_mask=mask, enable_gqa=True).transpose(1, 2), None
+
+    _, grouped, run = both()
+    monkeypatch.delattr(integration, "use_gqa_in_sdpa")
+    monkeypatch.setattr(integration, "sdpa_attention_forward", forward)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", forward)
+    train(grouped, encoded(), run, steps=1)
+    assert not hasattr(integration, "use_gqa_in_sdpa")
 
 
 def test_checkpointed_and_eager_models_stay_as_they_are(calls):
@@ -226,11 +234,13 @@ def test_checkpointed_and_eager_models_stay_as_they_are(calls):
     assert not calls
 
 
-def test_other_devices_stay_as_they_are():
+def test_other_devices_stay_as_they_are(calls):
     reft = attached("llama", positions="f2+l2").to("meta")
     assert attend_in_groups(reft, None) is None
     query, key, value = (tensor.to("meta") for tensor in inputs(torch.bfloat16))
-    assert inside(lambda: attention(query, key, value, None)).dtype == torch.bfloat16
+    mask = torch.ones(1, 1, 10, 10, dtype=torch.bool, device="meta")
+    inside(lambda: attention(query, key, value, mask))
+    assert calls == [(6, 6, torch.bfloat16)]  # Hugging Face copies where there is a mask
 
 
 def test_runs_have_it_unless_they_are_compiled():

@@ -292,6 +292,20 @@ def test_figures_of_missing_variants_are_left_out(scripts):
     assert [one["goal"] for one in found] == [0.78, 0.85]
 
 
+def test_a_fold_of_the_noise_is_a_launch(scripts):
+    step, figures = scripts("step"), scripts("figures")
+    launches = [{"wall": [a, a + 1], "cpu": [0.0, 0.0], "peak_memory_bytes": 10 * a} for a in (1, 2, 4)]
+    ours, base = step.together(launches), step.together([launches[0]] * 3)
+    assert ours["wall"] == [1, 2, 4, 2, 3, 5]
+    assert ours["peak_memory_bytes"] == 20
+    assert figures.FOLDS == 4  # as many launches has a full run
+    found = step.together([*launches, {"wall": [8, 9], "cpu": [0.0, 0.0], "peak_memory_bytes": 30}])
+    same = step.together([launches[0]] * 4)
+    one = step.ratio("step", found["wall"], same["wall"])
+    assert (one["value"], one["low"], one["high"]) == (1, 1, 8)
+    assert base["peaks"] == [10, 10, 10]
+
+
 def test_onednn_has_no_goal_where_it_gains_nothing(scripts):
     step = scripts("step")
     names = ("B", "B onednn", "reft target-only", "reft target-only onednn")
@@ -386,8 +400,8 @@ def test_without_a_gpu_the_command_says_so(scripts, monkeypatch, caplog):
 @pytest.mark.slow
 def test_the_step_benchmark_runs_on_a_tiny_model(root, tiny, tmp_path):
     line = [
-        sys.executable, str(root / FOLDER / "step.py"), "--model", str(tiny), "--rounds", "2", "--warmup", "1",
-        "--groups", "float32", "--workloads", "8 x (115 + 6)", "--out", str(tmp_path / "step"),
+        sys.executable, str(root / FOLDER / "step.py"), "--model", str(tiny),
+        "--launches", "2", "--rounds", "2", "--warmup", "1", "--groups", "float32", "--workloads", "8 x (115 + 6)", "--out", str(tmp_path / "step"),
         "--variants", "reft", "reft target-only", "pyreft tied",
     ]  # fmt: skip
     subprocess.run(line, check=True, cwd=tmp_path)

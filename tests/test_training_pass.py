@@ -326,9 +326,9 @@ def test_a_later_run_reads_the_disk_and_another_model_or_data_does_not(tmp_path)
     def folders():
         return {path.parent.name for path in tmp_path.glob(f"*/{kept.ABOUT}")}
 
-    def run(reft, rows=None):
+    def run(reft, rows=None, **settings):
         before, rows = folders(), rows or encoded()
-        short = training_pass(reft, rows, causal=True, limit=PLENTY, folder=tmp_path)
+        short = training_pass(reft, rows, causal=True, limit=PLENTY, folder=tmp_path, **settings)
         known = sum(short.part.kept.has(row) for row in range(len(rows)))
         train(reft, rows, short, steps=3)
         return len(folders() - before), known
@@ -341,6 +341,8 @@ def test_a_later_run_reads_the_disk_and_another_model_or_data_does_not(tmp_path)
     assert run(attached("llama", positions="l2"), encoded(seed=1)) == (1, 0)
     assert run(attached("llama", positions="l3")) == (1, 0)
     assert run(attached("llama", torch.float32, positions="l2")) == (1, 0)
+    assert run(attached("llama", positions="l2"), compiled=True) == (1, 0)
+    assert run(attached("llama", positions="l2"), precision="16-mixed") == (1, 0)
     other = attached("llama", positions="l2")
     other.base_model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1e-6
     assert run(other) == (1, 0)

@@ -103,7 +103,7 @@ class Script:
 
 SOURCE = ("model", "random")
 SCRIPTS: dict[str, Script] = {
-    "step": Script(takes=SOURCE, peers=("pyreft", "adapters")),
+    "step": Script(takes=SOURCE, peers=("pyreft", "adapters"), quick=("--launches", "1")),
     "interventions": Script(peers=("pyreft",)),
     "files": Script(peers=("pyreft",)),
     "generate": Script(takes=SOURCE, peers=("pyreft",)),
@@ -232,7 +232,7 @@ def run_script(
     content = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
     facts = {
         key: content[key]
-        for key in ("model", "date", "torch", "threads", "rounds", "load_after")
+        for key in ("model", "date", "torch", "threads", "launches", "rounds", "load_after")
         if key in content
     }
     given = content.get("left_out", {})
@@ -319,7 +319,9 @@ def text_of(content: dict[str, Any]) -> str:
         if figures:
             facts = content["scripts"][name]
             about = ", ".join(
-                f"{key} {facts[key]}" for key in ("model", "rounds", "threads", "torch") if key in facts
+                f"{key} {facts[key]}"
+                for key in ("model", "launches", "rounds", "threads", "torch")
+                if key in facts
             )
             lines.append(f"`{name}.py` ({about}):\n\n{table(figures)}")
     reasons: dict[str, list[str]] = {}

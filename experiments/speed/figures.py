@@ -128,7 +128,9 @@ def header(question: str, args: argparse.Namespace, **more: Any) -> dict[str, An
     if "random" in vars(args):
         facts["model"] = model_name(args)
     facts |= {"date": datetime.now(UTC).date().isoformat(), "commit": git_commit()}
-    facts |= {name: vars(args)[name] for name in ("threads", "rounds", "warmup") if name in vars(args)}
+    facts |= {
+        name: vars(args)[name] for name in ("threads", "launches", "rounds", "warmup") if name in vars(args)
+    }
     return {**facts, "load_after": round(os.getloadavg()[0], 2), **more}
 
 

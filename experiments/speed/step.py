@@ -14,13 +14,15 @@ import argparse
 import functools
 import importlib.util
 import logging
+import statistics
 import tempfile
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from figures import Figure, add_arguments, figure, header, ratio, seconds_table, write
+from figures import FOLDS, Figure, add_arguments, figure, header, ratio, seconds_table, write
 from models import model_folder, vocabulary_of
 from processes import interleaved, is_worker, serve
 from safetensors.torch import save_file
@@ -181,18 +183,35 @@ def measure(
     with tempfile.TemporaryDirectory() as work:
         batches = Path(work) / "batches.safetensors"
         save_file(make_batches(vocabulary_of(folder), *WORKLOADS[workload]), batches)
-        records = interleaved(
-            __file__,
-            variants,
-            {"folder": folder, "batch_file": str(batches)},
-            rounds=args.rounds,
-            warmup=args.warmup,
-            threads=args.threads,
-            pythons={v: pythons[VARIANTS[v].needs] for v in variants if VARIANTS[v].needs in pythons},
-            name=f"{workload}, {group}",
-        )
-    check_losses(records)
-    return records
+        launches = [
+            interleaved(
+                __file__,
+                variants,
+                {"folder": folder, "batch_file": str(batches)},
+                rounds=args.rounds,
+                warmup=args.warmup,
+                threads=args.threads,
+                pythons={v: pythons[VARIANTS[v].needs] for v in variants if VARIANTS[v].needs in pythons},
+                name=f"{workload}, {group}, launch {number + 1}",
+            )
+            for number in range(args.launches)
+        ]
+    for records in launches:
+        check_losses(records)
+    return {variant: together([records[variant] for records in launches]) for variant in variants}
+
+
+def together(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what the launches of a variant found: all their rounds, the median of their peak memory.
+
+    The rounds of launches take turns, so that each fold of :func:`ratio` is a launch: processes that do the same differ
+    by several percent from one start to the next, and rounds of one process do not show it.
+    """
+    rounds = {
+        clock: list(chain(*zip(*(r[clock] for r in records), strict=True))) for clock in ("wall", "cpu")
+    }
+    peaks = [record["peak_memory_bytes"] for record in records]
+    return {**records[0], **rounds, "peak_memory_bytes": statistics.median(peaks), "peaks": peaks}
 
 
 def check_losses(records: dict[str, dict[str, Any]]) -> None:
@@ -254,7 +273,10 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     # every batch once before a step counts: what is kept over epochs is there then
-    add_arguments(parser, HERE / "step", rounds=8, warmup=BATCHES, peers=("pyreft", "adapters"))
+    add_arguments(parser, HERE / "step", rounds=3, warmup=BATCHES, peers=("pyreft", "adapters"))
+    parser.add_argument(
+        "--launches", type=int, default=FOLDS, help=f"of each process, --rounds rounds each ({FOLDS})"
+    )
     parser.add_argument("--groups", nargs="+", metavar="NAME", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--workloads", nargs="+", metavar="NAME", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument(
