@@ -401,7 +401,8 @@ def test_without_a_gpu_the_command_says_so(scripts, monkeypatch, caplog):
 def test_the_step_benchmark_runs_on_a_tiny_model(root, tiny, tmp_path):
     line = [
         sys.executable, str(root / FOLDER / "step.py"), "--model", str(tiny),
-        "--launches", "2", "--rounds", "2", "--warmup", "1", "--groups", "float32", "--workloads", "8 x (115 + 6)", "--out", str(tmp_path / "step"),
+        "--launches", "2", "--rounds", "2", "--warmup", "1", "--groups", "float32",
+        "--workloads", "8 x (115 + 6)", "--out", str(tmp_path / "step"),
         "--variants", "reft", "reft target-only", "pyreft tied",
     ]  # fmt: skip
     subprocess.run(line, check=True, cwd=tmp_path)
