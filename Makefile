@@ -36,13 +36,13 @@ install: $(STAMP)  ## make the virtual environment
 quickstart: $(STAMP)  ## train LoReFT on a 135M model, evaluate it, and say what it learned
 	$(BIN)/reft-train experiment=quickstart
 
-test: $(STAMP)  ## the tests a change must pass: no network, no GPU, under 5 minutes on 2 cores
+test: $(STAMP)  ## the tests a change must pass: no network, no GPU, about ten minutes on 2 cores
 	HF_HUB_OFFLINE=1 WANDB_SILENT=true $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-slow: $(STAMP)  ## the tests that take longer
 	HF_HUB_OFFLINE=1 WANDB_SILENT=true $(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
-bench: $(STAMP)  ## speed and memory beside pyreft, adapters and peft; about an hour (BENCH_ARGS="--quick --random")
+bench: $(STAMP)  ## speed and memory beside pyreft, adapters and peft; about three hours (BENCH_ARGS="--quick --random")
 	$(BIN)/python experiments/speed/bench.py $(BENCH_ARGS)
 
 bench-gpu: $(STAMP)  ## the training step on a CUDA device: 135M, 1B and 8B shapes (GPU_ARGS="--shapes 1B")

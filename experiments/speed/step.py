@@ -204,8 +204,8 @@ def measure(
 def together(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what the launches of a variant found: all their rounds, the median of their peak memory.
 
-    The rounds of launches take turns, so that each fold of :func:`ratio` is a launch: processes that do the same differ
-    by several percent from one start to the next, and rounds of one process do not show it.
+    The rounds of launches take turns, so that each fold of :func:`ratio` is a launch: what slows a shared machine lasts
+    for minutes, and rounds close together do not show it.
     """
     rounds = {
         clock: list(chain(*zip(*(r[clock] for r in records), strict=True))) for clock in ("wall", "cpu")
