@@ -89,7 +89,7 @@ def training_pass(
         limit: bytes to keep over the epochs, in this process.
         folder: keep them on disk, below it, for later runs of the same model and data; None: in memory.
         precision: of the trainer; what is kept in one is not read in another.
-        compiled: whether steps are; nor is what is kept of compiled ones read in others, whose attention rounds less.
+        compiled: whether steps are; others, whose attention rounds less, do not read what compiled ones keep.
     """
     if not isinstance(model, ReftModel):
         return None
