@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .interventions.base import HALVES
 from .replaced import replaced, runs_blocks_again
-from .same_logits import Run, plain_pass
+from .same_logits import Run
 
 READS_GROUPS = torch.__version__ >= "2.9"  # before, without copies there is no fused kernel
-HALVES = (torch.bfloat16, torch.float16)
 
 
 class GroupedAttention:
@@ -40,7 +40,7 @@ class GroupedAttention:
             return self.run(inputs, rows, boundary)
 
 
-def attend_in_groups(model: Any, run: Run | None) -> Run | None:
+def attend_in_groups(model: Any, run: Run) -> Run:
     """Return the training pass with cheaper attention; ``run`` itself elsewhere than on a CPU.
 
     To be called where the model is trained, uncompiled. Under gradient checkpointing, which runs blocks once more after
@@ -48,12 +48,12 @@ def attend_in_groups(model: Any, run: Run | None) -> Run | None:
 
     Args:
         model: a :class:`ReftModel` or a baseline.
-        run: the pass; None: the model's own.
+        run: the pass.
     """
     base = model.base_model
     if base.device.type != "cpu" or runs_blocks_again(base):
         return run
-    return GroupedAttention(run or partial(plain_pass, model))
+    return GroupedAttention(run)
 
 
 @contextmanager
@@ -66,13 +66,12 @@ def _grouped() -> Iterator[None]:
     if plain is not integration.sdpa_attention_forward:  # somebody's own
         yield
         return
-    name = "use_gqa_in_sdpa"
-    groups = READS_GROUPS and hasattr(integration, name)
+    name, attributes = "use_gqa_in_sdpa", []
+    if READS_GROUPS and hasattr(integration, name):
+        attributes.append((integration, name, partial(_reads_groups, getattr(integration, name))))
     functions["sdpa"] = partial(_attend, plain)
     try:
-        with replaced(
-            [(integration, name, partial(_reads_groups, getattr(integration, name)))] if groups else []
-        ):
+        with replaced(attributes):
             yield
     finally:
         del functions["sdpa"]  # transformers' own is back

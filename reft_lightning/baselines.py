@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from .baseline_methods import check_baseline
 from .checkpoint import BASELINE_CONFIG_FILE, BASELINE_FILE, check_fit, replace_file, write_tensors
 from .interventions import nearest
+from .interventions.base import HALVES
 from .masks import guess_attention, left_padded, numbers_its_own_positions, position_ids_of
 from .model import ParameterCount
 from .output_head import join_columns
@@ -221,11 +222,7 @@ class InPlaceBaseline(Baseline):
             )
         super().__init__(config, base_model, [*chosen, *(n for n in names if inside(n, heads))])
         self.base_model = base_model
-        if (
-            chosen
-            and not next(base_model.parameters()).is_meta
-            and base_model.dtype in (torch.bfloat16, torch.float16)
-        ):
+        if chosen and not next(base_model.parameters()).is_meta and base_model.dtype in HALVES:
             log.warning(
                 "%s trains %s weights: small updates are lost in their rounding; model.dtype=float32 keeps them",
                 method, str(base_model.dtype).removeprefix("torch."),

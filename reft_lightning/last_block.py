@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .replaced import replaced, runs_blocks_again
-from .same_logits import FirstBatch, Run, plain_pass
+from .same_logits import FirstBatch, Run
 from .sites import block_path, text_config
 
 NAMES = ("mlp", "feed_forward", "ffn")  # of the module, in Hugging Face's blocks
@@ -67,19 +67,19 @@ def _last_columns(forward: Callable[[Tensor], Any], columns: int, hidden: Tensor
     return F.pad(output, (0, 0, hidden.shape[1] - read.shape[1], 0))
 
 
-def last_columns(model: Any, run: Run | None) -> Run | None:
+def last_columns(model: Any, run: Run) -> Run:
     """Return the training pass with a shorter last block, or ``run`` itself where that could change a number.
 
     To be called where the model is trained, uncompiled.
 
     Args:
         model: a :class:`ReftModel` or a baseline, of a causal base model.
-        run: the pass to shorten; None: the model's own.
+        run: the pass to shorten.
     """
     module = _feed_forward(model.base_model)
     if module is None or _keeps_the_last_block(run):
         return run
-    return LastColumns(model, module, run or partial(plain_pass, model))
+    return LastColumns(model, module, run)
 
 
 def _keeps_the_last_block(run: Any) -> bool:

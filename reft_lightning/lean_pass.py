@@ -22,6 +22,7 @@ def lean_pass(model: Any, run: Run | None = None, *, last_logits: bool = True) -
         run: a pass that computes less, as :func:`training_pass` makes it; None: the model's own.
         last_logits: whether logits of the last columns alone are read, as those of targets.
     """
+    run = run or partial(plain_pass, model)
     if last_logits:
         run = last_columns(model, run)
-    return attend_in_groups(model, recompute_activations(model, run)) or partial(plain_pass, model)
+    return attend_in_groups(model, recompute_activations(model, run))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from .replaced import replaced
-from .same_logits import Run, plain_pass
+from .same_logits import Run
 
 # whose backward pass reads what went in; ReLU's reads what came out
 ACTIVATIONS = ("SiLU", "SiLUActivation", "GELU", "GELUActivation", "GELUTanh")
@@ -48,7 +48,7 @@ class RecomputedActivations:
             return self.run(inputs, rows, boundary)
 
 
-def recompute_activations(model: Any, run: Run | None) -> Run | None:
+def recompute_activations(model: Any, run: Run) -> Run:
     """Return the training pass with gated parts that remember less, or ``run`` itself where there are none.
 
     To be called where the model is trained. Compiled passes, gradient checkpointing and ``save_on_cpu`` go on
@@ -56,10 +56,10 @@ def recompute_activations(model: Any, run: Run | None) -> Run | None:
 
     Args:
         model: a :class:`ReftModel` or a baseline.
-        run: the pass; None: the model's own.
+        run: the pass.
     """
     parts = list(_gated(model.base_model))
-    return RecomputedActivations(parts, run or partial(plain_pass, model)) if parts else run
+    return RecomputedActivations(parts, run) if parts else run
 
 
 def _gated(base: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:

@@ -3,12 +3,14 @@
 import csv
 import json
 import random
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 from reft_lightning import composition, experiment
+from reft_lightning.same_logits import plain_pass
 
 WORDS = ("zorb", "fenk", "mivle", "varr", "tull", "snide", "quab", "olp")
 NAMES = {"boolq": ("true", "false"), "piqa": ("solution1", "solution2")}
@@ -117,3 +119,14 @@ def passes(run):
         found[type(run)] = run
         run = getattr(run, "run", None)
     return found
+
+
+def own_pass(model):
+    """Return the training pass that others make cheaper: the model itself."""
+    return partial(plain_pass, model)
+
+
+def leaves_alone(cheaper, model):
+    """Whether a way to make a model's training pass cheaper has nothing to do."""
+    run = own_pass(model)
+    return cheaper(model, run) is run

@@ -39,7 +39,7 @@ def calls(monkeypatch):
 
 def both(family="llama", dtype=torch.float64, **settings):
     plain, grouped = (attached(family, dtype, **{"positions": "f2+l2", **settings}) for _ in range(2))
-    run = attend_in_groups(grouped, None)
+    run = attend_in_groups(grouped, short_runs.own_pass(grouped))
     assert isinstance(run, GroupedAttention)
     return plain, grouped, run
 
@@ -82,7 +82,7 @@ def test_baselines_train_with_it(method):
     gradients = []
     for lean in (False, True):
         model = adapted("llama", method, dtype=torch.float64)  # no dropout: both draw nothing
-        run = attend_in_groups(model, None)
+        run = attend_in_groups(model, short_runs.own_pass(model))
         assert isinstance(run, GroupedAttention)
         torch.manual_seed(0)
         (run(batch, ()) if lean else model(**batch)).loss.backward()
@@ -99,7 +99,7 @@ def test_baselines_train_with_it(method):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_are_attended_to_in_float32(dtype, calls):
     reft = attached("llama", dtype, positions="f2+l2")
-    losses, gradients = train(reft, encoded(), attend_in_groups(reft, None), steps=1)
+    losses, gradients = train(reft, encoded(), attend_in_groups(reft, short_runs.own_pass(reft)), steps=1)
     assert losses.isfinite().all()
     assert any(gradient.abs().max() > 0 for gradient in gradients)
     assert set(calls) == {(2, 1, torch.float32)}
@@ -226,7 +226,7 @@ def test_a_transformers_without_this_choice_decides_itself(monkeypatch, calls):
 def test_checkpointed_and_eager_models_stay_as_they_are(calls):
     reft = attached("llama", positions="f2+l2")
     reft.base_model.activation_checkpointing_enable()
-    assert attend_in_groups(reft, None) is None
+    assert short_runs.leaves_alone(attend_in_groups, reft)
     plain, eager, run = both(dtype=torch.float32)  # eager computes softmax in float32
     for model in (plain, eager):
         model.base_model.set_attn_implementation("eager")
@@ -236,7 +236,7 @@ def test_checkpointed_and_eager_models_stay_as_they_are(calls):
 
 def test_other_devices_stay_as_they_are(calls):
     reft = attached("llama", positions="f2+l2").to("meta")
-    assert attend_in_groups(reft, None) is None
+    assert short_runs.leaves_alone(attend_in_groups, reft)
     query, key, value = (tensor.to("meta") for tensor in inputs(torch.bfloat16))
     mask = torch.ones(1, 1, 10, 10, dtype=torch.bool, device="meta")
     inside(lambda: attention(query, key, value, mask))

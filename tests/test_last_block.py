@@ -32,7 +32,7 @@ def compare(plain, short, run, steps, tolerance, refused=False):
 
 def both(family="llama", dtype=torch.float64, **settings):
     plain, short = (attached(family, dtype, **{"positions": "f2+l2", **settings}) for _ in range(2))
-    return plain, short, last_columns(short, None)
+    return plain, short, last_columns(short, short_runs.own_pass(short))
 
 
 @pytest.mark.parametrize("component", ["block_output", "block_input", "attention_output", "mlp_output"])
@@ -76,7 +76,7 @@ def gradients(model, run):
 def test_baselines_get_the_same_gradients(family, method):
     options = {"lora_dropout": 0.0} if method in ("peft/lora", "peft/rslora", "peft/dora") else {}
     plain, short = (adapted(family, method, dtype=torch.float64, **options).train() for _ in range(2))
-    run = last_columns(short, None)
+    run = last_columns(short, short_runs.own_pass(short))
     assert isinstance(run, LastColumns)
     expected, found = gradients(plain, None), gradients(short, run)
     assert run.first_batch.refused is False
@@ -133,7 +133,7 @@ def test_a_feed_forward_part_that_takes_more_is_left_whole():
     reft = attached("llama", positions="l2")
     block = reft.base_model.model.layers[-1]
     block.mlp = Two(block.mlp)
-    assert last_columns(reft, None) is None
+    assert short_runs.leaves_alone(last_columns, reft)
 
 
 @pytest.mark.parametrize("where", ["in the part", "behind it"])
@@ -145,7 +145,7 @@ def test_a_block_that_mixes_columns_is_found_out_on_the_first_batch(where, caplo
             block.mlp = Shift(block.mlp)
         else:
             block.__class__ = Mixing
-    run = last_columns(short, None)
+    run = last_columns(short, short_runs.own_pass(short))
     compare(plain, short, run, 3, 1e-10, refused=True)
     assert "LlamaForCausalLM gives other logits when its last block reads fewer columns" in caplog.text
 
@@ -168,7 +168,7 @@ def test_a_part_that_says_more_than_its_output_is_run_whole():
 def test_the_loss_of_a_router_reads_all_columns():
     reft = attached("llama", positions="l2")
     reft.base_model.config.output_router_logits = True
-    assert last_columns(reft, None) is None
+    assert short_runs.leaves_alone(last_columns, reft)
 
 
 def test_what_is_kept_of_the_last_block_is_whole():
@@ -184,33 +184,29 @@ def test_what_is_kept_of_the_last_block_is_whole():
 def test_a_site_inside_it_sees_all_columns():
     component = "model.layers.{layer}.mlp.down_proj.input"
     reft = attached("llama", positions="l2", component=component)
-    assert last_columns(reft, None) is None
-    assert last_columns(attached("llama", positions="l2", component=component, layers=[0]), None) is not None
+    assert short_runs.leaves_alone(last_columns, reft)
+    reft = attached("llama", positions="l2", component=component, layers=[0])
+    assert not short_runs.leaves_alone(last_columns, reft)
 
 
 def test_one_that_several_blocks_share_is_left_whole():
     reft = attached("llama", positions="l2")
     layers = reft.base_model.model.layers
     layers[0].mlp = layers[-1].mlp
-    assert last_columns(reft, None) is None
+    assert short_runs.leaves_alone(last_columns, reft)
 
 
-def test_one_that_drops_entries_is_left_whole():
-    assert (
-        last_columns(adapted("llama", "peft/lora", target_modules=["down_proj"], lora_dropout=0.1), None)
-        is None
-    )
-    assert (
-        last_columns(adapted("llama", "peft/lora", target_modules=["down_proj"], lora_dropout=0.0), None)
-        is not None
-    )
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_one_that_drops_entries_is_left_whole(dropout):
+    lora = adapted("llama", "peft/lora", target_modules=["down_proj"], lora_dropout=dropout)
+    assert short_runs.leaves_alone(last_columns, lora) is (dropout > 0)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 def test_a_block_that_is_run_again_in_the_backward_pass_is_left_whole():
     reft = attached("llama", positions="l2")
     reft.base_model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert last_columns(reft, None) is None
+    assert short_runs.leaves_alone(last_columns, reft)
 
 
 def test_a_model_without_such_a_part_trains_as_it_did():

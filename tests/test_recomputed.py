@@ -28,7 +28,7 @@ def both(family="llama", dtype=torch.float64, change=lambda model: None, **setti
     plain, lean = (attached(family, dtype, **{"positions": "f2+l2", **settings}) for _ in range(2))
     for reft in (plain, lean):
         change(reft.base_model)
-    run = recompute_activations(lean, None)
+    run = recompute_activations(lean, short_runs.own_pass(lean))
     assert isinstance(run, RecomputedActivations)
     return plain, lean, run
 
@@ -85,7 +85,7 @@ def test_baselines_get_the_same_gradients(method):
     batch = tiny.prompt_target(tiny.rows(5, 4, 7), tiny.rows(2, 3, 2, seed=1))
     gradients = []
     for model, lean in zip(models, (False, True), strict=True):
-        run = recompute_activations(model, None)
+        run = recompute_activations(model, short_runs.own_pass(model))
         (run(batch, ()) if lean else model(**batch)).loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -93,15 +93,16 @@ def test_baselines_get_the_same_gradients(method):
 
 @pytest.mark.parametrize("method", [method for family, method in DECODERS if family == "llama"])
 def test_every_baseline_has_a_pass(method):
-    run = recompute_activations(adapted("llama", method), None)
+    model = adapted("llama", method)
+    run = recompute_activations(model, short_runs.own_pass(model))
     assert isinstance(run, RecomputedActivations)
     assert len(run.parts) == tiny.LAYERS
 
 
 def test_it_goes_with_a_shorter_last_block():
     plain, lean, _ = both()
-    run = recompute_activations(lean, last_columns(lean, None))
-    expected, _ = train(plain, encoded(), last_columns(plain, None), steps=3)
+    run = recompute_activations(lean, last_columns(lean, short_runs.own_pass(lean)))
+    expected, _ = train(plain, encoded(), last_columns(plain, short_runs.own_pass(plain)), steps=3)
     losses, _ = train(lean, encoded(), run, steps=3)
     assert losses.tolist() == expected.tolist()
 
@@ -180,7 +181,7 @@ def test_a_change_that_would_falsify_gradients_is_refused_as_torch_refuses_it():
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "opt"])
 def test_a_part_without_a_gate_remembers_what_it_did(family):
     reft = attached(family, positions="l2")
-    assert recompute_activations(reft, None) is None
+    assert short_runs.leaves_alone(recompute_activations, reft)
 
 
 class InPlace(nn.SiLU):

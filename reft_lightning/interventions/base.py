@@ -26,6 +26,8 @@ from torch import Tensor, nn
 INTERVENTIONS: dict[str, type[Intervention]] = {}
 """The table name -> class. Saved adapters name a method; only this table turns the name into code."""
 
+HALVES = (torch.bfloat16, torch.float16)
+
 
 class Intervention(nn.Module):
     r"""Edit single tokens: :math:`\Phi(h) = h + \text{scale} \cdot \text{edit}(h)`.
@@ -95,7 +97,7 @@ class Intervention(nn.Module):
         # What .to(), .half() and .bfloat16() of a whole model call: Phi moves to the device, keeps its dtypes.
         def keep(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
+            return tensor.to(moved.device) if moved.dtype in HALVES else moved
 
         return super()._apply(keep, recurse)
 
