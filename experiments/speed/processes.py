@@ -44,8 +44,9 @@ class Worker:
     ) -> None:
         self.variant = variant
         path = os.pathsep.join(filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH")]))
+        # as where a user trains: one process works at a time, so that threads may wait as torch's do by default
+        inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
         quiet = {
-            "OMP_WAIT_POLICY": "PASSIVE",
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -57,7 +58,7 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
-            env={**os.environ, **quiet, "PYTHONPATH": path},
+            env={**inherited, **quiet, "PYTHONPATH": path},
         )
 
     def answer(self) -> Answer:
