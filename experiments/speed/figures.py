@@ -50,13 +50,16 @@ def figure(
 
 
 def ratio(what: str, above: Sequence[float], below: Sequence[float], **options: Any) -> Figure:
-    """Return min(above) / min(below), the fastest round over the fastest round.
+    """Return the median over rounds of above / below, each over the other of its own round.
 
-    Its noise: the rounds are dealt to up to four folds, round i to fold i mod k, and each gives the ratio once.
+    A shared machine is slower for minutes at a time, for both of a round alike; the fastest round of each would compare
+    times that lie minutes apart. Its noise: the rounds are dealt to up to four folds, round i to fold i mod k, and each
+    gives the ratio once.
     """
-    folds = min(FOLDS, len(above), len(below))
-    found = [min(above[i::folds]) / min(below[i::folds]) for i in range(folds)]
-    return figure(what, min(above) / min(below), low=min(found), high=max(found), **options)
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    folds = min(FOLDS, len(ratios))
+    found = [statistics.median(ratios[i::folds]) for i in range(folds)]
+    return figure(what, statistics.median(ratios), low=min(found), high=max(found), **options)
 
 
 def fastest(what: str, times: Sequence[float], **options: Any) -> Figure:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import FOLDS, Figure, add_arguments, figure, header, ratio, seconds_table, write
+from figures import Figure, add_arguments, figure, header, ratio, seconds_table, write
 from models import model_folder, vocabulary_of
 from processes import interleaved, is_worker, serve
 from safetensors.torch import save_file
@@ -40,6 +40,7 @@ WORKLOADS = {
 }
 SHORT, LONG, SINGLE = WORKLOADS
 BATCHES = 4
+LAUNCHES = 8
 SPREAD = 7  # prompts are up to this much shorter than the longest, as in a batch grouped by length
 
 # group -> the workloads it runs on, and its variants; B comes first in each
@@ -79,6 +80,8 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
 }
+# groups in which something is kept over epochs: every batch is seen once before a step counts
+KEEPING = ("suffix",)
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ def measure(
                 variants,
                 {"folder": folder, "batch_file": str(batches)},
                 rounds=args.rounds,
-                warmup=args.warmup,
+                warmup=BATCHES if group in KEEPING else args.warmup,
                 threads=args.threads,
                 pythons={v: pythons[VARIANTS[v].needs] for v in variants if VARIANTS[v].needs in pythons},
                 name=f"{workload}, {group}, launch {number + 1}",
@@ -204,8 +207,8 @@ def measure(
 def together(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what the launches of a variant found: all their rounds, the median of their peak memory.
 
-    The rounds of launches take turns, so that each fold of :func:`ratio` is a launch: what slows a shared machine lasts
-    for minutes, and rounds close together do not show it.
+    The rounds of launches take turns, so that each fold of :func:`ratio` is of launches of its own: what slows a shared
+    machine lasts for minutes, and rounds close together do not show it.
     """
     rounds = {
         clock: list(chain(*zip(*(r[clock] for r in records), strict=True))) for clock in ("wall", "cpu")
@@ -272,10 +275,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    # every batch once before a step counts: what is kept over epochs is there then
-    add_arguments(parser, HERE / "step", rounds=3, warmup=BATCHES, peers=("pyreft", "adapters"))
+    add_arguments(parser, HERE / "step", rounds=2, peers=("pyreft", "adapters"))
     parser.add_argument(
-        "--launches", type=int, default=FOLDS, help=f"of each process, --rounds rounds each ({FOLDS})"
+        "--launches", type=int, default=LAUNCHES, help=f"of each process, --rounds rounds each ({LAUNCHES})"
     )
     parser.add_argument("--groups", nargs="+", metavar="NAME", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--workloads", nargs="+", metavar="NAME", choices=WORKLOADS, default=list(WORKLOADS))
