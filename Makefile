@@ -46,7 +46,7 @@ bench: $(STAMP)  ## speed and memory beside pyreft, adapters and peft; about thr
 	$(BIN)/python experiments/speed/bench.py $(BENCH_ARGS)
 
 bench-gpu: $(STAMP)  ## the training step on a CUDA device: 135M, 1B and 8B shapes (GPU_ARGS="--shapes 1B")
-	$(BIN)/python experiments/speed/gpu.py $(GPU_ARGS)
+	$(BIN)/python experiments/speed/gpu.py --make-peers $(GPU_ARGS)
 
 lint: $(STAMP)  ## ruff, as in continuous integration
 	$(BIN)/ruff check .

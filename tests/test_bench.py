@@ -1,9 +1,11 @@
 """The benchmark command: what it makes of figures. Nothing here depends on how long something takes."""
 
+import contextlib
 import importlib
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -313,6 +315,43 @@ def test_a_fold_of_the_noise_is_of_launches_of_its_own(scripts):
     assert base["peaks"] == [10, 10, 10]
 
 
+def test_the_order_of_turns_rotates_from_where_it_is_told(scripts, monkeypatch):
+    processes, asked = scripts("processes"), []
+
+    class Worker(contextlib.nullcontext):
+        def __init__(self, script, variant, *others):
+            super().__init__(self)
+            self.variant = variant
+
+        def ask(self, request):
+            if "run" in request:
+                asked.append(self.variant)
+            return {"wall": 1.0, "cpu": 1.0}
+
+    monkeypatch.setattr(processes, "Worker", Worker)
+    found = processes.interleaved("script", ["a", "b", "c"], {}, rounds=2, warmup=1, threads=1, first=2)
+    assert "".join(asked) == "cab" + "abc" + "bca"
+    assert found["a"]["wall"] == [1.0, 1.0]
+
+
+def test_a_launch_goes_on_in_the_order_where_the_one_before_stopped(scripts, monkeypatch, tiny):
+    step, asked = scripts("step"), []
+
+    def interleaved(script, variants, settings, **options):
+        asked.append((options["first"], options["warmup"]))
+        record = {"wall": [1.0], "cpu": [1.0], "peak_memory_bytes": 1, "first": {"loss": 1.0}}
+        return dict.fromkeys(variants, record)
+
+    monkeypatch.setattr(step, "interleaved", interleaved)
+    args = SimpleNamespace(
+        pyreft_python=None, adapters_python=None, launches=3, rounds=2, warmup=1, threads=1
+    )
+    for group in ("float32", "suffix"):
+        step.measure(step.SHORT, group, ["B"], str(tiny), args)
+    # what is kept over epochs is there once every batch was seen
+    assert asked == [(0, 1), (2, 1), (4, 1), (0, step.BATCHES), (2, step.BATCHES), (4, step.BATCHES)]
+
+
 def test_onednn_has_no_goal_where_it_gains_nothing(scripts):
     step = scripts("step")
     names = ("B", "B onednn", "reft target-only", "reft target-only onednn")
@@ -355,7 +394,10 @@ def device_steps(scripts, tmp_path_factory):
     file = tmp_path_factory.mktemp("gpu") / "batches.safetensors"
     save_file(step.make_batches(gpu.TINY["vocab_size"], *step.WORKLOADS[step.SHORT]), file)
     settings = {"shape": gpu.TINY, "device": "cpu", "batch_file": str(file), "steps": 2}
-    return {name: gpu.DeviceStep(name, **settings) for name in (gpu.OURS, "B target-only bf16")}
+    names = (
+        gpu.OURS, "B target-only bf16", "reft plain target-only bf16", "B behind the first block, target-only bf16"
+    )  # fmt: skip
+    return {name: gpu.DeviceStep(name, **settings) for name in names}
 
 
 def test_a_device_step_trains_as_many_steps_as_asked(device_steps):
@@ -377,16 +419,106 @@ def test_the_report_of_a_device_step_counts_what_it_does(device_steps):
     assert ours["trainable_parameters"] == 2 * (2 * 8 * 32 + 8)
 
 
+def test_what_a_step_starts_on_a_gpu_is_kernels_and_copies(scripts):
+    cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+
+    def event(name, device, microseconds, annotation=False):
+        times = SimpleNamespace(elapsed_us=lambda: microseconds)
+        return SimpleNamespace(name=name, device_type=device, is_user_annotation=annotation, time_range=times)
+
+    events = [
+        event("aten::mm", cpu, 100), event("gemm", cuda, 30), event("Memcpy DtoD", cuda, 5),
+        event("Optimizer.step#AdamW.step", cuda, 900, annotation=True),
+    ]  # fmt: skip
+    assert scripts("device_step").on_device(events) == {"kernels": 2, "busy": pytest.approx(35e-6)}
+
+
+def test_behind_the_first_block_gradients_pass_what_they_pass_with_interventions(scripts, device_steps):
+    count = scripts("device_step").count_flops
+    plain, behind, bare = (
+        count(device_steps[name].step)
+        for name in (
+            "reft plain target-only bf16", "B behind the first block, target-only bf16", "B target-only bf16"
+        )
+    )  # fmt: skip
+    block = (
+        2 * 8 * 121 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    )  # the products of one block's backward pass
+    assert bare - behind >= block
+    assert 0 < plain - behind < block / 4  # the edits alone
+
+
 def test_the_roofline_says_what_bounds_a_step(scripts):
     gpu = scripts("gpu")
-    record = {"wall": [0.5, 0.4], "flops": 2e12}
+    record = {"wall": [0.5, 0.4, 0.4], "flops": 2e12, "busy": None, "kernels": 2000}
     speeds = {"flops_per_second": 1e13, "bytes_per_second": 1e10}
     share, bound = gpu.roofline("x", record, speeds, weights=10**6)
     assert share["value"] == pytest.approx(0.5)  # 0.2 s of products in 0.4 s
     assert "bound by products" in bound["note"]
-    _, bound = gpu.roofline("x", record, speeds, weights=15 * 10**8)
+    _, bound, works = gpu.roofline("x", {**record, "busy": 0.3}, speeds, weights=15 * 10**8)
     assert bound["value"] == pytest.approx(0.75)  # 3 GB at 10 GB/s
     assert "bound by reading weights" in bound["note"]
+    assert works["value"] == pytest.approx(0.75)
+    assert works["note"] == "2,000 kernels and copies of 300 ms together"
+
+
+def test_goals_of_memory_are_of_the_shape_for_which_they_were_set(scripts):
+    gpu = scripts("gpu")
+    pair = next(pair for pair in gpu.PAIRS if pair.memory is not None)
+    record = {"wall": [1.0], "peak_memory_bytes": 100, "kernels": 7}
+    records = {pair.above: record, pair.below: record}
+    goals = {
+        shape: [one["goal"] for one in gpu.figures_of(shape, pair, records, "kernels")]
+        for shape in ("135M", "8B")
+    }
+    assert goals == {"135M": [None, pair.memory], "8B": [None, None]}
+
+
+def test_a_pair_that_fails_is_left_out_and_what_was_measured_is_written(scripts, monkeypatch, tmp_path):
+    gpu = scripts("gpu")
+    record = {"wall": [1.0], "cpu": [1.0], "peak_memory_bytes": 100, "kernels": 7, "flops": 10, "busy": None}
+    written = []
+
+    def interleaved(script, variants, *args, **kwargs):
+        if "lora r8 bf16" in variants:
+            raise RuntimeError("the worker 'lora r8 bf16' ended with code 1")
+        if (tmp_path / "gpu.json").exists():
+            written.append(len(json.loads((tmp_path / "gpu.json").read_text())["records"]))
+        return dict.fromkeys(variants, record)
+
+    monkeypatch.setattr(gpu, "interleaved", interleaved)
+    monkeypatch.setattr(gpu, "device_limits", lambda args: {"flops_per_second": 1.0, "bytes_per_second": 1.0})
+    line = ["gpu.py", "--device", "cpu", "--shapes", "tiny", "--out", str(tmp_path / "gpu")]
+    monkeypatch.setattr(sys, "argv", line)
+    assert gpu.main() == 1
+    assert written[:3] == [2, 4, 6]  # after every pair
+    left_out = json.loads((tmp_path / "gpu.json").read_text())["left_out"]
+    assert left_out["pyreft"] == "no --pyreft-python"
+    assert left_out["tiny: step of LoRA r=8 / ours"] == "the worker 'lora r8 bf16' ended with code 1"
+    assert "step of LoRA r=32 / ours" in (tmp_path / "gpu.md").read_text()
+
+
+def test_an_environment_without_a_gpu_is_left_out(scripts):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    reason = scripts("gpu").why_not(sys.executable)
+    assert reason == f"its torch {torch.__version__.split('+')[0]} finds no CUDA device"
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_is_timed_there(scripts, tmp_path):
+    from safetensors.torch import save_file
+
+    gpu, step = scripts("gpu"), scripts("step")
+    file = tmp_path / "batches.safetensors"
+    save_file(step.make_batches(gpu.TINY["vocab_size"], *step.WORKLOADS[step.SHORT]), file)
+    ours = gpu.DeviceStep(gpu.OURS, shape=gpu.TINY, device="cuda", batch_file=str(file), steps=2)
+    assert ours(0)["wall"] > 0
+    assert ours(1)["wall"] > 0
+    report = ours.report()
+    assert report["kernels"] > 100
+    assert 0 < report["busy"] < 10
+    assert report["peak_memory_bytes"] > report["built_memory_bytes"] > 0
 
 
 def test_weights_that_a_step_reads_leave_an_untied_embedding_out(scripts):

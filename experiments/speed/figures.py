@@ -181,7 +181,7 @@ def number(value: float) -> str:
 def seconds_table(records: Mapping[str, Mapping[str, Any]], base: str) -> str:
     """Return best, median and CPU time of variants, in ratios to one of them, and their peak memory."""
     lines = [
-        f"| variant | best / {base} | median / {base} | cpu / {base} | best s | median s | peak RSS MB |",
+        f"| variant | best / {base} | median / {base} | cpu / {base} | best s | median s | peak MB |",
         "|---|---|---|---|---|---|---|",
     ]
     below = records[base]

@@ -106,6 +106,7 @@ def interleaved(
     pythons: Mapping[str, str] | None = None,
     name: str = "",
     clocks: Sequence[str] = ("wall", "cpu"),
+    first: int = 0,
 ) -> dict[str, Answer]:
     """Let variants take turns, in an order that rotates by one a round.
 
@@ -121,6 +122,7 @@ def interleaved(
         pythons: variant -> python of its environment, where it is another one.
         name: for the log.
         clocks: entries of the answers that are kept of every timed round.
+        first: how far the order is rotated in the first round.
 
     Returns:
         variant -> what its process reports (peak memory, versions, ...), with lists of the ``clocks`` (seconds)
@@ -134,7 +136,7 @@ def interleaved(
             for variant in variants
         ]
         for number in range(warmup + rounds):
-            turn = number % len(workers)
+            turn = (first + number) % len(workers)
             for worker in workers[turn:] + workers[:turn]:
                 answers[worker.variant].append(worker.ask({"run": number}))
             log.info("%s: round %d of %d", name, number + 1, warmup + rounds)

@@ -183,6 +183,7 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Time the variants of a group on one workload; returns one record a variant."""
     pythons = {"pyreft": args.pyreft_python, "adapters": args.adapters_python}
+    warmup = BATCHES if group in KEEPING else args.warmup
     with tempfile.TemporaryDirectory() as work:
         batches = Path(work) / "batches.safetensors"
         save_file(make_batches(vocabulary_of(folder), *WORKLOADS[workload]), batches)
@@ -192,10 +193,11 @@ def measure(
                 variants,
                 {"folder": folder, "batch_file": str(batches)},
                 rounds=args.rounds,
-                warmup=BATCHES if group in KEEPING else args.warmup,
+                warmup=warmup,
                 threads=args.threads,
                 pythons={v: pythons[VARIANTS[v].needs] for v in variants if VARIANTS[v].needs in pythons},
                 name=f"{workload}, {group}, launch {number + 1}",
+                first=number * args.rounds,  # of a launch's few timed rounds, no variant is always the first
             )
             for number in range(args.launches)
         ]

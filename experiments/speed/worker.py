@@ -60,11 +60,17 @@ def target_inputs(batch: Batch) -> Batch:
     return {**plain_inputs(batch), "labels": batch["labels"][:, -keep:], "logits_to_keep": keep}
 
 
-def bare(model: nn.Module, inputs: Callable[[Batch], Batch] = plain_inputs) -> Attached:
-    """B: the frozen model and one trained vector at the embeddings, so that gradients pass every block."""
+def bare(
+    model: nn.Module, inputs: Callable[[Batch], Batch] = plain_inputs, behind_first_block: bool = False
+) -> Attached:
+    """B: the frozen model and one trained vector at the embeddings, so that gradients pass every block.
+
+    Behind the first block gradients pass those that they pass with interventions on the output of every block.
+    """
     width = model.config.hidden_size
     vector = nn.Parameter(torch.zeros(width, device=model.device))
-    model.get_input_embeddings().register_forward_hook(lambda module, args, out: out + vector.to(out.dtype))
+    where = model.get_submodule("model.layers.0") if behind_first_block else model.get_input_embeddings()
+    where.register_forward_hook(lambda module, args, out: out + vector.to(out.dtype))
     return lambda batch: model(**inputs(batch)).loss, [vector]
 
 
@@ -81,16 +87,23 @@ def reft(
     tied: str = "all",
     middle_layer: bool = False,
     rank: int = RANK,
+    lean: bool = True,
 ) -> Attached:
-    """LoReFT of this project, on all layers or on the middle one (15 of 30)."""
+    """LoReFT of this project, on all layers or on the middle one (15 of 30).
+
+    Runs train by the lean pass; without it, the base model's own pass is what is edited.
+    """
     import reft_lightning as rl
     from reft_lightning.data.encoding import target_only
     from reft_lightning.lean_pass import lean_pass
+    from reft_lightning.same_logits import plain_pass
 
     layers = [model.config.num_hidden_layers // 2] if middle_layer else "all"
     adapted = rl.attach(model, "loreft", rank=rank, layers=layers, positions=positions, tied=tied)
     adapted.train()
-    run = lean_pass(adapted, last_logits=target_logits_only)
+    run = (
+        lean_pass(adapted, last_logits=target_logits_only) if lean else functools.partial(plain_pass, adapted)
+    )
     # a ReftModel finds positions in masks and numbers tokens itself
     names = ("input_ids", "attention_mask", "labels", "prompt_mask", "boundary")
 
@@ -229,6 +242,10 @@ VARIANTS: dict[str, Variant] = {
     "reft middle layer kept": Variant(middle),
     "B onednn": Variant(bare, matmul="medium"),
     "reft target-only onednn": Variant(reft, matmul="medium"),
+    "B behind the first block, target-only bf16": Variant(
+        functools.partial(bare, inputs=target_inputs, behind_first_block=True), dtype="bfloat16"
+    ),
+    "reft plain target-only bf16": Variant(functools.partial(reft, lean=False), dtype="bfloat16"),
     "B bf16": Variant(bare, dtype="bfloat16"),
     "B target-only bf16": Variant(functools.partial(bare, inputs=target_inputs), dtype="bfloat16"),
     "reft bf16": Variant(full_logits, dtype="bfloat16"),
