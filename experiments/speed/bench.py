@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from figures import Figure, default_threads, is_lost, is_met, number, table
+from processes import own_waiting
 
 log = logging.getLogger("speed")
 
@@ -226,7 +227,7 @@ def run_script(
     out = folder / name
     log.info("--- %s", name)
     line = command(name, script, args, pythons, out)
-    done = subprocess.run(line, cwd=ROOT)
+    done = subprocess.run(line, cwd=ROOT, env=own_waiting())
     if done.returncode != 0:
         return Found(failed=f"{name}.py ended with status {done.returncode}; its message stands above")
     content = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))

@@ -202,10 +202,11 @@ def measure(
 def why_not(python: str) -> str | None:
     """Return why a peer's environment cannot be measured on a CUDA device, or None."""
     ask = "import torch; print(torch.__version__.split('+')[0], torch.cuda.is_available())"
-    done = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=False)
-    if done.returncode:
-        return f"its python ends with code {done.returncode}"
-    version, sees = done.stdout.split()
+    try:
+        done = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"its python cannot say what its torch finds: {error}"
+    version, sees = done.stdout.splitlines()[-1].split()
     if sees != "True":
         return f"its torch {version} finds no CUDA device"
     here = torch.__version__.split("+")[0]

@@ -44,8 +44,6 @@ class Worker:
     ) -> None:
         self.variant = variant
         path = os.pathsep.join(filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH")]))
-        # as where a user trains: one process works at a time, so that threads may wait as torch's do by default
-        inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
         quiet = {
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
@@ -58,7 +56,7 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
-            env={**inherited, **quiet, "PYTHONPATH": path},
+            env={**own_waiting(), **quiet, "PYTHONPATH": path},
         )
 
     def answer(self) -> Answer:
@@ -93,6 +91,14 @@ class Worker:
             self.process.kill()
             self.process.wait()
         self.process.stdout.close()
+
+
+def own_waiting() -> dict[str, str]:
+    """Return the environment in which threads wait as torch's do by default: one process works at a time, as in a run.
+
+    ``make`` lets them sleep at once, for tests beside each other.
+    """
+    return {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
 
 
 def interleaved(

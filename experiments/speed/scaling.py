@@ -85,7 +85,10 @@ def table(points: list[dict[str, Any]]) -> str:
     lines = ["| what | value | B ms | LoReFT / B | target-only / B |", "|---|---|---|---|---|"]
     for point in points:
         base = min(point["times"]["B"]["wall"])
-        ratios = " | ".join(number(min(point["times"][way]["wall"]) / base) for way in WAYS[1:])
+        found = [
+            ratio("", point["times"][way]["wall"], point["times"]["B"]["wall"])["value"] for way in WAYS[1:]
+        ]
+        ratios = " | ".join(number(one) for one in found)
         lines.append(f"| {point['sweep']} | {point['value']} | {number(1000 * base)} | {ratios} |")
     return "\n".join(lines)
 

@@ -50,13 +50,15 @@ def start(kind: str, arguments: tuple[str, ...]) -> dict[str, Any]:
     Raises:
         RuntimeError: if it fails; says what it said.
     """
+    from processes import own_waiting  # here: what is imported above counts in what is timed
+
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "stages.json"
         more = {"STARTED": str(time.time()), "OUT": str(out), "PYTHONPATH": str(HERE.parents[2])}
         command = [sys.executable, str(HERE), "--inside", kind, *arguments, f"hydra.run.dir={scratch}/run"]
-        quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "offline"}
+        quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "WANDB_MODE": "offline"}
         done = subprocess.run(
-            command, env={**os.environ, **quiet, **more}, capture_output=True, text=True, check=False
+            command, env={**own_waiting(), **quiet, **more}, capture_output=True, text=True, check=False
         )
         if done.returncode or not out.is_file():
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")

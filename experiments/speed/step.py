@@ -3,9 +3,9 @@
     python experiments/speed/step.py --random --out step
     python experiments/speed/step.py --model FOLDER --pyreft-python pyreft-venv/bin/python --out step
 
-Every variant (``worker.py``) is a fresh process with the same weights and batches; in each round each variant of
-a group trains one step while the others wait, in an order that rotates by one a round. All variants at once would
-not fit into memory: they run in groups, B in each. Only ratios travel between machines.
+Every variant (``worker.py``) is a process with the same weights and batches, started ``--launches`` times; in each
+round each variant of a group trains one step while the others wait, in an order that rotates by one a round. All
+variants at once would not fit into memory: they run in groups, B in each. Only ratios travel between machines.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Time the variants of a group on one workload; returns one record a variant."""
     pythons = {"pyreft": args.pyreft_python, "adapters": args.adapters_python}
-    warmup = BATCHES if group in KEEPING else args.warmup
+    warmup = max(BATCHES, args.warmup) if group in KEEPING else args.warmup
     with tempfile.TemporaryDirectory() as work:
         batches = Path(work) / "batches.safetensors"
         save_file(make_batches(vocabulary_of(folder), *WORKLOADS[workload]), batches)
@@ -209,8 +209,8 @@ def measure(
 def together(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what the launches of a variant found: all their rounds, the median of their peak memory.
 
-    The rounds of launches take turns, so that each fold of :func:`ratio` is of launches of its own: what slows a shared
-    machine lasts for minutes, and rounds close together do not show it.
+    The rounds of launches take turns, so that each fold of :func:`ratio` is of launches of its own (of a multiple of
+    four): what slows a shared machine lasts for minutes, and rounds close together do not show it.
     """
     rounds = {
         clock: list(chain(*zip(*(r[clock] for r in records), strict=True))) for clock in ("wall", "cpu")
@@ -248,7 +248,7 @@ def figures_of(found: dict[tuple[str, str], dict[str, dict[str, Any]]]) -> list[
         above, below = records[goal.above], records[goal.below]
         options = {"goal": goal.goal, "better": goal.better}
         if goal.above.endswith("onednn") and goal.goal is not None and "B onednn" in records:
-            gain = min(records["B onednn"]["wall"]) / min(records["B"]["wall"])
+            gain = ratio("", records["B onednn"]["wall"], records["B"]["wall"])["value"]
             if gain > ONEDNN_GAINS:
                 options |= {"goal": None, "note": f"no goal: oneDNN gains nothing on this CPU, {gain:.2f}"}
         if goal.memory:

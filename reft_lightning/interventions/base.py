@@ -27,6 +27,7 @@ INTERVENTIONS: dict[str, type[Intervention]] = {}
 """The table name -> class. Saved adapters name a method; only this table turns the name into code."""
 
 HALVES = (torch.bfloat16, torch.float16)
+"""Floating-point types of 16 bits."""
 
 
 class Intervention(nn.Module):
