@@ -75,6 +75,12 @@ def test_the_noise_of_two_rounds_is_both(figures):
     assert (found["value"], found["low"], found["high"]) == (2.5, 2.0, 3.0)
 
 
+def test_the_noise_of_a_figure_contains_it(figures):
+    # no round gives the median of two
+    found = figures.ratio("a / b", [1.0, 8.0], [1.0, 0.5])
+    assert found["low"] <= found["value"] <= found["high"]
+
+
 def test_rounds_of_a_ratio_belong_together(figures):
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         figures.ratio("a / b", [3.0, 4.0], [1.0])
@@ -454,9 +460,8 @@ def test_behind_the_first_block_gradients_pass_what_they_pass_with_interventions
             "reft plain target-only bf16", "B behind the first block, target-only bf16", "B target-only bf16"
         )
     )  # fmt: skip
-    block = (
-        2 * 8 * 121 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
-    )  # the products of one block's backward pass
+    weights = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
+    block = 2 * 8 * 121 * weights  # the products of its backward pass
     assert bare - behind >= block
     assert 0 < plain - behind < block / 4  # the edits alone
 
