@@ -6,8 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attachment import attach, count_parameters
-    from .checkpoint import ReftConfig
+    from .adapters.adapt import count_parameters
+    from .adapters.adapted import ParameterCount
+    from .adapters.reft.attach import attach
+    from .adapters.reft.config import ReftConfig
+    from .adapters.reft.model import ReftModel
+    from .adapters.reft.positions import parse_positions
     from .interventions import (
         INTERVENTIONS,
         RED,
@@ -20,8 +24,6 @@ if TYPE_CHECKING:
         NoReFT,
         OrthonormalDiReFT,
     )
-    from .model import ParameterCount, ReftModel
-    from .positions import parse_positions
 
 __version__ = "0.1.0"
 
@@ -38,12 +40,12 @@ _HOME = {
     "LobiReFT": ".interventions",
     "NoReFT": ".interventions",
     "OrthonormalDiReFT": ".interventions",
-    "ParameterCount": ".model",
-    "ReftConfig": ".checkpoint",
-    "ReftModel": ".model",
-    "attach": ".attachment",
-    "count_parameters": ".attachment",
-    "parse_positions": ".positions",
+    "ParameterCount": ".adapters.adapted",
+    "ReftConfig": ".adapters.reft.config",
+    "ReftModel": ".adapters.reft.model",
+    "attach": ".adapters.reft.attach",
+    "count_parameters": ".adapters.adapt",
+    "parse_positions": ".adapters.reft.positions",
 }
 
 __all__ = [

@@ -19,8 +19,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from . import composition
-from .vocabulary import did_you_mean
+from .config import compose
+from .suggest import did_you_mean
 
 EVAL_USAGE = "reft-eval run=FOLDER [split=validation|test] [limit=N]"
 RESUME_USAGE = "reft-train resume=FOLDER"
@@ -63,12 +63,12 @@ def train() -> Any:
     sys.path.insert(0, os.getcwd())  # intervention.method=my_module.RED finds my_module.py here
     if len(sys.argv) == 2 and sys.argv[1].startswith("resume="):
         return _command(_resume, RESUME_USAGE)
-    composition.preflight(sys.argv[1:])
-    composition.register()
+    compose.preflight(sys.argv[1:])
+    compose.register()
     main = hydra.main(
-        config_path=str(composition.config_dir()),
-        config_name=composition.CONFIG_NAME,
-        version_base=composition.VERSION_BASE,
+        config_path=str(compose.config_dir()),
+        config_name=compose.CONFIG_NAME,
+        version_base=compose.VERSION_BASE,
     )
     return main(_train)()
 
@@ -76,7 +76,7 @@ def train() -> Any:
 def _resume(argv: Sequence[str]) -> None:
     run_dir = _run_dir(_options(argv, ("resume",)), "resume")
     with heavy_imports():
-        from . import experiment
+        from .runs import experiment
 
     config = experiment.load_run_config(run_dir)
     config.resume = str(run_dir)
@@ -85,14 +85,14 @@ def _resume(argv: Sequence[str]) -> None:
 
 def _train(config: DictConfig) -> float | None:
     with heavy_imports():
-        from .devices import check_accelerator
+        from .runs.devices import check_accelerator
 
         try:
             check_accelerator(config.trainer.accelerator)  # torch alone takes a fifth of what follows
         except ValueError as error:
             sys.stderr.write(f"{error}\n")
             sys.exit(2)
-        from . import experiment
+        from .runs import experiment
 
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     try:
@@ -120,9 +120,9 @@ def _evaluate(argv: Sequence[str]) -> None:
     split = _choice(options, "split", SPLITS)
     limit = _count(options, "limit")
     with heavy_imports():
-        from . import experiment
+        from .runs.evaluate import evaluate as evaluate_run
 
-    experiment.evaluate(run_dir, split, limit)
+    evaluate_run(run_dir, split, limit)
 
 
 def chat() -> None:
@@ -136,21 +136,21 @@ def _chat(argv: Sequence[str]) -> None:
     template = _choice(options, "template", TEMPLATES) if "template" in options else None
     max_new_tokens = _count(options, "max_new_tokens") or 64
     with heavy_imports():
-        from . import chat as conversation
+        from .runs import chat as conversation
 
     conversation.main(run_dir, max_new_tokens, template)
 
 
 def judge() -> None:
     """Compare a model's outputs with those of a reference model, and print the win rate."""
-    from . import judge as judging
+    from .reporting.judging import command as judging
 
     _command(lambda argv: judging.main(_options(argv, judging.OPTIONS)), judging.USAGE)
 
 
 def search() -> None:
     """Search the settings of several methods on one budget, and test the winners once."""
-    from . import search as searching
+    from .search import command as searching
 
     _command(searching.main, searching.USAGE)
 
@@ -167,9 +167,9 @@ def _report(argv: Sequence[str]) -> None:
     what, *rest = argv
     if what == "paper":
         options = _options(rest, ("folder", "table"))
-        from . import paper
+        from .reporting.paper import table
 
-        paper.main(options)
+        table.main(options)
     elif what == "peft":
         from .reporting import peft_schema
 

@@ -56,4 +56,4 @@ def _seed():
 @pytest.fixture(autouse=True)
 def _nothing_is_kept(monkeypatch):
     """Tests of many rows leave no files in the user's cache."""
-    monkeypatch.setattr("reft_lightning.data.prepared.SMALL", 10**9)
+    monkeypatch.setattr("reft_lightning.data.encoding_cache.SMALL", 10**9)

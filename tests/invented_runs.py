@@ -7,9 +7,9 @@ from functools import cache
 import numpy as np
 from omegaconf import OmegaConf
 
+from reft_lightning.config.identity import config_hash
+from reft_lightning.config.schema import Config
 from reft_lightning.reporting.build import build_report
-from reft_lightning.results import config_hash
-from reft_lightning.schema import Config
 
 MEASURE = "accuracy"
 FEW = 400  # resamples, where no digit of theirs is looked at

@@ -2,10 +2,10 @@
 
 import json
 
-from reft_lightning.results import write_json
-from reft_lightning.search import plan
+from reft_lightning.search import search_plan
 from reft_lightning.search.pruning import Reports
 from reft_lightning.search.study import LEDGER, Study
+from reft_lightning.storage.atomic import write_json
 
 STEPS = 10  # of a trial of the runs below
 
@@ -22,7 +22,7 @@ def make_plan(**changes):
         "base": ["model=tiny_random", "data=boolq"], "methods": methods, "startup_trials": 3, "seeds": [1, 2],
         "budget": {"unit": "trials", "amount": 8},
     }  # fmt: skip
-    return plan.parse_plan("test", values | changes)
+    return search_plan.parse_plan("test", values | changes)
 
 
 def make_study(folder, since=None, **changes):

@@ -7,8 +7,7 @@ import sys
 
 import short_runs
 
-from reft_lightning import search
-from reft_lightning.search import plan
+from reft_lightning.search import command, search_plan
 from reft_lightning.search.preflight import check_corners, compose_corners
 from reft_lightning.search.trial import run_job
 
@@ -48,11 +47,11 @@ def contents(data, **changes):
 
 
 def make_study(folder, values):
-    found = plan.parse_plan("test", values)
+    found = search_plan.parse_plan("test", values)
     monitor, mode = check_corners(found, compose_corners(found))
     folder.mkdir(parents=True, exist_ok=True)
-    search.write_plan(folder, found, monitor, mode, os.getcwd())
-    return search.open_study(folder)
+    command.write_plan(folder, found, monitor, mode, os.getcwd())
+    return command.open_study(folder)
 
 
 def in_this_process(job):

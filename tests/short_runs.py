@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import torch
 
-from reft_lightning import composition, experiment
-from reft_lightning.same_logits import plain_pass
+from reft_lightning.config import compose
+from reft_lightning.runs import experiment
+from reft_lightning.speed.agreement import plain_pass
 
 WORDS = ("zorb", "fenk", "mivle", "varr", "tull", "snide", "quab", "olp")
 NAMES = {"boolq": ("true", "false"), "piqa": ("solution1", "solution2")}
@@ -51,7 +52,7 @@ def arguments(data):
 
 def config(data, *overrides):
     """Compose a short run: 18 train rows are 6 steps an epoch, 6 rows validate, 6 test."""
-    return composition.compose([*arguments(data), *overrides])
+    return compose.compose([*arguments(data), *overrides])
 
 
 def run(data, folder, *overrides):
@@ -97,7 +98,7 @@ class Stop(RuntimeError):
 
 def stop_at(monkeypatch, batch, where="training_step"):
     """Raise in the ``batch``-th call, counted from 0, of a method of the module."""
-    from reft_lightning.generation import GenerationModule
+    from reft_lightning.training.generation import GenerationModule
 
     original, calls = getattr(GenerationModule, where), SimpleNamespace(count=0)
 

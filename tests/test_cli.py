@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import reft_lightning
-from reft_lightning import cli, composition
-from reft_lightning.schema import Config
-from reft_lightning.vocabulary import ALIASES, keys
+import reft_lightning.runs
+from reft_lightning import cli
+from reft_lightning.config import compose
+from reft_lightning.config.explain import ALIASES, keys
+from reft_lightning.config.schema import Config
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def refuse(capsys):
 
     def call(*argv):
         with pytest.raises(SystemExit) as left:
-            composition.preflight(argv)
+            compose.preflight(argv)
         assert left.value.code == 2
         said = capsys.readouterr().err
         assert "Traceback" not in said
@@ -36,7 +37,7 @@ def refuse(capsys):
 @pytest.fixture
 def runs(monkeypatch, tmp_path):
     """Put a recorder in the place of ``experiment`` and give the command a folder of its own."""
-    fake = types.ModuleType("reft_lightning.experiment")
+    fake = types.ModuleType("reft_lightning.runs.experiment")
     fake.calls, fake.experiments = [], []
 
     def run(config, run_dir, experiment=None):
@@ -48,9 +49,12 @@ def runs(monkeypatch, tmp_path):
         fake.calls.append((run_dir, split, limit))
         return {"metrics": {}}
 
-    fake.run, fake.evaluate = run, evaluate
-    monkeypatch.setitem(sys.modules, "reft_lightning.experiment", fake)
-    monkeypatch.setattr(reft_lightning, "experiment", fake, raising=False)
+    fake.run = run
+    again = types.ModuleType("reft_lightning.runs.evaluate")
+    again.evaluate = evaluate
+    monkeypatch.setitem(sys.modules, "reft_lightning.runs.evaluate", again)
+    monkeypatch.setitem(sys.modules, "reft_lightning.runs.experiment", fake)
+    monkeypatch.setattr(reft_lightning.runs, "experiment", fake, raising=False)
     monkeypatch.chdir(tmp_path)
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
@@ -149,7 +153,7 @@ def test_heads_are_auto_or_a_list_of_paths(refuse, heads):
     said = refuse("model=tiny_random", f"intervention.heads={heads}")
     assert "intervention.heads must be auto or a list of module paths" in said
     for right in ("auto", "[lm_head]", "null"):
-        composition.preflight(["model=tiny_random", f"intervention.heads={right}"])
+        compose.preflight(["model=tiny_random", f"intervention.heads={right}"])
 
 
 def test_an_unknown_method_names_the_nearest(refuse):
@@ -234,7 +238,7 @@ def test_several_values_without_multirun_say_how_to_sweep(refuse):
     ],
 )
 def test_correct_arguments_pass_in_silence(argv, capsys):
-    composition.preflight(argv)
+    compose.preflight(argv)
     assert capsys.readouterr() == ("", "")
 
 
@@ -253,7 +257,7 @@ def test_what_an_experiment_sets_is_answered_with_the_argument_to_add(refuse):
         "such as the experiment's, says so: add intervention.positions=f7+l7 intervention.rank=8\n"
     )
     assert "leave" not in said
-    composition.preflight(["experiment=small/glue", "data.path=rows", "model=tiny_random", "intervention=peft/lora",
+    compose.preflight(["experiment=small/glue", "data.path=rows", "model=tiny_random", "intervention=peft/lora",
                            *said.split(" add ")[1].split()])  # fmt: skip
 
 
@@ -261,9 +265,9 @@ def test_what_an_experiment_sets_is_answered_with_the_argument_to_add(refuse):
 def test_a_typo_is_answered_without_importing_torch(argv):
     code = (
         "import sys\n"
-        "from reft_lightning import composition\n"
+        "from reft_lightning.config import compose\n"
         "try:\n"
-        "    composition.preflight(['model=tiny_random', *sys.argv[1:]])\n"
+        "    compose.preflight(['model=tiny_random', *sys.argv[1:]])\n"
         "except SystemExit as left:\n"
         "    assert left.code == 2\n"
         "else:\n"
@@ -312,7 +316,7 @@ def test_a_multirun_gives_each_job_a_folder_named_by_its_overrides(monkeypatch, 
 def test_a_run_knows_the_experiment_it_was_composed_from(monkeypatch, runs):
     command(monkeypatch, cli.train, "experiment=debug", "data.path=folder")
     command(monkeypatch, cli.train, "model=tiny_random")
-    assert sys.modules["reft_lightning.experiment"].experiments == ["debug", None]
+    assert sys.modules["reft_lightning.runs.experiment"].experiments == ["debug", None]
 
 
 def test_a_job_returns_the_monitored_metric_for_sweepers(monkeypatch, runs):
@@ -367,11 +371,11 @@ def test_resume_names_its_own_key_where_the_folder_is_missing(monkeypatch, runs,
 
 
 def test_chat_hands_its_arguments_on(monkeypatch, folder):
-    fake = types.ModuleType("reft_lightning.chat")
+    fake = types.ModuleType("reft_lightning.runs.chat")
     calls = []
     fake.main = lambda *arguments: calls.append(arguments)
-    monkeypatch.setitem(sys.modules, "reft_lightning.chat", fake)
-    monkeypatch.setattr(reft_lightning, "chat", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "reft_lightning.runs.chat", fake)
+    monkeypatch.setattr(reft_lightning.runs, "chat", fake, raising=False)
     command(monkeypatch, cli.chat, f"run={folder}", "template=chat", "max_new_tokens=8")
     assert calls == [(folder, 8, "chat")]
 

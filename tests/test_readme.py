@@ -1,22 +1,13 @@
 """What the README shows is run."""
 
 import re
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from readme import README, ROOT, code_with
 
 import reft_lightning as rl
-
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def code_with(words: str) -> str:
-    blocks = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if words in block]
-    assert len(blocks) == 1, f"one block of the README holds {words!r}"
-    return blocks[0]
 
 
 @pytest.fixture
@@ -75,12 +66,17 @@ def test_every_file_that_the_readme_links_to_is_there():
         assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("path", re.findall(r"`(experiments/\w+|tests/\w+\.py)`", README))
+@pytest.mark.parametrize("path", re.findall(r"`(experiments/\w+|tests/[\w/]+\.py)`", README))
 def test_every_path_that_the_readme_names_is_there(path):
     assert (ROOT / path).exists()
 
 
-def test_the_files_of_the_annotated_tree_are_there():
-    tree = README.split("## Files")[1].split("```")[1]
+def test_the_list_of_files_names_every_room_and_no_other():
+    tree = README.split("## Files")[1].split("```")[1].split("conf/")[0]
+    named = set(re.findall(r"^ +([a-z_]+)/ ", tree, re.MULTILINE))
+    package = ROOT / "reft_lightning"
+    rooms = {path.parent.name for path in package.rglob("__init__.py")} - {"reft_lightning"}
+    assert named <= rooms
+    assert {path.parent.name for path in package.glob("*/__init__.py")} <= named
     for name in re.findall(r"\b([a-z_]+\.py)\b", tree):
-        assert list((ROOT / "reft_lightning").rglob(name)) or list((ROOT / "tests").rglob(name)), name
+        assert list(package.rglob(name)), name

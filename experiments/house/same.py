@@ -63,7 +63,9 @@ RUNS: dict[str, list[str]] = {
     "frozen": [*NO_SETTINGS, *BOOLQ, "intervention=frozen"],
     "loreft_lora": [*SHORT, *BOOLQ, "intervention=loreft_lora"],
     "glue_stsb": [*GLUE, "data=glue_stsb"],
-    "glue_mrpc_head": [o for o in [*GLUE, "data=glue_mrpc", "intervention=none"] if "positions" not in o and "rank" not in o],
+    "glue_mrpc_head": [
+        *(o for o in GLUE if not o.startswith("intervention.")), "data=glue_mrpc", "intervention=none",
+    ],
     "arithmetic": [
         *SHORT, "data=arithmetic", f"data.path={FIXTURES / 'arithmetic' / 'rendered'}", "data.train_tasks=null",
         f"data.mixture={FIXTURES / 'arithmetic' / 'mixture.json'}", "data.validation_size=2",
@@ -129,7 +131,11 @@ def killed_and_resumed(folder: Path, overrides: list[str], place: Path) -> str |
         os.killpg(started.pid, signal.SIGKILL)
     started.wait()
     done = subprocess.run(
-        command("reft-train", f"resume={folder}"), env=environment(), cwd=folder.parent, capture_output=True, text=True
+        command("reft-train", f"resume={folder}"),
+        env=environment(),
+        cwd=folder.parent,
+        capture_output=True,
+        text=True,
     )
     return None if done.returncode == 0 else done.stderr[-2000:]
 
@@ -154,7 +160,15 @@ def logged(folder: Path, column: str) -> dict[str, str]:
 def observed(folder: Path) -> dict:
     """What a finished run left."""
     results = json.loads((folder / "results.json").read_text())
-    names = ("trainable_parameters", "base_parameters", "head_parameters", "steps", "tokens", "monitor", "best_step")
+    names = (
+        "trainable_parameters",
+        "base_parameters",
+        "head_parameters",
+        "steps",
+        "tokens",
+        "monitor",
+        "best_step",
+    )
     return {
         "results": {name: results.get(name) for name in names},
         "metrics": {k: v for k, v in sorted(results["metrics"].items()) if "second" not in k},
@@ -186,7 +200,10 @@ def search(folder: Path, place: Path) -> dict:
         return {"failed": done.stderr[-2000:] + done.stdout[-1000:]}
     summary = json.loads((folder / "summary.json").read_text())
     winners = sorted(p.parent for p in folder.rglob("winners/**/results.json"))
-    return {"methods": sorted(summary["methods"]), "winners": [observed(winner)["metrics"] for winner in winners]}
+    return {
+        "methods": sorted(summary["methods"]),
+        "winners": [observed(winner)["metrics"] for winner in winners],
+    }
 
 
 def differences(before, after, where: str = "") -> list[str]:
@@ -201,7 +218,9 @@ def differences(before, after, where: str = "") -> list[str]:
         ]
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         return [
-            line for i, (b, a) in enumerate(zip(before, after, strict=True)) for line in differences(b, a, f"{where}[{i}]")
+            line
+            for i, (b, a) in enumerate(zip(before, after, strict=True))
+            for line in differences(b, a, f"{where}[{i}]")
         ]
     return [] if before == after else [f"{where}: {before!r} before, {after!r} after"]
 

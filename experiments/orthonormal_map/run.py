@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
 import reft_lightning as rl
-from reft_lightning import composition
-from reft_lightning.base_models import load_base_model
-from reft_lightning.construction import data_module, model_source, optimization_of
+from reft_lightning.base_models.loading import load_base_model
+from reft_lightning.config import compose
 from reft_lightning.data import FAMILIES
 from reft_lightning.data.encoding import target_only
 from reft_lightning.interventions.subspace import Subspace
-from reft_lightning.optimization import schedule_factor
+from reft_lightning.runs.build import data_module, model_source, optimization_of
+from reft_lightning.training.optimization import schedule_factor
 
 
 class HouseholderLoReFT(Subspace, name="experiment_householder_loreft"):
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", help="hydra overrides on top of experiment=quickstart")
     given = parser.parse_args()
-    config = composition.compose(["experiment=quickstart", *given.overrides])
+    config = compose.compose(["experiment=quickstart", *given.overrides])
     base, tokenizer = load_base_model(**model_source(config))
     for seed in given.seeds:
         for variant in given.variants:

@@ -63,7 +63,7 @@ def step(name: str, folder: str, rows: int):
     if name.startswith("LoReFT"):
         import reft_lightning as rl
         from reft_lightning.data.encoding import target_only
-        from reft_lightning.lean_pass import lean_pass
+        from reft_lightning.speed.lean_pass import lean_pass
 
         model = rl.attach(base, "loreft", rank=8, positions="f7+l7").train()
         parameters = list(model.interventions.parameters())

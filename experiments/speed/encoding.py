@@ -28,10 +28,11 @@ from figures import Figure, add_arguments, fastest, figure, header, number, rati
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from reft_lightning.base_models import load_tokenizer
-from reft_lightning.data import FAMILIES, prepared
-from reft_lightning.data.base import Example
+from reft_lightning.base_models.loading import load_tokenizer
+from reft_lightning.data import FAMILIES
+from reft_lightning.data import encoding_cache as prepared
 from reft_lightning.data.encoding import Collator, EncodedRows, encode_all
+from reft_lightning.data.example import Example
 from reft_lightning.data.rows import read_json_file
 from reft_lightning.data.sampling import TrainBatches
 

@@ -123,9 +123,7 @@ def default_threads() -> int:
 
 def header(question: str, args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """Return the facts that stand above every measurement."""
-    from reft_lightning.results import (
-        git_commit,
-    )  # here: workers of peers import this file without the package
+    from reft_lightning.runs.environment import git_commit
 
     facts = {"question": question}
     if "random" in vars(args):

@@ -29,10 +29,11 @@ from omegaconf import OmegaConf
 from processes import peak_memory_bytes
 from runs import invented_rows, overrides
 
-from reft_lightning.composition import compose
-from reft_lightning.construction import Objects, build, build_trainer, quiet_lightning
-from reft_lightning.optimization import parameter_groups, schedule_factor
-from reft_lightning.schema import Config
+from reft_lightning.config.compose import compose
+from reft_lightning.config.schema import Config
+from reft_lightning.runs.build import Objects, build
+from reft_lightning.runs.trainer import build_trainer, quiet_lightning
+from reft_lightning.training.optimization import parameter_groups, schedule_factor
 
 log = logging.getLogger("speed")
 

@@ -113,7 +113,7 @@ def watch(marks: Marks) -> None:
     """Mark the stages of building, and stop after the first step."""
     from lightning import Callback
 
-    from reft_lightning import construction, experiment
+    from reft_lightning.runs import build, experiment
 
     class First(Callback):
         def on_train_batch_start(self, *_: Any) -> None:
@@ -136,8 +136,8 @@ def watch(marks: Marks) -> None:
 
         setattr(owner, name, called)
 
-    between(construction, "load_tokenizer", "checks", "tokenizer")
-    between(construction, "load_base_model", "data", "weights")
+    between(build, "load_tokenizer", "checks", "tokenizer")
+    between(build, "load_base_model", "data", "weights")
     between(experiment, "build", None, "objects")
     run = experiment.run
     experiment.run = lambda *args: run(*args, callbacks=[First()])
@@ -200,8 +200,8 @@ def place_of(arguments: tuple[str, ...]) -> dict[str, str]:
     """Return where the floor finds the model, converted and in the cache, and its precision."""
     code = (
         "import sys, dataclasses\n"
-        "from reft_lightning.composition import compose\n"
-        "from reft_lightning.data.sources import ModelPlace\n"
+        "from reft_lightning.config.compose import compose\n"
+        "from reft_lightning.storage.wheels import ModelPlace\n"
         "model = compose(sys.argv[1:]).model\n"
         "names = [field.name for field in dataclasses.fields(ModelPlace)]\n"
         "print(ModelPlace(**{name: getattr(model, name) for name in names}).folder(), model.dtype, sep='\\n')\n"

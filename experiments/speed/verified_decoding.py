@@ -29,9 +29,9 @@ import transformers
 from figures import Figure, add_arguments, header, ratio, write
 
 import reft_lightning as rl
-from reft_lightning.base_models import load_base_model
-from reft_lightning.data.base import Example
+from reft_lightning.base_models.loading import load_base_model
 from reft_lightning.data.encoding import Collator, encode
+from reft_lightning.data.example import Example
 from reft_lightning.evaluation import ColumnReader
 from reft_lightning.evaluation.decoding import Decoding, generate_ids
 

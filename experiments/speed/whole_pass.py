@@ -3,7 +3,7 @@
     python experiments/speed/whole_pass.py --random --pyreft-python pyreft-venv/bin/python --out whole_pass
     python experiments/speed/whole_pass.py --model FOLDER --mixture commonsense_170k.json --pyreft-python ...
 
-Ours is a whole run (``reft_lightning.experiment.run``) with the configuration's defaults; its clock is the run's own
+Ours is a whole run with the configuration's defaults; its clock is the run's own
 ``train_seconds``: batches by length, target-only logits, Lightning, checkpoints. pyreft's is ``ReftTrainerForCausalLM``
 with its own collator and loader, as its commonsense script calls it: a token in front, rows padded on the right, random
 batches, all logits; its clock is ``train_runtime``. Reading and tokenising stand outside both clocks. The same rows in
@@ -36,8 +36,8 @@ GOAL = 3.0
 
 def ours(folder: str, mixture: str, tokenizer: str | None, batch_size: int, extra: list[str], **_: Any):
     """A run of this project a round."""
-    from reft_lightning.composition import compose
-    from reft_lightning.experiment import run as run_experiment
+    from reft_lightning.config.compose import compose
+    from reft_lightning.runs.experiment import run as run_experiment
 
     config_of = [*overrides(folder, Path(mixture), tokenizer, batch_size=batch_size), *extra]
 
@@ -120,9 +120,9 @@ def tokens_of(
     folder: str, mixture: Path, tokenizer_name: str | None, args: argparse.Namespace
 ) -> tuple[list[dict[str, list[int]]], int]:
     """Return prompt and target tokens of every row as this project encodes them, and the pad token."""
-    from reft_lightning.base_models import load_tokenizer
-    from reft_lightning.composition import compose
-    from reft_lightning.construction import data_module, family_of
+    from reft_lightning.base_models.loading import load_tokenizer
+    from reft_lightning.config.compose import compose
+    from reft_lightning.runs.build import data_module, family_of
 
     config = compose(overrides(folder, mixture, tokenizer_name, batch_size=args.batch_size))
     tokenizer = load_tokenizer(source="local", path=folder, tokenizer=tokenizer_name)

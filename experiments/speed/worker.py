@@ -95,8 +95,8 @@ def reft(
     """
     import reft_lightning as rl
     from reft_lightning.data.encoding import target_only
-    from reft_lightning.lean_pass import lean_pass
-    from reft_lightning.same_logits import plain_pass
+    from reft_lightning.speed.agreement import plain_pass
+    from reft_lightning.speed.lean_pass import lean_pass
 
     layers = [model.config.num_hidden_layers // 2] if middle_layer else "all"
     adapted = rl.attach(model, "loreft", rank=rank, layers=layers, positions=positions, tied=tied)
@@ -122,10 +122,10 @@ def without_constants(
 ) -> Attached:
     """The same with target-only logits, without what no intervention can change; kept up to a limit in bytes."""
     import reft_lightning as rl
-    from reft_lightning.data.base import Example
     from reft_lightning.data.encoding import EncodedRows, target_only
-    from reft_lightning.lean_pass import lean_pass
-    from reft_lightning.training_pass import training_pass
+    from reft_lightning.data.example import Example
+    from reft_lightning.speed.choose_part import training_pass
+    from reft_lightning.speed.lean_pass import lean_pass
 
     layers = [model.config.num_hidden_layers // 2] if middle_layer else "all"
     adapted = rl.attach(model, "loreft", rank=RANK, layers=layers, positions=positions)

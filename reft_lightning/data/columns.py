@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reft_lightning.data.base import Example, Row, column, nearest
+from ..suggest import did_you_mean
+from .example import Example, Row, column
 
 TASK = "custom"
 # Who speaks, in the two forms of conversations.
@@ -107,8 +108,9 @@ class Columns:
         bare = self.target == Pattern((("", self.target.names[0]),))  # one column and nothing around it
         if answer and answer not in self.target.names:
             raise ValueError(
-                f"data.answer={answer!r} does not stand in data.target={target!r}{nearest(answer, self.target.names)}: "
-                f"a text is compared with the answer where the target has it, such as 'The answer is {{{answer}}}'"
+                f"data.answer={answer!r} does not stand in data.target={target!r}"
+                f"{did_you_mean(answer, self.target.names)}: a text is compared with the answer where the target has "
+                f"it, such as 'The answer is {{{answer}}}'"
             )
         if options and not answer and not bare:
             raise ValueError(
@@ -235,7 +237,7 @@ def turns_of(messages: Any, where: str) -> list[tuple[str, str]]:
         role, text = column(message, who, where), column(message, what, where)
         if role not in ROLES:
             raise ValueError(
-                f"{where}: a message is by {', '.join(ROLES)}; got {role!r}{nearest(str(role), ROLES)}"
+                f"{where}: a message is by {', '.join(ROLES)}; got {role!r}{did_you_mean(str(role), ROLES)}"
             )
         if not isinstance(text, str):
             raise ValueError(f"{where}: a message's {what} must be text; got {text!r:.80}")

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from reft_lightning.data.base import Row, column, nearest
-from reft_lightning.data.columns import text_of
-from reft_lightning.data.rows import HubRows, LocalRows, WheelRows
-from reft_lightning.data.sources import Wheel
+from ..storage.wheels import Wheel
+from ..suggest import did_you_mean
+from .columns import text_of
+from .example import Row, column
+from .rows import HubRows, LocalRows, WheelRows
 
 # combined_score: the mean of the others, as the GLUE metric of two measures carries it
 MEASURES = ("accuracy", "f1", "matthews", "pearson", "spearman", "combined_score")
@@ -114,7 +115,9 @@ class ClassificationTask:
         if value.isdecimal() and int(value) < len(self.labels):
             return int(value)
         numbered = ", ".join(f"{i} {name}" for i, name in enumerate(self.labels))
-        raise ValueError(f"{where}: label {value!r} is not one of {numbered}{nearest(value, self.labels)}")
+        raise ValueError(
+            f"{where}: label {value!r} is not one of {numbered}{did_you_mean(value, self.labels)}"
+        )
 
     def _score(self, row: Row, where: str) -> float:
         low, high = self.score_range
@@ -165,7 +168,7 @@ class ClassificationFamily:
         """
         if name not in self.tasks:
             raise ValueError(
-                f"{self.name} has no task {name!r}{nearest(name, self.tasks)}; it has {', '.join(self.tasks)}"
+                f"{self.name} has no task {name!r}{did_you_mean(name, self.tasks)}; it has {', '.join(self.tasks)}"
             )
         return self.tasks[name]
 

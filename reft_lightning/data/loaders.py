@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from reft_lightning.data.sampling import EvaluationShare, TrainBatches
+from .sampling import EvaluationShare, TrainBatches
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -24,8 +24,9 @@ from dataclasses import replace
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from reft_lightning.data.base import Example, nearest
-from reft_lightning.data.encoding import leading_ids
+from ..suggest import did_you_mean
+from .encoding import leading_ids
+from .example import Example
 
 Template = Callable[[Example, PreTrainedTokenizerBase], Example]
 
@@ -85,7 +86,7 @@ def chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> Example:
     for role, _ in turns:
         if role not in ROLES:
             raise ValueError(
-                f"{where}: a turn's role must be one of {', '.join(ROLES)}; got {role!r}{nearest(role, ROLES)}"
+                f"{where}: a turn's role must be one of {', '.join(ROLES)}; got {role!r}{did_you_mean(role, ROLES)}"
             )
     text = _render(tokenizer, turns, where)
     lead = _white_space_of_answers(tokenizer, turns, text, where)
@@ -124,7 +125,7 @@ def apply_template(
     """
     if name not in TEMPLATES:
         raise ValueError(
-            f"no prompt template {name!r}{nearest(name, TEMPLATES)}; there are {', '.join(TEMPLATES)}"
+            f"no prompt template {name!r}{did_you_mean(name, TEMPLATES)}; there are {', '.join(TEMPLATES)}"
         )
     if system_prompt and name != "chat":
         raise ValueError(f"template {name} has no place for a system prompt; got {system_prompt!r:.60}")

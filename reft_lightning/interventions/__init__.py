@@ -6,7 +6,6 @@ from .base import (
     check_settings,
     intervention_class,
     method_name,
-    nearest,
     registered,
     settings_of,
 )
@@ -40,7 +39,6 @@ __all__ = [
     "check_settings",
     "intervention_class",
     "method_name",
-    "nearest",
     "orthonormal_rows",
     "registered",
     "rotations",

@@ -10,11 +10,10 @@ constructor as settings. Shapes: n tokens, d width, r rank.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -22,6 +21,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..suggest import did_you_mean
 
 INTERVENTIONS: dict[str, type[Intervention]] = {}
 """The table name -> class. Saved adapters name a method; only this table turns the name into code."""
@@ -111,12 +112,6 @@ def without_autocast(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the allowed name closest to ``name``, or nothing."""
-    close = difflib.get_close_matches(name, list(allowed), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def registered(name: str) -> type[Intervention]:
     """Return the class of a name of the table, without importing anything.
 
@@ -126,7 +121,7 @@ def registered(name: str) -> type[Intervention]:
     if name not in INTERVENTIONS:
         raise ValueError(
             f"unknown intervention {name!r}; known are {', '.join(sorted(INTERVENTIONS))}"
-            f"{nearest(name, INTERVENTIONS)} (your own: import the module that defines it first)"
+            f"{did_you_mean(name, INTERVENTIONS)} (your own: import the module that defines it first)"
         )
     return INTERVENTIONS[name]
 
@@ -191,7 +186,7 @@ def check_settings(cls: type[Intervention], settings: Mapping[str, Any]) -> None
     for name in settings:
         if name not in allowed:
             raise ValueError(
-                f"{cls.__name__} takes no setting {name!r}; it takes {', '.join(allowed)}{nearest(name, allowed)}"
+                f"{cls.__name__} takes no setting {name!r}; it takes {', '.join(allowed)}{did_you_mean(name, allowed)}"
             )
     missing = [n for n, p in allowed.items() if p.default is p.empty and n not in settings]
     if missing:

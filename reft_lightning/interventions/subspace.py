@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Intervention, nearest
+from ..suggest import did_you_mean
+from .base import Intervention
 from .orthonormal import orthonormal_rows, random_rows
 
 WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -61,7 +62,7 @@ class Subspace(Intervention):
         if weight_dtype not in WEIGHT_DTYPES:
             raise ValueError(
                 f"weight_dtype must be one of {', '.join(WEIGHT_DTYPES)}; got {weight_dtype!r}"
-                f"{nearest(str(weight_dtype), WEIGHT_DTYPES)}"
+                f"{did_you_mean(str(weight_dtype), WEIGHT_DTYPES)}"
             )
         self.rank, self.weight_dtype = rank, weight_dtype
         self.build()

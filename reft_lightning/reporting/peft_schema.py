@@ -32,11 +32,12 @@ from typing import Any
 
 import numpy as np
 
-from ..baseline_methods import PEFT
-from ..checkpoint import BASELINE_CONFIG_FILE, BESIDE, CONFIG_FILE, PEFT_CONFIG_FILE
-from ..data.metamathqa import FAMILY, prompt
-from ..results import write_json
-from ..schema import DecodingConfig
+from ..adapters.baselines.methods import PEFT
+from ..adapters.reft.config import CONFIG_FILE
+from ..adapters.saving import BASELINE_CONFIG_FILE, BESIDE, PEFT_CONFIG_FILE
+from ..config.schema import DecodingConfig
+from ..data.families.metamathqa import FAMILY, prompt
+from ..storage.atomic import write_json
 from .runs import ReportError, Run, read_runs
 
 log = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ..baseline_methods import is_baseline
-from ..reproduction import FILES, FREE, flat
-from ..schema import Config
+from ..adapters.baselines.methods import is_baseline
+from ..config.identity import FILES, FREE, flat
+from ..config.schema import Config
 
 RUN_FOLDER = "a run folder is what reft-train writes: config.yaml, results.json, predictions/, adapter/"
 INSIDE = {"evaluations", "checkpoints", "predictions", "adapter", "wandb"}  # of a run folder

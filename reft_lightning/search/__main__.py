@@ -1,7 +1,7 @@
-"""One of several workers of a study; :func:`reft_lightning.search.run` starts it."""
+"""One of several workers of a study; :func:`reft_lightning.search.command.run` starts it."""
 
 import sys
 
-from . import run_worker
+from .command import run_worker
 
 run_worker(sys.argv[1:])

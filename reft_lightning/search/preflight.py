@@ -12,10 +12,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from ..composition import CompositionError, compose
-from ..schema import Config
+from ..config.compose import CompositionError, compose
+from ..config.schema import Config
 from .budget import cost_in_advance, unequal_in_advance
-from .plan import Plan
+from .search_plan import Plan
 from .space import override
 
 # What is compared must be the same in all trials: else a search would choose the easiest rows, or the best base model.
@@ -55,8 +55,8 @@ def check_corners(plan: Plan, corners: dict[str, list[Config]]) -> tuple[str, st
         ValueError: for a setting that means nothing or is out of its range, trials that select by different scores,
             by none or on different rows, trials that cost nothing of the budget, and trials that cannot spend the same.
     """
-    from ..arguments import attachment, data_module, family_of, optimization_of
-    from ..checks import check_unused, choose_monitor
+    from ..runs.arguments import attachment, data_module, family_of, optimization_of
+    from ..runs.checks import check_unused, choose_monitor
 
     _check_same(plan, corners)
     scores: dict[tuple[str, str], str] = {}
@@ -148,10 +148,10 @@ def check_rows(plan: Plan, corners: Mapping[str, list[Config]]) -> None:
     Raises:
         ValueError: for rows that are not there, cannot be read, or are too few to validate on.
     """
-    from ..arguments import data_module, family_of
-    from ..data.classification import ClassificationDataModule
+    from ..data.classification_data import ClassificationDataModule
     from ..data.files import read_json_file
     from ..data.rows import read_rows
+    from ..runs.arguments import data_module, family_of
 
     method, configs = next(iter(corners.items()))
     config = configs[0]

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..results import write_json
+from ..storage.atomic import write_json
 from .space import quiet_optuna
 
 REPORTS_FILE = "reports.json"

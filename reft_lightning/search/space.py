@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..vocabulary import did_you_mean
+from ..suggest import did_you_mean
 
 KINDS = ("choice", "int", "float", "log")
 EXTRA = {"choice": (), "int": ("step",), "float": ("points",), "log": ("points",)}

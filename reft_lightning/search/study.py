@@ -26,12 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import composition
-from ..results import now, write_json
+from ..config import compose
+from ..storage.atomic import now, write_json
 from .budget import FREE, MEASURED, cost_in_advance, read_cost, total_cost
-from .plan import Plan
 from .process import Lock
 from .pruning import Reports
+from .search_plan import Plan
 from .space import Value, draw, quiet_optuna
 
 log = logging.getLogger(__name__)
@@ -166,8 +166,8 @@ class Study:
         overrides = tuple(self.plan.trial_overrides(method, params))
         if overrides not in self._costs:
             try:
-                self._costs[overrides] = cost_in_advance(self.plan.unit, composition.compose(overrides))
-            except composition.CompositionError:  # the trial will say so, and fail
+                self._costs[overrides] = cost_in_advance(self.plan.unit, compose.compose(overrides))
+            except compose.CompositionError:  # the trial will say so, and fail
                 self._costs[overrides] = None
         return self._costs[overrides]
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..results import write_json
+from ..storage.atomic import write_json
 from .budget import FREE, behind_trials, verdict
 from .study import ERROR_FILE, LEDGER, Study
 

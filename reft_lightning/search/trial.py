@@ -18,9 +18,10 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from .. import composition, experiment
-from ..results import now, write_json
-from ..schema import CallbacksConfig
+from ..config import compose
+from ..config.schema import CallbacksConfig
+from ..runs import experiment
+from ..storage.atomic import now, write_json
 from .budget import COST_FILE, flops_per_token, read_cost, total_cost
 from .process import end_with_parent
 from .pruning import Reports, falls_behind
@@ -174,7 +175,7 @@ def run_job(folder: Path) -> dict[str, Any]:
         ValueError: for a job that cannot run.
     """
     job = json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
-    config = composition.compose(job["overrides"])
+    config = compose.compose(job["overrides"])
     if config.sealed != (job["kind"] == "trial"):
         raise ValueError(f"{folder}: a trial is sealed and a winner is not; its overrides say otherwise")
     if job["kind"] == "trial":
@@ -192,7 +193,7 @@ def main(argv: Sequence[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         run_job(Path(argv[0]))
-    except (composition.CompositionError, experiment.SetupError) as error:
+    except (compose.CompositionError, experiment.SetupError) as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(2)
 

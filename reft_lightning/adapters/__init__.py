@@ -1,0 +1,1 @@
+"""Adapted models: a base model with whatever is trained of it or on it."""

@@ -1,0 +1,91 @@
+"""Whatever `intervention.method` may name: interventions, a baseline, or both together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+from ..base_models.heads import heads_to_train
+from ..interventions import Intervention
+from .adapted import ParameterCount
+from .baselines.in_place import Baseline, InPlaceBaseline
+from .baselines.joint import JointModel
+from .baselines.methods import IN_PLACE, check_baseline, check_beside, is_baseline
+from .baselines.peft import PeftBaseline
+from .reft.attach import attach
+from .reft.model import ReftModel
+
+
+def adapt(
+    base_model: PreTrainedModel,
+    method: str | type[Intervention] = "loreft",
+    *,
+    beside: str | None = None,
+    beside_options: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> ReftModel | Baseline | JointModel:
+    """Attach interventions, or one of the baselines: whatever ``intervention.method`` may name.
+
+    Args:
+        base_model: a Hugging Face model; it is changed in place.
+        method: what :func:`attach` takes, ``peft/lora`` and the like, ``bitfit``, ``full`` or ``frozen``.
+        beside: a peft method that is trained together with interventions, one of ``joint.JOINT_METHODS``.
+        beside_options: its options.
+        **settings: the arguments of :func:`attach`; ``heads`` and the options of a baseline.
+
+    Raises:
+        ValueError: for anything unknown or out of range.
+    """
+    check_beside(method, beside, beside_options or {})
+    if beside is not None:
+        heads = heads_to_train(base_model, settings.pop("heads", ()))
+        peft = PeftBaseline(base_model, beside, heads, beside_options)
+        return JointModel(peft, partial(attach, method=method, **settings))
+    if not is_baseline(method):
+        return attach(base_model, method, **settings)
+    heads = heads_to_train(base_model, settings.pop("heads", ()))
+    if method in IN_PLACE:
+        check_baseline(method, settings)
+        return InPlaceBaseline(base_model, method, heads)
+    return PeftBaseline(base_model, method, heads, settings)
+
+
+def build_on_meta(config: PretrainedConfig, task: str = "causal_lm") -> PreTrainedModel:
+    """Build the model of a configuration without memory for its weights.
+
+    Args:
+        config: of Hugging Face.
+        task: ``causal_lm``, or ``sequence_classification`` for a model with its classifier. An encoder has no
+            causal form: it is built without a head then.
+    """
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+    kind = AutoModelForCausalLM if causal else AutoModel
+    if task == "sequence_classification":
+        kind = AutoModelForSequenceClassification
+    with torch.device("meta"):
+        return kind.from_config(config)
+
+
+def count_parameters(
+    config: PretrainedConfig,
+    method: str | type[Intervention] = "loreft",
+    *,
+    task: str = "causal_lm",
+    **kwargs: Any,
+) -> ParameterCount:
+    """Count what :func:`adapt` would train, from a configuration alone: no weights are needed.
+
+    Takes the arguments of :func:`adapt`, and the task of :func:`build_on_meta`, and raises what attaching raises.
+    """
+    return adapt(build_on_meta(config, task), method, **kwargs).parameter_count()

@@ -1,0 +1,1 @@
+"""What ReFT is compared with: the methods of the peft library, BitFit, full finetuning, the frozen model."""

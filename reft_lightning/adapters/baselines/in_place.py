@@ -1,0 +1,254 @@
+"""Baselines behind the calls of a ReftModel: what they share, and those that train the base model's own parameters.
+
+BitFit (Ben Zaken et al. 2021, arXiv:2106.10199) trains every bias, full finetuning everything, ``frozen`` nothing.
+The methods of the peft library are in :mod:`reft_lightning.adapters.baselines.peft`.
+
+Shapes: b rows, s columns.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...base_models.output_head import join_columns
+from ...interventions.base import HALVES
+from ...suggest import did_you_mean
+from ..adapted import ParameterCount
+from ..masks import guess_attention, left_padded, numbers_its_own_positions, position_ids_of
+from ..saving import BASELINE_CONFIG_FILE, BASELINE_FILE, check_fit, replace_file, write_tensors
+from .methods import check_baseline
+
+log = logging.getLogger(__name__)
+FORMAT = 1
+
+
+@dataclass
+class BaselineConfig:
+    """What was trained, of which model; saved beside the tensors."""
+
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    heads: list[str] = field(default_factory=list)
+    base_model: str | None = None
+
+
+class Baseline(nn.Module):
+    """A base model trained in another way than by ReFT, behind the same calls.
+
+    Parameters of the base that are trained in place have their first values kept in CPU memory, so that
+    :meth:`disabled` is exactly the base.
+
+    Args:
+        config: method, options, heads.
+        base_model: a Hugging Face model, frozen in place.
+        trained: names of its parameters that are trained in place.
+    """
+
+    virtual_tokens = 0  # columns that a cache holds in front of the text's
+
+    def __init__(self, config: BaselineConfig, base_model: PreTrainedModel, trained: Iterable[str]) -> None:
+        super().__init__()
+        self.config = config
+        accepted = inspect.signature(base_model.forward).parameters
+        modules = dict(base_model.named_modules())
+        self._wants_position_ids = "position_ids" in accepted and not numbers_its_own_positions(modules)
+        base_model.requires_grad_(False)
+        join_columns(base_model)
+        parameters = dict(base_model.named_parameters())
+        self._in_place = list(trained)
+        for name in self._in_place:
+            parameters[name].requires_grad_(True)
+        self._first = {
+            name: parameters[name].detach().to("cpu", copy=True)
+            for name in self._in_place
+            if not parameters[name].is_meta
+        }
+        total = sum(parameter.numel() for parameter in parameters.values())
+        heads = sum(p.numel() for name, p in parameters.items() if inside(name, config.heads))
+        self._base_parameters = total - heads
+        self._enabled = True
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # (b, s)
+        attention_mask: Tensor | None = None,  # (b, s)
+        labels: Tensor | None = None,  # (b, s), the last columns of it, or (b,)
+        prompt_mask: Tensor | None = None,  # (b, s) bool, of no use here
+        **kwargs: Any,
+    ) -> Any:
+        """Run the adapted model; returns what the base model returns (``loss``, ``logits``, ...).
+
+        Padding may stand on either side. Labels of the last columns alone go beside ``logits_to_keep``.
+        """
+        tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        if tokens is None:
+            raise ValueError("forward needs input_ids or inputs_embeds")
+        if self._wants_position_ids and kwargs.get("position_ids") is None:
+            past = kwargs.get("past_key_values")
+            start = int(past.get_seq_length()) if past is not None else 0
+            start = max(start - self.virtual_tokens, 0) if self._enabled else start
+            attention = attention_mask
+            if attention is None:
+                attention = tokens.new_ones((tokens.shape[0], start + tokens.shape[1]), dtype=torch.long)
+            kwargs["position_ids"] = position_ids_of(attention)[:, start:]
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return self.base_model(**{k: v for k, v in inputs.items() if v is not None}, **kwargs)
+
+    def generate(
+        self,
+        input_ids: Tensor,  # (b, s)
+        attention_mask: Tensor | None = None,  # (b, s)
+        prompt_mask: Tensor | None = None,  # (b, s) bool, of no use here
+        **kwargs: Any,
+    ) -> Any:
+        """Generate as Hugging Face does; rows padded on the right are moved to the left first."""
+        if attention_mask is None:
+            attention_mask = guess_attention(input_ids, kwargs, self.base_model.generation_config)
+        attention_mask, input_ids = left_padded(attention_mask, input_ids)
+        return self.base_model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Run exactly the base model inside the block, its head as it was before training too."""
+        if not self._enabled:
+            yield
+            return
+        parameters = self._trained_in_place()
+        trained = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+        self._enabled = False
+        try:
+            _fill(parameters, self._first)
+            yield
+        finally:
+            _fill(parameters, trained)
+            self._enabled = True
+
+    def _trained_in_place(self) -> dict[str, nn.Parameter]:
+        parameters = dict(self.base_model.named_parameters())
+        return {name: parameters[name] for name in self._in_place}
+
+    # --- parameters and files -------------------------------------------------------------------------------------
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """Return every trained tensor, by its name in the base model."""
+        return {name: parameter.detach() for name, parameter in self._trained_in_place().items()}
+
+    def load_adapter_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Load what :meth:`adapter_state_dict` returned, into the same parameters.
+
+        Raises:
+            ValueError: if a tensor is missing, unexpected, or of another shape.
+        """
+        check_fit(self.adapter_state_dict(), state, f" {self.config.method}")
+        self._load(state)
+
+    def _load(self, state: dict[str, Tensor]) -> None:
+        _fill(self._trained_in_place(), state)
+
+    def _is_head(self, name: str) -> bool:
+        """Whether a trained parameter, by its name in this module, belongs to a head."""
+        return inside(name.removeprefix("base_model."), self.config.heads)
+
+    def _is_vector(self, parameter: nn.Parameter) -> bool:
+        return parameter.ndim < 2
+
+    def parameter_roles(self) -> dict[str, list[nn.Parameter]]:
+        """Return the trained parameters by role; vectors are biases, which never decay."""
+        roles: dict[str, list[nn.Parameter]] = {"rotation": [], "weight": [], "bias": [], "head": []}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                role = "head" if self._is_head(name) else "bias" if self._is_vector(parameter) else "weight"
+                roles[role].append(parameter)
+        return roles
+
+    def parameter_count(self) -> ParameterCount:
+        """Count the trained parameters against the base model's; heads are in neither."""
+        roles = self.parameter_roles()
+        trainable = sum(p.numel() for role in ("weight", "bias") for p in roles[role])
+        return ParameterCount(trainable, self._base_parameters, 100 * trainable / self._base_parameters)
+
+    def save_pretrained(self, folder: str | PathLike) -> None:
+        """Write ``baseline_config.json`` and, where the base's own parameters were trained, their tensors."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / BASELINE_FILE, self._trained_in_place())
+        text = json.dumps({"format": FORMAT, **asdict(self.config)}, indent=2) + "\n"
+        replace_file(folder / BASELINE_CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+class InPlaceBaseline(Baseline):
+    """BitFit, full finetuning, or the frozen model.
+
+    Args:
+        base_model: a Hugging Face model.
+        method: ``bitfit``, ``full`` or ``frozen``.
+        heads: paths of modules that are trained beside; counted apart.
+
+    Raises:
+        ValueError: for BitFit of a model without biases, or heads of a frozen model.
+    """
+
+    def __init__(self, base_model: PreTrainedModel, method: str, heads: Sequence[str] = ()) -> None:
+        check_baseline(method, {})
+        config = BaselineConfig(method, heads=list(heads), base_model=base_model.config.name_or_path or None)
+        check_heads(base_model, heads)
+        names = [name for name, _ in base_model.named_parameters()]
+        chosen = {
+            "bitfit": [n for n in names if n.endswith(".bias") and not inside(n, heads)],
+            "full": [n for n in names if not inside(n, heads)],
+            "frozen": [],
+        }[method]
+        if method == "bitfit" and not chosen:
+            raise ValueError(
+                f"{type(base_model).__name__} has no biases, so BitFit has nothing to train (Llama and its kin have "
+                "none; BERT, RoBERTa, GPT-2 and OPT do); take intervention=peft/lora or another method"
+            )
+        if method == "frozen" and heads:
+            raise ValueError(
+                "method frozen trains nothing; to train the heads alone take intervention=none, for nothing at all "
+                "intervention.heads=[]"
+            )
+        super().__init__(config, base_model, [*chosen, *(n for n in names if inside(n, heads))])
+        self.base_model = base_model
+        if chosen and not next(base_model.parameters()).is_meta and base_model.dtype in HALVES:
+            log.warning(
+                "%s trains %s weights: small updates are lost in their rounding; model.dtype=float32 keeps them",
+                method, str(base_model.dtype).removeprefix("torch."),
+            )  # fmt: skip
+
+
+def check_heads(model: PreTrainedModel, heads: Sequence[str]) -> None:
+    """Refuse heads that the model does not have.
+
+    Raises:
+        ValueError: with the nearest name.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    for head in heads:
+        if head not in modules:
+            raise ValueError(
+                f"the model has no module {head!r} to train as a head{did_you_mean(head, modules)}"
+            )
+
+
+def inside(name: str, modules: Sequence[str]) -> bool:
+    """Whether a parameter belongs to one of some modules, by its path."""
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+@torch.no_grad()
+def _fill(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])

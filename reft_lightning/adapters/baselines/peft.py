@@ -1,0 +1,161 @@
+"""The methods of the peft library behind the calls of a ReftModel.
+
+peft makes the trained parameters and puts them into the base model; the base model is then called directly, by the
+code that calls it for ReFT. Adapters are saved in peft's own format, which peft loads without this package.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from .in_place import Baseline, BaselineConfig, check_heads
+from .methods import PEFT, peft_config
+from .virtual_tokens import VirtualTokens, is_decoder
+
+ADAPTER = "default"  # peft's name for the one adapter there is
+
+
+class PeftBaseline(Baseline):
+    """A base model with an adapter of the peft library. Heads are peft's ``modules_to_save``, trained copies.
+
+    Args:
+        base_model: a Hugging Face model, changed in place.
+        method: ``peft/lora`` or another of :data:`~reft_lightning.adapters.baselines.methods.PEFT_METHODS`.
+        heads: paths of modules that are trained beside; counted apart.
+        options: arguments of peft's configuration class.
+
+    Raises:
+        ValueError: for an unknown method, option or head, or what peft refuses, such as unknown target modules.
+    """
+
+    def __init__(
+        self,
+        base_model: PreTrainedModel,
+        method: str,
+        heads: Sequence[str] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        settings = peft_config(method, options or {})
+        check_heads(base_model, heads)
+        # peft takes every module whose path ends in a head's name
+        more = (
+            [n for n, _ in base_model.named_modules() if n.endswith(tuple(heads)) and n not in heads]
+            if heads
+            else []
+        )
+        if more:
+            raise ValueError(
+                f"{method} would train {', '.join(more)} beside the heads {', '.join(heads)}: peft goes by the ends of "
+                "names; name those too in intervention.heads"
+            )
+        if method == f"{PEFT}prefix_tuning" and not is_decoder(base_model):
+            raise ValueError(
+                f"{method} needs a cache of keys and values, which {type(base_model).__name__}, an encoder, does not "
+                f"read; take {PEFT}prompt_tuning"
+            )
+        name = base_model.config.name_or_path or None
+        super().__init__(BaselineConfig(method, dict(options or {}), list(heads), name), base_model, ())
+        settings.modules_to_save = list(heads) or None
+        self.peft_model = _with_adapter(base_model, settings)
+        self._virtual = VirtualTokens(self.peft_model) if settings.is_prompt_learning else None
+        self.virtual_tokens = self._virtual.count if self._virtual else 0
+
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The Hugging Face model, with the adapter in it."""
+        return self.peft_model.get_base_model()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the adapted model, see :meth:`Baseline.forward`."""
+        if self._virtual is None or not self._enabled:
+            return super().forward(*args, **kwargs)
+        before = self._virtual.calls
+        output = super().forward(*args, **kwargs)
+        if self._virtual.calls == before:
+            raise ValueError(
+                f"{type(self.base_model).__name__} does not call its {type(self._virtual.inner).__name__}, before "
+                f"which the virtual tokens would stand; take another method than {self.config.method}"
+            )
+        return output
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Run exactly the base model inside the block, its head as it was before training too."""
+        if not self._enabled:
+            yield
+            return
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        parts = [
+            m for m in self.peft_model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        ]
+        with super().disabled():
+            self._switch(parts, False)
+            try:
+                yield
+            finally:
+                self._switch(parts, True)
+
+    def _switch(self, parts: list[Any], on: bool) -> None:
+        for part in parts:
+            part.enable_adapters(on)
+        if self._virtual is not None:
+            self._virtual.enabled = on
+
+    def _is_head(self, name: str) -> bool:
+        return ".modules_to_save." in name
+
+    def _is_vector(self, parameter: nn.Parameter) -> bool:
+        # IA3 keeps its vectors as (d, 1) and (1, d)
+        flat = self.config.method == f"{PEFT}ia3" and parameter.numel() == max(parameter.shape, default=1)
+        return flat or super()._is_vector(parameter)
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """Return every trained tensor, and those that peft saves with them, by the names of peft's file."""
+        from peft import get_peft_model_state_dict
+
+        # embeddings of the base are never trained; "auto" would ask the hub for the size of its vocabulary
+        return get_peft_model_state_dict(self.peft_model, adapter_name=ADAPTER, save_embedding_layers=False)
+
+    def _load(self, state: dict[str, Tensor]) -> None:
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(self.peft_model, dict(state), ADAPTER)
+
+    def save_pretrained(self, folder: str | PathLike) -> None:
+        """Write peft's ``adapter_config.json`` and ``adapter_model.safetensors``."""
+        settings = self.peft_model.peft_config[ADAPTER]
+        settings.base_model_name_or_path = self.config.base_model
+        settings.task_type = _task_of(self.base_model)
+        try:
+            self.peft_model.save_pretrained(str(folder), save_embedding_layers=False)
+        finally:
+            settings.task_type = None
+
+
+def _with_adapter(base_model: PreTrainedModel, settings: Any) -> Any:
+    # The class for any task: those for one task train heads that nobody named, and their calls are not used.
+    from peft import PeftModel
+
+    on_meta = next(base_model.parameters()).is_meta
+    with warnings.catch_warnings():
+        # peft 0.21 reads a property that transformers 5.23 renames
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*deprecated", FutureWarning)
+        # it corrects the setting for GPT-2 itself
+        warnings.filterwarnings("ignore", ".*fan_in_fan_out is set to", UserWarning)
+        return PeftModel(base_model, settings, ADAPTER, low_cpu_mem_usage=on_meta)
+
+
+def _task_of(model: PreTrainedModel) -> str:
+    """Return peft's word for what a model does; it decides which of peft's classes loads the adapter."""
+    if isinstance(model, GenerationMixin):
+        return "CAUSAL_LM"
+    return "SEQ_CLS" if "ForSequenceClassification" in type(model).__name__ else "FEATURE_EXTRACTION"

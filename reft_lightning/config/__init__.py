@@ -1,0 +1,1 @@
+"""The configuration: its schema, its composition, its messages, and what makes two runs the same run."""

@@ -1,0 +1,370 @@
+"""Compose ``conf/`` into one checked :class:`~reft_lightning.config.schema.Config`, and explain what does not fit.
+
+:func:`preflight` runs before Hydra does and before torch is imported: every mistake in the arguments or in
+a YAML file, also one in the last choice of a sweep, ends in a short message that names the nearest key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import sys
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from ..adapters.baselines.methods import check_baseline, check_beside, is_baseline
+from ..suggest import did_you_mean
+from .explain import Vocabulary
+from .method_settings import check_no_intervention_settings
+from .schema import CHOICES, Config
+
+CONFIG_NAME = "config"
+VERSION_BASE = "1.3"
+TRAIN_USAGE = """reft-train model=NAME [GROUP=NAME ...] [KEY=VALUE ...]      trains, validates and tests
+       reft-train experiment=NAME [KEY=VALUE ...]              the same, from a file of settings
+       reft-train --multirun model=NAME seed=42,43,44          a run for each choice
+       reft-train resume=FOLDER                                goes on with an interrupted run
+       reft-train model=NAME --cfg job                         prints every key and value, and runs nothing
+       reft-train --config-dir FOLDER ...                      reads YAML files of your own, too
+       reft-train --hydra-help                                 the other flags"""
+SHOWN = 12  # files of one folder that the help names one by one
+# Arguments that print something and run nothing.
+PASSIVE_FLAGS = ("hydra_help", "shell_completion", "info", "experimental_rerun")
+
+
+class CompositionError(ValueError):
+    """The arguments or a YAML file do not compose; the message says what to write instead."""
+
+
+def config_dir() -> Path:
+    """Return the folder of the YAML files: inside the installed package, else beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if folder.joinpath(f"{CONFIG_NAME}.yaml").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"no conf/{CONFIG_NAME}.yaml in {package} or beside it: install the package again"
+    )
+
+
+def register() -> None:
+    """Tell Hydra the schema and the two resolvers that ``conf/config.yaml`` names folders with."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
+    OmegaConf.register_new_resolver("folder_name", _folder_name, replace=True)
+
+
+def _run_name(*candidates: Any) -> str:
+    return next((str(name) for name in candidates if name), "run")
+
+
+def _folder_name(*parts: Any) -> str:
+    # Overrides hold slashes (paths) and can outgrow the 255 bytes of a file name.
+    return "_".join(str(part) for part in parts if str(part)).replace("/", "_")[:150]
+
+
+def compose(overrides: Sequence[str] = (), extra_dir: str | Path | None = None) -> Config:
+    """Compose one run and check it.
+
+    Args:
+        overrides: Hydra overrides without sweeps, such as ``["model=tiny_random", "optimizer.lr=1e-3"]``.
+        extra_dir: a further folder of YAML files (``--config-dir``).
+
+    Raises:
+        CompositionError: for whatever does not fit.
+    """
+    with _hydra():
+        return _compose(list(overrides), _vocabulary(extra_dir))
+
+
+def preflight(argv: Sequence[str]) -> None:
+    """Compose every run that the command line asks for; leave with status 2 and a message where one fails.
+
+    A sweep is checked choice by choice, each against the first choices of the others.
+    """
+    arguments = get_args_parser().parse_args(list(argv))
+    if any(getattr(arguments, flag) for flag in PASSIVE_FLAGS):
+        return
+    try:
+        if arguments.help:  # Hydra's own needs a configuration that composes
+            sys.stdout.write(_help(_vocabulary(arguments.config_dir)))
+            sys.exit(0)
+        vocabulary = _vocabulary(arguments.config_dir)
+        with _hydra():
+            for overrides in _runs(arguments.overrides, sweep=arguments.multirun):
+                _compose(overrides, vocabulary)
+    except CompositionError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)
+
+
+def _help(vocabulary: Vocabulary) -> str:
+    lines = [f"usage: {TRAIN_USAGE}", "", "groups and what each may be:"]
+    for group, options in vocabulary.groups.items():
+        if "/" in group or group in ("local", "search"):
+            continue
+        shown = [option for option in options if "/" not in option]
+        for folder in sorted({option.partition("/")[0] for option in options if "/" in option}):
+            inside = [option for option in options if option.startswith(f"{folder}/")]
+            shown += inside if len(inside) <= SHOWN else [f"{folder}/... ({len(inside)} files)"]
+        lines.append(fill(", ".join(shown), 110, initial_indent=f"  {group:<14}", subsequent_indent=" " * 16))
+    keys = ", ".join(name for name in vocabulary.keys if "." not in name and name not in vocabulary.groups)
+    lines += [
+        "",
+        fill(f"keys: those of the groups, such as optimizer.lr; {keys}", 110, subsequent_indent=" " * 6),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
+        yield
+
+
+def _vocabulary(extra_dir: str | Path | None) -> Vocabulary:
+    if extra_dir is None:
+        return Vocabulary([config_dir()])
+    if not Path(extra_dir).is_dir():
+        raise CompositionError(f"--config-dir {extra_dir}: no such folder")
+    return Vocabulary([config_dir(), Path(extra_dir).resolve()])
+
+
+def _parse(overrides: Iterable[str]) -> list[Override]:
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    parsed: list[Override] = []
+    for text in overrides:
+        try:
+            parsed += parser.parse_overrides([text])  # in the plural it also knows glob()
+        except HydraException as error:
+            raise CompositionError(
+                f"cannot read the argument {text!r}: {str(error).splitlines()[0]}\n"
+                "Write key=value, +key=value for a new entry of a dictionary, key=[a,b] for a list, and "
+                "quotes around text with special characters: key=\"'a=b'\""
+            ) from error
+    return parsed
+
+
+def _runs(overrides: Sequence[str], sweep: bool) -> Iterator[list[str]]:
+    """Yield the overrides of each run to check: the first choices, then each further choice alone."""
+    parsed = _parse(overrides)
+    sweeping = [o for o in parsed if o.is_sweep_override()]
+    modes = {o.get_value_string() for o in parsed if o.key_or_group == "hydra.mode"}
+    if sweeping and not sweep and "MULTIRUN" not in modes:
+        o = sweeping[0]
+        raise CompositionError(
+            f"{o.input_line}: several values; add --multirun to run each, or write a list as "
+            f"{o.key_or_group}=[...]"
+        )
+    choices: dict[int, list[str]] = {}
+    for o in sweeping:
+        # An interval is for a sweeper to draw from: there is nothing to compose yet.
+        values = o.sweep_string_iterator() if o.is_discrete_sweep() else ()
+        choices[id(o)] = [f"{o.get_key_element()}={value}" for value in values]
+    first = {id(o): choices.get(id(o), [str(o.input_line)])[:1] for o in parsed}
+    yield [text for o in parsed for text in first[id(o)]]
+    for changed in sweeping:
+        for choice in choices[id(changed)][1:]:
+            yield [text for o in parsed for text in ([choice] if o is changed else first[id(o)])]
+
+
+def _compose(overrides: list[str], vocabulary: Vocabulary) -> Config:
+    for override in _parse(overrides):
+        _check_override(override, vocabulary)
+    search = [f"hydra.searchpath=['file://{folder}']" for folder in vocabulary.folders[1:]]
+    try:
+        config = hydra_compose(CONFIG_NAME, overrides=[*overrides, *search])
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise CompositionError(_explain(error, overrides, vocabulary)) from error
+    _check_fields(config, vocabulary)
+    try:
+        composed = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        where = error.full_key or "the configuration"
+        raise CompositionError(f"{where}: {str(error).splitlines()[0]}") from error
+    assert isinstance(composed, Config)
+    _check_values(composed)
+    _check_intervention(composed, overrides, vocabulary)
+    return composed
+
+
+# Checks, from the command line to the composed values.
+
+
+def _check_override(override: Override, vocabulary: Vocabulary) -> None:
+    name, text = override.key_or_group, str(override.input_line)
+    if name == "search":
+        raise CompositionError(f"{text}: search is for reft-search: reft-search {text}")
+    if override.is_hydra_override() or override.package is not None:
+        return
+    if name in vocabulary.groups:
+        option = override.value()
+        if isinstance(option, str) and option not in vocabulary.groups[name]:
+            raise CompositionError(vocabulary.unknown_option(name, option, text))
+        if "/" in name:  # a folder inside a group
+            group, _, folder = name.partition("/")
+            raise CompositionError(f"{text}: write {group}={folder}/{option}")
+    elif name not in vocabulary.keys:
+        if not vocabulary.is_free(name):
+            raise CompositionError(vocabulary.unknown_key(name, text))
+    elif override.is_delete():
+        raise CompositionError(f"{text}: a key of the schema cannot be deleted; set {name}=null instead")
+
+
+def _check_fields(config: DictConfig, vocabulary: Vocabulary, cls: type = Config, prefix: str = "") -> None:
+    hints = typing.get_type_hints(cls)
+    fields = [field.name for field in dataclasses.fields(cls)]
+    for name in config:
+        if name not in fields:
+            raise CompositionError(vocabulary.unknown_key(f"{prefix}{name}", "the configuration"))
+    for name in fields:
+        if OmegaConf.is_missing(config, name):
+            raise CompositionError(f"{prefix}{name} has no value: write {prefix}{name}=...")
+        if dataclasses.is_dataclass(hints[name]):
+            _check_fields(config[name], vocabulary, typing.cast(type, hints[name]), f"{prefix}{name}.")
+
+
+def _check_values(config: Config) -> None:
+    for name, allowed in CHOICES.items():
+        value = operator.attrgetter(name)(config)
+        if value is not None and value not in allowed:
+            hint = did_you_mean(str(value), allowed)
+            raise CompositionError(f"{name} must be one of {', '.join(allowed)}; got {value!r}{hint}")
+    needs = {"local": ["path"], "wheel": ["package", "sha256"], "random": ["config"], "hub": ["name"]}
+    source = config.model.source
+    for key in needs[source]:
+        if not getattr(config.model, key):
+            raise CompositionError(f"model.source={source} needs model.{key}: write model.{key}=...")
+    if config.data.source == "local" and not config.data.path:
+        raise CompositionError(
+            "data.source=local needs its place: write data.path=FOLDER (or a file, with data=custom)"
+        )
+    if config.data.source == "wheel" and bool(config.data.package) != bool(config.data.sha256):
+        raise CompositionError(
+            "data.source=wheel takes data.package=NAME==VERSION and data.sha256=DIGITS together, or neither where the "
+            "family has a wheel of its own"
+        )
+
+
+def _check_intervention(config: Config, overrides: Sequence[str], vocabulary: Vocabulary) -> None:
+    """Check a method that no YAML file names and options of its class; only these need torch this early."""
+    intervention, heads = config.intervention, config.intervention.heads
+    listed = isinstance(heads, list) and all(isinstance(path, str) for path in heads)
+    if not (listed or heads is None or heads == "auto"):
+        raise CompositionError(
+            f"intervention.heads must be auto or a list of module paths, such as [classifier]; got {heads!r}"
+        )
+    baseline = is_baseline(intervention.method)
+    if baseline:
+        try:
+            check_no_intervention_settings(intervention, overrides)
+        except ValueError as error:
+            raise CompositionError(str(error)) from error
+    try:
+        check_beside(intervention.method, intervention.beside, intervention.beside_options)
+        if baseline:
+            check_baseline(intervention.method, intervention.options)
+    except ValueError as error:
+        raise CompositionError(f"intervention: {error}") from error
+    if baseline:
+        return
+    named = {option for option in vocabulary.groups["intervention"] if "/" not in option} | {"none"}
+    if intervention.method in named and not intervention.options:
+        return
+    from ..interventions import intervention_class, settings_of
+
+    try:
+        cls = intervention_class(intervention.method)
+    except ValueError as error:
+        raise CompositionError(f"intervention.method: {error}") from error
+    allowed = settings_of(cls)
+    for name in intervention.options:
+        if name not in allowed:
+            raise CompositionError(
+                f"intervention.options: {cls.__name__} takes no {name!r}{did_you_mean(name, allowed)}\n"
+                f"it takes {', '.join(allowed)}"
+            )
+
+
+# What Hydra says, in the terms of this project.
+
+
+def _explain(error: Exception, overrides: Sequence[str], vocabulary: Vocabulary) -> str:
+    message = str(error).strip()
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    if "You must specify" in message:
+        return _no_choice(overrides, vocabulary)
+    missing = getattr(error, "missing_cfg_file", None)
+    if missing:
+        return _missing_file(missing, overrides, vocabulary) or message
+    if "raised while composing config" in message:
+        # Three lines: In 'FILE': ERROR raised while composing config / reason / full_key: optimizer.lrr
+        lines = message.splitlines()
+        where = vocabulary.file(lines[0].split("'")[1])
+        full_key = next((line.split("full_key:")[1].strip() for line in lines if "full_key:" in line), "")
+        if "KeyError" in lines[0] or "AttributeError" in lines[0]:
+            return vocabulary.unknown_key(full_key, where)
+        return f"{where}: {vocabulary.wrong_type(full_key, lines[1])}"
+    if isinstance(cause, ValidationError) and cause.full_key:
+        written = [o for o in overrides if o.lstrip("+").startswith(f"{cause.full_key}=")]
+        reason = vocabulary.wrong_type(cause.full_key, str(cause).splitlines()[0])
+        return f"{written[-1] if written else 'the configuration'}: {reason}"
+    return message.replace("To append to your config use", "A new entry of a dictionary takes a plus:")
+
+
+def _missing_file(name: str, overrides: Sequence[str], vocabulary: Vocabulary) -> str:
+    """Explain a YAML file that does not exist, by the file whose defaults list asks for it."""
+    parts = name.split("/")
+    for depth in range(len(parts) - 1, 0, -1):
+        group, option = "/".join(parts[:depth]), "/".join(parts[depth:])
+        if group in vocabulary.groups:
+            asked = _experiment_defaults(overrides, vocabulary)
+            files = [str(file) for file, g, o in asked if (g, o) == (group, option)]
+            return vocabulary.unknown_option(group, option, files[0] if files else f"{group}={option}")
+    return ""
+
+
+def _experiment_defaults(overrides: Sequence[str], vocabulary: Vocabulary) -> Iterator[tuple[Path, str, str]]:
+    """Yield (file, group, option) for each entry of the defaults list of the experiment that was chosen."""
+    for name in (o.partition("=")[2] for o in overrides if o.startswith("experiment=")):
+        file = Path(vocabulary.file(f"experiment/{name}"))
+        content = yaml.safe_load(file.read_text()) if file.is_file() else None
+        for entry in (content or {}).get("defaults", []):
+            for key, option in entry.items() if isinstance(entry, dict) else ():
+                yield file, key.removeprefix("override ").lstrip("/"), str(option)
+
+
+def _no_choice(overrides: Sequence[str], vocabulary: Vocabulary) -> str:
+    """Explain a group without an option: the experiment misspells its name, or nothing chose it."""
+    known = vocabulary.groups
+    if resumed := [text for text in overrides if text.startswith("resume=")]:
+        others = ", ".join(text for text in overrides if text not in resumed)
+        return (
+            f"{resumed[-1]} stands alone, as the run goes on under the configuration that its folder keeps: leave "
+            f"{others or 'the flags'} out"
+        )
+    for file, group, _ in _experiment_defaults(overrides, vocabulary):
+        if group not in known:
+            return vocabulary.unknown_group(group, str(file))
+    return (
+        f"no model was chosen: write model=NAME, with NAME one of {', '.join(known['model'])},\n"
+        f"or experiment=NAME, with NAME one of {', '.join(known['experiment'])}"
+    )

@@ -1,0 +1,155 @@
+"""What may be written in a configuration: the keys of the schema, the groups of YAML files and their options.
+
+Error messages are made here, so that each names what was written, where, the nearest and the allowed names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..suggest import did_you_mean
+from .schema import Config
+
+# Words for the types of the schema, as an error message says them.
+TYPES = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+
+CUTOFF = 0.7  # of difflib's ratio: below it a guess misleads (learning_rate would be warmup_ratio)
+
+# What other trainers call a key, by its last part.
+ALIASES = {
+    "learning_rate": "optimizer.lr",
+    "wd": "optimizer.weight_decay",
+    "warmup": "optimizer.warmup_ratio",
+    "warmup_steps": "optimizer.warmup_ratio",
+    "scheduler": "optimizer.schedule",
+    "lr_scheduler": "optimizer.schedule",
+    "lr_scheduler_type": "optimizer.schedule",
+    "train_batch_size": "data.batch_size",
+    "per_device_train_batch_size": "data.batch_size",
+    "per_device_eval_batch_size": "data.eval_batch_size",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "epochs": "trainer.max_epochs",
+    "num_epochs": "trainer.max_epochs",
+    "num_train_epochs": "trainer.max_epochs",
+    "steps": "trainer.max_steps",
+    "num_steps": "trainer.max_steps",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "max_grad_norm": "trainer.gradient_clip_val",
+    "device": "trainer.accelerator",
+    "gpus": "trainer.devices",
+    "r": "intervention.rank",
+}
+
+
+def keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Return every key of the schema, dotted, with its type."""
+    found: dict[str, Any] = {}
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        name, hint = f"{prefix}{field.name}", hints[field.name]
+        found[name] = hint
+        if dataclasses.is_dataclass(hint):
+            found.update(keys(typing.cast(type, hint), f"{name}."))
+    return found
+
+
+def _split(name: str) -> tuple[str, str]:
+    parent, _, last = name.rpartition(".")
+    return parent, last
+
+
+class Vocabulary:
+    """The keys of the schema and the groups found in some folders of YAML files.
+
+    Args:
+        folders: where the YAML files lie; ``conf/`` and, with ``--config-dir``, the user's own.
+    """
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.folders = list(folders)
+        self.keys = keys()
+
+    @cached_property
+    def groups(self) -> dict[str, list[str]]:
+        """Every group and its options, sub-folders written with a slash."""
+        found: dict[str, set[str]] = {}
+        for folder in self.folders:
+            for file in folder.rglob("*.yaml"):
+                parts = file.relative_to(folder).with_suffix("").parts
+                for depth in range(1, len(parts)):
+                    found.setdefault("/".join(parts[:depth]), set()).add("/".join(parts[depth:]))
+        return {group: sorted(options) for group, options in sorted(found.items())}
+
+    def file(self, name: str) -> str:
+        """Return the path of the YAML file that Hydra calls ``name``, or the name where no folder has it."""
+        files = [folder / f"{name}.yaml" for folder in reversed(self.folders)]
+        return str(next((file for file in files if file.is_file()), name))
+
+    def is_free(self, name: str) -> bool:
+        """Whether ``name`` lies inside a dictionary of the schema, whose entries are the user's."""
+        hint = self.keys.get(self._known_parent(name))
+        return hint is Any or typing.get_origin(hint) is dict
+
+    def nearest_key(self, name: str) -> str | None:
+        """Return the key or group that ``name`` most likely means.
+
+        First what other trainers call it (``learning_rate``), then a neighbour with a similar last part
+        (``optimizer.lrr``), then the same last part elsewhere (``lr``), then a similar whole, where the section is
+        not right already, then a similar last part elsewhere.
+        """
+        parent, last = _split(name)
+        allowed = [*self.keys, *self.groups]
+        siblings = {_split(key)[1]: key for key in allowed if _split(key)[0] == parent}
+        leaves = {_split(key)[1]: key for key in reversed(allowed)}
+        for names in (
+            [siblings[last]] if last in siblings else [],
+            [ALIASES[last]] if last in ALIASES else [],
+            [siblings[m] for m in difflib.get_close_matches(last, siblings, n=1, cutoff=CUTOFF)],
+            [leaves[last]] if last in leaves else [],
+            difflib.get_close_matches(name, allowed if parent not in self.keys else (), n=1, cutoff=CUTOFF),
+            [leaves[m] for m in difflib.get_close_matches(last, leaves, n=1, cutoff=CUTOFF)],
+        ):
+            if names:
+                return names[0]
+        return None
+
+    def unknown_key(self, name: str, where: str) -> str:
+        """Return the message for a key that the schema does not have."""
+        parent = self._known_parent(name)
+        siblings = [_split(key)[1] for key in self.keys if _split(key)[0] == parent]
+        near = self.nearest_key(name)
+        hint = f"; did you mean {near!r}?" if near else ""
+        return f"{where}: unknown key {name!r}{hint}\n{parent or 'the top level'} has {', '.join(siblings)}"
+
+    def unknown_option(self, group: str, option: str, where: str) -> str:
+        """Return the message for an option that a group does not have."""
+        options = self.groups[group]
+        hint = did_you_mean(option, options, f"{group}=")
+        return f"{where}: {group} has no option {option!r}{hint}\n{group} is one of {', '.join(options)}"
+
+    def unknown_group(self, group: str, where: str) -> str:
+        """Return the message for a group that no folder has."""
+        hint = did_you_mean(group, self.groups)
+        return f"{where}: unknown group {group!r}{hint}\nthe groups are {', '.join(self.groups)}"
+
+    def wrong_type(self, name: str, reason: str) -> str:
+        """Return the message for a value of another type than the schema's."""
+        hint = self.keys.get(name)
+        if typing.get_origin(hint) is list:
+            return f"{name} must be a list, written {name}=[a,b]: {reason}"
+        kinds = typing.get_args(hint) or (hint,)
+        words = " or ".join(TYPES[kind] for kind in kinds if kind in TYPES)
+        return f"{name} must be {words}: {reason}" if words else f"{name}: {reason}" if name else reason
+
+    def _known_parent(self, name: str) -> str:
+        parent = _split(name)[0]
+        while parent and parent not in self.keys:
+            parent = _split(parent)[0]
+        return parent

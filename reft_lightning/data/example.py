@@ -1,0 +1,106 @@
+"""One row as everything above reads it, and how its generated text is scored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ..suggest import did_you_mean
+
+Row = Mapping[str, Any]
+_WORD_OR_SYMBOL = re.compile(r"""\w+|[^\w\s.,;:!?'"()‘’“”…]""")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question: what the model reads, what it learns to say, and what counts as right.
+
+    Args:
+        task: name of the benchmark, `"boolq"`.
+        prompt: the question or instruction; a template (`prompts.py`) makes of it the text the model reads.
+        target: text to learn, without the end-of-sequence token.
+        answer: gold answer, what `Family.score` finds in the target.
+        options: candidate target texts, ranked by likelihood in the evaluation; empty for open questions.
+        source: where the row stands (`"boolq/train.json, row 17"`), for error messages.
+        context: what an instruction is about, Alpaca's "### Input:".
+        turns: earlier turns of a conversation, (role, text) with the roles system, user and assistant.
+    """
+
+    task: str
+    prompt: str
+    target: str
+    answer: str
+    options: tuple[str, ...] = ()
+    source: str = ""
+    context: str = ""
+    turns: tuple[tuple[str, str], ...] = ()
+
+
+class Judgement(NamedTuple):
+    """What was made of the generated texts of one row.
+
+    Args:
+        answer: found in the (first) text; None where none was found, which counts as missing.
+        scores: measure -> 0..1.
+    """
+
+    answer: str | None
+    scores: dict[str, float]
+
+
+Score = Callable[[Sequence[str], Example], Judgement]
+
+
+def exact_match(extract: Callable[[str], str | None]) -> Score:
+    """Return the scorer that compares an extracted answer with the gold one.
+
+    Args:
+        extract: generated text -> answer, None where there is none.
+
+    >>> score = exact_match(lambda text: text.strip() or None)
+    >>> score([" yes"], Example("t", "p", "yes", "yes"))
+    Judgement(answer='yes', scores={'accuracy': 1.0})
+    """
+
+    def score(texts: Sequence[str], example: Example) -> Judgement:
+        answers = [extract(text) for text in texts]
+        share = sum(answer == example.answer for answer in answers) / len(answers)
+        return Judgement(answers[0], {"accuracy": share})
+
+    return score
+
+
+def normalized(question: str) -> str:
+    """Return a question as its words and symbols in lower case, each after one space, to find it elsewhere.
+
+    Punctuation of sentences does not count, unless there is nothing else; operators and emoji do.
+
+    >>> normalized("What is  (2+3)?")
+    'what is 2 + 3'
+    """
+    return " ".join(_WORD_OR_SYMBOL.findall(question.lower())) or " ".join(question.split())
+
+
+def column(row: Row, name: str, where: str) -> Any:
+    """Return one column of a row.
+
+    Raises:
+        ValueError: if the row lacks it; names the row and the columns it has.
+    """
+    if name not in row:
+        raise ValueError(
+            f"{where}: no column {name!r}{did_you_mean(name, row)}; the columns are {', '.join(map(str, row))}"
+        )
+    return row[name]
+
+
+def asks_more(example: Example) -> bool:
+    """Whether something beside the prompt is read: a context, or earlier turns."""
+    return bool(example.context or example.turns)
+
+
+def question_of(example: Example) -> Hashable:
+    """Return what two rows must share to ask the same."""
+    return (example.prompt, example.context, example.turns) if asks_more(example) else example.prompt

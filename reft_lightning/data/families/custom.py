@@ -1,0 +1,173 @@
+r"""One's own rows: a file, a folder or a data set of the hub, and which of its columns mean what.
+
+    reft-train model=smollm2_135m data=custom data.path=mine.csv data.prompt=question data.target=reply
+
+| setting | meaning |
+|---|---|
+| `path` | a file (`files.py` lists the formats), or a folder with `train.*` and perhaps `test.*`; with source `hub` `owner/name`, `owner/name:config` or `owner/name:config:split`, each perhaps with `@revision` behind it |
+| `test_path` | a file with the test rows; with source `hub` the name of their split. Without any, nothing is tested |
+| `prompt`, `target` | what is read and what is learnt: each a column, or a text with columns in braces, such as `"{question}\n{choices}"` |
+| `answer` | the column in braces within `target` that is the gold answer, where the target says more than that |
+| `context` | a column or text like `prompt`: what the prompt is about (Alpaca's "### Input:") |
+| `options` | a column with the answers to choose from, as a list or separated by commas |
+| `messages` | instead of all these: a column of conversations, `[{"role": "user", "content": "..."}, ...]`, or ShareGPT's `[{"from": "human", "value": "..."}, ...]` |
+
+A conversation is one example: the last answer is learnt, the question before it is the prompt, and what precedes
+both are earlier turns (a system message counts as one). The default template is then `chat`, else `plain`, which
+puts a line break between prompt and target unless the prompt ends in white space of its own.
+
+A generated text is right where it equals the answer, both stripped of white space around them. For long targets
+that says little: the loss (`callbacks.monitor=val/loss`) is the measure there.
+
+Changes: version 1, first version.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..columns import TASK, Columns, Conversations
+from ..example import Example, Row, column, exact_match
+from ..family import Family, Task
+from ..files import READERS, ending, listing, read_file
+from ..rows import HubRows, LocalRows
+from ..splits import carve_validation
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+A_TENTH = -1  # validation_size
+MOST_VALIDATION = 100  # rows, of a tenth
+MAX_NEW_TOKENS = 128
+
+
+def custom_family(
+    *,
+    path: str | None,
+    source: str = "local",
+    prompt: str | None = None,
+    target: str | None = None,
+    answer: str | None = None,
+    context: str | None = None,
+    options: str | None = None,
+    messages: str | None = None,
+    test_path: str | None = None,
+    template: str | None = None,
+) -> Family:
+    """Return the family of one's own rows; its one task is `custom`.
+
+    Args:
+        path: where the train rows are, as in the table above.
+        source: `local` or `hub`.
+        prompt: a column, or a text with columns in braces.
+        target: likewise.
+        answer: a column; None takes the whole target as the gold answer.
+        context: like `prompt`.
+        options: a column.
+        messages: a column, instead of prompt, target and what belongs to them.
+        test_path: where the test rows are.
+        template: of the prompts, `data.template` of the run; None for `plain`, or `chat` for conversations.
+
+    Raises:
+        ValueError: for settings that are missing or exclude each other, an unknown kind of file, or a column
+            that the first row lacks; lists the columns there are.
+        FileNotFoundError: if there is no such file or folder, or no train file in it.
+    """
+    if source not in ("local", "hub"):
+        raise ValueError(f"data=custom reads data.source local or hub; got {source!r}")
+    if not path:
+        raise ValueError("data=custom needs data.path: a file, a folder with a train file, or a hub data set")
+    tables = _hub_tables(path, test_path) if source == "hub" else _local_tables(path, test_path)
+    first = _first_rows(tables)
+    template = template or ("chat" if messages else "plain")
+    given = {"prompt": prompt, "target": target, "answer": answer, "context": context, "options": options}
+    if messages:
+        also = [f"data.{name}" for name, value in given.items() if value]
+        if also:
+            raise ValueError(f"data.messages stands instead of {', '.join(also)}; give one or the other")
+        make: Columns | Conversations = Conversations(messages, line_break=template == "plain")
+    else:
+        missing = [f"data.{name}" for name in ("prompt", "target") if not given[name]]
+        if missing:
+            there = f"; the columns are {', '.join(first[0][0])}" if first else ""
+            raise ValueError(f"data=custom needs {' and '.join(missing)}, or data.messages{there}")
+        make = Columns(str(prompt), str(target), answer, context, options, line_break=template == "plain")
+    for row, where in first:
+        for name in make.names:
+            column(row, name, where)
+    return Family(
+        name="custom",
+        version=VERSION,
+        tasks={TASK: Task(TASK, make, **{source: tables})},
+        max_new_tokens=MAX_NEW_TOKENS,
+        score=exact_match(make.find),
+        template=template,
+        carve=carve,
+    )
+
+
+def carve(
+    examples: Sequence[Example],
+    size: int,
+    seed: int,
+    stratum: Callable[[Example], Hashable] = lambda example: example.task,
+) -> tuple[list[Example], list[Example]]:
+    """Take validation rows out of the train rows as `carve_validation` does; a size of -1 is a tenth of them.
+
+    The tenth is of the distinct prompts, rounded down, and 100 at most.
+    """
+    if size == A_TENTH:
+        size = min(len({example.prompt for example in examples}) // 10, MOST_VALIDATION)
+        log.info("validation_size=-1: %d of %d rows are held out", size, len(examples))
+    return carve_validation(examples, size, seed, stratum)
+
+
+# ------------------------------------------------------------------------------------------ where rows lie
+
+
+def _hub_tables(path: str, test_path: str | None) -> dict[str, tuple[HubRows, ...]]:
+    if Path(path).expanduser().exists():
+        raise ValueError(f"data.source=hub, but {path} is on this machine: write data.source=local")
+    place, _, revision = path.partition("@")
+    name, config, split, *_ = [*place.split(":", 2), "", ""]
+    train = HubRows(name, config or None, split or "train", revision or None)
+    tables = {"train": (train,)}
+    if test_path:
+        tables["test"] = (HubRows(name, train.config, test_path, train.revision),)
+    return tables
+
+
+def _local_tables(path: str, test_path: str | None) -> dict[str, tuple[LocalRows, ...]]:
+    place = Path(path).expanduser().absolute()
+    files: dict[str, Path | None]
+    if place.is_dir():
+        files = {"train": _split_file(place, "train"), "test": _split_file(place, "test")}
+        if files["train"] is None:
+            raise FileNotFoundError(
+                f"data.path={path}: a folder needs a file train.*, one of {', '.join(READERS)}; it holds "
+                f"{listing(place)}"
+            )
+    else:
+        files = {"train": place, "test": None}
+    if test_path:
+        files["test"] = Path(test_path).expanduser().absolute()
+    # an absolute name stands for itself, whatever folder the source names
+    return {split: (LocalRows((str(file),)),) for split, file in files.items() if file}
+
+
+def _split_file(folder: Path, split: str) -> Path | None:
+    files = [f for f in sorted(folder.glob(f"{split}.*")) if f.is_file() and ending(f) in READERS]
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"{folder} holds several files for {split}: {names}; give one as data.path")
+    return files[0] if files else None
+
+
+def _first_rows(tables: Mapping[str, tuple[Any, ...]]) -> list[tuple[Row, str]]:
+    """Return the first row of each file: a wrong column name is said before anything is built."""
+    files = [Path(table.files[0]) for (table,) in tables.values() if isinstance(table, LocalRows)]
+    return [pair for file in files for pair in islice(read_file(file), 1)]

@@ -1,0 +1,181 @@
+r"""GLUE: nine classification benchmarks, trained one at a time.
+
+Wang et al. 2019, arXiv:1804.07461; https://gluebenchmark.com, on the hub nyu-mll/glue. Licence of the collection as
+its card states it: CC BY 4.0; of the parts, what their authors state.
+
+A row of RTE as the hub has it, and the same row in GLUE's own tab-separated file::
+
+    {"sentence1": "No Weapons of Mass Destruction Found in Iraq Yet.",
+     "sentence2": "Weapons of Mass Destruction Found in Iraq.", "label": 1, "idx": 0}
+
+    index \t sentence1 \t sentence2 \t label
+    0 \t No Weapons of Mass Destruction Found in Iraq Yet. \t Weapons of ... in Iraq. \t not_entailment
+
+| task | train rows | validation rows | predicted | measures, the main one first |
+|---|---|---|---|---|
+| cola | 8,551 | 1,043 | unacceptable, acceptable | matthews, accuracy |
+| sst2 | 67,349 | 872 | negative, positive | accuracy |
+| mrpc | 3,668 | 408 | not_equivalent, equivalent | accuracy, f1 |
+| stsb | 5,749 | 1,500 | similarity 0..5 | pearson, spearman |
+| qqp | 363,846 | 40,430 | not_duplicate, duplicate | accuracy, f1 |
+| mnli | 392,702 | 9,815 matched, 9,832 mismatched | entailment, neutral, contradiction | accuracy |
+| qnli | 104,743 | 5,463 | entailment, not_entailment | accuracy |
+| rte | 2,490 | 277 | entailment, not_entailment | accuracy |
+| wnli | 635 | 71 | not_entailment, entailment | accuracy |
+
+The labels of GLUE's test sets are hidden, so the published *validation* set is divided into rows for selection and
+rows for the test (`classification.divide`), as the ReFT paper does (arXiv:2404.03592, appendix C.3). MNLI means its
+matched set there; the mismatched one is a further test set, as a whole. The measures are those of GLUE's own metric
+(https://github.com/huggingface/evaluate/blob/main/metrics/glue/glue.py), whose result for mrpc, qqp and stsb also
+carries `combined_score`, the mean of the two; accuracy on cola is added.
+
+Tab-separated files are read without quoting, as quotation marks in them are text. WNLI is adversarial between train and
+validation: a trained model below the commonest answer is normal.
+
+Changes: version 1, first version.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..files import Rows, read_file, read_tsv, text_lines
+from ..labelled import ClassificationFamily, ClassificationTask
+from ..rows import HubRows, LocalRows
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+PAIR = ("sentence1", "sentence2")
+ENTAILMENT = ("entailment", "not_entailment")
+COLA_COLUMNS = ("source", "label", "mark", "sentence")  # the file has no header
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """Read a file of rows and give its columns the names that the hub uses.
+
+    Args:
+        names: file's name of a column -> hub's; the others keep theirs.
+        columns: of a tab-separated file without a header line.
+        torn: whether lines with too few cells are left out: a few questions of QQP hold a line break, and both
+            halves are useless. The hub's copy leaves them out too (363,846 of 363,849 rows).
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    columns: tuple[str, ...] | None = None
+    torn: bool = False
+
+    def __call__(self, path: Path) -> Rows:
+        """Yield (row, where)."""
+        if self.torn:
+            rows = _whole_rows(path)
+        elif self.columns:
+            rows = read_tsv(path, self.columns)
+        else:
+            rows = read_file(path)
+        for row, where in rows:
+            yield {self.names.get(name, name): value for name, value in row.items()}, where
+
+
+def _whole_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    lines = (line.rstrip("\r\n").split("\t") for line in text_lines(path))
+    header = next(lines, [])
+    torn = 0
+    for number, cells in enumerate(lines, start=2):
+        if len(cells) == len(header):
+            yield dict(zip(header, cells, strict=True)), f"{path.parent.name}/{path.name}, line {number}"
+        else:
+            torn += 1
+    if torn:
+        log.info("%s: left out %d lines without all of %s", path.name, torn, ", ".join(header))
+
+
+def _task(
+    name: str,
+    texts: tuple[str, ...],
+    labels: tuple[str, ...] = (),
+    *,
+    folder: str,
+    measures: tuple[str, ...] = ("accuracy",),
+    read: Renamed | None = None,
+    train: tuple[LocalRows, ...] = (),
+    validation: Mapping[str, tuple[str, str]] | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> ClassificationTask:
+    """Build a task whose sources follow GLUE's common pattern.
+
+    Args:
+        name: as the hub's configuration.
+        texts: columns with the texts.
+        labels: names of the classes.
+        folder: of GLUE's own files (`"SST-2"`).
+        measures: the main one first.
+        read: reader of the local files.
+        train: further local layouts of the train rows.
+        validation: split -> (hub's name, local file), where there is more than `validation`.
+        notes: source -> a fact.
+    """
+    read = read or Renamed()
+    validation = validation or {"validation": ("validation", "dev.tsv")}
+    hub = {split: (HubRows("nyu-mll/glue", name, of_hub),) for split, (of_hub, _) in validation.items()}
+    local = {split: (LocalRows((f"{folder}/{file}",), read=read),) for split, (_, file) in validation.items()}
+    return ClassificationTask(
+        name,
+        texts,
+        labels,
+        measures,
+        further_tests=tuple(split for split in validation if split != "validation"),
+        hub={"train": (HubRows("nyu-mll/glue", name, "train"),), **hub},
+        local={"train": (LocalRows((f"{folder}/train.tsv",), read=read), *train), **local},
+        notes=notes or {},
+    )
+
+
+QNLI_SUBSET = LocalRows(
+    ("QNLI/train_9k_subset.json",),
+    note="QNLI train is a subset of 8,999 rows of the 104,743.",
+    read=Renamed({"text_a": "question", "text_b": "sentence"}),
+)
+MNLI_FILE = Renamed({"sentence1": "premise", "sentence2": "hypothesis", "gold_label": "label"})
+MRPC_FILE = Renamed({"#1 String": "sentence1", "#2 String": "sentence2", "Quality": "label"})
+TWO = ("accuracy", "f1", "combined_score")
+
+FAMILY = ClassificationFamily(
+    name="glue",
+    version=VERSION,
+    tasks={
+        task.name: task
+        for task in (
+            _task(
+                "cola", ("sentence",), ("unacceptable", "acceptable"), folder="CoLA",
+                measures=("matthews", "accuracy"), read=Renamed(columns=COLA_COLUMNS),
+            ),
+            _task("sst2", ("sentence",), ("negative", "positive"), folder="SST-2"),
+            _task("mrpc", PAIR, ("not_equivalent", "equivalent"), folder="MRPC", measures=TWO, read=MRPC_FILE),
+            _task(
+                "stsb", PAIR, folder="STS-B", measures=("pearson", "spearman", "combined_score"),
+                read=Renamed({"score": "label"}),
+            ),
+            _task(
+                "qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), folder="QQP", measures=TWO,
+                read=Renamed({"is_duplicate": "label"}, torn=True),
+            ),
+            _task(
+                "mnli", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), folder="MNLI",
+                read=MNLI_FILE,
+                validation={
+                    "validation": ("validation_matched", "dev_matched.tsv"),
+                    "mismatched": ("validation_mismatched", "dev_mismatched.tsv"),
+                },
+            ),
+            _task("qnli", ("question", "sentence"), ENTAILMENT, folder="QNLI", train=(QNLI_SUBSET,)),
+            _task("rte", PAIR, ENTAILMENT, folder="RTE"),
+            _task("wnli", PAIR, ("not_entailment", "entailment"), folder="WNLI"),
+        )
+    },
+)  # fmt: skip

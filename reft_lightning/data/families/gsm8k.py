@@ -1,0 +1,111 @@
+r"""GSM8K alone, in the template of LoftQ: where the paper's commonsense and arithmetic settings were tuned.
+
+Rows: https://github.com/openai/grade-school-math (MIT), `grade_school_math/data/{train,test}.jsonl`, 7,473 and 1,319::
+
+    {"question": "Natalia sold clips to 48 of her friends ...",
+     "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n...\n#### 72"}
+
+The model reads the question, a newline, LoftQ's sentence and a newline; it learns the answer as it stands, calculator
+annotations and all, with "####" replaced by "The final answer is: " (so that two blanks stand before the number, as in
+the authors' code). Template, split and scorer:
+https://github.com/stanfordnlp/pyreft/blob/dafd0995a366/examples/loreft/dataset.py
+
+Validation is the last 300 train rows. The authors' code cuts a limited train set first and takes the last 300 of what
+is left, so that its two sets change with the limit; here the split comes first.
+
+`data.template=chat data.system_prompt="You are a helpful assistant."` lays a chat template around the same prompt. The
+authors' special case for Llama-3-8B-Instruct differs: it asks the bare question and leaves "####" in the target.
+
+Score: the last number of the text within 1e-3 of the gold one, as for the arithmetic family.
+
+Changes: version 1, first version.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from ..example import Example, Judgement, Row, column
+from ..family import Family, Task
+from ..rows import HubRows, LocalRows
+from .arithmetic import split_gsm8k
+from .extraction import equals, last_number
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+REQUEST = "Answer the above question. First think step by step and then answer the final number."
+FINAL = "The final answer is: "
+
+
+def example(row: Row, where: str) -> Example:
+    r"""Return the example of {question, answer: "rationale\n#### number"}.
+
+    Raises:
+        ValueError: if a column or "####" is missing, or the answer is no number.
+    """
+    _, number = split_gsm8k(row, where)
+    prompt = f"{column(row, 'question', where)}\n{REQUEST}\n"
+    return Example("gsm8k", prompt, row["answer"].replace("####", FINAL), number, source=where)
+
+
+def score(texts: Sequence[str], example: Example) -> Judgement:
+    """Score generated texts by their last number."""
+    found = [last_number(text) for text in texts]
+    right = sum(equals(number, example.answer) for number in found) / len(texts)
+    return Judgement(found[0], {"accuracy": right})
+
+
+def carve_last(
+    examples: Sequence[Example], size: int, seed: int = 0, stratum: Any = None
+) -> tuple[list[Example], list[Example]]:
+    """Take the last `size` rows as validation, and repetitions of their prompts out of train.
+
+    Args:
+        examples: all train rows, in the order of the file.
+        size: how many validation rows; 0 for none.
+        seed: plays no part, as nothing is drawn.
+        stratum: plays no part.
+
+    Returns:
+        (train, validation), both in the order of `examples`.
+
+    Raises:
+        ValueError: if `size` is negative, or leaves no train row.
+    """
+    if not 0 <= size < len(examples):
+        raise ValueError(
+            f"data.validation_size must lie in 0..{len(examples) - 1}, with {len(examples)} train rows; got {size}"
+        )
+    cut = len(examples) - size
+    validation = list(examples[cut:])
+    held_out = {row.prompt for row in validation}
+    train = [row for row in examples[:cut] if row.prompt not in held_out]
+    if len(train) < cut:
+        log.info("%d train rows repeat a validation prompt and were left out of train", cut - len(train))
+    return train, validation
+
+
+TASKS = {
+    "gsm8k": Task(
+        "gsm8k",
+        example,
+        hub={split: (HubRows("openai/gsm8k", "main", split),) for split in ("train", "test")},
+        local={
+            split: (LocalRows((f"gsm8k/{split}.jsonl",)), LocalRows((f"{split}.jsonl",)))
+            for split in ("train", "test")
+        },
+    )
+}
+
+FAMILY = Family(
+    name="gsm8k",
+    version=VERSION,
+    tasks=TASKS,
+    score=score,
+    literal=False,
+    max_new_tokens=256,  # pyreft, examples/loreft/task_config.py, after LoftQ
+    carve=carve_last,
+)

@@ -1,0 +1,261 @@
+r"""Instruction tuning: learn to follow instructions, answer AlpacaEval's, let a judge compare.
+
+Nothing here is right or wrong, so the family has no score: runs log the validation loss and sample generations,
+and the outputs on the 805 AlpacaEval instructions go to a judge (`reft-judge`).
+
+A row of Alpaca, Dolly and UltraFeedback as the paper's authors keep it::
+
+    {"instruction": "Rewrite the sentence.", "input": "He went.", "output": "He left."}
+
+Also read: Dolly's own columns {instruction, context, response}, preference pairs {prompt, chosen} (the chosen
+answer is learnt; text or messages), conversations {messages}, and Self-Instruct's {instruction, instances}.
+
+| task | rows | licence |
+|---|---|---|
+| alpaca | train: yahma/alpaca-cleaned (Stanford Alpaca, https://github.com/tatsu-lab/stanford_alpaca) | CC BY-NC 4.0 |
+| ultrafeedback | train: frankaging/ultrafeedback-dataset, the paper's (arXiv:2404.03592, app. C) | MIT |
+| ultrafeedback_binarized | train: argilla/ultrafeedback-binarized-preferences-cleaned, where those come from | MIT |
+| dolly | train: databricks/databricks-dolly-15k | CC BY-SA 3.0 |
+| self_instruct | train: 175 seed tasks; test: 252 user-oriented ones (yizhongw/self-instruct) | Apache-2.0 |
+| alpaca_eval | test: 805 instructions, https://github.com/tatsu-lab/alpaca_eval | CC BY-NC 4.0 |
+
+The answer that stands beside an AlpacaEval instruction is the reference model's (text_davinci_003 in AlpacaEval
+1); it gives the test loss and is what a judge compares with. Two of those are empty in the published file, where
+`NO_ANSWER` stands in.
+
+Train rows with an empty output are left out and counted in `data_versions`: Stanford's own alpaca_data.json has 28
+(https://github.com/tatsu-lab/stanford_alpaca/issues/265).
+
+The paper's prompts, decoding and judge: `prompts.alpaca`, conf/decoding/instruction_paper.yaml, GPT-4 against
+text_davinci_003 (https://github.com/stanfordnlp/pyreft/tree/dafd0995a366/examples/loreft).
+
+Changes: version 1, first version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from ..columns import turns_of
+from ..example import Example, Row, column
+from ..family import Family, Task
+from ..rows import HubRows, LocalRows
+
+VERSION = 1
+NO_ANSWER = "(no answer)"
+
+
+def _instruction(task: str, row: Row, where: str) -> Example:
+    """Build the example of {instruction, input or context, output or response}; either context may be absent."""
+    context = row.get("input", row.get("context"))
+    output = row["response"] if "response" in row else column(row, "output", where)
+    return _example(task, column(row, "instruction", where), output, where, context)
+
+
+def _instances(task: str, row: Row, where: str) -> Example:
+    """Build the example of Self-Instruct's {instruction, instances: [{input, output}, ...]}: the first instance."""
+    instances = column(row, "instances", where)
+    if not instances:
+        raise ValueError(f"{where}: instances is empty")
+    first = instances[0]
+    output = column(first, "output", where)
+    return _example(task, column(row, "instruction", where), output, where, first.get("input"))
+
+
+def _chosen(task: str, row: Row, where: str) -> Example:
+    """Build the example of a preference pair {prompt, chosen, rejected}: the chosen answer is learnt."""
+    chosen = row["chosen"]
+    if isinstance(chosen, str):
+        return _example(task, column(row, "prompt", where), chosen, where)
+    return _conversation(task, chosen, where)
+
+
+def _conversation(task: str, messages: Any, where: str) -> Example:
+    """Build the example of messages {role, content}: the last answer is learnt, what precedes it is read.
+
+    Raises:
+        ValueError: if they are no messages in text, or do not end in a question of the user and an answer of the
+            assistant.
+    """
+    turns = turns_of(messages, where)
+    roles = [role for role, _ in turns]
+    if roles[-2:] != ["user", "assistant"]:
+        raise ValueError(
+            f"{where}: a conversation must end in a turn of user and one of assistant; got {', '.join(roles)}"
+        )
+    (_, prompt), (_, answer) = turns[-2:]
+    return _example(task, prompt, answer, where, turns=tuple(turns[:-2]))
+
+
+def _example(
+    task: str,
+    instruction: str,
+    output: str,
+    where: str,
+    context: str | None = None,
+    turns: tuple[tuple[str, str], ...] = (),
+) -> Example:
+    context = "" if context is None else context
+    for value, what in ((instruction, "instruction"), (output, "output"), (context, "input")):
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: the {what} must be text; got {value!r:.80}")
+    context = context if context.strip() else ""
+    return Example(task, instruction, output, output, source=where, context=context, turns=turns)
+
+
+def example_of(task: str) -> Callable[[Row, str], Example]:
+    """Return (row, where it stands) -> Example, for every schema this module describes."""
+
+    def example(row: Row, where: str) -> Example:
+        if "messages" in row:
+            return _conversation(task, row["messages"], where)
+        if "chosen" in row:
+            return _chosen(task, row, where)
+        if "instances" in row:
+            return _instances(task, row, where)
+        return _instruction(task, row, where)
+
+    return example
+
+
+def alpaca_eval_example(row: Row, where: str) -> Example:
+    """Return the example of {instruction, output, generator, dataset}; the output is the reference model's."""
+    output = column(row, "output", where)
+    return _example("alpaca_eval", column(row, "instruction", where), output or NO_ANSWER, where)
+
+
+def alpaca_eval_outputs(
+    predictions: Iterable[Mapping[str, Any]], rows: Sequence[tuple[Row, str]], generator: str
+) -> list[dict[str, str]]:
+    """Return what a model said in AlpacaEval's format: [{instruction, output, generator, dataset}, ...].
+
+    Args:
+        predictions: {source, generated} of each row, as a run's `predictions/*.jsonl` has them.
+        rows: (row, where it stands) of the instructions, as `rows.read_rows` returns them; `source` is `where`.
+        generator: name of the model that spoke.
+
+    Returns:
+        One row for each prediction, in the order of the instructions, without white space around the text.
+
+    Raises:
+        ValueError: if a prediction belongs to none of the rows, or holds several samples.
+    """
+    if not generator:
+        raise ValueError("AlpacaEval's format names the model: give generator")
+    said: dict[str, str] = {}
+    known = {where for _, where in rows}
+    if len(known) < len(rows):
+        raise ValueError(
+            f"{len(rows)} instructions stand in {len(known)} places: every row needs a source of its own"
+        )
+    for prediction in predictions:
+        where, text = prediction["source"], prediction["generated"]
+        if where not in known:
+            raise ValueError(f"the prediction for {where!r} belongs to none of the {len(rows)} instructions")
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{where}: a judge reads one output an instruction; got {len(text)} samples, set decoding.samples=1"
+            )
+        said[where] = text
+    return [
+        {
+            "instruction": column(row, "instruction", where),
+            "output": said[where].strip(),
+            "generator": generator,
+            "dataset": row.get("dataset", ""),
+        }
+        for row, where in rows
+        if where in said
+    ]
+
+
+def _train(hub: str, *layouts: LocalRows) -> dict[str, Any]:
+    return {"hub": {"train": (HubRows(hub),)}, "local": {"train": layouts}}
+
+
+def _subset(name: str, note: str) -> LocalRows:
+    return LocalRows((name,), note=note)
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "alpaca",
+            example_of("alpaca"),
+            **_train(
+                "yahma/alpaca-cleaned",
+                LocalRows(("alpaca/train.json",)),
+                LocalRows(("alpaca/alpaca_data_cleaned.json",)),
+                LocalRows(("alpaca/alpaca_data.json",)),
+                _subset("alpaca/train_2k_subset.json", "2,000 rows of the 52,002 of Stanford Alpaca."),
+                _subset("alpaca/alpaca_en_demo.json", "999 rows in Alpaca's format, with longer outputs."),
+            ),
+        ),
+        Task(
+            "ultrafeedback",
+            example_of("ultrafeedback"),
+            **_train(
+                "frankaging/ultrafeedback-dataset",
+                LocalRows(("ultrafeedback/train.json",)),
+                _subset(
+                    "ultrafeedback/ultrafeedback_1k.json", "the 1,000 rows that the paper's authors ship."
+                ),
+                _subset(
+                    "ultrafeedback/ultrafeedback_1k.jsonl", "the 1,000 rows that the paper's authors ship."
+                ),
+            ),
+        ),
+        Task(
+            "ultrafeedback_binarized",
+            example_of("ultrafeedback_binarized"),
+            **_train(
+                "argilla/ultrafeedback-binarized-preferences-cleaned",
+                LocalRows(("ultrafeedback_binarized/train.json",)),
+                LocalRows(("ultrafeedback_binarized/train.jsonl",)),
+            ),
+        ),
+        Task(
+            "dolly",
+            example_of("dolly"),
+            **_train(
+                "databricks/databricks-dolly-15k",
+                LocalRows(("dolly/databricks-dolly-15k.jsonl",)),
+                LocalRows(("dolly/train.json",)),
+                _subset("dolly/train_2k_subset.json", "2,000 rows of the 15,011 of Dolly."),
+            ),
+        ),
+        Task(
+            "self_instruct",
+            example_of("self_instruct"),
+            local={
+                "train": (LocalRows(("self_instruct/seed_tasks.jsonl",)),),
+                "test": (LocalRows(("self_instruct/user_oriented_instructions.jsonl",)),),
+            },
+        ),
+        Task(
+            "alpaca_eval",
+            alpaca_eval_example,
+            # the branch's folder is called eval, which datasets takes for a test split
+            hub={"test": (HubRows("tatsu-lab/alpaca_eval", split="test", file="alpaca_eval.json"),)},
+            local={
+                "test": (
+                    LocalRows(("alpaca_eval/alpaca_eval.json",)),
+                    LocalRows(("alpaca_eval/text_davinci_003.model_outputs.json",)),
+                )
+            },
+        ),
+    )
+}
+
+FAMILY = Family(
+    name="instruction",
+    version=VERSION,
+    tasks=TASKS,
+    score=None,
+    skip_empty=True,
+    literal=False,
+    template="alpaca",
+    max_new_tokens=1024,  # AlpacaEval's reference outputs have 300 (davinci) to 2,000 (GPT-4) characters on average
+)

@@ -1,0 +1,107 @@
+"""Questions about passages: how a prompt holds both, and validation rows that are whole passages.
+
+A passage has many questions (QuAIL 18, SQuAD about 5). Rows held out question by question would leave nearly every
+validation passage among the train rows, read and answered there, so that the validation score is too good.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Sequence
+
+from ..example import Example, question_of
+
+_BEFORE, _REQUEST = "Passage: ", "\n\nPlease "
+
+
+def prompt_about(passage: str, request: str, question: str, where: str) -> str:
+    r"""Return the passage and, behind it, the request that ends in the question, both stripped.
+
+    Args:
+        passage: what the question is about.
+        request: what to do with the question, such as `"answer the question: "`.
+        question: or a sentence with a gap.
+        where: where the row stands.
+
+    Raises:
+        ValueError: if passage or question is no text, or empty; names the row.
+
+    >>> prompt_about("It rained.", "answer the question: ", "What did it do?", "here")
+    'Passage: It rained.\n\nPlease answer the question: What did it do?'
+    """
+    for text, what in ((passage, "passage"), (question, "question")):
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"{where}: the {what} must be text; got {text!r:.80}")
+        if text is None or not text.strip():
+            raise ValueError(f"{where}: the {what} is empty")
+    return f"{_BEFORE}{passage.strip()}{_REQUEST}{request}{question.strip()}"
+
+
+def passage_of(example: Example) -> str:
+    r"""Return the passage of a prompt that `prompt_about` began.
+
+    Of a passage that holds "\n\nPlease " itself it is the beginning: still the same for all of its questions.
+    """
+    return example.prompt.partition(_REQUEST)[0].removeprefix(_BEFORE)
+
+
+def carve_passages(
+    examples: Sequence[Example],
+    size: int,
+    seed: int,
+    stratum: Callable[[Example], Hashable] = lambda example: example.task,
+) -> tuple[list[Example], list[Example]]:
+    """Take whole passages out of the train rows, as many as it takes to hold out `size` questions.
+
+    Passages are drawn in random order, each from the stratum that is furthest behind its share of the rows, until
+    `size` is reached; the last one stays whole, so there may be more rows than `size`, by less than one passage.
+    The choice depends on `seed` and the rows alone.
+
+    Args:
+        examples: all train rows.
+        size: how many validation rows at least; 0 for none.
+        seed: the split's own seed, not the run's.
+        stratum: what to balance over; that of a passage is its first row's.
+
+    Returns:
+        (train, validation), both in the order of `examples`. No passage is in both, no validation prompt occurs
+        twice.
+
+    Raises:
+        ValueError: if `size` is negative, or leaves no passage to train on.
+    """
+    if size < 0:
+        raise ValueError(f"data.validation_size must be 0 or more; got {size}")
+    if size == 0:
+        return list(examples), []
+    first: dict[Hashable, Example] = {}
+    for example in examples:
+        first.setdefault(question_of(example), example)
+    questions = Counter(map(passage_of, first.values()))
+    owner: dict[str, Hashable] = {}
+    for example in first.values():
+        owner.setdefault(passage_of(example), stratum(example))
+    waiting: dict[Hashable, list[str]] = defaultdict(list)
+    behind: dict[Hashable, float] = defaultdict(float)  # how many rows a stratum's share still lacks
+    for passage, key in owner.items():
+        waiting[key].append(passage)
+        behind[key] += size * questions[passage] / len(first)
+    rng = random.Random(seed)
+    for passages in waiting.values():
+        rng.shuffle(passages)
+    held_out: set[str] = set()
+    lacking = size
+    while lacking > 0 and len(held_out) < len(questions):
+        key = max((key for key, passages in waiting.items() if passages), key=behind.__getitem__)
+        passage = waiting[key].pop()
+        held_out.add(passage)
+        behind[key] -= questions[passage]
+        lacking -= questions[passage]
+    if len(held_out) == len(questions):
+        raise ValueError(
+            f"data.validation_size={size} needs all {len(questions)} passages of the {len(first)} distinct train rows, "
+            "as passages are held out whole: choose a smaller one"
+        )
+    train = [example for example in examples if passage_of(example) not in held_out]
+    return train, [example for example in first.values() if passage_of(example) in held_out]

@@ -1,0 +1,207 @@
+r"""Reading comprehension with four choices: RACE (middle, high) and QuAIL.
+
+The prompt is a passage and, behind it, LLM-Adapters' multiple-choice text of the commonsense tasks, so that a
+passage longer than `data.max_length` loses its beginning and never the question::
+
+    Passage: Tom put the cake on the bench. ...
+
+    Please choose the correct answer to the question: Where is the cake?
+
+    Answer1: on the bench Answer2: in the hall Answer3: at home Answer4: not enough information
+
+    Answer format: answer1/answer2/answer3/answer4
+
+The target is "the correct answer is answer1"; an answer must equal the gold one exactly, as there. This rendering is
+ours: no published one of these tasks has the form.
+
+| task | train rows | test rows (split) | licence |
+|---|---|---|---|
+| race_middle | 25,421 | 1,436 (test) | research use only, no redistribution |
+| race_high | 62,445 | 3,498 (test) | research use only, no redistribution |
+| quail | 10,246 | 2,164 (development) | CC BY-NC-SA 4.0 |
+
+RACE: Lai et al. 2017, arXiv:1704.04683; hub rows are {example_id, article, answer: "A", question, options}. The
+original files hold one article each: {id, article, questions, options, answers}; both forms may stand in
+`race_high/train.jsonl` and so on, an article or a question a line.
+QuAIL 1.3: Rogers et al. 2020, https://github.com/text-machine-lab/quail, XML; its test answers are not public, and
+its development rows are what papers report.
+
+Validation rows are whole passages (`passages.carve_passages`): at least `data.validation_size` rows, and less than one
+passage more.
+
+Changes: version 1, first version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from ..example import Example, Row, column, exact_match
+from ..family import Family, Task
+from ..files import text_lines
+from ..rows import HubRows, LocalRows, read_file
+from .commonsense import TRIGGER, extract
+from .passages import carve_passages, prompt_about
+
+VERSION = 1
+REQUEST = "choose the correct answer to the question: "
+
+
+def multiple_choice(
+    task: str, passage: str, question: str, choices: Sequence[str], gold: int, where: str
+) -> Example:
+    """Return the example of a question about a passage.
+
+    Args:
+        task: its name.
+        passage: what the question is about.
+        question: or a sentence with a gap.
+        choices: texts of the answers.
+        gold: index of the right one.
+        where: where the row stands.
+
+    Raises:
+        ValueError: if there is no such choice, or passage or question is empty.
+    """
+    if not 0 <= gold < len(choices):
+        raise ValueError(f"{where}: the answer must be one of {len(choices)} choices; got number {gold + 1}")
+    words = [f"answer{i}" for i in range(1, len(choices) + 1)]
+    listed = " ".join(
+        f"{word.capitalize()}: {choice.strip()}" for word, choice in zip(words, choices, strict=True)
+    )
+    prompt = prompt_about(passage, REQUEST, question, where)
+    prompt += f"\n\n{listed}\n\nAnswer format: {'/'.join(words)}\n"
+    options = tuple(TRIGGER + word for word in words)
+    return Example(task, prompt, options[gold], words[gold], options, where)
+
+
+def race(name: str) -> Callable[[Row, str], Example]:
+    """Return row -> example for {article, question, options, answer: "A" to "D"}."""
+
+    def example(row: Row, where: str) -> Example:
+        """Raise ValueError if the answer is no letter of an option."""
+        options, letter = column(row, "options", where), str(column(row, "answer", where)).strip()
+        letters = list("ABCDEFGH"[: len(options)])
+        if letter not in letters:
+            raise ValueError(f"{where}: the answer must be one of {', '.join(letters)}; got {letter!r}")
+        article, question = column(row, "article", where), column(row, "question", where)
+        return multiple_choice(name, article, question, options, letters.index(letter), where)
+
+    return example
+
+
+def read_articles(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield one row a question, from rows that hold one question or, as RACE's own files, an article with several.
+
+    Raises:
+        ValueError: if an article has not as many options and answers as questions.
+    """
+    for row, where in read_file(path):
+        if "questions" not in row:
+            yield row, where
+            continue
+        parts = [column(row, name, where) for name in ("questions", "options", "answers")]
+        if len({len(part) for part in parts}) != 1:
+            counts = ", ".join(str(len(part)) for part in parts)
+            raise ValueError(f"{where}: questions, options and answers must be as many; got {counts}")
+        for i, (question, options, answer) in enumerate(zip(*parts, strict=True)):
+            found = {"article": column(row, "article", where), "question": question}
+            yield {**found, "options": options, "answer": answer}, f"{where}, question {i}"
+
+
+def quail(row: Row, where: str) -> Example:
+    """Return the example of {context, question, answers, correct_answer_id}.
+
+    Raises:
+        ValueError: if the last is no number of an answer; names the row.
+    """
+    passage, question = column(row, "context", where), column(row, "question", where)
+    number = column(row, "correct_answer_id", where)
+    try:
+        gold = int(number)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: correct_answer_id must be the number of an answer; got {number!r}"
+        ) from error
+    return multiple_choice("quail", passage, question, column(row, "answers", where), gold, where)
+
+
+def read_quail(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield one row a question of QuAIL's XML, with the columns of the hub.
+
+    Raises:
+        ValueError: if the file is not QuAIL's XML, or a question has not exactly one right answer.
+    """
+    text = "".join(text_lines(path))
+    try:
+        root = ElementTree.fromstring(text)
+    except ElementTree.ParseError as error:
+        raise ValueError(f"{path}: not XML ({error})") from error
+    for text in root.iter("text"):
+        place = f"{path.parent.name}/{path.name}, text {text.get('id')}"
+        context = text.findtext("text_body", default="").strip()
+        for q in text.iter("q"):
+            where = f"{place}, question {q.get('id')}"
+            answers = q.findall("a")
+            right = [i for i, answer in enumerate(answers) if answer.get("correct") == "True"]
+            if len(right) != 1:
+                raise ValueError(f"{where}: one answer must be marked correct; got {len(right)}")
+            yield (
+                {
+                    "context": context,
+                    "question": (q.text or "").strip(),
+                    "question_type": q.get("type"),
+                    "domain": text.get("domain"),
+                    "answers": [(answer.text or "").strip() for answer in answers],
+                    "correct_answer_id": right[0],
+                },
+                where,
+            )
+
+
+def _race(size: str) -> Task:
+    name = f"race_{size}"
+    return Task(
+        name,
+        race(name),
+        hub={split: (HubRows("ehovy/race", size, split),) for split in ("train", "test")},
+        local={
+            split: (LocalRows((f"{name}/{split}.jsonl",), read=read_articles),) for split in ("train", "test")
+        },
+    )
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        _race("middle"),
+        _race("high"),
+        Task(
+            "quail",
+            quail,
+            hub={
+                "train": (HubRows("textmachinelab/quail", "quail", "train"),),
+                "test": (HubRows("textmachinelab/quail", "quail", "validation"),),
+            },
+            local={
+                split: (
+                    LocalRows((f"quail/quail_1.3_{part}_randomized.xml",), read=read_quail),
+                    LocalRows((f"quail/{split}.jsonl",)),
+                )
+                for split, part in (("train", "train"), ("test", "dev"))
+            },
+        ),
+    )
+}
+
+FAMILY = Family(
+    name="reading",
+    version=VERSION,
+    tasks=TASKS,
+    score=exact_match(extract),
+    max_new_tokens=32,  # as the commonsense tasks, which have the same targets
+    carve=carve_passages,
+)

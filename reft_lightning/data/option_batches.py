@@ -1,0 +1,28 @@
+"""The options of a multiple-choice row as batches, to be ranked by likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .encoding import Collator, encode, target_only
+from .example import Example
+
+
+def option_batches(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
+) -> list[dict[str, Any]]:
+    """Return one target-only batch for each option index, rows in the order of the examples.
+
+    A row with fewer options than others repeats its last one; who ranks them must leave the repetitions out. The
+    prompts of all batches are the same columns, unless `max_length` cuts a prompt by the length of its option.
+    """
+    collate = Collator(tokenizer.pad_token_id)
+    batches = []
+    for k in range(max(len(example.options) for example in examples)):
+        rows = [replace(e, target=e.options[min(k, len(e.options) - 1)]) for e in examples]
+        batches.append(target_only(collate([encode(tokenizer, row, max_length) for row in rows])))
+    return batches

@@ -1,0 +1,105 @@
+"""How validation rows are taken out of the train rows, and what identifies a set of rows."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+
+from .example import Example, asks_more, question_of
+
+log = logging.getLogger(__name__)
+
+
+def carve_validation(
+    examples: Sequence[Example],
+    size: int,
+    seed: int,
+    stratum: Callable[[Example], Hashable] = lambda example: example.task,
+) -> tuple[list[Example], list[Example]]:
+    """Take `size` validation rows out of the train rows, and every repetition of their prompts with them.
+
+    Each stratum gives its share of the rows (largest remainders), so small tasks are not forgotten. Chosen
+    rows have distinct prompts. The choice depends on `seed` and the rows alone: subsets of the train rows are
+    taken afterwards (`subset`), so a smaller run is validated on the same rows as a full one.
+
+    Args:
+        examples: all train rows.
+        size: how many validation rows; 0 for none.
+        seed: the split's own seed, not the run's.
+        stratum: what to balance over; the task unless told otherwise.
+
+    Returns:
+        (train, validation), both in the order of `examples`.
+
+    Raises:
+        ValueError: if `size` is negative, or leaves no train row.
+    """
+    if size < 0:
+        raise ValueError(f"data.validation_size must be 0 or more; got {size}")
+    if size == 0:
+        return list(examples), []
+    first: dict[Hashable, int] = {}
+    for i, example in enumerate(examples):
+        first.setdefault(question_of(example), i)
+    if size >= len(first):
+        raise ValueError(
+            f"data.validation_size must be smaller than the {len(first)} distinct train prompts; got {size}"
+        )
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for i in first.values():
+        groups[stratum(examples[i])].append(i)
+    exact = {key: size * len(rows) / len(first) for key, rows in groups.items()}
+    quota = {key: int(share) for key, share in exact.items()}
+    by_remainder = sorted(
+        groups, key=lambda key: quota[key] - exact[key]
+    )  # stable: ties in order of appearance
+    for key in by_remainder[: size - sum(quota.values())]:
+        quota[key] += 1
+    rng = random.Random(seed)
+    chosen = {i for key, rows in groups.items() for i in rng.sample(rows, quota[key])}
+    held_out = {question_of(examples[i]) for i in chosen}
+    train = [example for example in examples if question_of(example) not in held_out]
+    validation = [examples[i] for i in sorted(chosen)]
+    repeated = len(examples) - len(train) - len(validation)
+    if repeated:
+        log.info("%d train rows repeat a validation prompt and were left out of train", repeated)
+    return train, validation
+
+
+def subset(examples: Sequence[Example], limit: int | None, seed: int) -> list[Example]:
+    """Return `limit` rows drawn without replacement, in their order; all of them when `limit` is None.
+
+    A larger limit with the same seed contains the smaller one.
+
+    Raises:
+        ValueError: if `limit` is not positive.
+    """
+    if limit is None:
+        return list(examples)
+    if limit < 1:
+        raise ValueError(f"a limit must be 1 or more, or None for all rows; got {limit}")
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    return [examples[i] for i in sorted(order[:limit])]
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """Return a short hash of tasks and texts in order: equal hashes mean equal data."""
+    digest = hashlib.sha256()
+    for example in examples:
+        more = (
+            (example.context, *(part for turn in example.turns for part in turn))
+            if asks_more(example)
+            else ()
+        )
+        for text in (example.task, example.prompt, example.target, *more):
+            digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def count_by_task(examples: Iterable[Example]) -> dict[str, int]:
+    """Return task -> number of rows."""
+    return dict(Counter(example.task for example in examples))

@@ -1,0 +1,128 @@
+"""Read batches whose rows share their prompts: columns that were read before are not read again.
+
+An evaluation asks several questions about the same prompts: how likely each option is, what the loss of the target is,
+what the model says itself. The batches of these questions begin with the same columns: those of the prompts, and
+often the first of the targets ("the correct answer is ..."). Their keys and values, and their logits, are kept.
+
+Where a model's cache does not hold every column (sliding windows, linear attention, virtual tokens in front), or the
+prompts differ (a long target may cut its prompt), every batch is read whole.
+
+The logits are those of a whole read up to rounding, as matrix products have other shapes: with a 16-bit base model a
+near tie between options may fall otherwise (counts in ``experiments/speed/README.md``). Positions P of a callable are
+told the columns read so far, as in generation.
+
+Shapes: b rows, s columns of prompt | target, t target columns, v tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ..base_models.caches import holds_columns
+
+COLUMNS = ("input_ids", "attention_mask", "prompt_mask")
+
+
+@dataclass
+class _Read:
+    columns: dict[str, Tensor]  # (b, s) each
+    boundary: int
+    logits: Tensor  # (b, t + 1, v)
+    cache: DynamicCache | None  # of all s columns
+
+
+class ColumnReader:
+    """Reads one batch after the other with one model, and keeps what it read last.
+
+    The model must stay as it is in the meantime: no step of training, neither entering nor leaving ``disabled()``.
+
+    Args:
+        model: an adapted model. ``forward`` takes ``past_key_values`` beside masks of all columns, and returns
+            ``logits`` and ``past_key_values``.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._last: _Read | None = None
+
+    @torch.no_grad()
+    def logits(self, batch: dict[str, Any]) -> Tensor:  # -> (b, t + 1, v)
+        """Return the logits behind the prompts and behind each target column.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask``, ``prompt_mask`` (b, s) and ``boundary``, the column in which
+                prompts end and targets start.
+
+        Raises:
+            ValueError: if the batch ends before its boundary.
+        """
+        boundary, columns = batch["boundary"], {name: batch[name] for name in COLUMNS}
+        width = columns["input_ids"].shape[1]
+        if width < boundary:
+            raise ValueError(f"prompts end at column {boundary}, but the batch has only {width} columns")
+        shared = self._shared(columns, boundary)
+        last, self._last = self._last, None  # a read that fails leaves nothing half done
+        if shared == 0 or last is None:
+            last = None
+            logits, cache = self._read(columns, 0, width - boundary + 1, None)
+        else:
+            logits, cache = last.logits[:, : shared - boundary + 1], last.cache
+            if cache is not None:
+                _narrow(cache, shared)
+            if shared < width:
+                new, cache = self._read(columns, shared, width - shared, cache)
+                logits = torch.cat([logits, new], 1)
+        self._last = _Read(columns, boundary, logits, cache)
+        return logits
+
+    def take_cache(self) -> DynamicCache | None:
+        """Hand over the keys and values of all columns read last, to be changed, and forget everything else.
+
+        None where the cache does not hold every column.
+        """
+        last, self._last = self._last, None
+        return None if last is None else last.cache
+
+    def forget(self) -> None:
+        """Free the memory of what was read."""
+        self._last = None
+
+    def _read(
+        self, columns: dict[str, Tensor], start: int, keep: int, cache: DynamicCache | None
+    ) -> tuple[Tensor, DynamicCache | None]:
+        inputs: dict[str, Any] = {**columns, "input_ids": columns["input_ids"][:, start:]}
+        if cache is not None:
+            inputs["past_key_values"] = cache
+        output = self.model(**inputs, logits_to_keep=keep, use_cache=True)
+        cache = output.get("past_key_values")
+        holds = holds_columns(cache, columns["input_ids"].shape[1])
+        return output.logits[:, -keep:], cache if holds else None
+
+    def _shared(self, columns: dict[str, Tensor], boundary: int) -> int:
+        """Return how many leading columns need not be read: none, or the prompts' at least."""
+        last = self._last
+        if (
+            last is None
+            or last.boundary != boundary
+            or len(last.columns["input_ids"]) != len(columns["input_ids"])
+        ):
+            return 0
+        width = min(last.columns["input_ids"].shape[1], columns["input_ids"].shape[1])
+        (ids, real, prompt), (ids_before, real_before, prompt_before) = (
+            [c[name][:, :width] for name in COLUMNS] for c in (columns, last.columns)
+        )
+        same = (real == real_before) & (prompt == prompt_before) & ((ids == ids_before) | (real == 0))
+        count = int(same.all(0).long().cumprod(0).sum())
+        whole = count == columns["input_ids"].shape[1]
+        return count if count >= boundary and (last.cache is not None or whole) else 0
+
+
+def _narrow(cache: DynamicCache, width: int) -> None:
+    """Keep the first columns; the next read copies them where it adds its own."""
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[..., :width, :], layer.values[..., :width, :]

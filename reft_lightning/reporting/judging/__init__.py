@@ -1,0 +1,1 @@
+"""``reft-judge``: win rates by a judge."""

@@ -1,0 +1,1 @@
+"""``reft-report paper``: runs beside the numbers that the paper prints."""

@@ -1,0 +1,173 @@
+"""What runs obtained for the rows of the paper's tables: run folders -> scores by seed, and what was changed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ...config.compose import CompositionError, compose, config_dir
+from ...config.identity import FILES, FREE, flat
+from ...config.schema import Config
+from .published import AVERAGE, GROUP, NAMES, WIN_RATE, Printed, plain
+
+log = logging.getLogger(__name__)
+
+
+# A win rate is the paper's only by its judge, against its reference, on all of AlpacaEval; a judge may fail on 1 %.
+JUDGE, REFERENCE = "alpaca_eval_gpt4", "text_davinci_003"
+INSTRUCTIONS, MOST_UNJUDGED = 805, 8
+
+
+@dataclass
+class Obtained:
+    """Runs of one experiment with the same settings.
+
+    Args:
+        changed: what differs from the experiment's own settings, `("data.limit_train=100",)`; empty: nothing.
+        scores: seed -> the paper's name -> percent.
+        notes: what a reader must know.
+    """
+
+    changed: tuple[str, ...]
+    scores: dict[int, dict[str, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_runs(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Return (run folder, results) of all runs below a folder that name an experiment of the paper."""
+    runs = []
+    for path in sorted(folder.rglob("results.json")):
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            log.warning("%s is left out: not JSON (%s)", path, error)
+            continue
+        if str(results.get("experiment") or "").startswith(f"{GROUP}/"):
+            runs.append((path.parent, results))
+    return runs
+
+
+def compare(row: Printed, runs: Iterable[tuple[Path, dict[str, Any]]]) -> list[Obtained]:
+    """Return the runs of a row, grouped by what was changed; the unchanged ones first.
+
+    Of several complete runs with one seed and the same settings the last one counts, and a note says so.
+    """
+    groups: dict[tuple[str, ...], Obtained] = {}
+    mine = [run for run in runs if run[1]["experiment"] == row.experiment]
+    expected = composed(row) if mine else None
+    for folder, results in sorted(mine, key=lambda run: str(run[1].get("finished", ""))):
+        changed = _changes(folder / "config.yaml", expected)
+        group = groups.setdefault(changed, Obtained(changed))
+        seed = int(results["seed"])
+        if results.get("status") != "complete":
+            group.notes.append(f"seed {seed} is {results.get('status')}, not complete: {folder}")
+            continue
+        if seed in group.scores:
+            group.notes.append(f"seed {seed} ran more than once: the last complete run counts")
+        group.scores[seed] = _scores(row, folder, results, group.notes)
+        group.notes += _data_notes(results.get("data_versions", {}))
+    for group in groups.values():
+        group.notes = list(dict.fromkeys(group.notes))
+    return sorted(groups.values(), key=lambda group: (len(group.changed), group.changed))
+
+
+def _scores(row: Printed, folder: Path, results: Mapping[str, Any], notes: list[str]) -> dict[str, float]:
+    scores = {}
+    for name in row.numbers:
+        if name == AVERAGE:
+            continue
+        task, measure = NAMES[plain(name)]
+        value = (
+            _win_rate(folder, notes)
+            if task == WIN_RATE
+            else _percent(results["metrics"].get(f"test/{task}/{measure}"))
+        )
+        if value is not None:
+            scores[name] = value
+    if AVERAGE in row.numbers and len(scores) == len(row.numbers) - 1:
+        scores[AVERAGE] = statistics.fmean(scores.values())
+    return scores
+
+
+def _percent(fraction: float | None) -> float | None:
+    return None if fraction is None else 100 * float(fraction)
+
+
+def _data_notes(versions: Mapping[str, Any]) -> list[str]:
+    """Return what a run recorded about its data: train rows, facts about a source, test rows seen in training."""
+    notes = []
+    if "train_rows" in versions.get("split", {}):
+        notes.append(f"{versions['split']['train_rows']} train rows")
+    for split in ("train", "validation", "test"):
+        for task, facts in versions.get(split, {}).items():
+            if facts.get("note"):
+                notes.append(f"{task}, {split}: {facts['note']}")
+            if facts.get("overlap"):
+                notes.append(
+                    f"{task}: {facts['overlap']} test rows of {facts['rows']} occur in the train rows"
+                )
+    return notes
+
+
+def _win_rate(folder: Path, notes: list[str]) -> float | None:
+    """Return the win rate in percent that `reft-judge` wrote, if judge, reference and number of pairs are the paper's.
+
+    Of several files the last by name counts, and a note says so.
+    """
+    found: dict[str, float] = {}
+    for path in sorted((folder / "outputs").glob("reft_*win_rate.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        judge, reference = str(result["judge"]), str(result["reference"])
+        judged, unjudged = int(result["n_total"]), int(result["n_unjudged"])
+        rate = f"{judge} against {reference} gives {result['win_rate']:.2f}"
+        if plain(judge) != plain(JUDGE) or plain(reference) != plain(REFERENCE):
+            notes.append(f"{rate}: another judge, another number")
+        elif judged + unjudged != INSTRUCTIONS or unjudged > MOST_UNJUDGED:
+            notes.append(f"{rate} on {judged} judged pairs, which are not AlpacaEval's {INSTRUCTIONS}")
+        else:
+            found[path.name] = float(result["win_rate"])
+            if unjudged:
+                notes.append(f"{rate} with {unjudged} of {INSTRUCTIONS} pairs unjudged")
+    if len(found) > 1:
+        said = ", ".join(f"{name} ({rate:.2f})" for name, rate in found.items())
+        notes.append(f"{len(found)} files hold its win rate, the last one counts: {said}")
+    return next(reversed(found.values()), None)
+
+
+def composed(row: Printed) -> dict[str, Any] | None:
+    """Return the settings that the experiment and its header's command compose to, on any machine."""
+    # what one machine adds to every run makes another experiment of them
+    nothing_local = ["~local"] if (config_dir() / "local" / "default.yaml").is_file() else []
+    try:
+        config = compose([f"experiment={row.experiment}", *row.command, *nothing_local])
+    except CompositionError as error:
+        log.warning("%s does not compose, so changes cannot be told: %s", row.experiment, error)
+        return None
+    return flat(OmegaConf.to_container(OmegaConf.structured(config)))
+
+
+def _changes(path: Path, expected: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Return what a run's configuration has other than the experiment, as overrides."""
+    if expected is None or not path.is_file():
+        return ("(settings unknown)",)
+    # a key that is younger than the run stands at its default
+    defaults = flat(OmegaConf.to_container(OmegaConf.structured(Config)))
+    found = defaults | flat(OmegaConf.to_container(OmegaConf.load(path)))
+    changed = []
+    for key in sorted(found.keys() | expected.keys()):
+        mine, theirs = found.get(key), expected.get(key)
+        if FREE.fullmatch(key) or mine == theirs:
+            continue
+        if key in FILES and mine and theirs and PurePath(str(mine)).name == PurePath(str(theirs)).name:
+            continue
+        if key in ("callbacks.monitor", "callbacks.mode") and theirs is None:
+            continue  # a run fills in what its family decides by
+        changed.append(f"{key}={json.dumps(mine) if isinstance(mine, bool | list | None) else mine}")
+    return tuple(changed)

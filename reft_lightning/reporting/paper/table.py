@@ -1,0 +1,110 @@
+"""`reft-report paper`: what the paper's tables print against what runs of its configurations obtained.
+
+Over seeds the table gives the mean and the sample standard deviation; of one seed there is no deviation, and nothing
+is made up for it. A run counts as the paper's only where its configuration is what the experiment file and its
+header's command compose to, seeds, places of files and logging apart. Runs with other settings are lines of their
+own, marked with an asterisk, with what was changed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ...config.compose import config_dir
+from .obtained import Obtained, compare, read_runs
+from .published import AVERAGE, GROUP, Printed, order, read_rows
+
+
+def main(options: Mapping[str, str], console: Console | None = None) -> list[tuple[Printed, list[Obtained]]]:
+    """Print the tables.
+
+    Args:
+        options: `folder`, where runs are looked for (`outputs`), and `table`, the number of one table.
+        console: where to print.
+
+    Returns:
+        What was printed: each row with the groups of its runs.
+
+    Raises:
+        ValueError: for an unknown table, or a folder that does not exist.
+    """
+    rows = read_rows(config_dir() / "experiment" / GROUP)
+    folder, table = Path(options.get("folder", "outputs")).expanduser(), options.get("table")
+    if "folder" in options and not folder.is_dir():
+        raise ValueError(f"folder={folder}: no such folder; give the one that runs were written to")
+    known = sorted({row.table for row in rows}, key=order)
+    if table is not None and table not in known:
+        raise ValueError(
+            f"no experiment stands for table {table} of the paper; there are tables {', '.join(known)}"
+        )
+    runs = read_runs(folder)
+    compared = [(row, compare(row, runs)) for row in rows if table in (None, row.table)]
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    for number in known:
+        print_table(number, [pair for pair in compared if pair[0].table == number], console)
+    console.print(
+        f"{len(runs)} runs in {escape(str(folder))} name an experiment of the paper.", soft_wrap=True
+    )
+    return compared
+
+
+def print_table(number: str, compared: Sequence[tuple[Printed, list[Obtained]]], console: Console) -> None:
+    """Print one table: a line for each benchmark of each row that was run, and one for a row that was not."""
+    if not compared:
+        return
+    table = Table(title=f"Table {number}: percent, mean (standard deviation over seeds)")
+    for column in ("row", "benchmark", "paper", "obtained", "difference", "seeds"):
+        table.add_column(column, justify="left" if column in ("row", "benchmark") else "right")
+    notes: list[str] = []
+    for row, groups in compared:
+        if not groups:
+            name = AVERAGE if AVERAGE in row.numbers else next(iter(row.numbers))
+            cell = _cell(*row.numbers[name], row.numbers[name][0])
+            table.add_row(_label(row, 1)[0], name, cell, "not run", "", f"0 of {row.seeds or '?'}")
+        for group in groups:
+            labels = _label(row, len(row.numbers), " *" if group.changed else "")
+            for label, (name, printed) in zip(labels, row.numbers.items(), strict=True):
+                table.add_row(label, name, *_cells(name, printed, group, row.seeds))
+            if group.changed:
+                notes.append(f"* {row.experiment} with {', '.join(group.changed)}")
+            notes += [f"{row.experiment}: {note}" for note in group.notes]
+    console.print(table)
+    for note in notes:
+        console.print(escape(note), soft_wrap=True)
+
+
+def _label(row: Printed, lines: int, mark: str = "") -> list[str]:
+    """Return what the first column says in the lines of a row: its name in the paper, and the experiment."""
+    name, experiment = escape(row.row) + mark, f"[dim]{row.experiment}[/dim]"
+    return [f"{name}\n{experiment}"] if lines == 1 else [name, experiment, *[""] * (lines - 2)]
+
+
+def _cells(
+    name: str, printed: tuple[float, float | None], group: Obtained, of: int | None
+) -> tuple[str, str, str, str]:
+    values = [scores[name] for scores in group.scores.values() if name in scores]
+    seeds = f"{len(values)} of {of or '?'}"
+    paper = _cell(*printed, printed[0])
+    if not values:
+        return paper, "missing", "", seeds
+    mean = statistics.fmean(values)
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    obtained = _cell(mean, deviation, printed[0]) + (" (one seed)" if deviation is None else "")
+    difference = round(mean - printed[0], _decimals(printed[0])) + 0.0  # no minus in front of zero
+    return paper, obtained, f"{difference:+.{_decimals(printed[0])}f}", seeds
+
+
+def _cell(value: float, deviation: float | None, like: float) -> str:
+    text = f"{value:.{_decimals(like)}f}"
+    return text if deviation is None else f"{text} ({deviation:.2f})"
+
+
+def _decimals(printed: float) -> int:
+    return 1 if round(printed, 1) == printed else 2

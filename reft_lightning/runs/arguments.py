@@ -1,0 +1,164 @@
+"""From a section of the configuration to the arguments of what it configures.
+
+A setting that would change nothing is refused here, where it stands beside what it is given to.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ..adapters.baselines.methods import check_beside, is_baseline
+from ..config.method_settings import check_no_intervention_settings
+from ..config.schema import Config, DataConfig, InterventionConfig
+from ..data import Family, get_family
+from ..data.classification_data import ClassificationDataModule
+from ..data.families.custom import custom_family
+from ..data.generation_data import FamilyDataModule
+from ..data.labelled import ClassificationFamily, ClassificationTask
+from ..data.rows import DataSource
+from ..evaluation import Decoding
+from ..interventions import intervention_class, settings_of
+from ..training.optimization import Optimization
+
+AnyFamily = Family | ClassificationFamily
+
+COLUMNS = ("prompt", "target", "answer", "context", "options", "messages")  # of one's own rows
+
+
+def family_of(config: Config) -> AnyFamily:
+    """Return the benchmark family; that of one's own data is made from the names of its columns."""
+    data = config.data
+    if data.family != "custom":
+        return get_family(data.family)
+    columns = {name: getattr(data, name) for name in COLUMNS}
+    return custom_family(
+        path=data.path, source=data.source, test_path=data.test_path, template=data.template, **columns
+    )
+
+
+def classified(config: Config, family: ClassificationFamily) -> ClassificationTask:
+    """Return the one task of a classifier.
+
+    Raises:
+        ValueError: if there is not exactly one.
+    """
+    tasks = config.data.tasks
+    if len(tasks) != 1:
+        raise ValueError(
+            f"a classifier has one task a run: give data.tasks one of {', '.join(family.tasks)}; got {list(tasks)}"
+        )
+    return family.task(tasks[0])
+
+
+def decoding_of(config: Config, family: Family) -> Decoding:
+    """Return how texts are generated."""
+    values = OmegaConf.to_container(OmegaConf.structured(config.decoding))
+    if values["max_new_tokens"] is None:
+        values["max_new_tokens"] = family.max_new_tokens
+    if values["verify"] is None:
+        values["verify"] = family.literal
+    return Decoding(**values, seed=config.seed)
+
+
+def model_source(config: Config, family: AnyFamily | None = None) -> dict[str, Any]:
+    """Return the arguments of :func:`load_base_model`; the family says what kind of model it needs."""
+    model = OmegaConf.to_container(OmegaConf.structured(config.model))
+    del model["gradient_checkpointing"], model["compile"]
+    kind: dict[str, Any] = {"task": "causal_lm", "num_labels": None}
+    if isinstance(family, ClassificationFamily):
+        kind = {
+            "task": "sequence_classification",
+            "num_labels": classified(config, family).num_labels,
+        }
+    return model | kind | {"seed": config.seed}
+
+
+def attachment(config: Config, family: AnyFamily | None = None) -> dict[str, Any]:
+    """Return the arguments of :func:`adapt`.
+
+    A setting that the method's class does not take is left out where it stands at its default. A classifier's head
+    is trained unless ``intervention.heads`` says otherwise.
+
+    Raises:
+        ValueError: for a setting that means nothing to a baseline, or a method that cannot be trained beside.
+    """
+    values = OmegaConf.to_container(OmegaConf.structured(config.intervention))
+    options, defaults = values.pop("options"), InterventionConfig()
+    beside, beside_options = values.pop("beside"), values.pop("beside_options")
+    check_beside(values["method"], beside, beside_options)
+    if values["heads"] is None:
+        values["heads"] = "auto" if isinstance(family, ClassificationFamily) else ()
+    if values["method"] == "none":  # the head alone
+        return {"method": "none", "heads": values["heads"]}
+    if is_baseline(values["method"]):
+        return _baseline(config, values["heads"]) | options
+    taken = settings_of(intervention_class(values["method"]))
+    for name in ("rank", "dropout", "dropout_on", "init", "weight_dtype"):
+        if values[name] is None or (name not in taken and values[name] == getattr(defaults, name)):
+            del values[name]
+    if isinstance(values["layers"], dict):
+        values["layers"] = {int(layer): own or {} for layer, own in values["layers"].items()}
+    together = {"beside": beside, "beside_options": beside_options} if beside else {}
+    return values | options | together
+
+
+def method_of(config: Config) -> str:
+    """Return the method as results name it: ``loreft``, or ``loreft + peft/lora`` where two are trained together."""
+    intervention = config.intervention
+    return " + ".join(filter(None, (intervention.method, intervention.beside)))
+
+
+def _baseline(config: Config, heads: Any) -> dict[str, Any]:
+    """Return the arguments of :func:`adapt` for a baseline; a frozen model's head is not trained.
+
+    Raises:
+        ValueError: for a setting of interventions, which would change nothing, or a prefix without a cache.
+    """
+    intervention, method = config.intervention, config.intervention.method
+    check_no_intervention_settings(intervention)
+    if method == "peft/prefix_tuning" and config.model.gradient_checkpointing:
+        raise ValueError(
+            f"{method} holds its prefix in a cache, and gradient checkpointing has none: leave "
+            "model.gradient_checkpointing out"
+        )
+    return {"method": method, "heads": () if method == "frozen" and intervention.heads is None else heads}
+
+
+def data_module(
+    config: Config, family: AnyFamily, tokenizer: Any
+) -> FamilyDataModule | ClassificationDataModule:
+    """Return the DataModule of a family.
+
+    Raises:
+        ValueError: for a setting that the family has no use for.
+    """
+    values = OmegaConf.to_container(OmegaConf.structured(config.data))
+    source = DataSource(
+        values.pop("source"), *(values.pop(k) for k in ("path", "package", "sha256", "mixture"))
+    )
+    values |= {"tasks": values["tasks"] or list(family.tasks), "seed": config.seed, "sealed": config.sealed}
+    del values["family"]
+    classifies = isinstance(family, ClassificationFamily)
+    # the columns of one's own rows; and what has no meaning where a published validation set is divided
+    unused = (*COLUMNS, "test_path")
+    if classifies:
+        unused += ("train_tasks", "validation_size", "template", "system_prompt")
+    defaults = DataConfig()
+    for name in unused:
+        if family.name != "custom" and values[name] != getattr(defaults, name):
+            raise ValueError(
+                f"data.{name}={values[name]} means nothing to the family {family.name}: leave it out"
+            )
+        del values[name]
+    return (ClassificationDataModule if classifies else FamilyDataModule)(family, tokenizer, source, **values)
+
+
+def optimization_of(config: Config) -> Optimization:
+    """Return the optimizer's settings."""
+    o = config.optimizer
+    return Optimization(
+        lr=o.lr, weight_decay=o.weight_decay, betas=tuple(o.betas), eps=o.eps, schedule=o.schedule,
+        warmup_ratio=o.warmup_ratio, head_lr=o.head_lr,
+    )  # fmt: skip

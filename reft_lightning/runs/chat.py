@@ -1,0 +1,129 @@
+"""Talk to the frozen base and the adapted model side by side: ``reft-chat run=FOLDER``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.columns import Columns
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.text import Text
+
+from ..adapters.adapt import adapt
+from ..adapters.baselines.in_place import Baseline
+from ..adapters.baselines.joint import JointModel
+from ..adapters.reft.model import ReftModel
+from ..adapters.saving import load_state
+from ..base_models.loading import load_base_model
+from ..data import ClassificationFamily, Example
+from ..data.encoding import Collator, encode
+from ..data.prompts import TEMPLATES, apply_template
+from ..evaluation import Decoding, generate
+from .build import attachment, family_of, model_source
+from .experiment import load_run_config
+
+log = logging.getLogger(__name__)
+HELP = (
+    "Type a prompt; a \\ at the end of a line goes on in the next. "
+    "/plain, /alpaca and /chat choose the template, /quit ends."
+)
+MAX_LENGTH = 4096  # tokens of a question; beyond, its beginning is left out
+NO_TEMPLATE = "this tokenizer has no chat template"
+
+
+def main(folder: Path, max_new_tokens: int = 64, template: str | None = None) -> None:
+    """Answer prompts from standard input until it ends or says ``/quit``.
+
+    Args:
+        folder: a run folder.
+        max_new_tokens: of each answer.
+        template: laid around each prompt, a name in ``data.prompts.TEMPLATES`` (``plain`` is the text and a newline);
+            None for that of the training rows.
+
+    Raises:
+        ValueError: if the folder is no run, its model is a classifier, or the tokenizer has no chat template.
+    """
+    console = Console()
+    config = load_run_config(folder)
+    # one's own rows, which may be gone, are not needed to talk
+    family = None if config.data.family == "custom" else family_of(config)
+    if isinstance(family, ClassificationFamily):
+        raise ValueError(f"{folder} trained a classifier ({family.name}), which says nothing")
+    template = template or config.data.template or (family.template if family else "plain")
+    model, tokenizer = load(folder)
+    if template == "chat" and tokenizer.chat_template is None:
+        raise ValueError(f"{NO_TEMPLATE}; use template=plain")
+    console.print(f"[bold]{escape(str(folder))}[/bold]: base and adapted model. {HELP}", soft_wrap=True)
+    while True:
+        text = _read(console)
+        if text is None or text == "/quit":
+            return
+        if text[:1] == "/" and text[1:] in TEMPLATES:
+            if text == "/chat" and tokenizer.chat_template is None:
+                console.print(f"{NO_TEMPLATE}; template stays {template}")
+            else:
+                template = text[1:]
+        elif text.startswith("/"):
+            console.print(f"{escape(text)} is no command. {HELP}")
+        elif text:
+            base, adapted = answer(
+                model, tokenizer, text, max_new_tokens, template, config.data.system_prompt
+            )
+            console.print(
+                Columns(
+                    # Text: what a model says may look like markup
+                    [Panel(Text(base), title="frozen base"), Panel(Text(adapted), title="adapted")],
+                    expand=True,
+                    equal=True,
+                )
+            )
+
+
+def load(folder: Path) -> tuple[ReftModel | Baseline | JointModel, Any]:
+    """Return the adapted model of a run folder, ready to generate, and its tokenizer."""
+    config = load_run_config(folder)
+    adapter = load_state(folder / "adapter")  # a missing one is said before weights are loaded
+    base, tokenizer = load_base_model(**model_source(config))
+    model = adapt(base, **attachment(config))
+    model.load_adapter_state_dict(adapter)
+    return model.eval(), tokenizer
+
+
+def answer(
+    model: ReftModel | Baseline | JointModel,
+    tokenizer: Any,
+    text: str,
+    max_new_tokens: int,
+    template: str,
+    system_prompt: str | None = None,
+) -> tuple[str, str]:
+    """Return what the frozen base and the adapted model answer, greedily, by the code of the evaluation."""
+    question = Example("chat", f"{text}\n" if template == "plain" else text, target="-", answer="-")
+    (example,) = apply_template(template, [question], tokenizer, system_prompt)
+    batch = Collator(tokenizer.pad_token_id)([encode(tokenizer, example, MAX_LENGTH)])
+    batch = {k: v.to(model.base_model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    decoding = Decoding(max_new_tokens, verify=False)
+
+    def say() -> str:
+        ((said,),) = generate(model, batch, tokenizer, decoding)
+        return said.strip() or "(nothing)"
+
+    with model.disabled():
+        base = say()
+    return base, say()
+
+
+def _read(console: Console) -> str | None:
+    lines = []
+    while True:
+        try:
+            line = console.input("[bold]> [/bold]" if not lines else "  ")
+        except (EOFError, KeyboardInterrupt):
+            return None
+        if not line.endswith("\\"):
+            return "\n".join([*lines, line]).strip()
+        lines.append(line[:-1])

@@ -1,0 +1,154 @@
+"""What a configuration may not ask for, beyond what the arguments of its objects refuse.
+
+Each check needs the benchmark family, and none needs weights.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+from ..adapters.baselines.methods import is_baseline
+from ..config.schema import Config, DecodingConfig
+from ..data import Family
+from ..data.example import Example
+from ..data.labelled import ClassificationFamily
+from ..evaluation import Decoding
+from ..suggest import did_you_mean
+from .arguments import AnyFamily, attachment, classified, family_of
+
+
+def choose_monitor(config: Config) -> None:
+    """Fill in which validation score decides: the family's main measure, or the loss where nothing is scored."""
+    callbacks = config.callbacks
+    if callbacks.monitor is None:
+        callbacks.monitor = f"val/{(*measures_of(config, family_of(config)), 'loss')[0]}"
+    if callbacks.mode is None:
+        callbacks.mode = "min" if callbacks.monitor.endswith("loss") else "max"
+
+
+def measures_of(config: Config, family: AnyFamily) -> tuple[str, ...]:
+    """Return the names of a run's scores, the main one first; none where only the loss is measured."""
+    if isinstance(family, ClassificationFamily):
+        return classified(config, family).measures
+    return family.measures if family.score else ()
+
+
+def check_unused(config: Config, family: AnyFamily) -> None:
+    """Refuse settings that would change nothing.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    method = config.intervention.method
+    if config.model.compile and is_baseline(method):
+        raise ValueError(f"model.compile compiles interventions, not {method}: leave it out")
+    _check_kept(config)
+    if isinstance(family, ClassificationFamily):
+        for name, default in vars(DecodingConfig()).items():
+            if getattr(config.decoding, name) != default:
+                raise ValueError(
+                    f"decoding.{name} means nothing to the classifiers of {family.name}: leave it out"
+                )
+    elif config.decoding.samples > 1 and family.score is None:
+        raise ValueError(
+            f"decoding.samples={config.decoding.samples}: nothing scores the texts of {family.name}, and a judge reads "
+            "one text an instruction"
+        )
+    if config.optimizer.head_lr is not None and not attachment(config, family)["heads"]:
+        raise ValueError(
+            "optimizer.head_lr: no head is trained; leave it out, or name one in intervention.heads"
+        )
+
+
+def check_reads_forward(config: Config, hf_config: PretrainedConfig, task: str, family: AnyFamily) -> None:
+    """Refuse to let an encoder say a target.
+
+    Raises:
+        ValueError: with what to choose.
+    """
+    encoder = type(hf_config) in MODEL_FOR_MASKED_LM_MAPPING and not hf_config.is_decoder
+    if task == "causal_lm" and encoder:
+        raise ValueError(
+            f"model {config.model.name} is an encoder, every token of which reads those behind it: it cannot learn to "
+            f"say a target (family {family.name}). Choose a data=glue_... file, or a decoder."
+        )
+
+
+def reported(family: Family, example: Example, decoding: Decoding) -> tuple[str, ...]:
+    """Return the measures that a family's scorer gives for as many samples as are generated.
+
+    Raises:
+        ValueError: if it gives one that the family does not declare.
+    """
+    if family.score is None:
+        return ()
+    found = tuple(family.score([example.target] * decoding.samples, example).scores)
+    for name in found:
+        if name not in family.measures:
+            raise ValueError(
+                f"the scorer of {family.name} gives {name!r}, which its measures {family.measures} do not declare"
+            )
+    return (*found, *(["option_accuracy"] if example.options else []))
+
+
+def _check_kept(config: Config) -> None:
+    limit, folder, method = config.kept.limit_gb, config.kept.folder, config.intervention.method
+    if not (math.isfinite(limit) and limit >= 0):
+        raise ValueError(f"kept.limit_gb must be a number, 0 or more; got {limit}")
+    if folder and not limit:
+        raise ValueError(f"kept.folder={folder} keeps nothing: set kept.limit_gb, too")
+    reasons = {
+        f"{method} trains weights of all layers": is_baseline(method) and method != "frozen",
+        "intervention.beside trains weights of all layers": bool(config.intervention.beside),
+        "model.base_dropout=true leaves nothing the same": config.model.base_dropout,
+        "model.gradient_checkpointing=true computes all of it again": config.model.gradient_checkpointing,
+    }
+    for reason in (reason for reason, holds in reasons.items() if limit and holds):
+        raise ValueError(f"kept.limit_gb={limit} keeps nothing: {reason}; leave one of the two out")
+    if folder:
+        try:
+            Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=Path(folder).expanduser()):
+                pass
+        except OSError as error:
+            raise ValueError(f"kept.folder={folder} cannot be written: {error}") from error
+
+
+def check_monitor(config: Config, measures: Sequence[str], tasks: Sequence[str]) -> None:
+    """Refuse a monitored score that no validation will report.
+
+    Raises:
+        ValueError: for an unknown score, or early stopping without validation rows.
+    """
+    scores = [name for name in measures if name != "option_accuracy" or config.option_likelihood]
+    known = ["val/loss", *(f"val/{s}" for s in scores), *(f"val/{t}/{s}" for t in tasks for s in scores)]
+    name = config.callbacks.monitor
+    if tasks and name not in known:
+        raise ValueError(
+            f"callbacks.monitor must be one of {', '.join(known)}; got {name!r}{did_you_mean(name, known)}"
+        )
+    if not tasks and config.callbacks.early_stopping_patience is not None:
+        raise ValueError(
+            "early stopping needs validation rows: set data.validation_size, or no "
+            "callbacks.early_stopping_patience"
+        )
+
+
+def check_tied_head(config: Config, hf_config: PretrainedConfig, heads: Sequence[str]) -> None:
+    """Refuse to train a language-model head that is the embeddings too, where it gets a float32 copy of its own.
+
+    Raises:
+        ValueError: with what to set.
+    """
+    copied = config.model.dtype != "float32" and config.model.float32_logits and hf_config.tie_word_embeddings
+    if copied and (config.intervention.method == "full" or "lm_head" in heads):
+        raise ValueError(
+            f"{config.model.name} shares its embeddings with its head, and model.float32_logits gives the head a copy: "
+            "training would part the two. Set model.dtype=float32, or model.float32_logits=false"
+        )

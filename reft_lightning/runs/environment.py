@@ -1,0 +1,98 @@
+"""The machine, the versions and the memory of a run."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import platform
+import re
+import resource
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..storage.atomic import now
+
+PACKAGES = (
+    "reft_lightning", "torch", "lightning", "transformers", "peft", "datasets", "tokenizers", "hydra-core",
+)  # fmt: skip
+CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+class _Process:
+    """What this process knows of its peak memory."""
+
+    runs = 0  # that have begun
+    alone = True  # whether the peak is that of the last run alone
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, git commit of the code, and the machine in words."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    device = (
+        torch.cuda.get_device_name(0)
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    return {"versions": versions, "git_commit": git_commit(), "device": device, "started": now()}
+
+
+def git_commit() -> str | None:
+    """Return the commit of this source tree, with ``+changes`` where it differs; None outside git."""
+    here = Path(__file__).parent
+    run = ["git", "-C", str(here)]
+    try:
+        commit = subprocess.run([*run, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run(
+            [*run, "status", "--porcelain", "."], capture_output=True, text=True, timeout=10
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    if commit.returncode:
+        return None
+    return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+def begin_peak_memory() -> None:
+    """Let the peaks count from here: a process may have run others before, as a multirun does."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    _Process.runs += 1
+    try:
+        CLEAR_REFS.write_text("5")  # proc(5): resets the peak resident set size, of this process alone
+    except OSError:  # another system than Linux, or one that forbids it
+        _Process.alone = _Process.runs == 1
+    else:
+        _Process.alone = True
+
+
+def peak_memory_bytes() -> int | None:
+    """Return the peak memory of a run: of the GPU where one is used, else of the process.
+
+    Returns:
+        None where the process cannot tell it from the peak of the runs before.
+    """
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    if not _Process.alone:
+        return None
+    if STATUS.is_file():
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text(encoding="utf-8"), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_reserved_bytes() -> int | None:
+    """Return the most memory that torch held on the GPU so far, used or not; None without a GPU."""
+    return torch.cuda.max_memory_reserved() or None if torch.cuda.is_available() else None

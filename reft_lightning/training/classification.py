@@ -1,0 +1,169 @@
+"""Train and evaluate a classifier: its loss, and the measures of its task."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapters.adapted import AdaptedModel
+from ..data.classification_data import ClassificationDataModule
+from ..data.labelled import LabelledText
+from ..evaluation.classifier_metrics import interval_of, metric_of, value_of
+from ..evaluation.row_metrics import RowScores
+from .module import FinetuningModule
+from .optimization import Optimization
+
+COMBINED = "combined_score"
+
+
+class ClassificationModule(FinetuningModule):
+    r"""Train by cross entropy over the classes, or by squared error where a score is predicted.
+
+    .. math:: -\log \operatorname{softmax}(z)_y \qquad \text{or} \qquad (z - y)^2
+
+    The loss is computed in float32 from float32 labels, whatever the dtype of the base and its head. (The authors'
+    code casts the labels of STS-B to bfloat16, which has 3 of its scores' digits.)
+
+    Logged are ``val/loss``, ``<stage>/<test set>/<measure>`` and ``<stage>/<measure>``, the value of the task itself
+    without further test sets. Accuracy comes with ``majority_accuracy``, that of the commonest class of the training
+    rows: what a score must beat before the model can be said to read the text. ``combined_score`` is the mean of the
+    task's other measures.
+
+    Intervals in ``counts`` are Wilson's for accuracy, Fisher's z for correlations, the delta method's for F1.
+
+    Args:
+        model: an :class:`~reft_lightning.adapters.adapted.AdaptedModel` whose base is a sequence classifier.
+        tokenizer: of its base model.
+        data: names the task and its measures; its train rows are read.
+        optimization: optimizer and schedule.
+    """
+
+    def __init__(
+        self, model: AdaptedModel, tokenizer: Any, data: ClassificationDataModule, optimization: Optimization
+    ) -> None:
+        super().__init__(model, data.val_tasks, data.test_tasks, optimization)
+        self.tokenizer, self.task, self.measures = tokenizer, data.task, data.measures
+        names = dict.fromkeys((*data.val_tasks, *data.test_tasks))
+        answer = "" if self.task.regression else _commonest(data.train_rows.examples)
+        self.commonest = {name: answer for name in names if answer}
+        self.scores = nn.ModuleDict({name: self._metrics_of_task() for name in names})
+
+    def _metrics_of_task(self) -> nn.ModuleDict:
+        measures = [measure for measure in self.measures if measure != COMBINED]
+        metrics = nn.ModuleDict()
+        for measure in measures:
+            rows = measure == "accuracy"
+            metrics[measure] = RowScores() if rows else metric_of(measure, self.task.num_labels)
+        if "accuracy" in measures:
+            metrics["majority_accuracy"] = RowScores()
+        return metrics
+
+    def logits_of(self, batch: dict[str, Any]) -> Tensor:  # (b, classes) or (b,) float32
+        """Return the classifier's outputs."""
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", "examples", "rows")}
+        logits = self.output_of(inputs, batch).logits.float()
+        return logits.squeeze(-1) if self.task.regression else logits
+
+    def loss_of(self, batch: dict[str, Any]) -> Tensor:
+        """Return the mean loss over the rows."""
+        return self._loss(self.logits_of(batch), batch["labels"])
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.task.regression:
+            return F.mse_loss(logits, labels.float())
+        return F.cross_entropy(logits, labels)
+
+    # --- one batch ------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:
+        """Add the loss of a batch of rows for selection, and score it."""
+        logits = self.logits_of(batch)
+        self.loss.update(self._loss(logits, batch["labels"]), len(logits))
+        self._score(logits, batch, self.tasks["val"][dataloader_idx])
+
+    def test_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:
+        """Score a batch of test rows."""
+        self._score(self.logits_of(batch), batch, self.tasks["test"][dataloader_idx])
+
+    def _score(self, logits: Tensor, batch: dict[str, Any], task: str) -> None:
+        examples: list[LabelledText] = batch["examples"]
+        labels = batch["labels"]
+        predicted = logits if self.task.regression else logits.argmax(-1)
+        for measure, metric in self.scores[task].items():
+            if measure == "accuracy":
+                metric.update((predicted == labels).double().tolist())
+            elif measure == "majority_accuracy":
+                metric.update([float(example.answer == self.commonest[task]) for example in examples])
+            else:
+                metric.update(predicted, labels)
+        for example, guess, row in zip(examples, predicted.tolist(), logits.tolist(), strict=True):
+            said: dict[str, Any] = {"task": task, "source": example.source, "prompt": example.prompt}
+            if self.task.regression:
+                said |= {
+                    "answer": f"{guess:.4f}",
+                    "gold": example.answer,
+                    "error": abs(guess - example.label),
+                }
+            else:
+                answer = self.task.labels[guess]
+                said |= {"answer": answer, "gold": example.answer, "correct": guess == example.label}
+                said |= {"logits": [round(value, 4) for value in row]}
+            self.predictions.append(said)
+
+    # --- a whole split --------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        super()._forget()
+        for metric in (metric for metrics in self.scores.values() for metric in metrics.values()):
+            metric.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the loss, a mean over all rows, and the measures."""
+        self.log(f"{self.prefix}val/loss", self.loss.compute(), sync_dist=True)
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the measures."""
+        self._log_scores("test")
+
+    def _log_scores(self, stage: str) -> None:
+        self.counts = {}
+        for task in self.tasks[stage]:
+            values = self._values(task, f"{self.prefix}{stage}/{task}")
+            for measure, value in values.items():
+                self.log(f"{self.prefix}{stage}/{task}/{measure}", value, sync_dist=True)
+                if task == self.task.name:
+                    main = measure == self.measures[0]
+                    self.log(f"{self.prefix}{stage}/{measure}", value, prog_bar=main, sync_dist=True)
+
+    def _values(self, task: str, path: str) -> dict[str, float]:
+        """Compute the measures of one test set and fill in what stands behind them."""
+        values: dict[str, float] = {}
+        metrics = self.scores[task]
+        total = int(self._rows(task))
+        for measure, metric in metrics.items():
+            if isinstance(metric, RowScores):
+                count = metric.count()
+                values[measure] = count["correct"] / count["total"]
+            else:
+                values[measure] = value_of(measure, metric)
+                interval = interval_of(measure, metric, values[measure], total)
+                count = {"total": total, "interval": list(interval)}
+            self.counts[f"{path}/{measure}"] = count
+        if COMBINED in self.measures:
+            others = [values[measure] for measure in self.measures if measure != COMBINED]
+            values[COMBINED] = sum(others) / len(others)
+        return values
+
+    def _rows(self, task: str) -> Tensor:
+        """Return how many rows all processes have read."""
+        read = sum(row["task"] == task for row in self.predictions)
+        return self.trainer.strategy.reduce(torch.tensor(read, device=self.device), reduce_op="sum")
+
+
+def _commonest(examples: list[LabelledText]) -> str:
+    return Counter(example.answer for example in examples).most_common(1)[0][0]

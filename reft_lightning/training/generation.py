@@ -1,0 +1,206 @@
+"""Evaluate a language model by what it says: generated texts, the likelihood of options, the loss of targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.adapted import AdaptedModel
+from ..data.encoding import target_only
+from ..data.example import Example
+from ..data.family import Family
+from ..evaluation import (
+    ColumnReader,
+    Decoding,
+    RowScores,
+    generate,
+    log_likelihood,
+    option_log_likelihoods,
+    with_draft,
+)
+from .module import FinetuningModule
+from .optimization import Optimization
+
+SAMPLES = 4  # rows of each validation task that are generated from where nothing scores the texts
+
+
+class GenerationModule(FinetuningModule):
+    """Train by next-token loss on the target; score generated texts and rank options by likelihood.
+
+    A family without a scorer (instruction tuning) is validated by its loss, and a few texts are generated to
+    be read; on test rows every text is.
+
+    Args:
+        model: an :class:`~reft_lightning.adapters.adapted.AdaptedModel`.
+        tokenizer: of its base model.
+        family: the benchmark family, which scores texts.
+        val_tasks: names of the validation loaders, in their order.
+        test_tasks: names of the test loaders, in their order.
+        optimization: optimizer and schedule.
+        decoding: how texts are generated.
+        option_batches: examples -> one batch for each option index, or None not to rank options.
+        commonest: task -> the commonest answer of its training rows; how often it is right is what a score must
+            beat before the model can be said to read the question (``majority_accuracy``).
+    """
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        tokenizer: Any,
+        family: Family,
+        val_tasks: Sequence[str],
+        test_tasks: Sequence[str],
+        optimization: Optimization,
+        decoding: Decoding,
+        option_batches: Callable[[list[Example]], list[dict[str, Any]]] | None = None,
+        commonest: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(model, val_tasks, test_tasks, optimization)
+        self.tokenizer, self.family, self.decoding = tokenizer, family, decoding
+        self.option_batches = option_batches
+        self.commonest = dict(commonest or {})
+        names = list(dict.fromkeys((*val_tasks, *test_tasks)))
+        # measure -> task -> sum over rows
+        self.scores = nn.ModuleDict({m: _by_task(names) for m in family.measures if family.score})
+        self.scores["option_accuracy"] = _by_task(names)
+        self.scores["majority_accuracy"] = _by_task(self.commonest)
+
+    def loss_of(self, batch: dict[str, Any]) -> Tensor:
+        """Return the mean next-token loss over the target's tokens."""
+        return self.output_of(_inputs(target_only(batch)), batch).loss
+
+    # --- one batch ------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:
+        """Add the loss of a batch of validation rows, and score it."""
+        reader = ColumnReader(self.model)  # loss, options and texts stand behind the same prompts, read once
+        self._add_loss(batch, reader)
+        if self.family.score is not None:
+            self._score(batch, self.tasks["val"][dataloader_idx], reader)
+        elif batch_index == 0:
+            self._score(_first_rows(batch, SAMPLES), self.tasks["val"][dataloader_idx], reader)
+
+    def test_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:
+        """Score a batch of the test rows."""
+        reader = ColumnReader(self.model)
+        if self.family.score is None:
+            self._add_loss(batch, reader)
+        self._score(batch, self.tasks["test"][dataloader_idx], reader)
+
+    def _add_loss(self, batch: dict[str, Any], reader: ColumnReader) -> None:
+        tokens = int((batch["labels"] != -100).sum())
+        self.loss.update(-log_likelihood(reader, batch).sum() / tokens, tokens)
+
+    def _score(self, batch: dict[str, Any], task: str, reader: ColumnReader) -> None:
+        examples: list[Example] = batch["examples"]
+        stops = (
+            self.family.tasks[task].stop_strings if task in self.family.tasks else ()
+        )  # a mixture is no task
+        options, drafted = self._rank(batch, reader)
+        decoding = replace(self.decoding, stop_strings=stops)
+        texts = generate(self.model, drafted, self.tokenizer, decoding, reader)
+        if options:
+            right = [float(option == e.target) for option, e in zip(options, examples, strict=True)]
+            self._metric("option_accuracy", task).update(right)
+        if task in self.commonest:
+            right = [float(example.answer == self.commonest[task]) for example in examples]
+            self._metric("majority_accuracy", task).update(right)
+        judged: list[dict[str, float]] = []
+        missing = 0
+        for i, (example, samples) in enumerate(zip(examples, texts, strict=True)):
+            row: dict[str, Any] = {"task": task, "source": example.source, "prompt": example.prompt}
+            row["generated"] = samples[0] if len(samples) == 1 else samples
+            if self.family.score is not None:
+                answer, scores = self.family.score(samples, example)
+                judged.append(scores)
+                missing += answer is None
+                row |= {"answer": answer, "gold": example.answer}
+                row |= {"correct": 1.0 in scores.values()} if len(scores) == 1 else scores
+            if options:
+                row["option"] = self._answer_of(options[i], example)
+            self.predictions.append(row)
+        for measure in self.family.measures if judged else ():
+            values = [scores[measure] for scores in judged if measure in scores]
+            self._metric(measure, task).update(values, missing if values else 0)
+
+    def _answer_of(self, option: str, example: Example) -> str | None:
+        return self.family.score([option], example).answer if self.family.score else option
+
+    def _rank(self, batch: dict[str, Any], reader: ColumnReader) -> tuple[list[str], dict[str, Any]]:
+        """Return the most likely option of each row, none where there are none to rank, and the batch to decode.
+
+        The likeliest option is its draft: what a model that knows the format says.
+        """
+        examples: list[Example] = batch["examples"]
+        if self.option_batches is None or not all(example.options for example in examples):
+            return [], batch
+        batches = [{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in b.items()}
+                   for b in self.option_batches(examples)]  # fmt: skip
+        likelihoods = option_log_likelihoods(self.model, batches, reader)
+        for i, example in enumerate(examples):
+            likelihoods[i, len(example.options) :] = -torch.inf  # rows with fewer options than others
+        choice = likelihoods.argmax(-1).tolist()
+        options = [e.options[k] for e, k in zip(examples, choice, strict=True)]
+        return options, with_draft(batch, batches, choice)
+
+    # --- a whole split --------------------------------------------------------------------------------------
+
+    def _metric(self, measure: str, task: str) -> RowScores:
+        return self.scores[measure][_key(task)]
+
+    def _metrics(self) -> Iterator[RowScores]:
+        return (metric for by_task in self.scores.values() for metric in by_task.values())
+
+    def _forget(self) -> None:
+        super()._forget()
+        for metric in self._metrics():
+            metric.reset()
+            metric.update([])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the loss, a mean over all target tokens, and the scores by task and on average."""
+        self.log(f"{self.prefix}val/loss", self.loss.compute(), sync_dist=True)
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores by task and on average; the loss where nothing scores the texts."""
+        if self.family.score is None:
+            self.log(f"{self.prefix}test/loss", self.loss.compute(), sync_dist=True)
+        self._log_scores("test")
+
+    def _log_scores(self, stage: str) -> None:
+        """Log ``<stage>/<task>/<measure>``, and ``<stage>/<measure>``: the mean over tasks, as the paper has it."""
+        self.counts = {}
+        for measure, by_task in self.scores.items():
+            means = []
+            for task in (task for task in self.tasks[stage] if _key(task) in by_task):
+                count = by_task[_key(task)].count()
+                if count["total"]:
+                    name = f"{self.prefix}{stage}/{task}/{measure}"
+                    self.counts[name] = count
+                    means.append(count["correct"] / count["total"])
+                    self.log(name, means[-1], sync_dist=True)
+            if means:
+                main = measure == self.family.measures[0]
+                name = f"{self.prefix}{stage}/{measure}"
+                self.log(name, sum(means) / len(means), prog_bar=main, sync_dist=True)
+
+
+def _by_task(tasks: Sequence[str] | Mapping[str, str]) -> nn.ModuleDict:
+    return nn.ModuleDict({_key(task): RowScores() for task in tasks})
+
+
+def _key(task: str) -> str:
+    return task.replace(".", "_")  # module names may not contain dots
+
+
+def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name not in ("boundary", "examples", "rows")}
+
+
+def _first_rows(batch: dict[str, Any], count: int) -> dict[str, Any]:
+    return {name: value if isinstance(value, int) else value[:count] for name, value in batch.items()}

@@ -1,0 +1,147 @@
+"""`last.ckpt`, from which an interrupted run continues as if it had not been interrupted.
+
+A run that stops between two batches is continued exactly by Lightning and the StatefulDataLoader. Three things
+need more. Random numbers: those of training are taken up at each batch where the last one left them, so that
+validations, and whether the base was evaluated first, leave no trace in training. A stop inside a batch (an
+exception): what the batch began is taken back, so that it is read again. A stop inside a validation: it starts
+again, as the scores that it had summed are gone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+
+
+class LastCheckpoint(Checkpoint):
+    """Write ``last.ckpt`` around validations, after epochs, every n steps, and when a run is interrupted.
+
+    Under several processes the random numbers are those of the first, and only a signal to stop writes a
+    checkpoint at once: after an error in one process the others cannot be waited for.
+
+    Args:
+        path: of the file; it is replaced as a whole.
+        every_n_steps: optimizer steps between checkpoints, or None for none in between.
+        random_state: where training's random numbers start.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int | None, random_state: Tensor) -> None:
+        super().__init__()
+        self.path, self.every_n_steps = path, every_n_steps
+        self._random: dict[str, Tensor] = {"cpu": random_state}
+        self._loaders: list[Any] = []
+        self._gradients: dict[str, Tensor] = {}
+        self._step = 0  # optimizer steps after the last whole batch
+        self._resumed = self._validating = False
+
+    # --- when -----------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the state after a whole batch; save every n steps."""
+        stepped = trainer.global_step > self._step
+        self._note(trainer, pl_module, stepped)
+        if stepped and self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save before a validation, which may take long."""
+        self._validating = True
+        self._save_in_fit(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save after a validation: the best score is known."""
+        self._validating = False
+        self._save_in_fit(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save after an epoch."""
+        self._save_in_fit(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save where the run was interrupted."""
+        together = trainer.world_size == 1 or isinstance(exception, SIGTERMException)
+        if together:
+            self._save_in_fit(trainer)
+
+    def _save_in_fit(self, trainer: Trainer) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.global_step > 0:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.path, weights_only=False)
+
+    # --- what -----------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Take up the random numbers, and after a resume the gradients of a step in progress."""
+        _set_random_state(self._random, pl_module.device)
+        if self._resumed:
+            # Lightning counts one step too many for its loggers when it resumes from some of the places above
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+            for name, parameter in pl_module.named_parameters():
+                if name in self._gradients:
+                    parameter.grad = self._gradients[name].to(parameter.device)
+            self._resumed = False
+
+    def _note(self, trainer: Trainer, module: LightningModule, stepped: bool) -> None:
+        self._step = trainer.global_step
+        self._random = _random_state(module.device)
+        self._loaders = [trainer.train_dataloader.state_dict()]
+        named = {} if stepped else dict(module.named_parameters())
+        self._gradients = {n: p.grad.detach().clone() for n, p in named.items() if p.grad is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next batch depends on beside the loops."""
+        return {
+            "random": self._random,
+            "loaders": self._loaders,
+            "gradients": self._gradients,
+            "step": self._step,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it up at the next batch."""
+        self._random, self._loaders = state_dict["random"], state_dict["loaders"]
+        self._gradients, self._step = state_dict["gradients"], state_dict["step"]
+        self._resumed = True
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take back a batch or a validation that is under way."""
+        loops = checkpoint["loops"]["fit_loop"]
+        progress = loops["epoch_loop.batch_progress"]
+        if progress["current"]["ready"] > progress["current"]["processed"]:
+            loops["state_dict"]["combined_loader"] = self._loaders
+            progress["is_last_batch"] = False
+            for count in (progress["total"], progress["current"]):
+                count.update(dict.fromkeys(("ready", "started", "processed"), count["completed"]))
+        if self._validating:
+            validation = loops["epoch_loop.val_loop.batch_progress"]
+            validation["is_last_batch"] = False
+            for count in (validation["total"], validation["current"]):
+                # what Lightning reads as a validation that stopped in its first batch
+                count.update(ready=1, started=1, processed=0, completed=0)
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

@@ -1,0 +1,192 @@
+"""The LightningModule: trains any adapted model (ReFT, a PEFT baseline, the frozen model).
+
+Its subclasses evaluate: :class:`~reft_lightning.training.generation.GenerationModule` by what the model says,
+:class:`~reft_lightning.training.classification.ClassificationModule` by its classifier.
+
+An adapted model has ``forward(**batch)``, ``generate(...)``, ``adapter_state_dict()``,
+``load_adapter_state_dict(...)``, ``parameter_roles()`` and ``disabled()``. What it does inside, this file does
+not know. Checkpoints hold what is trained, the optimizer and the loop, not the frozen base.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from ..adapters.adapted import AdaptedModel
+from ..evaluation import MeanLoss
+from .optimization import Optimization, parameter_groups, schedule_factor
+
+
+class FinetuningModule(LightningModule):
+    """Train an adapter; a subclass says what the loss is and how the model is evaluated.
+
+    Args:
+        model: an :class:`AdaptedModel`.
+        val_tasks: names of the validation loaders, in their order.
+        test_tasks: names of the test loaders, in their order.
+        optimization: optimizer and schedule.
+
+    Attributes:
+        prefix: of logged names: ``base/`` while the frozen base is evaluated.
+        predictions: one dictionary a row of the last evaluation, of this process.
+        counts: score -> what stands behind it: ``total`` rows, ``correct`` of them, ``missing``, ``interval``.
+        make_training_pass: called when training starts, for the next one; None: training is plain.
+        training_pass: runs the model where gradients are wanted, from (inputs, rows, boundary); None: plainly.
+    """
+
+    strict_loading = False
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        val_tasks: Sequence[str],
+        test_tasks: Sequence[str],
+        optimization: Optimization,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tasks = {"val": tuple(val_tasks), "test": tuple(test_tasks)}
+        self.optimization = optimization
+        self.prefix = ""
+        self.make_training_pass: Callable[[], Callable[..., Any] | None] | None = None
+        self.training_pass: Callable[..., Any] | None = None
+        self.loss = MeanLoss()
+        self.predictions: list[dict[str, Any]] = []
+        self.counts: dict[str, dict[str, Any]] = {}
+        self.tokens = 0
+        self.train_seconds = 0.0  # before the last on_train_start
+        self._started: float | None = None
+        self._window = (0, 0.0)
+        self._batch_tokens = 0
+
+    def loss_of(self, batch: dict[str, Any]) -> Tensor:
+        """Return the loss of a batch, a scalar with a gradient."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define loss_of(batch), the loss that is trained"
+        )
+
+    def output_of(self, inputs: dict[str, Any], batch: dict[str, Any]) -> Any:
+        """Return the model's output for the inputs that a batch holds."""
+        if self.training_pass is None or not torch.is_grad_enabled():
+            return self.model(**inputs)
+        return self.training_pass(inputs, batch["rows"].tolist(), batch.get("boundary"))
+
+    # --- training -------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        """Return the loss of a batch."""
+        self._batch_tokens = int(batch["attention_mask"].sum())
+        try:
+            loss = self.loss_of(batch)
+        except torch.linalg.LinAlgError as error:
+            raise FloatingPointError(
+                f"R cannot be computed at step {self.global_step}, its parameters are no longer finite or its rows "
+                f"no longer independent: lower optimizer.lr ({error})"
+            ) from error
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.global_step}: lower optimizer.lr, or try "
+                "model.dtype=float32; the last checkpoint is from before this step"
+            )
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_after_backward(self) -> None:
+        """Count the batch's tokens: before a checkpoint can be written, and not if the batch failed."""
+        self.tokens += self._batch_tokens
+
+    def on_train_start(self) -> None:
+        """Make the training pass, on the device and in the precision of training, and start the clocks."""
+        if self.make_training_pass is not None:
+            with self.trainer.precision_plugin.forward_context():
+                self.training_pass = self.make_training_pass()
+        self._started = time.perf_counter()
+        self._window = (self.tokens, self._started)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
+        """Log tokens per second of this process, over the steps since the last log, and how far training is."""
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+            tokens, since = self._window
+            now = time.perf_counter()
+            self.log("train/tokens_per_second", (self.tokens - tokens) / (now - since))
+            self._window = (self.tokens, now)
+            self.log("progress/tokens", float(self.tokens))
+            self.log("progress/seconds", self._seconds_so_far())  # validations included
+            if self.device.type == "cuda":
+                self.log("progress/memory_allocated", float(torch.cuda.memory_allocated(self.device)))
+                self.log("progress/memory_reserved", float(torch.cuda.memory_reserved(self.device)))
+
+    def on_train_end(self) -> None:
+        """Stop the clock of training."""
+        self.train_seconds, self._started = self._seconds_so_far(), None
+
+    def _seconds_so_far(self) -> float:
+        running = 0.0 if self._started is None else time.perf_counter() - self._started
+        return self.train_seconds + running
+
+    def on_validation_end(self) -> None:
+        """Leave the time of validation out of tokens per second."""
+        self._window = (self.tokens, time.perf_counter())
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Return AdamW over one group a role, and the schedule by optimizer step."""
+        settings = self.optimization
+        groups = parameter_groups(self.model.parameter_roles(), settings)
+        optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+        factor = schedule_factor(settings, self._total_steps())
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _total_steps(self) -> float:
+        # trainer.estimated_stepping_batches would build the loaders before a checkpoint is read, and Lightning
+        # restores the state of those that it builds afterwards alone: a resumed run would read its epoch again.
+        trainer = self.trainer
+        if trainer.datamodule is None:
+            return trainer.estimated_stepping_batches
+        most = math.inf if trainer.max_steps == -1 else trainer.max_steps
+        if trainer.max_epochs == -1:
+            return most
+        batches = len(trainer.datamodule.train_dataloader())
+        return min(most, trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+
+    # --- evaluation -----------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last evaluation, also one that was interrupted."""
+        self._forget()
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the last evaluation, also one that was interrupted."""
+        self._forget()
+
+    def _forget(self) -> None:
+        self.predictions = []
+        self.loss.reset()
+        self.loss.update(torch.zeros((), device=self.device), 0)  # torchmetrics warns of one without rows
+
+    # --- checkpoints ----------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the adapter alone; the base model is never part of a checkpoint."""
+        return {f"adapter.{name}": tensor for name, tensor in self.model.adapter_state_dict().items()}
+
+    def load_state_dict(
+        self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False
+    ) -> None:
+        """Load the adapter; every tensor must be there, whatever ``strict`` says."""
+        self.model.load_adapter_state_dict({k.removeprefix("adapter."): v for k, v in state_dict.items()})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what training has taken so far."""
+        checkpoint["tokens"], checkpoint["train_seconds"] = self.tokens, self._seconds_so_far()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.tokens, self.train_seconds = checkpoint["tokens"], checkpoint["train_seconds"]

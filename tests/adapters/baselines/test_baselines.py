@@ -1,0 +1,490 @@
+"""Baselines behind the calls of a ReFT model: the laws of adapted models, peft's own view of them, and whole runs."""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import pytest
+import short_runs
+import tiny
+import torch
+from adapted_models import ALL, DECODERS, OPTIONS, PEFT, VIRTUAL, adapted
+from peft import PeftModel, get_peft_model
+from transformers import DistilBertConfig, DistilBertForSequenceClassification, LlamaConfig
+
+from reft_lightning.adapters.adapt import adapt, build_on_meta
+from reft_lightning.adapters.baselines.in_place import Baseline
+from reft_lightning.adapters.baselines.methods import options_of, peft_config
+from reft_lightning.adapters.masks import position_ids_of
+from reft_lightning.adapters.saving import load_state
+from reft_lightning.config import compose
+from reft_lightning.data.encoding import target_only
+from reft_lightning.evaluation import Decoding
+from reft_lightning.evaluation.decoding import generate_ids
+from reft_lightning.runs import chat, experiment
+from reft_lightning.runs.evaluate import evaluate
+from reft_lightning.training.optimization import Optimization, parameter_groups
+
+# peft 0.21, called directly here, reads a property that transformers 5.23 renames
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+ENDLESS = SimpleNamespace(eos_token_id=999, pad_token_id=tiny.PAD)  # a token that no model here says
+TINY = {
+    "peft/road": ["intervention.options.group_size=4"],
+    "peft/oft": ["intervention.options.oft_block_size=8"],
+    "peft/vera": ["intervention.options.r=4"],
+}
+OURS = ["intervention.rank=8", "intervention.positions=f7+l7"]  # the defaults, which short_runs changes
+
+
+def batch_of(family):
+    """Return rows of several lengths, padded as models of the family are read."""
+    return tiny.padded(tiny.rows(5, 2, 7), "right" if family in tiny.ENCODERS else "left")
+
+
+def base_logits(family, batch):
+    extra = {} if family in tiny.ENCODERS else {"position_ids": position_ids_of(batch["attention_mask"])}
+    with torch.no_grad():
+        return tiny.model(family)(**batch, **extra).logits
+
+
+def logits_of(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def trained(model, family, steps=3):
+    """Train for some steps as the Lightning module does."""
+    groups = parameter_groups(model.parameter_roles(), Optimization(lr=0.05))
+    optimizer = torch.optim.AdamW(groups)
+    batch = tiny.prompt_target(tiny.rows(5, 3), tiny.rows(2, 3, seed=1))
+    if family in tiny.ENCODERS:
+        batch = {**tiny.padded(tiny.rows(5, 3)), "labels": torch.tensor([0, 1])}
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    return model
+
+
+# --- the laws of adapted models -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "method"), [c for c in ALL if c[1] not in VIRTUAL])
+def test_a_fresh_adapter_is_the_base(family, method):
+    batch = batch_of(family)
+    fresh = logits_of(adapted(family, method, moved=False), batch)
+    torch.testing.assert_close(fresh, base_logits(family, batch), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "method"), [c for c in ALL if c[1] != "frozen"])
+def test_training_moves_the_model_and_disabled_is_exactly_the_base(family, method):
+    model, batch = adapted(family, method, moved=False), batch_of(family)
+    start = logits_of(model, batch)
+    learning = [name for name, p in model.named_parameters() if p.requires_grad]
+    after = logits_of(trained(model, family), batch)
+    assert not torch.allclose(after, start)
+    with model.disabled():
+        assert torch.equal(logits_of(model, batch), base_logits(family, batch))
+        with model.disabled():  # again, inside
+            assert torch.equal(logits_of(model, batch), base_logits(family, batch))
+        assert torch.equal(logits_of(model, batch), base_logits(family, batch))
+    assert torch.equal(logits_of(model, batch), after)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == learning
+
+
+@pytest.mark.parametrize(("family", "method"), [c for c in ALL if c[1] in PEFT])
+def test_training_leaves_the_weights_of_the_base_alone(family, method):
+    model = trained(adapted(family, method, moved=False), family)
+    now = {
+        name.replace(".base_layer", "").replace(".original_module", ""): tensor
+        for name, tensor in model.base_model.state_dict().items()
+    }
+    for name, tensor in tiny.model(family).state_dict().items():
+        assert torch.equal(now[name], tensor), name
+
+
+@pytest.mark.parametrize(("family", "method"), ALL)
+def test_padding_changes_nothing(family, method):
+    model, texts = adapted(family, method), tiny.rows(5, 2, 7)
+    sides = ["right"] if family in tiny.ENCODERS else ["left", "right"]
+    for side in sides:
+        for extra in (0, 4):
+            batch = tiny.padded(texts, side, extra)
+            found = logits_of(model, batch)
+            for row, text in enumerate(texts):
+                alone = logits_of(model, {"input_ids": text[None]})[0]
+                here = (
+                    found[row] if family in tiny.ENCODERS else found[row][batch["attention_mask"][row] == 1]
+                )
+                torch.testing.assert_close(here, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "method"), DECODERS)
+def test_generation_is_the_argmax_with_and_without_a_cache(family, method):
+    model, texts = adapted(family, method), tiny.rows(5, 2, 7)
+    batch = tiny.padded(texts, "left")
+    new = model.generate(**batch, max_new_tokens=5, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    for text, said in zip(texts, new, strict=True):
+        whole = torch.cat([text, said])
+        assert torch.equal(
+            logits_of(model, {"input_ids": whole[None]})[0, len(text) - 1 : -1].argmax(-1), said
+        )
+    uncached = model.generate(**batch, max_new_tokens=5, do_sample=False, use_cache=False)
+    assert torch.equal(uncached[:, -5:], new)
+    right = tiny.padded(texts, "right")
+    assert torch.equal(model.generate(**right, max_new_tokens=5, do_sample=False)[:, -5:], new)
+
+
+@pytest.mark.parametrize(("family", "method"), DECODERS)
+def test_checking_a_target_gives_the_ids_of_plain_decoding(family, method):
+    model, texts = adapted(family, method), tiny.rows(5, 2, 7, 4)
+    prompts = {"boundary": 7, **tiny.prompt_target(texts, tiny.rows(0, 0, 0, 0))}
+    plain = generate_ids(model, prompts, ENDLESS, Decoding(6, verify=False))
+    drafts = [plain[0, :4], torch.cat([plain[1, :2], (plain[1, 2:3] + 1) % tiny.VOCABULARY]), plain[2, :1]]
+    drafts.append(plain[3])
+    batch = {**tiny.prompt_target(texts, drafts), "boundary": 7}
+    assert torch.equal(generate_ids(model, batch, ENDLESS, Decoding(6)), plain)
+
+
+@pytest.mark.parametrize("method", ["peft/lora", *VIRTUAL])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3"])
+def test_beams_and_caches_of_other_models_agree(family, method):
+    model, batch = adapted(family, method), tiny.padded(tiny.rows(5, 2), "left")
+    search = {"max_new_tokens": 4, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    found = model.generate(**batch, **search)
+    assert found.shape == (4, 9)
+    assert torch.equal(model.generate(**batch, **search, use_cache=False), found)
+    alone = model.generate(input_ids=batch["input_ids"][1:, 3:], **search)  # its row, without padding
+    assert torch.equal(alone[:, 2:], found[2:, 5:])
+
+
+@pytest.mark.parametrize(("family", "method"), DECODERS)
+def test_the_loss_of_the_target_columns_alone_is_the_loss(family, method):
+    model = adapted(family, method)
+    batch = tiny.prompt_target(tiny.rows(5, 3), tiny.rows(2, 3, seed=1))
+    with torch.no_grad():
+        whole = model(**batch)
+        cut = target_only({**batch, "boundary": 5})
+        del cut["boundary"]
+        part = model(**cut)
+    assert whole.logits.shape[:2] == batch["input_ids"].shape
+    torch.testing.assert_close(part.loss, whole.loss)
+    torch.testing.assert_close(part.logits, whole.logits[:, -4:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", VIRTUAL)
+def test_a_cache_of_an_earlier_call_is_read_once(method):
+    model, (text,) = adapted("llama", method), tiny.rows(8)
+    with torch.no_grad():
+        first = model(input_ids=text[None, :5], use_cache=True)
+        then = model(input_ids=text[None, 5:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(
+        then.logits, logits_of(model, {"input_ids": text[None]})[:, 5:], rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+@pytest.mark.parametrize("method", ["peft/lora", "peft/prompt_tuning"])
+def test_gradient_checkpointing_gives_the_same_gradients(method):
+    batch = tiny.prompt_target(tiny.rows(5, 3), tiny.rows(2, 3, seed=1))
+    gradients = []
+    for checkpointing in (False, True):
+        base = tiny.model("llama")
+        if checkpointing:
+            base.gradient_checkpointing_enable()
+        torch.manual_seed(0)
+        model = adapt(base, method, **OPTIONS.get(method, {})).train()
+        model(**batch).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+@pytest.mark.parametrize(("family", "method"), [c for c in ALL if c[1] in PEFT])
+def test_a_16_bit_base_is_adapted_in_float32(family, method):
+    model = adapted(family, method, dtype=torch.bfloat16)
+    assert torch.isfinite(logits_of(model, batch_of(family))).all()
+    roles = model.parameter_roles()
+    assert {p.dtype for p in (*roles["weight"], *roles["bias"])} == {torch.float32}
+
+
+def test_a_copy_runs_on_its_own():
+    model, batch = adapted("llama", "peft/prompt_tuning"), batch_of("llama")
+    before = logits_of(model, batch)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits_of(twin, batch), before)
+    trained(twin, "llama")
+    assert not torch.equal(logits_of(twin, batch), before)
+    assert torch.equal(logits_of(model, batch), before)
+
+
+# --- parameters and files -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "method"), ALL)
+def test_the_state_restores_the_model_bit_for_bit(family, method):
+    model, batch = adapted(family, method), batch_of(family)
+    state = {name: tensor.clone() for name, tensor in model.adapter_state_dict().items()}
+    other = adapted(family, method, seed=1)
+    other.load_adapter_state_dict(state)
+    assert torch.equal(logits_of(other, batch), logits_of(model, batch))
+    for name, tensor in other.adapter_state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+@pytest.mark.parametrize(("family", "method"), ALL)
+def test_what_is_saved_is_loaded_again(family, method, tmp_path):
+    model, batch = adapted(family, method), batch_of(family)
+    model.save_pretrained(tmp_path)
+    other = adapted(family, method, seed=1)
+    other.load_adapter_state_dict(load_state(tmp_path))
+    assert torch.equal(logits_of(other, batch), logits_of(model, batch))
+
+
+@pytest.mark.parametrize(("family", "method"), [c for c in ALL if c[1] in PEFT])
+def test_peft_loads_what_is_saved(family, method, tmp_path):
+    model, batch = adapted(family, method), tiny.padded(tiny.rows(6, 6))
+    model.config.base_model = "some/model"
+    model.save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == "some/model"
+    assert said["task_type"] == ("SEQ_CLS" if family in tiny.ENCODERS else "CAUSAL_LM")
+    theirs = PeftModel.from_pretrained(tiny.model(family), tmp_path).eval()
+    found = logits_of(theirs, batch)
+    torch.testing.assert_close(found[:, -6:], logits_of(model, batch)[:, -6:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", PEFT)
+def test_the_count_is_pefts_own(method):
+    config = peft_config(method, OPTIONS.get(method, {}))
+    config.task_type = "CAUSAL_LM"
+    theirs, _ = get_peft_model(tiny.model("llama"), config).get_nb_trainable_parameters()
+    count = adapted("llama", method).parameter_count()
+    base = sum(p.numel() for p in tiny.model("llama").parameters())
+    assert count == (theirs, base, pytest.approx(100 * theirs / base))
+
+
+@pytest.mark.parametrize(("family", "method"), ALL)
+def test_the_count_needs_no_weights_and_leaves_heads_out(family, method):
+    task = "sequence_classification" if family in tiny.ENCODERS else "causal_lm"
+    model = adapted(family, method)
+    heads = model.config.heads
+    bare = adapt(
+        build_on_meta(tiny.model(family).config, task), method, heads=heads, **OPTIONS.get(method, {})
+    )
+    assert bare.parameter_count() == model.parameter_count()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    of_heads = sum(p.numel() for p in model.parameter_roles()["head"])
+    assert model.parameter_count().trainable == trainable - of_heads
+    assert (of_heads > 0) == bool(heads)
+
+
+def test_llm_adapters_lora_has_its_published_size():
+    llama_7b = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+    )
+    config = compose.compose(["model=tiny_random", "data=boolq", "intervention=peft/lora_llm_adapters"])
+    count = adapt(
+        build_on_meta(llama_7b), config.intervention.method, **config.intervention.options
+    ).parameter_count()
+    assert count.trainable == 56_098_816
+    # Table 1 of Wu et al. 2024 counts the adapter into the base
+    assert 100 * count.trainable / (count.base + count.trainable) == pytest.approx(0.826, abs=5e-4)
+
+
+def test_vectors_and_biases_never_decay():
+    for method in ("peft/ia3", "peft/road", "peft/vera"):
+        roles = adapted("llama", method).parameter_roles()
+        assert roles["bias"]
+        assert not roles["weight"]
+    roles = adapted("bert", "bitfit").parameter_roles()
+    assert not roles["weight"]
+    roles = adapted("llama", "peft/dora").parameter_roles()
+    assert (len(roles["weight"]), len(roles["bias"])) == (12, 6)  # A and B; magnitudes
+    roles = adapted("llama", "peft/lora", r=1).parameter_roles()
+    assert not roles["bias"]  # A and B are matrices at any rank
+
+
+def test_a_state_that_does_not_fit_is_refused():
+    model = adapted("llama", "peft/lora")
+    state = model.adapter_state_dict()
+    name = next(iter(state))
+    for wrong in ({**state, "more": state[name]}, {k: v for k, v in state.items() if k != name}):
+        with pytest.raises(ValueError, match=r"does not fit peft/lora.*(more|lora_A)"):
+            model.load_adapter_state_dict(wrong)
+    with pytest.raises(ValueError, match="shapes"):
+        adapted("llama", "peft/lora", r=4).load_adapter_state_dict(state)
+
+
+def test_a_head_that_peft_would_take_by_the_end_of_its_name_is_refused():
+    config = DistilBertConfig(vocab_size=40, dim=16, n_layers=1, n_heads=2, hidden_dim=16)
+    model = DistilBertForSequenceClassification(config)
+    with pytest.raises(ValueError, match=r"would train pre_classifier beside the heads classifier"):
+        adapt(model, "peft/lora", heads=["classifier"], target_modules=["q_lin"])
+
+
+@pytest.mark.parametrize(
+    "more", [["intervention=full"], ["intervention.heads=[lm_head]"]], ids=lambda m: m[0]
+)
+def test_a_head_that_shares_the_embeddings_is_not_parted_from_them(more, tmp_path):
+    data = short_runs.write_rows(tmp_path / "rows")
+    tied = ["model.dtype=bfloat16", "+model.config.tie_word_embeddings=true", *more]
+    if more == ["intervention=full"]:
+        tied += OURS
+    with pytest.raises(experiment.SetupError, match=r"shares its embeddings with its head"):
+        short_runs.run(data, tmp_path / "run", *tied)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    adapted("llama", "peft/lora").save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter_model.safetensors is missing"):
+        load_state(tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no adapter"):
+        load_state(tmp_path / "..")
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def test_unknown_methods_and_options_name_the_nearest():
+    arguments = ["model=tiny_random", "data=boolq"]
+    for overrides, message in (
+        (["intervention.method=peft/lorra"], r"unknown baseline 'peft/lorra'.*did you mean 'peft/lora'"),
+        (["intervention=peft/lora", "+intervention.options.lora_alhpa=3"], r"did you mean 'lora_alpha'"),
+        (["intervention=peft/lora", "+intervention.options.bias=all"], r"leave the option 'bias' out"),
+        (
+            ["intervention=peft/lora", "+intervention.options.init_lora_weights=pissa"],
+            r"orthogonal; got 'pissa', which",
+        ),
+        (
+            ["intervention=peft/lora", "+intervention.options.layer_replication=[[0,2]]"],
+            r"no option 'layer_replic",
+        ),
+        (
+            ["intervention=peft/lora", "+intervention.options.alora_invocation_tokens=[3]"],
+            r"no option 'alora_inv",
+        ),
+        (["intervention=full", "+intervention.options.r=3"], r"full takes no option 'r'"),
+        (["intervention/peft=lora"], r"write intervention=peft/lora"),
+        (["intervention.method=lora"], r"unknown intervention 'lora'"),
+    ):
+        with pytest.raises(compose.CompositionError, match=message):
+            compose.compose([*arguments, *overrides])
+    assert "use_dora" not in options_of("peft/dora")
+
+
+def test_models_without_biases_or_caches_are_refused():
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no biases"):
+        adapted("llama", "bitfit")
+    with pytest.raises(ValueError, match=r"take peft/prompt_tuning"):
+        adapted("bert", "peft/prefix_tuning")
+    with pytest.raises(ValueError, match=r"frozen trains nothing"):
+        adapt(tiny.model("bert"), "frozen", heads="auto")
+    with pytest.raises(ValueError, match=r"no module 'clasifier'.*'classifier'"):
+        adapt(tiny.model("bert"), "peft/lora", heads=["clasifier"])
+    with pytest.raises(ValueError, match=r"Target modules .* not found"):
+        adapted("llama", "peft/lora", target_modules=["query"])
+
+
+def test_settings_of_interventions_are_refused_before_weights_are_loaded(tmp_path):
+    data = short_runs.write_rows(tmp_path / "rows")
+    settings = short_runs.config(data)
+    settings.intervention.method = "peft/lora"  # without a command line, the configuration itself is asked
+    with pytest.raises(
+        experiment.SetupError, match=r"add intervention.positions=f7\+l7 intervention.rank=8$"
+    ):
+        experiment.run(settings, tmp_path / "run")
+    for override in ("intervention.rank=4", "intervention.positions=f1", "intervention.layers=[0]"):
+        with pytest.raises(
+            compose.CompositionError, match=r"means nothing to peft/lora.*intervention.options"
+        ):
+            short_runs.run(data, tmp_path / "run", "intervention=peft/lora", *OURS, override)
+    arguments = ("intervention=peft/prefix_tuning", *OURS, "model.gradient_checkpointing=true")
+    with pytest.raises(experiment.SetupError, match=r"leave model.gradient_checkpointing out"):
+        short_runs.run(data, tmp_path / "run", *arguments)
+    with pytest.raises(experiment.SetupError, match=r"no biases"):
+        short_runs.run(data, tmp_path / "run", "intervention=bitfit", *OURS)
+
+
+# --- whole runs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return short_runs.write_rows(tmp_path_factory.mktemp("rows"))
+
+
+def test_a_stopped_run_of_lora_goes_on_exactly(data, tmp_path, monkeypatch):
+    arguments = ("intervention=peft/lora", *OURS, "evaluate_base=true")
+    whole = short_runs.run(data, tmp_path / "whole", *arguments)
+    with monkeypatch.context() as patch:
+        short_runs.stop_at(patch, 8)
+        with pytest.raises(short_runs.Stop):
+            short_runs.run(data, tmp_path / "parts", *arguments)
+    parts = short_runs.run(data, tmp_path / "parts", *arguments, f"resume={tmp_path / 'parts'}")
+    a, b = (load_state(tmp_path / name / "adapter") for name in ("whole", "parts"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for name in ("trainable_parameters", "percent", "steps", "status", "method"):
+        assert parts[name] == whole[name]
+    assert whole["trainable_parameters"] == 8 * (32 + 32 + 32 + 16) * 2
+    assert whole["metrics"]["base/test/accuracy"] <= 1
+    saved = short_runs.checkpoint(tmp_path / "whole")["state_dict"]
+    assert all("lora_" in name for name in saved)
+
+
+def test_a_run_is_evaluated_again_and_talked_to(data, tmp_path):
+    arguments = ("intervention=peft/prompt_tuning", *OURS, "trainer.max_epochs=1", "optimizer.lr=0.3")
+    result = short_runs.run(data, tmp_path, *arguments, "intervention.options.num_virtual_tokens=3")
+    again = evaluate(tmp_path, "validation")
+    assert again["metrics"]["val/loss"] == pytest.approx(result["metrics"]["val/loss"])
+    model, tokenizer = chat.load(tmp_path)
+    base, said = chat.answer(model, tokenizer, "is zorb kept?", 6, "plain")
+    assert base != said
+    assert isinstance(model, Baseline)
+
+
+def test_a_frozen_model_is_evaluated_and_nothing_else(data, tmp_path):
+    result = short_runs.run(data, tmp_path, "intervention=frozen", *OURS)
+    assert (result["status"], result["steps"], result["trainable_parameters"]) == ("complete", 0, 0)
+    assert {"val/loss", "test/accuracy"} <= result["metrics"].keys()
+    assert not (tmp_path / "checkpoints").exists()
+    again = evaluate(tmp_path, "validation")
+    assert again["metrics"]["val/loss"] == result["metrics"]["val/loss"]
+
+
+@pytest.mark.parametrize("method", ["peft/lora", "peft/prompt_tuning", "bitfit"])
+def test_a_classifier_is_trained_with_its_head(method, root, tmp_path):
+    config = compose.compose(
+        [
+            "model=tiny_random", "model.config.model_type=bert", "data=glue_rte", f"intervention={method}",
+            "data.source=local", f"data.path={root / 'tests/fixtures/glue'}", "data.batch_size=4",
+            "trainer.accelerator=cpu", "trainer.max_epochs=1", "trainer.enable_progress_bar=false",
+        ]
+    )  # fmt: skip
+    result = experiment.run(config, tmp_path)
+    head = 32 * 32 + 32 + 2 * 32 + 2  # BERT's pooler and classifier
+    assert (result["status"], result["head_parameters"]) == ("complete", head)
+    # 2 layers of width 32 and 64: A and B of query and value; 20 virtual tokens; every bias
+    counts = {"peft/lora": 2 * 2 * 8 * 64, "peft/prompt_tuning": 20 * 32, "bitfit": 2 * (7 * 32 + 64) + 32}
+    assert result["trainable_parameters"] == counts[method]
+    again = evaluate(tmp_path, "validation")
+    assert again["metrics"]["val/loss"] == pytest.approx(result["metrics"]["val/loss"])
+
+
+@pytest.mark.parametrize(
+    "method", [m for m in [*PEFT, "full"] if m not in ("peft/lora", "peft/prompt_tuning")]
+)
+@pytest.mark.slow
+def test_every_method_runs_by_configuration_alone(method, data, tmp_path):
+    arguments = (f"intervention={method}", *OURS, *TINY.get(method, []), "trainer.max_epochs=1")
+    result = short_runs.run(data, tmp_path, *arguments)
+    assert result["status"] == "complete"
+    assert result["trainable_parameters"] > 0
+    again = evaluate(tmp_path, "validation")
+    assert again["metrics"]["val/loss"] == pytest.approx(result["metrics"]["val/loss"])

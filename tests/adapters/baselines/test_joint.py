@@ -1,0 +1,426 @@
+"""Interventions and a peft method trained together: the laws of adapted models, files that stand alone, whole runs."""
+
+import copy
+import json
+
+import pytest
+import short_runs
+import tiny
+import torch
+import torch._dynamo
+from peft import PeftModel
+from transformers import LlamaConfig
+
+import reft_lightning as rl
+from reft_lightning.adapters.adapt import adapt, build_on_meta
+from reft_lightning.adapters.baselines.joint import JointModel
+from reft_lightning.adapters.baselines.methods import JOINT_METHODS
+from reft_lightning.adapters.masks import position_ids_of
+from reft_lightning.adapters.saving import load_state
+from reft_lightning.config import compose
+from reft_lightning.reporting.runs import read_runs
+from reft_lightning.runs import chat, experiment
+from reft_lightning.runs.evaluate import evaluate
+from reft_lightning.training.optimization import Optimization, parameter_groups
+
+# peft 0.21, called directly here, reads a property that transformers 5.23 renames
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+OPTIONS = {"peft/road": {"group_size": 4}, "peft/oft": {"oft_block_size": 4}, "peft/vera": {"r": 4}}
+CASES = [("llama", method) for method in JOINT_METHODS] + [("gpt2", "peft/lora"), ("bert", "peft/lora")]
+RUN = [
+    "intervention=loreft_lora", "intervention.rank=2", "intervention.beside_options.r=3",
+    "intervention.positions=f2+l2",
+]  # fmt: skip
+
+
+def joint(family="llama", beside="peft/lora", moved=True, seed=0, base=None, **settings):
+    """Return LoReFT beside a peft method; both ``moved`` away from the base, as training does."""
+    torch.manual_seed(seed)
+    options = {"beside": beside, "beside_options": OPTIONS.get(beside, {})}
+    settings = {"rank": 2, "positions": "f1+l1", "heads": "auto" if family == "bert" else ()} | settings
+    model = adapt(base or tiny.model(family), "loreft", **options, **settings).eval()
+    if moved:
+        with torch.no_grad():
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def batch_of(family="llama"):
+    return tiny.padded(tiny.rows(5, 2, 7), "right" if family == "bert" else "left")
+
+
+def base_logits(family, batch):
+    extra = {} if family == "bert" else {"position_ids": position_ids_of(batch["attention_mask"])}
+    with torch.no_grad():
+        return tiny.model(family)(**batch, **extra).logits
+
+
+def logits_of(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def training_batch(family):
+    if family == "bert":
+        return {**tiny.padded(tiny.rows(5, 3)), "labels": torch.tensor([0, 1])}
+    return tiny.prompt_target(tiny.rows(5, 3), tiny.rows(2, 3, seed=1))
+
+
+# --- the laws of adapted models -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "beside"), CASES)
+def test_two_parts_that_change_nothing_are_the_base(family, beside):
+    batch = batch_of(family)
+    fresh = logits_of(joint(family, beside, moved=False, init="identity"), batch)
+    torch.testing.assert_close(fresh, base_logits(family, batch), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "beside"), CASES)
+def test_disabled_is_exactly_the_base_and_leaves_no_trace(family, beside):
+    model, batch = joint(family, beside), batch_of(family)
+    learning = [name for name, p in model.named_parameters() if p.requires_grad]
+    before = logits_of(model, batch)
+    assert not torch.allclose(before, base_logits(family, batch), atol=1e-3)
+    with model.disabled():
+        assert torch.equal(logits_of(model, batch), base_logits(family, batch))
+        with model.disabled():
+            assert torch.equal(logits_of(model, batch), base_logits(family, batch))
+        assert torch.equal(logits_of(model, batch), base_logits(family, batch))
+    assert torch.equal(logits_of(model, batch), before)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == learning
+
+
+@pytest.mark.parametrize(("family", "beside"), CASES)
+def test_training_moves_every_parameter_of_both_parts_and_no_weight_of_the_base(family, beside):
+    model, batch = joint(family, beside), training_batch(family)
+    trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in trained} == {"peft", "reft"}
+    optimizer = torch.optim.AdamW(parameter_groups(model.parameter_roles(), Optimization(lr=0.05)))
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    now = dict(model.named_parameters())
+    assert [name for name in trained if torch.equal(now[name], trained[name])] == []
+    weights = {
+        name.replace(".base_layer", "").replace(".original_module", ""): tensor
+        for name, tensor in model.base_model.state_dict().items()
+    }
+    for name, tensor in tiny.model(family).state_dict().items():
+        assert torch.equal(weights[name], tensor), name
+
+
+def test_each_part_matters():
+    model, batch = joint(), batch_of()
+    both = logits_of(model, batch)
+    with model.peft.disabled():
+        ours = logits_of(model, batch)
+    with model.reft.disabled():
+        theirs = logits_of(model, batch)
+    for one, other in ((both, ours), (both, theirs), (ours, theirs)):
+        assert not torch.allclose(one, other, atol=1e-3)
+    assert torch.equal(logits_of(model, batch), both)
+
+
+def test_interventions_edit_what_peft_has_made():
+    """The last block's output: peft's model up to it, edited by Phi at the selected tokens alone."""
+    model, (text,) = joint(layers=[tiny.LAYERS - 1]), tiny.rows(6)
+    seen = {}
+    norm = model.base_model.model.norm
+    handle = norm.register_forward_pre_hook(lambda module, args: seen.setdefault("hidden", args[0]))
+    logits_of(model, {"input_ids": text[None]})
+    edited = seen.pop("hidden")[0]
+    with model.reft.disabled():
+        logits_of(model, {"input_ids": text[None]})
+    plain = seen.pop("hidden")[0]
+    handle.remove()
+    (phi,) = model.reft.interventions[str(tiny.LAYERS - 1)]
+    with torch.no_grad():
+        torch.testing.assert_close(edited[[0, 5]], phi(plain[[0, 5]]), rtol=1e-5, atol=1e-5)
+    assert torch.equal(edited[1:5], plain[1:5])
+
+
+def test_a_map_that_peft_wraps_keeps_its_own_width():
+    for component, width in (("model.layers.{layer}.mlp.down_proj.input", 24), ("mlp_output", tiny.WIDTH)):
+        options = {"target_modules": ["down_proj"]}
+        model = adapt(
+            tiny.model("llama"), rank=2, component=component, beside="peft/lora", beside_options=options
+        )
+        assert {site.dim for site in model.reft.sites.values()} == {width}
+        assert torch.isfinite(logits_of(model, batch_of())).all()
+
+
+@pytest.mark.parametrize(("family", "beside"), CASES)
+def test_padding_changes_nothing(family, beside):
+    model, texts = joint(family, beside), tiny.rows(5, 2, 7)
+    for side in ["right"] if family == "bert" else ["left", "right"]:
+        batch = tiny.padded(texts, side, 3)
+        found = logits_of(model, batch)
+        for row, text in enumerate(texts):
+            alone = logits_of(model, {"input_ids": text[None]})[0]
+            here = found[row] if family == "bert" else found[row][batch["attention_mask"][row] == 1]
+            torch.testing.assert_close(here, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "beside"), [case for case in CASES if case[0] != "bert"])
+def test_generation_is_the_argmax_with_and_without_a_cache(family, beside):
+    model, texts = joint(family, beside), tiny.rows(5, 2, 7)
+    batch = tiny.padded(texts, "left")
+    new = model.generate(**batch, max_new_tokens=5, do_sample=False)[:, -5:]
+    uncached = model.generate(**batch, max_new_tokens=5, do_sample=False, use_cache=False)
+    assert torch.equal(uncached[:, -5:], new)
+    for text, said in zip(texts, new, strict=True):
+        whole = torch.cat([text, said])[None]
+        prompt = torch.arange(whole.shape[1])[None] < len(text)
+        found = logits_of(model, {"input_ids": whole, "prompt_mask": prompt})
+        assert torch.equal(found[0, len(text) - 1 : -1].argmax(-1), said)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        base = tiny.model("llama")
+        if checkpointing:
+            base.gradient_checkpointing_enable()
+        model = joint(base=base).train()
+        model(**training_batch("llama")).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns of its own internals
+def test_a_compiled_step_gives_the_same_gradients():
+    gradients = []
+    for compiled in (False, True):
+        model = joint().train()
+        if compiled:
+            model.compile(backend="aot_eager")
+        model(**training_batch("llama")).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    torch._dynamo.reset()
+    plain, graph = gradients
+    assert plain.keys() == graph.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(graph[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_runs_on_its_own():
+    model, batch = joint(), batch_of()
+    before = logits_of(model, batch)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits_of(twin, batch), before)
+    with torch.no_grad():
+        for parameter in (p for p in twin.parameters() if p.requires_grad):
+            parameter.add_(0.1)
+    assert not torch.allclose(logits_of(twin, batch), before)
+    assert torch.equal(logits_of(model, batch), before)
+
+
+# --- parameters and files -----------------------------------------------------------------------------------------
+
+
+def test_the_count_is_the_sum_of_the_formulas():
+    d, r = tiny.WIDTH, 2
+    loreft = tiny.LAYERS * (2 * r * d + r)
+    lora = tiny.LAYERS * 8 * ((d + d) + (d + 8))  # queries d -> d; one head of values, d -> 8
+    base = sum(p.numel() for p in tiny.model("llama").parameters())
+    whole = loreft + lora
+    assert joint().parameter_count() == (whole, base, pytest.approx(100 * whole / base))
+    config = tiny.model("llama").config
+    assert rl.count_parameters(config, "loreft", rank=2, beside="peft/lora").trainable == whole
+
+
+def test_the_size_at_7_billion_needs_no_weights():
+    llama_7b = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+    )
+    count = rl.count_parameters(llama_7b, "loreft", rank=4, beside="peft/lora", beside_options={"r": 8})
+    assert count.trainable == 32 * (2 * 4 * 4096 + 4) + 32 * 2 * 8 * 2 * 4096
+    assert count.base == 6_738_415_616
+
+
+@pytest.mark.parametrize(("family", "beside"), CASES)
+def test_the_count_leaves_heads_out_and_needs_no_weights(family, beside):
+    model = joint(family, beside)
+    heads = model.parameter_roles()["head"]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert model.parameter_count().trainable == trained - sum(p.numel() for p in heads)
+    assert bool(heads) == (family == "bert")
+    task = "sequence_classification" if family == "bert" else "causal_lm"
+    bare = joint(family, beside, moved=False, base=build_on_meta(tiny.model(family).config, task))
+    assert bare.parameter_count() == model.parameter_count()
+
+
+@pytest.mark.parametrize(("family", "beside"), CASES)
+def test_every_trained_parameter_has_one_role(family, beside):
+    model = joint(family, beside)
+    roles = model.parameter_roles()
+    named = [id(p) for parameters in roles.values() for p in parameters]
+    assert sorted(named) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert len(roles["rotation"]) == tiny.LAYERS
+
+
+@pytest.mark.parametrize(("family", "beside"), CASES)
+def test_what_is_saved_is_loaded_again_bit_for_bit(family, beside, tmp_path):
+    model, batch = joint(family, beside), batch_of(family)
+    model.save_pretrained(tmp_path)
+    state = load_state(tmp_path)
+    assert state.keys() == model.adapter_state_dict().keys()
+    other = joint(family, beside, seed=1)
+    assert not torch.equal(logits_of(other, batch), logits_of(model, batch))
+    other.load_adapter_state_dict(state)
+    assert torch.equal(logits_of(other, batch), logits_of(model, batch))
+
+
+@pytest.mark.parametrize("beside", ["peft/lora", "peft/ia3"])
+def test_each_part_is_loaded_alone_and_both_as_the_card_says(beside, tmp_path):
+    model, batch = joint("llama", beside), batch_of()
+    model.config.base_model = "some/model"
+    model.save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (said["base_model_name_or_path"], said["task_type"]) == ("some/model", "CAUSAL_LM")
+    positions = {"position_ids": position_ids_of(batch["attention_mask"])}
+    with model.peft.disabled():
+        ours = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()
+        assert torch.equal(logits_of(ours, batch), logits_of(model, batch))
+    theirs = PeftModel.from_pretrained(tiny.model("llama"), tmp_path / "peft").eval()
+    with model.reft.disabled():
+        expected = logits_of(model, batch)
+    torch.testing.assert_close(logits_of(theirs, batch | positions), expected, rtol=1e-5, atol=1e-5)
+    both = rl.ReftModel.from_pretrained(theirs.get_base_model(), tmp_path).eval()
+    torch.testing.assert_close(logits_of(both, batch), logits_of(model, batch), rtol=1e-5, atol=1e-5)
+    card = (tmp_path / "README.md").read_text()
+    assert f"Trained together with {beside}" in card
+    assert f"{model.peft.parameter_count().trainable:,} parameters more" in card
+
+
+def test_a_state_or_folder_that_does_not_fit_is_refused(tmp_path):
+    model = joint()
+    state = model.adapter_state_dict()
+    ours = {name: tensor for name, tensor in state.items() if not name.startswith("peft.")}
+    for wrong in (ours, state | {"peft.more": torch.zeros(1)}):
+        with pytest.raises(ValueError, match=r"does not fit loreft beside peft/lora.*(lora_A|peft\.more)"):
+            model.load_adapter_state_dict(wrong)
+    model.save_pretrained(tmp_path)
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        (tmp_path / "peft" / file).unlink()
+        with pytest.raises(FileNotFoundError, match=rf"{file} is missing"):
+            load_state(tmp_path)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["intervention.beside=peft/lorra"], r"got 'peft/lorra'; did you mean 'peft/lora'"),
+        (["intervention.beside=lora"], r"must be one of .*peft/oft; got 'lora'; did you mean 'peft/lora'"),
+        (["intervention.beside=peft/prompt_tuning"], r"virtual tokens stand in front of the text"),
+        (["intervention.beside=peft/prefix_tuning"], r"virtual tokens stand in front of the text"),
+        (["intervention.beside=bitfit"], r"trains the base model's own weights"),
+        (
+            ["intervention=peft/lora", "intervention.beside=peft/oft"],
+            r"peft/lora is a baseline: take method=lor",
+        ),
+        (["intervention=none", "intervention.beside=peft/lora"], r"take intervention.method=peft/lora"),
+        (["+intervention.beside_options.r=3"], r"beside_options r .*none stands beside loreft: name it"),
+        (
+            ["intervention=loreft_lora", "+intervention.beside_options.lora_alhpa=3"],
+            r"peft/lora takes no option 'lora_alhpa'; did you mean 'lora_alpha'",
+        ),
+        (
+            ["intervention=loreft_lora", "+intervention.beside_options.bias=all"],
+            r"leave the option 'bias' out",
+        ),
+        (["intervention.besides=peft/lora"], r"did you mean 'intervention.beside'"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_bad_combinations_name_what_is_allowed_before_weights(overrides, message):
+    with pytest.raises(compose.CompositionError, match=message):
+        compose.compose(["model=tiny_random", "data=boolq", *overrides])
+
+
+def test_bad_combinations_are_refused_in_code_too():
+    base = tiny.model("llama")
+    for arguments, message in (
+        ({"beside": "peft/lorra"}, r"did you mean 'peft/lora'"),
+        ({"beside_options": {"r": 2}}, r"none stands beside loreft"),
+        ({"method": "full", "beside": "peft/lora"}, r"full is a baseline"),
+        ({"beside": "peft/lora", "layers": []}, r"layers is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adapt(base, **arguments)
+
+
+# --- whole runs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return short_runs.write_rows(tmp_path_factory.mktemp("rows"))
+
+
+def test_a_stopped_run_goes_on_exactly_and_is_evaluated_again(data, tmp_path, monkeypatch):
+    whole = short_runs.run(data, tmp_path / "whole", *RUN, "evaluate_base=true")
+    with monkeypatch.context() as patch:
+        short_runs.stop_at(patch, 8)
+        with pytest.raises(short_runs.Stop):
+            short_runs.run(data, tmp_path / "parts", *RUN, "evaluate_base=true")
+    resume = f"resume={tmp_path / 'parts'}"
+    parts = short_runs.run(data, tmp_path / "parts", *RUN, "evaluate_base=true", resume)
+    a, b = (load_state(tmp_path / name / "adapter") for name in ("whole", "parts"))
+    assert a.keys() == b.keys()
+    assert {name.split(".")[0] for name in a} == {"interventions", "peft"}
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    # 2 layers of width 32, one head of values of width 16
+    lora, loreft = 2 * 3 * (32 + 32 + 32 + 16), 2 * (2 * 2 * 32 + 2)
+    for result in (whole, parts):
+        assert (result["status"], result["method"]) == ("complete", "loreft + peft/lora")
+        assert result["trainable_parameters"] == lora + loreft
+        assert {"val/loss", "test/accuracy", "base/test/accuracy"} <= result["metrics"].keys()
+    saved = short_runs.checkpoint(tmp_path / "whole")["state_dict"]
+    assert {name.split(".")[1] for name in saved} == {"interventions", "peft"}
+    again = evaluate(tmp_path / "whole", "validation")
+    assert again["metrics"]["val/loss"] == pytest.approx(whole["metrics"]["val/loss"])
+    assert again["method"] == "loreft + peft/lora"
+    (read,), _, _ = read_runs([tmp_path / "whole"])
+    files = [
+        tmp_path / "whole/adapter" / name for name in ("reft.safetensors", "peft/adapter_model.safetensors")
+    ]
+    assert read.adapter_bytes == sum(file.stat().st_size for file in files)
+
+
+def test_a_run_is_talked_to(data, tmp_path):
+    short_runs.run(data, tmp_path, *RUN, "trainer.max_epochs=1", "optimizer.lr=0.3")
+    model, tokenizer = chat.load(tmp_path)
+    assert isinstance(model, JointModel)
+    base, said = chat.answer(model, tokenizer, "is zorb kept?", 6, "plain")
+    assert base != said
+
+
+def test_a_classifier_is_trained_with_its_head(root, tmp_path):
+    config = compose.compose(
+        [
+            "model=tiny_random", "model.config.model_type=bert", "data=glue_rte", "intervention=loreft_lora",
+            "data.source=local", f"data.path={root / 'tests/fixtures/glue'}", "data.batch_size=4",
+            "trainer.accelerator=cpu", "trainer.max_epochs=1", "trainer.enable_progress_bar=false",
+        ]
+    )  # fmt: skip
+    result = experiment.run(config, tmp_path)
+    # BERT's pooler and classifier; LoReFT of rank 4, LoRA of rank 8 on queries and values, in 2 layers of width 32
+    head, trained = 32 * 32 + 32 + 2 * 32 + 2, 2 * (2 * 4 * 32 + 4) + 2 * 2 * 8 * 64
+    assert (result["status"], result["head_parameters"]) == ("complete", head)
+    assert result["trainable_parameters"] == trained
+    again = evaluate(tmp_path, "validation")
+    assert again["metrics"]["val/loss"] == pytest.approx(result["metrics"]["val/loss"])

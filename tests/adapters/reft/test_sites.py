@@ -1,0 +1,119 @@
+"""Sites are found in the model itself, without a table of architectures."""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    LlamaConfig,
+    LlavaConfig,
+    SiglipVisionConfig,
+    T5Config,
+)
+
+import reft_lightning as rl
+from reft_lightning.adapters.reft.sites import COMPONENTS, block_path, check_layers, find_site
+
+PATHS = {
+    "llama": "model.layers", "qwen3": "model.layers", "gemma3": "model.layers", "mistral": "model.layers",
+    "gpt2": "transformer.h", "gptj": "transformer.h", "falcon": "transformer.h", "gpt_neox": "gpt_neox.layers",
+    "opt": "model.decoder.layers", "bert": "bert.encoder.layer", "roberta": "roberta.encoder.layer",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", PATHS)
+def test_the_list_of_blocks_is_found(family):
+    assert block_path(tiny.model(family)) == PATHS[family]
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("family", PATHS)
+def test_every_component_is_a_module_of_its_block_with_the_width_of_the_stream(family, component):
+    model = tiny.model(family)
+    site = find_site(model, 1, component)
+    assert site.path.startswith(f"{PATHS[family]}.1")
+    assert isinstance(model.get_submodule(site.path), nn.Module)
+    assert site.dim == tiny.WIDTH
+    assert site.end == ("input" if component == "block_input" else "output")
+
+
+def test_a_module_path_gives_the_width_of_the_linear_map_at_either_end():
+    model = tiny.model("llama")
+    down = find_site(model, 2, "model.layers.{layer}.mlp.down_proj.input")
+    assert (down.path, down.end, down.dim) == ("model.layers.2.mlp.down_proj", "input", 24)
+    query = find_site(model, 0, "model.layers.{layer}.self_attn.q_proj")
+    assert (query.end, query.dim) == ("output", model.model.layers[0].self_attn.q_proj.out_features)
+    gpt2 = find_site(tiny.model("gpt2"), 0, "transformer.h.{layer}.attn.c_attn")
+    assert gpt2.dim == 3 * tiny.WIDTH
+
+
+def test_an_edit_at_a_linear_maps_input_moves_the_output_of_the_model():
+    reft = rl.attach(
+        tiny.model("llama"), "loreft", rank=2, component="model.layers.{layer}.mlp.down_proj.input"
+    )
+    ids = torch.tensor([[5, 6, 7, 8]])
+    edited = reft(input_ids=ids).logits
+    with reft.disabled():
+        assert (reft(input_ids=ids).logits - edited).abs().max() > 1e-4
+    assert next(iter(reft.interventions["0"])).dim == 24
+
+
+def test_an_unknown_component_lists_what_there_is_and_the_nearest():  # pyreft: "object has no attribute ''" (D39)
+    with pytest.raises(ValueError, match=r"block_output, block_input.*did you mean 'block_output'"):
+        rl.attach(tiny.model("llama"), "loreft", rank=2, component="block_outptu")
+
+
+def test_an_unknown_path_lists_the_nearest_modules():  # D39
+    with pytest.raises(
+        ValueError, match=r"no module 'model.layers.0.mlp.down'.*model.layers.0.mlp.down_proj"
+    ):
+        rl.attach(tiny.model("llama"), "loreft", rank=2, component="model.layers.{layer}.mlp.down")
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ([3], r"0\.\.2, the model has 3; got 3"),
+        ([-1], r"got -1"),
+        ([0, 0], "named twice"),
+        ([], "empty"),
+        ("first", "must be 'all' or a list"),
+        ([1.0], r"got 1\.0"),
+        ([True], "got True"),
+    ],
+)
+def test_layers_that_do_not_exist_are_refused(layers, said):
+    with pytest.raises(ValueError, match=said):
+        rl.attach(tiny.model("llama"), "loreft", rank=2, layers=layers)
+
+
+def test_one_layer_may_be_written_as_a_number():
+    assert check_layers(1, 3) == [1]
+    assert check_layers("all", 3) == [0, 1, 2]
+
+
+def test_a_vision_tower_of_as_many_blocks_is_not_taken_for_the_language_model():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = LlamaConfig(vocab_size=40, **sizes)
+    vision = SiglipVisionConfig(image_size=8, patch_size=4, **sizes)
+    with torch.device("meta"):
+        model = AutoModel.from_config(LlavaConfig(text_config=text, vision_config=vision))
+    assert "language_model" in block_path(model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2),
+        BartConfig(vocab_size=40, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+                   decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24),
+    ],
+    ids=["t5", "bart"],
+)  # fmt: skip
+def test_an_encoder_decoder_is_refused_and_its_encoder_is_not(config):
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    with pytest.raises(ValueError, match=r"an encoder and a decoder.*get_encoder"):
+        rl.attach(model, "loreft", rank=2)

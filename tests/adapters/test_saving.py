@@ -1,0 +1,262 @@
+"""A saved adapter is three files, exact for every variant, and never code."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import reft_lightning as rl
+from reft_lightning.adapters.reft.config import CONFIG_FILE
+from reft_lightning.adapters.saving import CARD_FILE, TENSOR_FILE, pack, unpack
+
+METHODS = ["loreft", "noreft", "direft", "direft_orthonormal", "consreft", "lobireft"]
+IDS = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 11, 12, 13]])
+MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+
+
+def attached(method="loreft", family="llama", **settings):
+    torch.manual_seed(3)
+    settings = {"rank": 2, "positions": "f1+l2"} | settings
+    reft = rl.attach(tiny.model(family), method, **settings).eval()
+    with torch.no_grad():
+        for parameter in reft.interventions.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    return reft
+
+
+def logits(reft):
+    with torch.no_grad():
+        return reft(input_ids=IDS, attention_mask=MASK).logits
+
+
+@pytest.mark.parametrize("tied", ["all", "group", "position"])
+@pytest.mark.parametrize("method", METHODS)
+def test_save_and_load_give_equal_logits_and_generate_the_same_ids(method, tied, tmp_path):
+    # pyreft: reload forgets settings (D9), cannot read NoReFT and the paper's DiReFT (D37); adapters: DiReFT -> NoReFT
+    reft = attached(method, tied=tied, dropout=0.1, dropout_on="output")
+    reft.save_pretrained(tmp_path)
+    again = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()
+    assert torch.equal(logits(again), logits(reft))
+    generation = {"attention_mask": MASK, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(again.generate(IDS, **generation), reft.generate(IDS, **generation))
+    phi = next(iter(again.interventions["0"]))
+    assert (phi.dropout, phi.dropout_on) == (0.1, "output")
+    assert again.config == reft.config
+
+
+def test_settings_by_layer_and_component_come_back(tmp_path):
+    reft = attached(
+        layers={0: {"rank": 1, "positions": "prompt"}, 2: {"method": "direft"}}, component="mlp_output"
+    )
+    reft.save_pretrained(tmp_path)
+    again = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()
+    assert torch.equal(logits(again), logits(reft))
+    assert next(iter(again.interventions["0"])).rank == 1
+    assert type(next(iter(again.interventions["2"]))) is rl.DiReFT
+
+
+def test_trained_heads_are_saved_with_the_interventions(tmp_path):  # pyreft drops them (D11)
+    torch.manual_seed(0)
+    reft = rl.attach(tiny.model("roberta"), "loreft", rank=1, positions="f1", heads=["classifier"]).eval()
+    with torch.no_grad():
+        reft.base_model.classifier.out_proj.weight.add_(1.0)
+    reft.save_pretrained(tmp_path)
+    again = rl.ReftModel.from_pretrained(tiny.model("roberta"), tmp_path).eval()
+    assert torch.equal(logits(again), logits(reft))
+    assert not torch.equal(
+        logits(again), tiny.model("roberta").eval()(input_ids=IDS, attention_mask=MASK).logits
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_file_is_its_parameters_and_a_header(method, tmp_path):  # pyreft stores d x d bases (D60, D63)
+    reft = attached(method)
+    reft.save_pretrained(tmp_path)
+    assert (tmp_path / TENSOR_FILE).stat().st_size <= 4 * reft.parameter_count().trainable + 4096
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([CARD_FILE, CONFIG_FILE, TENSOR_FILE])
+
+
+def test_saving_again_replaces_the_old_adapter(tmp_path):  # pyreft skips a folder that is not empty (D10)
+    attached().save_pretrained(tmp_path)
+    other = attached(layers=[1])
+    other.save_pretrained(tmp_path)
+    again = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()
+    assert torch.equal(logits(again), logits(other))
+
+
+def test_a_config_cannot_name_code_to_import(tmp_path):  # pyreft imports any class a config names (D72)
+    attached().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config | {"method": "subprocess.Popen"}))
+    with pytest.raises(ValueError, match=r"unknown intervention 'subprocess\.Popen'"):
+        rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
+
+
+def change(folder, **values):
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({k: v for k, v in (config | values).items() if v != "drop"}))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"format": 99}, "format 99.*update"),
+        ({"format": "drop"}, "format None"),
+        ({"colour": "red"}, r"unknown keys \['colour'\]"),
+        ({"layers": [0, 7]}, "layer must lie in|no module"),
+        ({"method": "lorefd"}, "did you mean 'loreft'"),
+    ],
+)
+def test_a_config_that_cannot_be_read_says_why(values, said, tmp_path):
+    attached().save_pretrained(tmp_path)
+    change(tmp_path, **values)
+    with pytest.raises(ValueError, match=said):
+        rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
+
+
+def test_an_incomplete_or_foreign_file_is_refused(tmp_path):
+    attached().save_pretrained(tmp_path)
+    state = load_file(tmp_path / TENSOR_FILE)
+    name = "interventions.0-2.0.basis"
+    save_file({k: v for k, v in state.items() if k != name}, tmp_path / TENSOR_FILE)
+    with pytest.raises(ValueError, match=r"missing.*interventions\.0\.0\.basis"):
+        rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
+    save_file(state | {"stray": torch.zeros(1)}, tmp_path / TENSOR_FILE)
+    with pytest.raises(ValueError, match=r"unexpected.*stray"):
+        rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
+    save_file(state | {name: state[name][:2].clone()}, tmp_path / TENSOR_FILE)
+    with pytest.raises(ValueError, match=r"interventions\.0-2\.0\.basis must hold 3 .* \(2, 2, 16\)"):
+        rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
+    forged = {"interventions.0-999999999999.0-999999999999.basis": state[name].clone()}
+    save_file(state | forged, tmp_path / TENSOR_FILE)
+    with pytest.raises(ValueError, match=r"must hold 10{24} along"):
+        rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
+
+
+def test_packing_loses_no_name_and_no_number():
+    layers = {0: {}, 1: {"rank": 4}, 2: {"positions": "f1"}}
+    for settings in ({"tied": "position"}, {"tied": "group", "layers": layers}, {"layers": [0, 2]}):
+        state = attached(**settings).adapter_state_dict() | {"heads.classifier.weight": torch.ones(2)}
+        packed = pack(state)
+        assert len(packed) < len(state)
+        again = unpack(packed)
+        assert again.keys() == state.keys()
+        assert all(torch.equal(again[name], state[name]) for name in state)
+        assert unpack(state).keys() == state.keys()
+    assert set(pack(attached(layers=[0, 2]).adapter_state_dict())) == {
+        f"interventions.0,2.0.{name}" for name in ("basis", "source.weight", "source.bias")
+    }
+
+
+def test_a_file_of_the_first_format_is_read(tmp_path):
+    reft = attached()
+    reft.save_pretrained(tmp_path)
+    change(tmp_path, format=1)
+    state = {name: tensor.contiguous() for name, tensor in reft.adapter_state_dict().items()}
+    save_file(state, tmp_path / TENSOR_FILE)
+    again = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()
+    assert torch.equal(logits(again), logits(reft))
+
+
+def test_names_of_many_layers_take_less_than_4_kilobytes(tmp_path):
+    config = LlamaConfig(**tiny.SIZES | {"num_hidden_layers": 30}, **tiny.GROUPED)
+    for settings in ({}, {"tied": "position", "positions": "f7+l7"}):
+        reft = rl.attach(LlamaForCausalLM(config), "loreft", rank=2, **settings)
+        reft.save_pretrained(tmp_path)
+        assert (tmp_path / TENSOR_FILE).stat().st_size <= 4 * reft.parameter_count().trainable + 4096
+
+
+def test_a_folder_without_an_adapter_says_what_is_there(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(FileNotFoundError, match=r"reft_config.json is missing; there is notes.txt"):
+        rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nobody/no-such-adapter", "not a name", "missing/folder/here"])
+def test_a_name_that_is_nowhere_says_so(name, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=f"'{name}' is no folder here"):
+        rl.ReftModel.from_pretrained(tiny.model("llama"), name)
+
+
+def first_token(prompt, target):
+    return prompt & (prompt.cumsum(-1) == 1)
+
+
+def test_a_position_function_is_passed_again_when_loading(tmp_path):
+    reft = attached(positions=first_token)
+    reft.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="code is not stored"):
+        rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
+    again = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path, positions=first_token).eval()
+    assert torch.equal(logits(again), logits(reft))
+
+
+def test_a_position_function_of_one_layer_cannot_be_saved(tmp_path):
+    reft = attached(layers={0: {"positions": first_token}, 1: {}})
+    with pytest.raises(ValueError, match="layer 0 has a position function"):
+        reft.save_pretrained(tmp_path)
+
+
+def test_a_crash_while_saving_leaves_the_old_adapter(tmp_path, monkeypatch):
+    reft = attached()
+    reft.save_pretrained(tmp_path)
+
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("reft_lightning.adapters.saving.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        attached(layers=[1]).save_pretrained(tmp_path)
+    again = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()
+    assert torch.equal(logits(again), logits(reft))
+
+
+def test_a_reloaded_rotation_stays_orthonormal_under_training(tmp_path):  # pyreft: R'R - I = .096 (D6)
+    attached().save_pretrained(tmp_path)
+    reft = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
+    optimizer = torch.optim.AdamW(reft.interventions.parameters(), lr=1e-2, weight_decay=0.1)
+    for _ in range(10):
+        optimizer.zero_grad()
+        reft(input_ids=IDS, attention_mask=MASK).logits.square().mean().backward()
+        optimizer.step()
+    R = next(iter(reft.interventions["1"])).R
+    torch.testing.assert_close(R @ R.mT, torch.eye(2), atol=1e-5, rtol=0)
+
+
+def test_the_model_card_says_how_to_load_and_what_was_set(tmp_path):
+    attached().save_pretrained(tmp_path)
+    card = (tmp_path / CARD_FILE).read_text()
+    assert "rl.ReftModel.from_pretrained" in card
+    assert "f1+l2" in card
+    assert "2404.03592" in card
+
+
+def test_push_to_hub_uploads_the_three_files(monkeypatch):
+    import huggingface_hub
+
+    uploaded = {}
+
+    class Api:
+        def __init__(self, token=None):
+            uploaded["token"] = token
+
+        def create_repo(self, repo_id, exist_ok, **kwargs):
+            uploaded["repo"] = (repo_id, kwargs)
+
+        def upload_folder(self, repo_id, folder_path):
+            from pathlib import Path
+
+            uploaded["files"] = sorted(p.name for p in Path(folder_path).iterdir())
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    attached().push_to_hub("me/my-adapter", private=True, token="secret")
+    assert uploaded["repo"] == ("me/my-adapter", {"private": True})
+    assert uploaded["files"] == sorted([CARD_FILE, CONFIG_FILE, TENSOR_FILE])
+    assert uploaded["token"] == "secret"

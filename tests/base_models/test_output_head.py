@@ -1,0 +1,67 @@
+"""The output head reads its columns in one product: how many there are, and the same logits."""
+
+import pytest
+import tiny
+import torch
+from adapted_models import adapted
+from torch.utils._python_dispatch import TorchDispatchMode
+from training_passes import attached
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+MODELS = [("loreft", family) for family in tiny.DECODERS] + [
+    (method, "llama") for method in ("peft/lora", "full", "frozen")
+] + [("bitfit", "gpt2")]  # fmt: skip
+
+
+class HeadProducts(TorchDispatchMode):
+    """Notes the name and the first operand's shape of every product with the head's weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm", "bmm", "baddbmm"):
+            first, second = args[-2:]
+            if tiny.VOCABULARY in second.shape:
+                self.found.append((name, tuple(first.shape)))
+        return function(*args, **(kwargs or {}))
+
+
+def built(method, family):
+    return attached(family, torch.float32) if method == "loreft" else adapted(family, method)
+
+
+@pytest.mark.parametrize(("method", "family"), MODELS)
+def test_logits_of_the_last_columns_are_one_product(method, family):
+    model, batch = built(method, family), tiny.padded(tiny.rows(5, 4, 7), "left")
+    with torch.no_grad():
+        expected = model(**batch).logits[:, -3:]
+        with HeadProducts() as products:
+            found = model(**batch, logits_to_keep=3).logits
+    *_, (name, shape) = products.found  # GPT-2's keys, queries and values are as wide as the vocabulary, too
+    assert name in ("mm", "addmm")
+    assert shape == (3 * 3, tiny.WIDTH)
+    torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["loreft", "peft/lora"])
+def test_so_are_the_first_logits_of_a_generation(method):
+    model, batch = built(method, "llama"), tiny.padded(tiny.rows(5, 4, 7), "left")
+    with HeadProducts() as products:
+        model.generate(**batch, max_new_tokens=3)
+    assert products.found == [("mm", (3, tiny.WIDTH))] * 3
+
+
+def test_and_their_gradients():
+    reft, batch = attached("llama", torch.float32), tiny.padded(tiny.rows(5, 4, 7), "left")
+    labels = batch["input_ids"][:, -3:]
+    with HeadProducts() as products:
+        reft(
+            **batch, labels=labels, logits_to_keep=3, prompt_mask=batch["attention_mask"].bool()
+        ).loss.backward()
+    forward, backward = products.found
+    assert forward == ("mm", (9, tiny.WIDTH))
+    assert backward == ("mm", (9, tiny.VOCABULARY))

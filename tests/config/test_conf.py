@@ -1,0 +1,151 @@
+"""Every YAML file of ``conf/`` composes against the schema, and every experiment says what it reproduces."""
+
+import re
+from operator import attrgetter
+
+import pytest
+
+from reft_lightning.config.compose import CompositionError, compose, config_dir
+from reft_lightning.config.explain import Vocabulary, keys
+from reft_lightning.config.schema import CHOICES, Config
+
+CONF = config_dir()
+VOCABULARY = Vocabulary([CONF])
+EXPERIMENTS = VOCABULARY.groups["experiment"]
+OPTIONS = [
+    (group, option)
+    for group, options in VOCABULARY.groups.items()
+    for option in options
+    # a/b: chosen as a=b/...; search: read by reft-search, see tests/test_search_space.py
+    if group not in ("experiment", "local", "search") and "/" not in group
+]
+# Table 1 of Wu et al. 2024: the average over the eight tasks.
+AVERAGES = {
+    ("llama_7b", "loreft"): 80.2,
+    ("llama_7b", "direft"): 79.0,
+    ("llama_13b", "loreft"): 83.3,
+    ("llama_13b", "direft"): 82.2,
+    ("llama2_7b", "loreft"): 81.8,
+    ("llama2_7b", "direft"): 80.9,
+    ("llama3_8b", "loreft"): 86.6,
+    ("llama3_8b", "direft"): 85.4,
+}
+
+
+def header(text):
+    """The comment lines at the top of an experiment file, as one dictionary."""
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line)
+    found = re.findall(r"^# (Command|Paper|Table|Expected|Average): +(.+)$", "\n".join(lines), re.MULTILINE)
+    return dict(found)
+
+
+def missing_in_header(text):
+    """What a header lacks: command, paper and table, and for a paper's row its numbers."""
+    said = header(text)
+    needed = ["Command", "Paper", "Table"]
+    if not said.get("Paper", "none").startswith("none"):
+        needed += ["Expected"]
+    return [name for name in needed if name not in said]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes(name):
+    assert isinstance(compose([f"experiment={name}", *needs_of(f"experiment={name}")]), Config)
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_of_every_group_composes(group, option):
+    model = [] if group == "model" else ["model=tiny_random"]
+    override = f"{group}={option}"
+    assert isinstance(compose([*model, override, *needs_of(override)]), Config)
+
+
+def needs_of(override):
+    """What a user must add: the paths that only they know."""
+    if override == "model=stories260k":
+        return ["model.path=folder"]
+    if re.search(
+        "=(debug|paper/(arithmetic|ablation)_|small/(arithmetic|ultrafeedback|code|glue|stsb)|arithmetic|few_shot|custom)",
+        override,
+    ):
+        return ["data.path=folder"]
+    return []
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_says_its_command_paper_and_table(name):
+    text = (CONF / "experiment" / f"{name}.yaml").read_text()
+    assert missing_in_header(text) == []
+    assert f"experiment={name}" in header(text)["Command"]
+
+
+def test_an_experiment_without_header_is_found():
+    assert missing_in_header("# @package _global_\nseed: 1\n") == ["Command", "Paper", "Table"]
+    assert missing_in_header("# Command:  x\n# Paper:    Wu et al.\n# Table:    1\n") == ["Expected"]
+
+
+@pytest.mark.parametrize(("model", "method"), AVERAGES)
+def test_paper_configs_carry_the_numbers_of_their_row(model, method):
+    said = header((CONF / f"experiment/paper/commonsense_{model}_{method}.yaml").read_text())
+    numbers = [float(n) for n in re.findall(r"\b\d+\.\d\b", said["Expected"])]
+    assert len(numbers) == 8
+    assert float(said["Average"]) == AVERAGES[model, method]
+    assert sum(numbers) / 8 == pytest.approx(AVERAGES[model, method], abs=0.06)  # the paper rounds each
+
+
+@pytest.mark.parametrize(("model", "method"), AVERAGES)
+def test_paper_configs_have_the_papers_settings(model, method):
+    config = compose([f"experiment=paper/commonsense_{model}_{method}"])
+    assert (config.intervention.method, config.intervention.rank) == (method, 8)
+    assert (config.intervention.positions, config.intervention.layers) == ("f7+l7", "all")
+    assert config.data.batch_size * config.trainer.accumulate_grad_batches == 32
+    assert (config.trainer.max_epochs, config.data.max_length) == (6, 512)
+    assert (config.optimizer.lr, config.optimizer.schedule) == (9e-4, "linear")
+    assert config.model.base_dropout
+    assert config.model.dtype == "bfloat16"
+    expected = (0.1, 0.0, 0.0) if method == "loreft" else (0.0, 0.06, 0.05)
+    assert (
+        config.optimizer.warmup_ratio,
+        config.optimizer.weight_decay,
+        config.intervention.dropout,
+    ) == expected
+
+
+def test_the_wheels_are_pinned_with_their_digest():
+    for override in ("model=smollm2_135m", "data=commonsense_wheel"):
+        group = override.partition("=")[0]
+        config = compose([override] if group == "model" else ["model=tiny_random", override])
+        part = getattr(config, group)
+        assert re.fullmatch(r"[\w.-]+==[\w.]+", part.package)
+        assert re.fullmatch(r"[0-9a-f]{64}", part.sha256)
+
+
+def test_every_method_of_the_table_has_a_yaml_file():
+    from reft_lightning.interventions import INTERVENTIONS
+
+    own = {name for name, cls in INTERVENTIONS.items() if cls.__module__.startswith("reft_lightning.")}
+    assert {option.rpartition("/")[2] for option in VOCABULARY.groups["intervention"]} >= own
+
+
+def test_the_keys_with_few_choices_exist_and_default_to_one():
+    config = compose(["model=tiny_random"])
+    for name, allowed in CHOICES.items():
+        assert name in keys()
+        assert attrgetter(name)(config) in (*allowed, None)
+
+
+def test_a_folder_of_ones_own_adds_experiments(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [override /model: tiny_random]\nseed: 7\n"
+    )
+    assert compose(["experiment=mine"], tmp_path).seed == 7
+
+
+def test_compose_raises_instead_of_leaving_the_process():
+    with pytest.raises(CompositionError, match=r"did you mean 'optimizer\.lr'"):
+        compose(["model=tiny_random", "optimizer.lrr=1"])

@@ -1,0 +1,352 @@
+"""Rows of one's own: the mapping of columns, conversations, splits, and what is said about a mistake."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from reft_lightning.base_models.loading import byte_tokenizer
+from reft_lightning.config import compose
+from reft_lightning.data.columns import Pattern
+from reft_lightning.data.families.custom import carve, custom_family
+from reft_lightning.data.generation_data import FamilyDataModule
+from reft_lightning.data.rows import DataSource, read_rows
+from reft_lightning.runs import experiment
+
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "custom"
+EMOJI = {"prompt": "question", "target": "reply"}
+
+
+def examples(family, split="train"):
+    task = family.task("custom")
+    rows, _ = read_rows(task, split, DataSource("local", "."))
+    return [task.example(row, where) for row, where in rows]
+
+
+def one(row, **settings):
+    """The example of one row."""
+    family = custom_family(path="rows.jsonl", source="hub", **settings)
+    return family.task("custom").example(row, "mine.csv, line 7")
+
+
+def write(folder, name, rows):
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def talk(*turns):
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+class TestColumns:
+    @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.csv", "rows.parquet"])
+    def test_every_format_gives_the_same_examples(self, name):
+        settings = {**EMOJI, "context": "about {topic}"}
+        found = examples(custom_family(path=str(FIXTURES / name), **settings))
+        assert [(e.prompt, e.target, e.answer, e.context) for e in found[:2]] == [
+            ("Which animal barks at the postman?", "🐶 🔊 📬", "🐶 🔊 📬", "about animals\n"),
+            ("What is good on a hot day?", "🍦 🧊 😋", "🍦 🧊 😋", "about food\n"),
+        ]
+        assert len(found) == 10
+        reference = examples(custom_family(path=str(FIXTURES / "rows.json"), **settings))
+        assert [(e.prompt, e.target) for e in found] == [(e.prompt, e.target) for e in reference]
+
+    def test_a_text_with_braces_joins_columns(self):
+        row = {"a": 2, "b": 3, "why": "two and three", "sum": 5}
+        example = one(row, prompt="{a} + {b}?\\nThink.\n", target="{why}, {{so}} it is {sum}.", answer="sum")
+        assert example.prompt == "2 + 3?\nThink.\n"
+        assert (example.target, example.answer) == ("two and three, {so} it is 5.", "5")
+
+    @pytest.mark.parametrize(
+        ("text", "answer"),
+        [
+            ("two and three, so it is 5.", "5"),
+            (" other words, so it is 5. ", "5"),
+            ("so it is 4.", "4"),
+            ("5", None),
+            ("so it is .", None),
+        ],
+    )
+    def test_the_answer_is_found_where_the_target_has_it(self, text, answer):
+        settings = {"prompt": "q", "target": "{why}, so it is {sum}.", "answer": "sum"}
+        family = custom_family(path="x", source="hub", **settings)
+        example = family.task("custom").example({"q": "?", "why": "two and three", "sum": 5}, "row")
+        text = text if ", " in text or answer is None else f"w, {text}"
+        judged = family.score([text], example)
+        assert judged.answer == answer
+        assert judged.scores == {"accuracy": float(answer == "5")}
+
+    def test_without_an_answer_column_the_whole_stripped_text_counts(self):
+        family = custom_family(path="x", source="hub", prompt="q", target="t")
+        example = family.task("custom").example({"q": "?", "t": " yes \n"}, "row")
+        assert (example.target, example.answer) == ("yes", "yes")
+        scores = [family.score([text], example).scores["accuracy"] for text in ("\nyes ", "yes.", "Yes", "")]
+        assert scores == [1.0, 0.0, 0.0, 0.0]
+        assert family.score([" \n"], example).answer is None
+
+    def test_under_the_plain_template_alone_a_line_break_parts_prompt_and_target(self):
+        row = {"q": "Where?", "t": "here"}
+        assert one(row, prompt="q", target="t").prompt == "Where?\n"
+        assert one(row, prompt="{q} ", target="t").prompt == "Where? "
+        assert one(row, prompt="q", target="t", template="alpaca").prompt == "Where?"
+        assert one(row, prompt="q", target="t", template="chat").prompt == "Where?"
+
+    def test_lists_and_numbers_are_written_as_text(self):
+        row = {"q": "pick", "choices": ["a", "b"], "n": 3, "none": None}
+        assert one(row, prompt="{q}: {choices}; {n}{none}\n", target="n").prompt == "pick: a, b; 3\n"
+
+    @pytest.mark.parametrize("options", [["true", "false"], "true, false", (True, False)])
+    def test_options_take_the_answers_place_in_the_target(self, options):
+        row = {"q": "?", "label": options[0] if isinstance(options, tuple) else "true", "all": options}
+        example = one(row, prompt="q", target="It is {label}.", answer="label", options="all")
+        assert example.options == tuple(
+            f"It is {word}." for word in ("true", "false")
+        ) or example.options == (
+            "It is True.",
+            "It is False.",
+        )
+        assert example.target in example.options
+
+    def test_options_of_a_bare_target_are_targets(self):
+        row = {"q": "?", "label": "b", "all": ["a", "b"]}
+        assert one(row, prompt="q", target="label", options="all").options == ("a", "b")
+
+
+class TestConversations:
+    @pytest.mark.parametrize(("name", "column"), [("chat", "messages"), ("sharegpt", "conversations")])
+    def test_both_forms_give_the_same_examples(self, name, column):
+        family = custom_family(path=str(FIXTURES / f"{name}.jsonl"), messages=column)
+        first, *others = examples(family)
+        assert (first.prompt, first.target) == ("Which animal barks at the postman?", "🐶 🔊 📬")
+        assert first.turns == (
+            ("system", "Answer in three emoji."),
+            ("user", "Hello!"),
+            ("assistant", "👋 😀 🌞"),
+        )
+        assert len(others) == 9
+        assert all(example.turns == () for example in others)
+        assert family.template == "chat"
+
+    def test_messages_may_stand_as_json_in_a_cell(self):
+        cell = json.dumps(talk(("user", "Hi"), ("assistant", "Hello")))
+        assert one({"m": cell}, messages="m").target == "Hello"
+        with pytest.raises(ValueError, match=r"line 7: messages in text must be JSON"):
+            one({"m": "Hi there"}, messages="m")
+
+    @pytest.mark.parametrize(
+        ("messages", "words"),
+        [
+            (talk(("user", "Hi")), "line 7: the row has no answer: .*this one has user$"),
+            (talk(("assistant", "Hi")), "this one has assistant"),
+            ([], "this one has nothing"),
+            (talk(("user", "Hi"), ("assistant", " ")), "line 7: the assistant's last message is empty"),
+            (talk(("user", ""), ("assistant", "x")), "line 7: the last user's message is empty"),
+            (talk(("usr", "Hi")), "a message is by system, user, .*got 'usr'; did you mean 'user'"),
+            ([{"role": "user", "text": "Hi"}], "no column 'content'; the columns are role, text"),
+            ([{"role": "user", "content": None}], "content must be text; got None"),
+            (7, "must be a list of messages; got 7"),
+        ],
+    )
+    def test_a_broken_conversation_names_its_line(self, messages, words):
+        with pytest.raises(ValueError, match=words):
+            one({"m": messages}, messages="m")
+
+
+class TestMistakes:
+    def test_a_wrong_column_lists_the_columns_there_are_before_anything_is_built(self):
+        with pytest.raises(
+            ValueError,
+            match=r"custom/rows\.csv, line 2: no column 'qestion'; did you mean 'question'\?; the columns are "
+            r"question, reply, topic, topics",
+        ):
+            custom_family(path=str(FIXTURES / "rows.csv"), prompt="{qestion}\n", target="reply")
+
+    def test_a_wrong_column_of_the_test_file_is_found_as_early(self, tmp_path):
+        test = write(tmp_path, "held.jsonl", [{"question": "?", "answer": "x"}])
+        with pytest.raises(ValueError, match=r"held\.jsonl, line 1: no column 'reply'; .*question, answer"):
+            custom_family(path=str(FIXTURES / "rows.csv"), test_path=str(test), **EMOJI)
+
+    def test_forgotten_settings_list_the_columns_there_are(self):
+        with pytest.raises(
+            ValueError, match=r"needs data\.target, or data\.messages; the columns are question,"
+        ):
+            custom_family(path=str(FIXTURES / "rows.csv"), prompt="question")
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            ("q,a\n1,2\n3,\n", r"rows\.csv, line 3: the row has no answer: column 'a' is empty"),
+            ("q,a\n1,2\n ,4\n", r"rows\.csv, line 3: the row has no prompt: column 'q' is empty"),
+        ],
+    )
+    def test_a_row_without_an_answer_or_a_prompt_names_its_line(self, tmp_path, text, words):
+        path = tmp_path / "rows.csv"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            examples(custom_family(path=str(path), prompt="q", target="a"))
+
+    @pytest.mark.parametrize("value", [None, "", "  ", float("nan")])
+    def test_an_absent_value_is_no_answer(self, value):
+        with pytest.raises(ValueError, match=r"line 7: the row has no answer: column 'a' is empty"):
+            one({"q": "?", "a": value}, prompt="q", target="so {a}")
+
+    @pytest.mark.parametrize(
+        ("settings", "words"),
+        [
+            ({"path": None}, r"needs data\.path"),
+            ({"source": "wheel"}, "reads data.source local or hub; got 'wheel'"),
+            ({"messages": "m"}, r"data\.messages stands instead of data\.prompt, data\.target"),
+            ({"answer": "topic"}, r"data\.answer='topic' does not stand in data\.target='reply'"),
+            ({"target": "so {reply}", "options": "topics"}, r"data\.options needs data\.answer"),
+            ({"prompt": "{question"}, r"data\.prompt='\{question': .*columns stand in braces"),
+            ({"prompt": "{}"}, "must hold the name of a column"),
+            ({"prompt": "{question:>3}"}, "must hold the name of a column and nothing else"),
+            ({"prompt": "{{question}}"}, "names no column"),
+        ],
+    )
+    def test_settings_that_do_not_fit_are_named(self, settings, words):
+        with pytest.raises(ValueError, match=words):
+            custom_family(**{"path": str(FIXTURES / "rows.csv"), **EMOJI, **settings})
+
+    def test_an_answer_that_its_marks_do_not_single_out_is_refused(self):
+        settings = {"prompt": "q", "target": "{why} so {a}", "answer": "a"}
+        with pytest.raises(ValueError, match=r"line 7: the answer '5' cannot be told from the rest"):
+            one({"q": "?", "why": "so be it", "a": 5}, **settings)
+
+    @pytest.mark.parametrize(
+        ("cell", "words"),
+        [
+            ("a,b", "answer 'c' is not among the options a, b"),
+            (3, "must be a list or text with commas; got 3"),
+        ],
+    )
+    def test_options_must_hold_the_answer(self, cell, words):
+        with pytest.raises(ValueError, match=f"line 7: .*{words}"):
+            one({"q": "?", "a": "c", "o": cell}, prompt="q", target="a", options="o")
+
+    def test_an_object_is_no_text(self):
+        with pytest.raises(ValueError, match=r"line 7: column 'q' holds an object"):
+            one({"q": {"x": 1}, "a": "c"}, prompt="q", target="a")
+
+
+class TestPlaces:
+    def test_a_file_alone_has_no_test_rows(self):
+        task = custom_family(path=str(FIXTURES / "rows.csv"), **EMOJI).task("custom")
+        assert set(task.local) == {"train"}
+
+    def test_a_file_of_test_rows_may_stand_beside(self):
+        family = custom_family(path=str(FIXTURES / "rows.csv"), test_path=str(FIXTURES / "rows.tsv"), **EMOJI)
+        assert len(examples(family, "test")) == 10
+
+    def test_a_folder_has_a_train_and_perhaps_a_test_file(self, tmp_path):
+        write(tmp_path, "train.jsonl", [{"q": "a", "t": "b"}] * 3)
+        assert set(custom_family(path=str(tmp_path), prompt="q", target="t").task("custom").local) == {
+            "train"
+        }
+        (tmp_path / "test.csv").write_text("q,t\nc,d\n")
+        family = custom_family(path=str(tmp_path), prompt="q", target="t")
+        assert [len(examples(family, split)) for split in ("train", "test")] == [3, 1]
+
+    def test_two_files_for_one_split_are_refused(self, tmp_path):
+        for name in ("train.jsonl", "train.json"):
+            write(tmp_path, name, [{"q": "a"}])
+        with pytest.raises(ValueError, match=r"several files for train: train\.json, train\.jsonl"):
+            custom_family(path=str(tmp_path), **EMOJI)
+
+    def test_a_folder_without_a_train_file_lists_what_it_holds(self, tmp_path):
+        write(tmp_path, "data.jsonl", [{"q": "a"}])
+        with pytest.raises(FileNotFoundError, match=r"needs a file train\.\*, .*it holds data\.jsonl"):
+            custom_family(path=str(tmp_path), **EMOJI)
+
+    def test_a_missing_file_lists_its_neighbours(self, tmp_path):
+        write(tmp_path, "data.jsonl", [{"q": "a"}])
+        with pytest.raises(FileNotFoundError, match=r"dta\.jsonl does not exist; .* holds data\.jsonl"):
+            custom_family(path=str(tmp_path / "dta.jsonl"), **EMOJI)
+
+    def test_the_parts_of_a_hub_name(self):
+        def tables(path, test=None):
+            hub = custom_family(path=path, source="hub", test_path=test, **EMOJI).task("custom").hub
+            return {split: str(table) for split, (table,) in hub.items()}
+
+        assert tables("o/n") == {"train": "o/n:default:train@main"}
+        assert tables("o/n:en:train[:90%]@abc", "test") == {
+            "train": "o/n:en:train[:90%]@abc",
+            "test": "o/n:en:test@abc",
+        }
+
+    def test_a_file_is_not_looked_for_on_the_hub(self):
+        with pytest.raises(ValueError, match=r"is on this machine: write data\.source=local"):
+            custom_family(path=str(FIXTURES / "rows.csv"), source="hub", **EMOJI)
+
+
+class TestDataModule:
+    def make(self, **changes):
+        family = custom_family(path=str(FIXTURES / "rows.csv"), **EMOJI)
+        arguments = {"batch_size": 4, "eval_batch_size": 3, "validation_size": -1, **changes}
+        source = DataSource("local", str(FIXTURES / "rows.csv"))
+        return FamilyDataModule(family, byte_tokenizer(), source, tasks=["custom"], **arguments)
+
+    def test_ten_rows_are_enough(self):
+        data = self.make()
+        data.setup("fit")
+        assert data.val_tasks == ("custom",)
+        assert data.data_versions["split"]["train_rows"] == 9
+        assert data.data_versions["split"]["validation_rows"] == 1
+        batch = next(iter(data.train_dataloader()))
+        assert batch["input_ids"].shape[0] == 4
+
+    def test_a_number_of_validation_rows_is_obeyed(self):
+        data = self.make(validation_size=4)
+        data.setup("fit")
+        assert data.data_versions["split"]["validation_rows"] == 4
+
+    def test_without_test_rows_there_is_no_test_task(self):
+        assert self.make().test_tasks == ()
+
+    def test_a_tenth_is_at_most_a_hundred_rows(self):
+        from reft_lightning.data.example import Example
+
+        def held_out(count):
+            rows = [Example("custom", f"q {i}", "a", "a") for i in range(count)]
+            return len(carve(rows, -1, 42)[1])
+
+        assert [held_out(count) for count in (5, 10, 99, 1000, 5000)] == [0, 1, 9, 100, 100]
+
+    def test_a_conversation_is_read_whole_and_its_last_answer_learnt(self):
+        family = custom_family(path=str(FIXTURES / "chat.jsonl"), messages="messages")
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = (
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}"
+        )
+        source = DataSource("local", str(FIXTURES / "chat.jsonl"))
+        arguments = {"batch_size": 4, "eval_batch_size": 3, "validation_size": 0}
+        data = FamilyDataModule(family, tokenizer, source, tasks=["custom"], **arguments)
+        data.setup("fit")
+        first = data.train_rows[0]
+        assert tokenizer.decode(first.prompt_ids, skip_special_tokens=True) == (
+            "<system>Answer in three emoji.\n<user>Hello!\n<assistant>👋 😀 🌞\n"
+            "<user>Which animal barks at the postman?\n<assistant>"
+        )
+        assert tokenizer.decode(first.target_ids, skip_special_tokens=True) == "🐶 🔊 📬"
+
+
+def test_a_run_on_ten_rows_reports_what_it_held_out(tmp_path):
+    settings = ["model=tiny_random", "data=custom", f"data.path={FIXTURES / 'rows.csv'}", "data.target=topic",
+                'data.prompt="{question} Say:"', "data.options=topics", "intervention.positions=l1",
+                "intervention.rank=2", "trainer.accelerator=cpu", "trainer.max_epochs=1", "trainer.log_every_n_steps=1",
+                "trainer.enable_progress_bar=false", "decoding.max_new_tokens=3"]  # fmt: skip
+    results = experiment.run(compose.compose(settings), tmp_path)
+    assert results["status"] == "complete"
+    assert results["data_versions"]["split"]["train_rows"] == 9
+    assert results["counts"]["val/custom/accuracy"]["total"] == 1
+    assert 0 <= results["metrics"]["val/custom/option_accuracy"] <= 1
+    assert not any(name.startswith("test/") for name in results["metrics"])
+    assert results["test_reads"] == []
+
+
+def test_a_pattern_keeps_its_literals():
+    pattern = Pattern.parse("{a}-{b}!", "data.prompt")
+    assert pattern.names == ("a", "b")
+    assert pattern.fill({"a": "x", "b": "y"}, "row") == "x-y!"

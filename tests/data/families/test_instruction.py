@@ -1,0 +1,259 @@
+"""The instruction family: laws of every family, its schemas, AlpacaEval's format, the real files."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from reft_lightning.base_models.loading import byte_tokenizer
+from reft_lightning.data import FAMILIES
+from reft_lightning.data.encoding import Collator, encode, encode_all
+from reft_lightning.data.families.instruction import FAMILY, NO_ANSWER, TASKS, alpaca_eval_outputs, example_of
+from reft_lightning.data.family import Family
+from reft_lightning.data.generation_data import FamilyDataModule
+from reft_lightning.data.prompts import apply_template
+from reft_lightning.data.rows import DataSource, read_json_file, read_rows
+
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "instruction"
+NAMES = ("alpaca", "ultrafeedback", "ultrafeedback_binarized", "dolly", "self_instruct", "alpaca_eval")
+SPLITS = [(name, split) for name in NAMES for split in ("train", "test") if split in TASKS[name].local]
+
+
+def rows_of(task, split, folder=FIXTURES):
+    return read_rows(TASKS[task], split, DataSource("local", str(folder)))
+
+
+def examples(task, split, folder=FIXTURES):
+    return [TASKS[task].example(row, where) for row, where in rows_of(task, split, folder)[0]]
+
+
+@pytest.mark.parametrize(("task", "split"), SPLITS)
+class TestLaws:
+    @pytest.mark.parametrize("add_bos", [True, False])
+    def test_the_tokenised_prompt_is_a_prefix_of_the_tokenised_whole(self, task, split, add_bos):
+        tokenizer = byte_tokenizer(add_bos)
+        for example in apply_template(FAMILY.template, examples(task, split), tokenizer):
+            encoded = encode(tokenizer, example, 4096)
+            whole = tokenizer(example.prompt + example.target)["input_ids"]
+            assert encoded.prompt_ids + encoded.target_ids == [*whole, tokenizer.eos_token_id]
+
+    def test_labels_cover_exactly_the_target(self, task, split):
+        tokenizer = byte_tokenizer()
+        found = apply_template(FAMILY.template, examples(task, split), tokenizer)
+        batch = Collator(tokenizer.pad_token_id, True)([encode(tokenizer, e, 4096) for e in found])
+        for labels, example in zip(batch["labels"], batch["examples"], strict=True):
+            kept = labels[labels != -100].tolist()
+            assert kept[-1] == tokenizer.eos_token_id
+            assert tokenizer.decode(kept[:-1]) == example.target
+
+    def test_every_example_says_where_it_stands(self, task, split):
+        assert all(e.source and e.task == task for e in examples(task, split))
+
+
+class TestFamily:
+    def test_it_is_in_the_table_with_an_integer_version(self):
+        assert FAMILIES["instruction"] is FAMILY
+        assert type(FAMILY.version) is int
+        assert tuple(FAMILY.tasks) == NAMES
+
+    def test_nothing_is_scored_and_prompts_are_alpacas(self):
+        assert (FAMILY.score, FAMILY.template) == (None, "alpaca")
+
+
+class TestSchemas:
+    def test_alpacas_input_is_the_context(self):
+        found = examples("alpaca", "train")
+        assert {bool(e.context) for e in found} == {True, False}
+        assert found[0].target == found[0].answer
+
+    def test_dollys_own_columns_read_like_the_renamed_ones(self):
+        renamed = {"instruction": "Say it.", "input": "The note.", "output": "Note."}
+        own = {"instruction": "Say it.", "context": "The note.", "response": "Note.", "category": "qa"}
+        example = example_of("dolly")
+        assert example(renamed, "here") == example(own, "here")
+
+    def test_the_chosen_answer_is_learnt_as_text_or_as_messages(self):
+        example = example_of("ultrafeedback_binarized")
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+        row = {"prompt": "Hi", "rejected": "No."}
+        assert example(row | {"chosen": "Hello"}, "here") == example(row | {"chosen": messages}, "here")
+
+    def test_earlier_messages_become_turns(self):
+        said = ["system: Be brief.", "user: Hi", "assistant: Hello", "user: Bye", "assistant: See you"]
+        messages = [dict(zip(("role", "content"), text.split(": "), strict=True)) for text in said]
+        found = example_of("t")({"messages": messages}, "here")
+        assert (found.prompt, found.target) == ("Bye", "See you")
+        assert found.turns == (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"))
+
+    def test_a_conversation_that_ends_with_the_user_is_refused(self):
+        messages = [{"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Hi"}]
+        with pytest.raises(ValueError, match=r"row 4: a conversation must end .* got assistant, user"):
+            example_of("t")({"messages": messages}, "row 4")
+
+    @pytest.mark.parametrize("content", [None, 3, ["Hello"]])
+    def test_a_message_without_text_names_its_row(self, content):
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
+        for row in ({"messages": messages}, {"prompt": "Hi", "chosen": messages}):
+            with pytest.raises(ValueError, match="row 4: a message's content must be text; got"):
+                example_of("t")(row, "row 4")
+
+    @pytest.mark.parametrize("name", ["input", "context"])
+    @pytest.mark.parametrize("value", [3, 0, float("nan"), ["a"]])
+    def test_an_input_that_is_no_text_names_its_row(self, name, value):
+        row = {"instruction": "Do.", name: value, "output": "Done."}
+        with pytest.raises(ValueError, match=r"row 4: the input must be text; got"):
+            example_of("t")(row, "row 4")
+        nested = {"instruction": "Do.", "instances": [{"input": value, "output": "Done."}]}
+        with pytest.raises(ValueError, match=r"row 4: the input must be text; got"):
+            example_of("t")(nested, "row 4")
+
+    @pytest.mark.parametrize("absent", [{}, {"input": None}, {"input": " "}])
+    def test_an_absent_input_is_no_context(self, absent):
+        assert example_of("t")({"instruction": "Do.", **absent, "output": "Done."}, "here").context == ""
+
+    def test_self_instruct_takes_the_first_instance(self):
+        first, second = {"input": "a", "output": "b"}, {"input": "c", "output": "d"}
+        found = example_of("t")({"instruction": "Do.", "instances": [first, second]}, "here")
+        assert (found.context, found.target) == ("a", "b")
+
+    def test_a_missing_column_names_row_and_columns(self):
+        with pytest.raises(ValueError, match=r"row 2: no column 'output'; did you mean 'outputs'"):
+            example_of("t")({"instruction": "Do.", "outputs": "x"}, "row 2")
+
+    def test_an_empty_target_names_its_row_when_it_is_encoded(self):
+        found = example_of("t")(
+            {"instruction": "Do.", "input": "", "output": " "}, "alpaca/train.json, row 5"
+        )
+        with pytest.raises(ValueError, match=r"alpaca/train.json, row 5: the target is empty"):
+            encode(byte_tokenizer(), found, 512)
+
+
+class TestEmptyAnswers:
+    """Stanford's alpaca_data.json has 28 rows with an empty output."""
+
+    def module(self, folder, outputs, split="train"):
+        rows = [{"instruction": f"Do {i}.", "input": "", "output": text} for i, text in enumerate(outputs)]
+        task = "alpaca" if split == "train" else "self_instruct"
+        name = (
+            "alpaca/alpaca_data.json"
+            if split == "train"
+            else "self_instruct/user_oriented_instructions.jsonl"
+        )
+        path = folder / name
+        path.parent.mkdir()
+        lines = json.dumps(rows) if split == "train" else "".join(json.dumps(row) + "\n" for row in rows)
+        path.write_text(lines, encoding="utf-8")
+        return FamilyDataModule(
+            FAMILY, byte_tokenizer(), DataSource("local", str(folder)), tasks=[task], batch_size=2,
+            eval_batch_size=2, validation_size=1,
+        )  # fmt: skip
+
+    def test_they_are_left_out_of_training_counted_and_said(self, tmp_path, caplog):
+        data = self.module(tmp_path, ["a", "", "b", " \n", "c"])
+        with caplog.at_level(logging.WARNING):
+            data.setup("fit")
+        assert "2 of 5 alpaca train rows have no answer to learn and are left out" in caplog.text
+        facts = data.data_versions["train"]["alpaca"]
+        assert (facts["rows"], facts["left_out"]) == (5, 2)
+        assert len(data.train_rows) + data.data_versions["split"]["validation_rows"] == 3
+
+    def test_nothing_is_said_where_none_is_empty(self, tmp_path, caplog):
+        data = self.module(tmp_path, ["a", "b"])
+        data.setup("fit")
+        assert data.data_versions["train"]["alpaca"]["left_out"] == 0
+        assert "left out" not in caplog.text
+
+    def test_a_test_row_without_an_answer_is_still_an_error(self, tmp_path):
+        data = self.module(tmp_path, ["a", ""], split="test")
+        with pytest.raises(
+            ValueError, match=r"user_oriented_instructions\.jsonl, line 2: the target is empty"
+        ):
+            data.setup("test")
+
+    def test_every_other_family_keeps_raising(self):
+        others = [
+            family for family in FAMILIES.values() if isinstance(family, Family) and family is not FAMILY
+        ]
+        assert others
+        assert not any(family.skip_empty for family in others)
+
+
+class TestAlpacaEval:
+    def test_an_empty_reference_output_does_not_stop_the_run(self):
+        found = examples("alpaca_eval", "test")
+        assert [e.target for e in found].count(NO_ANSWER) == 1
+        assert len(encode_all(byte_tokenizer(), found, 2048)) == 10
+
+    def test_outputs_have_its_columns_in_the_order_of_the_instructions(self):
+        rows, _ = rows_of("alpaca_eval", "test")
+        predictions = [{"source": where, "generated": f" said {i}\n"} for i, (_, where) in enumerate(rows)]
+        found = alpaca_eval_outputs(reversed(predictions), rows, "mine-7b")
+        assert [row["output"] for row in found] == [f"said {i}" for i in range(10)]
+        for row, (given, _) in zip(found, rows, strict=True):
+            assert row["instruction"] == given["instruction"]  # without a template around it
+            assert (row["generator"], row["dataset"]) == ("mine-7b", given["dataset"])
+            assert set(row) == {"instruction", "output", "generator", "dataset"}
+
+    def test_a_part_of_the_instructions_gives_a_part_of_the_outputs(self):
+        rows, _ = rows_of("alpaca_eval", "test")
+        assert len(alpaca_eval_outputs([{"source": rows[3][1], "generated": "x"}], rows, "m")) == 1
+
+    def test_a_prediction_for_other_rows_is_refused(self):
+        rows, _ = rows_of("alpaca_eval", "test")
+        with pytest.raises(ValueError, match="'elsewhere' belongs to none of the 10 instructions"):
+            alpaca_eval_outputs([{"source": "elsewhere", "generated": "x"}], rows, "m")
+
+    def test_several_samples_are_refused(self):
+        rows, _ = rows_of("alpaca_eval", "test")
+        with pytest.raises(ValueError, match=r"got 2 samples, set decoding.samples=1"):
+            alpaca_eval_outputs([{"source": rows[0][1], "generated": ["x", "y"]}], rows, "m")
+
+
+@pytest.mark.shared
+class TestRealRows:
+    FILES = (  # (file, task, rows, rows with a context, rows with an empty answer)
+        ("alpaca/alpaca_en_demo.json.gz", "alpaca", 999, 412, 0),
+        ("alpaca/train_2k_subset.json.gz", "alpaca", 2000, 787, 0),
+        ("dolly/train_2k_subset.json.gz", "dolly", 2000, 623, 0),
+        ("self_instruct/seed_tasks.jsonl", "self_instruct", 175, None, 0),
+        ("self_instruct/user_oriented_instructions.jsonl", "self_instruct", 252, None, 0),
+        ("ultrafeedback/ultrafeedback_1k.jsonl.gz", "ultrafeedback", 1000, 0, 0),
+        ("alpaca_eval/text_davinci_003.model_outputs.json.gz", "alpaca_eval", 805, 0, 2),
+        ("alpaca_eval/gpt4_1106_preview.model_outputs.json.gz", "alpaca_eval", 805, 0, 0),
+        ("alpaca_eval/alpaca-7b.model_outputs.json.gz", "alpaca_eval", 805, 0, 0),
+    )
+
+    @pytest.mark.parametrize(("name", "task", "count", "contexts", "empty"), FILES)
+    def test_every_file_reads(self, shared, name, task, count, contexts, empty):
+        rows = list(read_json_file(shared / "data/instruct" / name))
+        found = [TASKS[task].example(row, where) for row, where in rows]
+        assert len(found) == count
+        assert sum(not row.get("output", "-") for row, _ in rows) == empty
+        assert contexts in (None, sum(bool(e.context) for e in found))
+        for example in apply_template("alpaca", found, byte_tokenizer()):
+            assert example.prompt.endswith("\n\n### Response:\n")
+            assert example.target.strip()
+
+    @pytest.mark.parametrize(
+        ("task", "split", "count", "note"),
+        [
+            ("alpaca", "train", 2000, "2,000 rows of the 52,002"),
+            ("ultrafeedback", "train", 1000, "the paper's authors ship"),
+            ("dolly", "train", 2000, "2,000 rows of the 15,011"),
+            ("self_instruct", "train", 175, ""),
+            ("self_instruct", "test", 252, ""),
+            ("alpaca_eval", "test", 805, ""),
+        ],
+    )
+    def test_a_folder_of_them_is_read_by_its_layout(self, shared, task, split, count, note):
+        rows, facts = rows_of(task, split, shared / "data/instruct")
+        assert (len(rows), facts["rows"]) == (count, count)
+        assert note in facts.get("note", "")
+
+    def test_long_answers_are_cut_to_the_papers_length(self, shared):
+        found = examples("ultrafeedback", "train", shared / "data/instruct")[:200]
+        tokenizer = byte_tokenizer()
+        rows = encode_all(tokenizer, apply_template("alpaca", found, tokenizer), 768)
+        assert max(rows.lengths) <= 768
+        assert rows.cut_targets > 0

@@ -1,0 +1,423 @@
+"""Splits, order, ranks, resume and the sealed test split. Defects are numbered as in test_defects_of_peers.py."""
+
+import itertools
+import logging
+import random
+from collections import Counter
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from reft_lightning.base_models.loading import byte_tokenizer
+from reft_lightning.data import FAMILIES, loaders
+from reft_lightning.data import generation_data as module_file
+from reft_lightning.data.example import Example
+from reft_lightning.data.generation_data import FamilyDataModule
+from reft_lightning.data.rows import DataSource
+from reft_lightning.data.sampling import EvaluationShare, TrainBatches
+from reft_lightning.data.splits import carve_validation, fingerprint, subset
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "commonsense"
+FAMILY = FAMILIES["commonsense"]
+RENDERED = DataSource("local", str(FIXTURES / "rendered"))
+ORIGINAL = DataSource("local", str(FIXTURES / "original"))
+
+
+def make(tasks=("boolq", "piqa", "winogrande"), source=RENDERED, **changes):
+    arguments = {"batch_size": 4, "eval_batch_size": 3, "max_length": 1024, "validation_size": 6}
+    return FamilyDataModule(FAMILY, byte_tokenizer(), source, tasks=tasks, **{**arguments, **changes})
+
+
+def toy(count, task="t"):
+    return [Example(task, f"{task} {i}\n", "x", "x") for i in range(count)]
+
+
+def prompts(rows):
+    return [example.prompt for example in rows.examples]
+
+
+class TestSplits:
+    def test_the_split_depends_on_its_own_seed_alone(self):
+        one, two, other = make(seed=1), make(seed=2), make(split_seed=7)
+        for data in (one, two, other):
+            data.setup("fit")
+        assert one.data_versions["split"] == two.data_versions["split"]
+        assert one.data_versions["split"] != other.data_versions["split"]
+
+    def test_split_first_subset_after_D13(self):
+        full, small = make(), make(limit_train=5)
+        assert small.val_tasks == full.val_tasks
+        for task in full.val_tasks:
+            assert prompts(small._validation[task]) == prompts(full._validation[task])
+        assert len(small.train_rows) == 5
+        assert set(prompts(small.train_rows)) <= set(prompts(full.train_rows))
+
+    def test_train_and_validation_share_no_prompt_D13(self):
+        data = make()
+        validation = {p for task in data.val_tasks for p in prompts(data._validation[task])}
+        assert len(validation) == 6
+        assert not validation & set(prompts(data.train_rows))
+
+    def test_winogrande_sizes_repeat_rows_and_none_of_them_leaks(self):
+        data = make(tasks=["winogrande"], source=ORIGINAL, validation_size=4)
+        validation = set(prompts(data._validation[data.val_tasks[0]]))
+        counts = Counter(prompts(data.train_rows))
+        assert max(counts.values()) > 1  # the repetitions of train rows stay, as in the authors' mixture
+        assert not validation & set(counts)
+
+    def test_each_task_gives_its_share(self):
+        data = make()
+        assert {task: len(data._validation[task]) for task in data.val_tasks} == {
+            "boolq": 2,
+            "piqa": 2,
+            "winogrande": 2,
+        }
+
+    def test_carving_is_stratified_by_largest_remainder(self):
+        rows = toy(70, "a") + toy(20, "b") + toy(10, "c")
+        train, validation = carve_validation(rows, 17, seed=0)
+        assert Counter(e.task for e in validation) == {"a": 12, "b": 3, "c": 2}
+        assert len(train) == 83
+        assert sorted(train + validation, key=rows.index) == rows
+
+    def test_no_validation_rows_are_possible(self):
+        assert carve_validation(toy(3), 0, seed=0) == (toy(3), [])
+        assert make(validation_size=0).val_dataloader() == []
+
+    @pytest.mark.parametrize("size", [-1, 3, 99])
+    def test_an_impossible_validation_size_is_refused(self, size):
+        with pytest.raises(ValueError, match=rf"validation_size must be .* got {size}"):
+            carve_validation(toy(3), size, seed=0)
+
+    def test_a_larger_subset_contains_the_smaller(self):
+        small, large = subset(toy(50), 5, 3), subset(toy(50), 20, 3)
+        assert set(small) < set(large)
+        assert small == sorted(small, key=toy(50).index)
+        assert subset(toy(5), None, 3) == toy(5)
+        with pytest.raises(ValueError, match="1 or more"):
+            subset(toy(5), 0, 3)
+
+    def test_limit_validation_stays_stratified(self):
+        data = make(limit_validation=3)
+        assert {task: len(data._validation[task]) for task in data.val_tasks} == dict.fromkeys(
+            ("boolq", "piqa", "winogrande"), 1
+        )
+
+    def test_other_tasks_can_be_trained_on_than_tested(self):
+        data = make(tasks=["openbookqa"], train_tasks=["ARC-Easy", "ARC-Challenge"])
+        assert data.val_tasks == ("ARC-Easy", "ARC-Challenge")
+        assert data.test_tasks == ("openbookqa",)
+
+    def test_a_mixture_file_replaces_the_train_splits(self):
+        source = DataSource("local", str(FIXTURES / "rendered"), mixture=str(FIXTURES / "mixture.json"))
+        data = make(source=source, validation_size=8)
+        assert data.val_tasks == ("mixture",)
+        assert len(data.train_rows) == 32 - 8
+        options = Counter(e.options for e in data._validation["mixture"].examples)
+        assert len(options) == 6  # true/false, solution, answer1-3, ending, option, answer1-4: all are there
+
+    def test_equal_fingerprints_mean_equal_text(self):
+        assert fingerprint(toy(3)) == fingerprint(toy(3))
+        assert fingerprint(toy(3)) != fingerprint(toy(3)[::-1])
+
+
+class TestTestSplit:
+    def test_a_sealed_module_refuses_to_build_it(self):
+        data = make(sealed=True)
+        data.setup("fit")
+        for build in (lambda: data.setup("test"), data.test_dataloader):
+            with pytest.raises(PermissionError, match="sealed"):
+                build()
+        assert data.test_rows == {}
+
+    def test_fitting_and_validating_read_no_test_rows(self):
+        data = make()
+        data.setup("fit")
+        data.val_dataloader()
+        assert data.test_rows == {}
+        assert data.data_versions["test"] == {}
+
+    def test_the_rows_that_were_read_are_known(self):
+        data = make(limit_test=4)
+        data.test_dataloader()
+        assert data.test_rows == {"boolq": 4, "piqa": 4, "winogrande": 4}
+
+    def test_test_prompts_seen_in_training_are_counted_when_the_test_is_built(self, caplog, tmp_path):
+        for split in ("train", "test"):
+            (tmp_path / "boolq").mkdir(exist_ok=True)
+            (tmp_path / "boolq" / f"{split}.json.gz").write_bytes(
+                (FIXTURES / "rendered" / "boolq" / "train.json.gz").read_bytes()
+            )
+        data = make(tasks=["boolq"], source=DataSource("local", str(tmp_path)), validation_size=2)
+        with caplog.at_level(logging.WARNING):
+            data.setup("fit")
+            assert "test questions" not in caplog.text
+            data.setup("test")
+        assert "12 of 12 boolq test questions occur in the train rows" in caplog.text
+        assert data.data_versions["test"]["boolq"]["overlap"] == 12
+
+
+class TestTrainBatches:
+    lengths = tuple(random.Random(0).choices(range(5, 200), k=1003))
+
+    def make(self, **changes):
+        return TrainBatches(self.lengths, **{"batch_size": 8, "seed": 3, **changes})
+
+    @pytest.mark.parametrize("grouped", [True, False])
+    def test_an_epoch_reads_every_row_once(self, grouped):
+        batches = list(self.make(group_by_length=grouped))
+        assert sorted(i for batch in batches for i in batch) == list(range(1003))
+        assert len(batches) == len(self.make()) == 126
+
+    def test_a_row_meets_other_rows_in_each_epoch_however_small_the_data(self):
+        small = TrainBatches(self.lengths[:64], 4, seed=0)
+        first, second = ({frozenset(batch) for batch in small.batches(epoch)} for epoch in (0, 1))
+        assert len(first & second) < 4
+
+    @pytest.mark.parametrize("grouped", [True, False])
+    def test_epochs_differ_D69(self, grouped):
+        loader = self.make(group_by_length=grouped)
+        assert loader.batches(0) != loader.batches(1)
+        assert loader.batches(0) == self.make(group_by_length=grouped).batches(0)
+        assert loader.batches(0) != self.make(group_by_length=grouped, seed=4).batches(0)
+
+    def test_iterating_again_gives_the_next_epoch_even_without_lightning(self):
+        loader = self.make()
+        assert [list(loader), list(loader)] == [loader.batches(0), loader.batches(1)]
+
+    def test_groups_pad_little_and_their_order_is_random(self):
+        def padded(batches):
+            return sum(max(self.lengths[i] for i in b) * len(b) for b in batches) / sum(self.lengths)
+
+        grouped, plain = list(self.make()), list(self.make(group_by_length=False))
+        assert padded(grouped) < 1.1 < 1.5 < padded(plain)
+        means = [sum(self.lengths[i] for i in b) / len(b) for b in grouped[:-1]]
+        assert means not in (sorted(means), sorted(means, reverse=True))
+        ups = sum(a < b for a, b in itertools.pairwise(means))
+        assert 0.3 < ups / len(means) < 0.7
+
+    @pytest.mark.parametrize(("size", "random_order"), [(8, 1.8), (32, 2.2)])
+    def test_groups_of_a_mixture_of_short_and_long_tasks_waste_little(self, size, random_order):
+        rng = random.Random(0)
+        tasks = rng.choices([(36, 40), (60, 95), (130, 293)], weights=(20, 58, 22), k=5000)
+        lengths = [rng.randint(*task) for task in tasks]
+
+        def padded(grouped):
+            batches = TrainBatches(lengths, size, seed=1, group_by_length=grouped).batches(0)
+            return sum(max(lengths[i] for i in batch) * len(batch) for batch in batches) / sum(lengths)
+
+        assert padded(True) < 1.1 < random_order < padded(False)
+
+    @pytest.mark.parametrize("world", [2, 3, 5])
+    def test_ranks_get_equally_many_batches_and_share_the_rows_D69(self, world):
+        ranks = [list(self.make(rank=rank, world_size=world)) for rank in range(world)]
+        assert len({len(batches) for batches in ranks}) == 1
+        assert all(batch for batches in ranks for batch in batches)
+        seen = Counter(i for batches in ranks for batch in batches for i in batch)
+        assert set(seen) == set(range(1003))
+        assert sum(seen.values()) - 1003 < world  # at most the filling of the last batch is read twice
+
+    def test_two_ranks_see_the_steps_of_one(self):
+        one = self.make(batch_size=16).batches(5)
+        left, right = (self.make(batch_size=8, rank=r, world_size=2).batches(5) for r in range(2))
+        assert [sorted(a + b) for a, b in zip(left, right, strict=True)] == [sorted(batch) for batch in one]
+
+    def test_fewer_rows_than_ranks_still_give_each_rank_one(self):
+        ranks = [TrainBatches([1, 2], 4, 0, rank=r, world_size=5).batches(0) for r in range(5)]
+        assert all(len(batches) == 1 and len(batches[0]) == 1 for batches in ranks)
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"), [(([], 4, 0), "no train rows"), (([1], 0, 0), "batch_size")]
+    )
+    def test_impossible_arguments_are_refused(self, arguments, words):
+        with pytest.raises(ValueError, match=words):
+            TrainBatches(*arguments)
+
+
+class TestEvaluationShare:
+    @pytest.mark.parametrize(("count", "world"), [(10, 1), (10, 3), (2, 4), (0, 2)])
+    def test_every_row_is_read_by_exactly_one_rank(self, count, world):
+        shares = [list(EvaluationShare([7] * count, rank, world)) for rank in range(world)]
+        assert sorted(i for share in shares for i in share) == list(range(count))
+
+    def test_the_longest_rows_come_first(self):
+        assert list(EvaluationShare([3, 9, 5])) == [1, 2, 0]
+
+
+class TestLoaders:
+    def test_training_batches_hold_no_python_objects_but_the_boundary(self):
+        batch = next(iter(make().train_dataloader()))
+        others = {name for name, value in batch.items() if not isinstance(value, torch.Tensor)}
+        assert others == {"boundary"}
+
+    def test_an_epoch_names_every_train_row_once_and_means_it(self):
+        data = make()
+        batches = list(data.train_dataloader())
+        assert sorted(torch.cat([batch["rows"] for batch in batches]).tolist()) == list(
+            range(len(data.train_rows))
+        )
+        for batch in batches:
+            for ids, mask, i in zip(
+                batch["input_ids"], batch["attention_mask"].bool(), batch["rows"], strict=True
+            ):
+                row = data.train_rows[int(i)]
+                assert ids[mask].tolist() == row.prompt_ids + row.target_ids
+
+    def test_there_is_one_loader_per_task_in_the_order_of_eval_tasks(self):
+        data = make()
+        for task, loader in zip(data.eval_tasks, data.val_dataloader(), strict=True):
+            assert {e.task for batch in loader for e in batch["examples"]} == {task}
+        for task, loader in zip(data.test_tasks, data.test_dataloader(), strict=True):
+            examples = [e for batch in loader for e in batch["examples"]]
+            assert ({e.task for e in examples}, len(examples)) == ({task}, 5)
+
+    def test_ranks_come_from_torch_distributed(self, monkeypatch):
+        whole = [e.prompt for loader in make().test_dataloader() for b in loader for e in b["examples"]]
+        parts, lengths = [], []
+        for rank in range(2):
+            for file in (module_file, loaders):
+                monkeypatch.setattr(file, "rank_and_world_size", lambda rank=rank: (rank, 2))
+            data = make()
+            parts += [e.prompt for loader in data.test_dataloader() for b in loader for e in b["examples"]]
+            lengths.append(len(data.train_dataloader()))
+        assert sorted(parts) == sorted(whole)
+        assert lengths[0] == lengths[1]
+
+    def test_moving_a_batch_leaves_the_examples_alone(self):
+        data = make()
+        batch = next(iter(data.val_dataloader()[0]))
+        moved = data.transfer_batch_to_device(batch, torch.device("cpu"), 0)
+        assert moved["examples"] is batch["examples"]
+        assert torch.equal(moved["input_ids"], batch["input_ids"])
+
+    def test_data_versions_say_what_was_read(self):
+        data = make(tasks=["boolq"])
+        data.setup("fit")
+        facts = data.data_versions["train"]["boolq"]
+        assert (facts["source"], facts["rows"], len(facts["fingerprint"])) == ("local", 12, 16)
+        assert data.data_versions["version"] == FAMILY.version
+        assert data.data_versions["split"]["validation_rows"] == 6
+
+    def test_unknown_tasks_and_sources_are_refused_before_anything_is_read(self):
+        with pytest.raises(ValueError, match=r"did you mean 'piqa'\?"):
+            make(tasks=["piqua"])
+        with pytest.raises(ValueError, match="one of hub, local, wheel; got 'disk'"):
+            make(source="disk")
+        with pytest.raises(ValueError, match="needs path"):
+            make(source="local")
+        with pytest.raises(ValueError, match="tasks is empty"):
+            make(tasks=[])
+
+
+def read_as_rank(rank, store, folder):
+    """Run in a process of its own: read an epoch and a test split as one of two ranks."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    data = make(batch_size=2, limit_train=23)
+    steps = [b["input_ids"][b["prompt_mask"]].tolist() for b in data.train_dataloader()]
+    tested = [e.prompt for loader in data.test_dataloader() for b in loader for e in b["examples"]]
+    torch.save((steps, tested), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_share_an_epoch_and_a_test_split_D69(tmp_path):
+    torch.multiprocessing.spawn(read_as_rank, (tmp_path / "store", tmp_path), nprocs=2)
+    (left, left_test), (right, right_test) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    alone = make(batch_size=4, limit_train=23)
+    batches = alone.train_dataloader()
+    tokens = [sorted(b["input_ids"][b["prompt_mask"]].tolist()) for b in batches]
+    assert [sorted(a + b) for a, b in zip(left, right, strict=True)] == tokens
+    whole = [e.prompt for loader in alone.test_dataloader() for b in loader for e in b["examples"]]
+    assert sorted(left_test + right_test) == sorted(whole)
+
+
+class Recorder(pl.LightningModule):
+    """Learns one number from each batch and writes down what it saw."""
+
+    def __init__(self, stop_at=None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen, self.stop_at, self.names = [], stop_at, []
+
+    def training_step(self, batch, batch_idx):
+        if len(self.seen) == self.stop_at:
+            raise InterruptedError("power cut")
+        self.seen.append((self.current_epoch, tuple(batch["input_ids"].flatten().tolist())))
+        return (self.weight - batch["input_ids"].float().mean()).pow(2)
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.names.append((self.trainer.datamodule.eval_tasks[dataloader_idx], batch["examples"][0].task))
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.5)
+
+
+def trainer(folder, **changes):
+    arguments = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
+    arguments |= {"enable_model_summary": False, "use_distributed_sampler": False, "num_sanity_val_steps": 0}
+    arguments |= {"max_epochs": 3, "enable_checkpointing": True}
+    saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    return pl.Trainer(**{**arguments, "callbacks": [saving], **changes})
+
+
+class TestResume:
+    @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("step", [3, 8, 11, 16, 21])
+    def test_a_run_resumed_inside_or_at_the_end_of_an_epoch_sees_the_same_batches(
+        self, tmp_path, step, workers
+    ):
+        """8 batches an epoch: 3 and 11 lie inside one, 8 and 16 at its end. Other frameworks replay (D69)."""
+        data = {"batch_size": 4, "num_workers": workers, "limit_train": 30}
+        whole = Recorder()
+        trainer(tmp_path / "whole").fit(whole, datamodule=make(**data))
+        assert len(whole.seen) == 24
+        assert len({batch for _, batch in whole.seen}) > 16  # epochs differ
+
+        first = Recorder(stop_at=step)
+        with pytest.raises(InterruptedError):
+            trainer(tmp_path / "cut").fit(first, datamodule=make(**data))
+        second = Recorder()
+        checkpoint = tmp_path / "cut" / f"step={step}.ckpt"
+        trainer(tmp_path / "cut").fit(
+            second, datamodule=make(**data), ckpt_path=checkpoint, weights_only=False
+        )
+        assert first.seen + second.seen == whole.seen
+        assert torch.equal(second.weight, whole.weight)
+
+    def test_a_checkpoint_of_the_epochs_end_resumes_with_the_next_epoch(self, tmp_path):
+        whole = Recorder()
+        trainer(tmp_path / "whole").fit(whole, datamodule=make(limit_train=30))
+
+        def ends(**changes):
+            saving = ModelCheckpoint(tmp_path / "e", "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+            return trainer(tmp_path, callbacks=[saving], **changes)
+
+        first, second, path = Recorder(), Recorder(), tmp_path / "e" / "epoch=0.ckpt"
+        ends(max_epochs=1).fit(first, datamodule=make(limit_train=30))
+        ends().fit(second, datamodule=make(limit_train=30), ckpt_path=path, weights_only=False)
+        assert first.seen + second.seen == whole.seen
+
+    def test_other_data_or_batches_cannot_resume_inside_an_epoch(self, tmp_path):
+        with pytest.raises(InterruptedError):
+            trainer(tmp_path).fit(Recorder(stop_at=3), datamodule=make(limit_train=30))
+        words = r"cannot resume inside an epoch: rows was 30 in the checkpoint and is 20 now"
+        with pytest.raises(ValueError, match=words):
+            trainer(tmp_path).fit(
+                Recorder(),
+                datamodule=make(limit_train=20),
+                ckpt_path=tmp_path / "step=3.ckpt",
+                weights_only=False,
+            )
+
+    def test_eval_tasks_name_the_loaders_that_lightning_runs(self, tmp_path):
+        data = make(tasks=["boolq", "openbookqa"], train_tasks=["piqa", "boolq"])
+        model, runner = Recorder(), trainer(tmp_path, max_epochs=1)
+        runner.fit(model, datamodule=data)
+        runner.test(model, datamodule=data, weights_only=False)
+        assert all(expected == found for expected, found in model.names)
+        assert {name for name, _ in model.names} == {"boolq", "piqa", "openbookqa"}

@@ -1,0 +1,210 @@
+"""One file's rows: every format, where each row stands, and what is said about a broken file.
+
+JSON and JSON Lines have further tests in test_sources.py.
+"""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from reft_lightning.data.family import Task
+from reft_lightning.data.files import READERS, ending, read_csv, read_file, read_tsv
+from reft_lightning.data.rows import DataSource, LocalRows, read_rows
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "custom"
+
+
+def put(folder, name, text):
+    path = folder / name
+    content = text if isinstance(text, bytes) else text.encode()
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return path
+
+
+def places(rows):
+    return [where.partition("/")[2] for _, where in rows]
+
+
+class TestFormats:
+    @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet", "rows.csv"])
+    def test_the_same_ten_rows_come_out_of_every_format(self, name):
+        rows = [row for row, _ in read_file(FIXTURES / name)]
+        if name == "rows.csv":  # text alone: lists are written with commas
+            rows = [{**row, "topics": row["topics"].split(",")} for row in rows]
+        assert rows == json.loads((FIXTURES / "rows.json").read_text(encoding="utf-8"))
+        assert len(rows) == 10
+
+    @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.csv", "rows.tsv"])
+    def test_text_may_be_gzipped_and_begin_with_a_byte_order_mark(self, tmp_path, name):
+        content = (FIXTURES / name).read_bytes()
+        expected = [row for row, _ in read_file(FIXTURES / name)]
+        marked = put(tmp_path, f"{name}.gz", b"\xef\xbb\xbf" + content)
+        assert [row for row, _ in read_file(marked)] == expected
+
+    def test_an_unknown_ending_lists_the_known_ones(self, tmp_path):
+        with pytest.raises(ValueError, match=r"\.json, \.jsonl, \.csv, \.tsv, \.parquet, .*got 'rows\.xlsx'"):
+            list(read_file(tmp_path / "rows.xlsx"))
+        with pytest.raises(ValueError, match=r"got 'rows\.parquet\.gz'"):
+            list(read_file(tmp_path / "rows.parquet.gz"))
+
+    @pytest.mark.parametrize("kind", READERS)
+    def test_a_missing_file_lists_what_is_there(self, tmp_path, kind):
+        put(tmp_path, "other.csv", "a\n1\n")
+        with pytest.raises(FileNotFoundError, match=r"does not exist; .* holds other\.csv"):
+            list(read_file(tmp_path / f"rows{kind}"))
+
+    def test_the_ending_is_read_in_front_of_gz_and_in_any_case(self):
+        assert ending(Path("a.b/Rows.v1.JSONL.gz")) == ".jsonl"
+        assert ending(Path("rows")) == ""
+
+
+class TestJson:
+    def test_a_row_of_a_list_is_named_by_number_and_line(self, tmp_path):
+        path = put(tmp_path, "rows.json", '[\n {"a": "[x]\\n"},\n\n {\n"a": 2}, {"a": 3}\n]\n')
+        assert list(read_file(path)) == [
+            ({"a": "[x]\n"}, f"{tmp_path.name}/rows.json, row 0 (line 2)"),
+            ({"a": 2}, f"{tmp_path.name}/rows.json, row 1 (line 4)"),
+            ({"a": 3}, f"{tmp_path.name}/rows.json, row 2 (line 5)"),
+        ]
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            ('[{"a": 1}\n{"a": 2}]', r"line 2: not JSON \(Expecting ',' delimiter\)"),
+            ('[{"a": 1},\n]', "line 2: not JSON"),
+            ('[{"a": 1}', "line 1: not JSON"),
+            ('[{"a": 1}]\nx', r"line 2: not JSON \(Extra data\)"),
+            ("", "line 1: not JSON"),
+        ],
+    )
+    def test_a_broken_list_names_its_line(self, tmp_path, text, words):
+        with pytest.raises(ValueError, match=words):
+            list(read_file(put(tmp_path, "rows.json", text)))
+
+    def test_json_lines_under_the_wrong_name_are_recognised(self, tmp_path):
+        with pytest.raises(ValueError, match=r"line 2: not JSON \(Extra data\); is this JSON Lines\?"):
+            list(read_file(put(tmp_path, "rows.json", '{"a": 1}\n{"a": 2}\n')))
+
+    def test_an_empty_list_has_no_rows(self, tmp_path):
+        assert list(read_file(put(tmp_path, "rows.json", " [ ] \n"))) == []
+
+
+class TestTables:
+    def test_a_quoted_line_break_keeps_the_line_numbers_right(self, tmp_path):
+        path = put(tmp_path, "rows.csv", 'q,a\r\n"one\r\n""two""",1\r\n\r\nthree,3\r\n')
+        rows = list(read_csv(path))
+        assert [row for row, _ in rows] == [{"q": 'one\r\n"two"', "a": "1"}, {"q": "three", "a": "3"}]
+        assert places(rows) == ["rows.csv, line 2", "rows.csv, line 5"]
+
+    @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
+    def test_a_cell_may_be_longer_than_131072_characters(self, tmp_path, name):
+        path = put(tmp_path, name, "q\n" + "x" * 140_000 + "\n")
+        assert [len(row["q"]) for row, _ in read_file(path)] == [140_000]
+
+    @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
+    @pytest.mark.parametrize(("cells", "count"), [(["x"], 1), (["x", "y", "z"], 3)])
+    def test_a_row_with_too_many_or_too_few_cells_names_its_line(self, tmp_path, name, cells, count):
+        mark = "," if name.endswith(".csv") else "\t"
+        path = put(tmp_path, name, "\n".join(mark.join(line) for line in (["q", "a"], ["1", "2"], cells)))
+        with pytest.raises(ValueError, match=rf"{name}, line 3: {count} cells for the 2 columns q, a; .*'x'"):
+            list(read_file(path))
+
+    @pytest.mark.parametrize(
+        ("header", "words"),
+        [
+            ("q,a,q", r"line 1: the header names 'q' more than once"),
+            (",q", r"line 1: column 1 has no name; .*index=False"),
+            ("", "is empty: the names of the columns"),
+        ],
+    )
+    def test_a_header_names_each_column_once(self, tmp_path, header, words):
+        with pytest.raises(ValueError, match=words):
+            list(read_csv(put(tmp_path, "rows.csv", header)))
+
+    def test_an_open_quotation_mark_names_the_row_it_began_in(self, tmp_path):
+        path = put(tmp_path, "rows.csv", 'q,a\n1,2\n"3,4\n5,6\n')
+        with pytest.raises(ValueError, match="the row that begins in line 3: not CSV"):
+            list(read_csv(path))
+
+    def test_quotation_marks_in_a_tsv_are_text(self, tmp_path):
+        path = put(tmp_path, "rows.tsv", 'q\ta\n"he said\t1\nshe "said"\u2028\t2\n')
+        rows = list(read_tsv(path))
+        assert [row["q"] for row, _ in rows] == ['"he said', 'she "said"\u2028']
+        assert places(rows) == ["rows.tsv, line 2", "rows.tsv, line 3"]
+
+    def test_a_tsv_without_header_is_given_its_columns(self, tmp_path):
+        path = put(tmp_path, "dev.tsv", "gj04\t1\t\tA sentence.\r\n")
+        assert [row for row, _ in read_tsv(path, ("source", "label", "mark", "sentence"))] == [
+            {"source": "gj04", "label": "1", "mark": "", "sentence": "A sentence."}
+        ]
+
+
+class TestParquet:
+    def test_nested_values_and_nulls_survive(self, tmp_path):
+        rows = [{"m": [{"role": "user", "content": "a"}], "n": None}, {"m": [], "n": 2}]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+        found = list(read_file(tmp_path / "rows.parquet"))
+        assert [row for row, _ in found] == rows
+        assert places(found) == ["rows.parquet, row 0", "rows.parquet, row 1"]
+
+    def test_something_else_under_its_name_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match=r"rows\.parquet: not Parquet"):
+            list(read_file(put(tmp_path, "rows.parquet", "a,b\n1,2\n")))
+
+
+class TestBrokenFiles:
+    def test_another_encoding_is_named(self, tmp_path):
+        with pytest.raises(ValueError, match=r"rows\.csv: not UTF-8 text"):
+            list(read_csv(put(tmp_path, "rows.csv", "q\nä\n".encode("latin-1"))))
+
+    @pytest.mark.parametrize("content", [b"plain text", gzip.compress(b"x" * 10_000, mtime=0)[:30]])
+    def test_a_broken_gzip_file_is_named(self, tmp_path, content):
+        (tmp_path / "rows.jsonl.gz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"rows\.jsonl\.gz: not a whole gzip file"):
+            list(read_file(tmp_path / "rows.jsonl.gz"))
+
+
+class TestLayouts:
+    def test_a_layout_may_bring_its_own_reader(self, tmp_path):
+        def read(path):
+            for number, text in enumerate(path.read_text().split(";")):
+                yield {"q": text}, f"{path.name}, part {number}"
+
+        put(tmp_path, "train.txt", "a;b")
+        task = Task("toy", lambda row, where: row, local={"train": (LocalRows(("train.txt",), read=read),)})
+        rows, facts = read_rows(task, "train", DataSource("local", str(tmp_path)))
+        assert rows == [({"q": "a"}, "train.txt, part 0"), ({"q": "b"}, "train.txt, part 1")]
+        assert (facts["from"], facts["rows"]) == (["train.txt"], 2)
+
+    def test_the_files_of_a_layout_may_have_any_known_format(self, tmp_path):
+        put(tmp_path, "a.csv.gz", "q\n1\n")
+        put(tmp_path, "b.jsonl", '{"q": "2"}\n')
+        task = Task("toy", lambda row, where: row, local={"train": (LocalRows(("a.csv", "b.jsonl")),)})
+        rows, _ = read_rows(task, "train", DataSource("local", str(tmp_path)))
+        assert [row for row, _ in rows] == [{"q": "1"}, {"q": "2"}]
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("name", "columns", "count"),
+    [
+        ("glue/STS-B/train.tsv.gz", None, 5749),
+        ("glue/QNLI/dev.tsv.gz", None, 5463),
+        ("glue/SST-2/dev.tsv", None, 872),
+        ("glue/CoLA/dev.tsv", ("source", "label", "mark", "sentence"), 1043),
+    ],
+)
+def test_real_tsv_files_have_their_published_number_of_rows(shared, name, columns, count):
+    assert sum(1 for _ in read_tsv(shared / "data" / name, columns)) == count
+
+
+@pytest.mark.shared
+def test_a_real_csv_file_has_its_published_number_of_rows(shared):
+    path = shared / "data/instruct/alpaca_eval/alpaca_eval_gpt4_leaderboard.csv"
+    rows = [row for row, _ in read_csv(path)]
+    assert len(rows) == 102
+    assert {"name", "win_rate", "filter"} <= set(rows[0])

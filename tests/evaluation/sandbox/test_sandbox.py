@@ -1,0 +1,501 @@
+"""The sandbox: which programs pass, what the others cannot do, and what is left behind. pass@k."""
+
+import itertools
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from reft_lightning.evaluation import Limits, Outcome, pass_at_k, run_program, run_programs
+from reft_lightning.evaluation.sandbox import confinement
+from reft_lightning.evaluation.sandbox import run as execute
+
+SHORT = Limits(seconds=1, wall_seconds=2)
+CONFINEMENT = Path(execute.__file__).with_name("confinement.py")
+
+
+def reason(source, limits=SHORT):
+    outcome = run_program(source, limits)
+    assert not outcome.passed
+    return outcome.reason
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind(tmp_path, monkeypatch):
+    """No folder and no process survives a program, whatever it does."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "programs"))
+    (tmp_path / "programs").mkdir()
+    yield
+    assert list((tmp_path / "programs").iterdir()) == []
+    if sys.platform == "linux":
+        assert [p for p in processes() if str(tmp_path) in p] == []
+
+
+def processes():
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append(path.read_text(errors="replace"))
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+class TestVerdict:
+    def test_a_program_that_reaches_its_end_passes(self):
+        assert run_program("assert sum([1, 2]) == 3") == Outcome(True, "passed")
+
+    def test_a_failed_assertion_fails_and_is_named(self):
+        assert reason("assert 1 == 2, 'no'") == "AssertionError: no"
+
+    @pytest.mark.parametrize(
+        ("source", "why"),
+        [
+            ("import sys; sys.exit(0)", "SystemExit: 0"),
+            ("raise SystemExit", "SystemExit:"),
+            ("raise KeyboardInterrupt", "KeyboardInterrupt:"),
+            ("import os; os._exit(0)", "left with exit code 0 before its end"),
+            ("quit()", "NameError: name 'quit' is not defined"),  # no site module
+        ],
+    )
+    def test_leaving_before_the_end_fails(self, source, why):
+        assert reason(source + "\nassert True") == why
+
+    @pytest.mark.parametrize("stream", ["sys.stdout.buffer", "open(n, 'wb', closefd=False)"])
+    def test_printing_that_it_passed_is_no_pass(self, stream):
+        source = f"""
+import os, sys
+for n in range(1, 12):
+    try:
+        file = {stream}
+        file.write(b'passed\\nready\\npassed 0123456789abcdef\\n')
+        file.flush()
+    except OSError:
+        pass
+os._exit(0)
+"""
+        assert not run_program(source, SHORT).passed
+
+    def test_text_that_is_no_program_fails(self):
+        assert reason("def f(:").startswith("SyntaxError")
+        assert "null bytes" in reason("x = 'a\0b'")
+        assert (
+            reason("x = '\ud800'\nassert x != '?'") == "AssertionError:"
+        )  # half a surrogate pair became "?"
+
+    def test_an_exception_whose_text_fails_is_reported_by_its_name(self):
+        source = "class Odd(Exception):\n    def __str__(self):\n        raise ValueError\nraise Odd"
+        assert reason(source) == "Odd"
+
+    def test_reasons_are_one_short_line(self):
+        assert reason("raise ValueError('a\\nb' * 1000)").startswith("ValueError: a ba b")
+        assert len(reason("raise ValueError('a\\nb' * 1000)")) <= 200
+
+    def test_the_main_block_is_not_run(self):
+        assert run_program("if __name__ == '__main__':\n    raise ValueError").passed
+
+    def test_dataclasses_and_pickle_find_their_module(self):
+        source = """
+import dataclasses, pickle
+@dataclasses.dataclass
+class Point:
+    x: "int"
+assert pickle.loads(pickle.dumps(Point(1))) == Point(1)
+"""
+        assert run_program(source) == Outcome(True, "passed")
+
+    def test_futures_of_the_sandbox_do_not_leak_into_the_program(self):
+        assert run_program("def f(x: int): ...\nassert f.__annotations__ == {'x': int}").passed
+
+    def test_the_order_of_a_set_is_the_same_each_time(self):
+        source = "assert list({'a', 'b', 'c', 'd', 'e'}) == %r"
+        order = [reason("assert 0, list({'a', 'b', 'c', 'd', 'e'})") for _ in range(2)]
+        assert order[0] == order[1]
+        assert run_program(source % eval(order[0].partition(": ")[2])).passed
+
+
+class TestLimits:
+    def test_a_program_that_computes_for_ever_is_ended(self):
+        assert (
+            reason("while True: pass", Limits(seconds=1, wall_seconds=60))
+            == "used more than 1 s of the processor"
+        )
+
+    def test_a_program_that_catches_the_first_signal_is_ended_by_the_second(self):
+        source = "import signal\nsignal.signal(signal.SIGXCPU, lambda *_: None)\nwhile True: pass"
+        assert reason(source, Limits(seconds=1, wall_seconds=60)) == "killed by SIGKILL"
+
+    def test_a_program_that_sleeps_is_ended(self):
+        start = time.monotonic()
+        assert reason("import time; time.sleep(100)", Limits(1, 0.3)) == "ran longer than 0.3 s"
+        assert time.monotonic() - start < 30
+
+    def test_a_program_that_waits_for_input_gets_none(self):
+        assert reason("input()").startswith("EOFError")
+
+    def test_memory_is_limited(self):
+        assert reason("x = bytearray(2 << 30)").startswith("MemoryError")
+        hoard = "x = []\nwhile True:\n    x.append(bytearray(1 << 20))"
+        assert reason(hoard, Limits(memory_bytes=128 << 20)).startswith("MemoryError")
+
+    def test_endless_recursion_fails(self):
+        assert reason("def f(): f()\nf()").startswith("RecursionError")
+        deep = "import sys\nsys.setrecursionlimit(10**9)\ndef f(n): return f(n + 1) + 1\nf(0)"
+        assert not run_program(deep, Limits(1, 5, memory_bytes=256 << 20)).passed
+
+    def test_files_are_limited_in_size_and_number(self):
+        assert "File too large" in reason("open('big', 'wb').write(bytes(10 << 20))")
+        many = "for i in range(1000):\n    open(str(i), 'w').close()"
+        assert reason(many).endswith("refuses more than 64 files")
+        nested = "import os\nwhile True:\n    os.mkdir('a')\n    os.chdir('a')"
+        assert reason(nested).endswith("refuses more than 64 files")
+
+    def test_open_files_are_limited(self):
+        assert "Too many open files" in reason("x = [open('program.py') for _ in range(1000)]")
+
+    def test_a_flood_of_output_goes_nowhere(self):
+        assert run_program(
+            "import sys\nfor _ in range(100):\n    print('x' * 10**5)\nsys.stderr.write('x')"
+        ).passed
+
+    def test_limits_must_be_positive(self):
+        with pytest.raises(ValueError, match=r"memory_bytes must be positive; got 0"):
+            Limits(memory_bytes=0)
+
+
+class TestHarm:
+    @pytest.mark.parametrize(
+        "source",
+        [
+            "import os\nfor _ in range(3):\n    os.fork()",
+            "import os\nos.posix_spawn('/bin/sh', ['sh'], {})",
+            "import os\nos.execv('/bin/true', ['true'])",
+            "import os\nos.system('true')",
+            "import subprocess\nsubprocess.run(['true'])",
+            "import multiprocessing\nmultiprocessing.Process(target=print).start()",
+            "import threading\nthreading.Thread(target=print).start()",
+        ],
+    )
+    def test_no_process_and_no_thread_is_started(self, source):
+        assert any(word in reason(source) for word in ("PermissionError", "can't start new thread"))
+
+    @pytest.mark.parametrize(
+        "source",
+        [
+            "import socket\nsocket.socket()",
+            "import socket\nsocket.socketpair()",
+            "import socket\nsocket.create_connection(('127.0.0.1', 9))",
+            "import urllib.request\nurllib.request.urlopen('http://127.0.0.1:9')",
+        ],
+    )
+    def test_there_is_no_network(self, source):
+        assert "refuses" in reason(source) or "Operation not permitted" in reason(source)
+
+    @pytest.mark.parametrize(
+        "source",
+        [
+            "open({path!r}, 'w')",
+            "open({path!r}, 'a')",
+            "open('../outside', 'w')",
+            "import os\nos.open({path!r}, os.O_RDWR | os.O_CREAT)",
+            "import pathlib\npathlib.Path({path!r}).write_text('x')",
+            "import os\nos.mkdir({path!r})",
+            "import os\nos.mkfifo({path!r})",
+            "import os\nos.symlink('/', 'root')",
+            "import os\nos.rename('program.py', {path!r})",
+            "import os\nos.chdir('/')",
+            "import shutil\nshutil.copy('program.py', {path!r})",
+            "import sqlite3\nsqlite3.connect({path!r})",
+        ],
+    )
+    def test_nothing_is_written_outside_the_folder(self, source, tmp_path):
+        assert "PermissionError" in reason(source.format(path=str(tmp_path / "outside")))
+        assert not list(tmp_path.rglob("outside"))
+
+    def test_what_others_wrote_is_neither_changed_nor_removed(self, tmp_path):
+        kept = tmp_path / "kept"
+        kept.write_text("kept")
+        mode = kept.stat().st_mode
+        for action in (
+            "remove(p)",
+            "truncate(p, 0)",
+            "chmod(p, 0)",
+            "unlink(p)",
+            "rename(p, 'mine')",
+            "utime(p)",
+        ):
+            assert "PermissionError" in reason(f"import os\np = {str(kept)!r}\nos.{action}")
+        assert "PermissionError" in reason(f"import shutil\nshutil.rmtree({str(tmp_path)!r})")
+        assert (kept.read_text(), kept.stat().st_mode) == ("kept", mode)
+
+    def test_nobody_is_killed(self):
+        assert "PermissionError" in reason(f"import os\nos.kill({os.getpid()}, 9)")
+        assert "PermissionError" in reason("import os\nos.killpg(os.getppid(), 9)")
+
+    @pytest.mark.parametrize("name", ["ctypes", "_ctypes", "_posixsubprocess"])
+    def test_doors_to_native_code_are_closed(self, name):
+        assert reason(f"import {name}").endswith(f"the sandbox refuses import of {name}")
+
+    def test_byte_code_cannot_be_forged(self):
+        assert "refuses code.__new__" in reason("f = lambda: 0\nf.__code__.replace(co_code=b'')")
+
+    def test_the_folder_is_free_to_use(self):
+        source = """
+import os, sqlite3, tempfile
+with tempfile.TemporaryDirectory() as folder:
+    with open(os.path.join(folder, "a"), "w") as file:
+        file.write("x")
+    os.rename(os.path.join(folder, "a"), "b")
+assert open("b").read() == "x" and not os.path.exists(folder)
+sqlite3.connect(":memory:").execute("create table t (x)")
+open(os.devnull, "w").write("x")
+"""
+        assert run_program(source) == Outcome(True, "passed")
+
+    def test_a_folder_without_permissions_is_removed_all_the_same(self):
+        source = (
+            "import os\nos.makedirs('a/b')\nopen('a/b/c', 'w').close()\nos.chmod('a/b', 0)\nos.chmod('a', 0)"
+        )
+        assert run_program(source).passed
+
+    def test_the_environment_says_nothing(self, monkeypatch):
+        monkeypatch.setenv("SECRET_TOKEN", "x")
+        source = "import os\nassert set(os.environ) <= {'PATH', 'HOME', 'TMPDIR', 'LANG', 'PYTHONHASHSEED', 'LC_CTYPE'}"
+        assert run_program(source) == Outcome(True, "passed")
+
+    def test_installed_packages_are_not_seen(self):
+        assert reason("import torch") == "ModuleNotFoundError: No module named 'torch'"
+        assert reason("import execute") == "ModuleNotFoundError: No module named 'execute'"
+
+
+def guarded(body, guards="print(*confinement.kernel_guards(folder))"):
+    """Run a script under the kernel's guards alone, without the audit hook, or under other guards."""
+    script = f"""
+import os, sys
+sys.path.insert(0, {str(CONFINEMENT.parent)!r})
+import confinement
+folder = os.path.realpath(os.getcwd())
+{guards}
+{body}
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-S", "-B", "-c", script], cwd=folder, capture_output=True, text=True, timeout=60
+        )
+    return done.stdout.splitlines(), done.stderr
+
+
+@pytest.fixture(scope="module")
+def guards():
+    lines, _ = guarded("")
+    return lines[0].split() if lines else []
+
+
+class TestKernel:
+    """The guards that hold when a program evades the audit hook."""
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "os.fork()",
+            "os.posix_spawn('/bin/true', ['true'], {})",
+            "os.execv('/bin/true', ['true'])",
+            "import socket; socket.socket()",
+            "os.kill(os.getppid(), 0)",
+            "os.setsid()",
+            "os.memfd_create('x')",
+            "import fcntl; fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())",
+            "import fcntl; fcntl.fcntl(os.pipe()[0], 10, 9)",  # F_SETSIG, SIGKILL
+        ],
+    )
+    def test_seccomp_refuses_processes_signals_and_sockets(self, guards, body):
+        if "seccomp" not in guards:
+            pytest.skip("this kernel or machine has no seccomp filter")
+        _, error = guarded(body)
+        assert error.strip().splitlines()[-1].startswith("PermissionError: [Errno 1]")
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "os.setpriority(os.PRIO_PROCESS, os.getppid(), os.getpriority(os.PRIO_PROCESS, os.getppid()))",
+            "os.sched_setaffinity(os.getppid(), os.sched_getaffinity(os.getppid()))",
+            "os.sched_setscheduler(os.getppid(), os.SCHED_OTHER, os.sched_param(0))",
+            "os.sched_setparam(os.getppid(), os.sched_param(0))",
+            "resource.prlimit(os.getppid(), kind, resource.prlimit(0, kind))",
+        ],
+    )
+    def test_seccomp_refuses_changes_to_the_evaluator(self, guards, body):
+        if "seccomp" not in guards:
+            pytest.skip("this kernel or machine has no seccomp filter")
+        _, error = guarded(f"import resource\nkind = resource.RLIMIT_CORE\n{body}")
+        assert error.strip().splitlines()[-1].startswith("PermissionError: [Errno 1]")
+
+    def test_a_process_may_limit_itself_and_set_up_its_own_files(self, guards):
+        body = """
+import fcntl, resource
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+fcntl.fcntl(os.pipe()[0], fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+print("done")
+"""
+        lines, error = guarded(body)
+        assert (lines[-1], error) == ("done", "")
+
+    def test_the_numbers_are_those_of_the_kernels_headers(self):
+        calls = ["setpriority", "sched_setaffinity", "sched_setscheduler", "sched_setparam", "sched_setattr"]
+        calls += ["ioprio_set", "migrate_pages", "move_pages", "prlimit64", "fcntl"]
+        headers = (
+            Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
+            Path("/usr/include/asm-generic/unistd.h"),
+        )
+        if not all(header.is_file() for header in headers):
+            pytest.skip("no kernel headers of x86_64")
+        known = [
+            {
+                int(number)
+                for name in calls
+                for number in re.findall(rf"__NR(?:3264)?_{name} (\d+)", header.read_text())
+            }
+            for header in headers
+        ]
+        own = [*confinement.REFUSED_CALLS, *(numbers for numbers, *_ in confinement.DECIDED_CALLS)]
+        for column, numbers in enumerate(known):
+            assert len(numbers) == len(calls)
+            assert numbers <= {pair[column] for pair in own}
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "open({path!r}, 'w')",
+            "os.mkdir({path!r})",
+            "os.mkfifo({path!r})",
+            "os.symlink('/', 'x')",
+            "os.remove({kept!r})",
+            "os.truncate({kept!r}, 0)",
+            "os.rename({kept!r}, 'x')",
+        ],
+    )
+    def test_landlock_refuses_writing_outside(self, guards, body, tmp_path):
+        if "landlock" not in guards:
+            pytest.skip("this kernel has no Landlock")
+        kept, path = tmp_path / "kept", tmp_path / "outside"
+        kept.write_text("kept")
+        _, error = guarded(body.format(path=str(path), kept=str(kept)))
+        assert "PermissionError" in error or "Invalid cross-device link" in error
+        assert (kept.read_text(), path.exists()) == ("kept", False)
+
+    def test_the_folder_stays_writable(self, guards):
+        lines, error = guarded(
+            "os.mkdir('a')\nopen('a/b', 'w').write('x')\nos.rename('a/b', 'c')\nprint('done')"
+        )
+        assert (lines[-1], error) == ("done", "")
+
+    def test_a_system_without_guards_is_reported_once(self, caplog):
+        execute._warn_of_missing.cache_clear()
+        with caplog.at_level(logging.WARNING):
+            execute._warn_of_missing(("landlock", "seccomp"))
+            execute._warn_of_missing(("landlock", "seccomp"))
+            execute._warn_of_missing(())
+        assert [r.message.partition(":")[0] for r in caplog.records] == [
+            "this system has no landlock and no seccomp"
+        ]
+
+
+class TestHook:
+    """What remains on a system without Landlock and seccomp."""
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "os.fork()",
+            "os.posix_spawn('/bin/true', ['true'], os.environ)",
+            "os.system('true')",
+            "import subprocess",
+            "import socket; socket.socket()",
+            "os.kill(os.getppid(), 0)",
+            "import fcntl; fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())",
+            "open({path!r}, 'w')",
+            "os.open({path!r}, os.O_RDWR | os.O_CREAT)",
+            "os.mkdir({path!r})",
+            "os.remove({kept!r})",
+            "import shutil; shutil.rmtree({parent!r})",
+            "os.remove('kept', dir_fd=os.open({parent!r}, os.O_RDONLY))",
+            "os.remove('kept', dir_fd=os.open('..', os.O_RDONLY, dir_fd=os.open('.', os.O_RDONLY)))",
+        ],
+    )
+    def test_it_refuses_alone(self, body, tmp_path):
+        kept, path = tmp_path / "kept", tmp_path / "outside"
+        kept.write_text("kept")
+        body = body.format(path=str(path), kept=str(kept), parent=str(tmp_path))
+        _, error = guarded(body, "confinement.watch(folder, 64)")
+        assert "PermissionError: [Errno 1] the sandbox refuses" in error.strip().splitlines()[-1]
+        assert (kept.read_text(), path.exists()) == ("kept", False)
+
+    def test_it_leaves_the_folder_free(self):
+        body = """
+import tempfile, pathlib
+with tempfile.TemporaryDirectory(dir=".") as inner:
+    pathlib.Path(inner, "a").mkdir()
+    pathlib.Path(inner, "a", "b").write_text("x")
+print(os.listdir("."))
+"""
+        assert guarded(body, "confinement.watch(folder, 64)") == (["[]"], "")
+
+
+class TestRunner:
+    def test_outcomes_come_in_order_and_equal_programs_run_once(self, monkeypatch):
+        ran = []
+        run = execute.run_program
+        monkeypatch.setattr(
+            execute, "run_program", lambda source, limits: ran.append(source) or run(source, limits)
+        )
+        outcomes = run_programs(["x = 1", "assert 0", "x = 1"], workers=2)
+        assert [outcome.passed for outcome in outcomes] == [True, False, True]
+        assert sorted(ran) == ["assert 0", "x = 1"]
+
+    def test_a_sandbox_that_does_not_start_is_no_failed_program(self, monkeypatch, tmp_path):
+        broken = tmp_path / "python"
+        broken.write_text("#!/bin/sh\nexit 3\n")
+        broken.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(broken))
+        with pytest.raises(RuntimeError, match=r"did not start: it ended with code 3"):
+            run_program("x = 1")
+        monkeypatch.setattr(sys, "executable", "/nowhere/python")
+        with pytest.raises(FileNotFoundError):
+            run_program("x = 1")
+
+    def test_no_descriptor_stays_open(self):
+        if not Path("/proc/self/fd").is_dir():
+            pytest.skip("no /proc")
+        run_program("x = 1")
+        before = len(os.listdir("/proc/self/fd"))
+        for source in ("x = 1", "assert 0", "import os; os._exit(1)"):
+            run_program(source)
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+class TestPassAtK:
+    @pytest.mark.parametrize("samples", range(1, 7))
+    def test_it_is_the_share_of_subsets_that_hold_a_passing_sample(self, samples):
+        for passed, k in itertools.product(range(samples + 1), range(1, samples + 1)):
+            subsets = list(itertools.combinations([True] * passed + [False] * (samples - passed), k))
+            share = sum(any(subset) for subset in subsets) / len(subsets)
+            assert pass_at_k(samples, passed, k) == pytest.approx(share, abs=1e-12)
+
+    def test_for_k_1_it_is_the_share_of_passing_samples(self):
+        assert pass_at_k(200, 37, 1) == pytest.approx(37 / 200)
+
+    def test_large_numbers_are_no_trouble(self):
+        assert pass_at_k(100_000, 1, 1000) == pytest.approx(0.01)
+        assert pass_at_k(10, 10, 10) == 1.0
+        assert pass_at_k(200, 0, 100) == 0.0
+
+    @pytest.mark.parametrize(("samples", "passed", "k"), [(9, 1, 10), (9, 1, 0), (9, 10, 1), (9, -1, 1)])
+    def test_numbers_out_of_range_are_refused(self, samples, passed, k):
+        with pytest.raises(ValueError, match="got"):
+            pass_at_k(samples, passed, k)

@@ -1,0 +1,457 @@
+"""Whole runs: what they write, what they refuse before weights are loaded, what a crash leaves."""
+
+import dataclasses
+import json
+
+import pytest
+import short_runs
+import torch
+from lightning import Callback
+from omegaconf import OmegaConf
+
+import reft_lightning as rl
+from reft_lightning.adapters.saving import load_adapter
+from reft_lightning.base_models import loading
+from reft_lightning.base_models.loading import load_base_model
+from reft_lightning.config import compose
+from reft_lightning.config.compose import CompositionError
+from reft_lightning.config.identity import config_hash
+from reft_lightning.config.user_paths import make_absolute
+from reft_lightning.evaluation import Decoding, generate
+from reft_lightning.runs import build, experiment, trainer
+from reft_lightning.runs.devices import check_accelerator
+from reft_lightning.runs.evaluate import evaluate
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return short_runs.write_rows(tmp_path_factory.mktemp("rows"))
+
+
+# rates that the schedule keeps high spoil the model after a good start: the best checkpoint is not the last
+SETTINGS = ("evaluate_base=true", "callbacks.monitor=val/loss", "callbacks.mode=min")
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "a"
+    return folder, short_runs.run(data, folder, *SETTINGS)
+
+
+def test_the_results_say_how_texts_were_generated(finished):
+    decoding = finished[1]["decoding"]
+    assert (decoding["max_new_tokens"], decoding["do_sample"], decoding["verify"]) == (3, False, True)
+
+
+def test_the_results_hold_what_is_needed_to_run_again(data, finished):
+    folder, results = finished
+    assert results == short_runs.results(folder)
+    assert results["status"] == "complete"
+    reft = rl.attach(base(data), "loreft", rank=2, positions="f2+l2")
+    count = reft.parameter_count()
+    assert (results["trainable_parameters"], results["percent"]) == (count.trainable, count.percent)
+    assert results["steps"] == 12
+    assert results["train_seconds"] > 0
+    assert {"base/test", "validation", "test"} == set(results["seconds"])
+    assert results["tokens_per_second"] == pytest.approx(results["tokens"] / results["train_seconds"])
+    assert results["peak_memory_bytes"] > 100 * 2**20
+    assert results["seed"] == 42
+    assert {"python", "torch", "lightning", "transformers", "reft_lightning"} <= set(results["versions"])
+    assert results["versions"]["torch"] == torch.__version__
+    assert results["git_commit"] is None or len(results["git_commit"].removesuffix("+changes")) == 40
+    assert results["data_versions"]["family"] == "commonsense"
+    assert results["data_versions"]["train"]["boolq"]["rows"] == 24
+    assert [(read["model"], read["rows"]) for read in results["test_reads"]] == [("base", 6), ("adapted", 6)]
+    assert results["method"] == "loreft"
+
+
+def test_the_hash_tells_what_determines_a_result():
+    values = {"seed": 1, "name": "a", "resume": None, "logger": {"wandb": True}}
+    assert config_hash(values) == config_hash({**values, "name": "b", "resume": "x", "logger": {}})
+    assert config_hash(values) != config_hash({**values, "seed": 2})
+
+
+def test_every_score_comes_with_its_counts(finished):
+    folder, results = finished
+    metrics, counts = results["metrics"], results["counts"]
+    assert {"val/accuracy", "val/loss", "val/boolq/accuracy", "val/boolq/option_accuracy", "test/accuracy",
+            "test/boolq/accuracy", "base/test/boolq/accuracy", "train/loss"} <= set(metrics)  # fmt: skip
+    for name, count in counts.items():
+        assert count["total"] == 6
+        assert metrics[name] == pytest.approx(count["correct"] / 6)
+        low, high = count["interval"]
+        assert low <= metrics[name] <= high
+    for name, prefix in (("reft_test", ""), ("base_test", "base/")):
+        rows = short_runs.predictions(folder, name)
+        assert len(rows) == 6
+        by_rows = sum(row["option"] == row["gold"] for row in rows)
+        assert counts[f"{prefix}test/boolq/option_accuracy"]["correct"] == by_rows
+
+
+def base(data):
+    return load_base_model(**build.model_source(short_runs.config(data)))[0]
+
+
+def test_the_adapter_folder_reproduces_the_predictions_on_a_fresh_base(data, finished):
+    folder, _ = finished
+    settings = short_runs.config(data)
+    objects = experiment.build(settings)
+    reft = rl.ReftModel.from_pretrained(base(data), folder / "adapter").eval()
+    texts = {}
+    objects.data.setup("test")
+    for loader in objects.data.test_dataloader():
+        for batch in loader:
+            said = generate(reft, batch, objects.data.tokenizer, Decoding(3, verify=False))
+            texts |= {e.source: text for e, (text,) in zip(batch["examples"], said, strict=True)}
+    rows = short_runs.predictions(folder, "reft_test")
+    assert {row["source"]: row["generated"] for row in rows} == texts
+    # the adapter says something else than the base, so the check above is one
+    assert [row["generated"] for row in short_runs.predictions(folder, "base_test")] != [
+        row["generated"] for row in rows
+    ]
+
+
+def test_a_run_can_be_evaluated_from_another_folder_than_it_was_started_from(data, monkeypatch, tmp_path):
+    monkeypatch.chdir(data.parent)
+    settings = short_runs.config(data.name, "trainer.max_epochs=1")
+    as_given = dataclasses.asdict(settings)
+    results = experiment.run(settings, tmp_path / "run")
+    assert OmegaConf.load(tmp_path / "run" / "config.yaml").data.path == str(data)
+    # the hash is that of what was written: the same in every folder with such rows
+    assert results["places_as_written"] == {"data.path": data.name}
+    as_given["callbacks"] |= {"monitor": "val/accuracy", "mode": "max"}
+    assert results["config_hash"] == config_hash(as_given)
+    monkeypatch.chdir(tmp_path)
+    again = evaluate(tmp_path / "run")
+    assert again["config_hash"] == results["config_hash"]
+    measured = {k: v for k, v in results["metrics"].items() if k.startswith("val/")}
+    assert again["metrics"] == pytest.approx(measured)
+
+
+def test_an_interrupted_run_goes_on_from_another_folder(data, monkeypatch, tmp_path):
+    monkeypatch.chdir(data.parent)
+    with monkeypatch.context() as patch:
+        short_runs.stop_at(patch, 3)
+        with pytest.raises(short_runs.Stop):
+            short_runs.run(data.name, tmp_path / "run")
+    stopped = short_runs.results(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    settings = experiment.load_run_config(tmp_path / "run")
+    settings.resume = str(tmp_path / "run")
+    results = experiment.run(settings, tmp_path / "run")
+    assert results["status"] == "complete"
+    assert results["config_hash"] == stopped["config_hash"]
+    assert results["places_as_written"] == {"data.path": data.name}
+
+
+def test_only_places_of_files_that_exist_become_absolute(monkeypatch, tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "mixture.json").touch()
+    monkeypatch.chdir(tmp_path)
+    arguments = ["model=tiny_random", "data.source=local", "data.path=rows", "data.mixture=mixture.json",
+                 "model.source=local", "model.path=weights"]  # fmt: skip
+    config = compose.compose(arguments)
+    assert make_absolute(config) == {"data.path": "rows", "data.mixture": "mixture.json"}
+    assert (config.data.path, config.data.mixture) == (str(tmp_path / "rows"), str(tmp_path / "mixture.json"))
+    assert (config.model.path, config.model.tokenizer) == ("weights", "bytes")
+    assert make_absolute(config) == {}
+    hub = compose.compose(["model=tiny_random", "data=custom", "data.source=hub", "data.path=rows",
+                               "data.prompt=a", "data.target=b"])  # fmt: skip
+    assert make_absolute(hub) == {}
+
+
+def test_evaluating_again_gives_the_runs_own_scores(finished):
+    folder, results = finished
+    again = evaluate(folder)
+    assert again["test_reads"] == []
+    assert all(again[name] == results[name] for name in ("seed", "method", "percent", "decoding"))
+    measured = {k: v for k, v in results["metrics"].items() if k.startswith("val/")}
+    assert again["metrics"] == pytest.approx(measured)
+    assert again["counts"] == {k: v for k, v in results["counts"].items() if k.startswith("val/")}
+
+
+def test_each_read_of_the_test_split_is_recorded_in_the_run(data, tmp_path):
+    short_runs.run(data, tmp_path, "trainer.max_epochs=1")
+    evaluate(tmp_path, "test")
+    again = evaluate(tmp_path, "test", limit=3)
+    results = short_runs.results(tmp_path)
+    assert [read["rows"] for read in results["test_reads"]] == [6, 6, 3]
+    assert again["counts"]["test/boolq/accuracy"]["total"] == 3
+    assert len(list((tmp_path / "evaluations").iterdir())) == 2
+    assert results["status"] == "complete"
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda", "mps"])
+def test_a_gpu_that_is_not_here_is_refused_before_rows_are_read(data, monkeypatch, tmp_path, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(experiment, "build", lambda _: pytest.fail("rows were read"))
+    with pytest.raises(
+        experiment.SetupError, match=rf"trainer\.accelerator={name}: .* finds no GPU .* trainer=cpu"
+    ):
+        short_runs.run(data, tmp_path / "run", f"trainer.accelerator={name}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_kind_of_gpu_that_is_here_is_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for name in ("gpu", "cuda", "auto", "cpu"):
+        check_accelerator(name)
+    with pytest.raises(ValueError, match="finds only cuda"):
+        check_accelerator("mps")
+
+
+def test_a_run_of_a_gpu_says_how_to_evaluate_it_without_one(finished, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    text = (finished[0] / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text.replace("accelerator: cpu", "accelerator: gpu"))
+    with pytest.raises(ValueError, match=r"set trainer\.accelerator to cpu in .*config\.yaml"):
+        evaluate(tmp_path)
+
+
+def test_an_unknown_split_names_the_nearest(finished):
+    with pytest.raises(ValueError, match="got 'tset'; did you mean 'test'"):
+        evaluate(finished[0], "tset")
+
+
+class Worsen(Callback):
+    """Spoil the adapter after the first validation."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        if trainer.global_step == 9:
+            with torch.no_grad():
+                for parameter in module.model.interventions.parameters():
+                    parameter.add_(torch.randn_like(parameter) * 5)
+
+
+@pytest.fixture
+def worsen(monkeypatch):
+    original = trainer.build_callbacks
+    monkeypatch.setattr(trainer, "build_callbacks", lambda *args: [Worsen(), *original(*args)])
+
+
+def test_the_best_checkpoint_is_tested_and_saved_and_not_the_last(data, worsen, tmp_path):
+    results = short_runs.run(data, tmp_path, *SETTINGS)
+    best, last = short_runs.checkpoint(tmp_path, "best"), short_runs.checkpoint(tmp_path, "last")
+    assert (best["global_step"], last["global_step"]) == (6, 12)
+    assert results["best_step"] == 6
+    losses = short_runs.logged(tmp_path, "val/loss")
+    first, second = [losses[step] for step in sorted(losses)][:2]
+    assert second > first + 0.01
+    assert results["metrics"]["val/loss"] == pytest.approx(first)
+    saved = load_adapter(tmp_path / "adapter")[1]
+    for name, tensor in best["state_dict"].items():
+        assert torch.equal(saved[name.removeprefix("adapter.")], tensor)
+
+
+def test_the_last_checkpoint_is_kept_where_the_best_is_not_wanted(data, worsen, tmp_path):
+    results = short_runs.run(data, tmp_path, *SETTINGS, "callbacks.restore_best=false")
+    assert "best_step" not in results
+    saved = load_adapter(tmp_path / "adapter")[1]
+    for name, tensor in short_runs.checkpoint(tmp_path)["state_dict"].items():
+        assert torch.equal(saved[name.removeprefix("adapter.")], tensor)
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(data, finished, tmp_path):
+    _, results = finished
+    again = short_runs.run(data, tmp_path / "again", *SETTINGS)
+    other = short_runs.run(data, tmp_path / "other", *SETTINGS, "seed=43")
+    timeless = [k for k in results["metrics"] if "per_second" not in k]
+    assert {k: again["metrics"][k] for k in timeless} == {k: results["metrics"][k] for k in timeless}
+    assert again["config_hash"] == results["config_hash"] != other["config_hash"]
+    assert other["metrics"]["train/loss"] != results["metrics"]["train/loss"]
+    # the split is its own seed's: all runs validate on the same rows
+    assert other["data_versions"]["split"] == results["data_versions"]["split"]
+
+
+def test_a_sealed_run_never_reads_the_test_split(data, tmp_path):
+    (tmp_path / "rows" / "boolq").mkdir(parents=True)
+    rows = json.loads((data / "boolq" / "train.json").read_text())
+    (tmp_path / "rows" / "boolq" / "train.json").write_text(json.dumps(rows))
+    results = short_runs.run(tmp_path / "rows", tmp_path / "run", "sealed=true", "evaluate_base=true")
+    assert results["test_reads"] == []
+    assert "val/accuracy" in results["metrics"]
+    assert "base/val/accuracy" in results["metrics"]
+    assert not [name for name in results["metrics"] if "test/" in name]
+    with pytest.raises(ValueError, match="sealed"):
+        evaluate(tmp_path / "run", "test")
+
+
+def test_a_run_without_the_test_reads_no_test_rows(data, tmp_path):
+    results = short_runs.run(data, tmp_path, "test=false", "trainer.max_epochs=1")
+    assert results["test_reads"] == []
+    assert not [name for name in results["metrics"] if name.startswith("test/")]
+
+
+def test_a_run_may_have_no_validation_rows(data, tmp_path):
+    results = short_runs.run(data, tmp_path, "data.validation_size=0")
+    assert results["status"] == "complete"
+    assert results["steps"] == 16
+    assert not [name for name in results["metrics"] if name.startswith("val/")]
+    assert short_runs.checkpoint(tmp_path)["global_step"] == 16
+
+
+def test_early_stopping_needs_validation_rows(data, no_weights, tmp_path):
+    with pytest.raises(experiment.SetupError, match="early stopping needs validation rows"):
+        short_runs.run(data, tmp_path, "data.validation_size=0", "callbacks.early_stopping_patience=1")
+
+
+def test_early_stopping_stops_early(data, worsen, tmp_path):
+    overrides = ("callbacks.early_stopping_patience=1", "trainer.max_epochs=6")
+    results = short_runs.run(data, tmp_path, *SETTINGS, *overrides)
+    assert results["steps"] == 12
+    assert results["best_step"] == 6
+
+
+# --- refused before weights are loaded -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    def loaded(**_):
+        raise AssertionError("weights were loaded before the configuration was checked")
+
+    monkeypatch.setattr(build, "load_base_model", loaded)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("intervention.layers=[0,7]", "7"),
+        ("intervention.rank=33", r"rank must lie in 1\.\.32, the width of the representation; got 33"),
+        ("intervention.positions=g3", "g3"),
+        ("intervention.method=lorefd", "did you mean 'loreft'"),
+        ("+intervention.options.rnak=2", "did you mean 'rank'"),
+        ("intervention.tied=allof", "did you mean 'all'"),
+        ("intervention.dropout=1.5", r"dropout must lie in \[0, 1\); got 1.5"),
+        ("intervention.component=block_ouput", "did you mean 'block_output'"),
+        ("data.tasks=[bolq]", "did you mean 'boolq'"),
+        ("data.family=commonsens", "did you mean 'commonsense'"),
+        ("data.path=/nowhere/at/all", "/nowhere/at/all"),
+        (
+            "data.validation_size=24",
+            r"data\.validation_size must be smaller than the 24 distinct train prompts",
+        ),
+        ("optimizer.lr=0", "lr must be above 0; got 0"),
+        ("optimizer.warmup_ratio=2", r"must lie in 0\.\.1; got 2"),
+        ("optimizer.schedule=linaer", "did you mean 'linear'"),
+        ("callbacks.monitor=val/acuracy", "did you mean 'val/accuracy'"),
+        ("callbacks.monitor=val/piqa/accuracy", "got 'val/piqa/accuracy'"),
+        (
+            "intervention=none",
+            r"intervention\.heads=auto\) for a classifier.*intervention\.heads=\[lm_head\]",
+        ),
+        ("intervention.heads=auto", r"LlamaForCausalLM is no classifier"),
+        ("trainer.accelerator=abacus", "abacus"),
+        ("trainer.precision=31", "31"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_weights_are_loaded(data, no_weights, tmp_path, override, message):
+    with pytest.raises((experiment.SetupError, CompositionError), match=message):
+        short_runs.run(data, tmp_path / "run", override)
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_what_is_advised_where_no_head_is_named_can_be_followed(data, tmp_path):
+    head = ("intervention=none", "intervention.heads=[lm_head]", "trainer.max_epochs=1", "test=false")
+    results = short_runs.run(data, tmp_path, *head)
+    assert results["head_parameters"] > 0
+    assert results["trainable_parameters"] == 0
+
+
+def test_a_broken_line_of_the_rows_is_named(data, no_weights, tmp_path):
+    (tmp_path / "boolq").mkdir()
+    text = (data / "boolq" / "train.json").read_text().replace("}, {", "},\n{")
+    lines = text.splitlines()
+    lines[4] = lines[4].replace('"answer"', 'answer"')
+    (tmp_path / "boolq" / "train.json").write_text("\n".join(lines))
+    with pytest.raises(experiment.SetupError, match=r"train\.json, line 5: not JSON"):
+        short_runs.run(tmp_path, tmp_path / "run")
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"is no run folder: it has no config\.yaml"):
+        evaluate(tmp_path)
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_the_tokenizer_and_the_configuration_are_loaded_once(data, monkeypatch, tmp_path, random):
+    settings = short_runs.config(data)
+    if not random:
+        model, tokenizer = load_base_model(**build.model_source(settings))
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        settings.model.source, settings.model.path = "local", str(tmp_path)
+        settings.model.config, settings.model.tokenizer = {}, None
+    calls = []
+
+    def count(name):
+        original = getattr(loading, name)
+        for owner in (loading, build):
+            monkeypatch.setattr(
+                owner, name, lambda *args, **kw: (calls.append(name), original(*args, **kw))[1]
+            )
+
+    count("load_config")
+    count("load_tokenizer")
+    build.build(settings)
+    assert sorted(calls) == ["load_config", "load_tokenizer"]
+
+
+# --- crashes -------------------------------------------------------------------------------------------------------
+
+
+def test_a_crash_in_training_keeps_what_was_computed(data, monkeypatch, tmp_path, caplog):
+    short_runs.stop_at(monkeypatch, 3)
+    with pytest.raises(short_runs.Stop):
+        short_runs.run(data, tmp_path, "evaluate_base=true")
+    results = short_runs.results(tmp_path)
+    assert results["status"] == "stopped"
+    assert results["error"] == "Stop: stopped in call 3 of training_step"
+    assert "base/test/accuracy" in results["metrics"]
+    assert [read["rows"] for read in results["test_reads"]] == [6]
+    assert len(short_runs.predictions(tmp_path, "base_test")) == 6
+    assert short_runs.checkpoint(tmp_path)["global_step"] == 3
+    assert f"resume={tmp_path}" in caplog.text
+
+
+def test_after_a_crash_the_base_is_not_evaluated_again(data, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        short_runs.stop_at(patch, 3)
+        with pytest.raises(short_runs.Stop):
+            short_runs.run(data, tmp_path, "evaluate_base=true")
+    base = {k: v for k, v in short_runs.results(tmp_path)["metrics"].items() if k.startswith("base/")}
+    seen = []
+    original = experiment.evaluate_split
+    monkeypatch.setattr(
+        experiment, "evaluate_split", lambda *args: (seen.append(args[-1]), original(*args))[1]
+    )
+    results = short_runs.run(data, tmp_path, "evaluate_base=true", f"resume={tmp_path}")
+    assert seen == ["", ""]
+    assert base.items() <= results["metrics"].items()
+    assert [read["rows"] for read in results["test_reads"]] == [6, 6]
+
+
+def test_a_crash_in_the_last_evaluation_can_be_continued(data, finished, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        short_runs.stop_at(patch, 1, "test_step")
+        with pytest.raises(short_runs.Stop):
+            short_runs.run(data, tmp_path, *SETTINGS[1:])
+    results = short_runs.results(tmp_path)
+    assert results["status"] == "stopped"
+    assert results["metrics"]["val/loss"] == finished[1]["metrics"]["val/loss"]
+    trained = short_runs.checkpoint(tmp_path)["train_seconds"]
+    again = short_runs.run(data, tmp_path, *SETTINGS[1:], f"resume={tmp_path}")
+    assert 0 < trained == again["train_seconds"] <= results["train_seconds"]
+    assert again["metrics"]["test/accuracy"] == finished[1]["metrics"]["test/accuracy"]
+    assert again["best_step"] == finished[1]["best_step"]
+
+
+def test_a_head_in_float32_does_not_count_as_more_of_the_base(data, tmp_path):
+    tied = ["+model.config.tie_word_embeddings=true", "trainer.max_steps=1", "test=false"]
+    plain = short_runs.run(data, tmp_path / "float32", *tied)
+    widened = short_runs.run(data, tmp_path / "bfloat16", *tied, "model.dtype=bfloat16")
+    assert widened["base_parameters"] == plain["base_parameters"]
+    assert widened["percent"] == plain["percent"]

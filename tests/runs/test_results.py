@@ -1,0 +1,202 @@
+"""results.json: written whole, resumed, merged; the table that a run ends with."""
+
+import importlib.metadata
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from reft_lightning.runs import environment
+from reft_lightning.runs.console import print_table
+from reft_lightning.runs.results import Results, write_predictions
+from reft_lightning.storage import atomic
+from reft_lightning.storage.atomic import write_json
+
+
+def test_values_are_merged_and_on_disk_at_once(tmp_path):
+    results = Results(tmp_path, seed=3)
+    results.update(seconds={"a": 1.0})
+    results.update(seconds={"b": 2.0}, steps=4)
+    assert json.loads((tmp_path / "results.json").read_text()) == results.values
+    assert results.values["seconds"] == {"a": 1.0, "b": 2.0}
+    assert results.values["status"] == "running"
+    assert Results.read(tmp_path).values == results.values
+
+
+def test_only_the_first_process_writes(tmp_path):
+    results = Results(tmp_path)
+    results.on = False
+    results.update(steps=4)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_a_prefix_tells_what_was_obtained(tmp_path):
+    results = Results(tmp_path)
+    results.update(metrics={"base/test/boolq/accuracy": 0.5})
+    assert results.has("base/")
+    assert not results.has("test/")
+
+
+def test_a_resumed_run_keeps_its_scores_and_forgets_that_it_stopped(tmp_path):
+    first = Results(tmp_path, versions={"torch": "1"})
+    first.update(metrics={"base/x": 1.0}, test_reads=[{"rows": 2}], seconds={"base/test": 1.0})
+    first.update(status="stopped", error="Stop: x", stopped="then")
+    second = Results(tmp_path, versions={"torch": "2"})
+    second.resume()
+    assert second.values["metrics"] == {"base/x": 1.0}
+    assert second.values["test_reads"] == [{"rows": 2}]
+    assert second.values["seconds"] == {"base/test": 1.0}
+    assert (second.values["status"], second.values["versions"]) == ("running", {"torch": "2"})
+    assert not {"error", "stopped"} & set(second.values)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    write_json(tmp_path / "x.json", {"a": 1})
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(atomic.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_json(tmp_path / "x.json", {"a": 2})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+
+def test_predictions_keep_every_character(tmp_path):
+    rows = [{"generated": 'é\u2028\n"quoted" 日本'}, {"generated": ""}]
+    write_predictions(tmp_path / "deep" / "x.jsonl", rows)
+    lines = (tmp_path / "deep" / "x.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert [json.loads(line) for line in lines] == rows
+
+
+def test_the_versions_are_those_of_what_decides_a_result():
+    versions = environment.environment()["versions"]
+    for package in ("torch", "lightning", "transformers", "peft", "tokenizers"):
+        assert versions[package] == importlib.metadata.version(package)
+
+
+def test_outside_git_there_is_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
+    assert environment.git_commit() is None
+
+
+def table(**more):
+    count = {"correct": 5, "total": 10, "missing": 2, "interval": [0.2366, 0.7634]}
+    right = {"correct": 8, "interval": [0.4902, 0.9433]}
+    constant = {"correct": 6, "missing": 0, "interval": [0.3127, 0.8318]}
+    values = {
+        "model": "m[b]odel", "method": "loreft", "run_dir": "outputs/0_data.tasks=[boolq]", "seed": 42,
+        "counts": {"base/test/boolq/accuracy": count, "test/boolq/accuracy": count | right,
+                   "val/boolq/accuracy": count, "test/boolq/option_accuracy": count,
+                   "test/boolq/majority_accuracy": count | constant},
+        "metrics": {"base/test/boolq/accuracy": 0.5, "test/boolq/accuracy": 0.8},
+        "commonest_answers": {"boolq": "true"},
+        "trainable_parameters": 1234, "percent": 0.5,
+    }  # fmt: skip
+    out = io.StringIO()
+    print_table(values | more, Console(file=out, width=200))
+    return out.getvalue()
+
+
+def test_the_table_shows_base_and_adapter_with_intervals():
+    text = table()
+    assert "50.0 [23.7, 76.3]" in text
+    assert "80.0 [49.0, 94.3]" in text
+    assert "frozen base, boolq: 2 of 10 generated texts hold no answer" in text
+    assert "always 'true'" in text
+    assert "60.0 [31.3, 83.2]" in text
+    assert text.index("frozen base") < text.index("loreft")
+    assert "1,234" in text
+    assert "0.500" in text
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("loreft", "intervention=direft, or -m seed=42,43,44"),
+        ("direft", "intervention=loreft, or -m seed=42,43,44"),
+        ("peft/lora", "the same command and -m seed=42,43,44"),
+    ],
+)
+def test_a_change_is_proposed_that_changes_the_method(method, said):
+    assert said in table(method=method)
+    assert "change a thing" not in table(
+        method=method, split="validation"
+    )  # evaluated again: no such command
+
+
+def test_no_change_is_proposed_of_a_model_that_trains_nothing():
+    assert "change a thing" not in table(method="frozen", trainable_parameters=0)
+    assert "-m seed=42,43,44" in table(method="none", trainable_parameters=0, head_parameters=7)
+
+
+def test_the_table_prints_brackets_as_they_are():
+    text = table()
+    assert "run=outputs/0_data.tasks=[boolq]" in text
+    assert "m[b]odel" in text
+
+
+def test_the_table_shows_losses_where_nothing_was_scored():
+    text = table(counts={}, metrics={"base/val/loss": 2.5, "val/loss": 1.25, "train/loss": 1.0})
+    assert "validation rows" in text
+    assert "2.5000" in text
+    assert "1.2500" in text
+
+
+def test_the_table_shows_correlations_with_their_own_interval():
+    counts = {"test/cola/matthews": {"total": 10, "interval": [0.1, 0.3]}}
+    text = table(counts=counts, metrics={"test/cola/matthews": 0.2}, head_parameters=77)
+    assert "20.0 [10.0, 30.0]" in text
+    assert "1,234 + head 77" in text
+
+
+def test_a_run_that_evaluated_nothing_says_so():
+    text = table(counts={}, metrics={"train/loss": 1.0}, train_seconds=1.0, steps=2, tokens_per_second=3.0,
+                 peak_memory_bytes=0)  # fmt: skip
+    assert "nothing was evaluated" in text
+    assert "training 1 s (2 steps" in text
+
+
+def test_memory_that_cannot_be_told_is_unknown():
+    arguments = {"train_seconds": 1.0, "steps": 2, "tokens_per_second": 3.0}
+    assert "peak memory 2.0 GiB" in table(**arguments, peak_memory_bytes=2**31)
+    assert "peak memory unknown, as runs before it ran in its process" in table(
+        **arguments, peak_memory_bytes=None
+    )
+
+
+PEAKS = """
+import sys
+from pathlib import Path
+from reft_lightning.runs import environment
+if sys.argv[1] == "forbidden":
+    environment.CLEAR_REFS = Path("/nowhere/clear_refs")
+for size in (400, 1):
+    environment.begin_peak_memory()
+    block = bytearray(size * 2**20)
+    del block
+    print(environment.peak_memory_bytes())
+"""
+
+
+def peaks(how):
+    """The peaks of two runs in one process: the first takes 400 MiB more than the second."""
+    said = subprocess.run(
+        [sys.executable, "-c", PEAKS, how], capture_output=True, text=True, check=True
+    ).stdout
+    return [None if line == "None" else int(line) for line in said.split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not reset the peak")
+def test_the_peak_of_a_run_is_not_that_of_the_runs_before():
+    first, second = peaks("reset")
+    assert second < first - 300 * 2**20
+
+
+def test_where_peaks_cannot_be_reset_only_the_first_run_has_one():
+    first, second = peaks("forbidden")
+    assert first > 400 * 2**20
+    assert second is None

@@ -1,0 +1,276 @@
+"""Studies whose trials are real runs: what they read, what they spend, how they end; and the same by the command."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import short_runs
+import yaml
+from real_searches import contents, in_this_process, make_study, opened, start
+
+from reft_lightning.config import compose
+from reft_lightning.runs import experiment
+from reft_lightning.runs.evaluate import evaluate
+from reft_lightning.search import command, search_plan
+from reft_lightning.search.budget import read_cost
+from reft_lightning.search.pruning import Reports
+from reft_lightning.search.summary import summarize
+from reft_lightning.search.trial import run_job
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return short_runs.write_rows(tmp_path_factory.mktemp("rows"))
+
+
+def results_of(study, number, method="loreft"):
+    return short_runs.results(study.folder / "trials" / method / str(number))
+
+
+@pytest.fixture(scope="module")
+def searched(data, tmp_path_factory):
+    """A study whose search phase ran while the test rows were no rows, and every file that it opened."""
+    (test_file,) = data.glob("*/test.json")
+    rows = test_file.read_text()
+    test_file.write_text("these are no rows")
+    try:
+        with opened() as files:
+            study = make_study(tmp_path_factory.mktemp("study"), contents(data))
+            command.work(study, in_this_process)
+    finally:
+        test_file.write_text(rows)
+    return study, files
+
+
+# --- the test split is sealed
+
+
+def test_a_search_opens_no_file_of_test_rows(searched, data):
+    study, files = searched
+    assert [t.state.name for t in study.trials("loreft")] == ["COMPLETE", "COMPLETE"]
+    assert str(data / "boolq" / "train.json") in files  # what is opened is seen
+    assert str(data / "boolq" / "test.json") not in files
+    for number in range(2):
+        assert results_of(study, number)["test_reads"] == []
+        assert not [name for name in results_of(study, number)["metrics"] if "test" in name]
+    assert not (study.folder / "test_reads.jsonl").exists()
+
+
+def test_the_winner_is_tested_and_every_read_is_written_down(searched, data, tmp_path):
+    values = contents(data, seeds=[7], budget={"unit": "trials", "amount": 1})
+    study = make_study(tmp_path, values)
+    with opened() as files:
+        command.work(study, in_this_process)
+    assert str(data / "boolq" / "test.json") in files
+    (read,) = summarize(study)["test_reads"]
+    results = short_runs.results(tmp_path / "winners" / "loreft" / "seed_7")
+    assert (read["method"], read["seed"], read["config_hash"]) == ("loreft", 7, results["config_hash"])
+    assert [r["config_hash"] for r in results["test_reads"]] == [results["config_hash"]]
+    assert results["seed"] == 7
+    assert "test/accuracy" in results["metrics"]
+    assert read["time"] <= results["test_reads"][0]["time"]
+
+
+def test_the_module_of_a_sealed_run_builds_no_test_split(data):
+    objects = short_runs.build(data, "sealed=true")
+    with pytest.raises(PermissionError, match="the test split is sealed"):
+        objects.data.setup("test")
+    with pytest.raises(PermissionError, match="the test split is sealed"):
+        objects.data.test_dataloader()
+
+
+def test_a_trial_that_is_not_sealed_does_not_run(searched, tmp_path):
+    study, _ = searched
+    job = json.loads((study.folder / "trials" / "loreft" / "0" / "job.json").read_text())
+    job["overrides"] = [o for o in job["overrides"] if o != "sealed=true"]
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    with pytest.raises(ValueError, match="a trial is sealed"):
+        run_job(tmp_path)
+
+
+def test_the_test_split_of_a_trial_cannot_be_evaluated_later(searched):
+    study, _ = searched
+    with pytest.raises(ValueError, match="part of a search, whose test split is sealed"):
+        evaluate(study.folder / "trials" / "loreft" / "0", "test")
+
+
+# --- trials
+
+
+def test_a_trial_is_repeated_by_its_command_alone(searched, tmp_path):
+    study, _ = searched
+    for trial in study.trials("loreft"):
+        command = shlex.split((study.folder / trial.user_attrs["folder"] / "command.txt").read_text())
+        results = experiment.run(compose.compose(command[1:]), tmp_path / str(trial.number))
+        assert results["metrics"]["val/loss"] == trial.value
+        assert results["config_hash"] == trial.user_attrs["config_hash"]
+
+
+def test_what_a_trial_spent_is_what_its_run_says(searched):
+    study, _ = searched
+    for number in range(2):
+        folder = study.folder / "trials" / "loreft" / str(number)
+        cost, results = read_cost(folder), results_of(study, number)
+        assert (
+            (cost["steps"], cost["tokens"])
+            == (results["steps"], results["tokens"])
+            == (12, results["tokens"])
+        )
+        # two clocks on one fit; a second for what the machine does between their hooks
+        last = max(short_runs.logged(folder, "progress/seconds").values())
+        assert 0 < last < cost["seconds"] < results["train_seconds"] + 1
+        assert cost["flops"] > 2 * 2 * cost["tokens"] * 1000
+        assert len(Reports.read(folder).values) == 2  # epochs
+
+
+def test_a_trial_that_cannot_run_fails_and_the_study_goes_on(data, tmp_path):
+    space = {"intervention.rank": {"choice": [2, 999]}}  # wider than the model
+    values = contents(data, sampler="grid", methods={"loreft": {"overrides": [], "space": space}})
+    study = make_study(tmp_path, values)
+    command.work(study, in_this_process)
+    states = {t.params["intervention.rank"]: t.state.name for t in study.trials("loreft")}
+    assert states == {2: "COMPLETE", 999: "FAIL"}
+    (error,) = summarize(study)["methods"]["loreft"]["failed"].values()
+    assert "SetupError" in error
+    assert "rank must lie in 1..32" in error
+
+
+def test_the_batch_that_uses_up_the_budget_ends_a_trial(data, tmp_path):
+    study = make_study(tmp_path, contents(data, budget={"unit": "steps", "amount": 20}))
+    command.work(study, in_this_process)  # a trial takes 12 steps, which nothing says in advance
+    first, second = study.trials("loreft")
+    assert (first.state.name, second.state.name) == ("COMPLETE", "PRUNED")
+    assert study.spent("loreft")["steps"] == 20
+    results = results_of(study, 1)
+    assert (results["status"], results["steps"]) == ("pruned", 8)
+    assert results["reason"] == "the method's budget of 20 steps is used up"
+    assert study.winner("loreft").number == 0
+
+
+def test_a_trial_that_ends_with_the_budget_is_complete(data, tmp_path):
+    study = make_study(tmp_path, contents(data, budget={"unit": "steps", "amount": 24}))
+    command.work(study, in_this_process)
+    assert [t.state.name for t in study.trials("loreft")] == ["COMPLETE", "COMPLETE"]
+    assert study.spent("loreft")["steps"] == 24
+
+
+def test_a_trial_that_falls_behind_ends_there(data, tmp_path):
+    # two validations a trial, of which one of two goes on to the second
+    values = contents(
+        data, sampler="grid", pruner="successive_halving", pruning={"reduction_factor": 2},
+        budget={"unit": "trials", "amount": 5},
+    )  # fmt: skip
+    study = make_study(tmp_path, values)
+    command.work(study, in_this_process)
+    firsts = []
+    for trial in study.trials("loreft"):
+        firsts.append(trial.intermediate_values[1])
+        goes_on = sorted(firsts).index(firsts[-1]) < max(1, len(firsts) // 2)
+        assert (trial.state.name == "COMPLETE") == goes_on or len(trial.intermediate_values) == 2
+        if not goes_on:
+            assert (trial.state.name, len(trial.intermediate_values)) == ("PRUNED", 1)
+            assert results_of(study, trial.number)["status"] == "pruned"
+            assert read_cost(study.folder / trial.user_attrs["folder"])["steps"] == 6
+    assert "PRUNED" in {t.state.name for t in study.trials("loreft")}
+
+
+# --- by the command
+
+
+def trials_of(folder):
+    study = command.open_study(folder)
+    return {
+        method: [
+            (t.number, t.params, t.state.name, t.value, t.intermediate_values) for t in study.trials(method)
+        ]
+        for method in study.plan.methods
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_command_that_is_killed_goes_on_to_the_same_trials(data, tmp_path):
+    space = {"optimizer.lr": {"log": [1e-4, 1e-1]}, "intervention.rank": {"choice": [2, 4]}}
+    values = contents(
+        data, methods={"loreft": {"overrides": ["intervention=loreft"], "space": space}}, sampler="tpe",
+        startup_trials=1, pruner="successive_halving", seeds=[1], budget={"unit": "trials", "amount": 3},
+    )  # fmt: skip
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    whole = start(["search=mine.yaml", "folder=whole"], tmp_path)
+    begin = ["search=mine.yaml", "folder=killed"]
+    # in the middle of a trial, and of the winner's run; tests/test_search_study.py kills at random points
+    for moment in ("trials/loreft/1/cost.json", "winners/loreft/seed_1/results.json"):
+        running = start(begin, tmp_path)
+        while not (tmp_path / "killed" / moment).is_file():
+            assert running.poll() is None, running.communicate()[0]
+            time.sleep(0.02)
+        running.send_signal(signal.SIGKILL)
+        running.communicate()
+        begin = ["folder=killed"]
+    last = start(begin, tmp_path)
+    for running in (last, whole):
+        said, _ = running.communicate()
+        assert running.returncode == 0, said
+    assert trials_of(tmp_path / "killed") == trials_of(tmp_path / "whole")
+    assert len(trials_of(tmp_path / "killed")["loreft"]) == 3
+    summary = json.loads((tmp_path / "killed" / "summary.json").read_text())
+    assert summary["status"] == "complete"
+    assert {(r["method"], r["seed"]) for r in summary["test_reads"]} == {("loreft", 1)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_workers_and_a_trial_whose_process_is_killed(data, tmp_path):
+    values = contents(data, budget={"unit": "trials", "amount": 3})
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    running = start(["search=mine.yaml", "folder=study", "workers=2"], tmp_path)
+    # what the kernel does where memory is used up
+    victim = tmp_path / "study" / "trials" / "loreft" / "1"
+    while not (victim / "log.txt").is_file():
+        assert running.poll() is None, running.communicate()[0]
+        time.sleep(0.05)
+    (pid,) = [
+        int(p.name)
+        for p in _processes()
+        if "reft_lightning.search.trial" in _words(p) and str(victim) in _words(p)
+    ]
+    os.kill(pid, signal.SIGKILL)
+    said, _ = running.communicate()
+    assert running.returncode == 0, said
+    summary = json.loads((tmp_path / "study" / "summary.json").read_text())
+    assert summary["methods"]["loreft"]["trials"] == {"complete": 2, "pruned": 0, "failed": 1, "running": 0}
+    assert summary["methods"]["loreft"]["failed"]["1"].startswith("killed by SIGKILL (out of memory?)")
+    assert summary["budget"]["verdict"] == "equal"
+
+
+def _processes():
+    from pathlib import Path
+
+    return [p for p in Path("/proc").iterdir() if p.name.isdigit()]
+
+
+def _words(process):
+    try:
+        return (process / "cmdline").read_bytes().decode().split("\0")
+    except OSError:  # it has ended
+        return []
+
+
+@pytest.mark.slow
+def test_a_search_is_a_plain_multirun_too(data, tmp_path):
+    found = search_plan.parse_plan("test", contents(data, methods={
+        "loreft": {"overrides": [], "space": {"optimizer.lr": {"log": [1e-3, 1e-1], "points": 2}}}
+    }))  # fmt: skip
+    words = shlex.split(command.multirun_command(found, "loreft"))
+    code = "import sys; from reft_lightning.cli import train; sys.argv[0] = 'reft-train'; train()"
+    argv = [sys.executable, "-c", code, *words[1:], "name=sweep"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    runs = [json.loads(p.read_text()) for p in (tmp_path / "outputs" / "sweep").glob("*/*/results.json")]
+    assert len(runs) == 2
+    assert all(run["test_reads"] == [] and "val/loss" in run["metrics"] for run in runs)

@@ -1,0 +1,98 @@
+"""Folders that are built once: a damaged, partial or foreign one is built again, by one process."""
+
+import json
+import multiprocessing
+import sys
+
+import pytest
+
+from reft_lightning.storage.build_once import is_whole, publish
+
+
+def build(part):
+    (part / "inner").mkdir()
+    (part / "one").write_text("1111")
+    (part / "inner" / "two").write_text("22")
+
+
+def refuse(part):
+    raise AssertionError("a whole folder was built again")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return publish(tmp_path / "made", build)
+
+
+def damage(folder, how):
+    record = folder.with_name("made.json")
+    if how == "cut":
+        (folder / "one").write_text("11")
+    elif how == "lost":
+        (folder / "inner" / "two").unlink()
+    elif how == "foreign":
+        (folder / "three").write_text("3")
+    elif how == "no record":  # killed between the move and the record
+        record.unlink()
+    elif how == "half a record":
+        record.write_text(record.read_text()[:9])
+    else:
+        for file in (folder / "one", folder / "inner" / "two"):
+            file.unlink()
+        (folder / "inner").rmdir()
+        folder.rmdir()
+
+
+DAMAGES = ("cut", "lost", "foreign", "no record", "half a record", "no folder")
+
+
+def test_a_whole_folder_is_not_built_again(folder):
+    assert is_whole(folder)
+    assert publish(folder, refuse) == folder
+    assert json.loads(folder.with_name("made.json").read_text()) == {"inner/two": 2, "one": 4}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_folder_that_is_not_whole_is_built_again(folder, how):
+    damage(folder, how)
+    assert not is_whole(folder)
+    publish(folder, build)
+    assert (folder / "one").read_text() + (folder / "inner" / "two").read_text() == "111122"
+    assert not (folder / "three").exists()
+    publish(folder, refuse)
+
+
+def test_a_rebuilding_that_fails_leaves_a_folder_that_is_not_used(folder):
+    damage(folder, "cut")
+
+    def fail(part):
+        (part / "one").write_text("1111")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        publish(folder, fail)
+    assert not is_whole(folder)
+    assert [path.name for path in folder.parent.iterdir() if "part" in path.name] == []
+
+
+def build_and_count(folder, log):
+    def logged(part):
+        with log.open("a") as file:
+            file.write("built\n")
+        build(part)
+
+    publish(folder, logged)
+    assert is_whole(folder)
+
+
+def test_processes_that_find_a_damaged_folder_build_it_once(folder, tmp_path):
+    damage(folder, "cut")
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    arguments = (folder, tmp_path / "log")
+    workers = [context.Process(target=build_and_count, args=arguments) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert (tmp_path / "log").read_text() == "built\n"

@@ -1,0 +1,101 @@
+"""Two processes on CPU are one process with twice the batch, through the command line."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import short_runs
+import torch
+
+from reft_lightning.adapters.saving import load_adapter
+from reft_lightning.runs import ddp_launch
+
+TWO = ("trainer.devices=2", "trainer.strategy=ddp")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Rows whose targets have one length, in whole batches.
+
+    The mean of the means of two times 3 rows is then the mean over 6 rows.
+    """
+    return short_runs.write_rows(tmp_path_factory.mktemp("rows"), train=31, test=7, answer="true")
+
+
+def reft_train(data, root, cwd, *overrides):
+    environment = {k: v for k, v in os.environ.items() if k not in ddp_launch.RANK_VARIABLES}
+    # one thread a process: two processes of many threads wait for each other on few cores
+    environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "reft_lightning.cli", *overrides[:1], *short_runs.arguments(data), *overrides[1:]],
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def both(data, tmp_path_factory, root):
+    folder = tmp_path_factory.mktemp("ddp")
+    common = ("data.group_by_length=false", "data.validation_size=7", "optimizer.weight_decay=0.1",
+              "evaluate_base=true")  # fmt: skip
+    done = reft_train(data, root, folder, *common, *TWO, f"hydra.run.dir={folder / 'two'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    short_runs.run(data, folder / "one", *common, "data.batch_size=6")
+    return folder / "one", folder / "two"
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_adapter_of_one_with_twice_the_batch(both):
+    one, two = (load_adapter(folder / "adapter")[1] for folder in both)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=0)
+    steps = [short_runs.results(folder)["steps"] for folder in both]
+    assert steps[0] == steps[1] == 8  # 24 train rows, 6 a step, 2 epochs
+
+
+@pytest.mark.slow
+def test_two_processes_count_every_row_once(both):
+    one, two = (short_runs.results(folder) for folder in both)
+    for name, count in one["counts"].items():
+        assert two["counts"][name] == count, name
+        assert count["total"] == 7
+    assert two["metrics"]["val/loss"] == pytest.approx(one["metrics"]["val/loss"], abs=1e-5)
+    for name in ("base_test", "reft_validation", "reft_test"):
+        expected = {row["source"]: row for row in short_runs.predictions(both[0], name)}
+        rows = short_runs.predictions(both[1], name)
+        assert len(rows) == len(expected) == 7
+        assert {row["source"]: row for row in rows} == expected
+    assert [(read["model"], read["rows"]) for read in two["test_reads"]] == [("base", 7), ("adapted", 7)]
+    assert two["tokens"] == one["tokens"]
+
+
+@pytest.mark.slow
+def test_a_sweep_under_two_processes_runs_each_job_once(data, tmp_path, root):
+    done = reft_train(data, root, tmp_path, "--multirun", *TWO, "seed=1,2", f"hydra.sweep.dir={tmp_path / 'sweep'}",
+                      "trainer.max_epochs=1", "hydra.sweep.subdir=${hydra.job.num}")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(p.parent.name for p in tmp_path.rglob("results.json")) == ["0", "1"]
+    for job in range(2):
+        results = short_runs.results(tmp_path / "sweep" / str(job))
+        assert (results["status"], results["seed"], results["steps"]) == ("complete", job + 1, 5)
+        assert len(results["test_reads"]) == 1
+
+
+@pytest.mark.slow
+def test_processes_with_different_numbers_of_validation_batches_do_not_wait(data, tmp_path, root):
+    # 5 rows in batches of 1 are 3 batches of one process and 2 of the other
+    done = reft_train(data, root, tmp_path, *TWO, "data.validation_size=5", "data.eval_batch_size=1",
+                      "trainer.max_epochs=1", "test=false", f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = short_runs.results(tmp_path / "run")["counts"]
+    assert {count["total"] for count in counts.values()} == {5}
+
+
+@pytest.mark.slow
+def test_a_process_without_any_rows_to_evaluate_is_refused(data, tmp_path, root):
+    done = reft_train(
+        data, root, tmp_path, *TWO, "data.validation_size=1", f"hydra.run.dir={tmp_path / 'run'}"
+    )
+    assert done.returncode != 0
+    assert "2 processes evaluate 1 rows a task" in done.stderr

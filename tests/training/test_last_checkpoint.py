@@ -1,0 +1,184 @@
+"""An interrupted run, resumed, is the uninterrupted run: bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import short_runs
+import torch
+
+from reft_lightning import cli
+from reft_lightning.runs import experiment
+
+# dropout needs the random numbers, the clipped gradients and the warm-up need the step
+SETTINGS = ("intervention.dropout=0.3", "trainer.val_check_interval=4", "optimizer.weight_decay=0.1")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return short_runs.write_rows(tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """The uninterrupted run: 2 epochs of 6 steps, validated after step 4 of each."""
+    folder = tmp_path_factory.mktemp("whole")
+    short_runs.run(data, folder, *SETTINGS)
+    return folder
+
+
+def assert_same_run(folder, whole):
+    left, right = short_runs.checkpoint(folder), short_runs.checkpoint(whole)
+    assert left["global_step"] == right["global_step"]
+    assert left["epoch"] == right["epoch"]
+    assert left["tokens"] == right["tokens"]
+    for name, tensor in right["state_dict"].items():
+        assert torch.equal(left["state_dict"][name], tensor), name
+    for key, state in right["optimizer_states"][0]["state"].items():
+        for name, tensor in state.items():
+            assert torch.equal(left["optimizer_states"][0]["state"][key][name], tensor), (key, name)
+    obtained, expected = short_runs.results(folder), short_runs.results(whole)
+    assert obtained["status"] == expected["status"] == "complete"
+    for name, value in expected["metrics"].items():
+        if "seconds" not in name and "per_second" not in name:
+            assert obtained["metrics"][name] == value, name
+    assert obtained["best_step"] == expected["best_step"]
+    assert obtained["tokens"] == expected["tokens"]
+    assert "error" not in obtained
+    assert "stopped" not in obtained
+
+
+def interrupt(data, folder, monkeypatch, batch, *settings, where="training_step"):
+    with monkeypatch.context() as patch:
+        short_runs.stop_at(patch, batch, where)
+        with pytest.raises(short_runs.Stop):
+            short_runs.run(data, folder, *settings)
+    assert short_runs.results(folder)["status"] == "stopped"
+
+
+def resume(data, folder, *settings):
+    return short_runs.run(data, folder, *settings, f"resume={folder}")
+
+
+# 12 batches; 4 comes right after a validation, 6 is the first of an epoch, 5 its last
+@pytest.mark.parametrize("batch", [1, 4, 5, 6, 11])
+def test_after_an_exception_the_batch_is_read_again(data, whole, tmp_path, monkeypatch, batch):
+    interrupt(data, tmp_path, monkeypatch, batch, *SETTINGS)
+    resume(data, tmp_path, *SETTINGS)
+    assert_same_run(tmp_path, whole)
+    assert short_runs.logged(tmp_path, "train/loss") == short_runs.logged(whole, "train/loss")
+
+
+# 2 validations of 2 batches
+@pytest.mark.parametrize("batch", [0, 3])
+def test_after_an_exception_in_a_validation_it_starts_again(data, whole, tmp_path, monkeypatch, batch):
+    interrupt(data, tmp_path, monkeypatch, batch, *SETTINGS, where="validation_step")
+    resume(data, tmp_path, *SETTINGS)
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_run_stopped_twice_is_the_same_run(data, whole, tmp_path, monkeypatch):
+    interrupt(data, tmp_path, monkeypatch, 2, *SETTINGS)
+    interrupt(data, tmp_path, monkeypatch, 3, *SETTINGS, f"resume={tmp_path}")
+    resume(data, tmp_path, *SETTINGS)
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("kept", [2, 4, 6])
+def test_a_killed_run_goes_on_from_its_last_checkpoint(data, whole, tmp_path, monkeypatch, kept):
+    # every checkpoint at an even step, as they are written; the last at the step "kept" survives the kill
+    from reft_lightning.training.last_checkpoint import LastCheckpoint
+
+    settings = (*SETTINGS, "callbacks.checkpoint_every_n_steps=2")
+    save = LastCheckpoint._save
+
+    def save_until(self, trainer):
+        if trainer.global_step <= kept and not self._validating:
+            save(self, trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LastCheckpoint, "_save", save_until)
+        short_runs.run(data, tmp_path, *settings)
+    assert short_runs.checkpoint(tmp_path)["global_step"] == kept
+    (tmp_path / "results.json").unlink()
+    resume(data, tmp_path, *settings)
+    assert_same_run(tmp_path, whole)
+
+
+def test_gradients_of_a_step_in_progress_are_kept(data, tmp_path, monkeypatch):
+    settings = ("trainer.accumulate_grad_batches=4", "intervention.dropout=0.3", "trainer.max_epochs=2")
+    short_runs.run(data, tmp_path / "whole", *settings)
+    # 6 batches an epoch are 2 steps, of 4 and 2 batches; batch 9 is inside the third step
+    interrupt(data, tmp_path / "run", monkeypatch, 9, *settings)
+    resume(data, tmp_path / "run", *settings)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_evaluating_the_base_or_validating_more_often_changes_no_training_step(data, whole, tmp_path):
+    short_runs.run(data, tmp_path, *SETTINGS, "evaluate_base=true", "trainer.val_check_interval=2")
+    left, right = short_runs.checkpoint(tmp_path), short_runs.checkpoint(whole)
+    for name, tensor in right["state_dict"].items():
+        assert torch.equal(left["state_dict"][name], tensor), name
+
+
+def test_a_run_cannot_go_on_under_other_settings(data, tmp_path, monkeypatch):
+    interrupt(data, tmp_path, monkeypatch, 2, *SETTINGS)
+    with pytest.raises(experiment.SetupError, match=r"optimizer.lr: 0.005 then, 0.1 now"):
+        resume(data, tmp_path, *SETTINGS, "optimizer.lr=0.1")
+
+
+def test_a_folder_without_a_checkpoint_cannot_go_on(data, tmp_path):
+    with pytest.raises(experiment.SetupError, match=r"there is no .*last\.ckpt to continue from"):
+        resume(data, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_told_to_stop_leaves_a_checkpoint_and_goes_on(data, tmp_path, root):
+    settings = [*short_runs.arguments(data), "intervention.dropout=0.3", "trainer.max_epochs=60"]
+    command = [sys.executable, "-m", "reft_lightning.cli", *settings, f"hydra.run.dir={tmp_path / 'run'}"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    log = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    until = time.monotonic() + 90
+    while not log.is_file() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    stopped = short_runs.results(tmp_path / "run")
+    assert (stopped["status"], stopped["error"].split(":")[0]) == ("stopped", "SIGTERMException")
+    step = short_runs.checkpoint(tmp_path / "run")["global_step"]
+    assert 0 < step < 360
+    resume(data, tmp_path / "run", "intervention.dropout=0.3", "trainer.max_epochs=60")
+    short_runs.run(data, tmp_path / "whole", "intervention.dropout=0.3", "trainer.max_epochs=60")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_resume_alone_goes_on_under_the_configuration_of_the_folder(data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        short_runs.stop_at(patch, 3)
+        with pytest.raises(short_runs.Stop):
+            short_runs.run(data, tmp_path / "run", "intervention.dropout=0.3")
+    monkeypatch.setattr(sys, "argv", ["reft-train", f"resume={tmp_path / 'run'}"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    cli.train()
+    assert short_runs.results(tmp_path / "run")["status"] == "complete"
+    short_runs.run(data, tmp_path / "whole", "intervention.dropout=0.3")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_complete_run_is_not_resumed(whole, monkeypatch, capsys):
+    before, parts = short_runs.results(whole), sorted(whole.iterdir())
+    monkeypatch.setattr(sys, "argv", ["reft-train", f"resume={whole}"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as left:
+        cli.train()
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert f"resume={whole}: the run is already complete" in said
+    assert f"reft-eval run={whole}" in said
+    assert (short_runs.results(whole), sorted(whole.iterdir())) == (before, parts)
