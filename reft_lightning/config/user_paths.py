@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from .schema import Config
 
@@ -19,29 +17,14 @@ PLACES = (
 )
 
 
-def make_absolute(config: Config) -> dict[str, str]:
-    """Replace each relative place of an existing file by the absolute one, in the configuration itself.
-
-    Returns:
-        dotted key -> what was written, of the places that were replaced.
-    """
-    written: dict[str, str] = {}
+def with_absolute_paths(config: Config) -> Config:
+    """Return the configuration with the absolute path of each file or folder that exists."""
     for section, key, sources in PLACES:
         part = getattr(config, section)
         value = getattr(part, key)
         if not value or (sources is not None and part.source not in sources):
             continue
         place = Path(value).expanduser()
-        if place.exists() and str(place.absolute()) != value:
-            written[f"{section}.{key}"] = value
-            setattr(part, key, str(place.absolute()))
-    return written
-
-
-def as_written(values: Mapping[str, Any], written: Mapping[str, str]) -> dict[str, Any]:
-    """Return a copy of a configuration's values with the places as they were written: what its hash is taken of."""
-    found = copy.deepcopy(dict(values))
-    for name, value in written.items():
-        section, _, key = name.partition(".")
-        found[section][key] = value
-    return found
+        if place.exists():
+            config = replace(config, **{section: replace(part, **{key: str(place.absolute())})})
+    return config

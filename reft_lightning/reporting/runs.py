@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ..adapters.baselines.methods import is_baseline
-from ..config.identity import FILES, FREE, flat
+from ..config.identity import flat, identity
 from ..config.schema import Config
 
 RUN_FOLDER = "a run folder is what reft-train writes: config.yaml, results.json, predictions/, adapter/"
@@ -27,8 +27,6 @@ STUDY_FILES = {"study.db", "study.yaml"}  # of the folder that reft-search write
 TRIALS = {"trials", "locks"}  # folders of a study without runs to compare
 WINNERS = "winners"  # of a study: winners/METHOD/seed_SEED
 NEEDED = ("metrics", "seed", "method", "model", "data_versions")
-# Beside places and logging, what says which stages ran, not what was trained.
-STAGES = ("test", "sealed")
 
 
 class ReportError(ValueError):
@@ -90,9 +88,8 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Return what makes the method: the configuration without seed, places of files, logging and stages."""
-        kept = {k: v for k, v in self.config.items() if not FREE.fullmatch(k) and k not in STAGES}
-        return {k: PurePath(str(v)).name if k in FILES and v else v for k, v in kept.items()}
+        """Return what makes the method: what identifies the run, but its seed."""
+        return identity(self.config, seed=False)
 
     @property
     def used_settings(self) -> dict[str, Any]:

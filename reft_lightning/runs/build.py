@@ -14,14 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from ..adapters.adapt import adapt, build_on_meta
-from ..adapters.adapted import ParameterCount
-from ..adapters.baselines.in_place import Baseline
-from ..adapters.baselines.joint import JointModel
-from ..adapters.reft.model import ReftModel
-from ..base_models.loading import load_base_model, load_config, load_tokenizer
+from ..adapters.adapted import AdaptedModel, ParameterCount
+from ..base_models.loading import fit_to_tokenizer, load_base_model, load_config, load_tokenizer
 from ..base_models.places import ModelPlace
 from ..config.schema import Config
+from ..data.classification_data import ClassificationDataModule
 from ..data.example import Example
 from ..data.generation_data import FamilyDataModule
 from ..data.labelled import ClassificationFamily
@@ -32,7 +32,9 @@ from ..speed.lean_pass import lean_pass
 from ..training.classification import ClassificationModule
 from ..training.generation import GenerationModule
 from ..training.module import FinetuningModule
+from ..training.optimization import Optimization
 from .arguments import (
+    AnyFamily,
     attachment,
     data_module,
     decoding_of,
@@ -42,74 +44,106 @@ from .arguments import (
     optimization_of,
 )
 from .checks import (
+    Monitor,
     check_monitor,
     check_reads_forward,
     check_tied_head,
     check_unused,
-    choose_monitor,
     measures_of,
+    monitor_of,
     reported,
 )
 
 PLACE = tuple(field.name for field in fields(ModelPlace))
 
 
-@dataclass
+@dataclass(frozen=True)
+class Prepared:
+    """All of a run but the weights: what can be wrong with it has been found."""
+
+    family: AnyFamily
+    source: dict[str, Any]  # arguments of load_base_model
+    attached: dict[str, Any]  # arguments of adapt
+    optimization: Optimization
+    decoding: Decoding | None  # None for a classifier
+    hf_config: PretrainedConfig
+    tokenizer: Any
+    data: FamilyDataModule | ClassificationDataModule
+    count: ParameterCount  # of the published model: a head in float32 has a copy of embeddings that it shares there
+    measures: tuple[str, ...]  # names of the scores, the main one first; none where only the loss is measured
+    monitor: Monitor
+
+
+@dataclass(frozen=True)
 class Objects:
     """What a configuration builds."""
 
-    model: ReftModel | Baseline | JointModel
-    data: FamilyDataModule
+    model: AdaptedModel
+    data: FamilyDataModule | ClassificationDataModule
     module: FinetuningModule
     count: ParameterCount
     commonest: dict[str, str]  # task -> the commonest answer of its training rows
-    measures: tuple[str, ...]  # names of the scores, the main one first; none where only the loss is measured
+    measures: tuple[str, ...]
+    monitor: Monitor
     name: str  # of the adapted model, as judges know it
-    decoding: dict[str, Any]  # how texts are generated; empty for a classifier
+    decoding: Decoding | None
 
-    @property
-    def head_parameters(self) -> int:
-        """Count the trained parameters of heads, which the paper leaves out of its counts."""
-        return sum(p.numel() for p in self.model.parameter_roles()["head"])
+    def facts(self) -> dict[str, Any]:
+        """Return what ``results.json`` holds of them."""
+        return {
+            "data_versions": self.data.data_versions,
+            "trainable_parameters": self.count.trainable,
+            "base_parameters": self.count.base,
+            "percent": self.count.percent,
+            "head_parameters": sum(p.numel() for p in self.model.parameter_roles()["head"]),
+            "commonest_answers": self.commonest,
+            **({"decoding": _described(self.decoding)} if self.decoding else {}),
+        }
 
 
-def build(config: Config) -> Objects:
-    """Build what a run needs, the weights last.
+def prepare(config: Config) -> Prepared:
+    """Check a configuration as far as no weight is needed: on a model without weights, and on the data.
 
     Raises:
         ValueError: for an unknown family, task, model, layer, rank, position or setting, or missing data.
     """
     family = family_of(config)
-    choose_monitor(config)
     check_unused(config, family)
-    source = model_source(config, family)
-    optimization = optimization_of(config)
+    monitor = monitor_of(config, family)
+    source, optimization = model_source(config, family), optimization_of(config)
     attached = attachment(config, family)
     decoding = None if isinstance(family, ClassificationFamily) else decoding_of(config, family)
     place = {name: source[name] for name in PLACE}
     hf_config = load_config(**place, **{k: source[k] for k in ("base_dropout", "config", "num_labels")})
     check_reads_forward(config, hf_config, source["task"], family)
-    # raises what attaching would, without weights
-    adapt(build_on_meta(hf_config, source["task"]), **attached)
     tokenizer = load_tokenizer(**place, tokenizer=source["tokenizer"])
+    if config.model.source == "random":
+        fit_to_tokenizer(hf_config, tokenizer, config.model.config)
+    count = adapt(build_on_meta(hf_config, source["task"]), **attached).parameter_count()
     data = data_module(config, family, tokenizer)
     data.prepare_data()
     data.setup("fit")
     if config.test and not config.sealed:
         data.check_test()
     measures = measures_of(config, family)
-    if decoding is not None:
-        check_monitor(config, reported(family, data.train_rows.examples[0], decoding), data.val_tasks)
-    else:
-        check_monitor(config, measures, data.val_tasks)
+    scores = measures if decoding is None else reported(family, data.train_rows.examples[0], decoding)
+    check_monitor(config, monitor.name, scores, data.val_tasks)
     check_tied_head(config, hf_config, attached.get("heads") or ())
-    base_model, _ = load_base_model(**source | {"tokenizer": tokenizer, "hf_config": hf_config})
+    return Prepared(
+        family, source, attached, optimization, decoding, hf_config, tokenizer, data, count, measures, monitor
+    )
+
+
+def build(config: Config, prepared: Prepared | None = None) -> Objects:
+    """Build what a run needs: load the weights, attach, and make the Lightning module."""
+    run = prepared or prepare(config)
+    base_model, _ = load_base_model(**run.source | {"tokenizer": run.tokenizer, "hf_config": run.hf_config})
     if config.model.gradient_checkpointing:
         with warnings.catch_warnings():
             # the name in all of transformers 5; 5.23 deprecates it for 6
             warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable.*deprecated", FutureWarning)
             base_model.gradient_checkpointing_enable()
-    model = adapt(base_model, **attached)
+    model = adapt(base_model, **run.attached)
     model.config.base_model = config.model.name  # a folder of this machine means nothing elsewhere
     if config.model.compile:
         if config.model.gradient_checkpointing:
@@ -117,25 +151,30 @@ def build(config: Config) -> Objects:
             base_model.disable_input_require_grads()
             base_model.config.use_cache = False
         model.compile()
-    if decoding is None:
-        module: FinetuningModule = ClassificationModule(model, tokenizer, data, optimization)
-        commonest = module.commonest
-    else:
-        commonest = commonest_answers(data.train_rows.examples)
-        options = partial(option_batches, tokenizer, max_length=data.max_length)
-        module = GenerationModule(
-            model, tokenizer, family, data.val_tasks, data.test_tasks, optimization, decoding,
-            options if config.option_likelihood else None, commonest,
-        )  # fmt: skip
+    module, commonest = _module(config, run, model)
     module.train()  # Lightning starts training in the mode it finds; the base's dropout is 0 unless asked for
-    # of the published model: a head in float32 has a copy of embeddings that it shares there
-    count = adapt(build_on_meta(base_model.config, source["task"]), **attached).parameter_count()
     name = f"{config.model.name} {method_of(config)} seed {config.seed}"
-    return Objects(model, data, module, count, commonest, measures, name, _described(decoding))
+    return Objects(
+        model, run.data, module, run.count, commonest, run.measures, run.monitor, name, run.decoding
+    )
 
 
-def _described(decoding: Decoding | None) -> dict[str, Any]:
-    values = {} if decoding is None else asdict(decoding)
+def _module(config: Config, run: Prepared, model: AdaptedModel) -> tuple[FinetuningModule, dict[str, str]]:
+    """Return the Lightning module, and task -> the commonest answer of its training rows."""
+    data = run.data
+    if run.decoding is None:
+        module = ClassificationModule(model, run.tokenizer, data, run.optimization)
+        return module, module.commonest
+    commonest = commonest_answers(data.train_rows.examples)
+    options = partial(option_batches, run.tokenizer, max_length=data.max_length)
+    return GenerationModule(
+        model, run.tokenizer, run.family, data.val_tasks, data.test_tasks, run.optimization, run.decoding,
+        options if config.option_likelihood else None, commonest,
+    ), commonest  # fmt: skip
+
+
+def _described(decoding: Decoding) -> dict[str, Any]:
+    values = asdict(decoding)
     values.pop("stop_strings", None)  # they are the task's
     return values
 
@@ -156,7 +195,7 @@ def shorten_training_pass(config: Config, objects: Objects) -> None:
     """
     if not config.model.base_dropout:
         objects.module.make_training_pass = partial(
-            _short_pass, objects.model, objects.data.train_rows, bool(objects.decoding), config.model.compile,
+            _short_pass, objects.model, objects.data.train_rows, objects.decoding is not None, config.model.compile,
             limit=int(config.kept.limit_gb * 1e9), precision=config.trainer.precision,
             folder=Path(config.kept.folder) if config.kept.folder else None,
         )  # fmt: skip

@@ -23,8 +23,8 @@ from ..data import ClassificationFamily, Example
 from ..data.encoding import Collator, encode
 from ..data.prompts import TEMPLATES, apply_template
 from ..evaluation import Decoding, generate
-from .build import attachment, family_of, model_source
-from .experiment import load_run_config
+from .arguments import attachment, family_of, model_source
+from .run_folder import load_run_config
 
 log = logging.getLogger(__name__)
 HELP = (

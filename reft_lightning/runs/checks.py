@@ -9,6 +9,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
@@ -20,16 +21,20 @@ from ..data.example import Example
 from ..data.labelled import ClassificationFamily
 from ..evaluation import Decoding
 from ..suggest import did_you_mean
-from .arguments import AnyFamily, attachment, classified, family_of
+from .arguments import AnyFamily, attachment, classified
 
 
-def choose_monitor(config: Config) -> None:
-    """Fill in which validation score decides: the family's main measure, or the loss where nothing is scored."""
-    callbacks = config.callbacks
-    if callbacks.monitor is None:
-        callbacks.monitor = f"val/{(*measures_of(config, family_of(config)), 'loss')[0]}"
-    if callbacks.mode is None:
-        callbacks.mode = "min" if callbacks.monitor.endswith("loss") else "max"
+class Monitor(NamedTuple):
+    """The validation score that decides which checkpoint counts."""
+
+    name: str
+    mode: str  # max | min
+
+
+def monitor_of(config: Config, family: AnyFamily) -> Monitor:
+    """Return the score that decides: the one that is named, else the family's main measure, else the loss."""
+    name = config.callbacks.monitor or f"val/{(*measures_of(config, family), 'loss')[0]}"
+    return Monitor(name, config.callbacks.mode or ("min" if name.endswith("loss") else "max"))
 
 
 def measures_of(config: Config, family: AnyFamily) -> tuple[str, ...]:
@@ -120,7 +125,7 @@ def _check_kept(config: Config) -> None:
             raise ValueError(f"kept.folder={folder} cannot be written: {error}") from error
 
 
-def check_monitor(config: Config, measures: Sequence[str], tasks: Sequence[str]) -> None:
+def check_monitor(config: Config, name: str, measures: Sequence[str], tasks: Sequence[str]) -> None:
     """Refuse a monitored score that no validation will report.
 
     Raises:
@@ -128,7 +133,6 @@ def check_monitor(config: Config, measures: Sequence[str], tasks: Sequence[str])
     """
     scores = [name for name in measures if name != "option_accuracy" or config.option_likelihood]
     known = ["val/loss", *(f"val/{s}" for s in scores), *(f"val/{t}/{s}" for t in tasks for s in scores)]
-    name = config.callbacks.monitor
     if tasks and name not in known:
         raise ValueError(
             f"callbacks.monitor must be one of {', '.join(known)}; got {name!r}{did_you_mean(name, known)}"

@@ -1,16 +1,15 @@
-"""Evaluate the adapter of an old run again."""
+"""Evaluate the adapter of an old run again: ``reft-eval run=FOLDER``."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning import Trainer, seed_everything
-from omegaconf import OmegaConf
 
 from ..adapters.saving import load_state
 from ..config.identity import config_hash
-from ..config.user_paths import as_written
 from ..speed.matmul_precision import matmul_precision
 from ..storage.atomic import new_folder, now
 from ..suggest import did_you_mean
@@ -19,9 +18,12 @@ from .build import build
 from .console import print_table
 from .devices import check_accelerator
 from .environment import environment
-from .experiment import _written, evaluate_split, load_run_config
+from .experiment import evaluate_split
 from .results import Results
+from .run_folder import load_run_config
 from .trainer import quiet_lightning
+
+SPLITS = ("validation", "test")
 
 
 def evaluate(folder: Path, split: str = "validation", limit: int | None = None) -> dict[str, Any]:
@@ -33,16 +35,14 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
         limit: rows (of each test task), or None for all.
 
     Raises:
-        ValueError: for an unknown split, or a folder that is no run.
+        ValueError: for an unknown split, or a folder that is not a run.
     """
-    if split not in ("validation", "test"):
-        raise ValueError(
-            f"split must be 'validation' or 'test'; got {split!r}{did_you_mean(split, ('validation', 'test'))}"
-        )
+    if split not in SPLITS:
+        raise ValueError(f"split must be 'validation' or 'test'; got {split!r}{did_you_mean(split, SPLITS)}")
     config = load_run_config(folder)
-    name = "limit_test" if split == "test" else "limit_validation"
     if limit is not None:
-        setattr(config.data, name, limit)
+        limited = {"limit_test" if split == "test" else "limit_validation": limit}
+        config = replace(config, data=replace(config.data, **limited))
     if split == "test" and config.sealed:
         raise ValueError(f"{folder} is part of a search, whose test split is sealed")
     check_accelerator(
@@ -50,19 +50,14 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
     )
     quiet_lightning()
     seed_everything(config.seed, workers=True, verbose=False)
-    adapter = load_state(folder / "adapter")  # a missing one is said before weights are loaded
+    adapter = load_state(folder / "adapter")  # a missing one is reported before weights are loaded
     objects = build(config)
     objects.model.load_adapter_state_dict(adapter)
     target = new_folder(folder / "evaluations")
-    values = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
     results = Results(
-        target,
-        config_hash=config_hash(as_written(values, _written(folder, {}))),
-        run_dir=str(folder),
-        split=split,
-        limit=limit,
-        **environment(),
-    )
+        target, config_hash=config_hash(config), run_dir=str(folder), split=split, limit=limit, seed=config.seed,
+        method=method_of(config), model=config.model.name, **objects.facts(), **environment(),
+    )  # fmt: skip
     trainer = Trainer(
         accelerator=config.trainer.accelerator, devices=1, logger=False, enable_checkpointing=False,
         use_distributed_sampler=False, default_root_dir=target, precision=config.trainer.precision,
@@ -70,15 +65,10 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
     )  # fmt: skip
     with matmul_precision(config.matmul_precision, trainer.strategy.root_device) as precision:
         results.update(matmul_precision=precision)
-        evaluate_split(trainer, objects, split, target, results, "")
+        evaluate_split(trainer, objects, split, target, results)
     if split == "test":
         original = Results.read(folder)
         original.update(test_reads=[*original.values["test_reads"], *results.values["test_reads"]])
-    results.update(
-        status="complete", finished=now(), method=method_of(config), model=config.model.name,
-        seed=config.seed, data_versions=objects.data.data_versions, decoding=objects.decoding,
-        trainable_parameters=objects.count.trainable, percent=objects.count.percent,
-        head_parameters=objects.head_parameters, commonest_answers=objects.commonest,
-    )  # fmt: skip
+    results.update(status="complete", finished=now())
     print_table(results.values)
     return results.values

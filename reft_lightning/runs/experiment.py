@@ -1,39 +1,37 @@
 """One run: configuration -> objects -> (base) -> fit -> validate -> test -> ``results.json``.
 
 What can be wrong is checked before weights are loaded: the configuration, the interventions against a model
-without weights, then the data. A run folder holds the resolved configuration, results.json, predictions/,
-checkpoints/, adapter/ and the logs.
+without weights, then the data.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from ..config.identity import check_same_run, config_hash
+from ..config.identity import config_hash, differences
 from ..config.schema import Config
-from ..config.user_paths import as_written, make_absolute
 from ..data.families.instruction import alpaca_eval_outputs
 from ..speed.matmul_precision import matmul_precision
 from ..storage.atomic import now, write_json
+from ..training.evaluation import evaluate
 from ..training.wandb import finish_wandb
 from .arguments import method_of
-from .build import Objects, build, choose_monitor, shorten_training_pass
+from .build import Objects, build, prepare, shorten_training_pass
 from .console import print_table
 from .ddp_launch import single_job_ddp
 from .devices import check_accelerator
 from .environment import begin_peak_memory, environment, peak_memory_bytes, peak_reserved_bytes
 from .results import Results, write_predictions
+from .run_folder import last_checkpoint, load_run_config, write_run_config
 from .trainer import build_trainer, quiet_lightning
 
 log = logging.getLogger(__name__)
@@ -47,7 +45,7 @@ class Halted(RuntimeError):
     """A callback ends the run on purpose: a search pruned it, or its budget is used up.
 
     Args:
-        status: what ``results.json`` says, such as ``pruned``.
+        status: of ``results.json``, such as ``pruned``.
         reason: why.
         values: further values of ``results.json``.
     """
@@ -63,11 +61,11 @@ def run(
     """Train and evaluate as the configuration says; return the contents of ``results.json``.
 
     Args:
-        config: a checked configuration; a monitored score that it leaves open is filled in.
+        config: a checked configuration.
         folder: the run folder; it is created. With ``resume`` the earlier run's folder is used instead.
         experiment: the file of ``conf/experiment`` that it was composed from; recorded.
-        callbacks: of Lightning, beside those of the configuration. One that raises :class:`Halted` ends the run
-            without an error.
+        callbacks: Lightning callbacks in addition to those of the configuration. One that raises :class:`Halted`
+            ends the run without an error.
 
     Raises:
         SetupError: for a configuration that cannot work, before any weight is loaded.
@@ -83,114 +81,107 @@ def run(
 def _run(
     config: Config, folder: Path, experiment: str | None, callbacks: Sequence[Callback]
 ) -> dict[str, Any]:
-    try:
-        check_accelerator(config.trainer.accelerator)
-        choose_monitor(config)
-    except (ValueError, OSError) as error:
-        raise SetupError(str(error)) from error
-    written = make_absolute(config)
-    values = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
-    last = folder / "checkpoints" / "last.ckpt"
-    if config.resume:
-        _check_incomplete(folder)
-    if config.resume and not last.is_file():
-        raise SetupError(f"resume={config.resume}: there is no {last} to continue from")
     quiet_lightning()
     begin_peak_memory()
     seed_everything(config.seed, workers=True, verbose=False)
+    random_state = torch.get_rng_state()
     try:
+        check_accelerator(config.trainer.accelerator)
         if config.resume:
-            earlier = load_run_config(folder)
-            make_absolute(earlier)
-            check_same_run(values, OmegaConf.to_container(OmegaConf.structured(earlier)), folder)
-            written = _written(folder, written)
-        trainer = build_trainer(config, folder, values)
+            _check_resume(config, folder)
+        plan = prepare(config)
+        trainer = build_trainer(
+            config, folder, plan.monitor, random_state, validated=bool(plan.data.val_tasks)
+        )
         trainer.callbacks[:0] = callbacks
-        objects = build(config)
+        objects = build(config, plan)
     except (ValueError, OSError, MisconfigurationException) as error:
         raise SetupError(str(error)) from error
-    main = trainer.is_global_zero
     folder.mkdir(parents=True, exist_ok=True)
-    if main and not config.resume:
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
-    results = Results(
-        folder, config_hash=config_hash(as_written(values, written)), seed=config.seed, run_dir=str(folder),
-        **({"places_as_written": written} if written else {}), **environment(),
-    )  # fmt: skip
-    results.on = main
-    if config.resume:
-        results.resume()
-    results.update(
-        method=method_of(config), model=config.model.name, data_versions=objects.data.data_versions,
-        trainable_parameters=objects.count.trainable, base_parameters=objects.count.base,
-        percent=objects.count.percent, head_parameters=objects.head_parameters,
-        monitor=config.callbacks.monitor, commonest_answers=objects.commonest,
-        **({"experiment": experiment} if experiment else {}),
-        **({"decoding": objects.decoding} if objects.decoding else {}),
-    )  # fmt: skip
+    if trainer.is_global_zero and not config.resume:
+        write_run_config(folder, config)
+    results = _begin(config, folder, experiment, objects, writes=trainer.is_global_zero)
     log.info("run folder: %s", folder)
     try:
         with matmul_precision(config.matmul_precision, trainer.strategy.root_device) as precision:
             results.update(matmul_precision=precision)
-            _stages(config, folder, objects, trainer, results, last if config.resume else None)
+            _stages(config, folder, objects, trainer, results)
     except Halted as halt:
         results.update(status=halt.status, reason=str(halt), stopped=now(), **halt.values)
-        if main:
-            finish_wandb(trainer.loggers, results.values, None)
+        _finish_wandb(trainer, results, None)
         log.info("%s: %s", halt.status, halt)
         return results.values
     except BaseException as error:
         results.update(status="stopped", error=f"{type(error).__name__}: {error}", stopped=now())
-        if main:
-            finish_wandb(trainer.loggers, results.values, None, exit_code=1)
-        if main and last.is_file():
+        _finish_wandb(trainer, results, None, exit_code=1)
+        if trainer.is_global_zero and last_checkpoint(folder).is_file():
             log.error("stopped; what was computed is in %s; go on with: reft-train resume=%s", folder, folder)
         raise
     results.update(status="complete", finished=now())
-    if main:
-        adapter = folder / "adapter" if config.logger.log_adapter else None
-        finish_wandb(trainer.loggers, results.values, adapter)
+    _finish_wandb(trainer, results, folder / "adapter" if config.logger.log_adapter else None)
+    if trainer.is_global_zero:
         print_table(results.values)
     return results.values
 
 
-def _written(folder: Path, otherwise: dict[str, str]) -> dict[str, str]:
-    """Return the places as a run's first command wrote them: its hash stays, wherever later commands start."""
-    if not (folder / "results.json").is_file():
-        return otherwise
-    return Results.read(folder).values.get("places_as_written", {})
-
-
-def _check_incomplete(folder: Path) -> None:
-    """Refuse to resume what is finished: the test split would be read once more for the same scores."""
+def _check_resume(config: Config, folder: Path) -> None:
+    """Refuse to resume a run that is complete, that has no checkpoint, or that another configuration began."""
     if (folder / "results.json").is_file() and Results.read(folder).values.get("status") == "complete":
-        raise SetupError(
+        # the test split would be read once more for the same scores
+        raise ValueError(
             f"resume={folder}: the run is already complete, and nothing is left to do; to evaluate its adapter again: "
             f"reft-eval run={folder}"
         )
+    if not last_checkpoint(folder).is_file():
+        raise ValueError(f"resume={folder}: there is no {last_checkpoint(folder)} to continue from")
+    changed = differences(load_run_config(folder), config)
+    if changed:  # optimizer and schedule are the checkpoint's
+        listed = "; ".join(f"{name}: {then!r} then, {today!r} now" for name, (then, today) in changed.items())
+        raise ValueError(
+            f"resume={folder} continues that run: what determines its result must stay; {listed}"
+        )
 
 
-def _stages(
-    config: Config, folder: Path, objects: Objects, trainer: Trainer, results: Results, resume: Path | None
-) -> None:
-    split = "test" if config.test and not config.sealed and objects.data.test_tasks else "validation"
-    if config.evaluate_base and not results.has("base/") and (split == "test" or objects.data.val_tasks):
+def _begin(config: Config, folder: Path, experiment: str | None, objects: Objects, writes: bool) -> Results:
+    results = Results(
+        folder,
+        writes=writes,
+        config_hash=config_hash(config),
+        seed=config.seed,
+        run_dir=str(folder),
+        **environment(),
+    )
+    if config.resume:
+        results.resume()
+    results.update(
+        method=method_of(config), model=config.model.name, monitor=objects.monitor.name, **objects.facts(),
+        **({"experiment": experiment} if experiment else {}),
+    )  # fmt: skip
+    return results
+
+
+def _finish_wandb(trainer: Trainer, results: Results, adapter: Path | None, exit_code: int = 0) -> None:
+    if trainer.is_global_zero:
+        finish_wandb(trainer.loggers, results.values, adapter, exit_code)
+
+
+def _stages(config: Config, folder: Path, objects: Objects, trainer: Trainer, results: Results) -> None:
+    data = objects.data
+    split = "test" if config.test and not config.sealed and data.test_tasks else "validation"
+    if config.evaluate_base and not results.has("base/") and (split == "test" or data.val_tasks):
         with objects.model.disabled():
-            evaluate_split(trainer, objects, split, folder, results, "base")
-    validated = bool(objects.data.val_tasks)
-    if not validated:
-        trainer.limit_val_batches = 0
+            evaluate_split(trainer, objects, split, folder, results, base=True)
     if any(objects.model.parameter_roles().values()):
-        _train(config, objects, trainer, results, resume)
+        _train(config, objects, trainer, results, last_checkpoint(folder) if config.resume else None)
     else:
         log.info("%s trains nothing", method_of(config))
         results.update(train_seconds=0.0, steps=0, tokens=0, tokens_per_second=0.0)
     if trainer.is_global_zero:
         objects.model.save_pretrained(folder / "adapter")
-    if validated:
-        evaluate_split(trainer, objects, "validation", folder, results, "")
+    if data.val_tasks:
+        evaluate_split(trainer, objects, "validation", folder, results)
     if split == "test":
-        evaluate_split(trainer, objects, "test", folder, results, "")
+        evaluate_split(trainer, objects, "test", folder, results)
     results.update(peak_memory_bytes=peak_memory_bytes(), peak_reserved_bytes=peak_reserved_bytes())
 
 
@@ -219,9 +210,9 @@ def _train(config: Config, objects: Objects, trainer: Trainer, results: Results,
 
 
 def evaluate_split(
-    trainer: Trainer, objects: Objects, split: str, folder: Path, results: Results, who: str
+    trainer: Trainer, objects: Objects, split: str, folder: Path, results: Results, base: bool = False
 ) -> None:
-    """Evaluate the model as it is on a split; scores and predictions go to the run folder.
+    """Evaluate the model as it is on a split, and write scores and predictions to the run folder.
 
     Args:
         trainer: a trainer.
@@ -229,73 +220,42 @@ def evaluate_split(
         split: ``validation`` or ``test``; reading the test split is recorded.
         folder: the run folder.
         results: takes the scores.
-        who: prefix of the names, ``base`` or nothing.
+        base: whether the model is the frozen base, as inside ``disabled()``.
     """
-    start = time.perf_counter()
-    evaluate = {"validation": trainer.validate, "test": trainer.test}[split]
-    prefix = objects.module.prefix = f"{who}/" if who else ""
-    try:
-        evaluate(objects.module, objects.data, verbose=False)
-    finally:
-        objects.module.prefix = ""
-    names = (f"{prefix}val/", f"{prefix}test/")
-    metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(names)}
+    found = evaluate(trainer, objects.module, objects.data, split, prefix="base/" if base else "")
     read = objects.data.test_rows if split == "test" else {}
     reads = [
         {
-            "task": task, "rows": rows, "time": now(), "model": who or "adapted",
+            "task": task, "rows": rows, "time": now(), "model": "base" if base else "adapted",
             "config_hash": results.values.get("config_hash"),
         }
         for task, rows in read.items()
     ]  # fmt: skip
     results.update(
-        metrics=metrics,
-        counts=objects.module.counts,
-        seconds={f"{prefix}{split}": time.perf_counter() - start},
+        metrics=found.metrics,
+        counts=found.counts,
+        seconds={f"base/{split}" if base else split: found.seconds},
         test_reads=[*results.values["test_reads"], *reads],
     )
-    rows = _gather(trainer, objects.module.predictions)
     if trainer.is_global_zero:
-        write_predictions(folder / "predictions" / f"{who or 'reft'}_{split}.jsonl", rows)
+        who = "base" if base else "reft"
+        write_predictions(folder / "predictions" / f"{who}_{split}.jsonl", found.predictions)
         if split == "test" and not objects.measures:
-            _write_outputs(folder, objects, rows, who)
+            _write_outputs(folder, objects, found.predictions, base)
 
 
-def _write_outputs(folder: Path, objects: Objects, rows: list[dict[str, Any]], who: str) -> None:
+def _write_outputs(folder: Path, objects: Objects, rows: list[dict[str, Any]], base: bool) -> None:
     """Write what nothing scored in AlpacaEval's format, for `reft-judge` and for AlpacaEval itself."""
     for task in objects.data.test_tasks:
-        said = [row for row in rows if row["task"] == task]
-        generator = objects.name.partition(" ")[0] if who else objects.name
-        outputs = alpaca_eval_outputs(said, objects.data.test_instructions(task), generator)
-        path = folder / "outputs" / f"{who or 'reft'}_{task}.json"
+        of_task = [row for row in rows if row["task"] == task]
+        generator = objects.name.partition(" ")[0] if base else objects.name
+        outputs = alpaca_eval_outputs(of_task, objects.data.test_instructions(task), generator)
+        path = folder / "outputs" / f"{'base' if base else 'reft'}_{task}.json"
         path.parent.mkdir(exist_ok=True)
         write_json(path, outputs)
         log.info("%d outputs for a judge: %s", len(outputs), path)
 
 
-def _gather(trainer: Trainer, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of all processes."""
-    if trainer.world_size == 1:
-        return rows
-    parts: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]
-
-
-def load_run_config(folder: Path) -> Config:
-    """Read the resolved configuration of a run folder.
-
-    Raises:
-        ValueError: if the folder holds none.
-    """
-    path = Path(folder) / "config.yaml"
-    if not path.is_file():
-        raise ValueError(
-            f"{folder} is no run folder: it has no config.yaml; give the folder that reft-train named"
-        )
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
-    except OmegaConfBaseException as error:
-        raise ValueError(
-            f"{path} was written by another version of reft_lightning: {str(error).splitlines()[0]}"
-        ) from error
+def resume(folder: Path) -> dict[str, Any]:
+    """Go on with an interrupted run under the configuration that its folder keeps."""
+    return run(replace(load_run_config(folder), resume=str(folder)), folder)

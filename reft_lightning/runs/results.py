@@ -18,9 +18,9 @@ from ..storage.atomic import write_json
 class Results:
     """The contents of ``results.json`` in a run folder, kept on disk."""
 
-    def __init__(self, folder: Path, **values: Any) -> None:
+    def __init__(self, folder: Path, writes: bool = True, **values: Any) -> None:
         self.path = folder / "results.json"
-        self.on = True  # only one process of a run writes
+        self.writes = writes  # only one process of a run does
         self.values: dict[str, Any] = {
             "status": "running",
             "metrics": {},
@@ -53,7 +53,7 @@ class Results:
             self.values[name] = (
                 {**old, **value} if isinstance(old, dict) and isinstance(value, Mapping) else value
             )
-        if self.on:
+        if self.writes:
             write_json(self.path, self.values)
 
 

@@ -6,34 +6,38 @@ import itertools
 import logging
 import os
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from ..config.schema import CallbacksConfig, Config, LoggerConfig
 from ..training.last_checkpoint import LastCheckpoint
 from ..training.wandb import WandbReport
+from .checks import Monitor
 
 log = logging.getLogger(__name__)
 
 
-def build_callbacks(config: CallbacksConfig, folder: Path, progress: bool) -> list[Callback]:
+def build_callbacks(
+    config: CallbacksConfig, monitor: Monitor, folder: Path, random_state: Tensor, progress: bool
+) -> list[Callback]:
     """Return the callbacks: ``best.ckpt`` by the monitored metric, ``last.ckpt`` to go on from."""
     checkpoints = folder / "checkpoints"
     best = ModelCheckpoint(
-        checkpoints, filename="best", monitor=config.monitor, mode=config.mode, save_top_k=1,
+        checkpoints, filename="best", monitor=monitor.name, mode=monitor.mode, save_top_k=1,
         enable_version_counter=False, save_on_train_epoch_end=False,
     )  # fmt: skip
-    last = LastCheckpoint(checkpoints / "last.ckpt", config.checkpoint_every_n_steps, torch.get_rng_state())
+    last = LastCheckpoint(checkpoints / "last.ckpt", config.checkpoint_every_n_steps, random_state)
     callbacks: list[Callback] = [best, last, LearningRateMonitor("step")]  # last knows of the best
     if config.early_stopping_patience is not None:
         callbacks.append(
-            EarlyStopping(config.monitor, mode=config.mode, patience=config.early_stopping_patience)
+            EarlyStopping(monitor.name, mode=monitor.mode, patience=config.early_stopping_patience)
         )
     if progress:
         callbacks.append(RichProgressBar())
@@ -80,10 +84,25 @@ def _has_wandb_key() -> bool:
         return False
 
 
-def build_trainer(config: Config, folder: Path, values: dict[str, Any]) -> Trainer:
-    """Return the Trainer with its callbacks and loggers."""
-    arguments = OmegaConf.to_container(OmegaConf.structured(config.trainer))
-    callbacks = build_callbacks(config.callbacks, folder, config.trainer.enable_progress_bar)
+def build_trainer(
+    config: Config, folder: Path, monitor: Monitor, random_state: Tensor, validated: bool = True
+) -> Trainer:
+    """Return the Trainer with its callbacks and loggers.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        monitor: decides which checkpoint counts.
+        random_state: where training's random numbers start.
+        validated: whether there are validation rows.
+    """
+    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    arguments = asdict(config.trainer)
+    if not validated:
+        arguments["limit_val_batches"] = 0
+    callbacks = build_callbacks(
+        config.callbacks, monitor, folder, random_state, config.trainer.enable_progress_bar
+    )
     if config.logger.wandb:
         callbacks.append(WandbReport())
     return Trainer(

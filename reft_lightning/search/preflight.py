@@ -56,16 +56,16 @@ def check_corners(plan: Plan, corners: dict[str, list[Config]]) -> tuple[str, st
             by none or on different rows, trials that cost nothing of the budget, and trials that cannot spend the same.
     """
     from ..runs.arguments import attachment, data_module, family_of, optimization_of
-    from ..runs.checks import check_unused, choose_monitor
+    from ..runs.checks import Monitor, check_unused, monitor_of
 
     _check_same(plan, corners)
-    scores: dict[tuple[str, str], str] = {}
+    scores: dict[Monitor, str] = {}
     costs: dict[str, set[float | None]] = {}
     for method, configs in corners.items():
         for config in configs:
             try:
-                choose_monitor(config)
                 family = family_of(config)
+                monitor = monitor_of(config, family)
                 check_unused(config, family)
                 attached = attachment(config, family)
                 optimization_of(config)
@@ -82,7 +82,7 @@ def check_corners(plan: Plan, corners: dict[str, list[Config]]) -> tuple[str, st
                     f"search {plan.name}, method {method}: {free} trains nothing, so that its trials would cost no "
                     f"{plan.unit}, and never use the budget up: leave it out, or count trials (budget.unit=trials)"
                 )
-            scores.setdefault((config.callbacks.monitor, config.callbacks.mode), method)
+            scores.setdefault(monitor, method)
             costs.setdefault(method, set()).add(cost_in_advance(plan.unit, config))
     if len(scores) > 1:
         said = ", ".join(f"{method} by {monitor} ({mode})" for (monitor, mode), method in scores.items())

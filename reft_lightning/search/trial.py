@@ -19,8 +19,9 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from ..config import compose
-from ..config.schema import CallbacksConfig
 from ..runs import experiment
+from ..runs.arguments import family_of
+from ..runs.checks import Monitor, monitor_of
 from ..storage.atomic import now, write_json
 from .budget import COST_FILE, flops_per_token, read_cost, total_cost
 from .process import end_with_parent
@@ -35,7 +36,7 @@ class TrialCallback(Callback):
 
     Args:
         folder: of the trial; its siblings are the other trials of the method.
-        monitored: names the score and its direction, once the run has filled them in.
+        monitored: the score that decides.
         unit: of the budget.
         amount: of the budget.
         pruning: settings of successive halving, or None not to prune.
@@ -44,7 +45,7 @@ class TrialCallback(Callback):
     def __init__(
         self,
         folder: Path,
-        monitored: CallbacksConfig,
+        monitored: Monitor,
         unit: str,
         amount: float,
         pruning: dict[str, int] | None,
@@ -96,7 +97,7 @@ class TrialCallback(Callback):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self.cost["seconds"] = time.perf_counter() - self._started
-        self.reports.add(float(trainer.callback_metrics[self.monitored.monitor]))
+        self.reports.add(float(trainer.callback_metrics[self.monitored.name]))
         behind = False
         if self.pruning is not None and trainer.is_global_zero:
             siblings = (path for path in self.folder.parent.iterdir() if path != self.folder)
@@ -107,7 +108,7 @@ class TrialCallback(Callback):
         self._write(trainer)
         if trainer.strategy.broadcast(behind) if trainer.world_size > 1 else behind:
             self._end(
-                f"successive halving: {self.monitored.monitor} fell behind at validation {len(self.reports.values)}"
+                f"successive halving: {self.monitored.name} fell behind at validation {len(self.reports.values)}"
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -179,7 +180,8 @@ def run_job(folder: Path) -> dict[str, Any]:
     if config.sealed != (job["kind"] == "trial"):
         raise ValueError(f"{folder}: a trial is sealed and a winner is not; its overrides say otherwise")
     if job["kind"] == "trial":
-        own: Callback = TrialCallback(folder, config.callbacks, job["unit"], job["amount"], job["pruning"])
+        monitor = monitor_of(config, family_of(config))
+        own: Callback = TrialCallback(folder, monitor, job["unit"], job["amount"], job["pruning"])
     else:
         own = TestLedger(Path(job["ledger"]), folder, job["method"], job["seed"])
     names = [o.partition("=")[2] for o in job["overrides"] if o.startswith("experiment=")]

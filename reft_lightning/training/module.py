@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,6 +78,15 @@ class FinetuningModule(LightningModule):
         if self.training_pass is None or not torch.is_grad_enabled():
             return self.model(**inputs)
         return self.training_pass(inputs, batch["rows"].tolist(), batch.get("boundary"))
+
+    @contextmanager
+    def named(self, prefix: str) -> Iterator[None]:
+        """Put a prefix before the names of what is logged inside the block."""
+        before, self.prefix = self.prefix, prefix
+        try:
+            yield
+        finally:
+            self.prefix = before
 
     # --- training -------------------------------------------------------------------------------------------
 

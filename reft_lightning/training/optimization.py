@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from ..suggest import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,7 @@ class Optimization:
             ValueError: for a value that cannot train.
         """
         if self.schedule not in SHAPES:
-            close = difflib.get_close_matches(str(self.schedule), SHAPES, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(self.schedule, SHAPES)
             raise ValueError(f"schedule must be one of {', '.join(SHAPES)}; got {self.schedule!r}{hint}")
         for name in ("lr", "head_lr"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:

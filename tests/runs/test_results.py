@@ -28,7 +28,7 @@ def test_values_are_merged_and_on_disk_at_once(tmp_path):
 
 def test_only_the_first_process_writes(tmp_path):
     results = Results(tmp_path)
-    results.on = False
+    results.writes = False
     results.update(steps=4)
     assert not (tmp_path / "results.json").exists()
 

@@ -7,13 +7,13 @@ import logging
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from ...config.compose import CompositionError, compose, config_dir
-from ...config.identity import FILES, FREE, flat
+from ...config.identity import differences
 from ...config.schema import Config
 from .published import AVERAGE, GROUP, NAMES, WIN_RATE, Printed, plain
 
@@ -141,33 +141,23 @@ def _win_rate(folder: Path, notes: list[str]) -> float | None:
     return next(reversed(found.values()), None)
 
 
-def composed(row: Printed) -> dict[str, Any] | None:
+def composed(row: Printed) -> Config | None:
     """Return the settings that the experiment and its header's command compose to, on any machine."""
     # what one machine adds to every run makes another experiment of them
     nothing_local = ["~local"] if (config_dir() / "local" / "default.yaml").is_file() else []
     try:
-        config = compose([f"experiment={row.experiment}", *row.command, *nothing_local])
+        return compose([f"experiment={row.experiment}", *row.command, *nothing_local])
     except CompositionError as error:
         log.warning("%s does not compose, so changes cannot be told: %s", row.experiment, error)
         return None
-    return flat(OmegaConf.to_container(OmegaConf.structured(config)))
 
 
-def _changes(path: Path, expected: Mapping[str, Any] | None) -> tuple[str, ...]:
+def _changes(path: Path, expected: Config | None) -> tuple[str, ...]:
     """Return what a run's configuration has other than the experiment, as overrides."""
     if expected is None or not path.is_file():
         return ("(settings unknown)",)
-    # a key that is younger than the run stands at its default
-    defaults = flat(OmegaConf.to_container(OmegaConf.structured(Config)))
-    found = defaults | flat(OmegaConf.to_container(OmegaConf.load(path)))
-    changed = []
-    for key in sorted(found.keys() | expected.keys()):
-        mine, theirs = found.get(key), expected.get(key)
-        if FREE.fullmatch(key) or mine == theirs:
-            continue
-        if key in FILES and mine and theirs and PurePath(str(mine)).name == PurePath(str(theirs)).name:
-            continue
-        if key in ("callbacks.monitor", "callbacks.mode") and theirs is None:
-            continue  # a run fills in what its family decides by
-        changed.append(f"{key}={json.dumps(mine) if isinstance(mine, bool | list | None) else mine}")
-    return tuple(changed)
+    found = differences(OmegaConf.to_container(OmegaConf.load(path)), expected, seed=False)
+    return tuple(
+        f"{key}={json.dumps(mine) if isinstance(mine, bool | list | None) else mine}"
+        for key, (mine, _) in found.items()
+    )

@@ -6,12 +6,13 @@ of run folders; `results["experiment"]` joins the two. Numbers are percent.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from ...suggest import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -134,8 +135,7 @@ def _numbers(text: str, path: Path) -> dict[str, tuple[float, float | None]]:
             )
         name, value, deviation = found.groups()
         if name != AVERAGE and plain(name) not in NAMES:
-            close = difflib.get_close_matches(plain(name), NAMES, n=1)
-            hint = f", did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(plain(name), NAMES)
             raise ValueError(f"{path}: no benchmark is known as {name!r}{hint}; known: {', '.join(NAMES)}")
         numbers[name] = (float(value), float(deviation) if deviation else None)
     return numbers

@@ -1,0 +1,62 @@
+"""Evaluate a model on one split, and return what was found."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import LightningDataModule, Trainer
+
+from .module import FinetuningModule
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found.
+
+    Args:
+        metrics: ``test/<task>/<measure>`` and the like -> value; under ``base/`` for the frozen base.
+        counts: name of a metric -> ``total`` rows, ``correct`` of them, ``missing``, ``interval``.
+        predictions: one dictionary for each row, of all processes.
+        seconds: it took.
+    """
+
+    metrics: dict[str, float]
+    counts: dict[str, dict[str, Any]]
+    predictions: list[dict[str, Any]]
+    seconds: float
+
+
+def evaluate(
+    trainer: Trainer, module: FinetuningModule, data: LightningDataModule, split: str, prefix: str = ""
+) -> Evaluation:
+    """Evaluate the model as it is.
+
+    Args:
+        trainer: any; its loggers are written to.
+        module: holds the model.
+        data: holds the rows.
+        split: ``validation`` or ``test``.
+        prefix: of the names of metrics: ``base/`` while the frozen base is evaluated.
+    """
+    start = time.perf_counter()
+    run = {"validation": trainer.validate, "test": trainer.test}[split]
+    with module.named(prefix):
+        run(module, data, verbose=False)
+    names = (f"{prefix}val/", f"{prefix}test/")
+    return Evaluation(
+        metrics={k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(names)},
+        counts=module.counts,
+        predictions=_of_all_processes(trainer, module.predictions),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _of_all_processes(trainer: Trainer, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if trainer.world_size == 1:
+        return rows
+    parts: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
