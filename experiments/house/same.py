@@ -117,10 +117,10 @@ def train(folder: Path, overrides: list[str], place: Path) -> str | None:
 
 
 def killed_and_resumed(folder: Path, overrides: list[str], place: Path) -> str | None:
-    """Kill a run after its third step, and resume it."""
+    """Kill a run after its first epoch, and resume it."""
     overrides = [o.replace("ROWS", str(place)) for o in overrides]
     started = subprocess.Popen(
-        command("reft-train", *overrides, "callbacks.checkpoint_every_n_steps=3", f"hydra.run.dir={folder}"),
+        command("reft-train", *overrides, f"hydra.run.dir={folder}"),
         env=environment(), cwd=folder.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip

@@ -28,7 +28,6 @@ from reft_lightning.data import FAMILIES
 from reft_lightning.data.encoding import target_only
 from reft_lightning.interventions.subspace import Subspace
 from reft_lightning.runs.build import data_module, model_source, optimization_of
-from reft_lightning.training.optimization import schedule_factor
 
 
 class HouseholderLoReFT(Subspace, name="experiment_householder_loreft"):
@@ -78,8 +77,8 @@ def train(config, base, tokenizer, variant: str, seed: int, steps: int) -> dict:
     config.seed = seed
     data = data_module(config, FAMILIES[config.data.family], tokenizer)
     data.setup("fit")
-    optimizer = torch.optim.AdamW(model.interventions.parameters(), lr=config.optimizer.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_factor(optimization_of(config), steps))
+    rows = {"rotation": list(model.interventions.parameters())}  # no decay
+    optimizer, schedule = optimization_of(config).build(rows, steps)
     losses: list[float] = []
     start = time.process_time()
     while len(losses) < steps:

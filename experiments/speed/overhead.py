@@ -33,7 +33,6 @@ from reft_lightning.config.compose import compose
 from reft_lightning.config.schema import Config
 from reft_lightning.runs.build import Objects, build
 from reft_lightning.runs.trainer import build_trainer, quiet_lightning
-from reft_lightning.training.optimization import parameter_groups, schedule_factor
 
 log = logging.getLogger("speed")
 
@@ -53,11 +52,9 @@ class PlainLoop:
 
     def __init__(self, objects: Objects, config: Config, steps: int) -> None:
         self.objects, self.clip = objects, config.trainer.gradient_clip_val
-        settings = objects.module.optimization
-        groups = parameter_groups(objects.model.parameter_roles(), settings)
-        self.parameters = [p for group in groups for p in group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule_factor(settings, steps))
+        roles = objects.model.parameter_roles()
+        self.parameters = [p for group in roles.values() for p in group]
+        self.optimizer, self.schedule = objects.module.optimization.build(roles, steps)
         self.batches: Iterator[dict[str, Any]] = iter(())
 
     def step(self) -> None:

@@ -79,8 +79,8 @@ def overrides(folder: str, mixture: Path, tokenizer: str | None, *, batch_size: 
         "data.target=output",
         f"data.batch_size={batch_size}",
         "data.validation_size=0",
-        "callbacks.restore_best=false",
-        "callbacks.monitor=val/loss",
-        "callbacks.mode=min",
+        "checkpoint.restore_best=false",
+        "checkpoint.monitor=val/loss",
+        "checkpoint.mode=min",
         "test=false",
     ]

@@ -26,7 +26,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException, ValidationError
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    OmegaConfBaseException,
+    ValidationError,
+)
 
 from ..adapters.baselines.methods import check_baseline, check_beside, is_baseline
 from ..suggest import did_you_mean
@@ -224,8 +229,9 @@ def _check_override(override: Override, vocabulary: Vocabulary) -> None:
         return
     if name in vocabulary.groups:
         option = override.value()
-        if isinstance(option, str) and option not in vocabulary.groups[name]:
-            raise CompositionError(vocabulary.unknown_option(name, option, text))
+        for chosen in option if isinstance(option, list) else [option]:  # logger=[csv,wandb]
+            if isinstance(chosen, str) and chosen not in vocabulary.groups[name]:
+                raise CompositionError(vocabulary.unknown_option(name, chosen, text))
         if "/" in name:  # a folder inside a group
             group, _, folder = name.partition("/")
             raise CompositionError(f"{text}: write {group}={folder}/{option}")
@@ -334,6 +340,10 @@ def _explain(error: Exception, overrides: Sequence[str], vocabulary: Vocabulary)
         written = [o for o in overrides if o.lstrip("+").startswith(f"{cause.full_key}=")]
         reason = vocabulary.wrong_type(cause.full_key, str(cause).splitlines()[0])
         return f"{written[-1] if written else 'the configuration'}: {reason}"
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError):  # of a dictionary: it lacks the key
+        for override in overrides:
+            if did := vocabulary.unknown_entry(override.partition("=")[0]):
+                return f"{override}: {did}"
     return message.replace("To append to your config use", "A new entry of a dictionary takes a plus:")
 
 

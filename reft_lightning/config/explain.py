@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ..suggest import did_you_mean
 from .schema import Config
@@ -25,11 +27,14 @@ CUTOFF = 0.7  # of difflib's ratio: below it a guess misleads (learning_rate wou
 ALIASES = {
     "learning_rate": "optimizer.lr",
     "wd": "optimizer.weight_decay",
-    "warmup": "optimizer.warmup_ratio",
-    "warmup_steps": "optimizer.warmup_ratio",
-    "scheduler": "optimizer.schedule",
-    "lr_scheduler": "optimizer.schedule",
-    "lr_scheduler_type": "optimizer.schedule",
+    "warmup": "scheduler.warmup_ratio",
+    "warmup_steps": "scheduler.warmup_ratio",
+    "schedule": "scheduler",
+    "lr_scheduler": "scheduler",
+    "lr_scheduler_type": "scheduler",
+    "betas": "optimizer.options",
+    "eps": "optimizer.options",
+    "momentum": "optimizer.options",
     "train_batch_size": "data.batch_size",
     "per_device_train_batch_size": "data.batch_size",
     "per_device_eval_batch_size": "data.eval_batch_size",
@@ -65,6 +70,13 @@ def _split(name: str) -> tuple[str, str]:
     return parent, last
 
 
+def _dotted(values: dict[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in values.items():
+        yield f"{prefix}.{key}"
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}.{key}")
+
+
 class Vocabulary:
     """The keys of the schema and the groups found in some folders of YAML files.
 
@@ -86,6 +98,25 @@ class Vocabulary:
                 for depth in range(1, len(parts)):
                     found.setdefault("/".join(parts[:depth]), set()).add("/".join(parts[depth:]))
         return {group: sorted(options) for group, options in sorted(found.items())}
+
+    @cached_property
+    def entries(self) -> set[str]:
+        """Every dotted key of the groups' files: what the dictionaries of the schema may hold."""
+        found: set[str] = set()
+        for folder in self.folders:
+            for file in folder.glob("*/**/*.yaml"):
+                group = file.relative_to(folder).parts[0]
+                content = yaml.safe_load(file.read_text(encoding="utf-8"))
+                if group in self.keys and isinstance(content, dict):
+                    found |= set(_dotted(content, group))
+        return found
+
+    def unknown_entry(self, name: str) -> str | None:
+        """Return the message for an entry of a dictionary that nothing has set; None for any other key."""
+        if name.startswith(("+", "~")) or name in self.keys or name in self.entries or not self.is_free(name):
+            return None
+        hint = did_you_mean(name, self.entries)
+        return f"nothing has set {name}{hint}\na new entry of a dictionary takes a plus: +{name}=..."
 
     def file(self, name: str) -> str:
         """Return the path of the YAML file that Hydra calls ``name``, or the name where no folder has it."""

@@ -161,36 +161,82 @@ class DecodingConfig:
 
 @dataclass
 class TrainerConfig:
-    """Arguments of ``lightning.Trainer``."""
+    """Every argument of ``lightning.Trainer``, but callbacks and logger, which have sections of their own.
 
-    max_epochs: int = 6  # Wu et al. 2024, README commonsense command
-    max_steps: int = -1  # optimizer steps; -1: max_epochs decides
+    An argument that takes an object takes a ``_target_`` entry too, such as ``+trainer.profiler._target_=...``.
+    The default is Lightning's unless a comment says otherwise.
+    """
+
     accelerator: str = free("auto")
+    strategy: Any = "auto"
     devices: Any = 1
     num_nodes: int = 1
-    strategy: str = "auto"
-    precision: str = "32-true"  # of everything but the base, whose dtype is model.dtype
-    accumulate_grad_batches: int = 1
-    gradient_clip_val: Optional[float] = 1.0  # the default of the authors' Trainer
+    precision: Any = "32-true"  # of everything but the base, whose dtype is model.dtype
+    max_epochs: Optional[int] = 6  # Wu et al. 2024, README commonsense command
+    min_epochs: Optional[int] = None
+    max_steps: int = -1  # optimizer steps; -1: max_epochs decides
+    min_steps: Optional[int] = None
+    max_time: Any = None  # "DD:HH:MM:SS", or a dictionary such as {hours: 3}
+    fast_dev_run: Any = False  # true, or a number of batches: a run of one epoch that writes no checkpoint
+    limit_train_batches: Any = None  # batches (int) or part of an epoch (float)
+    limit_val_batches: Any = None
+    limit_test_batches: Any = None
+    limit_predict_batches: Any = None
+    overfit_batches: Any = 0.0
     val_check_interval: Any = None  # batches (int) or part of an epoch (float)
     check_val_every_n_epoch: Optional[int] = 1
+    num_sanity_val_steps: Optional[int] = 0  # validation is part of every run here
     log_every_n_steps: int = free(10)
-    deterministic: bool = False
-    num_sanity_val_steps: int = 0
+    enable_checkpointing: Optional[bool] = None
     enable_progress_bar: bool = free(True)
+    enable_model_summary: Optional[bool] = free(False)  # the table at the end of a run has the counts
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: Optional[float] = 1.0  # the default of the authors' Trainer
+    gradient_clip_algorithm: Optional[str] = None
+    deterministic: Any = False
+    benchmark: Optional[bool] = free(None)
+    inference_mode: bool = True
+    use_distributed_sampler: bool = False  # the data modules share the rows out themselves
+    profiler: Any = free(None)
+    detect_anomaly: bool = free(False)
+    barebones: bool = False
+    plugins: Any = None
+    sync_batchnorm: bool = False
+    reload_dataloaders_every_n_epochs: int = 0
+    default_root_dir: Optional[str] = free(None)  # None: the run folder
+    enable_autolog_hparams: bool = free(True)
+    model_registry: Optional[str] = free(None)
 
 
 @dataclass
 class OptimizerConfig:
-    """Optimizer and learning-rate schedule."""
+    """An optimizer by its import path; it is given one group of parameters for each role, see ``training``."""
 
+    _target_: str = "torch.optim.AdamW"  # any torch.optim.Optimizer
     lr: float = 9e-4  # Wu et al. 2024, README commonsense command
     head_lr: Optional[float] = None  # of trained heads; None: lr
     weight_decay: float = 0.0  # acts on W; R and biases never decay
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-    schedule: str = "linear"  # linear | cosine | constant, after the warm-up
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments, such as betas or momentum
+
+
+@dataclass
+class SchedulerConfig:
+    """A learning-rate scheduler by its import path; it is stepped after every optimizer step."""
+
+    _target_: str = "reft_lightning.training.schedules.linear"  # f(optimizer, ...) -> a torch scheduler
     warmup_ratio: float = 0.1  # part of all optimizer steps
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments
+
+
+@dataclass
+class CheckpointConfig:
+    """Which checkpoint counts, and when to write one."""
+
+    monitor: Optional[str] = None  # None: the family's main measure, or val/loss where nothing is scored
+    mode: Optional[str] = None  # max | min; None: min for a loss, max for a score
+    every_n_steps: Optional[int] = free(None)  # optimizer steps; None: once a validation
+    early_stopping_patience: Optional[int] = None  # validations without improvement; None: never
+    restore_best: bool = True  # test the checkpoint that is best on validation, not the last
 
 
 @dataclass
@@ -206,31 +252,6 @@ class KeptConfig:
 
 
 @dataclass
-class LoggerConfig:
-    """Where metrics go. A CSV file is written always."""
-
-    wandb: bool = False
-    project: str = "reft_lightning"
-    entity: Optional[str] = None
-    group: Optional[str] = None
-    name: Optional[str] = None  # None: the run folder's
-    tags: list[str] = field(default_factory=list)
-    mode: Optional[str] = None  # online | offline | disabled; None: online with a key, offline without
-    log_adapter: bool = True  # the adapter folder as a W&B artifact
-
-
-@dataclass
-class CallbacksConfig:
-    """Which checkpoint counts, and when to write one."""
-
-    monitor: Optional[str] = None  # None: the family's main measure, or val/loss where nothing is scored
-    mode: Optional[str] = None  # max | min; None: min for a loss, max for a score
-    checkpoint_every_n_steps: Optional[int] = free(None)  # optimizer steps; None: once a validation
-    early_stopping_patience: Optional[int] = None  # validations without improvement; None: never
-    restore_best: bool = True  # test the checkpoint that is best on validation, not the last
-
-
-@dataclass
 class Config:
     """One run of ``reft-train``."""
 
@@ -240,9 +261,13 @@ class Config:
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     kept: KeptConfig = field(default_factory=KeptConfig, metadata={"identity": "free"})
-    logger: LoggerConfig = field(default_factory=LoggerConfig, metadata={"identity": "free"})
-    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    # name -> {_target_: import path, arguments}; the run folder's metrics.csv is written always
+    logger: dict[str, Any] = field(default_factory=dict, metadata={"identity": "free"})
+    # name -> {_target_: import path, arguments}, in addition to those that every run has
+    callbacks: dict[str, Any] = field(default_factory=dict)
     seed: int = field(default=42, metadata={"identity": "seed"})  # the first of the authors' seeds 42, 43, 44
     test: bool = free(True)  # evaluate the test split, once, after training
     evaluate_base: bool = free(False)  # the frozen base in the same table
@@ -266,8 +291,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "intervention.weight_dtype": ("float32", "bfloat16"),
     "data.source": ("hub", "local", "wheel"),
     "data.template": ("plain", "alpaca", "chat"),
-    "optimizer.schedule": ("linear", "cosine", "constant"),
     "matmul_precision": ("auto", "highest", "high", "medium"),
-    "logger.mode": ("online", "offline", "disabled"),
-    "callbacks.mode": ("max", "min"),
+    "checkpoint.mode": ("max", "min"),
 }

@@ -177,10 +177,10 @@ def _train_config(run: Run) -> dict[str, Any]:
         if key not in ("max_new_tokens", "verify") and config[f"decoding.{key}"] != default
     }
     optimizer = {"lr": config["optimizer.lr"], "weight_decay": config["optimizer.weight_decay"]}
-    if config["optimizer.warmup_ratio"] != WARMUP:
-        optimizer["warmup_ratio"] = config["optimizer.warmup_ratio"]
+    if config["scheduler.warmup_ratio"] != WARMUP:
+        optimizer["warmup_ratio"] = config["scheduler.warmup_ratio"]
     every = config["trainer.val_check_interval"]
-    schedule = config["optimizer.schedule"]
+    schedule = config["scheduler._target_"].rpartition(".")[2]
     return {
         "model_id": results["model"],
         "dtype": config["model.dtype"],

@@ -20,6 +20,7 @@ from ..data.labelled import ClassificationFamily, ClassificationTask
 from ..data.rows import DataSource
 from ..evaluation import Decoding
 from ..interventions import intervention_class, settings_of
+from ..suggest import import_object
 from ..training.optimization import Optimization
 
 AnyFamily = Family | ClassificationFamily
@@ -156,9 +157,22 @@ def data_module(
 
 
 def optimization_of(config: Config) -> Optimization:
-    """Return the optimizer's settings."""
-    o = config.optimizer
+    """Return optimizer and scheduler.
+
+    Raises:
+        ValueError: for an import path that names nothing, an argument that is not taken, or a value out of range.
+    """
+    optimizer, scheduler = config.optimizer, config.scheduler
     return Optimization(
-        lr=o.lr, weight_decay=o.weight_decay, betas=tuple(o.betas), eps=o.eps, schedule=o.schedule,
-        warmup_ratio=o.warmup_ratio, head_lr=o.head_lr,
+        lr=optimizer.lr, weight_decay=optimizer.weight_decay, head_lr=optimizer.head_lr,
+        warmup_ratio=scheduler.warmup_ratio,
+        optimizer=_imported("optimizer._target_", optimizer._target_), optimizer_options=optimizer.options,
+        scheduler=_imported("scheduler._target_", scheduler._target_), scheduler_options=scheduler.options,
     )  # fmt: skip
+
+
+def _imported(key: str, path: str) -> Any:
+    try:
+        return import_object(path)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error

@@ -33,8 +33,8 @@ class Monitor(NamedTuple):
 
 def monitor_of(config: Config, family: AnyFamily) -> Monitor:
     """Return the score that decides: the one that is named, else the family's main measure, else the loss."""
-    name = config.callbacks.monitor or f"val/{(*measures_of(config, family), 'loss')[0]}"
-    return Monitor(name, config.callbacks.mode or ("min" if name.endswith("loss") else "max"))
+    name = config.checkpoint.monitor or f"val/{(*measures_of(config, family), 'loss')[0]}"
+    return Monitor(name, config.checkpoint.mode or ("min" if name.endswith("loss") else "max"))
 
 
 def measures_of(config: Config, family: AnyFamily) -> tuple[str, ...]:
@@ -135,12 +135,12 @@ def check_monitor(config: Config, name: str, measures: Sequence[str], tasks: Seq
     known = ["val/loss", *(f"val/{s}" for s in scores), *(f"val/{t}/{s}" for t in tasks for s in scores)]
     if tasks and name not in known:
         raise ValueError(
-            f"callbacks.monitor must be one of {', '.join(known)}; got {name!r}{did_you_mean(name, known)}"
+            f"checkpoint.monitor must be one of {', '.join(known)}; got {name!r}{did_you_mean(name, known)}"
         )
-    if not tasks and config.callbacks.early_stopping_patience is not None:
+    if not tasks and config.checkpoint.early_stopping_patience is not None:
         raise ValueError(
             "early stopping needs validation rows: set data.validation_size, or no "
-            "callbacks.early_stopping_patience"
+            "checkpoint.early_stopping_patience"
         )
 
 

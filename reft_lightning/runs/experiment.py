@@ -32,7 +32,7 @@ from .devices import check_accelerator
 from .environment import begin_peak_memory, environment, peak_memory_bytes, peak_reserved_bytes
 from .results import Results, write_predictions
 from .run_folder import last_checkpoint, load_run_config, write_run_config
-from .trainer import build_trainer, quiet_lightning
+from .trainer import build_trainer, logs_adapter, quiet_lightning
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def _run(
             log.error("stopped; what was computed is in %s; go on with: reft-train resume=%s", folder, folder)
         raise
     results.update(status="complete", finished=now())
-    _finish_wandb(trainer, results, folder / "adapter" if config.logger.log_adapter else None)
+    _finish_wandb(trainer, results, folder / "adapter" if logs_adapter(config) else None)
     if trainer.is_global_zero:
         print_table(results.values)
     return results.values
@@ -199,11 +199,11 @@ def _train(config: Config, objects: Objects, trainer: Trainer, results: Results,
         tokens_per_second=tokens / seconds if seconds else 0.0,
         metrics={k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")},
     )  # fmt: skip
-    best = Path(trainer.checkpoint_callback.best_model_path or "none")
-    if config.callbacks.restore_best and not best.is_file():
+    best = Path(getattr(trainer.checkpoint_callback, "best_model_path", "") or "none")
+    if config.checkpoint.restore_best and not best.is_file():
         log.warning("no validation chose a checkpoint: the weights of the last step are evaluated")
         results.update(best_step=None)
-    elif config.callbacks.restore_best:
+    elif config.checkpoint.restore_best:
         checkpoint = torch.load(best, map_location="cpu", weights_only=False)
         objects.module.load_state_dict(checkpoint["state_dict"])
         results.update(best_step=checkpoint["global_step"])

@@ -1,22 +1,25 @@
-"""Lightning callbacks and loggers of a run: checkpoints, progress, and what W&B shows."""
+"""The Trainer of a run, with its callbacks and loggers: ours, and those that the configuration names."""
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger
-from omegaconf import OmegaConf
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from torch import Tensor
 
-from ..config.schema import CallbacksConfig, Config, LoggerConfig
+from ..config.schema import CheckpointConfig, Config
+from ..suggest import import_object
 from ..training.last_checkpoint import LastCheckpoint
 from ..training.wandb import WandbReport
 from .checks import Monitor
@@ -24,52 +27,101 @@ from .checks import Monitor
 log = logging.getLogger(__name__)
 
 
+def build_trainer(
+    config: Config, folder: Path, monitor: Monitor, random_state: Tensor, validated: bool = True
+) -> Trainer:
+    """Return the Trainer with its callbacks and loggers.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        monitor: decides which checkpoint counts.
+        random_state: where training's random numbers start.
+        validated: whether there are validation rows.
+
+    Raises:
+        ValueError: for an entry that names nothing, or whose arguments do not fit.
+    """
+    arguments = {name: _object(f"trainer.{name}", value) for name, value in asdict(config.trainer).items()}
+    if not validated:
+        arguments["limit_val_batches"] = 0
+    arguments["default_root_dir"] = arguments["default_root_dir"] or folder
+    loggers = [] if config.trainer.barebones else build_loggers(config, folder)
+    callbacks: list[Callback] = []
+    if config.trainer.enable_checkpointing is not False and not config.trainer.barebones:
+        callbacks += build_callbacks(config.checkpoint, monitor, folder, random_state)
+    if loggers:
+        callbacks.append(LearningRateMonitor("step"))
+    if config.trainer.enable_progress_bar:
+        callbacks.append(RichProgressBar())
+    if any(isinstance(logger, WandbLogger) for logger in loggers):
+        callbacks.append(WandbReport())
+    for name, entry in config.callbacks.items():
+        callbacks.append(_of_kind(f"callbacks.{name}", entry, Callback))
+    return Trainer(**arguments, callbacks=callbacks, logger=loggers)
+
+
 def build_callbacks(
-    config: CallbacksConfig, monitor: Monitor, folder: Path, random_state: Tensor, progress: bool
+    config: CheckpointConfig, monitor: Monitor, folder: Path, random_state: Tensor
 ) -> list[Callback]:
-    """Return the callbacks: ``best.ckpt`` by the monitored metric, ``last.ckpt`` to go on from."""
+    """Return the callbacks of every run: ``best.ckpt`` by the monitored score, ``last.ckpt`` to go on from."""
     checkpoints = folder / "checkpoints"
     best = ModelCheckpoint(
         checkpoints, filename="best", monitor=monitor.name, mode=monitor.mode, save_top_k=1,
         enable_version_counter=False, save_on_train_epoch_end=False,
     )  # fmt: skip
-    last = LastCheckpoint(checkpoints / "last.ckpt", config.checkpoint_every_n_steps, random_state)
-    callbacks: list[Callback] = [best, last, LearningRateMonitor("step")]  # last knows of the best
+    last = LastCheckpoint(checkpoints / "last.ckpt", config.every_n_steps, random_state)
+    callbacks: list[Callback] = [best, last]  # in this order: `last` saves the state of `best` too
     if config.early_stopping_patience is not None:
         callbacks.append(
             EarlyStopping(monitor.name, mode=monitor.mode, patience=config.early_stopping_patience)
         )
-    if progress:
-        callbacks.append(RichProgressBar())
     return callbacks
 
 
-def build_loggers(config: LoggerConfig, folder: Path, values: dict[str, Any]) -> list[Logger]:
-    """Return the CSV logger, and W&B where asked for.
-
-    Without a key W&B runs offline and the log says how to sync later.
-    """
+def build_loggers(config: Config, folder: Path) -> list[Logger]:
+    """Return the CSV logger, which every run has, and those of the configuration."""
     # CSVLogger empties a folder that it finds: a resumed run writes beside the log of its first part
     parts = ("csv" if part == 1 else f"csv_{part}" for part in itertools.count(1))
     version = next(part for part in parts if not (folder / part / "metrics.csv").is_file())
     loggers: list[Logger] = [CSVLogger(folder, name="", version=version)]
-    if config.wandb:
-        loggers.append(_wandb_logger(config, folder, values))
+    for name, entry in config.logger.items():
+        where = f"logger.{name}"
+        cls = _target(where, entry)
+        if inspect.isclass(cls) and issubclass(cls, WandbLogger):
+            entry, given = _wandb(entry, config, folder)
+        else:
+            takes_folder = "save_dir" in inspect.signature(cls).parameters and "save_dir" not in entry
+            given = {"save_dir": str(folder)} if takes_folder else {}
+        loggers.append(_of_kind(where, entry, Logger, given))
     return loggers
 
 
-def _wandb_logger(config: LoggerConfig, folder: Path, values: dict[str, Any]) -> Logger:
-    from lightning.pytorch.loggers import WandbLogger
+def _wandb(entry: Mapping[str, Any], config: Config, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the entry without what is ours, and what a run knows: folder, name, configuration.
 
-    mode = config.mode or os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+    Without a key W&B runs offline.
+    """
+    values = {key: value for key, value in entry.items() if key != "log_adapter"}
+    modes = ("online", "offline", "disabled")
+    mode = values.get("mode") or os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+    if mode not in modes:
+        raise ValueError(f"logger.wandb.mode must be one of {', '.join(modes)}; got {mode!r}")
     if mode == "offline":
         log.info(
             "W&B runs offline; to upload this run later: wandb sync %s", folder / "wandb" / "offline-run-*"
         )
-    return WandbLogger(
-        project=config.project, entity=config.entity, group=config.group, name=config.name or folder.name,
-        tags=list(config.tags), save_dir=folder, config=values, mode=mode,
-    )  # fmt: skip
+    given = {
+        "name": values.pop("name", None) or folder.name,
+        "save_dir": str(folder),
+        "config": asdict(config),
+    }
+    return values | {"mode": mode}, given
+
+
+def logs_adapter(config: Config) -> bool:
+    """Whether a logger uploads the adapter."""
+    return any(entry.get("log_adapter", False) for entry in config.logger.values())
 
 
 def _has_wandb_key() -> bool:
@@ -84,32 +136,40 @@ def _has_wandb_key() -> bool:
         return False
 
 
-def build_trainer(
-    config: Config, folder: Path, monitor: Monitor, random_state: Tensor, validated: bool = True
-) -> Trainer:
-    """Return the Trainer with its callbacks and loggers.
+# --- objects that the configuration names -----------------------------------------------------------------------
 
-    Args:
-        config: of the run.
-        folder: of the run.
-        monitor: decides which checkpoint counts.
-        random_state: where training's random numbers start.
-        validated: whether there are validation rows.
-    """
-    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    arguments = asdict(config.trainer)
-    if not validated:
-        arguments["limit_val_batches"] = 0
-    callbacks = build_callbacks(
-        config.callbacks, monitor, folder, random_state, config.trainer.enable_progress_bar
-    )
-    if config.logger.wandb:
-        callbacks.append(WandbReport())
-    return Trainer(
-        **arguments, default_root_dir=folder, callbacks=callbacks,
-        logger=build_loggers(config.logger, folder, values), use_distributed_sampler=False,
-        enable_model_summary=False,
-    )  # fmt: skip
+
+def _object(where: str, value: Any, given: Mapping[str, Any] | None = None) -> Any:
+    """Return the object of an entry with a ``_target_``, objects inside a list too, and any other value as it is."""
+    if isinstance(value, list):
+        return [_object(where, item) for item in value]
+    if not isinstance(value, Mapping) or "_target_" not in value:
+        return value
+    _target(where, value)
+    try:
+        return instantiate({**value, "_partial_": True}, _convert_="all")(**given or {})
+    except Exception as error:  # whatever its constructor raises
+        cause = error.__cause__ or error
+        raise ValueError(f"{where}: {value['_target_']} cannot be made: {cause}") from error
+
+
+def _of_kind(where: str, entry: Any, kind: type, given: Mapping[str, Any] | None = None) -> Any:
+    _target(where, entry)
+    made = _object(where, entry, given)
+    if not isinstance(made, kind):
+        raise ValueError(f"{where} must be a {kind.__name__} of lightning; got {made!r}")
+    return made
+
+
+def _target(where: str, entry: Any) -> Any:
+    if not isinstance(entry, Mapping) or "_target_" not in entry:
+        raise ValueError(
+            f"{where} needs a _target_, the import path of a class: +{where}._target_=...; got {entry!r}"
+        )
+    try:
+        return import_object(entry["_target_"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def quiet_lightning() -> None:

@@ -76,6 +76,8 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
+        if trainer.fast_dev_run:
+            return
         trainer.save_checkpoint(self.path, weights_only=False)
 
     # --- what -----------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..adapters.adapted import AdaptedModel
 from ..evaluation import MeanLoss
-from .optimization import Optimization, parameter_groups, schedule_factor
+from .optimization import Optimization
 
 
 class FinetuningModule(LightningModule):
@@ -146,13 +146,9 @@ class FinetuningModule(LightningModule):
         self._window = (self.tokens, time.perf_counter())
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Return AdamW over one group a role, and the schedule by optimizer step."""
-        settings = self.optimization
-        groups = parameter_groups(self.model.parameter_roles(), settings)
-        optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
-        factor = schedule_factor(settings, self._total_steps())
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        """Return the optimizer over one group for each role, and the scheduler by optimizer step."""
+        optimizer, scheduler = self.optimization.build(self.model.parameter_roles(), self._total_steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _total_steps(self) -> float:
         # trainer.estimated_stepping_batches would build the loaders before a checkpoint is read, and Lightning

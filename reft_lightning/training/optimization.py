@@ -1,49 +1,56 @@
-"""Optimizer groups by role, and the learning-rate schedule."""
+"""The optimizer, its groups by role, and the learning-rate scheduler."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..suggest import did_you_mean
+from .schedules import linear
 
 log = logging.getLogger(__name__)
 
-
-# The factor on the learning rate after the warm-up, by the part x of the remaining steps that is done.
-SHAPES: dict[str, Callable[[float], float]] = {
-    "linear": lambda x: 1 - x,
-    "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)),
-    "constant": lambda x: 1.0,
-}
+# What the schedulers of torch, of transformers and of ours call these two numbers.
+TOTAL_STEPS = ("total_steps", "num_training_steps", "T_max")
+WARMUP_STEPS = ("warmup_steps", "num_warmup_steps")
 
 
 @dataclass(frozen=True)
 class Optimization:
-    """AdamW and a schedule with linear warm-up; the defaults are the paper's commonsense runs."""
+    """Which optimizer and scheduler train; the defaults are the paper's commonsense runs.
+
+    Args:
+        lr: learning rate.
+        weight_decay: acts on weights, never on R or biases.
+        head_lr: learning rate of trained heads; None for ``lr``.
+        warmup_ratio: part of all optimizer steps.
+        optimizer: a torch optimizer, given the groups, ``lr`` and ``optimizer_options``.
+        optimizer_options: its further arguments.
+        scheduler: makes a scheduler of an optimizer; the number of all steps and of those of the warm-up are given
+            where it takes them.
+        scheduler_options: its further arguments.
+
+    Raises:
+        ValueError: for a value that cannot train, or an argument that optimizer or scheduler do not take.
+    """
 
     lr: float = 9e-4
     weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    schedule: str = "linear"
-    warmup_ratio: float = 0.1
     head_lr: float | None = None
+    warmup_ratio: float = 0.1
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Callable[..., Any] = linear
+    scheduler_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ValueError: for a value that cannot train.
-        """
-        if self.schedule not in SHAPES:
-            hint = did_you_mean(self.schedule, SHAPES)
-            raise ValueError(f"schedule must be one of {', '.join(SHAPES)}; got {self.schedule!r}{hint}")
         for name in ("lr", "head_lr"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be above 0; got {value}")
@@ -51,10 +58,56 @@ class Optimization:
             raise ValueError(f"warmup_ratio, a part of all steps, must lie in 0..1; got {self.warmup_ratio}")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay must be 0 or more; got {self.weight_decay}")
+        _check_options("optimizer", self.optimizer, self.optimizer_options)
+        _check_options("scheduler", self.scheduler, self.scheduler_options)
+        if self.weight_decay and "weight_decay" not in inspect.signature(self.optimizer).parameters:
+            raise ValueError(
+                f"{self.optimizer.__name__} has no weight decay: optimizer.weight_decay must be 0; got "
+                f"{self.weight_decay}"
+            )
+        if self.warmup_ratio and not self._takes(WARMUP_STEPS):
+            raise ValueError(
+                f"{self.scheduler.__name__} has no warm-up: scheduler.warmup_ratio must be 0; got {self.warmup_ratio}"
+            )
+
+    def _takes(self, names: tuple[str, ...]) -> str | None:
+        return next((name for name in names if name in inspect.signature(self.scheduler).parameters), None)
+
+    def build(
+        self, roles: dict[str, list[nn.Parameter]], total_steps: float
+    ) -> tuple[torch.optim.Optimizer, Any]:
+        """Return optimizer and scheduler for a run of so many optimizer steps.
+
+        Raises:
+            ValueError: for a run without an end, whose scheduler needs one.
+        """
+        optimizer = self.optimizer(parameter_groups(roles, self), lr=self.lr, **self.optimizer_options)
+        total, warmup = self._takes(TOTAL_STEPS), self._takes(WARMUP_STEPS)
+        if math.isinf(total_steps) and (self.warmup_ratio or (total and total not in self.scheduler_options)):
+            raise ValueError(
+                f"the scheduler {self.scheduler.__name__} with warmup_ratio={self.warmup_ratio} needs the number of "
+                "steps: set trainer.max_steps or trainer.max_epochs"
+            )
+        steps = {} if math.isinf(total_steps) else {total: total_steps}
+        ahead = {warmup: math.ceil(self.warmup_ratio * total_steps) if self.warmup_ratio else 0}
+        given = {name: value for name, value in (steps | ahead).items() if name}
+        return optimizer, self.scheduler(optimizer, **given | dict(self.scheduler_options))
+
+
+def _check_options(what: str, target: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(target).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in options:
+        if name not in parameters:
+            taken = ", ".join(list(parameters)[1:])
+            raise ValueError(
+                f"{what}.options: {target.__name__} takes no {name!r}{did_you_mean(name, parameters)}\nit takes {taken}"
+            )
 
 
 def parameter_groups(roles: dict[str, list[nn.Parameter]], settings: Optimization) -> list[dict[str, Any]]:
-    """Return one AdamW group a role: decay acts on weights, of heads too, never on R or on biases.
+    """Return one group for each role: decay acts on weights, of heads too, never on R or on biases.
 
     Decay of R's free parameter would only change its scale, on which R does not depend; under other
     parametrisations of R it destroys the model (torch's orthogonal map turns to exactly 0).
@@ -79,27 +132,3 @@ def parameter_groups(roles: dict[str, list[nn.Parameter]], settings: Optimizatio
         log.info("optimizer group %s: %s parameters, lr %g, weight decay %g",
                  group["name"], f"{count:,}", group["lr"], group["weight_decay"])  # fmt: skip
     return groups
-
-
-def schedule_factor(settings: Optimization, total_steps: float) -> Callable[[int], float]:
-    """Return the factor on the learning rate by step: 0 -> 1 over the warm-up, then the schedule to 0.
-
-    Raises:
-        ValueError: for a run without an end that needs one.
-    """
-    if math.isinf(total_steps):
-        if settings.schedule != "constant" or settings.warmup_ratio:
-            raise ValueError(
-                f"the {settings.schedule} schedule with warmup_ratio={settings.warmup_ratio} needs the number "
-                "of steps: set trainer.max_steps or trainer.max_epochs"
-            )
-        return lambda step: 1.0
-    warmup = math.ceil(settings.warmup_ratio * total_steps)
-    shape = SHAPES[settings.schedule]
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return step / warmup
-        return shape(min(1.0, (step - warmup) / max(1, total_steps - warmup)))
-
-    return factor

@@ -104,12 +104,12 @@ def test_paper_configs_have_the_papers_settings(model, method):
     assert (config.intervention.positions, config.intervention.layers) == ("f7+l7", "all")
     assert config.data.batch_size * config.trainer.accumulate_grad_batches == 32
     assert (config.trainer.max_epochs, config.data.max_length) == (6, 512)
-    assert (config.optimizer.lr, config.optimizer.schedule) == (9e-4, "linear")
+    assert (config.optimizer.lr, config.scheduler._target_.rpartition(".")[2]) == (9e-4, "linear")
     assert config.model.base_dropout
     assert config.model.dtype == "bfloat16"
     expected = (0.1, 0.0, 0.0) if method == "loreft" else (0.0, 0.06, 0.05)
     assert (
-        config.optimizer.warmup_ratio,
+        config.scheduler.warmup_ratio,
         config.optimizer.weight_decay,
         config.intervention.dropout,
     ) == expected

@@ -163,14 +163,14 @@ def test_glue_has_the_settings_of_tables_9_to_12(name, task, place, size, method
     assert found.intervention.dropout == float(wanted["dropout"])
     assert found.optimizer.lr == float(wanted["lr"])
     assert found.optimizer.weight_decay == float(wanted["weight_decay"])
-    assert found.optimizer.warmup_ratio == float(wanted["warmup"])
+    assert found.scheduler.warmup_ratio == float(wanted["warmup"])
     assert found.trainer.max_epochs == int(wanted["epochs"])
     assert found.data.batch_size * found.trainer.accumulate_grad_batches == int(wanted["batch"])
-    assert found.optimizer.schedule == "linear"
+    assert found.scheduler._target_.endswith(".linear")
     assert (found.intervention.method, found.intervention.rank) == (method, 1)
     assert (found.intervention.layers, found.intervention.tied) == ("all", "all")
     # each seed has its own rows for selection, and the best epoch on them is tested
-    assert (found.data.max_length, found.data.split_seed, found.callbacks.restore_best) == (256, None, True)
+    assert (found.data.max_length, found.data.split_seed, found.checkpoint.restore_best) == (256, None, True)
     assert (found.data.family, found.data.tasks) == ("glue", [task.lower().replace("-", "")])
     assert found.model.name.endswith(f"roberta-{size}")
 
@@ -185,8 +185,8 @@ def test_instruction_tuning_has_the_settings_of_the_authors_command(name):
     assert (found.intervention.positions, found.intervention.tied) == ("f5+l5", "group")
     assert found.intervention.dropout == 0
     optimizer = found.optimizer
-    assert (optimizer.lr, optimizer.weight_decay, optimizer.warmup_ratio) == (9e-4, 0, 0)
-    assert optimizer.schedule == "linear"
+    assert (optimizer.lr, optimizer.weight_decay, found.scheduler.warmup_ratio) == (9e-4, 0, 0)
+    assert found.scheduler._target_.endswith(".linear")
     assert (found.data.batch_size, found.trainer.accumulate_grad_batches) == (4, 32)
     assert (found.trainer.max_epochs, found.data.max_length) == (9, 768)
     assert (found.data.train_tasks, found.data.tasks) == (["ultrafeedback"], ["alpaca_eval"])

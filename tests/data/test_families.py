@@ -147,10 +147,10 @@ BERT = ["model.config.model_type=bert"]
     ("overrides", "message"),
     [
         (
-            ["callbacks.monitor=val/strict_accuracy"],
+            ["checkpoint.monitor=val/strict_accuracy"],
             r"monitor must be one of val/loss, val/accuracy.*strict_accuracy",
         ),
-        (["option_likelihood=false", "callbacks.monitor=val/option_accuracy"], "monitor must be one of"),
+        (["option_likelihood=false", "checkpoint.monitor=val/option_accuracy"], "monitor must be one of"),
         (["optimizer.head_lr=1e-3"], "no head is trained"),
         (["decoding.samples=2"], "would be the same"),
         (["decoding.max_new_tokens=0"], "max_new_tokens must be at least 1"),

@@ -222,10 +222,10 @@ def test_the_configurations_follow_the_protocol(name, trained):
     assert config.data.batch_size * config.trainer.max_steps == config.data.limit_train == 20_000
     assert (config.trainer.max_steps, config.trainer.val_check_interval) == (5000, 250)
     assert (config.data.eval_batch_size, config.data.max_length, config.data.validation_size) == (50, 768, 50)
-    assert (config.optimizer.schedule, config.optimizer.warmup_ratio) == ("cosine", 0.1)
+    assert (config.scheduler._target_.rpartition(".")[2], config.scheduler.warmup_ratio) == ("cosine", 0.1)
     assert (config.trainer.gradient_clip_val, config.decoding.max_new_tokens) == (1.0, 300)
     assert (config.seed, config.data.split_seed, config.data.train_tasks) == (0, 0, ["metamathqa", "gsm8k"])
-    assert not config.callbacks.restore_best
+    assert not config.checkpoint.restore_best
     # num_trainable_params and num_total_params of lora--llama-3.2-3B-rank32.json
     count = adapt(build_on_meta(LLAMA), **attachment(config)).parameter_count()
     assert count.trainable == trained

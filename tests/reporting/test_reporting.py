@@ -350,7 +350,7 @@ class TestFolders:
         text = (folder / "config.yaml").read_text()
         assert "option_likelihood: true\n" in text
         (folder / "config.yaml").write_text(
-            text.replace("option_likelihood: true\n", "").replace("  eps: 1.0e-08\n", "")
+            text.replace("option_likelihood: true\n", "").replace("  head_lr: null\n", "")
         )
         assert [m.seeds for m in only(tmp_path).methods] == [[1, 2]]
 

@@ -27,7 +27,7 @@ def data(tmp_path_factory):
 
 
 # rates that the schedule keeps high spoil the model after a good start: the best checkpoint is not the last
-SETTINGS = ("evaluate_base=true", "callbacks.monitor=val/loss", "callbacks.mode=min")
+SETTINGS = ("evaluate_base=true", "checkpoint.monitor=val/loss", "checkpoint.mode=min")
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_the_best_checkpoint_is_tested_and_saved_and_not_the_last(data, worsen, 
 
 
 def test_the_last_checkpoint_is_kept_where_the_best_is_not_wanted(data, worsen, tmp_path):
-    results = short_runs.run(data, tmp_path, *SETTINGS, "callbacks.restore_best=false")
+    results = short_runs.run(data, tmp_path, *SETTINGS, "checkpoint.restore_best=false")
     assert "best_step" not in results
     saved = load_adapter(tmp_path / "adapter")[1]
     for name, tensor in short_runs.checkpoint(tmp_path)["state_dict"].items():
@@ -266,11 +266,11 @@ def test_a_run_may_have_no_validation_rows(data, tmp_path):
 
 def test_early_stopping_needs_validation_rows(data, no_weights, tmp_path):
     with pytest.raises(experiment.SetupError, match="early stopping needs validation rows"):
-        short_runs.run(data, tmp_path, "data.validation_size=0", "callbacks.early_stopping_patience=1")
+        short_runs.run(data, tmp_path, "data.validation_size=0", "checkpoint.early_stopping_patience=1")
 
 
 def test_early_stopping_stops_early(data, worsen, tmp_path):
-    overrides = ("callbacks.early_stopping_patience=1", "trainer.max_epochs=6")
+    overrides = ("checkpoint.early_stopping_patience=1", "trainer.max_epochs=6")
     results = short_runs.run(data, tmp_path, *SETTINGS, *overrides)
     assert results["steps"] == 12
     assert results["best_step"] == 6
@@ -306,10 +306,10 @@ def no_weights(monkeypatch):
             r"data\.validation_size must be smaller than the 24 distinct train prompts",
         ),
         ("optimizer.lr=0", "lr must be above 0; got 0"),
-        ("optimizer.warmup_ratio=2", r"must lie in 0\.\.1; got 2"),
-        ("optimizer.schedule=linaer", "did you mean 'linear'"),
-        ("callbacks.monitor=val/acuracy", "did you mean 'val/accuracy'"),
-        ("callbacks.monitor=val/piqa/accuracy", "got 'val/piqa/accuracy'"),
+        ("scheduler.warmup_ratio=2", r"must lie in 0\.\.1; got 2"),
+        ("scheduler=linaer", "did you mean 'scheduler=linear'"),
+        ("checkpoint.monitor=val/acuracy", "did you mean 'val/accuracy'"),
+        ("checkpoint.monitor=val/piqa/accuracy", "got 'val/piqa/accuracy'"),
         (
             "intervention=none",
             r"intervention\.heads=auto\) for a classifier.*intervention\.heads=\[lm_head\]",

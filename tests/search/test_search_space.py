@@ -163,7 +163,7 @@ def test_a_drawn_value_composes_as_an_argument():
         (with_space(optimizer__lr={"log": [1e-4, 1e-2], "points": 1}), "points must be an integer, 2 or more"),
         (with_space(), "the space must name at least one parameter"),
         (with_space(intervention__rank={"choice": ["eight"]}), r"rank must be an integer"),
-        (with_space(optimizer__schedule={"choice": ["linear", "linaer"]}), "did you mean 'linear'"),
+        (with_space(scheduler={"choice": ["linear", "linaer"]}), "did you mean 'scheduler=linear'"),
         (with_space(sealed={"choice": [True, False]}), "sealed is not yours to set"),
         (with_space(seed={"int": [1, 5]}), "a seed is not searched"),
         (values(base=["model=tiny_random", "data=boolq", "sealed=false"]), "sealed is not yours to set"),
@@ -196,7 +196,7 @@ def test_a_setting_that_means_nothing_to_the_method_is_found():
 def test_methods_that_select_by_different_scores_are_refused():
     methods = {
         name: {"overrides": overrides, "space": {"optimizer.lr": {"log": [1e-4, 1e-2]}}}
-        for name, overrides in (("a", []), ("b", ["callbacks.monitor=val/loss"]))
+        for name, overrides in (("a", []), ("b", ["checkpoint.monitor=val/loss"]))
     }
     with pytest.raises(ValueError, match="selected by different scores: a by val/accuracy"):
         check(values(methods=methods))
@@ -346,7 +346,7 @@ def test_the_papers_spaces_have_the_papers_values():
     space = {d.name: d.values for d in search_plan.read_plan("paper_instruction").methods["loreft"].space}
     assert space["intervention.layers"] == ("[9, 18]", "[3, 9, 18]", "[3, 9, 18, 24]")  # Table 7
     space = {d.name: d.values for d in search_plan.read_plan("paper_glue").methods["loreft"].space}
-    assert space["optimizer.warmup_ratio"] == (0, 5e-3, 6e-3, 3e-2, 5e-2, 6e-2, 1e-1, 2e-1)  # Table 8
+    assert space["scheduler.warmup_ratio"] == (0, 5e-3, 6e-3, 3e-2, 5e-2, 6e-2, 1e-1, 2e-1)  # Table 8
 
 
 def test_a_plan_reads_what_it_writes(tmp_path):

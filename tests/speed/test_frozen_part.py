@@ -319,7 +319,7 @@ def test_mixed_precision_keeps_what_the_base_says_in_its_own(tmp_path, caplog, s
 
 def test_a_split_run_resumes_exactly(tmp_path, monkeypatch):
     data = short_runs.write_rows(tmp_path / "data")
-    settings = ["intervention.positions=l2", "test=false", "callbacks.checkpoint_every_n_steps=2"]
+    settings = ["intervention.positions=l2", "test=false", "checkpoint.every_n_steps=2"]
     short_runs.run(data, tmp_path / "whole", *settings)
     with monkeypatch.context() as patch:
         short_runs.stop_at(patch, 7)

@@ -63,7 +63,7 @@ BERT = [
 SHORT = [
     "data.source=local", f"data.path={FIXTURES}", "data.batch_size=4", "data.eval_batch_size=4",
     "trainer.accelerator=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1",
-    "trainer.enable_progress_bar=false", "optimizer.lr=1e-2", "callbacks.restore_best=true",
+    "trainer.enable_progress_bar=false", "optimizer.lr=1e-2", "checkpoint.restore_best=true",
 ]  # fmt: skip
 
 
@@ -376,7 +376,7 @@ class TestRuns:
         assert math.isfinite(results["metrics"]["val/loss"])
 
     def test_an_interrupted_run_goes_on_bit_for_bit(self, tmp_path, monkeypatch):
-        settings = ("intervention=loreft", "callbacks.checkpoint_every_n_steps=1")
+        settings = ("intervention=loreft", "checkpoint.every_n_steps=1")
         run("rte", tmp_path / "whole", *settings)
 
         def stop(module, batch, batch_index):
@@ -398,7 +398,7 @@ class TestRuns:
 
     def test_a_score_that_the_task_does_not_have_cannot_be_monitored(self, tmp_path):
         with pytest.raises(experiment.SetupError, match=r"val/pearson.*got 'val/accuracy'"):
-            run("stsb", tmp_path, "callbacks.monitor=val/accuracy")
+            run("stsb", tmp_path, "checkpoint.monitor=val/accuracy")
 
     def test_a_decoder_classifies_too(self, tmp_path):
         results = run("sst2", tmp_path, "model.config.model_type=llama", "trainer.max_epochs=1")

@@ -92,7 +92,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(data, whole, tmp_path, mo
     # every checkpoint at an even step, as they are written; the last at the step "kept" survives the kill
     from reft_lightning.training.last_checkpoint import LastCheckpoint
 
-    settings = (*SETTINGS, "callbacks.checkpoint_every_n_steps=2")
+    settings = (*SETTINGS, "checkpoint.every_n_steps=2")
     save = LastCheckpoint._save
 
     def save_until(self, trainer):

@@ -8,7 +8,8 @@ import tiny
 import torch
 
 from reft_lightning import attach
-from reft_lightning.training.optimization import Optimization, parameter_groups, schedule_factor
+from reft_lightning.training import schedules
+from reft_lightning.training.optimization import Optimization, parameter_groups
 
 
 def groups(method="loreft", **settings):
@@ -71,41 +72,76 @@ def test_rotations_stay_orthonormal_under_decay():
         assert torch.equal(parameter, before[name]), name
 
 
+def rates(scheduler, steps, at):
+    """The learning rates of a scheduler at some steps, of a rate of 1."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule, found = scheduler(optimizer), []
+    for _ in range(steps + 1):
+        found.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return [found[step] for step in at]
+
+
 def test_the_rate_rises_linearly_and_then_falls_to_zero():
-    factor = schedule_factor(Optimization(schedule="linear", warmup_ratio=0.1), 100)
-    assert [factor(s) for s in (0, 5, 10, 55, 100)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    found = rates(lambda o: schedules.linear(o, 100, 10), 100, (0, 5, 10, 55, 100))
+    assert found == pytest.approx([0, 0.5, 1, 0.5, 0])
 
 
 def test_the_linear_schedule_is_that_of_transformers():
     from transformers import get_linear_schedule_with_warmup
 
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    reference = get_linear_schedule_with_warmup(optimizer, 3, 23).lr_lambdas[0]
-    factor = schedule_factor(Optimization(schedule="linear", warmup_ratio=3 / 23), 23)
-    assert [factor(s) for s in range(24)] == pytest.approx([reference(s) for s in range(24)])
+    ours = rates(lambda o: schedules.linear(o, 23, 3), 23, range(24))
+    theirs = rates(lambda o: get_linear_schedule_with_warmup(o, 3, 23), 23, range(24))
+    assert ours == pytest.approx(theirs)
 
 
 def test_the_cosine_schedule_passes_half_at_its_middle():
-    factor = schedule_factor(Optimization(schedule="cosine", warmup_ratio=0), 10)
-    assert [factor(s) for s in (0, 5, 10)] == pytest.approx([1, 0.5, 0])
-    assert factor(1) == pytest.approx(0.5 * (1 + math.cos(math.pi / 10)))
+    found = rates(lambda o: schedules.cosine(o, 10), 10, (0, 1, 5, 10))
+    assert found == pytest.approx([1, 0.5 * (1 + math.cos(math.pi / 10)), 0.5, 0])
 
 
 def test_the_constant_schedule_stays_after_its_warm_up():
-    factor = schedule_factor(Optimization(schedule="constant", warmup_ratio=0.2), 10)
-    assert [factor(s) for s in (0, 1, 2, 9, 50)] == [0, 0.5, 1, 1, 1]
+    assert rates(lambda o: schedules.constant(o, 2), 20, (0, 1, 2, 9, 20)) == [0, 0.5, 1, 1, 1]
 
 
-def test_a_run_without_an_end_takes_the_constant_schedule_alone():
-    assert schedule_factor(Optimization(schedule="constant", warmup_ratio=0), math.inf)(1000) == 1
-    with pytest.raises(ValueError, match=r"needs the number of steps: set trainer\.max_steps"):
-        schedule_factor(Optimization(), math.inf)
+def roles():
+    return {"weight": [torch.nn.Parameter(torch.ones(2, 2))], "bias": [torch.nn.Parameter(torch.ones(2))]}
+
+
+def test_the_warm_up_is_a_part_of_all_steps():
+    optimizer, scheduler = Optimization(lr=1.0, warmup_ratio=0.25).build(roles(), 8)
+    assert scheduler.get_last_lr() == [0, 0]
+    optimizer.step()
+    scheduler.step()
+    assert scheduler.get_last_lr() == [0.5, 0.5]
+
+
+def test_any_optimizer_and_scheduler_of_torch_take_our_groups():
+    settings = Optimization(
+        lr=0.5, warmup_ratio=0, weight_decay=0.1, optimizer=torch.optim.SGD, optimizer_options={"momentum": 0.9},
+        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR,
+    )  # fmt: skip
+    optimizer, scheduler = settings.build(roles(), 10)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.9}
+    assert scheduler.T_max == 10
+
+
+def test_a_run_without_an_end_takes_a_schedule_that_needs_none():
+    Optimization(scheduler=schedules.constant, warmup_ratio=0).build(roles(), math.inf)
+    for settings in (Optimization(), Optimization(scheduler=schedules.constant)):
+        with pytest.raises(ValueError, match=r"needs the number of steps: set trainer\.max_steps"):
+            settings.build(roles(), math.inf)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"schedule": "linaer"}, "linear, cosine, constant; got 'linaer'; did you mean 'linear'"),
+        ({"optimizer_options": {"bta": 1}}, "optimizer.options: AdamW takes no 'bta'; did you mean 'betas'"),
+        ({"scheduler_options": {"totl": 1}}, "scheduler.options: linear takes no 'totl'"),
+        ({"optimizer": torch.optim.Rprop, "weight_decay": 0.1}, "Rprop has no weight decay"),
+        ({"scheduler": torch.optim.lr_scheduler.ConstantLR}, "ConstantLR has no warm-up"),
         ({"lr": 0.0}, "lr must be above 0; got 0.0"),
         ({"lr": math.nan}, "lr must be above 0; got nan"),
         ({"head_lr": -1.0}, "head_lr must be above 0; got -1.0"),

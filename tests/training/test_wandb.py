@@ -8,7 +8,7 @@ import sys
 import pytest
 import short_runs
 
-from reft_lightning.config.schema import LoggerConfig
+from reft_lightning.config.compose import compose
 from reft_lightning.runs import trainer
 
 
@@ -34,7 +34,7 @@ def two_runs(data, tmp_path_factory):
     """Two runs of one process, one after the other."""
     folders = [tmp_path_factory.mktemp("wandb") / name for name in ("first", "second")]
     results = [
-        short_runs.run(data, folder, "logger.wandb=true", f"seed={seed}", "logger.tags=[x]")
+        short_runs.run(data, folder, "logger=wandb", f"seed={seed}", "logger.wandb.tags=[x]")
         for seed, folder in enumerate(folders)
     ]
     return [(folder, result, *records(folder)) for folder, result in zip(folders, results, strict=True)]
@@ -106,7 +106,7 @@ def test_the_adapter_is_an_artifact(two_runs):
 def test_a_run_that_stops_is_closed_as_failed(data, tmp_path, monkeypatch):
     short_runs.stop_at(monkeypatch, 2)
     with pytest.raises(short_runs.Stop):
-        short_runs.run(data, tmp_path, "logger.wandb=true")
+        short_runs.run(data, tmp_path, "logger=wandb")
     import wandb
 
     assert wandb.run is None
@@ -115,13 +115,17 @@ def test_a_run_that_stops_is_closed_as_failed(data, tmp_path, monkeypatch):
     assert summary_of(found)["status"] == "stopped"
 
 
+def wandb(*overrides):
+    return compose(["model=tiny_random", "logger=wandb", *overrides])
+
+
 def test_without_a_key_a_run_is_offline_and_says_how_to_upload_it(tmp_path, monkeypatch, caplog):
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     with caplog.at_level(logging.INFO, "reft_lightning.runs.trainer"):
-        (_, logger) = trainer.build_loggers(LoggerConfig(wandb=True), tmp_path / "run", {})
+        (_, logger) = trainer.build_loggers(wandb(), tmp_path / "run")
     assert logger._wandb_init["mode"] == "offline"
     assert "wandb sync" in caplog.text
     assert str(tmp_path / "run") in caplog.text
@@ -130,11 +134,11 @@ def test_without_a_key_a_run_is_offline_and_says_how_to_upload_it(tmp_path, monk
 def test_with_a_key_a_run_is_online(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    (_, logger) = trainer.build_loggers(LoggerConfig(wandb=True), tmp_path, {})
+    (_, logger) = trainer.build_loggers(wandb(), tmp_path)
     assert logger._wandb_init["mode"] == "online"
 
 
 def test_the_configuration_chooses_the_mode_before_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
-    (_, logger) = trainer.build_loggers(LoggerConfig(wandb=True, mode="disabled"), tmp_path, {})
+    (_, logger) = trainer.build_loggers(wandb("logger.wandb.mode=disabled"), tmp_path)
     assert logger._wandb_init["mode"] == "disabled"

@@ -17,7 +17,7 @@ both are earlier turns (a system message counts as one). The default template is
 puts a line break between prompt and target unless the prompt ends in white space of its own.
 
 A generated text is right where it equals the answer, both stripped of white space around them. For long targets
-that says little: the loss (`callbacks.monitor=val/loss`) is the measure there.
+that says little: the loss (`checkpoint.monitor=val/loss`) is the measure there.
 
 Changes: version 1, first version.
 """  # noqa: E501

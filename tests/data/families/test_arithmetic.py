@@ -423,7 +423,7 @@ class TestConfigs:
         assert config.data.batch_size * config.trainer.accumulate_grad_batches == (16 if three else 32)
         assert config.optimizer.lr == 9e-4
         assert (
-            config.optimizer.warmup_ratio,
+            config.scheduler.warmup_ratio,
             config.optimizer.weight_decay,
             config.intervention.dropout,
         ) == ((0.0, 0.06, 0.05) if direft else (0.1, 0.0, 0.0))

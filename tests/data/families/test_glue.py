@@ -381,7 +381,7 @@ def test_the_papers_experiments_have_its_settings(size, method):
         config = OmegaConf.load(path)
         phi, optimizer = config.intervention, config.optimizer
         found = [float(phi.positions.removeprefix("f")), phi.dropout, optimizer.lr * 1e4, optimizer.weight_decay,
-                 optimizer.warmup_ratio, config.trainer.max_epochs]  # fmt: skip
+                 config.scheduler.warmup_ratio, config.trainer.max_epochs]  # fmt: skip
         assert found == pytest.approx(expected), path.name
         assert (phi.rank, phi.layers, config.data.max_length) == (1, "all", 256)
         assert config.data.batch_size == (8 if (size, method, task) == ("base", "direft", "rte") else 32)

@@ -156,7 +156,7 @@ class TestRuns:
         assert f"* {SEVEN} with data.limit_test=100, intervention.rank=4" in text
 
     def test_places_logging_and_the_seed_change_nothing(self, tmp_path):
-        free = ["model.path=/models/x", "logger.wandb=true", "trainer.accelerator=cpu", "data.num_workers=2"]
+        free = ["model.path=/models/x", "logger=wandb", "trainer.accelerator=cpu", "data.num_workers=2"]
         put_run(tmp_path / "a", *free, seed=7)
         _, groups = compared(tmp_path)
         assert [group.changed for group in groups] == [()]

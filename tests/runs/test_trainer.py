@@ -1,0 +1,140 @@
+"""What Lightning and Hydra users know: every Trainer argument, and callbacks, loggers and optimizers by import path."""
+
+import dataclasses
+import inspect
+import json
+
+import lightning
+import pytest
+import short_runs
+import torch
+
+from reft_lightning.config.compose import CompositionError
+from reft_lightning.config.schema import TrainerConfig
+from reft_lightning.runs.experiment import SetupError
+
+# Where our default is not Lightning's.
+OURS = {
+    "devices": 1, "precision": "32-true", "max_epochs": 6, "num_sanity_val_steps": 0, "log_every_n_steps": 10,
+    "enable_progress_bar": True, "enable_model_summary": False, "gradient_clip_val": 1.0, "deterministic": False,
+    "use_distributed_sampler": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return short_runs.write_rows(tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("reft_lightning.runs.build.load_base_model", fail)
+
+
+def test_every_argument_of_the_trainer_is_a_key():
+    theirs = inspect.signature(lightning.Trainer.__init__).parameters
+    defaults = {n: p.default for n, p in theirs.items() if n not in ("self", "callbacks", "logger")}
+    assert dataclasses.asdict(TrainerConfig()) == defaults | OURS
+
+
+def test_a_fast_dev_run_goes_through_all_stages_and_leaves_no_checkpoint(data, tmp_path):
+    results = short_runs.run(data, tmp_path, "trainer.fast_dev_run=true")
+    assert (results["status"], results["steps"]) == ("complete", 1)
+    assert {"val/loss", "test/accuracy"} <= set(results["metrics"])
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_batches_can_be_limited(data, tmp_path):
+    results = short_runs.run(data, tmp_path, "trainer.limit_train_batches=2", "trainer.profiler=simple")
+    assert results["steps"] == 4  # two epochs
+
+
+def test_callbacks_are_added_by_their_import_path(data, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from lightning import Callback\n"
+        "class Count(Callback):\n"
+        "    def __init__(self, path, name='steps'):\n"
+        "        self.path, self.name = path, name\n"
+        "    def on_train_end(self, trainer, module):\n"
+        "        with open(self.path, 'w') as file:\n"
+        "            file.write(f'{self.name} {trainer.global_step}')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    written = tmp_path / "count.txt"
+    entry = ["+callbacks.count._target_=mine.Count", f"+callbacks.count.path={written}"]
+    short_runs.run(data, tmp_path / "run", *entry, "callbacks=device_stats", "trainer.max_steps=2")
+    assert written.read_text() == "steps 2"
+    assert (
+        "DeviceStatsMonitor.on_train_batch_start/cpu_percent"
+        in (tmp_path / "run/csv/metrics.csv").read_text()
+    )
+
+
+def test_several_loggers_are_chosen_by_a_list(data, tmp_path):
+    pytest.importorskip("tensorboard", reason="logger=tensorboard needs pip install tensorboard")
+    short_runs.run(data, tmp_path, "logger=[csv,tensorboard]", "trainer.max_steps=2")
+    assert (tmp_path / "csv" / "metrics.csv").is_file()
+    assert list((tmp_path / "tensorboard").glob("events.out.*"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["+callbacks.x._target_=lightning.pytorch.callbacks.DeviceStatMonitor"],
+            "did you mean 'DeviceStatsMonitor'",
+        ),
+        (["+callbacks.x._target_=lightnin.Callback"], "callbacks.x: cannot import lightnin"),
+        (["+callbacks.x._target_=torch.nn.Identity"], "callbacks.x must be a Callback of lightning"),
+        (["+callbacks.x.monitor=val/loss"], r"callbacks.x needs a _target_"),
+        (
+            ["+callbacks.x._target_=lightning.pytorch.callbacks.DeviceStatsMonitor", "+callbacks.x.cpu=1"],
+            "'cpu'",
+        ),
+        (
+            ["logger=wandb", "logger.wandb.mode=onlin"],
+            "mode must be one of online, offline, disabled; got 'onlin'",
+        ),
+        (["logger=tensorbord"], "did you mean 'logger=tensorboard'"),
+        (["logger=wandb", "logger.wandb.projct=a"], r"did you mean 'logger\.wandb\.project'"),
+        (["optimizer._target_=torch.optim.AdmW"], r"optimizer\._target_.*did you mean 'AdamW'"),
+        (["+optimizer.options.beta=1"], "AdamW takes no 'beta'; did you mean 'betas'"),
+        (["optimizer=sdg"], "did you mean 'optimizer=sgd'"),
+        (["scheduler._target_=reft_lightning.training.schedules.cosin"], "did you mean 'cosine'"),
+        (["trainer.fast_dev_rn=true"], r"did you mean 'trainer\.fast_dev_run'"),
+        (["trainer.profiler=simpel"], "simple"),
+    ],
+)
+def test_a_typo_is_answered_before_a_weight_is_loaded(data, tmp_path, no_weights, overrides, message):
+    with pytest.raises((SetupError, CompositionError), match=message):
+        short_runs.run(data, tmp_path, *overrides)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adafactor"])
+def test_another_optimizer_is_one_override(data, tmp_path, name):
+    results = short_runs.run(data, tmp_path, f"optimizer={name}", "scheduler=cosine", "optimizer.lr=1e-2")
+    state = short_runs.checkpoint(tmp_path)["optimizer_states"][0]
+    assert [group["name"] for group in state["param_groups"]] == ["rotation", "weight", "bias"]
+    assert results["status"] == "complete"
+
+
+def test_an_optimizer_of_ones_own_is_found_by_its_import_path(data, tmp_path, monkeypatch):
+    (tmp_path / "steps.py").write_text(
+        "import torch\n"
+        "class Doubled(torch.optim.SGD):\n"
+        "    def __init__(self, groups, lr, factor=2.0):\n"
+        "        super().__init__([g | {'lr': factor * g['lr']} for g in groups], lr=lr)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ["optimizer._target_=steps.Doubled", "+optimizer.options.factor=4.0", "scheduler=constant"]
+    found = short_runs.run(data, tmp_path / "own", *own)
+    plain = ["optimizer._target_=torch.optim.SGD", "scheduler=constant"]
+    assert (
+        found["metrics"]["train/loss"]
+        != short_runs.run(data, tmp_path / "sgd", *plain)["metrics"]["train/loss"]
+    )
+    assert json.loads((tmp_path / "own" / "results.json").read_text())["status"] == "complete"
+    assert torch.isfinite(torch.tensor(found["metrics"]["val/loss"]))
