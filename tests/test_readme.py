@@ -1,13 +1,16 @@
 """What the README shows is run."""
 
 import re
+import shlex
 
 import pytest
 import tiny
 import torch
-from readme import README, ROOT, code_with
+from readme import PAGES, README, ROOT, code_with, commands_of
 
 import reft_lightning as rl
+from reft_lightning.config import compose
+from reft_lightning.config.explain import keys
 
 
 @pytest.fixture
@@ -61,11 +64,6 @@ def test_the_loop_of_the_readme_trains_the_interventions_alone():
         assert torch.equal(parameter, before[name]) != name.startswith("interventions."), name
 
 
-def test_every_file_that_the_readme_links_to_is_there():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
-
-
 @pytest.mark.parametrize("path", re.findall(r"`(experiments/\w+|tests/[\w/]+\.py)`", README))
 def test_every_path_that_the_readme_names_is_there(path):
     assert (ROOT / path).exists()
@@ -80,3 +78,22 @@ def test_the_list_of_files_names_every_room_and_no_other():
     assert {path.parent.name for path in package.glob("*/__init__.py")} <= named
     for name in re.findall(r"\b([a-z_]+\.py)\b", tree):
         assert list(package.rglob(name)), name
+
+
+@pytest.mark.parametrize("arguments", [a for a in commands_of("reft-train") if not a.startswith("resume=")])
+def test_every_training_command_composes(arguments):
+    compose.preflight(shlex.split(arguments))  # leaves with a message where one does not
+
+
+def test_every_page_that_the_pages_link_to_is_there():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), target
+
+
+def test_every_configuration_key_that_the_pages_name_exists():
+    sections = "model|intervention|data|decoding|trainer|optimizer|scheduler|checkpoint|kept"
+    named = set(re.findall(rf"`\+?((?:{sections})\.[a-z_.]+)(?:=[^`]*)?`", PAGES))
+    assert len(named) > 10
+    known = keys()
+    assert [name for name in named if name not in known and name.rpartition(".")[0] not in known] == []
