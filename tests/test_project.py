@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from itertools import pairwise
 
 import pytest
 
@@ -24,10 +23,6 @@ def pins(root):
 
 def _canonical(name):
     return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def test_torch_is_pinned(pins):
-    assert pins["torch"] == "2.13.0"
 
 
 def test_constraints_name_no_cuda_package(pins):
@@ -61,31 +56,12 @@ def test_every_script_exists(project):
         assert callable(getattr(importlib.import_module(module), function))
 
 
-def test_ignored_warnings_say_why(root):
-    lines = (root / "pyproject.toml").read_text().splitlines()
-    for before, line in pairwise(lines):
-        if line.strip().startswith('"ignore:'):
-            assert before.strip().startswith(("#", '"ignore:')), f"no reason above {line.strip()}"
-
-
-def test_every_make_target_says_what_it_does(root):
-    makefile = (root / "Makefile").read_text()
-    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split()
-    for target in phony:
-        assert re.search(rf"^{target}:.*  ## \S", makefile, re.MULTILINE), target
-    assert {"help", "quickstart", "test", "test-slow", "lint"} <= set(phony)
-
-
 def test_continuous_integration_runs_the_make_target(root):
     script = root / ".ci" / "run"
     assert script.stat().st_mode & stat.S_IXUSR
     assert "make test" in script.read_text()
     workflow = (root / ".github" / "workflows" / "test.yml").read_text()
     assert "bash .ci/run" in workflow
-
-
-def test_the_changelog_has_a_section_for_changed_results(root):
-    assert "### Changes results" in (root / "CHANGELOG.md").read_text()
 
 
 def test_no_file_names_a_machine(root):
