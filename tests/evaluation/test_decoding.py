@@ -242,8 +242,8 @@ def test_stop_strings_end_a_text_in_the_same_place():
             )
 
 
-def test_a_stop_string_is_looked_for_behind_the_prompt_alone():
-    """A completion that begins with "def" behind a prompt that ends in a newline goes on; Hugging Face stops there."""
+def test_a_stop_string_is_searched_only_after_the_prompt():
+    """A completion that begins with "def" after a prompt that ends in a newline goes on; Hugging Face stops there."""
     model, tokenizer = byte_model(), byte_tokenizer()
     batch = bytes_batch(["yes", "no", "so it is"])
     free = generate_ids(model, batch, tokenizer, Decoding(6, verify=False))
@@ -339,10 +339,10 @@ def test_what_a_model_ships_as_generation_defaults_plays_no_part(shipped, verify
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1; got 0"),
         ({"temperature": 0.0}, "temperature must be positive; got 0.0 .do_sample=false decodes greedily"),
-        ({"top_p": 1.5}, "top_p must be at most 1; got 1.5"),
+        ({"top_p": 1.5}, "top_p must be positive and at most 1; got 1.5"),
         ({"top_k": -1}, "top_k must be at least 0; got -1"),
-        ({"samples": 3}, "samples=3 greedy texts of a row would be the same"),
-        ({"samples": 3, "num_beams": 2}, "num_beams to 3 or more"),
+        ({"samples": 3}, r"samples=3: Greedy methods \(do_sample != True\) without beam search"),
+        ({"samples": 3, "num_beams": 2}, r"samples \(3\) has to be smaller or equal to num_beams \(2\)"),
     ],
     ids=str,
 )
