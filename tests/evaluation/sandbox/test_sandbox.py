@@ -1,6 +1,5 @@
-"""The sandbox: which programs pass, what the others cannot do, and what is left behind. pass@k."""
+"""The sandbox: which programs pass, what the others cannot do, and what is left behind."""
 
-import itertools
 import logging
 import os
 import re
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from reft_lightning.evaluation import Limits, Outcome, pass_at_k, run_program, run_programs
+from reft_lightning.evaluation import Limits, Outcome, run_program, run_programs
 from reft_lightning.evaluation.sandbox import confinement
 from reft_lightning.evaluation.sandbox import run as execute
 
@@ -477,25 +476,3 @@ class TestRunner:
         for source in ("x = 1", "assert 0", "import os; os._exit(1)"):
             run_program(source)
         assert len(os.listdir("/proc/self/fd")) == before
-
-
-class TestPassAtK:
-    @pytest.mark.parametrize("samples", range(1, 7))
-    def test_it_is_the_share_of_subsets_that_hold_a_passing_sample(self, samples):
-        for passed, k in itertools.product(range(samples + 1), range(1, samples + 1)):
-            subsets = list(itertools.combinations([True] * passed + [False] * (samples - passed), k))
-            share = sum(any(subset) for subset in subsets) / len(subsets)
-            assert pass_at_k(samples, passed, k) == pytest.approx(share, abs=1e-12)
-
-    def test_for_k_1_it_is_the_share_of_passing_samples(self):
-        assert pass_at_k(200, 37, 1) == pytest.approx(37 / 200)
-
-    def test_large_numbers_are_no_trouble(self):
-        assert pass_at_k(100_000, 1, 1000) == pytest.approx(0.01)
-        assert pass_at_k(10, 10, 10) == 1.0
-        assert pass_at_k(200, 0, 100) == 0.0
-
-    @pytest.mark.parametrize(("samples", "passed", "k"), [(9, 1, 10), (9, 1, 0), (9, 10, 1), (9, -1, 1)])
-    def test_numbers_out_of_range_are_refused(self, samples, passed, k):
-        with pytest.raises(ValueError, match="got"):
-            pass_at_k(samples, passed, k)
