@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from ...data.example import column
 from ...data.rows import read_json_file
+from ...storage.atomic import write_json
 from ...suggest import did_you_mean
 from .judges import EndpointJudge, Judge, JudgeFailed, Pair, PairRefused, look_up
 from .win_rate import one_name, win_rate
@@ -56,38 +57,44 @@ def main(options: Mapping[str, str]) -> dict[str, Any]:
     """
     kind = _check(options)
     names = options.get("generator"), options.get("reference_name")
-    annotations = Path(options.get("annotations", ""))
-    rows = _rows(annotations) if kind == "file" else []
-    named = any(row.get("annotator") for row in rows)
-    annotator = one_name(rows, "annotator", None if named else annotations.name, "judge") if rows else ""
-    if "outputs" not in options:
-        result = win_rate(rows, *names, annotator) | {"annotations": annotations.name}
-        return _finish(result, _out(options, annotations, ""))
-    outputs, references = Path(options["outputs"]), Path(options["reference"])
-    pairs = pair_up(_rows(outputs), _rows(references), *names)[: _number(options, "limit", int)]
-    files = {"outputs": outputs.name, "reference_outputs": references.name}
-    versus = f"vs_{references.name.split('.')[0]}"
+    pairs, files, versus = None, {}, ""
+    if "outputs" in options:
+        outputs, references = Path(options["outputs"]), Path(options["reference"])
+        pairs = pair_up(_rows(outputs), _rows(references), *names)[: _number(options, "limit", int)]
+        files = {"outputs": outputs.name, "reference_outputs": references.name}
+        versus = f"vs_{references.name.split('.')[0]}."
     if kind == "file":
-        shares = look_up(pairs, rows)
-        if not any(share is not None for share in shares):
-            raise ValueError(
-                f"{annotations} judges none of these {len(pairs)} pairs. A judgement counts only for the exact texts "
-                "that were judged; leave out outputs and reference to take the win rate of the file as it is"
-            )
-        judged = [_annotation(*one, annotator) for one in zip(pairs, shares, strict=True)]
-        result = win_rate(judged) | files | {"annotations": annotations.name}
-        return _finish(result, _out(options, outputs, f"{versus}.{annotator}"))
-    judge = _endpoint(options)
-    out = _out(options, outputs, f"{versus}.{judge.name}")
+        path = Path(options["annotations"])
+        annotations, judge = _from_file(path, pairs)
+        result = win_rate(annotations, *names, judge) | files | {"annotations": path.name}
+        return _finish(result, _out(options, f"{versus}{judge}" if versus else ""))
+    endpoint = _endpoint(options)
+    out = _out(options, f"{versus}{endpoint.name}")
     journal = out.with_name(out.name.removesuffix(".json").removesuffix(".win_rate") + ".judgements.jsonl")
-    judged = judge_pairs(pairs, judge, journal)
-    more = {"judge_settings": dict(judge.settings), **files, "judgements": journal.name}
-    return _finish(win_rate(judged) | more, out)
+    result = win_rate(judge_pairs(pairs or [], endpoint, journal))
+    more = {"judge_settings": dict(endpoint.settings), **files, "judgements": journal.name}
+    return _finish(result | more, out)
+
+
+def _from_file(path: Path, pairs: Sequence[Pair] | None) -> tuple[list[dict[str, Any]], str]:
+    """Return the annotations of a file, of these pairs where there are any, and who judged."""
+    rows = _rows(path)
+    named = any(row.get("annotator") for row in rows)
+    judge = one_name(rows, "annotator", None if named else path.name, "judge")
+    if pairs is None:
+        return rows, judge
+    shares = look_up(pairs, rows)
+    if not any(share is not None for share in shares):
+        raise ValueError(
+            f"{path} judges none of these {len(pairs)} pairs. A judgement counts only for the exact texts that were "
+            "judged; leave out outputs and reference to take the win rate of the file as it is"
+        )
+    return [_annotation(pair, share, judge) for pair, share in zip(pairs, shares, strict=True)], judge
 
 
 def _finish(result: dict[str, Any], out: Path) -> dict[str, Any]:
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(out, result)
     error = result["standard_error"]
     log.info(
         "%s against %s, judged by %s: win rate %.2f %% (standard error %s) of %d pairs, %d draws, %d unjudged; %s",
@@ -282,10 +289,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _out(options: Mapping[str, str], source: Path, ending: str) -> Path:
-    stem = re.sub(r"\.jsonl?(\.gz)?$", "", source.name)
-    name = ".".join(part for part in (stem, re.sub(r"[^\w.-]+", "_", ending), "win_rate.json") if part)
-    return Path(options.get("out") or source.with_name(name))
+def _out(options: Mapping[str, str], ending: str) -> Path:
+    source = Path(options.get("outputs") or options["annotations"])
+    parts = (re.sub(r"\.jsonl?(\.gz)?$", "", source.name), re.sub(r"[^\w.-]+", "_", ending), "win_rate.json")
+    return Path(options.get("out") or source.with_name(".".join(filter(None, parts))))
 
 
 def _number(options: Mapping[str, str], name: str, kind: type) -> Any:
