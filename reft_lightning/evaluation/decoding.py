@@ -122,14 +122,14 @@ def generate(
     """
     ids = generate_ids(model, batch, tokenizer, decoding, reader)
     last = batch["input_ids"][:, batch["boundary"] - 1].repeat_interleave(decoding.samples)
-    before, wholes, alone = (
+    before, wholes, news = (
         tokenizer.batch_decode(part, skip_special_tokens=True)
         for part in (last.unsqueeze(-1), torch.cat([last.unsqueeze(-1), ids], -1), ids)
     )
     # a character of several tokens may span the boundary: then only the new ids are decoded
     texts = [
         whole.removeprefix(start) if whole.startswith(start) else text
-        for start, whole, text in zip(before, wholes, alone, strict=True)
+        for start, whole, text in zip(before, wholes, news, strict=True)
     ]
     return [texts[i : i + decoding.samples] for i in range(0, len(texts), decoding.samples)]
 
@@ -206,9 +206,8 @@ def _verified(reader: ColumnReader, batch: dict[str, Any], tokenizer: Any, decod
     cache = reader.take_cache()
     agreed = draft[:, :t] & (inputs["input_ids"][:, boundary:] == own[:, :-1])
     accepted = agreed.long().cumprod(-1).sum(-1)  # (b,), tokens of the draft
-    known = (
-        torch.arange(t + 1, device=own.device) <= accepted[:, None]
-    )  # those and the model's own after them
+    # known are the accepted tokens and the model's own after them
+    known = torch.arange(t + 1, device=own.device) <= accepted[:, None]
     ends = own == eos
     if decoding.stop_strings:
         ends |= _stops(own, tokenizer, decoding.stop_strings)

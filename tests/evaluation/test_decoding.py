@@ -128,7 +128,7 @@ def test_texts_end_at_the_end_of_text_wherever_the_draft_has_it(family):
         special = SimpleNamespace(eos_token_id=int(free[2, place]), pad_token_id=tiny.PAD)
         plain = plain_ids(reft, special)
         assert (plain != free).any() or place == NEW - 1
-        for targets in (drafts(free), drafts(plain)):  # an eos within, or behind it
+        for targets in (drafts(free), drafts(plain)):  # an eos within the draft, or after it
             assert torch.equal(checked_ids(reft, targets, special), plain)
 
 
@@ -229,7 +229,7 @@ def test_stop_strings_end_a_text_in_the_same_place():
     free = generate_ids(model, batch, tokenizer, Decoding(9, verify=False))
     row, place = next((i, j) for i in range(3) for j in range(2, 8) if 32 < int(free[i, j]) - 3 < 127)
     letter = chr(int(free[row, place]) - 3)
-    for stops in ((letter,), ("never said", letter)):
+    for stops in ((letter,), ("never generated", letter)):
         plain = generate_ids(model, batch, tokenizer, Decoding(9, verify=False, stop_strings=stops))
         assert (plain[row, place + 1 :] == tokenizer.pad_token_id).all()
         assert not torch.equal(plain, free)

@@ -171,7 +171,7 @@ def test_the_prompts_and_what_all_options_begin_with_are_read_once():
     reft = attached()
     first, *others = widths()
     calls = reads(reft, lambda: option_log_likelihoods(reft, batches()))
-    # three columns of the second and third option are those of the first; of the fourth the prompt alone
+    # three columns of the second and third option are those of the first; of the fourth only the prompt
     assert calls == [(4, first), *[(4, width - 9 - 3) for width in others[:2]], (4, others[2] - 9)]
     assert reads(reft, lambda: one_by_one(reft)) == [(4, width) for width in widths()]
 
@@ -194,7 +194,7 @@ def test_options_whose_prompts_differ_are_read_whole():
 
 
 def test_tokens_that_are_padding_in_one_option_and_real_in_the_other_are_read():
-    """Ids alone would agree: padding has the id of a token."""
+    """Comparing only ids would not do: padding has the id of a token."""
     reft = attached("llama", "all")
     short = [torch.tensor([7, 8])] * 2
     long = [torch.tensor([7, 8, tiny.PAD, 9])] * 2
@@ -314,10 +314,10 @@ def test_a_batch_with_another_prompt_keeps_its_own_target():
 def test_an_option_that_the_model_generates_costs_nothing_beyond_the_ranking():
     reft = attached()
     plain = list(plain_ids(reft))
-    says = batch_of(plain)
+    generated = batch_of(plain)
     reader = ColumnReader(reft)
-    option_log_likelihoods(reft, [*batches(), says], reader)
-    drafted = with_draft(batch_of(OPTIONS[1]), [*batches(), says], [4] * 4)
+    option_log_likelihoods(reft, [*batches(), generated], reader)
+    drafted = with_draft(batch_of(OPTIONS[1]), [*batches(), generated], [4] * 4)
     assert reads(reft, lambda: generate_ids(reft, drafted, ENDLESS, Decoding(6), reader)) == []
 
 

@@ -170,8 +170,10 @@ def _run_in(folder: str, source: str, limits: Limits) -> Outcome:
                 os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
     if not lines or not lines[0].startswith("ready"):
-        said = lines[0] if lines else f"it ended with code {code}" if ended else "it was not ready in time"
-        raise RuntimeError(f"the sandbox of generated programs did not start: {said}")
+        reported = (
+            lines[0] if lines else f"it ended with code {code}" if ended else "it was not ready in time"
+        )
+        raise RuntimeError(f"the sandbox of generated programs did not start: {reported}")
     _warn_of_missing(tuple(name for name in GUARDS if name not in lines[0].split()))
     if _holds_more_than(limits.files, folder):
         return Outcome(False, f"made more than {limits.files} files")

@@ -45,7 +45,7 @@ class PairRefused(ConnectionError):
 
 
 def look_up(pairs: Sequence[Pair], rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
-    """Return what existing judgements say of each pair.
+    """Return the share of a win that existing judgements give each pair; None without one.
 
     A row counts for a pair with exactly its texts, in either order: judgements of other outputs, also of another
     version of the same model, are not used. Which of two contradicting rows holds only their author knows.
@@ -108,7 +108,7 @@ class EndpointJudge:
         self._client = openai.OpenAI(base_url=self.url, api_key=key or "none", max_retries=RETRIES)
         given = {"temperature": temperature, "max_tokens": max_tokens}
         self._given: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        self.settings = {
+        self.settings: Mapping[str, Any] = {
             "judge": "endpoint",
             "url": self.url,
             "model": model,

@@ -67,7 +67,7 @@ class TestVerdict:
         assert reason(source + "\nassert True") == why
 
     @pytest.mark.parametrize("stream", ["sys.stdout.buffer", "open(n, 'wb', closefd=False)"])
-    def test_printing_that_it_passed_is_no_pass(self, stream):
+    def test_printing_that_it_passed_is_not_a_pass(self, stream):
         source = f"""
 import os, sys
 for n in range(1, 12):
@@ -81,12 +81,11 @@ os._exit(0)
 """
         assert not run_program(source, SHORT).passed
 
-    def test_text_that_is_no_program_fails(self):
+    def test_text_that_is_not_a_program_fails(self):
         assert reason("def f(:").startswith("SyntaxError")
         assert "null bytes" in reason("x = 'a\0b'")
-        assert (
-            reason("x = '\ud800'\nassert x != '?'") == "AssertionError:"
-        )  # half a surrogate pair became "?"
+        # half a surrogate pair became "?"
+        assert reason("x = '\ud800'\nassert x != '?'") == "AssertionError:"
 
     def test_an_exception_whose_text_fails_is_reported_by_its_name(self):
         source = "class Odd(Exception):\n    def __str__(self):\n        raise ValueError\nraise Odd"
@@ -121,10 +120,8 @@ assert pickle.loads(pickle.dumps(Point(1))) == Point(1)
 
 class TestLimits:
     def test_a_program_that_computes_for_ever_is_ended(self):
-        assert (
-            reason("while True: pass", Limits(seconds=1, wall_seconds=60))
-            == "used more than 1 s of the processor"
-        )
+        endless = reason("while True: pass", Limits(seconds=1, wall_seconds=60))
+        assert endless == "used more than 1 s of the processor"
 
     def test_a_program_that_catches_the_first_signal_is_ended_by_the_second(self):
         source = "import signal\nsignal.signal(signal.SIGXCPU, lambda *_: None)\nwhile True: pass"
@@ -289,7 +286,7 @@ open(os.devnull, "w").write("x")
 
 
 def guarded(body, guards="print(*confinement.kernel_guards(folder))"):
-    """Run a script under the kernel's guards alone, without the audit hook, or under other guards."""
+    """Run a script under only the kernel's guards, without the audit hook, or under other guards."""
     script = f"""
 import os, sys
 sys.path.insert(0, {str(CONFINEMENT.parent)!r})
