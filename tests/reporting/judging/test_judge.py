@@ -78,6 +78,8 @@ class Endpoint:
                 status, content = reply if isinstance(reply, tuple) else (200, completion(reply))
                 self.send_response(status)
                 self.send_header("Retry-After", "0.01")
+                if status == 307:
+                    self.send_header("Location", content.decode())
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
@@ -98,6 +100,13 @@ class Endpoint:
 
 def completion(text):
     return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+
+
+@pytest.fixture
+def elsewhere():
+    server = Endpoint()
+    yield server
+    server.close()
 
 
 @pytest.fixture
@@ -245,6 +254,12 @@ class TestEndpoint:
         endpoint.server.server_close()
         with pytest.raises(JudgeFailed, match=r"http://127.0.0.1:\d+/v1 cannot be reached"):
             EndpointJudge(endpoint.url, "m")(PAIR)
+
+    def test_a_redirection_to_another_server_is_not_given_the_key(self, endpoint, elsewhere):
+        endpoint.default = (307, f"{elsewhere.url}/chat/completions".encode())
+        EndpointJudge(endpoint.url, "m", "secret")(PAIR)
+        assert endpoint.headers[0]["Authorization"] == "Bearer secret"
+        assert "secret" not in str(elsewhere.headers[0])
 
     def test_a_request_that_is_refused_concerns_its_pair(self, endpoint):
         endpoint.default = (400, b"content filter")
