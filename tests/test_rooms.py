@@ -26,7 +26,7 @@ FLOORS = (
     {"cli"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-LAZY = {"peft", "wandb", "matplotlib", "optuna"}  # imported where they are used: heavy, or optional
+LAZY = {"peft", "wandb", "matplotlib", "optuna", "openai"}  # imported where they are used: heavy, or optional
 HYDRA = {"config", "runs", "search", "cli"}
 
 

@@ -2,9 +2,8 @@
 
 from .decoding import Decoding, generate
 from .option_likelihood import log_likelihood, option_log_likelihoods, with_draft
-from .pass_rate import pass_at_k
 from .prefix_reader import ColumnReader
-from .row_metrics import MeanLoss, RowScores, mean_interval, wilson_interval
+from .row_metrics import MeanLoss, RowScores, mean_interval, pass_at_k, wilson_interval
 from .sandbox.run import Limits, Outcome, run_program, run_programs
 
 __all__ = [

@@ -1,6 +1,6 @@
-"""What a classifier is measured by: correlations and F1 as torchmetrics, and 95 % intervals of them.
+"""Measures of a classifier that are not means over rows: correlations and F1 as torchmetrics, with 95 % intervals.
 
-Accuracy is `metrics.RowScores` with Wilson's interval.
+Accuracy is `row_metrics.RowScores` with Wilson's interval.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 from torchmetrics import Metric, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import BinaryF1Score, MulticlassConfusionMatrix
 
-log = logging.getLogger(__name__)
+from .row_metrics import Z
 
-Z = 1.959964  # quantile of the normal distribution for 95 %
+log = logging.getLogger(__name__)
 
 
 def matthews(confusion: Tensor) -> float:  # (classes, classes), rows are labels
@@ -27,19 +27,19 @@ def matthews(confusion: Tensor) -> float:  # (classes, classes), rows are labels
     with c the trace of C, s its sum, t and p the sums of its rows and columns.
 
     Source: Gorodkin 2004, Computational Biology and Chemistry 28. It is undefined where all predictions, or all
-    labels, are one class: 0 by convention, as in scikit-learn and GLUE's metric. (torchmetrics takes a limit there that
-    rewards the constant prediction of the commonest class.)
+    labels, are one class: 0 by convention, as in scikit-learn and GLUE's metric. (With two classes, torchmetrics takes
+    a limit there that rewards the constant prediction of the commonest class.)
 
     >>> matthews(torch.tensor([[0, 3], [0, 7]]))
     0.0
     """
     counts = confusion.cpu().double()  # not every accelerator has float64
     total, right = counts.sum(), counts.trace()
-    said, true = counts.sum(0), counts.sum(1)
-    spread = (total**2 - (said**2).sum()) * (total**2 - (true**2).sum())
+    predicted, true = counts.sum(0), counts.sum(1)
+    spread = (total**2 - (predicted**2).sum()) * (total**2 - (true**2).sum())
     if spread <= 0:
         return 0.0
-    return float((right * total - said @ true) / spread.sqrt())
+    return float((right * total - predicted @ true) / spread.sqrt())
 
 
 class Matthews(MulticlassConfusionMatrix):
@@ -51,7 +51,7 @@ class Matthews(MulticlassConfusionMatrix):
 
 
 def metric_of(measure: str, num_labels: int) -> Metric:
-    """Return the torchmetrics object of a measure that is no mean over rows.
+    """Return the torchmetrics object of a measure that is not a mean over rows.
 
     Args:
         measure: `f1` (of class 1 of two), `matthews`, `pearson` or `spearman`.
@@ -75,7 +75,7 @@ def metric_of(measure: str, num_labels: int) -> Metric:
 
 
 def value_of(measure: str, metric: Metric) -> float:
-    """Compute a measure; 0, and a line in the log, where it is undefined because predictions do not vary."""
+    """Compute a measure; 0, and a warning, if it is undefined because predictions do not vary."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "The variance of predictions or target is close to zero", UserWarning
@@ -92,20 +92,15 @@ def interval_of(measure: str, metric: Metric, value: float, total: int) -> tuple
 
     Args:
         measure: as `metric_of`.
-        metric: that was computed.
-        value: of it.
+        metric: the object it was computed by.
+        value: of the measure.
         total: rows.
     """
     if measure == "f1":
-        # under several processes the states are those of this one, so the denominator is scaled by its share
-        tp, fp, fn = (_total(getattr(metric, name)) for name in ("tp", "fp", "fn"))
-        rows = tp + fp + fn + _total(metric.tn)
-        return f1_interval(value, (2 * tp + fp + fn) * total / max(rows, 1))
+        # with several processes the states are those of this one, so the denominator is scaled by its share
+        tp, fp, fn, tn = (float(getattr(metric, name).sum()) for name in ("tp", "fp", "fn", "tn"))
+        return f1_interval(value, (2 * tp + fp + fn) * total / max(tp + fp + fn + tn, 1))
     return correlation_interval(value, total, ranks=measure == "spearman")
-
-
-def _total(state: Tensor) -> float:
-    return float(state.sum())
 
 
 def correlation_interval(r: float, total: int, ranks: bool = False) -> tuple[float, float]:
@@ -116,7 +111,7 @@ def correlation_interval(r: float, total: int, ranks: bool = False) -> tuple[flo
 
     Sources: Fisher 1915, Biometrika 10(4), exact for normal variables; of ranks Bonett and Wright 2000,
     Psychometrika 65(1). Matthews' coefficient is Pearson's of two binary variables, for which it is an
-    approximation that serves while neither class is rare.
+    approximation that holds while neither class is rare.
 
     Args:
         r: the correlation, -1..1.
@@ -143,7 +138,7 @@ def f1_interval(f1: float, denominator: float) -> tuple[float, float]:
 
     .. math:: F \pm z \sqrt{\frac{F (1 - F) (2 - F)}{2 TP + FP + FN}}, \quad F = \frac{2 TP}{2 TP + FP + FN}
 
-    (TP and FP + FN are multinomial; their covariance cancels as F depends on their ratio alone.)
+    (TP and FP + FN are multinomial; their covariance cancels as F depends only on their ratio.)
 
     Args:
         f1: F, 0..1.

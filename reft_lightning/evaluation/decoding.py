@@ -1,14 +1,14 @@
-"""Generate texts behind the prompts of a batch.
+"""Generate continuations for a batch of prompts.
 
-Greedy decoding of rows whose answer can be guessed need not run token by token. The gold target, or the likeliest
-option, serves as a draft: one pass over prompt | draft tells what the model would say behind every prefix of it, so the
-longest prefix that the model agrees with, and its own token behind that, are known at once. Only rows that have not
+Greedy decoding need not run token by token where the answer can be guessed. The gold target, or the likeliest option,
+serves as a draft: one pass over prompt | draft gives the model's next token after every prefix of the draft, so the
+longest prefix on which the two agree is known at once, and the model's own token after it. Only rows that have not
 ended by then are decoded further, from the keys and values of that pass. The draft decides how fast the tokens are
 known, never which they are (speculative decoding with a given draft: Leviathan et al. 2023, arXiv:2211.17192, at
 temperature 0).
 
-The ids are those of plain greedy decoding up to rounding: a 16-bit base model may settle a near tie otherwise, as it
-does between plain decodings of the same rows under other padding (counts in ``experiments/speed/README.md``).
+The ids are those of plain greedy decoding up to rounding: a 16-bit base model may resolve a near tie differently, as it
+does between plain decodings of the same rows under different padding (counts in ``experiments/speed/README.md``).
 
 Shapes: b rows, s columns of prompt | target, t target columns, n new tokens, r rows decoded further.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ from .prefix_reader import COLUMNS, ColumnReader
 
 log = logging.getLogger(__name__)
 
+LEAST = {"max_new_tokens": 1, "num_beams": 1, "samples": 1, "top_k": 0, "no_repeat_ngram_size": 0}
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -40,17 +43,17 @@ class Decoding:
     Args:
         max_new_tokens: of each text, end of text included.
         do_sample: draw tokens instead of taking the likeliest.
-        temperature: of the drawn distribution.
+        temperature: of the distribution drawn from.
         top_p: draw from the likeliest tokens that hold this share.
-        top_k: draw from so many of the likeliest tokens; 0 from all.
+        top_k: draw from this many of the likeliest tokens; 0 from all.
         num_beams: of beam search, which ends as soon as that many texts are complete, as in the authors' code.
         no_repeat_ngram_size: no n-gram of this size occurs twice in prompt and text; 0 for no such rule.
         repetition_penalty: divides the logits of tokens that occurred already.
         samples: texts for each row.
         verify: check the target in one pass first, where decoding is plainly greedy; the texts stay the same.
-        stop_strings: a text ends behind one of these.
-        seed: of the draws, beside the prompts of the batch: the same rows in the same batch get the same texts,
-            whatever was drawn before.
+        stop_strings: a text ends after one of these.
+        seed: of the draws, together with the prompts of the batch: the same rows in the same batch get the same
+            texts, whatever was drawn before.
 
     Raises:
         ValueError: for a value out of range, or several samples that would all be the same.
@@ -70,36 +73,37 @@ class Decoding:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        least = {"max_new_tokens": 1, "num_beams": 1, "samples": 1, "top_k": 0, "no_repeat_ngram_size": 0}
-        for name, low in least.items():
+        # transformers checks these while it generates or not at all, and the number of samples when it is configured
+        for name, low in LEAST.items():
             if getattr(self, name) < low:
                 raise ValueError(f"decoding.{name} must be at least {low}; got {getattr(self, name)}")
-        for name in ("temperature", "repetition_penalty", "top_p"):
-            if not getattr(self, name) > 0:
+        for name, most in {"temperature": math.inf, "repetition_penalty": math.inf, "top_p": 1.0}.items():
+            if not 0 < getattr(self, name) <= most:
                 raise ValueError(
-                    f"decoding.{name} must be positive; got {getattr(self, name)} (do_sample=false decodes greedily)"
+                    f"decoding.{name} must be positive{' and at most 1' if most == 1 else ''}; got "
+                    f"{getattr(self, name)} (do_sample=false decodes greedily)"
                 )
-        if self.top_p > 1:
-            raise ValueError(f"decoding.top_p must be at most 1; got {self.top_p}")
-        if 1 < self.num_beams < self.samples:
-            raise ValueError(
-                f"decoding.samples={self.samples} of {self.num_beams} beams: set decoding.num_beams to "
-                f"{self.samples} or more, or to 1"
-            )
-        if self.samples > 1 and not self.do_sample and self.num_beams < self.samples:
-            raise ValueError(
-                f"decoding.samples={self.samples} greedy texts of a row would be the same: set "
-                f"decoding.do_sample=true, or decoding.num_beams to {self.samples} or more"
-            )
-        unused = [name for name in ("temperature", "top_p") if getattr(self, name) != 1] + ["top_k"] * (
-            self.top_k > 0
-        )
-        if unused and not self.do_sample:
-            log.warning("decoding.%s: no effect without decoding.do_sample=true", ", ".join(unused))
+        try:
+            GenerationConfig(**self.arguments)
+        except ValueError as error:
+            message = str(error).replace("num_return_sequences", "samples").replace("`", "")
+            raise ValueError(f"decoding.samples={self.samples}: {message}") from error
+        unused = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        changed = [name for name, default in unused.items() if getattr(self, name) != default]
+        if changed and not self.do_sample:
+            log.warning("decoding.%s: no effect without decoding.do_sample=true", ", ".join(changed))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The settings under transformers' names, as far as its ``GenerationConfig`` has them."""
+        names = ["max_new_tokens", "do_sample", "num_beams", "repetition_penalty", "no_repeat_ngram_size"]
+        names += ["temperature", "top_p", "top_k"] if self.do_sample else []
+        beams = {"early_stopping": True} if self.num_beams > 1 else {}
+        return {name: getattr(self, name) for name in names} | {"num_return_sequences": self.samples} | beams
 
     @property
     def verifiable(self) -> bool:
-        """Whether every token is the likeliest one behind the tokens before it, so that a draft can be checked."""
+        """Whether every token is the likeliest one after those before it, so that a draft can be checked."""
         plain = not self.do_sample and self.num_beams == self.samples == 1
         return plain and self.no_repeat_ngram_size == 0 and self.repetition_penalty == 1.0
 
@@ -111,21 +115,21 @@ def generate(
     decoding: Decoding,
     reader: ColumnReader | None = None,
 ) -> list[list[str]]:
-    """Return the texts that a model generates behind the prompts of a batch: ``texts[row][sample]``.
+    """Return the texts that a model generates for the prompts of a batch: ``texts[row][sample]``.
 
-    Special tokens are left out. See :func:`generate_ids`. The new ids are decoded behind the prompt's last token:
-    alone, SentencePiece tokenizers (Llama's) drop the blank that they begin with, and code its indentation.
+    Special tokens are left out. See :func:`generate_ids`. The new ids are decoded together with the prompt's last
+    token: on their own, SentencePiece tokenizers (Llama's) drop the leading blank, and code loses its indentation.
     """
     ids = generate_ids(model, batch, tokenizer, decoding, reader)
     last = batch["input_ids"][:, batch["boundary"] - 1].repeat_interleave(decoding.samples)
-    before, wholes, alone = (
+    before, wholes, news = (
         tokenizer.batch_decode(part, skip_special_tokens=True)
         for part in (last.unsqueeze(-1), torch.cat([last.unsqueeze(-1), ids], -1), ids)
     )
-    # a character of several tokens may span the boundary: then only the new ids alone are text of their own
+    # a character of several tokens may span the boundary: then only the new ids are decoded
     texts = [
         whole.removeprefix(start) if whole.startswith(start) else text
-        for start, whole, text in zip(before, wholes, alone, strict=True)
+        for start, whole, text in zip(before, wholes, news, strict=True)
     ]
     return [texts[i : i + decoding.samples] for i in range(0, len(texts), decoding.samples)]
 
@@ -138,20 +142,20 @@ def generate_ids(
     decoding: Decoding,
     reader: ColumnReader | None = None,
 ) -> Tensor:
-    """Return the new token ids behind the prompts of a batch, padded to ``max_new_tokens`` columns.
+    """Return the token ids generated for the prompts of a batch, padded to ``max_new_tokens`` columns.
 
-    What a model ships as its own generation defaults (sampling, penalties, suppressed tokens) plays no part.
+    The generation defaults that a model ships (sampling, penalties, suppressed tokens) are ignored.
 
     Args:
         model: an adapted model. ``forward`` numbers the tokens of left-padded rows and returns ``logits`` and
-            ``past_key_values``; ``generate`` takes ``prompt_mask`` beside Hugging Face's arguments: which columns are
-            prompt, where part of the answer stands behind it already.
+            ``past_key_values``; ``generate`` also takes ``prompt_mask``: which columns are prompt, if the
+            input holds part of the answer.
         batch: ``input_ids``, ``attention_mask``, ``prompt_mask`` (b, s) and ``boundary``, the column in which prompts
             end and targets start. A batch without target columns is decoded plainly.
         tokenizer: its ids of eos and pad, and its vocabulary where there are stop strings.
         decoding: the settings.
-        reader: of the model, where something else was asked about the same prompts: a draft is checked from what
-            it has read. It has forgotten that afterwards.
+        reader: of the model, if the same prompts were read before: a draft is checked from what it has read, which
+            it forgets.
 
     Returns:
         (b * samples, max_new_tokens): rows in order, the samples of a row next to each other.
@@ -171,29 +175,15 @@ def generate_ids(
 def _decode(
     model: Any, tokenizer: Any, decoding: Decoding, ids: Tensor, attention: Tensor, **more: Any
 ) -> Tensor:  # (r, s) x 2 -> (r, max_new_tokens)
-    settings: dict[str, Any] = {
-        "max_new_tokens": decoding.max_new_tokens,
-        "do_sample": decoding.do_sample,
-        "num_beams": decoding.num_beams,
-        "num_return_sequences": decoding.samples,
-        "repetition_penalty": decoding.repetition_penalty,
-        "no_repeat_ngram_size": decoding.no_repeat_ngram_size,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    if decoding.do_sample:
-        settings |= {name: getattr(decoding, name) for name in ("temperature", "top_p", "top_k")}
-    if decoding.num_beams > 1:
-        settings["early_stopping"] = True
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = GenerationConfig(**decoding.arguments, **special)
     if decoding.stop_strings:
         prompt = more.get("prompt_mask", torch.ones_like(ids, dtype=torch.bool))
         first = prompt.shape[1] - (attention.bool() & ~prompt).sum(-1).repeat_interleave(decoding.samples)
         more["stopping_criteria"] = StoppingCriteriaList(
             [_Stop(tokenizer, decoding.stop_strings, first.tolist())]
         )
-    whole = model.generate(
-        input_ids=ids, attention_mask=attention, generation_config=GenerationConfig(**settings), **more
-    )
+    whole = model.generate(input_ids=ids, attention_mask=attention, generation_config=config, **more)
     new = whole[:, ids.shape[1] :]
     return F.pad(new, (0, decoding.max_new_tokens - new.shape[1]), value=tokenizer.pad_token_id)
 
@@ -205,26 +195,25 @@ def _verified(reader: ColumnReader, batch: dict[str, Any], tokenizer: Any, decod
     boundary, most = batch["boundary"], decoding.max_new_tokens
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     target = batch["attention_mask"].bool()[:, boundary:] & ~batch["prompt_mask"][:, boundary:]
-    draft = target & ((batch["input_ids"][:, boundary:] == eos).cumsum(-1) == 0)  # nothing is said behind eos
-    t = min(int(draft.sum(-1).max()), most - 1)  # nor behind the last token allowed
+    draft = target & ((batch["input_ids"][:, boundary:] == eos).cumsum(-1) == 0)  # nothing follows eos
+    t = min(int(draft.sum(-1).max()), most - 1)  # nor the last token allowed
     inputs = {name: batch[name][:, : boundary + t] for name in COLUMNS}
     logits = reader.logits({**inputs, "boundary": boundary})  # (b, t + 1, v)
-    # What the model says behind the prompt and behind each token of the draft, column by column as generate() takes
-    # the argmax in float32: all columns at once would be a second copy of the logits.
+    # The model's token after the prompt and after each token of the draft; column by column, as generate() takes the
+    # argmax in float32: all columns at once would be a second copy of the logits.
     own = torch.stack([column.float().argmax(-1) for column in logits.unbind(1)], 1)  # (b, t + 1)
     del logits
     cache = reader.take_cache()
     agreed = draft[:, :t] & (inputs["input_ids"][:, boundary:] == own[:, :-1])
     accepted = agreed.long().cumprod(-1).sum(-1)  # (b,), tokens of the draft
-    known = (
-        torch.arange(t + 1, device=own.device) <= accepted[:, None]
-    )  # those and the model's own behind them
+    # known are the accepted tokens and the model's own after them
+    known = torch.arange(t + 1, device=own.device) <= accepted[:, None]
     ends = own == eos
     if decoding.stop_strings:
         ends |= _stops(own, tokenizer, decoding.stop_strings)
     ends &= known
-    behind = ends.cumsum(-1) - ends.long() > 0
-    tokens = F.pad(own.masked_fill(behind | ~known, pad), (0, most - t - 1), value=pad)
+    ended = ends.cumsum(-1) - ends.long() > 0
+    tokens = F.pad(own.masked_fill(ended | ~known, pad), (0, most - t - 1), value=pad)
     rows = (~ends.any(-1) & (accepted + 1 < most)).nonzero().squeeze(-1)
     if len(rows):
         _continue(reader.model, tokenizer, decoding, inputs, boundary, cache, rows, accepted[rows], tokens)
@@ -234,7 +223,7 @@ def _verified(reader: ColumnReader, batch: dict[str, Any], tokenizer: Any, decod
 class _Stop(StoppingCriteria):
     """End a row whose new text holds a stop string.
 
-    Hugging Face's own criterion reads across the end of the prompt: behind a newline, a text that begins with "def"
+    Hugging Face's own criterion reads across the end of the prompt: after a newline, a text that begins with "def"
     would end there.
 
     Args:
@@ -254,7 +243,7 @@ class _Stop(StoppingCriteria):
 
 
 def _stops(tokens: Tensor, tokenizer: Any, stop_strings: tuple[str, ...]) -> Tensor:  # (b, n) -> (b, n)
-    """Return behind which of the new tokens a text has ended."""
+    """Return after which of the new tokens a text has ended."""
     stop = _Stop(tokenizer, stop_strings, [0] * len(tokens))
     return torch.stack([stop(tokens[:, : j + 1], None) for j in range(tokens.shape[1])], 1)
 
@@ -270,7 +259,7 @@ def _continue(
     accepted: Tensor,  # (r,), tokens of the draft
     tokens: Tensor,  # (b, max_new_tokens), filled in place
 ) -> None:
-    """Decode some rows behind their known tokens, padded on the left to one column again."""
+    """Decode some rows after their known tokens, left-padded to one column again."""
     width, most = inputs["input_ids"].shape[1], tokens.shape[1]
     # The last known token is the model's own, which the pass over the draft has not read.
     last = tokens[rows].gather(1, accepted[:, None])  # (r, 1)
@@ -319,7 +308,7 @@ def _own_randomness(seed: int, ids: Tensor) -> Iterator[None]:
 
 @contextmanager
 def without_generation_defaults(model: nn.Module) -> Iterator[None]:
-    """Put aside the generation defaults of a model, from which ``generate`` fills what is not set."""
+    """Set aside the generation defaults of a model, which ``generate`` uses for what is not set."""
     owners = [module for module in model.modules() if isinstance(module, GenerationMixin)]
     shipped = [owner.generation_config for owner in owners]
     try:

@@ -1,6 +1,6 @@
 """Rank the options of multiple-choice rows by likelihood.
 
-The options of a row stand behind the same prompt, which is read once (:class:`~.shared_columns.ColumnReader`).
+The options of a row follow the same prompt, which is read once (:class:`~.prefix_reader.ColumnReader`).
 
 Shapes: b rows, s columns of prompt | target, t target columns.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .prefix_reader import COLUMNS, ColumnReader
 
@@ -26,7 +27,7 @@ def log_likelihood(reader: ColumnReader, batch: dict[str, Any]) -> Tensor:  # ->
     """
     width, boundary = batch["input_ids"].shape[1], batch["boundary"]
     labels = batch["labels"][:, batch["labels"].shape[1] - (width - boundary) :]  # (b, t)
-    # column i predicts label i + 1, so that nobody needs the last column's logits
+    # column i predicts label i + 1, so the last column's logits are not needed
     read = {name: batch[name][:, :-1] for name in COLUMNS}
     logits = reader.logits({**read, "boundary": boundary})  # (b, t, v)
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
@@ -42,7 +43,7 @@ def option_log_likelihoods(
     Args:
         model: an adapted model.
         batches: one batch for each option index, rows in the same order, see :func:`log_likelihood`.
-        reader: of the model, where something else is asked about the same prompts.
+        reader: of the model, if the same prompts are read for something else.
     """
     reader = reader or ColumnReader(model)
     return torch.stack([log_likelihood(reader, batch) for batch in batches], dim=-1)
@@ -53,8 +54,9 @@ def with_draft(
 ) -> dict[str, Any]:
     """Return a batch with the chosen option of each row as its target, for :func:`~.decoding.generate` to check.
 
-    A model that knows the format of the answers says its likeliest option: the better draft than the gold target
-    where the two differ. The batch comes back as it is where the prompt of an option is not the batch's own.
+    A model that knows the format of the answers generates its likeliest option: where the two differ, a better draft
+    than the gold target. If the prompt of an option is not the batch's own (a long option may cut it), the batch is
+    returned as it is.
 
     Args:
         batch: prompt | target with ``boundary``; not changed.
@@ -62,21 +64,13 @@ def with_draft(
         choice: (b,), the index for each row.
     """
     boundary = batch["boundary"]
-    prompt = {name: batch[name][:, :boundary] for name in COLUMNS}
     for option in batches:
-        same = option["boundary"] == boundary and all(
-            torch.equal(option[name][:, :boundary], columns) for name, columns in prompt.items()
-        )
-        if not same:
+        same = (torch.equal(option[name][:, :boundary], batch[name][:, :boundary]) for name in COLUMNS)
+        if option["boundary"] != boundary or not all(same):
             return batch
-    width = max(option["input_ids"].shape[1] for option in batches)
-    drafted = {**batch}
-    rows = torch.arange(len(prompt["input_ids"]), device=prompt["input_ids"].device)
+    rows = torch.arange(len(batch["input_ids"]), device=batch["input_ids"].device)
     chosen = torch.as_tensor(choice, device=rows.device)
-    for name in COLUMNS:  # columns beyond an option's own are not real: 0 in every mask
-        padded = [
-            torch.nn.functional.pad(option[name], (0, width - option[name].shape[1])) for option in batches
-        ]
-        drafted[name] = torch.stack(padded)[chosen, rows]
-    drafted.pop("labels", None)  # they are the gold target's
+    drafted = {name: value for name, value in batch.items() if name != "labels"}  # those of the gold target
+    for name in COLUMNS:  # (s, options, b), padded with 0: not real in every mask
+        drafted[name] = pad_sequence([option[name].mT for option in batches])[:, chosen, rows].mT
     return drafted

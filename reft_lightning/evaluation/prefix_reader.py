@@ -1,15 +1,15 @@
-"""Read batches whose rows share their prompts: columns that were read before are not read again.
+"""Read batches whose rows share their prompts, without reading a column twice.
 
-An evaluation asks several questions about the same prompts: how likely each option is, what the loss of the target is,
-what the model says itself. The batches of these questions begin with the same columns: those of the prompts, and
-often the first of the targets ("the correct answer is ..."). Their keys and values, and their logits, are kept.
+An evaluation reads the same prompts several times: for the likelihood of each option, for the loss of the target, and
+to generate. These batches begin with the same columns: those of the prompts, and often the first of the targets ("the
+correct answer is ..."). Their keys and values, and their logits, are kept.
 
-Where a model's cache does not hold every column (sliding windows, linear attention, virtual tokens in front), or the
-prompts differ (a long target may cut its prompt), every batch is read whole.
+If a model's cache does not hold every column (sliding windows, linear attention, virtual tokens), or the prompts differ
+(a long target may cut its prompt), every batch is read whole.
 
 The logits are those of a whole read up to rounding, as matrix products have other shapes: with a 16-bit base model a
-near tie between options may fall otherwise (counts in ``experiments/speed/README.md``). Positions P of a callable are
-told the columns read so far, as in generation.
+near tie between options may resolve differently (counts in ``experiments/speed/README.md``). Positions P that are a
+callable see the columns read so far, as in generation.
 
 Shapes: b rows, s columns of prompt | target, t target columns, v tokens of the vocabulary.
 """
@@ -37,12 +37,12 @@ class _Read:
 
 
 class ColumnReader:
-    """Reads one batch after the other with one model, and keeps what it read last.
+    """Reads one batch after another with one model, and keeps what it read last.
 
-    The model must stay as it is in the meantime: no step of training, neither entering nor leaving ``disabled()``.
+    The model must not change in the meantime: no training step, neither entering nor leaving ``disabled()``.
 
     Args:
-        model: an adapted model. ``forward`` takes ``past_key_values`` beside masks of all columns, and returns
+        model: an adapted model. ``forward`` takes ``past_key_values`` with masks of all columns, and returns
             ``logits`` and ``past_key_values``.
     """
 
@@ -52,7 +52,7 @@ class ColumnReader:
 
     @torch.no_grad()
     def logits(self, batch: dict[str, Any]) -> Tensor:  # -> (b, t + 1, v)
-        """Return the logits behind the prompts and behind each target column.
+        """Return the logits after the prompts and after each target column.
 
         Args:
             batch: ``input_ids``, ``attention_mask``, ``prompt_mask`` (b, s) and ``boundary``, the column in which
@@ -81,9 +81,9 @@ class ColumnReader:
         return logits
 
     def take_cache(self) -> DynamicCache | None:
-        """Hand over the keys and values of all columns read last, to be changed, and forget everything else.
+        """Hand over the keys and values of all columns read last, which the caller may change; forget everything else.
 
-        None where the cache does not hold every column.
+        None if the cache does not hold every column.
         """
         last, self._last = self._last, None
         return None if last is None else last.cache
@@ -104,7 +104,7 @@ class ColumnReader:
         return output.logits[:, -keep:], cache if holds else None
 
     def _shared(self, columns: dict[str, Tensor], boundary: int) -> int:
-        """Return how many leading columns need not be read: none, or the prompts' at least."""
+        """Return how many leading columns need not be read: none, or at least the prompts'."""
         last = self._last
         if (
             last is None

@@ -1,4 +1,4 @@
-"""Scores as pure functions, and as torchmetrics classes on top that sum over batches and processes."""
+"""Scores of rows as pure functions, and as torchmetrics classes that sum over batches and processes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,41 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+Z = 1.959964  # quantile of the normal distribution for intervals of 95 %
 
-def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    r"""Return the Wilson score interval of a proportion (95 % for the default z).
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    r"""Return the unbiased estimate of pass@k for one problem.
+
+    .. math:: \text{pass@}k = 1 - \binom{n - c}{k} \Big/ \binom{n}{k}
+        = 1 - \prod_{i = n - c + 1}^{n} \left(1 - \frac{k}{i}\right)
+
+    for n samples of which c pass: the share of all subsets of k samples that hold one that passes. The product
+    needs no large binomials. (1 - (1 - c/n)^k would be biased: it draws the same sample twice.)
+    Source: Chen et al. 2021, arXiv:2107.03374, eq. 1.
+
+    Args:
+        samples: n.
+        passed: c.
+        k: subset size.
+
+    Raises:
+        ValueError: unless 1 <= k <= n and 0 <= c <= n.
+
+    >>> pass_at_k(4, 1, 2)
+    0.5
+    """
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass@{k} needs 1 <= k <= the number of samples; got {samples} samples")
+    if not 0 <= passed <= samples:
+        raise ValueError(f"the number of passing samples must lie in 0..{samples}; got {passed}")
+    if samples - passed < k:  # every subset of k holds one that passes
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / i for i in range(samples - passed + 1, samples + 1))
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    r"""Return the Wilson score interval of a proportion, 95 %.
 
     .. math:: \frac{\hat p + z^2/2n \pm z \sqrt{\hat p (1 - \hat p)/n + z^2/4n^2}}{1 + z^2/n}
 
@@ -20,22 +52,21 @@ def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[floa
     Args:
         correct: successes, 0..total.
         total: trials n.
-        z: quantile of the normal distribution, 1.96 for 95 %.
 
     Returns:
         Lower and upper end; (nan, nan) without trials.
     """
     if total == 0:
         return math.nan, math.nan
-    p, shrink = correct / total, 1 + z * z / total
-    centre = p + z * z / (2 * total)
-    half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    p, shrink = correct / total, 1 + Z * Z / total
+    centre = p + Z * Z / (2 * total)
+    half = Z * math.sqrt(p * (1 - p) / total + Z * Z / (4 * total * total))
     low = (centre - half) / shrink if correct > 0 else 0.0
     high = (centre + half) / shrink if correct < total else 1.0
     return low, high
 
 
-def mean_interval(total: int, sum_: float, squares: float, z: float = 1.959964) -> tuple[float, float]:
+def mean_interval(total: int, sum_: float, squares: float) -> tuple[float, float]:
     r"""Return a 95 % interval of the mean of scores in [0, 1].
 
     Wilson's where every score is 0 or 1 (then the sum of squares is the sum), else the normal one,
@@ -45,16 +76,15 @@ def mean_interval(total: int, sum_: float, squares: float, z: float = 1.959964) 
         total: number of scores n.
         sum_: of the scores.
         squares: sum of their squares.
-        z: quantile of the normal distribution.
 
     Returns:
         Lower and upper end; (nan, nan) without scores.
     """
     if total == 0 or abs(sum_ - squares) < 1e-9 * total:
-        return wilson_interval(round(sum_), total, z)
+        return wilson_interval(round(sum_), total)
     mean = sum_ / total
     variance = max(squares / total - mean * mean, 0.0) * total / max(total - 1, 1)
-    half = z * math.sqrt(variance / total)
+    half = Z * math.sqrt(variance / total)
     return max(mean - half, 0.0), min(mean + half, 1.0)
 
 
@@ -62,7 +92,7 @@ class RowScores(Metric):
     """Sum scores in [0, 1] over rows, batches and processes; a row without an answer counts with its 0.
 
     ``compute()`` returns (4,) float32: sum, sum of squares, rows, and rows where no answer was found. Apple's GPUs
-    know no wider floats; whole numbers are exact to 16 million.
+    have no wider floats; whole numbers are exact to 16 million.
     """
 
     full_state_update = False
@@ -72,7 +102,7 @@ class RowScores(Metric):
         self.add_state("sums", default=torch.zeros(4), dist_reduce_fx="sum")
 
     def update(self, scores: list[float], missing: int = 0) -> None:
-        """Add the scores of a batch, and how many of its rows held no answer."""
+        """Add the scores of a batch, and the number of its rows without an answer."""
         batch = [sum(scores), sum(score * score for score in scores), len(scores), missing]
         # not in place: inference mode may have made it
         self.sums = self.sums + torch.tensor(batch, dtype=torch.float32, device=self.sums.device)
@@ -82,7 +112,7 @@ class RowScores(Metric):
         return self.sums
 
     def count(self) -> dict[str, Any]:
-        """Return what stands behind a mean: ``correct`` (the sum), ``total``, ``missing`` and ``interval``."""
+        """Return what a mean is computed from: ``correct`` (the sum), ``total``, ``missing`` and ``interval``."""
         sum_, squares, total, missing = self.compute().tolist()
         return {
             "correct": int(sum_) if sum_.is_integer() else round(sum_, 3),

@@ -17,13 +17,12 @@ from reft_lightning.base_models.loading import byte_tokenizer, load_base_model
 from reft_lightning.config import compose
 from reft_lightning.data.encoding import Collator, encode
 from reft_lightning.data.example import Example
-from reft_lightning.evaluation import decoding as decoding_module
 from reft_lightning.evaluation.decoding import Decoding, generate, generate_ids
 from reft_lightning.storage.wheels import cache_folder
 
 POSITIONS = ["f2+l2", "prompt", "all", "decode:2", "prompt+decode"]
 NEW = 7
-ENDLESS = SimpleNamespace(eos_token_id=999, pad_token_id=tiny.PAD)  # a token that no model here says
+ENDLESS = SimpleNamespace(eos_token_id=999, pad_token_id=tiny.PAD)  # a token that no model here generates
 PROMPTS = tiny.rows(6, 3, 9, 4, 5, 1, 7, 2)
 
 
@@ -54,7 +53,7 @@ def wrong_at(ids, place):
 
 
 def drafts(plain):
-    """Targets that the model agrees with wholly, never, or up to some token, shorter and longer than its text."""
+    """Targets that the model agrees with entirely, never, or up to some token, shorter and longer than its text."""
     strange = tiny.rows(4, 3, seed=9)
     return [
         plain[0],
@@ -129,7 +128,7 @@ def test_texts_end_at_the_end_of_text_wherever_the_draft_has_it(family):
         special = SimpleNamespace(eos_token_id=int(free[2, place]), pad_token_id=tiny.PAD)
         plain = plain_ids(reft, special)
         assert (plain != free).any() or place == NEW - 1
-        for targets in (drafts(free), drafts(plain)):  # an eos within, or behind it
+        for targets in (drafts(free), drafts(plain)):  # an eos within the draft, or after it
             assert torch.equal(checked_ids(reft, targets, special), plain)
 
 
@@ -173,9 +172,7 @@ def test_other_rows_go_on_from_the_keys_and_values_of_that_pass():
     targets = list(plain)
     targets[1], targets[5] = wrong_at(plain[1], 4), wrong_at(plain[5], 2)
     calls = reads(reft, batch_of(PROMPTS, targets))
-    assert calls == [(8, 9 + NEW - 1)] + [(2, 1)] * (NEW - 3), (
-        "3 of 7 tokens are known in the row that knows least"
-    )
+    assert calls == [(8, 9 + NEW - 1)] + [(2, 1)] * (NEW - 3), "one row knows only 3 of its 7 tokens"
 
 
 def test_a_sliding_window_is_read_again():
@@ -232,7 +229,7 @@ def test_stop_strings_end_a_text_in_the_same_place():
     free = generate_ids(model, batch, tokenizer, Decoding(9, verify=False))
     row, place = next((i, j) for i in range(3) for j in range(2, 8) if 32 < int(free[i, j]) - 3 < 127)
     letter = chr(int(free[row, place]) - 3)
-    for stops in ((letter,), ("never said", letter)):
+    for stops in ((letter,), ("never generated", letter)):
         plain = generate_ids(model, batch, tokenizer, Decoding(9, verify=False, stop_strings=stops))
         assert (plain[row, place + 1 :] == tokenizer.pad_token_id).all()
         assert not torch.equal(plain, free)
@@ -242,8 +239,8 @@ def test_stop_strings_end_a_text_in_the_same_place():
             )
 
 
-def test_a_stop_string_is_looked_for_behind_the_prompt_alone():
-    """A completion that begins with "def" behind a prompt that ends in a newline goes on; Hugging Face stops there."""
+def test_a_stop_string_is_searched_only_after_the_prompt():
+    """A completion that begins with "def" after a prompt that ends in a newline goes on; Hugging Face stops there."""
     model, tokenizer = byte_model(), byte_tokenizer()
     batch = bytes_batch(["yes", "no", "so it is"])
     free = generate_ids(model, batch, tokenizer, Decoding(6, verify=False))
@@ -339,10 +336,10 @@ def test_what_a_model_ships_as_generation_defaults_plays_no_part(shipped, verify
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1; got 0"),
         ({"temperature": 0.0}, "temperature must be positive; got 0.0 .do_sample=false decodes greedily"),
-        ({"top_p": 1.5}, "top_p must be at most 1; got 1.5"),
+        ({"top_p": 1.5}, "top_p must be positive and at most 1; got 1.5"),
         ({"top_k": -1}, "top_k must be at least 0; got -1"),
-        ({"samples": 3}, "samples=3 greedy texts of a row would be the same"),
-        ({"samples": 3, "num_beams": 2}, "num_beams to 3 or more"),
+        ({"samples": 3}, r"samples=3: Greedy methods \(do_sample != True\) without beam search"),
+        ({"samples": 3, "num_beams": 2}, r"samples \(3\) has to be smaller or equal to num_beams \(2\)"),
     ],
     ids=str,
 )
@@ -388,7 +385,7 @@ def test_real_rows_get_the_ids_of_plain_decoding(shared):
         assert torch.equal(generate_ids(reft, collate(encoded), tokenizer, Decoding(most)), plain)
 
 
-def test_a_blank_at_the_start_of_the_answer_survives_a_sentencepiece_tokenizer(monkeypatch):
+def test_a_blank_at_the_start_of_the_answer_survives_a_sentencepiece_tokenizer():
     """Llama's decoder drops the first blank of a text: an indented line of code would lose its indentation."""
     backend = Tokenizer(models.BPE(vocab={"<pad>": 0, "</s>": 1, "▁": 2, "x": 3, ":": 4}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -398,6 +395,12 @@ def test_a_blank_at_the_start_of_the_answer_survives_a_sentencepiece_tokenizer(m
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
     new = torch.tensor([[2, 2, 3, 1]])
     assert tokenizer.decode(new[0], skip_special_tokens=True) == " x"
-    monkeypatch.setattr(decoding_module, "generate_ids", lambda *_: new)
-    batch = {"input_ids": torch.tensor([[3, 4]]), "boundary": 2}
-    assert generate(None, batch, tokenizer, Decoding(4)) == [["  x"]]
+
+    class Answers(torch.nn.Module):
+        def generate(self, input_ids, **_):
+            return torch.cat([input_ids, new], 1)
+
+    ids = torch.tensor([[3, 4]])
+    ones = torch.ones_like(ids)
+    batch = {"input_ids": ids, "attention_mask": ones, "prompt_mask": ones.bool(), "boundary": 2}
+    assert generate(Answers(), batch, tokenizer, Decoding(4)) == [["  x"]]

@@ -1,4 +1,4 @@
-"""Ranking options: likelihoods, the prompt read once, drafts, and an evaluation that asks everything of one prompt."""
+"""Ranking options: likelihoods, the prompt read once, drafts, and an evaluation that reads each prompt once."""
 
 from types import SimpleNamespace
 
@@ -27,7 +27,7 @@ from reft_lightning.evaluation.decoding import generate_ids
 
 POSITIONS = ["f7+l7", "f2+l2", "l1", "all", "decode", "decode:2", "prompt+decode:3"]
 PROMPTS = tiny.rows(6, 3, 9, 1)
-ENDLESS = SimpleNamespace(eos_token_id=999, pad_token_id=tiny.PAD)  # a token that no model here says
+ENDLESS = SimpleNamespace(eos_token_id=999, pad_token_id=tiny.PAD)  # a token that no model here generates
 # Options of several lengths; the first three of a row begin alike. Row 1 has one option less, so its last is repeated.
 COMMON = tiny.rows(3, 3, 3, 3, seed=5)
 ENDS = [
@@ -157,7 +157,7 @@ def test_baselines_rank_as_by_whole_reads(method):
     torch.testing.assert_close(option_log_likelihoods(model, batches()), whole, rtol=0, atol=1e-10)
     calls = reads(model, lambda: option_log_likelihoods(model, batches()))
     others = [(4, width) for width in widths()[1:]]
-    # virtual tokens stand in the cache, too: there every option is read whole
+    # virtual tokens are in the cache, too: there every option is read whole
     if "tuning" in method:
         assert calls[1:] == others
     else:
@@ -171,7 +171,7 @@ def test_the_prompts_and_what_all_options_begin_with_are_read_once():
     reft = attached()
     first, *others = widths()
     calls = reads(reft, lambda: option_log_likelihoods(reft, batches()))
-    # three columns of the second and third option are those of the first; of the fourth the prompt alone
+    # three columns of the second and third option are those of the first; of the fourth only the prompt
     assert calls == [(4, first), *[(4, width - 9 - 3) for width in others[:2]], (4, others[2] - 9)]
     assert reads(reft, lambda: one_by_one(reft)) == [(4, width) for width in widths()]
 
@@ -194,7 +194,7 @@ def test_options_whose_prompts_differ_are_read_whole():
 
 
 def test_tokens_that_are_padding_in_one_option_and_real_in_the_other_are_read():
-    """Ids alone would agree: padding has the id of a token."""
+    """Comparing only ids would not do: padding has the id of a token."""
     reft = attached("llama", "all")
     short = [torch.tensor([7, 8])] * 2
     long = [torch.tensor([7, 8, tiny.PAD, 9])] * 2
@@ -277,7 +277,7 @@ def plain_ids(model, most=6, tokenizer=ENDLESS):
 
 @pytest.mark.parametrize("positions", ["f2+l2", "all", "decode:2"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3"])
-def test_texts_behind_a_reader_of_options_are_those_of_plain_decoding(family, positions):
+def test_texts_after_reading_options_are_those_of_plain_decoding(family, positions):
     reft = attached(family, positions)
     plain = plain_ids(reft)
     own = [batch_of([row[:n] for row, n in zip(plain, (6, 2, 4, 1), strict=True)]), *batches()]
@@ -290,7 +290,7 @@ def test_texts_behind_a_reader_of_options_are_those_of_plain_decoding(family, po
         reader = ColumnReader(reft)
         log_likelihood(reader, gold)
         assert torch.equal(generate_ids(reft, gold, ENDLESS, Decoding(6), reader), plain)
-        log_likelihood(reader, gold)  # the reader that has handed its cache over reads anew
+        log_likelihood(reader, gold)  # a reader that has handed over its cache reads anew
         assert torch.equal(generate_ids(reft, gold, ENDLESS, Decoding(6, verify=False), reader), plain)
 
 
@@ -311,13 +311,13 @@ def test_a_batch_with_another_prompt_keeps_its_own_target():
     assert with_draft(gold, batches(), [0, 0, 0, 0]) is gold
 
 
-def test_an_option_that_the_model_says_costs_nothing_beyond_the_ranking():
+def test_an_option_that_the_model_generates_costs_nothing_beyond_the_ranking():
     reft = attached()
     plain = list(plain_ids(reft))
-    says = batch_of(plain)
+    generated = batch_of(plain)
     reader = ColumnReader(reft)
-    option_log_likelihoods(reft, [*batches(), says], reader)
-    drafted = with_draft(batch_of(OPTIONS[1]), [*batches(), says], [4] * 4)
+    option_log_likelihoods(reft, [*batches(), generated], reader)
+    drafted = with_draft(batch_of(OPTIONS[1]), [*batches(), generated], [4] * 4)
     assert reads(reft, lambda: generate_ids(reft, drafted, ENDLESS, Decoding(6), reader)) == []
 
 
@@ -379,18 +379,17 @@ def validated(data, *overrides):
     return objects, scores, calls
 
 
-def test_an_evaluation_reads_its_prompts_once_and_says_what_plain_decoding_says(data):
+def test_an_evaluation_reads_its_prompts_once_and_generates_what_plain_decoding_does(data):
     objects, scores, calls = validated(data)
     plain, plain_scores, _ = validated(data, "decoding.verify=false")
     assert objects.module.predictions == plain.module.predictions
     assert scores == pytest.approx(plain_scores)
-    batches = sum(len(loader) for loader in objects.data.val_dataloader())
-    shortest = min(len(row.prompt_ids) for rows in objects.data._validation.values() for row in rows)
-    whole = [call for call in calls if call[1] >= shortest]
-    assert len(whole) == batches, "loss, two options and the text: one read of the prompts for all"
+    boundaries = [batch["boundary"] for loader in objects.data.val_dataloader() for batch in loader]
+    whole = [call for call in calls if call[1] >= min(boundaries)]
+    assert len(whole) == len(boundaries), "loss, two options and the text: one read of the prompts for all"
 
 
-def test_texts_that_are_drawn_do_not_go_on_from_what_was_read(data):
+def test_texts_that_are_drawn_do_not_depend_on_what_was_read_before(data):
     objects, _, _ = validated(data, "decoding.do_sample=true", "decoding.max_new_tokens=5")
     again, _, _ = validated(
         data, "decoding.do_sample=true", "decoding.max_new_tokens=5", "option_likelihood=false"

@@ -1,16 +1,17 @@
 """The inside of the sandbox: give up what a generated program does not need, then run it.
 
-`execute.py` starts this file as a script, in a fresh interpreter whose folder is empty but for `program.py`. It
-uses the standard library alone and nothing of the package. In this order it takes away
+`run.py` starts this file as a script, in a fresh interpreter whose folder is empty but for `program.py`. It uses only
+the standard library and nothing of the package. In this order it takes away
 
 1. writing outside the folder, by Landlock (Linux 5.13 and later; needs no privilege);
-2. processes, signals, sockets, shared memory and namespaces, by a seccomp filter (Linux on x86_64 and arm64);
+2. processes, signals, sockets, shared memory, namespaces, the clock, owners and attributes of files, by a seccomp
+   filter (Linux on x86_64 and arm64);
 3. resources, by limits of the kernel: processor time, address space, size of a file, open files, core dumps;
-4. writing, processes, signals and sockets once more, by an audit hook of Python, which also says what was refused,
+4. writing, processes, signals and sockets once more, by an audit hook of Python, which also names what it refused,
    and which is all there is where the kernel has neither Landlock nor seccomp.
 
-It says `ready` and the names of the kernel's guards, runs the program, and only when the last line of it has run
-hands back a token that lies unread in a pipe until then.
+It reports `ready` and the names of the kernel's guards, runs the program, and only after its last line has run hands
+back a token that stays unread in a pipe until then.
 """
 
 import errno
@@ -20,7 +21,7 @@ import resource
 import struct
 import sys
 
-# Beginnings of events; nothing of these is needed to compute something. Not every Python reports new threads.
+# Beginnings of events, none of which a computation needs. Not every Python reports new threads.
 REFUSED_EVENTS = (
     "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.startfile", "pty.spawn", "subprocess.Popen",
     "_thread.start", "os.kill", "signal.pthread_kill", "resource.", "socket.", "syslog.", "os.link", "os.symlink",
@@ -29,13 +30,8 @@ REFUSED_EVENTS = (
 )  # fmt: skip
 # Doors to the system without events of their own, and to interpreters in which the hook is not installed.
 REFUSED_MODULES = (
-    "ctypes",
-    "_ctypes",
-    "_posixsubprocess",
-    "_interpreters",
-    "_xxsubinterpreters",
-    "_testcapi",
-)
+    "ctypes", "_ctypes", "_posixsubprocess", "_interpreters", "_xxsubinterpreters", "_testcapi",
+)  # fmt: skip
 # event -> how many of its first arguments are paths
 PATH_EVENTS = {
     "os.mkdir": 1, "os.remove": 1, "os.rmdir": 1, "os.rename": 2, "os.truncate": 1, "os.chmod": 1, "os.chown": 1,
@@ -44,25 +40,42 @@ PATH_EVENTS = {
 MAKING_EVENTS = ("os.mkdir", "os.rename", "sqlite3.connect")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
-# System calls that the filter refuses: (x86_64, arm64) numbers; None where the architecture has no such call.
-REFUSED_CALLS = (
-    (56, 220), (435, 435), (57, None), (58, None),  # clone, clone3, fork, vfork
-    (59, 221), (322, 281),  # execve, execveat
-    (62, 129), (200, 130), (234, 131), (129, 138), (297, 240), (424, 424),  # kill ... pidfd_send_signal
-    (434, 434), (438, 438), (101, 117), (310, 270), (311, 271),  # pidfd_open, pidfd_getfd, ptrace, process_vm_*
-    (41, 198), (53, 199), (425, 425),  # socket, socketpair, io_uring_setup (which does what calls do)
-    (29, 194), (64, 190), (68, 186), (240, 180),  # shmget, semget, msgget, mq_open: outlive their process
-    (248, 217), (250, 219), (319, 279), (323, 282),  # add_key, keyctl, memfd_create, userfaultfd
-    (272, 97), (308, 268), (165, 40), (166, 39), (155, 41), (161, 51),  # unshare, setns, (u)mount, *root
-    (112, 157), (133, None), (259, 33), (321, 280), (298, 241), (169, 142),  # setsid, mknod*, bpf, perf, reboot
-    (141, 140), (203, 122), (144, 119), (142, 118), (314, 274), (251, 30),  # setpriority, sched_set*, ioprio_set
-    (256, 238), (279, 239),  # migrate_pages, move_pages: like those above, also of the evaluator
-)  # fmt: skip
-# System calls that one argument decides: numbers as above, which argument, its values, whether just these are allowed.
-DECIDED_CALLS = (
-    ((302, 261), 0, (0,), True),  # prlimit64, which is also how a process limits itself: process 0
-    ((72, 25), 1, (8, 10, 15), False),  # fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX, signals by an open file
-)
+# System calls that the filter refuses, with their numbers on x86_64 and arm64; None: the machine has no such call.
+REFUSED_CALLS = {
+    # processes and programs
+    "clone": (56, 220), "clone3": (435, 435), "fork": (57, None), "vfork": (58, None),
+    "execve": (59, 221), "execveat": (322, 281),
+    # signals, and other processes; setsid leaves the session that is killed
+    "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424), "pidfd_open": (434, 434),
+    "pidfd_getfd": (438, 438), "ptrace": (101, 117), "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271), "setsid": (112, 157),
+    # of the evaluator, too: priorities, processors, pages
+    "setpriority": (141, 140), "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119),
+    "sched_setparam": (142, 118), "sched_setattr": (314, 274), "ioprio_set": (251, 30),
+    "migrate_pages": (256, 238), "move_pages": (279, 239),
+    # sockets; io_uring does what calls do
+    "socket": (41, 198), "socketpair": (53, 199), "io_uring_setup": (425, 425),
+    # what outlives its process, or is memory of another kind
+    "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
+    "add_key": (248, 217), "keyctl": (250, 219), "memfd_create": (319, 279), "userfaultfd": (323, 282),
+    # namespaces, file systems, devices, the kernel
+    "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
+    "chroot": (161, 51), "mknod": (133, None), "mknodat": (259, 33), "bpf": (321, 280),
+    "perf_event_open": (298, 241), "reboot": (169, 142),
+    # the machine's clock and names
+    "clock_settime": (227, 112), "settimeofday": (164, 170), "adjtimex": (159, 171), "clock_adjtime": (305, 266),
+    "sethostname": (170, 161), "setdomainname": (171, 162),
+    # owners and attributes of files, anywhere: Landlock knows nothing of them
+    "chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54),
+    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
+    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "removexattrat": (466, 466),
+}  # fmt: skip
+# Calls that one argument decides: numbers as above, which argument, its values, whether only these are allowed.
+DECIDED_CALLS = {
+    "prlimit64": ((302, 261), 0, (0,), True),  # also how a process limits itself: process 0
+    "fcntl": ((72, 25), 1, (8, 10, 15), False),  # F_SETOWN, F_SETSIG, F_SETOWN_EX: signals by an open file
+}
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH of the kernel
 
 
@@ -91,7 +104,7 @@ def kernel_guards(folder: str) -> list[str]:
         return []
     try:
         import ctypes
-    except ImportError:  # an interpreter built without it: the audit hook remains
+    except ImportError:  # an interpreter built without it: only the audit hook remains
         return []
     libc = ctypes.CDLL(None, use_errno=True)
     pr_set_no_new_privs = 38  # Landlock and seccomp ask for it; no set-uid program can lift them later
@@ -156,10 +169,10 @@ def seccomp(ctypes, libc) -> bool:
     steps = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give_back, 0, 0, refuse), (load, 0, 0, 0)]
     if column == 0:
         steps += [(at_least, 0, 1, 0x40000000), (give_back, 0, 0, refuse)]  # calls of the x32 variant
-    for number in (numbers[column] for numbers in REFUSED_CALLS):
+    for number in (numbers[column] for numbers in REFUSED_CALLS.values()):
         if number is not None:
             steps += [(equal, 0, 1, number), (give_back, 0, 0, refuse)]
-    for numbers, argument, values, allowed in DECIDED_CALLS:
+    for numbers, argument, values, allowed in DECIDED_CALLS.values():
         then, otherwise = (allow, refuse) if allowed else (refuse, allow)
         inner = [(load, 0, 0, 16 + 8 * argument)]  # its low half: the kernel reads an int
         for value in values:
@@ -174,11 +187,12 @@ def seccomp(ctypes, libc) -> bool:
 
 
 def watch(folder: str, files: int) -> None:
-    """Install the audit hook; it raises PermissionError in the program at whatever it refuses.
+    """Install the audit hook; it raises PermissionError in the program for whatever it refuses.
 
     Args:
         folder: the only place to write.
-        files: how many times something may be made there, or opened for writing.
+        files: how many times something may be made there, or opened for writing, as far as Python tells the hook;
+            `run.py` counts what is there.
     """
     made = 0
     real, is_folder, decode = os.path.realpath, os.path.isdir, os.fsdecode
@@ -203,7 +217,7 @@ def watch(folder: str, files: int) -> None:
             if path is None:
                 return
             if not (flags & WRITING or (isinstance(mode, str) and set(mode) & set("wax+"))):
-                # an open folder is where other calls begin from (dir_fd), which the hook is not told
+                # other calls can start from an open folder (dir_fd), which the hook does not see
                 if mode is None and not isinstance(path, int) and is_folder(path):
                     check(path, "opening a folder")
                 return
@@ -226,7 +240,7 @@ def watch(folder: str, files: int) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """Return an exception as one short line; its own text may be code of the program, and fail."""
+    """Return an exception as one short line; its text may be computed by the program, and fail."""
     try:
         text = f"{type(error).__name__}: {error}"
     except BaseException:

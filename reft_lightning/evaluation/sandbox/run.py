@@ -2,21 +2,22 @@
 
 Each program gets a process of its own (a fresh interpreter without site-packages, with a scrubbed environment),
 a session of its own that is killed as a whole, and a temporary folder that is removed. It has no input and no
-output, no network, and limits on time, memory, files and processes; `confinement.py` says how.
+output, no network, and limits on time, memory, files and processes; `confinement.py` explains how.
 
 What this does not cover:
 
-- The limits of writing, network and processes are kept by the kernel where it has Landlock and seccomp (Linux on
-  x86_64 and arm64, outside containers that forbid them; a warning says when a guard is missing). Elsewhere
-  Python's audit hook alone keeps them, and that is no boundary for a program that means harm: it can be evaded,
-  it sees nothing of native code, and Python does not tell it of everything (`os.mkfifo`, `os.setpriority` and
+- The limits of writing, network and processes are enforced by the kernel where it has Landlock and seccomp (Linux on
+  x86_64 and arm64, outside containers that forbid them; a warning is logged if a guard is missing). Elsewhere only
+  Python's audit hook enforces them, which is not a boundary for a malicious program: it can be evaded, it sees nothing
+  of native code, and Python does not report everything to it (`os.mkfifo`, `os.setpriority` and
   `os.sched_setaffinity` of the evaluator, in some versions threads).
 - A program may read every file that this user may read, and see what `/proc` shows. It cannot send it anywhere,
-  but run programs where nothing secret lies.
+  but run programs where nothing is secret.
 - Not every change to files is writing: with the hook evaded, a program can change modes and times of files that
   this user owns.
-- Memory is limited for each process (of which there is one), disk by size and number of the files it makes. The
-  processor is not reserved: programs run beside whatever else runs.
+- Memory is limited for each process (of which there is one), disk by size and number of the files it makes. With the
+  hook evaded, files are counted every 0.1 s: a program can make more in between, and is then killed.
+- The processor is not reserved: programs share it with whatever else runs.
 - pass@k is not safe against adversarial training. A program that looks for it passes falsely in about ten lines: it
   reads the token from the inherited descriptor and writes the report itself, or returns an `int` subclass whose
   `__eq__` is always true. What is caught is leaving early and printing, not a program written to cheat: use this to
@@ -31,6 +32,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import secrets
@@ -49,6 +51,7 @@ from typing import NamedTuple
 log = logging.getLogger(__name__)
 
 STARTING_SECONDS = 60.0  # for the interpreter to start on a busy machine; the program's own time begins after
+COUNT_SECONDS = 0.1  # between two counts of the files in the program's folder
 REPORT_BYTES = 4096
 GUARDS = ("landlock", "seccomp")
 
@@ -70,9 +73,9 @@ class Limits:
     """What one program may use.
 
     Args:
-        seconds: of the processor, rounded up to whole ones: the verdict hardly depends on what else the machine
-            does. 3 is the timeout of the published HumanEval scorer, which measures the clock on the wall.
-        wall_seconds: of the clock, for programs that wait; None for four times `seconds`.
+        seconds: of processor time, rounded up to whole seconds, so that the verdict hardly depends on the machine's
+            load. 3 is the timeout of the published HumanEval scorer, which measures wall-clock time.
+        wall_seconds: of wall-clock time, for programs that wait; None for four times `seconds`.
         memory_bytes: of address space, the interpreter included.
         file_bytes: the size of one file.
         files: how many files and folders it may make or open for writing.
@@ -85,14 +88,14 @@ class Limits:
     files: int = 64
 
     def __post_init__(self) -> None:
-        """Check that every limit is one."""
+        """Check that every limit is positive."""
         for name, value in vars(self).items():
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive; got {value}")
 
     @property
     def wall(self) -> float:
-        """Return the seconds on the wall."""
+        """Return the seconds of wall-clock time."""
         return 4 * self.seconds if self.wall_seconds is None else self.wall_seconds
 
 
@@ -100,20 +103,20 @@ def run_program(source: str, limits: Limits | None = None) -> Outcome:
     """Run a program in the sandbox.
 
     It passes if it runs to its end. An exception, a refused action, `sys.exit(0)` and `os._exit(0)` before the
-    end, a crash or a limit make it fail; what it prints is thrown away. Its module is called `program`, so that a
-    block under `if __name__ == "__main__"` is not run.
+    end, a crash or a limit make it fail; its output is discarded. Its module is called `program`, so that a block under
+    `if __name__ == "__main__"` is not run.
 
     Args:
         source: Python text, its tests at the end.
         limits: None for the defaults of :class:`Limits`.
 
     Raises:
-        RuntimeError: if the sandbox itself does not start; says what it reported.
+        RuntimeError: if the sandbox itself does not start; with what it reported.
         OSError: on systems without POSIX limits.
     """
     if os.name != "posix":
         raise OSError(
-            f"programs are limited by POSIX means, which {sys.platform} has not: use Linux or a container"
+            f"programs are limited by POSIX means, which {sys.platform} does not have: use Linux or a container"
         )
     limits = limits or Limits()
     folder = tempfile.TemporaryDirectory(prefix="reft-program-")
@@ -122,7 +125,7 @@ def run_program(source: str, limits: Limits | None = None) -> Outcome:
     finally:
         try:
             folder.cleanup()
-        except OSError as error:  # the program's doing must not end the evaluation
+        except OSError as error:  # what a program did must not end the evaluation
             log.warning("%s could not be removed: %s", folder.name, error)
 
 
@@ -160,16 +163,20 @@ def _run_in(folder: str, source: str, limits: Limits) -> Outcome:
             for descriptor in (token_read, token_write, report_write):
                 os.close(descriptor)
         try:
-            lines, in_time = _listen(report.fileno(), limits)
+            lines, ended = _listen(report.fileno(), folder, limits)
         finally:
-            # before the process is waited for, so that its number cannot belong to another session yet
+            # before waiting for the process, while its number cannot belong to another session
             with contextlib.suppress(ProcessLookupError, PermissionError):  # all of it has ended
                 os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
     if not lines or not lines[0].startswith("ready"):
-        said = lines[0] if lines else f"it ended with code {code}" if in_time else "it was not ready in time"
-        raise RuntimeError(f"the sandbox of generated programs did not start: {said}")
+        reported = (
+            lines[0] if lines else f"it ended with code {code}" if ended else "it was not ready in time"
+        )
+        raise RuntimeError(f"the sandbox of generated programs did not start: {reported}")
     _warn_of_missing(tuple(name for name in GUARDS if name not in lines[0].split()))
+    if _holds_more_than(limits.files, folder):
+        return Outcome(False, f"made more than {limits.files} files")
     verdict, _, rest = lines[1].partition(" ") if len(lines) > 1 else ("", "", "")
     if verdict == "passed" and secrets.compare_digest(rest.encode(), token.encode()):
         return Outcome(True, "passed")
@@ -177,7 +184,7 @@ def _run_in(folder: str, source: str, limits: Limits) -> Outcome:
         return Outcome(False, rest)
     if code == -signal.SIGXCPU:
         return Outcome(False, f"used more than {limits.seconds:g} s of the processor")
-    if not in_time:
+    if not ended:
         return Outcome(False, f"ran longer than {limits.wall:g} s")
     if code < 0:
         return Outcome(False, f"killed by {signal.Signals(-code).name}")
@@ -191,15 +198,10 @@ def _start(folder: str, limits: Limits, report: int, token: int) -> subprocess.P
         # no user or installed packages, no folder of the script on the path, no byte code written
         [
             sys.executable,
-            "-s",
-            "-S",
-            "-P",
-            "-B",
+            *("-s", "-S", "-P", "-B"),
             str(script),
             folder,
-            str(report),
-            str(token),
-            *map(str, settings),
+            *map(str, (report, token, *settings)),
         ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -212,16 +214,24 @@ def _start(folder: str, limits: Limits, report: int, token: int) -> subprocess.P
     )
 
 
-def _listen(report: int, limits: Limits) -> tuple[list[str], bool]:
-    """Return the lines of a report until it ends or time is up, and whether it ended in time."""
+def _holds_more_than(files: int, folder: str) -> bool:
+    """Return whether a program made more files and folders than allowed, `program.py` not counted."""
+    made = (name for _, folders, names in os.walk(folder) for name in (*folders, *names))
+    return sum(1 for _ in itertools.islice(made, files + 2)) > files + 1
+
+
+def _listen(report: int, folder: str, limits: Limits) -> tuple[list[str], bool]:
+    """Return the lines of a report until it ends, or time or files are up, and whether it ended."""
     poll = select.poll()
     poll.register(report, select.POLLIN)
     text = b""
     end = time.monotonic() + STARTING_SECONDS
     while len(text) < REPORT_BYTES:
         left = end - time.monotonic()
-        if left <= 0 or not poll.poll(1000 * left):
+        if left <= 0 or _holds_more_than(limits.files, folder):
             return text.decode("utf-8", "replace").splitlines(), False
+        if not poll.poll(1000 * min(left, COUNT_SECONDS)):
+            continue
         piece = os.read(report, REPORT_BYTES)
         if not piece:
             break
@@ -235,7 +245,7 @@ def _listen(report: int, limits: Limits) -> tuple[list[str], bool]:
 def _warn_of_missing(guards: tuple[str, ...]) -> None:
     if guards:
         log.warning(
-            "this system has no %s: generated programs are held back by Python's audit hook instead, which a "
-            "program that means harm can evade; run the evaluation in a container without network",
+            "this system has no %s: generated programs are confined by Python's audit hook instead, which a malicious "
+            "program can evade; run the evaluation in a container without network",
             " and no ".join(guards),
         )

@@ -1,10 +1,8 @@
-"""Let a judge compare a model's outputs with a reference model's: `reft-judge outputs=FILE reference=FILE judge=...`.
+"""Compare a model's outputs with a reference model's: `reft-judge outputs=FILE reference=FILE judge=...`.
 
-Judgements are appended to a JSON Lines file as they arrive. Each carries a key made of the texts of its pair and
-of the judge's settings: a judge that fails midway goes on where it stopped when the command is run again, and
-judgements of other outputs or by another judge are never taken for these. The file is in AlpacaEval's format
-(`preference` 1: the reference, 2: the model, between: in doubt, null: not judged), so it is itself something that
-`judge=file` reads.
+Judgements are appended to a JSON Lines file as they arrive, each with a key made of the texts of its pair and the
+settings of the judge: when a judge fails midway, the same command resumes where it stopped, and judgements of other
+outputs or by another judge are never taken for these. The file has AlpacaEval's format, so `judge=file` reads it.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +20,22 @@ from filelock import FileLock, Timeout
 
 from ...data.example import column
 from ...data.rows import read_json_file
-from ...evaluation.win_rate import win_rate
+from ...storage.atomic import write_json
 from ...suggest import did_you_mean
-from .judges import EndpointJudge, FileJudge, Judge, JudgeFailed, ModelJudge, Pair, PairRefused, annotator_of
+from .judges import EndpointJudge, Judge, JudgeFailed, Pair, PairRefused, look_up
+from .win_rate import one_name, win_rate
 
 log = logging.getLogger(__name__)
 
-JUDGES = ("file", "endpoint", "model")
-FIRST_PAIRS = 5  # when these are all refused, the judge refuses everything, not these pairs
+FIRST_PAIRS = 5  # if these are all refused, the judge refuses everything, not these pairs
 USAGE = (
-    "reft-judge outputs=FILE reference=FILE judge=file annotations=FILE\n"
-    "       reft-judge outputs=FILE reference=FILE judge=endpoint url=URL model=NAME [key_env=VARIABLE]\n"
-    "       reft-judge outputs=FILE reference=FILE judge=model model=NAME [source=hub|local|wheel]\n"
-    "       reft-judge judge=file annotations=FILE"
+    "reft-judge judge=file annotations=FILE\n"
+    "       reft-judge outputs=FILE reference=FILE judge=file annotations=FILE\n"
+    "       reft-judge outputs=FILE reference=FILE judge=endpoint url=URL model=NAME [key_env=VARIABLE]"
 )
-_COMMON = ("judge", "outputs", "reference", "generator", "reference_name", "both_orders", "limit", "out")
-_OF_JUDGE: dict[str, tuple[str, ...]] = {
-    "file": ("annotations",),
-    "endpoint": ("url", "model", "key_env", "temperature", "max_tokens", "timeout", "attempts"),
-    "model": ("model", "source", "package", "sha256", "revision", "tokenizer", "dtype", "max_length"),
-}
-OPTIONS = tuple(dict.fromkeys((*_COMMON, *(name for names in _OF_JUDGE.values() for name in names))))
+_COMMON = ("judge", "outputs", "reference", "generator", "reference_name", "limit", "out")
+_OF_JUDGE = {"file": ("annotations",), "endpoint": ("url", "model", "key_env", "temperature", "max_tokens")}
+OPTIONS = (*_COMMON, *_OF_JUDGE["file"], *_OF_JUDGE["endpoint"])
 
 
 def main(options: Mapping[str, str]) -> dict[str, Any]:
@@ -52,10 +45,8 @@ def main(options: Mapping[str, str]) -> dict[str, Any]:
         options: as written on the command line; see `USAGE`. `outputs` and `reference` are files in AlpacaEval's
             format, `[{instruction, output, generator}]`; without them judge=file takes the win rate of the
             annotations as they are. `generator` and `reference_name` name the models where the files do not.
-            `both_orders=true` asks twice, either output first, and takes the mean; otherwise the order is
-            drawn for each instruction. `limit` judges the first N pairs. `key_env` names the environment
-            variable that holds the endpoint's key; `temperature=none` sends none. `out` is the file of the
-            result; the judgements lie beside it.
+            `limit` judges the first N pairs. `key_env` names the environment variable that holds the endpoint's key;
+            `temperature=none` sends none. `out` is the file of the result, next to which the judgements are written.
 
     Returns:
         What `win_rate` returns, with the names of the files.
@@ -65,31 +56,45 @@ def main(options: Mapping[str, str]) -> dict[str, Any]:
         JudgeFailed: if the judge gave up; what it judged is kept.
     """
     kind = _check(options)
-    if kind == "file" and "outputs" not in options:
+    names = options.get("generator"), options.get("reference_name")
+    pairs, files, versus = None, {}, ""
+    if "outputs" in options:
+        outputs, references = Path(options["outputs"]), Path(options["reference"])
+        pairs = pair_up(_rows(outputs), _rows(references), *names)[: _number(options, "limit", int)]
+        files = {"outputs": outputs.name, "reference_outputs": references.name}
+        versus = f"vs_{references.name.split('.')[0]}."
+    if kind == "file":
         path = Path(options["annotations"])
-        rows = _rows(path)
-        names = {"generator": options.get("generator"), "reference": options.get("reference_name")}
-        result = win_rate(rows, **names, judge=annotator_of(rows, path)) | {"annotations": path.name}
-        return _finish(result, Path(options.get("out") or _beside(path, "win_rate.json")))
-    outputs, references = Path(options["outputs"]), Path(options["reference"])
-    pairs = pair_up(
-        _rows(outputs), _rows(references), options.get("generator"), options.get("reference_name")
-    )
-    pairs = pairs[: _number(options, "limit", int)]
-    judge = _build(kind, options)
-    slug = re.sub(r"[^\w.-]+", "_", f"{references.name.split('.')[0]}.{judge.name}")
-    out = Path(options.get("out") or _beside(outputs, f"vs_{slug}.win_rate.json"))
+        annotations, judge = _from_file(path, pairs)
+        result = win_rate(annotations, *names, judge) | files | {"annotations": path.name}
+        return _finish(result, _out(options, f"{versus}{judge}" if versus else ""))
+    endpoint = _endpoint(options)
+    out = _out(options, f"{versus}{endpoint.name}")
     journal = out.with_name(out.name.removesuffix(".json").removesuffix(".win_rate") + ".judgements.jsonl")
-    annotations = judge_pairs(pairs, judge, journal, both_orders=_flag(options, "both_orders"))
-    if isinstance(judge, FileJudge) and all(row["preference"] is None for row in annotations):
-        raise ValueError(_strangers(pairs, judge, Path(options["annotations"])))
-    files = {"outputs": outputs.name, "reference_outputs": references.name, "judgements": journal.name}
-    return _finish(win_rate(annotations) | {"judge_settings": dict(judge.settings)} | files, out)
+    result = win_rate(judge_pairs(pairs or [], endpoint, journal))
+    more = {"judge_settings": dict(endpoint.settings), **files, "judgements": journal.name}
+    return _finish(result | more, out)
+
+
+def _from_file(path: Path, pairs: Sequence[Pair] | None) -> tuple[list[dict[str, Any]], str]:
+    """Return the annotations of a file, of these pairs where there are any, and who judged."""
+    rows = _rows(path)
+    named = any(row.get("annotator") for row in rows)
+    judge = one_name(rows, "annotator", None if named else path.name, "judge")
+    if pairs is None:
+        return rows, judge
+    shares = look_up(pairs, rows)
+    if not any(share is not None for share in shares):
+        raise ValueError(
+            f"{path} judges none of these {len(pairs)} pairs. A judgement counts only for the exact texts that were "
+            "judged; leave out outputs and reference to take the win rate of the file as it is"
+        )
+    return [_annotation(pair, share, judge) for pair, share in zip(pairs, shares, strict=True)], judge
 
 
 def _finish(result: dict[str, Any], out: Path) -> dict[str, Any]:
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(out, result)
     error = result["standard_error"]
     log.info(
         "%s against %s, judged by %s: win rate %.2f %% (standard error %s) of %d pairs, %d draws, %d unjudged; %s",
@@ -115,35 +120,34 @@ def pair_up(
 
     Args:
         outputs: {instruction, output, generator} of the model.
-        references: the same of the reference model; it may know more instructions.
-        generator: overrides the rows' name.
-        reference_name: overrides the references' name.
+        references: the same of the reference model, which may have more instructions.
+        generator: overrides the rows' name of the model.
+        reference_name: overrides the rows' name of the reference model.
 
     Raises:
-        ValueError: if an instruction has no reference output, or stands twice, or a model has no one name.
+        ValueError: if an instruction has no reference output or two outputs, or a model has no name or several.
     """
-    name = generator or _one_generator(outputs, "outputs", "generator")
-    known = _by_instruction(references, "reference")
-    said = _by_instruction(outputs, "outputs")
-    missing = [instruction for instruction in said if instruction not in known]
+    name = generator or one_name(outputs, "generator", None, "generator")
+    reference = reference_name or one_name(references, "generator", None, "reference_name")
+    known, own = _by_instruction(references, "reference"), _by_instruction(outputs, "outputs")
+    missing = [instruction for instruction in own if instruction not in known]
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(said)} instructions of outputs have no output of the reference; the first is "
+            f"{len(missing)} of {len(own)} instructions of outputs have no output of the reference; the first is "
             f"{missing[0]!r:.100}"
         )
-    reference = reference_name or _one_generator(references, "reference", "reference_name")
-    if len(known) > len(said):
-        log.warning("outputs answer %d of the reference's %d instructions", len(said), len(known))
+    if len(known) > len(own):
+        log.warning("outputs answer %d of the reference's %d instructions", len(own), len(known))
     return [
-        Pair(
-            known[instruction]["instruction"],
-            row["output"],
-            known[instruction]["output"],
-            name,
-            reference,
-            str(row.get("dataset") or known[instruction].get("dataset") or ""),
-        )
-        for instruction, row in said.items()
+        {
+            "instruction": known[key]["instruction"],
+            "output_1": known[key]["output"],
+            "generator_1": reference,
+            "dataset": str(row.get("dataset") or known[key].get("dataset") or ""),
+            "output_2": row["output"],
+            "generator_2": name,
+        }
+        for key, row in own.items()
     ]
 
 
@@ -154,148 +158,92 @@ def _by_instruction(rows: Sequence[Mapping[str, Any]], what: str) -> dict[str, M
         instruction = column(row, "instruction", f"{what}, row {i}").strip()
         if not isinstance(column(row, "output", f"{what}, row {i}"), str):
             raise ValueError(f"{what}, row {i}: output must be text; got {row['output']!r:.60}")
-        if instruction in found and found[instruction]["output"] != row["output"]:
+        if found.setdefault(instruction, row)["output"] != row["output"]:
             raise ValueError(f"{what}, row {i}: a second output for the instruction {instruction!r:.80}")
-        found[instruction] = row
-    if not found:
-        raise ValueError(f"{what} has no rows")
     return found
-
-
-def _one_generator(rows: Iterable[Mapping[str, Any]], what: str, option: str) -> str:
-    names = sorted({str(row["generator"]) for row in rows if row.get("generator")})
-    if len(names) != 1:
-        raise ValueError(
-            f"the rows of {what} name {', '.join(names) or 'no generator'}: write {option}=NAME, a win rate is "
-            "recorded with both models"
-        )
-    return names[0]
 
 
 # --------------------------------------------------------------------------------------------- the judgements
 
 
-def judge_pairs(
-    pairs: Sequence[Pair], judge: Judge, journal: Path, both_orders: bool = False
-) -> list[dict[str, Any]]:
+def judge_pairs(pairs: Sequence[Pair], judge: Judge, journal: Path) -> list[dict[str, Any]]:
     """Return one annotation for each pair, asking the judge for those that the journal does not have.
 
     Args:
         pairs: what to compare.
         judge: whom to ask.
-        journal: JSON Lines; read first, and appended to with every judgement. Unjudged pairs are asked again.
-        both_orders: ask with either output first and take the mean, against a judge's liking for one place.
+        journal: JSON Lines; read first, then each judgement is appended. Unjudged pairs are asked again.
 
     Raises:
-        JudgeFailed: if the judge gives up, which says how many judgements are kept, or refuses every one of the
-            first pairs. A judge that has answered before may refuse as many as it likes.
-        ValueError: if the journal holds something else than judgements, or another process writes to it.
+        JudgeFailed: if the judge gives up, or refuses the first pairs without ever having answered.
+        ValueError: if the journal holds anything other than judgements, or another process writes to it.
     """
     journal.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{journal}.lock")
     try:
-        lock.acquire(timeout=0)
+        with FileLock(f"{journal}.lock", timeout=0):
+            return _judge_pairs(pairs, judge, journal)
     except Timeout as error:
         raise ValueError(f"another process judges into {journal}; wait for it, or give out=FILE") from error
-    try:
-        return _judge_pairs(pairs, judge, journal, both_orders)
-    finally:
-        lock.release()
 
 
-def _judge_pairs(
-    pairs: Sequence[Pair], judge: Judge, journal: Path, both_orders: bool
-) -> list[dict[str, Any]]:
-    keys = [judgement_key(pair, judge, both_orders) for pair in pairs]
-    wanted = set(keys)
-    rows = {row["key"]: row for row in read_journal(journal) if row["key"] in wanted}
-    kept = sum(row["preference"] is not None for row in rows.values())
-    if kept:
-        log.info("%s has %d of %d judgements already", journal, kept, len(pairs))
-    answered, refused = kept > 0, 0
+def _judge_pairs(pairs: Sequence[Pair], judge: Judge, journal: Path) -> list[dict[str, Any]]:
+    kept = {row["key"]: row for row in read_journal(journal) if row["preference"] is not None}
+    annotations, refused = [], 0
     with journal.open("a", encoding="utf-8") as file:
-        for key, pair in zip(keys, pairs, strict=True):
-            if key in rows and rows[key]["preference"] is not None:
+        for pair in pairs:
+            key = judgement_key(pair, judge)
+            if key in kept:
+                annotations.append(kept[key])
                 continue
             try:
-                share = _share(pair, judge, both_orders)
-                answered = True
+                share = judge(pair)
             except PairRefused as error:
                 refused += 1
-                if not answered and refused == min(FIRST_PAIRS, len(pairs)):
+                if refused == min(FIRST_PAIRS, len(pairs)) > len(annotations):
                     raise JudgeFailed(
                         f"the first {refused} pairs were all refused, the last: {error}"
                     ) from error
-                log.warning("not judged: %r (%s)", pair.instruction[:60], error)
+                log.warning("not judged: %r (%s)", pair["instruction"][:60], error)
                 share = None
             except JudgeFailed as error:
+                done = sum(row["preference"] is not None for row in annotations)
                 raise JudgeFailed(
-                    f"{error}\n{kept} of {len(pairs)} judgements are kept in {journal}; "
-                    "the same command goes on from there"
+                    f"{error}\n{done} of {len(pairs)} judgements are kept in {journal}; the same command resumes there"
                 ) from error
-            rows[key] = _annotation(key, pair, judge, share)
-            file.write(json.dumps(rows[key]) + "\n")  # in ASCII: half a surrogate pair has no UTF-8
+            annotations.append(_annotation(pair, share, judge.name) | {"key": key})
+            file.write(json.dumps(annotations[-1]) + "\n")  # in ASCII: half a surrogate pair has no UTF-8
             file.flush()
             os.fsync(file.fileno())  # a judgement may have cost money
-            kept += share is not None
-    return [rows[key] for key in keys]
+    return annotations
 
 
-def _share(pair: Pair, judge: Judge, both_orders: bool) -> float | None:
-    if not both_orders:
-        return judge(pair, _model_first(pair))
-    shares = [judge(pair, model_first) for model_first in (False, True)]
-    known = [share for share in shares if share is not None]
-    return sum(known) / 2 if len(known) == 2 else None
+def _annotation(pair: Pair, share: float | None, annotator: str) -> dict[str, Any]:
+    return {**pair, "annotator": annotator, "preference": None if share is None else 1 + share}
 
 
-def _model_first(pair: Pair) -> bool:
-    # by the instruction alone: every model and every run is seen in the same order
-    return hashlib.sha256(pair.instruction.encode("utf-8", "surrogatepass")).digest()[0] % 2 == 1
-
-
-def _annotation(key: str, pair: Pair, judge: Judge, share: float | None) -> dict[str, Any]:
-    return {
-        "instruction": pair.instruction,
-        "output_1": pair.reference_output,
-        "generator_1": pair.reference,
-        "dataset": pair.dataset,
-        "output_2": pair.output,
-        "generator_2": pair.generator,
-        "annotator": judge.name,
-        "preference": None if share is None else 1 + share,
-        "key": key,
-    }
-
-
-def judgement_key(pair: Pair, judge: Judge, both_orders: bool) -> str:
-    """Return what a judgement belongs to: equal keys mean the same texts, models, judge and way of asking."""
-    parts = [pair.instruction, pair.output, pair.reference_output, pair.generator, pair.reference]
-    text = json.dumps([*parts, dict(judge.settings), both_orders], sort_keys=True)
+def judgement_key(pair: Pair, judge: Judge) -> str:
+    """Return the identity of a judgement: equal keys mean the same texts, models and judge."""
+    text = json.dumps([dict(pair), dict(judge.settings)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """Return the judgements of a journal; a last line that was cut off by a crash is removed from the file.
-
-    Raises:
-        ValueError: if another line is no judgement; names it.
-    """
+    """Return the judgements of a journal; a last line cut off by a crash is removed from the file."""
     if not path.is_file():
         return []
-    content = path.read_bytes()
-    complete, _, rest = content.rpartition(b"\n")
+    complete, _, rest = path.read_bytes().rpartition(b"\n")
     if rest:
         log.warning("%s: the last line is cut off and left out: %r", path, rest[:60])
-        with path.open("r+b") as file:
-            file.truncate(len(content) - len(rest))
+        os.truncate(path, path.stat().st_size - len(rest))
     rows = []
-    for number, line in enumerate(complete.split(b"\n") if complete else [], start=1):
+    for number, line in enumerate(complete.splitlines(), start=1):
         try:
             row = json.loads(line)
             row["key"], row["preference"]
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}, line {number}: no judgement by reft-judge: {line[:80]!r}") from error
+            raise ValueError(
+                f"{path}, line {number}: not a judgement by reft-judge: {line[:80]!r}"
+            ) from error
         rows.append(row)
     return rows
 
@@ -304,62 +252,33 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
 
 def _check(options: Mapping[str, str]) -> str:
-    """Return the kind of judge, when the options are its own and complete."""
+    """Return the kind of judge, if the options are its own and complete."""
     kind = options.get("judge", "")
-    if kind not in JUDGES:
-        raise ValueError(
-            f"judge must be one of {', '.join(JUDGES)}; got {kind!r}{did_you_mean(kind, JUDGES)}"
-        )
+    if kind not in _OF_JUDGE:
+        raise ValueError(f"judge must be file or endpoint; got {kind!r}{did_you_mean(kind, _OF_JUDGE)}")
     allowed = (*_COMMON, *_OF_JUDGE[kind])
     for name in options:
         if name not in allowed:
             raise ValueError(
                 f"judge={kind} takes no {name}{did_you_mean(name, allowed)}; it takes {', '.join(allowed)}"
             )
-    needed = {"file": ["annotations"], "endpoint": ["url", "model"], "model": ["model"]}[kind]
-    if kind != "file" or "outputs" in options or "reference" in options:
-        needed = ["outputs", "reference", *needed]
-    for name in needed:
+    pairs = () if kind == "file" and not {"outputs", "reference"} & set(options) else ("outputs", "reference")
+    for name in (*pairs, *(("annotations",) if kind == "file" else ("url", "model"))):
         if not options.get(name):
             raise ValueError(f"judge={kind} needs {name}=...")
     return kind
 
 
-def _build(kind: str, options: Mapping[str, str]) -> Judge:
-    if kind == "file":
-        path = Path(options["annotations"])
-        rows = _rows(path)
-        return FileJudge(rows, annotator_of(rows, path))
-    if kind == "endpoint":
-        numbers = {"temperature": float, "timeout": float, "attempts": int, "max_tokens": int}
-        settings = {name: _number(options, name, kind) for name, kind in numbers.items() if name in options}
-        return EndpointJudge(options["url"], options["model"], _key(options.get("key_env")), **settings)
-    source, model = options.get("source", "hub"), options["model"]
-    place = {
-        name: options[name]
-        for name in ("package", "sha256", "revision", "tokenizer", "dtype")
-        if name in options
-    }
-    place |= {"source": source, "name" if source == "hub" else "path": model}
-    name = model if source == "hub" else Path(model).name
-    return ModelJudge.load(name, max_length=_number(options, "max_length", int), **place)
-
-
-def _key(variable: str | None) -> str | None:
-    """Return the key of an endpoint; it is sent only where a variable is named, never to any url by default."""
-    if variable is None:
-        return None
-    if not os.environ.get(variable):
+def _endpoint(options: Mapping[str, str]) -> EndpointJudge:
+    variable = options.get("key_env")
+    if variable is not None and not os.environ.get(variable):
         raise ValueError(f"key_env={variable}: there is no such environment variable")
-    return os.environ[variable]
-
-
-def _strangers(pairs: Sequence[Pair], judge: FileJudge, path: Path) -> str:
-    shared = sum(pair.instruction in judge.instructions for pair in pairs)
-    return (
-        f"{path} judges none of these pairs: it has {shared} of the {len(pairs)} instructions, but with other outputs. "
-        "A judgement counts for the very texts that were judged; leave outputs and reference out to take the win "
-        "rate of the file as it is"
+    return EndpointJudge(
+        options["url"],
+        options["model"],
+        key=os.environ[variable] if variable else None,
+        temperature=_number({"temperature": "0", **options}, "temperature", float),
+        max_tokens=_number(options, "max_tokens", int),
     )
 
 
@@ -370,9 +289,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _beside(path: Path, ending: str) -> Path:
-    stem = re.sub(r"\.jsonl?(\.gz)?$", "", path.name)
-    return path.with_name(f"{stem}.{ending}")
+def _out(options: Mapping[str, str], ending: str) -> Path:
+    source = Path(options.get("outputs") or options["annotations"])
+    parts = (re.sub(r"\.jsonl?(\.gz)?$", "", source.name), re.sub(r"[^\w.-]+", "_", ending), "win_rate.json")
+    return Path(options.get("out") or source.with_name(".".join(filter(None, parts))))
 
 
 def _number(options: Mapping[str, str], name: str, kind: type) -> Any:
@@ -381,17 +301,8 @@ def _number(options: Mapping[str, str], name: str, kind: type) -> Any:
     try:
         value = kind(options[name])
     except ValueError as error:
-        raise ValueError(f"{name} must be {_WORDS[kind]}; got {options[name]!r}") from error
+        wanted = "an integer" if kind is int else "a number"
+        raise ValueError(f"{name} must be {wanted}; got {options[name]!r}") from error
     if value < 0 or (value == 0 and name != "temperature"):
         raise ValueError(f"{name} must be positive; got {options[name]!r}")
     return value
-
-
-_WORDS = {int: "an integer", float: "a number"}
-
-
-def _flag(options: Mapping[str, str], name: str) -> bool:
-    value = options.get(name, "false").lower()
-    if value not in ("true", "false"):
-        raise ValueError(f"{name} must be true or false; got {options[name]!r}")
-    return value == "true"

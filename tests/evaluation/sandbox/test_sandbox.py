@@ -1,6 +1,5 @@
-"""The sandbox: which programs pass, what the others cannot do, and what is left behind. pass@k."""
+"""The sandbox: which programs pass, what the others cannot do, and what is left behind."""
 
-import itertools
 import logging
 import os
 import re
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from reft_lightning.evaluation import Limits, Outcome, pass_at_k, run_program, run_programs
+from reft_lightning.evaluation import Limits, Outcome, run_program, run_programs
 from reft_lightning.evaluation.sandbox import confinement
 from reft_lightning.evaluation.sandbox import run as execute
 
@@ -68,7 +67,7 @@ class TestVerdict:
         assert reason(source + "\nassert True") == why
 
     @pytest.mark.parametrize("stream", ["sys.stdout.buffer", "open(n, 'wb', closefd=False)"])
-    def test_printing_that_it_passed_is_no_pass(self, stream):
+    def test_printing_that_it_passed_is_not_a_pass(self, stream):
         source = f"""
 import os, sys
 for n in range(1, 12):
@@ -82,12 +81,11 @@ os._exit(0)
 """
         assert not run_program(source, SHORT).passed
 
-    def test_text_that_is_no_program_fails(self):
+    def test_text_that_is_not_a_program_fails(self):
         assert reason("def f(:").startswith("SyntaxError")
         assert "null bytes" in reason("x = 'a\0b'")
-        assert (
-            reason("x = '\ud800'\nassert x != '?'") == "AssertionError:"
-        )  # half a surrogate pair became "?"
+        # half a surrogate pair became "?"
+        assert reason("x = '\ud800'\nassert x != '?'") == "AssertionError:"
 
     def test_an_exception_whose_text_fails_is_reported_by_its_name(self):
         source = "class Odd(Exception):\n    def __str__(self):\n        raise ValueError\nraise Odd"
@@ -122,10 +120,8 @@ assert pickle.loads(pickle.dumps(Point(1))) == Point(1)
 
 class TestLimits:
     def test_a_program_that_computes_for_ever_is_ended(self):
-        assert (
-            reason("while True: pass", Limits(seconds=1, wall_seconds=60))
-            == "used more than 1 s of the processor"
-        )
+        endless = reason("while True: pass", Limits(seconds=1, wall_seconds=60))
+        assert endless == "used more than 1 s of the processor"
 
     def test_a_program_that_catches_the_first_signal_is_ended_by_the_second(self):
         source = "import signal\nsignal.signal(signal.SIGXCPU, lambda *_: None)\nwhile True: pass"
@@ -155,6 +151,21 @@ class TestLimits:
         assert reason(many).endswith("refuses more than 64 files")
         nested = "import os\nwhile True:\n    os.mkdir('a')\n    os.chdir('a')"
         assert reason(nested).endswith("refuses more than 64 files")
+
+    def test_files_that_the_hook_does_not_see_are_counted(self):
+        """SQLite makes the files of attached databases itself."""
+        many = """
+import sqlite3, time
+connection = sqlite3.connect(":memory:", isolation_level=None)
+for i in range(100):
+    connection.execute(f"attach 'f{i}' as x")
+    connection.execute("pragma x.synchronous=off")
+    connection.execute("create table x.t (y)")
+    connection.execute("detach x")
+"""
+        assert reason(many) == "made more than 64 files"
+        assert reason(f"{many}time.sleep(60)", Limits(wall_seconds=30)) == "made more than 64 files"
+        assert run_program(many, Limits(files=150)).passed
 
     def test_open_files_are_limited(self):
         assert "Too many open files" in reason("x = [open('program.py') for _ in range(1000)]")
@@ -275,7 +286,7 @@ open(os.devnull, "w").write("x")
 
 
 def guarded(body, guards="print(*confinement.kernel_guards(folder))"):
-    """Run a script under the kernel's guards alone, without the audit hook, or under other guards."""
+    """Run a script under only the kernel's guards, without the audit hook, or under other guards."""
     script = f"""
 import os, sys
 sys.path.insert(0, {str(CONFINEMENT.parent)!r})
@@ -346,27 +357,59 @@ print("done")
         lines, error = guarded(body)
         assert (lines[-1], error) == ("done", "")
 
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "time.clock_settime(time.CLOCK_MONOTONIC, 0)",  # EINVAL without the filter
+            "socket.sethostname(socket.gethostname())",
+            "check(libc.setdomainname(b'x', -1))",  # EINVAL without the filter, or no privilege
+            "os.chown('a', -1, -1)",
+            "os.lchown('a', -1, -1)",
+            "os.fchown(file.fileno(), -1, -1)",
+            "os.chown('a', -1, -1, dir_fd=os.open('.', os.O_RDONLY))",
+            "os.setxattr('a', 'user.x', b'')",
+            "os.setxattr('a', 'user.x', b'', follow_symlinks=False)",
+            "os.setxattr(file.fileno(), 'user.x', b'')",
+            "os.removexattr('a', 'user.x')",
+            "os.removexattr('a', 'user.x', follow_symlinks=False)",
+            "os.removexattr(file.fileno(), 'user.x')",
+            "check(libc.syscall(463, -100, b'a', 0, b'user.x', None, 0))",  # setxattrat: EINVAL without the filter
+            "check(libc.syscall(466, -100, b'a', 0, b'user.x'))",  # removexattrat
+        ],
+    )
+    def test_seccomp_refuses_the_clock_the_names_and_owners_and_attributes_of_files(self, guards, body):
+        if "seccomp" not in guards:
+            pytest.skip("this kernel or machine has no seccomp filter")
+        lines, error = guarded(f"""
+import ctypes, errno, socket, time
+libc, file = ctypes.CDLL(None, use_errno=True), open("a", "w")
+def check(result):
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "")
+try:
+    print({body})
+except OSError as error:
+    print(errno.errorcode[error.errno])
+""")
+        assert (lines[-1], error) == ("EPERM", "")
+
     def test_the_numbers_are_those_of_the_kernels_headers(self):
-        calls = ["setpriority", "sched_setaffinity", "sched_setscheduler", "sched_setparam", "sched_setattr"]
-        calls += ["ioprio_set", "migrate_pages", "move_pages", "prlimit64", "fcntl"]
         headers = (
             Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
-            Path("/usr/include/asm-generic/unistd.h"),
+            Path("/usr/include/asm-generic/unistd.h"),  # what arm64 uses
         )
         if not all(header.is_file() for header in headers):
             pytest.skip("no kernel headers of x86_64")
-        known = [
-            {
-                int(number)
-                for name in calls
-                for number in re.findall(rf"__NR(?:3264)?_{name} (\d+)", header.read_text())
-            }
-            for header in headers
-        ]
-        own = [*confinement.REFUSED_CALLS, *(numbers for numbers, *_ in confinement.DECIDED_CALLS)]
-        for column, numbers in enumerate(known):
-            assert len(numbers) == len(calls)
-            assert numbers <= {pair[column] for pair in own}
+        own = confinement.REFUSED_CALLS | {
+            n: numbers for n, (numbers, *_) in confinement.DECIDED_CALLS.items()
+        }
+        newer = {"setxattrat", "removexattrat"}  # Linux 6.13
+        for column, header in enumerate(headers):
+            text = header.read_text()
+            known = dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)\n", text))
+            for name, numbers in own.items():
+                if name in known or name not in newer:
+                    assert (name, str(numbers[column])) == (name, known.get(name, "None"))
 
     @pytest.mark.parametrize(
         "body",
@@ -477,25 +520,3 @@ class TestRunner:
         for source in ("x = 1", "assert 0", "import os; os._exit(1)"):
             run_program(source)
         assert len(os.listdir("/proc/self/fd")) == before
-
-
-class TestPassAtK:
-    @pytest.mark.parametrize("samples", range(1, 7))
-    def test_it_is_the_share_of_subsets_that_hold_a_passing_sample(self, samples):
-        for passed, k in itertools.product(range(samples + 1), range(1, samples + 1)):
-            subsets = list(itertools.combinations([True] * passed + [False] * (samples - passed), k))
-            share = sum(any(subset) for subset in subsets) / len(subsets)
-            assert pass_at_k(samples, passed, k) == pytest.approx(share, abs=1e-12)
-
-    def test_for_k_1_it_is_the_share_of_passing_samples(self):
-        assert pass_at_k(200, 37, 1) == pytest.approx(37 / 200)
-
-    def test_large_numbers_are_no_trouble(self):
-        assert pass_at_k(100_000, 1, 1000) == pytest.approx(0.01)
-        assert pass_at_k(10, 10, 10) == 1.0
-        assert pass_at_k(200, 0, 100) == 0.0
-
-    @pytest.mark.parametrize(("samples", "passed", "k"), [(9, 1, 10), (9, 1, 0), (9, 10, 1), (9, -1, 1)])
-    def test_numbers_out_of_range_are_refused(self, samples, passed, k):
-        with pytest.raises(ValueError, match="got"):
-            pass_at_k(samples, passed, k)

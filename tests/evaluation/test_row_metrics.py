@@ -1,5 +1,6 @@
-"""Scores: the interval, the counts, the mean loss."""
+"""Scores of rows: intervals, counts, the mean loss, pass@k."""
 
+import itertools
 import math
 import statistics
 
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from reft_lightning.evaluation import MeanLoss, RowScores, wilson_interval
+from reft_lightning.evaluation import MeanLoss, RowScores, pass_at_k, wilson_interval
 
 
 @given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -63,3 +64,25 @@ def test_the_mean_loss_weighs_tokens_and_not_batches():
     metric.update(torch.tensor(1.0), 3)
     metric.update(torch.tensor(5.0), 1)
     assert metric.compute().item() == 2.0
+
+
+class TestPassAtK:
+    @pytest.mark.parametrize("samples", range(1, 7))
+    def test_it_is_the_share_of_subsets_that_hold_a_passing_sample(self, samples):
+        for passed, k in itertools.product(range(samples + 1), range(1, samples + 1)):
+            subsets = list(itertools.combinations([True] * passed + [False] * (samples - passed), k))
+            share = sum(any(subset) for subset in subsets) / len(subsets)
+            assert pass_at_k(samples, passed, k) == pytest.approx(share, abs=1e-12)
+
+    def test_for_k_1_it_is_the_share_of_passing_samples(self):
+        assert pass_at_k(200, 37, 1) == pytest.approx(37 / 200)
+
+    def test_large_numbers_are_no_trouble(self):
+        assert pass_at_k(100_000, 1, 1000) == pytest.approx(0.01)
+        assert pass_at_k(10, 10, 10) == 1.0
+        assert pass_at_k(200, 0, 100) == 0.0
+
+    @pytest.mark.parametrize(("samples", "passed", "k"), [(9, 1, 10), (9, 1, 0), (9, 10, 1), (9, -1, 1)])
+    def test_numbers_out_of_range_are_refused(self, samples, passed, k):
+        with pytest.raises(ValueError, match="got"):
+            pass_at_k(samples, passed, k)
