@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..suggest import did_you_mean
@@ -15,7 +15,7 @@ _WORD_OR_SYMBOL = re.compile(r"""\w+|[^\w\s.,;:!?'"()‘’“”…]""")
 
 @dataclass(frozen=True)
 class Example:
-    """One question: what the model reads, what it learns to say, and what counts as right.
+    """One question: what the model reads, what it learns to generate, and what counts as right.
 
     Args:
         task: name of the benchmark, `"boolq"`.
@@ -26,6 +26,7 @@ class Example:
         source: where the row stands (`"boolq/train.json, row 17"`), for error messages.
         context: what an instruction is about, Alpaca's "### Input:".
         turns: earlier turns of a conversation, (role, text) with the roles system, user and assistant.
+        recorded: column -> value, written with the prediction of this row. Not part of equality.
     """
 
     task: str
@@ -36,6 +37,13 @@ class Example:
     source: str = ""
     context: str = ""
     turns: tuple[tuple[str, str], ...] = ()
+    recorded: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        """Return all that makes this row what it is: task, prompt, target, and what else is read."""
+        more = (self.context, *(part for turn in self.turns for part in turn)) if asks_more(self) else ()
+        return (self.task, self.prompt, self.target, *more)
 
 
 class Judgement(NamedTuple):
@@ -97,7 +105,7 @@ def column(row: Row, name: str, where: str) -> Any:
 
 
 def asks_more(example: Example) -> bool:
-    """Whether something beside the prompt is read: a context, or earlier turns."""
+    """Whether something in addition to the prompt is read: a context, or earlier turns."""
     return bool(example.context or example.turns)
 
 

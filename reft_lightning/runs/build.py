@@ -21,10 +21,9 @@ from ..adapters.adapted import AdaptedModel, ParameterCount
 from ..base_models.loading import fit_to_tokenizer, load_base_model, load_config, load_tokenizer
 from ..base_models.places import ModelPlace
 from ..config.schema import Config
-from ..data.classification_data import ClassificationDataModule
+from ..data import AnyFamily
+from ..data.benchmark_data import BenchmarkData
 from ..data.example import Example
-from ..data.generation_data import FamilyDataModule
-from ..data.labelled import ClassificationFamily
 from ..data.option_batches import option_batches
 from ..evaluation import Decoding
 from ..speed.choose_part import training_pass
@@ -34,7 +33,6 @@ from ..training.generation import GenerationModule
 from ..training.module import FinetuningModule
 from ..training.optimization import Optimization
 from .arguments import (
-    AnyFamily,
     attachment,
     data_module,
     decoding_of,
@@ -49,7 +47,6 @@ from .checks import (
     check_reads_forward,
     check_tied_head,
     check_unused,
-    measures_of,
     monitor_of,
     reported,
 )
@@ -68,7 +65,7 @@ class Prepared:
     decoding: Decoding | None  # None for a classifier
     hf_config: PretrainedConfig
     tokenizer: Any
-    data: FamilyDataModule | ClassificationDataModule
+    data: BenchmarkData
     count: ParameterCount  # of the published model: a head in float32 has a copy of embeddings that it shares there
     measures: tuple[str, ...]  # names of the scores, the main one first; none where only the loss is measured
     monitor: Monitor
@@ -79,7 +76,7 @@ class Objects:
     """What a configuration builds."""
 
     model: AdaptedModel
-    data: FamilyDataModule | ClassificationDataModule
+    data: BenchmarkData
     module: FinetuningModule
     count: ParameterCount
     commonest: dict[str, str]  # task -> the commonest answer of its training rows
@@ -112,7 +109,7 @@ def prepare(config: Config) -> Prepared:
     monitor = monitor_of(config, family)
     source, optimization = model_source(config, family), optimization_of(config)
     attached = attachment(config, family)
-    decoding = None if isinstance(family, ClassificationFamily) else decoding_of(config, family)
+    decoding = None if family.kind == "classification" else decoding_of(config, family)
     place = {name: source[name] for name in PLACE}
     hf_config = load_config(**place, **{k: source[k] for k in ("base_dropout", "config", "num_labels")})
     check_reads_forward(config, hf_config, source["task"], family)
@@ -125,7 +122,7 @@ def prepare(config: Config) -> Prepared:
     data.setup("fit")
     if config.test and not config.sealed:
         data.check_test()
-    measures = measures_of(config, family)
+    measures = family.measures_of(config.data.tasks)
     scores = measures if decoding is None else reported(family, data.train_rows.examples[0], decoding)
     check_monitor(config, monitor.name, scores, data.val_tasks)
     check_tied_head(config, hf_config, attached.get("heads") or ())

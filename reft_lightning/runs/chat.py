@@ -19,7 +19,7 @@ from ..adapters.baselines.joint import JointModel
 from ..adapters.reft.model import ReftModel
 from ..adapters.saving import load_state
 from ..base_models.loading import load_base_model
-from ..data import ClassificationFamily, Example
+from ..data import Example
 from ..data.encoding import Collator, encode
 from ..data.prompts import TEMPLATES, apply_template
 from ..evaluation import Decoding, generate
@@ -51,8 +51,10 @@ def main(folder: Path, max_new_tokens: int = 64, template: str | None = None) ->
     config = load_run_config(folder)
     # one's own rows, which may be gone, are not needed to talk
     family = None if config.data.family == "custom" else family_of(config)
-    if isinstance(family, ClassificationFamily):
-        raise ValueError(f"{folder} trained a classifier ({family.name}), which says nothing")
+    if family and family.kind == "classification":
+        raise ValueError(
+            f"{folder} is a classifier ({family.name}); reft-chat needs a model that generates text"
+        )
     template = template or config.data.template or (family.template if family else "plain")
     model, tokenizer = load(folder)
     if template == "chat" and tokenizer.chat_template is None:

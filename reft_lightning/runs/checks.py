@@ -16,12 +16,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from ..adapters.baselines.methods import is_baseline
 from ..config.schema import Config, DecodingConfig
-from ..data import Family
+from ..data import AnyFamily, Family
 from ..data.example import Example
-from ..data.labelled import ClassificationFamily
 from ..evaluation import Decoding
 from ..suggest import did_you_mean
-from .arguments import AnyFamily, attachment, classified
+from .arguments import attachment
 
 
 class Monitor(NamedTuple):
@@ -33,15 +32,8 @@ class Monitor(NamedTuple):
 
 def monitor_of(config: Config, family: AnyFamily) -> Monitor:
     """Return the score that decides: the one that is named, else the family's main measure, else the loss."""
-    name = config.checkpoint.monitor or f"val/{(*measures_of(config, family), 'loss')[0]}"
+    name = config.checkpoint.monitor or f"val/{(*family.measures_of(config.data.tasks), 'loss')[0]}"
     return Monitor(name, config.checkpoint.mode or ("min" if name.endswith("loss") else "max"))
-
-
-def measures_of(config: Config, family: AnyFamily) -> tuple[str, ...]:
-    """Return the names of a run's scores, the main one first; none where only the loss is measured."""
-    if isinstance(family, ClassificationFamily):
-        return classified(config, family).measures
-    return family.measures if family.score else ()
 
 
 def check_unused(config: Config, family: AnyFamily) -> None:
@@ -54,7 +46,7 @@ def check_unused(config: Config, family: AnyFamily) -> None:
     if config.model.compile and is_baseline(method):
         raise ValueError(f"model.compile compiles interventions, not {method}: leave it out")
     _check_kept(config)
-    if isinstance(family, ClassificationFamily):
+    if family.kind == "classification":
         for name, default in vars(DecodingConfig()).items():
             if getattr(config.decoding, name) != default:
                 raise ValueError(

@@ -19,7 +19,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..config.identity import config_hash, differences
 from ..config.schema import Config
-from ..data.families.instruction import alpaca_eval_outputs
 from ..speed.matmul_precision import matmul_precision
 from ..storage.atomic import now, write_json
 from ..training.evaluation import evaluate
@@ -240,20 +239,20 @@ def evaluate_split(
     if trainer.is_global_zero:
         who = "base" if base else "reft"
         write_predictions(folder / "predictions" / f"{who}_{split}.jsonl", found.predictions)
-        if split == "test" and not objects.measures:
-            _write_outputs(folder, objects, found.predictions, base)
+        if split == "test" and objects.data.family.export is not None:
+            _export(folder, objects, found.predictions, base)
 
 
-def _write_outputs(folder: Path, objects: Objects, rows: list[dict[str, Any]], base: bool) -> None:
-    """Write what nothing scored in AlpacaEval's format, for `reft-judge` and for AlpacaEval itself."""
+def _export(folder: Path, objects: Objects, rows: list[dict[str, Any]], base: bool) -> None:
+    """Write the predictions of each test set in the format of the family, for another program such as a judge."""
     for task in objects.data.test_tasks:
         of_task = [row for row in rows if row["task"] == task]
         generator = objects.name.partition(" ")[0] if base else objects.name
-        outputs = alpaca_eval_outputs(of_task, objects.data.test_instructions(task), generator)
+        outputs = objects.data.family.export(of_task, generator)
         path = folder / "outputs" / f"{'base' if base else 'reft'}_{task}.json"
         path.parent.mkdir(exist_ok=True)
         write_json(path, outputs)
-        log.info("%d outputs for a judge: %s", len(outputs), path)
+        log.info("%d outputs: %s", len(outputs), path)
 
 
 def resume(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 from ..config.compose import CompositionError, compose
@@ -148,33 +147,10 @@ def check_rows(plan: Plan, corners: Mapping[str, list[Config]]) -> None:
     Raises:
         ValueError: for rows that are not there, cannot be read, or are too few to validate on.
     """
-    from ..data.classification_data import ClassificationDataModule
-    from ..data.files import read_json_file
-    from ..data.rows import read_rows
     from ..runs.arguments import data_module, family_of
 
     method, configs = next(iter(corners.items()))
-    config = configs[0]
     try:
-        family = family_of(config)
-        data = data_module(config, family, None)
-        data.prepare_data()
-        if isinstance(data, ClassificationDataModule):
-            # its validation file holds the rows of the test too: they are parsed, and no trial sees them
-            splits = [(data.task, "train"), (data.task, "validation")]
-        else:
-            splits = [(family.task(name), "train") for name in data.train_tasks]
-        if data.source.mixture:
-            examples = [
-                family.mixture_example(*row) for row in read_json_file(Path(data.source.mixture).expanduser())
-            ]
-        else:
-            examples = [
-                task.example(*row)
-                for task, split in splits
-                for row in read_rows(task, split, data.source, family.wheel)[0]
-            ]
-        if not isinstance(data, ClassificationDataModule):
-            family.carve(examples, config.data.validation_size, data.split_seed)
+        data_module(configs[0], family_of(configs[0]), None).check_train()
     except (ValueError, OSError) as error:
         raise ValueError(f"search {plan.name}, method {method}: {error}") from error

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.adapted import AdaptedModel
-from ..data.classification_data import ClassificationDataModule
+from ..data.classification_data import ClassificationData
 from ..data.labelled import LabelledText
 from ..evaluation.classifier_metrics import interval_of, metric_of, value_of
 from ..evaluation.row_metrics import RowScores
@@ -43,10 +43,10 @@ class ClassificationModule(FinetuningModule):
     """
 
     def __init__(
-        self, model: AdaptedModel, tokenizer: Any, data: ClassificationDataModule, optimization: Optimization
+        self, model: AdaptedModel, tokenizer: Any, data: ClassificationData, optimization: Optimization
     ) -> None:
         super().__init__(model, data.val_tasks, data.test_tasks, optimization)
-        self.tokenizer, self.task, self.measures = tokenizer, data.task, data.measures
+        self.tokenizer, self.task, self.measures = tokenizer, data.task, data.task.measures
         names = dict.fromkeys((*data.val_tasks, *data.test_tasks))
         answer = "" if self.task.regression else _commonest(data.train_rows.examples)
         self.commonest = {name: answer for name in names if answer}

@@ -122,6 +122,7 @@ class GenerationModule(FinetuningModule):
                 row |= {"correct": 1.0 in scores.values()} if len(scores) == 1 else scores
             if options:
                 row["option"] = self._answer_of(options[i], example)
+            row |= example.recorded
             self.predictions.append(row)
         for measure in self.family.measures if judged else ():
             values = [scores[measure] for scores in judged if measure in scores]

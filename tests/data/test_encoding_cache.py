@@ -17,7 +17,7 @@ from reft_lightning.data import encoding_cache as prepared
 from reft_lightning.data.encoding import encode, encode_all
 from reft_lightning.data.encoding_cache import digest_of, prepare
 from reft_lightning.data.example import Example
-from reft_lightning.data.generation_data import FamilyDataModule
+from reft_lightning.data.generation_data import GenerationData
 from reft_lightning.data.labelled import LabelledText
 from reft_lightning.data.rows import DataSource
 from reft_lightning.data.texts import EncodedTexts
@@ -129,7 +129,7 @@ class TestRows:
     def test_a_data_module_reads_its_rows_from_files_in_the_next_run(self, monkeypatch, cache, root):
         def module():
             source = DataSource("local", str(root / "tests" / "fixtures" / "commonsense" / "rendered"))
-            data = FamilyDataModule(
+            data = GenerationData(
                 FAMILIES["commonsense"], byte_tokenizer(), source, tasks=("boolq", "piqa"), batch_size=4,
                 eval_batch_size=3, max_length=64, validation_size=6,
             )  # fmt: skip

@@ -12,10 +12,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from reft_lightning.base_models.loading import byte_tokenizer
-from reft_lightning.data import FAMILIES, loaders
-from reft_lightning.data import generation_data as module_file
+from reft_lightning.data import FAMILIES
 from reft_lightning.data.example import Example
-from reft_lightning.data.generation_data import FamilyDataModule
+from reft_lightning.data.generation_data import GenerationData
 from reft_lightning.data.rows import DataSource
 from reft_lightning.data.sampling import EvaluationShare, TrainBatches
 from reft_lightning.data.splits import carve_validation, fingerprint, subset
@@ -28,7 +27,7 @@ ORIGINAL = DataSource("local", str(FIXTURES / "original"))
 
 def make(tasks=("boolq", "piqa", "winogrande"), source=RENDERED, **changes):
     arguments = {"batch_size": 4, "eval_batch_size": 3, "max_length": 1024, "validation_size": 6}
-    return FamilyDataModule(FAMILY, byte_tokenizer(), source, tasks=tasks, **{**arguments, **changes})
+    return GenerationData(FAMILY, byte_tokenizer(), source, tasks=tasks, **{**arguments, **changes})
 
 
 def toy(count, task="t"):
@@ -156,7 +155,7 @@ class TestTestSplit:
             data.setup("fit")
             assert "test questions" not in caplog.text
             data.setup("test")
-        assert "12 of 12 boolq test questions occur in the train rows" in caplog.text
+        assert "12 of 12 boolq test rows occur in the train rows" in caplog.text
         assert data.data_versions["test"]["boolq"]["overlap"] == 12
 
 
@@ -266,9 +265,9 @@ class TestLoaders:
                 row = data.train_rows[int(i)]
                 assert ids[mask].tolist() == row.prompt_ids + row.target_ids
 
-    def test_there_is_one_loader_per_task_in_the_order_of_eval_tasks(self):
+    def test_there_is_one_loader_per_task_in_the_order_of_the_tasks(self):
         data = make()
-        for task, loader in zip(data.eval_tasks, data.val_dataloader(), strict=True):
+        for task, loader in zip(data.val_tasks, data.val_dataloader(), strict=True):
             assert {e.task for batch in loader for e in batch["examples"]} == {task}
         for task, loader in zip(data.test_tasks, data.test_dataloader(), strict=True):
             examples = [e for batch in loader for e in batch["examples"]]
@@ -278,8 +277,9 @@ class TestLoaders:
         whole = [e.prompt for loader in make().test_dataloader() for b in loader for e in b["examples"]]
         parts, lengths = [], []
         for rank in range(2):
-            for file in (module_file, loaders):
-                monkeypatch.setattr(file, "rank_and_world_size", lambda rank=rank: (rank, 2))
+            monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+            monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+            monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
             data = make()
             parts += [e.prompt for loader in data.test_dataloader() for b in loader for e in b["examples"]]
             lengths.append(len(data.train_dataloader()))
@@ -349,7 +349,9 @@ class Recorder(pl.LightningModule):
         return (self.weight - batch["input_ids"].float().mean()).pow(2)
 
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
-        self.names.append((self.trainer.datamodule.eval_tasks[dataloader_idx], batch["examples"][0].task))
+        data = self.trainer.datamodule
+        tasks = data.test_tasks if self.trainer.testing else data.val_tasks
+        self.names.append((tasks[dataloader_idx], batch["examples"][0].task))
 
     test_step = validation_step
 
@@ -414,7 +416,7 @@ class TestResume:
                 weights_only=False,
             )
 
-    def test_eval_tasks_name_the_loaders_that_lightning_runs(self, tmp_path):
+    def test_tasks_name_the_loaders_that_lightning_runs(self, tmp_path):
         data = make(tasks=["boolq", "openbookqa"], train_tasks=["piqa", "boolq"])
         model, runner = Recorder(), trainer(tmp_path, max_epochs=1)
         runner.fit(model, datamodule=data)

@@ -29,7 +29,7 @@ from reft_lightning.base_models.heads import check_only_heads_missing, classific
 from reft_lightning.base_models.loading import byte_tokenizer, load_base_model
 from reft_lightning.base_models.places import model_folder
 from reft_lightning.config import compose
-from reft_lightning.data.classification_data import ClassificationDataModule
+from reft_lightning.data.classification_data import ClassificationData
 from reft_lightning.data.families.glue import FAMILY
 from reft_lightning.data.rows import DataSource
 from reft_lightning.evaluation.classifier_metrics import (
@@ -94,12 +94,12 @@ def bert(num_labels=2, dtype=torch.float32, seed=1):
 def data_module(task="rte", **settings):
     settings = {"batch_size": 4, "eval_batch_size": 5} | settings
     source = DataSource("local", path=str(FIXTURES))
-    return ClassificationDataModule(FAMILY, byte_tokenizer(), source, tasks=[task], **settings)
+    return ClassificationData(FAMILY, byte_tokenizer(), source, tasks=[task], **settings)
 
 
 def classifier(task="rte", dtype=torch.float32, **settings):
     data = data_module(task, **settings)
-    reft = attach(bert(data.num_labels, dtype), "loreft", rank=1, positions="f3", heads="auto")
+    reft = attach(bert(data.task.num_labels, dtype), "loreft", rank=1, positions="f3", heads="auto")
     return ClassificationModule(reft, byte_tokenizer(), data, optimization_of(composed(task))), data
 
 

@@ -15,7 +15,9 @@ from .metamathqa import FAMILY as _METAMATHQA
 from .reading import FAMILY as _READING
 from .spans import FAMILY as _SPANS
 
-FAMILIES: dict[str, Family | ClassificationFamily] = {
+AnyFamily = Family | ClassificationFamily
+
+FAMILIES: dict[str, AnyFamily] = {
     family.name: family
     for family in (
         _COMMONSENSE,
@@ -31,7 +33,7 @@ FAMILIES: dict[str, Family | ClassificationFamily] = {
 }
 
 
-def get_family(name: str) -> Family | ClassificationFamily:
+def get_family(name: str) -> AnyFamily:
     """Return a family by name, or one's own by its import path, `my_module.FAMILY`.
 
     Raises:
@@ -45,8 +47,8 @@ def get_family(name: str) -> Family | ClassificationFamily:
             family = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"cannot import the benchmark family {name!r}: {error}") from error
-        if not isinstance(family, Family | ClassificationFamily):
-            raise ValueError(f"{name} is no Family, but {type(family).__name__}")
+        if not isinstance(family, AnyFamily):
+            raise ValueError(f"{name} is not a Family, but {type(family).__name__}")
         return family
     raise ValueError(
         f"no benchmark family {name!r}{did_you_mean(name, FAMILIES)}; there are {', '.join(FAMILIES)}, custom, and "

@@ -19,7 +19,7 @@ answer is learnt; text or messages), conversations {messages}, and Self-Instruct
 | self_instruct | train: 175 seed tasks; test: 252 user-oriented ones (yizhongw/self-instruct) | Apache-2.0 |
 | alpaca_eval | test: 805 instructions, https://github.com/tatsu-lab/alpaca_eval | CC BY-NC 4.0 |
 
-The answer that stands beside an AlpacaEval instruction is the reference model's (text_davinci_003 in AlpacaEval
+The answer that AlpacaEval gives with an instruction is the reference model's (text_davinci_003 in AlpacaEval
 1); it gives the test loss and is what a judge compares with. Two of those are empty in the published file, where
 `NO_ANSWER` stands in.
 
@@ -34,12 +34,14 @@ Changes: version 1, first version.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from ..columns import turns_of
 from ..example import Example, Row, column
-from ..family import Family, Task
+from ..family import Family, Prediction, Task
 from ..rows import HubRows, LocalRows
 
 VERSION = 1
@@ -125,49 +127,51 @@ def alpaca_eval_example(row: Row, where: str) -> Example:
     return _example("alpaca_eval", column(row, "instruction", where), output or NO_ANSWER, where)
 
 
-def alpaca_eval_outputs(
-    predictions: Iterable[Mapping[str, Any]], rows: Sequence[tuple[Row, str]], generator: str
-) -> list[dict[str, str]]:
-    """Return what a model said in AlpacaEval's format: [{instruction, output, generator, dataset}, ...].
+def _for_a_judge(example: Callable[[Row, str], Example]) -> Callable[[Row, str], Example]:
+    """Record the instruction, without a template, and the part of the benchmark that it comes from."""
+
+    def recorded(row: Row, where: str) -> Example:
+        made = example(row, where)
+        instruction = f"{made.prompt}\n\n{made.context}" if made.context else made.prompt
+        dataset = row.get("dataset", made.task)
+        return replace(made, recorded={"instruction": instruction, "dataset": dataset})
+
+    return recorded
+
+
+def alpaca_eval_outputs(predictions: Iterable[Prediction], generator: str) -> list[dict[str, str]]:
+    """Return generated texts in AlpacaEval's format: [{instruction, output, generator, dataset}, ...].
 
     Args:
-        predictions: {source, generated} of each row, as a run's `predictions/*.jsonl` has them.
-        rows: (row, where it stands) of the instructions, as `rows.read_rows` returns them; `source` is `where`.
-        generator: name of the model that spoke.
+        predictions: {source, instruction, dataset, generated} of each row.
+        generator: name of the model.
 
     Returns:
-        One row for each prediction, in the order of the instructions, without white space around the text.
+        One row for each prediction, in the order of their sources, without white space around the text.
 
     Raises:
-        ValueError: if a prediction belongs to none of the rows, or holds several samples.
+        ValueError: if a prediction holds several samples.
     """
-    if not generator:
-        raise ValueError("AlpacaEval's format names the model: give generator")
-    said: dict[str, str] = {}
-    known = {where for _, where in rows}
-    if len(known) < len(rows):
-        raise ValueError(
-            f"{len(rows)} instructions stand in {len(known)} places: every row needs a source of its own"
-        )
-    for prediction in predictions:
-        where, text = prediction["source"], prediction["generated"]
-        if where not in known:
-            raise ValueError(f"the prediction for {where!r} belongs to none of the {len(rows)} instructions")
-        if not isinstance(text, str):
+    outputs = []
+    for row in sorted(predictions, key=lambda row: _with_numbers(row["source"])):
+        if not isinstance(row["generated"], str):
             raise ValueError(
-                f"{where}: a judge reads one output an instruction; got {len(text)} samples, set decoding.samples=1"
+                f"{row['source']}: a judge reads one output an instruction; got {len(row['generated'])} samples, set "
+                "decoding.samples=1"
             )
-        said[where] = text
-    return [
-        {
-            "instruction": column(row, "instruction", where),
-            "output": said[where].strip(),
-            "generator": generator,
-            "dataset": row.get("dataset", ""),
-        }
-        for row, where in rows
-        if where in said
-    ]
+        outputs.append(
+            {
+                "instruction": row["instruction"],
+                "output": row["generated"].strip(),
+                "generator": generator,
+                "dataset": row["dataset"],
+            }
+        )
+    return outputs
+
+
+def _with_numbers(source: str) -> list[str | int]:  # row 10 comes after row 9
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", source)]
 
 
 def _train(hub: str, *layouts: LocalRows) -> dict[str, Any]:
@@ -228,7 +232,7 @@ TASKS = {
         ),
         Task(
             "self_instruct",
-            example_of("self_instruct"),
+            _for_a_judge(example_of("self_instruct")),
             local={
                 "train": (LocalRows(("self_instruct/seed_tasks.jsonl",)),),
                 "test": (LocalRows(("self_instruct/user_oriented_instructions.jsonl",)),),
@@ -236,7 +240,7 @@ TASKS = {
         ),
         Task(
             "alpaca_eval",
-            alpaca_eval_example,
+            _for_a_judge(alpaca_eval_example),
             # the branch's folder is called eval, which datasets takes for a test split
             hub={"test": (HubRows("tatsu-lab/alpaca_eval", split="test", file="alpaca_eval.json"),)},
             local={
@@ -257,5 +261,6 @@ FAMILY = Family(
     skip_empty=True,
     literal=False,
     template="alpaca",
+    export=alpaca_eval_outputs,
     max_new_tokens=1024,  # AlpacaEval's reference outputs have 300 (davinci) to 2,000 (GPT-4) characters on average
 )

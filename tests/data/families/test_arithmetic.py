@@ -19,7 +19,7 @@ from reft_lightning.data.families.extraction import (
     last_number,
     stated_letter,
 )
-from reft_lightning.data.generation_data import FamilyDataModule
+from reft_lightning.data.generation_data import GenerationData
 from reft_lightning.data.prompts import alpaca, apply_template
 from reft_lightning.data.rows import DataSource, read_rows
 
@@ -328,7 +328,7 @@ class TestGsm8k:
 def make(family, layout, **arguments):
     source = arguments.pop("source", None) or local(layout)
     settings = {"batch_size": 2, "eval_batch_size": 4, "max_length": 4096, "validation_size": 2}
-    return FamilyDataModule(FAMILIES[family], byte_tokenizer(), source, **settings | arguments)
+    return GenerationData(FAMILIES[family], byte_tokenizer(), source, **settings | arguments)
 
 
 class TestOverlap:
@@ -364,7 +364,7 @@ class TestOverlap:
             data.setup("test")
         overlaps = {task: facts["overlap"] for task, facts in data.data_versions["test"].items()}
         assert overlaps == {"AddSub": 3, "SVAMP": 0}
-        assert "3 of 6 AddSub test questions occur in the train rows" in caplog.text
+        assert "3 of 6 AddSub test rows occur in the train rows" in caplog.text
         assert "SVAMP test questions" not in caplog.text
 
     def test_a_mixture_file_is_measured_too(self, caplog, tmp_path):
@@ -551,7 +551,7 @@ def test_the_data_module_warns_of_the_real_overlap(shared, caplog):
     with caplog.at_level(logging.WARNING):
         data.setup("fit")
         data.setup("test")
-    assert "327 of 395 AddSub test questions occur in the train rows" in caplog.text
+    assert "327 of 395 AddSub test rows occur in the train rows" in caplog.text
     assert data.data_versions["test"]["AddSub"]["overlap"] == 327
 
 

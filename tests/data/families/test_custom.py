@@ -9,7 +9,7 @@ from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.config import compose
 from reft_lightning.data.columns import Pattern
 from reft_lightning.data.families.custom import carve, custom_family
-from reft_lightning.data.generation_data import FamilyDataModule
+from reft_lightning.data.generation_data import GenerationData
 from reft_lightning.data.rows import DataSource, read_rows
 from reft_lightning.runs import experiment
 
@@ -285,7 +285,7 @@ class TestDataModule:
         family = custom_family(path=str(FIXTURES / "rows.csv"), **EMOJI)
         arguments = {"batch_size": 4, "eval_batch_size": 3, "validation_size": -1, **changes}
         source = DataSource("local", str(FIXTURES / "rows.csv"))
-        return FamilyDataModule(family, byte_tokenizer(), source, tasks=["custom"], **arguments)
+        return GenerationData(family, byte_tokenizer(), source, tasks=["custom"], **arguments)
 
     def test_ten_rows_are_enough(self):
         data = self.make()
@@ -322,7 +322,7 @@ class TestDataModule:
         )
         source = DataSource("local", str(FIXTURES / "chat.jsonl"))
         arguments = {"batch_size": 4, "eval_batch_size": 3, "validation_size": 0}
-        data = FamilyDataModule(family, tokenizer, source, tasks=["custom"], **arguments)
+        data = GenerationData(family, tokenizer, source, tasks=["custom"], **arguments)
         data.setup("fit")
         first = data.train_rows[0]
         assert tokenizer.decode(first.prompt_ids, skip_special_tokens=True) == (

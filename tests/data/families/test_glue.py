@@ -11,7 +11,7 @@ from torch.utils.data import random_split
 
 from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.config.compose import config_dir
-from reft_lightning.data.classification_data import ClassificationDataModule, divide
+from reft_lightning.data.classification_data import ClassificationData, divide
 from reft_lightning.data.families.glue import FAMILY
 from reft_lightning.data.labelled import ClassificationTask, LabelledText
 from reft_lightning.data.rows import DataSource, read_rows
@@ -42,7 +42,7 @@ def read(task, split="train", source=SOURCE):
 
 def module(task="rte", source=SOURCE, **settings):
     settings = {"batch_size": 4, "eval_batch_size": 4, "group_by_length": False} | settings
-    return ClassificationDataModule(FAMILY, byte_tokenizer(), source, tasks=[task], **settings)
+    return ClassificationData(FAMILY, byte_tokenizer(), source, tasks=[task], **settings)
 
 
 def texts(count):
@@ -288,7 +288,7 @@ class TestModule:
         data.setup("test")
         assert data.test_rows == {"mnli": 6, "mnli_mismatched": 7}
         assert data.val_tasks == ("mnli",)
-        assert (data.num_labels, data.measures) == (3, ("accuracy",))
+        assert (data.task.num_labels, data.task.measures) == (3, ("accuracy",))
 
     def test_limits_leave_the_division_as_it_is(self):
         whole, few = module(), module(limit_train=5, limit_validation=3, limit_test=2)
@@ -333,7 +333,7 @@ class TestModule:
 
     def test_several_tasks_in_a_run_are_refused(self):
         with pytest.raises(ValueError, match=r"one task a run.*got \['rte', 'cola'\]"):
-            ClassificationDataModule(
+            ClassificationData(
                 FAMILY, byte_tokenizer(), SOURCE, tasks=["rte", "cola"], batch_size=1, eval_batch_size=1
             )
 

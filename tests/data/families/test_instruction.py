@@ -9,9 +9,9 @@ import pytest
 from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.data import FAMILIES
 from reft_lightning.data.encoding import Collator, encode, encode_all
-from reft_lightning.data.families.instruction import FAMILY, NO_ANSWER, TASKS, alpaca_eval_outputs, example_of
+from reft_lightning.data.families.instruction import FAMILY, NO_ANSWER, TASKS, example_of
 from reft_lightning.data.family import Family
-from reft_lightning.data.generation_data import FamilyDataModule
+from reft_lightning.data.generation_data import GenerationData
 from reft_lightning.data.prompts import apply_template
 from reft_lightning.data.rows import DataSource, read_json_file, read_rows
 
@@ -144,7 +144,7 @@ class TestEmptyAnswers:
         path.parent.mkdir()
         lines = json.dumps(rows) if split == "train" else "".join(json.dumps(row) + "\n" for row in rows)
         path.write_text(lines, encoding="utf-8")
-        return FamilyDataModule(
+        return GenerationData(
             FAMILY, byte_tokenizer(), DataSource("local", str(folder)), tasks=[task], batch_size=2,
             eval_batch_size=2, validation_size=1,
         )  # fmt: skip
@@ -185,29 +185,38 @@ class TestAlpacaEval:
         assert [e.target for e in found].count(NO_ANSWER) == 1
         assert len(encode_all(byte_tokenizer(), found, 2048)) == 10
 
+    def predictions(self):
+        found = apply_template("alpaca", examples("alpaca_eval", "test"), byte_tokenizer())
+        return [{"source": e.source, "generated": f" said {i}\n", **e.recorded} for i, e in enumerate(found)]
+
     def test_outputs_have_its_columns_in_the_order_of_the_instructions(self):
         rows, _ = rows_of("alpaca_eval", "test")
-        predictions = [{"source": where, "generated": f" said {i}\n"} for i, (_, where) in enumerate(rows)]
-        found = alpaca_eval_outputs(reversed(predictions), rows, "mine-7b")
+        found = FAMILY.export(reversed(self.predictions()), "mine-7b")
         assert [row["output"] for row in found] == [f"said {i}" for i in range(10)]
         for row, (given, _) in zip(found, rows, strict=True):
             assert row["instruction"] == given["instruction"]  # without a template around it
             assert (row["generator"], row["dataset"]) == ("mine-7b", given["dataset"])
             assert set(row) == {"instruction", "output", "generator", "dataset"}
 
-    def test_a_part_of_the_instructions_gives_a_part_of_the_outputs(self):
-        rows, _ = rows_of("alpaca_eval", "test")
-        assert len(alpaca_eval_outputs([{"source": rows[3][1], "generated": "x"}], rows, "m")) == 1
+    def test_row_ten_comes_after_row_nine(self):
+        rows = [
+            {"source": f"t.json, row {i}", "generated": "x", "instruction": str(i), "dataset": ""}
+            for i in (10, 9)
+        ]
+        assert [row["instruction"] for row in FAMILY.export(rows, "m")] == ["9", "10"]
 
-    def test_a_prediction_for_other_rows_is_refused(self):
-        rows, _ = rows_of("alpaca_eval", "test")
-        with pytest.raises(ValueError, match="'elsewhere' belongs to none of the 10 instructions"):
-            alpaca_eval_outputs([{"source": "elsewhere", "generated": "x"}], rows, "m")
+    def test_a_context_is_part_of_the_instruction_that_a_judge_reads(self):
+        found = examples("self_instruct", "test")
+        assert any(example.context for example in found)
+        for example in found:
+            assert example.recorded["instruction"].endswith(example.context)
+            assert example.recorded["instruction"].startswith(example.prompt)
+            assert example.recorded["dataset"] == "self_instruct"
 
     def test_several_samples_are_refused(self):
-        rows, _ = rows_of("alpaca_eval", "test")
+        rows = [{**row, "generated": ["x", "y"]} for row in self.predictions()]
         with pytest.raises(ValueError, match=r"got 2 samples, set decoding.samples=1"):
-            alpaca_eval_outputs([{"source": rows[0][1], "generated": ["x", "y"]}], rows, "m")
+            FAMILY.export(rows, "m")
 
 
 @pytest.mark.shared

