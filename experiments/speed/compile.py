@@ -60,8 +60,10 @@ def step(name: str, folder: str, rows: int):
     drawn = batches(rows, base.config.vocab_size)
     if name.startswith("LoReFT"):
         import reft_lightning as rl
+        from reft_lightning.base_models.output_head import join_columns
         from reft_lightning.data.encoding import target_only
 
+        join_columns(base)
         model = rl.attach(base, "loreft", rank=8, positions="f7+l7").train()
         parameters = list(model.interventions.parameters())
         if "target-only" in name:

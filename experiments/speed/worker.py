@@ -90,8 +90,10 @@ def reft(
 ) -> Attached:
     """LoReFT of this project, on all layers or on the middle one (15 of 30)."""
     import reft_lightning as rl
+    from reft_lightning.base_models.output_head import join_columns
     from reft_lightning.data.encoding import target_only
 
+    join_columns(model)  # as in models that runs load
     layers = [model.config.num_hidden_layers // 2] if middle_layer else "all"
     adapted = rl.attach(model, "loreft", rank=rank, layers=layers, positions=positions, tied=tied)
     adapted.train()
@@ -111,10 +113,12 @@ def reft(
 def shortened(model: nn.Module, *, positions: str, middle_layer: bool = False, limit: int = 0) -> Attached:
     """The same with target-only logits, without what no intervention can change; kept up to a limit in bytes."""
     import reft_lightning as rl
+    from reft_lightning.base_models.output_head import join_columns
     from reft_lightning.data.encoding import EncodedRows, target_only
     from reft_lightning.data.example import Example
     from reft_lightning.speed.choose_part import ShortenedPass
 
+    join_columns(model)
     layers = [model.config.num_hidden_layers // 2] if middle_layer else "all"
     adapted = rl.attach(model, "loreft", rank=RANK, layers=layers, positions=positions)
     adapted.train()
