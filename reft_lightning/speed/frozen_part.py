@@ -18,7 +18,7 @@ Shapes: b rows, s columns, c frozen columns, n tokens of a row, d width, k the l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,12 +74,12 @@ class FrozenPrefix:
         """Compute each row's keys and values only once."""
         self._store = RowStore()
 
-    def columns(self, rows: list[int], boundary: int | None) -> int:
+    def columns(self, rows: Sequence[int], boundary: int | None) -> int:
         """Return c, how many columns of a batch are left out; 0 where that is not worth it."""
         columns = (boundary or 0) - max(self._suffixes[row] for row in rows)
         return columns if columns >= SHORTEST else 0
 
-    def __call__(self, inputs: Batch, rows: list[int], boundary: int | None) -> Any:
+    def __call__(self, inputs: Batch, rows: Sequence[int], boundary: int | None) -> Any:
         """Return the model's output, with the logits and labels of the last columns only."""
         columns = self.columns(rows, boundary)
         ids, attention = inputs["input_ids"], inputs["attention_mask"]
@@ -99,7 +99,13 @@ class FrozenPrefix:
             ).past_key_values
 
     def _read(
-        self, store: RowStore, ids: Tensor, attention: Tensor, rows: list[int], columns: int, boundary: int
+        self,
+        store: RowStore,
+        ids: Tensor,
+        attention: Tensor,
+        rows: Sequence[int],
+        columns: int,
+        boundary: int,
     ) -> DynamicCache:
         """Return the cache of the first columns, from what is kept of each row."""
         ends = [boundary - self._suffixes[row] for row in rows]  # rows are padded on the left
@@ -153,11 +159,11 @@ class FrozenBlocks:
         self._width, self._dtype = hidden.shape[-1], hidden.dtype
         self.bytes = sum(self._lengths) * self._width * self._dtype.itemsize
 
-    def columns(self, rows: list[int], boundary: int | None) -> int:
+    def columns(self, rows: Sequence[int], boundary: int | None) -> int:
         """Return for how many columns of a batch the lower blocks are left out: those of all real tokens."""
         return max(self._lengths[row] for row in rows)
 
-    def __call__(self, inputs: Batch, rows: list[int], boundary: int | None) -> Any:
+    def __call__(self, inputs: Batch, rows: Sequence[int], boundary: int | None) -> Any:
         """Return the model's output."""
         places = [self._columns_of(row, boundary) for row in rows]
 
