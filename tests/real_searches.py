@@ -38,8 +38,7 @@ def contents(data, **changes):
     base = [o for o in short_runs.arguments(data) if not o.startswith(("intervention.rank", "optimizer.lr"))]
     space = {"intervention.rank": {"choice": [1, 2, 4]}, "optimizer.lr": {"log": [1e-4, 1e-1], "points": 3}}
     values = {
-        # "auto" measures which library is faster, and the two differ in the last bit
-        "base": [*base, "checkpoint.monitor=val/loss", "matmul_precision=highest"],
+        "base": [*base, "checkpoint.monitor=val/loss"],
         "methods": {"loreft": {"overrides": ["intervention=loreft"], "space": space}},
         "budget": {"unit": "trials", "amount": 2}, "sampler": "random", "seeds": [],
     }  # fmt: skip

@@ -3,7 +3,6 @@
 import csv
 import json
 import random
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +10,6 @@ import torch
 
 from reft_lightning.config import compose
 from reft_lightning.runs import experiment
-from reft_lightning.speed.agreement import plain_pass
 
 WORDS = ("zorb", "fenk", "mivle", "varr", "tull", "snide", "quab", "olp")
 NAMES = {"boolq": ("true", "false"), "piqa": ("solution1", "solution2")}
@@ -111,23 +109,3 @@ def stop_at(monkeypatch, batch, where="training_step"):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(GenerationModule, where, counted)
-
-
-def passes(run):
-    """Return a training pass and those inside it, by their types."""
-    found = {}
-    while run is not None:
-        found[type(run)] = run
-        run = getattr(run, "run", None)
-    return found
-
-
-def own_pass(model):
-    """Return the training pass that others make cheaper: the model itself."""
-    return partial(plain_pass, model)
-
-
-def leaves_alone(cheaper, model):
-    """Whether a way to make a model's training pass cheaper has nothing to do."""
-    run = own_pass(model)
-    return cheaper(model, run) is run

@@ -5,10 +5,9 @@
 
 B is the bare frozen model with one trained vector at the embeddings, full logits. LoReFT: r = 8, f7+l7, all layers,
 with full logits and with those of the targets alone, compiled by ``ReftModel.compile(fullgraph=True)``, so that a graph
-break is an error; uncompiled, the last block reads the targets' columns alone, as in runs. A compiled variant's first
-steps compile, for one length and then for any; they are the warm-up and reported as seconds, fewer where torch has kept
-the kernels of an earlier run. Batches have four lengths. Needs a C++ compiler on a CPU. ``--layers`` makes the random
-model smaller.
+break is an error. A compiled variant's first steps compile, for one length and then for any; they are the warm-up and
+reported as seconds, fewer where torch has kept the kernels of an earlier run. Batches have four lengths. Needs a C++
+compiler on a CPU. ``--layers`` makes the random model smaller.
 """
 
 from __future__ import annotations
@@ -59,18 +58,16 @@ def step(name: str, folder: str, rows: int):
     base.requires_grad_(False)
     base.config.use_cache = False
     drawn = batches(rows, base.config.vocab_size)
-    short = None
     if name.startswith("LoReFT"):
         import reft_lightning as rl
+        from reft_lightning.base_models.output_head import join_columns
         from reft_lightning.data.encoding import target_only
-        from reft_lightning.speed.lean_pass import lean_pass
 
+        join_columns(base)
         model = rl.attach(base, "loreft", rank=8, positions="f7+l7").train()
         parameters = list(model.interventions.parameters())
         if "target-only" in name:
             drawn = [target_only(batch) for batch in drawn]
-            if not name.endswith("compiled"):  # as runs have it
-                short = lean_pass(model)
     else:
         model = base
         vector = torch.nn.Parameter(torch.zeros(base.config.hidden_size))
@@ -87,7 +84,7 @@ def step(name: str, folder: str, rows: int):
     def run(number: int) -> dict[str, float]:
         started = time.perf_counter()
         batch = drawn[number % len(drawn)]
-        loss = (model(**batch) if short is None else short(batch, ())).loss
+        loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

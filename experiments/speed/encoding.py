@@ -208,9 +208,9 @@ def import_seconds() -> float:
 
 def main() -> None:
     """Measure times and padding and write both files."""
+    args = arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("reft_lightning").setLevel(logging.ERROR)
-    args = arguments()
     examples = invented(args.count)
     fast = load_tokenizer(source="local", path=str(args.model)) if args.model else trained_on(examples)
     processes = args.processes or min(args.threads, prepared.PROCESSES)

@@ -7,9 +7,9 @@ Random weights of SmolLM2-135M's shape and of Llamas of 1B and 8B parameters, bf
 to 115 tokens with 6 target tokens. Variants are those of ``worker.py``, two alive at a time and taking turns. A turn is
 ``--steps`` training steps between two CUDA events. Beside it stand the kernels and copies that a step starts and how
 long they take (torch.profiler), its floating-point operations (torch.utils.flop_counter), and the speed of one large
-product and of one large copy. What the interventions add is counted without the lean pass that runs have, beside a bare
-model whose gradients pass the same blocks. The files are written after every pair; a pair that fails is left out with
-its reason, the others go on, and the status is 1.
+product and of one large copy. What the interventions add is counted beside a bare model whose gradients pass the same
+blocks. The files are written after every pair; a pair that fails is left out with its reason, the others go on, and the
+status is 1.
 
 Without a CUDA device it stops and says so; ``--device cpu --shapes tiny`` runs everything but the events.
 """
@@ -84,8 +84,8 @@ OURS = "reft target-only bf16"
 PAIRS = (
     Pair("step, target-only logits / bare step, target-only logits", OURS, "B target-only bf16", 1.02),
     Pair(
-        "step, target-only logits, not lean / bare step behind the first block, target-only logits",
-        "reft plain target-only bf16", "B behind the first block, target-only bf16", added=True,
+        "step, target-only logits / bare step behind the first block, target-only logits",
+        OURS, "B behind the first block, target-only bf16", added=True,
     ),
     Pair("step, full logits / bare step (B)", "reft bf16", "B bf16"),
     Pair("step, target-only logits / B", OURS, "B bf16", memory=0.85),

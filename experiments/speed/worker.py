@@ -87,23 +87,16 @@ def reft(
     tied: str = "all",
     middle_layer: bool = False,
     rank: int = RANK,
-    lean: bool = True,
 ) -> Attached:
-    """LoReFT of this project, on all layers or on the middle one (15 of 30).
-
-    Runs train by the lean pass; without it, the base model's own pass is what is edited.
-    """
+    """LoReFT of this project, on all layers or on the middle one (15 of 30)."""
     import reft_lightning as rl
+    from reft_lightning.base_models.output_head import join_columns
     from reft_lightning.data.encoding import target_only
-    from reft_lightning.speed.agreement import plain_pass
-    from reft_lightning.speed.lean_pass import lean_pass
 
+    join_columns(model)  # as in models that runs load
     layers = [model.config.num_hidden_layers // 2] if middle_layer else "all"
     adapted = rl.attach(model, "loreft", rank=rank, layers=layers, positions=positions, tied=tied)
     adapted.train()
-    run = (
-        lean_pass(adapted, last_logits=target_logits_only) if lean else functools.partial(plain_pass, adapted)
-    )
     # a ReftModel finds positions in masks and numbers tokens itself
     names = ("input_ids", "attention_mask", "labels", "prompt_mask", "boundary")
 
@@ -112,21 +105,20 @@ def reft(
         if target_logits_only:
             inputs = target_only(inputs)
         del inputs["boundary"]
-        return run(inputs, ()).loss
+        return adapted(**inputs).loss
 
     return loss, [p for p in adapted.parameters() if p.requires_grad]
 
 
-def without_constants(
-    model: nn.Module, *, positions: str, middle_layer: bool = False, limit: int = 0
-) -> Attached:
+def shortened(model: nn.Module, *, positions: str, middle_layer: bool = False, limit: int = 0) -> Attached:
     """The same with target-only logits, without what no intervention can change; kept up to a limit in bytes."""
     import reft_lightning as rl
+    from reft_lightning.base_models.output_head import join_columns
     from reft_lightning.data.encoding import EncodedRows, target_only
     from reft_lightning.data.example import Example
-    from reft_lightning.speed.choose_part import training_pass
-    from reft_lightning.speed.lean_pass import lean_pass
+    from reft_lightning.speed.choose_part import ShortenedPass
 
+    join_columns(model)
     layers = [model.config.num_hidden_layers // 2] if middle_layer else "all"
     adapted = rl.attach(model, "loreft", rank=RANK, layers=layers, positions=positions)
     adapted.train()
@@ -143,7 +135,7 @@ def without_constants(
                 **dict.fromkeys(("joint", "cut_prompt", "cut_target"), torch.zeros(len(real)).numpy()),
             }
             rows = EncodedRows([example] * len(real), columns)
-            passes[id(batch)] = lean_pass(adapted, training_pass(adapted, rows, causal=True, limit=limit))
+            passes[id(batch)] = ShortenedPass(adapted, rows, causal=True, limit=limit)
         names = ("input_ids", "attention_mask", "labels", "prompt_mask", "boundary")
         inputs = target_only({name: batch[name] for name in names})
         del inputs["boundary"]
@@ -219,10 +211,10 @@ def adapters(model: nn.Module) -> Attached:
 full_logits = functools.partial(reft, target_logits_only=False)
 lora_small = functools.partial(lora, rank=LORA_SMALL[0], modules=LORA_SMALL[1])
 lora_large = functools.partial(lora, rank=LORA_LARGE[0], modules=LORA_LARGE[1])
-split_l7 = functools.partial(without_constants, positions=f"l{SUFFIX}")
-split_l1 = functools.partial(without_constants, positions="l1")
+split_l7 = functools.partial(shortened, positions=f"l{SUFFIX}")
+split_l1 = functools.partial(shortened, positions="l1")
 # with prefix positions no key or value is constant: the input of the layer is what is kept
-middle = functools.partial(without_constants, positions="f1+l1", middle_layer=True, limit=KEPT)
+middle = functools.partial(shortened, positions="f1+l1", middle_layer=True, limit=KEPT)
 pyreft_tied = functools.partial(pyreft, tied=True)
 
 VARIANTS: dict[str, Variant] = {
@@ -245,7 +237,6 @@ VARIANTS: dict[str, Variant] = {
     "B behind the first block, target-only bf16": Variant(
         functools.partial(bare, inputs=target_inputs, behind_first_block=True), dtype="bfloat16"
     ),
-    "reft plain target-only bf16": Variant(functools.partial(reft, lean=False), dtype="bfloat16"),
     "B bf16": Variant(bare, dtype="bfloat16"),
     "B target-only bf16": Variant(functools.partial(bare, inputs=target_inputs), dtype="bfloat16"),
     "reft bf16": Variant(full_logits, dtype="bfloat16"),

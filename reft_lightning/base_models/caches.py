@@ -9,9 +9,9 @@ from transformers.cache_utils import DynamicLayer
 
 
 def holds_columns(cache: Any, width: int) -> bool:
-    """Whether a cache holds the keys and values of every column, and of nothing else.
+    """Whether a cache holds the keys and values of every column, and nothing else.
 
-    Not so with sliding windows, linear attention and virtual tokens in front (prompt tuning, prefix tuning).
+    Sliding windows and linear attention hold fewer; prompt tuning and prefix tuning put virtual tokens in front.
     """
     return isinstance(cache, DynamicCache) and all(
         type(layer) is DynamicLayer and layer.get_seq_length() == width for layer in cache.layers

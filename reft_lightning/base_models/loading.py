@@ -26,6 +26,7 @@ from transformers import (
 
 from ..suggest import did_you_mean
 from .heads import check_only_heads_missing
+from .output_head import join_columns
 from .places import ModelPlace
 
 log = logging.getLogger(__name__)
@@ -219,8 +220,10 @@ def load_base_model(
         # a decoder's classifier finds the last token of a row by the pad id of its text configuration
         for part in (model.config, model.config.get_text_config()):
             part.pad_token_id = loaded_tokenizer.pad_token_id
-    if float32_logits and task == "causal_lm" and DTYPES[dtype] != torch.float32:
-        widen_logits(model)
+    if task == "causal_lm":
+        join_columns(model)
+        if float32_logits and DTYPES[dtype] != torch.float32:
+            widen_logits(model)
     model.eval()
     return model, loaded_tokenizer
 

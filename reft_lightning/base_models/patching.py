@@ -1,29 +1,28 @@
-"""Attributes that are others during one call: a compiled forward pass, a checkpoint that keeps the plan."""
+"""Attributes that are replaced during one call: a compiled forward pass, a checkpoint function, the blocks left out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 
 @contextmanager
 def replaced(attributes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Set attributes inside the block and put back what was there: the object's own, or its class's.
+    """Set attributes inside the block, and restore them however it ends: the object's own, or its class's.
 
     Args:
         attributes: object, name and value of each.
     """
-    before: list[tuple[Any, str, bool, Any]] = []
-    try:
+    with ExitStack() as restored:
         for owner, name, value in attributes:
-            own = vars(owner)
-            before.append((owner, name, name in own, own.get(name)))
+            restored.callback(_restore, owner, name, name in vars(owner), vars(owner).get(name))
             setattr(owner, name, value)
         yield
-    finally:
-        for owner, name, had, value in reversed(before):
-            if had:
-                setattr(owner, name, value)
-            else:
-                delattr(owner, name)
+
+
+def _restore(owner: Any, name: str, had: bool, value: Any) -> None:
+    if had:
+        setattr(owner, name, value)
+    elif name in vars(owner):  # not if interrupted before it was set
+        delattr(owner, name)

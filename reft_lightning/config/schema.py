@@ -241,14 +241,11 @@ class CheckpointConfig:
 
 @dataclass
 class KeptConfig:
-    """What no intervention can change, kept over the epochs instead of computed in each."""
+    """What no intervention can change, kept in memory over the epochs instead of computed in each."""
 
-    # 0: nothing. Keys and values of the prompt up to the first edited token (positions such as l7), where all of
-    # them fit; else the input of the first edited layer, where that is not the first of the model
+    # Keys and values of the prompt up to the first edited token (positions such as l7), else the input of the first
+    # edited layer (if that is not the first layer); kept if those of all rows fit. 0: nothing is kept
     limit_gb: float = 0.0  # of each process
-    folder: Optional[str] = (
-        None  # None: in memory; a folder: on disk, for later runs of this model and data too
-    )
 
 
 @dataclass
@@ -271,9 +268,8 @@ class Config:
     seed: int = field(default=42, metadata={"identity": "seed"})  # the first of the authors' seeds 42, 43, 44
     test: bool = free(True)  # evaluate the test split, once, after training
     evaluate_base: bool = free(False)  # the frozen base in the same table
-    # of float32 products, as torch.set_float32_matmul_precision has it: highest | high | medium. On a GPU the last two
-    # (TF32) reach the products within interventions, too. auto: on CPUs oneDNN where it errs no more than float32 does
-    # and is faster, measured at the start of a run: where that is a near thing, two runs may round otherwise
+    # of float32 products, for torch.set_float32_matmul_precision: highest | high | medium. On a GPU the last two
+    # (TF32, bfloat16) also reach the products within interventions
     matmul_precision: str = "highest"
     option_likelihood: bool = free(True)  # rank each row's options by likelihood beside generating
     sealed: bool = free(False)  # the test split cannot be built: for searches
@@ -291,6 +287,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "intervention.weight_dtype": ("float32", "bfloat16"),
     "data.source": ("hub", "local", "wheel"),
     "data.template": ("plain", "alpaca", "chat"),
-    "matmul_precision": ("auto", "highest", "high", "medium"),
+    "matmul_precision": ("highest", "high", "medium"),
     "checkpoint.mode": ("max", "min"),
 }

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -26,8 +25,7 @@ from ..data.benchmark_data import BenchmarkData
 from ..data.example import Example
 from ..data.option_batches import option_batches
 from ..evaluation import Decoding
-from ..speed.choose_part import training_pass
-from ..speed.lean_pass import lean_pass
+from ..speed.choose_part import ShortenedPass
 from ..training.classification import ClassificationModule
 from ..training.generation import GenerationModule
 from ..training.module import FinetuningModule
@@ -158,15 +156,15 @@ def build(config: Config, prepared: Prepared | None = None) -> Objects:
 
 def _module(config: Config, run: Prepared, model: AdaptedModel) -> tuple[FinetuningModule, dict[str, str]]:
     """Return the Lightning module, and task -> the commonest answer of its training rows."""
-    data = run.data
+    data, training_pass = run.data, _shortened_pass(config, run, model)
     if run.decoding is None:
-        module = ClassificationModule(model, run.tokenizer, data, run.optimization)
+        module = ClassificationModule(model, run.tokenizer, data, run.optimization, training_pass)
         return module, module.commonest
     commonest = commonest_answers(data.train_rows.examples)
     options = partial(option_batches, run.tokenizer, max_length=data.max_length)
     return GenerationModule(
         model, run.tokenizer, run.family, data.val_tasks, data.test_tasks, run.optimization, run.decoding,
-        options if config.option_likelihood else None, commonest,
+        options if config.option_likelihood else None, commonest, training_pass,
     ), commonest  # fmt: skip
 
 
@@ -184,22 +182,9 @@ def commonest_answers(examples: Iterable[Example]) -> dict[str, str]:
     return {task: counts.most_common(1)[0][0] for task, counts in answers.items()}
 
 
-def shorten_training_pass(config: Config, objects: Objects) -> None:
-    """Let training leave out what no intervention can change or nothing reads; keep it where the configuration says so.
-
-    The base's own dropout makes nothing constant: then training is plain. The pass is made when training starts, where
-    the model has its device and precision.
-    """
-    if not config.model.base_dropout:
-        objects.module.make_training_pass = partial(
-            _short_pass, objects.model, objects.data.train_rows, objects.decoding is not None, config.model.compile,
-            limit=int(config.kept.limit_gb * 1e9), precision=config.trainer.precision,
-            folder=Path(config.kept.folder) if config.kept.folder else None,
-        )  # fmt: skip
-
-
-def _short_pass(
-    model: Any, rows: Any, causal: bool, compiled: bool, **kept: Any
-) -> Callable[..., Any] | None:
-    run = training_pass(model, rows, causal=causal, compiled=compiled, **kept)
-    return run if compiled else lean_pass(model, run, last_logits=causal)
+def _shortened_pass(config: Config, run: Prepared, model: AdaptedModel) -> ShortenedPass | None:
+    """Return the pass that leaves out of training what no intervention can change; the base's own dropout would."""
+    if config.model.base_dropout:
+        return None
+    limit = int(config.kept.limit_gb * 1e9)
+    return ShortenedPass(model, run.data.train_rows, causal=run.decoding is not None, limit=limit)

@@ -6,9 +6,7 @@ Each check needs the benchmark family, and none needs weights.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from transformers import PretrainedConfig
@@ -95,11 +93,9 @@ def reported(family: Family, example: Example, decoding: Decoding) -> tuple[str,
 
 
 def _check_kept(config: Config) -> None:
-    limit, folder, method = config.kept.limit_gb, config.kept.folder, config.intervention.method
+    limit, method = config.kept.limit_gb, config.intervention.method
     if not (math.isfinite(limit) and limit >= 0):
         raise ValueError(f"kept.limit_gb must be a number, 0 or more; got {limit}")
-    if folder and not limit:
-        raise ValueError(f"kept.folder={folder} keeps nothing: set kept.limit_gb, too")
     reasons = {
         f"{method} trains weights of all layers": is_baseline(method) and method != "frozen",
         "intervention.beside trains weights of all layers": bool(config.intervention.beside),
@@ -108,13 +104,6 @@ def _check_kept(config: Config) -> None:
     }
     for reason in (reason for reason, holds in reasons.items() if limit and holds):
         raise ValueError(f"kept.limit_gb={limit} keeps nothing: {reason}; leave one of the two out")
-    if folder:
-        try:
-            Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=Path(folder).expanduser()):
-                pass
-        except OSError as error:
-            raise ValueError(f"kept.folder={folder} cannot be written: {error}") from error
 
 
 def check_monitor(config: Config, name: str, measures: Sequence[str], tasks: Sequence[str]) -> None:

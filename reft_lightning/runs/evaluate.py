@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Trainer, seed_everything
 
 from ..adapters.saving import load_state
 from ..config.identity import config_hash
-from ..speed.matmul_precision import matmul_precision
 from ..storage.atomic import new_folder, now
 from ..suggest import did_you_mean
 from .arguments import method_of
@@ -63,9 +63,9 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
         use_distributed_sampler=False, default_root_dir=target, precision=config.trainer.precision,
         enable_model_summary=False,
     )  # fmt: skip
-    with matmul_precision(config.matmul_precision, trainer.strategy.root_device) as precision:
-        results.update(matmul_precision=precision)
-        evaluate_split(trainer, objects, split, target, results)
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    results.update(matmul_precision=config.matmul_precision)
+    evaluate_split(trainer, objects, split, target, results)
     if split == "test":
         original = Results.read(folder)
         original.update(test_reads=[*original.values["test_reads"], *results.values["test_reads"]])

@@ -19,12 +19,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..config.identity import config_hash, differences
 from ..config.schema import Config
-from ..speed.matmul_precision import matmul_precision
 from ..storage.atomic import now, write_json
 from ..training.evaluation import evaluate
 from ..training.wandb import finish_wandb
 from .arguments import method_of
-from .build import Objects, build, prepare, shorten_training_pass
+from .build import Objects, build, prepare
 from .console import print_table
 from .ddp_launch import single_job_ddp
 from .devices import check_accelerator
@@ -102,9 +101,9 @@ def _run(
     results = _begin(config, folder, experiment, objects, writes=trainer.is_global_zero)
     log.info("run folder: %s", folder)
     try:
-        with matmul_precision(config.matmul_precision, trainer.strategy.root_device) as precision:
-            results.update(matmul_precision=precision)
-            _stages(config, folder, objects, trainer, results)
+        torch.set_float32_matmul_precision(config.matmul_precision)
+        results.update(matmul_precision=config.matmul_precision)
+        _stages(config, folder, objects, trainer, results)
     except Halted as halt:
         results.update(status=halt.status, reason=str(halt), stopped=now(), **halt.values)
         _finish_wandb(trainer, results, None)
@@ -186,7 +185,6 @@ def _stages(config: Config, folder: Path, objects: Objects, trainer: Trainer, re
 
 def _train(config: Config, objects: Objects, trainer: Trainer, results: Results, resume: Path | None) -> None:
     """Fit, and go back to the checkpoint that validation chose."""
-    shorten_training_pass(config, objects)
     trainer.fit(objects.module, objects.data, ckpt_path=resume, weights_only=False)
     if trainer.interrupted:
         raise KeyboardInterrupt

@@ -1,20 +1,19 @@
-r"""What of a training pass no intervention can change, computed without gradient and, if wished, only once.
+r"""The parts of a training pass that no intervention can change, computed without gradient.
 
 Two things are constant while the interventions of a frozen model train:
 
-==================  ======================================================================================
-the prefix          In a causal model no column left of the first edited token of its row depends on Phi, at any
-                    layer. Its keys and values are a cache; gradients pass through the other columns alone. That
-                    is worth something for suffix positions (``l7``, ``l1``), nothing for ``f7+l7``.
-the layer's input   No block below the lowest edited site depends on Phi. What the last of them says of a
-                    row's tokens is the input of everything that trains.
-==================  ======================================================================================
+=================  ========================================================================================
+the prefix         In a causal model no column left of a row's first edited token depends on Phi, at any layer.
+                   Its keys and values are a cache; gradients pass through the other columns only. This pays
+                   for suffix positions (``l7``, ``l1``); with ``f7+l7`` the prefix is empty.
+the lower blocks   No block below the lowest edited site depends on Phi. The output of the last of them is
+                   the input of everything that trains.
+=================  ========================================================================================
 
-Weights of the base that train as well (heads) end what is constant where they stand.
-:class:`~.row_store.KeptRows` keeps either over the epochs. Losses and gradients are those of the plain pass up
-to rounding.
+Trained weights of the base (heads) end both where they stand. Either can be kept over the epochs
+(:class:`~.row_store.RowStore`). Losses and gradients are those of the plain pass up to rounding.
 
-Shapes: b rows, s columns, c constant columns, n tokens of a row, d width, k the last constant block, L blocks.
+Shapes: b rows, s columns, c frozen columns, n tokens of a row, d width, k the last frozen block.
 """
 
 from __future__ import annotations
@@ -23,37 +22,32 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache
+from torch import Tensor, nn
+from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from ..adapters.reft.model import ReftModel
 from ..adapters.reft.sites import block_path
 from ..base_models.caches import holds_columns
 from ..base_models.patching import replaced
-from .row_store import KeptRows
+from .row_store import RowStore
 
-SHORTEST = 8  # constant columns below which a second pass costs more than it saves
+SHORTEST = 8  # frozen columns below which a second pass costs more than it saves
 
 Batch = Mapping[str, Any]
 
 
-class ConstantPrefix:
+class FrozenPrefix:
     """Keys and values of the columns left of the first edited one.
 
     Args:
         model: of a causal base model, all of it on one device.
-        prompts: tokens of each train row's prompt, (n,).
-        targets: tokens of its target, (n,).
-        behind: of the prompt's, those from the first edited one on, (n,); see :func:`tokens_behind`.
+        prompts: number of tokens of each train row's prompt, (n,).
+        suffixes: of the prompt from its first edited token on, (n,); see :func:`suffix_lengths`.
 
     Attributes:
-        lengths: constant tokens of each row, (n,).
-        tokens: all tokens of each row, (n,).
-        width: numbers a token: keys and values of all heads and layers.
-        dtype: of the numbers.
-        keepable: whether the cache holds every column; that of a sliding window does not.
-        kept: where they are kept; None computes them in each pass.
+        can_be_kept: whether the cache holds every column; that of a sliding window does not.
+        bytes: the size of all rows' keys and values.
 
     Raises:
         ValueError: if the model's cache holds anything but keys and values.
@@ -61,36 +55,41 @@ class ConstantPrefix:
 
     name = "the keys and values of prefixes"
 
-    def __init__(self, model: ReftModel, prompts: Tensor, targets: Tensor, behind: Tensor) -> None:
-        self.model, self.lengths, self.tokens = model, prompts - behind, prompts + targets
-        self._behind = behind.tolist()
-        self.kept: KeptRows | None = None
+    def __init__(self, model: ReftModel, prompts: Tensor, suffixes: Tensor) -> None:
+        self.model = model
+        self._suffixes, self._lengths = suffixes.tolist(), (prompts - suffixes).tolist()
+        self._store: RowStore | None = None
         cache = self._compute(*_two_tokens(model), 2)
         if not isinstance(cache, DynamicCache) or not all(isinstance(c, DynamicLayer) for c in cache.layers):
-            raise ValueError(f"{type(model.base_model).__name__} has no cache of keys and values alone")
-        self.keepable = holds_columns(cache, 2)
-        self.shapes = [tuple(t.shape[1::2]) for layer in cache.layers for t in (layer.keys, layer.values)]
-        self.dtype = cache.layers[0].keys.dtype
-        self.width = sum(heads * dim for heads, dim in self.shapes)
+            raise ValueError(
+                f"the cache of {type(model.base_model).__name__} holds more than keys and values"
+            )
+        self.can_be_kept = holds_columns(cache, 2)
+        self._shapes = [tuple(t.shape[1::2]) for t in _tensors(cache)]  # (heads, dimension)
+        self._dtype = cache.layers[0].keys.dtype
+        self._width = sum(heads * dimension for heads, dimension in self._shapes)
+        self.bytes = sum(self._lengths) * self._width * self._dtype.itemsize
 
-    def columns(self, rows: list[int], boundary: int | None) -> int:
-        """Return c, how many columns of a batch are left out; 0 where it is not worth it."""
-        columns = (boundary or 0) - max(self._behind[row] for row in rows)
+    def keep(self) -> None:
+        """Compute each row's keys and values only once."""
+        self._store = RowStore()
+
+    def columns(self, rows: Sequence[int], boundary: int | None) -> int:
+        """Return c, how many columns of a batch are left out; 0 where that is not worth it."""
+        columns = (boundary or 0) - max(self._suffixes[row] for row in rows)
         return columns if columns >= SHORTEST else 0
 
-    def __call__(self, inputs: Batch, rows: list[int], boundary: int | None) -> Any:
-        """Return the model's output, with the logits and labels of the last columns alone."""
+    def __call__(self, inputs: Batch, rows: Sequence[int], boundary: int | None) -> Any:
+        """Return the model's output, with the logits and labels of the last columns only."""
         columns = self.columns(rows, boundary)
         ids, attention = inputs["input_ids"], inputs["attention_mask"]
-        if self.kept is None:
+        if self._store is None:
             cache = self._compute(ids, attention, columns)
         else:
-            cache = self._assemble(
-                self._rows(ids, attention, rows, boundary or 0), rows, columns, boundary or 0
-            )
+            cache = self._read(self._store, ids, attention, rows, columns, boundary or 0)
         return self.model(**{**inputs, "input_ids": ids[:, columns:]}, past_key_values=cache)
 
-    def _compute(self, ids: Tensor, attention: Tensor, columns: int) -> DynamicCache:
+    def _compute(self, ids: Tensor, attention: Tensor, columns: int) -> Any:
         with torch.no_grad(), self.model.disabled():
             return self.model(
                 input_ids=ids[:, :columns],
@@ -99,31 +98,31 @@ class ConstantPrefix:
                 logits_to_keep=1,
             ).past_key_values
 
-    def _rows(self, ids: Tensor, attention: Tensor, rows: list[int], boundary: int) -> list[Tensor]:
-        """Return (constant tokens, width) of each row, kept before or computed now, in memory."""
-        found = _kept(self.kept, rows)
-        missing = [i for i in range(len(rows)) if i not in found]
-        if missing:
-            most = boundary - min(self._behind[rows[i]] for i in missing)
-            cache = self._compute(ids[missing], attention[missing], most)
-            states = [t for layer in cache.layers for t in (layer.keys, layer.values)]  # (b, heads, c, dim)
-            flat = torch.cat([t.transpose(1, 2).flatten(2) for t in states], -1).cpu()  # (b, c, width)
-            for i, values in zip(missing, flat, strict=True):
-                end = boundary - self._behind[rows[i]]  # rows are padded on the left
-                found[i] = values[end - int(self.lengths[rows[i]]) : end]
-                self.kept.write(rows[i], found[i])
-        return [found[i] for i in range(len(rows))]
+    def _read(
+        self,
+        store: RowStore,
+        ids: Tensor,
+        attention: Tensor,
+        rows: Sequence[int],
+        columns: int,
+        boundary: int,
+    ) -> DynamicCache:
+        """Return the cache of the first columns, from what is kept of each row."""
+        ends = [boundary - self._suffixes[row] for row in rows]  # rows are padded on the left
+        starts = [end - self._lengths[row] for end, row in zip(ends, rows, strict=True)]
 
-    def _assemble(self, states: list[Tensor], rows: list[int], columns: int, boundary: int) -> DynamicCache:
+        def compute(places: list[int]) -> list[Tensor]:
+            cache = self._compute(ids[places], attention[places], max(ends[i] for i in places))
+            flat = torch.cat([t.transpose(1, 2).flatten(2) for t in _tensors(cache)], -1)  # (b, c, width)
+            return [row[starts[i] : ends[i]] for i, row in zip(places, flat, strict=True)]
+
         device = self.model.base_model.device
-        flat = _buffer((len(rows), columns, self.width), self.dtype, device)
-        for i, row in enumerate(rows):
-            first = boundary - self._behind[row] - len(states[i])
-            flat[i, first:] = states[i][: max(columns - first, 0)]
-        flat = flat.to(device, non_blocking=True)
-        parts = flat.split([heads * dim for heads, dim in self.shapes], -1)
+        flat = _buffer((len(rows), columns, self._width), self._dtype, device)
+        for row, start, kept in zip(flat, starts, store.read(rows, compute), strict=True):
+            row[start:] = kept[: max(columns - start, 0)]
+        parts = flat.to(device, non_blocking=True).split([heads * dim for heads, dim in self._shapes], -1)
         states = [
-            part.unflatten(-1, shape).transpose(1, 2) for part, shape in zip(parts, self.shapes, strict=True)
+            p.unflatten(-1, shape).transpose(1, 2) for p, shape in zip(parts, self._shapes, strict=True)
         ]
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(zip(states[::2], states[1::2], strict=True)):
@@ -131,104 +130,97 @@ class ConstantPrefix:
         return cache
 
 
-class ConstantInput:
-    """What block k says of each token, where nothing below its output trains.
+class FrozenBlocks:
+    """The output of block k for every token, computed once and kept; nothing up to block k trains.
 
     Args:
-        model: any adapted base model whose blocks take and return the hidden states.
+        model: an adapted base model whose blocks take and return the hidden states.
         last: k.
-        lengths: tokens of each train row, (n,).
-        prompts: of them, those of the prompt, which stands left of the batch's boundary; None for texts that start
-            in column 0.
+        lengths: number of tokens of each train row, (n,).
+        prompts: of its prompt, which ends at the batch's boundary; None for texts that start in column 0.
 
     Attributes:
-        width: d.
-        dtype: of the hidden states.
-        kept: where they are kept; None computes them in each pass, which saves nothing.
+        bytes: the size of all rows' hidden states.
 
     Raises:
-        ValueError: if a block returns anything beside the hidden states.
+        ValueError: if a block returns anything in addition to the hidden states.
     """
 
-    keepable = True
-
     def __init__(self, model: ReftModel, last: int, lengths: Tensor, prompts: Tensor | None = None) -> None:
-        self.model, self.last, self.lengths = model, last, lengths
-        self._tokens = lengths.tolist()
+        self.model, self.last = model, last
+        self._lengths = lengths.tolist()
         self._prompts = None if prompts is None else prompts.tolist()
         self.name = f"the output of block {last}"
-        self.kept: KeptRows | None = None
-        self.blocks = list(model.base_model.get_submodule(block_path(model.base_model)))
-        self._beside: tuple[None, ...] | None = None  # what a block returns in a tuple with the hidden states
+        self._store = RowStore()
+        self._blocks: list[nn.Module] = list(model.base_model.get_submodule(block_path(model.base_model)))
+        self._others: tuple[None, ...] | None = None  # returned by a block in a tuple with the hidden states
         ids, attention = _two_tokens(model)
         hidden = self._compute({"input_ids": ids, "attention_mask": attention})
-        self.width, self.dtype = hidden.shape[-1], hidden.dtype
+        self._width, self._dtype = hidden.shape[-1], hidden.dtype
+        self.bytes = sum(self._lengths) * self._width * self._dtype.itemsize
 
-    def columns(self, rows: list[int], boundary: int | None) -> int:
-        """Return how many columns of a batch blocks are left out for: those of all real tokens."""
-        return max(self._tokens[row] for row in rows)
+    def columns(self, rows: Sequence[int], boundary: int | None) -> int:
+        """Return for how many columns of a batch the lower blocks are left out: those of all real tokens."""
+        return max(self._lengths[row] for row in rows)
 
-    def __call__(self, inputs: Batch, rows: list[int], boundary: int | None = None) -> Any:
+    def __call__(self, inputs: Batch, rows: Sequence[int], boundary: int | None) -> Any:
         """Return the model's output."""
-        places = [self._place(row, boundary) for row in rows]
-        found = _kept(self.kept, rows)
-        missing = [i for i in range(len(rows)) if i not in found]
-        if missing:
+        places = [self._columns_of(row, boundary) for row in rows]
+
+        def compute(missing: list[int]) -> list[Tensor]:
             some = {name: v[missing] if isinstance(v, Tensor) else v for name, v in inputs.items()}
-            for i, values in zip(missing, self._compute(some).cpu(), strict=True):
-                found[i] = values[places[i]]
-                if self.kept is not None:
-                    self.kept.write(rows[i], found[i])
-        device = inputs["attention_mask"].device
-        hidden = _buffer((*inputs["attention_mask"].shape, self.width), self.dtype, device)
-        for i, place in enumerate(places):
-            hidden[i, place] = found[i]
-        hidden = hidden.to(device, non_blocking=True)
-        below = [(block, "forward", self._passed) for block in self.blocks[: self.last]]
-        with replaced([*below, (self.blocks[self.last], "forward", lambda *_, **__: self._returned(hidden))]):
+            return [row[places[i]] for i, row in zip(missing, self._compute(some), strict=True)]
+
+        attention = inputs["attention_mask"]
+        hidden = _buffer((*attention.shape, self._width), self._dtype, attention.device)
+        for row, place, kept in zip(hidden, places, self._store.read(rows, compute), strict=True):
+            row[place] = kept
+        hidden = hidden.to(attention.device, non_blocking=True)
+        below = [(block, "forward", self._pass_on) for block in self._blocks[: self.last]]
+        with replaced(
+            [*below, (self._blocks[self.last], "forward", lambda *_, **__: self._returned(hidden))]
+        ):
             return self.model(**inputs)
 
-    def _place(self, row: int, boundary: int | None) -> slice:
+    def _columns_of(self, row: int, boundary: int | None) -> slice:
         start = 0 if self._prompts is None else (boundary or 0) - self._prompts[row]
-        return slice(start, start + self._tokens[row])
+        return slice(start, start + self._lengths[row])
 
     def _compute(self, inputs: Batch) -> Tensor:  # -> (b, s, d)
-        block, found = self.blocks[self.last], []
+        block, found = self._blocks[self.last], []
         run = block.forward
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
             output = run(*args, **kwargs)
-            hidden, *beside = output if isinstance(output, tuple) else (output,)
-            if any(other is not None for other in beside):
+            hidden, *others = output if isinstance(output, tuple) else (output,)
+            if any(other is not None for other in others):
                 raise ValueError(f"{type(block).__name__} returns more than hidden states")
-            self._beside = tuple(beside) if isinstance(output, tuple) else None
+            self._others = tuple(others) if isinstance(output, tuple) else None
             found.append(hidden)
             return output
 
         plain = {name: value for name, value in inputs.items() if name != "labels"}
         if "logits_to_keep" in plain:
             plain["logits_to_keep"] = 1
-        above = [(later, "forward", self._passed) for later in self.blocks[self.last + 1 :]]
+        above = [(later, "forward", self._pass_on) for later in self._blocks[self.last + 1 :]]
         with torch.no_grad(), self.model.disabled(), replaced([*above, (block, "forward", recorded)]):
             self.model(**plain)
         return found[0]
 
-    def _passed(self, *args: Any, **kwargs: Any) -> Any:
+    def _pass_on(self, *args: Any, **kwargs: Any) -> Any:
         return self._returned(args[0] if args else kwargs["hidden_states"])
 
     def _returned(self, hidden: Tensor) -> Any:
-        return hidden if self._beside is None else (hidden, *self._beside)
+        return hidden if self._others is None else (hidden, *self._others)
 
 
-def _kept(store: KeptRows | None, rows: Sequence[int]) -> dict[int, Tensor]:
-    """Return place in the batch -> what is kept of the row there."""
-    if store is None:
-        return {}
-    return {i: store.read(row) for i, row in enumerate(rows) if store.has(row)}
+def _tensors(cache: Any) -> list[Tensor]:
+    """Return keys and values of each layer in turn, (b, heads, c, dimension)."""
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
 def _buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return zeros in memory that a GPU can read while the CPU goes on."""
+    """Return zeros in CPU memory, pinned for a GPU so that copying does not block."""
     return torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
 
@@ -237,26 +229,25 @@ def _two_tokens(model: ReftModel) -> tuple[Tensor, Tensor]:
     return ids, torch.ones_like(ids)
 
 
-# --- what is constant -----------------------------------------------------------------------------------------------
+# --- what is frozen -------------------------------------------------------------------------------------------------
 
 
-def last_constant_block(model: ReftModel) -> int:
-    """Return k, the last block with neither a site nor a trained weight in it or below it; -1 where there is none."""
+def last_frozen_block(model: ReftModel) -> int:
+    """Return k, the last block with neither a site nor a trained weight in it or below it; -1 if there is none."""
     path = block_path(model.base_model)
-    ends = (_constant_below(site.path, site.end, path) for site in model.sites.values())
-    return min([last_untrained(model), *ends])
+    ends = (_last_block_below(site.path, site.end, path) for site in model.sites.values())
+    return min([last_untrained_block(model), *ends])
 
 
-def last_untrained(model: ReftModel) -> int:
-    """Return the last block whose output no trained weight of the base has a part in; -1 where there is none.
+def last_untrained_block(model: ReftModel) -> int:
+    """Return the last block whose output depends on no trained weight of the base; -1 if there is none.
 
-    Weights outside the backbone (``lm_head``, ``classifier``) and its pooler stand above all blocks, unless they are
-    the embeddings, too. Any other weight counts as one below the blocks.
+    Weights outside the backbone (``lm_head``, ``classifier``) and its pooler lie above all blocks, unless they are
+    also the embeddings. Any other weight counts as one below the blocks.
     """
     base, path = model.base_model, block_path(model.base_model)
-    count = len(list(base.get_submodule(path)))
+    last = len(list(base.get_submodule(path))) - 1
     backbone = base.base_model_prefix if hasattr(base, base.base_model_prefix) else None
-    last = count - 1
     for name, parameter in base.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
             continue
@@ -269,19 +260,19 @@ def last_untrained(model: ReftModel) -> int:
     return last
 
 
-def _constant_below(site: str, end: str, blocks: str) -> int:
+def _last_block_below(site: str, end: str, blocks: str) -> int:
     if not site.startswith(f"{blocks}."):
         return -1
     number, _, inside = site.removeprefix(f"{blocks}.").partition(".")
     return int(number) if end == "output" and not inside else int(number) - 1
 
 
-def tokens_behind(model: ReftModel, prompts: Tensor, targets: Tensor) -> Tensor:  # (n,), (n,) -> (n,)
-    """Return how many prompt tokens of each row stand from its first edited token on, at least one.
+def suffix_lengths(model: ReftModel, prompts: Tensor, targets: Tensor) -> Tensor:  # (n,), (n,) -> (n,)
+    """Return the number of prompt tokens of each row from its first edited one on, at least one.
 
-    One, where only tokens behind the prompt are edited: the column before the target predicts its first token.
+    One, if only target tokens are edited: the column before the target predicts its first token.
     """
-    behind = torch.ones_like(prompts)
+    suffixes = torch.ones_like(prompts)
     for start in range(0, len(prompts), 1024):
         rows = slice(start, start + 1024)
         n, width = prompts[rows, None], int((prompts[rows] + targets[rows]).max())
@@ -291,5 +282,14 @@ def tokens_behind(model: ReftModel, prompts: Tensor, targets: Tensor) -> Tensor:
         for positions, _ in set(model.positions.values()):
             chosen |= torch.stack(positions.select(prompt, target)).ge(0).any(0)
         first = torch.where(chosen.any(-1), chosen.int().argmax(-1), width)
-        behind[rows] = (n.squeeze(-1) - first).clamp(min=1)
-    return behind
+        suffixes[rows] = (n.squeeze(-1) - first).clamp(min=1)
+    return suffixes
+
+
+def angles_depend_on_length(config: PretrainedConfig) -> bool:
+    """Whether a longer batch rotates every position of it by other angles (RoPE ``dynamic`` or ``longrope``)."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope, *(of_a_layer for of_a_layer in rope.values() if isinstance(of_a_layer, Mapping))]
+    return any(
+        "dynamic" in str(kind.get("rope_type")) or kind.get("rope_type") == "longrope" for kind in kinds
+    )

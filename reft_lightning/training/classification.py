@@ -14,7 +14,7 @@ from ..data.classification_data import ClassificationData
 from ..data.labelled import LabelledText
 from ..evaluation.classifier_metrics import interval_of, metric_of, value_of
 from ..evaluation.row_metrics import RowScores
-from .module import FinetuningModule
+from .module import FinetuningModule, TrainingPass
 from .optimization import Optimization
 
 COMBINED = "combined_score"
@@ -40,12 +40,18 @@ class ClassificationModule(FinetuningModule):
         tokenizer: of its base model.
         data: names the task and its measures; its train rows are read.
         optimization: optimizer and schedule.
+        training_pass: see :class:`FinetuningModule`.
     """
 
     def __init__(
-        self, model: AdaptedModel, tokenizer: Any, data: ClassificationData, optimization: Optimization
+        self,
+        model: AdaptedModel,
+        tokenizer: Any,
+        data: ClassificationData,
+        optimization: Optimization,
+        training_pass: TrainingPass | None = None,
     ) -> None:
-        super().__init__(model, data.val_tasks, data.test_tasks, optimization)
+        super().__init__(model, data.val_tasks, data.test_tasks, optimization, training_pass)
         self.tokenizer, self.task, self.measures = tokenizer, data.task, data.task.measures
         names = dict.fromkeys((*data.val_tasks, *data.test_tasks))
         answer = "" if self.task.regression else _commonest(data.train_rows.examples)

@@ -22,7 +22,7 @@ from ..evaluation import (
     option_log_likelihoods,
     with_draft,
 )
-from .module import FinetuningModule
+from .module import FinetuningModule, TrainingPass
 from .optimization import Optimization
 
 SAMPLES = 4  # rows of each validation task that are generated from where nothing scores the texts
@@ -45,6 +45,7 @@ class GenerationModule(FinetuningModule):
         option_batches: examples -> one batch for each option index, or None not to rank options.
         commonest: task -> the commonest answer of its training rows; how often it is right is what a score must
             beat before the model can be said to read the question (``majority_accuracy``).
+        training_pass: see :class:`FinetuningModule`.
     """
 
     def __init__(
@@ -58,8 +59,9 @@ class GenerationModule(FinetuningModule):
         decoding: Decoding,
         option_batches: Callable[[list[Example]], list[dict[str, Any]]] | None = None,
         commonest: Mapping[str, str] | None = None,
+        training_pass: TrainingPass | None = None,
     ) -> None:
-        super().__init__(model, val_tasks, test_tasks, optimization)
+        super().__init__(model, val_tasks, test_tasks, optimization, training_pass)
         self.tokenizer, self.family, self.decoding = tokenizer, family, decoding
         self.option_batches = option_batches
         self.commonest = dict(commonest or {})

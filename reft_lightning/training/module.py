@@ -24,6 +24,8 @@ from ..adapters.adapted import AdaptedModel
 from ..evaluation import MeanLoss
 from .optimization import Optimization
 
+TrainingPass = Callable[[dict[str, Any], list[int], int | None], Any]
+
 
 class FinetuningModule(LightningModule):
     """Train an adapter; a subclass says what the loss is and how the model is evaluated.
@@ -33,13 +35,13 @@ class FinetuningModule(LightningModule):
         val_tasks: names of the validation loaders, in their order.
         test_tasks: names of the test loaders, in their order.
         optimization: optimizer and schedule.
+        training_pass: runs the model in training, from its inputs, the numbers of the train rows and the column in
+            which targets start (None for a classifier); None: the model's own forward pass.
 
     Attributes:
         prefix: of logged names: ``base/`` while the frozen base is evaluated.
         predictions: one dictionary a row of the last evaluation, of this process.
         counts: score -> what stands behind it: ``total`` rows, ``correct`` of them, ``missing``, ``interval``.
-        make_training_pass: called when training starts, for the next one; None: training is plain.
-        training_pass: runs the model where gradients are wanted, from (inputs, rows, boundary); None: plainly.
     """
 
     strict_loading = False
@@ -50,14 +52,14 @@ class FinetuningModule(LightningModule):
         val_tasks: Sequence[str],
         test_tasks: Sequence[str],
         optimization: Optimization,
+        training_pass: TrainingPass | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.tasks = {"val": tuple(val_tasks), "test": tuple(test_tasks)}
         self.optimization = optimization
         self.prefix = ""
-        self.make_training_pass: Callable[[], Callable[..., Any] | None] | None = None
-        self.training_pass: Callable[..., Any] | None = None
+        self.training_pass = training_pass
         self.loss = MeanLoss()
         self.predictions: list[dict[str, Any]] = []
         self.counts: dict[str, dict[str, Any]] = {}
@@ -113,10 +115,7 @@ class FinetuningModule(LightningModule):
         self.tokens += self._batch_tokens
 
     def on_train_start(self) -> None:
-        """Make the training pass, on the device and in the precision of training, and start the clocks."""
-        if self.make_training_pass is not None:
-            with self.trainer.precision_plugin.forward_context():
-                self.training_pass = self.make_training_pass()
+        """Start the clocks."""
         self._started = time.perf_counter()
         self._window = (self.tokens, self._started)
 

@@ -1,4 +1,4 @@
-"""The output head reads its columns in one product: how many there are, and the same logits."""
+"""The output head of a loaded model reads its columns in one product, with the same logits."""
 
 import pytest
 import tiny
@@ -6,6 +6,10 @@ import torch
 from adapted_models import adapted
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_passes import attached
+
+from reft_lightning.adapters.adapt import adapt
+from reft_lightning.base_models.loading import load_base_model
+from reft_lightning.base_models.output_head import join_columns
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -31,7 +35,9 @@ class HeadProducts(TorchDispatchMode):
 
 
 def built(method, family):
-    return attached(family, torch.float32) if method == "loreft" else adapted(family, method)
+    model = attached(family, torch.float32) if method == "loreft" else adapted(family, method)
+    join_columns(model.base_model)
+    return model
 
 
 @pytest.mark.parametrize(("method", "family"), MODELS)
@@ -47,6 +53,18 @@ def test_logits_of_the_last_columns_are_one_product(method, family):
     torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-5)
 
 
+def test_loaded_models_have_it_and_attaching_adds_nothing():
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base, _ = load_base_model(
+        source="random", tokenizer="bytes", config={"model_type": "llama", "num_key_value_heads": 2, **size}
+    )
+    hooks = len(base.lm_head._forward_pre_hooks)
+    assert hooks == 1
+    adapt(base, "frozen")
+    adapt(base, "loreft", rank=2)
+    assert len(base.lm_head._forward_pre_hooks) == hooks
+
+
 @pytest.mark.parametrize("method", ["loreft", "peft/lora"])
 def test_so_are_the_first_logits_of_a_generation(method):
     model, batch = built(method, "llama"), tiny.padded(tiny.rows(5, 4, 7), "left")
@@ -56,7 +74,7 @@ def test_so_are_the_first_logits_of_a_generation(method):
 
 
 def test_and_their_gradients():
-    reft, batch = attached("llama", torch.float32), tiny.padded(tiny.rows(5, 4, 7), "left")
+    reft, batch = built("loreft", "llama"), tiny.padded(tiny.rows(5, 4, 7), "left")
     labels = batch["input_ids"][:, -3:]
     with HeadProducts() as products:
         reft(

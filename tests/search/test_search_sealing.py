@@ -108,7 +108,6 @@ def search_glue(folder, rows):
         "data.source=local", f"data.path={rows}", "data.batch_size=4", "data.eval_batch_size=4",
         "intervention.positions=f3", "intervention.rank=1", "trainer.accelerator=cpu", "trainer.max_epochs=2",
         "trainer.enable_progress_bar=false", "evaluate_base=true",
-        "matmul_precision=highest",  # "auto" measures which library is faster, and the two differ in the last bit
     ]  # fmt: skip
     methods = {
         "loreft": {"overrides": ["intervention=loreft"], "space": {"optimizer.lr": {"log": [1e-3, 1e-1]}}}

@@ -1,4 +1,4 @@
-"""The constant part of a training pass: the same losses and gradients as the plain pass, kept and never stale."""
+"""The frozen part of a training pass: the same losses and gradients as the plain pass, kept and never stale."""
 
 import logging
 from dataclasses import replace
@@ -8,7 +8,7 @@ import pytest
 import short_runs
 import tiny
 import torch
-from laws import shaken
+from adapted_models import adapted
 from training_passes import BATCH, ROWS, Rows, assert_same_training, attached, batches, encoded, train
 
 import reft_lightning as rl
@@ -16,31 +16,35 @@ from reft_lightning.config import compose
 from reft_lightning.data.encoding import Collator, target_only
 from reft_lightning.runs import experiment
 from reft_lightning.runs.experiment import SetupError
-from reft_lightning.speed import row_store
-from reft_lightning.speed.choose_part import training_pass
-from reft_lightning.speed.frozen_part import ConstantInput, ConstantPrefix, last_constant_block, tokens_behind
+from reft_lightning.speed.choose_part import ShortenedPass, choose_part
+from reft_lightning.speed.frozen_part import FrozenBlocks, FrozenPrefix, last_frozen_block, suffix_lengths
 
 PLENTY = 10**8
 # positions, layers, limit (of float64) -> what is left out
 CASES = {
-    "a split prefix": ("l2", "all", 0, ConstantPrefix),
-    "a kept prefix": ("l2", "all", PLENTY, ConstantPrefix),
-    "a prefix before the target": ("decode:1", [0, 2], PLENTY, ConstantPrefix),
-    "both": ("l1", [2], 24_000, ConstantInput),  # a third of the keys and values would fit
-    "the input of the last layer": ("f2+l2", [2], PLENTY, ConstantInput),
-    "some rows' input": ("f2+l2", [1], 10_000, ConstantInput),
+    "a split prefix": ("l2", "all", 0, FrozenPrefix),
+    "a kept prefix": ("l2", "all", PLENTY, FrozenPrefix),
+    "a prefix before the target": ("decode:1", [0, 2], PLENTY, FrozenPrefix),
+    "a prefix that does not fit": ("l2", "all", 10_000, FrozenPrefix),
+    "blocks that fit where the prefix does not": ("l1", [2], 50_000, FrozenBlocks),
+    "the blocks up to the last": ("f2+l2", [2], PLENTY, FrozenBlocks),
+    "the lower blocks": ("f2+l2", [1], PLENTY, FrozenBlocks),
 }
+
+
+def short(reft, rows, limit=0):
+    return ShortenedPass(reft, rows, causal=True, limit=limit)
 
 
 def compare(family, case, steps, dtype=torch.float64, tolerance=1e-10, **settings):
     positions, layers, limit, part = CASES[case]
     rows = encoded()
-    plain, short = (attached(family, dtype, positions=positions, layers=layers, **settings) for _ in range(2))
-    run = training_pass(short, rows, causal=True, limit=limit * dtype.itemsize // 8)
-    assert type(run.part) is part
-    assert_same_training(plain, short, run, rows, steps, tolerance)
-    assert run.first_batch.refused is False
-    return run
+    plain, shortened = (
+        attached(family, dtype, positions=positions, layers=layers, **settings) for _ in range(2)
+    )
+    run = short(shortened, rows, limit * dtype.itemsize // 8)
+    assert_same_training(plain, shortened, run, rows, steps, tolerance)
+    assert type(run.part) is part  # not refused, which would be the plain pass
 
 
 # --- the same numbers ----------------------------------------------------------------------------------------------
@@ -57,7 +61,7 @@ def test_the_same_in_float32(case):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "qwen3", "falcon"])
-@pytest.mark.parametrize("case", ["a split prefix", "a kept prefix", "the input of the last layer"])
+@pytest.mark.parametrize("case", ["a split prefix", "a kept prefix", "the blocks up to the last"])
 def test_other_architectures_give_the_same(family, case):
     # Falcon and OPT compute some of their norms in float32
     compare(family, case, steps=6, tolerance=2e-6)
@@ -66,12 +70,12 @@ def test_other_architectures_give_the_same(family, case):
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])
 def test_a_sliding_window_is_split_and_its_layers_are_kept_instead_of_its_prefixes(family):
     rows = encoded()
-    assert isinstance(compare(family, "a split prefix", steps=6, tolerance=2e-6).part, ConstantPrefix)
+    compare(family, "a split prefix", steps=6, tolerance=2e-6)
     reft = attached(family, positions="l2", layers=[1])
-    assert isinstance(training_pass(reft, rows, causal=True, limit=PLENTY).part, ConstantInput)
+    assert isinstance(choose_part(reft, rows, causal=True, limit=PLENTY), FrozenBlocks)
 
 
-@pytest.mark.parametrize("case", ["a kept prefix", "the input of the last layer"])
+@pytest.mark.parametrize("case", ["a kept prefix", "the blocks up to the last"])
 @pytest.mark.parametrize(
     "settings", [{"dropout": 0.5}, {"tied": "group"}, {"component": "mlp_output"}], ids=str
 )
@@ -81,9 +85,9 @@ def test_dropout_tying_and_components_change_nothing(case, settings):
 
 def test_prompts_too_short_for_their_positions_are_as_in_the_plain_pass():
     rows = encoded(shortest=1)
-    plain, short = (attached("llama", positions="l9") for _ in range(2))
-    run = training_pass(short, rows, causal=True, limit=PLENTY)
-    expected, losses = train(plain, rows, steps=12)[0], train(short, rows, run, steps=12)[0]
+    plain, shortened = (attached("llama", positions="l9") for _ in range(2))
+    run = short(shortened, rows, PLENTY)
+    expected, losses = train(plain, rows, steps=12)[0], train(shortened, rows, run, steps=12)[0]
     torch.testing.assert_close(losses, expected, atol=0, rtol=1e-10)
 
 
@@ -94,17 +98,17 @@ def test_a_bfloat16_base_gives_nearly_the_same():
 @pytest.mark.parametrize(
     ("head", "positions", "layers", "tied", "limit", "part"),
     [
-        ("lm_head", "l2", "all", False, 0, ConstantPrefix),
-        ("lm_head", "l2", "all", False, PLENTY, ConstantPrefix),
+        ("lm_head", "l2", "all", False, 0, FrozenPrefix),
+        ("lm_head", "l2", "all", False, PLENTY, FrozenPrefix),
         ("lm_head", "l2", "all", True, PLENTY, None),  # it is the embeddings, too
-        ("lm_head", "f2+l2", [2], False, PLENTY, ConstantInput),
+        ("lm_head", "f2+l2", [2], False, PLENTY, FrozenBlocks),
         ("model.layers.1.mlp", "l2", "all", False, 0, None),
-        ("model.layers.1.mlp", "l2", [2], False, PLENTY, ConstantInput),
-        ("model.layers.2.mlp", "f2+l2", [2], False, PLENTY, ConstantInput),
+        ("model.layers.1.mlp", "l2", [2], False, PLENTY, FrozenBlocks),
+        ("model.layers.2.mlp", "f2+l2", [2], False, PLENTY, FrozenBlocks),
         ("model.embed_tokens", "l2", "all", False, PLENTY, None),
     ],
 )
-def test_weights_that_train_beside_get_their_whole_gradients(head, positions, layers, tied, limit, part):
+def test_trained_weights_of_the_base_get_their_whole_gradients(head, positions, layers, tied, limit, part):
     rows, models = encoded(), []
     for _ in range(2):
         base = tiny.model("llama", torch.float64)
@@ -114,19 +118,19 @@ def test_weights_that_train_beside_get_their_whole_gradients(head, positions, la
         torch.manual_seed(0)
         reft = rl.attach(base, "loreft", rank=2, positions=positions, layers=layers, heads=[head])
         models.append(reft.to(torch.float64).train())
-    run = training_pass(models[1], rows, causal=True, limit=limit)
-    assert (run and type(run.part)) is part
+    run = short(models[1], rows, limit)
     plain, losses = train(models[0], rows)[0], train(models[1], rows, run)[0]
+    assert (run.part and type(run.part)) is part
     torch.testing.assert_close(losses, plain, atol=0, rtol=1e-10)
     for a, b in zip(*(m.parameter_roles()["head"] for m in models), strict=True):
         assert a.grad.abs().max() > 0
         torch.testing.assert_close(b.grad, a.grad, atol=1e-9 * float(a.grad.abs().max()), rtol=1e-8)
 
 
-# --- what is constant ----------------------------------------------------------------------------------------------
+# --- what is frozen ------------------------------------------------------------------------------------------------
 
 
-def test_tokens_behind_are_counted_from_the_first_edited_one():
+def test_a_suffix_begins_with_the_first_edited_token():
     prompts, targets = torch.tensor([10, 3, 1]), torch.tensor([2, 2, 2])
     for positions, expected in {
         "l2": [2, 2, 1],  # paper's clip: a prompt of one token has one suffix token
@@ -134,15 +138,15 @@ def test_tokens_behind_are_counted_from_the_first_edited_one():
         "decode": [1, 1, 1],
         "prompt": [10, 3, 1],
     }.items():
-        assert tokens_behind(attached("llama", positions=positions), prompts, targets).tolist() == expected
+        assert suffix_lengths(attached("llama", positions=positions), prompts, targets).tolist() == expected
 
 
-def test_a_function_of_masks_is_asked():
+def test_positions_may_be_a_function_of_masks():
     def third(prompt, target):
         return prompt & (prompt.cumsum(-1) == 3)
 
     reft = attached("llama", positions=third)
-    assert tokens_behind(reft, torch.tensor([10, 2]), torch.tensor([1, 1])).tolist() == [8, 1]
+    assert suffix_lengths(reft, torch.tensor([10, 2]), torch.tensor([1, 1])).tolist() == [8, 1]
 
 
 @pytest.mark.parametrize(
@@ -161,29 +165,44 @@ def test_a_function_of_masks_is_asked():
     ],
     ids=str,
 )
-def test_the_last_constant_block_lies_below_every_site_and_every_trained_weight(settings, last):
-    assert last_constant_block(attached("llama", positions="f1", **settings)) == last
+def test_the_last_frozen_block_lies_below_every_site_and_every_trained_weight(settings, last):
+    assert last_frozen_block(attached("llama", positions="f1", **settings)) == last
 
 
-def test_prefix_positions_in_all_layers_leave_nothing_constant(caplog):
+def test_prefix_positions_in_all_layers_leave_nothing_frozen(caplog):
     reft = attached("llama", positions="f2+l2", component="mlp_output")
-    assert training_pass(reft, encoded(), causal=True) is None
+    assert choose_part(reft, encoded(), causal=True) is None
     with caplog.at_level(logging.WARNING):
-        assert training_pass(reft, encoded(), causal=True, limit=PLENTY) is None
-    assert "nothing is kept" in caplog.text
+        assert choose_part(reft, encoded(), causal=True, limit=PLENTY) is None
+    assert "kept.limit_gb has no effect: almost every layer" in caplog.text
+
+
+def test_a_limit_that_is_too_low_is_named_with_what_is_needed(caplog):
+    with caplog.at_level(logging.WARNING):
+        choose_part(attached("llama", positions="l2"), encoded(), causal=True, limit=10_000)
+    assert (
+        "kept.limit_gb has no effect: the keys and values of prefixes of all rows would take" in caplog.text
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
-def test_checkpointing_and_baselines_train_plainly():
+def test_checkpointing_and_other_methods_train_plainly():
     reft = attached("llama", positions="l1")
     reft.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert training_pass(reft, encoded(), causal=True) is None
-    assert training_pass(tiny.model("llama"), encoded(), causal=True) is None
+    assert choose_part(reft, encoded(), causal=True) is None
+    assert choose_part(adapted("llama", "peft/lora"), encoded(), causal=True) is None
 
 
-def test_a_second_epoch_reads_what_the_first_computed():
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_nothing_is_frozen_where_a_longer_batch_rotates_by_other_angles(rope):
+    reft = attached("llama", positions="l1")
+    reft.base_model.config.rope_parameters = {"rope_type": rope, "rope_theta": 1e4}
+    assert choose_part(reft, encoded(), causal=True, limit=PLENTY) is None
+
+
+def test_a_second_epoch_does_not_run_the_prefix():
     rows, reft = encoded(), attached("llama", positions="l2")
-    run = training_pass(reft, rows, causal=True, limit=PLENTY)
+    run = short(reft, rows, PLENTY)
     read = []
     reft.base_model.model.layers[0].register_forward_hook(
         lambda *call: read.append(call[2].shape[:2].numel())
@@ -197,7 +216,7 @@ def test_a_second_epoch_reads_what_the_first_computed():
 
 def test_a_second_epoch_runs_no_block_below_the_site():
     rows, reft = encoded(), attached("llama", positions="f2+l2", layers=[1])
-    run = training_pass(reft, rows, causal=True, limit=PLENTY)
+    run = short(reft, rows, PLENTY)
     train(reft, rows, run, steps=3)
     read = []
     for layer, block in enumerate(reft.base_model.model.layers):
@@ -210,82 +229,69 @@ def test_the_model_itself_is_as_before():
     rows, reft = encoded(), attached("llama", positions="f2+l2", layers=[1])
     inputs = {k: v for k, v in batches(rows, 1)[0].items() if k not in ("rows", "boundary")}
     before = reft(**inputs).logits
-    run = training_pass(reft, rows, causal=True, limit=PLENTY)
+    run = short(reft, rows, PLENTY)
     train(attached("llama", positions="f2+l2", layers=[1]), rows, run, steps=3)
     torch.testing.assert_close(reft(**inputs).logits, before, atol=0, rtol=0)
     assert not any("forward" in vars(module) for module in reft.base_model.modules())
 
 
+# --- plain, with one warning -----------------------------------------------------------------------------------------
+
+
+def refused(spoil, layers="all", positions="l2", limit=0):
+    """Train a spoilt model plainly and with a shortened pass: the same bits, and no part in the end."""
+    rows = encoded()
+    plain, shortened = (attached("llama", positions=positions, layers=layers) for _ in range(2))
+    for reft in (plain, shortened):
+        spoil(reft.base_model)
+    run = short(shortened, rows, limit)
+    losses, gradients = train(shortened, rows, run, steps=4)
+    expected, others = train(plain, rows, steps=4)
+    assert run.part is None
+    assert torch.equal(losses, expected)
+    assert all(torch.equal(*pair) for pair in zip(gradients, others, strict=True))
+
+
 def test_a_model_whose_blocks_know_each_other_is_trained_plainly(caplog):
-    def spoilt():
-        reft = attached("llama", positions="f2+l2", layers=[1])
-        layers, seen = reft.base_model.model.layers, {}
+    def spoil(base):
+        layers, seen = base.model.layers, {}
         layers[0].self_attn.register_forward_hook(lambda module, args, output: seen.update(said=output[0]))
         layers[2].mlp.register_forward_hook(lambda module, args, output: output + seen.pop("said", 0))
-        return reft
 
-    plain, short, rows = spoilt(), spoilt(), encoded()
-    run = training_pass(short, rows, causal=True, limit=PLENTY)
-    with caplog.at_level(logging.WARNING):
-        losses = train(short, rows, run, steps=4)[0]
-    assert "gives other logits when computing the output of block 1 apart" in caplog.text
-    torch.testing.assert_close(losses, train(plain, rows, steps=4)[0], atol=0, rtol=0)
+    refused(spoil, layers=[1], positions="f2+l2", limit=PLENTY)
+    assert "computing the output of block 1 separately changes the logits" in caplog.text
+    assert caplog.text.count("WARNING") == 1
+
+
+@pytest.mark.parametrize("where", ["as it is chosen", "on its first batch"])
+def test_a_part_that_raises_is_refused(where, caplog):
+    def spoil(base):
+        def check(module, args, kwargs, output):
+            columns = kwargs["input_ids"].shape[1]
+            if columns == 2 if where == "as it is chosen" else kwargs.get("past_key_values") is not None:
+                raise RuntimeError("no cache here")
+
+        base.model.register_forward_hook(check, with_kwargs=True)
+
+    refused(spoil)
+    assert "no cache here" in caplog.text
+    assert caplog.text.count("WARNING") == 1
 
 
 def test_batches_too_short_to_split_do_not_stand_for_the_others(caplog):
-    def spoilt():
-        reft = attached("llama", positions="l2")
-
-        def mixed(module, args, output):  # each column reads those behind it, too
-            return output + output.mean(1, keepdim=True)
-
-        reft.base_model.model.layers[0].mlp.register_forward_hook(mixed)
-        return reft
-
+    reft = attached("llama", positions="l2")
+    # each column reads those after it, too
+    reft.base_model.model.layers[0].mlp.register_forward_hook(
+        lambda module, args, output: output + output.mean(1, keepdim=True)
+    )
     rows = encoded(4, shortest=2)
-    long = encoded(4, seed=2)
-    rows = Rows([*(replace(row, prompt_ids=row.prompt_ids[:6]) for row in rows), *long])
-    run = training_pass(spoilt(), rows, causal=True)
+    rows = Rows([*(replace(row, prompt_ids=row.prompt_ids[:6]) for row in rows), *encoded(4, seed=2)])
+    run = short(reft, rows)
     for numbers in (range(4), range(4, 8)):
         batch = target_only(Collator(tiny.PAD)([rows[i] for i in numbers]))
         boundary, _ = batch.pop("boundary"), batch.pop("rows")
-        with caplog.at_level(logging.WARNING):
-            run(batch, numbers, boundary)
-        assert ("not so in training" in caplog.text) == (numbers[0] == 4)
-
-
-def test_an_input_far_down_is_not_kept_in_place_of_a_prefix():
-    reft = attached("llama", positions="l2", layers=[0, 1, 2])
-    assert type(training_pass(reft, encoded(), causal=True, limit=40_000).part) is ConstantPrefix
-
-
-# --- what is kept --------------------------------------------------------------------------------------------------
-
-
-def test_a_later_run_reads_the_disk_and_another_model_or_data_does_not(tmp_path):
-    def folders():
-        return {path.parent.name for path in tmp_path.glob(f"*/{row_store.ABOUT}")}
-
-    def run(reft, rows=None, **settings):
-        before, rows = folders(), rows or encoded()
-        short = training_pass(reft, rows, causal=True, limit=PLENTY, folder=tmp_path, **settings)
-        known = sum(short.part.kept.has(row) for row in range(len(rows)))
-        train(reft, rows, short, steps=3)
-        return len(folders() - before), known
-
-    assert run(attached("llama", positions="l2")) == (1, 0)
-    assert run(attached("llama", positions="l2")) == (0, ROWS)
-    shaken_up = attached("llama", positions="l2")
-    shaken(shaken_up.interventions)
-    assert run(shaken_up) == (0, ROWS)  # interventions have no part in it
-    assert run(attached("llama", positions="l2"), encoded(seed=1)) == (1, 0)
-    assert run(attached("llama", positions="l3")) == (1, 0)
-    assert run(attached("llama", torch.float32, positions="l2")) == (1, 0)
-    assert run(attached("llama", positions="l2"), compiled=True) == (1, 0)
-    assert run(attached("llama", positions="l2"), precision="16-mixed") == (1, 0)
-    other = attached("llama", positions="l2")
-    other.base_model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1e-6
-    assert run(other) == (1, 0)
+        run(batch, numbers, boundary)
+        assert ("falling back to the plain pass" in caplog.text) == (numbers[0] == 4)
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------
@@ -297,7 +303,7 @@ def test_a_run_with_kept_inputs_reports_what_a_plain_one_does(tmp_path, caplog):
     plain = short_runs.run(data, tmp_path / "plain", *layers)
     with caplog.at_level(logging.INFO):
         keeping = short_runs.run(data, tmp_path / "kept", *layers, "kept.limit_gb=0.1")
-    assert "keeps the output of block 1 of 18 of 18 rows" in caplog.text
+    assert "keeps the output of block 1 of 18 rows" in caplog.text
     assert plain["config_hash"] == keeping["config_hash"]
     losses = [short_runs.logged(tmp_path / name, "train/loss") for name in ("plain", "kept")]
     assert len(losses[0]) == 12
@@ -305,14 +311,14 @@ def test_a_run_with_kept_inputs_reports_what_a_plain_one_does(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("settings", [["intervention.positions=l2"], ["intervention.layers=[1]"]], ids=str)
-def test_mixed_precision_keeps_what_the_base_says_in_its_own(tmp_path, caplog, settings):
+def test_mixed_precision_keeps_outputs_of_the_base_in_its_own(tmp_path, caplog, settings):
     data = short_runs.write_rows(tmp_path / "data")
     mixed = [*settings, "test=false", "trainer.precision=bf16-mixed"]
     with caplog.at_level(logging.INFO):
         for name, more in (("plain", []), ("kept", ["kept.limit_gb=0.1"])):
             short_runs.run(data, tmp_path / name, *mixed, *more)
-    assert "18 of 18 rows" in caplog.text
-    assert "not so in training" not in caplog.text
+    assert "of 18 rows" in caplog.text
+    assert "falling back" not in caplog.text
     losses = [short_runs.logged(tmp_path / name, "train/loss") for name in ("plain", "kept")]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
@@ -346,14 +352,11 @@ def test_a_classifier_keeps_what_lies_below_its_head_or_its_lowest_site(tmp_path
     ]  # fmt: skip
     losses = []
     with caplog.at_level(logging.INFO):
-        for name, more in (
-            ("plain", []),
-            ("kept", ["kept.limit_gb=0.1", f"kept.folder={tmp_path / 'cache'}"]),
-        ):
+        for name, more in (("plain", []), ("kept", ["kept.limit_gb=0.1"])):
             experiment.run(compose.compose([*settings, *more]), tmp_path / name)
             losses.append(short_runs.logged(tmp_path / name, "train/loss"))
     assert f"keeps the output of block {block} of" in caplog.text
-    assert "not so in training" not in caplog.text
+    assert "falling back" not in caplog.text
     assert len(losses[0]) >= 3
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
@@ -363,8 +366,6 @@ def test_a_classifier_keeps_what_lies_below_its_head_or_its_lowest_site(tmp_path
     [
         (["kept.limit_gb=-1"], "kept.limit_gb must be a number"),
         (["kept.limit_gb=inf"], "kept.limit_gb must be a number"),
-        (["kept.folder=cache"], "kept.folder=cache keeps nothing"),
-        (["kept.limit_gb=1", "kept.folder=/proc/none"], "cannot be written"),
         (["kept.limit_gb=1", "model.base_dropout=true"], "leaves nothing the same"),
         (["kept.limit_gb=1", "model.gradient_checkpointing=true"], "computes all of it again"),
         (["kept.limit_gb=1", "intervention.beside=peft/lora"], "trains weights of all layers"),

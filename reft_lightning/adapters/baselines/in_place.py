@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...base_models.output_head import join_columns
 from ...interventions.base import HALVES
 from ...suggest import did_you_mean
 from ..adapted import ParameterCount
@@ -65,7 +64,6 @@ class Baseline(nn.Module):
         modules = dict(base_model.named_modules())
         self._wants_position_ids = "position_ids" in accepted and not numbers_its_own_positions(modules)
         base_model.requires_grad_(False)
-        join_columns(base_model)
         parameters = dict(base_model.named_parameters())
         self._in_place = list(trained)
         for name in self._in_place:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...base_models.checkpointing import checkpointable
-from ...base_models.output_head import join_columns
 from ...base_models.patching import replaced
 from ...interventions import Orthonormal, check_settings, registered, rotations
 from ...suggest import did_you_mean
@@ -78,7 +77,6 @@ class ReftModel(nn.Module):
         base_model.requires_grad_(False)
         for head in config.heads:
             _submodule(base_model, head).requires_grad_(True)
-        join_columns(base_model)
         base_model.register_forward_pre_hook(self._begin, with_kwargs=True)
         for key, site in self.sites.items():
             module = base_model.get_submodule(site.path)
