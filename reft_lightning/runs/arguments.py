@@ -14,14 +14,13 @@ from ..config.method_settings import check_no_intervention_settings
 from ..config.schema import Config, DataConfig, InterventionConfig
 from ..data import AnyFamily, Family, get_family
 from ..data.benchmark_data import BenchmarkData
-from ..data.classification_data import ClassificationData
 from ..data.families.custom import custom_family
-from ..data.generation_data import GenerationData
 from ..data.rows import DataSource
 from ..evaluation import Decoding
 from ..interventions import intervention_class, settings_of
 from ..suggest import import_object
 from ..training.optimization import Optimization
+from .kinds import kind_of
 
 COLUMNS = ("prompt", "target", "answer", "context", "options", "messages")  # of one's own rows
 
@@ -52,8 +51,7 @@ def model_source(config: Config, family: AnyFamily | None = None) -> dict[str, A
     model = OmegaConf.to_container(OmegaConf.structured(config.model))
     del model["gradient_checkpointing"], model["compile"]
     num_labels = family.num_labels(config.data.tasks) if family else None
-    task = "sequence_classification" if num_labels else "causal_lm"
-    return model | {"task": task, "num_labels": num_labels, "seed": config.seed}
+    return model | {"task": kind_of(family).task, "num_labels": num_labels, "seed": config.seed}
 
 
 def attachment(config: Config, family: AnyFamily | None = None) -> dict[str, Any]:
@@ -70,7 +68,7 @@ def attachment(config: Config, family: AnyFamily | None = None) -> dict[str, Any
     beside, beside_options = values.pop("beside"), values.pop("beside_options")
     check_beside(values["method"], beside, beside_options)
     if values["heads"] is None:
-        values["heads"] = "auto" if family and family.kind == "classification" else ()
+        values["heads"] = kind_of(family).heads
     if values["method"] == "none":  # the head alone
         return {"method": "none", "heads": values["heads"]}
     if is_baseline(values["method"]):
@@ -119,19 +117,14 @@ def data_module(config: Config, family: AnyFamily, tokenizer: Any) -> BenchmarkD
     )
     values |= {"tasks": values["tasks"] or list(family.tasks), "seed": config.seed, "sealed": config.sealed}
     del values["family"]
-    classifies = family.kind == "classification"
-    # the columns of one's own rows; and what has no meaning where a published validation set is divided
-    unused = (*COLUMNS, "test_path")
-    if classifies:
-        unused += ("train_tasks", "validation_size", "template", "system_prompt")
-    defaults = DataConfig()
-    for name in unused:
+    kind, defaults = kind_of(family), DataConfig()
+    for name in (*COLUMNS, "test_path", *kind.unused):  # the columns are those of one's own rows
         if family.name != "custom" and values[name] != getattr(defaults, name):
             raise ValueError(
                 f"data.{name}={values[name]} means nothing to the family {family.name}: leave it out"
             )
         del values[name]
-    return (ClassificationData if classifies else GenerationData)(family, tokenizer, source, **values)
+    return kind.data(family, tokenizer, source, **values)
 
 
 def optimization_of(config: Config) -> Optimization:

@@ -7,10 +7,7 @@ and the weights last.
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -22,12 +19,8 @@ from ..base_models.places import ModelPlace
 from ..config.schema import Config
 from ..data import AnyFamily
 from ..data.benchmark_data import BenchmarkData
-from ..data.example import Example
-from ..data.option_batches import option_batches
 from ..evaluation import Decoding
 from ..speed.choose_part import ShortenedPass
-from ..training.classification import ClassificationModule
-from ..training.generation import GenerationModule
 from ..training.module import FinetuningModule
 from ..training.optimization import Optimization
 from .arguments import (
@@ -48,6 +41,7 @@ from .checks import (
     monitor_of,
     reported,
 )
+from .kinds import kind_of
 
 PLACE = tuple(field.name for field in fields(ModelPlace))
 
@@ -107,7 +101,7 @@ def prepare(config: Config) -> Prepared:
     monitor = monitor_of(config, family)
     source, optimization = model_source(config, family), optimization_of(config)
     attached = attachment(config, family)
-    decoding = None if family.kind == "classification" else decoding_of(config, family)
+    decoding = decoding_of(config, family) if kind_of(family).generates else None
     place = {name: source[name] for name in PLACE}
     hf_config = load_config(**place, **{k: source[k] for k in ("base_dropout", "config", "num_labels")})
     check_reads_forward(config, hf_config, source["task"], family)
@@ -146,40 +140,18 @@ def build(config: Config, prepared: Prepared | None = None) -> Objects:
             base_model.disable_input_require_grads()
             base_model.config.use_cache = False
         model.compile()
-    module, commonest = _module(config, run, model)
+    module = kind_of(run.family).module(config, run, model, _shortened_pass(config, run, model))
     module.train()  # Lightning starts training in the mode it finds; the base's dropout is 0 unless asked for
     name = f"{config.model.name} {method_of(config)} seed {config.seed}"
     return Objects(
-        model, run.data, module, run.count, commonest, run.measures, run.monitor, name, run.decoding
+        model, run.data, module, run.count, module.commonest, run.measures, run.monitor, name, run.decoding
     )
-
-
-def _module(config: Config, run: Prepared, model: AdaptedModel) -> tuple[FinetuningModule, dict[str, str]]:
-    """Return the Lightning module, and task -> the commonest answer of its training rows."""
-    data, training_pass = run.data, _shortened_pass(config, run, model)
-    if run.decoding is None:
-        module = ClassificationModule(model, run.tokenizer, data, run.optimization, training_pass)
-        return module, module.commonest
-    commonest = commonest_answers(data.train_rows.examples)
-    options = partial(option_batches, run.tokenizer, max_length=data.max_length)
-    return GenerationModule(
-        model, run.tokenizer, run.family, data.val_tasks, data.test_tasks, run.optimization, run.decoding,
-        options if config.option_likelihood else None, commonest, training_pass,
-    ), commonest  # fmt: skip
 
 
 def _described(decoding: Decoding) -> dict[str, Any]:
     values = asdict(decoding)
     values.pop("stop_strings", None)  # they are the task's
     return values
-
-
-def commonest_answers(examples: Iterable[Example]) -> dict[str, str]:
-    """Return the commonest answer of each task's training rows, of rows that offer options."""
-    answers: dict[str, Counter[str]] = {}
-    for example in (example for example in examples if example.options):
-        answers.setdefault(example.task, Counter())[example.answer] += 1
-    return {task: counts.most_common(1)[0][0] for task, counts in answers.items()}
 
 
 def _shortened_pass(config: Config, run: Prepared, model: AdaptedModel) -> ShortenedPass | None:

@@ -24,6 +24,7 @@ from ..data.encoding import Collator, encode
 from ..data.prompts import TEMPLATES, apply_template
 from ..evaluation import Decoding, generate
 from .arguments import attachment, family_of, model_source
+from .kinds import kind_of
 from .run_folder import load_run_config
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def main(folder: Path, max_new_tokens: int = 64, template: str | None = None) ->
     config = load_run_config(folder)
     # one's own rows, which may be gone, are not needed to talk
     family = None if config.data.family == "custom" else family_of(config)
-    if family and family.kind == "classification":
+    if not kind_of(family).generates:
         raise ValueError(
             f"{folder} is a classifier ({family.name}); reft-chat needs a model that generates text"
         )

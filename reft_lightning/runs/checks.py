@@ -19,6 +19,7 @@ from ..data.example import Example
 from ..evaluation import Decoding
 from ..suggest import did_you_mean
 from .arguments import attachment
+from .kinds import kind_of
 
 
 class Monitor(NamedTuple):
@@ -44,7 +45,7 @@ def check_unused(config: Config, family: AnyFamily) -> None:
     if config.model.compile and is_baseline(method):
         raise ValueError(f"model.compile compiles interventions, not {method}: leave it out")
     _check_kept(config)
-    if family.kind == "classification":
+    if not kind_of(family).generates:
         for name, default in vars(DecodingConfig()).items():
             if getattr(config.decoding, name) != default:
                 raise ValueError(

@@ -1,0 +1,83 @@
+"""What each kind of benchmark family needs of a run: the one table from a family's ``kind`` to its classes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..adapters.adapted import AdaptedModel
+from ..config.schema import Config
+from ..data import AnyFamily
+from ..data.benchmark_data import BenchmarkData
+from ..data.classification_data import ClassificationData
+from ..data.example import Example
+from ..data.generation_data import GenerationData
+from ..data.option_batches import option_batches
+from ..training.classification import ClassificationModule
+from ..training.generation import GenerationModule
+from ..training.module import FinetuningModule
+
+if TYPE_CHECKING:
+    from .build import Prepared
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of benchmark family.
+
+    Args:
+        task: of the base model, ``causal_lm`` or ``sequence_classification``.
+        data: the data module.
+        module: (configuration, what is prepared, model, training pass) -> the Lightning module.
+        generates: whether texts are generated and scored.
+        heads: which heads are trained unless the configuration says otherwise.
+        unused: keys of ``data`` that mean nothing to it.
+    """
+
+    task: str
+    data: type[BenchmarkData]
+    module: Callable[[Config, Prepared, AdaptedModel, Any], FinetuningModule]
+    generates: bool
+    heads: str | tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+def _generation(config: Config, run: Prepared, model: AdaptedModel, training_pass: Any) -> GenerationModule:
+    data = run.data
+    options = partial(option_batches, run.tokenizer, max_length=data.max_length)
+    return GenerationModule(
+        model, run.tokenizer, run.family, data.val_tasks, data.test_tasks, run.optimization, run.decoding,
+        options if config.option_likelihood else None, commonest_answers(data.train_rows.examples), training_pass,
+    )  # fmt: skip
+
+
+def _classification(
+    config: Config, run: Prepared, model: AdaptedModel, training_pass: Any
+) -> ClassificationModule:
+    return ClassificationModule(model, run.tokenizer, run.data, run.optimization, training_pass)
+
+
+def commonest_answers(examples: Iterable[Example]) -> dict[str, str]:
+    """Return the commonest answer of each task's training rows, of rows that offer options."""
+    answers: dict[str, Counter[str]] = {}
+    for example in (example for example in examples if example.options):
+        answers.setdefault(example.task, Counter())[example.answer] += 1
+    return {task: counts.most_common(1)[0][0] for task, counts in answers.items()}
+
+
+KINDS = {
+    "generation": Kind("causal_lm", GenerationData, _generation, generates=True),
+    "classification": Kind(
+        "sequence_classification", ClassificationData, _classification, generates=False, heads="auto",
+        # its published validation set is divided, and texts are read as they are
+        unused=("train_tasks", "validation_size", "template", "system_prompt"),
+    ),
+}  # fmt: skip
+
+
+def kind_of(family: AnyFamily | None) -> Kind:
+    """Return the kind of a family; without one, texts are generated."""
+    return KINDS[family.kind if family else "generation"]
