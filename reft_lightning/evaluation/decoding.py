@@ -26,8 +26,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, GenerationMixin
-from transformers.generation import StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from .prefix_reader import COLUMNS, ColumnReader
 
@@ -279,7 +284,7 @@ def _continue(
         tokens[row, known:] = further[: most - known]
 
 
-def _taken(cache: DynamicCache, rows: Tensor, order: Tensor) -> DynamicCache:
+def _taken(cache: Any, rows: Tensor, order: Tensor) -> DynamicCache:
     """Return a cache with other rows and columns, changed in place."""
     for layer in cache.layers:
         at, columns = rows.to(layer.keys.device), order.to(layer.keys.device)[:, None, :, None]

@@ -122,7 +122,7 @@ class ColumnReader:
         return count if count >= boundary and (last.cache is not None or whole) else 0
 
 
-def _narrow(cache: DynamicCache, width: int) -> None:
+def _narrow(cache: Any, width: int) -> None:
     """Keep the first columns; the next read copies them where it adds its own."""
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[..., :width, :], layer.values[..., :width, :]

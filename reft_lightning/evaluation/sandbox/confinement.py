@@ -201,7 +201,7 @@ def watch(folder: str, files: int) -> None:
     def refuse(what: str) -> None:
         raise PermissionError(errno.EPERM, f"the sandbox refuses {what}")
 
-    def check(path: object, event: str) -> None:
+    def check(path, event: str) -> None:
         if isinstance(path, int):  # an open file, which was checked when it was opened
             return
         if event == "sqlite3.connect" and path == ":memory:":

@@ -239,7 +239,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(complete.splitlines(), start=1):
         try:
             row = json.loads(line)
-            row["key"], row["preference"]
+            _ = row["key"], row["preference"]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path}, line {number}: not a judgement by reft-judge: {line[:80]!r}"
