@@ -2,12 +2,17 @@
 
 import json
 
-from reft_lightning.search import search_plan
-from reft_lightning.search.pruning import Reports
-from reft_lightning.search.study import LEDGER, Study
+from reft_lightning.search import command, search_plan
+from reft_lightning.search.study import Study
+from reft_lightning.search.study_files import LEDGER, read_job
+from reft_lightning.search.worker import Worker
 from reft_lightning.storage.atomic import write_json
 
 STEPS = 10  # of a trial of the runs below
+
+
+class Killed(BaseException):
+    """Ends a worker as a kill does: nothing is told to Optuna."""
 
 
 def make_plan(**changes):
@@ -25,38 +30,53 @@ def make_plan(**changes):
     return search_plan.parse_plan("test", values | changes)
 
 
-def make_study(folder, since=None, **changes):
-    folder.mkdir(parents=True, exist_ok=True)
-    return Study(folder, make_plan(**changes), "val/accuracy", True, since=since)
+def make_study(folder, storage=None, **changes):
+    command.begin_study(folder, make_plan(**changes), "val/accuracy", "max", storage)
+    return Study(folder)
 
 
-def pretend(job):
+def work(study, run=None):
+    """Run what is left of a study, as the command does; ``run(folder)`` pretends a run."""
+    study.start()
+    work_with_others(study, run)
+
+
+def work_with_others(study, run=None):
+    def runner(folder, alive):
+        return run(folder) if run is not None else pretend(study, folder)
+
+    Worker(study, runner).work()
+
+
+def spend(study, job, **cost):
+    """Note what a trial has spent; return Optuna's trial."""
+    number = study.trials(job["method"])[job["number"]]._trial_id
+    trial = study.optuna.trial.Trial(study.studies[job["method"]], number)
+    trial.set_user_attr("cost", cost)
+    return trial
+
+
+def write_results(folder, status, **metrics):
+    values = {"metrics": {f"{name.replace('_', '/')}": value for name, value in metrics.items()}}
+    found = {"status": status, "test_reads": [], "config_hash": f"hash {folder.name}", **values}
+    write_json(folder / "results.json", found)
+
+
+def pretend(study, folder):
     """Write what a run writes: a score by the parameters; some fail, and some are pruned."""
-    results = {
-        "status": "running",
-        "metrics": {},
-        "counts": {},
-        "test_reads": [],
-        "config_hash": f"hash {job.name}",
-    }
-    if job.seed is not None:
-        line = {"time": "2026-01-01", "method": job.method, "seed": job.seed, "config_hash": "h", "model": "adapted",
-                "folder": str(job.folder)}  # fmt: skip
-        with (job.folder.parents[2] / LEDGER).open("a") as file:
+    job = read_job(folder)
+    if job["kind"] == "winner":
+        line = {"time": "2026-01-01", "method": job["method"], "seed": job["seed"], "config_hash": "h",
+                "model": "adapted", "folder": str(folder)}  # fmt: skip
+        with (study.folder / LEDGER).open("a") as file:
             file.write(json.dumps(line) + "\n")
-        metrics = {"val/accuracy": 0.5, "test/accuracy": 0.25 * job.seed}
-        write_json(job.folder / "results.json", results | {"status": "complete", "metrics": metrics})
+        write_results(folder, "complete", val_accuracy=0.5, test_accuracy=0.25 * job["seed"])
         return ""
-    score = 1 - abs(job.params["optimizer.lr"] - 0.01) * 10 + job.params["intervention.rank"] / 100
-    write_json(job.folder / "results.json", results)
-    reports = Reports(job.folder)
-    reports.add(score / 2)
-    reports.write()
-    write_json(job.folder / "cost.json", {"steps": STEPS, "tokens": 100, "seconds": 1.5, "flops": 1e6})
-    if job.number % 5 == 3:
+    score = 1 - abs(job["params"]["optimizer.lr"] - 0.01) * 10 + job["params"]["intervention.rank"] / 100
+    spend(study, job, steps=STEPS, tokens=100, seconds=1.5).report(score / 2, 1)
+    if job["number"] % 5 == 3:
         return "exit status 1\nthe last line of its log"
-    status = "pruned" if job.number % 4 == 2 else "complete"
-    write_json(job.folder / "results.json", results | {"status": status, "metrics": {"val/accuracy": score}})
+    write_results(folder, "pruned" if job["number"] % 4 == 2 else "complete", val_accuracy=score)
     return ""
 
 
@@ -64,7 +84,7 @@ def trials_of(study):
     """Everything of a study's trials that their times do not decide."""
     return {
         method: [
-            (t.number, t.params, t.state.name, t.values, t.intermediate_values, t.user_attrs.get("error"))
+            (t.number, t.params, t.state.name, t.value, t.intermediate_values, t.user_attrs.get("error"))
             for t in study.trials(method)
         ]
         for method in study.plan.methods

@@ -9,7 +9,9 @@ import short_runs
 
 from reft_lightning.search import command, search_plan
 from reft_lightning.search.preflight import check_corners, compose_corners
+from reft_lightning.search.study import Study
 from reft_lightning.search.trial import run_job
+from reft_lightning.search.worker import Worker
 
 # Opened files, while a test asks for them: an audit hook sees every way to open a file, and cannot be removed.
 WATCHED = []
@@ -45,20 +47,25 @@ def contents(data, **changes):
     return values | changes
 
 
-def make_study(folder, values):
+def make_study(folder, values, storage=None):
     found = search_plan.parse_plan("test", values)
     monitor, mode = check_corners(found, compose_corners(found))
-    folder.mkdir(parents=True, exist_ok=True)
-    command.write_plan(folder, found, monitor, mode, os.getcwd())
-    return command.open_study(folder)
+    command.begin_study(folder, found, monitor, mode, storage)
+    return Study(folder)
 
 
-def in_this_process(job):
-    try:
-        run_job(job.folder)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+def work(study):
+    """Run what is left of a study in this process."""
+
+    def run(folder, alive):
+        try:
+            run_job(study.folder, folder)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    study.start()
+    Worker(study, run).work()
 
 
 def start(arguments, folder, **environment):

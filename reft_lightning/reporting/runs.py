@@ -20,12 +20,10 @@ from yaml import YAMLError
 from ..adapters.baselines.methods import is_baseline
 from ..config.identity import flat, identity
 from ..config.schema import Config
+from ..search.study_files import JOB, LOCKS, PLAN, TRIALS, WORKERS, read_job
 
 RUN_FOLDER = "a run folder is what reft-train writes: config.yaml, results.json, predictions/, adapter/"
 INSIDE = {"evaluations", "checkpoints", "predictions", "adapter", "wandb"}  # of a run folder
-STUDY_FILES = {"study.db", "study.yaml"}  # of the folder that reft-search writes
-TRIALS = {"trials", "locks"}  # folders of a study without runs to compare
-WINNERS = "winners"  # of a study: winners/METHOD/seed_SEED
 NEEDED = ("metrics", "seed", "method", "model", "data_versions")
 
 
@@ -78,13 +76,20 @@ class Run:
     @cached_property
     def method(self) -> str:
         """Return the name of the method: of a winner the one in its study, else the intervention's."""
-        return str(self.results["method"]) if self.study is None else self.folder.resolve().parent.name
+        return str(self.winner.get("method", self.results["method"]))
 
-    @property
-    def study(self) -> Path | None:
-        """Return the folder of the study whose winner this is; None of another run."""
-        folder = self.folder.resolve()
-        return folder.parents[2] if folder.parent.parent.name == WINNERS else None
+    @cached_property
+    def winner(self) -> Mapping[str, Any]:
+        """Return what a search wrote of its winner, such as `method` and `edges`; nothing for another run.
+
+        Raises:
+            ReportError: if it cannot be read.
+        """
+        try:
+            job = read_job(self.folder)
+        except ValueError as error:
+            raise ReportError(f"{JOB} cannot be read: {error}") from error
+        return job if job.get("kind") == "winner" else {}
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -186,7 +191,7 @@ class Run:
 def find_folders(roots: Iterable[Path]) -> tuple[list[Path], list[Path], list[LeftOut]]:
     """Return the folders below some that look like runs, the studies, each once, and what holds neither.
 
-    The trials of a study are no runs of a table: they were there to choose by validation.
+    The trials of a study are left out: they were compared by validation, inside the search.
 
     Raises:
         ReportError: for a folder that does not exist.
@@ -200,10 +205,10 @@ def find_folders(roots: Iterable[Path]) -> tuple[list[Path], list[Path], list[Le
         something = False
         for parent, folders, files in os.walk(root):
             path = Path(parent)
-            if STUDY_FILES & set(files):
+            if PLAN in files:
                 something = True
                 studies.setdefault(path.resolve(), path)
-                folders[:] = sorted(f for f in folders if f not in TRIALS)
+                folders[:] = sorted(f for f in folders if f not in (TRIALS, LOCKS, WORKERS))
             elif {"results.json", "config.yaml"} & set(files) or ".hydra" in folders:
                 something = True
                 folders.clear()
@@ -288,7 +293,7 @@ def _reads(run: Run) -> list[Read]:
         Read(
             folder=run.folder, configuration=run.configuration, seed=results.get("seed"),
             hash=str(read.get("config_hash") or results.get("config_hash", "")),
-            method=str(results.get("method", "")) if run.study is None else run.method, task=str(read.get("task", "")),
+            method=str(run.winner.get("method", results.get("method", ""))), task=str(read.get("task", "")),
             rows=int(read.get("rows") or 0), time=str(read.get("time", "")),
             model=str(read.get("model", "adapted")),
         )

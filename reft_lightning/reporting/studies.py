@@ -1,6 +1,6 @@
 """Studies of `reft-search` as records: trials, what they spent, and which parameters mattered.
 
-Optuna is needed to read `study.db`; the winners' runs are ordinary run folders and need nothing.
+Optuna is needed to read the trials; the winners' runs are ordinary run folders and need nothing.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any
 
 import yaml
 
+from ..search.budget import counted, spent, verdict
+from ..search.study import open_storage, study_name
+from ..search.study_files import JOURNAL, LEDGER, PLAN, SUMMARY
 from .comparisons import Comparison
 from .runs import Read, ReportError
 
 log = logging.getLogger(__name__)
-DATABASE, PLAN, SUMMARY = "study.db", "study.yaml", "summary.json"
-TRIALS, LEDGER = "trials", "test_reads.jsonl"
 ENOUGH = 30  # complete trials, below which importance is that of noise
 
 
@@ -85,62 +86,42 @@ def read_study(folder: Path) -> Study:
     """Read a study.
 
     Raises:
-        ReportError: if the database cannot be read, or Optuna is not there.
+        ReportError: if its trials cannot be read, or Optuna is not installed.
     """
     study = Study(folder)
     plan = _plan(folder)
     study.monitor = str(plan.get("monitor") or "validation score")
-    if (folder / DATABASE).is_file():
-        _read_database(study)
+    if plan.get("storage") or (folder / JOURNAL).is_file():
+        _read_trials(study, plan)
     _add_summary(study)
     _add_budget(study, plan)
     return study
 
 
-def _summary(folder: Path) -> dict[str, Any]:
-    path = folder / SUMMARY
-    try:
-        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        log.warning("%s cannot be read: %s", path, error)
-        values = {}
-    return values if isinstance(values, dict) else {}
-
-
-def _methods(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    methods = summary.get("methods")
-    found = methods.items() if isinstance(methods, dict) else ()
-    return {str(name): method if isinstance(method, dict) else {} for name, method in found}
-
-
-def _edges(method: Mapping[str, Any]) -> list[str]:
-    best = method.get("best")
-    edges = best.get("edges") if isinstance(best, dict) else None
-    return list(map(str, edges)) if isinstance(edges, list) else []
-
-
 def _add_summary(study: Study) -> None:
-    """Take what the summary alone knows: whether the search has ended, and where its winners lie."""
-    summary = _summary(study.folder)
+    """Take what only the summary holds: whether the search has ended, and where its winners lie."""
+    path = study.folder / SUMMARY
+    summary: dict[str, Any] = {}
+    try:
+        summary = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        log.warning("%s cannot be read: %s", path, error)
     study.running = summary.get("status") != "complete"
-    for name, method in _methods(summary).items():
-        edges = _edges(method)
-        said = [f"the winner lies {', '.join(edges)}: beyond, nothing was tried"] if edges else []
-        if method.get("gave_up"):
-            said.append(f"it ended before its budget: {method['gave_up']}")
-        if said:
-            study.remarks[name] = said
+    for name, method in summary.get("methods", {}).items():
+        edges = ((method or {}).get("best") or {}).get("edges")
+        remarks = [f"the winner lies {', '.join(edges)}; values beyond were not tried"] if edges else []
+        if (method or {}).get("gave_up"):
+            remarks.append(f"it ended before its budget: {method['gave_up']}")
+        if remarks:
+            study.remarks[name] = remarks
 
 
 def mark_edges(comparisons: Sequence[Comparison]) -> None:
     """Mark the methods that are winners at an edge of their search space, wherever their studies lie."""
-    methods = [method for comparison in comparisons for method in comparison.methods if not method.base]
-    folders = {run.study for method in methods for run in method.runs if run.study is not None}
-    summaries = {folder: _methods(_summary(folder)) for folder in sorted(folders)}
-    for method in methods:
-        won = [(run.study, run.method) for run in method.runs if run.study is not None]
-        found = [edge for folder, name in won for edge in _edges(summaries[folder].get(name, {}))]
-        method.edges = list(dict.fromkeys(found))
+    for method in (method for comparison in comparisons for method in comparison.methods if not method.base):
+        method.edges = list(
+            dict.fromkeys(edge for run in method.runs for edge in run.winner.get("edges", ()))
+        )
 
 
 def _plan(folder: Path) -> dict[str, Any]:
@@ -154,7 +135,7 @@ def _plan(folder: Path) -> dict[str, Any]:
     return plan if isinstance(plan, dict) else {}
 
 
-def _read_database(study: Study) -> None:
+def _read_trials(study: Study, plan: Mapping[str, Any]) -> None:
     try:
         import optuna
         from sqlalchemy.exc import SQLAlchemyError
@@ -162,23 +143,25 @@ def _read_database(study: Study) -> None:
         raise ReportError(
             f"{study.folder} is a study, which takes Optuna to read ({error}): pip install 'reft_lightning[search]'"
         ) from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        storage = optuna.storages.RDBStorage(f"sqlite:///{(study.folder / DATABASE).resolve()}")
-        found = {name: optuna.load_study(study_name=name, storage=storage)
-                 for name in sorted(s.study_name for s in storage.get_all_studies())}  # fmt: skip
-        for name, kept in found.items():
+        storage = open_storage(study.folder, plan.get("storage"))
+        prefix = study_name(str(plan.get("study")), "")
+        names = [name for name in optuna.get_all_study_names(storage) if name.startswith(prefix)]
+        for name in names:
+            kept, method = optuna.load_study(study_name=name, storage=storage), name.removeprefix(prefix)
+            trials = kept.get_trials(deepcopy=False)
             study.maximize = kept.direction == optuna.study.StudyDirection.MAXIMIZE
-            study.trials[name] = [
+            study.spent[method] = spent(trials)
+            study.trials[method] = [
                 Trial(
                     t.number, t.state.name.lower(), t.value if t.state.name == "COMPLETE" else None, t.params
                 )
-                for t in kept.get_trials(deepcopy=False)
+                for t in counted(trials)
             ]
-            study.importance[name] = _importance(kept, study.trials[name])
-    except (SQLAlchemyError, RuntimeError) as error:
+            study.importance[method] = _importance(kept, study.trials[method])
+    except (SQLAlchemyError, RuntimeError, ValueError, KeyError, ImportError) as error:
         raise ReportError(
-            f"{study.folder / DATABASE} is no database of Optuna: {str(error).splitlines()[0]}"
+            f"{plan.get('storage') or study.folder / JOURNAL} is not a storage of Optuna: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -204,26 +187,17 @@ def _importance(kept: Any, trials: Sequence[Trial]) -> dict[str, float]:
 
 
 def _add_budget(study: Study, plan: Mapping[str, Any]) -> None:
-    from ..search.budget import behind_trials, total_cost, verdict
-
-    for method in study.trials:
-        spent = total_cost(study.folder / TRIALS / method)
-        study.spent[method] = {"trials": float(len(study.trials[method])), **spent}
-    budget = plan.get("budget") if isinstance(plan.get("budget"), dict) else {}
+    budget = found if isinstance(found := plan.get("budget"), dict) else {}
     unit, amount = budget.get("unit"), budget.get("amount")
     if unit is None or amount is None or not study.spent or any(unit not in s for s in study.spent.values()):
         study.budget = "still running" if study.running else ""
-        return
-    spent = {method: spent[unit] for method, spent in study.spent.items()}
-    if study.running:
-        each = ", ".join(f"{method} {value:,.0f}" for method, value in spent.items())
+    elif study.running:
+        each = ", ".join(f"{method} {cost[unit]:,.0f}" for method, cost in study.spent.items())
         study.budget = f"still running: spent {each} of {amount:,g} {unit} for each method"
-        return
-    said, behind = verdict(unit, amount, spent), behind_trials(unit, study.spent)
-    study.equal = said == "equal"
-    study.budget = f"budget of each method: {amount:g} {unit}; spent: {said}" + (
-        f"; {behind}" if behind else ""
-    )
+    else:
+        found = verdict(unit, amount, study.spent)
+        study.equal = found.startswith("equal")
+        study.budget = f"budget of each method: {amount:g} {unit}; spent: {found}"
 
 
 def ledger_reads(folder: Path, reads: Sequence[Read]) -> list[Read]:
@@ -237,7 +211,7 @@ def ledger_reads(folder: Path, reads: Sequence[Read]) -> list[Read]:
     if not path.is_file():
         return []
     lines: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
-    with path.open(encoding="utf-8") as file:  # lines end at \n alone
+    with path.open(encoding="utf-8") as file:  # only \n ends a line
         for line in file:
             try:
                 entry = json.loads(line)

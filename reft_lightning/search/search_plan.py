@@ -1,116 +1,104 @@
-"""What a study does: the methods, their spaces, and one budget for all of them.
+"""The plan of a study: the methods, their spaces, and one budget for all of them.
 
-A file of ``conf/search`` (or any YAML file) holds
+A file of ``conf/search`` (or any YAML file) holds the keys of :class:`Plan`:
 
     base: [model=minilm, data=glue_stsb]     # overrides of reft-train that all methods share
     methods:
       loreft:
         overrides: [intervention=loreft]     # of this method
-        space: {optimizer.lr: {log: [1e-4, 1e-2]}}   # see :mod:`reft_lightning.search.command.space`
-    budget: {unit: trials, amount: 20}       # of each method; see :mod:`reft_lightning.search.command.budget`
+        space: {optimizer.lr: {log: [1e-4, 1e-2]}}   # see :mod:`.space`
+    budget: {unit: trials, amount: 20}       # of each method; see :mod:`.budget`
     sampler: tpe                             # tpe | random | grid
     pruner: none                             # none | successive_halving
-    seeds: [42, 43, 44]                      # with which the winner of each method is trained again, and tested
-
-``sampler_seed`` (0), ``startup_trials`` (10, those that TPE draws at random) and ``pruning`` (``min_validations: 1``,
-``reduction_factor: 3``) may stand beside. Every argument of ``reft-search`` that is none of these is an override of
-``reft-train`` for all runs.
+    seeds: [42, 43, 44]                      # the winner of each method is trained again, and tested, with each
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 from ..config.compose import config_dir
 from ..suggest import did_you_mean
-from .space import SAMPLERS, Dimension, Value, override, parse_space
+from .budget import UNITS
+from .space import Dimension, Value, override, parse_space
 
-UNITS = ("trials", "steps", "tokens", "seconds", "flops")
+SAMPLERS = ("tpe", "random", "grid")
 PRUNERS = ("none", "successive_halving")
-KEYS = (
-    "base",
-    "methods",
-    "budget",
-    "sampler",
-    "sampler_seed",
-    "startup_trials",
-    "pruner",
-    "pruning",
-    "seeds",
-)
-PRUNING = {"min_validations": 1, "reduction_factor": 3}
-# Arguments of the command that change the plan, beside the overrides of reft-train.
-ARGUMENTS = (
-    "budget.unit",
-    "budget.amount",
-    "sampler",
-    "sampler_seed",
-    "startup_trials",
-    "pruner",
-    "seeds",
-    "methods",
-)
-# What a search decides itself: a trial's test split cannot be built, a winner's is read once.
+# What a search sets itself: a trial cannot build its test split, a winner reads it once.
 RESERVED = ("sealed", "test", "resume")
-METHOD = re.compile(r"[\w.-]+")
 
 
-@dataclass(frozen=True)
+@dataclass
+class Budget:
+    """What each method may spend."""
+
+    unit: str = ""
+    amount: Any = None
+
+
+@dataclass
+class Pruning:
+    """Settings of successive halving: the first validation that decides, and which part 1/n of the trials goes on."""
+
+    min_validations: int = 1
+    reduction_factor: int = 3
+
+
+@dataclass
 class Method:
-    """One method of a study: its overrides, and the space that is searched."""
+    """One method: its overrides, and the space that is searched."""
 
-    name: str
-    overrides: tuple[str, ...]
-    space: tuple[Dimension, ...]
+    overrides: list[Any] = field(default_factory=list)
+    space: Any = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
-    """What a study does; written to ``study.yaml`` in its folder."""
+    """What a study does, as a search file says it; written to ``study.yaml`` in its folder."""
 
-    name: str
-    base: tuple[str, ...]
-    methods: dict[str, Method]
-    unit: str
-    amount: float
+    name: str = ""
+    base: list[Any] = field(default_factory=list)
+    methods: dict[str, Method] = field(default_factory=dict)
+    budget: Budget = field(default_factory=Budget)
     sampler: str = "tpe"
     sampler_seed: int = 0
-    startup_trials: int = 10
+    startup_trials: int = 10  # drawn at random before TPE
     pruner: str = "none"
-    pruning: dict[str, int] = field(default_factory=lambda: dict(PRUNING))
-    seeds: tuple[int, ...] = (42, 43, 44)
+    pruning: Pruning = field(default_factory=Pruning)
+    seeds: list[int] = field(default_factory=lambda: [42, 43, 44])
+
+    def space(self, method: str) -> tuple[Dimension, ...]:
+        """Return the parameters of a method."""
+        return parse_space(self.methods[method].space)
 
     def trial_overrides(self, method: str, params: Mapping[str, Value]) -> list[str]:
         """Return the arguments of ``reft-train`` for one trial."""
-        own = self.methods[method]
         drawn = [override(name, value) for name, value in params.items()]
-        return [*self.base, *own.overrides, *drawn, "sealed=true"]
+        return [*self.base, *self.methods[method].overrides, *drawn, "sealed=true"]
 
     def winner_overrides(self, method: str, params: Mapping[str, Value], seed: int) -> list[str]:
         """Return the arguments of ``reft-train`` for a winner's run, which reads the test split."""
         trial = [o for o in self.trial_overrides(method, params) if key_of(o) not in ("sealed", "seed")]
         return [*trial, f"seed={seed}", "test=true", "sealed=false"]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the plan as a search file holds it."""
-        methods = {
-            m.name: {"overrides": list(m.overrides), "space": {d.name: d.to_dict() for d in m.space}}
-            for m in self.methods.values()
-        }
-        return {
-            "base": list(self.base), "methods": methods, "budget": {"unit": self.unit, "amount": self.amount},
-            "sampler": self.sampler, "sampler_seed": self.sampler_seed, "startup_trials": self.startup_trials,
-            "pruner": self.pruner, "pruning": dict(self.pruning), "seeds": list(self.seeds),
-        }  # fmt: skip
+    def grid(self, method: str) -> dict[str, list[Value]]:
+        """Return the values of each parameter of a method in a grid."""
+        return {dimension.name: dimension.grid() for dimension in self.space(method)}
+
+    def grid_size(self, method: str) -> int:
+        """Return the number of combinations of a method's grid."""
+        return math.prod(map(len, self.grid(method).values()))
 
 
 def key_of(text: str) -> str:
@@ -118,8 +106,16 @@ def key_of(text: str) -> str:
     return text.partition("=")[0].lstrip("+~")
 
 
+@cache
+def plan_keys() -> set[str]:
+    """Return the arguments of the command that change the plan; any other is an override of ``reft-train``."""
+    parts = {"budget": Budget, "pruning": Pruning}
+    own = {f.name for f in dataclasses.fields(Plan)} - parts.keys() - {"name", "base"}
+    return own | {f"{name}.{f.name}" for name, part in parts.items() for f in dataclasses.fields(part)}
+
+
 def search_file(name: str) -> Path:
-    """Return the file of ``conf/search``, or of one's own, that a name means.
+    """Return the file of ``conf/search``, or the user's own, of that name.
 
     Raises:
         ValueError: if there is none.
@@ -140,187 +136,151 @@ def read_plan(name: str, arguments: Sequence[str] = ()) -> Plan:
 
     Args:
         name: of ``conf/search``, or the path of a YAML file.
-        arguments: ``key=value``; those of :data:`ARGUMENTS` change the plan, others are overrides for all runs.
+        arguments: ``key=value``; those of :func:`plan_keys` change the plan, others are overrides for all runs.
 
     Raises:
-        ValueError: for whatever cannot be a plan; the message names the file, the method and the parameter.
+        ValueError: for a plan that does not fit; the message names the file, the method and the parameter.
     """
     path = search_file(name)
+    own = [text for text in arguments if key_of(text) in plan_keys()]
     try:
-        # OmegaConf reads 1e-4 as a number and refuses a key that stands twice; YAML alone does neither
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        # OmegaConf reads 1e-4 as a number and rejects a key that is given twice; YAML does neither
+        values = cast(DictConfig, OmegaConf.load(path))
+        for text in own:
+            if key_of(text) == "methods":
+                values.methods = _select(values.methods, text, path)
+            else:
+                values = cast(DictConfig, OmegaConf.merge(values, _argument(text)))
     except (OmegaConfBaseException, yaml.YAMLError, OSError) as error:
         raise ValueError(f"{path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: a search file has the keys {', '.join(KEYS)}")
-    own = {key_of(text): text.partition("=")[2] for text in arguments if key_of(text) in ARGUMENTS}
-    overrides = [text for text in arguments if key_of(text) not in ARGUMENTS]
-    _apply(values, own, path)
+    overrides = [text for text in arguments if text not in own]
     return parse_plan(Path(name).stem if name.endswith(".yaml") else name, values, overrides, str(path))
 
 
-def read_argument(key: str, text: str) -> dict[str, Any]:
-    """Read an argument of the command as search files are read: 1e6 is a number, and dots part keys."""
-    return OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={text}"]))
+def change_plan(plan: Plan, arguments: Sequence[str]) -> Plan:
+    """Return a plan with arguments of the command.
+
+    Raises:
+        ValueError: for a plan that does not fit.
+    """
+    where = " ".join(arguments)
+    for text in arguments:
+        if key_of(text) not in plan_keys():
+            raise ValueError(f"{text}: the study has begun; its runs cannot change")
+    values = OmegaConf.merge(dataclasses.asdict(plan), *map(_argument, arguments))
+    return parse_plan(plan.name, values, where=where)
 
 
-def _apply(values: dict[str, Any], own: Mapping[str, str], path: Path) -> None:
-    """Write the command's own arguments over those of the file."""
-    for key, text in own.items():
-        given = read_argument(key, text)
-        if key == "methods":
-            values["methods"] = _selected(values.get("methods") or {}, text, path)
-        elif key == "seeds":
-            values["seeds"] = [
-                int(s) if s.strip().isdecimal() else s for s in text.strip("[]").split(",") if s
-            ]
-        elif key.startswith("budget."):
-            values["budget"] = {**(values.get("budget") or {}), **given["budget"]}
-        else:
-            values |= given
+def _argument(text: str) -> DictConfig:
+    """Read an argument of the command as search files are read: 1e6 is a number, and dots separate keys."""
+    return OmegaConf.from_dotlist([f"seeds=[{text[6:].strip('[]')}]" if text.startswith("seeds=") else text])
 
 
-def _selected(methods: Mapping[str, Any], text: str, path: Path) -> dict[str, Any]:
-    names = [name.strip() for name in text.strip("[]").split(",")]
+def _select(methods: Any, text: str, path: Path) -> dict[str, Any]:
+    names = [name.strip() for name in text.partition("=")[2].strip("[]").split(",")]
     for name in names:
         if name not in methods:
             raise ValueError(
-                f"methods={text}: {path} has no method {name!r}{did_you_mean(name, methods)}; it has "
-                f"{', '.join(methods)}"
+                f"{text}: {path} has no method {name!r}{did_you_mean(name, methods)}; it has {', '.join(methods)}"
             )
     return {name: methods[name] for name in names}
 
 
-def parse_plan(
-    name: str, values: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "the plan"
-) -> Plan:
+def parse_plan(name: str, values: Any, overrides: Sequence[str] = (), where: str = "the plan") -> Plan:
     """Check the values of a search file.
 
     Raises:
         ValueError: naming the value, what is allowed, and the nearest name.
     """
-    _check_keys(values, KEYS, where)
-    budget = values.get("budget") or {}
-    _check_keys(budget, ("unit", "amount"), f"{where}: budget")
-    unit, amount = budget.get("unit"), budget.get("amount")
-    _one_of(unit, UNITS, f"{where}: budget.unit")
-    if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 < amount < math.inf:
-        raise ValueError(f"{where}: budget.amount must be a number above 0; got {amount!r}")
-    if unit == "trials" and amount != int(amount):
-        raise ValueError(f"{where}: budget.amount counts trials; got {amount!r}")
-    sampler, pruner = values.get("sampler", "tpe"), values.get("pruner", "none")
-    _one_of(sampler, SAMPLERS, f"{where}: sampler")
-    _one_of(pruner, PRUNERS, f"{where}: pruner")
-    pruning = {**PRUNING, **(values.get("pruning") or {})}
-    _check_keys(pruning, PRUNING, f"{where}: pruning")
-    counts = {k: values.get(k, d) for k, d in (("sampler_seed", 0), ("startup_trials", 10))}
-    for key, count, least in (
-        *((k, v, 0) for k, v in counts.items()),
-        ("pruning.min_validations", pruning["min_validations"], 1),
-        ("pruning.reduction_factor", pruning["reduction_factor"], 2),
-    ):
-        if isinstance(count, bool) or not isinstance(count, int) or count < least:
-            raise ValueError(f"{where}: {key} must be an integer, {least} or more; got {count!r}")
-    seeds = values.get("seeds", [42, 43, 44])
-    if not isinstance(seeds, list) or any(isinstance(s, bool) or not isinstance(s, int) for s in seeds):
-        raise ValueError(f"{where}: seeds must be a list of integers, such as [42, 43, 44]; got {seeds!r}")
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"{where}: a seed stands twice in {seeds}: each one trains the winner once")
-    base = _merged(_overrides(values.get("base") or [], f"{where}: base"), overrides)
-    methods = values.get("methods")
-    if not isinstance(methods, Mapping) or not methods:
-        raise ValueError(f"{where}: methods must name at least one method, with its overrides and its space")
-    plan = Plan(
-        name, base, {}, unit, int(amount) if amount == int(amount) else amount, sampler, counts["sampler_seed"],
-        counts["startup_trials"], pruner, pruning, tuple(seeds),
-    )  # fmt: skip
-    plan = replace(plan, methods={str(m): _method(str(m), given, where) for m, given in methods.items()})
-    _check_overrides(plan, {key_of(o) for o in overrides}, where)
-    _check_grid(plan, where)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Plan), values, {"name": name})
+        plan = cast(Plan, OmegaConf.to_container(merged, structured_config_mode=SCMode.INSTANTIATE))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{where}: {_explain(error)}") from error
+    _check_values(plan, where)
+    _check_list(plan.base, f"{where}: base")
+    typed = {key_of(text) for text in _check_list(list(overrides), "the arguments")}
+    plan.base = [*(o for o in plan.base if key_of(o) not in typed), *overrides]
+    for method in plan.methods:
+        _check_method(plan, method, typed, f"{where}: method {method}")
+    if plan.sampler == "grid" and plan.budget.unit == "trials":
+        sizes = {method: plan.grid_size(method) for method in plan.methods}
+        if min(sizes.values()) < plan.budget.amount:
+            listed = ", ".join(f"{method} {size}" for method, size in sizes.items())
+            raise ValueError(
+                f"{where}: the grids have {listed} combinations, and the budget is {plan.budget.amount} trials each: "
+                f"methods would spend different budgets; set budget.amount to {min(sizes.values())} or less, or change "
+                "the sampler"
+            )
     return plan
 
 
-def _method(name: str, given: Any, where: str) -> Method:
-    here = f"{where}: method {name}"
-    if not METHOD.fullmatch(name):
-        raise ValueError(f"{here}: a name is made of letters, digits, '.', '-' and '_': it names a folder")
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{here}: overrides and space are needed; got {given!r}")
-    for key in ("budget", "seeds", "sampler", "pruner", "pruning"):
-        if key in given:
-            raise ValueError(
-                f"{here}: {key} of one method: methods with different {key} cannot be compared; write it once, for all"
-            )
-    _check_keys(given, ("overrides", "space"), here)
+def _explain(error: OmegaConfBaseException) -> str:
+    """Return what OmegaConf found, with the known keys and the nearest of them."""
+    first, kind = str(error).splitlines()[0], error.object_type
+    if error.key is None or "not in" not in first or not dataclasses.is_dataclass(kind):
+        return f"{error.full_key}: {first}" if error.full_key else first
+    known = [f.name for f in dataclasses.fields(kind)]
+    found = (
+        f"unknown key {error.full_key!r}{did_you_mean(str(error.key), known)}; known are {', '.join(known)}"
+    )
+    if kind is Method and any(f.name == error.key for f in dataclasses.fields(Plan)):
+        found += f"; methods with different {error.key} cannot be compared: write it once, for all"
+    return found
+
+
+def _check_values(plan: Plan, where: str) -> None:
+    budget = plan.budget
+    for key, value, allowed in (
+        ("budget.unit", budget.unit, UNITS), ("sampler", plan.sampler, SAMPLERS), ("pruner", plan.pruner, PRUNERS)
+    ):  # fmt: skip
+        if value not in allowed:
+            hint = did_you_mean(str(value), allowed)
+            raise ValueError(f"{where}: {key} must be one of {', '.join(allowed)}; got {value!r}{hint}")
+    amount = budget.amount
+    if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 < amount < math.inf:
+        raise ValueError(f"{where}: budget.amount must be a number above 0; got {amount!r}")
+    if amount == int(amount):
+        budget.amount = int(amount)
+    elif budget.unit == "trials":
+        raise ValueError(f"{where}: budget.amount is a number of trials; got {amount!r}")
+    for key, count, least in (
+        ("sampler_seed", plan.sampler_seed, 0), ("startup_trials", plan.startup_trials, 0),
+        ("pruning.min_validations", plan.pruning.min_validations, 1),
+        ("pruning.reduction_factor", plan.pruning.reduction_factor, 2),
+    ):  # fmt: skip
+        if count < least:
+            raise ValueError(f"{where}: {key} must be {least} or more; got {count}")
+    if len(set(plan.seeds)) < len(plan.seeds):
+        raise ValueError(f"{where}: a seed is given twice in {plan.seeds}: each one trains the winner once")
+    if not plan.methods:
+        raise ValueError(f"{where}: methods must name at least one method, with its overrides and its space")
+
+
+def _check_list(given: list[Any], where: str) -> list[str]:
+    if any(not isinstance(text, str) or "=" not in text for text in given):
+        raise ValueError(f"{where} must be a list of key=value; got {given!r}")
+    return given
+
+
+def _check_method(plan: Plan, method: str, typed: set[str], here: str) -> None:
+    if not re.fullmatch(r"[\w.-]+", method):
+        raise ValueError(f"{here}: a name consists of letters, digits, '.', '-' and '_': it names a folder")
+    own = {key_of(o) for o in _check_list(plan.methods[method].overrides, f"{here}: overrides")}
     try:
-        space = parse_space(given.get("space"))
+        searched = {dimension.name for dimension in plan.space(method)}
+        if plan.sampler == "grid":
+            plan.grid(method)
     except ValueError as error:
         raise ValueError(f"{here}: {error}") from error
-    return Method(name, _overrides(given.get("overrides") or [], f"{here}: overrides"), space)
-
-
-def _overrides(given: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(given, list) or any(not isinstance(o, str) or "=" not in o for o in given):
-        raise ValueError(f"{where} must be a list of key=value; got {given!r}")
-    return tuple(given)
-
-
-def _merged(base: Sequence[str], overrides: Sequence[str]) -> tuple[str, ...]:
-    """Return the base with the command's overrides in the place of those of the same key."""
-    for text in overrides:
-        _overrides([text], "an argument")
-    new = {key_of(text) for text in overrides}
-    return (*(text for text in base if key_of(text) not in new), *overrides)
-
-
-def _check_overrides(plan: Plan, typed: set[str], where: str) -> None:
-    for method in plan.methods.values():
-        here = f"{where}: method {method.name}"
-        fixed = [key_of(o) for o in (*plan.base, *method.overrides)]
-        searched = [d.name for d in method.space]
-        for key in (*fixed, *searched):
-            if key in RESERVED:
-                raise ValueError(
-                    f"{here}: {key} is not yours to set in a search: trials are sealed, and the winner's test split is "
-                    "read once"
-                )
-            if key.startswith("hydra"):
-                raise ValueError(f"{here}: {key}: a search starts its runs itself, without Hydra's settings")
-        for key in searched:
-            if key in (key_of(o) for o in method.overrides) or key in typed:
-                raise ValueError(f"{here}: {key} is both set and searched: leave one out")
-        if "seed" in searched:
-            raise ValueError(f"{here}: a seed is not searched: the best one says nothing about the next")
-
-
-def _check_grid(plan: Plan, where: str) -> None:
-    """Refuse a grid that ends before the budget, for one method sooner than for another."""
-    if plan.sampler != "grid":
-        return
-    sizes = {}
-    for method in plan.methods.values():
-        try:
-            sizes[method.name] = math.prod(len(dimension.grid()) for dimension in method.space)
-        except ValueError as error:
-            raise ValueError(f"{where}: method {method.name}: {error}") from error
-    if plan.unit == "trials" and min(sizes.values()) < plan.amount:
-        said = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise ValueError(
-            f"{where}: the grids have {said} combinations, and the budget is {plan.amount} trials each: methods would "
-            f"spend different budgets; budget.amount must be {min(sizes.values())} or less, or the sampler another"
-        )
-
-
-def _check_keys(values: Any, allowed: Any, where: str) -> None:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where} must have the keys {', '.join(allowed)}; got {values!r}")
-    for key in values:
-        if key not in allowed:
-            hint = did_you_mean(str(key), allowed)
-            raise ValueError(f"{where}: unknown key {key!r}{hint}; known are {', '.join(allowed)}")
-
-
-def _one_of(value: Any, allowed: Sequence[str], where: str) -> None:
-    if value not in allowed:
-        hint = did_you_mean(str(value), allowed)
-        raise ValueError(f"{where} must be one of {', '.join(allowed)}; got {value!r}{hint}")
+    for key in (*map(key_of, plan.base), *own, *searched):
+        if key in RESERVED:
+            raise ValueError(
+                f"{here}: {key} cannot be set in a search: trials are sealed, and the winner's test split is read once"
+            )
+        if key.startswith("hydra"):
+            raise ValueError(f"{here}: {key}: a search starts its runs itself, without Hydra's settings")
+    for key in searched & (own | typed):
+        raise ValueError(f"{here}: {key} is both set and searched: leave one out")
+    if "seed" in searched:
+        raise ValueError(f"{here}: a seed is not searched: the best one says nothing about the next")

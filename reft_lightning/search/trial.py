@@ -1,73 +1,52 @@
-"""One run of a study, in a process of its own: ``python -m reft_lightning.search.trial FOLDER``.
+"""One run of a study, in a process of its own: ``python -m reft_lightning.search.trial STUDY FOLDER``.
 
-The folder holds ``job.json``, which says what to run. A trial is an ordinary run whose test split is sealed; it
-writes what it spends and what its validations give, and ends where it falls behind or where the budget is used up.
-A winner is an ordinary run with the test split; that it is read is written down before it is.
+``job.json`` in the run's folder says what to run. A trial is an ordinary run whose test split is sealed; it reports its
+validations to Optuna, and ends where it is pruned or would exceed the budget. A winner is an ordinary run with the
+test split; each read of that split is written down before it happens.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 
 from ..config import compose
 from ..runs import experiment
-from ..runs.arguments import family_of
-from ..runs.checks import Monitor, monitor_of
-from ..storage.atomic import now, write_json
-from .budget import COST_FILE, flops_per_token, read_cost, total_cost
+from ..storage.atomic import now
+from .budget import spent
 from .process import end_with_parent
-from .pruning import Reports, falls_behind
+from .study import Study, read_results
+from .study_files import LEDGER, read_job
 
-JOB_FILE = "job.json"
-PERIOD = 1.0  # seconds between two looks at what others spend, and two writes of one's own cost
+PERIOD = 2.0  # seconds between two notes of what a trial has spent, and two looks at what others have
 
 
 class TrialCallback(Callback):
-    """Write what a trial spends and reports; end it where it falls behind or the budget is used up.
+    """Report a trial's validations and costs to Optuna; end it where it is pruned or would exceed the budget."""
 
-    Args:
-        folder: of the trial; its siblings are the other trials of the method.
-        monitored: the score that decides.
-        unit: of the budget.
-        amount: of the budget.
-        pruning: settings of successive halving, or None not to prune.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        monitored: Monitor,
-        unit: str,
-        amount: float,
-        pruning: dict[str, int] | None,
-    ) -> None:
-        self.folder, self.monitored, self.unit, self.amount, self.pruning = (
-            folder,
-            monitored,
-            unit,
-            amount,
-            pruning,
-        )
-        self.cost = read_cost(folder)
-        self.reports = Reports(folder)
+    def __init__(self, study: Study, method: str, number: int) -> None:
+        self.study, self.method, self.number = study, method, number
+        self.unit, self.amount, self.monitor = study.plan.budget.unit, study.plan.budget.amount, study.monitor
+        trial_id = study.trials(method)[number]._trial_id
+        self.trial = study.optuna.trial.Trial(study.studies[method], trial_id)
+        self.cost = {"steps": 0, "tokens": 0, "seconds": 0.0}
         self._others = 0.0
-        self._flops = 0.0
-        self._started = self._looked = 0.0
+        self._started = self._noted = time.perf_counter()
+        self._validations = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._started = time.perf_counter()
-        self._flops = flops_per_token(pl_module.model, pl_module.model.parameter_roles())
-        self._look(trainer)
+        self._note(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -75,81 +54,69 @@ class TrialCallback(Callback):
         """Begin no batch when the budget is used up."""
         if self.unit == "trials":
             return
-        used = self.cost[self.unit] + self._others >= self.amount
-        if trainer.strategy.broadcast(used) if trainer.world_size > 1 else used:
-            self._write(trainer)
-            self._end(f"the method's budget of {self.amount:g} {self.unit} is used up")
+        if time.perf_counter() - self._noted >= PERIOD:
+            self._note(trainer)
+        if _agreed(trainer, self.cost[self.unit] + self._others >= self.amount):
+            self._end(trainer, f"the method's budget of {self.amount:g} {self.unit} is used up")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count."""
-        tokens = pl_module.tokens * trainer.world_size  # the others' batches are about as long
-        seconds = time.perf_counter() - self._started
         self.cost = {
-            "steps": trainer.global_step, "tokens": tokens, "seconds": seconds, "flops": self._flops * tokens
-        }  # fmt: skip
-        if time.perf_counter() - self._looked >= PERIOD:
-            self._look(trainer)
+            "steps": trainer.global_step,
+            "tokens": cast(Any, pl_module).tokens
+            * trainer.world_size,  # batches of other ranks are about as long
+            "seconds": time.perf_counter() - self._started,
+        }
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report the score; end the trial where it falls behind."""
+        """Report the score, unless it is NaN; end the trial where the pruner says so."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        self.cost["seconds"] = time.perf_counter() - self._started
-        self.reports.add(float(trainer.callback_metrics[self.monitored.name]))
+        self._validations += 1
+        self._note(trainer)
+        score = float(trainer.callback_metrics[self.monitor])
         behind = False
-        if self.pruning is not None and trainer.is_global_zero:
-            siblings = (path for path in self.folder.parent.iterdir() if path != self.folder)
-            others = {path.name: Reports.read(path) for path in siblings}
-            behind = falls_behind(self.reports, others, self.monitored.mode == "max", self.pruning)
-        if trainer.is_global_zero:
-            self.reports.write()
-        self._write(trainer)
-        if trainer.strategy.broadcast(behind) if trainer.world_size > 1 else behind:
+        if trainer.is_global_zero and math.isfinite(score):
+            self.trial.report(score, self._validations)
+            behind = self.trial.should_prune()
+        if _agreed(trainer, behind):
             self._end(
-                f"successive halving: {self.monitored.name} fell behind at validation {len(self.reports.values)}"
+                trainer,
+                f"{self.study.plan.pruner}: {self.monitor} fell behind at validation {self._validations}",
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the whole cost."""
-        self.cost["seconds"] = time.perf_counter() - self._started
-        self._write(trainer)
+        """Note the whole cost."""
+        self._note(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write what was spent until then."""
-        self._write(trainer)
+        """Note what was spent until then."""
+        self._note(trainer)
 
-    def _look(self, trainer: Trainer) -> None:
-        self._looked = time.perf_counter()
-        if self.unit != "trials":
-            self._others = total_cost(self.folder.parent, but=self.folder.name)[self.unit]
-        self._write(trainer)
-
-    def _write(self, trainer: Trainer) -> None:
+    def _note(self, trainer: Trainer) -> None:
+        """Write what this trial has spent, and read what the others have."""
+        self._noted = time.perf_counter()
+        self.cost["seconds"] = self._noted - self._started
         if trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / COST_FILE, self.cost)
+            self.trial.set_user_attr("cost", self.cost)
+            others = [trial for trial in self.study.trials(self.method) if trial.number != self.number]
+            self._others = spent(others)[self.unit]
 
-    def _end(self, reason: str) -> None:
-        raise experiment.Halted(
-            "pruned",
-            reason,
-            steps=self.cost["steps"],
-            tokens=self.cost["tokens"],
-            train_seconds=self.cost["seconds"],
-        )
+    def _end(self, trainer: Trainer, reason: str) -> None:
+        self._note(trainer)
+        steps, tokens, seconds = self.cost["steps"], self.cost["tokens"], self.cost["seconds"]
+        raise experiment.Halted("pruned", reason, steps=steps, tokens=tokens, train_seconds=seconds)
+
+
+def _agreed(trainer: Trainer, decision: bool) -> bool:
+    """Return the decision of the first rank."""
+    return trainer.strategy.broadcast(decision) if trainer.world_size > 1 else decision
 
 
 class TestLedger(Callback):
-    """Write a line into the study's ledger before each read of the test split.
-
-    Args:
-        path: of the ledger.
-        folder: of the run, whose ``results.json`` knows the configuration's hash.
-        method: of the study.
-        seed: of the run.
-    """
+    """Write a line into the study's ledger before each read of the test split by the run in a folder."""
 
     def __init__(self, path: Path, folder: Path, method: str, seed: int) -> None:
         self.path, self.folder, self.method, self.seed = path, folder, method, seed
@@ -158,9 +125,9 @@ class TestLedger(Callback):
         """Add the line."""
         if not trainer.is_global_zero:
             return
-        results = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
         line = {
-            "time": now(), "method": self.method, "seed": self.seed, "config_hash": results["config_hash"],
+            "time": now(), "method": self.method, "seed": self.seed,
+            "config_hash": read_results(self.folder)["config_hash"],
             "model": "base" if pl_module.prefix else "adapted", "folder": str(self.folder),
         }  # fmt: skip
         with self.path.open("a", encoding="utf-8") as file:
@@ -169,21 +136,16 @@ class TestLedger(Callback):
             os.fsync(file.fileno())
 
 
-def run_job(folder: Path) -> dict[str, Any]:
-    """Run what ``job.json`` says; return the contents of ``results.json``.
-
-    Raises:
-        ValueError: for a job that cannot run.
-    """
-    job = json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
+def run_job(study: Path, folder: Path) -> dict[str, Any]:
+    """Run what ``job.json`` of a folder says; return the contents of ``results.json``."""
+    job = read_job(folder)
     config = compose.compose(job["overrides"])
     if config.sealed != (job["kind"] == "trial"):
         raise ValueError(f"{folder}: a trial is sealed and a winner is not; its overrides say otherwise")
     if job["kind"] == "trial":
-        monitor = monitor_of(config, family_of(config))
-        own: Callback = TrialCallback(folder, monitor, job["unit"], job["amount"], job["pruning"])
+        own: Callback = TrialCallback(Study(study), job["method"], job["number"])
     else:
-        own = TestLedger(Path(job["ledger"]), folder, job["method"], job["seed"])
+        own = TestLedger(study / LEDGER, folder, job["method"], job["seed"])
     names = [o.partition("=")[2] for o in job["overrides"] if o.startswith("experiment=")]
     return experiment.run(config, folder, names[-1] if names else None, [own])
 
@@ -194,7 +156,7 @@ def main(argv: Sequence[str]) -> None:
     sys.path.insert(0, os.getcwd())  # intervention.method=my_module.RED finds my_module.py here
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
-        run_job(Path(argv[0]))
+        run_job(Path(argv[0]), Path(argv[1]))
     except (compose.CompositionError, experiment.SetupError) as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(2)

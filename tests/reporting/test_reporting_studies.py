@@ -13,6 +13,26 @@ from reft_lightning.reporting.build import Report, build_report
 from reft_lightning.reporting.command import write
 from reft_lightning.reporting.page import page
 from reft_lightning.reporting.studies import ENOUGH, Study, Trial, _importance, read_study
+from reft_lightning.search.study import open_storage
+from reft_lightning.search.study_files import JOB, JOURNAL
+
+
+def write_winner(folder, method, seed, **job):
+    write_run(folder, method, seed)
+    (folder / JOB).write_text(json.dumps({"kind": "winner", "method": method, "seed": seed, **job}))
+
+
+def lose_a_cost(study):
+    """The last trial of red has spent no steps."""
+    before, found, after = (study / JOURNAL).read_text().rpartition('"steps":50')
+    assert found
+    (study / JOURNAL).write_text(f'{before}"steps":0{after}')
+
+
+def rename(study, method, name):
+    """Give the winners of a method another name in their study."""
+    for file in study.glob(f"winners/{method}/*/{JOB}"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"method": name}))
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +42,14 @@ def finished_study(tmp_path_factory):
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder = tmp_path_factory.mktemp("searched") / "study"
     folder.mkdir()
-    storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'study.db'}")
+    storage = open_storage(folder, None)
     rng = np.random.default_rng(0)
     space = {
         "optimizer.lr": optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True),
         "intervention.rank": optuna.distributions.CategoricalDistribution([4, 8]),
     }
     for method in ("loreft", "red"):
-        kept = optuna.create_study(storage=storage, study_name=method, direction="maximize")
+        kept = optuna.create_study(storage=storage, study_name=f"one/{method}", direction="maximize")
         for number in range(6):
             params = {
                 "optimizer.lr": float(10 ** rng.uniform(-4, -2)),
@@ -37,23 +57,22 @@ def finished_study(tmp_path_factory):
             }
             value = None if number == 3 else 1 - abs(np.log10(params["optimizer.lr"]) + 3)
             state = optuna.trial.TrialState.FAIL if number == 3 else optuna.trial.TrialState.COMPLETE
+            cost = {"cost": {"steps": 50, "tokens": 5000, "seconds": 10}}
             kept.add_trial(
-                optuna.trial.create_trial(state=state, value=value, params=params, distributions=space)
-            )
-            trial = folder / "trials" / method / str(number)
-            trial.mkdir(parents=True)
-            (trial / "cost.json").write_text(
-                json.dumps({"steps": 50, "tokens": 5000, "seconds": 10, "flops": 1e9})
+                optuna.trial.create_trial(
+                    state=state, value=value, params=params, distributions=space, user_attrs=cost
+                )
             )
         # of the trials one has a run folder, which no table may take
         write_run(folder / "trials" / method / "6", method, seed=7)
         for seed in (42, 43):
-            write_run(folder / "winners" / method / f"seed_{seed}", method, seed)
-    (folder / "study.yaml").write_text("budget: {unit: trials, amount: 6}\nmonitor: val/accuracy\n")
+            write_winner(folder / "winners" / method / f"seed_{seed}", method, seed)
+    (folder / "study.yaml").write_text(
+        "budget: {unit: trials, amount: 6}\nmonitor: val/accuracy\nstudy: one\n"
+    )
     (folder / "summary.json").write_text(
         json.dumps({"status": "complete", "methods": {"loreft": {}, "red": None}})
     )
-    storage.engine.dispose()
     return folder
 
 
@@ -92,8 +111,8 @@ class TestStudies:
         assert table.rows[0][list(table.columns).index("steps")].text == "300"
 
     def test_a_study_that_spent_unequally_is_said_to(self, study, tmp_path):
-        (study / "study.yaml").write_text("budget: {unit: steps, amount: 300}\n")
-        (study / "trials" / "red" / "5" / "cost.json").unlink()
+        (study / "study.yaml").write_text("budget: {unit: steps, amount: 300}\nstudy: one\n")
+        lose_a_cost(study)
         report = build_report([study], resamples=FEW)
         assert "unequal: red has spent 250 steps" in report.studies[0].budget
         text = write(report, tmp_path / "out")
@@ -101,8 +120,8 @@ class TestStudies:
 
     @pytest.mark.parametrize("summary", [None, '{"status": "running"}', "{", "[]"])
     def test_a_study_that_has_not_ended_is_running_and_not_unequal(self, study, tmp_path, summary):
-        (study / "study.yaml").write_text("budget: {unit: steps, amount: 3000}\n")
-        (study / "trials" / "red" / "5" / "cost.json").unlink()
+        (study / "study.yaml").write_text("budget: {unit: steps, amount: 3000}\nstudy: one\n")
+        lose_a_cost(study)
         (study / "summary.json").unlink()
         if summary is not None:
             (study / "summary.json").write_text(summary)
@@ -123,7 +142,7 @@ class TestStudies:
         report = build_report([study], resamples=FEW)
         said = tables.study_table(report.studies[0]).notes
         assert said == [
-            "loreft: the winner lies at the upper edge of optimizer.lr: beyond, nothing was tried",
+            "loreft: the winner lies at the upper edge of optimizer.lr; values beyond were not tried",
             "red: it ended before its budget: 3 trials in a row cost no tokens",
         ]
         assert said[0] in write(report, tmp_path / "out")
@@ -131,11 +150,9 @@ class TestStudies:
 
     @pytest.mark.parametrize("whole", [True, False])
     def test_beside_the_scores_such_a_winner_has_a_mark_and_a_word_below(self, study, tmp_path, whole):
-        methods = {
-            "loreft": {"best": {"edges": []}},
-            "red": {"best": {"edges": ["at the upper edge of optimizer.lr"]}},
-        }
-        (study / "summary.json").write_text(json.dumps({"status": "complete", "methods": methods}))
+        for file in study.glob(f"winners/red/*/{JOB}"):
+            edges = {"edges": ["at the upper edge of optimizer.lr"]}
+            file.write_text(json.dumps(json.loads(file.read_text()) | edges))
         report = build_report([study if whole else study / "winners"], resamples=FEW)
         (comparison,) = report.comparisons
         table = tables.score_table(comparison)
@@ -165,23 +182,23 @@ class TestStudies:
         ]
 
     def test_winners_have_the_names_of_the_study(self, study):
-        (study / "winners" / "red").rename(study / "winners" / "red_all_layers")
+        rename(study, "red", "red_all_layers")
         (comparison,) = build_report([study], resamples=FEW).comparisons
         assert [method.label for method in comparison.methods] == ["loreft", "red_all_layers"]
 
     def test_reads_name_methods_and_folders_as_the_study_does(self, study):
-        (study / "winners" / "red").rename(study / "winners" / "head")
+        rename(study, "red", "head")
         report = build_report([study], resamples=FEW)
         table = tables.read_table(report.reads, report.folders)
         names = {(row[1].text, row[2].text, row[-1].text) for row in table.rows}
         assert names == {
-            (method, str(seed), f"study/winners/{method}/seed_{seed}")
-            for method in ("loreft", "head") for seed in (42, 43)
+            (method, str(seed), f"study/winners/{folder}/seed_{seed}")
+            for method, folder in (("loreft", "loreft"), ("head", "red")) for seed in (42, 43)
         }  # fmt: skip
         # two folders of one name are told apart by their whole path, and so is what lies in none of them
         twins = [report.folders[0], study.parent / "other" / "study"]
         for roots in (twins, [study.parent / "other"]):
-            folder = study / "winners" / "head"
+            folder = study / "winners" / "red"
             assert tables.places([folder], roots) == [str(folder)]
 
     def test_a_study_without_winners_is_its_history(self, study, tmp_path):
@@ -196,11 +213,11 @@ class TestStudies:
         assert "pip install 'reft_lightning[search]'" in report.left[0].reason
         assert len(report.comparisons) == 1
 
-    def test_a_database_of_something_else_is_left_out(self, study):
-        (study / "study.db").write_text("no database")
+    def test_a_journal_of_something_else_is_left_out(self, study):
+        (study / JOURNAL).write_text("not\na\njournal\n")
         report = build_report([study], resamples=FEW)
         (left,) = report.left
-        assert "is no database of Optuna" in left.reason
+        assert "is not a storage of Optuna" in left.reason
         assert len(report.comparisons) == 1
 
 

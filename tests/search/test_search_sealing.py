@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import short_runs
 import yaml
-from real_searches import contents, in_this_process, make_study, opened, start
+from real_searches import contents, make_study, opened, start, work
 
 from reft_lightning.data.classification_data import divide
 from reft_lightning.data.families.glue import FAMILY
@@ -55,9 +56,9 @@ def test_no_search_opens_test_rows(data, tmp_path, changes, overrides):
     values["base"] += overrides
     with opened() as files:
         study = make_study(tmp_path / "study", values)
-        command.work(study, in_this_process)
+        work(study)
     assert {t.state.name for t in study.trials("loreft")} <= {"COMPLETE", "PRUNED"}
-    assert study.winner("loreft") is not None
+    assert study.best("loreft") is not None
     assert str(data / "boolq" / "train.json") in files  # what is opened is seen
     assert str(test_file) not in files
     for _, _, state, _, _, metrics, _, reads, predictions in outcomes(study):
@@ -72,7 +73,7 @@ def test_no_search_opens_test_rows(data, tmp_path, changes, overrides):
 def test_the_look_at_the_rows_before_a_study_opens_no_test_rows(data, tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(contents(data)))
     with opened() as files:
-        command.prepare({"search": str(tmp_path / "mine.yaml"), "folder": str(tmp_path / "study")}, [])
+        command.prepare_study({"search": str(tmp_path / "mine.yaml"), "folder": str(tmp_path / "study")}, [])
     assert str(data / "boolq" / "train.json") in files
     assert str(data / "boolq" / "test.json") not in files
 
@@ -116,7 +117,7 @@ def search_glue(folder, rows):
         "base": base, "methods": methods, "sampler": "tpe", "startup_trials": 1, **HALVING, "seeds": [1],
         "budget": {"unit": "trials", "amount": 3},
     })  # fmt: skip
-    command.work(study, in_this_process)
+    work(study)
     return study
 
 
@@ -129,7 +130,7 @@ def test_labels_of_the_tests_half_of_a_file_change_nothing_in_a_search(tmp_path)
     differ = [(one, other) for both in pairs for one, other in zip(*both, strict=True) if one != other]
     assert not differ, str(differ)[:1000]
     assert "COMPLETE" in {outcome[2] for outcome in outcomes(after)}
-    assert before.winner("loreft").number == after.winner("loreft").number
+    assert before.best("loreft").number == after.best("loreft").number
     # the winners' runs, which may read them, do
     first, second = (short_runs.results(s.folder / "winners" / "loreft" / "seed_1") for s in (before, after))
     reads = [results["data_versions"]["test"]["rte"]["test_fingerprint"] for results in (first, second)]
@@ -162,7 +163,8 @@ def test_no_process_of_the_command_opens_test_rows(data, tmp_path):
     )
     log = tmp_path / "opened.txt"
     arguments = ["search=mine.yaml", "folder=study"]
-    running = start(arguments, tmp_path, PYTHONPATH=str(tmp_path / "hook"), OPENED=str(log))
+    path = os.pathsep.join([str(tmp_path / "hook"), os.environ.get("PYTHONPATH", "")])
+    running = start(arguments, tmp_path, PYTHONPATH=path, OPENED=str(log))
     said, _ = running.communicate()
     assert running.returncode == 0, said
     files = set(log.read_text().splitlines())

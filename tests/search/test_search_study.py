@@ -1,24 +1,32 @@
-"""The trials of a study: kills, failures, workers, budgets and pruning, with runs that only write what a run writes."""
+"""The trials of a study: kills, failures, workers, budgets, with runs that only write what a run writes."""
 
-import os
-import random
-import signal
+import threading
 import time
 
 import pytest
-from pretended_runs import STEPS, make_study, pretend, trials_of
+from pretended_runs import (
+    STEPS,
+    Killed,
+    make_study,
+    pretend,
+    spend,
+    trials_of,
+    work,
+    work_with_others,
+    write_results,
+)
 
-from reft_lightning.search import budget, command
-from reft_lightning.search.pruning import Reports, falls_behind
+from reft_lightning.search.budget import counted, verdict
+from reft_lightning.search.study import Study
+from reft_lightning.search.study_files import read_job
 from reft_lightning.search.summary import summarize
-from reft_lightning.storage.atomic import write_json
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A study that nothing interrupted."""
     study = make_study(tmp_path_factory.mktemp("whole"))
-    command.work(study, pretend)
+    work(study)
     return study
 
 
@@ -26,9 +34,8 @@ def whole(tmp_path_factory):
 
 
 def test_every_method_spends_the_same_trials(whole):
-    found = trials_of(whole)
-    assert [len(trials) for trials in found.values()] == [8, 8]
-    summary = summarize(whole, write=False)
+    assert [len(trials) for trials in trials_of(whole).values()] == [8, 8]
+    summary = summarize(whole)
     assert summary["budget"]["verdict"] == "equal"
     assert summary["status"] == "complete"
     assert summary["methods"]["loreft"]["trials"] == {"complete": 5, "pruned": 2, "failed": 1, "running": 0}
@@ -36,269 +43,204 @@ def test_every_method_spends_the_same_trials(whole):
 
 
 def test_a_trial_that_fails_is_recorded_and_the_study_goes_on(whole):
-    failed = summarize(whole, write=False)["methods"]["direft"]["failed"]
+    failed = summarize(whole)["methods"]["direft"]["failed"]
     assert failed == {"3": "exit status 1\nthe last line of its log"}
-    assert [t.number for t in whole.trials("direft", "COMPLETE")] == [0, 1, 4, 5, 7]
+    assert [t.number for t in whole.trials("direft") if t.state.name == "COMPLETE"] == [0, 1, 4, 5, 7]
 
 
-def test_a_score_that_is_no_number_fails_the_trial(tmp_path):
-    def diverge(job):
-        write_json(
-            job.folder / "results.json", {"status": "complete", "metrics": {"val/accuracy": float("nan")}}
-        )
+@pytest.mark.parametrize("scores", [{"val_accuracy": float("nan")}, {}])
+def test_a_score_that_is_missing_or_not_a_number_fails_the_trial(tmp_path, scores):
+    def diverge(folder):
+        write_results(folder, "complete", **scores)
         return ""
 
     study = make_study(tmp_path, budget={"unit": "trials", "amount": 1}, seeds=[])
-    command.work(study, diverge)
+    work(study, diverge)
     (error,) = summarize(study)["methods"]["loreft"]["failed"].values()
-    assert error == "the run ended as 'complete', and val/accuracy is nan"
+    assert error == f"the run ended as 'complete', and val/accuracy is {scores.get('val_accuracy')}"
 
 
-def test_each_trial_is_drawn_again_by_its_number_alone(whole):
-    from reft_lightning.search.space import draw
+def test_one_worker_draws_the_same_trials_again_for_the_same_seed(whole, tmp_path):
+    again, other = make_study(tmp_path / "again"), make_study(tmp_path / "other", sampler_seed=1)
+    work(again)
+    work(other)
+    assert trials_of(again) == trials_of(whole)
+    assert trials_of(other) != trials_of(whole)
 
-    for method, own in whole.plan.methods.items():
-        trials = whole.trials(method)
-        for t in trials:
-            again = draw(own.space, "tpe", 0, method, t.number, trials[: t.number], True, 3)
-            assert again == t.params
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_no_two_trials_draw_the_same(tmp_path, sampler):
+    study = make_study(tmp_path, sampler=sampler, seeds=[])
+    work(study)
+    drawn = [str(trial.params) for method in study.plan.methods for trial in study.trials(method)]
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_a_grid_has_every_combination_once_also_after_a_kill(tmp_path):
+    space = {"intervention.rank": {"choice": [1, 2, 4]}, "optimizer.lr": {"log": [1e-4, 1e-2], "points": 3}}
+    plan = {
+        "methods": {"loreft": {"overrides": [], "space": space}}, "sampler": "grid", "seeds": [],
+        "budget": {"unit": "tokens", "amount": 1e9},
+    }  # fmt: skip
+    study = make_study(tmp_path, **plan)
+
+    def killed_at_the_third(folder):
+        if read_job(folder)["number"] == 2:
+            raise Killed
+        return pretend(study, folder)
+
+    with pytest.raises(Killed):
+        work(study, killed_at_the_third)
+    study = Study(tmp_path)
+    work(study)
+    drawn = [tuple(sorted(trial.params.items())) for trial in counted(study.trials("loreft"))]
+    assert len(drawn) == len(set(drawn)) == 9
 
 
 def test_a_trials_folder_has_the_command_that_repeats_it(whole):
-    words = (whole.folder / "trials" / "loreft" / "4" / "command.txt").read_text().split()
-    params = whole.trials("loreft")[4].params
-    assert words[0] == "reft-train"
-    assert f"optimizer.lr={params['optimizer.lr']}" in words
+    trial = whole.trials("loreft")[4]
+    words = (whole.folder / trial.user_attrs["folder"] / "command.txt").read_text().split()
+    assert "reft-train" in words
+    assert f"optimizer.lr={trial.params['optimizer.lr']}" in words
     assert words[-1] == "sealed=true"
 
 
-def test_a_study_that_is_killed_at_random_points_has_the_trials_of_one_that_is_not(whole, tmp_path):
-    rng = random.Random(0)
-    kills = 0
-    for attempt in range(200):
-        child = os.fork()
-        if child == 0:  # dies wherever it is when the timer ends: SIGALRM is not handled
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.02, 0.3) * (1 + attempt / 10))
-            command.work(make_study(tmp_path), pretend)
-            os._exit(0)
-        rng.random()
-        _, status = os.waitpid(child, 0)
-        if os.WIFEXITED(status):
-            assert os.WEXITSTATUS(status) == 0
-            break
-        kills += 1
-    assert kills >= 3
-    study = make_study(tmp_path)
-    assert trials_of(study) == trials_of(whole)
-    assert summarize(study)["status"] == "complete"
+# --- kills and workers
 
 
-def test_a_trial_that_had_ended_when_its_outcome_was_lost_is_not_run_again(tmp_path):
-    study = make_study(tmp_path, budget={"unit": "trials", "amount": 1}, seeds=[])
-    job = study.take_trial()
-    study.prepare(job)
-    pretend(job)
-    job.lock.release()  # as the end of the process does
+def database(tmp_path):
+    return f"sqlite:///{tmp_path}/trials.db"
 
-    def fail(job):
-        raise AssertionError(f"{job.name} ran again") if job.method == "loreft" else KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        command.work(make_study(tmp_path, budget={"unit": "trials", "amount": 1}, seeds=[]), fail)
-    assert trials_of(study)["loreft"][0][2] == "COMPLETE"
+@pytest.mark.parametrize("ending", [Killed, KeyboardInterrupt])
+def test_a_trial_that_was_cut_off_runs_again_and_costs_nothing(tmp_path, ending):
+    study = make_study(tmp_path, budget={"unit": "steps", "amount": 3 * STEPS}, seeds=[1])
+
+    def cut(folder):
+        job = read_job(folder)
+        if (job["method"], job["number"]) == ("direft", 1):
+            spend(study, job, steps=STEPS - 1).report(0.1, 1)
+            raise ending
+        return pretend(study, folder)
+
+    with pytest.raises(ending):
+        work(study, cut)
+    study = Study(tmp_path)
+    work(study)
+    summary = summarize(study)
+    assert summary["status"] == "complete"
+    assert {name: method["spent"]["steps"] for name, method in summary["methods"].items()} == {
+        "loreft": 3 * STEPS, "direft": 3 * STEPS
+    }  # fmt: skip
+    assert sum(summary["methods"]["direft"]["trials"].values()) == 3
+    lost, *_ = (t for t in study.trials("direft") if t not in counted(study.trials("direft")))
+    again = next(t for t in counted(study.trials("direft")) if t.params == lost.params)
+    assert list(again.intermediate_values) == [1]
+    assert again.intermediate_values[1] != 0.1  # from its beginning
+
+
+def test_trials_may_lie_in_a_database_that_other_searches_share(tmp_path):
+    few = {"budget": {"unit": "trials", "amount": 2}, "seeds": []}
+    one = make_study(tmp_path / "one", database(tmp_path), **few)
+    other = make_study(tmp_path / "other", database(tmp_path), **few)
+    work(one)
+    assert [len(trials) for trials in trials_of(other).values()] == [0, 0]
+    work(other)
+    assert trials_of(other) == trials_of(one)
+    assert not list(tmp_path.glob("*/*.journal"))
+
+
+def test_a_trial_of_a_database_whose_heartbeat_stopped_runs_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("reft_lightning.search.study.HEARTBEAT", 1)
+    study = make_study(tmp_path, database(tmp_path), budget={"unit": "trials", "amount": 2}, seeds=[])
+
+    def die(folder):
+        raise Killed
+
+    with pytest.raises(Killed):
+        work(study, die)
+    study = Study(tmp_path)
+    work(study)
+    assert summarize(study)["methods"]["loreft"]["trials"]["running"] == 0
+    assert [len(counted(study.trials(method))) for method in study.plan.methods] == [2, 2]
+    assert [len(study.trials(method)) for method in study.plan.methods] == [3, 2]
 
 
 def test_workers_share_a_study_without_doing_anything_twice(tmp_path):
-    children = []
-    for _ in range(3):
-        child = os.fork()
-        if child == 0:
+    make_study(tmp_path).start()
+    ran = []
 
-            def slow(job):
-                with (tmp_path / "ran.txt").open("a") as file:
-                    file.write(f"{job.name}\n")
-                time.sleep(0.05)
-                return pretend(job)
+    def worker():
+        study = Study(tmp_path)
 
-            command.work(make_study(tmp_path), slow)
-            os._exit(0)
-        children.append(child)
-    assert all(os.waitpid(child, 0)[1] == 0 for child in children)
-    ran = (tmp_path / "ran.txt").read_text().splitlines()
+        def slow(folder):
+            ran.append(str(folder))
+            time.sleep(0.05)
+            return pretend(study, folder)
+
+        work_with_others(study, slow)
+
+    workers = [threading.Thread(target=worker) for _ in range(3)]
+    for thread in workers:
+        thread.start()
+    for thread in workers:
+        thread.join()
     assert len(ran) == len(set(ran)) == 2 * 8 + 2 * 2
-    summary = summarize(make_study(tmp_path))
+    study = Study(tmp_path)
+    summary = summarize(study)
     assert (summary["status"], summary["budget"]["verdict"]) == ("complete", "equal")
-    assert len(summary["test_reads"]) == 4
-
-
-def test_no_winner_is_tested_while_another_worker_leaves_a_trial_behind(tmp_path, monkeypatch):
-    plan_of = {"budget": {"unit": "trials", "amount": 2}, "seeds": [1]}
-    study = make_study(tmp_path, **plan_of)
-    held = make_study(tmp_path, **plan_of).take_trial()
-    ran, look = [], study.take_trial
-
-    def look_and_lose_the_other():
-        job = look()
-        if job is None:
-            held.lock.release()  # as its worker does when it is killed, after this one has looked
-        return job
-
-    def run(job):
-        ran.append(job)
-        return pretend(job)
-
-    monkeypatch.setattr(study, "take_trial", look_and_lose_the_other)
-    monkeypatch.setattr(command, "WAIT", 0.0)
-    command.work(study, run)
-    assert [job.seed for job in ran] == [None] * 4 + [1, 1]
-    assert held.name in [job.name for job in ran]
-
-
-def test_no_winner_is_taken_while_a_trial_runs_or_is_still_to_run(tmp_path):
-    study = make_study(tmp_path, budget={"unit": "trials", "amount": 1}, seeds=[1])
-    for method in ("loreft", "direft"):
-        assert study.take_winner() is None
-        job = study.take_trial()
-        assert job.method == method
-        assert study.take_winner() is None
-        study.prepare(job)
-        assert study.tell_trial(job, pretend(job)) == "complete"
-    assert study.take_winner().name == "loreft 0, seed 1"
+    drawn = [str(trial.params) for method in study.plan.methods for trial in study.trials(method)]
+    assert len(set(drawn)) == len(drawn)
 
 
 # --- budgets
 
 
-def test_a_method_ends_when_its_trials_fail_before_they_cost_anything(tmp_path, capsys, caplog):
-    ran = []
-
-    def lose_direft(job):
-        ran.append(job)
-        assert len(ran) < 20, "it would never end"
-        return "exit status 1\nno such file" if job.method == "direft" else pretend(job)
-
-    plan_of = {"budget": {"unit": "tokens", "amount": 250}, "seeds": []}
-    study = make_study(tmp_path, **plan_of)
-    command.work(study, lose_direft)
-    assert [t.state.name for t in study.trials("direft")] == ["FAIL"] * budget.FREE
-    assert study.spent("loreft")["tokens"] == 300
-    summary = summarize(study)
-    assert {m: v["gave_up"] for m, v in summary["methods"].items()} == {
-        "loreft": "", "direft": "3 trials in a row cost no tokens"
-    }  # fmt: skip
-    command.write_plan(tmp_path, study.plan, "val/accuracy", "max", str(tmp_path))
-    with pytest.raises(SystemExit):
-        command._report(tmp_path, study.since)
-    assert "direft: ended before its budget: 3 trials in a row cost no tokens" in capsys.readouterr().out
-    assert f"mend the cause, which stands in {tmp_path / 'summary.json'}" in caplog.text
-    again = make_study(tmp_path, **plan_of)  # the next start, when the cause is mended
-    command.work(again, pretend)
-    assert (again.spent("direft")["tokens"], again.spent("loreft")["tokens"]) == (300, 300)
-    assert summarize(again)["methods"]["direft"]["gave_up"] == ""
-
-
-def test_a_trial_does_not_start_when_the_steps_left_do_not_cover_it(tmp_path):
-    steps = ["model=tiny_random", "data=boolq", f"trainer.max_steps={STEPS}"]
-    study = make_study(tmp_path, base=steps, budget={"unit": "steps", "amount": 3 * STEPS + 4}, seeds=[])
-    command.work(study, pretend)
-    assert {m: study.spent(m)["steps"] for m in study.plan.methods} == {"loreft": 30, "direft": 30}
-
-
-def test_trials_of_unknown_cost_start_while_anything_is_left(tmp_path):
+def test_trials_start_while_anything_is_left(tmp_path):
     study = make_study(tmp_path, budget={"unit": "tokens", "amount": 250}, seeds=[])
-    command.work(study, pretend)
-    assert {m: study.spent(m)["tokens"] for m in study.plan.methods} == {"loreft": 300, "direft": 300}
+    work(study)
+    spent = {name: method["spent"]["tokens"] for name, method in summarize(study)["methods"].items()}
+    assert spent == {"loreft": 300, "direft": 300}
 
 
-def test_a_method_that_spent_less_is_reported(tmp_path):
-    study = make_study(tmp_path, budget={"unit": "tokens", "amount": 200}, seeds=[])
-    command.work(study, pretend)
-    write_json(tmp_path / "trials" / "loreft" / "0" / "cost.json", {"tokens": 20})
-    assert summarize(study)["budget"]["verdict"] == "unequal: loreft has spent 120 tokens, direft 200, of 200"
+def test_a_method_whose_trials_cost_nothing_ends_until_the_next_start(tmp_path):
+    study = make_study(tmp_path, budget={"unit": "tokens", "amount": 250}, seeds=[])
+
+    def broken(folder):
+        return (
+            pretend(study, folder)
+            if read_job(folder)["method"] == "direft"
+            else "exit status 2\nno such file"
+        )
+
+    work(study, broken)
+    summary = summarize(study)
+    assert summary["methods"]["loreft"]["gave_up"] == "3 trials in a row cost no tokens"
+    assert summary["methods"]["loreft"]["trials"]["failed"] == 3
+    assert summary["methods"]["direft"]["gave_up"] == ""
+    assert summary["budget"]["verdict"].startswith("unequal: loreft has spent 0 tokens")
+    again = Study(tmp_path)
+    work(again)
+    summary = summarize(again)
+    assert (summary["methods"]["loreft"]["gave_up"], summary["budget"]["verdict"]) == ("", "equal")
 
 
-def test_trials_of_other_lengths_are_said_where_trials_are_counted(tmp_path):
-    def shorter(job):
-        ended = pretend(job)
-        if job.method == "direft":
-            write_json(job.folder / "cost.json", {"steps": STEPS - 2, "tokens": 100})
-        return ended
+def test_a_method_that_spent_less_is_reported():
+    costs = {"loreft": {"tokens": 120}, "direft": {"tokens": 200}}
+    assert verdict("tokens", 200, costs) == "unequal: loreft has spent 120 tokens, direft 200, of 200"
+    costs = {"a": {"tokens": 1e6}, "b": {"tokens": 1.005e6}}
+    assert verdict("tokens", 1e6, costs) == "equal"
+    costs = {name: {"trials": n, "steps": 1, "tokens": 1} for name, n in (("a", 399), ("b", 400))}
+    assert verdict("trials", 400, costs) == "unequal: a has spent 399 trials, b 400, of 400"
 
-    study = make_study(tmp_path, budget={"unit": "trials", "amount": 2}, seeds=[])
-    command.work(study, shorter)
-    assert summarize(study)["budget"]["verdict"] == (
+
+def test_trials_of_other_lengths_are_reported_where_trials_are_counted():
+    costs = {
+        "loreft": {"trials": 2, "steps": 20, "tokens": 200}, "direft": {"trials": 2, "steps": 16, "tokens": 200}
+    }  # fmt: skip
+    assert verdict("trials", 2, costs) == (
         "equal; trials were not equally long: direft 16 steps and loreft 20, 1.25 times as many"
     )
-    costs = {"a": {"steps": 1000, "tokens": 0}, "b": {"steps": 1009, "tokens": 7}}
-    assert budget.behind_trials("trials", costs) == "trials were not equally long: a 0 tokens and b 7"
-    assert budget.behind_trials("steps", costs) == ""
-
-
-def test_embeddings_that_are_the_head_too_are_multiplied():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    apart, tied = (
-        LlamaForCausalLM(LlamaConfig(vocab_size=50, tie_word_embeddings=tie, **sizes))
-        for tie in (False, True)
-    )
-    assert sum(p.numel() for p in apart.parameters()) - sum(p.numel() for p in tied.parameters()) == 50 * 16
-    roles = [{"weight": [model.model.layers[0].mlp.up_proj.weight]} for model in (apart, tied)]
-    assert budget.flops_per_token(apart, roles[0]) == budget.flops_per_token(tied, roles[1])
-
-
-def test_nominal_operations_are_six_for_each_trained_parameter_and_four_for_each_frozen_one():
-    from torch import nn
-
-    model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 2, bias=False))
-    body, head = model[1].weight, model[2].weight
-    assert budget.flops_per_token(model, {"weight": [body, head]}) == 6 * (
-        64 + 16
-    )  # 6 N, without the embedding
-    assert budget.flops_per_token(model, {"weight": [body]}) == 6 * 64 + 4 * 16
-    assert budget.flops_per_token(model, {"head": [head]}) == 2 * 64 + 4 * 16  # no gradient below the head
-    assert budget.flops_per_token(model, {"weight": []}) == 0
-    assert budget.flops_per_token(model, {"weight": [*model.parameters()]}) == 6 * (400 + 64 + 16)
-
-
-# --- pruning
-
-
-def report(folder, *values):
-    reports = Reports(folder)
-    for value in values:
-        reports.add(value)
-    return reports
-
-
-def test_successive_halving_keeps_the_best_part(tmp_path):
-    settings = {"min_validations": 1, "reduction_factor": 2}
-    others = {}
-    ends = []
-    for i, score in enumerate([0.5, 0.7, 0.6, 0.8, 0.1]):
-        own = report(tmp_path, score)
-        ends.append(falls_behind(own, others, True, settings))
-        others[str(i)] = own
-    # the first is alone; 0.7 is best of two; 0.6 second of three, of which one goes on; 0.8 and not 0.1
-    assert ends == [False, False, True, False, True]
-    assert (
-        falls_behind(report(tmp_path, 0.4), {}, True, {"min_validations": 2, "reduction_factor": 2}) is False
-    )
-    assert falls_behind(report(tmp_path, 0.1), others, False, settings) is False  # a loss: lower is better
-
-
-def test_a_trial_that_runs_again_is_judged_anew(tmp_path):
-    own = report(tmp_path, 0.2)
-    assert falls_behind(
-        own, {"0": _reached(tmp_path, 0.9)}, True, {"min_validations": 1, "reduction_factor": 2}
-    )
-    own.write()
-    assert Reports(tmp_path).values == {}  # what a trial begins with
-    assert Reports.read(tmp_path).rungs == own.rungs == {"completed_rung_0": 0.2}  # what others see
-
-
-def _reached(folder, value):
-    other = report(folder, value)
-    falls_behind(other, {}, True, {"min_validations": 1, "reduction_factor": 2})
-    return other
+    assert verdict("steps", 400, costs) == "equal"
+    costs = {"a": {"trials": 2, "steps": 1000, "tokens": 0}, "b": {"trials": 2, "steps": 1009, "tokens": 7}}
+    assert verdict("trials", 2, costs) == "equal; trials were not equally long: a 0 tokens and b 7"
