@@ -49,7 +49,7 @@ def check_packages() -> None:
     """
     try:
         import matplotlib  # noqa: F401
-        import scipy.special  # noqa: F401
+        import scipy  # noqa: F401
     except ModuleNotFoundError as error:
         raise ReportError(
             f"a report needs matplotlib and scipy ({error}): pip install 'reft_lightning[report]'"
