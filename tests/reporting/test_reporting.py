@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from invented_runs import cells, method, only, predictions, report, right, write_grid, write_run
 
-from reft_lightning.reporting import formats, peft_schema, plots, tables
+from reft_lightning.reporting import formats, peft_schema, tables
 from reft_lightning.reporting.comparisons import BASE
 from reft_lightning.reporting.runs import ReportError, find_folders, read_runs
 
@@ -224,10 +224,6 @@ class TestCosts:
             note for note in comparison.notes if note.startswith("2 runs were under way while another ran")
         ]
         assert len(said) == overlapped
-        label = plots._against(comparison, lambda m: m.cost("train_seconds"), plots.seconds(comparison)).axes[
-            0
-        ]
-        assert ("at the same time" in label.get_xlabel()) == overlapped
 
     def test_memory_that_is_not_known_is_no_number(self, tmp_path):
         write_run(tmp_path / "a", peak_memory_bytes=None)
