@@ -236,4 +236,4 @@ class TestImportance:
         study = Study(tmp_path, trials=trials, importance={"loreft": {"lr": 0.7, "rank": 0.3}})
         text = page(Report([tmp_path], [], [], [study]), {str(tmp_path): plots.study_plots(study)})
         assert f"methods with at least {ENOUGH} complete trials and two parameters" in text
-        assert "those of noise too" in text
+        assert "even of noise" in text
