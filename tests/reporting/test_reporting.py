@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from invented_runs import cells, method, only, predictions, report, right, write_grid, write_run
 
-from reft_lightning.reporting import formats, peft_schema, tables
+from reft_lightning.reporting import formats, tables
 from reft_lightning.reporting.comparisons import BASE
 from reft_lightning.reporting.runs import ReportError, find_folders, read_runs
 
@@ -311,15 +311,6 @@ class TestFolders:
             (folder / f"csv_{part}" / "metrics.csv").write_text(f"step,train/loss\n9,{part}\n")
         ((run,), _, _) = read_runs([folder])
         assert dict(run.curve("train/loss"))[9] == 10  # the last part knows best
-
-    def test_a_resumed_run_has_no_total_time_for_peft(self, tmp_path):
-        times = {"started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T00:01:40+00:00"}
-        folder = write_run(tmp_path / "a", **times)
-        ((run,), _, _) = read_runs([folder])
-        assert peft_schema._total_time(run) == 100
-        (folder / "csv_2").mkdir()
-        (folder / "csv_2" / "metrics.csv").write_text("step\n1\n")
-        assert peft_schema._total_time(run) is None
 
     def test_nothing_usable_says_what_a_run_folder_is(self, tmp_path):
         write_run(tmp_path / "stopped", status="stopped")
