@@ -291,8 +291,8 @@ class TestFolders:
             file.write("{}\n")
         made = report(tmp_path)
         assert [run.method for run in made.runs] == ["loreft"]
-        assert re.search(r"reft_test\.jsonl, line 61 is no row", made.left[0].reason)
-        with pytest.raises(ReportError, match=r"(?s)nothing to report.*line 61 is no row"):
+        assert re.search(r"reft_test\.jsonl, line 61 is not a row", made.left[0].reason)
+        with pytest.raises(ReportError, match=r"(?s)nothing to report.*line 61 is not a row"):
             report(folder)
 
     @pytest.mark.parametrize("end", ["\u2028", "\u2029", "\u0085", "\x1e"])

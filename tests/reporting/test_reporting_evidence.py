@@ -38,6 +38,9 @@ def compared(scores):
     return Comparison("", {}, "test", found, {"boolq": "accuracy"})
 
 
+REGRESSION = {"stsb": {"kind": "regression"}}
+
+
 class TestLevels:
     @pytest.mark.parametrize(("seeds", "deviation"), [(2, 0.02), (2, 0.05), (3, 0.02), (3, 0.05)])
     def test_of_equal_methods_some_pair_differs_in_one_of_twenty_tables_at_most(self, seeds, deviation):
@@ -129,9 +132,10 @@ class TestLevels:
         gold = rng.normal(size=100)
         for i in range(24):
             said = gold + (0.1 if i == 0 else 5) * rng.normal(size=100)
-            rows = [{"task": "stsb", "source": f"row {j}", "answer": f"{a:.4f}", "gold": str(g), "error": abs(a - g)}
+            rows = [{"task": "stsb", "source": f"row {j}", "answer": f"{a:.4f}", "gold": str(g), "value": a}
                     for j, (a, g) in enumerate(zip(said, gold, strict=True))]  # fmt: skip
             folder = write_run(tmp_path / str(i), f"m{i:02d}", scores={"stsb": [0]}, rows=rows, monitor="val/pearson",
+                               tasks=REGRESSION,
                                metrics={"test/stsb/pearson": stats.pearsonr(said, gold)[0]})  # fmt: skip
             results = json.loads((folder / "results.json").read_text())
             del results["metrics"]["test/stsb/accuracy"]
@@ -278,7 +282,7 @@ class TestEvidence:
                     "source": f"row {i}",
                     "answer": f"{a:.4f}",
                     "gold": str(g),
-                    "error": abs(a - g),
+                    "value": a,
                 }
                 for i, (a, g) in enumerate(zip(said, gold, strict=True))
             ]
@@ -286,7 +290,13 @@ class TestEvidence:
             measures = {"pearson": pearson, "spearman": spearman, "combined_score": (pearson + spearman) / 2}
             metrics = {f"test/stsb/{measure}": value for measure, value in measures.items()}
             write_run(
-                tmp_path / name, name, scores={"stsb": [0]}, rows=rows, metrics=metrics, monitor="val/pearson"
+                tmp_path / name,
+                name,
+                scores={"stsb": [0]},
+                rows=rows,
+                metrics=metrics,
+                monitor="val/pearson",
+                tasks=REGRESSION,
             )
             results = json.loads((tmp_path / name / "results.json").read_text())
             del results["metrics"]["test/stsb/accuracy"]
@@ -325,7 +335,7 @@ class TestEvidence:
             theirs = stats.binomtest(int(60 * value), 60).proportion_ci(method="wilson")
             score = method(comparison, label).scores["boolq", "accuracy"]
             assert score.interval == pytest.approx((theirs.low, theirs.high), abs=1e-9)
-        assert not any("has no width" in note for note in comparison.notes)
+        assert not any("has zero width" in note for note in comparison.notes)
 
     def test_so_it_is_on_average_over_tasks(self, tmp_path):
         write_run(tmp_path / "a", scores={"boolq": [0] * 60, "piqa": [1] * 60})
@@ -337,4 +347,4 @@ class TestEvidence:
     def test_an_interval_without_width_is_no_certainty(self, tmp_path):
         rows = predictions("boolq", [0.25] * 60, "rouge")
         write_run(tmp_path / "a", rows=rows, metrics={"test/boolq/rouge": 0.25}, monitor="val/rouge")
-        assert any("has no width" in note for note in only(tmp_path).notes)
+        assert any("has zero width" in note for note in only(tmp_path).notes)
