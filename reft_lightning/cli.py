@@ -27,8 +27,7 @@ RESUME_USAGE = "reft-train resume=FOLDER"
 CHAT_USAGE = "reft-chat run=FOLDER [max_new_tokens=N] [template=plain|alpaca|chat]"
 REPORT_USAGE = (
     "reft-report FOLDER [FOLDER ...] [--out DIR] [--split test|validation] [--resamples N] [--seed N] [--wandb] "
-    "[--project NAME]\nreft-report paper [folder=outputs] [table=N]\n"
-    "reft-report peft RUN [--out FILE] [--name METHOD/VARIANT]"
+    "[--project NAME]\nreft-report paper [folder=outputs] [table=N]"
 )
 SPLITS = ("validation", "test")
 TEMPLATES = ("plain", "alpaca", "chat")
@@ -154,10 +153,7 @@ def search() -> None:
 
 
 def report() -> None:
-    """Compare runs with each other; or, as ``reft-report paper``, with what the paper prints.
-
-    ``reft-report peft`` writes one run in the schema of PEFT's method comparison.
-    """
+    """Compare runs with each other; or, as ``reft-report paper``, with what the paper prints."""
     _command(_report, REPORT_USAGE)
 
 
@@ -168,10 +164,6 @@ def _report(argv: Sequence[str]) -> None:
         from .reporting.paper import table
 
         table.main(options)
-    elif what == "peft":
-        from .reporting import peft_schema
-
-        peft_schema.main(rest)
     else:
         from .reporting import command
 

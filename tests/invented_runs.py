@@ -28,10 +28,10 @@ def right(rate, rows=60, seed=0):
 
 
 def predictions(task, scores, measure=MEASURE):
-    """Return one row an example, as the families with one measure write it, or with the measure's name."""
+    """Return one row for each example."""
     return [
         {"task": task, "source": f"{task}.json, row {i}", "prompt": f"row {i}?", "generated": "x", "answer": "yes",
-         "gold": "yes", **({"correct": bool(score)} if measure == MEASURE else {measure: score})}
+         "gold": "yes", "scores": {measure: score}}
         for i, score in enumerate(scores)
     ]  # fmt: skip
 
@@ -70,7 +70,7 @@ def write_run(
     facts = {task: {"rows": 60, "fingerprint": f"{task} {data}"} for task in scores}
     results = {
         "status": "complete", "method": method, "model": "tiny", "seed": seed, "metrics": found | (metrics or {}),
-        "counts": {}, "monitor": f"val/{MEASURE}",
+        "counts": {}, "tasks": {task: {"kind": "generation"} for task in scores}, "monitor": f"val/{MEASURE}",
         "data_versions": {
             "family": "commonsense", "version": 1, "template": "plain", "split_seed": 42, "train": facts,
             "test": facts, "split": {"train_rows": 100, "train_fingerprint": data},

@@ -16,7 +16,7 @@ from rich.table import Table as RichTable
 from . import formats, plots, tables
 from .build import SPLITS, Report, build_report
 from .evidence import RESAMPLES
-from .page import page
+from .page import markdown, page
 from .runs import ReportError
 
 FEWEST = 1000  # resamples: 25 lie beyond each end of an interval
@@ -119,33 +119,6 @@ def _file_names(titles: Iterable[str]) -> dict[str, str]:
     """Return a file name a title, without what file systems mind; numbered, since two may come out the same."""
     plain = {title: re.sub(r"[^A-Za-z0-9]+", "-", title.rpartition("/")[2]).strip("-") for title in titles}
     return {title: f"{i:02d}_{name[:60].strip('-')}" for i, (title, name) in enumerate(plain.items(), 1)}
-
-
-def markdown(report: Report) -> str:
-    """Return the report in GitHub's Markdown, without plots."""
-    parts = [f"# Report of {len(report.runs)} runs\n"]
-    for comparison in report.comparisons:
-        parts += [f"## {comparison.title}\n", f"{tables.verdict(comparison)}\n"]
-        parts += [f"> **{line}**\n" for line in comparison.unequal]
-        parts += [
-            formats.markdown(tables.score_table(comparison)),
-            formats.markdown(tables.cost_table(comparison)),
-        ]
-        parts += [formats.markdown(tables.measure_table(comparison))]
-        if comparison.pairs:
-            parts.append(formats.markdown(tables.pair_table(comparison)))
-        if comparison.notes:
-            parts.append("".join(f"- {note}\n" for note in comparison.notes))
-    for study in report.studies:
-        parts += [
-            f"## Study {study.folder.name}\n",
-            f"{study.budget}\n",
-            formats.markdown(tables.study_table(study)),
-        ]
-    parts += ["## Test reads\n", formats.markdown(tables.read_table(report.reads, report.folders))]
-    if report.left:
-        parts += ["## Left out\n", formats.markdown(tables.left_table(report.left))]
-    return "\n".join(parts)
 
 
 def print_report(report: Report, console: Console) -> None:

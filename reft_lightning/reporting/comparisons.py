@@ -19,7 +19,7 @@ SIGNIFICANT = 0.05
 ROWS_AND_SEEDS, ROWS_ONLY = "rows and seeds", "rows only"
 
 
-@dataclass
+@dataclass(eq=False)
 class Score:
     """One measure of one method on one task.
 
@@ -73,7 +73,7 @@ class Score:
         return max(self.deviation**2, least) / len(self.values), len(self.values) - 1.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Method:
     """Runs of one configuration, a seed each; or the frozen base as one of them found it.
 

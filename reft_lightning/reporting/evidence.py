@@ -48,13 +48,11 @@ def add_evidence(
         advance: is told which share of the work was done since the last call.
     """
     rows = {
-        id(method): [run.predictions(comparison.split, method.base) for run in method.runs]
+        method: [run.predictions(comparison.split, method.base) for run in method.runs]
         for method in comparison.methods
     }
     for task in comparison.main:
-        loaded = [
-            (m, run, rows[id(m)][i].get(task)) for m in comparison.methods for i, run in enumerate(m.runs)
-        ]
+        loaded = [(m, run, rows[m][i].get(task)) for m in comparison.methods for i, run in enumerate(m.runs)]
         _score_task(comparison, task, loaded, resamples, seed, advance)
     if comparison.has_average:
         _average(comparison)
@@ -65,7 +63,8 @@ def add_evidence(
     ]  # fmt: skip
     if flat:
         comparison.notes.append(
-            f"the interval of {', '.join(flat)} has no width, as every resample gave the same: that is no certainty"
+            f"the interval of {', '.join(flat)} has zero width because all resamples agree; this does not mean the "
+            "score is certain"
         )
 
 
@@ -78,7 +77,7 @@ def deviating(comparison: Comparison) -> list[LeftOut]:
     Where as many runs have the one rows as the other, those of the run that finished first count.
     """
     found: dict[str, list[tuple[Run, Gold]]] = {}
-    left: dict[int, LeftOut] = {}
+    left: dict[Run, LeftOut] = {}
     runs = [(run, method.base) for method in comparison.methods for run in method.runs]
     for run, base in sorted(
         runs, key=lambda pair: (str(pair[0].results.get("finished")), str(pair[0].folder))
@@ -86,7 +85,7 @@ def deviating(comparison: Comparison) -> list[LeftOut]:
         try:
             predictions = run.predictions(comparison.split, base)
         except ReportError as error:
-            left.setdefault(id(run), LeftOut(run.folder, str(error)))
+            left.setdefault(run, LeftOut(run.folder, str(error)))
             continue
         for task in predictions.keys() & comparison.main.keys():
             gold = {key: row.get("gold") for key, row in predictions[task].items()}
@@ -101,7 +100,7 @@ def deviating(comparison: Comparison) -> list[LeftOut]:
                 same.append((run, gold))
         most = max(groups, key=len)
         for run, gold in (one for group in groups if group is not most for one in group):
-            left.setdefault(id(run), LeftOut(run.folder, _deviation(task, *most[0], gold)))
+            left.setdefault(run, LeftOut(run.folder, _deviation(task, *most[0], gold)))
     return list(left.values())
 
 
@@ -134,7 +133,7 @@ def _entries(
             m: s.values[run.seed] for m, s in scores.items()
             if run.seed in s.values and run.seed not in s.diverged
         }  # fmt: skip
-        measures = measures_of(list(rows.values()), reported) if rows else {}
+        measures = measures_of(list(rows.values()), reported, run.task(task)) if rows else {}
         for name in sorted(reported.keys() - {MAJORITY, LOSS} - measures.keys()):
             comparison.notes.append(
                 f"{method.label}, seed {run.seed}: the predictions do not give {name} of {task} as results.json has "
@@ -168,7 +167,7 @@ def _score_task(
             own = {s: measure for other, s, measure in entries if other is score}
             if len(own) == len(method.runs):
                 score.rows = rows
-                by_seed = np.stack([draws[id(m)] for m in own.values()], 1)
+                by_seed = np.stack([draws[m] for m in own.values()], 1)
                 score.draws, score.row_draws = over_seeds(by_seed, weights), by_seed.mean(1)
                 score.limits = limits(next(iter(own.values())))
                 means = {s: m.scores for s, m in own.items() if isinstance(m, RowMean)}
@@ -204,12 +203,11 @@ def _one_answer(score: Score) -> bool:
 
 
 def _wilson(score: Score) -> tuple[float, float]:
-    """Return what `evaluation.metrics.wilson_interval` gives of none or all of n rows, without loading torch."""
-    from scipy.special import ndtri
+    from scipy import stats
 
-    z2, rows = float(ndtri((1 + LEVEL) / 2)) ** 2, score.rows or 0
-    reach = z2 / (rows + z2)
-    return (0.0, reach) if score.mean == 0 else (1 - reach, 1.0)
+    rows = score.rows or 0
+    ends = stats.binomtest(round(rows * score.mean), rows).proportion_ci(LEVEL, "wilson")
+    return float(ends.low), float(ends.high)
 
 
 def _draws(
@@ -218,14 +216,14 @@ def _draws(
     resamples: int,
     rng: np.random.Generator,
     advance: Callable[[int], None],
-) -> dict[int, Array]:
-    """Return id of a measure -> its (B,) resampled values; a mean of others comes from theirs."""
+) -> dict[Measure, Array]:
+    """Return each measure's (B,) resampled values; a mean of others comes from theirs."""
     single = [measure for measure in measures if not isinstance(measure, Mean)]
     values = resample_rows(single, rows, resamples, rng, advance)
-    found = {id(measure): values[:, k] for k, measure in enumerate(single)}
+    found = {measure: values[:, k] for k, measure in enumerate(single)}
     for measure in measures:
         if isinstance(measure, Mean):
-            found[id(measure)] = np.mean([found[id(part)] for part in measure.parts], axis=0)
+            found[measure] = np.mean([found[part] for part in measure.parts], axis=0)
     return found
 
 

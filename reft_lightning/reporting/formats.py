@@ -1,42 +1,15 @@
-"""Tables as Markdown, LaTeX and CSV.
-
-Tables say scores times 100; the CSV files hold fractions, for programs.
-"""
+"""Tables as LaTeX, and the records of CSV files: LaTeX shows scores times 100, the CSV files hold fractions."""
 
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from .comparisons import Comparison
 from .tables import COSTS, Cell, Table, cost_table, pair_table, score_table, verdict
-
-
-def markdown(table: Table) -> str:
-    """Return a table in GitHub's Markdown; the best cells are bold."""
-    lines = [
-        f"**{_md(table.title)}**",
-        "",
-        _line(map(_md, table.columns)),
-        _line("---" for _ in table.columns),
-    ]
-    for row in table.rows:
-        lines.append(_line(f"**{_md(cell.text)}**" if cell.best else _md(cell.text) for cell in row))
-    return "\n".join([*lines, *(f"\n{_md(note)}" for note in table.notes)]) + "\n"
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _md(text: str) -> str:
-    for character in "\\|*`<":
-        text = text.replace(character, f"\\{character}")
-    return text.replace("](", "]\\(").replace("\n", " ")
 
 
 def latex(comparison: Comparison) -> str:
@@ -61,22 +34,27 @@ def latex_table(table: Table, caption: str, notes: Sequence[str] | None = None) 
         caption: of the float.
         notes: None for the table's own.
     """
-    rows = [" & ".join(map(_tex_cell, row)) + r" \\" for row in table.rows]
+    import pandas as pd
+
+    frame = pd.DataFrame(
+        [map(_tex_cell, row) for row in table.rows], columns=[_tex(name) for name in table.columns]
+    )
+    text = frame.style.hide(axis="index").to_latex(
+        hrules=True, position_float="centering", caption=_tex(caption),
+        column_format="l" + "r" * (len(table.columns) - 1),
+    )  # fmt: skip
     below = [rf"\par {_tex(note)}" for note in (table.notes if notes is None else notes)]
     if below:
-        below = [
+        lines = [
             r"\par\medskip",
             r"\begin{minipage}{\linewidth}",
             r"\footnotesize",
             *below,
             r"\end{minipage}",
+            "",
         ]
-    return "\n".join([
-        r"\begin{table}", r"\centering", rf"\caption{{{_tex(caption)}}}",
-        rf"\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}", r"\toprule",
-        " & ".join(map(_tex, table.columns)) + r" \\", r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", *below,
-        r"\end{table}", "",
-    ])  # fmt: skip
+        text = text.replace(r"\end{table}", "\n".join(lines) + r"\end{table}")
+    return text
 
 
 def _tex_cell(cell: Cell) -> str:
@@ -134,9 +112,8 @@ def pair_records(comparisons: Sequence[Comparison]) -> list[dict[str, object]]:
 
 
 def write_csv(path: Path, lines: Sequence[dict[str, object]], columns: Sequence[str]) -> None:
-    """Write records as CSV, a missing value as nothing."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    path.write_text(text.getvalue(), encoding="utf-8")
+    """Write records as CSV, a missing value as nothing, one that is not a number as nan."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)

@@ -134,8 +134,8 @@ def _comparison(runs: Sequence[Run], facts: dict[str, str], split: str) -> Compa
     comparison.notes += _remarks(comparison)
     head = comparison.head
     sign = 1 if lower_is_better(head[1]) else -1
-    means = {id(m): m.scores[head].mean if head in m.scores else math.nan for m in methods}
-    methods.sort(key=lambda m: sign * means[id(m)] if math.isfinite(means[id(m)]) else math.inf)
+    means = {m: m.scores[head].mean if head in m.scores else math.nan for m in methods}
+    methods.sort(key=lambda m: sign * means[m] if math.isfinite(means[m]) else math.inf)
     return comparison
 
 

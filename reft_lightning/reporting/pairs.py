@@ -29,13 +29,10 @@ RESOLUTION = 100  # sign flips a pair: the smallest p-value stays below 0.01 aft
 def pairs_of(comparison: Comparison, resamples: int, seed: int) -> list[Pair]:
     """Return every pair of methods on every main measure, p-values adjusted over the pairs of one measure.
 
-    Among many methods of two or three seeds some have hardly any spread by chance, and Welch's test alone would tell
-    them from others: of nine equal methods with two seeds in up to a quarter of tables. So no method's variance over
-    seeds counts as smaller than the mean of those in the table, which keeps the chance of any false pair below 0.05,
-    also where the variances do differ. Nor is a pair told apart that the same test over the seeds alone does not tell
-    apart, see :func:`widest_t`. By itself, before Holm, a pair of equal methods has p < 0.05 in up to 5.7 % of tables
-    where deviations over seeds differ threefold; in 9 % where a table has but two methods of two seeds, one with ten
-    times the deviation of the other (40,000 simulated tables each).
+    With two or three seeds some methods have hardly any spread by chance, and Welch's test alone would tell them from
+    the others (in up to a quarter of simulated tables of nine equal methods). So no method's variance over seeds counts
+    as smaller than the mean over the table, which keeps the chance of any false pair below 0.05. Nor do two methods
+    differ if the same test over the seeds alone does not tell them apart, see :func:`widest_t`.
     """
     found: list[Pair] = []
     for column in comparison.columns:

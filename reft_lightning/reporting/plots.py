@@ -45,14 +45,15 @@ def check_packages() -> None:
     """Say at once what is missing.
 
     Raises:
-        ReportError: without matplotlib or scipy.
+        ReportError: without matplotlib, pandas or scipy.
     """
     try:
         import matplotlib  # noqa: F401
-        import scipy.special  # noqa: F401
+        import pandas  # noqa: F401
+        import scipy  # noqa: F401
     except ModuleNotFoundError as error:
         raise ReportError(
-            f"a report needs matplotlib and scipy ({error}): pip install 'reft_lightning[report]'"
+            f"a report needs matplotlib, pandas and scipy ({error}): pip install 'reft_lightning[report]'"
         ) from error
 
 

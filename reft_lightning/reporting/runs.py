@@ -8,7 +8,7 @@ import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ from ..search.study_files import JOB, LOCKS, PLAN, TRIALS, WORKERS, read_job
 RUN_FOLDER = "a run folder is what reft-train writes: config.yaml, results.json, predictions/, adapter/"
 INSIDE = {"evaluations", "checkpoints", "predictions", "adapter", "wandb"}  # of a run folder
 NEEDED = ("metrics", "seed", "method", "model", "data_versions")
+
+
+# task -> (source, how often it occurred before) -> row, in the order of the keys
+Predictions = dict[str, dict[tuple[str, int], Mapping[str, Any]]]
 
 
 class ReportError(ValueError):
@@ -54,7 +58,7 @@ class Read:
     model: str  # adapted | base
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """One complete run.
 
@@ -67,6 +71,7 @@ class Run:
     folder: Path
     config: Mapping[str, Any]
     results: Mapping[str, Any]
+    _parsed: dict[Path, Predictions] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def seed(self) -> int:
@@ -140,29 +145,20 @@ class Run:
                 found[task][measure] = float(value) if isinstance(value, int | float) else math.nan
         return dict(found)
 
-    def predictions(
-        self, split: str, base: bool = False
-    ) -> dict[str, dict[tuple[str, int], Mapping[str, Any]]]:
-        """Return task -> (source, how often it occurred before) -> row, in the order of the keys.
+    def task(self, name: str) -> Mapping[str, Any]:
+        """Return what the run recorded of a task: `kind` of its predictions, and `labels` of classes."""
+        return (self.results.get("tasks") or {}).get(name, {})
+
+    def predictions(self, split: str, base: bool = False) -> Predictions:
+        """Return the rows of a split, parsed once.
 
         Raises:
-            ReportError: for a line that is no row.
+            ReportError: for a line that is not a row.
         """
         path = self.folder / "predictions" / f"{'base' if base else 'reft'}_{split}.jsonl"
-        found: dict[str, dict[tuple[str, int], Mapping[str, Any]]] = defaultdict(dict)
-        seen: Counter[tuple[str, str]] = Counter()
-        if not path.is_file():
-            return found
-        with path.open(encoding="utf-8") as file:  # lines end at \n; texts hold other ends, such as U+2028
-            for number, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                    key = str(row["task"]), str(row["source"])
-                except (ValueError, TypeError, KeyError) as error:
-                    raise ReportError(f"{path}, line {number} is no row of predictions: {error!r}") from error
-                found[key[0]][key[1], seen[key]] = row
-                seen[key] += 1
-        return {task: dict(sorted(rows.items())) for task, rows in found.items()}
+        if path not in self._parsed:
+            self._parsed[path] = _read_predictions(path)
+        return self._parsed[path]
 
     def curve(self, column: str) -> list[tuple[int, float]]:
         """Return (step, value) of one column of the CSV logs, of all parts of a run that was resumed.
@@ -239,6 +235,23 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[LeftOut], list[R
         else:
             runs.append(run)
     return runs, left, sorted(reads, key=lambda read: (read.time, str(read.folder)))
+
+
+def _read_predictions(path: Path) -> Predictions:
+    found: dict[str, dict[tuple[str, int], Mapping[str, Any]]] = defaultdict(dict)
+    seen: Counter[tuple[str, str]] = Counter()
+    if not path.is_file():
+        return found
+    with path.open(encoding="utf-8") as file:  # lines end at \n; texts hold other ends, such as U+2028
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                key = str(row["task"]), str(row["source"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise ReportError(f"{path}, line {number} is not a row of predictions: {error!r}") from error
+            found[key[0]][key[1], seen[key]] = row
+            seen[key] += 1
+    return {task: dict(sorted(rows.items())) for task, rows in found.items()}
 
 
 def _read_results(folder: Path) -> dict[str, Any]:

@@ -17,11 +17,11 @@ import numpy as np
 from .statistics import Array, Measure
 
 Row = Mapping[str, Any]
-TOLERANCE = 1e-3  # of correlations, whose predictions are written with four decimals
+TOLERANCE = 1e-3  # of correlations, which the run computes in float32
 COMBINED, MAJORITY = "combined_score", "majority_accuracy"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowMean:
     """The mean of a score over rows."""
 
@@ -32,7 +32,7 @@ class RowMean:
         return (weights @ self.scores) / weights.sum(1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pearson:
     """Pearson's correlation of predictions and gold scores; 0 where either is constant."""
 
@@ -47,7 +47,7 @@ class Pearson:
         return _correlation(weights.sum(1), *sums.T)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Spearman:
     """Spearman's correlation: Pearson's of the ranks that the drawn rows have among themselves."""
 
@@ -78,7 +78,7 @@ def _correlation(total: Array, x: Array, y: Array, xx: Array, yy: Array, xy: Arr
     return np.where(defined, (total * xy - x * y) / np.sqrt(np.where(defined, spread, 1)), 0.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Matthews:
     """Matthews' correlation of classes, see `evaluation.labels.matthews`; 0 where it is undefined."""
 
@@ -97,7 +97,7 @@ class Matthews:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class F1:
     """F1 of one class of two, 2 TP / (2 TP + FP + FN); 0 without any of them."""
 
@@ -110,7 +110,7 @@ class F1:
         return np.where(either > 0, 2 * true / np.where(either > 0, either, 1), 0.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mean:
     """The mean of other measures, as GLUE combines two."""
 
@@ -121,20 +121,22 @@ class Mean:
         return np.mean([part.value(weights) for part in self.parts], axis=0)
 
 
-def measures_of(rows: Sequence[Row], reported: Mapping[str, float]) -> dict[str, Measure]:
+def measures_of(
+    rows: Sequence[Row], reported: Mapping[str, float], task: Mapping[str, Any]
+) -> dict[str, Measure]:
     """Return the measures of one task that its predictions carry.
 
     Args:
         rows: predictions of one task, each with what `reft-train` writes.
         reported: measure -> value in `results.json`; one that the predictions do not give again is left out, since an
             interval around another number would mislead.
+        task: `kind` of its predictions and `labels` of classes, from `results.json`.
     """
     found: dict[str, Measure] = {}
-    for name in reported:
-        measure = None if name == MAJORITY else _measure(name, rows)
-        if measure is not None:
+    for name, value in reported.items():
+        measure = _measure(name, rows, task)
+        if measure is not None and agrees(measure, len(rows), value):
             found[name] = measure
-    found = {name: measure for name, measure in found.items() if agrees(measure, len(rows), reported[name])}
     if COMBINED in reported and found:
         combined = Mean(tuple(found.values()))
         if agrees(combined, len(rows), reported[COMBINED]):
@@ -155,49 +157,26 @@ def limits(measure: Measure) -> tuple[float, float]:
 
 
 def agrees(measure: Measure, rows: int, reported: float) -> bool:
-    """Whether a measure of rows that all count once is the reported one, up to the rounding of what is written."""
+    """Whether a measure of rows that all count once is the reported one, up to rounding."""
     slack = 1e-5 if isinstance(measure, RowMean) else TOLERANCE
     return bool(abs(float(measure.value(np.ones((1, rows)))[0]) - reported) <= slack)
 
 
-def _measure(name: str, rows: Sequence[Row]) -> Measure | None:
-    """Return a measure by name; None where the rows do not hold what it takes."""
-    first = rows[0]
-    if name in first:
-        return _row_mean([row.get(name) for row in rows])
-    if name == "option_accuracy" and "option" in first:
-        return RowMean(np.array([float(row.get("option") == row["gold"]) for row in rows]))
-    if name in ("pearson", "spearman") and "error" in first:
-        said, gold = (np.array([float(row[column]) for row in rows]) for column in ("answer", "gold"))
+def _measure(name: str, rows: Sequence[Row], task: Mapping[str, Any]) -> Measure | None:
+    """Return a measure by name: the mean of the rows' scores, or a function of all rows; None of an unknown one."""
+    scores = [row.get("scores", {}).get(name) for row in rows]
+    if all(isinstance(score, int | float) for score in scores):
+        return RowMean(np.array(scores, float))
+    kind = task.get("kind")
+    if kind == "regression" and name in ("pearson", "spearman"):
+        said, gold = (np.array([float(row[column]) for row in rows]) for column in ("value", "gold"))
         return (Pearson if name == "pearson" else Spearman)(said, gold)
-    if name in ("f1", "matthews") and "logits" in first:
-        classes = class_names(rows)
-        said, gold = (np.array([classes.index(row[column]) for row in rows]) for column in ("answer", "gold"))
-        if name == "matthews":
-            return Matthews(said, gold, len(classes))
-        return F1(said.astype(float), gold.astype(float)) if len(classes) == 2 else None
-    if name != COMBINED and "correct" in first:  # the family's one measure, or a classifier's accuracy
-        return _row_mean([row.get("correct") for row in rows])
+    if kind == "classification" and name in ("f1", "matthews"):
+        number = {label: i for i, label in enumerate(task["labels"])}
+        said, gold = (np.array([number[row[column]] for row in rows]) for column in ("answer", "gold"))
+        return (
+            Matthews(said, gold, len(number))
+            if name == "matthews"
+            else F1(said.astype(float), gold.astype(float))
+        )
     return None
-
-
-def _row_mean(values: Sequence[Any]) -> RowMean | None:
-    if any(not isinstance(value, bool | int | float) for value in values):
-        return None
-    return RowMean(np.array([float(value) for value in values]))
-
-
-def class_names(rows: Sequence[Row]) -> list[str]:
-    """Return the names of a classifier's classes in the order of its logits, as far as predictions show them.
-
-    A class that nothing was taken for has no logit that names it: it gets one of the numbers left.
-    """
-    width = len(rows[0]["logits"])
-    names: list[str | None] = [None] * width
-    for row in rows:
-        best = int(np.argmax(row["logits"]))
-        if sorted(row["logits"])[-1] > sorted(row["logits"])[-2]:  # rounded logits may tie
-            names[best] = row["answer"]
-    for name in sorted({row[key] for row in rows for key in ("gold", "answer")} - set(names)):
-        names[names.index(None)] = name
-    return [name if name is not None else f"class {i}" for i, name in enumerate(names)]

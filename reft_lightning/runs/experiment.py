@@ -231,6 +231,7 @@ def evaluate_split(
     results.update(
         metrics=found.metrics,
         counts=found.counts,
+        tasks=dict.fromkeys(sorted({row["task"] for row in found.predictions}), objects.module.kind),
         seconds={f"base/{split}" if base else split: found.seconds},
         test_reads=[*results.values["test_reads"], *reads],
     )

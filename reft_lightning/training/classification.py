@@ -53,6 +53,8 @@ class ClassificationModule(FinetuningModule):
     ) -> None:
         super().__init__(model, data.val_tasks, data.test_tasks, optimization, training_pass)
         self.tokenizer, self.task, self.measures = tokenizer, data.task, data.task.measures
+        labels = {"kind": "classification", "labels": list(self.task.labels)}
+        self.kind = {"kind": "regression"} if self.task.regression else labels
         names = dict.fromkeys((*data.val_tasks, *data.test_tasks))
         answer = "" if self.task.regression else _commonest(data.train_rows.examples)
         self.commonest = {name: answer for name in names if answer}
@@ -113,11 +115,14 @@ class ClassificationModule(FinetuningModule):
                     "answer": f"{guess:.4f}",
                     "gold": example.answer,
                     "error": abs(guess - example.label),
+                    "value": guess,
                 }
             else:
                 answer = self.task.labels[guess]
                 said |= {"answer": answer, "gold": example.answer, "correct": guess == example.label}
                 said |= {"logits": [round(value, 4) for value in row]}
+                if "accuracy" in self.measures:
+                    said["scores"] = {"accuracy": float(guess == example.label)}
             self.predictions.append(said)
 
     # --- a whole split --------------------------------------------------------------------------------------

@@ -105,27 +105,33 @@ class GenerationModule(FinetuningModule):
         options, drafted = self._rank(batch, reader)
         decoding = replace(self.decoding, stop_strings=stops)
         texts = generate(self.model, drafted, self.tokenizer, decoding, reader)
+        right = (
+            [float(option == e.target) for option, e in zip(options, examples, strict=True)]
+            if options
+            else []
+        )
         if options:
-            right = [float(option == e.target) for option, e in zip(options, examples, strict=True)]
             self._metric("option_accuracy", task).update(right)
         if task in self.commonest:
-            right = [float(example.answer == self.commonest[task]) for example in examples]
-            self._metric("majority_accuracy", task).update(right)
+            constant = [float(example.answer == self.commonest[task]) for example in examples]
+            self._metric("majority_accuracy", task).update(constant)
         judged: list[dict[str, float]] = []
         missing = 0
         for i, (example, samples) in enumerate(zip(examples, texts, strict=True)):
             row: dict[str, Any] = {"task": task, "source": example.source, "prompt": example.prompt}
             row["generated"] = samples[0] if len(samples) == 1 else samples
+            own: dict[str, float] = {}
             if self.family.score is not None:
                 answer, scores = self.family.score(samples, example)
                 judged.append(scores)
                 missing += answer is None
                 row |= {"answer": answer, "gold": example.answer}
                 row |= {"correct": 1.0 in scores.values()} if len(scores) == 1 else scores
+                own |= scores
             if options:
                 row["option"] = self._answer_of(options[i], example)
-            row |= example.recorded
-            self.predictions.append(row)
+                own["option_accuracy"] = right[i]
+            self.predictions.append(row | example.recorded | {"scores": own})
         for measure in self.family.measures if judged else ():
             values = [scores[measure] for scores in judged if measure in scores]
             self._metric(measure, task).update(values, missing if values else 0)

@@ -40,7 +40,9 @@ class FinetuningModule(LightningModule):
 
     Attributes:
         prefix: of logged names: ``base/`` while the frozen base is evaluated.
-        predictions: one dictionary a row of the last evaluation, of this process.
+        predictions: one dictionary for each row of the last evaluation, of this process; ``scores`` in it are those of
+            the row, by measure.
+        kind: what the predictions are: ``generation``, ``classification`` (with the ``labels``) or ``regression``.
         counts: score -> what stands behind it: ``total`` rows, ``correct`` of them, ``missing``, ``interval``.
     """
 
@@ -62,6 +64,7 @@ class FinetuningModule(LightningModule):
         self.training_pass = training_pass
         self.loss = MeanLoss()
         self.predictions: list[dict[str, Any]] = []
+        self.kind: dict[str, Any] = {"kind": "generation"}
         self.counts: dict[str, dict[str, Any]] = {}
         self.tokens = 0
         self.train_seconds = 0.0  # before the last on_train_start

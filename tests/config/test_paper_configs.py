@@ -1,71 +1,20 @@
-"""The paper's tables in literal form, against `conf/experiment/paper`: each number by its benchmark, each setting.
+"""The experiments of the paper: each header quotes the numbers of `paper.csv`, each setting is the paper's.
 
 Source: Wu et al. 2024, arXiv:2404.03592 v3. Numbers: Tables 1-4, 13-15 and 17. Settings: Tables 9-12 (GLUE) and the
 command of the authors' README (instruction tuning).
 """
 
+import re
+
 import pytest
 
 from reft_lightning.config.compose import compose, config_dir
-from reft_lightning.reporting.paper.published import read_row
+from reft_lightning.reporting.paper.published import AVERAGE, GROUP, read_rows
 
-CONF = config_dir() / "experiment" / "paper"
-
-# table -> columns; then experiment file -> its row, the standard deviation in brackets where the paper prints one
-COMMONSENSE = "BoolQ PIQA SIQA HellaSwag WinoGrande ARC-e ARC-c OBQA average"
-TABLE_1 = {
-    "commonsense_llama_7b_direft": "69.5 83.0 79.0 92.5 80.5 82.2 68.0 77.5 79.0",
-    "commonsense_llama_7b_loreft": "69.3 84.4 80.3 93.1 84.2 83.2 68.2 78.9 80.2",
-    "commonsense_llama_13b_direft": "71.3 86.1 80.8 94.6 83.6 85.5 72.9 82.7 82.2",
-    "commonsense_llama_13b_loreft": "72.1 86.3 81.8 95.1 87.2 86.2 73.7 84.2 83.3",
-    "commonsense_llama2_7b_direft": "70.8 83.6 80.2 93.6 82.1 84.8 70.4 81.5 80.9",
-    "commonsense_llama2_7b_loreft": "71.1 83.8 80.8 94.3 84.5 85.6 72.2 82.3 81.8",
-    "commonsense_llama3_8b_direft": "73.4 88.7 81.0 95.6 85.5 91.8 81.8 85.4 85.4",
-    "commonsense_llama3_8b_loreft": "75.1 90.2 82.0 96.3 87.4 92.4 81.6 87.5 86.6",
-}
-TABLE_14 = {
-    "commonsense_llama_7b_loreft_3_epochs": "68.3 83.5 79.7 92.7 82.6 83.2 67.4 78.5 79.5",
-    "commonsense_llama_13b_loreft_3_epochs": "72.0 85.6 82.1 94.8 85.3 86.9 73.0 85.0 83.1",
-}
-ARITHMETIC = "AQuA GSM8K MAWPS SVAMP average"
-TABLE_2 = {
-    "arithmetic_llama_7b_direft": "21.3 24.1 74.5 42.7 40.6",
-    "arithmetic_llama_7b_loreft": "21.4 26.0 76.2 46.8 42.6",
-    "arithmetic_llama_13b_direft": "20.5 35.8 80.8 54.8 48.0",
-    "arithmetic_llama_13b_loreft": "23.6 38.1 82.4 54.2 49.6",
-}
-TABLE_15 = {
-    "arithmetic_llama_7b_loreft_3_epochs": "22.4 21.6 69.5 43.6 39.3",
-    "arithmetic_llama_13b_loreft_3_epochs": "23.4 35.5 81.8 54.6 48.8",
-}
-TABLE_17 = {
-    "ablation_llama_7b_lobireft": "14.4 14.2 59.9 36.8 31.3(0.47)",
-    "ablation_llama_7b_consreft": "20.1 21.2 67.9 39.2 37.1(0.19)",
-    "ablation_llama_7b_direft_orthonormal": "21.3 27.4 76.6 46.3 42.9(0.37)",
-    "ablation_llama_7b_noreft": "23.1 25.5 75.4 45.6 42.4(0.71)",
-    "ablation_llama_7b_direft": "21.3 24.1 74.5 42.7 40.6(0.44)",
-    "ablation_llama_7b_loreft": "21.4 26.0 76.2 46.8 42.6(0.46)",
-    "ablation_llama_13b_lobireft": "16.8 25.3 69.3 46.8 39.5(0.81)",
-    "ablation_llama_13b_consreft": "21.9 35.6 80.3 51.7 47.4(0.64)",
-    "ablation_llama_13b_direft_orthonormal": "25.1 36.7 81.9 53.6 49.3(0.39)",
-    "ablation_llama_13b_noreft": "23.5 36.5 82.1 54.1 49.0(0.63)",
-    "ablation_llama_13b_direft": "20.5 35.8 80.8 54.8 48.0(1.23)",
-    "ablation_llama_13b_loreft": "23.6 38.1 82.4 54.2 49.6(0.71)",
-}
-TABLE_3 = {
-    "instruction_llama2_7b_direft": "84.85",
-    "instruction_llama2_7b_loreft": "85.60",
-    "instruction_llama2_7b_loreft_half": "84.12",
-    "instruction_llama2_7b_loreft_1k": "81.91",
-}
-# one experiment file a number: glue_roberta_base_mnli_direft; the deviations are Table 13's
+CONF = config_dir() / "experiment"
+ROWS = {row.experiment: row for row in read_rows()}
+INSTRUCTION = [name for name, row in ROWS.items() if row.table == 3]
 GLUE = "MNLI SST-2 MRPC CoLA QNLI QQP RTE STS-B"
-TABLE_4 = {
-    ("base", "direft"): "82.5(.22) 92.6(.76) 88.3(1.23) 58.6(1.99) 91.3(.19) 86.4(.27) 76.4(1.48) 89.3(.56)",
-    ("base", "loreft"): "83.1(.26) 93.4(.64) 89.2(2.62) 60.4(2.60) 91.2(.25) 87.4(.23) 79.0(2.76) 90.0(.29)",
-    ("large", "direft"): "88.7(.13) 95.4(.60) 88.5(2.16) 66.7(2.21) 93.9(.39) 88.1(.47) 86.9(1.56) 91.2(.29)",
-    ("large", "loreft"): "89.2(.27) 96.2(.72) 90.1(1.17) 68.0(1.44) 94.1(.35) 88.5(.45) 87.5(1.49) 91.6(.43)",
-}
 # Tables 9 to 12, tasks in the order above
 GLUE_SETTINGS = {
     ("base", "loreft"): {
@@ -105,59 +54,44 @@ GLUE_SETTINGS = {
         "batch": "32 32 32 32 32 32 32 32",
     },
 }
-UNPRINTED = {"gsm8k_direft_tuning"}  # Table 6 prints a search space
-
-
-def number(cell):
-    """`84.2(.43)` as the value and its standard deviation."""
-    value, _, deviation = cell.rstrip(")").partition("(")
-    return float(value), float(deviation) if deviation else None
-
-
-def numbers(columns, cells):
-    return dict(zip(columns.split(), map(number, cells.split()), strict=True))
+UNPRINTED = {f"{GROUP}/gsm8k_direft_tuning"}  # Table 6 prints a search space
 
 
 def glue_files():
-    """Yield (file, task as printed, its place in the order of the tables, size, method)."""
-    for size, method in TABLE_4:
+    """Yield (experiment, task as printed, its place in the order of the tables, size, method)."""
+    for size, method in GLUE_SETTINGS:
         for place, name in enumerate(GLUE.split()):
-            yield (
-                f"glue_roberta_{size}_{name.lower().replace('-', '')}_{method}",
-                name,
-                place,
-                size,
-                method,
-            )
+            task = name.lower().replace("-", "")
+            yield f"{GROUP}/glue_roberta_{size}_{task}_{method}", name, place, size, method
 
 
-PRINTED = {
-    **{name: ("1", 3, numbers(COMMONSENSE, cells)) for name, cells in TABLE_1.items()},
-    **{name: ("14", 3, numbers(COMMONSENSE, cells)) for name, cells in TABLE_14.items()},
-    **{name: ("2", 3, numbers(ARITHMETIC, cells)) for name, cells in TABLE_2.items()},
-    **{name: ("15", 3, numbers(ARITHMETIC, cells)) for name, cells in TABLE_15.items()},
-    **{name: ("17", 3, numbers(ARITHMETIC, cells)) for name, cells in TABLE_17.items()},
-    **{name: ("3", 2, numbers("Win-rate", cells)) for name, cells in TABLE_3.items()},
-    **{
-        name: ("4", 5, {task: number(TABLE_4[size, method].split()[place])})
-        for name, task, place, size, method in glue_files()
-    },
-}
+def test_every_experiment_of_the_paper_has_its_numbers_and_the_other_way_round():
+    assert {f"{GROUP}/{path.stem}" for path in (CONF / GROUP).glob("*.yaml")} == {*ROWS, *UNPRINTED}
 
 
-def test_every_experiment_of_the_paper_stands_in_a_table_here():
-    assert {path.stem for path in CONF.glob("*.yaml")} == {*PRINTED, *UNPRINTED}
+@pytest.mark.parametrize("name", ROWS)
+def test_the_header_quotes_table_row_and_numbers(name):
+    row = ROWS[name]
+    numbers = dict(row.numbers)
+    average = numbers.pop(AVERAGE, None)
+    header = re.sub(r"\s*\n#\s*", " ", (CONF / f"{name}.yaml").read_text().partition("\n#\n")[0])
+    assert f"Table: {row.table}, " in re.sub(" +", " ", header)
+    assert f"row {row.row} (" in header
+    assert f"mean of {row.seeds} seeds" in header
+    assert f"Expected: {', '.join(f'{task} {quoted(number)}' for task, number in numbers.items())}" in header
+    assert average is None or f"Average:  {quoted(average)}" in header
+    assert all(override in header for override in row.overrides)
 
 
-@pytest.mark.parametrize("name", PRINTED)
-def test_the_header_has_the_papers_numbers(name):
-    row = read_row(CONF / f"{name}.yaml")
-    assert (row.table, row.seeds, dict(row.numbers)) == PRINTED[name]
+def quoted(number):
+    """84.2 (0.43), with two decimals where the paper prints them."""
+    value = f"{number.value:.1f}" if number.measure or number.task == AVERAGE else f"{number.value:.2f}"
+    return value if number.deviation is None else f"{value} ({number.deviation:.2f})"
 
 
 @pytest.mark.parametrize(("name", "task", "place", "size", "method"), list(glue_files()))
 def test_glue_has_the_settings_of_tables_9_to_12(name, task, place, size, method):
-    found = compose([f"experiment=paper/{name}"])
+    found = compose([f"experiment={name}"])
     wanted = {key: cells.split()[place] for key, cells in GLUE_SETTINGS[size, method].items()}
     assert found.intervention.positions == wanted["positions"]
     assert found.intervention.dropout == float(wanted["dropout"])
@@ -175,9 +109,9 @@ def test_glue_has_the_settings_of_tables_9_to_12(name, task, place, size, method
     assert found.model.name.endswith(f"roberta-{size}")
 
 
-@pytest.mark.parametrize("name", TABLE_3)
+@pytest.mark.parametrize("name", INSTRUCTION)
 def test_instruction_tuning_has_the_settings_of_the_authors_command(name):
-    found = compose([f"experiment=paper/{name}"])
+    found = compose([f"experiment={name}"])
     assert found.model.name == "meta-llama/Llama-2-7b-hf"
     assert found.intervention.method == ("direft" if name.endswith("direft") else "loreft")
     assert found.intervention.layers == [3, 9, 18, 24]

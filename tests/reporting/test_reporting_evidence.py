@@ -7,7 +7,7 @@ import pytest
 from invented_runs import cells, method, only, predictions, report, right, write_grid, write_run
 from scipy import stats
 
-from reft_lightning.reporting import formats, tables
+from reft_lightning.reporting import tables
 from reft_lightning.reporting.comparisons import AVERAGE, ROWS_AND_SEEDS, ROWS_ONLY, Comparison, Method, Score
 from reft_lightning.reporting.evidence import _interval
 from reft_lightning.reporting.pairs import pairs_of
@@ -36,6 +36,9 @@ def compared(scores):
         score.row_scores = dict(enumerate(by_seed))
         found.append(Method(f"m{i}", [], scores={("boolq", "accuracy"): score}))
     return Comparison("", {}, "test", found, {"boolq": "accuracy"})
+
+
+REGRESSION = {"stsb": {"kind": "regression"}}
 
 
 class TestLevels:
@@ -129,9 +132,10 @@ class TestLevels:
         gold = rng.normal(size=100)
         for i in range(24):
             said = gold + (0.1 if i == 0 else 5) * rng.normal(size=100)
-            rows = [{"task": "stsb", "source": f"row {j}", "answer": f"{a:.4f}", "gold": str(g), "error": abs(a - g)}
+            rows = [{"task": "stsb", "source": f"row {j}", "answer": f"{a:.4f}", "gold": str(g), "value": a}
                     for j, (a, g) in enumerate(zip(said, gold, strict=True))]  # fmt: skip
             folder = write_run(tmp_path / str(i), f"m{i:02d}", scores={"stsb": [0]}, rows=rows, monitor="val/pearson",
+                               tasks=REGRESSION,
                                metrics={"test/stsb/pearson": stats.pearsonr(said, gold)[0]})  # fmt: skip
             results = json.loads((folder / "results.json").read_text())
             del results["metrics"]["test/stsb/accuracy"]
@@ -160,7 +164,7 @@ class TestDivergedRuns:
         assert text.endswith("aaa diverged.")
         assert any(note.startswith("aaa diverged, seeds 43: boolq accuracy") for note in comparison.notes)
         assert {(pair.first, pair.second) for pair in comparison.pairs} == {("loreft", "red")}
-        assert "diverged" in formats.markdown(tables.measure_table(comparison))
+        assert "diverged" in [row[4].text for row in tables.measure_table(comparison).rows]
 
     def test_a_loss_that_is_no_number_is_not_the_lowest(self, tmp_path):
         for name, loss in (("aaa", float("nan")), ("bbb", float("-inf")), ("loreft", 1.5)):
@@ -228,10 +232,7 @@ class TestEvidence:
 
     def test_the_order_of_folders_changes_nothing(self, tmp_path):
         folders = sorted(write_grid(tmp_path).iterdir())
-        one, two = (
-            formats.markdown(tables.pair_table(report(*some).comparisons[0]))
-            for some in (folders, folders[::-1])
-        )
+        one, two = (tables.pair_table(report(*some).comparisons[0]) for some in (folders, folders[::-1]))
         assert one == two
 
     def test_p_values_are_adjusted_over_all_pairs(self, tmp_path):
@@ -281,7 +282,7 @@ class TestEvidence:
                     "source": f"row {i}",
                     "answer": f"{a:.4f}",
                     "gold": str(g),
-                    "error": abs(a - g),
+                    "value": a,
                 }
                 for i, (a, g) in enumerate(zip(said, gold, strict=True))
             ]
@@ -289,7 +290,13 @@ class TestEvidence:
             measures = {"pearson": pearson, "spearman": spearman, "combined_score": (pearson + spearman) / 2}
             metrics = {f"test/stsb/{measure}": value for measure, value in measures.items()}
             write_run(
-                tmp_path / name, name, scores={"stsb": [0]}, rows=rows, metrics=metrics, monitor="val/pearson"
+                tmp_path / name,
+                name,
+                scores={"stsb": [0]},
+                rows=rows,
+                metrics=metrics,
+                monitor="val/pearson",
+                tasks=REGRESSION,
             )
             results = json.loads((tmp_path / name / "results.json").read_text())
             del results["metrics"]["test/stsb/accuracy"]
@@ -328,7 +335,7 @@ class TestEvidence:
             theirs = stats.binomtest(int(60 * value), 60).proportion_ci(method="wilson")
             score = method(comparison, label).scores["boolq", "accuracy"]
             assert score.interval == pytest.approx((theirs.low, theirs.high), abs=1e-9)
-        assert not any("has no width" in note for note in comparison.notes)
+        assert not any("has zero width" in note for note in comparison.notes)
 
     def test_so_it_is_on_average_over_tasks(self, tmp_path):
         write_run(tmp_path / "a", scores={"boolq": [0] * 60, "piqa": [1] * 60})
@@ -340,4 +347,4 @@ class TestEvidence:
     def test_an_interval_without_width_is_no_certainty(self, tmp_path):
         rows = predictions("boolq", [0.25] * 60, "rouge")
         write_run(tmp_path / "a", rows=rows, metrics={"test/boolq/rouge": 0.25}, monitor="val/rouge")
-        assert any("has no width" in note for note in only(tmp_path).notes)
+        assert any("has zero width" in note for note in only(tmp_path).notes)

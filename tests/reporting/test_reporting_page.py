@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from invented_runs import FEW, right, write_grid, write_run
+from invented_runs import FEW, write_grid, write_run
 
 from reft_lightning import cli
 from reft_lightning.reporting import formats, plots, tables
@@ -173,104 +173,15 @@ class TestPlots:
         (tmp_path / "a" / "csv" / "metrics.csv").unlink()
         assert list(self.drawn(tmp_path)[1]) == ["intervals"]
 
-    def test_points_stand_where_the_numbers_say(self, tmp_path):
-        from matplotlib import rc_context
-
-        write_run(tmp_path / "a", "loreft", trainable_parameters=4000)
-        write_run(tmp_path / "b", "none", scores={"boolq": right(0.4)}, trainable_parameters=0)
-        (comparison,) = build_report([tmp_path], resamples=FEW).comparisons
-        with rc_context(plots.STYLE):
-            figure = plots._against(comparison, lambda m: m.trained, "trained parameters", log=True)
-        (ax,) = figure.axes
-        (bar,) = ax.containers
-        assert bar.lines[0].get_xdata() == [4000]
-        assert bar.lines[0].get_ydata() == pytest.approx([100 * np.mean(right(0.6))])
-        lines = {tuple(line.get_ydata()) for line in ax.lines if line.get_label().startswith("none")}
-        assert {round(y, 6) for line in lines for y in line} == {round(100 * np.mean(right(0.4)), 6)}
-        assert (ax.get_xscale(), ax.get_xlabel()) == ("linear", "trained parameters")
-
-    @pytest.mark.parametrize(("more", "scale"), [(39_999, "linear"), (40_000, "log")])
-    def test_costs_that_span_a_decade_stand_on_a_logarithmic_axis(self, tmp_path, more, scale):
-        from matplotlib import rc_context
-
-        write_run(tmp_path / "a", "loreft", trainable_parameters=4000)
-        write_run(tmp_path / "b", "lora", trainable_parameters=more)
-        (comparison,) = build_report([tmp_path], resamples=FEW).comparisons
-        with rc_context(plots.STYLE):
-            figure = plots._against(comparison, lambda m: m.trained, "trained parameters", log=True)
-        (ax,) = figure.axes
-        assert ax.get_xscale() == scale
-        figure.canvas.draw()
-        assert "10k" in {tick.get_text() for tick in ax.get_xticklabels()}
-
-    def test_a_head_counts_and_what_is_not_recorded_is_not_zero(self, tmp_path):
-        from matplotlib import rc_context
-
-        write_run(tmp_path / "a", "loreft", trainable_parameters=4000, head_parameters=700)
-        write_run(tmp_path / "b", "none", trainable_parameters=0, head_parameters=700)
-        write_run(tmp_path / "c", "lost", trainable_parameters=None, head_parameters=None)
-        write_run(tmp_path / "d", "frozen", trainable_parameters=0, head_parameters=0)
-        (comparison,) = build_report([tmp_path], resamples=FEW).comparisons
-        with rc_context(plots.STYLE):
-            figure = plots._against(comparison, lambda m: m.trained, "trained parameters", log=True)
-        (ax,) = figure.axes
-        assert sorted(bar.lines[0].get_xdata()[0] for bar in ax.containers) == [700, 4700]
-        across = {line.get_label() for line in ax.lines if "(" in line.get_label()}
-        assert across == {"frozen (0)", "lost (not recorded)"}
-
     @pytest.mark.parametrize("method", [r"lo$\foo$", "a $ b", r"\$x$", "$"])
     def test_dollars_in_a_name_are_dollars(self, tmp_path, method):
-        from matplotlib import rc_context
-
         write_run(tmp_path / "a", method)
-        comparison, drawn = self.drawn(tmp_path)
-        assert "intervals" in drawn
-        with rc_context(plots.STYLE):
-            (ax,) = plots._intervals(comparison).axes
-        (label,) = ax.get_yticklabels()
-        assert label._preprocess_math(label.get_text()) == (method, False)
+        assert "intervals" in self.drawn(tmp_path)[1]  # as mathematics they would not parse
 
     def test_a_diverged_method_is_not_drawn(self, tmp_path):
         write_run(tmp_path / "a", "loreft")
         write_run(tmp_path / "b", "red", metrics={"test/boolq/accuracy": float("nan")})
-        comparison, drawn = self.drawn(tmp_path)
-        assert len(drawn) == 4
-        assert [m.label for _, m in plots._scored(comparison)] == ["loreft"]
-
-    def test_learning_curves_are_means_over_seeds(self, tmp_path):
-        from matplotlib import rc_context
-
-        write_grid(tmp_path, {"loreft": 0.5}, seeds=(42, 43))
-        (comparison,) = build_report([tmp_path], resamples=FEW).comparisons
-        with rc_context(plots.STYLE):
-            figure = plots._curves(comparison)
-        loss, score = figure.axes
-        (mean,) = (line for line in loss.lines if line.get_label() == "loreft")
-        steps = [9, 19, 29, 39, 49]
-        assert list(mean.get_xdata()) == [step + 1 for step in steps]
-        assert list(mean.get_ydata()) == pytest.approx([(1 / (s + 0) + 1 / (s + 1)) / 2 for s in steps])
-        assert score.get_ylabel() == "validation accuracy, %"
-        (mean,) = (line for line in score.lines if line.get_label() == "loreft")
-        assert list(mean.get_xdata()) == [25, 50]
-
-    def test_no_two_of_forty_methods_look_the_same_and_no_two_of_ten_have_one_colour(self):
-        assert len({plots._colour(i) for i in range(10)}) == 10
-        assert len({(plots._colour(i), plots._marker(i)) for i in range(40)}) == 40
-        assert len({(plots._colour(i), plots._line_style(i)) for i in range(40)}) == 40
-
-    def test_points_of_one_cost_stand_side_by_side(self, tmp_path):
-        for name, more in (("direft", 4000), ("loreft", 4000), ("red", 8000)):
-            write_run(tmp_path / name, name, trainable_parameters=more)
-        (comparison,) = build_report([tmp_path], resamples=FEW).comparisons
-        figure = plots._against(comparison, lambda m: m.trained, "trained parameters")
-        figure.canvas.draw()
-        points = {}
-        for bar in figure.axes[0].containers:
-            (marker, *_) = bar.lines
-            assert marker.get_xdata()[0] in (4000, 8000)
-            points[bar.get_label()] = marker.get_transform().transform(marker.get_xydata())[0]
-        assert abs(points["direft"][0] - points["loreft"][0]) > 5
-        assert points["red"][0] - points["loreft"][0] > 100
+        assert len(self.drawn(tmp_path)[1]) == 4
 
     def test_what_is_validated_after_training_is_no_point_of_a_curve(self, tmp_path):
         for seed in (42, 43):
@@ -281,16 +192,6 @@ class TestPlots:
             )
         (comparison,) = build_report([tmp_path], resamples=FEW).comparisons
         assert comparison.methods[0].runs[0].learning_curve("val/accuracy") == [(50, 0.4)]
-        _, score = plots._curves(comparison).axes
-        assert [list(line.get_xdata()) for line in score.lines] == [[50]] * 3
-        assert all(line.get_marker() not in (None, "None", "") for line in score.lines)
-
-    def test_without_a_validation_in_training_there_is_no_curve_of_it(self, tmp_path):
-        folder = write_run(tmp_path / "a", steps=50)
-        (folder / "csv" / "metrics.csv").write_text("step,train/loss,val/accuracy\n9,1.0,\n50,,0.9\n")
-        (comparison,) = build_report([tmp_path], resamples=FEW).comparisons
-        (loss,) = plots._curves(comparison).axes
-        assert loss.get_ylabel() == "training loss"
 
 
 class TestCommand:

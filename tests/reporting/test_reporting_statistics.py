@@ -207,45 +207,26 @@ class TestBootstrap:
 
 
 class TestPairedTests:
-    @FEW
-    @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=60))
-    def test_mcnemar_is_scipys_binomial_test(self, pairs):
-        first, second = np.array(pairs, float).T
-        b, c = int((first > second).sum()), int((first < second).sum())
-        expected = stats.binomtest(b, b + c, 0.5).pvalue if b + c else 1.0
-        assert mcnemar(first, second) == pytest.approx(expected, rel=1e-9)
-        assert mcnemar(second, first) == mcnemar(first, second)
-
-    def test_mcnemar_of_thousands_of_rows(self):
-        first = np.repeat([1.0, 0.0], [3300, 3000])
-        expected = stats.binomtest(3300, 6300, 0.5).pvalue
-        assert mcnemar(first, 1 - first) == pytest.approx(expected, rel=1e-9)
-
-    @FEW
-    @given(hnp.arrays(np.float64, st.integers(2, 9), elements=st.sampled_from([-1.0, -0.5, 0.0, 0.5, 1.0])))
-    def test_sign_flips_of_few_rows_are_scipys_exact_test(self, differences):
-        (p,) = sign_flip_tests(differences[None], 1000, rng())
-        zero = np.zeros_like(differences)
-        theirs = stats.permutation_test(
-            (differences, zero), lambda x, y, axis: np.mean(x - y, axis=axis), permutation_type="samples",
-            n_resamples=np.inf, alternative="two-sided",
-        )  # fmt: skip
-        # scipy doubles the smaller tail, which is the same by symmetry
-        assert p == pytest.approx(min(theirs.pvalue, 1.0), abs=1e-12)
+    def test_mcnemar_counts_the_rows_that_only_one_has_right(self):
+        first, second = np.array([[1, 1, 1, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 1, 1, 0]], float)
+        assert mcnemar(first, second) == mcnemar(second, first) == pytest.approx(2 * (1 + 6) / 2**6)
+        assert mcnemar(first, first) == 1.0
 
     @pytest.mark.parametrize("shift", [0.0, 0.12, 0.3])
     def test_sign_flips_of_many_rows_are_near_scipys(self, shift):
         differences = rng(1).normal(shift, 1, size=200)
         (p,) = sign_flip_tests(differences[None], 20_000, rng())
         theirs = stats.permutation_test(
-            (differences, np.zeros(200)), lambda x, y, axis: np.mean(x - y, axis=axis),
-            permutation_type="samples", n_resamples=20_000, rng=rng(2),
-        )  # fmt: skip
+            (differences,), np.mean, permutation_type="samples", n_resamples=20_000, rng=rng(2)
+        )
         assert p == pytest.approx(theirs.pvalue, abs=0.015)
         assert p == pytest.approx(stats.ttest_1samp(differences, 0).pvalue, abs=0.02)
 
-    def test_nothing_differs_where_every_difference_is_zero(self):
-        assert sign_flip_tests(np.zeros((1, 50)), 100, rng()) == [1.0]
+    @pytest.mark.parametrize(
+        ("line", "p"), [([1, 1, 1, 0, 0], 2 / 8), ([1 / 3, 1 / 3, -2 / 3], 1), ([1, 0], 1), ([0, 0], 1)]
+    )
+    def test_few_rows_that_differ_are_counted_exactly(self, line, p):
+        assert sign_flip_tests(np.array([line]), 1000, rng()) == [pytest.approx(p)]
 
     def test_lines_are_tested_as_if_alone(self):
         lines = rng(4).normal(0.2, 1, size=(3, 80))
@@ -272,11 +253,6 @@ class TestStudent:
         ends = theirs.confidence_interval()
         assert t_interval(difference, error, freedom) == pytest.approx((ends.low, ends.high))
 
-    def test_of_rows_alone_it_is_the_paired_t_test(self):
-        line = rng(2).normal(0.2, 1, size=80)
-        error, freedom = satterthwaite([(line.var(ddof=1) / 80, 79)])
-        assert t_p(line.mean(), error, freedom) == pytest.approx(stats.ttest_1samp(line, 0).pvalue)
-
     def test_what_has_no_spread_or_an_unknown_one(self):
         assert satterthwaite([(0.0, 3), (0.0, 4)]) == (0.0, math.inf)
         assert t_p(0.0, 0.0, math.inf) == 1.0
@@ -285,11 +261,11 @@ class TestStudent:
         assert t_p(0.5, error, freedom) == 1.0
         assert t_interval(0.5, error, freedom) == (-math.inf, math.inf)
 
-    @pytest.mark.parametrize("seeds", [2, 3, 5])
-    @pytest.mark.parametrize("ratio", [0, 0.1, 0.3, 1, 10])
+    @pytest.mark.parametrize("seeds", [2, 5])
+    @pytest.mark.parametrize("ratio", [0, 0.1, 1])
     def test_the_wider_of_seeds_and_both_holds_the_mean_in_19_of_20_tables(self, seeds, ratio):
         """With `ratio` the variance of rows over that of seeds; rows are 750."""
-        tables, draw = 4000, rng(seeds)
+        tables, draw = 1000, rng(seeds)
         scores = draw.normal(size=(tables, seeds))
         means = scores.mean(1) + math.sqrt(ratio) * draw.normal(size=tables)
         rows = ratio * draw.chisquare(749, size=tables) / 749
@@ -301,7 +277,7 @@ class TestStudent:
             narrower += high - low < np.ptp(t_interval(mean, *alone))
             assert (p < 0.05) == (not low <= 0 <= high)
         assert narrower == 0
-        assert held / tables >= 0.94 - 0.007  # two standard errors
+        assert held / tables >= 0.94 - 0.015  # two standard errors
 
     def test_three_seeds_of_many_rows(self):
         scores = np.array([0.499, 0.478, 0.408])

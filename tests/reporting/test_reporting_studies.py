@@ -252,5 +252,5 @@ class TestImportance:
         trials = {"loreft": [Trial(0, "complete", 0.5, {"lr": 0.1, "rank": 4})]}
         study = Study(tmp_path, trials=trials, importance={"loreft": {"lr": 0.7, "rank": 0.3}})
         text = page(Report([tmp_path], [], [], [study]), {str(tmp_path): plots.study_plots(study)})
-        assert f"of methods with {ENOUGH} complete trials and two parameters or more" in text
-        assert "those of noise too" in text
+        assert f"methods with at least {ENOUGH} complete trials and two parameters" in text
+        assert "even of noise" in text

@@ -5,15 +5,17 @@ import json
 import re
 from dataclasses import replace
 
-from invented_runs import only, write_grid, write_run
+from invented_runs import only, report, write_grid, write_run
 
-from reft_lightning.reporting import formats, plots, tables
+from reft_lightning.reporting import formats, tables
+from reft_lightning.reporting.page import markdown
 
 
 class TestTables:
     def test_the_best_is_bold_in_markdown_and_latex(self, tmp_path):
-        comparison = only(write_grid(tmp_path))
-        lines = formats.markdown(tables.score_table(comparison)).splitlines()
+        made = report(write_grid(tmp_path))
+        (comparison,) = made.comparisons
+        lines = markdown(made).splitlines()
         assert next(line for line in lines if line.startswith("| loreft")).count("**") == 2
         assert next(line for line in lines if line.startswith("| red")).count("**") == 0
         text = formats.latex(comparison)
@@ -47,8 +49,9 @@ class TestTables:
 
     def test_names_are_escaped(self, tmp_path):
         write_run(tmp_path / "a", "my_module.A|B & <b>50%</b>")
-        comparison = only(tmp_path)
-        assert "my_module.A\\|B & \\<b>50%\\</b>" in formats.markdown(tables.score_table(comparison))
+        made = report(tmp_path)
+        (comparison,) = made.comparisons
+        assert "my_module.A\\|B & \\<b>50%\\</b>" in markdown(made)
         assert r"my\_module.A|B \& \textless{}b\textgreater{}50\%" in formats.latex(comparison)
 
     def test_the_csv_has_one_line_for_each_method_task_and_measure(self, tmp_path):
@@ -93,8 +96,6 @@ class TestTables:
         write_run(tmp_path / "a", metrics={"test/boolq/matthews": 0.5}, monitor="val/matthews")
         comparison = only(tmp_path)
         assert tables.score_table(comparison).title.startswith("Scores × 100: mean")
-        assert plots._name(comparison.head) == "boolq matthews × 100"
-        assert plots._name(("boolq", "accuracy")) == "boolq accuracy, %"
 
     def test_equal_methods_share_the_first_place(self, tmp_path):
         write_run(tmp_path / "a", "loreft")

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from ...config.compose import CompositionError, compose, config_dir
 from ...config.identity import differences
 from ...config.schema import Config
-from .published import AVERAGE, GROUP, NAMES, WIN_RATE, Printed, plain
+from .published import AVERAGE, GROUP, WIN_RATE, Printed
 
 log = logging.getLogger(__name__)
 
@@ -80,24 +80,18 @@ def compare(row: Printed, runs: Iterable[tuple[Path, dict[str, Any]]]) -> list[O
 
 def _scores(row: Printed, folder: Path, results: Mapping[str, Any], notes: list[str]) -> dict[str, float]:
     scores = {}
-    for name in row.numbers:
+    for name, (_, _, task, measure) in row.numbers.items():
         if name == AVERAGE:
             continue
-        task, measure = NAMES[plain(name)]
+        found = results["metrics"].get(f"test/{task}/{measure}")
         value = (
-            _win_rate(folder, notes)
-            if task == WIN_RATE
-            else _percent(results["metrics"].get(f"test/{task}/{measure}"))
+            _win_rate(folder, notes) if task == WIN_RATE else None if found is None else 100 * float(found)
         )
         if value is not None:
             scores[name] = value
     if AVERAGE in row.numbers and len(scores) == len(row.numbers) - 1:
         scores[AVERAGE] = statistics.fmean(scores.values())
     return scores
-
-
-def _percent(fraction: float | None) -> float | None:
-    return None if fraction is None else 100 * float(fraction)
 
 
 def _data_notes(versions: Mapping[str, Any]) -> list[str]:
@@ -127,7 +121,7 @@ def _win_rate(folder: Path, notes: list[str]) -> float | None:
         judge, reference = str(result["judge"]), str(result["reference"])
         judged, unjudged = int(result["n_total"]), int(result["n_unjudged"])
         rate = f"{judge} against {reference} gives {result['win_rate']:.2f}"
-        if plain(judge) != plain(JUDGE) or plain(reference) != plain(REFERENCE):
+        if (judge, reference) != (JUDGE, REFERENCE):
             notes.append(f"{rate}: another judge, another number")
         elif judged + unjudged != INSTRUCTIONS or unjudged > MOST_UNJUDGED:
             notes.append(f"{rate} on {judged} judged pairs, which are not AlpacaEval's {INSTRUCTIONS}")
@@ -142,11 +136,11 @@ def _win_rate(folder: Path, notes: list[str]) -> float | None:
 
 
 def composed(row: Printed) -> Config | None:
-    """Return the settings that the experiment and its header's command compose to, on any machine."""
+    """Return the settings that the experiment composes to with the paper's training file, on any machine."""
     # what one machine adds to every run makes another experiment of them
     nothing_local = ["~local"] if (config_dir() / "local" / "default.yaml").is_file() else []
     try:
-        return compose([f"experiment={row.experiment}", *row.command, *nothing_local])
+        return compose([f"experiment={row.experiment}", *row.overrides, *nothing_local])
     except CompositionError as error:
         log.warning("%s does not compose, so changes cannot be told: %s", row.experiment, error)
         return None

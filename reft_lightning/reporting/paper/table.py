@@ -1,8 +1,8 @@
 """`reft-report paper`: what the paper's tables print against what runs of its configurations obtained.
 
 Over seeds the table gives the mean and the sample standard deviation; of one seed there is no deviation, and nothing
-is made up for it. A run counts as the paper's only where its configuration is what the experiment file and its
-header's command compose to, seeds, places of files and logging apart. Runs with other settings are lines of their
+is made up for it. A run counts as the paper's only where its configuration is what the experiment composes to
+with the paper's training file, seeds, places of files and logging apart. Runs with other settings are lines of their
 own, marked with an asterisk, with what was changed.
 """
 
@@ -17,9 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ...config.compose import config_dir
 from .obtained import Obtained, compare, read_runs
-from .published import AVERAGE, GROUP, Printed, order, read_rows
+from .published import AVERAGE, Number, Printed, read_rows
 
 
 def main(options: Mapping[str, str], console: Console | None = None) -> list[tuple[Printed, list[Obtained]]]:
@@ -35,20 +34,20 @@ def main(options: Mapping[str, str], console: Console | None = None) -> list[tup
     Raises:
         ValueError: for an unknown table, or a folder that does not exist.
     """
-    rows = read_rows(config_dir() / "experiment" / GROUP)
+    rows = read_rows()
     folder, table = Path(options.get("folder", "outputs")).expanduser(), options.get("table")
     if "folder" in options and not folder.is_dir():
         raise ValueError(f"folder={folder}: no such folder; give the one that runs were written to")
-    known = sorted({row.table for row in rows}, key=order)
+    known = [str(number) for number in dict.fromkeys(row.table for row in rows)]
     if table is not None and table not in known:
         raise ValueError(
             f"no experiment stands for table {table} of the paper; there are tables {', '.join(known)}"
         )
     runs = read_runs(folder)
-    compared = [(row, compare(row, runs)) for row in rows if table in (None, row.table)]
+    compared = [(row, compare(row, runs)) for row in rows if table in (None, str(row.table))]
     console = console or Console(width=None if sys.stdout.isatty() else 120)
     for number in known:
-        print_table(number, [pair for pair in compared if pair[0].table == number], console)
+        print_table(number, [pair for pair in compared if str(pair[0].table) == number], console)
     console.print(
         f"{len(runs)} runs in {escape(str(folder))} name an experiment of the paper.", soft_wrap=True
     )
@@ -66,8 +65,9 @@ def print_table(number: str, compared: Sequence[tuple[Printed, list[Obtained]]],
     for row, groups in compared:
         if not groups:
             name = AVERAGE if AVERAGE in row.numbers else next(iter(row.numbers))
-            cell = _cell(*row.numbers[name], row.numbers[name][0])
-            table.add_row(_label(row, 1)[0], name, cell, "not run", "", f"0 of {row.seeds or '?'}")
+            table.add_row(
+                _label(row, 1)[0], name, _printed(row.numbers[name]), "not run", "", f"0 of {row.seeds}"
+            )
         for group in groups:
             labels = _label(row, len(row.numbers), " *" if group.changed else "")
             for label, (name, printed) in zip(labels, row.numbers.items(), strict=True):
@@ -86,19 +86,21 @@ def _label(row: Printed, lines: int, mark: str = "") -> list[str]:
     return [f"{name}\n{experiment}"] if lines == 1 else [name, experiment, *[""] * (lines - 2)]
 
 
-def _cells(
-    name: str, printed: tuple[float, float | None], group: Obtained, of: int | None
-) -> tuple[str, str, str, str]:
+def _cells(name: str, printed: Number, group: Obtained, of: int) -> tuple[str, str, str, str]:
     values = [scores[name] for scores in group.scores.values() if name in scores]
-    seeds = f"{len(values)} of {of or '?'}"
-    paper = _cell(*printed, printed[0])
+    seeds = f"{len(values)} of {of}"
     if not values:
-        return paper, "missing", "", seeds
+        return _printed(printed), "missing", "", seeds
     mean = statistics.fmean(values)
     deviation = statistics.stdev(values) if len(values) > 1 else None
-    obtained = _cell(mean, deviation, printed[0]) + (" (one seed)" if deviation is None else "")
-    difference = round(mean - printed[0], _decimals(printed[0])) + 0.0  # no minus in front of zero
-    return paper, obtained, f"{difference:+.{_decimals(printed[0])}f}", seeds
+    obtained = _cell(mean, deviation, printed.value) + (" (one seed)" if deviation is None else "")
+    decimals = _decimals(printed.value)
+    difference = round(mean - printed.value, decimals) + 0.0  # no minus in front of zero
+    return _printed(printed), obtained, f"{difference:+.{decimals}f}", seeds
+
+
+def _printed(number: Number) -> str:
+    return _cell(number.value, number.deviation, number.value)
 
 
 def _cell(value: float, deviation: float | None, like: float) -> str:

@@ -1,4 +1,6 @@
-"""`reft-report peft RUN`: one run as the JSON file that PEFT's method comparison writes for one experiment.
+"""Write one run as the JSON file that PEFT's method comparison writes for one experiment.
+
+    python experiments/peft_comparison/schema.py RUN
 
 The schema is that of `method_comparison/MetaMathQA/results` of https://github.com/huggingface/peft at 5d602fdbff04:
 the same keys, each with the same meaning, or null where a run does not measure it. Its app reads the file beside those
@@ -25,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -32,13 +35,13 @@ from typing import Any
 
 import numpy as np
 
-from ..adapters.baselines.methods import PEFT
-from ..adapters.reft.config import CONFIG_FILE
-from ..adapters.saving import BASELINE_CONFIG_FILE, BESIDE, PEFT_CONFIG_FILE
-from ..config.schema import DecodingConfig
-from ..data.families.metamathqa import FAMILY, prompt
-from ..storage.atomic import write_json
-from .runs import ReportError, Run, read_runs
+from reft_lightning.adapters.baselines.methods import PEFT
+from reft_lightning.adapters.reft.config import CONFIG_FILE
+from reft_lightning.adapters.saving import BASELINE_CONFIG_FILE, BESIDE, PEFT_CONFIG_FILE
+from reft_lightning.config.schema import DecodingConfig
+from reft_lightning.data.families.metamathqa import FAMILY, prompt
+from reft_lightning.reporting.runs import ReportError, Run, read_runs
+from reft_lightning.storage.atomic import write_json
 
 log = logging.getLogger(__name__)
 
@@ -46,26 +49,14 @@ WARMUP = 0.1  # of their schedule, which their configuration does not name
 METAMATH, GSM8K = "metamath", "gsm8k"
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the arguments of the command."""
-    arguments = argparse.ArgumentParser(
-        prog="reft-report peft",
-        description="Write a run as a result of PEFT's method comparison (MetaMathQA).",
-    )
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Write the file of a run; return where it lies."""
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = arguments.add_argument
     add("run", type=Path, metavar="RUN", help="the folder of a complete run of data=metamathqa")
     add("--out", type=Path, metavar="FILE", help="default: METHOD--VARIANT.json in the run folder")
     add("--name", metavar="METHOD/VARIANT", help="of the experiment, such as loreft/llama-3.2-3B-rank8")
-    return arguments
-
-
-def main(argv: Sequence[str]) -> Path:
-    """Write the file of a run; return where it lies.
-
-    Raises:
-        ReportError: for a folder that is no complete run of this comparison.
-    """
-    options = parser().parse_args(argv)
+    options = arguments.parse_args(argv)
     runs, left, _ = read_runs([options.run])
     if not runs:
         raise ReportError(f"{options.run}: {left[0].reason}")
@@ -74,7 +65,7 @@ def main(argv: Sequence[str]) -> Path:
     path = options.out or options.run / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, values)
-    log.info("%s: test accuracy %.4f", path, values["train_info"]["metrics"][-1]["test accuracy"])
+    print(f"{path}: test accuracy {values['train_info']['metrics'][-1]['test accuracy']:.4f}")
     return path
 
 
@@ -303,3 +294,10 @@ def _metrics(run: Run) -> tuple[list[dict[str, Any]], float]:
 def _mean(curve: Mapping[int, float], steps: range) -> float | None:
     values = [curve[step] for step in steps if step in curve]
     return float(np.mean(values)) if values else None
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ReportError as error:
+        sys.exit(str(error))

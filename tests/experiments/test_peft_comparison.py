@@ -1,19 +1,15 @@
-"""PEFT's method comparison: its data and scorer, the configurations that follow it, and the file of a run."""
+"""PEFT's method comparison: the configurations that follow it, and the file of a run."""
 
 import json
-import sys
+import runpy
+import shutil
 
-import numpy as np
 import pytest
 from transformers import LlamaConfig
 
-from reft_lightning import cli
 from reft_lightning.adapters.adapt import adapt, build_on_meta
 from reft_lightning.config import compose
-from reft_lightning.data import Example
-from reft_lightning.data.families.metamathqa import FAMILY, MOST_CHARACTERS, number, score, stated
-from reft_lightning.reporting import peft_schema
-from reft_lightning.reporting.runs import ReportError
+from reft_lightning.reporting.runs import ReportError, read_runs
 from reft_lightning.runs import experiment
 from reft_lightning.runs.arguments import attachment
 
@@ -70,9 +66,6 @@ def keys_of(values, path=""):
     return found
 
 
-# --- rows, split, scorer ------------------------------------------------------------------------------------------
-
-
 def metamath_row(i, response=None, query=None):
     return {
         "type": "GSM_Rephrased",
@@ -87,121 +80,6 @@ def gsm8k_row(i, split):
         "question": f"Of {split}, row {i}: how many?",
         "answer": f"There are <<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}",
     }
-
-
-def examples(train=6, questions=9):
-    rows = [FAMILY.task("metamathqa").example(metamath_row(i), f"m{i}") for i in range(train)]
-    return rows + [FAMILY.task("gsm8k").example(gsm8k_row(i, "train"), f"g{i}") for i in range(questions)]
-
-
-def test_a_row_becomes_what_the_protocol_says():
-    example = FAMILY.task("metamathqa").example(metamath_row(3), "row 3")
-    assert example.prompt == "Question: What is 3 and 3? Think step by step.\nAnswer:"
-    assert example.target == "3 + 3 = 6.\n#### 6\nThe answer is: 6"
-    assert (example.answer, example.source) == ("6", "row 3")
-    test = FAMILY.task("gsm8k").example(gsm8k_row(4, "test"), "row 4")
-    assert test.prompt == "Question: Of test, row 4: how many? Think step by step.\nAnswer:"
-    assert (test.target, test.answer) == ("There are <<4+1=5>>5.\n#### 5", "5")
-    with pytest.raises(ValueError, match="row 5: the answer has no '#### '"):
-        FAMILY.task("gsm8k").example({"question": "?", "answer": "5"}, "row 5")
-    with pytest.raises(ValueError, match="row 6: no column 'query'"):
-        FAMILY.task("metamathqa").example({"question": "?"}, "row 6")
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("1 + 1 = 2. The answer is: 2", "2"),
-        ("so $4^2 = \\boxed{16}$.The answer is: $16$.", "16"),
-        ("The answer is: 3\nQuestion: more", "3"),
-        ("The answer is: 3. The answer is: 4!", "4"),
-        ("The answer is 50%.", "50"),
-        ("The final answer is: 7", "7"),
-        ("The final answer is 8?", "8"),
-        ("adds up\n#### 1,234", "1,234"),
-        ("#### 5\nThe answer is: 6", "6"),  # the order of the triggers decides, not that of the text
-        ("The answer is: 6\n#### 5", "6"),
-        ("The answer is:", None),  # the trigger ends in a blank
-        ("it is 5", None),
-        ("", None),
-    ],
-)
-def test_the_answer_is_read_as_published(text, answer):
-    assert stated(text) == answer
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("13", 13.0), ("65.33", 65.33), ("-2", -2.0), ("20/14", 20 / 14), (" 1 / 2 ", 0.5), ("1,000", None),
-        ("7/0", None),
-        ("1/2/3", None), ("x", None), ("", None), ("sNaN", None), ("1e999999/1e-999999", None), ("1e3", 1000.0),
-    ],
-)  # fmt: skip
-def test_numbers_and_fractions_are_read_as_published(text, value):
-    assert number(text) == value
-
-
-@pytest.mark.parametrize(
-    ("said", "gold", "right", "lenient"),
-    [
-        ("The answer is: 5", "5", 1, 1),
-        ("The answer is: 5.00", "5", 1, 1),
-        ("The answer is: 1/2", "0.5", 1, 0),
-        ("The answer is: 2,125", "2,125", 1, 1),
-        ("The answer is: 2125", "2,125", 0, 1),  # the quirk of the published rule
-        ("The answer is: 5 apples", "5", 0, 1),
-        ("They have 5", "5", 0, 1),
-        ("The answer is: 6", "5", 0, 0),
-        ("The answer is: nan", "5", 0, 0),
-    ],
-)
-def test_both_rules_score(said, gold, right, lenient):
-    judged = score([said], Example("gsm8k", "?", "#### 5", gold))
-    assert judged.scores == {"accuracy": right, "last_number_accuracy": lenient}
-
-
-def test_several_samples_count_by_their_share():
-    judged = score(["The answer is: 5", "none"], Example("gsm8k", "?", "#### 5", "5"))
-    assert (judged.answer, judged.scores["accuracy"]) == ("5", 0.5)
-
-
-def test_a_gold_answer_is_right():
-    for example in examples():
-        assert score([example.target], example).scores["accuracy"] == 1.0
-
-
-def test_gsm8k_rows_validate_and_metamath_rows_are_learnt():
-    train, validation = FAMILY.carve(examples(), 4, 0)
-    assert [e.source for e in train] == [f"m{i}" for i in range(6)]
-    order = np.arange(9)
-    np.random.seed(0)  # noqa: NPY002  the protocol's own two calls
-    np.random.shuffle(order)  # noqa: NPY002
-    assert [e.source for e in validation] == [f"g{i}" for i in order[:4]]
-    assert FAMILY.carve(examples(), 0, 0)[1] == []
-
-
-def test_long_rows_are_left_out_by_characters_and_repeated_questions_stay(caplog):
-    def row(length):
-        response = "x" * (length - len("why?") - 1)
-        return FAMILY.task("metamathqa").example(metamath_row(0, response, "why?"), str(length))
-
-    again = metamath_row(0, query=gsm8k_row(0, "train")["question"])
-    rows = [row(MOST_CHARACTERS), row(MOST_CHARACTERS + 1), FAMILY.task("metamathqa").example(again, "again")]
-    caplog.set_level("INFO")
-    train, _ = FAMILY.carve(rows + examples(0, 1), 1, 0)
-    assert [e.source for e in train] == [str(MOST_CHARACTERS), "again"]
-    assert "1 of 3 MetaMathQA rows" in caplog.text
-    assert "1 train rows ask a validation question again" in caplog.text
-
-
-def test_a_split_without_its_rows_says_what_to_set():
-    with pytest.raises(ValueError, match=r"0\.\.9.*got 10"):
-        FAMILY.carve(examples(), 10, 0)
-    with pytest.raises(ValueError, match=r"data\.train_tasks=\[metamathqa,gsm8k\]"):
-        FAMILY.carve(examples(questions=0), 1, 0)
-    with pytest.raises(ValueError, match=r"must name metamathqa"):
-        FAMILY.carve(examples(train=0), 1, 0)
 
 
 # --- configurations -----------------------------------------------------------------------------------------------
@@ -265,15 +143,15 @@ def loreft(rows, tmp_path_factory):
     return folder, run(rows, folder, "loreft")
 
 
-def command(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["reft-report", "peft", *map(str, arguments)])
-    cli.report()
+@pytest.fixture(scope="module")
+def schema(root):
+    return runpy.run_path(str(root / "experiments" / "peft_comparison" / "schema.py"))
 
 
-def test_a_run_is_written_in_the_schema_of_the_comparison(loreft, tmp_path, monkeypatch):
+def test_a_run_is_written_in_the_schema_of_the_comparison(loreft, tmp_path, schema):
     folder, results = loreft
     path = tmp_path / "results" / "loreft--tiny.json"
-    command(monkeypatch, folder, "--out", path, "--name", "loreft/tiny")
+    schema["main"]([str(folder), "--out", str(path), "--name", "loreft/tiny"])
     values = json.loads(path.read_text())
     assert keys_of(values) == committed_keys()
     said, trained = values["run_info"], values["train_info"]
@@ -294,10 +172,10 @@ def test_a_run_is_written_in_the_schema_of_the_comparison(loreft, tmp_path, monk
     assert tested["train loss"] == validated[-1]["train loss"]
 
 
-def test_the_parts_of_its_time_add_up(loreft):
+def test_the_parts_of_its_time_add_up(loreft, schema):
     folder, results = loreft
-    ((run_,), _, _) = peft_schema.read_runs([folder])
-    values = peft_schema.record(run_)
+    ((run_,), _, _) = read_runs([folder])
+    values = schema["record"](run_)
     *validated, _ = values["train_info"]["metrics"]
     spent = sum(m["train time"] + m["eval time"] for m in validated)
     # an evaluation's time is an estimate, never below 0; what is left of the clock is training
@@ -309,9 +187,9 @@ def test_the_parts_of_its_time_add_up(loreft):
     assert values["run_info"]["experiment_name"] == f"loreft/tiny_random-{results['config_hash'][:8]}"
 
 
-def test_times_are_told_apart_on_a_clock_that_is_known(loreft):
+def test_times_are_told_apart_on_a_clock_that_is_known(loreft, schema):
     folder, _ = loreft
-    ((run_,), _, _) = peft_schema.read_runs([folder])
+    ((run_,), _, _) = read_runs([folder])
     # 2 s of starting, 1 s a step, 7 s of the first evaluation, 4 s of the last
     clock = [3.0, 4.0, 5.0, 13.0, 14.0, 15.0]
 
@@ -320,7 +198,7 @@ def test_times_are_told_apart_on_a_clock_that_is_known(loreft):
             curves = {"progress/seconds": clock, "progress/tokens": [100.0 * (i + 1) for i in range(6)]}
             return list(enumerate(curves[column])) if column in curves else super().curve(column)
 
-    values = peft_schema.record(Timed(folder, run_.config, {**run_.results, "train_seconds": 19.0}))
+    values = schema["record"](Timed(folder, run_.config, {**run_.results, "train_seconds": 19.0}))
     *validated, _ = values["train_info"]["metrics"]
     assert [m["train time"] for m in validated] == pytest.approx([5.0, 3.0])
     assert [m["eval time"] for m in validated] == pytest.approx([7.0, 4.0])
@@ -328,28 +206,9 @@ def test_times_are_told_apart_on_a_clock_that_is_known(loreft):
     assert [m["tokens / sec"] for m in validated] == pytest.approx([100.0, 100.0])
 
 
-def test_losses_and_memory_are_means_of_the_steps_between_two_validations(loreft):
-    folder, _ = loreft
-    ((run_,), _, _) = peft_schema.read_runs([folder])
-    losses = dict(run_.curve("train/loss"))
-
-    class OnGpu(type(run_)):
-        def curve(self, column):
-            memory = [(i, 100.0 + i) for i in range(6)]
-            return memory if column == "progress/memory_reserved" else super().curve(column)
-
-    values = peft_schema.record(OnGpu(folder, run_.config, run_.results))["train_info"]
-    for entry, steps in zip(values["metrics"], (range(3), range(3, 6)), strict=False):
-        assert entry["train loss"] == pytest.approx(np.mean([losses[i] for i in steps]))
-        assert entry["mem reserved avg"] == pytest.approx(np.mean([100.0 + i for i in steps]))
-        assert entry["mem allocated avg"] is None
-    assert values["accelerator_memory_reserved_avg"] == 102  # 102.5, to even
-    assert values["accelerator_memory_reserved_99th"] == 105
-
-
-def test_lora_and_both_together_carry_pefts_own_configuration(rows, tmp_path):
+def test_lora_and_both_together_carry_pefts_own_configuration(rows, tmp_path, schema):
     run(rows, tmp_path / "lora", "lora", "trainer.max_steps=3")
-    path = peft_schema.main([str(tmp_path / "lora"), "--name", "lora/tiny"])
+    path = schema["main"]([str(tmp_path / "lora"), "--name", "lora/tiny"])
     assert path == tmp_path / "lora" / "lora--tiny.json"
     values = json.loads(path.read_text())
     assert keys_of(values) == committed_keys()
@@ -359,7 +218,7 @@ def test_lora_and_both_together_carry_pefts_own_configuration(rows, tmp_path):
     assert values["run_info"]["train_config"]["optimizer_kwargs"] == {"lr": 1e-4, "weight_decay": 0.1}
     both = ["intervention.beside=peft/lora", "+intervention.beside_options.r=2", "trainer.max_steps=3"]
     run(rows, tmp_path / "both", "loreft", *both)
-    values = json.loads(peft_schema.main([str(tmp_path / "both")]).read_text())
+    values = json.loads(schema["main"]([str(tmp_path / "both")]).read_text())
     assert values["run_info"]["experiment_name"].startswith("loreft+lora/tiny_random-")
     said = values["run_info"]["peft_config"]
     assert (said["peft_type"], said["beside"]["r"]) == ("LOREFT + PEFT/LORA", 2)
@@ -369,24 +228,32 @@ def test_lora_and_both_together_carry_pefts_own_configuration(rows, tmp_path):
     assert values["train_info"]["file_size"] == sum(file.stat().st_size for file in files)
 
 
-def test_what_is_no_run_of_the_comparison_is_refused(loreft, tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_has_no_total_time(loreft, tmp_path, schema):
+    folder = shutil.copytree(loreft[0], tmp_path / "run")
+    (folder / "csv_2").mkdir()
+    (folder / "csv_2" / "metrics.csv").write_text("step\n1\n")
+    totals = [schema["record"](read_runs([f])[0][0])["run_info"]["total_time"] for f in (loreft[0], folder)]
+    assert totals[0] > 0
+    assert totals[1] is None
+
+
+def test_what_is_no_run_of_the_comparison_is_refused(loreft, tmp_path, schema):
     folder, _ = loreft
-    ((run_,), _, _) = peft_schema.read_runs([folder])
+    ((run_,), _, _) = read_runs([folder])
     other = type(run_)(folder, {**run_.config, "data.family": "gsm8k"}, run_.results)
     with pytest.raises(ReportError, match=r"is a run of the family gsm8k.*data=metamathqa"):
-        peft_schema.record(other)
+        schema["record"](other)
     untested = type(run_)(folder, run_.config, {**run_.results, "metrics": {"val/accuracy": 1.0}})
     with pytest.raises(ReportError, match="no test scores"):
-        peft_schema.record(untested)
-    with pytest.raises(SystemExit):
-        command(monkeypatch, tmp_path)
-    assert "no results.json" in capsys.readouterr().err
+        schema["record"](untested)
+    with pytest.raises(ReportError, match=r"no results\.json"):
+        schema["main"]([str(tmp_path)])
 
 
 @pytest.mark.gpu
-def test_a_run_on_a_gpu_reports_memory(rows, tmp_path):
+def test_a_run_on_a_gpu_reports_memory(rows, tmp_path, schema):
     run(rows, tmp_path, "loreft", "trainer.accelerator=gpu")
-    values = json.loads(peft_schema.main([str(tmp_path)]).read_text())["train_info"]
+    values = json.loads(schema["main"]([str(tmp_path)]).read_text())["train_info"]
     names = ("accelerator_memory_reserved_avg", "accelerator_memory_reserved_99th", "accelerator_memory_max")
     assert all(isinstance(values[name], int) and values[name] > 0 for name in names)
     assert all(m["mem allocated avg"] > 0 for m in values["metrics"][:-1])
