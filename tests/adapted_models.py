@@ -4,7 +4,7 @@ import tiny
 import torch
 
 from reft_lightning.adapters.adapt import adapt
-from reft_lightning.adapters.baselines.methods import PEFT_METHODS
+from reft_lightning.adapters.methods import METHODS
 
 # Sizes that fit models of width 16.
 OPTIONS = {
@@ -14,8 +14,9 @@ OPTIONS = {
     "peft/prefix_tuning": {"num_virtual_tokens": 3},
     "peft/prompt_tuning": {"num_virtual_tokens": 3},
 }
-PEFT = [f"peft/{name}" for name in PEFT_METHODS]
-VIRTUAL = ["peft/prefix_tuning", "peft/prompt_tuning"]
+PEFT = [name for name, method in METHODS.items() if method.peft]
+VIRTUAL = [name for name, method in METHODS.items() if method.virtual_tokens]
+JOINT = [name for name, method in METHODS.items() if method.joins]
 DECODERS = [("llama", method) for method in [*PEFT, "full", "frozen"]] + [("gpt2", "bitfit")]
 ENCODERS = [("bert", m) for m in [*PEFT, "full", "bitfit"] if m != "peft/prefix_tuning"]
 ALL = DECODERS + ENCODERS

@@ -32,7 +32,6 @@ from typing import Any
 
 import numpy as np
 
-from ..adapters.baselines.methods import PEFT
 from ..adapters.reft.config import CONFIG_FILE
 from ..adapters.saving import BASELINE_CONFIG_FILE, BESIDE, PEFT_CONFIG_FILE
 from ..config.schema import DecodingConfig
@@ -99,7 +98,7 @@ def record(run: Run, name: str | None = None) -> dict[str, Any]:
             f"{run.folder} has no test scores, which the comparison reports: run with test=true"
         )
     if name is None:
-        method = run.method.replace(PEFT, "").replace(" + ", "+")
+        method = run.method.replace("peft/", "").replace(" + ", "+")
         name = f"{method}/{str(results['model']).rpartition('/')[2]}-{results['config_hash'][:8]}"
     versions = results.get("versions", {})
     commit = results.get("git_commit") or "of unknown commit"

@@ -24,11 +24,10 @@ from transformers import PreTrainedModel
 
 from ...base_models.output_head import join_columns
 from ...interventions.base import HALVES
-from ...suggest import did_you_mean
 from ..adapted import ParameterCount
 from ..masks import guess_attention, left_padded, numbers_its_own_positions, position_ids_of
+from ..methods import Method
 from ..saving import BASELINE_CONFIG_FILE, BASELINE_FILE, check_fit, replace_file, write_tensors
-from .methods import check_baseline
 
 log = logging.getLogger(__name__)
 FORMAT = 1
@@ -177,7 +176,7 @@ class Baseline(nn.Module):
         """Count the trained parameters against the base model's; heads are in neither."""
         roles = self.parameter_roles()
         trainable = sum(p.numel() for role in ("weight", "bias") for p in roles[role])
-        return ParameterCount(trainable, self._base_parameters, 100 * trainable / self._base_parameters)
+        return ParameterCount.of(trainable, self._base_parameters)
 
     def save_pretrained(self, folder: str | PathLike) -> None:
         """Write ``baseline_config.json`` and, where the base's own parameters were trained, their tensors."""
@@ -193,54 +192,38 @@ class InPlaceBaseline(Baseline):
 
     Args:
         base_model: a Hugging Face model.
-        method: ``bitfit``, ``full`` or ``frozen``.
-        heads: paths of modules that are trained beside; counted apart.
+        method: one that trains the base model's own parameters.
+        heads: paths of modules that are trained in addition; counted separately.
 
     Raises:
-        ValueError: for BitFit of a model without biases, or heads of a frozen model.
+        ValueError: for a model without parameters of the kind (BitFit without biases), or heads of a frozen model.
     """
 
-    def __init__(self, base_model: PreTrainedModel, method: str, heads: Sequence[str] = ()) -> None:
-        check_baseline(method, {})
-        config = BaselineConfig(method, heads=list(heads), base_model=base_model.config.name_or_path or None)
-        check_heads(base_model, heads)
+    def __init__(self, base_model: PreTrainedModel, method: Method, heads: Sequence[str] = ()) -> None:
+        assert method.in_place is not None
+        config = BaselineConfig(
+            method.name, heads=list(heads), base_model=base_model.config.name_or_path or None
+        )
         names = [name for name, _ in base_model.named_parameters()]
-        chosen = {
-            "bitfit": [n for n in names if n.endswith(".bias") and not inside(n, heads)],
-            "full": [n for n in names if not inside(n, heads)],
-            "frozen": [],
-        }[method]
-        if method == "bitfit" and not chosen:
+        chosen = [name for name in names if method.in_place(name) and not inside(name, heads)]
+        if method.trains and not chosen:
             raise ValueError(
-                f"{type(base_model).__name__} has no biases, so BitFit has nothing to train (Llama and its kin have "
-                "none; BERT, RoBERTa, GPT-2 and OPT do); take intervention=peft/lora or another method"
+                f"{type(base_model).__name__} has no parameters that {method.name} trains: BitFit needs biases, which "
+                "BERT, RoBERTa, GPT-2 and OPT have, but Llama and similar models do not; use intervention=peft/lora "
+                "or another method"
             )
-        if method == "frozen" and heads:
+        if heads and not method.trains_heads:
             raise ValueError(
-                "method frozen trains nothing; to train the heads alone take intervention=none, for nothing at all "
+                f"method {method.name} trains nothing; to train only heads use intervention=none, for nothing at all "
                 "intervention.heads=[]"
             )
         super().__init__(config, base_model, [*chosen, *(n for n in names if inside(n, heads))])
         self.base_model = base_model
         if chosen and not next(base_model.parameters()).is_meta and base_model.dtype in HALVES:
             log.warning(
-                "%s trains %s weights: small updates are lost in their rounding; model.dtype=float32 keeps them",
-                method, str(base_model.dtype).removeprefix("torch."),
+                "%s trains %s weights: small updates are lost to rounding; model.dtype=float32 keeps them",
+                method.name, str(base_model.dtype).removeprefix("torch."),
             )  # fmt: skip
-
-
-def check_heads(model: PreTrainedModel, heads: Sequence[str]) -> None:
-    """Refuse heads that the model does not have.
-
-    Raises:
-        ValueError: with the nearest name.
-    """
-    modules = {name for name, _ in model.named_modules()}
-    for head in heads:
-        if head not in modules:
-            raise ValueError(
-                f"the model has no module {head!r} to train as a head{did_you_mean(head, modules)}"
-            )
 
 
 def inside(name: str, modules: Sequence[str]) -> bool:

@@ -100,11 +100,11 @@ class JointModel(nn.Module):
     def parameter_count(self) -> ParameterCount:
         """Count what both parts train against the bare base model; heads are in neither."""
         beside = self.peft.parameter_count()
-        return _count(self._interventions().trainable + beside.trainable, beside.base)
+        return ParameterCount.of(self._interventions().trainable + beside.trainable, beside.base)
 
     def _interventions(self) -> ParameterCount:
         trainable = sum(p.numel() for p in self.reft.interventions.parameters())
-        return _count(trainable, self.peft.parameter_count().base)
+        return ParameterCount.of(trainable, self.peft.parameter_count().base)
 
     def save_pretrained(self, folder: str | PathLike) -> None:
         """Write the files of the interventions into a folder, and peft's own into its subfolder ``peft``.
@@ -133,7 +133,3 @@ adapted = PeftModel.from_pretrained(model, "this folder/{BESIDE}").get_base_mode
 reft = rl.ReftModel.from_pretrained(adapted, "this folder")
 ```
 """
-
-
-def _count(trainable: int, base: int) -> ParameterCount:
-    return ParameterCount(trainable, base, 100 * trainable / base)

@@ -23,14 +23,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers import DynamicCache, GenerationMixin
 
-
-def is_decoder(model: PreTrainedModel) -> bool:
-    """Whether a model reads from left to right."""
-    kind = type(model.config)
-    return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
+from ...base_models.decoders import is_decoder
 
 
 class VirtualTokens:
@@ -51,7 +46,7 @@ class VirtualTokens:
         self.prefix = settings.peft_type.value == "PREFIX_TUNING"
         self.enabled = True
         base = peft_model.get_base_model()
-        self.decoder = is_decoder(base)
+        self.decoder = is_decoder(base.config)
         # a language model may call its decoder past the model around it (OPT)
         self.inner = base.get_decoder() if isinstance(base, GenerationMixin) else base.base_model
         self._names = list(inspect.signature(self.inner.forward).parameters)

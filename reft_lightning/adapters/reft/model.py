@@ -346,7 +346,7 @@ class ReftModel(nn.Module):
         trainable = sum(p.numel() for p in self.interventions.parameters())
         heads = sum(p.numel() for p in self.parameter_roles()["head"])
         base = sum(p.numel() for p in self.base_model.parameters()) - heads
-        return ParameterCount(trainable, base, 100 * trainable / base)
+        return ParameterCount.of(trainable, base)
 
     def print_trainable_parameters(self) -> None:
         """Print the count in PEFT's words."""

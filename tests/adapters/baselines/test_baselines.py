@@ -14,8 +14,9 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification, 
 
 from reft_lightning.adapters.adapt import adapt, build_on_meta
 from reft_lightning.adapters.baselines.in_place import Baseline
-from reft_lightning.adapters.baselines.methods import options_of, peft_config
+from reft_lightning.adapters.baselines.peft import peft_config
 from reft_lightning.adapters.masks import position_ids_of
+from reft_lightning.adapters.methods import METHODS
 from reft_lightning.adapters.saving import load_state
 from reft_lightning.config import compose
 from reft_lightning.data.encoding import target_only
@@ -257,7 +258,7 @@ def test_peft_loads_what_is_saved(family, method, tmp_path):
 
 @pytest.mark.parametrize("method", PEFT)
 def test_the_count_is_pefts_own(method):
-    config = peft_config(method, OPTIONS.get(method, {}))
+    config = peft_config(METHODS[method], OPTIONS.get(method, {}))
     config.task_type = "CAUSAL_LM"
     theirs, _ = get_peft_model(tiny.model("llama"), config).get_nb_trainable_parameters()
     count = adapted("llama", method).parameter_count()
@@ -324,7 +325,7 @@ def test_a_state_that_does_not_fit_is_refused():
 def test_a_head_that_peft_would_take_by_the_end_of_its_name_is_refused():
     config = DistilBertConfig(vocab_size=40, dim=16, n_layers=1, n_heads=2, hidden_dim=16)
     model = DistilBertForSequenceClassification(config)
-    with pytest.raises(ValueError, match=r"would train pre_classifier beside the heads classifier"):
+    with pytest.raises(ValueError, match=r"would train pre_classifier besides the heads classifier"):
         adapt(model, "peft/lora", heads=["classifier"], target_modules=["q_lin"])
 
 
@@ -376,13 +377,13 @@ def test_unknown_methods_and_options_name_the_nearest():
     ):
         with pytest.raises(compose.CompositionError, match=message):
             compose.compose([*arguments, *overrides])
-    assert "use_dora" not in options_of("peft/dora")
+    assert "use_dora" not in METHODS["peft/dora"].options()
 
 
 def test_models_without_biases_or_caches_are_refused():
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no biases"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no parameters that bitfit trains"):
         adapted("llama", "bitfit")
-    with pytest.raises(ValueError, match=r"take peft/prompt_tuning"):
+    with pytest.raises(ValueError, match=r"use peft/prompt_tuning"):
         adapted("bert", "peft/prefix_tuning")
     with pytest.raises(ValueError, match=r"frozen trains nothing"):
         adapt(tiny.model("bert"), "frozen", heads="auto")
@@ -395,10 +396,8 @@ def test_models_without_biases_or_caches_are_refused():
 def test_settings_of_interventions_are_refused_before_weights_are_loaded(tmp_path):
     data = short_runs.write_rows(tmp_path / "rows")
     settings = short_runs.config(data)
-    settings.intervention.method = "peft/lora"  # without a command line, the configuration itself is asked
-    with pytest.raises(
-        experiment.SetupError, match=r"add intervention.positions=f7\+l7 intervention.rank=8$"
-    ):
+    settings.intervention.method = "peft/lora"  # without a command line, the adapter itself refuses them
+    with pytest.raises(experiment.SetupError, match=r"peft/lora takes no option 'positions'"):
         experiment.run(settings, tmp_path / "run")
     for override in ("intervention.rank=4", "intervention.positions=f1", "intervention.layers=[0]"):
         with pytest.raises(
@@ -408,7 +407,7 @@ def test_settings_of_interventions_are_refused_before_weights_are_loaded(tmp_pat
     arguments = ("intervention=peft/prefix_tuning", *OURS, "model.gradient_checkpointing=true")
     with pytest.raises(experiment.SetupError, match=r"leave model.gradient_checkpointing out"):
         short_runs.run(data, tmp_path / "run", *arguments)
-    with pytest.raises(experiment.SetupError, match=r"no biases"):
+    with pytest.raises(experiment.SetupError, match=r"no parameters that bitfit trains"):
         short_runs.run(data, tmp_path / "run", "intervention=bitfit", *OURS)
 
 

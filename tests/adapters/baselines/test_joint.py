@@ -8,13 +8,13 @@ import short_runs
 import tiny
 import torch
 import torch._dynamo
+from adapted_models import JOINT
 from peft import PeftModel
 from transformers import LlamaConfig
 
 import reft_lightning as rl
 from reft_lightning.adapters.adapt import adapt, build_on_meta
 from reft_lightning.adapters.baselines.joint import JointModel
-from reft_lightning.adapters.baselines.methods import JOINT_METHODS
 from reft_lightning.adapters.masks import position_ids_of
 from reft_lightning.adapters.saving import load_state
 from reft_lightning.config import compose
@@ -27,7 +27,7 @@ from reft_lightning.training.optimization import Optimization, parameter_groups
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 OPTIONS = {"peft/road": {"group_size": 4}, "peft/oft": {"oft_block_size": 4}, "peft/vera": {"r": 4}}
-CASES = [("llama", method) for method in JOINT_METHODS] + [("gpt2", "peft/lora"), ("bert", "peft/lora")]
+CASES = [("llama", method) for method in JOINT] + [("gpt2", "peft/lora"), ("bert", "peft/lora")]
 RUN = [
     "intervention=loreft_lora", "intervention.rank=2", "intervention.beside_options.r=3",
     "intervention.positions=f2+l2",
@@ -325,15 +325,18 @@ def test_a_state_or_folder_that_does_not_fit_is_refused(tmp_path):
     [
         (["intervention.beside=peft/lorra"], r"got 'peft/lorra'; did you mean 'peft/lora'"),
         (["intervention.beside=lora"], r"must be one of .*peft/oft; got 'lora'; did you mean 'peft/lora'"),
-        (["intervention.beside=peft/prompt_tuning"], r"virtual tokens stand in front of the text"),
-        (["intervention.beside=peft/prefix_tuning"], r"virtual tokens stand in front of the text"),
+        (["intervention.beside=peft/prompt_tuning"], r"got .*; its virtual tokens precede the text"),
+        (["intervention.beside=peft/prefix_tuning"], r"got .*; its virtual tokens precede the text"),
         (["intervention.beside=bitfit"], r"trains the base model's own weights"),
         (
             ["intervention=peft/lora", "intervention.beside=peft/oft"],
-            r"peft/lora is a baseline: take method=lor",
+            r"peft/lora is a baseline: use method=lor",
         ),
-        (["intervention=none", "intervention.beside=peft/lora"], r"take intervention.method=peft/lora"),
-        (["+intervention.beside_options.r=3"], r"beside_options r .*none stands beside loreft: name it"),
+        (["intervention=none", "intervention.beside=peft/lora"], r"use intervention.method=peft/lora"),
+        (
+            ["+intervention.beside_options.r=3"],
+            r"beside_options r .*none is trained together with loreft: name it",
+        ),
         (
             ["intervention=loreft_lora", "+intervention.beside_options.lora_alhpa=3"],
             r"peft/lora takes no option 'lora_alhpa'; did you mean 'lora_alpha'",
@@ -355,7 +358,7 @@ def test_bad_combinations_are_refused_in_code_too():
     base = tiny.model("llama")
     for arguments, message in (
         ({"beside": "peft/lorra"}, r"did you mean 'peft/lora'"),
-        ({"beside_options": {"r": 2}}, r"none stands beside loreft"),
+        ({"beside_options": {"r": 2}}, r"none is trained together with loreft"),
         ({"method": "full", "beside": "peft/lora"}, r"full is a baseline"),
         ({"beside": "peft/lora", "layers": []}, r"layers is empty"),
     ):
