@@ -166,11 +166,11 @@ def check_beside(method: Method, beside: str | None, options: Mapping[str, Any])
     Args:
         method: ``intervention.method``.
         beside: the name of a method of peft, or None.
-        options: arguments of peft's configuration class.
+        options: its options.
 
     Raises:
         ValueError: for options without a method, a method together with a baseline or with nothing, one with virtual
-            tokens, or an unknown name or option, with the nearest.
+            tokens, or an unknown name, with the nearest.
     """
     if beside is None:
         if options:
@@ -201,7 +201,6 @@ def check_beside(method: Method, beside: str | None, options: Mapping[str, Any])
         elif other.in_place is not None:
             reason = "; it trains the base model's own weights, which an adapter does not hold"
         raise ValueError(f"beside must be one of {', '.join(joint)}; got {beside!r}{reason}")
-    METHODS[beside].check_options(options)
 
 
 def _intervention_settings(name: str) -> list[str]:

@@ -28,7 +28,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from ..adapters.methods import check_beside, method_named
+from ..adapters.methods import METHODS, check_beside, method_named
 from ..suggest import did_you_mean
 from .explain import Vocabulary
 from .method_settings import check_settings_mean_something
@@ -286,6 +286,8 @@ def _check_intervention(config: Config, overrides: Sequence[str], vocabulary: Vo
         check_beside(method, intervention.beside, intervention.beside_options)
         if intervention.options or not listed:
             method.check_options(intervention.options)
+        if intervention.beside:
+            METHODS[intervention.beside].check_options(intervention.beside_options)
     except ValueError as error:
         raise CompositionError(str(error)) from error
 

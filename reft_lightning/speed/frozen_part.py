@@ -91,7 +91,7 @@ class ConstantPrefix:
         return self.model(**{**inputs, "input_ids": ids[:, columns:]}, past_key_values=cache)
 
     def _compute(self, ids: Tensor, attention: Tensor, columns: int) -> DynamicCache:
-        with torch.no_grad(), self.model.disabled():
+        with torch.no_grad(), self.model.unedited():
             return self.model(
                 input_ids=ids[:, :columns],
                 attention_mask=attention[:, :columns],
@@ -209,7 +209,7 @@ class ConstantInput:
         if "logits_to_keep" in plain:
             plain["logits_to_keep"] = 1
         above = [(later, "forward", self._passed) for later in self.blocks[self.last + 1 :]]
-        with torch.no_grad(), self.model.disabled(), replaced([*above, (block, "forward", recorded)]):
+        with torch.no_grad(), self.model.unedited(), replaced([*above, (block, "forward", recorded)]):
             self.model(**plain)
         return found[0]
 

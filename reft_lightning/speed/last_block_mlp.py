@@ -17,7 +17,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.reft.sites import block_path, text_config
+from ..adapters.reft.sites import block_path
 from ..base_models.checkpointing import runs_blocks_again
 from ..base_models.patching import replaced
 from .agreement import FirstBatch, Run
@@ -95,7 +95,7 @@ def _feed_forward(base: Any) -> nn.Module | None:
     """Return the module in the last block, where nobody else looks into it."""
     if runs_blocks_again(base):
         return None
-    if getattr(text_config(base.config), "output_router_logits", False):
+    if getattr(base.config.get_text_config(), "output_router_logits", False):
         return None  # the loss reads the routing of all columns
     try:
         *others, block = base.get_submodule(block_path(base))

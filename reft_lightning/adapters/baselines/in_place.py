@@ -1,4 +1,4 @@
-"""Baselines behind the calls of a ReftModel: what they share, and those that train the base model's own parameters.
+"""Baselines as adapted models: what they share, and those that train the base model's own parameters.
 
 BitFit (Ben Zaken et al. 2021, arXiv:2106.10199) trains every bias, full finetuning everything, ``frozen`` nothing.
 The methods of the peft library are in :mod:`reft_lightning.adapters.baselines.peft`.
@@ -24,10 +24,12 @@ from transformers import PreTrainedModel
 
 from ...base_models.output_head import join_columns
 from ...interventions.base import HALVES
+from ...storage.atomic import write_text
 from ..adapted import ParameterCount
+from ..first_values import FirstValues, fill
 from ..masks import guess_attention, left_padded, numbers_its_own_positions, position_ids_of
 from ..methods import Method
-from ..saving import BASELINE_CONFIG_FILE, BASELINE_FILE, check_fit, replace_file, write_tensors
+from ..saving import BASELINE_CONFIG_FILE, BASELINE_FILE, check_fit, write_tensors
 
 log = logging.getLogger(__name__)
 FORMAT = 1
@@ -35,7 +37,7 @@ FORMAT = 1
 
 @dataclass
 class BaselineConfig:
-    """What was trained, of which model; saved beside the tensors."""
+    """What was trained, and of which model; saved with the tensors."""
 
     method: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -44,7 +46,7 @@ class BaselineConfig:
 
 
 class Baseline(nn.Module):
-    """A base model trained in another way than by ReFT, behind the same calls.
+    """A base model trained by another method than ReFT, with the same interface.
 
     Parameters of the base that are trained in place have their first values kept in CPU memory, so that
     :meth:`disabled` is exactly the base.
@@ -55,7 +57,7 @@ class Baseline(nn.Module):
         trained: names of its parameters that are trained in place.
     """
 
-    virtual_tokens = 0  # columns that a cache holds in front of the text's
+    virtual_tokens = 0  # columns that a cache holds before the text's
 
     def __init__(self, config: BaselineConfig, base_model: PreTrainedModel, trained: Iterable[str]) -> None:
         super().__init__()
@@ -69,11 +71,7 @@ class Baseline(nn.Module):
         self._in_place = list(trained)
         for name in self._in_place:
             parameters[name].requires_grad_(True)
-        self._first = {
-            name: parameters[name].detach().to("cpu", copy=True)
-            for name in self._in_place
-            if not parameters[name].is_meta
-        }
+        self._first = FirstValues({name: parameters[name] for name in self._in_place})
         total = sum(parameter.numel() for parameter in parameters.values())
         heads = sum(p.numel() for name, p in parameters.items() if inside(name, config.heads))
         self._base_parameters = total - heads
@@ -84,12 +82,12 @@ class Baseline(nn.Module):
         input_ids: Tensor | None = None,  # (b, s)
         attention_mask: Tensor | None = None,  # (b, s)
         labels: Tensor | None = None,  # (b, s), the last columns of it, or (b,)
-        prompt_mask: Tensor | None = None,  # (b, s) bool, of no use here
+        prompt_mask: Tensor | None = None,  # (b, s) bool, ignored; accepted for a common signature
         **kwargs: Any,
     ) -> Any:
         """Run the adapted model; returns what the base model returns (``loss``, ``logits``, ...).
 
-        Padding may stand on either side. Labels of the last columns alone go beside ``logits_to_keep``.
+        Padding may stand on either side. Labels of only the last columns go with ``logits_to_keep``.
         """
         tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if tokens is None:
@@ -109,7 +107,7 @@ class Baseline(nn.Module):
         self,
         input_ids: Tensor,  # (b, s)
         attention_mask: Tensor | None = None,  # (b, s)
-        prompt_mask: Tensor | None = None,  # (b, s) bool, of no use here
+        prompt_mask: Tensor | None = None,  # (b, s) bool, ignored
         **kwargs: Any,
     ) -> Any:
         """Generate as Hugging Face does; rows padded on the right are moved to the left first."""
@@ -124,15 +122,12 @@ class Baseline(nn.Module):
         if not self._enabled:
             yield
             return
-        parameters = self._trained_in_place()
-        trained = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
-        self._enabled = False
-        try:
-            _fill(parameters, self._first)
-            yield
-        finally:
-            _fill(parameters, trained)
-            self._enabled = True
+        with self._first.restored(self._trained_in_place()):
+            self._enabled = False
+            try:
+                yield
+            finally:
+                self._enabled = True
 
     def _trained_in_place(self) -> dict[str, nn.Parameter]:
         parameters = dict(self.base_model.named_parameters())
@@ -154,7 +149,7 @@ class Baseline(nn.Module):
         self._load(state)
 
     def _load(self, state: dict[str, Tensor]) -> None:
-        _fill(self._trained_in_place(), state)
+        fill(self._trained_in_place(), state)
 
     def _is_head(self, name: str) -> bool:
         """Whether a trained parameter, by its name in this module, belongs to a head."""
@@ -183,8 +178,8 @@ class Baseline(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / BASELINE_FILE, self._trained_in_place())
-        text = json.dumps({"format": FORMAT, **asdict(self.config)}, indent=2) + "\n"
-        replace_file(folder / BASELINE_CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+        values = {"format": FORMAT, **asdict(self.config)}
+        write_text(folder / BASELINE_CONFIG_FILE, json.dumps(values, indent=2) + "\n")
 
 
 class InPlaceBaseline(Baseline):
@@ -229,9 +224,3 @@ class InPlaceBaseline(Baseline):
 def inside(name: str, modules: Sequence[str]) -> bool:
     """Whether a parameter belongs to one of some modules, by its path."""
     return any(name.startswith(f"{module}.") for module in modules)
-
-
-@torch.no_grad()
-def _fill(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from ..adapted import ParameterCount
 from ..reft.config import ReftConfig
 from ..reft.model import ReftModel
-from ..saving import BESIDE, CARD_FILE, check_fit, replace_file, save_adapter
+from ..saving import BESIDE, check_fit, save_adapter
 from .peft import PeftBaseline
 
 
@@ -114,9 +114,7 @@ class JointModel(nn.Module):
         folder = Path(folder)
         self.peft.config.base_model = self.config.base_model
         self.peft.save_pretrained(folder / BESIDE)
-        save_adapter(folder, self.config, self.reft.adapter_state_dict(), self._interventions())
-        card = (folder / CARD_FILE).read_text(encoding="utf-8") + self._card()
-        replace_file(folder / CARD_FILE, lambda path: path.write_text(card, encoding="utf-8"))
+        save_adapter(folder, self.config, self.reft.adapter_state_dict(), self._interventions(), self._card())
 
     def _card(self) -> str:
         beside = self.peft.parameter_count()
