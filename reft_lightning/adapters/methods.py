@@ -53,7 +53,7 @@ class Method:
     takes_settings: bool = False  # positions, layers, rank and the other settings of interventions
     ignores_settings: bool = False  # those that it does not take, instead of refusing them
     trains: bool = True  # anything but heads
-    trains_heads: bool = True  # a classifier's head, unless the configuration says otherwise
+    trains_heads: bool = True  # a classifier's head, unless the configuration names others
     trains_weights: bool = False  # the base model's own weight matrices, embeddings and output head included
     trains_all_layers: bool = False  # so no part of the base model stays constant
     compiles: bool = False  # its training step can be compiled
@@ -143,7 +143,7 @@ def method_named(name: Any) -> Method:
     """Return the method of a name; any name but those of :data:`METHODS` and ``peft/...`` is of an intervention.
 
     Args:
-        name: what ``intervention.method`` may say, or a subclass of Intervention.
+        name: what ``intervention.method`` may hold, or a subclass of Intervention.
 
     Raises:
         ValueError: for an unknown method of the peft library, with the nearest name.

@@ -1,7 +1,7 @@
 """Interventions and a method of the peft library, trained together on one base model.
 
-peft puts its adapter into the base model first; the interventions are attached to what then stands there, so that
-they edit, and are trained on, the representations of the adapted model. LoReFT beside LoRA: the weights W + (alpha/r)
+peft puts its adapter into the base model first, and the interventions are attached to the result, so that they edit,
+and are trained on, the representations of the adapted model. LoReFT with LoRA: the weights W + (alpha/r)
 B A of a layer, then h + R'(W h + b - R h) at the tokens that P selects.
 
 On disk each part is whole: a folder holds the files of the interventions, its subfolder ``peft`` those of peft.
@@ -26,7 +26,7 @@ from .peft import PeftBaseline
 
 
 class JointModel(nn.Module):
-    """A frozen base model with an adapter of the peft library and interventions, behind the calls of a ReftModel.
+    """A frozen base model with an adapter of the peft library and interventions.
 
     Heads are peft's ``modules_to_save``: trained copies, so that :meth:`disabled` is exactly the base.
 
@@ -51,7 +51,7 @@ class JointModel(nn.Module):
 
     @property
     def config(self) -> ReftConfig:
-        """What the interventions were told; that of peft is ``model.peft.config``."""
+        """What was attached of interventions; that of peft is ``model.peft.config``."""
         return self.reft.config
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -85,7 +85,7 @@ class JointModel(nn.Module):
         Raises:
             ValueError: if a tensor is missing, unexpected, or of another shape.
         """
-        check_fit(self.adapter_state_dict(), state, f" {self.config.method} beside {self.peft.config.method}")
+        check_fit(self.adapter_state_dict(), state, f" {self.config.method} + {self.peft.config.method}")
         prefix = f"{BESIDE}."
         self.reft.load_adapter_state_dict({k: v for k, v in state.items() if not k.startswith(prefix)})
         self.peft.load_adapter_state_dict(
@@ -121,7 +121,7 @@ class JointModel(nn.Module):
         return f"""
 ## Trained together with {self.peft.config.method}
 
-The subfolder `{BESIDE}` holds an adapter of the peft library with {beside.trainable:,} parameters more. It belongs
+The subfolder `{BESIDE}` holds an adapter of the peft library with {beside.trainable:,} more parameters. It belongs
 to this one, and is put into the base model first:
 
 ```python

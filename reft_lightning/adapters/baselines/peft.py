@@ -1,4 +1,4 @@
-"""The methods of the peft library behind the calls of a ReftModel.
+"""The methods of the peft library as adapted models.
 
 peft makes the trained parameters and puts them into the base model; the base model is then called directly, by the
 code that calls it for ReFT. Adapters are saved in peft's own format, which peft loads without this package.

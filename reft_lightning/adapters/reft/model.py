@@ -114,7 +114,7 @@ class ReftModel(nn.Module):
     ) -> Any:
         """Run the base model with the edits; returns what the base model returns (``loss``, ``logits``, ...).
 
-        The prompt is ``prompt_mask``; without it, what stands before the first label of a row; without token
+        The prompt is ``prompt_mask``; without it, what precedes the first label of a row; without token
         labels, every real token. Padding may stand on either side. Labels of only the last columns, with
         ``logits_to_keep`` of as many, compute only those logits.
         """

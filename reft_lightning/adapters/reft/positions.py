@@ -24,7 +24,7 @@ floor           always: min(p, floor(n / 2))                    always: min(s, f
 =============== =============================================== ==============================================
 
 ``paper`` is Wu et al. 2024, sec. 4.1; ``floor`` is what the authors' code does (pyreft's
-``get_intervention_locations``), which also halves prompts that are long enough for ``fN`` or ``lN`` alone.
+``get_intervention_locations``), which also halves prompts that are long enough for only ``fN`` or ``lN``.
 
 Shapes: b rows, s columns. A prompt need not be contiguous or start at any particular column: padding is
 whatever neither mask covers.
@@ -177,7 +177,7 @@ def _parse_terms(spec: str) -> tuple[Term, ...]:
     kinds = [term.kind for term in terms]
     for kind in kinds:
         if kinds.count(kind) > 1:
-            raise ValueError(f"positions {spec!r} name {kind!r} twice; each kind may stand once")
+            raise ValueError(f"positions {spec!r} name {kind!r} twice; each kind is allowed once")
     covering = {"prompt": {"f", "l"}, "all": {"f", "l", "prompt", "decode"}}
     for kind, covered in covering.items():
         overlap = covered & set(kinds) if kind in kinds else set()

@@ -165,7 +165,7 @@ def test_each_part_is_loaded_alone_and_both_as_the_card_says(beside, tmp_path):
     torch.testing.assert_close(logits_of(both, batch), logits_of(model, batch), rtol=1e-5, atol=1e-5)
     card = (tmp_path / "README.md").read_text()
     assert f"Trained together with {beside}" in card
-    assert f"{model.peft.parameter_count().trainable:,} parameters more" in card
+    assert f"{model.peft.parameter_count().trainable:,} more parameters" in card
 
 
 def test_a_state_or_folder_that_does_not_fit_is_refused(tmp_path):
@@ -173,7 +173,7 @@ def test_a_state_or_folder_that_does_not_fit_is_refused(tmp_path):
     state = model.adapter_state_dict()
     ours = {name: tensor for name, tensor in state.items() if not name.startswith("peft.")}
     for wrong in (ours, state | {"peft.more": torch.zeros(1)}):
-        with pytest.raises(ValueError, match=r"does not fit loreft beside peft/lora.*(lora_A|peft\.more)"):
+        with pytest.raises(ValueError, match=r"does not fit loreft \+ peft/lora.*(lora_A|peft\.more)"):
             model.load_adapter_state_dict(wrong)
     model.save_pretrained(tmp_path)
     for file in ("adapter_model.safetensors", "adapter_config.json"):
