@@ -1,10 +1,10 @@
-"""Baselines of tiny models."""
+"""Adapted models of tiny base models: ReFT, each baseline, and both together."""
 
 import tiny
 import torch
 
 from reft_lightning.adapters.adapt import adapt
-from reft_lightning.adapters.baselines.methods import PEFT_METHODS
+from reft_lightning.adapters.methods import METHODS, method_named
 
 # Sizes that fit models of width 16.
 OPTIONS = {
@@ -14,18 +14,36 @@ OPTIONS = {
     "peft/prefix_tuning": {"num_virtual_tokens": 3},
     "peft/prompt_tuning": {"num_virtual_tokens": 3},
 }
-PEFT = [f"peft/{name}" for name in PEFT_METHODS]
-VIRTUAL = ["peft/prefix_tuning", "peft/prompt_tuning"]
+PEFT = [name for name, method in METHODS.items() if method.peft]
+VIRTUAL = [name for name, method in METHODS.items() if method.virtual_tokens]
+JOINT = [name for name, method in METHODS.items() if method.joins]
 DECODERS = [("llama", method) for method in [*PEFT, "full", "frozen"]] + [("gpt2", "bitfit")]
 ENCODERS = [("bert", m) for m in [*PEFT, "full", "bitfit"] if m != "peft/prefix_tuning"]
 ALL = DECODERS + ENCODERS
+REFT = [("llama", method) for method in ("loreft", "direft", "red")]
+REFT += [("gpt2", "loreft"), ("bert", "loreft"), ("bert", "none")]
+TOGETHER = [("llama", f"loreft + {method}") for method in JOINT]
+TOGETHER += [("gpt2", "loreft + peft/lora"), ("bert", "loreft + peft/lora")]
+EVERY = REFT + ALL + TOGETHER
 
 
-def adapted(family, method, moved=True, seed=0, dtype=torch.float32, **options):
-    """Return a baseline of a tiny model; ``moved`` away from the base, as training does."""
+def arguments(family, method, **settings):
+    """Return the arguments of :func:`adapt`; ``loreft + peft/lora`` trains both together."""
+    name, _, beside = method.partition(" + ")
+    known = method_named(name)
+    found = {"heads": "auto" if family in tiny.ENCODERS and known.trains_heads else ()}
+    found |= OPTIONS.get(name, {})
+    if known.takes_settings:
+        found |= {"positions": "f1+l1"} | ({} if name == "red" else {"rank": 2})
+    if beside:
+        found |= {"beside": beside, "beside_options": OPTIONS.get(beside, {})}
+    return {"method": name} | found | settings
+
+
+def adapted(family, method, moved=True, seed=0, dtype=torch.float32, base=None, **settings):
+    """Return an adapted tiny model; ``moved`` away from the base, as training does."""
     torch.manual_seed(seed)
-    heads = "auto" if family in tiny.ENCODERS and method != "frozen" else ()
-    model = adapt(tiny.model(family, dtype), method, heads=heads, **OPTIONS.get(method, {}) | options).eval()
+    model = adapt(base or tiny.model(family, dtype), **arguments(family, method, **settings)).eval()
     if moved:
         with torch.no_grad():
             for parameter in (p for p in model.parameters() if p.requires_grad):

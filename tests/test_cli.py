@@ -145,7 +145,7 @@ def test_a_wrong_value_says_what_the_key_takes(refuse, written, kind):
 
 def test_an_unknown_intervention_option_names_the_class_and_what_it_takes(refuse):
     said = refuse("model=tiny_random", "+intervention.options.dropuot=0.1")
-    assert "LoReFT takes no 'dropuot'; did you mean 'dropout'?" in said
+    assert "loreft takes no option 'dropuot'; did you mean 'dropout'?" in said
 
 
 @pytest.mark.parametrize("heads", ["classifier", "1", "[1]", "{a: 1}"])
@@ -245,7 +245,7 @@ def test_correct_arguments_pass_in_silence(argv, capsys):
 def test_a_setting_of_interventions_is_to_be_left_out_of_a_baseline(refuse):
     said = refuse("model=tiny_random", "intervention=peft/lora", "intervention.rank=4")
     assert said == (
-        "intervention.rank=4 means nothing to peft/lora, whose own settings stand in intervention.options: leave "
+        "intervention.rank=4 means nothing to peft/lora, whose own settings belong in intervention.options: leave "
         "intervention.rank out\n"
     )
 
@@ -254,7 +254,7 @@ def test_what_an_experiment_sets_is_answered_with_the_argument_to_add(refuse):
     said = refuse("experiment=small/glue", "data.path=rows", "model=tiny_random", "intervention=peft/lora")
     assert said.startswith("intervention.positions=f3 intervention.rank=1 means nothing to peft/lora")
     assert said.endswith(
-        "such as the experiment's, says so: add intervention.positions=f7+l7 intervention.rank=8\n"
+        "such as the experiment's, sets it: add intervention.positions=f7+l7 intervention.rank=8\n"
     )
     assert "leave" not in said
     compose.preflight(["experiment=small/glue", "data.path=rows", "model=tiny_random", "intervention=peft/lora",

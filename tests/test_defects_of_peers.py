@@ -52,7 +52,7 @@ DEFECTS = {
     "D60 a d x d buffer an intervention": "test_an_intervention_has_no_buffers",
     "D61 R is computed at every access": "test_R_is_computed_once_a_forward_pass_for_all_layers",
     "D62 DDP broadcasts d x d buffers": "test_an_intervention_has_no_buffers",
-    "D63 files hold the d x d base": "test_a_file_is_its_parameters_and_a_header",
+    "D63 files hold the d x d base": "test_a_file_holds_each_trained_tensor_by_its_name",
     "D66 edits write into module outputs": "test_the_input_is_not_written_to",
     "D67 hooks come and go with each forward": "test_hooks_are_registered_once",
     "D69 every rank sees all rows": "test_ranks_get_equally_many_batches_and_share_the_rows_D69",

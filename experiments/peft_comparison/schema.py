@@ -35,7 +35,6 @@ from typing import Any
 
 import numpy as np
 
-from reft_lightning.adapters.baselines.methods import PEFT
 from reft_lightning.adapters.reft.config import CONFIG_FILE
 from reft_lightning.adapters.saving import BASELINE_CONFIG_FILE, BESIDE, PEFT_CONFIG_FILE
 from reft_lightning.config.schema import DecodingConfig
@@ -90,7 +89,7 @@ def record(run: Run, name: str | None = None) -> dict[str, Any]:
             f"{run.folder} has no test scores, which the comparison reports: run with test=true"
         )
     if name is None:
-        method = run.method.replace(PEFT, "").replace(" + ", "+")
+        method = run.method.replace("peft/", "").replace(" + ", "+")
         name = f"{method}/{str(results['model']).rpartition('/')[2]}-{results['config_hash'][:8]}"
     versions = results.get("versions", {})
     commit = results.get("git_commit") or "of unknown commit"

@@ -14,17 +14,16 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
+from ..base_models.decoders import is_decoder
 from ..base_models.heads import heads_to_train
 from ..interventions import Intervention
-from .adapted import ParameterCount
-from .baselines.in_place import Baseline, InPlaceBaseline
+from .adapted import AdaptedModel, ParameterCount
+from .baselines.in_place import InPlaceBaseline
 from .baselines.joint import JointModel
-from .baselines.methods import IN_PLACE, check_baseline, check_beside, is_baseline
 from .baselines.peft import PeftBaseline
+from .methods import METHODS, check_beside, method_named
 from .reft.attach import attach
-from .reft.model import ReftModel
 
 
 def adapt(
@@ -34,31 +33,33 @@ def adapt(
     beside: str | None = None,
     beside_options: Mapping[str, Any] | None = None,
     **settings: Any,
-) -> ReftModel | Baseline | JointModel:
+) -> AdaptedModel:
     """Attach interventions, or one of the baselines: whatever ``intervention.method`` may name.
 
     Args:
         base_model: a Hugging Face model; it is changed in place.
-        method: what :func:`attach` takes, ``peft/lora`` and the like, ``bitfit``, ``full`` or ``frozen``.
-        beside: a peft method that is trained together with interventions, one of ``joint.JOINT_METHODS``.
+        method: what :func:`attach` takes, or a name of :data:`~reft_lightning.adapters.methods.METHODS`.
+        beside: a peft method that is trained together with interventions.
         beside_options: its options.
         **settings: the arguments of :func:`attach`; ``heads`` and the options of a baseline.
 
     Raises:
         ValueError: for anything unknown or out of range.
     """
-    check_beside(method, beside, beside_options or {})
+    chosen = method_named(method)
+    check_beside(chosen, beside, beside_options or {})
     if beside is not None:
         heads = heads_to_train(base_model, settings.pop("heads", ()))
-        peft = PeftBaseline(base_model, beside, heads, beside_options)
+        peft = PeftBaseline(base_model, METHODS[beside], heads, beside_options)
         return JointModel(peft, partial(attach, method=method, **settings))
-    if not is_baseline(method):
-        return attach(base_model, method, **settings)
-    heads = heads_to_train(base_model, settings.pop("heads", ()))
-    if method in IN_PLACE:
-        check_baseline(method, settings)
-        return InPlaceBaseline(base_model, method, heads)
-    return PeftBaseline(base_model, method, heads, settings)
+    if chosen.peft:
+        heads = heads_to_train(base_model, settings.pop("heads", ()))
+        return PeftBaseline(base_model, chosen, heads, settings)
+    if chosen.in_place is not None:
+        heads = heads_to_train(base_model, settings.pop("heads", ()))
+        chosen.check_options(settings)
+        return InPlaceBaseline(base_model, chosen, heads)
+    return attach(base_model, method, **settings)
 
 
 def build_on_meta(config: PretrainedConfig, task: str = "causal_lm") -> PreTrainedModel:
@@ -69,8 +70,7 @@ def build_on_meta(config: PretrainedConfig, task: str = "causal_lm") -> PreTrain
         task: ``causal_lm``, or ``sequence_classification`` for a model with its classifier. An encoder has no
             causal form: it is built without a head then.
     """
-    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
-    kind = AutoModelForCausalLM if causal else AutoModel
+    kind = AutoModelForCausalLM if is_decoder(config) else AutoModel
     if task == "sequence_classification":
         kind = AutoModelForSequenceClassification
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Which tokens of a batch are prompt, which come after it, and where they stand.
+"""Which tokens of a batch are prompt, which come after it, and their positions.
 
 Shapes: b rows, s columns. Masks are bool; padding is what neither mask covers.
 """
@@ -57,8 +57,8 @@ class Spans:
 def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | None) -> Spans:
     """Split the real tokens of a batch into prompt and target.
 
-    ``prompt_mask`` decides; without it the prompt is what stands before the first label of its row (an eos without
-    a label, behind the target, is no prompt); without token labels it is everything.
+    ``prompt_mask`` decides; without it the prompt is what precedes the first label of its row (an eos without a label
+    after the target is not part of it); without token labels it is everything.
 
     Args:
         attention: (b, s), 1 for real tokens.
@@ -78,8 +78,8 @@ def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | Non
     elif labels is not None and labels.ndim == 2 and not labels.is_floating_point():
         if labels.shape != real.shape:
             raise ValueError(
-                f"labels have the shape {tuple(labels.shape)}, the tokens {tuple(real.shape)}: labels of the last "
-                "columns alone need a prompt_mask beside them"
+                f"labels have the shape {tuple(labels.shape)}, the tokens {tuple(real.shape)}: labels of only "
+                "the last columns need a prompt_mask"
             )
         prompt = real & ((labels != -100).cumsum(-1) == 0)
     else:
@@ -88,14 +88,14 @@ def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | Non
 
 
 def position_ids_of(attention: Tensor) -> Tensor:  # (b, s) -> (b, s)
-    """Number the real tokens of each row from 0, wherever padding stands."""
+    """Number the real tokens of each row from 0, wherever its padding is."""
     return (attention.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def numbers_its_own_positions(modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a model, given as its modules by path, derives positions from its input ids (RoBERTa and its kin).
+    """Whether a model, given as its modules by path, derives positions from its input ids (RoBERTa and similar).
 
-    Their position table has a padding row, and positions start behind it.
+    Their position table has a padding row, and positions start after it.
     """
     return any(
         isinstance(module, nn.Embedding)

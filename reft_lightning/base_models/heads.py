@@ -20,6 +20,8 @@ from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedModel
 
+from ..suggest import did_you_mean
+
 AUTO = "auto"
 POOLER = "pooler"
 
@@ -35,7 +37,7 @@ def classification_heads(model: PreTrainedModel) -> list[str]:
     encoder = dict(model.named_children()).get(base)
     if encoder is None or "ForSequenceClassification" not in type(model).__name__:
         raise ValueError(
-            f"{type(model).__name__} is no classifier of sequences, so heads='auto' finds no head; load it with "
+            f"{type(model).__name__} is not a sequence classifier, so heads='auto' finds no head; load it with "
             "task='sequence_classification', or name the modules"
         )
     poolers = {f"{base}.{name}": module for name, module in encoder.named_children() if name == POOLER}
@@ -46,7 +48,7 @@ def heads_to_train(model: PreTrainedModel, heads: str | Sequence[str]) -> list[s
     """Return the paths that `heads` names: ``"auto"`` for a classifier's own, or the paths themselves.
 
     Raises:
-        ValueError: for another string, or a model without a head of its own.
+        ValueError: for another string, a path that the model does not have, or a model without a head of its own.
     """
     if isinstance(heads, str):
         if heads != AUTO:
@@ -54,6 +56,12 @@ def heads_to_train(model: PreTrainedModel, heads: str | Sequence[str]) -> list[s
                 f"heads must be 'auto' or a list of module paths such as ['classifier']; got {heads!r}"
             )
         return classification_heads(model)
+    modules = {name for name, _ in model.named_modules()} if heads else set()
+    for head in heads:
+        if head not in modules:
+            raise ValueError(
+                f"the model has no module {head!r} to train as a head{did_you_mean(head, modules)}"
+            )
     return list(heads)
 
 

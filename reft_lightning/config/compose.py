@@ -33,10 +33,10 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from ..adapters.baselines.methods import check_baseline, check_beside, is_baseline
+from ..adapters.methods import METHODS, check_beside, method_named
 from ..suggest import did_you_mean
 from .explain import Vocabulary
-from .method_settings import check_no_intervention_settings
+from .method_settings import check_settings_mean_something
 from .schema import CHOICES, Config
 from .user_paths import with_absolute_paths
 
@@ -278,43 +278,24 @@ def _check_values(config: Config) -> None:
 
 
 def _check_intervention(config: Config, overrides: Sequence[str], vocabulary: Vocabulary) -> None:
-    """Check a method that no YAML file names and options of its class; only these need torch this early."""
+    """Check method, settings and options; only options, and a method that no YAML file names, need torch or peft."""
     intervention, heads = config.intervention, config.intervention.heads
-    listed = isinstance(heads, list) and all(isinstance(path, str) for path in heads)
-    if not (listed or heads is None or heads == "auto"):
+    paths = isinstance(heads, list) and all(isinstance(path, str) for path in heads)
+    if not (paths or heads is None or heads == "auto"):
         raise CompositionError(
             f"intervention.heads must be auto or a list of module paths, such as [classifier]; got {heads!r}"
         )
-    baseline = is_baseline(intervention.method)
-    if baseline:
-        try:
-            check_no_intervention_settings(intervention, overrides)
-        except ValueError as error:
-            raise CompositionError(str(error)) from error
+    listed = intervention.method in vocabulary.groups["intervention"]
     try:
-        check_beside(intervention.method, intervention.beside, intervention.beside_options)
-        if baseline:
-            check_baseline(intervention.method, intervention.options)
+        method = method_named(intervention.method)
+        check_settings_mean_something(method, intervention, overrides)
+        check_beside(method, intervention.beside, intervention.beside_options)
+        if intervention.options or not listed:
+            method.check_options(intervention.options)
+        if intervention.beside:
+            METHODS[intervention.beside].check_options(intervention.beside_options)
     except ValueError as error:
-        raise CompositionError(f"intervention: {error}") from error
-    if baseline:
-        return
-    named = {option for option in vocabulary.groups["intervention"] if "/" not in option} | {"none"}
-    if intervention.method in named and not intervention.options:
-        return
-    from ..interventions import intervention_class, settings_of
-
-    try:
-        cls = intervention_class(intervention.method)
-    except ValueError as error:
-        raise CompositionError(f"intervention.method: {error}") from error
-    allowed = settings_of(cls)
-    for name in intervention.options:
-        if name not in allowed:
-            raise CompositionError(
-                f"intervention.options: {cls.__name__} takes no {name!r}{did_you_mean(name, allowed)}\n"
-                f"it takes {', '.join(allowed)}"
-            )
+        raise CompositionError(str(error)) from error
 
 
 # What Hydra says, in the terms of this project.

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..adapters.baselines.methods import IN_PLACE
+from ..adapters.methods import Method
 from .schema import InterventionConfig
 
 
-def check_no_intervention_settings(intervention: InterventionConfig, arguments: Sequence[str] = ()) -> None:
-    """Refuse settings of interventions beside a baseline: they would change nothing.
+def check_settings_mean_something(
+    method: Method, intervention: InterventionConfig, arguments: Sequence[str]
+) -> None:
+    """Reject settings of interventions for a baseline: they would change nothing.
 
     Args:
-        intervention: of the configuration, with a baseline as its method.
+        method: ``intervention.method``.
+        intervention: of the configuration.
         arguments: of the command line, which can be left out; other settings come from a file.
 
     Raises:
-        ValueError: with what to leave out, and what to add where a file says otherwise.
+        ValueError: with what to leave out, and what to add where a file sets it.
     """
-    defaults, method = vars(InterventionConfig()), intervention.method
+    if method.takes_settings or method.ignores_settings:
+        return
+    defaults = vars(InterventionConfig())
     own = ("method", "heads", "options", "beside", "beside_options")
     unused = [name for name in defaults if name not in own and getattr(intervention, name) != defaults[name]]
     if not unused:
@@ -26,12 +31,12 @@ def check_no_intervention_settings(intervention: InterventionConfig, arguments: 
     typed = {text.lstrip("+").partition("=")[0] for text in arguments}
     leave = [name for name in unused if f"intervention.{name}" in typed]
     add = [name for name in unused if name not in leave]
-    where = "" if method in IN_PLACE else ", whose own settings stand in intervention.options"
-    said = " ".join(f"intervention.{name}={getattr(intervention, name)}" for name in unused)
+    where = ", whose own settings belong in intervention.options" if method.takes_options else ""
+    given = " ".join(f"intervention.{name}={getattr(intervention, name)}" for name in unused)
     advice = []
     if leave:
         advice.append(f"leave {' '.join(f'intervention.{name}' for name in leave)} out")
     if add:
         reset = " ".join(f"intervention.{name}={defaults[name]}" for name in add)
-        advice.append(f"a file of settings, such as the experiment's, says so: add {reset}")
-    raise ValueError(f"{said} means nothing to {method}{where}: {'; '.join(advice)}")
+        advice.append(f"a file of settings, such as the experiment's, sets it: add {reset}")
+    raise ValueError(f"{given} means nothing to {method.name}{where}: {'; '.join(advice)}")

@@ -20,6 +20,7 @@ from .subspace import (
     Orthonormal,
     OrthonormalDiReFT,
     Subspace,
+    lend,
     rotations,
 )
 
@@ -38,6 +39,7 @@ __all__ = [
     "Subspace",
     "check_settings",
     "intervention_class",
+    "lend",
     "method_name",
     "orthonormal_rows",
     "registered",

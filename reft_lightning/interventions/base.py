@@ -143,7 +143,7 @@ def intervention_class(method: str | type[Intervention]) -> type[Intervention]:
     if isinstance(method, str):
         return registered(method)
     if not (isinstance(method, type) and issubclass(method, Intervention)):
-        raise ValueError(f"{method!r} is no subclass of Intervention")
+        raise ValueError(f"{method!r} is not a subclass of Intervention")
     return method
 
 
@@ -177,7 +177,7 @@ def settings_of(cls: type[Intervention]) -> Mapping[str, inspect.Parameter]:
 
 
 def check_settings(cls: type[Intervention], settings: Mapping[str, Any]) -> None:
-    """Refuse settings that the class does not take, naming the nearest that it does.
+    """Reject settings that the class does not take, naming the nearest that it does.
 
     Raises:
         ValueError: for an unknown or a missing setting.

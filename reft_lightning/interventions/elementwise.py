@@ -8,7 +8,7 @@ bias                h + b                                   a trained steering v
 ==================  ======================================  ====================================================
 
 Letters: h (n, d) tokens; s, b (d,), multiplied entry by entry. Both start where Phi(h) = h: s at 1, b at 0.
-RED edits every token behind the feed-forward module of every layer: ``component="mlp_output"``, ``positions="all"``.
+RED edits every token after the feed-forward module of every layer: ``component="mlp_output"``, ``positions="all"``.
 """
 
 from __future__ import annotations

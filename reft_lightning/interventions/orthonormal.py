@@ -33,12 +33,18 @@ def orthonormal_rows(A: Tensor) -> Tensor:  # (..., r, d) -> (..., r, d)
     with torch.autocast(A.device.type, enabled=False):  # in bfloat16, R R' = I would hold to two digits
         A = A.to(torch.promote_types(A.dtype, torch.float32))
         A = A / A.norm(dim=-1, keepdim=True).mean(dim=-2, keepdim=True)  # R does not depend on the scale of A
-        return _cholesky_pass(_cholesky_pass(A))
+        rows, (_, failed) = _cholesky_pass(A)
+        R, (L, failed_again) = _cholesky_pass(rows)
+        # L is near I after a pass that worked; of dependent rows the first pass leaves noise of any small length
+        independent = (L.diagonal(dim1=-2, dim2=-1) > 0.1).all() & ~(failed | failed_again).any()
+        if not A.is_meta and not independent:
+            raise torch.linalg.LinAlgError("the rows of a matrix are linearly dependent, or not finite")
+        return R
 
 
-def _cholesky_pass(A: Tensor) -> Tensor:
-    L = torch.linalg.cholesky(A @ A.mT)  # (..., r, r)
-    return torch.linalg.solve_triangular(L, A, upper=False)
+def _cholesky_pass(A: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    L, info = torch.linalg.cholesky_ex(A @ A.mT)  # (..., r, r)
+    return torch.linalg.solve_triangular(L, A, upper=False), (L, info.bool())
 
 
 def random_rows(rank: int, dim: int) -> Tensor:  # () -> (r, d)

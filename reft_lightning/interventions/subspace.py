@@ -22,7 +22,7 @@ of ConsReFT and LobiReFT in float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -110,7 +110,7 @@ class Orthonormal(Subspace):
     rotations = ("basis",)
 
     lent: Tensor | None = None
-    """R, where somebody has computed it for all layers at once."""
+    """R, while :func:`lend` gives it."""
 
     def build(self) -> None:
         self.basis = nn.Parameter(random_rows(self.rank, self.dim))
@@ -119,20 +119,6 @@ class Orthonormal(Subspace):
     def R(self) -> Tensor:  # (r, d)
         """The orthonormal rows."""
         return orthonormal_rows(self.basis) if self.lent is None else self.lent
-
-    def lend(self, R: Tensor | None) -> None:
-        """Use R, computed by :func:`rotations` for all layers at once, until None is lent."""
-        self.lent = R
-
-    @contextmanager
-    def borrow(self, R: Tensor) -> Iterator[None]:
-        """Use R inside the block."""
-        before = self.lent
-        self.lend(R)
-        try:
-            yield
-        finally:
-            self.lend(before)
 
     def __getstate__(self) -> dict[str, Any]:
         # R belongs to one call, and carries a graph, which neither pickles nor copies.
@@ -264,7 +250,7 @@ def rotations(interventions: Iterable[Intervention]) -> dict[Orthonormal, Tensor
     """Compute R for all interventions that have one, by one factorisation for each shape.
 
     Returns:
-        A mapping from intervention to R, to be lent by :meth:`Orthonormal.lend`.
+        A mapping from intervention to R, for :func:`lend`.
     """
     stacks: dict[tuple, list[Orthonormal]] = {}
     for intervention in interventions:
@@ -276,3 +262,16 @@ def rotations(interventions: Iterable[Intervention]) -> dict[Orthonormal, Tensor
         rows = orthonormal_rows(torch.stack([phi.basis for phi in stack]))
         shared.update(zip(stack, rows.unbind(), strict=True))
     return shared
+
+
+@contextmanager
+def lend(rows: Mapping[Orthonormal, Tensor]) -> Iterator[None]:
+    """Let interventions use R, computed by :func:`rotations` for all layers at once, inside the block."""
+    before = {phi: phi.lent for phi in rows}
+    try:
+        for phi, R in rows.items():
+            phi.lent = R
+        yield
+    finally:
+        for phi, R in before.items():
+            phi.lent = R

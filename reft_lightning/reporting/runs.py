@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ..adapters.baselines.methods import is_baseline
+from ..adapters.methods import method_named
 from ..config.identity import flat, identity
 from ..config.schema import Config
 from ..search.study_files import JOB, LOCKS, PLAN, TRIALS, WORKERS, read_job
@@ -108,8 +108,8 @@ class Run:
         unused = {
             name for name in ("beside", "beside_options") if not self.settings.get("intervention.beside")
         }
-        if method == "none" or is_baseline(method):  # see `arguments.attachment`
-            kept = {"method", "heads", *(("options",) if method != "none" else ())}
+        if method and not method_named(method).takes_settings:
+            kept = {"method", "heads", "options"}
             unused |= {key.split(".")[1] for key in self.settings if key.startswith("intervention.")} - kept
         elif (
             self.settings.get("intervention.rank") is None

@@ -9,8 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..adapters.baselines.methods import check_beside, is_baseline
-from ..config.method_settings import check_no_intervention_settings
+from ..adapters.methods import method_named
 from ..config.schema import Config, DataConfig, InterventionConfig
 from ..data import AnyFamily, Family, get_family
 from ..data.benchmark_data import BenchmarkData
@@ -57,52 +56,31 @@ def model_source(config: Config, family: AnyFamily | None = None) -> dict[str, A
 def attachment(config: Config, family: AnyFamily | None = None) -> dict[str, Any]:
     """Return the arguments of :func:`adapt`.
 
-    A setting that the method's class does not take is left out where it stands at its default. A classifier's head
-    is trained unless ``intervention.heads`` says otherwise.
-
-    Raises:
-        ValueError: for a setting that means nothing to a baseline, or a method that cannot be trained beside.
+    A setting that the method does not take is left out where it has its default. A classifier's head is trained
+    unless ``intervention.heads`` says otherwise.
     """
     values = OmegaConf.to_container(OmegaConf.structured(config.intervention))
-    options, defaults = values.pop("options"), InterventionConfig()
-    beside, beside_options = values.pop("beside"), values.pop("beside_options")
-    check_beside(values["method"], beside, beside_options)
+    method, options, defaults = method_named(values["method"]), values.pop("options"), InterventionConfig()
     if values["heads"] is None:
-        values["heads"] = kind_of(family).heads
-    if values["method"] == "none":  # the head alone
-        return {"method": "none", "heads": values["heads"]}
-    if is_baseline(values["method"]):
-        return _baseline(config, values["heads"]) | options
-    taken = settings_of(intervention_class(values["method"]))
-    for name in ("rank", "dropout", "dropout_on", "init", "weight_dtype"):
-        if values[name] is None or (name not in taken and values[name] == getattr(defaults, name)):
-            del values[name]
+        values["heads"] = kind_of(family).heads if method.trains_heads else ()
+    taken = {"method", "heads"}
+    if method.takes_settings:
+        taken |= {"layers", "positions", "tied", "component", "clip"}
+        taken |= settings_of(intervention_class(method.name)).keys()
     if isinstance(values["layers"], dict):
         values["layers"] = {int(layer): own or {} for layer, own in values["layers"].items()}
-    together = {"beside": beside, "beside_options": beside_options} if beside else {}
-    return values | options | together
+
+    def passes(name: str) -> bool:
+        changed = values[name] != getattr(defaults, name) and not method.ignores_settings
+        return values[name] is not None and (name in taken or changed)
+
+    return {name: value for name, value in values.items() if passes(name)} | options
 
 
 def method_of(config: Config) -> str:
     """Return the method as results name it: ``loreft``, or ``loreft + peft/lora`` where two are trained together."""
     intervention = config.intervention
     return " + ".join(filter(None, (intervention.method, intervention.beside)))
-
-
-def _baseline(config: Config, heads: Any) -> dict[str, Any]:
-    """Return the arguments of :func:`adapt` for a baseline; a frozen model's head is not trained.
-
-    Raises:
-        ValueError: for a setting of interventions, which would change nothing, or a prefix without a cache.
-    """
-    intervention, method = config.intervention, config.intervention.method
-    check_no_intervention_settings(intervention)
-    if method == "peft/prefix_tuning" and config.model.gradient_checkpointing:
-        raise ValueError(
-            f"{method} holds its prefix in a cache, and gradient checkpointing has none: leave "
-            "model.gradient_checkpointing out"
-        )
-    return {"method": method, "heads": () if method == "frozen" and intervention.heads is None else heads}
 
 
 def data_module(config: Config, family: AnyFamily, tokenizer: Any) -> BenchmarkData:

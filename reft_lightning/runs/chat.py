@@ -14,9 +14,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from ..adapters.adapt import adapt
-from ..adapters.baselines.in_place import Baseline
-from ..adapters.baselines.joint import JointModel
-from ..adapters.reft.model import ReftModel
+from ..adapters.adapted import AdaptedModel
 from ..adapters.saving import load_state
 from ..base_models.loading import load_base_model
 from ..data import Example
@@ -86,7 +84,7 @@ def main(folder: Path, max_new_tokens: int = 64, template: str | None = None) ->
             )
 
 
-def load(folder: Path) -> tuple[ReftModel | Baseline | JointModel, Any]:
+def load(folder: Path) -> tuple[AdaptedModel, Any]:
     """Return the adapted model of a run folder, ready to generate, and its tokenizer."""
     config = load_run_config(folder)
     adapter = load_state(folder / "adapter")  # a missing one is said before weights are loaded
@@ -97,7 +95,7 @@ def load(folder: Path) -> tuple[ReftModel | Baseline | JointModel, Any]:
 
 
 def answer(
-    model: ReftModel | Baseline | JointModel,
+    model: AdaptedModel,
     tokenizer: Any,
     text: str,
     max_new_tokens: int,

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from transformers import PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
-from ..adapters.baselines.methods import is_baseline
+from ..adapters.methods import method_named
+from ..base_models.decoders import is_decoder
 from ..config.schema import Config, DecodingConfig
 from ..data import AnyFamily, Family
 from ..data.example import Example
@@ -41,9 +41,14 @@ def check_unused(config: Config, family: AnyFamily) -> None:
     Raises:
         ValueError: naming the setting.
     """
-    method = config.intervention.method
-    if config.model.compile and is_baseline(method):
-        raise ValueError(f"model.compile compiles interventions, not {method}: leave it out")
+    method = method_named(config.intervention.method)
+    if config.model.compile and not method.compiles:
+        raise ValueError(f"model.compile compiles interventions, not {method.name}: leave it out")
+    if config.model.gradient_checkpointing and method.needs_cache:
+        raise ValueError(
+            f"{method.name} enters the model as a key/value cache, which gradient checkpointing switches off: leave "
+            "model.gradient_checkpointing out"
+        )
     _check_kept(config)
     if not kind_of(family).generates:
         for name, default in vars(DecodingConfig()).items():
@@ -63,16 +68,15 @@ def check_unused(config: Config, family: AnyFamily) -> None:
 
 
 def check_reads_forward(config: Config, hf_config: PretrainedConfig, task: str, family: AnyFamily) -> None:
-    """Refuse to let an encoder say a target.
+    """Reject encoders for generative tasks.
 
     Raises:
         ValueError: with what to choose.
     """
-    encoder = type(hf_config) in MODEL_FOR_MASKED_LM_MAPPING and not hf_config.is_decoder
-    if task == "causal_lm" and encoder:
+    if task == "causal_lm" and not is_decoder(hf_config):
         raise ValueError(
-            f"model {config.model.name} is an encoder, every token of which reads those behind it: it cannot learn to "
-            f"say a target (family {family.name}). Choose a data=glue_... file, or a decoder."
+            f"model {config.model.name} is an encoder, each token of which reads those after it: it cannot be trained "
+            f"to generate text (family {family.name}). Choose a data=glue_... file, or a decoder."
         )
 
 
@@ -94,11 +98,11 @@ def reported(family: Family, example: Example, decoding: Decoding) -> tuple[str,
 
 
 def _check_kept(config: Config) -> None:
-    limit, method = config.kept.limit_gb, config.intervention.method
+    limit, method = config.kept.limit_gb, method_named(config.intervention.method)
     if not (math.isfinite(limit) and limit >= 0):
         raise ValueError(f"kept.limit_gb must be a number, 0 or more; got {limit}")
     reasons = {
-        f"{method} trains weights of all layers": is_baseline(method) and method != "frozen",
+        f"{method.name} trains weights of all layers": method.trains_all_layers,
         "intervention.beside trains weights of all layers": bool(config.intervention.beside),
         "model.base_dropout=true leaves nothing the same": config.model.base_dropout,
         "model.gradient_checkpointing=true computes all of it again": config.model.gradient_checkpointing,
@@ -133,7 +137,7 @@ def check_tied_head(config: Config, hf_config: PretrainedConfig, heads: Sequence
         ValueError: with what to set.
     """
     copied = config.model.dtype != "float32" and config.model.float32_logits and hf_config.tie_word_embeddings
-    if copied and (config.intervention.method == "full" or "lm_head" in heads):
+    if copied and (method_named(config.intervention.method).trains_weights or "lm_head" in heads):
         raise ValueError(
             f"{config.model.name} shares its embeddings with its head, and model.float32_logits gives the head a copy: "
             "training would part the two. Set model.dtype=float32, or model.float32_logits=false"

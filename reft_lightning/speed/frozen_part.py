@@ -90,7 +90,7 @@ class FrozenPrefix:
         return self.model(**{**inputs, "input_ids": ids[:, columns:]}, past_key_values=cache)
 
     def _compute(self, ids: Tensor, attention: Tensor, columns: int) -> Any:
-        with torch.no_grad(), self.model.disabled():
+        with torch.no_grad(), self.model.unedited():
             return self.model(
                 input_ids=ids[:, :columns],
                 attention_mask=attention[:, :columns],
@@ -203,7 +203,7 @@ class FrozenBlocks:
         if "logits_to_keep" in plain:
             plain["logits_to_keep"] = 1
         above = [(later, "forward", self._pass_on) for later in self._blocks[self.last + 1 :]]
-        with torch.no_grad(), self.model.disabled(), replaced([*above, (block, "forward", recorded)]):
+        with torch.no_grad(), self.model.unedited(), replaced([*above, (block, "forward", recorded)]):
             self.model(**plain)
         return found[0]
 

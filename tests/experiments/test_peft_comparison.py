@@ -233,7 +233,7 @@ def test_a_resumed_run_has_no_total_time(loreft, tmp_path, schema):
     (folder / "csv_2").mkdir()
     (folder / "csv_2" / "metrics.csv").write_text("step\n1\n")
     totals = [schema["record"](read_runs([f])[0][0])["run_info"]["total_time"] for f in (loreft[0], folder)]
-    assert totals[0] > 0
+    assert totals[0] is not None  # whole seconds, which may be none
     assert totals[1] is None
 
 

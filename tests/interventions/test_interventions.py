@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from reft_lightning import (
 from reft_lightning.interventions import (
     check_settings,
     intervention_class,
+    lend,
     method_name,
     orthonormal_rows,
     rotations,
@@ -298,12 +301,21 @@ def test_nearly_dependent_rows_come_out_orthonormal(apart):
     torch.testing.assert_close(rows @ rows.T, torch.eye(4), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("broken", ["twice", "zero"])
-def test_dependent_rows_raise(broken):
-    A = random_rows_of(3, 8, dtype=torch.float32)
-    A[1] = A[0] if broken == "twice" else 0
-    with pytest.raises(torch.linalg.LinAlgError):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("broken", ["twice", "zero", "sum", "nan", "inf"])
+def test_dependent_rows_raise(broken, dtype):
+    for seed in range(20):
+        A = random_rows_of(3, 8, 64, dtype=dtype, seed=seed)
         orthonormal_rows(A)
+        values = {
+            "twice": A[1, 0],
+            "sum": A[1, 0] - 3 * A[1, 2] + A[1, 7],
+            "nan": torch.nan,
+            "inf": torch.inf,
+        }
+        A[1, 3] = values.get(broken, 0)
+        with pytest.raises(torch.linalg.LinAlgError, match="linearly dependent"):
+            orthonormal_rows(A)
 
 
 def test_autocast_leaves_the_rows_orthonormal():
@@ -330,11 +342,15 @@ def test_rows_for_all_layers_are_those_of_each_layer():
 
 
 def test_lent_rows_are_used_and_given_back():
-    phi = shaken(LoReFT(D, R))
-    with phi.borrow(torch.zeros(R, D)):
+    phi, other = shaken(LoReFT(D, R)), LoReFT(D, R)
+    with lend({phi: torch.zeros(R, D)}):
         assert torch.equal(phi(tokens()), tokens())
+        with lend({phi: other.R}):
+            assert torch.equal(phi.R, other.R)
+        assert torch.equal(phi(tokens()), tokens())
+        assert torch.equal(copy.deepcopy(phi).R, orthonormal_rows(phi.basis))
     torch.testing.assert_close(phi.R @ phi.R.T, torch.eye(R), atol=1e-5, rtol=0)
-    with pytest.raises(RuntimeError, match="inside"), phi.borrow(torch.zeros(R, D)):
+    with pytest.raises(RuntimeError, match="inside"), lend({phi: torch.zeros(R, D)}):
         raise RuntimeError("inside")
     assert not torch.equal(phi(tokens()), tokens())
 

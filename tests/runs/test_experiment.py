@@ -314,7 +314,7 @@ def no_weights(monkeypatch):
             "intervention=none",
             r"intervention\.heads=auto\) for a classifier.*intervention\.heads=\[lm_head\]",
         ),
-        ("intervention.heads=auto", r"LlamaForCausalLM is no classifier"),
+        ("intervention.heads=auto", r"LlamaForCausalLM is not a sequence classifier"),
         ("trainer.accelerator=abacus", "abacus"),
         ("trainer.precision=31", "31"),
     ],

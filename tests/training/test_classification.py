@@ -119,7 +119,7 @@ class TestHeads:
         assert classification_heads(model) == HEADS[family]
 
     def test_a_language_model_has_no_head_to_find(self):
-        with pytest.raises(ValueError, match="LlamaForCausalLM is no classifier"):
+        with pytest.raises(ValueError, match="LlamaForCausalLM is not a sequence classifier"):
             attach(tiny.model("llama"), "loreft", rank=1, heads="auto")
 
     def test_a_word_that_is_not_auto_is_refused(self):

@@ -1,4 +1,4 @@
-"""Baselines behind the calls of a ReftModel: what they share, and those that train the base model's own parameters.
+"""Baselines as adapted models: what they share, and those that train the base model's own parameters.
 
 BitFit (Ben Zaken et al. 2021, arXiv:2106.10199) trains every bias, full finetuning everything, ``frozen`` nothing.
 The methods of the peft library are in :mod:`reft_lightning.adapters.baselines.peft`.
@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...interventions.base import HALVES
-from ...suggest import did_you_mean
+from ...storage.atomic import write_text
 from ..adapted import ParameterCount
+from ..first_values import FirstValues, fill
 from ..masks import guess_attention, left_padded, numbers_its_own_positions, position_ids_of
-from ..saving import BASELINE_CONFIG_FILE, BASELINE_FILE, check_fit, replace_file, write_tensors
-from .methods import check_baseline
+from ..methods import Method
+from ..saving import BASELINE_CONFIG_FILE, BASELINE_FILE, check_fit, write_tensors
 
 log = logging.getLogger(__name__)
 FORMAT = 1
@@ -35,7 +36,7 @@ FORMAT = 1
 
 @dataclass
 class BaselineConfig:
-    """What was trained, of which model; saved beside the tensors."""
+    """What was trained, and of which model; saved with the tensors."""
 
     method: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -44,7 +45,7 @@ class BaselineConfig:
 
 
 class Baseline(nn.Module):
-    """A base model trained in another way than by ReFT, behind the same calls.
+    """A base model trained by another method than ReFT, with the same interface.
 
     Parameters of the base that are trained in place have their first values kept in CPU memory, so that
     :meth:`disabled` is exactly the base.
@@ -55,7 +56,7 @@ class Baseline(nn.Module):
         trained: names of its parameters that are trained in place.
     """
 
-    virtual_tokens = 0  # columns that a cache holds in front of the text's
+    virtual_tokens = 0  # columns that a cache holds before the text's
 
     def __init__(self, config: BaselineConfig, base_model: PreTrainedModel, trained: Iterable[str]) -> None:
         super().__init__()
@@ -68,11 +69,7 @@ class Baseline(nn.Module):
         self._in_place = list(trained)
         for name in self._in_place:
             parameters[name].requires_grad_(True)
-        self._first = {
-            name: parameters[name].detach().to("cpu", copy=True)
-            for name in self._in_place
-            if not parameters[name].is_meta
-        }
+        self._first = FirstValues({name: parameters[name] for name in self._in_place})
         total = sum(parameter.numel() for parameter in parameters.values())
         heads = sum(p.numel() for name, p in parameters.items() if inside(name, config.heads))
         self._base_parameters = total - heads
@@ -83,12 +80,12 @@ class Baseline(nn.Module):
         input_ids: Tensor | None = None,  # (b, s)
         attention_mask: Tensor | None = None,  # (b, s)
         labels: Tensor | None = None,  # (b, s), the last columns of it, or (b,)
-        prompt_mask: Tensor | None = None,  # (b, s) bool, of no use here
+        prompt_mask: Tensor | None = None,  # (b, s) bool, ignored; accepted for a common signature
         **kwargs: Any,
     ) -> Any:
         """Run the adapted model; returns what the base model returns (``loss``, ``logits``, ...).
 
-        Padding may stand on either side. Labels of the last columns alone go beside ``logits_to_keep``.
+        Padding may stand on either side. Labels of only the last columns go with ``logits_to_keep``.
         """
         tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if tokens is None:
@@ -108,7 +105,7 @@ class Baseline(nn.Module):
         self,
         input_ids: Tensor,  # (b, s)
         attention_mask: Tensor | None = None,  # (b, s)
-        prompt_mask: Tensor | None = None,  # (b, s) bool, of no use here
+        prompt_mask: Tensor | None = None,  # (b, s) bool, ignored
         **kwargs: Any,
     ) -> Any:
         """Generate as Hugging Face does; rows padded on the right are moved to the left first."""
@@ -123,15 +120,12 @@ class Baseline(nn.Module):
         if not self._enabled:
             yield
             return
-        parameters = self._trained_in_place()
-        trained = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
-        self._enabled = False
-        try:
-            _fill(parameters, self._first)
-            yield
-        finally:
-            _fill(parameters, trained)
-            self._enabled = True
+        with self._first.restored(self._trained_in_place()):
+            self._enabled = False
+            try:
+                yield
+            finally:
+                self._enabled = True
 
     def _trained_in_place(self) -> dict[str, nn.Parameter]:
         parameters = dict(self.base_model.named_parameters())
@@ -153,7 +147,7 @@ class Baseline(nn.Module):
         self._load(state)
 
     def _load(self, state: dict[str, Tensor]) -> None:
-        _fill(self._trained_in_place(), state)
+        fill(self._trained_in_place(), state)
 
     def _is_head(self, name: str) -> bool:
         """Whether a trained parameter, by its name in this module, belongs to a head."""
@@ -175,15 +169,15 @@ class Baseline(nn.Module):
         """Count the trained parameters against the base model's; heads are in neither."""
         roles = self.parameter_roles()
         trainable = sum(p.numel() for role in ("weight", "bias") for p in roles[role])
-        return ParameterCount(trainable, self._base_parameters, 100 * trainable / self._base_parameters)
+        return ParameterCount.of(trainable, self._base_parameters)
 
     def save_pretrained(self, folder: str | PathLike) -> None:
         """Write ``baseline_config.json`` and, where the base's own parameters were trained, their tensors."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / BASELINE_FILE, self._trained_in_place())
-        text = json.dumps({"format": FORMAT, **asdict(self.config)}, indent=2) + "\n"
-        replace_file(folder / BASELINE_CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+        values = {"format": FORMAT, **asdict(self.config)}
+        write_text(folder / BASELINE_CONFIG_FILE, json.dumps(values, indent=2) + "\n")
 
 
 class InPlaceBaseline(Baseline):
@@ -191,62 +185,40 @@ class InPlaceBaseline(Baseline):
 
     Args:
         base_model: a Hugging Face model.
-        method: ``bitfit``, ``full`` or ``frozen``.
-        heads: paths of modules that are trained beside; counted apart.
+        method: one that trains the base model's own parameters.
+        heads: paths of modules that are trained in addition; counted separately.
 
     Raises:
-        ValueError: for BitFit of a model without biases, or heads of a frozen model.
+        ValueError: for a model without parameters of the kind (BitFit without biases), or heads of a frozen model.
     """
 
-    def __init__(self, base_model: PreTrainedModel, method: str, heads: Sequence[str] = ()) -> None:
-        check_baseline(method, {})
-        config = BaselineConfig(method, heads=list(heads), base_model=base_model.config.name_or_path or None)
-        check_heads(base_model, heads)
+    def __init__(self, base_model: PreTrainedModel, method: Method, heads: Sequence[str] = ()) -> None:
+        assert method.in_place is not None
+        config = BaselineConfig(
+            method.name, heads=list(heads), base_model=base_model.config.name_or_path or None
+        )
         names = [name for name, _ in base_model.named_parameters()]
-        chosen = {
-            "bitfit": [n for n in names if n.endswith(".bias") and not inside(n, heads)],
-            "full": [n for n in names if not inside(n, heads)],
-            "frozen": [],
-        }[method]
-        if method == "bitfit" and not chosen:
+        chosen = [name for name in names if method.in_place(name) and not inside(name, heads)]
+        if method.trains and not chosen:
             raise ValueError(
-                f"{type(base_model).__name__} has no biases, so BitFit has nothing to train (Llama and its kin have "
-                "none; BERT, RoBERTa, GPT-2 and OPT do); take intervention=peft/lora or another method"
+                f"{type(base_model).__name__} has no parameters that {method.name} trains: BitFit needs biases, which "
+                "BERT, RoBERTa, GPT-2 and OPT have, but Llama and similar models do not; use intervention=peft/lora "
+                "or another method"
             )
-        if method == "frozen" and heads:
+        if heads and not method.trains_heads:
             raise ValueError(
-                "method frozen trains nothing; to train the heads alone take intervention=none, for nothing at all "
+                f"method {method.name} trains nothing; to train only heads use intervention=none, for nothing at all "
                 "intervention.heads=[]"
             )
         super().__init__(config, base_model, [*chosen, *(n for n in names if inside(n, heads))])
         self.base_model = base_model
         if chosen and not next(base_model.parameters()).is_meta and base_model.dtype in HALVES:
             log.warning(
-                "%s trains %s weights: small updates are lost in their rounding; model.dtype=float32 keeps them",
-                method, str(base_model.dtype).removeprefix("torch."),
+                "%s trains %s weights: small updates are lost to rounding; model.dtype=float32 keeps them",
+                method.name, str(base_model.dtype).removeprefix("torch."),
             )  # fmt: skip
-
-
-def check_heads(model: PreTrainedModel, heads: Sequence[str]) -> None:
-    """Refuse heads that the model does not have.
-
-    Raises:
-        ValueError: with the nearest name.
-    """
-    modules = {name for name, _ in model.named_modules()}
-    for head in heads:
-        if head not in modules:
-            raise ValueError(
-                f"the model has no module {head!r} to train as a head{did_you_mean(head, modules)}"
-            )
 
 
 def inside(name: str, modules: Sequence[str]) -> bool:
     """Whether a parameter belongs to one of some modules, by its path."""
     return any(name.startswith(f"{module}.") for module in modules)
-
-
-@torch.no_grad()
-def _fill(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])

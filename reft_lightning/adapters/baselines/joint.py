@@ -1,7 +1,7 @@
 """Interventions and a method of the peft library, trained together on one base model.
 
-peft puts its adapter into the base model first; the interventions are attached to what then stands there, so that
-they edit, and are trained on, the representations of the adapted model. LoReFT beside LoRA: the weights W + (alpha/r)
+peft puts its adapter into the base model first, and the interventions are attached to the result, so that they edit,
+and are trained on, the representations of the adapted model. LoReFT with LoRA: the weights W + (alpha/r)
 B A of a layer, then h + R'(W h + b - R h) at the tokens that P selects.
 
 On disk each part is whole: a folder holds the files of the interventions, its subfolder ``peft`` those of peft.
@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 from ..adapted import ParameterCount
 from ..reft.config import ReftConfig
 from ..reft.model import ReftModel
-from ..saving import BESIDE, CARD_FILE, check_fit, replace_file, save_adapter
+from ..saving import BESIDE, check_fit, save_adapter
 from .peft import PeftBaseline
 
 
 class JointModel(nn.Module):
-    """A frozen base model with an adapter of the peft library and interventions, behind the calls of a ReftModel.
+    """A frozen base model with an adapter of the peft library and interventions.
 
     Heads are peft's ``modules_to_save``: trained copies, so that :meth:`disabled` is exactly the base.
 
@@ -51,7 +51,7 @@ class JointModel(nn.Module):
 
     @property
     def config(self) -> ReftConfig:
-        """What the interventions were told; that of peft is ``model.peft.config``."""
+        """What was attached of interventions; that of peft is ``model.peft.config``."""
         return self.reft.config
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -85,7 +85,7 @@ class JointModel(nn.Module):
         Raises:
             ValueError: if a tensor is missing, unexpected, or of another shape.
         """
-        check_fit(self.adapter_state_dict(), state, f" {self.config.method} beside {self.peft.config.method}")
+        check_fit(self.adapter_state_dict(), state, f" {self.config.method} + {self.peft.config.method}")
         prefix = f"{BESIDE}."
         self.reft.load_adapter_state_dict({k: v for k, v in state.items() if not k.startswith(prefix)})
         self.peft.load_adapter_state_dict(
@@ -100,11 +100,11 @@ class JointModel(nn.Module):
     def parameter_count(self) -> ParameterCount:
         """Count what both parts train against the bare base model; heads are in neither."""
         beside = self.peft.parameter_count()
-        return _count(self._interventions().trainable + beside.trainable, beside.base)
+        return ParameterCount.of(self._interventions().trainable + beside.trainable, beside.base)
 
     def _interventions(self) -> ParameterCount:
         trainable = sum(p.numel() for p in self.reft.interventions.parameters())
-        return _count(trainable, self.peft.parameter_count().base)
+        return ParameterCount.of(trainable, self.peft.parameter_count().base)
 
     def save_pretrained(self, folder: str | PathLike) -> None:
         """Write the files of the interventions into a folder, and peft's own into its subfolder ``peft``.
@@ -114,16 +114,14 @@ class JointModel(nn.Module):
         folder = Path(folder)
         self.peft.config.base_model = self.config.base_model
         self.peft.save_pretrained(folder / BESIDE)
-        save_adapter(folder, self.config, self.reft.adapter_state_dict(), self._interventions())
-        card = (folder / CARD_FILE).read_text(encoding="utf-8") + self._card()
-        replace_file(folder / CARD_FILE, lambda path: path.write_text(card, encoding="utf-8"))
+        save_adapter(folder, self.config, self.reft.adapter_state_dict(), self._interventions(), self._card())
 
     def _card(self) -> str:
         beside = self.peft.parameter_count()
         return f"""
 ## Trained together with {self.peft.config.method}
 
-The subfolder `{BESIDE}` holds an adapter of the peft library with {beside.trainable:,} parameters more. It belongs
+The subfolder `{BESIDE}` holds an adapter of the peft library with {beside.trainable:,} more parameters. It belongs
 to this one, and is put into the base model first:
 
 ```python
@@ -133,7 +131,3 @@ adapted = PeftModel.from_pretrained(model, "this folder/{BESIDE}").get_base_mode
 reft = rl.ReftModel.from_pretrained(adapted, "this folder")
 ```
 """
-
-
-def _count(trainable: int, base: int) -> ParameterCount:
-    return ParameterCount(trainable, base, 100 * trainable / base)

@@ -1,4 +1,4 @@
-"""The methods of the peft library behind the calls of a ReftModel.
+"""The methods of the peft library as adapted models.
 
 peft makes the trained parameters and puts them into the base model; the base model is then called directly, by the
 code that calls it for ReFT. Adapters are saved in peft's own format, which peft loads without this package.
@@ -15,9 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from .in_place import Baseline, BaselineConfig, check_heads
-from .methods import PEFT, peft_config
-from .virtual_tokens import VirtualTokens, is_decoder
+from ...base_models.decoders import is_decoder
+from ..methods import METHODS, Method, peft_class
+from .in_place import Baseline, BaselineConfig
+from .virtual_tokens import VirtualTokens
 
 ADAPTER = "default"  # peft's name for the one adapter there is
 
@@ -27,8 +28,8 @@ class PeftBaseline(Baseline):
 
     Args:
         base_model: a Hugging Face model, changed in place.
-        method: ``peft/lora`` or another of :data:`~reft_lightning.adapters.baselines.methods.PEFT_METHODS`.
-        heads: paths of modules that are trained beside; counted apart.
+        method: ``peft/lora`` or another of the library.
+        heads: paths of modules that are trained in addition; counted separately.
         options: arguments of peft's configuration class.
 
     Raises:
@@ -38,12 +39,11 @@ class PeftBaseline(Baseline):
     def __init__(
         self,
         base_model: PreTrainedModel,
-        method: str,
+        method: Method,
         heads: Sequence[str] = (),
         options: Mapping[str, Any] | None = None,
     ) -> None:
         settings = peft_config(method, options or {})
-        check_heads(base_model, heads)
         # peft takes every module whose path ends in a head's name
         more = (
             [n for n, _ in base_model.named_modules() if n.endswith(tuple(heads)) and n not in heads]
@@ -52,16 +52,16 @@ class PeftBaseline(Baseline):
         )
         if more:
             raise ValueError(
-                f"{method} would train {', '.join(more)} beside the heads {', '.join(heads)}: peft goes by the ends of "
-                "names; name those too in intervention.heads"
+                f"{method.name} would train {', '.join(more)} besides the heads {', '.join(heads)}: peft matches "
+                "the ends of names; name those in intervention.heads too"
             )
-        if method == f"{PEFT}prefix_tuning" and not is_decoder(base_model):
+        if method.needs_cache and not is_decoder(base_model.config):
             raise ValueError(
-                f"{method} needs a cache of keys and values, which {type(base_model).__name__}, an encoder, does not "
-                f"read; take {PEFT}prompt_tuning"
+                f"{method.name} needs a key/value cache, which the encoder {type(base_model).__name__} does not read; "
+                "use peft/prompt_tuning"
             )
         name = base_model.config.name_or_path or None
-        super().__init__(BaselineConfig(method, dict(options or {}), list(heads), name), base_model, ())
+        super().__init__(BaselineConfig(method.name, dict(options or {}), list(heads), name), base_model, ())
         settings.modules_to_save = list(heads) or None
         self.peft_model = _with_adapter(base_model, settings)
         self._virtual = VirtualTokens(self.peft_model) if settings.is_prompt_learning else None
@@ -81,7 +81,7 @@ class PeftBaseline(Baseline):
         if self._virtual.calls == before:
             raise ValueError(
                 f"{type(self.base_model).__name__} does not call its {type(self._virtual.inner).__name__}, before "
-                f"which the virtual tokens would stand; take another method than {self.config.method}"
+                f"which the virtual tokens would be inserted; {self.config.method} cannot be used with it"
             )
         return output
 
@@ -114,8 +114,8 @@ class PeftBaseline(Baseline):
         return ".modules_to_save." in name
 
     def _is_vector(self, parameter: nn.Parameter) -> bool:
-        # IA3 keeps its vectors as (d, 1) and (1, d)
-        flat = self.config.method == f"{PEFT}ia3" and parameter.numel() == max(parameter.shape, default=1)
+        one_line = parameter.numel() == max(parameter.shape, default=1)
+        flat = METHODS[self.config.method].flat_vectors and one_line
         return flat or super()._is_vector(parameter)
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
@@ -139,6 +139,19 @@ class PeftBaseline(Baseline):
             self.peft_model.save_pretrained(str(folder), save_embedding_layers=False)
         finally:
             settings.task_type = None
+
+
+def peft_config(method: Method, options: Mapping[str, Any]) -> Any:
+    """Return peft's configuration object of a method with some options.
+
+    Raises:
+        ValueError: for an unknown option, or what peft itself refuses.
+    """
+    method.check_options(options)
+    try:
+        return peft_class(method.peft)(**options, **method.peft_fixed)
+    except TypeError as error:
+        raise ValueError(f"{method.name}: {error}") from error
 
 
 def _with_adapter(base_model: PreTrainedModel, settings: Any) -> Any:

@@ -1,11 +1,11 @@
-"""Trained virtual tokens in front of every row: prompt tuning (embeddings) and prefix tuning (keys and values).
+"""Trained virtual tokens before every row: prompt tuning (embeddings) and prefix tuning (keys and values).
 
-Two hooks on the transformer inside a base model put the tokens in front of whatever it reads first, and of nothing it
+Two hooks on the transformer inside a base model put the tokens before whatever it reads first, and before nothing it
 reads later: training, evaluation and every kind of generation go the same way, and rows may be padded on the left.
 (peft's own wrapper drops the positions of left-padded rows under prompt tuning.) Virtual tokens are the positions
-0..v-1 and the text's first token is position v, whatever padding stands between.
+0..v-1 and the text's first token is position v, whatever padding lies between.
 
-A decoder's outputs hold the text's columns alone, so labels, ``logits_to_keep`` and a classifier's last token mean
+A decoder's outputs hold only the text's columns, so labels, ``logits_to_keep`` and a classifier's last token mean
 what they mean without virtual tokens. An encoder's keep the virtual ones, on whose first a classifier reads, as
 under peft.
 
@@ -23,18 +23,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers import DynamicCache, GenerationMixin
 
-
-def is_decoder(model: PreTrainedModel) -> bool:
-    """Whether a model reads from left to right."""
-    kind = type(model.config)
-    return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
+from ...base_models.decoders import is_decoder
 
 
 class VirtualTokens:
-    """Put the virtual tokens of a peft model in front of what its base model reads.
+    """Put the virtual tokens of a peft model before what its base model reads.
 
     Args:
         peft_model: of a prompt learning method.
@@ -51,11 +46,11 @@ class VirtualTokens:
         self.prefix = settings.peft_type.value == "PREFIX_TUNING"
         self.enabled = True
         base = peft_model.get_base_model()
-        self.decoder = is_decoder(base)
+        self.decoder = is_decoder(base.config)
         # a language model may call its decoder past the model around it (OPT)
         self.inner = base.get_decoder() if isinstance(base, GenerationMixin) else base.base_model
         self._names = list(inspect.signature(self.inner.forward).parameters)
-        # of the call under way: columns in front of the text's, and whether its cache holds the prefix alone
+        # of the call under way: columns before the text's, and whether its cache holds only the prefix
         self._in_front, self._passing = 0, False
         self.calls = 0
         self.inner.register_forward_pre_hook(self._before, with_kwargs=True)

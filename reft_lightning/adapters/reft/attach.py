@@ -1,4 +1,4 @@
-"""Attach interventions to a model, or count what that would train.
+"""Attach interventions to a model.
 
 As in ``reft = attach(base_model, "loreft", rank=8, layers="all", positions="f7+l7")``.
 """
@@ -8,18 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from ...base_models.heads import heads_to_train
 from ...interventions import Intervention, intervention_class, method_name
 from .config import ReftConfig
 from .model import ReftModel
 from .positions import MaskFunction
-from .sites import check_layers, text_config
+from .sites import check_layers
 
-NONE = "none"  # the method that attaches nothing: a classifier's head is trained alone
+NONE = "none"  # the method that attaches nothing: only a classifier's head is trained
 
 
 def attach(
@@ -39,7 +37,7 @@ def attach(
     Args:
         base_model: a Hugging Face decoder or encoder.
         method: a name of the table (``loreft``, ``direft``, ...) or a subclass of Intervention; ``none`` attaches
-            nothing, whatever is said of layers, positions and settings: the control that trains the heads alone.
+            nothing, the control that trains only heads; layers, positions and settings are ignored.
         layers: ``"all"``, 0-based ids (with ``heads`` perhaps none), or a dict from id to what differs there
             (``{3: {"rank": 4}}``).
         positions: see :mod:`reft_lightning.adapters.reft.positions`.
@@ -59,7 +57,7 @@ def attach(
     if method == NONE:
         if not trained_heads:
             raise ValueError(
-                "method none trains heads alone, and none is named: give heads='auto' (intervention.heads=auto) for a "
+                "method none trains only heads, and none is named: give heads='auto' (intervention.heads=auto) for a "
                 "classifier, as data=glue_... has one, or a list of module paths such as ['lm_head'] "
                 "(intervention.heads=[lm_head])"
             )
@@ -70,7 +68,7 @@ def attach(
             own["method"] = method_name(intervention_class(own["method"]))
     ids = check_layers(
         list(per_layer) if per_layer else layers,
-        text_config(base_model.config).num_hidden_layers,
+        base_model.config.get_text_config().num_hidden_layers,
         none_allowed=bool(trained_heads),
     )
     config = ReftConfig(

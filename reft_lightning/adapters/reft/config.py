@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from .positions import MaskFunction, parse_positions
 
-FORMAT = 2
-READABLE = (1, 2)  # 1: a tensor for each layer and copy, which this version reads as what it is
+FORMAT = 1
 CONFIG_FILE, TENSOR_FILE, CARD_FILE = "reft_config.json", "reft.safetensors", "README.md"
 
 
@@ -25,7 +24,7 @@ class LayerSpec(NamedTuple):
 
 @dataclass
 class ReftConfig:
-    """Everything that :func:`reft_lightning.attach` was told."""
+    """Every argument of :func:`reft_lightning.attach`."""
 
     method: str
     layers: list[int]
@@ -36,7 +35,7 @@ class ReftConfig:
     per_layer: dict[int, dict[str, Any]] = field(default_factory=dict)
     heads: list[str] = field(default_factory=list)
     base_model: str | None = None
-    clip: str = "paper"  # what files without it, from before it was a choice, mean
+    clip: str = "paper"
 
     def for_layer(self, layer: int) -> LayerSpec:
         """Return the common specification with what differs at this layer."""
@@ -67,10 +66,9 @@ class ReftConfig:
         """
         values = dict(values)
         version = values.pop("format", None)
-        if version not in READABLE:
+        if version != FORMAT:
             raise ValueError(
-                f"{CONFIG_FILE} has format {version!r}; this version reads {', '.join(map(str, READABLE))}: update "
-                "reft_lightning"
+                f"{CONFIG_FILE} has format {version!r}; this version of reft_lightning reads {FORMAT}: update it"
             )
         unknown = sorted(values.keys() - cls.__dataclass_fields__.keys())
         if unknown:

@@ -1,4 +1,4 @@
-"""What one call of the base model edits: the selected tokens of every site, and R of every intervention.
+"""What one call of the base model edits: the selected tokens of every site.
 
 Shapes: b rows, s columns, n selected tokens.
 """
@@ -10,17 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...interventions import Orthonormal
 from .positions import Positions
 
 
 @dataclass
-class Plan:
-    """What the hooks do during one call of the base model: flat token indices and R for every site."""
+class EditPlan:
+    """What the hooks do during one call of the base model: flat token indices for every site."""
 
     edits: dict[str, list[Tensor]]  # site -> one index (n,) for each of its interventions
     tokens: Tensor  # (b, s) or (b, s, d), what the call reads; sizes in numbers would be constants to torch.compile
-    rotations: dict[Orthonormal, Tensor]
     differentiable: bool  # whether the call records gradients
 
 

@@ -1,8 +1,8 @@
 r"""A frozen language model with interventions: a set of triples (Phi, P, l).
 
-One hook per site, registered once and bound to the :class:`ReftModel`; a pre-hook on the base model works out, once
-a call, which tokens are selected (P) and all R (Phi). Outside ``forward`` and ``generate`` of the ReftModel, and
-inside ``disabled()``, the hooks do nothing.
+One hook per site, registered once and bound to the :class:`ReftModel`. Once a call, R is computed for all interventions
+and a pre-hook on the base model works out which tokens are selected (P). Outside ``forward`` and ``generate`` of the
+ReftModel, and inside ``disabled()``, the hooks do nothing.
 
 Shapes: b rows, s columns, d width, n selected tokens.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...base_models.checkpointing import checkpointable
+from ...base_models.heads import heads_to_train
 from ...base_models.patching import replaced
-from ...interventions import Orthonormal, check_settings, registered, rotations
+from ...interventions import Orthonormal, check_settings, lend, registered, rotations
 from ...suggest import did_you_mean
 from ..adapted import ParameterCount
+from ..first_values import FirstValues
 from ..masks import Spans, guess_attention, left_padded, numbers_its_own_positions, position_ids_of, spans_of
 from ..saving import check_fit, load_adapter, save_adapter
 from .config import LayerSpec, ReftConfig
-from .edit_plan import Plan, token_indices
+from .edit_plan import EditPlan, token_indices
 from .positions import MaskFunction, Positions, parse_positions
 from .sites import Site, device_at, find_sites
 
@@ -43,7 +45,7 @@ class ReftModel(nn.Module):
         config: what to attach, see :func:`attach`.
 
     Raises:
-        ValueError: for a method, layer, component, position, setting or head that does not exist.
+        ValueError: for a method, layer, component, position or setting that does not exist.
     """
 
     def __init__(self, base_model: PreTrainedModel, config: ReftConfig) -> None:
@@ -52,13 +54,12 @@ class ReftModel(nn.Module):
         self.scale = 1.0
         self._enabled = True
         self._spans: Spans | None = None
-        self._plan: Plan | None = None
-        self._rotations: dict[Orthonormal, Tensor] = {}  # R of every intervention, during a call
+        self._plan: EditPlan | None = None
         self._compiled: Callable[..., Any] | None = None  # the base model's forward
         if base_model.config.is_encoder_decoder:
             raise ValueError(
-                f"{type(base_model).__name__} has an encoder and a decoder, whose tokens differ; attach to decoders or "
-                "encoders alone, such as model.get_encoder()"
+                f"{type(base_model).__name__} has an encoder and a decoder, whose tokens differ; attach to one of "
+                "them, such as model.get_encoder()"
             )
         accepted = inspect.signature(base_model.forward).parameters
         modules = dict(base_model.named_modules())
@@ -76,7 +77,8 @@ class ReftModel(nn.Module):
             self._selected_by.setdefault(selection, []).append(key)
         base_model.requires_grad_(False)
         for head in config.heads:
-            _submodule(base_model, head).requires_grad_(True)
+            base_model.get_submodule(head).requires_grad_(True)
+        self._first_heads = FirstValues(self._head_parameters())
         base_model.register_forward_pre_hook(self._begin, with_kwargs=True)
         for key, site in self.sites.items():
             module = base_model.get_submodule(site.path)
@@ -110,8 +112,8 @@ class ReftModel(nn.Module):
     ) -> Any:
         """Run the base model with the edits; returns what the base model returns (``loss``, ``logits``, ...).
 
-        The prompt is ``prompt_mask``; without it, what stands before the first label of a row; without token
-        labels, every real token. Padding may stand on either side. Labels of the last columns alone, beside
+        The prompt is ``prompt_mask``; without it, what precedes the first label of a row; without token
+        labels, every real token. Padding may stand on either side. Labels of only the last columns, with
         ``logits_to_keep`` of as many, compute only those logits.
         """
         tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
@@ -159,7 +161,7 @@ class ReftModel(nn.Module):
 
         Rows padded on the right are moved to the left first, so new tokens always start at column s. Without
         ``attention_mask``, padding is the pad token, unless it is the end-of-text token too. ``prompt_mask`` goes
-        with rows that hold the beginning of an answer behind their prompt: it is edited as if it had been generated.
+        with rows that hold the beginning of an answer after their prompt: it is edited as if it had been generated.
         """
         if attention_mask is None:
             attention_mask = guess_attention(input_ids, kwargs, self.base_model.generation_config)
@@ -180,7 +182,6 @@ class ReftModel(nn.Module):
 
     @contextmanager
     def _editing(self, spans: Spans, compiled: bool = False) -> Iterator[None]:
-        self._spans = spans if self._enabled else None
         others: list[tuple[nn.Module, str, Callable]] = []
         if torch.is_grad_enabled():
             name = "_gradient_checkpointing_func"
@@ -191,37 +192,47 @@ class ReftModel(nn.Module):
             ]
             if compiled and self._compiled is not None and self._enabled:
                 others.append((self.base_model, "forward", self._compiled))
-        with replaced(others):
+        rows: dict[Orthonormal, Tensor] = {}
+        if self._enabled:  # R is computed once a pass and once a generation, which needs no gradients
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not spans.generating):
+                rows = rotations(phi for group in self.interventions.values() for phi in group)
+        with replaced(others), lend(rows):
+            self._spans = spans if self._enabled else None
             try:
-                if self._enabled:  # R is computed once a pass and once a generation, which needs no gradients
-                    with torch.set_grad_enabled(torch.is_grad_enabled() and not spans.generating):
-                        self._rotations = rotations(phi for g in self.interventions.values() for phi in g)
-                for phi, R in self._rotations.items():
-                    phi.lend(R)
                 yield
             finally:
-                for phi in self._rotations:
-                    phi.lend(None)
-                self._spans, self._plan, self._rotations = None, None, {}
+                self._spans, self._plan = None, None
 
     def _checkpoint(self, checkpoint: Callable, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Checkpoint a block: hooks inside it, run again in the backward pass, find the plan of this call."""
+        """Checkpoint a block: hooks that run again in the backward pass find the plan and the R of this call."""
         if torch.compiler.is_compiling():  # the graph holds what is run again
             return checkpoint(function, *args, **kwargs)
-        plan = self._plan
+        plan, rows = self._plan, self._lent()
 
         def planned(*inputs: Any, **options: Any) -> Any:
-            held, self._plan = self._plan, plan
-            try:
+            if self._plan is plan:  # the forward pass
                 return function(*inputs, **options)
-            finally:
-                self._plan = held
+            with replaced([(self, "_plan", plan)]), lend(rows):
+                return function(*inputs, **options)
 
         return checkpoint(planned, *args, **kwargs)
 
+    def _lent(self) -> dict[Orthonormal, Tensor]:
+        phis = [phi for group in self.interventions.values() for phi in group]
+        return {phi: phi.lent for phi in phis if isinstance(phi, Orthonormal) and phi.lent is not None}
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Run exactly the base model inside the block."""
+        """Run exactly the base model inside the block, its heads as they were before training too."""
+        if not self._enabled:
+            yield
+            return
+        with self.unedited(), self._first_heads.restored(self._head_parameters()):
+            yield
+
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """Edit nothing inside the block; trained heads stay as they are."""
         enabled, self._enabled = self._enabled, False
         try:
             yield
@@ -242,7 +253,7 @@ class ReftModel(nn.Module):
         start = int(past.get_seq_length()) if past is not None else 0
         self._plan = self._plan_for(self._spans, tokens, start)
 
-    def _plan_for(self, spans: Spans, tokens: Tensor, start: int) -> Plan | None:
+    def _plan_for(self, spans: Spans, tokens: Tensor, start: int) -> EditPlan | None:
         decoding = spans.generating and start >= spans.width
         active = [item for item in self._selected_by.items() if item[0][0].reaches_decode or not decoding]
         if not active:
@@ -252,7 +263,7 @@ class ReftModel(nn.Module):
         edits = {}
         for selection, keys in active:
             edits |= dict.fromkeys(keys, token_indices(*selection, prompt, target, slice(start, stop)))
-        return Plan(edits, tokens, self._rotations, torch.is_grad_enabled())
+        return EditPlan(edits, tokens, torch.is_grad_enabled())
 
     def _after(self, key: str, module: nn.Module, args: tuple, output: Any) -> Any:
         if self._plan is None or key not in self._plan.edits:
@@ -272,8 +283,8 @@ class ReftModel(nn.Module):
         site = self.sites[key]
         if hidden.shape[-1] != site.dim:
             raise ValueError(
-                f"the {site.end} of {site.path} is {hidden.shape[-1]} wide, not {site.dim} as supposed: name the "
-                "linear map that reads it, as '...{layer}....input'"
+                f"the {site.end} of {site.path} has width {hidden.shape[-1]}, expected {site.dim}; use the input "
+                "of the linear layer that consumes it, as '...{layer}....input'"
             )
         rows, columns = self._plan.tokens.shape[:2]
         if hidden.shape[:-1].numel() != rows * columns:  # OPT's last map sees them in one dimension
@@ -288,13 +299,10 @@ class ReftModel(nn.Module):
             )
         flat = hidden.reshape(-1, hidden.shape[-1])
         indices = [index.to(hidden.device) for index in self._plan.edits[key]]
-        edited = []
-        for phi, index in zip(self.interventions[key], indices, strict=True):
-            R = self._plan.rotations.get(phi)
-            # lent before the call, where a compiled graph reads it; not when checkpointing runs a block again
-            lent = R is None or torch.compiler.is_compiling() or phi.lent is R
-            with nullcontext() if lent else phi.borrow(R):
-                edited.append(phi(flat.index_select(0, index), self.scale))
+        edited = [
+            phi(flat.index_select(0, index), self.scale)
+            for phi, index in zip(self.interventions[key], indices, strict=True)
+        ]
         if len(edited) > 1:
             indices, edited = [torch.cat(indices)], [torch.cat(edited)]
         return flat.index_copy(0, indices[0], edited[0]).view_as(hidden)
@@ -302,7 +310,7 @@ class ReftModel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A plan belongs to one call; its tensors carry a graph, which neither pickles nor copies; nor does
         # compiled code.
-        return {**self.__dict__, "_plan": None, "_spans": None, "_rotations": {}, "_compiled": None}
+        return {**self.__dict__, "_plan": None, "_spans": None, "_compiled": None}
 
     # --- parameters and files -------------------------------------------------------------------------------------
 
@@ -310,7 +318,7 @@ class ReftModel(nn.Module):
         """Return every trained tensor: the interventions, and the heads under ``heads.``."""
         state = {f"interventions.{name}": tensor for name, tensor in self.interventions.state_dict().items()}
         for head in self.config.heads:
-            for name, tensor in _submodule(self.base_model, head).state_dict().items():
+            for name, tensor in self.base_model.get_submodule(head).state_dict().items():
                 state[f"heads.{head}.{name}"] = tensor
         return state
 
@@ -334,17 +342,19 @@ class ReftModel(nn.Module):
                 for name, parameter in phi.named_parameters():
                     role = "rotation" if name in phi.rotations else "bias" if parameter.ndim < 2 else "weight"
                     roles[role].append(parameter)
-        roles["head"] = [
-            p for head in self.config.heads for p in _submodule(self.base_model, head).parameters()
-        ]
+        roles["head"] = list(self._head_parameters().values())
         return roles
+
+    def _head_parameters(self) -> dict[str, nn.Parameter]:
+        modules = {head: self.base_model.get_submodule(head) for head in self.config.heads}
+        return {f"{head}.{n}": p for head, module in modules.items() for n, p in module.named_parameters()}
 
     def parameter_count(self) -> ParameterCount:
         """Count the interventions' parameters against the base model's; heads are in neither, as in the paper."""
         trainable = sum(p.numel() for p in self.interventions.parameters())
         heads = sum(p.numel() for p in self.parameter_roles()["head"])
         base = sum(p.numel() for p in self.base_model.parameters()) - heads
-        return ParameterCount(trainable, base, 100 * trainable / base)
+        return ParameterCount.of(trainable, base)
 
     def print_trainable_parameters(self) -> None:
         """Print the count in PEFT's words."""
@@ -382,13 +392,7 @@ class ReftModel(nn.Module):
             ValueError: if the adapter does not fit the model, is incomplete, or is of a newer format.
         """
         config, state = load_adapter(name, positions)
+        config.heads = heads_to_train(base_model, config.heads)
         reft = cls(base_model, config)
         reft.load_adapter_state_dict(state)
         return reft
-
-
-def _submodule(model: nn.Module, name: str) -> nn.Module:
-    modules = dict(model.named_modules())
-    if name not in modules:
-        raise ValueError(f"the model has no module {name!r} to train as a head{did_you_mean(name, modules)}")
-    return modules[name]

@@ -24,7 +24,7 @@ floor           always: min(p, floor(n / 2))                    always: min(s, f
 =============== =============================================== ==============================================
 
 ``paper`` is Wu et al. 2024, sec. 4.1; ``floor`` is what the authors' code does (pyreft's
-``get_intervention_locations``), which also halves prompts that are long enough for ``fN`` or ``lN`` alone.
+``get_intervention_locations``), which also halves prompts that are long enough for only ``fN`` or ``lN``.
 
 Shapes: b rows, s columns. A prompt need not be contiguous or start at any particular column: padding is
 whatever neither mask covers.
@@ -32,7 +32,6 @@ whatever neither mask covers.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -41,6 +40,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ...suggest import did_you_mean
+
 MaskFunction = Callable[[Tensor, Tensor], Tensor]
 CLIPS = ("paper", "floor")
 SYNTAX = "fN, lN, fN+lM, prompt, all, decode, decode:N and sums of them, with N >= 1"
@@ -48,15 +49,10 @@ SYNTAX = "fN, lN, fN+lM, prompt, all, decode, decode:N and sums of them, with N 
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of a position specification: a kind and, where it is bounded, a count."""
+    """One summand of a position specification: a kind and, where it is bounded, the number of positions."""
 
     kind: str
     count: int | None = None
-
-    @property
-    def slots(self) -> int | None:
-        """How many distinct positions the term has; None where that depends on the text."""
-        return self.count
 
     def __str__(self) -> str:
         return {"f": f"f{self.count}", "l": f"l{self.count}", "decode": f"decode:{self.count}"}.get(
@@ -93,7 +89,7 @@ class Positions:
         Raises:
             ValueError: if a group has no fixed number of positions.
         """
-        counts = [None] if self.function is not None else [term.slots for term in self.terms]
+        counts = [None] if self.function is not None else [term.count for term in self.terms]
         if None in counts:
             raise ValueError(
                 f"tied='position' needs a fixed number of positions, but {self} selects as many as the text has; "
@@ -161,9 +157,9 @@ def parse_positions(spec: str | MaskFunction | Positions, clip: str = "paper") -
         ValueError: if a term is malformed, repeated, or overlaps another, or the clip is unknown.
     """
     if clip not in CLIPS:
-        close = difflib.get_close_matches(str(clip), CLIPS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"clip must be one of {', '.join(CLIPS)}; got {clip!r}{hint}")
+        raise ValueError(
+            f"clip must be one of {', '.join(CLIPS)}; got {clip!r}{did_you_mean(str(clip), CLIPS)}"
+        )
     if isinstance(spec, Positions):
         return spec if spec.clip == clip else replace(spec, clip=clip)
     if callable(spec):
@@ -181,7 +177,7 @@ def _parse_terms(spec: str) -> tuple[Term, ...]:
     kinds = [term.kind for term in terms]
     for kind in kinds:
         if kinds.count(kind) > 1:
-            raise ValueError(f"positions {spec!r} name {kind!r} twice; each kind may stand once")
+            raise ValueError(f"positions {spec!r} name {kind!r} twice; each kind is allowed once")
     covering = {"prompt": {"f", "l"}, "all": {"f", "l", "prompt", "decode"}}
     for kind, covered in covering.items():
         overlap = covered & set(kinds) if kind in kinds else set()

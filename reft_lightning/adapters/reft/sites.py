@@ -22,8 +22,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from ...suggest import did_you_mean
 
 COMPONENTS = ("block_output", "block_input", "attention_output", "mlp_output")
 # What Hugging Face models call the module, in the order in which they are looked for inside a block.
@@ -39,11 +41,6 @@ class Site:
     path: str
     end: str  # "input" or "output"
     dim: int
-
-
-def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """Return the part of a configuration that describes the language model."""
-    return config.get_text_config()
 
 
 def check_layers(layers: str | Sequence[int], num_layers: int, none_allowed: bool = False) -> list[int]:
@@ -74,7 +71,7 @@ def check_layers(layers: str | Sequence[int], num_layers: int, none_allowed: boo
     if not ids and not none_allowed:
         raise ValueError(
             f"layers is empty, and no heads are given, so nothing would be trained; name at least one of "
-            f"0..{num_layers - 1}, or 'all'; or heads, to train a classifier's head alone"
+            f"0..{num_layers - 1}, or 'all'; or heads, to train only a classifier's head"
         )
     return ids
 
@@ -89,7 +86,7 @@ def block_path(model: PreTrainedModel, modules: Mapping[str, nn.Module] | None =
     Raises:
         ValueError: if there is none, or several of equal standing (an encoder and a decoder).
     """
-    num_layers = text_config(model.config).num_hidden_layers
+    num_layers = model.config.get_text_config().num_hidden_layers
     modules = dict(model.named_modules()) if modules is None else modules
     lists = {name: len(module) for name, module in modules.items() if isinstance(module, nn.ModuleList)}
     found = [name for name, length in lists.items() if length == num_layers]
@@ -111,15 +108,6 @@ def block_path(model: PreTrainedModel, modules: Mapping[str, nn.Module] | None =
     return found[0]
 
 
-def find_site(model: PreTrainedModel, layer: int, component: str = "block_output") -> Site:
-    """Return the site of a component in a layer.
-
-    Raises:
-        ValueError: for an unknown component or path, with the candidates.
-    """
-    return find_sites(model, {layer: component})[layer]
-
-
 def find_sites(
     model: PreTrainedModel, components: Mapping[int, str], modules: Mapping[str, nn.Module] | None = None
 ) -> dict[int, Site]:
@@ -135,7 +123,7 @@ def find_sites(
     """
     modules = dict(model.named_modules()) if modules is None else modules
     blocks = block_path(model, modules) if any(name in COMPONENTS for name in components.values()) else ""
-    width = text_config(model.config).hidden_size
+    width = model.config.get_text_config().hidden_size
     return {layer: _site(model, modules, blocks, layer, name, width) for layer, name in components.items()}
 
 
@@ -158,10 +146,9 @@ def _site(
         if names:
             path = f"{path}.{_child(model, path, names, component)}"
     else:
-        near = difflib.get_close_matches(component, COMPONENTS, n=1)
         raise ValueError(
             f"unknown component {component!r}; allowed: {', '.join(COMPONENTS)}, or a module path with {{layer}}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
+            f"{did_you_mean(component, COMPONENTS)}"
         )
     if path not in modules:
         near = difflib.get_close_matches(path, modules, n=5, cutoff=0.5)

@@ -1,6 +1,5 @@
 """Interventions and a peft method trained together: the laws of adapted models, files that stand alone, whole runs."""
 
-import copy
 import json
 
 import pytest
@@ -8,26 +7,25 @@ import short_runs
 import tiny
 import torch
 import torch._dynamo
+from adapted_models import JOINT
 from peft import PeftModel
 from transformers import LlamaConfig
 
 import reft_lightning as rl
-from reft_lightning.adapters.adapt import adapt, build_on_meta
+from reft_lightning.adapters.adapt import adapt
 from reft_lightning.adapters.baselines.joint import JointModel
-from reft_lightning.adapters.baselines.methods import JOINT_METHODS
 from reft_lightning.adapters.masks import position_ids_of
 from reft_lightning.adapters.saving import load_state
 from reft_lightning.config import compose
 from reft_lightning.reporting.runs import read_runs
 from reft_lightning.runs import chat, experiment
 from reft_lightning.runs.evaluate import evaluate
-from reft_lightning.training.optimization import Optimization, parameter_groups
 
 # peft 0.21, called directly here, reads a property that transformers 5.23 renames
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 OPTIONS = {"peft/road": {"group_size": 4}, "peft/oft": {"oft_block_size": 4}, "peft/vera": {"r": 4}}
-CASES = [("llama", method) for method in JOINT_METHODS] + [("gpt2", "peft/lora"), ("bert", "peft/lora")]
+CASES = [("llama", method) for method in JOINT] + [("gpt2", "peft/lora"), ("bert", "peft/lora")]
 RUN = [
     "intervention=loreft_lora", "intervention.rank=2", "intervention.beside_options.r=3",
     "intervention.positions=f2+l2",
@@ -51,12 +49,6 @@ def batch_of(family="llama"):
     return tiny.padded(tiny.rows(5, 2, 7), "right" if family == "bert" else "left")
 
 
-def base_logits(family, batch):
-    extra = {} if family == "bert" else {"position_ids": position_ids_of(batch["attention_mask"])}
-    with torch.no_grad():
-        return tiny.model(family)(**batch, **extra).logits
-
-
 def logits_of(model, batch):
     with torch.no_grad():
         return model(**batch).logits
@@ -69,48 +61,6 @@ def training_batch(family):
 
 
 # --- the laws of adapted models -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("family", "beside"), CASES)
-def test_two_parts_that_change_nothing_are_the_base(family, beside):
-    batch = batch_of(family)
-    fresh = logits_of(joint(family, beside, moved=False, init="identity"), batch)
-    torch.testing.assert_close(fresh, base_logits(family, batch), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("family", "beside"), CASES)
-def test_disabled_is_exactly_the_base_and_leaves_no_trace(family, beside):
-    model, batch = joint(family, beside), batch_of(family)
-    learning = [name for name, p in model.named_parameters() if p.requires_grad]
-    before = logits_of(model, batch)
-    assert not torch.allclose(before, base_logits(family, batch), atol=1e-3)
-    with model.disabled():
-        assert torch.equal(logits_of(model, batch), base_logits(family, batch))
-        with model.disabled():
-            assert torch.equal(logits_of(model, batch), base_logits(family, batch))
-        assert torch.equal(logits_of(model, batch), base_logits(family, batch))
-    assert torch.equal(logits_of(model, batch), before)
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == learning
-
-
-@pytest.mark.parametrize(("family", "beside"), CASES)
-def test_training_moves_every_parameter_of_both_parts_and_no_weight_of_the_base(family, beside):
-    model, batch = joint(family, beside), training_batch(family)
-    trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    assert {name.split(".")[0] for name in trained} == {"peft", "reft"}
-    optimizer = torch.optim.AdamW(parameter_groups(model.parameter_roles(), Optimization(lr=0.05)))
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(**batch).loss.backward()
-        optimizer.step()
-    now = dict(model.named_parameters())
-    assert [name for name in trained if torch.equal(now[name], trained[name])] == []
-    weights = {
-        name.replace(".base_layer", "").replace(".original_module", ""): tensor
-        for name, tensor in model.base_model.state_dict().items()
-    }
-    for name, tensor in tiny.model(family).state_dict().items():
-        assert torch.equal(weights[name], tensor), name
 
 
 def test_each_part_matters():
@@ -153,46 +103,6 @@ def test_a_map_that_peft_wraps_keeps_its_own_width():
         assert torch.isfinite(logits_of(model, batch_of())).all()
 
 
-@pytest.mark.parametrize(("family", "beside"), CASES)
-def test_padding_changes_nothing(family, beside):
-    model, texts = joint(family, beside), tiny.rows(5, 2, 7)
-    for side in ["right"] if family == "bert" else ["left", "right"]:
-        batch = tiny.padded(texts, side, 3)
-        found = logits_of(model, batch)
-        for row, text in enumerate(texts):
-            alone = logits_of(model, {"input_ids": text[None]})[0]
-            here = found[row] if family == "bert" else found[row][batch["attention_mask"][row] == 1]
-            torch.testing.assert_close(here, alone, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("family", "beside"), [case for case in CASES if case[0] != "bert"])
-def test_generation_is_the_argmax_with_and_without_a_cache(family, beside):
-    model, texts = joint(family, beside), tiny.rows(5, 2, 7)
-    batch = tiny.padded(texts, "left")
-    new = model.generate(**batch, max_new_tokens=5, do_sample=False)[:, -5:]
-    uncached = model.generate(**batch, max_new_tokens=5, do_sample=False, use_cache=False)
-    assert torch.equal(uncached[:, -5:], new)
-    for text, said in zip(texts, new, strict=True):
-        whole = torch.cat([text, said])[None]
-        prompt = torch.arange(whole.shape[1])[None] < len(text)
-        found = logits_of(model, {"input_ids": whole, "prompt_mask": prompt})
-        assert torch.equal(found[0, len(text) - 1 : -1].argmax(-1), said)
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
-def test_gradient_checkpointing_gives_the_same_gradients():
-    gradients = []
-    for checkpointing in (False, True):
-        base = tiny.model("llama")
-        if checkpointing:
-            base.gradient_checkpointing_enable()
-        model = joint(base=base).train()
-        model(**training_batch("llama")).loss.backward()
-        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-    for plain, checkpointed in zip(*gradients, strict=True):
-        torch.testing.assert_close(checkpointed, plain)
-
-
 @pytest.mark.filterwarnings("ignore")  # torch.compile warns of its own internals
 def test_a_compiled_step_gives_the_same_gradients():
     gradients = []
@@ -207,18 +117,6 @@ def test_a_compiled_step_gives_the_same_gradients():
     assert plain.keys() == graph.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(graph[name], gradient, rtol=1e-4, atol=1e-5)
-
-
-def test_a_copy_runs_on_its_own():
-    model, batch = joint(), batch_of()
-    before = logits_of(model, batch)
-    twin = copy.deepcopy(model)
-    assert torch.equal(logits_of(twin, batch), before)
-    with torch.no_grad():
-        for parameter in (p for p in twin.parameters() if p.requires_grad):
-            parameter.add_(0.1)
-    assert not torch.allclose(logits_of(twin, batch), before)
-    assert torch.equal(logits_of(model, batch), before)
 
 
 # --- parameters and files -----------------------------------------------------------------------------------------
@@ -248,39 +146,6 @@ def test_the_size_at_7_billion_needs_no_weights():
     assert count.base == 6_738_415_616
 
 
-@pytest.mark.parametrize(("family", "beside"), CASES)
-def test_the_count_leaves_heads_out_and_needs_no_weights(family, beside):
-    model = joint(family, beside)
-    heads = model.parameter_roles()["head"]
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert model.parameter_count().trainable == trained - sum(p.numel() for p in heads)
-    assert bool(heads) == (family == "bert")
-    task = "sequence_classification" if family == "bert" else "causal_lm"
-    bare = joint(family, beside, moved=False, base=build_on_meta(tiny.model(family).config, task))
-    assert bare.parameter_count() == model.parameter_count()
-
-
-@pytest.mark.parametrize(("family", "beside"), CASES)
-def test_every_trained_parameter_has_one_role(family, beside):
-    model = joint(family, beside)
-    roles = model.parameter_roles()
-    named = [id(p) for parameters in roles.values() for p in parameters]
-    assert sorted(named) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    assert len(roles["rotation"]) == tiny.LAYERS
-
-
-@pytest.mark.parametrize(("family", "beside"), CASES)
-def test_what_is_saved_is_loaded_again_bit_for_bit(family, beside, tmp_path):
-    model, batch = joint(family, beside), batch_of(family)
-    model.save_pretrained(tmp_path)
-    state = load_state(tmp_path)
-    assert state.keys() == model.adapter_state_dict().keys()
-    other = joint(family, beside, seed=1)
-    assert not torch.equal(logits_of(other, batch), logits_of(model, batch))
-    other.load_adapter_state_dict(state)
-    assert torch.equal(logits_of(other, batch), logits_of(model, batch))
-
-
 @pytest.mark.parametrize("beside", ["peft/lora", "peft/ia3"])
 def test_each_part_is_loaded_alone_and_both_as_the_card_says(beside, tmp_path):
     model, batch = joint("llama", beside), batch_of()
@@ -300,7 +165,7 @@ def test_each_part_is_loaded_alone_and_both_as_the_card_says(beside, tmp_path):
     torch.testing.assert_close(logits_of(both, batch), logits_of(model, batch), rtol=1e-5, atol=1e-5)
     card = (tmp_path / "README.md").read_text()
     assert f"Trained together with {beside}" in card
-    assert f"{model.peft.parameter_count().trainable:,} parameters more" in card
+    assert f"{model.peft.parameter_count().trainable:,} more parameters" in card
 
 
 def test_a_state_or_folder_that_does_not_fit_is_refused(tmp_path):
@@ -308,7 +173,7 @@ def test_a_state_or_folder_that_does_not_fit_is_refused(tmp_path):
     state = model.adapter_state_dict()
     ours = {name: tensor for name, tensor in state.items() if not name.startswith("peft.")}
     for wrong in (ours, state | {"peft.more": torch.zeros(1)}):
-        with pytest.raises(ValueError, match=r"does not fit loreft beside peft/lora.*(lora_A|peft\.more)"):
+        with pytest.raises(ValueError, match=r"does not fit loreft \+ peft/lora.*(lora_A|peft\.more)"):
             model.load_adapter_state_dict(wrong)
     model.save_pretrained(tmp_path)
     for file in ("adapter_model.safetensors", "adapter_config.json"):
@@ -325,15 +190,18 @@ def test_a_state_or_folder_that_does_not_fit_is_refused(tmp_path):
     [
         (["intervention.beside=peft/lorra"], r"got 'peft/lorra'; did you mean 'peft/lora'"),
         (["intervention.beside=lora"], r"must be one of .*peft/oft; got 'lora'; did you mean 'peft/lora'"),
-        (["intervention.beside=peft/prompt_tuning"], r"virtual tokens stand in front of the text"),
-        (["intervention.beside=peft/prefix_tuning"], r"virtual tokens stand in front of the text"),
+        (["intervention.beside=peft/prompt_tuning"], r"got .*; its virtual tokens precede the text"),
+        (["intervention.beside=peft/prefix_tuning"], r"got .*; its virtual tokens precede the text"),
         (["intervention.beside=bitfit"], r"trains the base model's own weights"),
         (
             ["intervention=peft/lora", "intervention.beside=peft/oft"],
-            r"peft/lora is a baseline: take method=lor",
+            r"peft/lora is a baseline: use method=lor",
         ),
-        (["intervention=none", "intervention.beside=peft/lora"], r"take intervention.method=peft/lora"),
-        (["+intervention.beside_options.r=3"], r"beside_options r .*none stands beside loreft: name it"),
+        (["intervention=none", "intervention.beside=peft/lora"], r"use intervention.method=peft/lora"),
+        (
+            ["+intervention.beside_options.r=3"],
+            r"beside_options r .*none is trained together with loreft: name it",
+        ),
         (
             ["intervention=loreft_lora", "+intervention.beside_options.lora_alhpa=3"],
             r"peft/lora takes no option 'lora_alhpa'; did you mean 'lora_alpha'",
@@ -355,7 +223,7 @@ def test_bad_combinations_are_refused_in_code_too():
     base = tiny.model("llama")
     for arguments, message in (
         ({"beside": "peft/lorra"}, r"did you mean 'peft/lora'"),
-        ({"beside_options": {"r": 2}}, r"none stands beside loreft"),
+        ({"beside_options": {"r": 2}}, r"none is trained together with loreft"),
         ({"method": "full", "beside": "peft/lora"}, r"full is a baseline"),
         ({"beside": "peft/lora", "layers": []}, r"layers is empty"),
     ):

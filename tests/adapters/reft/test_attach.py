@@ -114,7 +114,9 @@ def test_a_module_path_is_a_component(path, same_as):
 
 def test_a_module_whose_width_is_not_known_raises_when_it_differs():
     reft = attach(component="model.layers.{layer}.mlp.act_fn")  # has no parameters, and another width
-    with pytest.raises(ValueError, match=r"output of model\.layers\.0\.mlp\.act_fn is 24 wide, not 16"):
+    with pytest.raises(
+        ValueError, match=r"output of model\.layers\.0\.mlp\.act_fn has width 24, expected 16"
+    ):
         reft(**BATCH)
 
 
@@ -161,7 +163,7 @@ def test_forward_refuses_what_it_cannot_place():
         reft(attention_mask=BATCH["attention_mask"])
     with pytest.raises(ValueError, match="with past_key_values, pass prompt_mask"):
         reft(ids[:, :1], past_key_values=cache)
-    with pytest.raises(ValueError, match="labels of the last columns alone need a prompt_mask"):
+    with pytest.raises(ValueError, match="labels of only the last columns need a prompt_mask"):
         reft(**BATCH, labels=ids[:, -2:])
     with pytest.raises(ValueError, match="prompt_mask must have the shape"):
         reft(**BATCH, prompt_mask=torch.ones(2, 3, dtype=torch.bool))

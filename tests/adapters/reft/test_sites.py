@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import reft_lightning as rl
-from reft_lightning.adapters.reft.sites import COMPONENTS, block_path, check_layers, find_site
+from reft_lightning.adapters.reft.sites import COMPONENTS, block_path, check_layers, find_sites
 
 PATHS = {
     "llama": "model.layers", "qwen3": "model.layers", "gemma3": "model.layers", "mistral": "model.layers",
@@ -33,7 +33,7 @@ def test_the_list_of_blocks_is_found(family):
 @pytest.mark.parametrize("family", PATHS)
 def test_every_component_is_a_module_of_its_block_with_the_width_of_the_stream(family, component):
     model = tiny.model(family)
-    site = find_site(model, 1, component)
+    site = find_sites(model, {1: component})[1]
     assert site.path.startswith(f"{PATHS[family]}.1")
     assert isinstance(model.get_submodule(site.path), nn.Module)
     assert site.dim == tiny.WIDTH
@@ -42,11 +42,11 @@ def test_every_component_is_a_module_of_its_block_with_the_width_of_the_stream(f
 
 def test_a_module_path_gives_the_width_of_the_linear_map_at_either_end():
     model = tiny.model("llama")
-    down = find_site(model, 2, "model.layers.{layer}.mlp.down_proj.input")
+    down = find_sites(model, {2: "model.layers.{layer}.mlp.down_proj.input"})[2]
     assert (down.path, down.end, down.dim) == ("model.layers.2.mlp.down_proj", "input", 24)
-    query = find_site(model, 0, "model.layers.{layer}.self_attn.q_proj")
+    query = find_sites(model, {0: "model.layers.{layer}.self_attn.q_proj"})[0]
     assert (query.end, query.dim) == ("output", model.model.layers[0].self_attn.q_proj.out_features)
-    gpt2 = find_site(tiny.model("gpt2"), 0, "transformer.h.{layer}.attn.c_attn")
+    gpt2 = find_sites(tiny.model("gpt2"), {0: "transformer.h.{layer}.attn.c_attn"})[0]
     assert gpt2.dim == 3 * tiny.WIDTH
 
 

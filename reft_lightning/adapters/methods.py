@@ -1,0 +1,227 @@
+"""The methods that ``intervention.method`` can name, and what everything above the adapters needs to know of each.
+
+===========================  =================================================================================
+a name of ``INTERVENTIONS``  interventions; also the import path of a class
+``none``                     nothing but heads: the control of classifiers
+``peft/NAME``                a method of the peft library; its options are arguments of its configuration class
+``bitfit``, ``full``         some or all of the base model's own parameters
+``frozen``                   nothing
+===========================  =================================================================================
+
+A further baseline is one more record in :data:`METHODS` and one file in ``conf/intervention/``. Importing this file is
+cheap: torch and peft are imported only when options are checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field, fields
+from typing import Any
+
+from ..suggest import did_you_mean
+
+# Arguments of peft's classes that the framework sets, or that would break what it promises of an adapted model.
+RESERVED = {
+    "task_type": "it is read from the model",
+    "peft_type": "it is the method",
+    "base_model_name_or_path": "it is model.name",
+    "revision": "it is model.revision",
+    "inference_mode": "adapters are trained here",
+    "modules_to_save": "name trained heads in intervention.heads",
+    "bias": "trained biases of the base would remain when the adapter is disabled; intervention=bitfit trains biases",
+    "prefix_projection": "peft saves a projected prefix in a form that cannot be trained further or resumed",
+    "trainable_token_indices": "trained embeddings of the base are not supported",
+    "auto_mapping": "peft fills it in",
+    "peft_version": "peft fills it in",
+}
+
+# LoRA's class also takes the options of other methods, some of which change the base (PiSSA, OLoRA, LoftQ, layer
+# replication) or are computed by calls that are not made here (aLoRA, EVA): another model would be trained or compared.
+LORA_OPTIONS = (
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "init_lora_weights",
+)  # fmt: skip
+LORA_STARTS = (True, False, "gaussian", "orthogonal")  # of init_lora_weights
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method: what it trains, and which settings and options it takes."""
+
+    name: str
+    _: KW_ONLY
+    takes_settings: bool = False  # positions, layers, rank and the other settings of interventions
+    ignores_settings: bool = False  # those that it does not take, instead of refusing them
+    trains: bool = True  # anything but heads
+    trains_heads: bool = True  # a classifier's head, unless the configuration names others
+    trains_weights: bool = False  # the base model's own weight matrices, embeddings and output head included
+    trains_all_layers: bool = False  # so no part of the base model stays constant
+    compiles: bool = False  # its training step can be compiled
+    virtual_tokens: bool = False  # it puts trained tokens before the text
+    needs_cache: bool = False  # its parameters enter the model as a key/value cache
+    in_place: Callable[[str], bool] | None = (
+        None  # which of the base model's own parameters it trains, by name
+    )
+    peft: str = ""  # peft's configuration class
+    peft_fixed: Mapping[str, Any] = field(
+        default_factory=dict, hash=False
+    )  # arguments of it that make the method
+    flat_vectors: bool = False  # parameters of a single row or column are vectors, which never decay
+
+    @property
+    def joins(self) -> bool:
+        """Whether it can be trained together with interventions."""
+        return bool(self.peft) and not self.virtual_tokens
+
+    @property
+    def takes_options(self) -> bool:
+        """Whether ``intervention.options`` can hold anything."""
+        return bool(self.peft) or self.takes_settings
+
+    def options(self) -> list[str]:
+        """Return the names of its options; imports the library that declares them."""
+        if self.takes_settings:
+            return _intervention_settings(self.name)
+        if not self.peft:
+            return []
+        known = [f.name for f in fields(peft_class(self.peft)) if f.init]
+        refused = {*RESERVED, *self.peft_fixed}
+        return [n for n in known if n not in refused and (self.peft != "LoraConfig" or n in LORA_OPTIONS)]
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Reject an unknown option.
+
+        Raises:
+            ValueError: with the nearest name and the allowed ones.
+        """
+        allowed = self.options()
+        for name, value in options.items():
+            if self.peft and name in RESERVED:
+                raise ValueError(f"{self.name}: leave the option {name!r} out, {RESERVED[name]}")
+            if self.peft and name == "init_lora_weights" and value not in LORA_STARTS:
+                raise ValueError(
+                    f"{self.name}: init_lora_weights must be one of {', '.join(map(str, LORA_STARTS))}; got {value!r}, "
+                    "which changes the weights of the base, or needs calls that are not made here"
+                )
+            if name not in allowed:
+                takes = ", ".join(sorted(allowed)) or "none"
+                raise ValueError(
+                    f"{self.name} takes no option {name!r}{did_you_mean(name, allowed)}\nit takes {takes}"
+                )
+
+
+def _peft(name: str, cls: str, fixed: Mapping[str, Any] | None = None, **more: bool) -> Method:
+    return Method(f"peft/{name}", peft=cls, peft_fixed=fixed or {}, trains_all_layers=True, **more)
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("none", trains=False, ignores_settings=True, compiles=True),
+        _peft("lora", "LoraConfig"),  # Hu et al. 2021, arXiv:2106.09685
+        _peft("rslora", "LoraConfig", {"use_rslora": True}),  # Kalajdzievski 2023, arXiv:2312.03732
+        _peft("dora", "LoraConfig", {"use_dora": True}),  # Liu et al. 2024, arXiv:2402.09353
+        _peft("ia3", "IA3Config", flat_vectors=True),  # Liu et al. 2022, arXiv:2205.05638; (d, 1) and (1, d)
+        # Li and Liang 2021, arXiv:2101.00190
+        _peft("prefix_tuning", "PrefixTuningConfig", virtual_tokens=True, needs_cache=True),
+        _peft(
+            "prompt_tuning", "PromptTuningConfig", virtual_tokens=True
+        ),  # Lester et al. 2021, arXiv:2104.08691
+        _peft("road", "RoadConfig"),  # Liao and Monz 2024, arXiv:2409.00119
+        _peft("vera", "VeraConfig"),  # Kopiczko et al. 2023, arXiv:2310.11454
+        _peft("oft", "OFTConfig"),  # Qiu et al. 2023, arXiv:2306.07280
+        # Ben Zaken et al. 2021, arXiv:2106.10199
+        Method("bitfit", in_place=lambda name: name.endswith(".bias"), trains_all_layers=True),
+        Method("full", in_place=lambda name: True, trains_weights=True, trains_all_layers=True),
+        Method("frozen", in_place=lambda name: False, trains=False, trains_heads=False),
+    )
+}
+"""Name -> method, for everything but interventions, which have a table of their own."""
+
+
+def method_named(name: Any) -> Method:
+    """Return the method of a name; any name but those of :data:`METHODS` and ``peft/...`` is of an intervention.
+
+    Args:
+        name: what ``intervention.method`` may hold, or a subclass of Intervention.
+
+    Raises:
+        ValueError: for an unknown method of the peft library, with the nearest name.
+    """
+    if not isinstance(name, str):
+        name = getattr(name, "__name__", str(name))
+    elif name in METHODS:
+        return METHODS[name]
+    elif name.startswith("peft/"):
+        known = [known for known in METHODS if METHODS[known].peft]
+        raise ValueError(
+            f"unknown baseline {name!r}; known are {', '.join(known)}{did_you_mean(name, METHODS)}"
+        )
+    return Method(name, takes_settings=True, compiles=True)
+
+
+def check_beside(method: Method, beside: str | None, options: Mapping[str, Any]) -> None:
+    """Reject what cannot be trained together with interventions.
+
+    Args:
+        method: ``intervention.method``.
+        beside: the name of a method of peft, or None.
+        options: its options.
+
+    Raises:
+        ValueError: for options without a method, a method together with a baseline or with nothing, one with virtual
+            tokens, or an unknown name, with the nearest.
+    """
+    if beside is None:
+        if options:
+            raise ValueError(
+                f"beside_options {', '.join(options)} are options of a peft method, but none is trained together with "
+                f"{method.name}: name it (intervention.beside=peft/lora), or leave them out"
+            )
+        return
+    joint = [name for name, other in METHODS.items() if other.joins]
+    if method.ignores_settings:
+        raise ValueError(
+            f"beside={beside} is trained together with interventions, and method {method.name} attaches none: to train "
+            f"only {beside}, use intervention.method={beside}"
+        )
+    if not method.takes_settings:
+        raise ValueError(
+            f"beside={beside} is trained together with interventions, and {method.name} is a baseline: use "
+            "method=loreft or another intervention, or leave beside out"
+        )
+    if beside not in joint:
+        other = METHODS.get(beside, Method(beside))
+        reason = did_you_mean(beside, joint)
+        if other.virtual_tokens:
+            reason = (
+                "; its virtual tokens precede the text, where the positions of interventions such as f7 do not count "
+                "them"
+            )
+        elif other.in_place is not None:
+            reason = "; it trains the base model's own weights, which an adapter does not hold"
+        raise ValueError(f"beside must be one of {', '.join(joint)}; got {beside!r}{reason}")
+
+
+def _intervention_settings(name: str) -> list[str]:
+    from ..interventions import intervention_class, settings_of
+
+    try:
+        return list(settings_of(intervention_class(name)))
+    except ValueError as error:
+        raise ValueError(f"{error}{did_you_mean(name, METHODS)}") from error
+
+
+def peft_class(name: str) -> Any:
+    """Return a configuration class of peft.
+
+    Raises:
+        ValueError: if peft is not installed.
+    """
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"the peft methods need the peft library ({error}): pip install 'reft_lightning[peft]'"
+        ) from error
+    return getattr(peft, name)

@@ -1,0 +1,15 @@
+"""Which models are decoders."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+
+def is_decoder(config: PretrainedConfig) -> bool:
+    """Whether each token of a model reads only the tokens before it, so that the model can generate text."""
+    if (
+        type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    ):  # BERT and similar models are decoders where they are told so
+        return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and bool(getattr(config, "is_decoder", False))
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
