@@ -172,10 +172,10 @@ def _score_task(
                 score.limits = limits(next(iter(own.values())))
                 means = {s: m.scores for s, m in own.items() if isinstance(m, RowMean)}
                 score.row_scores = means if len(means) == len(own) else None
-                score.interval = _interval(score)
+                score.interval = interval_of(score)
 
 
-def _interval(score: Score) -> tuple[float, float]:
+def interval_of(score: Score) -> tuple[float, float]:
     """Return the 95 % interval: of one seed the bootstrap's percentiles, of several Student's by the bootstrap's error.
 
     Of few seeds the percentiles would be far too narrow, as three seeds know their own spread badly; nor is the
@@ -245,6 +245,6 @@ def _average(comparison: Comparison) -> None:
             score.draws = np.mean([part.draws for part in known], axis=0)
             score.row_draws = np.mean([part.row_draws for part in known], axis=0)
             score.limits = tuple(np.mean([part.limits for part in known], axis=0).tolist())
-            score.interval = _interval(score)
+            score.interval = interval_of(score)
             if score.interval[0] == score.interval[1]:  # all rows of all tasks are right, or wrong
                 score.interval = tuple(np.mean([part.interval for part in known], axis=0).tolist())

@@ -9,7 +9,7 @@ from scipy import stats
 
 from reft_lightning.reporting import tables
 from reft_lightning.reporting.comparisons import AVERAGE, ROWS_AND_SEEDS, ROWS_ONLY, Comparison, Method, Score
-from reft_lightning.reporting.evidence import _interval
+from reft_lightning.reporting.evidence import interval_of
 from reft_lightning.reporting.pairs import pairs_of
 from reft_lightning.reporting.scores import RowMean
 from reft_lightning.reporting.statistics import over_seeds, resample_rows, seed_weights
@@ -69,7 +69,7 @@ class TestLevels:
             score = Score("boolq", "accuracy", dict(enumerate(scores.mean(1))), 200, limits=(0.0, 1.0))
             draws = resample_rows([RowMean(line) for line in scores], 200, 300, rng)
             score.draws, score.row_draws = over_seeds(draws, seed_weights(seeds, 300, rng)), draws.mean(1)
-            low, high = _interval(score)
+            low, high = interval_of(score)
             held += low <= TRUE <= high
         assert 0.92 <= held / tables_ <= 0.995
 

@@ -107,7 +107,6 @@ class TestStudies:
         assert [row[column].text for row in table.rows] == [
             f"{100 * kept.best(method).value:.1f}" for method in kept.trials
         ]
-        assert plots._history(kept).axes[0].get_ylabel() == "val/accuracy × 100"
         assert table.rows[0][list(table.columns).index("steps")].text == "300"
 
     def test_a_study_that_spent_unequally_is_said_to(self, study, tmp_path):
