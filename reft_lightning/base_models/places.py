@@ -1,4 +1,4 @@
-"""Where a model's files lie: on the hub, in a folder, or in a pinned wheel."""
+"""Where a model's files are: on the hub, in a folder, or in a pinned wheel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONVERSION = 1  # raise when the conversion of GGUF files changes what it writes
 
 @dataclass(frozen=True)
 class ModelPlace:
-    """Where a model lies.
+    """Where a model is.
 
     Args:
         source: `hub`, `local` or `wheel`; `random` has no folder.
@@ -63,11 +63,6 @@ class ModelPlace:
         raise ValueError(f"source must be one of {', '.join(SOURCES)}; got {self.source!r}")
 
 
-def model_folder(source: str, **place: str | None) -> str:
-    """Return the folder, or the hub's name, of a model: :meth:`ModelPlace.folder` of these fields."""
-    return ModelPlace(source, **place).folder()
-
-
 def _local_model(path: str | None) -> Path:
     if not path:
         raise ValueError("source=local needs path, a folder with config.json and model.safetensors")
@@ -76,7 +71,7 @@ def _local_model(path: str | None) -> Path:
         held = (
             ", ".join(sorted(p.name for p in folder.iterdir())[:12]) if folder.is_dir() else "no such folder"
         )
-        raise FileNotFoundError(f"{folder} is no model folder: config.json is missing ({held or 'empty'})")
+        raise FileNotFoundError(f"{folder} is not a model folder: config.json is missing ({held or 'empty'})")
     return folder
 
 

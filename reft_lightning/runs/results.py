@@ -7,12 +7,11 @@ or complete.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..storage.atomic import write_json
+from ..storage.atomic import write_json, write_text
 
 
 class Results:
@@ -60,6 +59,4 @@ class Results:
 def write_predictions(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write one JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,7 +1,7 @@
 """Folders of the cache that are built once: whole, or built again.
 
-Beside a folder lies `<folder>.json`, written last: the sizes of its files. A folder without it, or with other files,
-is what a crash or a full disk left, and is never used.
+The sizes of its files are in `<folder>.json`, written last. A folder without this record, or with other files, was left
+by a crash or a full disk, and is never used.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
+
+from .atomic import write_json
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,4 @@ def _replace(folder: Path, part: Path) -> None:
         log.warning("%s is not whole; it is built again", folder)
         shutil.rmtree(folder)
     os.replace(part, folder)
-    partial = folder.with_name(f"{folder.name}.json.partial")
-    partial.write_text(json.dumps(sizes(folder), indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, record)
+    write_json(record, sizes(folder))

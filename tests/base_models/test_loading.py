@@ -193,7 +193,7 @@ class TestErrors:
         assert time.monotonic() - start < 5
 
     def test_a_missing_folder_is_named(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"nowhere is no model folder.*no such folder"):
+        with pytest.raises(FileNotFoundError, match=r"nowhere is not a model folder.*no such folder"):
             load_base_model(source="local", path=str(tmp_path / "nowhere"))
 
     @pytest.mark.parametrize(

