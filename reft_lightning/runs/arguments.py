@@ -5,9 +5,8 @@ A setting that would change nothing is refused here, where it stands beside what
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from ..adapters.methods import method_named
 from ..config.schema import Config, DataConfig, InterventionConfig
@@ -37,7 +36,7 @@ def family_of(config: Config) -> AnyFamily:
 
 def decoding_of(config: Config, family: Family) -> Decoding:
     """Return how texts are generated."""
-    values = OmegaConf.to_container(OmegaConf.structured(config.decoding))
+    values = asdict(config.decoding)
     if values["max_new_tokens"] is None:
         values["max_new_tokens"] = family.max_new_tokens
     if values["verify"] is None:
@@ -47,7 +46,7 @@ def decoding_of(config: Config, family: Family) -> Decoding:
 
 def model_source(config: Config, family: AnyFamily | None = None) -> dict[str, Any]:
     """Return the arguments of :func:`load_base_model`; the family says what kind of model it needs."""
-    model = OmegaConf.to_container(OmegaConf.structured(config.model))
+    model = asdict(config.model)
     del model["gradient_checkpointing"], model["compile"]
     num_labels = family.num_labels(config.data.tasks) if family else None
     return model | {"task": kind_of(family).task, "num_labels": num_labels, "seed": config.seed}
@@ -59,7 +58,7 @@ def attachment(config: Config, family: AnyFamily | None = None) -> dict[str, Any
     A setting that the method does not take is left out where it has its default. A classifier's head is trained
     unless ``intervention.heads`` says otherwise.
     """
-    values = OmegaConf.to_container(OmegaConf.structured(config.intervention))
+    values = asdict(config.intervention)
     method, options, defaults = method_named(values["method"]), values.pop("options"), InterventionConfig()
     if values["heads"] is None:
         values["heads"] = kind_of(family).heads if method.trains_heads else ()
@@ -89,7 +88,7 @@ def data_module(config: Config, family: AnyFamily, tokenizer: Any) -> BenchmarkD
     Raises:
         ValueError: for a setting that the family has no use for.
     """
-    values = OmegaConf.to_container(OmegaConf.structured(config.data))
+    values = asdict(config.data)
     source = DataSource(
         values.pop("source"), *(values.pop(k) for k in ("path", "package", "sha256", "mixture"))
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 from transformers import PretrainedConfig
 
@@ -17,7 +17,7 @@ from ..adapters.adapted import AdaptedModel, ParameterCount
 from ..base_models.loading import fit_to_tokenizer, load_base_model, load_config, load_tokenizer
 from ..base_models.places import ModelPlace
 from ..config.schema import Config
-from ..data import AnyFamily
+from ..data import AnyFamily, Family
 from ..data.benchmark_data import BenchmarkData
 from ..evaluation import Decoding
 from ..speed.choose_part import ShortenedPass
@@ -101,7 +101,7 @@ def prepare(config: Config) -> Prepared:
     monitor = monitor_of(config, family)
     source, optimization = model_source(config, family), optimization_of(config)
     attached = attachment(config, family)
-    decoding = decoding_of(config, family) if kind_of(family).generates else None
+    decoding = decoding_of(config, cast(Family, family)) if kind_of(family).generates else None
     place = {name: source[name] for name in PLACE}
     hf_config = load_config(**place, **{k: source[k] for k in ("base_dropout", "config", "num_labels")})
     check_reads_forward(config, hf_config, source["task"], family)
@@ -115,7 +115,11 @@ def prepare(config: Config) -> Prepared:
     if config.test and not config.sealed:
         data.check_test()
     measures = family.measures_of(config.data.tasks)
-    scores = measures if decoding is None else reported(family, data.train_rows.examples[0], decoding)
+    scores = (
+        measures
+        if decoding is None
+        else reported(cast(Family, family), data.train_rows.examples[0], decoding)
+    )
     check_monitor(config, monitor.name, scores, data.val_tasks)
     check_tied_head(config, hf_config, attached.get("heads") or ())
     return Prepared(

@@ -50,11 +50,11 @@ def main(folder: Path, max_new_tokens: int = 64, template: str | None = None) ->
     config = load_run_config(folder)
     # one's own rows, which may be gone, are not needed to talk
     family = None if config.data.family == "custom" else family_of(config)
-    if not kind_of(family).generates:
+    if family is not None and not kind_of(family).generates:
         raise ValueError(
             f"{folder} is a classifier ({family.name}); reft-chat needs a model that generates text"
         )
-    template = template or config.data.template or (family.template if family else "plain")
+    template = template or config.data.template or str(getattr(family, "template", "plain"))
     model, tokenizer = load(folder)
     if template == "chat" and tokenizer.chat_template is None:
         raise ValueError(f"{NO_TEMPLATE}; use template=plain")

@@ -56,7 +56,7 @@ def check_unused(config: Config, family: AnyFamily) -> None:
                 raise ValueError(
                     f"decoding.{name} means nothing to the classifiers of {family.name}: leave it out"
                 )
-    elif config.decoding.samples > 1 and family.score is None:
+    elif config.decoding.samples > 1 and not family.measures_of(config.data.tasks):
         raise ValueError(
             f"decoding.samples={config.decoding.samples}: nothing scores the texts of {family.name}, and a judge reads "
             "one text an instruction"

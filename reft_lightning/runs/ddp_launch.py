@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed
 from hydra._internal.utils import get_args_parser
@@ -88,8 +89,10 @@ def _set_run_dir(value: str | None) -> str | None:
 
     In a sweep it is the folder of a run that never was; the job's own is ``hydra.runtime.output_dir``.
     """
-    run = HydraConfig.instance().cfg.hydra.run
-    before = OmegaConf.to_container(run, resolve=False)["dir"]
+    hydra: Any = HydraConfig.instance().cfg
+    run: Any = hydra.hydra.run
+    unresolved: Any = OmegaConf.to_container(run, resolve=False)
+    before = unresolved["dir"]
     with read_write(run), open_dict(run):
         run.dir = value
     return before

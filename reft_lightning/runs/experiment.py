@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer, seed_everything
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from ..config.identity import config_hash, differences
 from ..config.schema import Config
@@ -89,9 +89,8 @@ def _run(
             _check_resume(config, folder)
         plan = prepare(config)
         trainer = build_trainer(
-            config, folder, plan.monitor, random_state, validated=bool(plan.data.val_tasks)
+            config, folder, plan.monitor, random_state, callbacks, validated=bool(plan.data.val_tasks)
         )
-        trainer.callbacks[:0] = callbacks
         objects = build(config, plan)
     except (ValueError, OSError, MisconfigurationException) as error:
         raise SetupError(str(error)) from error

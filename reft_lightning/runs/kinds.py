@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters.adapted import AdaptedModel
 from ..config.schema import Config
-from ..data import AnyFamily
+from ..data import AnyFamily, Family
 from ..data.benchmark_data import BenchmarkData
 from ..data.classification_data import ClassificationData
 from ..data.example import Example
@@ -46,10 +46,12 @@ class Kind:
 
 
 def _generation(config: Config, run: Prepared, model: AdaptedModel, training_pass: Any) -> GenerationModule:
-    data = run.data
+    data, family = run.data, run.family
+    assert isinstance(family, Family)
+    assert run.decoding is not None
     options = partial(option_batches, run.tokenizer, max_length=data.max_length)
     return GenerationModule(
-        model, run.tokenizer, run.family, data.val_tasks, data.test_tasks, run.optimization, run.decoding,
+        model, run.tokenizer, family, data.val_tasks, data.test_tasks, run.optimization, run.decoding,
         options if config.option_likelihood else None, commonest_answers(data.train_rows.examples), training_pass,
     )  # fmt: skip
 
@@ -57,6 +59,7 @@ def _generation(config: Config, run: Prepared, model: AdaptedModel, training_pas
 def _classification(
     config: Config, run: Prepared, model: AdaptedModel, training_pass: Any
 ) -> ClassificationModule:
+    assert isinstance(run.data, ClassificationData)
     return ClassificationModule(model, run.tokenizer, run.data, run.optimization, training_pass)
 
 

@@ -27,11 +27,13 @@ def load_run_config(folder: Path) -> Config:
             f"{folder} is not a run folder: it has no config.yaml; give the folder that reft-train named"
         )
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
     except OmegaConfBaseException as error:
         raise ValueError(
             f"{path} was written by another version of reft_lightning: {str(error).splitlines()[0]}"
         ) from error
+    assert isinstance(config, Config)
+    return config
 
 
 def last_checkpoint(folder: Path) -> Path:

@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,12 @@ log = logging.getLogger(__name__)
 
 
 def build_trainer(
-    config: Config, folder: Path, monitor: Monitor, random_state: Tensor, validated: bool = True
+    config: Config,
+    folder: Path,
+    monitor: Monitor,
+    random_state: Tensor,
+    first: Sequence[Callback] = (),
+    validated: bool = True,
 ) -> Trainer:
     """Return the Trainer with its callbacks and loggers.
 
@@ -37,6 +42,7 @@ def build_trainer(
         folder: of the run.
         monitor: decides which checkpoint counts.
         random_state: where training's random numbers start.
+        first: callbacks that are called before all others.
         validated: whether there are validation rows.
 
     Raises:
@@ -47,7 +53,7 @@ def build_trainer(
         arguments["limit_val_batches"] = 0
     arguments["default_root_dir"] = arguments["default_root_dir"] or folder
     loggers = [] if config.trainer.barebones else build_loggers(config, folder)
-    callbacks: list[Callback] = []
+    callbacks = list(first)
     if config.trainer.enable_checkpointing is not False and not config.trainer.barebones:
         callbacks += build_callbacks(config.checkpoint, monitor, folder, random_state)
     if loggers:

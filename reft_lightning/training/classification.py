@@ -58,7 +58,7 @@ class ClassificationModule(FinetuningModule):
         names = dict.fromkeys((*data.val_tasks, *data.test_tasks))
         answer = "" if self.task.regression else _commonest(data.train_rows.examples)
         self.commonest = {name: answer for name in names if answer}
-        self.scores = nn.ModuleDict({name: self._metrics_of_task() for name in names})
+        self.scores: Any = nn.ModuleDict({name: self._metrics_of_task() for name in names})
 
     def _metrics_of_task(self) -> nn.ModuleDict:
         measures = [measure for measure in self.measures if measure != COMBINED]

@@ -67,7 +67,7 @@ class GenerationModule(FinetuningModule):
         self.commonest = dict(commonest or {})
         names = list(dict.fromkeys((*val_tasks, *test_tasks)))
         # measure -> task -> sum over rows
-        self.scores = nn.ModuleDict({m: _by_task(names) for m in family.measures if family.score})
+        self.scores: Any = nn.ModuleDict({m: _by_task(names) for m in family.measures if family.score})
         self.scores["option_accuracy"] = _by_task(names)
         self.scores["majority_accuracy"] = _by_task(self.commonest)
 
@@ -126,12 +126,12 @@ class GenerationModule(FinetuningModule):
                 judged.append(scores)
                 missing += answer is None
                 row |= {"answer": answer, "gold": example.answer}
-                row |= {"correct": 1.0 in scores.values()} if len(scores) == 1 else scores
+                row |= {"correct": 1.0 in scores.values()} if len(scores) == 1 else dict(scores)
                 own |= scores
             if options:
                 row["option"] = self._answer_of(options[i], example)
                 own["option_accuracy"] = right[i]
-            self.predictions.append(row | example.recorded | {"scores": own})
+            self.predictions.append({**row, **example.recorded, "scores": own})
         for measure in self.family.measures if judged else ():
             values = [scores[measure] for scores in judged if measure in scores]
             self._metric(measure, task).update(values, missing if values else 0)

@@ -76,7 +76,7 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        if trainer.fast_dev_run:
+        if getattr(trainer, "fast_dev_run", False):
             return
         trainer.save_checkpoint(self.path, weights_only=False)
 
@@ -98,7 +98,8 @@ class LastCheckpoint(Checkpoint):
     def _note(self, trainer: Trainer, module: LightningModule, stepped: bool) -> None:
         self._step = trainer.global_step
         self._random = _random_state(module.device)
-        self._loaders = [trainer.train_dataloader.state_dict()]
+        loader: Any = trainer.train_dataloader
+        self._loaders = [loader.state_dict()]
         named = {} if stepped else dict(module.named_parameters())
         self._gradients = {n: p.grad.detach().clone() for n, p in named.items() if p.grad is not None}
 

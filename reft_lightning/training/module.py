@@ -43,10 +43,12 @@ class FinetuningModule(LightningModule):
         predictions: one dictionary for each row of the last evaluation, of this process; ``scores`` in it are those of
             the row, by measure.
         kind: what the predictions are: ``generation``, ``classification`` (with the ``labels``) or ``regression``.
+        commonest: task -> the commonest answer of its training rows.
         counts: score -> what stands behind it: ``total`` rows, ``correct`` of them, ``missing``, ``interval``.
     """
 
-    strict_loading = False
+    commonest: dict[str, str]
+    strict_loading = False  # pyright: ignore[reportAssignmentType]  # Lightning reads it as a plain attribute
 
     def __init__(
         self,
@@ -100,7 +102,7 @@ class FinetuningModule(LightningModule):
         self._batch_tokens = int(batch["attention_mask"].sum())
         try:
             loss = self.loss_of(batch)
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise FloatingPointError(
                 f"R cannot be computed at step {self.global_step}, its parameters are no longer finite or its rows "
                 f"no longer independent: lower optimizer.lr ({error})"
@@ -124,7 +126,8 @@ class FinetuningModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
         """Log tokens per second of this process, over the steps since the last log, and how far training is."""
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+        trainer: Any = self.trainer
+        if trainer.global_step % trainer.log_every_n_steps == 0:
             tokens, since = self._window
             now = time.perf_counter()
             self.log("train/tokens_per_second", (self.tokens - tokens) / (now - since))
@@ -155,7 +158,7 @@ class FinetuningModule(LightningModule):
     def _total_steps(self) -> float:
         # trainer.estimated_stepping_batches would build the loaders before a checkpoint is read, and Lightning
         # restores the state of those that it builds afterwards alone: a resumed run would read its epoch again.
-        trainer = self.trainer
+        trainer: Any = self.trainer
         if trainer.datamodule is None:
             return trainer.estimated_stepping_batches
         most = math.inf if trainer.max_steps == -1 else trainer.max_steps

@@ -115,8 +115,8 @@ def parameter_groups(roles: dict[str, list[nn.Parameter]], settings: Optimizatio
     roles = dict(roles)
     heads = roles.pop("head", [])
     roles |= {"head": [p for p in heads if p.ndim > 1], "head_bias": [p for p in heads if p.ndim < 2]}
-    decay = {"weight": settings.weight_decay, "head": settings.weight_decay}
-    rates = dict.fromkeys(("head", "head_bias"), settings.head_lr or settings.lr)
+    decay: dict[str, float] = {"weight": settings.weight_decay, "head": settings.weight_decay}
+    rates: dict[str, float] = dict.fromkeys(("head", "head_bias"), settings.head_lr or settings.lr)
     groups = [
         {
             "name": role,
