@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..adapters.reft.model import ReftModel
-from ..adapters.reft.sites import block_path
 from ..base_models.checkpointing import runs_blocks_again
 from .agreement import difference, logits_of, tolerance
 from .frozen_part import (
@@ -19,6 +18,7 @@ from .frozen_part import (
     FrozenBlocks,
     FrozenPrefix,
     angles_depend_on_length,
+    blocks_of,
     last_frozen_block,
     last_untrained_block,
     suffix_lengths,
@@ -129,8 +129,7 @@ def choose_part(model: Any, rows: Any, *, causal: bool, limit: int = 0) -> Part 
 
 def _prefix(model: ReftModel, prompts: Tensor, lengths: Tensor) -> FrozenPrefix | None:
     suffixes = suffix_lengths(model, prompts, lengths - prompts)
-    blocks = list(model.base_model.get_submodule(block_path(model.base_model)))
-    trains_blocks = last_untrained_block(model) < len(blocks) - 1
+    trains_blocks = last_untrained_block(model) < len(blocks_of(model)) - 1
     if not model.sites or trains_blocks or int((prompts - suffixes).max()) < SHORTEST:
         return None
     try:
@@ -157,6 +156,7 @@ def _kept(part: Part, rows: int) -> Part:
 
 
 def _why_not(prefix: FrozenPrefix | None, blocks: FrozenBlocks | None) -> str:
-    needed = [f"{part.name} of all rows would take {part.bytes / 1e9:.3g} GB"
-              for part in (prefix, blocks) if part is not None and (part is blocks or prefix.can_be_kept)]  # fmt: skip
+    parts: list[Part] = [prefix] if prefix is not None and prefix.can_be_kept else []
+    parts += [blocks] if blocks is not None else []
+    needed = [f"{part.name} of all rows would take {part.bytes / 1e9:.3g} GB" for part in parts]
     return ", ".join(needed) or "almost every layer depends on an edit or a trained weight"

@@ -66,7 +66,7 @@ class FrozenPrefix:
             )
         self.can_be_kept = holds_columns(cache, 2)
         self._shapes = [tuple(t.shape[1::2]) for t in _tensors(cache)]  # (heads, dimension)
-        self._dtype = cache.layers[0].keys.dtype
+        self._dtype = _tensors(cache)[0].dtype
         self._width = sum(heads * dimension for heads, dimension in self._shapes)
         self.bytes = sum(self._lengths) * self._width * self._dtype.itemsize
 
@@ -152,7 +152,7 @@ class FrozenBlocks:
         self._prompts = None if prompts is None else prompts.tolist()
         self.name = f"the output of block {last}"
         self._store = RowStore()
-        self._blocks: list[nn.Module] = list(model.base_model.get_submodule(block_path(model.base_model)))
+        self._blocks = blocks_of(model)
         self._others: tuple[None, ...] | None = None  # returned by a block in a tuple with the hidden states
         ids, attention = _two_tokens(model)
         hidden = self._compute({"input_ids": ids, "attention_mask": attention})
@@ -232,6 +232,13 @@ def _two_tokens(model: ReftModel) -> tuple[Tensor, Tensor]:
 # --- what is frozen -------------------------------------------------------------------------------------------------
 
 
+def blocks_of(model: ReftModel) -> list[nn.Module]:
+    """Return the base model's blocks."""
+    blocks = model.base_model.get_submodule(block_path(model.base_model))
+    assert isinstance(blocks, nn.ModuleList)
+    return list(blocks)
+
+
 def last_frozen_block(model: ReftModel) -> int:
     """Return k, the last block with neither a site nor a trained weight in it or below it; -1 if there is none."""
     path = block_path(model.base_model)
@@ -246,7 +253,7 @@ def last_untrained_block(model: ReftModel) -> int:
     also the embeddings. Any other weight counts as one below the blocks.
     """
     base, path = model.base_model, block_path(model.base_model)
-    last = len(list(base.get_submodule(path))) - 1
+    last = len(blocks_of(model)) - 1
     backbone = base.base_model_prefix if hasattr(base, base.base_model_prefix) else None
     for name, parameter in base.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
