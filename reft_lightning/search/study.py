@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from ..storage.atomic import write_text
 from .budget import counted, spent
 from .process import Lock
 from .search_plan import Plan, parse_plan
@@ -74,10 +75,8 @@ def run_again(study: Any, trial: Any) -> None:
 
 def write_study(folder: Path, plan: Plan, **more: str | None) -> None:
     """Write ``study.yaml``: the plan and :data:`MORE`."""
-    partial_file = folder / f"{PLAN}.partial"
     values = more | dataclasses.asdict(plan)
-    partial_file.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    partial_file.replace(folder / PLAN)
+    write_text(folder / PLAN, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def read_study(folder: Path) -> tuple[Plan, dict[str, Any]]:
