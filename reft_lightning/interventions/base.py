@@ -11,7 +11,6 @@ constructor as settings. Shapes: n tokens, d width, r rank.
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -22,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..suggest import did_you_mean
+from ..suggest import did_you_mean, import_object
 
 INTERVENTIONS: dict[str, type[Intervention]] = {}
 """The table name -> class. Saved adapters name a method; only this table turns the name into code."""
@@ -135,10 +134,9 @@ def intervention_class(method: str | type[Intervention]) -> type[Intervention]:
         ValueError: if the name is unknown, with the nearest one, or names no Intervention.
     """
     if isinstance(method, str) and method not in INTERVENTIONS and "." in method:
-        module, _, name = method.rpartition(".")
         try:
-            method = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
+            method = import_object(method)
+        except ValueError as error:
             raise ValueError(f"cannot import the intervention {method!r}: {error}") from error
     if isinstance(method, str):
         return registered(method)

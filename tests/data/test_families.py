@@ -77,7 +77,7 @@ def test_an_unknown_family_names_the_nearest():
     [
         ("nowhere.FAMILY", "cannot import.*nowhere"),
         ("json.NONE", "cannot import"),
-        ("json.loads", "no Family"),
+        ("json.loads", "not a Family"),
     ],
 )
 def test_a_path_that_leads_to_no_family_says_so(name, message):
@@ -152,7 +152,7 @@ BERT = ["model.config.model_type=bert"]
         ),
         (["option_likelihood=false", "checkpoint.monitor=val/option_accuracy"], "monitor must be one of"),
         (["optimizer.head_lr=1e-3"], "no head is trained"),
-        (["decoding.samples=2"], "would be the same"),
+        (["decoding.samples=2"], r"decoding\.samples=2: Greedy methods"),
         (["decoding.max_new_tokens=0"], "max_new_tokens must be at least 1"),
         (BERT, "is an encoder"),
     ],
@@ -182,7 +182,7 @@ def test_missing_test_rows_are_found_before_training(rows, tmp_path):
 def test_a_classifier_has_one_task(tasks, tmp_path):
     settings = compose.compose(["model=tiny_random", "data=glue_rte", f"data.tasks={tasks}"])
     with pytest.raises(
-        experiment.SetupError, match=r"a classifier has one task a run: give data\.tasks one of cola, sst2"
+        experiment.SetupError, match=r"glue is trained one task a run: give data\.tasks one of cola, sst2"
     ):
         experiment.run(settings, tmp_path)
 

@@ -1,36 +1,22 @@
-"""The table of benchmark families; each is one file that ends in `FAMILY = Family(...)`."""
+"""The table of benchmark families: every file of this folder that ends in `FAMILY = Family(...)`."""
 
 import importlib
+import pkgutil
 
-from ...suggest import did_you_mean
+from ...suggest import did_you_mean, import_object
 from ..family import Family
 from ..labelled import ClassificationFamily
-from .arithmetic import FAMILY as _ARITHMETIC
-from .code import FAMILY as _CODE
-from .commonsense import FAMILY as _COMMONSENSE
-from .glue import FAMILY as _GLUE
-from .gsm8k import FAMILY as _GSM8K
-from .instruction import FAMILY as _INSTRUCTION
-from .metamathqa import FAMILY as _METAMATHQA
-from .reading import FAMILY as _READING
-from .spans import FAMILY as _SPANS
 
 AnyFamily = Family | ClassificationFamily
 
-FAMILIES: dict[str, AnyFamily] = {
-    family.name: family
-    for family in (
-        _COMMONSENSE,
-        _ARITHMETIC,
-        _GSM8K,
-        _INSTRUCTION,
-        _GLUE,
-        _CODE,
-        _READING,
-        _SPANS,
-        _METAMATHQA,
-    )
-}
+
+def _families() -> dict[str, AnyFamily]:
+    modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
+    families = (module.FAMILY for module in modules if hasattr(module, "FAMILY"))
+    return {family.name: family for family in families}
+
+
+FAMILIES = _families()
 
 
 def get_family(name: str) -> AnyFamily:
@@ -42,10 +28,9 @@ def get_family(name: str) -> AnyFamily:
     if name in FAMILIES:
         return FAMILIES[name]
     if "." in name:
-        module, _, attribute = name.rpartition(".")
         try:
-            family = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+            family = import_object(name)
+        except ValueError as error:
             raise ValueError(f"cannot import the benchmark family {name!r}: {error}") from error
         if not isinstance(family, AnyFamily):
             raise ValueError(f"{name} is not a Family, but {type(family).__name__}")
