@@ -110,7 +110,7 @@ class Method:
                 )
 
 
-def _peft(name: str, cls: str, fixed: Mapping[str, Any] | None = None, **more: bool) -> Method:
+def _peft(name: str, cls: str, fixed: Mapping[str, Any] | None = None, **more: Any) -> Method:
     return Method(f"peft/{name}", peft=cls, peft_fixed=fixed or {}, trains_all_layers=True, **more)
 
 

@@ -128,10 +128,11 @@ def load_config(
         raise ValueError(f"model source must be one of {choices}; got {source!r}{close}")
     labels = {} if num_labels is None else {"num_labels": num_labels}
     if source == "random":
-        arguments = dict(config or {})
+        arguments: dict[str, Any] = dict(config or {})
         if "model_type" not in arguments:
             raise ValueError("source=random needs config.model_type, such as 'llama'; sizes are optional")
-        loaded = AutoConfig.for_model(**arguments, **labels)
+        arguments |= labels
+        loaded = AutoConfig.for_model(**arguments)
     else:
         if config:
             raise ValueError(
@@ -234,7 +235,7 @@ def widen_logits(model: PreTrainedModel) -> None:
     bfloat16 keeps 8 bits: logits around 33, as SmolLM2 has them, come in steps of 0.25, so that close answers tie
     and the lower token id wins. The head gets a float32 copy of its weights; embeddings tied to it keep theirs.
     """
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     # head.float() would widen embeddings that are tied to it
     for name, parameter in list(head.named_parameters(recurse=False)):
         setattr(head, name, torch.nn.Parameter(parameter.detach().float(), requires_grad=False))

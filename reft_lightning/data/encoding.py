@@ -153,6 +153,7 @@ def _frame(tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[in
     leading = leading_ids(tokenizer)
     if max_length < len(leading) + 4:
         raise ValueError(f"max_length must be at least {len(leading) + 4}; got {max_length}")
+    assert isinstance(eos, int)
     return leading, eos
 
 

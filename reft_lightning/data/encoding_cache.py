@@ -141,7 +141,7 @@ def processes_for(rows: int) -> int:
     """Return in how many processes so many rows are computed."""
     import multiprocess  # what `datasets` uses
 
-    if multiprocessing.current_process().daemon or multiprocess.get_start_method() != "fork":
+    if multiprocessing.current_process().daemon or multiprocess.get_start_method() != "fork":  # pyright: ignore[reportAttributeAccessIssue]
         return 1  # a daemon may start none; started in another way, they would run the user's script again
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(min(cores, PROCESSES, rows // PER_PROCESS), 1)

@@ -20,7 +20,8 @@ def option_batches(
     A row with fewer options than others repeats its last one; who ranks them must leave the repetitions out. The
     prompts of all batches are the same columns, unless `max_length` cuts a prompt by the length of its option.
     """
-    collate = Collator(tokenizer.pad_token_id)
+    pad: Any = tokenizer.pad_token_id
+    collate = Collator(pad)
     batches = []
     for k in range(max(len(example.options) for example in examples)):
         rows = [replace(e, target=e.options[min(k, len(e.options) - 1)]) for e in examples]

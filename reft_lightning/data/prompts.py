@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -90,7 +91,7 @@ def chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> Example:
             )
     text = _render(tokenizer, turns, where)
     lead = _white_space_of_answers(tokenizer, turns, text, where)
-    bos = tokenizer.bos_token
+    bos: Any = tokenizer.bos_token
     if bos and leading_ids(tokenizer) and text.lstrip().startswith(bos):
         text = text.lstrip().removeprefix(bos)  # the tokenizer adds it
     return replace(
@@ -151,7 +152,7 @@ def _render(
 ) -> str:
     messages = [{"role": role, "content": text} for role, text in turns]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
     except TemplateError as error:
         roles = ", ".join(role for role, _ in turns)
         raise ValueError(

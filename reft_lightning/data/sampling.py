@@ -145,9 +145,10 @@ class TrainIterator(Iterator[list[int]]):
         """Continue where the state was saved; after the last batch of an epoch, with the next epoch."""
         self._epoch, self._position = state["epoch"], state["position"]
         if self._position >= state["batches"]:
-            self._epoch, self._position = self._epoch + 1, 0
+            self._epoch, self._position = state["epoch"] + 1, 0
         else:
             self._resumed = state
+        assert self._epoch is not None
         self._owner.sampler.set_epoch(self._epoch)
 
     def _check_resumed(self) -> None:

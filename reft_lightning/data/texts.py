@@ -100,13 +100,14 @@ def encode_texts(
     max_length: int,
 ) -> dict[str, list]:
     """Return ids, perhaps token types, and whether a row was cut; `datasets.map` calls it in processes."""
+    read: Any = tokenizer  # its stubs name no pair
     sides = [texts[name] for name in ("first", "second") if name in texts]
     # verbose=False: no advice about texts beyond the model's length, which are cut below
-    whole = tokenizer(*sides, verbose=False)
+    whole = read(*sides, verbose=False)
     columns = {"ids": whole["input_ids"]} | ({TYPES: whole[TYPES]} if TYPES in whole else {})
     cut = [len(row) > max_length for row in columns["ids"]]
     for i in (i for i, long in enumerate(cut) if long):
-        row = tokenizer(
+        row = read(
             *(side[i] for side in sides), truncation="longest_first", max_length=max_length, verbose=False
         )
         columns["ids"][i] = row["input_ids"]

@@ -38,7 +38,8 @@ def orthonormal_rows(A: Tensor) -> Tensor:  # (..., r, d) -> (..., r, d)
         # L is near I after a pass that worked; of dependent rows the first pass leaves noise of any small length
         independent = (L.diagonal(dim1=-2, dim2=-1) > 0.1).all() & ~(failed | failed_again).any()
         if not A.is_meta and not independent:
-            raise torch.linalg.LinAlgError("the rows of a matrix are linearly dependent, or not finite")
+            message = "the rows of a matrix are linearly dependent, or not finite"
+            raise torch.linalg.LinAlgError(message)  # pyright: ignore[reportPrivateImportUsage]
         return R
 
 

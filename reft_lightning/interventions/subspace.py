@@ -91,7 +91,8 @@ class Subspace(Intervention):
 
         In bfloat16 each term is rounded before they are subtracted, as in the authors' code.
         """
-        W, b = self.source.weight, self.source.bias
+        source: Any = self.source
+        W, b = source.weight, source.bias
         if W.dtype == torch.bfloat16:
             return F.linear(h.to(W.dtype), W, b) - h.to(rows.dtype) @ rows.mT
         return F.linear(h, W - rows, b)

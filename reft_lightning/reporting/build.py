@@ -69,8 +69,8 @@ def build_report(
     comparisons = compare(runs, split)
     while bad := [item for comparison in comparisons for item in deviating(comparison)]:
         left += bad
-        folders = {item.folder for item in bad}
-        runs = [run for run in runs if run.folder not in folders]
+        deviating_folders = {item.folder for item in bad}
+        runs = [run for run in runs if run.folder not in deviating_folders]
         comparisons = compare(runs, split)
     where = f"the {split} split" if split else "any split"
     left += [LeftOut(run.folder, f"no score on {where}") for run in runs if not used_split(run, split)]

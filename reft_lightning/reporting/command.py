@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -164,13 +165,13 @@ def log_to_wandb(report: Report, html: str, out: Path, project: str) -> None:
     """Log scores and pairs as W&B tables, and the page, in a run of its own."""
     import wandb
 
-    mode = os.environ.get("WANDB_MODE") or "offline"
+    mode: Any = os.environ.get("WANDB_MODE") or "offline"
     run = wandb.init(project=project, job_type="report", dir=str(out), mode=mode, name=out.name)
     for name, lines, columns in (
         ("scores", formats.records(report.comparisons), formats.CSV_COLUMNS),
         ("pairs", formats.pair_records(report.comparisons), formats.PAIR_COLUMNS),
     ):
-        rows = [[line[column] for column in columns] for line in lines]
+        rows: Any = [[line[column] for column in columns] for line in lines]
         run.log({name: wandb.Table(columns=list(columns), data=rows)})
     run.log({"report": wandb.Html(html, inject=False)})
     run.finish()

@@ -238,7 +238,7 @@ def _average(comparison: Comparison) -> None:
     column = comparison.columns[-1]
     for method in comparison.methods:
         parts = [method.scores.get(item) for item in comparison.main.items()]
-        known = [part for part in parts if part is not None and part.draws is not None]
+        known: list[Any] = [part for part in parts if part is not None and part.draws is not None]
         if column in method.scores and len(known) == len(parts):
             score = method.scores[column]
             score.rows = sum(part.rows or 0 for part in known)

@@ -183,7 +183,7 @@ def _average(comparison: Comparison) -> None:
         return
     column = comparison.columns[-1]
     for method in comparison.methods:
-        parts = [method.scores.get(item) for item in comparison.main.items()]
+        parts: list[Any] = [method.scores.get(item) for item in comparison.main.items()]
         if all(part is not None and part.values.keys() == parts[0].values.keys() for part in parts):
             values = {seed: float(np.mean([part.values[seed] for part in parts])) for seed in parts[0].values}
             method.scores[column] = Score(*column, values)

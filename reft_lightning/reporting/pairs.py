@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -79,7 +80,8 @@ def _pair(
         lines: of each task each row's difference; empty where the measure is no mean over rows.
         flipped: p-value of the sign flips of those.
     """
-    first, second = a.scores[column], b.scores[column]
+    first: Any = a.scores[column]
+    second: Any = b.scores[column]
     draws = first.row_draws - second.row_draws  # the same resamples of rows
     difference = first.mean - second.mean
     rows_p = bootstrap_p(draws) if flipped is None else flipped

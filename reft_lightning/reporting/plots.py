@@ -33,7 +33,7 @@ COLOURS = (
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 BESIDE = 8  # points between markers of one cost
 LINES = ("-", "--", "-.", ":")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "reft-report", "svg.fonttype": "path", "font.size": 10, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "grid.color": INK, "text.color": INK,
     "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "legend.frameon": False,
@@ -330,7 +330,8 @@ def _history(study: Study) -> Figure | None:
         )  # fmt: skip
     ax.set_xlabel("trial (line: the best so far)")
     ax.set_ylabel(_text(monitored(study)))
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    locator: Any = ax.xaxis.get_major_locator()
+    locator.set_params(integer=True)
     _legend(figure, ax)
     return figure
 

@@ -8,7 +8,7 @@ import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -273,7 +273,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
     if not path.is_file():
         return {}, "no config.yaml"
     try:
-        config = OmegaConf.to_container(OmegaConf.load(path))
+        config: Any = OmegaConf.to_container(OmegaConf.load(path))
     except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
         return {}, f"config.yaml cannot be read: {(str(error) or repr(error)).splitlines()[0]}"
     if not isinstance(config, dict):
@@ -283,7 +283,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
 
 @cache
 def _defaults() -> dict[str, Any]:
-    return flat(OmegaConf.to_container(OmegaConf.structured(Config)))
+    return flat(asdict(Config()))
 
 
 def _problem(run: Run) -> str | None:

@@ -58,6 +58,8 @@ class Baseline(nn.Module):
 
     virtual_tokens = 0  # columns that a cache holds before the text's
 
+    base_model: Any
+
     def __init__(self, config: BaselineConfig, base_model: PreTrainedModel, trained: Iterable[str]) -> None:
         super().__init__()
         self.config = config

@@ -48,7 +48,8 @@ class VirtualTokens:
         base = peft_model.get_base_model()
         self.decoder = is_decoder(base.config)
         # a language model may call its decoder past the model around it (OPT)
-        self.inner = base.get_decoder() if isinstance(base, GenerationMixin) else base.base_model
+        model: Any = base
+        self.inner = model.get_decoder() if isinstance(base, GenerationMixin) else model.base_model
         self._names = list(inspect.signature(self.inner.forward).parameters)
         # of the call under way: columns before the text's, and whether its cache holds only the prefix
         self._in_front, self._passing = 0, False

@@ -66,8 +66,9 @@ def attach(
     for own in per_layer.values():
         if "method" in own:
             own["method"] = method_name(intervention_class(own["method"]))
+    shared = list(per_layer) if isinstance(layers, dict) else layers
     ids = check_layers(
-        list(per_layer) if per_layer else layers,
+        shared,
         base_model.config.get_text_config().num_hidden_layers,
         none_allowed=bool(trained_heads),
     )

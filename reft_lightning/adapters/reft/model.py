@@ -50,7 +50,8 @@ class ReftModel(nn.Module):
 
     def __init__(self, base_model: PreTrainedModel, config: ReftConfig) -> None:
         super().__init__()
-        self.base_model, self.config = base_model, config
+        self.base_model: Any = base_model
+        self.config = config
         self.scale = 1.0
         self._enabled = True
         self._spans: Spans | None = None
@@ -67,7 +68,7 @@ class ReftModel(nn.Module):
         self._checkpointable = checkpointable(modules.values())
         self.sites: dict[str, Site] = {}
         self.positions: dict[str, tuple[Positions, str]] = {}
-        self.interventions = nn.ModuleDict()
+        self.interventions: Any = nn.ModuleDict()
         specs = {layer: config.for_layer(layer) for layer in config.layers}
         sites = find_sites(base_model, {layer: spec.component for layer, spec in specs.items()}, modules)
         for layer, spec in specs.items():
@@ -286,19 +287,21 @@ class ReftModel(nn.Module):
                 f"the {site.end} of {site.path} has width {hidden.shape[-1]}, expected {site.dim}; use the input "
                 "of the linear layer that consumes it, as '...{layer}....input'"
             )
-        rows, columns = self._plan.tokens.shape[:2]
+        plan = self._plan
+        assert plan is not None  # the hooks ask before
+        rows, columns = plan.tokens.shape[:2]
         if hidden.shape[:-1].numel() != rows * columns:  # OPT's last map sees them in one dimension
             raise ValueError(
                 f"the {site.end} of {site.path} has the shape {tuple(hidden.shape)}, but the model reads "
                 f"{rows} rows of {columns} tokens: positions mean nothing there"
             )
-        if self._plan.differentiable and not torch.is_grad_enabled():
+        if plan.differentiable and not torch.is_grad_enabled():
             raise ValueError(
                 f"no gradient reaches {site.path}: gradient checkpointing with use_reentrant=True cannot train "
                 "interventions inside a block; switch it on with use_reentrant=False"
             )
         flat = hidden.reshape(-1, hidden.shape[-1])
-        indices = [index.to(hidden.device) for index in self._plan.edits[key]]
+        indices = [index.to(hidden.device) for index in plan.edits[key]]
         edited = [
             phi(flat.index_select(0, index), self.scale)
             for phi, index in zip(self.interventions[key], indices, strict=True)

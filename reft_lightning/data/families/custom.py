@@ -99,10 +99,11 @@ def custom_family(
     for row, where in first:
         for name in make.names:
             column(row, name, where)
+    places: dict[str, Any] = {source: tables}
     return Family(
         name="custom",
         version=VERSION,
-        tasks={TASK: Task(TASK, make, **{source: tables})},
+        tasks={TASK: Task(TASK, make, **places)},
         max_new_tokens=MAX_NEW_TOKENS,
         score=exact_match(make.find),
         template=template,

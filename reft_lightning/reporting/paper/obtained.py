@@ -150,7 +150,8 @@ def _changes(path: Path, expected: Config | None) -> tuple[str, ...]:
     """Return what a run's configuration has other than the experiment, as overrides."""
     if expected is None or not path.is_file():
         return ("(settings unknown)",)
-    found = differences(OmegaConf.to_container(OmegaConf.load(path)), expected, seed=False)
+    settings: Any = OmegaConf.to_container(OmegaConf.load(path))
+    found = differences(settings, expected, seed=False)
     return tuple(
         f"{key}={json.dumps(mine) if isinstance(mine, bool | list | None) else mine}"
         for key, (mine, _) in found.items()
