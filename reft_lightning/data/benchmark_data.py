@@ -8,6 +8,7 @@ themselves.
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from .splits import count_by_task, fingerprint, subset
 log = logging.getLogger(__name__)
 
 
-class BenchmarkData(LightningDataModule):
+class BenchmarkData(LightningDataModule, ABC):
     """Loaders of one benchmark family; the base of a class for each kind of family.
 
     Args:
@@ -102,9 +103,9 @@ class BenchmarkData(LightningDataModule):
     # ------------------------------------------------------------------------------- what a kind of family defines
 
     @property
+    @abstractmethod
     def test_tasks(self) -> tuple[str, ...]:
         """Return the names of the test sets, in the order of `test_dataloader`."""
-        raise NotImplementedError
 
     def check_test(self) -> None:
         """Look whether the files of the test rows are there, without reading them.
@@ -113,29 +114,29 @@ class BenchmarkData(LightningDataModule):
             FileNotFoundError: if a folder lacks them; says what it holds.
         """
 
+    @abstractmethod
     def _read_train(self) -> list[Any]:
         """Return the published train rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _divide(self, train: list[Any]) -> tuple[list[Any], list[Any]]:
         """Return the rows to train on and the rows for validation, of which `limit_validation` are left."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _read_test(self) -> Mapping[str, list[Any]]:
         """Return test set -> its rows; each has an entry in `data_versions["test"]`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _question(self, example: Any) -> Hashable:
         """Return what a test row and a train row must share to ask the same."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _encode(self, examples: list[Any], what: str) -> Any:
         """Return rows of tokens, with `lengths` and `examples`; `what` names them in the log."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _collator(self, with_examples: bool) -> Callable[[list[Any]], dict[str, Any]]:
         """Return what makes a batch of rows of tokens."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------ building
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ..suggest import did_you_mean
 
 Row = Mapping[str, Any]
+T = TypeVar("T")
 _WORD_OR_SYMBOL = re.compile(r"""\w+|[^\w\s.,;:!?'"()‘’“”…]""")
 
 
@@ -112,3 +113,16 @@ def asks_more(example: Example) -> bool:
 def question_of(example: Example) -> Hashable:
     """Return what two rows must share to ask the same."""
     return (example.prompt, example.context, example.turns) if asks_more(example) else example.prompt
+
+
+def named_task(family: str, tasks: Mapping[str, T], name: str) -> T:
+    """Return the task of a family by its name.
+
+    Raises:
+        ValueError: if there is none; names the nearest.
+    """
+    if name not in tasks:
+        raise ValueError(
+            f"{family} has no task {name!r}{did_you_mean(name, tasks)}; it has {', '.join(tasks)}"
+        )
+    return tasks[name]

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..storage.wheels import Wheel
-from ..suggest import did_you_mean
-from .example import Example, Row, Score
+from .example import Example, Row, Score, named_task
 from .rows import HubRows, LocalRows, WheelRows
 from .splits import carve_validation
 
@@ -88,11 +87,7 @@ class Family:
         Raises:
             ValueError: if there is none; names the nearest.
         """
-        if name not in self.tasks:
-            raise ValueError(
-                f"{self.name} has no task {name!r}{did_you_mean(name, self.tasks)}; it has {', '.join(self.tasks)}"
-            )
-        return self.tasks[name]
+        return named_task(self.name, self.tasks, name)
 
     def measures_of(self, tasks: Sequence[str]) -> tuple[str, ...]:
         """Return the names of a run's scores, the main one first; none where only the loss is measured."""

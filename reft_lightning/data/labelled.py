@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from ..storage.wheels import Wheel
 from ..suggest import did_you_mean
 from .columns import text_of
-from .example import Row, column
+from .example import Row, column, named_task
 from .rows import HubRows, LocalRows, WheelRows
 
 # combined_score: the mean of the others, as the GLUE metric of two measures carries it
@@ -176,11 +176,7 @@ class ClassificationFamily:
         Raises:
             ValueError: if there is none; names the nearest.
         """
-        if name not in self.tasks:
-            raise ValueError(
-                f"{self.name} has no task {name!r}{did_you_mean(name, self.tasks)}; it has {', '.join(self.tasks)}"
-            )
-        return self.tasks[name]
+        return named_task(self.name, self.tasks, name)
 
     def only_task(self, tasks: Sequence[str]) -> ClassificationTask:
         """Return the task of a list of one.

@@ -59,7 +59,6 @@ class Prepared:
     tokenizer: Any
     data: BenchmarkData
     count: ParameterCount  # of the published model: a head in float32 has a copy of embeddings that it shares there
-    measures: tuple[str, ...]  # names of the scores, the main one first; none where only the loss is measured
     monitor: Monitor
 
 
@@ -67,26 +66,27 @@ class Prepared:
 class Objects:
     """What a configuration builds."""
 
+    prepared: Prepared
     model: AdaptedModel
-    data: BenchmarkData
     module: FinetuningModule
-    count: ParameterCount
-    commonest: dict[str, str]  # task -> the commonest answer of its training rows
-    measures: tuple[str, ...]
-    monitor: Monitor
     name: str  # of the adapted model, as judges know it
-    decoding: Decoding | None
+
+    @property
+    def data(self) -> BenchmarkData:
+        """Return the data module."""
+        return self.prepared.data
 
     def facts(self) -> dict[str, Any]:
         """Return what ``results.json`` holds of them."""
+        count, decoding = self.prepared.count, self.prepared.decoding
         return {
             "data_versions": self.data.data_versions,
-            "trainable_parameters": self.count.trainable,
-            "base_parameters": self.count.base,
-            "percent": self.count.percent,
+            "trainable_parameters": count.trainable,
+            "base_parameters": count.base,
+            "percent": count.percent,
             "head_parameters": sum(p.numel() for p in self.model.parameter_roles()["head"]),
-            "commonest_answers": self.commonest,
-            **({"decoding": _described(self.decoding)} if self.decoding else {}),
+            "commonest_answers": self.module.commonest,
+            **({"decoding": _described(decoding)} if decoding else {}),
         }
 
 
@@ -114,16 +114,14 @@ def prepare(config: Config) -> Prepared:
     data.setup("fit")
     if config.test and not config.sealed:
         data.check_test()
-    measures = family.measures_of(config.data.tasks)
-    scores = (
-        measures
-        if decoding is None
-        else reported(cast(Family, family), data.train_rows.examples[0], decoding)
-    )
+    if decoding is None:
+        scores = family.measures_of(config.data.tasks)
+    else:
+        scores = reported(cast(Family, family), data.train_rows.examples[0], decoding)
     check_monitor(config, monitor.name, scores, data.val_tasks)
     check_tied_head(config, hf_config, attached.get("heads") or ())
     return Prepared(
-        family, source, attached, optimization, decoding, hf_config, tokenizer, data, count, measures, monitor
+        family, source, attached, optimization, decoding, hf_config, tokenizer, data, count, monitor
     )
 
 
@@ -147,9 +145,7 @@ def build(config: Config, prepared: Prepared | None = None) -> Objects:
     module = kind_of(run.family).module(config, run, model, _shortened_pass(config, run, model))
     module.train()  # Lightning starts training in the mode it finds; the base's dropout is 0 unless asked for
     name = f"{config.model.name} {method_of(config)} seed {config.seed}"
-    return Objects(
-        model, run.data, module, run.count, module.commonest, run.measures, run.monitor, name, run.decoding
-    )
+    return Objects(run, model, module, name)
 
 
 def _described(decoding: Decoding) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def _begin(config: Config, folder: Path, experiment: str | None, objects: Object
     if config.resume:
         results.resume()
     results.update(
-        method=method_of(config), model=config.model.name, monitor=objects.monitor.name, **objects.facts(),
+        method=method_of(config), model=config.model.name, monitor=objects.prepared.monitor.name, **objects.facts(),
         **({"experiment": experiment} if experiment else {}),
     )  # fmt: skip
     return results

@@ -5,6 +5,7 @@ import runpy
 import shutil
 
 import pytest
+from comparison_rows import gsm8k_row, metamath_row
 from transformers import LlamaConfig
 
 from reft_lightning.adapters.adapt import adapt, build_on_meta
@@ -64,22 +65,6 @@ def keys_of(values, path=""):
                 found[f"{below}[]"] = set(entry)
             found[f"{below}[-1]"] = set(value[-1])
     return found
-
-
-def metamath_row(i, response=None, query=None):
-    return {
-        "type": "GSM_Rephrased",
-        "query": query or f"What is {i} and {i}?",
-        "original_question": f"What are two times {i}?",
-        "response": response or f"{i} + {i} = {2 * i}.\n#### {2 * i}\nThe answer is: {2 * i}",
-    }
-
-
-def gsm8k_row(i, split):
-    return {
-        "question": f"Of {split}, row {i}: how many?",
-        "answer": f"There are <<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}",
-    }
 
 
 # --- configurations -----------------------------------------------------------------------------------------------

@@ -2,25 +2,10 @@
 
 import numpy as np
 import pytest
+from comparison_rows import gsm8k_row, metamath_row
 
 from reft_lightning.data import Example
 from reft_lightning.data.families.metamathqa import FAMILY, MOST_CHARACTERS, number, score, stated
-
-
-def metamath_row(i, response=None, query=None):
-    return {
-        "type": "GSM_Rephrased",
-        "query": query or f"What is {i} and {i}?",
-        "original_question": f"What are two times {i}?",
-        "response": response or f"{i} + {i} = {2 * i}.\n#### {2 * i}\nThe answer is: {2 * i}",
-    }
-
-
-def gsm8k_row(i, split):
-    return {
-        "question": f"Of {split}, row {i}: how many?",
-        "answer": f"There are <<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}",
-    }
 
 
 def examples(train=6, questions=9):
