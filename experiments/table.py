@@ -27,7 +27,7 @@ def main() -> None:
             if parts[0] != split or (len(parts) < 3 and parts[-1] != "loss"):
                 continue
             if parts[-1] == "loss" and run["counts"]:
-                continue  # a held-out loss of validation rows, beside scores
+                continue  # a held-out loss of validation rows, in addition to scores
             tasks = "+".join(sorted(run["data_versions"]["train"]))
             key = (f"{tasks}", who, "/".join(parts[1:]))
             count = run["counts"].get(name)

@@ -34,7 +34,7 @@ TEMPLATES = ("plain", "alpaca", "chat")
 
 
 class UsageError(ValueError):
-    """An argument of a command beside ``reft-train`` does not fit."""
+    """An argument of a command other than ``reft-train`` does not fit."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Training with a shortened pass beside training with the plain one, on tiny models and invented rows."""
+"""Training with a shortened pass, against training with the plain one, on tiny models and invented rows."""
 
 import random
 

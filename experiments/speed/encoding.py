@@ -4,7 +4,7 @@
     python experiments/speed/encoding.py --model FOLDER --mixture commonsense_170k.json --out encoding
 
 Without ``--model`` the tokenizer is a byte-level BPE of 4,096 tokens trained on the invented rows; a slow one, written
-in Python (ByT5's), is measured beside it. Lengths of invented rows are spread as those of the commonsense mixture.
+in Python (ByT5's), is measured too. Lengths of invented rows are spread as those of the commonsense mixture.
 
 Ways: in this process without and with the threads of fast tokenizers; ``datasets.map`` in one process, with and
 without them, and in one process a core; reading what was kept. The first import of ``datasets`` is counted on its own.

@@ -1,4 +1,4 @@
-"""Time to attach, save and load 30 layers of LoReFT, and bytes on disk, beside pyreft.
+"""Time to attach, save and load 30 layers of LoReFT, and bytes on disk, next to pyreft.
 
     python experiments/speed/files.py --pyreft-python pyreft-venv/bin/python --out files
 

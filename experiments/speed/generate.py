@@ -1,4 +1,4 @@
-"""Greedy generation with the adapter beside the bare model: tokens a second.
+"""Greedy generation with the adapter and with the bare model: tokens a second.
 
     python experiments/speed/generate.py --random --pyreft-python pyreft-venv/bin/python --out generate
 

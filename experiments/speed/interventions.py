@@ -1,4 +1,4 @@
-"""The interventions of a large model alone, forward and backward, beside pyreft's.
+"""The interventions of a large model alone, forward and backward, next to pyreft's.
 
     python experiments/speed/interventions.py --pyreft-python pyreft-venv/bin/python --out interventions
 

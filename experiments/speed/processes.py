@@ -96,7 +96,7 @@ class Worker:
 def own_waiting() -> dict[str, str]:
     """Return the environment in which threads wait as torch's do by default: one process works at a time, as in a run.
 
-    ``make`` lets them sleep at once, for tests beside each other.
+    ``make`` lets them sleep at once, for tests next to each other.
     """
     return {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
 

@@ -4,7 +4,7 @@
 
 One size varies at a time around a small Llama (random weights, float32). At each point three steps take turns in one
 process: B (the bare model with one trained vector at the embeddings, full logits), LoReFT with full logits, LoReFT
-with logits of the targets alone. What grows beside B is what the interventions cost. Writes ``OUT.json``, ``OUT.md``,
+with logits of the targets only. What grows against B is what the interventions cost. Writes ``OUT.json``, ``OUT.md``,
 ``OUT.png`` and ``OUT.svg``; needs matplotlib.
 """
 

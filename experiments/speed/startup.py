@@ -1,4 +1,4 @@
-"""How long `reft-train` takes from the shell to the first training batch, beside the least any start can take.
+"""How long `reft-train` takes from the shell to the first training batch, next to the least any start can take.
 
 Every start is a fresh process; the two kinds take turns. `reft` is the command itself, stopped after its first step.
 `floor` imports torch, lightning and transformers and loads tokenizer and weights of the same model with
@@ -172,7 +172,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     figures.add_arguments(parser, HERE.with_suffix(""), rounds=4, warmup=None, model=False)
-    parser.add_argument("overrides", nargs="*", help=f"of reft-train, beside {' '.join(ARGUMENTS)}")
+    parser.add_argument("overrides", nargs="*", help=f"of reft-train, in addition to {' '.join(ARGUMENTS)}")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments = (*ARGUMENTS, *args.overrides)

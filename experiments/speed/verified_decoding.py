@@ -200,7 +200,7 @@ def main() -> None:
     batches = load_batches(args.rows, tokenizer, args.limit, args.batch_size, args.device)
     records = [measure(model, name, batches, tokenizer, args) for name in MODELS]
     facts = header(
-        "Greedy decoding with the gold target as a draft, beside plain greedy decoding",
+        "Greedy decoding with the gold target as a draft, next to plain greedy decoding",
         args,
         model=args.model.resolve().name,
         rows=f"{args.rows.parent.name}/{args.rows.name}",

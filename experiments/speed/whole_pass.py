@@ -1,4 +1,4 @@
-"""Examples a second over a pass of a commonsense mixture: ``reft-train`` beside pyreft's own trainer.
+"""Examples a second over a pass of a commonsense mixture: ``reft-train`` next to pyreft's own trainer.
 
     python experiments/speed/whole_pass.py --random --pyreft-python pyreft-venv/bin/python --out whole_pass
     python experiments/speed/whole_pass.py --model FOLDER --mixture commonsense_170k.json --pyreft-python ...

@@ -1,4 +1,4 @@
-"""Which modules of a classifier are its head: what is trained, and saved, beside the interventions.
+"""Which modules of a classifier are its head: what is trained, and saved, in addition to the interventions.
 
 The ReFT paper's classifier is softmax(W_o tanh(W_d h_1 + b_d) + b_o) on the first token, and all four are trained
 (arXiv:2404.03592, section 3.2). Hugging Face's models spell it differently, so the head is read from the model:

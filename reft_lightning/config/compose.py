@@ -59,13 +59,13 @@ class CompositionError(ValueError):
 
 
 def config_dir() -> Path:
-    """Return the folder of the YAML files: inside the installed package, else beside it in a checkout."""
+    """Return the folder of the YAML files: inside the installed package, else next to it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "conf", package.parent / "conf"):
         if folder.joinpath(f"{CONFIG_NAME}.yaml").is_file():
             return folder
     raise FileNotFoundError(
-        f"no conf/{CONFIG_NAME}.yaml in {package} or beside it: install the package again"
+        f"no conf/{CONFIG_NAME}.yaml in {package} or next to it: install the package again"
     )
 
 

@@ -94,7 +94,7 @@ class InterventionConfig:
         "paper"  # of prompts shorter than p + s: paper | floor (n // 2 on both sides, as the authors' code)
     )
     weight_dtype: str = "float32"  # of W and b: float32 | bfloat16 (as the authors' code trains them)
-    # modules trained beside: a list of paths, or "auto" for a classifier's head; None: auto, where there is one
+    # further modules that are trained: a list of paths, or "auto" for a classifier's head; None: auto if there is one
     heads: Any = None
     options: dict[str, Any] = field(default_factory=dict)  # further constructor arguments of the class
     beside: Optional[str] = None  # a peft method trained together with the interventions, such as peft/lora
@@ -271,7 +271,7 @@ class Config:
     # of float32 products, for torch.set_float32_matmul_precision: highest | high | medium. On a GPU the last two
     # (TF32, bfloat16) also reach the products within interventions
     matmul_precision: str = "highest"
-    option_likelihood: bool = free(True)  # rank each row's options by likelihood beside generating
+    option_likelihood: bool = free(True)  # rank each row's options by likelihood, in addition to generating
     sealed: bool = free(False)  # the test split cannot be built: for searches
     resume: Optional[str] = free(None)  # a run folder to continue
     name: Optional[str] = free(None)  # of the run folder; None: the experiment's

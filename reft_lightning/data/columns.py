@@ -25,7 +25,7 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Pattern:
-    """A text with columns in braces; (literal, column) pairs, and what stands behind the last column.
+    """A text with columns in braces; (literal, column) pairs, and the text after the last column.
 
     >>> Pattern.parse("{a} + {b} =", "data.prompt").fill({"a": 1, "b": 2}, "row 0")
     '1 + 2 ='

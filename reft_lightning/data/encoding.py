@@ -144,7 +144,7 @@ def _described(tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str,
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], int]:
-    """Return the ids in front of every prompt, and the one behind every target."""
+    """Return the ids before every prompt, and the one after every target."""
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError(

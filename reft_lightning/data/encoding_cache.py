@@ -60,7 +60,7 @@ def prepare(
         function: columns of k texts -> columns of k numbers, or of k lists of numbers; can be pickled.
         texts: columns of n texts.
         types: column -> the type of its numbers (`NUMBERS`), in brackets for lists: `"[int32]"`.
-        depends_on: returns what the numbers depend on beside the texts, to be written as JSON; None keeps no file
+        depends_on: returns what the numbers depend on besides the texts, to be written as JSON; None keeps no file
             and starts no process. Not asked for small sets.
         what: names the rows in the log and the progress bar.
 
@@ -155,7 +155,7 @@ def _build(
     about: Mapping[str, Any],
     what: str,
 ) -> None:
-    """Write a folder beside its place and move it there. The caller holds its lock."""
+    """Write a folder next to its place and move it there. The caller holds its lock."""
     import datasets
 
     if folder.exists():

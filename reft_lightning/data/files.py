@@ -24,7 +24,7 @@ def read_file(path: Path) -> Rows:
     """Yield (row, where) of a file in the format that its ending names.
 
     Args:
-        path: ends in a key of `READERS`, and for text perhaps in `.gz` behind that.
+        path: ends in a key of `READERS`, and for text perhaps in `.gz` after that.
 
     Raises:
         ValueError: for an unknown ending; lists the known ones. For content that is not in the format; names

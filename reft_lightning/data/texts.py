@@ -43,7 +43,7 @@ class EncodedTexts(Dataset[dict[str, Any]]):
         what: names the rows in the log.
 
     Raises:
-        ValueError: if `max_length` leaves no room for a token of each text beside the special ones.
+        ValueError: if `max_length` leaves no room for a token of each text in addition to the special ones.
     """
 
     def __init__(

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
         prog="reft-report", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Compare runs: tables, intervals, paired tests, plots, one HTML page. "
-        "(reft-report paper sets runs beside the paper's numbers.)",
+        "(reft-report paper sets runs next to the paper's numbers.)",
     )  # fmt: skip
     add = arguments.add_argument
     add(

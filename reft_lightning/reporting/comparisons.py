@@ -80,7 +80,7 @@ class Method:
     Args:
         label: what tables call it.
         runs: by seed.
-        base: whether it is the frozen base beside the runs.
+        base: whether it is the frozen base, not a method of the runs.
         scores: (task, measure) -> score.
         edges: of the winner of a search, where its settings lie at an edge of the search space.
     """

@@ -1,4 +1,4 @@
-"""A report as one HTML page and as Markdown, from the templates beside this file."""
+"""A report as one HTML page and as Markdown, from the templates next to this file."""
 
 from __future__ import annotations
 

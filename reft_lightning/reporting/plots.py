@@ -173,7 +173,7 @@ def _name(column: tuple[str, str]) -> str:
 
 
 def _unit(measure: str) -> str:
-    """Return what stands behind the name of a measure: a correlation is no share of anything."""
+    """Return what follows the name of a measure: a correlation is not a share of anything."""
     return "" if measure == LOSS else " × 100" if measure in CORRELATIONS else ", %"
 
 

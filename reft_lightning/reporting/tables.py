@@ -21,7 +21,7 @@ COSTS = (
 )  # fmt: skip
 
 
-EDGE = "†"  # behind the name of a method
+EDGE = "†"  # after the name of a method
 EDGED = "at an edge of the space that was searched"
 
 

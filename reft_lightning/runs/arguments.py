@@ -1,6 +1,6 @@
 """From a section of the configuration to the arguments of what it configures.
 
-A setting that would change nothing is refused here, where it stands beside what it is given to.
+A setting that would change nothing is refused here.
 """
 
 from __future__ import annotations

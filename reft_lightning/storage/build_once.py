@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def publish(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Build a folder beside its final place and move it there when complete; one process builds, others wait.
+    """Build a folder next to its final place and move it there when complete; one process builds, others wait.
 
     Args:
         folder: the final place; returned at once when it is there and whole.

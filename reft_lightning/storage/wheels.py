@@ -131,12 +131,12 @@ def read_member(wheel: Path, member: str) -> bytes:
     """Return the bytes of one file inside a wheel.
 
     Raises:
-        FileNotFoundError: if the wheel lacks it; names what lies beside it.
+        FileNotFoundError: if the wheel lacks it; names the files next to it.
     """
     with zipfile.ZipFile(wheel) as archive:
         try:
             return archive.read(member)
         except KeyError:
             folder = member.rsplit("/", 1)[0]
-            beside = [name for name in archive.namelist() if name.startswith(folder)] or archive.namelist()
-            raise FileNotFoundError(f"{wheel.name} has no {member}; it has {', '.join(beside[:8])}") from None
+            others = [name for name in archive.namelist() if name.startswith(folder)] or archive.namelist()
+            raise FileNotFoundError(f"{wheel.name} has no {member}; it has {', '.join(others[:8])}") from None

@@ -152,7 +152,7 @@ class ClassificationModule(FinetuningModule):
                     self.log(f"{self.prefix}{stage}/{measure}", value, prog_bar=main, sync_dist=True)
 
     def _values(self, task: str, path: str) -> dict[str, float]:
-        """Compute the measures of one test set and fill in what stands behind them."""
+        """Compute the measures of one test set and fill in what they rest on."""
         values: dict[str, float] = {}
         metrics = self.scores[task]
         total = int(self._rows(task))

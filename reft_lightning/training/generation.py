@@ -79,7 +79,7 @@ class GenerationModule(FinetuningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:
         """Add the loss of a batch of validation rows, and score it."""
-        reader = ColumnReader(self.model)  # loss, options and texts stand behind the same prompts, read once
+        reader = ColumnReader(self.model)  # loss, options and texts share their prompts, which are read once
         self._add_loss(batch, reader)
         if self.family.score is not None:
             self._score(batch, self.tasks["val"][dataloader_idx], reader)

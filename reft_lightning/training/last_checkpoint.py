@@ -104,7 +104,7 @@ class LastCheckpoint(Checkpoint):
         self._gradients = {n: p.grad.detach().clone() for n, p in named.items() if p.grad is not None}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the next batch depends on beside the loops."""
+        """Return what the next batch depends on besides the loops."""
         return {
             "random": self._random,
             "loaders": self._loaders,

@@ -44,7 +44,7 @@ class FinetuningModule(LightningModule):
             the row, by measure.
         kind: what the predictions are: ``generation``, ``classification`` (with the ``labels``) or ``regression``.
         commonest: task -> the commonest answer of its training rows.
-        counts: score -> what stands behind it: ``total`` rows, ``correct`` of them, ``missing``, ``interval``.
+        counts: score -> what it rests on: ``total`` rows, ``correct`` of them, ``missing``, ``interval``.
     """
 
     commonest: dict[str, str]

@@ -1,4 +1,4 @@
-"""The scripts beside the studies in experiments/: what a verdict rests on."""
+"""The scripts of the studies in experiments/: what a verdict rests on."""
 
 import gzip
 import itertools

@@ -46,7 +46,7 @@ from ..rows import HubRows, LocalRows, read_file
 VERSION = 1
 KS = (1, 10, 100)  # Chen et al. 2021; those beyond the number of samples are left out
 DONE = "[DONE]"
-# task -> where a text ends. HumanEval: Chen et al. 2021, section 3.2: what begins a line behind the function's body
+# task -> where a text ends. HumanEval: Chen et al. 2021, section 3.2: what begins a line after the function's body
 STOP_STRINGS = {
     "humaneval": ("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
     "mbpp": (DONE,),

@@ -11,7 +11,7 @@ Validation and test rows: GSM8K, as in :mod:`.gsm8k`. The model reads the questi
 and learns, or says, what follows "Answer:".
 
 - Train: rows whose question and response have at most 1,300 characters together, a blank between them included. No row
-  of GSM8K train is learnt beside them.
+  of GSM8K train is learnt together with them.
 - Validation: the first 50 GSM8K train rows in the order of numpy's legacy shuffle seeded with `data.split_seed` (0
   there). MetaMathQA was made from GSM8K train: its rows ask many of these questions again, and stay, as there. The
   number of such rows is logged. Validation scores are high for that reason; test questions occur in neither.
@@ -20,7 +20,7 @@ and learns, or says, what follows "Answer:".
 Two things differ from the protocol. Its loss covers question and response, here it covers the response (and the end of
 the text). It reads the first 20,000 of the rows in 5,000 steps of 4, in buckets of 80; here they are drawn.
 
-Scores of what is generated behind the prompt (there, of prompt and text together):
+Scores of what is generated after the prompt (there, of prompt and text together):
 
 - `accuracy`, as published. The answer is what follows the last "The answer is: ", or else "The answer is ", "The final
   answer is: ", "The final answer is ", "#### ", up to the end of the line, without blanks and . ! ? $ % at its ends.

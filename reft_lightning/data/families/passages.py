@@ -16,7 +16,7 @@ _BEFORE, _REQUEST = "Passage: ", "\n\nPlease "
 
 
 def prompt_about(passage: str, request: str, question: str, where: str) -> str:
-    r"""Return the passage and, behind it, the request that ends in the question, both stripped.
+    r"""Return the passage and, after it, the request that ends in the question, both stripped.
 
     Args:
         passage: what the question is about.

@@ -1,6 +1,6 @@
 r"""Reading comprehension with four choices: RACE (middle, high) and QuAIL.
 
-The prompt is a passage and, behind it, LLM-Adapters' multiple-choice text of the commonsense tasks, so that a
+The prompt is a passage and, after it, LLM-Adapters' multiple-choice text of the commonsense tasks, so that a
 passage longer than `data.max_length` loses its beginning and never the question::
 
     Passage: Tom put the cake on the bench. ...

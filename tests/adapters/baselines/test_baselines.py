@@ -1,4 +1,4 @@
-"""Baselines behind the calls of a ReFT model: the laws of adapted models, peft's own view of them, and whole runs."""
+"""Baselines with the calls of a ReFT model: the laws of adapted models, peft's own view of them, and whole runs."""
 
 import json
 from types import SimpleNamespace

@@ -33,7 +33,7 @@ RUN = [
 
 
 def joint(family="llama", beside="peft/lora", moved=True, seed=0, base=None, **settings):
-    """Return LoReFT beside a peft method; both ``moved`` away from the base, as training does."""
+    """Return LoReFT with a peft method; both ``moved`` away from the base, as training does."""
     torch.manual_seed(seed)
     options = {"beside": beside, "beside_options": OPTIONS.get(beside, {})}
     settings = {"rank": 2, "positions": "f1+l1", "heads": "auto" if family == "bert" else ()} | settings
