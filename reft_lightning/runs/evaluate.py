@@ -11,6 +11,7 @@ from lightning import Trainer, seed_everything
 
 from ..adapters.saving import load_state
 from ..config.identity import config_hash
+from ..config.schema import OptimizerConfig, SchedulerConfig
 from ..storage.atomic import new_folder, now
 from ..suggest import did_you_mean
 from .arguments import method_of
@@ -51,7 +52,8 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
     quiet_lightning()
     seed_everything(config.seed, workers=True, verbose=False)
     adapter = load_state(folder / "adapter")  # a missing one is reported before weights are loaded
-    objects = build(config)
+    # nothing is trained: what the folder names for training is not imported
+    objects = build(replace(config, optimizer=OptimizerConfig(), scheduler=SchedulerConfig()))
     objects.model.load_adapter_state_dict(adapter)
     target = new_folder(folder / "evaluations")
     results = Results(

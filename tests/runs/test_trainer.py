@@ -11,6 +11,7 @@ import torch
 
 from reft_lightning.config.compose import CompositionError
 from reft_lightning.config.schema import TrainerConfig
+from reft_lightning.runs.evaluate import evaluate
 from reft_lightning.runs.experiment import SetupError
 
 # Where our default is not Lightning's.
@@ -138,3 +139,17 @@ def test_an_optimizer_of_ones_own_is_found_by_its_import_path(data, tmp_path, mo
     )
     assert json.loads((tmp_path / "own" / "results.json").read_text())["status"] == "complete"
     assert torch.isfinite(torch.tensor(found["metrics"]["val/loss"]))
+
+
+def test_an_evaluation_imports_nothing_that_the_folder_names_for_training(data, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    results = short_runs.run(data, run, "trainer.max_steps=2")
+    (tmp_path / "stranger.py").write_text("raise AssertionError('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = run / "config.yaml"
+    text = config.read_text().replace("torch.optim.AdamW", "stranger.Optimizer")
+    text = text.replace("callbacks: {}", "callbacks: {one: {_target_: stranger.Callback}}")
+    config.write_text(text.replace("logger: {}", "logger: {one: {_target_: stranger.Logger}}"))
+    assert config.read_text().count("stranger.") == 3
+    again = evaluate(run)["metrics"]
+    assert again == {name: value for name, value in results["metrics"].items() if name.startswith("val/")}
