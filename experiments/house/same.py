@@ -79,10 +79,10 @@ RUNS: dict[str, list[str]] = {
 }  # fmt: skip
 
 
-def write_rows(folder: Path) -> Path:
+def write_rows(folder: Path, train: int = 24, test: int = 6) -> Path:
     """Write invented yes/no rows in the layout of LLM-Adapters."""
     (folder / "boolq").mkdir(parents=True)
-    for split, count in (("train", 24), ("test", 6)):
+    for split, count in (("train", train), ("test", test)):
         rows = []
         for i in range(count):
             rng = random.Random(f"{split} {i}")
