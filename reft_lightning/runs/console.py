@@ -64,12 +64,12 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
     folder = escape(str(results["run_dir"]))  # a sweep's folders have brackets, which rich reads as markup
     console.print(f"[bold]run folder[/bold]  {folder}", soft_wrap=True)
     if not results.get("head_parameters"):  # a classifier says nothing
-        console.print(f"talk to both     reft-chat run={folder}", soft_wrap=True)
+        console.print(f"chat with both   reft-chat run={folder}", soft_wrap=True)
     console.print(f"evaluate again   reft-eval run={folder} split=validation", soft_wrap=True)
     if "split" not in results and results["trainable_parameters"] + results.get("head_parameters", 0):
         other = OTHER.get(results["method"])
         change = f"intervention={other}, or -m seed=42,43,44" if other else "-m seed=42,43,44"
-        console.print(f"change a thing   the same command and {change}", soft_wrap=True)
+        console.print(f"next experiment  the same command and {change}", soft_wrap=True)
 
 
 def _gibibytes(count: int | None) -> str:

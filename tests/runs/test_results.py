@@ -123,13 +123,13 @@ def test_the_table_shows_base_and_adapter_with_intervals():
 )
 def test_a_change_is_proposed_that_changes_the_method(method, said):
     assert said in table(method=method)
-    assert "change a thing" not in table(
+    assert "next experiment" not in table(
         method=method, split="validation"
     )  # evaluated again: no such command
 
 
 def test_no_change_is_proposed_of_a_model_that_trains_nothing():
-    assert "change a thing" not in table(method="frozen", trainable_parameters=0)
+    assert "next experiment" not in table(method="frozen", trainable_parameters=0)
     assert "-m seed=42,43,44" in table(method="none", trainable_parameters=0, head_parameters=7)
 
 
