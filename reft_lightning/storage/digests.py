@@ -1,0 +1,24 @@
+"""What a file holds, as a sha256."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_once(path: Path) -> str:
+    """Return the sha256 of a file; a process reads it again only when the file has changed."""
+    facts = path.stat()
+    return _sha256_of_state(path, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+
+
+@cache
+def _sha256_of_state(path: Path, *state: int) -> str:
+    return sha256_of(path)
