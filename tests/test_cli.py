@@ -171,7 +171,10 @@ def test_a_key_of_the_schema_cannot_be_deleted(refuse):
 def test_no_arguments_say_which_models_and_experiments_there_are(refuse):
     said = refuse()
     assert "tiny_random" in said
+    assert "model.name=OWNER/NAME" in said
     assert "quickstart" in said
+    assert "paper/... (" in said  # many files are counted
+    assert "paper/gsm8k_direft_tuning" in refuse("experiment=paper/gsm8k")
 
 
 def test_resume_beside_other_arguments_says_that_it_stands_alone(refuse):

@@ -35,7 +35,7 @@ from omegaconf.errors import (
 
 from ..adapters.methods import METHODS, check_beside, method_named
 from ..suggest import did_you_mean
-from .explain import Vocabulary
+from .explain import Vocabulary, shown
 from .method_settings import check_settings_mean_something
 from .schema import CHOICES, Config
 from .user_paths import with_absolute_paths
@@ -49,7 +49,6 @@ TRAIN_USAGE = """reft-train model=NAME [GROUP=NAME ...] [KEY=VALUE ...]      tra
        reft-train model=NAME --cfg job                         prints every key and value, and runs nothing
        reft-train --config-dir FOLDER ...                      reads YAML files of your own, too
        reft-train --hydra-help                                 the other flags"""
-SHOWN = 12  # files of one folder that the help names one by one
 # Arguments that print something and run nothing.
 PASSIVE_FLAGS = ("hydra_help", "shell_completion", "info", "experimental_rerun")
 
@@ -70,10 +69,11 @@ def config_dir() -> Path:
 
 
 def register() -> None:
-    """Tell Hydra the schema and the two resolvers that ``conf/config.yaml`` names folders with."""
+    """Tell Hydra the schema, and the resolvers by which YAML files name folders and models."""
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("folder_name", _folder_name, replace=True)
+    OmegaConf.register_new_resolver("base_name", _base_name, replace=True)
 
 
 def _run_name(*candidates: Any) -> str:
@@ -83,6 +83,10 @@ def _run_name(*candidates: Any) -> str:
 def _folder_name(*parts: Any) -> str:
     # Overrides hold slashes (paths) and can outgrow the 255 bytes of a file name.
     return "_".join(str(part) for part in parts if str(part)).replace("/", "_")[:150]
+
+
+def _base_name(path: str | None) -> str:
+    return Path(path).expanduser().absolute().name if path else ""
 
 
 def compose(overrides: Sequence[str] = (), extra_dir: str | Path | None = None) -> Config:
@@ -132,11 +136,7 @@ def _help(vocabulary: Vocabulary) -> str:
     for group, options in vocabulary.groups.items():
         if "/" in group or group in ("local", "search"):
             continue
-        shown = [option for option in options if "/" not in option]
-        for folder in sorted({option.partition("/")[0] for option in options if "/" in option}):
-            inside = [option for option in options if option.startswith(f"{folder}/")]
-            shown += inside if len(inside) <= SHOWN else [f"{folder}/... ({len(inside)} files)"]
-        lines.append(fill(", ".join(shown), 110, initial_indent=f"  {group:<14}", subsequent_indent=" " * 16))
+        lines.append(fill(shown(options), 110, initial_indent=f"  {group:<14}", subsequent_indent=" " * 16))
     keys = ", ".join(name for name in vocabulary.keys if "." not in name and name not in vocabulary.groups)
     lines += [
         "",
@@ -207,7 +207,7 @@ def _compose(overrides: list[str], vocabulary: Vocabulary) -> Config:
         config = hydra_compose(CONFIG_NAME, overrides=[*overrides, *search])
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise CompositionError(_explain(error, overrides, vocabulary)) from error
-    _check_fields(config, vocabulary)
+    _check_fields(config, overrides, vocabulary)
     try:
         composed = to_config(config)
     except OmegaConfBaseException as error:
@@ -242,7 +242,9 @@ def _check_override(override: Override, vocabulary: Vocabulary) -> None:
         raise CompositionError(f"{text}: a key of the schema cannot be deleted; set {name}=null instead")
 
 
-def _check_fields(config: DictConfig, vocabulary: Vocabulary, cls: type = Config, prefix: str = "") -> None:
+def _check_fields(
+    config: DictConfig, overrides: Sequence[str], vocabulary: Vocabulary, cls: type = Config, prefix: str = ""
+) -> None:
     hints = typing.get_type_hints(cls)
     fields = [field.name for field in dataclasses.fields(cls)]
     for name in config:
@@ -250,9 +252,12 @@ def _check_fields(config: DictConfig, vocabulary: Vocabulary, cls: type = Config
             raise CompositionError(vocabulary.unknown_key(f"{prefix}{name}", "the configuration"))
     for name in fields:
         if OmegaConf.is_missing(config, name):
+            if f"{prefix}{name}" == "model.name":
+                raise CompositionError(_no_model(overrides, vocabulary))
             raise CompositionError(f"{prefix}{name} has no value: write {prefix}{name}=...")
         if dataclasses.is_dataclass(hints[name]):
-            _check_fields(config[name], vocabulary, typing.cast(type, hints[name]), f"{prefix}{name}.")
+            inside = typing.cast(type, hints[name])
+            _check_fields(config[name], overrides, vocabulary, inside, f"{prefix}{name}.")
 
 
 def _check_values(config: Config) -> None:
@@ -304,8 +309,10 @@ def _check_intervention(config: Config, overrides: Sequence[str], vocabulary: Vo
 def _explain(error: Exception, overrides: Sequence[str], vocabulary: Vocabulary) -> str:
     message = str(error).strip()
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
-    if "You must specify" in message:
-        return _no_choice(overrides, vocabulary)
+    if "No match in the defaults list" in message:  # `override /modle: x` in an experiment
+        for file, group, _ in _experiment_defaults(overrides, vocabulary):
+            if group not in vocabulary.groups:
+                return vocabulary.unknown_group(group, str(file))
     missing = getattr(error, "missing_cfg_file", None)
     if missing:
         return _missing_file(missing, overrides, vocabulary) or message
@@ -350,8 +357,7 @@ def _experiment_defaults(overrides: Sequence[str], vocabulary: Vocabulary) -> It
                 yield file, key.removeprefix("override ").lstrip("/"), str(option)
 
 
-def _no_choice(overrides: Sequence[str], vocabulary: Vocabulary) -> str:
-    """Explain a group without an option: the experiment misspells its name, or nothing chose it."""
+def _no_model(overrides: Sequence[str], vocabulary: Vocabulary) -> str:
     known = vocabulary.groups
     if resumed := [text for text in overrides if text.startswith("resume=")]:
         others = ", ".join(text for text in overrides if text not in resumed)
@@ -359,10 +365,8 @@ def _no_choice(overrides: Sequence[str], vocabulary: Vocabulary) -> str:
             f"{resumed[-1]} stands alone, as the run goes on under the configuration that its folder keeps: leave "
             f"{others or 'the flags'} out"
         )
-    for file, group, _ in _experiment_defaults(overrides, vocabulary):
-        if group not in known:
-            return vocabulary.unknown_group(group, str(file))
     return (
-        f"no model was chosen: write model=NAME, with NAME one of {', '.join(known['model'])},\n"
-        f"or experiment=NAME, with NAME one of {', '.join(known['experiment'])}"
+        f"no model was chosen: write model=NAME, with NAME one of {shown(known['model'])},\n"
+        "or model.name=OWNER/NAME for a model of the hub, or model=local model.path=FOLDER,\n"
+        f"or experiment=NAME, with NAME one of {shown(known['experiment'])}"
     )

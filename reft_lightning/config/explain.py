@@ -23,6 +23,8 @@ TYPES = {int: "an integer", float: "a number", str: "a text", bool: "true or fal
 
 CUTOFF = 0.7  # of difflib's ratio: below it a guess misleads (learning_rate would be warmup_ratio)
 
+SHOWN = 12  # files of one folder that are named one by one
+
 # What other trainers call a key, by its last part.
 ALIASES = {
     "learning_rate": "optimizer.lr",
@@ -75,6 +77,16 @@ def _dotted(values: dict[str, Any], prefix: str) -> Iterator[str]:
         yield f"{prefix}.{key}"
         if isinstance(value, dict):
             yield from _dotted(value, f"{prefix}.{key}")
+
+
+def shown(options: Sequence[str], opened: str = "") -> str:
+    """Return the options of a group in one line; folders of many files are counted, but for the one that is opened."""
+    names = [option for option in options if "/" not in option]
+    for folder in sorted({option.partition("/")[0] for option in options if "/" in option}):
+        inside = [option for option in options if option.startswith(f"{folder}/")]
+        few = len(inside) <= SHOWN or folder == opened
+        names += inside if few else [f"{folder}/... ({len(inside)} files)"]
+    return ", ".join(names)
 
 
 class Vocabulary:
@@ -163,7 +175,8 @@ class Vocabulary:
         """Return the message for an option that a group does not have."""
         options = self.groups[group]
         hint = did_you_mean(option, options, f"{group}=")
-        return f"{where}: {group} has no option {option!r}{hint}\n{group} is one of {', '.join(options)}"
+        folder = option.partition("/")[0]
+        return f"{where}: {group} has no option {option!r}{hint}\n{group} is one of {shown(options, folder)}"
 
     def unknown_group(self, group: str, where: str) -> str:
         """Return the message for a group that no folder has."""

@@ -40,14 +40,32 @@ def test_every_option_of_every_group_composes(group, option):
 
 def needs_of(override):
     """What a user must add: the paths that only they know."""
-    if override == "model=stories260k":
+    if override in ("model=stories260k", "model=local"):
         return ["model.path=folder"]
+    if override == "model=hub":
+        return ["model.name=owner/name"]
     if re.search(
         "=(debug|paper/(arithmetic|ablation)_|small/(arithmetic|ultrafeedback|code|glue|stsb)|arithmetic|few_shot|custom)",
         override,
     ):
         return ["data.path=folder"]
     return []
+
+
+def test_a_model_of_the_hub_needs_its_name_only():
+    config = compose(["model.name=owner/name"])
+    assert (config.model.source, config.model.name) == ("hub", "owner/name")
+
+
+def test_a_folder_is_a_model_under_its_own_name(tmp_path, monkeypatch):
+    (tmp_path / "my-model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path in ("my-model", "my-model/", tmp_path / "my-model"):
+        config = compose(["model=local", f"model.path={path}"])
+        assert (config.model.name, config.model.path) == ("my-model", str(tmp_path / "my-model"))
+    assert compose(["model=local", "model.path=my-model", "model.name=mine"]).model.name == "mine"
+    with pytest.raises(CompositionError, match=r"needs model\.path"):
+        compose(["model=local"])
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
