@@ -16,14 +16,19 @@ Llama and its kin      ``score``
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Iterable, Sequence
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..suggest import did_you_mean
 
+log = logging.getLogger(__name__)
+
 AUTO = "auto"
 POOLER = "pooler"
+_UNNAMED = re.compile(r"LABEL_\d+")  # what transformers calls classes without a name
 
 
 def classification_heads(model: PreTrainedModel) -> list[str]:
@@ -84,3 +89,71 @@ def check_only_heads_missing(model: PreTrainedModel, missing: Iterable[str], whe
             f"the checkpoint {where} lacks weights of {type(model).__name__} outside its head: {shown}. They would "
             "be random and never trained; is this a checkpoint of this architecture?"
         )
+
+
+def check_head_size(config: PretrainedConfig, outputs: int, where: str) -> None:
+    """Refuse a checkpoint whose classifier has another number of outputs than the task.
+
+    Args:
+        config: as the checkpoint has it.
+        outputs: of the task: one a class, or one for a score.
+        where: names the checkpoint.
+
+    Raises:
+        ValueError: if the numbers differ.
+    """
+    if _has_head(config) and config.num_labels != outputs:
+        named = ", ".join(_classes(config))
+        raise ValueError(
+            f"the classifier of the checkpoint {where} has {config.num_labels} outputs ({named}), the task has "
+            f"{outputs}. {_WITHOUT_HEAD}"
+        )
+
+
+def class_order(config: PretrainedConfig, classes: Sequence[str]) -> list[int] | None:
+    """Return which output of a checkpoint's classifier is each class of a task, by their names.
+
+    Names are compared without case, and with ``-`` and spaces read as ``_``. A checkpoint that does not name its
+    classes, or names all of them otherwise, is taken in the order of the task, and a warning says so in the second
+    case.
+
+    Args:
+        config: of a checkpoint whose classifier has an output for each class.
+        classes: names of the task's classes; empty for a regression.
+
+    Returns:
+        The number of the output for each class of the task; None where both orders are the same.
+
+    Raises:
+        ValueError: if only some of the names are the task's.
+    """
+    if not classes or not _has_head(config):
+        return None
+    theirs, ours = [_plain(name) for name in _classes(config)], [_plain(name) for name in classes]
+    if sorted(theirs) == sorted(ours):
+        order = [theirs.index(name) for name in ours]
+        return None if order == list(range(len(ours))) else order
+    listed = f"the checkpoint's classifier has the classes {', '.join(_classes(config))}, the task {', '.join(classes)}"
+    if set(theirs) & set(ours):
+        raise ValueError(f"{listed}: only some of them agree. {_WITHOUT_HEAD}")
+    if not all(_UNNAMED.fullmatch(name) for name in _classes(config)):
+        log.warning("%s: they are taken as the same, in this order", listed)
+    return None
+
+
+_WITHOUT_HEAD = (
+    "For a new head, save the checkpoint without its own: "
+    "AutoModel.from_pretrained(CHECKPOINT).save_pretrained(FOLDER), then model.source=local model.path=FOLDER"
+)
+
+
+def _has_head(config: PretrainedConfig) -> bool:
+    return any("ForSequenceClassification" in name for name in config.architectures or ())
+
+
+def _classes(config: PretrainedConfig) -> list[str]:
+    return [str(name) for _, name in sorted((config.id2label or {}).items())]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_\s]+", "_", name.strip().lower())

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from ..suggest import did_you_mean
-from .heads import check_only_heads_missing
+from .heads import check_head_size, check_only_heads_missing
 from .output_head import join_columns
 from .places import ModelPlace
 
@@ -118,7 +118,8 @@ def load_config(
 
     Raises:
         OSError: if it cannot be found; says what to do.
-        ValueError: if the source is unknown, or what it needs is missing.
+        ValueError: if the source is unknown, what it needs is missing, or the checkpoint's classifier has another
+            number of outputs.
     """
     lies = ModelPlace(**place)
     source = lies.source
@@ -126,12 +127,10 @@ def load_config(
         choices = ", ".join(MODEL_SOURCES)
         close = did_you_mean(source, MODEL_SOURCES)
         raise ValueError(f"model source must be one of {choices}; got {source!r}{close}")
-    labels = {} if num_labels is None else {"num_labels": num_labels}
     if source == "random":
         arguments: dict[str, Any] = dict(config or {})
         if "model_type" not in arguments:
             raise ValueError("source=random needs config.model_type, such as 'llama'; sizes are optional")
-        arguments |= labels
         loaded = AutoConfig.for_model(**arguments)
     else:
         if config:
@@ -140,9 +139,13 @@ def load_config(
             )
         where = lies.folder()
         try:
-            loaded = AutoConfig.from_pretrained(where, revision=lies.revision, **labels)
+            loaded = AutoConfig.from_pretrained(where, revision=lies.revision)
         except (OSError, ValueError) as error:
             raise OSError(_not_found("model", where, error)) from error
+        if num_labels is not None:
+            check_head_size(loaded, num_labels, where)
+    if num_labels is not None:
+        loaded.num_labels = num_labels
     if not base_dropout:
         _zero_dropout(loaded)
     return loaded

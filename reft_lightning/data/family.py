@@ -95,3 +95,8 @@ class Family:
 
     def num_labels(self, tasks: Sequence[str]) -> None:
         """Return None: a language model has no classes."""
+        return None
+
+    def classes_of(self, tasks: Sequence[str]) -> tuple[str, ...]:
+        """Return the names of a classifier's classes: none."""
+        return ()

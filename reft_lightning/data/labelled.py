@@ -198,3 +198,7 @@ class ClassificationFamily:
     def num_labels(self, tasks: Sequence[str]) -> int:
         """Return the number of a classifier's outputs."""
         return self.only_task(tasks).num_labels
+
+    def classes_of(self, tasks: Sequence[str]) -> tuple[str, ...]:
+        """Return the names of the classes, in the order of their numbers; none of a regression."""
+        return self.only_task(tasks).labels

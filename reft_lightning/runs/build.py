@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from ..adapters.adapt import adapt, build_on_meta
 from ..adapters.adapted import AdaptedModel, ParameterCount
+from ..base_models.heads import class_order
 from ..base_models.loading import fit_to_tokenizer, load_base_model, load_config, load_tokenizer
 from ..base_models.places import ModelPlace
 from ..config.schema import Config
@@ -60,6 +61,7 @@ class Prepared:
     data: BenchmarkData
     count: ParameterCount  # of the published model: a head in float32 has a copy of embeddings that it shares there
     monitor: Monitor
+    class_order: list[int] | None  # see base_models.heads.class_order
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def prepare(config: Config) -> Prepared:
     decoding = decoding_of(config, cast(Family, family)) if kind_of(family).generates else None
     place = {name: source[name] for name in PLACE}
     hf_config = load_config(**place, **{k: source[k] for k in ("base_dropout", "config", "num_labels")})
+    order = class_order(hf_config, family.classes_of(config.data.tasks))
     check_reads_forward(config, hf_config, source["task"], family)
     tokenizer = load_tokenizer(**place, tokenizer=source["tokenizer"])
     if config.model.source == "random":
@@ -121,7 +124,7 @@ def prepare(config: Config) -> Prepared:
     check_monitor(config, monitor.name, scores, data.val_tasks)
     check_tied_head(config, hf_config, attached.get("heads") or ())
     return Prepared(
-        family, source, attached, optimization, decoding, hf_config, tokenizer, data, count, monitor
+        family, source, attached, optimization, decoding, hf_config, tokenizer, data, count, monitor, order
     )
 
 

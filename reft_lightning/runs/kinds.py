@@ -60,7 +60,9 @@ def _classification(
     config: Config, run: Prepared, model: AdaptedModel, training_pass: Any
 ) -> ClassificationModule:
     assert isinstance(run.data, ClassificationData)
-    return ClassificationModule(model, run.tokenizer, run.data, run.optimization, training_pass)
+    return ClassificationModule(
+        model, run.tokenizer, run.data, run.optimization, training_pass, run.class_order
+    )
 
 
 def commonest_answers(examples: Iterable[Example]) -> dict[str, str]:

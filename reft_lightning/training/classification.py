@@ -41,6 +41,7 @@ class ClassificationModule(FinetuningModule):
         data: names the task and its measures; its train rows are read.
         optimization: optimizer and schedule.
         training_pass: see :class:`FinetuningModule`.
+        class_order: which output of the classifier is each class of the task; None: in the task's order.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class ClassificationModule(FinetuningModule):
         data: ClassificationData,
         optimization: Optimization,
         training_pass: TrainingPass | None = None,
+        class_order: list[int] | None = None,
     ) -> None:
         super().__init__(model, data.val_tasks, data.test_tasks, optimization, training_pass)
+        self.class_order = class_order
         self.tokenizer, self.task, self.measures = tokenizer, data.task, data.task.measures
         labels = {"kind": "classification", "labels": list(self.task.labels)}
         self.kind = {"kind": "regression"} if self.task.regression else labels
@@ -71,10 +74,12 @@ class ClassificationModule(FinetuningModule):
         return metrics
 
     def logits_of(self, batch: dict[str, Any]) -> Tensor:  # (b, classes) or (b,) float32
-        """Return the classifier's outputs."""
+        """Return the classifier's outputs, in the order of the task's classes."""
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "examples", "rows")}
         logits = self.output_of(inputs, batch).logits.float()
-        return logits.squeeze(-1) if self.task.regression else logits
+        if self.task.regression:
+            return logits.squeeze(-1)
+        return logits if self.class_order is None else logits[:, self.class_order]
 
     def loss_of(self, batch: dict[str, Any]) -> Tensor:
         """Return the mean loss over the rows."""

@@ -156,6 +156,65 @@ class TestHeads:
         assert torch.equal(first.bert.pooler.dense.weight, other.bert.pooler.dense.weight)
 
 
+class TestOrderOfClasses:
+    """A checkpoint that was trained on the task names its classes, not always in the order of the benchmark."""
+
+    MNLI = ("entailment", "neutral", "contradiction")
+
+    def saved(self, folder, names):
+        """Save one classifier of MNLI with its outputs in the order of these names."""
+        model = bert(num_labels=len(names))
+        if len(names) == 3:
+            order = [self.MNLI.index(name.lower()) for name in names if name.lower() in self.MNLI]
+            order = order if len(order) == 3 else [0, 1, 2]
+            for parameter in (model.classifier.weight, model.classifier.bias):
+                parameter.data = parameter.data[order]
+        model.config.id2label = dict(enumerate(names))
+        model.save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        return folder
+
+    def run(self, folder, names, *overrides):
+        model = ["model=local", f"model.path={self.saved(folder / 'model', names)}"]
+        rest = [*BERT[3:], "data=glue_mnli", *SHORT, "trainer.max_epochs=1", *overrides]
+        config = compose.compose([*model, *rest])
+        return experiment.run(config, folder / "run"), folder / "run"
+
+    @pytest.mark.parametrize(
+        "names", [("contradiction", "neutral", "entailment"), ("NEUTRAL", "CONTRADICTION", "ENTAILMENT")]
+    )
+    def test_classes_are_matched_by_their_names(self, names, tmp_path):
+        expected, folder = self.run(tmp_path / "a", self.MNLI)
+        results, other = self.run(tmp_path / "b", names)
+        rows, same = (short_runs.predictions(f, "reft_test") for f in (folder, other))
+        for row, twin in zip(rows, same, strict=True):
+            assert (row["answer"], row["gold"]) == (twin["answer"], twin["gold"])
+            assert row["logits"] == pytest.approx(twin["logits"], abs=2e-4)
+            assert row["answer"] == self.MNLI[int(np.argmax(row["logits"]))]
+        scores = {name: value for name, value in expected["metrics"].items() if "per_second" not in name}
+        assert {name: results["metrics"][name] for name in scores} == pytest.approx(scores, rel=1e-4)
+
+    def test_names_that_agree_in_part_are_refused_before_rows_are_read(self, tmp_path):
+        with pytest.raises(
+            ValueError, match=r"entailment, neutral, refuted, the task .* only some of them agree"
+        ):
+            self.run(tmp_path, ("entailment", "neutral", "refuted"), "data.path=nowhere")
+
+    def test_another_number_of_outputs_is_refused_before_rows_are_read(self, tmp_path):
+        with pytest.raises(ValueError, match=r"2 outputs \(yes, no\), the task has 3.*new head"):
+            self.run(tmp_path, ("yes", "no"), "data.path=nowhere")
+
+    def test_other_names_for_all_classes_are_taken_in_order_and_said(self, tmp_path, caplog):
+        self.run(tmp_path, ("a", "b", "c"))
+        assert (
+            "a, b, c, the task entailment, neutral, contradiction: they are taken as the same" in caplog.text
+        )
+
+    def test_classes_without_names_are_taken_in_order(self, tmp_path, caplog):
+        self.run(tmp_path, ("LABEL_0", "LABEL_1", "LABEL_2"))
+        assert "the task entailment" not in caplog.text
+
+
 class TestHeadAlone:
     def test_none_attaches_nothing_whatever_else_is_said(self):
         base = bert()
