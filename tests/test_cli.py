@@ -6,7 +6,9 @@ import logging
 import subprocess
 import sys
 import types
+from operator import attrgetter
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import reft_lightning.runs
 from reft_lightning import cli
 from reft_lightning.config import compose
 from reft_lightning.config.explain import ALIASES, keys
-from reft_lightning.config.schema import Config
+from reft_lightning.config.schema import BOUNDS, Config
 
 
 @pytest.fixture
@@ -146,6 +148,41 @@ def test_a_wrong_value_says_what_the_key_takes(refuse, written, kind):
 def test_an_unknown_intervention_option_names_the_class_and_what_it_takes(refuse):
     said = refuse("model=tiny_random", "+intervention.options.dropuot=0.1")
     assert "loreft takes no option 'dropuot'; did you mean 'dropout'?" in said
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("data.batch_size=0", "data.batch_size must be 1 or more; got 0"),
+        ("data.limit_test=0", "data.limit_test must be 1 or more; got 0"),
+        ("data.num_workers=-1", "data.num_workers must be 0 or more; got -1"),
+        ("seed=-1", "seed must lie in 0..4294967295; got -1"),
+        ("optimizer.lr=0", "optimizer.lr must be above 0; got 0.0"),
+        ("optimizer.lr=nan", "optimizer.lr must be above 0; got nan"),
+        ("decoding.top_p=2", "decoding.top_p must be above 0, and at most 1; got 2.0"),
+        ("trainer.log_every_n_steps=0", "trainer.log_every_n_steps must be 1 or more; got 0"),
+        ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches must be 1 or more; got 0"),
+        ("kept.limit_gb=inf", "kept.limit_gb must be 0 or more; got inf"),
+        (
+            "intervention.layers=null",
+            "intervention.layers must be all, a list of ids, or settings by layer; got null",
+        ),
+        ("intervention.tied=null", "intervention.tied must be all, group or position; got null"),
+        ("trainer.strategy=ddp_spawn", "Write trainer.strategy=ddp"),
+        ("trainer.precision=bf16-true", "Write model.dtype=bfloat16 for the base model"),
+    ],
+)
+def test_a_number_or_a_word_that_cannot_be_is_answered_before_torch_is_imported(refuse, written, expected):
+    assert expected in refuse("model=tiny_random", written)
+
+
+def test_each_bound_is_that_of_a_number():
+    assert {
+        name: keys()[name] for name in BOUNDS if not ({int, float} & {keys()[name], *get_args(keys()[name])})
+    } == {}
+    for name, bounds in BOUNDS.items():  # the defaults lie within
+        value = attrgetter(name)(Config())
+        assert value is None or bounds.allow(value), name
 
 
 @pytest.mark.parametrize("heads", ["classifier", "1", "[1]", "{a: 1}"])

@@ -62,19 +62,25 @@ def adapt(
     return attach(base_model, method, **settings)
 
 
-def build_on_meta(config: PretrainedConfig, task: str = "causal_lm") -> PreTrainedModel:
+def build_on_meta(
+    config: PretrainedConfig, task: str = "causal_lm", attn_implementation: str | None = None
+) -> PreTrainedModel:
     """Build the model of a configuration without memory for its weights.
 
     Args:
         config: of Hugging Face.
         task: ``causal_lm``, or ``sequence_classification`` for a model with its classifier. An encoder has no
             causal form: it is built without a head then.
+        attn_implementation: of transformers; None for its default.
+
+    Raises:
+        ValueError, ImportError: for an attention that the model, or this machine, does not have.
     """
     kind = AutoModelForCausalLM if is_decoder(config) else AutoModel
     if task == "sequence_classification":
         kind = AutoModelForSequenceClassification
     with torch.device("meta"):
-        return kind.from_config(config)
+        return kind.from_config(config, attn_implementation=attn_implementation)
 
 
 def count_parameters(

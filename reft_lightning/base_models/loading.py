@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -128,10 +130,7 @@ def load_config(
         close = did_you_mean(source, MODEL_SOURCES)
         raise ValueError(f"model source must be one of {choices}; got {source!r}{close}")
     if source == "random":
-        arguments: dict[str, Any] = dict(config or {})
-        if "model_type" not in arguments:
-            raise ValueError("source=random needs config.model_type, such as 'llama'; sizes are optional")
-        loaded = AutoConfig.for_model(**arguments)
+        loaded = _random_config(dict(config or {}))
     else:
         if config:
             raise ValueError(
@@ -140,7 +139,7 @@ def load_config(
         where = lies.folder()
         try:
             loaded = AutoConfig.from_pretrained(where, revision=lies.revision)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, StrictDataclassError) as error:
             raise OSError(_not_found("model", where, error)) from error
         if num_labels is not None:
             check_head_size(loaded, num_labels, where)
@@ -273,15 +272,38 @@ def _zero_dropout(config: PretrainedConfig) -> None:
         log.info("base_dropout=false sets to 0 what was: %s", zeroed)
 
 
+def _random_config(arguments: dict[str, Any]) -> PretrainedConfig:
+    """Return the configuration of these arguments, each of which must be one of its class."""
+    if "model_type" not in arguments:
+        raise ValueError("source=random needs config.model_type, such as 'llama'; sizes are optional")
+    kind = arguments["model_type"]
+    if kind not in CONFIG_MAPPING:
+        close = did_you_mean(str(kind), list(CONFIG_MAPPING))
+        raise ValueError(f"model.config.model_type={kind}: transformers has no such architecture{close}")
+    known = {**AutoConfig.for_model(kind).to_dict(), **CONFIG_MAPPING[kind].attribute_map}
+    for name in arguments:
+        if name not in known:
+            raise ValueError(f"model.config.{name}: a {kind} has no such setting{did_you_mean(name, known)}")
+    try:
+        return AutoConfig.for_model(**arguments)
+    except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
+        raise ValueError(f"model.config={arguments} makes no model: {_reason(error)}") from error
+
+
 def _not_found(what: str, where: str, error: Exception) -> str:
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     hint = (
         "HF_HUB_OFFLINE is set, so only the hub cache is read: unset it where the hub can be reached"
         if offline
         else "Check the name (owner/model), the network, and HF_TOKEN for gated models"
     )
     return (
-        f"the {what} {where!r} could not be loaded: {first}\n{hint}; or give source=local "
+        f"the {what} {where!r} could not be loaded: {_reason(error)}\n{hint}; or give source=local "
         "with a folder as path, or source=wheel."
     )
+
+
+def _reason(error: Exception) -> str:
+    """Return one line of an error: the first, or the last of a value that a configuration does not take."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if isinstance(error, StrictDataclassError) else 0].strip()

@@ -37,7 +37,7 @@ from ..adapters.methods import METHODS, check_beside, method_named
 from ..suggest import did_you_mean
 from .explain import Vocabulary, shown
 from .method_settings import check_settings_mean_something
-from .schema import CHOICES, Config
+from .schema import BOUNDS, CHOICES, REFUSED, Config
 from .user_paths import with_absolute_paths
 
 CONFIG_NAME = "config"
@@ -266,6 +266,20 @@ def _check_values(config: Config) -> None:
         if value is not None and value not in allowed:
             hint = did_you_mean(str(value), allowed)
             raise CompositionError(f"{name} must be one of {', '.join(allowed)}; got {value!r}{hint}")
+    for name, bounds in BOUNDS.items():
+        value = operator.attrgetter(name)(config)
+        if value is not None and not bounds.allow(value):
+            raise CompositionError(f"{name} must {bounds}; got {value}")
+    for name, refused in REFUSED.items():
+        value = operator.attrgetter(name)(config)
+        if isinstance(value, str) and value in refused:
+            raise CompositionError(f"{name}={value} {refused[value]}")
+    for key, allowed in (
+        ("layers", "all, a list of ids, or settings by layer"),
+        ("tied", "all, group or position"),
+    ):
+        if getattr(config.intervention, key) is None:
+            raise CompositionError(f"intervention.{key} must be {allowed}; got null")
     needs = {"local": ["path"], "wheel": ["package", "sha256"], "random": ["config"], "hub": ["name"]}
     source = config.model.source
     for key in needs[source]:

@@ -12,8 +12,9 @@ This module imports neither Hydra nor torch: reading it costs nothing.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 # OmegaConf 2.3 reads `Optional[X]`; `X | None` inside containers it does not always.
 # ruff: noqa: UP045
@@ -289,4 +290,70 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.template": ("plain", "alpaca", "chat"),
     "matmul_precision": ("highest", "high", "medium"),
     "checkpoint.mode": ("max", "min"),
+}
+
+
+class Bounds(NamedTuple):
+    """The numbers from ``low`` to ``high``; ``above`` leaves ``low`` itself out."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+    def allow(self, value: float) -> bool:
+        """Whether a number lies within; NaN and infinity never do."""
+        inside = self.low < value if self.above else self.low <= value
+        return inside and value <= self.high and math.isfinite(value)
+
+    def __str__(self) -> str:
+        """Say what a number must be, after "must"."""
+        if math.isinf(self.high):
+            return f"be above {self.low:g}" if self.above else f"be {self.low:g} or more"
+        return (
+            f"be above {self.low:g}, and at most {self.high:g}"
+            if self.above
+            else f"lie in {self.low}..{self.high}"
+        )
+
+
+# What the numbers above may be, where that needs neither model nor data. None is always allowed where the type says so.
+BOUNDS: dict[str, Bounds] = {
+    "data.batch_size": Bounds(1),
+    "data.eval_batch_size": Bounds(1),
+    "data.limit_train": Bounds(1),
+    "data.limit_validation": Bounds(1),
+    "data.limit_test": Bounds(1),
+    "data.split_seed": Bounds(0, 2**32 - 1),
+    "data.num_workers": Bounds(0),
+    "decoding.max_new_tokens": Bounds(1),
+    "decoding.temperature": Bounds(0, above=True),
+    "decoding.top_p": Bounds(0, 1, above=True),
+    "decoding.top_k": Bounds(0),
+    "decoding.num_beams": Bounds(1),
+    "decoding.no_repeat_ngram_size": Bounds(0),
+    "decoding.repetition_penalty": Bounds(0, above=True),
+    "decoding.samples": Bounds(1),
+    "trainer.num_nodes": Bounds(1),
+    "trainer.check_val_every_n_epoch": Bounds(1),
+    "trainer.log_every_n_steps": Bounds(1),
+    "trainer.accumulate_grad_batches": Bounds(1),
+    "trainer.gradient_clip_val": Bounds(0),
+    "optimizer.lr": Bounds(0, above=True),
+    "optimizer.head_lr": Bounds(0, above=True),
+    "optimizer.weight_decay": Bounds(0),
+    "scheduler.warmup_ratio": Bounds(0, 1),
+    "checkpoint.every_n_steps": Bounds(1),
+    "checkpoint.early_stopping_patience": Bounds(1),
+    "kept.limit_gb": Bounds(0),
+    "seed": Bounds(0, 2**32 - 1),
+}
+
+_HALF = "would turn the interventions to 16 bit, and they compute in float32"
+_INSTEAD = "Write model.dtype=bfloat16 for the base model, or trainer.precision=bf16-mixed"
+_FORKED = "starts its processes from inside a run, which cannot be sent to them. Write trainer.strategy=ddp"
+
+# Values that Lightning takes and a run cannot, each with the reason and what to write.
+REFUSED: dict[str, dict[str, str]] = {
+    "trainer.precision": dict.fromkeys(("bf16-true", "16-true"), f"{_HALF}. {_INSTEAD}"),
+    "trainer.strategy": dict.fromkeys(("ddp_spawn", "ddp_fork", "ddp_notebook"), _FORKED),
 }

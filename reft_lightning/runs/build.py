@@ -111,7 +111,8 @@ def prepare(config: Config) -> Prepared:
     tokenizer = load_tokenizer(**place, tokenizer=source["tokenizer"])
     if config.model.source == "random":
         fit_to_tokenizer(hf_config, tokenizer, config.model.config)
-    count = adapt(build_on_meta(hf_config, source["task"]), **attached).parameter_count()
+    on_meta = build_on_meta(hf_config, source["task"], source["attn_implementation"])
+    count = adapt(on_meta, **attached).parameter_count()
     data = data_module(config, family, tokenizer)
     data.prepare_data()
     data.setup("fit")

@@ -99,8 +99,6 @@ def reported(family: Family, example: Example, decoding: Decoding) -> tuple[str,
 
 def _check_kept(config: Config) -> None:
     limit, method = config.kept.limit_gb, method_named(config.intervention.method)
-    if not (math.isfinite(limit) and limit >= 0):
-        raise ValueError(f"kept.limit_gb must be a number, 0 or more; got {limit}")
     reasons = {
         f"{method.name} trains weights of all layers": method.trains_all_layers,
         "intervention.beside trains weights of all layers": bool(config.intervention.beside),
@@ -127,6 +125,31 @@ def check_monitor(config: Config, name: str, measures: Sequence[str], tasks: Seq
         raise ValueError(
             "early stopping needs validation rows: set data.validation_size, or no "
             "checkpoint.early_stopping_patience"
+        )
+
+
+def check_validation_interval(config: Config, rows: int, world_size: int) -> None:
+    """Refuse to validate after more batches than an epoch has.
+
+    Args:
+        config: of the run.
+        rows: to train on.
+        world_size: processes that share them.
+
+    Raises:
+        ValueError: with what to write instead.
+    """
+    trainer = config.trainer
+    interval, limit = trainer.val_check_interval, trainer.limit_train_batches
+    if type(interval) is not int or trainer.check_val_every_n_epoch is None or trainer.fast_dev_run:
+        return
+    batches = math.ceil(rows / (config.data.batch_size * world_size))
+    if limit is not None:
+        batches = min(batches, limit) if type(limit) is int else int(batches * limit)
+    if interval > batches:
+        raise ValueError(
+            f"trainer.val_check_interval={interval} is more than the {batches} batches of an epoch: write a smaller "
+            "number, a part of an epoch such as 0.5, or trainer.check_val_every_n_epoch=null to count over epochs"
         )
 
 

@@ -24,6 +24,7 @@ from ..training.evaluation import evaluate
 from ..training.wandb import finish_wandb
 from .arguments import method_of
 from .build import Objects, build, prepare
+from .checks import check_validation_interval
 from .console import print_table
 from .ddp_launch import single_job_ddp
 from .devices import check_accelerator
@@ -91,8 +92,9 @@ def _run(
         trainer = build_trainer(
             config, folder, plan.monitor, random_state, callbacks, validated=bool(plan.data.val_tasks)
         )
+        check_validation_interval(config, len(plan.data.train_rows), trainer.world_size)
         objects = build(config, plan)
-    except (ValueError, OSError, MisconfigurationException) as error:
+    except (ValueError, OSError, ImportError, MisconfigurationException) as error:
         raise SetupError(str(error)) from error
     folder.mkdir(parents=True, exist_ok=True)
     if trainer.is_global_zero and not config.resume:

@@ -69,6 +69,8 @@ class Optimization:
             raise ValueError(
                 f"{self.scheduler.__name__} has no warm-up: scheduler.warmup_ratio must be 0; got {self.warmup_ratio}"
             )
+        # what their constructors refuse is said before a run begins
+        self._made([{"params": [nn.Parameter(torch.zeros(1, 1))]}], total_steps=100)
 
     def _takes(self, names: tuple[str, ...]) -> str | None:
         return next((name for name in names if name in inspect.signature(self.scheduler).parameters), None)
@@ -81,7 +83,10 @@ class Optimization:
         Raises:
             ValueError: for a run without an end, whose scheduler needs one.
         """
-        optimizer = self.optimizer(parameter_groups(roles, self), lr=self.lr, **self.optimizer_options)
+        return self._made(parameter_groups(roles, self), total_steps)
+
+    def _made(self, groups: list[dict[str, Any]], total_steps: float) -> tuple[torch.optim.Optimizer, Any]:
+        optimizer = _made("optimizer", self.optimizer, groups, lr=self.lr, **self.optimizer_options)
         total, warmup = self._takes(TOTAL_STEPS), self._takes(WARMUP_STEPS)
         if math.isinf(total_steps) and (self.warmup_ratio or (total and total not in self.scheduler_options)):
             raise ValueError(
@@ -91,7 +96,17 @@ class Optimization:
         steps = {} if math.isinf(total_steps) else {total: total_steps}
         ahead = {warmup: math.ceil(self.warmup_ratio * total_steps) if self.warmup_ratio else 0}
         given = {name: value for name, value in (steps | ahead).items() if name}
-        return optimizer, self.scheduler(optimizer, **given | dict(self.scheduler_options))
+        return optimizer, _made(
+            "scheduler", self.scheduler, optimizer, **given | dict(self.scheduler_options)
+        )
+
+
+def _made(what: str, target: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    try:
+        return target(*args, **options)
+    except Exception as error:  # whatever its constructor raises
+        listed = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise ValueError(f"{what}: {target.__name__}({listed}) cannot be made: {error}") from error
 
 
 def _check_options(what: str, target: Callable[..., Any], options: Mapping[str, Any]) -> None:
