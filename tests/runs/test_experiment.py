@@ -315,7 +315,7 @@ def no_weights(monkeypatch):
         ("model.config.hidden_size=big", "expected int, got str"),
         ("model.config.model_type=lama", "no such architecture; did you mean 'llama'"),
         ("+model.config.num_hiden_layers=3", "no such setting; did you mean 'num_hidden_layers'"),
-        ("model.attn_implementation=nope", "attn_implementation=.nope. is not supported"),
+        ("model.attn_implementation=nope", "nope.. is not supported"),
         ("scheduler=linaer", "did you mean 'scheduler=linear'"),
         ("checkpoint.monitor=val/acuracy", "did you mean 'val/accuracy'"),
         ("checkpoint.monitor=val/piqa/accuracy", "got 'val/piqa/accuracy'"),
