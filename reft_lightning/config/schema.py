@@ -348,12 +348,12 @@ BOUNDS: dict[str, Bounds] = {
     "seed": Bounds(0, 2**32 - 1),
 }
 
-_HALF = "would turn the interventions to 16 bit, and they compute in float32"
+_NOT_FLOAT32 = "would turn all parameters to another type, and interventions are float32"
 _INSTEAD = "Write model.dtype=bfloat16 for the base model, or trainer.precision=bf16-mixed"
 _FORKED = "starts its processes from inside a run, which cannot be sent to them. Write trainer.strategy=ddp"
 
 # Values that Lightning takes and a run cannot, each with the reason and what to write.
 REFUSED: dict[str, dict[str, str]] = {
-    "trainer.precision": dict.fromkeys(("bf16-true", "16-true"), f"{_HALF}. {_INSTEAD}"),
+    "trainer.precision": dict.fromkeys(("bf16-true", "16-true", "64-true"), f"{_NOT_FLOAT32}. {_INSTEAD}"),
     "trainer.strategy": dict.fromkeys(("ddp_spawn", "ddp_fork", "ddp_notebook"), _FORKED),
 }

@@ -13,14 +13,11 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from ..adapters.methods import method_named
 from ..config.identity import flat, identity
 from ..config.schema import Config
 from ..search.study_files import JOB, LOCKS, PLAN, TRIALS, WORKERS, read_job
+from ..storage.reading import read_json, read_yaml
 
 RUN_FOLDER = "a run folder is what reft-train writes: config.yaml, results.json, predictions/, adapter/"
 INSIDE = {"evaluations", "checkpoints", "predictions", "adapter", "wandb"}  # of a run folder
@@ -259,12 +256,9 @@ def _read_results(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ReportError("no results.json: the run ended before it began")
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (ValueError, OSError) as error:
-        raise ReportError(f"results.json cannot be read: {error}") from error
-    if not isinstance(results, dict):
-        raise ReportError("results.json holds no object")
-    return results
+        raise ReportError(str(error)) from error
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
@@ -273,12 +267,9 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
     if not path.is_file():
         return {}, "no config.yaml"
     try:
-        config: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
-        return {}, f"config.yaml cannot be read: {(str(error) or repr(error)).splitlines()[0]}"
-    if not isinstance(config, dict):
-        return {}, "config.yaml holds no settings"
-    return _defaults() | flat(config), None
+        return _defaults() | flat(read_yaml(path)), None
+    except (ValueError, OSError) as error:
+        return {}, str(error)
 
 
 @cache

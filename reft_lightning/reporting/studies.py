@@ -13,11 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..search.budget import counted, spent, verdict
 from ..search.study import open_storage, study_name
 from ..search.study_files import JOURNAL, LEDGER, PLAN, SUMMARY
+from ..storage.reading import read_json, read_yaml
 from .comparisons import Comparison
 from .runs import Read, ReportError
 
@@ -103,9 +102,9 @@ def _add_summary(study: Study) -> None:
     path = study.folder / SUMMARY
     summary: dict[str, Any] = {}
     try:
-        summary = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
-        log.warning("%s cannot be read: %s", path, error)
+        summary = read_json(path) if path.is_file() else {}
+    except ValueError as error:
+        log.warning("%s", error)
     study.running = summary.get("status") != "complete"
     for name, method in summary.get("methods", {}).items():
         edges = ((method or {}).get("best") or {}).get("edges")
@@ -129,10 +128,9 @@ def _plan(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ReportError(f"{path} cannot be read: {error}") from error
-    return plan if isinstance(plan, dict) else {}
+        return read_yaml(path)
+    except ValueError as error:
+        raise ReportError(str(error)) from error
 
 
 def _read_trials(study: Study, plan: Mapping[str, Any]) -> None:

@@ -64,7 +64,10 @@ def build_trainer(
         callbacks.append(WandbReport())
     for name, entry in config.callbacks.items():
         callbacks.append(_of_kind(f"callbacks.{name}", entry, Callback))
-    return Trainer(**arguments, callbacks=callbacks, logger=loggers)
+    try:
+        return Trainer(**arguments, callbacks=callbacks, logger=loggers)
+    except TypeError as error:
+        raise ValueError(f"trainer: {error}") from error
 
 
 def build_callbacks(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from ..storage.atomic import write_text
+from ..storage.reading import read_json, read_yaml
 from .budget import counted, spent
 from .process import Lock
 from .search_plan import Plan, parse_plan
@@ -90,7 +90,9 @@ def read_study(folder: Path) -> tuple[Plan, dict[str, Any]]:
         raise ValueError(
             f"{folder} is not a study: it has no {PLAN}; begin one with reft-search search=NAME folder={folder}"
         )
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values = read_yaml(path)
+    if missing := [key for key in ("name", *MORE) if key not in values]:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
     more = {key: values.pop(key) for key in MORE}
     return parse_plan(values["name"], values, where=str(path)), more
 
@@ -98,7 +100,7 @@ def read_study(folder: Path) -> tuple[Plan, dict[str, Any]]:
 def read_results(folder: Path) -> dict[str, Any]:
     """Return the contents of a run's ``results.json``; nothing where there is none yet."""
     path = folder / "results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 class Study:

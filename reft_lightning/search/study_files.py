@@ -12,9 +12,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from ..storage.reading import read_json
 
 PLAN = "study.yaml"
 JOURNAL = "study.journal"
@@ -28,4 +29,4 @@ JOB, COMMAND, LOG, ERROR = "job.json", "command.txt", "log.txt", "error.txt"
 def read_job(folder: Path) -> dict[str, Any]:
     """Return what ``job.json`` of a run folder holds; nothing for a run that is not part of a study."""
     path = folder / JOB
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}

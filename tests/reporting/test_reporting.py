@@ -279,9 +279,9 @@ class TestFolders:
         assert reasons["stopped"] == "its status is 'stopped', not 'complete' (MemoryError: x)"
         assert reasons["running"] == "its status is 'running', not 'complete'"
         assert reasons["lacking"] == "results.json lacks model"
-        assert reasons["json"].startswith("results.json cannot be read")
-        assert reasons["list"] == "results.json holds no object"
-        assert reasons["yaml"].startswith("config.yaml cannot be read")
+        assert "results.json is damaged, it is not JSON" in reasons["json"]
+        assert "results.json is damaged, it should hold keys and values: it holds a list" in reasons["list"]
+        assert "config.yaml is damaged, it is not YAML" in reasons["yaml"]
         assert reasons["bare"] == reasons["hydra"] == "no results.json: the run ended before it began"
 
     def test_broken_predictions_leave_their_run_out_and_name_the_line(self, tmp_path):

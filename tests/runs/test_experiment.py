@@ -326,6 +326,8 @@ def no_weights(monkeypatch):
         ("intervention.heads=auto", r"LlamaForCausalLM is not a sequence classifier"),
         ("trainer.accelerator=abacus", "abacus"),
         ("trainer.precision=31", "31"),
+        ("trainer.devices=nope", r"trainer: .*should be an int > 0"),
+        ("trainer.max_time={hour: 3}", "trainer: 'hour' is an invalid keyword"),
     ],
 )
 def test_what_cannot_work_is_refused_before_weights_are_loaded(data, no_weights, tmp_path, override, message):

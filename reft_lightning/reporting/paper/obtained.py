@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from ...config.compose import CompositionError, compose, config_dir
 from ...config.identity import differences
 from ...config.schema import Config
+from ...storage.reading import read_json, read_yaml
 from .published import AVERAGE, GROUP, WIN_RATE, Printed
 
 log = logging.getLogger(__name__)
@@ -45,9 +44,9 @@ def read_runs(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     runs = []
     for path in sorted(folder.rglob("results.json")):
         try:
-            results = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            log.warning("%s is left out: not JSON (%s)", path, error)
+            results = read_json(path)
+        except ValueError as error:
+            log.warning("left out: %s", error)
             continue
         if str(results.get("experiment") or "").startswith(f"{GROUP}/"):
             runs.append((path.parent, results))
@@ -117,7 +116,7 @@ def _win_rate(folder: Path, notes: list[str]) -> float | None:
     """
     found: dict[str, float] = {}
     for path in sorted((folder / "outputs").glob("reft_*win_rate.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_json(path)
         judge, reference = str(result["judge"]), str(result["reference"])
         judged, unjudged = int(result["n_total"]), int(result["n_unjudged"])
         rate = f"{judge} against {reference} gives {result['win_rate']:.2f}"
@@ -150,8 +149,7 @@ def _changes(path: Path, expected: Config | None) -> tuple[str, ...]:
     """Return what a run's configuration has other than the experiment, as overrides."""
     if expected is None or not path.is_file():
         return ("(settings unknown)",)
-    settings: Any = OmegaConf.to_container(OmegaConf.load(path))
-    found = differences(settings, expected, seed=False)
+    found = differences(read_yaml(path), expected, seed=False)
     return tuple(
         f"{key}={json.dumps(mine) if isinstance(mine, bool | list | None) else mine}"
         for key, (mine, _) in found.items()

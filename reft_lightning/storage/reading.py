@@ -1,0 +1,41 @@
+"""Small files of a run or a study: one that is damaged is named, with what is wrong in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds.
+
+    Raises:
+        ValueError: if it holds none; names the file.
+    """
+    return _object(path, json.loads, "JSON")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the keys and values that a YAML file holds.
+
+    Raises:
+        ValueError: if it holds none; names the file.
+    """
+    return _object(path, yaml.safe_load, "YAML")
+
+
+def _object(path: Path, parse: Callable[[str], Any], kind: str) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        value = parse(text) if text.strip() else None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is damaged, it is not {kind}: {reason}") from error
+    if not isinstance(value, dict):
+        held = "is empty" if value is None else f"holds a {type(value).__name__}"
+        raise ValueError(f"{path} is damaged, it should hold keys and values: it {held}")
+    return value
