@@ -10,6 +10,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from invented_runs import FEW, write_grid, write_run
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 
 from reft_lightning import cli
 from reft_lightning.reporting import formats, plots, tables
@@ -53,6 +55,11 @@ def made(folder, out, **options):
     return write(report, out)
 
 
+def pixels(word, size=14.4):
+    """Return the width of a word in the page's widest font."""
+    return TextPath((0, 0), word, size=size, prop=FontProperties(family="DejaVu Sans")).get_extents().width
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """The report of two methods on two sets of data, written once; its folder, beside that of the runs."""
@@ -78,6 +85,21 @@ class TestPage:
                 assert all(cell.text in page.text for cell in row)
         assert sum(tag == "svg" for tag, _ in page.elements) == 8
         assert "intervention.rank: 8" in page.text
+
+    def test_a_table_of_pairs_fits_into_1200_pixels(self, two):
+        """Cells break between words; what must fit is the longest word of each column, with its padding."""
+        text = (two / "report.html").read_text()
+        assert ".wraps th, .wraps td { white-space: normal; padding: .32rem .5rem; }" in text
+        shown = re.findall(r'<table class="wraps">(.*?)</table>', text, re.DOTALL)
+        assert len(shown) >= 2
+        for table in shown:
+            rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr>")[1:]]
+            assert "McNemar" in rows[0][-1]
+            columns = zip(*rows, strict=True)
+            widths = [
+                max(pixels(word) for cell in column for word in cell.split()) + 16 for column in columns
+            ]
+            assert sum(widths) < 1200 - 48
 
     def test_it_asks_for_nothing_from_outside(self, two):
         text = (two / "report.html").read_text()
