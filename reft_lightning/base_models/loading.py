@@ -273,7 +273,10 @@ def _zero_dropout(config: PretrainedConfig) -> None:
 
 
 def _random_config(arguments: dict[str, Any]) -> PretrainedConfig:
-    """Return the configuration of these arguments, each of which must be one of its class."""
+    """Return the configuration of these arguments, each of which must be one of its class.
+
+    Or one of a Llama: conf/model/tiny_random.yaml holds its sizes, of which other architectures take what they know.
+    """
     if "model_type" not in arguments:
         raise ValueError("source=random needs config.model_type, such as 'llama'; sizes are optional")
     kind = arguments["model_type"]
@@ -282,7 +285,7 @@ def _random_config(arguments: dict[str, Any]) -> PretrainedConfig:
         raise ValueError(f"model.config.model_type={kind}: transformers has no such architecture{close}")
     known = {**AutoConfig.for_model(kind).to_dict(), **CONFIG_MAPPING[kind].attribute_map}
     for name in arguments:
-        if name not in known:
+        if name not in known and name not in AutoConfig.for_model("llama").to_dict():
             raise ValueError(f"model.config.{name}: a {kind} has no such setting{did_you_mean(name, known)}")
     try:
         return AutoConfig.for_model(**arguments)
