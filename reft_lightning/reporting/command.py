@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from ..storage.atomic import write_text, write_whole
 from . import formats, plots, tables
 from .build import SPLITS, Report, build_report
 from .evidence import RESAMPLES
@@ -105,12 +107,12 @@ def write(report: Report, out: Path) -> str:
     for title, some in figures.items():
         for name, drawn in some.items():
             path = out / "plots" / f"{names[title]}_{name}"
-            path.with_suffix(".svg").write_text(drawn.svg, encoding="utf-8")
-            path.with_suffix(".png").write_bytes(drawn.png)
+            write_text(path.with_suffix(".svg"), drawn.svg)
+            write_whole(path.with_suffix(".png"), partial(Path.write_bytes, data=drawn.png))
     html = page(report, figures)
-    (out / "report.html").write_text(html, encoding="utf-8")
-    (out / "report.md").write_text(markdown(report), encoding="utf-8")
-    (out / "report.tex").write_text("\n".join(map(formats.latex, report.comparisons)), encoding="utf-8")
+    write_text(out / "report.html", html)
+    write_text(out / "report.md", markdown(report))
+    write_text(out / "report.tex", "\n".join(map(formats.latex, report.comparisons)))
     formats.write_csv(out / "scores.csv", formats.records(report.comparisons), formats.CSV_COLUMNS)
     formats.write_csv(out / "pairs.csv", formats.pair_records(report.comparisons), formats.PAIR_COLUMNS)
     return html

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..storage.atomic import json_text, write_text
 from .comparisons import Comparison
 from .tables import COSTS, Cell, Table, cost_table, pair_table, score_table, verdict
 
@@ -91,7 +92,7 @@ def records(comparisons: Sequence[Comparison]) -> list[dict[str, object]]:
                     "comparison": comparison.title, "split": comparison.split, "model": comparison.facts["model"],
                     "task": task, "measure": measure, "main": (task, measure) in comparison.columns,
                     "method": method.label, "seeds": len(method.seeds), "rows": score.rows, "mean": score.mean,
-                    "deviation": score.deviation, "low": low, "high": high, "by_seed": json.dumps(score.values),
+                    "deviation": score.deviation, "low": low, "high": high, "by_seed": json_text(score.values),
                     **{name: method.cost(name) for name in COSTS}, "unequal_budget": "; ".join(comparison.unequal),
                     "folders": "; ".join(str(run.folder) for run in method.runs),
                 })  # fmt: skip
@@ -105,7 +106,7 @@ def pair_records(comparisons: Sequence[Comparison]) -> list[dict[str, object]]:
             "comparison": comparison.title, "task": pair.task, "measure": pair.measure, "first": pair.first,
             "second": pair.second, "difference": pair.difference, "low": pair.interval[0], "high": pair.interval[1],
             "counted": pair.counted, "p": pair.p, "p_holm": pair.p_holm, "differs": pair.differs,
-            "rows_test": pair.rows_test, "rows_p": pair.rows_p, "mcnemar": json.dumps(dict(pair.mcnemar)),
+            "rows_test": pair.rows_test, "rows_p": pair.rows_p, "mcnemar": json_text(dict(pair.mcnemar)),
         }
         for comparison in comparisons for pair in comparison.pairs
     ]  # fmt: skip
@@ -113,7 +114,8 @@ def pair_records(comparisons: Sequence[Comparison]) -> list[dict[str, object]]:
 
 def write_csv(path: Path, lines: Sequence[dict[str, object]], columns: Sequence[str]) -> None:
     """Write records as CSV, a missing value as nothing, one that is not a number as nan."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_text(path, text.getvalue())

@@ -54,9 +54,9 @@ def _scores(run: Run, split: str, base: bool = False) -> dict[str, dict[str, flo
     """Return task -> measure -> value; the loss where nothing was scored."""
     scores = run.scores(split, base)
     prefix = f"{'base/' if base else ''}{'test' if split == 'test' else 'val'}/"
-    loss = run.results["metrics"].get(f"{prefix}{LOSS}")
-    if not scores and loss is not None:
-        return {"all": {LOSS: float(loss)}}
+    metrics, name = run.results["metrics"], f"{prefix}{LOSS}"
+    if not scores and name in metrics:
+        return {"all": {LOSS: math.nan if metrics[name] is None else float(metrics[name])}}
     return scores
 
 

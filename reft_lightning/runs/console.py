@@ -108,11 +108,11 @@ def _models(results: dict[str, Any], scores: dict[str, Any]) -> list[tuple[str, 
 
 def _cell(results: dict[str, Any], name: str) -> str:
     count = results["counts"].get(name)
+    value = results["metrics"].get(name)
     if name.endswith("/loss"):
-        return f"{results['metrics'][name]:.4f}"
+        return "not a number" if value is None else f"{value:.4f}"  # JSON without NaN holds null
     if not count:
         return "-"
-    value = results["metrics"].get(name)
     if value is None:
         value = count["correct"] / count["total"]
     low, high = count["interval"]

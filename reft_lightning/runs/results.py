@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..storage.atomic import write_json, write_text
+from ..storage.atomic import json_text, write_json, write_text
 
 
 class Results:
@@ -59,4 +59,4 @@ class Results:
 def write_predictions(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write one JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json_text(row, ensure_ascii=False) + "\n" for row in rows))

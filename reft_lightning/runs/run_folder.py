@@ -8,11 +8,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..config.schema import Config
+from ..storage.atomic import write_text
 
 
 def write_run_config(folder: Path, config: Config) -> None:
     """Write the resolved configuration."""
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def load_run_config(folder: Path) -> Config:

@@ -14,12 +14,14 @@ from typing import Any
 
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from torch import Tensor
 
 from ..config.schema import CheckpointConfig, Config
 from ..suggest import import_object
+from ..training.checkpoint_files import WholeCheckpoints
 from ..training.last_checkpoint import LastCheckpoint
 from ..training.wandb import WandbReport
 from .checks import Monitor
@@ -52,6 +54,11 @@ def build_trainer(
     if not validated:
         arguments["limit_val_batches"] = 0
     arguments["default_root_dir"] = arguments["default_root_dir"] or folder
+    given = arguments["plugins"] or []
+    plugins = list(given) if isinstance(given, list | tuple) else [given]
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins.append(WholeCheckpoints())
+    arguments["plugins"] = plugins
     loggers = [] if config.trainer.barebones else build_loggers(config, folder)
     callbacks = list(first)
     if config.trainer.enable_checkpointing is not False and not config.trainer.barebones:

@@ -129,7 +129,9 @@ def print_summary(values: dict[str, Any], folder: Path) -> None:
                 )
         if method["gave_up"]:
             remarks.append(f"{name}: ended before its budget: {method['gave_up']}")
-        tested = [w["metrics"][score] for w in method["winners"].values() if score in w["metrics"]]
+        tested = [
+            w["metrics"][score] for w in method["winners"].values() if w["metrics"].get(score) is not None
+        ]
         table.add_row(
             name, won[0], won[1], escape(won[2]), *(str(trials[k]) for k in ("complete", "pruned", "failed")),
             f"{method['spent'][unit]:.6g}", f"{sum(tested) / len(tested):.4f} ({len(tested)})" if tested else "-",

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..storage.atomic import write_json
+from ..storage.atomic import write_json, write_text
 from .process import Lock, end_with_parent, failure, start, stop
 from .study import Study, read_results, run_again, winner_status
 from .study_files import COMMAND, ERROR, JOB, LOCKS, LOG, TRIALS
@@ -166,7 +166,7 @@ class Worker:
                 status = read_results(folder).get("status")
                 if failed or status != "complete":
                     failed = failed or f"the run ended as {status!r}"
-                    (folder / ERROR).write_text(failed + "\n", encoding="utf-8")
+                    write_text(folder / ERROR, failed + "\n")
                 log.info("winner %s, seed %d: %s", job["method"], job["seed"], failed or status)
             summarize(self.study)
 
@@ -179,7 +179,7 @@ def prepare(folder: Path, job: Mapping[str, Any]) -> None:
     # results depend on the number of threads
     threads = [f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}"] if "OMP_NUM_THREADS" in os.environ else []
     command = " ".join([*threads, shlex.join(["reft-train", *job["overrides"]])])
-    (folder / COMMAND).write_text(command + "\n", encoding="utf-8")
+    write_text(folder / COMMAND, command + "\n")
 
 
 def _seed(text: str) -> int:

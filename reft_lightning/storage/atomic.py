@@ -1,23 +1,31 @@
-"""Files that are written whole or not at all, and folders named by the time."""
+"""Files that are written whole or not at all, and folders that belong to whoever created them."""
 
 from __future__ import annotations
 
 import datetime
 import itertools
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file next to its place, flush it to the disk, and move it there."""
+    """Write a file next to its place, flush it to the disk, and move it there.
+
+    A writer that fails, or a full disk, leaves the file that was there before.
+    """
     partial = path.with_name(path.name + ".partial")
-    write(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -27,16 +35,45 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, values: Any) -> None:
     """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(values, indent=2, default=str) + "\n")
+    write_text(path, json_text(values, indent=2, default=str) + "\n")
+
+
+def json_text(values: Any, **options: Any) -> str:
+    """Return values as JSON; numbers that are not finite, which JSON does not have, become null.
+
+    >>> json_text({"loss": float("nan"), "steps": [1, float("inf")]})
+    '{"loss": null, "steps": [1, null]}'
+    """
+    return json.dumps(_finite(values), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key) if isinstance(key, float) else key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def claim_folder(folder: Path) -> Path:
+    """Create a folder that did not exist and return it: of this name, or with -2, -3 and so on after it.
+
+    Two processes that ask for one name at the same time get two folders.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        claimed = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        try:
+            claimed.mkdir()
+        except FileExistsError:
+            continue
+        return claimed
+    raise AssertionError
 
 
 def new_folder(parent: Path) -> Path:
-    """Create a folder named by the time, and by a number after the first of one second."""
-    name = now().replace(":", "")
-    names = (name if number == 1 else f"{name}_{number}" for number in itertools.count(1))
-    folder = next(parent / name for name in names if not (parent / name).exists())
-    folder.mkdir(parents=True)
-    return folder
+    """Create a folder named by the time."""
+    return claim_folder(parent / now().replace(":", ""))
 
 
 def now() -> str:

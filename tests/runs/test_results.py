@@ -200,3 +200,32 @@ def test_where_peaks_cannot_be_reset_only_the_first_run_has_one():
     first, second = peaks("forbidden")
     assert first > 400 * 2**20
     assert second is None
+
+
+def strict(text):
+    """Read JSON as other programs do, which know no NaN."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_scores_that_are_not_numbers_leave_json_that_every_program_reads(tmp_path):
+    nan = float("nan")
+    results = Results(tmp_path)
+    results.update(metrics={"val/loss": nan, "train/loss": float("inf")})
+    assert strict((tmp_path / "results.json").read_text())["metrics"] == {
+        "val/loss": None,
+        "train/loss": None,
+    }
+    write_predictions(tmp_path / "reft_test.jsonl", [{"value": nan, "scores": {"pearson": nan}, "gold": 1.5}])
+    row = strict((tmp_path / "reft_test.jsonl").read_text())
+    assert row == {"value": None, "scores": {"pearson": None}, "gold": 1.5}
+
+
+@pytest.mark.parametrize("loss", [None, float("nan")])
+def test_a_loss_that_is_not_a_number_is_shown(tmp_path, loss):
+    values = {
+        "metrics": {"val/loss": loss}, "counts": {}, "model": "m", "method": "loreft", "run_dir": tmp_path,
+        "trainable_parameters": 1,
+    }  # fmt: skip
+    console = Console(file=io.StringIO(), width=120)
+    print_table(values, console)
+    assert ("nan" if loss else "not a number") in console.file.getvalue()

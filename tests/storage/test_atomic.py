@@ -1,10 +1,11 @@
 """Files that are written whole or not at all."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from reft_lightning.storage.atomic import write_json, write_whole
+from reft_lightning.storage.atomic import claim_folder, write_json, write_whole
 
 
 def test_a_writer_that_fails_leaves_the_old_file(tmp_path):
@@ -25,3 +26,28 @@ def test_nothing_remains_next_to_a_file_that_was_written(tmp_path):
         write_json(tmp_path / "results.json", value)
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
     assert (tmp_path / "results.json").read_text() == "2\n"
+
+
+def test_nothing_remains_of_a_file_that_could_not_be_written(tmp_path):
+    def fail(partial):
+        partial.write_text("{")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "results.json", fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_number_that_json_does_not_have_is_null(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    write_json(tmp_path / "a.json", {"loss": nan, "by_seed": {1: -inf, 2.5: (0.5, [inf])}, "name": "NaN"})
+    text = (tmp_path / "a.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert found == {"loss": None, "by_seed": {"1": None, "2.5": [0.5, [None]]}, "name": "NaN"}
+
+
+def test_a_folder_is_claimed_once(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        claimed = list(pool.map(lambda _: claim_folder(tmp_path / "runs" / "now"), range(8)))
+    names = ["now", *(f"now-{number}" for number in range(2, 9))]
+    assert sorted(folder.name for folder in claimed) == sorted(names)

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from ...data.example import column
 from ...data.rows import read_json_file
-from ...storage.atomic import write_json
+from ...storage.atomic import json_text, write_json
 from ...suggest import did_you_mean
 from .judges import EndpointJudge, Judge, JudgeFailed, Pair, PairRefused, look_up
 from .win_rate import one_name, win_rate
@@ -211,7 +211,7 @@ def _judge_pairs(pairs: Sequence[Pair], judge: Judge, journal: Path) -> list[dic
                     f"{error}\n{done} of {len(pairs)} judgements are kept in {journal}; the same command resumes there"
                 ) from error
             annotations.append(_annotation(pair, share, judge.name) | {"key": key})
-            file.write(json.dumps(annotations[-1]) + "\n")  # in ASCII: half a surrogate pair has no UTF-8
+            file.write(json_text(annotations[-1]) + "\n")  # in ASCII: half a surrogate pair has no UTF-8
             file.flush()
             os.fsync(file.fileno())  # a judgement may have cost money
     return annotations
