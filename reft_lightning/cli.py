@@ -62,7 +62,10 @@ def train() -> Any:
     sys.path.insert(0, os.getcwd())  # intervention.method=my_module.RED finds my_module.py here
     if len(sys.argv) == 2 and sys.argv[1].startswith("resume="):
         return _command(_resume, RESUME_USAGE)
-    compose.preflight(sys.argv[1:])
+    # Hydra's parser reads no argument after a flag that follows one
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda text: text not in ("-m", "--multirun"))
+    asked = compose.preflight(sys.argv[1:])
+    _check_folder(asked)
     compose.register()
     main = hydra.main(
         config_path=str(compose.config_dir()),
@@ -70,6 +73,21 @@ def train() -> Any:
         version_base=compose.VERSION_BASE,
     )
     return main(_train)()
+
+
+def _check_folder(asked: compose.Asked) -> None:
+    """Leave a complete run alone before Hydra writes into its folder."""
+    from .runs.run_folder import check_free
+
+    first = next(iter(asked.runs.values()), None)
+    if asked.folder is None or first is None or first.resume:
+        return
+    try:
+        for folder in (asked.folder, *(asked.folder.glob("*/") if asked.sweep else ())):
+            check_free(folder, first.overwrite)
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)
 
 
 def _resume(argv: Sequence[str]) -> None:

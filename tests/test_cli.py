@@ -1,5 +1,6 @@
 """The commands: mistakes are answered with the nearest name and status 2, correct arguments reach the run."""
 
+import datetime
 import gc
 import json
 import logging
@@ -10,6 +11,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import get_args
 
+import hydra.core.utils
 import pytest
 import torch
 
@@ -42,7 +44,7 @@ def runs(monkeypatch, tmp_path):
     fake = types.ModuleType("reft_lightning.runs.experiment")
     fake.calls, fake.experiments = [], []
 
-    def run(config, run_dir, experiment=None):
+    def run(config, run_dir, experiment=None, **_):
         fake.calls.append((config, run_dir))
         fake.experiments.append(experiment)
         return {"metrics": {"val/accuracy": config.optimizer.lr}, "monitor": "val/accuracy"}
@@ -344,22 +346,80 @@ def test_a_name_replaces_the_experiment_in_the_run_folder(monkeypatch, runs):
     assert runs[0][1].parent.name == "mine"
 
 
-def test_a_multirun_gives_each_job_a_folder_named_by_its_overrides(monkeypatch, runs):
-    command(
-        monkeypatch,
-        cli.train,
-        "-m",
-        "model=tiny_random",
-        "seed=1,2",
-        "logger=wandb",
-        "logger.wandb.group=a/b",
-        "data.path=rows",
-    )
-    folders = [run_dir.name for _, run_dir in runs]
-    assert folders == [
-        f"{i}_logger.wandb.group=a_b,logger=wandb,model=tiny_random,seed={i + 1}" for i in range(2)
-    ]
-    assert runs[0][1].parent == runs[1][1].parent
+LONG = ["model=tiny_random", "data=boolq", "data.path=rows", "logger=wandb", "logger.wandb.group=a/b"] + [
+    f"data.{name}=10" for name in ("limit_train", "limit_validation", "limit_test", "batch_size")
+]
+
+
+@pytest.mark.parametrize(
+    ("swept", "names"),
+    [
+        (["seed=1,2"], ["0_seed=1", "1_seed=2"]),
+        (
+            ["intervention=loreft,direft", "seed=choice(1,2)"],
+            [
+                f"{i}_intervention={m},seed={s}"
+                for i, (m, s) in enumerate([("loreft", 1), ("loreft", 2), ("direft", 1), ("direft", 2)])
+            ],
+        ),
+        (["data.mixture=a/x.json,b/x.json"], ["0_data.mixture=a_x.json", "1_data.mixture=b_x.json"]),
+    ],
+)
+def test_a_sweep_gives_each_job_a_folder_named_by_what_differs(monkeypatch, runs, swept, names):
+    command(monkeypatch, cli.train, "-m", *LONG, *swept)
+    assert [run_dir.name for _, run_dir in runs] == names
+    assert len({run_dir.parent for _, run_dir in runs}) == 1
+
+
+class Frozen(datetime.datetime):
+    """A clock that stands still."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2026, 1, 2, 3, 4, 5)
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m"]])
+def test_runs_of_one_second_have_folders_of_their_own(monkeypatch, runs, sweep):
+    monkeypatch.setattr(hydra.core.utils, "datetime", Frozen)
+    for _ in range(3):
+        command(monkeypatch, cli.train, *sweep, "model=tiny_random")
+    name = "multirun_2026-01-02_03-04-05" if sweep else "2026-01-02_03-04-05"
+    folders = [run_dir.parent if sweep else run_dir for _, run_dir in runs]
+    assert [folder.name for folder in folders] == [name, f"{name}-2", f"{name}-3"]
+    assert all((folder / ("multirun.yaml" if sweep else ".hydra")).exists() for folder in folders)
+
+
+def test_ranks_that_a_cluster_starts_share_the_folder_of_the_first(monkeypatch, runs):
+    monkeypatch.setattr(hydra.core.utils, "datetime", Frozen)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        command(monkeypatch, cli.train, "model=tiny_random")
+    assert len({run_dir for _, run_dir in runs}) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "taken"),
+    [(["hydra.run.dir=mine"], "mine"), (["-m", "seed=1,2", "hydra.sweep.dir=mine"], "mine/0_seed=1")],
+)
+def test_a_folder_with_a_complete_run_is_given_to_no_other(monkeypatch, runs, capsys, argv, taken):
+    folder = Path(taken)
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text('{"status": "complete"}')
+    with pytest.raises(SystemExit) as left:
+        command(monkeypatch, cli.train, "model=tiny_random", *argv)
+    assert left.value.code == 2
+    assert f"{taken} holds a complete run" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["results.json"]
+    command(monkeypatch, cli.train, "model=tiny_random", *argv, "overwrite=true")
+    assert runs
+
+
+def test_a_folder_whose_run_was_stopped_may_be_given_again(monkeypatch, runs):
+    Path("mine").mkdir()
+    Path("mine/results.json").write_text('{"status": "stopped"}')
+    command(monkeypatch, cli.train, "model=tiny_random", "hydra.run.dir=mine")
+    assert runs[0][1] == Path("mine").absolute()
 
 
 def test_a_run_knows_the_experiment_it_was_composed_from(monkeypatch, runs):

@@ -7,10 +7,12 @@ a YAML file, also one in the last choice of a sweep, ends in a short message tha
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
+import os
 import sys
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import fill
@@ -34,6 +36,7 @@ from omegaconf.errors import (
 )
 
 from ..adapters.methods import METHODS, check_beside, method_named
+from ..storage.atomic import claim_folder
 from ..suggest import did_you_mean
 from .explain import Vocabulary, shown
 from .method_settings import check_settings_mean_something
@@ -49,12 +52,33 @@ TRAIN_USAGE = """reft-train model=NAME [GROUP=NAME ...] [KEY=VALUE ...]      tra
        reft-train model=NAME --cfg job                         prints every key and value, and runs nothing
        reft-train --config-dir FOLDER ...                      reads YAML files of your own, too
        reft-train --hydra-help                                 the other flags"""
+NAME_LENGTH = 150  # characters of the name of a job's folder
+JOINT = ("experiment", "model", "intervention", "data")  # one of these may suit another or not
+SWEEPER = "hydra.sweeper.params."  # before a key that a plugin sweeps
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # where a process finds which of several it is
 # Arguments that print something and run nothing.
 PASSIVE_FLAGS = ("hydra_help", "shell_completion", "info", "experimental_rerun")
+
+_swept: set[str] = set()  # keys of the sweep that this process runs
 
 
 class CompositionError(ValueError):
     """The arguments or a YAML file do not compose; the message says what to write instead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a command line asks for.
+
+    Args:
+        runs: what a sweep changes -> the configuration; all runs that are checked.
+        sweep: whether it asks for several runs.
+        folder: of the run or of the sweep, where the command line names one.
+    """
+
+    runs: dict[str, Config] = dataclasses.field(default_factory=dict)
+    sweep: bool = False
+    folder: Path | None = None
 
 
 def config_dir() -> Path:
@@ -72,7 +96,8 @@ def register() -> None:
     """Tell Hydra the schema, and the resolvers by which YAML files name folders and models."""
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
-    OmegaConf.register_new_resolver("folder_name", _folder_name, replace=True)
+    OmegaConf.register_new_resolver("claimed", _claimed, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("job_name", _job_name, replace=True)
     OmegaConf.register_new_resolver("base_name", _base_name, replace=True)
 
 
@@ -80,9 +105,20 @@ def _run_name(*candidates: Any) -> str:
     return next((str(name) for name in candidates if name), "run")
 
 
-def _folder_name(*parts: Any) -> str:
+def _claimed(folder: str) -> str:
+    # Ranks that a cluster starts share the folder of the first.
+    first = all(os.environ.get(name, "0") == "0" for name in RANKS)
+    return str(claim_folder(Path(folder))) if first else folder
+
+
+def _job_name(number: int, overrides: Sequence[str]) -> str:
     # Overrides hold slashes (paths) and can outgrow the 255 bytes of a file name.
-    return "_".join(str(part) for part in parts if str(part)).replace("/", "_")[:150]
+    swept = [text for text in overrides if _key(text) in _swept] or list(overrides)
+    return f"{number}_{','.join(swept)}".replace("/", "_")[:NAME_LENGTH]
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
 
 
 def _base_name(path: str | None) -> str:
@@ -110,25 +146,43 @@ def to_config(composed: DictConfig) -> Config:
     return with_absolute_paths(config)
 
 
-def preflight(argv: Sequence[str]) -> None:
-    """Compose every run that the command line asks for; leave with status 2 and a message where one fails.
+def preflight(argv: Sequence[str]) -> Asked:
+    """Compose the runs that the command line asks for; leave with status 2 and a message where one fails.
 
-    A sweep is checked choice by choice, each against the first choices of the others.
+    Of a sweep, the choices of model, intervention and data are checked together, any other against the first of these.
     """
     arguments = get_args_parser().parse_args(list(argv))
     if any(getattr(arguments, flag) for flag in PASSIVE_FLAGS):
-        return
+        return Asked()
     try:
         if arguments.help:  # Hydra's own needs a configuration that composes
             sys.stdout.write(_help(_vocabulary(arguments.config_dir)))
             sys.exit(0)
         vocabulary = _vocabulary(arguments.config_dir)
         with _hydra():
-            for overrides in _runs(arguments.overrides, sweep=arguments.multirun):
-                _compose(overrides, vocabulary)
+            runs = {
+                what: _compose(overrides, vocabulary)
+                for what, overrides in _runs(arguments.overrides, sweep=arguments.multirun)
+            }
+            asked = _parse(arguments.overrides)
     except CompositionError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(2)
+    if arguments.cfg:  # prints, and runs nothing
+        return Asked(runs)
+    sweep = arguments.multirun or "MULTIRUN" in _modes(asked)
+    named = [o.value() for o in asked if o.key_or_group == ("hydra.sweep.dir" if sweep else "hydra.run.dir")]
+    _swept.clear()
+    _swept.update(o.key_or_group.removeprefix(SWEEPER) for o in asked if _is_swept(o))
+    return Asked(runs, sweep, Path(str(named[-1])) if named else None)
+
+
+def _modes(parsed: Iterable[Override]) -> set[str]:
+    return {o.get_value_string() for o in parsed if o.key_or_group == "hydra.mode"}
+
+
+def _is_swept(override: Override) -> bool:
+    return override.is_sweep_override() or override.key_or_group.startswith(SWEEPER)
 
 
 def _help(vocabulary: Vocabulary) -> str:
@@ -176,12 +230,11 @@ def _parse(overrides: Iterable[str]) -> list[Override]:
     return parsed
 
 
-def _runs(overrides: Sequence[str], sweep: bool) -> Iterator[list[str]]:
-    """Yield the overrides of each run to check: the first choices, then each further choice alone."""
+def _runs(overrides: Sequence[str], sweep: bool) -> Iterator[tuple[str, list[str]]]:
+    """Yield (choices, overrides) of each run to check."""
     parsed = _parse(overrides)
     sweeping = [o for o in parsed if o.is_sweep_override()]
-    modes = {o.get_value_string() for o in parsed if o.key_or_group == "hydra.mode"}
-    if sweeping and not sweep and "MULTIRUN" not in modes:
+    if sweeping and not sweep and "MULTIRUN" not in _modes(parsed):
         o = sweeping[0]
         raise CompositionError(
             f"{o.input_line}: several values; add --multirun to run each, or write a list as "
@@ -193,10 +246,18 @@ def _runs(overrides: Sequence[str], sweep: bool) -> Iterator[list[str]]:
         values = o.sweep_string_iterator() if o.is_discrete_sweep() else ()
         choices[id(o)] = [f"{o.get_key_element()}={value}" for value in values]
     first = {id(o): choices.get(id(o), [str(o.input_line)])[:1] for o in parsed}
-    yield [text for o in parsed for text in first[id(o)]]
-    for changed in sweeping:
-        for choice in choices[id(changed)][1:]:
-            yield [text for o in parsed for text in ([choice] if o is changed else first[id(o)])]
+
+    def run(changed: Mapping[int, str]) -> tuple[str, list[str]]:
+        texts = [text for o in parsed for text in ([changed[id(o)]] if id(o) in changed else first[id(o)])]
+        shown = [text for o in sweeping for text in ([changed[id(o)]] if id(o) in changed else first[id(o)])]
+        return " ".join(shown), texts
+
+    joint = [o for o in sweeping if o.key_or_group.partition(".")[0] in JOINT and choices[id(o)]]
+    for chosen in itertools.product(*(choices[id(o)] for o in joint)):
+        yield run({id(o): choice for o, choice in zip(joint, chosen, strict=True)})
+    for other in (o for o in sweeping if o not in joint):
+        for choice in choices[id(other)][1:]:
+            yield run({id(other): choice})
 
 
 def _compose(overrides: list[str], vocabulary: Vocabulary) -> Config:

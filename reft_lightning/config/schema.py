@@ -275,6 +275,9 @@ class Config:
     option_likelihood: bool = free(True)  # rank each row's options by likelihood, in addition to generating
     sealed: bool = free(False)  # the test split cannot be built: for searches
     resume: Optional[str] = free(None)  # a run folder to continue
+    overwrite: bool = free(
+        False
+    )  # whether a run may replace a complete one in the folder that hydra.run.dir names
     name: Optional[str] = free(None)  # of the run folder; None: the experiment's
 
 

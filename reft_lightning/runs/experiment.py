@@ -30,7 +30,7 @@ from .ddp_launch import single_job_ddp
 from .devices import check_accelerator
 from .environment import begin_peak_memory, environment, peak_memory_bytes, peak_reserved_bytes
 from .results import Results, write_predictions
-from .run_folder import last_checkpoint, load_run_config, write_run_config
+from .run_folder import check_free, clear, is_complete, last_checkpoint, load_run_config, write_run_config
 from .trainer import build_trainer, logs_adapter, quiet_lightning
 
 log = logging.getLogger(__name__)
@@ -88,6 +88,8 @@ def _run(
         check_accelerator(config.trainer.accelerator)
         if config.resume:
             _check_resume(config, folder)
+        else:
+            check_free(folder, config.overwrite)
         plan = prepare(config)
         trainer = build_trainer(
             config, folder, plan.monitor, random_state, callbacks, validated=bool(plan.data.val_tasks)
@@ -98,6 +100,7 @@ def _run(
         raise SetupError(str(error)) from error
     folder.mkdir(parents=True, exist_ok=True)
     if trainer.is_global_zero and not config.resume:
+        clear(folder)
         write_run_config(folder, config)
     results = _begin(config, folder, experiment, objects, writes=trainer.is_global_zero)
     log.info("run folder: %s", folder)
@@ -125,7 +128,7 @@ def _run(
 
 def _check_resume(config: Config, folder: Path) -> None:
     """Refuse to resume a run that is complete, that has no checkpoint, or that another configuration began."""
-    if (folder / "results.json").is_file() and Results.read(folder).values.get("status") == "complete":
+    if is_complete(folder):
         # the test split would be read once more for the same scores
         raise ValueError(
             f"resume={folder}: the run is already complete, and nothing is left to do; to evaluate its adapter again: "

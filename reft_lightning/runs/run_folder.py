@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -9,6 +11,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..config.schema import Config
 from ..storage.atomic import write_text
+
+RESULTS = "results.json"
+WRITTEN = (
+    RESULTS, "config.yaml", "adapter", "checkpoints", "csv", "csv_*", "predictions", "outputs", "evaluations",
+)  # fmt: skip
 
 
 def write_run_config(folder: Path, config: Config) -> None:
@@ -35,6 +42,37 @@ def load_run_config(folder: Path) -> Config:
         ) from error
     assert isinstance(config, Config)
     return config
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder holds the results of a run that reached its end."""
+    try:
+        results = json.loads((Path(folder) / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(results, dict) and results.get("status") == "complete"
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder whose complete run would be lost.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if is_complete(folder) and not overwrite:
+        raise ValueError(
+            f"{folder} holds a complete run: give another folder, or leave hydra.run.dir and hydra.sweep.dir out; to "
+            "replace that run, add overwrite=true"
+        )
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run wrote, so that nothing of it stands next to what a new one writes."""
+    for path in (path for name in WRITTEN for path in Path(folder).glob(name)):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def last_checkpoint(folder: Path) -> Path:

@@ -99,8 +99,8 @@ def build_loggers(config: Config, folder: Path) -> list[Logger]:
     """Return the CSV logger, which every run has, and those of the configuration."""
     # CSVLogger empties a folder that it finds: a resumed run writes next to the log of its first part
     parts = ("csv" if part == 1 else f"csv_{part}" for part in itertools.count(1))
-    version = next(part for part in parts if not (folder / part / "metrics.csv").is_file())
-    loggers: list[Logger] = [CSVLogger(folder, name="", version=version)]
+    free = (part for part in parts if not (folder / part / "metrics.csv").is_file())
+    loggers: list[Logger] = [CSVLogger(folder, name="", version=next(free) if config.resume else "csv")]
     for name, entry in config.logger.items():
         where = f"logger.{name}"
         cls = _target(where, entry)

@@ -382,6 +382,23 @@ def test_the_tokenizer_and_the_configuration_are_loaded_once(data, monkeypatch, 
     assert sorted(calls) == ["load_config", "load_tokenizer"]
 
 
+def test_a_complete_run_is_replaced_only_as_a_whole_and_on_demand(data, tmp_path):
+    settings = ("trainer.max_epochs=1", "test=false")
+    first = short_runs.run(data, tmp_path, "trainer.max_epochs=1")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(experiment.SetupError, match=r"holds a complete run: .*overwrite=true"):
+        short_runs.run(data, tmp_path, *settings)
+    with pytest.raises(experiment.SetupError, match="rank"):
+        short_runs.run(data, tmp_path, *settings, "overwrite=true", "intervention.rank=99")
+    assert short_runs.results(tmp_path) == first
+    again = short_runs.run(data, tmp_path, *settings, "overwrite=true", "data.validation_size=0")
+    assert again["config_hash"] != first["config_hash"]
+    # neither predictions nor a best checkpoint of the first are left
+    assert not list(tmp_path.rglob("*.jsonl")) and not list(tmp_path.rglob("best.ckpt"))
+    assert len(short_runs.logged(tmp_path, "train/loss")) == again["steps"]
+    assert (tmp_path / "notes.txt").is_file()
+
+
 # --- crashes -------------------------------------------------------------------------------------------------------
 
 
