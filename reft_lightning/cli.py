@@ -20,11 +20,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from .config import compose
-from .suggest import did_you_mean
+from .suggest import did_you_mean, names_of_a_stranger
 
-EVAL_USAGE = "reft-eval run=FOLDER [split=validation|test] [limit=N]"
-RESUME_USAGE = "reft-train resume=FOLDER"
-CHAT_USAGE = "reft-chat run=FOLDER [max_new_tokens=N] [template=plain|alpaca|chat]"
+EVAL_USAGE = "reft-eval run=FOLDER [split=validation|test] [limit=N] [trust_code=true]"
+RESUME_USAGE = "reft-train resume=FOLDER [trust_code=true]"
+CHAT_USAGE = "reft-chat run=FOLDER [max_new_tokens=N] [template=plain|alpaca|chat] [trust_code=true]"
 REPORT_USAGE = (
     "reft-report FOLDER [FOLDER ...] [--out DIR] [--split test|validation] [--resamples N] [--seed N] [--wandb] "
     "[--project NAME]\nreft-report paper [folder=outputs] [table=N]"
@@ -59,9 +59,10 @@ def train() -> Any:
 
     ``resume=FOLDER`` alone goes on with that run, under the configuration that it keeps.
     """
-    sys.path.insert(0, os.getcwd())  # intervention.method=my_module.RED finds my_module.py here
-    if len(sys.argv) == 2 and sys.argv[1].startswith("resume="):
+    keys = sorted(text.partition("=")[0] for text in sys.argv[1:])
+    if keys in (["resume"], ["resume", "trust_code"]):
         return _command(_resume, RESUME_USAGE)
+    _import_from_here()  # intervention.method=my_module.RED finds my_module.py here
     # Hydra's parser reads no argument after a flag that follows one
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda text: text not in ("-m", "--multirun"))
     asked = compose.preflight(sys.argv[1:])
@@ -91,11 +92,28 @@ def _check_folder(asked: compose.Asked) -> None:
 
 
 def _resume(argv: Sequence[str]) -> None:
-    run_dir = _run_dir(_options(argv, ("resume",)), "resume")
-    with heavy_imports():
-        from .runs import experiment
+    options = _options(argv, ("resume", "trust_code"))
+    run_dir = _run_dir(options, "resume")
+    with _names_of(options) as trusted:
+        with heavy_imports():
+            from .runs import experiment
 
-    experiment.resume(run_dir)
+        experiment.resume(run_dir, trusted)
+
+
+def _import_from_here() -> None:
+    """Let import paths name modules of the present directory, as only the user's own commands may."""
+    sys.path.insert(0, os.getcwd())
+
+
+@contextmanager
+def _names_of(options: dict[str, str]) -> Iterator[bool]:
+    """Read the folder of another person: its names are imported from installed packages only, unless it is trusted."""
+    trusted = _choice(options, "trust_code", ("false", "true")) == "true"
+    if trusted:
+        _import_from_here()
+    with names_of_a_stranger(trusted):
+        yield trusted
 
 
 def _train(config: DictConfig) -> float | None:
@@ -130,14 +148,15 @@ def evaluate() -> None:
 
 
 def _evaluate(argv: Sequence[str]) -> None:
-    options = _options(argv, ("run", "split", "limit"))
+    options = _options(argv, ("run", "split", "limit", "trust_code"))
     run_dir = _run_dir(options)
     split = _choice(options, "split", SPLITS)
     limit = _count(options, "limit")
     with heavy_imports():
         from .runs.evaluate import evaluate as evaluate_run
 
-    evaluate_run(run_dir, split, limit)
+    with _names_of(options):
+        evaluate_run(run_dir, split, limit)
 
 
 def chat() -> None:
@@ -146,14 +165,15 @@ def chat() -> None:
 
 
 def _chat(argv: Sequence[str]) -> None:
-    options = _options(argv, ("run", "max_new_tokens", "template"))
+    options = _options(argv, ("run", "max_new_tokens", "template", "trust_code"))
     run_dir = _run_dir(options)
     template = _choice(options, "template", TEMPLATES) if "template" in options else None
     max_new_tokens = _count(options, "max_new_tokens") or 64
     with heavy_imports():
         from .runs import chat as conversation
 
-    conversation.main(run_dir, max_new_tokens, template)
+    with _names_of(options):
+        conversation.main(run_dir, max_new_tokens, template)
 
 
 def judge() -> None:
@@ -167,6 +187,7 @@ def search() -> None:
     """Search the settings of several methods on one budget, and test the winners once."""
     from .search import command as searching
 
+    _import_from_here()  # the methods of a search may be the user's own
     _command(searching.main, searching.USAGE)
 
 
@@ -189,7 +210,6 @@ def _report(argv: Sequence[str]) -> None:
 
 
 def _command(action: Callable[[Sequence[str]], Any], usage: str) -> None:
-    sys.path.insert(0, os.getcwd())  # data.family=my_module.FAMILY finds my_module.py here
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(f"{usage}\n")

@@ -1,11 +1,38 @@
-"""The one "did you mean" of error messages, for names and for import paths."""
+"""The one "did you mean" of error messages, and the one import of a name that a configuration holds."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
+import importlib.util
+import site
+import sysconfig
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
+
+_trusted: ContextVar[bool] = ContextVar("trusted", default=True)
+
+
+@contextmanager
+def names_of_a_stranger(trusted: bool = False) -> Iterator[None]:
+    """Import only installed packages inside the block, as its names stand in files that another person may have written.
+
+    Args:
+        trusted: whether the user trusts whoever wrote them, so that any module may be imported.
+    """
+    token = _trusted.set(trusted)
+    try:
+        yield
+    finally:
+        _trusted.reset(token)
+
+
+def trusted() -> bool:
+    """Whether the names that are imported are the user's own."""
+    return _trusted.get()
 
 
 def did_you_mean(name: str, allowed: Iterable[str], prefix: str = "") -> str:
@@ -23,7 +50,8 @@ def import_object(path: str) -> Any:
     """Return what an import path such as ``torch.optim.AdamW`` names.
 
     Raises:
-        ValueError: if there is no such module or name; names the nearest.
+        ValueError: if there is no such module or name; names the nearest. For a module outside the installed packages,
+            if the name is a stranger's, see :func:`names_of_a_stranger`.
 
     >>> import_object("collections.OrderedDic")
     Traceback (most recent call last):
@@ -33,6 +61,11 @@ def import_object(path: str) -> Any:
     module_path, _, name = str(path).rpartition(".")
     if not module_path:
         raise ValueError(f"an import path has a dot, as in torch.optim.AdamW; got {path!r}")
+    if not trusted() and not _is_installed(module_path.partition(".")[0]):
+        raise ValueError(
+            f"{path} is not part of an installed package, and importing it would run code; if you trust whoever wrote "
+            "it, add trust_code=true"
+        )
     try:
         module = importlib.import_module(module_path)
     except ImportError as error:
@@ -40,3 +73,21 @@ def import_object(path: str) -> Any:
     if not hasattr(module, name):
         raise ValueError(f"module {module_path} has no {name!r}{did_you_mean(name, dir(module))}")
     return getattr(module, name)
+
+
+def _is_installed(package: str) -> bool:
+    if package == __name__.partition(".")[0]:
+        return True
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return False
+    if spec is None:
+        return False
+    places = [
+        *site.getsitepackages(),
+        site.getusersitepackages(),
+        *map(sysconfig.get_path, ("purelib", "platlib")),
+    ]
+    files = [spec.origin] if spec.origin else list(spec.submodule_search_locations or ())
+    return bool(files) and all(any(Path(file).is_relative_to(place) for place in places) for file in files)

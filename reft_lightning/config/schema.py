@@ -275,6 +275,7 @@ class Config:
     option_likelihood: bool = free(True)  # rank each row's options by likelihood, in addition to generating
     sealed: bool = free(False)  # the test split cannot be built: for searches
     resume: Optional[str] = free(None)  # a run folder to continue
+    trust_code: bool = free(False)  # resume: its checkpoint may hold objects that run code when they are read
     overwrite: bool = free(
         False
     )  # whether a run may replace a complete one in the folder that hydra.run.dir names

@@ -5,8 +5,12 @@ A setting that would change nothing is refused here.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import asdict
 from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..adapters.methods import method_named
 from ..config.schema import Config, DataConfig, InterventionConfig
@@ -16,10 +20,14 @@ from ..data.families.custom import custom_family
 from ..data.rows import DataSource
 from ..evaluation import Decoding
 from ..interventions import intervention_class, settings_of
-from ..suggest import import_object
+from ..suggest import import_object, trusted
 from ..training.optimization import Optimization
 from .kinds import kind_of
 
+SCHEDULES = (
+    "reft_lightning.training.schedules",
+    "transformers.optimization",
+)  # functions, whose names are known
 COLUMNS = ("prompt", "target", "answer", "context", "options", "messages")  # of one's own rows
 
 
@@ -111,12 +119,36 @@ def optimization_of(config: Config) -> Optimization:
         ValueError: for an import path that names nothing, an argument that is not taken, or a value out of range.
     """
     optimizer, scheduler = config.optimizer, config.scheduler
+    targets = (
+        _imported("optimizer._target_", optimizer._target_),
+        _imported("scheduler._target_", scheduler._target_),
+    )
+    if not trusted():
+        _check_trains(*targets)
     return Optimization(
         lr=optimizer.lr, weight_decay=optimizer.weight_decay, head_lr=optimizer.head_lr,
         warmup_ratio=scheduler.warmup_ratio,
-        optimizer=_imported("optimizer._target_", optimizer._target_), optimizer_options=optimizer.options,
-        scheduler=_imported("scheduler._target_", scheduler._target_), scheduler_options=scheduler.options,
+        optimizer=targets[0], optimizer_options=optimizer.options,
+        scheduler=targets[1], scheduler_options=scheduler.options,
     )  # fmt: skip
+
+
+def _check_trains(optimizer: Any, scheduler: Any) -> None:
+    """Refuse, in the names of a stranger, what is not an optimizer or a scheduler.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    schedules = getattr(scheduler, "__module__", "") in SCHEDULES
+    for key, value, fits in (
+        ("optimizer", optimizer, inspect.isclass(optimizer) and issubclass(optimizer, Optimizer)),
+        ("scheduler", scheduler, schedules or (inspect.isclass(scheduler) and issubclass(scheduler, LRScheduler))),
+    ):  # fmt: skip
+        if not fits:
+            raise ValueError(
+                f"{key}._target_: {value!r} is not known as one, and calling it could run any code; if you trust "
+                "whoever wrote it, add trust_code=true"
+            )
 
 
 def _imported(key: str, path: str) -> Any:

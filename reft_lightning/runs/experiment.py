@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from ..config.identity import config_hash, differences
 from ..config.schema import Config
 from ..storage.atomic import now, write_json
+from ..training.checkpoint_files import read_checkpoint
 from ..training.evaluation import evaluate
 from ..training.wandb import finish_wandb
 from .arguments import method_of
@@ -31,6 +33,7 @@ from .devices import check_accelerator
 from .environment import begin_peak_memory, environment, peak_memory_bytes, peak_reserved_bytes
 from .results import Results, write_predictions
 from .run_folder import check_free, clear, is_complete, last_checkpoint, load_run_config, write_run_config
+from .stopping import check_told_to_stop, signal_of, until_sigterm
 from .trainer import build_trainer, logs_adapter, quiet_lightning
 
 log = logging.getLogger(__name__)
@@ -107,17 +110,30 @@ def _run(
     try:
         torch.set_float32_matmul_precision(config.matmul_precision)
         results.update(matmul_precision=config.matmul_precision)
-        _stages(config, folder, objects, trainer, results)
+        with until_sigterm(trainer):
+            _stages(config, folder, objects, trainer, results)
     except Halted as halt:
         results.update(status=halt.status, reason=str(halt), stopped=now(), **halt.values)
         _finish_wandb(trainer, results, None)
         log.info("%s: %s", halt.status, halt)
         return results.values
     except BaseException as error:
-        results.update(status="stopped", error=f"{type(error).__name__}: {error}", stopped=now())
-        _finish_wandb(trainer, results, None, exit_code=1)
+        ending = signal_of(error)
+        said = (
+            f"{ending.name}: the process was told to stop" if ending else f"{type(error).__name__}: {error}"
+        )
+        code = 128 + ending if ending else 1
+        results.update(
+            status="stopped", error=said, stopped=now(), **({"signal": ending.name} if ending else {})
+        )
+        _finish_wandb(trainer, results, None, exit_code=code)
         if trainer.is_global_zero and last_checkpoint(folder).is_file():
-            log.error("stopped; what was computed is in %s; go on with: reft-train resume=%s", folder, folder)
+            command = shlex.join(["reft-train", f"resume={folder}"])
+            log.error("stopped; what was computed is in %s; go on with: %s", folder, command)
+        if (
+            ending and trainer.is_global_zero
+        ):  # Lightning kills the first of its ranks where another one fails
+            raise SystemExit(code) from error
         raise
     results.update(status="complete", finished=now())
     _finish_wandb(trainer, results, folder / "adapter" if logs_adapter(config) else None)
@@ -136,6 +152,7 @@ def _check_resume(config: Config, folder: Path) -> None:
         )
     if not last_checkpoint(folder).is_file():
         raise ValueError(f"resume={folder}: there is no {last_checkpoint(folder)} to continue from")
+    read_checkpoint(last_checkpoint(folder), config.trust_code)
     changed = differences(load_run_config(folder), config)
     if changed:  # optimizer and schedule are the checkpoint's
         listed = "; ".join(f"{name}: {then!r} then, {today!r} now" for name, (then, today) in changed.items())
@@ -189,9 +206,10 @@ def _stages(config: Config, folder: Path, objects: Objects, trainer: Trainer, re
 
 def _train(config: Config, objects: Objects, trainer: Trainer, results: Results, resume: Path | None) -> None:
     """Fit, and go back to the checkpoint that validation chose."""
-    trainer.fit(objects.module, objects.data, ckpt_path=resume, weights_only=False)
+    trainer.fit(objects.module, objects.data, ckpt_path=resume, weights_only=not config.trust_code)
     if trainer.interrupted:
         raise KeyboardInterrupt
+    check_told_to_stop(trainer)
     seconds = objects.module.train_seconds  # over all parts of a run that was resumed
     tokens = int(trainer.strategy.reduce(torch.tensor(objects.module.tokens, device=objects.module.device),
                                          reduce_op="sum"))  # fmt: skip
@@ -205,7 +223,7 @@ def _train(config: Config, objects: Objects, trainer: Trainer, results: Results,
         log.warning("no validation chose a checkpoint: the weights of the last step are evaluated")
         results.update(best_step=None)
     elif config.checkpoint.restore_best:
-        checkpoint = torch.load(best, map_location="cpu", weights_only=False)
+        checkpoint = read_checkpoint(best, config.trust_code)
         objects.module.load_state_dict(checkpoint["state_dict"])
         results.update(best_step=checkpoint["global_step"])
 
@@ -224,6 +242,7 @@ def evaluate_split(
         base: whether the model is the frozen base, as inside ``disabled()``.
     """
     found = evaluate(trainer, objects.module, objects.data, split, prefix="base/" if base else "")
+    check_told_to_stop(trainer)
     read = objects.data.test_rows if split == "test" else {}
     reads = [
         {
@@ -258,6 +277,12 @@ def _export(folder: Path, objects: Objects, rows: list[dict[str, Any]], base: bo
         log.info("%d outputs: %s", len(outputs), path)
 
 
-def resume(folder: Path) -> dict[str, Any]:
-    """Go on with an interrupted run under the configuration that its folder keeps."""
-    return run(replace(load_run_config(folder), resume=str(folder)), folder)
+def resume(folder: Path, trust_code: bool = False) -> dict[str, Any]:
+    """Go on with an interrupted run under the configuration that its folder keeps.
+
+    Args:
+        folder: of the run.
+        trust_code: whether its checkpoint may hold objects that run code when they are read.
+    """
+    config = load_run_config(folder)  # whose trust_code is another person's, perhaps
+    return run(replace(config, resume=str(folder), trust_code=trust_code), folder)

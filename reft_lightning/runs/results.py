@@ -39,7 +39,7 @@ class Results:
         if self.path.is_file():
             earlier = json.loads(self.path.read_text(encoding="utf-8"))
             now = {k: v for k, v in self.values.items() if k not in ("metrics", "counts", "test_reads")}
-            self.values = {k: v for k, v in earlier.items() if k not in ("stopped", "error")} | now
+            self.values = {k: v for k, v in earlier.items() if k not in ("stopped", "error", "signal")} | now
 
     def has(self, prefix: str) -> bool:
         """Whether a metric with this prefix was obtained."""

@@ -14,19 +14,33 @@ from typing import Any
 
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
-from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, LayerSync, Precision
+from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from ..config.schema import CheckpointConfig, Config
-from ..suggest import import_object
+from ..suggest import import_object, trusted
 from ..training.checkpoint_files import WholeCheckpoints
 from ..training.last_checkpoint import LastCheckpoint
 from ..training.wandb import WandbReport
 from .checks import Monitor
 
 log = logging.getLogger(__name__)
+KINDS = (
+    Callback,
+    Logger,
+    Profiler,
+    Strategy,
+    Accelerator,
+    Precision,
+    CheckpointIO,
+    ClusterEnvironment,
+    LayerSync,
+)
 
 
 def build_trainer(
@@ -162,11 +176,32 @@ def _object(where: str, value: Any, given: Mapping[str, Any] | None = None) -> A
     if not isinstance(value, Mapping) or "_target_" not in value:
         return value
     _target(where, value)
+    if not trusted():
+        _check_classes(where, value)
     try:
         return instantiate({**value, "_partial_": True}, _convert_="all")(**given or {})
     except Exception as error:  # whatever its constructor raises
         cause = error.__cause__ or error
         raise ValueError(f"{where}: {value['_target_']} cannot be made: {cause}") from error
+
+
+def _check_classes(where: str, value: Any) -> None:
+    """Refuse, in the names of a stranger, any ``_target_`` that is more than a class of Lightning's kinds.
+
+    Raises:
+        ValueError: naming the entry.
+    """
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            target = _target(where, value)
+            if not (inspect.isclass(target) and issubclass(target, KINDS)):
+                raise ValueError(
+                    f"{where}: {value['_target_']} is not a callback, logger, profiler, strategy or plugin of Lightning, "
+                    "and calling it could run any code; if you trust whoever wrote it, add trust_code=true"
+                )
+        value = list(value.values())
+    for item in value if isinstance(value, list) else ():
+        _check_classes(where, item)
 
 
 def _of_kind(where: str, entry: Any, kind: type, given: Mapping[str, Any] | None = None) -> Any:

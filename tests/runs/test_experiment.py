@@ -394,7 +394,8 @@ def test_a_complete_run_is_replaced_only_as_a_whole_and_on_demand(data, tmp_path
     again = short_runs.run(data, tmp_path, *settings, "overwrite=true", "data.validation_size=0")
     assert again["config_hash"] != first["config_hash"]
     # neither predictions nor a best checkpoint of the first are left
-    assert not list(tmp_path.rglob("*.jsonl")) and not list(tmp_path.rglob("best.ckpt"))
+    assert not list(tmp_path.rglob("*.jsonl"))
+    assert not list(tmp_path.rglob("best.ckpt"))
     assert len(short_runs.logged(tmp_path, "train/loss")) == again["steps"]
     assert (tmp_path / "notes.txt").is_file()
 

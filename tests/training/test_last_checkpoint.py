@@ -10,7 +10,7 @@ import pytest
 import short_runs
 import torch
 
-from reft_lightning import cli
+from reft_lightning import ReftModel, cli
 from reft_lightning.runs import experiment
 
 # dropout needs the random numbers, the clipped gradients and the warm-up need the step
@@ -135,27 +135,72 @@ def test_a_folder_without_a_checkpoint_cannot_go_on(data, tmp_path):
         resume(data, tmp_path)
 
 
-@pytest.mark.slow
-def test_a_run_told_to_stop_leaves_a_checkpoint_and_goes_on(data, tmp_path, root):
-    settings = [*short_runs.arguments(data), "intervention.dropout=0.3", "trainer.max_epochs=60"]
-    command = [sys.executable, "-m", "reft_lightning.cli", *settings, f"hydra.run.dir={tmp_path / 'run'}"]
+LONG = ("intervention.dropout=0.3", "trainer.max_epochs=60")
+
+
+def stop_process(signal_number, ready, cwd, root, *arguments):
+    """Start reft-train, send it a signal when a file is ready; return its exit status."""
+    command = [sys.executable, "-m", "reft_lightning.cli", *arguments]
+    before = ready.stat().st_mtime_ns if ready.is_file() else 0
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)},
+        command, cwd=cwd, env=os.environ | {"PYTHONPATH": str(root)},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    log = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    until = time.monotonic() + 90
-    while not log.is_file() and process.poll() is None and time.monotonic() < until:
+    until = time.monotonic() + 120
+    while not (ready.is_file() and ready.stat().st_mtime_ns > before) and time.monotonic() < until:
+        assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    process.wait(timeout=60)
-    stopped = short_runs.results(tmp_path / "run")
-    assert (stopped["status"], stopped["error"].split(":")[0]) == ("stopped", "SIGTERMException")
-    step = short_runs.checkpoint(tmp_path / "run")["global_step"]
-    assert 0 < step < 360
-    resume(data, tmp_path / "run", "intervention.dropout=0.3", "trainer.max_epochs=60")
-    short_runs.run(data, tmp_path / "whole", "intervention.dropout=0.3", "trainer.max_epochs=60")
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    process.send_signal(signal_number)
+    return process.wait(timeout=60)
+
+
+@pytest.mark.slow
+def test_a_run_told_to_stop_says_so_and_goes_on(data, tmp_path, root):
+    run, last = tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt"
+    began = [*short_runs.arguments(data), *LONG, f"hydra.run.dir={run}"]
+    steps = []
+    for number, status, arguments in (
+        (signal.SIGTERM, 143, began), (signal.SIGTERM, 143, [f"resume={run}"]), (signal.SIGINT, 130, [f"resume={run}"])
+    ):  # fmt: skip
+        assert stop_process(number, last, tmp_path, root, *arguments) == status
+        stopped = short_runs.results(run)
+        assert (stopped["status"], stopped["signal"]) == ("stopped", signal.Signals(number).name)
+        assert stopped["error"].startswith(stopped["signal"])
+        steps.append(short_runs.checkpoint(run)["global_step"])
+    assert 0 < steps[0] <= steps[1] <= steps[2] < 360
+    assert "signal" not in resume(data, run, *LONG)
+    short_runs.run(data, tmp_path / "whole", *LONG)
+    assert_same_run(run, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("where", ["training_step", "validation_step", "test_step", "on_test_end"])
+def test_a_signal_ends_a_run_with_its_status_wherever_it_comes(data, tmp_path, monkeypatch, where):
+    from reft_lightning.training.generation import GenerationModule
+
+    original = getattr(GenerationModule, where)
+
+    def told(self, *args, **kwargs):
+        if not (where == "training_step" and self.trainer.global_step < 11):  # the last batch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(GenerationModule, where, told)
+        with pytest.raises(SystemExit) as left:
+            short_runs.run(data, tmp_path)
+    assert left.value.code == 143
+    assert short_runs.results(tmp_path)["signal"] == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert resume(data, tmp_path)["status"] == "complete"
+
+
+def test_a_signal_between_two_stages_ends_a_run_with_its_status(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(ReftModel, "save_pretrained", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as left:
+        short_runs.run(data, tmp_path)
+    assert left.value.code == 143
+    assert short_runs.results(tmp_path)["signal"] == "SIGTERM"
 
 
 def test_resume_alone_goes_on_under_the_configuration_of_the_folder(data, tmp_path, monkeypatch):
