@@ -67,6 +67,8 @@ def train() -> Any:
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda text: text not in ("-m", "--multirun"))
     asked = compose.preflight(sys.argv[1:])
     _check_folder(asked)
+    if asked.sweep:
+        _check_jobs(asked)
     compose.register()
     main = hydra.main(
         config_path=str(compose.config_dir()),
@@ -89,6 +91,18 @@ def _check_folder(asked: compose.Asked) -> None:
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(2)
+
+
+def _check_jobs(asked: compose.Asked) -> None:
+    """Check the jobs of a sweep before the first one, as far as neither rows nor weights are needed."""
+    with heavy_imports():
+        from .runs.build import check_jobs
+
+        try:
+            check_jobs(asked.runs)
+        except ValueError as error:
+            sys.stderr.write(f"{error}\n")
+            sys.exit(2)
 
 
 def _resume(argv: Sequence[str]) -> None:
@@ -117,6 +131,19 @@ def _names_of(options: dict[str, str]) -> Iterator[bool]:
 
 
 def _train(config: DictConfig) -> float | None:
+    results = _results(config, Path(HydraConfig.get().runtime.output_dir))
+    # Sweepers maximise or minimise what a job returns; a run without validation has nothing to return.
+    value = results["metrics"].get(results["monitor"])
+    return None if value is None else float(value)
+
+
+def _results(config: DictConfig, run_dir: Path) -> dict[str, Any]:
+    from .runs import own_process
+
+    if own_process.in_sweep() and own_process.needs_own_process(
+        config.trainer.devices, config.trainer.num_nodes
+    ):
+        return own_process.run_in_own_process(run_dir)
     with heavy_imports():
         from .runs.devices import check_accelerator
 
@@ -127,15 +154,14 @@ def _train(config: DictConfig) -> float | None:
             sys.exit(2)
         from .runs import experiment
 
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
     try:
-        results = experiment.run(compose.to_config(config), run_dir, _experiment())
+        command = ["reft-train", *own_process.job_arguments(sys.argv[1:])]
+        return experiment.run(compose.to_config(config), run_dir, _experiment(), command=command)
     except experiment.SetupError as error:
+        if own_process.in_sweep():
+            raise  # the other jobs go on
         sys.stderr.write(f"{error}\n")
         sys.exit(2)
-    # Sweepers maximise or minimise what a job returns; a run without validation has nothing to return.
-    value = results["metrics"].get(results["monitor"])
-    return None if value is None else float(value)
 
 
 def _experiment() -> str | None:

@@ -18,7 +18,7 @@ _trusted: ContextVar[bool] = ContextVar("trusted", default=True)
 
 @contextmanager
 def names_of_a_stranger(trusted: bool = False) -> Iterator[None]:
-    """Import only installed packages inside the block, as its names stand in files that another person may have written.
+    """Import only installed packages inside the block: its names stand in files that another person may have written.
 
     Args:
         trusted: whether the user trusts whoever wrote them, so that any module may be imported.

@@ -42,9 +42,10 @@ def refuse(capsys):
 def runs(monkeypatch, tmp_path):
     """Put a recorder in the place of ``experiment`` and give the command a folder of its own."""
     fake = types.ModuleType("reft_lightning.runs.experiment")
-    fake.calls, fake.experiments = [], []
+    fake.calls, fake.experiments, fake.commands = [], [], []
 
-    def run(config, run_dir, experiment=None, **_):
+    def run(config, run_dir, experiment=None, command=()):
+        fake.commands.append(command)
         fake.calls.append((config, run_dir))
         fake.experiments.append(experiment)
         return {"metrics": {"val/accuracy": config.optimizer.lr}, "monitor": "val/accuracy"}
@@ -420,6 +421,64 @@ def test_a_folder_whose_run_was_stopped_may_be_given_again(monkeypatch, runs):
     Path("mine/results.json").write_text('{"status": "stopped"}')
     command(monkeypatch, cli.train, "model=tiny_random", "hydra.run.dir=mine")
     assert runs[0][1] == Path("mine").absolute()
+
+
+def test_the_jobs_of_a_sweep_are_checked_before_the_first(monkeypatch, runs, capsys):
+    with pytest.raises(SystemExit) as left:
+        command(monkeypatch, cli.train, "-m", "model=tiny_random", "seed=1,2", "intervention.rank=4,9999,8",
+                "intervention.layers=[0],[0,7]")  # fmt: skip
+    assert left.value.code == 2
+    first, *bad = capsys.readouterr().err.splitlines()
+    assert first == "nothing was started: 4 of 7 choices cannot run"
+    assert bad[0].startswith("seed=1 intervention.rank=4 intervention.layers=[0,7]: ")
+    assert bad[1].startswith("seed=1 intervention.rank=9999 intervention.layers=[0]: rank must lie in 1..32")
+    assert len(bad) == 4
+    assert runs == []
+    assert not Path("outputs").exists()
+
+
+def test_choices_are_checked_together_where_one_may_not_suit_another(monkeypatch, runs, capsys):
+    with pytest.raises(SystemExit):
+        command(monkeypatch, cli.train, "-m", "model=tiny_random", "intervention.rank=4,33",
+                "model.config.hidden_size=32,64")  # fmt: skip
+    said = capsys.readouterr().err
+    assert "1 of 4 choices cannot run" in said
+    assert "intervention.rank=33 model.config.hidden_size=32: rank must lie in 1..32" in said
+
+
+def test_a_job_that_cannot_start_does_not_end_the_sweep(monkeypatch, runs):
+    fake = sys.modules["reft_lightning.runs.experiment"]
+    fake.SetupError = ValueError
+    run, seeds = fake.run, []
+
+    def refuse(config, *rest, **named):
+        seeds.append(config.seed)
+        if config.seed == 1:
+            raise fake.SetupError("no rows")
+        return run(config, *rest, **named)
+
+    monkeypatch.setattr(fake, "run", refuse)
+    with pytest.raises(SystemExit) as left:
+        command(monkeypatch, cli.train, "-m", "model=tiny_random", "seed=1,2")
+    assert left.value.code == 1
+    assert seeds == [1, 2]
+
+
+def test_a_run_knows_the_command_that_repeats_it(monkeypatch, runs, tmp_path):
+    (tmp_path / "own" / "data").mkdir(parents=True)
+    (tmp_path / "own" / "data" / "mine.yaml").write_text("defaults: [boolq]\nlimit_train: 5\n")
+    command(monkeypatch, cli.train, "--config-dir", "own", "-m", "model=tiny_random", "data=mine", "seed=1,2",
+            "intervention.layers=[0,1]", "data.prompt='{a}, ${oc.env:HOME}'", "hydra.sweep.dir=a b")  # fmt: skip
+    for (config, _), words in zip(runs, sys.modules["reft_lightning.runs.experiment"].commands, strict=True):
+        assert words[0] == "reft-train"
+        (again,) = compose.preflight(words[1:]).runs.values()
+        assert again == config
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_the_flag_of_a_sweep_may_stand_anywhere(monkeypatch, runs, flag):
+    command(monkeypatch, cli.train, "model=tiny_random", flag, "seed=1,2")
+    assert [config.seed for config, _ in runs] == [1, 2]
 
 
 def test_a_run_knows_the_experiment_it_was_composed_from(monkeypatch, runs):

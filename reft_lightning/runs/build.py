@@ -7,7 +7,8 @@ and the weights last.
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, cast
 
 from transformers import PretrainedConfig
@@ -42,14 +43,15 @@ from .checks import (
     monitor_of,
     reported,
 )
+from .devices import check_accelerator
 from .kinds import kind_of
 
 PLACE = tuple(field.name for field in fields(ModelPlace))
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """All of a run but the weights: what can be wrong with it has been found."""
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """All of a run but rows and weights."""
 
     family: AnyFamily
     source: dict[str, Any]  # arguments of load_base_model
@@ -58,10 +60,16 @@ class Prepared:
     decoding: Decoding | None  # None for a classifier
     hf_config: PretrainedConfig
     tokenizer: Any
-    data: BenchmarkData
     count: ParameterCount  # of the published model: a head in float32 has a copy of embeddings that it shares there
     monitor: Monitor
     class_order: list[int] | None  # see base_models.heads.class_order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared(Outline):
+    """All of a run but the weights: what can be wrong with it has been found."""
+
+    data: BenchmarkData
 
 
 @dataclass(frozen=True)
@@ -92,11 +100,38 @@ class Objects:
         }
 
 
-def prepare(config: Config) -> Prepared:
-    """Check a configuration as far as no weight is needed: on a model without weights, and on the data.
+def check_jobs(configs: Mapping[str, Config]) -> None:
+    """Check the jobs of a sweep as far as neither rows nor weights are needed.
+
+    Args:
+        configs: what the sweep changes -> the configuration.
 
     Raises:
-        ValueError: for an unknown family, task, model, layer, rank, position or setting, or missing data.
+        ValueError: naming all that cannot run, and why.
+    """
+    found, bad = {}, {}
+    for what, config in configs.items():
+        same = repr(replace(config, seed=0))
+        if same not in found:
+            try:
+                check_accelerator(config.trainer.accelerator)
+                outline(config)
+            except (ValueError, OSError) as error:
+                found[same] = str(error)
+            else:
+                found[same] = None
+        if found[same] is not None:
+            bad[what] = found[same]
+    if bad:
+        listed = "\n".join(f"{what}: {reason}" for what, reason in bad.items())
+        raise ValueError(f"nothing was started: {len(bad)} of {len(configs)} choices cannot run\n{listed}")
+
+
+def outline(config: Config) -> Outline:
+    """Check a configuration as far as neither rows nor weights are needed: on a model without weights.
+
+    Raises:
+        ValueError: for an unknown family, task, model, layer, rank, position or setting.
     """
     family = family_of(config)
     check_unused(config, family)
@@ -113,7 +148,22 @@ def prepare(config: Config) -> Prepared:
         fit_to_tokenizer(hf_config, tokenizer, config.model.config)
     on_meta = build_on_meta(hf_config, source["task"], source["attn_implementation"])
     count = adapt(on_meta, **attached).parameter_count()
-    data = data_module(config, family, tokenizer)
+    check_tied_head(config, hf_config, attached.get("heads") or ())
+    return Outline(
+        family=family, source=source, attached=attached, optimization=optimization, decoding=decoding,
+        hf_config=hf_config, tokenizer=tokenizer, count=count, monitor=monitor, class_order=order,
+    )  # fmt: skip
+
+
+def prepare(config: Config) -> Prepared:
+    """Check a configuration as far as no weight is needed: its outline, and the data.
+
+    Raises:
+        ValueError: for an unknown family, task, model, layer, rank, position or setting, or missing data.
+    """
+    run = outline(config)
+    family, decoding = run.family, run.decoding
+    data = data_module(config, family, run.tokenizer)
     data.prepare_data()
     data.setup("fit")
     if config.test and not config.sealed:
@@ -122,11 +172,8 @@ def prepare(config: Config) -> Prepared:
         scores = family.measures_of(config.data.tasks)
     else:
         scores = reported(cast(Family, family), data.train_rows.examples[0], decoding)
-    check_monitor(config, monitor.name, scores, data.val_tasks)
-    check_tied_head(config, hf_config, attached.get("heads") or ())
-    return Prepared(
-        family, source, attached, optimization, decoding, hf_config, tokenizer, data, count, monitor, order
-    )
+    check_monitor(config, run.monitor.name, scores, data.val_tasks)
+    return Prepared(data=data, **vars(run))
 
 
 def build(config: Config, prepared: Prepared | None = None) -> Objects:

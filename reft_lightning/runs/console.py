@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Any
 
@@ -61,15 +62,35 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
             f"peak memory {_gibibytes(results['peak_memory_bytes'])}, seed {results['seed']}",
             soft_wrap=True,
         )
-    folder = escape(str(results["run_dir"]))  # a sweep's folders have brackets, which rich reads as markup
-    console.print(f"[bold]run folder[/bold]  {folder}", soft_wrap=True)
+    folder = results["run_dir"]
+    lines = [("run folder", str(folder))]
     if not results.get("head_parameters"):  # a classifier says nothing
-        console.print(f"chat with both   reft-chat run={folder}", soft_wrap=True)
-    console.print(f"evaluate again   reft-eval run={folder} split=validation", soft_wrap=True)
+        lines.append(("chat with both", shlex.join(["reft-chat", f"run={folder}"])))
+    lines.append(("evaluate again", shlex.join(["reft-eval", f"run={folder}", "split=validation"])))
     if "split" not in results and results["trainable_parameters"] + results.get("head_parameters", 0):
-        other = OTHER.get(results["method"])
-        change = f"intervention={other}, or -m seed=42,43,44" if other else "-m seed=42,43,44"
-        console.print(f"next experiment  the same command and {change}", soft_wrap=True)
+        lines += _next_experiments(results.get("command", ""), results["method"])
+    for name, said in lines:
+        # a sweep's folders have brackets, which rich reads as markup
+        console.print(f"[bold]{name:<16}[/bold] {escape(said)}", soft_wrap=True, highlight=False)
+
+
+def _next_experiments(command: str, method: str) -> list[tuple[str, str]]:
+    """Return commands, complete and quoted for a shell: the same with three seeds, and with another method."""
+    program, *words = shlex.split(command) or [""]
+    if not program:
+        return []
+    key = {word: word.lstrip("+~").partition("=")[0] for word in words}
+    same = [word for word in words if key[word] not in ("resume", "overwrite", "trust_code")]
+    seeds = [program, "-m", *(word for word in same if key[word] != "seed"), "seed=42,43,44"]
+    found = [("three seeds", shlex.join(seeds))]
+    if method in OTHER and "intervention.method" not in key.values():
+        other = [
+            program,
+            *(word for word in same if key[word] != "intervention"),
+            f"intervention={OTHER[method]}",
+        ]
+        found.append(("another method", shlex.join(other)))
+    return found
 
 
 def _gibibytes(count: int | None) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import WandbLogger
 
 from ..config.identity import config_hash, differences
 from ..config.schema import Config
@@ -28,7 +29,7 @@ from .arguments import method_of
 from .build import Objects, build, prepare
 from .checks import check_validation_interval
 from .console import print_table
-from .ddp_launch import single_job_ddp
+from .ddp_launch import leaving_no_ranks
 from .devices import check_accelerator
 from .environment import begin_peak_memory, environment, peak_memory_bytes, peak_reserved_bytes
 from .results import Results, write_predictions
@@ -58,7 +59,11 @@ class Halted(RuntimeError):
 
 
 def run(
-    config: Config, folder: Path, experiment: str | None = None, callbacks: Sequence[Callback] = ()
+    config: Config,
+    folder: Path,
+    experiment: str | None = None,
+    callbacks: Sequence[Callback] = (),
+    command: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train and evaluate as the configuration says; return the contents of ``results.json``.
 
@@ -68,20 +73,25 @@ def run(
         experiment: the file of ``conf/experiment`` that it was composed from; recorded.
         callbacks: Lightning callbacks in addition to those of the configuration. One that raises :class:`Halted`
             ends the run without an error.
+        command: that repeats the run; recorded.
 
     Raises:
         SetupError: for a configuration that cannot work, before any weight is loaded.
     """
-    with single_job_ddp():
+    with leaving_no_ranks():
         target = Path(config.resume) if config.resume else Path(folder)
         try:
-            return _run(config, target, experiment, callbacks)
+            return _run(config, target, experiment, callbacks, command)
         finally:
             gc.collect()  # hooks tie model and interventions in a circle, and a sweep's next job needs the memory
 
 
 def _run(
-    config: Config, folder: Path, experiment: str | None, callbacks: Sequence[Callback]
+    config: Config,
+    folder: Path,
+    experiment: str | None,
+    callbacks: Sequence[Callback],
+    command: Sequence[str],
 ) -> dict[str, Any]:
     quiet_lightning()
     begin_peak_memory()
@@ -106,7 +116,17 @@ def _run(
         clear(folder)
         write_run_config(folder, config)
     results = _begin(config, folder, experiment, objects, writes=trainer.is_global_zero)
+    if command:
+        results.update(command=shlex.join(command))
+    if runs := [logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)]:
+        results.update(wandb_run=runs[0])  # which a resumed run continues
     log.info("run folder: %s", folder)
+    if trainer.world_size > 1:
+        batch, parts = config.data.batch_size, config.trainer.accumulate_grad_batches
+        log.info(
+            "a step has %d rows: data.batch_size=%d x trainer.accumulate_grad_batches=%d x %d devices",
+            batch * parts * trainer.world_size, batch, parts, trainer.world_size,
+        )  # fmt: skip
     try:
         torch.set_float32_matmul_precision(config.matmul_precision)
         results.update(matmul_precision=config.matmul_precision)
@@ -128,8 +148,8 @@ def _run(
         )
         _finish_wandb(trainer, results, None, exit_code=code)
         if trainer.is_global_zero and last_checkpoint(folder).is_file():
-            command = shlex.join(["reft-train", f"resume={folder}"])
-            log.error("stopped; what was computed is in %s; go on with: %s", folder, command)
+            go_on = shlex.join(["reft-train", f"resume={folder}"])
+            log.error("stopped; what was computed is in %s; go on with: %s", folder, go_on)
         if (
             ending and trainer.is_global_zero
         ):  # Lightning kills the first of its ranks where another one fails
@@ -148,7 +168,7 @@ def _check_resume(config: Config, folder: Path) -> None:
         # the test split would be read once more for the same scores
         raise ValueError(
             f"resume={folder}: the run is already complete, and nothing is left to do; to evaluate its adapter again: "
-            f"reft-eval run={folder}"
+            f"{shlex.join(['reft-eval', f'run={folder}'])}"
         )
     if not last_checkpoint(folder).is_file():
         raise ValueError(f"resume={folder}: there is no {last_checkpoint(folder)} to continue from")

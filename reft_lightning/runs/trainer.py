@@ -6,6 +6,8 @@ import inspect
 import itertools
 import logging
 import os
+import secrets
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,10 +16,11 @@ from typing import Any
 
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, LayerSync, Precision
+from lightning.pytorch.plugins import CheckpointIO, LayerSync, Precision
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
@@ -27,9 +30,13 @@ from ..suggest import import_object, trusted
 from ..training.checkpoint_files import WholeCheckpoints
 from ..training.last_checkpoint import LastCheckpoint
 from ..training.wandb import WandbReport
+from .arguments import method_of
 from .checks import Monitor
+from .results import Results
+from .run_folder import RESULTS
 
 log = logging.getLogger(__name__)
+TAG_LENGTH = 64  # characters that W&B takes
 KINDS = (
     Callback,
     Logger,
@@ -128,9 +135,9 @@ def build_loggers(config: Config, folder: Path) -> list[Logger]:
 
 
 def _wandb(entry: Mapping[str, Any], config: Config, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the entry without what is ours, and what a run knows: folder, name, configuration.
+    """Return the entry without what is ours, and what a run knows: folder, names, configuration.
 
-    Without a key W&B runs offline.
+    A resumed run continues the W&B run of its first part. Without a key W&B runs offline.
     """
     values = {key: value for key, value in entry.items() if key != "log_adapter"}
     modes = ("online", "offline", "disabled")
@@ -138,15 +145,22 @@ def _wandb(entry: Mapping[str, Any], config: Config, folder: Path) -> tuple[dict
     if mode not in modes:
         raise ValueError(f"logger.wandb.mode must be one of {', '.join(modes)}; got {mode!r}")
     if mode == "offline":
-        log.info(
-            "W&B runs offline; to upload this run later: wandb sync %s", folder / "wandb" / "offline-run-*"
-        )
-    given = {
-        "name": values.pop("name", None) or folder.name,
-        "save_dir": str(folder),
-        "config": asdict(config),
+        runs = f"{shlex.quote(str(folder / 'wandb'))}/offline-run-*"
+        log.info("W&B runs offline; to upload this run later: wandb sync %s", runs)
+    method, earlier = method_of(config), None
+    if config.resume and (folder / RESULTS).is_file():
+        earlier = Results.read(folder).values.get("wandb_run")
+    tags = [*(values.pop("tags", None) or ()), method, config.model.name, config.data.family]
+    own = {
+        "name": f"{method} seed {config.seed} {folder.name}",
+        "group": folder.parent.name,  # a sweep's, or that of an experiment's runs
+        "job_type": "train",
+        "id": earlier or secrets.token_hex(4),
+        "resume": "allow" if earlier else None,
     }
-    return values | {"mode": mode}, given
+    own |= {key: value for key, value in values.items() if value is not None}
+    tags = list(dict.fromkeys(tag[:TAG_LENGTH] for tag in tags))
+    return own | {"mode": mode, "tags": tags}, {"save_dir": str(folder), "config": asdict(config)}
 
 
 def logs_adapter(config: Config) -> bool:
@@ -196,7 +210,7 @@ def _check_classes(where: str, value: Any) -> None:
             target = _target(where, value)
             if not (inspect.isclass(target) and issubclass(target, KINDS)):
                 raise ValueError(
-                    f"{where}: {value['_target_']} is not a callback, logger, profiler, strategy or plugin of Lightning, "
+                    f"{where}: {value['_target_']} is no callback, logger, profiler, strategy or plugin of Lightning, "
                     "and calling it could run any code; if you trust whoever wrote it, add trust_code=true"
                 )
         value = list(value.values())

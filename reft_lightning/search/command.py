@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import secrets
+import shlex
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
         else:
             start_workers(folder, int(workers))
     except KeyboardInterrupt:
-        sys.stderr.write(f"stopped; go on with: reft-search folder={folder}\n")
+        sys.stderr.write(f"stopped; go on with: {shlex.join(['reft-search', f'folder={folder}'])}\n")
         sys.exit(130)
     _report(study)
 
@@ -177,7 +178,8 @@ def _report(study: Study) -> None:
     if early or lost or values["status"] != "complete":
         log.error(
             "the study is not complete: ended before their budget: %s; without a result: %s; the causes are in %s; go "
-            "on with: reft-search folder=%s",
-            ", ".join(early) or "none", ", ".join(lost) or "none", study.folder / SUMMARY, study.folder,
+            "on with: %s",
+            ", ".join(early) or "none", ", ".join(lost) or "none", study.folder / SUMMARY,
+            shlex.join(["reft-search", f"folder={study.folder}"]),
         )  # fmt: skip
         sys.exit(1)

@@ -142,6 +142,10 @@ def run_job(study: Path, folder: Path) -> dict[str, Any]:
     config = compose.compose(job["overrides"])
     if config.sealed != (job["kind"] == "trial"):
         raise ValueError(f"{folder}: a trial is sealed and a winner is not; its overrides say otherwise")
+    for entry in config.logger.values():
+        if "group" in entry:  # W&B's
+            entry["group"] = entry["group"] or study.resolve().name
+            entry["job_type"] = entry.get("job_type") or job["kind"]
     if job["kind"] == "trial":
         own: Callback = TrialCallback(Study(study), job["method"], job["number"])
     else:

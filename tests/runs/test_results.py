@@ -3,12 +3,15 @@
 import importlib.metadata
 import io
 import json
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
+from reft_lightning.config import compose
 from reft_lightning.runs import environment
 from reft_lightning.runs.console import print_table
 from reft_lightning.runs.results import Results, write_predictions
@@ -113,24 +116,61 @@ def test_the_table_shows_base_and_adapter_with_intervals():
     assert "0.500" in text
 
 
+COMMAND = [
+    "reft-train", "experiment=debug", "model=tiny_random", "data.path=my rows", "data.tasks=[boolq,piqa]",
+    "seed=7", "data.system_prompt='it\\'s \"$5\"; *'", "overwrite=true", "logger=[csv,tensorboard]",
+]  # fmt: skip
+
+
+def printed(text):
+    """Return name -> arguments of the commands that a table ends with, as a shell reads them."""
+    lines = text.splitlines()
+    end = next(i for i, line in enumerate(lines) if line.startswith("run folder"))
+    return {line[:16].strip(): shlex.split(line[17:]) for line in lines[end:]}
+
+
 @pytest.mark.parametrize(
-    ("method", "said"),
+    ("method", "names"),
     [
-        ("loreft", "intervention=direft, or -m seed=42,43,44"),
-        ("direft", "intervention=loreft, or -m seed=42,43,44"),
-        ("peft/lora", "the same command and -m seed=42,43,44"),
+        ("loreft", {"three seeds", "another method"}),
+        ("direft", {"three seeds", "another method"}),
+        ("peft/lora", {"three seeds"}),
     ],
 )
-def test_a_change_is_proposed_that_changes_the_method(method, said):
-    assert said in table(method=method)
-    assert "next experiment" not in table(
-        method=method, split="validation"
-    )  # evaluated again: no such command
+def test_the_commands_that_are_printed_work_as_they_are_copied(method, names):
+    text = table(method=method, command=shlex.join(COMMAND))
+    found = printed(text)
+    assert set(found) == {"run folder", "chat with both", "evaluate again", *names}
+    assert found["chat with both"] == ["reft-chat", "run=outputs/0_data.tasks=[boolq]"]
+    assert "'run=outputs/0_data.tasks=[boolq]'" in text  # brackets are a pattern of the shell
+    runs = list(compose.preflight(found["three seeds"][1:]).runs.values())
+    assert [config.seed for config in runs] == [42, 43, 44]
+    (first,) = compose.preflight(COMMAND[1:]).runs.values()
+    assert first.data.system_prompt == """it's "$5"; *"""
+    for config in runs:
+        assert replace(config, seed=7, overwrite=True) == first
+    if "another method" in names:
+        (other,) = compose.preflight(found["another method"][1:]).runs.values()
+        assert other.intervention.method == {"loreft": "direft", "direft": "loreft"}[method]
+        assert other.data == first.data
 
 
-def test_no_change_is_proposed_of_a_model_that_trains_nothing():
-    assert "next experiment" not in table(method="frozen", trainable_parameters=0)
-    assert "-m seed=42,43,44" in table(method="none", trainable_parameters=0, head_parameters=7)
+def test_no_other_method_is_proposed_where_the_command_would_set_it_back():
+    text = table(command="reft-train model=tiny_random intervention.method=loreft")
+    assert set(printed(text)) == {"run folder", "chat with both", "evaluate again", "three seeds"}
+
+
+@pytest.mark.parametrize(
+    ("values", "proposed"),
+    [
+        ({"split": "validation"}, False),  # evaluated again: no such command
+        ({"method": "frozen", "trainable_parameters": 0}, False),
+        ({"method": "none", "trainable_parameters": 0, "head_parameters": 7}, True),
+    ],
+)
+def test_another_run_is_proposed_of_what_trains(values, proposed):
+    assert ("seed=42,43,44" in table(command="reft-train model=x", **values)) == proposed
+    assert "seed=42,43,44" not in table(**values)  # nobody knows the command
 
 
 def test_the_table_prints_brackets_as_they_are():

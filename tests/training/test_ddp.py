@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import short_runs
@@ -29,7 +30,7 @@ def reft_train(data, root, cwd, *overrides):
     environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-m", "reft_lightning.cli", *overrides[:1], *short_runs.arguments(data), *overrides[1:]],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=90,
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=180,
     )  # fmt: skip
 
 
@@ -71,15 +72,22 @@ def test_two_processes_count_every_row_once(both):
 
 
 @pytest.mark.slow
-def test_a_sweep_under_two_processes_runs_each_job_once(data, tmp_path, root):
-    done = reft_train(data, root, tmp_path, "--multirun", *TWO, "seed=1,2", f"hydra.sweep.dir={tmp_path / 'sweep'}",
-                      "trainer.max_epochs=1", "hydra.sweep.subdir=${hydra.job.num}")  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert sorted(p.parent.name for p in tmp_path.rglob("results.json")) == ["0", "1"]
-    for job in range(2):
-        results = short_runs.results(tmp_path / "sweep" / str(job))
-        assert (results["status"], results["seed"], results["steps"]) == ("complete", job + 1, 5)
-        assert len(results["test_reads"]) == 1
+def test_a_sweep_under_two_processes_goes_on_after_a_job_that_fails(data, tmp_path, root):
+    done = reft_train(data, root, tmp_path, "-m", *TWO, "optimizer.lr=1e-3,1e30,2e-3", "trainer.max_epochs=1",
+                      f"hydra.sweep.dir={tmp_path / 'sweep'}", "hydra.sweep.subdir=${hydra.job.num}")  # fmt: skip
+    found = [short_runs.results(tmp_path / "sweep" / str(job)) for job in range(3)]
+    assert [results["status"] for results in found] == ["complete", "stopped", "complete"]
+    assert "lower optimizer.lr" in found[1]["error"]
+    assert [len(results["test_reads"]) for results in found] == [1, 0, 1]
+    assert found[0]["steps"] == found[2]["steps"] == 5
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert len(list(tmp_path.rglob("results.json"))) == len(list(tmp_path.rglob(".hydra"))) == 3
+    orphans, until = ["not looked yet"], time.monotonic() + 20
+    while orphans and time.monotonic() < until:
+        processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+        orphans = [line for line in processes.splitlines() if str(tmp_path) in line]
+        time.sleep(0.2)
+    assert orphans == []
 
 
 @pytest.mark.slow

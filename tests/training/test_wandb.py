@@ -54,7 +54,10 @@ def test_each_run_of_a_process_has_its_own_file_and_configuration(two_runs):
         assert config["seed"] == seed
         assert config["intervention"]["method"] == "loreft"
         assert config["optimizer"]["lr"] == 5e-3
-        assert run["display_name"] == ("first", "second")[seed]
+        name = ("first", "second")[seed]
+        assert run["display_name"] == f"loreft seed {seed} {name}"
+        assert (run["run_group"], run["job_type"]) == (two_runs[seed][0].parent.name, "train")
+        assert run["tags"] == ["x", "loreft", "tiny_random", "commonsense"]
         assert of(found, "exit")[0].get("exit_code", 0) == 0
     assert two_runs[0][2].name != two_runs[1][2].name
 
@@ -113,6 +116,27 @@ def test_a_run_that_stops_is_closed_as_failed(data, tmp_path, monkeypatch):
     _, found = records(tmp_path)
     assert of(found, "exit")[0]["exit_code"] == 1
     assert summary_of(found)["status"] == "stopped"
+
+
+def test_a_resumed_run_continues_its_run(data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        short_runs.stop_at(patch, 2)
+        with pytest.raises(short_runs.Stop):
+            short_runs.run(data, tmp_path, "logger=wandb")
+    short_runs.run(data, tmp_path, "logger=wandb", f"resume={tmp_path}")
+    ids = [folder.name.rpartition("-")[2] for folder in (tmp_path / "wandb").glob("offline-run-*")]
+    assert ids == [short_runs.results(tmp_path)["wandb_run"]] * 2
+    (_, logger) = trainer.build_loggers(wandb(f"resume={tmp_path}", "logger.wandb.mode=disabled"), tmp_path)
+    assert (logger.version, logger._wandb_init["resume"]) == (ids[0], "allow")
+
+
+def test_names_that_are_given_are_kept_and_long_tags_are_cut(tmp_path):
+    names = {"name": "n", "group": "g", "job_type": "j"}
+    given = [f"logger.wandb.{key}={value}" for key, value in names.items()]
+    (_, logger) = trainer.build_loggers(wandb(*given, f"model.name={'x' * 100}"), tmp_path)
+    assert {key: logger._wandb_init[key] for key in ("group", "job_type")} == {"group": "g", "job_type": "j"}
+    assert logger._wandb_init["name"] == "n"
+    assert logger._wandb_init["tags"][1] == "x" * 64
 
 
 def wandb(*overrides):
