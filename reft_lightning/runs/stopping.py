@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning import Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 
@@ -34,9 +34,47 @@ def until_sigterm(trainer: Trainer) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class StopTogether(Callback):
+    """Let several ranks end together, before the next batch, when one of them is told to stop.
+
+    Lightning broadcasts from within its signal handler, and waits for ever where another rank is in an operation of
+    all ranks, such as the sum of gradients. Here the handler only notes the signal.
+    """
+
+    def __init__(self) -> None:
+        self.told = False
+
+    def _listen(self, trainer: Trainer) -> None:
+        if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._note)  # Lightning restores the earlier one after its loop
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.told = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen."""
+        self._listen(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen."""
+        self._listen(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen."""
+        self._listen(trainer)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """End here: the last batch is complete, and its state noted."""
+        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self.told, all=False):
+            raise SIGTERMException
+
+
 def check_told_to_stop(trainer: Trainer) -> None:
     """Raise :class:`Terminated` where SIGTERM came too late for the loop that has just ended."""
-    if trainer.received_sigterm:
+    noted = any(isinstance(callback, StopTogether) and callback.told for callback in trainer.callbacks)
+    if trainer.strategy.reduce_boolean_decision(trainer.received_sigterm or noted, all=False):
         raise Terminated
 
 

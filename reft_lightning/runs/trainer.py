@@ -34,6 +34,7 @@ from .arguments import method_of
 from .checks import Monitor
 from .results import Results
 from .run_folder import RESULTS
+from .stopping import StopTogether
 
 log = logging.getLogger(__name__)
 TAG_LENGTH = 64  # characters that W&B takes
@@ -81,7 +82,7 @@ def build_trainer(
         plugins.append(WholeCheckpoints())
     arguments["plugins"] = plugins
     loggers = [] if config.trainer.barebones else build_loggers(config, folder)
-    callbacks = list(first)
+    callbacks = [*first, StopTogether()]
     if config.trainer.enable_checkpointing is not False and not config.trainer.barebones:
         callbacks += build_callbacks(config.checkpoint, monitor, folder, random_state)
     if loggers:

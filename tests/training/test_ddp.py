@@ -1,6 +1,7 @@
 """Two processes on CPU are one process with twice the batch, through the command line."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,13 +25,16 @@ def data(tmp_path_factory):
     return short_runs.write_rows(tmp_path_factory.mktemp("rows"), train=31, test=7, answer="true")
 
 
-def reft_train(data, root, cwd, *overrides):
+def process_environment(root):
     environment = {k: v for k, v in os.environ.items() if k not in ddp_launch.RANK_VARIABLES}
     # one thread a process: two processes of many threads wait for each other on few cores
-    environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    return environment | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+
+
+def reft_train(data, root, cwd, *overrides):
     return subprocess.run(
         [sys.executable, "-m", "reft_lightning.cli", *overrides[:1], *short_runs.arguments(data), *overrides[1:]],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=180,
+        cwd=cwd, env=process_environment(root), capture_output=True, text=True, timeout=180,
     )  # fmt: skip
 
 
@@ -107,3 +111,27 @@ def test_a_process_without_any_rows_to_evaluate_is_refused(data, tmp_path, root)
     )
     assert done.returncode != 0
     assert "2 processes evaluate 1 rows a task" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_told_to_stop_end_together_and_go_on(data, tmp_path, root):
+    run, last = tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt"
+    command = [sys.executable, "-m", "reft_lightning.cli", *short_runs.arguments(data), *TWO, "trainer.max_epochs=12",
+               f"hydra.run.dir={run}"]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=process_environment(root),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    until = time.monotonic() + 120
+    while not last.is_file() and time.monotonic() < until:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    stopped = short_runs.results(run)
+    assert (stopped["status"], stopped["signal"]) == ("stopped", "SIGTERM")
+    done = subprocess.run([*command[:3], f"resume={run}"], cwd=tmp_path, env=process_environment(root), check=False,
+                          capture_output=True, text=True, timeout=180)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = short_runs.results(run)
+    assert (results["status"], results["steps"]) == ("complete", 60)  # 25 rows, 6 a step
