@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -73,7 +73,8 @@ class StopTogether(Callback):
 
 def check_told_to_stop(trainer: Trainer) -> None:
     """Raise :class:`Terminated` where SIGTERM came too late for the loop that has just ended."""
-    noted = any(isinstance(callback, StopTogether) and callback.told for callback in trainer.callbacks)
+    callbacks = cast(Any, trainer).callbacks
+    noted = any(isinstance(callback, StopTogether) and callback.told for callback in callbacks)
     if trainer.strategy.reduce_boolean_decision(trainer.received_sigterm or noted, all=False):
         raise Terminated
 
