@@ -19,10 +19,10 @@ from typing import Any
 
 from ..storage.atomic import new_folder
 from ..suggest import did_you_mean
-from .process import failure, start, stop
+from .process import Lock, failure, start, stop
 from .search_plan import PRUNERS, SAMPLERS, Plan, change_plan, key_of, read_plan
 from .study import Study, read_study, write_study
-from .study_files import LEDGER, PLAN, SUMMARY, WORKERS
+from .study_files import LEDGER, LOCKS, PLAN, SUMMARY, WORKERS
 from .summary import print_summary, summarize
 from .worker import Worker
 
@@ -83,10 +83,19 @@ def prepare_study(own: Mapping[str, str], rest: Sequence[str]) -> Path:
 
 
 def begin_study(folder: Path, plan: Plan, monitor: str, mode: str, storage: str | None = None) -> None:
-    """Write the plan of a new study; its runs start in the present directory."""
+    """Write the plan of a new study; its runs start in the present directory.
+
+    Raises:
+        ValueError: if another command has begun one in this folder meanwhile.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     study = f"{plan.name}-{secrets.token_hex(4)}"  # a database may hold other searches of this name
-    write_study(folder, plan, monitor=monitor, mode=mode, directory=os.getcwd(), storage=storage, study=study)
+    with Lock(folder / LOCKS / "turn"):
+        if (folder / PLAN).is_file():
+            raise ValueError(f"{folder}: another command has begun a study there; give another folder")
+        write_study(
+            folder, plan, monitor=monitor, mode=mode, directory=os.getcwd(), storage=storage, study=study
+        )
 
 
 def go_on(folder: Path, search: str | None, arguments: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ import pytest
 from pretended_runs import (
     STEPS,
     Killed,
+    make_plan,
     make_study,
     pretend,
     spend,
@@ -17,8 +18,9 @@ from pretended_runs import (
 )
 
 from reft_lightning.search.budget import counted, verdict
+from reft_lightning.search.command import begin_study
 from reft_lightning.search.study import Study
-from reft_lightning.search.study_files import read_job
+from reft_lightning.search.study_files import PLAN, read_job
 from reft_lightning.search.summary import summarize
 
 
@@ -244,3 +246,11 @@ def test_trials_of_other_lengths_are_reported_where_trials_are_counted():
     assert verdict("steps", 400, costs) == "equal"
     costs = {"a": {"trials": 2, "steps": 1000, "tokens": 0}, "b": {"trials": 2, "steps": 1009, "tokens": 7}}
     assert verdict("trials", 2, costs) == "equal; trials were not equally long: a 0 tokens and b 7"
+
+
+def test_two_commands_do_not_begin_a_study_in_one_folder(tmp_path):
+    begin_study(tmp_path, make_plan(), "val/accuracy", "max")
+    plan = (tmp_path / PLAN).read_text()
+    with pytest.raises(ValueError, match="another command has begun a study there"):
+        begin_study(tmp_path, make_plan(seeds=[3]), "val/accuracy", "max")
+    assert (tmp_path / PLAN).read_text() == plan
