@@ -33,7 +33,7 @@ from .ddp_launch import leaving_no_ranks
 from .devices import check_accelerator
 from .environment import begin_peak_memory, environment, peak_memory_bytes, peak_reserved_bytes
 from .results import Results, write_predictions
-from .run_folder import check_free, clear, is_complete, last_checkpoint, load_run_config, write_run_config
+from .run_folder import RESULTS, check_free, clear, last_checkpoint, load_run_config, write_run_config
 from .stopping import check_told_to_stop, signal_of, until_sigterm
 from .trainer import build_trainer, logs_adapter, quiet_lightning
 
@@ -164,7 +164,7 @@ def _run(
 
 def _check_resume(config: Config, folder: Path) -> None:
     """Refuse to resume a run that is complete, that has no checkpoint, or that another configuration began."""
-    if is_complete(folder):
+    if (folder / RESULTS).is_file() and Results.read(folder).values.get("status") == "complete":
         # the test split would be read once more for the same scores
         raise ValueError(
             f"resume={folder}: the run is already complete, and nothing is left to do; to evaluate its adapter again: "

@@ -6,12 +6,12 @@ or complete.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..storage.atomic import json_text, write_json, write_text
+from ..storage.reading import read_json
 
 
 class Results:
@@ -31,13 +31,13 @@ class Results:
     def read(cls, folder: Path) -> Results:
         """Return the results of an earlier run."""
         results = cls(folder)
-        results.values = json.loads(results.path.read_text(encoding="utf-8"))
+        results.values = read_json(results.path)
         return results
 
     def resume(self) -> None:
         """Take up what an interrupted run had obtained in the same folder; its environment is this one's."""
         if self.path.is_file():
-            earlier = json.loads(self.path.read_text(encoding="utf-8"))
+            earlier = read_json(self.path)
             now = {k: v for k, v in self.values.items() if k not in ("metrics", "counts", "test_reads")}
             self.values = {k: v for k, v in earlier.items() if k not in ("stopped", "error", "signal")} | now
 

@@ -70,7 +70,8 @@ class Optimization:
                 f"{self.scheduler.__name__} has no warm-up: scheduler.warmup_ratio must be 0; got {self.warmup_ratio}"
             )
         # what their constructors refuse is said before a run begins
-        self._made([{"params": [nn.Parameter(torch.zeros(1, 1))]}], total_steps=100)
+        group = {"name": "weight", "params": [nn.Parameter(torch.zeros(1, 1))], "lr": self.lr}
+        self._made([group | {"weight_decay": self.weight_decay}], total_steps=100)
 
     def _takes(self, names: tuple[str, ...]) -> str | None:
         return next((name for name in names if name in inspect.signature(self.scheduler).parameters), None)
