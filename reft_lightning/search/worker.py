@@ -109,7 +109,9 @@ class Worker:
             trial.set_user_attr("reason", results.get("reason"))
             raise study.optuna.TrialPruned
         if failed or status != "complete" or value is None or not math.isfinite(value):
-            ending = f"the run ended as {status!r}, and {study.monitor} is {value}"
+            scored = study.monitor in results.get("metrics", {})
+            score = "missing" if not scored else value if value is not None else "not a number"
+            ending = f"the run ended as {status!r}, and {study.monitor} is {score}"
             trial.set_user_attr("error", failed or results.get("error") or ending)
             raise TrialFailed
         return value
