@@ -272,6 +272,9 @@ class Config:
     # of float32 products, for torch.set_float32_matmul_precision: highest | high | medium. On a GPU the last two
     # (TF32, bfloat16) also reach the products within interventions
     matmul_precision: str = "highest"
+    # of an optimizer step that is divided (accumulated batches, devices): token_mean, the mean over all its target
+    # tokens (a classifier's rows), or micro_batch_mean, the mean of the batches' means, as the authors' trainer has it
+    loss_reduction: str = "token_mean"
     option_likelihood: bool = free(True)  # rank each row's options by likelihood, in addition to generating
     sealed: bool = free(False)  # the test split cannot be built: for searches
     resume: Optional[str] = free(None)  # a run folder to continue
@@ -289,6 +292,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.source": ("hub", "local", "wheel"),
     "data.template": ("plain", "alpaca", "chat"),
     "matmul_precision": ("highest", "high", "medium"),
+    "loss_reduction": ("token_mean", "micro_batch_mean"),
     "checkpoint.mode": ("max", "min"),
 }
 

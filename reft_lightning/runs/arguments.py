@@ -116,6 +116,7 @@ def optimization_of(config: Config) -> Optimization:
         warmup_ratio=scheduler.warmup_ratio,
         optimizer=_imported("optimizer._target_", optimizer._target_), optimizer_options=optimizer.options,
         scheduler=_imported("scheduler._target_", scheduler._target_), scheduler_options=scheduler.options,
+        loss_reduction=config.loss_reduction,
     )  # fmt: skip
 
 

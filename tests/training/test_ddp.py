@@ -1,5 +1,6 @@
 """Two processes on CPU are one process with twice the batch, through the command line."""
 
+import json
 import os
 import subprocess
 import sys
@@ -16,11 +17,16 @@ TWO = ("trainer.devices=2", "trainer.strategy=ddp")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Rows whose targets have one length, in whole batches.
-
-    The mean of the means of two times 3 rows is then the mean over 6 rows.
-    """
-    return short_runs.write_rows(tmp_path_factory.mktemp("rows"), train=31, test=7, answer="true")
+    """23 train rows whose targets have 23 to 65 tokens; the last step has 5 rows, the others 6."""
+    folder = short_runs.write_rows(tmp_path_factory.mktemp("rows"), train=30, test=7)
+    path = folder / "boolq" / "train.json"
+    rows = json.loads(path.read_text())
+    for i, row in enumerate(rows):
+        longer = f"false{' indeed' * (i % 6)}"
+        for column in ("instruction", "output", "answer"):
+            row[column] = row[column].replace("false", longer)
+    path.write_text(json.dumps(rows))
+    return folder
 
 
 def reft_train(data, root, cwd, *overrides):
@@ -33,25 +39,41 @@ def reft_train(data, root, cwd, *overrides):
     )  # fmt: skip
 
 
+COMMON = ("data.group_by_length=false", "data.validation_size=7", "optimizer.weight_decay=0.1",
+          "evaluate_base=true", "data.max_length=256")  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def both(data, tmp_path_factory, root):
     folder = tmp_path_factory.mktemp("ddp")
-    common = ("data.group_by_length=false", "data.validation_size=7", "optimizer.weight_decay=0.1",
-              "evaluate_base=true")  # fmt: skip
-    done = reft_train(data, root, folder, *common, *TWO, f"hydra.run.dir={folder / 'two'}")
+    done = reft_train(data, root, folder, *COMMON, *TWO, f"hydra.run.dir={folder / 'two'}")
     assert done.returncode == 0, done.stderr[-3000:]
-    short_runs.run(data, folder / "one", *common, "data.batch_size=6")
+    short_runs.run(data, folder / "one", *COMMON, "data.batch_size=6")
     return folder / "one", folder / "two"
+
+
+def assert_same_training(one, two):
+    adapters = [load_adapter(folder / "adapter")[1] for folder in (one, two)]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], tensor, atol=1e-5, rtol=0)
+    losses = [short_runs.logged(folder, "train/loss") for folder in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert short_runs.results(one)["steps"] == short_runs.results(two)["steps"] == len(losses[0])
 
 
 @pytest.mark.slow
 def test_two_processes_train_the_adapter_of_one_with_twice_the_batch(both):
-    one, two = (load_adapter(folder / "adapter")[1] for folder in both)
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=0)
-    steps = [short_runs.results(folder)["steps"] for folder in both]
-    assert steps[0] == steps[1] == 8  # 24 train rows, 6 a step, 2 epochs
+    assert_same_training(*both)
+    assert short_runs.results(both[0])["steps"] == 8  # 23 train rows, 6 a step, 2 epochs
+
+
+@pytest.mark.slow
+def test_two_processes_that_accumulate_train_the_adapter_of_one_batch(data, both, tmp_path, root):
+    done = reft_train(data, root, tmp_path, *COMMON, *TWO, f"hydra.run.dir={tmp_path / 'two'}", "data.batch_size=1",
+                      "trainer.accumulate_grad_batches=3")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_training(both[0], tmp_path / "two")
 
 
 @pytest.mark.slow
@@ -78,7 +100,7 @@ def test_a_sweep_under_two_processes_runs_each_job_once(data, tmp_path, root):
     assert sorted(p.parent.name for p in tmp_path.rglob("results.json")) == ["0", "1"]
     for job in range(2):
         results = short_runs.results(tmp_path / "sweep" / str(job))
-        assert (results["status"], results["seed"], results["steps"]) == ("complete", job + 1, 5)
+        assert (results["status"], results["seed"], results["steps"]) == ("complete", job + 1, 4)
         assert len(results["test_reads"]) == 1
 
 
