@@ -233,7 +233,8 @@ class SchedulerConfig:
 class CheckpointConfig:
     """Which checkpoint counts, and when to write one."""
 
-    monitor: Optional[str] = None  # None: the family's main measure, or val/loss where nothing is scored
+    # None: the family's main measure, or val/loss where texts are free. Between equal scores val/loss decides
+    monitor: Optional[str] = None
     mode: Optional[str] = None  # max | min; None: min for a loss, max for a score
     every_n_steps: Optional[int] = free(None)  # optimizer steps; None: once a validation
     early_stopping_patience: Optional[int] = None  # validations without improvement; None: never

@@ -20,6 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from ..config.identity import config_hash, differences
 from ..config.schema import Config
 from ..storage.atomic import now, write_json
+from ..training.best_checkpoint import BestCheckpoint
 from ..training.evaluation import evaluate
 from ..training.wandb import finish_wandb
 from .arguments import method_of
@@ -197,14 +198,19 @@ def _train(config: Config, objects: Objects, trainer: Trainer, results: Results,
         tokens_per_second=tokens / seconds if seconds else 0.0,
         metrics={k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")},
     )  # fmt: skip
-    best = Path(getattr(trainer.checkpoint_callback, "best_model_path", "") or "none")
-    if config.checkpoint.restore_best and not best.is_file():
+    if not config.checkpoint.restore_best:
+        log.info("the weights of the last step count: checkpoint.restore_best=false")
+        return
+    chosen = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint) and c.best), None)
+    if chosen is None:
         log.warning("no validation chose a checkpoint: the weights of the last step are evaluated")
         results.update(best_step=None)
-    elif config.checkpoint.restore_best:
-        checkpoint = torch.load(best, map_location="cpu", weights_only=False)
-        objects.module.load_state_dict(checkpoint["state_dict"])
-        results.update(best_step=checkpoint["global_step"])
+        return
+    checkpoint = torch.load(chosen.path, map_location="cpu", weights_only=False)
+    objects.module.load_state_dict(checkpoint["state_dict"])
+    results.update(best_step=checkpoint["global_step"], chosen_by=chosen.reason())
+    log.info("the checkpoint of step %d of %d counts: %s",
+             checkpoint["global_step"], trainer.global_step, chosen.reason())  # fmt: skip
 
 
 def evaluate_split(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ HEARTBEAT = 20  # seconds; a trial of a database that has missed three is lost
 # In study.yaml in addition to the plan: the score that decides, max or min, the directory where runs start, the URL of
 # a database (or None for a journal in the folder), and the name of the study in it, before the name of a method.
 MORE = ("monitor", "mode", "directory", "storage", "study")
+LOSS = "val/loss"  # of a trial: decides between equal scores
 FREE = 3  # trials in a row that cost nothing, such as those that fail before their first batch, end a method
 
 
@@ -132,10 +134,13 @@ class Study:
         return self.studies[method].get_trials(deepcopy=False)
 
     def best(self, method: str) -> Any | None:
-        """Return the trial with the best validation score, the first of equals; None where none is complete."""
+        """Return the trial with the best validation score, of equals the lowest loss; None where none is complete."""
         complete = [trial for trial in self.trials(method) if trial.state.name == "COMPLETE"]
-        sign = -1 if self.maximize else 1
-        return min(complete, key=lambda trial: (sign * trial.value, trial.number), default=None)
+        return min(
+            complete,
+            key=lambda t: order_of(t.value, t.user_attrs.get(LOSS), t.number, self.maximize),
+            default=None,
+        )
 
     def start(self) -> None:
         """Note that the command was started: methods that gave up, and winners that failed, are tried again."""
@@ -185,6 +190,11 @@ class Study:
         """Return at which edges of its space a winner lies: values beyond were not tried."""
         found = [(d.edge(params[d.name]), d.name) for d in self.plan.space(method)]
         return [f"at the {edge} edge of {name}" for edge, name in found if edge]
+
+
+def order_of(value: float, loss: float | None, number: int, maximize: bool) -> tuple[float, float, int]:
+    """Return what puts the better one of two complete trials first: its score, its loss, its number."""
+    return (-value if maximize else value, math.inf if loss is None else loss, number)
 
 
 def winner_status(folder: Path, job: Mapping[str, Any]) -> str:

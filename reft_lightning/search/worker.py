@@ -24,7 +24,7 @@ from typing import Any
 
 from ..storage.atomic import write_json
 from .process import Lock, end_with_parent, failure, start, stop
-from .study import Study, read_results, run_again, winner_status
+from .study import LOSS, Study, read_results, run_again, winner_status
 from .study_files import COMMAND, ERROR, JOB, LOCKS, LOG, TRIALS
 from .summary import summarize
 
@@ -105,6 +105,7 @@ class Worker:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the adapter stays
         status, value = results.get("status"), results.get("metrics", {}).get(study.monitor)
         trial.set_user_attr("config_hash", results.get("config_hash"))
+        trial.set_user_attr(LOSS, results.get("metrics", {}).get(LOSS))
         if not failed and status == "pruned":
             trial.set_user_attr("reason", results.get("reason"))
             raise study.optuna.TrialPruned

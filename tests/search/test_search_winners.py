@@ -7,6 +7,7 @@ import pytest
 import yaml
 from pretended_runs import Killed, make_plan, make_study, pretend, work, work_with_others, write_results
 
+from reft_lightning.reporting.studies import read_study as read_report
 from reft_lightning.search import command
 from reft_lightning.search.study import Study, read_study
 from reft_lightning.search.study_files import JOURNAL, LEDGER, read_job
@@ -36,6 +37,17 @@ def test_the_winner_is_the_best_complete_trial_the_first_of_equals(whole, tmp_pa
     study = make_study(tmp_path, seeds=[])
     work(study, equal)
     assert study.best("loreft").number == 0
+
+
+def test_of_trials_with_equal_scores_the_one_with_the_lowest_loss_wins(tmp_path):
+    def equal(folder):
+        write_results(folder, "complete", val_accuracy=0.0, val_loss=abs(read_job(folder)["number"] - 2))
+        return ""
+
+    study = make_study(tmp_path, seeds=[], budget={"unit": "trials", "amount": 4})
+    work(study, equal)
+    assert study.best("loreft").number == 2
+    assert read_report(tmp_path).best("loreft").number == 2
 
 
 def test_winners_are_tested_once_with_every_seed(whole):
