@@ -30,11 +30,15 @@ def data(tmp_path_factory):
 
 
 def reft_train(data, root, cwd, *overrides):
-    environment = {k: v for k, v in os.environ.items() if k not in ddp_launch.RANK_VARIABLES}
+    return command(root, cwd, *overrides[:1], *short_runs.arguments(data), *overrides[1:])
+
+
+def command(root, cwd, *arguments, **variables):
+    environment = {k: v for k, v in os.environ.items() if k not in ddp_launch.RANK_VARIABLES} | variables
     # one thread a process: two processes of many threads wait for each other on few cores
     environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "reft_lightning.cli", *overrides[:1], *short_runs.arguments(data), *overrides[1:]],
+        [sys.executable, "-m", "reft_lightning.cli", *arguments],
         cwd=cwd, env=environment, capture_output=True, text=True, timeout=90,
     )  # fmt: skip
 
@@ -72,6 +76,32 @@ def test_two_processes_train_the_adapter_of_one_with_twice_the_batch(both):
 def test_two_processes_that_accumulate_train_the_adapter_of_one_batch(data, both, tmp_path, root):
     done = reft_train(data, root, tmp_path, *COMMON, *TWO, f"hydra.run.dir={tmp_path / 'two'}", "data.batch_size=1",
                       "trainer.accumulate_grad_batches=3")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_training(both[0], tmp_path / "two")
+
+
+STOP = """
+import os
+from lightning import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+class Stop(Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 4 and os.environ.get("STOP"):
+            raise SIGTERMException
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_were_stopped_inside_a_step_go_on_with_its_gradient(data, both, tmp_path, root):
+    (tmp_path / "stop.py").write_text(STOP)
+    run = [*short_runs.arguments(data), *COMMON, *TWO, f"hydra.run.dir={tmp_path / 'two'}", "data.batch_size=1",
+           "trainer.accumulate_grad_batches=3", "+callbacks.stop._target_=stop.Stop"]  # fmt: skip
+    command(root, tmp_path, *run, STOP="1")
+    checkpoint = short_runs.checkpoint(tmp_path / "two")
+    assert checkpoint["global_step"] == 1
+    assert checkpoint["callbacks"]["LastCheckpoint"]["gradients"]
+    done = command(root, tmp_path, f"resume={tmp_path / 'two'}")
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_training(both[0], tmp_path / "two")
 
