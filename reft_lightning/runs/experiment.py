@@ -153,6 +153,8 @@ def _begin(config: Config, folder: Path, experiment: str | None, objects: Object
     )
     if config.resume:
         results.resume()
+        if results.has("test/"):  # whose rows are not read again
+            objects.data.data_versions["test"].update(results.values["data_versions"]["test"])
     results.update(
         method=method_of(config), model=config.model.name, monitor=objects.prepared.monitor.name, **objects.facts(),
         **({"experiment": experiment} if experiment else {}),
@@ -180,7 +182,9 @@ def _stages(config: Config, folder: Path, objects: Objects, trainer: Trainer, re
         objects.model.save_pretrained(folder / "adapter")
     if data.val_tasks:
         evaluate_split(trainer, objects, "validation", folder, results)
-    if split == "test":
+    if split == "test" and not results.has(
+        "test/"
+    ):  # a run that was killed after its test reads no row again
         evaluate_split(trainer, objects, "test", folder, results)
     results.update(peak_memory_bytes=peak_memory_bytes(), peak_reserved_bytes=peak_reserved_bytes())
 
@@ -218,35 +222,34 @@ def evaluate_split(
 ) -> None:
     """Evaluate the model as it is on a split, and write scores and predictions to the run folder.
 
+    A read of the test split is recorded before it happens. Scores are written last: where they are, all is.
+
     Args:
         trainer: a trainer.
         objects: what is evaluated, on what.
-        split: ``validation`` or ``test``; reading the test split is recorded.
+        split: ``validation`` or ``test``.
         folder: the run folder.
         results: takes the scores.
         base: whether the model is the frozen base, as inside ``disabled()``.
     """
+    if split == "test":
+        objects.data.setup("test")
+        facts = {"time": now(), "model": "base" if base else "adapted",
+                 "config_hash": results.values.get("config_hash")}  # fmt: skip
+        reads = [{"task": task, "rows": rows, **facts} for task, rows in objects.data.test_rows.items()]
+        results.update(test_reads=[*results.values["test_reads"], *reads])
     found = evaluate(trainer, objects.module, objects.data, split, prefix="base/" if base else "")
-    read = objects.data.test_rows if split == "test" else {}
-    reads = [
-        {
-            "task": task, "rows": rows, "time": now(), "model": "base" if base else "adapted",
-            "config_hash": results.values.get("config_hash"),
-        }
-        for task, rows in read.items()
-    ]  # fmt: skip
-    results.update(
-        metrics=found.metrics,
-        counts=found.counts,
-        tasks=dict.fromkeys(sorted({row["task"] for row in found.predictions}), objects.module.kind),
-        seconds={f"base/{split}" if base else split: found.seconds},
-        test_reads=[*results.values["test_reads"], *reads],
-    )
     if trainer.is_global_zero:
         who = "base" if base else "reft"
         write_predictions(folder / "predictions" / f"{who}_{split}.jsonl", found.predictions)
         if split == "test" and objects.data.family.export is not None:
             _export(folder, objects, found.predictions, base)
+    results.update(
+        metrics=found.metrics,
+        counts=found.counts,
+        tasks=dict.fromkeys(sorted({row["task"] for row in found.predictions}), objects.module.kind),
+        seconds={f"base/{split}" if base else split: found.seconds},
+    )
 
 
 def _export(folder: Path, objects: Objects, rows: list[dict[str, Any]], base: bool) -> None:

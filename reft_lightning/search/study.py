@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from ..runs.run_folder import last_checkpoint
 from ..storage.atomic import write_text
 from ..storage.reading import read_json, read_yaml
 from .budget import counted, spent
@@ -204,6 +205,13 @@ def winner_status(folder: Path, job: Mapping[str, Any]) -> str:
     if (folder / ERROR).is_file():
         return "failed"
     return "complete" if read_results(folder).get("status") == "complete" else "waiting"
+
+
+def was_tested(folder: Path, job: Mapping[str, Any]) -> bool:
+    """Return whether a winner's run was stopped after its test: it goes on, and reads no test row again."""
+    tested = any(name.startswith("test/") for name in read_results(folder).get("metrics", {}))
+    same = read_job(folder).get("overrides") == job["overrides"]
+    return tested and same and last_checkpoint(folder).is_file()
 
 
 def study_name(study: str, method: str) -> str:
