@@ -48,6 +48,7 @@ ALIASES = {
     "steps": "trainer.max_steps",
     "num_steps": "trainer.max_steps",
     "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "average_tokens_across_devices": "loss_reduction",
     "max_grad_norm": "trainer.gradient_clip_val",
     "device": "trainer.accelerator",
     "gpus": "trainer.devices",

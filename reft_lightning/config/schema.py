@@ -233,7 +233,8 @@ class SchedulerConfig:
 class CheckpointConfig:
     """Which checkpoint counts, and when to write one."""
 
-    monitor: Optional[str] = None  # None: the family's main measure, or val/loss where nothing is scored
+    # None: the family's main measure, or val/loss where texts are free. Between equal scores val/loss decides
+    monitor: Optional[str] = None
     mode: Optional[str] = None  # max | min; None: min for a loss, max for a score
     every_n_steps: Optional[int] = free(None)  # optimizer steps; None: once a validation
     early_stopping_patience: Optional[int] = None  # validations without improvement; None: never
@@ -272,6 +273,9 @@ class Config:
     # of float32 products, for torch.set_float32_matmul_precision: highest | high | medium. On a GPU the last two
     # (TF32, bfloat16) also reach the products within interventions
     matmul_precision: str = "highest"
+    # of an optimizer step that is divided (accumulated batches, devices): token_mean, the mean over all its target
+    # tokens (a classifier's rows), or micro_batch_mean, the mean of the batches' means, as the authors' trainer has it
+    loss_reduction: str = "token_mean"
     option_likelihood: bool = free(True)  # rank each row's options by likelihood, in addition to generating
     sealed: bool = free(False)  # the test split cannot be built: for searches
     resume: Optional[str] = free(None)  # a run folder to continue
@@ -293,6 +297,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.source": ("hub", "local", "wheel"),
     "data.template": ("plain", "alpaca", "chat"),
     "matmul_precision": ("highest", "high", "medium"),
+    "loss_reduction": ("token_mean", "micro_batch_mean"),
     "checkpoint.mode": ("max", "min"),
 }
 

@@ -132,7 +132,7 @@ class BenchmarkData(LightningDataModule, ABC):
 
     @abstractmethod
     def _encode(self, examples: list[Any], what: str) -> Any:
-        """Return rows of tokens, with `lengths` and `examples`; `what` names them in the log."""
+        """Return rows of tokens, with `lengths`, `targets` and `examples`; `what` names them in the log."""
 
     @abstractmethod
     def _collator(self, with_examples: bool) -> Callable[[list[Any]], dict[str, Any]]:
@@ -234,7 +234,7 @@ class BenchmarkData(LightningDataModule, ABC):
         rows = self.train_rows
         return train_loader(
             rows, rows.lengths, self._collator(with_examples=False), batch_size=self.batch_size, seed=self.seed,
-            group_by_length=self.group_by_length, num_workers=self.num_workers,
+            group_by_length=self.group_by_length, num_workers=self.num_workers, targets=rows.targets,
         )  # fmt: skip
 
     def val_dataloader(self) -> list[DataLoader]:

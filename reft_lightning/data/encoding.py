@@ -249,6 +249,11 @@ class EncodedRows(Dataset[Encoded]):
         return self._lengths.tolist()
 
     @property
+    def targets(self) -> list[int]:
+        """Return the number of target tokens of each row, over which its loss is a mean."""
+        return (self._lengths - self._prompts).tolist()
+
+    @property
     def apart(self) -> int:
         """Return how many rows were tokenised apart."""
         return int((~self._flags[0]).sum())

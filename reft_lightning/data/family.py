@@ -52,7 +52,9 @@ class Family:
         tasks: name -> Task.
         max_new_tokens: enough for the longest answer.
         score: (generated texts of a row, its example) -> Judgement; None where only the loss is measured.
-        measures: what `score` may return; the first is the main one, by which checkpoints are chosen.
+        measures: what `score` may return.
+        main: the measure by which checkpoints are chosen, the first of `measures` unless given: `loss` where texts are
+            free, so that few of them equal the target.
         skip_empty: whether train rows with nothing to learn are left out, and counted, instead of an error.
         literal: whether a right answer is the target word for word, so that it pays to check the target first.
         template: of the prompts, a name in `prompts.TEMPLATES`, where the configuration names none.
@@ -71,6 +73,7 @@ class Family:
     max_new_tokens: int
     score: Score | None
     measures: tuple[str, ...] = ("accuracy",)
+    main: str | None = None
     skip_empty: bool = False
     literal: bool = True
     template: str = "plain"
@@ -92,6 +95,10 @@ class Family:
     def measures_of(self, tasks: Sequence[str]) -> tuple[str, ...]:
         """Return the names of a run's scores, the main one first; none where only the loss is measured."""
         return self.measures if self.score else ()
+
+    def main_measure(self, tasks: Sequence[str]) -> str:
+        """Return the measure by which checkpoints are chosen."""
+        return self.main or (*self.measures_of(tasks), "loss")[0]
 
     def num_labels(self, tasks: Sequence[str]) -> None:
         """Return None: a language model has no classes."""

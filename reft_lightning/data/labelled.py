@@ -195,6 +195,10 @@ class ClassificationFamily:
         """Return the names of a run's scores, the main one first."""
         return self.only_task(tasks).measures
 
+    def main_measure(self, tasks: Sequence[str]) -> str:
+        """Return the measure by which checkpoints are chosen."""
+        return self.measures_of(tasks)[0]
+
     def num_labels(self, tasks: Sequence[str]) -> int:
         """Return the number of a classifier's outputs."""
         return self.only_task(tasks).num_labels

@@ -32,10 +32,11 @@ def train_loader(
     seed: int,
     group_by_length: bool,
     num_workers: int,
+    targets: Sequence[int] | None = None,  # n
 ) -> StatefulDataLoader:
     """Return a loader whose state lets a run resume in the middle of an epoch."""
     rank, world_size = rank_and_world_size()
-    batches = TrainBatches(lengths, batch_size, seed, group_by_length, rank, world_size)
+    batches = TrainBatches(lengths, batch_size, seed, group_by_length, rank, world_size, targets)
     with warnings.catch_warnings():
         # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates
         warnings.filterwarnings("ignore", "'set_vital' is deprecated", UserWarning)

@@ -52,6 +52,7 @@ class TrainBatches(Sampler[list[int]]):
         group_by_length: whether batches hold rows of similar length.
         rank: of this process.
         world_size: W.
+        targets: of each row: what its loss is a mean over, tokens or one label; None: one each.
 
     Raises:
         ValueError: if there are no rows, or the batch size is not positive.
@@ -65,6 +66,7 @@ class TrainBatches(Sampler[list[int]]):
         group_by_length: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        targets: Sequence[int] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more; got {batch_size}")
@@ -72,6 +74,8 @@ class TrainBatches(Sampler[list[int]]):
             raise ValueError("there are no train rows")
         self.lengths, self.batch_size, self.group_by_length = list(lengths), batch_size, group_by_length
         self.rank, self.world_size = rank, world_size
+        self.targets = [1] * len(lengths) if targets is None else list(targets)
+        self._counted: tuple[int, list[tuple[int, int]]] = (-1, [])  # of the last epoch asked for
         self.sampler = EpochOrder(seed)  # where Lightning looks for set_epoch
 
     def __len__(self) -> int:
@@ -80,6 +84,22 @@ class TrainBatches(Sampler[list[int]]):
 
     def batches(self, epoch: int) -> list[list[int]]:
         """Return this rank's batches of an epoch."""
+        return [group[self.rank :: self.world_size] for group in self._groups(epoch)[0]]
+
+    def targets_of(self, epoch: int) -> list[tuple[int, int]]:
+        """Return how many targets each batch of an epoch has on this rank, and on all ranks together.
+
+        Rows that only fill up the last batch count as none: they have been read.
+        """
+        if self._counted[0] != epoch:  # asked for at every batch
+            groups, spare = self._groups(epoch)
+            counts = [[self.targets[i] for i in group] for group in groups]
+            counts[-1][len(counts[-1]) - spare :] = [0] * spare
+            self._counted = epoch, [(sum(c[self.rank :: self.world_size]), sum(c)) for c in counts]
+        return self._counted[1]
+
+    def _groups(self, epoch: int) -> tuple[list[list[int]], int]:
+        """Return the global batches of an epoch, and how many rows fill up the last one."""
         rng = random.Random(f"{self.sampler.seed}-{epoch}")
         size = self.batch_size * self.world_size
         order = list(range(len(self.lengths)))
@@ -99,7 +119,7 @@ class TrainBatches(Sampler[list[int]]):
             rng.shuffle(groups)
         if rest:
             groups.append(rest)
-        return [group[self.rank :: self.world_size] for group in groups]
+        return groups, len(spare)
 
     def __iter__(self) -> TrainIterator:
         """Return an iterator over the epoch that is set when its first batch is asked for."""

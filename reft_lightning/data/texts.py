@@ -92,6 +92,11 @@ class EncodedTexts(Dataset[dict[str, Any]]):
         """Return the number of tokens of each row."""
         return self._lengths.tolist()
 
+    @property
+    def targets(self) -> list[int]:
+        """Return how many targets each row has: one, its label."""
+        return [1] * len(self)
+
 
 def encode_texts(
     texts: Mapping[str, list[str]],  # first, and second for pairs

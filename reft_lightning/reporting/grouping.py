@@ -17,6 +17,7 @@ import numpy as np
 
 from .comparisons import AVERAGE, BASE, LOSS, Comparison, Method, Score, lower_is_better
 from .runs import Run
+from .scores import MAJORITY
 
 UNEQUAL = 0.01  # budgets that differ by more are said to
 BUDGETS = ("steps", "tokens")
@@ -51,12 +52,18 @@ def used_split(run: Run, split: str | None = None) -> str | None:
 
 
 def _scores(run: Run, split: str, base: bool = False) -> dict[str, dict[str, float]]:
-    """Return task -> measure -> value; the loss where nothing was scored."""
+    """Return task -> measure -> value; the loss too where nothing was scored, where it chose, or where all is 0."""
     scores = run.scores(split, base)
     prefix = f"{'base/' if base else ''}{'test' if split == 'test' else 'val'}/"
     metrics, name = run.results["metrics"], f"{prefix}{LOSS}"
-    if not scores and name in metrics:
-        return {"all": {LOSS: math.nan if metrics[name] is None else float(metrics[name])}}
+    loss = (math.nan if metrics[name] is None else float(metrics[name])) if name in metrics else None
+    if not scores and loss is not None:
+        return {"all": {LOSS: loss}}
+    if len(scores) == 1 and loss is not None:
+        (task, measures), *_ = scores.items()
+        chose = str(run.results.get("monitor")).endswith(LOSS)
+        if chose or not any(value for name, value in measures.items() if name != MAJORITY):
+            return {task: {**measures, LOSS: loss}}
     return scores
 
 
@@ -126,9 +133,8 @@ def _comparison(runs: Sequence[Run], facts: dict[str, str], split: str) -> Compa
     for method in methods:
         method.scores = _collect(method.runs, split)
     methods += _base(runs, split, notes)
-    comparison = Comparison(
-        "", facts, split, methods, _main(runs[0], split), notes=list(dict.fromkeys(notes))
-    )
+    main = _telling(methods, _main(runs[0], split), notes)
+    comparison = Comparison("", facts, split, methods, main, notes=list(dict.fromkeys(notes)))
     _average(comparison)
     comparison.unequal = unequal_budgets(methods)
     comparison.notes += _remarks(comparison)
@@ -176,6 +182,22 @@ def _main(run: Run, split: str) -> dict[str, str]:
         task: monitored if monitored in measures else next(iter(measures))
         for task, measures in sorted(_scores(run, split).items())
     }
+
+
+def _telling(methods: Sequence[Method], main: dict[str, str], notes: list[str]) -> dict[str, str]:
+    """Return task -> measure; where no method scores by the main ones, the options' accuracy, or the loss."""
+
+    def found(measures: Mapping[str, str]) -> list[Score | None]:
+        return [method.scores.get(item) for method in methods for item in measures.items()]
+
+    if any(value for score in found(main) if score for value in score.values.values()):
+        return main
+    for other in ("option_accuracy", LOSS):
+        instead = dict.fromkeys(main, other)
+        if instead != main and all(found(instead)):
+            notes.append(f"{', '.join(dict.fromkeys(main.values()))} is 0 for every method: {other} is shown")
+            return instead
+    return main
 
 
 def _average(comparison: Comparison) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..search.budget import counted, spent, verdict
-from ..search.study import open_storage, study_name
+from ..search.study import LOSS, open_storage, order_of, study_name
 from ..search.study_files import JOURNAL, LEDGER, PLAN, SUMMARY
 from ..storage.reading import read_json, read_yaml
 from .comparisons import Comparison
@@ -26,12 +26,13 @@ ENOUGH = 30  # complete trials, below which importance is that of noise
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial: its number, how it ended, its validation score and its parameters."""
+    """One trial: its number, how it ended, its validation score and loss, and its parameters."""
 
     number: int
     state: str
     value: float | None
     params: Mapping[str, Any]
+    loss: float | None = None
 
 
 @dataclass
@@ -73,12 +74,15 @@ class Study:
         return ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none"
 
     def best(self, method: str) -> Trial | None:
-        """Return the trial with the best score, the first of equals."""
+        """Return the trial with the best score, of equals the one with the lowest loss."""
         done = [
             trial for trial in self.trials[method] if trial.value is not None and trial.state == "complete"
         ]
-        sign = -1 if self.maximize else 1
-        return min(done, key=lambda trial: (sign * (trial.value or 0.0), trial.number), default=None)
+        return min(
+            done,
+            key=lambda trial: order_of(trial.value or 0.0, trial.loss, trial.number, self.maximize),
+            default=None,
+        )
 
 
 def read_study(folder: Path) -> Study:
@@ -152,7 +156,11 @@ def _read_trials(study: Study, plan: Mapping[str, Any]) -> None:
             study.spent[method] = spent(trials)
             study.trials[method] = [
                 Trial(
-                    t.number, t.state.name.lower(), t.value if t.state.name == "COMPLETE" else None, t.params
+                    t.number,
+                    t.state.name.lower(),
+                    t.value if t.state.name == "COMPLETE" else None,
+                    t.params,
+                    t.user_attrs.get(LOSS),
                 )
                 for t in counted(trials)
             ]

@@ -130,6 +130,7 @@ def optimization_of(config: Config) -> Optimization:
         warmup_ratio=scheduler.warmup_ratio,
         optimizer=targets[0], optimizer_options=optimizer.options,
         scheduler=targets[1], scheduler_options=scheduler.options,
+        loss_reduction=config.loss_reduction,
     )  # fmt: skip
 
 

@@ -30,8 +30,11 @@ class Monitor(NamedTuple):
 
 
 def monitor_of(config: Config, family: AnyFamily) -> Monitor:
-    """Return the score that decides: the one that is named, else the family's main measure, else the loss."""
-    name = config.checkpoint.monitor or f"val/{(*family.measures_of(config.data.tasks), 'loss')[0]}"
+    """Return the score that decides: the one that is named, else the family's main measure."""
+    main = family.main_measure(config.data.tasks)
+    if main == "option_accuracy" and not config.option_likelihood:
+        main = "loss"
+    name = config.checkpoint.monitor or f"val/{main}"
     return Monitor(name, config.checkpoint.mode or ("min" if name.endswith("loss") else "max"))
 
 

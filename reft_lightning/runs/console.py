@@ -20,6 +20,9 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
     console = console or Console(width=None if sys.stdout.isatty() else 120)
     split = "test" if any("test" in name.split("/") for name in results["metrics"]) else "val"
     scores = {name: _split(name) for name in (*results["counts"], *_losses(results, split))}
+    tasks = {task for _, s, task, _ in scores.values() if s == split and task}
+    if len(tasks) == 1:  # the loss of all rows stands in its line
+        scores = {name: (p, s, task or next(iter(tasks)), m) for name, (p, s, task, m) in scores.items()}
     measures = list(dict.fromkeys(m for _, s, _, m in scores.values() if s == split and m != MAJORITY))
     rows = "test" if split == "test" else "validation"
     table = Table(title=f"{escape(str(results['model']))}, {rows} rows, in % [95 % interval]")
@@ -29,13 +32,14 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
     for column in ("", "task", "rows", *(headings.get(m, m.replace("_", " ")) for m in measures), "trained",
                    "% of base"):  # fmt: skip
         table.add_column(column, justify="left" if column in ("", "task") else "right")
+    names = {(p, task, m): name for name, (p, s, task, m) in scores.items() if s == split}
     notes, constants = [], {}
     for prefix, label, trained in _models(results, scores):
         for task in dict.fromkeys(t for p, s, t, _ in scores.values() if (p, s) == (prefix, split)):
             path = f"{prefix}{split}/{task}/" if task else f"{prefix}{split}/"
             counts = [results["counts"].get(path + m) for m in measures]
             total = next((str(count["total"]) for count in counts if count), "")
-            cells = [_cell(results, path + measure) for measure in measures]
+            cells = [_cell(results, names.get((prefix, task, measure), "")) for measure in measures]
             table.add_row(label, task or "all", total, *cells, *trained)
             missing = (counts[0] or {}).get("missing") if counts else None
             if missing:
@@ -54,6 +58,11 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
         console.print("nothing was evaluated: there are neither test rows nor validation rows")
     for line in notes:
         console.print(line, soft_wrap=True)
+    if "chosen_by" in results:
+        console.print(
+            f"checkpoint of step {results['best_step']} of {results['steps']}: {results['chosen_by']}",
+            soft_wrap=True,
+        )
     if "train_seconds" in results:
         seconds = results.get("seconds", {})
         console.print(
@@ -105,8 +114,11 @@ def _split(name: str) -> tuple[str, str, str, str]:
 
 
 def _losses(results: dict[str, Any], split: str) -> list[str]:
-    """Return the names of the losses, where nothing was scored."""
-    if results["counts"]:
+    """Return the names of the losses, where they say more than the scores: those chose, or are all 0."""
+    scored = [
+        c for name, c in results["counts"].items() if _split(name)[1] == split and not name.endswith(MAJORITY)
+    ]
+    if any(count.get("correct", 1) for count in scored) and not str(results.get("monitor")).endswith("loss"):
         return []
     return [name for name in results["metrics"] if _split(name)[1:] == (split, "", "loss")]
 

@@ -67,10 +67,12 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
     )  # fmt: skip
     torch.set_float32_matmul_precision(config.matmul_precision)
     results.update(matmul_precision=config.matmul_precision)
-    evaluate_split(trainer, objects, split, target, results)
-    if split == "test":
-        original = Results.read(folder)
-        original.update(test_reads=[*original.values["test_reads"], *results.values["test_reads"]])
+    try:
+        evaluate_split(trainer, objects, split, target, results)
+    finally:
+        if split == "test":
+            original = Results.read(folder)
+            original.update(test_reads=[*original.values["test_reads"], *results.values["test_reads"]])
     results.update(status="complete", finished=now())
     print_table(results.values)
     return results.values

@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import WandbLogger
 from ..config.identity import config_hash, differences
 from ..config.schema import Config
 from ..storage.atomic import now, write_json
+from ..training.best_checkpoint import BestCheckpoint
 from ..training.checkpoint_files import read_checkpoint
 from ..training.evaluation import evaluate
 from ..training.wandb import finish_wandb
@@ -192,6 +193,8 @@ def _begin(config: Config, folder: Path, experiment: str | None, objects: Object
     )
     if config.resume:
         results.resume()
+        if results.has("test/"):  # whose rows are not read again
+            objects.data.data_versions["test"].update(results.values["data_versions"]["test"])
     results.update(
         method=method_of(config), model=config.model.name, monitor=objects.prepared.monitor.name, **objects.facts(),
         **({"experiment": experiment} if experiment else {}),
@@ -219,7 +222,9 @@ def _stages(config: Config, folder: Path, objects: Objects, trainer: Trainer, re
         objects.model.save_pretrained(folder / "adapter")
     if data.val_tasks:
         evaluate_split(trainer, objects, "validation", folder, results)
-    if split == "test":
+    if split == "test" and not results.has(
+        "test/"
+    ):  # a run that was killed after its test reads no row again
         evaluate_split(trainer, objects, "test", folder, results)
     results.update(peak_memory_bytes=peak_memory_bytes(), peak_reserved_bytes=peak_reserved_bytes())
 
@@ -238,14 +243,19 @@ def _train(config: Config, objects: Objects, trainer: Trainer, results: Results,
         tokens_per_second=tokens / seconds if seconds else 0.0,
         metrics={k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")},
     )  # fmt: skip
-    best = Path(getattr(trainer.checkpoint_callback, "best_model_path", "") or "none")
-    if config.checkpoint.restore_best and not best.is_file():
+    if not config.checkpoint.restore_best:
+        log.info("the weights of the last step count: checkpoint.restore_best=false")
+        return
+    chosen = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint) and c.best), None)
+    if chosen is None:
         log.warning("no validation chose a checkpoint: the weights of the last step are evaluated")
         results.update(best_step=None)
-    elif config.checkpoint.restore_best:
-        checkpoint = read_checkpoint(best, config.trust_code)
-        objects.module.load_state_dict(checkpoint["state_dict"])
-        results.update(best_step=checkpoint["global_step"])
+        return
+    checkpoint = read_checkpoint(Path(chosen.path), config.trust_code)
+    objects.module.load_state_dict(checkpoint["state_dict"])
+    results.update(best_step=checkpoint["global_step"], chosen_by=chosen.reason())
+    log.info("the checkpoint of step %d of %d counts: %s",
+             checkpoint["global_step"], trainer.global_step, chosen.reason())  # fmt: skip
 
 
 def evaluate_split(
@@ -253,36 +263,35 @@ def evaluate_split(
 ) -> None:
     """Evaluate the model as it is on a split, and write scores and predictions to the run folder.
 
+    A read of the test split is recorded before it happens. Scores are written last: where they are, all is.
+
     Args:
         trainer: a trainer.
         objects: what is evaluated, on what.
-        split: ``validation`` or ``test``; reading the test split is recorded.
+        split: ``validation`` or ``test``.
         folder: the run folder.
         results: takes the scores.
         base: whether the model is the frozen base, as inside ``disabled()``.
     """
+    if split == "test":
+        objects.data.setup("test")
+        facts = {"time": now(), "model": "base" if base else "adapted",
+                 "config_hash": results.values.get("config_hash")}  # fmt: skip
+        reads = [{"task": task, "rows": rows, **facts} for task, rows in objects.data.test_rows.items()]
+        results.update(test_reads=[*results.values["test_reads"], *reads])
     found = evaluate(trainer, objects.module, objects.data, split, prefix="base/" if base else "")
     check_told_to_stop(trainer)
-    read = objects.data.test_rows if split == "test" else {}
-    reads = [
-        {
-            "task": task, "rows": rows, "time": now(), "model": "base" if base else "adapted",
-            "config_hash": results.values.get("config_hash"),
-        }
-        for task, rows in read.items()
-    ]  # fmt: skip
-    results.update(
-        metrics=found.metrics,
-        counts=found.counts,
-        tasks=dict.fromkeys(sorted({row["task"] for row in found.predictions}), objects.module.kind),
-        seconds={f"base/{split}" if base else split: found.seconds},
-        test_reads=[*results.values["test_reads"], *reads],
-    )
     if trainer.is_global_zero:
         who = "base" if base else "reft"
         write_predictions(folder / "predictions" / f"{who}_{split}.jsonl", found.predictions)
         if split == "test" and objects.data.family.export is not None:
             _export(folder, objects, found.predictions, base)
+    results.update(
+        metrics=found.metrics,
+        counts=found.counts,
+        tasks=dict.fromkeys(sorted({row["task"] for row in found.predictions}), objects.module.kind),
+        seconds={f"base/{split}" if base else split: found.seconds},
+    )
 
 
 def _export(folder: Path, objects: Objects, rows: list[dict[str, Any]], base: bool) -> None:

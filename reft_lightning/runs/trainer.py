@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.plugins import CheckpointIO, LayerSync, Precision
 from lightning.pytorch.profilers import Profiler
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..config.schema import CheckpointConfig, Config
 from ..suggest import import_object, trusted
+from ..training.best_checkpoint import BestCheckpoint
 from ..training.checkpoint_files import WholeCheckpoints
 from ..training.last_checkpoint import LastCheckpoint
 from ..training.wandb import WandbReport
@@ -104,17 +105,11 @@ def build_callbacks(
 ) -> list[Callback]:
     """Return the callbacks of every run: ``best.ckpt`` by the monitored score, ``last.ckpt`` to go on from."""
     checkpoints = folder / "checkpoints"
-    best = ModelCheckpoint(
-        checkpoints, filename="best", monitor=monitor.name, mode=monitor.mode, save_top_k=1,
-        enable_version_counter=False, save_on_train_epoch_end=False,
-    )  # fmt: skip
+    best = BestCheckpoint(
+        checkpoints / "best.ckpt", monitor.name, monitor.mode, config.early_stopping_patience
+    )
     last = LastCheckpoint(checkpoints / "last.ckpt", config.every_n_steps, random_state)
-    callbacks: list[Callback] = [best, last]  # in this order: `last` saves the state of `best` too
-    if config.early_stopping_patience is not None:
-        callbacks.append(
-            EarlyStopping(monitor.name, mode=monitor.mode, patience=config.early_stopping_patience)
-        )
-    return callbacks
+    return [best, last]  # in this order: `last` saves the state of `best` too
 
 
 def build_loggers(config: Config, folder: Path) -> list[Logger]:

@@ -22,8 +22,8 @@ from ..suggest import did_you_mean
 from .process import Lock, failure, start, stop
 from .search_plan import PRUNERS, SAMPLERS, Plan, change_plan, key_of, read_plan
 from .study import Study, read_study, write_study
-from .study_files import LEDGER, LOCKS, PLAN, SUMMARY, WORKERS
-from .summary import print_summary, summarize
+from .study_files import LOCKS, PLAN, SUMMARY, WORKERS
+from .summary import print_summary, summarize, test_reads
 from .worker import Worker
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def go_on(folder: Path, search: str | None, arguments: Sequence[str]) -> None:
             "only be raised"
         )
     if amount > earlier.budget.amount:
-        if (folder / LEDGER).is_file():
+        if test_reads(folder):
             raise ValueError(
                 f"budget.amount={amount}: test rows of this study have been read; more trials would select knowing "
                 "them. Begin another study"

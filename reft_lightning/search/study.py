@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from ..runs.run_folder import last_checkpoint
 from ..storage.atomic import write_text
 from ..storage.reading import read_json, read_yaml
 from .budget import counted, spent
@@ -24,6 +26,7 @@ HEARTBEAT = 20  # seconds; a trial of a database that has missed three is lost
 # In study.yaml in addition to the plan: the score that decides, max or min, the directory where runs start, the URL of
 # a database (or None for a journal in the folder), and the name of the study in it, before the name of a method.
 MORE = ("monitor", "mode", "directory", "storage", "study")
+LOSS = "val/loss"  # of a trial: decides between equal scores
 FREE = 3  # trials in a row that cost nothing, such as those that fail before their first batch, end a method
 
 
@@ -132,10 +135,13 @@ class Study:
         return self.studies[method].get_trials(deepcopy=False)
 
     def best(self, method: str) -> Any | None:
-        """Return the trial with the best validation score, the first of equals; None where none is complete."""
+        """Return the trial with the best validation score, of equals the lowest loss; None where none is complete."""
         complete = [trial for trial in self.trials(method) if trial.state.name == "COMPLETE"]
-        sign = -1 if self.maximize else 1
-        return min(complete, key=lambda trial: (sign * trial.value, trial.number), default=None)
+        return min(
+            complete,
+            key=lambda t: order_of(t.value, t.user_attrs.get(LOSS), t.number, self.maximize),
+            default=None,
+        )
 
     def start(self) -> None:
         """Note that the command was started: methods that gave up, and winners that failed, are tried again."""
@@ -187,6 +193,11 @@ class Study:
         return [f"at the {edge} edge of {name}" for edge, name in found if edge]
 
 
+def order_of(value: float, loss: float | None, number: int, maximize: bool) -> tuple[float, float, int]:
+    """Return what puts the better one of two complete trials first: its score, its loss, its number."""
+    return (-value if maximize else value, math.inf if loss is None else loss, number)
+
+
 def winner_status(folder: Path, job: Mapping[str, Any]) -> str:
     """Return ``complete``, ``failed``, or ``waiting``: also where the folder holds the run of an earlier winner."""
     if read_job(folder).get("overrides") != job["overrides"]:
@@ -194,6 +205,13 @@ def winner_status(folder: Path, job: Mapping[str, Any]) -> str:
     if (folder / ERROR).is_file():
         return "failed"
     return "complete" if read_results(folder).get("status") == "complete" else "waiting"
+
+
+def was_tested(folder: Path, job: Mapping[str, Any]) -> bool:
+    """Return whether a winner's run was stopped after its test: it goes on, and reads no test row again."""
+    tested = any(name.startswith("test/") for name in read_results(folder).get("metrics", {}))
+    same = read_job(folder).get("overrides") == job["overrides"]
+    return tested and same and last_checkpoint(folder).is_file()
 
 
 def study_name(study: str, method: str) -> str:

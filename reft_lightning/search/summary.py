@@ -43,7 +43,7 @@ def summarize(study: Study) -> dict[str, Any]:
 
 
 def test_reads(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of the ledger, and later reads of winners' test rows by ``reft-eval``.
+    """Return the lines of the ledger, and what winners' results add: reads that it lost, or later by ``reft-eval``.
 
     ``again`` marks those after the first of a method, a seed and a model.
     """
@@ -51,13 +51,17 @@ def test_reads(folder: Path) -> list[dict[str, Any]]:
     lines = (
         [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     )
+    known = {(line["method"], line["seed"], line["model"]) for line in lines}
     for run in sorted(path.parent for path in folder.glob(f"{WINNERS}/*/*/results.json")):
         job, values = read_job(run), read_results(run)
+        reads = {
+            (read["model"], read["time"]): read for read in values["test_reads"]
+        }  # one of several test sets
         lines += [
-            {"time": read["time"], "method": job["method"], "seed": job["seed"],
-             "config_hash": read.get("config_hash"), "model": read["model"], "folder": str(run)}
-            for read in values["test_reads"]
-            if read["time"] > values.get("finished", "~")
+            {"time": time, "method": job["method"], "seed": job["seed"],
+             "config_hash": read.get("config_hash"), "model": model, "folder": str(run)}
+            for (model, time), read in reads.items()
+            if time > values.get("finished", "~") or (job["method"], job["seed"], model) not in known
         ]  # fmt: skip
     seen: set[tuple[Any, ...]] = set()
     for line in lines:

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from ..runs import experiment
 from ..storage.atomic import now
 from .budget import spent
 from .process import end_with_parent
-from .study import Study, read_results
+from .study import Study, read_results, was_tested
 from .study_files import LEDGER, read_job
 
 PERIOD = 2.0  # seconds between two notes of what a trial has spent, and two looks at what others have
@@ -150,6 +151,8 @@ def run_job(study: Path, folder: Path) -> dict[str, Any]:
         own: Callback = TrialCallback(Study(study), job["method"], job["number"])
     else:
         own = TestLedger(study / LEDGER, folder, job["method"], job["seed"])
+        if was_tested(folder, job):
+            config = replace(config, resume=str(folder))
     names = [o.partition("=")[2] for o in job["overrides"] if o.startswith("experiment=")]
     return experiment.run(config, folder, names[-1] if names else None, [own])
 

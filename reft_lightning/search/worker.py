@@ -24,7 +24,7 @@ from typing import Any
 
 from ..storage.atomic import write_json, write_text
 from .process import Lock, end_with_parent, failure, start, stop
-from .study import Study, read_results, run_again, winner_status
+from .study import LOSS, Study, read_results, run_again, was_tested, winner_status
 from .study_files import COMMAND, ERROR, JOB, LOCKS, LOG, TRIALS
 from .summary import summarize
 
@@ -105,6 +105,7 @@ class Worker:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the adapter stays
         status, value = results.get("status"), results.get("metrics", {}).get(study.monitor)
         trial.set_user_attr("config_hash", results.get("config_hash"))
+        trial.set_user_attr(LOSS, results.get("metrics", {}).get(LOSS))
         if not failed and status == "pruned":
             trial.set_user_attr("reason", results.get("reason"))
             raise study.optuna.TrialPruned
@@ -162,7 +163,8 @@ class Worker:
             with alive:
                 if winner_status(folder, job) != "waiting":
                     continue
-                prepare(folder, job)
+                if not was_tested(folder, job):
+                    prepare(folder, job)
                 log.info("winner %s, seed %d: trained again, and tested", job["method"], job["seed"])
                 failed = self.run(folder, alive)
                 status = read_results(folder).get("status")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +37,8 @@ def evaluate(
     """Evaluate the model as it is.
 
     Args:
-        trainer: any; its loggers are written to.
+        trainer: any; its loggers are written to, but by a validation after training: it is that of the checkpoint
+            that counts, and no further point of the curve of validations in training.
         module: holds the model.
         data: holds the rows.
         split: ``validation`` or ``test``.
@@ -43,7 +46,8 @@ def evaluate(
     """
     start = time.perf_counter()
     run = {"validation": trainer.validate, "test": trainer.test}[split]
-    with module.named(prefix):
+    after_training = split == "validation" and trainer.global_step > 0
+    with module.named(prefix), _without_loggers(trainer) if after_training else nullcontext():
         run(module, data, verbose=False)
     names = (f"{prefix}val/", f"{prefix}test/")
     return Evaluation(
@@ -52,6 +56,15 @@ def evaluate(
         predictions=_of_all_processes(trainer, module.predictions),
         seconds=time.perf_counter() - start,
     )
+
+
+@contextmanager
+def _without_loggers(trainer: Trainer) -> Iterator[None]:
+    loggers, trainer.loggers = trainer.loggers, []
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
 
 
 def _of_all_processes(trainer: Trainer, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

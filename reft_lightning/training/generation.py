@@ -63,6 +63,7 @@ class GenerationModule(FinetuningModule):
     ) -> None:
         super().__init__(model, val_tasks, test_tasks, optimization, training_pass)
         self.tokenizer, self.family, self.decoding = tokenizer, family, decoding
+        self.free = family.main_measure(test_tasks) == "loss"
         self.option_batches = option_batches
         self.commonest = dict(commonest or {})
         names = list(dict.fromkeys((*val_tasks, *test_tasks)))
@@ -89,7 +90,7 @@ class GenerationModule(FinetuningModule):
     def test_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:
         """Score a batch of the test rows."""
         reader = ColumnReader(self.model)
-        if self.family.score is None:
+        if self.free:
             self._add_loss(batch, reader)
         self._score(batch, self.tasks["test"][dataloader_idx], reader)
 
@@ -176,8 +177,8 @@ class GenerationModule(FinetuningModule):
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the scores by task and on average; the loss where nothing scores the texts."""
-        if self.family.score is None:
+        """Log the scores by task and on average; the loss where texts are free."""
+        if self.free:
             self.log(f"{self.prefix}test/loss", self.loss.compute(), sync_dist=True)
         self._log_scores("test")
 

@@ -78,6 +78,10 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if getattr(trainer, "fast_dev_run", False):
             return
+        # the file is the first rank's: each rank goes on from the mean of all gradients, which has the same mean
+        self._gradients = {
+            n: trainer.strategy.reduce(g, reduce_op="mean") for n, g in self._gradients.items()
+        }
         trainer.save_checkpoint(self.path, weights_only=False)
 
     # --- what -----------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..adapters.adapted import AdaptedModel
 from ..evaluation import MeanLoss
 from .optimization import Optimization
+from .step_loss import Part, part_of
 
 TrainingPass = Callable[[dict[str, Any], list[int], int | None], Any]
 
@@ -73,9 +74,11 @@ class FinetuningModule(LightningModule):
         self._started: float | None = None
         self._window = (0, 0.0)
         self._batch_tokens = 0
+        self._step_loss: Tensor | float = 0.0  # of the batches so far, by their shares
+        self._batch_loss: Tensor | float = 0.0
 
     def loss_of(self, batch: dict[str, Any]) -> Tensor:
-        """Return the loss of a batch, a scalar with a gradient."""
+        """Return the mean loss of a batch over its targets, a scalar with a gradient."""
         raise NotImplementedError(
             f"{type(self).__name__} must define loss_of(batch), the loss that is trained"
         )
@@ -98,7 +101,8 @@ class FinetuningModule(LightningModule):
     # --- training -------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        """Return the loss of a batch."""
+        """Return the loss of a batch, weighted as a part of its step; log the loss of the whole step."""
+        part = part_of(self.trainer, batch_index)
         self._batch_tokens = int(batch["attention_mask"].sum())
         try:
             loss = self.loss_of(batch)
@@ -112,12 +116,22 @@ class FinetuningModule(LightningModule):
                 f"the loss is {loss.item()} at step {self.global_step}: lower optimizer.lr, or try "
                 "model.dtype=float32; the last checkpoint is from before this step"
             )
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
+        self._log_loss(loss.detach(), part)
+        return loss if self.optimization.loss_reduction == "micro_batch_mean" else loss * part.weight
+
+    def _log_loss(self, loss: Tensor, part: Part) -> None:
+        """Log the mean over all targets of a step, of all ranks, with its last batch."""
+        if part.first:
+            self._step_loss = 0.0
+        self._batch_loss = loss * part.share
+        if part.last:
+            step_loss = self._step_loss + self._batch_loss
+            self.log("train/loss", step_loss, prog_bar=True, sync_dist=True, reduce_fx="sum")
 
     def on_after_backward(self) -> None:
-        """Count the batch's tokens: before a checkpoint can be written, and not if the batch failed."""
+        """Count what the batch adds: before a checkpoint can be written, and not if the batch failed."""
         self.tokens += self._batch_tokens
+        self._step_loss = self._step_loss + self._batch_loss
 
     def on_train_start(self) -> None:
         """Start the clocks."""
@@ -195,9 +209,12 @@ class FinetuningModule(LightningModule):
         self.model.load_adapter_state_dict({k.removeprefix("adapter."): v for k, v in state_dict.items()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what training has taken so far."""
+        """Add what training has taken so far, and the loss of a step in progress, which all ranks share."""
         checkpoint["tokens"], checkpoint["train_seconds"] = self.tokens, self._seconds_so_far()
+        step_loss = torch.as_tensor(self._step_loss, device=self.device)
+        checkpoint["step_loss"] = self.trainer.strategy.reduce(step_loss, reduce_op="mean")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting."""
         self.tokens, self.train_seconds = checkpoint["tokens"], checkpoint["train_seconds"]
+        self._step_loss = checkpoint["step_loss"].to(self.device)

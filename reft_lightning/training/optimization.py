@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 # What the schedulers of torch, of transformers and of ours call these two numbers.
 TOTAL_STEPS = ("total_steps", "num_training_steps", "T_max")
 WARMUP_STEPS = ("warmup_steps", "num_warmup_steps")
+LOSS_REDUCTIONS = ("token_mean", "micro_batch_mean")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Optimization:
         scheduler: makes a scheduler of an optimizer; the number of all steps and of those of the warm-up are given
             where it takes them.
         scheduler_options: its further arguments.
+        loss_reduction: what the loss of a step is, see :mod:`.step_loss`.
 
     Raises:
         ValueError: for a value that cannot train, or an argument that optimizer or scheduler do not take.
@@ -49,6 +51,7 @@ class Optimization:
     optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Callable[..., Any] = linear
     scheduler_options: Mapping[str, Any] = field(default_factory=dict)
+    loss_reduction: str = "token_mean"
 
     def __post_init__(self) -> None:
         for name in ("lr", "head_lr"):
@@ -58,6 +61,11 @@ class Optimization:
             raise ValueError(f"warmup_ratio, a part of all steps, must lie in 0..1; got {self.warmup_ratio}")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay must be 0 or more; got {self.weight_decay}")
+        if self.loss_reduction not in LOSS_REDUCTIONS:
+            raise ValueError(
+                f"loss_reduction must be one of {', '.join(LOSS_REDUCTIONS)}; got {self.loss_reduction!r}"
+                f"{did_you_mean(self.loss_reduction, LOSS_REDUCTIONS)}"
+            )
         _check_options("optimizer", self.optimizer, self.optimizer_options)
         _check_options("scheduler", self.scheduler, self.scheduler_options)
         if self.weight_decay and "weight_decay" not in inspect.signature(self.optimizer).parameters:

@@ -83,6 +83,12 @@ def test_the_header_quotes_table_row_and_numbers(name):
     assert all(override in header for override in row.overrides)
 
 
+def test_every_experiment_averages_losses_as_the_authors_trainer_did():
+    for path in (CONF / GROUP).glob("*.yaml"):
+        text = path.read_text()
+        assert "\nloss_reduction: micro_batch_mean #" in text or f"\n  - {GROUP}/" in text, path.name
+
+
 def quoted(number):
     """84.2 (0.43), with two decimals where the paper prints them."""
     value = f"{number.value:.1f}" if number.measure or number.task == AVERAGE else f"{number.value:.2f}"

@@ -15,6 +15,7 @@ from reft_lightning.base_models import loading
 from reft_lightning.base_models.loading import load_base_model
 from reft_lightning.config.compose import CompositionError
 from reft_lightning.config.identity import config_hash
+from reft_lightning.data.generation_data import GenerationData
 from reft_lightning.evaluation import Decoding, generate
 from reft_lightning.runs import build, experiment, trainer
 from reft_lightning.runs.devices import check_accelerator
@@ -447,6 +448,39 @@ def test_a_crash_in_the_last_evaluation_can_be_continued(data, finished, monkeyp
     assert 0 < trained == again["train_seconds"] <= results["train_seconds"]
     assert again["metrics"]["test/accuracy"] == finished[1]["metrics"]["test/accuracy"]
     assert again["best_step"] == finished[1]["best_step"]
+
+
+def test_test_rows_are_not_read_again_by_a_run_that_was_killed_after_its_test(
+    data, finished, monkeypatch, tmp_path
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "peak_memory_bytes", lambda: (_ for _ in ()).throw(short_runs.Stop()))
+        with pytest.raises(short_runs.Stop):
+            short_runs.run(data, tmp_path, *SETTINGS[1:])
+    killed = short_runs.results(tmp_path)
+    assert killed["status"] == "stopped"
+
+    def read(self):
+        raise AssertionError("test rows were read again")
+
+    monkeypatch.setattr(GenerationData, "_read_test", read)
+    again = short_runs.run(data, tmp_path, *SETTINGS[1:], f"resume={tmp_path}")
+    assert again["status"] == "complete"
+    assert again["test_reads"] == killed["test_reads"]
+    assert [read["rows"] for read in again["test_reads"]] == [6]
+    for key in ("counts", "data_versions"):
+        assert again[key] == killed[key]
+    assert again["metrics"]["test/accuracy"] == finished[1]["metrics"]["test/accuracy"]
+
+
+def test_a_read_of_test_rows_that_was_broken_off_is_recorded(data, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        short_runs.stop_at(patch, 1, "test_step")
+        with pytest.raises(short_runs.Stop):
+            short_runs.run(data, tmp_path, "trainer.max_epochs=1")
+    assert [read["rows"] for read in short_runs.results(tmp_path)["test_reads"]] == [6]
+    again = short_runs.run(data, tmp_path, "trainer.max_epochs=1", f"resume={tmp_path}")
+    assert [read["rows"] for read in again["test_reads"]] == [6, 6]
 
 
 def test_a_head_in_float32_does_not_count_as_more_of_the_base(data, tmp_path):

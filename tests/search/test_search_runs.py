@@ -48,6 +48,22 @@ def searched(data, tmp_path_factory):
 # --- the test split is sealed
 
 
+def test_a_winner_that_was_stopped_after_its_test_reads_no_test_row_again(data, tmp_path):
+    study = make_study(tmp_path, contents(data, budget={"unit": "trials", "amount": 1}, seeds=[1]))
+    work(study)
+    winner = tmp_path / "winners" / "loreft" / "seed_1"
+    before = short_runs.results(winner)
+    (winner / "results.json").write_text(json.dumps(before | {"status": "stopped"}))
+    assert summarize(study)["status"] == "running"
+    with opened() as files:
+        work(Study(tmp_path))
+    after = short_runs.results(winner)
+    assert str(data / "boolq" / "test.json") not in files
+    assert (after["status"], after["test_reads"]) == ("complete", before["test_reads"])
+    assert after["metrics"]["test/accuracy"] == before["metrics"]["test/accuracy"]
+    assert len(summarize(study)["test_reads"]) == 1
+
+
 def test_a_search_opens_no_file_of_test_rows(searched, data):
     study, files = searched
     assert [t.state.name for t in study.trials("loreft")] == ["COMPLETE", "COMPLETE"]

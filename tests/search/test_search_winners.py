@@ -7,6 +7,7 @@ import pytest
 import yaml
 from pretended_runs import Killed, make_plan, make_study, pretend, work, work_with_others, write_results
 
+from reft_lightning.reporting.studies import read_study as read_report
 from reft_lightning.search import command
 from reft_lightning.search.study import Study, read_study
 from reft_lightning.search.study_files import JOURNAL, LEDGER, read_job
@@ -36,6 +37,17 @@ def test_the_winner_is_the_best_complete_trial_the_first_of_equals(whole, tmp_pa
     study = make_study(tmp_path, seeds=[])
     work(study, equal)
     assert study.best("loreft").number == 0
+
+
+def test_of_trials_with_equal_scores_the_one_with_the_lowest_loss_wins(tmp_path):
+    def equal(folder):
+        write_results(folder, "complete", val_accuracy=0.0, val_loss=abs(read_job(folder)["number"] - 2))
+        return ""
+
+    study = make_study(tmp_path, seeds=[], budget={"unit": "trials", "amount": 4})
+    work(study, equal)
+    assert study.best("loreft").number == 2
+    assert read_report(tmp_path).best("loreft").number == 2
 
 
 def test_winners_are_tested_once_with_every_seed(whole):
@@ -170,6 +182,30 @@ def test_a_winners_run_that_ended_otherwise_has_failed(tmp_path):
     assert (winner["status"], winner["error"]) == ("failed", "the run ended as 'stopped'\n")
 
 
+def test_a_winner_that_was_stopped_after_its_test_goes_on(tmp_path):
+    study = make_study(tmp_path, budget={"unit": "trials", "amount": 1}, seeds=[1])
+
+    def stop_after_the_test(folder):
+        if read_job(folder)["kind"] == "winner":
+            write_results(folder, "stopped", test_accuracy=0.5)
+            (folder / "checkpoints").mkdir()
+            (folder / "checkpoints" / "last.ckpt").touch()
+            return "exit status 1"
+        return pretend(study, folder)
+
+    work(study, stop_after_the_test)
+    kept = []
+
+    def go_on(folder):
+        kept.append((folder / "checkpoints" / "last.ckpt").is_file())
+        write_results(folder, "complete", test_accuracy=0.5)
+        return ""
+
+    work(Study(tmp_path), go_on)
+    assert kept == [True, True]
+    assert summarize(study)["status"] == "complete"
+
+
 def test_a_winner_at_the_edge_of_its_space_is_marked(tmp_path, capsys):
     study = make_study(tmp_path, **(GRID | {"budget": {"unit": "trials", "amount": 3}}))
     work(study, more_rank_is_better(1))
@@ -214,9 +250,26 @@ def test_only_the_budget_of_a_study_can_be_raised_and_not_after_the_test(begun):
         command.go_on(begun, None, ["sampler=random"])
     with pytest.raises(ValueError, match="its runs cannot change"):
         command.go_on(begun, None, ["seed=7"])
-    (begun / LEDGER).write_text("{}\n")
+    (begun / LEDGER).write_text('{"method": "loreft", "seed": 1, "model": "adapted"}\n')
     with pytest.raises(ValueError, match="more trials would select knowing them"):
         command.go_on(begun, None, ["budget.amount=20"])
+
+
+def test_a_test_that_the_ledger_has_lost_is_known_from_its_winner(tmp_path):
+    study = make_study(tmp_path, budget={"unit": "trials", "amount": 1}, seeds=[1])
+    work(study)
+    for results in tmp_path.glob("winners/*/*/results.json"):
+        reads = [
+            {"task": task, "rows": 6, "time": "2026-01-01", "model": "adapted"} for task in ("boolq", "piqa")
+        ]
+        write_json(results, json.loads(results.read_text()) | {"finished": "2026-01-02", "test_reads": reads})
+    before = summarize(study)["test_reads"]
+    (tmp_path / LEDGER).unlink()
+    after = summarize(study)["test_reads"]
+    assert [(r["method"], r["seed"]) for r in before] == [("loreft", 1), ("direft", 1)]
+    assert sorted((r["method"], r["seed"]) for r in after) == [("direft", 1), ("loreft", 1)]
+    with pytest.raises(ValueError, match="more trials would select knowing them"):
+        command.go_on(tmp_path, None, ["budget.amount=20"])
 
 
 def test_a_folder_keeps_one_plan(begun, tmp_path):

@@ -1,5 +1,6 @@
 """Two processes on CPU are one process with twice the batch, through the command line."""
 
+import json
 import os
 import signal
 import subprocess
@@ -18,45 +19,96 @@ TWO = ("trainer.devices=2", "trainer.strategy=ddp")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Rows whose targets have one length, in whole batches.
+    """23 train rows whose targets have 23 to 65 tokens; the last step has 5 rows, the others 6."""
+    folder = short_runs.write_rows(tmp_path_factory.mktemp("rows"), train=30, test=7)
+    path = folder / "boolq" / "train.json"
+    rows = json.loads(path.read_text())
+    for i, row in enumerate(rows):
+        longer = f"false{' indeed' * (i % 6)}"
+        for column in ("instruction", "output", "answer"):
+            row[column] = row[column].replace("false", longer)
+    path.write_text(json.dumps(rows))
+    return folder
 
-    The mean of the means of two times 3 rows is then the mean over 6 rows.
-    """
-    return short_runs.write_rows(tmp_path_factory.mktemp("rows"), train=31, test=7, answer="true")
 
-
-def process_environment(root):
-    environment = {k: v for k, v in os.environ.items() if k not in ddp_launch.RANK_VARIABLES}
+def process_environment(root, **variables):
+    environment = {k: v for k, v in os.environ.items() if k not in ddp_launch.RANK_VARIABLES} | variables
     # one thread a process: two processes of many threads wait for each other on few cores
     return environment | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
 
 
 def reft_train(data, root, cwd, *overrides):
+    return command(root, cwd, *overrides[:1], *short_runs.arguments(data), *overrides[1:])
+
+
+def command(root, cwd, *arguments, **variables):
     return subprocess.run(
-        [sys.executable, "-m", "reft_lightning.cli", *overrides[:1], *short_runs.arguments(data), *overrides[1:]],
-        cwd=cwd, env=process_environment(root), capture_output=True, text=True, timeout=180,
+        [sys.executable, "-m", "reft_lightning.cli", *arguments],
+        cwd=cwd, env=process_environment(root, **variables), capture_output=True, text=True, timeout=180,
     )  # fmt: skip
+
+
+COMMON = ("data.group_by_length=false", "data.validation_size=7", "optimizer.weight_decay=0.1",
+          "evaluate_base=true", "data.max_length=256")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def both(data, tmp_path_factory, root):
     folder = tmp_path_factory.mktemp("ddp")
-    common = ("data.group_by_length=false", "data.validation_size=7", "optimizer.weight_decay=0.1",
-              "evaluate_base=true")  # fmt: skip
-    done = reft_train(data, root, folder, *common, *TWO, f"hydra.run.dir={folder / 'two'}")
+    done = reft_train(data, root, folder, *COMMON, *TWO, f"hydra.run.dir={folder / 'two'}")
     assert done.returncode == 0, done.stderr[-3000:]
-    short_runs.run(data, folder / "one", *common, "data.batch_size=6")
+    short_runs.run(data, folder / "one", *COMMON, "data.batch_size=6")
     return folder / "one", folder / "two"
+
+
+def assert_same_training(one, two):
+    adapters = [load_adapter(folder / "adapter")[1] for folder in (one, two)]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], tensor, atol=1e-5, rtol=0)
+    losses = [short_runs.logged(folder, "train/loss") for folder in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert short_runs.results(one)["steps"] == short_runs.results(two)["steps"] == len(losses[0])
 
 
 @pytest.mark.slow
 def test_two_processes_train_the_adapter_of_one_with_twice_the_batch(both):
-    one, two = (load_adapter(folder / "adapter")[1] for folder in both)
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=0)
-    steps = [short_runs.results(folder)["steps"] for folder in both]
-    assert steps[0] == steps[1] == 8  # 24 train rows, 6 a step, 2 epochs
+    assert_same_training(*both)
+    assert short_runs.results(both[0])["steps"] == 8  # 23 train rows, 6 a step, 2 epochs
+
+
+@pytest.mark.slow
+def test_two_processes_that_accumulate_train_the_adapter_of_one_batch(data, both, tmp_path, root):
+    done = reft_train(data, root, tmp_path, *COMMON, *TWO, f"hydra.run.dir={tmp_path / 'two'}", "data.batch_size=1",
+                      "trainer.accumulate_grad_batches=3")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_training(both[0], tmp_path / "two")
+
+
+STOP = """
+import os
+from lightning import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+class Stop(Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 4 and os.environ.get("STOP"):
+            raise SIGTERMException
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_were_stopped_inside_a_step_go_on_with_its_gradient(data, both, tmp_path, root):
+    (tmp_path / "stop.py").write_text(STOP)
+    run = [*short_runs.arguments(data), *COMMON, *TWO, f"hydra.run.dir={tmp_path / 'two'}", "data.batch_size=1",
+           "trainer.accumulate_grad_batches=3", "+callbacks.stop._target_=stop.Stop"]  # fmt: skip
+    command(root, tmp_path, *run, STOP="1")
+    checkpoint = short_runs.checkpoint(tmp_path / "two")
+    assert checkpoint["global_step"] == 1
+    assert checkpoint["callbacks"]["LastCheckpoint"]["gradients"]
+    done = command(root, tmp_path, f"resume={tmp_path / 'two'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_training(both[0], tmp_path / "two")
 
 
 @pytest.mark.slow
@@ -83,7 +135,7 @@ def test_a_sweep_under_two_processes_goes_on_after_a_job_that_fails(data, tmp_pa
     assert [results["status"] for results in found] == ["complete", "stopped", "complete"]
     assert "lower optimizer.lr" in found[1]["error"]
     assert [len(results["test_reads"]) for results in found] == [1, 0, 1]
-    assert found[0]["steps"] == found[2]["steps"] == 5
+    assert found[0]["steps"] == found[2]["steps"] == 4
     assert done.returncode == 1, done.stderr[-3000:]
     assert len(list(tmp_path.rglob("results.json"))) == len(list(tmp_path.rglob(".hydra"))) == 3
     orphans, until = ["not looked yet"], time.monotonic() + 20

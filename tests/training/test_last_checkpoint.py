@@ -115,6 +115,9 @@ def test_gradients_of_a_step_in_progress_are_kept(data, tmp_path, monkeypatch):
     interrupt(data, tmp_path / "run", monkeypatch, 9, *settings)
     resume(data, tmp_path / "run", *settings)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert short_runs.logged(tmp_path / "run", "train/loss") == short_runs.logged(
+        tmp_path / "whole", "train/loss"
+    )
 
 
 def test_evaluating_the_base_or_validating_more_often_changes_no_training_step(data, whole, tmp_path):

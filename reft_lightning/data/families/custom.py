@@ -16,8 +16,9 @@ A conversation is one example: the last answer is learnt, the question before it
 both are earlier turns (a system message counts as one). The default template is then `chat`, else `plain`, which
 puts a line break between prompt and target unless the prompt ends in white space of its own.
 
-A generated text is right where it equals the answer, both stripped of white space around them. For long targets
-that says little: the loss (`checkpoint.monitor=val/loss`) is the measure there.
+A generated text is right where it equals the answer, both stripped of white space around them. For free texts that
+says little: with the templates `chat` and `alpaca`, and no `answer`, checkpoints are chosen by the accuracy over the
+`options`, or without any by the loss, which is then also measured on the test rows.
 
 Changes: version 1, first version.
 """  # noqa: E501
@@ -99,6 +100,7 @@ def custom_family(
     for row, where in first:
         for name in make.names:
             column(row, name, where)
+    main = None if answer or template == "plain" else "option_accuracy" if options else "loss"
     places: dict[str, Any] = {source: tables}
     return Family(
         name="custom",
@@ -107,6 +109,7 @@ def custom_family(
         max_new_tokens=MAX_NEW_TOKENS,
         score=exact_match(make.find),
         template=template,
+        main=main,
         carve=carve,
     )
 

@@ -1,0 +1,97 @@
+"""`best.ckpt`, the checkpoint that validation chooses; and the end of a training that no longer gets better.
+
+The monitored score decides, and between equal scores the loss: where answers are generated, many a run scores 0 in
+every validation, and its first checkpoint would win. Of those equal in both the first counts. Early stopping waits for
+a checkpoint that is better in the same sense.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+LOSS = "val/loss"
+
+
+class Validation(NamedTuple):
+    """What one validation in training found, after so many optimizer steps."""
+
+    step: int
+    score: float
+    loss: float
+
+
+class BestCheckpoint(Checkpoint):
+    """Write ``best.ckpt`` after each validation that is better than all before; stop when none has been for long.
+
+    Args:
+        path: of the file.
+        monitor: name of the score that decides, such as ``val/accuracy``.
+        mode: ``max`` or ``min``.
+        patience: validations in a row without a better one that end training, or None for no end.
+
+    Attributes:
+        validations: so far.
+    """
+
+    def __init__(self, path: Path, monitor: str, mode: str, patience: int | None = None) -> None:
+        super().__init__()
+        self.path, self.monitor, self.mode, self.patience = path, monitor, mode, patience
+        self.validations: list[Validation] = []
+
+    @property
+    def best(self) -> Validation | None:
+        """Return the best validation, the first of equals; None before there was one with numbers."""
+        numbers = [v for v in self.validations if not math.isnan(v.score)]
+        sign = -1 if self.mode == "max" else 1
+        return min(numbers, key=lambda v: (sign * v.score, _or_worst(v.loss)), default=None)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if this is the best validation so far; end training if the best is too long ago."""
+        fast = getattr(trainer, "fast_dev_run", False)
+        if trainer.state.fn != "fit" or trainer.sanity_checking or fast:
+            return
+        found = trainer.callback_metrics
+        if self.monitor not in found:
+            raise ValueError(f"checkpoint.monitor={self.monitor}: no validation row gave that score")
+        score, loss = (float(found[name]) for name in (self.monitor, LOSS))
+        self.validations.append(Validation(trainer.global_step, score, loss))
+        if self.best is self.validations[-1]:
+            trainer.save_checkpoint(self.path, weights_only=False)
+        if self.patience is not None and self._since_best() >= self.patience:
+            trainer.should_stop = True
+
+    def _since_best(self) -> int:
+        places = [i for i, validation in enumerate(self.validations) if validation is self.best]
+        return len(self.validations) - 1 - (places[0] if places else -1)
+
+    def reason(self) -> str:
+        """Return by which measure the best validation was chosen, and why it."""
+        best, count = self.best, len(self.validations)
+        assert best is not None
+        if count == 1:
+            return f"the only validation, {self.monitor} {best.score:.4f}"
+        ties = sum(validation.score == best.score for validation in self.validations)
+        if ties == 1 or self.monitor == LOSS:
+            which = "highest" if self.mode == "max" else "lowest"
+            return f"{which} {self.monitor} of {count} validations, {best.score:.4f}"
+        return (
+            f"tie in {self.monitor} at {best.score:.4f} ({ties} of {count} validations), broken by {LOSS}, "
+            f"{best.loss:.4f}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the validations so far."""
+        return {"validations": [tuple(validation) for validation in self.validations]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them up."""
+        self.validations = [Validation(*validation) for validation in state_dict["validations"]]
+
+
+def _or_worst(loss: float) -> float:
+    return math.inf if math.isnan(loss) else loss
