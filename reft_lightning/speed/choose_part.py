@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ..adapters.reft.model import ReftModel
 from ..base_models.checkpointing import runs_blocks_again
+from ..base_models.reading import angles_depend_on_length, reading_of
 from .agreement import difference, logits_of, tolerance
 from .frozen_part import (
     SHORTEST,
     FrozenBlocks,
     FrozenPrefix,
-    angles_depend_on_length,
     blocks_of,
     last_frozen_block,
     last_untrained_block,
@@ -111,6 +111,7 @@ def choose_part(model: Any, rows: Any, *, causal: bool, limit: int = 0) -> Part 
     if angles_depend_on_length(model.base_model.config):
         log.info("nothing is left out of training steps: RoPE's angles depend on the longest row of a batch")
         return None
+    reading_of(model.base_model)  # asked before blocks are replaced
     lengths = torch.tensor(rows.lengths)
     prompts = torch.tensor(rows.prompt_lengths) if causal else None
     prefix = None if prompts is None else _prefix(model, prompts, lengths)
