@@ -28,7 +28,7 @@ SHOWN = 6  # paths in a message
 Place = tuple[str, str]  # path and end
 Shapes = dict[Place, "tuple[int, ...] | None"]  # None: never computed
 
-_known: dict[tuple[Any, ...], Shapes | None] = {}  # None: could not be tried
+_known: dict[tuple[Any, ...], Shapes] = {}  # by class, device, configuration and places
 
 
 def check_shapes(model: PreTrainedModel, sites: Iterable[Site]) -> None:
@@ -48,8 +48,8 @@ def check_shapes(model: PreTrainedModel, sites: Iterable[Site]) -> None:
             log.debug(
                 "the sites of %s are not checked before its first pass: %s", type(model).__name__, error
             )
-            _known[key] = None
-    seen = _known[key] or {}
+            return
+    seen = _known[key]
     silent = [asked[place].path for place, shape in seen.items() if shape is None]
     if silent and len(silent) == len(seen):
         raise ValueError(

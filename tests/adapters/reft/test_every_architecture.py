@@ -111,6 +111,21 @@ def test_disabled_is_the_base_and_generations_are_edited_where_their_text_is(kin
     check_generation(reft, base, ids)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "least"), [("causal", 170), ("classifier", 115), ("vision", 70), ("seq2seq", 30)]
+)
+def test_most_architectures_can_be_built_small(kind, least):
+    auto, names = MAPPINGS[kind]
+    failed = {}
+    for name in names:
+        try:
+            architectures.build(auto, CONFIG_MAPPING[name])
+        except Exception as error:
+            failed[name] = str(error)
+    assert len(names) - len(failed) >= least, failed
+
+
 def check_generation(reft, base, ids):
     """Positions count columns of the whole text in every step, with and without a cache."""
     calls = []
