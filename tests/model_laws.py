@@ -356,7 +356,7 @@ def exact_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def reads_its_own_positions(base: PreTrainedModel) -> bool:
-    return base.config.model_type == "roberta"
+    return base.config.model_type in ("roberta", "opt")
 
 
 class DecoderLaws(AdaptedModelLaws):

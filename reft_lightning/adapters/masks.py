@@ -1,20 +1,19 @@
-"""Which tokens of a batch are prompt, which come after it, and their positions.
+"""Which tokens of a batch are prompt, which come after it, and which columns a call reads.
 
 Shapes: b rows, s columns. Masks are bool; padding is what neither mask covers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class Spans:
     """The prompt and target tokens of one call, known up to a column and predictable beyond it.
 
@@ -22,16 +21,50 @@ class Spans:
         prompt: (b, s).
         target: (b, s).
         generating: whether columns from s on are generated tokens.
+        read: how many columns the base model has read.
     """
 
     prompt: Tensor
     target: Tensor
     generating: bool = False
+    read: int = 0
 
     @property
     def width(self) -> int:
         """The number of columns s that the masks describe."""
         return self.prompt.shape[1]
+
+    def next_columns(self, count: int, attention: Any) -> slice:
+        """Return the columns that the base model is about to read, and count them as read.
+
+        A forward pass reads the last columns. A generation reads the last columns of its mask; where the model is
+        given none, or one that is no longer of rows and columns, it goes on after what it has read, or without a
+        cache reads all of it again.
+
+        Args:
+            count: how many columns it reads.
+            attention: the mask that it is given.
+
+        Raises:
+            ValueError: if it reads more columns than there are.
+        """
+        if not self.generating:
+            start = self.width - count
+        elif isinstance(attention, Tensor) and attention.ndim == 2:
+            start = attention.shape[1] - count
+        elif self.read == 0:
+            start = min(self.width - count, 0)  # the prompt, or its first chunk
+        elif count == self.read + 1:
+            start = 0
+        else:
+            start = self.read
+        if start < 0:
+            raise ValueError(
+                f"the model reads {count} columns where the masks cover {start + count}: pass masks of all columns "
+                "(positions mean nothing in a model that reads more than its text)"
+            )
+        self.read = start + count
+        return slice(start, self.read)
 
     def upto(self, stop: int, rows: int) -> tuple[Tensor, Tensor]:  # -> (rows, stop), (rows, stop)
         """Return both masks for ``rows`` rows and all columns, at least ``stop`` of them.
@@ -41,10 +74,6 @@ class Spans:
         Beam search and ``num_return_sequences`` repeat every row, next to each other.
         """
         extra = stop - self.width
-        if extra > 0 and not self.generating:
-            raise ValueError(
-                f"the masks cover {self.width} columns, the model reads {stop}: pass masks of all columns"
-            )
         prompt, target = self.prompt, self.target
         if extra > 0:
             prompt, target = F.pad(prompt, (0, extra)), F.pad(target, (0, extra), value=True)
@@ -85,24 +114,6 @@ def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | Non
     else:
         prompt = real
     return Spans(prompt, real & ~prompt)
-
-
-def position_ids_of(attention: Tensor) -> Tensor:  # (b, s) -> (b, s)
-    """Number the real tokens of each row from 0, wherever its padding is."""
-    return (attention.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def numbers_its_own_positions(modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a model, given as its modules by path, derives positions from its input ids (RoBERTa and similar).
-
-    Their position table has a padding row, and positions start after it.
-    """
-    return any(
-        isinstance(module, nn.Embedding)
-        and module.padding_idx is not None
-        and name.endswith("position_embeddings")
-        for name, module in modules.items()
-    )
 
 
 def left_padded(attention: Tensor, *others: Tensor) -> list[Tensor]:  # (b, s) each -> (b, s) each

@@ -34,6 +34,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from ..base_models.reading import keeps_its_columns
 from .prefix_reader import COLUMNS, ColumnReader
 
 log = logging.getLogger(__name__)
@@ -156,7 +157,8 @@ def generate_ids(
             ``past_key_values``; ``generate`` also takes ``prompt_mask``: which columns are prompt, if the
             input holds part of the answer.
         batch: ``input_ids``, ``attention_mask``, ``prompt_mask`` (b, s) and ``boundary``, the column in which prompts
-            end and targets start. A batch without target columns is decoded plainly.
+            end and targets start. A batch without target columns is decoded plainly, and so is every batch of a model
+            whose columns depend on what comes after them.
         tokenizer: its ids of eos and pad, and its vocabulary where there are stop strings.
         decoding: the settings.
         reader: of the model, if the same prompts were read before: a draft is checked from what it has read, which
@@ -168,7 +170,8 @@ def generate_ids(
     boundary = batch["boundary"]
     reader = reader or ColumnReader(model)
     with without_generation_defaults(model):
-        if decoding.verify and decoding.verifiable and batch["input_ids"].shape[1] > boundary:
+        drafted = batch["input_ids"].shape[1] > boundary
+        if decoding.verify and decoding.verifiable and drafted and keeps_its_columns(model.base_model):
             return _verified(reader, batch, tokenizer, decoding)
         reader.forget()
         ids = batch["input_ids"][:, :boundary]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..base_models.reading import reading_of
 from .prefix_reader import COLUMNS, ColumnReader
 
 
@@ -24,7 +25,16 @@ def log_likelihood(reader: ColumnReader, batch: dict[str, Any]) -> Tensor:  # ->
     Args:
         reader: of an adapted model.
         batch: prompt | target with ``boundary``; ``labels`` of all columns or of the last ones.
+
+    Raises:
+        ValueError: if the model reads the target before it predicts it.
     """
+    base = reader.model.base_model
+    if not reading_of(base).causal:
+        raise ValueError(
+            f"each token of {type(base).__name__} reads those after it, so one pass over prompt and target does not "
+            "tell how likely the target is; choose a causal language model"
+        )
     width, boundary = batch["input_ids"].shape[1], batch["boundary"]
     labels = batch["labels"][:, batch["labels"].shape[1] - (width - boundary) :]  # (b, t)
     # column i predicts label i + 1, so the last column's logits are not needed

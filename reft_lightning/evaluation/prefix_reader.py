@@ -4,8 +4,8 @@ An evaluation reads the same prompts several times: for the likelihood of each o
 to generate. These batches begin with the same columns: those of the prompts, and often the first of the targets ("the
 correct answer is ..."). Their keys and values, and their logits, are kept.
 
-If a model's cache does not hold every column (sliding windows, linear attention, virtual tokens), or the prompts differ
-(a long target may cut its prompt), every batch is read whole.
+If a model's cache does not hold every column (sliding windows, linear attention, virtual tokens), if its columns depend
+on what comes after them, or the prompts differ (a long target may cut its prompt), every batch is read whole.
 
 The logits are those of a whole read up to rounding, as matrix products have other shapes: with a 16-bit base model a
 near tie between options may resolve differently (counts in ``experiments/speed/README.md``). Positions P that are a
@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..base_models.caches import holds_columns
+from ..base_models.reading import keeps_its_columns
 
 COLUMNS = ("input_ids", "attention_mask", "prompt_mask")
 
@@ -100,7 +101,9 @@ class ColumnReader:
             inputs["past_key_values"] = cache
         output = self.model(**inputs, logits_to_keep=keep, use_cache=True)
         cache = output.get("past_key_values")
-        holds = holds_columns(cache, columns["input_ids"].shape[1])
+        holds = holds_columns(cache, columns["input_ids"].shape[1]) and keeps_its_columns(
+            self.model.base_model
+        )
         return output.logits[:, -keep:], cache if holds else None
 
     def _shared(self, columns: dict[str, Tensor], boundary: int) -> int:
@@ -118,6 +121,9 @@ class ColumnReader:
         )
         same = (real == real_before) & (prompt == prompt_before) & ((ids == ids_before) | (real == 0))
         count = int(same.all(0).long().cumprod(0).sum())
+        if not keeps_its_columns(self.model.base_model):
+            widths = {c["input_ids"].shape[1] for c in (columns, last.columns)}
+            return count if widths == {count} else 0
         whole = count == columns["input_ids"].shape[1]
         return count if count >= boundary and (last.cache is not None or whole) else 0
 

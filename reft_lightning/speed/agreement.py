@@ -1,4 +1,4 @@
-"""Whether two ways through an adapted model give the same logits, up to the rounding of its precision."""
+"""Whether two ways through an adapted model give the same, up to the rounding of its precision."""
 
 from __future__ import annotations
 
@@ -8,37 +8,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the largest logit
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the largest logit, or of the loss
 COARSE = 0.05  # where products have 16 bits or fewer
 
 
-def difference(
+class Difference(ValueError):
+    """Two passes give more different results than rounding explains."""
+
+
+def check_agreement(
     model: Any, inputs: Mapping[str, Any], plain: Callable[[], Any], short: Callable[[], Any]
-) -> float:
-    """Return how far the logits of two passes differ, relative to the largest one.
+) -> None:
+    """Compare the logits of two passes, and their losses: that of routers depends on more than logits.
 
     Args:
         model: the adapted model that both run, with the same random numbers.
         inputs: of both.
         plain: runs the pass as it is; returns the model's output.
         short: the other one.
+
+    Raises:
+        Difference: if they differ by more than the precision of the model explains.
     """
-    expected, found = (logits_of(model, run) for run in (plain, short))
-    if expected.shape != found.shape:
-        return float("inf")
+    (expected, losses), (found, others) = (found_of(model, run) for run in (plain, short))
+    allowed = tolerance(model)
     # logits of padding are never read
     real = ... if expected.ndim == 2 else inputs["attention_mask"][:, -expected.shape[1] :].bool()
-    return float((expected - found)[real].abs().max() / expected[real].abs().max().clamp(min=1e-6))
+    apart = float("inf")
+    if expected.shape == found.shape:
+        apart = float((expected - found)[real].abs().max() / expected[real].abs().max().clamp(min=1e-6))
+    if not apart <= allowed:
+        raise Difference(f"changes the logits by {apart:.2g} of the largest, allowed {allowed:.2g}")
+    for name, loss in losses.items():
+        apart = float((loss - others[name]).abs() / loss.abs().clamp(min=1e-6))
+        if not apart <= allowed:
+            raise Difference(f"changes the {name} by {apart:.2g} of itself, allowed {allowed:.2g}")
 
 
 @torch.no_grad()
-def logits_of(model: Any, run: Callable[[], Any]) -> Tensor:
-    """Return the logits of a pass without gradients; each call sees the same random numbers and consumes none."""
+def found_of(model: Any, run: Callable[[], Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return logits and losses of a pass without gradients; each sees the same random numbers and consumes none."""
     device = model.base_model.device
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
         torch.manual_seed(0)
-        return run().logits.float()
+        output = run()
+    losses = {name: value for name, value in output.items() if isinstance(value, Tensor) and value.ndim == 0}
+    return output.logits.float(), losses
 
 
 def tolerance(model: Any) -> float:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ..adapters.reft.model import ReftModel
 from ..base_models.checkpointing import runs_blocks_again
-from .agreement import difference, logits_of, tolerance
+from ..base_models.reading import angles_depend_on_length, keeps_its_columns
+from .agreement import Difference, check_agreement, found_of
 from .frozen_part import (
     SHORTEST,
     FrozenBlocks,
     FrozenPrefix,
-    angles_depend_on_length,
     blocks_of,
     last_frozen_block,
     last_untrained_block,
@@ -33,8 +33,8 @@ class ShortenedPass:
     """Runs an adapted model in training without its frozen part, where it has one.
 
     The part is chosen on the first batch, where the model has its device and precision, and checked on the first
-    batch in which it is left out. If it raises, or if the logits differ from those of the plain pass, training
-    continues with the plain pass, after one warning.
+    batch in which it is left out, and on every longer one. If it raises there, or if logits or loss differ from those
+    of the plain pass, training continues with the plain pass, after one warning.
 
     Args:
         model: the adapted model, whose base has no dropout in training.
@@ -50,7 +50,8 @@ class ShortenedPass:
         self.model = model
         self.part: Part | None = None
         self._choose = partial(choose_part, model, rows, causal=causal, limit=limit)
-        self._is_chosen = self._is_checked = False
+        self._is_chosen = False
+        self._checked = 0  # columns of the longest batch in which the part was left out and found exact
 
     def __call__(self, inputs: Mapping[str, Any], rows: Sequence[int], boundary: int | None = None) -> Any:
         """Return the model's output.
@@ -68,26 +69,26 @@ class ShortenedPass:
                 self._refuse(f"its frozen part cannot be found ({type(error).__name__}: {error})")
         if self.part is None or not self.part.columns(rows, boundary):
             return self.model(**inputs)
-        if not self._is_checked:
-            self._is_checked = True
+        if inputs["input_ids"].shape[1] <= self._checked:
+            return self.part(inputs, rows, boundary)
+        try:
             self._check(self.part, inputs, rows, boundary)
-        return self.model(**inputs) if self.part is None else self.part(inputs, rows, boundary)
+            output = self.part(inputs, rows, boundary)
+        except Exception as error:
+            reason = (
+                str(error) if isinstance(error, Difference) else f"fails ({type(error).__name__}: {error})"
+            )
+            self._refuse(f"computing {self.part.name} separately {reason}")
+            return self.model(**inputs)
+        self._checked = inputs["input_ids"].shape[1]
+        return output
 
     def _check(
         self, part: Part, inputs: Mapping[str, Any], rows: Sequence[int], boundary: int | None
     ) -> None:
         plain, short = partial(self.model, **inputs), partial(part, inputs, rows, boundary)
-        what, allowed = f"computing {part.name} separately", tolerance(self.model)
-        try:
-            logits_of(self.model, short)  # fills what is kept, so that the comparison reads it
-            found = difference(self.model, inputs, plain, short)
-        except Exception as error:
-            self._refuse(f"{what} fails ({type(error).__name__}: {error})")
-        else:
-            if not found <= allowed:
-                self._refuse(
-                    f"{what} changes the logits by {found:.2g} of the largest, allowed {allowed:.2g}"
-                )
+        found_of(self.model, short)  # fills what is kept, so that the comparison reads it
+        check_agreement(self.model, inputs, plain, short)
 
     def _refuse(self, reason: str) -> None:
         self.part = None
@@ -130,6 +131,8 @@ def choose_part(model: Any, rows: Any, *, causal: bool, limit: int = 0) -> Part 
 def _prefix(model: ReftModel, prompts: Tensor, lengths: Tensor) -> FrozenPrefix | None:
     suffixes = suffix_lengths(model, prompts, lengths - prompts)
     trains_blocks = last_untrained_block(model) < len(blocks_of(model)) - 1
+    if not keeps_its_columns(model.base_model):
+        return None
     if not model.sites or trains_blocks or int((prompts - suffixes).max()) < SHORTEST:
         return None
     try:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..adapters.reft.model import ReftModel
@@ -91,12 +91,13 @@ class FrozenPrefix:
 
     def _compute(self, ids: Tensor, attention: Tensor, columns: int) -> Any:
         with torch.no_grad(), self.model.unedited():
-            return self.model(
+            output = self.model(
                 input_ids=ids[:, :columns],
                 attention_mask=attention[:, :columns],
                 use_cache=True,
                 logits_to_keep=1,
-            ).past_key_values
+            )
+        return output.get("past_key_values")
 
     def _read(
         self,
@@ -291,12 +292,3 @@ def suffix_lengths(model: ReftModel, prompts: Tensor, targets: Tensor) -> Tensor
         first = torch.where(chosen.any(-1), chosen.int().argmax(-1), width)
         suffixes[rows] = (n.squeeze(-1) - first).clamp(min=1)
     return suffixes
-
-
-def angles_depend_on_length(config: PretrainedConfig) -> bool:
-    """Whether a longer batch rotates every position of it by other angles (RoPE ``dynamic`` or ``longrope``)."""
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [rope, *(of_a_layer for of_a_layer in rope.values() if isinstance(of_a_layer, Mapping))]
-    return any(
-        "dynamic" in str(kind.get("rope_type")) or kind.get("rope_type") == "longrope" for kind in kinds
-    )

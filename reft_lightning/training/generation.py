@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapted import AdaptedModel
+from ..base_models.reading import reading_of
 from ..data.encoding import target_only
 from ..data.example import Example
 from ..data.family import Family
@@ -46,6 +47,9 @@ class GenerationModule(FinetuningModule):
         commonest: task -> the commonest answer of its training rows; how often it is right is what a score must
             beat before the model can be said to read the question (``majority_accuracy``).
         training_pass: see :class:`FinetuningModule`.
+
+    Raises:
+        ValueError: if a token of the base model reads those after it.
     """
 
     def __init__(
@@ -61,6 +65,11 @@ class GenerationModule(FinetuningModule):
         commonest: Mapping[str, str] | None = None,
         training_pass: TrainingPass | None = None,
     ) -> None:
+        if not reading_of(model.base_model).causal:
+            raise ValueError(
+                f"each token of {type(model.base_model).__name__} reads those after it, so it would be trained to "
+                "predict answers that it reads; choose a causal language model, or a data=glue_... file for an encoder"
+            )
         super().__init__(model, val_tasks, test_tasks, optimization, training_pass)
         self.tokenizer, self.family, self.decoding = tokenizer, family, decoding
         self.free = family.main_measure(test_tasks) == "loss"

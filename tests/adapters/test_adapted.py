@@ -9,9 +9,9 @@ from adapted_models import EVERY, TOGETHER, VIRTUAL, adapted
 
 from reft_lightning.adapters.adapt import build_on_meta
 from reft_lightning.adapters.adapted import AdaptedModel
-from reft_lightning.adapters.masks import position_ids_of
 from reft_lightning.adapters.methods import METHODS
 from reft_lightning.adapters.saving import load_state
+from reft_lightning.base_models.reading import position_ids_of
 from reft_lightning.data.encoding import target_only
 from reft_lightning.training.optimization import Optimization, parameter_groups
 

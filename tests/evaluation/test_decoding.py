@@ -5,12 +5,14 @@ import gzip
 import json
 from types import SimpleNamespace
 
+import architectures
 import pytest
 import tiny
 import torch
 from laws import shaken
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import reft_lightning as rl
 from reft_lightning.base_models.loading import byte_tokenizer, load_base_model
@@ -404,3 +406,33 @@ def test_a_blank_at_the_start_of_the_answer_survives_a_sentencepiece_tokenizer()
     ones = torch.ones_like(ids)
     batch = {"input_ids": ids, "attention_mask": ones, "prompt_mask": ones.bool(), "boundary": 2}
     assert generate(Answers(), batch, tokenizer, Decoding(4)) == [["  x"]]
+
+
+# --- models whose columns depend on what follows --------------------------------------------------------------------
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 10}
+
+
+def architecture(name, positions="f2+l2", **own):
+    base = architectures.build(AutoModelForCausalLM, CONFIG_MAPPING[name], **own)
+    torch.manual_seed(1)
+    reft = rl.attach(base, "loreft", rank=2, positions=positions).eval()
+    shaken(reft.interventions)
+    return reft
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("llama", {"rope_parameters": DYNAMIC}),
+        ("gemma3_text", {"use_bidirectional_attention": True}),
+        ("mamba", {}),
+        ("qwen3_next", {}),
+    ],
+)
+def test_texts_with_a_draft_are_those_of_plain_decoding(name, own):
+    reft = architecture(name, **own)
+    plain = plain_ids(reft)
+    for draft in (plain, torch.stack([wrong_at(row, 3) for row in plain])):
+        batch = batch_of(PROMPTS, list(draft))
+        assert torch.equal(generate_ids(architecture(name, **own), batch, ENDLESS, Decoding(NEW)), plain)

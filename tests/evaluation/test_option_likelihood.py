@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import architectures
 import pytest
 import short_runs
 import tiny
@@ -9,6 +10,7 @@ import torch
 from laws import shaken
 from lightning import Trainer
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import reft_lightning as rl
 from reft_lightning.adapters.adapt import adapt
@@ -396,3 +398,23 @@ def test_texts_that_are_drawn_do_not_depend_on_what_was_read_before(data):
     )
     texts = [[row["generated"] for row in o.module.predictions] for o in (objects, again)]
     assert texts[0] == texts[1]
+
+
+# --- models that read both ways, or by the length of the batch -------------------------------------------------------
+
+
+def architecture(name, **own):
+    return rl.attach(architectures.build(AutoModelForCausalLM, CONFIG_MAPPING[name], **own), rank=2).eval()
+
+
+def test_a_model_that_reads_the_answer_has_no_likelihood_of_it():
+    reft = architecture("gemma3_text", use_bidirectional_attention=True)
+    with pytest.raises(ValueError, match="each token of Gemma3ForCausalLM reads those after it"):
+        option_log_likelihoods(reft, batches())
+
+
+def test_options_are_read_whole_where_a_longer_batch_has_other_angles():
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 10}
+    reft = architecture("llama", rope_parameters=rope)
+    read = reads(reft, lambda: option_log_likelihoods(reft, batches()))
+    assert read == [(4, width) for width in widths()]

@@ -4,12 +4,16 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+import architectures
 import pytest
 import short_runs
 import tiny
 import torch
 from adapted_models import adapted
+from laws import shaken
 from training_passes import BATCH, ROWS, Rows, assert_same_training, attached, batches, encoded, train
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import reft_lightning as rl
 from reft_lightning.config import compose
@@ -20,6 +24,13 @@ from reft_lightning.speed.choose_part import ShortenedPass, choose_part
 from reft_lightning.speed.frozen_part import FrozenBlocks, FrozenPrefix, last_frozen_block, suffix_lengths
 
 PLENTY = 10**8
+SHARED = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
+DYNAMIC = {
+    "rope_type": "dynamic",
+    "factor": 4.0,
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 20,
+}
 # positions, layers, limit (of float64) -> what is left out
 CASES = {
     "a split prefix": ("l2", "all", 0, FrozenPrefix),
@@ -276,6 +287,90 @@ def test_a_part_that_raises_is_refused(where, caplog):
     refused(spoil)
     assert "no cache here" in caplog.text
     assert caplog.text.count("WARNING") == 1
+
+
+def test_a_longer_batch_than_those_tested_is_tested_too(caplog):
+    reft = attached("llama", positions="l2")
+    rows = Rows([*encoded(4, shortest=12), *encoded(4, seed=2, shortest=12)])
+    rows = Rows([*(replace(row, prompt_ids=row.prompt_ids[:12], target_ids=row.target_ids[:1]) for row in rows[:4]),
+                 *rows[4:]])  # fmt: skip
+    longest = max(len(row) for row in rows[:4])
+
+    def stretch(
+        module, args, output
+    ):  # a pass over a longer text reads every column otherwise, as with dynamic RoPE
+        return output * (2 if output.shape[1] > longest else 1)
+
+    reft.base_model.model.embed_tokens.register_forward_hook(stretch)
+    run = short(reft, rows)
+    for numbers in (range(4), range(4, 8)):
+        batch = target_only(Collator(tiny.PAD)([rows[i] for i in numbers]))
+        boundary, _ = batch.pop("boundary"), batch.pop("rows")
+        torch.testing.assert_close(run(batch, numbers, boundary).loss, reft(**batch).loss, atol=0, rtol=1e-9)
+        assert ("falling back to the plain pass" in caplog.text) == (numbers[0] == 4)
+
+
+def architecture(name, **own):
+    return architectures.build(AutoModelForCausalLM, CONFIG_MAPPING[name], **own)
+
+
+RAISING = [
+    ("mamba", {}, {"positions": "l1"}, 0),
+    ("mamba", {}, {"positions": "l1", "layers": [2]}, PLENTY),
+    ("mixtral", {"output_router_logits": True}, {"positions": "l1"}, 0),
+    ("mixtral", {"output_router_logits": True}, {"positions": "f1", "layers": [2]}, PLENTY),
+    ("gemma3n_text", {}, {"positions": "l1", "component": "mlp_output", "layers": [3]}, PLENTY),
+    ("gemma4_text", SHARED, {"positions": "f2+l1", "layers": [1]}, PLENTY),
+    ("gemma4_text", SHARED, {"positions": "l1", "layers": [0, 1]}, 0),
+    ("qwen3_next", {}, {"positions": "l1"}, 0),
+    ("llama", {"rope_parameters": DYNAMIC}, {"positions": "l1"}, 0),
+    ("llama", {"rope_parameters": DYNAMIC}, {"positions": "f1", "layers": [2]}, PLENTY),
+    ("gemma3_text", {"use_bidirectional_attention": True}, {"positions": "l1"}, 0),
+]
+
+
+@pytest.mark.parametrize(("name", "own", "settings", "limit"), RAISING)
+def test_what_cannot_be_left_out_of_an_architecture_is_not_and_its_losses_are_those_of_the_plain_pass(
+    name, own, settings, limit, caplog
+):
+    rows, found = encoded(), []
+    for shortened in (False, True):
+        torch.manual_seed(0)
+        reft = rl.attach(architecture(name, **own), "loreft", rank=2, **settings).train()
+        shaken(reft.interventions)
+        run = short(reft, rows, limit) if shortened else None
+        losses = []
+        for batch in batches(rows, 6):
+            inputs = target_only(batch)
+            boundary, numbers = inputs.pop("boundary"), inputs.pop("rows")
+            output = run(inputs, numbers.tolist(), boundary) if run else reft(**inputs)
+            output.loss.backward()
+            losses.append(output.loss.detach())
+        found.append((torch.stack(losses), [p.grad for p in reft.interventions.parameters()]))
+    (expected, gradients), (losses, others) = found
+    torch.testing.assert_close(losses, expected, atol=0, rtol=1e-5)
+    for gradient, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(other, gradient, atol=1e-4 * float(gradient.abs().max()), rtol=1e-4)
+    assert caplog.text.count("falling back to the plain pass") <= 1
+
+
+def test_a_loss_of_routers_is_compared_too(caplog):
+    """The logits are those of the plain pass, but the routers of the blocks left out are missing in the loss."""
+    reft = rl.attach(
+        architecture("mixtral", output_router_logits=True), "loreft", rank=2, positions="f1", layers=[2]
+    )
+    rows = encoded()
+    run = short(reft, rows, PLENTY)
+    batch = target_only(batches(rows, 1)[0])
+    boundary, numbers = batch.pop("boundary"), batch.pop("rows")
+    run(batch, numbers.tolist(), boundary)
+    assert run.part is None
+    assert "separately changes the aux_loss by" in caplog.text
+
+
+def test_a_prefix_is_not_split_off_where_it_reads_what_follows():
+    reft = rl.attach(architecture("gemma3_text", use_bidirectional_attention=True), rank=2, positions="l1")
+    assert choose_part(reft, encoded(), causal=True) is None
 
 
 def test_batches_too_short_to_split_do_not_stand_for_the_others(caplog):

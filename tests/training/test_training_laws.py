@@ -164,12 +164,12 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_changes(change, sa
 
 def test_accumulated_gradients_are_those_of_one_batch():
     reft = attached()
-    reft(**BATCH).logits.sum().backward()
+    reft(**BATCH).logits[BATCH["attention_mask"].bool()].sum().backward()
     whole = {name: p.grad.clone() for name, p in reft.interventions.named_parameters()}
     reft.zero_grad()
     for row in range(2):
         part = {key: value[row : row + 1] for key, value in BATCH.items()}
-        reft(**part).logits.sum().backward()
+        reft(**part).logits[part["attention_mask"].bool()].sum().backward()
     for name, parameter in reft.interventions.named_parameters():
         torch.testing.assert_close(parameter.grad, whole[name], atol=1e-4, rtol=1e-4)
 

@@ -8,7 +8,6 @@ Shapes: b rows, s columns.
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,15 +17,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...base_models.reading import position_ids_for
 from ...interventions.base import HALVES
 from ...storage.atomic import write_text
 from ..adapted import ParameterCount
 from ..first_values import FirstValues, fill
-from ..masks import guess_attention, left_padded, numbers_its_own_positions, position_ids_of
+from ..masks import guess_attention, left_padded
 from ..methods import Method
 from ..saving import BASELINE_CONFIG_FILE, BASELINE_FILE, check_fit, write_tensors
 
@@ -56,16 +55,11 @@ class Baseline(nn.Module):
         trained: names of its parameters that are trained in place.
     """
 
-    virtual_tokens = 0  # columns that a cache holds before the text's
-
     base_model: Any
 
     def __init__(self, config: BaselineConfig, base_model: PreTrainedModel, trained: Iterable[str]) -> None:
         super().__init__()
         self.config = config
-        accepted = inspect.signature(base_model.forward).parameters
-        modules = dict(base_model.named_modules())
-        self._wants_position_ids = "position_ids" in accepted and not numbers_its_own_positions(modules)
         base_model.requires_grad_(False)
         parameters = dict(base_model.named_parameters())
         self._in_place = list(trained)
@@ -92,15 +86,15 @@ class Baseline(nn.Module):
         tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if tokens is None:
             raise ValueError("forward needs input_ids or inputs_embeds")
-        if self._wants_position_ids and kwargs.get("position_ids") is None:
-            past = kwargs.get("past_key_values")
-            start = int(past.get_seq_length()) if past is not None else 0
-            start = max(start - self.virtual_tokens, 0) if self._enabled else start
-            attention = attention_mask
-            if attention is None:
-                attention = tokens.new_ones((tokens.shape[0], start + tokens.shape[1]), dtype=torch.long)
-            kwargs["position_ids"] = position_ids_of(attention)[:, start:]
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        position_ids = kwargs.pop("position_ids", None)
+        if position_ids is None:
+            position_ids = position_ids_for(self.base_model, attention_mask, tokens.shape[1], kwargs)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "labels": labels,
+        }
         return self.base_model(**{k: v for k, v in inputs.items() if v is not None}, **kwargs)
 
     def generate(

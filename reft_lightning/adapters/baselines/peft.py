@@ -65,7 +65,6 @@ class PeftBaseline(Baseline):
         settings.modules_to_save = list(heads) or None
         self.peft_model = _with_adapter(base_model, settings)
         self._virtual = VirtualTokens(self.peft_model) if settings.is_prompt_learning else None
-        self.virtual_tokens = self._virtual.count if self._virtual else 0
 
     @property
     def base_model(self) -> PreTrainedModel:

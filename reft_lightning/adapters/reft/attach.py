@@ -15,7 +15,7 @@ from ...interventions import Intervention, intervention_class, method_name
 from .config import ReftConfig
 from .model import ReftModel
 from .positions import MaskFunction
-from .sites import check_layers
+from .sites import check_layers, number_of_layers
 
 NONE = "none"  # the method that attaches nothing: only a classifier's head is trained
 
@@ -69,7 +69,7 @@ def attach(
     shared = list(per_layer) if isinstance(layers, dict) else layers
     ids = check_layers(
         shared,
-        base_model.config.get_text_config().num_hidden_layers,
+        number_of_layers(base_model),
         none_allowed=bool(trained_heads),
     )
     config = ReftConfig(

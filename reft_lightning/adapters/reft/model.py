@@ -9,7 +9,6 @@ Shapes: b rows, s columns, d width, n selected tokens.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,18 +22,21 @@ from transformers import PreTrainedModel
 from ...base_models.checkpointing import checkpointable
 from ...base_models.heads import heads_to_train
 from ...base_models.patching import replaced
+from ...base_models.reading import position_ids_for
 from ...interventions import Orthonormal, check_settings, lend, registered, rotations
 from ...suggest import did_you_mean
 from ..adapted import ParameterCount
 from ..first_values import FirstValues
-from ..masks import Spans, guess_attention, left_padded, numbers_its_own_positions, position_ids_of, spans_of
+from ..masks import Spans, guess_attention, left_padded, spans_of
 from ..saving import check_fit, load_adapter, save_adapter
 from .config import LayerSpec, ReftConfig
 from .edit_plan import EditPlan, token_indices
 from .positions import MaskFunction, Positions, parse_positions
+from .site_shapes import check_shapes
 from .sites import Site, device_at, find_sites
 
 TIED = ("all", "group", "position")
+CACHES = ("past_key_values", "cache_params", "state", "mems")  # what base models call what they have read
 
 
 class ReftModel(nn.Module):
@@ -62,15 +64,14 @@ class ReftModel(nn.Module):
                 f"{type(base_model).__name__} has an encoder and a decoder, whose tokens differ; attach to one of "
                 "them, such as model.get_encoder()"
             )
-        accepted = inspect.signature(base_model.forward).parameters
         modules = dict(base_model.named_modules())
-        self._wants_position_ids = "position_ids" in accepted and not numbers_its_own_positions(modules)
         self._checkpointable = checkpointable(modules.values())
         self.sites: dict[str, Site] = {}
         self.positions: dict[str, tuple[Positions, str]] = {}
         self.interventions: Any = nn.ModuleDict()
         specs = {layer: config.for_layer(layer) for layer in config.layers}
         sites = find_sites(base_model, {layer: spec.component for layer, spec in specs.items()}, modules)
+        check_shapes(base_model, sites.values())
         for layer, spec in specs.items():
             self._add(str(layer), sites[layer], spec, device_at(modules, sites[layer].path))
         self._selected_by: dict[tuple[Positions, str], list[str]] = {}
@@ -120,21 +121,27 @@ class ReftModel(nn.Module):
         tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if tokens is None:
             raise ValueError("forward needs input_ids or inputs_embeds")
-        past = kwargs.get("past_key_values")
-        start = int(past.get_seq_length()) if past is not None else 0
-        if start and prompt_mask is None:
+        cached = [name for name in CACHES if kwargs.get(name) is not None]
+        if cached and prompt_mask is None:
             raise ValueError(
-                "with past_key_values, pass prompt_mask (b, cached + new columns): which part is prompt?"
+                f"with {cached[0]}, pass prompt_mask (b, cached + new columns): which part is prompt?"
             )
         attention = attention_mask
         if attention is None:
-            attention = tokens.new_ones((tokens.shape[0], start + tokens.shape[1]), dtype=torch.long)
+            columns = (tokens if prompt_mask is None else prompt_mask).shape[1]
+            attention = tokens.new_ones((tokens.shape[0], columns), dtype=torch.long)
         spans = spans_of(attention, labels, prompt_mask)
         if prompt_mask is None and labels is not None:
             self._check_prompts(spans)
-        if self._wants_position_ids and kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = position_ids_of(attention)[:, start:]
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        position_ids = kwargs.pop("position_ids", None)
+        if position_ids is None:
+            position_ids = position_ids_for(self.base_model, attention_mask, tokens.shape[1], kwargs)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "labels": labels,
+        }
         with self._editing(spans, compiled=True):
             return self.base_model(**{k: v for k, v in inputs.items() if v is not None}, **kwargs)
 
@@ -169,7 +176,9 @@ class ReftModel(nn.Module):
         spans = spans_of(attention_mask, None, prompt_mask)
         moved = left_padded(attention_mask, input_ids, spans.prompt, spans.target)
         attention_mask, input_ids, prompt, target = moved
-        with self._editing(Spans(prompt, target, generating=True)):
+        past = kwargs.get("past_key_values")
+        read = 0 if past is None else past.get_seq_length()  # as Hugging Face asks it, to cut what was read
+        with self._editing(Spans(prompt, target, generating=True, read=read)):
             return self.base_model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     def _check_prompts(self, spans: Spans) -> None:
@@ -250,27 +259,25 @@ class ReftModel(nn.Module):
         tokens = kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs["inputs_embeds"]
-        past = kwargs.get("past_key_values")
-        start = int(past.get_seq_length()) if past is not None else 0
-        self._plan = self._plan_for(self._spans, tokens, start)
+        self._plan = self._plan_for(self._spans, tokens, kwargs.get("attention_mask"))
 
-    def _plan_for(self, spans: Spans, tokens: Tensor, start: int) -> EditPlan | None:
-        decoding = spans.generating and start >= spans.width
+    def _plan_for(self, spans: Spans, tokens: Tensor, attention: Any) -> EditPlan | None:
+        columns = spans.next_columns(tokens.shape[1], attention)
+        decoding = columns.start >= spans.width
         active = [item for item in self._selected_by.items() if item[0][0].reaches_decode or not decoding]
         if not active:
             return None
-        stop = start + tokens.shape[1]
-        prompt, target = spans.upto(stop, tokens.shape[0])
+        prompt, target = spans.upto(columns.stop, tokens.shape[0])
         edits = {}
         for selection, keys in active:
-            edits |= dict.fromkeys(keys, token_indices(*selection, prompt, target, slice(start, stop)))
+            edits |= dict.fromkeys(keys, token_indices(*selection, prompt, target, columns))
         return EditPlan(edits, tokens, torch.is_grad_enabled())
 
     def _after(self, key: str, module: nn.Module, args: tuple, output: Any) -> Any:
         if self._plan is None or key not in self._plan.edits:
             return None
-        if isinstance(output, tuple):
-            return (self._edit(key, output[0]), *output[1:])
+        if type(output) in (tuple, list):
+            return type(output)([self._edit(key, output[0]), *output[1:]])
         return self._edit(key, output)
 
     def _before(self, key: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -76,6 +76,20 @@ def check_layers(layers: str | Sequence[int], num_layers: int, none_allowed: boo
     return ids
 
 
+def number_of_layers(model: PreTrainedModel) -> int:
+    """Return how many blocks the configuration gives the language model.
+
+    Raises:
+        ValueError: if it names no number.
+    """
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if layers is None:
+        raise ValueError(
+            f"the configuration of {type(model).__name__} has no num_hidden_layers: it is no language model"
+        )
+    return layers
+
+
 def block_path(model: PreTrainedModel, modules: Mapping[str, nn.Module] | None = None) -> str:
     """Return the path of the list of blocks, e.g. ``model.layers``.
 
@@ -86,7 +100,7 @@ def block_path(model: PreTrainedModel, modules: Mapping[str, nn.Module] | None =
     Raises:
         ValueError: if there is none, or several of equal standing (an encoder and a decoder).
     """
-    num_layers = model.config.get_text_config().num_hidden_layers
+    num_layers = number_of_layers(model)
     modules = dict(model.named_modules()) if modules is None else modules
     lists = {name: len(module) for name, module in modules.items() if isinstance(module, nn.ModuleList)}
     found = [name for name, length in lists.items() if length == num_layers]
@@ -155,7 +169,7 @@ def _site(
         raise ValueError(
             f"{type(model).__name__} has no module {path!r}; near it are {', '.join(near) or 'none'}"
         )
-    return Site(layer, path, end, _width(modules[path], end, width))
+    return Site(layer, path, end, width_at(modules[path], end, width))
 
 
 def _child(model: PreTrainedModel, block: str, names: tuple[str, ...], component: str) -> str:
@@ -170,7 +184,7 @@ def _child(model: PreTrainedModel, block: str, names: tuple[str, ...], component
     )
 
 
-def _width(module: nn.Module, end: str, stream: int) -> int:
+def width_at(module: nn.Module, end: str, stream: int) -> int:
     """Return d at a site: a linear map's own width, elsewhere the width of the residual stream."""
     module = dict(module.named_children()).get("base_layer", module)  # the map inside an adapter of peft
     if isinstance(module, nn.Linear):

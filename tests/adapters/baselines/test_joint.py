@@ -14,8 +14,8 @@ from transformers import LlamaConfig
 import reft_lightning as rl
 from reft_lightning.adapters.adapt import adapt
 from reft_lightning.adapters.baselines.joint import JointModel
-from reft_lightning.adapters.masks import position_ids_of
 from reft_lightning.adapters.saving import load_state
+from reft_lightning.base_models.reading import position_ids_of
 from reft_lightning.config import compose
 from reft_lightning.reporting.runs import read_runs
 from reft_lightning.runs import chat, experiment

@@ -1,0 +1,133 @@
+"""Whether sites see one hidden state for each token, tried on a copy of the model when interventions are attached.
+
+Most blocks return the residual stream, (b, s, d). Some models keep several streams (Gemma 3n: four), read tokens of
+their own before the text, compute their last layers only for tokens whose logits are asked for (Gemma 4's shared
+ones), or have modules that they do not run; a position means nothing there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...base_models.bare import bare_copy
+from .sites import Site, width_at
+
+log = logging.getLogger(__name__)
+
+ROWS, COLUMNS = 2, 7
+SHOWN = 6  # paths in a message
+
+Place = tuple[str, str]  # path and end
+Shapes = dict[Place, "tuple[int, ...] | None"]  # None: never computed
+
+_known: dict[tuple[Any, ...], Shapes] = {}  # by class, device, configuration and places
+
+
+def check_shapes(model: PreTrainedModel, sites: Iterable[Site]) -> None:
+    """Run a copy of a model on a few tokens, and look at its sites.
+
+    What cannot be copied, or without weights not run, is not checked; the first pass is.
+
+    Raises:
+        ValueError: naming the site, what it has, and what can be edited instead.
+    """
+    asked = {(site.path, site.end): site for site in sites}
+    key = (type(model), model.device.type, model.config.to_json_string(use_diff=False), frozenset(asked))
+    if key not in _known:
+        try:
+            _known[key] = _shapes(model, asked) if asked else {}
+        except Exception as error:
+            log.debug(
+                "the sites of %s are not checked before its first pass: %s", type(model).__name__, error
+            )
+            return
+    seen = _known[key]
+    silent = [asked[place].path for place, shape in seen.items() if shape is None]
+    if silent and len(silent) == len(seen):
+        raise ValueError(
+            f"{type(model).__name__} reads text without calling {silent[0]}, so it cannot be edited there. What can "
+            f"be edited: {_candidates(model, next(iter(asked.values()))) or 'nothing'}"
+        )
+    if silent:
+        log.warning("not computed where a text has no images, and then not edited: %s", ", ".join(silent))
+    faults = {place: _fault(shape, asked[place].dim) for place, shape in seen.items() if shape is not None}
+    wrong = next((place for place, fault in faults.items() if fault), None)
+    if wrong is not None:
+        site, fine = asked[wrong], [asked[place].layer for place, fault in faults.items() if not fault]
+        instead = [f"layers={fine}"] if fine else []
+        instead += [found] if (found := _candidates(model, site)) else []
+        raise ValueError(
+            f"the {site.end} of {site.path} in {type(model).__name__} {faults[wrong]}. What can be edited: "
+            f"{' or '.join(instead) or 'nothing'}"
+        )
+
+
+def _fault(shape: tuple[int, ...], dim: int) -> str:
+    if not shape:
+        return "is not one tensor"
+    if shape[:-1] not in ((ROWS, COLUMNS), (ROWS * COLUMNS,)):
+        return (
+            f"has the shape {shape} where the model reads {ROWS} rows of {COLUMNS} tokens, so it is not one hidden "
+            "state for each token"
+        )
+    if shape[-1] != dim:
+        return (
+            f"has width {shape[-1]}, expected {dim}; use the input of the linear layer that consumes it, as "
+            "'...{layer}....input'"
+        )
+    return ""
+
+
+def _shapes(model: PreTrainedModel, places: Iterable[Place]) -> Shapes:
+    """Return the shape of what the hooks would edit at each place that the copy has; None if it never runs."""
+    tried = bare_copy(model)
+    modules = dict(tried.named_modules())
+    seen: Shapes = {}
+    for path, end in places:
+        if path in modules:
+            seen[path, end] = None
+            if end == "output":
+                modules[path].register_forward_hook(partial(_after, seen, path))
+            else:
+                modules[path].register_forward_pre_hook(partial(_before, seen, path), with_kwargs=True)
+    inputs: dict[str, Any] = {"input_ids": torch.full((ROWS, COLUMNS), 3, device=model.device)}
+    if "logits_to_keep" in inspect.signature(tried.forward).parameters:
+        inputs["logits_to_keep"] = (
+            1  # as generation and training do: Gemma 4's last layers then read only those tokens
+        )
+    with torch.no_grad():
+        tried(**inputs)
+    return seen
+
+
+def _after(seen: Shapes, path: str, module: nn.Module, args: tuple, output: Any) -> None:
+    _note(seen, (path, "output"), output[0] if type(output) in (tuple, list) else output)
+
+
+def _before(seen: Shapes, path: str, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    _note(seen, (path, "input"), args[0] if args else kwargs.get("hidden_states"))
+
+
+def _note(seen: Shapes, place: Place, hidden: Any) -> None:
+    seen[place] = tuple(hidden.shape) if isinstance(hidden, Tensor) else ()
+
+
+def _candidates(model: PreTrainedModel, site: Site) -> str:
+    """Return the paths in the block of a site whose outputs are one hidden state for each token."""
+    block = site.path.partition(f".{site.layer}")[0] + f".{site.layer}"
+    inside = {name: module for name, module in model.named_modules() if name.startswith(f"{block}.")}
+    width = model.config.get_text_config().hidden_size
+    found = [
+        path.replace(f".{site.layer}.", ".{layer}.", 1)
+        for (path, end), shape in _shapes(model, [(name, "output") for name in inside]).items()
+        if shape is not None and not _fault(shape, width_at(inside[path], end, width))
+    ]
+    return ", ".join(f"'{path}'" for path in sorted(found, key=len)[:SHOWN])

@@ -1,0 +1,197 @@
+"""How a base model reads a row of tokens: found by trying it on a few of them, once a model.
+
+Neither the name of a class nor a configuration tells it: a decoder can be told to read both ways
+(``use_bidirectional_attention``), and a model may derive positions from ids, masks or images.
+
+Shapes: b rows, s columns.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .bare import bare_copy
+
+log = logging.getLogger(__name__)
+
+NOISE = 0.05  # of the influence of an earlier token: what rounding may do to logits that nothing changed
+OF_TEXT = ("inputs_embeds", "token_type_ids", "logits_to_keep", "langs")  # tensors that a text may come with
+CLOSE = 0.05  # of the largest logit: the same text, read under other padding in 16 bits
+
+
+class Reading(NamedTuple):
+    """How a base model reads a row.
+
+    Args:
+        causal: whether it has columns of logits, none of which depends on a later token.
+        needs_position_ids: whether a row padded on the left is read as without padding only with position ids.
+    """
+
+    causal: bool
+    needs_position_ids: bool
+
+
+_found: WeakKeyDictionary[PreTrainedModel, Reading] = WeakKeyDictionary()
+
+
+def reading_of(model: PreTrainedModel) -> Reading:
+    """Return how a base model reads, from a few passes over a few tokens when it is first asked."""
+    if model not in _found:
+        try:
+            _found[model] = _try(bare_copy(model))
+        except Exception as error:
+            log.debug("%s itself is tried, as it cannot be copied: %s", type(model).__name__, error)
+            with _evaluating(model):
+                _found[model] = _try(model)
+    return _found[model]
+
+
+def _try(model: PreTrainedModel) -> Reading:
+    *tokens, other = _ordinary_tokens(model, 7)
+    rows = torch.tensor([tokens, [*tokens[:-1], other], [other, *tokens[1:]]])
+    logits = _read(model, rows, torch.ones_like(rows))
+    return Reading(_is_causal(logits), _needs_position_ids(model, rows[:1], logits[:1]))
+
+
+def _is_causal(
+    logits: Tensor,
+) -> bool:  # (3, s, v): of a text, of one with another last token, and another first
+    """Whether a change of the last token leaves earlier columns as they are.
+
+    Rounding can move them a little (a mixture of experts multiplies other groups of tokens), far less than a change of
+    the first token moves the columns after it.
+    """
+    if logits.ndim != 3:
+        return False
+    backward = (logits[1] - logits[0])[:-1].abs().max()
+    forward = (logits[2] - logits[0])[1:].abs().max()
+    return not bool(backward > NOISE * forward)
+
+
+def keeps_its_columns(model: PreTrainedModel) -> bool:
+    """Whether what a model computes for a column stays the same whatever is read after it.
+
+    What is computed once for a prompt may then be used with any continuation.
+    """
+    return not angles_depend_on_length(model.config) and reading_of(model).causal
+
+
+def angles_depend_on_length(config: PretrainedConfig) -> bool:
+    """Whether a longer batch rotates every position of it by other angles (RoPE ``dynamic`` or ``longrope``)."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope, *(of_a_layer for of_a_layer in rope.values() if isinstance(of_a_layer, Mapping))]
+    return any(
+        "dynamic" in str(kind.get("rope_type")) or kind.get("rope_type") == "longrope" for kind in kinds
+    )
+
+
+# --- positions ------------------------------------------------------------------------------------------------------
+
+
+def position_ids_for(
+    model: PreTrainedModel, attention: Tensor | None, columns: int, others: Mapping[str, Any]
+) -> Tensor | None:  # (b, s) -> (b, columns)
+    """Return position ids where a model needs them: where padding stands before or between the tokens of a row.
+
+    What images and sounds do to positions only the model knows.
+
+    Args:
+        model: the base model.
+        attention: 1 for real tokens, of all columns, those of a cache included; None if all are real.
+        columns: how many of them, the last ones, the model is about to read.
+        others: what else it is given.
+    """
+    if attention is None or attention.ndim != 2:
+        return None
+    if any(isinstance(value, Tensor) and name not in OF_TEXT for name, value in others.items()):
+        return None
+    real = attention.bool()
+    if not bool((real[:, 1:] > real[:, :-1]).any()) or not reading_of(model).needs_position_ids:
+        return None
+    return position_ids_of(attention)[:, -columns:]
+
+
+def position_ids_of(attention: Tensor) -> Tensor:  # (b, s) -> (b, s)
+    """Number the real tokens of each row from 0, wherever its padding is."""
+    return (attention.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _needs_position_ids(model: PreTrainedModel, text: Tensor, alone: Tensor) -> bool:  # (1, n)
+    """Whether a row padded on the left is read as it is alone only if its positions are given.
+
+    A model with a rule of its own reads the row as well without them (positions that start after a padding row, as
+    RoBERTa's), or even computes the same ones (from the mask, as Qwen2-VL), and knows more than the mask: images.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    attention = F.pad(torch.ones_like(text), (3, 0))
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    padded = F.pad(text, (3, 0), value=0 if pad is None else pad)
+    own = _read(model, padded, attention)
+    try:
+        given = _read(model, padded, attention, position_ids=position_ids_of(attention))
+    except (RuntimeError, ValueError, IndexError):  # positions of another shape
+        return False
+    if alone.ndim == 3:
+        own, given = own[:, -text.shape[1] :], given[:, -text.shape[1] :]
+    if torch.equal(own, given):
+        return False
+    largest = alone.abs().max().clamp(min=1e-6)
+    by_itself, numbered = (float((found - alone).abs().max() / largest) for found in (own, given))
+    if min(by_itself, numbered) > CLOSE:
+        log.warning(
+            "%s reads a row otherwise when it is padded on the left (its logits differ by %.2g of the largest): give "
+            "it rows of one length, or pad on the right",
+            type(model).__name__,
+            min(by_itself, numbered),
+        )
+    return numbered <= max(by_itself, CLOSE)
+
+
+# --- reading a few tokens -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _read(model: PreTrainedModel, ids: Tensor, attention: Tensor, **more: Tensor) -> Tensor:
+    """Return the logits of a pass, or what a model without a head returns."""
+    inputs = {"input_ids": ids, "attention_mask": attention, **more}
+    output = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
+    return output.get("logits", output[0]).float()  # a loss of routers comes before the logits
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _ordinary_tokens(model: PreTrainedModel, count: int) -> list[int]:
+    """Return different tokens that no setting of the model names, as padding or the place of an image."""
+    config = model.config.get_text_config()
+    named: set[int] = set()
+    for settings in (model.config.to_dict(), config.to_dict()):
+        for name, value in settings.items():
+            if name.endswith(("token_id", "token_index")) and value is not None:
+                named.update(value if isinstance(value, list) else [value])
+    ordinary = [token for token in range(min(config.vocab_size, 1000)) if token not in named]
+    if len(ordinary) < count:
+        raise ValueError(
+            f"{type(model).__name__} has {len(ordinary)} ordinary tokens, too few to see how it reads"
+        )
+    return ordinary[:: len(ordinary) // count][:count]

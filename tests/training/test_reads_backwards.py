@@ -1,0 +1,17 @@
+"""A model whose tokens read those after them is not trained to predict what it reads."""
+
+import pytest
+import short_runs
+
+from reft_lightning.runs.experiment import SetupError
+
+BOTH_WAYS = ["model.config.model_type=gemma3_text", "+model.config.use_bidirectional_attention=true"]
+
+
+def test_training_is_refused_before_a_step(tmp_path):
+    data = short_runs.write_rows(tmp_path / "data")
+    with pytest.raises(
+        (SetupError, ValueError), match="each token of Gemma3ForCausalLM reads those after it"
+    ):
+        short_runs.run(data, tmp_path / "run", *BOTH_WAYS)
+    assert not list((tmp_path / "run").glob("**/*.ckpt"))
