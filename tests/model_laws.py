@@ -116,10 +116,10 @@ class AdaptedModelLaws:
         untouched = self.make_base(torch.float32)
         reft = self.attach(base := self.make_base(torch.float32))
         base.train()
-        base.activation_checkpointing_enable()
+        base.gradient_checkpointing_enable()
         reft(**batch).logits.sum().backward()
         reft(**batch)  # no backward pass follows
-        base.activation_checkpointing_disable()
+        base.gradient_checkpointing_disable()
         base.eval()
         assert torch.equal(base(**batch).logits, untouched(**batch).logits)
         reft(**batch)
@@ -230,7 +230,7 @@ class AdaptedModelLaws:
         reft.zero_grad()
         inside = rl.attach(copy.deepcopy(reft.base_model), rank=1, layers=[1], component="attention_output")
         before = Recorder(reft.base_model.get_submodule(inside.sites["1"].path))
-        reft.base_model.activation_checkpointing_enable()
+        reft.base_model.gradient_checkpointing_enable()
         self.loss(reft).backward()
         assert len(before.seen) == 2, "no block was run again: checkpointing is not on"
         torch.testing.assert_close(gradients(reft), expected, **self.recomputed)
@@ -238,7 +238,7 @@ class AdaptedModelLaws:
     def test_a_call_leaves_the_base_model_s_checkpointing_as_it_was(self):
         reft = self.attach()
         reft.train()
-        reft.base_model.activation_checkpointing_enable()
+        reft.base_model.gradient_checkpointing_enable()
 
         def functions():
             return [vars(module).get("_gradient_checkpointing_func") for module in reft.base_model.modules()]
@@ -255,7 +255,7 @@ class AdaptedModelLaws:
         self.loss(reft, 1).backward()
         expected = copy.deepcopy(gradients(reft))
         reft.zero_grad()
-        reft.base_model.activation_checkpointing_enable()
+        reft.base_model.gradient_checkpointing_enable()
         first, second = self.loss(reft, 0), self.loss(reft, 1)
         with torch.no_grad():
             reft(**tiny.padded(tiny.rows(3, 3, 3)))
@@ -284,7 +284,7 @@ class AdaptedModelLaws:
         reft = self.attach(base)
         late = Recorder(base.get_submodule(paths[0]))
         reft.train()
-        base.activation_checkpointing_enable()
+        base.gradient_checkpointing_enable()
         self.loss(reft).backward()
         with reft.disabled():
             self.loss(reft)

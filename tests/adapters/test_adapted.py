@@ -163,7 +163,6 @@ def test_the_loss_of_only_the_target_columns_is_the_loss(family, method):
     torch.testing.assert_close(part.logits, whole.logits[:, -4:], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 @pytest.mark.parametrize("method", ["loreft", "peft/lora", "peft/prompt_tuning", "loreft + peft/lora"])
 def test_gradient_checkpointing_gives_the_same_gradients(method):
     gradients = []

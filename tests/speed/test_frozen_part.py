@@ -196,7 +196,6 @@ def test_a_limit_that_is_too_low_is_named_with_what_is_needed(caplog):
     )
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 def test_checkpointing_and_other_methods_train_plainly():
     reft = attached("llama", positions="l1")
     reft.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

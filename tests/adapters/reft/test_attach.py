@@ -203,7 +203,7 @@ def test_reentrant_checkpointing_is_refused_where_it_would_lose_gradients():
     outside.zero_grad()
     for reft in (outside, attach(component="mlp_output")):
         reft.train()
-        reft.base_model.activation_checkpointing_enable({"use_reentrant": True})
+        reft.base_model.gradient_checkpointing_enable({"use_reentrant": True})
     outside(**batch).logits.sum().backward()
     torch.testing.assert_close(outside.interventions["0"][0].source.bias.grad, expected, **CLOSE)
     with pytest.raises(ValueError, match=r"no gradient reaches model\.layers\.0\.mlp: .*use_reentrant=False"):

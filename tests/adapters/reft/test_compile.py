@@ -110,7 +110,7 @@ def test_logits_of_targets_alone_are_compiled():
 def test_gradient_checkpointing_is_compiled(component):
     reft = attached(component=component)
     reft.base_model.config.use_cache = False
-    reft.base_model.activation_checkpointing_enable({"use_reentrant": False})
+    reft.base_model.gradient_checkpointing_enable({"use_reentrant": False})
     reft.base_model.disable_input_require_grads()
     same_training(reft, [batch(6), batch(9)])
 
