@@ -2,7 +2,8 @@ r"""A frozen language model with interventions: a set of triples (Phi, P, l).
 
 One hook per site, registered once and bound to the :class:`ReftModel`. Once a call, R is computed for all interventions
 and a pre-hook on the base model works out which tokens are selected (P). Outside ``forward`` and ``generate`` of the
-ReftModel, and inside ``disabled()``, the hooks do nothing.
+ReftModel, and inside ``disabled()``, the hooks do nothing. Calls may be nested, and run in several threads
+(:mod:`.calls`); ``disabled()`` and ``scale`` count for all threads.
 
 Shapes: b rows, s columns, d width, n selected tokens.
 """
@@ -10,8 +11,10 @@ Shapes: b rows, s columns, d width, n selected tokens.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -23,18 +26,21 @@ from transformers import PreTrainedModel
 from ...base_models.checkpointing import checkpointable
 from ...base_models.heads import heads_to_train
 from ...base_models.patching import replaced
-from ...interventions import Orthonormal, check_settings, lend, registered, rotations
+from ...interventions import check_settings, registered, rotations
 from ...suggest import did_you_mean
 from ..adapted import ParameterCount
 from ..first_values import FirstValues
 from ..masks import Spans, guess_attention, left_padded, numbers_its_own_positions, position_ids_of, spans_of
 from ..saving import check_fit, load_adapter, save_adapter
+from .calls import Call, call_of, running
 from .config import LayerSpec, ReftConfig
 from .edit_plan import EditPlan, token_indices
 from .positions import MaskFunction, Positions, parse_positions
 from .sites import Site, device_at, find_sites
 
 TIED = ("all", "group", "position")
+
+_REPLACING = threading.RLock()  # held while attributes of a base model are replaced, which all threads see
 
 
 class ReftModel(nn.Module):
@@ -54,8 +60,6 @@ class ReftModel(nn.Module):
         self.config = config
         self.scale = 1.0
         self._enabled = True
-        self._spans: Spans | None = None
-        self._plan: EditPlan | None = None
         self._compiled: Callable[..., Any] | None = None  # the base model's forward
         if base_model.config.is_encoder_decoder:
             raise ValueError(
@@ -63,6 +67,7 @@ class ReftModel(nn.Module):
                 "them, such as model.get_encoder()"
             )
         accepted = inspect.signature(base_model.forward).parameters
+        self._arguments = list(accepted)
         modules = dict(base_model.named_modules())
         self._wants_position_ids = "position_ids" in accepted and not numbers_its_own_positions(modules)
         self._checkpointable = checkpointable(modules.values())
@@ -163,7 +168,16 @@ class ReftModel(nn.Module):
         Rows padded on the right are moved to the left first, so new tokens always start at column s. Without
         ``attention_mask``, padding is the pad token, unless it is the end-of-text token too. ``prompt_mask`` goes
         with rows that hold the beginning of an answer after their prompt: it is edited as if it had been generated.
+
+        Raises:
+            ValueError: for ``guidance_scale``, which reads a second text.
         """
+        defaults = kwargs.get("generation_config") or self.base_model.generation_config
+        if kwargs.get("guidance_scale", defaults.guidance_scale) not in (None, 1):
+            raise ValueError(
+                "guidance_scale reads a second text next to the prompt, in which positions have no meaning; pass a "
+                "logits processor that calls this model on that text"
+            )
         if attention_mask is None:
             attention_mask = guess_attention(input_ids, kwargs, self.base_model.generation_config)
         spans = spans_of(attention_mask, None, prompt_mask)
@@ -193,34 +207,28 @@ class ReftModel(nn.Module):
             ]
             if compiled and self._compiled is not None and self._enabled:
                 others.append((self.base_model, "forward", self._compiled))
-        rows: dict[Orthonormal, Tensor] = {}
+        call = None
         if self._enabled:  # R is computed once a pass and once a generation, which needs no gradients
             with torch.set_grad_enabled(torch.is_grad_enabled() and not spans.generating):
                 rows = rotations(phi for group in self.interventions.values() for phi in group)
-        with replaced(others), lend(rows):
-            self._spans = spans if self._enabled else None
-            try:
-                yield
-            finally:
-                self._spans, self._plan = None, None
+                call = Call(self, spans, rows)
+        with _REPLACING if others else nullcontext(), replaced(others), running(call):
+            yield
 
     def _checkpoint(self, checkpoint: Callable, function: Callable, *args: Any, **kwargs: Any) -> Any:
         """Checkpoint a block: hooks that run again in the backward pass find the plan and the R of this call."""
         if torch.compiler.is_compiling():  # the graph holds what is run again
             return checkpoint(function, *args, **kwargs)
-        plan, rows = self._plan, self._lent()
+        call = call_of(self)
+        again = call and replace(call)  # with the plan of this pass
 
         def planned(*inputs: Any, **options: Any) -> Any:
-            if self._plan is plan:  # the forward pass
+            if call_of(self) is call:  # the forward pass
                 return function(*inputs, **options)
-            with replaced([(self, "_plan", plan)]), lend(rows):
+            with running(again):
                 return function(*inputs, **options)
 
         return checkpoint(planned, *args, **kwargs)
-
-    def _lent(self) -> dict[Orthonormal, Tensor]:
-        phis = [phi for group in self.interventions.values() for phi in group]
-        return {phi: phi.lent for phi in phis if isinstance(phi, Orthonormal) and phi.lent is not None}
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -244,15 +252,16 @@ class ReftModel(nn.Module):
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Plan a call of the base model: which columns it reads, which of their tokens are selected."""
-        self._plan = None
-        if self._spans is None:
+        call = call_of(self)
+        if call is None:
             return
-        tokens = kwargs.get("input_ids")
+        given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        tokens = given.get("input_ids")
         if tokens is None:
-            tokens = kwargs["inputs_embeds"]
-        past = kwargs.get("past_key_values")
+            tokens = given["inputs_embeds"]
+        past = given.get("past_key_values")
         start = int(past.get_seq_length()) if past is not None else 0
-        self._plan = self._plan_for(self._spans, tokens, start)
+        call.plan = self._plan_for(call.spans, tokens, start)
 
     def _plan_for(self, spans: Spans, tokens: Tensor, start: int) -> EditPlan | None:
         decoding = spans.generating and start >= spans.width
@@ -266,29 +275,33 @@ class ReftModel(nn.Module):
             edits |= dict.fromkeys(keys, token_indices(*selection, prompt, target, slice(start, stop)))
         return EditPlan(edits, tokens, torch.is_grad_enabled())
 
+    def _plan_at(self, key: str) -> EditPlan | None:
+        call = call_of(self)
+        return call.plan if call is not None and call.plan is not None and key in call.plan.edits else None
+
     def _after(self, key: str, module: nn.Module, args: tuple, output: Any) -> Any:
-        if self._plan is None or key not in self._plan.edits:
+        plan = self._plan_at(key)
+        if plan is None:
             return None
         if isinstance(output, tuple):
-            return (self._edit(key, output[0]), *output[1:])
-        return self._edit(key, output)
+            return (self._edit(key, plan, output[0]), *output[1:])
+        return self._edit(key, plan, output)
 
     def _before(self, key: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if self._plan is None or key not in self._plan.edits:
+        plan = self._plan_at(key)
+        if plan is None:
             return None
         if args:
-            return (self._edit(key, args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._edit(key, kwargs["hidden_states"])}
+            return (self._edit(key, plan, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._edit(key, plan, kwargs["hidden_states"])}
 
-    def _edit(self, key: str, hidden: Tensor) -> Tensor:  # (b, s, d) -> (b, s, d)
+    def _edit(self, key: str, plan: EditPlan, hidden: Tensor) -> Tensor:  # (b, s, d) -> (b, s, d)
         site = self.sites[key]
         if hidden.shape[-1] != site.dim:
             raise ValueError(
                 f"the {site.end} of {site.path} has width {hidden.shape[-1]}, expected {site.dim}; use the input "
                 "of the linear layer that consumes it, as '...{layer}....input'"
             )
-        plan = self._plan
-        assert plan is not None  # the hooks ask before
         rows, columns = plan.tokens.shape[:2]
         if hidden.shape[:-1].numel() != rows * columns:  # OPT's last map sees them in one dimension
             raise ValueError(
@@ -311,9 +324,7 @@ class ReftModel(nn.Module):
         return flat.index_copy(0, indices[0], edited[0]).view_as(hidden)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A plan belongs to one call; its tensors carry a graph, which neither pickles nor copies; nor does
-        # compiled code.
-        return {**self.__dict__, "_plan": None, "_spans": None, "_compiled": None}
+        return {**self.__dict__, "_compiled": None}  # compiled code neither pickles nor copies
 
     # --- parameters and files -------------------------------------------------------------------------------------
 
