@@ -55,8 +55,14 @@ def save_adapter(
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file whole or not at all."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    """Write a safetensors file whole or not at all; tensors that share memory are written apart."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
     write_whole(path, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
 
 

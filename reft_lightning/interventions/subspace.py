@@ -57,6 +57,8 @@ class Subspace(Intervention):
         self, dim: int, rank: int, *, init: str = "paper", weight_dtype: str = "float32", **kwargs: Any
     ) -> None:
         super().__init__(dim, **kwargs)
+        if not isinstance(rank, int) or isinstance(rank, bool):
+            raise ValueError(f"rank must be a whole number; got {rank!r}")
         if not 1 <= rank <= dim:
             raise ValueError(f"rank must lie in 1..{dim}, the width of the representation; got {rank}")
         if init not in ("paper", "identity"):

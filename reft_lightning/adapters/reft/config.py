@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+from ..plain import plain
 from .positions import MaskFunction, parse_positions
 
 FORMAT = 1
@@ -22,6 +23,10 @@ class LayerSpec(NamedTuple):
     settings: dict[str, Any]
 
 
+def _plain_positions(spec: Any) -> Any:
+    return spec if callable(spec) else plain("positions", spec)
+
+
 @dataclass
 class ReftConfig:
     """Every argument of :func:`reft_lightning.attach`."""
@@ -36,6 +41,18 @@ class ReftConfig:
     heads: list[str] = field(default_factory=list)
     base_model: str | None = None
     clip: str = "paper"
+
+    def __post_init__(self) -> None:
+        for name in ("method", "layers", "tied", "component", "clip", "settings", "heads", "base_model"):
+            setattr(self, name, plain(name, getattr(self, name)))
+        self.positions = _plain_positions(self.positions)
+        self.per_layer = {
+            plain("layers", layer): {
+                name: _plain_positions(value) if name == "positions" else plain(name, value)
+                for name, value in own.items()
+            }
+            for layer, own in self.per_layer.items()
+        }
 
     def for_layer(self, layer: int) -> LayerSpec:
         """Return the common specification with what differs at this layer."""

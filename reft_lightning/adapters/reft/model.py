@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...base_models.checkpointing import checkpointable
-from ...base_models.heads import heads_to_train
+from ...base_models.heads import heads_to_train, parameters_of
 from ...base_models.patching import replaced
 from ...interventions import check_settings, registered, rotations
 from ...suggest import did_you_mean
 from ..adapted import ParameterCount
-from ..first_values import FirstValues
+from ..attaching import all_or_nothing, attaching, check_base, detached
+from ..first_values import FirstValues, fill
 from ..masks import Spans, guess_attention, left_padded, numbers_its_own_positions, position_ids_of, spans_of
 from ..saving import check_fit, load_adapter, save_adapter
 from .calls import Call, call_of, running
@@ -55,6 +56,7 @@ class ReftModel(nn.Module):
     """
 
     def __init__(self, base_model: PreTrainedModel, config: ReftConfig) -> None:
+        check_base(base_model)
         super().__init__()
         self.base_model: Any = base_model
         self.config = config
@@ -81,17 +83,19 @@ class ReftModel(nn.Module):
         self._selected_by: dict[tuple[Positions, str], list[str]] = {}
         for key, selection in self.positions.items():
             self._selected_by.setdefault(selection, []).append(key)
-        base_model.requires_grad_(False)
-        for head in config.heads:
-            base_model.get_submodule(head).requires_grad_(True)
-        self._first_heads = FirstValues(self._head_parameters())
-        base_model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        for key, site in self.sites.items():
-            module = base_model.get_submodule(site.path)
-            if site.end == "output":
-                module.register_forward_hook(partial(self._after, key))
-            else:
-                module.register_forward_pre_hook(partial(self._before, key), with_kwargs=True)
+        heads_to_train(base_model, config.heads)
+        with attaching(base_model, config, alone=bool(config.heads)):
+            for parameter in self._head_parameters().values():
+                parameter.requires_grad_(True)
+            self._first_heads = FirstValues(self._head_parameters())
+            self._hooks = [base_model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+            for key, site in self.sites.items():
+                module = base_model.get_submodule(site.path)
+                if site.end == "output":
+                    hook = module.register_forward_hook(partial(self._after, key))
+                else:
+                    hook = module.register_forward_pre_hook(partial(self._before, key), with_kwargs=True)
+                self._hooks.append(hook)
 
     def _add(self, key: str, site: Site, spec: LayerSpec, device: torch.device) -> None:
         positions = parse_positions(spec.positions, spec.clip)
@@ -105,6 +109,24 @@ class ReftModel(nn.Module):
         self.sites[key], self.positions[key] = site, (positions, spec.tied)
         group = nn.ModuleList(cls(site.dim, **spec.settings) for _ in range(copies))
         self.interventions[key] = group if device == torch.get_default_device() else group.to(device)
+
+    def detach(self) -> PreTrainedModel:
+        """Take everything off the base model again and return it.
+
+        No hook is left, trained heads have their first values, and what learned before learns again. Save the adapter
+        first: this model cannot be used any more.
+        """
+        self._check_attached()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        fill(self._head_parameters(), self._first_heads.values)
+        detached(self.base_model, self.config)
+        return self.base_model
+
+    def _check_attached(self) -> None:
+        if not self._hooks:
+            raise ValueError("this adapter was detached from its base model; attach it again to use it")
 
     # --- forward and generate ------------------------------------------------------------------------------------
 
@@ -173,7 +195,7 @@ class ReftModel(nn.Module):
             ValueError: for ``guidance_scale``, which reads a second text.
         """
         defaults = kwargs.get("generation_config") or self.base_model.generation_config
-        if kwargs.get("guidance_scale", defaults.guidance_scale) not in (None, 1):
+        if self._enabled and kwargs.get("guidance_scale", defaults.guidance_scale) not in (None, 1):
             raise ValueError(
                 "guidance_scale reads a second text next to the prompt, in which positions have no meaning; pass a "
                 "logits processor that calls this model on that text"
@@ -197,6 +219,7 @@ class ReftModel(nn.Module):
 
     @contextmanager
     def _editing(self, spans: Spans, compiled: bool = False) -> Iterator[None]:
+        self._check_attached()
         others: list[tuple[nn.Module, str, Callable]] = []
         if torch.is_grad_enabled():
             name = "_gradient_checkpointing_func"
@@ -255,6 +278,7 @@ class ReftModel(nn.Module):
         call = call_of(self)
         if call is None:
             return
+        call.plan = None
         given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
         tokens = given.get("input_ids")
         if tokens is None:
@@ -329,11 +353,19 @@ class ReftModel(nn.Module):
     # --- parameters and files -------------------------------------------------------------------------------------
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """Return every trained tensor: the interventions, and the heads under ``heads.``."""
-        state = {f"interventions.{name}": tensor for name, tensor in self.interventions.state_dict().items()}
-        for head in self.config.heads:
-            for name, tensor in self.base_model.get_submodule(head).state_dict().items():
-                state[f"heads.{head}.{name}"] = tensor
+        """Return every trained tensor once: the interventions, and the heads under ``heads.``.
+
+        A tensor that is shared, as the embeddings with a tied output head, has the name that comes first.
+        """
+        self._check_attached()
+        parts = {"interventions": self.interventions}
+        parts |= {f"heads.{head}": self.base_model.get_submodule(head) for head in self.config.heads}
+        state: dict[str, Tensor] = {}
+        names: dict[int, str] = {}
+        for part, module in parts.items():
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                if names.setdefault(id(tensor), f"{part}.{name}") == f"{part}.{name}":
+                    state[f"{part}.{name}"] = tensor.detach()
         return state
 
     def load_adapter_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -360,8 +392,7 @@ class ReftModel(nn.Module):
         return roles
 
     def _head_parameters(self) -> dict[str, nn.Parameter]:
-        modules = {head: self.base_model.get_submodule(head) for head in self.config.heads}
-        return {f"{head}.{n}": p for head, module in modules.items() for n, p in module.named_parameters()}
+        return parameters_of(self.base_model, self.config.heads)
 
     def parameter_count(self) -> ParameterCount:
         """Count the interventions' parameters against the base model's; heads are in neither, as in the paper."""
@@ -405,8 +436,9 @@ class ReftModel(nn.Module):
         Raises:
             ValueError: if the adapter does not fit the model, is incomplete, or is of a newer format.
         """
+        check_base(base_model)
         config, state = load_adapter(name, positions)
-        config.heads = heads_to_train(base_model, config.heads)
-        reft = cls(base_model, config)
-        reft.load_adapter_state_dict(state)
+        with all_or_nothing(base_model):
+            reft = cls(base_model, config)
+            reft.load_adapter_state_dict(state)
         return reft
