@@ -105,12 +105,6 @@ def numbers_its_own_positions(modules: Mapping[str, nn.Module]) -> bool:
     )
 
 
-def left_padded(attention: Tensor, *others: Tensor) -> list[Tensor]:  # (b, s) each -> (b, s) each
-    """Move the padding of each row to its left, in the mask and in what goes with it; the order of tokens stays."""
-    order = torch.argsort(attention.bool().long(), dim=-1, stable=True)
-    return [tensor.gather(-1, order) for tensor in (attention, *others)]
-
-
 def guess_attention(
     input_ids: Tensor, arguments: dict[str, Any], defaults: Any
 ) -> Tensor:  # (b, s) -> (b, s)

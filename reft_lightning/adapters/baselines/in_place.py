@@ -26,9 +26,10 @@ from ...base_models.heads import parameters_of
 from ...interventions.base import HALVES
 from ...storage.atomic import write_text
 from ..adapted import ParameterCount
+from ..arguments import check_known, known_arguments, left_padded_inputs
 from ..attaching import attaching, check_base
 from ..first_values import FirstValues, fill
-from ..masks import guess_attention, left_padded, numbers_its_own_positions, position_ids_of
+from ..masks import numbers_its_own_positions, position_ids_of
 from ..methods import Method
 from ..plain import plain
 from ..saving import BASELINE_CONFIG_FILE, BASELINE_FILE, check_fit, write_tensors
@@ -74,6 +75,7 @@ class Baseline(nn.Module):
         modules = dict(base_model.named_modules())
         self._wants_position_ids = "position_ids" in accepted and not numbers_its_own_positions(modules)
         parameters = dict(base_model.named_parameters())
+        self._known = known_arguments(base_model)
         self._in_place = list(trained)
         for name in self._in_place:
             parameters[name].requires_grad_(True)
@@ -94,7 +96,11 @@ class Baseline(nn.Module):
         """Run the adapted model; returns what the base model returns (``loss``, ``logits``, ...).
 
         Padding may stand on either side. Labels of only the last columns go with ``logits_to_keep``.
+
+        Raises:
+            ValueError: for an argument that the base model does not know, with the nearest.
         """
+        check_known(self.base_model, self._known, kwargs)
         tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if tokens is None:
             raise ValueError("forward needs input_ids or inputs_embeds")
@@ -111,16 +117,18 @@ class Baseline(nn.Module):
 
     def generate(
         self,
-        input_ids: Tensor,  # (b, s)
+        input_ids: Tensor | None = None,  # (b, s)
         attention_mask: Tensor | None = None,  # (b, s)
         prompt_mask: Tensor | None = None,  # (b, s) bool, ignored
         **kwargs: Any,
     ) -> Any:
-        """Generate as Hugging Face does; rows padded on the right are moved to the left first."""
-        if attention_mask is None:
-            attention_mask = guess_attention(input_ids, kwargs, self.base_model.generation_config)
-        attention_mask, input_ids = left_padded(attention_mask, input_ids)
-        return self.base_model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        """Generate as Hugging Face does; rows padded on the right are moved to the left first, with all that is theirs.
+
+        Raises:
+            ValueError: for tokens that are missing or given twice, or a mask of another shape.
+        """
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        return self.base_model.generate(**left_padded_inputs(given, self.base_model.generation_config))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

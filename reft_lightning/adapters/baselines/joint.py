@@ -116,7 +116,13 @@ class JointModel(nn.Module):
         folder = Path(folder)
         self.peft.config.base_model = self.config.base_model
         self.peft.save_pretrained(folder / BESIDE)
-        save_adapter(folder, self.config, self.reft.adapter_state_dict(), self._interventions(), self._card())
+        save_adapter(
+            folder,
+            self.reft.saved_config(),
+            self.reft.adapter_state_dict(),
+            self._interventions(),
+            self._card(),
+        )
 
     def _card(self) -> str:
         beside = self.peft.parameter_count()

@@ -14,7 +14,7 @@ from ...base_models.heads import heads_to_train
 from ...interventions import Intervention, intervention_class, method_name
 from ..attaching import check_base
 from ..plain import plain
-from .config import ReftConfig
+from .config import ReftConfig, architecture_of
 from .model import ReftModel
 from .positions import MaskFunction
 from .sites import check_layers
@@ -57,7 +57,7 @@ def attach(
     """
     check_base(base_model)
     trained_heads = heads_to_train(base_model, heads)
-    base = base_model.config.name_or_path or None
+    base, kind = base_model.config.name_or_path or None, architecture_of(base_model)
     if method == NONE:
         if not trained_heads:
             raise ValueError(
@@ -65,7 +65,9 @@ def attach(
                 "classifier, as data=glue_... has one, or a list of module paths such as ['lm_head'] "
                 "(intervention.heads=[lm_head])"
             )
-        return ReftModel(base_model, ReftConfig(NONE, layers=[], heads=trained_heads, base_model=base))
+        return ReftModel(
+            base_model, ReftConfig(NONE, layers=[], heads=trained_heads, base_model=base, architecture=kind)
+        )
     number = base_model.config.get_text_config().num_hidden_layers
     given = list(layers) if isinstance(layers, Mapping) else layers
     ids = check_layers(plain("layers", given), number, none_allowed=bool(trained_heads))
@@ -89,5 +91,6 @@ def attach(
         per_layer=per_layer,
         heads=trained_heads,
         base_model=base,
+        architecture=kind,
     )
     return ReftModel(base_model, config)

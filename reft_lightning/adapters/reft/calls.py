@@ -28,6 +28,7 @@ class Call:
     spans: Spans  # its prompt and target
     rows: Mapping[Orthonormal, Tensor]  # R (r, d) of each intervention, computed once
     plan: EditPlan | None = None  # of the base model's current pass; a generation makes several
+    edited: bool = False  # whether any token was selected so far
 
 
 class _Stack(threading.local):

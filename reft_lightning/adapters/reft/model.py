@@ -11,6 +11,7 @@ Shapes: b rows, s columns, d width, n selected tokens.
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,17 +30,20 @@ from ...base_models.patching import replaced
 from ...interventions import check_settings, registered, rotations
 from ...suggest import did_you_mean
 from ..adapted import ParameterCount
+from ..arguments import check_known, known_arguments, left_padded_inputs
 from ..attaching import all_or_nothing, attaching, check_base, detached
 from ..first_values import FirstValues, fill
-from ..masks import Spans, guess_attention, left_padded, numbers_its_own_positions, position_ids_of, spans_of
+from ..masks import Spans, numbers_its_own_positions, position_ids_of, spans_of
 from ..saving import check_fit, load_adapter, save_adapter
 from .calls import Call, call_of, running
-from .config import LayerSpec, ReftConfig
+from .config import LayerSpec, ReftConfig, check_architecture
 from .edit_plan import EditPlan, token_indices
 from .positions import MaskFunction, Positions, parse_positions
 from .sites import Site, device_at, find_sites
 
+log = logging.getLogger(__name__)
 TIED = ("all", "group", "position")
+IDLE_PASSES = 8  # without training, after which a warning says that no pass has edited anything
 
 _REPLACING = threading.RLock()  # held while attributes of a base model are replaced, which all threads see
 
@@ -60,16 +64,18 @@ class ReftModel(nn.Module):
         super().__init__()
         self.base_model: Any = base_model
         self.config = config
-        self.scale = 1.0
+        self.scale = config.scale
         self._enabled = True
+        self._edited, self._warned = False, False  # whether anything was edited, and that nothing was, said
+        self._idle = 0  # passes that edited nothing
         self._compiled: Callable[..., Any] | None = None  # the base model's forward
-        if base_model.config.is_encoder_decoder:
+        if base_model.config.is_encoder_decoder and base_model.get_encoder() is not base_model:
             raise ValueError(
                 f"{type(base_model).__name__} has an encoder and a decoder, whose tokens differ; attach to one of "
                 "them, such as model.get_encoder()"
             )
         accepted = inspect.signature(base_model.forward).parameters
-        self._arguments = list(accepted)
+        self._arguments, self._known = list(accepted), known_arguments(base_model)
         modules = dict(base_model.named_modules())
         self._wants_position_ids = "position_ids" in accepted and not numbers_its_own_positions(modules)
         self._checkpointable = checkpointable(modules.values())
@@ -143,7 +149,11 @@ class ReftModel(nn.Module):
         The prompt is ``prompt_mask``; without it, what precedes the first label of a row; without token
         labels, every real token. Padding may stand on either side. Labels of only the last columns, with
         ``logits_to_keep`` of as many, compute only those logits.
+
+        Raises:
+            ValueError: for an argument that the base model does not know, with the nearest.
         """
+        check_known(self.base_model, self._known, kwargs)
         tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if tokens is None:
             raise ValueError("forward needs input_ids or inputs_embeds")
@@ -180,19 +190,21 @@ class ReftModel(nn.Module):
 
     def generate(
         self,
-        input_ids: Tensor,  # (b, s)
+        input_ids: Tensor | None = None,  # (b, s)
         attention_mask: Tensor | None = None,  # (b, s)
         prompt_mask: Tensor | None = None,  # (b, s) bool
         **kwargs: Any,
     ) -> Any:
         """Generate as Hugging Face does, with the edits on the prompt (and on new tokens where P says so).
 
-        Rows padded on the right are moved to the left first, so new tokens always start at column s. Without
+        Rows padded on the right are moved to the left first, with every other tensor of rows and columns, so new tokens
+        always start at column s. ``inputs`` and ``inputs_embeds`` may be given as in Hugging Face's. Without
         ``attention_mask``, padding is the pad token, unless it is the end-of-text token too. ``prompt_mask`` goes
         with rows that hold the beginning of an answer after their prompt: it is edited as if it had been generated.
 
         Raises:
-            ValueError: for ``guidance_scale``, which reads a second text.
+            ValueError: for ``guidance_scale``, which reads a second text, for tokens that are missing or given twice,
+                or for a mask of another shape.
         """
         defaults = kwargs.get("generation_config") or self.base_model.generation_config
         if self._enabled and kwargs.get("guidance_scale", defaults.guidance_scale) not in (None, 1):
@@ -200,13 +212,16 @@ class ReftModel(nn.Module):
                 "guidance_scale reads a second text next to the prompt, in which positions have no meaning; pass a "
                 "logits processor that calls this model on that text"
             )
-        if attention_mask is None:
-            attention_mask = guess_attention(input_ids, kwargs, self.base_model.generation_config)
-        spans = spans_of(attention_mask, None, prompt_mask)
-        moved = left_padded(attention_mask, input_ids, spans.prompt, spans.target)
-        attention_mask, input_ids, prompt, target = moved
-        with self._editing(Spans(prompt, target, generating=True)):
-            return self.base_model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "prompt_mask": prompt_mask,
+            **kwargs,
+        }
+        arguments = left_padded_inputs(given, self.base_model.generation_config)
+        spans = spans_of(arguments["attention_mask"], None, arguments.pop("prompt_mask", None))
+        with self._editing(replace(spans, generating=True)):
+            return self.base_model.generate(**arguments)
 
     def _check_prompts(self, spans: Spans) -> None:
         needy = [str(spec) for spec, _ in self.positions.values() if spec.needs_prompt]
@@ -237,6 +252,25 @@ class ReftModel(nn.Module):
                 call = Call(self, spans, rows)
         with _REPLACING if others else nullcontext(), replaced(others), running(call):
             yield
+        if call is not None:
+            self._notice(call)
+
+    def _notice(self, call: Call) -> None:
+        """Warn once if nothing is edited: in a whole generation, in a step of training, in the first passes."""
+        self._edited = self._edited or call.edited
+        if call.edited or self._warned or not self.sites:
+            return
+        self._idle += 1
+        training = self.training and torch.is_grad_enabled()
+        if call.spans.generating or (not self._edited and (training or self._idle >= IDLE_PASSES)):
+            self._warned = True
+            chosen = ", ".join(sorted({str(positions) for positions, _ in self.positions.values()}))
+            log.warning(
+                "the positions %s select no token in %s, so nothing is edited: tokens after the prompt are only known "
+                "with labels or prompt_mask, or in generate()",
+                chosen,
+                "this generation" if call.spans.generating else f"{self._idle} passes",
+            )
 
     def _checkpoint(self, checkpoint: Callable, function: Callable, *args: Any, **kwargs: Any) -> Any:
         """Checkpoint a block: hooks that run again in the backward pass find the plan and the R of this call."""
@@ -286,6 +320,8 @@ class ReftModel(nn.Module):
         past = given.get("past_key_values")
         start = int(past.get_seq_length()) if past is not None else 0
         call.plan = self._plan_for(call.spans, tokens, start)
+        if call.plan is not None:
+            call.edited |= any(index.numel() for indices in call.plan.edits.values() for index in indices)
 
     def _plan_for(self, spans: Spans, tokens: Tensor, start: int) -> EditPlan | None:
         decoding = spans.generating and start >= spans.width
@@ -408,7 +444,11 @@ class ReftModel(nn.Module):
 
     def save_pretrained(self, folder: str | PathLike) -> None:
         """Write ``reft_config.json``, ``reft.safetensors`` and a model card into a folder."""
-        save_adapter(folder, self.config, self.adapter_state_dict(), self.parameter_count())
+        save_adapter(folder, self.saved_config(), self.adapter_state_dict(), self.parameter_count())
+
+    def saved_config(self) -> ReftConfig:
+        """Return what is attached, with the scale of now."""
+        return replace(self.config, scale=self.scale)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
         """Save the adapter and upload it to the Hugging Face hub; needs a login."""
@@ -424,7 +464,12 @@ class ReftModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, base_model: PreTrainedModel, name: str | PathLike, *, positions: MaskFunction | None = None
+        cls,
+        base_model: PreTrainedModel,
+        name: str | PathLike,
+        *,
+        positions: MaskFunction | None = None,
+        strict: bool = True,
     ) -> ReftModel:
         """Attach a saved adapter.
 
@@ -432,12 +477,16 @@ class ReftModel(nn.Module):
             base_model: the model it was trained on.
             name: a folder, or the name of a repository on the Hugging Face hub.
             positions: the callable, where the adapter was trained with one.
+            strict: whether the model must have the architecture, number of layers and width of the one that the
+                adapter was trained on; otherwise its tensors must fit, no more.
 
         Raises:
             ValueError: if the adapter does not fit the model, is incomplete, or is of a newer format.
         """
         check_base(base_model)
         config, state = load_adapter(name, positions)
+        if strict:
+            check_architecture(base_model, config.architecture)
         with all_or_nothing(base_model):
             reft = cls(base_model, config)
             reft.load_adapter_state_dict(state)
