@@ -64,7 +64,7 @@ class AdaptedModelLaws:
     def attach(self, base: PreTrainedModel | None = None, method: str = "loreft", **settings) -> rl.ReftModel:
         """Attach interventions that edit much, in the dtype of the base model."""
         base = self.make_base() if base is None else base
-        reft = rl.attach(base, method, **{"rank": 2, "positions": "f2+l1", **settings})
+        reft = rl.attach(base, method, **{"rank": 2, "positions": "f2+l1", "heads": False, **settings})
         shaken(reft.to(base.dtype).interventions)
         return reft.eval()
 
@@ -91,7 +91,7 @@ class AdaptedModelLaws:
             position_ids["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         expected = base(**batch, **position_ids).logits
         for positions in ("f2+l1", "all"):
-            reft = rl.attach(base, "direft", rank=2, init="identity", positions=positions)
+            reft = rl.attach(base, "direft", rank=2, init="identity", positions=positions, heads=False)
             assert torch.equal(reft(**batch).logits, expected)
         loreft = self.attach(base)
         assert not torch.equal(loreft(**batch).logits, expected)
@@ -175,7 +175,9 @@ class AdaptedModelLaws:
     @pytest.mark.parametrize("component", [name for name in COMPONENTS if name.endswith("output")])
     def test_unselected_tokens_at_the_site_are_unchanged(self, component):
         base = self.make_base(torch.float32)
-        where = rl.attach(copy.deepcopy(base), rank=1, layers=[1], component=component).sites["1"]
+        where = rl.attach(copy.deepcopy(base), rank=1, heads=False, layers=[1], component=component).sites[
+            "1"
+        ]
         module = base.get_submodule(where.path)
         before = Recorder(module)
         reft = self.attach(base, layers=[1], component=component)
@@ -187,7 +189,9 @@ class AdaptedModelLaws:
 
     def test_scale_multiplies_the_edit(self):
         base = self.make_base()
-        before = Recorder(base.get_submodule(rl.attach(copy.deepcopy(base), rank=1).sites["0"].path))
+        before = Recorder(
+            base.get_submodule(rl.attach(copy.deepcopy(base), rank=1, heads=False).sites["0"].path)
+        )
         reft = self.attach(base, layers=[0])
         after = Recorder(self.block(reft, 0))
         batch = tiny.padded(tiny.rows(6))
@@ -228,7 +232,9 @@ class AdaptedModelLaws:
         self.loss(reft).backward()
         expected = copy.deepcopy(gradients(reft))
         reft.zero_grad()
-        inside = rl.attach(copy.deepcopy(reft.base_model), rank=1, layers=[1], component="attention_output")
+        inside = rl.attach(
+            copy.deepcopy(reft.base_model), rank=1, heads=False, layers=[1], component="attention_output"
+        )
         before = Recorder(reft.base_model.get_submodule(inside.sites["1"].path))
         reft.base_model.gradient_checkpointing_enable()
         self.loss(reft).backward()
@@ -279,7 +285,7 @@ class AdaptedModelLaws:
 
     def test_hooks_of_others_survive_and_see_the_edit(self):
         base = self.make_base()
-        paths = [rl.attach(copy.deepcopy(base), rank=1).sites[str(i)].path for i in range(2)]
+        paths = [rl.attach(copy.deepcopy(base), rank=1, heads=False).sites[str(i)].path for i in range(2)]
         theirs = [Recorder(base.get_submodule(path)) for path in paths]
         reft = self.attach(base)
         late = Recorder(base.get_submodule(paths[0]))

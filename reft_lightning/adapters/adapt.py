@@ -19,6 +19,7 @@ from ..base_models.decoders import is_decoder
 from ..base_models.heads import heads_to_train
 from ..interventions import Intervention
 from .adapted import AdaptedModel, ParameterCount
+from .attaching import all_or_nothing, check_base
 from .baselines.in_place import InPlaceBaseline
 from .baselines.joint import JointModel
 from .baselines.peft import PeftBaseline
@@ -41,22 +42,25 @@ def adapt(
         method: what :func:`attach` takes, or a name of :data:`~reft_lightning.adapters.methods.METHODS`.
         beside: a peft method that is trained together with interventions.
         beside_options: its options.
-        **settings: the arguments of :func:`attach`; ``heads`` and the options of a baseline.
+        **settings: the arguments of :func:`attach`; ``heads``, as there, and the options of a baseline.
 
     Raises:
         ValueError: for anything unknown or out of range.
     """
     chosen = method_named(method)
+    check_base(base_model)
     check_beside(chosen, beside, beside_options or {})
     if beside is not None:
-        heads = heads_to_train(base_model, settings.pop("heads", ()))
-        peft = PeftBaseline(base_model, METHODS[beside], heads, beside_options)
-        return JointModel(peft, partial(attach, method=method, **settings))
+        heads = heads_to_train(base_model, settings.pop("heads", None))
+        with all_or_nothing(base_model):
+            peft = PeftBaseline(base_model, METHODS[beside], heads, beside_options)
+            return JointModel(peft, partial(attach, method=method, heads=False, **settings))
     if chosen.peft:
-        heads = heads_to_train(base_model, settings.pop("heads", ()))
+        heads = heads_to_train(base_model, settings.pop("heads", None))
         return PeftBaseline(base_model, chosen, heads, settings)
     if chosen.in_place is not None:
-        heads = heads_to_train(base_model, settings.pop("heads", ()))
+        heads = settings.pop("heads", None if chosen.trains_heads else False)
+        heads = heads_to_train(base_model, heads)
         chosen.check_options(settings)
         return InPlaceBaseline(base_model, chosen, heads)
     return attach(base_model, method, **settings)

@@ -116,10 +116,6 @@ def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | Non
     return Spans(prompt, real & ~prompt)
 
 
-def left_padded(attention: Tensor, *others: Tensor) -> list[Tensor]:  # (b, s) each -> (b, s) each
-    """Move the padding of each row to its left, in the mask and in what goes with it; the order of tokens stays."""
-    order = torch.argsort(attention.bool().long(), dim=-1, stable=True)
-    return [tensor.gather(-1, order) for tensor in (attention, *others)]
 
 
 def guess_attention(

@@ -7,6 +7,7 @@ of ``adapter_state_dict``. Each file is written whole or not at all.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,16 +20,18 @@ from .adapted import ParameterCount
 from .reft.config import CARD_FILE, CONFIG_FILE, TENSOR_FILE, ReftConfig
 from .reft.positions import MaskFunction
 
+log = logging.getLogger(__name__)
+
 BASELINE_CONFIG_FILE, BASELINE_FILE = "baseline_config.json", "baseline.safetensors"
 PEFT_CONFIG_FILE, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 BESIDE = "peft"  # the subfolder of a peft adapter trained with interventions, and the prefix of its tensors
 
 
 def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], what: str = "") -> None:
-    """Reject tensors that are not exactly those of an adapter.
+    """Reject tensors that are not those of an adapter, and warn of those that were or will be rounded to 16 bits.
 
     Raises:
-        ValueError: if one is missing, unexpected, or of another shape.
+        ValueError: if one is missing, unexpected, of another shape, NaN or infinite, or whole numbers.
     """
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [f"{k}: {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
@@ -37,6 +40,31 @@ def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], what: str = "") 
         raise ValueError(
             f"the adapter does not fit{what}: missing {missing}, unexpected {unexpected}, shapes {shapes}"
         )
+    real = [name for name, tensor in own.items() if tensor.is_floating_point()]
+    if whole := [f"{name} ({_dtype(state[name])})" for name in real if not state[name].is_floating_point()]:
+        raise ValueError(
+            f"the adapter{what} holds whole numbers for weights: {_some(whole)}; was it quantized?"
+        )
+    if broken := [name for name in real if not state[name].isfinite().all()]:
+        raise ValueError(
+            f"the adapter{what} holds NaN or infinite values in {_some(broken)}: its training diverged, or its file is "
+            "damaged"
+        )
+    half = [
+        f"{name} is {_dtype(state[name])}, used as {_dtype(own[name])}"
+        for name in real
+        if state[name].dtype != own[name].dtype and {state[name].itemsize, own[name].itemsize} & {1, 2}
+    ]
+    if half:
+        log.warning("the adapter%s has fewer digits than it was trained with: %s", what, _some(half))
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def save_adapter(
@@ -55,8 +83,14 @@ def save_adapter(
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file whole or not at all."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    """Write a safetensors file whole or not at all; tensors that share memory are written apart."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
     write_whole(path, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
 
 

@@ -20,6 +20,7 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..suggest import did_you_mean
@@ -31,43 +32,72 @@ POOLER = "pooler"
 _UNNAMED = re.compile(r"LABEL_\d+")  # what transformers calls classes without a name
 
 
+# What transformers calls models whose head is new in every task.
+CLASSIFIERS = re.compile(
+    "For(Sequence|Token|Image|Audio)Classification|ForMultipleChoice|ForQuestionAnswering"
+)
+
+
+def is_classifier(model: PreTrainedModel) -> bool:
+    """Whether a model has the head of a task on its backbone, as BertForSequenceClassification has."""
+    return CLASSIFIERS.search(type(model).__name__) is not None
+
+
 def classification_heads(model: PreTrainedModel) -> list[str]:
     """Return the paths of the modules that are a classifier's head.
 
     Raises:
         ValueError: if the model has none, as language models and bare encoders have.
     """
-    base = model.base_model_prefix
-    outside = {name: module for name, module in model.named_children() if name != base}
-    encoder = dict(model.named_children()).get(base)
-    if encoder is None or "ForSequenceClassification" not in type(model).__name__:
+    base, children = model.base_model_prefix, dict(model.named_children())
+    if not is_classifier(model) or base not in children:
         raise ValueError(
             f"{type(model).__name__} is not a sequence classifier, so heads='auto' finds no head; load it with "
             "task='sequence_classification', or name the modules"
         )
-    poolers = {f"{base}.{name}": module for name, module in encoder.named_children() if name == POOLER}
+    outside = {name: module for name, module in children.items() if name != base}
+    poolers = {f"{base}.{name}": module for name, module in children[base].named_children() if name == POOLER}
     return [name for name, module in {**poolers, **outside}.items() if any(True for _ in module.parameters())]
 
 
-def heads_to_train(model: PreTrainedModel, heads: str | Sequence[str]) -> list[str]:
-    """Return the paths that `heads` names: ``"auto"`` for a classifier's own, or the paths themselves.
+def heads_to_train(model: PreTrainedModel, heads: str | Sequence[str] | bool | None) -> list[str]:
+    """Return the paths of the modules that are trained as heads.
+
+    Args:
+        model: of transformers.
+        heads: their paths; ``"auto"`` for those of a classifier; None for those of a classifier, and none of another
+            model; ``False`` or an empty list for none.
 
     Raises:
         ValueError: for another string, a path that the model does not have, or a model without a head of its own.
     """
-    if isinstance(heads, str):
-        if heads != AUTO:
-            raise ValueError(
-                f"heads must be 'auto' or a list of module paths such as ['classifier']; got {heads!r}"
-            )
+    if (heads is None and is_classifier(model)) or heads == AUTO:
         return classification_heads(model)
-    modules = {name for name, _ in model.named_modules()} if heads else set()
+    if heads is None or heads is False:
+        return []
+    if isinstance(heads, str) or not isinstance(heads, Sequence):
+        raise ValueError(
+            f"heads must be 'auto' or a list of module paths such as ['classifier'], or False for none; got {heads!r}"
+        )
+    modules = {name: module for name, module in model.named_modules() if name} if heads else {}
     for head in heads:
         if head not in modules:
             raise ValueError(
                 f"the model has no module {head!r} to train as a head{did_you_mean(head, modules)}"
             )
+        if not any(True for _ in modules[head].parameters()):
+            raise ValueError(f"the module {head!r} has no parameters to train as a head")
+        around = next((other for other in heads if head.startswith(f"{other}.")), None)
+        if around is not None or list(heads).count(head) > 1:
+            raise ValueError(f"the head {head!r} is part of the head {around or head!r}: name it once")
     return list(heads)
+
+
+def parameters_of(model: PreTrainedModel, heads: Iterable[str]) -> dict[str, nn.Parameter]:
+    """Return the parameters of heads by path, each once: an output head may be the embeddings too."""
+    found = {f"{head}.{n}": p for head in heads for n, p in model.get_submodule(head).named_parameters()}
+    first = {id(parameter): name for name, parameter in reversed(found.items())}
+    return {name: parameter for name, parameter in found.items() if first[id(parameter)] == name}
 
 
 def check_only_heads_missing(model: PreTrainedModel, missing: Iterable[str], where: str) -> None:

@@ -64,8 +64,8 @@ class Intervention(nn.Module):
 
     def __init__(self, dim: int, *, dropout: float = 0.0, dropout_on: str = "edit") -> None:
         super().__init__()
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1); got {dropout}")
+        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1); got {dropout!r}")
         if dropout_on not in ("edit", "output"):
             raise ValueError(f"dropout_on must be 'edit' or 'output'; got {dropout_on!r}")
         self.dim, self.dropout, self.dropout_on = dim, dropout, dropout_on

@@ -22,8 +22,10 @@ of ConsReFT and LobiReFT in float32.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,6 +57,8 @@ class Subspace(Intervention):
         self, dim: int, rank: int, *, init: str = "paper", weight_dtype: str = "float32", **kwargs: Any
     ) -> None:
         super().__init__(dim, **kwargs)
+        if not isinstance(rank, int) or isinstance(rank, bool):
+            raise ValueError(f"rank must be a whole number; got {rank!r}")
         if not 1 <= rank <= dim:
             raise ValueError(f"rank must lie in 1..{dim}, the width of the representation; got {rank}")
         if init not in ("paper", "identity"):
@@ -110,9 +114,6 @@ class Orthonormal(Subspace):
 
     rotations = ("basis",)
 
-    lent: Tensor | None = None
-    """R, while :func:`lend` gives it."""
-
     def build(self) -> None:
         self.basis = nn.Parameter(random_rows(self.rank, self.dim))
 
@@ -121,9 +122,10 @@ class Orthonormal(Subspace):
         """The orthonormal rows."""
         return orthonormal_rows(self.basis) if self.lent is None else self.lent
 
-    def __getstate__(self) -> dict[str, Any]:
-        # R belongs to one call, and carries a graph, which neither pickles nor copies.
-        return {**super().__getstate__(), "lent": None}
+    @property
+    def lent(self) -> Tensor | None:  # (r, d)
+        """R, while :func:`lend` gives it."""
+        return _lent.rows.get(self)
 
 
 class LoReFT(Orthonormal, name="loreft"):
@@ -267,12 +269,16 @@ def rotations(interventions: Iterable[Intervention]) -> dict[Orthonormal, Tensor
 
 @contextmanager
 def lend(rows: Mapping[Orthonormal, Tensor]) -> Iterator[None]:
-    """Let interventions use R, computed by :func:`rotations` for all layers at once, inside the block."""
-    before = {phi: phi.lent for phi in rows}
+    """Let interventions use R, computed by :func:`rotations` for all layers, in this thread inside the block."""
+    before, _lent.rows = _lent.rows, {**_lent.rows, **rows}
     try:
-        for phi, R in rows.items():
-            phi.lent = R
         yield
     finally:
-        for phi, R in before.items():
-            phi.lent = R
+        _lent.rows = before
+
+
+class _Lent(threading.local):
+    rows: Mapping[Orthonormal, Tensor] = MappingProxyType({})  # a thread's own: R may carry a graph
+
+
+_lent = _Lent()

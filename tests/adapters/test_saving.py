@@ -1,10 +1,12 @@
 """A saved adapter is three files, exact for every variant, and never code."""
 
 import json
+import re
 
 import pytest
 import tiny
 import torch
+from adapted_models import adapted
 from safetensors.torch import load_file, save_file
 
 import reft_lightning as rl
@@ -229,3 +231,61 @@ def test_push_to_hub_uploads_the_three_files(monkeypatch):
     assert uploaded["repo"] == ("me/my-adapter", {"private": True})
     assert uploaded["files"] == sorted([CARD_FILE, CONFIG_FILE, TENSOR_FILE])
     assert uploaded["token"] == "secret"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda t: torch.full_like(t, torch.nan),
+            r"holds NaN or infinite values in .*basis: its training diverged",
+        ),
+        (
+            lambda t: t.index_fill(0, torch.tensor([1]), -torch.inf),
+            r"holds NaN or infinite values in .*basis",
+        ),
+        (lambda t: t.half().fill_(torch.inf), r"holds NaN or infinite values in .*basis"),
+        (lambda t: t.mul(100).to(torch.int8), r"holds whole numbers for weights: .*basis \(int8\)"),
+        (lambda t: t.bool(), r"holds whole numbers for weights: .*basis \(bool\)"),
+    ],
+)
+@pytest.mark.parametrize("method", ["loreft", "peft/lora", "bitfit", "loreft + peft/lora"])
+def test_tensors_that_are_no_weights_are_refused(method, change, said, tmp_path):
+    model = adapted("bert", method)
+    state = {name: tensor.clone() for name, tensor in model.adapter_state_dict().items()}
+    name = list(state)[-1]
+    with pytest.raises(ValueError, match=said.replace("basis", re.escape(name))):
+        model.load_adapter_state_dict(state | {name: change(state[name])})
+    assert torch.equal(model.adapter_state_dict()[name], state[name])
+    model.load_adapter_state_dict(state)
+
+
+def test_a_loaded_file_with_nan_is_refused(tmp_path):
+    attached().save_pretrained(tmp_path)
+    state = load_file(tmp_path / TENSOR_FILE)
+    state["interventions.1.0.source.bias"][0] = torch.nan
+    save_file(state, tmp_path / TENSOR_FILE)
+    with pytest.raises(ValueError, match=r"NaN or infinite values in interventions\.1\.0\.source\.bias"):
+        rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tensors_of_half_precision_load_with_a_warning(dtype, tmp_path, caplog):
+    reft = attached()
+    reft.save_pretrained(tmp_path)
+    state = load_file(tmp_path / TENSOR_FILE)
+    save_file({name: tensor.to(dtype) for name, tensor in state.items()}, tmp_path / TENSOR_FILE)
+    again = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()
+    (record,) = caplog.records
+    assert "fewer digits than it was trained with" in record.getMessage()
+    assert f"interventions.0.0.basis is {str(dtype)[6:]}, used as float32" in record.getMessage()
+    torch.testing.assert_close(logits(again), logits(reft), atol=0.1, rtol=0.1)
+
+
+def test_tensors_of_their_own_precision_load_without_a_word(tmp_path, caplog):
+    for number, settings in enumerate(({"weight_dtype": "bfloat16"}, {})):
+        attached(**settings).save_pretrained(tmp_path / str(number))
+        rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path / str(number))
+    wide = attached().double()
+    wide.load_adapter_state_dict(load_file(tmp_path / "1" / TENSOR_FILE))
+    assert caplog.records == []

@@ -228,9 +228,9 @@ class TestHeadAlone:
     def test_an_empty_list_of_layers_needs_a_head(self):
         assert attach(bert(), "loreft", rank=1, layers=[], heads=["classifier"]).sites == {}
         with pytest.raises(ValueError, match="no heads are given, so nothing would be trained"):
-            attach(bert(), "loreft", rank=1, layers=[])
+            attach(bert(), "loreft", rank=1, layers=[], heads=[])
         with pytest.raises(ValueError, match="none trains only heads, and none is named: give heads="):
-            attach(bert(), "none")
+            attach(bert(), "none", heads=[])
 
     def test_a_saved_head_gives_the_same_logits_on_another_head(self, tmp_path):
         reft = attach(bert(seed=5), "none", heads="auto")

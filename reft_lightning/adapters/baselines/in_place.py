@@ -20,13 +20,16 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...base_models.heads import parameters_of
 from ...base_models.reading import position_ids_for
 from ...interventions.base import HALVES
 from ...storage.atomic import write_text
 from ..adapted import ParameterCount
+from ..arguments import check_known, known_arguments, left_padded_inputs
+from ..attaching import attaching, check_base
 from ..first_values import FirstValues, fill
-from ..masks import guess_attention, left_padded
 from ..methods import Method
+from ..plain import plain
 from ..saving import BASELINE_CONFIG_FILE, BASELINE_FILE, check_fit, write_tensors
 
 log = logging.getLogger(__name__)
@@ -42,6 +45,10 @@ class BaselineConfig:
     heads: list[str] = field(default_factory=list)
     base_model: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("options", "heads", "base_model"):
+            setattr(self, name, plain(name, getattr(self, name)))
+
 
 class Baseline(nn.Module):
     """A base model trained by another method than ReFT, with the same interface.
@@ -51,7 +58,7 @@ class Baseline(nn.Module):
 
     Args:
         config: method, options, heads.
-        base_model: a Hugging Face model, frozen in place.
+        base_model: a Hugging Face model, frozen.
         trained: names of its parameters that are trained in place.
     """
 
@@ -60,15 +67,15 @@ class Baseline(nn.Module):
     def __init__(self, config: BaselineConfig, base_model: PreTrainedModel, trained: Iterable[str]) -> None:
         super().__init__()
         self.config = config
-        base_model.requires_grad_(False)
         parameters = dict(base_model.named_parameters())
+        self._known = known_arguments(base_model)
         self._in_place = list(trained)
         for name in self._in_place:
             parameters[name].requires_grad_(True)
         self._first = FirstValues({name: parameters[name] for name in self._in_place})
         total = sum(parameter.numel() for parameter in parameters.values())
-        heads = sum(p.numel() for name, p in parameters.items() if inside(name, config.heads))
-        self._base_parameters = total - heads
+        self._heads = _names_of(config.heads, base_model)
+        self._base_parameters = total - sum(parameters[name].numel() for name in self._heads)
         self._enabled = True
 
     def forward(
@@ -82,7 +89,11 @@ class Baseline(nn.Module):
         """Run the adapted model; returns what the base model returns (``loss``, ``logits``, ...).
 
         Padding may stand on either side. Labels of only the last columns go with ``logits_to_keep``.
+
+        Raises:
+            ValueError: for an argument that the base model does not know, with the nearest.
         """
+        check_known(self.base_model, self._known, kwargs)
         tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if tokens is None:
             raise ValueError("forward needs input_ids or inputs_embeds")
@@ -99,16 +110,18 @@ class Baseline(nn.Module):
 
     def generate(
         self,
-        input_ids: Tensor,  # (b, s)
+        input_ids: Tensor | None = None,  # (b, s)
         attention_mask: Tensor | None = None,  # (b, s)
         prompt_mask: Tensor | None = None,  # (b, s) bool, ignored
         **kwargs: Any,
     ) -> Any:
-        """Generate as Hugging Face does; rows padded on the right are moved to the left first."""
-        if attention_mask is None:
-            attention_mask = guess_attention(input_ids, kwargs, self.base_model.generation_config)
-        attention_mask, input_ids = left_padded(attention_mask, input_ids)
-        return self.base_model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        """Generate as Hugging Face does; rows padded on the right are moved to the left first, with all that is theirs.
+
+        Raises:
+            ValueError: for tokens that are missing or given twice, or a mask of another shape.
+        """
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        return self.base_model.generate(**left_padded_inputs(given, self.base_model.generation_config))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -147,7 +160,7 @@ class Baseline(nn.Module):
 
     def _is_head(self, name: str) -> bool:
         """Whether a trained parameter, by its name in this module, belongs to a head."""
-        return inside(name.removeprefix("base_model."), self.config.heads)
+        return name.removeprefix("base_model.") in self._heads
 
     def _is_vector(self, parameter: nn.Parameter) -> bool:
         return parameter.ndim < 2
@@ -190,11 +203,13 @@ class InPlaceBaseline(Baseline):
 
     def __init__(self, base_model: PreTrainedModel, method: Method, heads: Sequence[str] = ()) -> None:
         assert method.in_place is not None
+        check_base(base_model)
         config = BaselineConfig(
             method.name, heads=list(heads), base_model=base_model.config.name_or_path or None
         )
+        of_heads = _names_of(heads, base_model)
         names = [name for name, _ in base_model.named_parameters()]
-        chosen = [name for name in names if method.in_place(name) and not inside(name, heads)]
+        chosen = [name for name in names if method.in_place(name) and name not in of_heads]
         if method.trains and not chosen:
             raise ValueError(
                 f"{type(base_model).__name__} has no parameters that {method.name} trains: BitFit needs biases, which "
@@ -206,8 +221,9 @@ class InPlaceBaseline(Baseline):
                 f"method {method.name} trains nothing; to train only heads use intervention=none, for nothing at all "
                 "intervention.heads=[]"
             )
-        super().__init__(config, base_model, [*chosen, *(n for n in names if inside(n, heads))])
-        self.base_model = base_model
+        with attaching(base_model, config, alone=bool(chosen or heads)):
+            super().__init__(config, base_model, [*chosen, *(n for n in names if n in of_heads)])
+            self.base_model = base_model
         if chosen and not next(base_model.parameters()).is_meta and base_model.dtype in HALVES:
             log.warning(
                 "%s trains %s weights: small updates are lost to rounding; model.dtype=float32 keeps them",
@@ -215,6 +231,7 @@ class InPlaceBaseline(Baseline):
             )  # fmt: skip
 
 
-def inside(name: str, modules: Sequence[str]) -> bool:
-    """Whether a parameter belongs to one of some modules, by its path."""
-    return any(name.startswith(f"{module}.") for module in modules)
+def _names_of(heads: Sequence[str], model: PreTrainedModel) -> set[str]:
+    """Return the names that a model's parameters list gives those of heads: a tied one has that of the embeddings."""
+    found = {id(parameter) for parameter in parameters_of(model, heads).values()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in found}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..adapted import ParameterCount
+from ..attaching import together
 from ..reft.config import ReftConfig
 from ..reft.model import ReftModel
 from ..saving import BESIDE, check_fit, save_adapter
@@ -40,7 +41,8 @@ class JointModel(nn.Module):
         super().__init__()
         learning = [p for p in peft.parameters() if p.requires_grad]
         self.peft = peft
-        self.reft = attach(peft.base_model)
+        with together(peft.base_model):
+            self.reft = attach(peft.base_model)
         for parameter in learning:  # attaching freezes all that it finds
             parameter.requires_grad_(True)
 
@@ -114,7 +116,13 @@ class JointModel(nn.Module):
         folder = Path(folder)
         self.peft.config.base_model = self.config.base_model
         self.peft.save_pretrained(folder / BESIDE)
-        save_adapter(folder, self.config, self.reft.adapter_state_dict(), self._interventions(), self._card())
+        save_adapter(
+            folder,
+            self.reft.saved_config(),
+            self.reft.adapter_state_dict(),
+            self._interventions(),
+            self._card(),
+        )
 
     def _card(self) -> str:
         beside = self.peft.parameter_count()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from ...base_models.decoders import is_decoder
+from ..attaching import attaching, check_base
 from ..methods import METHODS, Method, peft_class
 from .in_place import Baseline, BaselineConfig
 from .virtual_tokens import VirtualTokens
@@ -43,7 +44,10 @@ class PeftBaseline(Baseline):
         heads: Sequence[str] = (),
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        settings = peft_config(method, options or {})
+        check_base(base_model)
+        name = base_model.config.name_or_path or None
+        config = BaselineConfig(method.name, dict(options or {}), list(heads), name)
+        settings = peft_config(method, config.options)
         # peft takes every module whose path ends in a head's name
         more = (
             [n for n, _ in base_model.named_modules() if n.endswith(tuple(heads)) and n not in heads]
@@ -60,11 +64,14 @@ class PeftBaseline(Baseline):
                 f"{method.name} needs a key/value cache, which the encoder {type(base_model).__name__} does not read; "
                 "use peft/prompt_tuning"
             )
-        name = base_model.config.name_or_path or None
-        super().__init__(BaselineConfig(method.name, dict(options or {}), list(heads), name), base_model, ())
-        settings.modules_to_save = list(heads) or None
-        self.peft_model = _with_adapter(base_model, settings)
-        self._virtual = VirtualTokens(self.peft_model) if settings.is_prompt_learning else None
+        with attaching(base_model, config, alone=True):
+            super().__init__(config, base_model, ())
+            settings.modules_to_save = list(heads) or None
+            try:
+                self.peft_model = _with_adapter(base_model, settings)
+            except (TypeError, ArithmeticError) as error:  # of a value that peft uses without checking it
+                raise ValueError(f"peft cannot use the options {config.options}: {error}") from error
+            self._virtual = VirtualTokens(self.peft_model) if settings.is_prompt_learning else None
 
     @property
     def base_model(self) -> PreTrainedModel:

@@ -5,14 +5,16 @@ As in ``reft = attach(base_model, "loreft", rank=8, layers="all", positions="f7+
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from ...base_models.heads import heads_to_train
 from ...interventions import Intervention, intervention_class, method_name
-from .config import ReftConfig
+from ..attaching import check_base
+from ..plain import plain
+from .config import ReftConfig, architecture_of
 from .model import ReftModel
 from .positions import MaskFunction
 from .sites import check_layers, number_of_layers
@@ -24,12 +26,12 @@ def attach(
     base_model: PreTrainedModel,
     method: str | type[Intervention] = "loreft",
     *,
-    layers: str | Sequence[int] | dict[int, dict[str, Any]] = "all",
+    layers: str | Sequence[int] | Mapping[int, Mapping[str, Any]] = "all",
     positions: str | MaskFunction = "f7+l7",
     tied: str = "all",
     component: str = "block_output",
     clip: str = "paper",
-    heads: str | Sequence[str] = (),
+    heads: str | Sequence[str] | bool | None = None,
     **settings: Any,
 ) -> ReftModel:
     """Freeze a model and attach interventions to it.
@@ -45,15 +47,17 @@ def attach(
             ``position`` one for each position, the paper's untied formula.
         component: see :mod:`reft_lightning.adapters.reft.sites`.
         clip: of prompts shorter than the positions ask for: ``paper``, or ``floor`` as in the authors' code.
-        heads: paths of modules of the base model that are trained and saved with the interventions; ``auto`` for
-            those of a classifier, see :mod:`reft_lightning.base_models.heads`.
+        heads: paths of modules of the base model that are trained and saved with the interventions. Without it, those
+            of a classifier are: nothing else trains them, and they start at random. ``False`` or ``[]`` trains none.
+            See :mod:`reft_lightning.base_models.heads`.
         **settings: arguments of the intervention's constructor (``rank``, ``dropout``, ``init``, ...).
 
     Raises:
         ValueError: for anything unknown or out of range, with what is allowed.
     """
+    check_base(base_model)
     trained_heads = heads_to_train(base_model, heads)
-    base = base_model.config.name_or_path or None
+    base, kind = base_model.config.name_or_path or None, architecture_of(base_model)
     if method == NONE:
         if not trained_heads:
             raise ValueError(
@@ -61,17 +65,21 @@ def attach(
                 "classifier, as data=glue_... has one, or a list of module paths such as ['lm_head'] "
                 "(intervention.heads=[lm_head])"
             )
-        return ReftModel(base_model, ReftConfig(NONE, layers=[], heads=trained_heads, base_model=base))
-    per_layer = {int(layer): dict(own) for layer, own in layers.items()} if isinstance(layers, dict) else {}
-    for own in per_layer.values():
+        return ReftModel(
+            base_model, ReftConfig(NONE, layers=[], heads=trained_heads, base_model=base, architecture=kind)
+        )
+    number = number_of_layers(base_model)
+    given = list(layers) if isinstance(layers, Mapping) else layers
+    ids = check_layers(plain("layers", given), number, none_allowed=bool(trained_heads))
+    per_layer: dict[int, dict[str, Any]] = {}
+    for layer, (key, own) in zip(ids, layers.items(), strict=True) if isinstance(layers, Mapping) else ():
+        if not isinstance(own, Mapping):
+            raise ValueError(
+                f"layers[{key}] must be a dict of what differs there, such as {{'rank': 4}}; got {own!r}"
+            )
+        per_layer[layer] = dict(own)
         if "method" in own:
-            own["method"] = method_name(intervention_class(own["method"]))
-    shared = list(per_layer) if isinstance(layers, dict) else layers
-    ids = check_layers(
-        shared,
-        number_of_layers(base_model),
-        none_allowed=bool(trained_heads),
-    )
+            per_layer[layer]["method"] = method_name(intervention_class(own["method"]))
     config = ReftConfig(
         method=method_name(intervention_class(method)),
         layers=ids,
@@ -83,5 +91,6 @@ def attach(
         per_layer=per_layer,
         heads=trained_heads,
         base_model=base,
+        architecture=kind,
     )
     return ReftModel(base_model, config)

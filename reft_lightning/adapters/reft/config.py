@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+from transformers import PreTrainedModel
+
+from ..plain import plain
 from .positions import MaskFunction, parse_positions
 
 FORMAT = 1
@@ -22,6 +25,32 @@ class LayerSpec(NamedTuple):
     settings: dict[str, Any]
 
 
+def architecture_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Return what an adapter is trained for: the kind of model, its number of layers, and their width."""
+    config = model.config.get_text_config()
+    return {"type": config.model_type, "layers": config.num_hidden_layers, "width": config.hidden_size}
+
+
+def check_architecture(model: PreTrainedModel, trained: dict[str, Any]) -> None:
+    """Reject a model that is not like the one that an adapter was trained on.
+
+    Raises:
+        ValueError: with what differs.
+    """
+    found = architecture_of(model)
+    differing = [f"{name} {found.get(name)!r} instead of {value!r}" for name, value in trained.items()
+                 if found.get(name) != value]  # fmt: skip
+    if differing:
+        raise ValueError(
+            f"the adapter was trained on another kind of model: {type(model).__name__} has {', '.join(differing)}. "
+            "Load it onto its own base model, or give strict=False"
+        )
+
+
+def _plain_positions(spec: Any) -> Any:
+    return spec if callable(spec) else plain("positions", spec)
+
+
 @dataclass
 class ReftConfig:
     """Every argument of :func:`reft_lightning.attach`."""
@@ -36,6 +65,20 @@ class ReftConfig:
     heads: list[str] = field(default_factory=list)
     base_model: str | None = None
     clip: str = "paper"
+    scale: float = 1.0
+    architecture: dict[str, Any] = field(default_factory=dict)  # of the base model, see architecture_of
+
+    def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__.keys() - {"positions", "per_layer"}:
+            setattr(self, name, plain(name, getattr(self, name)))
+        self.positions = _plain_positions(self.positions)
+        self.per_layer = {
+            plain("layers", layer): {
+                name: _plain_positions(value) if name == "positions" else plain(name, value)
+                for name, value in own.items()
+            }
+            for layer, own in self.per_layer.items()
+        }
 
     def for_layer(self, layer: int) -> LayerSpec:
         """Return the common specification with what differs at this layer."""

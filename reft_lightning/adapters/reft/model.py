@@ -2,15 +2,20 @@ r"""A frozen language model with interventions: a set of triples (Phi, P, l).
 
 One hook per site, registered once and bound to the :class:`ReftModel`. Once a call, R is computed for all interventions
 and a pre-hook on the base model works out which tokens are selected (P). Outside ``forward`` and ``generate`` of the
-ReftModel, and inside ``disabled()``, the hooks do nothing.
+ReftModel, and inside ``disabled()``, the hooks do nothing. Calls may be nested, and run in several threads
+(:mod:`.calls`); ``disabled()`` and ``scale`` count for all threads.
 
 Shapes: b rows, s columns, d width, n selected tokens.
 """
 
 from __future__ import annotations
 
+import inspect
+import logging
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -20,23 +25,30 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...base_models.checkpointing import checkpointable
-from ...base_models.heads import heads_to_train
+from ...base_models.heads import heads_to_train, parameters_of
 from ...base_models.patching import replaced
 from ...base_models.reading import position_ids_for
-from ...interventions import Orthonormal, check_settings, lend, registered, rotations
+from ...interventions import check_settings, registered, rotations
 from ...suggest import did_you_mean
 from ..adapted import ParameterCount
-from ..first_values import FirstValues
-from ..masks import Spans, guess_attention, left_padded, spans_of
+from ..arguments import check_known, known_arguments, left_padded_inputs
+from ..attaching import all_or_nothing, attaching, check_base, detached
+from ..first_values import FirstValues, fill
+from ..masks import Spans, spans_of
 from ..saving import check_fit, load_adapter, save_adapter
-from .config import LayerSpec, ReftConfig
+from .calls import Call, call_of, running
+from .config import LayerSpec, ReftConfig, check_architecture
 from .edit_plan import EditPlan, token_indices
 from .positions import MaskFunction, Positions, parse_positions
 from .site_shapes import check_shapes
 from .sites import Site, device_at, find_sites
 
+log = logging.getLogger(__name__)
 TIED = ("all", "group", "position")
 CACHES = ("past_key_values", "cache_params", "state", "mems")  # what base models call what they have read
+IDLE_PASSES = 8  # without training, after which a warning says that no pass has edited anything
+
+_REPLACING = threading.RLock()  # held while attributes of a base model are replaced, which all threads see
 
 
 class ReftModel(nn.Module):
@@ -51,19 +63,22 @@ class ReftModel(nn.Module):
     """
 
     def __init__(self, base_model: PreTrainedModel, config: ReftConfig) -> None:
+        check_base(base_model)
         super().__init__()
         self.base_model: Any = base_model
         self.config = config
-        self.scale = 1.0
+        self.scale = config.scale
         self._enabled = True
-        self._spans: Spans | None = None
-        self._plan: EditPlan | None = None
+        self._edited, self._warned = False, False  # whether anything was edited, and that nothing was, said
+        self._idle = 0  # passes that edited nothing
         self._compiled: Callable[..., Any] | None = None  # the base model's forward
-        if base_model.config.is_encoder_decoder:
+        if base_model.config.is_encoder_decoder and base_model.get_encoder() is not base_model:
             raise ValueError(
                 f"{type(base_model).__name__} has an encoder and a decoder, whose tokens differ; attach to one of "
                 "them, such as model.get_encoder()"
             )
+        accepted = inspect.signature(base_model.forward).parameters
+        self._arguments, self._known = list(accepted), known_arguments(base_model)
         modules = dict(base_model.named_modules())
         self._checkpointable = checkpointable(modules.values())
         self.sites: dict[str, Site] = {}
@@ -77,17 +92,19 @@ class ReftModel(nn.Module):
         self._selected_by: dict[tuple[Positions, str], list[str]] = {}
         for key, selection in self.positions.items():
             self._selected_by.setdefault(selection, []).append(key)
-        base_model.requires_grad_(False)
-        for head in config.heads:
-            base_model.get_submodule(head).requires_grad_(True)
-        self._first_heads = FirstValues(self._head_parameters())
-        base_model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        for key, site in self.sites.items():
-            module = base_model.get_submodule(site.path)
-            if site.end == "output":
-                module.register_forward_hook(partial(self._after, key))
-            else:
-                module.register_forward_pre_hook(partial(self._before, key), with_kwargs=True)
+        heads_to_train(base_model, config.heads)
+        with attaching(base_model, config, alone=bool(config.heads)):
+            for parameter in self._head_parameters().values():
+                parameter.requires_grad_(True)
+            self._first_heads = FirstValues(self._head_parameters())
+            self._hooks = [base_model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+            for key, site in self.sites.items():
+                module = base_model.get_submodule(site.path)
+                if site.end == "output":
+                    hook = module.register_forward_hook(partial(self._after, key))
+                else:
+                    hook = module.register_forward_pre_hook(partial(self._before, key), with_kwargs=True)
+                self._hooks.append(hook)
 
     def _add(self, key: str, site: Site, spec: LayerSpec, device: torch.device) -> None:
         positions = parse_positions(spec.positions, spec.clip)
@@ -101,6 +118,24 @@ class ReftModel(nn.Module):
         self.sites[key], self.positions[key] = site, (positions, spec.tied)
         group = nn.ModuleList(cls(site.dim, **spec.settings) for _ in range(copies))
         self.interventions[key] = group if device == torch.get_default_device() else group.to(device)
+
+    def detach(self) -> PreTrainedModel:
+        """Take everything off the base model again and return it.
+
+        No hook is left, trained heads have their first values, and what learned before learns again. Save the adapter
+        first: this model cannot be used any more.
+        """
+        self._check_attached()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        fill(self._head_parameters(), self._first_heads.values)
+        detached(self.base_model, self.config)
+        return self.base_model
+
+    def _check_attached(self) -> None:
+        if not self._hooks:
+            raise ValueError("this adapter was detached from its base model; attach it again to use it")
 
     # --- forward and generate ------------------------------------------------------------------------------------
 
@@ -117,7 +152,11 @@ class ReftModel(nn.Module):
         The prompt is ``prompt_mask``; without it, what precedes the first label of a row; without token
         labels, every real token. Padding may stand on either side. Labels of only the last columns, with
         ``logits_to_keep`` of as many, compute only those logits.
+
+        Raises:
+            ValueError: for an argument that the base model does not know, with the nearest.
         """
+        check_known(self.base_model, self._known, kwargs)
         tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if tokens is None:
             raise ValueError("forward needs input_ids or inputs_embeds")
@@ -160,26 +199,40 @@ class ReftModel(nn.Module):
 
     def generate(
         self,
-        input_ids: Tensor,  # (b, s)
+        input_ids: Tensor | None = None,  # (b, s)
         attention_mask: Tensor | None = None,  # (b, s)
         prompt_mask: Tensor | None = None,  # (b, s) bool
         **kwargs: Any,
     ) -> Any:
         """Generate as Hugging Face does, with the edits on the prompt (and on new tokens where P says so).
 
-        Rows padded on the right are moved to the left first, so new tokens always start at column s. Without
+        Rows padded on the right are moved to the left first, with every other tensor of rows and columns, so new tokens
+        always start at column s. ``inputs`` and ``inputs_embeds`` may be given as in Hugging Face's. Without
         ``attention_mask``, padding is the pad token, unless it is the end-of-text token too. ``prompt_mask`` goes
         with rows that hold the beginning of an answer after their prompt: it is edited as if it had been generated.
+
+        Raises:
+            ValueError: for ``guidance_scale``, which reads a second text, for tokens that are missing or given twice,
+                or for a mask of another shape.
         """
-        if attention_mask is None:
-            attention_mask = guess_attention(input_ids, kwargs, self.base_model.generation_config)
-        spans = spans_of(attention_mask, None, prompt_mask)
-        moved = left_padded(attention_mask, input_ids, spans.prompt, spans.target)
-        attention_mask, input_ids, prompt, target = moved
+        defaults = kwargs.get("generation_config") or self.base_model.generation_config
+        if self._enabled and kwargs.get("guidance_scale", defaults.guidance_scale) not in (None, 1):
+            raise ValueError(
+                "guidance_scale reads a second text next to the prompt, in which positions have no meaning; pass a "
+                "logits processor that calls this model on that text"
+            )
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "prompt_mask": prompt_mask,
+            **kwargs,
+        }
+        arguments = left_padded_inputs(given, self.base_model.generation_config)
+        spans = spans_of(arguments["attention_mask"], None, arguments.pop("prompt_mask", None))
         past = kwargs.get("past_key_values")
         read = 0 if past is None else past.get_seq_length()  # as Hugging Face asks it, to cut what was read
-        with self._editing(Spans(prompt, target, generating=True, read=read)):
-            return self.base_model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        with self._editing(replace(spans, generating=True, read=read)):
+            return self.base_model.generate(**arguments)
 
     def _check_prompts(self, spans: Spans) -> None:
         needy = [str(spec) for spec, _ in self.positions.values() if spec.needs_prompt]
@@ -192,6 +245,7 @@ class ReftModel(nn.Module):
 
     @contextmanager
     def _editing(self, spans: Spans, compiled: bool = False) -> Iterator[None]:
+        self._check_attached()
         others: list[tuple[nn.Module, str, Callable]] = []
         if torch.is_grad_enabled():
             name = "_gradient_checkpointing_func"
@@ -202,34 +256,47 @@ class ReftModel(nn.Module):
             ]
             if compiled and self._compiled is not None and self._enabled:
                 others.append((self.base_model, "forward", self._compiled))
-        rows: dict[Orthonormal, Tensor] = {}
+        call = None
         if self._enabled:  # R is computed once a pass and once a generation, which needs no gradients
             with torch.set_grad_enabled(torch.is_grad_enabled() and not spans.generating):
                 rows = rotations(phi for group in self.interventions.values() for phi in group)
-        with replaced(others), lend(rows):
-            self._spans = spans if self._enabled else None
-            try:
-                yield
-            finally:
-                self._spans, self._plan = None, None
+                call = Call(self, spans, rows)
+        with _REPLACING if others else nullcontext(), replaced(others), running(call):
+            yield
+        if call is not None:
+            self._notice(call)
+
+    def _notice(self, call: Call) -> None:
+        """Warn once if nothing is edited: in a whole generation, in a step of training, in the first passes."""
+        self._edited = self._edited or call.edited
+        if call.edited or self._warned or not self.sites:
+            return
+        self._idle += 1
+        training = self.training and torch.is_grad_enabled()
+        if call.spans.generating or (not self._edited and (training or self._idle >= IDLE_PASSES)):
+            self._warned = True
+            chosen = ", ".join(sorted({str(positions) for positions, _ in self.positions.values()}))
+            log.warning(
+                "the positions %s select no token in %s, so nothing is edited: tokens after the prompt are only known "
+                "with labels or prompt_mask, or in generate()",
+                chosen,
+                "this generation" if call.spans.generating else f"{self._idle} passes",
+            )
 
     def _checkpoint(self, checkpoint: Callable, function: Callable, *args: Any, **kwargs: Any) -> Any:
         """Checkpoint a block: hooks that run again in the backward pass find the plan and the R of this call."""
         if torch.compiler.is_compiling():  # the graph holds what is run again
             return checkpoint(function, *args, **kwargs)
-        plan, rows = self._plan, self._lent()
+        call = call_of(self)
+        again = call and replace(call)  # with the plan of this pass
 
         def planned(*inputs: Any, **options: Any) -> Any:
-            if self._plan is plan:  # the forward pass
+            if call_of(self) is call:  # the forward pass
                 return function(*inputs, **options)
-            with replaced([(self, "_plan", plan)]), lend(rows):
+            with running(again):
                 return function(*inputs, **options)
 
         return checkpoint(planned, *args, **kwargs)
-
-    def _lent(self) -> dict[Orthonormal, Tensor]:
-        phis = [phi for group in self.interventions.values() for phi in group]
-        return {phi: phi.lent for phi in phis if isinstance(phi, Orthonormal) and phi.lent is not None}
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -253,13 +320,17 @@ class ReftModel(nn.Module):
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Plan a call of the base model: which columns it reads, which of their tokens are selected."""
-        self._plan = None
-        if self._spans is None:
+        call = call_of(self)
+        if call is None:
             return
-        tokens = kwargs.get("input_ids")
+        call.plan = None
+        given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        tokens = given.get("input_ids")
         if tokens is None:
-            tokens = kwargs["inputs_embeds"]
-        self._plan = self._plan_for(self._spans, tokens, kwargs.get("attention_mask"))
+            tokens = given["inputs_embeds"]
+        call.plan = self._plan_for(call.spans, tokens, given.get("attention_mask"))
+        if call.plan is not None:
+            call.edited |= any(index.numel() for indices in call.plan.edits.values() for index in indices)
 
     def _plan_for(self, spans: Spans, tokens: Tensor, attention: Any) -> EditPlan | None:
         columns = spans.next_columns(tokens.shape[1], attention)
@@ -273,29 +344,33 @@ class ReftModel(nn.Module):
             edits |= dict.fromkeys(keys, token_indices(*selection, prompt, target, columns))
         return EditPlan(edits, tokens, torch.is_grad_enabled())
 
+    def _plan_at(self, key: str) -> EditPlan | None:
+        call = call_of(self)
+        return call.plan if call is not None and call.plan is not None and key in call.plan.edits else None
+
     def _after(self, key: str, module: nn.Module, args: tuple, output: Any) -> Any:
-        if self._plan is None or key not in self._plan.edits:
+        plan = self._plan_at(key)
+        if plan is None:
             return None
         if type(output) in (tuple, list):
-            return type(output)([self._edit(key, output[0]), *output[1:]])
-        return self._edit(key, output)
+            return type(output)([self._edit(key, plan, output[0]), *output[1:]])
+        return self._edit(key, plan, output)
 
     def _before(self, key: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if self._plan is None or key not in self._plan.edits:
+        plan = self._plan_at(key)
+        if plan is None:
             return None
         if args:
-            return (self._edit(key, args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._edit(key, kwargs["hidden_states"])}
+            return (self._edit(key, plan, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._edit(key, plan, kwargs["hidden_states"])}
 
-    def _edit(self, key: str, hidden: Tensor) -> Tensor:  # (b, s, d) -> (b, s, d)
+    def _edit(self, key: str, plan: EditPlan, hidden: Tensor) -> Tensor:  # (b, s, d) -> (b, s, d)
         site = self.sites[key]
         if hidden.shape[-1] != site.dim:
             raise ValueError(
                 f"the {site.end} of {site.path} has width {hidden.shape[-1]}, expected {site.dim}; use the input "
                 "of the linear layer that consumes it, as '...{layer}....input'"
             )
-        plan = self._plan
-        assert plan is not None  # the hooks ask before
         rows, columns = plan.tokens.shape[:2]
         if hidden.shape[:-1].numel() != rows * columns:  # OPT's last map sees them in one dimension
             raise ValueError(
@@ -318,18 +393,24 @@ class ReftModel(nn.Module):
         return flat.index_copy(0, indices[0], edited[0]).view_as(hidden)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A plan belongs to one call; its tensors carry a graph, which neither pickles nor copies; nor does
-        # compiled code.
-        return {**self.__dict__, "_plan": None, "_spans": None, "_compiled": None}
+        return {**self.__dict__, "_compiled": None}  # compiled code neither pickles nor copies
 
     # --- parameters and files -------------------------------------------------------------------------------------
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """Return every trained tensor: the interventions, and the heads under ``heads.``."""
-        state = {f"interventions.{name}": tensor for name, tensor in self.interventions.state_dict().items()}
-        for head in self.config.heads:
-            for name, tensor in self.base_model.get_submodule(head).state_dict().items():
-                state[f"heads.{head}.{name}"] = tensor
+        """Return every trained tensor once: the interventions, and the heads under ``heads.``.
+
+        A tensor that is shared, as the embeddings with a tied output head, has the name that comes first.
+        """
+        self._check_attached()
+        parts = {"interventions": self.interventions}
+        parts |= {f"heads.{head}": self.base_model.get_submodule(head) for head in self.config.heads}
+        state: dict[str, Tensor] = {}
+        names: dict[int, str] = {}
+        for part, module in parts.items():
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                if names.setdefault(id(tensor), f"{part}.{name}") == f"{part}.{name}":
+                    state[f"{part}.{name}"] = tensor.detach()
         return state
 
     def load_adapter_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -356,8 +437,7 @@ class ReftModel(nn.Module):
         return roles
 
     def _head_parameters(self) -> dict[str, nn.Parameter]:
-        modules = {head: self.base_model.get_submodule(head) for head in self.config.heads}
-        return {f"{head}.{n}": p for head, module in modules.items() for n, p in module.named_parameters()}
+        return parameters_of(self.base_model, self.config.heads)
 
     def parameter_count(self) -> ParameterCount:
         """Count the interventions' parameters against the base model's; heads are in neither, as in the paper."""
@@ -373,7 +453,11 @@ class ReftModel(nn.Module):
 
     def save_pretrained(self, folder: str | PathLike) -> None:
         """Write ``reft_config.json``, ``reft.safetensors`` and a model card into a folder."""
-        save_adapter(folder, self.config, self.adapter_state_dict(), self.parameter_count())
+        save_adapter(folder, self.saved_config(), self.adapter_state_dict(), self.parameter_count())
+
+    def saved_config(self) -> ReftConfig:
+        """Return what is attached, with the scale of now."""
+        return replace(self.config, scale=self.scale)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
         """Save the adapter and upload it to the Hugging Face hub; needs a login."""
@@ -389,7 +473,12 @@ class ReftModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, base_model: PreTrainedModel, name: str | PathLike, *, positions: MaskFunction | None = None
+        cls,
+        base_model: PreTrainedModel,
+        name: str | PathLike,
+        *,
+        positions: MaskFunction | None = None,
+        strict: bool = True,
     ) -> ReftModel:
         """Attach a saved adapter.
 
@@ -397,12 +486,17 @@ class ReftModel(nn.Module):
             base_model: the model it was trained on.
             name: a folder, or the name of a repository on the Hugging Face hub.
             positions: the callable, where the adapter was trained with one.
+            strict: whether the model must have the architecture, number of layers and width of the one that the
+                adapter was trained on; otherwise its tensors must fit, no more.
 
         Raises:
             ValueError: if the adapter does not fit the model, is incomplete, or is of a newer format.
         """
+        check_base(base_model)
         config, state = load_adapter(name, positions)
-        config.heads = heads_to_train(base_model, config.heads)
-        reft = cls(base_model, config)
-        reft.load_adapter_state_dict(state)
+        if strict:
+            check_architecture(base_model, config.architecture)
+        with all_or_nothing(base_model):
+            reft = cls(base_model, config)
+            reft.load_adapter_state_dict(state)
         return reft

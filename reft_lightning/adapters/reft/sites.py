@@ -60,6 +60,8 @@ def check_layers(layers: str | Sequence[int], num_layers: int, none_allowed: boo
         return list(range(num_layers))
     if isinstance(layers, int) and not isinstance(layers, bool):
         layers = [layers]
+    if not isinstance(layers, Sequence):
+        raise ValueError(f"layers must be 'all' or a list of ids in 0..{num_layers - 1}; got {layers!r}")
     ids = list(layers)
     for layer in ids:
         if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < num_layers:
@@ -149,8 +151,8 @@ def _site(
     component: str,
     width: int,
 ) -> Site:
-    if "{layer}" in component:
-        path, end = component.format(layer=layer), "output"
+    if isinstance(component, str) and "{layer}" in component:
+        path, end = component.replace("{layer}", str(layer)), "output"
         for suffix in ("input", "output"):
             if path.endswith(f".{suffix}") and path not in modules:
                 path, end = path[: -len(suffix) - 1], suffix
@@ -162,7 +164,7 @@ def _site(
     else:
         raise ValueError(
             f"unknown component {component!r}; allowed: {', '.join(COMPONENTS)}, or a module path with {{layer}}"
-            f"{did_you_mean(component, COMPONENTS)}"
+            f"{did_you_mean(str(component), COMPONENTS)}"
         )
     if path not in modules:
         near = difflib.get_close_matches(path, modules, n=5, cutoff=0.5)

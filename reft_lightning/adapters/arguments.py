@@ -1,0 +1,103 @@
+"""The arguments of a base model's calls: which of them it knows, and where the padding of their rows is.
+
+Shapes: b rows, s columns, d width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any, get_args, is_typeddict
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.generic import TransformersKwargs
+
+from ..suggest import did_you_mean
+from .masks import guess_attention
+
+OTHER_TEXTS = (
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+)  # of generate(): their padding is their own
+OF_LOSSES = ("num_items_in_batch", "ignore_index", "shift_labels")  # what models pass on to the loss
+OF_OUTPUTS = ("return_dict", "output_attentions", "output_hidden_states")  # read before forward is called
+
+
+def known_arguments(model: PreTrainedModel) -> frozenset[str] | None:
+    """Return the keyword arguments that a model's forward can use; None if only its author knows.
+
+    Models of transformers pass on what they do not name: to the models inside them, the attention, the loss.
+    """
+    known: set[str] = set()
+    for cls in {type(module) for module in model.modules() if isinstance(module, PreTrainedModel)}:
+        parameters = inspect.signature(cls.forward).parameters
+        known |= parameters.keys()
+        rest = [p for p in parameters.values() if p.kind is p.VAR_KEYWORD]
+        passed_on = [hint for p in rest for hint in get_args(p.annotation) if is_typeddict(hint)]
+        if rest and not passed_on and not cls.__module__.startswith("transformers."):
+            return None
+        for hint in [*passed_on, *([TransformersKwargs] if rest else [])]:
+            known |= hint.__required_keys__ | hint.__optional_keys__
+    return frozenset({*known, *OF_OUTPUTS, *(OF_LOSSES if "labels" in known else ())})
+
+
+def check_known(model: PreTrainedModel, known: frozenset[str] | None, given: Iterable[str]) -> None:
+    """Reject a keyword that a model would pass on until nobody reads it.
+
+    Raises:
+        ValueError: with the nearest name.
+    """
+    for name in given:
+        if known is not None and name not in known:
+            raise ValueError(
+                f"{type(model).__name__} takes no argument {name!r}{did_you_mean(name, {*known, 'prompt_mask'})}"
+            )
+
+
+def left_padded_inputs(given: dict[str, Any], defaults: Any) -> dict[str, Any]:
+    """Return the arguments of a generation with the padding of every row on its left, so that new tokens follow it.
+
+    All tensors of rows and columns move: ids, embeddings, masks, types, positions.
+
+    Args:
+        given: the arguments of ``generate``, those that are None left out.
+        defaults: the generation configuration.
+
+    Raises:
+        ValueError: for tokens that are missing or given twice, or a mask of another shape.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    if "inputs" in given:
+        if "input_ids" in given:
+            raise ValueError("the tokens are given twice, as input_ids and as inputs")
+        given["input_ids"] = given.pop("inputs")
+    tokens = given.get("inputs_embeds", given.get("input_ids"))
+    if tokens is None:
+        raise ValueError("generate needs input_ids (or inputs), or inputs_embeds")
+    shape = tokens.shape[:2]
+    if "attention_mask" not in given:
+        ids = "inputs_embeds" not in given
+        given["attention_mask"] = (
+            guess_attention(tokens, given, defaults) if ids else tokens.new_ones(shape).long()
+        )
+    mask = given["attention_mask"]
+    if mask.shape != shape:
+        raise ValueError(
+            f"attention_mask must have the shape of the tokens, {tuple(shape)}; got {tuple(mask.shape)}"
+        )
+    order = torch.argsort(mask.bool().long(), dim=-1, stable=True)  # (b, s)
+    if torch.equal(order, torch.arange(shape[1], device=order.device).expand(shape)):
+        return given
+
+    def moved(name: str, value: Any) -> Any:
+        if name in OTHER_TEXTS or not isinstance(value, Tensor):
+            return value
+        if name == "inputs_embeds":
+            return value.gather(1, order[..., None].expand_as(value))
+        if value.shape == shape or (name == "position_ids" and value.shape[-2:] == shape):
+            return value.gather(-1, order.expand_as(value))
+        return value
+
+    return {name: moved(name, value) for name, value in given.items()}

@@ -1,0 +1,139 @@
+"""Attaching to a base model is all or nothing, and what is attached is noted on the model.
+
+Adapters that leave the parameters and modules of a base model alone may share it: each edits only in its own calls. One
+that changes them (trained heads, the peft library, BitFit) has the model to itself. The note is an attribute of the
+model, so it is copied and pickled with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .adapted import AdapterConfig
+
+NOTE = "attached_by_reft_lightning"
+
+
+@dataclass
+class Attached:
+    """What a base model carries.
+
+    Args:
+        learned: the parameters that required gradients before the first adapter came.
+        configs: of the adapters.
+        alone: whether the one there is changes the base model, so that no other may come.
+    """
+
+    learned: set[str]
+    configs: list[AdapterConfig]
+    alone: bool
+
+
+@contextmanager
+def attaching(model: PreTrainedModel, config: AdapterConfig, alone: bool) -> Iterator[None]:
+    """Freeze a base model and attach an adapter to it inside the block, or leave it exactly as it was.
+
+    Args:
+        model: of Hugging Face.
+        config: of the adapter.
+        alone: whether it changes parameters or modules of the model.
+
+    Raises:
+        ValueError: if the model is not one of Hugging Face, or carries an adapter that cannot share it.
+    """
+    check_base(model)
+    note: Attached | None = vars(model).get(NOTE)
+    if note is not None and (note.alone or alone):
+        raise ValueError(
+            f"this {type(model).__name__} carries {_named(note.configs)} already, and {_named([config])} cannot share "
+            f"it: the {'first' if note.alone else 'second'} changes parameters or modules of the base. Take the first "
+            "off with its detach(), or attach to a model loaded again"
+        )
+    with all_or_nothing(model):
+        if note is None:
+            learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+            note = Attached(learned, [], alone)
+        setattr(model, NOTE, replace(note, configs=[*note.configs, config]))
+        model.requires_grad_(False)
+        yield
+
+
+@contextmanager
+def together(model: PreTrainedModel) -> Iterator[None]:
+    """Let one more adapter come inside the block, though the one there changes the base model."""
+    setattr(model, NOTE, replace(vars(model)[NOTE], alone=False))
+    yield
+    setattr(model, NOTE, replace(vars(model)[NOTE], alone=True))
+
+
+def detached(model: PreTrainedModel, config: AdapterConfig) -> None:
+    """Strike out an adapter that was taken off; after the last one, what learned before learns again."""
+    note: Attached = vars(model)[NOTE]
+    others = [other for other in note.configs if other is not config]
+    if others:
+        setattr(model, NOTE, replace(note, configs=others))
+    else:
+        delattr(model, NOTE)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in note.learned)
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Leave a model exactly as it was if the block raises: its modules, hooks, and which parameters learn."""
+    learning = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before = [
+        (
+            vars(module),
+            dict(vars(module)),
+            [(d, dict(d)) for d in vars(module).values() if isinstance(d, dict)],
+        )
+        for module in model.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        for attributes, values, tables in before:
+            for table, entries in [(attributes, values), *tables]:
+                table.clear()
+                table.update(entries)
+        for parameter, learned in learning:
+            parameter.requires_grad_(learned)
+        raise
+
+
+def check_base(model: Any) -> None:
+    """Reject what is not a Hugging Face model.
+
+    Raises:
+        ValueError: with what to give.
+    """
+    if isinstance(model, PreTrainedModel):
+        return
+    inner = getattr(model, "base_model", None)
+    hint = ""
+    if isinstance(inner, PreTrainedModel):
+        hint = (
+            "; it is attached already: detach() it, or give its base_model for a second adapter on one base"
+        )
+    elif isinstance(model, nn.Module) and hasattr(model, "get_base_model"):
+        hint = "; give peft_model.get_base_model()"
+    elif isinstance(model, str):
+        hint = "; load it first: AutoModelForCausalLM.from_pretrained(name)"
+    raise ValueError(f"attach takes a model of transformers; got {_shown(model)}{hint}")
+
+
+def _shown(model: Any) -> str:
+    return repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
+
+
+def _named(configs: list[AdapterConfig]) -> str:
+    return ", ".join(
+        config.method + (f" with trained heads {config.heads}" if config.heads else "") for config in configs
+    )

@@ -1,0 +1,41 @@
+"""Arguments as a saved configuration holds them: numbers, texts, lists and dicts of Python."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def plain(name: str, value: Any) -> Any:
+    """Return a value that JSON can hold, so that what was attached can be saved after training.
+
+    Numbers, texts and arrays of NumPy and torch, paths, dtypes and tuples become what they stand for.
+
+    Raises:
+        ValueError: for anything else.
+
+    >>> plain("rank", np.int64(2)), plain("layers", range(2)), plain("dtype", torch.bfloat16)
+    (2, [0, 1], 'bfloat16')
+    """
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        value = value.tolist()
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, Mapping):
+        return {plain(name, key): plain(f"{name}.{key}", item) for key, item in value.items()}
+    if isinstance(value, Sequence | Set):
+        return [plain(name, item) for item in value]
+    raise ValueError(
+        f"{name} cannot be saved with the adapter: give numbers, texts, or lists and dicts of them; got {value!r}"
+    )

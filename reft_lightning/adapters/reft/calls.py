@@ -1,0 +1,55 @@
+"""The state of a call: what one forward pass or one generation of an adapted model needs while it runs.
+
+A call may start another: a logits processor asks a model in the middle of a generation. So calls form a stack. Only the
+innermost one edits, and the outer one goes on where it stood. Each thread has its own stack.
+
+Shapes: r rank, d width.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ...interventions import Orthonormal, lend
+from ..masks import Spans
+from .edit_plan import EditPlan
+
+
+@dataclass
+class Call:
+    """One forward pass or one generation; what outlives a single pass of the base model is a field here."""
+
+    model: nn.Module  # the adapted model that was called
+    spans: Spans  # its prompt and target
+    rows: Mapping[Orthonormal, Tensor]  # R (r, d) of each intervention, computed once
+    plan: EditPlan | None = None  # of the base model's current pass; a generation makes several
+    edited: bool = False  # whether any token was selected so far
+
+
+class _Stack(threading.local):
+    innermost: Call | None = None
+
+
+_stack = _Stack()
+
+
+def call_of(model: nn.Module) -> Call | None:
+    """Return the call under way in this thread, if it is one of this model, not of another that it calls."""
+    call = _stack.innermost
+    return call if call is not None and call.model is model else None
+
+
+@contextmanager
+def running(call: Call | None) -> Iterator[None]:
+    """Make a call the innermost one inside the block; None edits nothing."""
+    outer, _stack.innermost = _stack.innermost, call
+    try:
+        with lend({} if call is None else call.rows):
+            yield
+    finally:
+        _stack.innermost = outer

@@ -1,0 +1,118 @@
+"""What generate() takes: tokens in every form of transformers, and all that is theirs moves with the padding."""
+
+import pytest
+import tiny
+import torch
+from adapted_models import adapted
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from reft_lightning.adapters.arguments import left_padded_inputs
+
+GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": tiny.PAD}
+TEXTS = tiny.rows(5, 3, 4)
+LEFT, RIGHT = tiny.padded(TEXTS, "left"), tiny.padded(TEXTS, "right")
+METHODS = ["loreft", "peft/lora", "full", "loreft + peft/lora"]
+
+
+class Typed(LlamaForCausalLM):
+    """A decoder that reads types of tokens, as PaliGemma does."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.types = nn.Embedding(3, config.hidden_size)
+        nn.init.normal_(self.types.weight, std=5)
+
+    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, inputs_embeds=None, **kwargs):
+        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        if token_type_ids is not None:
+            embeds = embeds + self.types(token_type_ids[:, -embeds.shape[1] :])
+        return super().forward(attention_mask=attention_mask, inputs_embeds=embeds, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, token_type_ids=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if token_type_ids is not None and not kwargs.get("past_key_values").get_seq_length():
+            inputs["token_type_ids"] = token_type_ids
+        return inputs
+
+
+def typed():
+    torch.manual_seed(2)
+    model = Typed(tiny.DECODERS["llama"](initializer_range=0.4)).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_types_of_tokens_move_with_their_tokens(method):
+    model = adapted("llama", method, base=typed())
+    types = [torch.arange(len(text)) % 3 for text in TEXTS]
+    left, right = (
+        tiny.padded(TEXTS, side) | {"token_type_ids": tiny.padded(types, side)["input_ids"]}
+        for side in ("left", "right")
+    )
+    expected = model.generate(**left, **GREEDY)[:, 5:]
+    assert torch.equal(model.generate(**right, **GREEDY)[:, 5:], expected)
+    assert not torch.equal(
+        model.generate(**right | {"token_type_ids": left["token_type_ids"]}, **GREEDY)[:, 5:], expected
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_embeddings_generate_what_their_tokens_generate(method, side):
+    model = adapted("llama", method)
+    batch = tiny.padded(TEXTS, side)
+    expected = model.generate(**LEFT, **GREEDY)[:, 5:]
+    embeds = model.base_model.get_input_embeddings()(batch["input_ids"])
+    got = model.generate(inputs_embeds=embeds, attention_mask=batch["attention_mask"], **GREEDY)
+    assert torch.equal(got, expected), "only new tokens come back, as in transformers"
+    both = model.generate(**batch, inputs_embeds=embeds, **GREEDY)
+    assert torch.equal(both[:, 5:], expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tokens_may_be_given_as_inputs(method):
+    model = adapted("llama", method)
+    expected = model.generate(**LEFT, **GREEDY)
+    assert torch.equal(
+        model.generate(inputs=LEFT["input_ids"], attention_mask=LEFT["attention_mask"], **GREEDY), expected
+    )
+    assert torch.equal(model.generate(inputs=RIGHT["input_ids"], **GREEDY)[:, 5:], expected[:, 5:])
+    with pytest.raises(ValueError, match="given twice, as input_ids and as inputs"):
+        model.generate(LEFT["input_ids"], inputs=LEFT["input_ids"])
+    with pytest.raises(ValueError, match="generate needs input_ids"):
+        model.generate(**GREEDY)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(2, 5), (3, 4), (3, 6), (5, 3), (3,), (3, 1, 5, 5)])
+def test_a_mask_of_another_shape_is_refused(method, shape):  # (5, 12) ids with a (2, 9) mask gave 2 rows
+    model = adapted("llama", method)
+    with pytest.raises(ValueError, match=r"attention_mask must have the shape of the tokens, \(3, 5\); got"):
+        model.generate(LEFT["input_ids"], attention_mask=torch.ones(shape).long(), **GREEDY)
+    embeds = model.base_model.get_input_embeddings()(LEFT["input_ids"])
+    with pytest.raises(ValueError, match="attention_mask must have the shape of the tokens"):
+        model.generate(inputs_embeds=embeds, attention_mask=torch.ones(shape).long(), **GREEDY)
+
+
+def test_every_tensor_of_rows_and_columns_moves_and_nothing_else_does():
+    ids = torch.tensor([[5, 6, 0], [7, 8, 9]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    given = {
+        "input_ids": ids, "attention_mask": mask, "token_type_ids": ids * 2, "position_ids": ids.expand(3, 2, 3),
+        "inputs_embeds": ids[..., None] * torch.tensor([1, 10]), "prompt_mask": mask.bool(), "negative_prompt_ids": ids,
+        "pixel_values": torch.arange(24).view(2, 3, 2, 2), "image_sizes": torch.tensor([[1, 2], [3, 4]]), "other": None,
+    }  # fmt: skip
+    moved = torch.tensor([[0, 5, 6], [7, 8, 9]])
+    found = left_padded_inputs(given, None)
+    expected = given | {
+        "input_ids": moved, "attention_mask": (moved > 0).long(), "token_type_ids": moved * 2,
+        "position_ids": moved.expand(3, 2, 3), "inputs_embeds": moved[..., None] * torch.tensor([1, 10]),
+        "prompt_mask": moved > 0,
+    }  # fmt: skip
+    del expected["other"]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    again = left_padded_inputs(found, None)
+    assert all(again[name] is found[name] for name in found), "nothing to move"
