@@ -139,7 +139,8 @@ class DataConfig:
     context: Optional[str] = None
     options: Optional[str] = None
     messages: Optional[str] = None  # a conversation instead of prompt and target
-    test_path: Optional[str] = place(None)  # test rows, where data.path is one file
+    validation_path: Optional[str] = place(None)  # validation rows, where data.path is one file
+    test_path: Optional[str] = place(None)  # test rows, likewise
 
 
 @dataclass

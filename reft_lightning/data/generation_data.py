@@ -1,7 +1,7 @@
 """The data module of families whose answers are generated.
 
-Train rows come from `train_tasks` (or a mixture file), validation rows are taken out of them, and the test split is a
-family's published one.
+Train rows come from `train_tasks` (or a mixture file). Validation rows are those that the tasks bring, else they are
+taken out of the train rows. The test split is a family's published one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class GenerationData(BenchmarkData):
         max_length: tokens of prompt and target together.
         template: laid around each prompt, a name in `prompts.TEMPLATES`; None for the family's.
         system_prompt: for chat templates.
-        validation_size: rows taken out of train, over all tasks together.
+        validation_size: rows taken out of train, over all tasks together; of tasks that bring validation rows, how many
+            of those are read at most, -1 for all.
         settings: as `BenchmarkData`.
     """
 
@@ -111,16 +112,46 @@ class GenerationData(BenchmarkData):
     def _divide(self, train: list[Example]) -> tuple[list[Example], list[Example]]:
         # the rows of a mixture file name no task; their answer words tell most of them apart
         stratum = (lambda e: e.options) if self.source.mixture else (lambda e: e.task)
-        train, validation = self.family.carve(train, self.validation_size, self.split_seed, stratum)
+        if self._bring_validation():
+            validation = self._read_validation(train)
+        else:
+            train, validation = self.family.carve(train, self.validation_size, self.split_seed, stratum)
         if self.limit_validation is not None and self.limit_validation < len(validation):
             _, validation = carve_validation(validation, self.limit_validation, self.split_seed, stratum)
         return train, validation
+
+    def _bring_validation(self) -> bool:
+        if self.source.mixture:
+            return False
+        brings = ["validation" in getattr(self.family.task(t), self.source.kind) for t in self.train_tasks]
+        if any(brings) and not all(brings):
+            without = [task for task, does in zip(self.train_tasks, brings, strict=True) if not does]
+            raise ValueError(
+                f"data.train_tasks mixes tasks with and without validation rows in source {self.source.kind}: there "
+                f"are none of {', '.join(without)}"
+            )
+        return all(brings)
+
+    def _read_validation(self, train: list[Example]) -> list[Example]:
+        asked = {self._question(example) for example in train}
+        validation: list[Example] = []
+        for name in self.train_tasks:
+            rows = self._read(self.family.task(name), "validation")
+            seen = sum(self._question(row) in asked for row in rows)
+            self.data_versions["validation"][name]["overlap"] = seen
+            if seen:
+                log.warning("%d of %d %s validation rows occur in the train rows", seen, len(rows), name)
+            validation += rows
+        if 0 <= self.validation_size < len(validation):
+            _, validation = carve_validation(validation, self.validation_size, self.split_seed)
+        return validation
 
     def _read_test(self) -> dict[str, list[Example]]:
         return {name: self._read(self.family.task(name), "test") for name in self.test_tasks}
 
     def _question(self, example: Example) -> str:
-        return normalized(f"{example.prompt} {example.context}")
+        earlier = (text for _, text in example.turns)
+        return normalized(" ".join([example.prompt, example.context, *earlier]))
 
     def _encode(self, examples: list[Example], what: str) -> EncodedRows:
         texts = apply_template(self.template, examples, self.tokenizer, self.system_prompt)

@@ -24,7 +24,8 @@ SAME = (
     *(f"model.{key}" for key in ("name", "source", "path", "package", "sha256", "revision", "config")),
     *(f"data.{key}" for key in (
         "family", "tasks", "train_tasks", "source", "path", "package", "sha256", "mixture", "split_seed",
-        "validation_size", "limit_validation", "target", "answer", "context", "options", "messages", "test_path",
+        "validation_size", "limit_validation", "target", "answer", "context", "options", "messages", "validation_path",
+        "test_path",
     )),
 )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Rows of one's own: the mapping of columns, conversations, splits, and what is said about a mistake."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -162,10 +163,10 @@ class TestMistakes:
         ):
             custom_family(path=str(FIXTURES / "rows.csv"), prompt="{qestion}\n", target="reply")
 
-    def test_a_wrong_column_of_the_test_file_is_found_as_early(self, tmp_path):
-        test = write(tmp_path, "held.jsonl", [{"question": "?", "answer": "x"}])
+    def test_a_wrong_column_of_the_validation_file_is_found_as_early(self, tmp_path):
+        held = write(tmp_path, "held.jsonl", [{"question": "?", "answer": "x"}])
         with pytest.raises(ValueError, match=r"held\.jsonl, line 1: no column 'reply'; .*question, answer"):
-            custom_family(path=str(FIXTURES / "rows.csv"), test_path=str(test), **EMOJI)
+            custom_family(path=str(FIXTURES / "rows.csv"), validation_path=str(held), **EMOJI)
 
     def test_forgotten_settings_list_the_columns_there_are(self):
         with pytest.raises(
@@ -248,10 +249,35 @@ class TestPlaces:
         family = custom_family(path=str(tmp_path), prompt="q", target="t")
         assert [len(examples(family, split)) for split in ("train", "test")] == [3, 1]
 
-    def test_two_files_for_one_split_are_refused(self, tmp_path):
-        for name in ("train.jsonl", "train.json"):
+    @pytest.mark.parametrize("name", ["validation.csv", "valid.csv", "val.csv", "dev.csv.gz"])
+    def test_a_folder_may_have_a_file_of_validation_rows(self, tmp_path, name):
+        write(tmp_path, "train.jsonl", [{"q": "a", "t": "b"}] * 3)
+        text = b"q,t\nc,d\n"
+        (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+        family = custom_family(path=str(tmp_path), prompt="q", target="t")
+        assert [example.prompt for example in examples(family, "validation")] == ["c\n"]
+
+    def test_a_named_file_of_validation_rows_replaces_the_folders(self, tmp_path):
+        write(tmp_path, "train.jsonl", [{"q": "a", "t": "b"}])
+        write(tmp_path, "validation.jsonl", [{"q": "c", "t": "d"}])
+        other = write(tmp_path, "other.jsonl", [{"q": "e", "t": "f"}])
+        family = custom_family(path=str(tmp_path), validation_path=str(other), prompt="q", target="t")
+        assert [example.prompt for example in examples(family, "validation")] == ["e\n"]
+
+    @pytest.mark.parametrize(
+        ("names", "words"),
+        [
+            (("train.jsonl", "train.json"), r"for train: train\.json, train\.jsonl; give one as data\.path"),
+            (
+                ("train.jsonl", "val.jsonl", "dev.jsonl"),
+                r"for validation: val\.jsonl, dev\.jsonl; give one as data\.validation_path",
+            ),
+        ],
+    )
+    def test_two_files_for_one_split_are_refused(self, tmp_path, names, words):
+        for name in names:
             write(tmp_path, name, [{"q": "a"}])
-        with pytest.raises(ValueError, match=r"several files for train: train\.json, train\.jsonl"):
+        with pytest.raises(ValueError, match=f"several files {words}"):
             custom_family(path=str(tmp_path), **EMOJI)
 
     def test_a_folder_without_a_train_file_lists_what_it_holds(self, tmp_path):
@@ -265,13 +291,14 @@ class TestPlaces:
             custom_family(path=str(tmp_path / "dta.jsonl"), **EMOJI)
 
     def test_the_parts_of_a_hub_name(self):
-        def tables(path, test=None):
-            hub = custom_family(path=path, source="hub", test_path=test, **EMOJI).task("custom").hub
+        def tables(path, **others):
+            hub = custom_family(path=path, source="hub", **others, **EMOJI).task("custom").hub
             return {split: str(table) for split, (table,) in hub.items()}
 
         assert tables("o/n") == {"train": "o/n:default:train@main"}
-        assert tables("o/n:en:train[:90%]@abc", "test") == {
+        assert tables("o/n:en:train[:90%]@abc", validation_path="dev", test_path="test") == {
             "train": "o/n:en:train[:90%]@abc",
+            "validation": "o/n:en:dev@abc",
             "test": "o/n:en:test@abc",
         }
 
@@ -281,8 +308,8 @@ class TestPlaces:
 
 
 class TestDataModule:
-    def make(self, **changes):
-        family = custom_family(path=str(FIXTURES / "rows.csv"), **EMOJI)
+    def make(self, family=None, **changes):
+        family = family or custom_family(path=str(FIXTURES / "rows.csv"), **EMOJI)
         arguments = {"batch_size": 4, "eval_batch_size": 3, "validation_size": -1, **changes}
         source = DataSource("local", str(FIXTURES / "rows.csv"))
         return GenerationData(family, byte_tokenizer(), source, tasks=["custom"], **arguments)
@@ -301,6 +328,33 @@ class TestDataModule:
         data.setup("fit")
         assert data.data_versions["split"]["validation_rows"] == 4
 
+    @pytest.mark.parametrize(("size", "rows"), [(-1, 10), (300, 10), (4, 4)])
+    def test_validation_rows_of_ones_own_are_used_and_all_train_rows_stay(self, tmp_path, caplog, size, rows):
+        train = write(tmp_path, "train.jsonl", [{"question": f"q {i}", "reply": "a"} for i in range(30)])
+        family = custom_family(path=str(train), validation_path=str(FIXTURES / "rows.csv"), **EMOJI)
+        data = self.make(family, validation_size=size)
+        data.setup("fit")
+        split, facts = data.data_versions["split"], data.data_versions["validation"]["custom"]
+        assert (split["train_rows"], split["validation_rows"]) == (30, rows)
+        assert (facts["rows"], facts["from"], facts["overlap"]) == (10, [str(FIXTURES / "rows.csv")], 0)
+        known = {
+            example.prompt for example in examples(custom_family(path=str(FIXTURES / "rows.csv"), **EMOJI))
+        }
+        assert {e.prompt for batch in data.val_dataloader()[0] for e in batch["examples"]} <= known
+        assert "occur in the train rows" not in caplog.text
+
+    def test_no_validation_is_possible_where_there_are_validation_rows(self):
+        path = str(FIXTURES / "rows.csv")
+        data = self.make(custom_family(path=path, validation_path=path, **EMOJI), validation_size=0)
+        assert data.val_tasks == ()
+
+    def test_validation_rows_among_the_train_rows_are_counted_and_warned_of(self, caplog):
+        path = str(FIXTURES / "rows.csv")
+        data = self.make(custom_family(path=path, validation_path=path, **EMOJI))
+        data.setup("fit")
+        assert data.data_versions["validation"]["custom"]["overlap"] == 10
+        assert "10 of 10 custom validation rows occur in the train rows" in caplog.text
+
     def test_without_test_rows_there_is_no_test_task(self):
         assert self.make().test_tasks == ()
 
@@ -312,6 +366,27 @@ class TestDataModule:
             return len(carve(rows, -1, 42)[1])
 
         assert [held_out(count) for count in (5, 10, 99, 1000, 5000)] == [0, 1, 9, 100, 100]
+
+    def test_conversations_that_end_in_one_question_are_told_apart_by_what_precedes_it(self, tmp_path):
+        def chat(i):
+            return talk(
+                ("user", f"tell me {i}"), ("assistant", "so"), ("user", "go on"), ("assistant", "then")
+            )
+
+        train = write(tmp_path, "train.jsonl", [{"m": chat(i)} for i in range(40)])
+        test = write(tmp_path, "test.jsonl", [{"m": chat(i)} for i in range(38, 43)])
+        family = custom_family(path=str(train), test_path=str(test), messages="m", template="chat")
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+        data = GenerationData(
+            family, tokenizer, DataSource("local", str(train)), tasks=["custom"], batch_size=4, eval_batch_size=4,
+            validation_size=-1,
+        )  # fmt: skip
+        data.setup("fit")
+        data.setup("test")
+        assert data.data_versions["split"]["validation_rows"] == 4
+        assert data.data_versions["split"]["train_rows"] == 36
+        assert data.data_versions["test"]["custom"]["overlap"] == 2
 
     def test_a_conversation_is_read_whole_and_its_last_answer_learnt(self):
         family = custom_family(path=str(FIXTURES / "chat.jsonl"), messages="messages")
