@@ -108,13 +108,6 @@ class BenchmarkData(LightningDataModule, ABC):
     def test_tasks(self) -> tuple[str, ...]:
         """Return the names of the test sets, in the order of `test_dataloader`."""
 
-    def check_test(self) -> None:
-        """Look whether the files of the test rows are there, without reading them.
-
-        Raises:
-            FileNotFoundError: if a folder lacks them; says what it holds.
-        """
-
     @abstractmethod
     def _read_train(self) -> list[Any]:
         """Return the published train rows."""

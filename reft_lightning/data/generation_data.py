@@ -18,7 +18,7 @@ from .example import Example, normalized
 from .family import Family
 from .files import read_json_file
 from .prompts import apply_template
-from .rows import DataSource, local_files
+from .rows import DataSource
 from .splits import carve_validation, fingerprint
 
 log = logging.getLogger(__name__)
@@ -77,12 +77,6 @@ class GenerationData(BenchmarkData):
     def test_tasks(self) -> tuple[str, ...]:
         """Return the tasks that have test rows in this source."""
         return tuple(t for t in self.tasks if "test" in getattr(self.family.task(t), self.source.kind))
-
-    def check_test(self) -> None:
-        """Look whether the files of the test rows are there, without reading them."""
-        if self.source.kind == "local":
-            for task in self.test_tasks:
-                local_files(Path(str(self.source.path)).expanduser(), self.family.task(task).local["test"])
 
     def _read_train(self) -> list[Example]:
         if self.source.mixture:

@@ -178,6 +178,42 @@ def test_missing_test_rows_are_found_before_training(rows, tmp_path):
     assert results["status"] == "complete"
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "why?", "reply": ""}, r"held\.jsonl, line 2: the row has no answer: column 'reply' is empty"),
+        ({"question": "why?", "answer": "so"}, r"held\.jsonl, line 2: no column 'reply'"),
+        ("no row", r"held\.jsonl, line 2: a row must be an object"),
+        (
+            {"m": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"},
+                   {"role": "assistant", "content": "c"}]},
+            r"held\.jsonl, line 2: template plain has no place for the 1 earlier turns",
+        ),
+    ],
+    ids=["no answer", "no column", "no object", "a turn that the template refuses"],
+)  # fmt: skip
+def test_a_bad_test_row_is_found_before_training(tmp_path, row, message):
+    chats = "m" in row
+    good = {"m": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]} if chats else {
+        "question": "where?", "reply": "here"}  # fmt: skip
+    lines = (json.dumps(good) + "\n") * 4
+    (tmp_path / "train.jsonl").write_text(lines)
+    (tmp_path / "held.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(row)}\n")
+    columns = (
+        ["data.messages=m", "data.template=plain"] if chats else ["data.prompt=question", "data.target=reply"]
+    )
+    settings = compose.compose(
+        [
+            "model=tiny_random", "data=custom", f"data.path={tmp_path / 'train.jsonl'}", *columns,
+            f"data.test_path={tmp_path / 'held.jsonl'}", "data.validation_size=0", "trainer.accelerator=cpu",
+            "trainer.max_steps=1", "trainer.enable_progress_bar=false",
+        ]
+    )  # fmt: skip
+    with pytest.raises(experiment.SetupError, match=message):
+        experiment.run(settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("tasks", ["[]", "[rte,cola]"])
 def test_a_classifier_has_one_task(tasks, tmp_path):
     settings = compose.compose(["model=tiny_random", "data=glue_rte", f"data.tasks={tasks}"])
