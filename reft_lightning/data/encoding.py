@@ -93,7 +93,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int
             `max_length` leaves no room.
     """
     leading, eos = _frame(tokenizer, max_length)
-    _refuse_empty([example])
+    refuse_empty(example)
     columns = encode_texts(
         {"prompt": [example.prompt], "target": [example.target]},
         tokenizer=tokenizer,
@@ -113,7 +113,8 @@ def encode_all(
     Many rows are encoded in several processes and kept in the cache, see `prepared`.
     """
     leading, eos = _frame(tokenizer, max_length)
-    _refuse_empty(examples)
+    for example in examples:
+        refuse_empty(example)
     columns = prepare(
         partial(encode_texts, tokenizer=tokenizer, leading=leading, eos=eos, max_length=max_length),
         {"prompt": [e.prompt for e in examples], "target": [e.target for e in examples]},
@@ -157,11 +158,11 @@ def _frame(tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[in
     return leading, eos
 
 
-def _refuse_empty(examples: Sequence[Example]) -> None:
-    for example in examples:
-        for part, text in (("prompt", example.prompt), ("target", example.target)):
-            if not text.strip():
-                raise ValueError(f"{example.source or example.task}: the {part} is empty")
+def refuse_empty(example: Example) -> None:
+    """Raise ValueError for an example without a prompt or a target; it names the row."""
+    for part, text in (("prompt", example.prompt), ("target", example.target)):
+        if not text.strip():
+            raise ValueError(f"{example.source or example.task}: the {part} is empty")
 
 
 # ids of prompt and target, how many are the prompt's, and what `Encoded` says of them; raise `prepared.VERSION` when

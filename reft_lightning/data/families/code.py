@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..example import Example, Judgement, Row, column
+from ..example import Example, Judgement, Row, column, text_in, texts_in
 from ..family import Family, Task
 from ..rows import HubRows, LocalRows, read_file
 
@@ -102,13 +102,13 @@ def humaneval(row: Row, where: str) -> Example:
     Raises:
         ValueError: if a column is missing, or the test defines no `check`.
     """
-    prompt, test = column(row, "prompt", where), column(row, "test", where)
+    prompt, test = text_in(row, "prompt", where), text_in(row, "test", where)
     if "def check(" not in test:
         raise ValueError(
             f"{where}: the test defines no function check(candidate), so every program would pass"
         )
-    answer = _answer(prompt, f"{test}\ncheck({column(row, 'entry_point', where)})\n")
-    return Example("humaneval", prompt, column(row, "canonical_solution", where), answer, source=where)
+    answer = _answer(prompt, f"{test}\ncheck({text_in(row, 'entry_point', where)})\n")
+    return Example("humaneval", prompt, text_in(row, "canonical_solution", where), answer, source=where)
 
 
 def mbpp(name: str) -> Callable[[Row, str], Example]:
@@ -116,8 +116,8 @@ def mbpp(name: str) -> Callable[[Row, str], Example]:
 
     def example(row: Row, where: str) -> Example:
         """Raise ValueError for a row without tests, which every program would pass."""
-        text = row["prompt"] if "prompt" in row else column(row, "text", where)
-        tests = [test.strip() for test in column(row, "test_list", where)]
+        text = text_in(row, "prompt" if "prompt" in row else "text", where)
+        tests = [test.strip() for test in texts_in(row, "test_list", where)]
         if not any(tests):
             raise ValueError(f"{where}: test_list is empty, so every program would pass")
         listed = "\n".join(tests)
@@ -125,10 +125,12 @@ def mbpp(name: str) -> Callable[[Row, str], Example]:
             f"You are an expert Python programmer, and here is your task: {text.strip()} "
             f"Your code should pass these tests:\n\n{listed}\n[BEGIN]\n"
         )
-        code = column(row, "code", where).replace("\r\n", "\n").rstrip()
-        imports = "\n".join(row.get("test_imports", ()))
+        code = text_in(row, "code", where).replace("\r\n", "\n").rstrip()
+        imports = "\n".join(texts_in(row, "test_imports", where)) if "test_imports" in row else ""
         # the set-up builds objects of the classes that the code defines, so it follows the code
-        setup = row.get("test_setup_code", "").replace("\r\n", "\n")
+        setup = (
+            text_in(row, "test_setup_code", where).replace("\r\n", "\n") if "test_setup_code" in row else ""
+        )
         answer = _answer(
             f"{imports}\n" if imports else "", f"{setup}\n{listed}\n" if setup else f"{listed}\n"
         )
@@ -142,7 +144,10 @@ def ids(*spans: tuple[int, int]) -> Callable[[Path], Iterator[tuple[dict[str, An
 
     def read(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         for row, where in read_file(path):
-            if any(first <= int(column(row, "task_id", where)) <= last for first, last in spans):
+            number = column(row, "task_id", where)
+            if not isinstance(number, int):
+                raise ValueError(f"{where}: task_id must be an integer; got {number!r:.80}")
+            if any(first <= number <= last for first, last in spans):
                 yield row, where
 
     return read

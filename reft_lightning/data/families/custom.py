@@ -10,7 +10,9 @@ r"""One's own rows: a file, a folder or a data set of the hub, and which of its 
 | `prompt`, `target` | what is read and what is learnt: each a column, or a text with columns in braces, such as `"{question}\n{choices}"` |
 | `answer` | the column in braces within `target` that is the gold answer, where the target says more than that |
 | `context` | a column or text like `prompt`: what the prompt is about (Alpaca's "### Input:") |
-| `options` | a column with the answers to choose from, as a list or separated by commas |
+| `options` | the answers to choose from: a column that holds a list or text with commas, or a list of columns, `[opa,opb,opc,opd]` |
+| `answer_form` | how the answer names one of the options: `text`, `letter` (A, B, ...), `index` (from 0) or `number` (from 1). What is learnt is the text of the option |
+| `delimiter` | between the cells of a CSV file, where its header does not show it (comma, semicolon and tab are recognised) |
 | `messages` | instead of all these: a column of conversations, `[{"role": "user", "content": "..."}, ...]`, or ShareGPT's `[{"from": "human", "value": "..."}, ...]` |
 
 A conversation is one example: the last answer is learnt, the question before it is the prompt, and what precedes
@@ -28,6 +30,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,7 @@ from typing import Any
 from ..columns import TASK, Columns, Conversations
 from ..example import Example, Row, column, exact_match, question_of
 from ..family import Family, Task
-from ..files import READERS, ending, listing, read_file
+from ..files import READERS, Rows, ending, is_saved, listing, read_file
 from ..rows import HubRows, LocalRows
 from ..splits import carve_validation
 
@@ -57,10 +60,12 @@ def custom_family(
     target: str | None = None,
     answer: str | None = None,
     context: str | None = None,
-    options: str | None = None,
+    options: str | Sequence[str] | None = None,
+    answer_form: str = "text",
     messages: str | None = None,
     validation_path: str | None = None,
     test_path: str | None = None,
+    delimiter: str | None = None,
     template: str | None = None,
 ) -> Family:
     """Return the family of one's own rows; its one task is `custom`.
@@ -72,10 +77,12 @@ def custom_family(
         target: likewise.
         answer: a column; None takes the whole target as the gold answer.
         context: like `prompt`.
-        options: a column.
+        options: a column, or several.
+        answer_form: of `ANSWER_FORMS`.
         messages: a column, instead of prompt, target and what belongs to them.
         validation_path: where the validation rows are.
         test_path: where the test rows are.
+        delimiter: of CSV files.
         template: of the prompts, `data.template` of the run; None for `plain`, or `chat` for conversations.
 
     Raises:
@@ -88,7 +95,7 @@ def custom_family(
     if not path:
         raise ValueError("data=custom needs data.path: a file, a folder with a train file, or a hub data set")
     others = {"validation": validation_path, "test": test_path}
-    tables = _hub_tables(path, others) if source == "hub" else _local_tables(path, others)
+    tables = _hub_tables(path, others) if source == "hub" else _local_tables(path, others, _reader(delimiter))
     first = _first_rows(tables)
     template = template or ("chat" if messages else "plain")
     given = {"prompt": prompt, "target": target, "answer": answer, "context": context, "options": options}
@@ -102,7 +109,9 @@ def custom_family(
         if missing:
             there = f"; the columns are {', '.join(first[0][0])}" if first else ""
             raise ValueError(f"data=custom needs {' and '.join(missing)}, or data.messages{there}")
-        make = Columns(str(prompt), str(target), answer, context, options, line_break=template == "plain")
+        make = Columns(
+            str(prompt), str(target), answer, context, options, answer_form, line_break=template == "plain"
+        )
     for row, where in first:
         for name in make.names:
             column(row, name, where)
@@ -149,27 +158,36 @@ def _hub_tables(path: str, others: Mapping[str, str | None]) -> dict[str, tuple[
     return {split: (table,) for split, table in ({"train": train} | given).items()}
 
 
-def _local_tables(path: str, others: Mapping[str, str | None]) -> dict[str, tuple[LocalRows, ...]]:
+def _reader(delimiter: str | None) -> Callable[[Path], Rows]:
+    between = "\t" if delimiter == "\\t" else delimiter  # a shell hands the two characters on as they are
+    if between is not None and (len(between) != 1 or between in '\r\n"'):
+        raise ValueError(f"data.delimiter must be one character, such as ';' or '\\t'; got {delimiter!r}")
+    return partial(read_file, delimiter=between)
+
+
+def _local_tables(
+    path: str, others: Mapping[str, str | None], read: Callable[[Path], Rows]
+) -> dict[str, tuple[LocalRows, ...]]:
     place = Path(path).expanduser().absolute()
     files: dict[str, Path | None] = {"train": place}
-    if place.is_dir():
+    if place.is_dir() and not is_saved(place):
         files = {split: _split_file(place, split) for split in FILE_NAMES}
         if files["train"] is None:
             raise FileNotFoundError(
-                f"data.path={path}: a folder needs a file train.*, one of {', '.join(READERS)}; it holds "
-                f"{listing(place)}"
+                f"data.path={path}: a folder needs a file train.*, one of {', '.join(READERS)}, or a folder train of "
+                f"save_to_disk; it holds {listing(place)}"
             )
     files |= {split: Path(other).expanduser().absolute() for split, other in others.items() if other}
-    # an absolute name stands for itself, whatever folder the source names
-    return {split: (LocalRows((str(file),)),) for split, file in files.items() if file}
+    # an absolute name is used as it is, whatever folder the source names
+    return {split: (LocalRows((str(file),), read=read),) for split, file in files.items() if file}
 
 
 def _split_file(folder: Path, split: str) -> Path | None:
     files = [
         file
         for name in FILE_NAMES[split]
-        for file in sorted(folder.glob(f"{name}.*"))
-        if file.is_file() and ending(file) in READERS
+        for file in (folder / name, *sorted(folder.glob(f"{name}.*")))
+        if is_saved(file) or (file.is_file() and ending(file) in READERS)
     ]
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
@@ -180,7 +198,5 @@ def _split_file(folder: Path, split: str) -> Path | None:
 
 def _first_rows(tables: Mapping[str, tuple[Any, ...]]) -> list[tuple[Row, str]]:
     """Return the first row of each file but the test's, which a search never opens: wrong columns are found early."""
-    files = [
-        Path(t.files[0]) for split, (t,) in tables.items() if split != "test" and isinstance(t, LocalRows)
-    ]
-    return [pair for file in files for pair in islice(read_file(file), 1)]
+    local = [t for split, (t,) in tables.items() if split != "test" and isinstance(t, LocalRows)]
+    return [pair for table in local for pair in islice(table.read(Path(table.files[0])), 1)]

@@ -27,7 +27,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from ..example import Example, Judgement, Row, column
+from ..example import Example, Judgement, Row, text_in
 from ..family import Family, Task
 from ..rows import HubRows, LocalRows
 from .arithmetic import split_gsm8k
@@ -47,8 +47,9 @@ def example(row: Row, where: str) -> Example:
         ValueError: if a column or "####" is missing, or the answer is no number.
     """
     _, number = split_gsm8k(row, where)
-    prompt = f"{column(row, 'question', where)}\n{REQUEST}\n"
-    return Example("gsm8k", prompt, row["answer"].replace("####", FINAL), number, source=where)
+    prompt = f"{text_in(row, 'question', where)}\n{REQUEST}\n"
+    target = text_in(row, "answer", where).replace("####", FINAL)
+    return Example("gsm8k", prompt, target, number, source=where)
 
 
 def score(texts: Sequence[str], example: Example) -> Judgement:

@@ -40,7 +40,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..columns import turns_of
-from ..example import Example, Row, column
+from ..example import Example, Row, as_text, column, list_in
 from ..family import Family, Prediction, Task
 from ..rows import HubRows, LocalRows
 
@@ -57,7 +57,7 @@ def _instruction(task: str, row: Row, where: str) -> Example:
 
 def _instances(task: str, row: Row, where: str) -> Example:
     """Build the example of Self-Instruct's {instruction, instances: [{input, output}, ...]}: the first instance."""
-    instances = column(row, "instances", where)
+    instances = list_in(row, "instances", where)
     if not instances:
         raise ValueError(f"{where}: instances is empty")
     first = instances[0]
@@ -99,9 +99,8 @@ def _example(
     turns: tuple[tuple[str, str], ...] = (),
 ) -> Example:
     context = "" if context is None else context
-    for value, what in ((instruction, "instruction"), (output, "output"), (context, "input")):
-        if not isinstance(value, str):
-            raise ValueError(f"{where}: the {what} must be text; got {value!r:.80}")
+    parts = {"instruction": instruction, "output": output, "input or context": context}
+    instruction, output, context = (as_text(value, name, where) for name, value in parts.items())
     context = context if context.strip() else ""
     return Example(task, instruction, output, output, source=where, context=context, turns=turns)
 

@@ -40,7 +40,7 @@ from typing import Any
 
 import numpy as np
 
-from ..example import Example, Judgement, Row, column, normalized
+from ..example import Example, Judgement, Row, normalized, text_in
 from ..family import Family, Task
 from ..rows import HubRows, LocalRows
 from . import gsm8k as original
@@ -61,7 +61,7 @@ def prompt(question: str) -> str:
 
 def metamath(row: Row, where: str) -> Example:
     """Return the example of {query, response}; a response that states no answer has an empty one, as none is scored."""
-    query, response = column(row, "query", where), column(row, "response", where)
+    query, response = text_in(row, "query", where), text_in(row, "response", where)
     return Example("metamathqa", prompt(query), response, stated(response) or "", source=where)
 
 
@@ -71,11 +71,11 @@ def gsm8k(row: Row, where: str) -> Example:
     Raises:
         ValueError: if the answer states none.
     """
-    answer = column(row, "answer", where)
+    answer = text_in(row, "answer", where)
     gold = stated(answer)
     if gold is None:
         raise ValueError(f"{where}: the answer has no '#### ' before its number: {answer!r:.80}")
-    return Example("gsm8k", prompt(column(row, "question", where)), answer, gold, source=where)
+    return Example("gsm8k", prompt(text_in(row, "question", where)), answer, gold, source=where)
 
 
 def stated(text: str) -> str | None:

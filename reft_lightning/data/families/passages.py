@@ -25,15 +25,13 @@ def prompt_about(passage: str, request: str, question: str, where: str) -> str:
         where: where the row stands.
 
     Raises:
-        ValueError: if passage or question is no text, or empty; names the row.
+        ValueError: if passage or question is empty; names the row.
 
     >>> prompt_about("It rained.", "answer the question: ", "What did it do?", "here")
     'Passage: It rained.\n\nPlease answer the question: What did it do?'
     """
     for text, what in ((passage, "passage"), (question, "question")):
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"{where}: the {what} must be text; got {text!r:.80}")
-        if text is None or not text.strip():
+        if not text.strip():
             raise ValueError(f"{where}: the {what} is empty")
     return f"{_BEFORE}{passage.strip()}{_REQUEST}{request}{question.strip()}"
 
