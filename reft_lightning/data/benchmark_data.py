@@ -125,7 +125,7 @@ class BenchmarkData(LightningDataModule, ABC):
 
     @abstractmethod
     def _question(self, example: Any) -> Hashable:
-        """Return what a test row and a train row must share to ask the same."""
+        """Return what is equal in two rows that ask the same question."""
 
     @abstractmethod
     def _encode(self, examples: list[Any], what: str) -> Any:
@@ -238,7 +238,7 @@ class BenchmarkData(LightningDataModule, ABC):
     def _build_test(self) -> None:
         if self.sealed:
             raise PermissionError(
-                "the test split is sealed in this run: a search selects on validation alone. Run the chosen "
+                "the test split is sealed in this run: a search selects on validation rows only. Run the chosen "
                 "configuration on its own, with sealed=false, to read the test split."
             )
         built: dict[str, Any] = {}

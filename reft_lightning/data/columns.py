@@ -54,7 +54,7 @@ class Pattern:
             fields = list(string.Formatter().parse(text.replace("\\n", "\n")))
         except ValueError as error:
             raise ValueError(
-                f"{key}={text!r}: {error}; columns stand in braces, '{{{{' is a brace"
+                f"{key}={text!r}: {error}; write columns in braces, '{{{{' is a brace"
             ) from error
         parts, literal = [], ""
         for before, name, spec, kind in fields:
@@ -100,7 +100,7 @@ def text_of(value: Any, name: str, where: str) -> str:
 
 
 class Columns:
-    """Makes examples of rows with named columns.
+    """Make examples of rows with named columns.
 
     Raises:
         ValueError: if the target has no place for `answer` or for the `options`.
@@ -132,7 +132,7 @@ class Columns:
         bare = self.target == Pattern((("", self.target.names[0]),))  # one column and nothing around it
         if answer and answer not in self.target.names:
             raise ValueError(
-                f"data.answer={answer!r} does not stand in data.target={target!r}"
+                f"data.answer={answer!r} is not in data.target={target!r}"
                 f"{did_you_mean(answer, self.target.names)}: a text is compared with the answer where the target has "
                 f"it, such as 'The answer is {{{answer}}}'"
             )
@@ -143,7 +143,7 @@ class Columns:
         self.answer = self.target.names[0] if bare else answer
         place = self.target.names.index(self.answer) if self.answer else 0
         ends = [*(literal for literal, _ in self.target.parts[1:]), self.target.end]
-        # what stands around the answer, by which it is found in a generated text
+        # the text around the answer, by which it is found in a generated text
         self.before, self.after = (
             (self.target.parts[place][0].strip(), ends[place].strip()) if self.answer else ("", "")
         )
@@ -172,8 +172,8 @@ class Columns:
         answer = text_of(row[self.answer], self.answer, where).strip() if self.answer else target
         if self.find(target) != answer:
             raise ValueError(
-                f"{where}: the answer {answer!r} cannot be told from the rest of the target {target!r:.200}: what "
-                f"stands around {{{self.answer}}} in data.target must mark it"
+                f"{where}: the answer {answer!r} cannot be told from the rest of the target {target!r:.200}: the text "
+                f"around {{{self.answer}}} in data.target must single it out"
             )
         context = self.context.fill(row, where) if self.context else ""
         if self.line_break and context:
@@ -186,7 +186,7 @@ class Columns:
         return Example(TASK, prompt, target, answer, tuple(targets), where, context)
 
     def find(self, text: str) -> str | None:
-        """Return what stands in a text where the target has the answer; None where its mark is missing."""
+        """Return the part of a text where the target has the answer; None where the text around it is missing."""
         _, found, rest = text.partition(self.before) if self.before else ("", "here", text)
         if self.after and self.after in rest:
             rest = rest.rpartition(self.after)[0]
@@ -232,7 +232,7 @@ def _ended(text: str) -> str:
 
 
 class Conversations:
-    """Makes examples of rows with a column of messages."""
+    """Make examples of rows with a column of messages."""
 
     def __init__(self, messages: str, line_break: bool = False) -> None:
         self.names = (messages,)

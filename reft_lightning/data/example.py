@@ -24,7 +24,7 @@ class Example:
         target: text to learn, without the end-of-sequence token.
         answer: gold answer, what `Family.score` finds in the target.
         options: candidate target texts, ranked by likelihood in the evaluation; empty for open questions.
-        source: where the row stands (`"boolq/train.json, row 17"`), for error messages.
+        source: where the row is (`"boolq/train.json, row 17"`), for error messages.
         context: what an instruction is about, Alpaca's "### Input:".
         turns: earlier turns of a conversation, (role, text) with the roles system, user and assistant.
         recorded: column -> value, written with the prediction of this row. Not part of equality.
@@ -82,7 +82,7 @@ def exact_match(extract: Callable[[str], str | None]) -> Score:
 
 
 def normalized(question: str) -> str:
-    """Return a question as its words and symbols in lower case, each after one space, to find it elsewhere.
+    """Return the words and symbols of a question in lower case, separated by spaces, to compare questions by.
 
     Punctuation of sentences does not count, unless there is nothing else; operators and emoji do.
 
@@ -155,7 +155,7 @@ def asks_more(example: Example) -> bool:
 
 
 def question_of(example: Example) -> Hashable:
-    """Return what two rows must share to ask the same."""
+    """Return what is equal in two rows that ask the same question."""
     return (example.prompt, example.context, example.turns) if asks_more(example) else example.prompt
 
 

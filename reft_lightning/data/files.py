@@ -1,4 +1,4 @@
-"""The rows of one file: JSON, JSON Lines, CSV, TSV or Parquet, told apart by the ending of its name.
+"""The rows of one file: JSON, JSON Lines, CSV, TSV or Parquet, recognised by the ending of its name.
 
 A folder that `datasets` wrote with `save_to_disk` counts as a file. Every reader yields pairs (row, where it is),
 such as `({"question": ...}, "mine/train.csv, line 7")`, so that a later error can name the row. Text is UTF-8, or
@@ -54,7 +54,7 @@ def read_file(path: Path, delimiter: str | None = None) -> Rows:
 
 
 def ending(path: Path) -> str:
-    """Return what names a file's format: its last suffix, or the one in front of `.gz`.
+    """Return what names a file's format: its last suffix, or the one before `.gz`.
 
     >>> ending(Path("mine/rows.v2.jsonl.gz"))
     '.jsonl'

@@ -118,7 +118,7 @@ class GenerationData(BenchmarkData):
         return examples
 
     def _divide(self, train: list[Example]) -> tuple[list[Example], list[Example]]:
-        # the rows of a mixture file name no task; their answer words tell most of them apart
+        # the rows of a mixture file name no task; most of them differ in their answer words
         stratum = (lambda e: e.options) if self.source.mixture else (lambda e: e.task)
         if self._bring_validation():
             validation = self._read_validation(train)
@@ -162,7 +162,7 @@ class GenerationData(BenchmarkData):
         size = int(self.validation_size * prompts)
         if size == 0:
             raise ValueError(
-                f"data.validation_size={self.validation_size} of {prompts} distinct prompts is no row"
+                f"data.validation_size={self.validation_size} of {prompts} distinct prompts is less than one row"
             )
         return size
 

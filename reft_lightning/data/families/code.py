@@ -1,7 +1,7 @@
 r"""Code: HumanEval and MBPP, completion prompts, scored by running the programs.
 
 HumanEval (Chen et al. 2021, arXiv:2107.03374; https://github.com/openai/human-eval, MIT): 164 problems, test only.
-The prompt is the row's as it stands, imports, signature and docstring; the model writes the body::
+The prompt is the row's as it is, imports, signature and docstring; the model writes the body::
 
     {"task_id": "HumanEval/7", "entry_point": "double", "prompt": "def double(x):\n    \"\"\" Twice x. \"\"\"\n",
      "canonical_solution": "    return 2 * x\n", "test": "def check(candidate):\n    assert candidate(2) == 4\n"}
@@ -27,7 +27,7 @@ The prompt is the published one, without the three solved problems that the auth
 | mbpp_sanitized | 120 | 257 |
 
 Differences from the published scorer, which hold for every task: the time limit is 3 s of the processor instead of
-the clock, and programs see the standard library alone, in a fresh interpreter without threads.
+the clock, and programs see only the standard library, in a fresh interpreter without threads.
 
 Changes: version 1, first version.
 """
@@ -76,7 +76,7 @@ def _answer(before: str, after: str) -> str:
 
 
 def program(text: str, example: Example) -> str:
-    """Return the program of one generated text: what stands before it, the text up to its end, the tests."""
+    """Return the program of one generated text: the text before it, the text up to its end, the tests."""
     parts = json.loads(example.answer)
     return parts["before"] + cut(text, STOP_STRINGS[example.task]) + "\n" + parts["after"]
 
@@ -140,7 +140,7 @@ def mbpp(name: str) -> Callable[[Row, str], Example]:
 
 
 def ids(*spans: tuple[int, int]) -> Callable[[Path], Iterator[tuple[dict[str, Any], str]]]:
-    """Return a reader of MBPP's files that keeps the rows whose task_id lies in one of the spans."""
+    """Return a reader of MBPP's files that keeps the rows whose task_id is in one of the spans."""
 
     def read(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         for row, where in read_file(path):
@@ -154,7 +154,7 @@ def ids(*spans: tuple[int, int]) -> Callable[[Path], Iterator[tuple[dict[str, An
 
 
 def _layouts(split: str, span: tuple[int, int], *files: str) -> tuple[LocalRows, ...]:
-    """Return a file of the split alone, as exported from the hub, then files of several splits."""
+    """Return a file of only this split, as exported from the hub, then files of several splits."""
     return LocalRows((split,)), *(LocalRows((file,), read=ids(span)) for file in files)
 
 

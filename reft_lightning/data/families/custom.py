@@ -8,7 +8,7 @@ r"""One's own rows: a file, a folder or a data set of the hub, and which of its 
 | `validation_path` | a file with the validation rows; with source `hub` the name of their split. Without any, they are taken out of the train rows |
 | `test_path` | the same for the test rows. Without any, nothing is tested |
 | `prompt`, `target` | what is read and what is learnt: each a column, or a text with columns in braces, such as `"{question}\n{choices}"` |
-| `answer` | the column in braces within `target` that is the gold answer, where the target says more than that |
+| `answer` | the column in braces within `target` that is the gold answer, where the target holds more than that |
 | `context` | a column or text like `prompt`: what the prompt is about (Alpaca's "### Input:") |
 | `options` | the answers to choose from: a column that holds a list or text with commas, or a list of columns, `[opa,opb,opc,opd]` |
 | `answer_form` | how the answer names one of the options: `text`, `letter` (A, B, ...), `index` (from 0) or `number` (from 1). What is learnt is the text of the option |
@@ -20,7 +20,7 @@ both are earlier turns (a system message counts as one). The default template is
 puts a line break between prompt and target unless the prompt ends in white space of its own.
 
 A generated text is right where it equals the answer, both stripped of white space around them. For long targets
-that says little: the loss (`checkpoint.monitor=val/loss`) is the measure there.
+that measures little: use the loss there (`checkpoint.monitor=val/loss`).
 
 Changes: version 2 validates on a folder's validation rows, and holds out conversations whose last questions are the
 same (what precedes the question is part of it); version 1, first version.
@@ -102,7 +102,7 @@ def custom_family(
     if messages:
         also = [f"data.{name}" for name, value in given.items() if value]
         if also:
-            raise ValueError(f"data.messages stands instead of {', '.join(also)}; give one or the other")
+            raise ValueError(f"data.messages replaces {', '.join(also)}; give one or the other")
         make: Columns | Conversations = Conversations(messages, line_break=template == "plain")
     else:
         missing = [f"data.{name}" for name in ("prompt", "target") if not given[name]]
@@ -143,7 +143,7 @@ def carve(
     return carve_validation(examples, size, seed, stratum)
 
 
-# ------------------------------------------------------------------------------------------ where rows lie
+# ------------------------------------------------------------------------------------------ where rows are
 
 
 def _hub_tables(path: str, others: Mapping[str, str | None]) -> dict[str, tuple[HubRows, ...]]:

@@ -21,7 +21,7 @@ answer is learnt; text or messages), conversations {messages}, and Self-Instruct
 
 The answer that AlpacaEval gives with an instruction is the reference model's (text_davinci_003 in AlpacaEval
 1); it gives the test loss and is what a judge compares with. Two of those are empty in the published file, where
-`NO_ANSWER` stands in.
+`NO_ANSWER` takes their place.
 
 Train rows with an empty output are left out and counted in `data_versions`: Stanford's own alpaca_data.json has 28
 (https://github.com/tatsu-lab/stanford_alpaca/issues/265).
@@ -77,7 +77,7 @@ def _conversation(task: str, messages: Any, where: str) -> Example:
     """Build the example of messages {role, content}: the last answer is learnt, what precedes it is read.
 
     Raises:
-        ValueError: if they are no messages in text, or do not end in a question of the user and an answer of the
+        ValueError: if they are not messages in text, or do not end in a question of the user and an answer of the
             assistant.
     """
     turns = turns_of(messages, where)
@@ -106,7 +106,7 @@ def _example(
 
 
 def example_of(task: str) -> Callable[[Row, str], Example]:
-    """Return (row, where it stands) -> Example, for every schema this module describes."""
+    """Return (row, where it is) -> Example, for every schema this module describes."""
 
     def example(row: Row, where: str) -> Example:
         if "messages" in row:

@@ -22,7 +22,7 @@ def prompt_about(passage: str, request: str, question: str, where: str) -> str:
         passage: what the question is about.
         request: what to do with the question, such as `"answer the question: "`.
         question: or a sentence with a gap.
-        where: where the row stands.
+        where: where the row is.
 
     Raises:
         ValueError: if passage or question is empty; names the row.
@@ -54,7 +54,7 @@ def carve_passages(
 
     Passages are drawn in random order, each from the stratum that is furthest behind its share of the rows, until
     `size` is reached; the last one stays whole, so there may be more rows than `size`, by less than one passage.
-    The choice depends on `seed` and the rows alone.
+    The choice depends only on `seed` and the rows.
 
     Args:
         examples: all train rows.

@@ -21,7 +21,7 @@ ours: no published one of these tasks has the form.
 | quail | 10,246 | 2,164 (development) | CC BY-NC-SA 4.0 |
 
 RACE: Lai et al. 2017, arXiv:1704.04683; hub rows are {example_id, article, answer: "A", question, options}. The
-original files hold one article each: {id, article, questions, options, answers}; both forms may stand in
+original files hold one article each: {id, article, questions, options, answers}; both forms may be in
 `race_high/train.jsonl` and so on, an article or a question a line.
 QuAIL 1.3: Rogers et al. 2020, https://github.com/text-machine-lab/quail, XML; its test answers are not public, and
 its development rows are what papers report.
@@ -61,7 +61,7 @@ def multiple_choice(
         question: or a sentence with a gap.
         choices: texts of the answers.
         gold: index of the right one.
-        where: where the row stands.
+        where: where the row is.
 
     Raises:
         ValueError: if there is no such choice, or passage or question is empty.
@@ -82,7 +82,7 @@ def race(name: str) -> Callable[[Row, str], Example]:
     """Return row -> example for {article, question, options, answer: "A" to "D"}."""
 
     def example(row: Row, where: str) -> Example:
-        """Raise ValueError if the answer is no letter of an option."""
+        """Raise ValueError if the answer is not the letter of an option."""
         options, letter = texts_in(row, "options", where), str(column(row, "answer", where)).strip()
         letters = list("ABCDEFGH"[: len(options)])
         if letter not in letters:
@@ -116,7 +116,7 @@ def quail(row: Row, where: str) -> Example:
     """Return the example of {context, question, answers, correct_answer_id}.
 
     Raises:
-        ValueError: if the last is no number of an answer; names the row.
+        ValueError: if the last is not the number of an answer; names the row.
     """
     passage, question = text_in(row, "context", where), text_in(row, "question", where)
     number = column(row, "correct_answer_id", where)

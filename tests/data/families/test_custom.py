@@ -267,8 +267,8 @@ class TestMistakes:
         [
             ({"path": None}, r"needs data\.path"),
             ({"source": "wheel"}, "reads data.source local or hub; got 'wheel'"),
-            ({"messages": "m"}, r"data\.messages stands instead of data\.prompt, data\.target"),
-            ({"answer": "topic"}, r"data\.answer='topic' does not stand in data\.target='reply'"),
+            ({"messages": "m"}, r"data\.messages replaces data\.prompt, data\.target"),
+            ({"answer": "topic"}, r"data\.answer='topic' is not in data\.target='reply'"),
             ({"target": "so {reply}", "options": "topics"}, r"data\.options needs data\.answer"),
             (
                 {"options": ["topic", 3]},
@@ -281,7 +281,7 @@ class TestMistakes:
             ({"answer_form": "letter"}, r"answer_form=letter names one of the options: set data\.options"),
             ({"delimiter": ";;"}, r"data\.delimiter must be one character, .*got ';;'"),
             ({"delimiter": '"'}, r"data\.delimiter must be one character"),
-            ({"prompt": "{question"}, r"data\.prompt='\{question': .*columns stand in braces"),
+            ({"prompt": "{question"}, r"data\.prompt='\{question': .*write columns in braces"),
             ({"prompt": "{}"}, "must hold the name of a column"),
             ({"prompt": "{question:>3}"}, "must hold the name of a column and nothing else"),
             ({"prompt": "{{question}}"}, "names no column"),
@@ -448,7 +448,9 @@ class TestDataModule:
             self.make(validation_size=size)
 
     def test_a_part_that_is_less_than_a_row_is_refused(self):
-        with pytest.raises(ValueError, match=r"data\.validation_size=0\.05 of 10 distinct prompts is no row"):
+        with pytest.raises(
+            ValueError, match=r"data\.validation_size=0\.05 of 10 distinct prompts is less than one row"
+        ):
             self.make(validation_size=0.05).setup("fit")
 
     def test_invalid_rows_are_counted_and_left_out_when_asked(self, tmp_path, caplog):
