@@ -116,8 +116,6 @@ def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | Non
     return Spans(prompt, real & ~prompt)
 
 
-
-
 def guess_attention(
     input_ids: Tensor, arguments: dict[str, Any], defaults: Any
 ) -> Tensor:  # (b, s) -> (b, s)

@@ -12,10 +12,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..storage.atomic import write_text, write_whole
+from ..storage.reading import read_json
 from .adapted import ParameterCount
 from .reft.config import CARD_FILE, CONFIG_FILE, TENSOR_FILE, ReftConfig
 from .reft.positions import MaskFunction
@@ -94,6 +96,18 @@ def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     write_whole(path, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        ValueError: if it is damaged; names the file.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, it is not safetensors: {error}") from error
+
+
 def load_adapter(
     name: str | os.PathLike, positions: MaskFunction | None = None
 ) -> tuple[ReftConfig, dict[str, Tensor]]:
@@ -101,7 +115,7 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: if a file of the adapter is missing.
-        ValueError: for a configuration that this version cannot read.
+        ValueError: for a configuration that this version cannot read, or a file that is damaged.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -110,8 +124,8 @@ def load_adapter(
         if not (folder / file).is_file():
             there = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
             raise FileNotFoundError(f"{folder} does not hold an adapter: {file} is missing; there is {there}")
-    config = ReftConfig.from_dict(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), positions)
-    return config, load_file(folder / TENSOR_FILE)
+    config = ReftConfig.from_dict(read_json(folder / CONFIG_FILE), positions)
+    return config, read_tensors(folder / TENSOR_FILE)
 
 
 def load_state(folder: str | os.PathLike) -> dict[str, Tensor]:
@@ -130,7 +144,7 @@ def load_state(folder: str | os.PathLike) -> dict[str, Tensor]:
                 raise FileNotFoundError(
                     f"{folder} does not hold an adapter: {tensors} is missing, {config} is there"
                 )
-            return load_file(folder / tensors)
+            return read_tensors(folder / tensors)
     state = load_adapter(folder)[1]
     if (folder / BESIDE).is_dir():
         if not (folder / BESIDE / PEFT_CONFIG_FILE).is_file():

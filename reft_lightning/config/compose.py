@@ -6,14 +6,16 @@ a YAML file, also one in the last choice of a sweep, ends in a short message tha
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import operator
 import os
 import sys
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -25,7 +27,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -92,6 +94,7 @@ def config_dir() -> Path:
     )
 
 
+@cache
 def register() -> None:
     """Tell Hydra the schema, and the resolvers by which YAML files name folders and models."""
     ConfigStore.instance().store(name="schema", node=Config)
@@ -135,8 +138,17 @@ def compose(overrides: Sequence[str] = (), extra_dir: str | Path | None = None) 
     Raises:
         CompositionError: for whatever does not fit.
     """
+    with composing(extra_dir) as compose_one:
+        return compose_one(overrides)
+
+
+@contextmanager
+def composing(extra_dir: str | Path | None = None) -> Iterator[Callable[[Sequence[str]], Config]]:
+    """Compose several runs, each as :func:`compose` does; what they have in common is composed once."""
     with _hydra():
-        return _compose(list(overrides), _vocabulary(extra_dir))
+        vocabulary = _vocabulary(extra_dir)
+        known: dict[tuple[str, ...], DictConfig] = {}
+        yield lambda overrides: _compose(list(overrides), vocabulary, known)
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -158,12 +170,9 @@ def preflight(argv: Sequence[str]) -> Asked:
         if arguments.help:  # Hydra's own needs a configuration that composes
             sys.stdout.write(_help(_vocabulary(arguments.config_dir)))
             sys.exit(0)
-        vocabulary = _vocabulary(arguments.config_dir)
-        with _hydra():
-            runs = {
-                what: _compose(overrides, vocabulary)
-                for what, overrides in _runs(arguments.overrides, sweep=arguments.multirun)
-            }
+        with composing(arguments.config_dir) as compose_one:
+            every = _runs(arguments.overrides, sweep=arguments.multirun)
+            runs = {what: compose_one(overrides) for what, overrides in every}
             asked = _parse(arguments.overrides)
     except CompositionError as error:
         sys.stderr.write(f"{error}\n")
@@ -260,12 +269,24 @@ def _runs(overrides: Sequence[str], sweep: bool) -> Iterator[tuple[str, list[str
             yield run({id(other): choice})
 
 
-def _compose(overrides: list[str], vocabulary: Vocabulary) -> Config:
-    for override in _parse(overrides):
+def _compose(
+    overrides: list[str], vocabulary: Vocabulary, known: dict[tuple[str, ...], DictConfig]
+) -> Config:
+    parsed = _parse(overrides)
+    for override in parsed:
         _check_override(override, vocabulary)
+    # Hydra sets values in their order, after it has read all files: those at the end can be set on a copy
+    whole = max(
+        (i for i, o in enumerate(parsed, start=1) if not _only_sets_a_value(o, vocabulary)), default=0
+    )
     search = [f"hydra.searchpath=['file://{folder}']" for folder in vocabulary.folders[1:]]
+    begin = tuple(overrides[:whole])
     try:
-        config = hydra_compose(CONFIG_NAME, overrides=[*overrides, *search])
+        if begin not in known:
+            known[begin] = hydra_compose(CONFIG_NAME, overrides=[*begin, *search])
+        config = copy.deepcopy(known[begin])
+        for override in parsed[whole:]:
+            OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise CompositionError(_explain(error, overrides, vocabulary)) from error
     _check_fields(config, overrides, vocabulary)
@@ -277,6 +298,11 @@ def _compose(overrides: list[str], vocabulary: Vocabulary) -> Config:
     _check_values(composed)
     _check_intervention(composed, overrides, vocabulary)
     return composed
+
+
+def _only_sets_a_value(override: Override, vocabulary: Vocabulary) -> bool:
+    plain = override.type == OverrideType.CHANGE and override.package is None
+    return plain and not override.is_hydra_override() and override.key_or_group not in vocabulary.groups
 
 
 # Checks, from the command line to the composed values.

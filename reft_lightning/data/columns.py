@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..suggest import did_you_mean
-from .example import Example, Row, column
+from .example import Example, Row, as_text, column, text_in
+from .files import parse_json
 
 TASK = "custom"
 # Who speaks, in the two forms of conversations.
@@ -21,6 +22,10 @@ ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
+
+
+# How a row's answer may name one of its options, and the first place that it counts from.
+ANSWER_FORMS = {"text": None, "letter": None, "index": 0, "number": 1}
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Pattern:
             fields = list(string.Formatter().parse(text.replace("\\n", "\n")))
         except ValueError as error:
             raise ValueError(
-                f"{key}={text!r}: {error}; columns stand in braces, '{{{{' is a brace"
+                f"{key}={text!r}: {error}; write columns in braces, '{{{{' is a brace"
             ) from error
         parts, literal = [], ""
         for before, name, spec, kind in fields:
@@ -76,21 +81,29 @@ class Pattern:
 
 
 def text_of(value: Any, name: str, where: str) -> str:
-    """Return a cell as text; an absent value (None, not-a-number) is empty, a list is joined by commas."""
+    """Return a cell as text; an absent value (None, not-a-number) is empty, a list is joined by commas.
+
+    Raises:
+        ValueError: for an object, a list of lists, or bytes that are not UTF-8; names the row.
+    """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
+    if isinstance(value, bytes):
+        return as_text(value, name, where)
     if isinstance(value, Mapping):
-        raise ValueError(f"{where}: column {name!r} holds an object, which is no text: {value!r:.80}")
+        raise ValueError(f"{where}: column {name!r} holds an object, not text: {value!r:.80}")
     if isinstance(value, list | tuple):
+        if any(isinstance(part, list | tuple) for part in value):
+            raise ValueError(f"{where}: column {name!r} holds a list of lists, not text: {value!r:.80}")
         return ", ".join(text_of(part, name, where) for part in value)
     return str(value)
 
 
 class Columns:
-    """Makes examples of rows with named columns.
+    """Make examples of rows with named columns.
 
     Raises:
-        ValueError: if `answer` does not stand in the target, or `options` could not take its place there.
+        ValueError: if the target has no place for `answer` or for the `options`.
     """
 
     def __init__(
@@ -99,16 +112,27 @@ class Columns:
         target: str,
         answer: str | None,
         context: str | None,
-        options: str | None,
+        options: str | Sequence[str] | None,
+        answer_form: str,
         line_break: bool,
     ) -> None:
         self.prompt, self.target = Pattern.parse(prompt, "data.prompt"), Pattern.parse(target, "data.target")
         self.context = Pattern.parse(context, "data.context") if context else None
-        self.options, self.line_break = options, line_break
+        self.options: tuple[str, ...] = (options,) if isinstance(options, str) else tuple(options or ())
+        self.answer_form, self.line_break = answer_form, line_break
+        if not all(isinstance(name, str) for name in self.options):
+            raise ValueError(f"data.options must be a column or a list of columns; got {options!r}")
+        if answer_form not in ANSWER_FORMS:
+            raise ValueError(
+                f"data.answer_form must be one of {', '.join(ANSWER_FORMS)}; got {answer_form!r}"
+                f"{did_you_mean(answer_form, ANSWER_FORMS)}"
+            )
+        if answer_form != "text" and not options:
+            raise ValueError(f"data.answer_form={answer_form} names one of the options: set data.options")
         bare = self.target == Pattern((("", self.target.names[0]),))  # one column and nothing around it
         if answer and answer not in self.target.names:
             raise ValueError(
-                f"data.answer={answer!r} does not stand in data.target={target!r}"
+                f"data.answer={answer!r} is not in data.target={target!r}"
                 f"{did_you_mean(answer, self.target.names)}: a text is compared with the answer where the target has "
                 f"it, such as 'The answer is {{{answer}}}'"
             )
@@ -119,12 +143,12 @@ class Columns:
         self.answer = self.target.names[0] if bare else answer
         place = self.target.names.index(self.answer) if self.answer else 0
         ends = [*(literal for literal, _ in self.target.parts[1:]), self.target.end]
-        # what stands around the answer, by which it is found in a generated text
+        # the text around the answer, by which it is found in a generated text
         self.before, self.after = (
             (self.target.parts[place][0].strip(), ends[place].strip()) if self.answer else ("", "")
         )
         texts = (self.prompt, self.target, *((self.context,) if self.context else ()))
-        self.names = (*(name for text in texts for name in text.names), *((options,) if options else ()))
+        self.names = (*(name for text in texts for name in text.names), *self.options)
 
     def __call__(self, row: Row, where: str) -> Example:
         """Return the example of a row.
@@ -138,40 +162,64 @@ class Columns:
         for name in self.target.names:
             if not text_of(column(row, name, where), name, where).strip():
                 raise ValueError(f"{where}: the row has no answer: {_columns((name,))} empty")
+        options = self._options(row, where)
+        if options and self.answer:
+            row = {
+                **row,
+                self.answer: self._chosen(text_of(row[self.answer], self.answer, where), options, where),
+            }
         target = self.target.fill(row, where).strip()
         answer = text_of(row[self.answer], self.answer, where).strip() if self.answer else target
         if self.find(target) != answer:
             raise ValueError(
-                f"{where}: the answer {answer!r} cannot be told from the rest of the target {target!r:.200}: what "
-                f"stands around {{{self.answer}}} in data.target must mark it"
+                f"{where}: the answer {answer!r} cannot be told from the rest of the target {target!r:.200}: the text "
+                f"around {{{self.answer}}} in data.target must single it out"
             )
         context = self.context.fill(row, where) if self.context else ""
         if self.line_break and context:
             context = _ended(context)
         elif self.line_break:
             prompt = _ended(prompt)
-        return Example(TASK, prompt, target, answer, self._options(row, answer, where), where, context)
+        targets = (
+            self.target.fill({**row, str(self.answer): word}, where).strip() for word in options if word
+        )
+        return Example(TASK, prompt, target, answer, tuple(targets), where, context)
 
     def find(self, text: str) -> str | None:
-        """Return what stands in a text where the target has the answer; None where its mark is missing."""
+        """Return the part of a text where the target has the answer; None where the text around it is missing."""
         _, found, rest = text.partition(self.before) if self.before else ("", "here", text)
         if self.after and self.after in rest:
             rest = rest.rpartition(self.after)[0]
         return rest.strip() or None if found else None
 
-    def _options(self, row: Row, answer: str, where: str) -> tuple[str, ...]:
-        if not self.options:
-            return ()
-        cell = column(row, self.options, where)
+    def _options(self, row: Row, where: str) -> list[str]:
+        """Return the words to choose from; empty where a row has fewer of them than there are columns."""
+        if len(self.options) != 1:
+            return [text_of(column(row, name, where), name, where).strip() for name in self.options]
+        (name,) = self.options
+        cell = column(row, name, where)
         parts = cell.split(",") if isinstance(cell, str) else cell
         if not isinstance(parts, list | tuple):
+            raise ValueError(f"{where}: column {name!r} must be a list or text with commas; got {cell!r:.80}")
+        return [text_of(part, name, where).strip() for part in parts]
+
+    def _chosen(self, answer: str, options: Sequence[str], where: str) -> str:
+        """Return the option that the answer names."""
+        answer = answer.strip()
+        if self.answer_form == "text":
+            place = options.index(answer) if answer in options else -1
+        elif self.answer_form == "letter":
+            letter = answer.strip("(). ").upper()
+            place = string.ascii_uppercase.find(letter) if len(letter) == 1 else -1
+        else:
+            digits = answer.removesuffix(".0")  # as a table with gaps writes integers
+            place = int(digits) - ANSWER_FORMS[self.answer_form] if digits.isdecimal() else -1
+        if not 0 <= place < len(options) or not options[place]:
             raise ValueError(
-                f"{where}: column {self.options!r} must be a list or text with commas; got {cell!r:.80}"
+                f"{where}: the answer {answer!r} is not among the options {', '.join(options)}, read as "
+                f"data.answer_form={self.answer_form}; it may be {', '.join(ANSWER_FORMS)}"
             )
-        words = [text_of(part, self.options, where).strip() for part in parts]
-        if answer not in words:
-            raise ValueError(f"{where}: the answer {answer!r} is not among the options {', '.join(words)}")
-        return tuple(self.target.fill({**row, str(self.answer): word}, where).strip() for word in words)
+        return options[place]
 
 
 def _columns(names: Sequence[str]) -> str:
@@ -184,7 +232,7 @@ def _ended(text: str) -> str:
 
 
 class Conversations:
-    """Makes examples of rows with a column of messages."""
+    """Make examples of rows with a column of messages."""
 
     def __init__(self, messages: str, line_break: bool = False) -> None:
         self.names = (messages,)
@@ -219,12 +267,14 @@ class Conversations:
 def turns_of(messages: Any, where: str) -> list[tuple[str, str]]:
     """Return (role, text) of messages in either form; text in JSON, as a CSV file holds it, is read first.
 
+    The content of a message may also be OpenAI's list of parts, `[{"type": "text", "text": "..."}, ...]`.
+
     Raises:
-        ValueError: if they are no list of messages, a role is not one of `ROLES`, or what one says is no text.
+        ValueError: if they are not a list of messages, a role is not one of `ROLES`, or a content is not text.
     """
     if isinstance(messages, str):
         try:
-            messages = json.loads(messages)
+            messages = parse_json(messages, where)
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{where}: messages in text must be JSON ({error.msg}); got {messages!r:.80}"
@@ -234,12 +284,19 @@ def turns_of(messages: Any, where: str) -> list[tuple[str, str]]:
     turns = []
     for message in messages:
         who, what = ("from", "value") if "from" in message else ("role", "content")
-        role, text = column(message, who, where), column(message, what, where)
-        if role not in ROLES:
+        role, content = column(message, who, where), column(message, what, where)
+        if not isinstance(role, str) or role not in ROLES:
             raise ValueError(
                 f"{where}: a message is by {', '.join(ROLES)}; got {role!r}{did_you_mean(str(role), ROLES)}"
             )
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: a message's {what} must be text; got {text!r:.80}")
-        turns.append((ROLES[role], text))
+        turns.append((ROLES[role], _content(content, what, where)))
     return turns
+
+
+def _content(content: Any, name: str, where: str) -> str:
+    if not isinstance(content, list | tuple):
+        return as_text(content, name, where)
+    for part in content:
+        if column(part, "type", where) != "text":
+            raise ValueError(f"{where}: a message's {name} must be text; got a part {part!r:.80}")
+    return "".join(text_in(part, "text", where) for part in content)

@@ -42,10 +42,10 @@ class Encoded:
         prompt_ids: begins with BOS if the tokenizer adds one.
         target_ids: ends in eos, unless the target was cut.
         example: where they come from.
-        joint: True when prompt and target were tokenised as one text and split.
+        joint: whether prompt and target were tokenised as one text and split.
         cut_prompt: prompt tokens left out on the left.
         cut_target: target tokens left out on the right.
-        row: its place in the `EncodedRows` it was read from; -1 for a row of its own. No part of equality.
+        row: its place in the `EncodedRows` it was read from; -1 for a row of its own. Not part of equality.
     """
 
     prompt_ids: list[int]
@@ -62,7 +62,7 @@ class Encoded:
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids a tokenizer puts in front of every text: `[bos]` or nothing, for causal models."""
+    """Return the ids a tokenizer puts before every text: `[bos]` or nothing, for causal models."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for start in range(len(whole) - len(plain) + 1):
@@ -77,9 +77,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int
     """Return the tokens of prompt and target.
 
     Prompt + target are tokenised as one text, as the paper's code does, and split after the prompt's tokens.
-    Where these are no prefix of the whole (a token spans the boundary), the target is tokenised on its own.
+    Where these are not a prefix of the whole (a token spans the boundary), the target is tokenised on its own.
 
-    A row longer than `max_length` loses tokens at the left of its prompt, after BOS: the question stands at
+    A row longer than `max_length` loses tokens at the left of its prompt, after BOS: the question is at
     its end. The target may fill half of `max_length`, or what the prompt leaves, and is cut on the right
     beyond.
 
@@ -93,7 +93,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int
             `max_length` leaves no room.
     """
     leading, eos = _frame(tokenizer, max_length)
-    _refuse_empty([example])
+    refuse_empty(example)
     columns = encode_texts(
         {"prompt": [example.prompt], "target": [example.target]},
         tokenizer=tokenizer,
@@ -110,10 +110,11 @@ def encode_all(
 ) -> EncodedRows:
     """Encode many examples, each as `encode` does, and log what was unusual: boundary tokens, truncation.
 
-    Many rows are encoded in several processes and kept in the cache, see `prepared`.
+    Many rows are encoded in several processes and kept in the cache, see `encoding_cache`.
     """
     leading, eos = _frame(tokenizer, max_length)
-    _refuse_empty(examples)
+    for example in examples:
+        refuse_empty(example)
     columns = prepare(
         partial(encode_texts, tokenizer=tokenizer, leading=leading, eos=eos, max_length=max_length),
         {"prompt": [e.prompt for e in examples], "target": [e.target for e in examples]},
@@ -124,7 +125,7 @@ def encode_all(
     rows = EncodedRows(examples, columns)
     apart, prompts, targets = rows.apart, rows.cut_prompts, rows.cut_targets
     if apart:
-        log.info("%d of %d %s: a token spans prompt and target; tokenised apart", apart, len(rows), what)
+        log.info("%d of %d %s: a token spans prompt and target; tokenised separately", apart, len(rows), what)
     if prompts:
         log.warning(
             "%d of %d %s: prompt truncated on the left to %d tokens", prompts, len(rows), what, max_length
@@ -157,15 +158,15 @@ def _frame(tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[in
     return leading, eos
 
 
-def _refuse_empty(examples: Sequence[Example]) -> None:
-    for example in examples:
-        for part, text in (("prompt", example.prompt), ("target", example.target)):
-            if not text.strip():
-                raise ValueError(f"{example.source or example.task}: the {part} is empty")
+def refuse_empty(example: Example) -> None:
+    """Raise ValueError for an example without a prompt or a target; it names the row."""
+    for part, text in (("prompt", example.prompt), ("target", example.target)):
+        if not text.strip():
+            raise ValueError(f"{example.source or example.task}: the {part} is empty")
 
 
-# ids of prompt and target, how many are the prompt's, and what `Encoded` says of them; raise `prepared.VERSION` when
-# the same texts shall give other numbers
+# ids of prompt and target, how many are the prompt's, and what else `Encoded` holds; raise `encoding_cache.VERSION`
+# when the same texts should give other numbers
 TYPES = {"ids": "[int32]", "prompt": "int32", "joint": "bool", "cut_prompt": "int32", "cut_target": "int32"}
 
 
@@ -215,7 +216,7 @@ class EncodedRows(Dataset[Encoded]):
 
     Args:
         examples: n of them.
-        columns: what `encode_texts` makes of them, as `prepare` returns it.
+        columns: what `encode_texts` makes of them, as `prepare` returns them.
     """
 
     def __init__(self, examples: Sequence[Example], columns: Mapping[str, np.ndarray]) -> None:
@@ -255,7 +256,7 @@ class EncodedRows(Dataset[Encoded]):
 
     @property
     def apart(self) -> int:
-        """Return how many rows were tokenised apart."""
+        """Return how many rows were tokenised separately."""
         return int((~self._flags[0]).sum())
 
     @property
@@ -287,7 +288,7 @@ class Collator:
         """Return the batch.
 
         input_ids, attention_mask, labels and prompt_mask (bool) are (b, s); boundary is an int; rows (b,) holds
-        the rows' numbers in their `EncodedRows`, which no model takes.
+        the rows' numbers in their `EncodedRows`, which models do not take.
         """
         boundary = max(len(row.prompt_ids) for row in rows)
         width = boundary + max(len(row.target_ids) for row in rows)
@@ -317,7 +318,7 @@ class Collator:
 
 
 def target_only(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Ask for the logits of the target columns alone: the loss is the same, the head does less work.
+    """Ask for the logits of the target columns only: the loss is the same, and the head does less work.
 
     Hugging Face causal models compare logits of column j with the label of column j+1, so the t target
     columns need the column before them too: labels (b, t+1), `logits_to_keep` = t+1 with t = s - boundary.

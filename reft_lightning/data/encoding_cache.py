@@ -1,4 +1,4 @@
-"""Columns of numbers made from columns of texts: by `datasets.map` in several processes, and kept as Arrow files.
+"""Columns of numbers computed from columns of texts by `datasets.map` in several processes, and cached as Arrow files.
 
 The name of a folder of kept files is a digest of all that the numbers depend on: the texts, the tokenizer, the
 settings, the versions of the libraries and `VERSION`. Whatever changes gets another name, so that no file is ever
@@ -8,7 +8,7 @@ they are read::
     <cache>/encoded/<digest>/rows*.arrow   one file for each process that wrote
     <cache>/encoded/<digest>/about.json    what it was made of, rows, sha256 of the files
 
-Nothing removes old folders; the whole of `encoded` can be deleted at any time and is made anew.
+Nothing removes old folders; the whole of `encoded` can be deleted at any time: it is made again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ..storage.wheels import cache_folder
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # raise when the same texts, tokenizer and settings shall give other numbers
+VERSION = 1  # raise when the same texts, tokenizer and settings should give other numbers
 # fewer rows are computed in this process: importing `datasets` takes as long (experiments/speed/encoding.py)
 SMALL = 2000
 PROCESSES = 8  # at most; each gets PER_PROCESS rows or more, as starting them takes about half a second
@@ -61,8 +61,8 @@ def prepare(
         function: columns of k texts -> columns of k numbers, or of k lists of numbers; can be pickled.
         texts: columns of n texts.
         types: column -> the type of its numbers (`NUMBERS`), in brackets for lists: `"[int32]"`.
-        depends_on: returns what the numbers depend on besides the texts, to be written as JSON; None keeps no file
-            and starts no process. Not asked for small sets.
+        depends_on: returns what else the numbers depend on, in addition to the texts, to be written as JSON; None keeps
+            no file and starts no process. Not called for small sets.
         what: names the rows in the log and the progress bar.
 
     Returns:
@@ -95,7 +95,7 @@ def prepare(
         log.warning("%s: the encoded %s cannot be read back; nothing is kept", folder, what)
     except OSError as error:
         log.warning(
-            "%s cannot be kept in %s (%s): computed anew in each run. $REFT_CACHE names another folder",
+            "%s cannot be kept in %s (%s): computed again in each run. $REFT_CACHE names another folder",
             what, folder.parent, error,
         )  # fmt: skip
     return _in_this_process(function, texts, types)
@@ -160,7 +160,7 @@ def _build(
     import datasets
 
     if folder.exists():
-        log.warning("%s is damaged and is made anew", folder)
+        log.warning("%s is damaged and is made again", folder)
         shutil.rmtree(folder)
     for rest in folder.parent.glob(f"{folder.name}.part*"):  # of a process that was killed
         shutil.rmtree(rest)
@@ -192,7 +192,7 @@ def _build(
 
 @contextmanager
 def _guarded(datasets: Any) -> Iterator[None]:
-    """Undo what `map` leaves behind, and draw its progress bar only where somebody watches."""
+    """Undo what `map` leaves changed, and draw its progress bar only on a terminal."""
     environment, threads = os.environ, os.environ.get("TOKENIZERS_PARALLELISM")
     quiet = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
     if quiet:

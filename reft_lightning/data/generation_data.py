@@ -1,7 +1,7 @@
 """The data module of families whose answers are generated.
 
-Train rows come from `train_tasks` (or a mixture file), validation rows are taken out of them, and the test split is a
-family's published one.
+Train rows come from `train_tasks` (or a mixture file). Validation rows are those that the tasks bring, else they are
+taken out of the train rows. The test split is a family's published one.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 from ..storage.wheels import SOURCES
 from .benchmark_data import BenchmarkData
-from .encoding import Collator, EncodedRows, encode_all
-from .example import Example, normalized
+from .encoding import Collator, EncodedRows, encode_all, refuse_empty
+from .example import Example, normalized, question_of
 from .family import Family
 from .files import read_json_file
 from .prompts import apply_template
-from .rows import DataSource, local_files
+from .rows import DataSource
 from .splits import carve_validation, fingerprint
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ class GenerationData(BenchmarkData):
         max_length: tokens of prompt and target together.
         template: laid around each prompt, a name in `prompts.TEMPLATES`; None for the family's.
         system_prompt: for chat templates.
-        validation_size: rows taken out of train, over all tasks together.
+        validation_size: rows taken out of train, over all tasks together, or a part of their distinct prompts (float);
+            of tasks that bring validation rows, how many of those are read at most, -1 for all.
         settings: as `BenchmarkData`.
     """
 
@@ -51,7 +52,7 @@ class GenerationData(BenchmarkData):
         max_length: int = 512,
         template: str | None = None,
         system_prompt: str | None = None,
-        validation_size: int,
+        validation_size: int | float,
         **settings: Any,
     ) -> None:
         super().__init__(family, tokenizer, source, tasks=tasks, max_length=max_length, **settings)
@@ -68,6 +69,12 @@ class GenerationData(BenchmarkData):
                     f"data.source={elsewhere[0]}, or leave it out of data.tasks.{note}"
                 )
         self.train_tasks = tuple(train_tasks or tasks)
+        whole = isinstance(validation_size, int) and not isinstance(validation_size, bool)
+        if not whole and not (isinstance(validation_size, float) and 0 < validation_size < 1):
+            raise ValueError(
+                "data.validation_size must be a number of rows, or the part of the rows between 0 and 1; got "
+                f"{validation_size!r}"
+            )
         self.validation_size = validation_size
         self.template, self.system_prompt = template or family.template, system_prompt
         self.data_versions["template"] = self.template
@@ -76,12 +83,6 @@ class GenerationData(BenchmarkData):
     def test_tasks(self) -> tuple[str, ...]:
         """Return the tasks that have test rows in this source."""
         return tuple(t for t in self.tasks if "test" in getattr(self.family.task(t), self.source.kind))
-
-    def check_test(self) -> None:
-        """Look whether the files of the test rows are there, without reading them."""
-        if self.source.kind == "local":
-            for task in self.test_tasks:
-                local_files(Path(str(self.source.path)).expanduser(), self.family.task(task).local["test"])
 
     def _read_train(self) -> list[Example]:
         if self.source.mixture:
@@ -99,28 +100,78 @@ class GenerationData(BenchmarkData):
             log.warning(
                 "%d of %d %s train rows have no answer to learn and are left out", left_out, len(rows), task
             )
-        self.data_versions["train"][task] |= {"left_out": left_out, "fingerprint": fingerprint(answered)}
+        facts = self.data_versions["train"][task]
+        facts |= {"left_out": facts.get("left_out", 0) + left_out, "fingerprint": fingerprint(answered)}
         return answered
 
+    def _check(self, example: Example, where: str) -> None:
+        if not self.family.skip_empty:  # else `_answered` counts them
+            refuse_empty(example)
+        super()._check(example, where)
+
     def _read_mixture(self, path: Path) -> list[Example]:
-        examples = [self.family.mixture_example(row, where) for row, where in read_json_file(path)]
-        facts = {"source": "mixture", "from": [path.name], "rows": len(examples)}
+        assert self.family.mixture_example is not None
+        rows = list(read_json_file(path))
+        facts: dict[str, Any] = {"source": "mixture", "from": [path.name], "rows": len(rows)}
+        examples = self._examples(self.family.mixture_example, rows, facts, "rows of the mixture")
         self.data_versions["train"]["mixture"] = {**facts, "fingerprint": fingerprint(examples)}
         return examples
 
     def _divide(self, train: list[Example]) -> tuple[list[Example], list[Example]]:
-        # the rows of a mixture file name no task; their answer words tell most of them apart
+        # the rows of a mixture file name no task; most of them differ in their answer words
         stratum = (lambda e: e.options) if self.source.mixture else (lambda e: e.task)
-        train, validation = self.family.carve(train, self.validation_size, self.split_seed, stratum)
+        if self._bring_validation():
+            validation = self._read_validation(train)
+        else:
+            train, validation = self.family.carve(train, self._held_out(train), self.split_seed, stratum)
         if self.limit_validation is not None and self.limit_validation < len(validation):
             _, validation = carve_validation(validation, self.limit_validation, self.split_seed, stratum)
         return train, validation
+
+    def _bring_validation(self) -> bool:
+        if self.source.mixture:
+            return False
+        brings = ["validation" in getattr(self.family.task(t), self.source.kind) for t in self.train_tasks]
+        if any(brings) and not all(brings):
+            without = [task for task, does in zip(self.train_tasks, brings, strict=True) if not does]
+            raise ValueError(
+                f"data.train_tasks mixes tasks with and without validation rows in source {self.source.kind}: there "
+                f"are none of {', '.join(without)}"
+            )
+        return all(brings)
+
+    def _read_validation(self, train: list[Example]) -> list[Example]:
+        asked = {self._question(example) for example in train}
+        validation: list[Example] = []
+        for name in self.train_tasks:
+            rows = self._read(self.family.task(name), "validation")
+            seen = sum(self._question(row) in asked for row in rows)
+            self.data_versions["validation"][name]["overlap"] = seen
+            if seen:
+                log.warning("%d of %d %s validation rows occur in the train rows", seen, len(rows), name)
+            validation += rows
+        if 0 <= (size := self._held_out(validation)) < len(validation):
+            _, validation = carve_validation(validation, size, self.split_seed)
+        return validation
+
+    def _held_out(self, rows: list[Example]) -> int:
+        """Return how many rows validate, of those that could."""
+        if isinstance(self.validation_size, int):
+            return self.validation_size
+        prompts = len(set(map(question_of, rows)))
+        size = int(self.validation_size * prompts)
+        if size == 0:
+            raise ValueError(
+                f"data.validation_size={self.validation_size} of {prompts} distinct prompts is less than one row"
+            )
+        return size
 
     def _read_test(self) -> dict[str, list[Example]]:
         return {name: self._read(self.family.task(name), "test") for name in self.test_tasks}
 
     def _question(self, example: Example) -> str:
-        return normalized(f"{example.prompt} {example.context}")
+        earlier = (text for _, text in example.turns)
+        return normalized(" ".join([example.prompt, example.context, *earlier]))
 
     def _encode(self, examples: list[Example], what: str) -> EncodedRows:
         texts = apply_template(self.template, examples, self.tokenizer, self.system_prompt)

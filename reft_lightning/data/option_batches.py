@@ -17,7 +17,7 @@ def option_batches(
 ) -> list[dict[str, Any]]:
     """Return one target-only batch for each option index, rows in the order of the examples.
 
-    A row with fewer options than others repeats its last one; who ranks them must leave the repetitions out. The
+    A row with fewer options than others repeats its last one; leave the repetitions out of the ranking. The
     prompts of all batches are the same columns, unless `max_length` cuts a prompt by the length of its option.
     """
     pad: Any = tokenizer.pad_token_id

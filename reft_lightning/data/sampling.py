@@ -33,17 +33,17 @@ class EpochOrder:
 class TrainBatches(Sampler[list[int]]):
     """Shuffled batches of row numbers, of similar length if wanted, dealt to the ranks.
 
-    The order of an epoch is a function of (seed, epoch, W B) alone. Each global batch of W B rows is dealt to
+    The order of an epoch depends only on (seed, epoch, W B). Each global batch of W B rows is dealt to
     the ranks in turn, so W processes with batch size B see in each step the rows that one process with batch
     size W B sees. Every rank gets the same number of batches. The last global batch may be smaller; if it has
     fewer rows than there are ranks it is filled from the start of the epoch's order.
 
     Length groups keep randomness: shuffle all rows, cut into megabatches (50 global batches, or a quarter of
-    the rows if that is less, lest every epoch has the same batches), sort each by length, cut into batches,
+    the rows if that is less, so that epochs have different batches), sort each by length, cut into batches,
     shuffle the batches.
 
-    An iterator knows its epoch and position and gives them as `state_dict`, which `StatefulDataLoader` saves:
-    training resumes with the very next batch.
+    The `state_dict` of an iterator is its epoch and position. `StatefulDataLoader` saves it, and training resumes
+    with the very next batch.
 
     Args:
         lengths: tokens of each row.
@@ -148,7 +148,7 @@ class TrainIterator(Iterator[list[int]]):
             if self._epoch is None:
                 self._epoch = self._owner.sampler.epoch
             self._batches = self._owner.batches(self._epoch)
-            # outside Lightning nobody sets the epoch: the next iterator goes on with the next one
+            # without Lightning no one sets the epoch: the next iterator continues with the next one
             self._owner.sampler.set_epoch(self._epoch + 1)
         if self._position >= len(self._batches):
             raise StopIteration

@@ -23,14 +23,14 @@ def carve_validation(
     """Take `size` validation rows out of the train rows, and every repetition of their prompts with them.
 
     Each stratum gives its share of the rows (largest remainders), so small tasks are not forgotten. Chosen
-    rows have distinct prompts. The choice depends on `seed` and the rows alone: subsets of the train rows are
+    rows have distinct prompts. The choice depends only on `seed` and the rows: subsets of the train rows are
     taken afterwards (`subset`), so a smaller run is validated on the same rows as a full one.
 
     Args:
         examples: all train rows.
         size: how many validation rows; 0 for none.
         seed: the split's own seed, not the run's.
-        stratum: what to balance over; the task unless told otherwise.
+        stratum: what to balance over; the task by default.
 
     Returns:
         (train, validation), both in the order of `examples`.

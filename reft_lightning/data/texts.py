@@ -2,7 +2,7 @@
 
 Letters: b rows, s columns. A row is what the tokenizer makes of it with its special tokens::
 
-    cls a1 a2 sep b1 b2 sep pad pad     input_ids, attention_mask, token_type_ids (if the tokenizer tells texts apart)
+    cls a1 a2 sep b1 b2 sep pad pad     input_ids, attention_mask, token_type_ids (if the tokenizer has them)
     label                               (b,) int64 classes, or float32 scores
 
 Masks come from lengths, never from comparing ids with the pad id.
@@ -34,7 +34,7 @@ class EncodedTexts(Dataset[dict[str, Any]]):
     """Encoded rows in one array of tokens; the 363,846 rows of QQP take 45 MB instead of half a gigabyte.
 
     A row longer than `max_length` loses tokens at the end of the longer text of its pair, one at a time (the
-    tokenizers' `longest_first`); how many rows did is logged and kept as `truncated`.
+    tokenizers' `longest_first`); their number is logged, and available as `truncated`.
 
     Args:
         tokenizer: of the model.
@@ -68,7 +68,7 @@ class EncodedTexts(Dataset[dict[str, Any]]):
         )
         self._tokens, self._lengths = columns["ids"], columns["ids.lengths"]
         self._starts = np.concatenate([[0], np.cumsum(self._lengths)]).astype(np.int64)
-        # types that are all 0 are every model's default, and decoders know none
+        # all types 0 is the default of every model, and decoders have none
         self._types = columns[TYPES] if typed and columns[TYPES].any() else None
         self.truncated = int(columns["cut"].sum())
         if self.truncated:

@@ -28,7 +28,9 @@ SCHEDULES = (
     "reft_lightning.training.schedules",
     "transformers.optimization",
 )  # functions, whose names are known
-COLUMNS = ("prompt", "target", "answer", "context", "options", "messages")  # of one's own rows
+# settings of one's own rows
+COLUMNS = ("prompt", "target", "answer", "context", "options", "answer_form", "messages")
+FILES = ("validation_path", "test_path", "delimiter")
 
 
 def family_of(config: Config) -> AnyFamily:
@@ -36,10 +38,8 @@ def family_of(config: Config) -> AnyFamily:
     data = config.data
     if data.family != "custom":
         return get_family(data.family)
-    columns = {name: getattr(data, name) for name in COLUMNS}
-    return custom_family(
-        path=data.path, source=data.source, test_path=data.test_path, template=data.template, **columns
-    )
+    settings = {name: getattr(data, name) for name in (*COLUMNS, *FILES)}
+    return custom_family(path=data.path, source=data.source, template=data.template, **settings)
 
 
 def decoding_of(config: Config, family: Family) -> Decoding:
@@ -103,7 +103,7 @@ def data_module(config: Config, family: AnyFamily, tokenizer: Any) -> BenchmarkD
     values |= {"tasks": values["tasks"] or list(family.tasks), "seed": config.seed, "sealed": config.sealed}
     del values["family"]
     kind, defaults = kind_of(family), DataConfig()
-    for name in (*COLUMNS, "test_path", *kind.unused):  # the columns are those of one's own rows
+    for name in (*COLUMNS, *FILES, *kind.unused):  # the columns are those of one's own rows
         if family.name != "custom" and values[name] != getattr(defaults, name):
             raise ValueError(
                 f"data.{name}={values[name]} means nothing to the family {family.name}: leave it out"

@@ -53,7 +53,10 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
     seed_everything(config.seed, workers=True, verbose=False)
     adapter = load_state(folder / "adapter")  # a missing one is reported before weights are loaded
     # nothing is trained: what the folder names for training is not imported
-    objects = build(replace(config, optimizer=OptimizerConfig(), scheduler=SchedulerConfig()))
+    untrained = replace(
+        config, optimizer=OptimizerConfig(), scheduler=SchedulerConfig(), test=split == "test"
+    )
+    objects = build(untrained)
     objects.model.load_adapter_state_dict(adapter)
     target = new_folder(folder / "evaluations")
     results = Results(

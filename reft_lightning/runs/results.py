@@ -39,7 +39,8 @@ class Results:
         if self.path.is_file():
             earlier = read_json(self.path)
             now = {k: v for k, v in self.values.items() if k not in ("metrics", "counts", "test_reads")}
-            self.values = {k: v for k, v in earlier.items() if k not in ("stopped", "error", "signal")} | now
+            then = {k: v for k, v in earlier.items() if k not in ("stopped", "error", "signal")}
+            self.values = self.values | then | now
 
     def has(self, prefix: str) -> bool:
         """Whether a metric with this prefix was obtained."""

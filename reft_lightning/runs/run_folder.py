@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..config.schema import Config
 from ..storage.atomic import write_text
+from ..storage.reading import read_json, read_yaml
 
 RESULTS = "results.json"
 WRITTEN = (
@@ -27,15 +27,16 @@ def load_run_config(folder: Path) -> Config:
     """Read the resolved configuration of a run folder.
 
     Raises:
-        ValueError: if the folder holds none.
+        ValueError: if the folder holds none, or one that is damaged or of another version.
     """
     path = Path(folder) / "config.yaml"
     if not path.is_file():
         raise ValueError(
             f"{folder} is not a run folder: it has no config.yaml; give the folder that reft-train named"
         )
+    values = read_yaml(path)
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
     except OmegaConfBaseException as error:
         raise ValueError(
             f"{path} was written by another version of reft_lightning: {str(error).splitlines()[0]}"
@@ -47,10 +48,9 @@ def load_run_config(folder: Path) -> Config:
 def is_complete(folder: Path) -> bool:
     """Whether a folder holds the results of a run that reached its end."""
     try:
-        results = json.loads((Path(folder) / RESULTS).read_text(encoding="utf-8"))
+        return read_json(Path(folder) / RESULTS).get("status") == "complete"
     except (OSError, ValueError):
         return False
-    return isinstance(results, dict) and results.get("status") == "complete"
 
 
 def check_free(folder: Path, overwrite: bool) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from ..config.compose import CompositionError, compose
+from ..config.compose import CompositionError, composing
 from ..config.schema import Config
 from .search_plan import Plan
 from .space import override
@@ -24,7 +24,8 @@ SAME = (
     *(f"model.{key}" for key in ("name", "source", "path", "package", "sha256", "revision", "config")),
     *(f"data.{key}" for key in (
         "family", "tasks", "train_tasks", "source", "path", "package", "sha256", "mixture", "split_seed",
-        "validation_size", "limit_validation", "target", "answer", "context", "options", "messages", "test_path",
+        "validation_size", "limit_validation", "target", "answer", "context", "options", "answer_form", "messages",
+        "validation_path", "test_path", "delimiter", "skip_invalid",
     )),
 )  # fmt: skip
 
@@ -35,17 +36,17 @@ def compose_corners(plan: Plan) -> dict[str, list[Config]]:
     Raises:
         ValueError: for a parameter that does not exist, or a value that it cannot have.
     """
-    found: dict[str, list[Config]] = {}
-    for method in plan.methods:
-        corners = [dimension.values for dimension in plan.space(method)]
-        found[method] = []
-        for i in range(max(map(len, corners))):
-            params = {d.name: c[min(i, len(c) - 1)] for d, c in zip(plan.space(method), corners, strict=True)}
-            try:
-                found[method].append(compose(plan.trial_overrides(method, params)))
-            except CompositionError as error:
-                drawn = " ".join(override(name, value) for name, value in params.items())
-                raise ValueError(f"search {plan.name}, method {method}, {drawn}:\n{error}") from error
+    found: dict[str, list[Config]] = {method: [] for method in plan.methods}
+    with composing() as compose:
+        for method in plan.methods:
+            space = plan.space(method)
+            for i in range(max(len(dimension.values) for dimension in space)):
+                params = {d.name: d.values[min(i, len(d.values) - 1)] for d in space}
+                try:
+                    found[method].append(compose(plan.trial_overrides(method, params)))
+                except CompositionError as error:
+                    drawn = " ".join(override(name, value) for name, value in params.items())
+                    raise ValueError(f"search {plan.name}, method {method}, {drawn}:\n{error}") from error
     return found
 
 

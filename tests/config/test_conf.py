@@ -5,7 +5,7 @@ from operator import attrgetter
 
 import pytest
 
-from reft_lightning.config.compose import CompositionError, compose, config_dir
+from reft_lightning.config.compose import CompositionError, compose, composing, config_dir
 from reft_lightning.config.explain import Vocabulary, keys
 from reft_lightning.config.schema import CHOICES, Config
 
@@ -124,6 +124,37 @@ def test_a_folder_of_ones_own_adds_experiments(tmp_path):
         "# @package _global_\ndefaults: [override /model: tiny_random]\nseed: 7\n"
     )
     assert compose(["experiment=mine"], tmp_path).seed == 7
+
+
+def test_runs_that_are_composed_together_are_those_composed_one_by_one():
+    base = ["model=tiny_random", "data=boolq", "seed=7"]
+    runs = [
+        [*base, "optimizer.lr=1e-2"],
+        [*base, "intervention.layers=[0,1]", "optimizer.lr=3e-3", "sealed=true"],
+        [*base, "scheduler=constant", "seed=8"],
+        [*base, "data.tasks=[piqa]", "data.tasks=[boolq,piqa]"],
+        [*base, "+model.config.initializer_range=0.4", "model.config.num_hidden_layers=3"],
+        base,
+    ]
+    wrong = (
+        "optimizer.lr=high",
+        "intervention.rank=a",
+        "model.config.layerz=3",
+        "optimizer.lrr=1",
+        "seed=-1",
+    )
+    with composing() as compose_one:
+        together = [compose_one(overrides) for overrides in runs]
+        shared = [message_of(compose_one, [*base, text]) for text in wrong]
+    assert together == [compose(overrides) for overrides in runs]
+    # after a choice at the end, Hydra reads all files with the values
+    assert shared == [message_of(compose, [*base, text, "scheduler=linear"]) for text in wrong]
+
+
+def message_of(compose_one, overrides):
+    with pytest.raises(CompositionError) as error:
+        compose_one(overrides)
+    return str(error.value)
 
 
 def test_compose_raises_instead_of_leaving_the_process():

@@ -229,7 +229,7 @@ class TestFiles:
         damage(cache / name)
         log = tmp_path / "calls"
         check(run(log))
-        assert "is damaged and is made anew" in caplog.text
+        assert "is damaged and is made again" in caplog.text
         assert log.read_text() == "xx"
         assert (cache / name / "rows.arrow").read_bytes() == before
         caplog.clear()

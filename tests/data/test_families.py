@@ -11,6 +11,7 @@ import yaml
 from readme import code_with
 
 from reft_lightning.config import compose
+from reft_lightning.config.schema import DataConfig
 from reft_lightning.data import FAMILIES, ClassificationFamily, Example, Family, Judgement, get_family
 from reft_lightning.data.prompts import TEMPLATES
 from reft_lightning.data.rows import HubRows, hub_rows
@@ -39,12 +40,12 @@ def test_a_family_has_a_version_tasks_and_a_way_to_score(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_can_be_chosen_by_a_file_of_the_data_group(name):
-    assert any(composed(file).family == name for file in FILES)
+    assert any(written(file).family == name for file in FILES)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_file_of_the_data_group_names_tasks_that_its_family_has(file):
-    data = composed(file)
+    data = written(file)
     if data.family != "custom":
         tasks = FAMILIES[data.family].tasks
         assert set(data.tasks) | set(data.train_tasks or ()) <= set(tasks)
@@ -55,16 +56,15 @@ def test_a_file_of_the_data_group_says_what_it_is(file):
     assert file.read_text(encoding="utf-8").startswith("# ")
 
 
-def composed(file):
-    place = ["data.path=folder"] if "source: local" in text_of(file) else []
-    return compose.compose(["model=tiny_random", f"data={file.stem}", *place]).data
+def written(file):
+    """The section that a file and those it builds on write; that each composes is a test of tests/config."""
+    return DataConfig(**keys_of(file))
 
 
-def text_of(file):
-    """The text of a file and of those it builds on."""
-    text = file.read_text(encoding="utf-8")
-    below = [entry for entry in (yaml.safe_load(text).get("defaults") or []) if isinstance(entry, str)]
-    return text + "".join(text_of(CONF / f"{name}.yaml") for name in below if name != "_self_")
+def keys_of(file):
+    own = yaml.safe_load(file.read_text(encoding="utf-8"))
+    below = [name for name in own.pop("defaults", []) if name != "_self_"]
+    return {key: value for name in below for key, value in keys_of(CONF / f"{name}.yaml").items()} | own
 
 
 def test_an_unknown_family_names_the_nearest():
@@ -153,13 +153,13 @@ BERT = ["model.config.model_type=bert"]
         (["option_likelihood=false", "checkpoint.monitor=val/option_accuracy"], "monitor must be one of"),
         (["optimizer.head_lr=1e-3"], "no head is trained"),
         (["decoding.samples=2"], r"decoding\.samples=2: Greedy methods"),
-        (["decoding.max_new_tokens=0"], "max_new_tokens must be at least 1"),
+        (["decoding.max_new_tokens=0"], "max_new_tokens must be 1 or more"),
         (BERT, "is an encoder"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_what_would_fail_after_training_is_refused_before(rows, tmp_path, overrides, message):
-    with pytest.raises(experiment.SetupError, match=message):
+    with pytest.raises((experiment.SetupError, compose.CompositionError), match=message):
         short_runs.run(rows, tmp_path, *overrides)
     assert not (tmp_path / "config.yaml").exists()
 
@@ -176,6 +176,42 @@ def test_missing_test_rows_are_found_before_training(rows, tmp_path):
         short_runs.run(rows, tmp_path)
     results = short_runs.run(rows, tmp_path, "test=false", "trainer.max_steps=1")
     assert results["status"] == "complete"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "why?", "reply": ""}, r"held\.jsonl, line 2: the row has no answer: column 'reply' is empty"),
+        ({"question": "why?", "answer": "so"}, r"held\.jsonl, line 2: no column 'reply'"),
+        ("no row", r"held\.jsonl, line 2: a row must be an object"),
+        (
+            {"m": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"},
+                   {"role": "assistant", "content": "c"}]},
+            r"held\.jsonl, line 2: template plain has no place for the 1 earlier turns",
+        ),
+    ],
+    ids=["no answer", "no column", "no object", "a turn that the template refuses"],
+)  # fmt: skip
+def test_a_bad_test_row_is_found_before_training(tmp_path, row, message):
+    chats = "m" in row
+    good = {"m": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]} if chats else {
+        "question": "where?", "reply": "here"}  # fmt: skip
+    lines = (json.dumps(good) + "\n") * 4
+    (tmp_path / "train.jsonl").write_text(lines)
+    (tmp_path / "held.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(row)}\n")
+    columns = (
+        ["data.messages=m", "data.template=plain"] if chats else ["data.prompt=question", "data.target=reply"]
+    )
+    settings = compose.compose(
+        [
+            "model=tiny_random", "data=custom", f"data.path={tmp_path / 'train.jsonl'}", *columns,
+            f"data.test_path={tmp_path / 'held.jsonl'}", "data.validation_size=0", "trainer.accelerator=cpu",
+            "trainer.max_steps=1", "trainer.enable_progress_bar=false",
+        ]
+    )  # fmt: skip
+    with pytest.raises(experiment.SetupError, match=message):
+        experiment.run(settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("tasks", ["[]", "[rte,cola]"])

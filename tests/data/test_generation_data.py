@@ -1,6 +1,7 @@
 """Splits, order, ranks, resume and the sealed test split. Defects are numbered as in test_defects_of_peers.py."""
 
 import itertools
+import json
 import logging
 import random
 from collections import Counter
@@ -14,8 +15,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.data import FAMILIES
 from reft_lightning.data.example import Example
+from reft_lightning.data.family import Family, Task
 from reft_lightning.data.generation_data import GenerationData
-from reft_lightning.data.rows import DataSource
+from reft_lightning.data.rows import DataSource, LocalRows
 from reft_lightning.data.sampling import EvaluationShare, TrainBatches
 from reft_lightning.data.splits import carve_validation, fingerprint, subset
 
@@ -36,6 +38,23 @@ def toy(count, task="t"):
 
 def prompts(rows):
     return [example.prompt for example in rows.examples]
+
+
+def brings_validation(folder, *names):
+    """A family of tasks a and b, of which the named ones have validation rows of their own."""
+
+    def example(row, where):
+        return Example(row["task"], row["q"], "x", "x", source=where)
+
+    tasks = {}
+    for name in ("a", "b"):
+        splits = ("train", *(("validation",) if name in names else ()))
+        for split in splits:
+            rows = [{"task": name, "q": f"{name} {split} {i}"} for i in range(4)]
+            (folder / f"{name}.{split}.json").write_text(json.dumps(rows))
+        local = {split: (LocalRows((f"{name}.{split}.json",)),) for split in splits}
+        tasks[name] = Task(name, example, local=local)
+    return Family("toy", 1, tasks, 4, score=None)
 
 
 class TestSplits:
@@ -104,6 +123,29 @@ class TestSplits:
         assert {task: len(data._validation[task]) for task in data.val_tasks} == dict.fromkeys(
             ("boolq", "piqa", "winogrande"), 1
         )
+
+    def test_validation_rows_that_a_family_brings_are_used(self, tmp_path):
+        family = brings_validation(tmp_path, "a", "b")
+        data = GenerationData(
+            family, byte_tokenizer(), DataSource("local", str(tmp_path)), tasks=("a", "b"), batch_size=2,
+            eval_batch_size=2, validation_size=3,
+        )  # fmt: skip
+        assert data.val_tasks == ("a", "b")
+        held_out = [prompt for task in data.val_tasks for prompt in prompts(data._validation[task])]
+        assert len(held_out) == 3
+        assert all(" validation " in prompt for prompt in held_out)
+        assert len(data.train_rows) == 8
+
+    def test_tasks_with_and_without_validation_rows_are_not_trained_together(self, tmp_path):
+        family = brings_validation(tmp_path, "a")
+        data = GenerationData(
+            family, byte_tokenizer(), DataSource("local", str(tmp_path)), tasks=("a", "b"), batch_size=2,
+            eval_batch_size=2, validation_size=3,
+        )  # fmt: skip
+        with pytest.raises(
+            ValueError, match=r"tasks with and without validation rows in source local: .* of b"
+        ):
+            data.setup("fit")
 
     def test_other_tasks_can_be_trained_on_than_tested(self):
         data = make(tasks=["openbookqa"], train_tasks=["ARC-Easy", "ARC-Challenge"])

@@ -5,6 +5,7 @@ JSON and JSON Lines have further tests in test_sources.py.
 
 import gzip
 import json
+import warnings
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,6 +24,11 @@ def put(folder, name, text):
     content = text if isinstance(text, bytes) else text.encode()
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     return path
+
+
+def not_utf8(*cells):
+    """A column of text that is not all UTF-8, which other programs may write."""
+    return pa.array([c.encode() if isinstance(c, str) else c for c in cells], pa.binary()).view(pa.string())
 
 
 def places(rows):
@@ -85,6 +91,28 @@ class TestJson:
         with pytest.raises(ValueError, match=words):
             list(read_file(put(tmp_path, "rows.json", text)))
 
+    @pytest.mark.parametrize(
+        ("name", "text", "where"),
+        [
+            ("rows.jsonl", '{"a": 1}\n{"a": 1, "b": 2, "a": 3}\n', "line 2"),
+            ("rows.json", '[{"a": 1},\n{"a": 1, "b": [{"a": 2, "a": 3}]}]', r"row 1 \(line 2\)"),
+            ("rows.json", '{"x": {"a": 1, "a": 2}}', r"rows\.json"),
+        ],
+    )
+    def test_a_key_that_an_object_has_twice_is_named(self, tmp_path, name, text, where):
+        with pytest.raises(ValueError, match=f"{where}: an object has the key 'a' more than once"):
+            list(read_file(put(tmp_path, name, text)))
+
+    @pytest.mark.parametrize(
+        ("name", "text", "where"),
+        [("rows.jsonl", '{"a": 1}\n{"a": %s}', "line 2"), ("rows.json", '[{"a": 1}, {"a": %s}]', "row 1"),
+         ("rows.json", '{"a": %s}', r"rows\.json")],
+    )  # fmt: skip
+    def test_json_that_is_nested_too_deeply_names_its_row(self, tmp_path, name, text, where):
+        deep = "[" * 10**5 + "]" * 10**5
+        with pytest.raises(ValueError, match=f"{where}.*: the JSON is nested too deeply"):
+            list(read_file(put(tmp_path, name, text % deep)))
+
     def test_json_lines_under_the_wrong_name_are_recognised(self, tmp_path):
         with pytest.raises(ValueError, match=r"line 2: not JSON \(Extra data\); is this JSON Lines\?"):
             list(read_file(put(tmp_path, "rows.json", '{"a": 1}\n{"a": 2}\n')))
@@ -118,7 +146,7 @@ class TestTables:
         [
             ("q,a,q", r"line 1: the header names 'q' more than once"),
             (",q", r"line 1: column 1 has no name; .*index=False"),
-            ("", "is empty: the names of the columns"),
+            ("", "is empty: its first line must name the columns"),
         ],
     )
     def test_a_header_names_each_column_once(self, tmp_path, header, words):
@@ -143,6 +171,36 @@ class TestTables:
         ]
 
 
+class TestDelimiters:
+    @pytest.mark.parametrize("mark", [",", ";", "\t"])
+    @pytest.mark.parametrize("quoted", [False, True])
+    def test_the_header_shows_what_is_between_cells(self, tmp_path, mark, quoted):
+        header = ["q, or p", "a", "b"] if quoted and mark != "," else ["q", "a", "b"]
+        lines = [[f'"{name}"' for name in header] if quoted else header, ["1", "'x'", "3"]]
+        path = put(tmp_path, "rows.csv", "\n".join(map(mark.join, lines)))
+        assert [row for row, _ in read_file(path)] == [dict(zip(header, ["1", "'x'", "3"], strict=True))]
+
+    def test_a_decimal_comma_is_text_between_semicolons(self, tmp_path):
+        assert [row for row, _ in read_file(put(tmp_path, "rows.csv", "q;a\n1,5;2,5\n"))] == [
+            {"q": "1,5", "a": "2,5"}
+        ]
+
+    def test_one_column_needs_no_delimiter(self, tmp_path):
+        assert [row for row, _ in read_file(put(tmp_path, "rows.csv", "q\nwhere?\n"))] == [{"q": "where?"}]
+
+    def test_another_delimiter_can_be_named(self, tmp_path):
+        path = put(tmp_path, "rows.csv", "q;r|a\n1|2\n")
+        with pytest.raises(
+            ValueError, match=r"1 cells for the 2 columns q, r\|a;.* has ';' between .*data\.delimiter"
+        ):
+            list(read_file(path))
+        assert [row for row, _ in read_file(path, "|")] == [{"q;r": "1", "a": "2"}]
+
+    def test_a_delimiter_of_another_format_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match=r"rows\.tsv: a delimiter is for \.csv files"):
+            list(read_file(put(tmp_path, "rows.tsv", "q\ta\n"), ";"))
+
+
 class TestParquet:
     def test_nested_values_and_nulls_survive(self, tmp_path):
         rows = [{"m": [{"role": "user", "content": "a"}], "n": None}, {"m": [], "n": 2}]
@@ -151,15 +209,71 @@ class TestParquet:
         assert [row for row, _ in found] == rows
         assert places(found) == ["rows.parquet, row 0", "rows.parquet, row 1"]
 
+    @pytest.mark.parametrize(
+        ("column", "words"),
+        [
+            (pa.array([0, 2**60], pa.timestamp("us")), "date value out of range"),
+            (pa.array([0, 2**30], pa.date32()), "days=1073741824"),
+            (not_utf8("good", b"\xff\xfe"), "can't decode byte 0xff"),
+        ],
+        ids=["timestamp", "date", "text"],
+    )
+    def test_a_cell_that_python_has_no_value_for_names_row_and_column(self, tmp_path, column, words):
+        pq.write_table(pa.table({"q": ["a", "b"], "when": column}), tmp_path / "rows.parquet")
+        with pytest.raises(
+            ValueError, match=rf"rows\.parquet, row 1: column 'when' cannot be read: .*{words}"
+        ):
+            list(read_file(tmp_path / "rows.parquet"))
+
+    def test_a_cut_file_is_named(self, tmp_path):
+        pq.write_table(pa.table({"q": ["a" * 1000, "b"]}), tmp_path / "rows.parquet")
+        put(tmp_path, "rows.parquet", (tmp_path / "rows.parquet").read_bytes()[:-40])
+        with pytest.raises(ValueError, match=r"rows\.parquet: not Parquet"):
+            list(read_file(tmp_path / "rows.parquet"))
+
     def test_something_else_under_its_name_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match=r"rows\.parquet: not Parquet"):
             list(read_file(put(tmp_path, "rows.parquet", "a,b\n1,2\n")))
 
 
+class TestSavedFolders:
+    def saved(self, folder, rows):
+        datasets = pytest.importorskip("datasets")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            datasets.disable_progress_bars()
+            datasets.Dataset.from_list(rows).save_to_disk(str(folder))
+            datasets.enable_progress_bars()
+        return folder
+
+    def test_a_folder_of_save_to_disk_is_read_as_a_file_is(self, tmp_path):
+        rows = [{"q": f"{i}?", "m": [{"role": "user", "content": "a"}], "n": None} for i in range(3)]
+        found = list(read_file(self.saved(tmp_path / "train", rows)))
+        assert [row for row, _ in found] == rows
+        assert found[2][1] == f"{tmp_path.name}/train, row 2"
+
+    def test_a_broken_one_is_named(self, tmp_path):
+        folder = self.saved(tmp_path / "train", [{"q": "a"}])
+        next(folder.glob("*.arrow")).unlink()
+        with pytest.raises(ValueError, match="train: not a whole folder of save_to_disk"):
+            list(read_file(folder))
+
+
 class TestBrokenFiles:
-    def test_another_encoding_is_named(self, tmp_path):
-        with pytest.raises(ValueError, match=r"rows\.csv: not UTF-8 text"):
-            list(read_csv(put(tmp_path, "rows.csv", "q\nä\n".encode("latin-1"))))
+    @pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz", "rows.jsonl", "rows.tsv"])
+    def test_another_encoding_is_named_with_its_line(self, tmp_path, name):
+        lines = ['{"q": 1}'] * 20_000 if name == "rows.jsonl" else ["q"] * 20_000
+        content = "\n".join([*lines[:15_000], "ä", *lines[15_000:]]).encode("latin-1")
+        with pytest.raises(ValueError, match=rf"{name}, line 15001: not UTF-8 text \(.*\); save it as UTF-8"):
+            list(read_file(put(tmp_path, name, content)))
+
+    @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+    @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv.gz", "rows.json", "rows.jsonl"])
+    def test_utf_16_is_known_by_its_byte_order_mark(self, tmp_path, name, encoding):
+        texts = {".csv": "q,a\nä,1\n", ".tsv": "q\ta\nä\t1\n", ".json": '[{"q": "ä", "a": "1"}]',
+                 ".jsonl": '{"q": "ä", "a": "1"}\n'}  # fmt: skip
+        path = put(tmp_path, name, ("\ufeff" + texts[ending(Path(name))]).encode(encoding))
+        assert [row for row, _ in read_file(path)] == [{"q": "ä", "a": "1"}]
 
     @pytest.mark.parametrize("content", [b"plain text", gzip.compress(b"x" * 10_000, mtime=0)[:30]])
     def test_a_broken_gzip_file_is_named(self, tmp_path, content):

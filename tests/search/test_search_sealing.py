@@ -78,6 +78,23 @@ def test_the_look_at_the_rows_before_a_study_opens_no_test_rows(data, tmp_path):
     assert str(data / "boolq" / "test.json") not in files
 
 
+def test_the_look_at_rows_of_ones_own_opens_no_test_file(tmp_path):
+    for split, count in (("train", 12), ("validation", 4), ("test", 4)):
+        rows = [json.dumps({"q": f"{split} {i}?", "a": "yes"}) + "\n" for i in range(count)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(rows))
+    values = contents(tmp_path)
+    values["base"] = [
+        "model=tiny_random", "data=custom", f"data.path={tmp_path}", "data.prompt=q", "data.target=a",
+        "trainer.accelerator=cpu",
+    ]  # fmt: skip
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
+    with opened() as files:
+        command.prepare_study({"search": str(tmp_path / "mine.yaml"), "folder": str(tmp_path / "study")}, [])
+    assert str(tmp_path / "train.jsonl") in files
+    assert str(tmp_path / "validation.jsonl") in files
+    assert str(tmp_path / "test.jsonl") not in files
+
+
 # --- GLUE: rows for selection and rows of the test lie in one file
 
 

@@ -1,7 +1,7 @@
 r"""Code: HumanEval and MBPP, completion prompts, scored by running the programs.
 
 HumanEval (Chen et al. 2021, arXiv:2107.03374; https://github.com/openai/human-eval, MIT): 164 problems, test only.
-The prompt is the row's as it stands, imports, signature and docstring; the model writes the body::
+The prompt is the row's as it is, imports, signature and docstring; the model writes the body::
 
     {"task_id": "HumanEval/7", "entry_point": "double", "prompt": "def double(x):\n    \"\"\" Twice x. \"\"\"\n",
      "canonical_solution": "    return 2 * x\n", "test": "def check(candidate):\n    assert candidate(2) == 4\n"}
@@ -27,7 +27,7 @@ The prompt is the published one, without the three solved problems that the auth
 | mbpp_sanitized | 120 | 257 |
 
 Differences from the published scorer, which hold for every task: the time limit is 3 s of the processor instead of
-the clock, and programs see the standard library alone, in a fresh interpreter without threads.
+the clock, and programs see only the standard library, in a fresh interpreter without threads.
 
 Changes: version 1, first version.
 """
@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..example import Example, Judgement, Row, column
+from ..example import Example, Judgement, Row, column, text_in, texts_in
 from ..family import Family, Task
 from ..rows import HubRows, LocalRows, read_file
 
@@ -76,7 +76,7 @@ def _answer(before: str, after: str) -> str:
 
 
 def program(text: str, example: Example) -> str:
-    """Return the program of one generated text: what stands before it, the text up to its end, the tests."""
+    """Return the program of one generated text: the text before it, the text up to its end, the tests."""
     parts = json.loads(example.answer)
     return parts["before"] + cut(text, STOP_STRINGS[example.task]) + "\n" + parts["after"]
 
@@ -102,13 +102,13 @@ def humaneval(row: Row, where: str) -> Example:
     Raises:
         ValueError: if a column is missing, or the test defines no `check`.
     """
-    prompt, test = column(row, "prompt", where), column(row, "test", where)
+    prompt, test = text_in(row, "prompt", where), text_in(row, "test", where)
     if "def check(" not in test:
         raise ValueError(
             f"{where}: the test defines no function check(candidate), so every program would pass"
         )
-    answer = _answer(prompt, f"{test}\ncheck({column(row, 'entry_point', where)})\n")
-    return Example("humaneval", prompt, column(row, "canonical_solution", where), answer, source=where)
+    answer = _answer(prompt, f"{test}\ncheck({text_in(row, 'entry_point', where)})\n")
+    return Example("humaneval", prompt, text_in(row, "canonical_solution", where), answer, source=where)
 
 
 def mbpp(name: str) -> Callable[[Row, str], Example]:
@@ -116,8 +116,8 @@ def mbpp(name: str) -> Callable[[Row, str], Example]:
 
     def example(row: Row, where: str) -> Example:
         """Raise ValueError for a row without tests, which every program would pass."""
-        text = row["prompt"] if "prompt" in row else column(row, "text", where)
-        tests = [test.strip() for test in column(row, "test_list", where)]
+        text = text_in(row, "prompt" if "prompt" in row else "text", where)
+        tests = [test.strip() for test in texts_in(row, "test_list", where)]
         if not any(tests):
             raise ValueError(f"{where}: test_list is empty, so every program would pass")
         listed = "\n".join(tests)
@@ -125,10 +125,12 @@ def mbpp(name: str) -> Callable[[Row, str], Example]:
             f"You are an expert Python programmer, and here is your task: {text.strip()} "
             f"Your code should pass these tests:\n\n{listed}\n[BEGIN]\n"
         )
-        code = column(row, "code", where).replace("\r\n", "\n").rstrip()
-        imports = "\n".join(row.get("test_imports", ()))
+        code = text_in(row, "code", where).replace("\r\n", "\n").rstrip()
+        imports = "\n".join(texts_in(row, "test_imports", where)) if "test_imports" in row else ""
         # the set-up builds objects of the classes that the code defines, so it follows the code
-        setup = row.get("test_setup_code", "").replace("\r\n", "\n")
+        setup = (
+            text_in(row, "test_setup_code", where).replace("\r\n", "\n") if "test_setup_code" in row else ""
+        )
         answer = _answer(
             f"{imports}\n" if imports else "", f"{setup}\n{listed}\n" if setup else f"{listed}\n"
         )
@@ -138,18 +140,21 @@ def mbpp(name: str) -> Callable[[Row, str], Example]:
 
 
 def ids(*spans: tuple[int, int]) -> Callable[[Path], Iterator[tuple[dict[str, Any], str]]]:
-    """Return a reader of MBPP's files that keeps the rows whose task_id lies in one of the spans."""
+    """Return a reader of MBPP's files that keeps the rows whose task_id is in one of the spans."""
 
     def read(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         for row, where in read_file(path):
-            if any(first <= int(column(row, "task_id", where)) <= last for first, last in spans):
+            number = column(row, "task_id", where)
+            if not isinstance(number, int):
+                raise ValueError(f"{where}: task_id must be an integer; got {number!r:.80}")
+            if any(first <= number <= last for first, last in spans):
                 yield row, where
 
     return read
 
 
 def _layouts(split: str, span: tuple[int, int], *files: str) -> tuple[LocalRows, ...]:
-    """Return a file of the split alone, as exported from the hub, then files of several splits."""
+    """Return a file of only this split, as exported from the hub, then files of several splits."""
     return LocalRows((split,)), *(LocalRows((file,), read=ids(span)) for file in files)
 
 

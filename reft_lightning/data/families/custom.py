@@ -4,12 +4,15 @@ r"""One's own rows: a file, a folder or a data set of the hub, and which of its 
 
 | setting | meaning |
 |---|---|
-| `path` | a file (`files.py` lists the formats), or a folder with `train.*` and perhaps `test.*`; with source `hub` `owner/name`, `owner/name:config` or `owner/name:config:split`, each perhaps with `@revision` behind it |
-| `test_path` | a file with the test rows; with source `hub` the name of their split. Without any, nothing is tested |
+| `path` | a file (`files.py` lists the formats), or a folder with `train.*` and perhaps `validation.*` (or `valid.*`, `val.*`, `dev.*`) and `test.*`; with source `hub` `owner/name`, `owner/name:config` or `owner/name:config:split`, each perhaps followed by `@revision` |
+| `validation_path` | a file with the validation rows; with source `hub` the name of their split. Without any, they are taken out of the train rows |
+| `test_path` | the same for the test rows. Without any, nothing is tested |
 | `prompt`, `target` | what is read and what is learnt: each a column, or a text with columns in braces, such as `"{question}\n{choices}"` |
-| `answer` | the column in braces within `target` that is the gold answer, where the target says more than that |
+| `answer` | the column in braces within `target` that is the gold answer, where the target holds more than that |
 | `context` | a column or text like `prompt`: what the prompt is about (Alpaca's "### Input:") |
-| `options` | a column with the answers to choose from, as a list or separated by commas |
+| `options` | the answers to choose from: a column that holds a list or text with commas, or a list of columns, `[opa,opb,opc,opd]` |
+| `answer_form` | how the answer names one of the options: `text`, `letter` (A, B, ...), `index` (from 0) or `number` (from 1). What is learnt is the text of the option |
+| `delimiter` | between the cells of a CSV file, where its header does not show it (comma, semicolon and tab are recognised) |
 | `messages` | instead of all these: a column of conversations, `[{"role": "user", "content": "..."}, ...]`, or ShareGPT's `[{"from": "human", "value": "..."}, ...]` |
 
 A conversation is one example: the last answer is learnt, the question before it is the prompt, and what precedes
@@ -20,27 +23,31 @@ A generated text is right where it equals the answer, both stripped of white spa
 says little: with the templates `chat` and `alpaca`, and no `answer`, checkpoints are chosen by the accuracy over the
 `options`, or without any by the loss, which is then also measured on the test rows.
 
-Changes: version 1, first version.
+Changes: version 2 validates on a folder's validation rows, and holds out conversations whose last questions are the
+same (what precedes the question is part of it); version 1, first version.
 """  # noqa: E501
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..columns import TASK, Columns, Conversations
-from ..example import Example, Row, column, exact_match
+from ..example import Example, Row, column, exact_match, question_of
 from ..family import Family, Task
-from ..files import READERS, ending, listing, read_file
+from ..files import READERS, Rows, ending, is_saved, listing, read_file
 from ..rows import HubRows, LocalRows
 from ..splits import carve_validation
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
+# split -> how its file may be named in a folder; the names that the hub knows
+FILE_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 A_TENTH = -1  # validation_size
 MOST_VALIDATION = 100  # rows, of a tenth
 MAX_NEW_TOKENS = 128
@@ -54,9 +61,12 @@ def custom_family(
     target: str | None = None,
     answer: str | None = None,
     context: str | None = None,
-    options: str | None = None,
+    options: str | Sequence[str] | None = None,
+    answer_form: str = "text",
     messages: str | None = None,
+    validation_path: str | None = None,
     test_path: str | None = None,
+    delimiter: str | None = None,
     template: str | None = None,
 ) -> Family:
     """Return the family of one's own rows; its one task is `custom`.
@@ -68,9 +78,12 @@ def custom_family(
         target: likewise.
         answer: a column; None takes the whole target as the gold answer.
         context: like `prompt`.
-        options: a column.
+        options: a column, or several.
+        answer_form: of `ANSWER_FORMS`.
         messages: a column, instead of prompt, target and what belongs to them.
+        validation_path: where the validation rows are.
         test_path: where the test rows are.
+        delimiter: of CSV files.
         template: of the prompts, `data.template` of the run; None for `plain`, or `chat` for conversations.
 
     Raises:
@@ -82,21 +95,24 @@ def custom_family(
         raise ValueError(f"data=custom reads data.source local or hub; got {source!r}")
     if not path:
         raise ValueError("data=custom needs data.path: a file, a folder with a train file, or a hub data set")
-    tables = _hub_tables(path, test_path) if source == "hub" else _local_tables(path, test_path)
+    others = {"validation": validation_path, "test": test_path}
+    tables = _hub_tables(path, others) if source == "hub" else _local_tables(path, others, _reader(delimiter))
     first = _first_rows(tables)
     template = template or ("chat" if messages else "plain")
     given = {"prompt": prompt, "target": target, "answer": answer, "context": context, "options": options}
     if messages:
         also = [f"data.{name}" for name, value in given.items() if value]
         if also:
-            raise ValueError(f"data.messages stands instead of {', '.join(also)}; give one or the other")
+            raise ValueError(f"data.messages replaces {', '.join(also)}; give one or the other")
         make: Columns | Conversations = Conversations(messages, line_break=template == "plain")
     else:
         missing = [f"data.{name}" for name in ("prompt", "target") if not given[name]]
         if missing:
             there = f"; the columns are {', '.join(first[0][0])}" if first else ""
             raise ValueError(f"data=custom needs {' and '.join(missing)}, or data.messages{there}")
-        make = Columns(str(prompt), str(target), answer, context, options, line_break=template == "plain")
+        make = Columns(
+            str(prompt), str(target), answer, context, options, answer_form, line_break=template == "plain"
+        )
     for row, where in first:
         for name in make.names:
             column(row, name, where)
@@ -125,53 +141,65 @@ def carve(
     The tenth is of the distinct prompts, rounded down, and 100 at most.
     """
     if size == A_TENTH:
-        size = min(len({example.prompt for example in examples}) // 10, MOST_VALIDATION)
+        size = min(len(set(map(question_of, examples))) // 10, MOST_VALIDATION)
         log.info("validation_size=-1: %d of %d rows are held out", size, len(examples))
     return carve_validation(examples, size, seed, stratum)
 
 
-# ------------------------------------------------------------------------------------------ where rows lie
+# ------------------------------------------------------------------------------------------ where rows are
 
 
-def _hub_tables(path: str, test_path: str | None) -> dict[str, tuple[HubRows, ...]]:
+def _hub_tables(path: str, others: Mapping[str, str | None]) -> dict[str, tuple[HubRows, ...]]:
     if Path(path).expanduser().exists():
         raise ValueError(f"data.source=hub, but {path} is on this machine: write data.source=local")
     place, _, revision = path.partition("@")
     name, config, split, *_ = [*place.split(":", 2), "", ""]
     train = HubRows(name, config or None, split or "train", revision or None)
-    tables = {"train": (train,)}
-    if test_path:
-        tables["test"] = (HubRows(name, train.config, test_path, train.revision),)
-    return tables
+    given = {
+        split: HubRows(name, train.config, other, train.revision) for split, other in others.items() if other
+    }
+    return {split: (table,) for split, table in ({"train": train} | given).items()}
 
 
-def _local_tables(path: str, test_path: str | None) -> dict[str, tuple[LocalRows, ...]]:
+def _reader(delimiter: str | None) -> Callable[[Path], Rows]:
+    between = "\t" if delimiter == "\\t" else delimiter  # a shell hands the two characters on as they are
+    if between is not None and (len(between) != 1 or between in '\r\n"'):
+        raise ValueError(f"data.delimiter must be one character, such as ';' or '\\t'; got {delimiter!r}")
+    return partial(read_file, delimiter=between)
+
+
+def _local_tables(
+    path: str, others: Mapping[str, str | None], read: Callable[[Path], Rows]
+) -> dict[str, tuple[LocalRows, ...]]:
     place = Path(path).expanduser().absolute()
-    files: dict[str, Path | None]
-    if place.is_dir():
-        files = {"train": _split_file(place, "train"), "test": _split_file(place, "test")}
+    files: dict[str, Path | None] = {"train": place}
+    if place.is_dir() and not is_saved(place):
+        files = {split: _split_file(place, split) for split in FILE_NAMES}
         if files["train"] is None:
             raise FileNotFoundError(
-                f"data.path={path}: a folder needs a file train.*, one of {', '.join(READERS)}; it holds "
-                f"{listing(place)}"
+                f"data.path={path}: a folder needs a file train.*, one of {', '.join(READERS)}, or a folder train of "
+                f"save_to_disk; it holds {listing(place)}"
             )
-    else:
-        files = {"train": place, "test": None}
-    if test_path:
-        files["test"] = Path(test_path).expanduser().absolute()
-    # an absolute name stands for itself, whatever folder the source names
-    return {split: (LocalRows((str(file),)),) for split, file in files.items() if file}
+    files |= {split: Path(other).expanduser().absolute() for split, other in others.items() if other}
+    # an absolute name is used as it is, whatever folder the source names
+    return {split: (LocalRows((str(file),), read=read),) for split, file in files.items() if file}
 
 
 def _split_file(folder: Path, split: str) -> Path | None:
-    files = [f for f in sorted(folder.glob(f"{split}.*")) if f.is_file() and ending(f) in READERS]
+    files = [
+        file
+        for name in FILE_NAMES[split]
+        for file in (folder / name, *sorted(folder.glob(f"{name}.*")))
+        if is_saved(file) or (file.is_file() and ending(file) in READERS)
+    ]
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
-        raise ValueError(f"{folder} holds several files for {split}: {names}; give one as data.path")
+        key = "data.path" if split == "train" else f"data.{split}_path"
+        raise ValueError(f"{folder} holds several files for {split}: {names}; give one as {key}")
     return files[0] if files else None
 
 
 def _first_rows(tables: Mapping[str, tuple[Any, ...]]) -> list[tuple[Row, str]]:
-    """Return the first row of each file: a wrong column name is said before anything is built."""
-    files = [Path(table.files[0]) for (table,) in tables.values() if isinstance(table, LocalRows)]
-    return [pair for file in files for pair in islice(read_file(file), 1)]
+    """Return the first row of each file but the test's, which a search never opens: wrong columns are found early."""
+    local = [t for split, (t,) in tables.items() if split != "test" and isinstance(t, LocalRows)]
+    return [pair for table in local for pair in islice(table.read(Path(table.files[0])), 1)]

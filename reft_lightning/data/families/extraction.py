@@ -1,6 +1,6 @@
 """The answer in a chain of thought: the last number, the first capital A to E, the letter that is stated.
 
-Pure functions of a text, shared by the arithmetic families; what each rule takes wrong stands in `arithmetic.py`.
+Pure functions of a text, shared by the arithmetic families; what each rule gets wrong is listed in `arithmetic.py`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def last_number(text: str) -> str | None:
 
 
 def first_letter(text: str) -> str | None:
-    """Return the first capital A to E, wherever it stands, as published.
+    """Return the first capital A to E, wherever it is, as published.
 
     Source: pyreft, `extract_answer_letter`, after LLM-Adapters' evaluate.py.
 

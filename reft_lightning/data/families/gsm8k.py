@@ -1,12 +1,12 @@
-r"""GSM8K alone, in the template of LoftQ: where the paper's commonsense and arithmetic settings were tuned.
+r"""GSM8K on its own, in the template of LoftQ: where the paper's commonsense and arithmetic settings were tuned.
 
 Rows: https://github.com/openai/grade-school-math (MIT), `grade_school_math/data/{train,test}.jsonl`, 7,473 and 1,319::
 
     {"question": "Natalia sold clips to 48 of her friends ...",
      "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n...\n#### 72"}
 
-The model reads the question, a newline, LoftQ's sentence and a newline; it learns the answer as it stands, calculator
-annotations and all, with "####" replaced by "The final answer is: " (so that two blanks stand before the number, as in
+The model reads the question, a newline, LoftQ's sentence and a newline; it learns the answer as it is, calculator
+annotations and all, with "####" replaced by "The final answer is: " (so that two blanks precede the number, as in
 the authors' code). Template, split and scorer:
 https://github.com/stanfordnlp/pyreft/blob/dafd0995a366/examples/loreft/dataset.py
 
@@ -27,7 +27,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from ..example import Example, Judgement, Row, column
+from ..example import Example, Judgement, Row, text_in
 from ..family import Family, Task
 from ..rows import HubRows, LocalRows
 from .arithmetic import split_gsm8k
@@ -44,11 +44,12 @@ def example(row: Row, where: str) -> Example:
     r"""Return the example of {question, answer: "rationale\n#### number"}.
 
     Raises:
-        ValueError: if a column or "####" is missing, or the answer is no number.
+        ValueError: if a column or "####" is missing, or the answer is not a number.
     """
     _, number = split_gsm8k(row, where)
-    prompt = f"{column(row, 'question', where)}\n{REQUEST}\n"
-    return Example("gsm8k", prompt, row["answer"].replace("####", FINAL), number, source=where)
+    prompt = f"{text_in(row, 'question', where)}\n{REQUEST}\n"
+    target = text_in(row, "answer", where).replace("####", FINAL)
+    return Example("gsm8k", prompt, target, number, source=where)
 
 
 def score(texts: Sequence[str], example: Example) -> Judgement:

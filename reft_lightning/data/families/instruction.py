@@ -21,7 +21,7 @@ answer is learnt; text or messages), conversations {messages}, and Self-Instruct
 
 The answer that AlpacaEval gives with an instruction is the reference model's (text_davinci_003 in AlpacaEval
 1); it gives the test loss and is what a judge compares with. Two of those are empty in the published file, where
-`NO_ANSWER` stands in.
+`NO_ANSWER` takes their place.
 
 Train rows with an empty output are left out and counted in `data_versions`: Stanford's own alpaca_data.json has 28
 (https://github.com/tatsu-lab/stanford_alpaca/issues/265).
@@ -40,7 +40,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..columns import turns_of
-from ..example import Example, Row, column
+from ..example import Example, Row, as_text, column, list_in
 from ..family import Family, Prediction, Task
 from ..rows import HubRows, LocalRows
 
@@ -57,7 +57,7 @@ def _instruction(task: str, row: Row, where: str) -> Example:
 
 def _instances(task: str, row: Row, where: str) -> Example:
     """Build the example of Self-Instruct's {instruction, instances: [{input, output}, ...]}: the first instance."""
-    instances = column(row, "instances", where)
+    instances = list_in(row, "instances", where)
     if not instances:
         raise ValueError(f"{where}: instances is empty")
     first = instances[0]
@@ -77,7 +77,7 @@ def _conversation(task: str, messages: Any, where: str) -> Example:
     """Build the example of messages {role, content}: the last answer is learnt, what precedes it is read.
 
     Raises:
-        ValueError: if they are no messages in text, or do not end in a question of the user and an answer of the
+        ValueError: if they are not messages in text, or do not end in a question of the user and an answer of the
             assistant.
     """
     turns = turns_of(messages, where)
@@ -99,15 +99,14 @@ def _example(
     turns: tuple[tuple[str, str], ...] = (),
 ) -> Example:
     context = "" if context is None else context
-    for value, what in ((instruction, "instruction"), (output, "output"), (context, "input")):
-        if not isinstance(value, str):
-            raise ValueError(f"{where}: the {what} must be text; got {value!r:.80}")
+    parts = {"instruction": instruction, "output": output, "input or context": context}
+    instruction, output, context = (as_text(value, name, where) for name, value in parts.items())
     context = context if context.strip() else ""
     return Example(task, instruction, output, output, source=where, context=context, turns=turns)
 
 
 def example_of(task: str) -> Callable[[Row, str], Example]:
-    """Return (row, where it stands) -> Example, for every schema this module describes."""
+    """Return (row, where it is) -> Example, for every schema this module describes."""
 
     def example(row: Row, where: str) -> Example:
         if "messages" in row:

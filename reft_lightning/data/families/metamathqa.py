@@ -8,7 +8,7 @@ answers of a language model to rewritten questions of GSM8K and MATH::
      "response": "We add ...\n#### 12\nThe answer is: 12"}
 
 Validation and test rows: GSM8K, as in :mod:`.gsm8k`. The model reads the question in one sentence
-and learns, or says, what follows "Answer:".
+and learns, or generates, what follows "Answer:".
 
 - Train: rows whose question and response have at most 1,300 characters together, a blank between them included. No row
   of GSM8K train is learnt together with them.
@@ -24,8 +24,8 @@ Scores of what is generated after the prompt (there, of prompt and text together
 
 - `accuracy`, as published. The answer is what follows the last "The answer is: ", or else "The answer is ", "The final
   answer is: ", "The final answer is ", "#### ", up to the end of the line, without blanks and . ! ? $ % at its ends.
-  Numbers and fractions ("20/14") are compared as floating-point numbers, everything else as text: "2,125" is no number,
-  so a gold answer with a comma wants the comma.
+  Numbers and fractions ("20/14") are compared as floating-point numbers, everything else as text: "2,125" is not a
+  number, so a gold answer with a comma wants the comma.
 - `last_number_accuracy`: the last number of the text within 1e-3 of the gold one, commas gone, as in the gsm8k family.
 
 Changes: version 1, first version.
@@ -40,7 +40,7 @@ from typing import Any
 
 import numpy as np
 
-from ..example import Example, Judgement, Row, column, normalized
+from ..example import Example, Judgement, Row, normalized, text_in
 from ..family import Family, Task
 from ..rows import HubRows, LocalRows
 from . import gsm8k as original
@@ -61,21 +61,21 @@ def prompt(question: str) -> str:
 
 def metamath(row: Row, where: str) -> Example:
     """Return the example of {query, response}; a response that states no answer has an empty one, as none is scored."""
-    query, response = column(row, "query", where), column(row, "response", where)
+    query, response = text_in(row, "query", where), text_in(row, "response", where)
     return Example("metamathqa", prompt(query), response, stated(response) or "", source=where)
 
 
 def gsm8k(row: Row, where: str) -> Example:
-    """Return the example of GSM8K's {question, answer with ####}, the answer as it stands.
+    """Return the example of GSM8K's {question, answer with ####}, the answer as it is.
 
     Raises:
         ValueError: if the answer states none.
     """
-    answer = column(row, "answer", where)
+    answer = text_in(row, "answer", where)
     gold = stated(answer)
     if gold is None:
         raise ValueError(f"{where}: the answer has no '#### ' before its number: {answer!r:.80}")
-    return Example("gsm8k", prompt(column(row, "question", where)), answer, gold, source=where)
+    return Example("gsm8k", prompt(text_in(row, "question", where)), answer, gold, source=where)
 
 
 def stated(text: str) -> str | None:

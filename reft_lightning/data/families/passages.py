@@ -22,18 +22,16 @@ def prompt_about(passage: str, request: str, question: str, where: str) -> str:
         passage: what the question is about.
         request: what to do with the question, such as `"answer the question: "`.
         question: or a sentence with a gap.
-        where: where the row stands.
+        where: where the row is.
 
     Raises:
-        ValueError: if passage or question is no text, or empty; names the row.
+        ValueError: if passage or question is empty; names the row.
 
     >>> prompt_about("It rained.", "answer the question: ", "What did it do?", "here")
     'Passage: It rained.\n\nPlease answer the question: What did it do?'
     """
     for text, what in ((passage, "passage"), (question, "question")):
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"{where}: the {what} must be text; got {text!r:.80}")
-        if text is None or not text.strip():
+        if not text.strip():
             raise ValueError(f"{where}: the {what} is empty")
     return f"{_BEFORE}{passage.strip()}{_REQUEST}{request}{question.strip()}"
 
@@ -56,7 +54,7 @@ def carve_passages(
 
     Passages are drawn in random order, each from the stratum that is furthest behind its share of the rows, until
     `size` is reached; the last one stays whole, so there may be more rows than `size`, by less than one passage.
-    The choice depends on `seed` and the rows alone.
+    The choice depends only on `seed` and the rows.
 
     Args:
         examples: all train rows.

@@ -21,7 +21,7 @@ ours: no published one of these tasks has the form.
 | quail | 10,246 | 2,164 (development) | CC BY-NC-SA 4.0 |
 
 RACE: Lai et al. 2017, arXiv:1704.04683; hub rows are {example_id, article, answer: "A", question, options}. The
-original files hold one article each: {id, article, questions, options, answers}; both forms may stand in
+original files hold one article each: {id, article, questions, options, answers}; both forms may be in
 `race_high/train.jsonl` and so on, an article or a question a line.
 QuAIL 1.3: Rogers et al. 2020, https://github.com/text-machine-lab/quail, XML; its test answers are not public, and
 its development rows are what papers report.
@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from ..example import Example, Row, column, exact_match
+from ..example import Example, Row, column, exact_match, list_in, text_in, texts_in
 from ..family import Family, Task
 from ..files import text_lines
 from ..rows import HubRows, LocalRows, read_file
@@ -61,7 +61,7 @@ def multiple_choice(
         question: or a sentence with a gap.
         choices: texts of the answers.
         gold: index of the right one.
-        where: where the row stands.
+        where: where the row is.
 
     Raises:
         ValueError: if there is no such choice, or passage or question is empty.
@@ -82,12 +82,12 @@ def race(name: str) -> Callable[[Row, str], Example]:
     """Return row -> example for {article, question, options, answer: "A" to "D"}."""
 
     def example(row: Row, where: str) -> Example:
-        """Raise ValueError if the answer is no letter of an option."""
-        options, letter = column(row, "options", where), str(column(row, "answer", where)).strip()
+        """Raise ValueError if the answer is not the letter of an option."""
+        options, letter = texts_in(row, "options", where), str(column(row, "answer", where)).strip()
         letters = list("ABCDEFGH"[: len(options)])
         if letter not in letters:
             raise ValueError(f"{where}: the answer must be one of {', '.join(letters)}; got {letter!r}")
-        article, question = column(row, "article", where), column(row, "question", where)
+        article, question = text_in(row, "article", where), text_in(row, "question", where)
         return multiple_choice(name, article, question, options, letters.index(letter), where)
 
     return example
@@ -103,7 +103,7 @@ def read_articles(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         if "questions" not in row:
             yield row, where
             continue
-        parts = [column(row, name, where) for name in ("questions", "options", "answers")]
+        parts = [list_in(row, name, where) for name in ("questions", "options", "answers")]
         if len({len(part) for part in parts}) != 1:
             counts = ", ".join(str(len(part)) for part in parts)
             raise ValueError(f"{where}: questions, options and answers must be as many; got {counts}")
@@ -116,9 +116,9 @@ def quail(row: Row, where: str) -> Example:
     """Return the example of {context, question, answers, correct_answer_id}.
 
     Raises:
-        ValueError: if the last is no number of an answer; names the row.
+        ValueError: if the last is not the number of an answer; names the row.
     """
-    passage, question = column(row, "context", where), column(row, "question", where)
+    passage, question = text_in(row, "context", where), text_in(row, "question", where)
     number = column(row, "correct_answer_id", where)
     try:
         gold = int(number)
@@ -126,7 +126,7 @@ def quail(row: Row, where: str) -> Example:
         raise ValueError(
             f"{where}: correct_answer_id must be the number of an answer; got {number!r}"
         ) from error
-    return multiple_choice("quail", passage, question, column(row, "answers", where), gold, where)
+    return multiple_choice("quail", passage, question, texts_in(row, "answers", where), gold, where)
 
 
 def read_quail(path: Path) -> Iterator[tuple[dict[str, Any], str]]:

@@ -36,9 +36,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..example import Example, Judgement, Row, column
+from ..example import Example, Judgement, Row, column, list_in, text_in, texts_in
 from ..family import Family, Task
-from ..files import text_lines
+from ..files import parse_json, text_lines
 from ..rows import HubRows, LocalRows
 from .commonsense import TRIGGER
 from .passages import carve_passages, prompt_about
@@ -99,13 +99,13 @@ def span(name: str) -> Callable[[Row, str], Example]:
 
     def example(row: Row, where: str) -> Example:
         """Raise ValueError for a row without an answer, as SQuAD 2.0 has some."""
-        texts = [" ".join(text.split()) for text in column(column(row, "answers", where), "text", where)]
+        texts = [" ".join(text.split()) for text in texts_in(column(row, "answers", where), "text", where)]
         golds = list(dict.fromkeys(text for text in texts if text))
         if not golds:
             raise ValueError(
                 f"{where}: the row has no answer; questions without one (SQuAD 2.0) are not covered"
             )
-        passage, question = (column(row, part, where) for part in ("context", "question"))
+        passage, question = (text_in(row, part, where) for part in ("context", "question"))
         prompt = prompt_about(passage, REQUEST, question, where) + "\n"
         return Example(name, prompt, TRIGGER + golds[0], json.dumps(golds, ensure_ascii=False), source=where)
 
@@ -120,18 +120,18 @@ def read_squad(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """
     label = f"{path.parent.name}/{path.name}"
     try:
-        whole = json.loads("".join(text_lines(path)))
+        whole = parse_json("".join(text_lines(path)), str(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
     if not isinstance(whole, dict):
         raise ValueError(f"{path}: SQuAD's JSON is an object with a list 'data'; got {type(whole).__name__}")
-    for i, article in enumerate(column(whole, "data", label)):
-        for j, paragraph in enumerate(column(article, "paragraphs", f"{label}, article {i}")):
+    for i, article in enumerate(list_in(whole, "data", label)):
+        for j, paragraph in enumerate(list_in(article, "paragraphs", f"{label}, article {i}")):
             place = f"{label}, article {i}, paragraph {j}"
             context = column(paragraph, "context", place)
-            for k, qa in enumerate(column(paragraph, "qas", place)):
+            for k, qa in enumerate(list_in(paragraph, "qas", place)):
                 where = f"{place}, question {k}"
-                texts = [column(answer, "text", where) for answer in column(qa, "answers", where)]
+                texts = [column(answer, "text", where) for answer in list_in(qa, "answers", where)]
                 question = column(qa, "question", where)
                 yield {"context": context, "question": question, "answers": {"text": texts}}, where
 

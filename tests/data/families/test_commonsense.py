@@ -172,7 +172,7 @@ class TestTemplates:
 
     def test_an_output_that_says_another_answer_is_refused(self):
         row = {"instruction": "Q\n\nAnswer format: true/false", "output": TRIGGER + "true", "answer": "false"}
-        with pytest.raises(ValueError, match=r"does not say its answer 'false'"):
+        with pytest.raises(ValueError, match=r"does not state its answer 'false'"):
             TASKS["boolq"].example(row, "row 1")
 
 

@@ -1,8 +1,11 @@
 """Rows of one's own: the mapping of columns, conversations, splits, and what is said about a mistake."""
 
+import gzip
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from reft_lightning.base_models.loading import byte_tokenizer
@@ -112,6 +115,54 @@ class TestColumns:
         row = {"q": "?", "label": "b", "all": ["a", "b"]}
         assert one(row, prompt="q", target="label", options="all").options == ("a", "b")
 
+    def test_a_list_of_columns_holds_the_options(self):
+        row = {"q": "?", "label": "b", "o1": "a", "o2": "b", "o3": None}
+        example = one(row, prompt="q", target="It is {label}.", answer="label", options=["o1", "o2", "o3"])
+        assert (example.target, example.answer) == ("It is b.", "b")
+        assert example.options == ("It is a.", "It is b.")  # a row may have fewer
+
+    @pytest.mark.parametrize(
+        ("form", "cells"),
+        [
+            ("text", ["green", " green "]),
+            ("letter", ["C", "c", "(C)", "C."]),
+            ("index", [2, "2", 2.0, "2.0"]),
+            ("number", [3, "3", 3.0]),
+        ],
+    )
+    @pytest.mark.parametrize("columns", [True, False])
+    def test_an_answer_may_be_the_letter_or_the_place_of_its_option(self, form, cells, columns):
+        words = ["red", "blue", "green", "1"]
+        names = ["opa", "opb", "opc", "opd"]  # as MedMCQA has them
+        row = {"q": "?", **dict(zip(names, words, strict=True)), "choices": words}
+        options = names if columns else "choices"
+        for cell in cells:
+            settings = {"prompt": "{q}", "target": "cop", "options": options, "answer_form": form}
+            example = one(row | {"cop": cell}, **settings)
+            assert (example.target, example.answer) == ("green", "green")
+            assert example.options == ("red", "blue", "green", "1")
+            example = one(row | {"cop": cell}, **{**settings, "target": "It is {cop}.", "answer": "cop"})
+            assert (example.target, example.answer) == ("It is green.", "green")
+
+    @pytest.mark.parametrize(
+        ("form", "cell"),
+        [("text", "C"), ("text", 1), ("letter", "E"), ("letter", "green"), ("letter", 2), ("index", -1), ("index", 4),
+         ("index", "C"), ("index", 1.5), ("number", 0), ("number", 5), ("index", "²"), ("letter", "D"), ("index", 3)],
+    )  # fmt: skip
+    def test_an_answer_that_names_no_option_is_refused(self, form, cell):
+        row = {"q": "?", "a": "red", "b": "blue", "c": "green", "d": " ", "cop": cell}
+        with pytest.raises(
+            ValueError, match=r"line 7: the answer .* is not among the options red, blue, green.*may be"
+        ):
+            one(row, prompt="q", target="cop", options=["a", "b", "c", "d"], answer_form=form)
+
+    def test_binary_cells_are_text_in_utf8(self, tmp_path):
+        pq.write_table(pa.table({"q": [b"ist es gr\xc3\xbcn?"], "a": [b"ja"]}), tmp_path / "rows.parquet")
+        (example,) = examples(custom_family(path=str(tmp_path / "rows.parquet"), prompt="q", target="a"))
+        assert (example.prompt, example.target) == ("ist es grün?\n", "ja")
+        with pytest.raises(ValueError, match="line 7: a holds bytes that are not UTF-8 text"):
+            one({"q": "?", "a": b"\xff"}, prompt="q", target="a")
+
 
 class TestConversations:
     @pytest.mark.parametrize(("name", "column"), [("chat", "messages"), ("sharegpt", "conversations")])
@@ -134,9 +185,29 @@ class TestConversations:
         with pytest.raises(ValueError, match=r"line 7: messages in text must be JSON"):
             one({"m": "Hi there"}, messages="m")
 
+    def test_contents_may_be_openais_parts(self):
+        parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": " there"}]
+        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": [parts[0]]}]
+        example = one({"m": messages}, messages="m")
+        assert (example.prompt, example.target) == ("Hi there", "Hi")
+
     @pytest.mark.parametrize(
         ("messages", "words"),
         [
+            ([{"role": [], "content": "Hi"}], r"a message is by system, user, .*got \[\]"),
+            ([{"role": None, "content": "Hi"}], "a message is by system, user, .*got None"),
+            ([{"role": {}, "content": "Hi"}], r"got \{\}"),
+            (
+                [{"role": "user", "content": [{"type": "image_url"}]}],
+                "must be text; got a part {'type': 'image_url'}",
+            ),
+            (
+                [{"role": "user", "content": [{"type": "text", "text": None}]}],
+                "text must be text; got None",
+            ),
+            ([{"role": "user", "content": ["Hi"]}], "must be an object with 'type'; got 'Hi'"),
+            ('[{"role": "user", "role": "system"}]', "an object has the key 'role' more than once"),
+            ("[" * 10**5, "nested too deeply"),
             (talk(("user", "Hi")), "line 7: the row has no answer: .*this one has user$"),
             (talk(("assistant", "Hi")), "this one has assistant"),
             ([], "this one has nothing"),
@@ -162,10 +233,10 @@ class TestMistakes:
         ):
             custom_family(path=str(FIXTURES / "rows.csv"), prompt="{qestion}\n", target="reply")
 
-    def test_a_wrong_column_of_the_test_file_is_found_as_early(self, tmp_path):
-        test = write(tmp_path, "held.jsonl", [{"question": "?", "answer": "x"}])
+    def test_a_wrong_column_of_the_validation_file_is_found_as_early(self, tmp_path):
+        held = write(tmp_path, "held.jsonl", [{"question": "?", "answer": "x"}])
         with pytest.raises(ValueError, match=r"held\.jsonl, line 1: no column 'reply'; .*question, answer"):
-            custom_family(path=str(FIXTURES / "rows.csv"), test_path=str(test), **EMOJI)
+            custom_family(path=str(FIXTURES / "rows.csv"), validation_path=str(held), **EMOJI)
 
     def test_forgotten_settings_list_the_columns_there_are(self):
         with pytest.raises(
@@ -196,10 +267,21 @@ class TestMistakes:
         [
             ({"path": None}, r"needs data\.path"),
             ({"source": "wheel"}, "reads data.source local or hub; got 'wheel'"),
-            ({"messages": "m"}, r"data\.messages stands instead of data\.prompt, data\.target"),
-            ({"answer": "topic"}, r"data\.answer='topic' does not stand in data\.target='reply'"),
+            ({"messages": "m"}, r"data\.messages replaces data\.prompt, data\.target"),
+            ({"answer": "topic"}, r"data\.answer='topic' is not in data\.target='reply'"),
             ({"target": "so {reply}", "options": "topics"}, r"data\.options needs data\.answer"),
-            ({"prompt": "{question"}, r"data\.prompt='\{question': .*columns stand in braces"),
+            (
+                {"options": ["topic", 3]},
+                r"data\.options must be a column or a list of columns; got \['topic', 3\]",
+            ),
+            (
+                {"options": "topics", "answer_form": "leter"},
+                "data.answer_form must be one of .*mean 'letter'",
+            ),
+            ({"answer_form": "letter"}, r"answer_form=letter names one of the options: set data\.options"),
+            ({"delimiter": ";;"}, r"data\.delimiter must be one character, .*got ';;'"),
+            ({"delimiter": '"'}, r"data\.delimiter must be one character"),
+            ({"prompt": "{question"}, r"data\.prompt='\{question': .*write columns in braces"),
             ({"prompt": "{}"}, "must hold the name of a column"),
             ({"prompt": "{question:>3}"}, "must hold the name of a column and nothing else"),
             ({"prompt": "{{question}}"}, "names no column"),
@@ -225,9 +307,12 @@ class TestMistakes:
         with pytest.raises(ValueError, match=f"line 7: .*{words}"):
             one({"q": "?", "a": "c", "o": cell}, prompt="q", target="a", options="o")
 
-    def test_an_object_is_no_text(self):
-        with pytest.raises(ValueError, match=r"line 7: column 'q' holds an object"):
-            one({"q": {"x": 1}, "a": "c"}, prompt="q", target="a")
+    @pytest.mark.parametrize(
+        ("cell", "words"), [({"x": 1}, "an object"), ([["a"], ["b"]], "a list of lists")]
+    )
+    def test_an_object_is_not_text(self, cell, words):
+        with pytest.raises(ValueError, match=rf"line 7: column 'q' holds {words}, not text"):
+            one({"q": cell, "a": "c"}, prompt="q", target="a")
 
 
 class TestPlaces:
@@ -248,10 +333,58 @@ class TestPlaces:
         family = custom_family(path=str(tmp_path), prompt="q", target="t")
         assert [len(examples(family, split)) for split in ("train", "test")] == [3, 1]
 
-    def test_two_files_for_one_split_are_refused(self, tmp_path):
-        for name in ("train.jsonl", "train.json"):
+    @pytest.mark.parametrize("name", ["validation.csv", "valid.csv", "val.csv", "dev.csv.gz"])
+    def test_a_folder_may_have_a_file_of_validation_rows(self, tmp_path, name):
+        write(tmp_path, "train.jsonl", [{"q": "a", "t": "b"}] * 3)
+        text = b"q,t\nc,d\n"
+        (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+        family = custom_family(path=str(tmp_path), prompt="q", target="t")
+        assert [example.prompt for example in examples(family, "validation")] == ["c\n"]
+
+    def test_a_named_file_of_validation_rows_replaces_the_folders(self, tmp_path):
+        write(tmp_path, "train.jsonl", [{"q": "a", "t": "b"}])
+        write(tmp_path, "validation.jsonl", [{"q": "c", "t": "d"}])
+        other = write(tmp_path, "other.jsonl", [{"q": "e", "t": "f"}])
+        family = custom_family(path=str(tmp_path), validation_path=str(other), prompt="q", target="t")
+        assert [example.prompt for example in examples(family, "validation")] == ["e\n"]
+
+    def test_the_delimiter_holds_for_every_file(self, tmp_path):
+        for split in ("train", "test"):
+            (tmp_path / f"{split}.csv").write_text("q|t\na|b\n")
+        family = custom_family(path=str(tmp_path), prompt="q", target="t", delimiter="|")
+        assert [examples(family, split)[0].target for split in ("train", "test")] == ["b", "b"]
+        (tmp_path / "train.csv").write_text("q;r\tt\na;b\tc\n")
+        family = custom_family(path=str(tmp_path / "train.csv"), prompt="q;r", target="t", delimiter="\\t")
+        assert examples(family)[0].prompt == "a;b\n"
+
+    @pytest.mark.parametrize("several", [True, False])
+    def test_a_folder_of_save_to_disk_has_one_table_or_several(self, tmp_path, several):
+        datasets = pytest.importorskip("datasets")
+        datasets.disable_progress_bars()
+        table = datasets.Dataset.from_list([{"q": "a", "t": "b"}] * 3)
+        saved = datasets.DatasetDict({"train": table, "validation": table.select([1])}) if several else table
+        saved.save_to_disk(str(tmp_path / "mine"))
+        datasets.enable_progress_bars()
+        family = custom_family(path=str(tmp_path / "mine"), prompt="q", target="t")
+        assert len(examples(family)) == 3
+        assert set(family.task("custom").local) == ({"train", "validation"} if several else {"train"})
+        if several:
+            assert [example.prompt for example in examples(family, "validation")] == ["a\n"]
+
+    @pytest.mark.parametrize(
+        ("names", "words"),
+        [
+            (("train.jsonl", "train.json"), r"for train: train\.json, train\.jsonl; give one as data\.path"),
+            (
+                ("train.jsonl", "val.jsonl", "dev.jsonl"),
+                r"for validation: val\.jsonl, dev\.jsonl; give one as data\.validation_path",
+            ),
+        ],
+    )
+    def test_two_files_for_one_split_are_refused(self, tmp_path, names, words):
+        for name in names:
             write(tmp_path, name, [{"q": "a"}])
-        with pytest.raises(ValueError, match=r"several files for train: train\.json, train\.jsonl"):
+        with pytest.raises(ValueError, match=f"several files {words}"):
             custom_family(path=str(tmp_path), **EMOJI)
 
     def test_a_folder_without_a_train_file_lists_what_it_holds(self, tmp_path):
@@ -265,13 +398,14 @@ class TestPlaces:
             custom_family(path=str(tmp_path / "dta.jsonl"), **EMOJI)
 
     def test_the_parts_of_a_hub_name(self):
-        def tables(path, test=None):
-            hub = custom_family(path=path, source="hub", test_path=test, **EMOJI).task("custom").hub
+        def tables(path, **others):
+            hub = custom_family(path=path, source="hub", **others, **EMOJI).task("custom").hub
             return {split: str(table) for split, (table,) in hub.items()}
 
         assert tables("o/n") == {"train": "o/n:default:train@main"}
-        assert tables("o/n:en:train[:90%]@abc", "test") == {
+        assert tables("o/n:en:train[:90%]@abc", validation_path="dev", test_path="test") == {
             "train": "o/n:en:train[:90%]@abc",
+            "validation": "o/n:en:dev@abc",
             "test": "o/n:en:test@abc",
         }
 
@@ -281,8 +415,8 @@ class TestPlaces:
 
 
 class TestDataModule:
-    def make(self, **changes):
-        family = custom_family(path=str(FIXTURES / "rows.csv"), **EMOJI)
+    def make(self, family=None, **changes):
+        family = family or custom_family(path=str(FIXTURES / "rows.csv"), **EMOJI)
         arguments = {"batch_size": 4, "eval_batch_size": 3, "validation_size": -1, **changes}
         source = DataSource("local", str(FIXTURES / "rows.csv"))
         return GenerationData(family, byte_tokenizer(), source, tasks=["custom"], **arguments)
@@ -301,6 +435,89 @@ class TestDataModule:
         data.setup("fit")
         assert data.data_versions["split"]["validation_rows"] == 4
 
+    @pytest.mark.parametrize(("size", "rows"), [(0.3, 3), (0.19, 1)])
+    def test_a_part_of_the_rows_may_validate(self, size, rows):
+        data = self.make(validation_size=size)
+        data.setup("fit")
+        split = data.data_versions["split"]
+        assert (split["train_rows"], split["validation_rows"]) == (10 - rows, rows)
+
+    @pytest.mark.parametrize("size", ["a", True, 1.0, 1.5, -0.5, 0.0, None, float("nan")])
+    def test_a_validation_size_that_is_neither_a_number_nor_a_part_is_refused(self, size):
+        with pytest.raises(ValueError, match=r"data\.validation_size must be a number of rows, or the part"):
+            self.make(validation_size=size)
+
+    def test_a_part_that_is_less_than_a_row_is_refused(self):
+        with pytest.raises(
+            ValueError, match=r"data\.validation_size=0\.05 of 10 distinct prompts is less than one row"
+        ):
+            self.make(validation_size=0.05).setup("fit")
+
+    def test_invalid_rows_are_counted_and_left_out_when_asked(self, tmp_path, caplog):
+        rows = [{"q": f"q {i}", "a": "" if i in (3, 7) else "x"} for i in range(12)]
+        rows[9]["q"] = "half \ud83d"
+        test = write(tmp_path, "test.jsonl", rows[:5])
+        train = write(tmp_path, "train.jsonl", rows)
+        family = custom_family(path=str(train), test_path=str(test), prompt="q", target="a")
+        with pytest.raises(
+            ValueError,
+            match=r"train\.jsonl, line 4: .*column 'a' is empty \(3 of 12 custom train rows are invalid; ",
+        ):
+            self.make(family).setup("fit")
+        data = self.make(family, skip_invalid=True, validation_size=2)
+        data.setup("fit")
+        data.setup("test")
+        assert data.data_versions["split"]["train_rows"] == 7
+        assert data.data_versions["train"]["custom"]["left_out"] == 3
+        assert (data.data_versions["test"]["custom"]["left_out"], data.test_rows) == (1, {"custom": 4})
+        assert "3 of 12 custom train rows are invalid and left out; the first: " in caplog.text
+
+    def test_where_no_row_is_valid_the_first_error_is_raised(self, tmp_path):
+        train = write(tmp_path, "train.jsonl", [{"q": "a", "a": ""}] * 3)
+        family = custom_family(path=str(train), prompt="q", target="a")
+        with pytest.raises(ValueError, match=r"line 1: the row has no answer: column 'a' is empty$"):
+            self.make(family, skip_invalid=True).setup("fit")
+
+    @pytest.mark.parametrize("place", ["q", "a", "o"])
+    def test_half_a_character_names_its_row(self, tmp_path, place):
+        row = {"q": "a", "a": "x", "o": ["x", "y"]}
+        row[place] = ["x", "\ud83d"] if place == "o" else "\ud83d"
+        if place == "a":
+            row["o"][0] = "\ud83d"
+        path = write(tmp_path, "train.jsonl", [row])
+        family = custom_family(path=str(path), prompt="q", target="a", options="o")
+        with pytest.raises(
+            ValueError, match=r"train\.jsonl, line 1: the text holds half a character, '.ud83d'"
+        ):
+            self.make(family).setup("fit")
+
+    @pytest.mark.parametrize(("size", "rows"), [(-1, 10), (300, 10), (4, 4), (0.5, 5)])
+    def test_validation_rows_of_ones_own_are_used_and_all_train_rows_stay(self, tmp_path, caplog, size, rows):
+        train = write(tmp_path, "train.jsonl", [{"question": f"q {i}", "reply": "a"} for i in range(30)])
+        family = custom_family(path=str(train), validation_path=str(FIXTURES / "rows.csv"), **EMOJI)
+        data = self.make(family, validation_size=size)
+        data.setup("fit")
+        split, facts = data.data_versions["split"], data.data_versions["validation"]["custom"]
+        assert (split["train_rows"], split["validation_rows"]) == (30, rows)
+        assert (facts["rows"], facts["from"], facts["overlap"]) == (10, [str(FIXTURES / "rows.csv")], 0)
+        known = {
+            example.prompt for example in examples(custom_family(path=str(FIXTURES / "rows.csv"), **EMOJI))
+        }
+        assert {e.prompt for batch in data.val_dataloader()[0] for e in batch["examples"]} <= known
+        assert "occur in the train rows" not in caplog.text
+
+    def test_no_validation_is_possible_where_there_are_validation_rows(self):
+        path = str(FIXTURES / "rows.csv")
+        data = self.make(custom_family(path=path, validation_path=path, **EMOJI), validation_size=0)
+        assert data.val_tasks == ()
+
+    def test_validation_rows_among_the_train_rows_are_counted_and_warned_of(self, caplog):
+        path = str(FIXTURES / "rows.csv")
+        data = self.make(custom_family(path=path, validation_path=path, **EMOJI))
+        data.setup("fit")
+        assert data.data_versions["validation"]["custom"]["overlap"] == 10
+        assert "10 of 10 custom validation rows occur in the train rows" in caplog.text
+
     def test_without_test_rows_there_is_no_test_task(self):
         assert self.make().test_tasks == ()
 
@@ -312,6 +529,27 @@ class TestDataModule:
             return len(carve(rows, -1, 42)[1])
 
         assert [held_out(count) for count in (5, 10, 99, 1000, 5000)] == [0, 1, 9, 100, 100]
+
+    def test_conversations_that_end_in_one_question_are_told_apart_by_what_precedes_it(self, tmp_path):
+        def chat(i):
+            return talk(
+                ("user", f"tell me {i}"), ("assistant", "so"), ("user", "go on"), ("assistant", "then")
+            )
+
+        train = write(tmp_path, "train.jsonl", [{"m": chat(i)} for i in range(40)])
+        test = write(tmp_path, "test.jsonl", [{"m": chat(i)} for i in range(38, 43)])
+        family = custom_family(path=str(train), test_path=str(test), messages="m", template="chat")
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+        data = GenerationData(
+            family, tokenizer, DataSource("local", str(train)), tasks=["custom"], batch_size=4, eval_batch_size=4,
+            validation_size=-1,
+        )  # fmt: skip
+        data.setup("fit")
+        data.setup("test")
+        assert data.data_versions["split"]["validation_rows"] == 4
+        assert data.data_versions["split"]["train_rows"] == 36
+        assert data.data_versions["test"]["custom"]["overlap"] == 2
 
     def test_a_conversation_is_read_whole_and_its_last_answer_learnt(self):
         family = custom_family(path=str(FIXTURES / "chat.jsonl"), messages="messages")

@@ -144,7 +144,7 @@ class TestRows:
         (tmp_path / "QQP").mkdir()
         source = DataSource("local", path=str(tmp_path))
         (tmp_path / "QQP" / "train.tsv").write_bytes("question1\tä\n".encode("latin-1"))
-        with pytest.raises(ValueError, match=r"train\.tsv: not UTF-8 text"):
+        with pytest.raises(ValueError, match=r"train\.tsv, line 1: not UTF-8 text"):
             read("qqp", source=source)
         (tmp_path / "QQP" / "train.tsv").unlink()
         (tmp_path / "QQP" / "train.tsv.gz").write_bytes(b"plain text")

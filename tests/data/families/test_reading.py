@@ -280,7 +280,7 @@ class TestFiles:
     def test_another_encoding_and_a_broken_gzip_file_are_named(self, tmp_path, read, name):
         path = tmp_path / Path(name).name
         path.write_bytes(b"\xff" + (FIXTURES / name).read_bytes())
-        with pytest.raises(ValueError, match=rf"{path.name}: not UTF-8 text"):
+        with pytest.raises(ValueError, match=rf"{path.name}, line 1: not UTF-8 text"):
             list(read(path))
         path = path.with_name(path.name + ".gz")
         path.write_bytes(b"plain text")
@@ -360,9 +360,11 @@ class TestValidationRows:
         assert len(set(map(passage_of, rows))) == 1
         assert passage_of(about(1)[0]) == "t 0"
 
-    @pytest.mark.parametrize(("passage", "words"), [(None, "is empty"), (3, "must be text; got 3")])
-    def test_a_passage_that_is_no_text_names_its_row(self, passage, words):
-        with pytest.raises(ValueError, match=f"row 3: the passage {words}"):
+    @pytest.mark.parametrize(
+        ("passage", "words"), [(" ", "the passage is empty"), (3, "context must be text; got 3")]
+    )
+    def test_a_passage_that_is_not_text_names_its_row(self, passage, words):
+        with pytest.raises(ValueError, match=f"row 3: {words}"):
             spans.TASKS["squad"].example(
                 {"context": passage, "question": "y", "answers": {"text": ["x"]}}, "row 3"
             )
