@@ -49,6 +49,8 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
     check_accelerator(
         config.trainer.accelerator, f"set trainer.accelerator to cpu in {Path(folder) / 'config.yaml'}"
     )
+    if split == "test":
+        Results.read(folder)  # a damaged one, too; the read is noted there
     quiet_lightning()
     seed_everything(config.seed, workers=True, verbose=False)
     adapter = load_state(folder / "adapter")  # a missing one is reported before weights are loaded
