@@ -258,18 +258,18 @@ def _remarks(comparison: Comparison) -> list[str]:
     seeds = {method.label: method.seeds for method in methods}
     if len({tuple(s) for s in seeds.values()}) > 1:
         each = "; ".join(f"{label}: {', '.join(map(str, s))}" for label, s in seeds.items())
-        said.append(f"the methods have other seeds: {each}")
+        said.append(f"the methods have different seeds: {each}")
     if any(len(s) == 1 for s in seeds.values()):
         said.append(
-            "of one seed there is no deviation, its interval and its tests are over rows alone, and nothing is known "
-            "of other seeds"
+            "with one seed there is no deviation, intervals and tests are over rows only, and nothing is known of "
+            "other seeds"
         )
     few = {label: len(s) for label, s in seeds.items() if 1 < len(s) < FEW}
     if few:
         each = ", ".join(f"{label} {count}" for label, count in few.items())
         said.append(
-            f"fewer than {FEW} seeds ({each}): they hardly know their own spread, so intervals and p-values are "
-            "Student's t, wide, and trust that scores are normal over seeds"
+            f"fewer than {FEW} seeds ({each}): too few to know the spread, so intervals and p-values are Student's t: "
+            "wide, and right where scores are normal over seeds"
         )
     said += _diverged(methods)
     if comparison.split == "test":
@@ -277,10 +277,13 @@ def _remarks(comparison: Comparison) -> list[str]:
         several = ", ".join(f"{name} in {count} configurations" for name, count in names.items() if count > 1)
         if several:
             said.append(
-                f"{several}, all scored on test rows: choosing among them here is choosing by the test split; choose "
+                f"{several}, all scored on test rows: to choose among them here is to choose by the test split; choose "
                 "by validation (--split validation)"
             )
-    for name, word in (("device", "devices: seconds and tokens/s do not compare"), ("git_commit", "commits")):
+    for name, word in (
+        ("device", "devices: seconds and tokens/s cannot be compared"),
+        ("git_commit", "commits"),
+    ):
         values = sorted({str(run.results.get(name)) for method in methods for run in method.runs})
         if len(values) > 1:
             said.append(f"runs of {len(values)} {word} ({', '.join(value[:40] for value in values)})")
@@ -315,8 +318,8 @@ def _overlapping(comparison: Comparison) -> list[str]:
     if not together:
         return []
     return [
-        f"{together} runs were under way while another ran: on one machine they slowed each other down, and seconds, "
-        "tokens/s and what is plotted against seconds do not compare"
+        f"{together} runs were under way while another ran: on one machine they slowed each other down, so seconds, "
+        "tokens/s and plots against seconds cannot be compared"
     ]
 
 
@@ -340,8 +343,8 @@ def _diverged(methods: Sequence[Method]) -> list[str]:
                 lost[tuple(score.diverged)].append(f"{task} {measure.replace('_', ' ')}")
         for seeds, names in lost.items():
             said.append(
-                f"{method.label} diverged, seeds {', '.join(map(str, seeds))}: {', '.join(names)} is no number, so it "
-                "stands last and in no test"
+                f"{method.label} diverged, seeds {', '.join(map(str, seeds))}: {', '.join(names)} is not a number, so "
+                "it is listed last and not tested"
             )
     return said
 

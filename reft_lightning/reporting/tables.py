@@ -189,13 +189,13 @@ def pair_table(comparison: Comparison, columns: Collection[tuple[str, str]] | No
         "averaged over seeds, and of each method's scores over seeds, of which none counts as smaller than their mean "
         "over the methods of the table. It is never below p of the same test over seeds alone, nor below that of the "
         "sign flips. Where a method has one seed, rows only are counted, and nothing is known of other seeds.",
-        f"The 95 % interval is that of one pair by itself: it leaves out 0 where p < {SIGNIFICANT}. p (Holm) is "
+        f"The 95 % interval is that of one pair: it excludes 0 where p < {SIGNIFICANT}. p (Holm) is "
         "adjusted over all pairs of methods on a task and measure, and methods differ where p (Holm) < "
-        f"{SIGNIFICANT}; so of many pairs one may be said not to differ although its interval leaves out 0. Not to "
-        "differ is not to be equal: the interval says which differences these runs leave open.",
-        "Rows only: tests about rows, given the models that were trained, not adjusted. Sign flips: each row's "
-        "difference, averaged over seeds, with its sign drawn at random; of measures that are no mean over rows the "
-        "paired bootstrap; McNemar's exact test of right and wrong answers.",
+        f"{SIGNIFICANT}; so with many pairs one may not differ although its interval excludes 0. Not to differ is "
+        "not to be equal: the interval shows which differences remain possible.",
+        "Rows only: tests over rows, for the models that were trained; not adjusted. Sign flips: each row's "
+        "difference, averaged over seeds, with its sign drawn at random; for measures that are not a mean over "
+        "rows, the paired bootstrap; McNemar's exact test of right and wrong answers.",
     ]
     return Table("Paired comparison on the same rows", headings, rows, notes if rows else ())
 
@@ -312,8 +312,8 @@ JUDGEMENTS = (
     f"it differs from {{}} (p < {SIGNIFICANT} after Holm, over rows and seeds)",
     f"on these rows it differs from {{}} (p < {SIGNIFICANT} after Holm, over rows only: nothing is known of other "
     "seeds)",
-    "these runs cannot tell it from {}",
-    "there is no test against {}, for want of predictions that give both scores",
+    "these runs do not tell it apart from {}",
+    "it cannot be tested against {}: their predictions do not give both scores",
 )
 
 

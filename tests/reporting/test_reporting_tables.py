@@ -72,7 +72,7 @@ class TestTables:
         text = tables.verdict(comparison)
         assert "the best of 3" in text
         assert "it differs from far (p < 0.05 after Holm, over rows and seeds)" in text
-        assert "these runs cannot tell it from near" in text
+        assert "these runs do not tell it apart from near" in text
         table = tables.pair_table(comparison)
         assert {"95 % interval, unadjusted", "differs by p (Holm)"} <= set(table.columns)
         assert any("Not to differ is not to be equal" in note for note in table.notes)
@@ -90,7 +90,7 @@ class TestTables:
         for path in tmp_path.glob("lost_*/predictions/reft_test.jsonl"):
             path.unlink()
         text = tables.verdict(only(tmp_path))
-        assert "there is no test against lost, for want of predictions" in text
+        assert "it cannot be tested against lost: their predictions" in text
 
     def test_correlations_are_no_percentages(self, tmp_path):
         write_run(tmp_path / "a", metrics={"test/boolq/matthews": 0.5}, monitor="val/matthews")
