@@ -18,5 +18,6 @@ def code_with(words: str) -> str:
 def commands_of(name: str) -> list[str]:
     """Return the arguments of every command of this name in the README and the docs."""
     blocks = re.findall(r"```bash\n(.*?)```", PAGES, re.DOTALL)
-    lines = [line.partition(" #")[0] for block in blocks for line in block.splitlines()]
+    joined = [block.replace("\\\n", " ") for block in blocks]
+    lines = [line.partition(" #")[0] for block in joined for line in block.splitlines()]
     return [line.removeprefix(name).strip() for line in lines if line.startswith(f"{name} ")]

@@ -17,12 +17,14 @@ from transformers.utils.generic import TransformersKwargs
 from ..suggest import did_you_mean
 from .masks import guess_attention
 
+ROWS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "prompt_mask", "position_ids")
 OTHER_TEXTS = (
     "negative_prompt_ids",
     "negative_prompt_attention_mask",
 )  # of generate(): their padding is their own
 OF_LOSSES = ("num_items_in_batch", "ignore_index", "shift_labels")  # what models pass on to the loss
 OF_OUTPUTS = ("return_dict", "output_attentions", "output_hidden_states")  # read before forward is called
+OF_TOKENIZERS = ("token_type_ids",)  # what a tokenizer may return and not every model reads
 
 
 def known_arguments(model: PreTrainedModel) -> frozenset[str] | None:
@@ -40,7 +42,7 @@ def known_arguments(model: PreTrainedModel) -> frozenset[str] | None:
             return None
         for hint in [*passed_on, *([TransformersKwargs] if rest else [])]:
             known |= hint.__required_keys__ | hint.__optional_keys__
-    return frozenset({*known, *OF_OUTPUTS, *(OF_LOSSES if "labels" in known else ())})
+    return frozenset({*known, *OF_OUTPUTS, *OF_TOKENIZERS, *(OF_LOSSES if "labels" in known else ())})
 
 
 def check_known(model: PreTrainedModel, known: frozenset[str] | None, given: Iterable[str]) -> None:
@@ -62,13 +64,14 @@ def left_padded_inputs(given: dict[str, Any], defaults: Any) -> dict[str, Any]:
     All tensors of rows and columns move: ids, embeddings, masks, types, positions.
 
     Args:
-        given: the arguments of ``generate``, those that are None left out.
+        given: the arguments of ``generate``; tensors of rows that are None are left out.
         defaults: the generation configuration.
 
     Raises:
         ValueError: for tokens that are missing or given twice, or a mask of another shape.
     """
-    given = {name: value for name, value in given.items() if value is not None}
+    # eos_token_id=None and its like mean something
+    given = {name: value for name, value in given.items() if value is not None or name not in ROWS}
     if "inputs" in given:
         if "input_ids" in given:
             raise ValueError("the tokens are given twice, as input_ids and as inputs")

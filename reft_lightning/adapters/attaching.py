@@ -52,8 +52,8 @@ def attaching(model: PreTrainedModel, config: AdapterConfig, alone: bool) -> Ite
     if note is not None and (note.alone or alone):
         raise ValueError(
             f"this {type(model).__name__} carries {_named(note.configs)} already, and {_named([config])} cannot share "
-            f"it: the {'first' if note.alone else 'second'} changes parameters or modules of the base. Take the first "
-            "off with its detach(), or attach to a model loaded again"
+            f"it: the {'first' if note.alone else 'second'} changes parameters or modules of the base. Take "
+            "interventions off with their detach(), or attach to a model loaded again"
         )
     with all_or_nothing(model):
         if note is None:
@@ -68,8 +68,10 @@ def attaching(model: PreTrainedModel, config: AdapterConfig, alone: bool) -> Ite
 def together(model: PreTrainedModel) -> Iterator[None]:
     """Let one more adapter come inside the block, though the one there changes the base model."""
     setattr(model, NOTE, replace(vars(model)[NOTE], alone=False))
-    yield
-    setattr(model, NOTE, replace(vars(model)[NOTE], alone=True))
+    try:
+        yield
+    finally:
+        setattr(model, NOTE, replace(vars(model)[NOTE], alone=True))
 
 
 def detached(model: PreTrainedModel, config: AdapterConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import Tensor
 def plain(name: str, value: Any) -> Any:
     """Return a value that JSON can hold, so that what was attached can be saved after training.
 
-    Numbers, texts and arrays of NumPy and torch, paths, dtypes and tuples become what they stand for.
+    Numbers, texts and arrays of NumPy and torch, paths, dtypes, tuples and dataclasses become what they stand for: a
+    tensor becomes a list of numbers.
 
     Raises:
         ValueError: for anything else.
@@ -32,6 +34,8 @@ def plain(name: str, value: Any) -> Any:
         return os.fspath(value)
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
+    if is_dataclass(value) and not isinstance(value, type):  # such as peft's LoftQConfig
+        value = asdict(value)
     if isinstance(value, Mapping):
         return {plain(name, key): plain(f"{name}.{key}", item) for key, item in value.items()}
     if isinstance(value, Sequence | Set):

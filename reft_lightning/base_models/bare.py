@@ -24,4 +24,7 @@ def bare_copy(model: PreTrainedModel) -> PreTrainedModel:
     for path, buffer in model.named_buffers():  # those that no state dict holds too: RoPE's frequencies
         parent, _, name = path.rpartition(".")
         setattr(bare.get_submodule(parent), name, buffer)
+    for path, module in model.named_modules():  # what makes some decoders read both ways
+        if hasattr(module, "is_causal"):
+            bare.get_submodule(path).is_causal = module.is_causal
     return bare.eval()

@@ -21,11 +21,13 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .bare import bare_copy
+from .decoders import is_decoder
 
 log = logging.getLogger(__name__)
 
 NOISE = 0.05  # of the influence of an earlier token: what rounding may do to logits that nothing changed
-OF_TEXT = ("inputs_embeds", "token_type_ids", "logits_to_keep", "langs")  # tensors that a text may come with
+# tensors of more than one dimension that a text may come with; any other brings images or sounds
+OF_TEXT = ("inputs_embeds", "token_type_ids", "langs", "shift_labels", "encoder_hidden_states")
 CLOSE = 0.05  # of the largest logit: the same text, read under other padding in 16 bits
 
 
@@ -51,8 +53,15 @@ def reading_of(model: PreTrainedModel) -> Reading:
             _found[model] = _try(bare_copy(model))
         except Exception as error:
             log.debug("%s itself is tried, as it cannot be copied: %s", type(model).__name__, error)
-            with _evaluating(model):
-                _found[model] = _try(model)
+            try:
+                with _evaluating(model):
+                    _found[model] = _try(model)
+            except Exception as error:
+                _found[model] = Reading(is_decoder(model.config), takes_position_ids(model))
+                log.warning(
+                    "how %s reads a row could not be tried (%s): it is taken for %s",
+                    type(model).__name__, error, "a decoder" if _found[model].causal else "an encoder",
+                )  # fmt: skip
     return _found[model]
 
 
@@ -113,12 +122,21 @@ def position_ids_for(
     """
     if attention is None or attention.ndim != 2:
         return None
-    if any(isinstance(value, Tensor) and name not in OF_TEXT for name, value in others.items()):
+    if any(
+        isinstance(value, Tensor) and value.ndim > 1 and name not in OF_TEXT for name, value in others.items()
+    ):
+        return None
+    if model in _found and not _found[model].needs_position_ids:  # without asking the device for the mask
         return None
     real = attention.bool()
     if not bool((real[:, 1:] > real[:, :-1]).any()) or not reading_of(model).needs_position_ids:
         return None
     return position_ids_of(attention)[:, -columns:]
+
+
+def takes_position_ids(model: PreTrainedModel) -> bool:
+    """Whether position ids are among the arguments of a model."""
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def position_ids_of(attention: Tensor) -> Tensor:  # (b, s) -> (b, s)
@@ -132,7 +150,7 @@ def _needs_position_ids(model: PreTrainedModel, text: Tensor, alone: Tensor) -> 
     A model with a rule of its own reads the row as well without them (positions that start after a padding row, as
     RoBERTa's), or even computes the same ones (from the mask, as Qwen2-VL), and knows more than the mask: images.
     """
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if not takes_position_ids(model):
         return False
     attention = F.pad(torch.ones_like(text), (3, 0))
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
@@ -142,7 +160,7 @@ def _needs_position_ids(model: PreTrainedModel, text: Tensor, alone: Tensor) -> 
         given = _read(model, padded, attention, position_ids=position_ids_of(attention))
     except (RuntimeError, ValueError, IndexError):  # positions of another shape
         return False
-    if alone.ndim == 3:
+    if alone.ndim == 3 or alone.shape == text.shape:  # columns of logits, or of scores of where a span starts
         own, given = own[:, -text.shape[1] :], given[:, -text.shape[1] :]
     if torch.equal(own, given):
         return False
@@ -190,8 +208,9 @@ def _ordinary_tokens(model: PreTrainedModel, count: int) -> list[int]:
             if name.endswith(("token_id", "token_index")) and value is not None:
                 named.update(value if isinstance(value, list) else [value])
     ordinary = [token for token in range(min(config.vocab_size, 1000)) if token not in named]
-    if len(ordinary) < count:
-        raise ValueError(
-            f"{type(model).__name__} has {len(ordinary)} ordinary tokens, too few to see how it reads"
-        )
-    return ordinary[:: len(ordinary) // count][:count]
+    if len(ordinary) >= count:
+        return ordinary[:: len(ordinary) // count][:count]
+    if len(ordinary) < 2:
+        raise ValueError(f"it has {len(ordinary)} ordinary tokens, too few to see how it reads")
+    one, other = ordinary[:2]  # a text of one token that begins and ends alike, and another token
+    return [*(one if i % 3 else other for i in range(1, count - 1)), one, other]

@@ -104,7 +104,9 @@ def _run(
             _check_resume(config, folder)
         else:
             check_free(folder, config.overwrite)
-        plan = prepare(config)
+        # a run that was killed after its test reads no test row again
+        tested = bool(config.resume) and (folder / RESULTS).is_file() and Results.read(folder).has("test/")
+        plan = prepare(replace(config, test=config.test and not tested))
         trainer = build_trainer(
             config, folder, plan.monitor, random_state, callbacks, validated=bool(plan.data.val_tasks)
         )

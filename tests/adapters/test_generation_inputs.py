@@ -72,6 +72,15 @@ def test_embeddings_generate_what_their_tokens_generate(method, side):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_an_end_of_text_of_none_is_none(method):
+    model = adapted("llama", method).eval()
+    every = list(range(tiny.VOCABULARY))
+    model.base_model.generation_config.eos_token_id = every
+    assert model.generate(**LEFT, **GREEDY).shape[1] == LEFT["input_ids"].shape[1] + 1
+    assert model.generate(**LEFT, **GREEDY, eos_token_id=None).shape[1] == LEFT["input_ids"].shape[1] + 5
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_tokens_may_be_given_as_inputs(method):
     model = adapted("llama", method)
     expected = model.generate(**LEFT, **GREEDY)
@@ -111,7 +120,7 @@ def test_every_tensor_of_rows_and_columns_moves_and_nothing_else_does():
         "position_ids": moved.expand(3, 2, 3), "inputs_embeds": moved[..., None] * torch.tensor([1, 10]),
         "prompt_mask": moved > 0,
     }  # fmt: skip
-    del expected["other"]
+    assert found.pop("other", "lost") is expected.pop("other") is None  # an argument of generate
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     again = left_padded_inputs(found, None)

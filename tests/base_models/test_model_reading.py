@@ -63,7 +63,7 @@ def test_position_ids_are_needed_where_a_model_has_no_rule_of_its_own(name, need
     assert reading_of(model).needs_position_ids is needed
     assert position_ids_for(model, None, 3, {}) is None
     assert position_ids_for(model, right, 3, {}) is None
-    assert position_ids_for(model, right.flip(1), 3, {"pixel_values": torch.ones(1)}) is None
+    assert position_ids_for(model, right.flip(1), 3, {"pixel_values": torch.ones(1, 3, 2, 2)}) is None
     given = position_ids_for(model, right.flip(1), 2, {"use_cache": True, "logits_to_keep": torch.ones(1)})
     assert (given.tolist() if given is not None else None) == ([[1, 2], [0, 0]] if needed else None)
     holes = position_ids_for(model, torch.tensor([[1, 0, 1]]), 3, {})
@@ -100,3 +100,45 @@ def test_a_bare_copy_shares_the_weights_and_nothing_else(family):
     assert model.training
     shared = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     assert {name: tensor.data_ptr() for name, tensor in bare.state_dict().items()} == shared
+
+
+def test_a_decoder_that_was_told_to_read_both_ways_is_found_out():
+    model = built("llama")
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    model.config._attn_implementation = "sdpa"
+    assert not reading_of(model).causal
+
+
+def test_a_vocabulary_of_a_few_tokens_is_enough():
+    assert reading_of(built("llama", vocab_size=6, pad_token_id=0)).causal
+    assert reading_of(built("gpt2", vocab_size=6, pad_token_id=0, bos_token_id=1, eos_token_id=1)).causal
+
+
+def test_a_model_that_cannot_be_tried_is_taken_for_what_it_is_called(caplog):
+    model = built("gpt2")
+    model.forward = lambda input_ids, position_ids=None, **rest: (_ for _ in ()).throw(
+        RuntimeError("no text")
+    )
+    model.config.__class__.to_dict, kept = (
+        (lambda self: (_ for _ in ()).throw(KeyError("x"))),
+        type(model.config).to_dict,
+    )
+    try:
+        assert reading_of(model) == Reading(True, True)
+    finally:
+        model.config.__class__.to_dict = kept
+    assert "could not be tried" in caplog.text
+
+
+def test_a_number_that_goes_with_a_text_changes_no_position():
+    model, mask = built("gpt2"), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    expected = position_ids_for(model, mask, 3, {})
+    assert expected is not None
+    for name, value in (
+        ("num_items_in_batch", torch.tensor(4)),
+        ("shift_labels", mask),
+        ("start_positions", mask[:, 0]),
+    ):
+        assert torch.equal(position_ids_for(model, mask, 3, {name: value}), expected)
+    assert position_ids_for(model, mask, 3, {"pixel_values": torch.ones(1, 3, 2, 2)}) is None

@@ -76,6 +76,7 @@ def test_so_are_the_first_logits_of_a_generation(method):
 def test_and_their_gradients():
     reft, batch = built("loreft", "llama"), tiny.padded(tiny.rows(5, 4, 7), "left")
     labels = batch["input_ids"][:, -3:]
+    reft(**batch)  # the first batch with padding on the left: it is tried how the model reads
     with HeadProducts() as products:
         reft(
             **batch, labels=labels, logits_to_keep=3, prompt_mask=batch["attention_mask"].bool()

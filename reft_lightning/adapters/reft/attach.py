@@ -50,13 +50,15 @@ def attach(
         heads: paths of modules of the base model that are trained and saved with the interventions. Without it, those
             of a classifier are: nothing else trains them, and they start at random. ``False`` or ``[]`` trains none.
             See :mod:`reft_lightning.base_models.heads`.
-        **settings: arguments of the intervention's constructor (``rank``, ``dropout``, ``init``, ...).
+        **settings: arguments of the intervention's constructor (``rank``, ``dropout``, ``init``, ...). A tensor arrives
+            there as a list, as it is saved.
 
     Raises:
         ValueError: for anything unknown or out of range, with what is allowed.
     """
     check_base(base_model)
     trained_heads = heads_to_train(base_model, heads)
+    number = number_of_layers(base_model)
     base, kind = base_model.config.name_or_path or None, architecture_of(base_model)
     if method == NONE:
         if not trained_heads:
@@ -68,7 +70,6 @@ def attach(
         return ReftModel(
             base_model, ReftConfig(NONE, layers=[], heads=trained_heads, base_model=base, architecture=kind)
         )
-    number = number_of_layers(base_model)
     given = list(layers) if isinstance(layers, Mapping) else layers
     ids = check_layers(plain("layers", given), number, none_allowed=bool(trained_heads))
     per_layer: dict[int, dict[str, Any]] = {}

@@ -269,11 +269,11 @@ class ReftModel(nn.Module):
     def _notice(self, call: Call) -> None:
         """Warn once if nothing is edited: in a whole generation, in a step of training, in the first passes."""
         self._edited = self._edited or call.edited
-        if call.edited or self._warned or not self.sites:
+        if self._edited or self._warned or not self.sites:
             return
         self._idle += 1
         training = self.training and torch.is_grad_enabled()
-        if call.spans.generating or (not self._edited and (training or self._idle >= IDLE_PASSES)):
+        if call.spans.generating or training or self._idle >= IDLE_PASSES:
             self._warned = True
             chosen = ", ".join(sorted({str(positions) for positions, _ in self.positions.values()}))
             log.warning(
@@ -324,6 +324,8 @@ class ReftModel(nn.Module):
         if call is None:
             return
         call.plan = None
+        if not self._enabled:
+            return
         given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
         tokens = given.get("input_ids")
         if tokens is None:

@@ -193,3 +193,17 @@ def test_a_copy_made_during_a_generation_has_no_call_under_way(way):
         expected = tiny.model("llama").eval()(**OTHER).logits
         assert torch.equal(copies[0].base_model(**OTHER).logits, expected)
         assert torch.equal(copies[0](**OTHER).logits, reft(**OTHER).logits)
+
+
+def test_a_call_of_the_base_model_inside_disabled_is_unedited_within_a_generation():
+    reft, untouched = attached(), tiny.model("llama").eval()
+    expected, found = untouched(**OTHER).logits, []
+
+    def ask():
+        with reft.disabled(), torch.no_grad():
+            found.append(reft.base_model(**OTHER).logits)
+
+    undisturbed = reft.generate(**BATCH, **GREEDY)
+    assert torch.equal(interrupted(reft, ask), undisturbed)
+    assert found
+    assert all(torch.equal(logits, expected) for logits in found)

@@ -269,8 +269,8 @@ def test_a_model_that_reads_more_than_its_text_is_refused():
         ValueError, match="the model reads 8 columns where the masks cover 5: pass masks of all"
     ):
         reft(input_ids=tokens(), prompt_mask=torch.ones(2, 5, dtype=torch.bool))
-    with pytest.raises(ValueError, match="with cache_params, pass prompt_mask"):
-        reft(input_ids=tokens(), cache_params=object())
+    with pytest.raises(ValueError, match="with past_key_values, pass prompt_mask"):
+        reft(input_ids=tokens(), past_key_values=object())
 
 
 # --- sites --------------------------------------------------------------------------------------------------------
