@@ -86,7 +86,7 @@ def _check_folder(asked: compose.Asked) -> None:
     if asked.folder is None or first is None or first.resume:
         return
     try:
-        for folder in (asked.folder, *(asked.folder.glob("*/") if asked.sweep else ())):
+        for folder in (asked.folder, *(asked.folder.glob("[0-9]*_*/") if asked.sweep else ())):
             check_free(folder, first.overwrite)
     except ValueError as error:
         sys.stderr.write(f"{error}\n")

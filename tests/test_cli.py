@@ -416,11 +416,11 @@ def test_a_folder_with_a_complete_run_is_given_to_no_other(monkeypatch, runs, ca
     assert runs
 
 
-def test_a_folder_whose_run_was_stopped_may_be_given_again(monkeypatch, runs):
-    Path("mine").mkdir()
-    Path("mine/results.json").write_text('{"status": "stopped"}')
-    command(monkeypatch, cli.train, "model=tiny_random", "hydra.run.dir=mine")
-    assert runs[0][1] == Path("mine").absolute()
+def test_a_sweep_may_lie_next_to_other_runs(monkeypatch, runs):
+    Path("mine/other").mkdir(parents=True)
+    Path("mine/other/results.json").write_text('{"status": "complete"}')
+    command(monkeypatch, cli.train, "model=tiny_random", "-m", "seed=1,2", "hydra.sweep.dir=mine")
+    assert len(runs) == 2
 
 
 def test_the_jobs_of_a_sweep_are_checked_before_the_first(monkeypatch, runs, capsys):

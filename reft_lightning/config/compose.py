@@ -109,8 +109,8 @@ def _run_name(*candidates: Any) -> str:
 
 
 def _claimed(folder: str) -> str:
-    # Ranks that a cluster starts share the folder of the first.
-    first = all(os.environ.get(name, "0") == "0" for name in RANKS)
+    # Ranks that a cluster starts share the folder of the first. A configuration that is only shown claims none.
+    first = not {"--cfg", "-c"} & set(sys.argv) and all(os.environ.get(name, "0") == "0" for name in RANKS)
     return str(claim_folder(Path(folder))) if first else folder
 
 
@@ -400,7 +400,7 @@ def _check_intervention(config: Config, overrides: Sequence[str], vocabulary: Vo
             method.check_options(intervention.options)
         if intervention.beside:
             METHODS[intervention.beside].check_options(intervention.beside_options)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise CompositionError(str(error)) from error
 
 

@@ -116,7 +116,7 @@ def check_jobs(configs: Mapping[str, Config]) -> None:
             try:
                 check_accelerator(config.trainer.accelerator)
                 outline(config)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, ImportError) as error:
                 found[same] = str(error)
             else:
                 found[same] = None

@@ -147,6 +147,8 @@ def check_validation_interval(config: Config, rows: int, world_size: int) -> Non
     if type(interval) is not int or trainer.check_val_every_n_epoch is None or trainer.fast_dev_run:
         return
     batches = math.ceil(rows / (config.data.batch_size * world_size))
+    if trainer.overfit_batches:
+        limit = trainer.overfit_batches
     if limit is not None:
         batches = min(batches, limit) if type(limit) is int else int(batches * limit)
     if interval > batches:

@@ -34,7 +34,7 @@ from .ddp_launch import leaving_no_ranks
 from .devices import check_accelerator
 from .environment import begin_peak_memory, environment, peak_memory_bytes, peak_reserved_bytes
 from .results import Results, write_predictions
-from .run_folder import RESULTS, check_free, clear, last_checkpoint, load_run_config, write_run_config
+from .run_folder import RESULTS, check_free, last_checkpoint, load_run_config, make_room, write_run_config
 from .stopping import check_told_to_stop, signal_of, until_sigterm
 from .trainer import build_trainer, logs_adapter, quiet_lightning
 
@@ -110,13 +110,14 @@ def _run(
         trainer = build_trainer(
             config, folder, plan.monitor, random_state, callbacks, validated=bool(plan.data.val_tasks)
         )
+        if trainer.is_global_zero and not config.resume:
+            make_room(folder, config.overwrite)
         check_validation_interval(config, len(plan.data.train_rows), trainer.world_size)
         objects = build(config, plan)
     except (ValueError, OSError, ImportError, MisconfigurationException) as error:
         raise SetupError(str(error)) from error
     folder.mkdir(parents=True, exist_ok=True)
     if trainer.is_global_zero and not config.resume:
-        clear(folder)
         write_run_config(folder, config)
     results = _begin(config, folder, experiment, objects, writes=trainer.is_global_zero)
     if command:

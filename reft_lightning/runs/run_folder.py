@@ -13,8 +13,10 @@ from ..storage.atomic import write_text
 from ..storage.reading import read_json, read_yaml
 
 RESULTS = "results.json"
+# what a run writes, and nothing of anybody else that its folder may hold
 WRITTEN = (
-    RESULTS, "config.yaml", "adapter", "checkpoints", "csv", "csv_*", "predictions", "outputs", "evaluations",
+    RESULTS, "config.yaml", "adapter", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "csv", "csv_*", "predictions",
+    "outputs/reft_*.json", "outputs/base_*.json", "evaluations",
 )  # fmt: skip
 
 
@@ -66,8 +68,21 @@ def check_free(folder: Path, overwrite: bool) -> None:
         )
 
 
-def clear(folder: Path) -> None:
-    """Remove what an earlier run wrote, so that nothing of it stands next to what a new one writes."""
+def make_room(folder: Path, overwrite: bool) -> None:
+    """Make sure that a folder holds no other run: with ``overwrite``, by removing what that run wrote.
+
+    Raises:
+        ValueError: if it holds one that would be lost; says what to do.
+    """
+    folder = Path(folder)
+    check_free(folder, overwrite)
+    if not (folder / RESULTS).is_file():
+        return
+    if not overwrite:
+        raise ValueError(
+            f"{folder} holds a run that has not ended, or was stopped: go on with it by reft-train resume={folder}, or "
+            "give another folder; to replace that run, add overwrite=true"
+        )
     for path in (path for name in WRITTEN for path in Path(folder).glob(name)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -210,6 +210,11 @@ def _check_classes(where: str, value: Any) -> None:
                     "and calling it could run any code; if you trust whoever wrote it, add trust_code=true"
                 )
         value = list(value.values())
+    if isinstance(value, str) and "${" in value:  # which Hydra would resolve once more, to an object perhaps
+        raise ValueError(
+            f"{where}: {value!r} is resolved when it is used, and could run any code; if you trust whoever wrote it, "
+            "add trust_code=true"
+        )
     for item in value if isinstance(value, list) else ():
         _check_classes(where, item)
 

@@ -50,6 +50,10 @@ class BestCheckpoint(Checkpoint):
         sign = -1 if self.mode == "max" else 1
         return min(numbers, key=lambda v: (sign * v.score, _or_worst(v.loss)), default=None)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End a resumed run that was stopped after its last validation."""
+        self._stop_where_enough(trainer)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if this is the best validation so far; end training if the best is too long ago."""
         fast = getattr(trainer, "fast_dev_run", False)
@@ -62,6 +66,9 @@ class BestCheckpoint(Checkpoint):
         self.validations.append(Validation(trainer.global_step, score, loss))
         if self.best is self.validations[-1]:
             trainer.save_checkpoint(self.path, weights_only=False)
+        self._stop_where_enough(trainer)
+
+    def _stop_where_enough(self, trainer: Trainer) -> None:
         if self.patience is not None and self._since_best() >= self.patience:
             trainer.should_stop = True
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning import LightningDataModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from .module import FinetuningModule
 
@@ -60,7 +61,8 @@ def evaluate(
 
 @contextmanager
 def _without_loggers(trainer: Trainer) -> Iterator[None]:
-    loggers, trainer.loggers = trainer.loggers, []
+    loggers = trainer.loggers
+    trainer.logger = DummyLogger()  # callbacks may write to it
     try:
         yield
     finally:

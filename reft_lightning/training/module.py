@@ -102,7 +102,7 @@ class FinetuningModule(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Return the loss of a batch, weighted as a part of its step; log the loss of the whole step."""
-        part = part_of(self.trainer, batch_index)
+        part = part_of(self.trainer, batch_index, self.optimization.loss_reduction)
         self._batch_tokens = int(batch["attention_mask"].sum())
         try:
             loss = self.loss_of(batch)

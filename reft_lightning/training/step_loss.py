@@ -33,12 +33,16 @@ class Part(NamedTuple):
     last: bool
 
 
-def part_of(trainer: Any, batch_index: int) -> Part:
+def part_of(trainer: Any, batch_index: int, reduction: str) -> Part:
     """Return the part of a batch of the present epoch, on this rank.
 
     Args:
         trainer: in training; its loader reads :class:`~reft_lightning.data.sampling.TrainBatches`.
         batch_index: of the batch in the epoch.
+        reduction: ``token_mean`` or ``micro_batch_mean``.
+
+    Raises:
+        ValueError: for ``token_mean`` with a loader that cannot tell the targets of a step ahead.
     """
     accumulated, world_size = trainer.accumulate_grad_batches, trainer.world_size
     if accumulated * world_size == 1:
@@ -47,6 +51,16 @@ def part_of(trainer: Any, batch_index: int) -> Part:
     end = min(
         start + accumulated, int(trainer.num_training_batches)
     )  # Lightning steps at an epoch's last batch
-    counts = trainer.train_dataloader.batch_sampler.targets_of(trainer.current_epoch)[start:end]
+    sampler: Any = getattr(trainer.train_dataloader, "batch_sampler", None)
+    if not hasattr(sampler, "targets_of"):
+        if reduction == "micro_batch_mean":
+            share = 1 / ((end - start) * world_size)
+            return Part(share, share * accumulated * world_size, batch_index == start, batch_index + 1 == end)
+        raise ValueError(
+            "with accumulated batches or several devices, loss_reduction=token_mean needs to know the targets of a "
+            "step ahead: give a loader whose batch_sampler has targets_of, such as "
+            "reft_lightning.data.sampling.TrainBatches, or loss_reduction=micro_batch_mean"
+        )
+    counts = sampler.targets_of(trainer.current_epoch)[start:end]
     share = counts[batch_index - start][0] / sum(total for _, total in counts)
     return Part(share, share * accumulated * world_size, batch_index == start, batch_index + 1 == end)

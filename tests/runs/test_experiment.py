@@ -383,6 +383,52 @@ def test_the_tokenizer_and_the_configuration_are_loaded_once(data, monkeypatch, 
     assert sorted(calls) == ["load_config", "load_tokenizer"]
 
 
+def test_a_run_that_was_stopped_is_not_replaced_but_gone_on_with(data, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        short_runs.stop_at(patch, 4)
+        with pytest.raises(short_runs.Stop):
+            short_runs.run(data, tmp_path)
+    kept = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
+    with pytest.raises(experiment.SetupError, match=r"was stopped: go on with it by reft-train resume="):
+        short_runs.run(data, tmp_path)
+    assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == kept
+    assert short_runs.run(data, tmp_path, "overwrite=true")["status"] == "complete"
+
+
+def test_a_run_in_a_folder_of_other_things_leaves_them_alone(data, tmp_path):
+    mine = [
+        tmp_path / name
+        for name in ("outputs/old/results.json", "checkpoints/mine.ckpt", "adapters/x", "notes.txt")
+    ]
+    for file in mine:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+    for _ in range(2):
+        short_runs.run(data, tmp_path, "trainer.max_epochs=1", "overwrite=true")
+        assert all(file.read_text() == "mine" for file in mine)
+
+
+def test_a_callback_may_write_to_the_logger_in_the_validation_after_training(data, tmp_path):
+    class Writes(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            trainer.logger.log_metrics({"mine": 1.0}, step=trainer.global_step)
+
+    results = experiment.run(short_runs.config(data, "trainer.max_epochs=1"), tmp_path, callbacks=[Writes()])
+    assert results["status"] == "complete"
+
+
+def test_a_run_that_stopped_early_does_not_train_on_when_it_is_resumed(data, monkeypatch, tmp_path):
+    early = ("checkpoint.early_stopping_patience=1", "trainer.max_epochs=9", "optimizer.lr=1e-9")
+    whole = short_runs.run(data, tmp_path / "whole", *early)
+    assert whole["steps"] < 54
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "evaluate_split", lambda *_, **__: (_ for _ in ()).throw(short_runs.Stop()))
+        with pytest.raises(short_runs.Stop):
+            short_runs.run(data, tmp_path / "parts", *early)
+    parts = short_runs.run(data, tmp_path / "parts", *early, f"resume={tmp_path / 'parts'}")
+    assert (parts["steps"], parts["tokens"]) == (whole["steps"], whole["tokens"])
+
+
 def test_a_complete_run_is_replaced_only_as_a_whole_and_on_demand(data, tmp_path):
     settings = ("trainer.max_epochs=1", "test=false")
     first = short_runs.run(data, tmp_path, "trainer.max_epochs=1")

@@ -97,6 +97,14 @@ CALLS = [  # of installed packages, which run what their arguments say
     {"trainer__plugins": [{"_target_": "torch.load", "f": "x.pt"}]},
     {"optimizer___target_": "torch.utils.cpp_extension.load"},
     {"scheduler___target_": "torch.hub.load"},
+    {
+        "callbacks": {
+            "one": {
+                "_target_": "lightning.pytorch.callbacks.ModelSummary",
+                "max_depth": r"\${oc.create:{_target_:torch.load,f:x.pt}}",
+            }
+        }
+    },
     {"callbacks": {"one": {"_target_": "os.mkdir", "path": "ran"}}},
 ]
 

@@ -196,7 +196,7 @@ def test_the_shares_of_all_ranks_are_the_steps_targets(world, accumulated):
                 train_dataloader=SimpleNamespace(batch_sampler=rank),
             )  # fmt: skip
             for i in step:
-                part = part_of(trainer, i)
+                part = part_of(trainer, i, "token_mean")
                 shares += part.share
                 mine = sum(targets[row] for row in rank.batches(0)[i])
                 assert part.share in (pytest.approx(mine / total), 0)
@@ -211,3 +211,15 @@ def test_an_unknown_reduction_is_answered_with_the_nearest(rows):
         Exception, match=r"loss_reduction must be one of token_mean, micro_batch_mean.*token_means"
     ):
         compose.compose(["model=tiny_random", "loss_reduction=token_means"])
+
+
+def test_a_loader_that_cannot_count_ahead_takes_the_mean_of_means_only():
+    trainer = SimpleNamespace(
+        accumulate_grad_batches=2, world_size=1, current_epoch=0, num_training_batches=3,
+        train_dataloader=SimpleNamespace(batch_sampler=[[0], [1], [2]]),
+    )  # fmt: skip
+    assert [part_of(trainer, i, "micro_batch_mean").share for i in range(3)] == [0.5, 0.5, 1.0]
+    with pytest.raises(
+        ValueError, match=r"targets_of, such as .*TrainBatches, or loss_reduction=micro_batch_mean"
+    ):
+        part_of(trainer, 0, "token_mean")
