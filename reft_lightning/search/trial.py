@@ -147,6 +147,9 @@ def run_job(study: Path, folder: Path) -> dict[str, Any]:
         if "group" in entry:  # W&B's
             entry["group"] = entry["group"] or study.resolve().name
             entry["job_type"] = entry.get("job_type") or job["kind"]
+    config = replace(
+        config, overwrite=True
+    )  # the folder is the study's: what a lost worker left there is begun anew
     if job["kind"] == "trial":
         own: Callback = TrialCallback(Study(study), job["method"], job["number"])
     else:
