@@ -6,7 +6,7 @@ Shapes: b rows, s columns, d width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args, is_typeddict
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.generic import TransformersKwargs
 
+from ..base_models.reading import position_ids_for
 from ..suggest import did_you_mean
 from .masks import guess_attention
 
@@ -56,6 +57,43 @@ def check_known(model: PreTrainedModel, known: frozenset[str] | None, given: Ite
             raise ValueError(
                 f"{type(model).__name__} takes no argument {name!r}{did_you_mean(name, {*known, 'prompt_mask'})}"
             )
+
+
+def forward_inputs(
+    model: PreTrainedModel,
+    known: frozenset[str] | None,
+    input_ids: Tensor | None,  # (b, s)
+    attention_mask: Tensor | None,  # (b, s)
+    labels: Tensor | None,
+    others: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the arguments of a pass of the base model, with position ids where it needs them.
+
+    Args:
+        model: the base model.
+        known: what :func:`known_arguments` says of it.
+        input_ids: tokens; None where ``others`` has ``inputs_embeds``.
+        attention_mask: None if all tokens are real.
+        labels: None without a loss.
+        others: further keywords of forward.
+
+    Raises:
+        ValueError: for an argument that the model does not know, with the nearest, or without tokens.
+    """
+    check_known(model, known, others)
+    tokens = input_ids if input_ids is not None else others.get("inputs_embeds")
+    if tokens is None:
+        raise ValueError("forward needs input_ids or inputs_embeds")
+    position_ids = others.get("position_ids")
+    if position_ids is None:
+        position_ids = position_ids_for(model, attention_mask, tokens.shape[1], others)
+    own = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "labels": labels,
+    }
+    return {name: value for name, value in {**others, **own}.items() if value is not None or name not in own}
 
 
 def left_padded_inputs(given: dict[str, Any], defaults: Any) -> dict[str, Any]:

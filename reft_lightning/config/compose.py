@@ -6,6 +6,7 @@ a YAML file, also one in the last choice of a sweep, ends in a short message tha
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import itertools
@@ -158,12 +159,17 @@ def to_config(composed: DictConfig) -> Config:
     return with_absolute_paths(config)
 
 
+def flags_of(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the flags and overrides of a command line, as Hydra reads them; it has no public parser."""
+    return get_args_parser().parse_args(list(argv))
+
+
 def preflight(argv: Sequence[str]) -> Asked:
     """Compose the runs that the command line asks for; leave with status 2 and a message where one fails.
 
     Of a sweep, the choices of model, intervention and data are checked together, any other against the first of these.
     """
-    arguments = get_args_parser().parse_args(list(argv))
+    arguments = flags_of(argv)
     if any(getattr(arguments, flag) for flag in PASSIVE_FLAGS):
         return Asked()
     try:

@@ -17,10 +17,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from ..config.compose import flags_of
 from ..storage.atomic import now
 from .results import Results
 from .run_folder import RESULTS
@@ -59,7 +59,7 @@ def job_arguments(argv: Sequence[str]) -> list[str]:
     Args:
         argv: the arguments of this process; of them only those that say where configurations lie are kept.
     """
-    arguments = get_args_parser().parse_args(list(argv))
+    arguments = flags_of(argv)
     kept: list[str] = []
     for flag in ("config_path", "config_name", "config_dir"):
         value = getattr(arguments, flag)

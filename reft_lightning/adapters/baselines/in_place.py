@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...base_models.heads import parameters_of
-from ...base_models.reading import position_ids_for
 from ...interventions.base import HALVES
 from ...storage.atomic import write_text
 from ..adapted import ParameterCount
-from ..arguments import check_known, known_arguments, left_padded_inputs
+from ..arguments import forward_inputs, known_arguments, left_padded_inputs
 from ..attaching import attaching, check_base
 from ..first_values import FirstValues, fill
 from ..methods import Method
@@ -93,20 +92,8 @@ class Baseline(nn.Module):
         Raises:
             ValueError: for an argument that the base model does not know, with the nearest.
         """
-        check_known(self.base_model, self._known, kwargs)
-        tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
-        if tokens is None:
-            raise ValueError("forward needs input_ids or inputs_embeds")
-        position_ids = kwargs.pop("position_ids", None)
-        if position_ids is None:
-            position_ids = position_ids_for(self.base_model, attention_mask, tokens.shape[1], kwargs)
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "labels": labels,
-        }
-        return self.base_model(**{k: v for k, v in inputs.items() if v is not None}, **kwargs)
+        inputs = forward_inputs(self.base_model, self._known, input_ids, attention_mask, labels, kwargs)
+        return self.base_model(**inputs)
 
     def generate(
         self,

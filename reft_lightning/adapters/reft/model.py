@@ -27,11 +27,10 @@ from transformers import PreTrainedModel
 from ...base_models.checkpointing import checkpointable
 from ...base_models.heads import heads_to_train, parameters_of
 from ...base_models.patching import replaced
-from ...base_models.reading import position_ids_for
 from ...interventions import check_settings, registered, rotations
 from ...suggest import did_you_mean
 from ..adapted import ParameterCount
-from ..arguments import check_known, known_arguments, left_padded_inputs
+from ..arguments import forward_inputs, known_arguments, left_padded_inputs
 from ..attaching import all_or_nothing, attaching, check_base, detached
 from ..first_values import FirstValues, fill
 from ..masks import Spans, spans_of
@@ -156,10 +155,8 @@ class ReftModel(nn.Module):
         Raises:
             ValueError: for an argument that the base model does not know, with the nearest.
         """
-        check_known(self.base_model, self._known, kwargs)
-        tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
-        if tokens is None:
-            raise ValueError("forward needs input_ids or inputs_embeds")
+        inputs = forward_inputs(self.base_model, self._known, input_ids, attention_mask, labels, kwargs)
+        tokens = inputs["input_ids"] if input_ids is not None else inputs["inputs_embeds"]
         cached = [name for name in CACHES if kwargs.get(name) is not None]
         if cached and prompt_mask is None:
             raise ValueError(
@@ -172,17 +169,8 @@ class ReftModel(nn.Module):
         spans = spans_of(attention, labels, prompt_mask)
         if prompt_mask is None and labels is not None:
             self._check_prompts(spans)
-        position_ids = kwargs.pop("position_ids", None)
-        if position_ids is None:
-            position_ids = position_ids_for(self.base_model, attention_mask, tokens.shape[1], kwargs)
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "labels": labels,
-        }
         with self._editing(spans, compiled=True):
-            return self.base_model(**{k: v for k, v in inputs.items() if v is not None}, **kwargs)
+            return self.base_model(**inputs)
 
     def compile(self, **options: Any) -> None:
         """Compile the training step: the forward pass of the base model with its edits, and its backward pass.
