@@ -34,7 +34,7 @@ from .ddp_launch import leaving_no_ranks
 from .devices import check_accelerator
 from .environment import begin_peak_memory, environment, peak_memory_bytes, peak_reserved_bytes
 from .results import Results, write_predictions
-from .run_folder import RESULTS, check_free, last_checkpoint, load_run_config, make_room, write_run_config
+from .run_folder import RESULTS, last_checkpoint, load_run_config, make_room, write_run_config
 from .stopping import check_told_to_stop, signal_of, until_sigterm
 from .trainer import build_trainer, logs_adapter, quiet_lightning
 
@@ -100,12 +100,8 @@ def _run(
     random_state = torch.get_rng_state()
     try:
         check_accelerator(config.trainer.accelerator)
-        if config.resume:
-            _check_resume(config, folder)
-        else:
-            check_free(folder, config.overwrite)
         # a run that was killed after its test reads no test row again
-        tested = bool(config.resume) and (folder / RESULTS).is_file() and Results.read(folder).has("test/")
+        tested = bool(config.resume) and _check_resume(config, folder)
         plan = prepare(replace(config, test=config.test and not tested))
         trainer = build_trainer(
             config, folder, plan.monitor, random_state, callbacks, validated=bool(plan.data.val_tasks)
@@ -166,9 +162,14 @@ def _run(
     return results.values
 
 
-def _check_resume(config: Config, folder: Path) -> None:
-    """Refuse to resume a run that is complete, that has no checkpoint, or that another configuration began."""
-    if (folder / RESULTS).is_file() and Results.read(folder).values.get("status") == "complete":
+def _check_resume(config: Config, folder: Path) -> bool:
+    """Refuse to resume a run that is complete, that has no checkpoint, or that another configuration began.
+
+    Returns:
+        Whether it has been tested.
+    """
+    earlier = Results.read(folder) if (folder / RESULTS).is_file() else Results(folder)
+    if earlier.values.get("status") == "complete":
         # the test split would be read once more for the same scores
         raise ValueError(
             f"resume={folder}: the run is already complete, and nothing is left to do; to evaluate its adapter again: "
@@ -183,6 +184,7 @@ def _check_resume(config: Config, folder: Path) -> None:
         raise ValueError(
             f"resume={folder} continues that run: what determines its result must stay; {listed}"
         )
+    return earlier.has("test/")
 
 
 def _begin(config: Config, folder: Path, experiment: str | None, objects: Objects, writes: bool) -> Results:

@@ -31,7 +31,7 @@ class Results:
     def read(cls, folder: Path) -> Results:
         """Return the results of an earlier run."""
         results = cls(folder)
-        results.values = read_json(results.path)
+        results.values |= read_json(results.path)
         return results
 
     def resume(self) -> None:

@@ -6,7 +6,6 @@ was left by a crash, a full disk or a damaged one, and is never used.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -18,6 +17,7 @@ from filelock import FileLock
 
 from .atomic import write_json
 from .digests import sha256_once
+from .reading import read_json
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ def publish(folder: Path, build: Callable[[Path], None]) -> Path:
 def is_whole(folder: Path) -> bool:
     """Whether a folder holds the files that were published, each as it was."""
     try:
-        published = json.loads(_record(folder).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        published = read_json(_record(folder))
+    except (FileNotFoundError, ValueError):
         return False
     return folder.is_dir() and _digests(folder) == published
 

@@ -52,15 +52,15 @@ def part_of(trainer: Any, batch_index: int, reduction: str) -> Part:
         start + accumulated, int(trainer.num_training_batches)
     )  # Lightning steps at an epoch's last batch
     sampler: Any = getattr(trainer.train_dataloader, "batch_sampler", None)
-    if not hasattr(sampler, "targets_of"):
-        if reduction == "micro_batch_mean":
-            share = 1 / ((end - start) * world_size)
-            return Part(share, share * accumulated * world_size, batch_index == start, batch_index + 1 == end)
+    if hasattr(sampler, "targets_of"):
+        counts = sampler.targets_of(trainer.current_epoch)[start:end]
+        share = counts[batch_index - start][0] / sum(total for _, total in counts)
+    elif reduction == "micro_batch_mean":
+        share = 1 / ((end - start) * world_size)
+    else:
         raise ValueError(
             "with accumulated batches or several devices, loss_reduction=token_mean needs to know the targets of a "
             "step ahead: give a loader whose batch_sampler has targets_of, such as "
             "reft_lightning.data.sampling.TrainBatches, or loss_reduction=micro_batch_mean"
         )
-    counts = sampler.targets_of(trainer.current_epoch)[start:end]
-    share = counts[batch_index - start][0] / sum(total for _, total in counts)
     return Part(share, share * accumulated * world_size, batch_index == start, batch_index + 1 == end)
