@@ -50,7 +50,7 @@ def write_run(
         split: that the scores are of.
         base: the same of the frozen base.
         rows: rows of predictions instead of those made from the scores.
-        metrics: instead of the means, or beside them.
+        metrics: instead of the means, or in addition to them.
         settings: dotted key -> value of the configuration.
         data: stands for the data's fingerprint.
         adapter: bytes; None for no file.

@@ -23,7 +23,7 @@ from reft_lightning.data.rows import DataSource
 from reft_lightning.data.texts import EncodedTexts
 from reft_lightning.data.tokenizer_digest import tokenizer_digest
 
-# Python 3.12 warns of forks beside other threads, which the libraries have
+# Python 3.12 warns of forks next to other threads, which the libraries have
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 

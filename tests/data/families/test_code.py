@@ -139,7 +139,7 @@ class TestScore:
         return examples("humaneval", "test")[0]
 
     @pytest.mark.parametrize(
-        "behind",
+        "after",
         [
             "\ndef g():\n    broken(",
             "\nclass A(",
@@ -149,8 +149,8 @@ class TestScore:
             "\n\n\ndef other",
         ],
     )
-    def test_text_behind_the_body_does_not_count(self, doubled, behind):
-        assert score([doubled.target + behind], doubled).scores == {"pass@1": 1.0}
+    def test_text_after_the_body_does_not_count(self, doubled, after):
+        assert score([doubled.target + after], doubled).scores == {"pass@1": 1.0}
 
     def test_what_is_indented_belongs_to_the_body(self, doubled):
         text = "    def twice(x):\n        return 2 * x\n    # all\n    return [twice(x) for x in xs]\n"
