@@ -5,10 +5,11 @@ prompt is the bare question, the model continues it, and the options are ranked 
 
     {"id": "0", "question": "4 * 8 =", "choices": ["40", "24", "36", "32", ...], "gold": 3}
 
-becomes the prompt "4 * 8 =" and the target " 32". A generated answer is the first line of the text, without the white
-space around it, and must equal the first line of the gold option: so the frozen base may go on after its answer. In 163
-rows of string operations a wrong option differs from another one by white space only, which generated answers are not
-asked for and likelihoods are.
+becomes the prompt "4 * 8 =" and the target " 32". A generated answer is the first line of the text, without white space
+around it and a full stop after it, and must equal the first line of the gold option: the frozen base may go on after
+its answer. It still has to end the line there, so **option likelihood, which asks for no format, is the fairer
+comparison with the base.** In 163 rows of string operations a wrong option differs from another one by white
+space only, which generated answers are not asked for and likelihoods are.
 
 | skill | rows | train | test | options | example |
 |---|---|---|---|---|---|
@@ -54,12 +55,13 @@ def in_split(row: Row, split: str) -> bool:
 
 
 def first_line(text: str) -> str | None:
-    r"""Return the first line of a text without white space around it; None of an empty text.
+    r"""Return the first line of a text without white space around it and a full stop after it; None of an empty text.
 
-    >>> first_line(" 32\n\nQuestion: 4 * 9 =")
+    >>> first_line(" 32.\n\nQuestion: 4 * 9 =")
     '32'
     """
-    return text.strip().partition("\n")[0].rstrip() or None
+    line = text.strip().partition("\n")[0].rstrip()
+    return line.removesuffix(".").rstrip() or line or None
 
 
 def skill(name: str) -> Callable[[Row, str], Example]:

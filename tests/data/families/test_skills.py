@@ -41,6 +41,15 @@ def test_an_answer_of_two_lines_is_right_by_its_first():
     made = example({**ROW, "choices": ["f(n)\n    return m", "g(n)"], "gold": 0}, "coding")
     assert FAMILY.score([made.target], made).scores == {"accuracy": 1.0}
     assert first_line(" \n") is None
+    assert first_line(" .\n") == "."  # an answer that is a full stop
+
+
+def test_sentences_are_right_with_and_without_their_full_stop():
+    made = example(
+        {**ROW, "choices": ["Hence, a whale is cold.", "Hence, a whale is warm."]}, "logical_reasoning"
+    )
+    for text in (made.target, made.target.rstrip(".")):
+        assert FAMILY.score([text], made).scores == {"accuracy": 1.0}
 
 
 @pytest.mark.parametrize("gold", [4, -1, "1", None])
