@@ -118,9 +118,9 @@ def main() -> None:
         "--variants", nargs="+", default=["qr", "householder", "retracted", "half", "half_retracted"]
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("overrides", nargs="*", help="hydra overrides on top of experiment=quickstart")
+    parser.add_argument("overrides", nargs="*", help="hydra overrides on top of experiment=small/boolq")
     given = parser.parse_args()
-    config = compose.compose(["experiment=quickstart", *given.overrides])
+    config = compose.compose(["experiment=small/boolq", *given.overrides])
     base, tokenizer = load_base_model(**model_source(config))
     for seed in given.seeds:
         for variant in given.variants:

@@ -22,7 +22,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve()
 ARGUMENTS = (
-    "experiment=quickstart",
+    "experiment=small/boolq",
     "evaluate_base=false",
     "test=false",
     "trainer.enable_progress_bar=false",

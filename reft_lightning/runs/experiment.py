@@ -160,7 +160,7 @@ def _run(
     _finish_wandb(trainer, results, folder / "adapter" if logs_adapter(config) else None)
     if trainer.is_global_zero:
         print_table(results.values)
-        print_changed_answers(folder, objects.name)
+        print_changed_answers(folder, results.values["method"])
     return results.values
 
 
