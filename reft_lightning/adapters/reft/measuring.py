@@ -147,6 +147,7 @@ class EditNorms:
         self.counts: dict[int, Tensor] = {}
 
     def __call__(self, seen: Seen) -> None:
+        """Add what one intervention did in one pass."""
         before = seen.before.detach().float()
         edit = seen.after.detach().float() - before
         ratio = edit.norm(dim=-1) / before.norm(dim=-1).clamp(min=TINY)  # (n,)
