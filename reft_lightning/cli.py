@@ -1,4 +1,4 @@
-"""The commands ``reft-train``, ``reft-eval``, ``reft-chat``, ``reft-judge``, ``reft-search`` and ``reft-report``.
+"""The commands ``reft-train``, ``reft-eval``, ``reft-chat``, ``reft-inspect``, ``reft-judge`` and so on.
 
 Torch and transformers are imported after the arguments have been checked, so that a typo is answered at once, and
 under :func:`heavy_imports`.
@@ -29,6 +29,16 @@ REPORT_USAGE = (
     "reft-report FOLDER [FOLDER ...] [--out DIR] [--split test|validation] [--resamples N] [--seed N] [--wandb] "
     "[--project NAME]\nreft-report paper [folder=outputs] [table=N]"
 )
+INSPECT_USAGE = """reft-inspect FOLDER [FOLDER ...] [rows=32] [forget=NAME [data.KEY=VALUE ...]] [text=FILE] [out=DIR]
+       what the adapter of a run does, on its own validation rows; writes inspect.json, PNG and SVG
+
+  FOLDER         a run of reft-train, or an adapter; several: how far their subspaces lie apart
+  rows           validation rows that are read
+  forget         another family's rows, a name of conf/data: the score on them before and after
+  data.KEY       of these rows, such as data.path=FOLDER or data.tasks=[piqa]
+  text           a text file, whose perplexity is measured before and after; one of our own without it
+  out            where files are written; FOLDER/inspection without it
+  trust_code     true: import what the run's configuration names"""
 SPLITS = ("validation", "test")
 TEMPLATES = ("plain", "alpaca", "chat")
 
@@ -200,6 +210,33 @@ def _chat(argv: Sequence[str]) -> None:
 
     with _names_of(options):
         conversation.main(run_dir, max_new_tokens, template)
+
+
+def inspect() -> None:
+    """Show what the adapter of a run does inside its model."""
+    _command(_inspect, INSPECT_USAGE)
+
+
+def _inspect(argv: Sequence[str]) -> None:
+    folders = [Path(text) for text in argv if "=" not in text]
+    data = [text for text in argv if text.startswith("data.")]
+    rest = [text for text in argv if "=" in text and text not in data]
+    options = _options(rest, ("rows", "forget", "text", "out", "trust_code"))
+    if not folders:
+        raise UsageError(
+            "FOLDER is missing: the folder that reft-train wrote, such as outputs/quickstart/..."
+        )
+    if data and "forget" not in options:
+        raise UsageError(f"{data[0]} is a key of the rows that forget=NAME names; give it, too")
+    forget = [f"data={options['forget']}", *data] if "forget" in options else []
+    given: dict[str, Any] = {name: Path(options[name]) for name in ("text", "out") if name in options}
+    if (rows := _count(options, "rows")) is not None:
+        given["rows"] = rows
+    with heavy_imports():
+        from .inspection import command
+
+    with _names_of(options):
+        command.main(folders, forget=forget, **given)
 
 
 def judge() -> None:

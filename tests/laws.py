@@ -106,6 +106,13 @@ class InterventionLaws:
         assert torch.equal(phi(h, 0.0), h)
         torch.testing.assert_close(phi(h, -2.0), h - 2 * edit, atol=1e-5, rtol=1e-5)
 
+    def test_edits_lie_within_the_directions(self, phi):
+        if phi.directions is None:
+            pytest.skip("its edits may point anywhere")
+        edit, rows = (phi(tokens()) - tokens()).double(), phi.directions.double()
+        within = edit @ torch.linalg.pinv(rows) @ rows
+        torch.testing.assert_close(within, edit, atol=1e-5, rtol=1e-4)
+
     def test_the_parameter_count_equals_the_formula(self, phi):
         assert sum(p.numel() for p in phi.parameters()) == self.num_parameters()
         assert not list(phi.buffers())

@@ -21,7 +21,7 @@ FLOORS = (
     {"training"},
     {"config"},
     {"runs"},
-    {"search"},
+    {"search", "inspection"},
     {"reporting"},
     {"cli"},
 )

@@ -25,6 +25,7 @@ from .baselines.joint import JointModel
 from .baselines.peft import PeftBaseline
 from .methods import METHODS, check_beside, method_named
 from .reft.attach import attach
+from .reft.model import ReftModel
 
 
 def adapt(
@@ -64,6 +65,12 @@ def adapt(
         chosen.check_options(settings)
         return InPlaceBaseline(base_model, chosen, heads)
     return attach(base_model, method, **settings)
+
+
+def interventions_of(model: AdaptedModel) -> ReftModel | None:
+    """Return the part of an adapted model that edits representations; None where there is none."""
+    reft = model.reft if isinstance(model, JointModel) else model
+    return reft if isinstance(reft, ReftModel) and reft.sites else None
 
 
 def build_on_meta(

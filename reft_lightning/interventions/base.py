@@ -74,6 +74,11 @@ class Intervention(nn.Module):
         """Return the difference Phi(h) - h at scale 1, without dropout."""
         raise NotImplementedError(f"{type(self).__name__} must define edit(h), the difference Phi(h) - h")
 
+    @property
+    def directions(self) -> Tensor | None:  # (k, d)
+        """Rows that span every edit; None where an edit may point anywhere."""
+        return None
+
     def forward(self, h: Tensor, scale: float = 1.0) -> Tensor:  # (n, d) -> (n, d)
         """Return Phi(h) in the dtype of h."""
         x = h.to(torch.promote_types(self._dtype(), torch.float32))

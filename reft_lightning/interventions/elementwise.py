@@ -33,6 +33,10 @@ class Bias(Intervention, name="bias"):
         super().__init__(dim, **kwargs)
         self.bias = nn.Parameter(torch.zeros(dim))
 
+    @property
+    def directions(self) -> Tensor | None:  # (1, d)
+        return self.bias.unsqueeze(0)
+
     def edit(self, h: Tensor) -> Tensor:  # (n, d) -> (n, d)
         """Return b for every token."""
         return self.bias.expand_as(h)
@@ -44,6 +48,10 @@ class RED(Bias, name="red"):
     def __init__(self, dim: int, **kwargs: Any) -> None:
         super().__init__(dim, **kwargs)
         self.scaling = nn.Parameter(torch.ones(dim))
+
+    @property
+    def directions(self) -> None:
+        return None
 
     def edit(self, h: Tensor) -> Tensor:  # (n, d) -> (n, d)
         """Return (s - 1) * h + b."""

@@ -123,6 +123,10 @@ class Orthonormal(Subspace):
         return orthonormal_rows(self.basis) if self.lent is None else self.lent
 
     @property
+    def directions(self) -> Tensor:  # (r, d)
+        return self.R
+
+    @property
     def lent(self) -> Tensor | None:  # (r, d)
         """R, while :func:`lend` gives it."""
         return _lent.rows.get(self)
@@ -166,6 +170,10 @@ class NoReFT(Subspace, name="noreft"):
         self.source = nn.Linear(self.dim, self.rank)  # W1, b
         self.projection = nn.Linear(self.dim, self.rank, bias=False)  # W2
 
+    @property
+    def directions(self) -> Tensor:  # (r, d)
+        return self.projection.weight
+
     def edit(self, h: Tensor) -> Tensor:
         W2 = self.projection.weight
         return self.pull(h, W2) @ W2
@@ -186,6 +194,10 @@ class DiReFT(Subspace, name="direft"):
     def build(self) -> None:
         self.source = nn.Linear(self.dim, self.rank)  # W1, b
         self.projection = nn.Linear(self.dim, self.rank, bias=False)  # W2
+
+    @property
+    def directions(self) -> Tensor:  # (r, d)
+        return self.projection.weight
 
     def edit(self, h: Tensor) -> Tensor:
         W2 = self.projection.weight

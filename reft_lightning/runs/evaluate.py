@@ -11,11 +11,11 @@ from lightning import Trainer, seed_everything
 
 from ..adapters.saving import load_state
 from ..config.identity import config_hash
-from ..config.schema import OptimizerConfig, SchedulerConfig
+from ..config.schema import Config, OptimizerConfig, SchedulerConfig
 from ..storage.atomic import new_folder, now
 from ..suggest import did_you_mean
 from .arguments import method_of
-from .build import build
+from .build import Objects, Prepared, build
 from .console import print_table
 from .devices import check_accelerator
 from .environment import environment
@@ -46,31 +46,15 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
         config = replace(config, data=replace(config.data, **limited))
     if split == "test" and config.sealed:
         raise ValueError(f"{folder} is part of a search, whose test split is sealed")
-    check_accelerator(
-        config.trainer.accelerator, f"set trainer.accelerator to cpu in {Path(folder) / 'config.yaml'}"
-    )
     if split == "test":
         Results.read(folder)  # a damaged one, too; the read is noted there
-    quiet_lightning()
-    seed_everything(config.seed, workers=True, verbose=False)
-    adapter = load_state(folder / "adapter")  # a missing one is reported before weights are loaded
-    # nothing is trained: what the folder names for training is not imported
-    untrained = replace(
-        config, optimizer=OptimizerConfig(), scheduler=SchedulerConfig(), test=split == "test"
-    )
-    objects = build(untrained)
-    objects.model.load_adapter_state_dict(adapter)
+    objects = load_run(folder, replace(config, test=split == "test"))
     target = new_folder(folder / "evaluations")
     results = Results(
         target, config_hash=config_hash(config), run_dir=str(folder), split=split, limit=limit, seed=config.seed,
         method=method_of(config), model=config.model.name, **objects.facts(), **environment(),
     )  # fmt: skip
-    trainer = Trainer(
-        accelerator=config.trainer.accelerator, devices=1, logger=False, enable_checkpointing=False,
-        use_distributed_sampler=False, default_root_dir=target, precision=config.trainer.precision,
-        enable_model_summary=False,
-    )  # fmt: skip
-    torch.set_float32_matmul_precision(config.matmul_precision)
+    trainer = evaluating_trainer(config, target)
     results.update(matmul_precision=config.matmul_precision)
     try:
         evaluate_split(trainer, objects, split, target, results)
@@ -81,3 +65,40 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
     results.update(status="complete", finished=now())
     print_table(results.values)
     return results.values
+
+
+def load_run(folder: Path, config: Config, plan: Prepared | None = None) -> Objects:
+    """Build a run with the adapter of its folder.
+
+    Args:
+        folder: of the run.
+        config: its own, perhaps with other rows to evaluate.
+        plan: what was prepared of it.
+
+    Raises:
+        ValueError, OSError: before weights are loaded, if there is no adapter, or its accelerator is not here.
+    """
+    check_accelerator(
+        config.trainer.accelerator, f"set trainer.accelerator to cpu in {Path(folder) / 'config.yaml'}"
+    )
+    quiet_lightning()
+    seed_everything(config.seed, workers=True, verbose=False)
+    adapter = load_state(folder / "adapter")  # a missing one is reported before weights are loaded
+    objects = build(untrained(config), plan)
+    objects.model.load_adapter_state_dict(adapter)
+    return objects
+
+
+def untrained(config: Config) -> Config:
+    """Return a configuration without what its folder names for training, which is not imported then."""
+    return replace(config, optimizer=OptimizerConfig(), scheduler=SchedulerConfig())
+
+
+def evaluating_trainer(config: Config, folder: Path, progress_bar: bool = True) -> Trainer:
+    """Return a trainer that only evaluates, on one device, as the run's configuration computes."""
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    return Trainer(
+        accelerator=config.trainer.accelerator, devices=1, logger=False, enable_checkpointing=False,
+        use_distributed_sampler=False, default_root_dir=folder, precision=config.trainer.precision,
+        enable_model_summary=False, enable_progress_bar=progress_bar,
+    )  # fmt: skip

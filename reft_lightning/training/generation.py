@@ -93,7 +93,7 @@ class GenerationModule(FinetuningModule):
         self._add_loss(batch, reader)
         if self.family.score is not None:
             self._score(batch, self.tasks["val"][dataloader_idx], reader)
-        elif batch_index == 0:
+        elif batch_index == 0 and self.generates:
             self._score(_first_rows(batch, SAMPLES), self.tasks["val"][dataloader_idx], reader)
 
     def test_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:
@@ -109,12 +109,7 @@ class GenerationModule(FinetuningModule):
 
     def _score(self, batch: dict[str, Any], task: str, reader: ColumnReader) -> None:
         examples: list[Example] = batch["examples"]
-        stops = (
-            self.family.tasks[task].stop_strings if task in self.family.tasks else ()
-        )  # a mixture is no task
         options, drafted = self._rank(batch, reader)
-        decoding = replace(self.decoding, stop_strings=stops)
-        texts = generate(self.model, drafted, self.tokenizer, decoding, reader)
         right = (
             [float(option == e.target) for option, e in zip(options, examples, strict=True)]
             if options
@@ -125,6 +120,13 @@ class GenerationModule(FinetuningModule):
         if task in self.commonest:
             constant = [float(example.answer == self.commonest[task]) for example in examples]
             self._metric("majority_accuracy", task).update(constant)
+        if not self.generates:
+            return
+        stops = (
+            self.family.tasks[task].stop_strings if task in self.family.tasks else ()
+        )  # a mixture is no task
+        decoding = replace(self.decoding, stop_strings=stops)
+        texts = generate(self.model, drafted, self.tokenizer, decoding, reader)
         judged: list[dict[str, float]] = []
         missing = 0
         for i, (example, samples) in enumerate(zip(examples, texts, strict=True)):

@@ -44,6 +44,7 @@ class FinetuningModule(LightningModule):
         predictions: one dictionary for each row of the last evaluation, of this process; ``scores`` in it are those of
             the row, by measure.
         kind: what the predictions are: ``generation``, ``classification`` (with the ``labels``) or ``regression``.
+        generates: whether an evaluation generates texts; False leaves losses and likelihoods.
         commonest: task -> the commonest answer of its training rows.
         counts: score -> what it rests on: ``total`` rows, ``correct`` of them, ``missing``, ``interval``.
     """
@@ -64,6 +65,7 @@ class FinetuningModule(LightningModule):
         self.tasks = {"val": tuple(val_tasks), "test": tuple(test_tasks)}
         self.optimization = optimization
         self.prefix = ""
+        self.generates = True
         self.training_pass = training_pass
         self.loss = MeanLoss()
         self.predictions: list[dict[str, Any]] = []

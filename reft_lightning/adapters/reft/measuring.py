@@ -1,0 +1,213 @@
+r"""See what each intervention does while a ReFT model runs, and leave some of it out.
+
+Nothing is added to the model: hooks of torch stand on the interventions inside a ``with`` block only. They see a pass
+that torch.compile has compiled not at all.
+
+Shapes: b rows, s columns, n tokens that one intervention edits, d width, k directions, p places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from os import PathLike
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...interventions import Intervention, registered
+from ..masks import Spans
+from ..saving import load_adapter
+from .calls import call_of
+from .edit_plan import EditPlan
+from .model import ReftModel
+from .positions import Positions
+
+TINY = 1e-12  # norm of h below which the ratio would be 0 / 0
+
+
+class Seen(NamedTuple):
+    """One intervention's edit of its tokens in one pass."""
+
+    layer: int
+    places: Tensor  # (n,), which of the model's places each token fills
+    before: Tensor  # (n, d), h
+    after: Tensor  # (n, d), Phi(h)
+
+
+def places_of(reft: ReftModel) -> list[str]:
+    """Return the names of the positions of all layers, from left to right: f1, f2, ..., l2, l1, ..., decode:1.
+
+    A term without a bound (``all``, ``prompt``, ``decode``) is one place; a callable is ``selected``.
+    """
+    names = [
+        name for positions, _ in reft.positions.values() for group in _names(positions) for name in group
+    ]
+    order = ["f", "prompt", "all", "selected", "l", "decode"]
+
+    def key(name: str) -> tuple[int, int]:
+        kind = name if name in order else name.rstrip("0123456789").rstrip(":")
+        number = int("".join(filter(str.isdecimal, name)) or 0)
+        return order.index(kind), -number if kind == "l" else number
+
+    return sorted(dict.fromkeys(names), key=key)
+
+
+def _names(positions: Positions) -> list[list[str]]:
+    """Return a name for each slot of each group."""
+    if positions.function is not None:
+        return [["selected"]]
+    between = {"decode": ":"}
+    return [
+        [t.kind] if t.count is None else [f"{t.kind}{between.get(t.kind, '')}{k + 1}" for k in range(t.count)]
+        for t in positions.terms
+    ]
+
+
+@contextmanager
+def watching(reft: ReftModel, see: Callable[[Seen], Tensor | None]) -> Iterator[None]:
+    """Call a function for each edit inside the block; what it returns replaces Phi(h), unless it is None."""
+    places = {name: i for i, name in enumerate(places_of(reft))}
+    grids: dict[Positions, tuple[EditPlan, Tensor]] = {}  # of the present pass
+
+    def hook(key: str, number: int, phi: Any, args: tuple[Any, ...], after: Tensor) -> Tensor | None:
+        call = call_of(reft)
+        assert call is not None
+        assert call.plan is not None
+        positions, _ = reft.positions[key]
+        if positions not in grids or grids[positions][0] is not call.plan:
+            grids[positions] = call.plan, _grid(positions, call.spans, call.plan.tokens, places)
+        filled = grids[positions][1][call.plan.edits[key][number]]
+        return see(Seen(int(key), filled.to(after.device), args[0], after))
+
+    hooks = [
+        phi.register_forward_hook(partial(hook, key, number))
+        for key, group in reft.interventions.items()
+        for number, phi in enumerate(group)
+    ]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _grid(positions: Positions, spans: Spans, tokens: Tensor, places: Mapping[str, int]) -> Tensor:  # (b s,)
+    """Return the place of each token that the present pass reads, row after row; -1 where none is selected."""
+    prompt, target = spans.upto(spans.read, tokens.shape[0])
+    found = torch.full(prompt.shape, -1, device=prompt.device)
+    for names, slots in zip(_names(positions), positions.select(prompt, target), strict=True):
+        lookup = torch.tensor([places[name] for name in names], device=slots.device)
+        found = torch.where(slots >= 0, lookup[slots.clamp(min=0)], found)
+    return found[:, spans.read - tokens.shape[1] : spans.read].flatten()
+
+
+@contextmanager
+def leaving_out(
+    reft: ReftModel, layers: Collection[int] = (), places: Collection[str] = ()
+) -> Iterator[None]:
+    """Leave the edits of some layers, and those of some positions in every layer, out inside the block.
+
+    Raises:
+        ValueError: for a layer or position that the model does not edit.
+    """
+    names, edited = places_of(reft), [int(key) for key in reft.interventions]
+    for given, known, what in ((layers, edited, "layer"), (places, names, "position")):
+        if strange := [item for item in given if item not in known]:
+            raise ValueError(f"no {what} {strange[0]!r} is edited; those are {', '.join(map(str, known))}")
+    off = torch.tensor([names.index(name) for name in places], dtype=torch.long)
+
+    def see(seen: Seen) -> Tensor | None:
+        if seen.layer in layers:
+            return seen.before
+        if not len(off):
+            return None
+        left = torch.isin(seen.places, off.to(seen.places.device))
+        return torch.where(left.unsqueeze(-1), seen.before, seen.after)
+
+    with watching(reft, see):
+        yield
+
+
+class EditNorms:
+    r"""Mean :math:`\lVert\Phi(h) - h\rVert / \lVert h\rVert` by layer and position; pass it to :func:`watching`.
+
+    Attributes:
+        ratios: layer -> (p,) sums.
+        edits: layer -> (d,) sum of :math:`\Phi(h) - h` over all tokens.
+        counts: layer -> (p,) tokens.
+    """
+
+    def __init__(self, reft: ReftModel) -> None:
+        self.places = places_of(reft)
+        self.ratios: dict[int, Tensor] = {}
+        self.edits: dict[int, Tensor] = {}
+        self.counts: dict[int, Tensor] = {}
+
+    def __call__(self, seen: Seen) -> None:
+        """Add what one intervention did in one pass."""
+        before = seen.before.detach().float()
+        edit = seen.after.detach().float() - before
+        ratio = edit.norm(dim=-1) / before.norm(dim=-1).clamp(min=TINY)  # (n,)
+        zero = ratio.new_zeros(len(self.places))
+        ratios, counts = (zero.index_add(0, seen.places, x) for x in (ratio, torch.ones_like(ratio)))
+        for sums, new in ((self.ratios, ratios), (self.edits, edit.sum(0)), (self.counts, counts)):
+            sums[seen.layer] = sums[seen.layer] + new if seen.layer in sums else new
+
+    def by_place(self) -> dict[int, Tensor]:  # layer -> (p,)
+        """Return the means; NaN where no token was."""
+        return {layer: total / self.counts[layer] for layer, total in self.ratios.items()}
+
+    def by_layer(self) -> dict[int, Tensor]:  # layer -> ()
+        """Return the means over all tokens."""
+        return {layer: total.sum() / self.counts[layer].sum() for layer, total in self.ratios.items()}
+
+    def mean_edits(self) -> dict[int, Tensor]:  # layer -> (d,)
+        """Return the mean of Phi(h) - h."""
+        return {layer: total / self.counts[layer].sum() for layer, total in self.edits.items()}
+
+
+def interventions_by_layer(reft: ReftModel) -> dict[int, list[Intervention]]:
+    """Return the interventions of each layer."""
+    return {int(key): list(group) for key, group in reft.interventions.items()}
+
+
+def saved_interventions(folder: str | PathLike) -> dict[int, list[Intervention]]:
+    """Return the interventions of a saved adapter by layer, without its base model.
+
+    Raises:
+        FileNotFoundError: if the folder holds no adapter of interventions.
+        ValueError: for a method that is not in the table, or tensors that do not fit.
+    """
+    config, state = load_adapter(folder)
+    found: dict[int, list[Intervention]] = {}
+    for layer in config.layers:
+        spec = config.for_layer(layer)
+        found[layer] = []
+        while own := _below(state, f"interventions.{layer}.{len(found[layer])}."):
+            width = max(tensor.shape[-1] for tensor in own.values() if tensor.ndim)
+            phi = registered(spec.method)(width, **spec.settings)
+            try:
+                phi.load_state_dict(own)
+            except RuntimeError as error:
+                raise ValueError(f"{folder}: layer {layer} does not fit {spec.method}: {error}") from error
+            found[layer].append(phi)
+    return found
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def subspace(interventions: list[Intervention]) -> Tensor | None:  # -> (k, d)
+    """Return orthonormal rows, in float64, that span every edit of some interventions; None if those may be any."""
+    rows = []
+    with torch.no_grad():
+        for phi in interventions:
+            if phi.directions is None:
+                return None
+            rows.append(phi.directions.double())
+    _, sizes, basis = torch.linalg.svd(torch.cat(rows), full_matrices=False)
+    return basis[sizes > sizes.max() * 1e-6]

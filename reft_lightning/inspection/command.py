@@ -1,0 +1,168 @@
+"""``reft-inspect FOLDER [FOLDER ...]``: look inside the adapter of a run, and compare it with others."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..adapters.reft.config import CONFIG_FILE
+from ..adapters.reft.measuring import saved_interventions
+from ..config import compose
+from ..config.schema import Config
+from ..runs.arguments import family_of, method_of
+from ..runs.build import Objects, prepare
+from ..runs.evaluate import evaluating_trainer, load_run, untrained
+from ..runs.kinds import kind_of
+from ..runs.run_folder import load_run_config
+from ..storage.atomic import write_json
+from ..suggest import did_you_mean
+from . import findings
+from .figures import check_packages, draw
+from .perplexity import OWN, windows
+from .view import show
+
+log = logging.getLogger(__name__)
+ROWS = 32
+
+
+def main(
+    folders: Sequence[Path],
+    rows: int = ROWS,
+    forget: Sequence[str] = (),
+    text: Path | None = None,
+    out: Path | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Inspect the first folder, compare the others with it, write JSON and pictures, and show what was found.
+
+    Args:
+        folders: of runs, or of adapters; of an adapter without its run only subspaces are known.
+        rows: validation rows.
+        forget: a file of ``conf/data`` as ``data=NAME``, and overrides of its keys: rows of another family.
+        text: whose perplexity is measured; None for one of our own.
+        out: where to write; None for ``inspection`` in the first folder.
+        console: where to show.
+
+    Raises:
+        ValueError, OSError: before weights are loaded, for folders, rows or a text that cannot be used.
+    """
+    check_packages()
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    runs = [_run_of(folder) for folder in folders]
+    out = out or runs[0] / "inspection"
+    spaces = {str(run): findings.subspaces(saved_interventions(_adapter(run))) for run in runs[1:]}
+    if (runs[0] / "config.yaml").is_file():
+        found = _inspect(runs[0], spaces, rows, forget, text, out, console)
+    else:
+        own = findings.subspaces(saved_interventions(_adapter(runs[0])))
+        found = findings.compare({str(runs[0]): own, **spaces})
+        found["not_inspected"].append(
+            f"{runs[0]} is an adapter without its run, whose config.yaml names model and rows: only subspaces"
+        )
+    found = {"folder": str(runs[0]), **found}
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "inspect.json", found)
+    pictures = draw(found, out)
+    show(found, console)
+    for path in (out / "inspect.json", *pictures):
+        console.print(str(path), soft_wrap=True, highlight=False, markup=False)
+    return found
+
+
+def _run_of(folder: Path) -> Path:
+    """Return the run of a folder, or the folder of an adapter that is part of none.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if not folder.is_dir():
+        siblings = [str(p) for p in folder.parent.glob("*") if p.is_dir()] if folder.parent.is_dir() else []
+        raise ValueError(f"{folder}: no such folder{did_you_mean(str(folder), siblings)}")
+    for place in (folder, folder.parent):
+        if (place / "config.yaml").is_file() and (place / "adapter").is_dir():
+            return place
+    if (folder / CONFIG_FILE).is_file():
+        return folder
+    raise ValueError(
+        f"{folder} is neither a run that ended (config.yaml and adapter/) nor an adapter ({CONFIG_FILE})"
+    )
+
+
+def _adapter(run: Path) -> Path:
+    return run if (run / CONFIG_FILE).is_file() else run / "adapter"
+
+
+def _inspect(
+    folder: Path,
+    spaces: dict[str, findings.Subspaces],
+    rows: int,
+    forget: Sequence[str],
+    text: Path | None,
+    out: Path,
+    console: Console,
+) -> dict[str, Any]:
+    config = load_run_config(folder)
+    # train rows are not read beyond what the rows for validation are taken from
+    data = replace(config.data, limit_validation=rows, limit_train=1)
+    config = replace(config, data=data, test=False, evaluate_base=False)
+    other = _other(config, forget, rows) if forget else None
+    prepared = prepare(other) if other is not None else None
+    plan = prepare(untrained(config))
+    if not plan.data.val_tasks:
+        raise ValueError(f"{folder} has no validation rows, on which an adapter is inspected")
+    batch = windows(plan.tokenizer, text or OWN) if kind_of(plan.family).generates else None
+    objects = load_run(folder, config, plan)
+    trainer = evaluating_trainer(config, out, progress_bar=False)
+    also = None
+    if prepared is not None and other is not None:
+        module = kind_of(prepared.family).module(other, prepared, objects.model, None)
+        also = Objects(prepared, objects.model, module, objects.name)
+    run = findings.Inspected(objects, trainer, batch, also)
+    total = findings.steps_of(objects.model, also is not None)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=total, completed=-1)
+
+        def step(what: str) -> None:
+            progress.update(bar, description=what, advance=1)
+
+        found = findings.find(run, spaces, step)
+    count = objects.prepared.count
+    return {
+        "model": config.model.name,
+        "method": method_of(config),
+        "trainable_parameters": count.trainable,
+        "seed": config.seed,
+        "family": config.data.family,
+        "tasks": list(objects.data.val_tasks),
+        "rows": sum(len(loader.dataset) for loader in objects.data.val_dataloader()),  # pyright: ignore
+        "other_family": other.data.family if other is not None else None,
+        "text": str(text) if text else "of our own",
+        **found,
+    }
+
+
+def _other(config: Config, forget: Sequence[str], rows: int) -> Config:
+    """Return the configuration of the same model on the rows of another family.
+
+    Raises:
+        ValueError: for rows of another kind, which the model does not answer.
+    """
+    wanted = compose.compose(["model=tiny_random", *forget])
+    data = replace(wanted.data, limit_validation=rows, limit_train=1)
+    other = replace(
+        wanted, model=config.model, intervention=config.intervention, data=data, test=False, seed=config.seed
+    )
+    own, theirs = family_of(config), family_of(other)
+    if kind_of(own) != kind_of(theirs):
+        raise ValueError(
+            f"forget={data.family}: a model for {own.name} ({own.kind}) does not answer rows for {theirs.kind}"
+        )
+    return other

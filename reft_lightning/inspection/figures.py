@@ -1,0 +1,139 @@
+"""Pictures of what was found, as PNG and SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..storage.atomic import write_whole
+from .findings import main_score
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6b7280"  # two of Okabe and Ito 2008, which all eyes tell apart
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "reft-inspect", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+    "legend.frameon": False, "axes.titlesize": 10,
+}  # fmt: skip
+
+
+def check_packages() -> None:
+    """Say at once if matplotlib is missing.
+
+    Raises:
+        ValueError: with what to install.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"pictures need matplotlib ({error}): pip install 'reft_lightning[report]'"
+        ) from error
+
+
+def draw(found: dict[str, Any], out: Path) -> list[Path]:
+    """Write each picture for which there is something, in place of earlier ones; return the files."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    pictures: dict[str, tuple[str, Callable[[Figure, dict[str, Any]], None]]] = {
+        "edit_norm": ("edit_norm", _edit_norm),
+        "angles": ("subspaces", _angles),
+        "switched_off": ("without", _without),
+        "strength": ("strength", _strength),
+    }
+    written = []
+    for name, (needs, paint) in pictures.items():
+        for ending in ("png", "svg"):
+            path = out / f"{name}.{ending}"
+            if not found.get(needs):
+                path.unlink(missing_ok=True)  # of an earlier inspection
+                continue
+            with rc_context(STYLE):
+                figure = Figure(figsize=(8, 4.2), layout="constrained")
+                paint(figure, found)
+                metadata = {"Date": None} if ending == "svg" else {}
+                write_whole(path, partial(figure.savefig, format=ending, dpi=130, metadata=metadata))
+            written.append(path)
+    return written
+
+
+def _edit_norm(figure: Figure, found: dict[str, Any]) -> None:
+    norm = found["edit_norm"]
+    layers, places = norm["layers"], norm["positions"]
+    grid = [[norm["by_position"].get(layer, [float("nan")] * len(places))[i] for layer in layers]
+            for i in range(len(places))]  # fmt: skip
+    axes = figure.subplots()
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
+    axes.set_yticks(range(len(places)), places)
+    _layer_ticks(axes, layers)
+    axes.set_title(r"How far an edit moves a representation: $\|\Phi(h)-h\|\,/\,\|h\|$, mean over rows")
+    figure.colorbar(image, ax=axes)
+
+
+def _layer_ticks(axes: Axes, layers: list[int]) -> None:
+    some = range(0, len(layers), max(1, len(layers) // 15))
+    axes.set_xticks(list(some), [str(layers[i]) for i in some])
+    axes.set_xlabel("layer")
+
+
+def _angles(figure: Figure, found: dict[str, Any]) -> None:
+    angles = found["subspaces"]
+    layers, nan = angles["layers"], float("nan")
+    panels = figure.subplots(1, 2 if angles["runs"] else 1, squeeze=False)[0]
+    # a layer's angle to itself, 0, would leave the others one colour
+    grid = [
+        [nan if i == j else angle for j, angle in enumerate(row)] for i, row in enumerate(angles["angle"])
+    ]
+    image = panels[0].imshow(grid, cmap="viridis", vmax=90)
+    _layer_ticks(panels[0], layers)
+    some = range(0, len(layers), max(1, len(layers) // 15))
+    panels[0].set_yticks(list(some), [str(layers[i]) for i in some])
+    panels[0].set(ylabel="layer", title=f"Degrees between layers (chance {angles['chance']:.1f})")
+    figure.colorbar(image, ax=panels[0])
+    if angles["runs"]:
+        for (name, by_layer), marker in zip(angles["runs"].items(), "os^Dv" * 9, strict=False):
+            panels[1].plot(
+                list(by_layer), list(by_layer.values()), marker=marker, ms=4, label=Path(name).name
+            )
+        panels[1].axhline(angles["chance"], color=GREY, ls="--", label="chance")
+        panels[1].set(xlabel="layer", title="Degrees to the same layer of another run")
+        panels[1].legend()
+
+
+def _without(figure: Figure, found: dict[str, Any]) -> None:
+    without, scores = found["without"], found["scores"]
+    for axes, what in zip(figure.subplots(1, 2, sharey=True), ("layer", "position"), strict=True):
+        names = [str(name) for name in without[what]]
+        losses = [values["loss"] for values in without[what].values()]
+        axes.bar(range(len(names)), [x - scores["adapted"]["loss"] for x in losses], color=BLUE)
+        some = range(0, len(names), max(1, len(names) // 15))
+        axes.set_xticks(list(some), [names[i] for i in some])
+        axes.axhline(0, color=GREY, lw=0.8)
+        axes.set(xlabel=f"{what} whose edit is switched off")
+        axes.label_outer()
+    figure.axes[0].set_ylabel("validation loss, more than with all edits")
+    figure.suptitle(
+        f"All edits: {scores['adapted']['loss']:.4f}; none: {without['all']['loss']:.4f}", fontsize=10
+    )
+
+
+def _strength(figure: Figure, found: dict[str, Any]) -> None:
+    curve = found["strength"]
+    main = main_score(found["scores"]["adapted"])
+    shown: list[str] = list(
+        dict.fromkeys([main, "loss", *(["perplexity"] if "perplexity" in curve[0] else [])])
+    )
+    titles = {"loss": "validation loss", "perplexity": "perplexity of a text"}
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, name in zip(panels, shown, strict=True):
+        axes.plot([p["scale"] for p in curve], [p[name] for p in curve], marker="o", color=BLUE, ms=4)
+        for scale, colour in ((0, GREY), (1, ORANGE)):
+            axes.axvline(scale, color=colour, lw=0.8, ls="--")
+        if name == "perplexity":
+            axes.set_yscale("log")
+        axes.set(xlabel="strength (0: base, 1: as trained)", title=titles.get(name, name.replace("_", " ")))

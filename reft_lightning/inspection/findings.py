@@ -1,0 +1,233 @@
+"""What can be found out about the adapter of a run: one dictionary, the contents of ``inspect.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import Trainer
+from torch import Tensor
+
+from ..adapters.adapt import interventions_of
+from ..adapters.reft.lens import logits_of
+from ..adapters.reft.measuring import (
+    EditNorms,
+    interventions_by_layer,
+    leaving_out,
+    places_of,
+    subspace,
+    watching,
+)
+from ..adapters.reft.model import ReftModel
+from ..interventions import Intervention
+from ..runs.build import Objects
+from ..training.evaluation import evaluate
+from .angles import between, chance_angle, mean_angle
+from .perplexity import perplexity
+
+SCALES = tuple(k / 2 for k in range(-4, 5))  # strengths of the curve
+TOKENS = 6  # of each direction of the logit lens
+Scores = dict[str, float]
+Step = Callable[[str], None]  # is told what comes next
+Subspaces = dict[int, Tensor]  # layer -> orthonormal rows
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A run with its adapter, and what measures it.
+
+    Args:
+        objects: of the run.
+        trainer: that evaluates.
+        text: windows of a text, or None for a model that does not read on.
+        other: the same model on the rows of another family, or None.
+    """
+
+    objects: Objects
+    trainer: Trainer
+    text: dict[str, Any] | None
+    other: Objects | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Return where it computes."""
+        return self.trainer.strategy.root_device
+
+    def score(self, objects: Objects | None = None) -> Scores:
+        """Return loss and scores on the validation rows, without generated texts."""
+        objects = objects or self.objects
+        objects.module.generates = False
+        found = evaluate(self.trainer, objects.module, objects.data, "validation").metrics
+        names = (name for name in found if name.count("/") == 1 and not name.endswith("majority_accuracy"))
+        return {name.removeprefix("val/"): found[name] for name in names}
+
+    def perplexity(self) -> Scores:
+        """Return the perplexity of the text."""
+        if self.text is None:
+            return {}
+        model = self.objects.module.to(self.device).eval().model
+        return {"perplexity": perplexity(model, self.text, self.device)}
+
+    def everything(self) -> Scores:
+        """Return scores and perplexity."""
+        return self.score() | self.perplexity()
+
+
+def steps_of(model: Any, other: bool) -> int:
+    """Return how many times :func:`find` tells what it does."""
+    reft = interventions_of(model)
+    inside = len(reft.sites) + len(places_of(reft)) + 1 + len(SCALES) + 1 if reft else 0
+    return 2 + inside + 2 * other
+
+
+def find(
+    run: Inspected, others: dict[str, Subspaces] | None = None, step: Step = lambda what: None
+) -> dict[str, Any]:
+    """Inspect the adapter of a run.
+
+    Args:
+        run: what is inspected.
+        others: name of another run -> its subspaces.
+        step: is called before each evaluation.
+    """
+    model = run.objects.model
+    found: dict[str, Any] = {"not_inspected": []}
+    step("the frozen base")
+    with model.disabled():
+        base = run.everything()
+    step("the adapter")
+    found["scores"] = {"base": base, "adapted": run.everything()}
+    if run.other is not None:
+        found["other"] = {}
+        for name, context in (("base", model.disabled), ("adapted", nullcontext)):
+            step(f"{run.other.data.family.name}, {name}")
+            with context():
+                found["other"][name] = run.score(run.other)
+    if run.text is None:
+        found["not_inspected"].append("a classifier does not read on in a text: no perplexity, no logit lens")
+    reft = interventions_of(model)
+    if reft is None:
+        found["not_inspected"].append(
+            f"{model.config.method} edits no representations: no edit norms, subspaces, switches or strengths"
+        )
+        return found
+    step("edit norms")
+    norms = _norms(run, reft)
+    found["edit_norm"] = {
+        "layers": [int(key) for key in reft.interventions],
+        "positions": norms.places,
+        "by_position": {layer: values.tolist() for layer, values in norms.by_place().items()},
+        "by_layer": {layer: float(value) for layer, value in norms.by_layer().items()},
+    }
+    found["subspaces"] = _angles(subspaces(interventions_by_layer(reft)), others or {})
+    if not found["subspaces"]:
+        found["not_inspected"].append(f"the edits of {reft.config.method} may point anywhere: no subspaces")
+    if run.text is not None:
+        found["logit_lens"] = _lens(run, reft, norms)
+    found["without"] = _without(run, reft, step)
+    found["strength"] = [{"scale": scale, **scores} for scale, scores in _strengths(run, reft, step)]
+    return found
+
+
+def _norms(run: Inspected, reft: ReftModel) -> EditNorms:
+    """Measure the edits in one pass over prompt and gold target of each validation row."""
+    norms, module, data = EditNorms(reft), run.objects.module, run.objects.data
+    module.to(run.device).eval()
+    with torch.no_grad(), watching(reft, norms):
+        for loader in data.val_dataloader():
+            for batch in loader:
+                module.loss_of(data.transfer_batch_to_device(batch, run.device, 0))
+    return norms
+
+
+def subspaces(interventions: dict[int, list[Intervention]]) -> Subspaces:
+    """Return the subspace of each layer that has one."""
+    found = {layer: subspace(group) for layer, group in interventions.items()}
+    return {layer: rows.cpu() for layer, rows in found.items() if rows is not None}
+
+
+def _angles(own: Subspaces, others: dict[str, Subspaces]) -> dict[str, Any]:
+    if not own:
+        return {}
+    first = next(iter(own.values()))
+    runs = {}
+    for name, theirs in others.items():
+        runs[name] = {layer: mean_angle(own[layer], theirs[layer]) for layer in own if layer in theirs}
+    return {
+        "layers": list(own),
+        "dimensions": {layer: len(rows) for layer, rows in own.items()},
+        "angle": between(list(own.values())),
+        "chance": chance_angle(first, first),
+        "runs": runs,
+    }
+
+
+def compare(spaces: dict[str, Subspaces]) -> dict[str, Any]:
+    """Return the angles between the adapters of several folders, the first of which the others are compared with."""
+    (_, own), *rest = spaces.items()
+    return {"not_inspected": [], "subspaces": _angles(own, dict(rest))}
+
+
+def _lens(run: Inspected, reft: ReftModel, norms: EditNorms) -> list[dict[str, Any]]:
+    """Return the tokens that the directions of each layer point to.
+
+    The constant is edit(0): R'b for LoReFT. Rows of R are one basis of many of the same subspace.
+    """
+    base, tokenizer = reft.base_model, run.objects.prepared.tokenizer
+    mean, found = norms.mean_edits(), []
+    for layer, group in interventions_by_layer(reft).items():
+        named: list[tuple[str, Tensor]] = [("mean edit", mean[layer])] if layer in mean else []
+        with torch.no_grad():
+            for number, phi in enumerate(group):
+                of = f" ({number})" if len(group) > 1 else ""
+                directions = phi.directions
+                zero = torch.zeros(1, phi.dim, device=next(phi.parameters()).device)
+                named.append((f"constant{of}", phi.edit(zero)[0]))
+                rows = [] if directions is None else list(directions)
+                named += [(f"row {k}{of}", row) for k, row in enumerate(rows)]
+        directions = torch.stack([vector.to(base.device) for _, vector in named])
+        logits = logits_of(base, torch.cat([directions, -directions]))
+        tops = [[repr(tokenizer.decode([i])) for i in row] for row in logits.topk(TOKENS).indices.tolist()]
+        for i, (name, _) in enumerate(named):
+            found.append(
+                {"layer": layer, "direction": name, "towards": tops[i], "away_from": tops[i + len(named)]}
+            )
+    return found
+
+
+def _without(run: Inspected, reft: ReftModel, step: Step) -> dict[str, Any]:
+    def score(what: str, context: AbstractContextManager) -> Scores:
+        step(f"without {what}")
+        with context:
+            return run.score()
+
+    layers = [int(key) for key in reft.interventions]
+    return {
+        "layer": {layer: score(f"layer {layer}", leaving_out(reft, layers=[layer])) for layer in layers},
+        "position": {p: score(p, leaving_out(reft, places=[p])) for p in places_of(reft)},
+        "all": score("all edits", leaving_out(reft, layers=layers)),
+    }
+
+
+def _strengths(run: Inspected, reft: ReftModel, step: Step) -> Iterator[tuple[float, Scores]]:
+    for scale in SCALES:
+        step(f"strength {scale:g}")
+        with _scaled(reft, reft.scale * scale):
+            yield scale, run.everything()
+
+
+@contextmanager
+def _scaled(reft: ReftModel, scale: float) -> Iterator[None]:
+    before, reft.scale = reft.scale, scale
+    try:
+        yield
+    finally:
+        reft.scale = before
+
+
+def main_score(scores: Scores) -> str:
+    """Return the score to show next to the loss: the first that is neither loss nor perplexity, or the loss."""
+    return next((name for name in scores if name not in ("loss", "perplexity")), "loss")
