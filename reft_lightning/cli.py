@@ -153,10 +153,13 @@ def _results(config: DictConfig, run_dir: Path) -> dict[str, Any]:
             sys.stderr.write(f"{error}\n")
             sys.exit(2)
         from .runs import experiment
+        from .runs.wandb_names import filed, label
 
     try:
         command = ["reft-train", *own_process.job_arguments(sys.argv[1:])]
-        return experiment.run(compose.to_config(config), run_dir, _experiment(), command=command)
+        run = compose.to_config(config)
+        run = filed(run, name=label(run, compose.differing(HydraConfig.get().overrides.task)))
+        return experiment.run(run, run_dir, _experiment(), command=command)
     except experiment.SetupError as error:
         if own_process.in_sweep():
             raise  # the other jobs go on

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer, seed_everything
+from lightning import Callback, Trainer, seed_everything
 
 from ..adapters.saving import load_state
 from ..config.identity import config_hash
 from ..config.schema import OptimizerConfig, SchedulerConfig
 from ..storage.atomic import new_folder, now
 from ..suggest import did_you_mean
+from ..training.wandb import WandbReport, finish_wandb
 from .arguments import method_of
 from .build import build
 from .console import print_table
@@ -22,7 +23,8 @@ from .environment import environment
 from .experiment import evaluate_split
 from .results import Results
 from .run_folder import load_run_config
-from .trainer import quiet_lightning
+from .stopping import signal_of
+from .trainer import evaluation_loggers, quiet_lightning
 
 SPLITS = ("validation", "test")
 
@@ -65,19 +67,27 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
         target, config_hash=config_hash(config), run_dir=str(folder), split=split, limit=limit, seed=config.seed,
         method=method_of(config), model=config.model.name, **objects.facts(), **environment(),
     )  # fmt: skip
+    loggers = evaluation_loggers(config, folder, target, split)
+    shown: list[Callback] = [WandbReport(folder, *objects.prepared.monitor)] if loggers else []
     trainer = Trainer(
-        accelerator=config.trainer.accelerator, devices=1, logger=False, enable_checkpointing=False,
-        use_distributed_sampler=False, default_root_dir=target, precision=config.trainer.precision,
-        enable_model_summary=False,
+        accelerator=config.trainer.accelerator, devices=1, logger=loggers, callbacks=shown,
+        enable_checkpointing=False, use_distributed_sampler=False, default_root_dir=target,
+        precision=config.trainer.precision, enable_model_summary=False,
     )  # fmt: skip
     torch.set_float32_matmul_precision(config.matmul_precision)
     results.update(matmul_precision=config.matmul_precision)
     try:
         evaluate_split(trainer, objects, split, target, results)
+    except BaseException as error:
+        ending = signal_of(error)
+        stopped = {"status": "stopped", "error": repr(error), "signal": ending and ending.name}
+        finish_wandb(loggers, results.values | stopped, exit_code=128 + ending if ending else 1)
+        raise
     finally:
         if split == "test":
             original = Results.read(folder)
             original.update(test_reads=[*original.values["test_reads"], *results.values["test_reads"]])
     results.update(status="complete", finished=now())
+    finish_wandb(loggers, results.values)
     print_table(results.values)
     return results.values
