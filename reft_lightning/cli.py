@@ -1,4 +1,4 @@
-"""The commands ``reft-train``, ``reft-eval``, ``reft-chat``, ``reft-judge``, ``reft-search`` and ``reft-report``.
+"""The commands: ``reft-train`` and the others that ``pyproject.toml`` names.
 
 Torch and transformers are imported after the arguments have been checked, so that a typo is answered at once, and
 under :func:`heavy_imports`.
@@ -28,6 +28,10 @@ CHAT_USAGE = "reft-chat run=FOLDER [max_new_tokens=N] [template=plain|alpaca|cha
 REPORT_USAGE = (
     "reft-report FOLDER [FOLDER ...] [--out DIR] [--split test|validation] [--resamples N] [--seed N] [--wandb] "
     "[--project NAME]\nreft-report paper [folder=outputs] [table=N]"
+)
+DASHBOARD_USAGE = (
+    "reft-dashboard FOLDER [FOLDER ...] [entity=NAME] [project=NAME] [out=DIR]\n"
+    "reft-dashboard FILE.json   sends what an earlier command wrote"
 )
 SPLITS = ("validation", "test")
 TEMPLATES = ("plain", "alpaca", "chat")
@@ -236,6 +240,25 @@ def _report(argv: Sequence[str]) -> None:
         from .reporting import command
 
         command.main(argv)
+
+
+def dashboard() -> None:
+    """Make a workspace and a report page in W&B of runs that were logged there."""
+    _command(_dashboard, DASHBOARD_USAGE)
+
+
+def _dashboard(argv: Sequence[str]) -> None:
+    folders = [Path(text) for text in argv if "=" not in text]
+    options = _options([text for text in argv if "=" in text], ("entity", "project", "out"))
+    if not folders:
+        raise UsageError("FOLDER is missing: a run, a sweep, or a study")
+    for folder in folders:
+        if not folder.exists():
+            siblings = [str(path) for path in folder.parent.glob("*")]
+            raise UsageError(f"{folder}: no such folder{did_you_mean(str(folder), siblings)}")
+    from .reporting import dashboard as making
+
+    making.main(folders, Path(options.get("out", "dashboard")), options.get("entity"), options.get("project"))
 
 
 def _command(action: Callable[[Sequence[str]], Any], usage: str) -> None:
