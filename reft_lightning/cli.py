@@ -1,4 +1,4 @@
-"""The commands ``reft-train``, ``reft-eval``, ``reft-chat``, ``reft-inspect``, ``reft-judge`` and so on.
+"""The commands: ``reft-train`` and the others that ``pyproject.toml`` names.
 
 Torch and transformers are imported after the arguments have been checked, so that a typo is answered at once, and
 under :func:`heavy_imports`.
@@ -39,6 +39,10 @@ INSPECT_USAGE = """reft-inspect FOLDER [FOLDER ...] [rows=32] [forget=NAME [data
   text           a text file, whose perplexity is measured before and after; one of our own without it
   out            where files are written; FOLDER/inspection without it
   trust_code     true: import what the run's configuration names"""
+DASHBOARD_USAGE = (
+    "reft-dashboard FOLDER [FOLDER ...] [entity=NAME] [project=NAME] [out=DIR]\n"
+    "reft-dashboard FILE.json   sends what an earlier command wrote"
+)
 SPLITS = ("validation", "test")
 TEMPLATES = ("plain", "alpaca", "chat")
 
@@ -163,10 +167,13 @@ def _results(config: DictConfig, run_dir: Path) -> dict[str, Any]:
             sys.stderr.write(f"{error}\n")
             sys.exit(2)
         from .runs import experiment
+        from .runs.wandb_names import filed, label
 
     try:
         command = ["reft-train", *own_process.job_arguments(sys.argv[1:])]
-        return experiment.run(compose.to_config(config), run_dir, _experiment(), command=command)
+        run = compose.to_config(config)
+        run = filed(run, name=label(run, compose.differing(HydraConfig.get().overrides.task)))
+        return experiment.run(run, run_dir, _experiment(), command=command)
     except experiment.SetupError as error:
         if own_process.in_sweep():
             raise  # the other jobs go on
@@ -270,6 +277,25 @@ def _report(argv: Sequence[str]) -> None:
         from .reporting import command
 
         command.main(argv)
+
+
+def dashboard() -> None:
+    """Make a workspace and a report page in W&B of runs that were logged there."""
+    _command(_dashboard, DASHBOARD_USAGE)
+
+
+def _dashboard(argv: Sequence[str]) -> None:
+    folders = [Path(text) for text in argv if "=" not in text]
+    options = _options([text for text in argv if "=" in text], ("entity", "project", "out"))
+    if not folders:
+        raise UsageError("FOLDER is missing: a run, a sweep, or a study")
+    for folder in folders:
+        if not folder.exists():
+            siblings = [str(path) for path in folder.parent.glob("*")]
+            raise UsageError(f"{folder}: no such folder{did_you_mean(str(folder), siblings)}")
+    from .reporting import dashboard as making
+
+    making.main(folders, Path(options.get("out", "dashboard")), options.get("entity"), options.get("project"))
 
 
 def _command(action: Callable[[Sequence[str]], Any], usage: str) -> None:

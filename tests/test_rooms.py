@@ -26,7 +26,8 @@ FLOORS = (
     {"cli"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-LAZY = {"peft", "wandb", "matplotlib", "optuna", "openai"}  # imported where they are used: heavy, or optional
+# imported where they are used: heavy, or optional
+LAZY = {"peft", "wandb", "wandb_workspaces", "matplotlib", "optuna", "openai"}
 HYDRA = {"config", "runs", "search", "cli"}
 
 

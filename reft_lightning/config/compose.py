@@ -117,8 +117,12 @@ def _claimed(folder: str) -> str:
 
 def _job_name(number: int, overrides: Sequence[str]) -> str:
     # Overrides hold slashes (paths) and can outgrow the 255 bytes of a file name.
-    swept = [text for text in overrides if _key(text) in _swept] or list(overrides)
-    return f"{number}_{','.join(swept)}".replace("/", "_")[:NAME_LENGTH]
+    return f"{number}_{','.join(differing(overrides))}".replace("/", "_")[:NAME_LENGTH]
+
+
+def differing(overrides: Sequence[str]) -> list[str]:
+    """Return those of a job's overrides in which the jobs of its sweep differ; all of them outside a sweep."""
+    return [text for text in overrides if _key(text) in _swept] or list(overrides)
 
 
 def _key(override: str) -> str:

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import PurePath
 from typing import Any
 
+from ..adapters.methods import method_named
 from .schema import Config
 
 
@@ -38,6 +39,23 @@ def identity(config: Config | Mapping[str, Any], *, seed: bool = True) -> dict[s
             value = PurePath(value).name
         found[key] = value
     return found
+
+
+def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what identifies a run without the settings of interventions that mean nothing to its method."""
+    method = settings.get("intervention.method")
+    unused = {name for name in ("beside", "beside_options") if not settings.get("intervention.beside")}
+    if method and not method_named(method).takes_settings:
+        kept = {"method", "heads", "options"}
+        unused |= {key.split(".")[1] for key in settings if key.startswith("intervention.")} - kept
+    elif settings.get("intervention.rank") is None:  # without a subspace there is nothing to start in it
+        unused |= {"rank", "init", "weight_dtype"}
+    if not settings.get("intervention.dropout"):
+        unused.add("dropout_on")
+    return {
+        key: value for key, value in settings.items()
+        if not (key.startswith("intervention.") and key.split(".")[1] in unused)
+    }  # fmt: skip
 
 
 def config_hash(config: Config | Mapping[str, Any]) -> str:
@@ -71,6 +89,22 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             leaves[f"{prefix}{key}"] = value
     return leaves
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return dotted keys as sections: the inverse of :func:`flat`.
+
+    >>> nested({"optimizer.lr": 0.1, "seed": 42})
+    {'optimizer': {'lr': 0.1}, 'seed': 42}
+    """
+    sections: dict[str, Any] = {}
+    for key, value in values.items():
+        *path, name = key.split(".")
+        inside = sections
+        for part in path:
+            inside = inside.setdefault(part, {})
+        inside[name] = value
+    return sections
 
 
 @cache

@@ -13,8 +13,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from ..adapters.methods import method_named
-from ..config.identity import flat, identity
+from ..config.identity import flat, identity, used_settings
 from ..config.schema import Config
 from ..search.study_files import JOB, LOCKS, PLAN, TRIALS, WORKERS, read_job
 from ..storage.reading import read_json, read_yaml
@@ -101,22 +100,7 @@ class Run:
     @property
     def used_settings(self) -> dict[str, Any]:
         """Return the settings without those of interventions that mean nothing to the method."""
-        method = self.settings.get("intervention.method")
-        unused = {
-            name for name in ("beside", "beside_options") if not self.settings.get("intervention.beside")
-        }
-        if method and not method_named(method).takes_settings:
-            kept = {"method", "heads", "options"}
-            unused |= {key.split(".")[1] for key in self.settings if key.startswith("intervention.")} - kept
-        elif (
-            self.settings.get("intervention.rank") is None
-        ):  # without a subspace there is nothing to start in it
-            unused |= {"rank", "init", "weight_dtype"}
-        if not self.settings.get("intervention.dropout"):
-            unused.add("dropout_on")
-        return {k: v for k, v in self.settings.items() if not (
-            k.startswith("intervention.") and k.split(".")[1] in unused
-        )}  # fmt: skip
+        return used_settings(self.settings)
 
     @property
     def configuration(self) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer, seed_everything
+from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.loggers import Logger
 
 from ..adapters.saving import load_state
 from ..config.identity import config_hash
 from ..config.schema import Config, OptimizerConfig, SchedulerConfig
 from ..storage.atomic import new_folder, now
 from ..suggest import did_you_mean
+from ..training.wandb import WandbReport, finish_wandb
 from .arguments import method_of
 from .build import Objects, Prepared, build
 from .console import print_table
@@ -22,7 +25,8 @@ from .environment import environment
 from .experiment import evaluate_split
 from .results import Results
 from .run_folder import load_run_config
-from .trainer import quiet_lightning
+from .stopping import signal_of
+from .trainer import evaluation_loggers, quiet_lightning
 
 SPLITS = ("validation", "test")
 
@@ -54,15 +58,23 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
         target, config_hash=config_hash(config), run_dir=str(folder), split=split, limit=limit, seed=config.seed,
         method=method_of(config), model=config.model.name, **objects.facts(), **environment(),
     )  # fmt: skip
-    trainer = evaluating_trainer(config, target)
+    loggers = evaluation_loggers(config, folder, target, split)
+    shown = [WandbReport(folder, *objects.prepared.monitor)] if loggers else []
+    trainer = evaluating_trainer(config, target, loggers=loggers, callbacks=shown)
     results.update(matmul_precision=config.matmul_precision)
     try:
         evaluate_split(trainer, objects, split, target, results)
+    except BaseException as error:
+        ending = signal_of(error)
+        stopped = {"status": "stopped", "error": repr(error), "signal": ending and ending.name}
+        finish_wandb(loggers, results.values | stopped, exit_code=128 + ending if ending else 1)
+        raise
     finally:
         if split == "test":
             original = Results.read(folder)
             original.update(test_reads=[*original.values["test_reads"], *results.values["test_reads"]])
     results.update(status="complete", finished=now())
+    finish_wandb(loggers, results.values)
     print_table(results.values)
     return results.values
 
@@ -94,11 +106,17 @@ def untrained(config: Config) -> Config:
     return replace(config, optimizer=OptimizerConfig(), scheduler=SchedulerConfig())
 
 
-def evaluating_trainer(config: Config, folder: Path, progress_bar: bool = True) -> Trainer:
+def evaluating_trainer(
+    config: Config,
+    folder: Path,
+    progress_bar: bool = True,
+    loggers: Sequence[Logger] = (),
+    callbacks: Sequence[Callback] = (),
+) -> Trainer:
     """Return a trainer that only evaluates, on one device, as the run's configuration computes."""
     torch.set_float32_matmul_precision(config.matmul_precision)
     return Trainer(
-        accelerator=config.trainer.accelerator, devices=1, logger=False, enable_checkpointing=False,
-        use_distributed_sampler=False, default_root_dir=folder, precision=config.trainer.precision,
-        enable_model_summary=False, enable_progress_bar=progress_bar,
+        accelerator=config.trainer.accelerator, devices=1, logger=list(loggers), callbacks=list(callbacks),
+        enable_checkpointing=False, use_distributed_sampler=False, default_root_dir=folder,
+        precision=config.trainer.precision, enable_model_summary=False, enable_progress_bar=progress_bar,
     )  # fmt: skip

@@ -37,7 +37,8 @@ from .environment import begin_peak_memory, environment, peak_memory_bytes, peak
 from .results import Results, write_predictions
 from .run_folder import RESULTS, last_checkpoint, load_run_config, make_room, write_run_config
 from .stopping import check_told_to_stop, signal_of, until_sigterm
-from .trainer import build_trainer, logs_adapter, quiet_lightning
+from .trainer import build_trainer, quiet_lightning
+from .wandb_names import logs_adapter
 
 log = logging.getLogger(__name__)
 

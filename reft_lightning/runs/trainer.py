@@ -5,9 +5,6 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
-import os
-import secrets
-import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -31,14 +28,13 @@ from ..training.best_checkpoint import BestCheckpoint
 from ..training.checkpoint_files import WholeCheckpoints
 from ..training.last_checkpoint import LastCheckpoint
 from ..training.wandb import WandbReport
-from .arguments import method_of
 from .checks import Monitor
 from .results import Results
 from .run_folder import RESULTS
 from .stopping import StopTogether
+from .wandb_names import NAME_LENGTH, is_wandb, wandb_arguments
 
 log = logging.getLogger(__name__)
-TAG_LENGTH = 64  # characters that W&B takes
 KINDS = (
     Callback,
     Logger,
@@ -91,7 +87,7 @@ def build_trainer(
     if config.trainer.enable_progress_bar:
         callbacks.append(RichProgressBar())
     if any(isinstance(logger, WandbLogger) for logger in loggers):
-        callbacks.append(WandbReport())
+        callbacks.append(WandbReport(folder, *monitor))
     for name, entry in config.callbacks.items():
         callbacks.append(_of_kind(f"callbacks.{name}", entry, Callback))
     try:
@@ -113,16 +109,21 @@ def build_callbacks(
 
 
 def build_loggers(config: Config, folder: Path) -> list[Logger]:
-    """Return the CSV logger, which every run has, and those of the configuration."""
+    """Return the CSV logger, which every run has, and those of the configuration.
+
+    A resumed run continues the W&B run of its first part.
+    """
     # CSVLogger empties a folder that it finds: a resumed run writes next to the log of its first part
     parts = ("csv" if part == 1 else f"csv_{part}" for part in itertools.count(1))
     free = (part for part in parts if not (folder / part / "metrics.csv").is_file())
     loggers: list[Logger] = [CSVLogger(folder, name="", version=next(free) if config.resume else "csv")]
+    begun = config.resume and (folder / RESULTS).is_file()
+    earlier = Results.read(folder).values.get("wandb_run") if begun else None
     for name, entry in config.logger.items():
         where = f"logger.{name}"
         cls = _target(where, entry)
         if inspect.isclass(cls) and issubclass(cls, WandbLogger):
-            entry, given = _wandb(entry, config, folder)
+            entry, given = wandb_arguments(entry, config, folder, earlier)
         else:
             takes_folder = "save_dir" in inspect.signature(cls).parameters and "save_dir" not in entry
             given = {"save_dir": str(folder)} if takes_folder else {}
@@ -130,50 +131,22 @@ def build_loggers(config: Config, folder: Path) -> list[Logger]:
     return loggers
 
 
-def _wandb(entry: Mapping[str, Any], config: Config, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the entry without what is ours, and what a run knows: folder, names, configuration.
+def evaluation_loggers(config: Config, folder: Path, target: Path, split: str) -> list[Logger]:
+    """Return the loggers of an evaluation of a run's adapter: W&B's, in the group of the run.
 
-    A resumed run continues the W&B run of its first part. Without a key W&B runs offline.
+    Args:
+        config: of the run.
+        folder: of the run.
+        target: of the evaluation.
+        split: that is evaluated.
     """
-    values = {key: value for key, value in entry.items() if key != "log_adapter"}
-    modes = ("online", "offline", "disabled")
-    mode = values.get("mode") or os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
-    if mode not in modes:
-        raise ValueError(f"logger.wandb.mode must be one of {', '.join(modes)}; got {mode!r}")
-    if mode == "offline":
-        runs = f"{shlex.quote(str(folder / 'wandb'))}/offline-run-*"
-        log.info("W&B runs offline; to upload this run later: wandb sync %s", runs)
-    method, earlier = method_of(config), None
-    if config.resume and (folder / RESULTS).is_file():
-        earlier = Results.read(folder).values.get("wandb_run")
-    tags = [*(values.pop("tags", None) or ()), method, config.model.name, config.data.family]
-    own = {
-        "name": f"{method} seed {config.seed} {folder.name}",
-        "group": folder.parent.name,  # a sweep's, or that of an experiment's runs
-        "job_type": "train",
-        "id": earlier or secrets.token_hex(4),
-        "resume": "allow" if earlier else None,
-    }
-    own |= {key: value for key, value in values.items() if value is not None}
-    tags = list(dict.fromkeys(tag[:TAG_LENGTH] for tag in tags))
-    return own | {"mode": mode, "tags": tags}, {"save_dir": str(folder), "config": asdict(config)}
-
-
-def logs_adapter(config: Config) -> bool:
-    """Whether a logger uploads the adapter."""
-    return any(entry.get("log_adapter", False) for entry in config.logger.values())
-
-
-def _has_wandb_key() -> bool:
-    import netrc
-
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].rstrip("/")
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
+    loggers: list[Logger] = []
+    for name, entry in config.logger.items():
+        if is_wandb(entry):
+            own, given = wandb_arguments(entry, config, folder, inside=target)
+            own |= {"job_type": "eval", "name": f"{own['name'][: NAME_LENGTH - 20]}, {split}"}
+            loggers.append(_of_kind(f"logger.{name}", own, Logger, given))
+    return loggers
 
 
 # --- objects that the configuration names -----------------------------------------------------------------------

@@ -22,6 +22,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from ..config import compose
 from ..runs import experiment
+from ..runs.wandb_names import filed, label
 from ..storage.atomic import now
 from .budget import spent
 from .process import end_with_parent
@@ -143,13 +144,13 @@ def run_job(study: Path, folder: Path) -> dict[str, Any]:
     config = compose.compose(job["overrides"])
     if config.sealed != (job["kind"] == "trial"):
         raise ValueError(f"{folder}: a trial is sealed and a winner is not; its overrides say otherwise")
-    for entry in config.logger.values():
-        if "group" in entry:  # W&B's
-            entry["group"] = entry["group"] or study.resolve().name
-            entry["job_type"] = entry.get("job_type") or job["kind"]
-    config = replace(
-        config, overwrite=True
-    )  # the folder is the study's: what a lost worker left there is begun anew
+    params = [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
+              for key, value in job["params"].items() if job["kind"] == "trial"]  # fmt: skip
+    config = filed(
+        config, group=study.resolve().name, job_type=job["kind"], name=label(config, params, job["method"])
+    )
+    # the folder is the study's: what a lost worker left there is begun anew
+    config = replace(config, overwrite=True)
     if job["kind"] == "trial":
         own: Callback = TrialCallback(Study(study), job["method"], job["number"])
     else:

@@ -169,7 +169,8 @@ class FinetuningModule(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """Return the optimizer over one group for each role, and the scheduler by optimizer step."""
         optimizer, scheduler = self.optimization.build(self.model.parameter_roles(), self._total_steps())
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        schedule = {"scheduler": scheduler, "interval": "step", "name": "progress/lr"}  # of what is logged
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _total_steps(self) -> float:
         # trainer.estimated_stepping_batches would build the loaders before a checkpoint is read, and Lightning

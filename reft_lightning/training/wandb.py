@@ -1,65 +1,220 @@
-"""What W&B shows of a run: tables of predictions, the results, the adapter."""
+"""What W&B shows of a run: curves in sections, predictions next to the base's, alerts, the results, the adapter.
+
+Sections are the first parts of names: ``train/``, ``val/``, ``test/``, ``base/`` (the frozen base), ``progress/``
+(tokens, seconds, memory, learning rates) and ``edit/``, which is kept for what a callback measures of interventions.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 
-TABLE_ROWS = 100  # predictions shown in a W&B table
+from .best_checkpoint import LOSS, BestCheckpoint
+
+STEP = "trainer/global_step"  # the axis of every curve, Lightning's
+TABLE_ROWS = {"val": 100, "test": 1000}  # predictions in a table; those of a validation are logged every time
+COMPARED = ("generated", "answer", "option", "correct")  # of a row, adapter next to base
+# of an adapter
+LINEAGE = (
+    "method", "model", "seed", "config_hash", "git_commit", "trainable_parameters", "best_step", "data_versions"
+)  # fmt: skip
+WINDOW = 10  # logged losses
+DIVERGED = 1.5  # times the loss with which training began
+
+Row = dict[str, Any]
 
 
 class WandbReport(Callback):
-    """Log a table of predictions after each validation and test; used where W&B is."""
+    """Log predictions as tables, note the best validation, and alert where training fails; used where W&B is.
 
-    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Log rows of the validation."""
-        self._table(trainer, module, "val/predictions")
+    Args:
+        folder: of the run; the predictions of the frozen base are read from it, where it was evaluated.
+        monitor: the validation score that decides.
+        mode: ``max`` or ``min``.
+    """
 
-    def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Log rows of the test."""
-        self._table(trainer, module, "test/predictions")
+    def __init__(self, folder: Path, monitor: str, mode: str) -> None:
+        self.folder, self.summaries = folder, {LOSS: "min", monitor: mode}
+        self._base: dict[str, dict[tuple[Any, ...], Row]] = {}
+        self._losses: list[float] = []
+        self._step, self._diverged = 0, False
 
-    def _table(self, trainer: Trainer, module: Any, key: str) -> None:
-        from lightning.pytorch.loggers import WandbLogger
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the summary hold the best validation, and not the last."""
+        for run in _runs(trainer):
+            for name, best in self.summaries.items():
+                run.define_metric(name, step_metric=STEP, summary=best)
 
-        step = max(1, len(module.predictions) // TABLE_ROWS)  # some of every task: rows come task by task
-        rows = module.predictions[::step][:TABLE_ROWS]
-        if trainer.sanity_checking or not rows:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Alert once where losses stay above those with which training began."""
+        step, every = trainer.global_step, cast(Any, trainer).log_every_n_steps
+        loss = trainer.callback_metrics.get("train/loss")
+        if self._diverged or loss is None or step == self._step or step % every:
             return
-        columns = list(rows[0])
+        self._step = step
+        self._losses.append(float(loss))
+        first, last = self._losses[:WINDOW], self._losses[-WINDOW:]
+        self._diverged = len(self._losses) >= 2 * WINDOW and fmean(last) > DIVERGED * fmean(first)
+        if self._diverged:
+            text = (
+                f"step {step}: the loss is {fmean(last):.4g} on average over the last {WINDOW} that were logged, and "
+                f"was {fmean(first):.4g} over the first {WINDOW}: lower optimizer.lr"
+            )
+            self._alert(trainer, "training diverges", text, "WARN")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log rows of the validation; alert where its loss is not a number."""
+        self._table(trainer, pl_module, "val")
+        if math.isnan(trainer.callback_metrics.get(LOSS, 0.0)):
+            self._alert(trainer, "NaN", f"step {trainer.global_step}: {LOSS} is not a number", "ERROR")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log rows of the test."""
+        self._table(trainer, pl_module, "test")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the step of the best validation."""
+        self._note_best(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Note the step of the best validation so far; alert where numbers are no longer finite."""
+        self._note_best(trainer)
+        if isinstance(exception, FloatingPointError):
+            self._alert(trainer, "NaN", str(exception), "ERROR")
+
+    def _note_best(self, trainer: Trainer) -> None:
+        for checkpoint in trainer.checkpoint_callbacks:
+            if isinstance(checkpoint, BestCheckpoint) and checkpoint.best:
+                for run in _runs(trainer):
+                    run.summary["best_step"] = checkpoint.best.step
+
+    def _alert(self, trainer: Trainer, title: str, text: str, level: str) -> None:
+        for run in _runs(trainer):
+            run.alert(title, text, level)
+
+    def _table(self, trainer: Trainer, module: Any, stage: str) -> None:
+        """Log predictions; those of the base are columns of the adapter's table, and no table of their own."""
+        rows: Sequence[Row] = module.predictions
+        if trainer.sanity_checking or not rows or module.prefix:
+            return
+        every = math.ceil(len(rows) / TABLE_ROWS[stage])  # some of every task: rows come task by task
+        shown = beside_base(rows, self._base_rows(stage))[::every]
+        columns = list(dict.fromkeys(name for row in shown for name in row))
+        data = [[_cell(row.get(name)) for name in columns] for row in shown]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_table(
-                    f"{module.prefix}{key}",
-                    columns=columns,
-                    data=[[str(row.get(c)) for c in columns] for row in rows],
-                )
+                logger.log_table(f"{stage}/predictions", columns, data, step=trainer.global_step)
+
+    def _base_rows(self, stage: str) -> dict[tuple[Any, ...], Row]:
+        path = self.folder / "predictions" / f"base_{'validation' if stage == 'val' else stage}.jsonl"
+        if stage not in self._base and path.is_file():
+            with path.open(encoding="utf-8") as file:
+                self._base[stage] = dict(_keyed([json.loads(line) for line in file]))
+        return self._base.get(stage, {})
+
+
+def beside_base(rows: Sequence[Row], base: Mapping[tuple[Any, ...], Row]) -> list[Row]:
+    """Return the columns of a table: what the adapter answers, and where the base is known its answer and ``changed``.
+
+    Args:
+        rows: predictions, one dictionary each.
+        base: those of the frozen base by task, source and how often the source occurred before.
+    """
+    shown = []
+    for key, row in _keyed(rows):
+        row = {name: value for name, value in row.items() if name != "scores"}
+        if key in base:
+            answer = "answer" if "answer" in row else "generated"
+            names = [name for name in (*COMPARED, *base[key].get("scores", ())) if name in row]
+            row |= {f"base_{name}": base[key].get(name) for name in names}
+            row |= {"changed": row.get(answer) != base[key].get(answer)}
+        shown.append(row)
+    return shown
+
+
+def _keyed(rows: Sequence[Row]) -> Iterator[tuple[tuple[Any, ...], Row]]:
+    seen: Counter[tuple[Any, ...]] = Counter()
+    for row in rows:
+        key = (row["task"], row["source"])
+        yield (*key, seen[key]), row
+        seen[key] += 1
+
+
+def _cell(value: Any) -> Any:
+    """Return what W&B can sort and filter: numbers and truth values as they are, everything else as text."""
+    return value if value is None or isinstance(value, bool | int | float) else str(value)
+
+
+def _runs(trainer: Trainer) -> list[Any]:
+    return wandb_runs(trainer.loggers) if trainer.is_global_zero else []
+
+
+def wandb_runs(loggers: Sequence[Logger]) -> list[Any]:
+    """Return the W&B runs of some loggers, in the first process."""
+    return [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
 
 
 def finish_wandb(
-    loggers: list[Logger], summary: dict[str, Any], adapter: Path | None, exit_code: int = 0
+    loggers: Sequence[Logger], results: Mapping[str, Any], adapter: Path | None = None, exit_code: int = 0
 ) -> None:
-    """Write the results into the W&B summary, upload the adapter as an artifact, and close the run.
+    """Write the results into the W&B summary, file the adapter and the data it saw, and close the run.
 
     Args:
         loggers: of the first process; W&B's may be among them.
-        summary: contents of ``results.json``.
+        results: contents of ``results.json``.
         adapter: its folder, or None not to upload it.
-        exit_code: 0 for a run that is complete.
+        exit_code: 0 for a run that ended as it should; 128 and the signal's number where it was told to stop.
     """
-    from lightning.pytorch.loggers import WandbLogger
+    for run in wandb_runs(loggers):
+        run.summary.update(summary_of(results))
+        if adapter is not None:
+            if not run.offline:  # W&B keeps no inputs of a run that is
+                run.use_artifact(data_artifact(results))
+            run.log_artifact(adapter_artifact(results, adapter, run.id))
+        run.finish(exit_code)
 
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            import wandb
 
-            run = logger.experiment
-            run.summary.update(summary)
-            if adapter is not None:
-                artifact = wandb.Artifact(f"adapter-{run.id}", type="model")
-                artifact.add_dir(str(adapter))
-                run.log_artifact(artifact)
-            run.finish(exit_code)
+def summary_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers and words of ``results.json``, flat, as W&B's columns.
+
+    ``status`` tells a run that was told to stop, ``killed``, from one that ``failed``. The validation scores of the
+    checkpoint that counts are under ``final/``, as those under ``val/`` are of the curve.
+    """
+    found = {name: value for name, value in results.items() if isinstance(value, str | int | float)}
+    for name, value in results.get("metrics", {}).items():
+        found[f"final/{name}" if name.startswith("val/") else name] = value
+    if results.get("status") == "stopped":
+        found["status"] = "killed" if results.get("signal") else "failed"
+    return found
+
+
+def adapter_artifact(results: Mapping[str, Any], folder: Path, run: str) -> Any:
+    """Return the adapter as a W&B artifact, with where it comes from: run, base model, configuration, data."""
+    import wandb
+
+    facts = {name: results.get(name) for name in LINEAGE}
+    scores = {name: value for name, value in results["metrics"].items() if name.startswith(("val/", "test/"))}
+    artifact = wandb.Artifact(f"adapter-{run}", "model", metadata={"run": run, **facts, "scores": scores})
+    artifact.add_dir(str(folder))
+    return artifact
+
+
+def data_artifact(results: Mapping[str, Any]) -> Any:
+    """Return the data as a W&B artifact: its fingerprints, by which W&B knows it again, and no rows."""
+    import wandb
+
+    versions = results["data_versions"]
+    artifact = wandb.Artifact(f"data-{versions['family']}", "dataset", metadata=versions)
+    with artifact.new_file("data_versions.json", encoding="utf-8") as file:
+        json.dump(versions, file, indent=1, sort_keys=True)
+    return artifact

@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import shlex
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -258,3 +261,25 @@ def _words(process):
         return (process / "cmdline").read_bytes().decode().split("\0")
     except OSError:  # it has ended
         return []
+
+
+def test_trials_and_winners_are_one_group_of_wandb(data, tmp_path):
+    values = contents(data, budget={"unit": "trials", "amount": 1}, seeds=[7])
+    values["base"] += ["logger=wandb", "logger.wandb.mode=offline"]
+    folder = tmp_path / "mine"
+    work(make_study(folder, values))
+    for place, kind, name in (
+        ("trials/loreft/0", "trial", r"loreft .*lr=.* seed=42"),
+        ("winners/loreft/seed_7", "winner", "loreft seed=7"),
+    ):
+        (run,) = [record["run"] for record in logged(folder / place) if record["type"] == "run"]
+        assert (run["run_group"], run["job_type"]) == ("mine", kind)
+        assert re.fullmatch(name, run["display_name"])
+
+
+def logged(folder):
+    """Return the records of the only W&B run in a run folder."""
+    (run,) = (folder / "wandb").glob("offline-run-*")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    return [json.loads(line) for line in text.splitlines()]

@@ -2,14 +2,21 @@
 
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import short_runs
+import torch
+from lightning import Callback
 
 from reft_lightning.config.compose import compose
-from reft_lightning.runs import trainer
+from reft_lightning.runs import experiment, trainer
+from reft_lightning.runs.evaluate import evaluate
+from reft_lightning.training.wandb import WandbReport, beside_base, data_artifact, finish_wandb
 
 
 def records(folder):
@@ -34,76 +41,218 @@ def two_runs(data, tmp_path_factory):
     """Two runs of one process, one after the other."""
     folders = [tmp_path_factory.mktemp("wandb") / name for name in ("first", "second")]
     results = [
-        short_runs.run(data, folder, "logger=wandb", f"seed={seed}", "logger.wandb.tags=[x]")
+        short_runs.run(
+            data, folder, "logger=wandb", f"seed={seed}", "logger.wandb.tags=[x]", "evaluate_base=true"
+        )
         for seed, folder in enumerate(folders)
     ]
     return [(folder, result, *records(folder)) for folder, result in zip(folders, results, strict=True)]
 
 
 def summary_of(found):
+    """Return the summary; the parts of a nested value have dotted names."""
     summary = {}
     for update in of(found, "summary"):
         summary |= update["update"]
     return summary
 
 
-def test_each_run_of_a_process_has_its_own_file_and_configuration(two_runs):
-    for seed, (_, _, _, found) in enumerate(two_runs):
+def histories(found):
+    return [record["item"] for record in of(found, "history")]
+
+
+def table_of(run, found, name):
+    table = json.loads((run / "files" / summary_of(found)[f"{name}.path"]).read_text())
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+
+
+def test_each_run_of_a_process_has_its_own_file_and_names(two_runs):
+    for seed, (folder, _, _, found) in enumerate(two_runs):
         (run,) = of(found, "run")
-        config = run["config"]["update"]
-        assert config["seed"] == seed
-        assert config["intervention"]["method"] == "loreft"
-        assert config["optimizer"]["lr"] == 5e-3
-        name = ("first", "second")[seed]
-        assert run["display_name"] == f"loreft seed {seed} {name}"
-        assert (run["run_group"], run["job_type"]) == (two_runs[seed][0].parent.name, "train")
+        assert run["config"]["update"]["seed"] == seed
+        assert run["display_name"] == f"loreft seed={seed} {folder.name}"
+        assert (run["run_group"], run["job_type"]) == (folder.parent.name, "train")
         assert run["tags"] == ["x", "loreft", "tiny_random", "commonsense"]
         assert of(found, "exit")[0].get("exit_code", 0) == 0
     assert two_runs[0][2].name != two_runs[1][2].name
 
 
+def test_the_configuration_holds_what_identifies_the_run_and_nothing_empty(two_runs):
+    _, results, _, found = two_runs[0]
+    config = of(found, "run")[0]["config"]["update"]
+    assert (config["method"], config["config_hash"]) == ("loreft", results["config_hash"])
+    assert config["intervention"]["rank"] == 2
+    assert config["intervention"]["dropout"] == 0
+    assert config["optimizer"]["lr"] == 5e-3
+    kept = {"max_epochs": 2, "gradient_clip_val": 1, "precision": "32-true"}
+    assert config["trainer"] == {**kept, "devices": 1, "num_sanity_val_steps": 0}  # not Lightning's defaults
+    assert not {"logger", "evaluate_base", "kept", "resume"} & set(config)
+    assert "path" not in config["data"]
+
+    def values(section):
+        for value in section.values():
+            yield from values(value) if isinstance(value, dict) else [value]
+
+    assert not any(value is None or value is False or value in ([], {}, "") for value in values(config))
+
+
 def test_losses_rates_and_scores_are_there_by_step(two_runs):
     for folder, _, _, found in two_runs:
-        history = [record["item"] for record in of(found, "history")]
+        history = histories(found)
 
         def curve(name, history=history):
             return {item["trainer/global_step"]: item[name] for item in history if name in item}
 
         assert len(curve("train/loss")) == 12
         assert curve("train/loss") == pytest.approx(short_runs.logged(folder, "train/loss"))
-        assert curve("lr-AdamW/weight") == pytest.approx(short_runs.logged(folder, "lr-AdamW/weight"))
+        assert curve("progress/lr/weight") == pytest.approx(short_runs.logged(folder, "progress/lr/weight"))
         assert len(curve("train/tokens_per_second")) == 12
         assert min(curve("train/tokens_per_second").values()) > 0
-        assert {"val/loss", "val/accuracy", "val/boolq/accuracy", "test/boolq/accuracy"} <= {
-            name for item in history for name in item
-        }
+        names = {name for item in history for name in item}
+        assert {"val/loss", "val/accuracy", "val/boolq/accuracy", "test/boolq/accuracy"} <= names
+        assert "base/test/accuracy" in names
 
 
-def test_the_summary_holds_the_results(two_runs):
+def test_every_curve_lies_in_a_section_and_has_the_same_axis(two_runs):
+    _, _, _, found = two_runs[0]
+    names = {name for item in histories(found) for name in item}
+    sections = {name.partition("/")[0] for name in names if not name.startswith("_")}
+    assert sections == {"train", "val", "test", "base", "progress", "trainer", "epoch"}
+    assert all("trainer/global_step" in item for item in histories(found))
+    axes = {metric.get("step_metric") for metric in of(found, "metric")}
+    assert axes == {None, "trainer/global_step"}  # None: of the axis itself
+
+
+def test_the_summary_holds_the_results_and_the_best_validation(two_runs):
     for _, results, _, found in two_runs:
         summary = summary_of(found)
         assert summary["trainable_parameters"] == results["trainable_parameters"]
         assert summary["status"] == "complete"
-        assert summary["metrics"]["test/accuracy"] == results["metrics"]["test/accuracy"]
+        assert summary["test/accuracy"] == results["metrics"]["test/accuracy"]
+        losses = [item["val/loss"] for item in histories(found) if "val/loss" in item]
+        scores = [item["val/accuracy"] for item in histories(found) if "val/accuracy" in item]
+        assert summary["val/loss"] == {"min": min(losses)}
+        assert summary["val/accuracy"] == {"max": max(scores)}
+        assert summary["best_step"] == results["best_step"]
+        assert summary["final/val/loss"] == results["metrics"]["val/loss"]
+        assert not {"metrics", "counts", "versions", "test_reads"} & {
+            name.partition(".")[0] for name in summary
+        }
 
 
-def test_predictions_are_tables(two_runs):
+def test_the_table_of_predictions_sets_the_adapter_next_to_the_base(two_runs):
     for folder, _, run, found in two_runs:
-        summary = summary_of(found)
-        table = json.loads((run / "files" / summary["test/predictions.path"]).read_text())
-        rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
-        expected = short_runs.predictions(folder, "reft_test")
-        assert [row["generated"] for row in rows] == [row["generated"] for row in expected]
-        assert {"task", "prompt", "gold", "answer", "option"} <= set(table["columns"])
-        assert (run / "files" / summary["val/predictions.path"]).is_file()
+        rows = table_of(run, found, "test/predictions")
+        after, before = (short_runs.predictions(folder, name) for name in ("reft_test", "base_test"))
+        for name, expected in (("", after), ("base_", before)):
+            assert [row[f"{name}generated"] for row in rows] == [row["generated"] for row in expected]
+            assert [row[f"{name}correct"] for row in rows] == [row["correct"] for row in expected]
+        pairs = zip(after, before, strict=True)
+        assert [row["changed"] for row in rows] == [one["answer"] != other["answer"] for one, other in pairs]
+        assert {"task", "prompt", "gold", "answer", "option", "base_option"} <= set(rows[0])
+        assert "changed" not in table_of(run, found, "val/predictions")[0]  # the base read test rows only
+        assert "base/test/predictions.path" not in summary_of(found)
 
 
-def test_the_adapter_is_an_artifact(two_runs):
-    for folder, _, _, found in two_runs:
-        text = json.dumps([record for record in found if "adapter-" in json.dumps(record)])
-        assert "reft.safetensors" in text
-        assert "reft_config.json" in text
+def test_the_adapter_is_an_artifact_that_names_where_it_comes_from(two_runs):
+    for folder, results, _, found in two_runs:
+        (artifact,) = [record for record in of(found, "artifact") if record["type"] == "model"]
+        files = {entry["path"] for entry in artifact["manifest"]["contents"]}
+        assert {"reft.safetensors", "reft_config.json"} <= files
+        facts = json.loads(artifact["metadata"])
+        assert facts["run"] == results["wandb_run"]
+        for name in ("config_hash", "model", "data_versions", "best_step"):
+            assert facts[name] == results[name]
+        assert facts["scores"]["test/accuracy"] == results["metrics"]["test/accuracy"]
         assert (folder / "adapter" / "reft.safetensors").is_file()
+
+
+def test_equal_data_is_one_artifact(two_runs):
+    digests = [data_artifact(results).digest for _, results, _, _ in two_runs]
+    other = {"data_versions": {**two_runs[0][1]["data_versions"], "split_seed": 7}}
+    assert digests[0] == digests[1] != data_artifact(other).digest
+
+
+def test_rows_of_one_source_are_set_next_to_each_other_in_their_order():
+    def row(answer):
+        return {"task": "t", "source": "s", "answer": answer, "correct": answer == "b", "scores": {}}
+
+    base = {("t", "s", i): row(answer) for i, answer in enumerate("ab")}
+    shown = beside_base([row("b"), row("b"), row("c")], base)
+    assert [line.get("base_answer") for line in shown] == ["a", "b", None]
+    assert [line.get("changed") for line in shown] == [True, False, None]
+
+
+def test_an_evaluation_is_filed_in_the_group_of_its_run(two_runs):
+    folder, _, _, found = two_runs[0]
+    results = evaluate(folder, "test", limit=4)
+    (target,) = (folder / "evaluations").iterdir()
+    run, evaluated = records(target)
+    first, second = of(found, "run")[0], of(evaluated, "run")[0]
+    assert (second["run_group"], second["job_type"]) == (first["run_group"], "eval")
+    assert second["display_name"] == f"{first['display_name']}, test"
+    assert second["run_id"] != first["run_id"]
+    assert second["config"]["update"]["intervention"] == first["config"]["update"]["intervention"]
+    assert summary_of(evaluated)["test/accuracy"] == results["metrics"]["test/accuracy"]
+    rows = table_of(run, evaluated, "test/predictions")
+    assert len(rows) == 4
+    assert {"base_answer", "changed"} <= set(rows[0])
+
+
+def test_a_loss_that_is_no_longer_a_number_raises_an_alert(data, tmp_path):
+    with pytest.raises(FloatingPointError):
+        short_runs.run(data, tmp_path, "logger=wandb", "optimizer.lr=1e20", "scheduler.warmup_ratio=0")
+    _, found = records(tmp_path)
+    (alert,) = of(found, "alert")
+    assert (alert["title"], alert["level"]) == ("NaN", "ERROR")
+    assert "lower optimizer.lr" in alert["text"]
+    assert summary_of(found)["status"] == "failed"
+
+
+def test_training_that_stays_worse_than_it_began_raises_one_alert(tmp_path):
+    loggers = trainer.build_loggers(wandb(), tmp_path)
+    report = WandbReport(tmp_path, "val/accuracy", "max")
+    losses = [2.0] * 10 + [1.0] * 20 + [2.9] * 20 + [4.0] * 20
+    for step, loss in enumerate(losses, 1):
+        part = SimpleNamespace(
+            global_step=step, log_every_n_steps=1, is_global_zero=True, loggers=loggers,
+            callback_metrics={"train/loss": torch.tensor(loss)},
+        )  # fmt: skip
+        report.on_train_batch_end(part, None, None, None, 0)
+    finish_wandb(loggers, {"status": "complete"})
+    _, found = records(tmp_path)
+    (alert,) = of(found, "alert")
+    assert (alert["title"], alert["level"]) == ("training diverges", "WARN")
+    assert alert["text"].startswith("step 51: ")
+
+
+class Ends(Callback):
+    """Tell the process to stop, as a scheduler does or a user."""
+
+    def __init__(self, end):
+        self.end = end
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 8:
+            self.end()
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [(lambda: os.kill(os.getpid(), signal.SIGTERM), 143), (interrupt, 130)],
+    ids=["SIGTERM", "Ctrl-C"],
+)
+def test_a_run_that_is_told_to_stop_is_killed_and_not_failed(data, tmp_path, end, code):
+    with pytest.raises(SystemExit):
+        experiment.run(short_runs.config(data, "logger=wandb"), tmp_path, callbacks=[Ends(end)])
+    _, found = records(tmp_path)
+    assert of(found, "exit")[0]["exit_code"] == code
+    assert summary_of(found)["status"] == "killed"
+    assert summary_of(found)["best_step"] == 6
 
 
 def test_a_run_that_stops_is_closed_as_failed(data, tmp_path, monkeypatch):
@@ -115,7 +264,7 @@ def test_a_run_that_stops_is_closed_as_failed(data, tmp_path, monkeypatch):
     assert wandb.run is None
     _, found = records(tmp_path)
     assert of(found, "exit")[0]["exit_code"] == 1
-    assert summary_of(found)["status"] == "stopped"
+    assert summary_of(found)["status"] == "failed"
 
 
 def test_a_resumed_run_continues_its_run(data, tmp_path, monkeypatch):
@@ -148,7 +297,7 @@ def test_without_a_key_a_run_is_offline_and_says_how_to_upload_it(tmp_path, monk
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    with caplog.at_level(logging.INFO, "reft_lightning.runs.trainer"):
+    with caplog.at_level(logging.INFO, "reft_lightning.runs.wandb_names"):
         (_, logger) = trainer.build_loggers(wandb(), tmp_path / "run")
     assert logger._wandb_init["mode"] == "offline"
     assert "wandb sync" in caplog.text

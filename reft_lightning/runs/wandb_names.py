@@ -1,0 +1,138 @@
+"""How a run is filed in W&B: project, group, job type, name, tags, configuration.
+
+A group is an experiment's runs, a sweep, or a study. A job type is ``train``, ``eval``, ``trial`` or ``winner``. A name
+says what differs from the other runs of the group.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import secrets
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+
+from ..config.identity import config_hash, identity, nested, used_settings
+from ..config.schema import Config
+from .arguments import method_of
+from .wandb_key import has_key
+
+log = logging.getLogger(__name__)
+MODES = ("online", "offline", "disabled")
+TAG_LENGTH = 64  # characters that W&B takes
+NAME_LENGTH = 128
+GROUPS = ("model", "data", "optimizer", "scheduler")  # of files; a choice among them is part of a name
+
+
+def is_wandb(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of ``logger`` is W&B's."""
+    return str(entry.get("_target_", "")).endswith("WandbLogger")
+
+
+def filed(config: Config, **names: str) -> Config:
+    """Return a configuration whose W&B entries have these names where they give none of their own.
+
+    Args:
+        config: of a run.
+        names: ``name``, ``group``, ``job_type``.
+    """
+    entries = {
+        key: {**names, **{k: v for k, v in entry.items() if v is not None or k not in names}}
+        if is_wandb(entry) else entry
+        for key, entry in config.logger.items()
+    }  # fmt: skip
+    return replace(config, logger=entries)
+
+
+def label(config: Config, overrides: Iterable[str], method: str | None = None) -> str:
+    """Return the name of a run: its method, what these overrides set of what identifies it, and its seed.
+
+    A study may have another name for the method.
+
+    >>> label(Config(), ["optimizer.lr=1e-3", "seed=42", "logger=wandb"])
+    'loreft lr=1e-3 seed=42'
+    """
+    known, told = identity(config, seed=False), []
+    for text in overrides:
+        key, _, value = text.lstrip("+~").partition("=")
+        if key in GROUPS:
+            told.append(value)
+        elif key != "intervention.method" and known.get(key) is not None:
+            told.append(f"{key.rpartition('.')[2]}={value}")
+    return " ".join([method or method_of(config), *told, f"seed={config.seed}"])[:NAME_LENGTH]
+
+
+def wandb_arguments(
+    entry: Mapping[str, Any],
+    config: Config,
+    folder: Path,
+    earlier: str | None = None,
+    inside: Path | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the entry without what is ours, and what a run knows: folder and configuration.
+
+    Without a key W&B runs offline.
+
+    Args:
+        entry: of the configuration.
+        config: of the run.
+        folder: of the run.
+        earlier: id of the W&B run that is continued.
+        inside: where W&B writes; None for the run's folder.
+
+    Raises:
+        ValueError: for an unknown mode.
+    """
+    values = {key: value for key, value in entry.items() if key != "log_adapter"}
+    mode = values.get("mode") or os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+    if mode not in MODES:
+        raise ValueError(f"logger.wandb.mode must be one of {', '.join(MODES)}; got {mode!r}")
+    inside = inside or folder
+    if mode == "offline":
+        runs = f"{shlex.quote(str(inside / 'wandb'))}/offline-run-*"
+        log.info("W&B runs offline; to upload this run later: wandb sync %s", runs)
+    tags = [*(values.pop("tags", None) or ()), method_of(config), config.model.name, config.data.family]
+    agent = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+    own = {
+        "name": f"{label(config, ())} {folder.name}",
+        "group": _group(folder),
+        "job_type": "train",
+        "id": earlier or agent or secrets.token_hex(4),
+        "resume": "allow" if earlier else None,
+    }
+    own |= {key: value for key, value in values.items() if value is not None}
+    tags = list(dict.fromkeys(tag[:TAG_LENGTH] for tag in tags))
+    return own | {"mode": mode, "tags": tags}, {"save_dir": str(inside), "config": shown_config(config)}
+
+
+def _group(folder: Path) -> str:
+    """Return the folder of a sweep, or that of an experiment's runs."""
+    parent = Path(folder).absolute().parent
+    return f"{parent.parent.name}/{parent.name}" if parent.name.startswith("multirun_") else parent.name
+
+
+def shown_config(config: Config) -> dict[str, Any]:
+    """Return what identifies a run, in sections, without what says nothing.
+
+    That is an empty value or a false one, a setting that means nothing to the method, and an argument of the Trainer
+    that is Lightning's default.
+    """
+    defaults = {
+        f"trainer.{name}": p.default for name, p in inspect.signature(Trainer.__init__).parameters.items()
+    }
+    settings = {
+        key: value for key, value in used_settings(identity(config)).items()
+        if value is not None and value is not False and value not in ([], {}, "") and value != defaults.get(key)
+    }  # fmt: skip
+    return nested(settings) | {"method": method_of(config), "config_hash": config_hash(config)}
+
+
+def logs_adapter(config: Config) -> bool:
+    """Whether a logger uploads the adapter."""
+    return any(entry.get("log_adapter", False) for entry in config.logger.values())

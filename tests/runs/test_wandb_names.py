@@ -1,0 +1,73 @@
+"""How a run is filed in W&B: its name says what differs from the others of its group."""
+
+from reft_lightning.config import compose
+from reft_lightning.runs.trainer import build_loggers
+from reft_lightning.runs.wandb_names import filed, label, wandb_arguments
+
+TINY = ["model=tiny_random", "logger=wandb", "logger.wandb.mode=disabled"]
+
+
+def composed(*overrides):
+    return compose.compose([*TINY, *overrides])
+
+
+def test_a_name_holds_method_what_was_set_and_seed():
+    overrides = [
+        "model=tiny_random",
+        "data=boolq",
+        "intervention=direft",
+        "optimizer.lr=1e-3",
+        "seed=7",
+        "test=false",
+    ]
+    config = composed(*overrides[1:])
+    assert label(config, overrides) == "direft tiny_random boolq lr=1e-3 seed=7"
+    assert label(config, ["optimizer.lr=1e-3"], "mine") == "mine lr=1e-3 seed=7"
+
+
+def test_what_does_not_identify_a_run_is_no_part_of_its_name(tmp_path):
+    overrides = [
+        "logger=wandb",
+        "trainer.accelerator=cpu",
+        f"data.path={tmp_path}",
+        "+callbacks.x._target_=y",
+    ]
+    assert label(composed("data.source=local", f"data.path={tmp_path}"), overrides) == "loreft seed=42"
+
+
+def test_a_long_name_is_cut_to_what_wandb_takes():
+    assert len(label(composed(), [f"intervention.positions={'f1+' * 100}l1"])) == 128
+
+
+def test_names_are_filled_in_where_the_configuration_gives_none():
+    names = {"group": "study", "job_type": "trial", "name": "loreft lr=1e-3 seed=42"}
+    config = filed(composed("logger=[wandb,tensorboard]", "logger.wandb.group=mine"), **names)
+    entry = config.logger["wandb"]
+    assert {name: entry[name] for name in names} == {**names, "group": "mine"}
+    assert "group" not in config.logger["tensorboard"]
+
+
+def test_the_jobs_of_a_sweep_are_one_group(tmp_path):
+    entry = composed().logger["wandb"]
+
+    def group(folder):
+        return wandb_arguments(entry, composed(), tmp_path / folder)[0]["group"]
+
+    assert group("few/multirun_2026-11-29_12-00-00/0_seed=1") == "few/multirun_2026-11-29_12-00-00"
+    assert group("few/2026-11-29_12-00-00") == "few"
+
+
+def test_a_run_of_an_agent_is_the_one_that_the_agent_began(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    monkeypatch.setenv("WANDB_RUN_ID", "abc12345")
+    (_, logger) = build_loggers(composed(), tmp_path)
+    assert logger.version == "abc12345"
+
+
+def test_settings_that_mean_nothing_to_the_method_are_not_shown(tmp_path):
+    config = composed("intervention=peft/lora")
+    _, given = wandb_arguments(config.logger["wandb"], config, tmp_path)
+    shown = given["config"]
+    assert shown["method"] == "peft/lora"
+    assert set(shown["intervention"]) == {"method", "options"}
+    assert shown["intervention"]["options"]["r"] == config.intervention.options["r"]
