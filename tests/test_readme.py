@@ -27,6 +27,7 @@ from reft_lightning import cli
 from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.config import compose
 from reft_lightning.config.explain import keys
+from reft_lightning.data import FAMILIES
 from reft_lightning.reporting import command as reporting
 from reft_lightning.reporting.judging import command as judging
 from reft_lightning.runs.build import outline
@@ -365,13 +366,24 @@ def test_a_number_in_percent_stands_next_to_its_file():
                 assert "`experiments/" in section, section.splitlines()[0]
 
 
+def test_the_reference_has_every_public_name_and_every_family():
+    shown = re.findall(r"^::: ([\w.]+)$", PAGES, re.MULTILINE)
+    names = {name.rpartition(".")[2] for name in shown} | set(
+        re.findall(r"members: \[(.+)\]", PAGES)[0].split(", ")
+    )
+    assert set(rl.__all__) <= names
+    assert {*FAMILIES, "custom"} <= set(
+        re.findall(r"^`data\.family=(\w+)`", TEXTS["docs/reference/families.md"], re.M)
+    )
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The built pages; a warning fails the build, and so this."""
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(out)]
     env = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=170)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
