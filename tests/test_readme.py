@@ -1,7 +1,10 @@
 """What README and docs show is run."""
 
+import contextlib
 import csv
 import functools
+import importlib
+import io
 import json
 import logging
 import os
@@ -130,8 +133,13 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_the_python_of_a_page_runs_from_its_top_to_its_end(page, hub, folder, capsys):
     write_files(page, folder)
+    blocks = blocks_of(page, "python")
     scope = {"__name__": "page", "batches": batches()}
-    for block in blocks_of(page, "python"):
+    if not any("reft = " in block.text for block in blocks):  # the page goes on from another
+        ids = torch.tensor([[5, 6, 7, 8]])
+        reft = rl.attach(AutoModelForCausalLM.from_pretrained("any"), "loreft", rank=2)
+        scope |= {"reft": reft, "ids": ids, "mask": torch.ones_like(ids)}
+    for block in blocks:
         exec(compile(block.text, f"{page}, {block.file or 'a block'}", "exec"), scope)
 
 
@@ -198,9 +206,11 @@ def test_a_command_line_is_one_that_its_program_takes(page, line, folder, run, m
         if not words:
             return
     program, arguments = words[0], words[1:]
-    check = CHECKS.get(program)
-    assert check, f"no test knows the program {program!r}"
-    check(arguments, run, monkeypatch)
+    if program in SCRIPTS and program not in CHECKS:
+        check_by_help(program, arguments, monkeypatch)
+        return
+    assert program in CHECKS, f"no test knows the program {program!r}"
+    CHECKS[program](arguments, run, monkeypatch)
 
 
 def check_train(arguments, run, monkeypatch):
@@ -268,6 +278,16 @@ def really(command, argv, monkeypatch):
         command()
     finally:
         logging.getLogger().setLevel(level)
+
+
+def check_by_help(program, arguments, monkeypatch):
+    """Hold each key=value of a command to what its help names, or to the keys of a run."""
+    module, _, function = SCRIPTS[program].partition(":")
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
+        really(getattr(importlib.import_module(module), function), [program, "--help"], monkeypatch)
+    names = {a.partition("=")[0] for a in arguments if "=" in a}
+    assert [name for name in names if f"{name}=" not in said.getvalue() and name not in keys()] == []
 
 
 def check_judge(arguments, run, monkeypatch):
