@@ -347,6 +347,17 @@ def test_a_block_of_yaml_or_json_can_be_read(block):
     assert yaml.safe_load(block.text) if block.language == "yaml" else json.loads(block.text)
 
 
+def test_the_list_of_files_names_every_room_and_no_other():
+    tree = TEXTS["docs/explanation/rooms.md"].split("```")[1].split("conf/")[0]
+    named = set(re.findall(r"^ +([a-z_]+)/ ", tree, re.MULTILINE))
+    package = ROOT / "reft_lightning"
+    rooms = {path.parent.name for path in package.rglob("__init__.py")} - {"reft_lightning"}
+    assert named <= rooms
+    assert {path.parent.name for path in package.glob("*/__init__.py")} <= named
+    for name in re.findall(r"\b([a-z_]+\.py)\b", tree):
+        assert list(package.rglob(name)), name
+
+
 NAMED = sorted(set(re.findall(r"`((?:experiments|tests|conf|reft_lightning)/[\w/.-]+\w/?)`", PAGES)))
 
 
