@@ -17,7 +17,7 @@ BENCH_ARGS ?= --random
 PIP_INSTALL = $(BIN)/python -m pip install --retries 10 --timeout 120 --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow bench bench-gpu lint format clean
+.PHONY: help install quickstart test test-slow docs bench bench-gpu lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | sort | expand -t 14
@@ -43,6 +43,10 @@ test: $(STAMP)  ## the tests a change must pass: no network, no GPU, about seven
 test-slow: $(STAMP)  ## the tests that take longer
 	HF_HUB_OFFLINE=1 WANDB_SILENT=true $(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
+docs: $(STAMP)  ## build the documentation into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 bench: $(STAMP)  ## speed and memory beside pyreft, adapters and peft; about three hours (BENCH_ARGS="--quick --random")
 	$(BIN)/python experiments/speed/bench.py $(BENCH_ARGS)
 
@@ -59,4 +63,4 @@ format: $(STAMP)  ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 clean:  ## remove the virtual environments and caches; outputs/ stays
-	rm -rf $(VENV) .bench .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) .bench site .pytest_cache .ruff_cache build dist
