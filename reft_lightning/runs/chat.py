@@ -21,6 +21,7 @@ from ..data import Example
 from ..data.encoding import Collator, encode
 from ..data.prompts import TEMPLATES, apply_template
 from ..evaluation import Decoding, generate
+from ..progress import Bar
 from .arguments import attachment, family_of, model_source
 from .kinds import kind_of
 from .run_folder import load_run_config
@@ -71,9 +72,10 @@ def main(folder: Path, max_new_tokens: int = 64, template: str | None = None) ->
         elif text.startswith("/"):
             console.print(f"{escape(text)} is no command. {HELP}")
         elif text:
-            base, adapted = answer(
-                model, tokenizer, text, max_new_tokens, template, config.data.system_prompt
-            )
+            with Bar("answering"):
+                base, adapted = answer(
+                    model, tokenizer, text, max_new_tokens, template, config.data.system_prompt
+                )
             console.print(
                 Columns(
                     # Text: what a model says may look like markup

@@ -14,6 +14,7 @@ from ..config.identity import config_hash
 from ..config.schema import OptimizerConfig, SchedulerConfig
 from ..storage.atomic import new_folder, now
 from ..suggest import did_you_mean
+from ..training.progress import RunProgress
 from .arguments import method_of
 from .build import build
 from .console import print_table
@@ -68,7 +69,7 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
     trainer = Trainer(
         accelerator=config.trainer.accelerator, devices=1, logger=False, enable_checkpointing=False,
         use_distributed_sampler=False, default_root_dir=target, precision=config.trainer.precision,
-        enable_model_summary=False,
+        enable_model_summary=False, callbacks=[RunProgress()],
     )  # fmt: skip
     torch.set_float32_matmul_precision(config.matmul_precision)
     results.update(matmul_precision=config.matmul_precision)
