@@ -15,7 +15,7 @@ from rich.text import Text
 
 from ..adapters.adapt import adapt
 from ..adapters.adapted import AdaptedModel
-from ..adapters.saving import load_state
+from ..adapters.saving import load_saved, load_state
 from ..base_models.loading import load_base_model
 from ..data import Example
 from ..data.encoding import Collator, encode
@@ -92,7 +92,7 @@ def load(folder: Path) -> tuple[AdaptedModel, Any]:
     adapter = load_state(folder / "adapter")  # a missing one is said before weights are loaded
     base, tokenizer = load_base_model(**model_source(config))
     model = adapt(base, **attachment(config))
-    model.load_adapter_state_dict(adapter)
+    load_saved(model, folder / "adapter", adapter)
     return model.eval(), tokenizer
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning import Trainer, seed_everything
 
-from ..adapters.saving import load_state
+from ..adapters.saving import load_saved, load_state
 from ..config.identity import config_hash
 from ..config.schema import OptimizerConfig, SchedulerConfig
 from ..storage.atomic import new_folder, now
@@ -60,7 +60,7 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
         config, optimizer=OptimizerConfig(), scheduler=SchedulerConfig(), test=split == "test"
     )
     objects = build(untrained)
-    objects.model.load_adapter_state_dict(adapter)
+    load_saved(objects.model, folder / "adapter", adapter)
     target = new_folder(folder / "evaluations")
     results = Results(
         target, config_hash=config_hash(config), run_dir=str(folder), split=split, limit=limit, seed=config.seed,
