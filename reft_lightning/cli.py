@@ -20,29 +20,84 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from .config import compose
+from .progress import Bar, LogHandler
 from .suggest import did_you_mean, names_of_a_stranger
 
 EVAL_USAGE = "reft-eval run=FOLDER [split=validation|test] [limit=N] [trust_code=true]"
 RESUME_USAGE = "reft-train resume=FOLDER [trust_code=true]"
 CHAT_USAGE = "reft-chat run=FOLDER [max_new_tokens=N] [template=plain|alpaca|chat] [trust_code=true]"
 REPORT_USAGE = (
-    "reft-report FOLDER [FOLDER ...] [--out DIR] [--split test|validation] [--resamples N] [--seed N] [--wandb] "
-    "[--project NAME]\nreft-report paper [folder=outputs] [table=N]"
+    "reft-report FOLDER [FOLDER ...] [--out DIR] [--split test|validation] [--resamples N] [--seed N]\n"
+    "                   [--wandb] [--project NAME]\n       reft-report paper [folder=outputs] [table=N]"
 )
-INSPECT_USAGE = """reft-inspect FOLDER [FOLDER ...] [rows=32] [forget=NAME [data.KEY=VALUE ...]] [text=FILE] [out=DIR]
-       what the adapter of a run does, on its own validation rows; writes inspect.json, PNG and SVG
-
-  FOLDER         a run of reft-train, or an adapter; several: how far their subspaces lie apart
-  rows           validation rows that are read
-  forget         another family's rows, a name of conf/data: the score on them before and after
-  data.KEY       of these rows, such as data.path=FOLDER or data.tasks=[piqa]
-  text           a text file, whose perplexity is measured before and after; one of our own without it
-  out            where files are written; FOLDER/inspection without it
-  trust_code     true: import what the run's configuration names"""
+INSPECT_USAGE = (
+    "reft-inspect FOLDER [FOLDER ...] [rows=32] [forget=NAME [data.KEY=VALUE ...]]\n"
+    "             [text=FILE] [out=DIR] [trust_code=true]"
+)
 DASHBOARD_USAGE = (
     "reft-dashboard FOLDER [FOLDER ...] [entity=NAME] [project=NAME] [out=DIR]\n"
-    "reft-dashboard FILE.json   sends what an earlier command wrote"
+    "       reft-dashboard FILE.json"
 )
+EVAL_HELP = f"""\
+reft-eval: evaluate the adapter of a run again, on its validation rows or its test rows
+usage: {EVAL_USAGE}
+  split         validation, or test: each read of test rows is recorded in the run
+  limit         so many rows (of each test task)
+  trust_code    import names that the folder holds from the present directory, too
+examples:
+  reft-eval run=outputs/quickstart/2026-11-29_10-00-00
+  reft-eval run=outputs/quickstart/2026-11-29_10-00-00 split=test limit=100
+Scores and predictions are written to evaluations/ inside the run folder.
+"""
+CHAT_HELP = f"""\
+reft-chat: talk to the frozen base and the adapted model of a run, side by side
+usage: {CHAT_USAGE}
+  max_new_tokens  of each answer, 64 unless given
+  template        laid around each prompt; that of the training rows unless given
+  trust_code      import names that the folder holds from the present directory, too
+examples:
+  reft-chat run=outputs/quickstart/2026-11-29_10-00-00
+  echo "Is water wet?" | reft-chat run=outputs/quickstart/2026-11-29_10-00-00 max_new_tokens=8
+In the conversation: /plain, /alpaca and /chat choose the template, /quit ends.
+"""
+INSPECT_HELP = f"""\
+reft-inspect: what the adapter of a run does, on its own validation rows
+usage: {INSPECT_USAGE}
+  FOLDER        a run of reft-train, or an adapter; several: how far their subspaces lie apart
+  rows          validation rows that are read
+  forget        another family's rows, a name of conf/data: the score on them before and after
+  data.KEY      of these rows, such as data.path=FOLDER or data.tasks=[piqa]
+  text          a text file, whose perplexity is measured before and after; one of ours without it
+  out           where files are written; FOLDER/inspection without it
+  trust_code    import names that the folder holds from the present directory, too
+examples:
+  reft-inspect outputs/quickstart/2026-11-29_10-00-00
+  reft-inspect outputs/quickstart/2026-11-29_10-00-00 rows=64 forget=boolq
+It writes inspect.json, PNG and SVG.
+"""
+DASHBOARD_HELP = f"""\
+reft-dashboard: a workspace and a report page in W&B of runs that were logged there
+usage: {DASHBOARD_USAGE}
+  FOLDER        run folders, multiruns, studies of reft-search, or what holds them
+  FILE.json     what an earlier command wrote, to send it
+  entity        of W&B; project: that of the runs unless given
+  out           where dashboard.json is written without a key of W&B: dashboard/ unless given
+example:
+  reft-dashboard outputs/quickstart
+"""
+REPORT_HELP = f"""\
+reft-report: compare runs: tables, intervals, paired tests, plots, one HTML page
+usage: {REPORT_USAGE}
+  FOLDER        run folders, multiruns, studies of reft-search, or what holds them
+  --out         where the report is written: report/ unless given
+  --split       the scores to compare: test where a run has it, else validation
+  --resamples   of the bootstrap and of the sign flips; --seed: of their draws
+  --wandb       log tables and page to W&B (--project), offline unless WANDB_MODE=online
+examples:
+  reft-report outputs
+  reft-report outputs/run/multirun_2026-11-29_10-00-00 --out report
+  reft-report paper table=2         the paper's numbers next to those of your runs
+"""
 SPLITS = ("validation", "test")
 TEMPLATES = ("plain", "alpaca", "chat")
 
@@ -62,7 +117,8 @@ def heavy_imports() -> Iterator[None]:
         return
     gc.disable()
     try:
-        yield
+        with Bar("starting"):
+            yield
     finally:
         gc.freeze()
         gc.enable()
@@ -75,7 +131,7 @@ def train() -> Any:
     """
     keys = sorted(text.partition("=")[0] for text in sys.argv[1:])
     if keys in (["resume"], ["resume", "trust_code"]):
-        return _command(_resume, RESUME_USAGE)
+        return _command(_resume, RESUME_USAGE, RESUME_USAGE)
     _import_from_here()  # intervention.method=my_module.RED finds my_module.py here
     # Hydra's parser reads no argument after a flag that follows one
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda text: text not in ("-m", "--multirun"))
@@ -187,7 +243,7 @@ def _experiment() -> str | None:
 
 def evaluate() -> None:
     """Evaluate the adapter of a finished run again."""
-    _command(_evaluate, EVAL_USAGE)
+    _command(_evaluate, EVAL_USAGE, EVAL_HELP)
 
 
 def _evaluate(argv: Sequence[str]) -> None:
@@ -204,7 +260,7 @@ def _evaluate(argv: Sequence[str]) -> None:
 
 def chat() -> None:
     """Talk to the model of a finished run."""
-    _command(_chat, CHAT_USAGE)
+    _command(_chat, CHAT_USAGE, CHAT_HELP)
 
 
 def _chat(argv: Sequence[str]) -> None:
@@ -221,7 +277,7 @@ def _chat(argv: Sequence[str]) -> None:
 
 def inspect() -> None:
     """Show what the adapter of a run does inside its model."""
-    _command(_inspect, INSPECT_USAGE)
+    _command(_inspect, INSPECT_USAGE, INSPECT_HELP)
 
 
 def _inspect(argv: Sequence[str]) -> None:
@@ -250,7 +306,7 @@ def judge() -> None:
     """Compare a model's outputs with those of a reference model, and print the win rate."""
     from .reporting.judging import command as judging
 
-    _command(lambda argv: judging.main(_options(argv, judging.OPTIONS)), judging.USAGE)
+    _command(lambda argv: judging.main(_options(argv, judging.OPTIONS)), judging.USAGE, judging.HELP)
 
 
 def search() -> None:
@@ -258,12 +314,12 @@ def search() -> None:
     from .search import command as searching
 
     _import_from_here()  # the methods of a search may be the user's own
-    _command(searching.main, searching.USAGE)
+    _command(searching.main, searching.USAGE, searching.HELP)
 
 
 def report() -> None:
     """Compare runs with each other; or, as ``reft-report paper``, with what the paper prints."""
-    _command(_report, REPORT_USAGE)
+    _command(_report, REPORT_USAGE, REPORT_HELP)
 
 
 def _report(argv: Sequence[str]) -> None:
@@ -281,7 +337,7 @@ def _report(argv: Sequence[str]) -> None:
 
 def dashboard() -> None:
     """Make a workspace and a report page in W&B of runs that were logged there."""
-    _command(_dashboard, DASHBOARD_USAGE)
+    _command(_dashboard, DASHBOARD_USAGE, DASHBOARD_HELP)
 
 
 def _dashboard(argv: Sequence[str]) -> None:
@@ -298,12 +354,14 @@ def _dashboard(argv: Sequence[str]) -> None:
     making.main(folders, Path(options.get("out", "dashboard")), options.get("entity"), options.get("project"))
 
 
-def _command(action: Callable[[Sequence[str]], Any], usage: str) -> None:
+def _command(action: Callable[[Sequence[str]], Any], usage: str, help_text: str) -> None:
     argv = sys.argv[1:]
-    if not argv or argv[0] in ("-h", "--help"):
-        sys.stdout.write(f"{usage}\n")
+    if not argv or {"-h", "--help"} & set(argv):
+        (sys.stdout if argv else sys.stderr).write(help_text)
         sys.exit(0 if argv else 2)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", handlers=[LogHandler()]
+    )
     try:
         action(argv)
     except UsageError as error:
@@ -319,7 +377,8 @@ def _options(argv: Sequence[str], allowed: Sequence[str]) -> dict[str, str]:
     for argument in argv:
         name, equals, value = argument.partition("=")
         if not equals:
-            raise UsageError(f"arguments are written key=value; got {argument!r}")
+            hint = f"; for a folder write {allowed[0]}={argument}" if Path(argument).is_dir() else ""
+            raise UsageError(f"arguments are written key=value; got {argument!r}{hint}")
         if name not in allowed:
             raise UsageError(
                 f"unknown argument {name!r}; known are {', '.join(allowed)}{did_you_mean(name, allowed)}"

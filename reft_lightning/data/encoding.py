@@ -128,10 +128,12 @@ def encode_all(
         log.info("%d of %d %s: a token spans prompt and target; tokenised separately", apart, len(rows), what)
     if prompts:
         log.warning(
-            "%d of %d %s: prompt truncated on the left to %d tokens", prompts, len(rows), what, max_length
-        )
+            "%d of %d %s: prompt truncated on the left to %d tokens; data.max_length=N keeps more",
+            prompts, len(rows), what, max_length,
+        )  # fmt: skip
     if targets:
-        log.warning("%d of %d %s: target cut on the right, without eos", targets, len(rows), what)
+        log.warning("%d of %d %s: target cut on the right, without eos; data.max_length=N keeps more",
+                    targets, len(rows), what)  # fmt: skip
     return rows
 
 

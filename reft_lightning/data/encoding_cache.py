@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from ..progress import Bar, on_terminal
 from ..storage.digests import sha256_of
 from ..storage.wheels import cache_folder
 
@@ -71,7 +72,7 @@ def prepare(
     rows = len(next(iter(texts.values())))
     settings = depends_on() if rows >= SMALL else None
     if settings is None:
-        return _in_this_process(function, texts, types)
+        return _in_this_process(function, texts, types, what)
     about = {
         "rows": rows,
         "texts": digest_of(texts),
@@ -98,7 +99,7 @@ def prepare(
             "%s cannot be kept in %s (%s): computed again in each run. $REFT_CACHE names another folder",
             what, folder.parent, error,
         )  # fmt: skip
-    return _in_this_process(function, texts, types)
+    return _in_this_process(function, texts, types, what)
 
 
 def digest_of(texts: Texts) -> str:
@@ -118,17 +119,20 @@ def _json(value: Any) -> str:
 # --- computing ------------------------------------------------------------------------------------------------
 
 
-def _in_this_process(function: Callable, texts: Texts, types: Mapping[str, str]) -> Columns:
+def _in_this_process(function: Callable, texts: Texts, types: Mapping[str, str], what: str) -> Columns:
     parts: list[Columns] = []
-    for start in range(0, len(next(iter(texts.values()))), CHUNK):
-        made = function({name: list(column[start : start + CHUNK]) for name, column in texts.items()})
-        parts.append({})
-        for name, kind in types.items():
-            values = made[name]
-            if kind.startswith("["):
-                parts[-1][f"{name}.lengths"] = np.asarray([len(row) for row in values], dtype=np.int64)
-                values = [number for row in values for number in row]
-            parts[-1][name] = np.asarray(values, dtype=NUMBERS[kind.strip("[]")])
+    rows = len(next(iter(texts.values())))
+    with Bar(f"encoding {what}", rows) as bar:
+        for start in range(0, rows, CHUNK):
+            made = function({name: list(column[start : start + CHUNK]) for name, column in texts.items()})
+            parts.append({})
+            for name, kind in types.items():
+                values = made[name]
+                if kind.startswith("["):
+                    parts[-1][f"{name}.lengths"] = np.asarray([len(row) for row in values], dtype=np.int64)
+                    values = [number for row in values for number in row]
+                parts[-1][name] = np.asarray(values, dtype=NUMBERS[kind.strip("[]")])
+            bar.show(min(start + CHUNK, rows))
     return _joined(parts, types)
 
 
@@ -191,17 +195,26 @@ def _build(
 
 
 @contextmanager
-def _guarded(datasets: Any) -> Iterator[None]:
-    """Undo what `map` leaves changed, and draw its progress bar only on a terminal."""
-    environment, threads = os.environ, os.environ.get("TOKENIZERS_PARALLELISM")
-    quiet = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
-    if quiet:
+def bars_on_terminals(datasets: Any) -> Iterator[None]:
+    """Let `datasets` draw its bars inside the block where standard error is a terminal."""
+    hidden = not on_terminal() and not datasets.are_progress_bars_disabled()
+    if hidden:
         datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if quiet:
+        if hidden:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def _guarded(datasets: Any) -> Iterator[None]:
+    """Undo what `map` leaves changed, and draw its progress bar only on a terminal."""
+    environment, threads = os.environ, os.environ.get("TOKENIZERS_PARALLELISM")
+    try:
+        with bars_on_terminals(datasets):
+            yield
+    finally:
         # with processes, datasets 5 puts a copy in the place of os.environ and leaves the variable set
         os.environ = environment  # noqa: B003
         if threads is None:

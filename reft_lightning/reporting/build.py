@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..progress import Bar
 from .comparisons import Comparison
 from .evidence import RESAMPLES, add_evidence, deviating
 from .grouping import compare, used_split
@@ -45,7 +44,7 @@ class Report:
 def build_report(
     folders: Sequence[Path], split: str | None = None, resamples: int = RESAMPLES, seed: int = 0
 ) -> Report:
-    """Read folders and compute what they say; a bar shows the progress where people look.
+    """Read folders and compute what they say.
 
     Args:
         folders: run folders, multiruns, studies, or folders that hold any of them.
@@ -80,19 +79,8 @@ def build_report(
             "\n".join([f"nothing to report: no complete run has a score on {where}", *reasons, RUN_FOLDER])
         )
     mark_edges(comparisons)
-    with _progress(len(comparisons)) as advance:
+    with Bar("resampling rows and seeds", len(comparisons)) as bar:
         for comparison in comparisons:
-            add_evidence(comparison, resamples, seed, advance)
+            add_evidence(comparison, resamples, seed, bar.advance)
     reads.sort(key=lambda read: (read.time, str(read.folder)))
     return Report(list(folders), runs, comparisons, studies, reads, left, resamples, seed)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[float], None]]:
-    """Show a bar on a terminal's standard error; yield what moves it by a share of one comparison."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("resampling rows and seeds", total=total)
-        yield lambda share: bar.advance(task, share)

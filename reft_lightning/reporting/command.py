@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from ..progress import Bar
 from ..storage.atomic import write_text, write_whole
 from . import formats, plots, tables
 from .build import SPLITS, Report, build_report
@@ -92,6 +93,8 @@ def main(argv: Sequence[str], console: Console | None = None) -> Report:
         console.print(
             f"{escape(str(options.out / name))}  [dim]{what}[/dim]", soft_wrap=True, highlight=False
         )
+    where = (options.out / "report.html").resolve().as_uri()
+    console.print(f"open in a browser: {escape(where)}", soft_wrap=True, highlight=False)
     return report
 
 
@@ -101,8 +104,14 @@ def write(report: Report, out: Path) -> str:
     for path in (out / "plots").iterdir():
         if PLOT.fullmatch(path.name):  # of other runs it may have other names
             path.unlink()
-    figures = {c.title: plots.comparison_plots(c) for c in report.comparisons}
-    figures |= {str(study.folder): plots.study_plots(study) for study in report.studies}
+    figures = {}
+    with Bar("drawing plots", len(report.comparisons) + len(report.studies)) as bar:
+        for comparison in report.comparisons:
+            figures[comparison.title] = plots.comparison_plots(comparison)
+            bar.advance()
+        for study in report.studies:
+            figures[str(study.folder)] = plots.study_plots(study)
+            bar.advance()
     names = _file_names(figures)
     for title, some in figures.items():
         for name, drawn in some.items():

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..progress import Bar
 from .comparisons import BASE, LOSS, Comparison, Method, Score
 from .pairs import pairs_of
 from .runs import LeftOut, ReportError, Run
@@ -79,17 +80,18 @@ def deviating(comparison: Comparison) -> list[LeftOut]:
     found: dict[str, list[tuple[Run, Gold]]] = {}
     left: dict[Run, LeftOut] = {}
     runs = [(run, method.base) for method in comparison.methods for run in method.runs]
-    for run, base in sorted(
-        runs, key=lambda pair: (str(pair[0].results.get("finished")), str(pair[0].folder))
-    ):
-        try:
-            predictions = run.predictions(comparison.split, base)
-        except ReportError as error:
-            left.setdefault(run, LeftOut(run.folder, str(error)))
-            continue
-        for task in predictions.keys() & comparison.main.keys():
-            gold = {key: row.get("gold") for key, row in predictions[task].items()}
-            found.setdefault(task, []).append((run, gold))
+    runs.sort(key=lambda pair: (str(pair[0].results.get("finished")), str(pair[0].folder)))
+    with Bar("reading predictions", len(runs)) as bar:
+        for run, base in runs:
+            bar.advance()
+            try:
+                predictions = run.predictions(comparison.split, base)
+            except ReportError as error:
+                left.setdefault(run, LeftOut(run.folder, str(error)))
+                continue
+            for task in predictions.keys() & comparison.main.keys():
+                gold = {key: row.get("gold") for key, row in predictions[task].items()}
+                found.setdefault(task, []).append((run, gold))
     for task in sorted(found):
         groups: list[list[tuple[Run, Gold]]] = []
         for run, gold in found[task]:

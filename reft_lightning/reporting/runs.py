@@ -15,6 +15,7 @@ from typing import Any
 
 from ..config.identity import flat, identity, used_settings
 from ..config.schema import Config
+from ..progress import Bar
 from ..search.study_files import JOB, LOCKS, PLAN, TRIALS, WORKERS, read_job
 from ..storage.reading import read_json, read_yaml
 
@@ -202,19 +203,21 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[LeftOut], list[R
     runs: list[Run] = []
     left: list[LeftOut] = []
     reads: list[Read] = []
-    for folder in folders:
-        try:
-            results = _read_results(folder)
-            config, problem = _read_config(folder)
-            run = Run(folder, config, results)
-            reads += _reads(run)
-            problem = _problem(run) or problem
-        except ReportError as error:
-            problem = str(error)
-        if problem:
-            left.append(LeftOut(folder, problem))
-        else:
-            runs.append(run)
+    with Bar("reading runs", len(folders)) as bar:
+        for folder in folders:
+            try:
+                results = _read_results(folder)
+                config, problem = _read_config(folder)
+                run = Run(folder, config, results)
+                reads += _reads(run)
+                problem = _problem(run) or problem
+            except ReportError as error:
+                problem = str(error)
+            if problem:
+                left.append(LeftOut(folder, problem))
+            else:
+                runs.append(run)
+            bar.advance()
     return runs, left, sorted(reads, key=lambda read: (read.time, str(read.folder)))
 
 

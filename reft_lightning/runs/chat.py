@@ -15,12 +15,13 @@ from rich.text import Text
 
 from ..adapters.adapt import adapt
 from ..adapters.adapted import AdaptedModel
-from ..adapters.saving import load_state
+from ..adapters.saving import load_saved, load_state
 from ..base_models.loading import load_base_model
 from ..data import Example
 from ..data.encoding import Collator, encode
 from ..data.prompts import TEMPLATES, apply_template
 from ..evaluation import Decoding, generate
+from ..progress import Bar
 from .arguments import attachment, family_of, model_source
 from .kinds import kind_of
 from .run_folder import load_run_config
@@ -71,9 +72,10 @@ def main(folder: Path, max_new_tokens: int = 64, template: str | None = None) ->
         elif text.startswith("/"):
             console.print(f"{escape(text)} is no command. {HELP}")
         elif text:
-            base, adapted = answer(
-                model, tokenizer, text, max_new_tokens, template, config.data.system_prompt
-            )
+            with Bar("answering"):
+                base, adapted = answer(
+                    model, tokenizer, text, max_new_tokens, template, config.data.system_prompt
+                )
             console.print(
                 Columns(
                     # Text: what a model says may look like markup
@@ -90,7 +92,7 @@ def load(folder: Path) -> tuple[AdaptedModel, Any]:
     adapter = load_state(folder / "adapter")  # a missing one is said before weights are loaded
     base, tokenizer = load_base_model(**model_source(config))
     model = adapt(base, **attachment(config))
-    model.load_adapter_state_dict(adapter)
+    load_saved(model, folder / "adapter", adapter)
     return model.eval(), tokenizer
 
 

@@ -18,6 +18,7 @@ from ..data import AnyFamily, Family
 from ..data.example import Example
 from ..evaluation import Decoding
 from ..suggest import did_you_mean
+from ..training.module import limited
 from .arguments import attachment
 from .kinds import kind_of
 
@@ -53,6 +54,11 @@ def check_unused(config: Config, family: AnyFamily) -> None:
             "model.gradient_checkpointing out"
         )
     _check_kept(config)
+    if config.checkpoint.early_stopping_patience is not None and config.trainer.enable_checkpointing is False:
+        raise ValueError(
+            "checkpoint.early_stopping_patience waits for a better checkpoint, and trainer.enable_checkpointing=false "
+            "keeps none: leave one of the two out"
+        )
     if not kind_of(family).generates:
         for name, default in vars(DecodingConfig()).items():
             if getattr(config.decoding, name) != default:
@@ -149,8 +155,7 @@ def check_validation_interval(config: Config, rows: int, world_size: int) -> Non
     batches = math.ceil(rows / (config.data.batch_size * world_size))
     if trainer.overfit_batches:
         limit = trainer.overfit_batches
-    if limit is not None:
-        batches = min(batches, limit) if type(limit) is int else int(batches * limit)
+    batches = limited(batches, limit)
     if interval > batches:
         raise ValueError(
             f"trainer.val_check_interval={interval} is more than the {batches} batches of an epoch: write a smaller "

@@ -11,11 +11,12 @@ import torch
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 
-from ..adapters.saving import load_state
+from ..adapters.saving import load_saved, load_state
 from ..config.identity import config_hash
 from ..config.schema import Config, OptimizerConfig, SchedulerConfig
 from ..storage.atomic import new_folder, now
 from ..suggest import did_you_mean
+from ..training.progress import RunProgress
 from ..training.wandb import WandbReport, finish_wandb
 from .arguments import method_of
 from .build import Objects, Prepared, build
@@ -97,7 +98,7 @@ def load_run(folder: Path, config: Config, plan: Prepared | None = None) -> Obje
     seed_everything(config.seed, workers=True, verbose=False)
     adapter = load_state(folder / "adapter")  # a missing one is reported before weights are loaded
     objects = build(untrained(config), plan)
-    objects.model.load_adapter_state_dict(adapter)
+    load_saved(objects.model, folder / "adapter", adapter)
     return objects
 
 
@@ -116,7 +117,8 @@ def evaluating_trainer(
     """Return a trainer that only evaluates, on one device, as the run's configuration computes."""
     torch.set_float32_matmul_precision(config.matmul_precision)
     return Trainer(
-        accelerator=config.trainer.accelerator, devices=1, logger=list(loggers), callbacks=list(callbacks),
-        enable_checkpointing=False, use_distributed_sampler=False, default_root_dir=folder,
-        precision=config.trainer.precision, enable_model_summary=False, enable_progress_bar=progress_bar,
+        accelerator=config.trainer.accelerator, devices=1, logger=list(loggers),
+        callbacks=[*callbacks, *([RunProgress()] if progress_bar else [])], enable_checkpointing=False,
+        use_distributed_sampler=False, default_root_dir=folder, precision=config.trainer.precision,
+        enable_model_summary=False, enable_progress_bar=progress_bar,
     )  # fmt: skip

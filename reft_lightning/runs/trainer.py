@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.plugins import CheckpointIO, LayerSync, Precision
 from lightning.pytorch.profilers import Profiler
@@ -27,6 +27,7 @@ from ..suggest import import_object, trusted
 from ..training.best_checkpoint import BestCheckpoint
 from ..training.checkpoint_files import WholeCheckpoints
 from ..training.last_checkpoint import LastCheckpoint
+from ..training.progress import RunProgress
 from ..training.wandb import WandbReport
 from .checks import Monitor
 from .results import Results
@@ -85,7 +86,7 @@ def build_trainer(
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
     if config.trainer.enable_progress_bar:
-        callbacks.append(RichProgressBar())
+        callbacks.append(RunProgress())
     if any(isinstance(logger, WandbLogger) for logger in loggers):
         callbacks.append(WandbReport(folder, *monitor))
     for name, entry in config.callbacks.items():

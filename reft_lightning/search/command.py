@@ -24,15 +24,31 @@ from .search_plan import PRUNERS, SAMPLERS, Plan, change_plan, key_of, read_plan
 from .study import Study, read_study, write_study
 from .study_files import LOCKS, PLAN, SUMMARY, WORKERS
 from .summary import print_summary, summarize, test_reads
-from .worker import Worker
+from .watching import watched
+from .worker import TRUSTED, Worker
 
 log = logging.getLogger(__name__)
-USAGE = f"""reft-search search=NAME|FILE [folder=FOLDER] [workers=N] [storage=URL] [key=value ...]
-       reft-search folder=FOLDER [workers=N] [budget.amount=N]      goes on with a study
-keys:  budget.unit, budget.amount, sampler ({", ".join(SAMPLERS)}), sampler_seed, startup_trials,
-       pruner ({", ".join(PRUNERS)}), seeds, methods; any other is an argument of reft-train for all runs
-storage=URL keeps the trials in a database of Optuna, such as postgresql://HOST/NAME, instead of a file in the folder"""
-OWN = ("search", "folder", "workers", "storage")
+USAGE = """reft-search search=NAME|FILE [folder=FOLDER] [workers=N] [storage=URL] [key=value ...]
+       reft-search folder=FOLDER [workers=N] [budget.amount=N] [trust_code=true]   goes on"""
+HELP = f"""\
+reft-search: search the settings of several methods on one budget, then test each winner once
+usage: {USAGE}
+  search    a file of conf/search, or a YAML file of your own: base, methods, space, budget, seeds
+  folder    of the study; outputs/search/NAME unless given
+  workers   processes that work on it, each with a GPU of its own where there are several
+  storage   a database of Optuna, such as postgresql://HOST/NAME, instead of a file in the folder
+  trust_code  import names that a study holds from its directory, too, when it goes on
+  keys      budget.unit, budget.amount, sampler ({", ".join(SAMPLERS)}), sampler_seed, startup_trials,
+            pruner ({", ".join(PRUNERS)}), seeds, methods; any other is an argument of
+            reft-train for all runs
+examples:
+  reft-search search=small_stsb data.path=FOLDER
+  reft-search search=mine.yaml budget.amount=20 workers=2
+  reft-search folder=outputs/search/small_stsb               # go on with a stopped study
+  reft-report outputs/search/small_stsb                      # tables and plots of a study
+Trials see validation rows only; summary.json has the winners and every read of test rows.
+"""
+OWN = ("search", "folder", "workers", "storage", "trust_code")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -48,15 +64,21 @@ def main(argv: Sequence[str]) -> None:
     workers = own.get("workers", "1")
     if not workers.isdecimal() or int(workers) < 1:
         raise ValueError(f"workers must be an integer, 1 or more; got {workers!r}")
+    trust_code = own.get("trust_code", "false")
+    if trust_code not in ("true", "false"):
+        raise ValueError(f"trust_code must be true or false; got {trust_code!r}")
+    # with search=, a plan of one's own began the study, or is the same as the one that did
+    trusted = "search" in own or trust_code == "true"
     folder = prepare_study(own, [text for text in argv if key_of(text) not in OWN])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     study = Study(folder)
     study.start()
     try:
-        if int(workers) == 1:
-            Worker(study).work()
-        else:
-            start_workers(folder, int(workers))
+        with watched(folder):
+            if int(workers) == 1:
+                Worker(study, trusted=trusted).work()
+            else:
+                start_workers(folder, int(workers), trusted)
     except KeyboardInterrupt:
         sys.stderr.write(f"stopped; go on with: {shlex.join(['reft-search', f'folder={folder}'])}\n")
         sys.exit(130)
@@ -138,7 +160,7 @@ def go_on(folder: Path, search: str | None, arguments: Sequence[str]) -> None:
 # --- workers ------------------------------------------------------------------------------------------------
 
 
-def start_workers(folder: Path, workers: int) -> None:
+def start_workers(folder: Path, workers: int, trusted: bool = True) -> None:
     """Run workers as processes, each with a GPU of its own where there are several, and wait for them."""
     devices = _devices()
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
@@ -150,7 +172,14 @@ def start_workers(folder: Path, workers: int) -> None:
                 environment["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
             output = folder / WORKERS / f"{i}.log"
             started.append(
-                (start(["reft_lightning.search.worker", str(folder)], output, environment), output)
+                (
+                    start(
+                        ["reft_lightning.search.worker", str(folder), *([TRUSTED] if trusted else [])],
+                        output,
+                        environment,
+                    ),
+                    output,
+                )
             )
         log.info("%d workers; their logs are in %s", workers, folder / WORKERS)
         for i, (process, output) in enumerate(started):

@@ -63,7 +63,8 @@ def start(
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", *arguments], stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
+            # -P: the directory where a study starts its runs may hold another person's modules
+            [sys.executable, "-P", "-m", *arguments], stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
             env={**os.environ, **(environment or {})}, cwd=directory,
             pass_fds=() if lock is None or lock.descriptor is None else (lock.descriptor,),
             start_new_session=True,  # Ctrl-C reaches the command, which ends the others

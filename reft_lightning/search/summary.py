@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -146,8 +147,10 @@ def print_summary(values: dict[str, Any], folder: Path) -> None:
     remarks += [
         f"budget of each method: {values['budget']['amount']:g} {unit}; {values['budget']['verdict']}",
         f"reads of a test split: {len(reads)}" + (f", {again} of them after the first" if again else ""),
-        f"study folder  {folder}",
+        f"study folder   {folder}",
     ]
+    report = shlex.join(["reft-report", str(folder), "--out", str(folder / "report")])
+    remarks.append(f"report         {report}")
     for remark in remarks:
         console.print(remark, soft_wrap=True, markup=False)
 

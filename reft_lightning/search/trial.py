@@ -1,4 +1,4 @@
-"""One run of a study, in a process of its own: ``python -m reft_lightning.search.trial STUDY FOLDER``.
+"""One run of a study, in a process of its own: ``python -m reft_lightning.search.trial STUDY FOLDER [TRUSTED]``.
 
 ``job.json`` in the run's folder says what to run. A trial is an ordinary run whose test split is sealed; it reports its
 validations to Optuna, and ends where it is pruned or would exceed the budget. A winner is an ordinary run with the
@@ -24,6 +24,7 @@ from ..config import compose
 from ..runs import experiment
 from ..runs.wandb_names import filed, label
 from ..storage.atomic import now
+from ..suggest import names_of_a_stranger, trusted
 from .budget import spent
 from .process import end_with_parent
 from .study import Study, read_results, was_tested
@@ -149,8 +150,8 @@ def run_job(study: Path, folder: Path) -> dict[str, Any]:
     config = filed(
         config, group=study.resolve().name, job_type=job["kind"], name=label(config, params, job["method"])
     )
-    # the folder is the study's: what a lost worker left there is begun anew
-    config = replace(config, overwrite=True)
+    # the folder is the study's: what a lost worker left there is begun anew; a stranger cannot trust himself
+    config = replace(config, overwrite=True, trust_code=config.trust_code and trusted())
     if job["kind"] == "trial":
         own: Callback = TrialCallback(Study(study), job["method"], job["number"])
     else:
@@ -162,12 +163,15 @@ def run_job(study: Path, folder: Path) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the job of a folder; leave with status 2 where it cannot start."""
+    """Run the job of a folder, of a study that is trusted or not; leave with status 2 where it cannot start."""
     end_with_parent()
-    sys.path.insert(0, os.getcwd())  # intervention.method=my_module.RED finds my_module.py here
+    study, folder, *trust = argv
+    if trust:
+        sys.path.insert(0, os.getcwd())  # intervention.method=my_module.RED finds my_module.py here
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
-        run_job(Path(argv[0]), Path(argv[1]))
+        with names_of_a_stranger(bool(trust)):
+            run_job(Path(study), Path(folder))
     except (compose.CompositionError, experiment.SetupError) as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(2)

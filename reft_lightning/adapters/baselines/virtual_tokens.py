@@ -54,8 +54,15 @@ class VirtualTokens:
         # of the call under way: columns before the text's, and whether its cache holds only the prefix
         self._in_front, self._passing = 0, False
         self.calls = 0
-        self.inner.register_forward_pre_hook(self._before, with_kwargs=True)
-        self.inner.register_forward_hook(self._after)
+        self._hooks = [
+            self.inner.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.inner.register_forward_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        """Leave the base model without them."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _before(
         self, module: Any, args: tuple, kwargs: dict[str, Any]

@@ -57,6 +57,10 @@ def check_layers(layers: str | Sequence[int], num_layers: int, none_allowed: boo
     if isinstance(layers, str):
         if layers != "all":
             raise ValueError(f"layers must be 'all' or a list of ids in 0..{num_layers - 1}; got {layers!r}")
+        if not num_layers and not none_allowed:
+            raise ValueError(
+                "layers=all selects nothing: the model has no layers (num_hidden_layers=0), so nothing would be trained"
+            )
         return list(range(num_layers))
     if isinstance(layers, int) and not isinstance(layers, bool):
         layers = [layers]

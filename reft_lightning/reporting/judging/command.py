@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from ...data.example import column
 from ...data.rows import read_json_file
+from ...progress import Bar
 from ...storage.atomic import json_text, write_json
 from ...suggest import did_you_mean
 from .judges import EndpointJudge, Judge, JudgeFailed, Pair, PairRefused, look_up
@@ -33,6 +34,22 @@ USAGE = (
     "       reft-judge outputs=FILE reference=FILE judge=file annotations=FILE\n"
     "       reft-judge outputs=FILE reference=FILE judge=endpoint url=URL model=NAME [key_env=VARIABLE]"
 )
+HELP = f"""\
+reft-judge: compare a model's outputs with those of a reference model; print the win rate
+usage: {USAGE}
+  outputs, reference        files of [{{instruction, output, generator}}]; a run's are in its outputs/
+  judge                     file: judgements in AlpacaEval's format; endpoint: a served model
+  annotations               the file of the judgements
+  url, model, key_env       of the endpoint (OpenAI's API); the variable that holds its key
+  temperature, max_tokens   of the endpoint's answers
+  generator, reference_name name the models where the files do not
+  limit, out                judge the first N pairs; the file of the result
+examples:
+  reft-judge outputs=RUN/outputs/reft_alpaca_eval.json reference=davinci.json \\
+             judge=endpoint url=http://localhost:8000/v1 model=NAME
+  reft-judge judge=file annotations=annotations.json
+The same command goes on where a judge stopped; each judgement is kept as it arrives.
+"""
 _COMMON = ("judge", "outputs", "reference", "generator", "reference_name", "limit", "out")
 _OF_JUDGE = {"file": ("annotations",), "endpoint": ("url", "model", "key_env", "temperature", "max_tokens")}
 OPTIONS = (*_COMMON, *_OF_JUDGE["file"], *_OF_JUDGE["endpoint"])
@@ -103,7 +120,10 @@ def _finish(result: dict[str, Any], out: Path) -> dict[str, Any]:
         result["n_unjudged"], out,
     )  # fmt: skip
     if result["n_unjudged"]:
-        log.warning("%d pairs were not judged; they do not count", result["n_unjudged"])
+        log.warning(
+            "%d pairs were not judged and do not count; the same command asks for them again",
+            result["n_unjudged"],
+        )
     return result
 
 
@@ -189,8 +209,9 @@ def judge_pairs(pairs: Sequence[Pair], judge: Judge, journal: Path) -> list[dict
 def _judge_pairs(pairs: Sequence[Pair], judge: Judge, journal: Path) -> list[dict[str, Any]]:
     kept = {row["key"]: row for row in read_journal(journal) if row["preference"] is not None}
     annotations, refused = [], 0
-    with journal.open("a", encoding="utf-8") as file:
-        for pair in pairs:
+    with journal.open("a", encoding="utf-8") as file, Bar("judging pairs", len(pairs)) as bar:
+        for number, pair in enumerate(pairs):
+            bar.show(number)
             key = judgement_key(pair, judge)
             if key in kept:
                 annotations.append(kept[key])

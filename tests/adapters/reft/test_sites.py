@@ -92,6 +92,8 @@ def test_layers_that_do_not_exist_are_refused(layers, said):
 
 def test_one_layer_may_be_written_as_a_number():
     assert check_layers(1, 3) == [1]
+    with pytest.raises(ValueError, match="the model has no layers"):
+        check_layers("all", 0)
     assert check_layers("all", 3) == [0, 1, 2]
 
 

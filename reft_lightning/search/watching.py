@@ -1,0 +1,55 @@
+"""How far a search is: a bar of the budget that its trials have spent, then one of its winners."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..progress import Bar
+from .budget import spent
+from .study import Study, winner_status
+
+SECONDS = 2.0  # between two looks
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[None]:
+    """Show how far the study in a folder is, whoever works on it, while the block runs."""
+    ended = threading.Event()
+    thread = threading.Thread(target=_watch, args=(folder, ended), daemon=True, name="watched")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _watch(folder: Path, ended: threading.Event) -> None:
+    study = Study(folder)  # with a connection of its own
+    with Bar(f"trials ({study.plan.budget.unit})", sum(_amount(study, m) for m in study.plan.methods)) as bar:
+        while not ended.wait(SECONDS) and study.next_method() != (None, False):
+            done = {
+                method: min(_spent(study, method), _amount(study, method)) for method in study.plan.methods
+            }
+            bar.show(sum(done.values()), ", ".join(f"{method} {value:g}" for method, value in done.items()))
+    winners = list(study.winners())
+    with Bar("winners, trained again and tested", len(winners)) as bar:
+        while not ended.wait(SECONDS):
+            bar.show(sum(winner_status(run, job) in ("complete", "failed") for run, job in winners))
+
+
+def _amount(study: Study, method: str) -> float:
+    plan = study.plan
+    if plan.sampler == "grid" and plan.budget.unit == "trials":
+        return min(plan.budget.amount, plan.grid_size(method))
+    return plan.budget.amount
+
+
+def _spent(study: Study, method: str) -> float:
+    """Return what a method has spent; of trials, those that have ended."""
+    unit, trials = study.plan.budget.unit, study.trials(method)
+    running = sum(trial.state.name == "RUNNING" for trial in trials) if unit == "trials" else 0
+    return spent(trials)[unit] - running

@@ -1,0 +1,95 @@
+"""Bars of training and of each evaluation, in the way of :mod:`reft_lightning.progress`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lightning.pytorch.callbacks import ProgressBar
+
+from ..progress import Bar
+
+
+class RunProgress(ProgressBar):
+    """A bar of all steps of training, and one of each validation and test, which says whose it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown = True
+        self._training: Bar | None = None
+        self._evaluation: Bar | None = None
+
+    def disable(self) -> None:
+        """Show nothing, as Lightning asks of all ranks but the first."""
+        self.shown = False
+
+    def enable(self) -> None:
+        """Show bars."""
+        self.shown = True
+
+    def _open(self, what: str, total: float) -> Bar | None:
+        return Bar(what, total if math.isfinite(total) else None) if self.shown else None
+
+    # --- training -------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin with the steps of a run that is resumed."""
+        self._training = self._open("training", pl_module.total_steps)
+
+    def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
+        """Show the step, the loss and the last validation's main score."""
+        if self._training is not None:
+            values = (f"{name} {float(value):.4g}" for name, value in trainer.progress_bar_metrics.items())
+            self._training.show(trainer.global_step, " ".join(values))
+
+    def on_train_end(self, *arguments: Any) -> None:
+        """Remove the bar."""
+        self._close()
+
+    def on_exception(self, *arguments: Any) -> None:
+        """Remove all bars."""
+        self._close()
+
+    def _close(self) -> None:
+        for bar in (self._evaluation, self._training):
+            if bar is not None:
+                bar.close()
+        self._evaluation = self._training = None
+
+    # --- evaluation -----------------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Open a bar over the batches of all tasks."""
+        batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        self._evaluate(pl_module, "validation", batches)
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """Open a bar over the batches of all tasks."""
+        self._evaluate(pl_module, "test", trainer.num_test_batches)
+
+    def _evaluate(self, module: Any, what: str, batches: list[int | float]) -> None:
+        whose = "frozen base, " if module.prefix else ""
+        self._evaluation = self._open(f"{whose}{what}", sum(batches))
+
+    def on_validation_batch_end(self, *arguments: Any) -> None:
+        """Count a batch."""
+        if self._evaluation is not None:
+            self._evaluation.advance()
+
+    def on_test_batch_end(self, *arguments: Any) -> None:
+        """Count a batch."""
+        if self._evaluation is not None:
+            self._evaluation.advance()
+
+    def on_validation_end(self, *arguments: Any) -> None:
+        """Remove the bar."""
+        self._close_evaluation()
+
+    def on_test_end(self, *arguments: Any) -> None:
+        """Remove the bar."""
+        self._close_evaluation()
+
+    def _close_evaluation(self) -> None:
+        if self._evaluation is not None:
+            self._evaluation.close()
+            self._evaluation = None

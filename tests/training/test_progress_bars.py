@@ -1,0 +1,56 @@
+from typing import ClassVar
+
+import pytest
+import short_runs
+
+from reft_lightning.training import progress
+
+
+class Recorded(progress.Bar):
+    """A bar that writes down what it is told."""
+
+    every: ClassVar = []
+
+    def __init__(self, what, total=None):
+        super().__init__(what, total)
+        self.steps, self.open = [], True
+        self.every.append(self)
+
+    def show(self, done, note=""):
+        super().show(done, note)
+        self.steps.append((done, note))
+
+    def close(self):
+        super().close()
+        self.open = False
+
+
+def test_a_run_shows_training_each_evaluation_and_whose_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "Bar", Recorded)
+    monkeypatch.setattr(Recorded, "every", [])
+    data = short_runs.write_rows(tmp_path / "data")
+    short_runs.run(data, tmp_path / "run", "trainer.enable_progress_bar=true", "evaluate_base=true")
+    bars = [(bar.what, bar.total, bar.done) for bar in Recorded.every]
+    # 6 rows in batches of 4; 12 steps, the last validation is that of the checkpoint that counts
+    assert bars == [
+        ("frozen base, test", 2, 2), ("training", 12, 12), ("validation", 2, 2), ("validation", 2, 2),
+        ("validation", 2, 2), ("test", 2, 2),
+    ]  # fmt: skip
+    assert not any(bar.open for bar in Recorded.every)
+    training = Recorded.every[1]
+    assert "train/loss" in training.steps[0][1]
+    assert "val/accuracy" in training.steps[-1][1]
+    said = capsys.readouterr()
+    assert not {"\r", "\x1b"} & set(said.out + said.err)
+    assert "Epoch" not in said.out
+
+
+def test_a_failure_removes_all_bars(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "Bar", Recorded)
+    monkeypatch.setattr(Recorded, "every", [])
+    data = short_runs.write_rows(tmp_path / "data")
+    short_runs.stop_at(monkeypatch, 3)
+    with pytest.raises(short_runs.Stop):
+        short_runs.run(data, tmp_path / "run", "trainer.enable_progress_bar=true")
+    assert [bar.what for bar in Recorded.every] == ["training"]
+    assert not Recorded.every[0].open
