@@ -27,8 +27,8 @@ EVAL_USAGE = "reft-eval run=FOLDER [split=validation|test] [limit=N] [trust_code
 RESUME_USAGE = "reft-train resume=FOLDER [trust_code=true]"
 CHAT_USAGE = "reft-chat run=FOLDER [max_new_tokens=N] [template=plain|alpaca|chat] [trust_code=true]"
 REPORT_USAGE = (
-    "reft-report FOLDER [FOLDER ...] [--out DIR] [--split test|validation] [--resamples N] [--seed N]\n"
-    "                   [--wandb] [--project NAME]\n       reft-report paper [folder=outputs] [table=N]"
+    "reft-report FOLDER [FOLDER ...] [--out DIR] [--split test|validation] [--resamples N]\n"
+    "                   [--seed N] [--wandb] [--project NAME]\n       reft-report paper [folder=outputs] [table=N]"
 )
 INSPECT_USAGE = (
     "reft-inspect FOLDER [FOLDER ...] [rows=32] [forget=NAME [data.KEY=VALUE ...]]\n"
@@ -82,8 +82,9 @@ usage: {DASHBOARD_USAGE}
   FILE.json     what an earlier command wrote, to send it
   entity        of W&B; project: that of the runs unless given
   out           where dashboard.json is written without a key of W&B: dashboard/ unless given
-example:
+examples:
   reft-dashboard outputs/quickstart
+  reft-dashboard dashboard/dashboard.json entity=NAME
 """
 REPORT_HELP = f"""\
 reft-report: compare runs: tables, intervals, paired tests, plots, one HTML page

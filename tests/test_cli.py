@@ -548,7 +548,9 @@ def test_chat_hands_its_arguments_on(monkeypatch, folder):
     assert calls == [(folder, 8, "chat")]
 
 
-COMMANDS = [cli.train, cli.evaluate, cli.chat, cli.judge, cli.search, cli.report]
+COMMANDS = [
+    cli.train, cli.evaluate, cli.chat, cli.inspect, cli.judge, cli.search, cli.report, cli.dashboard
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("function", COMMANDS)
@@ -562,7 +564,7 @@ def test_help_fits_a_screen_and_says_what_the_command_does_with_examples(monkeyp
     name = lines[0].partition(":")[0]
     assert lines[1].startswith(f"usage: {name} ")
     examples = lines[lines.index("examples:") + 1 :]
-    assert sum(line.startswith(f"  {name} ") for line in examples) >= 2
+    assert sum(f"{name} " in line for line in examples if line.startswith("  ")) >= 2
 
 
 def test_a_flag_of_another_grammar_is_answered_in_one_line(monkeypatch, runs, capsys):
@@ -592,7 +594,7 @@ def test_help_of_training_prints_the_usage_and_the_groups(monkeypatch, runs, cap
     lines = said.out.splitlines()
     named = {line.split()[0] for line in lines if line.startswith("  ")}
     assert {"model", "intervention", "data", "trainer", "experiment"} <= named
-    assert "tiny_random" in said.out
+    assert "smollm2_135m" in said.out
     assert sum(line.startswith("  reft-train ") for line in lines) >= 5
     assert runs == []
 
