@@ -112,7 +112,13 @@ class PeftBaseline(Baseline):
 
     def detach(self) -> PreTrainedModel:
         """Take peft's modules out of the base model, trained heads too, and return it; save the adapter first."""
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
         base = self.base_model
+        for module in list(base.modules()):
+            for name, part in list(module.named_children()):
+                if isinstance(part, AuxiliaryTrainingWrapper):
+                    setattr(module, name, part.original_module)  # unload() would leave the trained head
         if self._virtual is None:
             self.peft_model.unload()
         else:
