@@ -271,7 +271,10 @@ def read_rows(
         }
         notes += [t.note for t in tables[split] if t.note]
     if task.keep is not None:
-        rows = [pair for pair in rows if task.keep(pair[0], split)]
+        kept = [pair for pair in rows if task.keep(pair[0], split)]
+        if not kept:
+            raise ValueError(f"none of {len(rows)} rows of {task.name} is in its {split} split")
+        rows = kept
     facts["rows"] = len(rows)
     if notes:
         facts["note"] = " ".join(dict.fromkeys(notes))

@@ -10,7 +10,8 @@ from reft_lightning.data.rows import DataSource, read_rows
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 FOLDERS = sorted(p for p in FIXTURES.rglob("*") if p.is_dir() and p.name in ("rendered", "original")) + [
-    FIXTURES / name for name in ("code", "glue", "instruction", "reading", "arithmetic", "commonsense")
+    FIXTURES / name
+    for name in ("code", "glue", "instruction", "reading", "arithmetic", "commonsense", "skills")
 ]
 CELLS = [
     None,

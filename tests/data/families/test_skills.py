@@ -1,5 +1,6 @@
 """The family of basic skills: its rows, its split, its answers."""
 
+import json
 import re
 
 import pytest
@@ -67,6 +68,22 @@ def test_a_row_is_in_one_split_and_stays_there_whatever_its_punctuation():
         assert in_split({"question": text}, "test") == in_split(
             {"question": "The length of hello is"}, "test"
         )
+
+
+def test_a_folder_gives_each_of_its_rows_to_one_split(root):
+    source = DataSource("local", str(root / "tests" / "fixtures" / "skills"))
+    train, test = (read_rows(FAMILY.task("arithmetic"), split, source)[0] for split in ("train", "test"))
+    assert len(train) + len(test) == 10
+    assert {row["id"] for row, _ in train}.isdisjoint(row["id"] for row, _ in test)
+
+
+def test_a_folder_none_of_whose_rows_is_in_the_split_is_named(tmp_path):
+    (tmp_path / "pattern").mkdir()
+    row = {"question": "3 + 9 =", "choices": ["1", "12"], "gold": 1}
+    absent = "train" if in_split(row, "test") else "test"
+    (tmp_path / "pattern" / "validation.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"none of 1 rows of pattern is in its {absent} split"):
+        read_rows(FAMILY.task("pattern"), absent, DataSource("local", str(tmp_path)))
 
 
 COUNTS = {
