@@ -42,7 +42,7 @@ EVAL_HELP = f"""\
 reft-eval: evaluate the adapter of a run again, on its validation rows or its test rows
 usage: {EVAL_USAGE}
   split         validation, or test: each read of test rows is recorded in the run
-  limit         so many rows (of each test task)
+  limit         at most this many rows (of each test task)
   trust_code    import names that the folder holds from the present directory, too
 examples:
   reft-eval run=outputs/quickstart/2026-11-29_10-00-00
@@ -53,7 +53,7 @@ CHAT_HELP = f"""\
 reft-chat: talk to the frozen base and the adapted model of a run, side by side
 usage: {CHAT_USAGE}
   max_new_tokens  of each answer, 64 unless given
-  template        laid around each prompt; that of the training rows unless given
+  template        the format of each prompt; that of the training rows unless given
   trust_code      import names that the folder holds from the present directory, too
 examples:
   reft-chat run=outputs/quickstart/2026-11-29_10-00-00

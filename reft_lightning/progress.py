@@ -38,10 +38,11 @@ class Bar:
     Args:
         what: is done, in a few words: ``"reading runs"``.
         total: of the parts to do; None where nobody knows.
+        begun: of them done before, where work goes on; they do not count for the time that is left.
     """
 
-    def __init__(self, what: str, total: float | None = None) -> None:
-        self.what, self.total, self.done = what, total, 0.0
+    def __init__(self, what: str, total: float | None = None, begun: float = 0.0) -> None:
+        self.what, self.total, self.done, self._begun = what, total, begun, begun
         self._started = self._told = time.monotonic()
         self._task = _draw(what, total) if on_terminal() and is_first_process() else None
 
@@ -68,9 +69,10 @@ class Bar:
 
     def _left(self) -> str:
         passed = time.monotonic() - self._started
-        if not self.total or not self.done:
+        new = self.done - self._begun
+        if not self.total or not new:
             return f"{timedelta(seconds=round(passed))} so far"
-        left = passed * max(self.total - self.done, 0) / self.done
+        left = passed * max(self.total - self.done, 0) / new
         return f"about {timedelta(seconds=round(left))} left"
 
     def close(self) -> None:

@@ -60,6 +60,15 @@ def test_a_dumb_terminal_gets_no_bar():
     assert "\x1b" not in in_a_terminal(WORK, TERM="dumb")
 
 
+def test_work_that_goes_on_does_not_count_what_was_done_before(monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with caplog.at_level(logging.INFO), Bar("training", 1000, begun=900) as bar:
+        now[0] = 40.0  # four steps of ten seconds
+        bar.show(904)
+    assert caplog.messages == ["training: 904 of 1000, about 0:16:00 left"]
+
+
 @pytest.mark.parametrize(
     ("total", "done", "expected"),
     [(8, 2, "reading runs: 2 of 8, about 0:00:00 left"), (None, 3, "reading runs: 3, 0:00:00 so far"),

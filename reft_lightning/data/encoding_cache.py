@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from ..progress import Bar, on_terminal
+from ..progress import Bar, is_first_process, on_terminal
 from ..storage.digests import sha256_of
 from ..storage.wheels import cache_folder
 
@@ -197,7 +197,7 @@ def _build(
 @contextmanager
 def bars_on_terminals(datasets: Any) -> Iterator[None]:
     """Let `datasets` draw its bars inside the block where standard error is a terminal."""
-    hidden = not on_terminal() and not datasets.are_progress_bars_disabled()
+    hidden = not (on_terminal() and is_first_process()) and not datasets.are_progress_bars_disabled()
     if hidden:
         datasets.disable_progress_bars()
     try:

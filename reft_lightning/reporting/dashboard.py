@@ -51,7 +51,7 @@ def main(
     """
     if len(folders) == 1 and folders[0].suffix == ".json":
         path = folders[0]
-        spec = read_json(path)
+        spec = read_json(path) | {k: v for k, v in (("entity", entity), ("project", project)) if v}
     else:
         path = out / FILE
         spec = dashboard(build_report(folders), entity, project)
@@ -60,7 +60,7 @@ def main(
     if os.environ.get("WANDB_MODE", "online") != "online" or not has_key():
         command = shlex.join(["reft-dashboard", str(path)])
         _say(f"{path}: a workspace and a report, which were not sent, as W&B is offline or has no key here")
-        _say(f"upload the runs by wandb sync FOLDER/wandb/offline-run-*, then send both by: {command}")
+        _say(f"upload the runs by wandb sync FOLDER/**/wandb/offline-run-*, then send both by: {command}")
         return []
     sent = send(spec)
     for what, address in zip(("workspace", "report"), sent, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ WIDTH = 60  # characters of a cell
 def print_changed_answers(folder: Path, method: str, console: Console | None = None) -> None:
     """Print how many test rows the adapter made right, and wrong, and five of them from all over the test set.
 
-    Prints nothing where a run did not evaluate the frozen base, or where nothing was generated.
+    Prints nothing where a run did not evaluate the frozen base, or where no answer is right or wrong.
 
     Args:
         folder: a run folder with `predictions/base_test.jsonl` and `predictions/reft_test.jsonl`.
@@ -28,12 +29,11 @@ def print_changed_answers(folder: Path, method: str, console: Console | None = N
     files = [folder / "predictions" / f"{who}_test.jsonl" for who in ("base", "reft")]
     if not all(file.is_file() for file in files):
         return
-    base, adapted = (
-        [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line] for file in files
-    )
+    base, adapted = (_rows(file) for file in files)
+    pairs = [(base[key], row) for key, row in adapted.items() if key in base]
     changed = [
         pair
-        for pair in zip(base, adapted, strict=True)
+        for pair in pairs
         if all("correct" in row for row in pair) and pair[0]["correct"] != pair[1]["correct"]
     ]
     if not changed:
@@ -41,7 +41,7 @@ def print_changed_answers(folder: Path, method: str, console: Console | None = N
     console = console or Console(width=None if sys.stdout.isatty() else 120)
     right = sum(row["correct"] for _, row in changed)
     table = Table(
-        title=f"generated answers that changed: {right} of {len(base)} became right, {len(changed) - right} wrong"
+        title=f"answers that changed: {right} of {len(pairs)} became right, {len(changed) - right} wrong"
     )
     for column in ("end of the question", "right answer", "frozen base", method):
         table.add_column(column)
@@ -49,6 +49,22 @@ def print_changed_answers(folder: Path, method: str, console: Console | None = N
         answers = (_shown(row["answer"]) for row in (before, after))
         table.add_row(_shown(before["prompt"], end=True), _shown(before["gold"]), *answers)
     console.print(table)
+
+
+def _rows(file: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Return the predictions of a file by task, source and how often the source occurred before.
+
+    Their order depends on the number of processes, which may be another one after a run was resumed.
+    """
+    seen: Counter[tuple[Any, ...]] = Counter()
+    found = {}
+    for line in file.read_text(encoding="utf-8").split("\n"):
+        if line:
+            row = json.loads(line)
+            key = (row["task"], row["source"])
+            found[*key, seen[key]] = row
+            seen[key] += 1
+    return found
 
 
 def _shown(text: Any, end: bool = False) -> str:

@@ -17,7 +17,7 @@ from ..config.schema import Config, OptimizerConfig, SchedulerConfig
 from ..storage.atomic import new_folder, now
 from ..suggest import did_you_mean
 from ..training.progress import RunProgress
-from ..training.wandb import WandbReport, finish_wandb
+from ..training.wandb import WandbReport, finish_wandb, wandb_runs
 from .arguments import method_of
 from .build import Objects, Prepared, build
 from .console import print_table
@@ -63,6 +63,7 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
     shown = [WandbReport(folder, *objects.prepared.monitor)] if loggers else []
     trainer = evaluating_trainer(config, target, loggers=loggers, callbacks=shown)
     results.update(matmul_precision=config.matmul_precision)
+    wandb_runs(loggers)  # begun before rows are read: where W&B cannot be reached, no read is recorded
     try:
         evaluate_split(trainer, objects, split, target, results)
     except BaseException as error:

@@ -158,10 +158,10 @@ def _run(
             raise SystemExit(code) from error
         raise
     results.update(status="complete", finished=now())
-    _finish_wandb(trainer, results, folder / "adapter" if logs_adapter(config) else None)
     if trainer.is_global_zero:
         print_table(results.values)
         print_changed_answers(folder, results.values["method"])
+    _finish_wandb(trainer, results, folder / "adapter" if logs_adapter(config) else None)
     return results.values
 
 
@@ -211,8 +211,12 @@ def _begin(config: Config, folder: Path, experiment: str | None, objects: Object
 
 
 def _finish_wandb(trainer: Trainer, results: Results, adapter: Path | None, exit_code: int = 0) -> None:
+    """Close the W&B run; what fails there loses nothing that the run folder holds."""
     if trainer.is_global_zero:
-        finish_wandb(trainer.loggers, results.values, adapter, exit_code)
+        try:
+            finish_wandb(trainer.loggers, results.values, adapter, exit_code)
+        except Exception as error:  # of the network, or of W&B
+            log.warning("W&B could not take the end of the run: %s: %s", type(error).__name__, error)
 
 
 def _stages(config: Config, folder: Path, objects: Objects, trainer: Trainer, results: Results) -> None:

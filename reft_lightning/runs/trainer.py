@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.plugins import CheckpointIO, LayerSync, Precision
 from lightning.pytorch.profilers import Profiler
@@ -85,12 +85,12 @@ def build_trainer(
         callbacks += build_callbacks(config.checkpoint, monitor, folder, random_state)
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
-    if config.trainer.enable_progress_bar:
+    own = [_of_kind(f"callbacks.{name}", entry, Callback) for name, entry in config.callbacks.items()]
+    if config.trainer.enable_progress_bar and not any(isinstance(one, ProgressBar) for one in own):
         callbacks.append(RunProgress())
     if any(isinstance(logger, WandbLogger) for logger in loggers):
         callbacks.append(WandbReport(folder, *monitor))
-    for name, entry in config.callbacks.items():
-        callbacks.append(_of_kind(f"callbacks.{name}", entry, Callback))
+    callbacks += own
     try:
         return Trainer(**arguments, callbacks=callbacks, logger=loggers)
     except TypeError as error:
@@ -144,6 +144,10 @@ def evaluation_loggers(config: Config, folder: Path, target: Path, split: str) -
     loggers: list[Logger] = []
     for name, entry in config.logger.items():
         if is_wandb(entry):
+            # a run of its own, which goes where this machine can send it
+            entry = {k: v for k, v in entry.items() if k not in ("id", "version")}
+            if entry.get("mode") != "disabled":
+                entry["mode"] = None
             own, given = wandb_arguments(entry, config, folder, inside=target)
             own |= {"job_type": "eval", "name": f"{own['name'][: NAME_LENGTH - 20]}, {split}"}
             loggers.append(_of_kind(f"logger.{name}", own, Logger, given))

@@ -51,7 +51,7 @@ def filed(config: Config, **names: str) -> Config:
 
 
 def label(config: Config, overrides: Iterable[str], method: str | None = None) -> str:
-    """Return the name of a run: its method, what these overrides set of what identifies it, and its seed.
+    """Return the name of a run: its method, those of these overrides that identify it, and its seed.
 
     A study may have another name for the method.
 
@@ -90,9 +90,11 @@ def wandb_arguments(
         ValueError: for an unknown mode.
     """
     values = {key: value for key, value in entry.items() if key != "log_adapter"}
-    mode = values.get("mode") or os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+    offline = "offline" if values.pop("offline", False) else None
+    mode = values.get("mode") or offline or os.environ.get("WANDB_MODE")
+    mode = {"dryrun": "offline", None: "online" if has_key() else "offline"}.get(mode, mode)  # W&B's old name
     if mode not in MODES:
-        raise ValueError(f"logger.wandb.mode must be one of {', '.join(MODES)}; got {mode!r}")
+        raise ValueError(f"logger.wandb.mode (or WANDB_MODE) must be one of {', '.join(MODES)}; got {mode!r}")
     inside = inside or folder
     if mode == "offline":
         runs = f"{shlex.quote(str(inside / 'wandb'))}/offline-run-*"

@@ -29,7 +29,10 @@ def watched(folder: Path) -> Iterator[None]:
 
 def _watch(folder: Path, ended: threading.Event) -> None:
     study = Study(folder)  # with a connection of its own
-    with Bar(f"trials ({study.plan.budget.unit})", sum(_amount(study, m) for m in study.plan.methods)) as bar:
+    methods = study.plan.methods
+    total = sum(_amount(study, method) for method in methods)
+    before = sum(min(_spent(study, method), _amount(study, method)) for method in methods)
+    with Bar(f"budget of trials ({study.plan.budget.unit})", total, before) as bar:
         while not ended.wait(SECONDS) and study.next_method() != (None, False):
             done = {
                 method: min(_spent(study, method), _amount(study, method)) for method in study.plan.methods

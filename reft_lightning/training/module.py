@@ -157,7 +157,9 @@ class FinetuningModule(LightningModule):
             now = time.perf_counter()
             self.log("train/tokens_per_second", (self.tokens - tokens) / (now - since))
             self._window = (self.tokens, now)
-            self.log("progress/tokens", float(self.tokens))
+            self.log(
+                "progress/tokens", float(self.tokens), sync_dist=True, reduce_fx="sum"
+            )  # of all processes
             self.log("progress/seconds", self._seconds_so_far())  # validations included
             if self.device.type == "cuda":
                 self.log("progress/memory_allocated", float(torch.cuda.memory_allocated(self.device)))

@@ -1,4 +1,4 @@
-"""Bars of training and of each evaluation, in the way of :mod:`reft_lightning.progress`."""
+"""Bars of training and of each evaluation, drawn with :mod:`reft_lightning.progress`."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class RunProgress(ProgressBar):
         """Show bars."""
         self.shown = True
 
-    def _open(self, what: str, total: float) -> Bar | None:
-        return Bar(what, total if math.isfinite(total) else None) if self.shown else None
+    def _open(self, what: str, total: float, begun: float = 0.0) -> Bar | None:
+        return Bar(what, total if math.isfinite(total) else None, begun) if self.shown else None
 
     # --- training -------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin with the steps of a run that is resumed."""
-        self._training = self._open("training", pl_module.total_steps)
+        self._training = self._open("training", pl_module.total_steps, trainer.global_step)
 
     def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
         """Show the step, the loss and the last validation's main score."""

@@ -22,7 +22,7 @@ from .best_checkpoint import LOSS, BestCheckpoint
 STEP = "trainer/global_step"  # the axis of every curve, Lightning's
 TABLE_ROWS = {"val": 100, "test": 1000}  # predictions in a table; those of a validation are logged every time
 COMPARED = ("generated", "answer", "option", "correct")  # of a row, adapter next to base
-# of an adapter
+# what the metadata of an adapter's artifact takes from results.json
 LINEAGE = (
     "method", "model", "seed", "config_hash", "git_commit", "trainable_parameters", "best_step", "data_versions"
 )  # fmt: skip

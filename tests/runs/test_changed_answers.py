@@ -22,6 +22,8 @@ def write(folder, who, rows):
 
 def row(i, answer):
     return {
+        "task": "t",
+        "source": f"row {i}",
         "prompt": f"question [{i}]\nin two lines",
         "answer": answer,
         "gold": "yes",
@@ -45,8 +47,22 @@ def test_five_rows_from_all_over_the_test_set_stand_for_those_that_changed(folde
     assert "question [21]" not in text  # wrong before and after
 
 
+def test_rows_in_another_order_are_still_compared_with_themselves(folder):
+    rows = [row(i, "yes" if i % 2 else "no") for i in range(4)]
+    write(folder, "base", [rows[i] for i in (0, 2, 1, 3)])  # as two processes write them
+    write(folder, "reft", rows)
+    assert shown(folder) == ""
+
+
 def test_a_long_question_is_shown_by_its_end_and_a_missing_answer_as_none(folder):
-    long = {"prompt": "x" * 200 + " the end", "answer": None, "gold": "yes", "correct": False}
+    long = {
+        "task": "t",
+        "source": "row 0",
+        "prompt": "x" * 200 + " the end",
+        "answer": None,
+        "gold": "yes",
+        "correct": False,
+    }
     write(folder, "base", [long])
     write(folder, "reft", [{**long, "answer": "yes", "correct": True}])
     text = shown(folder)
