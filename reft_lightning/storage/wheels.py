@@ -108,11 +108,11 @@ def _normal(name: str) -> str:
 
 def _download(package: str, part: Path, folder: Path) -> Path:
     log.info("downloading %s with pip into %s", package, folder)
-    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
-    command += ["--retries", "2", "--only-binary=:all:", "-d", str(part), package]
-    # pip alone knows how large the file is: its own bar is shown
+    # only pip knows how large the file is: its own bar is shown
     shown = sys.__stderr__ if on_terminal() else None
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
     command += [] if shown else ["--quiet"]
+    command += ["--retries", "2", "--only-binary=:all:", "-d", str(part), package]
     done = subprocess.run(
         command, stdout=shown or subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False
     )

@@ -1,5 +1,6 @@
 """Processes of a search: they end with the one that started them; the command's own arguments."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -22,7 +23,8 @@ def test_a_trial_dies_with_its_worker_and_holds_the_lock_until_then(tmp_path):
     (tmp_path / "sleeper.py").write_text(SLEEPER)
     lock, output = process.Lock(tmp_path / "locks" / "a"), tmp_path / "log.txt"
     assert lock.acquire(wait=False)
-    running = process.start(["sleeper"], output, directory=tmp_path, lock=lock)
+    found = {"PYTHONPATH": os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))}
+    running = process.start(["sleeper"], output, directory=tmp_path, lock=lock, environment=found)
     while "began" not in output.read_text():
         assert running.poll() is None, output.read_text()
         time.sleep(0.05)
@@ -44,8 +46,9 @@ def test_the_command_says_how_it_is_used():
     code = "import sys; sys.argv = ['reft-search']; from reft_lightning.cli import search; search()"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert shown.returncode == 2
-    assert "reft-search search=NAME" in shown.stdout
-    assert "successive_halving" in shown.stdout
+    assert shown.stdout == ""
+    assert "reft-search search=NAME" in shown.stderr
+    assert "examples:" in shown.stderr
     with pytest.raises(ValueError, match="workers must be an integer"):
         command.main(["search=small_stsb", "workers=none"])
     with pytest.raises(ValueError, match="arguments are written key=value"):

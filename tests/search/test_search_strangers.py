@@ -28,9 +28,15 @@ def study(tmp_path, monkeypatch):
 def test_a_trial_of_a_stranger_imports_no_module_of_the_directory(study, tmp_path):
     folder = study.folder / "trials" / "loreft" / "0"
     overrides = study.plan.trial_overrides("loreft", {"intervention.rank": 1, "optimizer.lr": 1e-3})
-    prepare(
-        folder, {"kind": "winner", "method": "loreft", "number": 0, "seed": 1, "overrides": overrides[:-1]}
-    )
+    job = {
+        "kind": "winner",
+        "method": "loreft",
+        "number": 0,
+        "params": {},
+        "seed": 1,
+        "overrides": overrides[:-1],
+    }
+    prepare(folder, job)
     with names_of_a_stranger(), pytest.raises(SetupError, match=r"evil_of_a_study.*add trust_code=true"):
         run_job(study.folder, folder)
     assert not (tmp_path / "ran").exists()

@@ -252,6 +252,9 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(data):
         objects.module.load_state_dict(state, strict=False)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:You requested to overfit:UserWarning"
+)  # overfit_batches without shuffling
 @pytest.mark.parametrize(
     ("setting", "steps"),
     [

@@ -11,8 +11,8 @@ class Recorded(progress.Bar):
 
     every: ClassVar = []
 
-    def __init__(self, what, total=None):
-        super().__init__(what, total)
+    def __init__(self, what, total=None, begun=0.0):
+        super().__init__(what, total, begun)
         self.steps, self.open = [], True
         self.every.append(self)
 
