@@ -46,7 +46,7 @@ def test_a_notebook_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
     kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=kernels)
     notebook = read(name)
     client = NotebookClient(notebook, km=kernel, timeout=900, resources={"metadata": {"path": str(tmp_path)}})
-    client.execute()  # raises CellExecutionError, with cell and traceback
+    client.execute(cleanup_kc=True)  # raises CellExecutionError, with cell and traceback; ends the kernel
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
 
 
