@@ -94,7 +94,9 @@ def wandb_arguments(
     mode = values.get("mode") or offline or os.environ.get("WANDB_MODE")
     mode = {"dryrun": "offline", None: "online" if has_key() else "offline"}.get(mode, mode)  # W&B's old name
     if mode not in MODES:
-        raise ValueError(f"logger.wandb.mode (or WANDB_MODE) must be one of {', '.join(MODES)}; got {mode!r}")
+        raise ValueError(
+            f"logger.wandb.mode must be one of {', '.join(MODES)}; got {mode!r}, there or in WANDB_MODE"
+        )
     inside = inside or folder
     if mode == "offline":
         runs = f"{shlex.quote(str(inside / 'wandb'))}/offline-run-*"
