@@ -72,7 +72,8 @@ usage: {INSPECT_USAGE}
   trust_code    import names that the folder holds from the present directory, too
 examples:
   reft-inspect outputs/quickstart/2026-11-29_10-00-00
-  reft-inspect outputs/quickstart/2026-11-29_10-00-00 rows=64 forget=boolq
+  reft-inspect outputs/quickstart/2026-11-29_10-00-00 rows=64 \\
+      forget=commonsense_wheel data.tasks=[boolq]
 It writes inspect.json, PNG and SVG.
 """
 DASHBOARD_HELP = f"""\
@@ -281,17 +282,22 @@ def inspect() -> None:
     _command(_inspect, INSPECT_USAGE, INSPECT_HELP)
 
 
+def _is_folder(text: str) -> bool:
+    """Whether an argument is a folder and no option; the jobs of a sweep are called 0_seed=1."""
+    return "=" not in text or Path(text).is_dir()
+
+
 def _inspect(argv: Sequence[str]) -> None:
-    folders = [Path(text) for text in argv if "=" not in text]
+    folders = [Path(text) for text in argv if _is_folder(text)]
     data = [text for text in argv if text.startswith("data.")]
-    rest = [text for text in argv if "=" in text and text not in data]
+    rest = [text for text in argv if not _is_folder(text) and text not in data]
     options = _options(rest, ("rows", "forget", "text", "out", "trust_code"))
     if not folders:
         raise UsageError(
             "FOLDER is missing: the folder that reft-train wrote, such as outputs/quickstart/..."
         )
     if data and "forget" not in options:
-        raise UsageError(f"{data[0]} is a key of the rows that forget=NAME names; give it, too")
+        raise UsageError(f"{data[0]} is a key of the rows that forget=NAME names; add forget=NAME")
     forget = [f"data={options['forget']}", *data] if "forget" in options else []
     given: dict[str, Any] = {name: Path(options[name]) for name in ("text", "out") if name in options}
     if (rows := _count(options, "rows")) is not None:
@@ -342,8 +348,8 @@ def dashboard() -> None:
 
 
 def _dashboard(argv: Sequence[str]) -> None:
-    folders = [Path(text) for text in argv if "=" not in text]
-    options = _options([text for text in argv if "=" in text], ("entity", "project", "out"))
+    folders = [Path(text) for text in argv if _is_folder(text)]
+    options = _options([text for text in argv if not _is_folder(text)], ("entity", "project", "out"))
     if not folders:
         raise UsageError("FOLDER is missing: a run, a sweep, or a study")
     for folder in folders:

@@ -647,3 +647,15 @@ def test_garbage_is_looked_for_when_torch_is_there_already():
     with cli.heavy_imports():
         assert gc.isenabled()
     assert gc.get_freeze_count() == frozen
+
+
+def test_a_folder_of_a_sweep_is_a_folder_though_its_name_has_a_sign_of_equality(
+    tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "0_seed=1"
+    folder.mkdir()
+    with pytest.raises(SystemExit):
+        command(monkeypatch, cli.inspect, str(folder))
+    said = capsys.readouterr().err
+    assert "unknown argument" not in said
+    assert str(folder) in said

@@ -185,7 +185,7 @@ def _lens(run: Inspected, reft: ReftModel, norms: EditNorms) -> list[dict[str, A
                 of = f" ({number})" if len(group) > 1 else ""
                 directions = phi.directions
                 zero = torch.zeros(1, phi.dim, device=next(phi.parameters()).device)
-                named.append((f"constant{of}", phi.edit(zero)[0]))
+                named.append((f"constant{of}", reft.scale * phi.edit(zero)[0]))
                 rows = [] if directions is None else list(directions)
                 named += [(f"row {k}{of}", row) for k, row in enumerate(rows)]
         directions = torch.stack([vector.to(base.device) for _, vector in named])

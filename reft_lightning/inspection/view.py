@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -68,11 +69,12 @@ def _parts(found: dict[str, Any], console: Console) -> None:
     main = main_score(scores)
     shown = list(dict.fromkeys(["loss", main]))
     places = zip(*norm["by_position"].values(), strict=True)
-    edited = list(norm["by_position"])
     by = {
         "layer": norm["by_layer"],
         "position": {
-            name: sum(column) / len(edited) for name, column in zip(norm["positions"], places, strict=True)
+            # layers may edit different positions: nan where a layer does not edit one
+            name: fmean([value for value in column if value == value] or [float("nan")])
+            for name, column in zip(norm["positions"], places, strict=True)
         },
     }
     for what, norms in by.items():
