@@ -20,8 +20,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from .config import compose
-from .progress import Bar, LogHandler
 from .suggest import did_you_mean, names_of_a_stranger
+from .terminal.bars import Bar
+from .terminal.log_lines import LogHandler
 
 EVAL_USAGE = "reft-eval run=FOLDER [split=validation|test] [limit=N] [trust_code=true]"
 RESUME_USAGE = "reft-train resume=FOLDER [trust_code=true]"

@@ -10,10 +10,10 @@ import reft_lightning
 PACKAGE = Path(reft_lightning.__file__).parent
 TESTS = Path(__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-ROOT_FILES = {"__init__.py", "cli.py", "progress.py", "suggest.py"}
+ROOT_FILES = {"__init__.py", "cli.py", "suggest.py"}
 # Lowest first; those of one line stand side by side and do not know each other.
 FLOORS = (
-    {"progress", "suggest"},
+    {"suggest", "terminal"},
     {"storage", "interventions"},
     {"base_models"},
     {"adapters", "evaluation"},
@@ -83,7 +83,7 @@ def packages(path):
     return {name.split(".")[0] for name in imports_of(path)}
 
 
-def test_the_root_holds_four_files_and_the_rooms():
+def test_the_root_holds_three_files_and_the_rooms():
     assert {path.name for path in PACKAGE.glob("*.py")} == ROOT_FILES
     rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert rooms | {name.removesuffix(".py") for name in ROOT_FILES} - {"__init__"} == set(FLOOR)
@@ -105,7 +105,7 @@ def test_the_arrows_are_read():
     assert len(found) > 30
 
 
-@pytest.mark.parametrize("room", ["progress", "suggest", "storage", "interventions"])
+@pytest.mark.parametrize("room", ["terminal", "suggest", "storage", "interventions"])
 def test_the_lowest_rooms_know_nothing_of_transformers(room):
     files = [path for path in FILES if room_of(path) == room]
     assert files

@@ -28,7 +28,7 @@ from transformers import (
 
 from ..suggest import did_you_mean
 from .heads import check_head_size, check_only_heads_missing
-from .loading_bars import bars_on_terminals
+from .loading_bars import bars_of_transformers
 from .output_head import join_columns
 from .places import ModelPlace
 
@@ -209,7 +209,7 @@ def load_base_model(
             model = TASKS[task].from_config(wanted, **arguments)
         else:
             where = lies.folder()
-            with bars_on_terminals():
+            with bars_of_transformers():
                 model, found = TASKS[task].from_pretrained(
                     where, revision=lies.revision, config=wanted, output_loading_info=True, **arguments
                 )

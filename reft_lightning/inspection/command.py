@@ -15,7 +15,6 @@ from ..adapters.reft.config import CONFIG_FILE
 from ..adapters.reft.measuring import saved_interventions
 from ..config import compose
 from ..config.schema import Config
-from ..progress import Bar
 from ..runs.arguments import family_of, method_of
 from ..runs.build import Objects, prepare
 from ..runs.evaluate import evaluating_trainer, load_run, untrained
@@ -23,6 +22,7 @@ from ..runs.kinds import kind_of
 from ..runs.run_folder import load_run_config
 from ..storage.atomic import write_json
 from ..suggest import did_you_mean
+from ..terminal.bars import Bar
 from . import findings
 from .figures import check_packages, draw
 from .perplexity import OWN, windows

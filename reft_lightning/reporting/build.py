@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..progress import Bar
+from ..terminal.bars import Bar
 from .comparisons import Comparison
 from .evidence import RESAMPLES, add_evidence, deviating
 from .grouping import compare, used_split

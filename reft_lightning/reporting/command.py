@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from ..progress import Bar
 from ..storage.atomic import write_text, write_whole
+from ..terminal.bars import Bar
 from . import formats, plots, tables
 from .build import SPLITS, Report, build_report
 from .evidence import RESAMPLES

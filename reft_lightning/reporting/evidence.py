@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..progress import Bar
+from ..terminal.bars import Bar
 from .comparisons import BASE, LOSS, Comparison, Method, Score
 from .pairs import pairs_of
 from .runs import LeftOut, ReportError, Run

@@ -15,9 +15,9 @@ from typing import Any
 
 from ..config.identity import flat, identity, used_settings
 from ..config.schema import Config
-from ..progress import Bar
 from ..search.study_files import JOB, LOCKS, PLAN, TRIALS, WORKERS, read_job
 from ..storage.reading import read_json, read_yaml
+from ..terminal.bars import Bar
 
 RUN_FOLDER = "a run folder is what reft-train writes: config.yaml, results.json, predictions/, adapter/"
 INSIDE = {"evaluations", "checkpoints", "predictions", "adapter", "wandb"}  # of a run folder

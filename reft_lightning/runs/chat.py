@@ -21,7 +21,7 @@ from ..data import Example
 from ..data.encoding import Collator, encode
 from ..data.prompts import TEMPLATES, apply_template
 from ..evaluation import Decoding, generate
-from ..progress import Bar
+from ..terminal.bars import Bar
 from .arguments import attachment, family_of, model_source
 from .kinds import kind_of
 from .run_folder import load_run_config

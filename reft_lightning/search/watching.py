@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..progress import Bar
+from ..terminal.bars import Bar
 from .budget import spent
 from .study import Study, winner_status
 

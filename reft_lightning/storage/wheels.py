@@ -19,7 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ..progress import on_terminal
+from ..terminal.bars import on_terminal
 from .digests import sha256_once
 
 log = logging.getLogger(__name__)

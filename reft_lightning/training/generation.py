@@ -23,7 +23,7 @@ from ..evaluation import (
     option_log_likelihoods,
     with_draft,
 )
-from ..progress import Bar
+from ..terminal.bars import Bar
 from .module import FinetuningModule, TrainingPass
 from .optimization import Optimization
 

@@ -1,4 +1,4 @@
-"""Bars of training and of each evaluation, drawn with :mod:`reft_lightning.progress`."""
+"""Bars of training and of each evaluation, drawn with :mod:`reft_lightning.terminal.bars`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ProgressBar
 
-from ..progress import Bar
+from ..terminal.bars import Bar
 
 
 class RunProgress(ProgressBar):

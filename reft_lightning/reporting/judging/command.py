@@ -20,9 +20,9 @@ from filelock import FileLock, Timeout
 
 from ...data.example import column
 from ...data.rows import read_json_file
-from ...progress import Bar
 from ...storage.atomic import json_text, write_json
 from ...suggest import did_you_mean
+from ...terminal.bars import Bar
 from .judges import EndpointJudge, Judge, JudgeFailed, Pair, PairRefused, look_up
 from .win_rate import one_name, win_rate
 

@@ -10,6 +10,8 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -30,6 +32,28 @@ def on_terminal() -> bool:
 def is_first_process() -> bool:
     """Whether this process is the first, or the only one, of a run."""
     return all(os.environ.get(name, "0") == "0" for name in RANKS)
+
+
+@contextmanager
+def library_bars(
+    drawn: bool, hide: Callable[[], None], show: Callable[[], None], wanted: bool = True
+) -> Iterator[None]:
+    """Let a library draw bars of its own inside the block only where ours are drawn, and if they are wanted.
+
+    Args:
+        drawn: whether the library draws them now.
+        hide: keeps it from it.
+        show: lets it again.
+        wanted: False where a bar of ours stands for them.
+    """
+    hidden = drawn and not (wanted and on_terminal() and is_first_process())
+    if hidden:
+        hide()
+    try:
+        yield
+    finally:
+        if hidden:
+            show()
 
 
 class Bar:
@@ -113,20 +137,3 @@ def _draw(what: str, total: float | None) -> Any:
         _display.start()
     # parts of other work are often too short to be read
     return _display.add_task(what, total=total, note="", count="", visible=not _display.task_ids)
-
-
-class LogHandler(logging.StreamHandler):
-    """Write log lines to standard output or error as it is at the moment: a bar puts above itself what goes there.
-
-    Args:
-        stream: ``stdout`` or ``stderr``.
-    """
-
-    def __init__(self, stream: str = "stderr") -> None:
-        super().__init__()
-        self.where = stream
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a line."""
-        self.setStream(getattr(sys, self.where))
-        super().emit(record)

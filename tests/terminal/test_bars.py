@@ -6,18 +6,20 @@ import sys
 
 import pytest
 
-from reft_lightning import progress
-from reft_lightning.progress import Bar, LogHandler
+from reft_lightning.terminal import bars
+from reft_lightning.terminal.bars import Bar
+from reft_lightning.terminal.log_lines import LogHandler
 
 WORK = """
 import logging, sys, time
-from reft_lightning import progress
-progress.DELAY = 0.0
-handler = progress.LogHandler()
+from reft_lightning.terminal import bars
+from reft_lightning.terminal.log_lines import LogHandler
+bars.DELAY = 0.0
+handler = LogHandler()
 logging.basicConfig(level=logging.INFO, handlers=[handler])
-with progress.Bar("training", 4) as bar:
+with bars.Bar("training", 4) as bar:
     for step in range(1, 5):
-        with progress.Bar("validation", 2) as inner:
+        with bars.Bar("validation", 2) as inner:
             inner.advance(); time.sleep(0.15)
         bar.show(step, "loss 0.5"); time.sleep(0.15)
     logging.info("a line on the way")
@@ -62,7 +64,7 @@ def test_a_dumb_terminal_gets_no_bar():
 
 def test_work_that_goes_on_does_not_count_what_was_done_before(monkeypatch, caplog):
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(bars.time, "monotonic", lambda: now[0])
     with caplog.at_level(logging.INFO), Bar("training", 1000, begun=900) as bar:
         now[0] = 40.0  # four steps of ten seconds
         bar.show(904)
@@ -75,7 +77,7 @@ def test_work_that_goes_on_does_not_count_what_was_done_before(monkeypatch, capl
      (1.0, 0.25, "reading runs: 25 %, about 0:00:00 left")],
 )  # fmt: skip
 def test_without_a_terminal_a_line_says_where_the_work_is(monkeypatch, caplog, total, done, expected):
-    monkeypatch.setattr(progress, "PERIOD", 0.0)
+    monkeypatch.setattr(bars, "PERIOD", 0.0)
     with caplog.at_level(logging.INFO), Bar("reading runs", total) as bar:
         bar.show(done)
     assert caplog.messages == [expected]
@@ -89,7 +91,7 @@ def test_lines_are_rare(caplog):
 
 
 def test_other_ranks_are_silent(monkeypatch, caplog):
-    monkeypatch.setattr(progress, "PERIOD", 0.0)
+    monkeypatch.setattr(bars, "PERIOD", 0.0)
     monkeypatch.setenv("LOCAL_RANK", "1")
     with caplog.at_level(logging.INFO), Bar("reading runs", 2) as bar:
         bar.advance()

@@ -1,0 +1,23 @@
+"""Log lines that stand above the bars."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+
+class LogHandler(logging.StreamHandler):
+    """Write log lines to standard output or error as it is at the moment: a bar puts above itself what goes there.
+
+    Args:
+        stream: ``stdout`` or ``stderr``.
+    """
+
+    def __init__(self, stream: str = "stderr") -> None:
+        super().__init__()
+        self.where = stream
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        self.setStream(getattr(sys, self.where))
+        super().emit(record)
