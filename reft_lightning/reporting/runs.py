@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
@@ -16,6 +16,7 @@ from typing import Any
 from ..config.identity import flat, identity, used_settings
 from ..config.schema import Config
 from ..search.study_files import JOB, LOCKS, PLAN, TRIALS, WORKERS, read_job
+from ..storage.predictions import read_predictions
 from ..storage.reading import read_json, read_yaml
 from ..terminal.bars import Bar
 
@@ -223,19 +224,12 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[LeftOut], list[R
 
 def _read_predictions(path: Path) -> Predictions:
     found: dict[str, dict[tuple[str, int], Mapping[str, Any]]] = defaultdict(dict)
-    seen: Counter[tuple[str, str]] = Counter()
-    if not path.is_file():
-        return found
-    with path.open(encoding="utf-8") as file:  # lines end at \n; texts hold other ends, such as U+2028
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                key = str(row["task"]), str(row["source"])
-            except (ValueError, TypeError, KeyError) as error:
-                raise ReportError(f"{path}, line {number} is not a row of predictions: {error!r}") from error
-            found[key[0]][key[1], seen[key]] = row
-            seen[key] += 1
-    return {task: dict(sorted(rows.items())) for task, rows in found.items()}
+    try:
+        for (task, source, number), row in sorted(read_predictions(path).items(), key=lambda pair: pair[0]):
+            found[task][source, number] = row
+    except ValueError as error:
+        raise ReportError(str(error)) from error
+    return found
 
 
 def _read_results(folder: Path) -> dict[str, Any]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from ..storage.predictions import read_predictions
 
 SHOWN = 5  # rows
 WIDTH = 60  # characters of a cell
@@ -27,9 +27,7 @@ def print_changed_answers(folder: Path, method: str, console: Console | None = N
         console: where to print; standard output by default.
     """
     files = [folder / "predictions" / f"{who}_test.jsonl" for who in ("base", "reft")]
-    if not all(file.is_file() for file in files):
-        return
-    base, adapted = (_rows(file) for file in files)
+    base, adapted = (read_predictions(file) for file in files)
     pairs = [(base[key], row) for key, row in adapted.items() if key in base]
     changed = [
         pair
@@ -49,22 +47,6 @@ def print_changed_answers(folder: Path, method: str, console: Console | None = N
         answers = (_shown(row["answer"]) for row in (before, after))
         table.add_row(_shown(before["prompt"], end=True), _shown(before["gold"]), *answers)
     console.print(table)
-
-
-def _rows(file: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """Return the predictions of a file by task, source and how often the source occurred before.
-
-    Their order depends on the number of processes, which may be another one after a run was resumed.
-    """
-    seen: Counter[tuple[Any, ...]] = Counter()
-    found = {}
-    for line in file.read_text(encoding="utf-8").split("\n"):
-        if line:
-            row = json.loads(line)
-            key = (row["task"], row["source"])
-            found[*key, seen[key]] = row
-            seen[key] += 1
-    return found
 
 
 def _shown(text: Any, end: bool = False) -> str:

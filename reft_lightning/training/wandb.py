@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -17,6 +16,7 @@ from typing import Any, cast
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from ..storage.predictions import Key, keyed, read_predictions
 from .best_checkpoint import LOSS, BestCheckpoint
 
 STEP = "trainer/global_step"  # the axis of every curve, Lightning's
@@ -43,7 +43,7 @@ class WandbReport(Callback):
 
     def __init__(self, folder: Path, monitor: str, mode: str) -> None:
         self.folder, self.summaries = folder, {LOSS: "min", monitor: mode}
-        self._base: dict[str, dict[tuple[Any, ...], Row]] = {}
+        self._base: dict[str, Mapping[Key, Mapping[str, Any]]] = {}
         self._losses: list[float] = []
         self._step, self._diverged = 0, False
 
@@ -108,22 +108,21 @@ class WandbReport(Callback):
         if trainer.sanity_checking or not rows or module.prefix:
             return
         every = math.ceil(len(rows) / TABLE_ROWS[stage])  # some of every task: rows come task by task
-        shown = beside_base(rows, self._base_rows(stage))[::every]
+        shown = with_base(rows, self._base_rows(stage))[::every]
         columns = list(dict.fromkeys(name for row in shown for name in row))
         data = [[_cell(row.get(name)) for name in columns] for row in shown]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_table(f"{stage}/predictions", columns, data, step=trainer.global_step)
 
-    def _base_rows(self, stage: str) -> dict[tuple[Any, ...], Row]:
+    def _base_rows(self, stage: str) -> Mapping[Key, Mapping[str, Any]]:
         path = self.folder / "predictions" / f"base_{'validation' if stage == 'val' else stage}.jsonl"
-        if stage not in self._base and path.is_file():
-            with path.open(encoding="utf-8") as file:
-                self._base[stage] = dict(_keyed([json.loads(line) for line in file]))
-        return self._base.get(stage, {})
+        if not self._base.get(stage):
+            self._base[stage] = read_predictions(path)
+        return self._base[stage]
 
 
-def beside_base(rows: Sequence[Row], base: Mapping[tuple[Any, ...], Row]) -> list[Row]:
+def with_base(rows: Sequence[Row], base: Mapping[Key, Mapping[str, Any]]) -> list[Row]:
     """Return the columns of a table: what the adapter answers, and where the base is known its answer and ``changed``.
 
     Args:
@@ -131,7 +130,7 @@ def beside_base(rows: Sequence[Row], base: Mapping[tuple[Any, ...], Row]) -> lis
         base: those of the frozen base by task, source and how often the source occurred before.
     """
     shown = []
-    for key, row in _keyed(rows):
+    for key, row in keyed(rows):
         row = {name: value for name, value in row.items() if name != "scores"}
         if key in base:
             answer = "answer" if "answer" in row else "generated"
@@ -140,14 +139,6 @@ def beside_base(rows: Sequence[Row], base: Mapping[tuple[Any, ...], Row]) -> lis
             row |= {"changed": row.get(answer) != base[key].get(answer)}
         shown.append(row)
     return shown
-
-
-def _keyed(rows: Sequence[Row]) -> Iterator[tuple[tuple[Any, ...], Row]]:
-    seen: Counter[tuple[Any, ...]] = Counter()
-    for row in rows:
-        key = (row["task"], row["source"])
-        yield (*key, seen[key]), row
-        seen[key] += 1
 
 
 def _cell(value: Any) -> Any:

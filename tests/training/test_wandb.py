@@ -16,7 +16,7 @@ from lightning import Callback
 from reft_lightning.config.compose import compose
 from reft_lightning.runs import experiment, trainer
 from reft_lightning.runs.evaluate import evaluate
-from reft_lightning.training.wandb import WandbReport, beside_base, data_artifact, finish_wandb
+from reft_lightning.training.wandb import WandbReport, data_artifact, finish_wandb, with_base
 
 
 def records(folder):
@@ -178,7 +178,7 @@ def test_rows_of_one_source_are_set_next_to_each_other_in_their_order():
         return {"task": "t", "source": "s", "answer": answer, "correct": answer == "b", "scores": {}}
 
     base = {("t", "s", i): row(answer) for i, answer in enumerate("ab")}
-    shown = beside_base([row("b"), row("b"), row("c")], base)
+    shown = with_base([row("b"), row("b"), row("c")], base)
     assert [line.get("base_answer") for line in shown] == ["a", "b", None]
     assert [line.get("changed") for line in shown] == [True, False, None]
 
