@@ -273,7 +273,8 @@ def test_a_resumed_run_continues_its_run(data, tmp_path, monkeypatch):
         with pytest.raises(short_runs.Stop):
             short_runs.run(data, tmp_path, "logger=wandb")
     short_runs.run(data, tmp_path, "logger=wandb", f"resume={tmp_path}")
-    ids = [folder.name.rpartition("-")[2] for folder in (tmp_path / "wandb").glob("offline-run-*")]
+    # offline-run-TIME-ID, and a number after it where both began in one second
+    ids = [folder.name.split("-")[3] for folder in (tmp_path / "wandb").glob("offline-run-*")]
     assert ids == [short_runs.results(tmp_path)["wandb_run"]] * 2
     (_, logger) = trainer.build_loggers(wandb(f"resume={tmp_path}", "logger.wandb.mode=disabled"), tmp_path)
     assert (logger.version, logger._wandb_init["resume"]) == (ids[0], "allow")
