@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-# libgomp's threads spin while they wait: beside another busy process that is 20 to 80 times slower than sleeping.
+# libgomp's threads spin while they wait: next to another busy process that is 20 to 80 times slower than sleeping.
 # The variable counts only when it is set before Python starts.
 export OMP_WAIT_POLICY = PASSIVE
 export TOKENIZERS_PARALLELISM = false
@@ -47,7 +47,7 @@ docs: $(STAMP)  ## build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "open site/index.html"
 
-bench: $(STAMP)  ## speed and memory beside pyreft, adapters and peft; about three hours (BENCH_ARGS="--quick --random")
+bench: $(STAMP)  ## speed and memory next to pyreft, adapters and peft; about three hours (BENCH_ARGS="--quick --random")
 	$(BIN)/python experiments/speed/bench.py $(BENCH_ARGS)
 
 bench-gpu: $(STAMP)  ## the training step on a CUDA device: 135M, 1B and 8B shapes (GPU_ARGS="--shapes 1B")

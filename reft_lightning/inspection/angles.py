@@ -1,8 +1,8 @@
 r"""Principal angles between subspaces.
 
 For orthonormal rows P (k, d) and Q (m, d) the cosines of the principal angles are the singular values of :math:`P Q^T`
-(Björck and Golub 1973). Random subspaces of many dimensions are nearly orthogonal: what an angle means, its expectation
-by chance says, :math:`E[\cos^2] = \max(k, m) / d`.
+(Björck and Golub 1973). Random subspaces of many dimensions are nearly orthogonal: read an angle against what chance
+gives, :math:`E[\cos^2] = \max(k, m) / d`.
 """
 
 from __future__ import annotations

@@ -101,7 +101,11 @@ def _mean_cell(results: dict[str, Any], path: str, tasks: list[str], measure: st
         return "-"
     shares = [count["correct"] / count["total"] for count in counts]
     low, high = interval_of_means(shares, [count["interval"] for count in counts])
-    return f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return _percent(mean, low, high)
+
+
+def _percent(value: float, low: float, high: float) -> str:
+    return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _next_experiments(command: str, method: str) -> list[tuple[str, str]]:
@@ -169,5 +173,4 @@ def _cell(results: dict[str, Any], name: str) -> str:
         return "-"
     if value is None:
         value = count["correct"] / count["total"]
-    low, high = count["interval"]
-    return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return _percent(value, *count["interval"])

@@ -76,8 +76,8 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
             original = Results.read(folder)
             original.update(test_reads=[*original.values["test_reads"], *results.values["test_reads"]])
     results.update(status="complete", finished=now())
-    finish_wandb(loggers, results.values)
     print_table(results.values)
+    finish_wandb(loggers, results.values)
     return results.values
 
 

@@ -211,12 +211,8 @@ def _begin(config: Config, folder: Path, experiment: str | None, objects: Object
 
 
 def _finish_wandb(trainer: Trainer, results: Results, adapter: Path | None, exit_code: int = 0) -> None:
-    """Close the W&B run; what fails there loses nothing that the run folder holds."""
     if trainer.is_global_zero:
-        try:
-            finish_wandb(trainer.loggers, results.values, adapter, exit_code)
-        except Exception as error:  # of the network, or of W&B
-            log.warning("W&B could not take the end of the run: %s: %s", type(error).__name__, error)
+        finish_wandb(trainer.loggers, results.values, adapter, exit_code)
 
 
 def _stages(config: Config, folder: Path, objects: Objects, trainer: Trainer, results: Results) -> None:

@@ -171,16 +171,8 @@ def start_workers(folder: Path, workers: int, trusted: bool = True) -> None:
             if devices:
                 environment["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
             output = folder / WORKERS / f"{i}.log"
-            started.append(
-                (
-                    start(
-                        ["reft_lightning.search.worker", str(folder), *([TRUSTED] if trusted else [])],
-                        output,
-                        environment,
-                    ),
-                    output,
-                )
-            )
+            arguments = ["reft_lightning.search.worker", str(folder), *([TRUSTED] if trusted else [])]
+            started.append((start(arguments, output, environment), output))
         log.info("%d workers; their logs are in %s", workers, folder / WORKERS)
         for i, (process, output) in enumerate(started):
             code = process.wait()

@@ -29,14 +29,15 @@ def watched(folder: Path) -> Iterator[None]:
 
 def _watch(folder: Path, ended: threading.Event) -> None:
     study = Study(folder)  # with a connection of its own
-    methods = study.plan.methods
-    total = sum(_amount(study, method) for method in methods)
-    before = sum(min(_spent(study, method), _amount(study, method)) for method in methods)
-    with Bar(f"budget of trials ({study.plan.budget.unit})", total, before) as bar:
+    amounts = {method: _amount(study, method) for method in study.plan.methods}
+
+    def spent_so_far() -> dict[str, float]:
+        return {method: min(_spent(study, method), amount) for method, amount in amounts.items()}
+
+    unit, before = study.plan.budget.unit, sum(spent_so_far().values())
+    with Bar(f"budget of trials ({unit})", sum(amounts.values()), before) as bar:
         while not ended.wait(SECONDS) and study.next_method() != (None, False):
-            done = {
-                method: min(_spent(study, method), _amount(study, method)) for method in study.plan.methods
-            }
+            done = spent_so_far()
             bar.show(sum(done.values()), ", ".join(f"{method} {value:g}" for method, value in done.items()))
     winners = list(study.winners())
     with Bar("winners, trained again and tested", len(winners)) as bar:

@@ -7,6 +7,7 @@ Sections are the first parts of names: ``train/``, ``val/``, ``test/``, ``base/`
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 from ..storage.predictions import Key, keyed, read_predictions
 from .best_checkpoint import LOSS, BestCheckpoint
+
+log = logging.getLogger(__name__)
 
 STEP = "trainer/global_step"  # the axis of every curve, Lightning's
 TABLE_ROWS = {"val": 100, "test": 1000}  # predictions in a table; those of a validation are logged every time
@@ -160,19 +163,24 @@ def finish_wandb(
 ) -> None:
     """Write the results into the W&B summary, file the adapter and the data it saw, and close the run.
 
+    What fails there is a warning: the run folder holds everything.
+
     Args:
         loggers: of the first process; W&B's may be among them.
         results: contents of ``results.json``.
         adapter: its folder, or None not to upload it.
         exit_code: 0 for a run that ended as it should; 128 and the signal's number where it was told to stop.
     """
-    for run in wandb_runs(loggers):
-        run.summary.update(summary_of(results))
-        if adapter is not None:
-            if not run.offline:  # W&B keeps no inputs of a run that is
-                run.use_artifact(data_artifact(results))
-            run.log_artifact(adapter_artifact(results, adapter, run.id))
-        run.finish(exit_code)
+    try:
+        for run in wandb_runs(loggers):
+            run.summary.update(summary_of(results))
+            if adapter is not None:
+                if not run.offline:  # W&B keeps no inputs of a run that is
+                    run.use_artifact(data_artifact(results))
+                run.log_artifact(adapter_artifact(results, adapter, run.id))
+            run.finish(exit_code)
+    except Exception as error:  # of the network, or of W&B
+        log.warning("W&B could not take the end of the run: %s: %s", type(error).__name__, error)
 
 
 def summary_of(results: Mapping[str, Any]) -> dict[str, Any]:

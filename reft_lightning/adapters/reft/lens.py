@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .sites import find_sites, number_of_layers
+from .sites import find_sites, hidden_of, number_of_layers, with_hidden
 
 
 @torch.no_grad()
@@ -26,9 +26,8 @@ def logits_of(model: PreTrainedModel, directions: Tensor) -> Tensor:  # (n, d) -
     rows = directions * (directions.shape[1] ** 0.5 / directions.norm(dim=-1, keepdim=True).clamp(min=1e-12))
 
     def put(module: nn.Module, args: tuple, output: Any) -> Any:
-        hidden = output[0] if type(output) in (tuple, list) else output
-        put = rows.to(hidden).view_as(hidden)
-        return type(output)([put, *output[1:]]) if type(output) in (tuple, list) else put
+        hidden = hidden_of(output)
+        return with_hidden(output, rows.to(hidden).view_as(hidden))
 
     handle = model.get_submodule(site.path).register_forward_hook(put)
     try:

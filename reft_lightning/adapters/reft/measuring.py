@@ -1,7 +1,7 @@
 r"""See what each intervention does while a ReFT model runs, and leave some of it out.
 
-Nothing is added to the model: hooks of torch stand on the interventions inside a ``with`` block only. They see a pass
-that torch.compile has compiled not at all.
+Nothing is added to the model: hooks of torch stand on the interventions inside a ``with`` block only. They do not see
+compiled passes.
 
 Shapes: b rows, s columns, n tokens that one intervention edits, d width, k directions, p places.
 """

@@ -40,7 +40,7 @@ from .config import LayerSpec, ReftConfig, check_architecture
 from .edit_plan import EditPlan, token_indices
 from .positions import MaskFunction, Positions, parse_positions
 from .site_shapes import check_shapes
-from .sites import Site, device_at, find_sites
+from .sites import Site, device_at, find_sites, hidden_of, with_hidden
 
 log = logging.getLogger(__name__)
 TIED = ("all", "group", "position")
@@ -342,9 +342,7 @@ class ReftModel(nn.Module):
         plan = self._plan_at(key)
         if plan is None:
             return None
-        if type(output) in (tuple, list):
-            return type(output)([self._edit(key, plan, output[0]), *output[1:]])
-        return self._edit(key, plan, output)
+        return with_hidden(output, self._edit(key, plan, hidden_of(output)))
 
     def _before(self, key: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         plan = self._plan_at(key)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...base_models.bare import bare_copy
-from .sites import Site, width_at
+from .sites import Site, hidden_of, width_at
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def _shapes(model: PreTrainedModel, places: Iterable[Place]) -> Shapes:
 
 
 def _after(seen: Shapes, path: str, module: nn.Module, args: tuple, output: Any) -> None:
-    _note(seen, (path, "output"), output[0] if type(output) in (tuple, list) else output)
+    _note(seen, (path, "output"), hidden_of(output))
 
 
 def _before(seen: Shapes, path: str, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:

