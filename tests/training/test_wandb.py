@@ -316,3 +316,14 @@ def test_the_configuration_chooses_the_mode_before_the_environment(tmp_path, mon
     monkeypatch.setenv("WANDB_MODE", "online")
     (_, logger) = trainer.build_loggers(wandb("logger.wandb.mode=disabled"), tmp_path)
     assert logger._wandb_init["mode"] == "disabled"
+
+
+def test_what_fails_at_the_end_of_a_wandb_run_is_a_warning(tmp_path, caplog, monkeypatch):
+    (_, logger) = trainer.build_loggers(wandb("logger.wandb.mode=disabled"), tmp_path)
+
+    def unreachable(exit_code):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(logger.experiment, "finish", unreachable)
+    finish_wandb([logger], {"status": "complete"})
+    assert "W&B could not take the end of the run: ConnectionError: no route to host" in caplog.text
