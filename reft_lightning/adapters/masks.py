@@ -83,6 +83,16 @@ class Spans:
         return prompt.repeat_interleave(repeats, 0), target.repeat_interleave(repeats, 0)
 
 
+def of_rows(
+    rows: Tensor | None, prompt: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:  # (b,), (n, s), (n, s) -> (n, s), (n, s)
+    """Return both masks without the tokens of other rows; n may be a multiple of b, as in :meth:`Spans.upto`."""
+    if rows is None:
+        return prompt, target
+    kept = rows.to(prompt.device).repeat_interleave(len(prompt) // len(rows)).unsqueeze(-1)
+    return prompt & kept, target & kept
+
+
 def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | None) -> Spans:
     """Split the real tokens of a batch into prompt and target.
 

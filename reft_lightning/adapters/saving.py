@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..storage.atomic import write_text, write_whole
 from ..storage.reading import read_json
@@ -83,6 +83,17 @@ def save_adapter(
     write_tensors(folder / TENSOR_FILE, state)
     write_text(folder / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
     write_text(folder / CARD_FILE, model_card(config, count) + more)
+
+
+def tensors_of(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return the tensors of some modules by name; one that is shared, once, under the name that comes first."""
+    state: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
+    for part, module in parts.items():
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if names.setdefault(id(tensor), f"{part}.{name}") == f"{part}.{name}":
+                state[f"{part}.{name}"] = tensor.detach()
+    return state
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:

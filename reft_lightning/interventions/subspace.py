@@ -23,7 +23,7 @@ of ConsReFT and LobiReFT in float32.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -33,14 +33,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..suggest import did_you_mean
-from .base import Intervention
+from .base import INTERVENTIONS, Intervention
 from .orthonormal import orthonormal_rows, random_rows
 
 WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Subspace(Intervention):
-    """What the family shares: a rank and a start.
+    """What the family shares: a rank, a start, and an edit that is a sum of r directions.
+
+    A subclass defines :meth:`build`, ``directions``, and :meth:`coordinates`, how far an edit goes along each of them.
 
     Args:
         dim: width d of the representation.
@@ -101,6 +103,14 @@ class Subspace(Intervention):
             return F.linear(h.to(W.dtype), W, b) - h.to(rows.dtype) @ rows.mT
         return F.linear(h, W - rows, b)
 
+    def coordinates(self, h: Tensor, rows: Tensor) -> Tensor:  # (n, d), (r, d) -> (n, r)
+        """Return how far the edit goes along each of ``rows``, the directions."""
+        raise NotImplementedError(f"{type(self).__name__} must define coordinates(h, rows), or edit(h)")
+
+    def edit(self, h: Tensor) -> Tensor:  # (n, d) -> (n, d)
+        rows: Any = self.directions
+        return self.coordinates(h, rows) @ rows
+
     def make_identity(self) -> None:
         """Set the parameters to where Phi(h) = h."""
         raise ValueError(f"{type(self).__name__} is the identity for no parameters: init must be 'paper'")
@@ -145,9 +155,8 @@ class LoReFT(Orthonormal, name="loreft"):
         super().build()
         self.source = nn.Linear(self.dim, self.rank)  # W, b
 
-    def edit(self, h: Tensor) -> Tensor:  # (n, d) -> (n, d)
-        R = self.R
-        return self.pull(h, R) @ R
+    def coordinates(self, h: Tensor, rows: Tensor) -> Tensor:
+        return self.pull(h, rows)
 
     def make_identity(self) -> None:
         if self.weight_dtype != "float32":
@@ -174,9 +183,8 @@ class NoReFT(Subspace, name="noreft"):
     def directions(self) -> Tensor:  # (r, d)
         return self.projection.weight
 
-    def edit(self, h: Tensor) -> Tensor:
-        W2 = self.projection.weight
-        return self.pull(h, W2) @ W2
+    def coordinates(self, h: Tensor, rows: Tensor) -> Tensor:
+        return self.pull(h, rows)
 
     def make_identity(self) -> None:
         self.source.weight.copy_(self.projection.weight)
@@ -199,9 +207,8 @@ class DiReFT(Subspace, name="direft"):
     def directions(self) -> Tensor:  # (r, d)
         return self.projection.weight
 
-    def edit(self, h: Tensor) -> Tensor:
-        W2 = self.projection.weight
-        return self.source(h.to(W2.dtype)) @ W2
+    def coordinates(self, h: Tensor, rows: Tensor) -> Tensor:
+        return self.source(h.to(rows.dtype))
 
     def make_identity(self) -> None:
         self.projection.weight.zero_()
@@ -215,9 +222,8 @@ class OrthonormalDiReFT(LoReFT, name="direft_orthonormal"):
     Source: Wu et al. 2024, Table 17, row 3 (``DireftIntervention`` in pyreft).
     """
 
-    def edit(self, h: Tensor) -> Tensor:
-        R = self.R
-        return self.source(h.to(self.source.weight.dtype)).to(R.dtype) @ R
+    def coordinates(self, h: Tensor, rows: Tensor) -> Tensor:
+        return self.source(h.to(self.source.weight.dtype)).to(rows.dtype)
 
     def make_identity(self) -> None:
         self.source.weight.zero_()
@@ -237,9 +243,8 @@ class ConsReFT(Orthonormal, name="consreft"):
         super().build()
         self.bias = nn.Parameter(torch.rand(self.rank))
 
-    def edit(self, h: Tensor) -> Tensor:
-        R = self.R
-        return (self.bias - h @ R.mT) @ R
+    def coordinates(self, h: Tensor, rows: Tensor) -> Tensor:
+        return self.bias - h @ rows.mT
 
 
 class LobiReFT(Orthonormal, name="lobireft"):
@@ -254,11 +259,55 @@ class LobiReFT(Orthonormal, name="lobireft"):
         super().build()
         self.bias = nn.Parameter(torch.rand(self.rank))
 
-    def edit(self, h: Tensor) -> Tensor:
-        return (self.bias @ self.R).expand_as(h)
+    def coordinates(self, h: Tensor, rows: Tensor) -> Tensor:
+        return self.bias.expand(len(h), -1)
 
     def make_identity(self) -> None:
         self.bias.zero_()
+
+
+class Partition(Intervention):
+    r"""Some of the directions of another intervention, whose parameters it shares.
+
+    Of an edit :math:`U^\top c(h)` with the rows U and the coordinates c, those of the rows K:
+
+    .. math:: \Phi_K(h) = h + U_K^\top c(h)_K
+
+    The edits of partitions that share no row add up to that of all their rows. Of orthonormal rows R, the later are
+    made orthogonal to the earlier, so that training these turns those.
+
+    Args:
+        phi: the other intervention.
+        rows: K, distinct numbers in 0..r-1.
+
+    Raises:
+        ValueError: for an intervention whose edit is not such a sum, or rows that it does not have.
+    """
+
+    def __init__(self, phi: Intervention, rows: Sequence[int]) -> None:
+        super().__init__(phi.dim, dropout=phi.dropout, dropout_on=phi.dropout_on)
+        if not isinstance(phi, Subspace) or type(phi).edit is not Subspace.edit:
+            divisible = [name for name, cls in INTERVENTIONS.items() if issubclass(cls, Subspace)]
+            raise ValueError(
+                f"the edit of {type(phi).__name__} is not a sum of directions that can be divided; those of "
+                f"{', '.join(divisible)} are"
+            )
+        if not rows or len(set(rows)) < len(rows) or not all(0 <= row < phi.rank for row in rows):
+            raise ValueError(
+                f"a partition takes distinct rows in 0..{phi.rank - 1} of a subspace of rank {phi.rank}; got {rows}"
+            )
+        self.phi, self.rows = phi, list(rows)
+
+    @property
+    def directions(self) -> Tensor:  # (k, d)
+        return self.phi.directions[self.rows]
+
+    def edit(self, h: Tensor) -> Tensor:
+        rows = self.phi.directions
+        return self.phi.coordinates(h, rows)[:, self.rows] @ rows[self.rows]
+
+    def extra_repr(self) -> str:
+        return f"rows={self.rows}"
 
 
 def rotations(interventions: Iterable[Intervention]) -> dict[Orthonormal, Tensor]:

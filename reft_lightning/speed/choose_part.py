@@ -107,7 +107,7 @@ def choose_part(model: Any, rows: Any, *, causal: bool, limit: int = 0) -> Part 
         causal: whether they have prompts and targets.
         limit: bytes.
     """
-    if not isinstance(model, ReftModel) or runs_blocks_again(model.base_model):
+    if not isinstance(model, ReftModel) or runs_blocks_again(model.base_model) or len(model.adapters) > 1:
         return None
     if angles_depend_on_length(model.base_model.config):
         log.info("nothing is left out of training steps: RoPE's angles depend on the longest row of a batch")

@@ -10,16 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ...base_models.heads import heads_to_train
-from ...interventions import Intervention, intervention_class, method_name
-from ..attaching import check_base
-from ..plain import plain
-from .config import ReftConfig, architecture_of
+from ...interventions import Intervention
+from .config import config_of
 from .model import ReftModel
 from .positions import MaskFunction
-from .sites import check_layers, number_of_layers
-
-NONE = "none"  # the method that attaches nothing: only a classifier's head is trained
 
 
 def attach(
@@ -56,42 +50,15 @@ def attach(
     Raises:
         ValueError: for anything unknown or out of range, with what is allowed.
     """
-    check_base(base_model)
-    trained_heads = heads_to_train(base_model, heads)
-    number = number_of_layers(base_model)
-    base, kind = base_model.config.name_or_path or None, architecture_of(base_model)
-    if method == NONE:
-        if not trained_heads:
-            raise ValueError(
-                "method none trains only heads, and none is named: give heads='auto' (intervention.heads=auto) for a "
-                "classifier, as data=glue_... has one, or a list of module paths such as ['lm_head'] "
-                "(intervention.heads=[lm_head])"
-            )
-        return ReftModel(
-            base_model, ReftConfig(NONE, layers=[], heads=trained_heads, base_model=base, architecture=kind)
-        )
-    given = list(layers) if isinstance(layers, Mapping) else layers
-    ids = check_layers(plain("layers", given), number, none_allowed=bool(trained_heads))
-    per_layer: dict[int, dict[str, Any]] = {}
-    for layer, (key, own) in zip(ids, layers.items(), strict=True) if isinstance(layers, Mapping) else ():
-        if not isinstance(own, Mapping):
-            raise ValueError(
-                f"layers[{key}] must be a dict of what differs there, such as {{'rank': 4}}; got {own!r}"
-            )
-        per_layer[layer] = dict(own)
-        if "method" in own:
-            per_layer[layer]["method"] = method_name(intervention_class(own["method"]))
-    config = ReftConfig(
-        method=method_name(intervention_class(method)),
-        layers=ids,
+    config = config_of(
+        base_model,
+        method,
+        layers=layers,
         positions=positions,
         tied=tied,
         component=component,
         clip=clip,
-        settings=settings,
-        per_layer=per_layer,
-        heads=trained_heads,
-        base_model=base,
-        architecture=kind,
+        heads=heads,
+        **settings,
     )
     return ReftModel(base_model, config)

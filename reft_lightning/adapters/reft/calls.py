@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...interventions import Orthonormal, lend
 from ..masks import Spans
-from .edit_plan import EditPlan
+from .edit_plan import Choice, EditPlan
 
 
 @dataclass
@@ -26,6 +26,8 @@ class Call:
 
     model: nn.Module  # the adapted model that was called
     spans: Spans  # its prompt and target
+    choices: tuple[Choice, ...]  # the adapters that it uses
+    summed: bool  # whether their edits are added up
     rows: Mapping[Orthonormal, Tensor]  # R (r, d) of each intervention, computed once
     plan: EditPlan | None = None  # of the base model's current pass; a generation makes several
     edited: bool = False  # whether any token was selected so far

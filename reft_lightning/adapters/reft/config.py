@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
+from ...base_models.heads import heads_to_train
+from ...interventions import Intervention, intervention_class, method_name
+from ..attaching import check_base
 from ..plain import plain
 from .positions import MaskFunction, parse_positions
+from .sites import check_layers, number_of_layers
 
+NONE = "none"  # the method that attaches nothing: only a classifier's head is trained
 FORMAT = 1
 CONFIG_FILE, TENSOR_FILE, CARD_FILE = "reft_config.json", "reft.safetensors", "README.md"
+
+
+ATTACHED = (
+    "method",
+    "layers",
+    "tied",
+    "component",
+    "clip",
+    "heads",
+    "per_layer",
+)  # what makes two adapters alike
+TRAINING = ("dropout", "dropout_on", "init")
 
 
 class LayerSpec(NamedTuple):
@@ -67,6 +85,9 @@ class ReftConfig:
     clip: str = "paper"
     scale: float = 1.0
     architecture: dict[str, Any] = field(default_factory=dict)  # of the base model, see architecture_of
+    partitions: dict[str, list[int]] = field(
+        default_factory=dict
+    )  # name -> rows of R, see ReftModel.add_partition
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__.keys() - {"positions", "per_layer"}:
@@ -86,6 +107,22 @@ class ReftConfig:
         names = ("method", "positions", "tied", "component", "clip")
         common = {name: own.pop(name, getattr(self, name)) for name in names}
         return LayerSpec(**common, settings={**self.settings, **own})
+
+    def differing(self, other: ReftConfig) -> list[str]:
+        """Return in what two adapters differ, but for numbers and what matters in training only."""
+        mine, theirs = (
+            {
+                "positions": str(parse_positions(config.positions)),
+                **{name: getattr(config, name) for name in ATTACHED},
+                **{name: value for name, value in config.settings.items() if name not in TRAINING},
+            }
+            for config in (self, other)
+        )
+        return [
+            f"{name} {theirs.get(name)!r} instead of {mine.get(name)!r}"
+            for name in {**mine, **theirs}
+            if mine.get(name) != theirs.get(name)
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values; a position callable is named, not stored."""
@@ -127,3 +164,58 @@ class ReftConfig:
             )
         values["per_layer"] = {int(layer): own for layer, own in values.get("per_layer", {}).items()}
         return cls(**values)
+
+
+def config_of(
+    base_model: PreTrainedModel,
+    method: str | type[Intervention] = "loreft",
+    *,
+    layers: str | Sequence[int] | Mapping[int, Mapping[str, Any]] = "all",
+    positions: str | MaskFunction = "f7+l7",
+    tied: str = "all",
+    component: str = "block_output",
+    clip: str = "paper",
+    heads: str | Sequence[str] | bool | None = None,
+    **settings: Any,
+) -> ReftConfig:
+    """Return what the arguments of :func:`attach` ask for, checked against a model.
+
+    Raises:
+        ValueError: for anything unknown or out of range, with what is allowed.
+    """
+    check_base(base_model)
+    trained_heads = heads_to_train(base_model, heads)
+    number = number_of_layers(base_model)
+    base, kind = base_model.config.name_or_path or None, architecture_of(base_model)
+    if method == NONE:
+        if not trained_heads:
+            raise ValueError(
+                "method none trains only heads, and none is named: give heads='auto' (intervention.heads=auto) for a "
+                "classifier, as data=glue_... has one, or a list of module paths such as ['lm_head'] "
+                "(intervention.heads=[lm_head])"
+            )
+        return ReftConfig(NONE, layers=[], heads=trained_heads, base_model=base, architecture=kind)
+    given = list(layers) if isinstance(layers, Mapping) else layers
+    ids = check_layers(plain("layers", given), number, none_allowed=bool(trained_heads))
+    per_layer: dict[int, dict[str, Any]] = {}
+    for layer, (key, own) in zip(ids, layers.items(), strict=True) if isinstance(layers, Mapping) else ():
+        if not isinstance(own, Mapping):
+            raise ValueError(
+                f"layers[{key}] must be a dict of what differs there, such as {{'rank': 4}}; got {own!r}"
+            )
+        per_layer[layer] = dict(own)
+        if "method" in own:
+            per_layer[layer]["method"] = method_name(intervention_class(own["method"]))
+    return ReftConfig(
+        method=method_name(intervention_class(method)),
+        layers=ids,
+        positions=positions,
+        tied=tied,
+        component=component,
+        clip=clip,
+        settings=settings,
+        per_layer=per_layer,
+        heads=trained_heads,
+        base_model=base,
+        architecture=kind,
+    )

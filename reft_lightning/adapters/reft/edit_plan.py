@@ -6,6 +6,7 @@ Shapes: b rows, s columns, n selected tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +14,36 @@ from torch import Tensor
 from .positions import Positions
 
 
+class Choice(NamedTuple):
+    """An adapter that a call uses."""
+
+    adapter: str
+    weight: float = 1.0  # times its scale
+    rows: Tensor | None = None  # (b,) bool, those it edits; None for all
+
+
+class Edit(NamedTuple):
+    """What one adapter does at one site."""
+
+    adapter: str
+    layer: str
+    weight: float
+    indices: list[Tensor]  # (n,) flat token indices for each of its interventions
+
+
 @dataclass
 class EditPlan:
-    """What the hooks do during one call of the base model: flat token indices for every site."""
+    """What the hooks do during one call of the base model."""
 
-    edits: dict[str, list[Tensor]]  # site -> one index (n,) for each of its interventions
+    edits: dict[str, list[Edit]]  # site -> one after the other, or added up
+    summed: bool  # whether the edits at a site are those of one and the same hidden state
     tokens: Tensor  # (b, s) or (b, s, d), what the call reads; sizes in numbers would be constants to torch.compile
     differentiable: bool  # whether the call records gradients
+
+    @property
+    def edits_anything(self) -> bool:
+        """Whether any token is selected."""
+        return any(index.numel() for edits in self.edits.values() for edit in edits for index in edit.indices)
 
 
 def token_indices(

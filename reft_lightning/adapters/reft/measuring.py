@@ -70,6 +70,7 @@ def _names(positions: Positions) -> list[list[str]]:
 def watching(reft: ReftModel, see: Callable[[Seen], Tensor | None]) -> Iterator[None]:
     """Call a function for each edit inside the block; what it returns replaces Phi(h), unless it is None."""
     places = {name: i for i, name in enumerate(places_of(reft))}
+    first = reft.adapter_names[0]
     grids: dict[Positions, tuple[EditPlan, Tensor]] = {}  # of the present pass
 
     def hook(key: str, number: int, phi: Any, args: tuple[Any, ...], after: Tensor) -> Tensor | None:
@@ -79,7 +80,8 @@ def watching(reft: ReftModel, see: Callable[[Seen], Tensor | None]) -> Iterator[
         positions, _ = reft.positions[key]
         if positions not in grids or grids[positions][0] is not call.plan:
             grids[positions] = call.plan, _grid(positions, call.spans, call.plan.tokens, places)
-        filled = grids[positions][1][call.plan.edits[key][number]]
+        edit = next(e for e in call.plan.edits[reft.sites[key].place] if e.adapter == first)
+        filled = grids[positions][1][edit.indices[number]]
         return see(Seen(int(key), filled.to(after.device), args[0], after))
 
     hooks = [

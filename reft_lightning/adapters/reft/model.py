@@ -1,9 +1,12 @@
 r"""A frozen language model with interventions: a set of triples (Phi, P, l).
 
+The triples are those of one :class:`~.adapter.Adapter`, which is called ``default``, or of several: in a row, as a
+weighted sum, or another one for each row of a batch.
+
 One hook per site, registered once and bound to the :class:`ReftModel`. Once a call, R is computed for all interventions
-and a pre-hook on the base model works out which tokens are selected (P). Outside ``forward`` and ``generate`` of the
-ReftModel, and inside ``disabled()``, the hooks do nothing. Calls may be nested, and run in several threads
-(:mod:`.calls`); ``disabled()`` and ``scale`` count for all threads.
+that it uses and a pre-hook on the base model works out which tokens are selected (P). Outside ``forward`` and
+``generate`` of the ReftModel, and inside ``disabled()``, the hooks do nothing. Calls may be nested, and run in several
+threads (:mod:`.calls`); ``disabled()``, ``scale`` and ``set_adapter`` count for all threads.
 
 Shapes: b rows, s columns, d width, n selected tokens.
 """
@@ -13,11 +16,12 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,23 +31,22 @@ from transformers import PreTrainedModel
 from ...base_models.checkpointing import checkpointable
 from ...base_models.heads import heads_to_train, parameters_of
 from ...base_models.patching import replaced
-from ...interventions import check_settings, registered, rotations
-from ...suggest import did_you_mean
+from ...interventions import rotations
 from ..adapted import ParameterCount
 from ..arguments import forward_inputs, known_arguments, left_padded_inputs
 from ..attaching import all_or_nothing, attaching, check_base, detached
 from ..first_values import FirstValues, fill
-from ..masks import Spans, spans_of
-from ..saving import check_fit, load_adapter, save_adapter
+from ..masks import Spans, of_rows, spans_of
+from ..saving import check_fit, load_adapter, save_adapter, tensors_of
+from .adapter import Adapter
+from .adapter_set import DEFAULT, AdapterSet, partitions_of
 from .calls import Call, call_of, running
-from .config import LayerSpec, ReftConfig, check_architecture
-from .edit_plan import EditPlan, token_indices
-from .positions import MaskFunction, Positions, parse_positions
-from .site_shapes import check_shapes
-from .sites import Site, device_at, find_sites, hidden_of, with_hidden
+from .config import ReftConfig, check_architecture, config_of
+from .edit_plan import Choice, Edit, EditPlan, token_indices
+from .positions import MaskFunction, Positions
+from .sites import Site, hidden_of, with_hidden
 
 log = logging.getLogger(__name__)
-TIED = ("all", "group", "position")
 CACHES = ("past_key_values", "cache_params", "state", "mems")  # what base models call what they have read
 IDLE_PASSES = 8  # without training, after which a warning says that no pass has edited anything
 
@@ -65,8 +68,6 @@ class ReftModel(nn.Module):
         check_base(base_model)
         super().__init__()
         self.base_model: Any = base_model
-        self.config = config
-        self.scale = config.scale
         self._enabled = True
         self._edited, self._warned = False, False  # whether anything was edited, and that nothing was, said
         self._idle = 0  # passes that edited nothing
@@ -78,45 +79,47 @@ class ReftModel(nn.Module):
             )
         accepted = inspect.signature(base_model.forward).parameters
         self._arguments, self._known = list(accepted), known_arguments(base_model)
-        modules = dict(base_model.named_modules())
-        self._checkpointable = checkpointable(modules.values())
-        self.sites: dict[str, Site] = {}
-        self.positions: dict[str, tuple[Positions, str]] = {}
-        self.interventions: Any = nn.ModuleDict()
-        specs = {layer: config.for_layer(layer) for layer in config.layers}
-        sites = find_sites(base_model, {layer: spec.component for layer, spec in specs.items()}, modules)
-        check_shapes(base_model, sites.values())
-        for layer, spec in specs.items():
-            self._add(str(layer), sites[layer], spec, device_at(modules, sites[layer].path))
-        self._selected_by: dict[tuple[Positions, str], list[str]] = {}
-        for key, selection in self.positions.items():
-            self._selected_by.setdefault(selection, []).append(key)
+        self._checkpointable = checkpointable(base_model.modules())
+        self.adapters: Any = AdapterSet()
+        adapter = Adapter.build(base_model, config)
         heads_to_train(base_model, config.heads)
         with attaching(base_model, config, alone=bool(config.heads)):
-            for parameter in self._head_parameters().values():
+            heads = parameters_of(base_model, config.heads)
+            for parameter in heads.values():
                 parameter.requires_grad_(True)
-            self._first_heads = FirstValues(self._head_parameters())
-            self._hooks = [base_model.register_forward_pre_hook(self._begin, with_kwargs=True)]
-            for key, site in self.sites.items():
-                module = base_model.get_submodule(site.path)
-                if site.end == "output":
-                    hook = module.register_forward_hook(partial(self._after, key))
-                else:
-                    hook = module.register_forward_pre_hook(partial(self._before, key), with_kwargs=True)
-                self._hooks.append(hook)
+            self._first_heads = FirstValues(heads)
+            self._hooks = {"": base_model.register_forward_pre_hook(self._begin, with_kwargs=True)}
+            self._insert({DEFAULT: adapter})
 
-    def _add(self, key: str, site: Site, spec: LayerSpec, device: torch.device) -> None:
-        positions = parse_positions(spec.positions, spec.clip)
-        if spec.tied not in TIED:
-            raise ValueError(
-                f"tied must be one of {', '.join(TIED)}; got {spec.tied!r}{did_you_mean(str(spec.tied), TIED)}"
-            )
-        copies = {"all": 1, "group": positions.groups}.get(spec.tied) or sum(positions.slots())
-        cls = registered(spec.method)
-        check_settings(cls, spec.settings)
-        self.sites[key], self.positions[key] = site, (positions, spec.tied)
-        group = nn.ModuleList(cls(site.dim, **spec.settings) for _ in range(copies))
-        self.interventions[key] = group if device == torch.get_default_device() else group.to(device)
+    @property
+    def config(self) -> ReftConfig:
+        """What was attached: of the first adapter, as all properties that do not name one."""
+        return self.adapters.first.config
+
+    @property
+    def interventions(self) -> nn.ModuleDict:
+        """Layer -> the Phi of its positions."""
+        return self.adapters.first.interventions
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """Layer -> where its Phi act."""
+        return self.adapters.first.sites
+
+    @property
+    def positions(self) -> dict[str, tuple[Positions, str]]:
+        """Layer -> P, and how its Phi are tied."""
+        return self.adapters.first.positions
+
+    @property
+    def scale(self) -> float:
+        """The strength of every edit; a number given is that of all adapters, ``adapters[name].scale`` that of one."""
+        return self.adapters.first.scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        for adapter in self.adapters.values():
+            adapter.scale = scale
 
     def detach(self) -> PreTrainedModel:
         """Take everything off the base model again and return it.
@@ -125,9 +128,9 @@ class ReftModel(nn.Module):
         first: this model cannot be used any more.
         """
         self._check_attached()
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
-        self._hooks = []
+        self._hooks = {}
         fill(self._head_parameters(), self._first_heads.values)
         detached(self.base_model, self.config)
         return self.base_model
@@ -135,6 +138,169 @@ class ReftModel(nn.Module):
     def _check_attached(self) -> None:
         if not self._hooks:
             raise ValueError("this adapter was detached from its base model; attach it again to use it")
+
+    # --- several adapters ----------------------------------------------------------------------------------------
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """The adapters on the base model, in the order in which they came."""
+        return list(self.adapters)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that edit, in their order."""
+        return [choice.adapter for choice in self.adapters.active]
+
+    def add_adapter(self, adapter_name: str, method: Any = "loreft", **settings: Any) -> None:
+        """Attach one more adapter, which edits from when :meth:`set_adapter` or ``adapter_names`` name it.
+
+        Args:
+            adapter_name: letters, digits, ``-`` and ``_``.
+            method: see :func:`attach`.
+            **settings: see :func:`attach`.
+
+        Raises:
+            ValueError: for what :func:`attach` rejects, a name that is taken, or trained heads.
+        """
+        self._check_attached()
+        config = config_of(self.base_model, method, **{"heads": False, **settings})
+        self.adapters.check_new({adapter_name: config})
+        self._insert({adapter_name: Adapter.build(self.base_model, config)})
+
+    def load_adapter(
+        self,
+        name: str | PathLike,
+        adapter_name: str,
+        *,
+        positions: MaskFunction | None = None,
+        strict: bool = True,
+    ) -> None:
+        """Add a saved adapter, or put its tensors into one that is there and was attached in the same way.
+
+        The second changes numbers only: no hook, and no compiled code.
+
+        Args:
+            name: a folder, or the name of a repository on the Hugging Face hub.
+            adapter_name: the name that it gets here.
+            positions: see :meth:`from_pretrained`.
+            strict: see :meth:`from_pretrained`.
+
+        Raises:
+            ValueError: for what :meth:`from_pretrained` rejects, or an adapter of that name that is another one.
+        """
+        self._check_attached()
+        config, state = load_adapter(name, positions)
+        if strict:
+            check_architecture(self.base_model, config.architecture)
+        if adapter_name in self.adapters:
+            self._swap(adapter_name, config, state)
+            return
+        self.adapters.check_new({adapter_name: config, **dict.fromkeys(config.partitions)})
+        adapter = Adapter.build(self.base_model, config)
+        check_fit(tensors_of({"interventions": adapter.interventions}), state, f" {adapter_name}")
+        adapter.load_state_dict(state)
+        self._insert({adapter_name: adapter} | partitions_of(adapter))
+
+    def _swap(self, name: str, config: ReftConfig, state: dict[str, Tensor]) -> None:
+        adapter = self.adapters[name]
+        if differing := adapter.config.differing(config):
+            raise ValueError(
+                f"the adapter {name!r} is there and was attached in another way ({'; '.join(differing)}): give the "
+                "new one another name, or delete_adapter() the old one first"
+            )
+        first = adapter is self.adapters.first
+        own = tensors_of(self._first_parts() if first else {"interventions": adapter.interventions})
+        check_fit(own, state, f" {name}")
+        fill(own, state)
+        adapter.scale = config.scale
+
+    def add_partition(self, adapter_name: str, rows: Sequence[int], *, of: str = DEFAULT) -> None:
+        r"""Add an adapter with the parameters of another, which edits only within some rows K of its subspaces.
+
+        .. math:: \Phi_K(h) = h + R_K^\top R_K (\Phi(h) - h)
+
+        Partitions are trained on different tasks (``adapter_names`` says which row of a batch is of which) and used
+        one by one or together. They are saved with the adapter that they are part of.
+
+        Args:
+            adapter_name: of the partition.
+            rows: K, numbers in 0..r-1.
+            of: the adapter that it is part of.
+
+        Raises:
+            ValueError: for an unknown adapter, one without orthonormal rows, or rows that it does not have.
+        """
+        self._check_attached()
+        self.adapters.check_known([of])
+        self.adapters.check_new({adapter_name: None})
+        owner = self.adapters[of]
+        part = owner.partition(rows)
+        owner.partitions[adapter_name] = list(rows)
+        self._insert({adapter_name: part})
+
+    def set_adapter(self, adapters: str | Sequence[str] | Mapping[str, float] | None) -> None:
+        """Choose which adapters edit, in calls without ``adapter_names``.
+
+        Args:
+            adapters: a name; several, each editing what the one before it left; a dict from names to weights, which
+                may be negative: the weighted sum of the edits of one and the same hidden state; or None for none.
+
+        Raises:
+            ValueError: for an unknown name, one given twice, or a weight that is not a finite number.
+        """
+        self._check_attached()
+        self.adapters.choose(adapters)
+
+    def disable_adapter(self, adapter_name: str) -> None:
+        """Let an adapter edit no more, until :meth:`set_adapter` names it again.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        self._check_attached()
+        self.adapters.check_known([adapter_name])
+        self.adapters.leave_out(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off the base model, with the hooks that only it needed.
+
+        Raises:
+            ValueError: for an unknown name, the last adapter, or one whose partitions are there.
+        """
+        self._check_attached()
+        self.adapters.check_known([adapter_name])
+        if partitions := self.adapters[adapter_name].partitions:
+            raise ValueError(f"{adapter_name!r} has parts, delete them first: {', '.join(partitions)}")
+        if len(self.adapters) == 1:
+            raise ValueError(f"{adapter_name!r} is the only adapter: detach() takes all off")
+        self.adapters.leave_out(adapter_name)
+        del self.adapters[adapter_name]
+        for adapter in self.adapters.values():
+            adapter.partitions.pop(adapter_name, None)
+        places = {site.place for adapter in self.adapters.values() for site in adapter.sites.values()}
+        for place in self._hooks.keys() - places - {""}:
+            self._hooks.pop(place).remove()
+        self._forget_graphs()
+
+    def _insert(self, adapters: Mapping[str, Adapter]) -> None:
+        for name, adapter in adapters.items():
+            for site in adapter.sites.values():
+                if site.place in self._hooks:
+                    continue
+                module = self.base_model.get_submodule(site.path)
+                if site.end == "output":
+                    hook = module.register_forward_hook(partial(self._after, site.place))
+                else:
+                    hook = module.register_forward_pre_hook(
+                        partial(self._before, site.place), with_kwargs=True
+                    )
+                self._hooks[site.place] = hook
+            self.adapters[name] = adapter.train(self.training)
+        self._forget_graphs()
+
+    def _forget_graphs(self) -> None:
+        if self._compiled is not None:
+            torch.compiler.reset()  # compiled code has the hooks of its first pass
 
     # --- forward and generate ------------------------------------------------------------------------------------
 
@@ -144,6 +310,7 @@ class ReftModel(nn.Module):
         attention_mask: Tensor | None = None,  # (b, s)
         labels: Tensor | None = None,  # (b, s), the last columns of it, or (b,)
         prompt_mask: Tensor | None = None,  # (b, s) bool
+        adapter_names: Sequence[Any] | None = None,  # b of them
         **kwargs: Any,
     ) -> Any:
         """Run the base model with the edits; returns what the base model returns (``loss``, ``logits``, ...).
@@ -152,8 +319,11 @@ class ReftModel(nn.Module):
         labels, every real token. Padding may stand on either side. Labels of only the last columns, with
         ``logits_to_keep`` of as many, compute only those logits.
 
+        ``adapter_names`` gives each row an adapter of its own: a name, a pair of a name and its strength, or None (or
+        ``"__base__"``) for the base model. Without it, those of :meth:`set_adapter` edit all rows.
+
         Raises:
-            ValueError: for an argument that the base model does not know, with the nearest.
+            ValueError: for an argument that the base model does not know, with the nearest, or an unknown adapter.
         """
         inputs = forward_inputs(self.base_model, self._known, input_ids, attention_mask, labels, kwargs)
         tokens = inputs["input_ids"] if input_ids is not None else inputs["inputs_embeds"]
@@ -167,9 +337,10 @@ class ReftModel(nn.Module):
             columns = (tokens if prompt_mask is None else prompt_mask).shape[1]
             attention = tokens.new_ones((tokens.shape[0], columns), dtype=torch.long)
         spans = spans_of(attention, labels, prompt_mask)
+        chosen = self.adapters.chosen_by(adapter_names, len(tokens))
         if prompt_mask is None and labels is not None:
-            self._check_prompts(spans)
-        with self._editing(spans, compiled=True):
+            self._check_prompts(spans, chosen[0])
+        with self._editing(spans, chosen, compiled=True):
             return self.base_model(**inputs)
 
     def compile(self, **options: Any) -> None:
@@ -190,6 +361,7 @@ class ReftModel(nn.Module):
         input_ids: Tensor | None = None,  # (b, s)
         attention_mask: Tensor | None = None,  # (b, s)
         prompt_mask: Tensor | None = None,  # (b, s) bool
+        adapter_names: Sequence[Any] | None = None,  # b of them
         **kwargs: Any,
     ) -> Any:
         """Generate as Hugging Face does, with the edits on the prompt (and on new tokens where P says so).
@@ -198,6 +370,7 @@ class ReftModel(nn.Module):
         always start at column s. ``inputs`` and ``inputs_embeds`` may be given as in Hugging Face's. Without
         ``attention_mask``, padding is the pad token, unless it is the end-of-text token too. ``prompt_mask`` goes
         with rows that hold the beginning of an answer after their prompt: it is edited as if it had been generated.
+        ``adapter_names`` gives each row an adapter, see :meth:`forward`.
 
         Raises:
             ValueError: for ``guidance_scale``, which reads a second text, for tokens that are missing or given twice,
@@ -219,11 +392,12 @@ class ReftModel(nn.Module):
         spans = spans_of(arguments["attention_mask"], None, arguments.pop("prompt_mask", None))
         past = kwargs.get("past_key_values")
         read = 0 if past is None else past.get_seq_length()  # as Hugging Face asks it, to cut what was read
-        with self._editing(replace(spans, generating=True, read=read)):
+        chosen = self.adapters.chosen_by(adapter_names, len(spans.prompt))
+        with self._editing(replace(spans, generating=True, read=read), chosen):
             return self.base_model.generate(**arguments)
 
-    def _check_prompts(self, spans: Spans) -> None:
-        needy = [str(spec) for spec, _ in self.positions.values() if spec.needs_prompt]
+    def _check_prompts(self, spans: Spans, choices: Sequence[Choice]) -> None:
+        needy = [str(spec) for spec in self._positions_of(choices) if spec.needs_prompt]
         empty = (spans.target.any(-1) & ~spans.prompt.any(-1)).nonzero().flatten().tolist()
         if needy and empty:
             raise ValueError(
@@ -231,8 +405,14 @@ class ReftModel(nn.Module):
                 "labels of the prompt to -100, or pass prompt_mask"
             )
 
+    def _positions_of(self, choices: Sequence[Choice]) -> list[Positions]:
+        adapters = [self.adapters[choice.adapter] for choice in choices]
+        return [positions for adapter in adapters for positions, _ in adapter.layers_by_positions]
+
     @contextmanager
-    def _editing(self, spans: Spans, compiled: bool = False) -> Iterator[None]:
+    def _editing(
+        self, spans: Spans, chosen: tuple[tuple[Choice, ...], bool], compiled: bool = False
+    ) -> Iterator[None]:
         self._check_attached()
         others: list[tuple[nn.Module, str, Callable]] = []
         if torch.is_grad_enabled():
@@ -247,8 +427,9 @@ class ReftModel(nn.Module):
         call = None
         if self._enabled:  # R is computed once a pass and once a generation, which needs no gradients
             with torch.set_grad_enabled(torch.is_grad_enabled() and not spans.generating):
-                rows = rotations(phi for group in self.interventions.values() for phi in group)
-                call = Call(self, spans, rows)
+                used = dict.fromkeys(choice.adapter for choice in chosen[0])
+                rows = rotations(phi for name in used for phi in self.adapters[name].orthonormal)
+                call = Call(self, spans, *chosen, rows)
         with _REPLACING if others else nullcontext(), replaced(others), running(call):
             yield
         if call is not None:
@@ -257,13 +438,13 @@ class ReftModel(nn.Module):
     def _notice(self, call: Call) -> None:
         """Warn once if nothing is edited: in a whole generation, in a step of training, in the first passes."""
         self._edited = self._edited or call.edited
-        if self._edited or self._warned or not self.sites:
+        if self._edited or self._warned or not any(self._positions_of(call.choices)):
             return
         self._idle += 1
         training = self.training and torch.is_grad_enabled()
         if call.spans.generating or training or self._idle >= IDLE_PASSES:
             self._warned = True
-            chosen = ", ".join(sorted({str(positions) for positions, _ in self.positions.values()}))
+            chosen = ", ".join(sorted(set(map(str, self._positions_of(call.choices)))))
             log.warning(
                 "the positions %s select no token in %s, so nothing is edited: tokens after the prompt are only known "
                 "with labels or prompt_mask, or in generate()",
@@ -318,42 +499,50 @@ class ReftModel(nn.Module):
         tokens = given.get("input_ids")
         if tokens is None:
             tokens = given["inputs_embeds"]
-        call.plan = self._plan_for(call.spans, tokens, given.get("attention_mask"))
+        call.plan = self._plan_for(call, tokens, given.get("attention_mask"))
         if call.plan is not None:
-            call.edited |= any(index.numel() for indices in call.plan.edits.values() for index in indices)
+            call.edited |= call.plan.edits_anything
 
-    def _plan_for(self, spans: Spans, tokens: Tensor, attention: Any) -> EditPlan | None:
+    def _plan_for(self, call: Call, tokens: Tensor, attention: Any) -> EditPlan | None:
+        spans = call.spans
         columns = spans.next_columns(tokens.shape[1], attention)
         decoding = columns.start >= spans.width
-        active = [item for item in self._selected_by.items() if item[0][0].reaches_decode or not decoding]
-        if not active:
-            return None
-        prompt, target = spans.upto(columns.stop, tokens.shape[0])
-        edits = {}
-        for selection, keys in active:
-            edits |= dict.fromkeys(keys, token_indices(*selection, prompt, target, columns))
-        return EditPlan(edits, tokens, torch.is_grad_enabled())
+        edits: dict[str, list[Edit]] = {}
+        masks: tuple[Tensor, Tensor] | None = None
+        for choice in call.choices:
+            adapter = self.adapters[choice.adapter]
+            for selection, layers in adapter.layers_by_positions.items():
+                if decoding and not selection[0].reaches_decode:
+                    continue
+                masks = masks or spans.upto(columns.stop, len(tokens))
+                prompt, target = of_rows(choice.rows, *masks)
+                indices = token_indices(*selection, prompt, target, columns)
+                for layer in layers:
+                    edit = Edit(choice.adapter, layer, choice.weight, indices)
+                    edits.setdefault(adapter.sites[layer].place, []).append(edit)
+        return EditPlan(edits, call.summed, tokens, torch.is_grad_enabled()) if edits else None
 
-    def _plan_at(self, key: str) -> EditPlan | None:
+    def _plan_at(self, place: str) -> EditPlan | None:
         call = call_of(self)
-        return call.plan if call is not None and call.plan is not None and key in call.plan.edits else None
+        return call.plan if call is not None and call.plan is not None and place in call.plan.edits else None
 
-    def _after(self, key: str, module: nn.Module, args: tuple, output: Any) -> Any:
-        plan = self._plan_at(key)
+    def _after(self, place: str, module: nn.Module, args: tuple, output: Any) -> Any:
+        plan = self._plan_at(place)
         if plan is None:
             return None
-        return with_hidden(output, self._edit(key, plan, hidden_of(output)))
+        return with_hidden(output, self._edit(place, plan, hidden_of(output)))
 
-    def _before(self, key: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        plan = self._plan_at(key)
+    def _before(self, place: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        plan = self._plan_at(place)
         if plan is None:
             return None
         if args:
-            return (self._edit(key, plan, args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._edit(key, plan, kwargs["hidden_states"])}
+            return (self._edit(place, plan, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._edit(place, plan, kwargs["hidden_states"])}
 
-    def _edit(self, key: str, plan: EditPlan, hidden: Tensor) -> Tensor:  # (b, s, d) -> (b, s, d)
-        site = self.sites[key]
+    def _edit(self, place: str, plan: EditPlan, hidden: Tensor) -> Tensor:  # (b, s, d) -> (b, s, d)
+        edits = plan.edits[place]
+        site = self.adapters[edits[0].adapter].sites[edits[0].layer]
         if hidden.shape[-1] != site.dim:
             raise ValueError(
                 f"the {site.end} of {site.path} has width {hidden.shape[-1]}, expected {site.dim}; use the input "
@@ -371,14 +560,32 @@ class ReftModel(nn.Module):
                 "interventions inside a block; switch it on with use_reentrant=False"
             )
         flat = hidden.reshape(-1, hidden.shape[-1])
-        indices = [index.to(hidden.device) for index in plan.edits[key]]
+        if plan.summed and len(edits) > 1:
+            return self._sum_of(edits, flat).view_as(hidden)
+        for edit in edits:
+            index, edited = self._edited_by(edit, flat)
+            flat = flat.index_copy(0, index, edited)
+        return flat.view_as(hidden)
+
+    def _edited_by(self, edit: Edit, flat: Tensor) -> tuple[Tensor, Tensor]:  # (b s, d) -> (n,), (n, d)
+        """Return which tokens an adapter edits at a site, and Phi of them."""
+        adapter = self.adapters[edit.adapter]
+        scale = adapter.scale * edit.weight
+        indices = [index.to(flat.device) for index in edit.indices]
         edited = [
-            phi(flat.index_select(0, index), self.scale)
-            for phi, index in zip(self.interventions[key], indices, strict=True)
+            phi(flat.index_select(0, index), scale)
+            for phi, index in zip(adapter.interventions[edit.layer], indices, strict=True)
         ]
-        if len(edited) > 1:
-            indices, edited = [torch.cat(indices)], [torch.cat(edited)]
-        return flat.index_copy(0, indices[0], edited[0]).view_as(hidden)
+        return (indices[0], edited[0]) if len(edited) == 1 else (torch.cat(indices), torch.cat(edited))
+
+    def _sum_of(self, edits: Sequence[Edit], flat: Tensor) -> Tensor:  # (b s, d) -> (b s, d)
+        """Return h + the sum of what each adapter adds to h."""
+        h = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        total = h
+        for edit in edits:
+            index, edited = self._edited_by(edit, h)
+            total = total.index_add(0, index, edited - h.index_select(0, index))
+        return total.to(flat.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled": None}  # compiled code neither pickles nor copies
@@ -386,20 +593,17 @@ class ReftModel(nn.Module):
     # --- parameters and files -------------------------------------------------------------------------------------
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """Return every trained tensor once: the interventions, and the heads under ``heads.``.
+        """Return every trained tensor once: the interventions, the heads under ``heads.``, others under ``adapters.``.
 
         A tensor that is shared, as the embeddings with a tied output head, has the name that comes first.
         """
         self._check_attached()
-        parts = {"interventions": self.interventions}
-        parts |= {f"heads.{head}": self.base_model.get_submodule(head) for head in self.config.heads}
-        state: dict[str, Tensor] = {}
-        names: dict[int, str] = {}
-        for part, module in parts.items():
-            for name, tensor in module.state_dict(keep_vars=True).items():
-                if names.setdefault(id(tensor), f"{part}.{name}") == f"{part}.{name}":
-                    state[f"{part}.{name}"] = tensor.detach()
-        return state
+        others = {f"adapters.{name}": self.adapters[name] for name in self.adapter_names[1:]}
+        return tensors_of(self._first_parts() | others)
+
+    def _first_parts(self) -> dict[str, nn.Module]:
+        heads = {f"heads.{head}": self.base_model.get_submodule(head) for head in self.config.heads}
+        return {"interventions": self.interventions, **heads}
 
     def load_adapter_state_dict(self, state: dict[str, Tensor]) -> None:
         """Load what :meth:`adapter_state_dict` returned, into the same parameters.
@@ -409,18 +613,16 @@ class ReftModel(nn.Module):
         """
         own = self.adapter_state_dict()
         check_fit(own, state)
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(state[name])
+        fill(own, state)
 
     def parameter_roles(self) -> dict[str, list[nn.Parameter]]:
         """Return the trained parameters by role: ``rotation`` (R), ``weight``, ``bias`` and ``head``."""
         roles: dict[str, list[nn.Parameter]] = {"rotation": [], "weight": [], "bias": [], "head": []}
-        for group in self.interventions.values():
-            for phi in group:
-                for name, parameter in phi.named_parameters():
-                    role = "rotation" if name in phi.rotations else "bias" if parameter.ndim < 2 else "weight"
-                    roles[role].append(parameter)
+        whole = self.adapters.whole.values()
+        for phi in (phi for adapter in whole for group in adapter.interventions.values() for phi in group):
+            for name, parameter in phi.named_parameters():
+                role = "rotation" if name in phi.rotations else "bias" if parameter.ndim < 2 else "weight"
+                roles[role].append(parameter)
         roles["head"] = list(self._head_parameters().values())
         return roles
 
@@ -429,7 +631,7 @@ class ReftModel(nn.Module):
 
     def parameter_count(self) -> ParameterCount:
         """Count the interventions' parameters against the base model's; heads are in neither, as in the paper."""
-        trainable = sum(p.numel() for p in self.interventions.parameters())
+        trainable = sum(p.numel() for p in self.adapters.parameters())
         heads = sum(p.numel() for p in self.parameter_roles()["head"])
         base = sum(p.numel() for p in self.base_model.parameters()) - heads
         return ParameterCount.of(trainable, base)
@@ -439,13 +641,38 @@ class ReftModel(nn.Module):
         trainable, base, percent = self.parameter_count()
         print(f"trainable params: {trainable:,} || base params: {base:,} || trainable%: {percent:.4f}")
 
-    def save_pretrained(self, folder: str | PathLike) -> None:
-        """Write ``reft_config.json``, ``reft.safetensors`` and a model card into a folder."""
-        save_adapter(folder, self.saved_config(), self.adapter_state_dict(), self.parameter_count())
+    def save_pretrained(self, folder: str | PathLike, selected_adapters: Sequence[str] | None = None) -> None:
+        """Write ``reft_config.json``, ``reft.safetensors`` and a model card into a folder.
 
-    def saved_config(self) -> ReftConfig:
-        """Return what is attached, with the scale of now."""
-        return replace(self.config, scale=self.scale)
+        Args:
+            folder: for the first adapter; every other one gets the subfolder of its name.
+            selected_adapters: those to write; None for all. Partitions are written with what they are part of.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        self._check_attached()
+        whole = self.adapters.whole
+        names = list(whole) if selected_adapters is None else list(selected_adapters)
+        self.adapters.check_known(names)
+        if parts := [name for name in names if name not in whole]:
+            raise ValueError(f"{', '.join(parts)} are parts of other adapters, which are saved with them")
+        base = self.parameter_count().base
+        for name in names:
+            adapter, first = self.adapters[name], name == self.adapter_names[0]
+            state = tensors_of(self._first_parts() if first else {"interventions": adapter.interventions})
+            trained = sum(p.numel() for p in adapter.parameters())
+            save_adapter(
+                Path(folder, "" if first else name),
+                self.saved_config(name),
+                state,
+                ParameterCount.of(trained, base),
+            )
+
+    def saved_config(self, adapter_name: str | None = None) -> ReftConfig:
+        """Return what is attached, with the scale and the partitions of now."""
+        adapter = self.adapters[self.adapter_names[0] if adapter_name is None else adapter_name]
+        return replace(adapter.config, scale=adapter.scale, partitions=dict(adapter.partitions))
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
         """Save the adapter and upload it to the Hugging Face hub; needs a login."""
@@ -487,4 +714,5 @@ class ReftModel(nn.Module):
         with all_or_nothing(base_model):
             reft = cls(base_model, config)
             reft.load_adapter_state_dict(state)
+            reft._insert(partitions_of(reft.adapters.first))
         return reft

@@ -43,6 +43,11 @@ class Site:
     end: str  # "input" or "output"
     dim: int
 
+    @property
+    def place(self) -> str:
+        """Its name, whatever the layer: path and end."""
+        return f"{self.path}.{self.end}"
+
 
 def hidden_of(output: Any) -> Any:
     """Return the hidden states of a module's output, which is them or begins with them."""

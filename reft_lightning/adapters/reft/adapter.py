@@ -1,0 +1,94 @@
+"""One adapter: interventions with their sites and positions, all that one saved folder holds of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...interventions import Orthonormal, Partition, check_settings, registered
+from ...suggest import did_you_mean
+from .config import LayerSpec, ReftConfig
+from .positions import Positions, parse_positions
+from .site_shapes import check_shapes
+from .sites import Site, device_at, find_sites
+
+TIED = ("all", "group", "position")
+
+
+class Adapter(nn.Module):
+    """A set of triples (Phi, P, l) whose positions do not overlap at one site.
+
+    Built by :meth:`build`; layers are named by their number, ``"0"``, ``"1"``, ...
+
+    Attributes:
+        config: what was attached.
+        scale: the strength of every edit.
+        interventions: layer -> the Phi of its positions.
+        sites: layer -> where they act.
+        positions: layer -> P, and how its Phi are tied.
+        partitions: name -> rows of R of the adapters that share this one's parameters.
+    """
+
+    def __init__(
+        self,
+        config: ReftConfig,
+        interventions: nn.ModuleDict,
+        sites: dict[str, Site],
+        positions: dict[str, tuple[Positions, str]],
+    ) -> None:
+        super().__init__()
+        self.config, self.scale = config, config.scale
+        self.interventions, self.sites, self.positions = interventions, sites, positions
+        self.partitions: dict[str, list[int]] = {}
+        self.layers_by_positions: dict[tuple[Positions, str], list[str]] = {}
+        for layer, selection in positions.items():
+            self.layers_by_positions.setdefault(selection, []).append(layer)
+        self.orthonormal = [phi for phi in self.modules() if isinstance(phi, Orthonormal)]
+
+    @classmethod
+    def build(cls, base_model: PreTrainedModel, config: ReftConfig) -> Self:
+        """Find the sites of a configuration in a model, and make its interventions with their first parameters.
+
+        Raises:
+            ValueError: for a method, layer, component, position or setting that does not exist.
+        """
+        modules = dict(base_model.named_modules())
+        specs = {layer: config.for_layer(layer) for layer in config.layers}
+        sites = find_sites(base_model, {layer: spec.component for layer, spec in specs.items()}, modules)
+        check_shapes(base_model, sites.values())
+        interventions, positions = nn.ModuleDict(), {}
+        for layer, spec in specs.items():
+            site, key = sites[layer], str(layer)
+            positions[key] = (parse_positions(spec.positions, spec.clip), spec.tied)
+            group, device = _interventions(spec, positions[key][0], site.dim), device_at(modules, site.path)
+            interventions[key] = group if device == torch.get_default_device() else group.to(device)
+        return cls(config, interventions, {str(layer): site for layer, site in sites.items()}, positions)
+
+    def partition(self, rows: Sequence[int]) -> Self:
+        """Return an adapter with the same parameters that edits only within some rows of R.
+
+        Raises:
+            ValueError: where an intervention has no orthonormal rows, or fewer.
+        """
+        interventions = nn.ModuleDict(
+            {
+                layer: nn.ModuleList(Partition(phi, rows) for phi in group)
+                for layer, group in self.interventions.items()
+            }
+        )
+        return type(self)(self.config, interventions, self.sites, self.positions)
+
+
+def _interventions(spec: LayerSpec, positions: Positions, dim: int) -> nn.ModuleList:
+    if spec.tied not in TIED:
+        raise ValueError(
+            f"tied must be one of {', '.join(TIED)}; got {spec.tied!r}{did_you_mean(str(spec.tied), TIED)}"
+        )
+    copies = {"all": 1, "group": positions.groups}.get(spec.tied) or sum(positions.slots())
+    cls = registered(spec.method)
+    check_settings(cls, spec.settings)
+    return nn.ModuleList(cls(dim, **spec.settings) for _ in range(copies))

@@ -1,0 +1,133 @@
+"""The adapters on one base model, and which of them edit."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...suggest import did_you_mean
+from ..saving import BESIDE
+from .adapter import Adapter
+from .config import ReftConfig
+from .edit_plan import Choice
+
+DEFAULT = "default"  # the adapter that a model is built with
+BASE = "__base__"  # in adapter_names, a row that none edits
+
+
+class AdapterSet(nn.ModuleDict):
+    """Name -> adapter, in the order in which they came.
+
+    Attributes:
+        active: the adapters that edit in calls that do not name theirs, in their order.
+        summed: whether their edits are added up, rather than made one after the other.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: tuple[Choice, ...] = (Choice(DEFAULT),)
+        self.summed = False
+
+    @property
+    def first(self) -> Any:  # an Adapter
+        """The adapter that came first."""
+        return next(iter(self.values()))
+
+    @property
+    def whole(self) -> dict[str, Any]:
+        """Those that have parameters of their own: no partitions."""
+        partitions = {name for adapter in self.values() for name in adapter.partitions}
+        return {name: adapter for name, adapter in self.items() if name not in partitions}
+
+    def check_known(self, names: Iterable[Any]) -> None:
+        """Reject a name that none has.
+
+        Raises:
+            ValueError: with the nearest.
+        """
+        for name in names:
+            if name not in self:
+                raise ValueError(
+                    f"there is no adapter {name!r}; there are {', '.join(self)}{did_you_mean(str(name), self)}"
+                )
+
+    def check_new(self, adapters: Mapping[str, ReftConfig | None]) -> None:
+        """Reject a name that is taken or impossible, and an adapter that cannot share the model.
+
+        Args:
+            adapters: name -> what was attached; None for partitions.
+
+        Raises:
+            ValueError: with the reason.
+        """
+        for name, config in adapters.items():
+            if name in self:
+                raise ValueError(f"the name {name!r} is taken; there are {', '.join(self)}")
+            if name in (BASE, BESIDE) or not re.fullmatch(r"[\w-]+", str(name)) or hasattr(self, name):
+                raise ValueError(
+                    f"an adapter cannot be called {name!r}: use letters, digits, '-' and '_', and not a word that "
+                    "torch or a saved folder uses"
+                )
+            if self.first.config.heads or (config is not None and config.heads):
+                raise ValueError(
+                    "an adapter with trained heads cannot share its base model, which has one head for all: attach it "
+                    "to a model of its own, or without its head, with heads=False"
+                )
+
+    def choose(self, adapters: str | Sequence[str] | Mapping[str, float] | None) -> None:
+        """Make some adapters the active ones, see :meth:`ReftModel.set_adapter`."""
+        given = [adapters] if isinstance(adapters, str) else adapters or []
+        names = list(given)
+        self.check_known(names)
+        if len(set(names)) < len(names):
+            raise ValueError(f"an adapter edits once; got {names}")
+        weights = given if isinstance(given, Mapping) else dict.fromkeys(names, 1.0)
+        choices = tuple(Choice(name, _weight(name, weights[name])) for name in names)
+        self._make_active(choices, isinstance(given, Mapping))
+
+    def leave_out(self, name: str) -> None:
+        """Make all but one of the active adapters the active ones."""
+        self._make_active(tuple(c for c in self.active if c.adapter != name), self.summed)
+
+    def _make_active(self, choices: tuple[Choice, ...], summed: bool) -> None:
+        if self.first.config.heads and not choices:
+            raise ValueError(
+                "the trained heads are part of the base model: disabled() runs it without them, detach() takes them off"
+            )
+        self.active, self.summed = choices, summed
+
+    def chosen_by(self, adapter_names: Sequence[Any] | None, rows: int) -> tuple[tuple[Choice, ...], bool]:
+        """Return what a call of so many rows uses, and whether as a sum, see :meth:`ReftModel.forward`."""
+        if adapter_names is None:
+            return self.active, self.summed
+        if isinstance(adapter_names, str) or len(adapter_names) != rows:
+            raise ValueError(
+                f"adapter_names needs one name for each of the {rows} rows, or None for the base; got {adapter_names!r}"
+            )
+        if self.first.config.heads:
+            raise ValueError("adapter_names cannot choose trained heads, which all rows share")
+        masks: dict[tuple[str, float], Tensor] = {}
+        for row, entry in enumerate(adapter_names):
+            name, weight = entry if isinstance(entry, tuple) else (entry, 1.0)
+            if name is not None and name != BASE:
+                self.check_known([name])
+                key = (name, _weight(name, weight))
+                masks.setdefault(key, torch.zeros(rows, dtype=torch.bool))[row] = True
+        return tuple(Choice(name, weight, mask) for (name, weight), mask in masks.items()), False
+
+
+def partitions_of(adapter: Adapter) -> dict[str, Adapter]:
+    """Return the partitions that a saved adapter had."""
+    adapter.partitions = dict(adapter.config.partitions)
+    return {name: adapter.partition(rows) for name, rows in adapter.partitions.items()}
+
+
+def _weight(name: str, weight: Any) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise ValueError(f"the weight of the adapter {name!r} must be a finite number; got {weight!r}")
+    return float(weight)
