@@ -31,7 +31,7 @@ class FirstValues:
 
 
 @torch.no_grad()
-def fill(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+def fill(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Copy values into parameters, by name."""
     for name, parameter in parameters.items():
         parameter.copy_(values[name])

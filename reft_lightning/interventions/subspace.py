@@ -300,10 +300,11 @@ class Partition(Intervention):
 
     @property
     def directions(self) -> Tensor:  # (k, d)
-        return self.phi.directions[self.rows]
+        rows: Any = self.phi.directions
+        return rows[self.rows]
 
     def edit(self, h: Tensor) -> Tensor:
-        rows = self.phi.directions
+        rows: Any = self.phi.directions
         return self.phi.coordinates(h, rows)[:, self.rows] @ rows[self.rows]
 
     def extra_repr(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ class Adapter(nn.Module):
     def __init__(
         self,
         config: ReftConfig,
-        interventions: nn.ModuleDict,
+        interventions: Any,  # a ModuleDict
         sites: dict[str, Site],
         positions: dict[str, tuple[Positions, str]],
     ) -> None:

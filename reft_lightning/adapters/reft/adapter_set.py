@@ -41,8 +41,9 @@ class AdapterSet(nn.ModuleDict):
     @property
     def whole(self) -> dict[str, Any]:
         """Those that have parameters of their own: no partitions."""
-        partitions = {name for adapter in self.values() for name in adapter.partitions}
-        return {name: adapter for name, adapter in self.items() if name not in partitions}
+        adapters: dict[str, Any] = dict(self.items())
+        partitions = {name for adapter in adapters.values() for name in adapter.partitions}
+        return {name: adapter for name, adapter in adapters.items() if name not in partitions}
 
     def check_known(self, names: Iterable[Any]) -> None:
         """Reject a name that none has.

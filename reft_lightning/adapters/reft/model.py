@@ -97,7 +97,7 @@ class ReftModel(nn.Module):
         return self.adapters.first.config
 
     @property
-    def interventions(self) -> nn.ModuleDict:
+    def interventions(self) -> Any:  # a ModuleDict
         """Layer -> the Phi of its positions."""
         return self.adapters.first.interventions
 
@@ -427,9 +427,10 @@ class ReftModel(nn.Module):
         call = None
         if self._enabled:  # R is computed once a pass and once a generation, which needs no gradients
             with torch.set_grad_enabled(torch.is_grad_enabled() and not spans.generating):
-                used = dict.fromkeys(choice.adapter for choice in chosen[0])
+                choices, summed = chosen
+                used = dict.fromkeys(choice.adapter for choice in choices)
                 rows = rotations(phi for name in used for phi in self.adapters[name].orthonormal)
-                call = Call(self, spans, *chosen, rows)
+                call = Call(self, spans, choices, summed, rows)
         with _REPLACING if others else nullcontext(), replaced(others), running(call):
             yield
         if call is not None:
@@ -508,14 +509,15 @@ class ReftModel(nn.Module):
         columns = spans.next_columns(tokens.shape[1], attention)
         decoding = columns.start >= spans.width
         edits: dict[str, list[Edit]] = {}
-        masks: tuple[Tensor, Tensor] | None = None
+        prompts_and_targets: tuple[Tensor, Tensor] | None = None
         for choice in call.choices:
             adapter = self.adapters[choice.adapter]
             for selection, layers in adapter.layers_by_positions.items():
                 if decoding and not selection[0].reaches_decode:
                     continue
-                masks = masks or spans.upto(columns.stop, len(tokens))
-                prompt, target = of_rows(choice.rows, *masks)
+                if prompts_and_targets is None:
+                    prompts_and_targets = spans.upto(columns.stop, len(tokens))
+                prompt, target = of_rows(choice.rows, *prompts_and_targets)
                 indices = token_indices(*selection, prompt, target, columns)
                 for layer in layers:
                     edit = Edit(choice.adapter, layer, choice.weight, indices)
