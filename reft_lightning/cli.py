@@ -35,6 +35,10 @@ INSPECT_USAGE = (
     "reft-inspect FOLDER [FOLDER ...] [rows=32] [forget=NAME [data.KEY=VALUE ...]]\n"
     "             [text=FILE] [out=DIR] [trust_code=true]"
 )
+SERVE_USAGE = (
+    "reft-serve FOLDER [FOLDER ...] [adapters.NAME=FOLDER ...] [model=NAME] [host=127.0.0.1]\n"
+    "             [port=8000] [max_batch=16] [trust_code=true]"
+)
 DASHBOARD_USAGE = (
     "reft-dashboard FOLDER [FOLDER ...] [entity=NAME] [project=NAME] [out=DIR]\n"
     "       reft-dashboard FILE.json"
@@ -49,6 +53,22 @@ examples:
   reft-eval run=outputs/quickstart/2026-11-29_10-00-00
   reft-eval run=outputs/quickstart/2026-11-29_10-00-00 split=test limit=100
 Scores and predictions are written to evaluations/ inside the run folder.
+"""
+SERVE_HELP = f"""\
+reft-serve: answer requests as OpenAI's API does, with many adapters on one base model
+usage: {SERVE_USAGE}
+  FOLDER         a run or an adapter; its last part is its name in requests
+  adapters.NAME  the folder of an adapter under a name of your choice
+  model          the base model, a file of conf/model; that of the first run unless given
+  host, port     where to listen; beyond this machine only with a token in REFT_SERVE_TOKEN
+  max_batch      requests that are generated together, whichever adapters they use
+  trust_code     import names that the folders hold from the present directory, too
+examples:
+  reft-serve outputs/quickstart/2026-11-29_10-00-00
+  reft-serve adapters.polite=outputs/a adapters.short=outputs/b/adapter port=9000
+  curl localhost:8000/v1/completions -H 'content-type: application/json' \\
+       -d '{{"model": "polite", "prompt": "4 * 8 =", "max_tokens": 4, "temperature": 0}}'
+The model `base` is the frozen one. "strength": 0.5 in a request halves the edits.
 """
 CHAT_HELP = f"""\
 reft-chat: talk to the frozen base and the adapted model of a run, side by side
@@ -308,6 +328,45 @@ def _inspect(argv: Sequence[str]) -> None:
 
     with _names_of(options):
         command.main(folders, forget=forget, **given)
+
+
+def serve() -> None:
+    """Answer requests with the adapters of some runs."""
+    _command(_serve, SERVE_USAGE, SERVE_HELP)
+
+
+def _serve(argv: Sequence[str]) -> None:
+    folders: dict[str, Path] = {}
+    rest = []
+    for text in argv:
+        key, _, value = text.partition("=")
+        if _is_folder(text):
+            folder, name = Path(text), Path(os.path.abspath(text)).name
+        elif key.startswith("adapters."):
+            folder, name = Path(value), key.removeprefix("adapters.")
+        else:
+            rest.append(text)
+            continue
+        if not folder.is_dir():
+            siblings = [str(path) for path in folder.parent.glob("*") if path.is_dir()]
+            raise UsageError(f"{folder}: no such folder{did_you_mean(str(folder), siblings)}")
+        if name in folders:
+            raise UsageError(f"two folders are called {name!r}: name one of them, adapters.NAME={folder}")
+        folders[name] = folder
+    options = _options(rest, ("model", "host", "port", "max_batch", "trust_code"))
+    if not folders:
+        raise UsageError(
+            "FOLDER is missing: the folder that reft-train wrote, such as outputs/quickstart/..."
+        )
+    given: dict[str, Any] = {name: options[name] for name in ("model", "host") if name in options}
+    given |= {name: _count(options, name) for name in ("port", "max_batch") if name in options}
+    if given.get("port", 1) > 65535:
+        raise UsageError(f"port must be at most 65535; got {given['port']}")
+    with heavy_imports():
+        from .serving import command
+
+    with _names_of(options):
+        command.main(folders, **given)
 
 
 def judge() -> None:

@@ -21,13 +21,13 @@ FLOORS = (
     {"training"},
     {"config"},
     {"runs"},
-    {"search", "inspection"},
+    {"search", "inspection", "serving"},
     {"reporting"},
     {"cli"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # imported where they are used: heavy, or optional
-LAZY = {"peft", "wandb", "wandb_workspaces", "matplotlib", "optuna", "openai"}
+LAZY = {"peft", "wandb", "wandb_workspaces", "matplotlib", "optuna", "openai", "uvicorn"}
 HYDRA = {"config", "runs", "search", "cli"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,12 @@ from ..adapters.adapt import adapt
 from ..adapters.adapted import AdaptedModel
 from ..adapters.saving import load_saved, load_state
 from ..base_models.loading import load_base_model
-from ..data import Example
 from ..data.encoding import Collator, encode
-from ..data.prompts import TEMPLATES, apply_template
+from ..data.prompts import TEMPLATES
 from ..evaluation import Decoding, generate
 from ..terminal.bars import Bar
-from .arguments import attachment, family_of, model_source
-from .kinds import kind_of
+from .arguments import attachment, model_source
+from .prompting import PromptFormat
 from .run_folder import load_run_config
 
 log = logging.getLogger(__name__)
@@ -41,23 +41,18 @@ def main(folder: Path, max_new_tokens: int = 64, template: str | None = None) ->
     Args:
         folder: a run folder.
         max_new_tokens: of each answer.
-        template: laid around each prompt, a name in ``data.prompts.TEMPLATES`` (``plain`` is the text and a newline);
-            None for that of the training rows.
+        template: laid around each prompt, a name in ``data.prompts.TEMPLATES``; None for that of the training rows.
 
     Raises:
         ValueError: if the folder is no run, its model is a classifier, or the tokenizer has no chat template.
     """
     console = Console()
     config = load_run_config(folder)
-    # one's own rows, which may be gone, are not needed to talk
-    family = None if config.data.family == "custom" else family_of(config)
-    if family is not None and not kind_of(family).generates:
-        raise ValueError(
-            f"{folder} is a classifier ({family.name}); reft-chat needs a model that generates text"
-        )
-    template = template or config.data.template or str(getattr(family, "template", "plain"))
+    prompts = PromptFormat.of(config, folder)
+    if template is not None:
+        prompts = replace(prompts, template=template)
     model, tokenizer = load(folder)
-    if template == "chat" and tokenizer.chat_template is None:
+    if prompts.template == "chat" and tokenizer.chat_template is None:
         raise ValueError(f"{NO_TEMPLATE}; use template=plain")
     console.print(f"[bold]{escape(str(folder))}[/bold]: base and adapted model. {HELP}", soft_wrap=True)
     while True:
@@ -66,15 +61,21 @@ def main(folder: Path, max_new_tokens: int = 64, template: str | None = None) ->
             return
         if text[:1] == "/" and text[1:] in TEMPLATES:
             if text == "/chat" and tokenizer.chat_template is None:
-                console.print(f"{NO_TEMPLATE}; template stays {template}")
+                console.print(f"{NO_TEMPLATE}; template stays {prompts.template}")
             else:
-                template = text[1:]
+                prompts = replace(prompts, template=text[1:])
         elif text.startswith("/"):
             console.print(f"{escape(text)} is no command. {HELP}")
         elif text:
             with Bar("answering"):
                 base, adapted = answer(
-                    model, tokenizer, text, max_new_tokens, template, config.data.system_prompt
+                    model,
+                    tokenizer,
+                    text,
+                    max_new_tokens,
+                    prompts.template,
+                    prompts.system_prompt,
+                    prompts.line_break,
                 )
             console.print(
                 Columns(
@@ -103,10 +104,13 @@ def answer(
     max_new_tokens: int,
     template: str,
     system_prompt: str | None = None,
+    line_break: bool = False,
 ) -> tuple[str, str]:
-    """Return what the frozen base and the adapted model answer, greedily, by the code of the evaluation."""
-    question = Example("chat", f"{text}\n" if template == "plain" else text, target="-", answer="-")
-    (example,) = apply_template(template, [question], tokenizer, system_prompt)
+    """Return what the frozen base and the adapted model answer, greedily, by the code of the evaluation.
+
+    The last three arguments are those of :class:`~.prompting.PromptFormat`.
+    """
+    example = PromptFormat(template, system_prompt, line_break).prompt(text, tokenizer)
     batch = Collator(tokenizer.pad_token_id)([encode(tokenizer, example, MAX_LENGTH)])
     batch = {k: v.to(model.base_model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     decoding = Decoding(max_new_tokens, verify=False)

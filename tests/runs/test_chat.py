@@ -3,12 +3,15 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import short_runs
 import torch
 
 from reft_lightning.runs import chat
+from reft_lightning.runs.prompting import PromptFormat
+from reft_lightning.runs.run_folder import load_run_config
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +27,7 @@ def say(monkeypatch, folder, capsys):
     """Type lines into the chat; return what it prints."""
     asked = []
 
-    def answer(model, tokenizer, text, max_new_tokens, template, system_prompt):
+    def answer(model, tokenizer, text, max_new_tokens, template, system_prompt, line_break):
         asked.append((text, max_new_tokens, template))
         return "[/INST] base says", "[bold]adapted[/nonsense] says"
 
@@ -41,7 +44,7 @@ def say(monkeypatch, folder, capsys):
 def test_the_base_answers_as_the_disabled_model_and_the_adapter_differently(folder):
     model, tokenizer = chat.load(folder)
     base, adapted = chat.answer(model, tokenizer, "is zorb kept?", 8, "plain")
-    ids = tokenizer("is zorb kept?\n", return_tensors="pt")["input_ids"]
+    ids = tokenizer("is zorb kept?", return_tensors="pt")["input_ids"]
     said = {}
     for name, text in (("base", base), ("adapted", adapted)):
         rows = ids
@@ -130,3 +133,12 @@ def test_what_models_say_is_shown_as_it_is(say):
     out, _ = say("one")
     assert "[/INST] base says" in out
     assert "[bold]adapted[/nonsense] says" in out
+
+
+def test_a_plain_question_ends_its_line_only_where_the_rows_did(folder, tmp_path):
+    tokenizer = chat.load(folder)[1]
+    benchmark = PromptFormat.of(load_run_config(folder), folder)
+    assert benchmark.prompt("is zorb kept?", tokenizer).prompt == "is zorb kept?"
+    own = replace(load_run_config(folder), data=replace(load_run_config(folder).data, family="custom"))
+    assert PromptFormat.of(own, folder).prompt("is zorb kept?", tokenizer).prompt == "is zorb kept?\n"
+    assert PromptFormat.of(own, folder).prompt("is zorb kept?\n", tokenizer).prompt == "is zorb kept?\n"

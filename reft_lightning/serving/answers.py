@@ -1,0 +1,159 @@
+"""What one request asks for, and the answer as it grows, token by token.
+
+Shapes: b rows, v tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+UNFINISHED = "�"  # what a tokenizer shows of a character whose other bytes are still to come
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A token and its log-probability under the model, whatever it was sampled with."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the likeliest tokens, best first
+
+
+@dataclass(frozen=True)
+class Part:
+    """A further piece of an answer."""
+
+    text: str
+    likelihoods: tuple[Likelihood, ...] = ()
+    finish: str | None = None  # stop or length, with the last piece
+
+
+@dataclass
+class Answer:
+    """One request, and its answer so far.
+
+    Args:
+        prompt: token ids.
+        emit: called with each :class:`Part`, or the exception that ended the answer, from the thread that generates.
+        adapter: a name of the model, or None for the base.
+        strength: times the adapter's scale.
+        max_tokens: of the answer.
+        temperature: 0 takes the likeliest token.
+        top_p: draw from the likeliest tokens that hold this share.
+        seed: of the draws; the answer does not depend on what else is in the batch.
+        stop: the answer ends before any of these.
+        top: how many of the likeliest tokens are reported; None reports no log-probabilities.
+    """
+
+    prompt: list[int]
+    emit: Callable[[Part | Exception], Any]
+    adapter: str | None = None
+    strength: float = 1.0
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    top: int | None = None
+    tokens: list[int] = field(default_factory=list)
+    done: bool = False
+    cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        self._sent = 0  # characters
+        self._waiting: list[Likelihood] = []
+        self._draws: torch.Generator | None = None
+
+    def choose(self, logits: Tensor) -> int:  # (v,)
+        """Return the next token."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        if self._draws is None:
+            self._draws = torch.Generator().manual_seed(torch.seed() if self.seed is None else self.seed)
+        p = (logits.double().cpu() / self.temperature).softmax(-1)
+        if self.top_p < 1:
+            ordered, order = p.sort(descending=True)
+            p[order[ordered.cumsum(-1) - ordered >= self.top_p]] = 0
+        return int(torch.multinomial(p, 1, generator=self._draws))
+
+    def add(self, token: int, logits: Tensor, tokenizer: Any, ends: Sequence[int]) -> None:
+        """Take a token, and send what of the text is certain."""
+        if self.cancelled:
+            self.done = True
+            return
+        ended = token in ends
+        if not ended:
+            self.tokens.append(token)
+        if self.top is not None and not ended:
+            self._waiting.append(_likelihood(token, logits, self.top))
+        text = self._text(tokenizer)
+        cut = min((at for word in self.stop if (at := text.find(word)) >= 0), default=-1)
+        finish = None
+        if ended or cut >= 0:
+            finish = "stop"
+        elif len(self.tokens) >= self.max_tokens:
+            finish = "length"
+        if cut >= 0:
+            text = text[:cut]
+        elif finish is None:
+            text = text[: len(text) - self._uncertain(text)]
+        self.done = finish is not None
+        if len(text) > self._sent or self.done:
+            part = Part(text[self._sent :], tuple(self._waiting), finish)
+            self._sent, self._waiting = max(len(text), self._sent), []
+            self.emit(part)
+
+    def _text(self, tokenizer: Any) -> str:
+        # after the prompt's last token: on their own, SentencePiece tokenizers drop the leading blank
+        before, whole, alone = (
+            tokenizer.decode(ids, skip_special_tokens=True)
+            for ids in (self.prompt[-1:], self.prompt[-1:] + self.tokens, self.tokens)
+        )
+        return whole.removeprefix(before) if whole.startswith(before) else alone
+
+    def _uncertain(self, text: str) -> int:
+        """Return how many characters at the end may still change, or begin a stop string."""
+        if text.endswith(UNFINISHED):
+            return len(text) - len(text.rstrip(UNFINISHED))
+        starts = (n for word in self.stop for n in range(len(word) - 1, 0, -1) if text.endswith(word[:n]))
+        return max(starts, default=0)
+
+
+def _likelihood(token: int, logits: Tensor, top: int) -> Likelihood:
+    logprobs = logits.float().log_softmax(-1)
+    best = logprobs.topk(min(top, len(logprobs))) if top else None
+    likeliest = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Likelihood(token, logprobs[token].item(), likeliest)
+
+
+class Choosing(LogitsProcessor):
+    """Let each row of a generation choose its own tokens, and leave only those possible.
+
+    Args:
+        answers: of the rows.
+        tokenizer: theirs.
+        ends: ids that end a text.
+        pad: the id that rows get after their end.
+    """
+
+    def __init__(self, answers: Sequence[Answer], tokenizer: Any, ends: Sequence[int], pad: int) -> None:
+        self.answers, self.tokenizer, self.ends, self.pad = answers, tokenizer, ends, pad
+        self.steps = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (b, s), (b, v) -> (b, v)
+        """Return scores in which one token of each row is possible."""
+        self.steps += 1
+        chosen = torch.full_like(scores, -torch.inf)
+        for row, (answer, logits) in enumerate(zip(self.answers, scores, strict=True)):
+            token = self.pad
+            if not answer.done:
+                token = answer.choose(logits)
+                answer.add(token, logits, self.tokenizer, self.ends)
+            chosen[row, token] = 0
+        return chosen

@@ -1,0 +1,263 @@
+"""The HTTP side: routes, errors, streams, and what a request may ask for."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from ..data.encoding import leading_ids
+from ..runs.prompting import PromptFormat
+from ..suggest import did_you_mean
+from .answers import Answer, Likelihood, Part
+from .engine import Busy, Engine
+from .protocol import ChatRequest, Message, TextRequest, Writer, failure, usage
+
+log = logging.getLogger(__name__)
+
+MAX_BODY = 4_000_000  # bytes
+ANSWER = 256  # tokens, where a request names no number
+
+
+@dataclass(frozen=True)
+class Served:
+    """One name that requests may ask for.
+
+    Args:
+        adapter: its name on the model; None for the base.
+        prompts: as it was trained on them; None if that is not known.
+    """
+
+    adapter: str | None
+    prompts: PromptFormat | None = None
+
+
+class Refused(Exception):
+    """A request that cannot be answered, with its HTTP status."""
+
+    def __init__(self, message: str, status: int = 400, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+def build_app(
+    engine: Engine, served: Mapping[str, Served], context: int, token: str | None = None
+) -> FastAPI:
+    """Return the application.
+
+    Args:
+        engine: answers requests; it is closed with the application.
+        served: what ``model`` may name in a request.
+        context: tokens of prompt and answer together.
+        token: what clients must send as ``Authorization: Bearer TOKEN``; None asks for none.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(engine.close)
+
+    app = FastAPI(title="reft-serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next: Any) -> Response:
+        if token is not None and request.url.path != "/health":
+            given = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), token.encode()):
+                return JSONResponse(failure("wrong or missing token", code="invalid_api_key"), 401)
+        if request.method == "POST":
+            length = request.headers.get("content-length", "")
+            if not length.isdecimal():
+                return JSONResponse(failure("a request must say its Content-Length"), 411)
+            if int(length) > MAX_BODY:
+                return JSONResponse(failure(f"a request may have {MAX_BODY:,} bytes"), 413)
+        return await call_next(request)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        return JSONResponse(failure(_said(error)), 400)
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> JSONResponse:
+        return JSONResponse(failure(str(error), code=error.code), error.status)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(name) for name in served]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        _known(name)
+        return _model(name)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        return await answer(body, _chat_ids(engine.tokenizer, _known(body.model), body.messages), request)
+
+    @app.post("/v1/completions")
+    async def complete(body: TextRequest, request: Request) -> Response:
+        _known(body.model)
+        return await answer(body, _text_ids(engine.tokenizer, body.prompt), request)
+
+    def _known(name: str) -> Served:
+        if name not in served:
+            raise Refused(
+                f"there is no model {name!r}; there are {', '.join(served)}{did_you_mean(name, served)}",
+                404, "model_not_found",
+            )  # fmt: skip
+        return served[name]
+
+    async def answer(body: ChatRequest | TextRequest, ids: list[int], request: Request) -> Response:
+        room = context - len(ids)
+        limit = body.limit or min(ANSWER, max(room, 1))
+        if not ids or limit > room:
+            raise Refused(
+                f"the prompt has {len(ids)} tokens and the answer may have {limit}, which is more than the {context} "
+                "that this model reads" if ids else "the prompt is empty",
+                code="context_length_exceeded" if ids else None,
+            )  # fmt: skip
+        loop, parts = asyncio.get_running_loop(), asyncio.Queue[Part | Exception]()
+        wanted = Answer(
+            ids,
+            lambda part: loop.call_soon_threadsafe(parts.put_nowait, part),
+            _known(body.model).adapter,
+            strength=body.strength,
+            max_tokens=limit,
+            temperature=body.temperature,
+            top_p=body.top_p,
+            seed=body.seed,
+            stop=body.stops,
+            top=body.top,
+        )
+        try:
+            engine.submit(wanted)
+        except Busy as error:
+            return JSONResponse(failure(str(error), "server_error"), 503, {"Retry-After": "1"})
+        writer = Writer(body, engine.tokenizer)
+        if body.stream:
+            return StreamingResponse(
+                _stream(wanted, parts, writer, body.usage_at_end), media_type="text/event-stream"
+            )
+        return await _whole(wanted, parts, writer, request)
+
+    return app
+
+
+async def _whole(
+    answer: Answer, parts: asyncio.Queue[Part | Exception], writer: Writer, request: Request
+) -> Response:
+    texts: list[str] = []
+    likelihoods: list[Likelihood] = []
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        while True:
+            waiting = asyncio.create_task(parts.get())
+            await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                waiting.cancel()
+                return Response(status_code=499)  # nobody reads it
+            part = waiting.result()
+            if isinstance(part, Exception):
+                return JSONResponse(failure(f"{type(part).__name__}: {part}", "server_error"), 500)
+            texts.append(part.text)
+            likelihoods += part.likelihoods
+            if part.finish is not None:
+                counts = usage(len(answer.prompt), len(answer.tokens))
+                return JSONResponse(writer.whole("".join(texts), likelihoods, part.finish, counts))
+    finally:
+        answer.cancelled = not answer.done
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _stream(
+    answer: Answer, parts: asyncio.Queue[Part | Exception], writer: Writer, with_usage: bool
+) -> AsyncIterator[str]:
+    try:
+        first = True
+        while True:
+            part = await parts.get()
+            if isinstance(part, Exception):
+                yield _event(failure(f"{type(part).__name__}: {part}", "server_error"))
+                return
+            yield _event(writer.piece(part.text, part.likelihoods, part.finish, first))
+            first = False
+            if part.finish is not None:
+                break
+        if with_usage:
+            yield _event(writer.body([], usage(len(answer.prompt), len(answer.tokens)), chunk=True))
+        yield "data: [DONE]\n\n"
+    finally:  # also when the client went away
+        answer.cancelled = not answer.done
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body)}\n\n"
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "reft_lightning"}
+
+
+def _said(error: RequestValidationError) -> str:
+    """Return in one line what is wrong with a body, with the nearest name for a misspelt key."""
+    said = []
+    for one in error.errors()[:3]:
+        where = ".".join(str(part) for part in one["loc"] if part != "body") or "the body"
+        if one["type"] == "json_invalid":
+            said.append(f"the body is not JSON: {one['msg']}")
+        elif one["type"] == "extra_forbidden":
+            known = {**ChatRequest.model_fields, **TextRequest.model_fields}
+            said.append(f"{where} is not an option here{did_you_mean(where, known)}")
+        else:
+            said.append(f"{where}: {one['msg']}")
+    return "; ".join(said)
+
+
+def _text_ids(tokenizer: Any, text: str) -> list[int]:
+    return [*leading_ids(tokenizer), *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+def _chat_ids(tokenizer: Any, served: Served, messages: list[Message]) -> list[int]:
+    """Return the tokens of a conversation, in the words that the adapter was trained on."""
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    prompts = served.prompts or PromptFormat("chat")
+    system = turns.pop(0)["content"] if turns[0]["role"] == "system" else prompts.system_prompt
+    if prompts.template == "chat":
+        if tokenizer.chat_template is None:
+            raise Refused("this model has no chat template; use /v1/completions")
+        if system:
+            turns.insert(0, {"role": "system", "content": system})
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template refuses by raising whatever it likes
+            raise Refused(f"the model's chat template refuses these messages: {error}") from error
+    else:
+        if len(turns) != 1 or turns[0]["role"] != "user":
+            raise Refused(
+                f"this adapter was trained on single questions (data.template={prompts.template}): send one user "
+                "message, or use /v1/completions"
+            )
+        if system:
+            raise Refused(f"data.template={prompts.template} has no place for a system message: leave it out")
+        text = prompts.prompt(turns[0]["content"], tokenizer).prompt
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    leading = leading_ids(tokenizer)
+    return ids if ids[: len(leading)] == leading else [*leading, *ids]

@@ -1,0 +1,120 @@
+"""``reft-serve FOLDER [FOLDER ...]``: load a base model once, all adapters onto it, and answer requests."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from ..adapters.reft.adapter_set import DEFAULT
+from ..adapters.reft.config import CONFIG_FILE
+from ..adapters.reft.model import ReftModel
+from ..base_models.loading import load_base_model
+from ..config import compose
+from ..runs.arguments import model_source
+from ..runs.prompting import PromptFormat
+from ..runs.run_folder import load_run_config
+from .engine import Engine
+
+log = logging.getLogger(__name__)
+
+BASE = "base"  # the frozen model's name in requests
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+TOKEN = "REFT_SERVE_TOKEN"  # the environment variable
+CONTEXT = 4096  # tokens, where the base model names no limit
+
+
+def main(
+    folders: Mapping[str, Path],
+    model: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_batch: int = 16,
+) -> None:
+    """Serve adapters until interrupted.
+
+    Args:
+        folders: name in requests -> a run, or an adapter; the first run names the base model.
+        model: a file of ``conf/model`` instead.
+        host: the address that is listened on; any but the own machine's needs a token.
+        port: of it.
+        max_batch: rows that are generated together.
+
+    Raises:
+        ValueError, OSError: before weights are loaded, for folders or addresses that cannot be used.
+    """
+    token = os.environ.get(TOKEN) or None
+    if host not in LOOPBACK and token is None:
+        raise ValueError(
+            f"host={host} is reachable from other machines, where anybody could use this model: set the environment "
+            f"variable {TOKEN} to a secret, such as {secrets.token_urlsafe(16)}, which clients send as their API "
+            "key; or leave host out, to listen on this machine only"
+        )
+    try:
+        import uvicorn
+
+        from .app import Served, build_app
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"reft-serve needs FastAPI and uvicorn ({error}): pip install 'reft_lightning[serve]'"
+        ) from error
+    runs = {name: load_run_config(folder) for name, folder in folders.items() if _is_run(folder)}
+    formats = {name: PromptFormat.of(config, folders[name]) for name, config in runs.items()}
+    adapters = {name: folder / "adapter" if name in runs else folder for name, folder in folders.items()}
+    for name, adapter in adapters.items():
+        if not (adapter / CONFIG_FILE).is_file():
+            raise ValueError(
+                f"{folders[name]} is neither a run that trained interventions nor an adapter of them: there is no "
+                f"{adapter / CONFIG_FILE}"
+            )
+    if model is None and not runs:
+        raise ValueError(
+            "none of the folders is a run, whose config.yaml names the base model: add model=NAME, one of conf/model, "
+            "such as model=smollm2_135m"
+        )
+    config = compose.compose([f"model={model}"]) if model else next(iter(runs.values()))
+    base, tokenizer = load_base_model(**model_source(config))
+    reft, names = load_adapters(base, adapters)
+    served = {BASE: Served(None)} | {name: Served(inner, formats.get(name)) for name, inner in names.items()}
+    context = int(getattr(base.config.get_text_config(), "max_position_embeddings", CONTEXT))
+    app = build_app(Engine(reft, tokenizer, max_batch), served, context, token)
+    log.info("models: %s", ", ".join(served))
+    log.info(
+        "http://%s:%d/v1 answers as OpenAI's API does%s",
+        host,
+        port,
+        " to those who have the token" if token else "",
+    )
+    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
+
+
+def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> tuple[ReftModel, dict[str, str]]:
+    """Load several adapters onto one base model.
+
+    Returns:
+        The model, and name -> what the model calls the adapter: the first is its default.
+
+    Raises:
+        ValueError: naming the folder whose adapter does not fit.
+    """
+    reft: ReftModel | None = None
+    names: dict[str, str] = {}
+    for name, folder in folders.items():
+        try:
+            if reft is None:
+                reft, names[name] = ReftModel.from_pretrained(base, folder), DEFAULT
+            else:
+                reft.load_adapter(folder, name)
+                names[name] = name
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+    assert reft is not None
+    return reft, names
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()

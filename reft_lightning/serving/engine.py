@@ -1,0 +1,160 @@
+"""Generate the answers of many requests in shared batches, whichever adapters they use, in one thread.
+
+A batch is one call of ``ReftModel.generate`` in which every row has its adapter. Requests that arrive meanwhile join
+after a few tokens: the batch ends, and the next one goes on with its unfinished rows, whose tokens so far are read
+again in the same pass as the new prompts (``prompt_mask`` keeps them apart, so that edits stay where they were).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from ..adapters.reft.model import ReftModel
+from .answers import Answer, Choosing
+
+log = logging.getLogger(__name__)
+
+JOIN_AFTER = 16  # tokens of a batch, after which waiting requests join it
+
+
+class Busy(RuntimeError):
+    """More requests wait than the engine takes."""
+
+
+class Engine:
+    """A thread that answers requests.
+
+    Args:
+        model: on its device, in eval mode.
+        tokenizer: its tokenizer.
+        max_batch: rows that are generated together.
+        max_waiting: requests that wait; more are refused.
+    """
+
+    def __init__(
+        self,
+        model: ReftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_batch: int = 16,
+        max_waiting: int = 1024,
+    ) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.max_batch, self.max_waiting = max_batch, max_waiting
+        self.pad = int(tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+        ends: Any = model.base_model.generation_config.eos_token_id
+        ends = tokenizer.eos_token_id if ends is None else ends
+        self.ends: list[int] = [ends] if isinstance(ends, int) else list(ends or [])
+        self._waiting: deque[Answer] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._batch: list[Answer] = []  # the answers under way
+        self._thread = threading.Thread(target=self._run, name="reft-serve", daemon=True)
+        self._thread.start()
+
+    def submit(self, answer: Answer) -> None:
+        """Answer a request when its turn comes.
+
+        Raises:
+            Busy: if too many wait.
+        """
+        with self._changed:
+            if len(self._waiting) >= self.max_waiting:
+                raise Busy(f"{self.max_waiting} requests are waiting; try again later")
+            self._waiting.append(answer)
+            self._changed.notify()
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits or is being answered."""
+        return bool(self._waiting or self._batch)
+
+    def close(self) -> None:
+        """End the thread after its present batch; what waits is not answered."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._waiting or self._batch)
+                if self._closed:
+                    return
+                batch = self._batch = [answer for answer in self._batch if not answer.cancelled]
+                while self._waiting and len(batch) < self.max_batch:
+                    if not self._waiting[0].cancelled:
+                        batch.append(self._waiting[0])
+                    self._waiting.popleft()
+            try:
+                if batch:
+                    self._generate(batch)
+                self._batch = [answer for answer in batch if not answer.done]
+            except Exception as error:  # a request must not end those that come after it
+                log.exception("a batch of %d requests failed", len(batch))
+                self._batch = []
+                for answer in batch:
+                    if not answer.done:
+                        answer.done = True
+                        answer.emit(error)
+
+    def _generate(self, answers: Sequence[Answer]) -> None:
+        """Go on with some answers until all are done, or others can join."""
+        rows = [answer.prompt + answer.tokens for answer in answers]
+        width = max(map(len, rows))
+        ids = torch.tensor([[self.pad] * (width - len(row)) + row for row in rows])
+        columns = torch.arange(width)
+        starts = torch.tensor([[width - len(row)] for row in rows])
+        prompts = torch.tensor([[len(answer.prompt)] for answer in answers])
+        real = columns >= starts
+        choosing = Choosing(answers, self.tokenizer, self.ends, self.pad)
+        device = self.model.base_model.device
+        with torch.inference_mode():
+            self.model.generate(
+                input_ids=ids.to(device),
+                attention_mask=real.long().to(device),
+                prompt_mask=(real & (columns < starts + prompts)).to(device),
+                adapter_names=[None if a.adapter is None else (a.adapter, a.strength) for a in answers],
+                logits_processor=LogitsProcessorList([choosing]),
+                stopping_criteria=StoppingCriteriaList([_Ending(self, choosing)]),
+                generation_config=GenerationConfig(
+                    max_new_tokens=max(a.max_tokens - len(a.tokens) for a in answers),
+                    do_sample=False,
+                    pad_token_id=self.pad,
+                    eos_token_id=None,  # answers know their own end
+                ),
+            )
+
+    def others_can_join(self, answers: Sequence[Answer], steps: int) -> bool:
+        """Whether a batch should end early: for waiting requests that fit, or because most of its rows are done."""
+        running = sum(not answer.done for answer in answers)
+        return steps >= JOIN_AFTER and (
+            (bool(self._waiting) and running < self.max_batch) or 2 * running <= len(answers)
+        )
+
+
+class _Ending(StoppingCriteria):
+    def __init__(self, engine: Engine, choosing: Choosing) -> None:
+        self.engine, self.choosing = engine, choosing
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+        answers = self.choosing.answers
+        for answer in answers:
+            answer.done |= answer.cancelled
+        if self.engine.others_can_join(answers, self.choosing.steps):
+            return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return torch.tensor([answer.done for answer in answers], device=input_ids.device)

@@ -1,0 +1,166 @@
+"""The requests of OpenAI's API that are answered, and the shapes of the answers."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from .answers import Likelihood
+
+MAX_TEXT = 1_000_000  # characters
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # an option that has no effect is an error
+
+    model: str
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: int | None = None
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stream: bool = False
+    stream_options: dict[str, bool] | None = None
+    n: Literal[1] = 1
+    strength: Annotated[float, Field(ge=-100, le=100)] = 1.0  # ours: of the adapter's edits
+    user: str | None = None  # taken and not used, as the next
+    metadata: dict[str, str] | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The strings before which the answer ends."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(text for text in given if text)
+
+    @property
+    def usage_at_end(self) -> bool:
+        """Whether a stream ends with the numbers of tokens."""
+        return bool((self.stream_options or {}).get("include_usage"))
+
+
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[str, Field(max_length=MAX_TEXT)]
+    name: str | None = None
+
+
+class ChatRequest(_Request):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @property
+    def top(self) -> int | None:
+        """How many of the likeliest tokens are reported."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of the answer."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class TextRequest(_Request):
+    """`POST /v1/completions`."""
+
+    prompt: Annotated[str, Field(max_length=MAX_TEXT)]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def top(self) -> int | None:
+        """How many of the likeliest tokens are reported."""
+        return self.logprobs
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of the answer."""
+        return self.max_tokens
+
+
+class Writer:
+    """Writes the answers to one request, whole or in pieces.
+
+    Args:
+        request: which shape is asked for.
+        tokenizer: spells the tokens of log-probabilities.
+    """
+
+    def __init__(self, request: ChatRequest | TextRequest, tokenizer: Any) -> None:
+        self.request, self.tokenizer = request, tokenizer
+        self.chat = isinstance(request, ChatRequest)
+        self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+
+    def body(
+        self, choices: list[dict[str, Any]], usage: dict[str, int] | None, chunk: bool
+    ) -> dict[str, Any]:
+        """Return a whole answer or a piece."""
+        kind = "text_completion"
+        if self.chat:
+            kind = "chat.completion.chunk" if chunk else "chat.completion"
+        found = {"id": self.id, "object": kind, "created": self.created, "model": self.request.model}
+        return {**found, "choices": choices, **({"usage": usage} if usage is not None else {})}
+
+    def whole(
+        self, text: str, likelihoods: Sequence[Likelihood], finish: str | None, usage: dict[str, int]
+    ) -> dict[str, Any]:
+        """Return the answer to a request without a stream."""
+        content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        choice = {"index": 0, **content, "finish_reason": finish, "logprobs": self._logprobs(likelihoods)}
+        return self.body([choice], usage, chunk=False)
+
+    def piece(
+        self, text: str, likelihoods: Sequence[Likelihood], finish: str | None, first: bool
+    ) -> dict[str, Any]:
+        """Return one piece of a stream."""
+        delta = {"role": "assistant", "content": text} if first else {"content": text}
+        content = {"delta": delta} if self.chat else {"text": text}
+        choice = {"index": 0, **content, "finish_reason": finish, "logprobs": self._logprobs(likelihoods)}
+        return self.body([choice], None, chunk=True)
+
+    def _logprobs(self, likelihoods: Sequence[Likelihood]) -> dict[str, Any] | None:
+        if self.request.top is None:
+            return None
+        if self.chat:
+            return {
+                "content": [
+                    {
+                        **self._spelt(one.token, one.logprob),
+                        "top_logprobs": [self._spelt(*t) for t in one.top],
+                    }
+                    for one in likelihoods
+                ]
+            }
+        return {
+            "tokens": [self._spell(one.token) for one in likelihoods],
+            "token_logprobs": [one.logprob for one in likelihoods],
+            "top_logprobs": [{self._spell(token): p for token, p in one.top} for one in likelihoods],
+        }
+
+    def _spell(self, token: int) -> str:
+        return self.tokenizer.decode([token])
+
+    def _spelt(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._spell(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def usage(prompt: int, answer: int) -> dict[str, int]:
+    """Return the numbers of tokens."""
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+def failure(message: str, kind: str = "invalid_request_error", code: str | None = None) -> dict[str, Any]:
+    """Return an error as OpenAI's clients read it."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}

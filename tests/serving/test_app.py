@@ -1,0 +1,255 @@
+"""The endpoint as OpenAI's own client sees it, and what it refuses."""
+
+import asyncio
+import json
+import random
+import threading
+import time
+
+import httpx
+import pytest
+import serving_models
+
+from reft_lightning.serving.app import MAX_BODY, Served
+from reft_lightning.serving.engine import Engine
+
+openai = pytest.importorskip("openai", reason="OpenAI's client is not installed")
+
+GREEDY = {"temperature": 0, "max_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def address():
+    engine = Engine(serving_models.model(), serving_models.tokenizer(), max_batch=8)
+    engine.ends = []
+    with serving_models.server(engine) as address:
+        yield address
+
+
+@pytest.fixture
+def client(address):
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def post(address, body, path="/v1/completions", **more):
+    return httpx.post(
+        f"{address}{path}", **({"json": body} if isinstance(body, dict) else {"content": body}), **more
+    )
+
+
+def test_the_models_are_the_base_and_its_adapters(client):
+    assert [model.id for model in client.models.list()] == list(serving_models.NAMES)
+    assert client.models.retrieve("late").id == "late"
+
+
+def test_each_model_answers_in_its_own_words(client):
+    texts = {
+        name: client.completions.create(model=name, prompt="kept?", **GREEDY).choices[0].text
+        for name in serving_models.NAMES
+    }
+    assert len(set(texts.values())) == 4
+    answer = client.completions.create(model="late", prompt="kept?", **GREEDY)
+    assert answer.choices[0].text == texts["late"]
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 6
+    assert answer.usage.prompt_tokens == 6  # the bytes and BOS
+    assert answer.usage.total_tokens == 12
+
+
+def test_strength_weakens_the_edits(client):
+    def text(name, **extra):
+        return (
+            client.completions.create(model=name, prompt="kept?", **GREEDY, extra_body=extra).choices[0].text
+        )
+
+    assert text("everywhere", strength=0) == text("base") != text("everywhere")
+
+
+def test_a_stream_is_the_answer_in_pieces(client):
+    chat = {"model": "everywhere", "messages": [{"role": "user", "content": "kept?"}], **GREEDY}
+    whole = client.chat.completions.create(**chat)
+    chunks = list(client.chat.completions.create(**chat, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].delta.content for c in chunks[:-1]) == whole.choices[0].message.content
+    assert len(chunks) > 3
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason == "length"
+    assert chunks[-1].usage == whole.usage
+    plain = {"model": "late", "prompt": "kept?", **GREEDY}
+    pieces = [c.choices[0].text for c in client.completions.create(**plain, stream=True)]
+    assert "".join(pieces) == client.completions.create(**plain).choices[0].text
+
+
+def test_log_probabilities_come_in_both_shapes(client):
+    chat = client.chat.completions.create(
+        model="base", messages=[{"role": "user", "content": "kept?"}], logprobs=True, top_logprobs=2, **GREEDY
+    )
+    content = chat.choices[0].logprobs.content
+    assert len(content) == 6
+    assert all(
+        len(one.top_logprobs) == 2 and one.logprob == one.top_logprobs[0].logprob <= 0 for one in content
+    )
+    text = client.completions.create(model="base", prompt="kept?", logprobs=2, **GREEDY).choices[0]
+    assert len(text.logprobs.tokens) == len(text.logprobs.token_logprobs) == 6
+    assert all(len(top) == 2 for top in text.logprobs.top_logprobs)
+    assert client.completions.create(model="base", prompt="kept?", **GREEDY).choices[0].logprobs is None
+
+
+def test_questions_are_written_as_the_adapter_was_trained_on_them(client):
+    def tokens(model, *messages):
+        made = [{"role": role, "content": text} for role, text in messages]
+        return client.chat.completions.create(model=model, messages=made, **GREEDY).usage.prompt_tokens
+
+    assert tokens("base", ("user", "hi")) == 1 + len("<user>hi>")
+    assert tokens("base", ("system", "be"), ("user", "hi"), ("assistant", "yo"), ("user", "hm")) == 1 + len(
+        "<system>be<user>hi<assistant>yo<user>hm>"
+    )
+    assert tokens("late", ("user", "hi")) == 1 + len("hi\n")
+    with pytest.raises(openai.BadRequestError, match="trained on single questions"):
+        tokens("late", ("user", "hi"), ("assistant", "yo"), ("user", "hm"))
+    with pytest.raises(openai.BadRequestError, match="no place for a system message"):
+        tokens("late", ("system", "be"), ("user", "hi"))
+
+
+def test_a_misspelt_model_names_the_nearest(client):
+    with pytest.raises(openai.NotFoundError, match=r"no model 'lat'.*did you mean 'late'") as caught:
+        client.completions.create(model="lat", prompt="x")
+    assert caught.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"{", "the body is not JSON"),
+        (b"\xff\xfe", "the body is not JSON"),
+        (b"[]", "the body"),
+        ({}, "model: Field required"),
+        ({"model": "base"}, "prompt: Field required"),
+        ({"model": "base", "prompt": 3}, "prompt: Input should be a valid string"),
+        ({"model": "base", "prompt": ""}, "" ),
+        ({"model": "base", "prompt": "x", "max_tokens": 0}, "max_tokens: Input should be greater"),
+        ({"model": "base", "prompt": "x", "temperature": 3}, "temperature: Input should be less"),
+        ({"model": "base", "prompt": "x", "temprature": 1}, "temprature is not an option here; did you mean 'temp"),
+        ({"model": "base", "prompt": "x", "n": 2}, "n: Input should be 1"),
+        ({"model": "base", "prompt": "x", "strength": float("1e9")}, "strength: Input should be less"),
+        ({"model": "base", "prompt": "x", "logprobs": 99}, "logprobs: Input should be less"),
+        ({"model": "base", "prompt": "x" * 500}, "the prompt has 501 tokens and the answer may have 1,"),
+        ({"model": "base", "prompt": "x", "max_tokens": 500}, "the answer may have 500, which is more than the 128"),
+    ],
+    ids=lambda value: repr(value)[:40] if not isinstance(value, str) else None,
+)  # fmt: skip
+def test_a_malformed_or_oversized_request_says_what_is_wrong(address, body, said):
+    response = post(address, body, headers={"content-type": "application/json"})
+    if body == {"model": "base", "prompt": ""}:  # BOS is a prompt
+        assert response.status_code == 200
+        return
+    assert response.status_code == 400
+    assert said in response.json()["error"]["message"]
+
+
+def test_a_huge_body_is_refused_unread(address):
+    response = post(address, b" " * (MAX_BODY + 1), headers={"content-type": "application/json"})
+    assert response.status_code == 413
+
+
+def test_a_body_of_no_stated_length_is_refused(address):
+    response = httpx.post(f"{address}/v1/completions", content=iter([b"{", b"}"]))
+    assert response.status_code == 411
+    assert "Content-Length" in response.json()["error"]["message"]
+
+
+def test_a_token_is_asked_for_everywhere_but_for_health():
+    with serving_models.server(token="secret") as address:
+        assert httpx.get(f"{address}/health").status_code == 200
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer"}):
+            assert httpx.get(f"{address}/v1/models", headers=headers).status_code == 401
+            assert post(address, {"model": "base", "prompt": "x"}, headers=headers).status_code == 401
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="secret")
+        assert client.completions.create(model="base", prompt="x", **GREEDY).choices[0].text
+
+
+def test_an_adapter_that_fails_is_a_server_error_and_the_next_request_works():
+    served = {**serving_models.SERVED, "gone": Served("deleted")}
+    with serving_models.server(served=served) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.InternalServerError, match="there is no adapter 'deleted'"):
+            client.completions.create(model="gone", prompt="x", **GREEDY)
+        with pytest.raises(openai.APIError, match="there is no adapter 'deleted'"):
+            list(client.completions.create(model="gone", prompt="x", stream=True, **GREEDY))
+        assert client.completions.create(model="late", prompt="x", **GREEDY).choices[0].text
+
+
+def test_a_client_that_leaves_frees_its_place():
+    engine = Engine(serving_models.model(), serving_models.tokenizer(), max_batch=2)
+    engine.ends = []
+    with serving_models.server(engine) as address:
+        body = {"model": "base", "prompt": "x", "temperature": 0, "max_tokens": 120}
+        with pytest.raises(httpx.ReadTimeout):
+            post(address, body, timeout=0.05)
+        with httpx.stream("POST", f"{address}/v1/completions", json={**body, "stream": True}) as response:
+            next(response.iter_lines())
+        started = time.perf_counter()
+        for _ in range(200):
+            if not engine.busy:
+                break
+            time.sleep(0.05)
+        assert not engine.busy
+        assert time.perf_counter() - started < 10
+        assert post(address, {**body, "max_tokens": 2}).status_code == 200
+
+
+def test_five_hundred_requests_of_all_kinds_lose_nothing(address):
+    """A third are answered whole, others streamed, cancelled, malformed or oversized."""
+    draw = random.Random(0)
+    kinds = [
+        draw.choice(["whole", "stream", "cancel", "malformed", "oversized", "unknown"]) for _ in range(500)
+    ]
+    expected = {}
+    for name in serving_models.NAMES:
+        for length in (3, 9):
+            body = {"model": name, "prompt": "kept?", "temperature": 0, "max_tokens": length}
+            expected[name, length] = post(address, body).json()["choices"][0]["text"]
+
+    async def ask(client, kind, number):
+        name, length = serving_models.NAMES[number % 4], (3, 9)[number % 2]
+        body = {"model": name, "prompt": "kept?", "temperature": 0, "max_tokens": length}
+        if kind == "malformed":
+            body["max_tokens"] = "many"
+        elif kind == "oversized":
+            body["prompt"] = "x" * 4000
+        elif kind == "unknown":
+            body["model"] = "nobody"
+        elif kind == "cancel":
+            task = asyncio.create_task(client.post("/v1/completions", json={**body, "max_tokens": 100}))
+            await asyncio.sleep(0.02)
+            task.cancel()
+            return await asyncio.gather(task, return_exceptions=True) and "cancelled"
+        if kind == "stream":
+            text = ""
+            async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+                async for line in response.aiter_lines():
+                    if line.startswith("data: {"):
+                        text += json.loads(line[6:])["choices"][0]["text"]
+            return text == expected[name, length]
+        response = await client.post("/v1/completions", json=body)
+        if kind == "whole":
+            return response.json()["choices"][0]["text"] == expected[name, length]
+        return response.status_code
+
+    async def all_of_them():
+        limits = httpx.Limits(max_connections=40)
+        async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits) as client:
+            return await asyncio.gather(*(ask(client, kind, i) for i, kind in enumerate(kinds)))
+
+    found = asyncio.run(all_of_them())
+    right = {
+        "whole": True,
+        "stream": True,
+        "cancel": "cancelled",
+        "malformed": 400,
+        "oversized": 400,
+        "unknown": 404,
+    }
+    wrong = [(kind, answer) for kind, answer in zip(kinds, found, strict=True) if answer != right[kind]]
+    assert wrong == []
+    assert threading.active_count() < 20

@@ -1,0 +1,203 @@
+"""The answers of many requests in shared batches are those that each would get alone."""
+
+import queue
+import threading
+import time
+
+import pytest
+import serving_models
+import torch
+
+from reft_lightning.serving.answers import Answer
+from reft_lightning.serving.engine import JOIN_AFTER, Busy, Engine
+
+PROMPTS = ["kept?", "a longer question, with more words", "x", "two and two"]
+ADAPTERS = [None, "default", "everywhere", "late"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return serving_models.model(torch.float64)
+
+
+@pytest.fixture
+def engine(model):
+    engine = Engine(model, serving_models.tokenizer(), max_batch=4)
+    engine.ends = []  # answers of known lengths
+    yield engine
+    engine.close()
+
+
+class Asked:
+    """One request, and what came of it."""
+
+    def __init__(self, engine, text, adapter=None, **settings):
+        self.parts = queue.Queue()
+        ids = engine.tokenizer(text)["input_ids"]
+        self.answer = Answer(ids, self.parts.put, adapter, **{"max_tokens": 6, **settings})
+        engine.submit(self.answer)
+
+    def wait(self):
+        found = []
+        while not found or found[-1].finish is None:
+            part = self.parts.get(timeout=60)
+            if isinstance(part, Exception):
+                raise part
+            found.append(part)
+        return "".join(part.text for part in found), found[-1].finish
+
+
+def expected(model, text, adapter, count):
+    """Greedy ids of one request on its own, by plain generate()."""
+    ids = serving_models.tokenizer()(text, return_tensors="pt")["input_ids"]
+    model.set_adapter(adapter)
+    found = model.generate(input_ids=ids, max_new_tokens=count, do_sample=False, pad_token_id=0)
+    model.set_adapter("default")
+    return found[0, ids.shape[1] :].tolist()
+
+
+def test_requests_of_other_adapters_share_batches_and_get_their_own_answers(model, engine):
+    wanted = [(text, adapter) for text in PROMPTS for adapter in ADAPTERS]
+    asked = [Asked(engine, text, adapter, max_tokens=5) for text, adapter in wanted]
+    for request in asked:
+        assert request.wait()[1] == "length"
+    for (text, adapter), request in zip(wanted, asked, strict=True):
+        assert request.answer.tokens == expected(model, text, adapter, 5)
+    assert len({tuple(request.answer.tokens) for request in asked}) > 8
+
+
+def test_requests_that_come_later_join_and_change_no_answer(model, engine):
+    long = 3 * JOIN_AFTER
+    first = [Asked(engine, PROMPTS[1], adapter, max_tokens=long) for adapter in ADAPTERS[:3]]
+    while not first[0].answer.tokens:
+        time.sleep(0.001)
+    later = Asked(engine, PROMPTS[3], "late", max_tokens=4)
+    later.wait()
+    assert not first[0].answer.done  # it did not have to wait for them
+    for adapter, request in zip(ADAPTERS[:3], first, strict=True):
+        request.wait()
+        assert request.answer.tokens == expected(model, PROMPTS[1], adapter, long)
+    assert later.answer.tokens == expected(model, PROMPTS[3], "late", 4)
+
+
+def test_a_strength_is_that_of_its_request_only(model, engine):
+    half, whole, none = (Asked(engine, "kept?", "everywhere", strength=s) for s in (0.5, 1, 0))
+    for request in (half, whole, none):
+        request.wait()
+    assert none.answer.tokens == expected(model, "kept?", None, 6)
+    assert whole.answer.tokens == expected(model, "kept?", "everywhere", 6)
+    model.adapters["everywhere"].scale = 0.5
+    assert half.answer.tokens == expected(model, "kept?", "everywhere", 6)
+    model.adapters["everywhere"].scale = 1.0
+
+
+def test_draws_depend_on_the_seed_and_not_on_the_batch(engine):
+    settings = {"temperature": 1.0, "max_tokens": 8}
+    alone = Asked(engine, "kept?", "default", seed=7, **settings)
+    alone.wait()
+    crowd = [Asked(engine, text, adapter, seed=7, **settings) for text in PROMPTS for adapter in ADAPTERS]
+    other = Asked(engine, "kept?", "default", seed=8, **settings)
+    for request in [*crowd, other]:
+        request.wait()
+    again = crowd[ADAPTERS.index("default")]
+    assert again.answer.tokens == alone.answer.tokens != other.answer.tokens
+
+
+def test_draws_follow_the_distribution():
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
+    one = Answer([1], print, temperature=1.0, seed=0)
+    counts = torch.bincount(torch.tensor([one.choose(logits) for _ in range(4000)]), minlength=4) / 4000
+    torch.testing.assert_close(counts, logits.exp(), atol=0.03, rtol=0)
+    nucleus = Answer([1], print, temperature=1.0, top_p=0.7, seed=0)
+    assert {nucleus.choose(logits) for _ in range(300)} == {0, 1}
+    assert {Answer([1], print, temperature=1.0, top_p=0.01).choose(logits) for _ in range(20)} == {0}
+
+
+def test_a_stop_string_ends_the_text_before_it(model, engine):
+    whole, _ = Asked(engine, "kept?", "default", max_tokens=12).wait()
+    word = whole[3:5]
+    request = Asked(engine, "kept?", "default", max_tokens=12, stop=(word, "never there"))
+    assert request.wait() == (whole[: whole.find(word)], "stop")
+
+
+def test_pieces_of_a_stop_string_are_held_back_until_they_are_none():
+    sent = []
+    answer = Answer([1], sent.append, stop=("END",), max_tokens=50)
+    tokenizer = serving_models.tokenizer()
+    for token in tokenizer("an ENormous END", add_special_tokens=False)["input_ids"]:
+        if not answer.done:
+            answer.add(token, torch.zeros(len(tokenizer)), tokenizer, ())
+    assert "".join(part.text for part in sent) == "an ENormous "
+    assert not any(part.text.endswith(("E", "EN")) for part in sent)
+    assert sent[-1].finish == "stop"
+
+
+def test_characters_of_several_tokens_are_sent_whole():
+    sent = []
+    answer = Answer([1], sent.append, max_tokens=50)
+    tokenizer = serving_models.tokenizer()
+    for token in tokenizer("aé漢b", add_special_tokens=False)["input_ids"]:
+        answer.add(token, torch.zeros(len(tokenizer)), tokenizer, ())
+    assert [part.text for part in sent] == ["a", "é", "漢", "b"]
+
+
+def test_the_end_of_text_token_ends_an_answer(model):
+    engine = Engine(model, serving_models.tokenizer(), max_batch=4)
+    tokens = expected(model, "kept?", "default", 8)
+    engine.ends = [tokens[3]]
+    request, other = Asked(engine, "kept?", "default", max_tokens=8), Asked(engine, "x", None, max_tokens=8)
+    assert request.wait()[1] == "stop"
+    assert request.answer.tokens == tokens[: tokens.index(tokens[3])]
+    other.wait()
+    engine.close()
+
+
+def test_log_probabilities_are_those_of_the_model(model, engine):
+    request = Asked(engine, "kept?", "everywhere", top=3, temperature=1.5, seed=3)
+    parts = []
+    while not parts or parts[-1].finish is None:
+        parts.append(request.parts.get(timeout=60))
+    found = [one for part in parts for one in part.likelihoods]
+    assert [one.token for one in found] == request.answer.tokens
+    ids = torch.tensor([request.answer.prompt + request.answer.tokens])
+    prompt = torch.arange(ids.shape[1])[None] < len(request.answer.prompt)
+    with torch.no_grad():
+        logits = model(input_ids=ids, prompt_mask=prompt, adapter_names=["everywhere"]).logits[0]
+    expected = logits[len(request.answer.prompt) - 1 : -1].float().log_softmax(-1)
+    for step, one in enumerate(found):
+        assert one.logprob == pytest.approx(expected[step, one.token].item(), abs=1e-5)
+        best = expected[step].topk(3)
+        assert [token for token, _ in one.top] == best.indices.tolist()
+        assert [p for _, p in one.top] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+def test_a_cancelled_request_leaves_the_batch_and_the_others_go_on(model, engine):
+    gone, kept = Asked(engine, "x", "default", max_tokens=100), Asked(engine, "kept?", "late", max_tokens=30)
+    while not gone.answer.tokens:
+        time.sleep(0.001)
+    gone.answer.cancelled = True
+    kept.wait()
+    assert kept.answer.tokens == expected(model, "kept?", "late", 30)
+    assert len(gone.answer.tokens) < 100
+
+
+def test_a_failed_batch_is_reported_and_the_next_one_answered(model, engine):
+    bad = Asked(engine, "x", "no such adapter")
+    with pytest.raises(ValueError, match="no adapter 'no such adapter'"):
+        bad.wait()
+    assert Asked(engine, "x", "late").wait()[1] == "length"
+
+
+def test_too_many_waiting_requests_are_refused(model):
+    engine = Engine(model, serving_models.tokenizer(), max_batch=1, max_waiting=3)
+    held = threading.Event()
+    first = Answer([1, 5], lambda part: held.wait(30), max_tokens=2)
+    engine.submit(first)
+    while not first.tokens:
+        time.sleep(0.001)
+    for _ in range(3):
+        engine.submit(Answer([1, 5], print, max_tokens=1))
+    with pytest.raises(Busy, match="3 requests are waiting"):
+        engine.submit(Answer([1, 5], print, max_tokens=1))
+    held.set()
+    engine.close()

@@ -1,0 +1,109 @@
+"""reft-serve: which folders and addresses it takes, and a real one that answers."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+import short_runs
+import tiny
+
+import reft_lightning as rl
+from reft_lightning import cli
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    data = short_runs.write_rows(tmp_path_factory.mktemp("rows"))
+    folder = tmp_path_factory.mktemp("runs") / "polite"
+    short_runs.run(data, folder, "optimizer.lr=0.3", "test=false")
+    return folder
+
+
+def refused(monkeypatch, capsys, *arguments):
+    """Return what the command says before it ends with status 2."""
+    monkeypatch.setattr(sys, "argv", ["reft-serve", *map(str, arguments)])
+    monkeypatch.delenv("REFT_SERVE_TOKEN", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        cli.serve()
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_other_machines_are_answered_with_a_token_only(monkeypatch, capsys, folder):
+    said = refused(monkeypatch, capsys, folder, "host=0.0.0.0")
+    assert "set the environment variable REFT_SERVE_TOKEN" in said
+
+
+def test_folders_are_checked_before_weights_are_loaded(monkeypatch, capsys, folder, tmp_path):
+    monkeypatch.setattr("reft_lightning.serving.command.load_base_model", None)
+    assert "FOLDER is missing" in refused(monkeypatch, capsys, "port=8000")
+    said = refused(monkeypatch, capsys, folder.parent / "polit")
+    assert "no such folder" in said
+    assert f"did you mean '{folder}'" in said
+    assert "two folders are called 'polite'" in refused(
+        monkeypatch, capsys, folder, f"adapters.polite={folder}"
+    )
+    (tmp_path / "empty").mkdir()
+    assert "neither a run that trained interventions nor" in refused(monkeypatch, capsys, tmp_path / "empty")
+    said = refused(monkeypatch, capsys, folder / "adapter")
+    assert "add model=NAME" in said
+    assert "port must be at most 65535" in refused(monkeypatch, capsys, folder, "port=70000")
+    said = refused(monkeypatch, capsys, folder, "prot=70000")
+    assert "did you mean 'port'" in said
+
+
+def test_an_adapter_of_another_base_is_refused_by_the_name_of_its_folder(
+    monkeypatch, capsys, folder, tmp_path
+):
+    rl.attach(tiny.model("llama"), rank=2).save_pretrained(tmp_path / "other")
+    said = refused(monkeypatch, capsys, folder, f"adapters.other={tmp_path / 'other'}")
+    assert str(tmp_path / "other") in said
+    assert "trained on another kind of model" in said
+
+
+@pytest.mark.slow
+def test_a_run_is_served(folder, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shutil.copytree(folder / "adapter", tmp_path / "copy")
+    code = "from reft_lightning.cli import serve; serve()"
+    arguments = [folder, f"adapters.again={tmp_path / 'copy'}", f"port={port}"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], env=os.environ, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            try:
+                assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+                break
+            except httpx.ConnectError:
+                assert process.poll() is None
+                time.sleep(0.1)
+        names = [model["id"] for model in httpx.get(f"{address}/v1/models").json()["data"]]
+        assert names == ["base", "polite", "again"]
+        texts = {}
+        for name in names:
+            body = {
+                "model": name,
+                "messages": [{"role": "user", "content": "is zorb kept?"}],
+                "temperature": 0,
+            }
+            answer = httpx.post(f"{address}/v1/chat/completions", json={**body, "max_tokens": 8}, timeout=60)
+            if name == "base":  # its tokenizer has no chat template
+                assert "no chat template" in answer.json()["error"]["message"]
+                continue
+            texts[name] = answer.json()
+        assert texts["polite"]["choices"][0]["message"]["content"]
+        assert texts["polite"]["usage"]["prompt_tokens"] == 1 + len("is zorb kept?")
+    finally:
+        process.terminate()
+        said = process.communicate(timeout=30)[1]
+    assert "models: base, polite, again" in said
+    assert "Traceback" not in said
