@@ -8,7 +8,7 @@ every token (LoReFT all), and LoRA with ``adapter_names`` of peft, all of rank 8
 claims that edits of prompts only are served faster, the more so the more adapters there are.
 
 Then `reft-serve` with 1, 8 and 64 adapters, asked by OpenAI's client, against requests to the base model of the same
-server. Variants take turns; the figures are medians of the ratios of neighbouring rounds. Weights and prompts are random:
+server. Variants take turns; figures are medians of the ratios of neighbouring rounds. Weights and prompts are random:
 times do not depend on them.
 """
 
