@@ -28,8 +28,8 @@ EVAL_USAGE = "reft-eval run=FOLDER [split=validation|test] [limit=N] [trust_code
 RESUME_USAGE = "reft-train resume=FOLDER [trust_code=true]"
 CHAT_USAGE = "reft-chat run=FOLDER [max_new_tokens=N] [template=plain|alpaca|chat] [trust_code=true]"
 REPORT_USAGE = (
-    "reft-report FOLDER [FOLDER ...] [--out DIR] [--split test|validation] [--resamples N]\n"
-    "                   [--seed N] [--wandb] [--project NAME]\n       reft-report paper [folder=outputs] [table=N]"
+    "reft-report FOLDER [FOLDER ...] [out=DIR] [split=test|validation] [resamples=N]\n"
+    "                   [seed=N] [wandb=true] [project=NAME]\n       reft-report paper [folder=outputs] [table=N]"
 )
 INSPECT_USAGE = (
     "reft-inspect FOLDER [FOLDER ...] [rows=32] [forget=NAME [data.KEY=VALUE ...]]\n"
@@ -112,13 +112,13 @@ REPORT_HELP = f"""\
 reft-report: compare runs: tables, intervals, paired tests, plots, one HTML page
 usage: {REPORT_USAGE}
   FOLDER        run folders, multiruns, studies of reft-search, or what holds them
-  --out         where the report is written: report/ unless given
-  --split       the scores to compare: test where a run has it, else validation
-  --resamples   of the bootstrap and of the sign flips; --seed: of their draws
-  --wandb       log tables and page to W&B (--project), offline unless WANDB_MODE=online
+  out           where the report is written: report/ unless given
+  split         the scores to compare: test where a run has it, else validation
+  resamples     of the bootstrap and of the sign flips; seed: of their draws
+  wandb         log tables and page to W&B (project), offline unless WANDB_MODE=online
 examples:
   reft-report outputs
-  reft-report outputs/run/multirun_2026-11-29_10-00-00 --out report
+  reft-report outputs/run/multirun_2026-11-29_10-00-00 out=report
   reft-report paper table=2         the paper's numbers next to those of your runs
 """
 SPLITS = ("validation", "test")
@@ -396,10 +396,21 @@ def _report(argv: Sequence[str]) -> None:
         from .reporting.paper import table
 
         table.main(options)
-    else:
-        from .reporting import command
+        return
+    folders = [Path(text) for text in argv if _is_folder(text)]
+    known = ("out", "split", "resamples", "seed", "wandb", "project")
+    options = _options([text for text in argv if not _is_folder(text)], known)
+    if not folders:
+        raise UsageError("FOLDER is missing: runs, multiruns, studies, or what holds them")
+    given: dict[str, Any] = {name: options[name] for name in ("project",) if name in options}
+    given |= {"out": Path(options["out"])} if "out" in options else {}
+    given |= {"split": _choice(options, "split", SPLITS)} if "split" in options else {}
+    for name, least in (("resamples", 1), ("seed", 0)):
+        given |= {name: _count(options, name, least)} if name in options else {}
+    given["wandb"] = _choice(options, "wandb", ("false", "true")) == "true"
+    from .reporting import command
 
-        command.main(argv)
+    command.main(folders, **given)
 
 
 def dashboard() -> None:
@@ -462,10 +473,10 @@ def _choice(options: dict[str, str], name: str, allowed: Sequence[str]) -> str:
     return value
 
 
-def _count(options: dict[str, str], name: str) -> int | None:
+def _count(options: dict[str, str], name: str, least: int = 1) -> int | None:
     value = options.get(name)
-    if value is not None and not (value.isdecimal() and int(value) > 0):
-        raise UsageError(f"{name} must be an integer, 1 or more; got {value!r}")
+    if value is not None and not (value.isdecimal() and int(value) >= least):
+        raise UsageError(f"{name} must be an integer, {least} or more; got {value!r}")
     return None if value is None else int(value)
 
 

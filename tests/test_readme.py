@@ -42,7 +42,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 SCRIPTS = PROJECT["scripts"]
 LAYERS = 32  # as many as the largest model that a page attaches to
 # How many blocks are not run, by page: what other programs are called like, and the reason is written above each.
-NOT_RUN = {"docs/from_pyreft.md": 1, "docs/from_adapters.md": 1}
+NOT_RUN = {"docs/from_pyreft.md": 1, "docs/from_adapters.md": 1, "docs/serve.md": 1}
 COLUMNS = {
     "question": "Which animal barks at the postman?", "reply": "a dog", "context": "at home", "answer": "dog",
     "opa": "dog", "opb": "cat", "opc": "cow", "opd": "owl", "cop": "0",
@@ -191,7 +191,7 @@ def test_the_training_loop_trains_only_the_interventions():
     exec(code_with("optimizer.zero_grad()"), {"torch": torch, "reft": reft, "batches": [batch] * 30})
     assert reft(**batch).loss.item() < first - 0.05
     for name, parameter in reft.named_parameters():
-        assert torch.equal(parameter, before[name]) != name.startswith("interventions."), name
+        assert torch.equal(parameter, before[name]) != name.startswith("adapters."), name
 
 
 # --- command lines -------------------------------------------------------------------------------------------------
@@ -250,10 +250,9 @@ def check_search(arguments, run, monkeypatch):
 
 
 def check_report(arguments, run, monkeypatch):
-    if arguments[0] == "paper":
-        really(cli.report, ["reft-report", "paper", *(a for a in arguments[1:])], monkeypatch)
-    else:
-        assert reporting.parser().parse_args(arguments).folders
+    if arguments[0] != "paper":
+        monkeypatch.setattr(reporting, "main", lambda folders, **given: None)
+    really(cli.report, ["reft-report", *arguments], monkeypatch)
 
 
 def check_eval(arguments, run, monkeypatch):

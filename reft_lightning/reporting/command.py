@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import sys
@@ -18,7 +17,7 @@ from rich.table import Table as RichTable
 from ..storage.atomic import write_text, write_whole
 from ..terminal.bars import Bar
 from . import formats, plots, tables
-from .build import SPLITS, Report, build_report
+from .build import Report, build_report
 from .evidence import RESAMPLES
 from .page import markdown, page
 from .runs import ReportError
@@ -34,43 +33,26 @@ FILES = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the arguments of the command."""
-    arguments = argparse.ArgumentParser(
-        prog="reft-report", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Compare runs: tables, intervals, paired tests, plots, one HTML page. "
-        "(reft-report paper sets runs next to the paper's numbers.)",
-    )  # fmt: skip
-    add = arguments.add_argument
-    add(
-        "folders",
-        nargs="+",
-        type=Path,
-        metavar="FOLDER",
-        help="run folders, multiruns, studies, or what holds them",
-    )
-    add("--out", type=Path, default=Path("report"), metavar="DIR", help="where the report is written")
-    add("--split", choices=SPLITS, help="the scores to compare; test where a run has it, else validation")
-    add("--resamples", type=_count, default=RESAMPLES, help="of the bootstrap and of the sign flips")
-    add("--seed", type=int, default=0, help="of the resamples")
-    add("--wandb", action="store_true", help="log tables and page to W&B; offline unless WANDB_MODE=online")
-    add("--project", default="reft_lightning", help="of W&B")
-    return arguments
-
-
-def _count(text: str) -> int:
-    if not (text.isdecimal() and int(text) >= FEWEST):
-        raise argparse.ArgumentTypeError(
-            f"must be an integer, {FEWEST} or more, as fewer do not settle the ends of an interval; got {text!r}"
-        )
-    return int(text)
-
-
-def main(argv: Sequence[str], console: Console | None = None) -> Report:
+def main(
+    folders: Sequence[Path],
+    out: Path = Path("report"),
+    split: str | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    wandb: bool = False,
+    project: str = "reft_lightning",
+    console: Console | None = None,
+) -> Report:
     """Build a report, write it and print its tables.
 
     Args:
-        argv: as in :func:`parser`.
+        folders: of runs, multiruns and studies, or what holds them.
+        out: where the report is written.
+        split: the scores to compare, ``test`` or ``validation``; None for test where a run has it.
+        resamples: of the bootstrap and of the sign flips.
+        seed: of the resamples.
+        wandb: whether to log tables and page to W&B.
+        project: of W&B.
         console: where to print.
 
     Returns:
@@ -79,21 +61,22 @@ def main(argv: Sequence[str], console: Console | None = None) -> Report:
     Raises:
         ReportError: if nothing can be reported.
     """
-    options = parser().parse_args(argv)
+    if resamples < FEWEST:
+        raise ReportError(
+            f"resamples must be {FEWEST} or more, as fewer do not settle the ends of an interval; got {resamples}"
+        )
     plots.check_packages()
-    if options.out.exists() and not options.out.is_dir():
-        raise ReportError(f"--out {options.out} is a file; give a folder")
-    report = build_report(options.folders, options.split, options.resamples, options.seed)
-    html = write(report, options.out)
+    if out.exists() and not out.is_dir():
+        raise ReportError(f"out={out} is a file; give a folder")
+    report = build_report(folders, split, resamples, seed)
+    html = write(report, out)
     console = console or Console(width=None if sys.stdout.isatty() else 140)
     print_report(report, console)
-    if options.wandb:
-        log_to_wandb(report, html, options.out, options.project)
+    if wandb:
+        log_to_wandb(report, html, out, project)
     for name, what in FILES.items():
-        console.print(
-            f"{escape(str(options.out / name))}  [dim]{what}[/dim]", soft_wrap=True, highlight=False
-        )
-    where = (options.out / "report.html").resolve().as_uri()
+        console.print(f"{escape(str(out / name))}  [dim]{what}[/dim]", soft_wrap=True, highlight=False)
+    where = (out / "report.html").resolve().as_uri()
     console.print(f"open in a browser: {escape(where)}", soft_wrap=True, highlight=False)
     return report
 

@@ -149,7 +149,7 @@ def print_summary(values: dict[str, Any], folder: Path) -> None:
         f"reads of a test split: {len(reads)}" + (f", {again} of them after the first" if again else ""),
         f"study folder   {folder}",
     ]
-    report = shlex.join(["reft-report", str(folder), "--out", str(folder / "report")])
+    report = shlex.join(["reft-report", str(folder), f"out={folder / 'report'}"])
     remarks.append(f"report         {report}")
     for remark in remarks:
         console.print(remark, soft_wrap=True, markup=False)

@@ -223,7 +223,7 @@ class TestCommand:
 
     def test_it_writes_all_files_and_prints_the_scores(self, tmp_path, monkeypatch, capsys):
         write_grid(tmp_path / "runs")
-        self.run(monkeypatch, tmp_path / "runs", "--out", tmp_path / "out", "--resamples", 1000)
+        self.run(monkeypatch, tmp_path / "runs", f"out={tmp_path / 'out'}", "resamples=1000")
         files = {path.name for path in (tmp_path / "out").iterdir()}
         assert files == {"report.html", "report.md", "report.tex", "scores.csv", "pairs.csv", "plots"}
         said = capsys.readouterr().out
@@ -247,9 +247,10 @@ class TestCommand:
         [
             (("nowhere",), "nowhere: no such folder; a run folder is"),
             ((), "reft-report FOLDER"),
-            ((".", "--split", "train"), "invalid choice: 'train'"),
-            ((".", "--resamples", "999"), "must be an integer, 1000 or more, as fewer do not settle"),
-            ((".", "--outt", "x"), "unrecognized arguments: --outt"),
+            (("out=x",), "FOLDER is missing"),
+            ((".", "split=train"), "split must be one of validation, test; got 'train'"),
+            ((".", "resamples=999"), "must be 1000 or more, as fewer do not settle"),
+            ((".", "outt=x"), "unknown argument 'outt'"),
         ],
     )
     def test_mistakes_end_with_status_2_and_say_what_to_do(
@@ -270,12 +271,12 @@ class TestCommand:
         write_run(tmp_path / "a")
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         with pytest.raises(ReportError, match=r"pip install 'reft_lightning\[report\]'"):
-            main([str(tmp_path)])
+            main([tmp_path])
 
     def test_tables_and_page_go_to_wandb(self, tmp_path, monkeypatch):
         monkeypatch.setenv("WANDB_MODE", "offline")
         write_grid(tmp_path / "runs")
-        main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--resamples", "1000", "--wandb"])
+        main([tmp_path / "runs"], tmp_path / "out", resamples=1000, wandb=True)
         (folder,) = (tmp_path / "out" / "wandb").glob("offline-run-*")
         found = {}
         for path in (folder / "files" / "media" / "table").rglob("*.table.json"):
