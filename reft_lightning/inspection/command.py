@@ -116,8 +116,8 @@ def _compare(runs: Sequence[Path]) -> dict[str, Any]:
 def _subspaces(run: Path, adapter: Path) -> findings.Subspaces:
     """Return the subspaces of a saved adapter; one's own intervention is imported as its run names it."""
     if run == adapter:
-        saved = read_json(adapter / CONFIG_FILE)
-        method, layers = saved.get("method"), saved.get("per_layer")
+        saved: dict[str, Any] = read_json(adapter / CONFIG_FILE)
+        method, layers = saved.get("method", ""), saved.get("per_layer")
     else:
         intervention = load_run_config(run).intervention
         method, layers = intervention.method, intervention.layers

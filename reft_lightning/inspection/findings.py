@@ -156,7 +156,7 @@ def compare(name: str, own: Subspaces, others: Mapping[str, Subspaces]) -> dict[
         ValueError: for another adapter that edits representations of another width.
     """
     if not own:
-        return {"not_inspected": [f"{name}: its edits may point anywhere, so there are no angles"]}
+        return {"not_inspected": [f"{name}: its edits keep to no subspace, so there are no angles"]}
     runs, left_out = {}, []
     for other, theirs in others.items():
         shared = [layer for layer in own if layer in theirs]
@@ -168,7 +168,7 @@ def compare(name: str, own: Subspaces, others: Mapping[str, Subspaces]) -> dict[
                     "their subspaces have no angle. Compare runs of one model and component"
                 )
         if not shared:
-            why = "it edits none of the same layers" if theirs else "its edits may point anywhere"
+            why = "it edits none of the same layers" if theirs else "its edits keep to no subspace"
             left_out.append(f"{other}: {why}, so there are no angles to it")
         runs[other] = {
             layer: {"angle": mean_angle(P, Q), "chance": chance_angle(P, Q)}

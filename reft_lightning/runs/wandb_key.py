@@ -10,10 +10,11 @@ def has_key() -> bool:
         ValueError: for a key that cannot be one.
     """
     import wandb
+    from wandb.errors import AuthenticationError
 
     try:
         return wandb.login(prompt=False, verify=False)
-    except wandb.errors.AuthenticationError as error:
+    except AuthenticationError as error:
         raise ValueError(
             f"the key of W&B cannot be used: {error} Correct it, or set WANDB_MODE=offline"
         ) from error

@@ -181,11 +181,11 @@ def test_runs_of_other_widths_are_refused_by_name_before_weights_are_loaded(
 def test_a_method_whose_edits_may_point_anywhere_has_no_angles_and_that_is_said(folder, data, tmp_path):
     red = of_one_epoch(data, tmp_path / "red", "intervention=red", "intervention.rank=null")
     found, said = inspect(folder, red, rows=2, out=tmp_path / "one")
-    assert found["not_inspected"] == [f"{red}: its edits may point anywhere, so there are no angles to it"]
+    assert found["not_inspected"] == [f"{red}: its edits keep to no subspace, so there are no angles to it"]
     assert found["not_inspected"][0] in said
     found, said = inspect(red, folder, rows=2, out=tmp_path / "other")
     assert "subspaces" not in found
-    assert f"{red}: its edits may point anywhere, so there are no angles" in said
+    assert f"{red}: its edits keep to no subspace, so there are no angles" in said
     assert found["strength"]
 
 
