@@ -33,7 +33,8 @@ REPORT_USAGE = (
 )
 INSPECT_USAGE = (
     "reft-inspect FOLDER [FOLDER ...] [rows=32] [forget=NAME [data.KEY=VALUE ...]]\n"
-    "             [text=FILE] [out=DIR] [trust_code=true]"
+    "             [text=FILE] [out=DIR] [trust_code=true]\n"
+    "       reft-inspect plan [prompt=N [target=N]] KEY=VALUE ..."
 )
 SERVE_USAGE = (
     "reft-serve FOLDER [FOLDER ...] [adapters.NAME=FOLDER ...] [model=NAME] [host=127.0.0.1]\n"
@@ -95,7 +96,9 @@ examples:
   reft-inspect outputs/quickstart/2026-11-29_10-00-00
   reft-inspect outputs/quickstart/2026-11-29_10-00-00 rows=64 \\
       forget=commonsense_wheel data.tasks=[boolq]
-It writes inspect.json, PNG and SVG.
+  reft-inspect plan experiment=quickstart intervention.rank=4
+It writes inspect.json, PNG and SVG. `plan` says what a run of reft-train will cost, before weights are read: KEY=VALUE
+as there; prompt and target give lengths of rows in tokens, in place of those of the data.
 """
 DASHBOARD_HELP = f"""\
 reft-dashboard: a workspace and a report page in W&B of runs that were logged there
@@ -308,7 +311,23 @@ def _is_folder(text: str) -> bool:
     return "=" not in text or Path(text).is_dir()
 
 
+def _plan(argv: Sequence[str]) -> None:
+    lengths = _options(
+        [text for text in argv if text.startswith(("prompt=", "target="))], ("prompt", "target")
+    )
+    if "target" in lengths and "prompt" not in lengths:
+        raise UsageError("target=N is the length of what follows a prompt: add prompt=N")
+    _import_from_here()
+    counts = {name: _count(lengths, name) for name in ("prompt", "target")}
+    with heavy_imports():
+        from .inspection import plan
+    plan.main([text for text in argv if not text.startswith(("prompt=", "target="))], **counts)
+
+
 def _inspect(argv: Sequence[str]) -> None:
+    if argv[0] == "plan":
+        _plan(argv[1:])
+        return
     folders = [Path(text) for text in argv if _is_folder(text)]
     data = [text for text in argv if text.startswith("data.")]
     rest = [text for text in argv if not _is_folder(text) and text not in data]

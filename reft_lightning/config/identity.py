@@ -15,7 +15,7 @@ from pathlib import PurePath
 from typing import Any
 
 from ..adapters.methods import method_named
-from .schema import Config
+from .schema import WATCHING, Config
 
 
 def identity(config: Config | Mapping[str, Any], *, seed: bool = True) -> dict[str, Any]:
@@ -30,7 +30,11 @@ def identity(config: Config | Mapping[str, Any], *, seed: bool = True) -> dict[s
     found: dict[str, Any] = {}
     for key, value in values.items():
         mark = _mark(key)
-        if mark == "free" or (mark == "seed" and not seed):
+        if (
+            mark == "free"
+            or (mark == "seed" and not seed)
+            or (mark == "watching" and _only_watches(key, values))
+        ):
             continue
         if mark == "place" and value:
             local = values[f"{key.partition('.')[0]}.source"] == "local"
@@ -105,6 +109,12 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
             inside = inside.setdefault(part, {})
         inside[name] = value
     return sections
+
+
+def _only_watches(key: str, values: Mapping[str, Any]) -> bool:
+    """Whether a key belongs to a callback of :data:`~reft_lightning.config.schema.WATCHING`."""
+    target = str(values.get(".".join([*key.split(".")[:2], "_target_"]), ""))
+    return target.rpartition(".")[2] in WATCHING.get(target.partition(".")[0], ())
 
 
 @cache

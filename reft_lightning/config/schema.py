@@ -270,8 +270,8 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     # name -> {_target_: import path, arguments}; the run folder's metrics.csv is written always
     logger: dict[str, Any] = field(default_factory=dict, metadata={"identity": "free"})
-    # name -> {_target_: import path, arguments}, in addition to those that every run has
-    callbacks: dict[str, Any] = field(default_factory=dict)
+    # name -> {_target_: import path, arguments}, in addition to those that every run has; WATCHING identify no run
+    callbacks: dict[str, Any] = field(default_factory=dict, metadata={"identity": "watching"})
     seed: int = field(default=42, metadata={"identity": "seed"})  # the first of the authors' seeds 42, 43, 44
     test: bool = free(True)  # evaluate the test split, once, after training
     evaluate_base: bool = free(False)  # the frozen base in the same table
@@ -290,6 +290,16 @@ class Config:
     )  # whether a run may replace a complete one in the folder that hydra.run.dir names
     name: Optional[str] = free(None)  # of the run folder; None: the experiment's
 
+
+# Callbacks that only watch a run or write what it has, by package and class: with one of them it is the same run. Any
+# other, such as one of the user's own, may change what is trained.
+WATCHING: dict[str, tuple[str, ...]] = {
+    "reft_lightning": ("EditNorms",),
+    "lightning": (
+        "DeviceStatsMonitor", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "OnExceptionCheckpoint",
+        "RichModelSummary", "RichProgressBar", "ThroughputMonitor", "TQDMProgressBar",
+    ),
+}  # fmt: skip
 
 # Values of the string fields above that name one thing of a few; an error message lists them.
 CHOICES: dict[str, tuple[str, ...]] = {

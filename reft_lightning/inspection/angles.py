@@ -8,7 +8,7 @@ gives, :math:`E[\cos^2] = \max(k, m) / d`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,10 +17,7 @@ from torch import Tensor
 def principal_angles(P: Tensor, Q: Tensor) -> Tensor:  # (k, d), (m, d) -> (min(k, m),)
     """Return the principal angles of two row spaces in degrees, the smallest first; rows are orthonormal."""
     if P.shape[1] != Q.shape[1]:
-        raise ValueError(
-            f"subspaces of spaces of {P.shape[1]} and {Q.shape[1]} dimensions have no angle: the adapters edit "
-            "representations of different widths"
-        )
+        raise ValueError(f"subspaces of spaces of {P.shape[1]} and {Q.shape[1]} dimensions have no angle")
     return torch.linalg.svdvals(P @ Q.mT).clamp(max=1).arccos().rad2deg()
 
 
@@ -38,6 +35,16 @@ def _of_mean_square(mean: float) -> float:
     return math.degrees(math.acos(math.sqrt(min(mean, 1.0))))
 
 
-def between(spaces: Sequence[Tensor]) -> list[list[float]]:
-    """Return the mean angle of each subspace with each."""
-    return [[mean_angle(P, Q) for Q in spaces] for P in spaces]
+def between(spaces: Sequence[Tensor], angle: Callable[[Tensor, Tensor], float]) -> list[list[float]]:
+    """Return an angle of each subspace with each; NaN for those of different widths, which have none."""
+    return [[angle(P, Q) if P.shape[1] == Q.shape[1] else math.nan for Q in spaces] for P in spaces]
+
+
+def spread(angles: Iterable[float]) -> str:
+    """Return degrees as one number where all are the same, else from the least to the largest.
+
+    >>> spread([83.21, 83.22]), spread([83.2, 79.3])
+    ('83.2', '79.3 to 83.2')
+    """
+    shown = sorted(round(angle, 1) for angle in angles)
+    return " to ".join(f"{angle:.1f}" for angle in dict.fromkeys((shown[0], shown[-1])))

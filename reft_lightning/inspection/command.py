@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from ..adapters.methods import method_named
 from ..adapters.reft.config import CONFIG_FILE
 from ..adapters.reft.measuring import saved_interventions
 from ..config import compose
 from ..config.schema import Config
+from ..interventions import intervention_class, method_name
 from ..runs.arguments import family_of, method_of
 from ..runs.build import Objects, prepare
 from ..runs.evaluate import evaluating_trainer, load_run, untrained
 from ..runs.kinds import kind_of
 from ..runs.run_folder import load_run_config
 from ..storage.atomic import write_json
+from ..storage.reading import read_json
 from ..suggest import did_you_mean
 from ..terminal.bars import Bar
 from . import findings
@@ -57,15 +60,17 @@ def main(
     console = console or Console(width=None if sys.stdout.isatty() else 120)
     runs = [_run_of(folder) for folder in folders]
     out = out or runs[0] / "inspection"
-    spaces = {str(run): findings.subspaces(saved_interventions(_adapter(run))) for run in runs[1:]}
+    found = _compare(runs)
     if (runs[0] / "config.yaml").is_file():
-        found = _inspect(runs[0], spaces, rows, forget, text, out)
+        inside = _inspect(runs[0], rows, forget, text, out)
     else:
-        own = findings.subspaces(saved_interventions(_adapter(runs[0])))
-        found = findings.compare({str(runs[0]): own, **spaces})
-        found["not_inspected"].append(
-            f"{runs[0]} is an adapter without its run, whose config.yaml names model and rows: only subspaces"
-        )
+        inside = {
+            "not_inspected": [
+                f"{runs[0]} is an adapter without its run, whose config.yaml names model and rows: only subspaces"
+            ]
+        }
+    said = [*inside["not_inspected"], *found["not_inspected"]]
+    found = {**inside, **found, "not_inspected": said}
     found = {"folder": str(runs[0]), **found}
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "inspect.json", found)
@@ -95,13 +100,40 @@ def _run_of(folder: Path) -> Path:
     )
 
 
-def _adapter(run: Path) -> Path:
-    return run if (run / CONFIG_FILE).is_file() else run / "adapter"
+def _compare(runs: Sequence[Path]) -> dict[str, Any]:
+    """Return the angles within and between adapters, for which neither weights nor rows are read.
+
+    Raises:
+        ValueError, OSError: for adapters that cannot be compared.
+    """
+    own, *others = ((run, run if (run / CONFIG_FILE).is_file() else run / "adapter") for run in runs)
+    spaces = {str(run): _subspaces(run, adapter) for run, adapter in others}
+    if not (own[1] / CONFIG_FILE).is_file():  # another method, which is inspected by itself
+        return {"not_inspected": []}
+    return findings.compare(str(own[0]), _subspaces(*own), spaces)
+
+
+def _subspaces(run: Path, adapter: Path) -> findings.Subspaces:
+    """Return the subspaces of a saved adapter; one's own intervention is imported as its run names it."""
+    if run == adapter:
+        saved: dict[str, Any] = read_json(adapter / CONFIG_FILE)
+        method, layers = saved.get("method", ""), saved.get("per_layer")
+    else:
+        intervention = load_run_config(run).intervention
+        method, layers = intervention.method, intervention.layers
+    named = (
+        [own["method"] for own in layers.values() if own and "method" in own]
+        if isinstance(layers, Mapping)
+        else []
+    )
+    for name in (method, *named):
+        if method_named(name).takes_settings:
+            method_name(intervention_class(name))  # enters it in the table that saved adapters are read by
+    return findings.subspaces(saved_interventions(adapter))
 
 
 def _inspect(
     folder: Path,
-    spaces: dict[str, findings.Subspaces],
     rows: int,
     forget: Sequence[str],
     text: Path | None,
@@ -130,7 +162,7 @@ def _inspect(
         def step(what: str) -> None:
             bar.show(bar.done + 1, what)
 
-        found = findings.find(run, spaces, step)
+        found = findings.find(run, step)
     count = objects.prepared.count
     return {
         "model": config.model.name,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..storage.atomic import write_whole
+from .angles import spread
 from .findings import main_score
 
 if TYPE_CHECKING:
@@ -89,18 +90,22 @@ def _angles(figure: Figure, found: dict[str, Any]) -> None:
     grid = [
         [nan if i == j else angle for j, angle in enumerate(row)] for i, row in enumerate(angles["angle"])
     ]
+    chance = [angle for i, row in enumerate(angles["chance"]) for angle in row[:i] if angle == angle]
     image = panels[0].imshow(grid, cmap="viridis", vmax=90)
     _layer_ticks(panels[0], layers)
     some = range(0, len(layers), max(1, len(layers) // 15))
     panels[0].set_yticks(list(some), [str(layers[i]) for i in some])
-    panels[0].set(ylabel="layer", title=f"Degrees between layers (chance {angles['chance']:.1f})")
+    title = f"Degrees between layers (chance {spread(chance)})" if chance else "Degrees between layers"
+    panels[0].set(ylabel="layer", title=title)
     figure.colorbar(image, ax=panels[0])
     if angles["runs"]:
         for (name, by_layer), marker in zip(angles["runs"].items(), "os^Dv" * 9, strict=False):
-            panels[1].plot(
-                list(by_layer), list(by_layer.values()), marker=marker, ms=4, label=Path(name).name
+            found_angles, by_chance = (
+                [pair[what] for pair in by_layer.values()] for what in ("angle", "chance")
             )
-        panels[1].axhline(angles["chance"], color=GREY, ls="--", label="chance")
+            (line,) = panels[1].plot(list(by_layer), found_angles, marker=marker, ms=4, label=Path(name).name)
+            panels[1].plot(list(by_layer), by_chance, color=line.get_color(), ls="--", lw=1)
+        panels[1].plot([], [], color=GREY, ls="--", label="chance")
         panels[1].set(xlabel="layer", title="Degrees to the same layer of another run")
         panels[1].legend()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from lightning import Trainer
 from torch import Tensor
 
 from ..adapters.adapt import interventions_of
-from ..adapters.reft.lens import logits_of
+from ..adapters.reft.lens import in_stream, logits_of
 from ..adapters.reft.measuring import (
     EditNorms,
     interventions_by_layer,
@@ -83,14 +83,11 @@ def steps_of(model: Any, other: bool) -> int:
     return 2 + inside + 2 * other
 
 
-def find(
-    run: Inspected, others: dict[str, Subspaces] | None = None, step: Step = lambda what: None
-) -> dict[str, Any]:
-    """Inspect the adapter of a run.
+def find(run: Inspected, step: Step = lambda what: None) -> dict[str, Any]:
+    """Inspect the adapter of a run: all but its subspaces, see :func:`compare`.
 
     Args:
         run: what is inspected.
-        others: name of another run -> its subspaces.
         step: is called before each evaluation.
     """
     model = run.objects.model
@@ -111,7 +108,7 @@ def find(
     reft = interventions_of(model)
     if reft is None:
         found["not_inspected"].append(
-            f"{model.config.method} edits no representations: no edit norms, subspaces, switches or strengths"
+            f"{model.config.method} edits no representations: no edit norms, switches or strengths"
         )
         return found
     step("edit norms")
@@ -122,11 +119,9 @@ def find(
         "by_position": {layer: values.tolist() for layer, values in norms.by_place().items()},
         "by_layer": {layer: float(value) for layer, value in norms.by_layer().items()},
     }
-    found["subspaces"] = _angles(subspaces(interventions_by_layer(reft)), others or {})
-    if not found["subspaces"]:
-        found["not_inspected"].append(f"the edits of {reft.config.method} may point anywhere: no subspaces")
     if run.text is not None:
-        found["logit_lens"] = _lens(run, reft, norms)
+        found["logit_lens"], left_out = _lens(run, reft, norms)
+        found["not_inspected"] += left_out
     found["without"] = _without(run, reft, step)
     found["strength"] = [{"scale": scale, **scores} for scale, scores in _strengths(run, reft, step)]
     return found
@@ -146,39 +141,61 @@ def _norms(run: Inspected, reft: ReftModel) -> EditNorms:
 def subspaces(interventions: dict[int, list[Intervention]]) -> Subspaces:
     """Return the subspace of each layer that has one."""
     found = {layer: subspace(group) for layer, group in interventions.items()}
-    return {layer: rows.cpu() for layer, rows in found.items() if rows is not None}
+    return {layer: rows for layer, rows in found.items() if rows is not None and len(rows)}
 
 
-def _angles(own: Subspaces, others: dict[str, Subspaces]) -> dict[str, Any]:
+def compare(name: str, own: Subspaces, others: Mapping[str, Subspaces]) -> dict[str, Any]:
+    """Return the angles between the layers of an adapter, and between its layers and the same ones of others.
+
+    Args:
+        name: of the folder of the adapter.
+        own: its subspaces.
+        others: name of another folder -> the subspaces of its adapter.
+
+    Raises:
+        ValueError: for another adapter that edits representations of another width.
+    """
     if not own:
-        return {}
-    first = next(iter(own.values()))
-    runs = {}
-    for name, theirs in others.items():
-        runs[name] = {layer: mean_angle(own[layer], theirs[layer]) for layer in own if layer in theirs}
-    return {
+        return {"not_inspected": [f"{name}: its edits keep to no subspace, so there are no angles"]}
+    runs, left_out = {}, []
+    for other, theirs in others.items():
+        shared = [layer for layer in own if layer in theirs]
+        for layer in shared:
+            width, another = own[layer].shape[1], theirs[layer].shape[1]
+            if width != another:
+                raise ValueError(
+                    f"layer {layer} of {name} edits representations of width {width}, that of {other} of {another}: "
+                    "their subspaces have no angle. Compare runs of one model and component"
+                )
+        if not shared:
+            why = "it edits none of the same layers" if theirs else "its edits keep to no subspace"
+            left_out.append(f"{other}: {why}, so there are no angles to it")
+        runs[other] = {
+            layer: {"angle": mean_angle(P, Q), "chance": chance_angle(P, Q)}
+            for layer, P, Q in ((layer, own[layer], theirs[layer]) for layer in shared)
+        }
+    spaces = list(own.values())
+    found = {
         "layers": list(own),
         "dimensions": {layer: len(rows) for layer, rows in own.items()},
-        "angle": between(list(own.values())),
-        "chance": chance_angle(first, first),
+        "angle": between(spaces, mean_angle),
+        "chance": between(spaces, chance_angle),
         "runs": runs,
     }
+    return {"not_inspected": left_out, "subspaces": found}
 
 
-def compare(spaces: dict[str, Subspaces]) -> dict[str, Any]:
-    """Return the angles between the adapters of several folders, the first of which the others are compared with."""
-    (_, own), *rest = spaces.items()
-    return {"not_inspected": [], "subspaces": _angles(own, dict(rest))}
-
-
-def _lens(run: Inspected, reft: ReftModel, norms: EditNorms) -> list[dict[str, Any]]:
-    """Return the tokens that the directions of each layer point to.
+def _lens(run: Inspected, reft: ReftModel, norms: EditNorms) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the tokens that the directions of each layer point to, and what is left out.
 
     The constant is edit(0): R'b for LoReFT. Rows of R are one basis of many of the same subspace.
     """
     base, tokenizer = reft.base_model, run.objects.prepared.tokenizer
-    mean, found = norms.mean_edits(), []
+    mean, found, outside = norms.mean_edits(), [], {}
     for layer, group in interventions_by_layer(reft).items():
+        if not in_stream(base, reft.sites[str(layer)]):
+            outside.setdefault(reft.config.for_layer(layer).component, []).append(layer)
+            continue
         named: list[tuple[str, Tensor]] = [("mean edit", mean[layer])] if layer in mean else []
         with torch.no_grad():
             for number, phi in enumerate(group):
@@ -195,7 +212,11 @@ def _lens(run: Inspected, reft: ReftModel, norms: EditNorms) -> list[dict[str, A
             found.append(
                 {"layer": layer, "direction": name, "towards": tops[i], "away_from": tops[i + len(named)]}
             )
-    return found
+    return found, [
+        f"{component} is not in the residual stream, which the output head reads: no logit lens of layers "
+        f"{', '.join(map(str, layers))}"
+        for component, layers in outside.items()
+    ]
 
 
 def _without(run: Inspected, reft: ReftModel, step: Step) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .angles import spread
 from .findings import main_score
 
 SHOWN = 4  # layers of the logit lens: those with the largest edits
@@ -26,7 +27,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         _parts(found, console)
     if angles := found.get("subspaces"):
         _angles(angles, console)
-    if "logit_lens" in found:
+    if found.get("logit_lens"):
         _lens(found, console)
     if "strength" in found:
         _strength(found["strength"], console)
@@ -89,27 +90,34 @@ def _parts(found: dict[str, Any], console: Console) -> None:
 
 
 def _angles(angles: dict[str, Any], console: Console) -> None:
-    layers, grid = angles["layers"], angles["angle"]
-    pairs = [(grid[i][j], layers[i], layers[j]) for i in range(len(layers)) for j in range(i)]
+    layers, grid, chance = angles["layers"], angles["angle"], angles["chance"]
+    pairs = [
+        (grid[i][j], layers[i], layers[j], chance[i][j])
+        for i in range(len(layers)) for j in range(i) if grid[i][j] == grid[i][j]
+    ]  # fmt: skip
     if pairs:
-        least, one, other = min(pairs)
-        mean = sum(angle for angle, _, _ in pairs) / len(pairs)
+        least, one, other, _ = min(pairs)
         console.print(
-            f"subspaces of layers: {mean:.1f} degrees apart on average, nearest {other} and {one} with {least:.1f}; "
-            f"chance {angles['chance']:.1f}",
+            f"subspaces of layers: {fmean(pair[0] for pair in pairs):.1f} degrees apart on average, nearest {other} "
+            f"and {one} with {least:.1f}; chance {spread(pair[3] for pair in pairs)}",
             soft_wrap=True, highlight=False,
         )  # fmt: skip
     for name, by_layer in angles["runs"].items():
         if by_layer:
-            mean, least = sum(by_layer.values()) / len(by_layer), min(by_layer.values())
+            found = [pair["angle"] for pair in by_layer.values()]
+            expected = spread(pair["chance"] for pair in by_layer.values())
             console.print(
-                escape(f"same layers of {name}: {mean:.1f} degrees apart on average, nearest {least:.1f}"),
+                escape(
+                    f"same layers of {name}: {fmean(found):.1f} degrees apart on average, nearest {min(found):.1f}; "
+                    f"chance {expected}"
+                ),
                 soft_wrap=True, highlight=False,
             )  # fmt: skip
 
 
 def _lens(found: dict[str, Any], console: Console) -> None:
-    norms = found["edit_norm"]["by_layer"]
+    shown = {line["layer"] for line in found["logit_lens"]}
+    norms = {layer: norm for layer, norm in found["edit_norm"]["by_layer"].items() if layer in shown}
     largest = sorted(norms, key=norms.__getitem__, reverse=True)[:SHOWN]
     rows = [
         [

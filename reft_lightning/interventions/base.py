@@ -113,7 +113,9 @@ class Intervention(nn.Module):
 
 def without_autocast(device: str) -> AbstractContextManager:
     """Switch autocast off, where it is on: entering ``torch.autocast`` costs more than the question."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    if device == "meta" or not torch.is_autocast_enabled(device):  # the meta device has none
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def registered(name: str) -> type[Intervention]:

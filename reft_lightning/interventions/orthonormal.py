@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .base import without_autocast
+
 
 def orthonormal_rows(A: Tensor) -> Tensor:  # (..., r, d) -> (..., r, d)
     r"""Return R with :math:`R R^\top = I_r` and the row space of A, continuously in A.
@@ -30,7 +32,7 @@ def orthonormal_rows(A: Tensor) -> Tensor:  # (..., r, d) -> (..., r, d)
     Raises:
         torch.linalg.LinAlgError: if the rows of some A are linearly dependent.
     """
-    with torch.autocast(A.device.type, enabled=False):  # in bfloat16, R R' = I would hold to two digits
+    with without_autocast(A.device.type):  # in bfloat16, R R' = I would hold to two digits
         A = A.to(torch.promote_types(A.dtype, torch.float32))
         A = A / A.norm(dim=-1, keepdim=True).mean(dim=-2, keepdim=True)  # R does not depend on the scale of A
         rows, (_, failed) = _cholesky_pass(A)

@@ -152,9 +152,11 @@ def _sections(report: Report) -> tuple[dict[str, list[Panel]], str]:
         ],
         "Predictions": [_panel("WeavePanelSummaryTable", table_name=f"{split}/predictions", width=24, height=12)],
         "Time and memory": [
-            _panel("LinePlot", title=name, x=STEP, y=[name])
-            for name in ("train/tokens_per_second", "progress/tokens", "progress/lr/weight")
-        ] + [_panel("BarPlot", title="seconds of training", metrics=["train_seconds"], **_by_method("stddev"))],
+            *(_panel("LinePlot", title=name, x=STEP, y=[name])
+              for name in ("train/tokens_per_second", "progress/tokens")),
+            _panel("LinePlot", title="progress/lr", x=STEP, metric_regex="progress/lr/.*"),  # of each role there is
+            _panel("BarPlot", title="seconds of training", metrics=["train_seconds"], **_by_method("stddev")),
+        ],
     }  # fmt: skip
     # trials are compared by validation, and know no test row
     if sweep := _sweep(report, validated if report.studies else score, fewer):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import netrc
-import os
-
 
 def has_key() -> bool:
-    """Whether W&B has a key here, in the environment or in the file that `wandb login` writes."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].rstrip("/")
+    """Whether W&B finds a key for its server, wherever it looks: environment, its settings, $NETRC or ~/.netrc.
+
+    Raises:
+        ValueError: for a key that cannot be one.
+    """
+    import wandb
+    from wandb.errors import AuthenticationError
+
     try:
-        return netrc.netrc().authenticators(host) is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
+        return wandb.login(prompt=False, verify=False)
+    except AuthenticationError as error:
+        raise ValueError(
+            f"the key of W&B cannot be used: {error} Correct it, or set WANDB_MODE=offline"
+        ) from error

@@ -92,7 +92,9 @@ def wandb_arguments(
     values = {key: value for key, value in entry.items() if key != "log_adapter"}
     offline = "offline" if values.pop("offline", False) else None
     mode = values.get("mode") or offline or os.environ.get("WANDB_MODE")
-    mode = {"dryrun": "offline", None: "online" if has_key() else "offline"}.get(mode, mode)  # W&B's old name
+    if mode is None:
+        mode = "online" if has_key() else "offline"
+    mode = {"dryrun": "offline"}.get(mode, mode)  # W&B's old name
     if mode not in MODES:
         raise ValueError(
             f"logger.wandb.mode must be one of {', '.join(MODES)}; got {mode!r}, there or in WANDB_MODE"

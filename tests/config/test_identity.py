@@ -1,12 +1,15 @@
 """What makes two runs the same run: one answer for the hash, for resuming, for reports and for the paper's tables."""
 
 import dataclasses
+import importlib
 
 import pytest
+from lightning import Callback
 
 from reft_lightning.config.compose import compose
 from reft_lightning.config.explain import keys
 from reft_lightning.config.identity import config_hash, differences, identity
+from reft_lightning.config.schema import WATCHING
 
 TINY = ["model=tiny_random", "data=boolq"]
 LOCAL = ["data.source=local", "data.path=rows"]
@@ -19,7 +22,9 @@ def config(*overrides):
 @pytest.mark.parametrize(
     "override",
     ["name=mine", "logger=wandb", "kept.limit_gb=1", "trainer.accelerator=cpu", "evaluate_base=true", "test=false",
-     "data.eval_batch_size=7", "checkpoint.every_n_steps=3", "decoding.verify=false"],
+     "data.eval_batch_size=7", "checkpoint.every_n_steps=3", "decoding.verify=false", "callbacks=edit_norms",
+     "callbacks=device_stats", "callbacks=[edit_norms,device_stats]",
+     "+callbacks.x={_target_:lightning.pytorch.callbacks.lr_monitor.LearningRateMonitor,log_momentum:true}"],
 )  # fmt: skip
 def test_what_changes_no_result_does_not_identify_a_run(override):
     assert config_hash(config(override)) == config_hash(config())
@@ -29,7 +34,8 @@ def test_what_changes_no_result_does_not_identify_a_run(override):
     "override",
     ["seed=7", "optimizer.lr=1e-5", "intervention.rank=3", "data.limit_train=5", "model.dtype=bfloat16",
      "trainer.max_steps=3", "intervention=direft", "data.tasks=[piqa]", "checkpoint.monitor=val/loss",
-     "model.config.hidden_size=64"],
+     "model.config.hidden_size=64", "+callbacks.x._target_=mine.LearningRateMonitor",
+     "+callbacks.x={_target_:lightning.pytorch.callbacks.StochasticWeightAveraging,swa_lrs:0.1}"],
 )  # fmt: skip
 def test_what_changes_a_result_does(override):
     assert config_hash(config(override)) != config_hash(config())
@@ -88,3 +94,16 @@ def test_only_places_of_files_that_exist_become_absolute(monkeypatch, tmp_path):
     found = config(*LOCAL, "data.mixture=mixture.json", "model.source=local", "model.path=weights")
     assert (found.data.path, found.data.mixture) == (str(tmp_path / "rows"), str(tmp_path / "mixture.json"))
     assert (found.model.path, found.model.tokenizer) == ("weights", "bytes")
+
+
+@pytest.mark.parametrize(
+    "path", [f"{package}.{name}" for package, names in WATCHING.items() for name in names]
+)
+def test_callbacks_that_only_watch_exist(path):
+    package, name = path.split(".")
+    home = {
+        "lightning": "lightning.pytorch.callbacks",
+        "reft_lightning": "reft_lightning.inspection.edit_norms",
+    }
+    cls = getattr(importlib.import_module(home[package]), name)
+    assert issubclass(cls, Callback)

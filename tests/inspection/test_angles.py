@@ -40,7 +40,7 @@ def test_random_subspaces_are_apart_as_chance_says():
 
 
 def test_angles_of_several_are_symmetric_and_0_on_the_diagonal():
-    grid = torch.tensor(between([rows(2, 12, seed) for seed in range(3)]))
+    grid = torch.tensor(between([rows(2, 12, seed) for seed in range(3)], mean_angle))
     torch.testing.assert_close(grid, grid.T)
     assert grid.diagonal().abs().max() < 1e-4
 
@@ -48,3 +48,8 @@ def test_angles_of_several_are_symmetric_and_0_on_the_diagonal():
 def test_adapters_of_different_widths_have_no_angle():
     with pytest.raises(ValueError, match="12 and 13 dimensions"):
         principal_angles(rows(2, 12), rows(2, 13))
+
+
+def test_subspaces_of_different_widths_have_no_angle_between_layers():
+    grid = torch.tensor(between([rows(2, 12), rows(2, 13)], mean_angle))
+    assert grid.isnan().tolist() == [[False, True], [True, False]]

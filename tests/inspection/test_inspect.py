@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from reft_lightning import cli
 from reft_lightning.config import compose
 from reft_lightning.inspection import command
+from reft_lightning.interventions import INTERVENTIONS
 from reft_lightning.runs import experiment
 
 TEXT = "a zorb is kept where a fenk was, and " * 12
@@ -42,6 +44,10 @@ def inspect(*folders, **options):
     said = io.StringIO()
     found = command.main(folders, **options, console=Console(file=said, width=120))
     return found, said.getvalue()
+
+
+def degrees(by_layer, what="angle"):
+    return {layer: pair[what] for layer, pair in by_layer.items()}
 
 
 @pytest.fixture(scope="module")
@@ -116,16 +122,103 @@ def test_two_runs_are_compared_layer_by_layer(folder, data, tmp_path):
     found, said = inspect(folder, folder / "adapter", tmp_path / "other", rows=2, out=tmp_path / "out")
     runs = found["subspaces"]["runs"]
     assert list(runs) == [str(folder), str(tmp_path / "other")]
-    assert runs[str(folder)] == pytest.approx({0: 0, 1: 0}, abs=1e-4)
-    assert all(20 < angle <= 90 for angle in runs[str(tmp_path / "other")].values())
+    assert degrees(runs[str(folder)]) == pytest.approx({0: 0, 1: 0}, abs=1e-4)
+    assert all(20 < angle <= 90 for angle in degrees(runs[str(tmp_path / "other")]).values())
     assert f"same layers of {tmp_path / 'other'}" in said
     assert found["rows"] == 2
+
+
+def of_one_epoch(data, folder, *overrides):
+    short_runs.run(data, folder, "test=false", "trainer.max_epochs=1", *overrides)
+    return folder
+
+
+def test_the_chance_of_two_runs_is_that_of_both_their_ranks(folder, data, tmp_path):
+    other = of_one_epoch(data, tmp_path / "other", "intervention.rank=8")
+    found, said = inspect(folder, other, rows=2, out=tmp_path / "out")
+    expected = math.degrees(math.acos(math.sqrt(8 / 32)))  # of 2 and 8 directions in 32
+    assert degrees(found["subspaces"]["runs"][str(other)], "chance") == pytest.approx(
+        {0: expected, 1: expected}
+    )
+    own = math.degrees(math.acos(math.sqrt(2 / 32)))
+    assert found["subspaces"]["chance"] == [[pytest.approx(own)] * 2] * 2
+    assert f"chance {own:.1f}" in said
+    assert f"chance {expected:.1f}" in said
+
+
+def test_runs_of_ones_own_intervention_are_compared_in_a_new_process(data, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine_here.py").write_text(
+        "from reft_lightning.interventions import LoReFT\n\nclass Mine(LoReFT): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("one", "other"):
+        of_one_epoch(data, tmp_path / name, "intervention.method=mine_here.Mine")
+
+    def inspect_anew(*options):
+        del sys.modules["mine_here"], INTERVENTIONS["mine_here.Mine"]
+        monkeypatch.setattr(
+            sys, "argv", ["reft-inspect", *(str(tmp_path / n) for n in ("one", "other")), *options]
+        )
+        cli.inspect()
+
+    inspect_anew("rows=2", "trust_code=true")
+    assert f"same layers of {tmp_path / 'other'}" in capsys.readouterr().out.replace("\n", "")
+    with pytest.raises(SystemExit):
+        inspect_anew("rows=2")
+    assert "mine_here.Mine is not part of an installed package" in capsys.readouterr().err
+
+
+def test_runs_of_other_widths_are_refused_by_name_before_weights_are_loaded(
+    folder, data, tmp_path, monkeypatch
+):
+    wide = ["model.config.hidden_size=64", "model.config.intermediate_size=96"]
+    other = of_one_epoch(data, tmp_path / "wide", *wide)
+    monkeypatch.setattr("reft_lightning.runs.build.load_base_model", None)
+    with pytest.raises(ValueError, match=f"{folder} edits .* width 32, that of {other} of 64"):
+        inspect(folder, other, out=tmp_path / "out")
+
+
+def test_a_method_whose_edits_may_point_anywhere_has_no_angles_and_that_is_said(folder, data, tmp_path):
+    red = of_one_epoch(data, tmp_path / "red", "intervention=red", "intervention.rank=null")
+    found, said = inspect(folder, red, rows=2, out=tmp_path / "one")
+    assert found["not_inspected"] == [f"{red}: its edits keep to no subspace, so there are no angles to it"]
+    assert found["not_inspected"][0] in said
+    found, said = inspect(red, folder, rows=2, out=tmp_path / "other")
+    assert "subspaces" not in found
+    assert f"{red}: its edits keep to no subspace, so there are no angles" in said
+    assert found["strength"]
+
+
+@pytest.mark.parametrize("path", ["self_attn.o_proj.input", "mlp.down_proj.input"])
+def test_the_lens_leaves_out_what_is_not_in_the_residual_stream_and_the_rest_is_reported(
+    data, tmp_path, path
+):
+    component = f"model.layers.{{layer}}.{path}"
+    run = of_one_epoch(data, tmp_path / "run", f"intervention.component='{component}'")
+    found, said = inspect(run, rows=2)
+    assert found["logit_lens"] == []
+    assert "Logit lens" not in said
+    assert (
+        f"{component} is not in the residual stream, which the output head reads: no logit lens of layers 0, 1"
+        in said
+    )
+    assert len(found["strength"]) == 9
+    assert found["subspaces"]["layers"] == [0, 1]
+
+
+def test_layers_at_two_places_have_the_lens_of_those_in_the_stream(data, tmp_path):
+    layers = "{0: {component: block_output}, 1: {component: 'model.layers.{layer}.mlp.down_proj.input'}}"
+    run = of_one_epoch(data, tmp_path / "run", f"intervention.layers={layers}")
+    found, said = inspect(run, rows=2)
+    assert {line["layer"] for line in found["logit_lens"]} == {0}
+    assert "no logit lens of layers 1" in said
+    assert math.isnan(found["subspaces"]["angle"][0][1])  # of widths 32 and 64
 
 
 def test_of_an_adapter_without_its_run_only_subspaces_are_known(folder, tmp_path):
     shutil.copytree(folder / "adapter", tmp_path / "alone")
     found, said = inspect(tmp_path / "alone", folder)
-    assert found["subspaces"]["runs"][str(folder)] == pytest.approx({0: 0, 1: 0}, abs=1e-4)
+    assert degrees(found["subspaces"]["runs"][str(folder)]) == pytest.approx({0: 0, 1: 0}, abs=1e-4)
     assert "is an adapter without its run" in said
     assert {path.name for path in (tmp_path / "alone" / "inspection").iterdir()} == {
         "inspect.json", "angles.png", "angles.svg",

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import short_runs
 import torch
+import wandb as wandb_library
 from lightning import Callback
 
 from reft_lightning.config.compose import compose
@@ -293,11 +294,24 @@ def wandb(*overrides):
     return compose(["model=tiny_random", "logger=wandb", *overrides])
 
 
-def test_without_a_key_a_run_is_offline_and_says_how_to_upload_it(tmp_path, monkeypatch, caplog):
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+KEY = "x" * 40
+
+
+@pytest.fixture
+def anew(tmp_path, monkeypatch):
+    """W&B as in a new process of a user without a key."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(home / "config"))
+    wandb_library.teardown()
+    yield home
+    wandb_library.teardown()
+
+
+def test_without_a_key_a_run_is_offline_and_says_how_to_upload_it(tmp_path, anew, caplog):
     with caplog.at_level(logging.INFO, "reft_lightning.runs.wandb_names"):
         (_, logger) = trainer.build_loggers(wandb(), tmp_path / "run")
     assert logger._wandb_init["mode"] == "offline"
@@ -305,11 +319,51 @@ def test_without_a_key_a_run_is_offline_and_says_how_to_upload_it(tmp_path, monk
     assert str(tmp_path / "run") in caplog.text
 
 
-def test_with_a_key_a_run_is_online(tmp_path, monkeypatch):
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    (_, logger) = trainer.build_loggers(wandb(), tmp_path)
-    assert logger._wandb_init["mode"] == "online"
+def mode_of(folder):
+    (_, logger) = trainer.build_loggers(wandb(), folder)
+    return logger._wandb_init["mode"]
+
+
+def test_with_a_key_a_run_is_online(tmp_path, anew, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert mode_of(tmp_path) == "online"
+
+
+@pytest.mark.parametrize(
+    ("server", "machine", "expected"),
+    [
+        (None, "api.wandb.ai", "online"),
+        ("http://wandb.example:8080", "wandb.example:8080", "online"),  # self-hosted
+        ("https://wandb.example/", "wandb.example", "online"),
+        ("https://wandb.example", "api.wandb.ai", "offline"),  # a key of another server
+        (None, "github.com", "offline"),
+    ],
+)
+@pytest.mark.parametrize("place", ["NETRC", "home"])
+def test_a_key_in_a_netrc_file_counts_for_its_server(
+    tmp_path, anew, monkeypatch, place, server, machine, expected
+):
+    file = anew / ".netrc"
+    if place == "NETRC":
+        file = tmp_path / "mine"
+        monkeypatch.setenv("NETRC", str(file))
+    file.write_text(f"machine {machine}\n  login user\n  password {KEY}\n")
+    if server:
+        monkeypatch.setenv("WANDB_BASE_URL", server)
+    assert mode_of(tmp_path / "run") == expected
+
+
+def test_a_server_that_wandb_login_keeps_in_its_settings_counts(tmp_path, anew, monkeypatch):
+    (anew / "config").mkdir()
+    (anew / "config" / "settings").write_text("[default]\nbase_url = https://wandb.example\n")
+    (anew / ".netrc").write_text(f"machine wandb.example\n  login user\n  password {KEY}\n")
+    assert mode_of(tmp_path / "run") == "online"
+
+
+def test_a_key_that_cannot_be_one_is_refused(tmp_path, anew, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    with pytest.raises(ValueError, match=r"key of W&B cannot be used: .*WANDB_API_KEY.*WANDB_MODE=offline"):
+        mode_of(tmp_path)
 
 
 def test_the_configuration_chooses_the_mode_before_the_environment(tmp_path, monkeypatch):

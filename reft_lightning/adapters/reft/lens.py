@@ -5,13 +5,17 @@ Shapes: n directions, d width, v tokens of the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .sites import find_sites, hidden_of, number_of_layers, with_hidden
+from .sites import Site, find_sites, hidden_of, number_of_layers, with_hidden
+
+LARGE = 256  # times the length of what is in the stream
 
 
 @torch.no_grad()
@@ -21,17 +25,63 @@ def logits_of(model: PreTrainedModel, directions: Tensor) -> Tensor:  # (n, d) -
     The model computes them itself: its final norm, output head and whatever is between, whatever their names.
     Directions get the length of a vector of ones, since a norm forgets lengths and a model without one does not.
     """
-    last = number_of_layers(model) - 1
-    site = find_sites(model, {last: "block_output"})[last]
     rows = directions * (directions.shape[1] ** 0.5 / directions.norm(dim=-1, keepdim=True).clamp(min=1e-12))
-
-    def put(module: nn.Module, args: tuple, output: Any) -> Any:
-        hidden = hidden_of(output)
-        return with_hidden(output, rows.to(hidden).view_as(hidden))
-
-    handle = model.get_submodule(site.path).register_forward_hook(put)
-    try:
+    with _changed(model, _output_of(model, number_of_layers(model) - 1), lambda h: rows.to(h).view_as(h)):
         ids = torch.zeros(len(rows), 1, dtype=torch.long, device=model.device)
         return model(input_ids=ids, use_cache=False).logits[:, -1].float()
+
+
+@torch.no_grad()
+def in_stream(model: PreTrainedModel, site: Site) -> bool:
+    """Whether a site lies in the residual stream, or is added to it as it is: only there does the lens mean something.
+
+    It is tried: a large vector that is added at such a site arrives at the output of its block, where all that the
+    block computes of it is small, because blocks read the stream through a norm. Elsewhere a map or a norm comes first.
+    """
+    if site.dim != model.config.get_text_config().hidden_size:
+        return False
+    before = _block_output(model, site.layer)
+    push = torch.randn(before.shape, generator=torch.Generator().manual_seed(0)).to(before)
+    push *= LARGE * (before.norm() + len(push) ** 0.5) / push.norm()  # a pad token may be all zeros
+    with _changed(model, site, lambda h: h + push.to(h).view_as(h)):
+        moved = _block_output(model, site.layer) - before
+    return bool((moved - push).norm() < push.norm() / 2)
+
+
+def _output_of(model: PreTrainedModel, layer: int) -> Site:
+    return find_sites(model, {layer: "block_output"})[layer]
+
+
+def _block_output(model: PreTrainedModel, layer: int) -> Tensor:  # (d,)
+    seen: list[Tensor] = []
+
+    def see(hidden: Tensor) -> Tensor:
+        seen.append(hidden.flatten().float())
+        return hidden
+
+    with _changed(model, _output_of(model, layer), see):
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    return seen[0]
+
+
+@contextmanager
+def _changed(model: PreTrainedModel, site: Site, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace the hidden states at a site inside the block."""
+
+    def after(module: nn.Module, args: tuple, output: Any) -> Any:
+        return with_hidden(output, change(hidden_of(output)))
+
+    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+    module = model.get_submodule(site.path)
+    if site.end == "output":
+        handle = module.register_forward_hook(after)
+    else:
+        handle = module.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
     finally:
         handle.remove()

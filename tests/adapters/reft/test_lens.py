@@ -4,7 +4,8 @@ import pytest
 import tiny
 import torch
 
-from reft_lightning.adapters.reft.lens import logits_of
+from reft_lightning.adapters.reft.lens import in_stream, logits_of
+from reft_lightning.adapters.reft.sites import find_sites
 
 NORMS = {
     "llama": "model.norm",
@@ -32,3 +33,34 @@ def test_every_decoder_has_a_lens_and_keeps_no_hook(family):
     before = model(input_ids=torch.arange(3, 8).unsqueeze(0)).logits
     assert logits_of(model, torch.eye(tiny.WIDTH)[:3]).shape == (3, tiny.VOCABULARY)
     assert torch.equal(model(input_ids=torch.arange(3, 8).unsqueeze(0)).logits, before)
+
+
+def site(model, component):
+    return find_sites(model, {1: component})[1]
+
+
+@pytest.mark.parametrize("family", tiny.DECODERS)
+def test_what_blocks_read_and_return_is_in_the_stream_and_what_they_add_unless_a_norm_comes_before(family):
+    model = tiny.model(family)
+    assert in_stream(model, site(model, "block_output"))
+    assert in_stream(model, site(model, "block_input"))
+    for component in ("attention_output", "mlp_output"):
+        assert in_stream(model, site(model, component)) == (family != "gemma3")
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("mlp.down_proj", True),
+        ("self_attn.o_proj", True),
+        ("mlp.down_proj.input", False),  # of another width
+        ("self_attn.o_proj.input", False),  # of the stream's width, in the coordinates of heads
+        ("self_attn.q_proj", False),
+        ("mlp.input", False),  # after the norm
+        ("input_layernorm.input", False),  # a copy: the stream itself goes past it
+    ],
+)
+def test_what_is_inside_a_block_is_decided_by_where_it_goes_and_not_by_its_width(path, expected):
+    model = tiny.model("llama")
+    assert in_stream(model, site(model, f"model.layers.{{layer}}.{path}")) == expected
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

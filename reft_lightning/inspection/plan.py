@@ -1,0 +1,336 @@
+"""What a training step of a configuration costs, before any weights are read: ``reft-inspect plan OVERRIDES``.
+
+A batch goes forward and backward through the adapted model on torch's meta device, which knows shapes and no numbers.
+torch counts the floating-point operations of matrix products on the way, and what is saved for the backward pass.
+
+Shapes: b rows, s columns, t columns that are attended to, n heads, d width of a head.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface, PreTrainedModel
+
+from ..adapters.adapt import adapt, build_on_meta, interventions_of
+from ..adapters.adapted import AdaptedModel
+from ..adapters.reft.measuring import Seen, watching
+from ..base_models.reading import takes_position_ids
+from ..config import compose
+from ..config.schema import Config
+from ..data.encoding import Collator, Encoded, target_only
+from ..data.example import Example
+from ..runs.arguments import method_of
+from ..runs.build import Outline, outline, prepare
+from ..runs.kinds import kind_of
+
+FUSED = "reft_inspect_fused"
+NOT_INPUTS = ("boundary", "rows", "examples")
+Batch = dict[str, Any]
+
+
+class _Fused(torch.autograd.Function):
+    """Attention as torch's fused kernels compute it: scores are computed again in the backward pass, and not saved.
+
+    Saved are q, k, v, the output, the mask as numbers, and the logarithm of each row's sum (b, n, s).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
+    ) -> Tensor:  # (b, n, s, d), 2 (b, n, t, d)
+        out = ((q @ k.mT) @ v).transpose(1, 2).contiguous().transpose(1, 2)  # as the kernels lay it out
+        numbers = [] if mask is None else [mask.to(q.dtype)]
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32), *numbers)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        (out,), (q, k, v, *_) = grads, ctx.saved_tensors
+        scores, scores_grad = q @ k.mT, out @ v.mT
+        return scores_grad @ k, scores_grad.mT @ q, scores.mT @ out, None
+
+
+def _fused(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+) -> tuple[Tensor, None]:
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
+    out = _Fused.apply(query, key, value, attention_mask)  # pyright: ignore[reportAttributeAccessIssue]
+    return out.transpose(1, 2), None
+
+
+def main(overrides: Sequence[str], prompt: int | None = None, target: int | None = None) -> dict[str, Any]:
+    """Plan a run, and print what was found.
+
+    Args:
+        overrides: of ``reft-train``.
+        prompt: tokens of the prompt of each row; None for the rows of the data.
+        target: tokens after it; 1 if only the prompt is given.
+
+    Raises:
+        ValueError, OSError: for whatever ``reft-train`` refuses, or a model that does not run without weights.
+    """
+    found = plan(compose.compose(overrides), prompt, target or 1)
+    show(found, Console(soft_wrap=True))
+    return found
+
+
+def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str, Any]:
+    """Return what a run of a configuration costs; see :func:`main`.
+
+    FLOPs are those of matrix products, a multiplication and an addition being two. Exact shortcuts
+    (:mod:`reft_lightning.speed`), mixed precision, gradient checkpointing and kernels' workspaces are left out.
+    """
+    config = replace(config, test=False, evaluate_base=False)
+    if prompt is None:
+        run = prepare(config)
+        batches, rows = _batches_of(run.data)
+    else:
+        run = outline(config)
+        rows = {}
+        batches = {"given": _batch(run, config.data.batch_size, prompt, target)}
+    base, notes = _build(run)
+    base.to(getattr(torch, config.model.dtype))
+    base.requires_grad_(False)
+    weights = _bytes([*base.parameters(), *base.buffers()])
+    own = base.base_model  # Hugging Face's name of the model without its head
+    with torch.no_grad(), _on_meta(own):
+        frozen = {name: _flops_of_base(base, batch) for name, batch in batches.items()}
+    model: Any = adapt(base, **run.attached)
+    model.train()
+    with _on_meta(own):
+        costs = {name: _cost(model, batch, run) for name, batch in batches.items()}
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = list(named.values())
+    try:
+        state = model.adapter_state_dict()
+    except NotImplementedError:  # peft copies the numbers of virtual tokens to the CPU
+        state = named
+    if config.model.gradient_checkpointing:
+        notes.append(
+            "gradient checkpointing saves less for the backward pass and computes it again: not counted"
+        )
+    if "mixed" in str(config.trainer.precision):
+        notes.append(
+            f"trainer.precision={config.trainer.precision}: counted in model.dtype={config.model.dtype}"
+        )
+    return {
+        "model": config.model.name,
+        "method": method_of(config),
+        "trainable_parameters": run.count.trainable,
+        "head_parameters": sum(p.numel() for p in model.parameter_roles()["head"]),
+        "base_parameters": run.count.base,
+        "adapter_bytes": file_bytes(state),
+        "base_bytes": weights,
+        "optimizer_bytes": 3 * _bytes(trained),  # gradients, and the two moments that Adam keeps
+        "batches": {
+            name: {**cost, "base_forward_flops": frozen[name], "rows": len(batches[name]["input_ids"])}
+            for name, cost in costs.items()
+        },
+        **_steps(config, rows),
+        "notes": notes,
+    }
+
+
+# --- batches ------------------------------------------------------------------------------------------------------
+
+
+def _batches_of(data: Any) -> tuple[dict[str, Batch], dict[str, int]]:
+    """Return the batch in the middle and the largest one of an epoch, by their tokens with padding."""
+    rows, loader = data.train_rows, data.train_dataloader()
+    batches = sorted(loader.batch_sampler, key=lambda batch: len(batch) * max(rows.lengths[i] for i in batch))
+    middle, largest = (loader.collate_fn([rows[i] for i in batches[k]]) for k in (len(batches) // 2, -1))
+    return {"median": middle, "largest": largest}, {"batches": len(batches), "tokens": int(sum(rows.lengths))}
+
+
+def _batch(run: Outline, rows: int, prompt: int, target: int) -> Batch:
+    if kind_of(run.family).generates:
+        row = Encoded([0] * prompt, [0] * target, Example("", "", "", ""))
+        return Collator(0)([row] * rows)
+    ids = torch.zeros(rows, prompt, dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _steps(config: Config, rows: Mapping[str, int]) -> dict[str, int]:
+    if not rows:
+        return {}
+    epochs, most = config.trainer.max_epochs, config.trainer.max_steps
+    steps = math.ceil(rows["batches"] / config.trainer.accumulate_grad_batches) * (epochs or 1)
+    return {"epoch_batches": rows["batches"], "epoch_tokens": rows["tokens"],
+            "optimizer_steps": min(steps, most) if most > 0 else steps}  # fmt: skip
+
+
+# --- one step on the meta device ----------------------------------------------------------------------------------
+
+
+def _build(run: Outline) -> tuple[PreTrainedModel, list[str]]:
+    """Return the base model without weights, with attention as it is computed where that can be had."""
+    implementation = run.source["attn_implementation"]
+    if implementation in (None, "sdpa"):
+        AttentionInterface.register(FUSED, _fused)
+        with suppress(KeyError):  # of models that have a table of their own
+            return build_on_meta(run.hf_config, run.source["task"], FUSED), []
+    base = build_on_meta(run.hf_config, run.source["task"], implementation)
+    return base, [] if implementation == "eager" else ["attention: counted as if all its scores were saved"]
+
+
+def _inputs(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
+    """Return a batch's inputs: ids without values, and the masks, of which positions are made, with theirs."""
+    generates = "boundary" in batch
+    batch = target_only(batch) if generates else {k: v for k, v in batch.items() if k != "labels"}
+    inputs = {name: value for name, value in batch.items() if name not in NOT_INPUTS}
+    if takes_position_ids(model):
+        inputs["position_ids"] = torch.empty_like(inputs["input_ids"])
+    return {
+        name: value.to("meta") if isinstance(value, Tensor) and not name.endswith("_mask") else value
+        for name, value in inputs.items()
+    }
+
+
+@contextmanager
+def _on_meta(model: nn.Module) -> Iterator[None]:
+    """Give a model inside the block masks as attention reads them, since what they hold is not known to it.
+
+    Raises:
+        ValueError: if it cannot run without numbers.
+    """
+    names = list(inspect.signature(model.forward).parameters)
+
+    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        mask, ids = given.get("attention_mask"), given.get("input_ids")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            columns = (given["inputs_embeds"] if ids is None else ids).shape[1]
+            shape = (len(mask), 1, columns, mask.shape[1])
+            given["attention_mask"] = torch.empty(shape, dtype=torch.bool, device="meta")
+        return (), given
+
+    handle = model.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    except Exception as error:  # of torch, or of the model's own code
+        raise ValueError(
+            f"{type(model).__name__} does not run without weights, so a step of it cannot be planned: {error}"
+        ) from error
+    finally:
+        handle.remove()
+
+
+def _flops_of_base(base: PreTrainedModel, batch: Batch) -> int:
+    inputs = {name: value for name, value in _inputs(batch, base).items() if name != "prompt_mask"}
+    with FlopCounterMode(display=False) as counter:
+        base(**inputs)
+    return counter.get_total_flops()
+
+
+def _cost(model: AdaptedModel, batch: Batch, run: Outline) -> dict[str, Any]:
+    """Return FLOPs, edited tokens, and bytes that are saved for the backward pass."""
+    base: Any = model.base_model
+    inputs, reft = _inputs(batch, base), interventions_of(model)
+    edited: dict[int, int] = {}
+
+    def see(seen: Seen) -> None:
+        edited[seen.layer] = edited.get(seen.layer, 0) + len(seen.before)
+
+    constant = {StorageWeakRef(t.untyped_storage()) for t in (*base.parameters(), *base.buffers())}
+    saved: dict[StorageWeakRef, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if (ref := StorageWeakRef(storage)) not in constant:
+            saved[ref] = storage.nbytes()
+        return tensor
+
+    with (
+        FlopCounterMode(display=False) as counter,
+        saved_tensors_hooks(pack, lambda tensor: tensor),
+        watching(reft, see) if reft is not None else torch.enable_grad(),
+    ):
+        output = model(**inputs)
+        loss = output.loss if kind_of(run.family).generates else output.logits.float().sum()
+        forward = counter.get_total_flops()
+        loss.backward()
+    real, columns = int(batch["attention_mask"].sum()), batch["input_ids"].shape[1]
+    return {
+        "columns": columns,
+        "tokens": real,
+        "edited_tokens": sum(edited.values()),
+        "edited_tokens_of_layer": edited,
+        "forward_flops": forward,
+        "backward_flops": counter.get_total_flops() - forward,
+        "saved_bytes": sum(saved.values()),
+    }
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def file_bytes(state: Mapping[str, Tensor]) -> int:
+    """Return the size of a safetensors file: 8 bytes, a JSON header padded to a multiple of 8, the numbers."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, tensor in sorted(state.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        end = start + _bytes([tensor])
+        kind = {4: "F32", 2: "BF16", 8: "F64"}[tensor.element_size()]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    return 8 + math.ceil(len(json.dumps(header, separators=(",", ":"))) / 8) * 8 + start
+
+
+# --- the view -----------------------------------------------------------------------------------------------------
+
+
+def show(found: Mapping[str, Any], console: Console) -> None:
+    """Print a plan."""
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    trained, base, heads = (found[f"{name}_parameters"] for name in ("trainable", "base", "head"))
+    percent = f"{100 * trained / base:.4f} % of {base:,}" + (f"; {heads:,} of heads" if heads else "")
+    say(f"{found['model']}, {found['method']}: {trained:,} trained parameters, {percent}")
+    table = Table("", *(f"{name} batch" for name in found["batches"]))
+    lines = {
+        "rows x columns, padding included": lambda c: f"{c['rows']} x {c['columns']}",
+        "tokens": lambda c: f"{c['tokens']:,}",
+        "tokens that are edited, over all layers": lambda c: f"{c['edited_tokens']:,}",
+        "FLOPs, forward": lambda c: f"{c['forward_flops']:.3e}",
+        "FLOPs, backward": lambda c: f"{c['backward_flops']:.3e}",
+        "a step, in forward passes of the frozen base": lambda c: (
+            f"{(c['forward_flops'] + c['backward_flops']) / c['base_forward_flops']:.2f}"
+        ),
+        "saved for the backward pass": lambda c: _size(c["saved_bytes"]),
+    }
+    for name, value in lines.items():
+        table.add_row(name, *(value(cost) for cost in found["batches"].values()))
+    console.print(table)
+    say(f"the base: {_size(found['base_bytes'])}; gradients and Adam's moments: {_size(found['optimizer_bytes'])}; "
+        f"the adapter's file: {_size(found['adapter_bytes'])}")  # fmt: skip
+    if "optimizer_steps" in found:
+        say(f"{found['epoch_tokens']:,} tokens and {found['epoch_batches']:,} batches an epoch; "
+            f"{found['optimizer_steps']:,} optimizer steps in all")  # fmt: skip
+    for note in found["notes"]:
+        say(note)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} GB"

@@ -1,0 +1,170 @@
+"""What a run will cost, said before weights are read: against what the run then has."""
+
+import sys
+
+import pytest
+import short_runs
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.flop_counter import FlopCounterMode
+
+from reft_lightning import cli
+from reft_lightning.config import compose
+from reft_lightning.inspection.plan import plan
+
+EAGER = "model.attn_implementation=eager"
+LORA = ["intervention=peft/lora", "intervention.options.r=2"]
+METHODS = {
+    "loreft": [],
+    "bias": ["intervention=bias", "intervention.rank=null"],
+    "position": ["intervention.tied=position", "intervention=direft"],
+    "lora": LORA,
+    "full": ["intervention=full"],
+    "joint": ["intervention.beside=peft/lora", "+intervention.beside_options.r=2"],
+    "prefix": ["intervention=peft/prefix_tuning", "intervention.options.num_virtual_tokens=4"],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return short_runs.write_rows(tmp_path_factory.mktemp("rows"))
+
+
+def config(data, *overrides):
+    settings = short_runs.arguments(data)
+    if any(text.startswith("intervention=") for text in overrides):
+        settings = [text for text in settings if not text.startswith("intervention.")]
+    return compose.compose([*settings, *overrides])
+
+
+def measured(settings):
+    """Return FLOPs forward and backward, and saved bytes, of a real step on the largest batch."""
+    from reft_lightning.runs.experiment import build
+
+    objects = build(settings)
+    objects.module.training_pass = None
+    rows, loader = objects.data.train_rows, objects.data.train_dataloader()
+    largest = max(loader.batch_sampler, key=lambda batch: len(batch) * max(rows.lengths[i] for i in batch))
+    base = objects.model.base_model
+    constant = {StorageWeakRef(t.untyped_storage()) for t in (*base.parameters(), *base.buffers())}
+    saved = {}
+
+    def pack(tensor):
+        saved[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = objects.module.loss_of(loader.collate_fn([rows[i] for i in largest]))
+        forward = counter.get_total_flops()
+        loss.backward()
+    kept = sum(size for ref, size in saved.items() if ref not in constant)
+    return forward, counter.get_total_flops() - forward, kept
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_flops_are_those_of_a_real_step_and_saved_bytes_within_a_percent(data, method):
+    if method in ("lora", "joint", "prefix"):
+        pytest.importorskip("peft")
+    settings = config(data, EAGER, *METHODS[method])
+    cost = plan(settings)["batches"]["largest"]
+    forward, backward, saved = measured(settings)
+    assert (cost["forward_flops"], cost["backward_flops"]) == (forward, backward)
+    assert cost["saved_bytes"] == pytest.approx(saved, rel=0.01)
+
+
+def test_fused_attention_saves_what_it_saves_on_this_machine(data):
+    settings = config(data)
+    assert plan(settings)["batches"]["largest"]["saved_bytes"] == pytest.approx(
+        measured(settings)[2], rel=0.01
+    )
+
+
+def test_the_flops_of_a_frozen_base_are_those_of_the_formula(data):
+    cost = plan(config(data, "model.config.num_key_value_heads=4"), prompt=20, target=3)["batches"]["given"]
+    rows, s, d, wide, layers, words = 3, 23, 32, 64, 2, 259
+    maps = 4 * d * d + 3 * d * wide
+    expected = (
+        2 * rows * (layers * (s * maps + 2 * s * s * d) + 4 * d * words)
+    )  # logits of target and column before
+    assert cost["base_forward_flops"] == expected
+
+
+def test_parameters_file_and_edited_tokens_are_those_of_the_run(data, tmp_path):
+    found = plan(config(data))
+    results = short_runs.run(data, tmp_path, "test=false", "trainer.max_epochs=1")
+    assert found["trainable_parameters"] == results["trainable_parameters"]
+    assert found["base_parameters"] == results["base_parameters"]
+    assert found["adapter_bytes"] == (tmp_path / "adapter" / "reft.safetensors").stat().st_size
+    assert found["epoch_batches"] == 6
+    assert found["optimizer_steps"] == 12
+    assert found["batches"]["median"]["edited_tokens_of_layer"] == {0: 12, 1: 12}  # f2+l2 of 3 rows
+
+
+def test_given_lengths_need_no_rows(tmp_path):
+    missing = short_runs.arguments(tmp_path / "none")
+    with pytest.raises((ValueError, OSError)):
+        plan(compose.compose(missing))
+    short, long = (
+        plan(compose.compose([*missing, "intervention.positions=prompt"]), prompt=n, target=2)["batches"][
+            "given"
+        ]
+        for n in (10, 20)
+    )
+    assert (short["edited_tokens"], long["edited_tokens"]) == (2 * 3 * 10, 2 * 3 * 20)
+    assert long["saved_bytes"] > 1.5 * short["saved_bytes"]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "gemma3_text", "opt", "falcon"])
+def test_other_decoders_are_planned(data, kind):
+    found = plan(config(data, f"model.config.model_type={kind}"), prompt=9, target=2)
+    cost = found["batches"]["given"]
+    assert cost["base_forward_flops"] < cost["forward_flops"]
+    assert cost["saved_bytes"] > 0
+    assert bool(found["notes"]) == (kind == "falcon")
+
+
+def test_a_classifier_is_planned():
+    settings = [
+        "model=tiny_random",
+        "model.config.model_type=bert",
+        "data=glue_stsb",
+        "intervention.positions=f3",
+    ]
+    found = plan(compose.compose(settings), prompt=12)
+    cost = found["batches"]["given"]
+    assert cost["edited_tokens"] == 2 * 3 * cost["rows"]
+    assert found["head_parameters"] > 0
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr("reft_lightning.runs.build.load_base_model", None)
+    monkeypatch.setattr(sys, "argv", ["reft-inspect", "plan", *arguments])
+    cli.inspect()
+
+
+def test_the_command_shows_what_was_found(data, monkeypatch, capsys):
+    command(monkeypatch, *short_runs.arguments(data), "intervention.rank=4")
+    said = capsys.readouterr().out
+    assert "tiny_random, loreft: 520 trained parameters" in said  # 2 layers of 2 x 4 x 32 + 4
+    for words in ("largest batch", "saved for the backward pass", "the adapter's file", "12 optimizer steps"):
+        assert words in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["model=tiny_random", "data=bolq"], "did you mean 'data=boolq'?"),
+        (["model=tiny_random", "data=boolq", "target=3"], "add prompt=N"),
+        (["model=tiny_random", "data=boolq", "prompt=0"], "prompt must be an integer, 1 or more"),
+        (["data=boolq"], "no model was chosen"),
+        (
+            ["model=tiny_random", "model.config.model_type=bloom", "data=boolq", "prompt=9"],
+            "does not run without",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_said(monkeypatch, capsys, arguments, expected):
+    with pytest.raises(SystemExit) as left:
+        command(monkeypatch, *arguments)
+    assert left.value.code == 2
+    assert expected in capsys.readouterr().err
