@@ -512,13 +512,13 @@ class ReftModel(nn.Module):
         prompts_and_targets: tuple[Tensor, Tensor] | None = None
         for choice in call.choices:
             adapter = self.adapters[choice.adapter]
-            for selection, layers in adapter.layers_by_positions.items():
-                if decoding and not selection[0].reaches_decode:
+            for (positions, tied), layers in adapter.layers_by_positions.items():
+                if decoding and not positions.reaches_decode:
                     continue
                 if prompts_and_targets is None:
                     prompts_and_targets = spans.upto(columns.stop, len(tokens))
                 prompt, target = of_rows(choice.rows, *prompts_and_targets)
-                indices = token_indices(*selection, prompt, target, columns)
+                indices = token_indices(positions, tied, prompt, target, columns)
                 for layer in layers:
                     edit = Edit(choice.adapter, layer, choice.weight, indices)
                     edits.setdefault(adapter.sites[layer].place, []).append(edit)
