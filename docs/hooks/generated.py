@@ -1,7 +1,7 @@
 """Tables of the documentation that are made from the code: `<!-- generated: NAME -->` in a page becomes one.
 
 Names: keys (config/schema.py with its comments), groups (the YAML files of conf/), commands (the scripts of
-pyproject.toml with what `--help` prints).
+pyproject.toml with what `--help` prints), notebooks (the table of notebooks/README.md).
 """
 
 from __future__ import annotations
@@ -166,4 +166,14 @@ def _help(name: str, module: str, function: str) -> str:
     return done.stdout.strip()
 
 
-TABLES = {"keys": keys, "groups": groups, "commands": commands}
+# --- notebooks ----------------------------------------------------------------------------------------------------
+
+
+def notebooks() -> str:
+    """Return the table of notebooks/README.md; files outside of docs/ are named, not linked."""
+    text = (ROOT / "notebooks" / "README.md").read_text(encoding="utf-8")
+    table = "\n".join(line for line in text.splitlines() if line.startswith("|"))
+    return re.sub(r"\[([^]]+)\]\((\w+\.ipynb)\)", r"\1: `\2`", table)
+
+
+TABLES = {"keys": keys, "groups": groups, "commands": commands, "notebooks": notebooks}
