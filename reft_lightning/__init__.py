@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from .adapters.reft.config import ReftConfig
     from .adapters.reft.model import ReftModel
     from .adapters.reft.positions import parse_positions
+    from .exchange.lora import to_lora
+    from .exchange.merge import merge
     from .interventions import (
         INTERVENTIONS,
         RED,
@@ -45,7 +47,9 @@ _HOME = {
     "ReftModel": ".adapters.reft.model",
     "attach": ".adapters.reft.attach",
     "count_parameters": ".adapters.adapt",
+    "merge": ".exchange.merge",
     "parse_positions": ".adapters.reft.positions",
+    "to_lora": ".exchange.lora",
 }
 
 __all__ = [
@@ -64,7 +68,9 @@ __all__ = [
     "ReftModel",
     "attach",
     "count_parameters",
+    "merge",
     "parse_positions",
+    "to_lora",
 ]
 
 
