@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .adapters.reft.config import ReftConfig
     from .adapters.reft.model import ReftModel
     from .adapters.reft.positions import parse_positions
+    from .config.models import load_model
     from .exchange.lora import to_lora
     from .exchange.merge import merge
     from .interventions import (
@@ -47,6 +48,7 @@ _HOME = {
     "ReftModel": ".adapters.reft.model",
     "attach": ".adapters.reft.attach",
     "count_parameters": ".adapters.adapt",
+    "load_model": ".config.models",
     "merge": ".exchange.merge",
     "parse_positions": ".adapters.reft.positions",
     "to_lora": ".exchange.lora",
@@ -68,6 +70,7 @@ __all__ = [
     "ReftModel",
     "attach",
     "count_parameters",
+    "load_model",
     "merge",
     "parse_positions",
     "to_lora",
