@@ -20,7 +20,7 @@ Letters: d width of the representation, r rank, M (out, in), m (out,).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -114,7 +114,7 @@ def weight_of(linear: nn.Linear | Conv1D) -> Tensor:  # -> (out, in)
 
 
 def folds_of(reft: ReftModel) -> list[Fold]:
-    """Return what each intervention can be folded into.
+    """Return what each intervention of the active adapters can be folded into.
 
     Raises:
         ValueError: if one cannot be, saying which and why.
@@ -135,32 +135,36 @@ def folds_of(reft: ReftModel) -> list[Fold]:
             f"this {type(model).__name__} is quantized, and quantized weights cannot hold the sum: attach the adapter "
             "to the model in its full precision"
         )
-    for key, site in reft.sites.items():
-        positions, _ = reft.positions[key]
-        if str(positions) != "all":
-            raise ValueError(
-                f"layer {site.layer} cannot become weights: it edits the positions {positions}, and a weight acts on "
-                "all tokens alike; positions='all' can"
-            )
+    edits: list[tuple[Site, Intervention, float]] = []
+    for choice in reft.adapters.active:
+        adapter = reft.adapters[choice.adapter]
+        for key, site in adapter.sites.items():
+            positions, _ = adapter.positions[key]
+            if str(positions) != "all":
+                raise ValueError(
+                    f"layer {site.layer} cannot become weights: it edits the positions {positions}, and a weight acts "
+                    "on all tokens alike; positions='all' can"
+                )
+            edits.append((site, adapter.interventions[key][0], adapter.scale * choice.weight))
     modules = dict(model.named_modules())
-    paths = _linear_maps(model, modules, reft.sites.values())
-    folds = []
-    for key, site in reft.sites.items():
-        path = paths[site.layer]
+    paths = _linear_maps(model, modules, [site for site, *_ in edits])
+    folds: list[Fold] = []
+    for site, phi, scale in edits:
+        path = paths[site]
         if any(path == fold.path for fold in folds):
             raise ValueError(
                 f"layer {site.layer} cannot become weights: {path} has another intervention already"
             )
-        folds.append(Fold(site, path, _plain(modules[path], path), reft.interventions[key][0], reft.scale))
+        folds.append(Fold(site, path, _plain(modules[path], path), phi, scale))
     return folds
 
 
 def _linear_maps(
-    model: PreTrainedModel, modules: dict[str, nn.Module], sites: Iterable[Site]
-) -> dict[int, str]:
-    """Return by layer the path of the linear map whose output, or input, is what is edited."""
-    found = {s.layer: s.path for s in sites if _is_linear(modules[s.path])}
-    others = [site for site in sites if site.layer not in found]
+    model: PreTrainedModel, modules: dict[str, nn.Module], sites: Sequence[Site]
+) -> dict[Site, str]:
+    """Return for each site the path of the linear map whose output, or input, is what is edited."""
+    found = {site: site.path for site in sites if _is_linear(modules[site.path])}
+    others = [site for site in sites if site not in found]
     if inputs := [site for site in others if site.end == "input"]:
         raise ValueError(
             f"layer {inputs[0].layer} cannot become weights: the input of {inputs[0].path} is not that of one linear "
@@ -175,7 +179,7 @@ def _linear_maps(
                     f"{type(modules[site.path]).__name__}, is not the output of one linear map. Components that can be "
                     "are attention_output and mlp_output of most decoders, or the path of a linear map"
                 )
-            found[site.layer] = last[site.path]
+            found[site] = last[site.path]
     return found
 
 

@@ -229,6 +229,31 @@ def test_resized_embeddings_are_exported_and_merged(tmp_path):
     close(logits(type(resized()).from_pretrained(tmp_path / "merged").eval()), wanted)
 
 
+@pytest.mark.parametrize(
+    "active", [["default", "more"], {"default": 1.0, "more": -0.5}, "more", None], ids=str
+)
+def test_the_active_adapters_are_exported_with_their_weights(active, tmp_path):
+    reft = attached()
+    reft.add_adapter("more", "direft", rank=1, positions="all", component="attention_output")
+    with torch.no_grad():
+        for parameter in reft.adapters["more"].parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    reft.set_adapter(active)
+    wanted = logits(reft)
+    if active:
+        rl.to_lora(reft, tmp_path)
+        close(logits(from_peft(tiny.model("llama"), tmp_path)), wanted)
+    close(logits(rl.merge(reft)), wanted)
+
+
+def test_two_adapters_at_one_map_are_not_exported():
+    reft = attached()
+    reft.add_adapter("more", "direft", rank=1, positions="all", component=LLAMA_DOWN)
+    reft.set_adapter(["default", "more"])
+    with pytest.raises(ValueError, match=r"layers.0.mlp.down_proj has another intervention already"):
+        rl.merge(reft)
+
+
 # --- where no weight does what the edit does ---------------------------------------------------------------------
 
 
