@@ -11,6 +11,7 @@ from typing import Any
 
 from ..adapters.reft.config import CARD_FILE
 from ..config.schema import Config
+from ..evaluation.row_metrics import interval_of_means
 from ..storage.atomic import write_text
 
 SHOWN = 4  # files of a data set
@@ -84,13 +85,24 @@ def _data(versions: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
 
 
 def _scores(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    counts = results["counts"]
     names = [n for n in results["metrics"] if not n.startswith("train/") and not n.endswith("loss")]
-    for name in sorted(names, key=lambda name: name.startswith("base/")):
-        value, count = results["metrics"][name], results["counts"].get(name, {})
-        ends = " to ".join(f"{100 * end:.1f}" for end in count.get("interval", ()))
-        yield (
-            name,
-            "not a number" if value is None else f"{100 * value:.1f} %",
-            ends,
-            str(count.get("total", "")),
-        )
+    for name in sorted(names, key=lambda name: ("test/" not in name, name.startswith("base/"))):
+        ends, rows = (), ""
+        if name in counts:
+            ends, rows = counts[name]["interval"], counts[name]["total"]
+        elif parts := _parts(name, counts):
+            if len(parts) == 1:
+                continue  # the only task has a line of its own
+            shares = [part["correct"] / part["total"] for part in parts]
+            ends = interval_of_means(shares, [part["interval"] for part in parts])
+        value = results["metrics"][name]
+        interval = " to ".join(f"{100 * end:.1f}" for end in ends)
+        yield name, "not a number" if value is None else f"{100 * value:.1f} %", interval, str(rows)
+
+
+def _parts(name: str, counts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what the tasks counted of which a score is the mean: ``test/*/accuracy`` of ``test/accuracy``."""
+    split, _, measure = name.rpartition("/")
+    return [count for other, count in counts.items()
+            if other.startswith(f"{split}/") and other.endswith(f"/{measure}")]  # fmt: skip
