@@ -160,7 +160,11 @@ def load_adapter(
             if folder.is_dir():
                 there = f"there is {', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}"
             raise FileNotFoundError(f"{folder} does not hold an adapter: {file} is missing; {there}")
-    config = ReftConfig.from_dict(read_json(folder / CONFIG_FILE), positions)
+    values = read_json(folder / CONFIG_FILE)
+    try:
+        config = ReftConfig.from_dict(values, positions)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     return config, read_tensors(folder / TENSOR_FILE)
 
 

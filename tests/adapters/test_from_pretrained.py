@@ -1,5 +1,8 @@
 """An adapter is loaded with its base model, or onto one; what does not fit says how, and which file it is."""
 
+import json
+import re
+
 import architectures
 import pytest
 import tiny
@@ -9,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, BertModel
 
 import reft_lightning as rl
-from reft_lightning.adapters.saving import TENSOR_FILE
+from reft_lightning.adapters.saving import CONFIG_FILE, TENSOR_FILE
 
 BATCH = tiny.padded(tiny.rows(5, 8))
 
@@ -144,3 +147,24 @@ def test_an_empty_or_foreign_file_is_refused_with_its_name(kind, tmp_path):
         rl.ReftModel.from_pretrained(model, tmp_path / "adapter")
     assert len(str(refused.value)) < 700
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "key", ["method", "layers", "positions", "settings", "per_layer", "heads", "architecture", "partitions"]
+)
+@pytest.mark.parametrize("value", [None, 7, True, "x", ["a", 1], {"a": 1}], ids=str)
+def test_a_configuration_of_other_values_is_refused_with_its_folder(key, value, tmp_path):
+    rl.attach(tiny.model("llama"), "loreft", rank=1, positions="f1").save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(saved | {key: value}))
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("key", ["method", "layers", "positions"])
+def test_a_configuration_that_lacks_a_key_is_refused(key, tmp_path):
+    rl.attach(tiny.model("llama"), "loreft", rank=1, positions="f1").save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({k: v for k, v in saved.items() if k != key}))
+    with pytest.raises(ValueError, match=f"{CONFIG_FILE} holds no {key}"):
+        rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)

@@ -17,6 +17,10 @@ from .sites import check_layers, number_of_layers
 
 NONE = "none"  # the method that attaches nothing: only a classifier's head is trained
 FORMAT = 1
+KINDS = {"method": str, "layers": list, "positions": str, "settings": dict, "per_layer": dict, "heads": list,
+         "architecture": dict, "partitions": dict}  # fmt: skip
+NEEDED = ("method", "layers", "positions")
+WORDS = {str: "text", list: "list", dict: "set of keys and values"}
 CONFIG_FILE, TENSOR_FILE, CARD_FILE = "reft_config.json", "reft.safetensors", "README.md"
 
 
@@ -157,6 +161,12 @@ class ReftConfig:
             raise ValueError(
                 f"{CONFIG_FILE} has unknown keys {unknown}; known: {sorted(cls.__dataclass_fields__)}"
             )
+        for name, kind in KINDS.items():
+            if not isinstance(values.get(name, kind() if name not in NEEDED else None), kind):
+                held = f"{name}={values[name]!r}" if name in values else f"no {name}"
+                raise ValueError(f"{CONFIG_FILE} holds {held}; {name} must be a {WORDS[kind]}")
+        if not all(isinstance(rows, list) for rows in values.get("partitions", {}).values()):
+            raise ValueError(f"{CONFIG_FILE} holds partitions without lists of rows: {values['partitions']}")
         if positions is not None:
             values["positions"] = positions
         elif str(values["positions"]).startswith("<callable"):

@@ -735,13 +735,13 @@ class ReftModel(nn.Module):
             check_base(base_model)
         config, state = load_adapter(source, positions, revision=revision, subfolder=subfolder, token=token)
         model: Any = base_model if name is not None else load_base_of(config, token=token, **loading)
-        if strict:
-            check_architecture(model, config.architecture)
-        with all_or_nothing(model):
-            reft = cls(model, config)
-            try:
+        try:
+            if strict:
+                check_architecture(model, config.architecture)
+            with all_or_nothing(model):
+                reft = cls(model, config)
                 reft.load_adapter_state_dict(state)
-            except ValueError as error:
-                raise ValueError(f"{source}: {error}") from error
-            reft._insert(partitions_of(reft.adapters.first))
+                reft._insert(partitions_of(reft.adapters.first))
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
         return reft
