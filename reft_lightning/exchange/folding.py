@@ -102,7 +102,8 @@ def affine(phi: Intervention, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
         raise ValueError(f"{type(phi).__name__} is not an affine function of h, and no weight computes it")
     if directions is not None:
         V = torch.linalg.pinv(directions).mT @ K  # (r, d) @ (d, d)
-        if torch.allclose(directions.mT @ V, K, rtol=EXACT, atol=EXACT * float(K.abs().max())):
+        size = max(float(K.abs().max()), float(k.abs().max()))  # K is noise where the edit is a constant
+        if torch.allclose(directions.mT @ V, K, rtol=EXACT, atol=EXACT * size):
             return directions, V, K, k
     return torch.eye(dim, dtype=torch.float64), K, K, k
 

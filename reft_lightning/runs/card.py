@@ -69,10 +69,10 @@ def _table(head: tuple[str, ...], rows: Any) -> Iterator[str]:
 def _data(versions: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
     for split in ("train", "validation", "test"):
         for task, facts in versions.get(split, {}).items():
-            files = [*map(str, facts["from"])]
+            files = [*map(str, facts.get("from", ()))]
             more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
-            source = f"{facts['source']}: {', '.join(files[:SHOWN])}{more}"
-            yield split, task, facts["rows"], f"`{facts['fingerprint']}`", source
+            source = ": ".join(filter(None, (facts.get("source"), f"{', '.join(files[:SHOWN])}{more}")))
+            yield split, task, facts.get("rows", ""), _code(facts.get("fingerprint")), source
     if cut := versions.get("split"):
         for part in ("train", "validation"):
             yield (
@@ -82,6 +82,10 @@ def _data(versions: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
                 f"`{cut[f'{part}_fingerprint']}`",
                 "of the train rows",
             )
+
+
+def _code(value: str | None) -> str:
+    return f"`{value}`" if value else ""
 
 
 def _scores(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
