@@ -75,13 +75,8 @@ def _data(versions: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
             yield split, task, facts.get("rows", ""), _code(facts.get("fingerprint")), source
     if cut := versions.get("split"):
         for part in ("train", "validation"):
-            yield (
-                f"{part}, cut",
-                "",
-                cut[f"{part}_rows"],
-                f"`{cut[f'{part}_fingerprint']}`",
-                "of the train rows",
-            )
+            rows, fingerprint = cut.get(f"{part}_rows", ""), _code(cut.get(f"{part}_fingerprint"))
+            yield f"{part}, cut", "", rows, fingerprint, "of the train rows"
 
 
 def _code(value: str | None) -> str:
