@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from .adapters.reft.config import ReftConfig
     from .adapters.reft.model import ReftModel
     from .adapters.reft.positions import parse_positions
+    from .config.models import load_model
+    from .exchange.lora import to_lora
+    from .exchange.merge import merge
     from .interventions import (
         INTERVENTIONS,
         RED,
@@ -45,7 +48,10 @@ _HOME = {
     "ReftModel": ".adapters.reft.model",
     "attach": ".adapters.reft.attach",
     "count_parameters": ".adapters.adapt",
+    "load_model": ".config.models",
+    "merge": ".exchange.merge",
     "parse_positions": ".adapters.reft.positions",
+    "to_lora": ".exchange.lora",
 }
 
 __all__ = [
@@ -64,7 +70,10 @@ __all__ = [
     "ReftModel",
     "attach",
     "count_parameters",
+    "load_model",
+    "merge",
     "parse_positions",
+    "to_lora",
 ]
 
 

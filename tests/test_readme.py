@@ -130,6 +130,9 @@ def run(tmp_path_factory):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")  # torch.compile's own
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")  # peft's own
+@pytest.mark.filterwarnings(
+    "ignore:`lora_bias=True` was passed:UserWarning"
+)  # peft's own, of a map without a bias
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_the_python_of_a_page_runs_from_its_top_to_its_end(page, hub, folder, capsys):
     write_files(page, folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..interventions import INTERVENTIONS
 from ..storage.atomic import write_text, write_whole
 from ..storage.reading import read_json
 from .adapted import ParameterCount
+from .hub import download
 from .reft.config import CARD_FILE, CONFIG_FILE, TENSOR_FILE, ReftConfig
 from .reft.positions import MaskFunction
 
@@ -41,7 +44,8 @@ def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], what: str = "") 
               for k in own.keys() & state.keys() if state[k].shape != own[k].shape]  # fmt: skip
     if missing or unexpected or shapes:
         raise ValueError(
-            f"the adapter does not fit{what}: missing {missing}, unexpected {unexpected}, shapes {shapes}"
+            f"the adapter does not fit{what}: missing {_some(missing) or 'nothing'}, unexpected "
+            f"{_some(unexpected) or 'nothing'}, other shapes {_some(sorted(shapes)) or 'none'}"
         )
     real = [name for name, tensor in own.items() if tensor.is_floating_point()]
     if whole := [f"{name} ({_dtype(state[name])})" for name in real if not state[name].is_floating_point()]:
@@ -121,22 +125,46 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_adapter(
-    name: str | os.PathLike, positions: MaskFunction | None = None
+    name: str | os.PathLike,
+    positions: MaskFunction | None = None,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
 ) -> tuple[ReftConfig, dict[str, Tensor]]:
     """Read an adapter from a folder, or from the Hugging Face hub where no such folder exists.
 
+    Args:
+        name: a folder, or the name of a repository.
+        positions: the callable, where the adapter was trained with one.
+        revision: branch, tag or commit of the repository.
+        subfolder: of the folder or the repository.
+        token: for private repositories; the login's by default.
+
     Raises:
         FileNotFoundError: if a file of the adapter is missing.
-        ValueError: for a configuration that this version cannot read, or a file that is damaged.
+        ValueError: for a configuration that this version cannot read, a file that is damaged, or the revision of a
+            folder.
     """
     folder = Path(name)
     if not folder.is_dir():
-        folder = _download(str(name))
+        files = (CONFIG_FILE, TENSOR_FILE)
+        folder = download(str(name), files, revision=revision, subfolder=subfolder, token=token)
+    elif revision is not None:
+        raise ValueError(f"revision={revision!r} is for the hub, and {folder} is a folder")
+    else:
+        folder = folder / (subfolder or "")
     for file in (CONFIG_FILE, TENSOR_FILE):
         if not (folder / file).is_file():
-            there = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
-            raise FileNotFoundError(f"{folder} does not hold an adapter: {file} is missing; there is {there}")
-    config = ReftConfig.from_dict(read_json(folder / CONFIG_FILE), positions)
+            there = "no such folder"
+            if folder.is_dir():
+                there = f"there is {', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}"
+            raise FileNotFoundError(f"{folder} does not hold an adapter: {file} is missing; {there}")
+    values = read_json(folder / CONFIG_FILE)
+    try:
+        config = ReftConfig.from_dict(values, positions)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     return config, read_tensors(folder / TENSOR_FILE)
 
 
@@ -175,18 +203,6 @@ def load_saved(model: Any, folder: str | os.PathLike, state: dict[str, Tensor]) 
         model.scale = float(read_json(Path(folder) / CONFIG_FILE).get("scale", 1.0))
 
 
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, TENSOR_FILE]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{name!r} is not a folder, and no adapter of that name could be downloaded from the hub ({error})"
-        ) from error
-
-
 def model_card(config: ReftConfig, count: ParameterCount) -> str:
     """Return the README of a saved adapter: what it is, and how to load it."""
     base = config.base_model or "the base model"
@@ -195,8 +211,8 @@ def model_card(config: ReftConfig, count: ParameterCount) -> str:
         header.append(f"base_model: {config.base_model}")
     settings = "\n".join(f"| {name} | `{value}` |" for name, value in config.to_dict().items())
     name = config.base_model or "..."
-    kind = "AutoModelForSequenceClassification" if config.heads else "AutoModelForCausalLM"
-    arguments = ", num_labels=..." if config.heads else ""
+    kind, labels = config.architecture.get("class", "AutoModel"), config.architecture.get("labels")
+    arguments = f", num_labels={labels}" if labels is not None else ""
     heads = f" in addition to the heads {', '.join(config.heads)}" if config.heads else ""
     return (
         "\n".join(header)
@@ -206,13 +222,13 @@ def model_card(config: ReftConfig, count: ParameterCount) -> str:
 
 Representation Finetuning (ReFT, arXiv:2404.03592): {count.trainable:,} trained parameters{heads},
 {count.percent:.4f} % of the frozen base model's {count.base:,}.
-
+{_formula(config.method)}
 ```python
 import reft_lightning as rl
 from transformers import {kind}
 
 model = {kind}.from_pretrained("{name}"{arguments})
-reft = rl.ReftModel.from_pretrained(model, "this folder or its name on the hub")
+reft = rl.ReftModel.from_pretrained(model, "this folder or its name on the hub").eval()
 ```
 
 | setting | value |
@@ -220,3 +236,9 @@ reft = rl.ReftModel.from_pretrained(model, "this folder or its name on the hub")
 {settings}
 """
     )
+
+
+def _formula(method: str) -> str:
+    """Return Phi(h) as the docstring of an intervention gives it."""
+    found = re.search(r"\\Phi\(h\) = [^`\n]+", getattr(INTERVENTIONS.get(method), "__doc__", None) or "")
+    return f"\n$$ {found[0]} $$\n" if found else ""

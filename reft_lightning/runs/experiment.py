@@ -28,6 +28,7 @@ from ..training.evaluation import evaluate
 from ..training.wandb import finish_wandb
 from .arguments import method_of
 from .build import Objects, build, prepare
+from .card import write_card
 from .changed_answers import print_changed_answers
 from .checks import check_validation_interval
 from .console import print_table
@@ -159,6 +160,7 @@ def _run(
         raise
     results.update(status="complete", finished=now())
     if trainer.is_global_zero:
+        write_card(folder / "adapter", results.values, config)
         print_table(results.values)
         print_changed_answers(folder, results.values["method"])
     _finish_wandb(trainer, results, folder / "adapter" if logs_adapter(config) else None)

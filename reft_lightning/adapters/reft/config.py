@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
-from ...base_models.heads import heads_to_train
+from ...base_models.heads import heads_to_train, is_classifier
 from ...interventions import Intervention, intervention_class, method_name
 from ..attaching import check_base
 from ..plain import plain
@@ -17,6 +17,10 @@ from .sites import check_layers, number_of_layers
 
 NONE = "none"  # the method that attaches nothing: only a classifier's head is trained
 FORMAT = 1
+KINDS = {"method": str, "layers": list, "positions": str, "settings": dict, "per_layer": dict, "heads": list,
+         "architecture": dict, "partitions": dict}  # fmt: skip
+NEEDED = ("method", "layers", "positions")
+WORDS = {str: "text", list: "list", dict: "set of keys and values"}
 CONFIG_FILE, TENSOR_FILE, CARD_FILE = "reft_config.json", "reft.safetensors", "README.md"
 
 
@@ -44,20 +48,22 @@ class LayerSpec(NamedTuple):
 
 
 def architecture_of(model: PreTrainedModel) -> dict[str, Any]:
-    """Return what an adapter is trained for: the kind of model, its number of layers, and their width."""
+    """Return what an adapter is trained for: the kind of model, its number of layers, their width, and its class."""
     config = model.config.get_text_config()
-    return {"type": config.model_type, "layers": config.num_hidden_layers, "width": config.hidden_size}
+    found = {"type": config.model_type, "layers": config.num_hidden_layers, "width": config.hidden_size}
+    labels = {"labels": model.config.num_labels} if is_classifier(model) else {}
+    return {**found, "class": type(model).__name__, **labels}
 
 
 def check_architecture(model: PreTrainedModel, trained: dict[str, Any]) -> None:
-    """Reject a model that is not like the one that an adapter was trained on.
+    """Reject a model that is not like the one that an adapter was trained on; its class, and its head, may be others.
 
     Raises:
         ValueError: with what differs.
     """
     found = architecture_of(model)
     differing = [f"{name} {found.get(name)!r} instead of {value!r}" for name, value in trained.items()
-                 if found.get(name) != value]  # fmt: skip
+                 if found.get(name) != value and name not in ("class", "labels")]  # fmt: skip
     if differing:
         raise ValueError(
             f"the adapter was trained on another kind of model: {type(model).__name__} has {', '.join(differing)}. "
@@ -155,6 +161,12 @@ class ReftConfig:
             raise ValueError(
                 f"{CONFIG_FILE} has unknown keys {unknown}; known: {sorted(cls.__dataclass_fields__)}"
             )
+        for name, kind in KINDS.items():
+            if not isinstance(values.get(name, kind() if name not in NEEDED else None), kind):
+                held = f"{name}={values[name]!r}" if name in values else f"no {name}"
+                raise ValueError(f"{CONFIG_FILE} holds {held}; {name} must be a {WORDS[kind]}")
+        if not all(isinstance(rows, list) for rows in values.get("partitions", {}).values()):
+            raise ValueError(f"{CONFIG_FILE} holds partitions without lists of rows: {values['partitions']}")
         if positions is not None:
             values["positions"] = positions
         elif str(values["positions"]).startswith("<callable"):

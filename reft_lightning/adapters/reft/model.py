@@ -40,6 +40,7 @@ from ..masks import Spans, of_rows, spans_of
 from ..saving import check_fit, load_adapter, save_adapter, tensors_of
 from .adapter import Adapter
 from .adapter_set import DEFAULT, AdapterSet, partitions_of
+from .base_of import load_base_of
 from .calls import Call, call_of, running
 from .config import ReftConfig, check_architecture, config_of
 from .edit_plan import Choice, Edit, EditPlan, token_indices
@@ -691,30 +692,56 @@ class ReftModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        base_model: PreTrainedModel,
-        name: str | PathLike,
+        base_model: PreTrainedModel | str | PathLike,
+        name: str | PathLike | None = None,
         *,
         positions: MaskFunction | None = None,
         strict: bool = True,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        **loading: Any,
     ) -> ReftModel:
         """Attach a saved adapter.
 
         Args:
-            base_model: the model it was trained on.
+            base_model: the model it was trained on; or the adapter's name, which loads that model too.
             name: a folder, or the name of a repository on the Hugging Face hub.
             positions: the callable, where the adapter was trained with one.
             strict: whether the model must have the architecture, number of layers and width of the one that the
                 adapter was trained on; otherwise its tensors must fit, no more.
+            revision: of the adapter's repository: a branch, tag or commit.
+            subfolder: of its folder or repository.
+            token: for private repositories, also that of the base model.
+            **loading: arguments of the base model's own ``from_pretrained`` (``dtype``, ``device_map``), where it is
+                loaded here.
 
         Raises:
             ValueError: if the adapter does not fit the model, is incomplete, or is of a newer format.
+            FileNotFoundError: if it, or the base model that it names, cannot be found; says what was tried.
         """
-        check_base(base_model)
-        config, state = load_adapter(name, positions)
-        if strict:
-            check_architecture(base_model, config.architecture)
-        with all_or_nothing(base_model):
-            reft = cls(base_model, config)
-            reft.load_adapter_state_dict(state)
-            reft._insert(partitions_of(reft.adapters.first))
+        if isinstance(base_model, str | PathLike) == (name is not None) or (loading and name is not None):
+            kind = (
+                repr(base_model)
+                if isinstance(base_model, str | PathLike)
+                else f"a {type(base_model).__name__}"
+            )
+            raise ValueError(
+                "give from_pretrained(base_model, name), or from_pretrained(name), which loads the base model too and "
+                f"takes its arguments; got {kind}, {name!r} and {', '.join(loading) or 'no arguments'}"
+            )
+        source: Any = base_model if name is None else name
+        if name is not None:
+            check_base(base_model)
+        config, state = load_adapter(source, positions, revision=revision, subfolder=subfolder, token=token)
+        model: Any = base_model if name is not None else load_base_of(config, token=token, **loading)
+        try:
+            if strict:
+                check_architecture(model, config.architecture)
+            with all_or_nothing(model):
+                reft = cls(model, config)
+                reft.load_adapter_state_dict(state)
+                reft._insert(partitions_of(reft.adapters.first))
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
         return reft

@@ -1,0 +1,42 @@
+"""The base model that a saved adapter names, loaded with the class that it was trained with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+
+from .config import ReftConfig
+
+
+def load_base_of(config: ReftConfig, **loading: Any) -> PreTrainedModel:
+    """Load the base model of an adapter from the hub or a folder.
+
+    The class is looked up by its name among those of transformers: a configuration cannot name code.
+
+    Args:
+        config: of the adapter.
+        **loading: arguments of ``from_pretrained``.
+
+    Raises:
+        ValueError: if the adapter names no model, or one of a class that transformers does not have.
+        FileNotFoundError: if it cannot be loaded; says why.
+    """
+    trained, instead = config.architecture, "load it, and call from_pretrained(model, name)"
+    kind = getattr(transformers, str(trained.get("class")), None)
+    if config.base_model is None or not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        raise ValueError(
+            f"the adapter names the base model {config.base_model!r} of the class {trained.get('class')!r}, which "
+            f"cannot be loaded by name: {instead}"
+        )
+    if trained.get("labels") is not None:
+        loading = {"num_labels": trained["labels"], **loading}
+    try:
+        return kind.from_pretrained(config.base_model, **loading)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"the adapter's base model {config.base_model!r} is not a folder, and did not come from the hub "
+            f"({reason[:200]}); {instead}"
+        ) from error

@@ -1,0 +1,102 @@
+"""Interventions put into the weights of their base model, where a weight can hold them; see :mod:`.folding`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..adapters.first_values import fill
+from ..adapters.reft.model import ReftModel
+from ..base_models.heads import parameters_of
+from .folding import Fold, folds_of, weight_of
+
+
+def merge(reft: ReftModel) -> PreTrainedModel:
+    """Put the interventions into the weights and return the base model, a plain one without a hook.
+
+    As peft's ``merge_and_unload`` does, it changes the base model in place, so that no second one is in memory: the
+    adapter is taken off, and ``reft`` cannot be used any more. Save it first, or merge a copy
+    (``copy.deepcopy(reft)``). Trained heads stay trained. The model is saved, loaded, and generates, as any other; one
+    whose maps had no bias gets biases where its configuration has a switch for them (Llama's ``mlp_bias``).
+
+    The changes are computed in float64 and rounded once to the dtype of the weights. In bfloat16 this rounding loses
+    edits that are small against the weights: merge into a float32 model, and cast that.
+
+    Args:
+        reft: with positions ``all``, at linear maps or at modules that end in one (``mlp_output``,
+            ``attention_output``).
+
+    Raises:
+        ValueError: where no weights compute the same; says why. The model is left as it was.
+    """
+    folds = folds_of(reft)
+    model = reft.base_model
+    _check_shared(model, folds)
+    moved = [fold for fold in folds if fold.change().bias.any()]
+    switches, new = _biases_for(model, [fold.path for fold in moved if fold.linear.bias is None])
+    heads = {name: p.detach().clone() for name, p in parameters_of(model, reft.config.heads).items()}
+    reft.detach()
+    fill(parameters_of(model, reft.config.heads), heads)
+    for name in new:
+        path = name.rpartition(".")[0]
+        linear: Any = model.get_submodule(path)
+        linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), linear.weight.requires_grad)
+    for name, value in switches.items():
+        setattr(model.config.get_text_config(), name, value)
+    for fold in folds:
+        _put_into(fold)
+    return model
+
+
+@torch.no_grad()
+def _put_into(fold: Fold) -> None:
+    linear, change = fold.linear, fold.change()
+    merged = weight_of(linear) + change.weight
+    linear.weight.copy_(merged.mT if isinstance(linear, Conv1D) else merged)
+    if linear.bias is not None:
+        linear.bias.copy_(linear.bias.to("cpu", torch.float64) + change.bias)
+
+
+def _check_shared(model: PreTrainedModel, folds: Iterable[Fold]) -> None:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for fold in folds:
+        if len(shared := names[id(fold.linear.weight)]) > 1:
+            raise ValueError(
+                f"layer {fold.site.layer} cannot become weights: {' and '.join(shared)} are one and the same weight"
+            )
+
+
+def _biases_for(model: PreTrainedModel, paths: list[str]) -> tuple[dict[str, bool], list[str]]:
+    """Return the settings of the configuration under which linear maps have a bias, and all biases that this adds.
+
+    Without such a setting, a model that is loaded again would lack its new biases.
+    """
+    if not paths:
+        return {}, []
+    old = set(model.state_dict())
+    needed = {f"{path}.bias" for path in paths}
+    switches: dict[str, bool] = {}
+    new: list[str] = []
+    off = [n for n, v in model.config.get_text_config().to_dict().items() if v is False and "bias" in n]
+    for name in off:
+        config = copy.deepcopy(model.config)
+        setattr(config.get_text_config(), name, True)
+        with torch.device("meta"):
+            added = [key for key in type(model)(config).state_dict() if key not in old]
+        if needed & set(added) and all(key.endswith(".bias") for key in added):
+            switches[name] = True
+            new += added
+    if missing := sorted(needed - set(new)):
+        raise ValueError(
+            f"{type(model).__name__} has no bias at {missing[0].removesuffix('.bias')}, and its configuration cannot "
+            "give it one: the model would lose it when it is saved and loaded. to_lora() holds it"
+        )
+    return switches, new
