@@ -21,7 +21,7 @@ FLOORS = (
     {"training"},
     {"config"},
     {"runs"},
-    {"search", "inspection", "serving"},
+    {"search", "inspection", "serving", "integrations"},
     {"reporting"},
     {"cli"},
 )

@@ -340,7 +340,7 @@ class ReftModel(nn.Module):
         spans = spans_of(attention, labels, prompt_mask)
         chosen = self.adapters.chosen_by(adapter_names, len(tokens))
         if prompt_mask is None and labels is not None:
-            self._check_prompts(spans, chosen[0])
+            self.check_prompts(spans, chosen[0])
         with self._editing(spans, chosen, compiled=True):
             return self.base_model(**inputs)
 
@@ -397,7 +397,12 @@ class ReftModel(nn.Module):
         with self._editing(replace(spans, generating=True, read=read), chosen):
             return self.base_model.generate(**arguments)
 
-    def _check_prompts(self, spans: Spans, choices: Sequence[Choice]) -> None:
+    def check_prompts(self, spans: Spans, choices: Sequence[Choice]) -> None:
+        """Reject rows without a prompt where the positions of a chosen adapter ask for one.
+
+        Raises:
+            ValueError: with the rows and the positions.
+        """
         needy = [str(spec) for spec in self._positions_of(choices) if spec.needs_prompt]
         empty = (spans.target.any(-1) & ~spans.prompt.any(-1)).nonzero().flatten().tolist()
         if needy and empty:

@@ -1,0 +1,1 @@
+"""What other libraries need to take a model with interventions: Trainer, trl, pipelines, Accelerate, lm-eval."""

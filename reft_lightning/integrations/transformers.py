@@ -1,0 +1,191 @@
+"""A ReftModel as a model of transformers: for Trainer, trl's trainers, pipelines and Accelerate.
+
+They ask whether a model is a ``PreTrainedModel``, and read its configuration, its embeddings and the name of its class.
+
+Shapes: b rows, s columns.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from ..adapters.masks import spans_of
+from ..adapters.reft.model import ReftModel
+from ..adapters.saving import check_fit, write_tensors
+
+
+class Loaded(NamedTuple):
+    """What ``load_state_dict`` returns; nothing is left over, as all must fit."""
+
+    missing_keys: tuple[str, ...] = ()
+    unexpected_keys: tuple[str, ...] = ()
+
+
+# What these libraries read of a model, where the base model has it.
+OF_THE_BASE = ("loss_type", "generation_config", "hf_device_map")
+
+
+def as_pretrained(reft: ReftModel) -> AsPretrained:
+    """Return a ReftModel as a model of transformers, which has the class name and the configuration of its base.
+
+    It trains, evaluates and generates as ``reft`` does, whose parameters it shares. What is saved is the adapter, which
+    :meth:`ReftModel.from_pretrained` loads; checkpoints of Trainer and Accelerate hold no tensor of the base.
+    """
+    kind = type(reft.base_model)
+    own = {
+        "can_generate": kind.can_generate,
+        "supports_gradient_checkpointing": kind.supports_gradient_checkpointing,
+        "_no_split_modules": kind._no_split_modules,
+    }
+    return type(kind.__name__, (AsPretrained,), own)(reft)
+
+
+class AsPretrained(PreTrainedModel):
+    """A model of transformers that computes what a ReftModel computes. Built by :func:`as_pretrained`.
+
+    Args:
+        reft: the model with interventions; shared, not copied.
+    """
+
+    def __init__(self, reft: ReftModel) -> None:
+        base = reft.base_model
+        super().__init__(PretrainedConfig())  # which it changes, so it is not given that of the base
+        self.config, self.name_or_path = base.config, base.name_or_path
+        for name in OF_THE_BASE:
+            if hasattr(base, name):
+                setattr(self, name, getattr(base, name))
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(base.forward).parameters.values())
+        self.accepts_loss_kwargs = getattr(base, "accepts_loss_kwargs", takes_any)
+        self.reft = reft
+        self.register_forward_pre_hook(self._find_prompt, with_kwargs=True)
+
+    # --- forward and generate ------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # (b, s)
+        attention_mask: Tensor | None = None,  # (b, s)
+        labels: Tensor | None = None,  # (b, s) or (b,)
+        prompt_mask: Tensor | None = None,  # (b, s) bool
+        position_ids: Tensor | None = None,  # (b, s)
+        token_type_ids: Tensor | None = None,  # (b, s)
+        **kwargs: Any,
+    ) -> Any:
+        """Run :meth:`ReftModel.forward`. Trainer keeps the columns of a data set that are named here."""
+        named = {"position_ids": position_ids, "token_type_ids": token_type_ids}
+        kwargs |= {name: value for name, value in named.items() if value is not None}
+        return self.reft(input_ids, attention_mask, labels, prompt_mask, **kwargs)
+
+    def _find_prompt(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        """Read the prompt off the labels, before a trainer that replaces ``forward`` takes them away (trl's do)."""
+        attention, labels = kwargs.get("attention_mask"), kwargs.get("labels")
+        places = kwargs.get("position_ids")
+        if attention is None and places is not None and (places.diff(dim=-1) < 0).any():
+            raise ValueError(
+                "several texts are packed into a row, but positions are those of one text: set packing=False and "
+                "padding_free=False"
+            )
+        if kwargs.get("prompt_mask") is not None:
+            return None
+        if labels is None and self.training and self.get_output_embeddings() is not None:
+            raise ValueError(
+                "which tokens are prompt is read off the labels, and there are none: pass prompt_mask (b, s), a column "
+                "of the data set (Trainer takes the labels away for label_smoothing_factor and compute_loss_func)"
+            )
+        if labels is None or labels.ndim < 2 or labels.is_floating_point():
+            return None
+        spans = spans_of(torch.ones_like(labels) if attention is None else attention, labels, None)
+        choices, _ = self.reft.adapters.chosen_by(kwargs.get("adapter_names"), len(labels))
+        self.reft.check_prompts(spans, choices)
+        return args, {**kwargs, "prompt_mask": spans.prompt}
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Run :meth:`ReftModel.generate`."""
+        return self.reft.generate(*args, **kwargs)
+
+    @property
+    def base_model(self) -> Any:
+        """The model without its output head, edits included: what trl puts its own losses on."""
+        return self._headless
+
+    def _headless(self, **inputs: Any) -> Any:
+        base, found = self.reft.base_model, []
+        if "logits_to_keep" in inspect.signature(base.forward).parameters:
+            inputs["logits_to_keep"] = 1
+        hook = base.base_model.register_forward_hook(lambda module, args, output: found.append(output))
+        try:
+            self.reft(**inputs)
+        finally:
+            hook.remove()
+        return found[-1]
+
+    # --- parts of the base model ---------------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the base model's."""
+        return self.reft.base_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the base model's."""
+        return self.reft.base_model.get_output_embeddings()
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    def state_dict(
+        self, *, destination: dict[str, Tensor] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> Any:
+        """Return the trained tensors, under the names that they have in a saved adapter."""
+        destination = {} if destination is None else destination
+        destination |= {prefix + name: tensor for name, tensor in self.reft.adapter_state_dict().items()}
+        return destination
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+    ) -> Loaded:
+        """Load what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: if a tensor is missing, unexpected, or of another shape.
+        """
+        self.reft.load_adapter_state_dict(dict(state_dict))
+        return Loaded()
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save the adapter, and its tensors once more under the name by which Trainer finds them.
+
+        Args:
+            save_directory: the folder.
+            is_main_process: others save nothing.
+            state_dict: what :meth:`state_dict` returns; one that was cut into shards is refused.
+            **kwargs: how to split and name the weights of a whole model; nothing of it is needed here.
+
+        Raises:
+            ValueError: if ``state_dict`` does not hold the adapter's tensors.
+        """
+        own = self.state_dict()
+        if state_dict is not None:
+            check_fit(own, state_dict)
+        if is_main_process:
+            self.reft.save_pretrained(save_directory)
+            write_tensors(Path(save_directory) / SAFE_WEIGHTS_NAME, own)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
+        """Push the adapter, see :meth:`ReftModel.push_to_hub`."""
+        self.reft.push_to_hub(repo_id, **kwargs)
