@@ -253,7 +253,7 @@ def test_a_run_is_evaluated_again_and_talked_to(data, tmp_path):
     again = evaluate(tmp_path, "validation")
     assert again["metrics"]["val/loss"] == pytest.approx(result["metrics"]["val/loss"])
     model, tokenizer = chat.load(tmp_path)
-    base, said = chat.answer(model, tokenizer, "is zorb kept?", 6, "plain")
+    base, said = chat.answer(model, tokenizer, "is zorb kept?\n", 6, "plain")
     assert base != said
     assert isinstance(model, Baseline)
 
