@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .adapters.reft.config import ReftConfig
     from .adapters.reft.model import ReftModel
     from .adapters.reft.positions import parse_positions
+    from .exchange.pyreft import from_pyreft, to_pyreft
     from .interventions import (
         INTERVENTIONS,
         RED,
@@ -45,7 +46,9 @@ _HOME = {
     "ReftModel": ".adapters.reft.model",
     "attach": ".adapters.reft.attach",
     "count_parameters": ".adapters.adapt",
+    "from_pyreft": ".exchange.pyreft",
     "parse_positions": ".adapters.reft.positions",
+    "to_pyreft": ".exchange.pyreft",
 }
 
 __all__ = [
@@ -64,7 +67,9 @@ __all__ = [
     "ReftModel",
     "attach",
     "count_parameters",
+    "from_pyreft",
     "parse_positions",
+    "to_pyreft",
 ]
 
 

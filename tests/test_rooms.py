@@ -17,7 +17,7 @@ FLOORS = (
     {"storage", "interventions"},
     {"base_models"},
     {"adapters", "evaluation"},
-    {"speed", "data"},
+    {"speed", "data", "exchange"},
     {"training"},
     {"config"},
     {"runs"},

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,13 +129,7 @@ def load_adapter(
         FileNotFoundError: if a file of the adapter is missing.
         ValueError: for a configuration that this version cannot read, or a file that is damaged.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        folder = _download(str(name))
-    for file in (CONFIG_FILE, TENSOR_FILE):
-        if not (folder / file).is_file():
-            there = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
-            raise FileNotFoundError(f"{folder} does not hold an adapter: {file} is missing; there is {there}")
+    folder = local_folder(str(name), (CONFIG_FILE, TENSOR_FILE), CONFIG_FILE, TENSOR_FILE)
     config = ReftConfig.from_dict(read_json(folder / CONFIG_FILE), positions)
     return config, read_tensors(folder / TENSOR_FILE)
 
@@ -175,12 +169,33 @@ def load_saved(model: Any, folder: str | os.PathLike, state: dict[str, Tensor]) 
         model.scale = float(read_json(Path(folder) / CONFIG_FILE).get("scale", 1.0))
 
 
-def _download(name: str) -> Path:
+def local_folder(name: str, patterns: Sequence[str], *needed: str) -> Path:
+    """Return the folder of an adapter, or of its copy from the Hugging Face hub where no such folder exists.
+
+    Args:
+        name: a folder, or a name on the hub.
+        patterns: of the files that are downloaded.
+        *needed: files without which it holds no adapter.
+
+    Raises:
+        FileNotFoundError: if there is neither, or a needed file is missing.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _download(name, patterns)
+    for file in needed:
+        if not (folder / file).is_file():
+            there = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
+            raise FileNotFoundError(f"{folder} does not hold an adapter: {file} is missing; there is {there}")
+    return folder
+
+
+def _download(name: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, TENSOR_FILE]))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"{name!r} is not a folder, and no adapter of that name could be downloaded from the hub ({error})"

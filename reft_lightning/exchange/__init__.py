@@ -1,0 +1,1 @@
+"""Adapters of other libraries, read and written: pyreft, AdapterHub's adapters, EasySteer."""
