@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from .adapters.reft.config import ReftConfig
     from .adapters.reft.model import ReftModel
     from .adapters.reft.positions import parse_positions
+    from .exchange.adapterhub import from_adapters
+    from .exchange.easysteer import to_easysteer
     from .exchange.pyreft import from_pyreft, to_pyreft
     from .interventions import (
         INTERVENTIONS,
@@ -46,8 +48,10 @@ _HOME = {
     "ReftModel": ".adapters.reft.model",
     "attach": ".adapters.reft.attach",
     "count_parameters": ".adapters.adapt",
+    "from_adapters": ".exchange.adapterhub",
     "from_pyreft": ".exchange.pyreft",
     "parse_positions": ".adapters.reft.positions",
+    "to_easysteer": ".exchange.easysteer",
     "to_pyreft": ".exchange.pyreft",
 }
 
@@ -67,8 +71,10 @@ __all__ = [
     "ReftModel",
     "attach",
     "count_parameters",
+    "from_adapters",
     "from_pyreft",
     "parse_positions",
+    "to_easysteer",
     "to_pyreft",
 ]
 

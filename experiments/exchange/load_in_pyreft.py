@@ -1,7 +1,9 @@
 """Does pyreft load what to_pyreft writes, and compute the same? Run twice; the second run prints and writes the answer.
 
     python experiments/exchange/load_in_pyreft.py write FOLDER     # where reft_lightning is installed
-    pyreft-venv/bin/python experiments/exchange/load_in_pyreft.py check FOLDER    # as in tests/golden/make_pyreft_folders.py
+    pyreft-venv/bin/python experiments/exchange/load_in_pyreft.py check FOLDER
+
+The environment is that of tests/golden/make_pyreft_folders.py.
 
 Each adapter is loaded with pyreft in two ways: by its own ReftModel.load, which makes W and b bfloat16 and forgets
 add_bias and act_fn; and file by file into interventions that were built with the arguments that to_pyreft names.
@@ -80,7 +82,9 @@ def by_hand(case: dict, folder: Path) -> "pyreft.ReftModel":  # noqa: F821
             config["representations"], config["intervention_types"], strict=True
         )
     ]  # fmt: skip
-    reft = pyreft.get_reft_model(base_model(case["dtype"]), pyreft.ReftConfig(representations=representations))
+    reft = pyreft.get_reft_model(
+        base_model(case["dtype"]), pyreft.ReftConfig(representations=representations)
+    )
     for key, intervention in reft.interventions.items():
         with torch.no_grad():
             intervention.load_state_dict(torch.load(folder / f"intkey_{key}.bin", weights_only=True))
@@ -102,7 +106,10 @@ def distance(reft: "pyreft.ReftModel", case: dict, folder: Path) -> dict:  # noq
 
     count = len(LAYERS) * (2 if case["tied"] == "group" else 1)
     rows = pyreft.get_intervention_locations(
-        last_position=LENGTH, positions=POSITIONS, num_interventions=count, share_weights=case["tied"] == "all"
+        last_position=LENGTH,
+        positions=POSITIONS,
+        num_interventions=count,
+        share_weights=case["tied"] == "all",
     )
     ids = torch.cat([torch.zeros(2, 1, dtype=torch.long), tokens()], 1)  # the token that pyreft puts in front
     where = [[[slot + 1 for slot in row]] * 2 for row in rows]
@@ -127,7 +134,9 @@ def check(folder: Path) -> None:
                 result = {"error": f"{type(error).__name__}: {str(error)[:80]}"}
             found.append({**case, "loaded_by": how, **result})
             print(found[-1])
-    versions = {name: importlib.metadata.version(name) for name in ("pyreft", "pyvene", "torch", "transformers")}
+    versions = {
+        name: importlib.metadata.version(name) for name in ("pyreft", "pyvene", "torch", "transformers")
+    }
     text = json.dumps({"versions": versions, "cases": found}, indent=1)
     (HERE / "load_in_pyreft.json").write_text(text + "\n")
 
