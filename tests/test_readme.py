@@ -42,7 +42,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 SCRIPTS = PROJECT["scripts"]
 LAYERS = 32  # as many as the largest model that a page attaches to
 # How many blocks are not run, by page: what other programs are called like, and the reason is written above each.
-NOT_RUN = {"docs/from_pyreft.md": 1, "docs/from_adapters.md": 1, "docs/serve.md": 1}
+NOT_RUN = {"docs/exchange.md": 2, "docs/from_pyreft.md": 1, "docs/from_adapters.md": 1, "docs/serve.md": 1}
 COLUMNS = {
     "question": "Which animal barks at the postman?", "reply": "a dog", "context": "at home", "answer": "dog",
     "opa": "dog", "opb": "cat", "opc": "cow", "opd": "owl", "cop": "0",

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,15 @@ def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     write_whole(path, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
 
 
+@contextmanager
+def naming(folder: str | os.PathLike) -> Iterator[None]:
+    """Let the message of a ValueError inside the block begin with the folder that was read, if it does not name it."""
+    try:
+        yield
+    except ValueError as error:
+        raise error if str(folder) in str(error) else ValueError(f"{folder}: {error}") from error
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file.
 
@@ -130,7 +140,9 @@ def load_adapter(
         ValueError: for a configuration that this version cannot read, or a file that is damaged.
     """
     folder = local_folder(str(name), (CONFIG_FILE, TENSOR_FILE), CONFIG_FILE, TENSOR_FILE)
-    config = ReftConfig.from_dict(read_json(folder / CONFIG_FILE), positions)
+    values = read_json(folder / CONFIG_FILE)
+    with naming(folder):
+        config = ReftConfig.from_dict(values, positions)
     return config, read_tensors(folder / TENSOR_FILE)
 
 

@@ -23,6 +23,7 @@ from ..adapters.reft.model import ReftModel
 from ..adapters.reft.positions import Term
 from ..interventions import Subspace
 from ..storage.atomic import write_json
+from .foreign import check_alone
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def to_easysteer(reft: ReftModel, folder: str | PathLike) -> None:
     Raises:
         ValueError: for an intervention, a site, a tying or positions that EasySteer does not have, and why.
     """
+    check_alone(reft, "EasySteer")
     vectors: list[dict[str, Any]] = []
     for layer in reft.config.layers:
         spec, (positions, tied) = reft.config.for_layer(layer), reft.positions[str(layer)]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from ..adapters.attaching import all_or_nothing
 from ..adapters.reft.attach import attach
 from ..adapters.reft.model import ReftModel
+from ..adapters.saving import naming
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:
@@ -73,13 +73,17 @@ def orthogonal_map(original: Tensor, base: Tensor) -> Tensor:  # (d, r), (d, d) 
     return base @ (vectors * original.diagonal().int())
 
 
-@contextmanager
-def named(folder: Path | str) -> Iterator[None]:
-    """Let errors inside the block begin with the folder that was read."""
-    try:
-        yield
-    except ValueError as error:
-        raise error if str(folder) in str(error) else ValueError(f"{folder}: {error}") from error
+def check_alone(reft: ReftModel, library: str) -> None:
+    """Reject several adapters on one model, of which a file of another library holds one.
+
+    Raises:
+        ValueError: with their names.
+    """
+    if len(reft.adapter_names) > 1:
+        raise ValueError(
+            f"this model carries {', '.join(reft.adapter_names)}, and a folder for {library} holds one adapter: delete "
+            "the others (delete_adapter), or attach the one to be written to a model of its own"
+        )
 
 
 def attached(
@@ -106,7 +110,7 @@ def attached(
     method = first["method"]
     own = {layer: {k: v for k, v in values.items() if k not in shared} for layer, values in layers.items()}
     common = {key: first[key] for key in first if key in shared and key != "method"}
-    with named(folder), all_or_nothing(base_model):
+    with naming(folder), all_or_nothing(base_model):
         reft = attach(
             base_model, method, layers=own if any(own.values()) else list(own), **common, **settings
         )

@@ -38,11 +38,11 @@ from ..adapters.reft.config import ReftConfig
 from ..adapters.reft.model import ReftModel
 from ..adapters.reft.positions import parse_positions
 from ..adapters.reft.sites import block_path
-from ..adapters.saving import local_folder
+from ..adapters.saving import local_folder, naming
 from ..interventions import Intervention, method_name
 from ..storage.atomic import write_json, write_whole
 from ..storage.reading import read_json
-from .foreign import attached, named, orthogonal_map, read_pickled, take
+from .foreign import attached, check_alone, orthogonal_map, read_pickled, take
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def from_pyreft(
     heads = read_pickled(folder / HEADS) if (folder / HEADS).is_file() else {}
     head_state = {f"heads.{path}": tensor for path, tensor in heads.items()}
     if OURS in values and positions is None:
-        with named(folder / CONFIG), all_or_nothing(base_model):
+        with naming(folder / CONFIG), all_or_nothing(base_model):
             reft = ReftModel(base_model, ReftConfig.from_dict(values[OURS]))
             state = {}
             for layer in reft.config.layers:
@@ -163,7 +163,7 @@ def _interventions(
         key = (fields.get("layer", 0), site, units)
         group, seen[key] = seen[key], seen[key] + 1
         settings, tensors = _read(_file(folder, *key, group), name)
-        with named(folder / CONFIG):
+        with naming(folder / CONFIG):
             layer, component = _site(str(site), fields.get("layer", 0), blocks)
         own = {"method": CLASSES[name], "component": component, **settings}
         if layers.setdefault(layer, own | {"tied": "all"}) != own | {"tied": "all"}:
@@ -268,6 +268,7 @@ def to_pyreft(reft: ReftModel, folder: str | PathLike) -> None:
     Raises:
         ValueError: for an intervention, a tying, a site or a scale that pyreft does not have.
     """
+    check_alone(reft, "pyreft")
     config = reft.config
     if reft.scale != 1:
         raise ValueError(

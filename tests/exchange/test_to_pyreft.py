@@ -178,3 +178,12 @@ def test_a_scale_is_refused(tmp_path):
     reft.scale = 0.5
     with pytest.raises(ValueError, match=r"pyreft has no scale, and this adapter has scale=0\.5"):
         rl.to_pyreft(reft, tmp_path)
+
+
+@pytest.mark.parametrize("write", [rl.to_pyreft, rl.to_easysteer])
+def test_one_of_several_adapters_is_not_written_alone(write, tmp_path):
+    reft = attached()
+    reft.add_adapter("style", "direft", rank=2, positions="f1")
+    with pytest.raises(ValueError, match=r"carries default, style, and a folder for \w+ holds one adapter"):
+        write(reft, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

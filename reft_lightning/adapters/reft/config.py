@@ -18,6 +18,20 @@ from .sites import check_layers, number_of_layers
 NONE = "none"  # the method that attaches nothing: only a classifier's head is trained
 FORMAT = 1
 CONFIG_FILE, TENSOR_FILE, CARD_FILE = "reft_config.json", "reft.safetensors", "README.md"
+KINDS = {
+    "method": str,
+    "layers": list,
+    "positions": str,
+    "tied": str,
+    "component": str,
+    "clip": str,
+    "heads": list,
+    "settings": dict,
+    "per_layer": dict,
+    "architecture": dict,
+    "partitions": dict,
+    "scale": (int, float),
+}  # of the values in a file; the first two must be there
 
 
 ATTACHED = (
@@ -142,7 +156,8 @@ class ReftConfig:
         """Rebuild a configuration.
 
         Raises:
-            ValueError: for a newer format, an unknown key, or a position callable that is not given.
+            ValueError: for a newer format, an unknown key, one that is missing or holds another kind of value, or a
+                position callable that is not given.
         """
         values = dict(values)
         version = values.pop("format", None)
@@ -155,9 +170,14 @@ class ReftConfig:
             raise ValueError(
                 f"{CONFIG_FILE} has unknown keys {unknown}; known: {sorted(cls.__dataclass_fields__)}"
             )
+        wrong = [f"{key} is {values[key]!r}" for key, kind in KINDS.items()
+                 if key in values and not isinstance(values[key], kind)]  # fmt: skip
+        wrong += [f"{key} is missing" for key in ("method", "layers") if key not in values]
+        if wrong:
+            raise ValueError(f"{CONFIG_FILE} is damaged: {', '.join(wrong)}")
         if positions is not None:
             values["positions"] = positions
-        elif str(values["positions"]).startswith("<callable"):
+        elif values.get("positions", "").startswith("<callable"):
             raise ValueError(
                 f"the adapter was trained with the position function {values['positions']}, and code is not stored: "
                 "pass it, ReftModel.from_pretrained(model, name, positions=function)"

@@ -37,7 +37,7 @@ from ..arguments import forward_inputs, known_arguments, left_padded_inputs
 from ..attaching import all_or_nothing, attaching, check_base, detached
 from ..first_values import FirstValues, fill
 from ..masks import Spans, of_rows, spans_of
-from ..saving import check_fit, load_adapter, save_adapter, tensors_of
+from ..saving import check_fit, load_adapter, naming, save_adapter, tensors_of
 from .adapter import Adapter
 from .adapter_set import DEFAULT, AdapterSet, partitions_of
 from .calls import Call, call_of, running
@@ -711,9 +711,9 @@ class ReftModel(nn.Module):
         """
         check_base(base_model)
         config, state = load_adapter(name, positions)
-        if strict:
-            check_architecture(base_model, config.architecture)
-        with all_or_nothing(base_model):
+        with naming(name), all_or_nothing(base_model):
+            if strict:
+                check_architecture(base_model, config.architecture)
             reft = cls(base_model, config)
             reft.load_adapter_state_dict(state)
             reft._insert(partitions_of(reft.adapters.first))
