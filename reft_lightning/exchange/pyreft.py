@@ -366,7 +366,7 @@ def _tensors(phi: Any) -> dict[str, Tensor]:
     """Return the tensors of an intervention as pyreft's ``state_dict`` has them."""
     with torch.no_grad():
         own = {name: tensor.detach().cpu().clone() for name, tensor in phi.state_dict().items()}
-        R = phi.R.cpu().mT.contiguous() if "basis" in own else None  # (d, r)
+        R: Any = phi.R.cpu().mT.contiguous() if "basis" in own else None  # (d, r)
     source = {
         name.removeprefix("source."): tensor for name, tensor in own.items() if name.startswith("source.")
     }

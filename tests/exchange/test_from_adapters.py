@@ -76,7 +76,7 @@ def test_what_is_read_is_what_was_trained():
     assert (reft.config.positions, [len(group) for group in reft.interventions.values()]) == ("f3", [1, 1])
 
 
-def test_whether_it_is_noreft_or_direft_is_asked_because_adapters_does_not_save_it():
+def test_noreft_or_direft_is_asked_as_adapters_does_not_save_it():
     with pytest.raises(ValueError, match=r"noreft.*method='noreft' or method='direft'; got None"):
         rl.from_adapters(base_model(), FOLDERS / "noreft")
     with pytest.raises(ValueError, match=r"is of LoReFT .*; got method='direft'"):

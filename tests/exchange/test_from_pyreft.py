@@ -9,6 +9,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -36,7 +37,7 @@ LETTERS = {"W": "source.weight", "W1": "source.weight", "W2": "projection.weight
 
 
 def base_model(dtype=torch.float32):
-    model = LlamaForCausalLM(LlamaConfig(**BASE)).eval()
+    model: Any = LlamaForCausalLM(LlamaConfig(**BASE)).eval()
     weights = load_file(GOLDEN / "pyreft.safetensors")
     weights = {name.removeprefix("base/"): t for name, t in weights.items() if name.startswith("base/")}
     model.load_state_dict(weights, strict=False)  # the head is tied to the embeddings
@@ -126,7 +127,7 @@ def test_what_is_read_is_what_was_trained():
 @pytest.mark.parametrize("shape", [(12, 3), (12, 1), (5, 5)])
 def test_the_orthogonal_map_of_torch_is_computed_from_what_it_saves(shape):
     torch.manual_seed(0)
-    layer = torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(shape[1], shape[0], bias=False))
+    layer: Any = torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(shape[1], shape[0], bias=False))
     saved = layer.parametrizations.weight
     with torch.no_grad():
         saved.original.add_(torch.randn(shape).tril(-1))
