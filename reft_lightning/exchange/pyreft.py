@@ -100,7 +100,7 @@ def from_pyreft(
     values = read_json(folder / CONFIG)
     heads = read_pickled(folder / HEADS) if (folder / HEADS).is_file() else {}
     head_state = {f"heads.{path}": tensor for path, tensor in heads.items()}
-    if OURS in values and positions is None:
+    if isinstance(values.get(OURS), dict) and positions is None and act_fn is None and not dropout:
         with naming(folder / CONFIG), all_or_nothing(base_model):
             reft = ReftModel(base_model, ReftConfig.from_dict(values[OURS]))
             state = {}
