@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from .adapters.reft.model import ReftModel
     from .adapters.reft.positions import parse_positions
     from .config.models import load_model
+    from .exchange.adapterhub import from_adapters
+    from .exchange.easysteer import to_easysteer
     from .exchange.lora import to_lora
     from .exchange.merge import merge
+    from .exchange.pyreft import from_pyreft, to_pyreft
     from .interventions import (
         INTERVENTIONS,
         RED,
@@ -48,10 +51,14 @@ _HOME = {
     "ReftModel": ".adapters.reft.model",
     "attach": ".adapters.reft.attach",
     "count_parameters": ".adapters.adapt",
+    "from_adapters": ".exchange.adapterhub",
+    "from_pyreft": ".exchange.pyreft",
     "load_model": ".config.models",
     "merge": ".exchange.merge",
     "parse_positions": ".adapters.reft.positions",
+    "to_easysteer": ".exchange.easysteer",
     "to_lora": ".exchange.lora",
+    "to_pyreft": ".exchange.pyreft",
 }
 
 __all__ = [
@@ -70,10 +77,14 @@ __all__ = [
     "ReftModel",
     "attach",
     "count_parameters",
+    "from_adapters",
+    "from_pyreft",
     "load_model",
     "merge",
     "parse_positions",
+    "to_easysteer",
     "to_lora",
+    "to_pyreft",
 ]
 
 

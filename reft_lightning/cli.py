@@ -44,6 +44,10 @@ DASHBOARD_USAGE = (
     "reft-dashboard FOLDER [FOLDER ...] [entity=NAME] [project=NAME] [out=DIR]\n"
     "       reft-dashboard FILE.json"
 )
+CONVERT_USAGE = (
+    "reft-convert FOLDER to=reft|pyreft|easysteer [out=DIR] [base=MODEL] [positions=SPEC]\n"
+    "             [act_fn=NAME] [method=noreft|direft]"
+)
 EVAL_HELP = f"""\
 reft-eval: evaluate the adapter of a run again, on its validation rows or its test rows
 usage: {EVAL_USAGE}
@@ -111,6 +115,21 @@ examples:
   reft-dashboard outputs/quickstart
   reft-dashboard dashboard/dashboard.json entity=NAME
 """
+CONVERT_HELP = f"""\
+reft-convert: an adapter of reft_lightning, pyreft or adapters, written for another
+usage: {CONVERT_USAGE}
+  FOLDER        an adapter of any of the three, or a run of reft-train
+  to            reft (ours), pyreft, or easysteer (steering.json of its vLLM)
+  out           a new folder; FOLDER-TO without it
+  base          the model it was trained on, where FOLDER does not name it
+  positions     of an adapter of pyreft, whose files hold none, such as f7+l7
+  act_fn        of an adapter of pyreft that was trained with one
+  method        of an adapter of adapters without orthogonality: noreft or direft
+examples:
+  reft-convert outputs/quickstart/2026-11-29_10-00-00 to=pyreft out=for-pyreft
+  reft-convert theirs to=reft base=meta-llama/Llama-2-7b-hf positions=f5+l5
+What the other library cannot hold is said, and what it does not have is refused.
+"""
 REPORT_HELP = f"""\
 reft-report: compare runs: tables, intervals, paired tests, plots, one HTML page
 usage: {REPORT_USAGE}
@@ -126,6 +145,7 @@ examples:
 """
 SPLITS = ("validation", "test")
 TEMPLATES = ("plain", "alpaca", "chat")
+LIBRARIES = ("reft", "pyreft", "easysteer")
 
 
 class UsageError(ValueError):
@@ -449,6 +469,33 @@ def _dashboard(argv: Sequence[str]) -> None:
     from .reporting import dashboard as making
 
     making.main(folders, Path(options.get("out", "dashboard")), options.get("entity"), options.get("project"))
+
+
+def convert() -> None:
+    """Write an adapter of one library for another."""
+    _command(_convert, CONVERT_USAGE, CONVERT_HELP)
+
+
+def _convert(argv: Sequence[str]) -> None:
+    folders = [Path(text) for text in argv if _is_folder(text)]
+    names = ("to", "out", "base", "positions", "act_fn", "method")
+    options = _options([text for text in argv if not _is_folder(text)], names)
+    if len(folders) != 1 or not folders[0].is_dir():
+        siblings = [str(path) for folder in folders for path in folder.parent.glob("*/")]
+        given = " ".join(map(str, folders))
+        raise UsageError(
+            "FOLDER must be one folder of an adapter or a run; got "
+            + (f"{given}{did_you_mean(given, siblings)}" if given else "none")
+        )
+    if "to" not in options:
+        raise UsageError(f"to=... is missing: one of {', '.join(LIBRARIES)}")
+    to = _choice(options, "to", LIBRARIES)
+    out = Path(options.get("out", f"{folders[0].resolve().name}-{to}"))
+    with heavy_imports():
+        from .exchange import command
+
+    given = {name: options[name] for name in ("base", "positions", "act_fn", "method") if name in options}
+    command.main(folders[0], to, out, **given)
 
 
 def _command(action: Callable[[Sequence[str]], Any], usage: str, help_text: str) -> None:

@@ -549,7 +549,8 @@ def test_chat_hands_its_arguments_on(monkeypatch, folder):
 
 
 COMMANDS = [
-    cli.train, cli.evaluate, cli.chat, cli.inspect, cli.judge, cli.search, cli.report, cli.dashboard, cli.serve
+    cli.train, cli.evaluate, cli.chat, cli.inspect, cli.judge, cli.search, cli.report, cli.dashboard, cli.serve,
+    cli.convert,
 ]  # fmt: skip
 
 

@@ -1,8 +1,9 @@
-"""Files of the Hugging Face hub: two for an adapter, and an error that names what was tried if one does not come."""
+"""Files of the Hugging Face hub, and an error that names what was tried if they do not come."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +25,59 @@ def download(
     Raises:
         FileNotFoundError: if one does not come, for whatever reason; names the address that was asked.
     """
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import hf_hub_download
 
     place = Path()
     for file in files:
-        try:
+        path = "/".join([name, "resolve", revision or "main", *([subfolder] if subfolder else []), file])
+        with _explained(name, path):
             place = Path(hf_hub_download(name, file, revision=revision, subfolder=subfolder, token=token))
-        except HFValidationError as error:
-            raise FileNotFoundError(
-                f"{name!r} is not a folder, and not a name of the hub either, which is owner/name"
-            ) from error
-        except Exception as error:  # what comes from a network can raise anything, down to a JSONDecodeError
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            status: Any = getattr(getattr(cause, "response", None), "status_code", None)
-            said = (str(cause).splitlines() or [""])[0][:LONGEST]
-            reason = MEANT.get(status) or f"{type(cause).__name__}: {said}"
-            if constants.HF_HUB_OFFLINE:
-                reason = "HF_HUB_OFFLINE is set, so only the hub's cache was read"
-            path = "/".join([name, "resolve", revision or "main", *([subfolder] if subfolder else []), file])
-            raise FileNotFoundError(
-                f"{name!r} is not a folder, and {constants.ENDPOINT}/{path} could not be read: {reason}"
-            ) from error
     return place.parent
+
+
+def folder_with(name: str, patterns: Sequence[str], needed: str) -> Path:
+    """Return a folder, or the hub's cache of a repository, with files of unknown names, of which one must be there.
+
+    Raises:
+        FileNotFoundError: if there is neither, or the needed file is missing.
+    """
+    from huggingface_hub import snapshot_download
+
+    folder = Path(name)
+    if not folder.is_dir():
+        with _explained(name, f"{name}/tree/main"):
+            folder = Path(snapshot_download(name, allow_patterns=list(patterns)))
+    if not (folder / needed).is_file():
+        there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise FileNotFoundError(f"{folder} does not hold an adapter: {needed} is missing; there is {there}")
+    return folder
+
+
+@contextmanager
+def _explained(name: str, path: str) -> Iterator[None]:
+    """Say in one line what was asked, and why nothing came.
+
+    Raises:
+        FileNotFoundError: for whatever is raised inside the block.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"{name!r} is not a folder, and not a name of the hub either, which is owner/name"
+        ) from error
+    except Exception as error:  # what comes from a network can raise anything, down to a JSONDecodeError
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        status: Any = getattr(getattr(cause, "response", None), "status_code", None)
+        said = (str(cause).splitlines() or [""])[0][:LONGEST]
+        reason = MEANT.get(status) or f"{type(cause).__name__}: {said}"
+        if constants.HF_HUB_OFFLINE:
+            reason = "HF_HUB_OFFLINE is set, so only the hub's cache was read"
+        raise FileNotFoundError(
+            f"{name!r} is not a folder, and {constants.ENDPOINT}/{path} could not be read: {reason}"
+        ) from error

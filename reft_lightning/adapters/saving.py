@@ -10,7 +10,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,15 @@ def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     write_whole(path, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
 
 
+@contextmanager
+def naming(folder: str | os.PathLike) -> Iterator[None]:
+    """Let the message of a ValueError inside the block begin with the folder that was read, if it does not name it."""
+    try:
+        yield
+    except ValueError as error:
+        raise error if str(folder) in str(error) else ValueError(f"{folder}: {error}") from error
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file.
 
@@ -161,10 +171,8 @@ def load_adapter(
                 there = f"there is {', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}"
             raise FileNotFoundError(f"{folder} does not hold an adapter: {file} is missing; {there}")
     values = read_json(folder / CONFIG_FILE)
-    try:
+    with naming(folder):
         config = ReftConfig.from_dict(values, positions)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
     return config, read_tensors(folder / TENSOR_FILE)
 
 

@@ -1,1 +1,1 @@
-"""What is trained here, in the formats of other libraries, and the other way round."""
+"""Adapters of other libraries, read and written: pyreft, AdapterHub's, EasySteer; interventions as weights."""

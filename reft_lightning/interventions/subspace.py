@@ -18,13 +18,17 @@ has it: no variant is the identity then. ``init="identity"`` starts where Phi(h)
 ``weight_dtype="bfloat16"`` is the authors' code: W, W1, W2 and b are stored, trained and multiplied in bfloat16, while
 R and what it multiplies stay float32. Entries above 2^-7 cannot move at small learning rates then. pyreft keeps the b
 of ConsReFT and LobiReFT in float32.
+
+``act_fn="relu"`` puts an activation on W h + b, and nowhere else, as pyreft and AdapterHub do.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -37,6 +41,22 @@ from .base import INTERVENTIONS, Intervention
 from .orthonormal import orthonormal_rows, random_rows
 
 WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {
+        "gelu": F.gelu,
+        "gelu_new": partial(F.gelu, approximate="tanh"),
+        "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+        "leaky_relu": F.leaky_relu,
+        "mish": F.mish,
+        "relu": F.relu,
+        "relu6": F.relu6,
+        "sigmoid": torch.sigmoid,
+        "silu": F.silu,
+        "swish": F.silu,
+        "tanh": torch.tanh,
+    }
+)
+"""What ``act_fn`` may name, as transformers does."""
 
 
 class Subspace(Intervention):
@@ -49,14 +69,22 @@ class Subspace(Intervention):
         rank: r, with 1 <= r <= d.
         init: ``paper`` or ``identity``.
         weight_dtype: of W and b: ``float32``, or ``bfloat16`` as in the authors' code.
+        act_fn: a name of :data:`ACTIVATIONS`, of the activation on W h + b; None for none, as in the paper.
         **kwargs: dropout and dropout_on, see :class:`Intervention`.
 
     Raises:
-        ValueError: if rank lies outside 1..dim, or init or weight_dtype is unknown or impossible for the class.
+        ValueError: if rank lies outside 1..dim, or init, weight_dtype or act_fn is unknown or impossible for the class.
     """
 
     def __init__(
-        self, dim: int, rank: int, *, init: str = "paper", weight_dtype: str = "float32", **kwargs: Any
+        self,
+        dim: int,
+        rank: int,
+        *,
+        init: str = "paper",
+        weight_dtype: str = "float32",
+        act_fn: str | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(dim, **kwargs)
         if not isinstance(rank, int) or isinstance(rank, bool):
@@ -70,8 +98,15 @@ class Subspace(Intervention):
                 f"weight_dtype must be one of {', '.join(WEIGHT_DTYPES)}; got {weight_dtype!r}"
                 f"{did_you_mean(str(weight_dtype), WEIGHT_DTYPES)}"
             )
-        self.rank, self.weight_dtype = rank, weight_dtype
+        if act_fn is not None and act_fn not in ACTIVATIONS:
+            raise ValueError(
+                f"act_fn must be one of {', '.join(ACTIVATIONS)}, or None; got {act_fn!r}"
+                f"{did_you_mean(str(act_fn), ACTIVATIONS)}"
+            )
+        self.rank, self.weight_dtype, self.act_fn = rank, weight_dtype, act_fn
         self.build()
+        if act_fn is not None and not isinstance(getattr(self, "source", None), nn.Linear):
+            raise ValueError(f"{type(self).__name__} has no W h + b for an activation: act_fn must be None")
         if weight_dtype != "float32":
             self._cast_weights(WEIGHT_DTYPES[weight_dtype])
         if init == "identity":
@@ -92,16 +127,23 @@ class Subspace(Intervention):
         for linear in maps:
             linear.to(dtype)
 
-    def pull(self, h: Tensor, rows: Tensor) -> Tensor:  # (n, d), (r, d) -> (n, r)
-        """Return W h + b - rows h: what is missing, in the coordinates of ``rows``.
+    def target(self, h: Tensor) -> Tensor:  # (n, d) -> (n, r)
+        """Return W h + b, and its activation where there is one, in the dtype of W."""
+        source: Any = self.source
+        y = source(h.to(source.weight.dtype))
+        return y if self.act_fn is None else ACTIVATIONS[self.act_fn](y)
+
+    def pull(
+        self, h: Tensor, rows: Tensor, offset: Tensor | None = None
+    ) -> Tensor:  # (n, d), (r, d), (r,) -> (n, r)
+        """Return W h + b - (rows h + offset): what is missing, in the coordinates of ``rows``.
 
         In bfloat16 each term is rounded before they are subtracted, as in the authors' code.
         """
         source: Any = self.source
-        W, b = source.weight, source.bias
-        if W.dtype == torch.bfloat16:
-            return F.linear(h.to(W.dtype), W, b) - h.to(rows.dtype) @ rows.mT
-        return F.linear(h, W - rows, b)
+        if self.act_fn is not None or source.weight.dtype == torch.bfloat16:
+            return self.target(h) - F.linear(h.to(rows.dtype), rows, offset)
+        return F.linear(h, source.weight - rows, source.bias if offset is None else source.bias - offset)
 
     def coordinates(self, h: Tensor, rows: Tensor) -> Tensor:  # (n, d), (r, d) -> (n, r)
         """Return how far the edit goes along each of ``rows``, the directions."""
@@ -113,7 +155,24 @@ class Subspace(Intervention):
 
     def make_identity(self) -> None:
         """Set the parameters to where Phi(h) = h."""
-        raise ValueError(f"{type(self).__name__} is the identity for no parameters: init must be 'paper'")
+        activated = f" with act_fn={self.act_fn!r}" if self.act_fn else ""
+        raise ValueError(
+            f"{type(self).__name__}{activated} is the identity for no parameters: init must be 'paper'"
+        )
+
+    def affine(self) -> tuple[Tensor, Tensor, Tensor]:  # (r, d), (r, d), (r,)
+        """Return U, V and c with edit(h) = U'(V h + c), in float64.
+
+        Raises:
+            ValueError: if an activation makes the edit no affine function of h.
+        """
+        if self.act_fn is not None:
+            raise ValueError(f"{type(self).__name__} with act_fn={self.act_fn!r} is no affine function of h")
+        phi = copy.deepcopy(self).to(torch.float64).requires_grad_(False)
+        U: Any = phi.directions
+        c = phi.coordinates(U.new_zeros(1, self.dim), U)
+        V = phi.coordinates(torch.eye(self.dim, dtype=U.dtype, device=U.device), U) - c  # (d, r)
+        return U, V.mT, c[0]
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, rank={self.rank}"
@@ -159,6 +218,8 @@ class LoReFT(Orthonormal, name="loreft"):
         return self.pull(h, rows)
 
     def make_identity(self) -> None:
+        if self.act_fn is not None:
+            super().make_identity()
         if self.weight_dtype != "float32":
             raise ValueError(
                 f"init='identity' sets W to R, which {self.weight_dtype} cannot hold: use weight_dtype='float32'"
@@ -173,20 +234,34 @@ class NoReFT(Subspace, name="noreft"):
     .. math:: \Phi(h) = h + W_2^\top (W_1 h + b - W_2 h)
 
     Source: Wu et al. 2024, Table 17, row 4.
+
+    Args:
+        dim: width d of the representation.
+        rank: r, with 1 <= r <= d.
+        add_bias: whether W2 h has a bias b2 of its own, as pyreft offers; with an activation, b cannot stand for it.
+        **kwargs: as of :class:`Subspace`.
     """
+
+    def __init__(self, dim: int, rank: int, *, add_bias: bool = False, **kwargs: Any) -> None:
+        self.add_bias = add_bias
+        super().__init__(dim, rank, **kwargs)
 
     def build(self) -> None:
         self.source = nn.Linear(self.dim, self.rank)  # W1, b
-        self.projection = nn.Linear(self.dim, self.rank, bias=False)  # W2
+        self.projection = nn.Linear(self.dim, self.rank, bias=self.add_bias)  # W2, b2
 
     @property
     def directions(self) -> Tensor:  # (r, d)
         return self.projection.weight
 
     def coordinates(self, h: Tensor, rows: Tensor) -> Tensor:
-        return self.pull(h, rows)
+        return self.pull(h, rows, self.projection.bias)
 
     def make_identity(self) -> None:
+        if self.act_fn is not None:
+            super().make_identity()
+        if self.add_bias:
+            self.projection.bias.zero_()
         self.source.weight.copy_(self.projection.weight)
         self.source.bias.zero_()
 
@@ -208,7 +283,7 @@ class DiReFT(Subspace, name="direft"):
         return self.projection.weight
 
     def coordinates(self, h: Tensor, rows: Tensor) -> Tensor:
-        return self.source(h.to(rows.dtype))
+        return self.target(h)
 
     def make_identity(self) -> None:
         self.projection.weight.zero_()
@@ -223,9 +298,11 @@ class OrthonormalDiReFT(LoReFT, name="direft_orthonormal"):
     """
 
     def coordinates(self, h: Tensor, rows: Tensor) -> Tensor:
-        return self.source(h.to(self.source.weight.dtype)).to(rows.dtype)
+        return self.target(h).to(rows.dtype)
 
     def make_identity(self) -> None:
+        if self.act_fn is not None:
+            super(LoReFT, self).make_identity()
         self.source.weight.zero_()
         self.source.bias.zero_()
 

@@ -26,6 +26,7 @@ from reft_lightning.interventions import (
     settings_of,
 )
 from reft_lightning.interventions.orthonormal import random_rows
+from reft_lightning.interventions.subspace import ACTIVATIONS
 
 
 def gram_schmidt(A):
@@ -122,6 +123,72 @@ class TestLobiReFT(OrthonormalLaws):
 
     def formula(self, phi, h):  # Table 17, row 1
         return h + gram_schmidt(phi.basis).T @ phi.bias
+
+
+class TestLoReFTWithAnActivation(OrthonormalLaws):
+    has_identity = False
+
+    def make(self, **settings):
+        return LoReFT(D, rank=R, act_fn="relu", **settings)
+
+    def num_parameters(self):
+        return 2 * R * D + R
+
+    def formula(self, phi, h):  # the activation on W h + b, and nowhere else
+        rows, W, b = gram_schmidt(phi.basis), phi.source.weight, phi.source.bias
+        return torch.stack([x + rows.T @ ((W @ x + b).clamp(min=0) - rows @ x) for x in h])
+
+
+class TestOrthonormalDiReFTWithAnActivation(OrthonormalLaws):
+    has_identity = False
+
+    def make(self, **settings):
+        return OrthonormalDiReFT(D, rank=R, act_fn="tanh", **settings)
+
+    def num_parameters(self):
+        return 2 * R * D + R
+
+    def formula(self, phi, h):
+        rows, W, b = gram_schmidt(phi.basis), phi.source.weight, phi.source.bias
+        return torch.stack([x + rows.T @ (W @ x + b).tanh() for x in h])
+
+
+class TestDiReFTWithAnActivation(InterventionLaws):
+    def make(self, **settings):
+        return DiReFT(D, rank=R, act_fn="silu", **settings)
+
+    def num_parameters(self):
+        return 2 * R * D + R
+
+    def formula(self, phi, h):
+        W1, b, W2 = phi.source.weight, phi.source.bias, phi.projection.weight
+        return torch.stack([x + W2.T @ ((W1 @ x + b) * (W1 @ x + b).sigmoid()) for x in h])
+
+
+class TestNoReFTWithBothBiases(InterventionLaws):
+    def make(self, **settings):
+        return NoReFT(D, rank=R, add_bias=True, **settings)
+
+    def num_parameters(self):
+        return 2 * R * D + 2 * R
+
+    def formula(self, phi, h):
+        W1, b1, W2, b2 = phi.source.weight, phi.source.bias, phi.projection.weight, phi.projection.bias
+        return torch.stack([x + W2.T @ (W1 @ x + b1 - (W2 @ x + b2)) for x in h])
+
+
+class TestNoReFTWithBothBiasesAndAnActivation(InterventionLaws):
+    has_identity = False
+
+    def make(self, **settings):
+        return NoReFT(D, rank=R, add_bias=True, act_fn="sigmoid", **settings)
+
+    def num_parameters(self):
+        return 2 * R * D + 2 * R
+
+    def formula(self, phi, h):
+        W1, b1, W2, b2 = phi.source.weight, phi.source.bias, phi.projection.weight, phi.projection.bias
+        return torch.stack([x + W2.T @ ((W1 @ x + b1).sigmoid() - (W2 @ x + b2)) for x in h])
 
 
 class ScaleAndShift(Intervention, name="tests.scale_and_shift"):
@@ -393,6 +460,36 @@ def test_unknown_choices_raise():
         LoReFT(D, R, dropout_on="edits")
 
 
+def test_an_activation_that_there_is_not_or_has_nothing_to_act_on_is_refused():
+    with pytest.raises(ValueError, match=r"act_fn must be one of gelu, .*; got 'rleu'; did you mean 'relu'"):
+        LoReFT(D, R, act_fn="rleu")
+    with pytest.raises(ValueError, match="ConsReFT has no W h \\+ b for an activation"):
+        ConsReFT(D, R, act_fn="relu")
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_those_of_transformers(name):
+    from transformers.activations import ACT2FN
+
+    y = torch.linspace(-5, 8, 99)
+    torch.testing.assert_close(ACTIVATIONS[name](y), ACT2FN[name](y), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [(cls, {}) for cls in (LoReFT, NoReFT, DiReFT, OrthonormalDiReFT, ConsReFT, LobiReFT)]
+    + [(NoReFT, {"add_bias": True})],
+)
+def test_an_edit_without_an_activation_is_affine(cls, settings):
+    torch.manual_seed(0)
+    phi, h = shaken(cls(D, R, **settings)).double(), tokens(dtype=torch.float64)
+    U, V, c = phi.affine()
+    torch.testing.assert_close(phi.edit(h), (h @ V.T + c) @ U, atol=1e-12, rtol=1e-10)
+    if hasattr(phi, "source"):
+        with pytest.raises(ValueError, match=r"act_fn='relu' is no affine function"):
+            cls(D, R, act_fn="relu", **settings).affine()
+
+
 def test_an_unknown_method_names_the_nearest():
     with pytest.raises(ValueError, match=r"unknown intervention 'lorefft'; .*did you mean 'loreft'"):
         intervention_class("lorefft")
@@ -406,7 +503,8 @@ def test_an_unknown_setting_names_the_nearest():
     with pytest.raises(ValueError, match="LoReFT needs the setting rank"):
         check_settings(LoReFT, {})
     check_settings(LoReFT, {"rank": 4, "dropout": 0.1})
-    assert list(settings_of(LoReFT)) == ["rank", "init", "weight_dtype", "dropout", "dropout_on"]
+    expected = ["rank", "init", "weight_dtype", "act_fn", "dropout", "dropout_on"]
+    assert list(settings_of(LoReFT)) == expected
 
 
 def test_the_paper_s_names_are_registered():

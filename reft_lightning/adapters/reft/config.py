@@ -17,10 +17,22 @@ from .sites import check_layers, number_of_layers
 
 NONE = "none"  # the method that attaches nothing: only a classifier's head is trained
 FORMAT = 1
-KINDS = {"method": str, "layers": list, "positions": str, "settings": dict, "per_layer": dict, "heads": list,
-         "architecture": dict, "partitions": dict}  # fmt: skip
+KINDS = {
+    "method": str,
+    "layers": list,
+    "positions": str,
+    "tied": str,
+    "component": str,
+    "clip": str,
+    "heads": list,
+    "settings": dict,
+    "per_layer": dict,
+    "architecture": dict,
+    "partitions": dict,
+    "scale": (int, float),
+}  # of the values in a file
 NEEDED = ("method", "layers", "positions")
-WORDS = {str: "text", list: "list", dict: "set of keys and values"}
+WORDS = {str: "text", list: "list", dict: "set of keys and values", (int, float): "number"}
 CONFIG_FILE, TENSOR_FILE, CARD_FILE = "reft_config.json", "reft.safetensors", "README.md"
 
 
@@ -148,7 +160,8 @@ class ReftConfig:
         """Rebuild a configuration.
 
         Raises:
-            ValueError: for a newer format, an unknown key, or a position callable that is not given.
+            ValueError: for a newer format, an unknown key, one that is missing or holds another kind of value, or a
+                position callable that is not given.
         """
         values = dict(values)
         version = values.pop("format", None)
@@ -162,14 +175,14 @@ class ReftConfig:
                 f"{CONFIG_FILE} has unknown keys {unknown}; known: {sorted(cls.__dataclass_fields__)}"
             )
         for name, kind in KINDS.items():
-            if not isinstance(values.get(name, kind() if name not in NEEDED else None), kind):
+            if (name in values or name in NEEDED) and not isinstance(values.get(name), kind):
                 held = f"{name}={values[name]!r}" if name in values else f"no {name}"
                 raise ValueError(f"{CONFIG_FILE} holds {held}; {name} must be a {WORDS[kind]}")
         if not all(isinstance(rows, list) for rows in values.get("partitions", {}).values()):
             raise ValueError(f"{CONFIG_FILE} holds partitions without lists of rows: {values['partitions']}")
         if positions is not None:
             values["positions"] = positions
-        elif str(values["positions"]).startswith("<callable"):
+        elif values["positions"].startswith("<callable"):
             raise ValueError(
                 f"the adapter was trained with the position function {values['positions']}, and code is not stored: "
                 "pass it, ReftModel.from_pretrained(model, name, positions=function)"

@@ -37,7 +37,7 @@ from ..arguments import forward_inputs, known_arguments, left_padded_inputs
 from ..attaching import all_or_nothing, attaching, check_base, detached
 from ..first_values import FirstValues, fill
 from ..masks import Spans, of_rows, spans_of
-from ..saving import check_fit, load_adapter, save_adapter, tensors_of
+from ..saving import check_fit, load_adapter, naming, save_adapter, tensors_of
 from .adapter import Adapter
 from .adapter_set import DEFAULT, AdapterSet, partitions_of
 from .base_of import load_base_of
@@ -740,13 +740,10 @@ class ReftModel(nn.Module):
             check_base(base_model)
         config, state = load_adapter(source, positions, revision=revision, subfolder=subfolder, token=token)
         model: Any = base_model if name is not None else load_base_of(config, token=token, **loading)
-        try:
+        with naming(source), all_or_nothing(model):
             if strict:
                 check_architecture(model, config.architecture)
-            with all_or_nothing(model):
-                reft = cls(model, config)
-                reft.load_adapter_state_dict(state)
-                reft._insert(partitions_of(reft.adapters.first))
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+            reft = cls(model, config)
+            reft.load_adapter_state_dict(state)
+            reft._insert(partitions_of(reft.adapters.first))
         return reft

@@ -1,0 +1,108 @@
+"""``reft-convert FOLDER``: an adapter of one library becomes one of another."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from ..adapters.reft.config import CONFIG_FILE
+from ..adapters.reft.model import ReftModel
+from ..base_models.decoders import is_decoder
+from ..storage.reading import read_json
+from . import adapterhub, easysteer, pyreft
+
+log = logging.getLogger(__name__)
+
+WRITERS = {
+    "reft": ReftModel.save_pretrained,
+    "pyreft": pyreft.to_pyreft,
+    "easysteer": easysteer.to_easysteer,
+}
+
+
+def main(
+    folder: Path,
+    to: str,
+    out: Path,
+    base: str | None = None,
+    positions: str | None = None,
+    act_fn: str | None = None,
+    method: str | None = None,
+) -> None:
+    """Read an adapter of whichever library wrote it, and write it for another.
+
+    Args:
+        folder: of an adapter, or a run of reft-train.
+        to: a name of :data:`WRITERS`.
+        out: an empty or a new folder.
+        base: the model it was trained on, a folder or a name on the hub; None for the one that the adapter names.
+        positions: of an adapter of pyreft, see :func:`.pyreft.from_pyreft`.
+        act_fn: of an adapter of pyreft.
+        method: of an adapter of adapters, see :func:`.adapterhub.from_adapters`.
+
+    Raises:
+        ValueError, OSError: for folders and arguments that cannot be used, before the base model is loaded; for what
+            cannot be read or written.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(
+            f"out={out} is not empty: name a new folder, as its files would be mixed with others"
+        )
+    if (folder / "adapter" / CONFIG_FILE).is_file():
+        folder = folder / "adapter"
+    library, named = _library(folder)
+    given = {"positions": positions, "act_fn": act_fn, "method": method}
+    takes = {"reft": (), "pyreft": ("positions", "act_fn"), "adapters": ("method",)}[library]
+    for name, value in given.items():
+        if value is not None and name not in takes:
+            raise ValueError(
+                f"{name}={value} means nothing to {folder}, an adapter of {library}: leave it out"
+            )
+    if library == "pyreft" and positions is None and pyreft.OURS not in read_json(folder / pyreft.CONFIG):
+        raise ValueError(
+            f"{folder}: pyreft does not save positions: add those of the training, such as positions=f7+l7"
+        )
+    if not (base or named):
+        raise ValueError(
+            f"{folder} does not name its base model: add base=NAME, a folder or a name on the hub"
+        )
+    model = _base_model(base or named)
+    if library == "reft":
+        reft = ReftModel.from_pretrained(model, folder)
+    elif library == "pyreft":
+        reft = pyreft.from_pyreft(model, folder, positions=positions, act_fn=act_fn)
+    else:
+        reft = adapterhub.from_adapters(model, folder, method=method)
+    WRITERS[to](reft, out)
+    log.info("%s, an adapter of %s, is written for %s to %s", folder, library, to, out)
+
+
+def _library(folder: Path) -> tuple[str, str]:
+    """Return which library wrote a folder, and the base model that it names."""
+    if (folder / CONFIG_FILE).is_file():
+        return "reft", read_json(folder / CONFIG_FILE).get("base_model") or ""
+    if (folder / adapterhub.CONFIG).is_file():
+        return "adapters", read_json(folder / adapterhub.CONFIG).get("model_name") or ""
+    if (folder / pyreft.CONFIG).is_file() and any(folder.glob("intkey_*.bin")):
+        return "pyreft", read_json(folder / pyreft.CONFIG).get(pyreft.OURS, {}).get("base_model") or ""
+    there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+    raise ValueError(
+        f"{folder} holds no adapter of reft_lightning ({CONFIG_FILE}), adapters ({adapterhub.CONFIG}) or pyreft "
+        f"({pyreft.CONFIG} and intkey_*.bin); there is {there}"
+    )
+
+
+def _base_model(name: str) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(name)
+    kind = AutoModelForCausalLM if is_decoder(config) else AutoModel
+    if str((config.architectures or [""])[0]).endswith("ForSequenceClassification"):
+        kind = AutoModelForSequenceClassification
+    return kind.from_pretrained(name)

@@ -1,0 +1,118 @@
+"""What reading the files of other libraries has in common: they run no code, and what does not fit changes no model."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..adapters.attaching import all_or_nothing
+from ..adapters.reft.attach import attach
+from ..adapters.reft.model import ReftModel
+from ..adapters.saving import naming
+
+
+def read_pickled(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file that ``torch.save`` wrote; nothing else is unpickled.
+
+    Raises:
+        ValueError: if it is damaged, or holds anything but tensors by name; names the file.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is damaged, or holds more than tensors, which could run code and is not read"
+        ) from error
+    except (RuntimeError, ValueError, EOFError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} should hold tensors by name; it holds a {type(state).__name__}")
+    return state
+
+
+def take(path: Path, state: Mapping[str, Tensor], shapes: Mapping[str, int], what: str) -> list[Tensor]:
+    """Return tensors of a file, which must have them and with so many dimensions.
+
+    Args:
+        path: of the file.
+        state: what it holds.
+        shapes: name -> number of dimensions.
+        what: whose they are, for the message.
+
+    Raises:
+        ValueError: for one that is missing or has another shape; names the file.
+    """
+    for name, dimensions in shapes.items():
+        if name not in state:
+            raise ValueError(
+                f"{path}: {what} needs {name}, which is missing; there is {', '.join(sorted(state)) or 'nothing'}"
+            )
+        if state[name].ndim != dimensions:
+            raise ValueError(
+                f"{path}: {name} of {what} has the shape {tuple(state[name].shape)} instead of {dimensions} dimensions"
+            )
+    return [state[name] for name in shapes]
+
+
+def orthogonal_map(original: Tensor, base: Tensor) -> Tensor:  # (d, r), (d, d) -> (d, r)
+    """Return the matrix that ``torch.nn.utils.parametrizations.orthogonal`` computes from what it saves.
+
+    Its parameter holds Householder vectors below the diagonal and signs on it; a square one, a skew-symmetric matrix.
+    """
+    original, base = original.float(), base.float()
+    lower = original.tril(-1)
+    if original.shape[0] == original.shape[1]:
+        return base @ torch.linalg.matrix_exp(lower - lower.mT)
+    vectors = torch.linalg.householder_product(lower, 2 / (1 + lower.square().sum(0)))
+    return base @ (vectors * original.diagonal().int())
+
+
+def check_alone(reft: ReftModel, library: str) -> None:
+    """Reject several adapters on one model, of which a file of another library holds one.
+
+    Raises:
+        ValueError: with their names.
+    """
+    if len(reft.adapter_names) > 1:
+        raise ValueError(
+            f"this model carries {', '.join(reft.adapter_names)}, and a folder for {library} holds one adapter: delete "
+            "the others (delete_adapter), or attach the one to be written to a model of its own"
+        )
+
+
+def attached(
+    base_model: PreTrainedModel,
+    folder: Path,
+    layers: Mapping[int, Mapping[str, Any]],
+    state: dict[str, Tensor],
+    **settings: Any,
+) -> ReftModel:
+    """Attach what was read, or leave the base model as it was.
+
+    Args:
+        base_model: of Hugging Face.
+        folder: that was read, for messages.
+        layers: the settings of each layer; those of all layers alike become the adapter's.
+        state: as :meth:`ReftModel.load_adapter_state_dict` takes it.
+        **settings: further arguments of :func:`attach`.
+
+    Raises:
+        ValueError: if it does not fit the model; names the folder.
+    """
+    first = dict(next(iter(layers.values())))
+    shared = {key for key, value in first.items() if all(own.get(key) == value for own in layers.values())}
+    method = first["method"]
+    own = {layer: {k: v for k, v in values.items() if k not in shared} for layer, values in layers.items()}
+    common = {key: first[key] for key in first if key in shared and key != "method"}
+    with naming(folder), all_or_nothing(base_model):
+        reft = attach(
+            base_model, method, layers=own if any(own.values()) else list(own), **common, **settings
+        )
+        reft.load_adapter_state_dict(state)
+        return reft

@@ -1,0 +1,95 @@
+"""reft-convert: an adapter of one library becomes one of another, from the command line."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import reft_lightning as rl
+from reft_lightning import cli
+
+FOLDERS = Path(__file__).parents[1] / "golden" / "pyreft_folders"
+ROWS = tiny.padded(tiny.rows(5, 3), "left")
+
+
+def logits(reft):
+    with torch.no_grad():
+        return reft.eval()(**ROWS).logits
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run the command in an empty folder; returns (status, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["reft-convert", *map(str, arguments)])
+        try:
+            cli.convert()
+        except SystemExit as left:
+            return left.code, capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    return command
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """An adapter in ``mine``, of the base model in ``base``."""
+    tiny.model("llama").save_pretrained(tmp_path / "base")
+    reft = rl.attach(tiny.model("llama"), "loreft", rank=2, positions="f1+l2")
+    reft.config.base_model = str(tmp_path / "base")
+    reft.save_pretrained(tmp_path / "mine")
+    return reft
+
+
+def test_there_and_back_again(run, saved, tmp_path):
+    assert run("mine", "to=pyreft", "out=theirs")[0] == 0
+    assert run("theirs", "to=reft")[0] == 0
+    again = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path / "theirs-reft")
+    torch.testing.assert_close(logits(again), logits(saved), atol=1e-5, rtol=0)
+    assert run("mine", "to=easysteer", "out=served")[0] == 0
+    assert len(json.loads((tmp_path / "served" / "steering.json").read_text())["vectors"]) == tiny.LAYERS
+
+
+def test_a_run_is_its_adapter(run, saved, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.move(tmp_path / "mine", tmp_path / "run" / "adapter")
+    assert run("run", "to=easysteer", "out=served")[0] == 0
+    assert (tmp_path / "served" / "steering.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["to=pyreft"], "FOLDER must be one folder of an adapter or a run; got none"),
+        (["mien", "to=pyreft"], "got mien; did you mean 'mine'?"),
+        (["mine"], "to=... is missing: one of reft, pyreft, easysteer"),
+        (["mine", "to=pyrfet"], "got 'pyrfet'; did you mean 'pyreft'?"),
+        (["mine", "to=pyreft", "postions=f1"], "did you mean 'positions'?"),
+        (["mine", "to=pyreft", "positions=f1"], "positions=f1 means nothing to mine, an adapter of reft"),
+        (["mine", "to=pyreft", "out=base"], "out=base is not empty"),
+        (["base", "to=pyreft"], "base holds no adapter of reft_lightning (reft_config.json), adapters"),
+        (
+            [FOLDERS / "loreft_tied", "to=reft", "base=base"],
+            "add those of the training, such as positions=f7+l7",
+        ),
+        ([FOLDERS / "loreft_tied", "to=reft", "positions=f1"], "does not name its base model: add base=NAME"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_weights_are_loaded(run, saved, monkeypatch, arguments, said):
+    monkeypatch.setattr("reft_lightning.exchange.command.AutoConfig", None)
+    status, error = run(*arguments)
+    assert status == 2
+    assert said in error
+
+
+def test_an_adapter_of_another_model_is_refused_and_nothing_is_written(run, saved, tmp_path):
+    status, error = run(FOLDERS / "loreft_tied", "to=reft", "base=base", "positions=f1", "out=out")
+    assert status == 2
+    assert "loreft_tied: the adapter does not fit" in error
+    assert not (tmp_path / "out").exists()

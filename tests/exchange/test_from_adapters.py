@@ -1,0 +1,196 @@
+"""What AdapterHub's adapters saved is read, and computes what it computed there.
+
+Folders and numbers come from ``golden/make_adapters_folders.py``; adapters is not needed to run this file.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import reft_lightning as rl
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FOLDERS = GOLDEN / "adapters_folders"
+BASE = json.loads((GOLDEN / "pyreft.json").read_text())["base_config"]
+TENSORS = load_file(GOLDEN / "adapters_folders.safetensors")
+IDS = TENSORS["input_ids"]
+MASK = (IDS != 0).long()
+CASES = sorted(path.name for path in FOLDERS.iterdir())
+NAMES = {
+    "learned_source.weight": "source.weight",
+    "learned_source.bias": "source.bias",
+    "projection.weight": "projection.weight",
+}
+
+
+def base_model():
+    model = LlamaForCausalLM(LlamaConfig(**BASE)).eval()
+    weights = load_file(GOLDEN / "pyreft.safetensors")
+    weights = {name.removeprefix("base/"): t for name, t in weights.items() if name.startswith("base/")}
+    model.load_state_dict(weights, strict=False)  # the head is tied to the embeddings
+    return model
+
+
+def method_of(case):
+    return None if case.startswith("loreft") else case
+
+
+def read(case):
+    return rl.from_adapters(base_model(), FOLDERS / case, method=method_of(case)).eval()
+
+
+def last_logits(model):
+    logits = model(input_ids=IDS, attention_mask=MASK).logits
+    return logits[torch.arange(len(IDS)), MASK.sum(-1) - 1]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients_are_those_of_adapters(case):
+    reft = read(case)
+    logits = last_logits(reft)
+    assert_close(logits, TENSORS[f"{case}/logits"], atol=1e-4, rtol=0)
+    assert (logits - last_logits(base_model())).abs().max() > 0.1
+    logits.mean().backward()
+    phi = next(iter(reft.interventions.values()))[0]
+    for name, path in NAMES.items():
+        expected = TENSORS.get(f"{case}/gradients/{name}")
+        if expected is not None:
+            assert (phi.get_parameter(path).grad - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_what_is_read_is_what_was_trained():
+    config = read("loreft_both_ends_relu").config
+    assert (config.method, config.layers, config.positions, config.tied) == ("loreft", [1], "f2+l3", "group")
+    assert config.settings == {"rank": 4, "act_fn": "relu", "dropout": 0.05, "dropout_on": "output"}
+    assert read("loreft_tied").config.tied == "all"
+    reft = read("loreft")  # whose second unit there has no positions
+    assert (reft.config.positions, [len(group) for group in reft.interventions.values()]) == ("f3", [1, 1])
+
+
+def test_noreft_or_direft_is_asked_as_adapters_does_not_save_it():
+    with pytest.raises(ValueError, match=r"noreft.*method='noreft' or method='direft'; got None"):
+        rl.from_adapters(base_model(), FOLDERS / "noreft")
+    with pytest.raises(ValueError, match=r"is of LoReFT .*; got method='direft'"):
+        rl.from_adapters(base_model(), FOLDERS / "loreft", method="direft")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Path(shutil.copytree(FOLDERS / "loreft_tied", tmp_path / "theirs"))
+
+
+UNIT = "model.layers.0.reft_layer.refts.mine.units.0"
+
+
+def damage(folder, kind):
+    config, file = folder / "adapter_config.json", folder / "adapter.safetensors"
+    values, state = json.loads(config.read_text()), load_file(file)
+
+    def change(**own):
+        config.write_text(json.dumps(values | {"config": {**values["config"], **own}}))
+
+    match kind:
+        case "truncated":
+            file.write_bytes(file.read_bytes()[:500])
+        case "empty":
+            file.write_bytes(b"")
+        case "missing tensor":
+            save_file({k: t for k, t in state.items() if k != f"{UNIT}.learned_source.bias"}, file)
+        case "missing unit":
+            change(tied_weights=False)
+        case "two adapters":
+            save_file(state | {UNIT.replace("mine", "yours") + ".learned_source.bias": torch.zeros(2)}, file)
+        case "of LoRA":
+            change(architecture="lora")
+        case "foreign tensors":
+            save_file({"model.layers.0.mlp.weight": torch.zeros(2)}, file)
+        case "other width":
+            save_file(state | {f"{UNIT}.learned_source.weight": torch.zeros(2, 48)}, file)
+        case "other depth":
+            save_file({name.replace("layers.2", "layers.7"): t for name, t in state.items()}, file)
+        case "no positions":
+            change(prefix_positions=0, suffix_positions=0)
+        case "no rank":
+            config.write_text(json.dumps({"config": {"architecture": "reft"}}))
+        case "config of no kind":
+            config.write_text("[]")
+        case "foreign config":
+            config.write_text('{"peft_type": "LORA"}')
+        case "head of its own":
+            save_file({"heads.mine.1.weight": torch.zeros(2, 2)}, folder / "model_head.safetensors")
+        case "activation":
+            change(non_linearity="laplace")
+
+
+DAMAGES = {
+    "truncated": ("adapter.safetensors", "damaged"),
+    "empty": ("adapter.safetensors", "damaged"),
+    "missing tensor": ("adapter.safetensors", r"unit 0 of layer 0 needs learned_source\.bias"),
+    "missing unit": ("adapter.safetensors", "layer 0 has no unit 1"),
+    "two adapters": ("adapter.safetensors", "it holds mine, yours at model.layers"),
+    "of LoRA": ("adapter_config.json", "'lora' instead of 'reft'"),
+    "foreign tensors": ("adapter.safetensors", r"holds model\.layers\.0\.mlp\.weight, which is not of ReFT"),
+    "other width": ("theirs", r"source.weight: \(2, 48\) instead of \(2, 32\)"),
+    "other depth": ("theirs", "layer must lie in"),
+    "no positions": ("adapter_config.json", "has no positions"),
+    "no rank": ("adapter_config.json", "config has no orthogonality"),
+    "config of no kind": ("adapter_config.json", "holds a list"),
+    "foreign config": ("adapter_config.json", "is not of ReFT"),
+    "head of its own": ("model_head.safetensors", r"LlamaForCausalLM does not have \(heads\.mine"),
+    "activation": ("theirs", "act_fn must be one of"),
+}
+
+
+def state_of(model):
+    return [(name, len(m._forward_hooks), sorted(vars(m))) for name, m in model.named_modules()]
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_file_that_cannot_be_read_is_named_with_the_reason_and_changes_no_model(kind, folder):
+    damage(folder, kind)
+    base = base_model()
+    before = state_of(base)
+    file, reason = DAMAGES[kind]
+    with pytest.raises(ValueError, match=reason) as raised:
+        rl.from_adapters(base, folder)
+    assert file in str(raised.value)
+    assert state_of(base) == before
+    assert all(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_a_folder_without_its_files_says_what_is_missing(folder):
+    (folder / "adapter.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter\.safetensors or pytorch_adapter\.bin is missing"):
+        rl.from_adapters(base_model(), folder)
+
+
+def test_a_trained_head_is_read_with_the_adapter(tmp_path):
+    base = tiny.model("roberta")
+    name = "roberta.encoder.layer.1.reft_layer.refts.mine.units.0."
+    shapes = {"learned_source.weight": (2, 16), "learned_source.bias": (2,), "projection.weight": (2, 16)}
+    save_file(
+        {name + key: torch.randn(shape) for key, shape in shapes.items()}, tmp_path / "adapter.safetensors"
+    )
+    config = {
+        "architecture": "reft",
+        "orthogonality": False,
+        "prefix_positions": 1,
+        "suffix_positions": 0,
+        "r": 2,
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"config": config}))
+    head = {key: tensor.clone() for key, tensor in base.state_dict().items() if key.startswith("classifier")}
+    trained = torch.randn_like(head["classifier.out_proj.weight"])
+    save_file(head | {"classifier.out_proj.weight": trained}, tmp_path / "model_head.safetensors")
+    reft = rl.from_adapters(base, tmp_path, method="direft")
+    assert torch.equal(reft.base_model.classifier.out_proj.weight, trained)
+    assert reft.config.heads == ["classifier.out_proj"]
