@@ -94,12 +94,16 @@ def affine(phi: Intervention, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
     phi = copy.deepcopy(phi).to("cpu", torch.float64).eval().requires_grad_(False)
     k = phi.edit(torch.zeros(1, dim, dtype=torch.float64))[0]
     K = (phi.edit(torch.eye(dim, dtype=torch.float64)) - k).mT
-    probes = torch.randn(4, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found, directions = phi.edit(probes), phi.directions
-    if not found.isfinite().all():
-        raise ValueError(f"{type(phi).__name__} gives NaN or infinite values: its training diverged")
-    if not torch.allclose(found, probes @ K.mT + k, rtol=EXACT, atol=EXACT * float(found.abs().max())):
-        raise ValueError(f"{type(phi).__name__} is not an affine function of h, and no weight computes it")
+    directions = phi.directions
+    for size in (1.0, 1e6):  # an activation may act on large tokens only, as ReLU does under a large bias
+        probes = size * torch.randn(4, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        found = phi.edit(probes)
+        if not found.isfinite().all():
+            raise ValueError(f"{type(phi).__name__} gives NaN or infinite values: its training diverged")
+        if not torch.allclose(found, probes @ K.mT + k, rtol=EXACT, atol=EXACT * float(found.abs().max())):
+            raise ValueError(
+                f"{type(phi).__name__} is not an affine function of h, and no weight computes it"
+            )
     if directions is not None:
         V = torch.linalg.pinv(directions).mT @ K  # (r, d) @ (d, d)
         size = max(float(K.abs().max()), float(k.abs().max()))  # K is noise where the edit is a constant

@@ -385,3 +385,16 @@ def test_an_adapter_of_heads_alone_is_merged_and_no_lora(tmp_path):
     with pytest.raises(ValueError, match="only trained heads"):
         rl.to_lora(reft, tmp_path)
     assert torch.equal(logits(rl.merge(reft)), wanted)
+
+
+@pytest.mark.parametrize("bias", [0.0, 50.0, 1e4])
+@pytest.mark.parametrize("method", ["loreft", "noreft", "direft", "direft_orthonormal"])
+def test_an_edit_with_an_activation_is_refused_also_where_small_tokens_do_not_show_it(method, bias, tmp_path):
+    reft = rl.attach(
+        tiny.model("llama"), method, rank=2, act_fn="relu", positions="all", component="mlp_output"
+    )
+    with torch.no_grad():
+        for group in reft.interventions.values():
+            group[0].source.bias.add_(bias)
+    with pytest.raises(ValueError, match="is not an affine function of h, and no weight computes it"):
+        rl.to_lora(reft, tmp_path)
