@@ -40,7 +40,9 @@ def base_model(seed: int = 0) -> LlamaForCausalLM:
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=2048,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    model = (
+        LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+    )  # as what is compared with it
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     return model
 
