@@ -101,8 +101,8 @@ examples:
   reft-inspect outputs/quickstart/2026-11-29_10-00-00 rows=64 \\
       forget=commonsense_wheel data.tasks=[boolq]
   reft-inspect plan experiment=quickstart intervention.rank=4
-It writes inspect.json, PNG and SVG. `plan` says what a run of reft-train will cost, before weights are read: KEY=VALUE
-as there; prompt and target give lengths of rows in tokens, in place of those of the data.
+It writes inspect.json, PNG and SVG. `plan` says what a run of reft-train will cost, before weights
+are read: KEY=VALUE as there; prompt and target give lengths of rows instead of the data's.
 """
 DASHBOARD_HELP = f"""\
 reft-dashboard: a workspace and a report page in W&B of runs that were logged there

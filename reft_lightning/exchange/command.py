@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import (
@@ -13,8 +14,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..adapters.reft.base_of import load_base_of
 from ..adapters.reft.config import CONFIG_FILE
 from ..adapters.reft.model import ReftModel
+from ..adapters.saving import load_adapter
 from ..base_models.decoders import is_decoder
 from ..storage.reading import read_json
 from . import adapterhub, easysteer, pyreft
@@ -74,13 +77,13 @@ def main(
         raise ValueError(
             f"{folder} does not name its base model: add base=NAME, a folder or a name on the hub"
         )
-    model = _base_model(base or named)
     if library == "reft":
-        reft = ReftModel.from_pretrained(model, folder)
+        config, _ = load_adapter(folder)
+        reft = ReftModel.from_pretrained(load_base_of(replace(config, base_model=base or named)), folder)
     elif library == "pyreft":
-        reft = pyreft.from_pyreft(model, folder, positions=positions, act_fn=act_fn)
+        reft = pyreft.from_pyreft(_base_model(base or named), folder, positions=positions, act_fn=act_fn)
     else:
-        reft = adapterhub.from_adapters(model, folder, method=method)
+        reft = adapterhub.from_adapters(_base_model(base or named), folder, method=method)
     WRITERS[to](reft, out)
     log.info("%s, an adapter of %s, is written for %s to %s", folder, library, to, out)
 

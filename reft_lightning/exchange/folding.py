@@ -34,7 +34,7 @@ from ..adapters.attaching import NOTE
 from ..adapters.reft.model import ReftModel
 from ..adapters.reft.sites import Site, hidden_of
 from ..base_models.bare import bare_copy
-from ..interventions import Intervention
+from ..interventions import Intervention, Partition, Subspace
 
 EXACT = 1e-9  # relative, in float64
 
@@ -85,12 +85,15 @@ class Fold:
 def affine(phi: Intervention, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""Return U, V (r, d), K (d, d) and k (d,) with :math:`\text{edit}(h) = K h + k` and :math:`K = U^\top V`.
 
-    An affine map is known by what it does to 0 and to the basis vectors. U are the intervention's ``directions``; one
-    that has none, or not those of K, gets U = I, V = K.
+    The low-rank family says what they are. Of any other, an affine map is known by what it does to 0 and to the basis
+    vectors; U are its ``directions``, and one that has none, or not those of K, gets U = I, V = K.
 
     Raises:
         ValueError: if the edit is not affine, or not finite.
     """
+    if isinstance(phi, Partition) or (isinstance(phi, Subspace) and type(phi).edit is Subspace.edit):
+        U, V, c = (tensor.cpu() for tensor in phi.affine())
+        return U, V, U.mT @ V, U.mT @ c
     phi = copy.deepcopy(phi).to("cpu", torch.float64).eval().requires_grad_(False)
     k = phi.edit(torch.zeros(1, dim, dtype=torch.float64))[0]
     K = (phi.edit(torch.eye(dim, dtype=torch.float64)) - k).mT
@@ -100,13 +103,16 @@ def affine(phi: Intervention, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
         found = phi.edit(probes)
         if not found.isfinite().all():
             raise ValueError(f"{type(phi).__name__} gives NaN or infinite values: its training diverged")
-        if not torch.allclose(found, probes @ K.mT + k, rtol=EXACT, atol=EXACT * float(found.abs().max())):
+        largest = max(
+            float(found.abs().max()), size * float(k.abs().max())
+        )  # K is noise where the edit is a constant
+        if not torch.allclose(found, probes @ K.mT + k, rtol=EXACT, atol=EXACT * largest):
             raise ValueError(
                 f"{type(phi).__name__} is not an affine function of h, and no weight computes it"
             )
     if directions is not None:
         V = torch.linalg.pinv(directions).mT @ K  # (r, d) @ (d, d)
-        size = max(float(K.abs().max()), float(k.abs().max()))  # K is noise where the edit is a constant
+        size = max(float(K.abs().max()), float(k.abs().max()))
         if torch.allclose(directions.mT @ V, K, rtol=EXACT, atol=EXACT * size):
             return directions, V, K, k
     return torch.eye(dim, dtype=torch.float64), K, K, k

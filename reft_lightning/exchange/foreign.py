@@ -84,6 +84,11 @@ def check_alone(reft: ReftModel, library: str) -> None:
             f"this model carries {', '.join(reft.adapter_names)}, and a folder for {library} holds one adapter: delete "
             "the others (delete_adapter), or attach the one to be written to a model of its own"
         )
+    if [choice.weight for choice in reft.adapters.active] != [1.0]:
+        raise ValueError(
+            f"a folder for {library} holds an adapter at its full weight: set_adapter({reft.adapter_names[0]!r}), "
+            "and give its strength as its scale"
+        )
 
 
 def attached(

@@ -38,6 +38,8 @@ def to_lora(reft: ReftModel, folder: str | os.PathLike) -> None:
     from peft import LoraConfig
 
     folds = folds_of(reft)
+    if not reft.adapters.active:
+        raise ValueError("no adapter is active, so there is no LoRA: set_adapter(NAME) first")
     if not folds:
         raise ValueError(
             "this adapter has no interventions, only trained heads, and so there is no LoRA: use merge()"

@@ -339,6 +339,8 @@ def _what_pyreft_forgets(reft: ReftModel) -> str:
     chosen = ", ".join(sorted({str(spec) for spec, _ in reft.positions.values()}))
     phis = [phi for group in reft.interventions.values() for phi in group]
     lost = [f"positions {chosen} (as unit_locations of each call)"]
+    if any(spec.clip == "paper" and spec.needs_prompt for spec, _ in reft.positions.values()):
+        lost += ["clip='paper' (its own helper halves short prompts otherwise, as clip='floor' does here)"]
     lost += [
         f"act_fn {name} (as an argument of the intervention)" for name in {p.act_fn for p in phis} - {None}
     ]

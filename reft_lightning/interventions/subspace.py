@@ -98,7 +98,7 @@ class Subspace(Intervention):
                 f"weight_dtype must be one of {', '.join(WEIGHT_DTYPES)}; got {weight_dtype!r}"
                 f"{did_you_mean(str(weight_dtype), WEIGHT_DTYPES)}"
             )
-        if act_fn is not None and act_fn not in ACTIVATIONS:
+        if act_fn is not None and (not isinstance(act_fn, str) or act_fn not in ACTIVATIONS):
             raise ValueError(
                 f"act_fn must be one of {', '.join(ACTIVATIONS)}, or None; got {act_fn!r}"
                 f"{did_you_mean(str(act_fn), ACTIVATIONS)}"
@@ -164,14 +164,19 @@ class Subspace(Intervention):
         """Return U, V and c with edit(h) = U'(V h + c), in float64.
 
         Raises:
-            ValueError: if an activation makes the edit no affine function of h.
+            ValueError: if an activation makes the edit no affine function of h, or numbers are not finite.
         """
         if self.act_fn is not None:
-            raise ValueError(f"{type(self).__name__} with act_fn={self.act_fn!r} is no affine function of h")
+            raise ValueError(
+                f"{type(self).__name__} with act_fn={self.act_fn!r} is not an affine function of h, and no weight "
+                "computes it"
+            )
         phi = copy.deepcopy(self).to(torch.float64).requires_grad_(False)
         U: Any = phi.directions
         c = phi.coordinates(U.new_zeros(1, self.dim), U)
         V = phi.coordinates(torch.eye(self.dim, dtype=U.dtype, device=U.device), U) - c  # (d, r)
+        if not all(tensor.isfinite().all() for tensor in (U, V, c)):
+            raise ValueError(f"{type(self).__name__} gives NaN or infinite values: its training diverged")
         return U, V.mT, c[0]
 
     def extra_repr(self) -> str:
@@ -383,6 +388,11 @@ class Partition(Intervention):
     def edit(self, h: Tensor) -> Tensor:
         rows: Any = self.phi.directions
         return self.phi.coordinates(h, rows)[:, self.rows] @ rows[self.rows]
+
+    def affine(self) -> tuple[Tensor, Tensor, Tensor]:  # (k, d), (k, d), (k,)
+        """Return U, V and c with edit(h) = U'(V h + c), see :meth:`Subspace.affine`."""
+        U, V, c = self.phi.affine()
+        return U[self.rows], V[self.rows], c[self.rows]
 
     def extra_repr(self) -> str:
         return f"rows={self.rows}"

@@ -1,6 +1,6 @@
 """What a run adds to the card of its adapter: settings, data with their fingerprints, scores with their intervals.
 
-Folders of this machine, which are in ``results.json``, are left out: a card goes to the hub.
+Folders of this machine, which are in ``results.json``, are left out of this part: a card goes to the hub.
 """
 
 from __future__ import annotations

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from transformers import AutoModelForSequenceClassification
 
 import reft_lightning as rl
 from reft_lightning import cli
+from reft_lightning.exchange import command
 
 FOLDERS = Path(__file__).parents[1] / "golden" / "pyreft_folders"
 ROWS = tiny.padded(tiny.rows(5, 3), "left")
@@ -93,3 +95,12 @@ def test_an_adapter_of_another_model_is_refused_and_nothing_is_written(run, save
     assert status == 2
     assert "loreft_tied: the adapter does not fit" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_classifiers_adapter_of_a_plain_checkpoint_is_converted(tmp_path):
+    tiny.model("llama").save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    base.config.pad_token_id = tiny.PAD
+    rl.attach(base, rank=2, positions="l1", heads=["score"]).save_pretrained(tmp_path / "adapter")
+    command.main(tmp_path / "adapter", "pyreft", tmp_path / "out")
+    assert (tmp_path / "out" / "pytorch_model.bin").is_file()

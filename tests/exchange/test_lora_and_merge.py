@@ -11,6 +11,8 @@ from transformers import BitsAndBytesConfig
 
 import reft_lightning as rl
 from reft_lightning.adapters.attaching import NOTE
+from reft_lightning.exchange.folding import affine
+from reft_lightning.interventions import INTERVENTIONS, Intervention
 
 METHODS = ["loreft", "noreft", "direft", "direft_orthonormal", "consreft", "lobireft", "bias", "red"]
 LORAS = METHODS[:-1]
@@ -397,4 +399,36 @@ def test_an_edit_with_an_activation_is_refused_also_where_small_tokens_do_not_sh
         for group in reft.interventions.values():
             group[0].source.bias.add_(bias)
     with pytest.raises(ValueError, match="is not an affine function of h, and no weight computes it"):
+        rl.to_lora(reft, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "method", ["loreft", "direft", "noreft", "direft_orthonormal", "consreft", "lobireft"]
+)
+def test_the_affine_parts_of_the_low_rank_family_are_found_at_real_widths(method):
+    phi = INTERVENTIONS[method](576, rank=4)
+    U, V, K, k = affine(phi, 576)
+    h = torch.randn(5, 576, dtype=torch.float64)
+    torch.testing.assert_close(phi.double().edit(h), h @ K.mT + k, atol=1e-9, rtol=1e-9)
+    assert U.shape == V.shape == (4, 576)
+
+
+def test_a_constant_of_ones_own_is_affine_at_real_widths():
+    class Shift(Intervention):
+        def __init__(self, dim):
+            super().__init__(dim)
+            self.b = torch.nn.Parameter(torch.randn(dim))
+
+        def edit(self, h):
+            return self.b.expand_as(h) * 1.000001
+
+    _, _, K, k = affine(Shift(576), 576)
+    assert K.abs().max() < 1e-12
+    assert k.abs().max() > 1
+
+
+def test_nothing_active_is_no_lora(tmp_path):
+    reft = rl.attach(tiny.model("llama"), rank=2, component="mlp_output", positions="all")
+    reft.set_adapter(None)
+    with pytest.raises(ValueError, match="no adapter is active"):
         rl.to_lora(reft, tmp_path)

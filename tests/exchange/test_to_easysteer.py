@@ -98,7 +98,7 @@ def test_the_digest_is_of_kind_names_shapes_bytes_and_layer(tmp_path):
     ("settings", "said"),
     [
         ({"component": "mlp_output"}, "layer 0: EasySteer edits the output of blocks only; got 'mlp_output'"),
-        ({"act_fn": "relu"}, "act_fn='relu' is no affine function"),
+        ({"act_fn": "relu"}, "act_fn='relu' is not an affine function"),
         ({"method": "red", "rank": None}, "layer 0: 'red' is not low-rank"),
         ({"tied": "position"}, "layer 0: tied='position'"),
         ({"positions": lambda prompt, target: prompt}, "takes no position function"),
@@ -110,5 +110,14 @@ def test_what_easysteer_does_not_have_is_refused_before_anything_is_written(sett
     settings = {"method": "loreft", "rank": 2} | settings
     reft = rl.attach(tiny.model("llama"), **{k: v for k, v in settings.items() if v is not None})
     with pytest.raises(ValueError, match=said):
+        rl.to_easysteer(reft, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_diverged_adapter_is_not_written(tmp_path):
+    reft = rl.attach(tiny.model("llama"), rank=2, positions="l2")
+    with torch.no_grad():
+        reft.interventions["1"][0].source.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite"):
         rl.to_easysteer(reft, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -152,6 +152,10 @@ def test_what_pyreft_does_not_keep_is_said_in_one_line(tmp_path, caplog):
     assert "add_bias=False" in record.getMessage()
     caplog.clear()
     rl.to_pyreft(attached("loreft", weight_dtype="bfloat16"), tmp_path / "2")
+    said = caplog.records[0].getMessage()
+    assert "passes: positions f1+l2 (as unit_locations of each call); clip='paper'" in said
+    caplog.clear()
+    rl.to_pyreft(attached("loreft", weight_dtype="bfloat16", clip="floor"), tmp_path / "3")
     assert caplog.records[0].getMessage().endswith("passes: positions f1+l2 (as unit_locations of each call)")
 
 
@@ -185,5 +189,15 @@ def test_one_of_several_adapters_is_not_written_alone(write, tmp_path):
     reft = attached()
     reft.add_adapter("style", "direft", rank=2, positions="f1")
     with pytest.raises(ValueError, match=r"carries default, style, and a folder for \w+ holds one adapter"):
+        write(reft, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("write", [rl.to_pyreft, rl.to_easysteer])
+@pytest.mark.parametrize("chosen", [{"default": -0.5}, None], ids=str)
+def test_a_weight_of_the_active_adapter_is_not_lost_in_silence(tmp_path, write, chosen):
+    reft = rl.attach(tiny.model("llama"), rank=2, positions="l2")
+    reft.set_adapter(chosen)
+    with pytest.raises(ValueError, match="at its full weight"):
         write(reft, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -486,7 +486,7 @@ def test_an_edit_without_an_activation_is_affine(cls, settings):
     U, V, c = phi.affine()
     torch.testing.assert_close(phi.edit(h), (h @ V.T + c) @ U, atol=1e-12, rtol=1e-10)
     if hasattr(phi, "source"):
-        with pytest.raises(ValueError, match=r"act_fn='relu' is no affine function"):
+        with pytest.raises(ValueError, match=r"act_fn='relu' is not an affine function"):
             cls(D, R, act_fn="relu", **settings).affine()
 
 

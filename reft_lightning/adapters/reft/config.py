@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -178,8 +179,22 @@ class ReftConfig:
             if (name in values or name in NEEDED) and not isinstance(values.get(name), kind):
                 held = f"{name}={values[name]!r}" if name in values else f"no {name}"
                 raise ValueError(f"{CONFIG_FILE} holds {held}; {name} must be a {WORDS[kind]}")
-        if not all(isinstance(rows, list) for rows in values.get("partitions", {}).values()):
-            raise ValueError(f"{CONFIG_FILE} holds partitions without lists of rows: {values['partitions']}")
+        for name, rows in values.get("partitions", {}).items():
+            if not isinstance(rows, list) or not all(type(row) is int for row in rows):
+                raise ValueError(
+                    f"{CONFIG_FILE} holds the partition {name!r} without a list of rows: {rows!r}"
+                )
+        for layer, own in values.get("per_layer", {}).items():
+            if (
+                not isinstance(own, dict)
+                or not isinstance(own.get("method", ""), str)
+                or not layer.isdecimal()
+            ):
+                raise ValueError(
+                    f"{CONFIG_FILE} holds per_layer {layer!r}: {own!r}, which are no settings of a layer"
+                )
+        if not math.isfinite(values.get("scale", 1.0)):
+            raise ValueError(f"{CONFIG_FILE} holds scale={values['scale']}; scale must be finite")
         if positions is not None:
             values["positions"] = positions
         elif values["positions"].startswith("<callable"):

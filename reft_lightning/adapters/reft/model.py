@@ -745,5 +745,7 @@ class ReftModel(nn.Module):
                 check_architecture(model, config.architecture)
             reft = cls(model, config)
             reft.load_adapter_state_dict(state)
+            if config.partitions:
+                reft.adapters.check_new(dict.fromkeys(config.partitions))
             reft._insert(partitions_of(reft.adapters.first))
         return reft

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import pickle
 
 import pytest
@@ -637,3 +638,25 @@ def test_every_pair_of_adapters_works_as_a_stack_and_as_a_sum():
         reft.set_adapter(dict.fromkeys(pair, 1.0))
         assert stacked.isfinite().all()
         assert logits(reft).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"partitions": {"default": [0]}}, "the name 'default' is taken"),
+        ({"partitions": {"a.b": [0]}}, "cannot be called 'a.b'"),
+        ({"partitions": {"a": ["x"]}}, "without a list of rows"),
+        ({"per_layer": {"0": [1]}}, "no settings of a layer"),
+        ({"per_layer": {"0": {"method": ["x"]}}}, "no settings of a layer"),
+        ({"settings": {"rank": 4, "act_fn": ["relu"]}}, "act_fn must be one of"),
+        ({"scale": float("nan")}, "scale must be finite"),
+    ],
+    ids=str,
+)
+def test_a_damaged_configuration_is_refused_with_its_folder(tmp_path, values, said):
+    halves().save_pretrained(tmp_path)
+    path = tmp_path / "reft_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with pytest.raises(ValueError, match=said) as refused:
+        rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
+    assert str(tmp_path) in str(refused.value)
