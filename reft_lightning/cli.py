@@ -389,6 +389,8 @@ def _serve(argv: Sequence[str]) -> None:
         if not folder.is_dir():
             siblings = [str(path) for path in folder.parent.glob("*") if path.is_dir()]
             raise UsageError(f"{folder}: no such folder{did_you_mean(str(folder), siblings)}")
+        if name == "base":
+            raise UsageError(f"base is the frozen model: give {folder} another name, adapters.NAME={folder}")
         if name in folders:
             raise UsageError(f"two folders are called {name!r}: name one of them, adapters.NAME={folder}")
         folders[name] = folder

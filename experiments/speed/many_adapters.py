@@ -144,7 +144,7 @@ class Serving:
         served = {"base": Served(None)} | {name: Served(name) for name in reft.adapter_names}
         engine = Engine(reft, byte_tokenizer(), ROWS)
         engine.ends = []
-        app = build_app(engine, served, 2048)
+        app = build_app(engine, served)
         self.server = uvicorn.Server(
             uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1)
         )

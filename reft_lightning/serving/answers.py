@@ -5,6 +5,7 @@ Shapes: b rows, v tokens of the vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
+
+log = logging.getLogger(__name__)
 
 UNFINISHED = "�"  # what a tokenizer shows of a character whose other bytes are still to come
 
@@ -75,8 +78,9 @@ class Answer:
         if self.temperature == 0:
             return int(logits.argmax())
         if self._draws is None:
-            self._draws = torch.Generator().manual_seed(torch.seed() if self.seed is None else self.seed)
-        p = (logits.double().cpu() / self.temperature).softmax(-1)
+            self._draws = torch.Generator()
+            self._draws.seed() if self.seed is None else self._draws.manual_seed(self.seed)
+        p = ((logits.double().cpu() - logits.max().item()) / self.temperature).softmax(-1)
         if self.top_p < 1:
             ordered, order = p.sort(descending=True)
             p[order[ordered.cumsum(-1) - ordered >= self.top_p]] = 0
@@ -132,6 +136,15 @@ def _likelihood(token: int, logits: Tensor, top: int) -> Likelihood:
     return Likelihood(token, logprobs[token].item(), likeliest)
 
 
+def tell(answer: Answer, error: Exception) -> None:
+    """End an answer with an error; whoever asked may be gone."""
+    answer.done = True
+    try:
+        answer.emit(error)
+    except Exception as failed:
+        log.warning("a request could not be told that it failed: %s", failed)
+
+
 class Choosing(LogitsProcessor):
     """Let each row of a generation choose its own tokens, and leave only those possible.
 
@@ -153,7 +166,10 @@ class Choosing(LogitsProcessor):
         for row, (answer, logits) in enumerate(zip(self.answers, scores, strict=True)):
             token = self.pad
             if not answer.done:
-                token = answer.choose(logits)
-                answer.add(token, logits, self.tokenizer, self.ends)
+                try:
+                    token = answer.choose(logits)
+                    answer.add(token, logits, self.tokenizer, self.ends)
+                except Exception as error:  # of one request, not of the others in the batch
+                    tell(answer, error)
             chosen[row, token] = 0
         return chosen

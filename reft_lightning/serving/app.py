@@ -49,15 +49,12 @@ class Refused(Exception):
         self.status, self.code = status, code
 
 
-def build_app(
-    engine: Engine, served: Mapping[str, Served], context: int, token: str | None = None
-) -> FastAPI:
+def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = None) -> FastAPI:
     """Return the application.
 
     Args:
         engine: answers requests; it is closed with the application.
         served: what ``model`` may name in a request.
-        context: tokens of prompt and answer together.
         token: what clients must send as ``Authorization: Bearer TOKEN``; None asks for none.
     """
 
@@ -76,7 +73,7 @@ def build_app(
                 return JSONResponse(failure("wrong or missing token", code="invalid_api_key"), 401)
         if request.method == "POST":
             length = request.headers.get("content-length", "")
-            if not length.isdecimal():
+            if not length.isdecimal() or "transfer-encoding" in request.headers:
                 return JSONResponse(failure("a request must say its Content-Length"), 411)
             if int(length) > MAX_BODY:
                 return JSONResponse(failure(f"a request may have {MAX_BODY:,} bytes"), 413)
@@ -121,12 +118,12 @@ def build_app(
         return served[name]
 
     async def answer(body: ChatRequest | TextRequest, ids: list[int], request: Request) -> Response:
-        room = context - len(ids)
+        room = engine.context - len(ids)
         limit = body.limit or min(ANSWER, max(room, 1))
         if not ids or limit > room:
             raise Refused(
-                f"the prompt has {len(ids)} tokens and the answer may have {limit}, which is more than the {context} "
-                "that this model reads" if ids else "the prompt is empty",
+                f"the prompt has {len(ids)} tokens and the answer may have {limit}, which is more than the "
+                f"{engine.context} that this model reads" if ids else "the prompt is empty",
                 code="context_length_exceeded" if ids else None,
             )  # fmt: skip
         loop, parts = asyncio.get_running_loop(), asyncio.Queue[Part | Exception]()

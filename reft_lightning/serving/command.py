@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 BASE = "base"  # the frozen model's name in requests
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TOKEN = "REFT_SERVE_TOKEN"  # the environment variable
-CONTEXT = 4096  # tokens, where the base model names no limit
 
 
 def main(
@@ -80,8 +79,7 @@ def main(
     base, tokenizer = load_base_model(**model_source(config))
     reft, names = load_adapters(base, adapters)
     served = {BASE: Served(None)} | {name: Served(inner, formats.get(name)) for name, inner in names.items()}
-    context = int(getattr(base.config.get_text_config(), "max_position_embeddings", CONTEXT))
-    app = build_app(Engine(reft, tokenizer, max_batch), served, context, token)
+    app = build_app(Engine(reft, tokenizer, max_batch), served, token)
     log.info("models: %s", ", ".join(served))
     log.info(
         "http://%s:%d/v1 answers as OpenAI's API does%s",

@@ -24,10 +24,11 @@ from transformers import (
 )
 
 from ..adapters.reft.model import ReftModel
-from .answers import Answer, Choosing
+from .answers import Answer, Choosing, tell
 
 log = logging.getLogger(__name__)
 
+CONTEXT = 4096  # tokens of prompt and answer, where the base model names no limit
 JOIN_AFTER = 16  # tokens of a batch, after which waiting requests join it
 
 
@@ -54,6 +55,8 @@ class Engine:
     ) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.max_batch, self.max_waiting = max_batch, max_waiting
+        limit = getattr(model.base_model.config.get_text_config(), "max_position_embeddings", None)
+        self.context = CONTEXT if limit is None else int(limit)
         self.pad = int(tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
         ends: Any = model.base_model.generation_config.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
@@ -72,6 +75,8 @@ class Engine:
             Busy: if too many wait.
         """
         with self._changed:
+            if self._closed:
+                raise Busy("the server is closing")
             if len(self._waiting) >= self.max_waiting:
                 raise Busy(f"{self.max_waiting} requests are waiting; try again later")
             self._waiting.append(answer)
@@ -83,7 +88,7 @@ class Engine:
         return bool(self._waiting or self._batch)
 
     def close(self) -> None:
-        """End the thread after its present batch; what waits is not answered."""
+        """End the thread after its present batch; what waits is told that it is not answered."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -94,6 +99,8 @@ class Engine:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._waiting or self._batch)
                 if self._closed:
+                    for answer in [*self._batch, *self._waiting]:
+                        tell(answer, Busy("the server is closing"))
                     return
                 batch = self._batch = [answer for answer in self._batch if not answer.cancelled]
                 while self._waiting and len(batch) < self.max_batch:
@@ -109,8 +116,7 @@ class Engine:
                 self._batch = []
                 for answer in batch:
                     if not answer.done:
-                        answer.done = True
-                        answer.emit(error)
+                        tell(answer, error)
 
     def _generate(self, answers: Sequence[Answer]) -> None:
         """Go on with some answers until all are done, or others can join."""
@@ -122,6 +128,7 @@ class Engine:
         prompts = torch.tensor([[len(answer.prompt)] for answer in answers])
         real = columns >= starts
         choosing = Choosing(answers, self.tokenizer, self.ends, self.pad)
+        room = self.context - width  # steps, after which a row that is done would leave the model's positions
         device = self.model.base_model.device
         with torch.inference_mode():
             self.model.generate(
@@ -130,12 +137,15 @@ class Engine:
                 prompt_mask=(real & (columns < starts + prompts)).to(device),
                 adapter_names=[None if a.adapter is None else (a.adapter, a.strength) for a in answers],
                 logits_processor=LogitsProcessorList([choosing]),
-                stopping_criteria=StoppingCriteriaList([_Ending(self, choosing)]),
+                stopping_criteria=StoppingCriteriaList([_Ending(self, choosing, room)]),
                 generation_config=GenerationConfig(
                     max_new_tokens=max(a.max_tokens - len(a.tokens) for a in answers),
                     do_sample=False,
                     pad_token_id=self.pad,
                     eos_token_id=None,  # answers know their own end
+                    num_beams=1,  # as the next, also where the base model's own defaults are others
+                    repetition_penalty=1.0,
+                    no_repeat_ngram_size=0,
                 ),
             )
 
@@ -148,13 +158,14 @@ class Engine:
 
 
 class _Ending(StoppingCriteria):
-    def __init__(self, engine: Engine, choosing: Choosing) -> None:
-        self.engine, self.choosing = engine, choosing
+    def __init__(self, engine: Engine, choosing: Choosing, room: int) -> None:
+        self.engine, self.choosing, self.room = engine, choosing, room
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         answers = self.choosing.answers
         for answer in answers:
             answer.done |= answer.cancelled
-        if self.engine.others_can_join(answers, self.choosing.steps):
+        steps = self.choosing.steps
+        if steps >= self.room or self.engine.others_can_join(answers, steps):
             return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         return torch.tensor([answer.done for answer in answers], device=input_ids.device)

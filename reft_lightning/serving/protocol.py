@@ -14,6 +14,9 @@ from .answers import Likelihood
 MAX_TEXT = 1_000_000  # characters
 
 
+Stop = Annotated[str, Field(max_length=200)]
+
+
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid")  # an option that has no effect is an error
 
@@ -21,8 +24,8 @@ class _Request(BaseModel):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    seed: int | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: bool = False
     stream_options: dict[str, bool] | None = None
     n: Literal[1] = 1

@@ -55,9 +55,9 @@ SERVED = {
 
 
 @contextlib.contextmanager
-def server(engine=None, token=None, served=SERVED, context=128):
+def server(engine=None, token=None, served=SERVED):
     """Yield the address of a running server."""
-    app = build_app(engine or Engine(model(), tokenizer(), max_batch=8), served, context, token)
+    app = build_app(engine or Engine(model(), tokenizer(), max_batch=8), served, token)
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=2)
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run, daemon=True)

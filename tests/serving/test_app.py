@@ -131,6 +131,8 @@ def test_a_misspelt_model_names_the_nearest(client):
         ({"model": "base", "prompt": "x", "temperature": 3}, "temperature: Input should be less"),
         ({"model": "base", "prompt": "x", "temprature": 1}, "temprature is not an option here; did you mean 'temp"),
         ({"model": "base", "prompt": "x", "n": 2}, "n: Input should be 1"),
+        ({"model": "base", "prompt": "x", "seed": 2**70}, "seed: Input should be less"),
+        ({"model": "base", "prompt": "x", "stop": "x" * 300}, "String should have at most 200"),
         ({"model": "base", "prompt": "x", "strength": float("1e9")}, "strength: Input should be less"),
         ({"model": "base", "prompt": "x", "logprobs": 99}, "logprobs: Input should be less"),
         ({"model": "base", "prompt": "x" * 500}, "the prompt has 501 tokens and the answer may have 1,"),

@@ -7,7 +7,9 @@ import time
 import pytest
 import serving_models
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
+import reft_lightning as rl
 from reft_lightning.serving.answers import Answer
 from reft_lightning.serving.engine import JOIN_AFTER, Busy, Engine
 
@@ -201,3 +203,75 @@ def test_too_many_waiting_requests_are_refused(model):
         engine.submit(Answer([1, 5], print, max_tokens=1))
     held.set()
     engine.close()
+
+
+def test_a_finished_row_does_not_leave_the_positions_of_the_model():
+    tokenizer = serving_models.tokenizer()
+    sizes = {"vocab_size": len(tokenizer), "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    base = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+    engine = Engine(rl.attach(base, rank=2, positions="f1"), tokenizer, max_batch=4)
+    engine.ends = []
+    asked = [Asked(engine, text, max_tokens=n) for text, n in (("a" * 59, 4), ("b", 40), ("c", 40))]
+    assert [request.wait()[1] for request in asked] == ["length"] * 3
+    assert [len(request.answer.tokens) for request in asked] == [4, 40, 40]
+    engine.close()
+
+
+def test_a_request_that_cannot_be_answered_does_not_end_the_others(model, engine):
+    bad = Asked(engine, "x", "default", temperature=1.0, seed=2**80)
+    good = Asked(engine, "kept?", "late")
+    with pytest.raises(ValueError, match="Overflow"):
+        bad.wait()
+    good.wait()
+    assert good.answer.tokens == expected(model, "kept?", "late", 6)
+
+
+def test_drawing_leaves_torchs_own_generator_alone(engine):
+    torch.manual_seed(0)
+    first = torch.rand(1)
+    torch.manual_seed(0)
+    Asked(engine, "x", "default", temperature=1.0).wait()
+    assert torch.rand(1) == first
+
+
+def test_a_tiny_temperature_is_greedy(model, engine):
+    request = Asked(engine, "kept?", "late", temperature=1e-308)
+    request.wait()
+    assert request.answer.tokens == expected(model, "kept?", "late", 6)
+
+
+def test_defaults_of_the_base_model_change_no_answer(engine):
+    before = Asked(engine, "kept?", "late", top=1)
+    before.wait()
+    defaults = engine.model.base_model.generation_config
+    defaults.repetition_penalty, defaults.num_beams = 3.0, 3
+    after = Asked(engine, "kept?", "late", top=1)
+    after.wait()
+    defaults.repetition_penalty, defaults.num_beams = None, None
+    assert after.answer.tokens == before.answer.tokens
+
+
+def test_who_waits_when_it_closes_is_told(model):
+    engine = Engine(model, serving_models.tokenizer(), max_batch=1)
+    held = threading.Event()
+    first = Answer([1, 5], lambda part: held.wait(30), max_tokens=2)
+    engine.submit(first)
+    while not first.tokens:
+        time.sleep(0.001)
+    waiting = Asked(engine, "x")
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    held.set()
+    closing.join(30)
+    with pytest.raises(Busy, match="closing"):
+        waiting.wait()
+    with pytest.raises(Busy, match="closing"):
+        engine.submit(Answer([1, 5], print))
+
+
+def test_a_listener_that_fails_ends_only_its_own_answer(model, engine):
+    def fail(part):
+        raise RuntimeError("the loop is closed")
+
+    engine.submit(Answer([1, 5], fail, max_tokens=3))
+    assert Asked(engine, "x", "late").wait()[1] == "length"

@@ -45,6 +45,7 @@ ATTACHED = (
     "clip",
     "heads",
     "per_layer",
+    "partitions",
 )  # what makes two adapters alike
 TRAINING = ("dropout", "dropout_on", "init")
 

@@ -37,6 +37,7 @@ from ..arguments import forward_inputs, known_arguments, left_padded_inputs
 from ..attaching import all_or_nothing, attaching, check_base, detached
 from ..first_values import FirstValues, fill
 from ..masks import Spans, of_rows, spans_of
+from ..plain import plain
 from ..saving import check_fit, load_adapter, naming, save_adapter, tensors_of
 from .adapter import Adapter
 from .adapter_set import DEFAULT, AdapterSet, partitions_of
@@ -204,7 +205,7 @@ class ReftModel(nn.Module):
 
     def _swap(self, name: str, config: ReftConfig, state: dict[str, Tensor]) -> None:
         adapter = self.adapters[name]
-        if differing := adapter.config.differing(config):
+        if differing := self.saved_config(name).differing(config):
             raise ValueError(
                 f"the adapter {name!r} is there and was attached in another way ({'; '.join(differing)}): give the "
                 "new one another name, or delete_adapter() the old one first"
@@ -234,9 +235,9 @@ class ReftModel(nn.Module):
         self._check_attached()
         self.adapters.check_known([of])
         self.adapters.check_new({adapter_name: None})
-        owner = self.adapters[of]
+        owner, rows = self.adapters[of], plain("rows", rows)
         part = owner.partition(rows)
-        owner.partitions[adapter_name] = list(rows)
+        owner.partitions[adapter_name] = rows
         self._insert({adapter_name: part})
 
     def set_adapter(self, adapters: str | Sequence[str] | Mapping[str, float] | None) -> None:

@@ -419,6 +419,17 @@ def test_a_partition_has_rows_of_the_subspace(rows):
     assert reft.adapter_names == ["default"]
 
 
+def test_rows_of_a_part_may_be_an_array(tmp_path):
+    reft = rl.attach(tiny.model("llama"), rank=4)
+    reft.add_partition("part", torch.arange(2))
+    assert reft.adapters["default"].partitions == {"part": [0, 1]}
+    reft.save_pretrained(tmp_path)
+    other = rl.attach(tiny.model("llama"), rank=4)
+    other.add_partition("part", [2, 3])
+    with pytest.raises(ValueError, match="partitions"):
+        other.load_adapter(tmp_path, "default")
+
+
 def test_parts_are_trained_by_their_own_rows_of_the_batch():
     reft = halves()
     batch = tiny.prompt_target(tiny.rows(5, 4), tiny.rows(2, 2, seed=1))
