@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from .config import compose
-from .suggest import did_you_mean, names_of_a_stranger
+from .suggest import did_you_mean, names_of_a_stranger, no_such_folder
 from .terminal.bars import Bar
 from .terminal.log_lines import LogHandler
 
@@ -387,8 +387,7 @@ def _serve(argv: Sequence[str]) -> None:
             rest.append(text)
             continue
         if not folder.is_dir():
-            siblings = [str(path) for path in folder.parent.glob("*") if path.is_dir()]
-            raise UsageError(f"{folder}: no such folder{did_you_mean(str(folder), siblings)}")
+            raise UsageError(no_such_folder(folder))
         if name == "base":
             raise UsageError(f"base is the frozen model: give {folder} another name, adapters.NAME={folder}")
         if name in folders:
@@ -466,7 +465,7 @@ def _dashboard(argv: Sequence[str]) -> None:
         raise UsageError("FOLDER is missing: a run, a sweep, or a study")
     for folder in folders:
         if not folder.exists():
-            siblings = [str(path) for path in folder.parent.glob("*")]
+            siblings = [str(path) for path in folder.parent.glob("*")]  # a file of views, too
             raise UsageError(f"{folder}: no such folder{did_you_mean(str(folder), siblings)}")
     from .reporting import dashboard as making
 
@@ -555,8 +554,7 @@ def _run_dir(options: dict[str, str], key: str = "run") -> Path:
         )
     folder = Path(options[key])
     if not folder.is_dir():
-        siblings = [str(p) for p in folder.parent.glob("*") if p.is_dir()] if folder.parent.is_dir() else []
-        raise UsageError(f"{key}={folder}: no such folder{did_you_mean(str(folder), siblings)}")
+        raise UsageError(f"{key}={no_such_folder(folder)}")
     if not (folder / "config.yaml").is_file():
         raise UsageError(f"{key}={folder} is not a run folder: it has no config.yaml")
     return folder

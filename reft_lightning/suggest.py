@@ -46,6 +46,12 @@ def did_you_mean(name: str, allowed: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {prefix + close[0]!r}?" if close else ""
 
 
+def no_such_folder(folder: Path) -> str:
+    """Return the message for a folder that does not exist, with the nearest next to it."""
+    near = [str(path) for path in folder.parent.glob("*") if path.is_dir()]
+    return f"{folder}: no such folder{did_you_mean(str(folder), near)}"
+
+
 def import_object(path: str) -> Any:
     """Return what an import path such as ``torch.optim.AdamW`` names.
 

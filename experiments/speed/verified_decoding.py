@@ -55,7 +55,7 @@ def load_batches(path: Path, tokenizer: Any, limit: int, size: int, device: str)
 
 
 def read_prompts(model: rl.ReftModel, batch: dict[str, Any]) -> None:
-    """Read the prompts with the logits behind them, as every way to a first token must."""
+    """Read the prompts with the logits after them, as every way to a first token must."""
     boundary = batch["boundary"]
     prompts = {name: batch[name][:, :boundary] for name in ("input_ids", "attention_mask", "prompt_mask")}
     ColumnReader(model).logits({**prompts, "boundary": boundary})

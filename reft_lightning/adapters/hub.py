@@ -47,10 +47,22 @@ def folder_with(name: str, patterns: Sequence[str], needed: str) -> Path:
     if not folder.is_dir():
         with _explained(name, f"{name}/tree/main"):
             folder = Path(snapshot_download(name, allow_patterns=list(patterns)))
-    if not (folder / needed).is_file():
-        there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise FileNotFoundError(f"{folder} does not hold an adapter: {needed} is missing; there is {there}")
+    check_holds(folder, needed)
     return folder
+
+
+def check_holds(folder: Path, *needed: str) -> None:
+    """Reject a folder without the files of an adapter.
+
+    Raises:
+        FileNotFoundError: naming the first that is missing, and what is there.
+    """
+    for file in needed:
+        if not (folder / file).is_file():
+            there = "no such folder"
+            if folder.is_dir():
+                there = f"there is {', '.join(sorted(path.name for path in folder.iterdir())) or 'nothing'}"
+            raise FileNotFoundError(f"{folder} does not hold an adapter: {file} is missing; {there}")
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from ..interventions import INTERVENTIONS
 from ..storage.atomic import write_text, write_whole
 from ..storage.reading import read_json
 from .adapted import ParameterCount
-from .hub import download
+from .hub import check_holds, download
 from .reft.config import CARD_FILE, CONFIG_FILE, TENSOR_FILE, ReftConfig
 from .reft.positions import MaskFunction
 
@@ -34,7 +34,7 @@ PEFT_CONFIG_FILE, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 BESIDE = "peft"  # the subfolder of a peft adapter trained with interventions, and the prefix of its tensors
 
 
-def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], what: str = "") -> None:
+def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str = "") -> None:
     """Reject tensors that are not those of an adapter, and warn of those that were or will be rounded to 16 bits.
 
     Raises:
@@ -164,12 +164,7 @@ def load_adapter(
         raise ValueError(f"revision={revision!r} is for the hub, and {folder} is a folder")
     else:
         folder = folder / (subfolder or "")
-    for file in (CONFIG_FILE, TENSOR_FILE):
-        if not (folder / file).is_file():
-            there = "no such folder"
-            if folder.is_dir():
-                there = f"there is {', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}"
-            raise FileNotFoundError(f"{folder} does not hold an adapter: {file} is missing; {there}")
+    check_holds(folder, CONFIG_FILE, TENSOR_FILE)
     values = read_json(folder / CONFIG_FILE)
     with naming(folder):
         config = ReftConfig.from_dict(values, positions)

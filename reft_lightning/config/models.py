@@ -11,9 +11,7 @@ from ..base_models.loading import load_base_model
 from ..storage.reading import read_yaml
 from ..suggest import did_you_mean
 from .compose import config_dir
-from .schema import ModelConfig
-
-OF_TRAINING = ("gradient_checkpointing", "compile")
+from .schema import OF_TRAINING, ModelConfig
 
 
 def load_model(

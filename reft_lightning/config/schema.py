@@ -48,6 +48,9 @@ COMMONSENSE = (
 )
 
 
+OF_TRAINING = ("gradient_checkpointing", "compile")  # keys of `model` that no model is loaded with
+
+
 @dataclass
 class ModelConfig:
     """The frozen base model and where it comes from."""

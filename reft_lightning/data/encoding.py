@@ -73,6 +73,12 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     )
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Return the tokens of a prompt without a target, after the one BOS of a tokenizer that adds one."""
+    leading, ids = leading_ids(tokenizer), _ids(tokenizer, [prompt])[0]
+    return ids if ids[: len(leading)] == leading else [*leading, *ids]
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> Encoded:
     """Return the tokens of prompt and target.
 

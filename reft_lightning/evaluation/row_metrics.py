@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -108,6 +109,13 @@ def interval_of_means(means: list[float], intervals: list[tuple[float, float]]) 
     below = math.sqrt(sum((p - low) ** 2 for p, (low, _) in zip(means, intervals, strict=True)))
     above = math.sqrt(sum((high - p) ** 2 for p, (_, high) in zip(means, intervals, strict=True)))
     return centre - below / k, centre + above / k
+
+
+def interval_of_counts(counts: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
+    """Return :func:`interval_of_means` of the shares that the counts of several tasks give."""
+    counts = list(counts)
+    shares = [count["correct"] / count["total"] for count in counts]
+    return interval_of_means(shares, [count["interval"] for count in counts])
 
 
 class RowScores(Metric):

@@ -70,30 +70,31 @@ class Fold:
             ValueError: if the edit is not affine, or not finite.
         """
         try:
-            U, V, K, k = affine(self.phi, self.site.dim)
+            U, V, k = affine(self.phi, self.site.dim)
         except ValueError as error:
             raise ValueError(f"layer {self.site.layer} cannot become weights: {error}") from error
-        V, K, k = self.scale * V, self.scale * K, self.scale * k
+        V, k = self.scale * V, self.scale * k
         M, m = weight_of(self.linear), self.linear.bias
         low = len(U) < self.site.dim
         if self.site.end == "input":
-            return Change(V, M @ U.mT, None if low else M @ K, M @ k)
+            return Change(V, M @ U.mT, None if low else M @ U.mT @ V, M @ k)
         own = k.new_zeros(len(k)) if m is None else m.detach().to("cpu", torch.float64)
-        return Change(V @ M, U.mT, None if low else K @ M, K @ own + k)
+        return Change(V @ M, U.mT, None if low else U.mT @ (V @ M), U.mT @ (V @ own) + k)
 
 
-def affine(phi: Intervention, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""Return U, V (r, d), K (d, d) and k (d,) with :math:`\text{edit}(h) = K h + k` and :math:`K = U^\top V`.
+def affine(phi: Intervention, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Return U, V (r, d) and k (d,) with :math:`\text{edit}(h) = U^\top V h + k`.
 
     The low-rank family says what they are. Of any other, an affine map is known by what it does to 0 and to the basis
-    vectors; U are its ``directions``, and one that has none, or not those of K, gets U = I, V = K.
+    vectors, which give :math:`K = U^\top V`; U are its ``directions``, and one that has none, or not those of K, gets
+    U = I, V = K.
 
     Raises:
         ValueError: if the edit is not affine, or not finite.
     """
     if isinstance(phi, Partition) or (isinstance(phi, Subspace) and type(phi).edit is Subspace.edit):
         U, V, c = (tensor.cpu() for tensor in phi.affine())
-        return U, V, U.mT @ V, U.mT @ c
+        return U, V, U.mT @ c
     phi = copy.deepcopy(phi).to("cpu", torch.float64).eval().requires_grad_(False)
     k = phi.edit(torch.zeros(1, dim, dtype=torch.float64))[0]
     K = (phi.edit(torch.eye(dim, dtype=torch.float64)) - k).mT
@@ -114,8 +115,8 @@ def affine(phi: Intervention, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
         V = torch.linalg.pinv(directions).mT @ K  # (r, d) @ (d, d)
         size = max(float(K.abs().max()), float(k.abs().max()))
         if torch.allclose(directions.mT @ V, K, rtol=EXACT, atol=EXACT * size):
-            return directions, V, K, k
-    return torch.eye(dim, dtype=torch.float64), K, K, k
+            return directions, V, k
+    return torch.eye(dim, dtype=torch.float64), K, k
 
 
 def weight_of(linear: nn.Linear | Conv1D) -> Tensor:  # -> (out, in)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..adapters.first_values import fill
 from ..adapters.reft.model import ReftModel
 from ..base_models.heads import parameters_of
-from .folding import Fold, folds_of, weight_of
+from .folding import Change, Fold, folds_of, weight_of
 
 
 def merge(reft: ReftModel) -> PreTrainedModel:
@@ -38,8 +38,9 @@ def merge(reft: ReftModel) -> PreTrainedModel:
     folds = folds_of(reft)
     model = reft.base_model
     _check_shared(model, folds)
-    moved = [fold for fold in folds if fold.change().bias.any()]
-    switches, new = _biases_for(model, [fold.path for fold in moved if fold.linear.bias is None])
+    changes = [(fold, fold.change()) for fold in folds]
+    moved = [fold.path for fold, change in changes if fold.linear.bias is None and change.bias.any()]
+    switches, new = _biases_for(model, moved)
     heads = {name: p.detach().clone() for name, p in parameters_of(model, reft.config.heads).items()}
     reft.detach()
     fill(parameters_of(model, reft.config.heads), heads)
@@ -49,14 +50,13 @@ def merge(reft: ReftModel) -> PreTrainedModel:
         linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), linear.weight.requires_grad)
     for name, value in switches.items():
         setattr(model.config.get_text_config(), name, value)
-    for fold in folds:
-        _put_into(fold)
+    for fold, change in changes:
+        _put_into(fold.linear, change)
     return model
 
 
 @torch.no_grad()
-def _put_into(fold: Fold) -> None:
-    linear, change = fold.linear, fold.change()
+def _put_into(linear: nn.Linear | Conv1D, change: Change) -> None:
     merged = weight_of(linear) + change.weight
     linear.weight.copy_(merged.mT if isinstance(linear, Conv1D) else merged)
     if linear.bias is not None:

@@ -24,7 +24,7 @@ from ..runs.kinds import kind_of
 from ..runs.run_folder import load_run_config
 from ..storage.atomic import write_json
 from ..storage.reading import read_json
-from ..suggest import did_you_mean
+from ..suggest import no_such_folder
 from ..terminal.bars import Bar
 from . import findings
 from .figures import check_packages, draw
@@ -88,8 +88,7 @@ def _run_of(folder: Path) -> Path:
         ValueError: for anything else.
     """
     if not folder.is_dir():
-        siblings = [str(p) for p in folder.parent.glob("*") if p.is_dir()] if folder.parent.is_dir() else []
-        raise ValueError(f"{folder}: no such folder{did_you_mean(str(folder), siblings)}")
+        raise ValueError(no_such_folder(folder))
     for place in (folder, folder.parent):
         if (place / "config.yaml").is_file() and (place / "adapter").is_dir():
             return place

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..adapters.methods import method_named
-from ..config.schema import Config, DataConfig, InterventionConfig
+from ..config.schema import OF_TRAINING, Config, DataConfig, InterventionConfig
 from ..data import AnyFamily, Family, get_family
 from ..data.benchmark_data import BenchmarkData
 from ..data.families.custom import custom_family
@@ -55,7 +55,8 @@ def decoding_of(config: Config, family: Family) -> Decoding:
 def model_source(config: Config, family: AnyFamily | None = None) -> dict[str, Any]:
     """Return the arguments of :func:`load_base_model`; the family says what kind of model it needs."""
     model = asdict(config.model)
-    del model["gradient_checkpointing"], model["compile"]
+    for key in OF_TRAINING:
+        del model[key]
     num_labels = family.num_labels(config.data.tasks) if family else None
     return model | {"task": kind_of(family).task, "num_labels": num_labels, "seed": config.seed}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..adapters.reft.config import CARD_FILE
 from ..config.schema import Config
-from ..evaluation.row_metrics import interval_of_means
+from ..evaluation.row_metrics import interval_of_counts
 from ..storage.atomic import write_text
 
 SHOWN = 4  # files of a data set
@@ -93,8 +93,7 @@ def _scores(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         elif parts := _parts(name, counts):
             if len(parts) == 1:
                 continue  # the only task has a line of its own
-            shares = [part["correct"] / part["total"] for part in parts]
-            ends = interval_of_means(shares, [part["interval"] for part in parts])
+            ends = interval_of_counts(parts)
         value = results["metrics"][name]
         interval = " to ".join(f"{100 * end:.1f}" for end in ends)
         yield name, "not a number" if value is None else f"{100 * value:.1f} %", interval, str(rows)

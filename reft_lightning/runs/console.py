@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..evaluation.row_metrics import interval_of_means
+from ..evaluation.row_metrics import interval_of_counts
 
 HEADINGS = {"option_accuracy": "option likelihood"}  # of a measure, where its name says too little
 MAJORITY = "majority_accuracy"
@@ -99,9 +99,7 @@ def _mean_cell(results: dict[str, Any], path: str, tasks: list[str], measure: st
     mean = results["metrics"].get(f"{path}/{measure}")
     if mean is None or not all(counts):
         return "-"
-    shares = [count["correct"] / count["total"] for count in counts]
-    low, high = interval_of_means(shares, [count["interval"] for count in counts])
-    return _percent(mean, low, high)
+    return _percent(mean, *interval_of_counts(count for count in counts if count))
 
 
 def _percent(value: float, low: float, high: float) -> str:

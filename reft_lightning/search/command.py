@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.atomic import new_folder
-from ..suggest import did_you_mean
+from ..suggest import no_such_folder
 from .process import Lock, failure, start, stop
 from .search_plan import PRUNERS, SAMPLERS, Plan, change_plan, key_of, read_plan
 from .study import Study, read_study, write_study
@@ -127,11 +127,7 @@ def go_on(folder: Path, search: str | None, arguments: Sequence[str]) -> None:
         ValueError: for another change, or for a raise after a test split was read.
     """
     if not folder.is_dir():
-        siblings = [str(path) for path in folder.parent.glob("*") if path.is_dir()]
-        raise ValueError(
-            f"folder={folder}: no such folder{did_you_mean(str(folder), siblings)}; to begin a study there, add "
-            "search=NAME"
-        )
+        raise ValueError(f"folder={no_such_folder(folder)}; to begin a study there, add search=NAME")
     earlier, more = read_study(folder)
     plan = change_plan(earlier, arguments) if search is None else read_plan(search, arguments)
     before, amount = dataclasses.asdict(earlier), plan.budget.amount

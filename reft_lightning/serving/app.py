@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from ..data.encoding import leading_ids
+from ..data.encoding import prompt_ids
 from ..runs.prompting import PromptFormat
 from ..suggest import did_you_mean
 from .answers import Answer, Likelihood, Part
@@ -107,7 +107,7 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
     @app.post("/v1/completions")
     async def complete(body: TextRequest, request: Request) -> Response:
         _known(body.model)
-        return await answer(body, _text_ids(engine.tokenizer, body.prompt), request)
+        return await answer(body, prompt_ids(engine.tokenizer, body.prompt), request)
 
     def _known(name: str) -> Served:
         if name not in served:
@@ -228,10 +228,6 @@ def _said(error: RequestValidationError) -> str:
     return "; ".join(said)
 
 
-def _text_ids(tokenizer: Any, text: str) -> list[int]:
-    return [*leading_ids(tokenizer), *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
-
-
 def _chat_ids(tokenizer: Any, served: Served, messages: list[Message]) -> list[int]:
     """Return the tokens of a conversation, in the words that the adapter was trained on."""
     turns = [{"role": message.role, "content": message.content} for message in messages]
@@ -255,6 +251,4 @@ def _chat_ids(tokenizer: Any, served: Served, messages: list[Message]) -> list[i
         if system:
             raise Refused(f"data.template={prompts.template} has no place for a system message: leave it out")
         text = prompts.prompt(turns[0]["content"], tokenizer).prompt
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    leading = leading_ids(tokenizer)
-    return ids if ids[: len(leading)] == leading else [*leading, *ids]
+    return prompt_ids(tokenizer, text)

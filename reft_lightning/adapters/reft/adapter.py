@@ -30,7 +30,7 @@ class Adapter(nn.Module):
         interventions: layer -> the Phi of its positions.
         sites: layer -> where they act.
         positions: layer -> P, and how its Phi are tied.
-        partitions: name -> rows of R of the adapters that share this one's parameters.
+        partitions: name -> rows of the adapters that share this one's parameters.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class Adapter(nn.Module):
         return cls(config, interventions, {str(layer): site for layer, site in sites.items()}, positions)
 
     def partition(self, rows: Sequence[int]) -> Self:
-        """Return an adapter with the same parameters that edits only within some rows of R.
+        """Return an adapter with the same parameters that edits only along some of its directions.
 
         Raises:
-            ValueError: where an intervention has no orthonormal rows, or fewer.
+            ValueError: where an edit is not a sum of directions, or has fewer.
         """
         interventions = nn.ModuleDict(
             {

@@ -50,6 +50,9 @@ ATTACHED = (
 TRAINING = ("dropout", "dropout_on", "init")
 
 
+WHERE = ("positions", "tied", "component", "clip")  # of an intervention; all else are settings of its class
+
+
 class LayerSpec(NamedTuple):
     """What is attached at one layer."""
 
@@ -107,7 +110,7 @@ class ReftConfig:
     architecture: dict[str, Any] = field(default_factory=dict)  # of the base model, see architecture_of
     partitions: dict[str, list[int]] = field(
         default_factory=dict
-    )  # name -> rows of R, see ReftModel.add_partition
+    )  # name -> rows, see ReftModel.add_partition
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__.keys() - {"positions", "per_layer"}:
@@ -124,8 +127,7 @@ class ReftConfig:
     def for_layer(self, layer: int) -> LayerSpec:
         """Return the common specification with what differs at this layer."""
         own = dict(self.per_layer.get(layer, {}))
-        names = ("method", "positions", "tied", "component", "clip")
-        common = {name: own.pop(name, getattr(self, name)) for name in names}
+        common = {name: own.pop(name, getattr(self, name)) for name in ("method", *WHERE)}
         return LayerSpec(**common, settings={**self.settings, **own})
 
     def differing(self, other: ReftConfig) -> list[str]:
@@ -212,14 +214,10 @@ def config_of(
     method: str | type[Intervention] = "loreft",
     *,
     layers: str | Sequence[int] | Mapping[int, Mapping[str, Any]] = "all",
-    positions: str | MaskFunction = "f7+l7",
-    tied: str = "all",
-    component: str = "block_output",
-    clip: str = "paper",
     heads: str | Sequence[str] | bool | None = None,
     **settings: Any,
 ) -> ReftConfig:
-    """Return what the arguments of :func:`attach` ask for, checked against a model.
+    """Return what the arguments of :func:`attach` ask for, with its defaults, checked against a model.
 
     Raises:
         ValueError: for anything unknown or out of range, with what is allowed.
@@ -250,10 +248,7 @@ def config_of(
     return ReftConfig(
         method=method_name(intervention_class(method)),
         layers=ids,
-        positions=positions,
-        tied=tied,
-        component=component,
-        clip=clip,
+        **{name: settings.pop(name) for name in WHERE if name in settings},
         settings=settings,
         per_layer=per_layer,
         heads=trained_heads,

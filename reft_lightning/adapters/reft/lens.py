@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from .sites import Site, find_sites, hidden_of, number_of_layers, with_hidden
+from .sites import Site, find_sites, hook_at, number_of_layers
 
 LARGE = 256  # times the length of what is in the stream
 
@@ -67,20 +66,7 @@ def _block_output(model: PreTrainedModel, layer: int) -> Tensor:  # (d,)
 @contextmanager
 def _changed(model: PreTrainedModel, site: Site, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Replace the hidden states at a site inside the block."""
-
-    def after(module: nn.Module, args: tuple, output: Any) -> Any:
-        return with_hidden(output, change(hidden_of(output)))
-
-    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
-
-    module = model.get_submodule(site.path)
-    if site.end == "output":
-        handle = module.register_forward_hook(after)
-    else:
-        handle = module.register_forward_pre_hook(before, with_kwargs=True)
+    handle = hook_at(model, site, change)
     try:
         yield
     finally:

@@ -46,7 +46,7 @@ from .calls import Call, call_of, running
 from .config import ReftConfig, check_architecture, config_of
 from .edit_plan import Choice, Edit, EditPlan, token_indices
 from .positions import MaskFunction, Positions
-from .sites import Site, hidden_of, with_hidden
+from .sites import Site, hook_at
 
 log = logging.getLogger(__name__)
 CACHES = ("past_key_values", "cache_params", "state", "mems")  # what base models call what they have read
@@ -199,8 +199,7 @@ class ReftModel(nn.Module):
             return
         self.adapters.check_new({adapter_name: config, **dict.fromkeys(config.partitions)})
         adapter = Adapter.build(self.base_model, config)
-        check_fit(tensors_of({"interventions": adapter.interventions}), state, f" {adapter_name}")
-        adapter.load_state_dict(state)
+        _put(tensors_of(self._parts(adapter)), state, f" {adapter_name}")
         self._insert({adapter_name: adapter} | partitions_of(adapter))
 
     def _swap(self, name: str, config: ReftConfig, state: dict[str, Tensor]) -> None:
@@ -210,16 +209,13 @@ class ReftModel(nn.Module):
                 f"the adapter {name!r} is there and was attached in another way ({'; '.join(differing)}): give the "
                 "new one another name, or delete_adapter() the old one first"
             )
-        first = adapter is self.adapters.first
-        own = tensors_of(self._first_parts() if first else {"interventions": adapter.interventions})
-        check_fit(own, state, f" {name}")
-        fill(own, state)
+        _put(tensors_of(self._parts(adapter)), state, f" {name}")
         adapter.scale = config.scale
 
     def add_partition(self, adapter_name: str, rows: Sequence[int], *, of: str = DEFAULT) -> None:
-        r"""Add an adapter with the parameters of another, which edits only within some rows K of its subspaces.
+        r"""Add an adapter with the parameters of another, which edits only along some rows K of its directions U.
 
-        .. math:: \Phi_K(h) = h + R_K^\top R_K (\Phi(h) - h)
+        .. math:: \Phi_K(h) = h + U_K^\top c(h)_K \quad \text{of} \quad \Phi(h) = h + U^\top c(h)
 
         Partitions are trained on different tasks (``adapter_names`` says which row of a batch is of which) and used
         one by one or together. They are saved with the adapter that they are part of.
@@ -230,7 +226,7 @@ class ReftModel(nn.Module):
             of: the adapter that it is part of.
 
         Raises:
-            ValueError: for an unknown adapter, one without orthonormal rows, or rows that it does not have.
+            ValueError: for an unknown adapter, one whose edit is not such a sum, or rows that it does not have.
         """
         self._check_attached()
         self.adapters.check_known([of])
@@ -287,16 +283,9 @@ class ReftModel(nn.Module):
     def _insert(self, adapters: Mapping[str, Adapter]) -> None:
         for name, adapter in adapters.items():
             for site in adapter.sites.values():
-                if site.place in self._hooks:
-                    continue
-                module = self.base_model.get_submodule(site.path)
-                if site.end == "output":
-                    hook = module.register_forward_hook(partial(self._after, site.place))
-                else:
-                    hook = module.register_forward_pre_hook(
-                        partial(self._before, site.place), with_kwargs=True
-                    )
-                self._hooks[site.place] = hook
+                if site.place not in self._hooks:
+                    edit = partial(self._edit, site.place)
+                    self._hooks[site.place] = hook_at(self.base_model, site, edit)
             self.adapters[name] = adapter.train(self.training)
         self._forget_graphs()
 
@@ -446,13 +435,14 @@ class ReftModel(nn.Module):
     def _notice(self, call: Call) -> None:
         """Warn once if nothing is edited: in a whole generation, in a step of training, in the first passes."""
         self._edited = self._edited or call.edited
-        if self._edited or self._warned or not any(self._positions_of(call.choices)):
+        positions = self._positions_of(call.choices)
+        if self._edited or self._warned or not positions:
             return
         self._idle += 1
         training = self.training and torch.is_grad_enabled()
         if call.spans.generating or training or self._idle >= IDLE_PASSES:
             self._warned = True
-            chosen = ", ".join(sorted(set(map(str, self._positions_of(call.choices)))))
+            chosen = ", ".join(sorted(set(map(str, positions))))
             log.warning(
                 "the positions %s select no token in %s, so nothing is edited: tokens after the prompt are only known "
                 "with labels or prompt_mask, or in generate()",
@@ -531,25 +521,12 @@ class ReftModel(nn.Module):
                     edits.setdefault(adapter.sites[layer].place, []).append(edit)
         return EditPlan(edits, call.summed, tokens, torch.is_grad_enabled()) if edits else None
 
-    def _plan_at(self, place: str) -> EditPlan | None:
+    def _edit(self, place: str, hidden: Tensor) -> Tensor | None:  # (b, s, d) -> (b, s, d)
+        """Return the hidden states at a site with their edits; None where the call makes none there."""
         call = call_of(self)
-        return call.plan if call is not None and call.plan is not None and place in call.plan.edits else None
-
-    def _after(self, place: str, module: nn.Module, args: tuple, output: Any) -> Any:
-        plan = self._plan_at(place)
-        if plan is None:
+        plan = None if call is None else call.plan
+        if plan is None or place not in plan.edits:
             return None
-        return with_hidden(output, self._edit(place, plan, hidden_of(output)))
-
-    def _before(self, place: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        plan = self._plan_at(place)
-        if plan is None:
-            return None
-        if args:
-            return (self._edit(place, plan, args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._edit(place, plan, kwargs["hidden_states"])}
-
-    def _edit(self, place: str, plan: EditPlan, hidden: Tensor) -> Tensor:  # (b, s, d) -> (b, s, d)
         edits = plan.edits[place]
         site = self.adapters[edits[0].adapter].sites[edits[0].layer]
         if hidden.shape[-1] != site.dim:
@@ -608,11 +585,12 @@ class ReftModel(nn.Module):
         """
         self._check_attached()
         others = {f"adapters.{name}": self.adapters[name] for name in self.adapter_names[1:]}
-        return tensors_of(self._first_parts() | others)
+        return tensors_of(self._parts(self.adapters.first) | others)
 
-    def _first_parts(self) -> dict[str, nn.Module]:
-        heads = {f"heads.{head}": self.base_model.get_submodule(head) for head in self.config.heads}
-        return {"interventions": self.interventions, **heads}
+    def _parts(self, adapter: Adapter) -> dict[str, nn.Module]:
+        """Return what the file of an adapter holds."""
+        heads = {f"heads.{head}": self.base_model.get_submodule(head) for head in adapter.config.heads}
+        return {"interventions": adapter.interventions, **heads}
 
     def load_adapter_state_dict(self, state: dict[str, Tensor]) -> None:
         """Load what :meth:`adapter_state_dict` returned, into the same parameters.
@@ -620,9 +598,7 @@ class ReftModel(nn.Module):
         Raises:
             ValueError: if a tensor is missing, unexpected, or of another shape.
         """
-        own = self.adapter_state_dict()
-        check_fit(own, state)
-        fill(own, state)
+        _put(self.adapter_state_dict(), state)
 
     def parameter_roles(self) -> dict[str, list[nn.Parameter]]:
         """Return the trained parameters by role: ``rotation`` (R), ``weight``, ``bias`` and ``head``."""
@@ -669,12 +645,11 @@ class ReftModel(nn.Module):
         base = self.parameter_count().base
         for name in names:
             adapter, first = self.adapters[name], name == self.adapter_names[0]
-            state = tensors_of(self._first_parts() if first else {"interventions": adapter.interventions})
             trained = sum(p.numel() for p in adapter.parameters())
             save_adapter(
                 Path(folder, "" if first else name),
                 self.saved_config(name),
-                state,
+                tensors_of(self._parts(adapter)),
                 ParameterCount.of(trained, base),
             )
 
@@ -750,3 +725,13 @@ class ReftModel(nn.Module):
                 reft.adapters.check_new(dict.fromkeys(config.partitions))
             reft._insert(partitions_of(reft.adapters.first))
         return reft
+
+
+def _put(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str = "") -> None:
+    """Copy the tensors of a file into one's own, if they are the same ones.
+
+    Raises:
+        ValueError: if they are not, with the name of the adapter.
+    """
+    check_fit(own, state, what)
+    fill(own, state)

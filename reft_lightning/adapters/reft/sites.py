@@ -17,12 +17,14 @@ Layers are 0-based: layer 0 is the first block.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -57,6 +59,28 @@ def hidden_of(output: Any) -> Any:
 def with_hidden(output: Any, hidden: Tensor) -> Any:
     """Return an output with other hidden states."""
     return type(output)([hidden, *output[1:]]) if type(output) in (tuple, list) else hidden
+
+
+def hook_at(model: nn.Module, site: Site, change: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Let a function replace the hidden states at a site; None leaves them."""
+    module = model.get_submodule(site.path)
+    if site.end == "output":
+        return module.register_forward_hook(partial(_after, change))
+    return module.register_forward_pre_hook(partial(_before, change), with_kwargs=True)
+
+
+def _after(change: Callable[[Tensor], Tensor | None], module: nn.Module, args: tuple, output: Any) -> Any:
+    hidden = change(hidden_of(output))
+    return None if hidden is None else with_hidden(output, hidden)
+
+
+def _before(
+    change: Callable[[Tensor], Tensor | None], module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> Any:
+    hidden = change(args[0] if args else kwargs["hidden_states"])
+    if hidden is None:
+        return None
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 
 def check_layers(layers: str | Sequence[int], num_layers: int, none_allowed: bool = False) -> list[int]:
