@@ -62,15 +62,17 @@ class Score:
             return None
         return float(np.std(list(self.values.values()), ddof=1))
 
-    def seed_part(self, least: float = 0.0) -> Part | None:
+    def seed_part(self, pooled: Part = (0.0, 1.0)) -> Part | None:
         """Return the squared standard error of the mean over seeds, with its degrees of freedom; None of one seed.
 
         Args:
-            least: variance over seeds, below which that of these seeds is not believed.
+            pooled: variance over seeds with its degrees of freedom, which stands for that of these seeds where that is
+                smaller.
         """
         if self.deviation is None:
             return None
-        return max(self.deviation**2, least) / len(self.values), len(self.values) - 1.0
+        variance, freedom = max((self.deviation**2, len(self.values) - 1.0), pooled)
+        return variance / len(self.values), freedom
 
 
 @dataclass(eq=False)

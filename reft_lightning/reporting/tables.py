@@ -187,7 +187,8 @@ def pair_table(comparison: Comparison, columns: Collection[tuple[str, str]] | No
     notes = [
         "p counts rows and seeds: Student's t by Welch and Satterthwaite, from the variance of the rows' differences, "
         "averaged over seeds, and of each method's scores over seeds, of which none counts as smaller than their mean "
-        "over the methods of the table. It is never below p of the same test over seeds alone, nor below that of the "
+        "over the methods of the table, nor as known better than that. It is never below p of the same test over seeds "
+        "alone, nor below that of the "
         "sign flips. Where a method has one seed, rows only are counted, and nothing is known of other seeds.",
         f"The 95 % interval is that of one pair: it excludes 0 where p < {SIGNIFICANT}. p (Holm) is "
         "adjusted over all pairs of methods on a task and measure, and methods differ where p (Holm) < "

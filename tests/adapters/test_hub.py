@@ -131,8 +131,13 @@ def test_offline_only_the_cache_is_read_and_the_error_says_so():
 
 def test_a_folder_has_subfolders_and_no_revisions(tmp_path):
     rl.attach(tiny.model("llama"), "loreft", rank=1, positions="f1").save_pretrained(tmp_path / "best")
-    rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path, subfolder="best")
+    reft = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path, subfolder="best")
+    reft.load_adapter(tmp_path, "second", subfolder="best")
+    assert reft.adapter_names == ["default", "second"]
     with pytest.raises(FileNotFoundError, match=rf"{CONFIG_FILE} is missing; no such folder"):
         rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path, subfolder="last")
     with pytest.raises(ValueError, match="revision='v2' is for the hub"):
         rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path, revision="v2")
+    with pytest.raises(ValueError, match="revision='v2' is for the hub"):
+        reft.load_adapter(tmp_path, "third", revision="v2")
+    assert reft.adapter_names == ["default", "second"]

@@ -60,6 +60,15 @@ class TestLevels:
         assert len(pairs) == 5
         assert all(pair.differs and pair.difference > 0 for pair in pairs)
 
+    def test_one_method_that_scatters_does_not_hide_what_the_others_show(self):
+        rng = np.random.default_rng(6)
+        means = [[0.98, 0.99, 1.0], [0.59, 0.66, 1.0], [0.51, 0.56, 0.7], [0.54, 0.55, 0.64], [0.5, 0.55, 0.6],
+                 [0.45, 0.5, 0.52], [0.3, 0.32, 0.4]]  # fmt: skip
+        scores = (rng.random((7, 3, 100)) < np.array(means)[:, :, None]).astype(float)
+        pairs = {(pair.first, pair.second): pair for pair in pairs_of(compared(scores), 1000, 0)}
+        assert pairs["m0", "m6"].differs
+        assert not pairs["m1", "m2"].differs
+
     @pytest.mark.parametrize("seeds", [2, 3, 5])
     def test_intervals_of_few_seeds_hold_the_mean_as_often_as_they_say(self, seeds):
         rng = np.random.default_rng(3)
@@ -82,9 +91,10 @@ class TestLevels:
         assert variances[0] != pytest.approx(variances[1])
         p, ends = [], []
         a, b = (max(variance, np.mean(variances)) / 4 for variance in variances)
+        seeds = sum(variances) ** 2 / sum(variance**2 / 3 for variance in variances)  # of their mean
         for v in (rows, 0):
             error = np.sqrt(v + a + b)
-            freedom = (v + a + b) ** 2 / (v**2 / 99 + a**2 / 3 + b**2 / 3)
+            freedom = (v + a + b) ** 2 / (v**2 / 99 + (a + b) ** 2 / seeds)
             p.append(2 * stats.t.sf(pair.difference / error, freedom))
             ends.append(stats.t.interval(0.95, freedom, pair.difference, error))
         assert pair.p == pytest.approx(max(*p, pair.rows_p))

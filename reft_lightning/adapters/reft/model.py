@@ -176,6 +176,9 @@ class ReftModel(nn.Module):
         *,
         positions: MaskFunction | None = None,
         strict: bool = True,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
     ) -> None:
         """Add a saved adapter, or put its tensors into one that is there and was attached in the same way.
 
@@ -185,13 +188,16 @@ class ReftModel(nn.Module):
             name: a folder, or the name of a repository on the Hugging Face hub.
             adapter_name: the name that it gets here.
             positions: see :meth:`from_pretrained`.
-            strict: see :meth:`from_pretrained`.
+            strict: likewise.
+            revision: likewise.
+            subfolder: likewise.
+            token: likewise.
 
         Raises:
             ValueError: for what :meth:`from_pretrained` rejects, or an adapter of that name that is another one.
         """
         self._check_attached()
-        config, state = load_adapter(name, positions)
+        config, state = load_adapter(name, positions, revision=revision, subfolder=subfolder, token=token)
         if strict:
             check_architecture(self.base_model, config.architecture)
         if adapter_name in self.adapters:
