@@ -6,8 +6,10 @@ import shlex
 import sys
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from ..evaluation.row_metrics import interval_of_counts
@@ -33,10 +35,12 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
         headings["accuracy"] = "generated"
     for column in ("", "task", "rows", *(headings.get(m, m.replace("_", " ")) for m in measures), "trained",
                    "% of base"):  # fmt: skip
-        table.add_column(column, justify="left" if column in ("", "task") else "right")
+        left = column in ("", "task")
+        table.add_column(column, justify="left" if left else "right", no_wrap=column != "")
     names = {(p, task, m): name for name, (p, s, task, m) in scores.items() if s == split}
     notes, constants = [], {}
-    for prefix, label, trained in _models(results, scores):
+    models = _models(results, scores)
+    for prefix, label, trained in models:
         own = list(dict.fromkeys(t for p, s, t, _ in scores.values() if (p, s) == (prefix, split)))
         for task in own:
             path = f"{prefix}{split}/{task}/" if task else f"{prefix}{split}/"
@@ -63,7 +67,9 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
     for row in constants.values():
         table.add_row(*row)
     if scores:
-        console.print(table)
+        if not _print_within(table, console):
+            costs = [(label, *trained) for _, label, trained in models if trained[0] not in ("", "0")]
+            notes += [f"{label}: {count} trained, {share} % of base" for label, count, share in costs]
     else:
         console.print("nothing was evaluated: there are neither test rows nor validation rows")
     for line in notes:
@@ -91,6 +97,16 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
     for name, said in lines:
         # a sweep's folders have brackets, which rich reads as markup
         console.print(f"[bold]{name:<16}[/bold] {escape(said)}", soft_wrap=True, highlight=False)
+
+
+def _print_within(table: Table, console: Console) -> bool:
+    """Print a table, without its last two columns and vertical rules where it is too wide; return whether it fitted."""
+    fits = Measurement.get(console, console.options.update(max_width=1000), table).maximum <= console.width
+    if not fits:
+        table.box, table.pad_edge = SIMPLE_HEAD, False
+        del table.columns[-2:]
+    console.print(table)
+    return fits
 
 
 def _mean_cell(results: dict[str, Any], path: str, tasks: list[str], measure: str) -> str:

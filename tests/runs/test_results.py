@@ -86,7 +86,7 @@ def test_outside_git_there_is_no_commit(monkeypatch, tmp_path):
     assert environment.git_commit() is None
 
 
-def table(**more):
+def table(width=200, **more):
     count = {"correct": 5, "total": 10, "missing": 2, "interval": [0.2366, 0.7634]}
     right = {"correct": 8, "interval": [0.4902, 0.9433]}
     constant = {"correct": 6, "missing": 0, "interval": [0.3127, 0.8318]}
@@ -100,7 +100,7 @@ def table(**more):
         "trainable_parameters": 1234, "percent": 0.5,
     }  # fmt: skip
     out = io.StringIO()
-    print_table(values | more, Console(file=out, width=200))
+    print_table(values | more, Console(file=out, width=width))
     return out.getvalue()
 
 
@@ -114,6 +114,18 @@ def test_the_table_shows_base_and_adapter_with_intervals():
     assert text.index("frozen base") < text.index("loreft")
     assert "1,234" in text
     assert "0.500" in text
+
+
+def test_a_narrow_terminal_shows_every_score_and_tells_the_cost_below():
+    text = table(width=80)
+    lines = text.splitlines()
+    assert (
+        max(map(len, lines[: lines.index("frozen base, boolq: 2 of 10 generated texts hold no answer")]))
+        <= 80
+    )
+    assert "50.0 [23.7, 76.3]" in text
+    assert "80.0 [49.0, 94.3]" in text
+    assert "loreft: 1,234 trained, 0.500 % of base" in lines
 
 
 def test_several_tasks_have_a_row_for_their_mean_and_one_constant_answer():
