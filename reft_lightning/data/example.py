@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -62,11 +63,14 @@ class Judgement(NamedTuple):
 Score = Callable[[Sequence[str], Example], Judgement]
 
 
-def exact_match(extract: Callable[[str], str | None]) -> Score:
+def exact_match(
+    extract: Callable[[str], str | None], equal: Callable[[str | None, str], bool] = operator.eq
+) -> Score:
     """Return the scorer that compares an extracted answer with the gold one.
 
     Args:
         extract: generated text -> answer, None where there is none.
+        equal: (answer, gold answer) -> whether it is right.
 
     >>> score = exact_match(lambda text: text.strip() or None)
     >>> score([" yes"], Example("t", "p", "yes", "yes"))
@@ -75,7 +79,7 @@ def exact_match(extract: Callable[[str], str | None]) -> Score:
 
     def score(texts: Sequence[str], example: Example) -> Judgement:
         answers = [extract(text) for text in texts]
-        share = sum(answer == example.answer for answer in answers) / len(answers)
+        share = sum(equal(answer, example.answer) for answer in answers) / len(answers)
         return Judgement(answers[0], {"accuracy": share})
 
     return score

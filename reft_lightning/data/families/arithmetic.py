@@ -257,10 +257,7 @@ TASKS = {
         Task(
             "AQuA",
             _make("AQuA", aqua),
-            hub={
-                "train": (HubRows("deepmind/aqua_rat", "raw", "train"),),
-                "test": (HubRows("deepmind/aqua_rat", "raw", "test"),),
-            },
+            hub=HubRows.splits("deepmind/aqua_rat", "raw"),
             local={
                 "train": (
                     LocalRows(("AQuA/train.jsonl",)),
@@ -273,7 +270,7 @@ TASKS = {
         Task(
             "gsm8k",
             _make("gsm8k", gsm8k),
-            hub={split: (HubRows("openai/gsm8k", "main", split),) for split in ("train", "test")},
+            hub=HubRows.splits("openai/gsm8k", "main"),
             local={
                 "train": (LocalRows(("gsm8k/train.jsonl",)),),
                 "test": _test(

@@ -105,20 +105,11 @@ def _task(
     read: Renamed | None = None,
     train: tuple[LocalRows, ...] = (),
     validation: Mapping[str, tuple[str, str]] | None = None,
-    notes: Mapping[str, str] | None = None,
 ) -> ClassificationTask:
     """Build a task whose sources follow GLUE's common pattern.
 
-    Args:
-        name: as the hub's configuration.
-        texts: columns with the texts.
-        labels: names of the classes.
-        folder: of GLUE's own files (`"SST-2"`).
-        measures: the main one first.
-        read: reader of the local files.
-        train: further local layouts of the train rows.
-        validation: split -> (hub's name, local file), where there is more than `validation`.
-        notes: source -> a fact.
+    `folder` holds GLUE's own files (`"SST-2"`), `train` are further local layouts of the train rows, and `validation`
+    is split -> (hub's name, local file), where there is more than `validation`.
     """
     read = read or Renamed()
     validation = validation or {"validation": ("validation", "dev.tsv")}
@@ -132,7 +123,6 @@ def _task(
         further_tests=tuple(split for split in validation if split != "validation"),
         hub={"train": (HubRows("nyu-mll/glue", name, "train"),), **hub},
         local={"train": (LocalRows((f"{folder}/train.tsv",), read=read), *train), **local},
-        notes=notes or {},
     )
 
 

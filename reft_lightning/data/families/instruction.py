@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from ..columns import turns_of
+from ..columns import exchange_of
 from ..example import Example, Row, as_text, column, list_in
 from ..family import Family, Prediction, Task
 from ..rows import HubRows, LocalRows
@@ -74,20 +74,9 @@ def _chosen(task: str, row: Row, where: str) -> Example:
 
 
 def _conversation(task: str, messages: Any, where: str) -> Example:
-    """Build the example of messages {role, content}: the last answer is learnt, what precedes it is read.
-
-    Raises:
-        ValueError: if they are not messages in text, or do not end in a question of the user and an answer of the
-            assistant.
-    """
-    turns = turns_of(messages, where)
-    roles = [role for role, _ in turns]
-    if roles[-2:] != ["user", "assistant"]:
-        raise ValueError(
-            f"{where}: a conversation must end in a turn of user and one of assistant; got {', '.join(roles)}"
-        )
-    (_, prompt), (_, answer) = turns[-2:]
-    return _example(task, prompt, answer, where, turns=tuple(turns[:-2]))
+    """Build the example of messages {role, content}: the last answer is learnt, what precedes it is read."""
+    turns, prompt, answer = exchange_of(messages, where)
+    return _example(task, prompt, answer, where, turns=turns)
 
 
 def _example(
