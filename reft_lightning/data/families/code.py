@@ -41,7 +41,7 @@ from pathlib import Path
 from ..example import Example, Judgement, Row, column, text_in, texts_in
 from ..family import Family, Task
 from ..files import Rows, read_file
-from ..rows import HubRows, LocalRows
+from ..rows import HubRows, LocalRows, by_name
 
 VERSION = 1
 KS = (1, 10, 100)  # Chen et al. 2021; those beyond the number of samples are left out
@@ -163,42 +163,39 @@ _SANITIZED, _SANITIZED_OPEN = "mbpp/sanitized-mbpp.json", "mbpp/sanitized.non_te
 _TRAIN = _layouts("mbpp/train.jsonl", TRAIN, _ALL, _OPEN)
 
 
-TASKS = {
-    task.name: task
-    for task in (
-        Task(
-            "humaneval",
-            humaneval,
-            stop_strings=STOP_STRINGS["humaneval"],
-            hub={"test": (HubRows("openai/openai_humaneval", None, "test"),)},
-            local={"test": (LocalRows(("humaneval/HumanEval.jsonl",)), LocalRows(("humaneval/test.jsonl",)))},
-        ),
-        Task(
-            "mbpp",
-            mbpp("mbpp"),
-            stop_strings=STOP_STRINGS["mbpp"],
-            hub=HubRows.splits(MBPP, "full"),
-            local={"train": _TRAIN, "test": _layouts("mbpp/test.jsonl", TEST, _ALL)},
-        ),
-        Task(
-            "mbpp_validation",
-            mbpp("mbpp_validation"),
-            stop_strings=STOP_STRINGS["mbpp_validation"],
-            hub=HubRows.splits(MBPP, "full", test="validation"),
-            local={"train": _TRAIN, "test": _layouts("mbpp/validation.jsonl", VALIDATION, _ALL, _OPEN)},
-        ),
-        Task(
-            "mbpp_sanitized",
-            mbpp("mbpp_sanitized"),
-            stop_strings=STOP_STRINGS["mbpp_sanitized"],
-            hub=HubRows.splits(MBPP, "sanitized"),
-            local={
-                "train": _layouts("mbpp/sanitized_train.jsonl", TRAIN, _SANITIZED, _SANITIZED_OPEN),
-                "test": _layouts("mbpp/sanitized_test.jsonl", TEST, _SANITIZED),
-            },
-        ),
-    )
-}
+TASKS = by_name(
+    Task(
+        "humaneval",
+        humaneval,
+        stop_strings=STOP_STRINGS["humaneval"],
+        hub={"test": (HubRows("openai/openai_humaneval", None, "test"),)},
+        local={"test": (LocalRows(("humaneval/HumanEval.jsonl",)), LocalRows(("humaneval/test.jsonl",)))},
+    ),
+    Task(
+        "mbpp",
+        mbpp("mbpp"),
+        stop_strings=STOP_STRINGS["mbpp"],
+        hub=HubRows.splits(MBPP, "full"),
+        local={"train": _TRAIN, "test": _layouts("mbpp/test.jsonl", TEST, _ALL)},
+    ),
+    Task(
+        "mbpp_validation",
+        mbpp("mbpp_validation"),
+        stop_strings=STOP_STRINGS["mbpp_validation"],
+        hub=HubRows.splits(MBPP, "full", test="validation"),
+        local={"train": _TRAIN, "test": _layouts("mbpp/validation.jsonl", VALIDATION, _ALL, _OPEN)},
+    ),
+    Task(
+        "mbpp_sanitized",
+        mbpp("mbpp_sanitized"),
+        stop_strings=STOP_STRINGS["mbpp_sanitized"],
+        hub=HubRows.splits(MBPP, "sanitized"),
+        local={
+            "train": _layouts("mbpp/sanitized_train.jsonl", TRAIN, _SANITIZED, _SANITIZED_OPEN),
+            "test": _layouts("mbpp/sanitized_test.jsonl", TEST, _SANITIZED),
+        },
+    ),
+)
 
 FAMILY = Family(
     name="code",

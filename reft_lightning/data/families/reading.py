@@ -41,7 +41,7 @@ from xml.etree import ElementTree
 from ..example import Example, Row, column, exact_match, list_in, text_in, texts_in
 from ..family import Family, Task
 from ..files import Rows, read_file, text_lines
-from ..rows import HubRows, LocalRows
+from ..rows import HubRows, LocalRows, by_name
 from .commonsense import TRIGGER, extract
 from .passages import carve_passages, prompt_about
 
@@ -161,25 +161,22 @@ def _race(size: str) -> Task:
     )
 
 
-TASKS = {
-    task.name: task
-    for task in (
-        _race("middle"),
-        _race("high"),
-        Task(
-            "quail",
-            quail,
-            hub=HubRows.splits("textmachinelab/quail", "quail", test="validation"),
-            local={
-                split: (
-                    LocalRows((f"quail/quail_1.3_{part}_randomized.xml",), read=read_quail),
-                    LocalRows((f"quail/{split}.jsonl",)),
-                )
-                for split, part in (("train", "train"), ("test", "dev"))
-            },
-        ),
-    )
-}
+TASKS = by_name(
+    _race("middle"),
+    _race("high"),
+    Task(
+        "quail",
+        quail,
+        hub=HubRows.splits("textmachinelab/quail", "quail", test="validation"),
+        local={
+            split: (
+                LocalRows((f"quail/quail_1.3_{part}_randomized.xml",), read=read_quail),
+                LocalRows((f"quail/{split}.jsonl",)),
+            )
+            for split, part in (("train", "train"), ("test", "dev"))
+        },
+    ),
+)
 
 FAMILY = Family(
     name="reading",

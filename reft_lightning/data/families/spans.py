@@ -38,7 +38,7 @@ from pathlib import Path
 from ..example import Example, Judgement, Row, column, list_in, text_in, texts_in
 from ..family import Family, Task
 from ..files import Rows, parse_json, text_lines
-from ..rows import HubRows, LocalRows
+from ..rows import HubRows, LocalRows, by_name
 from .commonsense import TRIGGER
 from .passages import carve_passages, prompt_about
 
@@ -135,29 +135,26 @@ def read_squad(path: Path) -> Rows:
                 yield {"context": context, "question": question, "answers": {"text": texts}}, where
 
 
-TASKS = {
-    task.name: task
-    for task in (
-        Task(
-            "squad",
-            span("squad"),
-            hub=HubRows.splits("rajpurkar/squad", test="validation"),
-            local={
-                split: (
-                    LocalRows((f"squad/{part}-v1.1.json",), read=read_squad),
-                    LocalRows((f"squad/{split}.jsonl",)),
-                )
-                for split, part in (("train", "train"), ("test", "dev"))
-            },
-        ),
-        Task(
-            "xquad_en",
-            span("xquad_en"),
-            hub={"test": (HubRows("google/xquad", "xquad.en", "validation"),)},
-            local={"test": (LocalRows(("xquad_en/xquad.en.json",), read=read_squad),)},
-        ),
-    )
-}
+TASKS = by_name(
+    Task(
+        "squad",
+        span("squad"),
+        hub=HubRows.splits("rajpurkar/squad", test="validation"),
+        local={
+            split: (
+                LocalRows((f"squad/{part}-v1.1.json",), read=read_squad),
+                LocalRows((f"squad/{split}.jsonl",)),
+            )
+            for split, part in (("train", "train"), ("test", "dev"))
+        },
+    ),
+    Task(
+        "xquad_en",
+        span("xquad_en"),
+        hub={"test": (HubRows("google/xquad", "xquad.en", "validation"),)},
+        local={"test": (LocalRows(("xquad_en/xquad.en.json",), read=read_squad),)},
+    ),
+)
 
 FAMILY = Family(
     name="spans",
