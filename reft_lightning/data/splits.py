@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -94,8 +94,3 @@ def fingerprint(examples: Iterable[Any]) -> str:
         for text in example.content:
             digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()[:16]
-
-
-def count_by_task(examples: Iterable[Any]) -> dict[str, int]:
-    """Return task -> number of rows."""
-    return dict(Counter(example.task for example in examples))

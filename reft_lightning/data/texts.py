@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .encoding_cache import prepare
 from .labelled import LabelledText
-from .tokenizer_digest import tokenizer_digest
+from .tokenizer_digest import encoding_settings
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class EncodedTexts(Dataset[dict[str, Any]]):
             partial(encode_texts, tokenizer=tokenizer, max_length=max_length),
             dict(zip(("first", "second"), map(list, sides), strict=False)) or {"first": []},
             {"ids": "[int32]", "cut": "bool"} | ({TYPES: "[int8]"} if typed else {}),
-            depends_on=lambda: _described(tokenizer, max_length),
+            depends_on=lambda: encoding_settings("text or pair", tokenizer, max_length),
             what=what,
         )
         self._tokens, self._lengths = columns["ids"], columns["ids.lengths"]
@@ -104,7 +104,7 @@ def encode_texts(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> dict[str, list]:
-    """Return ids, perhaps token types, and whether a row was cut; `datasets.map` calls it in processes."""
+    """Return ids, perhaps token types, and whether a row was cut."""
     read: Any = tokenizer  # its stubs name no pair
     sides = [texts[name] for name in ("first", "second") if name in texts]
     # verbose=False: no advice about texts beyond the model's length, which are cut below
@@ -119,13 +119,6 @@ def encode_texts(
         if TYPES in columns:
             columns[TYPES][i] = row[TYPES]
     return {**columns, "cut": cut}
-
-
-def _described(tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any] | None:
-    digest = tokenizer_digest(tokenizer)
-    return (
-        None if digest is None else {"layout": "text or pair", "tokenizer": digest, "max_length": max_length}
-    )
 
 
 class TextCollator:

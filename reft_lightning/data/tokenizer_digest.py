@@ -48,6 +48,14 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return hashlib.sha256(described.encode()).hexdigest()
 
 
+def encoding_settings(
+    layout: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, Any] | None:
+    """Return what encoded rows depend on in addition to their texts; None where it is not known."""
+    digest = tokenizer_digest(tokenizer)
+    return None if digest is None else {"layout": layout, "tokenizer": digest, "max_length": max_length}
+
+
 def _rules(tokenizer: PreTrainedTokenizerFast) -> str | None:
     try:
         rules = tokenizer.backend_tokenizer.to_str()

@@ -16,10 +16,10 @@ from rich.table import Table as RichTable
 
 from ..storage.atomic import write_text, write_whole
 from ..terminal.bars import Bar
-from . import formats, plots, tables
+from . import plots, records, tables
 from .build import Report, build_report
 from .evidence import RESAMPLES
-from .page import markdown, page
+from .page import latex, markdown, page
 from .runs import ReportError
 
 FEWEST = 1000  # resamples: 25 lie beyond each end of an interval
@@ -104,9 +104,9 @@ def write(report: Report, out: Path) -> str:
     html = page(report, figures)
     write_text(out / "report.html", html)
     write_text(out / "report.md", markdown(report))
-    write_text(out / "report.tex", "\n".join(map(formats.latex, report.comparisons)))
-    formats.write_csv(out / "scores.csv", formats.records(report.comparisons), formats.CSV_COLUMNS)
-    formats.write_csv(out / "pairs.csv", formats.pair_records(report.comparisons), formats.PAIR_COLUMNS)
+    write_text(out / "report.tex", latex(report.comparisons))
+    records.write_csv(out / "scores.csv", records.records(report.comparisons), records.CSV_COLUMNS)
+    records.write_csv(out / "pairs.csv", records.pair_records(report.comparisons), records.PAIR_COLUMNS)
     return html
 
 
@@ -162,8 +162,8 @@ def log_to_wandb(report: Report, html: str, out: Path, project: str) -> None:
     mode: Any = os.environ.get("WANDB_MODE") or "offline"
     run = wandb.init(project=project, job_type="report", dir=str(out), mode=mode, name=out.name)
     for name, lines, columns in (
-        ("scores", formats.records(report.comparisons), formats.CSV_COLUMNS),
-        ("pairs", formats.pair_records(report.comparisons), formats.PAIR_COLUMNS),
+        ("scores", records.records(report.comparisons), records.CSV_COLUMNS),
+        ("pairs", records.pair_records(report.comparisons), records.PAIR_COLUMNS),
     ):
         rows: Any = [[line[column] for column in columns] for line in lines]
         run.log({name: wandb.Table(columns=list(columns), data=rows)})

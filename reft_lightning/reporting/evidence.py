@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -48,12 +49,11 @@ def add_evidence(
         seed: of the draws.
         advance: is told which share of the work was done since the last call.
     """
-    rows = {
-        method: [run.predictions(comparison.split, method.base) for run in method.runs]
-        for method in comparison.methods
-    }
     for task in comparison.main:
-        loaded = [(m, run, rows[m][i].get(task)) for m in comparison.methods for i, run in enumerate(m.runs)]
+        loaded = [
+            (method, run, run.predictions(comparison.split, method.base).get(task))
+            for method in comparison.methods for run in method.runs
+        ]  # fmt: skip
         _score_task(comparison, task, loaded, resamples, seed, advance)
     if comparison.has_average:
         _average(comparison)
@@ -121,14 +121,12 @@ def _deviation(task: str, standard: Run, expected: Gold, gold: Gold) -> str:
     )
 
 
-Entry = tuple[Score, int, Measure]  # of one score: a seed and its measure
+Loaded = Sequence[tuple[Method, Run, Rows | None]]
 
 
-def _entries(
-    comparison: Comparison, task: str, loaded: Sequence[tuple[Method, Run, Rows | None]]
-) -> list[Entry]:
-    """Return the measures that can be resampled; a note says which cannot."""
-    found: list[Entry] = []
+def _resampled(comparison: Comparison, task: str, loaded: Loaded) -> dict[Score, dict[int, Measure]]:
+    """Return the measures that can be resampled, by score and seed; a note says which cannot."""
+    found: dict[Score, dict[int, Measure]] = defaultdict(dict)
     for method, run, rows in loaded:
         scores = {m: s for (t, m), s in method.scores.items() if t == task}
         reported = {
@@ -141,32 +139,33 @@ def _entries(
                 f"{method.label}, seed {run.seed}: the predictions do not give {name} of {task} as results.json has "
                 "it, so there is no interval"
             )
-        found += [(scores[name], run.seed, measure) for name, measure in measures.items()]
+        for name, measure in measures.items():
+            found[scores[name]][run.seed] = measure
     return found
 
 
 def _score_task(
     comparison: Comparison,
     task: str,
-    loaded: Sequence[tuple[Method, Run, Rows | None]],
+    loaded: Loaded,
     resamples: int,
     seed: int,
     advance: Callable[[float], None],
 ) -> None:
-    entries = _entries(comparison, task, loaded)
+    measures = _resampled(comparison, task, loaded)
     share = 1 / len(comparison.main)
-    if not entries:
+    if not measures:
         advance(share)
         return
     rows = next(len(found) for *_, found in loaded if found)
+    every = [measure for own in measures.values() for measure in own.values()]
     draws = _draws(
-        [measure for *_, measure in entries], rows, resamples, generator(seed, "rows", task),
-        lambda done: advance(done / resamples * share),
-    )  # fmt: skip
+        every, rows, resamples, generator(seed, "rows", task), lambda done: advance(done / resamples * share)
+    )
     for method in comparison.methods:
         weights = seed_weights(len(method.runs), resamples, generator(seed, "seeds", _identity(method)))
-        for score in (s for (t, _), s in method.scores.items() if t == task):
-            own = {s: measure for other, s, measure in entries if other is score}
+        for score in method.scores.values():
+            own = measures.get(score, {})
             if len(own) == len(method.runs):
                 score.rows = rows
                 by_seed = np.stack([draws[m] for m in own.values()], 1)
@@ -184,8 +183,9 @@ def interval_of(score: Score) -> tuple[float, float]:
     interval ever narrower than Student's over the seeds alone, see :func:`widest_t`. Where every row is right, or
     wrong, no resample differs: then it is Wilson's, as `reft-train` prints it.
     """
-    if score.draws is None or score.row_draws is None or score.rows is None:
-        raise ValueError(f"{score.task} {score.measure} has no resamples")
+    assert score.draws is not None
+    assert score.row_draws is not None
+    assert score.rows is not None
     seeds = score.seed_part()
     if seeds is None:
         ends = percentile_interval(score.draws)
@@ -194,22 +194,13 @@ def interval_of(score: Score) -> tuple[float, float]:
         _, freedom = satterthwaite([rows, seeds])
         both = float(score.draws.std(ddof=1)), freedom
         ends = within(score.limits, widest_t(score.mean, [both, satterthwaite([seeds])])[1])
-    return _wilson(score) if _one_answer(score) else ends
+    by_row = score.row_scores or {}
+    if by_row and score.mean in (0.0, 1.0) and all(np.all(s == score.mean) for s in by_row.values()):
+        from scipy import stats
 
-
-def _one_answer(score: Score) -> bool:
-    """Whether a share of rows is 0 or 1 in every seed, so that resamples of rows and seeds know no spread."""
-    return score.row_scores is not None and score.mean in (0.0, 1.0) and all(
-        np.all(scores == score.mean) for scores in score.row_scores.values()
-    )  # fmt: skip
-
-
-def _wilson(score: Score) -> tuple[float, float]:
-    from scipy import stats
-
-    rows = score.rows or 0
-    ends = stats.binomtest(round(rows * score.mean), rows).proportion_ci(LEVEL, "wilson")
-    return float(ends.low), float(ends.high)
+        wilson = stats.binomtest(round(score.rows * score.mean), score.rows).proportion_ci(LEVEL, "wilson")
+        return float(wilson.low), float(wilson.high)
+    return ends
 
 
 def _draws(

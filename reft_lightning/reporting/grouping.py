@@ -25,7 +25,7 @@ SHOWN = 4  # settings in a label
 FEW = 10  # seeds, below which their deviation is hardly known
 
 
-def compare(runs: Sequence[Run], split: str | None = None) -> list[Comparison]:
+def compare(runs: Sequence[Run], split: str | None) -> list[Comparison]:
     """Return the comparisons that runs allow, without intervals and pairs.
 
     Args:
@@ -45,7 +45,7 @@ def compare(runs: Sequence[Run], split: str | None = None) -> list[Comparison]:
     return sorted(found, key=lambda comparison: comparison.title)
 
 
-def used_split(run: Run, split: str | None = None) -> str | None:
+def used_split(run: Run, split: str | None) -> str | None:
     """Return the split that a run stands in a table by; None where it has no score on it."""
     allowed = (split,) if split else ("test", "validation")
     return next((name for name in allowed if _scores(run, name)), None)
@@ -70,16 +70,13 @@ def _scores(run: Run, split: str, base: bool = False) -> dict[str, dict[str, flo
 def facts_of(run: Run, split: str) -> tuple[dict[str, str], str]:
     """Return what must be the same within a comparison: in words, and as one text that is equal for equal data."""
     data: Mapping[str, Any] = run.results["data_versions"]
-    parts: dict[str, Any] = {
-        part: data[part] for part in ("train", "validation", "test") if isinstance(data.get(part), dict)
-    }
     kept = ("fingerprint", "test_fingerprint", "test_rows")
     prints = {
-        part: {task: {k: facts.get(k) for k in kept} for task, facts in tasks.items() if isinstance(facts, dict)}
-        for part, tasks in parts.items() if part != "test" or split == "test"
+        part: {task: {k: facts.get(k) for k in kept} for task, facts in data.get(part, {}).items()}
+        for part in ("train", "validation", "test") if part != "test" or split == "test"
     }  # fmt: skip
     limit = run.config.get("data.limit_test" if split == "test" else "data.limit_validation")
-    carved: Mapping[str, Any] = data.get("split") or {}
+    carved: Mapping[str, Any] = data.get("split", {})
     # split_seed=null carves other rows for every seed: then they cannot be a fact that seeds share
     by_seed = run.config.get("data.split_seed") is None
     if by_seed and split == "test" and limit is None:
@@ -110,12 +107,17 @@ def _titles(all_facts: Sequence[Mapping[str, str]]) -> list[str]:
         differing = [k for k in facts if len({twin.get(k) for twin in twins}) > 1]
         told = ", ".join(f"{k} {facts[k]}" for k in differing)
         titles.append(f"{title}, {told}" if told else title)
-    counts, seen = Counter(titles), Counter[str]()
-    for i, title in enumerate(titles):
-        if counts[title] > 1:
-            seen[title] += 1
-            titles[i] = f"{title}, data {seen[title]} of {counts[title]}"
-    return titles
+    return _numbered(titles, "{name}, data {number} of {of}")
+
+
+def _numbered(names: Sequence[str], form: str) -> list[str]:
+    """Return names, those that occur several times with their number."""
+    counts, seen = Counter(names), Counter[str]()
+    found: list[str] = []
+    for name in names:
+        seen[name] += 1
+        found.append(form.format(name=name, number=seen[name], of=counts[name]) if counts[name] > 1 else name)
+    return found
 
 
 def _comparison(runs: Sequence[Run], facts: dict[str, str], split: str) -> Comparison:
@@ -129,9 +131,10 @@ def _comparison(runs: Sequence[Run], facts: dict[str, str], split: str) -> Compa
             notes.append(f"{run.method}: seed {run.seed} ran more than once; the last complete run counts")
         seeds[run.seed] = run
     groups = [list(seeds.values()) for seeds in by_settings.values()]
-    methods = [Method(label, group) for label, group in zip(labels(groups), groups, strict=True)]
-    for method in methods:
-        method.scores = _collect(method.runs, split)
+    methods = [
+        Method(label, group, scores=_collect(group, split))
+        for label, group in zip(labels(groups), groups, strict=True)
+    ]
     methods += _base(runs, split, notes)
     main = _telling(methods, _main(runs[0], split), notes)
     comparison = Comparison("", facts, split, methods, main, notes=list(dict.fromkeys(notes)))
@@ -145,10 +148,10 @@ def _comparison(runs: Sequence[Run], facts: dict[str, str], split: str) -> Compa
     return comparison
 
 
-def _collect(runs: Sequence[Run], split: str) -> dict[tuple[str, str], Score]:
+def _collect(runs: Sequence[Run], split: str, base: bool = False) -> dict[tuple[str, str], Score]:
     found: dict[tuple[str, str], Score] = {}
     for run in runs:
-        for task, measures in _scores(run, split).items():
+        for task, measures in _scores(run, split, base).items():
             for measure, value in measures.items():
                 score = found.setdefault((task, measure), Score(task, measure, {}))
                 score.values[run.seed] = value
@@ -168,11 +171,7 @@ def _base(runs: Sequence[Run], split: str, notes: list[str]) -> list[Method]:
             notes.append(
                 f"the frozen base scored otherwise in {other.folder} than in {first.folder}, which counts"
             )
-    method = Method(BASE, [first], base=True)
-    for task, measures in values.items():
-        for measure, value in measures.items():
-            method.scores[task, measure] = Score(task, measure, {first.seed: value})
-    return [method]
+    return [Method(BASE, [first], base=True, scores=_collect([first], split, base=True))]
 
 
 def _main(run: Run, split: str) -> dict[str, str]:
@@ -225,12 +224,7 @@ def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
         ]
         more = [f"and {len(told) - SHOWN} more"] if len(told) > SHOWN else []
         found.append(" ".join([group[0].method, *told[:SHOWN], *more]))
-    counts, seen = Counter(found), Counter[str]()
-    for i, label in enumerate(found):
-        if counts[label] > 1:
-            seen[label] += 1
-            found[i] = f"{label} ({seen[label]})"
-    return found
+    return _numbered(found, "{name} ({number})")
 
 
 def _plain(value: Any) -> str:
@@ -288,16 +282,17 @@ def _remarks(comparison: Comparison) -> list[str]:
         if len(values) > 1:
             said.append(f"runs of {len(values)} {word} ({', '.join(value[:40] for value in values)})")
     said += _overlapping(comparison)
-    for task, constant in _constants(comparison).items():
-        said.append(f"{task}: the commonest training answer scores {100 * constant:.1f}")
-    tests = [run.results["data_versions"].get("test") or {} for method in methods for run in method.runs]
+    constants = {
+        task: score.mean for method in comparison.methods for (task, measure), score in method.scores.items()
+        if measure == MAJORITY and not score.diverged
+    }  # fmt: skip
+    said += [
+        f"{task}: the commonest training answer scores {100 * share:.1f}" for task, share in constants.items()
+    ]
+    tests = [run.results["data_versions"].get("test", {}) for method in methods for run in method.runs]
     for task in comparison.main if comparison.split == "test" else ():
-        overlaps = {facts[task].get("overlap") for facts in tests if isinstance(facts.get(task), dict)} - {
-            None,
-            0,
-        }
-        if overlaps:
-            said.append(f"{task}: {max(overlaps)} test rows occur among the training rows")
+        if overlap := max((facts.get(task, {}).get("overlap", 0) for facts in tests), default=0):
+            said.append(f"{task}: {overlap} test rows occur among the training rows")
     return said
 
 
@@ -326,11 +321,11 @@ def _overlapping(comparison: Comparison) -> list[str]:
 def _span(run: Run) -> tuple[datetime, datetime] | None:
     """Return begin and end of a run; None where they are not recorded."""
     try:
-        start, end = (datetime.fromisoformat(str(run.results[key])) for key in ("started", "finished"))
-    except (KeyError, ValueError):
+        # a run of several parts has the begin of the last and the end of all
+        start, end = (datetime.fromisoformat(run.results[key]) for key in ("started", "finished"))
+    except KeyError:
         return None
-    # a run of several parts has the begin of the last and the end of all
-    return (start, end) if (start.tzinfo is None) == (end.tzinfo is None) else None
+    return start, end
 
 
 def _diverged(methods: Sequence[Method]) -> list[str]:
@@ -347,12 +342,3 @@ def _diverged(methods: Sequence[Method]) -> list[str]:
                 "it is listed last and not tested"
             )
     return said
-
-
-def _constants(comparison: Comparison) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for method in comparison.methods:
-        for (task, measure), score in method.scores.items():
-            if measure == "majority_accuracy" and not score.diverged:
-                found[task] = score.mean
-    return found

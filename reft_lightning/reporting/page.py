@@ -1,9 +1,10 @@
-"""A report as one HTML page and as Markdown, from the templates next to this file."""
+"""A report as one HTML page, as Markdown and as LaTeX, from the templates next to this file."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from markupsafe import Markup
 
 from . import plots, tables
 from .build import Report
+from .comparisons import Comparison
 from .plots import Drawn
 from .runs import Run
 from .studies import ENOUGH
@@ -37,6 +39,11 @@ def markdown(report: Report) -> str:
     return _environment().get_template("report.md.j2").render(report=report, tables=tables).rstrip() + "\n"
 
 
+def latex(comparisons: Sequence[Comparison]) -> str:
+    """Return the tables of comparisons for booktabs, scores times 100."""
+    return _environment().get_template("report.tex.j2").render(comparisons=comparisons, tables=tables)
+
+
 def page(report: Report, figures: Mapping[str, Mapping[str, Drawn]]) -> str:
     """Return the HTML file.
 
@@ -56,7 +63,7 @@ def _environment() -> Environment:
         loader=FileSystemLoader(Path(__file__).with_name("templates")), undefined=StrictUndefined,
         autoescape=select_autoescape([".html.j2"]), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters["md"] = _md
+    environment.filters |= {"md": _md, "tex": _tex, "tex_cell": _tex_cell}
     return environment
 
 
@@ -64,6 +71,19 @@ def _md(text: str) -> str:
     for character in "\\|*`<":
         text = text.replace(character, f"\\{character}")
     return text.replace("](", "]\\(").replace("\n", " ")
+
+
+def _tex(text: str) -> str:
+    names = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
+             "−": "$-$", "†": r"$\dagger$", "×": r"$\times$", "<": r"\textless{}", ">": r"\textgreater{}"}  # fmt: skip
+    return "".join(names.get(c, f"\\{c}" if c in "&%$#_{}" else " " if c == "\n" else c) for c in text)
+
+
+def _tex_cell(cell: tables.Cell) -> str:
+    text = _tex(cell.text)
+    if cell.value is not None:
+        text = re.sub(r"(?<!\w)-(?=\d)", "$-$", text)
+    return rf"\textbf{{{text}}}" if cell.best else text
 
 
 def _picture(drawn: Drawn, prefix: str, caption: str) -> Markup:

@@ -84,13 +84,8 @@ def _pair(
     alone are counted. The interval leaves out 0 where p < 0.05, before Holm, and only there: where t alone would
     leave it out, it ends at 0.
 
-    Args:
-        a: the one method.
-        b: the other.
-        column: task and measure.
-        pooled: the mean variance over seeds, the least that is counted.
-        lines: of each task each row's difference; empty where the measure is no mean over rows.
-        flipped: p-value of the sign flips of those.
+    `pooled` is the mean variance over seeds, the least that is counted. `lines` are each row's differences, task by
+    task, none where the measure is no mean over rows; `flipped` is the p-value of their sign flips.
     """
     first: Any = a.scores[column]
     second: Any = b.scores[column]
@@ -154,14 +149,10 @@ def _mcnemar(a: Method, b: Method, column: tuple[str, str]) -> dict[int, float]:
     first, second = a.scores[column].row_scores, b.scores[column].row_scores
     if first is None or second is None:
         return {}
-    if any(np.any((s != 0) & (s != 1)) for scores in (first, second) for s in scores.values()):
+    if any(np.any((s != 0) & (s != 1)) for s in (*first.values(), *second.values())):
         return {}
-    base_a, base_b = (
-        next(iter(scores.values())) if m.base else None for m, scores in ((a, first), (b, second))
-    )
-    seeds = sorted(first.keys() & second.keys() if base_a is None and base_b is None
-                   else (second if base_a is not None else first).keys())  # fmt: skip
-    return {
-        s: mcnemar(base_a if base_a is not None else first[s], base_b if base_b is not None else second[s])
-        for s in seeds
-    }
+    if a.base:
+        first = dict.fromkeys(second, next(iter(first.values())))
+    elif b.base:
+        second = dict.fromkeys(first, next(iter(second.values())))
+    return {seed: mcnemar(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())}

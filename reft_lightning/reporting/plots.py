@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,21 +45,20 @@ def check_packages() -> None:
     """Say at once what is missing.
 
     Raises:
-        ReportError: without matplotlib, pandas or scipy.
+        ReportError: without matplotlib or scipy.
     """
     try:
         import matplotlib  # noqa: F401
-        import pandas  # noqa: F401
         import scipy  # noqa: F401
     except ModuleNotFoundError as error:
         raise ReportError(
-            f"a report needs matplotlib, pandas and scipy ({error}): pip install 'reft_lightning[report]'"
+            f"a report needs matplotlib and scipy ({error}): pip install 'reft_lightning[report]'"
         ) from error
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A plot as the files that show it."""
+    """A plot as the files that show it: SVG without a date, PNG on white."""
 
     svg: str
     png: bytes
@@ -67,22 +66,12 @@ class Drawn:
 
 def comparison_plots(comparison: Comparison) -> dict[str, Drawn]:
     """Return name -> plot; what has no data has no plot."""
-    from matplotlib import rc_context
-
-    with rc_context(STYLE):
-        found = {
-            "intervals": _intervals(comparison),
-            "score_parameters": _against(
-                comparison, lambda method: method.trained, "trained parameters", log=True
-            ),
-            "score_seconds": _against(
-                comparison,
-                lambda method: method.cost("train_seconds"),
-                seconds(comparison),
-            ),
-            "learning_curves": _curves(comparison),
-        }
-    return _drawn(found)
+    return _drawn(
+        intervals=lambda: _intervals(comparison),
+        score_parameters=lambda: _against(comparison, lambda m: m.trained, "trained parameters", log=True),
+        score_seconds=lambda: _against(comparison, lambda m: m.cost("train_seconds"), seconds(comparison)),
+        learning_curves=lambda: _curves(comparison),
+    )
 
 
 def seconds(comparison: Comparison) -> str:
@@ -92,25 +81,21 @@ def seconds(comparison: Comparison) -> str:
 
 def study_plots(study: Study) -> dict[str, Drawn]:
     """Return the search history and the importance of parameters, where there are trials."""
+    return _drawn(search_history=lambda: _history(study), parameter_importance=lambda: _importance(study))
+
+
+def _drawn(**plots: Callable[[], Figure | None]) -> dict[str, Drawn]:
     from matplotlib import rc_context
 
+    drawn: dict[str, Drawn] = {}
     with rc_context(STYLE):
-        found = {"search_history": _history(study), "parameter_importance": _importance(study)}
-    return _drawn(found)
-
-
-def _drawn(figures: Mapping[str, Figure | None]) -> dict[str, Drawn]:
-    return {name: Drawn(svg(figure), png(figure)) for name, figure in figures.items() if figure is not None}
-
-
-def svg(figure: Figure) -> str:
-    """Return a figure as SVG without a date."""
-    from matplotlib import rc_context
-
-    buffer = io.StringIO()
-    with rc_context(STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+        for name, plot in plots.items():
+            if figure := plot():
+                svg, png = io.StringIO(), io.BytesIO()
+                figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+                figure.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+                drawn[name] = Drawn(svg.getvalue(), png.getvalue())
+    return drawn
 
 
 def inline(text: str, prefix: str, label: str) -> str:
@@ -124,16 +109,6 @@ def inline(text: str, prefix: str, label: str) -> str:
     element = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", text[text.index("<svg") :])
     element = element.replace(INK, "currentColor")
     return element.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-
-
-def png(figure: Figure) -> bytes:
-    """Return a figure as PNG on white."""
-    from matplotlib import rc_context
-
-    buffer = io.BytesIO()
-    with rc_context(STYLE):
-        figure.savefig(buffer, format="png", dpi=150, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def _figure(width: float = 7.0, height: float = 3.6, columns: int = 1) -> tuple[Figure, Sequence[Axes]]:

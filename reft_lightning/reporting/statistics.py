@@ -95,14 +95,9 @@ def over_seeds(values: Array, weights: Array) -> Array:  # (B, s), (B, s) -> (B,
     return (values * weights).sum(1)
 
 
-def percentile_interval(draws: Array, level: float = LEVEL) -> tuple[float, float]:
-    """Return the percentile interval of bootstrap draws (Efron and Tibshirani 1993, chapter 13).
-
-    Args:
-        draws: (B,) resampled values.
-        level: coverage aimed at.
-    """
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+def percentile_interval(draws: Array) -> tuple[float, float]:  # (B,) resampled values
+    """Return the percentile interval of bootstrap draws (Efron and Tibshirani 1993, chapter 13)."""
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
@@ -129,13 +124,13 @@ def satterthwaite(parts: Sequence[Part]) -> Part:
     return math.sqrt(total), total**2 / below if below else math.inf
 
 
-def t_interval(value: float, error: float, freedom: float, level: float = LEVEL) -> tuple[float, float]:
+def t_interval(value: float, error: float, freedom: float) -> tuple[float, float]:
     """Return Student's interval around a value, from its standard error and degrees of freedom."""
     if error == 0 or math.isinf(error):
         return value - error, value + error
     from scipy import stats
 
-    low, high = stats.t.interval(level, freedom, value, error)
+    low, high = stats.t.interval(LEVEL, freedom, value, error)
     return float(low), float(high)
 
 
@@ -158,7 +153,7 @@ def widest_t(value: float, tests: Sequence[Part]) -> tuple[float, tuple[float, f
     is half the width for one method of S seeds. Satterthwaite's degrees of freedom alone mistake the many rows, which
     give the variance v of the mean precisely, for knowledge of the seeds where these agree by chance: their intervals
     cover 88 to 93 % of the time with 2 or 3 seeds, the wider of both 94.3 to 97.7 % (200,000 simulated tables, 2 to 5
-    seeds). p < 1 - level exactly where the interval excludes 0.
+    seeds). p < 1 - LEVEL exactly where the interval excludes 0.
 
     Args:
         value: the estimate.
@@ -169,16 +164,13 @@ def widest_t(value: float, tests: Sequence[Part]) -> tuple[float, tuple[float, f
     return max(t_p(value, *test) for test in tests), (min(lows), max(highs))
 
 
-def bootstrap_p(draws: Array) -> float:
+def bootstrap_p(draws: Array) -> float:  # (B,) resampled differences
     r"""Return the two-sided p-value that a paired bootstrap of a difference gives against 0.
 
     .. math:: p = \min\left(1, \; 2 \, \frac{1 + \min(\#\{\delta^* \le 0\}, \#\{\delta^* \ge 0\})}{B + 1}\right)
 
-    It is below 1 - level where the percentile interval of that level leaves out 0, up to one draw. Source: Efron and
+    It is below 1 - LEVEL where the percentile interval leaves out 0, up to one draw. Source: Efron and
     Tibshirani 1993, chapter 15; Koehn 2004, EMNLP. For measures that are no mean over rows.
-
-    Args:
-        draws: (B,) resampled differences.
     """
     least = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
     return min(1.0, 2 * (1 + least) / (len(draws) + 1))
@@ -231,15 +223,11 @@ def _exact_sign_flips(line: Array) -> float:
     return float(stats.permutation_test((line,), total, permutation_type="samples", n_resamples=exact).pvalue)
 
 
-def mcnemar(first: Array, second: Array) -> float:
+def mcnemar(first: Array, second: Array) -> float:  # (n,), (n,) scores 0 or 1
     r"""Return the exact two-sided p-value of McNemar's test of two models' right and wrong answers on the same rows.
 
     The binomial test of b among b + c at 1/2, with b rows that only the first has right, and c only the second.
     Source: McNemar 1947, Psychometrika 12(2), in its exact form.
-
-    Args:
-        first: (n,) scores 0 or 1.
-        second: the same rows.
     """
     from scipy import stats
 

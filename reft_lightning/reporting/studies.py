@@ -91,9 +91,11 @@ def read_study(folder: Path) -> Study:
     Raises:
         ReportError: if its trials cannot be read, or Optuna is not installed.
     """
-    study = Study(folder)
-    plan = _plan(folder)
-    study.monitor = str(plan.get("monitor") or "validation score")
+    try:
+        plan = read_yaml(folder / PLAN)
+    except ValueError as error:
+        raise ReportError(str(error)) from error
+    study = Study(folder, monitor=str(plan.get("monitor") or "validation score"))
     if plan.get("storage") or (folder / JOURNAL).is_file():
         _read_trials(study, plan)
     _add_summary(study)
@@ -111,9 +113,10 @@ def _add_summary(study: Study) -> None:
         log.warning("%s", error)
     study.running = summary.get("status") != "complete"
     for name, method in summary.get("methods", {}).items():
-        edges = ((method or {}).get("best") or {}).get("edges")
+        method = method or {}  # one that spent nothing yet
+        edges = (method.get("best") or {}).get("edges")
         remarks = [f"the winner lies {', '.join(edges)}; values beyond were not tried"] if edges else []
-        if (method or {}).get("gave_up"):
+        if method.get("gave_up"):
             remarks.append(f"it ended before its budget: {method['gave_up']}")
         if remarks:
             study.remarks[name] = remarks
@@ -125,16 +128,6 @@ def mark_edges(comparisons: Sequence[Comparison]) -> None:
         method.edges = list(
             dict.fromkeys(edge for run in method.runs for edge in run.winner.get("edges", ()))
         )
-
-
-def _plan(folder: Path) -> dict[str, Any]:
-    path = folder / PLAN
-    if not path.is_file():
-        return {}
-    try:
-        return read_yaml(path)
-    except ValueError as error:
-        raise ReportError(str(error)) from error
 
 
 def _read_trials(study: Study, plan: Mapping[str, Any]) -> None:
@@ -193,9 +186,8 @@ def _importance(kept: Any, trials: Sequence[Trial]) -> dict[str, float]:
 
 
 def _add_budget(study: Study, plan: Mapping[str, Any]) -> None:
-    budget = found if isinstance(found := plan.get("budget"), dict) else {}
-    unit, amount = budget.get("unit"), budget.get("amount")
-    if unit is None or amount is None or not study.spent or any(unit not in s for s in study.spent.values()):
+    unit, amount = (plan.get("budget", {}).get(name) for name in ("unit", "amount"))
+    if unit is None or not study.spent:
         study.budget = "still running" if study.running else ""
     elif study.running:
         each = ", ".join(f"{method} {cost[unit]:,.0f}" for method, cost in study.spent.items())

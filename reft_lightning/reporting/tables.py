@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .comparisons import LOSS, ROWS_AND_SEEDS, SIGNIFICANT, Comparison, Method, Pair, Score
+from .comparisons import LOSS, ROWS_AND_SEEDS, SIGNIFICANT, Comparison, Method, Score
 from .runs import LeftOut, Read, repeated
 from .studies import Study
 
@@ -265,7 +265,7 @@ def study_table(study: Study) -> Table:
             Cell("-" if best is None or best.value is None else number(best.value, study.measure),
                  best.value if best else None),
             Cell("-" if best is None else str(best.number), best.number if best else None), Cell(params or "-"),
-            *(_cell(spent.get(unit), "{:,.4g}" if unit == "flops" else "{:,.0f}") for unit in units),
+            *(_cell(spent.get(unit), "{:,.0f}") for unit in units),
         ])  # fmt: skip
     columns = ["method", "outcomes", f"best {monitored(study)}", "of trial", "with", *units]
     notes = [f"{method}: {remark}" for method, remarks in study.remarks.items() for remark in remarks]
@@ -281,13 +281,9 @@ def verdict(comparison: Comparison) -> str:
     if not scored:
         return f"No method has a number: {', '.join(lost)} diverged."
     best, score = scored[0], scored[0].scores[column]
-    on = (
-        "on average over the tasks"
-        if comparison.has_average
-        else ""
-        if column[0] == "all"
-        else f"on {column[0]}"
-    )
+    on = "" if column[0] == "all" else f"on {column[0]}"
+    if comparison.has_average:
+        on = "on average over the tasks"
     value = " ".join(filter(None, (spread(score), interval(score.interval, score.measure), on)))
     text = f"{best.label} has {value} ({column[1].replace('_', ' ')})"
     equal = [method.label for method in scored[1:] if method.scores[column].mean == score.mean]
@@ -298,7 +294,7 @@ def verdict(comparison: Comparison) -> str:
     found: dict[str, list[str]] = defaultdict(list)
     for method in scored[1:]:
         if method.label not in equal:
-            found[_judgement(_pair(comparison, best, method))].append(method.label)
+            found[_judgement(comparison, best, method)].append(method.label)
     parts = [said.format(", ".join(found[said])) for said in JUDGEMENTS if found[said]]
     if lost:
         parts.append(f"{', '.join(lost)} diverged")
@@ -318,21 +314,12 @@ JUDGEMENTS = (
 )
 
 
-def _judgement(pair: Pair | None) -> str:
+def _judgement(comparison: Comparison, *methods: Method) -> str:
+    labels = {method.label for method in methods}
+    on_head = (pair for pair in comparison.pairs if (pair.task, pair.measure) == comparison.head)
+    pair = next((pair for pair in on_head if {pair.first, pair.second} == labels), None)
     if pair is None:
         return JUDGEMENTS[3]
     if not pair.differs:
         return JUDGEMENTS[2]
     return JUDGEMENTS[0] if pair.counted == ROWS_AND_SEEDS else JUDGEMENTS[1]
-
-
-def _pair(comparison: Comparison, a: Method, b: Method) -> Pair | None:
-    labels = {a.label, b.label}
-    return next(
-        (
-            p
-            for p in comparison.pairs
-            if {p.first, p.second} == labels and (p.task, p.measure) == comparison.head
-        ),
-        None,
-    )

@@ -1,10 +1,13 @@
 """Encoded rows in several processes and from files: the same rows as in this process, never stale, never damaged."""
 
+import io
 import json
 import logging
 import multiprocessing
 import os
+import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,7 +41,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def kept(cache):
-    return sorted(path.name for path in cache.iterdir() if path.is_dir()) if cache.is_dir() else []
+    return sorted(path.name for path in cache.glob("*.npz")) if cache.is_dir() else []
 
 
 def merging():
@@ -84,8 +87,7 @@ class TestRows:
         monkeypatch.setattr(prepared, "SMALL", 4)
         monkeypatch.setattr(prepared, "processes_for", lambda rows: processes)
         mapped, said_by_map = encode_all(tokenizer, EXAMPLES, 24, "train rows"), lines(caplog)
-        (folder,) = kept(cache)
-        assert len(list((cache / folder).glob("*.arrow"))) == processes
+        assert len(kept(cache)) == 1
         monkeypatch.setattr(encoding, "encode_texts", pytest.fail)  # it is not called again
         read, said_by_file = encode_all(tokenizer, EXAMPLES, 24, "train rows"), lines(caplog)
         for rows in (here, mapped, read):
@@ -94,8 +96,7 @@ class TestRows:
             assert {type(value) for value in (*rows[0].prompt_ids, rows[0].cut_prompt)} == {int}
         assert said == said_by_map == said_by_file
         assert len(said) == (3 if kind == "spanning" else 2)
-        assert [row.joint for row in alone].count(False) == here.apart == read.apart
-        assert (here.apart > 0) == (kind == "spanning")
+        assert any(not row.joint for row in alone) == (kind == "spanning")
 
     @pytest.mark.parametrize("processes", [1, 2])
     @pytest.mark.parametrize("pairs", [True, False])
@@ -137,7 +138,7 @@ class TestRows:
 
         first = module()
         assert kept(cache)
-        monkeypatch.setattr(prepared, "_build", None)
+        monkeypatch.setattr(prepared, "write_whole", None)
         assert module() == first
 
     def test_an_empty_part_names_its_row_before_anything_is_computed(self, cache):
@@ -145,17 +146,16 @@ class TestRows:
             encode_all(byte_tokenizer(), [*EXAMPLES, Example("t", "a", " ", "", (), "row 9")], 24)
         assert kept(cache) == []
 
-    def test_nobody_watches_so_no_bar_is_drawn_and_the_environment_is_as_it_was(self, monkeypatch, capfd):
+    def test_processes_say_nothing_and_the_environment_is_as_it_was(self, monkeypatch, capfd):
         monkeypatch.setattr(prepared, "processes_for", lambda rows: 2)
-        before = os.environ
+        byte_tokenizer()(["a", "b"] * 9)  # has threads from then on, of which a fork would warn
         for value in ("true", None):
             monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
             if value:
                 monkeypatch.setenv("TOKENIZERS_PARALLELISM", value)
             encode_all(byte_tokenizer(), EXAMPLES[: 8 + bool(value)], 24)
-            assert os.environ is before
             assert os.environ.get("TOKENIZERS_PARALLELISM") == value
-        assert "example" not in capfd.readouterr().err
+        assert capfd.readouterr() == ("", "")
 
 
 def lengths_of(columns, log=None):
@@ -172,6 +172,14 @@ WORDS = {"text": ["one", "", "three", "é", "five"]}
 
 def run(log=None, words=WORDS, **settings):
     return prepare(partial(lengths_of, log=log), words, TYPES, depends_on=lambda: settings)
+
+
+def until(condition):
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise TimeoutError
 
 
 def check(columns):
@@ -210,33 +218,35 @@ class TestFiles:
     @pytest.mark.parametrize(
         "damage",
         [
-            lambda folder: (folder / "rows.arrow").write_bytes((folder / "rows.arrow").read_bytes()[:-64]),
-            lambda folder: (folder / "rows.arrow").write_bytes(
-                (folder / "rows.arrow").read_bytes().replace(b"o\0\0\0n\0\0\0e", b"o\0\0\0n\0\0\0f")
-            ),
-            lambda folder: (folder / "rows.arrow").unlink(),
-            lambda folder: (folder / "about.json").unlink(),
-            lambda folder: (folder / "about.json").write_text("{"),
-            lambda folder: (folder / "about.json").write_text('{"files": {}}'),
-            lambda folder: (folder / "about.json").write_text("[]"),
+            lambda content: content[:-64],
+            lambda content: content[: len(content) // 2],
+            lambda content: content.replace(b"o\0\0\0n\0\0\0e", b"o\0\0\0n\0\0\0f"),
+            lambda content: b"",
+            lambda content: b"{}",
+            lambda content: b"\x80\x04N.",  # a pickle
         ],
-        ids=["cut", "changed", "lost", "unsaid", "unreadable", "empty", "other"],
+        ids=["cut", "half", "changed", "empty", "other", "pickle"],
     )
-    def test_a_damaged_folder_is_made_anew_with_a_warning(self, damage, cache, tmp_path, caplog):
+    def test_a_damaged_file_is_made_anew_with_a_warning(self, damage, cache, tmp_path, caplog):
         check(run())
         (name,) = kept(cache)
-        before = (cache / name / "rows.arrow").read_bytes()
-        damage(cache / name)
+        before = (cache / name).read_bytes()
+        (cache / name).write_bytes(damage(before))
+        assert (cache / name).read_bytes() != before
         log = tmp_path / "calls"
         check(run(log))
         assert "is damaged and is made again" in caplog.text
         assert log.read_text() == "xx"
-        assert (cache / name / "rows.arrow").read_bytes() == before
+        with np.load(cache / name) as again, np.load(io.BytesIO(before)) as first:
+            assert {n: a.tolist() for n, a in again.items()} == {n: a.tolist() for n, a in first.items()}
         caplog.clear()
         check(run(log))
         assert (log.read_text(), caplog.text) == ("xx", "")
 
-    def test_an_error_in_the_middle_leaves_nothing_and_rests_of_killed_processes_go(self, cache):
+    @pytest.mark.parametrize("processes", [1, 2])
+    def test_an_error_in_the_middle_leaves_nothing(self, processes, monkeypatch, cache):
+        monkeypatch.setattr(prepared, "processes_for", lambda rows: processes)
+
         def broken(columns):
             if "five" in columns["text"]:
                 raise RuntimeError("in the middle")
@@ -245,14 +255,24 @@ class TestFiles:
         with pytest.raises(RuntimeError, match="in the middle"):
             prepare(broken, WORDS, TYPES, depends_on=dict)
         assert kept(cache) == []
-        (lock,) = cache.glob("*.lock")
-        rest = cache / f"{lock.stem}.part12"
-        rest.mkdir()
-        (rest / "rows.arrow").write_bytes(b"half")
-        other = cache / "another.part12"  # perhaps being written now
-        other.mkdir()
         check(prepare(lengths_of, WORDS, TYPES, depends_on=dict))
-        assert kept(cache) == sorted([lock.stem, other.name])
+        assert len(kept(cache)) == 1
+
+    def test_processes_end_with_the_one_that_started_them(self, monkeypatch, cache, tmp_path):
+        monkeypatch.setattr(prepared, "processes_for", lambda rows: 2)
+
+        def slow(columns):
+            (tmp_path / str(os.getpid())).touch()
+            time.sleep(60)
+
+        starter = multiprocessing.get_context("fork").Process(
+            target=prepare, args=(slow, WORDS, TYPES), kwargs={"depends_on": dict}
+        )
+        starter.start()
+        until(lambda: len(list(tmp_path.glob("[0-9]*"))) == 2)
+        starter.kill()
+        starter.join()
+        until(lambda: not any(Path(f"/proc/{path.name}/cwd").exists() for path in tmp_path.glob("[0-9]*")))
 
     def test_a_folder_that_cannot_be_written_costs_the_file_alone(self, tmp_path, monkeypatch, caplog):
         (tmp_path / "file").write_text("")
@@ -280,11 +300,11 @@ class TestFiles:
         assert log.read_text() == "xx"
         assert len(kept(cache)) == 1
 
-    def test_the_folder_says_what_it_is_made_of(self, cache):
+    def test_the_file_says_what_it_is_made_of(self, cache):
         run(max_length=7)
         (name,) = kept(cache)
-        about = json.loads((cache / name / "about.json").read_text())
-        assert (about["rows"], about["max_length"], list(about["files"])) == (5, 7, ["rows.arrow"])
+        about = json.loads(str(np.load(cache / name)["about"]))
+        assert (about["rows"], about["max_length"]) == (5, 7)
         assert set(about["libraries"]) == {"tokenizers", "transformers"}
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from invented_runs import cells, method, only, predictions, report, right, write_grid, write_run
 
-from reft_lightning.reporting import formats, tables
+from reft_lightning.reporting import records, tables
 from reft_lightning.reporting.comparisons import BASE
+from reft_lightning.reporting.page import latex
 from reft_lightning.reporting.runs import ReportError, find_folders, read_runs
 
 
@@ -209,8 +210,8 @@ class TestCosts:
         write_run(tmp_path / "b", "red", **other)
         comparison = only(tmp_path)
         assert comparison.unequal == said
-        assert ("nequal budget" in formats.latex(comparison)) == bool(said)
-        assert {record["unequal_budget"] for record in formats.records([comparison])} == {"; ".join(said)}
+        assert ("nequal budget" in latex([comparison])) == bool(said)
+        assert {record["unequal_budget"] for record in records.records([comparison])} == {"; ".join(said)}
 
     @pytest.mark.parametrize(("begin", "overlapped"), [("00:30", True), ("01:00", False), ("00:59", True)])
     def test_runs_at_the_same_time_are_said_to_slow_each_other_down(self, tmp_path, begin, overlapped):

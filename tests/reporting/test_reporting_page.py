@@ -14,7 +14,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 
 from reft_lightning import cli
-from reft_lightning.reporting import formats, plots, tables
+from reft_lightning.reporting import plots, records, tables
 from reft_lightning.reporting.build import build_report
 from reft_lightning.reporting.command import main, write
 from reft_lightning.reporting.runs import ReportError
@@ -281,12 +281,12 @@ class TestCommand:
         found = {}
         for path in (folder / "files" / "media" / "table").rglob("*.table.json"):
             found[path.name.split("_")[0]] = json.loads(path.read_text())
-        assert tuple(found["scores"]["columns"]) == formats.CSV_COLUMNS
-        assert [row[list(formats.CSV_COLUMNS).index("method")] for row in found["scores"]["data"]] == [
+        assert tuple(found["scores"]["columns"]) == records.CSV_COLUMNS
+        assert [row[list(records.CSV_COLUMNS).index("method")] for row in found["scores"]["data"]] == [
             "loreft",
             "red",
         ]
-        assert tuple(found["pairs"]["columns"]) == formats.PAIR_COLUMNS
+        assert tuple(found["pairs"]["columns"]) == records.PAIR_COLUMNS
         (html,) = (folder / "files" / "media" / "html").rglob("*.html")
         assert html.read_text() == (tmp_path / "out" / "report.html").read_text()
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from invented_runs import only, report, write_grid, write_run
 
-from reft_lightning.reporting import formats, tables
-from reft_lightning.reporting.page import markdown
+from reft_lightning.reporting import records, tables
+from reft_lightning.reporting.page import latex, markdown
 
 
 class TestTables:
@@ -18,7 +18,7 @@ class TestTables:
         lines = markdown(made).splitlines()
         assert next(line for line in lines if line.startswith("| loreft")).count("**") == 2
         assert next(line for line in lines if line.startswith("| red")).count("**") == 0
-        text = formats.latex(comparison)
+        text = latex([comparison])
         assert text.count(r"\textbf") == 1
         for rule in (r"\toprule", r"\midrule", r"\bottomrule", r"\end{table}"):
             assert text.count(rule) == 3  # scores, costs, pairs
@@ -29,7 +29,7 @@ class TestTables:
 
     def test_latex_holds_costs_significance_and_notes(self, tmp_path):
         comparison = only(write_grid(tmp_path))
-        text = formats.latex(comparison)
+        text = latex([comparison])
         for part in (
             "peak memory GiB",
             "1.00",
@@ -45,18 +45,18 @@ class TestTables:
             pair, difference=-pair.difference, interval=(-pair.interval[1], -pair.interval[0])
         )
         comparison.pairs = [backwards]
-        assert f"& $-${100 * pair.difference:.1f} & [$-$" in formats.latex(comparison)
+        assert f"& $-${100 * pair.difference:.1f} & [$-$" in latex([comparison])
 
     def test_names_are_escaped(self, tmp_path):
         write_run(tmp_path / "a", "my_module.A|B & <b>50%</b>")
         made = report(tmp_path)
         (comparison,) = made.comparisons
         assert "my_module.A\\|B & \\<b>50%\\</b>" in markdown(made)
-        assert r"my\_module.A|B \& \textless{}b\textgreater{}50\%" in formats.latex(comparison)
+        assert r"my\_module.A|B \& \textless{}b\textgreater{}50\%" in latex([comparison])
 
     def test_the_csv_has_one_line_for_each_method_task_and_measure(self, tmp_path):
         comparison = only(write_grid(tmp_path / "runs"))
-        formats.write_csv(tmp_path / "x.csv", formats.records([comparison]), formats.CSV_COLUMNS)
+        records.write_csv(tmp_path / "x.csv", records.records([comparison]), records.CSV_COLUMNS)
         with open(tmp_path / "x.csv", newline="") as file:
             lines = list(csv.DictReader(file))
         assert [(line["method"], line["task"], line["measure"]) for line in lines] == [

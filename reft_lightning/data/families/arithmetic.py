@@ -64,7 +64,7 @@ from collections.abc import Callable, Sequence
 
 from ..example import Example, Judgement, Row, column, text_in, texts_in
 from ..family import Family, Task
-from ..rows import HubRows, LocalRows
+from ..rows import HubRows, LocalRows, by_name
 from .extraction import LETTERS, equals, first_letter, is_number, last_number, stated_letter
 
 VERSION = 1
@@ -251,71 +251,65 @@ def _test(name: str, *others: LocalRows) -> tuple[LocalRows, ...]:
     return LocalRows((f"{name}/test.json",)), *others
 
 
-TASKS = {
-    task.name: task
-    for task in (
-        Task(
-            "AQuA",
-            _make("AQuA", aqua),
-            hub={
-                "train": (HubRows("deepmind/aqua_rat", "raw", "train"),),
-                "test": (HubRows("deepmind/aqua_rat", "raw", "test"),),
-            },
-            local={
-                "train": (
-                    LocalRows(("AQuA/train.jsonl",)),
-                    LocalRows(("AQuA/dev.jsonl",), note=DEV_FOR_TRAIN),
-                ),
-                "test": _test("AQuA", LocalRows(("AQuA/test.jsonl",), note=ORIGINAL_AQUA)),
-            },
-            notes={"hub": ORIGINAL_AQUA},
-        ),
-        Task(
-            "gsm8k",
-            _make("gsm8k", gsm8k),
-            hub={split: (HubRows("openai/gsm8k", "main", split),) for split in ("train", "test")},
-            local={
-                "train": (LocalRows(("gsm8k/train.jsonl",)),),
-                "test": _test(
-                    "gsm8k",
-                    LocalRows(("gsm8k/test.llm_adapters.json",)),
-                    LocalRows(("gsm8k/test.jsonl",), note=ORIGINAL_GSM8K),
-                ),
-            },
-            notes={"hub": ORIGINAL_GSM8K},
-        ),
-        Task(
-            "mawps",
-            _make("mawps", mawps),
-            local={
-                "train": (LocalRows(("mawps/trainset.json",)),),
-                "test": _test("mawps", LocalRows(("mawps/testset.json",))),
-            },
-            notes={"hub": NO_HUB},
-        ),
-        Task(
-            "SVAMP",
-            _make("SVAMP", svamp),
-            hub={"test": (HubRows("ChilleD/SVAMP", None, "train"), HubRows("ChilleD/SVAMP", None, "test"))},
-            local={"test": _test("SVAMP", LocalRows(("SVAMP/SVAMP.json",)))},
-            notes={"hub": HUB_SVAMP},
-        ),
-        Task("AddSub", _make("AddSub"), local={"test": _test("AddSub")}, notes={"hub": NO_HUB}),
-        Task(
-            "MultiArith",
-            _make("MultiArith", multiarith),
-            hub={
-                "test": (
-                    HubRows("ChilleD/MultiArith", None, "train"),
-                    HubRows("ChilleD/MultiArith", None, "test"),
-                )
-            },
-            local={"test": _test("MultiArith")},
-            notes={"hub": HUB_MULTIARITH},
-        ),
-        Task("SingleEq", _make("SingleEq"), local={"test": _test("SingleEq")}, notes={"hub": NO_HUB}),
-    )
-}
+TASKS = by_name(
+    Task(
+        "AQuA",
+        _make("AQuA", aqua),
+        hub=HubRows.splits("deepmind/aqua_rat", "raw"),
+        local={
+            "train": (
+                LocalRows(("AQuA/train.jsonl",)),
+                LocalRows(("AQuA/dev.jsonl",), note=DEV_FOR_TRAIN),
+            ),
+            "test": _test("AQuA", LocalRows(("AQuA/test.jsonl",), note=ORIGINAL_AQUA)),
+        },
+        notes={"hub": ORIGINAL_AQUA},
+    ),
+    Task(
+        "gsm8k",
+        _make("gsm8k", gsm8k),
+        hub=HubRows.splits("openai/gsm8k", "main"),
+        local={
+            "train": (LocalRows(("gsm8k/train.jsonl",)),),
+            "test": _test(
+                "gsm8k",
+                LocalRows(("gsm8k/test.llm_adapters.json",)),
+                LocalRows(("gsm8k/test.jsonl",), note=ORIGINAL_GSM8K),
+            ),
+        },
+        notes={"hub": ORIGINAL_GSM8K},
+    ),
+    Task(
+        "mawps",
+        _make("mawps", mawps),
+        local={
+            "train": (LocalRows(("mawps/trainset.json",)),),
+            "test": _test("mawps", LocalRows(("mawps/testset.json",))),
+        },
+        notes={"hub": NO_HUB},
+    ),
+    Task(
+        "SVAMP",
+        _make("SVAMP", svamp),
+        hub={"test": (HubRows("ChilleD/SVAMP", None, "train"), HubRows("ChilleD/SVAMP", None, "test"))},
+        local={"test": _test("SVAMP", LocalRows(("SVAMP/SVAMP.json",)))},
+        notes={"hub": HUB_SVAMP},
+    ),
+    Task("AddSub", _make("AddSub"), local={"test": _test("AddSub")}, notes={"hub": NO_HUB}),
+    Task(
+        "MultiArith",
+        _make("MultiArith", multiarith),
+        hub={
+            "test": (
+                HubRows("ChilleD/MultiArith", None, "train"),
+                HubRows("ChilleD/MultiArith", None, "test"),
+            )
+        },
+        local={"test": _test("MultiArith")},
+        notes={"hub": HUB_MULTIARITH},
+    ),
+    Task("SingleEq", _make("SingleEq"), local={"test": _test("SingleEq")}, notes={"hub": NO_HUB}),
+)
 
 FAMILY = Family(
     name="arithmetic",

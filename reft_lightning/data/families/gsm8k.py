@@ -27,7 +27,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from ..example import Example, Judgement, Row, text_in
+from ..example import Example, Row, exact_match, text_in
 from ..family import Family, Task
 from ..rows import HubRows, LocalRows
 from .arithmetic import split_gsm8k
@@ -52,26 +52,10 @@ def example(row: Row, where: str) -> Example:
     return Example("gsm8k", prompt, target, number, source=where)
 
 
-def score(texts: Sequence[str], example: Example) -> Judgement:
-    """Score generated texts by their last number."""
-    found = [last_number(text) for text in texts]
-    right = sum(equals(number, example.answer) for number in found) / len(texts)
-    return Judgement(found[0], {"accuracy": right})
-
-
 def carve_last(
     examples: Sequence[Example], size: int, seed: int = 0, stratum: Any = None
 ) -> tuple[list[Example], list[Example]]:
-    """Take the last `size` rows as validation, and repetitions of their prompts out of train.
-
-    Args:
-        examples: all train rows, in the order of the file.
-        size: how many validation rows; 0 for none.
-        seed: plays no part, as nothing is drawn.
-        stratum: plays no part.
-
-    Returns:
-        (train, validation), both in the order of `examples`.
+    """Take the last `size` rows as validation, and repetitions of their prompts out of train; nothing is drawn.
 
     Raises:
         ValueError: if `size` is negative, or leaves no train row.
@@ -93,7 +77,7 @@ TASKS = {
     "gsm8k": Task(
         "gsm8k",
         example,
-        hub={split: (HubRows("openai/gsm8k", "main", split),) for split in ("train", "test")},
+        hub=HubRows.splits("openai/gsm8k", "main"),
         local={
             split: (LocalRows((f"gsm8k/{split}.jsonl",)), LocalRows((f"{split}.jsonl",)))
             for split in ("train", "test")
@@ -105,7 +89,7 @@ FAMILY = Family(
     name="gsm8k",
     version=VERSION,
     tasks=TASKS,
-    score=score,
+    score=exact_match(last_number, equals),
     literal=False,
     max_new_tokens=256,  # pyreft, examples/loreft/task_config.py, after LoftQ
     carve=carve_last,

@@ -39,10 +39,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from ..columns import turns_of
+from ..columns import exchange_of
 from ..example import Example, Row, as_text, column, list_in
 from ..family import Family, Prediction, Task
-from ..rows import HubRows, LocalRows
+from ..rows import HubRows, LocalRows, by_name
 
 VERSION = 1
 NO_ANSWER = "(no answer)"
@@ -74,20 +74,9 @@ def _chosen(task: str, row: Row, where: str) -> Example:
 
 
 def _conversation(task: str, messages: Any, where: str) -> Example:
-    """Build the example of messages {role, content}: the last answer is learnt, what precedes it is read.
-
-    Raises:
-        ValueError: if they are not messages in text, or do not end in a question of the user and an answer of the
-            assistant.
-    """
-    turns = turns_of(messages, where)
-    roles = [role for role, _ in turns]
-    if roles[-2:] != ["user", "assistant"]:
-        raise ValueError(
-            f"{where}: a conversation must end in a turn of user and one of assistant; got {', '.join(roles)}"
-        )
-    (_, prompt), (_, answer) = turns[-2:]
-    return _example(task, prompt, answer, where, turns=tuple(turns[:-2]))
+    """Build the example of messages {role, content}: the last answer is learnt, what precedes it is read."""
+    turns, prompt, answer = exchange_of(messages, where)
+    return _example(task, prompt, answer, where, turns=turns)
 
 
 def _example(
@@ -181,76 +170,69 @@ def _subset(name: str, note: str) -> LocalRows:
     return LocalRows((name,), note=note)
 
 
-TASKS = {
-    task.name: task
-    for task in (
-        Task(
-            "alpaca",
-            example_of("alpaca"),
-            **_train(
-                "yahma/alpaca-cleaned",
-                LocalRows(("alpaca/train.json",)),
-                LocalRows(("alpaca/alpaca_data_cleaned.json",)),
-                LocalRows(("alpaca/alpaca_data.json",)),
-                _subset("alpaca/train_2k_subset.json", "2,000 rows of the 52,002 of Stanford Alpaca."),
-                _subset("alpaca/alpaca_en_demo.json", "999 rows in Alpaca's format, with longer outputs."),
-            ),
+TASKS = by_name(
+    Task(
+        "alpaca",
+        example_of("alpaca"),
+        **_train(
+            "yahma/alpaca-cleaned",
+            LocalRows(("alpaca/train.json",)),
+            LocalRows(("alpaca/alpaca_data_cleaned.json",)),
+            LocalRows(("alpaca/alpaca_data.json",)),
+            _subset("alpaca/train_2k_subset.json", "2,000 rows of the 52,002 of Stanford Alpaca."),
+            _subset("alpaca/alpaca_en_demo.json", "999 rows in Alpaca's format, with longer outputs."),
         ),
-        Task(
-            "ultrafeedback",
-            example_of("ultrafeedback"),
-            **_train(
-                "frankaging/ultrafeedback-dataset",
-                LocalRows(("ultrafeedback/train.json",)),
-                _subset(
-                    "ultrafeedback/ultrafeedback_1k.json", "the 1,000 rows that the paper's authors ship."
-                ),
-                _subset(
-                    "ultrafeedback/ultrafeedback_1k.jsonl", "the 1,000 rows that the paper's authors ship."
-                ),
-            ),
+    ),
+    Task(
+        "ultrafeedback",
+        example_of("ultrafeedback"),
+        **_train(
+            "frankaging/ultrafeedback-dataset",
+            LocalRows(("ultrafeedback/train.json",)),
+            _subset("ultrafeedback/ultrafeedback_1k.json", "the 1,000 rows that the paper's authors ship."),
+            _subset("ultrafeedback/ultrafeedback_1k.jsonl", "the 1,000 rows that the paper's authors ship."),
         ),
-        Task(
-            "ultrafeedback_binarized",
-            example_of("ultrafeedback_binarized"),
-            **_train(
-                "argilla/ultrafeedback-binarized-preferences-cleaned",
-                LocalRows(("ultrafeedback_binarized/train.json",)),
-                LocalRows(("ultrafeedback_binarized/train.jsonl",)),
-            ),
+    ),
+    Task(
+        "ultrafeedback_binarized",
+        example_of("ultrafeedback_binarized"),
+        **_train(
+            "argilla/ultrafeedback-binarized-preferences-cleaned",
+            LocalRows(("ultrafeedback_binarized/train.json",)),
+            LocalRows(("ultrafeedback_binarized/train.jsonl",)),
         ),
-        Task(
-            "dolly",
-            example_of("dolly"),
-            **_train(
-                "databricks/databricks-dolly-15k",
-                LocalRows(("dolly/databricks-dolly-15k.jsonl",)),
-                LocalRows(("dolly/train.json",)),
-                _subset("dolly/train_2k_subset.json", "2,000 rows of the 15,011 of Dolly."),
-            ),
+    ),
+    Task(
+        "dolly",
+        example_of("dolly"),
+        **_train(
+            "databricks/databricks-dolly-15k",
+            LocalRows(("dolly/databricks-dolly-15k.jsonl",)),
+            LocalRows(("dolly/train.json",)),
+            _subset("dolly/train_2k_subset.json", "2,000 rows of the 15,011 of Dolly."),
         ),
-        Task(
-            "self_instruct",
-            _for_a_judge(example_of("self_instruct")),
-            local={
-                "train": (LocalRows(("self_instruct/seed_tasks.jsonl",)),),
-                "test": (LocalRows(("self_instruct/user_oriented_instructions.jsonl",)),),
-            },
-        ),
-        Task(
-            "alpaca_eval",
-            _for_a_judge(alpaca_eval_example),
-            # the branch's folder is called eval, which datasets takes for a test split
-            hub={"test": (HubRows("tatsu-lab/alpaca_eval", split="test", file="alpaca_eval.json"),)},
-            local={
-                "test": (
-                    LocalRows(("alpaca_eval/alpaca_eval.json",)),
-                    LocalRows(("alpaca_eval/text_davinci_003.model_outputs.json",)),
-                )
-            },
-        ),
-    )
-}
+    ),
+    Task(
+        "self_instruct",
+        _for_a_judge(example_of("self_instruct")),
+        local={
+            "train": (LocalRows(("self_instruct/seed_tasks.jsonl",)),),
+            "test": (LocalRows(("self_instruct/user_oriented_instructions.jsonl",)),),
+        },
+    ),
+    Task(
+        "alpaca_eval",
+        _for_a_judge(alpaca_eval_example),
+        # the branch's folder is called eval, which datasets takes for a test split
+        hub={"test": (HubRows("tatsu-lab/alpaca_eval", split="test", file="alpaca_eval.json"),)},
+        local={
+            "test": (
+                LocalRows(("alpaca_eval/alpaca_eval.json",)),
+                LocalRows(("alpaca_eval/text_davinci_003.model_outputs.json",)),
+            )
+        },
+    ),
+)
 
 FAMILY = Family(
     name="instruction",

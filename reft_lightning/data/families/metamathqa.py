@@ -130,15 +130,6 @@ def carve(
 ) -> tuple[list[Example], list[Example]]:
     """Take `size` GSM8K rows as validation; train on the MetaMathQA rows that are short enough.
 
-    Args:
-        examples: all train rows of both tasks.
-        size: how many validation rows; 0 for none.
-        seed: of the order in which GSM8K rows are taken.
-        stratum: plays no part.
-
-    Returns:
-        (train, validation).
-
     Raises:
         ValueError: if there are fewer GSM8K rows than `size`, or no MetaMathQA row is left.
     """

@@ -18,12 +18,6 @@ _BEFORE, _REQUEST = "Passage: ", "\n\nPlease "
 def prompt_about(passage: str, request: str, question: str, where: str) -> str:
     r"""Return the passage and, after it, the request that ends in the question, both stripped.
 
-    Args:
-        passage: what the question is about.
-        request: what to do with the question, such as `"answer the question: "`.
-        question: or a sentence with a gap.
-        where: where the row is.
-
     Raises:
         ValueError: if passage or question is empty; names the row.
 
@@ -52,19 +46,12 @@ def carve_passages(
 ) -> tuple[list[Example], list[Example]]:
     """Take whole passages out of the train rows, as many as it takes to hold out `size` questions.
 
+    Arguments and result are those of `carve_validation`; the stratum of a passage is its first row's. No passage is in
+    both parts, no validation prompt occurs twice.
+
     Passages are drawn in random order, each from the stratum that is furthest behind its share of the rows, until
     `size` is reached; the last one stays whole, so there may be more rows than `size`, by less than one passage.
     The choice depends only on `seed` and the rows.
-
-    Args:
-        examples: all train rows.
-        size: how many validation rows at least; 0 for none.
-        seed: the split's own seed, not the run's.
-        stratum: what to balance over; that of a passage is its first row's.
-
-    Returns:
-        (train, validation), both in the order of `examples`. No passage is in both, no validation prompt occurs
-        twice.
 
     Raises:
         ValueError: if `size` is negative, or leaves no passage to train on.

@@ -34,15 +34,14 @@ Changes: version 1, first version.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 from ..example import Example, Row, column, exact_match, list_in, text_in, texts_in
 from ..family import Family, Task
-from ..files import text_lines
-from ..rows import HubRows, LocalRows, read_file
+from ..files import Rows, read_file, text_lines
+from ..rows import HubRows, LocalRows, by_name
 from .commonsense import TRIGGER, extract
 from .passages import carve_passages, prompt_about
 
@@ -53,15 +52,7 @@ REQUEST = "choose the correct answer to the question: "
 def multiple_choice(
     task: str, passage: str, question: str, choices: Sequence[str], gold: int, where: str
 ) -> Example:
-    """Return the example of a question about a passage.
-
-    Args:
-        task: its name.
-        passage: what the question is about.
-        question: or a sentence with a gap.
-        choices: texts of the answers.
-        gold: index of the right one.
-        where: where the row is.
+    """Return the example of a question about a passage; `gold` is the index of the right choice.
 
     Raises:
         ValueError: if there is no such choice, or passage or question is empty.
@@ -93,7 +84,7 @@ def race(name: str) -> Callable[[Row, str], Example]:
     return example
 
 
-def read_articles(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+def read_articles(path: Path) -> Rows:
     """Yield one row a question, from rows that hold one question or, as RACE's own files, an article with several.
 
     Raises:
@@ -129,8 +120,8 @@ def quail(row: Row, where: str) -> Example:
     return multiple_choice("quail", passage, question, texts_in(row, "answers", where), gold, where)
 
 
-def read_quail(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield one row a question of QuAIL's XML, with the columns of the hub.
+def read_quail(path: Path) -> Rows:
+    """Yield one row a question of QuAIL's XML, with the columns of the hub that are read.
 
     Raises:
         ValueError: if the file is not QuAIL's XML, or a question has not exactly one right answer.
@@ -149,17 +140,13 @@ def read_quail(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
             right = [i for i, answer in enumerate(answers) if answer.get("correct") == "True"]
             if len(right) != 1:
                 raise ValueError(f"{where}: one answer must be marked correct; got {len(right)}")
-            yield (
-                {
-                    "context": context,
-                    "question": (q.text or "").strip(),
-                    "question_type": q.get("type"),
-                    "domain": text.get("domain"),
-                    "answers": [(answer.text or "").strip() for answer in answers],
-                    "correct_answer_id": right[0],
-                },
-                where,
-            )
+            row = {
+                "context": context,
+                "question": (q.text or "").strip(),
+                "answers": [(answer.text or "").strip() for answer in answers],
+                "correct_answer_id": right[0],
+            }
+            yield row, where
 
 
 def _race(size: str) -> Task:
@@ -167,35 +154,29 @@ def _race(size: str) -> Task:
     return Task(
         name,
         race(name),
-        hub={split: (HubRows("ehovy/race", size, split),) for split in ("train", "test")},
+        hub=HubRows.splits("ehovy/race", size),
         local={
             split: (LocalRows((f"{name}/{split}.jsonl",), read=read_articles),) for split in ("train", "test")
         },
     )
 
 
-TASKS = {
-    task.name: task
-    for task in (
-        _race("middle"),
-        _race("high"),
-        Task(
-            "quail",
-            quail,
-            hub={
-                "train": (HubRows("textmachinelab/quail", "quail", "train"),),
-                "test": (HubRows("textmachinelab/quail", "quail", "validation"),),
-            },
-            local={
-                split: (
-                    LocalRows((f"quail/quail_1.3_{part}_randomized.xml",), read=read_quail),
-                    LocalRows((f"quail/{split}.jsonl",)),
-                )
-                for split, part in (("train", "train"), ("test", "dev"))
-            },
-        ),
-    )
-}
+TASKS = by_name(
+    _race("middle"),
+    _race("high"),
+    Task(
+        "quail",
+        quail,
+        hub=HubRows.splits("textmachinelab/quail", "quail", test="validation"),
+        local={
+            split: (
+                LocalRows((f"quail/quail_1.3_{part}_randomized.xml",), read=read_quail),
+                LocalRows((f"quail/{split}.jsonl",)),
+            )
+            for split, part in (("train", "train"), ("test", "dev"))
+        },
+    ),
+)
 
 FAMILY = Family(
     name="reading",

@@ -32,14 +32,13 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..example import Example, Judgement, Row, column, list_in, text_in, texts_in
 from ..family import Family, Task
-from ..files import parse_json, text_lines
-from ..rows import HubRows, LocalRows
+from ..files import Rows, parse_json, text_lines
+from ..rows import HubRows, LocalRows, by_name
 from .commonsense import TRIGGER
 from .passages import carve_passages, prompt_about
 
@@ -112,7 +111,7 @@ def span(name: str) -> Callable[[Row, str], Example]:
     return example
 
 
-def read_squad(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+def read_squad(path: Path) -> Rows:
     """Yield one row a question of SQuAD's nested JSON, with the columns of the hub.
 
     Raises:
@@ -136,32 +135,26 @@ def read_squad(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
                 yield {"context": context, "question": question, "answers": {"text": texts}}, where
 
 
-TASKS = {
-    task.name: task
-    for task in (
-        Task(
-            "squad",
-            span("squad"),
-            hub={
-                "train": (HubRows("rajpurkar/squad", None, "train"),),
-                "test": (HubRows("rajpurkar/squad", None, "validation"),),
-            },
-            local={
-                split: (
-                    LocalRows((f"squad/{part}-v1.1.json",), read=read_squad),
-                    LocalRows((f"squad/{split}.jsonl",)),
-                )
-                for split, part in (("train", "train"), ("test", "dev"))
-            },
-        ),
-        Task(
-            "xquad_en",
-            span("xquad_en"),
-            hub={"test": (HubRows("google/xquad", "xquad.en", "validation"),)},
-            local={"test": (LocalRows(("xquad_en/xquad.en.json",), read=read_squad),)},
-        ),
-    )
-}
+TASKS = by_name(
+    Task(
+        "squad",
+        span("squad"),
+        hub=HubRows.splits("rajpurkar/squad", test="validation"),
+        local={
+            split: (
+                LocalRows((f"squad/{part}-v1.1.json",), read=read_squad),
+                LocalRows((f"squad/{split}.jsonl",)),
+            )
+            for split, part in (("train", "train"), ("test", "dev"))
+        },
+    ),
+    Task(
+        "xquad_en",
+        span("xquad_en"),
+        hub={"test": (HubRows("google/xquad", "xquad.en", "validation"),)},
+        local={"test": (LocalRows(("xquad_en/xquad.en.json",), read=read_squad),)},
+    ),
+)
 
 FAMILY = Family(
     name="spans",

@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ...data.example import column
-from ...data.rows import read_json_file
+from ...data.files import read_json_file
 from ...storage.atomic import json_text, write_json
 from ...suggest import did_you_mean
 from ...terminal.bars import Bar
@@ -59,11 +59,9 @@ def main(options: Mapping[str, str]) -> dict[str, Any]:
     """Judge, compute the win rate, and write both.
 
     Args:
-        options: as written on the command line; see `USAGE`. `outputs` and `reference` are files in AlpacaEval's
-            format, `[{instruction, output, generator}]`; without them judge=file takes the win rate of the
-            annotations as they are. `generator` and `reference_name` name the models where the files do not.
-            `limit` judges the first N pairs. `key_env` names the environment variable that holds the endpoint's key;
-            `temperature=none` sends none. `out` is the file of the result, next to which the judgements are written.
+        options: as written on the command line, see `HELP`. Without `outputs` and `reference`, judge=file takes the
+            win rate of the annotations as they are. `temperature=none` sends none. The judgements are written next to
+            `out`.
 
     Returns:
         What `win_rate` returns, with the names of the files.
@@ -189,10 +187,7 @@ def _by_instruction(rows: Sequence[Mapping[str, Any]], what: str) -> dict[str, M
 def judge_pairs(pairs: Sequence[Pair], judge: Judge, journal: Path) -> list[dict[str, Any]]:
     """Return one annotation for each pair, asking the judge for those that the journal does not have.
 
-    Args:
-        pairs: what to compare.
-        judge: whom to ask.
-        journal: JSON Lines; read first, then each judgement is appended. Unjudged pairs are asked again.
+    The journal, JSON Lines, is read first; then each judgement is appended. Unjudged pairs are asked again.
 
     Raises:
         JudgeFailed: if the judge gives up, or refuses the first pairs without ever having answered.

@@ -201,7 +201,7 @@ class TestSamples:
         assert judged.scores == {"accuracy": 0.5, "strict_accuracy": 0.5}
         found = score(["A train. The answer is (B).", "The answer is (B)."], gold("B"))
         assert found.scores == {"accuracy": 0.5, "strict_accuracy": 1.0}
-        assert gsm8k.score(["7", "8"], gold("8")).scores == {"accuracy": 0.5}
+        assert gsm8k.FAMILY.score(["7", "8"], gold("8")).scores == {"accuracy": 0.5}
 
 
 class TestRows:
@@ -497,7 +497,7 @@ def test_every_real_file_has_its_rows_and_scores_1_against_itself(real):
 def test_gsm8k_alone_reads_the_real_rows(shared):
     source = DataSource("local", str(shared / "data" / "arithmetic"))
     found = examples("gsm8k", "train", source, gsm8k.FAMILY)
-    assert all(gsm8k.score([e.target], e).scores == {"accuracy": 1.0} for e in found)
+    assert all(gsm8k.FAMILY.score([e.target], e).scores == {"accuracy": 1.0} for e in found)
     train, validation = gsm8k.carve_last(found, 300)
     assert (len(train), len(validation)) == (7173, 300)  # no question occurs twice
     assert len(examples("gsm8k", "test", source, gsm8k.FAMILY)) == 1319

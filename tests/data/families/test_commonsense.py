@@ -11,7 +11,8 @@ from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.data import FAMILIES, get_family
 from reft_lightning.data.encoding import Collator, encode, encode_all
 from reft_lightning.data.families.commonsense import OLMO, TASKS, TRIGGER, extract
-from reft_lightning.data.rows import DataSource, hub_rows, read_json_file, read_rows
+from reft_lightning.data.files import read_json_file
+from reft_lightning.data.rows import DataSource, hub_rows, read_rows
 from reft_lightning.storage.wheels import cache_folder
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "commonsense"

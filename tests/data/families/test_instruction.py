@@ -11,9 +11,10 @@ from reft_lightning.data import FAMILIES
 from reft_lightning.data.encoding import Collator, encode, encode_all
 from reft_lightning.data.families.instruction import FAMILY, NO_ANSWER, TASKS, example_of
 from reft_lightning.data.family import Family
+from reft_lightning.data.files import read_json_file
 from reft_lightning.data.generation_data import GenerationData
 from reft_lightning.data.prompts import apply_template
-from reft_lightning.data.rows import DataSource, read_json_file, read_rows
+from reft_lightning.data.rows import DataSource, read_rows
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "instruction"
 NAMES = ("alpaca", "ultrafeedback", "ultrafeedback_binarized", "dolly", "self_instruct", "alpaca_eval")
@@ -88,7 +89,7 @@ class TestSchemas:
 
     def test_a_conversation_that_ends_with_the_user_is_refused(self):
         messages = [{"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Hi"}]
-        with pytest.raises(ValueError, match=r"row 4: a conversation must end .* got assistant, user"):
+        with pytest.raises(ValueError, match=r"row 4: .*a conversation must end .* has assistant, user"):
             example_of("t")({"messages": messages}, "row 4")
 
     @pytest.mark.parametrize("content", [None, 3, {}])
@@ -265,4 +266,4 @@ class TestRealRows:
         tokenizer = byte_tokenizer()
         rows = encode_all(tokenizer, apply_template("alpaca", found, tokenizer), 768)
         assert max(rows.lengths) <= 768
-        assert rows.cut_targets > 0
+        assert any(row.cut_target for row in rows)

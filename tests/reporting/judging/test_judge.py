@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from reft_lightning.data.rows import read_json_file
+from reft_lightning.data.files import read_json_file
 from reft_lightning.reporting.judging import judges
 from reft_lightning.reporting.judging.command import judge_pairs, judgement_key, main, pair_up, read_journal
 from reft_lightning.reporting.judging.judges import (

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from reft_lightning.data.rows import read_json_file
+from reft_lightning.data.files import read_json_file
 from reft_lightning.reporting.judging.win_rate import length_controlled, share_of_win, win_rate
 
 
