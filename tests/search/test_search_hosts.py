@@ -105,6 +105,7 @@ def storage(request):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_host_that_is_gone_or_was_away_costs_one_attempt_and_no_trial(tmp_path, storage, ending):
     make_study(tmp_path, storage, budget={"unit": "trials", "amount": 4}).start()
@@ -115,20 +116,21 @@ def test_a_host_that_is_gone_or_was_away_costs_one_attempt_and_no_trial(tmp_path
             if ending == signal.SIGSTOP:
                 time.sleep(6)  # three heartbeats are missed
                 victim.send_signal(signal.SIGCONT)
-                assert victim.wait(60) == 0
-            assert other.wait(60) == 0
+                assert victim.wait(120) == 0
+            assert other.wait(120) == 0
     held = ending == signal.SIGSTOP and storage is None  # a stopped process still holds the lock of its trial
     check_that_nothing_was_done_twice(tmp_path, trials=4, lost=0 if held else 1)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_server_that_starts_again_within_a_trial_ends_no_worker(tmp_path, server):
     url, restart = server
     make_study(tmp_path, url, budget={"unit": "trials", "amount": 2}).start()
     with host(tmp_path, 3, heartbeat=20) as worker:
         worker.stdout.readline()
         restart()
-        assert worker.wait(90) == 0
+        assert worker.wait(120) == 0
     check_that_nothing_was_done_twice(tmp_path, trials=2, lost=0)
 
 
