@@ -47,6 +47,17 @@ def host(folder, seconds, heartbeat=1):
             process.kill()
 
 
+def begin(folder, storage, trials):
+    study = make_study(folder, storage, budget={"unit": "trials", "amount": trials})
+    study.start()
+    close(study)
+
+
+def close(study):
+    if hasattr(study.storage, "engine"):  # of a database
+        study.storage.engine.dispose()
+
+
 def check_that_nothing_was_done_twice(folder, trials, lost):
     study = Study(folder)
     summary = summarize(study)
@@ -54,6 +65,7 @@ def check_that_nothing_was_done_twice(folder, trials, lost):
     found = [study.trials(method) for method in study.plan.methods]
     assert [len(counted(of_method)) for of_method in found] == [trials, trials]
     assert sum(map(len, found)) == 2 * trials + lost
+    close(study)
     reads = [json.loads(line) for line in (folder / "test_reads.jsonl").read_text().splitlines()]
     assert sorted((r["method"], r["seed"]) for r in reads) == [
         (m, s) for m in ("direft", "loreft") for s in (1, 2)
@@ -108,7 +120,7 @@ def storage(request):
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_host_that_is_gone_or_was_away_costs_one_attempt_and_no_trial(tmp_path, storage, ending):
-    make_study(tmp_path, storage, budget={"unit": "trials", "amount": 4}).start()
+    begin(tmp_path, storage, trials=4)
     with host(tmp_path, 1) as victim:
         victim.stdout.readline()  # in its trial
         victim.send_signal(ending)
@@ -126,7 +138,7 @@ def test_a_host_that_is_gone_or_was_away_costs_one_attempt_and_no_trial(tmp_path
 @pytest.mark.timeout(300)
 def test_a_server_that_starts_again_within_a_trial_ends_no_worker(tmp_path, server):
     url, restart = server
-    make_study(tmp_path, url, budget={"unit": "trials", "amount": 2}).start()
+    begin(tmp_path, url, trials=2)
     with host(tmp_path, 3, heartbeat=20) as worker:
         worker.stdout.readline()
         restart()
