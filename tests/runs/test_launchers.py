@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -174,13 +175,15 @@ def test_a_job_whose_place_is_taken_away_goes_on_from_its_checkpoint(data, root,
 def signal_job(launcher, folder):
     """Tell the job of a run folder, as a cluster does, that its time is over."""
     if launcher == "submitit_slurm":
-        listed = subprocess.run(
-            ["squeue", "-h", "-r", "-o", "%i"], capture_output=True, text=True, check=True
-        )
-        subprocess.run(["scancel", "--signal=USR2", min(listed.stdout.split())], check=True)
+        command = ["squeue", "-h", "-r", "-o", "%i %Z"]  # ids and working folders
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        ids = sorted(line.split()[0] for line in lines if line.endswith(str(folder.parents[1])))
+        subprocess.run(["scancel", "--signal=USR2", ids[0]], check=True)
         return
     for process in Path("/proc").glob("[0-9]*"):
-        words = (process / "cmdline").read_bytes().decode().split("\0")
+        words = []
+        with suppress(OSError):  # it has ended
+            words = (process / "cmdline").read_bytes().decode().split("\0")
         if f"hydra.run.dir='{folder}'" in words:
             parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
             os.kill(int(parent), signal.SIGUSR2)
