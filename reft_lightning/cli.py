@@ -20,8 +20,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from .config import compose
+from .runs import sweep
 from .suggest import did_you_mean, names_of_a_stranger, no_such_folder
-from .terminal.bars import Bar
+from .terminal.bars import Bar, is_first_process
 from .terminal.log_lines import LogHandler
 
 EVAL_USAGE = "reft-eval run=FOLDER [split=validation|test] [limit=N] [trust_code=true]"
@@ -191,7 +192,12 @@ def train() -> Any:
         config_name=compose.CONFIG_NAME,
         version_base=compose.VERSION_BASE,
     )
-    return main(_train)()
+    job = sweep.Job(_train)
+    try:
+        return main(job)()
+    finally:
+        if asked.sweep and is_first_process() and (folder := compose.sweep_folder(asked)):
+            sweep.say_what_came_out(folder)
 
 
 def _check_folder(asked: compose.Asked) -> None:
@@ -246,20 +252,20 @@ def _names_of(options: dict[str, str]) -> Iterator[bool]:
         yield trusted
 
 
-def _train(config: DictConfig) -> float | None:
-    results = _results(config, Path(HydraConfig.get().runtime.output_dir))
+def _train(config: DictConfig, job: sweep.Job) -> float | None:
+    results = _results(config, Path(HydraConfig.get().runtime.output_dir), job)
     # Sweepers maximise or minimise what a job returns; a run without validation has nothing to return.
     value = results["metrics"].get(results["monitor"])
     return None if value is None else float(value)
 
 
-def _results(config: DictConfig, run_dir: Path) -> dict[str, Any]:
+def _results(config: DictConfig, run_dir: Path, job: sweep.Job) -> dict[str, Any]:
     from .runs import own_process
 
-    if own_process.in_sweep() and own_process.needs_own_process(
-        config.trainer.devices, config.trainer.num_nodes
+    if own_process.in_sweep() and (
+        job.elsewhere or own_process.needs_own_process(config.trainer.devices, config.trainer.num_nodes)
     ):
-        return own_process.run_in_own_process(run_dir)
+        return own_process.run_in_own_process(run_dir, job)
     with heavy_imports():
         from .runs.devices import check_accelerator
 

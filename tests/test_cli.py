@@ -2,6 +2,7 @@
 
 import datetime
 import gc
+import importlib.util
 import json
 import logging
 import subprocess
@@ -20,6 +21,7 @@ from reft_lightning import cli
 from reft_lightning.config import compose
 from reft_lightning.config.explain import ALIASES, keys
 from reft_lightning.config.schema import BOUNDS, Config
+from reft_lightning.runs import sweep
 
 
 @pytest.fixture
@@ -489,9 +491,54 @@ def test_a_run_knows_the_experiment_it_was_composed_from(monkeypatch, runs):
 
 def test_a_job_returns_the_monitored_metric_for_sweepers(monkeypatch, runs):
     returned = []
-    monkeypatch.setattr(cli, "_train", lambda config, train=cli._train: returned.append(train(config)))
+    monkeypatch.setattr(cli, "_train", lambda *given, train=cli._train: returned.append(train(*given)))
     command(monkeypatch, cli.train, "-m", "model=tiny_random", "optimizer.lr=0.5,0.25")
     assert returned == [0.5, 0.25]
+
+
+def test_a_sweep_ends_with_its_jobs_that_failed_and_the_command_of_its_report(monkeypatch, runs, capsys):
+    fake = sys.modules["reft_lightning.runs.experiment"]
+    fake.SetupError, run = ValueError, fake.run
+
+    def fail(config, folder, *rest, **named):
+        if config.seed == 2:
+            raise fake.SetupError("no rows")
+        ended = (
+            {"status": "stopped", "error": "out of memory"} if config.seed == 3 else {"status": "complete"}
+        )
+        (folder / "results.json").write_text(json.dumps(ended))
+        return run(config, folder, *rest, **named)
+
+    monkeypatch.setattr(fake, "run", fail)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, cli.train, "-m", "model=tiny_random", "seed=1,2,3,4")
+    (folder,) = Path("outputs/run").iterdir()
+    said, errors = capsys.readouterr()
+    assert said.splitlines()[-1] == f"2 of 4 jobs are complete; to compare them: reft-report {folder}"
+    assert errors.splitlines()[-2:] == ["1_seed=2: did not start", "2_seed=3: stopped: out of memory"]
+
+
+def test_a_job_knows_in_another_process_what_its_sweep_changes(monkeypatch, runs):
+    import pickle
+
+    monkeypatch.setattr(sys, "argv", ["reft-train", "--config-dir", "mine", "-m", "seed=1,2"])
+    monkeypatch.setattr(compose, "_swept", {"seed"})
+    carried = pickle.dumps(sweep.Job(cli._train))
+    monkeypatch.setattr(sys, "argv", ["_submit.py", "a folder"])
+    compose.sweep_over(())
+    job = pickle.loads(carried)
+    assert sys.argv == ["_submit.py", "--config-dir", "mine", "-m", "seed=1,2"]
+    assert compose.differing(["model=tiny_random", "seed=1"]) == ["seed=1"]
+    assert (job.train, job.elsewhere, job.requeued) == (cli._train, True, False)
+
+
+def test_a_launcher_without_its_plugin_names_what_to_install(refuse):
+    if importlib.util.find_spec("hydra_plugins.hydra_ray_launcher"):
+        pytest.skip("the plugin for Ray is installed")
+    assert refuse("model=tiny_random", "launcher=ray") == (
+        "launcher=ray needs a plugin of Hydra: pip install hydra-ray-launcher\n"
+    )
+    assert "did you mean 'launcher=joblib'" in refuse("model=tiny_random", "launcher=jolib")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import itertools
 import operator
+import os
 import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -57,7 +58,7 @@ examples:
   reft-train experiment=quickstart
   reft-train model=smollm2_135m data=boolq intervention=direft optimizer.lr=1e-3
   reft-train model.name=OWNER/NAME data=custom data.path=my.csv data.prompt=q data.target=a
-  reft-train -m model=smollm2_135m data=boolq seed=42,43,44         # a run for each choice
+  reft-train -m model=smollm2_135m data=boolq seed=42,43   # a run each (launcher=joblib: at once)
   reft-train resume=FOLDER                                          # go on with a stopped run
 more:
   reft-train model=NAME --cfg job      prints every key and value, and runs nothing
@@ -76,7 +77,9 @@ SWEEPER = "hydra.sweeper.params."  # before a key that a plugin sweeps
 # Arguments that print something and run nothing.
 PASSIVE_FLAGS = ("hydra_help", "shell_completion", "info", "experimental_rerun")
 
+SWEPT = "REFT_SWEPT"  # tells the process of one job which keys its sweep changes
 _swept: set[str] = set()  # keys of the sweep that this process runs
+_claimed_folders: list[Path] = []
 
 
 class CompositionError(ValueError):
@@ -126,12 +129,29 @@ def _run_name(*candidates: Any) -> str:
 def _claimed(folder: str) -> str:
     # Ranks that a cluster starts share the folder of the first. A configuration that is only shown claims none.
     first = not {"--cfg", "-c"} & set(sys.argv) and is_first_process()
-    return str(claim_folder(Path(folder))) if first else folder
+    _claimed_folders[:] = [claim_folder(Path(folder)) if first else Path(folder)]
+    return str(_claimed_folders[0])
+
+
+def sweep_folder(asked: Asked) -> Path | None:
+    """Return the folder of the sweep that has run in this process; None where none has begun."""
+    return asked.folder or next(iter(_claimed_folders), None)
 
 
 def _job_name(number: int, overrides: Sequence[str]) -> str:
     # Overrides hold slashes (paths) and can outgrow the 255 bytes of a file name.
     return f"{number}_{','.join(differing(overrides))}".replace("/", "_")[:NAME_LENGTH]
+
+
+def swept() -> set[str]:
+    """Return the keys that the sweep of this process changes."""
+    return set(_swept)
+
+
+def sweep_over(keys: Iterable[str]) -> None:
+    """Say which keys the sweep of this process changes."""
+    _swept.clear()
+    _swept.update(keys)
 
 
 def differing(overrides: Sequence[str]) -> list[str]:
@@ -213,8 +233,8 @@ def preflight(argv: Sequence[str]) -> Asked:
         return Asked(runs)
     sweep = arguments.multirun or "MULTIRUN" in _modes(asked)
     named = [o.value() for o in asked if o.key_or_group == ("hydra.sweep.dir" if sweep else "hydra.run.dir")]
-    _swept.clear()
-    _swept.update(o.key_or_group.removeprefix(SWEEPER) for o in asked if _is_swept(o))
+    keys = [o.key_or_group.removeprefix(SWEEPER) for o in asked if _is_swept(o)]
+    sweep_over(keys or filter(None, os.environ.get(SWEPT, "").split(",")))
     return Asked(runs, sweep, Path(str(named[-1])) if named else None)
 
 
@@ -229,7 +249,7 @@ def _is_swept(override: Override) -> bool:
 def _help(vocabulary: Vocabulary) -> str:
     lines = []
     for group, options in vocabulary.groups.items():
-        if "/" in group or group in ("local", "search", "callbacks"):
+        if "/" in group or group in ("local", "search", "callbacks", "launcher"):
             continue
         names = sorted(shown(options).split(", "), key=lambda name: name != FIRST.get(group))
         lines.append(f"  {group:<13}{_in_short(names, len(options))}")
@@ -473,6 +493,9 @@ def _explain(error: Exception, overrides: Sequence[str], vocabulary: Vocabulary)
 def _missing_file(name: str, overrides: Sequence[str], vocabulary: Vocabulary) -> str:
     """Explain a YAML file that does not exist, by the file whose defaults list asks for it."""
     parts = name.split("/")
+    if parts[:2] == ["hydra", "launcher"]:  # of conf/launcher
+        plugin = f"hydra-{parts[-1].partition('_')[0]}-launcher"
+        return f"launcher={parts[-1]} needs a plugin of Hydra: pip install {plugin}"
     for depth in range(len(parts) - 1, 0, -1):
         group, option = "/".join(parts[:depth]), "/".join(parts[depth:])
         if group in vocabulary.groups:

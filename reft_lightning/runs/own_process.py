@@ -2,7 +2,12 @@
 
 Lightning's ``ddp`` starts the other ranks by running this process's command line again, which is the whole sweep, and
 watches them in a thread that outlives the job: where a rank of one job has failed, it kills the process, and so the
-sweep, during the next. A process that runs only this job has neither fault.
+sweep, during the next. A process that runs only this job has neither fault. The jobs of a launcher have one each, too:
+what kills it leaves the launcher's process, which waits for it, to say so.
+
+A cluster that ends a job early sends USR2 to all its processes, and submitit's handler, in the process that waits, has
+the job queued again. The run is told to stop as by SIGTERM, and only then is that handler called: when the job comes
+back, its run goes on from the checkpoint that it wrote.
 """
 
 from __future__ import annotations
@@ -12,18 +17,21 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from ..config.compose import flags_of
+from ..config.compose import SWEPT, flags_of, swept
 from ..storage.atomic import now
 from .results import Results
-from .run_folder import RESULTS
+from .run_folder import RESULTS, last_checkpoint
+from .sweep import Job
 
 # Overrides that choose how jobs are started or where they write: the sweep's, not the job's.
 LAUNCHING = (
@@ -36,7 +44,9 @@ LAUNCHING = (
     "hydra/launcher",
     "hydra.job.name",
     "hydra.output_subdir",
+    "launcher=",
 )
+LOG = "log.txt"  # what the process of a launcher's job says
 PATIENCE = 30  # seconds in which a job that was told to stop may write down what it has
 
 
@@ -66,11 +76,13 @@ def job_arguments(argv: Sequence[str]) -> list[str]:
         if value is not None:
             kept += [f"--{flag.replace('_', '-')}", value]
     overrides = HydraConfig.get().overrides
-    hydra = [text for text in overrides.hydra if not text.lstrip("+~").startswith(LAUNCHING)]
-    return [*kept, *overrides.task, *hydra]
+    own = [
+        text for text in (*overrides.task, *overrides.hydra) if not text.lstrip("+~").startswith(LAUNCHING)
+    ]
+    return [*kept, *own]
 
 
-def run_in_own_process(folder: Path) -> dict[str, Any]:
+def run_in_own_process(folder: Path, job: Job) -> dict[str, Any]:
     """Run the present Hydra job in a process of its own; return the contents of its ``results.json``.
 
     Raises:
@@ -78,41 +90,58 @@ def run_in_own_process(folder: Path) -> dict[str, Any]:
     """
     place = str(folder).replace("'", r"\'")
     own = [f"hydra.run.dir='{place}'", "hydra.output_subdir=null", "hydra.mode=RUN"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "reft_lightning.cli", *job_arguments(sys.argv[1:]), *own]
-    )
-    with _passed_on(process) as told:
+    if job.requeued or os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+        own += [f"resume='{place}'" if last_checkpoint(folder).is_file() else "overwrite=true"]
+    said = (folder / LOG).open("ab") if job.elsewhere else None
+    requeue = signal.getsignal(signal.SIGUSR2)
+    command = [sys.executable, "-m", "reft_lightning.cli", *job_arguments(sys.argv[1:]), *own]
+    environment = os.environ | {SWEPT: ",".join(swept())}
+    with said or nullcontext(), _passed_on(partial(
+        subprocess.Popen, command, env=environment, stdout=said, stderr=subprocess.STDOUT if said else None,
+        preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
+    )) as (process, told):  # fmt: skip
         code = process.wait()
     results = Results.read(folder) if (folder / RESULTS).is_file() else None
     if code and results is not None and results.values["status"] == "running":  # killed
         results.update(status="stopped", error=f"exit status {code}", stopped=now())
-    if told:
+    if code and signal.SIGUSR2 in told and callable(requeue):
+        job.requeued = True  # which is written down with the job
+        requeue(signal.SIGUSR2, None)  # leaves, in the first of the job's processes
+        time.sleep(PATIENCE)  # until the cluster ends the others
+    if signal.SIGTERM in told or (told and code):
         raise SystemExit(128 + signal.SIGTERM)
     if code or results is None:
-        raise RuntimeError(
-            f"the run ended with exit status {code}; what it said stands above, and in {folder}"
-        )
+        where = folder / LOG if said else f"above, and in {folder}"
+        raise RuntimeError(f"the run ended with exit status {code}; what it said: {where}")
     return results.values
 
 
 @contextmanager
-def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Pass SIGTERM on to a process inside the block, and leave none behind; gives the signals that came."""
-    told: list[int] = []
+def _passed_on(
+    start: Callable[[], subprocess.Popen[bytes]],
+) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
+    """Start a process, which is told to stop when this one is, and leave none behind; gives it and the signals."""
+    process, told = None, []
 
     def stop(number: int, frame: Any) -> None:
         told.append(number)
-        process.send_signal(number)
+        if process is not None:
+            process.send_signal(signal.SIGTERM)
 
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if main else None
+    heard = [signal.SIGTERM, *([signal.SIGUSR2] if callable(signal.getsignal(signal.SIGUSR2)) else [])]
+    before = {number: signal.signal(number, stop) for number in heard if main}
     try:
-        yield told
+        process = start()
+        if told:
+            process.send_signal(signal.SIGTERM)
+        yield process, told
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
-        for end in (lambda: None, process.terminate, process.kill):  # Ctrl-C has reached both
-            end()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(PATIENCE)
-                break
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if process is not None:
+            for end in (lambda: None, process.terminate, process.kill):  # Ctrl-C has reached both
+                end()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(PATIENCE)
+                    break

@@ -21,7 +21,7 @@ from ..storage.atomic import new_folder
 from ..suggest import no_such_folder
 from .process import Lock, failure, start, stop
 from .search_plan import PRUNERS, SAMPLERS, Plan, change_plan, key_of, read_plan
-from .study import Study, read_study, write_study
+from .study import Study, open_storage, read_study, write_study
 from .study_files import LOCKS, PLAN, SUMMARY, WORKERS
 from .summary import print_summary, summarize, test_reads
 from .watching import watched
@@ -99,6 +99,8 @@ def prepare_study(own: Mapping[str, str], rest: Sequence[str]) -> Path:
     corners = compose_corners(plan)
     monitor = check_corners(plan, corners)
     check_rows(plan, corners)
+    if "storage" in own:
+        open_storage(Path(), own["storage"])
     folder = folder or new_folder(Path("outputs") / "search" / Path(plan.name).name)
     begin_study(folder, plan, *monitor, storage=own.get("storage"))
     return folder

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import datetime
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -45,22 +46,39 @@ def load_optuna() -> Any:
 
 
 def open_storage(folder: Path, url: str | None) -> Any:
-    """Return Optuna's storage of a study: a journal in its folder, or a database, where trials have a heartbeat."""
+    """Return Optuna's storage of a study: a journal in its folder, or a database, where trials have a heartbeat.
+
+    Raises:
+        ValueError: for a database that cannot be reached, or whose driver is not installed.
+    """
     storages = load_optuna().storages
     if url is None:
         lock: Any = Lock(folder / LOCKS / "journal")
         return storages.JournalStorage(
             storages.journal.JournalFileBackend(str(folder / JOURNAL), lock_obj=lock)
         )
+    # a connection that the server has closed meanwhile is opened again
+    options: dict[str, Any] = {"pool_pre_ping": True}
+    if url.startswith("sqlite"):
+        options["connect_args"] = {"timeout": 60}
+    shown = re.sub(r":[^:/@]*@", ":***@", url)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", load_optuna().exceptions.ExperimentalWarning)
-        return storages.RDBStorage(
-            url,
-            engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {},
-            heartbeat_interval=HEARTBEAT,
-            grace_period=3 * HEARTBEAT,
-            heartbeat_stale_trial_callback=run_again,
-        )
+        try:
+            return storages.RDBStorage(
+                url,
+                engine_kwargs=options,
+                heartbeat_interval=HEARTBEAT,
+                grace_period=3 * HEARTBEAT,
+                heartbeat_stale_trial_callback=run_again,
+            )
+        except ImportError as error:
+            raise ValueError(
+                f"storage={shown} needs the driver of this database: {error}; for PostgreSQL: "
+                'pip install "reft_lightning[postgresql]"'
+            ) from error
+        except Exception as error:  # whatever SQLAlchemy and the driver raise
+            raise ValueError(f"storage={shown} cannot be opened: {str(error).splitlines()[0]}") from error
 
 
 def run_again(study: Any, trial: Any) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.atomic import write_json, write_text
+from .budget import counted
 from .process import Lock, end_with_parent, failure, start, stop
 from .study import LOSS, Study, read_results, run_again, was_tested, winner_status
 from .study_files import COMMAND, ERROR, JOB, LOCKS, LOG, TRIALS
@@ -86,6 +87,11 @@ class Worker:
             if self._number >= 0:
                 run_again(study, self.study.trials(method)[self._number])
             raise
+        except ValueError:  # Optuna cannot end a trial that has ended
+            if self._number in {trial.number for trial in counted(self.study.trials(method))}:
+                raise
+            log.warning("trial %s %d was taken for lost, as its heartbeat had stopped: another attempt counts",
+                        method, self._number)  # fmt: skip
         finally:
             self._alive.release()
 

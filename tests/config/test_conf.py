@@ -33,6 +33,8 @@ def test_every_experiment_composes(name):
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_of_every_group_composes(group, option):
+    if (group, option) == ("launcher", "ray"):  # its plugin needs other versions than constraints.txt has
+        pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="no plugin of Hydra for Ray")
     model = [] if group == "model" else ["model=tiny_random"]
     override = f"{group}={option}"
     assert isinstance(compose([*model, override, *needs_of(override)]), Config)

@@ -33,7 +33,7 @@ def test_a_job_of_its_own_gets_its_overrides_and_not_the_sweeps(monkeypatch):
     from omegaconf import OmegaConf
 
     overrides = {
-        "task": ["seed=2", "name=a b"],
+        "task": ["seed=2", "launcher=joblib", "name=a b"],
         "hydra": ["hydra.mode=MULTIRUN", "hydra/launcher=joblib", "hydra.verbose=true"],
     }
     monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create({"hydra": {"overrides": overrides}}))
@@ -61,14 +61,17 @@ def test_only_a_job_that_starts_ranks_needs_a_process(monkeypatch, devices, node
     assert not own_process.needs_own_process(devices, nodes)
 
 
-def test_a_signal_is_passed_on_to_the_job():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_to_stop_reaches_the_job_as_sigterm(number):
     code = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); print(1, flush=True); time.sleep(60)"
+    before = signal.signal(signal.SIGUSR2, lambda *_: None)  # as submitit's, which is called later
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    handler = signal.getsignal(signal.SIGTERM)
-    with own_process._passed_on(process) as told:
+    handler = signal.getsignal(number)
+    with own_process._passed_on(lambda: process) as (_, told):
         process.stdout.readline()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert process.wait(30) == 143
     process.stdout.close()
-    assert told == [signal.SIGTERM]
-    assert signal.getsignal(signal.SIGTERM) == handler
+    assert told == [number]
+    assert signal.getsignal(number) == handler
+    signal.signal(signal.SIGUSR2, before)

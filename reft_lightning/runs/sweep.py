@@ -1,0 +1,58 @@
+"""A sweep: what its jobs take along into the processes of a launcher, and what is said at its end."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from ..config import compose
+from .results import Results
+from .run_folder import RESULTS
+
+
+class Job:
+    """What Hydra calls for each job, here or in a process that a launcher started.
+
+    Args:
+        train: takes the configuration of a job, and this.
+    """
+
+    def __init__(self, train: Callable[[DictConfig, Job], Any]) -> None:
+        self.train, self.arguments = train, sys.argv[1:]
+        self.elsewhere = False  # whether this is the process of a launcher, and not that of the sweep
+        self.requeued = False  # whether the job has run before, until a cluster took its place away
+
+    def __call__(self, config: DictConfig) -> Any:
+        """Run the job."""
+        return self.train(config, self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"swept": compose.swept()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        compose.register()
+        compose.sweep_over(state.pop("swept"))
+        self.__dict__ |= state | {"elsewhere": True}
+        sys.argv[1:] = self.arguments
+
+
+def say_what_came_out(folder: Path) -> None:
+    """Say which jobs of a sweep are complete, what became of the others, and how to compare them."""
+    jobs = sorted({path.parent for name in (RESULTS, ".hydra") for path in folder.glob(f"*/{name}")})
+    found = {job: Results.read(job).values if (job / RESULTS).is_file() else {} for job in jobs}
+    missing = {job: values for job, values in found.items() if values.get("status") != "complete"}
+    for job, values in missing.items():
+        sys.stderr.write(
+            f"{job.name}: {values.get('status', 'did not start')}"
+            f"{': ' if 'error' in values else ''}{values.get('error', '')}\n"
+        )
+    if complete := len(jobs) - len(missing):
+        sys.stdout.write(
+            f"{complete} of {len(jobs)} jobs are complete; to compare them: "
+            f"{shlex.join(['reft-report', str(folder)])}\n"
+        )
