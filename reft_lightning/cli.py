@@ -246,14 +246,14 @@ def _names_of(options: dict[str, str]) -> Iterator[bool]:
         yield trusted
 
 
-def _train(config: DictConfig) -> float | None:
-    results = _results(config, Path(HydraConfig.get().runtime.output_dir))
+def _train(config: DictConfig, lane: Any = None) -> float | None:
+    results = _results(config, Path(HydraConfig.get().runtime.output_dir), lane)
     # Sweepers maximise or minimise what a job returns; a run without validation has nothing to return.
     value = results["metrics"].get(results["monitor"])
     return None if value is None else float(value)
 
 
-def _results(config: DictConfig, run_dir: Path) -> dict[str, Any]:
+def _results(config: DictConfig, run_dir: Path, lane: Any = None) -> dict[str, Any]:
     from .runs import own_process
 
     if own_process.in_sweep() and own_process.needs_own_process(
@@ -275,7 +275,7 @@ def _results(config: DictConfig, run_dir: Path) -> dict[str, Any]:
         command = ["reft-train", *own_process.job_arguments(sys.argv[1:])]
         run = compose.to_config(config)
         run = filed(run, name=label(run, compose.differing(HydraConfig.get().overrides.task)))
-        return experiment.run(run, run_dir, _experiment(), command=command)
+        return experiment.run(run, run_dir, _experiment(), command=command, lane=lane)
     except experiment.SetupError as error:
         if own_process.in_sweep():
             raise  # the other jobs go on

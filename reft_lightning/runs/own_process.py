@@ -36,6 +36,7 @@ LAUNCHING = (
     "hydra/launcher",
     "hydra.job.name",
     "hydra.output_subdir",
+    "launcher=",
 )
 PATIENCE = 30  # seconds in which a job that was told to stop may write down what it has
 
@@ -66,8 +67,8 @@ def job_arguments(argv: Sequence[str]) -> list[str]:
         if value is not None:
             kept += [f"--{flag.replace('_', '-')}", value]
     overrides = HydraConfig.get().overrides
-    hydra = [text for text in overrides.hydra if not text.lstrip("+~").startswith(LAUNCHING)]
-    return [*kept, *overrides.task, *hydra]
+    given = [*overrides.task, *overrides.hydra]
+    return [*kept, *(text for text in given if not text.lstrip("+~").startswith(LAUNCHING))]
 
 
 def run_in_own_process(folder: Path) -> dict[str, Any]:
