@@ -41,6 +41,8 @@ class SharedBaseLauncher(BasicLauncher):
 
     def __init__(self, together: int = 8) -> None:
         super().__init__()
+        if together < 1:
+            raise ValueError(f"hydra.launcher.together must be 1 or more; got {together}")
         self.together = together
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -120,12 +122,11 @@ class SharedBaseLauncher(BasicLauncher):
     def _work(self, shared: Any, number: int, config: DictConfig, returned: dict[int, JobReturn]) -> None:
         """Run a job in its thread."""
         name = f"job{number}"
-        lane = shared.runs[name]
-        shared.turns.begin(name)
+        shared.runs[name].enter()
         try:
             returned[number] = run_job(
                 hydra_context=self.hydra_context,
-                task_function=partial(_in_lane, self.task_function, lane, number),
+                task_function=partial(_in_lane, self.task_function, number),
                 config=config,
                 job_dir_key="hydra.sweep.dir",
                 job_subdir_key="hydra.sweep.subdir",
@@ -139,12 +140,12 @@ class SharedBaseLauncher(BasicLauncher):
             shared.leave(name)
 
 
-def _in_lane(task: Any, lane: Any, number: int, config: DictConfig) -> Any:
+def _in_lane(task: Any, number: int, config: DictConfig) -> Any:
     for handler in logging.root.handlers:
         if handler.formatter is not None and not isinstance(handler, logging.FileHandler):
             text = f"%(asctime)s %(levelname)s #{number} %(message)s"
             handler.setFormatter(logging.Formatter(text, handler.formatter.datefmt))
-    return task(config, lane)
+    return task(config)
 
 
 def _without_hydra(config: DictConfig) -> DictConfig:

@@ -246,14 +246,14 @@ def _names_of(options: dict[str, str]) -> Iterator[bool]:
         yield trusted
 
 
-def _train(config: DictConfig, lane: Any = None) -> float | None:
-    results = _results(config, Path(HydraConfig.get().runtime.output_dir), lane)
+def _train(config: DictConfig) -> float | None:
+    results = _results(config, Path(HydraConfig.get().runtime.output_dir))
     # Sweepers maximise or minimise what a job returns; a run without validation has nothing to return.
     value = results["metrics"].get(results["monitor"])
     return None if value is None else float(value)
 
 
-def _results(config: DictConfig, run_dir: Path, lane: Any = None) -> dict[str, Any]:
+def _results(config: DictConfig, run_dir: Path) -> dict[str, Any]:
     from .runs import own_process
 
     if own_process.in_sweep() and own_process.needs_own_process(
@@ -269,12 +269,16 @@ def _results(config: DictConfig, run_dir: Path, lane: Any = None) -> dict[str, A
             sys.stderr.write(f"{error}\n")
             sys.exit(2)
         from .runs import experiment
+        from .runs.shared_base import present_lane
         from .runs.wandb_names import filed, label
 
+    lane = present_lane()
     try:
         command = ["reft-train", *own_process.job_arguments(sys.argv[1:])]
         run = compose.to_config(config)
         run = filed(run, name=label(run, compose.differing(HydraConfig.get().overrides.task)))
+        if lane is not None:
+            run = filed(run, reinit="create_new")  # one W&B run a job, though others are open
         return experiment.run(run, run_dir, _experiment(), command=command, lane=lane)
     except experiment.SetupError as error:
         if own_process.in_sweep():

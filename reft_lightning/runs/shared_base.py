@@ -9,6 +9,7 @@ does while the others wait.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import asdict
 from typing import Any
 
@@ -27,14 +28,15 @@ from .turns import Turns
 BACKWARD = "backward"  # a question to all, as a batch is
 # of a Trainer, what holds for the whole process or is part of a pass
 OF_THE_PROCESS = (
-    "accelerator",
-    "strategy",
-    "precision",
-    "plugins",
-    "deterministic",
-    "benchmark",
-    "detect_anomaly",
-)
+    "accelerator", "devices", "strategy", "precision", "plugins", "deterministic", "benchmark", "detect_anomaly",
+)  # fmt: skip
+
+_present: ContextVar[Lane | None] = ContextVar("lane", default=None)
+
+
+def present_lane() -> Lane | None:
+    """Return what the run of this thread shares with others; None where it shares nothing."""
+    return _present.get()
 
 
 class SharedBase:
@@ -116,6 +118,11 @@ class Lane(Callback):
         self.shared, self.name, self.runs = shared, name, runs
         self._joined = False
         self._alone: Callable[..., Any] | None = None
+
+    def enter(self) -> None:
+        """Make this the lane of the present thread, when it is its turn."""
+        _present.set(self)
+        self.shared.turns.begin(self.name)
 
     def base_model(self, load: Callable[[], Any]) -> Any:
         """Return the base model of all."""
