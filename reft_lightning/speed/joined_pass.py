@@ -3,7 +3,7 @@ r"""One pass of a frozen base model for the rows of several adapters, each of wh
 .. math:: \nabla_{\theta_i} L_i = \nabla_{\theta_i} \sum_j L_j \qquad \text{as } L_j \text{ depends on no } \theta_i
     \text{ but its own}
 
-The batches of the adapters are put below each other, and each row names its adapter. The graph is cut at the logits:
+Batches of about one length are put below each other, and each row names its adapter. The graph is cut at the logits:
 each adapter has its own loss and takes it back to its own logits when it likes; the rest of the way, through the base
 model, is gone once for all. Losses and gradients are those of a pass of its own up to rounding.
 
@@ -32,6 +32,9 @@ from .frozen_part import FrozenPrefix, suffix_lengths
 
 log = logging.getLogger(__name__)
 
+PADDED = (
+    1.25  # how much longer than the shortest batch of a pass the longest may be: padding is computed, too
+)
 Batch = Mapping[str, Any]  # the inputs of a model in the layout prompt | target, labels of the last columns
 
 
@@ -85,8 +88,8 @@ class JoinedPass:
         self._first_rows: dict[str, int] = {}  # adapter -> number of its first row among those of all
         self._checked = 0  # columns of the longest pass that was compared
         self._failures = 0
-        self._logits: Tensor | None = None  # (n, t + 1, v), with the graph
-        self._own: list[tuple[slice, Tensor]] = []  # rows and logits (b, t + 1, v) of each adapter
+        # logits of a pass (n, t + 1, v), with their graph, and of its adapters (b, t + 1, v)
+        self._passes: list[tuple[Tensor, list[Tensor]]] = []
         self.works = True
         if angles_depend_on_length(self._base.config):
             self._refuse("RoPE's angles depend on the longest row of a batch")
@@ -108,7 +111,7 @@ class JoinedPass:
 
         A loss can be taken back to its logits only, until :meth:`backward`.
         """
-        self._logits = None
+        self._passes = []
         if not self.works:
             return None
         try:
@@ -122,45 +125,61 @@ class JoinedPass:
                 self._refuse("passes for all runs keep failing")
         else:
             return outputs
-        self._logits = None
+        self._passes = []
         return None
 
     def _forward(self, asked: Mapping[str, Asked]) -> dict[str, CausalLMOutput]:
         self._model = self._model or self._join()
-        columns = max(one.boundary for one in asked.values()) + max(map(_targets, asked.values()))
-        if columns > self._checked:
-            self._check(asked)
-            self._checked = columns
+        parts, outputs = self._parts(asked), {}
+        longest = max(map(_columns, asked.values()))
+        if longest > self._checked:
+            self._check(parts)
+            self._checked = longest
         with self._own_random_numbers(asked):
-            self._logits = self._logits_of(asked)
-        self._own, start = [], 0
-        for one in asked.values():
-            place = slice(start, start := start + len(one.rows))
-            self._own.append((place, self._logits[place, : _targets(one) + 1].detach().requires_grad_()))
-        return self._outputs(asked, [logits for _, logits in self._own])
+            for part in parts:
+                logits = self._logits_of(part)
+                self._passes.append((logits, _cut(part, logits)))
+                outputs |= self._outputs(part, self._passes[-1][1])
+        return outputs
 
-    def _check(self, asked: Mapping[str, Asked]) -> None:
+    def _parts(self, asked: Mapping[str, Asked]) -> list[dict[str, Asked]]:
+        """Divide batches by what one pass is good for: about one length, all with a frozen prefix or none."""
+        kinds = {name: (self._frozen({name: one}), _columns(one)) for name, one in asked.items()}
+        parts: list[dict[str, Asked]] = []
+        frozen, shortest = False, 0
+        for name in sorted(asked, key=kinds.__getitem__):
+            if not parts or kinds[name][0] != frozen or kinds[name][1] > PADDED * shortest:
+                parts.append({})
+                frozen, shortest = kinds[name]
+            parts[-1][name] = asked[name]
+        return parts
+
+    def _frozen(self, asked: Mapping[str, Asked]) -> bool:
+        boundary = max(one.boundary for one in asked.values())
+        return self._prefix is not None and self._prefix.columns(self._rows(asked), boundary) > 0
+
+    def _rows(self, asked: Mapping[str, Asked]) -> list[int]:
+        return [self._first_rows[name] + row for name, one in asked.items() for row in one.rows]
+
+    def _check(self, parts: list[dict[str, Asked]]) -> None:
         """Compare with the plain pass of each adapter, without dropout."""
         assert self._model is not None
         self._model.adapters.eval()
         try:
-            with torch.no_grad():
-                parts = self._logits_of(asked).split([len(one.rows) for one in asked.values()])
-                cut = [
-                    logits[:, : _targets(one) + 1] for logits, one in zip(parts, asked.values(), strict=True)
-                ]
-                outputs = self._outputs(asked, cut)
-            for name, (inputs, *_) in asked.items():
-                model = self._adapters[name].model
-                check_agreement(model, inputs, partial(model, **inputs), partial(outputs.get, name))
+            for part in parts:
+                with torch.no_grad():
+                    outputs = self._outputs(part, _cut(part, self._logits_of(part)))
+                for name, (inputs, *_) in part.items():
+                    model = self._adapters[name].model
+                    check_agreement(model, inputs, partial(model, **inputs), partial(outputs.get, name))
         finally:
             self._model.adapters.train()
 
     def _logits_of(self, asked: Mapping[str, Asked]) -> Tensor:  # (n, t + 1, v)
         assert self._model is not None
-        inputs, rows, boundary = self._joined(asked)
-        if self._prefix is not None and self._prefix.columns(rows, boundary):
-            return self._prefix(inputs, rows, boundary).logits
+        inputs, boundary = self._joined(asked)
+        if self._prefix is not None and self._frozen(asked):
+            return self._prefix(inputs, self._rows(asked), boundary).logits
         return self._model(**inputs).logits
 
     def _outputs(self, asked: Mapping[str, Asked], logits: list[Tensor]) -> dict[str, CausalLMOutput]:
@@ -196,8 +215,8 @@ class JoinedPass:
             for hook in hooks:
                 hook.remove()
 
-    def _joined(self, asked: Mapping[str, Asked]) -> tuple[dict[str, Any], list[int], int]:
-        """Return the inputs of all rows, their numbers, and where their targets start."""
+    def _joined(self, asked: Mapping[str, Asked]) -> tuple[dict[str, Any], int]:
+        """Return the inputs of all rows, and where their targets start."""
         boundary = max(one.boundary for one in asked.values())
         after = max(map(_targets, asked.values()))
         pad = getattr(self._base.config.get_text_config(), "pad_token_id", None) or 0
@@ -215,20 +234,17 @@ class JoinedPass:
             "logits_to_keep": after + 1,
             "adapter_names": [name for name, one in asked.items() for _ in one.rows],
         }
-        rows = [self._first_rows[name] + row for name, one in asked.items() for row in one.rows]
-        return inputs, rows, boundary
+        return inputs, boundary
 
     def backward(self) -> None:
         """Take the gradients of the logits, of the adapters that have any, on to the parameters."""
-        logits, self._logits = self._logits, None
-        if logits is None:
-            return
-        gradient = torch.zeros_like(logits)
-        for place, own in self._own:
-            if own.grad is not None:
-                gradient[place, : own.shape[1]] = own.grad
-        self._own = []
-        logits.backward(gradient)
+        passes, self._passes = self._passes, []
+        for logits, cut in passes:
+            gradient = torch.zeros_like(logits)
+            for part, own in zip(gradient.split([len(own) for own in cut]), cut, strict=True):
+                if own.grad is not None:
+                    part[:, : own.shape[1]] = own.grad
+            logits.backward(gradient)
 
     def _refuse(self, reason: str) -> None:
         self.works = False
@@ -240,5 +256,19 @@ def _draws(phi: Any) -> bool:
     return phi.dropout > 0 or not type(phi).__module__.startswith("reft_lightning.")
 
 
+def _columns(asked: Asked) -> int:
+    return asked.inputs["input_ids"].shape[1]
+
+
 def _targets(asked: Asked) -> int:
-    return asked.inputs["input_ids"].shape[1] - asked.boundary
+    return _columns(asked) - asked.boundary
+
+
+def _cut(
+    asked: Mapping[str, Asked], logits: Tensor
+) -> list[Tensor]:  # (n, t + 1, v) -> (b, t + 1, v) of each
+    rows = logits.split([len(one.rows) for one in asked.values()])
+    return [
+        own[:, : _targets(one) + 1].detach().requires_grad_()
+        for own, one in zip(rows, asked.values(), strict=True)
+    ]

@@ -75,8 +75,22 @@ def test_losses_and_gradients_are_those_of_passes_of_their_own(family, adapters)
     for name, model in alone.items():
         assert any(gradient.abs().max() > 0 for gradient in gradients(models[name]))
         torch.testing.assert_close(gradients(models[name]), gradients(model))
-    _, rows, boundary = one._joined(asked)  # what no adapter edits runs without gradient
-    assert bool(one._prefix and one._prefix.columns(rows, boundary)) == (adapters is SUFFIXES)
+    assert any(
+        one._frozen({name: each}) for name, each in asked.items()
+    )  # what is not edited runs without gradient
+    assert len(one._parts(asked)) == (1 if adapters is SUFFIXES else 2)
+
+
+def test_batches_of_other_lengths_have_passes_of_their_own():
+    _, one = joined("llama", SUFFIXES)
+    asked = {name: asked_of(number) for number, name in enumerate(SUFFIXES)}
+    one.forward(asked)
+    longer = {key: torch.cat([asked["b"].inputs[key][:, :1]] * 20 + [asked["b"].inputs[key]], 1)
+              for key in ("input_ids", "attention_mask", "prompt_mask")}  # fmt: skip
+    asked["b"] = asked["b"]._replace(
+        inputs={**asked["b"].inputs, **longer}, boundary=asked["b"].boundary + 20
+    )
+    assert [set(part) for part in one._parts(asked)] == [{"a", "c"}, {"b"}]
 
 
 def test_an_adapter_that_gives_no_gradient_gets_none_and_the_others_theirs():
