@@ -6,8 +6,9 @@
 
 Each figure is of a process of its own that runs ``reft-train -m`` over so many learning rates of one LoReFT (rank 8,
 all layers), with ``launcher=shared_base`` and without, in turns. ``seconds`` is from the first step to the end of the
-last one, of all jobs; ``memory`` is the peak of the process (on a GPU: of torch on it). Memory of n runs at the same
-time in processes of their own is n times that of one. Weights and rows are random: costs do not depend on them.
+last one, of all jobs; ``memory`` is the peak of the process (on a GPU: of torch on it); ``cpu`` is its seconds on
+processors, from its start to its end. Memory of n runs at the same time in processes of their own is n times that of
+one. Weights and rows are random: costs do not depend on them.
 """
 
 from __future__ import annotations
@@ -30,16 +31,18 @@ RANDOM = [
     "model=tiny_random", "model.config.hidden_size=512", "model.config.intermediate_size=1408",
     "model.config.num_hidden_layers=8", "model.config.num_attention_heads=8", "model.config.num_key_value_heads=8",
 ]  # fmt: skip
+KEYS = ("seconds", "cpu", "memory")
 POSITIONS = {"f7+l7": "f7+l7", "l1": "l1"}  # with l1 the prompt runs without gradient
 # runs the command, then prints the peaks of its process
 COMMAND = """
-import json, resource, sys
+import resource, sys
 from reft_lightning import cli
 sys.argv = ["reft-train", *sys.argv[1:]]
 cli.train()
 import torch
 gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-print("PEAK", json.dumps(gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+used = resource.getrusage(resource.RUSAGE_SELF)
+print("USED", gpu or used.ru_maxrss * 1024, used.ru_utime + used.ru_stime)
 """
 
 
@@ -70,9 +73,13 @@ def measure(arguments: list[str], shared: bool) -> dict[str, float]:
                         if r.get("progress/seconds")
                     )
                 )
-        peak = float(next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("PEAK")))
+        used = next(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("USED"))
         # side by side all end together; one by one each has its own time
-        return {"seconds": max(seconds) if shared else sum(seconds), "memory": peak}
+        return {
+            "seconds": max(seconds) if shared else sum(seconds),
+            "memory": float(used[0]),
+            "cpu": float(used[1]),
+        }
 
 
 def compare(count: int, arguments: list[str], rounds: int) -> dict[str, Any]:
@@ -86,9 +93,7 @@ def compare(count: int, arguments: list[str], rounds: int) -> dict[str, Any]:
         }
         found.append(pair)
         print(count, json.dumps(pair), file=sys.stderr, flush=True)
-    ratios = {
-        key: [pair["shared"][key] / pair["apart"][key] for pair in found] for key in ("seconds", "memory")
-    }
+    ratios = {key: [pair["shared"][key] / pair["apart"][key] for pair in found] for key in KEYS}
     return {
         "adapters": count, "rounds": found,
         **{f"{key}_ratio": statistics.median(values) for key, values in ratios.items()},
@@ -134,7 +139,7 @@ def main() -> None:
             print(
                 name,
                 row["adapters"],
-                *(f"{k} {row[k + '_ratio']:.2f} {row[k + '_range']}" for k in ("seconds", "memory")),
+                *(f"{k} {row[k + '_ratio']:.2f} {row[k + '_range']}" for k in KEYS),
             )
 
 
