@@ -115,7 +115,8 @@ def test_a_sweep_on_one_base_writes_what_its_jobs_write_apart(sweep, monkeypatch
         assert (folder / "reft-train.log").read_text().count("run folder:") == 1
 
 
-def test_runs_of_other_lengths_and_batches_share_too(sweep, monkeypatch):
+@pytest.mark.slow
+def test_runs_of_other_lengths_and_batches_share_too(sweep):
     different = ["trainer.max_epochs=1,2", "data.batch_size=2,5", "trainer.accumulate_grad_batches=2"]
     for folder, alone in zip(
         sweep("together", *different, "launcher=shared_base"), sweep("apart", *different), strict=True
