@@ -275,13 +275,17 @@ def _results(config: DictConfig, run_dir: Path, job: sweep.Job) -> dict[str, Any
             sys.stderr.write(f"{error}\n")
             sys.exit(2)
         from .runs import experiment
+        from .runs.shared_base import present_lane
         from .runs.wandb_names import filed, label
 
+    lane = present_lane()
     try:
         command = ["reft-train", *own_process.job_arguments(sys.argv[1:])]
         run = compose.to_config(config)
         run = filed(run, name=label(run, compose.differing(HydraConfig.get().overrides.task)))
-        return experiment.run(run, run_dir, _experiment(), command=command)
+        if lane is not None:
+            run = filed(run, reinit="create_new")  # one W&B run a job, though others are open
+        return experiment.run(run, run_dir, _experiment(), command=command, lane=lane)
     except experiment.SetupError as error:
         if own_process.in_sweep():
             raise  # the other jobs go on

@@ -46,7 +46,7 @@ def runs(monkeypatch, tmp_path):
     fake = types.ModuleType("reft_lightning.runs.experiment")
     fake.calls, fake.experiments, fake.commands = [], [], []
 
-    def run(config, run_dir, experiment=None, command=()):
+    def run(config, run_dir, experiment=None, command=(), lane=None):
         fake.commands.append(command)
         fake.calls.append((config, run_dir))
         fake.experiments.append(experiment)

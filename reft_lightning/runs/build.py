@@ -9,9 +9,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..adapters.adapt import adapt, build_on_meta
 from ..adapters.adapted import AdaptedModel, ParameterCount
@@ -45,6 +45,9 @@ from .checks import (
 )
 from .devices import check_accelerator
 from .kinds import kind_of
+
+if TYPE_CHECKING:
+    from .shared_base import Lane
 
 PLACE = tuple(field.name for field in fields(ModelPlace))
 
@@ -176,10 +179,20 @@ def prepare(config: Config) -> Prepared:
     return Prepared(data=data, **vars(run))
 
 
-def build(config: Config, prepared: Prepared | None = None) -> Objects:
-    """Build what a run needs: load the weights, attach, and make the Lightning module."""
+def build(config: Config, prepared: Prepared | None = None, lane: Lane | None = None) -> Objects:
+    """Build what a run needs: load the weights, attach, and make the Lightning module.
+
+    Args:
+        config: of the run.
+        prepared: what was prepared of it.
+        lane: what it shares with other runs, if it does.
+    """
     run = prepared or prepare(config)
-    base_model, _ = load_base_model(**run.source | {"tokenizer": run.tokenizer, "hf_config": run.hf_config})
+
+    def load() -> PreTrainedModel:
+        return load_base_model(**run.source | {"tokenizer": run.tokenizer, "hf_config": run.hf_config})[0]
+
+    base_model = load() if lane is None else lane.base_model(load)
     if config.model.gradient_checkpointing:
         with warnings.catch_warnings():
             # the name in all of transformers 5; 5.23 deprecates it for 6
@@ -193,7 +206,10 @@ def build(config: Config, prepared: Prepared | None = None) -> Objects:
             base_model.disable_input_require_grads()
             base_model.config.use_cache = False
         model.compile()
-    module = kind_of(run.family).module(config, run, model, _shortened_pass(config, run, model))
+    training_pass: Any = _shortened_pass(config, run, model)
+    if lane is not None:
+        training_pass = lane.training_pass(model, run.data.train_rows, training_pass)
+    module = kind_of(run.family).module(config, run, model, training_pass)
     module.train()  # Lightning starts training in the mode it finds; the base's dropout is 0 unless asked for
     name = f"{config.model.name} {method_of(config)} seed {config.seed}"
     return Objects(run, model, module, name)

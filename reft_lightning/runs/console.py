@@ -81,9 +81,14 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
         )
     if "train_seconds" in results:
         seconds = results.get("seconds", {})
+        took = f"with {results.get('shared_base', 1) - 1} others on one base model ({results['steps']} steps)"
+        if results["train_seconds"] is not None:
+            took = (
+                f"{results['train_seconds']:.0f} s ({results['steps']} steps, "
+                f"{results['tokens_per_second']:.0f} tokens/s)"
+            )
         console.print(
-            f"training {results['train_seconds']:.0f} s ({results['steps']} steps, "
-            f"{results['tokens_per_second']:.0f} tokens/s), evaluation {sum(seconds.values()):.0f} s, "
+            f"training {took}, evaluation {sum(seconds.values()):.0f} s, "
             f"peak memory {_gibibytes(results['peak_memory_bytes'])}, seed {results['seed']}",
             soft_wrap=True,
         )
@@ -142,7 +147,7 @@ def _next_experiments(command: str, method: str) -> list[tuple[str, str]]:
 
 
 def _gibibytes(count: int | None) -> str:
-    return "unknown, as runs before it ran in its process" if count is None else f"{count / 2**30:.1f} GiB"
+    return "unknown, as other runs ran in its process" if count is None else f"{count / 2**30:.1f} GiB"
 
 
 def _split(name: str) -> tuple[str, str, str, str]:

@@ -25,6 +25,7 @@ class _Process:
     """What this process knows of its peak memory."""
 
     runs = 0  # that have begun
+    shared = False  # whether others run at the same time
     alone = True  # whether the peak is that of the last run alone
 
 
@@ -60,8 +61,13 @@ def git_commit() -> str | None:
     return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
 
 
-def begin_peak_memory() -> None:
-    """Let the peaks count from here: a process may have run others before, as a multirun does."""
+def begin_peak_memory(shared: bool = False) -> None:
+    """Let the peaks count from here: a process may have run others before, as a multirun does.
+
+    Args:
+        shared: whether others run in it at the same time, so that no peak is that of one.
+    """
+    _Process.shared = shared
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()
@@ -79,8 +85,10 @@ def peak_memory_bytes() -> int | None:
     """Return the peak memory of a run: of the GPU where one is used, else of the process.
 
     Returns:
-        None where the process cannot tell it from the peak of the runs before.
+        None where the process cannot tell it from that of other runs.
     """
+    if _Process.shared:
+        return None
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     if not _Process.alone:
@@ -94,5 +102,7 @@ def peak_memory_bytes() -> int | None:
 
 
 def peak_reserved_bytes() -> int | None:
-    """Return the most memory that torch held on the GPU so far, used or not; None without a GPU."""
+    """Return the most memory that torch held on the GPU, used or not; None without one, or for several runs."""
+    if _Process.shared:
+        return None
     return torch.cuda.max_memory_reserved() or None if torch.cuda.is_available() else None

@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import Callback, Trainer, seed_everything
@@ -41,6 +41,9 @@ from .stopping import check_told_to_stop, signal_of, until_sigterm
 from .trainer import build_trainer, quiet_lightning
 from .wandb_names import logs_adapter
 
+if TYPE_CHECKING:
+    from .shared_base import Lane
+
 log = logging.getLogger(__name__)
 
 
@@ -68,6 +71,7 @@ def run(
     experiment: str | None = None,
     callbacks: Sequence[Callback] = (),
     command: Sequence[str] = (),
+    lane: Lane | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate as the configuration says; return the contents of ``results.json``.
 
@@ -78,6 +82,7 @@ def run(
         callbacks: Lightning callbacks in addition to those of the configuration. One that raises :class:`Halted`
             ends the run without an error.
         command: that repeats the run; recorded.
+        lane: what it shares with other runs, if it does.
 
     Raises:
         SetupError: for a configuration that cannot work, before any weight is loaded.
@@ -85,7 +90,7 @@ def run(
     with leaving_no_ranks():
         target = Path(config.resume) if config.resume else Path(folder)
         try:
-            return _run(config, target, experiment, callbacks, command)
+            return _run(config, target, experiment, callbacks, command, lane)
         finally:
             gc.collect()  # hooks tie model and interventions in a circle, and a sweep's next job needs the memory
 
@@ -96,9 +101,10 @@ def _run(
     experiment: str | None,
     callbacks: Sequence[Callback],
     command: Sequence[str],
+    lane: Lane | None,
 ) -> dict[str, Any]:
     quiet_lightning()
-    begin_peak_memory()
+    begin_peak_memory(shared=lane is not None)
     seed_everything(config.seed, workers=True, verbose=False)
     random_state = torch.get_rng_state()
     try:
@@ -107,12 +113,13 @@ def _run(
         tested = bool(config.resume) and _check_resume(config, folder)
         plan = prepare(replace(config, test=config.test and not tested))
         trainer = build_trainer(
-            config, folder, plan.monitor, random_state, callbacks, validated=bool(plan.data.val_tasks)
-        )
+            config, folder, plan.monitor, random_state, [*([lane] if lane else []), *callbacks],
+            validated=bool(plan.data.val_tasks),
+        )  # fmt: skip
         if trainer.is_global_zero and not config.resume:
             make_room(folder, config.overwrite)
         check_validation_interval(config, len(plan.data.train_rows), trainer.world_size)
-        objects = build(config, plan)
+        objects = build(config, plan, lane)
     except (ValueError, OSError, ImportError, MisconfigurationException) as error:
         raise SetupError(str(error)) from error
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,6 +128,8 @@ def _run(
     results = _begin(config, folder, experiment, objects, writes=trainer.is_global_zero)
     if command:
         results.update(command=shlex.join(command))
+    if lane is not None:
+        results.update(shared_base=lane.runs)
     if runs := [logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)]:
         results.update(wandb_run=runs[0])  # which a resumed run continues
     log.info("run folder: %s", folder)
@@ -248,9 +257,11 @@ def _train(config: Config, objects: Objects, trainer: Trainer, results: Results,
     seconds = objects.module.train_seconds  # over all parts of a run that was resumed
     tokens = int(trainer.strategy.reduce(torch.tensor(objects.module.tokens, device=objects.module.device),
                                          reduce_op="sum"))  # fmt: skip
+    costs = {"train_seconds": seconds, "tokens_per_second": tokens / seconds if seconds else 0.0}
+    if results.values.get("shared_base"):  # the seconds are those of all runs on that model
+        costs = dict.fromkeys(costs)
     results.update(
-        train_seconds=seconds, steps=trainer.global_step, tokens=tokens,
-        tokens_per_second=tokens / seconds if seconds else 0.0,
+        **costs, steps=trainer.global_step, tokens=tokens,
         metrics={k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")},
     )  # fmt: skip
     if not config.checkpoint.restore_best:

@@ -76,10 +76,8 @@ def job_arguments(argv: Sequence[str]) -> list[str]:
         if value is not None:
             kept += [f"--{flag.replace('_', '-')}", value]
     overrides = HydraConfig.get().overrides
-    own = [
-        text for text in (*overrides.task, *overrides.hydra) if not text.lstrip("+~").startswith(LAUNCHING)
-    ]
-    return [*kept, *own]
+    given = [*overrides.task, *overrides.hydra]
+    return [*kept, *(text for text in given if not text.lstrip("+~").startswith(LAUNCHING))]
 
 
 def run_in_own_process(folder: Path, job: Job) -> dict[str, Any]:

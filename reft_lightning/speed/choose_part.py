@@ -114,7 +114,9 @@ def choose_part(model: Any, rows: Any, *, causal: bool, limit: int = 0) -> Part 
         return None
     lengths = torch.tensor(rows.lengths)
     prompts = torch.tensor(rows.prompt_lengths) if causal else None
-    prefix = None if prompts is None else _prefix(model, prompts, lengths)
+    prefix = None
+    if prompts is not None:
+        prefix = prefix_of(model, prompts, suffix_lengths(model, prompts, lengths - prompts))
     if prefix is not None and prefix.can_be_kept and prefix.bytes <= limit:
         prefix.keep()
         return _kept(prefix, len(lengths))
@@ -128,8 +130,8 @@ def choose_part(model: Any, rows: Any, *, causal: bool, limit: int = 0) -> Part 
     return prefix
 
 
-def _prefix(model: ReftModel, prompts: Tensor, lengths: Tensor) -> FrozenPrefix | None:
-    suffixes = suffix_lengths(model, prompts, lengths - prompts)
+def prefix_of(model: ReftModel, prompts: Tensor, suffixes: Tensor) -> FrozenPrefix | None:  # (n,), (n,)
+    """Return the part of rows left of their first edited token, see :class:`FrozenPrefix`; None if there is none."""
     trains_blocks = last_untrained_block(model) < len(blocks_of(model)) - 1
     if not keeps_its_columns(model.base_model):
         return None

@@ -12,11 +12,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
+
+from ..base_models.random_state import random_state, set_random_state
 
 
 class LastCheckpoint(Checkpoint):
@@ -90,7 +91,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Take up the random numbers, and after a resume the gradients of a step in progress."""
-        _set_random_state(self._random, pl_module.device)
+        set_random_state(self._random, pl_module.device)
         if self._resumed:
             # Lightning counts one step too many for its loggers when it resumes from some of the places above
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
@@ -101,7 +102,7 @@ class LastCheckpoint(Checkpoint):
 
     def _note(self, trainer: Trainer, module: LightningModule, stepped: bool) -> None:
         self._step = trainer.global_step
-        self._random = _random_state(module.device)
+        self._random = random_state(module.device)
         loader: Any = trainer.train_dataloader
         self._loaders = [loader.state_dict()]
         named = {} if stepped else dict(module.named_parameters())
@@ -139,16 +140,3 @@ class LastCheckpoint(Checkpoint):
             for count in (validation["total"], validation["current"]):
                 # what Lightning reads as a validation that stopped in its first batch
                 count.update(ready=1, started=1, processed=0, completed=0)
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"].cpu())
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

@@ -93,6 +93,15 @@ class ReftModel(nn.Module):
             self._hooks = {"": base_model.register_forward_pre_hook(self._begin, with_kwargs=True)}
             self._insert({DEFAULT: adapter})
 
+    @classmethod
+    def joining(cls, models: Mapping[str, ReftModel]) -> ReftModel:
+        """Return a model with the adapters of several on one base, which stay theirs; ``adapter_names`` chooses."""
+        first = next(iter(models.values()))
+        reft = cls(first.base_model, first.config)
+        reft._insert({name: model.adapters.first for name, model in models.items()})
+        reft.delete_adapter(DEFAULT)
+        return reft
+
     @property
     def config(self) -> ReftConfig:
         """What was attached: of the first adapter, as all properties that do not name one."""

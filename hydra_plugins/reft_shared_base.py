@@ -1,0 +1,155 @@
+"""``launcher=shared_base``: Hydra's launcher for the jobs of a sweep that share a frozen base model.
+
+What shares, and how, is in :mod:`reft_lightning.runs.shared_base`. Hydra finds launchers in this package only, and
+imports this file each time it starts: torch is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import gc
+import logging
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, run_job
+from omegaconf import DictConfig, open_dict
+
+log = logging.getLogger(__name__)
+
+
+# Hydra imports plugins as no module that Python knows, of which dataclasses cannot be made
+KEYS = {
+    "_target_": "hydra_plugins.reft_shared_base.SharedBaseLauncher",
+    "together": 8,  # runs at a time on one base model: the batches of all are in memory at once
+}
+ConfigStore.instance().store(group="hydra/launcher", name="shared_base", node=KEYS, provider="reft_lightning")
+
+
+class SharedBaseLauncher(BasicLauncher):
+    """Run the jobs of a sweep side by side where they share a base model, the others one after the other.
+
+    Args:
+        together: how many at a time.
+    """
+
+    def __init__(self, together: int = 8) -> None:
+        super().__init__()
+        if together < 1:
+            raise ValueError(f"hydra.launcher.together must be 1 or more; got {together}")
+        self.together = together
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs; return what each returned, in their order."""
+        from reft_lightning.config.compose import to_config
+        from reft_lightning.runs.shared_base import base_of, why_alone
+
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        jobs = {initial_job_idx + i: list(overrides) for i, overrides in enumerate(job_overrides)}
+        composed = {number: self._composed(number, overrides) for number, overrides in jobs.items()}
+        groups: dict[str, list[int]] = {}
+        for number, config in composed.items():
+            run = to_config(_without_hydra(config))
+            try:
+                reason = why_alone(run)
+            except ValueError as error:  # which the run itself will say
+                reason = str(error)
+            if reason is not None:
+                log.info("#%d runs apart: %s", number, reason)
+            groups.setdefault(f"apart {number}" if reason else base_of(run), []).append(number)
+        returned: dict[int, JobReturn] = {}
+        for group in groups.values():
+            for start in range(0, len(group), self.together):
+                part = group[start : start + self.together]
+                if len(part) > 1:
+                    returned |= self._side_by_side({number: composed[number] for number in part})
+                else:
+                    returned |= {part[0]: super().launch([jobs[part[0]]], part[0])[0]}
+                gc.collect()  # hooks tie the base model and its adapters in circles
+        return [returned[number] for number in jobs]
+
+    def _composed(self, number: int, overrides: list[str]) -> DictConfig:
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        with open_dict(config):
+            config.hydra.job.id = config.hydra.job.num = number
+        return config
+
+    def _side_by_side(self, jobs: Mapping[int, DictConfig]) -> dict[int, JobReturn]:
+        from reft_lightning.runs.shared_base import SharedBase
+
+        log.info("%d jobs share a base model:", len(jobs))
+        for number, config in jobs.items():
+            log.info("\t#%d : %s", number, " ".join(filter_overrides(config.hydra.overrides.task)))
+        shared = SharedBase(f"job{number}" for number in jobs)
+        returned: dict[int, JobReturn] = {}
+        threads = [
+            threading.Thread(
+                target=contextvars.copy_context().run,
+                args=(self._work, shared, number, config, returned),
+                name=f"job {number}",
+                daemon=True,
+            )
+            for number, config in jobs.items()
+        ]
+        told: list[int] = []
+
+        def stop(signum: int, frame: Any) -> None:
+            told.append(signum)
+            shared.turns.stopping = True
+            signal.signal(signum, before[signum])  # a second one ends all at once
+
+        main = threading.current_thread() is threading.main_thread()  # which alone receives signals
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT) if main}
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        if told:
+            raise SystemExit(128 + told[0])
+        return returned
+
+    def _work(self, shared: Any, number: int, config: DictConfig, returned: dict[int, JobReturn]) -> None:
+        """Run a job in its thread."""
+        name = f"job{number}"
+        shared.runs[name].enter()
+        try:
+            returned[number] = run_job(
+                hydra_context=self.hydra_context,
+                task_function=partial(_in_lane, self.task_function, number),
+                config=config,
+                job_dir_key="hydra.sweep.dir",
+                job_subdir_key="hydra.sweep.subdir",
+            )
+        except BaseException as error:  # told to stop, or what no other job may suffer from
+            failed = error if isinstance(error, Exception) else RuntimeError(f"job {number} ended: {error!r}")
+            returned[number] = JobReturn(status=JobStatus.FAILED, _return_value=failed)
+        finally:
+            for handler in logging.root.handlers:
+                handler.close()
+            shared.leave(name)
+
+
+def _in_lane(task: Any, number: int, config: DictConfig) -> Any:
+    for handler in logging.root.handlers:
+        if handler.formatter is not None and not isinstance(handler, logging.FileHandler):
+            text = f"%(asctime)s %(levelname)s #{number} %(message)s"
+            handler.setFormatter(logging.Formatter(text, handler.formatter.datefmt))
+    return task(config)
+
+
+def _without_hydra(config: DictConfig) -> DictConfig:
+    run = copy.deepcopy(config)
+    with open_dict(run):
+        del run["hydra"]
+    return run
