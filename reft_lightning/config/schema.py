@@ -76,6 +76,10 @@ class ModelConfig:
     )
     attn_implementation: Optional[str] = None  # None: transformers' choice
     float32_logits: bool = True  # of a 16-bit model: bfloat16 logits tie. False, as the authors' code has it
+    # transformers' quantization_config of the frozen base, with its quant_method; conf/quantization has some
+    quantization: dict[str, Any] = field(default_factory=dict)
+    # accelerate's: auto, balanced, sequential, or module -> GPU, cpu or disk, from where it is brought for each use
+    device_map: Any = free(None)
     config: dict[str, Any] = field(
         default_factory=dict
     )  # source=random: arguments of the HF config, with model_type

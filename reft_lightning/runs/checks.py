@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lightning import Trainer
 from transformers import PretrainedConfig
 
 from ..adapters.methods import method_named
@@ -52,6 +53,10 @@ def check_unused(config: Config, family: AnyFamily) -> None:
         raise ValueError(
             f"{method.name} enters the model as a key/value cache, which gradient checkpointing switches off: leave "
             "model.gradient_checkpointing out"
+        )
+    if config.model.quantization and method.trains_weights:
+        raise ValueError(
+            f"{method.name} trains the weights that model.quantization rounds: leave one of the two out"
         )
     _check_kept(config)
     if config.checkpoint.early_stopping_patience is not None and config.trainer.enable_checkpointing is False:
@@ -160,6 +165,20 @@ def check_validation_interval(config: Config, rows: int, world_size: int) -> Non
         raise ValueError(
             f"trainer.val_check_interval={interval} is more than the {batches} batches of an epoch: write a smaller "
             "number, a part of an epoch such as 0.5, or trainer.check_val_every_n_epoch=null to count over epochs"
+        )
+
+
+def check_strategy(config: Config, trainer: Trainer) -> None:
+    """Refuse what the processes of a run cannot do together.
+
+    Raises:
+        ValueError: with what to write instead.
+    """
+    model = config.model
+    if trainer.world_size > 1 and model.device_map is not None:
+        raise ValueError(
+            f"model.device_map={model.device_map} spreads one copy of the base over the devices of one process, and "
+            f"there are {trainer.world_size}: write trainer.devices=1"
         )
 
 
