@@ -10,16 +10,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lightning import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from transformers import PretrainedConfig
 
 from ..adapters.methods import method_named
 from ..base_models.decoders import is_decoder
-from ..config.schema import Config, DecodingConfig
+from ..config.schema import SHARDING, Config, DecodingConfig
 from ..data import AnyFamily, Family
 from ..data.example import Example
 from ..evaluation import Decoding
 from ..suggest import did_you_mean
 from ..training.module import limited
+from ..training.sharded_base import ShardedBase
 from .arguments import attachment
 from .kinds import kind_of
 
@@ -169,17 +171,29 @@ def check_validation_interval(config: Config, rows: int, world_size: int) -> Non
 
 
 def check_strategy(config: Config, trainer: Trainer) -> None:
-    """Refuse what the processes of a run cannot do together.
+    """Refuse what the processes of a run cannot do together, or not with this model.
 
     Raises:
         ValueError: with what to write instead.
     """
-    model = config.model
+    model, method, strategy = config.model, method_named(config.intervention.method), trainer.strategy
+    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        raise ValueError(f"trainer.strategy: {type(strategy).__name__} {SHARDING}")
     if trainer.world_size > 1 and model.device_map is not None:
         raise ValueError(
             f"model.device_map={model.device_map} spreads one copy of the base over the devices of one process, and "
-            f"there are {trainer.world_size}: write trainer.devices=1"
+            f"there are {trainer.world_size}: write trainer.devices=1, or trainer=fsdp without it"
         )
+    reasons = {
+        "model.device_map says itself where the weights are": model.device_map is not None,
+        "model.quantization leaves weights that cannot be divided": bool(model.quantization),
+        "model.compile has not been tried with a divided base": model.compile,
+        f"{method.name} trains all of the base, and only what is frozen is divided": method.trains_weights,
+    }
+    for reason in (
+        reason for reason, holds in reasons.items() if holds and isinstance(strategy, ShardedBase)
+    ):
+        raise ValueError(f"trainer=fsdp: {reason}; leave it out, or write trainer=ddp")
 
 
 def check_tied_head(config: Config, hf_config: PretrainedConfig, heads: Sequence[str]) -> None:
