@@ -15,6 +15,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..base_models.dispatch import is_dispatched, keep_in_place, let_move
+from ..base_models.quantization import keep_gradients
 from .adapted import AdapterConfig
 
 NOTE = "attached_by_reft_lightning"
@@ -61,6 +63,9 @@ def attaching(model: PreTrainedModel, config: AdapterConfig, alone: bool) -> Ite
             note = Attached(learned, [], alone)
         setattr(model, NOTE, replace(note, configs=[*note.configs, config]))
         model.requires_grad_(False)
+        if is_dispatched(model):
+            keep_in_place(model)
+        keep_gradients(model)
         yield
 
 
@@ -82,6 +87,7 @@ def detached(model: PreTrainedModel, config: AdapterConfig) -> None:
         setattr(model, NOTE, replace(note, configs=others))
     else:
         delattr(model, NOTE)
+        let_move(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in note.learned)
 

@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..suggest import did_you_mean
+from .dispatch import is_dispatched
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +70,11 @@ def heads_to_train(model: PreTrainedModel, heads: str | Sequence[str] | bool | N
             model; ``False`` or an empty list for none.
 
     Raises:
-        ValueError: for another string, a path that the model does not have, or a model without a head of its own.
+        ValueError: for another string, a path that the model does not have, a model without a head of its own, or a
+            head that is quantized or offloaded.
     """
     if (heads is None and is_classifier(model)) or heads == AUTO:
-        return classification_heads(model)
+        heads = classification_heads(model)
     if heads is None or heads is False:
         return []
     if isinstance(heads, str) or not isinstance(heads, Sequence):
@@ -87,6 +89,15 @@ def heads_to_train(model: PreTrainedModel, heads: str | Sequence[str] | bool | N
             )
         if not any(True for _ in modules[head].parameters()):
             raise ValueError(f"the module {head!r} has no parameters to train as a head")
+        if is_dispatched(model) and any(p.is_meta for p in modules[head].parameters()):
+            raise ValueError(
+                f"the head {head!r} is offloaded, and then not trained: give it a device in device_map"
+            )
+        if any(type(p) is not nn.Parameter for p in modules[head].parameters()):
+            raise ValueError(
+                f"the head {head!r} is quantized, and then not trained: name it among the modules that are not "
+                "(llm_int8_skip_modules, modules_to_not_convert)"
+            )
         around = next((other for other in heads if head.startswith(f"{other}.")), None)
         if around is not None or list(heads).count(head) > 1:
             raise ValueError(f"the head {head!r} is part of the head {around or head!r}: name it once")

@@ -31,6 +31,7 @@ from .heads import check_head_size, check_only_heads_missing
 from .loading_bars import bars_of_transformers
 from .output_head import join_columns
 from .places import ModelPlace
+from .quantization import check_quantization, quantizing
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +110,8 @@ def load_config(
     base_dropout: bool = False,
     config: Mapping[str, Any] | None = None,
     num_labels: int | None = None,
+    quantization: Mapping[str, Any] | None = None,
+    device_map: Any = None,
     **place: Any,
 ) -> PretrainedConfig:
     """Return the Hugging Face configuration of a model; reads no weights.
@@ -117,12 +120,14 @@ def load_config(
         base_dropout: whether the base model's own dropouts stay.
         config: arguments of a random model's configuration, `model_type` among them.
         num_labels: of a classifier.
+        quantization: what :func:`load_base_model` will be given; checked.
+        device_map: likewise.
         **place: the fields of :class:`ModelPlace`.
 
     Raises:
         OSError: if it cannot be found; says what to do.
-        ValueError: if the source is unknown, what it needs is missing, or the checkpoint's classifier has another
-            number of outputs.
+        ValueError: if the source is unknown, what it needs is missing, the checkpoint's classifier has another
+            number of outputs, or this machine cannot quantize as asked.
     """
     lies = ModelPlace(**place)
     source = lies.source
@@ -131,8 +136,14 @@ def load_config(
         close = did_you_mean(source, MODEL_SOURCES)
         raise ValueError(f"model source must be one of {choices}; got {source!r}{close}")
     if source == "random":
+        if quantization or device_map:
+            raise ValueError(
+                "quantization and device_map are for weights that are read, and those of source=random are drawn: save "
+                "the model in a folder, and give source=local"
+            )
         loaded = _random_config(dict(config or {}))
     else:
+        check_quantization(quantization or {})
         if config:
             raise ValueError(
                 f"config belongs to source=random, source={source} has its own; got {dict(config)}"
@@ -160,6 +171,8 @@ def load_base_model(
     base_dropout: bool = False,
     attn_implementation: str | None = None,
     float32_logits: bool = False,
+    quantization: Mapping[str, Any] | None = None,
+    device_map: Any = None,
     config: Mapping[str, Any] | None = None,
     num_labels: int | None = None,
     seed: int = 42,
@@ -175,6 +188,9 @@ def load_base_model(
         base_dropout: False sets every dropout of the base model to 0, so `train()` changes nothing in it.
         attn_implementation: of transformers: `eager`, `sdpa`, ...; None for its default.
         float32_logits: compute the logits of a 16-bit causal model in float32, see `widen_logits`.
+        quantization: transformers' `quantization_config` as a dictionary: the weights are rounded as they are read.
+        device_map: accelerate's: `auto`, or module -> device, `cpu` or `disk`; None for the CPU, or for the one GPU
+            that a quantization needs.
         config: for `random`: configuration arguments, `model_type` among them.
         num_labels: of a classifier.
         seed: of the random weights: all of `random`, the new head of a classifier.
@@ -192,8 +208,9 @@ def load_base_model(
             raise ValueError(f"{what} must be one of {', '.join(choices)}; got {value!r}{close}")
     lies = ModelPlace(**place)
     wanted = hf_config or load_config(
-        **place, base_dropout=base_dropout, config=config, num_labels=num_labels
-    )
+        **place, base_dropout=base_dropout, config=config, num_labels=num_labels, quantization=quantization,
+        device_map=device_map,
+    )  # fmt: skip
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         loaded_tokenizer = tokenizer
     else:
@@ -209,6 +226,7 @@ def load_base_model(
             model = TASKS[task].from_config(wanted, **arguments)
         else:
             where = lies.folder()
+            arguments |= quantizing(quantization, device_map) if quantization else {"device_map": device_map}
             with bars_of_transformers():
                 model, found = TASKS[task].from_pretrained(
                     where, revision=lies.revision, config=wanted, output_loading_info=True, **arguments
@@ -237,9 +255,12 @@ def widen_logits(model: PreTrainedModel) -> None:
     """Let the language-model head of a 16-bit model compute in float32.
 
     bfloat16 keeps 8 bits: logits around 33, as SmolLM2 has them, come in steps of 0.25, so that close answers tie
-    and the lower token id wins. The head gets a float32 copy of its weights; embeddings tied to it keep theirs.
+    and the lower token id wins. The head gets a float32 copy of its weights; embeddings tied to it keep theirs. A head
+    that is quantized stays as it is.
     """
     head: Any = model.get_output_embeddings()
+    if any(type(parameter) is not torch.nn.Parameter for parameter in head.parameters()):
+        return
     # head.float() would widen embeddings that are tied to it
     for name, parameter in list(head.named_parameters(recurse=False)):
         setattr(head, name, torch.nn.Parameter(parameter.detach().float(), requires_grad=False))

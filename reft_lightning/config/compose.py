@@ -249,7 +249,7 @@ def _is_swept(override: Override) -> bool:
 def _help(vocabulary: Vocabulary) -> str:
     lines = []
     for group, options in vocabulary.groups.items():
-        if "/" in group or group in ("local", "search", "callbacks", "launcher"):
+        if "/" in group or group in ("local", "search", "callbacks", "launcher", "quantization"):
             continue
         names = sorted(shown(options).split(", "), key=lambda name: name != FIRST.get(group))
         lines.append(f"  {group:<13}{_in_short(names, len(options))}")

@@ -76,6 +76,10 @@ class ModelConfig:
     )
     attn_implementation: Optional[str] = None  # None: transformers' choice
     float32_logits: bool = True  # of a 16-bit model: bfloat16 logits tie. False, as the authors' code has it
+    # transformers' quantization_config of the frozen base, with its quant_method; conf/quantization has some
+    quantization: dict[str, Any] = field(default_factory=dict)
+    # accelerate's: auto, balanced, sequential, or module -> GPU, cpu or disk, from where it is brought for each use
+    device_map: Any = free(None)
     config: dict[str, Any] = field(
         default_factory=dict
     )  # source=random: arguments of the HF config, with model_type
@@ -378,10 +382,22 @@ BOUNDS: dict[str, Bounds] = {
 
 _NOT_FLOAT32 = "would turn all parameters to another type, and interventions are float32"
 _INSTEAD = "Write model.dtype=bfloat16 for the base model, or trainer.precision=bf16-mixed"
+SHARDING = (
+    "divides what is trained, too, or writes checkpoints in parts; here only the frozen base is divided. Write "
+    "trainer=fsdp"
+)
+_DEEPSPEED = (
+    "",
+    *(f"_stage_{n}" for n in ("1", "1_offload", "2", "2_offload", "3", "3_offload", "3_offload_nvme")),
+)
 _FORKED = "starts its processes from inside a run, which cannot be sent to them. Write trainer.strategy=ddp"
 
 # Values that Lightning takes and a run cannot, each with the reason and what to write.
 REFUSED: dict[str, dict[str, str]] = {
     "trainer.precision": dict.fromkeys(("bf16-true", "16-true", "64-true"), f"{_NOT_FLOAT32}. {_INSTEAD}"),
-    "trainer.strategy": dict.fromkeys(("ddp_spawn", "ddp_fork", "ddp_notebook"), _FORKED),
+    "trainer.strategy": {
+        **dict.fromkeys(("ddp_spawn", "ddp_fork", "ddp_notebook"), _FORKED),
+        **dict.fromkeys(("fsdp", "fsdp_cpu_offload"), SHARDING),
+        **dict.fromkeys((f"deepspeed{stage}" for stage in _DEEPSPEED), SHARDING),
+    },
 }

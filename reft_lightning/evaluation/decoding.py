@@ -191,7 +191,9 @@ def _decode(
         more["stopping_criteria"] = StoppingCriteriaList(
             [_Stop(tokenizer, decoding.stop_strings, first.tolist())]
         )
-    whole = model.generate(input_ids=ids, attention_mask=attention, generation_config=config, **more)
+    # ranks that share a base decode other rows, as many or fewer: Hugging Face would wait for the same number of them
+    given = {"input_ids": ids, "attention_mask": attention, "generation_config": config, "synced_gpus": False}
+    whole = model.generate(**given, **more)
     new = whole[:, ids.shape[1] :]
     return F.pad(new, (0, decoding.max_new_tokens - new.shape[1]), value=tokenizer.pad_token_id)
 

@@ -124,6 +124,8 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
         notes.append(
             "gradient checkpointing saves less for the backward pass and computes it again: not counted"
         )
+    if config.model.quantization:
+        notes.append(f"model.quantization: the base is counted in model.dtype={config.model.dtype}")
     if "mixed" in str(config.trainer.precision):
         notes.append(
             f"trainer.precision={config.trainer.precision}: counted in model.dtype={config.model.dtype}"

@@ -80,24 +80,26 @@ class Intervention(nn.Module):
         return None
 
     def forward(self, h: Tensor, scale: float = 1.0) -> Tensor:  # (n, d) -> (n, d)
-        """Return Phi(h) in the dtype of h."""
-        x = h.to(torch.promote_types(self._dtype(), torch.float32))
+        """Return Phi(h) in the dtype of h, and on its device, wherever the parameters are."""
+        parameter = self._first_parameter()
+        dtype = torch.float32 if parameter is None else torch.promote_types(parameter.dtype, torch.float32)
+        x = h.to(h.device if parameter is None else parameter.device, dtype)
         with without_autocast(h.device.type):
             edit = self.edit(x)
             if self.dropout_on == "edit":
                 edit = F.dropout(edit, self.dropout, self.training)
-            edited = (x + (edit if scale == 1 else scale * edit)).to(h.dtype)
+            edited = (x + (edit if scale == 1 else scale * edit)).to(h)
             if self.dropout_on == "edit":
                 return edited
             # cast first, as pyreft does: the factor 1 / (1 - dropout) then rounds as it does there
             return F.dropout(edited, self.dropout, self.training)
 
-    def _dtype(self) -> torch.dtype:
-        # of the first parameter; most have one of their own, which is found at once
+    def _first_parameter(self) -> nn.Parameter | None:
+        # most have one of their own, which is found at once
         for parameter in self._parameters.values():
             if parameter is not None:
-                return parameter.dtype
-        return next((parameter.dtype for parameter in self.parameters()), torch.float32)
+                return parameter
+        return next(self.parameters(), None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Intervention:
         # What .to(), .half() and .bfloat16() of a whole model call: Phi moves to the device, keeps its dtypes.

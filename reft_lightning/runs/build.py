@@ -49,6 +49,7 @@ from .kinds import kind_of
 if TYPE_CHECKING:
     from .shared_base import Lane
 
+OF_CONFIG = ("base_dropout", "config", "num_labels", "quantization", "device_map")  # arguments of load_config
 PLACE = tuple(field.name for field in fields(ModelPlace))
 
 
@@ -143,7 +144,7 @@ def outline(config: Config) -> Outline:
     attached = attachment(config, family)
     decoding = decoding_of(config, cast(Family, family)) if kind_of(family).generates else None
     place = {name: source[name] for name in PLACE}
-    hf_config = load_config(**place, **{k: source[k] for k in ("base_dropout", "config", "num_labels")})
+    hf_config = load_config(**place, **{k: source[k] for k in OF_CONFIG})
     order = class_order(hf_config, family.classes_of(config.data.tasks))
     check_reads_forward(config, hf_config, source["task"], family)
     tokenizer = load_tokenizer(**place, tokenizer=source["tokenizer"])

@@ -9,16 +9,19 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lightning import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from transformers import PretrainedConfig
 
 from ..adapters.methods import method_named
 from ..base_models.decoders import is_decoder
-from ..config.schema import Config, DecodingConfig
+from ..config.schema import SHARDING, Config, DecodingConfig
 from ..data import AnyFamily, Family
 from ..data.example import Example
 from ..evaluation import Decoding
 from ..suggest import did_you_mean
 from ..training.module import limited
+from ..training.sharded_base import ShardedBase
 from .arguments import attachment
 from .kinds import kind_of
 
@@ -52,6 +55,10 @@ def check_unused(config: Config, family: AnyFamily) -> None:
         raise ValueError(
             f"{method.name} enters the model as a key/value cache, which gradient checkpointing switches off: leave "
             "model.gradient_checkpointing out"
+        )
+    if config.model.quantization and method.trains_weights:
+        raise ValueError(
+            f"{method.name} trains the weights that model.quantization rounds: leave one of the two out"
         )
     _check_kept(config)
     if config.checkpoint.early_stopping_patience is not None and config.trainer.enable_checkpointing is False:
@@ -161,6 +168,32 @@ def check_validation_interval(config: Config, rows: int, world_size: int) -> Non
             f"trainer.val_check_interval={interval} is more than the {batches} batches of an epoch: write a smaller "
             "number, a part of an epoch such as 0.5, or trainer.check_val_every_n_epoch=null to count over epochs"
         )
+
+
+def check_strategy(config: Config, trainer: Trainer) -> None:
+    """Refuse what the processes of a run cannot do together, or not with this model.
+
+    Raises:
+        ValueError: with what to write instead.
+    """
+    model, method, strategy = config.model, method_named(config.intervention.method), trainer.strategy
+    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        raise ValueError(f"trainer.strategy: {type(strategy).__name__} {SHARDING}")
+    if trainer.world_size > 1 and model.device_map is not None:
+        raise ValueError(
+            f"model.device_map={model.device_map} spreads one copy of the base over the devices of one process, and "
+            f"there are {trainer.world_size}: write trainer.devices=1, or trainer=fsdp without it"
+        )
+    reasons = {
+        "model.device_map says itself where the weights are": model.device_map is not None,
+        "model.quantization leaves weights that cannot be divided": bool(model.quantization),
+        "model.compile has not been tried with a divided base": model.compile,
+        f"{method.name} trains all of the base, and only what is frozen is divided": method.trains_weights,
+    }
+    for reason in (
+        reason for reason, holds in reasons.items() if holds and isinstance(strategy, ShardedBase)
+    ):
+        raise ValueError(f"trainer=fsdp: {reason}; leave it out, or write trainer=ddp")
 
 
 def check_tied_head(config: Config, hf_config: PretrainedConfig, heads: Sequence[str]) -> None:

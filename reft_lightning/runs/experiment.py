@@ -30,7 +30,7 @@ from .arguments import method_of
 from .build import Objects, build, prepare
 from .card import write_card
 from .changed_answers import print_changed_answers
-from .checks import check_validation_interval
+from .checks import check_strategy, check_validation_interval
 from .console import print_table
 from .ddp_launch import leaving_no_ranks
 from .devices import check_accelerator
@@ -116,8 +116,10 @@ def _run(
             config, folder, plan.monitor, random_state, [*([lane] if lane else []), *callbacks],
             validated=bool(plan.data.val_tasks),
         )  # fmt: skip
+        check_strategy(config, trainer)
         if trainer.is_global_zero and not config.resume:
             make_room(folder, config.overwrite)
+        trainer.accelerator.setup_device(trainer.strategy.root_device)  # where a quantized base is read to
         check_validation_interval(config, len(plan.data.train_rows), trainer.world_size)
         objects = build(config, plan, lane)
     except (ValueError, OSError, ImportError, MisconfigurationException) as error:

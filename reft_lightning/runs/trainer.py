@@ -29,6 +29,7 @@ from ..training.best_checkpoint import BestCheckpoint
 from ..training.checkpoint_files import WholeCheckpoints
 from ..training.last_checkpoint import LastCheckpoint
 from ..training.progress import RunProgress
+from ..training.sharded_base import InStep, ShardedBase
 from ..training.wandb import WandbReport
 from .checks import Monitor
 from .results import Results
@@ -85,6 +86,9 @@ def build_trainer(
     arguments["plugins"] = plugins
     loggers = [] if config.trainer.barebones else build_loggers(config, folder)
     callbacks = [*first, StopTogether()]
+    if isinstance(arguments["strategy"], ShardedBase):
+        callbacks.append(InStep())
+        arguments["inference_mode"] = False  # gathered weights made in it could not be used in training
     if config.trainer.enable_checkpointing is not False and not config.trainer.barebones:
         callbacks += build_callbacks(config.checkpoint, monitor, folder, random_state)
     if loggers:
@@ -225,5 +229,7 @@ def quiet_lightning() -> None:
     warnings.filterwarnings(
         "ignore", ".*LeafSpec.*", FutureWarning
     )  # lightning 2.6 calls what torch 2.13 deprecates
+    # an edited block returns a view; no model of transformers adds to what a block returns in place
+    warnings.filterwarnings("ignore", ".*FSDP2-wrapped module .* returned a view tensor", UserWarning)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)

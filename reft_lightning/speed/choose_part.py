@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from ..adapters.reft.model import ReftModel
 from ..base_models.checkpointing import runs_blocks_again
@@ -108,6 +109,9 @@ def choose_part(model: Any, rows: Any, *, causal: bool, limit: int = 0) -> Part 
         limit: bytes.
     """
     if not isinstance(model, ReftModel) or runs_blocks_again(model.base_model) or len(model.adapters) > 1:
+        return None
+    if isinstance(model.base_model, FSDPModule):
+        log.info("nothing is left out of training steps: the ranks of a sharded base run it equally often")
         return None
     if angles_depend_on_length(model.base_model.config):
         log.info("nothing is left out of training steps: RoPE's angles depend on the longest row of a batch")

@@ -79,7 +79,7 @@ def test_every_key_that_identifies_no_run_is_known():
     marked = set(keys()) - dictionaries - set(identity(config()))
     assert {key for key in marked if not key.startswith("kept.")} == {
         "name", "overwrite", "resume", "trust_code", "test", "sealed", "evaluate_base", "option_likelihood", 
-        "decoding.verify",
+        "decoding.verify", "model.device_map",
         "data.eval_batch_size", "data.num_workers", "trainer.accelerator", "trainer.log_every_n_steps",
         "trainer.enable_progress_bar", "checkpoint.every_n_steps", "trainer.enable_model_summary", "trainer.benchmark",
         "trainer.profiler", "trainer.detect_anomaly", "trainer.default_root_dir", "trainer.enable_autolog_hparams",

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 FOLDER = "experiments/speed"
 SCRIPTS = (
-    "bench", "compile", "encoding", "files", "generate", "gpu", "interventions", "option_likelihood", "overhead",
-    "scaling", "startup", "step", "verified_decoding", "whole_pass",
+    "base_memory", "bench", "compile", "encoding", "files", "generate", "gpu", "interventions", "option_likelihood",
+    "overhead", "scaling", "startup", "step", "verified_decoding", "whole_pass",
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import torch
 from reft_lightning.adapters.saving import load_adapter
 from reft_lightning.runs import ddp_launch
 
-TWO = ("trainer.devices=2", "trainer.strategy=ddp")
+TWO = ("trainer=ddp", "trainer.devices=2")
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +53,24 @@ COMMON = ("data.group_by_length=false", "data.validation_size=7", "optimizer.wei
 
 
 @pytest.fixture(scope="module")
-def both(data, tmp_path_factory, root):
-    folder = tmp_path_factory.mktemp("ddp")
-    done = reft_train(data, root, folder, *COMMON, *TWO, f"hydra.run.dir={folder / 'two'}")
-    assert done.returncode == 0, done.stderr[-3000:]
+def one(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
     short_runs.run(data, folder / "one", *COMMON, "data.batch_size=6")
-    return folder / "one", folder / "two"
+    return folder / "one"
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def two(request):
+    """Both strategies: every rank holds the frozen base, or a part of it."""
+    return (f"trainer={request.param}", *TWO[1:])
+
+
+@pytest.fixture(scope="module")
+def both(data, one, two, tmp_path_factory, root):
+    folder = tmp_path_factory.mktemp("two")
+    done = reft_train(data, root, folder, *COMMON, *two, f"hydra.run.dir={folder / 'two'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return one, folder / "two"
 
 
 def assert_same_training(one, two):
@@ -78,11 +90,11 @@ def test_two_processes_train_the_adapter_of_one_with_twice_the_batch(both):
 
 
 @pytest.mark.slow
-def test_two_processes_that_accumulate_train_the_adapter_of_one_batch(data, both, tmp_path, root):
-    done = reft_train(data, root, tmp_path, *COMMON, *TWO, f"hydra.run.dir={tmp_path / 'two'}", "data.batch_size=1",
+def test_two_processes_that_accumulate_train_the_adapter_of_one_batch(data, one, two, tmp_path, root):
+    done = reft_train(data, root, tmp_path, *COMMON, *two, f"hydra.run.dir={tmp_path / 'two'}", "data.batch_size=1",
                       "trainer.accumulate_grad_batches=3")  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_training(both[0], tmp_path / "two")
+    assert_same_training(one, tmp_path / "two")
 
 
 STOP = """
@@ -98,9 +110,11 @@ class Stop(Callback):
 
 
 @pytest.mark.slow
-def test_two_processes_that_were_stopped_inside_a_step_go_on_with_its_gradient(data, both, tmp_path, root):
+def test_two_processes_that_were_stopped_inside_a_step_go_on_with_its_gradient(
+    data, one, two, tmp_path, root
+):
     (tmp_path / "stop.py").write_text(STOP)
-    run = [*short_runs.arguments(data), *COMMON, *TWO, f"hydra.run.dir={tmp_path / 'two'}", "data.batch_size=1",
+    run = [*short_runs.arguments(data), *COMMON, *two, f"hydra.run.dir={tmp_path / 'two'}", "data.batch_size=1",
            "trainer.accumulate_grad_batches=3", "+callbacks.stop._target_=stop.Stop"]  # fmt: skip
     command(root, tmp_path, *run, STOP="1")
     checkpoint = short_runs.checkpoint(tmp_path / "two")
@@ -108,7 +122,7 @@ def test_two_processes_that_were_stopped_inside_a_step_go_on_with_its_gradient(d
     assert checkpoint["callbacks"]["LastCheckpoint"]["gradients"]
     done = command(root, tmp_path, f"resume={tmp_path / 'two'}", "trust_code=true")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_training(both[0], tmp_path / "two")
+    assert_same_training(one, tmp_path / "two")
 
 
 @pytest.mark.slow
@@ -147,9 +161,9 @@ def test_a_sweep_under_two_processes_goes_on_after_a_job_that_fails(data, tmp_pa
 
 
 @pytest.mark.slow
-def test_processes_with_different_numbers_of_validation_batches_do_not_wait(data, tmp_path, root):
+def test_processes_with_different_numbers_of_validation_batches_do_not_wait(data, two, tmp_path, root):
     # 5 rows in batches of 1 are 3 batches of one process and 2 of the other
-    done = reft_train(data, root, tmp_path, *TWO, "data.validation_size=5", "data.eval_batch_size=1",
+    done = reft_train(data, root, tmp_path, *two, "data.validation_size=5", "data.eval_batch_size=1",
                       "trainer.max_epochs=1", "test=false", f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     counts = short_runs.results(tmp_path / "run")["counts"]

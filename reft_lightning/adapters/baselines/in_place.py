@@ -72,7 +72,7 @@ class Baseline(nn.Module):
         for name in self._in_place:
             parameters[name].requires_grad_(True)
         self._first = FirstValues({name: parameters[name] for name in self._in_place})
-        total = sum(parameter.numel() for parameter in parameters.values())
+        total = base_model.num_parameters()  # numel() would count two weights of 4 bits as one
         self._heads = _names_of(config.heads, base_model)
         self._base_parameters = total - sum(parameters[name].numel() for name in self._heads)
         self._enabled = True

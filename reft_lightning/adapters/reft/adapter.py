@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ...base_models.dispatch import is_dispatched
 from ...interventions import Orthonormal, Partition, check_settings, registered
 from ...suggest import did_you_mean
 from .config import LayerSpec, ReftConfig
@@ -65,6 +66,8 @@ class Adapter(nn.Module):
             site, key = sites[layer], str(layer)
             positions[key] = (parse_positions(spec.positions, spec.clip), spec.tied)
             group, device = _interventions(spec, positions[key][0], site.dim), device_at(modules, site.path)
+            if device.type == "meta" and is_dispatched(base_model):  # offloaded until it is used
+                device = torch.get_default_device()
             interventions[key] = group if device == torch.get_default_device() else group.to(device)
         return cls(config, interventions, {str(layer): site for layer, site in sites.items()}, positions)
 

@@ -633,7 +633,7 @@ class ReftModel(nn.Module):
         """Count the interventions' parameters against the base model's; heads are in neither, as in the paper."""
         trainable = sum(p.numel() for p in self.adapters.parameters())
         heads = sum(p.numel() for p in self.parameter_roles()["head"])
-        base = sum(p.numel() for p in self.base_model.parameters()) - heads
+        base = self.base_model.num_parameters() - heads  # numel() would count two weights of 4 bits as one
         return ParameterCount.of(trainable, base)
 
     def print_trainable_parameters(self) -> None:
