@@ -198,6 +198,7 @@ def why_alone(config: Config) -> str | None:
         "only runs that train a language model's answers are joined": not kind_of(family).generates,
         "model.base_dropout=true draws random numbers for all rows": config.model.base_dropout,
         "model.gradient_checkpointing=true runs blocks again": config.model.gradient_checkpointing,
+        "model.device_map decides where the base model is": config.model.device_map,
         "model.compile=true compiles the pass of one adapter": config.model.compile,
         "kept.limit_gb keeps parts of a pass of its own": config.kept.limit_gb,
         "trainer.max_time counts the seconds of all": config.trainer.max_time,
