@@ -7,6 +7,7 @@ sweep, during the next. A process that runs only this job has neither fault.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -79,7 +80,8 @@ def run_in_own_process(folder: Path) -> dict[str, Any]:
     place = str(folder).replace("'", r"\'")
     own = [f"hydra.run.dir='{place}'", "hydra.output_subdir=null", "hydra.mode=RUN"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "reft_lightning.cli", *job_arguments(sys.argv[1:]), *own]
+        [sys.executable, "-m", "reft_lightning.cli", *job_arguments(sys.argv[1:]), *own],
+        preexec_fn=_stop_with_parent if sys.platform == "linux" else None,
     )
     with _passed_on(process) as told:
         code = process.wait()
@@ -93,6 +95,11 @@ def run_in_own_process(folder: Path) -> dict[str, Any]:
             f"the run ended with exit status {code}; what it said stands above, and in {folder}"
         )
     return results.values
+
+
+def _stop_with_parent() -> None:
+    """Have the kernel send SIGTERM to this process when the sweep dies, by kill -9 too: prctl(PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 @contextmanager

@@ -133,8 +133,8 @@ def test_a_run_cannot_go_on_under_other_settings(data, tmp_path, monkeypatch):
         resume(data, tmp_path, *SETTINGS, "optimizer.lr=0.1")
 
 
-def test_a_folder_without_a_checkpoint_cannot_go_on(data, tmp_path):
-    with pytest.raises(experiment.SetupError, match=r"there is no .*last\.ckpt to continue from"):
+def test_a_folder_without_a_run_cannot_go_on(data, tmp_path):
+    with pytest.raises(experiment.SetupError, match=r"there is no run to go on with"):
         resume(data, tmp_path)
 
 
