@@ -496,12 +496,14 @@ def main() -> None:
             outcomes.append(meet(fault, reference, Path(name)))
             bad = outcomes[-1].lost or outcomes[-1].problems
             print(json.dumps(asdict(outcomes[-1])) if bad else ".", end="\n" if bad else "", flush=True)
+            if options.out:
+                lines = ",\n".join(json.dumps(asdict(outcome)) for outcome in outcomes)
+                options.out.write_text(
+                    f'{{"summary": {json.dumps(summary(outcomes))},\n"outcomes": [\n{lines}\n]}}\n'
+                )
     print()
     for kind, counts in summary(outcomes).items():
         print(kind, counts)
-    if options.out:
-        values = {"summary": summary(outcomes), "outcomes": [asdict(outcome) for outcome in outcomes]}
-        options.out.write_text(json.dumps(values, indent=1) + "\n")
     sys.exit(any(outcome.lost or outcome.problems for outcome in outcomes))
 
 

@@ -6,6 +6,7 @@ of ``adapter_state_dict``. Each file is written whole or not at all.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -15,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..interventions import INTERVENTIONS
@@ -102,7 +104,10 @@ def tensors_of(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file whole or not at all; tensors that share memory are written apart."""
+    """Write a safetensors file whole or not at all; tensors that share memory are written apart.
+
+    Its metadata hold a digest of the tensors, by which :func:`read_tensors` knows a damaged file.
+    """
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in state.items():
@@ -110,7 +115,16 @@ def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
         memory = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
-    write_whole(path, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
+    metadata = {"format": "pt", "sha256": _digest(tensors)}
+    write_whole(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -126,12 +140,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file.
 
     Raises:
-        ValueError: if it is damaged; names the file.
+        ValueError: if it is damaged, a flipped bit included; names the file.
     """
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dictionary
+            written = (file.metadata() or {}).get("sha256")
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, it is not safetensors: {error}") from error
+    if written is not None and written != _digest(state):  # other libraries write none
+        raise ValueError(
+            f"{path} is damaged: its numbers are not those that were saved; fetch or train it again"
+        )
+    return state
 
 
 def load_adapter(

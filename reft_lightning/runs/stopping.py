@@ -107,7 +107,9 @@ def trouble_of(error: BaseException) -> str | None:
         return f"nothing can be written ({said}): make room, then go on"
     if "DataLoader worker" in str(error):
         return f"a process that reads rows died ({said}): data.num_workers=0 needs none"
-    if any(words in str(error) for words in RANK):
+    if type(error).__module__.startswith("wandb."):
+        return f"W&B cannot be used ({said}): with WANDB_MODE=offline it writes to this machine"
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in RANK):
         return f"another process of this run died, or cannot be reached ({said})"
     return None
 

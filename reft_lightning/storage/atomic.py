@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
 import itertools
 import json
 import math
@@ -82,6 +81,8 @@ def hold_folder(folder: Path) -> bool:
     Returns:
         False if another process holds it.
     """
+    import fcntl  # not on Windows, where adapters are saved and loaded, and nothing is trained
+
     path = Path(folder).resolve() / ".lock"
     if path not in _held:
         file = path.open("w")
