@@ -109,10 +109,10 @@ AT_EVENTS: dict[str, Callable[[], None]] = {
     "ctrl_c": lambda: os.kill(os.getpid(), signal.SIGINT),
     "full_disk": fill_disk,
     "read_only_cache": read_only_cache,
-    "rank_0_killed": kill,
-    "rank_1_killed": kill,
 }
-AT_BATCHES = ("out_of_memory", "nan_loss", "nan_gradient", "loader_worker_killed")
+AT_BATCHES = (
+    "out_of_memory", "nan_loss", "nan_gradient", "loader_worker_killed", "rank_0_killed", "rank_1_killed",
+)  # fmt: skip
 AT_TIMES = ("kill_anytime",)
 KINDS = (*AT_EVENTS, *AT_BATCHES, *AT_TIMES)
 # How a command may end in which the fault happened: 0 where the run goes on, or the fault came after all was done
@@ -183,6 +183,8 @@ def watch(fault: Fault | None, at: int, counters: Counters) -> None:
             )
         if kind == "loader_worker_killed":
             kill_worker()
+        if kind.startswith("rank"):
+            kill()
         if kind == "nan_gradient":
             loss.register_hook(lambda gradient: gradient * float("nan"))
         return loss * float("nan") if kind == "nan_loss" else loss
@@ -202,11 +204,9 @@ def command(arguments: list[str], fault: Fault | None, at: int, counters: Counte
     """Be `reft-train`."""
     from reft_lightning import cli
 
-    if fault is not None and fault.fault.startswith("rank"):
-        os.environ["FAULT"] = json.dumps([asdict(fault), at])  # for rank.py, which the other rank runs
-        own = fault if fault.fault == "rank_0_killed" else None
-    else:
-        own = fault
+    other = fault if fault is not None and fault.fault == "rank_1_killed" else None
+    os.environ["FAULT"] = json.dumps([other and asdict(other), at])  # for rank.py, which another rank runs
+    own = None if other else fault
     watch(own, at, counters)
     sys.argv = [str(HERE / "rank.py"), *arguments]
     cli.train()
@@ -457,6 +457,7 @@ def summary(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
         of_kind = [outcome for outcome in outcomes if outcome.fault == kind]
         found[kind] = {
             "tried": len(of_kind),
+            "stopped the run": sum(outcome.status != 0 for outcome in of_kind),
             "recovered": sum(outcome.recovered for outcome in of_kind),
             "batches computed again": sum(outcome.batches_again for outcome in of_kind),
             "most of one run": max(outcome.batches_again for outcome in of_kind),

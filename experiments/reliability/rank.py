@@ -10,5 +10,5 @@ if __name__ == "__main__":
 
     import_everything()
     fault, at = json.loads(os.environ["FAULT"])
-    watch(Fault(**fault) if fault["fault"] == "rank_1_killed" else None, at, Counters())
+    watch(fault and Fault(**fault), at, Counters())
     cli.train()

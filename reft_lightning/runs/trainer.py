@@ -223,3 +223,5 @@ def quiet_lightning() -> None:
     )  # lightning 2.6 calls what torch 2.13 deprecates
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    # its one line says that a rank died, and that the others are killed
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)

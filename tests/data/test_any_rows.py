@@ -64,7 +64,7 @@ def composing():
         )  # fmt: skip
 
 
-@examples(60)
+@examples(40)
 @given(file=files())
 def test_any_file_is_refused_by_name_or_read_to_its_last_row(composing, tmp_path, monkeypatch, file):
     name, content, rows = file
@@ -82,7 +82,7 @@ def test_any_file_is_refused_by_name_or_read_to_its_last_row(composing, tmp_path
         lambda: experiment.run(composing(path), tmp_path / "run"), experiment.SetupError, WeightsReached
     )
     if said != "weights":
-        assert name in said or "rows" in said
+        assert name in said or "rows" in said or "data." in said
         assert len(said.splitlines()) == 1
         assert len(said) < 1500
         return
