@@ -87,7 +87,7 @@ def save_adapter(
     """Write the three files of an adapter; ``more`` ends its card."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / TENSOR_FILE, state)
+    write_tensors(folder / TENSOR_FILE, state, digest=True)
     write_text(folder / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
     write_text(folder / CARD_FILE, model_card(config, count) + more)
 
@@ -103,10 +103,14 @@ def tensors_of(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return state
 
 
-def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, state: Mapping[str, Tensor], digest: bool = False) -> None:
     """Write a safetensors file whole or not at all; tensors that share memory are written apart.
 
-    Its metadata hold a digest of the tensors, by which :func:`read_tensors` knows a damaged file.
+    Args:
+        path: of the file.
+        state: name -> tensor.
+        digest: whether its metadata hold a digest of the tensors, by which :func:`read_tensors` knows a damaged file;
+            without it they are those that other libraries look for. Of several entries the order would be any.
     """
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -115,7 +119,7 @@ def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
         memory = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
-    metadata = {"format": "pt", "sha256": _digest(tensors)}
+    metadata = {"sha256": _digest(tensors)} if digest else {"format": "pt"}
     write_whole(path, lambda partial: save_file(tensors, partial, metadata=metadata))
 
 
