@@ -80,6 +80,27 @@ def test_after_an_exception_in_a_validation_it_starts_again(data, whole, tmp_pat
     assert_same_run(tmp_path, whole)
 
 
+def test_a_run_that_was_stopped_while_it_wrote_its_best_checkpoint_has_it_at_the_end(data, tmp_path, monkeypatch):
+    from reft_lightning.training.checkpoint_files import WholeCheckpoints
+
+    settings = (*SETTINGS, "trainer.max_epochs=1")  # one validation
+    original = WholeCheckpoints.save_checkpoint
+
+    def stops(self, checkpoint, path, **options):
+        if path.name == "best.ckpt":
+            raise short_runs.Stop
+        original(self, checkpoint, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WholeCheckpoints, "save_checkpoint", stops)
+        with pytest.raises(short_runs.Stop):
+            short_runs.run(data, tmp_path / "run", *settings)
+    resume(data, tmp_path / "run", *settings)
+    short_runs.run(data, tmp_path / "whole", *settings)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert short_runs.results(tmp_path / "run")["chosen_by"] == short_runs.results(tmp_path / "whole")["chosen_by"]
+
+
 def test_a_run_stopped_twice_is_the_same_run(data, whole, tmp_path, monkeypatch):
     interrupt(data, tmp_path, monkeypatch, 2, *SETTINGS)
     interrupt(data, tmp_path, monkeypatch, 3, *SETTINGS, f"resume={tmp_path}")
