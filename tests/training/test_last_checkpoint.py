@@ -80,7 +80,9 @@ def test_after_an_exception_in_a_validation_it_starts_again(data, whole, tmp_pat
     assert_same_run(tmp_path, whole)
 
 
-def test_a_run_that_was_stopped_while_it_wrote_its_best_checkpoint_has_it_at_the_end(data, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_while_it_wrote_its_best_checkpoint_has_it_at_the_end(
+    data, tmp_path, monkeypatch
+):
     from reft_lightning.training.checkpoint_files import WholeCheckpoints
 
     settings = (*SETTINGS, "trainer.max_epochs=1")  # one validation
@@ -98,7 +100,10 @@ def test_a_run_that_was_stopped_while_it_wrote_its_best_checkpoint_has_it_at_the
     resume(data, tmp_path / "run", *settings)
     short_runs.run(data, tmp_path / "whole", *settings)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
-    assert short_runs.results(tmp_path / "run")["chosen_by"] == short_runs.results(tmp_path / "whole")["chosen_by"]
+    assert (
+        short_runs.results(tmp_path / "run")["chosen_by"]
+        == short_runs.results(tmp_path / "whole")["chosen_by"]
+    )
 
 
 def test_a_run_stopped_twice_is_the_same_run(data, whole, tmp_path, monkeypatch):
