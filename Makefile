@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+OLDEST := .oldest
+CORE   := storage interventions base_models adapters evaluation data speed training config runs exchange
 
 # libgomp's threads spin while they wait: next to another busy process that is 20 to 80 times slower than sleeping.
 # The variable counts only when it is set before Python starts.
@@ -12,12 +14,14 @@ export TOKENIZERS_PARALLELISM = false
 export WANDB_MODE ?= offline
 
 BENCH_ARGS ?= --random
+# CONSTRAINTS= installs the newest versions that pyproject.toml allows, as a job of continuous integration does.
+CONSTRAINTS ?= -c constraints.txt
 
 # A slow package index drops connections: pip resumes, and the whole call is tried again from its cache.
 PIP_INSTALL = $(BIN)/python -m pip install --retries 10 --timeout 120 --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow docs bench bench-gpu lint format clean
+.PHONY: help install quickstart test test-slow test-oldest docs bench bench-gpu lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | sort | expand -t 14
@@ -26,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV): about two minutes, 2.2 GB, and no further word of pip unless it fails"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@for attempt in 1 2 3; do \
-	    $(PIP_INSTALL) -e ".[dev]" -c constraints.txt && break; \
+	    $(PIP_INSTALL) -e ".[dev]" $(CONSTRAINTS) && break; \
 	    test $$attempt -lt 3 || exit 1; \
 	    echo "pip failed; attempt $$((attempt + 1)) of 3 in 10 s" >&2; sleep 10; \
 	done
@@ -43,6 +47,20 @@ test: $(STAMP)  ## the tests a change must pass: no network, no GPU, about seven
 
 test-slow: $(STAMP)  ## the tests that take longer
 	HF_HUB_OFFLINE=1 WANDB_SILENT=true $(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+# The lower bounds of pyproject.toml, all at once: what stands before the extras of developers, as NAME==BOUND.
+$(OLDEST)/constraints.txt: pyproject.toml
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	sed '/^notebooks = /q' pyproject.toml | grep -oE '[A-Za-z0-9_-]+(\[[a-z]+\])?>=[0-9.]+' \
+	    | sed -E 's/\[.*\]//; s/>=/==/; /^hatchling/d' | sort -u > $@.new
+	$(OLDEST)/bin/python -m pip install --retries 10 --timeout 120 --disable-pip-version-check -q -c $@.new \
+	    -e ".[quickstart,peft,report,search,judge,serve]" pytest pytest-timeout pytest-xdist hypothesis tensorboard
+	mv $@.new $@
+
+# Warnings are no errors there: new versions of what these need deprecate what old ones do.
+test-oldest: $(OLDEST)/constraints.txt  ## the tests of the core on the oldest versions that pyproject.toml allows
+	HF_HUB_OFFLINE=1 WANDB_SILENT=true OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto -W default \
+	    -m "not slow and not gpu" $(addprefix tests/,$(CORE)) $(PYTEST_ARGS)
 
 docs: $(STAMP)  ## build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
@@ -64,4 +82,4 @@ format: $(STAMP)  ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 clean:  ## remove the virtual environments and caches; outputs/ stays
-	rm -rf $(VENV) .bench site .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(OLDEST) .bench site .pytest_cache .ruff_cache build dist

@@ -171,6 +171,17 @@ def heavy_imports() -> Iterator[None]:
         gc.enable()
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Answer Ctrl-C with its exit status and a word, wherever it comes; a run that has begun has said more."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+
+
+@_interruptible()
 def train() -> Any:
     """Train, validate and test one configuration, or each one of a ``--multirun``.
 
@@ -184,6 +195,8 @@ def train() -> Any:
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda text: text not in ("-m", "--multirun"))
     asked = compose.preflight(sys.argv[1:])
     _check_folder(asked)
+    if asked.resumes:
+        _find_unfinished(asked)
     if asked.sweep:
         _check_jobs(asked)
     compose.register()
@@ -215,6 +228,25 @@ def _check_folder(asked: compose.Asked) -> None:
         sys.exit(2)
 
 
+def _find_unfinished(asked: compose.Asked) -> None:
+    """Let Hydra write into the folder of the run that ``resume=auto`` goes on with.
+
+    A sweep finds its jobs, and ranks that a cluster started find each other, in a folder that is named only.
+    """
+    from .runs.run_folder import find_unfinished
+
+    if asked.folder is not None:
+        return
+    ranks = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    if asked.sweep or ranks > 1:
+        name, who = ("sweep", "a sweep finds its jobs") if asked.sweep else ("run", "ranks find each other")
+        sys.stderr.write(f"resume=auto: {who} in a folder that you name: add hydra.{name}.dir=FOLDER\n")
+        sys.exit(2)
+    if found := find_unfinished(asked.parent, next(iter(asked.runs.values()))):
+        place = str(found).replace("'", r"\'")
+        sys.argv.append(f"hydra.run.dir='{place}'")
+
+
 def _check_jobs(asked: compose.Asked) -> None:
     """Check the jobs of a sweep before the first one, as far as neither rows nor weights are needed."""
     with heavy_imports():
@@ -233,8 +265,14 @@ def _resume(argv: Sequence[str]) -> None:
     with _names_of(options) as trusted:
         with heavy_imports():
             from .runs import experiment
+            from .runs.stopping import trouble_of
 
-        experiment.resume(run_dir, trusted)
+        try:
+            experiment.resume(run_dir, trusted)
+        except Exception as error:
+            if isinstance(error, experiment.SetupError) or trouble_of(error) is None:
+                raise
+            sys.exit(1)  # the log has said in one line what stopped the run
 
 
 def _import_from_here() -> None:
@@ -276,6 +314,7 @@ def _results(config: DictConfig, run_dir: Path, job: sweep.Job) -> dict[str, Any
             sys.exit(2)
         from .runs import experiment
         from .runs.shared_base import present_lane
+        from .runs.stopping import trouble_of
         from .runs.wandb_names import filed, label
 
     lane = present_lane()
@@ -291,6 +330,10 @@ def _results(config: DictConfig, run_dir: Path, job: sweep.Job) -> dict[str, Any
             raise  # the other jobs go on
         sys.stderr.write(f"{error}\n")
         sys.exit(2)
+    except Exception as error:
+        if own_process.in_sweep() or trouble_of(error) is None:
+            raise
+        sys.exit(1)  # the log has said in one line what stopped the run
 
 
 def _experiment() -> str | None:
@@ -509,6 +552,7 @@ def _convert(argv: Sequence[str]) -> None:
     command.main(folders[0], to, out, **given)
 
 
+@_interruptible()
 def _command(action: Callable[[Sequence[str]], Any], usage: str, help_text: str) -> None:
     argv = sys.argv[1:]
     if not argv or {"-h", "--help"} & set(argv):

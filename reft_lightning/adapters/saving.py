@@ -6,6 +6,7 @@ of ``adapter_state_dict``. Each file is written whole or not at all.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -15,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..interventions import INTERVENTIONS
@@ -85,7 +87,7 @@ def save_adapter(
     """Write the three files of an adapter; ``more`` ends its card."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / TENSOR_FILE, state)
+    write_tensors(folder / TENSOR_FILE, state, digest=True)
     write_text(folder / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
     write_text(folder / CARD_FILE, model_card(config, count) + more)
 
@@ -101,8 +103,15 @@ def tensors_of(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return state
 
 
-def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file whole or not at all; tensors that share memory are written apart."""
+def write_tensors(path: Path, state: Mapping[str, Tensor], digest: bool = False) -> None:
+    """Write a safetensors file whole or not at all; tensors that share memory are written apart.
+
+    Args:
+        path: of the file.
+        state: name -> tensor.
+        digest: whether its metadata hold a digest of the tensors, by which :func:`read_tensors` knows a damaged file;
+            without it they are those that other libraries look for. Of several entries the order would be any.
+    """
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in state.items():
@@ -110,7 +119,16 @@ def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
         memory = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
-    write_whole(path, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
+    metadata = {"sha256": _digest(tensors)} if digest else {"format": "pt"}
+    write_whole(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -126,12 +144,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file.
 
     Raises:
-        ValueError: if it is damaged; names the file.
+        ValueError: if it is damaged, a flipped bit included; names the file.
     """
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dictionary
+            written = (file.metadata() or {}).get("sha256")
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, it is not safetensors: {error}") from error
+    if written is not None and written != _digest(state):  # other libraries write none
+        raise ValueError(
+            f"{path} is damaged: its numbers are not those that were saved; fetch or train it again"
+        )
+    return state
 
 
 def load_adapter(

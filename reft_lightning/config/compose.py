@@ -43,7 +43,7 @@ from ..suggest import did_you_mean
 from ..terminal.bars import is_first_process
 from .explain import Vocabulary, shown
 from .method_settings import check_settings_mean_something
-from .schema import BOUNDS, CHOICES, REFUSED, Config
+from .schema import AUTO, BOUNDS, CHOICES, REFUSED, Config
 from .user_paths import with_absolute_paths
 
 CONFIG_NAME = "config"
@@ -94,11 +94,18 @@ class Asked:
         runs: what a sweep changes -> the configuration; all runs that are checked.
         sweep: whether it asks for several runs.
         folder: of the run or of the sweep, where the command line names one.
+        parent: where the folders of such runs lie otherwise.
     """
 
     runs: dict[str, Config] = dataclasses.field(default_factory=dict)
     sweep: bool = False
     folder: Path | None = None
+    parent: Path = Path("outputs")
+
+    @property
+    def resumes(self) -> bool:
+        """Whether it goes on with a run of its own, if there is one: ``resume=auto``."""
+        return any(run.resume == AUTO for run in self.runs.values())
 
 
 def config_dir() -> Path:
@@ -235,7 +242,9 @@ def preflight(argv: Sequence[str]) -> Asked:
     named = [o.value() for o in asked if o.key_or_group == ("hydra.sweep.dir" if sweep else "hydra.run.dir")]
     keys = [o.key_or_group.removeprefix(SWEEPER) for o in asked if _is_swept(o)]
     sweep_over(keys or filter(None, os.environ.get(SWEPT, "").split(",")))
-    return Asked(runs, sweep, Path(str(named[-1])) if named else None)
+    experiment = [o.value() for o in asked if o.key_or_group == "experiment"]
+    parent = Path("outputs") / _run_name(next(iter(runs.values())).name, *map(str, experiment[-1:]))
+    return Asked(runs, sweep, Path(str(named[-1])) if named else None, parent)
 
 
 def _modes(parsed: Iterable[Override]) -> set[str]:

@@ -290,7 +290,9 @@ class Config:
     loss_reduction: str = "token_mean"
     option_likelihood: bool = free(True)  # rank each row's options by likelihood, in addition to generating
     sealed: bool = free(False)  # the test split cannot be built: for searches
-    resume: Optional[str] = free(None)  # a run folder to continue
+    # a run folder to continue; auto: the run that the same command began in hydra.run.dir, else the newest unfinished
+    # one in outputs/NAME, and a new run where there is none
+    resume: Optional[str] = free(None)
     trust_code: bool = free(False)  # resume: its checkpoint may hold objects that run code when they are read
     overwrite: bool = free(
         False
@@ -307,6 +309,8 @@ WATCHING: dict[str, tuple[str, ...]] = {
         "RichModelSummary", "RichProgressBar", "ThroughputMonitor", "TQDMProgressBar",
     ),
 }  # fmt: skip
+
+AUTO = "auto"  # of resume
 
 # Values of the string fields above that name one thing of a few; an error message lists them.
 CHOICES: dict[str, tuple[str, ...]] = {

@@ -284,7 +284,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def file_bytes(state: Mapping[str, Tensor]) -> int:
     """Return the size of a safetensors file: 8 bytes, a JSON header padded to a multiple of 8, the numbers."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"sha256": "0" * 64}}
     start = 0
     for name, tensor in sorted(state.items(), key=lambda item: (-item[1].element_size(), item[0])):
         end = start + _bytes([tensor])

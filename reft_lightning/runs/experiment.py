@@ -20,8 +20,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import WandbLogger
 
 from ..config.identity import config_hash, differences
-from ..config.schema import Config
-from ..storage.atomic import now, write_json
+from ..config.schema import AUTO, Config
+from ..storage.atomic import now, release_folder, write_json
+from ..terminal.bars import is_first_process
 from ..training.best_checkpoint import BestCheckpoint
 from ..training.checkpoint_files import read_checkpoint
 from ..training.evaluation import evaluate
@@ -36,8 +37,17 @@ from .ddp_launch import leaving_no_ranks
 from .devices import check_accelerator
 from .environment import begin_peak_memory, environment, peak_memory_bytes, peak_reserved_bytes
 from .results import Results, write_predictions
-from .run_folder import RESULTS, last_checkpoint, load_run_config, make_room, write_run_config
-from .stopping import check_told_to_stop, signal_of, until_sigterm
+from .run_folder import (
+    RESULTS,
+    begun,
+    hold,
+    is_complete,
+    last_checkpoint,
+    load_run_config,
+    make_room,
+    write_run_config,
+)
+from .stopping import check_told_to_stop, signal_of, trouble_of, until_sigterm
 from .trainer import build_trainer, quiet_lightning
 from .wandb_names import logs_adapter
 
@@ -77,7 +87,8 @@ def run(
 
     Args:
         config: a checked configuration.
-        folder: the run folder; it is created. With ``resume`` the earlier run's folder is used instead.
+        folder: the run folder; it is created. With ``resume`` the earlier run's folder is used instead; with
+            ``resume=auto`` it is this one, if it holds a run, and a complete run's results are returned.
         experiment: the file of ``conf/experiment`` that it was composed from; recorded.
         callbacks: Lightning callbacks in addition to those of the configuration. One that raises :class:`Halted`
             ends the run without an error.
@@ -88,10 +99,16 @@ def run(
         SetupError: for a configuration that cannot work, before any weight is loaded.
     """
     with leaving_no_ranks():
+        if config.resume == AUTO:
+            config = replace(config, resume=str(folder) if begun(folder) else None)
+            if config.resume and is_complete(folder) and not differences(load_run_config(folder), config):
+                log.info("%s is complete: nothing is left to do", folder)
+                return Results.read(folder).values
         target = Path(config.resume) if config.resume else Path(folder)
         try:
             return _run(config, target, experiment, callbacks, command, lane)
         finally:
+            release_folder(target)
             gc.collect()  # hooks tie model and interventions in a circle, and a sweep's next job needs the memory
 
 
@@ -112,23 +129,26 @@ def _run(
         # a run that was killed after its test reads no test row again
         tested = bool(config.resume) and _check_resume(config, folder)
         plan = prepare(replace(config, test=config.test and not tested))
+        if config.resume:
+            _check_same_rows(folder, plan.data.data_versions)
         trainer = build_trainer(
             config, folder, plan.monitor, random_state, [*([lane] if lane else []), *callbacks],
             validated=bool(plan.data.val_tasks),
         )  # fmt: skip
         check_strategy(config, trainer)
         if trainer.is_global_zero and not config.resume:
+            folder.mkdir(parents=True, exist_ok=True)
+            hold(folder)
             make_room(folder, config.overwrite)
         trainer.accelerator.setup_device(trainer.strategy.root_device)  # where a quantized base is read to
         check_validation_interval(config, len(plan.data.train_rows), trainer.world_size)
         objects = build(config, plan, lane)
     except (ValueError, OSError, ImportError, MisconfigurationException) as error:
         raise SetupError(str(error)) from error
-    folder.mkdir(parents=True, exist_ok=True)
     if trainer.is_global_zero and not config.resume:
         write_run_config(folder, config)
     results = _begin(config, folder, experiment, objects, writes=trainer.is_global_zero)
-    if command:
+    if command and not config.resume:
         results.update(command=shlex.join(command))
     if lane is not None:
         results.update(shared_base=lane.runs)
@@ -157,13 +177,16 @@ def _run(
             f"{ending.name}: the process was told to stop" if ending else f"{type(error).__name__}: {error}"
         )
         code = 128 + ending if ending else 1
-        results.update(
-            status="stopped", error=said, stopped=now(), **({"signal": ending.name} if ending else {})
-        )
+        values = {"signal": ending.name} if ending else {}
+        try:
+            results.update(status="stopped", error=said, stopped=now(), **values)
+        except OSError as also:  # the disk, perhaps, that stopped the run
+            log.error("%s cannot be written and says that the run is running: %s", results.path, also)
         _finish_wandb(trainer, results, None, exit_code=code)
-        if trainer.is_global_zero and last_checkpoint(folder).is_file():
+        if trainer.is_global_zero:
             go_on = shlex.join(["reft-train", f"resume={folder}"])
-            log.error("stopped; what was computed is in %s; go on with: %s", folder, go_on)
+            reason = trouble_of(error) or said.splitlines()[0]
+            log.error("stopped: %s; what was computed is in %s; go on with: %s", reason, folder, go_on)
         if (
             ending and trainer.is_global_zero
         ):  # Lightning kills the first of its ranks where another one fails
@@ -179,11 +202,21 @@ def _run(
 
 
 def _check_resume(config: Config, folder: Path) -> bool:
-    """Refuse to resume a run that is complete, that has no checkpoint, or that another configuration began.
+    """Refuse to resume a run that is complete, that is running, or that another configuration began.
 
     Returns:
         Whether it has been tested.
     """
+    if not begun(folder):
+        raise ValueError(f"resume={folder}: there is no run to go on with, as the folder has no config.yaml")
+    if is_first_process():
+        hold(folder)
+    changed = differences(load_run_config(folder), config)
+    if changed:  # optimizer and schedule are the checkpoint's
+        listed = "; ".join(f"{name}: {then!r} then, {today!r} now" for name, (then, today) in changed.items())
+        raise ValueError(
+            f"resume={folder} continues that run: what determines its result must stay; {listed}"
+        )
     earlier = Results.read(folder) if (folder / RESULTS).is_file() else Results(folder)
     if earlier.values.get("status") == "complete":
         # the test split would be read once more for the same scores
@@ -191,16 +224,20 @@ def _check_resume(config: Config, folder: Path) -> bool:
             f"resume={folder}: the run is already complete, and nothing is left to do; to evaluate its adapter again: "
             f"{shlex.join(['reft-eval', f'run={folder}'])}"
         )
-    if not last_checkpoint(folder).is_file():
-        raise ValueError(f"resume={folder}: there is no {last_checkpoint(folder)} to continue from")
-    read_checkpoint(last_checkpoint(folder), config.trust_code)
-    changed = differences(load_run_config(folder), config)
-    if changed:  # optimizer and schedule are the checkpoint's
-        listed = "; ".join(f"{name}: {then!r} then, {today!r} now" for name, (then, today) in changed.items())
-        raise ValueError(
-            f"resume={folder} continues that run: what determines its result must stay; {listed}"
-        )
+    if last_checkpoint(folder).is_file():
+        read_checkpoint(last_checkpoint(folder), config.trust_code)
     return earlier.has("test/")
+
+
+def _check_same_rows(folder: Path, versions: dict[str, Any]) -> None:
+    """Refuse to go on with other rows than those that a run began with."""
+    earlier = Results.read(folder).values.get("data_versions", {}) if (folder / RESULTS).is_file() else {}
+    for split in ("train", "validation"):
+        for name, facts in earlier.get(split, {}).items():
+            if facts.get("fingerprint") != versions[split].get(name, {}).get("fingerprint"):
+                raise ValueError(
+                    f"resume={folder} continues that run: the {split} rows of {name} are no longer those it began with"
+                )
 
 
 def _begin(config: Config, folder: Path, experiment: str | None, objects: Objects, writes: bool) -> Results:
@@ -235,7 +272,11 @@ def _stages(config: Config, folder: Path, objects: Objects, trainer: Trainer, re
         with objects.model.disabled():
             evaluate_split(trainer, objects, split, folder, results, base=True)
     if any(objects.model.parameter_roles().values()):
-        _train(config, objects, trainer, results, last_checkpoint(folder) if config.resume else None)
+        last = last_checkpoint(folder) if config.resume else None
+        if last and not last.is_file():
+            log.info("no checkpoint was written before the run stopped: training starts at step 0")
+            last = None
+        _train(config, objects, trainer, results, last)
     else:
         log.info("%s trains nothing", method_of(config))
         results.update(train_seconds=0.0, steps=0, tokens=0, tokens_per_second=0.0)
@@ -264,7 +305,8 @@ def _train(config: Config, objects: Objects, trainer: Trainer, results: Results,
         costs = dict.fromkeys(costs)
     results.update(
         **costs, steps=trainer.global_step, tokens=tokens,
-        metrics={k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")},
+        metrics=objects.module.train_metrics
+        | {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")},
     )  # fmt: skip
     if not config.checkpoint.restore_best:
         log.info("the weights of the last step count: checkpoint.restore_best=false")

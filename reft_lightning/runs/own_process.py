@@ -12,6 +12,7 @@ back, its run goes on from the checkpoint that it wrote.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -96,7 +97,7 @@ def run_in_own_process(folder: Path, job: Job) -> dict[str, Any]:
     environment = os.environ | {SWEPT: ",".join(swept())}
     with said or nullcontext(), _passed_on(partial(
         subprocess.Popen, command, env=environment, stdout=said, stderr=subprocess.STDOUT if said else None,
-        preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
+        preexec_fn=_as_a_job,
     )) as (process, told):  # fmt: skip
         code = process.wait()
     results = Results.read(folder) if (folder / RESULTS).is_file() else None
@@ -112,6 +113,13 @@ def run_in_own_process(folder: Path, job: Job) -> dict[str, Any]:
         where = folder / LOG if said else f"above, and in {folder}"
         raise RuntimeError(f"the run ended with exit status {code}; what it said: {where}")
     return results.values
+
+
+def _as_a_job() -> None:
+    """Leave a cluster's USR2 to the process that waits, and be told to stop when that dies, also by kill -9."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 @contextmanager

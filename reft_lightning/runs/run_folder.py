@@ -8,8 +8,9 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..config.identity import differences
 from ..config.schema import Config
-from ..storage.atomic import write_text
+from ..storage.atomic import hold_folder, release_folder, write_text
 from ..storage.reading import read_json, read_yaml
 
 RESULTS = "results.json"
@@ -88,6 +89,44 @@ def make_room(folder: Path, overwrite: bool) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def begun(folder: Path) -> bool:
+    """Whether a folder holds a run, at whichever point of it."""
+    return (Path(folder) / "config.yaml").is_file()
+
+
+def hold(folder: Path) -> None:
+    """Keep other processes from working on a run, until it ends or is killed.
+
+    Raises:
+        ValueError: if another process works on it.
+    """
+    if not hold_folder(folder):
+        raise ValueError(
+            f"another process is running the run in {folder}: wait for its end, or stop it first"
+        )
+
+
+def find_unfinished(parent: Path, config: Config) -> Path | None:
+    """Return the newest run below a folder that another command like this one began and nobody finishes; it is held.
+
+    Two processes that ask at the same time do not get the same one.
+
+    Args:
+        parent: ``outputs/NAME``; its folders are named by their time.
+        config: what identifies the run, its seed included.
+    """
+    for folder in sorted((path.parent for path in parent.glob("*/config.yaml")), reverse=True):
+        try:
+            if is_complete(folder) or differences(load_run_config(folder), config) or not hold_folder(folder):
+                continue
+        except (ValueError, OSError):  # damaged, of another version, or not ours to write to
+            continue
+        if not is_complete(folder):  # its process may have ended it meanwhile
+            return folder
+        release_folder(folder)
+    return None
 
 
 def last_checkpoint(folder: Path) -> Path:

@@ -8,8 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+# What the operating system, gloo and NCCL say; safetensors and torch raise errors of their own with these words.
+DISK = ("No space left on device", "Disk quota exceeded", "Read-only file system")
+RANK = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "NCCL error",
+    "Socket Timeout",
+)
 
 
 class Terminated(SystemExit):
@@ -77,6 +88,30 @@ def check_told_to_stop(trainer: Trainer) -> None:
     noted = any(isinstance(callback, StopTogether) and callback.told for callback in callbacks)
     if trainer.strategy.reduce_boolean_decision(trainer.received_sigterm or noted, all=False):
         raise Terminated
+
+
+def trouble_of(error: BaseException) -> str | None:
+    """Return in one line what stopped a run through no fault of its code: memory, disk, numbers, a dead process.
+
+    Returns:
+        None for anything else, whose traceback is needed.
+    """
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, FloatingPointError):
+        return said
+    if isinstance(error, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
+        return f"numbers are no longer finite ({said}): lower optimizer.lr"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in said:
+        return f"out of memory ({said}): lower data.batch_size, which trainer.accumulate_grad_batches can make up for"
+    if any(words in str(error) for words in DISK):
+        return f"nothing can be written ({said}): make room, then go on"
+    if "DataLoader worker" in str(error):
+        return f"a process that reads rows died ({said}): data.num_workers=0 needs none"
+    if type(error).__module__.startswith("wandb."):
+        return f"W&B cannot be used ({said}): with WANDB_MODE=offline it writes to this machine"
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in RANK):
+        return f"another process of this run died, or cannot be reached ({said})"
+    return None
 
 
 def signal_of(error: BaseException) -> signal.Signals | None:

@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 MODES = ("online", "offline", "disabled")
 TAG_LENGTH = 64  # characters that W&B takes
 NAME_LENGTH = 128
+FINISH = (
+    600  # seconds in which W&B may send the rest at the end of a run; `wandb sync` sends what it could not
+)
 GROUPS = ("model", "data", "optimizer", "scheduler")  # of files; a choice among them is part of a name
 
 
@@ -112,6 +115,8 @@ def wandb_arguments(
         "id": earlier or agent or secrets.token_hex(4),
         "resume": "allow" if earlier else None,
     }
+    if "WANDB_FINISH_TIMEOUT" not in os.environ:  # W&B itself waits for ever for a network that is gone
+        own["settings"] = {"finish_timeout": FINISH, **(values.pop("settings", None) or {})}
     own |= {key: value for key, value in values.items() if value is not None}
     tags = list(dict.fromkeys(tag[:TAG_LENGTH] for tag in tags))
     return own | {"mode": mode, "tags": tags}, {"save_dir": str(inside), "config": shown_config(config)}

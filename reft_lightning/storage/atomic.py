@@ -9,7 +9,9 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+_held: dict[Path, IO[str]] = {}  # lock files of this process
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -69,6 +71,35 @@ def claim_folder(folder: Path) -> Path:
             continue
         return claimed
     raise AssertionError
+
+
+def hold_folder(folder: Path) -> bool:
+    """Reserve a folder that exists for this process until :func:`release_folder`, or until it ends, however it ends.
+
+    A lock of POSIX: that of a killed process is free at once, and children of a fork have none.
+
+    Returns:
+        False if another process holds it.
+    """
+    import fcntl  # not on Windows, where adapters are saved and loaded, and nothing is trained
+
+    path = Path(folder).resolve() / ".lock"
+    if path not in _held:
+        file = path.open("w")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            return False
+        _held[path] = file
+    return True
+
+
+def release_folder(folder: Path) -> None:
+    """Let other processes hold a folder; nothing happens to one that is not held."""
+    file = _held.pop(Path(folder).resolve() / ".lock", None)
+    if file is not None:
+        file.close()
 
 
 def new_folder(parent: Path) -> Path:

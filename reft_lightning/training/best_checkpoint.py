@@ -63,6 +63,8 @@ class BestCheckpoint(Checkpoint):
         if self.monitor not in found:
             raise ValueError(f"checkpoint.monitor={self.monitor}: no validation row gave that score")
         score, loss = (float(found[name]) for name in (self.monitor, LOSS))
+        if self.validations and self.validations[-1].step == trainer.global_step:
+            self.validations.pop()  # of a run that was stopped in it, perhaps before the file was written
         self.validations.append(Validation(trainer.global_step, score, loss))
         if self.best is self.validations[-1]:
             trainer.save_checkpoint(self.path, weights_only=False)

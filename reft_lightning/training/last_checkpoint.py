@@ -9,6 +9,7 @@ again, as the scores that it had summed are gone.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from torch import Tensor
 
 from ..base_models.random_state import random_state, set_random_state
 
+log = logging.getLogger(__name__)
+
 
 class LastCheckpoint(Checkpoint):
     """Write ``last.ckpt`` around validations, after epochs, every n steps, and when a run is interrupted.
 
     Under several processes the random numbers are those of the first, and only a signal to stop writes a
-    checkpoint at once: after an error in one process the others cannot be waited for.
+    checkpoint at once: after an error in one process the others cannot be waited for. Parameters that are no longer
+    finite are never written: a run could not go on from them.
 
     Args:
         path: of the file; it is replaced as a whole.
@@ -39,18 +43,17 @@ class LastCheckpoint(Checkpoint):
         self._loaders: list[Any] = []
         self._gradients: dict[str, Tensor] = {}
         self._step = 0  # optimizer steps after the last whole batch
-        self._resumed = self._validating = False
+        self._resumed = self._validating = self._due = False
 
     # --- when -----------------------------------------------------------------------------------------------
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note the state after a whole batch; save every n steps."""
+        """Note the state after a whole batch, which is saved every n steps."""
         stepped = trainer.global_step > self._step
         self._note(trainer, pl_module, stepped)
-        if stepped and self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
-            self._save(trainer)
+        self._due = bool(stepped and self.every_n_steps and trainer.global_step % self.every_n_steps == 0)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save before a validation, which may take long."""
@@ -79,6 +82,14 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if getattr(trainer, "fast_dev_run", False):
             return
+        self._due = False
+        trained = (p for p in trainer.lightning_module.parameters() if p.requires_grad)
+        finite = all(bool(t.isfinite().all()) for t in (*trained, *self._gradients.values()))
+        if not trainer.strategy.reduce_boolean_decision(finite):
+            log.warning("what is trained is no longer finite: it is not written to %s", self.path)
+            return
+        for logger in trainer.loggers:
+            logger.save()  # rows of steps that a killed run will not take again
         # the file is the first rank's: each rank goes on from the mean of all gradients, which has the same mean
         self._gradients = {
             n: trainer.strategy.reduce(g, reduce_op="mean") for n, g in self._gradients.items()
@@ -90,7 +101,12 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Take up the random numbers, and after a resume the gradients of a step in progress."""
+        """Take up the random numbers, and after a resume the gradients of a step in progress; save every n steps.
+
+        Here, and not at the end of the last batch, what that batch logged has reached the loggers.
+        """
+        if self._due:
+            self._save(trainer)
         set_random_state(self._random, pl_module.device)
         if self._resumed:
             # Lightning counts one step too many for its loggers when it resumes from some of the places above

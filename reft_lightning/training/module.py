@@ -81,6 +81,7 @@ class FinetuningModule(LightningModule):
         self.counts: dict[str, dict[str, Any]] = {}
         self.tokens = 0
         self.train_seconds = 0.0  # before the last on_train_start
+        self.train_metrics: dict[str, float] = {}  # at the last checkpoint
         self.total_steps = math.inf  # of training, once it begins
         self._started: float | None = None
         self._window = (0, 0.0)
@@ -228,6 +229,11 @@ class FinetuningModule(LightningModule):
         tokens = torch.tensor(self.tokens, device=self.device)
         checkpoint["tokens"] = int(self.trainer.strategy.reduce(tokens, reduce_op="sum"))
         checkpoint["train_seconds"] = self._seconds_so_far()
+        checkpoint["train_metrics"] = self.train_metrics = self.train_metrics | {
+            name: float(value)
+            for name, value in self.trainer.callback_metrics.items()
+            if name.startswith("train/")
+        }
         step_loss = torch.as_tensor(self._step_loss, device=self.device)
         checkpoint["step_loss"] = self.trainer.strategy.reduce(step_loss, reduce_op="mean")
 
@@ -235,5 +241,5 @@ class FinetuningModule(LightningModule):
         """Go on counting; the tokens of all ranks are shared out, so that their sum stays."""
         each, rest = divmod(checkpoint["tokens"], self.trainer.world_size)
         self.tokens = each + (self.trainer.global_rank < rest)
-        self.train_seconds = checkpoint["train_seconds"]
+        self.train_seconds, self.train_metrics = checkpoint["train_seconds"], checkpoint["train_metrics"]
         self._step_loss = checkpoint["step_loss"].to(self.device)

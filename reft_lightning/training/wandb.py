@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -102,8 +103,9 @@ class WandbReport(Callback):
                     run.summary["best_step"] = checkpoint.best.step
 
     def _alert(self, trainer: Trainer, title: str, text: str, level: str) -> None:
-        for run in _runs(trainer):
-            run.alert(title, text, level)
+        with _warning_of("an alert"):
+            for run in _runs(trainer):
+                run.alert(title, text, level)
 
     def _table(self, trainer: Trainer, module: Any, stage: str) -> None:
         """Log predictions; those of the base are columns of the adapter's table, and no table of their own."""
@@ -114,9 +116,10 @@ class WandbReport(Callback):
         shown = with_base(rows, self._base_rows(stage))[::every]
         columns = list(dict.fromkeys(name for row in shown for name in row))
         data = [[_cell(row.get(name)) for name in columns] for row in shown]
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_table(f"{stage}/predictions", columns, data, step=trainer.global_step)
+        with _warning_of(f"the table {stage}/predictions"):
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.log_table(f"{stage}/predictions", columns, data, step=trainer.global_step)
 
     def _base_rows(self, stage: str) -> Mapping[Key, Mapping[str, Any]]:
         path = self.folder / "predictions" / f"base_{'validation' if stage == 'val' else stage}.jsonl"
@@ -142,6 +145,15 @@ def with_base(rows: Sequence[Row], base: Mapping[Key, Mapping[str, Any]]) -> lis
             row |= {"changed": row.get(answer) != base[key].get(answer)}
         shown.append(row)
     return shown
+
+
+@contextmanager
+def _warning_of(what: str) -> Iterator[None]:
+    """Let a run go on where W&B, or the network, fails: its folder holds everything."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("W&B could not take %s: %s: %s", what, type(error).__name__, error)
 
 
 def _cell(value: Any) -> Any:
@@ -171,16 +183,15 @@ def finish_wandb(
         adapter: its folder, or None not to upload it.
         exit_code: 0 for a run that ended as it should; 128 and the signal's number where it was told to stop.
     """
-    try:
+    with _warning_of("the end of the run"):
         for run in wandb_runs(loggers):
-            run.summary.update(summary_of(results))
-            if adapter is not None:
-                if not run.offline:  # W&B keeps no inputs of a run that is
-                    run.use_artifact(data_artifact(results))
-                run.log_artifact(adapter_artifact(results, adapter, run.id))
+            with _warning_of("the results"):
+                run.summary.update(summary_of(results))
+                if adapter is not None:
+                    if not run.offline:  # W&B keeps no inputs of a run that is
+                        run.use_artifact(data_artifact(results))
+                    run.log_artifact(adapter_artifact(results, adapter, run.id))
             run.finish(exit_code)
-    except Exception as error:  # of the network, or of W&B
-        log.warning("W&B could not take the end of the run: %s: %s", type(error).__name__, error)
 
 
 def summary_of(results: Mapping[str, Any]) -> dict[str, Any]:

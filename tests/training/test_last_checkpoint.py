@@ -80,6 +80,32 @@ def test_after_an_exception_in_a_validation_it_starts_again(data, whole, tmp_pat
     assert_same_run(tmp_path, whole)
 
 
+def test_a_run_that_was_stopped_while_it_wrote_its_best_checkpoint_has_it_at_the_end(
+    data, tmp_path, monkeypatch
+):
+    from reft_lightning.training.checkpoint_files import WholeCheckpoints
+
+    settings = (*SETTINGS, "trainer.max_epochs=1")  # one validation
+    original = WholeCheckpoints.save_checkpoint
+
+    def stops(self, checkpoint, path, **options):
+        if path.name == "best.ckpt":
+            raise short_runs.Stop
+        original(self, checkpoint, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WholeCheckpoints, "save_checkpoint", stops)
+        with pytest.raises(short_runs.Stop):
+            short_runs.run(data, tmp_path / "run", *settings)
+    resume(data, tmp_path / "run", *settings)
+    short_runs.run(data, tmp_path / "whole", *settings)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert (
+        short_runs.results(tmp_path / "run")["chosen_by"]
+        == short_runs.results(tmp_path / "whole")["chosen_by"]
+    )
+
+
 def test_a_run_stopped_twice_is_the_same_run(data, whole, tmp_path, monkeypatch):
     interrupt(data, tmp_path, monkeypatch, 2, *SETTINGS)
     interrupt(data, tmp_path, monkeypatch, 3, *SETTINGS, f"resume={tmp_path}")
@@ -133,8 +159,8 @@ def test_a_run_cannot_go_on_under_other_settings(data, tmp_path, monkeypatch):
         resume(data, tmp_path, *SETTINGS, "optimizer.lr=0.1")
 
 
-def test_a_folder_without_a_checkpoint_cannot_go_on(data, tmp_path):
-    with pytest.raises(experiment.SetupError, match=r"there is no .*last\.ckpt to continue from"):
+def test_a_folder_without_a_run_cannot_go_on(data, tmp_path):
+    with pytest.raises(experiment.SetupError, match=r"there is no run to go on with"):
         resume(data, tmp_path)
 
 
@@ -230,3 +256,58 @@ def test_a_complete_run_is_not_resumed(whole, monkeypatch, capsys):
     assert f"resume={whole}: the run is already complete" in said
     assert f"reft-eval run={whole}" in said
     assert (short_runs.results(whole), sorted(whole.iterdir())) == (before, parts)
+
+
+@pytest.mark.parametrize("what", ["parameters", "gradients"])
+def test_what_is_no_longer_finite_is_not_written_over_the_last_good_checkpoint(
+    data, whole, tmp_path, monkeypatch, what
+):
+    from reft_lightning.training.generation import GenerationModule
+
+    accumulated = ("trainer.accumulate_grad_batches=2",) if what == "gradients" else ()
+    original = GenerationModule.on_after_backward
+
+    def broken(self):
+        original(self)
+        if self.trainer.global_step == (2 if accumulated else 4):  # of gradients: in the middle of a step
+            next(p for p in self.parameters() if p.grad is not None).grad.fill_(float("nan"))
+
+    settings = (*SETTINGS[:1], *accumulated, "trainer.val_check_interval=1", "checkpoint.every_n_steps=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(GenerationModule, "on_after_backward", broken)
+        with pytest.raises((FloatingPointError, torch.linalg.LinAlgError)):
+            short_runs.run(data, tmp_path / "run", *settings)
+    kept = short_runs.checkpoint(tmp_path / "run")
+    for tensors in (kept["state_dict"], kept["callbacks"]["LastCheckpoint"]["gradients"]):
+        assert all(tensor.isfinite().all() for tensor in tensors.values())
+    resume(data, tmp_path / "run", *settings)
+    short_runs.run(data, tmp_path / "whole", *settings)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_killed_run_has_logged_every_step_that_it_does_not_take_again(data, tmp_path):
+    from lightning import Callback
+
+    class Looks(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if trainer.global_step > 1:
+                saved = short_runs.checkpoint(tmp_path)["global_step"]
+                assert sorted(short_runs.logged(tmp_path, "train/loss"))[-1] >= saved - 1
+                seen.append(saved)
+
+    seen = []
+    experiment.run(
+        short_runs.config(data, "checkpoint.every_n_steps=1", "test=false"), tmp_path, callbacks=[Looks()]
+    )
+    assert len(set(seen)) > 8
+
+
+def test_a_run_that_was_killed_after_its_last_step_keeps_the_loss_of_training(data, tmp_path, monkeypatch):
+    from reft_lightning.runs.results import Results
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "check_told_to_stop", lambda *_: (_ for _ in ()).throw(short_runs.Stop()))
+        with pytest.raises(short_runs.Stop):
+            short_runs.run(data, tmp_path, "test=false")
+    assert "train/loss" not in Results.read(tmp_path).values["metrics"]
+    assert resume(data, tmp_path, "test=false")["metrics"]["train/loss"] > 0

@@ -278,6 +278,8 @@ def test_ranks_of_a_resumed_run_share_out_the_tokens_of_all(data):
     found = []
     for rank in range(3):
         module.trainer = SimpleNamespace(world_size=3, global_rank=rank)
-        module.on_load_checkpoint({"tokens": 100, "train_seconds": 1.0, "step_loss": torch.zeros(())})
+        module.on_load_checkpoint(
+            {"tokens": 100, "train_seconds": 1.0, "train_metrics": {}, "step_loss": torch.zeros(())}
+        )
         found.append(module.tokens)
     assert found == [34, 33, 33]

@@ -13,6 +13,7 @@ import short_runs
 import torch
 import wandb as wandb_library
 from lightning import Callback
+from lightning.pytorch.loggers import WandbLogger
 
 from reft_lightning.config.compose import compose
 from reft_lightning.runs import experiment, trainer
@@ -281,6 +282,16 @@ def test_a_resumed_run_continues_its_run(data, tmp_path, monkeypatch):
     assert (logger.version, logger._wandb_init["resume"]) == (ids[0], "allow")
 
 
+def test_what_wandb_cannot_take_during_a_run_is_a_warning(data, tmp_path, caplog, monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(WandbLogger, "log_table", unreachable)
+    results = short_runs.run(data, tmp_path, "logger=wandb", "trainer.max_epochs=1")
+    assert results["status"] == "complete"
+    assert "W&B could not take the table val/predictions: ConnectionError: no route to host" in caplog.text
+
+
 def test_names_that_are_given_are_kept_and_long_tags_are_cut(tmp_path):
     names = {"name": "n", "group": "g", "job_type": "j"}
     given = [f"logger.wandb.{key}={value}" for key, value in names.items()]
@@ -381,3 +392,16 @@ def test_what_fails_at_the_end_of_a_wandb_run_is_a_warning(tmp_path, caplog, mon
     monkeypatch.setattr(logger.experiment, "finish", unreachable)
     finish_wandb([logger], {"status": "complete"})
     assert "W&B could not take the end of the run: ConnectionError: no route to host" in caplog.text
+
+
+def test_a_run_does_not_wait_for_ever_for_a_network_that_is_gone(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_FINISH_TIMEOUT", raising=False)
+    (_, logger) = trainer.build_loggers(wandb("logger.wandb.mode=disabled"), tmp_path)
+    assert logger._wandb_init["settings"] == {"finish_timeout": 600}
+    (_, logger) = trainer.build_loggers(
+        wandb("logger.wandb.mode=disabled", "+logger.wandb.settings.finish_timeout=9"), tmp_path
+    )
+    assert logger._wandb_init["settings"] == {"finish_timeout": 9}
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "5")
+    (_, logger) = trainer.build_loggers(wandb("logger.wandb.mode=disabled"), tmp_path)
+    assert "settings" not in logger._wandb_init

@@ -177,7 +177,7 @@ class Baseline(nn.Module):
         """Write ``baseline_config.json`` and, where the base's own parameters were trained, their tensors."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / BASELINE_FILE, self._trained_in_place())
+        write_tensors(folder / BASELINE_FILE, self._trained_in_place(), digest=True)
         values = {"format": FORMAT, **asdict(self.config)}
         write_text(folder / BASELINE_CONFIG_FILE, json.dumps(values, indent=2) + "\n")
 

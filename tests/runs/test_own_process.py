@@ -1,0 +1,35 @@
+"""A job of a sweep in a process of its own does not outlive the sweep."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+CHILD = """
+import signal, time
+signal.signal(signal.SIGTERM, lambda *_: open("told", "w").close() or exit())
+time.sleep(60)
+"""
+PARENT = f"""
+import subprocess, sys
+from reft_lightning.runs.own_process import _as_a_job
+subprocess.Popen([sys.executable, "-c", {CHILD!r}], preexec_fn=_as_a_job)
+print("started", flush=True)
+input()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl(PR_SET_PDEATHSIG) is Linux's")
+def test_a_job_is_told_to_stop_when_its_sweep_is_killed(root, tmp_path):
+    environment = {"PYTHONPATH": str(root), "PATH": ""}
+    sweep = subprocess.Popen([sys.executable, "-c", PARENT], cwd=tmp_path, env=environment, text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    assert sweep.stdout.readline().strip() == "started"
+    time.sleep(1)  # until its child listens
+    sweep.kill()
+    sweep.communicate()
+    until = time.monotonic() + 10
+    while not (tmp_path / "told").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert (tmp_path / "told").exists()
