@@ -11,6 +11,7 @@ from .base import (
 )
 from .elementwise import RED, Bias
 from .orthonormal import orthonormal_rows
+from .rows import Found, Tokens
 from .subspace import (
     ConsReFT,
     DiReFT,
@@ -31,6 +32,7 @@ __all__ = [
     "Bias",
     "ConsReFT",
     "DiReFT",
+    "Found",
     "Intervention",
     "LoReFT",
     "LobiReFT",
@@ -39,6 +41,7 @@ __all__ = [
     "OrthonormalDiReFT",
     "Partition",
     "Subspace",
+    "Tokens",
     "check_settings",
     "intervention_class",
     "lend",

@@ -109,6 +109,8 @@ def choose_part(model: Any, rows: Any, *, causal: bool, limit: int = 0) -> Part 
     """
     if not isinstance(model, ReftModel) or runs_blocks_again(model.base_model) or len(model.adapters) > 1:
         return None
+    if model.adapters.first.seeing_rows:  # what is left out may be what it looks at
+        return None
     if angles_depend_on_length(model.base_model.config):
         log.info("nothing is left out of training steps: RoPE's angles depend on the longest row of a batch")
         return None

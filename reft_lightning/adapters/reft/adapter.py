@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...interventions import Orthonormal, Partition, check_settings, registered
+from ...interventions import Intervention, Orthonormal, Partition, check_settings, registered
 from ...suggest import did_you_mean
 from .config import LayerSpec, ReftConfig
 from .positions import Positions, parse_positions
@@ -31,6 +31,8 @@ class Adapter(nn.Module):
         sites: layer -> where they act.
         positions: layer -> P, and how its Phi are tied.
         partitions: name -> rows of the adapters that share this one's parameters.
+        penalized: the Phi with a penalty of their parameters.
+        seeing_rows: the class of a Phi whose edits depend on more than single tokens; None if there is none.
     """
 
     def __init__(
@@ -47,7 +49,10 @@ class Adapter(nn.Module):
         self.layers_by_positions: dict[tuple[Positions, str], list[str]] = {}
         for layer, selection in positions.items():
             self.layers_by_positions.setdefault(selection, []).append(layer)
+        phis = [phi for group in interventions.values() for phi in group]
         self.orthonormal = [phi for phi in self.modules() if isinstance(phi, Orthonormal)]
+        self.penalized = [phi for phi in phis if type(phi).penalty is not Intervention.penalty]
+        self.seeing_rows = next((type(phi).__name__ for phi in phis if phi.sees_rows), None)
 
     @classmethod
     def build(cls, base_model: PreTrainedModel, config: ReftConfig) -> Self:

@@ -39,6 +39,7 @@ class EditPlan:
     summed: bool  # whether the edits at a site are those of one and the same hidden state
     tokens: Tensor  # (b, s) or (b, s, d), what the call reads; sizes in numbers would be constants to torch.compile
     differentiable: bool  # whether the call records gradients
+    prompt: Tensor | None = None  # (b s,) bool, the tokens of prompts, where an intervention sees rows
 
     @property
     def edits_anything(self) -> bool:

@@ -35,6 +35,7 @@ class Seen(NamedTuple):
     places: Tensor  # (n,), which of the model's places each token fills
     before: Tensor  # (n, d), h
     after: Tensor  # (n, d), Phi(h)
+    latents: Tensor | None = None  # (n, k), what the intervention detects
 
 
 def places_of(reft: ReftModel) -> list[str]:
@@ -73,7 +74,7 @@ def watching(reft: ReftModel, see: Callable[[Seen], Tensor | None]) -> Iterator[
     first = reft.adapter_names[0]
     grids: dict[Positions, tuple[EditPlan, Tensor]] = {}  # of the present pass
 
-    def hook(key: str, number: int, phi: Any, args: tuple[Any, ...], after: Tensor) -> Tensor | None:
+    def hook(key: str, number: int, phi: Any, args: Any, after: Tensor) -> Tensor | None:
         call = call_of(reft)
         assert call is not None
         assert call.plan is not None
@@ -82,7 +83,8 @@ def watching(reft: ReftModel, see: Callable[[Seen], Tensor | None]) -> Iterator[
             grids[positions] = call.plan, _grid(positions, call.spans, call.plan.tokens, places)
         edit = next(e for e in call.plan.edits[reft.sites[key].place] if e.adapter == first)
         filled = grids[positions][1][edit.indices[number]]
-        return see(Seen(int(key), filled.to(after.device), args[0], after))
+        found = args[2].found if len(args) > 2 else None  # of an intervention that sees rows
+        return see(Seen(int(key), filled.to(after.device), args[0], after, found and found.latents))
 
     hooks = [
         phi.register_forward_hook(partial(hook, key, number))
