@@ -83,6 +83,10 @@ class Intervention(nn.Module):
         """Return the difference for tokens whose rows are known; overridden, it is what a model asks for."""
         return self.edit(h)
 
+    def null(self, h: Tensor) -> Tensor:  # (n, d) -> (n, d)
+        """Return the difference that removes from h what the edit would add."""
+        raise ValueError(f"{type(self).__name__} has no null(h): it cannot be nulled")
+
     @property
     def sees_rows(self) -> bool:
         """Whether the edit of a token depends on more than the token, or returns more than hidden states."""
@@ -98,11 +102,13 @@ class Intervention(nn.Module):
         return None
 
     def forward(
-        self, h: Tensor, scale: float = 1.0, tokens: Tokens | None = None
+        self, h: Tensor, scale: float = 1.0, tokens: Tokens | None = None, *, nulled: bool = False
     ) -> Tensor:  # (n, d) -> (n, d)
         """Return Phi(h) in the dtype of h; ``tokens`` is filled with what else was found."""
         x = h.to(torch.promote_types(self._dtype(), torch.float32))
         with without_autocast(h.device.type):
+            if nulled:
+                return (x + self.null(x)).to(h.dtype)
             if tokens is None:
                 edit = self.edit(x)
             else:

@@ -13,13 +13,13 @@ from transformers import PretrainedConfig
 
 from ..adapters.methods import method_named
 from ..base_models.decoders import is_decoder
-from ..config.schema import Config, DecodingConfig
+from ..config.schema import Config, DecodingConfig, ObjectiveConfig
 from ..data import AnyFamily, Family
 from ..data.example import Example
 from ..evaluation import Decoding
 from ..suggest import did_you_mean
 from ..training.module import limited
-from .arguments import attachment
+from .arguments import attachment, objective_of
 from .kinds import kind_of
 
 
@@ -33,6 +33,8 @@ class Monitor(NamedTuple):
 def monitor_of(config: Config, family: AnyFamily) -> Monitor:
     """Return the score that decides: the one that is named, else the family's main measure."""
     main = family.main_measure(config.data.tasks)
+    if kind_of(family).generates and objective_of(config).pairs:
+        main = "option_accuracy"
     if main == "option_accuracy" and not config.option_likelihood:
         main = "loss"
     name = config.checkpoint.monitor or f"val/{main}"
@@ -65,6 +67,10 @@ def check_unused(config: Config, family: AnyFamily) -> None:
                 raise ValueError(
                     f"decoding.{name} means nothing to the classifiers of {family.name}: leave it out"
                 )
+        if config.objective != ObjectiveConfig():
+            raise ValueError(
+                f"objective: the classifiers of {family.name} are trained by the loss of their labels; leave it out"
+            )
     elif config.decoding.samples > 1 and not family.measures_of(config.data.tasks):
         raise ValueError(
             f"decoding.samples={config.decoding.samples}: nothing scores the texts of {family.name}, and a judge reads "
@@ -109,6 +115,7 @@ def reported(family: Family, example: Example, decoding: Decoding) -> tuple[str,
 def _check_kept(config: Config) -> None:
     limit, method = config.kept.limit_gb, method_named(config.intervention.method)
     reasons = {
+        f"{config.objective._target_} makes passes of its own": config.objective != ObjectiveConfig(),
         f"{method.name} trains weights of all layers": method.trains_all_layers,
         "intervention.beside trains weights of all layers": bool(config.intervention.beside),
         "model.base_dropout=true leaves nothing the same": config.model.base_dropout,

@@ -27,7 +27,13 @@ log = logging.getLogger(__name__)
 MODES = ("online", "offline", "disabled")
 TAG_LENGTH = 64  # characters that W&B takes
 NAME_LENGTH = 128
-GROUPS = ("model", "data", "optimizer", "scheduler")  # of files; a choice among them is part of a name
+GROUPS = (
+    "model",
+    "data",
+    "optimizer",
+    "scheduler",
+    "objective",
+)  # of files; a choice among them is part of a name
 
 
 def is_wandb(entry: Mapping[str, Any]) -> bool:

@@ -97,6 +97,12 @@ class JointModel(nn.Module):
         with self.reft.disabled(), self.peft.disabled():
             yield
 
+    @contextmanager
+    def nulled(self) -> Iterator[None]:
+        """Null the interventions' edits, see :meth:`ReftModel.nulled`."""
+        with self.reft.nulled():
+            yield
+
     # --- parameters and files -------------------------------------------------------------------------------------
 
     def adapter_state_dict(self) -> dict[str, Tensor]:

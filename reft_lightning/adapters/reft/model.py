@@ -6,7 +6,7 @@ weighted sum, or another one for each row of a batch.
 One hook per site, registered once and bound to the :class:`ReftModel`. Once a call, R is computed for all interventions
 that it uses and a pre-hook on the base model works out which tokens are selected (P). Outside ``forward`` and
 ``generate`` of the ReftModel, and inside ``disabled()``, the hooks do nothing. Calls may be nested, and run in several
-threads (:mod:`.calls`); ``disabled()``, ``scale`` and ``set_adapter`` count for all threads.
+threads (:mod:`.calls`); ``disabled()``, ``nulled()``, ``scale`` and ``set_adapter`` count for all threads.
 
 Shapes: b rows, s columns, d width, n selected tokens.
 """
@@ -32,7 +32,7 @@ from transformers.utils.generic import ModelOutput
 from ...base_models.checkpointing import checkpointable
 from ...base_models.heads import heads_to_train, parameters_of
 from ...base_models.patching import replaced
-from ...interventions import Tokens, rotations
+from ...interventions import INTERVENTIONS, Intervention, Tokens, rotations
 from ..adapted import ParameterCount
 from ..arguments import forward_inputs, known_arguments, left_padded_inputs
 from ..attaching import all_or_nothing, attaching, check_base, detached
@@ -71,7 +71,7 @@ class ReftModel(nn.Module):
         check_base(base_model)
         super().__init__()
         self.base_model: Any = base_model
-        self._enabled = True
+        self._enabled, self._nulled = True, False
         self._edited, self._warned = False, False  # whether anything was edited, and that nothing was, said
         self._idle = 0  # passes that edited nothing
         self._compiled: Callable[..., Any] | None = None  # the base model's forward
@@ -532,6 +532,25 @@ class ReftModel(nn.Module):
         finally:
             self._enabled = enabled
 
+    @contextmanager
+    def nulled(self) -> Iterator[None]:
+        """Remove from hidden states, inside the block, what the edits would add: ``null`` of each intervention.
+
+        Raises:
+            ValueError: for an intervention that cannot be nulled, with those that can.
+        """
+        for phi in (phi for module in self.adapters.values() for phi in module.modules()):
+            if isinstance(phi, Intervention) and type(phi).null is Intervention.null:
+                able = [name for name, cls in INTERVENTIONS.items() if cls.null is not Intervention.null]
+                raise ValueError(
+                    f"{type(phi).__name__} has no null(h), and cannot be nulled; {', '.join(able)} can"
+                )
+        nulled, self._nulled = self._nulled, True
+        try:
+            yield
+        finally:
+            self._nulled = nulled
+
     # --- the hooks ------------------------------------------------------------------------------------------------
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -621,7 +640,11 @@ class ReftModel(nn.Module):
         scale = adapter.scale * edit.weight
         indices = [index.to(flat.device) for index in edit.indices]
         group = adapter.interventions[edit.layer]
-        if adapter.seeing_rows is None:
+        if self._nulled:
+            edited = [
+                phi(flat.index_select(0, i), nulled=True) for phi, i in zip(group, indices, strict=True)
+            ]
+        elif adapter.seeing_rows is None:
             edited = [phi(flat.index_select(0, i), scale) for phi, i in zip(group, indices, strict=True)]
         else:
             edited = [
