@@ -48,6 +48,10 @@ def to_easysteer(reft: ReftModel, folder: str | PathLike) -> None:
             raise ValueError(
                 f"{where}: EasySteer takes no position function; use fN, lN, prompt, decode or all"
             )
+        if any(term.share is not None or term.kind == "given" for term in positions.terms):
+            raise ValueError(
+                f"{where}: EasySteer takes no positions {positions}; use fN, lN, prompt, decode or all"
+            )
         if tied == "position":
             raise ValueError(
                 f"{where}: tied='position' has an intervention a position, whose clipped prompts EasySteer cannot "

@@ -159,6 +159,10 @@ def folds_of(reft: ReftModel) -> list[Fold]:
                     f"layer {site.layer} cannot become weights: it edits the positions {positions}, and a weight acts "
                     "on all tokens alike; positions='all' can"
                 )
+            if site.divided > 1:
+                raise ValueError(
+                    f"layer {site.layer} cannot become weights: each of its heads has an intervention of its own"
+                )
             edits.append((site, adapter.interventions[key][0], adapter.scale * choice.weight))
     modules = dict(model.named_modules())
     paths = _linear_maps(model, modules, [site for site, *_ in edits])

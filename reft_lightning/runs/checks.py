@@ -56,6 +56,11 @@ def check_unused(config: Config, family: AnyFamily) -> None:
             "model.gradient_checkpointing out"
         )
     _check_kept(config)
+    if "given" in str(config.intervention.positions):
+        raise ValueError(
+            "intervention.positions=given needs edit_mask with each call, which a run has not: use it in Python, or "
+            "prompt:S for a share of the prompt"
+        )
     if config.checkpoint.early_stopping_patience is not None and config.trainer.enable_checkpointing is False:
         raise ValueError(
             "checkpoint.early_stopping_patience waits for a better checkpoint, and trainer.enable_checkpointing=false "

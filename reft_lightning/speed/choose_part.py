@@ -131,10 +131,10 @@ def choose_part(model: Any, rows: Any, *, causal: bool, limit: int = 0) -> Part 
 
 
 def _prefix(model: ReftModel, prompts: Tensor, lengths: Tensor) -> FrozenPrefix | None:
-    suffixes = suffix_lengths(model, prompts, lengths - prompts)
     trains_blocks = last_untrained_block(model) < len(blocks_of(model)) - 1
-    if not keeps_its_columns(model.base_model):
+    if not keeps_its_columns(model.base_model) or any(p.needs_mask for p, _ in model.positions.values()):
         return None
+    suffixes = suffix_lengths(model, prompts, lengths - prompts)
     if not model.sites or trains_blocks or int((prompts - suffixes).max()) < SHORTEST:
         return None
     try:

@@ -69,7 +69,7 @@ class Adapter(nn.Module):
         for layer, spec in specs.items():
             site, key = sites[layer], str(layer)
             positions[key] = (parse_positions(spec.positions, spec.clip), spec.tied)
-            group, device = _interventions(spec, positions[key][0], site.dim), device_at(modules, site.path)
+            group, device = _interventions(spec, positions[key][0], site), device_at(modules, site.path)
             interventions[key] = group if device == torch.get_default_device() else group.to(device)
         return cls(config, interventions, {str(layer): site for layer, site in sites.items()}, positions)
 
@@ -88,7 +88,7 @@ class Adapter(nn.Module):
         return type(self)(self.config, interventions, self.sites, self.positions)
 
 
-def _interventions(spec: LayerSpec, positions: Positions, dim: int) -> nn.ModuleList:
+def _interventions(spec: LayerSpec, positions: Positions, site: Site) -> nn.ModuleList:
     if spec.tied not in TIED:
         raise ValueError(
             f"tied must be one of {', '.join(TIED)}; got {spec.tied!r}{did_you_mean(str(spec.tied), TIED)}"
@@ -96,4 +96,4 @@ def _interventions(spec: LayerSpec, positions: Positions, dim: int) -> nn.Module
     copies = {"all": 1, "group": positions.groups}.get(spec.tied) or sum(positions.slots())
     cls = registered(spec.method)
     check_settings(cls, spec.settings)
-    return nn.ModuleList(cls(dim, **spec.settings) for _ in range(copies))
+    return nn.ModuleList(cls(site.dim, **spec.settings) for _ in range(copies * len(site.heads)))

@@ -48,10 +48,15 @@ class EditPlan:
 
 
 def token_indices(
-    positions: Positions, tied: str, prompt: Tensor, target: Tensor, columns: slice
+    positions: Positions,
+    tied: str,
+    prompt: Tensor,
+    target: Tensor,
+    columns: slice,
+    given: Tensor | None = None,
 ) -> list[Tensor]:
     """Return one flat token index (n,) for each intervention of a site, in the columns that are read."""
-    groups = [slots[:, columns].flatten() for slots in positions.select(prompt, target)]
+    groups = [slots[:, columns].flatten() for slots in positions.select(prompt, target, given)]
     if tied == "all":
         return [(torch.stack(groups) >= 0).any(0).nonzero().squeeze(-1)]
     if tied == "group":

@@ -46,10 +46,10 @@ def places_of(reft: ReftModel) -> list[str]:
     names = [
         name for positions, _ in reft.positions.values() for group in _names(positions) for name in group
     ]
-    order = ["f", "prompt", "all", "selected", "l", "decode"]
+    order = ["f", "prompt", "given", "all", "selected", "l", "decode"]
 
     def key(name: str) -> tuple[int, int]:
-        kind = name if name in order else name.rstrip("0123456789").rstrip(":")
+        kind = name if name in order else name.rstrip("0123456789.").rstrip(":")
         number = int("".join(filter(str.isdecimal, name)) or 0)
         return order.index(kind), -number if kind == "l" else number
 
@@ -62,7 +62,7 @@ def _names(positions: Positions) -> list[list[str]]:
         return [["selected"]]
     between = {"decode": ":"}
     return [
-        [t.kind] if t.count is None else [f"{t.kind}{between.get(t.kind, '')}{k + 1}" for k in range(t.count)]
+        [str(t)] if t.count is None else [f"{t.kind}{between.get(t.kind, '')}{k + 1}" for k in range(t.count)]
         for t in positions.terms
     ]
 
@@ -82,7 +82,7 @@ def watching(reft: ReftModel, see: Callable[[Seen], Tensor | None]) -> Iterator[
         if positions not in grids or grids[positions][0] is not call.plan:
             grids[positions] = call.plan, _grid(positions, call.spans, call.plan.tokens, places)
         edit = next(e for e in call.plan.edits[reft.sites[key].place] if e.adapter == first)
-        filled = grids[positions][1][edit.indices[number]]
+        filled = grids[positions][1][edit.indices[number] // reft.sites[key].divided]
         found = args[2].found if len(args) > 2 else None  # of an intervention that sees rows
         return see(Seen(int(key), filled.to(after.device), args[0], after, found and found.latents))
 
@@ -101,8 +101,9 @@ def watching(reft: ReftModel, see: Callable[[Seen], Tensor | None]) -> Iterator[
 def _grid(positions: Positions, spans: Spans, tokens: Tensor, places: Mapping[str, int]) -> Tensor:  # (b s,)
     """Return the place of each token that the present pass reads, row after row; -1 where none is selected."""
     prompt, target = spans.upto(spans.read, tokens.shape[0])
+    given = spans.marks_upto(spans.read, tokens.shape[0])
     found = torch.full(prompt.shape, -1, device=prompt.device)
-    for names, slots in zip(_names(positions), positions.select(prompt, target), strict=True):
+    for names, slots in zip(_names(positions), positions.select(prompt, target, given), strict=True):
         lookup = torch.tensor([places[name] for name in names], device=slots.device)
         found = torch.where(slots >= 0, lookup[slots.clamp(min=0)], found)
     return found[:, spans.read - tokens.shape[1] : spans.read].flatten()

@@ -37,7 +37,7 @@ from ..adapted import ParameterCount
 from ..arguments import forward_inputs, known_arguments, left_padded_inputs
 from ..attaching import all_or_nothing, attaching, check_base, detached
 from ..first_values import FirstValues, fill
-from ..masks import Spans, of_rows, spans_of
+from ..masks import Spans, marked, of_rows, spans_of
 from ..plain import plain
 from ..saving import check_fit, load_adapter, naming, save_adapter, tensors_of
 from .adapter import Adapter
@@ -305,6 +305,7 @@ class ReftModel(nn.Module):
         prompt_mask: Tensor | None = None,  # (b, s) bool
         adapter_names: Sequence[Any] | None = None,  # b of them
         row_values: Mapping[str, Tensor] | None = None,  # name -> (b, ...)
+        edit_mask: Tensor | None = None,  # (b, s) bool
         **kwargs: Any,
     ) -> Any:
         """Run the base model with the edits; returns what the base model returns (``loss``, ``logits``, ...).
@@ -315,7 +316,8 @@ class ReftModel(nn.Module):
 
         ``adapter_names`` gives each row an adapter of its own: a name, a pair of a name and its strength, or None (or
         ``"__base__"``) for the base model. Without it, those of :meth:`set_adapter` edit all rows. ``row_values``
-        are for interventions that ask for something of each row, such as the number of a concept.
+        are for interventions that ask for something of each row, such as the number of a concept. ``edit_mask`` marks
+        tokens for the positions ``given``.
 
         In training, ``loss`` includes what interventions add to it, which is ``penalty``. Interventions that look at
         whole prompts (:mod:`reft_lightning.interventions.rows`) hand out no ``past_key_values``: what they found in
@@ -335,7 +337,7 @@ class ReftModel(nn.Module):
         if attention is None:
             columns = (tokens if prompt_mask is None else prompt_mask).shape[1]
             attention = tokens.new_ones((tokens.shape[0], columns), dtype=torch.long)
-        spans = spans_of(attention, labels, prompt_mask)
+        spans = marked(spans_of(attention, labels, prompt_mask), edit_mask)
         chosen = self.adapters.chosen_by(adapter_names, len(tokens))
         if prompt_mask is None and labels is not None:
             self.check_prompts(spans, chosen[0])
@@ -392,6 +394,7 @@ class ReftModel(nn.Module):
         prompt_mask: Tensor | None = None,  # (b, s) bool
         adapter_names: Sequence[Any] | None = None,  # b of them
         row_values: Mapping[str, Tensor] | None = None,  # name -> (b, ...)
+        edit_mask: Tensor | None = None,  # (b, s) bool
         **kwargs: Any,
     ) -> Any:
         """Generate as Hugging Face does, with the edits on the prompt (and on new tokens where P says so).
@@ -400,7 +403,8 @@ class ReftModel(nn.Module):
         always start at column s. ``inputs`` and ``inputs_embeds`` may be given as in Hugging Face's. Without
         ``attention_mask``, padding is the pad token, unless it is the end-of-text token too. ``prompt_mask`` goes
         with rows that hold the beginning of an answer after their prompt: it is edited as if it had been generated.
-        ``adapter_names`` gives each row an adapter, ``row_values`` says something of each, see :meth:`forward`.
+        ``adapter_names`` gives each row an adapter, ``row_values`` says something of each, and ``edit_mask`` marks
+        tokens, see :meth:`forward`.
 
         Raises:
             ValueError: for ``guidance_scale``, which reads a second text, for tokens that are missing or given twice,
@@ -416,10 +420,12 @@ class ReftModel(nn.Module):
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "prompt_mask": prompt_mask,
+            "edit_mask": edit_mask,
             **kwargs,
         }
         arguments = left_padded_inputs(given, self.base_model.generation_config)
         spans = spans_of(arguments["attention_mask"], None, arguments.pop("prompt_mask", None))
+        spans = marked(spans, arguments.pop("edit_mask", None))
         past = kwargs.get("past_key_values")
         read = 0 if past is None else past.get_seq_length()  # as Hugging Face asks it, to cut what was read
         chosen = self.adapters.chosen_by(adapter_names, len(spans.prompt))
@@ -585,10 +591,13 @@ class ReftModel(nn.Module):
                 if prompts_and_targets is None:
                     prompts_and_targets = spans.upto(columns.stop, len(tokens))
                 prompt, target = of_rows(choice.rows, *prompts_and_targets)
-                indices = token_indices(positions, tied, prompt, target, columns)
+                given = spans.marks_upto(columns.stop, len(tokens))
+                indices = token_indices(positions, tied, prompt, target, columns, given)
                 for layer in layers:
-                    edit = Edit(choice.adapter, layer, choice.weight, indices)
-                    edits.setdefault(adapter.sites[layer].place, []).append(edit)
+                    site, own = adapter.sites[layer], indices
+                    if site.divided > 1:
+                        own = [part for index in indices for part in site.parts(index)]
+                    edits.setdefault(site.place, []).append(Edit(choice.adapter, layer, choice.weight, own))
         if not edits:
             return None
         plan = EditPlan(edits, call.summed, tokens, torch.is_grad_enabled())
@@ -609,10 +618,10 @@ class ReftModel(nn.Module):
         if plan is None or place not in plan.edits:
             return None
         edits = plan.edits[place]
-        site = self.adapters[edits[0].adapter].sites[edits[0].layer]
-        if hidden.shape[-1] != site.dim:
+        site = self._site_of(edits[0])
+        if hidden.shape[-1] != site.width:
             raise ValueError(
-                f"the {site.end} of {site.path} has width {hidden.shape[-1]}, expected {site.dim}; use the input "
+                f"the {site.end} of {site.path} has width {hidden.shape[-1]}, expected {site.width}; use the input "
                 "of the linear layer that consumes it, as '...{layer}....input'"
             )
         rows, columns = plan.tokens.shape[:2]
@@ -630,9 +639,13 @@ class ReftModel(nn.Module):
         if plan.summed and len(edits) > 1:
             return self._sum_of(edits, flat).view_as(hidden)
         for edit in edits:
+            flat = flat.view(-1, self._site_of(edit).dim)  # of a head, or of the whole
             index, edited = self._edited_by(edit, flat)
             flat = flat.index_copy(0, index, edited)
         return flat.view_as(hidden)
+
+    def _site_of(self, edit: Edit) -> Site:
+        return self.adapters[edit.adapter].sites[edit.layer]
 
     def _edited_by(self, edit: Edit, flat: Tensor) -> tuple[Tensor, Tensor]:  # (b s, d) -> (n,), (n, d)
         """Return which tokens an adapter edits at a site, and Phi of them."""
@@ -664,6 +677,7 @@ class ReftModel(nn.Module):
             for name, value in call.given.items()
         }
         kept = call.kept.setdefault(edit.adapter, {})
+        index = index // self._site_of(edit).divided  # of a token, whatever the head
         tokens = Tokens(index // s, b, call.plan.prompt.to(h.device)[index], kept, given)
         edited = phi(h, scale, tokens)
         assert tokens.found is not None
@@ -676,6 +690,7 @@ class ReftModel(nn.Module):
         h = flat.to(torch.promote_types(flat.dtype, torch.float32))
         total = h
         for edit in edits:
+            h, total = (x.view(-1, self._site_of(edit).dim) for x in (h, total))
             index, edited = self._edited_by(edit, h)
             total = total.index_add(0, index, edited - h.index_select(0, index))
         return total.to(flat.dtype)
