@@ -1,5 +1,6 @@
 """Interventions Phi: one class a formula, one table from names to classes."""
 
+from .attention_heads import JoLA, LoFiT
 from .base import (
     INTERVENTIONS,
     Intervention,
@@ -12,6 +13,7 @@ from .base import (
 from .elementwise import RED, Bias
 from .orthonormal import orthonormal_rows
 from .rows import Found, Tokens
+from .steering import MeanDifference, ReFTr1
 from .subspace import (
     ConsReFT,
     DiReFT,
@@ -34,12 +36,16 @@ __all__ = [
     "DiReFT",
     "Found",
     "Intervention",
+    "JoLA",
+    "LoFiT",
     "LoReFT",
     "LobiReFT",
+    "MeanDifference",
     "NoReFT",
     "Orthonormal",
     "OrthonormalDiReFT",
     "Partition",
+    "ReFTr1",
     "Subspace",
     "Tokens",
     "check_settings",

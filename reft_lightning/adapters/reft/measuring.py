@@ -216,3 +216,29 @@ def subspace(interventions: list[Intervention]) -> Tensor | None:  # -> (k, d)
             rows.append(phi.directions.double())
     _, sizes, basis = torch.linalg.svd(torch.cat(rows), full_matrices=False)
     return basis[sizes > sizes.max() * 1e-6]
+
+
+def longest_heads(reft: ReftModel, count: int) -> dict[int, dict[str, str]]:
+    """Return the attention heads whose interventions have the longest parameters, as ``layers`` of a second stage.
+
+    Args:
+        reft: with interventions at ``head_output``, such as LoFiT's first stage.
+        count: how many; LoFiT takes 3 to 10 % of all.
+
+    Raises:
+        ValueError: for fewer heads than that.
+    """
+    sizes = [
+        (sum(float(p.detach().square().sum()) for p in group[k].parameters()), int(layer), head)
+        for layer, group in reft.interventions.items()
+        for k, head in enumerate(reft.sites[layer].heads if reft.sites[layer].divided > 1 else ())
+    ]
+    if not 1 <= count <= len(sizes):
+        raise ValueError(f"count must lie in 1..{len(sizes)}, the heads with interventions; got {count}")
+    chosen: dict[int, list[int]] = {}
+    for _, layer, head in sorted(sizes, reverse=True)[:count]:
+        chosen.setdefault(layer, []).append(head)
+    return {
+        layer: {"component": f"head_output:{'+'.join(map(str, sorted(heads)))}"}
+        for layer, heads in sorted(chosen.items())
+    }

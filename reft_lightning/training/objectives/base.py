@@ -81,6 +81,30 @@ class SFT(Objective):
         return output.loss
 
 
+class DifferenceInMeans(Objective):
+    """What ``intervention=difference_in_means`` asks for: the difference between chosen and rejected answers.
+
+    It is exact after one step of SGD with lr 1 over all rows (``optimizer=closed_form trainer=closed_form``).
+    """
+
+    pairs, steers = True, True
+
+    def check(self, model: AdaptedModel) -> None:
+        """Reject other interventions, before weights are loaded."""
+        super().check(model)
+        if model.config.method != "difference_in_means":
+            raise ValueError(
+                f"the objective DifferenceInMeans fits intervention=difference_in_means only; got {model.config.method}"
+            )
+
+    def loss(self, module: Any, batch: dict[str, Any]) -> Tensor:
+        """Return half the squared distance of the vectors from the differences."""
+        inputs = inputs_of(batch)
+        sign = torch.ones(len(inputs["labels"]), device=inputs["labels"].device)
+        sign[len(sign) // 2 :] = -1
+        return module.model(**inputs, row_values={"sign": sign})["penalty"]
+
+
 @contextmanager
 def reference(model: AdaptedModel) -> Iterator[None]:
     """Run exactly the frozen base inside the block, without dropout and without gradient."""
