@@ -11,6 +11,7 @@ SIGNS = {
     "Phi": "Φ", "alpha": "α", "sigma": "σ", "nu": "ν", "pm": "±", "odot": "⊙", "sum": "Σ", "prod": "Π", "le": "≤",
     "ge": "≥", "to": "→", "mid": "|", "cdot": "·", "log": "log", "max": "max", "min": "min", "tanh": "tanh", "top": "T",
     "qquad": "    ", "quad": "  ", "ell": "ℓ", "Big": "", "big": "", "left": "", "right": "", "|": "‖",
+    "pi": "π", "beta": "β", "gamma": "γ", "zeta": "ζ",
 }  # fmt: skip
 RAISED = dict(zip("0123456789T-+", "⁰¹²³⁴⁵⁶⁷⁸⁹ᵀ⁻⁺", strict=True))
 LOWERED = dict(zip("0123456789ijmnrs", "₀₁₂₃₄₅₆₇₈₉ᵢⱼₘₙᵣₛ", strict=True))

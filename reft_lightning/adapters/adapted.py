@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
 from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
@@ -99,4 +100,23 @@ class AdaptedModel(Protocol):
 
     def save_pretrained(self, folder: str | PathLike) -> None:
         """Write the adapter's files into a folder."""
+        ...
+
+
+@runtime_checkable
+class Steerable(AdaptedModel, Protocol):
+    """An adapted model whose passes may differ in what the edits do: ReFT, and ReFT together with a baseline."""
+
+    def nulled(self) -> AbstractContextManager[None]:
+        """Remove from hidden states, inside the block, what the edits would add."""
+        ...
+
+    def forward(
+        self,
+        *args: Any,
+        adapter_names: Sequence[Any] | None = None,
+        row_values: Mapping[str, Tensor] | None = None,
+        **batch: Any,
+    ) -> Any:
+        """Return what the base model returns, with an adapter, a strength and values for each row."""
         ...

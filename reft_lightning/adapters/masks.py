@@ -5,7 +5,7 @@ Shapes: b rows, s columns. Masks are bool; padding is what neither mask covers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,12 +22,14 @@ class Spans:
         target: (b, s).
         generating: whether columns from s on are generated tokens.
         read: how many columns the base model has read.
+        given: (b, s) bool, the tokens that the caller marks; None if there are no marks.
     """
 
     prompt: Tensor
     target: Tensor
     generating: bool = False
     read: int = 0
+    given: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -82,6 +84,13 @@ class Spans:
             raise ValueError(f"the model reads {rows} rows, no multiple of the batch of {prompt.shape[0]}")
         return prompt.repeat_interleave(repeats, 0), target.repeat_interleave(repeats, 0)
 
+    def marks_upto(self, stop: int, rows: int) -> Tensor | None:  # -> (rows, stop)
+        """Return the marks for ``rows`` rows and as many columns as :meth:`upto`; no new token has one."""
+        if self.given is None:
+            return None
+        given = F.pad(self.given, (0, max(stop - self.width, 0)))
+        return given.repeat_interleave(rows // len(given), 0)
+
 
 def of_rows(
     rows: Tensor | None, prompt: Tensor, target: Tensor
@@ -124,6 +133,21 @@ def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | Non
     else:
         prompt = real
     return Spans(prompt, real & ~prompt)
+
+
+def marked(spans: Spans, edit_mask: Tensor | None) -> Spans:
+    """Return the spans with the tokens that the caller marks.
+
+    Raises:
+        ValueError: for marks of another shape.
+    """
+    if edit_mask is None:
+        return spans
+    if edit_mask.shape != spans.prompt.shape:
+        raise ValueError(
+            f"edit_mask must have the shape {tuple(spans.prompt.shape)}; got {tuple(edit_mask.shape)}"
+        )
+    return replace(spans, given=edit_mask.bool())
 
 
 def guess_attention(

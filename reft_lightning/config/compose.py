@@ -51,7 +51,6 @@ VERSION_BASE = "1.3"
 HELP = """\
 reft-train: train an adapter of a frozen model (LoReFT, LoRA, ...), then validate and test it
 usage: reft-train model=NAME [GROUP=NAME ...] [KEY=VALUE ...]
-
 groups (GROUP=list names all that a group may be):
 {groups}
 examples:

@@ -242,6 +242,14 @@ class SchedulerConfig:
 
 
 @dataclass
+class ObjectiveConfig:
+    """What training minimises, by its import path: an Objective of ``training.objectives`` or of one's own."""
+
+    _target_: str = "reft_lightning.training.objectives.SFT"  # the mean next-token loss of the target
+    options: dict[str, Any] = field(default_factory=dict)  # arguments of its class
+
+
+@dataclass
 class CheckpointConfig:
     """Which checkpoint counts, and when to write one."""
 
@@ -273,6 +281,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     kept: KeptConfig = field(default_factory=KeptConfig, metadata={"identity": "free"})
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     # name -> {_target_: import path, arguments}; the run folder's metrics.csv is written always

@@ -137,6 +137,10 @@ class BenchmarkData(LightningDataModule, ABC):
     def _collator(self, with_examples: bool) -> Callable[[list[Any]], dict[str, Any]]:
         """Return what makes a batch of rows of tokens."""
 
+    def _encode_train(self, examples: list[Any]) -> Any:
+        """Return the train rows as tokens."""
+        return self._encode(examples, "train rows")
+
     # ------------------------------------------------------------------------------------------ building
 
     def prepare_data(self) -> None:
@@ -224,7 +228,7 @@ class BenchmarkData(LightningDataModule, ABC):
         train = subset(train, self.limit_train, self.split_seed)
         counts = [dict(Counter(example.task for example in some)) for some in (train, validation)]
         log.info("train rows: %s; validation rows: %s", *counts)
-        self._train = self._encode(train, "train rows")
+        self._train = self._encode_train(train)
         for name in dict.fromkeys(example.task for example in validation):
             rows = [example for example in validation if example.task == name]
             self._validation[name] = self._encode(rows, f"{name} validation rows")

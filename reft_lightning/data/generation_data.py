@@ -7,7 +7,8 @@ taken out of the train rows. The test split is a family's published one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from .encoding import Collator, EncodedRows, encode_all, refuse_empty
 from .example import Example, normalized, question_of
 from .family import Family
 from .files import read_json_file
+from .pairs import EncodedPairs, collate_pairs, rejected
 from .prompts import apply_template
 from .rows import DataSource
 from .splits import carve_validation, fingerprint
@@ -36,6 +38,7 @@ class GenerationData(BenchmarkData):
         max_length: tokens of prompt and target together.
         template: laid around each prompt, a name in `prompts.TEMPLATES`; None for the family's.
         system_prompt: for chat templates.
+        pairs: whether train rows are pairs of the target and another option, which is rejected.
         validation_size: rows taken out of train, over all tasks together, or a part of their distinct prompts (float);
             of tasks that bring validation rows, how many of those are read at most, -1 for all.
         settings: as `BenchmarkData`.
@@ -53,6 +56,7 @@ class GenerationData(BenchmarkData):
         template: str | None = None,
         system_prompt: str | None = None,
         validation_size: int | float,
+        pairs: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(family, tokenizer, source, tasks=tasks, max_length=max_length, **settings)
@@ -77,6 +81,7 @@ class GenerationData(BenchmarkData):
             )
         self.validation_size = validation_size
         self.template, self.system_prompt = template or family.template, system_prompt
+        self.pairs = pairs
         self.data_versions["template"] = self.template
 
     @property
@@ -177,5 +182,14 @@ class GenerationData(BenchmarkData):
         texts = apply_template(self.template, examples, self.tokenizer, self.system_prompt)
         return encode_all(self.tokenizer, texts, self.max_length, what)
 
-    def _collator(self, with_examples: bool) -> Collator:
-        return Collator(self.tokenizer.pad_token_id, with_examples)
+    def _encode_train(self, examples: list[Example]) -> Any:
+        if not self.pairs:
+            return super()._encode_train(examples)
+        return EncodedPairs(
+            self._encode(examples, "train rows"),
+            self._encode([rejected(e) for e in examples], "rejected answers"),
+        )
+
+    def _collator(self, with_examples: bool) -> Callable[[list[Any]], dict[str, Any]]:
+        collate = Collator(self.tokenizer.pad_token_id, with_examples)
+        return partial(collate_pairs, collate) if self.pairs and not with_examples else collate

@@ -48,6 +48,10 @@ def to_easysteer(reft: ReftModel, folder: str | PathLike) -> None:
             raise ValueError(
                 f"{where}: EasySteer takes no position function; use fN, lN, prompt, decode or all"
             )
+        if any(term.share is not None or term.kind == "given" for term in positions.terms):
+            raise ValueError(
+                f"{where}: EasySteer takes no positions {positions}; use fN, lN, prompt, decode or all"
+            )
         if tied == "position":
             raise ValueError(
                 f"{where}: tied='position' has an intervention a position, whose clipped prompts EasySteer cannot "
@@ -55,7 +59,7 @@ def to_easysteer(reft: ReftModel, folder: str | PathLike) -> None:
             )
         groups = [positions.terms] if tied == "all" else [(term,) for term in positions.terms]
         for terms, phi in zip(groups, reft.interventions[str(layer)], strict=True):
-            if not isinstance(phi, Subspace):
+            if not isinstance(phi, Subspace) or phi.sees_rows:
                 raise ValueError(
                     f"{where}: {spec.method!r} is not low-rank, and EasySteer's loreft payload holds U and V of "
                     "edit(h) = U'(V h + c)"

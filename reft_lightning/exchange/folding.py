@@ -92,6 +92,8 @@ def affine(phi: Intervention, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ValueError: if the edit is not affine, or not finite.
     """
+    if phi.sees_rows:
+        raise ValueError(f"{type(phi).__name__} looks at more than single tokens, and no weight does that")
     if isinstance(phi, Partition) or (isinstance(phi, Subspace) and type(phi).edit is Subspace.edit):
         U, V, c = (tensor.cpu() for tensor in phi.affine())
         return U, V, U.mT @ c
@@ -156,6 +158,10 @@ def folds_of(reft: ReftModel) -> list[Fold]:
                 raise ValueError(
                     f"layer {site.layer} cannot become weights: it edits the positions {positions}, and a weight acts "
                     "on all tokens alike; positions='all' can"
+                )
+            if site.divided > 1:
+                raise ValueError(
+                    f"layer {site.layer} cannot become weights: each of its heads has an intervention of its own"
                 )
             edits.append((site, adapter.interventions[key][0], adapter.scale * choice.weight))
     modules = dict(model.named_modules())

@@ -281,6 +281,10 @@ def to_pyreft(reft: ReftModel, folder: str | PathLike) -> None:
             raise ValueError(
                 f"layer {layer}: pyreft has no intervention {spec.method!r}; it has {', '.join(CLASSES.values())}"
             )
+        if reft.sites[str(layer)].divided > 1:
+            raise ValueError(
+                f"layer {layer}: the interventions of attention heads are not written for pyreft"
+            )
         if spec.tied == "position" or len(reft.interventions[str(layer)]) > 2:
             raise ValueError(
                 f"layer {layer}: pyreft has one intervention for all positions, or one for the prefix and one for the "

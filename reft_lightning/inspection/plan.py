@@ -266,6 +266,8 @@ def _cost(model: AdaptedModel, batch: Batch, run: Outline) -> dict[str, Any]:
         loss = output.loss if kind_of(run.family).generates else output.logits.float().sum()
         forward = counter.get_total_flops()
         loss.backward()
+    if reft is not None:  # a token counts once, however many of its heads are edited
+        edited = {layer: n // len(reft.sites[str(layer)].heads) for layer, n in edited.items()}
     real, columns = int(batch["attention_mask"].sum()), batch["input_ids"].shape[1]
     return {
         "columns": columns,

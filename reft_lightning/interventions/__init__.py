@@ -1,5 +1,6 @@
 """Interventions Phi: one class a formula, one table from names to classes."""
 
+from .attention_heads import JoLA, LoFiT
 from .base import (
     INTERVENTIONS,
     Intervention,
@@ -11,6 +12,8 @@ from .base import (
 )
 from .elementwise import RED, Bias
 from .orthonormal import orthonormal_rows
+from .rows import Found, Tokens
+from .steering import MeanDifference, ReFTr1
 from .subspace import (
     ConsReFT,
     DiReFT,
@@ -31,14 +34,20 @@ __all__ = [
     "Bias",
     "ConsReFT",
     "DiReFT",
+    "Found",
     "Intervention",
+    "JoLA",
+    "LoFiT",
     "LoReFT",
     "LobiReFT",
+    "MeanDifference",
     "NoReFT",
     "Orthonormal",
     "OrthonormalDiReFT",
     "Partition",
+    "ReFTr1",
     "Subspace",
+    "Tokens",
     "check_settings",
     "intervention_class",
     "lend",

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..suggest import did_you_mean, import_object
+from .rows import Found, Tokens
 
 INTERVENTIONS: dict[str, type[Intervention]] = {}
 """The table name -> class. Saved adapters name a method; only this table turns the name into code."""
@@ -33,7 +34,8 @@ HALVES = (torch.bfloat16, torch.float16)
 class Intervention(nn.Module):
     r"""Edit single tokens: :math:`\Phi(h) = h + \text{scale} \cdot \text{edit}(h)`.
 
-    A subclass defines :meth:`edit`, the difference :math:`\Phi(h) - h`. Parameters are float32 and the edit is
+    A subclass defines :meth:`edit`, the difference :math:`\Phi(h) - h`, or :meth:`edit_rows` where that depends on more
+    than single tokens; see :mod:`.rows`. Parameters are float32 and the edit is
     computed in float32 (float64 where the parameters are), then :math:`\Phi(h)` is cast to the dtype of h. Only
     parameters that a subclass makes bfloat16 itself stay so.
 
@@ -72,20 +74,52 @@ class Intervention(nn.Module):
 
     def edit(self, h: Tensor) -> Tensor:  # (n, d) -> (n, d)
         """Return the difference Phi(h) - h at scale 1, without dropout."""
-        raise NotImplementedError(f"{type(self).__name__} must define edit(h), the difference Phi(h) - h")
+        if not self.sees_rows:
+            raise NotImplementedError(f"{type(self).__name__} must define edit(h), the difference Phi(h) - h")
+        found = self.edit_rows(h, Tokens.alone(h))
+        return found.edit if isinstance(found, Found) else found
+
+    def edit_rows(self, h: Tensor, tokens: Tokens) -> Tensor | Found:  # (n, d) -> (n, d)
+        """Return the difference for tokens whose rows are known; overridden, it is what a model asks for."""
+        return self.edit(h)
+
+    def null(self, h: Tensor) -> Tensor:  # (n, d) -> (n, d)
+        """Return the difference that removes from h what the edit would add."""
+        raise ValueError(f"{type(self).__name__} has no null(h): it cannot be nulled")
+
+    @property
+    def sees_rows(self) -> bool:
+        """Whether the edit of a token depends on more than the token, or returns more than hidden states."""
+        return type(self).edit_rows is not Intervention.edit_rows
+
+    def penalty(self) -> Tensor | None:
+        """Return a scalar of the parameters that joins the loss in training; None for none."""
+        return None
 
     @property
     def directions(self) -> Tensor | None:  # (k, d)
         """Rows that span every edit; None where an edit may point anywhere."""
         return None
 
-    def forward(self, h: Tensor, scale: float = 1.0) -> Tensor:  # (n, d) -> (n, d)
-        """Return Phi(h) in the dtype of h, and on its device, wherever the parameters are."""
+    def forward(
+        self, h: Tensor, scale: float = 1.0, tokens: Tokens | None = None, *, nulled: bool = False
+    ) -> Tensor:  # (n, d) -> (n, d)
+        """Return Phi(h) in the dtype of h, and on its device, wherever the parameters are.
+
+        ``tokens`` is filled with what else was found.
+        """
         parameter = self._first_parameter()
         dtype = torch.float32 if parameter is None else torch.promote_types(parameter.dtype, torch.float32)
         x = h.to(h.device if parameter is None else parameter.device, dtype)
         with without_autocast(h.device.type):
-            edit = self.edit(x)
+            if nulled:
+                return (x + self.null(x)).to(h.dtype)
+            if tokens is None:
+                edit = self.edit(x)
+            else:
+                found = self.edit_rows(x, tokens)
+                tokens.found = found if isinstance(found, Found) else Found(found)
+                edit = tokens.found.edit
             if self.dropout_on == "edit":
                 edit = F.dropout(edit, self.dropout, self.training)
             edited = (x + (edit if scale == 1 else scale * edit)).to(h)

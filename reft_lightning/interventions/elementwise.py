@@ -41,6 +41,11 @@ class Bias(Intervention, name="bias"):
         """Return b for every token."""
         return self.bias.expand_as(h)
 
+    def null(self, h: Tensor) -> Tensor:  # (n, d) -> (n, d)
+        r"""Return :math:`-\text{ReLU}(b^T h) b / \|b\|^2`: Wu et al. 2025, arXiv:2505.20809."""
+        along = (h @ self.bias).relu() / self.bias.square().sum().clamp(min=torch.finfo(h.dtype).tiny)
+        return -along.unsqueeze(-1) * self.bias
+
 
 class RED(Bias, name="red"):
     r"""Scale each number and add a vector: :math:`\Phi(h) = s \odot h + b`. Trains 2 d numbers."""
@@ -52,6 +57,8 @@ class RED(Bias, name="red"):
     @property
     def directions(self) -> None:
         return None
+
+    null = Intervention.null  # what a scaling adds has no direction
 
     def edit(self, h: Tensor) -> Tensor:  # (n, d) -> (n, d)
         """Return (s - 1) * h + b."""

@@ -200,6 +200,11 @@ class Orthonormal(Subspace):
     def directions(self) -> Tensor:  # (r, d)
         return self.R
 
+    def null(self, h: Tensor) -> Tensor:  # (n, d) -> (n, d)
+        """Return -R'R h, without which h has nothing in the row space of R."""
+        R = self.R
+        return -(h @ R.mT) @ R
+
     @property
     def lent(self) -> Tensor | None:  # (r, d)
         """R, while :func:`lend` gives it."""

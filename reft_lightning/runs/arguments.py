@@ -21,7 +21,8 @@ from ..data.rows import DataSource
 from ..evaluation import Decoding
 from ..interventions import intervention_class, settings_of
 from ..suggest import import_object, trusted
-from ..training.optimization import Optimization
+from ..training.objectives import Objective
+from ..training.optimization import Optimization, check_options
 from .kinds import kind_of
 
 SCHEDULES = (
@@ -102,6 +103,8 @@ def data_module(config: Config, family: AnyFamily, tokenizer: Any) -> BenchmarkD
         values.pop("source"), *(values.pop(k) for k in ("path", "package", "sha256", "mixture"))
     )
     values |= {"tasks": values["tasks"] or list(family.tasks), "seed": config.seed, "sealed": config.sealed}
+    if objective_of(config).pairs:
+        values["pairs"] = True
     del values["family"]
     kind, defaults = kind_of(family), DataConfig()
     for name in (*COLUMNS, *FILES, *kind.unused):  # the columns are those of one's own rows
@@ -133,6 +136,22 @@ def optimization_of(config: Config) -> Optimization:
         scheduler=targets[1], scheduler_options=scheduler.options,
         loss_reduction=config.loss_reduction,
     )  # fmt: skip
+
+
+def objective_of(config: Config) -> Objective:
+    """Return what is minimised.
+
+    Raises:
+        ValueError: for an import path that names no objective, or an option that it does not take or allow.
+    """
+    target = _imported("objective._target_", config.objective._target_)
+    if not (inspect.isclass(target) and issubclass(target, Objective)):
+        raise ValueError(
+            f"objective._target_: {config.objective._target_} is not a subclass of "
+            "reft_lightning.training.objectives.Objective"
+        )
+    check_options("objective", target, config.objective.options)
+    return target(**config.objective.options)
 
 
 def _check_trains(optimizer: Any, scheduler: Any) -> None:

@@ -24,6 +24,7 @@ from ..data.benchmark_data import BenchmarkData
 from ..evaluation import Decoding
 from ..speed.choose_part import ShortenedPass
 from ..training.module import FinetuningModule
+from ..training.objectives import Objective
 from ..training.optimization import Optimization
 from .arguments import (
     attachment,
@@ -32,6 +33,7 @@ from .arguments import (
     family_of,
     method_of,
     model_source,
+    objective_of,
     optimization_of,
 )
 from .checks import (
@@ -61,6 +63,7 @@ class Outline:
     source: dict[str, Any]  # arguments of load_base_model
     attached: dict[str, Any]  # arguments of adapt
     optimization: Optimization
+    objective: Objective
     decoding: Decoding | None  # None for a classifier
     hf_config: PretrainedConfig
     tokenizer: Any
@@ -140,7 +143,11 @@ def outline(config: Config) -> Outline:
     family = family_of(config)
     check_unused(config, family)
     monitor = monitor_of(config, family)
-    source, optimization = model_source(config, family), optimization_of(config)
+    source, optimization, objective = (
+        model_source(config, family),
+        optimization_of(config),
+        objective_of(config),
+    )
     attached = attachment(config, family)
     decoding = decoding_of(config, cast(Family, family)) if kind_of(family).generates else None
     place = {name: source[name] for name in PLACE}
@@ -151,11 +158,13 @@ def outline(config: Config) -> Outline:
     if config.model.source == "random":
         fit_to_tokenizer(hf_config, tokenizer, config.model.config)
     on_meta = build_on_meta(hf_config, source["task"], source["attn_implementation"])
-    count = adapt(on_meta, **attached).parameter_count()
+    adapted = adapt(on_meta, **attached)
+    count = adapted.parameter_count()
+    objective.check(adapted)
     check_tied_head(config, hf_config, attached.get("heads") or ())
     return Outline(
-        family=family, source=source, attached=attached, optimization=optimization, decoding=decoding,
-        hf_config=hf_config, tokenizer=tokenizer, count=count, monitor=monitor, class_order=order,
+        family=family, source=source, attached=attached, optimization=optimization, objective=objective,
+        decoding=decoding, hf_config=hf_config, tokenizer=tokenizer, count=count, monitor=monitor, class_order=order,
     )  # fmt: skip
 
 
@@ -224,7 +233,7 @@ def _described(decoding: Decoding) -> dict[str, Any]:
 
 def _shortened_pass(config: Config, run: Prepared, model: AdaptedModel) -> ShortenedPass | None:
     """Return the pass that leaves out of training what no intervention can change; the base's own dropout would."""
-    if config.model.base_dropout:
+    if config.model.base_dropout or run.objective.pairs:
         return None
     limit = int(config.kept.limit_gb * 1e9)
     return ShortenedPass(model, run.data.train_rows, causal=run.decoding is not None, limit=limit)

@@ -15,14 +15,14 @@ from transformers import PretrainedConfig
 
 from ..adapters.methods import method_named
 from ..base_models.decoders import is_decoder
-from ..config.schema import SHARDING, Config, DecodingConfig
+from ..config.schema import SHARDING, Config, DecodingConfig, ObjectiveConfig
 from ..data import AnyFamily, Family
 from ..data.example import Example
 from ..evaluation import Decoding
 from ..suggest import did_you_mean
 from ..training.module import limited
 from ..training.sharded_base import ShardedBase
-from .arguments import attachment
+from .arguments import attachment, objective_of
 from .kinds import kind_of
 
 
@@ -36,6 +36,8 @@ class Monitor(NamedTuple):
 def monitor_of(config: Config, family: AnyFamily) -> Monitor:
     """Return the score that decides: the one that is named, else the family's main measure."""
     main = family.main_measure(config.data.tasks)
+    if kind_of(family).generates and objective_of(config).pairs:
+        main = "option_accuracy"
     if main == "option_accuracy" and not config.option_likelihood:
         main = "loss"
     name = config.checkpoint.monitor or f"val/{main}"
@@ -61,6 +63,11 @@ def check_unused(config: Config, family: AnyFamily) -> None:
             f"{method.name} trains the weights that model.quantization rounds: leave one of the two out"
         )
     _check_kept(config)
+    if "given" in str(config.intervention.positions):
+        raise ValueError(
+            "intervention.positions=given needs edit_mask with each call, which a run has not: use it in Python, or "
+            "prompt:S for a share of the prompt"
+        )
     if config.checkpoint.early_stopping_patience is not None and config.trainer.enable_checkpointing is False:
         raise ValueError(
             "checkpoint.early_stopping_patience waits for a better checkpoint, and trainer.enable_checkpointing=false "
@@ -72,6 +79,10 @@ def check_unused(config: Config, family: AnyFamily) -> None:
                 raise ValueError(
                     f"decoding.{name} means nothing to the classifiers of {family.name}: leave it out"
                 )
+        if config.objective != ObjectiveConfig():
+            raise ValueError(
+                f"objective: the classifiers of {family.name} are trained by the loss of their labels; leave it out"
+            )
     elif config.decoding.samples > 1 and not family.measures_of(config.data.tasks):
         raise ValueError(
             f"decoding.samples={config.decoding.samples}: nothing scores the texts of {family.name}, and a judge reads "
@@ -116,6 +127,7 @@ def reported(family: Family, example: Example, decoding: Decoding) -> tuple[str,
 def _check_kept(config: Config) -> None:
     limit, method = config.kept.limit_gb, method_named(config.intervention.method)
     reasons = {
+        f"{config.objective._target_} makes passes of its own": config.objective != ObjectiveConfig(),
         f"{method.name} trains weights of all layers": method.trains_all_layers,
         "intervention.beside trains weights of all layers": bool(config.intervention.beside),
         "model.base_dropout=true leaves nothing the same": config.model.base_dropout,

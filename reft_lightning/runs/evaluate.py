@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 
 from ..adapters.saving import load_saved, load_state
 from ..config.identity import config_hash
-from ..config.schema import Config, OptimizerConfig, SchedulerConfig
+from ..config.schema import Config, ObjectiveConfig, OptimizerConfig, SchedulerConfig
 from ..storage.atomic import new_folder, now
 from ..suggest import did_you_mean
 from ..training.progress import RunProgress
@@ -105,7 +105,9 @@ def load_run(folder: Path, config: Config, plan: Prepared | None = None) -> Obje
 
 def untrained(config: Config) -> Config:
     """Return a configuration without what its folder names for training, which is not imported then."""
-    return replace(config, optimizer=OptimizerConfig(), scheduler=SchedulerConfig())
+    return replace(
+        config, optimizer=OptimizerConfig(), scheduler=SchedulerConfig(), objective=ObjectiveConfig()
+    )
 
 
 def evaluating_trainer(

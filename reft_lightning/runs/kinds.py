@@ -53,6 +53,7 @@ def _generation(config: Config, run: Prepared, model: AdaptedModel, training_pas
     return GenerationModule(
         model, run.tokenizer, family, data.val_tasks, data.test_tasks, run.optimization, run.decoding,
         options if config.option_likelihood else None, commonest_answers(data.train_rows.examples), training_pass,
+        run.objective,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ..adapters.methods import method_named
 from ..base_models.random_state import random_state, set_random_state
-from ..config.schema import Config
+from ..config.schema import Config, ObjectiveConfig
 from ..speed.joined_pass import Asked, JoinedPass, Trained
 from .arguments import attachment, family_of, model_source
 from .kinds import kind_of
@@ -195,6 +195,7 @@ def why_alone(config: Config) -> str | None:
         f"{intervention.method} changes the base model's own modules or trains nothing": not method.takes_settings,
         f"{intervention.beside} changes the base model's own modules": intervention.beside,
         "a head that is trained is the base model's": attached.get("heads"),
+        f"{config.objective._target_} makes passes of its own": config.objective != ObjectiveConfig(),
         "only runs that train a language model's answers are joined": not kind_of(family).generates,
         "model.base_dropout=true draws random numbers for all rows": config.model.base_dropout,
         "model.gradient_checkpointing=true runs blocks again": config.model.gradient_checkpointing,

@@ -30,7 +30,13 @@ NAME_LENGTH = 128
 FINISH = (
     600  # seconds in which W&B may send the rest at the end of a run; `wandb sync` sends what it could not
 )
-GROUPS = ("model", "data", "optimizer", "scheduler")  # of files; a choice among them is part of a name
+GROUPS = (
+    "model",
+    "data",
+    "optimizer",
+    "scheduler",
+    "objective",
+)  # of files; a choice among them is part of a name
 
 
 def is_wandb(entry: Mapping[str, Any]) -> bool:

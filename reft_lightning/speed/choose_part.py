@@ -113,13 +113,15 @@ def choose_part(model: Any, rows: Any, *, causal: bool, limit: int = 0) -> Part 
     if isinstance(model.base_model, FSDPModule):
         log.info("nothing is left out of training steps: the ranks of a sharded base run it equally often")
         return None
+    if model.adapters.first.seeing_rows:  # what is left out may be what it looks at
+        return None
     if angles_depend_on_length(model.base_model.config):
         log.info("nothing is left out of training steps: RoPE's angles depend on the longest row of a batch")
         return None
     lengths = torch.tensor(rows.lengths)
     prompts = torch.tensor(rows.prompt_lengths) if causal else None
     prefix = None
-    if prompts is not None:
+    if prompts is not None and not any(positions.needs_mask for positions, _ in model.positions.values()):
         prefix = prefix_of(model, prompts, suffix_lengths(model, prompts, lengths - prompts))
     if prefix is not None and prefix.can_be_kept and prefix.bytes <= limit:
         prefix.keep()

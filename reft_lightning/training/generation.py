@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..adapters.adapted import AdaptedModel
 from ..base_models.reading import reading_of
-from ..data.encoding import target_only
 from ..data.example import Example
 from ..data.family import Family
 from ..evaluation import (
@@ -25,13 +24,14 @@ from ..evaluation import (
 )
 from ..terminal.bars import Bar
 from .module import FinetuningModule, TrainingPass
+from .objectives import SFT, Objective
 from .optimization import Optimization
 
 SAMPLES = 4  # rows of each validation task that are generated from where nothing scores the texts
 
 
 class GenerationModule(FinetuningModule):
-    """Train by next-token loss on the target; score generated texts and rank options by likelihood.
+    """Train by an objective, score generated texts and rank options by likelihood.
 
     A family without a scorer (instruction tuning) is validated by its loss, and a few texts are generated to
     be read; on test rows every text is.
@@ -48,6 +48,7 @@ class GenerationModule(FinetuningModule):
         commonest: task -> the commonest answer of its training rows; how often it is right is what a score must
             beat before the model can be said to read the question (``majority_accuracy``).
         training_pass: see :class:`FinetuningModule`.
+        objective: what is minimised; None for the next-token loss of the target.
 
     Raises:
         ValueError: if a token of the base model reads those after it.
@@ -65,6 +66,7 @@ class GenerationModule(FinetuningModule):
         option_batches: Callable[[list[Example]], list[dict[str, Any]]] | None = None,
         commonest: Mapping[str, str] | None = None,
         training_pass: TrainingPass | None = None,
+        objective: Objective | None = None,
     ) -> None:
         if not reading_of(model.base_model).causal:
             raise ValueError(
@@ -73,6 +75,7 @@ class GenerationModule(FinetuningModule):
             )
         super().__init__(model, val_tasks, test_tasks, optimization, training_pass)
         self.tokenizer, self.family, self.decoding = tokenizer, family, decoding
+        self.objective = objective or SFT()
         self.free = family.main_measure(test_tasks) == "loss"
         self.option_batches = option_batches
         self.commonest = dict(commonest or {})
@@ -83,8 +86,8 @@ class GenerationModule(FinetuningModule):
         self.scores["majority_accuracy"] = _by_task(self.commonest)
 
     def loss_of(self, batch: dict[str, Any]) -> Tensor:
-        """Return the mean next-token loss over the target's tokens."""
-        return self.output_of(_inputs(target_only(batch)), batch).loss
+        """Return the loss of the objective."""
+        return self.objective.loss(self, batch)
 
     # --- one batch ------------------------------------------------------------------------------------------
 
@@ -230,10 +233,6 @@ def _by_task(tasks: Sequence[str] | Mapping[str, str]) -> nn.ModuleDict:
 
 def _key(task: str) -> str:
     return task.replace(".", "_")  # module names may not contain dots
-
-
-def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in batch.items() if name not in ("boundary", "examples", "rows")}
 
 
 def _first_rows(batch: dict[str, Any], count: int) -> dict[str, Any]:

@@ -66,8 +66,8 @@ class Optimization:
                 f"loss_reduction must be one of {', '.join(LOSS_REDUCTIONS)}; got {self.loss_reduction!r}"
                 f"{did_you_mean(self.loss_reduction, LOSS_REDUCTIONS)}"
             )
-        _check_options("optimizer", self.optimizer, self.optimizer_options)
-        _check_options("scheduler", self.scheduler, self.scheduler_options)
+        check_options("optimizer", self.optimizer, self.optimizer_options)
+        check_options("scheduler", self.scheduler, self.scheduler_options)
         if self.weight_decay and "weight_decay" not in inspect.signature(self.optimizer).parameters:
             raise ValueError(
                 f"{self.optimizer.__name__} has no weight decay: optimizer.weight_decay must be 0; got "
@@ -118,7 +118,12 @@ def _made(what: str, target: Callable[..., Any], *args: Any, **options: Any) -> 
         raise ValueError(f"{what}: {target.__name__}({listed}) cannot be made: {error}") from error
 
 
-def _check_options(what: str, target: Callable[..., Any], options: Mapping[str, Any]) -> None:
+def check_options(what: str, target: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Reject options that a class or function does not take.
+
+    Raises:
+        ValueError: with the nearest that it does.
+    """
     parameters = inspect.signature(target).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return

@@ -15,9 +15,12 @@ from reft_lightning.interventions.subspace import ACTIVATIONS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 (READER,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-BUILT_IN = ["loreft", "direft_orthonormal", "noreft", "direft", "consreft", "lobireft", "red", "bias"]
+LOW_RANK = ["loreft", "direft_orthonormal", "noreft", "direft", "consreft", "lobireft"]
+BUILT_IN = [*LOW_RANK, "red", "bias", "difference_in_means", "reft_r1", "lofit", "jola"]
 CASES = [
-    *((method, {} if method in ("red", "bias") else {"rank": 2}) for method in BUILT_IN),
+    *((method, {"rank": 2} if method in LOW_RANK else {}) for method in BUILT_IN),
+    ("reft_r1", {"top_k": 2}),
+    ("lofit", {"stage": "scale", "component": "head_output", "tied": "all"}),
     ("loreft", {"rank": 2, "act_fn": "relu", "layers": {0: {}, 1: {"act_fn": "tanh"}, 2: {"method": "noreft"}}}),
     ("noreft", {"rank": 2, "act_fn": "silu", "add_bias": True}),
     ("direft", {"rank": 2, "act_fn": "sigmoid", "tied": "position"}),
@@ -47,8 +50,8 @@ def test_the_reader_of_the_page_computes_what_the_library_does(method, settings,
         (int(layer), n): phi for layer, group in reft.interventions.items() for n, phi in enumerate(group)
     }
     assert found.keys() == phis.keys()
-    h = torch.randn(5, tiny.WIDTH)
     for key, phi in phis.items():
+        h = 3 * torch.randn(12, phi.dim)
         ours = phi(h, reft.scale).detach()
         theirs = torch.from_numpy(names["edited"](h.numpy(), *found[key], scale))
         torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
@@ -56,7 +59,7 @@ def test_the_reader_of_the_page_computes_what_the_library_does(method, settings,
 
 
 def test_the_reader_is_short_and_needs_numpy_and_safetensors_only():
-    assert len(READER.splitlines()) <= 50
+    assert len(READER.splitlines()) <= 56
     assert set(re.findall(r"^(?:import|from) (\w+)", READER, re.MULTILINE)) == {
         "json",
         "pathlib",
@@ -76,7 +79,7 @@ def test_the_page_names_every_key_method_activation_and_tensor(tmp_path):
     } == set(BUILT_IN)
     for method in BUILT_IN:
         extra = {"add_bias": True} if method == "noreft" else {}
-        settings = {} if method in ("red", "bias") else {"rank": 2}
+        settings = {"rank": 2} if method in LOW_RANK else {}
         reft = saved(tmp_path, method, **settings, **extra)
         assert all(
             f"`{n.split('.', 3)[3]}`" in files for n in reft.adapter_state_dict() if "interventions" in n

@@ -70,6 +70,15 @@ class JointModel(nn.Module):
     def scale(self, scale: float) -> None:
         self.reft.scale = scale
 
+    @property
+    def penalty_weight(self) -> float:
+        """Return the weight of what interventions add to the loss."""
+        return self.reft.penalty_weight
+
+    @penalty_weight.setter
+    def penalty_weight(self, weight: float) -> None:
+        self.reft.penalty_weight = weight
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the adapted model, see :meth:`ReftModel.forward`."""
         return self.reft(*args, **kwargs)
@@ -86,6 +95,12 @@ class JointModel(nn.Module):
     def disabled(self) -> Iterator[None]:
         """Run exactly the base model inside the block, its head as it was before training too."""
         with self.reft.disabled(), self.peft.disabled():
+            yield
+
+    @contextmanager
+    def nulled(self) -> Iterator[None]:
+        """Null the interventions' edits, see :meth:`ReftModel.nulled`."""
+        with self.reft.nulled():
             yield
 
     # --- parameters and files -------------------------------------------------------------------------------------

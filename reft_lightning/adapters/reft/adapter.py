@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...base_models.dispatch import is_dispatched
-from ...interventions import Orthonormal, Partition, check_settings, registered
+from ...interventions import Intervention, Orthonormal, Partition, check_settings, registered
 from ...suggest import did_you_mean
 from .config import LayerSpec, ReftConfig
 from .positions import Positions, parse_positions
@@ -32,6 +32,8 @@ class Adapter(nn.Module):
         sites: layer -> where they act.
         positions: layer -> P, and how its Phi are tied.
         partitions: name -> rows of the adapters that share this one's parameters.
+        penalized: the Phi with a penalty of their parameters.
+        seeing_rows: the class of a Phi whose edits depend on more than single tokens; None if there is none.
     """
 
     def __init__(
@@ -48,7 +50,10 @@ class Adapter(nn.Module):
         self.layers_by_positions: dict[tuple[Positions, str], list[str]] = {}
         for layer, selection in positions.items():
             self.layers_by_positions.setdefault(selection, []).append(layer)
+        phis = [phi for group in interventions.values() for phi in group]
         self.orthonormal = [phi for phi in self.modules() if isinstance(phi, Orthonormal)]
+        self.penalized = [phi for phi in phis if type(phi).penalty is not Intervention.penalty]
+        self.seeing_rows = next((type(phi).__name__ for phi in phis if phi.sees_rows), None)
 
     @classmethod
     def build(cls, base_model: PreTrainedModel, config: ReftConfig) -> Self:
@@ -65,7 +70,7 @@ class Adapter(nn.Module):
         for layer, spec in specs.items():
             site, key = sites[layer], str(layer)
             positions[key] = (parse_positions(spec.positions, spec.clip), spec.tied)
-            group, device = _interventions(spec, positions[key][0], site.dim), device_at(modules, site.path)
+            group, device = _interventions(spec, positions[key][0], site), device_at(modules, site.path)
             if device.type == "meta" and is_dispatched(base_model):  # offloaded until it is used
                 device = torch.get_default_device()
             interventions[key] = group if device == torch.get_default_device() else group.to(device)
@@ -86,7 +91,7 @@ class Adapter(nn.Module):
         return type(self)(self.config, interventions, self.sites, self.positions)
 
 
-def _interventions(spec: LayerSpec, positions: Positions, dim: int) -> nn.ModuleList:
+def _interventions(spec: LayerSpec, positions: Positions, site: Site) -> nn.ModuleList:
     if spec.tied not in TIED:
         raise ValueError(
             f"tied must be one of {', '.join(TIED)}; got {spec.tied!r}{did_you_mean(str(spec.tied), TIED)}"
@@ -94,4 +99,4 @@ def _interventions(spec: LayerSpec, positions: Positions, dim: int) -> nn.Module
     copies = {"all": 1, "group": positions.groups}.get(spec.tied) or sum(positions.slots())
     cls = registered(spec.method)
     check_settings(cls, spec.settings)
-    return nn.ModuleList(cls(dim, **spec.settings) for _ in range(copies))
+    return nn.ModuleList(cls(site.dim, **spec.settings) for _ in range(copies * len(site.heads)))

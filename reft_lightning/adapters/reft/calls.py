@@ -11,7 +11,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -31,6 +32,15 @@ class Call:
     rows: Mapping[Orthonormal, Tensor]  # R (r, d) of each intervention, computed once
     plan: EditPlan | None = None  # of the base model's current pass; a generation makes several
     edited: bool = False  # whether any token was selected so far
+    given: Mapping[str, Tensor] = field(default_factory=dict)  # name -> (b, ...), of each row
+    kept: dict[str, dict[Any, Tensor]] = field(
+        default_factory=dict
+    )  # adapter -> what it found in the prompts
+    penalties: list[Tensor] = field(default_factory=list)  # of its edits
+
+    def again(self) -> Call:
+        """Return a call that goes on from here as this one does, and leaves this one as it is."""
+        return replace(self, kept={name: dict(kept) for name, kept in self.kept.items()}, penalties=[])
 
 
 class _Stack(threading.local):

@@ -39,6 +39,7 @@ class EditPlan:
     summed: bool  # whether the edits at a site are those of one and the same hidden state
     tokens: Tensor  # (b, s) or (b, s, d), what the call reads; sizes in numbers would be constants to torch.compile
     differentiable: bool  # whether the call records gradients
+    prompt: Tensor | None = None  # (b s,) bool, the tokens of prompts, where an intervention sees rows
 
     @property
     def edits_anything(self) -> bool:
@@ -47,10 +48,15 @@ class EditPlan:
 
 
 def token_indices(
-    positions: Positions, tied: str, prompt: Tensor, target: Tensor, columns: slice
+    positions: Positions,
+    tied: str,
+    prompt: Tensor,
+    target: Tensor,
+    columns: slice,
+    given: Tensor | None = None,
 ) -> list[Tensor]:
     """Return one flat token index (n,) for each intervention of a site, in the columns that are read."""
-    groups = [slots[:, columns].flatten() for slots in positions.select(prompt, target)]
+    groups = [slots[:, columns].flatten() for slots in positions.select(prompt, target, given)]
     if tied == "all":
         return [(torch.stack(groups) >= 0).any(0).nonzero().squeeze(-1)]
     if tied == "group":

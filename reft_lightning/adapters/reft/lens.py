@@ -37,7 +37,7 @@ def in_stream(model: PreTrainedModel, site: Site) -> bool:
     It is tried: a large vector that is added at such a site arrives at the output of its block, where all that the
     block computes of it is small, because blocks read the stream through a norm. Elsewhere a map or a norm comes first.
     """
-    if site.dim != model.config.get_text_config().hidden_size:
+    if site.width != model.config.get_text_config().hidden_size:
         return False
     before = _block_output(model, site.layer)
     push = torch.randn(before.shape, generator=torch.Generator().manual_seed(0)).to(before)

@@ -35,6 +35,7 @@ class Seen(NamedTuple):
     places: Tensor  # (n,), which of the model's places each token fills
     before: Tensor  # (n, d), h
     after: Tensor  # (n, d), Phi(h)
+    latents: Tensor | None = None  # (n, k), what the intervention detects
 
 
 def places_of(reft: ReftModel) -> list[str]:
@@ -45,10 +46,10 @@ def places_of(reft: ReftModel) -> list[str]:
     names = [
         name for positions, _ in reft.positions.values() for group in _names(positions) for name in group
     ]
-    order = ["f", "prompt", "all", "selected", "l", "decode"]
+    order = ["f", "prompt", "given", "all", "selected", "l", "decode"]
 
     def key(name: str) -> tuple[int, int]:
-        kind = name if name in order else name.rstrip("0123456789").rstrip(":")
+        kind = name if name in order else name.rstrip("0123456789.").rstrip(":")
         number = int("".join(filter(str.isdecimal, name)) or 0)
         return order.index(kind), -number if kind == "l" else number
 
@@ -61,7 +62,7 @@ def _names(positions: Positions) -> list[list[str]]:
         return [["selected"]]
     between = {"decode": ":"}
     return [
-        [t.kind] if t.count is None else [f"{t.kind}{between.get(t.kind, '')}{k + 1}" for k in range(t.count)]
+        [str(t)] if t.count is None else [f"{t.kind}{between.get(t.kind, '')}{k + 1}" for k in range(t.count)]
         for t in positions.terms
     ]
 
@@ -73,7 +74,7 @@ def watching(reft: ReftModel, see: Callable[[Seen], Tensor | None]) -> Iterator[
     first = reft.adapter_names[0]
     grids: dict[Positions, tuple[EditPlan, Tensor]] = {}  # of the present pass
 
-    def hook(key: str, number: int, phi: Any, args: tuple[Any, ...], after: Tensor) -> Tensor | None:
+    def hook(key: str, number: int, phi: Any, args: Any, after: Tensor) -> Tensor | None:
         call = call_of(reft)
         assert call is not None
         assert call.plan is not None
@@ -81,8 +82,9 @@ def watching(reft: ReftModel, see: Callable[[Seen], Tensor | None]) -> Iterator[
         if positions not in grids or grids[positions][0] is not call.plan:
             grids[positions] = call.plan, _grid(positions, call.spans, call.plan.tokens, places)
         edit = next(e for e in call.plan.edits[reft.sites[key].place] if e.adapter == first)
-        filled = grids[positions][1][edit.indices[number]]
-        return see(Seen(int(key), filled.to(after.device), args[0], after))
+        filled = grids[positions][1][edit.indices[number] // reft.sites[key].divided]
+        found = args[2].found if len(args) > 2 else None  # of an intervention that sees rows
+        return see(Seen(int(key), filled.to(after.device), args[0], after, found and found.latents))
 
     hooks = [
         phi.register_forward_hook(partial(hook, key, number))
@@ -99,8 +101,9 @@ def watching(reft: ReftModel, see: Callable[[Seen], Tensor | None]) -> Iterator[
 def _grid(positions: Positions, spans: Spans, tokens: Tensor, places: Mapping[str, int]) -> Tensor:  # (b s,)
     """Return the place of each token that the present pass reads, row after row; -1 where none is selected."""
     prompt, target = spans.upto(spans.read, tokens.shape[0])
+    given = spans.marks_upto(spans.read, tokens.shape[0])
     found = torch.full(prompt.shape, -1, device=prompt.device)
-    for names, slots in zip(_names(positions), positions.select(prompt, target), strict=True):
+    for names, slots in zip(_names(positions), positions.select(prompt, target, given), strict=True):
         lookup = torch.tensor([places[name] for name in names], device=slots.device)
         found = torch.where(slots >= 0, lookup[slots.clamp(min=0)], found)
     return found[:, spans.read - tokens.shape[1] : spans.read].flatten()
@@ -213,3 +216,29 @@ def subspace(interventions: list[Intervention]) -> Tensor | None:  # -> (k, d)
             rows.append(phi.directions.double())
     _, sizes, basis = torch.linalg.svd(torch.cat(rows), full_matrices=False)
     return basis[sizes > sizes.max() * 1e-6]
+
+
+def longest_heads(reft: ReftModel, count: int) -> dict[int, dict[str, str]]:
+    """Return the attention heads whose interventions have the longest parameters, as ``layers`` of a second stage.
+
+    Args:
+        reft: with interventions at ``head_output``, such as LoFiT's first stage.
+        count: how many; LoFiT takes 3 to 10 % of all.
+
+    Raises:
+        ValueError: for fewer heads than that.
+    """
+    sizes = [
+        (sum(float(p.detach().square().sum()) for p in group[k].parameters()), int(layer), head)
+        for layer, group in reft.interventions.items()
+        for k, head in enumerate(reft.sites[layer].heads if reft.sites[layer].divided > 1 else ())
+    ]
+    if not 1 <= count <= len(sizes):
+        raise ValueError(f"count must lie in 1..{len(sizes)}, the heads with interventions; got {count}")
+    chosen: dict[int, list[int]] = {}
+    for _, layer, head in sorted(sizes, reverse=True)[:count]:
+        chosen.setdefault(layer, []).append(head)
+    return {
+        layer: {"component": f"head_output:{'+'.join(map(str, sorted(heads)))}"}
+        for layer, heads in sorted(chosen.items())
+    }

@@ -6,7 +6,7 @@ weighted sum, or another one for each row of a batch.
 One hook per site, registered once and bound to the :class:`ReftModel`. Once a call, R is computed for all interventions
 that it uses and a pre-hook on the base model works out which tokens are selected (P). Outside ``forward`` and
 ``generate`` of the ReftModel, and inside ``disabled()``, the hooks do nothing. Calls may be nested, and run in several
-threads (:mod:`.calls`); ``disabled()``, ``scale`` and ``set_adapter`` count for all threads.
+threads (:mod:`.calls`); ``disabled()``, ``nulled()``, ``scale`` and ``set_adapter`` count for all threads.
 
 Shapes: b rows, s columns, d width, n selected tokens.
 """
@@ -27,16 +27,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 from ...base_models.checkpointing import checkpointable
 from ...base_models.heads import heads_to_train, parameters_of
 from ...base_models.patching import replaced
-from ...interventions import rotations
+from ...interventions import INTERVENTIONS, Intervention, Tokens, rotations
 from ..adapted import ParameterCount
 from ..arguments import forward_inputs, known_arguments, left_padded_inputs
 from ..attaching import all_or_nothing, attaching, check_base, detached
 from ..first_values import FirstValues, fill
-from ..masks import Spans, of_rows, spans_of
+from ..masks import Spans, marked, of_rows, spans_of
 from ..plain import plain
 from ..saving import check_fit, load_adapter, naming, save_adapter, tensors_of
 from .adapter import Adapter
@@ -70,10 +71,11 @@ class ReftModel(nn.Module):
         check_base(base_model)
         super().__init__()
         self.base_model: Any = base_model
-        self._enabled = True
+        self._enabled, self._nulled = True, False
         self._edited, self._warned = False, False  # whether anything was edited, and that nothing was, said
         self._idle = 0  # passes that edited nothing
         self._compiled: Callable[..., Any] | None = None  # the base model's forward
+        self.penalty_weight = 1.0  # of what interventions add to the loss
         if base_model.config.is_encoder_decoder and base_model.get_encoder() is not base_model:
             raise ValueError(
                 f"{type(base_model).__name__} has an encoder and a decoder, whose tokens differ; attach to one of "
@@ -317,6 +319,8 @@ class ReftModel(nn.Module):
         labels: Tensor | None = None,  # (b, s), the last columns of it, or (b,)
         prompt_mask: Tensor | None = None,  # (b, s) bool
         adapter_names: Sequence[Any] | None = None,  # b of them
+        row_values: Mapping[str, Tensor] | None = None,  # name -> (b, ...)
+        edit_mask: Tensor | None = None,  # (b, s) bool
         **kwargs: Any,
     ) -> Any:
         """Run the base model with the edits; returns what the base model returns (``loss``, ``logits``, ...).
@@ -326,7 +330,13 @@ class ReftModel(nn.Module):
         ``logits_to_keep`` of as many, compute only those logits.
 
         ``adapter_names`` gives each row an adapter of its own: a name, a pair of a name and its strength, or None (or
-        ``"__base__"``) for the base model. Without it, those of :meth:`set_adapter` edit all rows.
+        ``"__base__"``) for the base model. Without it, those of :meth:`set_adapter` edit all rows. ``row_values``
+        are for interventions that ask for something of each row, such as the number of a concept. ``edit_mask`` marks
+        tokens for the positions ``given``.
+
+        In training, ``loss`` includes what interventions add to it, which is ``penalty``. Interventions that look at
+        whole prompts (:mod:`reft_lightning.interventions.rows`) hand out no ``past_key_values``: what they found in
+        the prompts is not in it.
 
         Raises:
             ValueError: for an argument that the base model does not know, with the nearest, or an unknown adapter.
@@ -342,12 +352,33 @@ class ReftModel(nn.Module):
         if attention is None:
             columns = (tokens if prompt_mask is None else prompt_mask).shape[1]
             attention = tokens.new_ones((tokens.shape[0], columns), dtype=torch.long)
-        spans = spans_of(attention, labels, prompt_mask)
+        spans = marked(spans_of(attention, labels, prompt_mask), edit_mask)
         chosen = self.adapters.chosen_by(adapter_names, len(tokens))
         if prompt_mask is None and labels is not None:
             self.check_prompts(spans, chosen[0])
-        with self._editing(spans, chosen, compiled=True):
-            return self.base_model(**inputs)
+        with self._editing(spans, chosen, row_values, compiled=True) as call:
+            output = self.base_model(**inputs)
+        return output if call is None else self._with_findings(output, call)
+
+    def _with_findings(self, output: Any, call: Call) -> Any:
+        """Add what interventions found to the output of the base model; most find nothing."""
+        used = dict.fromkeys(self.adapters[choice.adapter] for choice in call.choices)
+        seeing = any(adapter.seeing_rows for adapter in used)
+        penalties: list[Tensor] = []
+        if self.training and torch.is_grad_enabled():
+            own = (phi.penalty() for adapter in used for phi in adapter.penalized)
+            penalties = [penalty for penalty in (*own, *call.penalties) if penalty is not None]
+        if (seeing or penalties) and not isinstance(output, ModelOutput):
+            raise ValueError("return_dict=False has no place for what interventions find: leave it out")
+        if seeing and output.get("past_key_values") is not None:
+            output["past_key_values"] = None
+        if penalties:
+            loss = output.get("loss")
+            device = penalties[0].device if loss is None else loss.device
+            output["penalty"] = self.penalty_weight * torch.stack([p.to(device) for p in penalties]).sum()
+            if loss is not None:
+                output["loss"] = loss + output["penalty"]
+        return output
 
     def compile(self, **options: Any) -> None:
         """Compile the training step: the forward pass of the base model with its edits, and its backward pass.
@@ -359,7 +390,16 @@ class ReftModel(nn.Module):
 
         Args:
             **options: of ``torch.compile``.
+
+        Raises:
+            ValueError: for an intervention that sees rows.
         """
+        for name, adapter in self.adapters.items():
+            if adapter.seeing_rows:
+                raise ValueError(
+                    f"the adapter {name!r} cannot be compiled: {adapter.seeing_rows} keeps what it finds in prompts "
+                    "from one pass to the next; leave model.compile out"
+                )
         self._compiled = torch.compile(self.base_model.forward, **options)
 
     def generate(
@@ -368,6 +408,8 @@ class ReftModel(nn.Module):
         attention_mask: Tensor | None = None,  # (b, s)
         prompt_mask: Tensor | None = None,  # (b, s) bool
         adapter_names: Sequence[Any] | None = None,  # b of them
+        row_values: Mapping[str, Tensor] | None = None,  # name -> (b, ...)
+        edit_mask: Tensor | None = None,  # (b, s) bool
         **kwargs: Any,
     ) -> Any:
         """Generate as Hugging Face does, with the edits on the prompt (and on new tokens where P says so).
@@ -376,7 +418,8 @@ class ReftModel(nn.Module):
         always start at column s. ``inputs`` and ``inputs_embeds`` may be given as in Hugging Face's. Without
         ``attention_mask``, padding is the pad token, unless it is the end-of-text token too. ``prompt_mask`` goes
         with rows that hold the beginning of an answer after their prompt: it is edited as if it had been generated.
-        ``adapter_names`` gives each row an adapter, see :meth:`forward`.
+        ``adapter_names`` gives each row an adapter, ``row_values`` says something of each, and ``edit_mask`` marks
+        tokens, see :meth:`forward`.
 
         Raises:
             ValueError: for ``guidance_scale``, which reads a second text, for tokens that are missing or given twice,
@@ -392,14 +435,16 @@ class ReftModel(nn.Module):
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "prompt_mask": prompt_mask,
+            "edit_mask": edit_mask,
             **kwargs,
         }
         arguments = left_padded_inputs(given, self.base_model.generation_config)
         spans = spans_of(arguments["attention_mask"], None, arguments.pop("prompt_mask", None))
+        spans = marked(spans, arguments.pop("edit_mask", None))
         past = kwargs.get("past_key_values")
         read = 0 if past is None else past.get_seq_length()  # as Hugging Face asks it, to cut what was read
         chosen = self.adapters.chosen_by(adapter_names, len(spans.prompt))
-        with self._editing(replace(spans, generating=True, read=read), chosen):
+        with self._editing(replace(spans, generating=True, read=read), chosen, row_values):
             return self.base_model.generate(**arguments)
 
     def check_prompts(self, spans: Spans, choices: Sequence[Choice]) -> None:
@@ -422,9 +467,18 @@ class ReftModel(nn.Module):
 
     @contextmanager
     def _editing(
-        self, spans: Spans, chosen: tuple[tuple[Choice, ...], bool], compiled: bool = False
-    ) -> Iterator[None]:
+        self,
+        spans: Spans,
+        chosen: tuple[tuple[Choice, ...], bool],
+        row_values: Mapping[str, Tensor] | None,
+        compiled: bool = False,
+    ) -> Iterator[Call | None]:
         self._check_attached()
+        for name, value in (row_values or {}).items():
+            if len(value) != len(spans.prompt):
+                raise ValueError(
+                    f"row_values[{name!r}] holds {len(value)} rows, the batch {len(spans.prompt)}"
+                )
         others: list[tuple[nn.Module, str, Callable]] = []
         if torch.is_grad_enabled():
             name = "_gradient_checkpointing_func"
@@ -433,7 +487,8 @@ class ReftModel(nn.Module):
                 for module in self._checkpointable
                 if module.gradient_checkpointing
             ]
-            if compiled and self._compiled is not None and self._enabled:
+            seeing = any(self.adapters[choice.adapter].seeing_rows for choice in chosen[0])
+            if compiled and self._compiled is not None and self._enabled and not seeing:
                 others.append((self.base_model, "forward", self._compiled))
         call = None
         if self._enabled:  # R is computed once a pass and once a generation, which needs no gradients
@@ -441,9 +496,9 @@ class ReftModel(nn.Module):
                 choices, summed = chosen
                 used = dict.fromkeys(choice.adapter for choice in choices)
                 rows = rotations(phi for name in used for phi in self.adapters[name].orthonormal)
-                call = Call(self, spans, choices, summed, rows)
+                call = Call(self, spans, choices, summed, rows, given=row_values or {})
         with _REPLACING if others else nullcontext(), replaced(others), running(call):
-            yield
+            yield call
         if call is not None:
             self._notice(call)
 
@@ -470,12 +525,12 @@ class ReftModel(nn.Module):
         if torch.compiler.is_compiling():  # the graph holds what is run again
             return checkpoint(function, *args, **kwargs)
         call = call_of(self)
-        again = call and replace(call)  # with the plan of this pass
+        again = call and call.again()  # with the plan of this pass, and what its prompts have said so far
 
         def planned(*inputs: Any, **options: Any) -> Any:
             if call_of(self) is call:  # the forward pass
                 return function(*inputs, **options)
-            with running(again):
+            with running(again and again.again()):
                 return function(*inputs, **options)
 
         return checkpoint(planned, *args, **kwargs)
@@ -497,6 +552,25 @@ class ReftModel(nn.Module):
             yield
         finally:
             self._enabled = enabled
+
+    @contextmanager
+    def nulled(self) -> Iterator[None]:
+        """Remove from hidden states, inside the block, what the edits would add: ``null`` of each intervention.
+
+        Raises:
+            ValueError: for an intervention that cannot be nulled, with those that can.
+        """
+        for phi in (phi for module in self.adapters.values() for phi in module.modules()):
+            if isinstance(phi, Intervention) and type(phi).null is Intervention.null:
+                able = [name for name, cls in INTERVENTIONS.items() if cls.null is not Intervention.null]
+                raise ValueError(
+                    f"{type(phi).__name__} has no null(h), and cannot be nulled; {', '.join(able)} can"
+                )
+        nulled, self._nulled = self._nulled, True
+        try:
+            yield
+        finally:
+            self._nulled = nulled
 
     # --- the hooks ------------------------------------------------------------------------------------------------
 
@@ -522,19 +596,35 @@ class ReftModel(nn.Module):
         decoding = columns.start >= spans.width
         edits: dict[str, list[Edit]] = {}
         prompts_and_targets: tuple[Tensor, Tensor] | None = None
+        seeing: str | None = None
         for choice in call.choices:
             adapter = self.adapters[choice.adapter]
+            seeing = seeing or adapter.seeing_rows
             for (positions, tied), layers in adapter.layers_by_positions.items():
                 if decoding and not positions.reaches_decode:
                     continue
                 if prompts_and_targets is None:
                     prompts_and_targets = spans.upto(columns.stop, len(tokens))
                 prompt, target = of_rows(choice.rows, *prompts_and_targets)
-                indices = token_indices(positions, tied, prompt, target, columns)
+                given = spans.marks_upto(columns.stop, len(tokens))
+                indices = token_indices(positions, tied, prompt, target, columns, given)
                 for layer in layers:
-                    edit = Edit(choice.adapter, layer, choice.weight, indices)
-                    edits.setdefault(adapter.sites[layer].place, []).append(edit)
-        return EditPlan(edits, call.summed, tokens, torch.is_grad_enabled()) if edits else None
+                    site, own = adapter.sites[layer], indices
+                    if site.divided > 1:
+                        own = [part for index in indices for part in site.parts(index)]
+                    edits.setdefault(site.place, []).append(Edit(choice.adapter, layer, choice.weight, own))
+        if not edits:
+            return None
+        plan = EditPlan(edits, call.summed, tokens, torch.is_grad_enabled())
+        if seeing:
+            if not decoding and (columns.start or columns.stop < spans.width):
+                raise ValueError(
+                    f"{seeing} looks at whole prompts, and the model reads only a part of them here: give no "
+                    "past_key_values, and no prefill_chunk_size"
+                )
+            prompt, _ = spans.upto(columns.stop, len(tokens))
+            plan.prompt = prompt[:, columns].flatten()
+        return plan
 
     def _edit(self, place: str, hidden: Tensor) -> Tensor | None:  # (b, s, d) -> (b, s, d)
         """Return the hidden states at a site with their edits; None where the call makes none there."""
@@ -543,10 +633,10 @@ class ReftModel(nn.Module):
         if plan is None or place not in plan.edits:
             return None
         edits = plan.edits[place]
-        site = self.adapters[edits[0].adapter].sites[edits[0].layer]
-        if hidden.shape[-1] != site.dim:
+        site = self._site_of(edits[0])
+        if hidden.shape[-1] != site.width:
             raise ValueError(
-                f"the {site.end} of {site.path} has width {hidden.shape[-1]}, expected {site.dim}; use the input "
+                f"the {site.end} of {site.path} has width {hidden.shape[-1]}, expected {site.width}; use the input "
                 "of the linear layer that consumes it, as '...{layer}....input'"
             )
         rows, columns = plan.tokens.shape[:2]
@@ -564,26 +654,58 @@ class ReftModel(nn.Module):
         if plan.summed and len(edits) > 1:
             return self._sum_of(edits, flat).view_as(hidden)
         for edit in edits:
+            flat = flat.view(-1, self._site_of(edit).dim)  # of a head, or of the whole
             index, edited = self._edited_by(edit, flat)
             flat = flat.index_copy(0, index, edited)
         return flat.view_as(hidden)
+
+    def _site_of(self, edit: Edit) -> Site:
+        return self.adapters[edit.adapter].sites[edit.layer]
 
     def _edited_by(self, edit: Edit, flat: Tensor) -> tuple[Tensor, Tensor]:  # (b s, d) -> (n,), (n, d)
         """Return which tokens an adapter edits at a site, and Phi of them."""
         adapter = self.adapters[edit.adapter]
         scale = adapter.scale * edit.weight
         indices = [index.to(flat.device) for index in edit.indices]
-        edited = [
-            phi(flat.index_select(0, index), scale)
-            for phi, index in zip(adapter.interventions[edit.layer], indices, strict=True)
-        ]
+        group = adapter.interventions[edit.layer]
+        if self._nulled:
+            edited = [
+                phi(flat.index_select(0, i), nulled=True) for phi, i in zip(group, indices, strict=True)
+            ]
+        elif adapter.seeing_rows is None:
+            edited = [phi(flat.index_select(0, i), scale) for phi, i in zip(group, indices, strict=True)]
+        else:
+            edited = [
+                self._edited_rows(phi, edit, flat.index_select(0, i), scale, i)
+                for phi, i in zip(group, indices, strict=True)
+            ]
         return (indices[0], edited[0]) if len(edited) == 1 else (torch.cat(indices), torch.cat(edited))
+
+    def _edited_rows(self, phi: Any, edit: Edit, h: Tensor, scale: float, index: Tensor) -> Tensor:
+        """Return Phi of tokens (n, d) with what is known of their rows, and note what else it found."""
+        if not phi.sees_rows:
+            return phi(h, scale)
+        call: Any = call_of(self)
+        b, s = call.plan.tokens.shape[:2]
+        given = {
+            name: value.to(h.device).repeat_interleave(b // len(value), 0)
+            for name, value in call.given.items()
+        }
+        kept = call.kept.setdefault(edit.adapter, {})
+        index = index // self._site_of(edit).divided  # of a token, whatever the head
+        tokens = Tokens(index // s, b, call.plan.prompt.to(h.device)[index], kept, given)
+        edited = phi(h, scale, tokens)
+        assert tokens.found is not None
+        if tokens.found.penalty is not None:
+            call.penalties.append(tokens.found.penalty)
+        return edited
 
     def _sum_of(self, edits: Sequence[Edit], flat: Tensor) -> Tensor:  # (b s, d) -> (b s, d)
         """Return h + the sum of what each adapter adds to h."""
         h = flat.to(torch.promote_types(flat.dtype, torch.float32))
         total = h
         for edit in edits:
+            h, total = (x.view(-1, self._site_of(edit).dim) for x in (h, total))
             index, edited = self._edited_by(edit, h)
             total = total.index_add(0, index, edited - h.index_select(0, index))
         return total.to(flat.dtype)

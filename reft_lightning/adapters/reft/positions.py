@@ -6,13 +6,17 @@ term       tokens                                               positions (``tie
 fN         the first N tokens of the prompt                     1 .. N from the left
 lN         the last N tokens of the prompt                      1 .. N from the right
 prompt     every token of the prompt                            unbounded
+prompt:S   a share S of them, evenly spread, the last included  unbounded
+given      those of the prompt that ``edit_mask`` marks         unbounded
+given:S    a share S of those                                   unbounded
 decode     every token after the prompt (target or generated)   unbounded
 decode:N   the first N tokens after the prompt                  1 .. N
 all        every token                                          unbounded
 ========== ==================================================== ==================================
 
-Terms are added: ``f7+l7``, ``prompt+decode:8``. A callable ``(prompt_mask, target_mask) -> mask``, all (b, s)
-bool, selects anything else.
+Terms are added: ``f7+l7``, ``prompt+decode:8``. What depends on the input (image tokens, the tokens that a first pass
+found critical) is ``given``: a mask (b, s) with each call of the model. A callable ``(prompt_mask, target_mask) ->
+mask``, all (b, s) bool, selects anything else.
 
 A short prompt of n tokens clips the counts of ``fp+ls``, so that the two never overlap:
 
@@ -44,7 +48,10 @@ from ...suggest import did_you_mean
 
 MaskFunction = Callable[[Tensor, Tensor], Tensor]
 CLIPS = ("paper", "floor")
-SYNTAX = "fN, lN, fN+lM, prompt, all, decode, decode:N and sums of them, with N >= 1"
+SYNTAX = (
+    "fN, lN, fN+lM, prompt, given, all, decode, decode:N and sums of them, with N >= 1, and prompt:S or given:S with a "
+    "share 0 < S < 1"
+)
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,11 @@ class Term:
 
     kind: str
     count: int | None = None
+    share: float | None = None
 
     def __str__(self) -> str:
+        if self.share is not None:
+            return f"{self.kind}:{self.share:g}"
         return {"f": f"f{self.count}", "l": f"l{self.count}", "decode": f"decode:{self.count}"}.get(
             self.kind if self.count is not None else "", self.kind
         )
@@ -76,7 +86,12 @@ class Positions:
     @property
     def needs_prompt(self) -> bool:
         """Whether every row needs a prompt for the specification to mean anything."""
-        return any(term.kind in ("f", "l", "prompt") for term in self.terms)
+        return any(term.kind in ("f", "l", "prompt", "given") for term in self.terms)
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether each call must mark the tokens."""
+        return any(term.kind == "given" for term in self.terms)
 
     @property
     def groups(self) -> int:
@@ -97,13 +112,23 @@ class Positions:
             )
         return [count for count in counts if count is not None]
 
-    def select(self, prompt: Tensor, target: Tensor) -> list[Tensor]:  # (b, s), (b, s) -> [(b, s)] a group
+    def select(
+        self, prompt: Tensor, target: Tensor, given: Tensor | None = None
+    ) -> list[Tensor]:  # (b, s) each -> [(b, s)] a group
         """Return for each group which slot every token fills: 0, 1, ... and -1 where it is not selected.
 
         Args:
             prompt: (b, s) bool, the tokens of the prompt.
             target: (b, s) bool, the tokens after it.
+            given: (b, s) bool, the tokens that the caller marks.
+
+        Raises:
+            ValueError: without marks, where they are needed, or for what a function returns instead of a mask.
         """
+        if self.needs_mask and given is None:
+            raise ValueError(
+                f"the positions {self} need edit_mask (b, s): which tokens of the prompt are edited?"
+            )
         if self.function is not None:
             chosen = self.function(prompt, target)
             if chosen.shape != prompt.shape or chosen.dtype != torch.bool:
@@ -122,7 +147,12 @@ class Positions:
             clipped = n < p + s
             first = torch.where(clipped, (n // 2).clamp(max=p), p)
             last = torch.where(clipped, (n - n // 2).clamp(max=s), s)
-        return [self._slots(term, prompt, target, from_left, after, n, first, last) for term in self.terms]
+        return [
+            self._slots(term, prompt, target, from_left, after, n, first, last)
+            if term.kind not in ("prompt", "given")
+            else _spread(prompt if term.kind == "prompt" or given is None else prompt & given, term.share)
+            for term in self.terms
+        ]
 
     @staticmethod
     def _slots(
@@ -137,13 +167,21 @@ class Positions:
         if term.kind == "decode":
             chosen = target if term.count is None else target & (after < term.count)
             return torch.where(chosen, 0 if term.count is None else after, -1)
-        chosen = prompt | target if term.kind == "all" else prompt
-        return torch.where(chosen, 0, -1)
+        return torch.where(prompt | target, 0, -1)  # all
 
     def __str__(self) -> str:
         if self.function is not None:
             return f"<callable {self.function.__module__}.{getattr(self.function, '__qualname__', self.function)}>"
         return "+".join(map(str, self.terms))
+
+
+def _spread(chosen: Tensor, share: float | None) -> Tensor:  # (b, s) bool -> (b, s)
+    """Return slot 0 for a share of the tokens of each row, at least one; all of them without a share."""
+    if share is not None:
+        n = chosen.sum(-1, keepdim=True).clamp(min=1)  # (b, 1)
+        kept, place = (n * share + 1e-6).long().clamp(min=1), chosen.cumsum(-1) - 1
+        chosen = chosen & ((place + 1) * kept // n > place * kept // n)
+    return torch.where(chosen, 0, -1)
 
 
 def parse_positions(spec: str | MaskFunction | Positions, clip: str = "paper") -> Positions:
@@ -178,7 +216,11 @@ def _parse_terms(spec: str) -> tuple[Term, ...]:
     for kind in kinds:
         if kinds.count(kind) > 1:
             raise ValueError(f"positions {spec!r} name {kind!r} twice; each kind is allowed once")
-    covering = {"prompt": {"f", "l"}, "all": {"f", "l", "prompt", "decode"}}
+    covering = {
+        "prompt": {"f", "l"},
+        "given": {"f", "l", "prompt"},
+        "all": {"f", "l", "prompt", "given", "decode"},
+    }
     for kind, covered in covering.items():
         overlap = covered & set(kinds) if kind in kinds else set()
         if overlap:
@@ -190,8 +232,10 @@ def _parse_terms(spec: str) -> tuple[Term, ...]:
 
 
 def _parse_term(part: str, spec: str) -> Term:
-    if part in ("prompt", "all", "decode"):
+    if part in ("prompt", "given", "all", "decode"):
         return Term(part)
+    if share := re.fullmatch(r"(prompt|given):(0?\.\d*[1-9]\d*)", part):
+        return Term(share[1], share=float(share[2]))
     match = re.fullmatch(r"([fl])([1-9]\d*)|(decode):([1-9]\d*)", part)
     if not match:
         raise ValueError(f"malformed positions {spec!r}: cannot read {part!r}; allowed: {SYNTAX}")

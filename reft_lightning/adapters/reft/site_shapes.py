@@ -58,7 +58,7 @@ def check_shapes(model: PreTrainedModel, sites: Iterable[Site]) -> None:
         )
     if silent:
         log.warning("not computed where a text has no images, and then not edited: %s", ", ".join(silent))
-    faults = {place: _fault(shape, asked[place].dim) for place, shape in seen.items() if shape is not None}
+    faults = {place: _fault(shape, asked[place].width) for place, shape in seen.items() if shape is not None}
     wrong = next((place for place, fault in faults.items() if fault), None)
     if wrong is not None:
         site, fine = asked[wrong], [asked[place].layer for place, fault in faults.items() if not fault]

@@ -7,11 +7,13 @@ the configuration has layers, so no table of architectures is needed. Components
 block_output      the hidden state after block l (the paper's choice)
 block_input       the hidden state before block l
 attention_output  the output of the block's attention module
+head_output       the output of each attention head, before the map that mixes them; ``head_output:0+5`` of two heads
 mlp_output        the output of the block's feed-forward module
 a module path     e.g. ``model.layers.{layer}.mlp.down_proj`` or ``...o_proj.input``
 ================  =====================================================================
 
-Layers are 0-based: layer 0 is the first block.
+Layers and heads are 0-based: layer 0 is the first block. A head has interventions of its own, of its width. Heads are
+those of the queries, where several share a key and a value.
 """
 
 from __future__ import annotations
@@ -30,9 +32,19 @@ from transformers.pytorch_utils import Conv1D
 
 from ...suggest import did_you_mean
 
-COMPONENTS = ("block_output", "block_input", "attention_output", "mlp_output")
+COMPONENTS = ("block_output", "block_input", "attention_output", "mlp_output", "head_output")
+HEAD = "head_output"
 # What Hugging Face models call the module, in the order in which they are looked for inside a block.
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
+MIXING_NAMES = (
+    "o_proj",
+    "out_proj",
+    "c_proj",
+    "dense",
+    "wo",
+    "proj",
+    "output.dense",
+)  # of heads, inside attention
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2", "output.dense")
 
 
@@ -44,6 +56,18 @@ class Site:
     path: str
     end: str  # "input" or "output"
     dim: int
+    divided: int = 1  # into how many parts the representation is: the heads of an attention module
+    heads: tuple[int, ...] = (0,)  # the parts with interventions
+
+    @property
+    def width(self) -> int:
+        """The width of the representation, of which an intervention sees d."""
+        return self.dim * self.divided
+
+    def parts(self, index: Tensor) -> Tensor:  # (n,) tokens -> (heads, n)
+        """Return where the edited parts of tokens are among the parts of all tokens."""
+        heads = torch.tensor(self.heads, device=index.device)
+        return index * self.divided + heads.unsqueeze(-1)
 
     @property
     def place(self) -> str:
@@ -182,7 +206,8 @@ def find_sites(
         ValueError: for an unknown component or path, with the candidates.
     """
     modules = dict(model.named_modules()) if modules is None else modules
-    blocks = block_path(model, modules) if any(name in COMPONENTS for name in components.values()) else ""
+    named = any(str(name).partition(":")[0] in COMPONENTS for name in components.values())
+    blocks = block_path(model, modules) if named else ""
     width = model.config.get_text_config().hidden_size
     return {layer: _site(model, modules, blocks, layer, name, width) for layer, name in components.items()}
 
@@ -200,6 +225,8 @@ def _site(
         for suffix in ("input", "output"):
             if path.endswith(f".{suffix}") and path not in modules:
                 path, end = path[: -len(suffix) - 1], suffix
+    elif isinstance(component, str) and component.partition(":")[0] == HEAD:
+        return _head_site(model, modules, f"{blocks}.{layer}", layer, component)
     elif component in COMPONENTS:
         path, end = f"{blocks}.{layer}", "input" if component == "block_input" else "output"
         names = {"attention_output": ATTENTION_NAMES, "mlp_output": MLP_NAMES}.get(component)
@@ -216,6 +243,34 @@ def _site(
             f"{type(model).__name__} has no module {path!r}; near it are {', '.join(near) or 'none'}"
         )
     return Site(layer, path, end, width_at(modules[path], end, width))
+
+
+def _head_site(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], block: str, layer: int, component: str
+) -> Site:
+    config = model.config.get_text_config()
+    attention = f"{block}.{_child(model, block, ATTENTION_NAMES, HEAD)}"
+    count = getattr(config, "num_attention_heads", None)
+    if not count:
+        raise ValueError(f"the configuration of {type(model).__name__} has no num_attention_heads")
+    path = f"{attention}.{_child(model, attention, MIXING_NAMES, HEAD)}"
+    width = width_at(modules[path], "input", config.hidden_size)
+    if width % count:
+        raise ValueError(
+            f"the input of {path} has width {width}, no multiple of the {count} heads of {type(model).__name__}"
+        )
+    _, colon, listed = component.partition(":")
+    heads = (
+        tuple(int(head) if head.isdecimal() else -1 for head in listed.split("+"))
+        if colon
+        else tuple(range(count))
+    )
+    if len(set(heads)) < len(heads) or not all(0 <= head < count for head in heads):
+        raise ValueError(
+            f"component {component!r} must name distinct heads in 0..{count - 1}, as head_output:0+{count - 1}; "
+            "head_output by itself is all of them"
+        )
+    return Site(layer, path, "input", width // count, count, heads)
 
 
 def _child(model: PreTrainedModel, block: str, names: tuple[str, ...], component: str) -> str:

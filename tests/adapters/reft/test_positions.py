@@ -22,6 +22,8 @@ SPECS = [
     "f2+decode",
     "f1+l1+decode:1",
     "prompt+decode:2",
+    "prompt:0.4",
+    "prompt:0.5+decode:1",
 ]
 repeatable = settings(deadline=None, derandomize=True, database=None)
 
@@ -57,6 +59,12 @@ def chosen(spec, rows: list[str]) -> list[str]:
         ("prompt+decode:1", "pppptt", "xxxxxt"),
         ("f1+decode", "pppptt", "xpppxx"),
         ("f1+l1+decode:1", "pppptt", "xppxxt"),
+        # a share, evenly spread, at least one token and the last one
+        ("prompt:0.5", "pppptt", "pxpxtt"),
+        ("prompt:0.25", "pppppppptt", "pppxpppxtt"),
+        ("prompt:0.01", "pppptt", "pppxtt"),
+        ("prompt:0.99", "pppptt", "pxxxtt"),
+        ("prompt:0.3", "pppppppppptt", "pppxppxppxtt"),
         # padding, wherever it stands
         ("f1+l1", "..pppptt", "..xppxtt"),
         ("f1+l1", "pppptt..", "xppxtt.."),
@@ -259,3 +267,20 @@ def test_a_callable_selects_and_padding_stays_out():
 def test_a_callable_that_returns_no_mask_raises(wrong):
     with pytest.raises(ValueError, match="must return a bool mask of shape"):
         parse_positions(wrong).select(*masks(["ppt", "ppt"]))
+
+
+def test_given_positions_are_those_of_the_prompt_that_the_caller_marks():
+    prompt, target = masks(["ppppt", ".pppt"])
+    marks = torch.tensor([[1, 1, 0, 0, 1], [1, 1, 1, 0, 0]]).bool()
+    (slots,) = parse_positions("given").select(prompt, target, marks)
+    assert slots.tolist() == [[0, 0, -1, -1, -1], [-1, 0, 0, -1, -1]]
+    (slots,) = parse_positions("given:0.5").select(prompt, target, marks)
+    assert slots.tolist() == [[-1, 0, -1, -1, -1], [-1, -1, 0, -1, -1]]
+    with pytest.raises(ValueError, match="the positions given need edit_mask"):
+        parse_positions("given").select(prompt, target)
+    for spec in ("given+f1", "prompt+given", "all+given"):
+        with pytest.raises(ValueError, match="overlap"):
+            parse_positions(spec)
+    for spec in ("prompt:0", "prompt:1", "prompt:1.5", "given:0.0", "all:0.5"):
+        with pytest.raises(ValueError, match="malformed"):
+            parse_positions(spec)

@@ -36,8 +36,9 @@ def test_every_component_is_a_module_of_its_block_with_the_width_of_the_stream(f
     site = find_sites(model, {1: component})[1]
     assert site.path.startswith(f"{PATHS[family]}.1")
     assert isinstance(model.get_submodule(site.path), nn.Module)
-    assert site.dim == tiny.WIDTH
-    assert site.end == ("input" if component == "block_input" else "output")
+    assert site.width == tiny.WIDTH
+    assert site.dim == (tiny.WIDTH // tiny.HEADS if component == "head_output" else tiny.WIDTH)
+    assert site.end == ("input" if component in ("block_input", "head_output") else "output")
 
 
 def test_a_module_path_gives_the_width_of_the_linear_map_at_either_end():

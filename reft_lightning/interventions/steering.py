@@ -1,0 +1,94 @@
+r"""Vectors that steer towards a concept, and find it.
+
+===================  =============================================  ===================================================
+name                 Phi(h)                                         paper
+===================  =============================================  ===================================================
+difference_in_means  h + b, b = mean of h(y+) - mean of h(y-)       CAA: Rimsky et al. 2024, arXiv:2312.06681
+reft_r1              h + mean TopK(ReLU(v'h)) v, with |v| = 1       ReFT-r1: Wu et al. 2025, arXiv:2501.17148 (AxBench)
+===================  =============================================  ===================================================
+
+Shapes: b rows, n selected tokens, d width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Intervention
+from .elementwise import Bias
+from .rows import Found, Tokens
+
+
+class MeanDifference(Bias, name="difference_in_means"):
+    r"""Add the difference between the mean hidden states of two kinds of rows: :math:`\Phi(h) = h + b`.
+
+    .. math:: b = \text{mean of } \bar h \text{ over the rows } y^+ - \text{mean of } \bar h \text{ over the rows } y^-
+
+    with the mean :math:`\bar h` over the selected tokens of a row. With pairs of answers and one token a row
+    (contrastive activation addition: ``decode:1`` of answers that are letters) it is the mean difference of the pairs.
+    Nothing is trained: where the caller says which rows are which (``row_values={"sign": ...}``, of 1 and -1), the
+    penalty, half the squared distance of b from that difference, has its minimum one step of gradient descent with
+    lr 1 away from any start. ``objective=difference_in_means`` takes that step, over all rows together.
+    """
+
+    def edit_rows(self, h: Tensor, tokens: Tokens) -> Tensor | Found:
+        """Return b for every token, with the penalty where rows have signs."""
+        edit = self.edit(h)
+        sign = tokens.given.get("sign")
+        if sign is None:
+            return edit
+        counts = tokens.counts()
+        means = tokens.sums(h.detach()) / counts.clamp(min=1).unsqueeze(-1)  # (b, d)
+        parts = [(sign == side) & (counts > 0) for side in (1, -1)]
+        plus, minus = (means[part].sum(0) / part.sum().clamp(min=1) for part in parts)
+        return Found(edit, (self.bias - (plus - minus)).square().sum() / 2)
+
+
+class ReFTr1(Intervention, name="reft_r1"):
+    r"""Add a direction as strongly as the prompt has it: rank-1 representation finetuning. Trains d numbers.
+
+    .. math:: \Phi(h) = h + m v, \qquad m = \text{mean TopK}(\text{ReLU}(v^T h)), \qquad \|v\| = 1
+
+    with the mean of the k largest over the tokens of the row's prompt.
+    The latents :math:`\text{ReLU}(v^T h)` say where the concept is; the penalty is the mean of those that are not among
+    the top k, over the tokens of a row, and over rows, times ``l1``. The authors take the top k of prompt and response,
+    which is not there yet in generation, and raise ``l1`` linearly from 0 (``callbacks=penalty_linear``).
+    Their code keeps v at length 1 by rescaling it after each step, here it is divided by its length.
+    Source: Wu et al. 2025, arXiv:2501.17148, and its code (``LsReFT``).
+
+    Args:
+        dim: width d of the representation.
+        top_k: k, of prompts with at least as many selected tokens.
+        l1: weight of the penalty.
+        **kwargs: dropout and dropout_on, see :class:`Intervention`.
+
+    Raises:
+        ValueError: if top_k is below 1.
+    """
+
+    rotations = ("direction",)
+
+    def __init__(self, dim: int, top_k: int = 8, l1: float = 0.005, **kwargs: Any) -> None:
+        super().__init__(dim, **kwargs)
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1; got {top_k}")
+        self.top_k, self.l1 = top_k, l1
+        self.direction = nn.Parameter(torch.full((dim,), 0.01))  # as in the authors' code
+
+    @property
+    def directions(self) -> Tensor:  # (1, d)
+        """The unit vector v."""
+        return (self.direction / self.direction.norm()).unsqueeze(0)
+
+    def edit_rows(self, h: Tensor, tokens: Tokens) -> Found:
+        """Return the edit, the penalty and the latents."""
+        v = self.directions
+        latents = (h @ v[0]).relu()  # (n,)
+        columns = tokens.padded(latents * tokens.prompt)  # (b, m)
+        top = columns.topk(min(self.top_k, columns.shape[1])).values.sum(-1)
+        strength = tokens.keep(self, top / tokens.counts(tokens.prompt).clamp(1, self.top_k))
+        others = (tokens.sums(latents) - top) / tokens.counts().clamp(min=1)
+        return Found(strength[tokens.rows].unsqueeze(-1) * v, self.l1 * others.mean(), latents.unsqueeze(-1))

@@ -1,0 +1,6 @@
+"""What training minimises: one class an objective, chosen by ``objective`` of the configuration."""
+
+from .base import SFT, DifferenceInMeans, Objective, inputs_of, log_probs, reference
+from .preferences import DPO, RePS
+
+__all__ = ["DPO", "SFT", "DifferenceInMeans", "Objective", "RePS", "inputs_of", "log_probs", "reference"]

@@ -1,0 +1,158 @@
+"""ReFT-r1 and differences in means: laws, formulas, penalties, and what is found in closed form."""
+
+import csv
+
+import pytest
+import tiny
+import torch
+from laws import D, InterventionLaws, shaken, tokens
+from torch import nn
+
+import reft_lightning as rl
+from reft_lightning.adapters.reft.measuring import watching
+from reft_lightning.config import compose
+from reft_lightning.interventions import MeanDifference, ReFTr1, Tokens
+from reft_lightning.runs import experiment
+from reft_lightning.training.penalties import ExponentialPenalty, LinearPenalty
+
+
+def rows_of(*lengths):
+    """Return the tokens of rows, all of them prompt."""
+    rows = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return Tokens(rows, len(lengths), torch.ones(len(rows), dtype=torch.bool))
+
+
+class TestReFTr1(InterventionLaws):
+    def make(self, **settings):
+        return ReFTr1(D, top_k=3, **settings)
+
+    def num_parameters(self):
+        return D
+
+    def formula(self, phi, h):
+        v = phi.direction / phi.direction.square().sum().sqrt()
+        detected = [max(0.0, sum(a * b for a, b in zip(row, v, strict=True))) for row in h]
+        strength = sum(sorted(detected, reverse=True)[:3]) / 3
+        return torch.stack([row + strength * v for row in h])
+
+    def test_tokens_are_independent(self, phi):
+        """Those of other rows; the tokens of one row share a strength."""
+        h = tokens(7)
+        together = phi(h, 1.0, rows_of(4, 3))
+        torch.testing.assert_close(together, torch.cat([phi(h[:4]), phi(h[4:])]), atol=1e-6, rtol=1e-5)
+        other = h.clone()
+        other[1] += 3
+        changed = (phi(other, 1.0, rows_of(4, 3)) - other != together - h).any(-1)
+        assert changed.tolist() == [True] * 4 + [False] * 3
+
+    def test_it_is_the_identity_at_its_identity_parameters(self):
+        phi = self.make()  # for no parameters, but where nothing of v is found
+        h = -tokens().abs() * phi.directions.sign()
+        assert torch.equal(phi(h), h)
+
+    def test_the_length_of_the_parameter_is_free(self, phi):
+        before = phi(tokens())
+        with torch.no_grad():
+            phi.direction.mul_(7.0)
+        torch.testing.assert_close(phi(tokens()), before, atol=1e-5, rtol=1e-5)
+        assert phi.directions.norm().item() == pytest.approx(1, abs=1e-6)
+
+    def test_the_penalty_is_the_mean_of_the_latents_that_are_not_on_top(self):
+        phi = shaken(self.make(l1=0.5)).double()
+        h, where = tokens(9, torch.float64), rows_of(5, 4)
+        where.prompt[[3, 4, 8]] = False
+        phi(h, 1.0, where)
+        latents = (h @ phi.directions[0]).relu()
+        means = []
+        for row, prompt in ((range(5), range(3)), (range(5, 9), range(5, 8))):
+            top = sorted(prompt, key=lambda i: -latents[i])[:3]
+            means.append(sum(latents[i] for i in row if i not in top) / len(row))
+        torch.testing.assert_close(where.found.penalty, 0.5 * sum(means) / 2)
+        torch.testing.assert_close(where.found.latents, latents[:, None])
+
+    def test_a_short_prompt_has_fewer_than_k(self):
+        phi = shaken(self.make()).double()
+        h = tokens(2, torch.float64)
+        expected = (h @ phi.directions[0]).relu().mean() * phi.directions
+        torch.testing.assert_close(phi(h) - h, expected.expand_as(h))
+
+    def test_k_is_at_least_one(self):
+        with pytest.raises(ValueError, match="top_k must be at least 1"):
+            ReFTr1(D, top_k=0)
+
+
+def test_latents_say_where_a_concept_is():
+    reft = rl.attach(tiny.model("llama"), "reft_r1", layers=[1], positions="all", top_k=2).eval()
+    shaken(reft.interventions)
+    seen = []
+    with watching(reft, lambda found: seen.append((found.before, found.latents))):
+        reft(**tiny.padded(tiny.rows(5, 3)))
+    (h, latents) = seen[0]
+    torch.testing.assert_close(latents[:, 0], (h @ reft.interventions["1"][0].directions[0]).relu())
+
+
+class TestMeanDifference(InterventionLaws):
+    def make(self, **settings):
+        return shaken(MeanDifference(D, **settings))
+
+    def num_parameters(self):
+        return D
+
+    def formula(self, phi, h):
+        return h + phi.bias
+
+    def test_it_is_the_identity_at_its_identity_parameters(self):
+        assert torch.equal(MeanDifference(D)(tokens()), tokens())  # where it starts
+
+    def test_one_step_of_gradient_descent_is_the_difference_of_the_means(self):
+        h, where = tokens(10, torch.float64), rows_of(2, 3, 4, 1)
+        for start in (0.0, 2.0):  # from anywhere
+            phi = self.make().double()
+            nn.init.constant_(phi.bias, start)
+            where.given = {"sign": torch.tensor([1.0, 1.0, -1.0, -1.0])}
+            phi(h, 1.0, where)
+            where.found.penalty.backward()
+            found = (phi.bias - phi.bias.grad).detach()
+            expected = (h[:2].mean(0) + h[2:5].mean(0)) / 2 - (h[5:9].mean(0) + h[9]) / 2
+            torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def choices(tmp_path_factory):
+    path = tmp_path_factory.mktemp("choices") / "choices.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["question", "yes", "no"])
+        writer.writerows([f"is number {i} {'large' * (i % 3)}?", "A", "B"] for i in range(17))
+    return path
+
+
+@pytest.mark.parametrize("batch_size", [3, 4])
+def test_a_run_without_training_finds_the_mean_difference_of_all_pairs(choices, tmp_path, batch_size):
+    config = compose.compose([
+        "model=tiny_random", "data=custom", f"data.path={choices}", "data.prompt=question", "data.target=yes",
+        "data.options=[yes,no]", "data.validation_size=2", f"data.batch_size={batch_size}", "decoding.max_new_tokens=2",
+        "intervention=difference_in_means", "intervention.positions=decode:1", "intervention.layers=[0]",
+        "objective=difference_in_means", "optimizer=closed_form", "trainer=closed_form", "scheduler=constant",
+        "trainer.accelerator=cpu", "trainer.enable_progress_bar=false",
+    ])  # fmt: skip
+    results = experiment.run(config, tmp_path / "run")
+    assert results["steps"] == 1
+    objects = experiment.build(config)
+    model, rows = objects.model.base_model.eval(), objects.data.train_rows
+    assert len(rows) == 15
+    differences = []
+    for pair in rows:
+        states = [
+            model(torch.tensor([row.prompt_ids + row.target_ids]), output_hidden_states=True).hidden_states[1]
+            for row in pair
+        ]
+        differences.append((states[0] - states[1])[0, len(pair[0].prompt_ids)].detach())
+    reft = rl.ReftModel.from_pretrained(model, tmp_path / "run" / "adapter")
+    expected = torch.stack(differences).mean(0)
+    torch.testing.assert_close(reft.interventions["0"][0].bias, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_weight_of_penalties_follows_its_schedule():
+    assert [LinearPenalty().weight(step, 4) for step in range(5)] == [0, 0.25, 0.5, 0.75, 1]
+    assert ExponentialPenalty(0.5, 0.1).weight(10, 99) == pytest.approx(0.5 * 2.718281828**-1)
