@@ -267,6 +267,16 @@ def widen_logits(model: PreTrainedModel) -> None:
     head.register_forward_pre_hook(_to_dtype_of_weight)
 
 
+def number_of_parameters(model: PreTrainedModel) -> int:
+    """Count the parameters of a base model as its checkpoint has them: without the copy that `widen_logits` makes."""
+    count = model.num_parameters()  # numel() would count two weights of 4 bits as one
+    head: Any = model.get_output_embeddings()
+    if head is None or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return count
+    copied = head.weight.dtype != model.get_input_embeddings().weight.dtype
+    return count - head.weight.numel() if copied else count
+
+
 def _to_dtype_of_weight(module: torch.nn.Module, args: tuple) -> tuple:
     return (args[0].to(module.weight.dtype), *args[1:])
 

@@ -270,7 +270,7 @@ def read_rows(
         rows, layout = local_rows(Path(str(source.path)).expanduser(), tables[split])
         if not rows:
             raise ValueError(f"{' + '.join(layout.files)} in {source.path}: no rows")
-        facts["from"] = list(layout.files)
+        facts["from"] = [Path(name).name if Path(name).is_absolute() else name for name in layout.files]
         if layout.note and (layout.note_when is None or layout.note_when in rows[0][0]):
             notes.append(layout.note)
     else:

@@ -2,11 +2,13 @@
 
 import logging
 import time
+from copy import deepcopy
 
 import pytest
 import torch
 from transformers import BertConfig, PreTrainedTokenizerFast
 
+from reft_lightning.adapters.adapt import adapt
 from reft_lightning.base_models.loading import byte_tokenizer, load_base_model, load_config, load_tokenizer
 from reft_lightning.storage.wheels import cache_folder
 
@@ -254,3 +256,13 @@ def test_logits_of_a_bfloat16_model_can_be_float32_and_break_ties():
     torch.testing.assert_close(wide, narrow.float(), rtol=1e-2, atol=1e-2)  # bfloat16 keeps 8 bits
     assert wide.unique().numel() > 2 * narrow.unique().numel()
     assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_a_copy_of_the_embeddings_for_wide_logits_counts_once():
+    tied = {"source": "random", "tokenizer": "bytes", "config": {**LLAMA, "tie_word_embeddings": True}}
+    narrow, _ = load_base_model(**tied)
+    wide, _ = load_base_model(**tied, dtype="bfloat16", float32_logits=True)
+    assert wide.num_parameters() > narrow.num_parameters()
+    for method in ("bias", "frozen"):
+        counts = [adapt(model, method).parameter_count().base for model in (deepcopy(narrow), deepcopy(wide))]
+        assert counts == [narrow.num_parameters()] * 2

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...base_models.heads import parameters_of
+from ...base_models.loading import number_of_parameters
 from ...interventions.base import HALVES
 from ...storage.atomic import write_text
 from ..adapted import ParameterCount
@@ -72,7 +73,7 @@ class Baseline(nn.Module):
         for name in self._in_place:
             parameters[name].requires_grad_(True)
         self._first = FirstValues({name: parameters[name] for name in self._in_place})
-        total = base_model.num_parameters()  # numel() would count two weights of 4 bits as one
+        total = number_of_parameters(base_model)
         self._heads = _names_of(config.heads, base_model)
         self._base_parameters = total - sum(parameters[name].numel() for name in self._heads)
         self._enabled = True

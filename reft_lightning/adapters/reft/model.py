@@ -31,6 +31,7 @@ from transformers.utils.generic import ModelOutput
 
 from ...base_models.checkpointing import checkpointable
 from ...base_models.heads import heads_to_train, parameters_of
+from ...base_models.loading import number_of_parameters
 from ...base_models.patching import replaced
 from ...interventions import INTERVENTIONS, Intervention, Tokens, rotations
 from ..adapted import ParameterCount
@@ -755,7 +756,7 @@ class ReftModel(nn.Module):
         """Count the interventions' parameters against the base model's; heads are in neither, as in the paper."""
         trainable = sum(p.numel() for p in self.adapters.parameters())
         heads = sum(p.numel() for p in self.parameter_roles()["head"])
-        base = self.base_model.num_parameters() - heads  # numel() would count two weights of 4 bits as one
+        base = number_of_parameters(self.base_model) - heads
         return ParameterCount.of(trainable, base)
 
     def print_trainable_parameters(self) -> None:

@@ -499,7 +499,7 @@ class TestDataModule:
         data.setup("fit")
         split, facts = data.data_versions["split"], data.data_versions["validation"]["custom"]
         assert (split["train_rows"], split["validation_rows"]) == (30, rows)
-        assert (facts["rows"], facts["from"], facts["overlap"]) == (10, [str(FIXTURES / "rows.csv")], 0)
+        assert (facts["rows"], facts["from"], facts["overlap"]) == (10, ["rows.csv"], 0)
         known = {
             example.prompt for example in examples(custom_family(path=str(FIXTURES / "rows.csv"), **EMOJI))
         }
