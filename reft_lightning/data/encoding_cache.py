@@ -82,12 +82,12 @@ def prepare(
         **settings,
     })  # fmt: skip
     path = cache_folder() / "encoded" / f"{hashlib.sha256(about.encode()).hexdigest()[:40]}.npz"
-    columns = _read(path)
+    columns = _read(path, types)
     try:
         if columns is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):  # one process computes, the other ranks wait and read
-                columns = _read(path)
+                columns = _read(path, types)
                 if columns is None:
                     if path.exists():
                         log.warning("%s is damaged and is made again", path)
@@ -120,12 +120,13 @@ def _write(columns: Columns, path: Path) -> None:
         np.savez(file, allow_pickle=False, **columns)
 
 
-def _read(path: Path) -> Columns | None:
+def _read(path: Path, types: Mapping[str, str]) -> Columns | None:
     """Return the columns of a file; None if it does not exist or is damaged."""
+    names = {*types, *(f"{name}.lengths" for name, kind in types.items() if "[" in kind)}
     try:
         with path.open("rb") as content, np.load(content, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files if name != "about"}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile):
+            return {name: file[name] for name in names} if {*file.files} == {*names, "about"} else None
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile):  # RuntimeError: "encrypted"
         return None
 
 

@@ -13,14 +13,14 @@ from .example import Example
 
 
 def rejected(example: Example) -> Example:
-    """Return an example whose target is an option that is wrong: of several, the one that follows the target.
+    """Return an example whose target is an option that is wrong: of several with text, the one after the target.
 
     Raises:
         ValueError: for a row without one; names the row.
     """
     place = example.options.index(example.target) if example.target in example.options else -1
     following = (*example.options[place + 1 :], *example.options[: max(place, 0)])
-    other = next((option for option in following if option != example.target), None)
+    other = next((option for option in following if option.strip() and option != example.target), None)
     if other is None:
         raise ValueError(
             f"{example.source or example.task}: a pair needs options: the target and an answer that is rejected; the "

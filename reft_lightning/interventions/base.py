@@ -113,7 +113,7 @@ class Intervention(nn.Module):
         x = h.to(h.device if parameter is None else parameter.device, dtype)
         with without_autocast(h.device.type):
             if nulled:
-                return (x + self.null(x)).to(h.dtype)
+                return (x + self.null(x)).to(h)
             if tokens is None:
                 edit = self.edit(x)
             else:

@@ -31,7 +31,8 @@ class MeanDifference(Bias, name="difference_in_means"):
     (contrastive activation addition: ``decode:1`` of answers that are letters) it is the mean difference of the pairs.
     Nothing is trained: where the caller says which rows are which (``row_values={"sign": ...}``, of 1 and -1), the
     penalty, half the squared distance of b from that difference, has its minimum one step of gradient descent with
-    lr 1 away from any start. ``objective=difference_in_means`` takes that step, over all rows together.
+    lr 1 away. ``objective=difference_in_means`` takes that step once, over all rows together and from b = 0, so that no
+    layer is measured under the edits of others.
     """
 
     def edit_rows(self, h: Tensor, tokens: Tokens) -> Tensor | Found:

@@ -44,6 +44,29 @@ def monitor_of(config: Config, family: AnyFamily) -> Monitor:
     return Monitor(name, config.checkpoint.mode or ("min" if name.endswith("loss") else "max"))
 
 
+def _check_closed_form(config: Config) -> None:
+    """Refuse an objective in closed form whose one step is another than that of its trainer and optimizer.
+
+    Raises:
+        ValueError: with what to write.
+    """
+    if not objective_of(config).closed_form:
+        return
+    optimizer, trainer = config.optimizer, config.trainer
+    wanted = {
+        "optimizer=closed_form": (optimizer._target_, optimizer.lr, optimizer.options) == ("torch.optim.SGD", 1.0, {}),
+        "scheduler=constant": config.scheduler.warmup_ratio == 0 and config.scheduler._target_.endswith(".constant"),
+        "trainer=closed_form": trainer.max_epochs == 1 and trainer.accumulate_grad_batches > 1000
+        and trainer.gradient_clip_val is None,
+        "callbacks without a penalty's schedule": "penalties" not in str(config.callbacks),
+        "intervention.beside=null": config.intervention.beside is None,
+    }  # fmt: skip
+    if other := next((key for key, holds in wanted.items() if not holds), None):
+        raise ValueError(
+            f"{config.objective._target_} is reached by one step over all rows, and by no other: it needs {other}"
+        )
+
+
 def check_unused(config: Config, family: AnyFamily) -> None:
     """Refuse settings that would change nothing.
 
@@ -63,6 +86,8 @@ def check_unused(config: Config, family: AnyFamily) -> None:
             f"{method.name} trains the weights that model.quantization rounds: leave one of the two out"
         )
     _check_kept(config)
+    if kind_of(family).generates:
+        _check_closed_form(config)
     if "given" in str(config.intervention.positions):
         raise ValueError(
             "intervention.positions=given needs edit_mask with each call, which a run has not: use it in Python, or "

@@ -15,6 +15,7 @@ from ..data.labelled import LabelledText
 from ..evaluation.classifier_metrics import interval_of, metric_of, value_of
 from ..evaluation.row_metrics import RowScores
 from .module import FinetuningModule, TrainingPass
+from .objectives.base import penalty_of
 from .optimization import Optimization
 
 COMBINED = "combined_score"
@@ -75,15 +76,22 @@ class ClassificationModule(FinetuningModule):
 
     def logits_of(self, batch: dict[str, Any]) -> Tensor:  # (b, classes) or (b,) float32
         """Return the classifier's outputs, in the order of the task's classes."""
+        return self._logits(self._output(batch))
+
+    def _output(self, batch: dict[str, Any]) -> Any:
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "examples", "rows")}
-        logits = self.output_of(inputs, batch).logits.float()
+        return self.output_of(inputs, batch)
+
+    def _logits(self, output: Any) -> Tensor:
+        logits = output.logits.float()
         if self.task.regression:
             return logits.squeeze(-1)
         return logits if self.class_order is None else logits[:, self.class_order]
 
     def loss_of(self, batch: dict[str, Any]) -> Tensor:
-        """Return the mean loss over the rows."""
-        return self._loss(self.logits_of(batch), batch["labels"])
+        """Return the mean loss over the rows, with what interventions add to it."""
+        output = self._output(batch)
+        return self._loss(self._logits(output), batch["labels"]) + penalty_of(self, output)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.task.regression:

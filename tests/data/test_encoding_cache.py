@@ -189,6 +189,20 @@ def check(columns):
     assert columns["codes"].flags.writeable
 
 
+def compressed_by(method, content):
+    """Change one byte of the directory of a zip file: how its first file is compressed."""
+    place = content.index(b"PK\x01\x02") + 10
+    return content[:place] + bytes([method]) + content[place + 1 :]
+
+
+def without_a_column(content):
+    """Leave out one array of a file."""
+    with np.load(io.BytesIO(content)) as file:
+        columns = {name: file[name] for name in file.files[1:]}
+    np.savez(target := io.BytesIO(), allow_pickle=False, **columns)
+    return target.getvalue()
+
+
 class TestFiles:
     def test_the_function_is_called_in_the_first_run_alone(self, tmp_path):
         log = tmp_path / "calls"
@@ -223,9 +237,11 @@ class TestFiles:
             lambda content: content.replace(b"o\0\0\0n\0\0\0e", b"o\0\0\0n\0\0\0f"),
             lambda content: b"",
             lambda content: b"{}",
+            lambda content: compressed_by(99, content),
+            lambda content: without_a_column(content),
             lambda content: b"\x80\x04N.",  # a pickle
         ],
-        ids=["cut", "half", "changed", "empty", "other", "pickle"],
+        ids=["cut", "half", "changed", "empty", "other", "directory", "column", "pickle"],
     )
     def test_a_damaged_file_is_made_anew_with_a_warning(self, damage, cache, tmp_path, caplog):
         check(run())

@@ -97,9 +97,10 @@ def data_module(task="rte", **settings):
     return ClassificationData(FAMILY, byte_tokenizer(), source, tasks=[task], **settings)
 
 
-def classifier(task="rte", dtype=torch.float32, **settings):
+def classifier(task="rte", dtype=torch.float32, attached=None, **settings):
     data = data_module(task, **settings)
-    reft = attach(bert(data.task.num_labels, dtype), "loreft", rank=1, positions="f3", heads="auto")
+    attached = attached or {"method": "loreft", "rank": 1, "positions": "f3"}
+    reft = attach(bert(data.task.num_labels, dtype), **attached, heads="auto")
     return ClassificationModule(reft, byte_tokenizer(), data, optimization_of(composed(task))), data
 
 
@@ -273,6 +274,17 @@ class TestLoss:
         expected = -logits.log_softmax(-1)[range(len(logits)), batch["labels"]].mean()
         assert logits.shape == (5, 3)
         torch.testing.assert_close(module.loss_of(batch), expected)
+
+    def test_what_interventions_add_to_the_loss_is_part_of_it(self):
+        lofit = {"method": "lofit", "l1": 0.5, "component": "head_output", "positions": "all"}
+        module, data = classifier("mnli", attached=lofit)
+        module.log = lambda name, value, **more: logged.update({name: value})
+        logged, batch = {}, self.batch(data)
+        plain = torch.nn.functional.cross_entropy(module.logits_of(batch), batch["labels"])
+        penalty = module.model(**{k: batch[k] for k in ("input_ids", "attention_mask")})["penalty"]
+        assert penalty > 0
+        torch.testing.assert_close(module.loss_of(batch), plain + penalty)
+        torch.testing.assert_close(logged["train/penalty"], penalty.detach())
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_scores_have_squared_error_in_float32_also_under_a_bfloat16_base(self, dtype):

@@ -229,6 +229,16 @@ def arguments(rows, *overrides):
     ]  # fmt: skip
 
 
+CLOSED = [
+    "intervention=difference_in_means", "objective=difference_in_means", "optimizer=closed_form", "optimizer.lr=1.0",
+    "scheduler=constant", "trainer=closed_form", "trainer.max_epochs=1",
+]  # fmt: skip
+
+
+def test_the_closed_form_is_accepted(rows):
+    outline(compose.compose(arguments(rows, *CLOSED)))
+
+
 @pytest.mark.parametrize("objective", ["dpo", "reps"])
 def test_a_run_learns_preferences(rows, tmp_path, objective):
     results = experiment.run(compose.compose(arguments(rows, f"objective={objective}")), tmp_path)
@@ -270,6 +280,15 @@ def test_a_step_in_parts_is_the_whole_step(rows, tmp_path):
             "needs edits whose strength",
         ),
         (["objective=dpo", "kept.limit_gb=1"], "makes passes of its own"),
+        (["objective=dpo", "objective.options.beta=abc"], "beta must be above 0; got abc"),
+        (["objective=reps", "objective.options.strengths=3"], "must be a list of finite numbers; got 3"),
+        (["objective=reps", "objective.options.strengths=[a]"], "must be a list of finite numbers"),
+        (["objective=reps", "intervention.heads=[lm_head]"], "a trained head .lm_head. has none"),
+        ([*CLOSED, "scheduler=linear"], "by no other: it needs scheduler=constant"),
+        ([*CLOSED, "optimizer=adamw"], "by no other: it needs optimizer=closed_form"),
+        ([*CLOSED, "trainer.max_epochs=2"], "by no other: it needs trainer=closed_form"),
+        ([*CLOSED, "callbacks=penalty_linear"], "by no other: it needs callbacks without a penalty"),
+        ([*CLOSED, "intervention.beside=peft/lora"], "by no other: it needs intervention.beside=null"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_weights(rows, overrides, message):
@@ -287,6 +306,9 @@ def test_of_several_wrong_options_the_next_is_rejected():
     assert rejected(example).target == "c"
     assert rejected(replace(example, target="c")).target == "a"
     assert rejected(replace(example, options=("b", "x"))).target == "x"
+    assert (
+        rejected(replace(example, options=("b", "  ", "x"))).target == "x"
+    )  # an option without text is none
     assert rejected(replace(example, target=" b", options=("x", "y"))).target == "x"
 
 

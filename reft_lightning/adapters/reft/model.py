@@ -688,13 +688,14 @@ class ReftModel(nn.Module):
             return phi(h, scale)
         call: Any = call_of(self)
         b, s = call.plan.tokens.shape[:2]
+        device = next((parameter.device for parameter in phi.parameters()), h.device)  # where it computes
         given = {
-            name: value.to(h.device).repeat_interleave(b // len(value), 0)
-            for name, value in call.given.items()
+            name: value.to(device).repeat_interleave(b // len(value), 0) for name, value in call.given.items()
         }
         kept = call.kept.setdefault(edit.adapter, {})
         index = index // self._site_of(edit).divided  # of a token, whatever the head
-        tokens = Tokens(index // s, b, call.plan.prompt.to(h.device)[index], kept, given)
+        index = index.to(device)
+        tokens = Tokens(index // s, b, call.plan.prompt.to(device)[index], kept, given)
         edited = phi(h, scale, tokens)
         assert tokens.found is not None
         if tokens.found.penalty is not None:

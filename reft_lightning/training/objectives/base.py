@@ -15,9 +15,10 @@ One's own is a subclass, named by its import path (``objective._target_=mine.Min
     class Distil(Objective):
         def loss(self, module, batch):
             inputs = inputs_of(batch)
+            answered = inputs["labels"][:, 1:] != IGNORED  # (b, t), no padding
             with reference(module.model):
-                goal = module.model(**inputs).logits.softmax(-1)
-            return F.cross_entropy(module.model(**inputs).logits.mT, goal.mT)
+                goal = module.model(**inputs).logits[:, :-1][answered].softmax(-1)
+            return F.cross_entropy(module.model(**inputs).logits[:, :-1][answered], goal)
 
 Shapes: b rows, s columns of prompt | target, t target columns, v tokens of the vocabulary.
 """
@@ -44,6 +45,8 @@ class Objective:
     """Whether a batch holds each prompt twice: b rows with the target, then b with the answer that was rejected."""
     steers: ClassVar[bool] = False
     """Whether it needs edits of several strengths, and a model that is :class:`Steerable`."""
+    closed_form: ClassVar[bool] = False
+    """Whether one step of SGD with lr 1 over all rows is its minimum, and any other step is not."""
 
     def loss(self, module: Any, batch: dict[str, Any]) -> Tensor:
         """Return the mean loss of a batch, a scalar with a gradient.
@@ -60,6 +63,11 @@ class Objective:
         Raises:
             ValueError: with the reason.
         """
+        if self.steers and model.config.heads:
+            raise ValueError(
+                f"the objective {type(self).__name__} gives rows edits of other strengths, and a trained head "
+                f"({', '.join(model.config.heads)}) has none: set intervention.heads=[]"
+            )
         if self.steers and not isinstance(model, Steerable):
             raise ValueError(
                 f"the objective {type(self).__name__} needs edits whose strength can be chosen, and "
@@ -74,20 +82,20 @@ class SFT(Objective):
     """Supervised finetuning: the mean next-token loss over the target's tokens."""
 
     def loss(self, module: Any, batch: dict[str, Any]) -> Tensor:
-        """Return the loss, with what interventions add to it; that part is logged as ``train/penalty``."""
+        """Return the loss, with what interventions add to it."""
         output = module.output_of(inputs_of(batch), batch)
-        if "penalty" in output:
-            module.log("train/penalty", output["penalty"].detach())
+        penalty_of(module, output)
         return output.loss
 
 
 class DifferenceInMeans(Objective):
     """What ``intervention=difference_in_means`` asks for: the difference between chosen and rejected answers.
 
-    It is exact after one step of SGD with lr 1 over all rows (``optimizer=closed_form trainer=closed_form``).
+    It is exact after one step of SGD with lr 1 over all rows (``trainer=closed_form optimizer=closed_form
+    scheduler=constant``).
     """
 
-    pairs, steers = True, True
+    pairs, steers, closed_form = True, True, True
 
     def check(self, model: AdaptedModel) -> None:
         """Reject other interventions, before weights are loaded."""
@@ -103,6 +111,14 @@ class DifferenceInMeans(Objective):
         sign = torch.ones(len(inputs["labels"]), device=inputs["labels"].device)
         sign[len(sign) // 2 :] = -1
         return module.model(**inputs, row_values={"sign": sign})["penalty"]
+
+
+def penalty_of(module: Any, output: Any) -> Tensor | float:
+    """Return what interventions add to the loss of a pass, 0 for nothing; it is logged as ``train/penalty``."""
+    if "penalty" not in output:
+        return 0.0
+    module.log("train/penalty", output["penalty"].detach())
+    return output["penalty"]
 
 
 @contextmanager

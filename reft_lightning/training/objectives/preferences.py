@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...data.encoding import IGNORED
-from .base import Objective, inputs_of, log_probs, reference
+from .base import Objective, inputs_of, log_probs, penalty_of, reference
 
 
 class DPO(Objective):
@@ -36,7 +36,7 @@ class DPO(Objective):
     pairs = True
 
     def __init__(self, beta: float = 0.1) -> None:
-        if not 0 < beta < math.inf:
+        if not isinstance(beta, int | float) or not 0 < beta < math.inf:
             raise ValueError(f"objective.options.beta must be above 0; got {beta}")
         self.beta = beta
 
@@ -49,7 +49,7 @@ class DPO(Objective):
         rewards = self.beta * (log_probs(output.logits, inputs["labels"]) - base)  # (2 b,)
         margins = _margins(rewards)
         _log(module, margins)
-        return -F.logsigmoid(margins).mean() + output.get("penalty", 0.0)
+        return -F.logsigmoid(margins).mean() + penalty_of(module, output)
 
 
 class RePS(Objective):
@@ -72,8 +72,9 @@ class RePS(Objective):
     pairs, steers = True, True
 
     def __init__(self, strengths: Sequence[float] = (2, 4, 6, 8, 10, 12, 14, 16, 18, 20)) -> None:
-        if not strengths or not all(math.isfinite(a) for a in strengths):
-            raise ValueError(f"objective.options.strengths must be finite numbers; got {list(strengths)}")
+        numbers = isinstance(strengths, Sequence) and all(isinstance(a, int | float) for a in strengths)
+        if not strengths or not numbers or not all(map(math.isfinite, strengths)):
+            raise ValueError(f"objective.options.strengths must be a list of finite numbers; got {strengths}")
         self.strengths = tuple(map(float, strengths))
 
     def loss(self, module: Any, batch: dict[str, Any]) -> Tensor:
@@ -91,7 +92,7 @@ class RePS(Objective):
         towards = (-base).clamp(min=1) * steered[0] - steered[1]
         away = base.clamp(min=1) * nulled[1] - nulled[0]
         _log(module, towards)
-        return -F.logsigmoid(towards).mean() - F.logsigmoid(away).mean() + output.get("penalty", 0.0)
+        return -F.logsigmoid(towards).mean() - F.logsigmoid(away).mean() + penalty_of(module, output)
 
 
 def _margins(scores: Tensor) -> Tensor:  # (2 b,) -> (b,)
