@@ -54,7 +54,7 @@ $(OLDEST)/constraints.txt: pyproject.toml
 	sed '/^notebooks = /q' pyproject.toml | grep -oE '[A-Za-z0-9_-]+(\[[a-z]+\])?>=[0-9.]+' \
 	    | sed -E 's/\[.*\]//; s/>=/==/; /^hatchling/d' | sort -u > $@.new
 	$(OLDEST)/bin/python -m pip install --retries 10 --timeout 120 --disable-pip-version-check -q -c $@.new \
-	    -e ".[quickstart,peft,report,search,judge,serve]" pytest pytest-timeout pytest-xdist hypothesis tensorboard
+	    -e ".[quickstart,peft,report,search,cluster,judge,serve]" pytest pytest-timeout pytest-xdist hypothesis tensorboard
 	mv $@.new $@
 
 # Warnings are no errors there: new versions of what these need deprecate what old ones do.

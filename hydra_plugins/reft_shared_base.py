@@ -57,7 +57,7 @@ class SharedBaseLauncher(BasicLauncher):
         for number, config in composed.items():
             run = to_config(_without_hydra(config))
             try:
-                reason = why_alone(run)
+                reason = "hydra.job.chdir=true" if self.config.hydra.job.chdir else why_alone(run)
             except ValueError as error:  # which the run itself will say
                 reason = str(error)
             if reason is not None:

@@ -514,7 +514,10 @@ def test_a_sweep_ends_with_its_jobs_that_failed_and_the_command_of_its_report(mo
         command(monkeypatch, cli.train, "-m", "model=tiny_random", "seed=1,2,3,4")
     (folder,) = Path("outputs/run").iterdir()
     said, errors = capsys.readouterr()
-    assert said.splitlines()[-1] == f"2 of 4 jobs are complete; to compare them: reft-report {folder}"
+    assert (
+        said.splitlines()[-1]
+        == f"2 jobs are complete, 2 of those that began are not; to compare them: reft-report {folder}"
+    )
     assert errors.splitlines()[-2:] == ["1_seed=2: did not start", "2_seed=3: stopped: out of memory"]
 
 

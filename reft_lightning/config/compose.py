@@ -162,7 +162,9 @@ def sweep_over(keys: Iterable[str]) -> None:
 
 def differing(overrides: Sequence[str]) -> list[str]:
     """Return those of a job's overrides in which the jobs of its sweep differ; all of them outside a sweep."""
-    return [text for text in overrides if _key(text) in _swept] or list(overrides)
+    return [text for text in overrides if _key(text) in _swept] or [
+        o for o in overrides if _key(o) != "launcher"
+    ]
 
 
 def _key(override: str) -> str:
@@ -238,6 +240,12 @@ def preflight(argv: Sequence[str]) -> Asked:
     if arguments.cfg:  # prints, and runs nothing
         return Asked(runs)
     sweep = arguments.multirun or "MULTIRUN" in _modes(asked)
+    launchers = [o for o in asked if o.key_or_group == "launcher"]
+    if launchers and not (sweep and all(not o.is_sweep_override() for o in launchers)):
+        sys.stderr.write(
+            f"{launchers[-1].input_line}: a launcher starts the jobs of a sweep: give one, with -m\n"
+        )
+        sys.exit(2)
     named = [o.value() for o in asked if o.key_or_group == ("hydra.sweep.dir" if sweep else "hydra.run.dir")]
     keys = [o.key_or_group.removeprefix(SWEEPER) for o in asked if _is_swept(o)]
     sweep_over(keys or filter(None, os.environ.get(SWEPT, "").split(",")))
@@ -502,8 +510,8 @@ def _missing_file(name: str, overrides: Sequence[str], vocabulary: Vocabulary) -
     """Explain a YAML file that does not exist, by the file whose defaults list asks for it."""
     parts = name.split("/")
     if parts[:2] == ["hydra", "launcher"]:  # of conf/launcher
-        plugin = f"hydra-{parts[-1].partition('_')[0]}-launcher"
-        return f"launcher={parts[-1]} needs a plugin of Hydra: pip install {plugin}"
+        needed = "hydra-ray-launcher" if parts[-1] == "ray" else "'reft_lightning[cluster]'"
+        return f"launcher={parts[-1]} needs a plugin of Hydra: pip install {needed}"
     for depth in range(len(parts) - 1, 0, -1):
         group, option = "/".join(parts[:depth]), "/".join(parts[depth:])
         if group in vocabulary.groups:

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 from ..adapters.saving import load_saved, load_state
 from ..config.identity import config_hash
 from ..config.schema import Config, ObjectiveConfig, OptimizerConfig, SchedulerConfig
-from ..storage.atomic import new_folder, now
+from ..storage.atomic import new_folder, now, release_folder
 from ..suggest import did_you_mean
 from ..training.progress import RunProgress
 from ..training.wandb import WandbReport, finish_wandb, wandb_runs
@@ -25,7 +25,7 @@ from .devices import check_accelerator
 from .environment import environment
 from .experiment import evaluate_split
 from .results import Results
-from .run_folder import load_run_config
+from .run_folder import hold, load_run_config
 from .stopping import signal_of
 from .trainer import evaluation_loggers, quiet_lightning
 
@@ -53,6 +53,7 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
         raise ValueError(f"{folder} is part of a search, whose test split is sealed")
     if split == "test":
         Results.read(folder)  # a damaged one, too; the read is noted there
+        hold(folder)  # a run at work would write its results over the note
     objects = load_run(folder, replace(config, test=split == "test"))
     target = new_folder(folder / "evaluations")
     results = Results(
@@ -75,6 +76,7 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
         if split == "test":
             original = Results.read(folder)
             original.update(test_reads=[*original.values["test_reads"], *results.values["test_reads"]])
+            release_folder(folder)
     results.update(status="complete", finished=now())
     print_table(results.values)
     finish_wandb(loggers, results.values)

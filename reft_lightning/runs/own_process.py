@@ -29,9 +29,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from ..config.compose import SWEPT, flags_of, swept
-from ..storage.atomic import now
+from ..storage.atomic import hold_folder, now, release_folder
 from .results import Results
-from .run_folder import RESULTS, last_checkpoint
+from .run_folder import RESULTS
 from .sweep import Job
 
 # Overrides that choose how jobs are started or where they write: the sweep's, not the job's.
@@ -90,7 +90,7 @@ def run_in_own_process(folder: Path, job: Job) -> dict[str, Any]:
     place = str(folder).replace("'", r"\'")
     own = [f"hydra.run.dir='{place}'", "hydra.output_subdir=null", "hydra.mode=RUN"]
     if job.requeued or os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-        own += [f"resume='{place}'" if last_checkpoint(folder).is_file() else "overwrite=true"]
+        own.append("resume=auto")
     said = (folder / LOG).open("ab") if job.elsewhere else None
     requeue = signal.getsignal(signal.SIGUSR2)
     command = [sys.executable, "-m", "reft_lightning.cli", *job_arguments(sys.argv[1:]), *own]
@@ -101,8 +101,10 @@ def run_in_own_process(folder: Path, job: Job) -> dict[str, Any]:
     )) as (process, told):  # fmt: skip
         code = process.wait()
     results = Results.read(folder) if (folder / RESULTS).is_file() else None
-    if code and results is not None and results.values["status"] == "running":  # killed
+    # killed, if nobody else is at work on it
+    if code and results is not None and results.values["status"] == "running" and hold_folder(folder):
         results.update(status="stopped", error=f"exit status {code}", stopped=now())
+        release_folder(folder)
     if code and signal.SIGUSR2 in told and callable(requeue):
         job.requeued = True  # which is written down with the job
         requeue(signal.SIGUSR2, None)  # leaves, in the first of the job's processes

@@ -52,7 +52,7 @@ def say_what_came_out(folder: Path) -> None:
             f"{': ' if 'error' in values else ''}{values.get('error', '')}\n"
         )
     if complete := len(jobs) - len(missing):
+        others = f", {len(missing)} of those that began are not" if missing else ""
         sys.stdout.write(
-            f"{complete} of {len(jobs)} jobs are complete; to compare them: "
-            f"{shlex.join(['reft-report', str(folder)])}\n"
+            f"{complete} jobs are complete{others}; to compare them: {shlex.join(['reft-report', str(folder)])}\n"
         )

@@ -5,11 +5,14 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+log = logging.getLogger(__name__)
 
 _held: dict[Path, IO[str]] = {}  # lock files of this process
 
@@ -91,6 +94,8 @@ def hold_folder(folder: Path) -> bool:
         except (BlockingIOError, PermissionError):
             file.close()
             return False
+        except OSError as error:  # a file system without locks
+            log.warning("%s cannot be reserved (%s): start nothing else on it", path.parent, error)
         _held[path] = file
     return True
 
