@@ -496,6 +496,14 @@ def test_a_job_returns_the_monitored_metric_for_sweepers(monkeypatch, runs):
     assert returned == [0.5, 0.25]
 
 
+@pytest.mark.parametrize("words", [["launcher=joblib"], ["-m", "launcher=joblib,shared_base", "seed=1,2"]])
+def test_a_launcher_is_one_and_for_sweeps(monkeypatch, runs, capsys, words):
+    with pytest.raises(SystemExit) as ended:
+        command(monkeypatch, cli.train, "model=tiny_random", *words)
+    assert ended.value.code == 2
+    assert "a launcher starts the jobs of a sweep: give one, with -m" in capsys.readouterr().err
+
+
 def test_a_sweep_ends_with_its_jobs_that_failed_and_the_command_of_its_report(monkeypatch, runs, capsys):
     fake = sys.modules["reft_lightning.runs.experiment"]
     fake.SetupError, run = ValueError, fake.run

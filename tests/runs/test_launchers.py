@@ -74,19 +74,15 @@ def test_a_job_is_queued_again_after_its_run_has_written_down_what_it_has(monkey
 
     before = signal.signal(signal.SIGUSR2, requeue)
     try:
-        for name in (None, None, "last.ckpt"):
-            if name:
-                (tmp_path / "checkpoints").mkdir()
-                (tmp_path / "checkpoints" / name).touch()
+        for _ in range(2):
             with pytest.raises(Requeued):
                 own_process.run_in_own_process(tmp_path, job)
     finally:
         signal.signal(signal.SIGUSR2, before)
-    assert was == [("stopped", True)] * 3
-    first, second, third = (tmp_path / "called").read_text().splitlines()[::2]
+    assert was == [("stopped", True)] * 2
+    first, second = (tmp_path / "called").read_text().splitlines()[::2]
     assert first.endswith("hydra.mode=RUN")
-    assert second.endswith("overwrite=true")
-    assert third.endswith(f"resume='{tmp_path}'")
+    assert second.endswith("hydra.mode=RUN resume=auto")
 
 
 def test_a_run_that_slurm_began_leaves_being_queued_again_to_its_launcher(data, monkeypatch, tmp_path):
@@ -103,6 +99,20 @@ def test_a_run_that_slurm_began_leaves_being_queued_again_to_its_launcher(data, 
     environment = trainer._accelerator_connector.cluster_environment
     assert isinstance(environment, SLURMEnvironment)
     assert not environment.auto_requeue
+
+
+def test_ranks_of_torchrun_within_a_slurm_job_stay_those_of_torchrun(data, monkeypatch, tmp_path):
+    from reft_lightning.runs.checks import Monitor
+
+    for name, value in {"NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_ID": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_JOB_NAME", "batch")
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "GROUP_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    state = torch.get_rng_state()
+    trainer = build_trainer(short_runs.config(data), tmp_path, Monitor("val/loss", "min"), state)
+    assert not isinstance(trainer._accelerator_connector.cluster_environment, SLURMEnvironment)
 
 
 @pytest.mark.slow

@@ -183,6 +183,10 @@ REASONS = {
     "trainer.max_time=00:01:00:00": "trainer.max_time",
     "trainer.devices=2": "several devices",
     "data=glue_rte": "a head that is trained",
+    "intervention=jola": "adds to the loss, or looks at more than single tokens",
+    "objective=dpo": "makes passes of its own",
+    "callbacks=edit_norms": "watches a pass of its own",
+    "resume=auto": "resume=auto goes on with a run",
 }
 
 

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from reft_lightning.storage.atomic import claim_folder, write_json, write_whole
+from reft_lightning.storage.atomic import claim_folder, hold_folder, release_folder, write_json, write_whole
 
 
 def test_a_writer_that_fails_leaves_the_old_file(tmp_path):
@@ -51,3 +51,13 @@ def test_a_folder_is_claimed_once(tmp_path):
         claimed = list(pool.map(lambda _: claim_folder(tmp_path / "runs" / "now"), range(8)))
     names = ["now", *(f"now-{number}" for number in range(2, 9))]
     assert sorted(folder.name for folder in claimed) == sorted(names)
+
+
+def test_a_disk_without_locks_costs_the_lock_only(tmp_path, monkeypatch, caplog):
+    def lockf(file, how):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    assert hold_folder(tmp_path)
+    assert f"{tmp_path} cannot be reserved" in caplog.text
+    release_folder(tmp_path)
