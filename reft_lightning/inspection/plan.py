@@ -95,7 +95,8 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
     """Return what a run of a configuration costs; see :func:`main`.
 
     FLOPs are those of matrix products, a multiplication and an addition being two. Exact shortcuts
-    (:mod:`reft_lightning.speed`), mixed precision, gradient checkpointing and kernels' workspaces are left out.
+    (:mod:`reft_lightning.speed`), mixed precision, gradient checkpointing, further passes of an objective and kernels'
+    workspaces are left out.
     """
     config = replace(config, test=False, evaluate_base=False)
     if prompt is None:
