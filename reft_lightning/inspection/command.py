@@ -14,6 +14,7 @@ from rich.console import Console
 from ..adapters.methods import method_named
 from ..adapters.reft.config import CONFIG_FILE
 from ..adapters.reft.measuring import saved_interventions
+from ..adapters.reft.sites import HEAD
 from ..config import compose
 from ..config.schema import Config
 from ..interventions import intervention_class, method_name
@@ -113,9 +114,12 @@ def _compare(runs: Sequence[Path]) -> dict[str, Any]:
 
 
 def _subspaces(run: Path, adapter: Path) -> findings.Subspaces:
-    """Return the subspaces of a saved adapter; one's own intervention is imported as its run names it."""
+    """Return the subspaces of a saved adapter; one's own intervention is imported as its run names it.
+
+    Layers at attention heads are left out: each head has a space of its own.
+    """
+    saved: dict[str, Any] = read_json(adapter / CONFIG_FILE)
     if run == adapter:
-        saved: dict[str, Any] = read_json(adapter / CONFIG_FILE)
         method, layers = saved.get("method", ""), saved.get("per_layer")
     else:
         intervention = load_run_config(run).intervention
@@ -128,7 +132,11 @@ def _subspaces(run: Path, adapter: Path) -> findings.Subspaces:
     for name in (method, *named):
         if method_named(name).takes_settings:
             method_name(intervention_class(name))  # enters it in the table that saved adapters are read by
-    return findings.subspaces(saved_interventions(adapter))
+    found, own = saved_interventions(adapter), saved.get("per_layer") or {}
+    where = {layer: {**saved, **own.get(str(layer), {})}.get("component", "") for layer in found}
+    return findings.subspaces(
+        {layer: group for layer, group in found.items() if not where[layer].startswith(HEAD)}
+    )
 
 
 def _inspect(

@@ -30,6 +30,7 @@ from .perplexity import perplexity
 
 SCALES = tuple(k / 2 for k in range(-4, 5))  # strengths of the curve
 TOKENS = 6  # of each direction of the logit lens
+NO_SUBSPACE = "its edits keep to no subspace, or are those of attention heads"
 Scores = dict[str, float]
 Step = Callable[[str], None]  # is told what comes next
 Subspaces = dict[int, Tensor]  # layer -> orthonormal rows
@@ -156,7 +157,7 @@ def compare(name: str, own: Subspaces, others: Mapping[str, Subspaces]) -> dict[
         ValueError: for another adapter that edits representations of another width.
     """
     if not own:
-        return {"not_inspected": [f"{name}: its edits keep to no subspace, so there are no angles"]}
+        return {"not_inspected": [f"{name}: {NO_SUBSPACE}, so there are no angles"]}
     runs, left_out = {}, []
     for other, theirs in others.items():
         shared = [layer for layer in own if layer in theirs]
@@ -168,7 +169,7 @@ def compare(name: str, own: Subspaces, others: Mapping[str, Subspaces]) -> dict[
                     "their subspaces have no angle. Compare runs of one model and component"
                 )
         if not shared:
-            why = "it edits none of the same layers" if theirs else "its edits keep to no subspace"
+            why = "it edits none of the same layers" if theirs else NO_SUBSPACE
             left_out.append(f"{other}: {why}, so there are no angles to it")
         runs[other] = {
             layer: {"angle": mean_angle(P, Q), "chance": chance_angle(P, Q)}

@@ -33,9 +33,11 @@ from ..config import compose
 from ..config.schema import Config
 from ..data.encoding import Collator, Encoded, target_only
 from ..data.example import Example
+from ..data.pairs import EncodedPairs
 from ..runs.arguments import method_of
 from ..runs.build import Outline, outline, prepare
 from ..runs.kinds import kind_of
+from ..training.objectives import SFT
 
 FUSED = "reft_inspect_fused"
 NOT_INPUTS = ("boundary", "rows", "examples")
@@ -93,7 +95,8 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
     """Return what a run of a configuration costs; see :func:`main`.
 
     FLOPs are those of matrix products, a multiplication and an addition being two. Exact shortcuts
-    (:mod:`reft_lightning.speed`), mixed precision, gradient checkpointing and kernels' workspaces are left out.
+    (:mod:`reft_lightning.speed`), mixed precision, gradient checkpointing, further passes of an objective and kernels'
+    workspaces are left out.
     """
     config = replace(config, test=False, evaluate_base=False)
     if prompt is None:
@@ -102,7 +105,7 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
     else:
         run = outline(config)
         rows = {}
-        batches = {"given": _batch(run, config.data.batch_size, prompt, target)}
+        batches = {"given": _batch(run, config.data.batch_size * (1 + run.objective.pairs), prompt, target)}
     base, notes = _build(run)
     base.to(getattr(torch, config.model.dtype))
     base.requires_grad_(False)
@@ -120,6 +123,11 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
         state = model.adapter_state_dict()
     except NotImplementedError:  # peft copies the numbers of virtual tokens to the CPU
         state = named
+    if type(run.objective) is not SFT:
+        notes.append(
+            f"objective {type(run.objective).__name__}: one pass with the edits is counted, and none that it makes of "
+            "the frozen base or with nulled edits"
+        )
     if config.model.gradient_checkpointing:
         notes.append(
             "gradient checkpointing saves less for the backward pass and computes it again: not counted"
@@ -154,9 +162,11 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
 def _batches_of(data: Any) -> tuple[dict[str, Batch], dict[str, int]]:
     """Return the batch in the middle and the largest one of an epoch, by their tokens with padding."""
     rows, loader = data.train_rows, data.train_dataloader()
+    parts = [rows.chosen, rows.rejected] if isinstance(rows, EncodedPairs) else [rows]
+    tokens = int(sum(sum(part.lengths) for part in parts))
     batches = sorted(loader.batch_sampler, key=lambda batch: len(batch) * max(rows.lengths[i] for i in batch))
     middle, largest = (loader.collate_fn([rows[i] for i in batches[k]]) for k in (len(batches) // 2, -1))
-    return {"median": middle, "largest": largest}, {"batches": len(batches), "tokens": int(sum(rows.lengths))}
+    return {"median": middle, "largest": largest}, {"batches": len(batches), "tokens": tokens}
 
 
 def _batch(run: Outline, rows: int, prompt: int, target: int) -> Batch:

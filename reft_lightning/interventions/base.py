@@ -51,6 +51,8 @@ class Intervention(nn.Module):
 
     rotations: ClassVar[tuple[str, ...]] = ()
     """Names of parameters whose scale carries no meaning (R): the optimizer never decays them."""
+    reads_prompt: ClassVar[bool] = False
+    """Whether its edits depend on tokens of the prompt, so that positions have to select some."""
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -81,7 +81,7 @@ class Tokens:
         """Return the tokens of each row in columns of their own."""
         counts = self.counts()
         places = torch.arange(len(x), device=x.device) - (counts.cumsum(0) - counts)[self.rows]
-        width = int(counts.max()) if len(x) else 0
+        width = len(x) if x.is_meta or not len(x) else int(counts.max())  # on meta at most n
         return x.new_full((self.count, width), value).index_put((self.rows, places), x)
 
     def keep(self, name: Any, value: Tensor) -> Tensor:  # (b, ...) -> (b, ...)

@@ -71,6 +71,7 @@ class ReFTr1(Intervention, name="reft_r1"):
     """
 
     rotations = ("direction",)
+    reads_prompt = True  # for its strength
 
     def __init__(self, dim: int, top_k: int = 8, l1: float = 0.005, **kwargs: Any) -> None:
         super().__init__(dim, **kwargs)

@@ -6,7 +6,7 @@ Each check needs the benchmark family, and none needs weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lightning import Trainer
@@ -14,8 +14,9 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from transformers import PretrainedConfig
 
 from ..adapters.methods import method_named
+from ..adapters.reft.positions import parse_positions
 from ..base_models.decoders import is_decoder
-from ..config.schema import SHARDING, Config, DecodingConfig, ObjectiveConfig
+from ..config.schema import SHARDING, Config, DecodingConfig, InterventionConfig, ObjectiveConfig
 from ..data import AnyFamily, Family
 from ..data.example import Example
 from ..evaluation import Decoding
@@ -88,9 +89,9 @@ def check_unused(config: Config, family: AnyFamily) -> None:
     _check_kept(config)
     if kind_of(family).generates:
         _check_closed_form(config)
-    if "given" in str(config.intervention.positions):
+    if any(parse_positions(spec).needs_mask for spec in _positions_of(config.intervention)):
         raise ValueError(
-            "intervention.positions=given needs edit_mask with each call, which a run has not: use it in Python, or "
+            "the positions given need edit_mask with each call, which a run has not: use them in Python, or "
             "prompt:S for a share of the prompt"
         )
     if config.checkpoint.early_stopping_patience is not None and config.trainer.enable_checkpointing is False:
@@ -117,6 +118,13 @@ def check_unused(config: Config, family: AnyFamily) -> None:
         raise ValueError(
             "optimizer.head_lr: no head is trained; leave it out, or name one in intervention.heads"
         )
+
+
+def _positions_of(intervention: InterventionConfig) -> list[str]:
+    """Return the positions of all layers, and of those that name their own."""
+    layers = intervention.layers.values() if isinstance(intervention.layers, Mapping) else ()
+    own = [layer["positions"] for layer in layers if isinstance(layer, Mapping) and "positions" in layer]
+    return [intervention.positions, *own]
 
 
 def check_reads_forward(config: Config, hf_config: PretrainedConfig, task: str, family: AnyFamily) -> None:

@@ -108,6 +108,11 @@ def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> tuple[R
             else:
                 reft.load_adapter(folder, name)
                 names[name] = name
+            if any(positions.needs_mask for positions, _ in reft.adapters[names[name]].positions.values()):
+                raise ValueError(
+                    "its positions 'given' need edit_mask with each call, which a request does not have: serve an "
+                    "adapter of other positions, such as prompt"
+                )
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
     assert reft is not None

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import short_runs
+import tiny
 from rich.console import Console
 
+import reft_lightning as rl
 from reft_lightning import cli
 from reft_lightning.config import compose
 from reft_lightning.inspection import command
+from reft_lightning.inspection.findings import NO_SUBSPACE
 from reft_lightning.interventions import INTERVENTIONS
 from reft_lightning.runs import experiment
 
@@ -181,12 +184,21 @@ def test_runs_of_other_widths_are_refused_by_name_before_weights_are_loaded(
 def test_a_method_whose_edits_may_point_anywhere_has_no_angles_and_that_is_said(folder, data, tmp_path):
     red = of_one_epoch(data, tmp_path / "red", "intervention=red", "intervention.rank=null")
     found, said = inspect(folder, red, rows=2, out=tmp_path / "one")
-    assert found["not_inspected"] == [f"{red}: its edits keep to no subspace, so there are no angles to it"]
+    assert found["not_inspected"] == [f"{red}: {NO_SUBSPACE}, so there are no angles to it"]
     assert found["not_inspected"][0] in said
     found, said = inspect(red, folder, rows=2, out=tmp_path / "other")
     assert "subspaces" not in found
-    assert f"{red}: its edits keep to no subspace, so there are no angles" in said
+    assert f"{red}: {NO_SUBSPACE}, so there are no angles" in said
     assert found["strength"]
+
+
+def test_attention_heads_have_spaces_of_their_own_and_no_angles(tmp_path):
+    for name, layers in (("one", [0]), ("both", [0, 1])):
+        own = {layer: {"component": "head_output"} if layer in layers else {} for layer in (0, 1)}
+        rl.attach(tiny.model("llama"), rank=2, layers=own).save_pretrained(tmp_path / name)
+    assert command._compare([tmp_path / "one"])["subspaces"]["layers"] == [1]
+    said = f"{tmp_path / 'both'}: {NO_SUBSPACE}, so there are no angles"
+    assert command._compare([tmp_path / "both"]) == {"not_inspected": [said]}
 
 
 @pytest.mark.parametrize("path", ["self_attn.o_proj.input", "mlp.down_proj.input"])

@@ -11,12 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from reft_lightning import cli
 from reft_lightning.config import compose
 from reft_lightning.inspection.plan import plan
+from reft_lightning.runs.build import prepare
 
 EAGER = "model.attn_implementation=eager"
 LORA = ["intervention=peft/lora", "intervention.options.r=2"]
 METHODS = {
     "loreft": [],
     "bias": ["intervention=bias", "intervention.rank=null"],
+    "reft_r1": ["intervention=reft_r1"],
     "position": ["intervention.tied=position", "intervention=direft"],
     "lora": LORA,
     "full": ["intervention=full"],
@@ -43,6 +45,7 @@ def measured(settings):
 
     objects = build(settings)
     objects.module.training_pass = None
+    objects.module.log = lambda *_: None  # without a trainer
     rows, loader = objects.data.train_rows, objects.data.train_dataloader()
     largest = max(loader.batch_sampler, key=lambda batch: len(batch) * max(rows.lengths[i] for i in batch))
     base = objects.model.base_model
@@ -112,6 +115,18 @@ def test_given_lengths_need_no_rows(tmp_path):
     )
     assert (short["edited_tokens"], long["edited_tokens"]) == (2 * 3 * 10, 2 * 3 * 20)
     assert long["saved_bytes"] > 1.5 * short["saved_bytes"]
+
+
+@pytest.mark.parametrize(("objective", "rows"), [("sft", 1), ("dpo", 2)])
+def test_both_answers_of_a_pair_are_counted_and_further_passes_named(data, objective, rows):
+    settings = config(data, f"objective={objective}")
+    found, given = plan(settings), plan(settings, prompt=9)
+    assert found["batches"]["largest"]["rows"] == given["batches"]["given"]["rows"] == 3 * rows
+    assert [note.partition(":")[0] for note in found["notes"]] == ["objective DPO"] * (rows - 1)
+    encoded = prepare(settings).data.train_rows
+    parts = [encoded] if rows == 1 else [encoded.chosen, encoded.rejected]
+    lengths = [len(row.prompt_ids) + len(row.target_ids) for part in parts for row in part]
+    assert found["epoch_tokens"] == sum(lengths)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "gemma3_text", "opt", "falcon"])

@@ -129,8 +129,17 @@ def test_the_second_stage_of_lofit_moves_the_heads_that_the_first_scaled_most():
     for count in (0, 7):
         with pytest.raises(ValueError, match=r"count must lie in 1\.\.6"):
             longest_heads(first, count)
-    with pytest.raises(ValueError, match=r"count must lie in 1\.\.0"):
+    with pytest.raises(ValueError, match="attach with component='head_output'"):
         longest_heads(attached("bias", component="block_output"), 1)
+
+
+def test_all_interventions_of_a_head_count():
+    positions = {"positions": "f1+l2", "component": "head_output", "layers": [0]}
+    for tied, number in (("group", 3), ("position", 5)):  # the last intervention of head 1
+        reft = rl.attach(tiny.model("llama"), "lofit", tied=tied, stage="scale", **positions)
+        with torch.no_grad():
+            reft.interventions["0"][number].vector.fill_(3.0)
+        assert longest_heads(reft, 1) == {0: {"component": "head_output:1"}}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import tiny
 
 import reft_lightning as rl
 from reft_lightning import cli
+from reft_lightning.serving.command import load_adapters
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,16 @@ def test_an_adapter_of_another_base_is_refused_by_the_name_of_its_folder(
     said = refused(monkeypatch, capsys, folder, f"adapters.other={tmp_path / 'other'}")
     assert str(tmp_path / "other") in said
     assert "trained on another kind of model" in said
+
+
+def test_an_adapter_whose_calls_have_to_mark_tokens_is_refused_at_the_start(tmp_path):
+    layers = {0: {}, 1: {"positions": "given"}}
+    rl.attach(tiny.model("llama"), rank=2).save_pretrained(tmp_path / "first")
+    rl.attach(tiny.model("llama"), rank=2, layers=layers).save_pretrained(tmp_path / "marked")
+    folders = {name: tmp_path / name for name in ("first", "marked")}
+    for order in (["first", "marked"], ["marked", "first"]):
+        with pytest.raises(ValueError, match=r"marked: its positions 'given' need edit_mask"):
+            load_adapters(tiny.model("llama"), {name: folders[name] for name in order})
 
 
 @pytest.mark.slow

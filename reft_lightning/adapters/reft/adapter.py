@@ -99,4 +99,11 @@ def _interventions(spec: LayerSpec, positions: Positions, site: Site) -> nn.Modu
     copies = {"all": 1, "group": positions.groups}.get(spec.tied) or sum(positions.slots())
     cls = registered(spec.method)
     check_settings(cls, spec.settings)
+    after = [term.kind == "decode" for term in positions.terms]
+    if cls.reads_prompt and after and (all if spec.tied == "all" else any)(after):
+        raise ValueError(
+            f"{spec.method} takes the strength of its edits from the tokens of the prompt that it edits, and with "
+            f"positions={positions} and tied={spec.tied} {'it' if all(after) else 'that of decode'} edits none: write "
+            "positions=all, or prompt+decode with tied=all"
+        )
     return nn.ModuleList(cls(site.dim, **spec.settings) for _ in range(copies * len(site.heads)))

@@ -24,6 +24,7 @@ from .calls import call_of
 from .edit_plan import EditPlan
 from .model import ReftModel
 from .positions import Positions
+from .sites import Site
 
 TINY = 1e-12  # norm of h below which the ratio would be 0 / 0
 
@@ -147,6 +148,7 @@ class EditNorms:
 
     def __init__(self, reft: ReftModel) -> None:
         self.places = places_of(reft)
+        self.divided = {site.layer for site in reft.sites.values() if site.divided > 1}
         self.ratios: dict[int, Tensor] = {}
         self.edits: dict[int, Tensor] = {}
         self.counts: dict[int, Tensor] = {}
@@ -170,8 +172,12 @@ class EditNorms:
         return {layer: total.sum() / self.counts[layer].sum() for layer, total in self.ratios.items()}
 
     def mean_edits(self) -> dict[int, Tensor]:  # layer -> (d,)
-        """Return the mean of Phi(h) - h."""
-        return {layer: total / self.counts[layer].sum() for layer, total in self.edits.items()}
+        """Return the mean of Phi(h) - h; none of layers whose attention heads are edited, in spaces of their own."""
+        return {
+            layer: total / self.counts[layer].sum()
+            for layer, total in self.edits.items()
+            if layer not in self.divided
+        }
 
 
 def interventions_by_layer(reft: ReftModel) -> dict[int, list[Intervention]]:
@@ -207,7 +213,10 @@ def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def subspace(interventions: list[Intervention]) -> Tensor | None:  # -> (k, d)
-    """Return orthonormal rows, in float64, that span every edit of some interventions; None if those may be any."""
+    """Return orthonormal rows, in float64, that span every edit of some interventions; None if those may be any.
+
+    The interventions are those of one representation; two attention heads are two.
+    """
     rows = []
     with torch.no_grad():
         for phi in interventions:
@@ -218,6 +227,12 @@ def subspace(interventions: list[Intervention]) -> Tensor | None:  # -> (k, d)
     return basis[sizes > sizes.max() * 1e-6]
 
 
+def _by_head(group: list[Intervention], site: Site) -> dict[int, list[Intervention]]:
+    """Return the interventions of each attention head; none where the representation is not divided."""
+    heads = site.heads if site.divided > 1 else ()
+    return {head: group[k :: len(heads)] for k, head in enumerate(heads)}
+
+
 def longest_heads(reft: ReftModel, count: int) -> dict[int, dict[str, str]]:
     """Return the attention heads whose interventions have the longest parameters, as ``layers`` of a second stage.
 
@@ -226,13 +241,15 @@ def longest_heads(reft: ReftModel, count: int) -> dict[int, dict[str, str]]:
         count: how many; LoFiT takes 3 to 10 % of all.
 
     Raises:
-        ValueError: for fewer heads than that.
+        ValueError: for fewer heads than that, or none.
     """
     sizes = [
-        (sum(float(p.detach().square().sum()) for p in group[k].parameters()), int(layer), head)
+        (sum(float(p.detach().square().sum()) for phi in own for p in phi.parameters()), int(layer), head)
         for layer, group in reft.interventions.items()
-        for k, head in enumerate(reft.sites[layer].heads if reft.sites[layer].divided > 1 else ())
+        for head, own in _by_head(list(group), reft.sites[layer]).items()
     ]
+    if not sizes:
+        raise ValueError("no attention head has an intervention: attach with component='head_output'")
     if not 1 <= count <= len(sizes):
         raise ValueError(f"count must lie in 1..{len(sizes)}, the heads with interventions; got {count}")
     chosen: dict[int, list[int]] = {}

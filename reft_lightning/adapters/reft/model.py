@@ -475,7 +475,8 @@ class ReftModel(nn.Module):
         compiled: bool = False,
     ) -> Iterator[Call | None]:
         self._check_attached()
-        for name, value in (row_values or {}).items():
+        values = {name: torch.as_tensor(value) for name, value in (row_values or {}).items()}
+        for name, value in values.items():
             if len(value) != len(spans.prompt):
                 raise ValueError(
                     f"row_values[{name!r}] holds {len(value)} rows, the batch {len(spans.prompt)}"
@@ -497,7 +498,7 @@ class ReftModel(nn.Module):
                 choices, summed = chosen
                 used = dict.fromkeys(choice.adapter for choice in choices)
                 rows = rotations(phi for name in used for phi in self.adapters[name].orthonormal)
-                call = Call(self, spans, choices, summed, rows, given=row_values or {})
+                call = Call(self, spans, choices, summed, rows, given=values)
         with _REPLACING if others else nullcontext(), replaced(others), running(call):
             yield call
         if call is not None:
@@ -559,9 +560,9 @@ class ReftModel(nn.Module):
         """Remove from hidden states, inside the block, what the edits would add: ``null`` of each intervention.
 
         Raises:
-            ValueError: for an intervention that cannot be nulled, with those that can.
+            ValueError: for an intervention of an active adapter that cannot be nulled, with those that can.
         """
-        for phi in (phi for module in self.adapters.values() for phi in module.modules()):
+        for phi in (phi for name in self.active_adapters for phi in self.adapters[name].modules()):
             if isinstance(phi, Intervention) and type(phi).null is Intervention.null:
                 able = [name for name, cls in INTERVENTIONS.items() if cls.null is not Intervention.null]
                 raise ValueError(

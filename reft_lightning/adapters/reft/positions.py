@@ -41,6 +41,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,7 +65,7 @@ class Term:
 
     def __str__(self) -> str:
         if self.share is not None:
-            return f"{self.kind}:{self.share:g}"
+            return f"{self.kind}:{np.format_float_positional(self.share)}"
         return {"f": f"f{self.count}", "l": f"l{self.count}", "decode": f"decode:{self.count}"}.get(
             self.kind if self.count is not None else "", self.kind
         )

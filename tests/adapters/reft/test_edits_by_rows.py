@@ -215,3 +215,11 @@ def test_tokens_are_summed_by_row():
     assert tokens.padded(x, -1.0).tolist() == [[1.0, 2.0, -1.0], [-1.0, -1.0, -1.0], [3.0, 5.0, 7.0]]
     assert tokens.keep("a", torch.tensor([1.0, 1.0, 1.0])).tolist() == [1.0, 1.0, 1.0]
     assert tokens.keep("a", torch.tensor([2.0, 2.0, 2.0])).tolist() == [2.0, 1.0, 2.0]
+
+
+def test_row_values_may_be_lists():
+    reft = rl.attach(tiny.model("llama"), "difference_in_means", positions="all").train()
+    lists, tensors = (
+        reft(**batch(), row_values={"sign": sign}).penalty for sign in ([1, -1, 1], torch.tensor([1, -1, 1]))
+    )
+    assert torch.equal(lists, tensors)

@@ -161,3 +161,8 @@ def test_the_subspace_holds_every_edit_and_nothing_else():
 def test_edits_that_may_point_anywhere_have_no_subspace():
     reft = rl.attach(tiny.model("llama"), "red")
     assert subspace(list(reft.interventions["0"])) is None
+
+
+def test_edits_of_different_heads_have_no_mean():
+    layers = {0: {"component": "head_output"}, 2: {}}
+    assert norms_of(attached(layers=layers)).mean_edits().keys() == {2}

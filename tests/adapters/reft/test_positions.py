@@ -284,3 +284,8 @@ def test_given_positions_are_those_of_the_prompt_that_the_caller_marks():
     for spec in ("prompt:0", "prompt:1", "prompt:1.5", "given:0.0", "all:0.5"):
         with pytest.raises(ValueError, match="malformed"):
             parse_positions(spec)
+
+
+@pytest.mark.parametrize("spec", ["prompt:0.5", "given:0.0000123", "prompt:0.123456789"])
+def test_a_share_is_written_as_it_is_read(spec):
+    assert str(parse_positions(spec)) == spec

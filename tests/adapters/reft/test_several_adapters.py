@@ -671,3 +671,13 @@ def test_a_damaged_configuration_is_refused_with_its_folder(tmp_path, values, sa
     with pytest.raises(ValueError, match=said) as refused:
         rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
     assert str(tmp_path) in str(refused.value)
+
+
+def test_an_adapter_that_cannot_be_nulled_is_in_nobodys_way_while_it_rests():
+    reft = rl.attach(tiny.model("llama"), "bias")
+    reft.add_adapter("red", "red")
+    with reft.nulled():
+        pass
+    reft.set_adapter("red")
+    with pytest.raises(ValueError, match="cannot be nulled"), reft.nulled():
+        pass
