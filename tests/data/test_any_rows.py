@@ -64,7 +64,7 @@ def composing():
         )  # fmt: skip
 
 
-@examples(40)
+@examples(15)
 @given(file=files())
 def test_any_file_is_refused_by_name_or_read_to_its_last_row(composing, tmp_path, monkeypatch, file):
     name, content, rows = file

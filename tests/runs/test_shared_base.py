@@ -147,6 +147,7 @@ def test_what_cannot_share_runs_apart_and_the_log_says_so(sweep, capsys):
     assert "#2 runs apart: peft/lora changes the base model's own modules" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_runs_that_are_told_to_stop_go_on_one_by_one(sweep, monkeypatch, places):
     stop_in = 8
 
