@@ -16,9 +16,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, run_job
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ KEYS = {
 ConfigStore.instance().store(group="hydra/launcher", name="shared_base", node=KEYS, provider="reft_lightning")
 
 
-class SharedBaseLauncher(BasicLauncher):
+class SharedBaseLauncher(Launcher):
     """Run the jobs of a sweep side by side where they share a base model, the others one after the other.
 
     Args:
@@ -40,10 +41,13 @@ class SharedBaseLauncher(BasicLauncher):
     """
 
     def __init__(self, together: int = 8) -> None:
-        super().__init__()
         if together < 1:
             raise ValueError(f"hydra.launcher.together must be 1 or more; got {together}")
         self.together = together
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keep what Hydra gives, before any job."""
+        self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; return what each returned, in their order."""
@@ -51,10 +55,12 @@ class SharedBaseLauncher(BasicLauncher):
         from reft_lightning.runs.shared_base import base_of, why_alone
 
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        jobs = {initial_job_idx + i: list(overrides) for i, overrides in enumerate(job_overrides)}
-        composed = {number: self._composed(number, overrides) for number, overrides in jobs.items()}
+        jobs = {
+            number: self._composed(number, list(overrides))
+            for number, overrides in enumerate(job_overrides, initial_job_idx)
+        }
         groups: dict[str, list[int]] = {}
-        for number, config in composed.items():
+        for number, config in jobs.items():
             run = to_config(_without_hydra(config))
             try:
                 reason = "hydra.job.chdir=true" if self.config.hydra.job.chdir else why_alone(run)
@@ -66,11 +72,18 @@ class SharedBaseLauncher(BasicLauncher):
         returned: dict[int, JobReturn] = {}
         for group in groups.values():
             for start in range(0, len(group), self.together):
-                part = group[start : start + self.together]
+                part = {number: jobs[number] for number in group[start : start + self.together]}
                 if len(part) > 1:
-                    returned |= self._side_by_side({number: composed[number] for number in part})
+                    log.info("%d jobs share a base model:", len(part))
+                for number, config in part.items():
+                    log.info("\t#%d : %s", number, " ".join(filter_overrides(config.hydra.overrides.task)))
+                if len(part) > 1:
+                    returned |= self._side_by_side(part)
                 else:
-                    returned |= {part[0]: super().launch([jobs[part[0]]], part[0])[0]}
+                    returned |= {
+                        number: self._run(config, self.task_function) for number, config in part.items()
+                    }
+                configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
                 gc.collect()  # hooks tie the base model and its adapters in circles
         return [returned[number] for number in jobs]
 
@@ -83,9 +96,6 @@ class SharedBaseLauncher(BasicLauncher):
     def _side_by_side(self, jobs: Mapping[int, DictConfig]) -> dict[int, JobReturn]:
         from reft_lightning.runs.shared_base import SharedBase
 
-        log.info("%d jobs share a base model:", len(jobs))
-        for number, config in jobs.items():
-            log.info("\t#%d : %s", number, " ".join(filter_overrides(config.hydra.overrides.task)))
         shared = SharedBase(f"job{number}" for number in jobs)
         returned: dict[int, JobReturn] = {}
         threads = [
@@ -114,23 +124,22 @@ class SharedBaseLauncher(BasicLauncher):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         if told:
             raise SystemExit(128 + told[0])
         return returned
+
+    def _run(self, config: DictConfig, task: TaskFunction) -> JobReturn:
+        return run_job(
+            hydra_context=self.hydra_context, task_function=task, config=config, job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )  # fmt: skip
 
     def _work(self, shared: Any, number: int, config: DictConfig, returned: dict[int, JobReturn]) -> None:
         """Run a job in its thread."""
         name = f"job{number}"
         shared.runs[name].enter()
         try:
-            returned[number] = run_job(
-                hydra_context=self.hydra_context,
-                task_function=partial(_in_lane, self.task_function, number),
-                config=config,
-                job_dir_key="hydra.sweep.dir",
-                job_subdir_key="hydra.sweep.subdir",
-            )
+            returned[number] = self._run(config, partial(_in_lane, self.task_function, number))
         except BaseException as error:  # told to stop, or what no other job may suffer from
             failed = error if isinstance(error, Exception) else RuntimeError(f"job {number} ended: {error!r}")
             returned[number] = JobReturn(status=JobStatus.FAILED, _return_value=failed)
