@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,20 @@ def _interruptible() -> Iterator[None]:
         sys.exit(130)
 
 
+@contextmanager
+def _told() -> Iterator[None]:
+    """Leave with status 1 where the log has said in one line what stopped a run; what it has not said is raised."""
+    try:
+        yield
+    except Exception as error:
+        from .runs.experiment import SetupError
+        from .runs.stopping import trouble_of
+
+        if isinstance(error, SetupError) or trouble_of(error) is None:
+            raise
+        sys.exit(1)
+
+
 @_interruptible()
 def train() -> Any:
     """Train, validate and test one configuration, or each one of a ``--multirun``.
@@ -243,8 +257,7 @@ def _find_unfinished(asked: compose.Asked) -> None:
         sys.stderr.write(f"resume=auto: {who} in a folder that you name: add hydra.{name}.dir=FOLDER\n")
         sys.exit(2)
     if found := find_unfinished(asked.parent, next(iter(asked.runs.values()))):
-        place = str(found).replace("'", r"\'")
-        sys.argv.append(f"hydra.run.dir='{place}'")
+        sys.argv.append(compose.run_dir(found))
 
 
 def _check_jobs(asked: compose.Asked) -> None:
@@ -265,14 +278,9 @@ def _resume(argv: Sequence[str]) -> None:
     with _names_of(options) as trusted:
         with heavy_imports():
             from .runs import experiment
-            from .runs.stopping import trouble_of
 
-        try:
+        with _told():
             experiment.resume(run_dir, trusted)
-        except Exception as error:
-            if isinstance(error, experiment.SetupError) or trouble_of(error) is None:
-                raise
-            sys.exit(1)  # the log has said in one line what stopped the run
 
 
 def _import_from_here() -> None:
@@ -314,7 +322,6 @@ def _results(config: DictConfig, run_dir: Path, job: sweep.Job) -> dict[str, Any
             sys.exit(2)
         from .runs import experiment
         from .runs.shared_base import present_lane
-        from .runs.stopping import trouble_of
         from .runs.wandb_names import filed, label
 
     lane = present_lane()
@@ -324,16 +331,13 @@ def _results(config: DictConfig, run_dir: Path, job: sweep.Job) -> dict[str, Any
         run = filed(run, name=label(run, compose.differing(HydraConfig.get().overrides.task)))
         if lane is not None:
             run = filed(run, reinit="create_new")  # one W&B run a job, though others are open
-        return experiment.run(run, run_dir, _experiment(), command=command, lane=lane)
+        with nullcontext() if own_process.in_sweep() else _told():
+            return experiment.run(run, run_dir, _experiment(), command=command, lane=lane)
     except experiment.SetupError as error:
         if own_process.in_sweep():
             raise  # the other jobs go on
         sys.stderr.write(f"{error}\n")
         sys.exit(2)
-    except Exception as error:
-        if own_process.in_sweep() or trouble_of(error) is None:
-            raise
-        sys.exit(1)  # the log has said in one line what stopped the run
 
 
 def _experiment() -> str | None:

@@ -25,6 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..suggest import did_you_mean
 from .dispatch import is_dispatched
+from .quantization import is_quantized
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def heads_to_train(model: PreTrainedModel, heads: str | Sequence[str] | bool | N
             raise ValueError(
                 f"the head {head!r} is offloaded, and then not trained: give it a device in device_map"
             )
-        if any(type(p) is not nn.Parameter for p in modules[head].parameters()):
+        if is_quantized(modules[head]):
             raise ValueError(
                 f"the head {head!r} is quantized, and then not trained: name it among the modules that are not "
                 "(llm_int8_skip_modules, modules_to_not_convert)"

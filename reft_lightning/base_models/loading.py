@@ -31,7 +31,7 @@ from .heads import check_head_size, check_only_heads_missing
 from .loading_bars import bars_of_transformers
 from .output_head import join_columns
 from .places import ModelPlace
-from .quantization import check_quantization, quantizing
+from .quantization import check_quantization, is_quantized, quantizing
 
 log = logging.getLogger(__name__)
 
@@ -259,7 +259,7 @@ def widen_logits(model: PreTrainedModel) -> None:
     that is quantized stays as it is.
     """
     head: Any = model.get_output_embeddings()
-    if any(type(parameter) is not torch.nn.Parameter for parameter in head.parameters()):
+    if is_quantized(head):
         return
     # head.float() would widen embeddings that are tied to it
     for name, parameter in list(head.named_parameters(recurse=False)):

@@ -73,6 +73,11 @@ def quantizing(settings: Mapping[str, Any], device_map: Any = None) -> dict[str,
     return {"quantization_config": dict(settings), "device_map": device_map}
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module holds numbers that a library has rounded to a type of its own."""
+    return any(type(parameter) is not nn.Parameter for parameter in module.parameters())
+
+
 def keep_gradients(model: nn.Module) -> None:
     """Keep bitsandbytes from packing 4-bit weights for CPUs that multiply in bfloat16, and unpack what is packed.
 

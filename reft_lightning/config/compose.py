@@ -149,6 +149,11 @@ def _job_name(number: int, overrides: Sequence[str]) -> str:
     return f"{number}_{','.join(differing(overrides))}".replace("/", "_")[:NAME_LENGTH]
 
 
+def run_dir(folder: Path) -> str:
+    """Return the override that lets a run write into a folder, whatever its name."""
+    return "hydra.run.dir='{}'".format(str(folder).replace("'", r"\'"))
+
+
 def swept() -> set[str]:
     """Return the keys that the sweep of this process changes."""
     return set(_swept)

@@ -31,16 +31,16 @@ from ..adapters.reft.measuring import Seen, watching
 from ..base_models.reading import takes_position_ids
 from ..config import compose
 from ..config.schema import Config
-from ..data.encoding import Collator, Encoded, target_only
+from ..data.encoding import Collator, Encoded
 from ..data.example import Example
 from ..data.pairs import EncodedPairs
 from ..runs.arguments import method_of
 from ..runs.build import Outline, outline, prepare
 from ..runs.kinds import kind_of
 from ..training.objectives import SFT
+from ..training.objectives.base import NOT_INPUTS, inputs_of
 
 FUSED = "reft_inspect_fused"
-NOT_INPUTS = ("boundary", "rows", "examples")
 Batch = dict[str, Any]
 
 
@@ -202,9 +202,10 @@ def _build(run: Outline) -> tuple[PreTrainedModel, list[str]]:
 
 def _inputs(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
     """Return a batch's inputs: ids without values, and the masks, of which positions are made, with theirs."""
-    generates = "boundary" in batch
-    batch = target_only(batch) if generates else {k: v for k, v in batch.items() if k != "labels"}
-    inputs = {name: value for name, value in batch.items() if name not in NOT_INPUTS}
+    if "boundary" in batch:
+        inputs = inputs_of(batch)
+    else:
+        inputs = {name: value for name, value in batch.items() if name not in (*NOT_INPUTS, "labels")}
     if takes_position_ids(model):
         inputs["position_ids"] = torch.empty_like(inputs["input_ids"])
     return {

@@ -89,10 +89,15 @@ class Intervention(nn.Module):
         """Return the difference that removes from h what the edit would add."""
         raise ValueError(f"{type(self).__name__} has no null(h): it cannot be nulled")
 
+    @classmethod
+    def defines(cls, name: str) -> bool:
+        """Whether a class has a method of its own: ``edit_rows``, ``penalty``, ``null``."""
+        return getattr(cls, name) is not getattr(Intervention, name)
+
     @property
     def sees_rows(self) -> bool:
         """Whether the edit of a token depends on more than the token, or returns more than hidden states."""
-        return type(self).edit_rows is not Intervention.edit_rows
+        return self.defines("edit_rows")
 
     def penalty(self) -> Tensor | None:
         """Return a scalar of the parameters that joins the loss in training; None for none."""

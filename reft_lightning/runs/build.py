@@ -143,11 +143,8 @@ def outline(config: Config) -> Outline:
     family = family_of(config)
     check_unused(config, family)
     monitor = monitor_of(config, family)
-    source, optimization, objective = (
-        model_source(config, family),
-        optimization_of(config),
-        objective_of(config),
-    )
+    source, optimization = model_source(config, family), optimization_of(config)
+    objective = objective_of(config)
     attached = attachment(config, family)
     decoding = decoding_of(config, cast(Family, family)) if kind_of(family).generates else None
     place = {name: source[name] for name in PLACE}

@@ -229,15 +229,15 @@ def check_strategy(config: Config, trainer: Trainer) -> None:
             f"model.device_map={model.device_map} spreads one copy of the base over the devices of one process, and "
             f"there are {trainer.world_size}: write trainer.devices=1, or trainer=fsdp without it"
         )
+    if not isinstance(strategy, ShardedBase):
+        return
     reasons = {
         "model.device_map says itself where the weights are": model.device_map is not None,
         "model.quantization leaves weights that cannot be divided": bool(model.quantization),
         "model.compile has not been tried with a divided base": model.compile,
         f"{method.name} trains all of the base, and only what is frozen is divided": method.trains_weights,
     }
-    for reason in (
-        reason for reason, holds in reasons.items() if holds and isinstance(strategy, ShardedBase)
-    ):
+    if reason := next((reason for reason, holds in reasons.items() if holds), None):
         raise ValueError(f"trainer=fsdp: {reason}; leave it out, or write trainer=ddp")
 
 

@@ -304,9 +304,7 @@ def _train(config: Config, objects: Objects, trainer: Trainer, results: Results,
     if results.values.get("shared_base"):  # the seconds are those of all runs on that model
         costs = dict.fromkeys(costs)
     results.update(
-        **costs, steps=trainer.global_step, tokens=tokens,
-        metrics=objects.module.train_metrics
-        | {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")},
+        **costs, steps=trainer.global_step, tokens=tokens, metrics=objects.module.note_metrics()
     )  # fmt: skip
     if not config.checkpoint.restore_best:
         log.info("the weights of the last step count: checkpoint.restore_best=false")

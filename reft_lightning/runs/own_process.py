@@ -28,7 +28,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from ..config.compose import SWEPT, flags_of, swept
+from ..config.compose import SWEPT, flags_of, run_dir, swept
 from ..storage.atomic import hold_folder, now, release_folder
 from .results import Results
 from .run_folder import RESULTS
@@ -87,8 +87,7 @@ def run_in_own_process(folder: Path, job: Job) -> dict[str, Any]:
     Raises:
         RuntimeError: if it fails; its results then say how, and the other jobs of the sweep go on.
     """
-    place = str(folder).replace("'", r"\'")
-    own = [f"hydra.run.dir='{place}'", "hydra.output_subdir=null", "hydra.mode=RUN"]
+    own = [run_dir(folder), "hydra.output_subdir=null", "hydra.mode=RUN"]
     if job.requeued or os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
         own.append("resume=auto")
     said = (folder / LOG).open("ab") if job.elsewhere else None

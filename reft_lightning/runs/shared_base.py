@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from ..adapters.methods import method_named
 from ..base_models.random_state import random_state, set_random_state
 from ..config.schema import Config, ObjectiveConfig
-from ..interventions import Intervention, intervention_class
+from ..interventions import intervention_class
 from ..speed.joined_pass import Asked, JoinedPass, Trained
 from .arguments import attachment, family_of, model_source
 from .kinds import kind_of
@@ -187,12 +187,6 @@ def base_of(config: Config) -> str:
     return repr((sorted(source.items()), sorted(trainer.items()), config.matmul_precision))
 
 
-def sees_more(method: str) -> bool:
-    """Whether an intervention has a penalty, or edits that depend on more than single tokens."""
-    phi = intervention_class(method)
-    return phi.penalty is not Intervention.penalty or phi.edit_rows is not Intervention.edit_rows
-
-
 def why_alone(config: Config) -> str | None:
     """Return why a run cannot share its base model; None where it can."""
     intervention = config.intervention
@@ -203,7 +197,7 @@ def why_alone(config: Config) -> str | None:
         f"{intervention.beside} changes the base model's own modules": intervention.beside,
         "a head that is trained is the base model's": attached.get("heads"),
         f"{intervention.method} adds to the loss, or looks at more than single tokens": method.takes_settings
-        and sees_more(intervention.method),
+        and any(map(intervention_class(intervention.method).defines, ("penalty", "edit_rows"))),
         f"{config.objective._target_} makes passes of its own": config.objective != ObjectiveConfig(),
         "only runs that train a language model's answers are joined": not kind_of(family).generates,
         "model.base_dropout=true draws random numbers for all rows": config.model.base_dropout,

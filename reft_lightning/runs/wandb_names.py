@@ -27,16 +27,10 @@ log = logging.getLogger(__name__)
 MODES = ("online", "offline", "disabled")
 TAG_LENGTH = 64  # characters that W&B takes
 NAME_LENGTH = 128
-FINISH = (
-    600  # seconds in which W&B may send the rest at the end of a run; `wandb sync` sends what it could not
-)
-GROUPS = (
-    "model",
-    "data",
-    "optimizer",
-    "scheduler",
-    "objective",
-)  # of files; a choice among them is part of a name
+# seconds in which W&B may send the rest at the end of a run; `wandb sync` sends what it could not
+FINISH = 600
+# of files; a choice among them is part of a name
+GROUPS = ("model", "data", "optimizer", "scheduler", "objective")
 
 
 def is_wandb(entry: Mapping[str, Any]) -> bool:

@@ -81,7 +81,7 @@ class FinetuningModule(LightningModule):
         self.counts: dict[str, dict[str, Any]] = {}
         self.tokens = 0
         self.train_seconds = 0.0  # before the last on_train_start
-        self.train_metrics: dict[str, float] = {}  # at the last checkpoint
+        self.train_metrics: dict[str, float] = {}  # last logged, as far as noted
         self.total_steps = math.inf  # of training, once it begins
         self._started: float | None = None
         self._window = (0, 0.0)
@@ -229,13 +229,15 @@ class FinetuningModule(LightningModule):
         tokens = torch.tensor(self.tokens, device=self.device)
         checkpoint["tokens"] = int(self.trainer.strategy.reduce(tokens, reduce_op="sum"))
         checkpoint["train_seconds"] = self._seconds_so_far()
-        checkpoint["train_metrics"] = self.train_metrics = self.train_metrics | {
-            name: float(value)
-            for name, value in self.trainer.callback_metrics.items()
-            if name.startswith("train/")
-        }
+        checkpoint["train_metrics"] = self.note_metrics()
         step_loss = torch.as_tensor(self._step_loss, device=self.device)
         checkpoint["step_loss"] = self.trainer.strategy.reduce(step_loss, reduce_op="mean")
+
+    def note_metrics(self) -> dict[str, float]:
+        """Note what training has logged last, and return it; a resumed run has that of its first part, too."""
+        logged = self.trainer.callback_metrics.items()
+        self.train_metrics |= {name: float(value) for name, value in logged if name.startswith("train/")}
+        return self.train_metrics
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting; the tokens of all ranks are shared out, so that their sum stays."""

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...base_models.dispatch import is_dispatched
-from ...interventions import Intervention, Orthonormal, Partition, check_settings, registered
+from ...interventions import Orthonormal, Partition, check_settings, registered
 from ...suggest import did_you_mean
 from .config import LayerSpec, ReftConfig
 from .positions import Positions, parse_positions
@@ -52,7 +52,7 @@ class Adapter(nn.Module):
             self.layers_by_positions.setdefault(selection, []).append(layer)
         phis = [phi for group in interventions.values() for phi in group]
         self.orthonormal = [phi for phi in self.modules() if isinstance(phi, Orthonormal)]
-        self.penalized = [phi for phi in phis if type(phi).penalty is not Intervention.penalty]
+        self.penalized = [phi for phi in phis if phi.defines("penalty")]
         self.seeing_rows = next((type(phi).__name__ for phi in phis if phi.sees_rows), None)
 
     @classmethod

@@ -563,8 +563,8 @@ class ReftModel(nn.Module):
             ValueError: for an intervention of an active adapter that cannot be nulled, with those that can.
         """
         for phi in (phi for name in self.active_adapters for phi in self.adapters[name].modules()):
-            if isinstance(phi, Intervention) and type(phi).null is Intervention.null:
-                able = [name for name, cls in INTERVENTIONS.items() if cls.null is not Intervention.null]
+            if isinstance(phi, Intervention) and not phi.defines("null"):
+                able = [name for name, cls in INTERVENTIONS.items() if cls.defines("null")]
                 raise ValueError(
                     f"{type(phi).__name__} has no null(h), and cannot be nulled; {', '.join(able)} can"
                 )
@@ -615,7 +615,7 @@ class ReftModel(nn.Module):
                     if site.divided > 1:
                         own = [part for index in indices for part in site.parts(index)]
                     edits.setdefault(site.place, []).append(Edit(choice.adapter, layer, choice.weight, own))
-        if not edits:
+        if prompts_and_targets is None:
             return None
         plan = EditPlan(edits, call.summed, tokens, torch.is_grad_enabled())
         if seeing:
@@ -624,8 +624,7 @@ class ReftModel(nn.Module):
                     f"{seeing} looks at whole prompts, and the model reads only a part of them here: give no "
                     "past_key_values, and no prefill_chunk_size"
                 )
-            prompt, _ = spans.upto(columns.stop, len(tokens))
-            plan.prompt = prompt[:, columns].flatten()
+            plan.prompt = prompts_and_targets[0][:, columns].flatten()
         return plan
 
     def _edit(self, place: str, hidden: Tensor) -> Tensor | None:  # (b, s, d) -> (b, s, d)
@@ -669,24 +668,19 @@ class ReftModel(nn.Module):
         adapter = self.adapters[edit.adapter]
         scale = adapter.scale * edit.weight
         indices = [index.to(flat.device) for index in edit.indices]
-        group = adapter.interventions[edit.layer]
-        if self._nulled:
-            edited = [
-                phi(flat.index_select(0, i), nulled=True) for phi, i in zip(group, indices, strict=True)
-            ]
-        elif adapter.seeing_rows is None:
-            edited = [phi(flat.index_select(0, i), scale) for phi, i in zip(group, indices, strict=True)]
-        else:
-            edited = [
-                self._edited_rows(phi, edit, flat.index_select(0, i), scale, i)
-                for phi, i in zip(group, indices, strict=True)
-            ]
+        edited = []
+        for phi, index in zip(adapter.interventions[edit.layer], indices, strict=True):
+            h = flat.index_select(0, index)
+            if self._nulled:
+                edited.append(phi(h, nulled=True))
+            elif adapter.seeing_rows is not None and phi.sees_rows:
+                edited.append(self._edited_rows(phi, edit, h, scale, index))
+            else:
+                edited.append(phi(h, scale))
         return (indices[0], edited[0]) if len(edited) == 1 else (torch.cat(indices), torch.cat(edited))
 
     def _edited_rows(self, phi: Any, edit: Edit, h: Tensor, scale: float, index: Tensor) -> Tensor:
         """Return Phi of tokens (n, d) with what is known of their rows, and note what else it found."""
-        if not phi.sees_rows:
-            return phi(h, scale)
         call: Any = call_of(self)
         b, s = call.plan.tokens.shape[:2]
         device = next((parameter.device for parameter in phi.parameters()), h.device)  # where it computes
