@@ -2,9 +2,9 @@
 
     python experiments/pooled_seeds/simulate.py
 
-Scores over seeds are normal, and rows give no variance, as with very many of them. `then` counts no method's variance over
-seeds as smaller than the mean over the table, with the degrees of freedom of its own seeds; `now` gives that mean those of
-Satterthwaite, and no pair more (`reft_lightning/reporting/pairs.py`). Writes `levels.csv`.
+Scores over seeds are normal, and rows give no variance, as with very many of them. `then` counts no method's variance
+over seeds as smaller than the mean over the table, with the degrees of freedom of its own seeds; `now` gives that mean
+those of Satterthwaite, and no pair more (`reft_lightning/reporting/pairs.py`). Writes `levels.csv`.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ def pairs_of(comparison: Comparison, resamples: int, seed: int) -> list[Pair]:
     degrees of freedom, and no pair has more than it. Of two methods this is Welch's test with a larger error.
 
     The chance of any false pair is 0.000 to 0.056 (6,000 simulated tables each of 2 to 9 equal means, 2 to 5 seeds,
-    equal and unequal variances: ``experiments/pooled_seeds``). Nor do two methods differ if the same test over the seeds alone does not tell them
-    apart, see :func:`widest_t`.
+    equal and unequal variances: ``experiments/pooled_seeds``). Nor do two methods differ if the same test over seeds
+    alone does not tell them apart, see :func:`widest_t`.
     """
     found: list[Pair] = []
     for column in comparison.columns:
