@@ -14,7 +14,10 @@ from rich.table import Table
 
 from ..evaluation.row_metrics import interval_of_counts
 
-HEADINGS = {"option_accuracy": "option likelihood"}  # of a measure, where its name says too little
+HEADINGS = {
+    "option_accuracy": "option likelihood",
+    "rouge_l": "ROUGE-L",
+}  # where a measure's name says too little
 MAJORITY = "majority_accuracy"
 OTHER = {"loreft": "direft", "direft": "loreft"}  # methods that take each other's settings
 

@@ -2,7 +2,10 @@
 
 import csv
 import io
+import itertools
+import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,8 @@ import short_runs
 from rich.console import Console
 
 from reft_lightning.config import compose
+from reft_lightning.data.example import Example, exact_match
+from reft_lightning.data.families.custom import with_rouge_l
 from reft_lightning.runs import checks, experiment
 from reft_lightning.runs.arguments import family_of
 from reft_lightning.runs.console import print_table
@@ -99,6 +104,41 @@ def test_free_texts_are_chosen_and_tabled_by_their_loss(rows, tmp_path, caplog):
     assert f"the checkpoint of step {results['best_step']} of 10 counts: lowest val/loss" in caplog.text
     (line,) = (line for line in shown(results).splitlines() if "custom" in line)
     assert f"{results['metrics']['test/loss']:.4f}" in line
+
+
+def test_free_texts_are_measured_by_rouge_l_of_each_row(rows, tmp_path):
+    results = run(rows, tmp_path, *FALLING, "data.template=alpaca", "trainer.max_epochs=1")
+    lines = (tmp_path / "predictions" / "reft_test.jsonl").read_text().splitlines()
+    predictions = [json.loads(line) for line in lines]
+    expected = [lcs_f1(row["generated"], row["gold"]) for row in predictions]
+    assert [row["scores"]["rouge_l"] for row in predictions] == pytest.approx(expected)
+    assert results["metrics"]["test/custom/rouge_l"] == pytest.approx(sum(expected) / len(expected))
+    assert "ROUGE-L" in shown(results)
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "expected"),
+    [
+        ("a b c d", "A c, d!", 6 / 7),
+        ("", "a", 0),
+        ("d c b a", "a b c d", 1 / 4),
+        ("Äh, öde 3", "äh öde 3", 1),
+    ],
+)
+def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence(text, gold, expected):
+    score = with_rouge_l(exact_match(str.strip))
+    assert score([text], Example("t", "p", gold, gold)).scores["rouge_l"] == pytest.approx(expected)
+    assert lcs_f1(text, gold) == pytest.approx(expected)
+
+
+def lcs_f1(text: str, gold: str) -> float:
+    """Return ROUGE-L by a table of lengths, written apart from the library's."""
+    found, wanted = (re.findall(r"\w+", t.lower()) for t in (text, gold))
+    lengths = [[0] * (len(wanted) + 1) for _ in range(len(found) + 1)]
+    for i, j in itertools.product(range(len(found)), range(len(wanted))):
+        same = found[i] == wanted[j]
+        lengths[i + 1][j + 1] = lengths[i][j] + 1 if same else max(lengths[i][j + 1], lengths[i + 1][j])
+    return 2 * lengths[-1][-1] / max(len(found) + len(wanted), 1)
 
 
 @pytest.mark.parametrize(

@@ -21,15 +21,16 @@ puts a line break between prompt and target unless the prompt ends in white spac
 
 A generated text is right where it equals the answer, both stripped of white space around them. For free texts that
 says little: with the templates `chat` and `alpaca`, and no `answer`, checkpoints are chosen by the accuracy over the
-`options`, or without any by the loss, which is then also measured on the test rows.
+`options`, or without any by the loss, which is then also measured on the test rows, as is ROUGE-L.
 
-Changes: version 2 validates on a folder's validation rows, and holds out conversations whose last questions are the
+Changes: version 3 measures ROUGE-L of free texts; version 2 validates on a folder's validation rows, and holds out conversations whose last questions are the
 same (what precedes the question is part of it); version 1, first version.
 """  # noqa: E501
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -37,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from ..columns import TASK, Columns, Conversations
-from ..example import Example, Row, column, exact_match, question_of
+from ..example import Example, Judgement, Row, Score, column, exact_match, question_of
 from ..family import Family, Task
 from ..files import READERS, Rows, ending, is_saved, listing, read_file
 from ..rows import HubRows, LocalRows
@@ -45,12 +46,13 @@ from ..splits import carve_validation
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 # split -> how its file may be named in a folder; the names that the hub knows
 FILE_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 A_TENTH = -1  # validation_size
 MOST_VALIDATION = 100  # rows, of a tenth
 MAX_NEW_TOKENS = 128
+_WORDS = re.compile(r"\w+")
 
 
 def custom_family(
@@ -117,17 +119,43 @@ def custom_family(
         for name in make.names:
             column(row, name, where)
     main = None if answer or template == "plain" else "option_accuracy" if options else "loss"
+    free = main == "loss"
     places: dict[str, Any] = {source: tables}
     return Family(
         name="custom",
         version=VERSION,
         tasks={TASK: Task(TASK, make, **places)},
         max_new_tokens=MAX_NEW_TOKENS,
-        score=exact_match(make.find),
+        score=with_rouge_l(exact_match(make.find)) if free else exact_match(make.find),
+        measures=("accuracy", "rouge_l") if free else ("accuracy",),
         template=template,
         main=main,
         carve=carve,
     )
+
+
+def with_rouge_l(score: Score) -> Score:
+    r"""Return a scorer that also measures ROUGE-L of the texts against the answer, 0..1.
+
+    .. math:: F = 2 L / (m + n)
+
+    for texts of m and n words and their longest common subsequence L (Lin 2004, "ROUGE"). Words are runs of letters
+    and digits of any alphabet, in lower case and without stemming; the mean over the texts of a row.
+
+    >>> score = with_rouge_l(exact_match(str.strip))
+    >>> score(["a red boat"], Example("t", "p", "A red house.", "A red house.")).scores
+    {'accuracy': 0.0, 'rouge_l': 0.6666666865348816}
+    """
+
+    def both(texts: Sequence[str], example: Example) -> Judgement:
+        from torchmetrics.functional.text import rouge_score
+
+        found = score(texts, example)
+        golds = [example.answer] * len(texts)
+        rouge = rouge_score(texts, golds, rouge_keys="rougeL", normalizer=str.lower, tokenizer=_WORDS.findall)
+        return Judgement(found.answer, found.scores | {"rouge_l": float(rouge["rougeL_fmeasure"])})
+
+    return both
 
 
 def carve(
