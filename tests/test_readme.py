@@ -22,7 +22,7 @@ import tiny
 import torch
 import yaml
 from readme import BLOCKS, PAGES, README, ROOT, TEXTS, blocks_of, code_with, command_lines, pages_with
-from transformers import AutoTokenizer, LlamaConfig, RobertaConfig
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LlamaConfig, RobertaConfig, T5Config
 from transformers.models.auto import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import reft_lightning as rl
@@ -70,6 +70,10 @@ def hub(monkeypatch):
         return lambda name, **_: auto.from_config(config).eval()
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", of(AutoModelForCausalLM, llama))
+    t5 = T5Config(
+        vocab_size=260, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    monkeypatch.setattr(AutoModelForSeq2SeqLM, "from_pretrained", of(AutoModelForSeq2SeqLM, t5))
     classifier = of(AutoModelForSequenceClassification, roberta)
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", classifier)
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, **_: llama)

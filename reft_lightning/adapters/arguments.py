@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import TransformersKwargs
 
 from ..base_models.reading import position_ids_for
+from ..base_models.stacks import reads_two_texts
 from ..suggest import did_you_mean
 from .masks import guess_attention
 
@@ -96,14 +97,15 @@ def forward_inputs(
     return {name: value for name, value in {**others, **own}.items() if value is not None or name not in own}
 
 
-def left_padded_inputs(given: dict[str, Any], defaults: Any) -> dict[str, Any]:
+def left_padded_inputs(given: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
     """Return the arguments of a generation with the padding of every row on its left, so that new tokens follow it.
 
-    All tensors of rows and columns move: ids, embeddings, masks, types, positions.
+    All tensors of rows and columns move: ids, embeddings, masks, types, positions. Those of an encoder stay: new tokens
+    are the decoder's.
 
     Args:
         given: the arguments of ``generate``; tensors of rows that are None are left out.
-        defaults: the generation configuration.
+        model: the base model.
 
     Raises:
         ValueError: for tokens that are missing or given twice, or a mask of another shape.
@@ -121,13 +123,15 @@ def left_padded_inputs(given: dict[str, Any], defaults: Any) -> dict[str, Any]:
     if "attention_mask" not in given:
         ids = "inputs_embeds" not in given
         given["attention_mask"] = (
-            guess_attention(tokens, given, defaults) if ids else tokens.new_ones(shape).long()
+            guess_attention(tokens, given, model.generation_config) if ids else tokens.new_ones(shape).long()
         )
     mask = given["attention_mask"]
     if mask.shape != shape:
         raise ValueError(
             f"attention_mask must have the shape of the tokens, {tuple(shape)}; got {tuple(mask.shape)}"
         )
+    if reads_two_texts(model):
+        return given
     order = torch.argsort(mask.bool().long(), dim=-1, stable=True)  # (b, s)
     if torch.equal(order, torch.arange(shape[1], device=order.device).expand(shape)):
         return given

@@ -135,6 +135,38 @@ def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | Non
     return Spans(prompt, real & ~prompt)
 
 
+def spans_of_labels(labels: Tensor, attention: Tensor | None) -> Spans:
+    """Split what the decoder of an encoder-decoder reads into prompt and target, by what it learns to write.
+
+    Its column j is the token before label j: what stands before and at the first label is its prompt, at least the
+    token that every answer starts with.
+
+    Args:
+        labels: (b, t) token labels.
+        attention: (b, t), 1 for real tokens; without it, those up to the last label are.
+    """
+    labelled = labels != -100
+    real = labelled.flip(-1).cumsum(-1).flip(-1) > 0 if attention is None else attention.bool()
+    prompt = real & (F.pad(labelled, (1, 0))[:, :-1].cumsum(-1) == 0)
+    return Spans(prompt, real & ~prompt)
+
+
+def spans_of_start(rows: int, read: int, new: int, generating: bool, device: torch.device) -> Spans:
+    """Split what a decoder reads of which there are no labels: its first token is the prompt, or all it is given.
+
+    Args:
+        rows: b.
+        read: columns that are in its cache.
+        new: columns that it is about to read.
+        generating: whether it starts to generate after them; they are the prompt then.
+        device: of the masks.
+    """
+    prompt = torch.ones(rows, read + new, dtype=torch.bool, device=device)
+    if not generating:
+        prompt[:, 1:] = False
+    return Spans(prompt, ~prompt, generating, read)
+
+
 def marked(spans: Spans, edit_mask: Tensor | None) -> Spans:
     """Return the spans with the tokens that the caller marks.
 

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+def states_in(config: PretrainedConfig) -> int:
+    """Return how many layers of a model keep a running state instead of keys and values (Mamba, linear attention)."""
+    return sum(not isinstance(layer, DynamicLayer) for layer in DynamicCache(config=config).layers)
+
+
+def window_of(config: PretrainedConfig) -> int | None:
+    """Return the columns that the layers with a sliding window look back at; None if there are none."""
+    layers = DynamicCache(config=config).layers
+    return next((x.sliding_window for x in layers if isinstance(x, DynamicSlidingWindowLayer)), None)
 
 
 def holds_columns(cache: Any, width: int) -> bool:

@@ -9,6 +9,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 def is_decoder(config: PretrainedConfig) -> bool:
     """Whether each token of a model reads only the tokens before it, so that the model can generate text."""
     if (
+        config.is_encoder_decoder
+    ):  # as a configuration of Pegasus says; its decoder alone has one that does not
+        return False
+    if (
         type(config) in MODEL_FOR_MASKED_LM_MAPPING
     ):  # BERT and similar models are decoders where they are told so
         return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and bool(getattr(config, "is_decoder", False))

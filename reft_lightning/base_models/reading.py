@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .bare import bare_copy
 from .decoders import is_decoder
+from .stacks import reads_two_texts
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ _found: WeakKeyDictionary[PreTrainedModel, Reading] = WeakKeyDictionary()
 
 def reading_of(model: PreTrainedModel) -> Reading:
     """Return how a base model reads, from a few passes over a few tokens when it is first asked."""
+    if model not in _found and reads_two_texts(model):  # the encoder both ways; neither takes position ids
+        _found[model] = Reading(causal=False, needs_position_ids=False)
     if model not in _found:
         try:
             _found[model] = _try(bare_copy(model))

@@ -34,6 +34,7 @@ from ..adapters.attaching import NOTE
 from ..adapters.reft.model import ReftModel
 from ..adapters.reft.sites import Site, hidden_of
 from ..base_models.bare import bare_copy
+from ..base_models.stacks import reads_two_texts
 from ..interventions import Intervention, Partition, Subspace
 
 EXACT = 1e-9  # relative, in float64
@@ -218,8 +219,9 @@ def _last_maps(model: PreTrainedModel, paths: list[str]) -> dict[str, str]:
             module.register_forward_hook(partial(_note, returned, name))
     for path in paths:
         tried.get_submodule(path).register_forward_hook(partial(_compare, returned, last, path))
+    ids = torch.full((1, 4), 3, device=model.device)
     with torch.no_grad():
-        tried(input_ids=torch.full((1, 4), 3, device=model.device))
+        tried(input_ids=ids, **({"decoder_input_ids": ids} if reads_two_texts(model) else {}))
     return last
 
 

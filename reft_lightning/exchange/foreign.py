@@ -74,7 +74,7 @@ def orthogonal_map(original: Tensor, base: Tensor) -> Tensor:  # (d, r), (d, d) 
 
 
 def check_alone(reft: ReftModel, library: str) -> None:
-    """Reject several adapters on one model, of which a file of another library holds one.
+    """Reject several adapters on one model, of which a file of another library holds one, and one of two stacks.
 
     Raises:
         ValueError: with their names.
@@ -83,6 +83,11 @@ def check_alone(reft: ReftModel, library: str) -> None:
         raise ValueError(
             f"this model carries {', '.join(reft.adapter_names)}, and a folder for {library} holds one adapter: delete "
             "the others (delete_adapter), or attach the one to be written to a model of its own"
+        )
+    if any(site.stack for site in reft.sites.values()):
+        raise ValueError(
+            f"{type(reft.base_model).__name__} has an encoder and a decoder, and a folder for {library} counts the "
+            "layers of one"
         )
     if [choice.weight for choice in reft.adapters.active] != [1.0]:
         raise ValueError(

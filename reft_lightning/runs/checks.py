@@ -128,11 +128,18 @@ def _positions_of(intervention: InterventionConfig) -> list[str]:
 
 
 def check_reads_forward(config: Config, hf_config: PretrainedConfig, task: str, family: AnyFamily) -> None:
-    """Reject encoders for generative tasks.
+    """Reject encoders, and encoders with a decoder, for generative tasks.
 
     Raises:
         ValueError: with what to choose.
     """
+    if task == "causal_lm" and hf_config.is_encoder_decoder:
+        raise ValueError(
+            f"model {config.model.name} has an encoder and a decoder, and the runs of {family.name} read prompt and "
+            "target as one text: the batches, the loss of the last columns, the likelihood of options and verified "
+            "decoding all do. Choose a decoder; or train it in Python: rl.attach(model, "
+            "component='encoder.block_output') takes labels and generates (docs/howto/encoder_decoder.md)"
+        )
     if task == "causal_lm" and not is_decoder(hf_config):
         raise ValueError(
             f"model {config.model.name} is an encoder, each token of which reads those after it: it cannot be trained "

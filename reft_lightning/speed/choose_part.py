@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..adapters.reft.model import ReftModel
 from ..base_models.checkpointing import runs_blocks_again
 from ..base_models.reading import angles_depend_on_length, keeps_its_columns
+from ..base_models.stacks import reads_two_texts
 from .agreement import Difference, check_agreement, found_of
 from .frozen_part import (
     SHORTEST,
@@ -108,15 +109,10 @@ def choose_part(model: Any, rows: Any, *, causal: bool, limit: int = 0) -> Part 
         causal: whether they have prompts and targets.
         limit: bytes.
     """
-    if not isinstance(model, ReftModel) or runs_blocks_again(model.base_model) or len(model.adapters) > 1:
+    if not isinstance(model, ReftModel) or len(model.adapters) > 1:
         return None
-    if isinstance(model.base_model, FSDPModule):
-        log.info("nothing is left out of training steps: the ranks of a sharded base run it equally often")
-        return None
-    if model.adapters.first.seeing_rows:  # what is left out may be what it looks at
-        return None
-    if angles_depend_on_length(model.base_model.config):
-        log.info("nothing is left out of training steps: RoPE's angles depend on the longest row of a batch")
+    if reason := _nothing_constant(model):
+        log.info("nothing is left out of training steps: %s", reason)
         return None
     lengths = torch.tensor(rows.lengths)
     prompts = torch.tensor(rows.prompt_lengths) if causal else None
@@ -136,10 +132,27 @@ def choose_part(model: Any, rows: Any, *, causal: bool, limit: int = 0) -> Part 
     return prefix
 
 
+def _nothing_constant(model: ReftModel) -> str:
+    """Return why no part of a pass can be left out, whatever its rows; empty if one may be."""
+    base, seeing = model.base_model, model.adapters.first.seeing_rows
+    if runs_blocks_again(base):
+        return "gradient checkpointing computes all of them again"
+    if isinstance(base, FSDPModule):
+        return "the ranks of a sharded base run it equally often"
+    if seeing:
+        return f"{seeing} looks at whole prompts"
+    if reads_two_texts(base):
+        return "an encoder and a decoder read different texts"
+    if angles_depend_on_length(base.config):
+        return "RoPE's angles depend on the longest row of a batch"
+    return ""
+
+
 def prefix_of(model: ReftModel, prompts: Tensor, suffixes: Tensor) -> FrozenPrefix | None:  # (n,), (n,)
     """Return the part of rows left of their first edited token, see :class:`FrozenPrefix`; None if there is none."""
     trains_blocks = last_untrained_block(model) < len(blocks_of(model)) - 1
     if not keeps_its_columns(model.base_model):
+        log.info("prompts are not split at their first edited token: tokens before it read those after it")
         return None
     if not model.sites or trains_blocks or int((prompts - suffixes).max()) < SHORTEST:
         return None

@@ -114,7 +114,7 @@ def test_every_tensor_of_rows_and_columns_moves_and_nothing_else_does():
         "pixel_values": torch.arange(24).view(2, 3, 2, 2), "image_sizes": torch.tensor([[1, 2], [3, 4]]), "other": None,
     }  # fmt: skip
     moved = torch.tensor([[0, 5, 6], [7, 8, 9]])
-    found = left_padded_inputs(given, None)
+    found = left_padded_inputs(given, tiny.model("llama"))
     expected = given | {
         "input_ids": moved, "attention_mask": (moved > 0).long(), "token_type_ids": moved * 2,
         "position_ids": moved.expand(3, 2, 3), "inputs_embeds": moved[..., None] * torch.tensor([1, 10]),
@@ -123,5 +123,5 @@ def test_every_tensor_of_rows_and_columns_moves_and_nothing_else_does():
     assert found.pop("other", "lost") is expected.pop("other") is None  # an argument of generate
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    again = left_padded_inputs(found, None)
+    again = left_padded_inputs(found, tiny.model("llama"))
     assert all(again[name] is found[name] for name in found), "nothing to move"

@@ -12,7 +12,7 @@ import torch
 from adapted_models import adapted
 from laws import shaken
 from training_passes import BATCH, ROWS, Rows, assert_same_training, attached, batches, encoded, train
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import reft_lightning as rl
@@ -186,6 +186,33 @@ def test_prefix_positions_in_all_layers_leave_nothing_frozen(caplog):
     with caplog.at_level(logging.WARNING):
         assert choose_part(reft, encoded(), causal=True, limit=PLENTY) is None
     assert "kept.limit_gb has no effect: almost every layer" in caplog.text
+
+
+BOTH_WAYS = {"use_bidirectional_attention": True}
+
+
+@pytest.mark.parametrize(
+    ("auto", "name", "own", "method", "reason"),
+    [
+        (AutoModelForCausalLM, "llama", {}, "reft_r1", "ReFTr1 looks at whole prompts"),
+        (AutoModelForSeq2SeqLM, "t5", {}, "direft", "an encoder and a decoder read different texts"),
+        (AutoModelForCausalLM, "gemma3_text", BOTH_WAYS, "direft", "tokens before it read those after it"),
+        (
+            AutoModelForCausalLM,
+            "mamba",
+            {},
+            "direft",
+            "the cache of MambaForCausalLM holds more than keys and values",
+        ),
+    ],
+)
+def test_what_a_model_or_a_method_does_not_allow_is_said(auto, name, own, method, reason, caplog):
+    base = architectures.build(auto, CONFIG_MAPPING[name], **own)
+    settings = {} if method == "reft_r1" else {"rank": 2}
+    reft = rl.attach(base, method, positions="l2", **settings)
+    with caplog.at_level(logging.INFO, "reft_lightning"):
+        assert not isinstance(choose_part(reft, encoded(), causal=True), FrozenPrefix)
+    assert reason in caplog.text
 
 
 def test_a_limit_that_is_too_low_is_named_with_what_is_needed(caplog):

@@ -105,11 +105,13 @@ class Baseline(nn.Module):
     ) -> Any:
         """Generate as Hugging Face does; rows padded on the right are moved to the left first, with all that is theirs.
 
+        Those of an encoder stay: its decoder writes.
+
         Raises:
             ValueError: for tokens that are missing or given twice, or a mask of another shape.
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
-        return self.base_model.generate(**left_padded_inputs(given, self.base_model.generation_config))
+        return self.base_model.generate(**left_padded_inputs(given, self.base_model))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

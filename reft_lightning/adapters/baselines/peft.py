@@ -6,6 +6,7 @@ code that calls it for ReFT. Adapters are saved in peft's own format, which peft
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,12 +16,15 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
+from ...base_models.caches import states_in, window_of
 from ...base_models.decoders import is_decoder
+from ...base_models.stacks import reads_two_texts
 from ..attaching import attaching, check_base, detached
 from ..methods import METHODS, Method, peft_class
 from .in_place import Baseline, BaselineConfig
 from .virtual_tokens import VirtualTokens
 
+log = logging.getLogger(__name__)
 ADAPTER = "default"  # peft's name for the one adapter there is
 
 
@@ -59,11 +63,18 @@ class PeftBaseline(Baseline):
                 f"{method.name} would train {', '.join(more)} besides the heads {', '.join(heads)}: peft matches "
                 "the ends of names; name those in intervention.heads too"
             )
+        if method.virtual_tokens and reads_two_texts(base_model):
+            raise ValueError(
+                f"{method.name} puts virtual tokens before one text, and {type(base_model).__name__} reads two; use "
+                "peft/lora"
+            )
         if method.needs_cache and not is_decoder(base_model.config):
             raise ValueError(
                 f"{method.name} needs a key/value cache, which the encoder {type(base_model).__name__} does not read; "
                 "use peft/prompt_tuning"
             )
+        if method.virtual_tokens:
+            _check_columns(base_model, method.name)
         with attaching(base_model, config, alone=True):
             super().__init__(config, base_model, ())
             settings.modules_to_save = list(heads) or None
@@ -164,6 +175,26 @@ class PeftBaseline(Baseline):
             settings.task_type = None
 
 
+def _check_columns(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model for which virtual tokens are not as near to a text behind padding as to one without.
+
+    Raises:
+        ValueError: for layers with a running state, which padding between the two would change.
+    """
+    config, kind = model.config.get_text_config(), type(model).__name__
+    if states := states_in(config):
+        raise ValueError(
+            f"{name} puts virtual tokens before the padding of a row, and {states} layers of {kind} keep a running "
+            "state, which goes on through the padding; use interventions or peft/lora"
+        )
+    if window := window_of(config):
+        log.warning(
+            "%s puts virtual tokens before the padding of a row, and layers of %s look back at %d columns: a longer "
+            "row is read otherwise under other padding",
+            name, kind, window,
+        )  # fmt: skip
+
+
 def peft_config(method: Method, options: Mapping[str, Any]) -> Any:
     """Return peft's configuration object of a method with some options.
 
@@ -193,5 +224,5 @@ def _with_adapter(base_model: PreTrainedModel, settings: Any) -> Any:
 def _task_of(model: PreTrainedModel) -> str:
     """Return peft's word for what a model does; it decides which of peft's classes loads the adapter."""
     if isinstance(model, GenerationMixin):
-        return "CAUSAL_LM"
+        return "SEQ_2_SEQ_LM" if reads_two_texts(model) else "CAUSAL_LM"
     return "SEQ_CLS" if "ForSequenceClassification" in type(model).__name__ else "FEATURE_EXTRACTION"

@@ -26,7 +26,7 @@ class Call:
     """One forward pass or one generation; what outlives a single pass of the base model is a field here."""
 
     model: nn.Module  # the adapted model that was called
-    spans: Spans  # its prompt and target
+    spans: Spans  # its prompt and target; of an encoder and a decoder, what the encoder reads
     choices: tuple[Choice, ...]  # the adapters that it uses
     summed: bool  # whether their edits are added up
     rows: Mapping[Orthonormal, Tensor]  # R (r, d) of each intervention, computed once
@@ -37,6 +37,7 @@ class Call:
         default_factory=dict
     )  # adapter -> what it found in the prompts
     penalties: list[Tensor] = field(default_factory=list)  # of its edits
+    decoder: Spans | None = None  # what the decoder beside an encoder reads; None until its first pass
 
     def again(self) -> Call:
         """Return a call that goes on from here as this one does, and leaves this one as it is."""

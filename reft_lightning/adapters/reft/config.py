@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from ...base_models.heads import heads_to_train, is_classifier
+from ...base_models.stacks import config_of_stack
 from ...interventions import Intervention, intervention_class, method_name
 from ..attaching import check_base
 from ..plain import plain
 from .positions import MaskFunction, parse_positions
-from .sites import check_layers, number_of_layers
+from .sites import check_layers, number_of_layers, stack_of
 
 NONE = "none"  # the method that attaches nothing: only a classifier's head is trained
 FORMAT = 1
@@ -66,7 +67,7 @@ class LayerSpec(NamedTuple):
 
 def architecture_of(model: PreTrainedModel) -> dict[str, Any]:
     """Return what an adapter is trained for: the kind of model, its number of layers, their width, and its class."""
-    config = model.config.get_text_config()
+    config = config_of_stack(model)
     found = {"type": config.model_type, "layers": config.num_hidden_layers, "width": config.hidden_size}
     labels = {"labels": model.config.num_labels} if is_classifier(model) else {}
     return {**found, "class": type(model).__name__, **labels}
@@ -224,7 +225,7 @@ def config_of(
     """
     check_base(base_model)
     trained_heads = heads_to_train(base_model, heads)
-    number = number_of_layers(base_model)
+    number = number_of_layers(base_model, stack_of(base_model, settings.get("component"))[0])
     base, kind = base_model.config.name_or_path or None, architecture_of(base_model)
     if method == NONE:
         if not trained_heads:

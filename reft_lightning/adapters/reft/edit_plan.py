@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..masks import Spans
 from .positions import Positions
 
 
@@ -39,6 +40,7 @@ class EditPlan:
     summed: bool  # whether the edits at a site are those of one and the same hidden state
     tokens: Tensor  # (b, s) or (b, s, d), what the call reads; sizes in numbers would be constants to torch.compile
     differentiable: bool  # whether the call records gradients
+    spans: Spans  # prompt and target of what is read
     prompt: Tensor | None = None  # (b s,) bool, the tokens of prompts, where an intervention sees rows
 
     @property

@@ -81,7 +81,7 @@ def watching(reft: ReftModel, see: Callable[[Seen], Tensor | None]) -> Iterator[
         assert call.plan is not None
         positions, _ = reft.positions[key]
         if positions not in grids or grids[positions][0] is not call.plan:
-            grids[positions] = call.plan, _grid(positions, call.spans, call.plan.tokens, places)
+            grids[positions] = call.plan, _grid(positions, call.plan.spans, call.plan.tokens, places)
         edit = next(e for e in call.plan.edits[reft.sites[key].place] if e.adapter == first)
         filled = grids[positions][1][edit.indices[number] // reft.sites[key].divided]
         found = args[2].found if len(args) > 2 else None  # of an intervention that sees rows

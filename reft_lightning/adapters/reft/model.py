@@ -33,12 +33,13 @@ from ...base_models.checkpointing import checkpointable
 from ...base_models.heads import heads_to_train, parameters_of
 from ...base_models.loading import number_of_parameters
 from ...base_models.patching import replaced
+from ...base_models.stacks import DECODER, stacks_of
 from ...interventions import INTERVENTIONS, Intervention, Tokens, rotations
 from ..adapted import ParameterCount
 from ..arguments import forward_inputs, known_arguments, left_padded_inputs
 from ..attaching import all_or_nothing, attaching, check_base, detached
 from ..first_values import FirstValues, fill
-from ..masks import Spans, marked, of_rows, spans_of
+from ..masks import Spans, marked, of_rows, spans_of, spans_of_labels, spans_of_start
 from ..plain import plain
 from ..saving import check_fit, load_adapter, naming, save_adapter, tensors_of
 from .adapter import Adapter
@@ -77,13 +78,9 @@ class ReftModel(nn.Module):
         self._idle = 0  # passes that edited nothing
         self._compiled: Callable[..., Any] | None = None  # the base model's forward
         self.penalty_weight = 1.0  # of what interventions add to the loss
-        if base_model.config.is_encoder_decoder and base_model.get_encoder() is not base_model:
-            raise ValueError(
-                f"{type(base_model).__name__} has an encoder and a decoder, whose tokens differ; attach to one of "
-                "them, such as model.get_encoder()"
-            )
-        accepted = inspect.signature(base_model.forward).parameters
-        self._arguments, self._known = list(accepted), known_arguments(base_model)
+        stacks = {name: base_model.get_submodule(path) for name, path in stacks_of(base_model).items()}
+        self._arguments = {name: list(inspect.signature(s.forward).parameters) for name, s in stacks.items()}
+        self._known = known_arguments(base_model)
         self._checkpointable = checkpointable(base_model.modules())
         self.adapters: Any = AdapterSet()
         adapter = Adapter.build(base_model, config)
@@ -93,7 +90,10 @@ class ReftModel(nn.Module):
             for parameter in heads.values():
                 parameter.requires_grad_(True)
             self._first_heads = FirstValues(heads)
-            self._hooks = {"": base_model.register_forward_pre_hook(self._begin, with_kwargs=True)}
+            self._hooks = {
+                name: stack.register_forward_pre_hook(partial(self._begin, name), with_kwargs=True)
+                for name, stack in stacks.items()
+            }
             self._insert({DEFAULT: adapter})
 
     @classmethod
@@ -294,7 +294,7 @@ class ReftModel(nn.Module):
         for adapter in self.adapters.values():
             adapter.partitions.pop(adapter_name, None)
         places = {site.place for adapter in self.adapters.values() for site in adapter.sites.values()}
-        for place in self._hooks.keys() - places - {""}:
+        for place in self._hooks.keys() - places - self._arguments.keys():
             self._hooks.pop(place).remove()
         self._forget_graphs()
 
@@ -339,13 +339,17 @@ class ReftModel(nn.Module):
         whole prompts (:mod:`reft_lightning.interventions.rows`) hand out no ``past_key_values``: what they found in
         the prompts is not in it.
 
+        Of a model with an encoder and a decoder, what the encoder reads is the prompt, or the part of it that
+        ``prompt_mask`` covers. The decoder's own prompt is what it reads up to its first label, without labels its
+        first token; ``decode`` are the tokens after it.
+
         Raises:
             ValueError: for an argument that the base model does not know, with the nearest, or an unknown adapter.
         """
         inputs = forward_inputs(self.base_model, self._known, input_ids, attention_mask, labels, kwargs)
         tokens = inputs["input_ids"] if input_ids is not None else inputs["inputs_embeds"]
         cached = [name for name in CACHES if kwargs.get(name) is not None]
-        if cached and prompt_mask is None:
+        if cached and prompt_mask is None and not self._reads_two:
             raise ValueError(
                 f"with {cached[0]}, pass prompt_mask (b, cached + new columns): which part is prompt?"
             )
@@ -353,11 +357,17 @@ class ReftModel(nn.Module):
         if attention is None:
             columns = (tokens if prompt_mask is None else prompt_mask).shape[1]
             attention = tokens.new_ones((tokens.shape[0], columns), dtype=torch.long)
-        spans = marked(spans_of(attention, labels, prompt_mask), edit_mask)
+        decoder = None
+        if self._reads_two:
+            spans = spans_of(attention, None, prompt_mask)
+            if labels is not None and labels.ndim == 2 and not labels.is_floating_point():
+                decoder = spans_of_labels(labels, kwargs.get("decoder_attention_mask"))
+        else:
+            spans = spans_of(attention, labels, prompt_mask)
         chosen = self.adapters.chosen_by(adapter_names, len(tokens))
         if prompt_mask is None and labels is not None:
             self.check_prompts(spans, chosen[0])
-        with self._editing(spans, chosen, row_values, compiled=True) as call:
+        with self._editing(marked(spans, edit_mask), chosen, row_values, decoder, compiled=True) as call:
             output = self.base_model(**inputs)
         return output if call is None else self._with_findings(output, call)
 
@@ -393,8 +403,13 @@ class ReftModel(nn.Module):
             **options: of ``torch.compile``.
 
         Raises:
-            ValueError: for an intervention that sees rows.
+            ValueError: for an intervention that sees rows, or a model with an encoder and a decoder.
         """
+        if self._reads_two:
+            raise ValueError(
+                f"{type(self.base_model).__name__} has an encoder and a decoder, and which of their tokens are edited "
+                "is worked out between the two, in the middle of the graph: leave compile() out"
+            )
         for name, adapter in self.adapters.items():
             if adapter.seeing_rows:
                 raise ValueError(
@@ -422,6 +437,9 @@ class ReftModel(nn.Module):
         ``adapter_names`` gives each row an adapter, ``row_values`` says something of each, and ``edit_mask`` marks
         tokens, see :meth:`forward`.
 
+        Of a model with an encoder and a decoder, the encoder's rows stay as they are padded, and the decoder's prompt
+        is what it starts with: one token, or ``decoder_input_ids``.
+
         Raises:
             ValueError: for ``guidance_scale``, which reads a second text, for tokens that are missing or given twice,
                 or for a mask of another shape.
@@ -439,10 +457,10 @@ class ReftModel(nn.Module):
             "edit_mask": edit_mask,
             **kwargs,
         }
-        arguments = left_padded_inputs(given, self.base_model.generation_config)
+        arguments = left_padded_inputs(given, self.base_model)
         spans = spans_of(arguments["attention_mask"], None, arguments.pop("prompt_mask", None))
         spans = marked(spans, arguments.pop("edit_mask", None))
-        past = kwargs.get("past_key_values")
+        past = None if self._reads_two else kwargs.get("past_key_values")
         read = 0 if past is None else past.get_seq_length()  # as Hugging Face asks it, to cut what was read
         chosen = self.adapters.chosen_by(adapter_names, len(spans.prompt))
         with self._editing(replace(spans, generating=True, read=read), chosen, row_values):
@@ -472,6 +490,7 @@ class ReftModel(nn.Module):
         spans: Spans,
         chosen: tuple[tuple[Choice, ...], bool],
         row_values: Mapping[str, Tensor] | None,
+        decoder: Spans | None = None,
         compiled: bool = False,
     ) -> Iterator[Call | None]:
         self._check_attached()
@@ -498,7 +517,7 @@ class ReftModel(nn.Module):
                 choices, summed = chosen
                 used = dict.fromkeys(choice.adapter for choice in choices)
                 rows = rotations(phi for name in used for phi in self.adapters[name].orthonormal)
-                call = Call(self, spans, choices, summed, rows, given=values)
+                call = Call(self, spans, choices, summed, rows, given=values, decoder=decoder)
         with _REPLACING if others else nullcontext(), replaced(others), running(call):
             yield call
         if call is not None:
@@ -576,24 +595,36 @@ class ReftModel(nn.Module):
 
     # --- the hooks ------------------------------------------------------------------------------------------------
 
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Plan a call of the base model: which columns it reads, which of their tokens are selected."""
+    @property
+    def _reads_two(self) -> bool:
+        return len(self._arguments) > 1
+
+    def _begin(self, stack: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Plan a call of the base model or of one of its stacks: which columns it reads, which tokens are selected."""
         call = call_of(self)
         if call is None:
             return
         call.plan = None
         if not self._enabled:
             return
-        given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        given = {**dict(zip(self._arguments[stack], args, strict=False)), **kwargs}
         tokens = given.get("input_ids")
         if tokens is None:
             tokens = given["inputs_embeds"]
-        call.plan = self._plan_for(call, tokens, given.get("attention_mask"))
+        spans = call.spans
+        if stack == DECODER:
+            past = given.get("past_key_values")
+            read = 0 if past is None else past.get_seq_length()
+            call.decoder = spans = call.decoder or spans_of_start(
+                len(tokens), read, tokens.shape[1], call.spans.generating, tokens.device
+            )
+        call.plan = self._plan_for(call, stack, spans, tokens, given.get("attention_mask"))
         if call.plan is not None:
             call.edited |= call.plan.edits_anything
 
-    def _plan_for(self, call: Call, tokens: Tensor, attention: Any) -> EditPlan | None:
-        spans = call.spans
+    def _plan_for(
+        self, call: Call, stack: str, spans: Spans, tokens: Tensor, attention: Any
+    ) -> EditPlan | None:
         columns = spans.next_columns(tokens.shape[1], attention)
         decoding = columns.start >= spans.width
         edits: dict[str, list[Edit]] = {}
@@ -603,7 +634,8 @@ class ReftModel(nn.Module):
             adapter = self.adapters[choice.adapter]
             seeing = seeing or adapter.seeing_rows
             for (positions, tied), layers in adapter.layers_by_positions.items():
-                if decoding and not positions.reaches_decode:
+                layers = [layer for layer in layers if adapter.sites[layer].stack == stack]
+                if not layers or (decoding and not positions.reaches_decode):
                     continue
                 if prompts_and_targets is None:
                     prompts_and_targets = spans.upto(columns.stop, len(tokens))
@@ -617,7 +649,7 @@ class ReftModel(nn.Module):
                     edits.setdefault(site.place, []).append(Edit(choice.adapter, layer, choice.weight, own))
         if prompts_and_targets is None:
             return None
-        plan = EditPlan(edits, call.summed, tokens, torch.is_grad_enabled())
+        plan = EditPlan(edits, call.summed, tokens, torch.is_grad_enabled(), spans)
         if seeing:
             if not decoding and (columns.start or columns.stop < spans.width):
                 raise ValueError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...base_models.bare import bare_copy
+from ...base_models.stacks import config_of_stack, reads_two_texts
 from .sites import Site, hidden_of, width_at
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,8 @@ def _shapes(model: PreTrainedModel, places: Iterable[Place]) -> Shapes:
         inputs["logits_to_keep"] = (
             1  # as generation and training do: Gemma 4's last layers then read only those tokens
         )
+    if reads_two_texts(model):
+        inputs["decoder_input_ids"] = inputs["input_ids"]
     with torch.no_grad():
         tried(**inputs)
     return seen
@@ -124,7 +127,7 @@ def _candidates(model: PreTrainedModel, site: Site) -> str:
     """Return the paths in the block of a site whose outputs are one hidden state for each token."""
     block = site.path.partition(f".{site.layer}")[0] + f".{site.layer}"
     inside = {name: module for name, module in model.named_modules() if name.startswith(f"{block}.")}
-    width = model.config.get_text_config().hidden_size
+    width = config_of_stack(model, site.stack).hidden_size
     found = [
         path.replace(f".{site.layer}.", ".{layer}.", 1)
         for (path, end), shape in _shapes(model, [(name, "output") for name in inside]).items()

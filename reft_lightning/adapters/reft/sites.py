@@ -14,13 +14,16 @@ a module path     e.g. ``model.layers.{layer}.mlp.down_proj`` or ``...o_proj.inp
 
 Layers and heads are 0-based: layer 0 is the first block. A head has interventions of its own, of its width. Heads are
 those of the queries, where several share a key and a value.
+
+A model with an encoder and a decoder (T5, BART) has these in both, as ``encoder.block_output`` and
+``decoder.block_output``; without the name of a stack they are the encoder's, which reads the prompt.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,12 +33,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ...base_models.stacks import ENCODER, WHOLE, config_of_stack, stacks_of
 from ...suggest import did_you_mean
 
 COMPONENTS = ("block_output", "block_input", "attention_output", "mlp_output", "head_output")
 HEAD = "head_output"
 # What Hugging Face models call the module, in the order in which they are looked for inside a block.
-ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
+ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention", "layer.0.SelfAttention")
 MIXING_NAMES = (
     "o_proj",
     "out_proj",
@@ -44,8 +48,10 @@ MIXING_NAMES = (
     "wo",
     "proj",
     "output.dense",
+    "o",
 )  # of heads, inside attention
-MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2", "output.dense")
+MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2", "output.dense",
+             "layer.1.DenseReluDense", "layer.2.DenseReluDense")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Site:
     dim: int
     divided: int = 1  # into how many parts the representation is: the heads of an attention module
     heads: tuple[int, ...] = (0,)  # the parts with interventions
+    stack: str = WHOLE  # of the model, which reads the tokens: encoder or decoder, where it has both
 
     @property
     def width(self) -> int:
@@ -146,13 +153,27 @@ def check_layers(layers: str | Sequence[int], num_layers: int, none_allowed: boo
     return ids
 
 
-def number_of_layers(model: PreTrainedModel) -> int:
-    """Return how many blocks the configuration gives the language model.
+def stack_of(model: PreTrainedModel, component: Any) -> tuple[str, str]:
+    """Return which stack of a model a component names, and its name there.
+
+    ``decoder.block_output`` of T5 is ``("decoder", "block_output")``. A module path says itself where it is.
+    """
+    stacks = stacks_of(model)
+    if len(stacks) == 1 or not isinstance(component, str):
+        return WHOLE, component
+    stack, _, inside = component.partition(".")
+    if "{layer}" in component:
+        return next((s for s, path in stacks.items() if component.startswith(f"{path}.")), WHOLE), component
+    return (stack, inside) if stack in stacks else (ENCODER, component)
+
+
+def number_of_layers(model: PreTrainedModel, stack: str = WHOLE) -> int:
+    """Return how many blocks the configuration gives the language model, or one of its stacks.
 
     Raises:
         ValueError: if it names no number.
     """
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    layers = getattr(config_of_stack(model, stack), "num_hidden_layers", None)
     if layers is None:
         raise ValueError(
             f"the configuration of {type(model).__name__} has no num_hidden_layers: it is no language model"
@@ -160,19 +181,28 @@ def number_of_layers(model: PreTrainedModel) -> int:
     return layers
 
 
-def block_path(model: PreTrainedModel, modules: Mapping[str, nn.Module] | None = None) -> str:
+def block_path(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module] | None = None, stack: str = WHOLE
+) -> str:
     """Return the path of the list of blocks, e.g. ``model.layers``.
 
     Args:
         model: any of Hugging Face's.
         modules: its modules by path, where they are known.
+        stack: whose, of an encoder and a decoder; the encoder's, where none is named.
 
     Raises:
-        ValueError: if there is none, or several of equal standing (an encoder and a decoder).
+        ValueError: if there is none, or several of equal standing.
     """
-    num_layers = number_of_layers(model)
+    num_layers = number_of_layers(model, stack)
     modules = dict(model.named_modules()) if modules is None else modules
-    lists = {name: len(module) for name, module in modules.items() if isinstance(module, nn.ModuleList)}
+    stacks = stacks_of(model)
+    inside = f"{stacks[stack or ENCODER]}." if len(stacks) > 1 else ""
+    lists = {
+        name: len(module)
+        for name, module in modules.items()
+        if isinstance(module, nn.ModuleList) and name.startswith(inside)
+    }
     found = [name for name, length in lists.items() if length == num_layers]
     # A list inside a block (T5's block.N.layer, a mixture's experts) is not the list of blocks.
     found = [n for n in found if not any(n.startswith(f"{outer}.") for outer in lists if outer != n)]
@@ -206,10 +236,13 @@ def find_sites(
         ValueError: for an unknown component or path, with the candidates.
     """
     modules = dict(model.named_modules()) if modules is None else modules
-    named = any(str(name).partition(":")[0] in COMPONENTS for name in components.values())
-    blocks = block_path(model, modules) if named else ""
-    width = model.config.get_text_config().hidden_size
-    return {layer: _site(model, modules, blocks, layer, name, width) for layer, name in components.items()}
+    where = {layer: stack_of(model, component) for layer, component in components.items()}
+    named = {stack for stack, name in where.values() if str(name).partition(":")[0] in COMPONENTS}
+    blocks = {stack: block_path(model, modules, stack) for stack in named}
+    return {
+        layer: replace(_site(model, modules, blocks.get(stack, ""), layer, name, stack), stack=stack)
+        for layer, (stack, name) in where.items()
+    }
 
 
 def _site(
@@ -218,7 +251,7 @@ def _site(
     blocks: str,
     layer: int,
     component: str,
-    width: int,
+    stack: str,
 ) -> Site:
     if isinstance(component, str) and "{layer}" in component:
         path, end = component.replace("{layer}", str(layer)), "output"
@@ -226,7 +259,7 @@ def _site(
             if path.endswith(f".{suffix}") and path not in modules:
                 path, end = path[: -len(suffix) - 1], suffix
     elif isinstance(component, str) and component.partition(":")[0] == HEAD:
-        return _head_site(model, modules, f"{blocks}.{layer}", layer, component)
+        return _head_site(model, modules, f"{blocks}.{layer}", layer, component, stack)
     elif component in COMPONENTS:
         path, end = f"{blocks}.{layer}", "input" if component == "block_input" else "output"
         names = {"attention_output": ATTENTION_NAMES, "mlp_output": MLP_NAMES}.get(component)
@@ -235,6 +268,7 @@ def _site(
     else:
         raise ValueError(
             f"unknown component {component!r}; allowed: {', '.join(COMPONENTS)}, or a module path with {{layer}}"
+            f"{', each of the encoder or, as decoder.block_output, of the decoder' if stack else ''}"
             f"{did_you_mean(str(component), COMPONENTS)}"
         )
     if path not in modules:
@@ -242,13 +276,18 @@ def _site(
         raise ValueError(
             f"{type(model).__name__} has no module {path!r}; near it are {', '.join(near) or 'none'}"
         )
-    return Site(layer, path, end, width_at(modules[path], end, width))
+    return Site(layer, path, end, width_at(modules[path], end, config_of_stack(model, stack).hidden_size))
 
 
 def _head_site(
-    model: PreTrainedModel, modules: Mapping[str, nn.Module], block: str, layer: int, component: str
+    model: PreTrainedModel,
+    modules: Mapping[str, nn.Module],
+    block: str,
+    layer: int,
+    component: str,
+    stack: str,
 ) -> Site:
-    config = model.config.get_text_config()
+    config = config_of_stack(model, stack)
     attention = f"{block}.{_child(model, block, ATTENTION_NAMES, HEAD)}"
     count = getattr(config, "num_attention_heads", None)
     if not count:

@@ -3,13 +3,20 @@
 import json
 from types import SimpleNamespace
 
+import architectures
 import pytest
 import short_runs
 import tiny
 import torch
 from adapted_models import ALL, DECODERS, OPTIONS, PEFT, VIRTUAL, adapted
 from peft import PeftModel, get_peft_model
-from transformers import DistilBertConfig, DistilBertForSequenceClassification, LlamaConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    LlamaConfig,
+)
 
 from reft_lightning.adapters.adapt import adapt, build_on_meta
 from reft_lightning.adapters.baselines.in_place import Baseline
@@ -188,6 +195,18 @@ def test_unknown_methods_and_options_name_the_nearest():
         with pytest.raises(compose.CompositionError, match=message):
             compose.compose([*arguments, *overrides])
     assert "use_dora" not in METHODS["peft/dora"].options()
+
+
+@pytest.mark.parametrize("method", ["peft/prompt_tuning", "peft/prefix_tuning"])
+def test_virtual_tokens_before_a_running_state_are_refused_and_before_a_window_are_warned_of(method, caplog):
+    base = architectures.build(AutoModelForCausalLM, CONFIG_MAPPING["mamba"])
+    with pytest.raises(
+        ValueError, match=r"before the padding of a row, and 4 layers of MambaForCausalLM keep a running"
+    ):
+        adapt(base, method, num_virtual_tokens=2)
+    assert not caplog.messages
+    adapted("mistral", method)
+    assert "layers of MistralForCausalLM look back at 6 columns: a longer row" in caplog.text
 
 
 def test_models_without_biases_or_caches_are_refused():

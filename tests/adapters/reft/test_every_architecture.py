@@ -13,7 +13,6 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     GenerationMixin,
-    PreTrainedModel,
 )
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -34,6 +33,7 @@ FAST = {
     "causal": ["llama", "gpt2", "opt", "mamba", "qwen3_next", "mixtral", "gemma4_text"],
     "classifier": ["roberta", "ibert"],
     "vision": ["qwen2_vl"],
+    "seq2seq": ["t5", "bart"],
 }
 ALL = [
     pytest.param(kind, name, marks=() if name in FAST.get(kind, ()) else pytest.mark.slow)
@@ -60,9 +60,15 @@ def masks():
 
 
 def first(model, **inputs):
-    """Return logits, or the hidden states of a model without a head."""
+    """Return logits, or the hidden states of a model without a head; a decoder beside an encoder reads it, too."""
+    if model_of(model).config.is_encoder_decoder and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
     with torch.no_grad():
         return model(**{name: value for name, value in inputs.items() if value is not None})[0]
+
+
+def model_of(model):
+    return model.base_model if isinstance(model, rl.ReftModel) else model
 
 
 def same(a, b):
@@ -79,12 +85,6 @@ def attached(base, positions="f2"):
 @pytest.mark.parametrize(("kind", "name"), ALL)
 def test_disabled_is_the_base_and_generations_are_edited_where_their_text_is(kind, name):
     base = built(kind, name)
-    if base.config.is_encoder_decoder:
-        with pytest.raises(ValueError, match=r"attach to one of them, such as model\.get_encoder"):
-            attached(base)
-        base = base.get_encoder()
-        if not isinstance(base, PreTrainedModel):
-            pytest.skip("has an encoder without a configuration")
     try:
         reft = attached(base)
     except ValueError as error:
@@ -108,7 +108,27 @@ def test_disabled_is_the_base_and_generations_are_edited_where_their_text_is(kin
         pytest.skip(f"does not generate: {error}")
     with reft.disabled():
         assert torch.equal(reft.generate(**inputs), expected)
-    check_generation(reft, base, ids)
+    if base.config.is_encoder_decoder:
+        check_two_stacks(reft, base, ids)
+    else:
+        check_generation(reft, base, ids)
+
+
+def check_two_stacks(reft, base, ids):
+    """A text is that of teacher forcing, and the prompt is edited once."""
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def told(model, text):
+        return first(model, **inputs, decoder_input_ids=text[:, :-1]).argmax(-1)
+
+    unedited, edits = base.generate(**inputs, **GREEDY), []
+    reft.interventions["0"][0].register_forward_pre_hook(lambda module, args: edits.append(len(args[0])))
+    text = reft.generate(**inputs, **GREEDY)
+    assert [count for count in edits if count] == [2 * 2]
+    if torch.equal(
+        told(base, unedited), unedited[:, 1:]
+    ):  # of the base itself, generation is teacher forcing
+        assert torch.equal(told(reft, text), text[:, 1:])
 
 
 @pytest.mark.slow

@@ -6,12 +6,9 @@ import torch
 from torch import nn
 from transformers import (
     AutoModel,
-    AutoModelForSeq2SeqLM,
-    BartConfig,
     LlamaConfig,
     LlavaConfig,
     SiglipVisionConfig,
-    T5Config,
 )
 
 import reft_lightning as rl
@@ -105,18 +102,3 @@ def test_a_vision_tower_of_as_many_blocks_is_not_taken_for_the_language_model():
     with torch.device("meta"):
         model = AutoModel.from_config(LlavaConfig(text_config=text, vision_config=vision))
     assert "language_model" in block_path(model)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2),
-        BartConfig(vocab_size=40, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-                   decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24),
-    ],
-    ids=["t5", "bart"],
-)  # fmt: skip
-def test_an_encoder_decoder_is_refused_and_its_encoder_is_not(config):
-    model = AutoModelForSeq2SeqLM.from_config(config)
-    with pytest.raises(ValueError, match=r"an encoder and a decoder.*get_encoder"):
-        rl.attach(model, "loreft", rank=2)
