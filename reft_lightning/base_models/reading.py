@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .bare import bare_copy
 from .decoders import is_decoder
+from .vision import image_tokens
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +91,11 @@ def _is_causal(
 def keeps_its_columns(model: PreTrainedModel) -> bool:
     """Whether what a model computes for a column stays the same whatever is read after it.
 
-    What is computed once for a prompt may then be used with any continuation.
+    What is computed once for a prompt may then be used with any continuation. Columns of a model that reads images are
+    not used again: it looks at whole images and prefixes in both directions, and notes on itself where images stood.
     """
+    if image_tokens(model.config):
+        return False
     return not angles_depend_on_length(model.config) and reading_of(model).causal
 
 

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..adapters.reft.model import ReftModel
 from ..base_models.checkpointing import runs_blocks_again
 from ..base_models.reading import angles_depend_on_length, keeps_its_columns
+from ..base_models.vision import image_tokens
 from .agreement import Difference, check_agreement, found_of
 from .frozen_part import (
     SHORTEST,
@@ -112,6 +113,9 @@ def choose_part(model: Any, rows: Any, *, causal: bool, limit: int = 0) -> Part 
         return None
     if isinstance(model.base_model, FSDPModule):
         log.info("nothing is left out of training steps: the ranks of a sharded base run it equally often")
+        return None
+    if image_tokens(model.base_model.config):
+        log.info("nothing is left out of training steps: %s reads images", type(model.base_model).__name__)
         return None
     if model.adapters.first.seeing_rows:  # what is left out may be what it looks at
         return None

@@ -224,7 +224,7 @@ def config_of(
     """
     check_base(base_model)
     trained_heads = heads_to_train(base_model, heads)
-    number = number_of_layers(base_model)
+    number = number_of_layers(base_model, str(settings.get("component", "block_output")))
     base, kind = base_model.config.name_or_path or None, architecture_of(base_model)
     if method == NONE:
         if not trained_heads:
