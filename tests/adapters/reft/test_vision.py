@@ -9,6 +9,7 @@ from vision_models import BOI, EOI, IMAGE, LAYERS, NAMES, TOWER, VIDEO, WIDTH, b
 
 import reft_lightning as rl
 from reft_lightning.adapters.reft.sites import find_sites
+from reft_lightning.base_models.reading import keeps_its_columns, reading_of
 from reft_lightning.base_models.vision import image_tokens
 
 # a random model may well say the token of an image, of which there is none
@@ -79,6 +80,13 @@ def test_from_the_configuration_only_the_parameters_are_counted(name):
         config, "loreft", rank=1, positions="image:0.01", task="image_text_to_text"
     )  # R and W (1, d), b (1,) of each layer
     assert count.trainable == LAYERS * (2 * WIDTH + 1)
+
+
+@EVERY
+def test_the_text_after_a_prompt_is_read_forward(name):
+    base = vision_models.model(name)
+    assert reading_of(base).causal
+    assert not keeps_its_columns(base)
 
 
 # --- the base model stays what it is ------------------------------------------------------------------------------
