@@ -151,13 +151,11 @@ def _tokens(processor: Any, example: Example) -> tuple[list[int], list[int], dic
         for name, value in inputs.items()
         if name not in OF_TOKENS and value.shape == inputs["input_ids"].shape
     }
-    tokenizer = tokenizer_of(processor)
+    tokenizer: Any = tokenizer_of(processor)
     target = tokenizer(example.target, add_special_tokens=False, verbose=False)["input_ids"]
-    return (
-        ids,
-        target if target[-1:] == [tokenizer.eos_token_id] else [*target, tokenizer.eos_token_id],
-        types,
-    )
+    if target[-1:] != [tokenizer.eos_token_id]:
+        target = [*target, tokenizer.eos_token_id]
+    return ids, target, types
 
 
 def processed(processor: Any, example: Example) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import reft_lightning as rl
 from reft_lightning.adapters.reft.sites import find_sites
 from reft_lightning.base_models.reading import keeps_its_columns, reading_of
 from reft_lightning.base_models.vision import image_tokens
+from reft_lightning.config import compose
 
 # a random model may well say the token of an image, of which there is none
 GREEDY = {
@@ -243,6 +244,34 @@ def test_what_has_no_ids_needs_to_be_told_its_images():
         reft(**inputs, image_mask=images[:, 1:])
     text = reft.generate(**inputs, **GREEDY)[:, images.shape[1] :]
     assert torch.equal(reft.generate(**given, image_mask=images, **GREEDY), text)
+
+
+def test_mores_is_its_formula_in_float64():
+    """h + R^T (W h + b - R h) at the chosen tokens of images, and h elsewhere, as conf/intervention/mores.yaml says."""
+    wanted = compose.compose(["model=tiny_vision", "data=boolq", "intervention=mores"]).intervention
+    assert (wanted.method, wanted.rank, wanted.positions, wanted.layers) == ("loreft", 1, "image:0.01", "all")
+    base, inputs = vision_models.model("llava").double(), batch("llava", [(5, 1), (3, 0), (4, 2)])
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    path = find_sites(base, {1: "block_output"})[1].path
+    before = Recorder(base.get_submodule(path))
+    reft = rl.attach(base, wanted.method, rank=wanted.rank, positions=wanted.positions, layers=[1])
+    assert reft.parameter_count().trainable == 2 * WIDTH + 1
+    (phi,) = shaken(reft.interventions.double())["1"]
+    after = Recorder(base.get_submodule(path))
+    logits(reft, inputs)
+    h = before.last
+    assert h.dtype == torch.float64
+    A, W, b = phi.basis.detach(), phi.source.weight.detach(), phi.source.bias.detach()
+    R = A / A.norm()  # (1, d), orthonormal at rank 1
+    expected = h + (h @ W.mT + b - h @ R.mT) @ R
+    chosen = torch.zeros(h.shape[:2], dtype=torch.bool)
+    for row, image in enumerate(inputs["input_ids"] == IMAGE):
+        if image.any():  # one of n, the last of an even spread
+            chosen[row, image.nonzero()[-1]] = True
+    assert chosen.sum() == 2
+    torch.testing.assert_close(
+        after.last, torch.where(chosen[..., None], expected, h), atol=1e-12, rtol=1e-12
+    )
 
 
 # --- the vision tower and the connector ---------------------------------------------------------------------------
