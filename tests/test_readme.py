@@ -22,12 +22,26 @@ import tiny
 import torch
 import yaml
 from readme import BLOCKS, PAGES, README, ROOT, TEXTS, blocks_of, code_with, command_lines, pages_with
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LlamaConfig, RobertaConfig, T5Config
-from transformers.models.auto import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoProcessor,
+    AutoTokenizer,
+    LlamaConfig,
+    LlavaConfig,
+    RobertaConfig,
+    T5Config,
+)
+from transformers.models.auto import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+)
 
 import reft_lightning as rl
 from reft_lightning import cli
 from reft_lightning.base_models.loading import byte_tokenizer
+from reft_lightning.base_models.processors import load_processor
 from reft_lightning.config import compose
 from reft_lightning.config.explain import keys
 from reft_lightning.data import FAMILIES
@@ -51,7 +65,7 @@ NOT_RUN = {
 }
 COLUMNS = {
     "question": "Which animal barks at the postman?", "reply": "a dog", "context": "at home", "answer": "dog",
-    "opa": "dog", "opb": "cat", "opc": "cow", "opd": "owl", "cop": "0",
+    "opa": "dog", "opb": "cat", "opc": "cow", "opd": "owl", "cop": "0", "answers": "a dog", "image": "",
 }  # fmt: skip
 
 
@@ -78,6 +92,14 @@ def hub(monkeypatch):
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", classifier)
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, **_: llama)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **_: byte_tokenizer())
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14, "model_type": "clip_vision_model"}
+    llava = LlavaConfig(text_config=llama.to_dict(), vision_config=vision, image_token_index=259)
+    monkeypatch.setattr(
+        AutoModelForImageTextToText, "from_pretrained", of(AutoModelForImageTextToText, llava)
+    )
+    processor = load_processor(llava, source="random", tokenizer="bytes")
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda name, **_: processor)
 
 
 @pytest.fixture(autouse=True)
@@ -241,15 +263,17 @@ def check_train(arguments, run, monkeypatch):
         )  # in whatever folder
         if same not in OUTLINED:
             OUTLINED.add(same)
-            outline(replace(config, model=tiny_model()))
+            outline(replace(config, model=tiny_model(config.data.family == "vision")))
 
 
 OUTLINED = set()
 
 
 @functools.cache
-def tiny_model():
-    """A model without a network, of as many layers as the pages name."""
+def tiny_model(sees=False):
+    """A model without a network, of as many layers as the pages name, or one that reads images."""
+    if sees:
+        return compose.compose(["model=tiny_vision"]).model
     return compose.compose(["model=tiny_random", f"model.config.num_hidden_layers={LAYERS}"]).model
 
 

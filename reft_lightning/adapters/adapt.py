@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
@@ -80,8 +81,8 @@ def build_on_meta(
 
     Args:
         config: of Hugging Face.
-        task: ``causal_lm``, or ``sequence_classification`` for a model with its classifier. An encoder has no
-            causal form: it is built without a head then.
+        task: ``causal_lm``, ``sequence_classification`` for a model with its classifier, or ``image_text_to_text``.
+            An encoder has no causal form: it is built without a head then.
         attn_implementation: of transformers; None for its default.
 
     Raises:
@@ -90,6 +91,8 @@ def build_on_meta(
     kind = AutoModelForCausalLM if is_decoder(config) else AutoModel
     if task == "sequence_classification":
         kind = AutoModelForSequenceClassification
+    elif task == "image_text_to_text":
+        kind = AutoModelForImageTextToText
     with torch.device("meta"):
         return kind.from_config(config, attn_implementation=attn_implementation)
 

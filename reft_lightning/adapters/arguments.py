@@ -19,7 +19,9 @@ from ..base_models.stacks import reads_two_texts
 from ..suggest import did_you_mean
 from .masks import guess_attention
 
-ROWS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "prompt_mask", "edit_mask", "position_ids")
+ROWS = (
+    "input_ids", "inputs", "inputs_embeds", "attention_mask", "prompt_mask", "edit_mask", "image_mask", "position_ids",
+)  # fmt: skip
 OTHER_TEXTS = (
     "negative_prompt_ids",
     "negative_prompt_attention_mask",

@@ -5,7 +5,8 @@ Shapes: b rows, s columns. Masks are bool; padding is what neither mask covers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,14 +23,15 @@ class Spans:
         target: (b, s).
         generating: whether columns from s on are generated tokens.
         read: how many columns the base model has read.
-        given: (b, s) bool, the tokens that the caller marks; None if there are no marks.
+        marks: name -> (b, s) bool, what is known of tokens: ``edit``, those that the caller marks, and ``image``, the
+            places of images.
     """
 
     prompt: Tensor
     target: Tensor
     generating: bool = False
     read: int = 0
-    given: Tensor | None = None
+    marks: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
@@ -84,12 +86,13 @@ class Spans:
             raise ValueError(f"the model reads {rows} rows, no multiple of the batch of {prompt.shape[0]}")
         return prompt.repeat_interleave(repeats, 0), target.repeat_interleave(repeats, 0)
 
-    def marks_upto(self, stop: int, rows: int) -> Tensor | None:  # -> (rows, stop)
+    def marks_upto(self, stop: int, rows: int) -> dict[str, Tensor]:  # -> (rows, stop) each
         """Return the marks for ``rows`` rows and as many columns as :meth:`upto`; no new token has one."""
-        if self.given is None:
-            return None
-        given = F.pad(self.given, (0, max(stop - self.width, 0)))
-        return given.repeat_interleave(rows // len(given), 0)
+        extra = max(stop - self.width, 0)
+        return {
+            name: F.pad(mark, (0, extra)).repeat_interleave(rows // len(mark), 0)
+            for name, mark in self.marks.items()
+        }
 
 
 def of_rows(
@@ -167,19 +170,19 @@ def spans_of_start(rows: int, read: int, new: int, generating: bool, device: tor
     return Spans(prompt, ~prompt, generating, read)
 
 
-def marked(spans: Spans, edit_mask: Tensor | None) -> Spans:
-    """Return the spans with the tokens that the caller marks.
+def marked(spans: Spans, **masks: Tensor | None) -> Spans:  # (b, s) each
+    """Return the spans with what is known of tokens: ``edit`` of ``edit_mask``, ``image`` of ``image_mask``.
 
     Raises:
         ValueError: for marks of another shape.
     """
-    if edit_mask is None:
-        return spans
-    if edit_mask.shape != spans.prompt.shape:
-        raise ValueError(
-            f"edit_mask must have the shape {tuple(spans.prompt.shape)}; got {tuple(edit_mask.shape)}"
-        )
-    return replace(spans, given=edit_mask.bool())
+    marks = {name: mask.bool() for name, mask in masks.items() if mask is not None}
+    for name, mark in marks.items():
+        if mark.shape != spans.prompt.shape:
+            raise ValueError(
+                f"{name}_mask must have the shape {tuple(spans.prompt.shape)}; got {tuple(mark.shape)}"
+            )
+    return replace(spans, marks=marks)
 
 
 def guess_attention(

@@ -18,6 +18,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
@@ -32,11 +33,16 @@ from .loading_bars import bars_of_transformers
 from .output_head import join_columns
 from .places import ModelPlace
 from .quantization import check_quantization, is_quantized, quantizing
+from .vision import image_tokens
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TASKS = {"causal_lm": AutoModelForCausalLM, "sequence_classification": AutoModelForSequenceClassification}
+TASKS = {
+    "causal_lm": AutoModelForCausalLM,
+    "sequence_classification": AutoModelForSequenceClassification,
+    "image_text_to_text": AutoModelForImageTextToText,
+}
 MODEL_SOURCES = ("hub", "local", "wheel", "random")
 BYTES = "bytes"
 _DROPOUTS = ("dropout", "pdrop", "layerdrop")  # what rates are called in configurations
@@ -94,15 +100,24 @@ def load_tokenizer(*, tokenizer: str | None = None, **place: Any) -> PreTrainedT
         loaded = AutoTokenizer.from_pretrained(where, revision=lies.revision if tokenizer is None else None)
     except (OSError, ValueError) as error:
         raise OSError(_not_found("tokenizer", where, error)) from error
-    if loaded.pad_token_id is None:
-        for role, token in (("unk", loaded.unk_token), ("eos", loaded.eos_token)):
+    return with_pad_token(loaded, where)
+
+
+def with_pad_token(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
+    """Return a tokenizer whose pad token is its own, or else its unk or eos token, see :func:`load_tokenizer`.
+
+    Raises:
+        ValueError: if it has none of the three; says ``where`` it is from.
+    """
+    if tokenizer.pad_token_id is None:
+        for role, token in (("unk", tokenizer.unk_token), ("eos", tokenizer.eos_token)):
             if token is not None:
-                loaded.pad_token = token
+                tokenizer.pad_token = token
                 log.info("%s has no pad token; its %s token %r pads", where, role, token)
                 break
         else:
             raise ValueError(f"the tokenizer {where} has no pad, unk or eos token; set one and save it")
-    return loaded
+    return tokenizer
 
 
 def load_config(
@@ -184,7 +199,7 @@ def load_base_model(
         tokenizer: None for the model's own; a hub name, a folder, or `"bytes"`; or one that is loaded already.
         hf_config: what :func:`load_config` gave for the same model; None loads it.
         dtype: of the weights: `float32`, `bfloat16` or `float16`.
-        task: `causal_lm` or `sequence_classification`.
+        task: `causal_lm`, `sequence_classification` or `image_text_to_text`.
         base_dropout: False sets every dropout of the base model to 0, so `train()` changes nothing in it.
         attn_implementation: of transformers: `eager`, `sdpa`, ...; None for its default.
         float32_logits: compute the logits of a 16-bit causal model in float32, see `widen_logits`.
@@ -239,11 +254,11 @@ def load_base_model(
             f"the tokenizer knows {len(loaded_tokenizer)} tokens, the model embeds {vocabulary}; they do not "
             "belong together (embeddings are never resized here)"
         )
-    if task == "sequence_classification" or model.config.pad_token_id is None:
+    if task == "sequence_classification" or getattr(model.config, "pad_token_id", None) is None:
         # a decoder's classifier finds the last token of a row by the pad id of its text configuration
         for part in (model.config, model.config.get_text_config()):
             part.pad_token_id = loaded_tokenizer.pad_token_id
-    if task == "causal_lm":
+    if task != "sequence_classification":
         join_columns(model)
         if float32_logits and DTYPES[dtype] != torch.float32:
             widen_logits(model)
@@ -285,11 +300,15 @@ def fit_to_tokenizer(
     config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any]
 ) -> None:
     """Give a random model the tokenizer's vocabulary size and special ids, where its config names none."""
+    text = config.get_text_config()
+    given = given if text is config else given.get("text_config", {})
     if "vocab_size" not in given:
-        config.vocab_size = len(tokenizer)
+        text.vocab_size = len(tokenizer)
     for role in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if role not in given:
-            setattr(config, role, getattr(tokenizer, role))
+            setattr(text, role, getattr(tokenizer, role))
+    if image_tokens(config):
+        config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
 
 
 def _zero_dropout(config: PretrainedConfig) -> None:

@@ -23,12 +23,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .bare import bare_copy
 from .decoders import is_decoder
 from .stacks import reads_two_texts
+from .vision import image_tokens
 
 log = logging.getLogger(__name__)
 
 NOISE = 0.05  # of the influence of an earlier token: what rounding may do to logits that nothing changed
 # tensors of more than one dimension that a text may come with; any other brings images or sounds
 OF_TEXT = ("inputs_embeds", "token_type_ids", "langs", "shift_labels", "encoder_hidden_states")
+FOLLOWS = "token_type_ids"  # 1 for what follows a prompt, in models that read prompts in both directions
 CLOSE = 0.05  # of the largest logit: the same text, read under other padding in 16 bits
 
 
@@ -71,8 +73,11 @@ def reading_of(model: PreTrainedModel) -> Reading:
 def _try(model: PreTrainedModel) -> Reading:
     *tokens, other = _ordinary_tokens(model, 7)
     rows = torch.tensor([tokens, [*tokens[:-1], other], [other, *tokens[1:]]])
-    logits = _read(model, rows, torch.ones_like(rows))
-    return Reading(_is_causal(logits), _needs_position_ids(model, rows[:1], logits[:1]))
+    logits, follows = _read(model, rows, torch.ones_like(rows)), False
+    if not _is_causal(logits) and image_tokens(model.config) and _takes(model, FOLLOWS):
+        # PaliGemma reads its prompt in both directions, and what is said to follow it in one
+        logits, follows = _read(model, rows, torch.ones_like(rows), **{FOLLOWS: torch.ones_like(rows)}), True
+    return Reading(_is_causal(logits), _needs_position_ids(model, rows[:1], logits[:1], follows))
 
 
 def _is_causal(
@@ -93,8 +98,11 @@ def _is_causal(
 def keeps_its_columns(model: PreTrainedModel) -> bool:
     """Whether what a model computes for a column stays the same whatever is read after it.
 
-    What is computed once for a prompt may then be used with any continuation.
+    What is computed once for a prompt may then be used with any continuation. Columns of a model that reads images are
+    not used again: it looks at whole images and prefixes in both directions, and notes on itself where images stood.
     """
+    if image_tokens(model.config):
+        return False
     return not angles_depend_on_length(model.config) and reading_of(model).causal
 
 
@@ -139,7 +147,11 @@ def position_ids_for(
 
 def takes_position_ids(model: PreTrainedModel) -> bool:
     """Whether position ids are among the arguments of a model."""
-    return "position_ids" in inspect.signature(model.forward).parameters
+    return _takes(model, "position_ids")
+
+
+def _takes(model: PreTrainedModel, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters
 
 
 def position_ids_of(attention: Tensor) -> Tensor:  # (b, s) -> (b, s)
@@ -147,7 +159,7 @@ def position_ids_of(attention: Tensor) -> Tensor:  # (b, s) -> (b, s)
     return (attention.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def _needs_position_ids(model: PreTrainedModel, text: Tensor, alone: Tensor) -> bool:  # (1, n)
+def _needs_position_ids(model: PreTrainedModel, text: Tensor, alone: Tensor, follows: bool) -> bool:  # (1, n)
     """Whether a row padded on the left is read as it is alone only if its positions are given.
 
     A model with a rule of its own reads the row as well without them (positions that start after a padding row, as
@@ -158,9 +170,10 @@ def _needs_position_ids(model: PreTrainedModel, text: Tensor, alone: Tensor) -> 
     attention = F.pad(torch.ones_like(text), (3, 0))
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     padded = F.pad(text, (3, 0), value=0 if pad is None else pad)
-    own = _read(model, padded, attention)
+    types = {FOLLOWS: torch.ones_like(padded)} if follows else {}
+    own = _read(model, padded, attention, **types)
     try:
-        given = _read(model, padded, attention, position_ids=position_ids_of(attention))
+        given = _read(model, padded, attention, position_ids=position_ids_of(attention), **types)
     except (RuntimeError, ValueError, IndexError):  # positions of another shape
         return False
     if alone.ndim == 3 or alone.shape == text.shape:  # columns of logits, or of scores of where a span starts

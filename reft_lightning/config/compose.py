@@ -449,7 +449,7 @@ def _check_values(config: Config) -> None:
             raise CompositionError(f"model.source={source} needs model.{key}: write model.{key}=...")
     if config.data.source == "local" and not config.data.path:
         raise CompositionError(
-            "data.source=local needs its place: write data.path=FOLDER (or a file, with data=custom)"
+            "data.source=local needs its place: write data.path=FOLDER (or a file, with data=custom or vqa)"
         )
     if config.data.source == "wheel" and bool(config.data.package) != bool(config.data.sha256):
         raise CompositionError(

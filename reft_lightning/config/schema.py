@@ -150,6 +150,9 @@ class DataConfig:
     )
     delimiter: Optional[str] = None  # of CSV files; None: as the header shows
     messages: Optional[str] = None  # a conversation instead of prompt and target
+    # family=vision: the column that names pictures, and the folder of their files; None: that of the rows
+    image: Optional[str] = None
+    image_folder: Optional[str] = place(None)
     validation_path: Optional[str] = place(None)  # validation rows, where data.path is one file
     test_path: Optional[str] = place(None)  # test rows, likewise
 

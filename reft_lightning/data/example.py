@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from ..suggest import did_you_mean
+from .pictures import Picture
 
 Row = Mapping[str, Any]
 T = TypeVar("T")
@@ -28,6 +29,8 @@ class Example:
         source: where the row is (`"boolq/train.json, row 17"`), for error messages.
         context: what an instruction is about, Alpaca's "### Input:".
         turns: earlier turns of a conversation, (role, text) with the roles system, user and assistant.
+        pictures: what is seen, one for each mark in the texts, in their order.
+        references: answers of several people, where the gold answer is only the commonest.
         recorded: column -> value, written with the prediction of this row. Not part of equality.
     """
 
@@ -39,13 +42,20 @@ class Example:
     source: str = ""
     context: str = ""
     turns: tuple[tuple[str, str], ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    references: tuple[str, ...] = ()
     recorded: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def content(self) -> tuple[str, ...]:
         """Return all that makes this row what it is: task, prompt, target, and what else is read."""
-        more = (self.context, *(part for turn in self.turns for part in turn))
+        more = (self.context, *(part for turn in self.turns for part in turn), *self.seen, *self.references)
         return (self.task, self.prompt, self.target, *(more if any(more) else ()))
+
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """Return what identifies its pictures."""
+        return tuple(picture.digest for picture in self.pictures)
 
 
 class Judgement(NamedTuple):
@@ -155,7 +165,7 @@ def as_text(value: Any, name: str, where: str) -> str:
 
 def question_of(example: Example) -> Hashable:
     """Return what is equal in two rows that ask the same question."""
-    return example.prompt, example.context, example.turns
+    return example.prompt, example.context, example.turns, example.seen
 
 
 def named_task(family: str, tasks: Mapping[str, T], name: str) -> T:

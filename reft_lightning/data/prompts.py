@@ -11,9 +11,9 @@ ended by one newline as the paper's code does (arXiv:2404.03592; pyreft at dafd0
 
     ### Response:
 
-`chat` is the tokenizer's own chat template. A BOS that the template spells out and one that the tokenizer adds
-are the same BOS: after `encoding.encode` exactly one remains (none for models without one, such as
-Qwen's).
+`chat` is the chat template of the tokenizer, or of the processor of a model that reads images. A BOS that the
+template spells out and one that the tokenizer adds are the same BOS: after `encoding.encode` exactly one remains (none
+for models without one, such as Qwen's).
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from transformers import PreTrainedTokenizerBase
 from ..suggest import did_you_mean
 from .encoding import leading_ids
 from .example import Example
+from .pictures import MARK
 
-Template = Callable[[Example, PreTrainedTokenizerBase], Example]
+Template = Callable[[Example, Any], Example]
 
 ROLES = ("system", "user", "assistant")
 _TASK = "Below is an instruction that describes a task"
@@ -40,7 +41,7 @@ WITH_INPUT = f"{_TASK}, {_INPUT}. {_REQUEST}"
 RESPONSE = "\n\n### Response:\n"
 
 
-def plain(example: Example, tokenizer: PreTrainedTokenizerBase | None = None) -> Example:
+def plain(example: Example, tokenizer: Any = None) -> Example:
     r"""Return the example with its context, if it has one, on a new line after the prompt.
 
     >>> plain(Example("t", "Add up.", "3", "3", context="1 + 2")).prompt
@@ -48,10 +49,10 @@ def plain(example: Example, tokenizer: PreTrainedTokenizerBase | None = None) ->
     """
     _refuse_turns(example, "plain")
     text = f"{example.prompt}\n{example.context}" if example.context else example.prompt
-    return replace(example, prompt=text, context="")
+    return replace(example, prompt=_shown(example, text, tokenizer), context="")
 
 
-def alpaca(example: Example, tokenizer: PreTrainedTokenizerBase | None = None) -> Example:
+def alpaca(example: Example, tokenizer: Any = None) -> Example:
     r"""Return the example under Alpaca's header, with "### Input:" where it has a context.
 
     >>> alpaca(Example("t", "Name a colour.", "Red", "Red")).prompt.splitlines()[2:]
@@ -62,10 +63,10 @@ def alpaca(example: Example, tokenizer: PreTrainedTokenizerBase | None = None) -
         text = f"{WITH_INPUT}{example.prompt}\n\n### Input:\n{example.context}{RESPONSE}"
     else:
         text = f"{WITHOUT_INPUT}{example.prompt}{RESPONSE}"
-    return replace(example, prompt=text, context="")
+    return replace(example, prompt=_shown(example, text, tokenizer), context="")
 
 
-def chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> Example:
+def chat(example: Example, tokenizer: Any) -> Example:
     """Return the example in the tokenizer's chat template, with the mark that the assistant speaks next.
 
     The context follows the prompt after an empty line. Where the template puts white space before the text of
@@ -91,8 +92,9 @@ def chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> Example:
             )
     text = _render(tokenizer, turns, where)
     lead = _white_space_of_answers(tokenizer, turns, text, where)
-    bos: Any = tokenizer.bos_token
-    if bos and leading_ids(tokenizer) and text.lstrip().startswith(bos):
+    inner = tokenizer_of(tokenizer)
+    bos: Any = inner.bos_token
+    if bos and leading_ids(inner) and text.lstrip().startswith(bos):
         text = text.lstrip().removeprefix(bos)  # the tokenizer adds it
     return replace(
         example,
@@ -110,7 +112,7 @@ TEMPLATES: dict[str, Template] = {"plain": plain, "alpaca": alpaca, "chat": chat
 def apply_template(
     name: str,
     examples: Iterable[Example],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     system_prompt: str | None = None,
 ) -> list[Example]:
     """Return the examples with the text the model reads.
@@ -118,7 +120,7 @@ def apply_template(
     Args:
         name: of `TEMPLATES`.
         examples: with bare prompts.
-        tokenizer: only `chat` uses its chat template.
+        tokenizer: or the processor of a model that reads images; only `chat` uses its chat template.
         system_prompt: first turn of every example that begins with no system turn of its own; `chat` only.
 
     Raises:
@@ -147,10 +149,34 @@ def _refuse_turns(example: Example, name: str) -> None:
         )
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], where: str, prompt: bool = True
-) -> str:
-    messages = [{"role": role, "content": text} for role, text in turns]
+def tokenizer_of(reader: Any) -> PreTrainedTokenizerBase:
+    """Return a tokenizer, or that of a processor of images and text."""
+    return reader.tokenizer if _sees(reader) else reader
+
+
+def _sees(reader: Any) -> bool:
+    return hasattr(reader, "image_processor")
+
+
+def _shown(example: Example, text: str, reader: Any) -> str:
+    """Return a text with the processor's own mark where pictures stand."""
+    return text.replace(MARK, reader.image_token) if example.pictures else text
+
+
+def _content(text: str, reader: Any) -> Any:
+    """Return a text as a message has it: for a processor, in parts of text and image; the template sets their lines."""
+    if not _sees(reader):
+        return text
+    parts: list[dict[str, str]] = []
+    for i, piece in enumerate(text.split(MARK)):
+        parts += [{"type": "image"}] if i else []
+        trimmed = piece.strip("\n") if MARK in text else piece
+        parts += [{"type": "text", "text": trimmed}] if trimmed else []
+    return parts
+
+
+def _render(tokenizer: Any, turns: Sequence[tuple[str, str]], where: str, prompt: bool = True) -> str:
+    messages = [{"role": role, "content": _content(text, tokenizer)} for role, text in turns]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
     except TemplateError as error:
@@ -163,9 +189,7 @@ def _render(
 _PROBE = "answer"
 
 
-def _white_space_of_answers(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], prompt: str, where: str
-) -> str:
+def _white_space_of_answers(tokenizer: Any, turns: Sequence[tuple[str, str]], prompt: str, where: str) -> str:
     """Return the text between the prompt and an assistant's text, if it is only white space."""
     whole = _render(tokenizer, [*turns, ("assistant", _PROBE)], where, prompt=False)
     if not whole.startswith(prompt):
@@ -178,5 +202,6 @@ def _led(lead: str, text: str) -> str:
     return text if text.startswith(lead) else lead + text
 
 
-def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+def _name(tokenizer: Any) -> str:
+    tokenizer = tokenizer_of(tokenizer)
     return tokenizer.name_or_path or type(tokenizer).__name__

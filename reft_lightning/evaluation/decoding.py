@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from ..base_models.reading import keeps_its_columns
-from .prefix_reader import COLUMNS, ColumnReader
+from .prefix_reader import COLUMNS, ColumnReader, seen_in
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ def generate_ids(
         ids = batch["input_ids"][:, :boundary]
         attention = batch["attention_mask"][:, :boundary] * batch["prompt_mask"][:, :boundary]
         with _own_randomness(decoding.seed, ids) if decoding.do_sample else nullcontext():
-            return _decode(model, tokenizer, decoding, ids, attention)
+            return _decode(model, tokenizer, decoding, ids, attention, **seen_in(batch, boundary))
 
 
 def _decode(

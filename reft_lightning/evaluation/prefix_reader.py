@@ -16,7 +16,9 @@ Shapes: b rows, s columns of prompt | target, t target columns, v tokens of the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ from ..base_models.caches import holds_columns
 from ..base_models.reading import keeps_its_columns
 
 COLUMNS = ("input_ids", "attention_mask", "prompt_mask")
+OF_BATCHES = (*COLUMNS, "labels", "logits_to_keep", "boundary", "rows", "examples")
+TYPES = "type_ids"  # how arguments end that say of each token what it is
 
 
 @dataclass
@@ -35,6 +39,12 @@ class _Read:
     boundary: int
     logits: Tensor  # (b, t + 1, v)
     cache: DynamicCache | None  # of all s columns
+
+
+def seen_in(batch: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """Return what a batch holds beside its text: images, and the types of the first columns."""
+    others = {name: value for name, value in batch.items() if name not in OF_BATCHES}
+    return {name: value[:, :width] if name.endswith(TYPES) else value for name, value in others.items()}
 
 
 class ColumnReader:
@@ -57,7 +67,7 @@ class ColumnReader:
 
         Args:
             batch: ``input_ids``, ``attention_mask``, ``prompt_mask`` (b, s) and ``boundary``, the column in which
-                prompts end and targets start.
+                prompts end and targets start; perhaps images, with which everything is read anew.
 
         Raises:
             ValueError: if the batch ends before its boundary.
@@ -66,11 +76,12 @@ class ColumnReader:
         width = columns["input_ids"].shape[1]
         if width < boundary:
             raise ValueError(f"prompts end at column {boundary}, but the batch has only {width} columns")
-        shared = self._shared(columns, boundary)
+        seen = seen_in(batch, width)
+        shared = 0 if seen else self._shared(columns, boundary)
         last, self._last = self._last, None  # a read that fails leaves nothing half done
         if shared == 0 or last is None:
             last = None
-            logits, cache = self._read(columns, 0, width - boundary + 1, None)
+            logits, cache = self._read(columns, 0, width - boundary + 1, None, seen)
         else:
             logits, cache = last.logits[:, : shared - boundary + 1], last.cache
             if cache is not None:
@@ -94,9 +105,14 @@ class ColumnReader:
         self._last = None
 
     def _read(
-        self, columns: dict[str, Tensor], start: int, keep: int, cache: DynamicCache | None
+        self,
+        columns: dict[str, Tensor],
+        start: int,
+        keep: int,
+        cache: DynamicCache | None,
+        seen: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[Tensor, DynamicCache | None]:
-        inputs: dict[str, Any] = {**columns, "input_ids": columns["input_ids"][:, start:]}
+        inputs: dict[str, Any] = {**seen, **columns, "input_ids": columns["input_ids"][:, start:]}
         if cache is not None:
             inputs["past_key_values"] = cache
         output = self.model(**inputs, logits_to_keep=keep, use_cache=True)

@@ -6,8 +6,9 @@ A setting that would change nothing is refused here.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -17,6 +18,7 @@ from ..config.schema import OF_TRAINING, Config, DataConfig, InterventionConfig
 from ..data import AnyFamily, Family, get_family
 from ..data.benchmark_data import BenchmarkData
 from ..data.families.custom import custom_family
+from ..data.families.vision import vision_family
 from ..data.rows import DataSource
 from ..evaluation import Decoding
 from ..interventions import intervention_class, settings_of
@@ -29,18 +31,44 @@ SCHEDULES = (
     "reft_lightning.training.schedules",
     "transformers.optimization",
 )  # functions, whose names are known
-# settings of one's own rows
-COLUMNS = ("prompt", "target", "answer", "context", "options", "answer_form", "messages")
-FILES = ("validation_path", "test_path", "delimiter")
+
+
+class OwnRows(NamedTuple):
+    """A family of one's own rows, which is made from the names of their columns.
+
+    Args:
+        make: path, source, template and the settings -> the family.
+        settings: keys of ``data`` that it takes.
+        kind: of the family.
+    """
+
+    make: Callable[..., AnyFamily]
+    settings: tuple[str, ...]
+    kind: str
+
+
+FILES = ("validation_path", "test_path")
+OWN = {
+    "custom": OwnRows(
+        custom_family,
+        ("prompt", "target", "answer", "context", "options", "answer_form", "messages", "delimiter", *FILES),
+        "generation",
+    ),
+    "vision": OwnRows(
+        vision_family, ("prompt", "target", "messages", "image", "image_folder", *FILES), "vision"
+    ),
+}
+OF_OWN = tuple(dict.fromkeys(name for own in OWN.values() for name in own.settings))
 
 
 def family_of(config: Config) -> AnyFamily:
     """Return the benchmark family; that of one's own data is made from the names of its columns."""
     data = config.data
-    if data.family != "custom":
+    own = OWN.get(data.family)
+    if own is None:
         return get_family(data.family)
-    settings = {name: getattr(data, name) for name in (*COLUMNS, *FILES)}
-    return custom_family(path=data.path, source=data.source, template=data.template, **settings)
+    settings = {name: getattr(data, name) for name in own.settings}
+    return own.make(path=data.path, source=data.source, template=data.template, **settings)
 
 
 def decoding_of(config: Config, family: Family) -> Decoding:
@@ -93,7 +121,7 @@ def method_of(config: Config) -> str:
 
 
 def data_module(config: Config, family: AnyFamily, tokenizer: Any) -> BenchmarkData:
-    """Return the DataModule of a family.
+    """Return the DataModule of a family; the tokenizer is a processor where rows have pictures.
 
     Raises:
         ValueError: for a setting that the family has no use for.
@@ -107,8 +135,9 @@ def data_module(config: Config, family: AnyFamily, tokenizer: Any) -> BenchmarkD
         values["pairs"] = True
     del values["family"]
     kind, defaults = kind_of(family), DataConfig()
-    for name in (*COLUMNS, *FILES, *kind.unused):  # the columns are those of one's own rows
-        if family.name != "custom" and values[name] != getattr(defaults, name):
+    taken = OWN[config.data.family].settings if config.data.family in OWN else ()
+    for name in (*OF_OWN, *kind.unused):
+        if name not in taken and values[name] != getattr(defaults, name):
             raise ValueError(
                 f"data.{name}={values[name]} means nothing to the family {family.name}: leave it out"
             )

@@ -18,6 +18,7 @@ from ..adapters.adapted import AdaptedModel, ParameterCount
 from ..base_models.heads import class_order
 from ..base_models.loading import fit_to_tokenizer, load_base_model, load_config, load_tokenizer
 from ..base_models.places import ModelPlace
+from ..base_models.processors import load_processor
 from ..config.schema import Config
 from ..data import AnyFamily, Family
 from ..data.benchmark_data import BenchmarkData
@@ -67,6 +68,7 @@ class Outline:
     decoding: Decoding | None  # None for a classifier
     hf_config: PretrainedConfig
     tokenizer: Any
+    processor: Any  # of images and text; the tokenizer where rows have no pictures
     count: ParameterCount  # of the published model: a head in float32 has a copy of embeddings that it shares there
     monitor: Monitor
     class_order: list[int] | None  # see base_models.heads.class_order
@@ -151,7 +153,11 @@ def outline(config: Config) -> Outline:
     hf_config = load_config(**place, **{k: source[k] for k in OF_CONFIG})
     order = class_order(hf_config, family.classes_of(config.data.tasks))
     check_reads_forward(config, hf_config, source["task"], family)
-    tokenizer = load_tokenizer(**place, tokenizer=source["tokenizer"])
+    if kind_of(family).sees:
+        processor: Any = load_processor(hf_config, **place, tokenizer=source["tokenizer"])
+        tokenizer = processor.tokenizer
+    else:
+        processor = tokenizer = load_tokenizer(**place, tokenizer=source["tokenizer"])
     if config.model.source == "random":
         fit_to_tokenizer(hf_config, tokenizer, config.model.config)
     on_meta = build_on_meta(hf_config, source["task"], source["attn_implementation"])
@@ -161,7 +167,8 @@ def outline(config: Config) -> Outline:
     check_tied_head(config, hf_config, attached.get("heads") or ())
     return Outline(
         family=family, source=source, attached=attached, optimization=optimization, objective=objective,
-        decoding=decoding, hf_config=hf_config, tokenizer=tokenizer, count=count, monitor=monitor, class_order=order,
+        decoding=decoding, hf_config=hf_config, tokenizer=tokenizer, processor=processor, count=count, monitor=monitor,
+        class_order=order,
     )  # fmt: skip
 
 
@@ -173,7 +180,7 @@ def prepare(config: Config) -> Prepared:
     """
     run = outline(config)
     family, decoding = run.family, run.decoding
-    data = data_module(config, family, run.tokenizer)
+    data = data_module(config, family, run.processor)
     data.prepare_data()
     data.setup("fit")
     if config.test and not config.sealed:

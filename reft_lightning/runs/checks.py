@@ -12,6 +12,7 @@ from typing import NamedTuple
 from lightning import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from ..adapters.methods import method_named
 from ..adapters.reft.positions import parse_positions
@@ -128,11 +129,22 @@ def _positions_of(intervention: InterventionConfig) -> list[str]:
 
 
 def check_reads_forward(config: Config, hf_config: PretrainedConfig, task: str, family: AnyFamily) -> None:
-    """Reject encoders, and encoders with a decoder, for generative tasks.
+    """Reject encoders, and encoders with a decoder, for generative tasks, and models for rows that they do not read.
 
     Raises:
         ValueError: with what to choose.
     """
+    sees = type(hf_config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if task == "image_text_to_text" and not sees:
+        raise ValueError(
+            f"model {config.model.name} ({hf_config.model_type}) reads no images, and the rows of the family "
+            f"{family.name} have pictures: choose a model that does, such as model=smolvlm_256m"
+        )
+    if task == "causal_lm" and sees and not is_decoder(hf_config):
+        raise ValueError(
+            f"model {config.model.name} ({hf_config.model_type}) reads images and text, and the rows of the family "
+            f"{family.name} have no pictures: choose data=vqa or data=llava, or a model of text"
+        )
     if task == "causal_lm" and hf_config.is_encoder_decoder:
         raise ValueError(
             f"model {config.model.name} has an encoder and a decoder, and the runs of {family.name} read prompt and "

@@ -15,6 +15,7 @@ from ..data.benchmark_data import BenchmarkData
 from ..data.classification_data import ClassificationData
 from ..data.example import Example
 from ..data.generation_data import GenerationData
+from ..data.image_data import ImageData
 from ..data.option_batches import option_batches
 from ..training.classification import ClassificationModule
 from ..training.generation import GenerationModule
@@ -29,10 +30,11 @@ class Kind:
     """A kind of benchmark family.
 
     Args:
-        task: of the base model, ``causal_lm`` or ``sequence_classification``.
+        task: of the base model, a key of :data:`~reft_lightning.base_models.loading.TASKS`.
         data: the data module.
         module: (configuration, what is prepared, model, training pass) -> the Lightning module.
         generates: whether texts are generated and scored.
+        sees: whether rows have pictures, which a processor reads.
         heads: which heads are trained unless the configuration says otherwise.
         unused: keys of ``data`` that mean nothing to it.
     """
@@ -41,6 +43,7 @@ class Kind:
     data: type[BenchmarkData]
     module: Callable[[Config, Prepared, AdaptedModel, Any], FinetuningModule]
     generates: bool
+    sees: bool = False
     heads: str | tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
 
@@ -76,6 +79,7 @@ def commonest_answers(examples: Iterable[Example]) -> dict[str, str]:
 
 KINDS = {
     "generation": Kind("causal_lm", GenerationData, _generation, generates=True),
+    "vision": Kind("image_text_to_text", ImageData, _generation, generates=True, sees=True),
     "classification": Kind(
         "sequence_classification", ClassificationData, _classification, generates=False, heads="auto",
         # its published validation set is divided, and texts are read as they are

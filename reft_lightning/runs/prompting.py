@@ -8,8 +8,8 @@ from typing import Any
 from ..config.schema import Config
 from ..data import Example
 from ..data.prompts import apply_template
-from .arguments import family_of
-from .kinds import kind_of
+from .arguments import OWN, family_of
+from .kinds import KINDS, kind_of
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,16 @@ class PromptFormat:
             ValueError: if the run trained a classifier; ``where`` it is.
         """
         # one's own rows, which may be gone, are not needed to talk
-        custom = config.data.family == "custom"
-        family = None if custom else family_of(config)
+        own = OWN.get(config.data.family)
+        family = None if own else family_of(config)
+        if (KINDS[own.kind] if own else kind_of(family)).sees:
+            raise ValueError(
+                f"{where} reads pictures, and questions are texts here: use the adapter in Python"
+            )
         if family is not None and not kind_of(family).generates:
             raise ValueError(f"{where} is a classifier ({family.name}), which generates no text")
         template = config.data.template or str(getattr(family, "template", "plain"))
-        return cls(template, config.data.system_prompt, line_break=custom)
+        return cls(template, config.data.system_prompt, line_break=own is not None)
 
     def prompt(self, question: str, tokenizer: Any) -> Example:
         """Return an example whose prompt is what the model reads.

@@ -15,6 +15,7 @@ from ..adapters.reft.model import ReftModel
 from ..base_models.checkpointing import runs_blocks_again
 from ..base_models.reading import angles_depend_on_length, keeps_its_columns
 from ..base_models.stacks import reads_two_texts
+from ..base_models.vision import image_tokens
 from .agreement import Difference, check_agreement, found_of
 from .frozen_part import (
     SHORTEST,
@@ -141,6 +142,8 @@ def _nothing_constant(model: ReftModel) -> str:
         return "the ranks of a sharded base run it equally often"
     if seeing:
         return f"{seeing} looks at whole prompts"
+    if image_tokens(base.config):
+        return f"{type(base).__name__} reads images"
     if reads_two_texts(base):
         return "an encoder and a decoder read different texts"
     if angles_depend_on_length(base.config):

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from ..adapters.reft.model import ReftModel
 from ..base_models.random_state import random_state, set_random_state
 from ..base_models.reading import angles_depend_on_length
+from ..base_models.vision import image_tokens
 from .agreement import Difference, check_agreement
 from .choose_part import prefix_of
 from .frozen_part import FrozenPrefix, suffix_lengths
@@ -93,6 +94,8 @@ class JoinedPass:
         self.works = True
         if angles_depend_on_length(self._base.config):
             self._refuse("RoPE's angles depend on the longest row of a batch")
+        if image_tokens(self._base.config):
+            self._refuse("it reads images")
         own = (one.model.adapters.first for one in adapters.values())
         if seen := next((adapter for adapter in own if adapter.seeing_rows or adapter.penalized), None):
             self._refuse(f"{seen.config.method} adds to the loss, or looks at more than single tokens")

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...base_models.dispatch import is_dispatched
+from ...base_models.vision import image_tokens
 from ...interventions import Orthonormal, Partition, check_settings, registered
 from ...suggest import did_you_mean
 from .config import LayerSpec, ReftConfig
@@ -70,6 +71,7 @@ class Adapter(nn.Module):
         for layer, spec in specs.items():
             site, key = sites[layer], str(layer)
             positions[key] = (parse_positions(spec.positions, spec.clip), spec.tied)
+            _check_images(base_model, positions[key][0], site)
             group, device = _interventions(spec, positions[key][0], site), device_at(modules, site.path)
             if device.type == "meta" and is_dispatched(base_model):  # offloaded until it is used
                 device = torch.get_default_device()
@@ -91,6 +93,16 @@ class Adapter(nn.Module):
         return type(self)(self.config, interventions, self.sites, self.positions)
 
 
+def _check_images(model: PreTrainedModel, positions: Positions, site: Site) -> None:
+    if site.visual:
+        positions.share_of_images  # noqa: B018  which refuses what means nothing there
+    elif positions.needs_images and not image_tokens(model.config):
+        raise ValueError(
+            f"positions={positions}: {type(model).__name__} reads no images. prompt:S is a share of the prompt, and "
+            "given takes a mask with each call"
+        )
+
+
 def _interventions(spec: LayerSpec, positions: Positions, site: Site) -> nn.ModuleList:
     if spec.tied not in TIED:
         raise ValueError(
@@ -99,6 +111,8 @@ def _interventions(spec: LayerSpec, positions: Positions, site: Site) -> nn.Modu
     copies = {"all": 1, "group": positions.groups}.get(spec.tied) or sum(positions.slots())
     cls = registered(spec.method)
     check_settings(cls, spec.settings)
+    if site.visual and cls.defines("edit_rows"):
+        raise ValueError(f"{spec.method} looks at the rows of a text, and {spec.component} sees images only")
     after = [term.kind == "decode" for term in positions.terms]
     if cls.reads_prompt and after and (all if spec.tied == "all" else any)(after):
         raise ValueError(

@@ -15,7 +15,7 @@ from ...interventions import Intervention, intervention_class, method_name
 from ..attaching import check_base
 from ..plain import plain
 from .positions import MaskFunction, parse_positions
-from .sites import check_layers, number_of_layers, stack_of
+from .sites import check_layers, layers_with
 
 NONE = "none"  # the method that attaches nothing: only a classifier's head is trained
 FORMAT = 1
@@ -225,7 +225,7 @@ def config_of(
     """
     check_base(base_model)
     trained_heads = heads_to_train(base_model, heads)
-    number = number_of_layers(base_model, stack_of(base_model, settings.get("component"))[0])
+    number = layers_with(base_model, settings.get("component"))
     base, kind = base_model.config.name_or_path or None, architecture_of(base_model)
     if method == NONE:
         if not trained_heads:

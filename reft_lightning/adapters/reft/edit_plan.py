@@ -5,6 +5,7 @@ Shapes: b rows, s columns, n selected tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..masks import Spans
-from .positions import Positions
+from .positions import Positions, spread
 
 
 class Choice(NamedTuple):
@@ -55,13 +56,31 @@ def token_indices(
     prompt: Tensor,
     target: Tensor,
     columns: slice,
-    given: Tensor | None = None,
+    marks: Mapping[str, Tensor],
 ) -> list[Tensor]:
     """Return one flat token index (n,) for each intervention of a site, in the columns that are read."""
-    groups = [slots[:, columns].flatten() for slots in positions.select(prompt, target, given)]
+    groups = [slots[:, columns].flatten() for slots in positions.select(prompt, target, marks)]
     if tied == "all":
         return [(torch.stack(groups) >= 0).any(0).nonzero().squeeze(-1)]
     if tied == "group":
         return [(slots >= 0).nonzero().squeeze(-1) for slots in groups]
     counts = positions.slots()
     return [(s == k).nonzero().squeeze(-1) for s, n in zip(groups, counts, strict=True) for k in range(n)]
+
+
+def image_indices(
+    positions: Positions, hidden: Tensor, where: str
+) -> list[Tensor]:  # (images, n, d) or (n, d)
+    """Return the flat token indices that the one intervention of a site in a vision tower edits.
+
+    Raises:
+        ValueError: for a share of the tokens of each image, where those of all images stand in one list.
+    """
+    share = positions.share_of_images
+    if share is not None and hidden.ndim != 3:
+        raise ValueError(
+            f"{where} has the tokens of all images in one list, so a share of them would not be one of each image: "
+            "write positions=image there, or image:S in the language model"
+        )
+    every = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
+    return [(spread(every, share) >= 0).flatten().nonzero().squeeze(-1)]

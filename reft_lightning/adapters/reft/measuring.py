@@ -73,6 +73,10 @@ def watching(reft: ReftModel, see: Callable[[Seen], Tensor | None]) -> Iterator[
     """Call a function for each edit inside the block; what it returns replaces Phi(h), unless it is None."""
     places = {name: i for i, name in enumerate(places_of(reft))}
     first = reft.adapter_names[0]
+    if any(site.visual for site in reft.sites.values()):
+        raise ValueError(
+            "edits in a vision tower or its connector have no places in a text, and are not measured"
+        )
     grids: dict[Positions, tuple[EditPlan, Tensor]] = {}  # of the present pass
 
     def hook(key: str, number: int, phi: Any, args: Any, after: Tensor) -> Tensor | None:
@@ -102,9 +106,9 @@ def watching(reft: ReftModel, see: Callable[[Seen], Tensor | None]) -> Iterator[
 def _grid(positions: Positions, spans: Spans, tokens: Tensor, places: Mapping[str, int]) -> Tensor:  # (b s,)
     """Return the place of each token that the present pass reads, row after row; -1 where none is selected."""
     prompt, target = spans.upto(spans.read, tokens.shape[0])
-    given = spans.marks_upto(spans.read, tokens.shape[0])
+    marks = spans.marks_upto(spans.read, tokens.shape[0])
     found = torch.full(prompt.shape, -1, device=prompt.device)
-    for names, slots in zip(_names(positions), positions.select(prompt, target, given), strict=True):
+    for names, slots in zip(_names(positions), positions.select(prompt, target, marks), strict=True):
         lookup = torch.tensor([places[name] for name in names], device=slots.device)
         found = torch.where(slots >= 0, lookup[slots.clamp(min=0)], found)
     return found[:, spans.read - tokens.shape[1] : spans.read].flatten()

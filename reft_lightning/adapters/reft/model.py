@@ -34,6 +34,7 @@ from ...base_models.heads import heads_to_train, parameters_of
 from ...base_models.loading import number_of_parameters
 from ...base_models.patching import replaced
 from ...base_models.stacks import DECODER, stacks_of
+from ...base_models.vision import image_tokens
 from ...interventions import INTERVENTIONS, Intervention, Tokens, rotations
 from ..adapted import ParameterCount
 from ..arguments import forward_inputs, known_arguments, left_padded_inputs
@@ -47,7 +48,7 @@ from .adapter_set import DEFAULT, AdapterSet, partitions_of
 from .base_of import load_base_of
 from .calls import Call, call_of, running
 from .config import ReftConfig, check_architecture, config_of
-from .edit_plan import Choice, Edit, EditPlan, token_indices
+from .edit_plan import Choice, Edit, EditPlan, image_indices, token_indices
 from .positions import MaskFunction, Positions
 from .sites import Site, hook_at
 
@@ -82,6 +83,8 @@ class ReftModel(nn.Module):
         self._arguments = {name: list(inspect.signature(s.forward).parameters) for name, s in stacks.items()}
         self._known = known_arguments(base_model)
         self._checkpointable = checkpointable(base_model.modules())
+        self._image_tokens = image_tokens(base_model.config)
+        self._visual: set[str] = set()  # places in a vision tower
         self.adapters: Any = AdapterSet()
         adapter = Adapter.build(base_model, config)
         heads_to_train(base_model, config.heads)
@@ -304,6 +307,8 @@ class ReftModel(nn.Module):
                 if site.place not in self._hooks:
                     edit = partial(self._edit, site.place)
                     self._hooks[site.place] = hook_at(self.base_model, site, edit)
+                if site.visual:
+                    self._visual.add(site.place)
             self.adapters[name] = adapter.train(self.training)
         self._forget_graphs()
 
@@ -322,6 +327,7 @@ class ReftModel(nn.Module):
         adapter_names: Sequence[Any] | None = None,  # b of them
         row_values: Mapping[str, Tensor] | None = None,  # name -> (b, ...)
         edit_mask: Tensor | None = None,  # (b, s) bool
+        image_mask: Tensor | None = None,  # (b, s) bool
         **kwargs: Any,
     ) -> Any:
         """Run the base model with the edits; returns what the base model returns (``loss``, ``logits``, ...).
@@ -333,7 +339,8 @@ class ReftModel(nn.Module):
         ``adapter_names`` gives each row an adapter of its own: a name, a pair of a name and its strength, or None (or
         ``"__base__"``) for the base model. Without it, those of :meth:`set_adapter` edit all rows. ``row_values``
         are for interventions that ask for something of each row, such as the number of a concept. ``edit_mask`` marks
-        tokens for the positions ``given``.
+        tokens for the positions ``given``. ``image_mask`` says which tokens images fill; without it, those that have
+        the id of the configuration's ``image_token_id``. ``inputs_embeds`` and the columns of a cache have no ids.
 
         In training, ``loss`` includes what interventions add to it, which is ``penalty``. Interventions that look at
         whole prompts (:mod:`reft_lightning.interventions.rows`) hand out no ``past_key_values``: what they found in
@@ -364,10 +371,13 @@ class ReftModel(nn.Module):
                 decoder = spans_of_labels(labels, kwargs.get("decoder_attention_mask"))
         else:
             spans = spans_of(attention, labels, prompt_mask)
+        if image_mask is None and input_ids is not None and input_ids.shape == attention.shape:
+            image_mask = self._images_in(input_ids)
+        spans = marked(spans, edit=edit_mask, image=image_mask)
         chosen = self.adapters.chosen_by(adapter_names, len(tokens))
         if prompt_mask is None and labels is not None:
             self.check_prompts(spans, chosen[0])
-        with self._editing(marked(spans, edit_mask), chosen, row_values, decoder, compiled=True) as call:
+        with self._editing(spans, chosen, row_values, decoder, compiled=True) as call:
             output = self.base_model(**inputs)
         return output if call is None else self._with_findings(output, call)
 
@@ -426,6 +436,7 @@ class ReftModel(nn.Module):
         adapter_names: Sequence[Any] | None = None,  # b of them
         row_values: Mapping[str, Tensor] | None = None,  # name -> (b, ...)
         edit_mask: Tensor | None = None,  # (b, s) bool
+        image_mask: Tensor | None = None,  # (b, s) bool
         **kwargs: Any,
     ) -> Any:
         """Generate as Hugging Face does, with the edits on the prompt (and on new tokens where P says so).
@@ -434,8 +445,8 @@ class ReftModel(nn.Module):
         always start at column s. ``inputs`` and ``inputs_embeds`` may be given as in Hugging Face's. Without
         ``attention_mask``, padding is the pad token, unless it is the end-of-text token too. ``prompt_mask`` goes
         with rows that hold the beginning of an answer after their prompt: it is edited as if it had been generated.
-        ``adapter_names`` gives each row an adapter, ``row_values`` says something of each, and ``edit_mask`` marks
-        tokens, see :meth:`forward`.
+        ``adapter_names`` gives each row an adapter, ``row_values`` says something of each, ``edit_mask`` and
+        ``image_mask`` mark tokens, see :meth:`forward`.
 
         Of a model with an encoder and a decoder, the encoder's rows stay as they are padded, and the decoder's prompt
         is what it starts with: one token, or ``decoder_input_ids``.
@@ -455,16 +466,28 @@ class ReftModel(nn.Module):
             "attention_mask": attention_mask,
             "prompt_mask": prompt_mask,
             "edit_mask": edit_mask,
+            "image_mask": image_mask,
             **kwargs,
         }
         arguments = left_padded_inputs(given, self.base_model)
         spans = spans_of(arguments["attention_mask"], None, arguments.pop("prompt_mask", None))
-        spans = marked(spans, arguments.pop("edit_mask", None))
+        images = arguments.pop("image_mask", None)
+        if images is None and "inputs_embeds" not in arguments:
+            images = self._images_in(arguments["input_ids"])
+        spans = marked(spans, edit=arguments.pop("edit_mask", None), image=images)
         past = None if self._reads_two else kwargs.get("past_key_values")
         read = 0 if past is None else past.get_seq_length()  # as Hugging Face asks it, to cut what was read
         chosen = self.adapters.chosen_by(adapter_names, len(spans.prompt))
         with self._editing(replace(spans, generating=True, read=read), chosen, row_values):
             return self.base_model.generate(**arguments)
+
+    def _images_in(self, input_ids: Tensor) -> Tensor | None:  # (b, s) -> (b, s)
+        """Return which tokens images fill; None of a model that reads none."""
+        if not self._image_tokens:
+            return None
+        if input_ids.is_meta:  # no values, so no images
+            return torch.zeros(input_ids.shape, dtype=torch.bool)
+        return torch.isin(input_ids, torch.tensor(self._image_tokens, device=input_ids.device))
 
     def check_prompts(self, spans: Spans, choices: Sequence[Choice]) -> None:
         """Reject rows without a prompt where the positions of a chosen adapter ask for one.
@@ -635,13 +658,14 @@ class ReftModel(nn.Module):
             seeing = seeing or adapter.seeing_rows
             for (positions, tied), layers in adapter.layers_by_positions.items():
                 layers = [layer for layer in layers if adapter.sites[layer].stack == stack]
+                layers = [layer for layer in layers if not adapter.sites[layer].visual]
                 if not layers or (decoding and not positions.reaches_decode):
                     continue
                 if prompts_and_targets is None:
                     prompts_and_targets = spans.upto(columns.stop, len(tokens))
                 prompt, target = of_rows(choice.rows, *prompts_and_targets)
-                given = spans.marks_upto(columns.stop, len(tokens))
-                indices = token_indices(positions, tied, prompt, target, columns, given)
+                marks = self._marks(positions, spans, columns.stop, len(tokens))
+                indices = token_indices(positions, tied, prompt, target, columns, marks)
                 for layer in layers:
                     site, own = adapter.sites[layer], indices
                     if site.divided > 1:
@@ -659,19 +683,27 @@ class ReftModel(nn.Module):
             plan.prompt = prompts_and_targets[0][:, columns].flatten()
         return plan
 
+    def _marks(self, positions: Positions, spans: Spans, stop: int, rows: int) -> dict[str, Tensor]:
+        """Return what is known of the tokens of rows, up to a column."""
+        marks = spans.marks_upto(stop, rows)
+        if self._image_tokens and positions.tells_images_apart and "image" not in marks:
+            raise ValueError(
+                f"the positions {positions} tell text from images, and inputs_embeds or the columns of past_key_values "
+                "do not say which tokens images fill: pass image_mask (b, s)"
+            )
+        return marks
+
     def _edit(self, place: str, hidden: Tensor) -> Tensor | None:  # (b, s, d) -> (b, s, d)
         """Return the hidden states at a site with their edits; None where the call makes none there."""
         call = call_of(self)
+        if place in self._visual and call is not None and self._enabled:
+            seen = self._edits_of_images(call, place, hidden)
+            return self._with_edits(seen, hidden, call.summed) if seen else None
         plan = None if call is None else call.plan
         if plan is None or place not in plan.edits:
             return None
         edits = plan.edits[place]
         site = self._site_of(edits[0])
-        if hidden.shape[-1] != site.width:
-            raise ValueError(
-                f"the {site.end} of {site.path} has width {hidden.shape[-1]}, expected {site.width}; use the input "
-                "of the linear layer that consumes it, as '...{layer}....input'"
-            )
         rows, columns = plan.tokens.shape[:2]
         if hidden.shape[:-1].numel() != rows * columns:  # OPT's last map sees them in one dimension
             raise ValueError(
@@ -683,14 +715,43 @@ class ReftModel(nn.Module):
                 f"no gradient reaches {site.path}: gradient checkpointing with use_reentrant=True cannot train "
                 "interventions inside a block; switch it on with use_reentrant=False"
             )
+        return self._with_edits(edits, hidden, plan.summed)
+
+    def _with_edits(
+        self, edits: list[Edit], hidden: Tensor, summed: bool
+    ) -> Tensor:  # (b, s, d) -> (b, s, d)
+        site = self._site_of(edits[0])
+        if hidden.shape[-1] != site.width:
+            raise ValueError(
+                f"the {site.end} of {site.path} has width {hidden.shape[-1]}, expected {site.width}; use the input "
+                "of the linear layer that consumes it, as '...{layer}....input'"
+            )
         flat = hidden.reshape(-1, hidden.shape[-1])
-        if plan.summed and len(edits) > 1:
+        if summed and len(edits) > 1:
             return self._sum_of(edits, flat).view_as(hidden)
         for edit in edits:
             flat = flat.view(-1, self._site_of(edit).dim)  # of a head, or of the whole
             index, edited = self._edited_by(edit, flat)
             flat = flat.index_copy(0, index, edited)
         return flat.view_as(hidden)
+
+    def _edits_of_images(self, call: Call, place: str, hidden: Tensor) -> list[Edit]:
+        """Return the edits at a site that sees images: in a generation, before the base model's first pass."""
+        edits = []
+        for choice in call.choices:
+            adapter = self.adapters[choice.adapter]
+            for layer, site in adapter.sites.items():
+                if not site.visual or site.place != place:
+                    continue
+                if choice.rows is not None:
+                    raise ValueError(
+                        f"adapter_names gives each row adapters of its own, and the adapter {choice.adapter!r} edits "
+                        "what a vision tower sees, which knows no rows: choose it by set_adapter"
+                    )
+                indices = image_indices(adapter.positions[layer][0], hidden, site.path)
+                edits.append(Edit(choice.adapter, layer, choice.weight, indices))
+        call.edited |= bool(edits)
+        return edits
 
     def _site_of(self, edit: Edit) -> Site:
         return self.adapters[edit.adapter].sites[edit.layer]

@@ -7,6 +7,9 @@ fN         the first N tokens of the prompt                     1 .. N from the 
 lN         the last N tokens of the prompt                      1 .. N from the right
 prompt     every token of the prompt                            unbounded
 prompt:S   a share S of them, evenly spread, the last included  unbounded
+image      the tokens of the prompt that images fill            unbounded
+image:S    a share S of those, evenly spread                    unbounded
+text       the tokens of the prompt that no image fills         unbounded
 given      those of the prompt that ``edit_mask`` marks         unbounded
 given:S    a share S of those                                   unbounded
 decode     every token after the prompt (target or generated)   unbounded
@@ -14,9 +17,10 @@ decode:N   the first N tokens after the prompt                  1 .. N
 all        every token                                          unbounded
 ========== ==================================================== ==================================
 
-Terms are added: ``f7+l7``, ``prompt+decode:8``. What depends on the input (image tokens, the tokens that a first pass
-found critical) is ``given``: a mask (b, s) with each call of the model. A callable ``(prompt_mask, target_mask) ->
-mask``, all (b, s) bool, selects anything else.
+Terms are added: ``f7+l7``, ``prompt+decode:8``, ``l7+image:0.01``. ``fN`` and ``lN`` count the tokens of the text:
+where images fill places of the prompt, as often right after its first token, those are passed over. What else depends
+on the input (the tokens that a first pass found critical) is ``given``: a mask (b, s) with each call of the model. A
+callable ``(prompt_mask, target_mask) -> mask``, all (b, s) bool, selects anything else.
 
 A short prompt of n tokens clips the counts of ``fp+ls``, so that the two never overlap:
 
@@ -37,9 +41,10 @@ whatever neither mask covers.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -50,9 +55,10 @@ from ...suggest import did_you_mean
 MaskFunction = Callable[[Tensor, Tensor], Tensor]
 CLIPS = ("paper", "floor")
 SYNTAX = (
-    "fN, lN, fN+lM, prompt, given, all, decode, decode:N and sums of them, with N >= 1, and prompt:S or given:S with a "
-    "share 0 < S < 1"
+    "fN, lN, fN+lM, prompt, image, text, given, all, decode, decode:N and sums of them, with N >= 1, and prompt:S, "
+    "image:S, text:S or given:S with a share 0 < S < 1"
 )
+OF_PROMPT = ("prompt", "image", "text", "given")  # terms that take all of something, or a share of it
 
 
 @dataclass(frozen=True)
@@ -87,12 +93,36 @@ class Positions:
     @property
     def needs_prompt(self) -> bool:
         """Whether every row needs a prompt for the specification to mean anything."""
-        return any(term.kind in ("f", "l", "prompt", "given") for term in self.terms)
+        return any(term.kind in ("f", "l", *OF_PROMPT) for term in self.terms)
 
     @property
     def needs_mask(self) -> bool:
         """Whether each call must mark the tokens."""
         return any(term.kind == "given" for term in self.terms)
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether only a model that reads images has such tokens."""
+        return any(term.kind == "image" for term in self.terms)
+
+    @property
+    def tells_images_apart(self) -> bool:
+        """Whether it matters which tokens images fill."""
+        return any(term.kind in ("f", "l", "image", "text") for term in self.terms)
+
+    @property
+    def share_of_images(self) -> float | None:
+        """The share of the tokens of images that is edited, where there is nothing but images: in a vision tower.
+
+        Raises:
+            ValueError: for positions that mean something in a text only.
+        """
+        if len(self.terms) == 1 and self.terms[0].kind in ("image", "all"):
+            return self.terms[0].share
+        raise ValueError(
+            f"a vision tower and its connector see images and no text: positions must be image or image:S there; "
+            f"got {self}"
+        )
 
     @property
     def groups(self) -> int:
@@ -114,19 +144,20 @@ class Positions:
         return [count for count in counts if count is not None]
 
     def select(
-        self, prompt: Tensor, target: Tensor, given: Tensor | None = None
+        self, prompt: Tensor, target: Tensor, marks: Mapping[str, Tensor] = MappingProxyType({})
     ) -> list[Tensor]:  # (b, s) each -> [(b, s)] a group
         """Return for each group which slot every token fills: 0, 1, ... and -1 where it is not selected.
 
         Args:
             prompt: (b, s) bool, the tokens of the prompt.
             target: (b, s) bool, the tokens after it.
-            given: (b, s) bool, the tokens that the caller marks.
+            marks: ``edit`` (b, s) bool, the tokens that the caller marks, and ``image`` (b, s) bool, those that images
+                fill; nothing where there are none.
 
         Raises:
             ValueError: without marks, where they are needed, or for what a function returns instead of a mask.
         """
-        if self.needs_mask and given is None:
+        if self.needs_mask and "edit" not in marks:
             raise ValueError(
                 f"the positions {self} need edit_mask (b, s): which tokens of the prompt are edited?"
             )
@@ -138,8 +169,10 @@ class Positions:
                     f"got {chosen.dtype} of shape {tuple(chosen.shape)}"
                 )
             return [torch.where(chosen & (prompt | target), 0, -1)]
-        n = prompt.sum(-1, keepdim=True)  # (b, 1)
-        from_left = prompt.cumsum(-1) - 1
+        image = prompt & marks["image"] if "image" in marks else torch.zeros_like(prompt)
+        text = prompt & ~image
+        n = text.sum(-1, keepdim=True)  # (b, 1)
+        from_left = text.cumsum(-1) - 1
         after = target.cumsum(-1) - 1
         p, s = (next((t.count for t in self.terms if t.kind == kind), 0) or 0 for kind in "fl")
         if self.clip == "floor":
@@ -148,23 +181,24 @@ class Positions:
             clipped = n < p + s
             first = torch.where(clipped, (n // 2).clamp(max=p), p)
             last = torch.where(clipped, (n - n // 2).clamp(max=s), s)
+        parts = {"prompt": prompt, "image": image, "text": text, "given": prompt & marks.get("edit", prompt)}
         return [
-            self._slots(term, prompt, target, from_left, after, n, first, last)
-            if term.kind not in ("prompt", "given")
-            else _spread(prompt if term.kind == "prompt" or given is None else prompt & given, term.share)
+            spread(parts[term.kind], term.share)
+            if term.kind in parts
+            else self._slots(term, prompt, text, target, from_left, after, n, first, last)
             for term in self.terms
         ]
 
     @staticmethod
     def _slots(
-        term: Term, prompt: Tensor, target: Tensor, from_left: Tensor, after: Tensor, n: Tensor, first: Tensor,
-        last: Tensor,
+        term: Term, prompt: Tensor, text: Tensor, target: Tensor, from_left: Tensor, after: Tensor, n: Tensor,
+        first: Tensor, last: Tensor,
     ) -> Tensor:  # fmt: skip
         if term.kind == "f":
-            return torch.where(prompt & (from_left < first), from_left, -1)
+            return torch.where(text & (from_left < first), from_left, -1)
         if term.kind == "l":
             from_right = n - 1 - from_left
-            return torch.where(prompt & (from_right < last), from_right, -1)
+            return torch.where(text & (from_right < last), from_right, -1)
         if term.kind == "decode":
             chosen = target if term.count is None else target & (after < term.count)
             return torch.where(chosen, 0 if term.count is None else after, -1)
@@ -176,7 +210,7 @@ class Positions:
         return "+".join(map(str, self.terms))
 
 
-def _spread(chosen: Tensor, share: float | None) -> Tensor:  # (b, s) bool -> (b, s)
+def spread(chosen: Tensor, share: float | None) -> Tensor:  # (b, s) bool -> (b, s)
     """Return slot 0 for a share of the tokens of each row, at least one; all of them without a share."""
     if share is not None:
         n = chosen.sum(-1, keepdim=True).clamp(min=1)  # (b, 1)
@@ -218,9 +252,10 @@ def _parse_terms(spec: str) -> tuple[Term, ...]:
         if kinds.count(kind) > 1:
             raise ValueError(f"positions {spec!r} name {kind!r} twice; each kind is allowed once")
     covering = {
-        "prompt": {"f", "l"},
-        "given": {"f", "l", "prompt"},
-        "all": {"f", "l", "prompt", "given", "decode"},
+        "text": {"f", "l"},
+        "prompt": {"f", "l", "image", "text"},
+        "given": {"f", "l", "prompt", "image", "text"},
+        "all": {"f", "l", *OF_PROMPT, "decode"},
     }
     for kind, covered in covering.items():
         overlap = covered & set(kinds) if kind in kinds else set()
@@ -233,9 +268,9 @@ def _parse_terms(spec: str) -> tuple[Term, ...]:
 
 
 def _parse_term(part: str, spec: str) -> Term:
-    if part in ("prompt", "given", "all", "decode"):
+    if part in (*OF_PROMPT, "all", "decode"):
         return Term(part)
-    if share := re.fullmatch(r"(prompt|given):(0?\.\d*[1-9]\d*)", part):
+    if share := re.fullmatch(rf"({'|'.join(OF_PROMPT)}):(0?\.\d*[1-9]\d*)", part):
         return Term(share[1], share=float(share[2]))
     match = re.fullmatch(r"([fl])([1-9]\d*)|(decode):([1-9]\d*)", part)
     if not match:

@@ -12,6 +12,13 @@ mlp_output        the output of the block's feed-forward module
 a module path     e.g. ``model.layers.{layer}.mlp.down_proj`` or ``...o_proj.input``
 ================  =====================================================================
 
+Two more see images and no text, in a model that reads both:
+
+===================  ==================================================================
+vision_block_output  the hidden states after block l of the vision tower
+connector_output     what the connector hands to the language model; it is layer 0
+===================  ==================================================================
+
 Layers and heads are 0-based: layer 0 is the first block. A head has interventions of its own, of its width. Heads are
 those of the queries, where several share a key and a value.
 
@@ -34,9 +41,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...base_models.stacks import ENCODER, WHOLE, config_of_stack, stacks_of
+from ...base_models.vision import connector_path, vision_blocks, width_of_block
 from ...suggest import did_you_mean
 
 COMPONENTS = ("block_output", "block_input", "attention_output", "mlp_output", "head_output")
+VISION, CONNECTOR = "vision_block_output", "connector_output"
+VISUAL = (VISION, CONNECTOR)
 HEAD = "head_output"
 # What Hugging Face models call the module, in the order in which they are looked for inside a block.
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention", "layer.0.SelfAttention")
@@ -65,6 +75,7 @@ class Site:
     divided: int = 1  # into how many parts the representation is: the heads of an attention module
     heads: tuple[int, ...] = (0,)  # the parts with interventions
     stack: str = WHOLE  # of the model, which reads the tokens: encoder or decoder, where it has both
+    visual: bool = False  # whether it sees images and no text
 
     @property
     def width(self) -> int:
@@ -167,6 +178,19 @@ def stack_of(model: PreTrainedModel, component: Any) -> tuple[str, str]:
     return (stack, inside) if stack in stacks else (ENCODER, component)
 
 
+def layers_with(model: PreTrainedModel, component: Any) -> int:
+    """Return how many layers have a component: blocks of the language model, of a stack of it, or of the vision tower.
+
+    Raises:
+        ValueError: if the configuration names no number, or there is no tower.
+    """
+    if component not in VISUAL:
+        return number_of_layers(model, stack_of(model, component)[0])
+    modules = dict(model.named_modules())
+    blocks: Any = modules[vision_blocks(model, modules)] if component == VISION else [None]
+    return len(blocks)
+
+
 def number_of_layers(model: PreTrainedModel, stack: str = WHOLE) -> int:
     """Return how many blocks the configuration gives the language model, or one of its stacks.
 
@@ -260,6 +284,8 @@ def _site(
                 path, end = path[: -len(suffix) - 1], suffix
     elif isinstance(component, str) and component.partition(":")[0] == HEAD:
         return _head_site(model, modules, f"{blocks}.{layer}", layer, component, stack)
+    elif component in VISUAL:
+        return _visual_site(model, modules, layer, component, config_of_stack(model, stack).hidden_size)
     elif component in COMPONENTS:
         path, end = f"{blocks}.{layer}", "input" if component == "block_input" else "output"
         names = {"attention_output": ATTENTION_NAMES, "mlp_output": MLP_NAMES}.get(component)
@@ -267,9 +293,9 @@ def _site(
             path = f"{path}.{_child(model, path, names, component)}"
     else:
         raise ValueError(
-            f"unknown component {component!r}; allowed: {', '.join(COMPONENTS)}, or a module path with {{layer}}"
-            f"{', each of the encoder or, as decoder.block_output, of the decoder' if stack else ''}"
-            f"{did_you_mean(str(component), COMPONENTS)}"
+            f"unknown component {component!r}; allowed: {', '.join((*COMPONENTS, *VISUAL))}, or a module path with "
+            f"{{layer}}{', each of the encoder or, as decoder.block_output, of the decoder' if stack else ''}"
+            f"{did_you_mean(str(component), (*COMPONENTS, *VISUAL))}"
         )
     if path not in modules:
         near = difflib.get_close_matches(path, modules, n=5, cutoff=0.5)
@@ -277,6 +303,17 @@ def _site(
             f"{type(model).__name__} has no module {path!r}; near it are {', '.join(near) or 'none'}"
         )
     return Site(layer, path, end, width_at(modules[path], end, config_of_stack(model, stack).hidden_size))
+
+
+def _visual_site(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], layer: int, component: str, width: int
+) -> Site:
+    if component == CONNECTOR:
+        check_layers([layer], 1)
+        return Site(layer, connector_path(model, modules), "output", width, visual=True)
+    blocks: Any = modules[path := vision_blocks(model, modules)]
+    check_layers([layer], len(blocks))
+    return Site(layer, f"{path}.{layer}", "output", width_of_block(blocks[layer]), visual=True)
 
 
 def _head_site(

@@ -36,6 +36,6 @@ def get_family(name: str) -> AnyFamily:
             raise ValueError(f"{name} is not a Family, but {type(family).__name__}")
         return family
     raise ValueError(
-        f"no benchmark family {name!r}{did_you_mean(name, FAMILIES)}; there are {', '.join(FAMILIES)}, custom, and "
-        "one's own by its import path, my_module.FAMILY"
+        f"no benchmark family {name!r}{did_you_mean(name, FAMILIES)}; there are {', '.join(FAMILIES)}, custom, vision, "
+        "and one's own by its import path, my_module.FAMILY"
     )

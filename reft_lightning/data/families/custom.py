@@ -93,13 +93,8 @@ def custom_family(
             that the first row lacks; lists the columns there are.
         FileNotFoundError: if there is no such file or folder, or no train file in it.
     """
-    if source not in ("local", "hub"):
-        raise ValueError(f"data=custom reads data.source local or hub; got {source!r}")
-    if not path:
-        raise ValueError("data=custom needs data.path: a file, a folder with a train file, or a hub data set")
-    others = {"validation": validation_path, "test": test_path}
-    tables = _hub_tables(path, others) if source == "hub" else _local_tables(path, others, _reader(delimiter))
-    first = _first_rows(tables)
+    tables = tables_of(path, source, validation_path, test_path, _reader(delimiter))
+    first = first_rows(tables)
     template = template or ("chat" if messages else "plain")
     given = {"prompt": prompt, "target": target, "answer": answer, "context": context, "options": options}
     if messages:
@@ -177,6 +172,29 @@ def carve(
 # ------------------------------------------------------------------------------------------ where rows are
 
 
+def tables_of(
+    path: str | None,
+    source: str,
+    validation_path: str | None,
+    test_path: str | None,
+    read: Callable[[Path], Rows] = read_file,
+) -> dict[str, tuple[Any, ...]]:
+    """Return split -> its one table, see the top of this file.
+
+    Raises:
+        ValueError: for another source, or without a path.
+        FileNotFoundError: if there is no such file or folder, or no train file in it.
+    """
+    if source not in ("local", "hub"):
+        raise ValueError(f"one's own rows are read from data.source local or hub; got {source!r}")
+    if not path:
+        raise ValueError(
+            "one's own rows need data.path: a file, a folder with a train file, or a hub data set"
+        )
+    others = {"validation": validation_path, "test": test_path}
+    return _hub_tables(path, others) if source == "hub" else _local_tables(path, others, read)
+
+
 def _hub_tables(path: str, others: Mapping[str, str | None]) -> dict[str, tuple[HubRows, ...]]:
     if Path(path).expanduser().exists():
         raise ValueError(f"data.source=hub, but {path} is on this machine: write data.source=local")
@@ -227,7 +245,7 @@ def _split_file(folder: Path, split: str) -> Path | None:
     return files[0] if files else None
 
 
-def _first_rows(tables: Mapping[str, tuple[Any, ...]]) -> list[tuple[Row, str]]:
+def first_rows(tables: Mapping[str, tuple[Any, ...]]) -> list[tuple[Row, str]]:
     """Return the first row of each file but the test's, which a search never opens: wrong columns are found early."""
     local = [t for split, (t,) in tables.items() if split != "test" and isinstance(t, LocalRows)]
     return [pair for table in local for pair in islice(table.read(Path(table.files[0])), 1)]

@@ -272,9 +272,9 @@ def test_a_callable_that_returns_no_mask_raises(wrong):
 def test_given_positions_are_those_of_the_prompt_that_the_caller_marks():
     prompt, target = masks(["ppppt", ".pppt"])
     marks = torch.tensor([[1, 1, 0, 0, 1], [1, 1, 1, 0, 0]]).bool()
-    (slots,) = parse_positions("given").select(prompt, target, marks)
+    (slots,) = parse_positions("given").select(prompt, target, {"edit": marks})
     assert slots.tolist() == [[0, 0, -1, -1, -1], [-1, 0, 0, -1, -1]]
-    (slots,) = parse_positions("given:0.5").select(prompt, target, marks)
+    (slots,) = parse_positions("given:0.5").select(prompt, target, {"edit": marks})
     assert slots.tolist() == [[-1, 0, -1, -1, -1], [-1, -1, 0, -1, -1]]
     with pytest.raises(ValueError, match="the positions given need edit_mask"):
         parse_positions("given").select(prompt, target)

@@ -266,7 +266,7 @@ class TestMistakes:
         ("settings", "words"),
         [
             ({"path": None}, r"needs data\.path"),
-            ({"source": "wheel"}, "reads data.source local or hub; got 'wheel'"),
+            ({"source": "wheel"}, "read from data.source local or hub; got 'wheel'"),
             ({"messages": "m"}, r"data\.messages replaces data\.prompt, data\.target"),
             ({"answer": "topic"}, r"data\.answer='topic' is not in data\.target='reply'"),
             ({"target": "so {reply}", "options": "topics"}, r"data\.options needs data\.answer"),

@@ -1,0 +1,75 @@
+"""What a model that reads images says of itself: the tokens that images fill, its vision tower, its connector.
+
+Found in its configuration and its modules, without a table of architectures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+PLACEHOLDERS = ("image_token_id", "video_token_id")  # in configurations
+# What Hugging Face models call the map from the tower's width to the language model's, in the order of looking.
+CONNECTORS = ("multi_modal_projector", "connector", "merger", "mm_projector", "aligner")
+DEPTHS = ("num_hidden_layers", "depth")
+
+
+def image_tokens(config: PretrainedConfig) -> tuple[int, ...]:
+    """Return the ids of the tokens whose places images (or the frames of videos) fill; empty for a model of text."""
+    found = (getattr(config, name, None) for name in PLACEHOLDERS)
+    return tuple(token for token in found if isinstance(token, int))
+
+
+def vision_blocks(model: PreTrainedModel, modules: Mapping[str, nn.Module] | None = None) -> str:
+    """Return the path of the list of blocks of the vision tower.
+
+    Args:
+        model: one that reads images.
+        modules: its modules by path, where they are known.
+
+    Raises:
+        ValueError: if it has no tower, or no list of as many blocks as its configuration says.
+    """
+    modules = dict(model.named_modules()) if modules is None else modules
+    tower = model.get_encoder(modality="image") if image_tokens(model.config) else model
+    path = next((name for name, module in modules.items() if name and module is tower), None)
+    if path is None:
+        raise ValueError(f"{type(model).__name__} has no vision tower: it reads no images")
+    vision = getattr(model.config, "vision_config", None)
+    depth = next((getattr(vision, name) for name in DEPTHS if getattr(vision, name, None) is not None), None)
+    lists = [
+        name
+        for name, module in modules.items()
+        if name.startswith(f"{path}.") and isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if not lists:
+        raise ValueError(
+            f"no list of {depth} blocks in {path} of {type(model).__name__}; give component as a module path with "
+            "{layer}"
+        )
+    return max(lists, key=lambda name: sum(p.numel() for p in modules[name].parameters()))
+
+
+def connector_path(model: PreTrainedModel, modules: Mapping[str, nn.Module] | None = None) -> str:
+    """Return the path of the module that maps what the tower sees to the width of the language model.
+
+    Raises:
+        ValueError: if it is not found under one of the usual names.
+    """
+    modules = dict(model.named_modules()) if modules is None else modules
+    for connector in CONNECTORS:
+        paths = [name for name in modules if name.rpartition(".")[2] == connector]
+        if paths and image_tokens(model.config):
+            return min(paths, key=len)
+    raise ValueError(
+        f"{type(model).__name__} has no connector under one of the names {', '.join(CONNECTORS)}: "
+        + ("give another component" if image_tokens(model.config) else "it reads no images")
+    )
+
+
+def width_of_block(block: nn.Module) -> int:
+    """Return the width of the hidden states of a block: that of its first norm."""
+    norms = (p for name, p in block.named_parameters() if p.ndim == 1 and "norm" in name)
+    return next(norms).shape[0]

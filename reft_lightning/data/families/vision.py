@@ -1,0 +1,190 @@
+r"""Questions about pictures: rows of one's own, and of the hub, that name a picture or hold it.
+
+    reft-train model=smolvlm_256m data=vqa data.path=FOLDER
+    reft-train model=smolvlm_256m data=llava data.path=llava_instruct.json data.image_folder=FOLDER
+
+Two kinds of rows:
+
+    {"image": "cats/1.jpg", "question": "How many?", "answers": ["2", "two", "2"]}
+    {"image": "cats/1.jpg", "conversations": [{"from": "human", "value": "<image>\nHow many?"},
+                                              {"from": "gpt", "value": "Two."}]}
+
+| setting | meaning |
+|---|---|
+| `path`, `validation_path`, `test_path`, `source` | as for `data=custom`: files and folders in any of its formats, or a data set of the hub |
+| `image` | the column of the picture: the name of a file, a list of names, or bytes as the hub's tables have them; empty for a row without one |
+| `image_folder` | what names of files are relative to; the folder of the rows unless given |
+| `prompt`, `target` | the columns of the question and of its answer; an answer may be a list of what several people said (texts, or VQA's objects with `answer`), of which the commonest is learnt |
+| `messages` | instead of both, a column of conversations, in LLaVA's form or OpenAI's: the last answer is learnt |
+
+`<image>` marks where a picture stands in a text; without a mark pictures come first. The template is `chat`, that of the
+model's processor; a processor without one (PaliGemma's) needs `data.template=plain`.
+
+A question is scored by VQA accuracy (`vqa_accuracy.py`; a row with one answer counts as if ten people had given it) and
+by exact match with what is learnt; a conversation by exact match, and its checkpoints are chosen by the loss.
+
+Changes: version 1, first version.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..columns import exchange_of, text_of
+from ..example import Example, Judgement, Row, column
+from ..family import Family, Task
+from ..pictures import MARK, Picture, pictures_in
+from .custom import carve, first_rows, tables_of
+from .vqa_accuracy import vqa_accuracy
+
+VERSION = 1
+TASK = "vision"
+MAX_NEW_TOKENS = 64
+PEOPLE = 10  # of VQA; a single answer counts as theirs
+
+
+@dataclass(frozen=True)
+class VisionFamily(Family):
+    """A family whose rows have pictures; the model reads both."""
+
+    kind: ClassVar[str] = "vision"
+
+
+def vision_family(
+    *,
+    path: str | None,
+    source: str = "local",
+    image: str | None = "image",
+    image_folder: str | None = None,
+    prompt: str | None = None,
+    target: str | None = None,
+    messages: str | None = None,
+    validation_path: str | None = None,
+    test_path: str | None = None,
+    template: str | None = None,
+) -> VisionFamily:
+    """Return the family of rows with pictures; its one task is `vision`. The arguments are those of the table above.
+
+    Raises:
+        ValueError: for settings that are missing or exclude each other, or a column that the first row lacks.
+        FileNotFoundError: if there is no such file or folder, or no train file in it.
+    """
+    tables = tables_of(path, source, validation_path, test_path)
+    if not image:
+        raise ValueError("rows with pictures need data.image, the column that names them")
+    if bool(messages) == bool(prompt or target) or bool(prompt) != bool(target):
+        raise ValueError(
+            "rows with pictures need data.prompt and data.target, the columns of a question and its answer, or "
+            f"data.messages, one of conversations; got prompt={prompt!r}, target={target!r}, messages={messages!r}"
+        )
+    place = Path(str(path)).expanduser().absolute()
+    folder = (
+        Path(image_folder).expanduser().absolute()
+        if image_folder
+        else place
+        if place.is_dir()
+        else place.parent
+    )
+    make = SeenRows(image, folder, prompt, target, messages)
+    for row, where in first_rows(tables):
+        for name in make.names:
+            column(row, name, where)
+    places: dict[str, Any] = {source: tables}
+    return VisionFamily(
+        name="vision",
+        version=VERSION,
+        tasks={TASK: Task(TASK, make, **places)},
+        max_new_tokens=MAX_NEW_TOKENS,
+        score=exact if messages else judge,
+        measures=("exact_match",) if messages else ("vqa_accuracy", "exact_match"),
+        main="loss" if messages else None,
+        literal=False,
+        template=template or "chat",
+        carve=carve,
+    )
+
+
+@dataclass(frozen=True)
+class SeenRows:
+    """Make examples of rows with pictures: (row, where it is) -> Example."""
+
+    image: str
+    folder: Path
+    prompt: str | None
+    target: str | None
+    messages: str | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the columns that every row has; that of pictures may be absent, as in LLaVA's rows of text."""
+        return (self.messages,) if self.messages else (str(self.prompt), str(self.target))
+
+    def __call__(self, row: Row, where: str) -> Example:
+        """Return the example of a row.
+
+        Raises:
+            ValueError: if a column is missing or empty, or there are other marks than pictures; names the row.
+        """
+        pictures = pictures_in(row.get(self.image), self.image, where, self.folder)
+        if self.messages:
+            turns, prompt, answer = exchange_of(column(row, self.messages, where), where)
+            people: tuple[str, ...] = ()
+        else:
+            turns, prompt = (), text_of(column(row, str(self.prompt), where), str(self.prompt), where)
+            people = _people(column(row, str(self.target), where), str(self.target), where)
+            answer = Counter(people).most_common(1)[0][0] if people else ""
+        for text, what in ((prompt.replace(MARK, ""), "question"), (answer, "answer")):
+            if not text.strip():
+                raise ValueError(f"{where}: the row has no {what}")
+        turns, prompt = _marked(turns, prompt, pictures, where)
+        answer = answer.strip()
+        recorded = {"picture": ", ".join(picture.name for picture in pictures)} if pictures else {}
+        return Example(
+            TASK, prompt, answer, answer, source=where, turns=turns, pictures=pictures,
+            references=people if len(people) > 1 else (), recorded=recorded,
+        )  # fmt: skip
+
+
+def _people(value: Any, name: str, where: str) -> tuple[str, ...]:
+    """Return what each person answered."""
+    parts = value if isinstance(value, list | tuple) else [value]
+    answers = (part.get("answer") if isinstance(part, Mapping) else part for part in parts)
+    return tuple(text.strip() for answer in answers if (text := text_of(answer, name, where)).strip())
+
+
+def _marked(
+    turns: tuple[tuple[str, str], ...], prompt: str, pictures: Sequence[Picture], where: str
+) -> tuple[tuple[tuple[str, str], ...], str]:
+    """Return turns and prompt with a mark for each picture: their own, or all before the first question."""
+    marks = sum(text.count(MARK) for text in (prompt, *(text for _, text in turns)))
+    if marks == 0 and pictures:
+        first = MARK * len(pictures) + "\n"
+        asked = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)
+        if asked is None:
+            return turns, first + prompt
+        role, text = turns[asked]
+        return (*turns[:asked], (role, first + text), *turns[asked + 1 :]), prompt
+    if marks != len(pictures):
+        raise ValueError(
+            f"{where}: the texts have {marks} marks {MARK}, and the row {len(pictures)} pictures"
+        )
+    return turns, prompt
+
+
+def judge(texts: Sequence[str], example: Example) -> Judgement:
+    """Return VQA accuracy and exact match of the texts of a question, as means over them."""
+    people = example.references or (example.answer,) * PEOPLE
+    accuracy = sum(vqa_accuracy(text, people) for text in texts) / len(texts)
+    answer, scores = exact(texts, example)
+    return Judgement(answer, {"vqa_accuracy": accuracy, **scores})
+
+
+def exact(texts: Sequence[str], example: Example) -> Judgement:
+    """Return how many of the texts equal what is learnt, both without white space around them."""
+    answers = [text.strip() for text in texts]
+    share = sum(answer == example.answer for answer in answers) / len(answers)
+    return Judgement(answers[0] or None, {"exact_match": share})

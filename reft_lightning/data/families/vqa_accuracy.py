@@ -1,0 +1,60 @@
+r"""The accuracy of visual question answering, where people do not agree on the answer.
+
+.. math:: \mathrm{Acc}(a) = \frac{1}{n} \sum_{i=1}^{n} \min\Big(\frac{|\{j \ne i : a_j = a\}|}{3}, 1\Big)
+
+with the answers a_1 ... a_n of n people (ten in VQA): an answer is right if three of the others gave it, and the mean
+is over all ways to leave one person out. Source: Antol et al. 2015, arXiv:1505.00468, and the evaluation page of
+https://visualqa.org.
+
+Answers are compared in lower case, without articles, sentence punctuation and apostrophes, and with number words as
+digits. The official script does so where people disagree, with a table of contractions instead of leaving apostrophes
+out on both sides; a comma between two digits is left out in both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+ENOUGH = 3  # people with the same answer
+ARTICLES = ("a", "an", "the")
+NUMBERS = ("none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+DIGITS = {word: str(max(i - 1, 0)) for i, word in enumerate(NUMBERS)}
+_BETWEEN_DIGITS = re.compile(r"(?<=\d),(?=\d)")
+_POINT = re.compile(r"(?<!\d)\.|\.(?!\d)")  # no decimal point
+_APOSTROPHES = re.compile("['\u2019`]")
+_PUNCTUATION = re.compile(r"""[;/\[\]"{}()=+\\_\-><@,?!:]""")
+
+
+def comparable(answer: str) -> str:
+    """Return an answer in the form in which answers are compared.
+
+    >>> comparable("The two dogs.")
+    '2 dogs'
+    >>> comparable("it's 1,000.5")
+    'its 1000.5'
+    """
+    text = _BETWEEN_DIGITS.sub("", answer.lower())
+    text = _PUNCTUATION.sub(" ", _APOSTROPHES.sub("", _POINT.sub("", text)))
+    return " ".join(DIGITS.get(word, word) for word in text.split() if word not in ARTICLES)
+
+
+def vqa_accuracy(answer: str, people: Sequence[str]) -> float:
+    """Return the accuracy of an answer, 0..1.
+
+    Args:
+        answer: of the model.
+        people: the answer of each person.
+
+    Raises:
+        ValueError: without people.
+
+    >>> vqa_accuracy("Red.", ["red"] * 3 + ["pink"] * 7)
+    0.9
+    """
+    if not people:
+        raise ValueError("an accuracy over people's answers needs at least one")
+    given = comparable(answer)
+    same = [comparable(person) == given for person in people]
+    others = (sum(same) - own for own in same)
+    return sum(min(count / ENOUGH, 1.0) for count in others) / len(same)

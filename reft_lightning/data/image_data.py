@@ -1,0 +1,241 @@
+"""The data module of models that read images: a processor makes of a text and its pictures what the model reads.
+
+The places of pictures are tokens of the prompt, so the layout is that of :mod:`.encoding`. Pixels are made when a batch
+is, and join it under the names of the model's own arguments.
+
+Letters: b rows, s columns.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..terminal.bars import Bar
+from .encoding import Collator, Encoded
+from .example import Example
+from .generation_data import GenerationData
+from .prompts import apply_template, tokenizer_of
+from .rows import DataSource
+
+log = logging.getLogger(__name__)
+
+OF_TOKENS = ("input_ids", "attention_mask", "labels")  # of a processor's output, that are made here
+
+
+class ImageData(GenerationData):
+    """Loaders of a family of kind `vision`.
+
+    Args:
+        family: of `families.vision`.
+        processor: of the model, with a tokenizer that has pad and eos tokens; None where rows are only checked.
+        source: as :class:`GenerationData`.
+        settings: likewise.
+    """
+
+    def __init__(self, family: Any, processor: Any, source: DataSource | str, **settings: Any) -> None:
+        tokenizer = None if processor is None else tokenizer_of(processor)
+        super().__init__(family, tokenizer, source, **settings)
+        self.processor = processor
+
+    def _check(self, example: Example, where: str) -> None:
+        for picture in example.pictures:
+            try:
+                picture.open()
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+        super()._check(example, where)
+
+    def _question(self, example: Example) -> str:
+        return " ".join([super()._question(example), *example.seen])
+
+    def _encode(self, examples: list[Example], what: str) -> EncodedImages:
+        texts = apply_template(self.template, examples, self.processor, self.system_prompt)
+        return EncodedImages(self.processor, texts, self.max_length, what)
+
+    def _collator(self, with_examples: bool) -> Callable[[list[Any]], dict[str, Any]]:
+        return ImageCollator(self.processor, with_examples)
+
+
+@dataclass(frozen=True)
+class EncodedImage(Encoded):
+    """Tokens of one example with pictures.
+
+    Args:
+        types: name -> the type of each token of the prompt, as the processor tells them.
+    """
+
+    types: Mapping[str, list[int]] = field(default_factory=dict)
+
+
+class EncodedImages(Dataset[EncodedImage]):
+    """Encoded examples; what the processor makes of each text, with its pictures, is kept without their pixels.
+
+    Args:
+        processor: of the model.
+        examples: with the text the model reads.
+        max_length: tokens of prompt and target together.
+        what: names the rows in the log.
+
+    Raises:
+        ValueError: for a prompt that leaves no room for its target (it cannot be cut: pictures are in it), or one that
+            the processor refuses; names the row.
+    """
+
+    def __init__(
+        self, processor: Any, examples: Sequence[Example], max_length: int, what: str = "rows"
+    ) -> None:
+        self.examples = list(examples)
+        self._rows: list[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]] = []
+        cut = 0
+        with Bar(f"encoding {what}", len(examples)) as bar:
+            for example in examples:
+                prompt, target, types = _tokens(processor, example)
+                if len(prompt) >= max_length:
+                    raise ValueError(
+                        f"{example.source}: the prompt has {len(prompt)} tokens with those of its pictures, and "
+                        f"data.max_length={max_length} leaves none for the answer: write a larger one"
+                    )
+                cut += len(prompt) + len(target) > max_length
+                target = target[: max_length - len(prompt)]
+                self._rows.append((np.array(prompt, np.int32), np.array(target, np.int32), types))
+                bar.advance()
+        if cut:
+            log.warning(
+                "%d of %d %s: target cut on the right, without eos; data.max_length=N keeps more",
+                cut, len(examples), what,
+            )  # fmt: skip
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> EncodedImage:
+        """Return row i, with its number."""
+        i = range(len(self))[i]
+        prompt, target, types = self._rows[i]
+        listed = {name: values.tolist() for name, values in types.items()}
+        return EncodedImage(prompt.tolist(), target.tolist(), self.examples[i], row=i, types=listed)
+
+    @property
+    def prompt_lengths(self) -> list[int]:
+        """Return the number of tokens of each row's prompt."""
+        return [len(prompt) for prompt, _, _ in self._rows]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Return the number of tokens of each row."""
+        return [len(prompt) + len(target) for prompt, target, _ in self._rows]
+
+    @property
+    def targets(self) -> list[int]:
+        """Return the number of target tokens of each row, over which its loss is a mean."""
+        return [len(target) for _, target, _ in self._rows]
+
+
+def _tokens(processor: Any, example: Example) -> tuple[list[int], list[int], dict[str, np.ndarray]]:
+    """Return the tokens of prompt and target, and the types of those of the prompt."""
+    inputs = processed(processor, example)
+    ids = inputs["input_ids"][0].tolist()
+    types = {
+        name: value[0].numpy().astype(np.int8)
+        for name, value in inputs.items()
+        if name not in OF_TOKENS and value.shape == inputs["input_ids"].shape
+    }
+    tokenizer: Any = tokenizer_of(processor)
+    target = tokenizer(example.target, add_special_tokens=False, verbose=False)["input_ids"]
+    if target[-1:] != [tokenizer.eos_token_id]:
+        target = [*target, tokenizer.eos_token_id]
+    return ids, target, types
+
+
+def processed(processor: Any, example: Example) -> dict[str, Tensor]:
+    """Return what a processor makes of the prompt of one example, with its pictures.
+
+    Raises:
+        ValueError: for what the processor refuses; names the row.
+    """
+    given: dict[str, Any] = {"text": [example.prompt], "return_tensors": "pt"}
+    if example.pictures:
+        given["images"] = [[picture.open() for picture in example.pictures]]
+    try:
+        return dict(processor(**given))
+    except (ValueError, TypeError, IndexError, KeyError) as error:
+        raise ValueError(f"{example.source}: {type(processor).__name__} refuses the row: {error}") from error
+
+
+class ImageCollator:
+    """Lay encoded rows out as prompt | target, with the types of their tokens and the pixels of their pictures.
+
+    Rows without pictures may stand beside others. Most models take the pictures of all rows in one list; some
+    (Idefics3, SmolVLM) a list for each row, the shorter ones filled up with zeros.
+
+    Args:
+        processor: of the model.
+        with_examples: add the `Example` objects, for evaluation.
+    """
+
+    def __init__(self, processor: Any, with_examples: bool = False) -> None:
+        self.processor = processor
+        pad: Any = tokenizer_of(processor).pad_token_id
+        self._collate = Collator(pad, with_examples)
+        # PaliGemma's, which reads the prefix (type 0) in both directions, has a name for what follows it
+        prefix = "suffix" in inspect.signature(type(processor).__call__).parameters
+        self._type_of_target = int(prefix)
+        self._by_row = _by_row(processor)
+
+    def __call__(self, rows: Sequence[EncodedImage]) -> dict[str, Any]:
+        """Return the batch: that of `Collator`, and what else the model reads."""
+        batch = self._collate(rows)
+        for name in dict.fromkeys(name for row in rows for name in row.types):
+            batch[name] = self._types(name, rows, batch)
+        seen = [
+            {name: value for name, value in processed(self.processor, row.example).items()
+             if name not in (*OF_TOKENS, *batch)}
+            if row.example.pictures else {}
+            for row in rows
+        ]  # fmt: skip
+        for name in dict.fromkeys(name for row in seen for name in row):
+            parts = [row[name] for row in seen if name in row]
+            if self._by_row:
+                none = parts[0].new_zeros([1, *[0] * (parts[0].ndim - 1)])
+                parts = [row.get(name, none) for row in seen]
+            batch[name] = _stacked(parts)
+        return batch
+
+    def _types(self, name: str, rows: Sequence[EncodedImage], batch: Mapping[str, Any]) -> Tensor:  # (b, s)
+        boundary = batch["boundary"]
+        types = torch.zeros_like(batch["input_ids"])
+        types[:, boundary:] = self._type_of_target
+        for i, row in enumerate(rows):
+            own = torch.tensor(row.types.get(name, [0] * len(row.prompt_ids)))
+            types[i, boundary - len(own) : boundary] = own
+        return types
+
+
+def _by_row(processor: Any) -> bool:
+    """Whether a processor makes a list of pictures for each row: two pictures of one row tell."""
+    from PIL import Image
+
+    picture = Image.new("RGB", (64, 64))
+    pixels = processor(text=[processor.image_token * 2], images=[[picture, picture]], return_tensors="pt")
+    return len(pixels["pixel_values"]) == 1
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Return tensors one after the other, each filled up with zeros to the largest size."""
+    sizes = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    return torch.cat([
+        F.pad(part, [n for size, own in zip(reversed(sizes), reversed(part.shape[1:]), strict=True)
+                     for n in (0, size - own)])
+        for part in parts
+    ])  # fmt: skip

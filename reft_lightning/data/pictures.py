@@ -1,0 +1,81 @@
+"""Pictures that rows name: files of a folder, or bytes as the hub's tables hold them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+MARK = "<image>"  # where a picture stands in a text, as in LLaVA's files
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a row.
+
+    Args:
+        name: as the row has it.
+        path: of its file; None where the row holds the bytes.
+        data: its bytes.
+    """
+
+    name: str
+    path: Path | None = None
+    data: bytes | None = field(default=None, repr=False)
+
+    def read(self) -> bytes:
+        """Return the bytes of the file."""
+        return self.path.read_bytes() if self.path is not None else self.data or b""
+
+    @cached_property
+    def digest(self) -> str:
+        """What is equal in two files with the same bytes."""
+        return hashlib.sha256(self.read()).hexdigest()[:16]
+
+    def open(self) -> Any:
+        """Return the picture in RGB.
+
+        Raises:
+            ValueError: for a file that is missing, is no picture, or ends too soon.
+        """
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            return Image.open(io.BytesIO(self.read())).convert("RGB")
+        except UnidentifiedImageError:
+            reason = "it is no picture that PIL reads"
+        except FileNotFoundError:
+            reason = f"there is no file {self.path}; data.image_folder names another folder"
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            reason = str(error)
+        raise ValueError(f"the picture {self.name!r} cannot be read: {reason}")
+
+
+def pictures_in(value: Any, name: str, where: str, folder: Path) -> tuple[Picture, ...]:
+    """Return the pictures of a cell: the name of a file, bytes, or a list of those; none of an empty cell.
+
+    Args:
+        value: of the cell; an object with ``bytes`` or ``path`` is how the hub's tables write a picture.
+        name: of the column.
+        where: the row is.
+        folder: that names of files are relative to.
+
+    Raises:
+        ValueError: for anything else; names the row.
+    """
+    if value is None or value == "":
+        return ()
+    if isinstance(value, list | tuple):
+        return tuple(picture for part in value for picture in pictures_in(part, name, where, folder))
+    if isinstance(value, bytes):
+        return (Picture("bytes", data=value),)
+    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
+        return (Picture(str(value.get("path") or "bytes"), data=value["bytes"]),)
+    path = value.get("path") if isinstance(value, Mapping) else value
+    if isinstance(path, str) and path:
+        return (Picture(path, folder / path),)  # an absolute name is used as it is
+    raise ValueError(f"{where}: column {name!r} must name a picture, or hold its bytes; got {value!r:.80}")
