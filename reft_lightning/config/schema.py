@@ -144,6 +144,7 @@ class DataConfig:
     target: Optional[str] = None
     answer: Optional[str] = None  # None: the whole target; else the column in braces within target
     context: Optional[str] = None
+    source_prompt: Optional[str] = None  # the other prompt of interchange interventions
     options: Any = None  # a column, or a list of columns
     answer_form: str = (
         "text"  # how the answer names an option: text | letter | index (from 0) | number (from 1)

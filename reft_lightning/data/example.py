@@ -28,6 +28,7 @@ class Example:
         source: where the row is (`"boolq/train.json, row 17"`), for error messages.
         context: what an instruction is about, Alpaca's "### Input:".
         turns: earlier turns of a conversation, (role, text) with the roles system, user and assistant.
+        source_prompt: another prompt, whose hidden states interchange interventions put into this one.
         recorded: column -> value, written with the prediction of this row. Not part of equality.
     """
 
@@ -39,12 +40,13 @@ class Example:
     source: str = ""
     context: str = ""
     turns: tuple[tuple[str, str], ...] = ()
+    source_prompt: str = ""
     recorded: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def content(self) -> tuple[str, ...]:
         """Return all that makes this row what it is: task, prompt, target, and what else is read."""
-        more = (self.context, *(part for turn in self.turns for part in turn))
+        more = (self.context, *(part for turn in self.turns for part in turn), self.source_prompt)
         return (self.task, self.prompt, self.target, *(more if any(more) else ()))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..base_models.reading import reading_of
-from .prefix_reader import COLUMNS, ColumnReader
+from .prefix_reader import COLUMNS, ColumnReader, of_rows
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def log_likelihood(reader: ColumnReader, batch: dict[str, Any]) -> Tensor:  # ->
     width, boundary = batch["input_ids"].shape[1], batch["boundary"]
     labels = batch["labels"][:, batch["labels"].shape[1] - (width - boundary) :]  # (b, t)
     # column i predicts label i + 1, so the last column's logits are not needed
-    read = {name: batch[name][:, :-1] for name in COLUMNS}
+    read = {name: batch[name][:, :-1] for name in COLUMNS} | of_rows(batch)
     logits = reader.logits({**read, "boundary": boundary})  # (b, t, v)
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     chosen = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)

@@ -16,6 +16,7 @@ Shapes: b rows, s columns of prompt | target, t target columns, v tokens of the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,12 @@ from ..base_models.caches import holds_columns
 from ..base_models.reading import keeps_its_columns
 
 COLUMNS = ("input_ids", "attention_mask", "prompt_mask")
+ROWS = ("source_ids", "source_mask")  # what else a batch may hold of its rows, the same in all reads of a reader
+
+
+def of_rows(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what a batch holds of its rows besides their columns, for the model."""
+    return {name: batch[name] for name in ROWS if name in batch}
 
 
 @dataclass
@@ -63,6 +70,7 @@ class ColumnReader:
             ValueError: if the batch ends before its boundary.
         """
         boundary, columns = batch["boundary"], {name: batch[name] for name in COLUMNS}
+        more = of_rows(batch)
         width = columns["input_ids"].shape[1]
         if width < boundary:
             raise ValueError(f"prompts end at column {boundary}, but the batch has only {width} columns")
@@ -70,13 +78,13 @@ class ColumnReader:
         last, self._last = self._last, None  # a read that fails leaves nothing half done
         if shared == 0 or last is None:
             last = None
-            logits, cache = self._read(columns, 0, width - boundary + 1, None)
+            logits, cache = self._read(columns, 0, width - boundary + 1, None, more)
         else:
             logits, cache = last.logits[:, : shared - boundary + 1], last.cache
             if cache is not None:
                 _narrow(cache, shared)
             if shared < width:
-                new, cache = self._read(columns, shared, width - shared, cache)
+                new, cache = self._read(columns, shared, width - shared, cache, more)
                 logits = torch.cat([logits, new], 1)
         self._last = _Read(columns, boundary, logits, cache)
         return logits
@@ -94,9 +102,14 @@ class ColumnReader:
         self._last = None
 
     def _read(
-        self, columns: dict[str, Tensor], start: int, keep: int, cache: DynamicCache | None
+        self,
+        columns: dict[str, Tensor],
+        start: int,
+        keep: int,
+        cache: DynamicCache | None,
+        more: dict[str, Tensor],
     ) -> tuple[Tensor, DynamicCache | None]:
-        inputs: dict[str, Any] = {**columns, "input_ids": columns["input_ids"][:, start:]}
+        inputs: dict[str, Any] = {**columns, **more, "input_ids": columns["input_ids"][:, start:]}
         if cache is not None:
             inputs["past_key_values"] = cache
         output = self.model(**inputs, logits_to_keep=keep, use_cache=True)

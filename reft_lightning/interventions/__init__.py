@@ -11,6 +11,7 @@ from .base import (
     settings_of,
 )
 from .elementwise import RED, Bias
+from .interchange import CDAS, DAS, BoundlessDAS
 from .orthonormal import orthonormal_rows
 from .rows import Found, Tokens
 from .steering import MeanDifference, ReFTr1
@@ -29,9 +30,12 @@ from .subspace import (
 )
 
 __all__ = [
+    "CDAS",
+    "DAS",
     "INTERVENTIONS",
     "RED",
     "Bias",
+    "BoundlessDAS",
     "ConsReFT",
     "DiReFT",
     "Found",

@@ -53,6 +53,12 @@ class Intervention(nn.Module):
     """Names of parameters whose scale carries no meaning (R): the optimizer never decays them."""
     reads_prompt: ClassVar[bool] = False
     """Whether its edits depend on tokens of the prompt, so that positions have to select some."""
+    closed_form: ClassVar[bool] = False
+    """Whether nothing is trained: an objective finds its parameters in one step."""
+    takes_source: ClassVar[str] = ""
+    """Which hidden state of another text each token takes: ``same``, of the token in its place, ``last``, or none."""
+    annealed: float = 1.0
+    """How far training is, from 0 to 1, for what it does gradually; 1 in evaluation."""
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

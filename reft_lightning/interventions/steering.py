@@ -35,6 +35,8 @@ class MeanDifference(Bias, name="difference_in_means"):
     layer is measured under the edits of others.
     """
 
+    closed_form = True
+
     def edit_rows(self, h: Tensor, tokens: Tokens) -> Tensor | Found:
         """Return b for every token, with the penalty where rows have signs."""
         edit = self.edit(h)

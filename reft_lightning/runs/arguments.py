@@ -30,7 +30,7 @@ SCHEDULES = (
     "transformers.optimization",
 )  # functions, whose names are known
 # settings of one's own rows
-COLUMNS = ("prompt", "target", "answer", "context", "options", "answer_form", "messages")
+COLUMNS = ("prompt", "target", "answer", "context", "options", "answer_form", "messages", "source_prompt")
 FILES = ("validation_path", "test_path", "delimiter")
 
 
@@ -105,6 +105,8 @@ def data_module(config: Config, family: AnyFamily, tokenizer: Any) -> BenchmarkD
     values |= {"tasks": values["tasks"] or list(family.tasks), "seed": config.seed, "sealed": config.sealed}
     if objective_of(config).pairs:
         values["pairs"] = True
+    if config.data.source_prompt:
+        values["sources"] = True
     del values["family"]
     kind, defaults = kind_of(family), DataConfig()
     for name in (*COLUMNS, *FILES, *kind.unused):  # the columns are those of one's own rows

@@ -34,6 +34,7 @@ class Adapter(nn.Module):
         partitions: name -> rows of the adapters that share this one's parameters.
         penalized: the Phi with a penalty of their parameters.
         seeing_rows: the class of a Phi whose edits depend on more than single tokens; None if there is none.
+        takes_source: whether a Phi takes hidden states of another text.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Adapter(nn.Module):
         self.orthonormal = [phi for phi in self.modules() if isinstance(phi, Orthonormal)]
         self.penalized = [phi for phi in phis if phi.defines("penalty")]
         self.seeing_rows = next((type(phi).__name__ for phi in phis if phi.sees_rows), None)
+        self.takes_source = any(phi.takes_source for phi in phis)
 
     @classmethod
     def build(cls, base_model: PreTrainedModel, config: ReftConfig) -> Self:
@@ -99,6 +101,11 @@ def _interventions(spec: LayerSpec, positions: Positions, site: Site) -> nn.Modu
     copies = {"all": 1, "group": positions.groups}.get(spec.tied) or sum(positions.slots())
     cls = registered(spec.method)
     check_settings(cls, spec.settings)
+    if cls.takes_source == "same" and any(term.kind in ("decode", "all") for term in positions.terms):
+        raise ValueError(
+            f"{spec.method} puts tokens of one prompt into another, and the positions {positions} select tokens after the "
+            "prompt, too: use fN, lN or prompt"
+        )
     after = [term.kind == "decode" for term in positions.terms]
     if cls.reads_prompt and after and (all if spec.tied == "all" else any)(after):
         raise ValueError(

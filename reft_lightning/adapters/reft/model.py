@@ -322,6 +322,8 @@ class ReftModel(nn.Module):
         adapter_names: Sequence[Any] | None = None,  # b of them
         row_values: Mapping[str, Tensor] | None = None,  # name -> (b, ...)
         edit_mask: Tensor | None = None,  # (b, s) bool
+        source_ids: Tensor | None = None,  # (b, s'), of texts padded in their own way
+        source_mask: Tensor | None = None,  # (b, s')
         **kwargs: Any,
     ) -> Any:
         """Run the base model with the edits; returns what the base model returns (``loss``, ``logits``, ...).
@@ -333,7 +335,8 @@ class ReftModel(nn.Module):
         ``adapter_names`` gives each row an adapter of its own: a name, a pair of a name and its strength, or None (or
         ``"__base__"``) for the base model. Without it, those of :meth:`set_adapter` edit all rows. ``row_values``
         are for interventions that ask for something of each row, such as the number of a concept. ``edit_mask`` marks
-        tokens for the positions ``given``.
+        tokens for the positions ``given``. ``source_ids`` are the prompts from which interchange interventions take hidden
+        states, as the base model reads them.
 
         In training, ``loss`` includes what interventions add to it, which is ``penalty``. Interventions that look at
         whole prompts (:mod:`reft_lightning.interventions.rows`) hand out no ``past_key_values``: what they found in
@@ -357,7 +360,8 @@ class ReftModel(nn.Module):
         chosen = self.adapters.chosen_by(adapter_names, len(tokens))
         if prompt_mask is None and labels is not None:
             self.check_prompts(spans, chosen[0])
-        with self._editing(spans, chosen, row_values, compiled=True) as call:
+        source = None if source_ids is None else (source_ids, source_mask)
+        with self._editing(spans, chosen, row_values, source, compiled=True) as call:
             output = self.base_model(**inputs)
         return output if call is None else self._with_findings(output, call)
 
@@ -411,6 +415,8 @@ class ReftModel(nn.Module):
         adapter_names: Sequence[Any] | None = None,  # b of them
         row_values: Mapping[str, Tensor] | None = None,  # name -> (b, ...)
         edit_mask: Tensor | None = None,  # (b, s) bool
+        source_ids: Tensor | None = None,  # (b, s'), of texts padded in their own way
+        source_mask: Tensor | None = None,  # (b, s')
         **kwargs: Any,
     ) -> Any:
         """Generate as Hugging Face does, with the edits on the prompt (and on new tokens where P says so).
@@ -419,8 +425,8 @@ class ReftModel(nn.Module):
         always start at column s. ``inputs`` and ``inputs_embeds`` may be given as in Hugging Face's. Without
         ``attention_mask``, padding is the pad token, unless it is the end-of-text token too. ``prompt_mask`` goes
         with rows that hold the beginning of an answer after their prompt: it is edited as if it had been generated.
-        ``adapter_names`` gives each row an adapter, ``row_values`` says something of each, and ``edit_mask`` marks
-        tokens, see :meth:`forward`.
+        ``adapter_names`` gives each row an adapter, ``row_values`` says something of each, ``edit_mask`` marks tokens,
+        and ``source_ids`` are other texts, see :meth:`forward`.
 
         Raises:
             ValueError: for ``guidance_scale``, which reads a second text, for tokens that are missing or given twice,
@@ -445,7 +451,8 @@ class ReftModel(nn.Module):
         past = kwargs.get("past_key_values")
         read = 0 if past is None else past.get_seq_length()  # as Hugging Face asks it, to cut what was read
         chosen = self.adapters.chosen_by(adapter_names, len(spans.prompt))
-        with self._editing(replace(spans, generating=True, read=read), chosen, row_values):
+        source = None if source_ids is None else (source_ids, source_mask)
+        with self._editing(replace(spans, generating=True, read=read), chosen, row_values, source):
             return self.base_model.generate(**arguments)
 
     def check_prompts(self, spans: Spans, choices: Sequence[Choice]) -> None:
@@ -472,6 +479,7 @@ class ReftModel(nn.Module):
         spans: Spans,
         chosen: tuple[tuple[Choice, ...], bool],
         row_values: Mapping[str, Tensor] | None,
+        source: tuple[Tensor, Tensor | None] | None,
         compiled: bool = False,
     ) -> Iterator[Call | None]:
         self._check_attached()
@@ -499,10 +507,35 @@ class ReftModel(nn.Module):
                 used = dict.fromkeys(choice.adapter for choice in choices)
                 rows = rotations(phi for name in used for phi in self.adapters[name].orthonormal)
                 call = Call(self, spans, choices, summed, rows, given=values)
+                if source is not None:
+                    call.sources = self._read_sources(call, *source)
         with _REPLACING if others else nullcontext(), replaced(others), running(call):
             yield call
         if call is not None:
             self._notice(call)
+
+    @torch.no_grad()
+    def _read_sources(self, call: Call, ids: Tensor, mask: Tensor | None) -> dict[Any, tuple[Tensor, Tensor]]:
+        """Let the base model read other texts, and return their hidden states where the interventions would edit.
+
+        Raises:
+            ValueError: if no adapter of the call takes any, or there are more rows than in the batch, or fewer.
+        """
+        used = [self.adapters[choice.adapter] for choice in call.choices]
+        if used and not any(adapter.takes_source for adapter in used):
+            able = [name for name, cls in INTERVENTIONS.items() if cls.takes_source]
+            raise ValueError(
+                f"{', '.join(adapter.config.method for adapter in used)} takes nothing from the texts source_ids; "
+                f"{', '.join(able)} do"
+            )
+        if len(ids) != len(call.spans.prompt):
+            raise ValueError(f"source_ids hold {len(ids)} rows, the batch {len(call.spans.prompt)}")
+        mask = torch.ones_like(ids) if mask is None else mask
+        inputs = forward_inputs(self.base_model, self._known, ids, mask, None, {})
+        reading = replace(call, spans=spans_of(mask, None, None), reads_sources=True)
+        with running(reading):
+            self.base_model(**inputs)
+        return reading.sources
 
     def _notice(self, call: Call) -> None:
         """Warn once if nothing is edited: in a whole generation, in a step of training, in the first passes."""
@@ -665,37 +698,50 @@ class ReftModel(nn.Module):
 
     def _edited_by(self, edit: Edit, flat: Tensor) -> tuple[Tensor, Tensor]:  # (b s, d) -> (n,), (n, d)
         """Return which tokens an adapter edits at a site, and Phi of them."""
-        adapter = self.adapters[edit.adapter]
+        adapter, call = self.adapters[edit.adapter], call_of(self)
         scale = adapter.scale * edit.weight
         indices = [index.to(flat.device) for index in edit.indices]
         edited = []
-        for phi, index in zip(adapter.interventions[edit.layer], indices, strict=True):
+        for i, (phi, index) in enumerate(zip(adapter.interventions[edit.layer], indices, strict=True)):
             h = flat.index_select(0, index)
-            if self._nulled:
+            if call is not None and call.reads_sources:
+                tokens = self._tokens_at(edit, index, call)
+                call.sources[edit.adapter, edit.layer, i] = tokens.padded(h), tokens.counts()
+                edited.append(h)
+            elif self._nulled:
                 edited.append(phi(h, nulled=True))
             elif adapter.seeing_rows is not None and phi.sees_rows:
-                edited.append(self._edited_rows(phi, edit, h, scale, index))
+                edited.append(self._edited_rows(phi, edit, i, h, scale, index))
             else:
                 edited.append(phi(h, scale))
         return (indices[0], edited[0]) if len(edited) == 1 else (torch.cat(indices), torch.cat(edited))
 
-    def _edited_rows(self, phi: Any, edit: Edit, h: Tensor, scale: float, index: Tensor) -> Tensor:
-        """Return Phi of tokens (n, d) with what is known of their rows, and note what else it found."""
+    def _edited_rows(
+        self, phi: Any, edit: Edit, i: int, h: Tensor, scale: float, index: Tensor
+    ) -> Tensor:  # (n, d) -> (n, d)
+        """Return Phi of tokens with what is known of their rows, and note what else it found."""
         call: Any = call_of(self)
-        b, s = call.plan.tokens.shape[:2]
         device = next((parameter.device for parameter in phi.parameters()), h.device)  # where it computes
-        given = {
-            name: value.to(device).repeat_interleave(b // len(value), 0) for name, value in call.given.items()
-        }
-        kept = call.kept.setdefault(edit.adapter, {})
-        index = index // self._site_of(edit).divided  # of a token, whatever the head
-        index = index.to(device)
-        tokens = Tokens(index // s, b, call.plan.prompt.to(device)[index], kept, given)
+        tokens = self._tokens_at(edit, index.to(device), call)
+
+        def of_rows_now(value: Tensor) -> Tensor:  # beams repeat every row
+            return value.to(device).repeat_interleave(tokens.count // len(value), 0)
+
+        tokens.given = {name: of_rows_now(value) for name, value in call.given.items()}
+        if (source := call.sources.get((edit.adapter, edit.layer, i))) is not None:
+            tokens.source = of_rows_now(source[0]), of_rows_now(source[1])
         edited = phi(h, scale, tokens)
         assert tokens.found is not None
         if tokens.found.penalty is not None:
             call.penalties.append(tokens.found.penalty)
         return edited
+
+    def _tokens_at(self, edit: Edit, index: Tensor, call: Any) -> Tokens:  # (n,) flat token indices
+        """Return where the tokens of an edit stand in their rows."""
+        b, s = call.plan.tokens.shape[:2]
+        index = index // self._site_of(edit).divided  # of a token, whatever the head
+        prompt = call.plan.prompt.to(index.device)
+        return Tokens(index // s, b, prompt[index], call.kept.setdefault(edit.adapter, {}))
 
     def _sum_of(self, edits: Sequence[Edit], flat: Tensor) -> Tensor:  # (b s, d) -> (b s, d)
         """Return h + the sum of what each adapter adds to h."""
