@@ -59,7 +59,7 @@ def to_easysteer(reft: ReftModel, folder: str | PathLike) -> None:
             )
         groups = [positions.terms] if tied == "all" else [(term,) for term in positions.terms]
         for terms, phi in zip(groups, reft.interventions[str(layer)], strict=True):
-            if not isinstance(phi, Subspace) or phi.sees_rows:
+            if not isinstance(phi, Subspace) or not phi.edits_tokens:
                 raise ValueError(
                     f"{where}: {spec.method!r} is not low-rank, and EasySteer's loreft payload holds U and V of "
                     "edit(h) = U'(V h + c)"

@@ -105,6 +105,11 @@ class Intervention(nn.Module):
         """Whether the edit of a token depends on more than the token, or returns more than hidden states."""
         return self.defines("edit_rows")
 
+    @property
+    def edits_tokens(self) -> bool:
+        """Whether the edit of a token depends on the token alone, whatever else ``edit_rows`` returns: it is ``edit``."""
+        return not self.sees_rows or self.defines("edit")
+
     def penalty(self) -> Tensor | None:
         """Return a scalar of the parameters that joins the loss in training; None for none."""
         return None
