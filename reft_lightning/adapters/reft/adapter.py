@@ -32,7 +32,7 @@ class Adapter(nn.Module):
         sites: layer -> where they act.
         positions: layer -> P, and how its Phi are tied.
         partitions: name -> rows of the adapters that share this one's parameters.
-        penalized: the Phi with a penalty of their parameters.
+        penalized: the Phi with a penalty of their parameters, of a weight other than 0.
         seeing_rows: the class of a Phi whose edits depend on more than single tokens; None if there is none.
         takes_source: whether a Phi takes hidden states of another text.
     """
@@ -53,7 +53,7 @@ class Adapter(nn.Module):
             self.layers_by_positions.setdefault(selection, []).append(layer)
         phis = [phi for group in interventions.values() for phi in group]
         self.orthonormal = [phi for phi in self.modules() if isinstance(phi, Orthonormal)]
-        self.penalized = [phi for phi in phis if phi.defines("penalty")]
+        self.penalized = [phi for phi in phis if phi.penalty() is not None]
         self.seeing_rows = next((type(phi).__name__ for phi in phis if phi.sees_rows), None)
         self.takes_source = any(phi.takes_source for phi in phis)
 
