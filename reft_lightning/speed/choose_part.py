@@ -113,7 +113,7 @@ def choose_part(model: Any, rows: Any, *, causal: bool, limit: int = 0) -> Part 
     if isinstance(model.base_model, FSDPModule):
         log.info("nothing is left out of training steps: the ranks of a sharded base run it equally often")
         return None
-    if model.adapters.first.seeing_rows:  # what is left out may be what it looks at
+    if model.adapters.first.seeing_rows or model.adapters.first.critical:  # what is left out may be what it looks at
         return None
     if angles_depend_on_length(model.base_model.config):
         log.info("nothing is left out of training steps: RoPE's angles depend on the longest row of a batch")

@@ -94,7 +94,8 @@ class JoinedPass:
         if angles_depend_on_length(self._base.config):
             self._refuse("RoPE's angles depend on the longest row of a batch")
         own = (one.model.adapters.first for one in adapters.values())
-        if seen := next((adapter for adapter in own if adapter.seeing_rows or adapter.penalized), None):
+        alone = (adapter for adapter in own if adapter.seeing_rows or adapter.penalized or adapter.critical)
+        if seen := next(alone, None):
             self._refuse(f"{seen.config.method} adds to the loss, or looks at more than single tokens")
 
     def _join(self) -> ReftModel:

@@ -18,10 +18,13 @@ PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 (READER,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 LOW_RANK = ["loreft", "direft_orthonormal", "noreft", "direft", "consreft", "lobireft"]
 FROM_TEXTS = ["das", "boundless_das", "cdas"]
-BUILT_IN = [*LOW_RANK, *FROM_TEXTS, "red", "bias", "difference_in_means", "reft_r1", "lofit", "jola"]
+BUILT_IN = [
+    *LOW_RANK, *FROM_TEXTS, "red", "bias", "difference_in_means", "activation_scaling", "cast", "reft_r1", "lofit", "jola",
+]  # fmt: skip
 CASES = [
     *((method, {"rank": 2} if method in (*LOW_RANK, *FROM_TEXTS) else {}) for method in BUILT_IN),
     ("boundless_das", {}),
+    ("cast", {"threshold": 0.9, "below": True}),
     ("reft_r1", {"top_k": 2}),
     ("lofit", {"stage": "scale", "component": "head_output", "tied": "all"}),
     ("loreft", {"rank": 2, "act_fn": "relu", "layers": {0: {}, 1: {"act_fn": "tanh"}, 2: {"method": "noreft"}}}),
@@ -67,7 +70,7 @@ def test_the_reader_of_the_page_computes_what_the_library_does(method, settings,
 
 
 def test_the_reader_is_short_and_needs_numpy_and_safetensors_only():
-    assert len(READER.splitlines()) <= 61
+    assert len(READER.splitlines()) <= 68
     assert set(re.findall(r"^(?:import|from) (\w+)", READER, re.MULTILINE)) == {
         "json",
         "pathlib",

@@ -13,6 +13,7 @@ from ...base_models.dispatch import is_dispatched
 from ...interventions import Orthonormal, Partition, check_settings, registered
 from ...suggest import did_you_mean
 from .config import LayerSpec, ReftConfig
+from .critical import check_attends
 from .positions import Positions, parse_positions
 from .site_shapes import check_shapes
 from .sites import Site, device_at, find_sites
@@ -35,6 +36,7 @@ class Adapter(nn.Module):
         penalized: the Phi with a penalty of their parameters, of a weight other than 0.
         seeing_rows: the class of a Phi whose edits depend on more than single tokens; None if there is none.
         takes_source: whether a Phi takes hidden states of another text.
+        critical: how many tokens of a prompt a first pass has to find.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Adapter(nn.Module):
         self.penalized = [phi for phi in phis if phi.penalty() is not None]
         self.seeing_rows = next((type(phi).__name__ for phi in phis if phi.sees_rows), None)
         self.takes_source = any(phi.takes_source for phi in phis)
+        self.critical = {found for spec, _ in positions.values() if (found := spec.critical)}
 
     @classmethod
     def build(cls, base_model: PreTrainedModel, config: ReftConfig) -> Self:
@@ -76,6 +79,8 @@ class Adapter(nn.Module):
             if device.type == "meta" and is_dispatched(base_model):  # offloaded until it is used
                 device = torch.get_default_device()
             interventions[key] = group if device == torch.get_default_device() else group.to(device)
+        if any(spec.critical for spec, _ in positions.values()):
+            check_attends(base_model)
         return cls(config, interventions, {str(layer): site for layer, site in sites.items()}, positions)
 
     def partition(self, rows: Sequence[int]) -> Self:

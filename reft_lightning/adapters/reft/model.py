@@ -46,6 +46,7 @@ from .adapter_set import DEFAULT, AdapterSet, partitions_of
 from .base_of import load_base_of
 from .calls import Call, call_of, running
 from .config import ReftConfig, check_architecture, config_of
+from .critical import most_attended
 from .edit_plan import Choice, Edit, EditPlan, token_indices
 from .positions import MaskFunction, Positions
 from .sites import Site, hook_at
@@ -360,6 +361,7 @@ class ReftModel(nn.Module):
         chosen = self.adapters.chosen_by(adapter_names, len(tokens))
         if prompt_mask is None and labels is not None:
             self.check_prompts(spans, chosen[0])
+        spans = self._with_critical(spans, chosen[0], input_ids, kwargs.get("inputs_embeds"))
         source = None if source_ids is None else (source_ids, source_mask)
         with self._editing(spans, chosen, row_values, source, compiled=True) as call:
             output = self.base_model(**inputs)
@@ -368,7 +370,7 @@ class ReftModel(nn.Module):
     def _with_findings(self, output: Any, call: Call) -> Any:
         """Add what interventions found to the output of the base model; most find nothing."""
         used = dict.fromkeys(self.adapters[choice.adapter] for choice in call.choices)
-        seeing = any(adapter.seeing_rows for adapter in used)
+        seeing = any(adapter.seeing_rows or adapter.critical for adapter in used)
         penalties: list[Tensor] = []
         if self.training and torch.is_grad_enabled():
             own = (phi.penalty() for adapter in used for phi in adapter.penalized)
@@ -451,6 +453,8 @@ class ReftModel(nn.Module):
         past = kwargs.get("past_key_values")
         read = 0 if past is None else past.get_seq_length()  # as Hugging Face asks it, to cut what was read
         chosen = self.adapters.chosen_by(adapter_names, len(spans.prompt))
+        given_ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+        spans = self._with_critical(spans, chosen[0], given_ids, embeds)
         source = None if source_ids is None else (source_ids, source_mask)
         with self._editing(replace(spans, generating=True, read=read), chosen, row_values, source):
             return self.base_model.generate(**arguments)
@@ -513,6 +517,30 @@ class ReftModel(nn.Module):
             yield call
         if call is not None:
             self._notice(call)
+
+    @torch.no_grad()
+    def _with_critical(
+        self, spans: Spans, choices: Sequence[Choice], ids: Tensor | None, embeds: Tensor | None
+    ) -> Spans:
+        """Let the base model read the prompts, and mark the tokens that are critical, where positions ask for them.
+
+        Raises:
+            ValueError: if adapters ask for different numbers, or the prompts are not all there.
+        """
+        counts = {count for choice in choices for count in self.adapters[choice.adapter].critical}
+        if not counts or not self._enabled or spans.given is not None:
+            return spans
+        tokens: Any = ids if embeds is None else embeds
+        if len(counts) > 1 or tokens.shape[1] != spans.width:
+            raise ValueError(
+                f"positions critical:{', critical:'.join(map(str, sorted(counts)))} are found by reading all of a prompt, and "
+                "for one number of tokens a call: give no past_key_values, and one number in all layers"
+            )
+        others = {"output_attentions": True} | ({} if embeds is None else {"inputs_embeds": embeds})
+        inputs = forward_inputs(self.base_model, self._known, ids, spans.prompt.long(), None, others)
+        with running(None):
+            attentions = self.base_model(**inputs).attentions
+        return marked(spans, most_attended(attentions, spans.prompt, counts.pop()))
 
     @torch.no_grad()
     def _read_sources(self, call: Call, ids: Tensor, mask: Tensor | None) -> dict[Any, tuple[Tensor, Tensor]]:

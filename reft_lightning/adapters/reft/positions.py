@@ -9,14 +9,15 @@ prompt     every token of the prompt                            unbounded
 prompt:S   a share S of them, evenly spread, the last included  unbounded
 given      those of the prompt that ``edit_mask`` marks         unbounded
 given:S    a share S of those                                   unbounded
+critical:N the N tokens of the prompt that the others attend to unbounded
+           most, found by a first pass of the base model
 decode     every token after the prompt (target or generated)   unbounded
 decode:N   the first N tokens after the prompt                  1 .. N
 all        every token                                          unbounded
 ========== ==================================================== ==================================
 
-Terms are added: ``f7+l7``, ``prompt+decode:8``. What depends on the input (image tokens, the tokens that a first pass
-found critical) is ``given``: a mask (b, s) with each call of the model. A callable ``(prompt_mask, target_mask) ->
-mask``, all (b, s) bool, selects anything else.
+Terms are added: ``f7+l7``, ``prompt+decode:8``. What depends on the input (image tokens) is ``given``: a mask (b, s) with
+each call of the model. A callable ``(prompt_mask, target_mask) -> mask``, all (b, s) bool, selects anything else.
 
 A short prompt of n tokens clips the counts of ``fp+ls``, so that the two never overlap:
 
@@ -49,9 +50,10 @@ from ...suggest import did_you_mean
 
 MaskFunction = Callable[[Tensor, Tensor], Tensor]
 CLIPS = ("paper", "floor")
+MARKED = ("given", "critical")  # tokens of the prompt that a mask of the call marks
 SYNTAX = (
-    "fN, lN, fN+lM, prompt, given, all, decode, decode:N and sums of them, with N >= 1, and prompt:S or given:S with a "
-    "share 0 < S < 1"
+    "fN, lN, fN+lM, prompt, given, critical:N, all, decode, decode:N and sums of them, with N >= 1, and prompt:S or given:S "
+    "with a share 0 < S < 1"
 )
 
 
@@ -66,9 +68,9 @@ class Term:
     def __str__(self) -> str:
         if self.share is not None:
             return f"{self.kind}:{np.format_float_positional(self.share)}"
-        return {"f": f"f{self.count}", "l": f"l{self.count}", "decode": f"decode:{self.count}"}.get(
-            self.kind if self.count is not None else "", self.kind
-        )
+        if self.count is None:
+            return self.kind
+        return f"{self.kind}{self.count}" if self.kind in "fl" else f"{self.kind}:{self.count}"
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,17 @@ class Positions:
     @property
     def needs_prompt(self) -> bool:
         """Whether every row needs a prompt for the specification to mean anything."""
-        return any(term.kind in ("f", "l", "prompt", "given") for term in self.terms)
+        return any(term.kind in ("f", "l", "prompt", *MARKED) for term in self.terms)
 
     @property
     def needs_mask(self) -> bool:
         """Whether each call must mark the tokens."""
         return any(term.kind == "given" for term in self.terms)
+
+    @property
+    def critical(self) -> int | None:
+        """How many tokens a first pass has to find; None for none."""
+        return next((term.count for term in self.terms if term.kind == "critical"), None)
 
     @property
     def groups(self) -> int:
@@ -105,7 +112,9 @@ class Positions:
         Raises:
             ValueError: if a group has no fixed number of positions.
         """
-        counts = [None] if self.function is not None else [term.count for term in self.terms]
+        counts = [None] if self.function is not None else [
+            None if term.kind == "critical" else term.count for term in self.terms
+        ]
         if None in counts:
             raise ValueError(
                 f"tied='position' needs a fixed number of positions, but {self} selects as many as the text has; "
@@ -121,7 +130,7 @@ class Positions:
         Args:
             prompt: (b, s) bool, the tokens of the prompt.
             target: (b, s) bool, the tokens after it.
-            given: (b, s) bool, the tokens that the caller marks.
+            given: (b, s) bool, the tokens that the caller marks, or the first pass.
 
         Raises:
             ValueError: without marks, where they are needed, or for what a function returns instead of a mask.
@@ -150,7 +159,7 @@ class Positions:
             last = torch.where(clipped, (n - n // 2).clamp(max=s), s)
         return [
             self._slots(term, prompt, target, from_left, after, n, first, last)
-            if term.kind not in ("prompt", "given")
+            if term.kind not in ("prompt", *MARKED)
             else _spread(prompt if term.kind == "prompt" or given is None else prompt & given, term.share)
             for term in self.terms
         ]
@@ -220,7 +229,8 @@ def _parse_terms(spec: str) -> tuple[Term, ...]:
     covering = {
         "prompt": {"f", "l"},
         "given": {"f", "l", "prompt"},
-        "all": {"f", "l", "prompt", "given", "decode"},
+        "critical": {"f", "l", "prompt", "given"},
+        "all": {"f", "l", "prompt", *MARKED, "decode"},
     }
     for kind, covered in covering.items():
         overlap = covered & set(kinds) if kind in kinds else set()
@@ -237,7 +247,7 @@ def _parse_term(part: str, spec: str) -> Term:
         return Term(part)
     if share := re.fullmatch(r"(prompt|given):(0?\.\d*[1-9]\d*)", part):
         return Term(share[1], share=float(share[2]))
-    match = re.fullmatch(r"([fl])([1-9]\d*)|(decode):([1-9]\d*)", part)
+    match = re.fullmatch(r"([fl])([1-9]\d*)|(decode|critical):([1-9]\d*)", part)
     if not match:
         raise ValueError(f"malformed positions {spec!r}: cannot read {part!r}; allowed: {SYNTAX}")
     return Term(match[1] or match[3], int(match[2] or match[4]))
