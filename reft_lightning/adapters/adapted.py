@@ -116,7 +116,9 @@ class Steerable(AdaptedModel, Protocol):
         *args: Any,
         adapter_names: Sequence[Any] | None = None,
         row_values: Mapping[str, Tensor] | None = None,
+        source_ids: Tensor | None = None,
+        source_mask: Tensor | None = None,
         **batch: Any,
     ) -> Any:
-        """Return what the base model returns, with an adapter, a strength and values for each row."""
+        """Return what the base model returns, with an adapter, a strength, values and another text for each row."""
         ...

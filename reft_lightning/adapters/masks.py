@@ -182,7 +182,7 @@ def marked(spans: Spans, **masks: Tensor | None) -> Spans:  # (b, s) each
             raise ValueError(
                 f"{name}_mask must have the shape {tuple(spans.prompt.shape)}; got {tuple(mark.shape)}"
             )
-    return replace(spans, marks=marks)
+    return replace(spans, marks={**spans.marks, **marks})
 
 
 def guess_attention(

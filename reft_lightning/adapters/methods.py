@@ -74,6 +74,16 @@ class Method:
         return bool(self.peft) and not self.virtual_tokens
 
     @property
+    def takes_source(self) -> bool:
+        """Whether its edits take hidden states of other texts, which the rows have to bring."""
+        return self.takes_settings and bool(_intervention(self.name).takes_source)
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether an objective finds its parameters in one step, and no other objective does."""
+        return self.takes_settings and _intervention(self.name).closed_form
+
+    @property
     def takes_options(self) -> bool:
         """Whether ``intervention.options`` can hold anything."""
         return bool(self.peft) or self.takes_settings
@@ -203,13 +213,19 @@ def check_beside(method: Method, beside: str | None, options: Mapping[str, Any])
         raise ValueError(f"beside must be one of {', '.join(joint)}; got {beside!r}{reason}")
 
 
-def _intervention_settings(name: str) -> list[str]:
-    from ..interventions import intervention_class, settings_of
+def _intervention(name: str) -> Any:
+    from ..interventions import intervention_class
 
     try:
-        return list(settings_of(intervention_class(name)))
+        return intervention_class(name)
     except ValueError as error:
         raise ValueError(f"{error}{did_you_mean(name, METHODS)}") from error
+
+
+def _intervention_settings(name: str) -> list[str]:
+    from ..interventions import settings_of
+
+    return list(settings_of(_intervention(name)))
 
 
 def peft_class(name: str) -> Any:

@@ -126,6 +126,7 @@ class DataConfig:
     batch_size: int = 16  # per device and step; the paper accumulates two
     eval_batch_size: int = free(32)
     max_length: int = 512  # tokens, prompt and target together
+    target_tokens: Optional[int] = None  # of each training target, the first so many are learnt; None: all
     template: Optional[str] = None  # plain | alpaca | chat; None: the family's
     system_prompt: Optional[str] = None  # of the chat template
     # rows held out of the training rows, or a part of them (float); the paper tuned on 300. custom: -1 for a tenth
@@ -144,6 +145,7 @@ class DataConfig:
     target: Optional[str] = None
     answer: Optional[str] = None  # None: the whole target; else the column in braces within target
     context: Optional[str] = None
+    source_prompt: Optional[str] = None  # the other prompt of interchange interventions
     options: Any = None  # a column, or a list of columns
     answer_form: str = (
         "text"  # how the answer names an option: text | letter | index (from 0) | number (from 1)
@@ -368,6 +370,7 @@ class Bounds(NamedTuple):
 BOUNDS: dict[str, Bounds] = {
     "data.batch_size": Bounds(1),
     "data.eval_batch_size": Bounds(1),
+    "data.target_tokens": Bounds(1),
     "data.limit_train": Bounds(1),
     "data.limit_validation": Bounds(1),
     "data.limit_test": Bounds(1),

@@ -115,9 +115,11 @@ class Columns:
         options: str | Sequence[str] | None,
         answer_form: str,
         line_break: bool,
+        source_prompt: str | None = None,
     ) -> None:
         self.prompt, self.target = Pattern.parse(prompt, "data.prompt"), Pattern.parse(target, "data.target")
         self.context = Pattern.parse(context, "data.context") if context else None
+        self.source_prompt = Pattern.parse(source_prompt, "data.source_prompt") if source_prompt else None
         self.options: tuple[str, ...] = (options,) if isinstance(options, str) else tuple(options or ())
         self.answer_form, self.line_break = answer_form, line_break
         if not all(isinstance(name, str) for name in self.options):
@@ -147,7 +149,7 @@ class Columns:
         self.before, self.after = (
             (self.target.parts[place][0].strip(), ends[place].strip()) if self.answer else ("", "")
         )
-        texts = (self.prompt, self.target, *((self.context,) if self.context else ()))
+        texts = filter(None, (self.prompt, self.target, self.context, self.source_prompt))
         self.names = (*(name for text in texts for name in text.names), *self.options)
 
     def __call__(self, row: Row, where: str) -> Example:
@@ -180,10 +182,19 @@ class Columns:
             context = _ended(context)
         elif self.line_break:
             prompt = _ended(prompt)
+        source_prompt = self.source_prompt.fill(row, where) if self.source_prompt else ""
+        if self.source_prompt and not source_prompt.strip():
+            raise ValueError(
+                f"{where}: the row has no source prompt: {_columns(self.source_prompt.names)} empty"
+            )
+        if self.line_break and not context and source_prompt:
+            source_prompt = _ended(source_prompt)
         targets = (
             self.target.fill({**row, str(self.answer): word}, where).strip() for word in options if word
         )
-        return Example(TASK, prompt, target, answer, tuple(targets), where, context)
+        return Example(
+            TASK, prompt, target, answer, tuple(targets), where, context, source_prompt=source_prompt
+        )
 
     def find(self, text: str) -> str | None:
         """Return the part of a text where the target has the answer; None where the text around it is missing."""

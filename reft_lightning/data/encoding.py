@@ -107,10 +107,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int
 
 
 def encode_all(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int, what: str = "rows"
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    max_length: int,
+    what: str = "rows",
+    target_tokens: int | None = None,
 ) -> EncodedRows:
     """Encode many examples, each as `encode` does, and log what was unusual: boundary tokens, truncation.
 
+    Of each target the first ``target_tokens`` are left, eos included where it is one of them.
     Many rows are encoded in several processes and kept in the cache, see `encoding_cache`.
     """
     leading, eos = _frame(tokenizer, max_length)
@@ -135,7 +140,7 @@ def encode_all(
         log.warning(
             "%d %s: target cut on the right, without eos; data.max_length=N keeps more", targets, rows
         )
-    return EncodedRows(examples, columns)
+    return EncodedRows(examples, columns, target_tokens)
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], int]:
@@ -211,12 +216,20 @@ class EncodedRows(Dataset[Encoded]):
     Args:
         examples: n of them.
         columns: what `encode_texts` makes of them, as `prepare` returns them.
+        target_tokens: of each target, the first so many are left; None for all.
     """
 
-    def __init__(self, examples: Sequence[Example], columns: Mapping[str, np.ndarray]) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        columns: Mapping[str, np.ndarray],
+        target_tokens: int | None = None,
+    ) -> None:
         self.examples, self._columns = list(examples), columns
         self._lengths, self._prompts = columns["ids.lengths"], columns["prompt"]
         self._starts = np.concatenate([[0], np.cumsum(self._lengths)]).astype(np.int64)
+        if target_tokens is not None:
+            self._lengths = np.minimum(self._lengths, self._prompts + target_tokens)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -225,7 +238,7 @@ class EncodedRows(Dataset[Encoded]):
     def __getitem__(self, i: int) -> Encoded:
         """Return row i as `encode` made it, with its number."""
         i = range(len(self))[i]  # -1 is the last row, len(self) an IndexError
-        ids = self._columns["ids"][self._starts[i] : self._starts[i + 1]].tolist()
+        ids = self._columns["ids"][self._starts[i] : self._starts[i] + self._lengths[i]].tolist()
         prompt, joint, cut_prompt, cut_target = (
             self._columns[name][i].item() for name in TYPES if name != "ids"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from .encoding import Collator, EncodedRows, encode_all, refuse_empty
 from .example import Example, normalized, question_of
 from .family import Family
 from .files import read_json_file
-from .pairs import EncodedPairs, collate_pairs, rejected
+from .pairs import EncodedPairs, collate_pairs, collate_sources, rejected
 from .prompts import apply_template
 from .rows import DataSource
 from .splits import carve_validation, fingerprint
@@ -39,6 +40,8 @@ class GenerationData(BenchmarkData):
         template: laid around each prompt, a name in `prompts.TEMPLATES`; None for the family's.
         system_prompt: for chat templates.
         pairs: whether train rows are pairs of the target and another option, which is rejected.
+        sources: whether all rows have source prompts.
+        target_tokens: of each train target, the first so many are learnt; None for all.
         validation_size: rows taken out of train, over all tasks together, or a part of their distinct prompts (float);
             of tasks that bring validation rows, how many of those are read at most, -1 for all.
         settings: as `BenchmarkData`.
@@ -57,6 +60,8 @@ class GenerationData(BenchmarkData):
         system_prompt: str | None = None,
         validation_size: int | float,
         pairs: bool = False,
+        sources: bool = False,
+        target_tokens: int | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(family, tokenizer, source, tasks=tasks, max_length=max_length, **settings)
@@ -81,7 +86,7 @@ class GenerationData(BenchmarkData):
             )
         self.validation_size = validation_size
         self.template, self.system_prompt = template or family.template, system_prompt
-        self.pairs = pairs
+        self.pairs, self.sources, self.target_tokens = pairs, sources, target_tokens
         self.data_versions["template"] = self.template
 
     @property
@@ -178,18 +183,27 @@ class GenerationData(BenchmarkData):
         earlier = (text for _, text in example.turns)
         return normalized(" ".join([example.prompt, example.context, *earlier]))
 
-    def _encode(self, examples: list[Example], what: str) -> EncodedRows:
+    def _encode(self, examples: list[Example], what: str, target_tokens: int | None = None) -> Any:
+        rows = self._encoded(examples, what, target_tokens)
+        if not self.sources:
+            return rows
+        others = [replace(example, prompt=example.source_prompt) for example in examples]
+        return EncodedPairs(rows, self._encoded(others, f"source prompts of {what}"), rows.targets)
+
+    def _encoded(self, examples: list[Example], what: str, target_tokens: int | None = None) -> EncodedRows:
         texts = apply_template(self.template, examples, self.tokenizer, self.system_prompt)
-        return encode_all(self.tokenizer, texts, self.max_length, what)
+        return encode_all(self.tokenizer, texts, self.max_length, what, target_tokens)
 
     def _encode_train(self, examples: list[Example]) -> Any:
         if not self.pairs:
-            return super()._encode_train(examples)
+            return self._encode(examples, "train rows", self.target_tokens)
         return EncodedPairs(
-            self._encode(examples, "train rows"),
-            self._encode([rejected(e) for e in examples], "rejected answers"),
+            self._encoded(examples, "train rows", self.target_tokens),
+            self._encoded([rejected(e) for e in examples], "rejected answers", self.target_tokens),
         )
 
     def _collator(self, with_examples: bool) -> Callable[[list[Any]], dict[str, Any]]:
         collate = Collator(self.tokenizer.pad_token_id, with_examples)
+        if self.sources:
+            return partial(collate_sources, collate)
         return partial(collate_pairs, collate) if self.pairs and not with_examples else collate

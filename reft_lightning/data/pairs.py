@@ -1,4 +1,4 @@
-"""Train rows as pairs: the target that is chosen, and another option, which is rejected."""
+"""Rows in pairs: the target that is chosen and an option that is rejected, or a prompt and its source prompt."""
 
 from __future__ import annotations
 
@@ -31,29 +31,31 @@ def rejected(example: Example) -> Example:
 
 
 class EncodedPairs(Dataset[tuple[Encoded, Encoded]]):
-    """Pairs of encoded rows, whose loss is a mean over pairs.
+    """Pairs of encoded rows.
 
     Args:
-        chosen: the rows with their targets.
-        rejected: the same rows with a wrong option for their target.
+        first: the rows with their targets.
+        second: the same rows with a wrong option for their target, or with their source prompts.
+        targets: of each pair, over which its loss is a mean; None for one, itself.
     """
 
-    def __init__(self, chosen: EncodedRows, rejected: EncodedRows) -> None:
-        self.chosen, self.rejected = chosen, rejected
-        self.examples, self.targets = chosen.examples, [1] * len(chosen)
+    def __init__(self, first: EncodedRows, second: EncodedRows, targets: Sequence[int] | None = None) -> None:
+        self.first, self.second = first, second
+        self.examples = first.examples
+        self.targets = [1] * len(first) if targets is None else targets
 
     def __len__(self) -> int:
         """Return the number of pairs."""
-        return len(self.chosen)
+        return len(self.first)
 
     def __getitem__(self, i: int) -> tuple[Encoded, Encoded]:
         """Return pair i."""
-        return self.chosen[i], self.rejected[i]
+        return self.first[i], self.second[i]
 
     @property
     def lengths(self) -> list[int]:
         """Return the number of tokens of the longer row of each pair."""
-        return list(map(max, self.chosen.lengths, self.rejected.lengths))
+        return list(map(max, self.first.lengths, self.second.lengths))
 
 
 def collate_pairs(
@@ -61,3 +63,16 @@ def collate_pairs(
 ) -> dict[str, Any]:
     """Return a batch of b pairs as 2 b rows, first those that are chosen."""
     return collate([row for rows in zip(*pairs, strict=True) for row in rows])
+
+
+def collate_sources(
+    collate: Callable[[list[Encoded]], dict[str, Any]], pairs: Sequence[tuple[Encoded, Encoded]]
+) -> dict[str, Any]:
+    """Return a batch of the first rows, with the prompts of the second as source_ids and source_mask, left-padded."""
+    rows, sources = (list(side) for side in zip(*pairs, strict=True))
+    batch, other = collate(rows), collate(sources)
+    prompts = slice(0, other["boundary"])
+    return batch | {
+        "source_ids": other["input_ids"][:, prompts],
+        "source_mask": other["attention_mask"][:, prompts],
+    }

@@ -2,7 +2,7 @@
 
 from .decoding import Decoding, generate
 from .option_likelihood import log_likelihood, option_log_likelihoods, with_draft
-from .prefix_reader import ColumnReader
+from .prefix_reader import ColumnReader, sources_in
 from .row_metrics import MeanLoss, RowScores, mean_interval, pass_at_k, wilson_interval
 from .sandbox.run import Limits, Outcome, run_program, run_programs
 
@@ -20,6 +20,7 @@ __all__ = [
     "pass_at_k",
     "run_program",
     "run_programs",
+    "sources_in",
     "wilson_interval",
     "with_draft",
 ]

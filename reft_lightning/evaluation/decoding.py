@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from ..base_models.reading import keeps_its_columns
-from .prefix_reader import COLUMNS, ColumnReader, seen_in
+from .prefix_reader import COLUMNS, ColumnReader, seen_in, sources_in
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ def _verified(reader: ColumnReader, batch: dict[str, Any], tokenizer: Any, decod
     target = batch["attention_mask"].bool()[:, boundary:] & ~batch["prompt_mask"][:, boundary:]
     draft = target & ((batch["input_ids"][:, boundary:] == eos).cumsum(-1) == 0)  # nothing follows eos
     t = min(int(draft.sum(-1).max()), most - 1)  # nor the last token allowed
-    inputs = {name: batch[name][:, : boundary + t] for name in COLUMNS}
+    inputs = {name: batch[name][:, : boundary + t] for name in COLUMNS} | sources_in(batch)
     logits = reader.logits({**inputs, "boundary": boundary})  # (b, t + 1, v)
     # The model's token after the prompt and after each token of the draft; column by column, as generate() takes the
     # argmax in float32: all columns at once would be a second copy of the logits.
@@ -280,7 +280,9 @@ def _continue(
     order = order[:, width + 1 - int(attention.sum(-1).max()) :]
     ids = torch.cat([inputs["input_ids"][rows], last], 1).gather(1, order)
     prompt = torch.cat([inputs["prompt_mask"][rows], ~new], 1).gather(1, order)
-    more: dict[str, Any] = {"prompt_mask": prompt}
+    more: dict[str, Any] = {"prompt_mask": prompt} | {
+        name: value[rows] for name, value in sources_in(inputs).items()
+    }
     if cache is not None:
         more["past_key_values"] = _taken(cache, rows, order[:, :-1])
     rest = replace(decoding, max_new_tokens=most - 1 - int(accepted.min()))

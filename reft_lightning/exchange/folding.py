@@ -93,7 +93,7 @@ def affine(phi: Intervention, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ValueError: if the edit is not affine, or not finite.
     """
-    if phi.sees_rows:
+    if not phi.edits_tokens:
         raise ValueError(f"{type(phi).__name__} looks at more than single tokens, and no weight does that")
     if isinstance(phi, Partition) or (isinstance(phi, Subspace) and type(phi).edit is Subspace.edit):
         U, V, c = (tensor.cpu() for tensor in phi.affine())

@@ -34,6 +34,7 @@ from ..config.schema import Config
 from ..data.encoding import Collator, Encoded
 from ..data.example import Example
 from ..data.pairs import EncodedPairs
+from ..evaluation.prefix_reader import ROWS
 from ..runs.arguments import method_of
 from ..runs.build import Outline, outline, prepare
 from ..runs.kinds import kind_of
@@ -105,7 +106,11 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
     else:
         run = outline(config)
         rows = {}
-        batches = {"given": _batch(run, config.data.batch_size * (1 + run.objective.pairs), prompt, target)}
+        batch = _batch(run, config.data.batch_size * (1 + run.objective.pairs), prompt, target)
+        if config.data.source_prompt:
+            ids, mask = (batch[name][:, :prompt] for name in ("input_ids", "attention_mask"))
+            batch |= {"source_ids": ids, "source_mask": mask}
+        batches = {"given": batch}
     base, notes = _build(run)
     base.to(getattr(torch, config.model.dtype))
     base.requires_grad_(False)
@@ -162,7 +167,7 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
 def _batches_of(data: Any) -> tuple[dict[str, Batch], dict[str, int]]:
     """Return the batch in the middle and the largest one of an epoch, by their tokens with padding."""
     rows, loader = data.train_rows, data.train_dataloader()
-    parts = [rows.chosen, rows.rejected] if isinstance(rows, EncodedPairs) else [rows]
+    parts = [rows.first, rows.second] if isinstance(rows, EncodedPairs) else [rows]
     tokens = int(sum(sum(part.lengths) for part in parts))
     batches = sorted(loader.batch_sampler, key=lambda batch: len(batch) * max(rows.lengths[i] for i in batch))
     middle, largest = (loader.collate_fn([rows[i] for i in batches[k]]) for k in (len(batches) // 2, -1))
@@ -244,7 +249,8 @@ def _on_meta(model: nn.Module) -> Iterator[None]:
 
 
 def _flops_of_base(base: PreTrainedModel, batch: Batch) -> int:
-    inputs = {name: value for name, value in _inputs(batch, base).items() if name != "prompt_mask"}
+    left_out = ("prompt_mask", *ROWS)
+    inputs = {name: value for name, value in _inputs(batch, base).items() if name not in left_out}
     with FlopCounterMode(display=False) as counter:
         base(**inputs)
     return counter.get_total_flops()

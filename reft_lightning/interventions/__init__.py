@@ -10,10 +10,11 @@ from .base import (
     registered,
     settings_of,
 )
-from .elementwise import RED, Bias
+from .elementwise import RED, ActivationScaling, Bias
+from .interchange import CDAS, DAS, BoundlessDAS
 from .orthonormal import orthonormal_rows
 from .rows import Found, Tokens
-from .steering import MeanDifference, ReFTr1
+from .steering import CAST, MeanDifference, ReFTr1
 from .subspace import (
     ConsReFT,
     DiReFT,
@@ -29,9 +30,14 @@ from .subspace import (
 )
 
 __all__ = [
+    "CAST",
+    "CDAS",
+    "DAS",
     "INTERVENTIONS",
     "RED",
+    "ActivationScaling",
     "Bias",
+    "BoundlessDAS",
     "ConsReFT",
     "DiReFT",
     "Found",

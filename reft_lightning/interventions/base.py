@@ -53,6 +53,12 @@ class Intervention(nn.Module):
     """Names of parameters whose scale carries no meaning (R): the optimizer never decays them."""
     reads_prompt: ClassVar[bool] = False
     """Whether its edits depend on tokens of the prompt, so that positions have to select some."""
+    closed_form: ClassVar[bool] = False
+    """Whether nothing is trained: an objective finds its parameters in one step."""
+    takes_source: ClassVar[str] = ""
+    """Which hidden state of another text each token takes: ``same``, of the token in its place, ``last``, or none."""
+    annealed: float = 1.0
+    """How far training is, from 0 to 1, for what it does gradually; 1 in evaluation."""
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -98,6 +104,11 @@ class Intervention(nn.Module):
     def sees_rows(self) -> bool:
         """Whether the edit of a token depends on more than the token, or returns more than hidden states."""
         return self.defines("edit_rows")
+
+    @property
+    def edits_tokens(self) -> bool:
+        """Whether the edit of a token depends on the token alone, whatever else ``edit_rows`` returns: it is ``edit``."""
+        return not self.sees_rows or self.defines("edit")
 
     def penalty(self) -> Tensor | None:
         """Return a scalar of the parameters that joins the loss in training; None for none."""

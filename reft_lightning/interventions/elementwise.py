@@ -5,9 +5,10 @@ name                Phi(h)                                  paper
 ==================  ======================================  ====================================================
 red                 s * h + b                               RED: Wu et al. 2024, arXiv:2402.15179, eq. 3
 bias                h + b                                   a trained steering vector; RED without its scaling
+activation_scaling  (1 + a) h, a one number                 Stoehr et al. 2024, arXiv:2410.04962
 ==================  ======================================  ====================================================
 
-Letters: h (n, d) tokens; s, b (d,), multiplied entry by entry. Both start where Phi(h) = h: s at 1, b at 0.
+Letters: h (n, d) tokens; s, b (d,), multiplied entry by entry. All start where Phi(h) = h: s at 1, b and a at 0.
 RED edits every token after the feed-forward module of every layer: ``component="mlp_output"``, ``positions="all"``.
 """
 
@@ -48,10 +49,18 @@ class Bias(Intervention, name="bias"):
 
 
 class RED(Bias, name="red"):
-    r"""Scale each number and add a vector: :math:`\Phi(h) = s \odot h + b`. Trains 2 d numbers."""
+    r"""Scale each number and add a vector: :math:`\Phi(h) = s \odot h + b`. Trains 2 d numbers.
 
-    def __init__(self, dim: int, **kwargs: Any) -> None:
+    Args:
+        dim: width d of the representation.
+        restraint: weight of the penalty, the length of b; BREP (Liang et al. 2025, arXiv:2511.10707) holds it at a target
+            (``callbacks=penalty_pid``).
+        **kwargs: dropout and dropout_on, see :class:`Intervention`.
+    """
+
+    def __init__(self, dim: int, restraint: float = 0.0, **kwargs: Any) -> None:
         super().__init__(dim, **kwargs)
+        self.restraint = restraint
         self.scaling = nn.Parameter(torch.ones(dim))
 
     @property
@@ -63,3 +72,33 @@ class RED(Bias, name="red"):
     def edit(self, h: Tensor) -> Tensor:  # (n, d) -> (n, d)
         """Return (s - 1) * h + b."""
         return (self.scaling - 1) * h + self.bias
+
+    def penalty(self) -> Tensor | None:
+        """Return the length of b times its weight."""
+        return self.restraint * torch.linalg.vector_norm(self.bias) if self.restraint else None
+
+
+class ActivationScaling(Intervention, name="activation_scaling"):
+    r"""Scale a whole hidden state: :math:`\Phi(h) = (1 + a) h`. Trains one number.
+
+    A sparse set of them says which sites and tokens matter: one at each position (``tied=position``), block and module,
+    with the L1 norm as the penalty. Source: Stoehr et al. 2024, arXiv:2410.04962.
+
+    Args:
+        dim: width d of the representation.
+        l1: weight of the penalty, the absolute value of a.
+        **kwargs: dropout and dropout_on, see :class:`Intervention`.
+    """
+
+    def __init__(self, dim: int, l1: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(dim, **kwargs)
+        self.l1 = l1
+        self.scalar = nn.Parameter(torch.zeros(1))  # a
+
+    def edit(self, h: Tensor) -> Tensor:  # (n, d) -> (n, d)
+        """Return a h."""
+        return self.scalar * h
+
+    def penalty(self) -> Tensor | None:
+        """Return the absolute value of a times its weight."""
+        return self.l1 * self.scalar.abs().sum() if self.l1 else None

@@ -45,6 +45,8 @@ class Tokens:
         prompt: (n,) bool, whether a token belongs to its row's prompt.
         kept: what the interventions of one adapter found in the prompts of a call; see :meth:`keep`.
         given: name -> (b, ...), what the caller says of each row (``row_values`` of the model).
+        source: (b, m, d) and (b,), the hidden states of another text at the positions of the intervention, and how many
+            of them each row has; None without one (``source_ids`` of the model).
         found: filled in by :class:`~.base.Intervention`.
     """
 
@@ -53,6 +55,7 @@ class Tokens:
     prompt: Tensor
     kept: dict[Any, Tensor] = field(default_factory=dict)
     given: Mapping[str, Tensor] = field(default_factory=dict)
+    source: tuple[Tensor, Tensor] | None = None
     found: Found | None = None
 
     @classmethod
@@ -77,12 +80,38 @@ class Tokens:
         weights = self.prompt.to(x.dtype) / self.counts(self.prompt).clamp(min=1)[self.rows]
         return self.sums(x * weights.view(-1, *[1] * (x.ndim - 1)))
 
-    def padded(self, x: Tensor, value: float = 0.0) -> Tensor:  # (n,) -> (b, m)
-        """Return the tokens of each row in columns of their own."""
+    @property
+    def places(self) -> Tensor:  # (n,)
+        """How many tokens of its row come before each."""
         counts = self.counts()
-        places = torch.arange(len(x), device=x.device) - (counts.cumsum(0) - counts)[self.rows]
-        width = len(x) if x.is_meta or not len(x) else int(counts.max())  # on meta at most n
-        return x.new_full((self.count, width), value).index_put((self.rows, places), x)
+        return torch.arange(len(self.rows), device=counts.device) - (counts.cumsum(0) - counts)[self.rows]
+
+    def padded(self, x: Tensor, value: float = 0.0) -> Tensor:  # (n, ...) -> (b, m, ...)
+        """Return the tokens of each row in columns of their own."""
+        width = len(x) if x.is_meta or not len(x) else int(self.counts().max())  # on meta at most n
+        return x.new_full((self.count, width, *x.shape[1:]), value).index_put((self.rows, self.places), x)
+
+    def of_source(self, last: bool = False) -> Tensor:  # () -> (n, d)
+        """Return the hidden state that each token takes from the other text: of the token in its place, or of the last.
+
+        Raises:
+            ValueError: without another text, or with one of fewer tokens, or of more.
+        """
+        if self.source is None:
+            raise ValueError(
+                "interchange interventions put hidden states of another text into this one: pass source_ids, and "
+                "source_mask (b, s) where rows are padded"
+            )
+        states, counts = self.source
+        own = self.counts()
+        wrong = (own > 0) & (counts == 0) if last else own != counts
+        if not wrong.is_meta and wrong.any():
+            row = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"row {row} has {own[row]} tokens at the positions of an interchange intervention, and the text that it "
+                f"takes hidden states from {counts[row]}: choose positions that select as many in both, such as l1"
+            )
+        return states[self.rows, (counts - 1)[self.rows] if last else self.places]
 
     def keep(self, name: Any, value: Tensor) -> Tensor:  # (b, ...) -> (b, ...)
         """Return a value of each row, computed once from its prompt and kept while the row is decoded.

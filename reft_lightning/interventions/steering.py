@@ -5,6 +5,7 @@ name                 Phi(h)                                         paper
 ===================  =============================================  ===================================================
 difference_in_means  h + b, b = mean of h(y+) - mean of h(y-)       CAA: Rimsky et al. 2024, arXiv:2312.06681
 reft_r1              h + mean TopK(ReLU(v'h)) v, with |v| = 1       ReFT-r1: Wu et al. 2025, arXiv:2501.17148 (AxBench)
+cast                 h + b where the prompt is like c, else h       CAST: Lee et al. 2025, arXiv:2409.05907
 ===================  =============================================  ===================================================
 
 Shapes: b rows, n selected tokens, d width.
@@ -15,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Intervention
@@ -34,6 +36,8 @@ class MeanDifference(Bias, name="difference_in_means"):
     lr 1 away. ``objective=difference_in_means`` takes that step once, over all rows together and from b = 0, so that no
     layer is measured under the edits of others.
     """
+
+    closed_form = True
 
     def edit_rows(self, h: Tensor, tokens: Tokens) -> Tensor | Found:
         """Return b for every token, with the penalty where rows have signs."""
@@ -94,3 +98,67 @@ class ReFTr1(Intervention, name="reft_r1"):
         strength = tokens.keep(self, top / tokens.counts(tokens.prompt).clamp(1, self.top_k))
         others = (tokens.sums(latents) - top) / tokens.counts().clamp(min=1)
         return Found(strength[tokens.rows].unsqueeze(-1) * v, self.l1 * others.mean(), latents.unsqueeze(-1))
+
+
+class CAST(Bias, name="cast"):
+    r"""Conditional activation steering: add a vector where the prompt meets a condition, and nothing elsewhere.
+
+    .. math:: \Phi(h) = h + g b, \qquad g = [\cos(\bar h, \tanh(P \bar h)) > \theta], \qquad P = c c^\top / c^\top c
+
+    with the mean :math:`\bar h` of the row's prompt tokens, once a prompt and kept while decoding. One layer may decide for
+    those above it (``decides=False`` there), and the condition may be that the similarity is below the threshold. P has no
+    sign: a prompt like -c is like c.
+    The authors take c and b from the differences of two kinds of prompts (``difference_in_means`` finds such vectors; the
+    first components of their code are close) and search for the threshold. In training, c learns by the gradient of
+    :math:`\sigma((\cos - \theta) / T)`, T = 0.1, in the place of the step's, which has none. Trains 2 d numbers, d in
+    layers that do not decide. Source: Lee et al. 2025, arXiv:2409.05907, and its code.
+
+    Args:
+        dim: width d of the representation.
+        threshold: :math:`\theta`, of a cosine.
+        below: whether the condition is met below the threshold.
+        decides: whether it has a condition of its own; if not, that of the last layer below with one holds.
+        **kwargs: dropout and dropout_on, see :class:`Intervention`.
+
+    Raises:
+        ValueError: for a threshold that no cosine can be on both sides of.
+    """
+
+    TEMPERATURE = 0.1
+    reads_prompt = True
+    rotations = ("condition",)
+
+    def __init__(
+        self, dim: int, threshold: float = 0.0, *, below: bool = False, decides: bool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(dim, **kwargs)
+        if not -1 < threshold < 1:
+            raise ValueError(f"threshold must lie between -1 and 1, as cosines do; got {threshold}")
+        self.threshold, self.below, self.decides = threshold, below, decides
+        if decides:
+            self.condition = nn.Parameter(torch.randn(dim))
+
+    edit = Intervention.edit  # the gate is of a prompt
+    null = Intervention.null
+
+    def similarity(self, h: Tensor) -> Tensor:  # (b, d) -> (b,)
+        """Return the cosine of prompts' means and what the condition leaves of them."""
+        c = self.condition
+        left = torch.tanh((h @ c / c.square().sum()).unsqueeze(-1) * c)
+        return F.cosine_similarity(h, left, dim=-1)
+
+    def edit_rows(self, h: Tensor, tokens: Tokens) -> Tensor:
+        """Return b for the tokens of rows whose prompts meet the condition."""
+        if self.decides:
+            far = self.similarity(tokens.mean_of_prompts(h)) - self.threshold
+            far = -far if self.below else far
+            soft = torch.sigmoid(far / self.TEMPERATURE)
+            gate = tokens.keep(self, (far > 0).to(h.dtype) + (soft - soft.detach()))
+            tokens.kept["cast"] = gate
+        elif "cast" in tokens.kept:
+            gate = tokens.kept["cast"].to(h)
+        else:
+            raise ValueError(
+                "no layer below decides for cast with decides=False: set decides=True in the lowest layer"
+            )
+        return gate[tokens.rows].unsqueeze(-1) * self.bias

@@ -51,7 +51,18 @@ FILES = ("validation_path", "test_path")
 OWN = {
     "custom": OwnRows(
         custom_family,
-        ("prompt", "target", "answer", "context", "options", "answer_form", "messages", "delimiter", *FILES),
+        (
+            "prompt",
+            "target",
+            "answer",
+            "context",
+            "options",
+            "answer_form",
+            "messages",
+            "source_prompt",
+            "delimiter",
+            *FILES,
+        ),
         "generation",
     ),
     "vision": OwnRows(
@@ -133,6 +144,8 @@ def data_module(config: Config, family: AnyFamily, tokenizer: Any) -> BenchmarkD
     values |= {"tasks": values["tasks"] or list(family.tasks), "seed": config.seed, "sealed": config.sealed}
     if objective_of(config).pairs:
         values["pairs"] = True
+    if config.data.source_prompt:
+        values["sources"] = True
     del values["family"]
     kind, defaults = kind_of(family), DataConfig()
     taken = OWN[config.data.family].settings if config.data.family in OWN else ()

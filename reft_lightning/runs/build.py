@@ -237,7 +237,7 @@ def _described(decoding: Decoding) -> dict[str, Any]:
 
 def _shortened_pass(config: Config, run: Prepared, model: AdaptedModel) -> ShortenedPass | None:
     """Return the pass that leaves out of training what no intervention can change; the base's own dropout would."""
-    if config.model.base_dropout or run.objective.pairs:
+    if config.model.base_dropout or run.objective.pairs or config.data.source_prompt:
         return None
     limit = int(config.kept.limit_gb * 1e9)
     return ShortenedPass(model, run.data.train_rows, causal=run.decoding is not None, limit=limit)

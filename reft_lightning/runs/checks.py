@@ -78,6 +78,13 @@ def check_unused(config: Config, family: AnyFamily) -> None:
     method = method_named(config.intervention.method)
     if config.model.compile and not method.compiles:
         raise ValueError(f"model.compile compiles interventions, not {method.name}: leave it out")
+    if method.takes_source != bool(config.data.source_prompt):
+        raise ValueError(
+            f"{method.name} takes hidden states of other texts: name their column, such as data.source_prompt=source"
+            if method.takes_source
+            else f"data.source_prompt means nothing to {method.name}, which takes no hidden states of other texts: choose "
+            "intervention=das, boundless_das or cdas, or leave it out"
+        )
     if config.model.gradient_checkpointing and method.needs_cache:
         raise ValueError(
             f"{method.name} enters the model as a key/value cache, which gradient checkpointing switches off: leave "

@@ -83,7 +83,7 @@ KINDS = {
     "classification": Kind(
         "sequence_classification", ClassificationData, _classification, generates=False, heads="auto",
         # its published validation set is divided, and texts are read as they are
-        unused=("train_tasks", "validation_size", "template", "system_prompt"),
+        unused=("train_tasks", "validation_size", "template", "system_prompt", "target_tokens"),
     ),
 }  # fmt: skip
 

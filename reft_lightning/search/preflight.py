@@ -25,7 +25,7 @@ SAME = (
     *(f"data.{key}" for key in (
         "family", "tasks", "train_tasks", "source", "path", "package", "sha256", "mixture", "split_seed",
         "validation_size", "limit_validation", "target", "answer", "context", "options", "answer_form", "messages",
-        "validation_path", "test_path", "delimiter", "skip_invalid", "image", "image_folder",
+        "source_prompt", "validation_path", "test_path", "delimiter", "skip_invalid", "image", "image_folder",
     )),
 )  # fmt: skip
 

@@ -142,6 +142,8 @@ def _nothing_constant(model: ReftModel) -> str:
         return "the ranks of a sharded base run it equally often"
     if seeing:
         return f"{seeing} looks at whole prompts"
+    if model.adapters.first.critical:
+        return "which tokens are edited is found in whole prompts"
     if image_tokens(base.config):
         return f"{type(base).__name__} reads images"
     if reads_two_texts(base):

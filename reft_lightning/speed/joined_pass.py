@@ -97,7 +97,8 @@ class JoinedPass:
         if image_tokens(self._base.config):
             self._refuse("it reads images")
         own = (one.model.adapters.first for one in adapters.values())
-        if seen := next((adapter for adapter in own if adapter.seeing_rows or adapter.penalized), None):
+        alone = (adapter for adapter in own if adapter.seeing_rows or adapter.penalized or adapter.critical)
+        if seen := next(alone, None):
             self._refuse(f"{seen.config.method} adds to the loss, or looks at more than single tokens")
 
     def _join(self) -> ReftModel:

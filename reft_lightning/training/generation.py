@@ -20,6 +20,7 @@ from ..evaluation import (
     generate,
     log_likelihood,
     option_log_likelihoods,
+    sources_in,
     with_draft,
 )
 from ..terminal.bars import Bar
@@ -175,7 +176,7 @@ class GenerationModule(FinetuningModule):
         examples: list[Example] = batch["examples"]
         if self.option_batches is None or not all(example.options for example in examples):
             return [], batch
-        batches = [{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in b.items()}
+        batches = [{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in b.items()} | sources_in(batch)
                    for b in self.option_batches(examples)]  # fmt: skip
         likelihoods = option_log_likelihoods(self.model, batches, reader)
         for i, example in enumerate(examples):

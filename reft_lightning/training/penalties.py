@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from lightning import Callback
+from torch import nn
 
 
 class PenaltySchedule(Callback):
@@ -28,6 +29,22 @@ class LinearPenalty(PenaltySchedule):
         return step / total
 
 
+def mean_penalty(model: nn.Module) -> float:
+    """Return the mean of what interventions add to the loss for their parameters, without its weight.
+
+    Raises:
+        ValueError: if none does.
+    """
+    found = [part.penalty() for part in model.modules() if hasattr(part, "penalty")]
+    found = [float(penalty) for penalty in found if penalty is not None]
+    if not found:
+        raise ValueError(
+            "PIDPenalty holds a penalty of parameters at its target, and there is none: set "
+            "intervention=brep (red with options.restraint=1), or leave the callback out"
+        )
+    return sum(found) / len(found)
+
+
 class ExponentialPenalty(PenaltySchedule):
     r"""From ``start`` down, :math:`w = w_0 e^{-r t}`: one of the schedules of JoLA's code (Lai et al. 2025).
 
@@ -42,3 +59,78 @@ class ExponentialPenalty(PenaltySchedule):
     def weight(self, step: int, total: float) -> float:
         """Return the weight at a step."""
         return self.start * math.exp(-self.rate * step)
+
+
+class PIDPenalty(Callback):
+    r"""Hold the mean penalty of an intervention at a target, by a PID controller of its weight w.
+
+    .. math:: w \leftarrow w \big(1 + 5 (k_p e + k_i \textstyle\sum e + k_d \Delta e)\big), \quad e = \text{penalty} - \text{target}
+
+    every fourth step, within bounds: BREP (Liang et al. 2025, arXiv:2511.10707), with the gains, the interval and the
+    bounds of its code. That code turns the weight of the loss down instead where vectors are too long, which the steps
+    of Adam hardly show.
+
+    Args:
+        target: of the penalty, a mean over interventions.
+        start: of the weight.
+        kp: gain of the error.
+        ki: gain of its sum.
+        kd: gain of its change.
+        lowest: bound of the weight.
+        highest: bound of the weight.
+
+    Raises:
+        ValueError: for bounds that do not hold the start, or are not above 0; in training, for a model without penalties.
+    """
+
+    EVERY, SMOOTHING = 4, 5
+
+    def __init__(
+        self,
+        target: float,
+        start: float = 0.01,
+        kp: float = 0.1,
+        ki: float = 1e-4,
+        kd: float = 0.01,
+        lowest: float = 1e-5,
+        highest: float = 1e-1,
+    ) -> None:
+        if not 0 < lowest <= start <= highest:
+            raise ValueError(f"0 < lowest <= start <= highest must hold; got {lowest}, {start}, {highest}")
+        self.target, self.gains, self.bounds = target, (kp, ki, kd), (lowest, highest)
+        self.state = {"weight": start, "sum": 0.0, "error": 0.0, "step": 0}
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse a model without penalties of its parameters."""
+        mean_penalty(pl_module.model)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Set the weight of the model."""
+        pl_module.model.penalty_weight = self.state["weight"]
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the weight after every fourth step."""
+        if trainer.global_step >= self.state["step"] + self.EVERY:
+            self.move(mean_penalty(pl_module.model))
+            self.state["step"] = trainer.global_step
+            pl_module.log("train/penalty_weight", self.state["weight"])
+
+    def move(self, penalty: float) -> None:
+        """Move the weight by the error of a mean penalty."""
+        kp, ki, kd = self.gains
+        error = penalty - self.target
+        self.state["sum"] += ki * error
+        change = kp * error + self.state["sum"] + kd * (error - self.state["error"])
+        low, high = self.bounds
+        self.state["weight"] = min(max(self.state["weight"] * (1 + self.SMOOTHING * change), low), high)
+        self.state["error"] = error
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run goes on with."""
+        return dict(self.state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with it."""
+        self.state = dict(state_dict)

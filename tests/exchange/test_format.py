@@ -11,14 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reft_lightning as rl
+from reft_lightning.interventions import Tokens
 from reft_lightning.interventions.subspace import ACTIVATIONS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 (READER,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 LOW_RANK = ["loreft", "direft_orthonormal", "noreft", "direft", "consreft", "lobireft"]
-BUILT_IN = [*LOW_RANK, "red", "bias", "difference_in_means", "reft_r1", "lofit", "jola"]
+FROM_TEXTS = ["das", "boundless_das", "cdas"]
+BUILT_IN = [
+    *LOW_RANK, *FROM_TEXTS, "red", "bias", "difference_in_means", "activation_scaling", "cast", "reft_r1", "lofit", "jola",
+]  # fmt: skip
 CASES = [
-    *((method, {"rank": 2} if method in LOW_RANK else {}) for method in BUILT_IN),
+    *((method, {"rank": 2} if method in (*LOW_RANK, *FROM_TEXTS) else {}) for method in BUILT_IN),
+    ("boundless_das", {}),
+    ("cast", {"threshold": 0.9, "below": True}),
     ("reft_r1", {"top_k": 2}),
     ("lofit", {"stage": "scale", "component": "head_output", "tied": "all"}),
     ("loreft", {"rank": 2, "act_fn": "relu", "layers": {0: {}, 1: {"act_fn": "tanh"}, 2: {"method": "noreft"}}}),
@@ -52,14 +58,19 @@ def test_the_reader_of_the_page_computes_what_the_library_does(method, settings,
     assert found.keys() == phis.keys()
     for key, phi in phis.items():
         h = 3 * torch.randn(12, phi.dim)
-        ours = phi(h, reft.scale).detach()
-        theirs = torch.from_numpy(names["edited"](h.numpy(), *found[key], scale))
+        where, others = Tokens.alone(h), {}
+        if phi.takes_source:
+            states = torch.randn(1, 12, phi.dim)
+            where.source = states, torch.tensor([12])
+            others["source"] = (states[0, -1:] if phi.takes_source == "last" else states[0]).numpy()
+        ours = phi(h, reft.scale, where).detach()
+        theirs = torch.from_numpy(names["edited"](h.numpy(), *found[key], scale, **others)).to(ours)
         torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
         assert (ours - h).abs().max() > 0.05
 
 
 def test_the_reader_is_short_and_needs_numpy_and_safetensors_only():
-    assert len(READER.splitlines()) <= 56
+    assert len(READER.splitlines()) <= 68
     assert set(re.findall(r"^(?:import|from) (\w+)", READER, re.MULTILINE)) == {
         "json",
         "pathlib",
@@ -79,7 +90,7 @@ def test_the_page_names_every_key_method_activation_and_tensor(tmp_path):
     } == set(BUILT_IN)
     for method in BUILT_IN:
         extra = {"add_bias": True} if method == "noreft" else {}
-        settings = {"rank": 2} if method in LOW_RANK else {}
+        settings = {"rank": 2} if method in (*LOW_RANK, *FROM_TEXTS) else {}
         reft = saved(tmp_path, method, **settings, **extra)
         assert all(
             f"`{n.split('.', 3)[3]}`" in files for n in reft.adapter_state_dict() if "interventions" in n

@@ -14,7 +14,8 @@ from reft_lightning.adapters.attaching import NOTE
 from reft_lightning.exchange.folding import affine
 from reft_lightning.interventions import INTERVENTIONS, Intervention
 
-METHODS = ["loreft", "noreft", "direft", "direft_orthonormal", "consreft", "lobireft", "bias", "red"]
+VECTORS = ["bias", "difference_in_means"]
+METHODS = ["loreft", "noreft", "direft", "direft_orthonormal", "consreft", "lobireft", *VECTORS, "red"]
 LORAS = METHODS[:-1]
 LLAMA_DOWN = "model.layers.{layer}.mlp.down_proj"
 pytestmark = [
@@ -31,7 +32,7 @@ REAL = BATCH["attention_mask"].bool()
 def attached(method="loreft", family="llama", dtype=torch.float32, base=None, **settings):
     torch.manual_seed(3)
     settings = {"positions": "all", "component": "mlp_output", **settings}
-    if method not in ("red", "bias"):
+    if method not in ("red", *VECTORS):
         settings = {"rank": 2, **settings}
     reft = rl.attach(base or tiny.model(family, dtype), method, **settings).eval()
     with torch.no_grad():

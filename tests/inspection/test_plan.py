@@ -124,7 +124,7 @@ def test_both_answers_of_a_pair_are_counted_and_further_passes_named(data, objec
     assert found["batches"]["largest"]["rows"] == given["batches"]["given"]["rows"] == 3 * rows
     assert [note.partition(":")[0] for note in found["notes"]] == ["objective DPO"] * (rows - 1)
     encoded = prepare(settings).data.train_rows
-    parts = [encoded] if rows == 1 else [encoded.chosen, encoded.rejected]
+    parts = [encoded] if rows == 1 else [encoded.first, encoded.second]
     lengths = [len(row.prompt_ids) + len(row.target_ids) for part in parts for row in part]
     assert found["epoch_tokens"] == sum(lengths)
 

@@ -3,6 +3,7 @@
 import csv
 
 import pytest
+import short_runs
 import tiny
 import torch
 from laws import D, InterventionLaws, shaken, tokens
@@ -11,9 +12,9 @@ from torch import nn
 import reft_lightning as rl
 from reft_lightning.adapters.reft.measuring import watching
 from reft_lightning.config import compose
-from reft_lightning.interventions import MeanDifference, ReFTr1, Tokens
+from reft_lightning.interventions import CAST, RED, MeanDifference, ReFTr1, Tokens
 from reft_lightning.runs import experiment
-from reft_lightning.training.penalties import ExponentialPenalty, LinearPenalty
+from reft_lightning.training.penalties import ExponentialPenalty, LinearPenalty, PIDPenalty, mean_penalty
 
 
 def rows_of(*lengths):
@@ -128,6 +129,88 @@ class TestMeanDifference(InterventionLaws):
             torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
 
 
+class TestCAST(InterventionLaws):
+    def make(self, **settings):
+        phi = CAST(D, **{"threshold": -0.9, **settings})  # which every prompt of the laws is above
+        phi.condition.data = torch.linspace(-1, 1, D)
+        return shaken(phi)
+
+    def num_parameters(self):
+        return 2 * D
+
+    def formula(self, phi, h):
+        c, mean = phi.condition, sum(h) / len(h)
+        left = torch.tanh(torch.outer(c, c) / (c @ c) @ mean)
+        cosine = left @ mean / (left.norm() * mean.norm())
+        return h + phi.bias if cosine > phi.threshold else h
+
+    def test_it_is_the_identity_at_its_identity_parameters(self):
+        assert torch.equal(CAST(D)(tokens()), tokens())  # where it starts
+        assert torch.equal(
+            shaken(self.make(threshold=0.99))(tokens()), tokens()
+        )  # and where the gate is shut
+
+    def test_tokens_are_independent(self, phi):
+        """Those of other rows; the tokens of one row share a gate."""
+        h = tokens(7)
+        together = phi(h, 1.0, rows_of(4, 3))
+        torch.testing.assert_close(together, torch.cat([phi(h[:4]), phi(h[4:])]), atol=1e-6, rtol=1e-5)
+
+    def test_every_parameter_gets_a_gradient(self, phi):
+        phi(tokens()).square().sum().backward()  # that of the condition by the sigmoid
+        assert all(p.grad.abs().max() > 1e-6 for p in phi.parameters())
+
+    def test_gradients_are_those_of_finite_differences(self):
+        phi = shaken(self.make().double())
+        h, c = tokens(5, torch.float64), torch.linspace(-1, 1, D, dtype=torch.float64).requires_grad_()
+        phi.condition.data = c.detach()
+        mean = h.mean(0)
+        left = torch.tanh((mean @ c) / (c @ c) * c)
+        soft = torch.sigmoid((torch.cosine_similarity(mean, left, dim=0) + 0.9) / 0.1)
+        (5 * soft * phi.bias.detach().sum()).backward()
+        phi(h).sum().backward()
+        torch.testing.assert_close(phi.condition.grad, c.grad, atol=1e-10, rtol=1e-8)
+        torch.testing.assert_close(phi.bias.grad, torch.full((D,), 5.0, dtype=torch.float64))
+
+    @pytest.mark.parametrize("below", [False, True])
+    def test_only_prompts_that_meet_the_condition_are_edited(self, below):
+        phi = shaken(self.make(threshold=0.0, below=below))
+        h = torch.cat(
+            [phi.condition.detach() + 0.1 * tokens(4), -phi.condition.detach() * 2 + 0.1 * tokens(3)]
+        )
+        like = (phi(h, 1.0, rows_of(4, 3)) != h).any(-1)
+        assert like.tolist() == ([True] * 7 if not below else [False] * 7)  # P h has the side of c that h has
+        c = phi.condition.detach()
+        aside = torch.linalg.qr(torch.stack([c, tokens()[0]]).mT).Q[:, 1]
+        strict = shaken(self.make(threshold=0.5, below=below))
+        h = torch.cat([c.repeat(2, 1), aside.repeat(2, 1) * 3])
+        assert ((strict(h, 1.0, rows_of(2, 2)) != h).any(-1)).tolist() == [not below] * 2 + [below] * 2
+
+    def test_a_threshold_is_a_cosine(self):
+        with pytest.raises(ValueError, match="threshold must lie between -1 and 1"):
+            CAST(D, threshold=3)
+
+
+def test_one_layer_decides_for_those_above_it_once_a_prompt():
+    reft = rl.attach(
+        tiny.model("llama"), "cast", layers={0: {"threshold": 0.2}, 2: {"decides": False}}, positions="all"
+    ).eval()
+    assert sum(p.numel() for p in reft.interventions.parameters()) == 3 * tiny.WIDTH
+    shaken(reft.interventions)
+    prompts = tiny.padded(tiny.rows(6, 3, 4, 5), "left")
+    seen = []
+    with watching(reft, lambda found: seen.append((found.after - found.before).norm(dim=-1) > 1e-6)):
+        ids = reft.generate(**prompts, max_new_tokens=4, do_sample=False)
+    gates = seen[0][[0, 6, 9, 13]].tolist()
+    assert set(gates) == {True, False}
+    assert seen[1][[0, 6, 9, 13]].tolist() == gates
+    assert [step.tolist() for step in seen[2:]] == [gates] * 6
+    assert torch.equal(ids, reft.generate(**prompts, max_new_tokens=4, do_sample=False, use_cache=False))
+    alone = rl.attach(tiny.model("llama"), "cast", layers=[1], decides=False, positions="all")
+    with pytest.raises(ValueError, match="no layer below decides for cast"):
+        alone(**prompts)
+
+
 @pytest.fixture(scope="module")
 def choices(tmp_path_factory):
     path = tmp_path_factory.mktemp("choices") / "choices.csv"
@@ -167,3 +250,57 @@ def test_a_run_without_training_finds_the_mean_difference_of_all_pairs(choices, 
 def test_the_weight_of_penalties_follows_its_schedule():
     assert [LinearPenalty().weight(step, 4) for step in range(5)] == [0, 0.25, 0.5, 0.75, 1]
     assert ExponentialPenalty(0.5, 0.1).weight(10, 99) == pytest.approx(0.5 * 2.718281828**-1)
+
+
+# --- a penalty under control ----------------------------------------------------------------------------------
+
+
+def test_the_controller_follows_its_formula():
+    pid = PIDPenalty(target=1.0, start=0.01, kp=0.1, ki=0.02, kd=0.05)
+    weight, total, before = 0.01, 0.0, 0.0
+    for penalty in (1.5, 1.2, 0.4):
+        error = penalty - 1.0
+        total += 0.02 * error
+        weight *= 1 + 5 * (0.1 * error + total + 0.05 * (error - before))
+        before = error
+        pid.move(penalty)
+        assert pid.state["weight"] == pytest.approx(weight)
+    other = PIDPenalty(target=1.0)
+    other.load_state_dict(pid.state_dict())
+    assert other.state == pid.state
+    for penalty, bound in ((9.0, 0.1), (-9.0, 1e-5)):
+        for _ in range(9):
+            pid.move(penalty)
+        assert pid.state["weight"] == bound
+    with pytest.raises(ValueError, match="0 < lowest <= start <= highest must hold"):
+        PIDPenalty(1.0, start=2.0)
+    with pytest.raises(ValueError, match="there is none"):
+        mean_penalty(rl.attach(tiny.model("llama"), "red", positions="all"))
+
+
+def test_a_run_of_brep_holds_the_length_of_its_vectors(choices, tmp_path):
+    """The longer the vectors than the target, the heavier the penalty; targets are cut."""
+
+    def lengths(target):
+        config = compose.compose([
+            "model=tiny_random", "data=custom", f"data.path={choices}", "data.prompt=question", "data.target=yes",
+            "data.validation_size=2", "data.batch_size=3", "data.target_tokens=1", "decoding.max_new_tokens=2",
+            "intervention=brep", "callbacks=penalty_pid", f"callbacks.penalty.target={target}", "optimizer.lr=5e-2",
+            "callbacks.penalty.highest=100", "+callbacks.penalty.kp=2", "trainer.max_epochs=12", "trainer.accelerator=cpu",
+            "trainer.log_every_n_steps=4", "trainer.enable_progress_bar=false",
+        ])  # fmt: skip
+        experiment.run(config, tmp_path / str(target))
+        rows = experiment.build(config).data.train_rows
+        assert {len(row.target_ids) for row in rows} == {1}
+        assert rows.targets == [1] * 15
+        weights = short_runs.logged(tmp_path / str(target), "train/penalty_weight")
+        state = rl.ReftModel.from_pretrained(
+            experiment.build(config).model.base_model, tmp_path / str(target) / "adapter"
+        )
+        phis = [group[0] for group in state.interventions.values()]
+        assert isinstance(phis[0], RED)
+        return max(weights.values()), sum(phi.bias.norm().item() for phi in phis) / len(phis)
+
+    (heavy, short), (light, long) = lengths(0.05), lengths(50)
+    assert heavy > 0.01 > light
+    assert short < 0.7 * long

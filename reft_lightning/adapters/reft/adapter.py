@@ -14,6 +14,7 @@ from ...base_models.vision import image_tokens
 from ...interventions import Orthonormal, Partition, check_settings, registered
 from ...suggest import did_you_mean
 from .config import LayerSpec, ReftConfig
+from .critical import check_attends
 from .positions import Positions, parse_positions
 from .site_shapes import check_shapes
 from .sites import Site, device_at, find_sites
@@ -33,8 +34,10 @@ class Adapter(nn.Module):
         sites: layer -> where they act.
         positions: layer -> P, and how its Phi are tied.
         partitions: name -> rows of the adapters that share this one's parameters.
-        penalized: the Phi with a penalty of their parameters.
+        penalized: the Phi with a penalty of their parameters, of a weight other than 0.
         seeing_rows: the class of a Phi whose edits depend on more than single tokens; None if there is none.
+        takes_source: whether a Phi takes hidden states of another text.
+        critical: how many tokens of a prompt a first pass has to find.
     """
 
     def __init__(
@@ -53,8 +56,10 @@ class Adapter(nn.Module):
             self.layers_by_positions.setdefault(selection, []).append(layer)
         phis = [phi for group in interventions.values() for phi in group]
         self.orthonormal = [phi for phi in self.modules() if isinstance(phi, Orthonormal)]
-        self.penalized = [phi for phi in phis if phi.defines("penalty")]
+        self.penalized = [phi for phi in phis if phi.penalty() is not None]
         self.seeing_rows = next((type(phi).__name__ for phi in phis if phi.sees_rows), None)
+        self.takes_source = any(phi.takes_source for phi in phis)
+        self.critical = {found for spec, _ in positions.values() if (found := spec.critical)}
 
     @classmethod
     def build(cls, base_model: PreTrainedModel, config: ReftConfig) -> Self:
@@ -76,6 +81,8 @@ class Adapter(nn.Module):
             if device.type == "meta" and is_dispatched(base_model):  # offloaded until it is used
                 device = torch.get_default_device()
             interventions[key] = group if device == torch.get_default_device() else group.to(device)
+        if any(spec.critical for spec, _ in positions.values()):
+            check_attends(base_model)
         return cls(config, interventions, {str(layer): site for layer, site in sites.items()}, positions)
 
     def partition(self, rows: Sequence[int]) -> Self:
@@ -113,6 +120,17 @@ def _interventions(spec: LayerSpec, positions: Positions, site: Site) -> nn.Modu
     check_settings(cls, spec.settings)
     if site.visual and cls.defines("edit_rows"):
         raise ValueError(f"{spec.method} looks at the rows of a text, and {spec.component} sees images only")
+    if cls.takes_source == "same" and any(term.kind in ("decode", "all") for term in positions.terms):
+        raise ValueError(
+            f"{spec.method} puts tokens of one prompt into another, and the positions {positions} select tokens after the "
+            "prompt, too: use fN, lN or prompt"
+        )
+    if site.stack and (cls.takes_source or positions.critical):
+        what = spec.method if cls.takes_source else f"positions={positions}"
+        raise ValueError(
+            f"{what} needs a pass of the model over other tokens, which is not there for models with an encoder and a "
+            "decoder"
+        )
     after = [term.kind == "decode" for term in positions.terms]
     if cls.reads_prompt and after and (all if spec.tied == "all" else any)(after):
         raise ValueError(

@@ -38,6 +38,10 @@ class Call:
     )  # adapter -> what it found in the prompts
     penalties: list[Tensor] = field(default_factory=list)  # of its edits
     decoder: Spans | None = None  # what the decoder beside an encoder reads; None until its first pass
+    sources: dict[Any, tuple[Tensor, Tensor]] = field(
+        default_factory=dict
+    )  # (adapter, layer, number) -> Tokens.source
+    reads_sources: bool = False  # whether it edits nothing, and fills them in
 
     def again(self) -> Call:
         """Return a call that goes on from here as this one does, and leaves this one as it is."""

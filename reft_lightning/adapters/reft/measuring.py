@@ -47,7 +47,7 @@ def places_of(reft: ReftModel) -> list[str]:
     names = [
         name for positions, _ in reft.positions.values() for group in _names(positions) for name in group
     ]
-    order = ["f", "prompt", "given", "all", "selected", "l", "decode"]
+    order = ["f", "prompt", "given", "critical", "all", "selected", "l", "decode"]
 
     def key(name: str) -> tuple[int, int]:
         kind = name if name in order else name.rstrip("0123456789.").rstrip(":")
@@ -63,7 +63,9 @@ def _names(positions: Positions) -> list[list[str]]:
         return [["selected"]]
     between = {"decode": ":"}
     return [
-        [str(t)] if t.count is None else [f"{t.kind}{between.get(t.kind, '')}{k + 1}" for k in range(t.count)]
+        [str(t)]
+        if t.count is None or t.kind == "critical"
+        else [f"{t.kind}{between.get(t.kind, '')}{k + 1}" for k in range(t.count)]
         for t in positions.terms
     ]
 

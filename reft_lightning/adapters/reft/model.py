@@ -48,6 +48,7 @@ from .adapter_set import DEFAULT, AdapterSet, partitions_of
 from .base_of import load_base_of
 from .calls import Call, call_of, running
 from .config import ReftConfig, check_architecture, config_of
+from .critical import most_attended
 from .edit_plan import Choice, Edit, EditPlan, image_indices, token_indices
 from .positions import MaskFunction, Positions
 from .sites import Site, hook_at
@@ -328,6 +329,8 @@ class ReftModel(nn.Module):
         row_values: Mapping[str, Tensor] | None = None,  # name -> (b, ...)
         edit_mask: Tensor | None = None,  # (b, s) bool
         image_mask: Tensor | None = None,  # (b, s) bool
+        source_ids: Tensor | None = None,  # (b, s'), of texts padded in their own way
+        source_mask: Tensor | None = None,  # (b, s')
         **kwargs: Any,
     ) -> Any:
         """Run the base model with the edits; returns what the base model returns (``loss``, ``logits``, ...).
@@ -341,6 +344,8 @@ class ReftModel(nn.Module):
         are for interventions that ask for something of each row, such as the number of a concept. ``edit_mask`` marks
         tokens for the positions ``given``. ``image_mask`` says which tokens images fill; without it, those that have
         the id of the configuration's ``image_token_id``. ``inputs_embeds`` and the columns of a cache have no ids.
+        ``source_ids`` are the prompts from which interchange interventions take hidden states, as the base model
+        reads them.
 
         In training, ``loss`` includes what interventions add to it, which is ``penalty``. Interventions that look at
         whole prompts (:mod:`reft_lightning.interventions.rows`) hand out no ``past_key_values``: what they found in
@@ -377,14 +382,16 @@ class ReftModel(nn.Module):
         chosen = self.adapters.chosen_by(adapter_names, len(tokens))
         if prompt_mask is None and labels is not None:
             self.check_prompts(spans, chosen[0])
-        with self._editing(spans, chosen, row_values, decoder, compiled=True) as call:
+        spans = self._with_critical(spans, chosen[0], input_ids, kwargs.get("inputs_embeds"))
+        source = None if source_ids is None else (source_ids, source_mask)
+        with self._editing(spans, chosen, row_values, source, decoder, compiled=True) as call:
             output = self.base_model(**inputs)
         return output if call is None else self._with_findings(output, call)
 
     def _with_findings(self, output: Any, call: Call) -> Any:
         """Add what interventions found to the output of the base model; most find nothing."""
         used = dict.fromkeys(self.adapters[choice.adapter] for choice in call.choices)
-        seeing = any(adapter.seeing_rows for adapter in used)
+        seeing = any(adapter.seeing_rows or adapter.critical for adapter in used)
         penalties: list[Tensor] = []
         if self.training and torch.is_grad_enabled():
             own = (phi.penalty() for adapter in used for phi in adapter.penalized)
@@ -437,6 +444,8 @@ class ReftModel(nn.Module):
         row_values: Mapping[str, Tensor] | None = None,  # name -> (b, ...)
         edit_mask: Tensor | None = None,  # (b, s) bool
         image_mask: Tensor | None = None,  # (b, s) bool
+        source_ids: Tensor | None = None,  # (b, s'), of texts padded in their own way
+        source_mask: Tensor | None = None,  # (b, s')
         **kwargs: Any,
     ) -> Any:
         """Generate as Hugging Face does, with the edits on the prompt (and on new tokens where P says so).
@@ -446,7 +455,7 @@ class ReftModel(nn.Module):
         ``attention_mask``, padding is the pad token, unless it is the end-of-text token too. ``prompt_mask`` goes
         with rows that hold the beginning of an answer after their prompt: it is edited as if it had been generated.
         ``adapter_names`` gives each row an adapter, ``row_values`` says something of each, ``edit_mask`` and
-        ``image_mask`` mark tokens, see :meth:`forward`.
+        ``image_mask`` mark tokens, and ``source_ids`` are other texts, see :meth:`forward`.
 
         Of a model with an encoder and a decoder, the encoder's rows stay as they are padded, and the decoder's prompt
         is what it starts with: one token, or ``decoder_input_ids``.
@@ -478,7 +487,10 @@ class ReftModel(nn.Module):
         past = None if self._reads_two else kwargs.get("past_key_values")
         read = 0 if past is None else past.get_seq_length()  # as Hugging Face asks it, to cut what was read
         chosen = self.adapters.chosen_by(adapter_names, len(spans.prompt))
-        with self._editing(replace(spans, generating=True, read=read), chosen, row_values):
+        given_ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+        spans = self._with_critical(spans, chosen[0], given_ids, embeds)
+        source = None if source_ids is None else (source_ids, source_mask)
+        with self._editing(replace(spans, generating=True, read=read), chosen, row_values, source):
             return self.base_model.generate(**arguments)
 
     def _images_in(self, input_ids: Tensor) -> Tensor | None:  # (b, s) -> (b, s)
@@ -513,6 +525,7 @@ class ReftModel(nn.Module):
         spans: Spans,
         chosen: tuple[tuple[Choice, ...], bool],
         row_values: Mapping[str, Tensor] | None,
+        source: tuple[Tensor, Tensor | None] | None,
         decoder: Spans | None = None,
         compiled: bool = False,
     ) -> Iterator[Call | None]:
@@ -541,10 +554,60 @@ class ReftModel(nn.Module):
                 used = dict.fromkeys(choice.adapter for choice in choices)
                 rows = rotations(phi for name in used for phi in self.adapters[name].orthonormal)
                 call = Call(self, spans, choices, summed, rows, given=values, decoder=decoder)
+                if source is not None:
+                    call.sources = self._read_sources(call, *source)
         with _REPLACING if others else nullcontext(), replaced(others), running(call):
             yield call
         if call is not None:
             self._notice(call)
+
+    @torch.no_grad()
+    def _with_critical(
+        self, spans: Spans, choices: Sequence[Choice], ids: Tensor | None, embeds: Tensor | None
+    ) -> Spans:
+        """Let the base model read the prompts, and mark the tokens that are critical, where positions ask for them.
+
+        Raises:
+            ValueError: if adapters ask for different numbers, or the prompts are not all there.
+        """
+        counts = {count for choice in choices for count in self.adapters[choice.adapter].critical}
+        if not counts or not self._enabled or "edit" in spans.marks:
+            return spans
+        tokens: Any = ids if embeds is None else embeds
+        if len(counts) > 1 or tokens.shape[1] != spans.width:
+            raise ValueError(
+                f"positions critical:{', critical:'.join(map(str, sorted(counts)))} are found by reading all of a prompt, and "
+                "for one number of tokens a call: give no past_key_values, and one number in all layers"
+            )
+        others = {"output_attentions": True} | ({} if embeds is None else {"inputs_embeds": embeds})
+        inputs = forward_inputs(self.base_model, self._known, ids, spans.prompt.long(), None, others)
+        with running(None):
+            attentions = self.base_model(**inputs).attentions
+        return marked(spans, edit=most_attended(attentions, spans.prompt, counts.pop()))
+
+    @torch.no_grad()
+    def _read_sources(self, call: Call, ids: Tensor, mask: Tensor | None) -> dict[Any, tuple[Tensor, Tensor]]:
+        """Let the base model read other texts, and return their hidden states where the interventions would edit.
+
+        Raises:
+            ValueError: if no adapter of the call takes any, or there are more rows than in the batch, or fewer.
+        """
+        used = [self.adapters[choice.adapter] for choice in call.choices]
+        if used and not any(adapter.takes_source for adapter in used):
+            able = [name for name, cls in INTERVENTIONS.items() if cls.takes_source]
+            raise ValueError(
+                f"{', '.join(adapter.config.method for adapter in used)} takes nothing from the texts source_ids; "
+                f"{', '.join(able)} do"
+            )
+        if len(ids) != len(call.spans.prompt):
+            raise ValueError(f"source_ids hold {len(ids)} rows, the batch {len(call.spans.prompt)}")
+        mask = torch.ones_like(ids) if mask is None else mask
+        inputs = forward_inputs(self.base_model, self._known, ids, mask, None, {})
+        spans = marked(spans_of(mask, None, None), image=self._images_in(ids))
+        reading = replace(call, spans=spans, reads_sources=True)
+        with running(reading):
+            self.base_model(**inputs)
+        return reading.sources
 
     def _notice(self, call: Call) -> None:
         """Warn once if nothing is edited: in a whole generation, in a step of training, in the first passes."""
@@ -758,37 +821,50 @@ class ReftModel(nn.Module):
 
     def _edited_by(self, edit: Edit, flat: Tensor) -> tuple[Tensor, Tensor]:  # (b s, d) -> (n,), (n, d)
         """Return which tokens an adapter edits at a site, and Phi of them."""
-        adapter = self.adapters[edit.adapter]
+        adapter, call = self.adapters[edit.adapter], call_of(self)
         scale = adapter.scale * edit.weight
         indices = [index.to(flat.device) for index in edit.indices]
         edited = []
-        for phi, index in zip(adapter.interventions[edit.layer], indices, strict=True):
+        for i, (phi, index) in enumerate(zip(adapter.interventions[edit.layer], indices, strict=True)):
             h = flat.index_select(0, index)
-            if self._nulled:
+            if call is not None and call.reads_sources:
+                tokens = self._tokens_at(edit, index, call)
+                call.sources[edit.adapter, edit.layer, i] = tokens.padded(h), tokens.counts()
+                edited.append(h)
+            elif self._nulled:
                 edited.append(phi(h, nulled=True))
             elif adapter.seeing_rows is not None and phi.sees_rows:
-                edited.append(self._edited_rows(phi, edit, h, scale, index))
+                edited.append(self._edited_rows(phi, edit, i, h, scale, index))
             else:
                 edited.append(phi(h, scale))
         return (indices[0], edited[0]) if len(edited) == 1 else (torch.cat(indices), torch.cat(edited))
 
-    def _edited_rows(self, phi: Any, edit: Edit, h: Tensor, scale: float, index: Tensor) -> Tensor:
-        """Return Phi of tokens (n, d) with what is known of their rows, and note what else it found."""
+    def _edited_rows(
+        self, phi: Any, edit: Edit, i: int, h: Tensor, scale: float, index: Tensor
+    ) -> Tensor:  # (n, d) -> (n, d)
+        """Return Phi of tokens with what is known of their rows, and note what else it found."""
         call: Any = call_of(self)
-        b, s = call.plan.tokens.shape[:2]
         device = next((parameter.device for parameter in phi.parameters()), h.device)  # where it computes
-        given = {
-            name: value.to(device).repeat_interleave(b // len(value), 0) for name, value in call.given.items()
-        }
-        kept = call.kept.setdefault(edit.adapter, {})
-        index = index // self._site_of(edit).divided  # of a token, whatever the head
-        index = index.to(device)
-        tokens = Tokens(index // s, b, call.plan.prompt.to(device)[index], kept, given)
+        tokens = self._tokens_at(edit, index.to(device), call)
+
+        def of_rows_now(value: Tensor) -> Tensor:  # beams repeat every row
+            return value.to(device).repeat_interleave(tokens.count // len(value), 0)
+
+        tokens.given = {name: of_rows_now(value) for name, value in call.given.items()}
+        if (source := call.sources.get((edit.adapter, edit.layer, i))) is not None:
+            tokens.source = of_rows_now(source[0]), of_rows_now(source[1])
         edited = phi(h, scale, tokens)
         assert tokens.found is not None
         if tokens.found.penalty is not None:
             call.penalties.append(tokens.found.penalty)
         return edited
+
+    def _tokens_at(self, edit: Edit, index: Tensor, call: Any) -> Tokens:  # (n,) flat token indices
+        """Return where the tokens of an edit stand in their rows."""
+        b, s = call.plan.tokens.shape[:2]
+        index = index // self._site_of(edit).divided  # of a token, whatever the head
+        prompt = call.plan.prompt.to(index.device)
+        return Tokens(index // s, b, prompt[index], call.kept.setdefault(edit.adapter, {}))
 
     def _sum_of(self, edits: Sequence[Edit], flat: Tensor) -> Tensor:  # (b s, d) -> (b s, d)
         """Return h + the sum of what each adapter adds to h."""

@@ -12,6 +12,8 @@ image:S    a share S of those, evenly spread                    unbounded
 text       the tokens of the prompt that no image fills         unbounded
 given      those of the prompt that ``edit_mask`` marks         unbounded
 given:S    a share S of those                                   unbounded
+critical:N the N tokens of the prompt that the others attend to unbounded
+           most, found by a first pass of the base model
 decode     every token after the prompt (target or generated)   unbounded
 decode:N   the first N tokens after the prompt                  1 .. N
 all        every token                                          unbounded
@@ -19,8 +21,8 @@ all        every token                                          unbounded
 
 Terms are added: ``f7+l7``, ``prompt+decode:8``, ``l7+image:0.01``. ``fN`` and ``lN`` count the tokens of the text:
 where images fill places of the prompt, as often right after its first token, those are passed over. What else depends
-on the input (the tokens that a first pass found critical) is ``given``: a mask (b, s) with each call of the model. A
-callable ``(prompt_mask, target_mask) -> mask``, all (b, s) bool, selects anything else.
+on the input is ``given``: a mask (b, s) with each call of the model. A callable ``(prompt_mask, target_mask) -> mask``,
+all (b, s) bool, selects anything else.
 
 A short prompt of n tokens clips the counts of ``fp+ls``, so that the two never overlap:
 
@@ -55,8 +57,8 @@ from ...suggest import did_you_mean
 MaskFunction = Callable[[Tensor, Tensor], Tensor]
 CLIPS = ("paper", "floor")
 SYNTAX = (
-    "fN, lN, fN+lM, prompt, image, text, given, all, decode, decode:N and sums of them, with N >= 1, and prompt:S, "
-    "image:S, text:S or given:S with a share 0 < S < 1"
+    "fN, lN, fN+lM, prompt, image, text, given, critical:N, all, decode, decode:N and sums of them, with N >= 1, and "
+    "prompt:S, image:S, text:S or given:S with a share 0 < S < 1"
 )
 OF_PROMPT = ("prompt", "image", "text", "given")  # terms that take all of something, or a share of it
 
@@ -72,9 +74,9 @@ class Term:
     def __str__(self) -> str:
         if self.share is not None:
             return f"{self.kind}:{np.format_float_positional(self.share)}"
-        return {"f": f"f{self.count}", "l": f"l{self.count}", "decode": f"decode:{self.count}"}.get(
-            self.kind if self.count is not None else "", self.kind
-        )
+        if self.count is None:
+            return self.kind
+        return f"{self.kind}{self.count}" if self.kind in "fl" else f"{self.kind}:{self.count}"
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Positions:
     @property
     def needs_prompt(self) -> bool:
         """Whether every row needs a prompt for the specification to mean anything."""
-        return any(term.kind in ("f", "l", *OF_PROMPT) for term in self.terms)
+        return any(term.kind in ("f", "l", *OF_PROMPT, "critical") for term in self.terms)
 
     @property
     def needs_mask(self) -> bool:
@@ -125,6 +127,11 @@ class Positions:
         )
 
     @property
+    def critical(self) -> int | None:
+        """How many tokens a first pass has to find; None for none."""
+        return next((term.count for term in self.terms if term.kind == "critical"), None)
+
+    @property
     def groups(self) -> int:
         """The number of groups (``tied="group"``): one for each term."""
         return 1 if self.function is not None else len(self.terms)
@@ -135,7 +142,11 @@ class Positions:
         Raises:
             ValueError: if a group has no fixed number of positions.
         """
-        counts = [None] if self.function is not None else [term.count for term in self.terms]
+        counts = (
+            [None]
+            if self.function is not None
+            else [None if term.kind == "critical" else term.count for term in self.terms]
+        )
         if None in counts:
             raise ValueError(
                 f"tied='position' needs a fixed number of positions, but {self} selects as many as the text has; "
@@ -151,8 +162,8 @@ class Positions:
         Args:
             prompt: (b, s) bool, the tokens of the prompt.
             target: (b, s) bool, the tokens after it.
-            marks: ``edit`` (b, s) bool, the tokens that the caller marks, and ``image`` (b, s) bool, those that images
-                fill; nothing where there are none.
+            marks: ``edit`` (b, s) bool, the tokens that the caller marks, or the first pass, and ``image`` (b, s) bool,
+                those that images fill; nothing where there are none.
 
         Raises:
             ValueError: without marks, where they are needed, or for what a function returns instead of a mask.
@@ -181,7 +192,8 @@ class Positions:
             clipped = n < p + s
             first = torch.where(clipped, (n // 2).clamp(max=p), p)
             last = torch.where(clipped, (n - n // 2).clamp(max=s), s)
-        parts = {"prompt": prompt, "image": image, "text": text, "given": prompt & marks.get("edit", prompt)}
+        marked = prompt & marks.get("edit", prompt)
+        parts = {"prompt": prompt, "image": image, "text": text, "given": marked, "critical": marked}
         return [
             spread(parts[term.kind], term.share)
             if term.kind in parts
@@ -255,7 +267,8 @@ def _parse_terms(spec: str) -> tuple[Term, ...]:
         "text": {"f", "l"},
         "prompt": {"f", "l", "image", "text"},
         "given": {"f", "l", "prompt", "image", "text"},
-        "all": {"f", "l", *OF_PROMPT, "decode"},
+        "critical": {"f", "l", *OF_PROMPT},
+        "all": {"f", "l", *OF_PROMPT, "critical", "decode"},
     }
     for kind, covered in covering.items():
         overlap = covered & set(kinds) if kind in kinds else set()
@@ -272,7 +285,7 @@ def _parse_term(part: str, spec: str) -> Term:
         return Term(part)
     if share := re.fullmatch(rf"({'|'.join(OF_PROMPT)}):(0?\.\d*[1-9]\d*)", part):
         return Term(share[1], share=float(share[2]))
-    match = re.fullmatch(r"([fl])([1-9]\d*)|(decode):([1-9]\d*)", part)
+    match = re.fullmatch(r"([fl])([1-9]\d*)|(decode|critical):([1-9]\d*)", part)
     if not match:
         raise ValueError(f"malformed positions {spec!r}: cannot read {part!r}; allowed: {SYNTAX}")
     return Term(match[1] or match[3], int(match[2] or match[4]))

@@ -10,6 +10,7 @@ r"""One's own rows: a file, a folder or a data set of the hub, and which of its 
 | `prompt`, `target` | what is read and what is learnt: each a column, or a text with columns in braces, such as `"{question}\n{choices}"` |
 | `answer` | the column in braces within `target` that is the gold answer, where the target holds more than that |
 | `context` | a column or text like `prompt`: what the prompt is about (Alpaca's "### Input:") |
+| `source_prompt` | a column or text like `prompt`: the other prompt of an interchange intervention (`intervention=das`), whose hidden states are put into this one; the target is then what a counterfactual answer would be |
 | `options` | the answers to choose from: a column that holds a list or text with commas, or a list of columns, `[opa,opb,opc,opd]` |
 | `answer_form` | how the answer names one of the options: `text`, `letter` (A, B, ...), `index` (from 0) or `number` (from 1). What is learnt is the text of the option |
 | `delimiter` | between the cells of a CSV file, where its header does not show it (comma, semicolon and tab are recognised) |
@@ -66,6 +67,7 @@ def custom_family(
     options: str | Sequence[str] | None = None,
     answer_form: str = "text",
     messages: str | None = None,
+    source_prompt: str | None = None,
     validation_path: str | None = None,
     test_path: str | None = None,
     delimiter: str | None = None,
@@ -83,6 +85,7 @@ def custom_family(
         options: a column, or several.
         answer_form: of `ANSWER_FORMS`.
         messages: a column, instead of prompt, target and what belongs to them.
+        source_prompt: like `prompt`.
         validation_path: where the validation rows are.
         test_path: where the test rows are.
         delimiter: of CSV files.
@@ -96,7 +99,10 @@ def custom_family(
     tables = tables_of(path, source, validation_path, test_path, _reader(delimiter))
     first = first_rows(tables)
     template = template or ("chat" if messages else "plain")
-    given = {"prompt": prompt, "target": target, "answer": answer, "context": context, "options": options}
+    given = {
+        "prompt": prompt, "target": target, "answer": answer, "context": context, "options": options,
+        "source_prompt": source_prompt,
+    }  # fmt: skip
     if messages:
         also = [f"data.{name}" for name, value in given.items() if value]
         if also:
@@ -108,7 +114,14 @@ def custom_family(
             there = f"; the columns are {', '.join(first[0][0])}" if first else ""
             raise ValueError(f"data=custom needs {' and '.join(missing)}, or data.messages{there}")
         make = Columns(
-            str(prompt), str(target), answer, context, options, answer_form, line_break=template == "plain"
+            str(prompt),
+            str(target),
+            answer,
+            context,
+            options,
+            answer_form,
+            template == "plain",
+            source_prompt,
         )
     for row, where in first:
         for name in make.names:

@@ -1,6 +1,18 @@
 """What training minimises: one class an objective, chosen by ``objective`` of the configuration."""
 
 from .base import SFT, DifferenceInMeans, Objective, inputs_of, log_probs, reference
+from .interchange import CDAS, Interchange
 from .preferences import DPO, RePS
 
-__all__ = ["DPO", "SFT", "DifferenceInMeans", "Objective", "RePS", "inputs_of", "log_probs", "reference"]
+__all__ = [
+    "CDAS",
+    "DPO",
+    "SFT",
+    "DifferenceInMeans",
+    "Interchange",
+    "Objective",
+    "RePS",
+    "inputs_of",
+    "log_probs",
+    "reference",
+]

@@ -8,6 +8,7 @@ The states of an adapted model that passes may be made in:
 ``with model.nulled():``             each edit replaced by the removal of what it would add (:class:`Steerable`)
 ``adapter_names=[("default", a)]``   other strengths a, or another adapter, for each row (:class:`Steerable`)
 ``row_values={"concept": ids}``      what is said of each row to edits that ask for it (:class:`Steerable`)
+``source_ids=...``                   other texts, whose hidden states edits take (``data.source_prompt``; :class:`Steerable`)
 ===================================  ===============================================================================
 
 One's own is a subclass, named by its import path (``objective._target_=mine.Mine``):
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor
 
 from ...adapters.adapted import AdaptedModel, Steerable
+from ...adapters.methods import method_named
 from ...data.encoding import IGNORED, target_only
 
 NOT_INPUTS = ("boundary", "examples", "rows")
@@ -100,7 +102,7 @@ class DifferenceInMeans(Objective):
     def check(self, model: AdaptedModel) -> None:
         """Reject other interventions, before weights are loaded."""
         super().check(model)
-        if model.config.method != "difference_in_means":
+        if not method_named(model.config.method).closed_form:
             raise ValueError(
                 f"the objective DifferenceInMeans fits intervention=difference_in_means only; got {model.config.method}"
             )
