@@ -17,6 +17,7 @@ from ..config.schema import OF_TRAINING, Config, DataConfig, InterventionConfig
 from ..data import AnyFamily, Family, get_family
 from ..data.benchmark_data import BenchmarkData
 from ..data.families.custom import custom_family
+from ..data.preferences import as_preferences
 from ..data.rows import DataSource
 from ..evaluation import Decoding
 from ..interventions import intervention_class, settings_of
@@ -35,12 +36,17 @@ FILES = ("validation_path", "test_path", "delimiter")
 
 
 def family_of(config: Config) -> AnyFamily:
-    """Return the benchmark family; that of one's own data is made from the names of its columns."""
+    """Return the benchmark family, read as preferences by a reward model.
+
+    That of one's own data is made from the names of its columns.
+    """
     data = config.data
     if data.family != "custom":
-        return get_family(data.family)
-    settings = {name: getattr(data, name) for name in (*COLUMNS, *FILES)}
-    return custom_family(path=data.path, source=data.source, template=data.template, **settings)
+        family = get_family(data.family)
+    else:
+        settings = {name: getattr(data, name) for name in (*COLUMNS, *FILES)}
+        family = custom_family(path=data.path, source=data.source, template=data.template, **settings)
+    return as_preferences(family) if objective_of(config).rewards else family
 
 
 def decoding_of(config: Config, family: Family) -> Decoding:

@@ -2,5 +2,16 @@
 
 from .base import SFT, DifferenceInMeans, Objective, inputs_of, log_probs, reference
 from .preferences import DPO, RePS
+from .reward import Reward
 
-__all__ = ["DPO", "SFT", "DifferenceInMeans", "Objective", "RePS", "inputs_of", "log_probs", "reference"]
+__all__ = [
+    "DPO",
+    "SFT",
+    "DifferenceInMeans",
+    "Objective",
+    "RePS",
+    "Reward",
+    "inputs_of",
+    "log_probs",
+    "reference",
+]
