@@ -47,7 +47,7 @@ def needs_of(override):
     if override == "model=hub":
         return ["model.name=owner/name"]
     if re.search(
-        "=(debug|paper/(arithmetic|ablation)_|small/(arithmetic|ultrafeedback|code|glue|stsb)|arithmetic|few_shot|custom)",
+        "=(debug|paper/(arithmetic|ablation)_|small/(arithmetic|ultrafeedback|code|glue|stsb)|arithmetic|few_shot|memorise|custom)",
         override,
     ):
         return ["data.path=folder"]
