@@ -30,9 +30,9 @@ class Example:
         context: what an instruction is about, Alpaca's "### Input:".
         turns: earlier turns of a conversation, (role, text) with the roles system, user and assistant.
         source_prompt: another prompt, whose hidden states interchange interventions put into this one.
-    pictures: what is seen, one for each mark in the texts, in their order.
-    references: answers of several people, where the gold answer is only the commonest.
-    recorded: column -> value, written with the prediction of this row. Not part of equality.
+        pictures: what is seen, one for each mark in the texts, in their order.
+        references: answers of several people, where the gold answer is only the commonest.
+        recorded: column -> value, written with the prediction of this row. Not part of equality.
     """
 
     task: str
@@ -51,8 +51,8 @@ class Example:
     @property
     def content(self) -> tuple[str, ...]:
         """Return all that makes this row what it is: task, prompt, target, and what else is read."""
-        more = (self.context, *(part for turn in self.turns for part in turn), self.source_prompt)
-        more += (*self.seen, *self.references)
+        more = (self.context, *(part for turn in self.turns for part in turn), *self.seen, *self.references)
+        more += (self.source_prompt,) if self.source_prompt else ()
         return (self.task, self.prompt, self.target, *(more if any(more) else ()))
 
     @property

@@ -89,7 +89,7 @@ class Family:
         """Return the measure by which checkpoints are chosen."""
         return self.main or (*self.measures_of(tasks), "loss")[0]
 
-    def num_labels(self, tasks: Sequence[str]) -> None:
+    def num_labels(self, tasks: Sequence[str]) -> int | None:
         """Return None: a language model has no classes."""
         return None
 

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters.reft.model import ReftModel
-from ..adapters.reft.positions import MARKED, Term
+from ..adapters.reft.positions import Term
 from ..interventions import Subspace
 from ..storage.atomic import write_json
 from .foreign import check_alone
@@ -48,7 +48,7 @@ def to_easysteer(reft: ReftModel, folder: str | PathLike) -> None:
             raise ValueError(
                 f"{where}: EasySteer takes no position function; use fN, lN, prompt, decode or all"
             )
-        if any(term.share is not None or term.kind in MARKED for term in positions.terms):
+        if any(term.share is not None or term.kind in ("given", "critical") for term in positions.terms):
             raise ValueError(
                 f"{where}: EasySteer takes no positions {positions}; use fN, lN, prompt, decode or all"
             )

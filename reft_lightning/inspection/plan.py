@@ -34,7 +34,7 @@ from ..config.schema import Config
 from ..data.encoding import Collator, Encoded
 from ..data.example import Example
 from ..data.pairs import EncodedPairs
-from ..evaluation.prefix_reader import ROWS
+from ..evaluation.prefix_reader import SOURCES
 from ..runs.arguments import method_of
 from ..runs.build import Outline, outline, prepare
 from ..runs.kinds import kind_of
@@ -249,7 +249,7 @@ def _on_meta(model: nn.Module) -> Iterator[None]:
 
 
 def _flops_of_base(base: PreTrainedModel, batch: Batch) -> int:
-    left_out = ("prompt_mask", *ROWS)
+    left_out = ("prompt_mask", *SOURCES)
     inputs = {name: value for name, value in _inputs(batch, base).items() if name not in left_out}
     with FlopCounterMode(display=False) as counter:
         base(**inputs)

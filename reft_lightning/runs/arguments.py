@@ -19,6 +19,7 @@ from ..data import AnyFamily, Family, get_family
 from ..data.benchmark_data import BenchmarkData
 from ..data.families.custom import custom_family
 from ..data.families.vision import vision_family
+from ..data.preferences import as_preferences
 from ..data.rows import DataSource
 from ..evaluation import Decoding
 from ..interventions import intervention_class, settings_of
@@ -73,13 +74,17 @@ OF_OWN = tuple(dict.fromkeys(name for own in OWN.values() for name in own.settin
 
 
 def family_of(config: Config) -> AnyFamily:
-    """Return the benchmark family; that of one's own data is made from the names of its columns."""
+    """Return the benchmark family, read as preferences by a reward model.
+
+    That of one's own data is made from the names of its columns.
+    """
     data = config.data
-    own = OWN.get(data.family)
-    if own is None:
-        return get_family(data.family)
-    settings = {name: getattr(data, name) for name in own.settings}
-    return own.make(path=data.path, source=data.source, template=data.template, **settings)
+    if (own := OWN.get(data.family)) is None:
+        family = get_family(data.family)
+    else:
+        settings = {name: getattr(data, name) for name in own.settings}
+        family = own.make(path=data.path, source=data.source, template=data.template, **settings)
+    return as_preferences(family) if objective_of(config).rewards else family
 
 
 def decoding_of(config: Config, family: Family) -> Decoding:

@@ -38,7 +38,7 @@ class Monitor(NamedTuple):
 def monitor_of(config: Config, family: AnyFamily) -> Monitor:
     """Return the score that decides: the one that is named, else the family's main measure."""
     main = family.main_measure(config.data.tasks)
-    if kind_of(family).generates and objective_of(config).pairs:
+    if kind_of(family).generates and objective_of(config).pairs and family.measures_of(config.data.tasks):
         main = "option_accuracy"
     if main == "option_accuracy" and not config.option_likelihood:
         main = "loss"
@@ -113,7 +113,7 @@ def check_unused(config: Config, family: AnyFamily) -> None:
                 raise ValueError(
                     f"decoding.{name} means nothing to the classifiers of {family.name}: leave it out"
                 )
-        if config.objective != ObjectiveConfig():
+        if config.objective != ObjectiveConfig() and not objective_of(config).rewards:
             raise ValueError(
                 f"objective: the classifiers of {family.name} are trained by the loss of their labels; leave it out"
             )

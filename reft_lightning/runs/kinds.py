@@ -17,9 +17,11 @@ from ..data.example import Example
 from ..data.generation_data import GenerationData
 from ..data.image_data import ImageData
 from ..data.option_batches import option_batches
+from ..data.preferences import PreferenceData
 from ..training.classification import ClassificationModule
 from ..training.generation import GenerationModule
 from ..training.module import FinetuningModule
+from ..training.reward import RewardModule
 
 if TYPE_CHECKING:
     from .build import Prepared
@@ -53,10 +55,10 @@ def _generation(config: Config, run: Prepared, model: AdaptedModel, training_pas
     assert isinstance(family, Family)
     assert run.decoding is not None
     options = partial(option_batches, run.tokenizer, max_length=data.max_length)
+    commonest = commonest_answers(data.train_rows.examples) if family.score else {}
     return GenerationModule(
         model, run.tokenizer, family, data.val_tasks, data.test_tasks, run.optimization, run.decoding,
-        options if config.option_likelihood else None, commonest_answers(data.train_rows.examples), training_pass,
-        run.objective,
+        options if config.option_likelihood else None, commonest, training_pass, run.objective,
     )  # fmt: skip
 
 
@@ -66,6 +68,13 @@ def _classification(
     assert isinstance(run.data, ClassificationData)
     return ClassificationModule(
         model, run.tokenizer, run.data, run.optimization, training_pass, run.class_order
+    )
+
+
+def _preference(config: Config, run: Prepared, model: AdaptedModel, training_pass: Any) -> RewardModule:
+    data = run.data
+    return RewardModule(
+        model, data.val_tasks, data.test_tasks, run.optimization, run.objective, training_pass
     )
 
 
@@ -84,6 +93,9 @@ KINDS = {
         "sequence_classification", ClassificationData, _classification, generates=False, heads="auto",
         # its published validation set is divided, and texts are read as they are
         unused=("train_tasks", "validation_size", "template", "system_prompt", "target_tokens"),
+    ),
+    "preference": Kind(
+        "sequence_classification", PreferenceData, _preference, generates=False, heads="auto"
     ),
 }  # fmt: skip
 

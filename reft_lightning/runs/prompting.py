@@ -8,7 +8,7 @@ from typing import Any
 from ..config.schema import Config
 from ..data import Example
 from ..data.prompts import apply_template
-from .arguments import OWN, family_of
+from .arguments import OWN, family_of, objective_of
 from .kinds import KINDS, kind_of
 
 
@@ -31,8 +31,10 @@ class PromptFormat:
         """Return that of a run's training rows.
 
         Raises:
-            ValueError: if the run trained a classifier; ``where`` it is.
+            ValueError: if the run trained a classifier or a reward model; ``where`` it is.
         """
+        if objective_of(config).rewards:
+            raise ValueError(f"{where} is a reward model, which generates no text")
         # one's own rows, which may be gone, are not needed to talk
         own = OWN.get(config.data.family)
         family = None if own else family_of(config)

@@ -174,7 +174,8 @@ class GenerationModule(FinetuningModule):
         The likeliest option is its draft: what a model that knows the format says.
         """
         examples: list[Example] = batch["examples"]
-        if self.option_batches is None or not all(example.options for example in examples):
+        scored = self.family.score is not None  # pairs of free texts have options, too
+        if self.option_batches is None or not scored or not all(example.options for example in examples):
             return [], batch
         batches = [{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in b.items()} | sources_in(batch)
                    for b in self.option_batches(examples)]  # fmt: skip

@@ -47,7 +47,8 @@ def needs_of(override):
     if override == "model=hub":
         return ["model.name=owner/name"]
     if re.search(
-        "=(debug|paper/(arithmetic|ablation)_|small/(arithmetic|ultrafeedback|code|glue|stsb)|arithmetic|few_shot|custom|vqa|llava)",
+        "=(debug|paper/(arithmetic|ablation)_|small/(arithmetic|ultrafeedback|code|glue|stsb)|arithmetic|few_shot|memorise"
+        "|custom|vqa|llava)",
         override,
     ):
         return ["data.path=folder"]

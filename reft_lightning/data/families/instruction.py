@@ -7,8 +7,9 @@ A row of Alpaca, Dolly and UltraFeedback as the paper's authors keep it::
 
     {"instruction": "Rewrite the sentence.", "input": "He went.", "output": "He left."}
 
-Also read: Dolly's own columns {instruction, context, response}, preference pairs {prompt, chosen} (the chosen
-answer is learnt; text or messages), conversations {messages}, and Self-Instruct's {instruction, instances}.
+Also read: Dolly's own columns {instruction, context, response}, preference pairs {prompt, chosen, rejected} (the chosen
+answer is learnt, the rejected one is for objectives of pairs; text or messages), conversations {messages}, and
+Self-Instruct's {instruction, instances}.
 
 | task | rows | licence |
 |---|---|---|
@@ -67,10 +68,15 @@ def _instances(task: str, row: Row, where: str) -> Example:
 
 def _chosen(task: str, row: Row, where: str) -> Example:
     """Build the example of a preference pair {prompt, chosen, rejected}: the chosen answer is learnt."""
-    chosen = row["chosen"]
+    chosen, other = row["chosen"], row.get("rejected")
     if isinstance(chosen, str):
-        return _example(task, column(row, "prompt", where), chosen, where)
-    return _conversation(task, chosen, where)
+        example = _example(task, column(row, "prompt", where), chosen, where)
+    else:
+        example = _conversation(task, chosen, where)
+    if other is None:
+        return example
+    other = as_text(other, "rejected", where) if isinstance(other, str) else exchange_of(other, where)[2]
+    return replace(example, options=(example.target, other))
 
 
 def _conversation(task: str, messages: Any, where: str) -> Example:

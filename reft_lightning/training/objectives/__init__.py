@@ -3,6 +3,7 @@
 from .base import SFT, DifferenceInMeans, Objective, inputs_of, log_probs, reference
 from .interchange import CDAS, Interchange
 from .preferences import DPO, RePS
+from .reward import Reward
 
 __all__ = [
     "CDAS",
@@ -12,6 +13,7 @@ __all__ = [
     "Interchange",
     "Objective",
     "RePS",
+    "Reward",
     "inputs_of",
     "log_probs",
     "reference",

@@ -47,6 +47,8 @@ class Objective:
     """Whether a batch holds each prompt twice: b rows with the target, then b with the answer that was rejected."""
     steers: ClassVar[bool] = False
     """Whether it needs edits of several strengths, and a model that is :class:`Steerable`."""
+    rewards: ClassVar[bool] = False
+    """Whether the model is a classifier with one output, a reward for each text, instead of a language model."""
     closed_form: ClassVar[bool] = False
     """Whether one step of SGD with lr 1 over all rows is its minimum, and any other step is not."""
 

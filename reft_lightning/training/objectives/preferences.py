@@ -47,8 +47,8 @@ class DPO(Objective):
             base = log_probs(module.model(**inputs).logits, inputs["labels"])
         output = module.model(**inputs)
         rewards = self.beta * (log_probs(output.logits, inputs["labels"]) - base)  # (2 b,)
-        margins = _margins(rewards)
-        _log(module, margins)
+        margins = margins_of(rewards)
+        note_margins(module, margins)
         return -F.logsigmoid(margins).mean() + penalty_of(module, output)
 
 
@@ -84,22 +84,24 @@ class RePS(Objective):
         counts = (labels[:, 1:] != IGNORED).sum(-1)
         drawn = torch.randint(len(self.strengths), (len(labels),)).tolist()
         with reference(model):
-            base = _margins(log_probs(model(**inputs).logits, labels))  # (b,)
+            base = margins_of(log_probs(model(**inputs).logits, labels))  # (b,)
         output = model(**inputs, adapter_names=[("default", self.strengths[i]) for i in drawn])
         steered = (log_probs(output.logits, labels) / counts).chunk(2)
         with model.nulled():
             nulled = (log_probs(model(**inputs).logits, labels) / counts).chunk(2)
         towards = (-base).clamp(min=1) * steered[0] - steered[1]
         away = base.clamp(min=1) * nulled[1] - nulled[0]
-        _log(module, towards)
+        note_margins(module, towards)
         return -F.logsigmoid(towards).mean() - F.logsigmoid(away).mean() + penalty_of(module, output)
 
 
-def _margins(scores: Tensor) -> Tensor:  # (2 b,) -> (b,)
+def margins_of(scores: Tensor) -> Tensor:  # (2 b,) -> (b,)
+    """Return by how much the chosen answers are ahead."""
     chosen, rejected = scores.chunk(2)
     return chosen - rejected
 
 
-def _log(module: Any, margins: Tensor) -> None:
+def note_margins(module: Any, margins: Tensor) -> None:
+    """Log how often, and by how much, the chosen answer is ahead."""
     module.log("train/margin", margins.detach().mean())
     module.log("train/pair_accuracy", (margins > 0).float().mean())

@@ -13,6 +13,7 @@ from reft_lightning.data.families.instruction import FAMILY, NO_ANSWER, TASKS, e
 from reft_lightning.data.family import Family
 from reft_lightning.data.files import read_json_file
 from reft_lightning.data.generation_data import GenerationData
+from reft_lightning.data.pairs import rejected
 from reft_lightning.data.prompts import apply_template
 from reft_lightning.data.rows import DataSource, read_rows
 
@@ -79,6 +80,18 @@ class TestSchemas:
         messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
         row = {"prompt": "Hi", "rejected": "No."}
         assert example(row | {"chosen": "Hello"}, "here") == example(row | {"chosen": messages}, "here")
+
+    def test_a_preference_pair_has_its_answers_as_options(self):
+        example = example_of("ultrafeedback_binarized")
+        turns = [
+            [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": x}] for x in ("Hello", "No.")
+        ]
+        found = example({"prompt": "Hi", "chosen": turns[0], "rejected": turns[1]}, "here")
+        assert found.options == ("Hello", "No.")
+        assert rejected(found).target == "No."
+        assert example({"prompt": "Hi", "chosen": "Hello"}, "here").options == ()
+        with pytest.raises(ValueError, match=r"here: a conversation must be a list"):
+            example({"prompt": "Hi", "chosen": "Hello", "rejected": 3}, "here")
 
     def test_earlier_messages_become_turns(self):
         said = ["system: Be brief.", "user: Hi", "assistant: Hello", "user: Bye", "assistant: See you"]

@@ -1,0 +1,107 @@
+"""Rows as preferences: two answers to a prompt, of which a reward model shall value the chosen one more.
+
+Letters: b pairs, which are 2 b rows; s columns. A row is the whole text, which a reward model reads as a classifier
+does, padded on the right. The end-of-text token is left out: it pads where a tokenizer has no other, and transformers'
+classifiers read the last token that is not padding::
+
+    p1 p2 p3 y1 y2 pad      input_ids, attention_mask (2 b, s), first the chosen answers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, ClassVar
+
+import torch
+
+from .encoding import Encoded
+from .example import Example
+from .families import AnyFamily
+from .family import Family
+from .generation_data import GenerationData
+from .pairs import EncodedPairs, rejected
+
+PAIR_ACCURACY = "pair_accuracy"
+
+
+class PreferenceFamily(Family):
+    """A family whose rows are pairs of the target and another option, which is rejected."""
+
+    kind: ClassVar[str] = "preference"
+
+    def measures_of(self, tasks: Sequence[str]) -> tuple[str, ...]:
+        """Return the one measure: how often the chosen answer has the higher reward."""
+        return (PAIR_ACCURACY,)
+
+    def main_measure(self, tasks: Sequence[str]) -> str:
+        """Return the measure by which checkpoints are chosen."""
+        return PAIR_ACCURACY
+
+    def num_labels(self, tasks: Sequence[str]) -> int:
+        """Return the number of outputs: one, the reward."""
+        return 1
+
+
+def as_preferences(family: AnyFamily) -> PreferenceFamily:
+    """Return a family whose rows are read as preferences.
+
+    Raises:
+        ValueError: for labelled texts, which have no answers to choose from.
+    """
+    if not isinstance(family, Family):
+        raise ValueError(
+            f"a reward model chooses between two answers to a prompt, and the rows of {family.name} are labelled "
+            "texts: choose a family with options, such as data=skills, or leave the objective out"
+        )
+    values: dict[str, Any] = {field.name: getattr(family, field.name) for field in fields(family)}
+    values["export"] = None  # of generated texts
+    return PreferenceFamily(**values)
+
+
+class PreferenceData(GenerationData):
+    """Loaders of pairs, in training and in evaluation; arguments as those of :class:`GenerationData`."""
+
+    def _encode(self, examples: list[Example], what: str) -> Any:
+        others = [rejected(example) for example in examples]
+        return EncodedPairs(
+            super()._encode(examples, what), super()._encode(others, f"rejected answers of the {what}")
+        )
+
+    def _encode_train(self, examples: list[Example]) -> Any:
+        return self._encode(examples, "train rows")
+
+    def _collator(self, with_examples: bool) -> Callable[[list[Any]], dict[str, Any]]:
+        return TextPairs(self.tokenizer.pad_token_id, with_examples)
+
+
+class TextPairs:
+    """Lay pairs out as whole texts.
+
+    Args:
+        pad_token_id: the tokenizer's.
+        with_examples: add the `Example` objects, for evaluation.
+    """
+
+    def __init__(self, pad_token_id: int, with_examples: bool = False) -> None:
+        self.pad_token_id, self.with_examples = pad_token_id, with_examples
+
+    def __call__(self, pairs: Sequence[tuple[Encoded, Encoded]]) -> dict[str, Any]:
+        """Return input_ids and attention_mask (2 b, s), and the rows' numbers (2 b,)."""
+        rows = [row for rows in zip(*pairs, strict=True) for row in rows]
+        texts = [_text(row) for row in rows]
+        input_ids = torch.full((len(rows), max(map(len, texts))), self.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for i, text in enumerate(texts):
+            input_ids[i, : len(text)], attention_mask[i, : len(text)] = torch.tensor(text), 1
+        batch: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "rows": torch.tensor([row.row for row in rows], dtype=torch.int64),
+        }
+        return batch | ({"examples": [chosen.example for chosen, _ in pairs]} if self.with_examples else {})
+
+
+def _text(row: Encoded) -> list[int]:
+    answer = row.target_ids if row.cut_target else row.target_ids[:-1]  # a target that was cut has no eos
+    return [*row.prompt_ids, *answer]
