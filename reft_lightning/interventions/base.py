@@ -107,7 +107,7 @@ class Intervention(nn.Module):
 
     @property
     def edits_tokens(self) -> bool:
-        """Whether the edit of a token depends on the token alone, whatever else ``edit_rows`` returns: it is ``edit``."""
+        """Whether ``edit`` says what is added to a token, on which alone it depends, whatever else is returned."""
         return not self.sees_rows or self.defines("edit")
 
     def penalty(self) -> Tensor | None:

@@ -53,8 +53,8 @@ class RED(Bias, name="red"):
 
     Args:
         dim: width d of the representation.
-        restraint: weight of the penalty, the length of b; BREP (Liang et al. 2025, arXiv:2511.10707) holds it at a target
-            (``callbacks=penalty_pid``).
+        restraint: weight of the penalty, the length of b; BREP (Liang et al. 2025, arXiv:2511.10707) holds it at a
+            target (``callbacks=penalty_pid``).
         **kwargs: dropout and dropout_on, see :class:`Intervention`.
     """
 

@@ -8,9 +8,9 @@ boundless_das  h + R'(m * (R s - R h)), m = mask of directions  Boundless DAS: W
 cdas           h + R'(R s' - R h), s' the last of the prompt    Concept DAS: Bao et al. 2026, arXiv:2602.05234
 =============  ===============================================  =====================================================
 
-Letters: h (n, d) tokens, s (n, d) the source's hidden states in their places, R (r, d) with orthonormal rows. If a model
-then answers as its causal variable would with the source's value, the subspace holds that variable: how often it does
-is the interchange intervention accuracy (IIA).
+Letters: h (n, d) tokens, s (n, d) the source's hidden states in their places, R (r, d) with orthonormal rows. If a
+model then answers as its causal variable would with the source's value, the subspace holds that variable: how often it
+does is the interchange intervention accuracy (IIA).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class DAS(Orthonormal, name="das"):
 
     .. math:: \Phi(h) = h + R^\top (R s - R h), \qquad R R^\top = I_r
 
-    Laws: :math:`R \Phi(h) = R s`; h where s is h; :math:`\Phi(h) = s` with r = d. Trains r d numbers. The latents are R h.
-    Source: Geiger et al. 2023, arXiv:2303.02536.
+    Laws: :math:`R \Phi(h) = R s`; h where s is h; :math:`\Phi(h) = s` with r = d. Trains r d numbers. The latents are
+    R h. Source: Geiger et al. 2023, arXiv:2303.02536.
     """
 
     takes_source = "same"
@@ -58,11 +58,11 @@ class BoundlessDAS(DAS, name="boundless_das"):
     .. math:: \Phi(h) = h + R^\top (m \odot (R s - R h)), \qquad
         m_i = \sigma\Big(\frac{i}{T}\Big)\, \sigma\Big(\frac{\beta r - i}{T}\Big), \quad i = 0, ..., r - 1
 
-    with the boundary :math:`\beta`, which starts at 1/2 and is clamped to 0.001..1. The temperature T falls linearly with
-    the steps of training (``objective=interchange``), and is ``end`` in evaluation. The penalty is ``sparsity`` times
-    :math:`\beta`. Trains r d + 1 numbers. Source: Wu et al. 2023, arXiv:2305.08809; numbers as in the tutorial of pyvene,
-    where T counts as trained but is overwritten, and :math:`\beta` learns ten times as fast as R: it is ten times the
-    parameter here, which is the same to Adam. As there, m of the first direction is at most 1/2.
+    with the boundary :math:`\beta`, which starts at 1/2 and is clamped to 0.001..1. The temperature T falls linearly
+    with the steps of training (``objective=interchange``), and is ``end`` in evaluation. The penalty is ``sparsity``
+    times :math:`\beta`. Trains r d + 1 numbers. Source: Wu et al. 2023, arXiv:2305.08809; numbers as in the tutorial of
+    pyvene, where T counts as trained but is overwritten, and :math:`\beta` learns ten times as fast as R: it is ten
+    times the parameter here, which is the same to Adam. As there, m of the first direction is at most 1/2.
 
     Args:
         dim: width d of the representation.

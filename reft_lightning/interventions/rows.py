@@ -108,8 +108,8 @@ class Tokens:
         if not wrong.is_meta and wrong.any():
             row = int(wrong.nonzero()[0])
             raise ValueError(
-                f"row {row} has {own[row]} tokens at the positions of an interchange intervention, and the text that it "
-                f"takes hidden states from {counts[row]}: choose positions that select as many in both, such as l1"
+                f"row {row} has {own[row]} tokens at the positions of an interchange intervention, and the text that "
+                f"it takes hidden states from {counts[row]}: choose positions that select as many in both, such as l1"
             )
         return states[self.rows, (counts - 1)[self.rows] if last else self.places]
 

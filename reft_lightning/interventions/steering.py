@@ -105,11 +105,11 @@ class CAST(Bias, name="cast"):
 
     .. math:: \Phi(h) = h + g b, \qquad g = [\cos(\bar h, \tanh(P \bar h)) > \theta], \qquad P = c c^\top / c^\top c
 
-    with the mean :math:`\bar h` of the row's prompt tokens, once a prompt and kept while decoding. One layer may decide for
-    those above it (``decides=False`` there), and the condition may be that the similarity is below the threshold. P has no
-    sign: a prompt like -c is like c.
-    The authors take c and b from the differences of two kinds of prompts (``difference_in_means`` finds such vectors; the
-    first components of their code are close) and search for the threshold. In training, c learns by the gradient of
+    with the mean :math:`\bar h` of the row's prompt tokens, once a prompt and kept while decoding. One layer may decide
+    for those above it (``decides=False`` there), and the condition may be that the similarity is below the threshold.
+    P has no sign: a prompt like -c is like c.
+    The authors take c and b from two kinds of prompts, as first principal components (``difference_in_means`` is
+    another such estimate), and search for the threshold. In training, c learns by the gradient of
     :math:`\sigma((\cos - \theta) / T)`, T = 0.1, in the place of the step's, which has none. Trains 2 d numbers, d in
     layers that do not decide. Source: Lee et al. 2025, arXiv:2409.05907, and its code.
 

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..adapters.adapt import adapt, build_on_meta
 from ..adapters.adapted import AdaptedModel, ParameterCount
+from ..adapters.methods import method_named
 from ..base_models.heads import class_order
 from ..base_models.loading import fit_to_tokenizer, load_base_model, load_config, load_tokenizer
 from ..base_models.places import ModelPlace
@@ -163,7 +164,7 @@ def outline(config: Config) -> Outline:
     on_meta = build_on_meta(hf_config, source["task"], source["attn_implementation"])
     adapted = adapt(on_meta, **attached)
     count = adapted.parameter_count()
-    objective.check(adapted)
+    objective.check(adapted, method_named(config.intervention.method))
     check_tied_head(config, hf_config, attached.get("heads") or ())
     return Outline(
         family=family, source=source, attached=attached, optimization=optimization, objective=objective,

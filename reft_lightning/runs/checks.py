@@ -82,8 +82,8 @@ def check_unused(config: Config, family: AnyFamily) -> None:
         raise ValueError(
             f"{method.name} takes hidden states of other texts: name their column, such as data.source_prompt=source"
             if method.takes_source
-            else f"data.source_prompt means nothing to {method.name}, which takes no hidden states of other texts: choose "
-            "intervention=das, boundless_das or cdas, or leave it out"
+            else f"data.source_prompt means nothing to {method.name}, which takes no hidden states of other texts: "
+            "choose intervention=das, boundless_das or cdas, or leave it out"
         )
     if config.model.gradient_checkpointing and method.needs_cache:
         raise ValueError(

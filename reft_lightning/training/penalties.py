@@ -8,6 +8,8 @@ from typing import Any
 from lightning import Callback
 from torch import nn
 
+from ..interventions import Intervention
+
 
 class PenaltySchedule(Callback):
     """Set the weight before each step; a subclass defines :meth:`weight`. Resuming goes on with it."""
@@ -35,8 +37,8 @@ def mean_penalty(model: nn.Module) -> float:
     Raises:
         ValueError: if none does.
     """
-    found = [part.penalty() for part in model.modules() if hasattr(part, "penalty")]
-    found = [float(penalty) for penalty in found if penalty is not None]
+    found = [part.penalty() for part in model.modules() if isinstance(part, Intervention)]
+    found = [penalty.item() for penalty in found if penalty is not None]
     if not found:
         raise ValueError(
             "PIDPenalty holds a penalty of parameters at its target, and there is none: set "
@@ -64,8 +66,9 @@ class ExponentialPenalty(PenaltySchedule):
 class PIDPenalty(Callback):
     r"""Hold the mean penalty of an intervention at a target, by a PID controller of its weight w.
 
-    .. math:: w \leftarrow w \big(1 + 5 (k_p e + k_i \textstyle\sum e + k_d \Delta e)\big), \quad e = \text{penalty} - \text{target}
+    .. math:: w \leftarrow w \big(1 + 5 (k_p e + k_i \textstyle\sum e + k_d \Delta e)\big)
 
+    with the error e of the penalty over the target,
     every fourth step, within bounds: BREP (Liang et al. 2025, arXiv:2511.10707), with the gains, the interval and the
     bounds of its code. That code turns the weight of the loss down instead where vectors are too long, which the steps
     of Adam hardly show.
@@ -80,7 +83,7 @@ class PIDPenalty(Callback):
         highest: bound of the weight.
 
     Raises:
-        ValueError: for bounds that do not hold the start, or are not above 0; in training, for a model without penalties.
+        ValueError: for bounds that do not hold the start, or are not above 0; in training, without any penalty.
     """
 
     EVERY, SMOOTHING = 4, 5

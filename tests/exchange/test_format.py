@@ -19,7 +19,8 @@ PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 LOW_RANK = ["loreft", "direft_orthonormal", "noreft", "direft", "consreft", "lobireft"]
 FROM_TEXTS = ["das", "boundless_das", "cdas"]
 BUILT_IN = [
-    *LOW_RANK, *FROM_TEXTS, "red", "bias", "difference_in_means", "activation_scaling", "cast", "reft_r1", "lofit", "jola",
+    *LOW_RANK, *FROM_TEXTS, "red", "bias", "difference_in_means", "activation_scaling", "cast", "reft_r1", "lofit",
+    "jola",
 ]  # fmt: skip
 CASES = [
     *((method, {"rank": 2} if method in (*LOW_RANK, *FROM_TEXTS) else {}) for method in BUILT_IN),

@@ -284,15 +284,16 @@ def test_a_run_of_brep_holds_the_length_of_its_vectors(choices, tmp_path):
     def lengths(target):
         config = compose.compose([
             "model=tiny_random", "data=custom", f"data.path={choices}", "data.prompt=question", "data.target=yes",
-            "data.validation_size=2", "data.batch_size=3", "data.target_tokens=1", "decoding.max_new_tokens=2",
+            "data.validation_size=0", "data.batch_size=3", "data.target_tokens=1", "decoding.max_new_tokens=2",
             "intervention=brep", "callbacks=penalty_pid", f"callbacks.penalty.target={target}", "optimizer.lr=5e-2",
-            "callbacks.penalty.highest=100", "+callbacks.penalty.kp=2", "trainer.max_epochs=12", "trainer.accelerator=cpu",
+            "+callbacks.penalty.highest=100", "+callbacks.penalty.kp=2", "trainer.max_epochs=12",
+            "trainer.accelerator=cpu",
             "trainer.log_every_n_steps=4", "trainer.enable_progress_bar=false",
         ])  # fmt: skip
         experiment.run(config, tmp_path / str(target))
         rows = experiment.build(config).data.train_rows
         assert {len(row.target_ids) for row in rows} == {1}
-        assert rows.targets == [1] * 15
+        assert rows.targets == [1] * 17
         weights = short_runs.logged(tmp_path / str(target), "train/penalty_weight")
         state = rl.ReftModel.from_pretrained(
             experiment.build(config).model.base_model, tmp_path / str(target) / "adapter"

@@ -122,8 +122,8 @@ def _interventions(spec: LayerSpec, positions: Positions, site: Site) -> nn.Modu
         raise ValueError(f"{spec.method} looks at the rows of a text, and {spec.component} sees images only")
     if cls.takes_source == "same" and any(term.kind in ("decode", "all") for term in positions.terms):
         raise ValueError(
-            f"{spec.method} puts tokens of one prompt into another, and the positions {positions} select tokens after the "
-            "prompt, too: use fN, lN or prompt"
+            f"{spec.method} puts tokens of one prompt into another, and the positions {positions} select tokens after "
+            "the prompt, too: use fN, lN or prompt"
         )
     if site.stack and (cls.takes_source or positions.critical):
         what = spec.method if cls.takes_source else f"positions={positions}"

@@ -29,14 +29,14 @@ def check_attends(model: PreTrainedModel) -> None:
     """
     if image_tokens(model.config):
         raise ValueError(
-            f"the positions critical:N are found by a first pass over the text, and {type(model).__name__} reads images: "
+            f"the positions critical:N are found by a first pass over text, and {type(model).__name__} reads images: "
             "mark the tokens yourself, with positions=given and edit_mask"
         )
     found = model.config.get_text_config()._attn_implementation
     if found != "eager":
         raise ValueError(
-            f"the positions critical:N are found by the attention of a first pass, which attn_implementation={found} does "
-            "not give as numbers: write model.attn_implementation=eager (from_pretrained(..., attn_implementation='eager'))"
+            f"the positions critical:N are found by the attention of a first pass, which attn_implementation={found} "
+            "does not give as numbers: write model.attn_implementation=eager, an argument of from_pretrained too"
         )
 
 
@@ -56,7 +56,7 @@ def most_attended(
     known = [layer.float().mean(1) for layer in attentions if layer is not None]
     if not known:
         raise ValueError("the positions critical:N need layers with attention, and the base model has none")
-    A = torch.stack(known).mean(0) * prompt.unsqueeze(-1)  # (b, s, s), of tokens of the prompt
+    A = torch.stack(known).mean(0).masked_fill(~prompt.unsqueeze(-1), 0.0)  # (b, s, s)
     readers = prompt.flip(-1).cumsum(-1).flip(-1).clamp(min=1)  # (b, s), those that come no earlier
     scores = (A.sum(1) / readers).masked_fill(~prompt, -torch.inf)
     top = scores.topk(min(count, scores.shape[-1])).indices

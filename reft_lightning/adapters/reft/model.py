@@ -576,8 +576,8 @@ class ReftModel(nn.Module):
         tokens: Any = ids if embeds is None else embeds
         if len(counts) > 1 or tokens.shape[1] != spans.width:
             raise ValueError(
-                f"positions critical:{', critical:'.join(map(str, sorted(counts)))} are found by reading all of a prompt, and "
-                "for one number of tokens a call: give no past_key_values, and one number in all layers"
+                f"positions critical:{', critical:'.join(map(str, sorted(counts)))} are found by reading all of a "
+                "prompt, and for one number of tokens a call: give no past_key_values, and one number in all layers"
             )
         others = {"output_attentions": True} | ({} if embeds is None else {"inputs_embeds": embeds})
         inputs = forward_inputs(self.base_model, self._known, ids, spans.prompt.long(), None, others)
@@ -603,6 +603,7 @@ class ReftModel(nn.Module):
             raise ValueError(f"source_ids hold {len(ids)} rows, the batch {len(call.spans.prompt)}")
         mask = torch.ones_like(ids) if mask is None else mask
         inputs = forward_inputs(self.base_model, self._known, ids, mask, None, {})
+        inputs = {name: value.to(ids.device) for name, value in inputs.items()}  # a plan's masks have numbers
         spans = marked(spans_of(mask, None, None), image=self._images_in(ids))
         reading = replace(call, spans=spans, reads_sources=True)
         with running(reading):

@@ -8,7 +8,7 @@ The states of an adapted model that passes may be made in:
 ``with model.nulled():``             each edit replaced by the removal of what it would add (:class:`Steerable`)
 ``adapter_names=[("default", a)]``   other strengths a, or another adapter, for each row (:class:`Steerable`)
 ``row_values={"concept": ids}``      what is said of each row to edits that ask for it (:class:`Steerable`)
-``source_ids=...``                   other texts, whose hidden states edits take (``data.source_prompt``; :class:`Steerable`)
+``source_ids=...``                   other texts, whose hidden states edits take (:class:`Steerable`)
 ===================================  ===============================================================================
 
 One's own is a subclass, named by its import path (``objective._target_=mine.Mine``):
@@ -34,7 +34,6 @@ import torch
 from torch import Tensor
 
 from ...adapters.adapted import AdaptedModel, Steerable
-from ...adapters.methods import method_named
 from ...data.encoding import IGNORED, target_only
 
 NOT_INPUTS = ("boundary", "examples", "rows")
@@ -61,8 +60,12 @@ class Objective:
         """
         raise NotImplementedError(f"{type(self).__name__} must define loss(module, batch)")
 
-    def check(self, model: AdaptedModel) -> None:
+    def check(self, model: AdaptedModel, method: Any) -> None:
         """Reject a model that cannot be trained by this objective, before weights are loaded.
+
+        Args:
+            model: without weights.
+            method: what is known of its method, a :class:`~reft_lightning.adapters.methods.Method`.
 
         Raises:
             ValueError: with the reason.
@@ -101,12 +104,12 @@ class DifferenceInMeans(Objective):
 
     pairs, steers, closed_form = True, True, True
 
-    def check(self, model: AdaptedModel) -> None:
+    def check(self, model: AdaptedModel, method: Any) -> None:
         """Reject other interventions, before weights are loaded."""
-        super().check(model)
-        if not method_named(model.config.method).closed_form:
+        super().check(model, method)
+        if not method.closed_form:
             raise ValueError(
-                f"the objective DifferenceInMeans fits intervention=difference_in_means only; got {model.config.method}"
+                f"the objective DifferenceInMeans fits intervention=difference_in_means only; got {method.name}"
             )
 
     def loss(self, module: Any, batch: dict[str, Any]) -> Tensor:

@@ -1,7 +1,7 @@
 r"""Objectives of two prompts: with the hidden states of the source prompt in a subspace, what would the model say?
 
-Rows bring both (``data.source_prompt``), and the target: what a causal model says whose variable has the source's value.
-Interventions that take hidden states of other texts (``das`` and its kin) put them in.
+Rows bring both (``data.source_prompt``), and the target: what a causal model says whose variable has the source's
+value. Interventions that take hidden states of other texts (``das`` and its kin) put them in.
 
 Shapes: b rows, t target columns, n target tokens, v tokens of the vocabulary.
 """
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ...adapters.adapted import AdaptedModel
-from ...adapters.methods import method_named
 from ...data.encoding import IGNORED
 from .base import Objective, inputs_of, penalty_of, reference
 
@@ -27,13 +26,13 @@ class Interchange(Objective):
     steps. Source: Geiger et al. 2023, arXiv:2303.02536; boundless: Wu et al. 2023, arXiv:2305.08809.
     """
 
-    def check(self, model: AdaptedModel) -> None:
+    def check(self, model: AdaptedModel, method: Any) -> None:
         """Reject methods that take no hidden states of other texts."""
-        super().check(model)
-        if not method_named(model.config.method).takes_source:
+        super().check(model, method)
+        if not method.takes_source:
             raise ValueError(
                 f"the objective {type(self).__name__} puts hidden states of another prompt into this one, and "
-                f"{model.config.method} takes none: choose intervention=das, boundless_das or cdas"
+                f"{method.name} takes none: choose intervention=das, boundless_das or cdas"
             )
 
     def loss(self, module: Any, batch: dict[str, Any]) -> Tensor:

@@ -6,7 +6,6 @@ import pytest
 import tiny
 import torch
 from laws import shaken
-from model_laws import CLOSE
 
 import reft_lightning as rl
 from reft_lightning.adapters.reft.critical import most_attended
@@ -18,13 +17,13 @@ from reft_lightning.runs import experiment
 from reft_lightning.runs.build import outline
 
 
-def eager(family="llama", dtype=torch.float64):
+def eager(family="llama", dtype=torch.float32):  # in float64, left padding gives Hugging Face's softmax NaN
     model = tiny.model(family, dtype)
     model.set_attn_implementation("eager")
     return model
 
 
-def attached(positions="critical:2", dtype=torch.float64, **settings):
+def attached(positions="critical:2", dtype=torch.float32, **settings):
     torch.manual_seed(3)
     reft = rl.attach(eager(dtype=dtype), "loreft", **{"rank": 2, "positions": positions, **settings})
     shaken(reft.to(dtype).interventions)
@@ -53,7 +52,7 @@ def test_the_score_is_the_mean_attention_of_the_tokens_that_come_no_earlier():
     assert most_attended([A, None], prompt, 1).tolist() == [[False, True, False, False]]
     assert most_attended([A], prompt, 2).tolist() == [[True, True, False, False]]
     assert most_attended([A], prompt, 9).tolist() == prompt.tolist()
-    with pytest.raises(ValueError, match="the base model has none"):
+    with pytest.raises(ValueError, match=r"the base model has none"):
         most_attended([None], prompt, 1)
 
 
@@ -62,13 +61,11 @@ def test_each_prompt_has_its_own_whatever_its_padding_and_its_target(side):
     reft, texts = attached(layers=[0]), tiny.rows(7, 3, 1, 5)
     expected = [by_hand(reft.base_model, text, 2) for text in texts]
     assert len({tuple(columns) for columns in expected}) > 2
-    embedded = reft.base_model.get_input_embeddings()
     rows = [reft.base_model(text[None], output_hidden_states=True).hidden_states[1][0] for text in texts]
     wanted = torch.cat([row[columns] for row, columns in zip(rows, expected, strict=True)])
-    assert embedded is not None
-    torch.testing.assert_close(found_in(reft, tiny.padded(texts, side, 2))[0], wanted, **CLOSE)
+    torch.testing.assert_close(found_in(reft, tiny.padded(texts, side, 2))[0], wanted, atol=1e-4, rtol=1e-4)
     with_target = tiny.prompt_target(texts, tiny.rows(2, 4, 1, 1, seed=5))
-    torch.testing.assert_close(found_in(reft, with_target)[0], wanted, **CLOSE)
+    torch.testing.assert_close(found_in(reft, with_target)[0], wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_generation_edits_what_training_does():
@@ -97,7 +94,7 @@ def test_marks_of_the_caller_go_before_the_first_pass():
 
 
 def test_caches_and_other_attention_are_refused():
-    with pytest.raises(ValueError, match=r"critical:2|critical:N .* model.attn_implementation=eager"):
+    with pytest.raises(ValueError, match=r"critical:N are found .* model\.attn_implementation=eager"):
         rl.attach(tiny.model("llama"), "loreft", rank=2, positions="critical:2")
     reft, inputs = attached(), tiny.padded(tiny.rows(5, 3), "left")
     assert reft(**inputs, use_cache=True).past_key_values is None
@@ -107,7 +104,7 @@ def test_caches_and_other_attention_are_refused():
     with pytest.raises(ValueError, match="found by reading all of a prompt"):
         reft(torch.full((2, 1), 5), whole, prompt_mask=whole.bool(), past_key_values=cache)
     two = attached(layers={0: {}, 1: {"positions": "critical:3"}})
-    with pytest.raises(ValueError, match="critical:2, critical:3 are found .* one number in all layers"):
+    with pytest.raises(ValueError, match=r"critical:2, critical:3 are found .* one number in all layers"):
         two(**inputs)
     for positions, said in (("critical", "cannot read 'critical'"), ("critical:2+l1", "'critical' already covers l"),
                             ("given+critical:2", "'critical' already covers given")):  # fmt: skip
@@ -138,11 +135,12 @@ def test_a_run_finds_them_itself(tmp_path):
             [["q", "a"], *([f"number {i} is", "odd" if i % 2 else "even"] for i in range(16))]
         )
     arguments = [
-        "model=tiny_random", "data=custom", f"data.path={path}", "data.prompt=q", "data.target=a", "data.validation_size=4",
-        "data.batch_size=4", "decoding.max_new_tokens=2", "intervention.rank=2", "intervention.positions=critical:3",
+        "model=tiny_random", "data=custom", f"data.path={path}", "data.prompt=q", "data.target=a",
+        "data.validation_size=4", "data.batch_size=4", "decoding.max_new_tokens=2", "intervention.rank=2",
+        "intervention.positions=critical:3",
         "trainer.accelerator=cpu", "trainer.max_epochs=2", "trainer.enable_progress_bar=false",
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="model.attn_implementation=eager"):
+    with pytest.raises(ValueError, match=r"model\.attn_implementation=eager"):
         outline(compose.compose(arguments))  # before a weight is loaded
     results = experiment.run(
         compose.compose([*arguments, "model.attn_implementation=eager"]), tmp_path / "run"

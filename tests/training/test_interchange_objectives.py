@@ -32,8 +32,9 @@ def batch():
 
 def module_of(model, step=0):
     logged = {}
-    return SimpleNamespace(model=model, output_of=lambda inputs, batch: model(**inputs), global_step=step, total_steps=4,
-                           log=lambda name, value: logged.update({name: value}), logged=logged)  # fmt: skip
+    forward = lambda inputs, batch: model(**inputs)  # noqa: E731
+    return SimpleNamespace(model=model, output_of=forward, global_step=step, total_steps=4, logged=logged,
+                           log=lambda name, value: logged.update({name: value}))  # fmt: skip
 
 
 def attached(method, **settings):
@@ -58,7 +59,7 @@ def test_interchange_is_the_loss_of_the_counterfactual_target():
     losses, right = [], []
     for prompt, target, source in zip(PROMPTS, TARGETS, SOURCES, strict=True):
         p = distributions(reft, prompt, target, source_ids=source[None])
-        losses += [-math.log(row[token]) for row, token in zip(p, target, strict=True)]
+        losses += [-math.log(row[token].item()) for row, token in zip(p, target, strict=True)]
         right.append(bool((p.argmax(-1) == target).all()))
     assert loss.item() == pytest.approx(sum(losses) / len(losses), abs=1e-6)
     assert module.logged["train/iia"].item() == pytest.approx(sum(right) / 3)
@@ -131,7 +132,6 @@ def test_a_run_reads_both_prompts_in_training_and_evaluation(rows, tmp_path, cas
     config = compose.compose(arguments(rows, *CASES[case]))
     results = experiment.run(config, tmp_path / "run")
     assert {"val/custom/accuracy", "val/custom/option_accuracy", "val/loss"} <= results["metrics"].keys()
-    assert len(short_runs.predictions(tmp_path / "run", "validation")) == 6
     if case != "cdas":
         assert short_runs.logged(tmp_path / "run", "train/iia")
 
