@@ -117,7 +117,7 @@ def _json(value: Any) -> str:
 
 def _write(columns: Columns, path: Path) -> None:
     with path.open("wb") as file:  # a name without .npz would get one
-        np.savez(file, allow_pickle=False, **columns)
+        np.savez(file, **columns)  # numbers and text: nothing is pickled
 
 
 def _read(path: Path, types: Mapping[str, str]) -> Columns | None:

@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -101,14 +102,17 @@ def answers(tmp_path_factory):
         ("broken", "500"),
         ("missing", "there is none"),
         ("private", "it is private, or does not exist: give token="),
-        ("page", "does not seem to be served by a Hugging Face Hub"),
+        (
+            "page",
+            "to be served by a Hugging Face Hub|configuration issue",
+        ),  # versions of huggingface_hub differ
     ],
 )
 def test_a_hub_that_fails_is_one_error_with_what_was_asked(kind, reason, answers):
     said = answers[f"me/{kind}"]
     asked = f"{answers['HF_ENDPOINT']}/me/{kind}/resolve/main/{CONFIG_FILE}"
     assert said.startswith(f"error: 'me/{kind}' is not a folder, and {asked} could not be read: ")
-    assert reason in said
+    assert re.search(reason, said)
     assert "\n" not in said
 
 

@@ -140,7 +140,7 @@ def test_threads_with_one_model_do_not_disturb_each_other():
 def test_threads_get_their_own_gradients(checkpointing, component):
     reft = attached(component=component).train()
     if checkpointing:
-        reft.base_model.activation_checkpointing_enable()
+        reft.base_model.gradient_checkpointing_enable()
 
     def gradients(batch):
         found = list(reft.interventions.parameters())

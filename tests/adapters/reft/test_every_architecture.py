@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     GenerationMixin,
+    PreTrainedModel,
 )
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -322,6 +323,14 @@ UNFIT = [
 
 @pytest.mark.parametrize(("name", "own", "component", "message"), UNFIT)
 def test_sites_that_are_not_one_hidden_state_a_token_are_refused_when_attached(name, own, component, message):
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {name}")
+    if (
+        own is SHARED
+        and component == "block_output"
+        and not hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    ):
+        pytest.skip("the shared layers of an older transformers hand on hidden states of the usual shape")
     base = architectures.build(AutoModelForCausalLM, CONFIG_MAPPING[name], **own)
     with pytest.raises(ValueError, match=message):
         rl.attach(base, rank=2, component=component)
