@@ -46,6 +46,7 @@ MIXING_NAMES = (
     "c_proj",
     "dense",
     "wo",
+    "Wo",
     "proj",
     "output.dense",
     "o",
