@@ -172,7 +172,7 @@ def methods() -> list[str]:
 
 @cache
 def _settings(method: str) -> dict[str, Any]:
-    values = OmegaConf.to_container(OmegaConf.load(config_dir() / "intervention" / f"{method}.yaml"))
+    values: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "intervention" / f"{method}.yaml"))
     config = InterventionConfig(**values)
     for options in (config.options, config.beside_options):
         for name in options.keys() & SMALL.keys():

@@ -38,6 +38,7 @@ def test_a_cell_is_what_its_probe_finds(matrix, written, model, method, monkeypa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.filterwarnings("ignore")
 def test_every_cell_is_what_its_probe_finds(matrix, written):
     found = matrix.cells()
