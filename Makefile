@@ -21,7 +21,7 @@ CONSTRAINTS ?= -c constraints.txt
 PIP_INSTALL = $(BIN)/python -m pip install --retries 10 --timeout 120 --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-oldest docs bench bench-gpu lint format clean
+.PHONY: help install quickstart test test-slow test-oldest capabilities docs bench bench-gpu lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | sort | expand -t 14
@@ -61,6 +61,9 @@ $(OLDEST)/constraints.txt: pyproject.toml
 test-oldest: $(OLDEST)/constraints.txt  ## the tests of the core on the oldest versions that pyproject.toml allows
 	HF_HUB_OFFLINE=1 WANDB_SILENT=true OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto -W default \
 	    -m "not slow and not gpu" $(addprefix tests/,$(CORE)) $(PYTEST_ARGS)
+
+capabilities: $(STAMP)  ## probe every method on every kind of model, and write the tables of README and docs
+	HF_HUB_OFFLINE=1 $(BIN)/python experiments/capabilities/probe.py
 
 docs: $(STAMP)  ## build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

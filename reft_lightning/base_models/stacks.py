@@ -31,5 +31,5 @@ def config_of_stack(model: PreTrainedModel, stack: str = WHOLE) -> PretrainedCon
     if len(stacks) == 1:
         return model.config.get_text_config()
     stack = stack or ENCODER
-    part: Any = model.get_submodule(stacks[stack])
-    return part.config.get_text_config(**{stack: True})
+    part: Any = model.get_submodule(stacks[stack])  # of FSMT without a configuration
+    return getattr(part, "config", model.config).get_text_config(**{stack: True})

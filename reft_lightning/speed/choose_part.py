@@ -123,6 +123,8 @@ def choose_part(model: Any, rows: Any, *, causal: bool, limit: int = 0) -> Part 
     if prefix is not None and prefix.can_be_kept and prefix.bytes <= limit:
         prefix.keep()
         return _kept(prefix, len(lengths))
+    if prefix is not None and limit and not prefix.can_be_kept:
+        log.info("prefixes are not kept: the cache of a sliding window does not hold every column")
     blocks = _blocks(model, lengths, prompts) if limit else None
     if blocks is not None and blocks.bytes <= limit:
         return _kept(blocks, len(lengths))

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...base_models.dispatch import is_dispatched
+from ...base_models.stacks import ENCODER
 from ...base_models.vision import image_tokens
 from ...interventions import Orthonormal, Partition, check_settings, registered
 from ...suggest import did_you_mean
@@ -77,6 +78,11 @@ class Adapter(nn.Module):
             site, key = sites[layer], str(layer)
             positions[key] = (parse_positions(spec.positions, spec.clip), spec.tied)
             _check_images(base_model, positions[key][0], site)
+            if site.stack == ENCODER and {term.kind for term in positions[key][0].terms} == {"decode"}:
+                raise ValueError(
+                    f"the encoder of {type(base_model).__name__} reads only prompts, of which positions="
+                    f"{positions[key][0]} selects no token: give component='decoder.block_output', or other positions"
+                )
             group, device = _interventions(spec, positions[key][0], site), device_at(modules, site.path)
             if device.type == "meta" and is_dispatched(base_model):  # offloaded until it is used
                 device = torch.get_default_device()

@@ -31,7 +31,7 @@ def attach(
     """Freeze a model and attach interventions to it.
 
     Args:
-        base_model: a Hugging Face decoder or encoder.
+        base_model: a Hugging Face decoder or encoder, or a model with both.
         method: a name of the table (``loreft``, ``direft``, ...) or a subclass of Intervention; ``none`` attaches
             nothing, the control that trains only heads; layers, positions and settings are ignored.
         layers: ``"all"``, 0-based ids (with ``heads`` perhaps none), or a dict from id to what differs there

@@ -56,6 +56,7 @@ MIXING_NAMES = (
     "c_proj",
     "dense",
     "wo",
+    "Wo",
     "proj",
     "output.dense",
     "o",

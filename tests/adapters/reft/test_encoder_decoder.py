@@ -9,6 +9,7 @@ from model_laws import Recorder
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     BartConfig,
     PegasusConfig,
     T5Config,
@@ -220,6 +221,10 @@ def test_without_a_stack_a_component_is_the_encoder_s_and_layers_are_counted_in_
 
 
 def test_what_is_not_there_is_refused_with_a_reason(base):
+    with pytest.raises(
+        ValueError, match=r"reads only prompts, of which positions=decode:2 selects no token: give comp"
+    ):
+        rl.attach(base, rank=1, positions="decode:2")
     reft = attached(base)
     with pytest.raises(ValueError, match=r"has an encoder and a decoder.*leave compile"):
         reft.compile()
@@ -227,6 +232,26 @@ def test_what_is_not_there_is_refused_with_a_reason(base):
         with pytest.raises(ValueError, match=r"virtual tokens before one text.*reads two"):
             adapt(copy.deepcopy(reft.detach()), method, num_virtual_tokens=2)
         reft = attached(base)
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("kind", list(BOTH))
+def test_a_classifier_reads_the_text_in_both_stacks_and_trains_its_head(kind, stack):
+    torch.manual_seed(1)
+    base = (
+        AutoModelForSequenceClassification.from_config(copy.deepcopy(BOTH[kind])).eval().requires_grad_(False)
+    )
+    texts = {**PROMPTS, "input_ids": IDS.clone()}
+    texts["input_ids"][0, 5] = texts["input_ids"][1, 3] = base.config.eos_token_id  # a classifier reads there
+    expected = base(**texts).logits
+    reft = rl.attach(base, rank=2, component=f"{stack}.block_output", positions="all").eval()
+    assert reft.config.heads == ["classification_head"]
+    out = reft(**texts, labels=torch.tensor([0, 1]))
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in reft.interventions.parameters())
+    assert not torch.equal(out.logits, expected)
+    with reft.disabled():
+        assert torch.equal(reft(**texts).logits, expected)
 
 
 def test_a_trainer_s_batch_needs_no_prompt_mask(base):
