@@ -48,7 +48,7 @@ def to_easysteer(reft: ReftModel, folder: str | PathLike) -> None:
             raise ValueError(
                 f"{where}: EasySteer takes no position function; use fN, lN, prompt, decode or all"
             )
-        if any(term.share is not None or term.kind == "given" for term in positions.terms):
+        if any(term.share is not None or term.kind in ("given", "image", "text") for term in positions.terms):
             raise ValueError(
                 f"{where}: EasySteer takes no positions {positions}; use fN, lN, prompt, decode or all"
             )
