@@ -1,11 +1,12 @@
 """Does an edit of a small LLaVA teach it answers that it does not give, and where must the edit be?
 
-    python experiments/vision/run.py [--out outputs/vision] [--seeds 42 43 44]
+    python experiments/vision/run.py [--out outputs/vision] [--seeds 42 43]
 
 1. Pictures of one to four shapes of one kind and colour are drawn (`drawing.py`).
-2. A LLaVA of random weights learns to name them, all its weights trained, in a loop of its own: "three red circles".
-3. That model is frozen. Interventions learn other questions from 300 rows ("How many?" 3; "Which colour?" red; "Is it
-   round?" yes), at the text, at the images and in the connector; LoRA on the same rows and steps.
+2. A LLaVA of random weights learns to count them and to say their colour and shape, each in one letter; all its weights
+   are trained, in a loop of its own.
+3. That model is frozen. Interventions learn three other questions from 300 rows ("Warm or icy?" w, "Many or few?" m,
+   "Is it round?" j), at the text, at the images and in the connector; LoRA on the same rows and steps.
 
 Writes `results.json`: of each method and seed the scores of the adapted model, and of the frozen one, on the same rows.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,17 @@ from reft_lightning.training.objectives import inputs_of
 
 HERE = Path(__file__).parent
 MODEL = [
-    "model=tiny_vision", "model.config.text_config.hidden_size=64", "model.config.text_config.intermediate_size=160",
-    "model.config.text_config.num_hidden_layers=3", "model.config.vision_config.hidden_size=64",
-    "model.config.vision_config.intermediate_size=128", "model.config.vision_config.num_hidden_layers=3",
+    "model=tiny_vision", "model.config.text_config.hidden_size=48", "model.config.text_config.intermediate_size=128",
+    "model.config.vision_config.hidden_size=48", "model.config.vision_config.intermediate_size=96",
     "model.config.vision_config.num_attention_heads=4", "model.config.vision_config.image_size=42",
 ]  # fmt: skip
 RUN = [
-    "data=vqa", "data.template=plain", "decoding.max_new_tokens=20", "trainer.accelerator=cpu",
+    "data=vqa", "data.template=plain", "decoding.max_new_tokens=3", "trainer.accelerator=cpu",
     "trainer.enable_progress_bar=false", "data.batch_size=32", "data.eval_batch_size=100", "logger=csv",
 ]  # fmt: skip
-NAME, RATE = "Name it: ", 2e-3  # what the base is asked, and how fast it learns
+RATE = 4e-3  # of the base
 LEARNING = [
-    "trainer.max_epochs=20", "trainer.check_val_every_n_epoch=10", "data.validation_size=60", "evaluate_base=true",
+    "trainer.max_epochs=15", "trainer.check_val_every_n_epoch=15", "data.validation_size=60", "evaluate_base=true",
 ]  # fmt: skip
 RANK = "intervention.rank=4"
 METHODS = {
@@ -59,29 +59,37 @@ METHODS = {
         "intervention.options.target_modules='.*language_model.*(q_proj|v_proj)'",
     ],
 }  # fmt: skip
-RATES = {"lora": 3e-3}  # of all others 1e-2
+RATES = {"lora": 2e-3}  # of all others 6e-3
 
 
-def asked(scene: Scene, rng: random.Random) -> tuple[Scene, str, str]:
-    """Return a scene with one of three questions and its answer."""
-    answers = {
-        "How many? ": str(scene.count),
-        "Which colour? ": scene.colour,
-        "Is it round? ": "yes" if scene.shape == "circle" else "no",
-    }
+def asked(scene: Scene, rng: random.Random, answers: Mapping[str, str]) -> tuple[Scene, str, str]:
+    """Return a scene with one of some questions, and its answer."""
     question = rng.choice(list(answers))
     return scene, question, answers[question]
 
 
-def rows_of_naming(count: int) -> list[tuple[Scene, str, str]]:
-    """Return what the base learns."""
-    return [(scene, NAME, scene.caption) for scene in scenes(count, 1)]
+def known(scene: Scene) -> dict[str, str]:
+    """Return what the base learns to answer."""
+    return {
+        "How many? ": str(scene.count),
+        "Which colour? ": scene.colour[0],
+        "Which shape? ": scene.shape[0],
+    }
 
 
-def rows_of_questions(count: int, seed: int) -> list[tuple[Scene, str, str]]:
-    """Return what interventions learn."""
+def new(scene: Scene) -> dict[str, str]:
+    """Return what interventions learn to answer, in letters that the base never says."""
+    return {
+        "Warm or icy? ": "w" if scene.colour in ("red", "yellow") else "i",
+        "Many or few? ": "m" if scene.count > 2 else "f",
+        "Is it round? ": "j" if scene.shape == "circle" else "n",
+    }
+
+
+def rows(count: int, seed: int, answers: Callable[[Scene], dict[str, str]]) -> list[tuple[Scene, str, str]]:
+    """Return pictures with a question each; those of one seed are always the same."""
     rng = random.Random(seed)
-    return [asked(scene, rng) for scene in scenes(count, seed)]
+    return [asked(scene, rng, answers(scene)) for scene in scenes(count, seed)]
 
 
 def make_base(folder: Path, count: int, steps: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -90,13 +98,12 @@ def make_base(folder: Path, count: int, steps: int, overrides: Sequence[str] = (
     Args:
         folder: takes the rows, and the model in ``base``.
         count: pictures.
-        steps: of 64 pictures.
+        steps: of 32 pictures.
         overrides: of the configuration.
     """
-    test = [(scene, NAME, scene.caption) for scene in scenes(200, 2)]
-    rows = write(folder / "naming", {"train": rows_of_naming(count), "test": test})
+    place = write(folder / "known", {"train": rows(count, 1, known), "test": rows(200, 2, known)})
     objects = build(compose.compose([*MODEL, *RUN, "intervention=full", "data.validation_size=0",
-                                     f"data.path={rows}", *overrides]))  # fmt: skip
+                                     f"data.path={place}", *overrides]))  # fmt: skip
     data, model, run = objects.data, objects.model, objects.prepared
     data.setup("test")
     collate = data._collator(with_examples=False)
@@ -105,7 +112,7 @@ def make_base(folder: Path, count: int, steps: int, overrides: Sequence[str] = (
     warm = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
     order = torch.Generator().manual_seed(0)
     for step in range(steps):
-        chosen = torch.randint(count, (64,), generator=order)
+        chosen = torch.randint(count, (32,), generator=order)
         batch = {name: value[chosen] for name, value in whole.items() if isinstance(value, torch.Tensor)}
         loss = model(**inputs_of(batch | {"boundary": whole["boundary"]})).loss
         optimizer.zero_grad()
@@ -117,7 +124,7 @@ def make_base(folder: Path, count: int, steps: int, overrides: Sequence[str] = (
             print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
     model.eval()
     examples = data._test["vision"]
-    texts = generate(model, collate(list(examples)), run.tokenizer, Decoding(20))
+    texts = generate(model, collate(list(examples)), run.tokenizer, Decoding(3))
     right = [text.strip() == row.example.answer for (text,), row in zip(texts, examples, strict=True)]
     model.base_model.save_pretrained(folder / "base")
     run.processor.save_pretrained(folder / "base")
@@ -125,7 +132,7 @@ def make_base(folder: Path, count: int, steps: int, overrides: Sequence[str] = (
         "parameters": run.count.base,
         "pictures": count,
         "steps": steps,
-        "named": sum(right) / len(right),
+        "right": sum(right) / len(right),
     }
 
 
@@ -133,7 +140,7 @@ def learn(out: Path, name: str, seed: int, overrides: Sequence[str] = ()) -> dic
     """Train one method on the questions, and return its results."""
     config = compose.compose([
         "model=local", f"model.path={out / 'base'}", *RUN, *LEARNING, *METHODS[name],
-        f"optimizer.lr={RATES.get(name, 1e-2)}", f"data.path={out / 'questions'}", f"seed={seed}", *overrides,
+        f"optimizer.lr={RATES.get(name, 6e-3)}", f"data.path={out / 'new'}", f"seed={seed}", *overrides,
     ])  # fmt: skip
     return experiment.run(config, out / f"{''.join(c if c.isalnum() else '_' for c in name)}_{seed}")
 
@@ -145,12 +152,12 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("outputs/vision"), help="of runs; a base in it is used"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     given = parser.parse_args()
     out = given.out.absolute()
     if not (out / "base.json").is_file():
-        base = make_base(out, count=4000, steps=1500)
-        write(out / "questions", {"train": rows_of_questions(360, 3), "test": rows_of_questions(300, 4)})
+        base = make_base(out, count=2000, steps=1200)
+        write(out / "new", {"train": rows(360, 3, new), "test": rows(200, 4, new)})
         (out / "base.json").write_text(json.dumps(base), encoding="utf-8")
     found: dict[str, Any] = {
         "base": json.loads((out / "base.json").read_text(encoding="utf-8")),
