@@ -5,8 +5,8 @@
 1. Pictures of one to four shapes of one kind and colour are drawn (`drawing.py`).
 2. A LLaVA of random weights learns to count them and to say their colour and shape, each in one letter; all its weights
    are trained, in a loop of its own.
-3. That model is frozen. Interventions learn three other questions from 300 rows ("Warm or icy?" w, "Many or few?" m,
-   "Is it round?" j), at the text, at the images and in the connector; LoRA on the same rows and steps.
+3. That model is frozen. Interventions learn three other questions from 300 rows ("Warm or icy?" r or b, "Many or few?"
+   4 or 1, "Is it round?" c or x), at the text, at the images and in the connector; LoRA on the same rows and steps.
 
 Writes `results.json`: of each method and seed the scores of the adapted model, and of the frozen one, on the same rows.
 """
@@ -41,14 +41,13 @@ RUN = [
 ]  # fmt: skip
 RATE = 4e-3  # of the base
 LEARNING = [
-    "trainer.max_epochs=15", "trainer.check_val_every_n_epoch=15", "data.validation_size=60", "evaluate_base=true",
+    "trainer.max_epochs=12", "trainer.check_val_every_n_epoch=12", "data.validation_size=60", "evaluate_base=true",
 ]  # fmt: skip
 RANK = "intervention.rank=4"
 METHODS = {
     "loreft, f3+l3": ["intervention=loreft", RANK, "intervention.positions=f3+l3"],
     "loreft, l1": ["intervention=loreft", RANK, "intervention.positions=l1"],
     "loreft, image": ["intervention=loreft", RANK, "intervention.positions=image"],
-    "loreft, image:0.34": ["intervention=loreft", RANK, "intervention.positions=image:0.34"],
     "loreft, image+f3+l3": ["intervention=loreft", RANK, "intervention.positions=image+f3+l3"],
     "mores, one image token, rank 1": ["intervention=mores"],
     "loreft, connector": [
@@ -59,7 +58,7 @@ METHODS = {
         "intervention.options.target_modules='.*language_model.*(q_proj|v_proj)'",
     ],
 }  # fmt: skip
-RATES = {"lora": 2e-3}  # of all others 6e-3
+RATES = {"lora": 5e-3}  # of all others 2e-2
 
 
 def asked(scene: Scene, rng: random.Random, answers: Mapping[str, str]) -> tuple[Scene, str, str]:
@@ -78,11 +77,11 @@ def known(scene: Scene) -> dict[str, str]:
 
 
 def new(scene: Scene) -> dict[str, str]:
-    """Return what interventions learn to answer, in letters that the base never says."""
+    """Return what interventions learn to answer: other questions, in letters that the base has."""
     return {
-        "Warm or icy? ": "w" if scene.colour in ("red", "yellow") else "i",
-        "Many or few? ": "m" if scene.count > 2 else "f",
-        "Is it round? ": "j" if scene.shape == "circle" else "n",
+        "Warm or icy? ": "r" if scene.colour in ("red", "yellow") else "b",
+        "Many or few? ": "4" if scene.count > 2 else "1",
+        "Is it round? ": "c" if scene.shape == "circle" else "x",
     }
 
 
@@ -140,7 +139,7 @@ def learn(out: Path, name: str, seed: int, overrides: Sequence[str] = ()) -> dic
     """Train one method on the questions, and return its results."""
     config = compose.compose([
         "model=local", f"model.path={out / 'base'}", *RUN, *LEARNING, *METHODS[name],
-        f"optimizer.lr={RATES.get(name, 6e-3)}", f"data.path={out / 'new'}", f"seed={seed}", *overrides,
+        f"optimizer.lr={RATES.get(name, 2e-2)}", f"data.path={out / 'new'}", f"seed={seed}", *overrides,
     ])  # fmt: skip
     return experiment.run(config, out / f"{''.join(c if c.isalnum() else '_' for c in name)}_{seed}")
 
@@ -157,8 +156,9 @@ def main() -> None:
     out = given.out.absolute()
     if not (out / "base.json").is_file():
         base = make_base(out, count=2000, steps=1200)
-        write(out / "new", {"train": rows(360, 3, new), "test": rows(200, 4, new)})
         (out / "base.json").write_text(json.dumps(base), encoding="utf-8")
+    if not (out / "new").is_dir():
+        write(out / "new", {"train": rows(360, 3, new), "test": rows(200, 4, new)})
     found: dict[str, Any] = {
         "base": json.loads((out / "base.json").read_text(encoding="utf-8")),
         "methods": {},

