@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw
 
 COLOURS = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (40, 70, 220), "yellow": (235, 200, 30)}
-SHAPES = ("circle", "square", "cross")
-NUMBERS = ("one", "two", "three", "four")
+SHAPES = ("circle", "square", "x")
+MOST = 4  # shapes of a picture
 CELL, GRID = 14, 3  # pixels of a cell, which is a patch of the model's tower, and cells a side
 
 
@@ -24,23 +24,13 @@ class Scene(NamedTuple):
     shape: str
     cells: tuple[int, ...]
 
-    @property
-    def caption(self) -> str:
-        """Say it in words.
-
-        >>> Scene(2, "red", "circle", (0, 4)).caption
-        'two red circles'
-        """
-        several = {"cross": "crosses"}.get(self.shape, f"{self.shape}s")
-        return f"{NUMBERS[self.count - 1]} {self.colour} {self.shape if self.count == 1 else several}"
-
 
 def scenes(count: int, seed: int) -> list[Scene]:
     """Draw scenes at random; those of one seed are always the same."""
     rng = random.Random(seed)
     found = []
     for _ in range(count):
-        number = rng.randint(1, len(NUMBERS))
+        number = rng.randint(1, MOST)
         cells = tuple(sorted(rng.sample(range(GRID * GRID), number)))
         found.append(Scene(number, rng.choice(list(COLOURS)), rng.choice(SHAPES), cells))
     return found

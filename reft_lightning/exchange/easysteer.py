@@ -48,7 +48,9 @@ def to_easysteer(reft: ReftModel, folder: str | PathLike) -> None:
             raise ValueError(
                 f"{where}: EasySteer takes no position function; use fN, lN, prompt, decode or all"
             )
-        if any(term.share is not None or term.kind in ("given", "critical") for term in positions.terms):
+        kinds = {term.kind for term in positions.terms}
+        shares = any(term.share is not None for term in positions.terms)
+        if shares or kinds & {"given", "critical", "image", "text"}:
             raise ValueError(
                 f"{where}: EasySteer takes no positions {positions}; use fN, lN, prompt, decode or all"
             )

@@ -281,6 +281,8 @@ def to_pyreft(reft: ReftModel, folder: str | PathLike) -> None:
             raise ValueError(
                 f"layer {layer}: pyreft has no intervention {spec.method!r}; it has {', '.join(CLASSES.values())}"
             )
+        if reft.sites[str(layer)].visual:
+            raise ValueError(f"layer {layer}: pyreft has no {spec.component}, which sees images")
         if reft.sites[str(layer)].divided > 1:
             raise ValueError(
                 f"layer {layer}: the interventions of attention heads are not written for pyreft"

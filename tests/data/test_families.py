@@ -17,6 +17,7 @@ from reft_lightning.data.prompts import TEMPLATES
 from reft_lightning.data.rows import HubRows, hub_rows
 from reft_lightning.evaluation import Decoding
 from reft_lightning.runs import experiment
+from reft_lightning.runs.arguments import OWN
 from reft_lightning.runs.build import reported
 
 CONF = Path(compose.config_dir()) / "data"
@@ -46,7 +47,7 @@ def test_a_family_can_be_chosen_by_a_file_of_the_data_group(name):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_file_of_the_data_group_names_tasks_that_its_family_has(file):
     data = written(file)
-    if data.family != "custom":
+    if data.family not in OWN:
         tasks = FAMILIES[data.family].tasks
         assert set(data.tasks) | set(data.train_tasks or ()) <= set(tasks)
 

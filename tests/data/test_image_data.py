@@ -59,18 +59,37 @@ def paligemma():
     return PaliGemmaProcessor(pictures, tokenizer), tokenizer.convert_tokens_to_ids("<image>")
 
 
-PROCESSORS = {"gemma3": gemma3, "idefics3": idefics3, "paligemma": paligemma}
+def qwen2_vl():
+    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+    tokenizer = letters(**{f"t{i}": f"<|{name}|>" for i, name in enumerate(QWEN)})
+    pictures = Qwen2VLImageProcessor(patch_size=14, merge_size=2, min_pixels=56 * 56, max_pixels=56 * 56)
+    processor = Qwen2VLProcessor(pictures, tokenizer, video_processor=Qwen2VLVideoProcessor())
+    return processor, tokenizer.convert_tokens_to_ids("<|image_pad|>")
+
+
+QWEN = ("image_pad", "video_pad", "vision_start", "vision_end")
+PROCESSORS = {"gemma3": gemma3, "idefics3": idefics3, "paligemma": paligemma, "qwen2_vl": qwen2_vl}
 
 
 @pytest.fixture(params=PROCESSORS)
 def seeing(request):
     """A processor, and a tiny model of its architecture over bytes."""
+    if request.param == "qwen2_vl":
+        pytest.importorskip(
+            "torchvision", reason="its processor of videos needs torchvision, of torch's own build"
+        )
     processor, image = PROCESSORS[request.param]()
     sizes = copy.deepcopy(vision_models.CONFIGS[request.param])
     sizes["text_config"] |= {"vocab_size": len(processor.tokenizer)}
     key = "image_token_id" if "image_token_id" in sizes else "image_token_index"
     torch.manual_seed(1)
-    config = AutoConfig.for_model(request.param, **sizes | {key: image})
+    others = {
+        f"{name}_token_id": image + i
+        for i, name in enumerate(("image", "video", "vision_start", "vision_end"))
+    }
+    own = others if request.param == "qwen2_vl" else {key: image}
+    config = AutoConfig.for_model(request.param, **sizes | own)
     model = AutoModelForImageTextToText.from_config(config).eval()
     return request.param, processor, model
 
@@ -84,9 +103,12 @@ def picture(folder, i):
 def test_rows_with_and_without_pictures_are_read_as_alone(seeing, tmp_path):
     name, processor, base = seeing
     counts = [1, 2, 1] if name == "paligemma" else [1, 0, 2]  # its processor takes no text without a picture
+    mark = processor.image_token
+    if name == "qwen2_vl":  # as its chat template has it
+        mark = f"<|vision_start|>{mark}<|vision_end|>"
     examples = [
         Example(
-            "vision", processor.image_token * count + "what" + "?" * (i + 1), "red" * (i + 1), "red",
+            "vision", mark * count + "what" + "?" * (i + 1), "red" * (i + 1), "red",
             pictures=tuple(picture(tmp_path, 10 * i + k) for k in range(count)), source=f"row {i}",
         )
         for i, count in enumerate(counts)

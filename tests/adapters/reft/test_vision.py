@@ -330,6 +330,19 @@ def test_a_vision_tower_has_no_text():
         rl.attach(base, "reft_r1", positions="image", component="connector_output")
 
 
+def test_other_libraries_have_no_such_sites_and_positions(tmp_path):
+    reft = attached(vision_models.model("llava"), "image", component="connector_output", layers=[0])
+    with pytest.raises(ValueError, match="pyreft has no connector_output, which sees images"):
+        rl.to_pyreft(reft, tmp_path)
+    reft = attached(vision_models.model("llava"), "image:0.5", layers=[0])
+    with pytest.raises(ValueError, match=r"EasySteer takes no positions image:0\.5"):
+        rl.to_easysteer(reft, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"edits the positions image:0\.5, and a weight acts on all tokens alike"
+    ):
+        rl.merge(reft)
+
+
 def test_editors_of_tower_connector_and_language_model_stand_together(tmp_path):
     """MRT: three adapters, one after the other."""
     name = "paligemma"

@@ -265,7 +265,7 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("settings", "words"),
         [
-            ({"path": None}, r"needs data\.path"),
+            ({"path": None}, r"need data\.path"),
             ({"source": "wheel"}, "read from data.source local or hub; got 'wheel'"),
             ({"messages": "m"}, r"data\.messages replaces data\.prompt, data\.target"),
             ({"answer": "topic"}, r"data\.answer='topic' is not in data\.target='reply'"),
