@@ -258,12 +258,12 @@ def check_train(arguments, run, monkeypatch):
         return
     runs = list(asked.runs.values())
     for config in (runs[0], runs[-1]):
-        same = re.sub(
-            r"'/[^']*'", "", repr(replace(config, model=tiny_model(), seed=0))
-        )  # in whatever folder
+        tiny = tiny_model(config.data.family == "vision")
+        model = replace(tiny, attn_implementation=config.model.attn_implementation)
+        same = re.sub(r"'/[^']*'", "", repr(replace(config, model=model, seed=0)))  # in whatever folder
         if same not in OUTLINED:
             OUTLINED.add(same)
-            outline(replace(config, model=tiny_model(config.data.family == "vision")))
+            outline(replace(config, model=model))
 
 
 OUTLINED = set()

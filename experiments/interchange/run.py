@@ -109,7 +109,10 @@ def das(layer: int, positions: str, *more: str) -> list[str]:
 
 
 INPUT = "intervention.component=block_input"
-BOUNDLESS = ("intervention=boundless_das", "intervention.rank=null", "intervention.options.sparsity=0.3")
+BOUNDLESS = (
+    "intervention=boundless_das", "intervention.rank=null", "intervention.options.sparsity=0.3",
+    "intervention.options.start=4", "optimizer.lr=2e-3", "trainer.max_epochs=2",
+)  # fmt: skip
 RUNS = {
     # name: (base model, overrides)
     "into block 0, the key": ("trained", das(0, "f2", INPUT)),

@@ -36,7 +36,7 @@ RUNS = {
                   "optimizer.lr=5e-3"],
     "difference_in_means": ["intervention=difference_in_means", "intervention.layers=[2]", *CLOSED],
     "activation_scaling": ["intervention=activation_scaling", "optimizer.lr=1e-2"],
-    "cast": ["intervention=cast", "intervention.layers={1:{threshold:0.3},2:{decides:false},3:{decides:false}}",
+    "cast": ["intervention=cast", "intervention.layers={1:{threshold:0.05},2:{decides:false},3:{decides:false}}",
              "optimizer.lr=1e-2"],
     "brep": ["intervention=brep", "callbacks=penalty_pid", "data.target_tokens=4", "optimizer.lr=1e-2"],
     "critical": ["intervention=loreft", "intervention.positions=critical:8", "model.attn_implementation=eager",

@@ -61,8 +61,10 @@ class BoundlessDAS(DAS, name="boundless_das"):
     with the boundary :math:`\beta`, which starts at 1/2 and is clamped to 0.001..1. The temperature T falls linearly
     with the steps of training (``objective=interchange``), and is ``end`` in evaluation. The penalty is ``sparsity``
     times :math:`\beta`. Trains r d + 1 numbers. Source: Wu et al. 2023, arXiv:2305.08809; numbers as in the tutorial of
-    pyvene, where T counts as trained but is overwritten, and :math:`\beta` learns ten times as fast as R: it is ten
-    times the parameter here, which is the same to Adam. As there, m of the first direction is at most 1/2.
+    pyvene, whose T counts as trained but is overwritten, and whose :math:`\beta` learns ten times as fast as R: it is
+    ten times the parameter here, which is the same to Adam. As there, m of the first direction is at most 1/2.
+    T is in directions, and 50 was chosen for a width of 4,096: a hundredth of the width is a start. The rows of a whole
+    rotation lose their independence at rates that subspaces of low rank bear (0.005 in ``experiments/interchange``).
 
     Args:
         dim: width d of the representation.
@@ -92,16 +94,19 @@ class BoundlessDAS(DAS, name="boundless_das"):
         self.sparsity, self.start, self.end = sparsity, start, end
         self.boundary = nn.Parameter(torch.tensor([0.5 / FASTER]))
 
+    def edge(self) -> Tensor:  # () -> (1,)
+        """Return the boundary, of 0.001 to 1."""
+        return (FASTER * self.boundary).clamp(1e-3, 1)
+
     def mask(self) -> Tensor:  # () -> (r,)
         """Return m."""
         T = self.start + (self.end - self.start) * (self.annealed if self.training else 1.0)
         i = torch.arange(self.rank, device=self.boundary.device, dtype=self.boundary.dtype)
-        edge = (FASTER * self.boundary).clamp(1e-3, 1) * self.rank
-        return torch.sigmoid(i / T) * torch.sigmoid((edge - i) / T)
+        return torch.sigmoid(i / T) * torch.sigmoid((self.edge() * self.rank - i) / T)
 
     def penalty(self) -> Tensor:
-        """Return the boundary times its weight."""
-        return self.sparsity * FASTER * self.boundary.sum()
+        """Return the boundary times its weight; one above 1 is pulled back, one below 0.001 goes no further."""
+        return self.sparsity * (FASTER * self.boundary).clamp(min=1e-3).sum()
 
 
 class CDAS(DAS, name="cdas"):

@@ -110,8 +110,9 @@ class CAST(Bias, name="cast"):
     P has no sign: a prompt like -c is like c.
     The authors take c and b from two kinds of prompts, as first principal components (``difference_in_means`` is
     another such estimate), and search for the threshold. In training, c learns by the gradient of
-    :math:`\sigma((\cos - \theta) / T)`, T = 0.1, in the place of the step's, which has none. Trains 2 d numbers, d in
-    layers that do not decide. Source: Lee et al. 2025, arXiv:2409.05907, and its code.
+    :math:`\sigma((\cos - \theta) / T)`, T = 0.1, in the place of the step's, which has none; a gate that no prompt
+    opens learns nothing. Trains 2 d numbers, d in layers that do not decide.
+    Source: Lee et al. 2025, arXiv:2409.05907, and its code.
 
     Args:
         dim: width d of the representation.

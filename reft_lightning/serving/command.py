@@ -113,6 +113,10 @@ def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> tuple[R
                     "its positions 'given' need edit_mask with each call, which a request does not have: serve an "
                     "adapter of other positions, such as prompt"
                 )
+            if reft.adapters[names[name]].takes_source:
+                raise ValueError(
+                    "it takes hidden states of another text with each call, which a request does not have"
+                )
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
     assert reft is not None

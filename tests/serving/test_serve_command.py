@@ -77,6 +77,12 @@ def test_an_adapter_whose_calls_have_to_mark_tokens_is_refused_at_the_start(tmp_
             load_adapters(tiny.model("llama"), {name: folders[name] for name in order})
 
 
+def test_an_adapter_whose_calls_have_to_bring_another_text_is_refused_at_the_start(tmp_path):
+    rl.attach(tiny.model("llama"), "das", rank=2, positions="l1").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="takes hidden states of another text"):
+        load_adapters(tiny.model("llama"), {"das": tmp_path})
+
+
 @pytest.mark.slow
 def test_a_run_is_served(folder, tmp_path):
     with socket.socket() as free:
