@@ -258,8 +258,8 @@ def check_train(arguments, run, monkeypatch):
         return
     runs = list(asked.runs.values())
     for config in (runs[0], runs[-1]):
-        tiny = tiny_model(config.data.family == "vision")
-        model = replace(tiny, attn_implementation=config.model.attn_implementation)
+        small = tiny_model(config.data.family == "vision")
+        model = replace(small, attn_implementation=config.model.attn_implementation)
         same = re.sub(r"'/[^']*'", "", repr(replace(config, model=model, seed=0)))  # in whatever folder
         if same not in OUTLINED:
             OUTLINED.add(same)

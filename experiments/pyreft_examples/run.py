@@ -13,6 +13,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ HERE = Path(__file__).parent
 ROWS = HERE / "rows"
 COLUMNS = ["data.prompt=question", "data.target=reply"]
 SHORT = ["trainer.enable_progress_bar=false", "hydra.job_logging.root.level=WARNING"]
-CELLS = ((12, 15), (25, 15), (50, 15), (100, 15), (50, 5))  # words and layers of `memorise`
+CELLS = ((25, 15), (12, 15), (50, 15), (50, 5))  # words and layers of `memorise`
 
 
 def train(name: str, out: Path, *overrides: str) -> dict[str, Any]:
@@ -45,27 +46,23 @@ def written(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def persona(out: Path) -> list[dict[str, Any]]:
+def persona(out: Path) -> Iterator[dict[str, Any]]:
     """Ten rows teach a manner: which of them are repeated, and how new questions are answered."""
     test = [json.loads(line) for line in (ROWS / "persona_test.jsonl").read_text().splitlines()]
     places = [f"data.path={ROWS / 'persona.jsonl'}", f"data.test_path={ROWS / 'persona_test.jsonl'}"]
     more = ["evaluate_base=true", "decoding.max_new_tokens=32"]
     run = train("persona", out, "experiment=few_shot", *COLUMNS, *places, *more)
-    found = []
     for who, rows in run["said"].items():
         texts = {row["source"]: row["generated"].strip() for row in rows}
         ordered = [texts[source] for source in sorted(texts, key=lambda s: int(s.rsplit(" ", 1)[-1]))]
         pairs = list(zip(test, ordered, strict=True))
         seen = [text == row["reply"] for row, text in pairs if row["seen"]]
         new = [(row["question"], text) for row, text in pairs if not row["seen"]]
-        found.append(
-            {
+        yield {
                 "model": who, **(run["facts"] if who == "reft" else {}), "rows": len(seen), "repeated": sum(seen),
                 "new_questions": len(new), "greets": sum(text.startswith("Ahoy!") for _, text in new),
                 "ends": sum(text.endswith("The lamp is lit.") for _, text in new), "answers": dict(new),
-            }
-        )  # fmt: skip
-    return found
+            }  # fmt: skip
 
 
 def recovered(said: str, text: str) -> float:
@@ -76,27 +73,26 @@ def recovered(said: str, text: str) -> float:
     return same / len(text)
 
 
-def memorise(out: Path) -> list[dict[str, Any]]:
+def memorise(out: Path) -> Iterator[dict[str, Any]]:
     """A text in 577 numbers: how much comes back, by its length and by the layer."""
-    words, found = (ROWS / "text.txt").read_text(encoding="utf-8").split(), []
+    words = (ROWS / "text.txt").read_text(encoding="utf-8").split()
     for count, layer in CELLS:
         text, name = " ".join(words[:count]), f"memorise_{count}_{layer}"
         path = written(out / "rows" / f"{name}.jsonl", [{"question": "GO->", "reply": text}])
         places = [f"data.path={path}", f"data.test_path={path}", f"intervention.layers=[{layer}]"]
         run = train(name, out, "experiment=memorise", *COLUMNS, *places)
         share = {who: recovered(rows[0]["generated"].strip(), text) for who, rows in run["said"].items()}
-        found.append({"words": count, "characters": len(text), "layer": layer, "recovered": share["reft"],
+        yield {"words": count, "characters": len(text), "layer": layer, "recovered": share["reft"],
                       "recovered_by_base": share["base"], "loss": run["metrics"].get("train/loss"),
-                      **run["facts"]})  # fmt: skip
-    return found
+                      **run["facts"]}  # fmt: skip
 
 
-def codebook(out: Path) -> list[dict[str, Any]]:
+def codebook(out: Path) -> Iterator[dict[str, Any]]:
     """Numbers that mean words: how many of them one edit gives back, by the size of the book."""
-    words, found = (ROWS / "words.txt").read_text(encoding="utf-8").split(), []
+    words = (ROWS / "words.txt").read_text(encoding="utf-8").split()
     random.Random(0).shuffle(words)  # numbers say nothing of their words
     consreft, loreft = ["intervention=consreft"], ["intervention=loreft"]
-    cells = [(16, consreft, 1, 400), (64, consreft, 1, 100), (64, loreft, 4, 100)]
+    cells = [(16, consreft, 1, 300), (64, consreft, 1, 60), (64, loreft, 4, 60)]
     for size, method, rank, epochs in cells:
         name = f"codebook_{size}_{method[0].partition('=')[2]}_{rank}"
         rows = [{"question": f"CODE#{i}->", "reply": words[i]} for i in range(size)]
@@ -105,20 +101,17 @@ def codebook(out: Path) -> list[dict[str, Any]]:
                 f"trainer.max_epochs={epochs}", "decoding.max_new_tokens=6"]  # fmt: skip
         run = train(name, out, "experiment=memorise", *method, *COLUMNS, *more)
         right = {who: sum(row["correct"] for row in rows) for who, rows in run["said"].items()}
-        found.append({"entries": size, "method": method[0].partition("=")[2], "rank": rank, "right": right["reft"],
-                      "right_by_base": right["base"], **run["facts"]})  # fmt: skip
-    return found
+        yield {"entries": size, "method": method[0].partition("=")[2], "rank": rank, "right": right["reft"],
+                      "right_by_base": right["base"], **run["facts"]}  # fmt: skip
 
 
-def reward(out: Path) -> list[dict[str, Any]]:
+def reward(out: Path) -> Iterator[dict[str, Any]]:
     """Right answers over wrong ones: the share of pairs that is ranked right, with the edits and by the head only."""
-    found = []
     for name, method in (("loreft", []), ("head only", ["intervention=none"])):
         run = train(f"reward_{name.replace(' ', '_')}", out, "experiment=reward", *method)
         scores = {k: v for k, v in run["metrics"].items() if k.endswith("pair_accuracy")}
-        found.append({"trained": name, **run["facts"], "pair_accuracy": scores,
-                      "intervals": {k: v["interval"] for k, v in run["counts"].items()}})  # fmt: skip
-    return found
+        yield {"trained": name, **run["facts"], "pair_accuracy": scores,
+                      "intervals": {k: v["interval"] for k, v in run["counts"].items()}}  # fmt: skip
 
 
 EXAMPLES = {"persona": persona, "memorise": memorise, "codebook": codebook, "reward": reward}
@@ -133,11 +126,13 @@ def main() -> None:
     if unknown := set(options.examples) - EXAMPLES.keys():
         arguments.error(f"no example {', '.join(unknown)}; there are {', '.join(EXAMPLES)}")
     for name in options.examples or EXAMPLES:
-        found = EXAMPLES[name](options.out.absolute())
+        found: list[dict[str, Any]] = []
         target = HERE / "results" / f"{name}.json"
         target.parent.mkdir(exist_ok=True)
-        target.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(f"{name}: {target}", flush=True)
+        for line in EXAMPLES[name](options.out.absolute()):
+            found.append(line)
+            target.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            print(name, {key: value for key, value in line.items() if key != "answers"}, flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import films
 import torch
@@ -25,13 +26,13 @@ from reft_lightning.inspection.perplexity import OWN
 from reft_lightning.runs.arguments import model_source
 
 HERE = Path(__file__).parent
-SCALES = (-8.0, -4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
+SCALES = (0.0, 1.0, -1.0, -2.0, 2.0, -4.0)
 PROMPT = "A sentence about a film:\n"
 PROMPTS = {
     "as trained": [PROMPT],
     "others": ["I think that", "Yesterday we", "My neighbour is", "The new bridge"],
 }
-TEXTS = 64  # of each kind of prompt
+TEXTS = 48  # of each kind of prompt
 TRAIN = [
     "model=smollm2_135m", "data=custom", "data.prompt=question", "data.target=reply", "data.validation_size=0",
     "data.batch_size=8", "intervention=loreft", "intervention.layers=[15]", "intervention.rank=4",
@@ -59,12 +60,14 @@ def main() -> None:
     model, tokenizer = load_base_model(**model_source(compose(["model=smollm2_135m"])))
     reft = rl.ReftModel.from_pretrained(model, folder / "adapter").eval()
     passage = tokenizer(OWN.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][:, :512]
+    facts = {"judge_right_on_dev": judge.accuracy(films.read(options.data, "dev")), "rows": options.rows,
+             "texts": TEXTS, "train": TRAIN}  # fmt: skip
     found = []
     for scale in SCALES:
         reft.scale = scale
         with torch.no_grad():
             loss = reft(passage, attention_mask=torch.ones_like(passage), labels=passage).loss.item()
-        line = {"scale": scale, "loss_of_a_plain_text": loss}
+        line: dict[str, Any] = {"scale": scale, "loss_of_a_plain_text": loss}
         for kind, prompts in PROMPTS.items():
             texts = films.go_on(reft, tokenizer, prompts, TEXTS // len(prompts), seed=0)
             said = [text for new in texts for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
@@ -76,15 +79,10 @@ def main() -> None:
                 "examples": said[:3],
             }
         found.append(line)
-        print(
-            scale,
-            f"{loss:.2f}",
-            {k: (line[k]["negative"], round(line[k]["loss_by_base"], 2)) for k in PROMPTS},
-        )
-    facts = {"judge_right_on_dev": judge.accuracy(films.read(options.data, "dev")), "rows": options.rows,
-             "texts": TEXTS, "train": [word for word in TRAIN if "=" in word]}  # fmt: skip
-    text = json.dumps({**facts, "scales": found}, indent=1, ensure_ascii=False) + "\n"
-    (HERE / "scaling.json").write_text(text, encoding="utf-8")
+        text = json.dumps({**facts, "scales": found}, indent=1, ensure_ascii=False) + "\n"
+        (HERE / "scaling.json").write_text(text, encoding="utf-8")
+        short = {kind: (line[kind]["negative"], round(line[kind]["loss_by_base"], 2)) for kind in PROMPTS}
+        print(scale, f"{loss:.2f}", short, flush=True)
 
 
 if __name__ == "__main__":

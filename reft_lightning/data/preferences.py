@@ -49,7 +49,7 @@ def as_preferences(family: AnyFamily) -> PreferenceFamily:
     Raises:
         ValueError: for labelled texts, which have no answers to choose from.
     """
-    if not isinstance(family, Family):
+    if not isinstance(family, Family) or family.kind != Family.kind:
         raise ValueError(
             f"a reward model chooses between two answers to a prompt, and the rows of {family.name} are labelled "
             "texts: choose a family with options, such as data=skills, or leave the objective out"
