@@ -116,8 +116,9 @@ def _json(value: Any) -> str:
 
 
 def _write(columns: Columns, path: Path) -> None:
+    arrays: dict[str, Any] = {**columns}  # numbers and text: nothing is pickled
     with path.open("wb") as file:  # a name without .npz would get one
-        np.savez(file, **columns)  # numbers and text: nothing is pickled
+        np.savez(file, **arrays)
 
 
 def _read(path: Path, types: Mapping[str, str]) -> Columns | None:
