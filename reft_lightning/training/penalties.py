@@ -8,8 +8,6 @@ from typing import Any
 from lightning import Callback
 from torch import nn
 
-from ..interventions import Intervention
-
 
 class PenaltySchedule(Callback):
     """Set the weight before each step; a subclass defines :meth:`weight`. Resuming goes on with it."""
@@ -37,8 +35,8 @@ def mean_penalty(model: nn.Module) -> float:
     Raises:
         ValueError: if none does.
     """
-    found = [part.penalty() for part in model.modules() if isinstance(part, Intervention)]
-    found = [penalty.item() for penalty in found if penalty is not None]
+    owners: list[Any] = [part for part in model.modules() if hasattr(part, "penalty")]
+    found = [penalty.item() for owner in owners if (penalty := owner.penalty()) is not None]
     if not found:
         raise ValueError(
             "PIDPenalty holds a penalty of parameters at its target, and there is none: set "
