@@ -154,7 +154,9 @@ def spans_of_labels(labels: Tensor, attention: Tensor | None) -> Spans:
     return Spans(prompt, real & ~prompt)
 
 
-def spans_of_start(rows: int, read: int, new: int, generating: bool, device: torch.device) -> Spans:
+def spans_of_start(
+    rows: int, read: int, new: int, generating: bool, device: torch.device, attention: Any = None
+) -> Spans:
     """Split what a decoder reads of which there are no labels: its first token is the prompt, or all it is given.
 
     Args:
@@ -163,11 +165,13 @@ def spans_of_start(rows: int, read: int, new: int, generating: bool, device: tor
         new: columns that it is about to read.
         generating: whether it starts to generate after them; they are the prompt then.
         device: of the masks.
+        attention: (b, s), 1 for real tokens; anything else is no mask of these columns.
     """
-    prompt = torch.ones(rows, read + new, dtype=torch.bool, device=device)
-    if not generating:
-        prompt[:, 1:] = False
-    return Spans(prompt, ~prompt, generating, read)
+    real = torch.ones(rows, read + new, dtype=torch.bool, device=device)
+    if isinstance(attention, Tensor) and attention.shape == real.shape:
+        real = attention.bool()
+    prompt = real if generating else real & (real.cumsum(-1) == 1)
+    return Spans(prompt, real & ~prompt, generating, read)
 
 
 def marked(spans: Spans, **masks: Tensor | None) -> Spans:  # (b, s) each

@@ -59,7 +59,7 @@ def reading_of(model: PreTrainedModel) -> Reading:
         except Exception as error:
             log.debug("%s itself is tried, as it cannot be copied: %s", type(model).__name__, error)
             try:
-                with _evaluating(model):
+                with evaluating(model):
                     _found[model] = _try(model)
             except Exception as error:
                 _found[model] = Reading(is_decoder(model.config), takes_position_ids(model))
@@ -204,7 +204,8 @@ def _read(model: PreTrainedModel, ids: Tensor, attention: Tensor, **more: Tensor
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model run as in evaluation, without dropout."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -13,7 +13,13 @@ def stacks_of(model: PreTrainedModel) -> dict[str, str]:
     """Return the path of each stack: of T5 and the like those of ``encoder`` and ``decoder``, else ``{"": ""}``."""
     if not model.config.is_encoder_decoder:
         return {WHOLE: ""}
-    found = {ENCODER: model.get_encoder(), DECODER: model.get_decoder()}
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    inner = decoder.get_decoder() if decoder is not model and hasattr(decoder, "get_decoder") else decoder
+    if any(
+        part is encoder for part in decoder.modules()
+    ):  # what reads images calls all of its language model so
+        decoder = inner
+    found = {ENCODER: encoder, DECODER: decoder}
     if any(part is model for part in found.values()):  # one of the two by itself
         return {WHOLE: ""}
     paths = {id(module): path for path, module in model.named_modules()}

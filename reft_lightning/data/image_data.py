@@ -58,7 +58,7 @@ class ImageData(GenerationData):
     def _question(self, example: Example) -> str:
         return " ".join([super()._question(example), *example.seen])
 
-    def _encode(self, examples: list[Example], what: str) -> EncodedImages:
+    def _encode(self, examples: list[Example], what: str, target_tokens: int | None = None) -> EncodedImages:
         texts = apply_template(self.template, examples, self.processor, self.system_prompt)
         return EncodedImages(self.processor, texts, self.max_length, what)
 

@@ -104,7 +104,7 @@ class Tokens:
             )
         states, counts = self.source
         own = self.counts()
-        wrong = (own > 0) & (counts == 0) if last else own != counts
+        wrong = (own > 0) & ((counts == 0) if last else (own != counts))
         if not wrong.is_meta and wrong.any():
             row = int(wrong.nonzero()[0])
             raise ValueError(

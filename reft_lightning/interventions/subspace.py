@@ -374,7 +374,7 @@ class Partition(Intervention):
     def __init__(self, phi: Intervention, rows: Sequence[int]) -> None:
         super().__init__(phi.dim, dropout=phi.dropout, dropout_on=phi.dropout_on)
         if not isinstance(phi, Subspace) or type(phi).edit is not Subspace.edit:
-            divisible = [name for name, cls in INTERVENTIONS.items() if issubclass(cls, Subspace)]
+            divisible = [name for name, cls in INTERVENTIONS.items() if cls.edit is Subspace.edit]
             raise ValueError(
                 f"the edit of {type(phi).__name__} is not a sum of directions that can be divided; those of "
                 f"{', '.join(divisible)} are"

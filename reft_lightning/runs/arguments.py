@@ -97,6 +97,11 @@ def decoding_of(config: Config, family: Family) -> Decoding:
     return Decoding(**values, seed=config.seed)
 
 
+def reads_preferences(config: Config) -> bool:
+    """Whether a run trained a reward model, by an objective of ours: those of its folder are not imported to know."""
+    return config.objective._target_.startswith("reft_lightning.") and objective_of(config).rewards
+
+
 def model_source(config: Config, family: AnyFamily | None = None) -> dict[str, Any]:
     """Return the arguments of :func:`load_base_model`; the family says what kind of model it needs."""
     model = asdict(config.model)

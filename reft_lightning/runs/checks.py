@@ -85,6 +85,11 @@ def check_unused(config: Config, family: AnyFamily) -> None:
             else f"data.source_prompt means nothing to {method.name}, which takes no hidden states of other texts: "
             "choose intervention=das, boundless_das or cdas, or leave it out"
         )
+    objective = objective_of(config)
+    two = objective.pairs or objective.rewards
+    if two and (config.data.source_prompt or kind_of(family).sees):
+        what = "pictures" if kind_of(family).sees else "data.source_prompt"
+        raise ValueError(f"{config.objective._target_} compares two answers, and does so without {what}")
     if config.model.gradient_checkpointing and method.needs_cache:
         raise ValueError(
             f"{method.name} enters the model as a key/value cache, which gradient checkpointing switches off: leave "

@@ -18,7 +18,7 @@ from ..storage.atomic import new_folder, now, release_folder
 from ..suggest import did_you_mean
 from ..training.progress import RunProgress
 from ..training.wandb import WandbReport, finish_wandb, wandb_runs
-from .arguments import method_of
+from .arguments import method_of, reads_preferences
 from .build import Objects, Prepared, build
 from .console import print_table
 from .devices import check_accelerator
@@ -107,9 +107,8 @@ def load_run(folder: Path, config: Config, plan: Prepared | None = None) -> Obje
 
 def untrained(config: Config) -> Config:
     """Return a configuration without what its folder names for training, which is not imported then."""
-    return replace(
-        config, optimizer=OptimizerConfig(), scheduler=SchedulerConfig(), objective=ObjectiveConfig()
-    )
+    objective = config.objective if reads_preferences(config) else ObjectiveConfig()
+    return replace(config, optimizer=OptimizerConfig(), scheduler=SchedulerConfig(), objective=objective)
 
 
 def evaluating_trainer(

@@ -88,14 +88,16 @@ def commonest_answers(examples: Iterable[Example]) -> dict[str, str]:
 
 KINDS = {
     "generation": Kind("causal_lm", GenerationData, _generation, generates=True),
-    "vision": Kind("image_text_to_text", ImageData, _generation, generates=True, sees=True),
+    "vision": Kind("image_text_to_text", ImageData, _generation, generates=True, sees=True,
+                   unused=("target_tokens",)),
     "classification": Kind(
         "sequence_classification", ClassificationData, _classification, generates=False, heads="auto",
         # its published validation set is divided, and texts are read as they are
         unused=("train_tasks", "validation_size", "template", "system_prompt", "target_tokens"),
     ),
     "preference": Kind(
-        "sequence_classification", PreferenceData, _preference, generates=False, heads="auto"
+        "sequence_classification", PreferenceData, _preference, generates=False, heads="auto",
+        unused=("target_tokens",),
     ),
 }  # fmt: skip
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..adapters.methods import method_named
 from ..config.schema import Config
 from ..data import Example
 from ..data.prompts import apply_template
-from .arguments import OWN, family_of, objective_of
+from .arguments import OWN, family_of, reads_preferences
 from .kinds import KINDS, kind_of
 
 
@@ -33,8 +34,12 @@ class PromptFormat:
         Raises:
             ValueError: if the run trained a classifier or a reward model; ``where`` it is.
         """
-        if objective_of(config).rewards:
+        if reads_preferences(config):
             raise ValueError(f"{where} is a reward model, which generates no text")
+        if method_named(config.intervention.method).takes_source:
+            raise ValueError(
+                f"{where} takes hidden states of another text with each question: use it in Python"
+            )
         # one's own rows, which may be gone, are not needed to talk
         own = OWN.get(config.data.family)
         family = None if own else family_of(config)

@@ -96,10 +96,10 @@ class JoinedPass:
             self._refuse("RoPE's angles depend on the longest row of a batch")
         if image_tokens(self._base.config):
             self._refuse("it reads images")
-        own = (one.model.adapters.first for one in adapters.values())
-        alone = (adapter for adapter in own if adapter.seeing_rows or adapter.penalized or adapter.critical)
-        if seen := next(alone, None):
-            self._refuse(f"{seen.config.method} adds to the loss, or looks at more than single tokens")
+        for own in (one.model.adapters.first for one in adapters.values()):
+            penalty = any(phi.penalty() is not None for phi in own.penalized)
+            if penalty or own.seeing_rows or own.critical:
+                self._refuse(f"{own.config.method} adds to the loss, or looks at more than single tokens")
 
     def _join(self) -> ReftModel:
         model = ReftModel.joining({name: one.model for name, one in self._adapters.items()})

@@ -260,3 +260,20 @@ def test_what_does_not_fit_is_refused():
             rl.attach(tiny.model("llama"), "das", rank=2, positions=positions)
     with pytest.raises(ValueError, match="not a sum of directions"):
         reft.add_partition("halves", [0])
+
+
+def test_one_adapter_at_two_strengths_reads_the_sources_once():
+    reft = rl.attach(tiny.model("llama"), "das", rank=2, layers=[1], positions="l1").eval()
+    shaken(reft.interventions)
+    inputs, others = tiny.padded(tiny.rows(6, 4, 5), "left"), sources("left")
+    whole = reft(**inputs, **others).logits
+    mixed = reft(**inputs, **others, adapter_names=["default", ("default", 0.5), "default"]).logits
+    assert torch.equal(mixed[[0, 2]], whole[[0, 2]])
+    reft.scale = 0.5
+    torch.testing.assert_close(mixed[1], reft(**inputs, **others).logits[1])
+
+
+@pytest.mark.parametrize("positions", ["critical:1", "given"])
+def test_positions_that_only_the_text_itself_has_are_refused(positions):
+    with pytest.raises(ValueError, match="nothing says which of its tokens"):
+        rl.attach(tiny.model("llama"), "das", rank=2, positions=positions)

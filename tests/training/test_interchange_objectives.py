@@ -89,9 +89,8 @@ def test_the_temperature_goes_with_the_steps():
         module = module_of(reft, step)
         Interchange().loss(module, batch())
         assert reft.interventions["1"][0].annealed == annealed
-    assert module.logged["train/penalty"].item() == pytest.approx(
-        10 * reft.interventions["1"][0].boundary.item()
-    )
+    edge = min(max(10 * reft.interventions["1"][0].boundary.item(), 1e-3), 1.0)
+    assert module.logged["train/penalty"].item() == pytest.approx(edge)
 
 
 # --- runs -----------------------------------------------------------------------------------------------------
@@ -184,3 +183,10 @@ def test_rows_that_do_not_bring_a_source_are_refused_before_a_weight_is_loaded(r
 def test_a_plan_counts_the_other_prompt_among_the_inputs(rows):
     assert plan(compose.compose(arguments(rows)))["trainable_parameters"] > 0
     assert plan(compose.compose(arguments(rows)), prompt=8, target=2)["batches"]["given"]["rows"] == 4
+
+
+@pytest.mark.parametrize("objective", ["dpo", "reps", "reward"])
+def test_two_answers_are_not_compared_under_another_text(rows, objective):
+    overrides = [o for o in arguments(rows) if not o.startswith(("objective=", "decoding."))]
+    with pytest.raises(ValueError, match="compares two answers, and does so without data.source_prompt"):
+        outline(compose.compose([*overrides, f"objective={objective}"]))

@@ -17,7 +17,7 @@ from reft_lightning.config import compose
 from reft_lightning.data.encoding import Encoded
 from reft_lightning.data.example import Example
 from reft_lightning.data.preferences import TextPairs
-from reft_lightning.runs import experiment
+from reft_lightning.runs import evaluate, experiment
 from reft_lightning.runs.build import outline, prepare
 from reft_lightning.runs.prompting import PromptFormat
 from reft_lightning.training.objectives import Reward
@@ -137,6 +137,8 @@ def test_a_run_learns_to_rank_and_its_adapter_has_the_head(rows, tmp_path):
         assert row["answer"] == row["gold"] != row["rejected"]
     config = json.loads((tmp_path / "adapter" / "reft_config.json").read_text())
     assert config["heads"] == ["score"]
+    again = evaluate.evaluate(tmp_path, "test", None)
+    assert again["metrics"]["test/custom/pair_accuracy"] == 1.0
 
 
 @pytest.mark.parametrize("objective", ["reward", "dpo", "sft"])

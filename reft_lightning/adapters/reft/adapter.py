@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...base_models.dispatch import is_dispatched
-from ...base_models.stacks import ENCODER
+from ...base_models.stacks import DECODER, ENCODER
 from ...base_models.vision import image_tokens
 from ...interventions import Orthonormal, Partition, check_settings, registered
 from ...suggest import did_you_mean
@@ -35,10 +35,10 @@ class Adapter(nn.Module):
         sites: layer -> where they act.
         positions: layer -> P, and how its Phi are tied.
         partitions: name -> rows of the adapters that share this one's parameters.
-        penalized: the Phi with a penalty of their parameters, of a weight other than 0.
+        penalized: the Phi that may have a penalty of their parameters.
         seeing_rows: the class of a Phi whose edits depend on more than single tokens; None if there is none.
         takes_source: whether a Phi takes hidden states of another text.
-        critical: how many tokens of a prompt a first pass has to find.
+        critical: the numbers of tokens of a prompt that a first pass has to find.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Adapter(nn.Module):
             self.layers_by_positions.setdefault(selection, []).append(layer)
         phis = [phi for group in interventions.values() for phi in group]
         self.orthonormal = [phi for phi in self.modules() if isinstance(phi, Orthonormal)]
-        self.penalized = [phi for phi in phis if phi.penalty() is not None]
+        self.penalized = [phi for phi in phis if phi.defines("penalty")]
         self.seeing_rows = next((type(phi).__name__ for phi in phis if phi.sees_rows), None)
         self.takes_source = any(phi.takes_source for phi in phis)
         self.critical = {found for spec, _ in positions.values() if (found := spec.critical)}
@@ -130,6 +130,16 @@ def _interventions(spec: LayerSpec, positions: Positions, site: Site) -> nn.Modu
         raise ValueError(
             f"{spec.method} puts tokens of one prompt into another, and the positions {positions} select tokens after "
             "the prompt, too: use fN, lN or prompt"
+        )
+    marked = positions.needs_mask or positions.critical
+    if cls.takes_source and marked:
+        raise ValueError(
+            f"{spec.method} takes hidden states of another text, and nothing says which of its tokens "
+            f"positions={positions} are: use fN, lN or prompt"
+        )
+    if site.stack == DECODER and positions.needs_mask:
+        raise ValueError(
+            "edit_mask marks what an encoder reads: positions=given means nothing in the decoder"
         )
     if site.stack and (cls.takes_source or positions.critical):
         what = spec.method if cls.takes_source else f"positions={positions}"

@@ -37,7 +37,7 @@ class Call:
         default_factory=dict
     )  # adapter -> what it found in the prompts
     penalties: list[Tensor] = field(default_factory=list)  # of its edits
-    decoder: Spans | None = None  # what the decoder beside an encoder reads; None until its first pass
+    decoder: Spans | None = None  # what the decoder of an encoder-decoder reads; None until its first pass
     sources: dict[Any, tuple[Tensor, Tensor]] = field(
         default_factory=dict
     )  # (adapter, layer, number) -> Tokens.source

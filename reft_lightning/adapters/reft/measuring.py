@@ -47,7 +47,7 @@ def places_of(reft: ReftModel) -> list[str]:
     names = [
         name for positions, _ in reft.positions.values() for group in _names(positions) for name in group
     ]
-    order = ["f", "prompt", "given", "critical", "all", "selected", "l", "decode"]
+    order = ["f", "prompt", "image", "text", "given", "critical", "all", "selected", "l", "decode"]
 
     def key(name: str) -> tuple[int, int]:
         kind = name if name in order else name.rstrip("0123456789.").rstrip(":")

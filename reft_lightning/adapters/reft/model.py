@@ -33,6 +33,7 @@ from ...base_models.checkpointing import checkpointable
 from ...base_models.heads import heads_to_train, parameters_of
 from ...base_models.loading import number_of_parameters
 from ...base_models.patching import replaced
+from ...base_models.reading import evaluating, reading_of
 from ...base_models.stacks import DECODER, stacks_of
 from ...base_models.vision import image_tokens
 from ...interventions import INTERVENTIONS, Intervention, Tokens, rotations
@@ -55,6 +56,7 @@ from .sites import Site, hook_at
 
 log = logging.getLogger(__name__)
 CACHES = ("past_key_values", "cache_params", "state", "mems")  # what base models call what they have read
+SPARED = {"logits_to_keep": 1, "use_cache": False}  # of first passes, which are read for other things
 IDLE_PASSES = 8  # without training, after which a warning says that no pass has edited anything
 
 _REPLACING = threading.RLock()  # held while attributes of a base model are replaced, which all threads see
@@ -571,7 +573,7 @@ class ReftModel(nn.Module):
             ValueError: if adapters ask for different numbers, or the prompts are not all there.
         """
         counts = {count for choice in choices for count in self.adapters[choice.adapter].critical}
-        if not counts or not self._enabled or "edit" in spans.marks:
+        if not counts or not self._enabled:
             return spans
         tokens: Any = ids if embeds is None else embeds
         if len(counts) > 1 or tokens.shape[1] != spans.width:
@@ -580,10 +582,18 @@ class ReftModel(nn.Module):
                 "prompt, and for one number of tokens a call: give no past_key_values, and one number in all layers"
             )
         others = {"output_attentions": True} | ({} if embeds is None else {"inputs_embeds": embeds})
-        inputs = forward_inputs(self.base_model, self._known, ids, spans.prompt.long(), None, others)
-        with running(None):
-            attentions = self.base_model(**inputs).attentions
-        return marked(spans, edit=most_attended(attentions, spans.prompt, counts.pop()))
+        causal = reading_of(self.base_model).causal
+        attentions = self._first_pass(None, ids, spans.prompt.long(), others).attentions
+        return marked(spans, critical=most_attended(attentions, spans.prompt, counts.pop(), causal))
+
+    def _first_pass(self, call: Call | None, ids: Tensor | None, mask: Tensor, others: dict[str, Any]) -> Any:
+        """Let the base model read some texts first, as in evaluation, and without logits that nobody asks for."""
+        spared = {name: value for name, value in SPARED.items() if name in self._known}
+        inputs = forward_inputs(self.base_model, self._known, ids, mask, None, spared | others)
+        if ids is not None:  # masks of a plan on the meta device have numbers
+            inputs = {k: v.to(ids.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        with running(call), evaluating(self.base_model):
+            return self.base_model(**inputs)
 
     @torch.no_grad()
     def _read_sources(self, call: Call, ids: Tensor, mask: Tensor | None) -> dict[Any, tuple[Tensor, Tensor]]:
@@ -601,13 +611,20 @@ class ReftModel(nn.Module):
             )
         if len(ids) != len(call.spans.prompt):
             raise ValueError(f"source_ids hold {len(ids)} rows, the batch {len(call.spans.prompt)}")
+        images = self._images_in(ids)
+        if images is not None and not images.is_meta and images.any():
+            raise ValueError(
+                "source_ids hold places of images, and no pictures come with them: give texts alone"
+            )
         mask = torch.ones_like(ids) if mask is None else mask
-        inputs = forward_inputs(self.base_model, self._known, ids, mask, None, {})
-        inputs = {name: value.to(ids.device) for name, value in inputs.items()}  # a plan's masks have numbers
-        spans = marked(spans_of(mask, None, None), image=self._images_in(ids))
-        reading = replace(call, spans=spans, reads_sources=True)
-        with running(reading):
-            self.base_model(**inputs)
+        spans = marked(spans_of(mask, None, None), image=images)
+        chosen: dict[str, Choice] = {}  # an adapter of several strengths reads once, for all of their rows
+        for choice in call.choices:
+            name, rows = choice.adapter, choice.rows
+            others = chosen[name].rows if name in chosen else torch.zeros_like(mask[:, 0], dtype=torch.bool)
+            chosen[name] = Choice(name, rows=None if rows is None or others is None else rows | others)
+        reading = replace(call, spans=spans, choices=tuple(chosen.values()), reads_sources=True)
+        self._first_pass(reading, ids, mask, {})
         return reading.sources
 
     def _notice(self, call: Call) -> None:
@@ -703,7 +720,12 @@ class ReftModel(nn.Module):
             past = given.get("past_key_values")
             read = 0 if past is None else past.get_seq_length()
             call.decoder = spans = call.decoder or spans_of_start(
-                len(tokens), read, tokens.shape[1], call.spans.generating, tokens.device
+                len(tokens),
+                read,
+                tokens.shape[1],
+                call.spans.generating,
+                tokens.device,
+                given.get("attention_mask"),
             )
         call.plan = self._plan_for(call, stack, spans, tokens, given.get("attention_mask"))
         if call.plan is not None:
@@ -721,14 +743,14 @@ class ReftModel(nn.Module):
             adapter = self.adapters[choice.adapter]
             seeing = seeing or adapter.seeing_rows
             for (positions, tied), layers in adapter.layers_by_positions.items():
-                layers = [layer for layer in layers if adapter.sites[layer].stack == stack]
-                layers = [layer for layer in layers if not adapter.sites[layer].visual]
+                sites = {layer: adapter.sites[layer] for layer in layers}
+                layers = [layer for layer, site in sites.items() if site.stack == stack and not site.visual]
                 if not layers or (decoding and not positions.reaches_decode):
                     continue
                 if prompts_and_targets is None:
                     prompts_and_targets = spans.upto(columns.stop, len(tokens))
                 prompt, target = of_rows(choice.rows, *prompts_and_targets)
-                marks = self._marks(positions, spans, columns.stop, len(tokens))
+                marks = self._marks(positions, stack, spans, columns.stop, len(tokens))
                 indices = token_indices(positions, tied, prompt, target, columns, marks)
                 for layer in layers:
                     site, own = adapter.sites[layer], indices
@@ -747,10 +769,13 @@ class ReftModel(nn.Module):
             plan.prompt = prompts_and_targets[0][:, columns].flatten()
         return plan
 
-    def _marks(self, positions: Positions, spans: Spans, stop: int, rows: int) -> dict[str, Tensor]:
+    def _marks(
+        self, positions: Positions, stack: str, spans: Spans, stop: int, rows: int
+    ) -> dict[str, Tensor]:
         """Return what is known of the tokens of rows, up to a column."""
         marks = spans.marks_upto(stop, rows)
-        if self._image_tokens and positions.tells_images_apart and "image" not in marks:
+        unknown = self._image_tokens and stack != DECODER and "image" not in marks  # a decoder writes text
+        if unknown and positions.tells_images_apart:
             raise ValueError(
                 f"the positions {positions} tell text from images, and inputs_embeds or the columns of past_key_values "
                 "do not say which tokens images fill: pass image_mask (b, s)"

@@ -162,8 +162,8 @@ class Positions:
         Args:
             prompt: (b, s) bool, the tokens of the prompt.
             target: (b, s) bool, the tokens after it.
-            marks: ``edit`` (b, s) bool, the tokens that the caller marks, or the first pass, and ``image`` (b, s) bool,
-                those that images fill; nothing where there are none.
+            marks: (b, s) bool each: ``edit``, the tokens that the caller marks; ``critical``, those of the first pass;
+                ``image``, those that images fill. Nothing where there are none.
 
         Raises:
             ValueError: without marks, where they are needed, or for what a function returns instead of a mask.
@@ -192,8 +192,9 @@ class Positions:
             clipped = n < p + s
             first = torch.where(clipped, (n // 2).clamp(max=p), p)
             last = torch.where(clipped, (n - n // 2).clamp(max=s), s)
-        marked = prompt & marks.get("edit", prompt)
-        parts = {"prompt": prompt, "image": image, "text": text, "given": marked, "critical": marked}
+        parts = {"prompt": prompt, "image": image, "text": text, "given": prompt & marks.get("edit", prompt)}
+        if self.critical:
+            parts["critical"] = prompt & marks["critical"]
         return [
             spread(parts[term.kind], term.share)
             if term.kind in parts

@@ -73,7 +73,7 @@ def _chosen(task: str, row: Row, where: str) -> Example:
         example = _example(task, column(row, "prompt", where), chosen, where)
     else:
         example = _conversation(task, chosen, where)
-    if other is None:
+    if not other:  # such rows teach the chosen answer only
         return example
     other = as_text(other, "rejected", where) if isinstance(other, str) else exchange_of(other, where)[2]
     return replace(example, options=(example.target, other))

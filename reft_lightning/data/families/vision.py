@@ -120,8 +120,8 @@ class SeenRows:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the columns that every row has; that of pictures may be absent, as in LLaVA's rows of text."""
-        return (self.messages,) if self.messages else (str(self.prompt), str(self.target))
+        """Return the columns that every row has; of conversations some may lack pictures, as in LLaVA's rows."""
+        return (self.messages,) if self.messages else (str(self.prompt), str(self.target), self.image)
 
     def __call__(self, row: Row, where: str) -> Example:
         """Return the example of a row.

@@ -3,8 +3,8 @@ r"""The accuracy of visual question answering, where people do not agree on the 
 .. math:: \mathrm{Acc}(a) = \frac{1}{n} \sum_{i=1}^{n} \min\Big(\frac{|\{j \ne i : a_j = a\}|}{3}, 1\Big)
 
 with the answers a_1 ... a_n of n people (ten in VQA): an answer is right if three of the others gave it, and the mean
-is over all ways to leave one person out. Source: Antol et al. 2015, arXiv:1505.00468, and the evaluation page of
-https://visualqa.org.
+is over all ways to leave one person out. Of fewer than four people, all others must have given it. Source: Antol et al.
+2015, arXiv:1505.00468, and the evaluation page of https://visualqa.org.
 
 Answers are compared in lower case, without articles, sentence punctuation and apostrophes, and with number words as
 digits. The official script does so where people disagree, with a table of contractions instead of leaving apostrophes
@@ -51,10 +51,13 @@ def vqa_accuracy(answer: str, people: Sequence[str]) -> float:
 
     >>> vqa_accuracy("Red.", ["red"] * 3 + ["pink"] * 7)
     0.9
+    >>> vqa_accuracy("2", ["2", "2"])
+    1.0
     """
     if not people:
         raise ValueError("an accuracy over people's answers needs at least one")
     given = comparable(answer)
     same = [comparable(person) == given for person in people]
     others = (sum(same) - own for own in same)
-    return sum(min(count / ENOUGH, 1.0) for count in others) / len(same)
+    enough = max(min(ENOUGH, len(same) - 1), 1)  # all others, where there are fewer
+    return sum(min(count / enough, 1.0) for count in others) / len(same)

@@ -52,7 +52,7 @@ def test_the_score_is_the_mean_attention_of_the_tokens_that_come_no_earlier():
     assert most_attended([A, None], prompt, 1).tolist() == [[False, True, False, False]]
     assert most_attended([A], prompt, 2).tolist() == [[True, True, False, False]]
     assert most_attended([A], prompt, 9).tolist() == prompt.tolist()
-    with pytest.raises(ValueError, match=r"the base model has none"):
+    with pytest.raises(ValueError, match=r"its attn_implementation must stay eager"):
         most_attended([None], prompt, 1)
 
 
@@ -85,12 +85,17 @@ def test_generation_edits_what_training_does():
         )
 
 
-def test_marks_of_the_caller_go_before_the_first_pass():
+def test_marks_of_the_caller_are_for_given_only():
     reft, inputs = attached(layers=[0]), tiny.padded(tiny.rows(6, 3))
-    marks = torch.zeros(2, 6, dtype=torch.bool)
-    marks[:, 1] = True
-    assert len(found_in(reft, inputs, edit_mask=marks)[0]) == 2
-    assert len(found_in(reft, inputs)[0]) == 4
+    marks = torch.ones(2, 6, dtype=torch.bool)
+    assert len(found_in(reft, inputs, edit_mask=marks)[0]) == len(found_in(reft, inputs)[0]) == 4
+
+
+def test_an_encoder_s_tokens_are_attended_to_by_all_others():
+    attention = torch.full((1, 1, 6, 6), 1 / 6)
+    attention[..., 1] = 2 / 6
+    prompt = torch.ones(1, 6, dtype=torch.bool)
+    assert most_attended([attention], prompt, 1, causal=False).nonzero().tolist() == [[0, 1]]
 
 
 def test_caches_and_other_attention_are_refused():

@@ -8,6 +8,7 @@ from model_laws import Recorder
 from vision_models import BOI, EOI, IMAGE, LAYERS, NAMES, TOWER, VIDEO, WIDTH, batch
 
 import reft_lightning as rl
+from reft_lightning.adapters.reft.measuring import places_of
 from reft_lightning.adapters.reft.sites import find_sites
 from reft_lightning.base_models.reading import keeps_its_columns, reading_of
 from reft_lightning.base_models.vision import image_tokens
@@ -391,3 +392,25 @@ def test_beams_and_several_texts_of_a_row_see_its_images(name):
     one = reft.generate(**alone[0], **GREEDY, num_beams=2)
     assert torch.equal(beams[0, -4:], one[0, -4:])
     assert reft.generate(**inputs, **GREEDY | {"do_sample": True}, num_return_sequences=2).shape[0] == 4
+
+
+# --- with what was written for text ------------------------------------------------------------------------------
+
+
+def test_sources_are_texts_without_pictures():
+    base = vision_models.model("llava")
+    reft = rl.attach(base, "das", rank=2, layers=[1], positions="l1")
+    inputs = batch("llava")
+    with pytest.raises(ValueError, match="source_ids hold places of images"):
+        reft(**inputs, source_ids=inputs["input_ids"], source_mask=inputs["attention_mask"])
+
+
+def test_critical_positions_are_refused_where_images_are_read():
+    with pytest.raises(ValueError, match="reads images: mark the tokens yourself"):
+        rl.attach(vision_models.model("llava"), rank=2, positions="critical:2")
+
+
+@pytest.mark.parametrize("positions", ["image:0.5", "text+image"])
+def test_edit_norms_have_a_name_for_each_place(positions):
+    reft = rl.attach(vision_models.model("llava"), rank=2, positions=positions)
+    assert places_of(reft) == sorted(positions.split("+"))
