@@ -51,8 +51,8 @@ def as_preferences(family: AnyFamily) -> PreferenceFamily:
     """
     if not isinstance(family, Family) or family.kind != Family.kind:
         raise ValueError(
-            f"a reward model chooses between two answers to a prompt, and the rows of {family.name} are no "
-            "questions in text with options: choose a family with options, such as data=skills, or leave the objective out"
+            f"a reward model chooses between two answers to a prompt, and the rows of {family.name} are no questions "
+            "in text with options: choose a family that has them, such as data=skills, or leave the objective out"
         )
     values: dict[str, Any] = {field.name: getattr(family, field.name) for field in fields(family)}
     values["export"] = None  # of generated texts

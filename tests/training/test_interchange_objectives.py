@@ -188,5 +188,5 @@ def test_a_plan_counts_the_other_prompt_among_the_inputs(rows):
 @pytest.mark.parametrize("objective", ["dpo", "reps", "reward"])
 def test_two_answers_are_not_compared_under_another_text(rows, objective):
     overrides = [o for o in arguments(rows) if not o.startswith(("objective=", "decoding."))]
-    with pytest.raises(ValueError, match="compares two answers, and does so without data.source_prompt"):
+    with pytest.raises(ValueError, match=r"compares two answers, and does so without data.source_prompt"):
         outline(compose.compose([*overrides, f"objective={objective}"]))

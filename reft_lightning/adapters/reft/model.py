@@ -588,7 +588,7 @@ class ReftModel(nn.Module):
 
     def _first_pass(self, call: Call | None, ids: Tensor | None, mask: Tensor, others: dict[str, Any]) -> Any:
         """Let the base model read some texts first, as in evaluation, and without logits that nobody asks for."""
-        spared = {name: value for name, value in SPARED.items() if name in self._known}
+        spared = {name: value for name, value in SPARED.items() if name in (self._known or ())}
         inputs = forward_inputs(self.base_model, self._known, ids, mask, None, spared | others)
         if ids is not None:  # masks of a plan on the meta device have numbers
             inputs = {k: v.to(ids.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
