@@ -1,10 +1,10 @@
 r"""The accuracy of visual question answering, where people do not agree on the answer.
 
-.. math:: \mathrm{Acc}(a) = \frac{1}{n} \sum_{i=1}^{n} \min\Big(\frac{|\{j \ne i : a_j = a\}|}{3}, 1\Big)
+.. math:: \mathrm{Acc}(a) = \frac{1}{n} \sum_{i=1}^{n} \min(c_i / 3, 1)
 
-with the answers a_1 ... a_n of n people (ten in VQA): an answer is right if three of the others gave it, and the mean
-is over all ways to leave one person out. Of fewer than four people, all others must have given it. Source: Antol et al.
-2015, arXiv:1505.00468, and the evaluation page of https://visualqa.org.
+with the answers of n people (ten in VQA), of whom c_i besides person i gave a: an answer is right if three of the
+others gave it, and the mean is over all ways to leave one person out. Of fewer than four people, all others must have
+given it. Source: Antol et al. 2015, arXiv:1505.00468, and the evaluation page of https://visualqa.org.
 
 Answers are compared in lower case, without articles, sentence punctuation and apostrophes, and with number words as
 digits. The official script does so where people disagree, with a table of contractions instead of leaving apostrophes
