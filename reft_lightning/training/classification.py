@@ -145,15 +145,6 @@ class ClassificationModule(FinetuningModule):
         for metric in (metric for metrics in self.scores.values() for metric in metrics.values()):
             metric.reset()
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the loss, a mean over all rows, and the measures."""
-        self.log(f"{self.prefix}val/loss", self.loss.compute(), sync_dist=True)
-        self._log_scores("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the measures."""
-        self._log_scores("test")
-
     def _log_scores(self, stage: str) -> None:
         self.counts = {}
         for task in self.tasks[stage]:

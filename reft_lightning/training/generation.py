@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapters.adapted import AdaptedModel
 from ..base_models.reading import reading_of
@@ -16,7 +16,6 @@ from ..data.family import Family
 from ..evaluation import (
     ColumnReader,
     Decoding,
-    RowScores,
     generate,
     log_likelihood,
     option_log_likelihoods,
@@ -24,14 +23,15 @@ from ..evaluation import (
     with_draft,
 )
 from ..terminal.bars import Bar
-from .module import FinetuningModule, TrainingPass
+from .module import TrainingPass
 from .objectives import SFT, Objective
 from .optimization import Optimization
+from .scored_rows import ScoredRowsModule
 
 SAMPLES = 4  # rows of each validation task that are generated from where nothing scores the texts
 
 
-class GenerationModule(FinetuningModule):
+class GenerationModule(ScoredRowsModule):
     """Train by an objective, score generated texts and rank options by likelihood.
 
     A family without a scorer (instruction tuning) is validated by its loss, and a few texts are generated to
@@ -74,21 +74,16 @@ class GenerationModule(FinetuningModule):
                 f"each token of {type(model.base_model).__name__} reads those after it, so it would be trained to "
                 "predict answers that it reads; choose a causal language model, or a data=glue_... file for an encoder"
             )
-        super().__init__(model, val_tasks, test_tasks, optimization, training_pass)
+        measures = family.measures if family.score else ()
+        super().__init__(
+            model, val_tasks, test_tasks, optimization, objective or SFT(), measures, training_pass
+        )
         self.tokenizer, self.family, self.decoding = tokenizer, family, decoding
-        self.objective = objective or SFT()
         self.free = family.main_measure(test_tasks) == "loss"
         self.option_batches = option_batches
         self.commonest = dict(commonest or {})
-        names = list(dict.fromkeys((*val_tasks, *test_tasks)))
-        # measure -> task -> sum over rows
-        self.scores: Any = nn.ModuleDict({m: _by_task(names) for m in family.measures if family.score})
-        self.scores["option_accuracy"] = _by_task(names)
-        self.scores["majority_accuracy"] = _by_task(self.commonest)
-
-    def loss_of(self, batch: dict[str, Any]) -> Tensor:
-        """Return the loss of the objective."""
-        return self.objective.loss(self, batch)
+        self._add_measure("option_accuracy", (*val_tasks, *test_tasks))
+        self._add_measure("majority_accuracy", self.commonest)
 
     # --- one batch ------------------------------------------------------------------------------------------
 
@@ -188,53 +183,11 @@ class GenerationModule(FinetuningModule):
 
     # --- a whole split --------------------------------------------------------------------------------------
 
-    def _metric(self, measure: str, task: str) -> RowScores:
-        return self.scores[measure][_key(task)]
-
-    def _metrics(self) -> Iterator[RowScores]:
-        return (metric for by_task in self.scores.values() for metric in by_task.values())
-
-    def _forget(self) -> None:
-        super()._forget()
-        for metric in self._metrics():
-            metric.reset()
-            metric.update([])
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the loss, a mean over all target tokens, and the scores by task and on average."""
-        self.log(f"{self.prefix}val/loss", self.loss.compute(), sync_dist=True)
-        self._log_scores("val")
-
     def on_test_epoch_end(self) -> None:
         """Log the scores by task and on average; the loss where texts are free."""
         if self.free:
             self.log(f"{self.prefix}test/loss", self.loss.compute(), sync_dist=True)
-        self._log_scores("test")
-
-    def _log_scores(self, stage: str) -> None:
-        """Log ``<stage>/<task>/<measure>``, and ``<stage>/<measure>``: the mean over tasks, as the paper has it."""
-        self.counts = {}
-        for measure, by_task in self.scores.items():
-            means = []
-            for task in (task for task in self.tasks[stage] if _key(task) in by_task):
-                count = by_task[_key(task)].count()
-                if count["total"]:
-                    name = f"{self.prefix}{stage}/{task}/{measure}"
-                    self.counts[name] = count
-                    means.append(count["correct"] / count["total"])
-                    self.log(name, means[-1], sync_dist=True)
-            if means:
-                main = measure == self.family.measures[0]
-                name = f"{self.prefix}{stage}/{measure}"
-                self.log(name, sum(means) / len(means), prog_bar=main, sync_dist=True)
-
-
-def _by_task(tasks: Sequence[str] | Mapping[str, str]) -> nn.ModuleDict:
-    return nn.ModuleDict({_key(task): RowScores() for task in tasks})
-
-
-def _key(task: str) -> str:
-    return task.replace(".", "_")  # module names may not contain dots
+        super().on_test_epoch_end()
 
 
 def _first_rows(batch: dict[str, Any], count: int) -> dict[str, Any]:

@@ -51,7 +51,8 @@ class FinetuningModule(LightningModule):
         prefix: of logged names: ``base/`` while the frozen base is evaluated.
         predictions: one dictionary for each row of the last evaluation, of this process; ``scores`` in it are those of
             the row, by measure.
-        kind: what the predictions are: ``generation``, ``classification`` (with the ``labels``) or ``regression``.
+        kind: what the predictions are: ``generation``, ``classification`` (with the ``labels``), ``regression`` or
+            ``preference``.
         generates: whether an evaluation generates texts; False leaves losses and likelihoods.
         commonest: task -> the commonest answer of its training rows.
         counts: score -> what it rests on: ``total`` rows, ``correct`` of them, ``missing``, ``interval``.
@@ -211,6 +212,18 @@ class FinetuningModule(LightningModule):
         self.predictions = []
         self.loss.reset()
         self.loss.update(torch.zeros((), device=self.device), 0)  # torchmetrics warns of one without rows
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the loss, a mean over all targets, and the scores."""
+        self.log(f"{self.prefix}val/loss", self.loss.compute(), sync_dist=True)
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores."""
+        self._log_scores("test")
+
+    def _log_scores(self, stage: str) -> None:
+        """Log the scores of an evaluation, none here."""
 
     # --- checkpoints ----------------------------------------------------------------------------------------
 

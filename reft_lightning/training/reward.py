@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapters.adapted import AdaptedModel
 from ..data.example import Example
 from ..data.pairs import rejected
 from ..data.preferences import PAIR_ACCURACY
-from ..evaluation.row_metrics import RowScores
-from .module import FinetuningModule, TrainingPass
+from .module import TrainingPass
 from .objectives import Objective
 from .objectives.reward import rewards_of
 from .optimization import Optimization
+from .scored_rows import ScoredRowsModule
 
 
-class RewardModule(FinetuningModule):
+class RewardModule(ScoredRowsModule):
     """Train by an objective of rewards; evaluate by how often the chosen answer has the higher one.
 
     Logged are ``val/loss``, the mean over all pairs, and ``<stage>/<task>/pair_accuracy`` with its mean over tasks.
@@ -43,14 +43,10 @@ class RewardModule(FinetuningModule):
         objective: Objective,
         training_pass: TrainingPass | None = None,
     ) -> None:
-        super().__init__(model, val_tasks, test_tasks, optimization, training_pass)
-        self.objective, self.kind, self.commonest = objective, {"kind": "preference"}, {}
-        self.scores: Any = nn.ModuleList(RowScores() for _ in dict.fromkeys((*val_tasks, *test_tasks)))
-        self.places = {task: i for i, task in enumerate(dict.fromkeys((*val_tasks, *test_tasks)))}
-
-    def loss_of(self, batch: dict[str, Any]) -> Tensor:
-        """Return the loss of the objective."""
-        return self.objective.loss(self, batch)
+        super().__init__(
+            model, val_tasks, test_tasks, optimization, objective, (PAIR_ACCURACY,), training_pass
+        )
+        self.kind, self.commonest = {"kind": "preference"}, {}
 
     def validation_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:
         """Add the loss of a batch of validation pairs, and rank them."""
@@ -76,33 +72,5 @@ class RewardModule(FinetuningModule):
                     "scores": {PAIR_ACCURACY: float(right)},
                 }
             )  # fmt: skip
-        self.scores[self.places[task]].update((margins > 0).double().tolist())
+        self._metric(PAIR_ACCURACY, task).update((margins > 0).double().tolist())
         return margins
-
-    def _forget(self) -> None:
-        super()._forget()
-        for metric in self.scores:
-            metric.reset()
-            metric.update([])
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the loss, a mean over all pairs, and the accuracy."""
-        self.log(f"{self.prefix}val/loss", self.loss.compute(), sync_dist=True)
-        self._log_scores("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the accuracy."""
-        self._log_scores("test")
-
-    def _log_scores(self, stage: str) -> None:
-        self.counts, means = {}, []
-        for task in self.tasks[stage]:
-            count = self.scores[self.places[task]].count()
-            if count["total"]:
-                name = f"{self.prefix}{stage}/{task}/{PAIR_ACCURACY}"
-                self.counts[name] = count
-                means.append(count["correct"] / count["total"])
-                self.log(name, means[-1], sync_dist=True)
-        if means:
-            name = f"{self.prefix}{stage}/{PAIR_ACCURACY}"
-            self.log(name, sum(means) / len(means), prog_bar=True, sync_dist=True)

@@ -1,0 +1,85 @@
+"""Train by an objective, and evaluate by scores that are means over rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..adapters.adapted import AdaptedModel
+from ..evaluation.row_metrics import RowScores
+from .module import FinetuningModule, TrainingPass
+from .objectives import Objective
+from .optimization import Optimization
+
+
+class ScoredRowsModule(FinetuningModule):
+    """Log ``<stage>/<task>/<measure>``, and ``<stage>/<measure>``: the mean over tasks, as the paper has it.
+
+    Args:
+        model: see :class:`FinetuningModule`.
+        val_tasks: likewise.
+        test_tasks: likewise.
+        optimization: likewise.
+        objective: what is minimised.
+        measures: of all tasks; the first is shown in the progress bar.
+        training_pass: see :class:`FinetuningModule`.
+
+    Attributes:
+        scores: measure -> task -> sum over rows.
+    """
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        val_tasks: Sequence[str],
+        test_tasks: Sequence[str],
+        optimization: Optimization,
+        objective: Objective,
+        measures: Sequence[str],
+        training_pass: TrainingPass | None = None,
+    ) -> None:
+        super().__init__(model, val_tasks, test_tasks, optimization, training_pass)
+        self.objective, self.main = objective, next(iter(measures), None)
+        self.scores: Any = nn.ModuleDict()
+        for measure in measures:
+            self._add_measure(measure, (*val_tasks, *test_tasks))
+
+    def loss_of(self, batch: dict[str, Any]) -> Tensor:
+        """Return the loss of the objective."""
+        return self.objective.loss(self, batch)
+
+    def _add_measure(self, measure: str, tasks: Iterable[str]) -> None:
+        self.scores[measure] = nn.ModuleDict({_key(task): RowScores() for task in tasks})
+
+    def _metric(self, measure: str, task: str) -> RowScores:
+        return self.scores[measure][_key(task)]
+
+    def _metrics(self) -> Iterator[RowScores]:
+        return (metric for by_task in self.scores.values() for metric in by_task.values())
+
+    def _forget(self) -> None:
+        super()._forget()
+        for metric in self._metrics():
+            metric.reset()
+            metric.update([])
+
+    def _log_scores(self, stage: str) -> None:
+        self.counts = {}
+        for measure, by_task in self.scores.items():
+            means = []
+            for task in (task for task in self.tasks[stage] if _key(task) in by_task):
+                count = by_task[_key(task)].count()
+                if count["total"]:
+                    name = f"{self.prefix}{stage}/{task}/{measure}"
+                    self.counts[name] = count
+                    means.append(count["correct"] / count["total"])
+                    self.log(name, means[-1], sync_dist=True)
+            if means:
+                name = f"{self.prefix}{stage}/{measure}"
+                self.log(name, sum(means) / len(means), prog_bar=measure == self.main, sync_dist=True)
+
+
+def _key(task: str) -> str:
+    return task.replace(".", "_")  # module names may not contain dots
