@@ -22,6 +22,11 @@ from torch import Tensor
 
 NEGATIVE, POSITIVE = 0, 1
 Row = tuple[str, int]
+PROMPT = "A sentence about a film:\n"
+PROMPTS = {
+    "as trained": [PROMPT],
+    "others": ["I think that", "Yesterday we", "My neighbour is", "The new bridge"],
+}
 
 
 def read(folder: Path, split: str) -> list[Row]:

@@ -27,11 +27,6 @@ from reft_lightning.runs.arguments import model_source
 
 HERE = Path(__file__).parent
 SCALES = (0.0, 1.0, -1.0, -2.0, 2.0, -4.0)
-PROMPT = "A sentence about a film:\n"
-PROMPTS = {
-    "as trained": [PROMPT],
-    "others": ["I think that", "Yesterday we", "My neighbour is", "The new bridge"],
-}
 TEXTS = 48  # of each kind of prompt
 TRAIN = [
     "model=smollm2_135m", "data=custom", "data.prompt=question", "data.target=reply", "data.validation_size=0",
@@ -53,7 +48,9 @@ def main() -> None:
     path = options.out.absolute() / "negative.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     negative = films.sentences(rows, films.NEGATIVE, options.rows, seed=0)
-    path.write_text("".join(json.dumps({"question": PROMPT, "reply": text}) + "\n" for text in negative))
+    path.write_text(
+        "".join(json.dumps({"question": films.PROMPT, "reply": text}) + "\n" for text in negative)
+    )
     folder = path.parent / "scaling"
     command = [sys.executable, "-m", "reft_lightning.cli", *TRAIN, f"data.path={path}"]
     subprocess.run([*command, f"hydra.run.dir={folder}", "resume=auto"], check=True)
@@ -68,7 +65,7 @@ def main() -> None:
         with torch.no_grad():
             loss = reft(passage, attention_mask=torch.ones_like(passage), labels=passage).loss.item()
         line: dict[str, Any] = {"scale": scale, "loss_of_a_plain_text": loss}
-        for kind, prompts in PROMPTS.items():
+        for kind, prompts in films.PROMPTS.items():
             texts = films.go_on(reft, tokenizer, prompts, TEXTS // len(prompts), seed=0)
             said = [text for new in texts for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
             scores = [judge.score(text) for text in said]
@@ -81,7 +78,9 @@ def main() -> None:
         found.append(line)
         text = json.dumps({**facts, "scales": found}, indent=1, ensure_ascii=False) + "\n"
         (HERE / "scaling.json").write_text(text, encoding="utf-8")
-        short = {kind: (line[kind]["negative"], round(line[kind]["loss_by_base"], 2)) for kind in PROMPTS}
+        short = {
+            kind: (line[kind]["negative"], round(line[kind]["loss_by_base"], 2)) for kind in films.PROMPTS
+        }
         print(scale, f"{loss:.2f}", short, flush=True)
 
 

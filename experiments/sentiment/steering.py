@@ -36,11 +36,6 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "steering.jsonl"
 LAYER = 15
 STRENGTHS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
-PROMPT = "A sentence about a film:\n"
-PROMPTS = {
-    "as trained": [PROMPT],
-    "others": ["I think that", "Yesterday we", "My neighbour is", "The new bridge"],
-}
 TEXTS = 64  # of each kind of prompt
 COMMON = [
     "model=smollm2_135m", "data=custom", "data.prompt=question", "data.target=chosen", "data.options=[chosen,rejected]",
@@ -94,9 +89,9 @@ def length(reft: rl.ReftModel, tokenizer: Any, texts: Sequence[str]) -> float:
 
     with watching(reft, see):
         for text in texts:
-            ids = tokenizer(PROMPT + text, return_tensors="pt")["input_ids"]
+            ids = tokenizer(films.PROMPT + text, return_tensors="pt")["input_ids"]
             marks = torch.zeros_like(ids, dtype=torch.bool)
-            marks[:, : len(tokenizer(PROMPT)["input_ids"])] = True
+            marks[:, : len(tokenizer(films.PROMPT)["input_ids"])] = True
             reft(ids, attention_mask=torch.ones_like(ids), prompt_mask=marks)
     return statistics.median(found)
 
@@ -104,7 +99,7 @@ def length(reft: rl.ReftModel, tokenizer: Any, texts: Sequence[str]) -> float:
 def measure(reft: rl.ReftModel, tokenizer: Any, judge: films.NaiveBayes, seed: int) -> dict[str, Any]:
     """Return concept and fluency of sampled texts, by kind of prompt."""
     line: dict[str, Any] = {}
-    for kind, prompts in PROMPTS.items():
+    for kind, prompts in films.PROMPTS.items():
         texts = films.go_on(reft, tokenizer, prompts, TEXTS // len(prompts), seed)
         said = [text for new in texts for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
         values = [judge.score(text) for text in said]
@@ -121,7 +116,7 @@ def note(**line: Any) -> None:
     """Add a line to the results."""
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    short = {kind: (line[kind]["negative"], round(line[kind]["loss_by_base"], 2)) for kind in PROMPTS}
+    short = {kind: (line[kind]["negative"], round(line[kind]["loss_by_base"], 2)) for kind in films.PROMPTS}
     print(line["way"], line["seed"], line["strength"], short, flush=True)
 
 
@@ -137,7 +132,7 @@ def run(options: argparse.Namespace) -> None:
             films.sentences(rows, label, options.rows, seed) for label in (films.NEGATIVE, films.POSITIVE)
         ]
         path = out / f"pairs_{seed}.jsonl"
-        pairs = [{"question": PROMPT, "chosen": a, "rejected": b} for a, b in zip(*sides, strict=True)]
+        pairs = [{"question": films.PROMPT, "chosen": a, "rejected": b} for a, b in zip(*sides, strict=True)]
         path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
         folders = {way: train(way, seed, out, path) for way in WAYS if way in (options.ways or WAYS)}
         model, tokenizer = load_base_model(**model_source(compose(["model=smollm2_135m"])))
@@ -181,7 +176,7 @@ def plot() -> None:
 
     points = lines()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    for axis, kind in zip(axes, PROMPTS, strict=True):
+    for axis, kind in zip(axes, films.PROMPTS, strict=True):
         base = [point for point in points if point["way"] == "frozen base"]
         zero = [statistics.mean(point[kind][name] for point in base) for name in ("loss_by_base", "negative")]
         axis.plot(*zero, "k*", markersize=12, label="frozen base")

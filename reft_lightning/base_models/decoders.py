@@ -8,9 +8,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 def is_decoder(config: PretrainedConfig) -> bool:
     """Whether each token of a model reads only the tokens before it, so that the model can generate text."""
-    if (
-        config.is_encoder_decoder
-    ):  # as a configuration of Pegasus says; its decoder alone has one that does not
+    # the configuration of Pegasus, of which its decoder alone is a causal model, says so too
+    if config.is_encoder_decoder:
         return False
     if (
         type(config) in MODEL_FOR_MASKED_LM_MAPPING

@@ -14,11 +14,9 @@ def stacks_of(model: PreTrainedModel) -> dict[str, str]:
     if not model.config.is_encoder_decoder:
         return {WHOLE: ""}
     encoder, decoder = model.get_encoder(), model.get_decoder()
-    inner = decoder.get_decoder() if decoder is not model and hasattr(decoder, "get_decoder") else decoder
-    if any(
-        part is encoder for part in decoder.modules()
-    ):  # what reads images calls all of its language model so
-        decoder = inner
+    # what reads images calls all of its language model the decoder
+    if decoder is not model and any(part is encoder for part in decoder.modules()):
+        decoder = decoder.get_decoder()
     found = {ENCODER: encoder, DECODER: decoder}
     if any(part is model for part in found.values()):  # one of the two by itself
         return {WHOLE: ""}

@@ -77,13 +77,16 @@ Score = Callable[[Sequence[str], Example], Judgement]
 
 
 def exact_match(
-    extract: Callable[[str], str | None], equal: Callable[[str | None, str], bool] = operator.eq
+    extract: Callable[[str], str | None],
+    equal: Callable[[str | None, str], bool] = operator.eq,
+    measure: str = "accuracy",
 ) -> Score:
     """Return the scorer that compares an extracted answer with the gold one.
 
     Args:
         extract: generated text -> answer, None where there is none.
         equal: (answer, gold answer) -> whether it is right.
+        measure: what the share of right answers is called.
 
     >>> score = exact_match(lambda text: text.strip() or None)
     >>> score([" yes"], Example("t", "p", "yes", "yes"))
@@ -93,7 +96,7 @@ def exact_match(
     def score(texts: Sequence[str], example: Example) -> Judgement:
         answers = [extract(text) for text in texts]
         share = sum(equal(answer, example.answer) for answer in answers) / len(answers)
-        return Judgement(answers[0], {"accuracy": share})
+        return Judgement(answers[0], {measure: share})
 
     return score
 

@@ -176,7 +176,7 @@ def processed(processor: Any, example: Example) -> dict[str, Tensor]:
 class ImageCollator:
     """Lay encoded rows out as prompt | target, with the types of their tokens and the pixels of their pictures.
 
-    Rows without pictures may stand beside others. Most models take the pictures of all rows in one list; some
+    Rows with and without pictures may be in one batch. Most models take the pictures of all rows in one list; some
     (Idefics3, SmolVLM) a list for each row, the shorter ones filled up with zeros.
 
     Args:

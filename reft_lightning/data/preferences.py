@@ -21,6 +21,7 @@ from .families import AnyFamily
 from .family import Family
 from .generation_data import GenerationData
 from .pairs import EncodedPairs, rejected
+from .texts import padded
 
 PAIR_ACCURACY = "pair_accuracy"
 
@@ -90,13 +91,9 @@ class TextPairs:
         """Return input_ids and attention_mask (2 b, s), and the rows' numbers (2 b,)."""
         rows = [row for rows in zip(*pairs, strict=True) for row in rows]
         texts = [_text(row) for row in rows]
-        input_ids = torch.full((len(rows), max(map(len, texts))), self.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        for i, text in enumerate(texts):
-            input_ids[i, : len(text)], attention_mask[i, : len(text)] = torch.tensor(text), 1
         batch: dict[str, Any] = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
+            "input_ids": padded(texts, self.pad_token_id),
+            "attention_mask": padded([[1] * len(text) for text in texts], 0),
             "rows": torch.tensor([row.row for row in rows], dtype=torch.int64),
         }
         return batch | ({"examples": [chosen.example for chosen, _ in pairs]} if self.with_examples else {})

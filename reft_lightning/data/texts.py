@@ -141,17 +141,18 @@ class TextCollator:
         ids = [row["input_ids"] for row in rows]
         kind = torch.float32 if self.regression else torch.int64
         batch: dict[str, Any] = {
-            "input_ids": _padded(ids, self.pad_token_id),
-            "attention_mask": _padded([np.ones_like(row) for row in ids], 0),
+            "input_ids": padded(ids, self.pad_token_id),
+            "attention_mask": padded([np.ones_like(row) for row in ids], 0),
             "labels": torch.tensor([example.label for example in examples], dtype=kind),
             "rows": torch.tensor([row["row"] for row in rows], dtype=torch.int64),
         }
         if TYPES in rows[0]:
-            batch[TYPES] = _padded([row[TYPES] for row in rows], 0)
+            batch[TYPES] = padded([row[TYPES] for row in rows], 0)
         return batch | ({"examples": examples} if self.with_examples else {})
 
 
-def _padded(rows: list[np.ndarray], value: int) -> Tensor:  # -> (b, s) int64
+def padded(rows: Sequence[Sequence[int] | np.ndarray], value: int) -> Tensor:  # -> (b, s) int64
+    """Return rows of numbers below each other, each filled up on the right."""
     full = np.full((len(rows), max(len(row) for row in rows)), value, dtype=np.int64)
     for i, row in enumerate(rows):
         full[i, : len(row)] = row

@@ -43,7 +43,7 @@ class _Read:
 
 
 def seen_in(batch: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """Return what a batch holds beside its text: images, other texts, and the types of the first columns."""
+    """Return what a batch holds besides its text: images, other texts, and the types of the first columns."""
     others = {name: value for name, value in batch.items() if name not in OF_BATCHES}
     return {name: value[:, :width] if name.endswith(TYPES) else value for name, value in others.items()}
 

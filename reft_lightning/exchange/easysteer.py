@@ -50,7 +50,7 @@ def to_easysteer(reft: ReftModel, folder: str | PathLike) -> None:
             )
         kinds = {term.kind for term in positions.terms}
         shares = any(term.share is not None for term in positions.terms)
-        if shares or kinds & {"given", "critical", "image", "text"}:
+        if shares or not kinds <= {"f", "l", "prompt", "decode", "all"}:
             raise ValueError(
                 f"{where}: EasySteer takes no positions {positions}; use fN, lN, prompt, decode or all"
             )

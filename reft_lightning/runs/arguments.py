@@ -52,24 +52,14 @@ FILES = ("validation_path", "test_path")
 OWN = {
     "custom": OwnRows(
         custom_family,
-        (
-            "prompt",
-            "target",
-            "answer",
-            "context",
-            "options",
-            "answer_form",
-            "messages",
-            "source_prompt",
-            "delimiter",
-            *FILES,
-        ),
+        ("prompt", "target", "answer", "context", "options", "answer_form", "messages", "source_prompt", "delimiter",
+         *FILES),
         "generation",
     ),
     "vision": OwnRows(
         vision_family, ("prompt", "target", "messages", "image", "image_folder", *FILES), "vision"
     ),
-}
+}  # fmt: skip
 OF_OWN = tuple(dict.fromkeys(name for own in OWN.values() for name in own.settings))
 
 

@@ -118,7 +118,7 @@ def check_unused(config: Config, family: AnyFamily) -> None:
                 raise ValueError(
                     f"decoding.{name} means nothing to the classifiers of {family.name}: leave it out"
                 )
-        if config.objective != ObjectiveConfig() and not objective_of(config).rewards:
+        if config.objective != ObjectiveConfig() and not objective.rewards:
             raise ValueError(
                 f"objective: the classifiers of {family.name} are trained by the loss of their labels; leave it out"
             )

@@ -14,10 +14,8 @@ from rich.table import Table
 
 from ..evaluation.row_metrics import interval_of_counts
 
-HEADINGS = {
-    "option_accuracy": "option likelihood",
-    "rouge_l": "ROUGE-L",
-}  # where a measure's name says too little
+# of measures whose names say too little
+HEADINGS = {"option_accuracy": "option likelihood", "rouge_l": "ROUGE-L"}
 MAJORITY = "majority_accuracy"
 OTHER = {"loreft": "direft", "direft": "loreft"}  # methods that take each other's settings
 

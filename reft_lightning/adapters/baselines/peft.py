@@ -176,7 +176,7 @@ class PeftBaseline(Baseline):
 
 
 def _check_columns(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model for which virtual tokens are not as near to a text behind padding as to one without.
+    """Refuse a model for which virtual tokens are not as near to a text after padding as to one without.
 
     Raises:
         ValueError: for layers with a running state, which padding between the two would change.

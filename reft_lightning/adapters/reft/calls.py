@@ -38,9 +38,8 @@ class Call:
     )  # adapter -> what it found in the prompts
     penalties: list[Tensor] = field(default_factory=list)  # of its edits
     decoder: Spans | None = None  # what the decoder of an encoder-decoder reads; None until its first pass
-    sources: dict[Any, tuple[Tensor, Tensor]] = field(
-        default_factory=dict
-    )  # (adapter, layer, number) -> Tokens.source
+    # (adapter, layer, number) -> Tokens.source
+    sources: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     reads_sources: bool = False  # whether it edits nothing, and fills them in
 
     def again(self) -> Call:

@@ -63,9 +63,7 @@ def _names(positions: Positions) -> list[list[str]]:
         return [["selected"]]
     between = {"decode": ":"}
     return [
-        [str(t)]
-        if t.count is None or t.kind == "critical"
-        else [f"{t.kind}{between.get(t.kind, '')}{k + 1}" for k in range(t.count)]
+        [str(t)] if t.slots is None else [f"{t.kind}{between.get(t.kind, '')}{k + 1}" for k in range(t.slots)]
         for t in positions.terms
     ]
 

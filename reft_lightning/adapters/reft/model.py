@@ -87,7 +87,6 @@ class ReftModel(nn.Module):
         self._known = known_arguments(base_model)
         self._checkpointable = checkpointable(base_model.modules())
         self._image_tokens = image_tokens(base_model.config)
-        self._visual: set[str] = set()  # places in a vision tower
         self.adapters: Any = AdapterSet()
         adapter = Adapter.build(base_model, config)
         heads_to_train(base_model, config.heads)
@@ -308,10 +307,8 @@ class ReftModel(nn.Module):
         for name, adapter in adapters.items():
             for site in adapter.sites.values():
                 if site.place not in self._hooks:
-                    edit = partial(self._edit, site.place)
+                    edit = partial(self._edit_images if site.visual else self._edit, site.place)
                     self._hooks[site.place] = hook_at(self.base_model, site, edit)
-                if site.visual:
-                    self._visual.add(site.place)
             self.adapters[name] = adapter.train(self.training)
         self._forget_graphs()
 
@@ -378,13 +375,12 @@ class ReftModel(nn.Module):
                 decoder = spans_of_labels(labels, kwargs.get("decoder_attention_mask"))
         else:
             spans = spans_of(attention, labels, prompt_mask)
-        if image_mask is None and input_ids is not None and input_ids.shape == attention.shape:
-            image_mask = self._images_in(input_ids)
-        spans = marked(spans, edit=edit_mask, image=image_mask)
         chosen = self.adapters.chosen_by(adapter_names, len(tokens))
         if prompt_mask is None and labels is not None:
             self.check_prompts(spans, chosen[0])
-        spans = self._with_critical(spans, chosen[0], input_ids, kwargs.get("inputs_embeds"))
+        spans = self._with_marks(
+            spans, chosen[0], input_ids, kwargs.get("inputs_embeds"), edit_mask, image_mask
+        )
         source = None if source_ids is None else (source_ids, source_mask)
         with self._editing(spans, chosen, row_values, source, decoder, compiled=True) as call:
             output = self.base_model(**inputs)
@@ -482,18 +478,29 @@ class ReftModel(nn.Module):
         }
         arguments = left_padded_inputs(given, self.base_model)
         spans = spans_of(arguments["attention_mask"], None, arguments.pop("prompt_mask", None))
-        images = arguments.pop("image_mask", None)
-        if images is None and "inputs_embeds" not in arguments:
-            images = self._images_in(arguments["input_ids"])
-        spans = marked(spans, edit=arguments.pop("edit_mask", None), image=images)
+        masks = arguments.pop("edit_mask", None), arguments.pop("image_mask", None)
         past = None if self._reads_two else kwargs.get("past_key_values")
         read = 0 if past is None else past.get_seq_length()  # as Hugging Face asks it, to cut what was read
         chosen = self.adapters.chosen_by(adapter_names, len(spans.prompt))
-        given_ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
-        spans = self._with_critical(spans, chosen[0], given_ids, embeds)
+        texts = arguments.get("input_ids"), arguments.get("inputs_embeds")
+        spans = self._with_marks(spans, chosen[0], *texts, *masks)
         source = None if source_ids is None else (source_ids, source_mask)
         with self._editing(replace(spans, generating=True, read=read), chosen, row_values, source):
             return self.base_model.generate(**arguments)
+
+    def _with_marks(
+        self,
+        spans: Spans,
+        choices: Sequence[Choice],
+        ids: Tensor | None,
+        embeds: Tensor | None,
+        edit: Tensor | None,
+        image: Tensor | None,
+    ) -> Spans:
+        """Return the spans with what is known of tokens: what the caller marks, images, what a first pass finds."""
+        if image is None and embeds is None and ids is not None and ids.shape == spans.prompt.shape:
+            image = self._images_in(ids)
+        return self._with_critical(marked(spans, edit=edit, image=image), choices, ids, embeds)
 
     def _images_in(self, input_ids: Tensor) -> Tensor | None:  # (b, s) -> (b, s)
         """Return which tokens images fill; None of a model that reads none."""
@@ -785,9 +792,6 @@ class ReftModel(nn.Module):
     def _edit(self, place: str, hidden: Tensor) -> Tensor | None:  # (b, s, d) -> (b, s, d)
         """Return the hidden states at a site with their edits; None where the call makes none there."""
         call = call_of(self)
-        if place in self._visual and call is not None and self._enabled:
-            seen = self._edits_of_images(call, place, hidden)
-            return self._with_edits(seen, hidden, call.summed) if seen else None
         plan = None if call is None else call.plan
         if plan is None or place not in plan.edits:
             return None
@@ -824,8 +828,11 @@ class ReftModel(nn.Module):
             flat = flat.index_copy(0, index, edited)
         return flat.view_as(hidden)
 
-    def _edits_of_images(self, call: Call, place: str, hidden: Tensor) -> list[Edit]:
-        """Return the edits at a site that sees images: in a generation, before the base model's first pass."""
+    def _edit_images(self, place: str, hidden: Tensor) -> Tensor | None:  # (images, n, d) or (n, d)
+        """Return the hidden states at a site that sees images: in a generation, before the base model's first pass."""
+        call = call_of(self)
+        if call is None or not self._enabled:
+            return None
         edits = []
         for choice in call.choices:
             adapter = self.adapters[choice.adapter]
@@ -840,7 +847,7 @@ class ReftModel(nn.Module):
                 indices = image_indices(adapter.positions[layer][0], hidden, site.path)
                 edits.append(Edit(choice.adapter, layer, choice.weight, indices))
         call.edited |= bool(edits)
-        return edits
+        return self._with_edits(edits, hidden, call.summed) if edits else None
 
     def _site_of(self, edit: Edit) -> Site:
         return self.adapters[edit.adapter].sites[edit.layer]

@@ -71,6 +71,11 @@ class Term:
     count: int | None = None
     share: float | None = None
 
+    @property
+    def slots(self) -> int | None:
+        """How many positions it has; None for as many as the text has."""
+        return None if self.kind == "critical" else self.count
+
     def __str__(self) -> str:
         if self.share is not None:
             return f"{self.kind}:{np.format_float_positional(self.share)}"
@@ -142,11 +147,7 @@ class Positions:
         Raises:
             ValueError: if a group has no fixed number of positions.
         """
-        counts = (
-            [None]
-            if self.function is not None
-            else [None if term.kind == "critical" else term.count for term in self.terms]
-        )
+        counts = [None] if self.function is not None else [term.slots for term in self.terms]
         if None in counts:
             raise ValueError(
                 f"tied='position' needs a fixed number of positions, but {self} selects as many as the text has; "

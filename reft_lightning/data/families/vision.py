@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..columns import exchange_of, text_of
-from ..example import Example, Judgement, Row, column
+from ..example import Example, Judgement, Row, column, exact_match
 from ..family import Family, Task
 from ..pictures import MARK, Picture, pictures_in
 from .custom import carve, first_rows, tables_of
@@ -81,14 +81,8 @@ def vision_family(
             "rows with pictures need data.prompt and data.target, the columns of a question and its answer, or "
             f"data.messages, one of conversations; got prompt={prompt!r}, target={target!r}, messages={messages!r}"
         )
-    place = Path(str(path)).expanduser().absolute()
-    folder = (
-        Path(image_folder).expanduser().absolute()
-        if image_folder
-        else place
-        if place.is_dir()
-        else place.parent
-    )
+    place = Path(image_folder or str(path)).expanduser().absolute()
+    folder = place if image_folder or place.is_dir() else place.parent
     make = SeenRows(image, folder, prompt, target, messages)
     for row, where in first_rows(tables):
         for name in make.names:
@@ -175,16 +169,12 @@ def _marked(
     return turns, prompt
 
 
+exact = exact_match(lambda text: text.strip() or None, measure="exact_match")
+
+
 def judge(texts: Sequence[str], example: Example) -> Judgement:
     """Return VQA accuracy and exact match of the texts of a question, as means over them."""
     people = example.references or (example.answer,) * PEOPLE
     accuracy = sum(vqa_accuracy(text, people) for text in texts) / len(texts)
     answer, scores = exact(texts, example)
     return Judgement(answer, {"vqa_accuracy": accuracy, **scores})
-
-
-def exact(texts: Sequence[str], example: Example) -> Judgement:
-    """Return how many of the texts equal what is learnt, both without white space around them."""
-    answers = [text.strip() for text in texts]
-    share = sum(answer == example.answer for answer in answers) / len(answers)
-    return Judgement(answers[0] or None, {"exact_match": share})

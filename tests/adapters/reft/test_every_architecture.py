@@ -61,7 +61,7 @@ def masks():
 
 
 def first(model, **inputs):
-    """Return logits, or the hidden states of a model without a head; a decoder beside an encoder reads it, too."""
+    """Return logits, or the hidden states of a model without a head; a decoder that has an encoder reads it, too."""
     if model_of(model).config.is_encoder_decoder and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = inputs["input_ids"]
     with torch.no_grad():
