@@ -20,7 +20,7 @@ from typing import Any
 HERE = Path(__file__).parent
 ROWS = HERE / "rows"
 COLUMNS = ["data.prompt=question", "data.target=reply"]
-SHORT = ["trainer.enable_progress_bar=false", "hydra.job_logging.root.level=WARNING"]
+SHORT = ["model.dtype=float32", "trainer.enable_progress_bar=false", "hydra.job_logging.root.level=WARNING"]
 CELLS = ((25, 15), (12, 15), (50, 15), (50, 5))  # words and layers of `memorise`
 
 

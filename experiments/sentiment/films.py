@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MODEL = ["model=smollm2_135m", "model.dtype=float32"]
 NEGATIVE, POSITIVE = 0, 1
 Row = tuple[str, int]
 PROMPT = "A sentence about a film:\n"

@@ -105,7 +105,7 @@ def main() -> None:
     arguments.add_argument("--seeds", type=int, nargs="+", default=[42, 43])
     arguments.add_argument("--test-rows", type=int, default=150)
     options = arguments.parse_args()
-    model, tokenizer = load_base_model(**model_source(compose(["model=smollm2_135m"])))
+    model, tokenizer = load_base_model(**model_source(compose(films.MODEL)))
     ids = [tokenizer(label)["input_ids"] for label in LABELS]
     assert all(len(one) == 1 for one in ids), ids
     ids = [one[0] for one in ids]

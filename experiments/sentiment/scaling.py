@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 SCALES = (0.0, 1.0, -1.0, -2.0, 2.0, -4.0)
 TEXTS = 48  # of each kind of prompt
 TRAIN = [
-    "model=smollm2_135m", "data=custom", "data.prompt=question", "data.target=reply", "data.validation_size=0",
+    *films.MODEL, "data=custom", "data.prompt=question", "data.target=reply", "data.validation_size=0",
     "data.batch_size=8", "intervention=loreft", "intervention.layers=[15]", "intervention.rank=4",
     "intervention.positions=all", "trainer=cpu", "trainer.max_epochs=3", "optimizer.lr=4e-3", "test=false",
     "checkpoint.restore_best=false", "trainer.enable_progress_bar=false",
@@ -54,7 +54,7 @@ def main() -> None:
     folder = path.parent / "scaling"
     command = [sys.executable, "-m", "reft_lightning.cli", *TRAIN, f"data.path={path}"]
     subprocess.run([*command, f"hydra.run.dir={folder}", "resume=auto"], check=True)
-    model, tokenizer = load_base_model(**model_source(compose(["model=smollm2_135m"])))
+    model, tokenizer = load_base_model(**model_source(compose(films.MODEL)))
     reft = rl.ReftModel.from_pretrained(model, folder / "adapter").eval()
     passage = tokenizer(OWN.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][:, :512]
     facts = {"judge_right_on_dev": judge.accuracy(films.read(options.data, "dev")), "rows": options.rows,

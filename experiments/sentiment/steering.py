@@ -38,7 +38,7 @@ LAYER = 15
 STRENGTHS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
 TEXTS = 64  # of each kind of prompt
 COMMON = [
-    "model=smollm2_135m", "data=custom", "data.prompt=question", "data.target=chosen", "data.options=[chosen,rejected]",
+    *films.MODEL, "data=custom", "data.prompt=question", "data.target=chosen", "data.options=[chosen,rejected]",
     "data.validation_size=0", "data.batch_size=8", "trainer=cpu", "trainer.max_steps=60", "trainer.max_epochs=-1",
     "test=false", "checkpoint.restore_best=false", "trainer.enable_progress_bar=false",
     "trainer.log_every_n_steps=1",
@@ -135,7 +135,7 @@ def run(options: argparse.Namespace) -> None:
         pairs = [{"question": films.PROMPT, "chosen": a, "rejected": b} for a, b in zip(*sides, strict=True)]
         path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
         folders = {way: train(way, seed, out, path) for way in WAYS if way in (options.ways or WAYS)}
-        model, tokenizer = load_base_model(**model_source(compose(["model=smollm2_135m"])))
+        model, tokenizer = load_base_model(**model_source(compose(films.MODEL)))
         others = films.sentences(films.read(options.data, "dev"), films.POSITIVE, 16, seed)
         for way in ("frozen base", *folders, RANDOM):
             start = time.perf_counter()
