@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ...suggest import did_you_mean
 from ..saving import BESIDE
 from .adapter import Adapter
+from .calls import Choice
 from .config import ReftConfig
-from .edit_plan import Choice
 
 DEFAULT = "default"  # the adapter that a model is built with
 BASE = "__base__"  # in adapter_names, a row that none edits

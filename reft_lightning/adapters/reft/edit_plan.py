@@ -1,4 +1,4 @@
-"""What one call of the base model edits: the selected tokens of every site.
+"""Work out what a pass of the base model edits: the selected tokens of every site.
 
 Shapes: b rows, s columns, n selected tokens.
 """
@@ -6,48 +6,78 @@ Shapes: b rows, s columns, n selected tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..masks import Spans
+from ...base_models.stacks import DECODER
+from ..masks import Spans, of_rows
+from .calls import Call, Edit, EditPlan
 from .positions import Positions, spread
 
 
-class Choice(NamedTuple):
-    """An adapter that a call uses."""
+def plan_of(
+    call: Call, stack: str, spans: Spans, tokens: Tensor, attention: Any, reads_images: bool
+) -> EditPlan | None:
+    """Return what a pass of a stack edits; None for nothing.
 
-    adapter: str
-    weight: float = 1.0  # times its scale
-    rows: Tensor | None = None  # (b,) bool, those it edits; None for all
+    Args:
+        call: that the pass belongs to.
+        stack: the name of one, see :func:`~reft_lightning.base_models.stacks.stacks_of`.
+        spans: prompt and target of what the stack reads.
+        tokens: (b, s) or (b, s, d), what this pass reads.
+        attention: the mask that the stack was given.
+        reads_images: whether images may fill some of the tokens.
+
+    Raises:
+        ValueError: if an intervention looks at whole prompts and the pass reads a part, or positions tell images from
+            text and nothing says where they are.
+    """
+    columns = spans.next_columns(tokens.shape[1], attention)
+    decoding = columns.start >= spans.width
+    edits: dict[str, list[Edit]] = {}
+    prompts_and_targets: tuple[Tensor, Tensor] | None = None
+    seeing: str | None = None
+    for choice in call.choices:
+        adapter = call.adapters[choice.adapter]
+        seeing = seeing or adapter.seeing_rows
+        for (positions, tied), layers in adapter.layers_by_positions.items():
+            sites = {layer: adapter.sites[layer] for layer in layers}
+            layers = [layer for layer, site in sites.items() if site.stack == stack and not site.visual]
+            if not layers or (decoding and not positions.reaches_decode):
+                continue
+            if prompts_and_targets is None:
+                prompts_and_targets = spans.upto(columns.stop, len(tokens))
+            prompt, target = of_rows(choice.rows, *prompts_and_targets)
+            marks = spans.marks_upto(columns.stop, len(tokens))
+            if reads_images and stack != DECODER and "image" not in marks:  # a decoder writes text
+                _check_needs_no_images(positions)
+            indices = token_indices(positions, tied, prompt, target, columns, marks)
+            for layer in layers:
+                site, own = adapter.sites[layer], indices
+                if site.divided > 1:
+                    own = [part for index in indices for part in site.parts(index)]
+                edits.setdefault(site.place, []).append(Edit(choice.adapter, layer, choice.weight, own))
+    if prompts_and_targets is None:
+        return None
+    plan = EditPlan(edits, tokens, torch.is_grad_enabled(), spans)
+    if seeing:
+        if not decoding and (columns.start or columns.stop < spans.width):
+            raise ValueError(
+                f"{seeing} looks at whole prompts, and the model reads only a part of them here: give no "
+                "past_key_values, and no prefill_chunk_size"
+            )
+        plan.prompt = prompts_and_targets[0][:, columns].flatten()
+    return plan
 
 
-class Edit(NamedTuple):
-    """What one adapter does at one site."""
-
-    adapter: str
-    layer: str
-    weight: float
-    indices: list[Tensor]  # (n,) flat token indices for each of its interventions
-
-
-@dataclass
-class EditPlan:
-    """What the hooks do during one call of the base model."""
-
-    edits: dict[str, list[Edit]]  # site -> one after the other, or added up
-    summed: bool  # whether the edits at a site are those of one and the same hidden state
-    tokens: Tensor  # (b, s) or (b, s, d), what the call reads; sizes in numbers would be constants to torch.compile
-    differentiable: bool  # whether the call records gradients
-    spans: Spans  # prompt and target of what is read
-    prompt: Tensor | None = None  # (b s,) bool, the tokens of prompts, where an intervention sees rows
-
-    @property
-    def edits_anything(self) -> bool:
-        """Whether any token is selected."""
-        return any(index.numel() for edits in self.edits.values() for edit in edits for index in edit.indices)
+def _check_needs_no_images(positions: Positions) -> None:
+    if positions.tells_images_apart:
+        raise ValueError(
+            f"the positions {positions} tell text from images, and inputs_embeds or the columns of past_key_values "
+            "do not say which tokens images fill: pass image_mask (b, s)"
+        )
 
 
 def token_indices(

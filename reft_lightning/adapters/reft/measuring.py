@@ -20,8 +20,7 @@ from torch import Tensor
 from ...interventions import Intervention, registered
 from ..masks import Spans
 from ..saving import load_adapter
-from .calls import call_of
-from .edit_plan import EditPlan
+from .calls import EditPlan, call_of
 from .model import ReftModel
 from .positions import Positions
 from .sites import Site

@@ -4,9 +4,11 @@ The triples are those of one :class:`~.adapter.Adapter`, which is called ``defau
 weighted sum, or another one for each row of a batch.
 
 One hook per site, registered once and bound to the :class:`ReftModel`. Once a call, R is computed for all interventions
-that it uses and a pre-hook on the base model works out which tokens are selected (P). Outside ``forward`` and
-``generate`` of the ReftModel, and inside ``disabled()``, the hooks do nothing. Calls may be nested, and run in several
-threads (:mod:`.calls`); ``disabled()``, ``nulled()``, ``scale`` and ``set_adapter`` count for all threads.
+that it uses and a pre-hook on the base model works out which tokens are selected (P, :mod:`.edit_plan`); at the sites,
+:mod:`.editing` edits them. Outside ``forward`` and ``generate`` of the ReftModel, and inside ``disabled()``, the hooks do
+nothing. Calls may be nested, and run in several threads (:mod:`.calls`). ``disabled()`` counts for all threads at once;
+``nulled()``, ``scale`` and ``set_adapter`` for calls that begin later, and for the blocks that gradient checkpointing runs
+again for them.
 
 Shapes: b rows, s columns, d width, n selected tokens.
 """
@@ -33,30 +35,29 @@ from ...base_models.checkpointing import checkpointable
 from ...base_models.heads import heads_to_train, parameters_of
 from ...base_models.loading import number_of_parameters
 from ...base_models.patching import replaced
-from ...base_models.reading import evaluating, reading_of
 from ...base_models.stacks import DECODER, stacks_of
 from ...base_models.vision import image_tokens
-from ...interventions import INTERVENTIONS, Intervention, Tokens, rotations
+from ...interventions import INTERVENTIONS, Intervention, rotations
 from ..adapted import ParameterCount
 from ..arguments import forward_inputs, known_arguments, left_padded_inputs
 from ..attaching import all_or_nothing, attaching, check_base, detached
 from ..first_values import FirstValues, fill
-from ..masks import Spans, marked, of_rows, spans_of, spans_of_labels, spans_of_start
+from ..masks import Spans, marked, spans_of, spans_of_labels, spans_of_start
 from ..plain import plain
 from ..saving import check_fit, load_adapter, naming, save_adapter, tensors_of
 from .adapter import Adapter
 from .adapter_set import DEFAULT, AdapterSet, partitions_of
 from .base_of import load_base_of
-from .calls import Call, call_of, running
+from .calls import Call, Choice, call_of, running
 from .config import ReftConfig, check_architecture, config_of
-from .critical import most_attended
-from .edit_plan import Choice, Edit, EditPlan, image_indices, token_indices
+from .edit_plan import plan_of
+from .editing import edit_images, edit_tokens
+from .first_passes import FirstPasses
 from .positions import MaskFunction, Positions
 from .sites import Site, hook_at
 
 log = logging.getLogger(__name__)
 CACHES = ("past_key_values", "cache_params", "state", "mems")  # what base models call what they have read
-SPARED = {"logits_to_keep": 1, "use_cache": False}  # of first passes, which are read for other things
 IDLE_PASSES = 8  # without training, after which a warning says that no pass has edited anything
 
 _REPLACING = threading.RLock()  # held while attributes of a base model are replaced, which all threads see
@@ -500,7 +501,11 @@ class ReftModel(nn.Module):
         """Return the spans with what is known of tokens: what the caller marks, images, what a first pass finds."""
         if image is None and embeds is None and ids is not None and ids.shape == spans.prompt.shape:
             image = self._images_in(ids)
-        return self._with_critical(marked(spans, edit=edit, image=image), choices, ids, embeds)
+        spans = marked(spans, edit=edit, image=image)
+        critical = {count for choice in choices for count in self.adapters[choice.adapter].critical}
+        if not critical or not self._enabled:
+            return spans
+        return FirstPasses(self.base_model, self._known).with_critical(spans, critical, ids, embeds)
 
     def _images_in(self, input_ids: Tensor) -> Tensor | None:  # (b, s) -> (b, s)
         """Return which tokens images fill; None of a model that reads none."""
@@ -559,80 +564,30 @@ class ReftModel(nn.Module):
         call = None
         if self._enabled:  # R is computed once a pass and once a generation, which needs no gradients
             with torch.set_grad_enabled(torch.is_grad_enabled() and not spans.generating):
-                choices, summed = chosen
-                used = dict.fromkeys(choice.adapter for choice in choices)
-                rows = rotations(phi for name in used for phi in self.adapters[name].orthonormal)
-                call = Call(self, spans, choices, summed, rows, given=values, decoder=decoder)
+                call = self._call(spans, *chosen, values, decoder)
                 if source is not None:
-                    call.sources = self._read_sources(call, *source)
+                    passes, images = FirstPasses(self.base_model, self._known), self._images_in(source[0])
+                    call.sources = passes.sources(call, *source, images)
         with _REPLACING if others else nullcontext(), replaced(others), running(call):
             yield call
         if call is not None:
             self._notice(call)
 
-    @torch.no_grad()
-    def _with_critical(
-        self, spans: Spans, choices: Sequence[Choice], ids: Tensor | None, embeds: Tensor | None
-    ) -> Spans:
-        """Let the base model read the prompts, and mark the tokens that are critical, where positions ask for them.
-
-        Raises:
-            ValueError: if adapters ask for different numbers, or the prompts are not all there.
-        """
-        counts = {count for choice in choices for count in self.adapters[choice.adapter].critical}
-        if not counts or not self._enabled:
-            return spans
-        tokens: Any = ids if embeds is None else embeds
-        if len(counts) > 1 or tokens.shape[1] != spans.width:
-            raise ValueError(
-                f"positions critical:{', critical:'.join(map(str, sorted(counts)))} are found by reading all of a "
-                "prompt, and for one number of tokens a call: give no past_key_values, and one number in all layers"
-            )
-        others = {"output_attentions": True} | ({} if embeds is None else {"inputs_embeds": embeds})
-        causal = reading_of(self.base_model).causal
-        attentions = self._first_pass(None, ids, spans.prompt.long(), others).attentions
-        return marked(spans, critical=most_attended(attentions, spans.prompt, counts.pop(), causal))
-
-    def _first_pass(self, call: Call | None, ids: Tensor | None, mask: Tensor, others: dict[str, Any]) -> Any:
-        """Let the base model read some texts first, as in evaluation, and without logits that nobody asks for."""
-        spared = {name: value for name, value in SPARED.items() if name in (self._known or ())}
-        inputs = forward_inputs(self.base_model, self._known, ids, mask, None, spared | others)
-        if ids is not None:  # masks of a plan on the meta device have numbers
-            inputs = {k: v.to(ids.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        with running(call), evaluating(self.base_model):
-            return self.base_model(**inputs)
-
-    @torch.no_grad()
-    def _read_sources(self, call: Call, ids: Tensor, mask: Tensor | None) -> dict[Any, tuple[Tensor, Tensor]]:
-        """Let the base model read other texts, and return their hidden states where the interventions would edit.
-
-        Raises:
-            ValueError: if no adapter of the call takes any, or there are more rows than in the batch, or fewer.
-        """
-        used = [self.adapters[choice.adapter] for choice in call.choices]
-        if used and not any(adapter.takes_source for adapter in used):
-            able = [name for name, cls in INTERVENTIONS.items() if cls.takes_source]
-            raise ValueError(
-                f"{', '.join(adapter.config.method for adapter in used)} takes nothing from the texts source_ids; "
-                f"{', '.join(able)} do"
-            )
-        if len(ids) != len(call.spans.prompt):
-            raise ValueError(f"source_ids hold {len(ids)} rows, the batch {len(call.spans.prompt)}")
-        images = self._images_in(ids)
-        if images is not None and not images.is_meta and images.any():
-            raise ValueError(
-                "source_ids hold places of images, and no pictures come with them: give texts alone"
-            )
-        mask = torch.ones_like(ids) if mask is None else mask
-        spans = marked(spans_of(mask, None, None), image=images)
-        chosen: dict[str, Choice] = {}  # an adapter of several strengths reads once, for all of their rows
-        for choice in call.choices:
-            name, rows = choice.adapter, choice.rows
-            others = chosen[name].rows if name in chosen else torch.zeros_like(mask[:, 0], dtype=torch.bool)
-            chosen[name] = Choice(name, rows=None if rows is None or others is None else rows | others)
-        reading = replace(call, spans=spans, choices=tuple(chosen.values()), reads_sources=True)
-        self._first_pass(reading, ids, mask, {})
-        return reading.sources
+    def _call(
+        self,
+        spans: Spans,
+        choices: Sequence[Choice],
+        summed: bool,
+        values: Mapping[str, Tensor],
+        decoder: Spans | None,
+    ) -> Call:
+        """Return a call with what counts as long as it lasts: the adapters, their strength, R."""
+        used = dict.fromkeys(choice.adapter for choice in choices)
+        rows = rotations(phi for name in used for phi in self.adapters[name].orthonormal)
+        strong = tuple(c._replace(weight=c.weight * self.adapters[c.adapter].scale) for c in choices)
+        return Call(
+            self, self.adapters, spans, strong, summed, self._nulled, rows, given=values, decoder=decoder
+        )
 
     def _notice(self, call: Call) -> None:
         """Warn once if nothing is edited: in a whole generation, in a step of training, in the first passes."""
@@ -734,180 +689,21 @@ class ReftModel(nn.Module):
                 tokens.device,
                 given.get("attention_mask"),
             )
-        call.plan = self._plan_for(call, stack, spans, tokens, given.get("attention_mask"))
+        call.plan = plan_of(call, stack, spans, tokens, given.get("attention_mask"), bool(self._image_tokens))
         if call.plan is not None:
             call.edited |= call.plan.edits_anything
-
-    def _plan_for(
-        self, call: Call, stack: str, spans: Spans, tokens: Tensor, attention: Any
-    ) -> EditPlan | None:
-        columns = spans.next_columns(tokens.shape[1], attention)
-        decoding = columns.start >= spans.width
-        edits: dict[str, list[Edit]] = {}
-        prompts_and_targets: tuple[Tensor, Tensor] | None = None
-        seeing: str | None = None
-        for choice in call.choices:
-            adapter = self.adapters[choice.adapter]
-            seeing = seeing or adapter.seeing_rows
-            for (positions, tied), layers in adapter.layers_by_positions.items():
-                sites = {layer: adapter.sites[layer] for layer in layers}
-                layers = [layer for layer, site in sites.items() if site.stack == stack and not site.visual]
-                if not layers or (decoding and not positions.reaches_decode):
-                    continue
-                if prompts_and_targets is None:
-                    prompts_and_targets = spans.upto(columns.stop, len(tokens))
-                prompt, target = of_rows(choice.rows, *prompts_and_targets)
-                marks = self._marks(positions, stack, spans, columns.stop, len(tokens))
-                indices = token_indices(positions, tied, prompt, target, columns, marks)
-                for layer in layers:
-                    site, own = adapter.sites[layer], indices
-                    if site.divided > 1:
-                        own = [part for index in indices for part in site.parts(index)]
-                    edits.setdefault(site.place, []).append(Edit(choice.adapter, layer, choice.weight, own))
-        if prompts_and_targets is None:
-            return None
-        plan = EditPlan(edits, call.summed, tokens, torch.is_grad_enabled(), spans)
-        if seeing:
-            if not decoding and (columns.start or columns.stop < spans.width):
-                raise ValueError(
-                    f"{seeing} looks at whole prompts, and the model reads only a part of them here: give no "
-                    "past_key_values, and no prefill_chunk_size"
-                )
-            plan.prompt = prompts_and_targets[0][:, columns].flatten()
-        return plan
-
-    def _marks(
-        self, positions: Positions, stack: str, spans: Spans, stop: int, rows: int
-    ) -> dict[str, Tensor]:
-        """Return what is known of the tokens of rows, up to a column."""
-        marks = spans.marks_upto(stop, rows)
-        unknown = self._image_tokens and stack != DECODER and "image" not in marks  # a decoder writes text
-        if unknown and positions.tells_images_apart:
-            raise ValueError(
-                f"the positions {positions} tell text from images, and inputs_embeds or the columns of past_key_values "
-                "do not say which tokens images fill: pass image_mask (b, s)"
-            )
-        return marks
 
     def _edit(self, place: str, hidden: Tensor) -> Tensor | None:  # (b, s, d) -> (b, s, d)
         """Return the hidden states at a site with their edits; None where the call makes none there."""
         call = call_of(self)
-        plan = None if call is None else call.plan
-        if plan is None or place not in plan.edits:
+        if call is None or call.plan is None or place not in call.plan.edits:
             return None
-        edits = plan.edits[place]
-        site = self._site_of(edits[0])
-        rows, columns = plan.tokens.shape[:2]
-        if hidden.shape[:-1].numel() != rows * columns:  # OPT's last map sees them in one dimension
-            raise ValueError(
-                f"the {site.end} of {site.path} has the shape {tuple(hidden.shape)}, but the model reads "
-                f"{rows} rows of {columns} tokens: positions mean nothing there"
-            )
-        if plan.differentiable and not torch.is_grad_enabled():
-            raise ValueError(
-                f"no gradient reaches {site.path}: gradient checkpointing with use_reentrant=True cannot train "
-                "interventions inside a block; switch it on with use_reentrant=False"
-            )
-        return self._with_edits(edits, hidden, plan.summed)
-
-    def _with_edits(
-        self, edits: list[Edit], hidden: Tensor, summed: bool
-    ) -> Tensor:  # (b, s, d) -> (b, s, d)
-        site = self._site_of(edits[0])
-        if hidden.shape[-1] != site.width:
-            raise ValueError(
-                f"the {site.end} of {site.path} has width {hidden.shape[-1]}, expected {site.width}; use the input "
-                "of the linear layer that consumes it, as '...{layer}....input'"
-            )
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        if summed and len(edits) > 1:
-            return self._sum_of(edits, flat).view_as(hidden)
-        for edit in edits:
-            flat = flat.view(-1, self._site_of(edit).dim)  # of a head, or of the whole
-            index, edited = self._edited_by(edit, flat)
-            flat = flat.index_copy(0, index, edited)
-        return flat.view_as(hidden)
+        return edit_tokens(call, call.plan, place, hidden)
 
     def _edit_images(self, place: str, hidden: Tensor) -> Tensor | None:  # (images, n, d) or (n, d)
-        """Return the hidden states at a site that sees images: in a generation, before the base model's first pass."""
+        """Likewise of images: in a generation, before the base model's first pass."""
         call = call_of(self)
-        if call is None or not self._enabled:
-            return None
-        edits = []
-        for choice in call.choices:
-            adapter = self.adapters[choice.adapter]
-            for layer, site in adapter.sites.items():
-                if not site.visual or site.place != place:
-                    continue
-                if choice.rows is not None:
-                    raise ValueError(
-                        f"adapter_names gives each row adapters of its own, and the adapter {choice.adapter!r} edits "
-                        "what a vision tower sees, which knows no rows: choose it by set_adapter"
-                    )
-                indices = image_indices(adapter.positions[layer][0], hidden, site.path)
-                edits.append(Edit(choice.adapter, layer, choice.weight, indices))
-        call.edited |= bool(edits)
-        return self._with_edits(edits, hidden, call.summed) if edits else None
-
-    def _site_of(self, edit: Edit) -> Site:
-        return self.adapters[edit.adapter].sites[edit.layer]
-
-    def _edited_by(self, edit: Edit, flat: Tensor) -> tuple[Tensor, Tensor]:  # (b s, d) -> (n,), (n, d)
-        """Return which tokens an adapter edits at a site, and Phi of them."""
-        adapter, call = self.adapters[edit.adapter], call_of(self)
-        scale = adapter.scale * edit.weight
-        indices = [index.to(flat.device) for index in edit.indices]
-        edited = []
-        for i, (phi, index) in enumerate(zip(adapter.interventions[edit.layer], indices, strict=True)):
-            h = flat.index_select(0, index)
-            if call is not None and call.reads_sources:
-                tokens = self._tokens_at(edit, index, call)
-                call.sources[edit.adapter, edit.layer, i] = tokens.padded(h), tokens.counts()
-                edited.append(h)
-            elif self._nulled:
-                edited.append(phi(h, nulled=True))
-            elif adapter.seeing_rows is not None and phi.sees_rows:
-                edited.append(self._edited_rows(phi, edit, i, h, scale, index))
-            else:
-                edited.append(phi(h, scale))
-        return (indices[0], edited[0]) if len(edited) == 1 else (torch.cat(indices), torch.cat(edited))
-
-    def _edited_rows(
-        self, phi: Any, edit: Edit, i: int, h: Tensor, scale: float, index: Tensor
-    ) -> Tensor:  # (n, d) -> (n, d)
-        """Return Phi of tokens with what is known of their rows, and note what else it found."""
-        call: Any = call_of(self)
-        device = next((parameter.device for parameter in phi.parameters()), h.device)  # where it computes
-        tokens = self._tokens_at(edit, index.to(device), call)
-
-        def of_rows_now(value: Tensor) -> Tensor:  # beams repeat every row
-            return value.to(device).repeat_interleave(tokens.count // len(value), 0)
-
-        tokens.given = {name: of_rows_now(value) for name, value in call.given.items()}
-        if (source := call.sources.get((edit.adapter, edit.layer, i))) is not None:
-            tokens.source = of_rows_now(source[0]), of_rows_now(source[1])
-        edited = phi(h, scale, tokens)
-        assert tokens.found is not None
-        if tokens.found.penalty is not None:
-            call.penalties.append(tokens.found.penalty)
-        return edited
-
-    def _tokens_at(self, edit: Edit, index: Tensor, call: Any) -> Tokens:  # (n,) flat token indices
-        """Return where the tokens of an edit stand in their rows."""
-        b, s = call.plan.tokens.shape[:2]
-        index = index // self._site_of(edit).divided  # of a token, whatever the head
-        prompt = call.plan.prompt.to(index.device)
-        return Tokens(index // s, b, prompt[index], call.kept.setdefault(edit.adapter, {}))
-
-    def _sum_of(self, edits: Sequence[Edit], flat: Tensor) -> Tensor:  # (b s, d) -> (b s, d)
-        """Return h + the sum of what each adapter adds to h."""
-        h = flat.to(torch.promote_types(flat.dtype, torch.float32))
-        total = h
-        for edit in edits:
-            h, total = (x.view(-1, self._site_of(edit).dim) for x in (h, total))
-            index, edited = self._edited_by(edit, h)
-            total = total.index_add(0, index, edited - h.index_select(0, index))
-        return total.to(flat.dtype)
+        return None if call is None or not self._enabled else edit_images(call, place, hidden)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled": None}  # compiled code neither pickles nor copies

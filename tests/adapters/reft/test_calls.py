@@ -207,3 +207,26 @@ def test_a_call_of_the_base_model_inside_disabled_is_unedited_within_a_generatio
     assert torch.equal(interrupted(reft, ask), undisturbed)
     assert found
     assert all(torch.equal(logits, expected) for logits in found)
+
+
+@pytest.mark.parametrize("change", ["scale", "nulled"])
+def test_blocks_that_are_run_again_edit_as_in_the_forward_pass(change):
+    """What is set for a pass is over before the backward pass of gradient checkpointing runs its blocks again."""
+
+    def gradients(checkpointing):
+        reft = attached("f1+l1", component="attention_output").train()  # inside of what is run again
+        if checkpointing:
+            reft.base_model.gradient_checkpointing_enable({"use_reentrant": False})
+        if change == "nulled":
+            with reft.nulled():
+                logits = reft(**BATCH, use_cache=False).logits
+        else:
+            reft.scale = 3.0
+            logits = reft(**BATCH, use_cache=False).logits
+            reft.scale = 1.0
+        logits.square().sum().backward()
+        return [p.grad for p in reft.interventions.parameters() if p.grad is not None]
+
+    again = gradients(True)
+    assert again
+    torch.testing.assert_close(again, gradients(False))
