@@ -258,7 +258,7 @@ def check_train(arguments, run, monkeypatch):
         return
     runs = list(asked.runs.values())
     for config in (runs[0], runs[-1]):
-        small = tiny_model(config.data.family == "vision")
+        small = tiny_model(config.data.family == "vision", "t5" in str(config.model.name))
         model = replace(small, attn_implementation=config.model.attn_implementation)
         same = re.sub(r"'/[^']*'", "", repr(replace(config, model=model, seed=0)))  # in whatever folder
         if same not in OUTLINED:
@@ -270,10 +270,13 @@ OUTLINED = set()
 
 
 @functools.cache
-def tiny_model(sees=False):
-    """A model without a network, of as many layers as the pages name, or one that reads images."""
+def tiny_model(sees=False, two_texts=False):
+    """A model without a network, of as many layers as the pages name, or one that reads images, or two texts."""
     if sees:
         return compose.compose(["model=tiny_vision"]).model
+    if two_texts:
+        sizes = "model_type:t5,d_model:16,d_kv:8,d_ff:24,num_layers:2,num_heads:2"
+        return compose.compose(["model=tiny_random", f"+model.config={{{sizes}}}"]).model
     return compose.compose(["model=tiny_random", f"model.config.num_hidden_layers={LAYERS}"]).model
 
 

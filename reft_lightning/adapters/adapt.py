@@ -11,6 +11,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
@@ -81,7 +82,8 @@ def build_on_meta(
 
     Args:
         config: of Hugging Face.
-        task: ``causal_lm``, ``sequence_classification`` for a model with its classifier, or ``image_text_to_text``.
+        task: ``causal_lm``, ``sequence_classification`` for a model with its classifier, ``image_text_to_text``, or
+            ``seq2seq_lm`` for one with an encoder and a decoder.
             An encoder has no causal form: it is built without a head then.
         attn_implementation: of transformers; None for its default.
 
@@ -93,6 +95,8 @@ def build_on_meta(
         kind = AutoModelForSequenceClassification
     elif task == "image_text_to_text":
         kind = AutoModelForImageTextToText
+    elif task == "seq2seq_lm":
+        kind = AutoModelForSeq2SeqLM
     with torch.device("meta"):
         return kind.from_config(config, attn_implementation=attn_implementation)
 

@@ -19,8 +19,9 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..suggest import did_you_mean
@@ -110,6 +111,22 @@ def parameters_of(model: PreTrainedModel, heads: Iterable[str]) -> dict[str, nn.
     found = {f"{head}.{n}": p for head in heads for n, p in model.get_submodule(head).named_parameters()}
     first = {id(parameter): name for name, parameter in reversed(found.items())}
     return {name: parameter for name, parameter in found.items() if first[id(parameter)] == name}
+
+
+def widen_heads(model: PreTrainedModel) -> None:
+    """Train and compute the head of a 16-bit classifier in float32.
+
+    A step of an optimizer that is smaller than 1/512 of a weight is lost in bfloat16, which keeps 8 bits, and two
+    outputs that are close tie. A head that is quantized, or offloaded, stays as it is.
+    """
+    for head in map(model.get_submodule, classification_heads(model)):
+        if not is_quantized(head) and not any(parameter.is_meta for parameter in head.parameters()):
+            head.float()
+            head.register_forward_pre_hook(_widen)
+
+
+def _widen(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
 
 
 def check_only_heads_missing(model: PreTrainedModel, missing: Iterable[str], where: str) -> None:

@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
@@ -28,7 +29,7 @@ from transformers import (
 )
 
 from ..suggest import did_you_mean
-from .heads import check_head_size, check_only_heads_missing
+from .heads import check_head_size, check_only_heads_missing, widen_heads
 from .loading_bars import bars_of_transformers
 from .output_head import join_columns
 from .places import ModelPlace
@@ -42,6 +43,7 @@ TASKS = {
     "causal_lm": AutoModelForCausalLM,
     "sequence_classification": AutoModelForSequenceClassification,
     "image_text_to_text": AutoModelForImageTextToText,
+    "seq2seq_lm": AutoModelForSeq2SeqLM,  # of an encoder and a decoder
 }
 MODEL_SOURCES = ("hub", "local", "wheel", "random")
 BYTES = "bytes"
@@ -199,10 +201,10 @@ def load_base_model(
         tokenizer: None for the model's own; a hub name, a folder, or `"bytes"`; or one that is loaded already.
         hf_config: what :func:`load_config` gave for the same model; None loads it.
         dtype: of the weights: `float32`, `bfloat16` or `float16`.
-        task: `causal_lm`, `sequence_classification` or `image_text_to_text`.
+        task: `causal_lm`, `sequence_classification`, `image_text_to_text` or `seq2seq_lm`.
         base_dropout: False sets every dropout of the base model to 0, so `train()` changes nothing in it.
         attn_implementation: of transformers: `eager`, `sdpa`, ...; None for its default.
-        float32_logits: compute the logits of a 16-bit causal model in float32, see `widen_logits`.
+        float32_logits: compute the logits of a 16-bit model in float32, see `widen_logits` and `widen_heads`.
         quantization: transformers' `quantization_config` as a dictionary: the weights are rounded as they are read.
         device_map: accelerate's: `auto`, or module -> device, `cpu` or `disk`; None for the CPU, or for the one GPU
             that a quantization needs.
@@ -226,6 +228,11 @@ def load_base_model(
         **place, base_dropout=base_dropout, config=config, num_labels=num_labels, quantization=quantization,
         device_map=device_map,
     )  # fmt: skip
+    if task == "causal_lm" and wanted.is_encoder_decoder:
+        raise ValueError(
+            f"{lies.name} ({wanted.model_type}) has an encoder and a decoder: it is loaded with task='seq2seq_lm', by "
+            "reft-train, reft-eval and in Python; chats and servers have models with a decoder alone"
+        )
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         loaded_tokenizer = tokenizer
     else:
@@ -258,10 +265,13 @@ def load_base_model(
         # a decoder's classifier finds the last token of a row by the pad id of its text configuration
         for part in (model.config, model.config.get_text_config()):
             part.pad_token_id = loaded_tokenizer.pad_token_id
+    widens = float32_logits and DTYPES[dtype] != torch.float32
     if task != "sequence_classification":
         join_columns(model)
-        if float32_logits and DTYPES[dtype] != torch.float32:
+        if widens:
             widen_logits(model)
+    elif widens:
+        widen_heads(model)
     model.eval()
     return model, loaded_tokenizer
 
@@ -307,6 +317,8 @@ def fit_to_tokenizer(
     for role in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if role not in given:
             setattr(text, role, getattr(tokenizer, role))
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = tokenizer.pad_token_id  # as T5's
     if image_tokens(config):
         config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
 

@@ -23,7 +23,7 @@ def load_model(
 
     Args:
         name: a file of ``conf/model`` (``smollm2_135m``, ``llama_7b``, ...), or a name of the hub, ``owner/name``.
-        task: ``causal_lm``, ``sequence_classification`` or ``image_text_to_text``.
+        task: ``causal_lm``, ``sequence_classification``, ``image_text_to_text`` or ``seq2seq_lm``.
         num_labels: of a classifier.
         seed: of random weights: a classifier's new head, all of ``tiny_random``.
         **settings: keys of the configuration's group ``model``: ``dtype``, ``path``, ``revision``, ...

@@ -8,7 +8,8 @@ right-padded after it, so that training and generation see the same columns::
                      ^ boundary: the same column in every row
 
 Masks come from lengths, never from comparing ids with the pad id: pad may be the eos or unk token, and a
-genuine one in the text must stay visible.
+genuine one in the text must stay visible. Models with an encoder and a decoder read the two as texts of their own
+(``two_texts``, laid out by :mod:`.text_to_text`).
 """
 
 from __future__ import annotations
@@ -63,11 +64,16 @@ class Encoded:
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids a tokenizer puts before every text: `[bos]` or nothing, for causal models."""
+    return _frame(tokenizer)[0]
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the ids a tokenizer puts before and after every text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
-            return whole[:start]
+            return whole[:start], whole[start + len(plain) :]
     raise ValueError(
         f"{type(tokenizer).__name__} changes the text itself when it adds special tokens: {whole}"
     )
@@ -79,7 +85,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return ids if ids[: len(leading)] == leading else [*leading, *ids]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> Encoded:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int, two_texts: bool = False
+) -> Encoded:
     """Return the tokens of prompt and target.
 
     Prompt + target are tokenised as one text, as the paper's code does, and split after the prompt's tokens.
@@ -87,20 +95,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int
 
     A row longer than `max_length` loses tokens at the left of its prompt, after BOS: the question is at
     its end. The target may fill half of `max_length`, or what the prompt leaves, and is cut on the right
-    beyond.
+    beyond. Of ``two_texts`` each has its own special tokens, and may have `max_length` tokens.
 
     Raises:
         ValueError: if prompt or target is empty (names the row), the tokenizer has no eos token, or
             `max_length` leaves no room.
     """
-    leading, eos = _frame(tokenizer, max_length)
     refuse_empty(example)
-    columns = encode_texts(
-        {"prompt": [example.prompt], "target": [example.target]},
-        tokenizer=tokenizer,
-        leading=leading,
-        eos=eos,
-        max_length=max_length,
+    columns = _encoder(tokenizer, max_length, two_texts)(
+        {"prompt": [example.prompt], "target": [example.target]}
     )
     (ids,), (prompt,), (joint,), (cut_prompt,), (cut_target,) = (columns[name] for name in TYPES)
     return Encoded(ids[:prompt], ids[prompt:], example, joint, cut_prompt, cut_target)
@@ -112,20 +115,21 @@ def encode_all(
     max_length: int,
     what: str = "rows",
     target_tokens: int | None = None,
+    two_texts: bool = False,
 ) -> EncodedRows:
     """Encode many examples, each as `encode` does, and log what was unusual: boundary tokens, truncation.
 
     Of each target the first ``target_tokens`` are left, eos included where it is one of them.
     Many rows are encoded in several processes and kept in the cache, see `encoding_cache`.
     """
-    leading, eos = _frame(tokenizer, max_length)
     for example in examples:
         refuse_empty(example)
+    layout = "prompt, target" if two_texts else "prompt | target"
     columns = prepare(
-        partial(encode_texts, tokenizer=tokenizer, leading=leading, eos=eos, max_length=max_length),
+        _encoder(tokenizer, max_length, two_texts),
         {"prompt": [e.prompt for e in examples], "target": [e.target for e in examples]},
         TYPES,
-        depends_on=lambda: encoding_settings("prompt | target", tokenizer, max_length),
+        depends_on=lambda: encoding_settings(layout, tokenizer, max_length),
         what=what,
     )
     rows = f"of {len(examples)} {what}"
@@ -143,18 +147,31 @@ def encode_all(
     return EncodedRows(examples, columns, target_tokens)
 
 
-def _frame(tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], int]:
-    """Return the ids before every prompt, and the one after every target."""
+def _encoder(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, two_texts: bool
+) -> partial[dict[str, list]]:
+    """Return what makes the columns `TYPES` of texts."""
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError(
             f"{type(tokenizer).__name__} has no eos token, which ends every target; set eos_token"
         )
-    leading = leading_ids(tokenizer)
-    if max_length < len(leading) + 4:
-        raise ValueError(f"max_length must be at least {len(leading) + 4}; got {max_length}")
+    leading, closing = _frame(tokenizer)
+    least = len(leading) + 4 + (len(closing) if two_texts else 0)
+    if max_length < least:
+        raise ValueError(f"max_length must be at least {least}; got {max_length}")
     assert isinstance(eos, int)
-    return leading, eos
+    settings: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "leading": leading,
+        "eos": eos,
+        "max_length": max_length,
+    }
+    return (
+        partial(encode_two_texts, closing=closing, **settings)
+        if two_texts
+        else partial(encode_texts, **settings)
+    )
 
 
 def refuse_empty(example: Example) -> None:
@@ -185,6 +202,34 @@ def encode_texts(
         joint = whole[: len(prompt)] == prompt and len(whole) > len(prompt)
         target = whole[len(prompt) :] if joint else _ids(tokenizer, [text])[0]
         row = _fit(prompt, target, joint, leading, eos, max_length)
+        for name, value in zip(TYPES, row, strict=True):
+            columns[name].append(value)
+    return columns
+
+
+def encode_two_texts(
+    texts: Mapping[str, list[str]],  # prompt, target
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    leading: list[int],
+    closing: list[int],
+    eos: int,
+    max_length: int,
+) -> dict[str, list]:
+    """Return the columns `TYPES` of prompts and targets that are texts of their own.
+
+    Each stands between the tokenizer's special tokens; a target ends in eos. The blank that parts a target from its
+    prompt is left out.
+    """
+    targets = [text.removeprefix(" ") for text in texts["target"]]
+    columns: dict[str, list] = {name: [] for name in TYPES}
+    with_eos = closing if closing[-1:] == [eos] else [*closing, eos]
+    for prompt, target in zip(_ids(tokenizer, texts["prompt"]), _ids(tokenizer, targets), strict=True):
+        cut_prompt = max(len(leading) + len(prompt) + len(closing) - max_length, 0)
+        cut_target = max(len(leading) + len(target) + len(with_eos) - max_length, 0)
+        read = [*leading, *prompt[cut_prompt:], *closing]
+        written = [*leading, *target, *with_eos][:max_length]
+        row = read + written, len(read), True, cut_prompt, cut_target
         for name, value in zip(TYPES, row, strict=True):
             columns[name].append(value)
     return columns

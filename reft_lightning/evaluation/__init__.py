@@ -5,6 +5,7 @@ from .option_likelihood import log_likelihood, option_log_likelihoods, with_draf
 from .prefix_reader import ColumnReader, sources_in
 from .row_metrics import MeanLoss, RowScores, mean_interval, pass_at_k, wilson_interval
 from .sandbox.run import Limits, Outcome, run_program, run_programs
+from .text_to_text import target_log_likelihood, write
 
 __all__ = [
     "ColumnReader",
@@ -21,6 +22,8 @@ __all__ = [
     "run_program",
     "run_programs",
     "sources_in",
+    "target_log_likelihood",
     "wilson_interval",
     "with_draft",
+    "write",
 ]

@@ -176,7 +176,7 @@ def generate_ids(
         reader.forget()
         ids = batch["input_ids"][:, :boundary]
         attention = batch["attention_mask"][:, :boundary] * batch["prompt_mask"][:, :boundary]
-        with _own_randomness(decoding.seed, ids) if decoding.do_sample else nullcontext():
+        with own_randomness(decoding.seed, ids) if decoding.do_sample else nullcontext():
             return _decode(model, tokenizer, decoding, ids, attention, **seen_in(batch, boundary))
 
 
@@ -189,7 +189,7 @@ def _decode(
         prompt = more.get("prompt_mask", torch.ones_like(ids, dtype=torch.bool))
         first = prompt.shape[1] - (attention.bool() & ~prompt).sum(-1).repeat_interleave(decoding.samples)
         more["stopping_criteria"] = StoppingCriteriaList(
-            [_Stop(tokenizer, decoding.stop_strings, first.tolist())]
+            [Stop(tokenizer, decoding.stop_strings, first.tolist())]
         )
     # ranks that share a base decode other rows, as many or fewer: Hugging Face would wait for the same number of them
     given = {"input_ids": ids, "attention_mask": attention, "generation_config": config, "synced_gpus": False}
@@ -230,7 +230,7 @@ def _verified(reader: ColumnReader, batch: dict[str, Any], tokenizer: Any, decod
     return tokens
 
 
-class _Stop(StoppingCriteria):
+class Stop(StoppingCriteria):
     """End a row whose new text holds a stop string.
 
     Hugging Face's own criterion reads across the end of the prompt: after a newline, a text that begins with "def"
@@ -246,6 +246,7 @@ class _Stop(StoppingCriteria):
         self.tokenizer, self.stop_strings, self.first = tokenizer, stop_strings, first
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # (r, s) -> (r,)
+        """Return which rows have ended."""
         rows = zip(input_ids.tolist(), self.first, strict=True)
         texts = self.tokenizer.batch_decode([row[first:] for row, first in rows], skip_special_tokens=True)
         found = [any(stop in text for stop in self.stop_strings) for text in texts]
@@ -254,7 +255,7 @@ class _Stop(StoppingCriteria):
 
 def _stops(tokens: Tensor, tokenizer: Any, stop_strings: tuple[str, ...]) -> Tensor:  # (b, n) -> (b, n)
     """Return after which of the new tokens a text has ended."""
-    stop = _Stop(tokenizer, stop_strings, [0] * len(tokens))
+    stop = Stop(tokenizer, stop_strings, [0] * len(tokens))
     return torch.stack([stop(tokens[:, : j + 1], None) for j in range(tokens.shape[1])], 1)
 
 
@@ -305,7 +306,7 @@ def _taken(cache: Any, rows: Tensor, order: Tensor) -> DynamicCache:
 
 
 @contextmanager
-def _own_randomness(seed: int, ids: Tensor) -> Iterator[None]:
+def own_randomness(seed: int, ids: Tensor) -> Iterator[None]:
     """Draw from a stream of the seed and the prompts, and leave the stream of training as it was."""
     digest = hashlib.sha256(ids.cpu().numpy().tobytes() + str((seed, *ids.shape)).encode()).digest()
     own = int.from_bytes(digest[:8], "little") >> 1

@@ -41,6 +41,7 @@ from ..runs.kinds import kind_of
 from ..training.objectives import SFT
 from ..training.objectives.base import NOT_INPUTS, inputs_of
 
+PLANNED = ("causal_lm", "sequence_classification")  # tasks of base models
 FUSED = "reft_inspect_fused"
 Batch = dict[str, Any]
 
@@ -111,6 +112,11 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
             ids, mask = (batch[name][:, :prompt] for name in ("input_ids", "attention_mask"))
             batch |= {"source_ids": ids, "source_mask": mask}
         batches = {"given": batch}
+    if (task := run.source["task"]) not in PLANNED:
+        raise ValueError(
+            f"reft-inspect plan runs a step without weights, which it does for {' and '.join(PLANNED)}; the model of "
+            f"{config.data.family} is a {task}"
+        )
     base, notes = _build(run)
     base.to(getattr(torch, config.model.dtype))
     base.requires_grad_(False)

@@ -23,11 +23,13 @@ from ..base_models.processors import load_processor
 from ..config.schema import Config
 from ..data import AnyFamily, Family
 from ..data.benchmark_data import BenchmarkData
+from ..data.text_to_text import TextToTextFamily
 from ..evaluation import Decoding
 from ..speed.choose_part import ShortenedPass
 from ..training.module import FinetuningModule
 from ..training.objectives import Objective
 from ..training.optimization import Optimization
+from ..training.penalties import has_penalty
 from .arguments import (
     attachment,
     data_module,
@@ -101,6 +103,7 @@ class Objects:
         count, decoding = self.prepared.count, self.prepared.decoding
         return {
             "data_versions": self.data.data_versions,
+            "base_task": self.prepared.source["task"],
             "trainable_parameters": count.trainable,
             "base_parameters": count.base,
             "percent": count.percent,
@@ -152,6 +155,9 @@ def outline(config: Config) -> Outline:
     decoding = decoding_of(config, cast(Family, family)) if kind_of(family).generates else None
     place = {name: source[name] for name in PLACE}
     hf_config = load_config(**place, **{k: source[k] for k in OF_CONFIG})
+    if hf_config.is_encoder_decoder and family.kind == Family.kind:
+        family = TextToTextFamily.of(cast(Family, family))
+        source["task"] = kind_of(family).task
     order = class_order(hf_config, family.classes_of(config.data.tasks))
     check_reads_forward(config, hf_config, source["task"], family)
     if kind_of(family).sees:
@@ -166,6 +172,11 @@ def outline(config: Config) -> Outline:
     count = adapted.parameter_count()
     objective.check(adapted, method_named(config.intervention.method))
     check_tied_head(config, hf_config, attached.get("heads") or ())
+    if "PIDPenalty" in str(config.callbacks) and not has_penalty(adapted):
+        raise ValueError(
+            f"callbacks: PIDPenalty holds a penalty of parameters at its target, and {method_of(config)} has none: set "
+            "intervention=brep (red with intervention.options.restraint=1), or leave the callback out"
+        )
     return Outline(
         family=family, source=source, attached=attached, optimization=optimization, objective=objective,
         decoding=decoding, hf_config=hf_config, tokenizer=tokenizer, processor=processor, count=count, monitor=monitor,
@@ -207,6 +218,10 @@ def build(config: Config, prepared: Prepared | None = None, lane: Lane | None = 
     def load() -> PreTrainedModel:
         return load_base_model(**run.source | {"tokenizer": run.tokenizer, "hf_config": run.hf_config})[0]
 
+    if lane is not None and run.source["task"] == "seq2seq_lm":
+        raise ValueError(
+            f"launcher=shared_base joins rows of decoders, and {config.model.name} has an encoder, too: leave it out"
+        )
     base_model = load() if lane is None else lane.base_model(load)
     if config.model.gradient_checkpointing:
         with warnings.catch_warnings():
@@ -239,6 +254,8 @@ def _described(decoding: Decoding) -> dict[str, Any]:
 def _shortened_pass(config: Config, run: Prepared, model: AdaptedModel) -> ShortenedPass | None:
     """Return the pass that leaves out of training what no intervention can change; the base's own dropout would."""
     if config.model.base_dropout or run.objective.pairs or config.data.source_prompt:
+        return None
+    if kind_of(run.family).task == "seq2seq_lm":  # nothing of it stays the same: the encoder reads both ways
         return None
     limit = int(config.kept.limit_gb * 1e9)
     return ShortenedPass(model, run.data.train_rows, causal=run.decoding is not None, limit=limit)

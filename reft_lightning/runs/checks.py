@@ -157,17 +157,27 @@ def check_reads_forward(config: Config, hf_config: PretrainedConfig, task: str, 
             f"model {config.model.name} ({hf_config.model_type}) reads images and text, and the rows of the family "
             f"{family.name} have no pictures: choose data=vqa or data=llava, or a model of text"
         )
-    if task == "causal_lm" and hf_config.is_encoder_decoder:
-        raise ValueError(
-            f"model {config.model.name} has an encoder and a decoder, and the runs of {family.name} read prompt and "
-            "target as one text: the batches, the loss of the last columns, the likelihood of options and verified "
-            "decoding all do. Choose a decoder; or train it in Python: rl.attach(model, "
-            "component='encoder.block_output') takes labels and generates (docs/howto/encoder_decoder.md)"
-        )
+    if task == "seq2seq_lm":
+        _check_two_texts(config)
     if task == "causal_lm" and not is_decoder(hf_config):
         raise ValueError(
             f"model {config.model.name} is an encoder, each token of which reads those after it: it cannot be trained "
             f"to generate text (family {family.name}). Choose a data=glue_... file, or a decoder."
+        )
+
+
+def _check_two_texts(config: Config) -> None:
+    """Refuse what reads prompt and target in one row."""
+    refused = {
+        f"objective={config.objective._target_}": config.objective != ObjectiveConfig(),
+        f"data.source_prompt={config.data.source_prompt}": bool(config.data.source_prompt),
+        "model.compile=true": config.model.compile,
+        f"kept.limit_gb={config.kept.limit_gb}": bool(config.kept.limit_gb),
+    }
+    if given := next((what for what, holds in refused.items() if holds), None):
+        raise ValueError(
+            f"{given} is for models that read prompt and target in one row, and {config.model.name} has an encoder "
+            "and a decoder: leave it out"
         )
 
 

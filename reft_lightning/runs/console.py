@@ -95,7 +95,9 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
         )
     folder = results["run_dir"]
     lines = [("run folder", str(folder))]
-    if not results.get("head_parameters"):  # a classifier says nothing
+    if (
+        results.get("base_task") == "causal_lm"
+    ):  # classifiers say nothing, and other models read more than a question
         lines.append(("chat with both", shlex.join(["reft-chat", f"run={folder}"])))
     lines.append(("evaluate again", shlex.join(["reft-eval", f"run={folder}", "split=validation"])))
     if "split" not in results and results["trainable_parameters"] + results.get("head_parameters", 0):

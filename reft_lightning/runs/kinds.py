@@ -18,10 +18,12 @@ from ..data.generation_data import GenerationData
 from ..data.image_data import ImageData
 from ..data.option_batches import option_batches
 from ..data.preferences import PreferenceData
+from ..data.text_to_text import TextToTextData, option_texts
 from ..training.classification import ClassificationModule
 from ..training.generation import GenerationModule
 from ..training.module import FinetuningModule
 from ..training.reward import RewardModule
+from ..training.text_to_text import TextToTextModule
 
 if TYPE_CHECKING:
     from .build import Prepared
@@ -50,13 +52,17 @@ class Kind:
     unused: tuple[str, ...] = ()
 
 
-def _generation(config: Config, run: Prepared, model: AdaptedModel, training_pass: Any) -> GenerationModule:
+def _generation(
+    config: Config, run: Prepared, model: AdaptedModel, training_pass: Any, two_texts: bool = False
+) -> GenerationModule:
     data, family = run.data, run.family
     assert isinstance(family, Family)
     assert run.decoding is not None
-    options = partial(option_batches, run.tokenizer, max_length=data.max_length)
+    options = partial(
+        option_texts if two_texts else option_batches, run.tokenizer, max_length=data.max_length
+    )
     commonest = commonest_answers(data.train_rows.examples) if family.score else {}
-    return GenerationModule(
+    return (TextToTextModule if two_texts else GenerationModule)(
         model, run.tokenizer, family, data.val_tasks, data.test_tasks, run.optimization, run.decoding,
         options if config.option_likelihood else None, commonest, training_pass, run.objective,
     )  # fmt: skip
@@ -88,6 +94,7 @@ def commonest_answers(examples: Iterable[Example]) -> dict[str, str]:
 
 KINDS = {
     "generation": Kind("causal_lm", GenerationData, _generation, generates=True),
+    "text_to_text": Kind("seq2seq_lm", TextToTextData, partial(_generation, two_texts=True), generates=True),
     "vision": Kind("image_text_to_text", ImageData, _generation, generates=True, sees=True,
                    unused=("target_tokens",)),
     "classification": Kind(

@@ -18,7 +18,6 @@ from ..evaluation import (
     Decoding,
     generate,
     log_likelihood,
-    option_log_likelihoods,
     sources_in,
     with_draft,
 )
@@ -69,11 +68,7 @@ class GenerationModule(ScoredRowsModule):
         training_pass: TrainingPass | None = None,
         objective: Objective | None = None,
     ) -> None:
-        if not reading_of(model.base_model).causal:
-            raise ValueError(
-                f"each token of {type(model.base_model).__name__} reads those after it, so it would be trained to "
-                "predict answers that it reads; choose a causal language model, or a data=glue_... file for an encoder"
-            )
+        self.check_reads(model)
         measures = family.measures if family.score else ()
         super().__init__(
             model, val_tasks, test_tasks, optimization, objective or SFT(), measures, training_pass
@@ -85,11 +80,39 @@ class GenerationModule(ScoredRowsModule):
         self._add_measure("option_accuracy", (*val_tasks, *test_tasks))
         self._add_measure("majority_accuracy", self.commonest)
 
+    def check_reads(self, model: AdaptedModel) -> None:
+        """Reject a model that would read the answers which it learns to predict."""
+        if not reading_of(model.base_model).causal:
+            raise ValueError(
+                f"each token of {type(model.base_model).__name__} reads those after it, so it would be trained to "
+                "predict answers that it reads; choose a causal language model, or a data=glue_... file for an encoder"
+            )
+
+    # --- what prompt | target in one row says -----------------------------------------------------------------
+
+    def reader(self) -> Any:
+        """Return what reads the columns that the passes of a batch share: loss, options and texts have one prompt."""
+        return ColumnReader(self.model)
+
+    def log_likelihood(self, batch: dict[str, Any], reader: Any) -> Tensor:  # -> (b,)
+        """Return the log-likelihood of the targets."""
+        return log_likelihood(reader, batch)
+
+    def drafted(
+        self, batch: dict[str, Any], batches: list[dict[str, Any]], choice: list[int]
+    ) -> dict[str, Any]:
+        """Return the batch with the likeliest options for drafts, which decoding checks."""
+        return with_draft(batch, batches, choice)
+
+    def texts(self, batch: dict[str, Any], decoding: Decoding, reader: Any) -> list[list[str]]:
+        """Return the generated texts of each row."""
+        return generate(self.model, batch, self.tokenizer, decoding, reader)
+
     # --- one batch ------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:
         """Add the loss of a batch of validation rows, and score it."""
-        reader = ColumnReader(self.model)  # loss, options and texts share their prompts, which are read once
+        reader = self.reader()
         self._add_loss(batch, reader)
         if self.family.score is not None:
             self._score(batch, self.tasks["val"][dataloader_idx], reader)
@@ -98,16 +121,16 @@ class GenerationModule(ScoredRowsModule):
 
     def test_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:
         """Score a batch of the test rows."""
-        reader = ColumnReader(self.model)
+        reader = self.reader()
         if self.free:
             self._add_loss(batch, reader)
         self._score(batch, self.tasks["test"][dataloader_idx], reader)
 
-    def _add_loss(self, batch: dict[str, Any], reader: ColumnReader) -> None:
+    def _add_loss(self, batch: dict[str, Any], reader: Any) -> None:
         tokens = int((batch["labels"] != -100).sum())
-        self.loss.update(-log_likelihood(reader, batch).sum() / tokens, tokens)
+        self.loss.update(-self.log_likelihood(batch, reader).sum() / tokens, tokens)
 
-    def _score(self, batch: dict[str, Any], task: str, reader: ColumnReader) -> None:
+    def _score(self, batch: dict[str, Any], task: str, reader: Any) -> None:
         examples: list[Example] = batch["examples"]
         options, drafted = self._rank(batch, reader)
         right = (
@@ -126,7 +149,7 @@ class GenerationModule(ScoredRowsModule):
             self.family.tasks[task].stop_strings if task in self.family.tasks else ()
         )  # a mixture is no task
         decoding = replace(self.decoding, stop_strings=stops)
-        texts = generate(self.model, drafted, self.tokenizer, decoding, reader)
+        texts = self.texts(drafted, decoding, reader)
         judgements = self._judge(texts, examples)
         judged: list[dict[str, float]] = []
         missing = 0
@@ -163,7 +186,7 @@ class GenerationModule(ScoredRowsModule):
     def _answer_of(self, option: str, example: Example) -> str | None:
         return self.family.score([option], example).answer if self.family.score else option
 
-    def _rank(self, batch: dict[str, Any], reader: ColumnReader) -> tuple[list[str], dict[str, Any]]:
+    def _rank(self, batch: dict[str, Any], reader: Any) -> tuple[list[str], dict[str, Any]]:
         """Return the most likely option of each row, none where there are none to rank, and the batch to decode.
 
         The likeliest option is its draft: what a model that knows the format says.
@@ -174,12 +197,12 @@ class GenerationModule(ScoredRowsModule):
             return [], batch
         batches = [{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in b.items()} | sources_in(batch)
                    for b in self.option_batches(examples)]  # fmt: skip
-        likelihoods = option_log_likelihoods(self.model, batches, reader)
+        likelihoods = torch.stack([self.log_likelihood(option, reader) for option in batches], dim=-1)
         for i, example in enumerate(examples):
             likelihoods[i, len(example.options) :] = -torch.inf  # rows with fewer options than others
         choice = likelihoods.argmax(-1).tolist()
         options = [e.options[k] for e, k in zip(examples, choice, strict=True)]
-        return options, with_draft(batch, batches, choice)
+        return options, self.drafted(batch, batches, choice)
 
     # --- a whole split --------------------------------------------------------------------------------------
 

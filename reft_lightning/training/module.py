@@ -102,6 +102,10 @@ class FinetuningModule(LightningModule):
             return self.model(**inputs)
         return self.training_pass(inputs, batch["rows"].tolist(), batch.get("boundary"))
 
+    def tokens_in(self, batch: dict[str, Any]) -> int:
+        """Return how many tokens a batch holds, padding aside."""
+        return int(batch["attention_mask"].sum())
+
     @contextmanager
     def named(self, prefix: str) -> Iterator[None]:
         """Put a prefix before the names of what is logged inside the block."""
@@ -116,7 +120,7 @@ class FinetuningModule(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Return the loss of a batch, weighted as a part of its step; log the loss of the whole step."""
         part = part_of(self.trainer, batch_index, self.optimization.loss_reduction)
-        self._batch_tokens = int(batch["attention_mask"].sum())
+        self._batch_tokens = self.tokens_in(batch)
         try:
             loss = self.loss_of(batch)
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from lightning import Callback
-from torch import nn
+from torch import Tensor, nn
 
 
 class PenaltySchedule(Callback):
@@ -35,14 +35,26 @@ def mean_penalty(model: nn.Module) -> float:
     Raises:
         ValueError: if none does.
     """
-    owners: list[Any] = [part for part in model.modules() if hasattr(part, "penalty")]
-    found = [penalty.item() for owner in owners if (penalty := owner.penalty()) is not None]
+    found = _penalties(model)
     if not found:
         raise ValueError(
             "PIDPenalty holds a penalty of parameters at its target, and there is none: set "
             "intervention=brep (red with options.restraint=1), or leave the callback out"
         )
-    return sum(found) / len(found)
+    return sum(penalty.item() for penalty in found) / len(found)
+
+
+def has_penalty(model: Any) -> bool:
+    """Whether interventions add to the loss for their parameters; those of a model without weights have no values."""
+    try:
+        return bool(_penalties(model))
+    except RuntimeError:  # of one that looks at its values
+        return True
+
+
+def _penalties(model: Any) -> list[Tensor]:
+    owners: list[Any] = [part for part in model.modules() if hasattr(part, "penalty")]
+    return [penalty for owner in owners if (penalty := owner.penalty()) is not None]
 
 
 class ExponentialPenalty(PenaltySchedule):

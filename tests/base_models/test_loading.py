@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import BertConfig, PreTrainedTokenizerFast
 
+import reft_lightning as rl
 from reft_lightning.adapters.adapt import adapt
 from reft_lightning.base_models.loading import byte_tokenizer, load_base_model, load_config, load_tokenizer
 from reft_lightning.storage.wheels import cache_folder
@@ -256,6 +257,30 @@ def test_logits_of_a_bfloat16_model_can_be_float32_and_break_ties():
     torch.testing.assert_close(wide, narrow.float(), rtol=1e-2, atol=1e-2)  # bfloat16 keeps 8 bits
     assert wide.unique().numel() > 2 * narrow.unique().numel()
     assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["llama", "roberta", "bert"])
+def test_the_head_of_a_bfloat16_classifier_is_trained_in_float32(kind):
+    """A step of 2e-3 of a weight near 1 is less than bfloat16 can tell apart."""
+    config = LLAMA | {"model_type": kind}
+    arguments = {"source": "random", "tokenizer": "bytes", "dtype": "bfloat16", "config": config,
+                 "task": "sequence_classification", "num_labels": 3}  # fmt: skip
+    ids = torch.arange(3, 20).unsqueeze(0)
+    narrow = load_base_model(**arguments)[0](ids).logits
+    model, _ = load_base_model(**arguments, float32_logits=True)
+    wide = model(ids).logits
+    assert (narrow.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(wide, narrow.float(), rtol=5e-2, atol=2e-2)
+    reft = rl.attach(model, "loreft", rank=2, positions="f1")
+    head = reft.parameter_roles()["head"]
+    assert head
+    assert {p.dtype for p in head} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    before = [p.detach().clone() for p in head]
+    optimizer = torch.optim.SGD(head, lr=1e-6)
+    reft.train()(ids, labels=torch.tensor([1])).loss.backward()
+    optimizer.step()
+    assert any(not torch.equal(p, b) for p, b in zip(head, before, strict=True))
 
 
 def test_a_copy_of_the_embeddings_for_wide_logits_counts_once():

@@ -14,6 +14,7 @@ from reft_lightning.adapters.reft.measuring import watching
 from reft_lightning.config import compose
 from reft_lightning.interventions import CAST, RED, MeanDifference, ReFTr1, Tokens
 from reft_lightning.runs import experiment
+from reft_lightning.runs.build import outline
 from reft_lightning.training.penalties import ExponentialPenalty, LinearPenalty, PIDPenalty, mean_penalty
 
 
@@ -276,6 +277,15 @@ def test_the_controller_follows_its_formula():
         PIDPenalty(1.0, start=2.0)
     with pytest.raises(ValueError, match="there is none"):
         mean_penalty(rl.attach(tiny.model("llama"), "red", positions="all"))
+
+
+@pytest.mark.parametrize("method", ["red", "peft/lora"])
+def test_a_pid_without_a_penalty_is_refused_before_weights_are_loaded(method):
+    config = compose.compose(
+        ["model=tiny_random", "data=boolq", f"intervention={method}", "callbacks=penalty_pid"]
+    )
+    with pytest.raises(ValueError, match=f"PIDPenalty.*{method} has none.*intervention=brep"):
+        outline(config)
 
 
 def test_a_run_of_brep_holds_the_length_of_its_vectors(choices, tmp_path):

@@ -97,7 +97,7 @@ def table(width=200, **more):
                    "test/boolq/majority_accuracy": count | constant},
         "metrics": {"base/test/boolq/accuracy": 0.5, "test/boolq/accuracy": 0.8},
         "commonest_answers": {"boolq": "true"},
-        "trainable_parameters": 1234, "percent": 0.5,
+        "trainable_parameters": 1234, "percent": 0.5, "base_task": "causal_lm",
     }  # fmt: skip
     out = io.StringIO()
     print_table(values | more, Console(file=out, width=width))
@@ -183,6 +183,11 @@ def test_the_commands_that_are_printed_work_as_they_are_copied(method, names):
         (other,) = compose.preflight(found["another method"][1:]).runs.values()
         assert other.intervention.method == {"loreft": "direft", "direft": "loreft"}[method]
         assert other.data == first.data
+
+
+@pytest.mark.parametrize("task", ["sequence_classification", "seq2seq_lm", "image_text_to_text"])
+def test_nobody_is_sent_to_chat_with_a_model_that_does_not(task):
+    assert set(printed(table(base_task=task))) == {"run folder", "evaluate again"}
 
 
 def test_no_other_method_is_proposed_where_the_command_would_set_it_back():

@@ -5,10 +5,10 @@ weighted sum, or another one for each row of a batch.
 
 One hook per site, registered once and bound to the :class:`ReftModel`. Once a call, R is computed for all interventions
 that it uses and a pre-hook on the base model works out which tokens are selected (P, :mod:`.edit_plan`); at the sites,
-:mod:`.editing` edits them. Outside ``forward`` and ``generate`` of the ReftModel, and inside ``disabled()``, the hooks do
-nothing. Calls may be nested, and run in several threads (:mod:`.calls`). ``disabled()`` counts for all threads at once;
-``nulled()``, ``scale`` and ``set_adapter`` for calls that begin later, and for the blocks that gradient checkpointing runs
-again for them.
+:mod:`.editing` edits them. Outside ``forward`` and ``generate`` of the ReftModel, and inside ``disabled()``, the hooks
+do nothing. Calls may be nested, and run in several threads (:mod:`.calls`). ``disabled()`` counts for all threads at
+once; ``nulled()``, ``scale`` and ``set_adapter`` for calls that begin later, and for the blocks that gradient
+checkpointing runs again for them.
 
 Shapes: b rows, s columns, d width, n selected tokens.
 """

@@ -142,8 +142,12 @@ def reference(model: AdaptedModel) -> Iterator[None]:
 
 
 def inputs_of(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return what the model takes of a batch, with the logits and labels of the target's columns only."""
-    return {name: value for name, value in target_only(batch).items() if name not in NOT_INPUTS}
+    """Return what the model takes of a batch, with the logits and labels of the target's columns only.
+
+    Where the target is a text of its own, all columns are the target's.
+    """
+    laid = target_only(batch) if "boundary" in batch else batch
+    return {name: value for name, value in laid.items() if name not in NOT_INPUTS}
 
 
 def log_probs(logits: Tensor, labels: Tensor) -> Tensor:  # (b, t + 1, v), (b, t + 1) -> (b,)

@@ -18,9 +18,7 @@ from transformers import (
 import reft_lightning as rl
 from reft_lightning.adapters.adapt import adapt, build_on_meta
 from reft_lightning.base_models.decoders import is_decoder
-from reft_lightning.config import compose
 from reft_lightning.integrations.transformers import as_pretrained
-from reft_lightning.runs.build import outline
 
 SIZES = {"vocab_size": 48, "d_model": 16, "pad_token_id": 0, "eos_token_id": 1}
 BOTH = {
@@ -272,14 +270,3 @@ def test_a_model_with_an_encoder_is_no_decoder_though_its_decoder_has_a_class_of
     assert not is_decoder(config)
     assert build_on_meta(config).config.is_encoder_decoder
     assert is_decoder(AutoModelForCausalLM.from_config(copy.deepcopy(config)).config)
-
-
-@pytest.mark.parametrize("kind", ["t5", "pegasus"])
-def test_a_run_that_cannot_train_one_says_what_is_missing_before_weights_are_loaded(kind):
-    config = compose.compose(
-        ["model=tiny_random", f"model.config.model_type={kind}", "data=arithmetic", "data.source=hub"]
-    )
-    with pytest.raises(
-        ValueError, match=r"encoder and a decoder.*read prompt and target as one text.*rl\.attach"
-    ):
-        outline(config)

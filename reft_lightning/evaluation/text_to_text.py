@@ -1,0 +1,61 @@
+"""Evaluate models with an encoder and a decoder: the likelihood of targets, and generated texts.
+
+Shapes: b rows, s columns of prompts, t columns of targets.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteriaList
+
+from .decoding import Decoding, Stop, own_randomness, without_generation_defaults
+
+
+@torch.no_grad()
+def target_log_likelihood(model: Any, batch: dict[str, Any]) -> Tensor:  # -> (b,)
+    r"""Return :math:`\log p(\text{target} \mid \text{prompt})`, summed over the target's tokens.
+
+    Args:
+        model: an adapted model whose base has an encoder and a decoder.
+        batch: ``input_ids`` and ``attention_mask`` (b, s), ``labels`` (b, t).
+    """
+    labels = batch["labels"]
+    read = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    logits = model(**read).logits  # (b, t, v): the decoder reads the labels one column later
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    chosen = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return chosen.masked_fill(labels == -100, 0.0).sum(-1)
+
+
+@torch.no_grad()
+def write(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: Decoding) -> list[list[str]]:
+    """Return the texts that the decoder writes for the prompts of a batch: ``texts[row][sample]``.
+
+    It starts with the model's own ``decoder_start_token_id``; its other generation defaults are ignored.
+    """
+    base = model.base_model
+    starts = (
+        getattr(owner, "decoder_start_token_id", None) for owner in (base.generation_config, base.config)
+    )
+    settings = GenerationConfig(
+        **decoding.arguments,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=next((start for start in starts if start is not None), None),
+    )
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    more: dict[str, Any] = {}
+    if decoding.stop_strings:
+        first = [1] * (len(ids) * decoding.samples)  # the start token is no text
+        more["stopping_criteria"] = StoppingCriteriaList([Stop(tokenizer, decoding.stop_strings, first)])
+    drawn = own_randomness(decoding.seed, ids) if decoding.do_sample else nullcontext()
+    with without_generation_defaults(model), drawn:
+        whole = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=settings, synced_gpus=False, **more
+        )
+    texts = tokenizer.batch_decode(whole[:, 1:], skip_special_tokens=True)
+    return [texts[i : i + decoding.samples] for i in range(0, len(texts), decoding.samples)]

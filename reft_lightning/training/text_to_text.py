@@ -1,0 +1,39 @@
+"""Train and evaluate a model with an encoder and a decoder by what it writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..adapters.adapted import AdaptedModel
+from ..evaluation import Decoding, target_log_likelihood, write
+from .generation import GenerationModule
+
+
+class TextToTextModule(GenerationModule):
+    """As :class:`GenerationModule`, with prompts and targets that are texts of their own."""
+
+    def check_reads(self, model: AdaptedModel) -> None:
+        """Take every model: the encoder reads no answers."""
+
+    def tokens_in(self, batch: dict[str, Any]) -> int:
+        """Return how many tokens a batch holds, those of its targets too."""
+        return super().tokens_in(batch) + int((batch["labels"] != -100).sum())
+
+    def reader(self) -> None:
+        """Share nothing: each pass reads its prompts."""
+
+    def log_likelihood(self, batch: dict[str, Any], reader: None) -> Tensor:  # -> (b,)
+        """Return the log-likelihood of the targets."""
+        return target_log_likelihood(self.model, batch)
+
+    def drafted(
+        self, batch: dict[str, Any], batches: list[dict[str, Any]], choice: list[int]
+    ) -> dict[str, Any]:
+        """Return the batch: drafts are not checked."""
+        return batch
+
+    def texts(self, batch: dict[str, Any], decoding: Decoding, reader: None) -> list[list[str]]:
+        """Return the texts that the decoder writes for each row."""
+        return write(self.model, batch, self.tokenizer, decoding)
