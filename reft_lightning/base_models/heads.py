@@ -120,7 +120,8 @@ def widen_heads(model: PreTrainedModel) -> None:
     outputs that are close tie. A head that is quantized, or offloaded, stays as it is.
     """
     for head in map(model.get_submodule, classification_heads(model)):
-        if not is_quantized(head) and not any(parameter.is_meta for parameter in head.parameters()):
+        offloaded = is_dispatched(model) and any(parameter.is_meta for parameter in head.parameters())
+        if not is_quantized(head) and not offloaded:
             head.float()
             head.register_forward_pre_hook(_widen)
 

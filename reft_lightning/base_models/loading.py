@@ -230,8 +230,8 @@ def load_base_model(
     )  # fmt: skip
     if task == "causal_lm" and wanted.is_encoder_decoder:
         raise ValueError(
-            f"{lies.name} ({wanted.model_type}) has an encoder and a decoder: it is loaded with task='seq2seq_lm', by "
-            "reft-train, reft-eval and in Python; chats and servers have models with a decoder alone"
+            f"{lies.name} ({wanted.model_type}) has an encoder and a decoder: load it with task='seq2seq_lm', as "
+            "reft-train and reft-eval do. reft-chat and reft-serve take decoders only"
         )
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         loaded_tokenizer = tokenizer
@@ -317,7 +317,8 @@ def fit_to_tokenizer(
     for role in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if role not in given:
             setattr(text, role, getattr(tokenizer, role))
-    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+    start = getattr(config, "decoder_start_token_id", None)
+    if config.is_encoder_decoder and (start is None or start >= text.vocab_size):
         config.decoder_start_token_id = tokenizer.pad_token_id  # as T5's
     if image_tokens(config):
         config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")

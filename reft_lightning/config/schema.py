@@ -75,7 +75,8 @@ class ModelConfig:
         False  # the training step, by torch.compile: minutes at the start, and a C++ compiler on a CPU
     )
     attn_implementation: Optional[str] = None  # None: transformers' choice
-    float32_logits: bool = True  # of a 16-bit model: bfloat16 logits tie. False, as the authors' code has it
+    # of a 16-bit model, and the head of a classifier: bfloat16 logits tie. False, as the authors' code has it
+    float32_logits: bool = True
     # transformers' quantization_config of the frozen base, with its quant_method; conf/quantization has some
     quantization: dict[str, Any] = field(default_factory=dict)
     # accelerate's: auto, balanced, sequential, or module -> GPU, cpu or disk, from where it is brought for each use

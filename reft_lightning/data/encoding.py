@@ -223,8 +223,9 @@ def encode_two_texts(
     """
     targets = [text.removeprefix(" ") for text in texts["target"]]
     columns: dict[str, list] = {name: [] for name in TYPES}
-    with_eos = closing if closing[-1:] == [eos] else [*closing, eos]
-    for prompt, target in zip(_ids(tokenizer, texts["prompt"]), _ids(tokenizer, targets), strict=True):
+    with_eos = closing if eos in closing else [*closing, eos]
+    pairs = zip(_ids(tokenizer, texts["prompt"]), _ids(tokenizer, targets), strict=True)
+    for prompt, target in ((_bare(p, leading, closing), _bare(t, leading, with_eos)) for p, t in pairs):
         cut_prompt = max(len(leading) + len(prompt) + len(closing) - max_length, 0)
         cut_target = max(len(leading) + len(target) + len(with_eos) - max_length, 0)
         read = [*leading, *prompt[cut_prompt:], *closing]
@@ -233,6 +234,15 @@ def encode_two_texts(
         for name, value in zip(TYPES, row, strict=True):
             columns[name].append(value)
     return columns
+
+
+def _bare(ids: list[int], leading: list[int], closing: list[int]) -> list[int]:
+    """Return the tokens of a text without the special ones that it spells out itself: one of each is enough."""
+    if leading and ids[: len(leading)] == leading:
+        ids = ids[len(leading) :]
+    if closing and ids[-len(closing) :] == closing:
+        ids = ids[: -len(closing)]
+    return ids
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -247,7 +247,9 @@ class Stop(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # (r, s) -> (r,)
         """Return which rows have ended."""
-        rows = zip(input_ids.tolist(), self.first, strict=True)
+        repeated = len(input_ids) // len(self.first)  # beams of a row stand next to each other
+        firsts = (first for first in self.first for _ in range(repeated))
+        rows = zip(input_ids.tolist(), firsts, strict=True)
         texts = self.tokenizer.batch_decode([row[first:] for row, first in rows], skip_special_tokens=True)
         found = [any(stop in text for stop in self.stop_strings) for text in texts]
         return torch.tensor(found, device=input_ids.device)

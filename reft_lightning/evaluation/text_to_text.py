@@ -35,7 +35,8 @@ def target_log_likelihood(model: Any, batch: dict[str, Any]) -> Tensor:  # -> (b
 def write(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: Decoding) -> list[list[str]]:
     """Return the texts that the decoder writes for the prompts of a batch: ``texts[row][sample]``.
 
-    It starts with the model's own ``decoder_start_token_id``; its other generation defaults are ignored.
+    It starts with the model's own ``decoder_start_token_id``, and ``forced_bos_token_id`` if there is one; other
+    generation defaults are ignored. Penalties of repetition look at the text that is written, not at the prompt.
     """
     base = model.base_model
     starts = (
@@ -46,6 +47,7 @@ def write(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: Decoding)
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=next((start for start in starts if start is not None), None),
+        forced_bos_token_id=getattr(base.generation_config, "forced_bos_token_id", None),
     )
     ids, mask = batch["input_ids"], batch["attention_mask"]
     more: dict[str, Any] = {}

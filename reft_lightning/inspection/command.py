@@ -155,8 +155,8 @@ def _inspect(
     plan = prepare(untrained(config))
     if not plan.data.val_tasks:
         raise ValueError(f"{folder} has no validation rows, on which an adapter is inspected")
-    # of prompt | target in one row
-    batch = windows(plan.tokenizer, text or OWN) if plan.source["task"] == "causal_lm" else None
+    reads_on = kind_of(plan.family).generates and plan.source["task"] != "seq2seq_lm"
+    batch = windows(plan.tokenizer, text or OWN) if reads_on else None
     objects = load_run(folder, config, plan)
     trainer = evaluating_trainer(config, out, progress_bar=False)
     also = None

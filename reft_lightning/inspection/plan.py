@@ -28,6 +28,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from ..adapters.adapt import adapt, build_on_meta, interventions_of
 from ..adapters.adapted import AdaptedModel
 from ..adapters.reft.measuring import Seen, watching
+from ..base_models.heads import widen_heads
 from ..base_models.reading import takes_position_ids
 from ..config import compose
 from ..config.schema import Config
@@ -41,7 +42,6 @@ from ..runs.kinds import kind_of
 from ..training.objectives import SFT
 from ..training.objectives.base import NOT_INPUTS, inputs_of
 
-PLANNED = ("causal_lm", "sequence_classification")  # tasks of base models
 FUSED = "reft_inspect_fused"
 Batch = dict[str, Any]
 
@@ -101,24 +101,25 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
     workspaces are left out.
     """
     config = replace(config, test=False, evaluate_base=False)
+    run = outline(config)
+    if run.source["task"] == "seq2seq_lm":
+        raise ValueError(
+            f"reft-inspect plan does not take models with an encoder and a decoder, as {config.model.name} is one"
+        )
     if prompt is None:
         run = prepare(config)
         batches, rows = _batches_of(run.data)
     else:
-        run = outline(config)
         rows = {}
         batch = _batch(run, config.data.batch_size * (1 + run.objective.pairs), prompt, target)
         if config.data.source_prompt:
             ids, mask = (batch[name][:, :prompt] for name in ("input_ids", "attention_mask"))
             batch |= {"source_ids": ids, "source_mask": mask}
         batches = {"given": batch}
-    if (task := run.source["task"]) not in PLANNED:
-        raise ValueError(
-            f"reft-inspect plan runs a step without weights, which it does for {' and '.join(PLANNED)}; the model of "
-            f"{config.data.family} is a {task}"
-        )
     base, notes = _build(run)
     base.to(getattr(torch, config.model.dtype))
+    if run.source["task"] == "sequence_classification" and config.model.float32_logits:
+        widen_heads(base)
     base.requires_grad_(False)
     weights = _bytes([*base.parameters(), *base.buffers()])
     own = base.base_model  # Hugging Face's name of the model without its head

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from transformers import PretrainedConfig
 
 from ..adapters.methods import method_named
+from ..base_models.loading import load_config
+from ..base_models.places import ModelPlace
 from ..config.schema import OF_TRAINING, Config, DataConfig, InterventionConfig
 from ..data import AnyFamily, Family, get_family
 from ..data.benchmark_data import BenchmarkData
@@ -32,6 +35,10 @@ SCHEDULES = (
     "reft_lightning.training.schedules",
     "transformers.optimization",
 )  # functions, whose names are known
+
+
+OF_CONFIG = ("base_dropout", "config", "num_labels", "quantization", "device_map")  # arguments of load_config
+PLACE = tuple(field.name for field in fields(ModelPlace))
 
 
 class OwnRows(NamedTuple):
@@ -99,6 +106,11 @@ def model_source(config: Config, family: AnyFamily | None = None) -> dict[str, A
         del model[key]
     num_labels = family.num_labels(config.data.tasks) if family else None
     return model | {"task": kind_of(family).task, "num_labels": num_labels, "seed": config.seed}
+
+
+def hf_config_of(source: dict[str, Any]) -> PretrainedConfig:
+    """Return the Hugging Face configuration of what :func:`model_source` names."""
+    return load_config(**{name: source[name] for name in (*PLACE, *OF_CONFIG)})
 
 
 def attachment(config: Config, family: AnyFamily | None = None) -> dict[str, Any]:

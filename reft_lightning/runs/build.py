@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from ..adapters.adapt import adapt, build_on_meta
 from ..adapters.adapted import AdaptedModel, ParameterCount
 from ..adapters.methods import method_named
 from ..base_models.heads import class_order
-from ..base_models.loading import fit_to_tokenizer, load_base_model, load_config, load_tokenizer
-from ..base_models.places import ModelPlace
+from ..base_models.loading import fit_to_tokenizer, load_base_model, load_tokenizer
 from ..base_models.processors import load_processor
 from ..config.schema import Config
 from ..data import AnyFamily, Family
@@ -31,10 +30,12 @@ from ..training.objectives import Objective
 from ..training.optimization import Optimization
 from ..training.penalties import has_penalty
 from .arguments import (
+    PLACE,
     attachment,
     data_module,
     decoding_of,
     family_of,
+    hf_config_of,
     method_of,
     model_source,
     objective_of,
@@ -54,9 +55,6 @@ from .kinds import kind_of
 
 if TYPE_CHECKING:
     from .shared_base import Lane
-
-OF_CONFIG = ("base_dropout", "config", "num_labels", "quantization", "device_map")  # arguments of load_config
-PLACE = tuple(field.name for field in fields(ModelPlace))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +152,8 @@ def outline(config: Config) -> Outline:
     attached = attachment(config, family)
     decoding = decoding_of(config, cast(Family, family)) if kind_of(family).generates else None
     place = {name: source[name] for name in PLACE}
-    hf_config = load_config(**place, **{k: source[k] for k in OF_CONFIG})
-    if hf_config.is_encoder_decoder and family.kind == Family.kind:
+    hf_config = hf_config_of(source)
+    if type(hf_config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and family.kind == Family.kind:
         family = TextToTextFamily.of(cast(Family, family))
         source["task"] = kind_of(family).task
     order = class_order(hf_config, family.classes_of(config.data.tasks))
@@ -171,7 +169,7 @@ def outline(config: Config) -> Outline:
     adapted = adapt(on_meta, **attached)
     count = adapted.parameter_count()
     objective.check(adapted, method_named(config.intervention.method))
-    check_tied_head(config, hf_config, attached.get("heads") or ())
+    check_tied_head(config, hf_config, source["task"], attached.get("heads") or ())
     if "PIDPenalty" in str(config.callbacks) and not has_penalty(adapted):
         raise ValueError(
             f"callbacks: PIDPenalty holds a penalty of parameters at its target, and {method_of(config)} has none: set "
@@ -218,10 +216,6 @@ def build(config: Config, prepared: Prepared | None = None, lane: Lane | None = 
     def load() -> PreTrainedModel:
         return load_base_model(**run.source | {"tokenizer": run.tokenizer, "hf_config": run.hf_config})[0]
 
-    if lane is not None and run.source["task"] == "seq2seq_lm":
-        raise ValueError(
-            f"launcher=shared_base joins rows of decoders, and {config.model.name} has an encoder, too: leave it out"
-        )
     base_model = load() if lane is None else lane.base_model(load)
     if config.model.gradient_checkpointing:
         with warnings.catch_warnings():

@@ -152,13 +152,18 @@ def check_reads_forward(config: Config, hf_config: PretrainedConfig, task: str, 
             f"model {config.model.name} ({hf_config.model_type}) reads no images, and the rows of the family "
             f"{family.name} have pictures: choose a model that does, such as model=smolvlm_256m"
         )
-    if task == "causal_lm" and sees and not is_decoder(hf_config):
+    if task in ("causal_lm", "seq2seq_lm") and sees and not is_decoder(hf_config):
         raise ValueError(
             f"model {config.model.name} ({hf_config.model_type}) reads images and text, and the rows of the family "
             f"{family.name} have no pictures: choose data=vqa or data=llava, or a model of text"
         )
     if task == "seq2seq_lm":
         _check_two_texts(config)
+    if task == "causal_lm" and hf_config.is_encoder_decoder:
+        raise ValueError(
+            f"model {config.model.name} ({hf_config.model_type}) has an encoder and a decoder, and is none of "
+            f"transformers' models from text to text: choose one, or a decoder, for the rows of {family.name}"
+        )
     if task == "causal_lm" and not is_decoder(hf_config):
         raise ValueError(
             f"model {config.model.name} is an encoder, each token of which reads those after it: it cannot be trained "
@@ -282,13 +287,14 @@ def check_strategy(config: Config, trainer: Trainer) -> None:
         raise ValueError(f"trainer=fsdp: {reason}; leave it out, or write trainer=ddp")
 
 
-def check_tied_head(config: Config, hf_config: PretrainedConfig, heads: Sequence[str]) -> None:
+def check_tied_head(config: Config, hf_config: PretrainedConfig, task: str, heads: Sequence[str]) -> None:
     """Refuse to train a language-model head that is the embeddings too, where it gets a float32 copy of its own.
 
     Raises:
         ValueError: with what to set.
     """
-    copied = config.model.dtype != "float32" and config.model.float32_logits and hf_config.tie_word_embeddings
+    widened = config.model.dtype != "float32" and config.model.float32_logits
+    copied = widened and hf_config.tie_word_embeddings and task != "sequence_classification"
     if copied and (method_named(config.intervention.method).trains_weights or "lm_head" in heads):
         raise ValueError(
             f"{config.model.name} shares its embeddings with its head, and model.float32_logits gives the head a copy: "

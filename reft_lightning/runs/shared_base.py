@@ -19,9 +19,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from ..adapters.methods import method_named
 from ..base_models.random_state import random_state, set_random_state
 from ..config.schema import Config, ObjectiveConfig
+from ..data import AnyFamily
 from ..interventions import intervention_class
 from ..speed.joined_pass import Asked, JoinedPass, Trained
-from .arguments import attachment, family_of, model_source
+from .arguments import attachment, family_of, hf_config_of, model_source
 from .kinds import kind_of
 from .own_process import needs_own_process
 from .turns import Turns
@@ -210,4 +211,12 @@ def why_alone(config: Config) -> str | None:
         f"resume={config.resume} goes on with a run from where it is": config.resume,
         "callbacks=edit_norms watches a pass of its own": "EditNorms" in str(config.callbacks),
     }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    found = next((reason for reason, holds in reasons.items() if holds), None)
+    return found or ("an encoder reads prompts by itself" if _reads_two_texts(config, family) else None)
+
+
+def _reads_two_texts(config: Config, family: AnyFamily) -> bool:
+    try:
+        return hf_config_of(model_source(config, family)).is_encoder_decoder
+    except (ValueError, OSError, ImportError):
+        return False  # the run says itself what is wrong with its model

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import reft_lightning as rl
 from reft_lightning.adapters.reft.config import CONFIG_FILE
-from reft_lightning.adapters.saving import CARD_FILE, TENSOR_FILE
+from reft_lightning.adapters.saving import CARD_FILE, TENSOR_FILE, check_fit
 
 METHODS = ["loreft", "noreft", "direft", "direft_orthonormal", "consreft", "lobireft"]
 IDS = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 11, 12, 13]])
@@ -280,6 +280,14 @@ def test_tensors_of_half_precision_load_with_a_warning(dtype, tmp_path, caplog):
     assert "fewer digits than it was trained with" in record.getMessage()
     assert f"interventions.0.0.basis is {str(dtype)[6:]}, used as float32" in record.getMessage()
     torch.testing.assert_close(logits(again), logits(reft), atol=0.1, rtol=0.1)
+
+
+def test_heads_of_a_16_bit_base_load_into_float32_without_a_word(caplog):
+    own = {"heads.score.weight": torch.zeros(2, 3), "interventions.0.0.bias": torch.zeros(2)}
+    check_fit(own, own | {"heads.score.weight": torch.ones(2, 3, dtype=torch.bfloat16)})
+    assert caplog.records == []
+    check_fit({n: t.bfloat16() for n, t in own.items()}, own)  # the other way round digits are lost
+    assert "heads.score.weight is float32, used as bfloat16" in caplog.text
 
 
 def test_tensors_of_their_own_precision_load_without_a_word(tmp_path, caplog):

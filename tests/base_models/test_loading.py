@@ -261,26 +261,26 @@ def test_logits_of_a_bfloat16_model_can_be_float32_and_break_ties():
 
 @pytest.mark.parametrize("kind", ["llama", "roberta", "bert"])
 def test_the_head_of_a_bfloat16_classifier_is_trained_in_float32(kind):
-    """A step of 2e-3 of a weight near 1 is less than bfloat16 can tell apart."""
+    """A step that moves no bfloat16 weight of it moves the float32 ones."""
     config = LLAMA | {"model_type": kind}
     arguments = {"source": "random", "tokenizer": "bytes", "dtype": "bfloat16", "config": config,
                  "task": "sequence_classification", "num_labels": 3}  # fmt: skip
     ids = torch.arange(3, 20).unsqueeze(0)
-    narrow = load_base_model(**arguments)[0](ids).logits
-    model, _ = load_base_model(**arguments, float32_logits=True)
-    wide = model(ids).logits
+    logits = []
+    for wide in (False, True):
+        model, _ = load_base_model(**arguments, float32_logits=wide)
+        reft = rl.attach(model, "loreft", rank=2, positions="f1")
+        matrices = [p for p in reft.parameter_roles()["head"] if p.ndim > 1]
+        assert {p.dtype for p in matrices} == {torch.float32 if wide else torch.bfloat16}
+        assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+        before = [p.detach().clone() for p in matrices]
+        logits.append(model(ids).logits)
+        reft.train()(ids, labels=torch.tensor([1])).loss.backward()
+        torch.optim.SGD(matrices, lr=1e-6).step()
+        assert any(not torch.equal(p, b) for p, b in zip(matrices, before, strict=True)) == wide
+    narrow, wide = logits
     assert (narrow.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
     torch.testing.assert_close(wide, narrow.float(), rtol=5e-2, atol=2e-2)
-    reft = rl.attach(model, "loreft", rank=2, positions="f1")
-    head = reft.parameter_roles()["head"]
-    assert head
-    assert {p.dtype for p in head} == {torch.float32}
-    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
-    before = [p.detach().clone() for p in head]
-    optimizer = torch.optim.SGD(head, lr=1e-6)
-    reft.train()(ids, labels=torch.tensor([1])).loss.backward()
-    optimizer.step()
-    assert any(not torch.equal(p, b) for p, b in zip(head, before, strict=True))
 
 
 def test_a_copy_of_the_embeddings_for_wide_logits_counts_once():

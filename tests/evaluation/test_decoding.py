@@ -241,6 +241,17 @@ def test_stop_strings_end_a_text_in_the_same_place():
             )
 
 
+def test_stop_strings_end_beams():
+    model, tokenizer = byte_model(), byte_tokenizer()
+    batch = bytes_batch(["yes", "no", "so it is"])
+    free = generate_ids(model, batch, tokenizer, Decoding(9, verify=False, num_beams=3, samples=2))
+    letter = next(chr(int(i) - 3) for i in free[:, 2:8].flatten() if 32 < int(i) - 3 < 127)
+    stopped = Decoding(9, verify=False, num_beams=3, samples=2, stop_strings=(letter,))
+    texts = tokenizer.batch_decode(generate_ids(model, batch, tokenizer, stopped), skip_special_tokens=True)
+    assert len(texts) == 6
+    assert all(text.find(letter) in (-1, len(text) - 1) for text in texts)
+
+
 def test_a_stop_string_is_searched_only_after_the_prompt():
     """A completion that begins with "def" after a prompt that ends in a newline goes on; Hugging Face stops there."""
     model, tokenizer = byte_model(), byte_tokenizer()

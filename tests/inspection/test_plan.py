@@ -9,9 +9,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from reft_lightning import cli
+from reft_lightning.adapters.adapt import adapt
+from reft_lightning.base_models.loading import load_base_model
 from reft_lightning.config import compose
 from reft_lightning.inspection.plan import plan
-from reft_lightning.runs.build import prepare
+from reft_lightning.runs.build import outline, prepare
 
 EAGER = "model.attn_implementation=eager"
 LORA = ["intervention=peft/lora", "intervention.options.r=2"]
@@ -101,6 +103,27 @@ def test_parameters_file_and_edited_tokens_are_those_of_the_run(data, tmp_path):
     assert found["epoch_batches"] == 6
     assert found["optimizer_steps"] == 12
     assert found["batches"]["median"]["edited_tokens_of_layer"] == {0: 12, 1: 12}  # f2+l2 of 3 rows
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_head_of_a_classifier_is_counted_as_it_is_trained(dtype, tmp_path):
+    settings = [
+        "model=tiny_random",
+        "model.config.model_type=bert",
+        "data=glue_stsb",
+        "intervention.positions=f3",
+    ]
+    wanted = compose.compose([*settings, f"model.dtype={dtype}"])
+    run = outline(wanted)
+    adapt(load_base_model(**run.source)[0], **run.attached).save_pretrained(tmp_path)
+    assert plan(wanted, prompt=12)["adapter_bytes"] == (tmp_path / "reft.safetensors").stat().st_size
+
+
+def test_models_that_a_plan_cannot_run_are_refused_before_rows_are_read(tmp_path):
+    sizes = "model_type:t5,d_model:16,d_kv:8,d_ff:24,num_layers:2,num_heads:2"
+    missing = [*short_runs.arguments(tmp_path / "none"), "model.name=tiny_t5", f"+model.config={{{sizes}}}"]
+    with pytest.raises(ValueError, match="does not take models with an encoder and a decoder"):
+        plan(compose.compose(missing))
 
 
 def test_given_lengths_need_no_rows(tmp_path):

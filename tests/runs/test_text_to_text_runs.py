@@ -13,7 +13,7 @@ from reft_lightning.data.encoding import encode, encode_all
 from reft_lightning.data.example import Example
 from reft_lightning.data.text_to_text import TextToText, option_texts
 from reft_lightning.evaluation import Decoding, target_log_likelihood, write
-from reft_lightning.runs import chat, evaluate, experiment
+from reft_lightning.runs import chat, evaluate, experiment, shared_base
 from reft_lightning.runs.build import build, outline
 from reft_lightning.training.objectives import inputs_of
 
@@ -79,6 +79,20 @@ def test_prompt_and_target_have_special_tokens_of_their_own():
     assert (encoded.prompt_ids, encoded.target_ids) == ([a, a + 1, 2], [a + 2, a + 3, 2])
     framed = encode(byte_tokenizer(), Example("t", "ab", "cd", "cd"), 8, two_texts=True)
     assert (framed.prompt_ids, framed.target_ids) == ([1, a, a + 1], [1, a + 2, a + 3, 2])
+
+
+def test_special_tokens_that_a_text_spells_out_are_not_doubled():
+    a = ord("a") + 3
+    encoded = encode(byte_tokenizer(), Example("t", "<s>a", "b</s>", "b"), 8, two_texts=True)
+    assert (encoded.prompt_ids, encoded.target_ids) == ([1, a], [1, a + 1, 2])
+    tokenizer = t5_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = (
+        TemplateProcessing(  # as mBART's: eos, and the code of a language
+            single="$A </s> <s>", special_tokens=[("</s>", 2), ("<s>", 1)]
+        )
+    )
+    encoded = encode(tokenizer, Example("t", "a", "b", "b"), 8, two_texts=True)
+    assert (encoded.prompt_ids, encoded.target_ids) == ([a, 2, 1], [a + 1, 2, 1])
 
 
 def test_long_texts_are_cut_on_their_own():
@@ -173,6 +187,10 @@ def test_samples_are_those_of_the_seed_and_stop_where_they_should(objects):
         model, batch_of(tokenizer, EXAMPLES[:1]), tokenizer, Decoding(6, stop_strings=(whole[1],))
     )
     assert stopped[0][0] == whole[: whole.index(whole[1]) + 1]
+    beams = Decoding(6, num_beams=3, samples=2, stop_strings=(whole[1],))
+    for samples in write(model, batch_of(tokenizer), tokenizer, beams):
+        assert len(samples) == 2
+        assert all(text.find(whole[1]) in (-1, len(text) - 1) for text in samples)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------
@@ -201,8 +219,21 @@ def test_an_edit_learns_answers_that_the_frozen_model_does_not_give(rows, tmp_pa
     assert results["metrics"]["test/option_accuracy"] > 0.8
     again = evaluate.evaluate(run, "test")
     assert again["metrics"]["test/accuracy"] == results["metrics"]["test/accuracy"]
-    with pytest.raises(ValueError, match="chats and servers have models with a decoder alone"):
+    with pytest.raises(ValueError, match="reft-chat and reft-serve take decoders only"):
         chat.load(run)
+
+
+def test_jobs_of_a_shared_base_run_apart(rows):
+    assert shared_base.why_alone(config(rows())) == "an encoder reads prompts by itself"
+
+
+@pytest.mark.parametrize("kind", ["whisper", "pix2struct", "speech_to_text"])
+def test_a_model_that_reads_no_text_is_refused_by_name(kind, tmp_path):
+    asked = compose.compose(
+        ["model=tiny_random", f"model.config.model_type={kind}", "data=arithmetic", "data.source=hub"]
+    )
+    with pytest.raises(ValueError, match=rf"\({kind}\).*(encoder and a decoder|reads images)"):
+        outline(asked)
 
 
 @pytest.mark.parametrize(

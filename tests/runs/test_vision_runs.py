@@ -10,6 +10,7 @@ import torch
 
 import reft_lightning as rl
 from reft_lightning.config import compose
+from reft_lightning.inspection.command import main as inspect
 from reft_lightning.runs import evaluate, experiment
 from reft_lightning.runs.build import build, outline, prepare
 
@@ -50,6 +51,9 @@ def test_a_run_trains_scores_and_is_evaluated_again(folder, tmp_path):
     assert "test/loss" not in results["metrics"]
     again = evaluate.evaluate(run, "test")
     assert again["metrics"]["test/vqa_accuracy"] == results["metrics"]["test/vqa_accuracy"]
+    found = inspect([run], rows=2, out=tmp_path / "inspected")
+    assert found["scores"]["adapted"]["perplexity"] > 1
+    assert found["not_inspected"] == []
 
 
 def test_the_texts_of_an_evaluation_are_those_of_generate(folder):

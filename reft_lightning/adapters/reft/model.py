@@ -133,7 +133,10 @@ class ReftModel(nn.Module):
 
     @property
     def scale(self) -> float:
-        """The strength of every edit; a number given is that of all adapters, ``adapters[name].scale`` that of one."""
+        """The strength of every edit, in calls that begin after it is set.
+
+        A number given is that of all adapters, ``adapters[name].scale`` that of one.
+        """
         return self.adapters.first.scale
 
     @scale.setter
@@ -642,7 +645,9 @@ class ReftModel(nn.Module):
 
     @contextmanager
     def nulled(self) -> Iterator[None]:
-        """Remove from hidden states, inside the block, what the edits would add: ``null`` of each intervention.
+        """Remove from hidden states what the edits would add, in calls that begin inside the block.
+
+        Each intervention does so by its ``null``.
 
         Raises:
             ValueError: for an intervention of an active adapter that cannot be nulled, with those that can.
