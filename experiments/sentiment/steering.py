@@ -193,7 +193,7 @@ def plot() -> None:
                               markersize=3, alpha=0.5)  # fmt: skip
             axis.plot(*zip(*curve, strict=True), "o-", color=f"C{i}", label=way, markersize=4)
         axis.set_xlabel("loss of the texts by the frozen base, nats a token (fluent: low)")
-        axis.set_title(f"prompts {kind}")
+        axis.set_title({"as trained": "the prompt of training", "others": "other prompts"}[kind])
     axes[0].set_ylabel("share of texts taken for negative")
     axes[1].legend(frameon=False)
     figure.savefig(HERE / "steering.png", dpi=110)
