@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 BASE = "base"  # the frozen model's name in requests
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TOKEN = "REFT_SERVE_TOKEN"  # the environment variable
+KEEP_ALIVE = (
+    75  # s: clients let idle connections go after 5 to 60, and may be writing while a server hangs up first
+)
 
 
 def main(
@@ -87,7 +90,14 @@ def main(
         port,
         " to those who have the token" if token else "",
     )
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        timeout_graceful_shutdown=5,
+        timeout_keep_alive=KEEP_ALIVE,
+    )
 
 
 def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> tuple[ReftModel, dict[str, str]]:

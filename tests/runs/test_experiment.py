@@ -17,7 +17,7 @@ from reft_lightning.config.compose import CompositionError
 from reft_lightning.config.identity import config_hash
 from reft_lightning.data.generation_data import GenerationData
 from reft_lightning.evaluation import Decoding, generate
-from reft_lightning.runs import build, experiment, trainer
+from reft_lightning.runs import arguments, build, experiment, trainer
 from reft_lightning.runs.devices import check_accelerator
 from reft_lightning.runs.evaluate import evaluate
 
@@ -378,7 +378,7 @@ def test_the_tokenizer_and_the_configuration_are_loaded_once(data, monkeypatch, 
 
     def count(name):
         original = getattr(loading, name)
-        for owner in (loading, build):
+        for owner in (o for o in (loading, arguments, build) if hasattr(o, name)):
             monkeypatch.setattr(
                 owner, name, lambda *args, **kw: (calls.append(name), original(*args, **kw))[1]
             )

@@ -13,6 +13,7 @@ import reft_lightning as rl
 from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.runs.prompting import PromptFormat
 from reft_lightning.serving.app import Served, build_app
+from reft_lightning.serving.command import KEEP_ALIVE
 from reft_lightning.serving.engine import Engine
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}>"
@@ -58,7 +59,14 @@ SERVED = {
 def server(engine=None, token=None, served=SERVED):
     """Yield the address of a running server."""
     app = build_app(engine or Engine(model(), tokenizer(), max_batch=8), served, token)
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        app,
+        host="127.0.0.1",
+        port=0,
+        log_level="warning",
+        timeout_graceful_shutdown=2,
+        timeout_keep_alive=KEEP_ALIVE,
+    )
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()

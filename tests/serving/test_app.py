@@ -1,10 +1,13 @@
 """The endpoint as OpenAI's own client sees it, and what it refuses."""
 
 import asyncio
+import http.client
 import json
 import random
 import threading
 import time
+from contextlib import closing
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -198,6 +201,19 @@ def test_a_client_that_leaves_frees_its_place():
         assert not engine.busy
         assert time.perf_counter() - started < 10
         assert post(address, {**body, "max_tokens": 2}).status_code == 200
+
+
+def test_a_connection_that_was_idle_is_used_again(address):
+    """Where a server hangs up first, a request that is on its way is lost; httpx keeps connections for five seconds."""
+    parts = urlsplit(address)
+    with closing(http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)) as connection:
+        for pause in (5.5, 0):
+            connection.request("GET", "/v1/models")
+            answer = connection.getresponse()
+            assert answer.status == 200
+            answer.read()
+            assert connection.sock is not None, "the server keeps the connection"
+            time.sleep(pause)
 
 
 def test_five_hundred_requests_of_all_kinds_lose_nothing(address):
