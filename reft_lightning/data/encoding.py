@@ -253,8 +253,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]
 def _fit(
     prompt: list[int], target: list[int], joint: bool, leading: list[int], eos: int, max_length: int
 ) -> tuple[list[int], int, bool, int, int]:
-    if prompt[: len(leading)] == leading:  # the text spells BOS out: one is enough
-        prompt = prompt[len(leading) :]
+    prompt = _bare(prompt, leading, [])
     if target[-1] != eos:
         target = [*target, eos]
     room = max(max_length - len(leading) - len(prompt), max_length // 2)

@@ -10,20 +10,22 @@ from transformers import PreTrainedTokenizerBase
 
 from .encoding import Collator, encode, target_only
 from .example import Example
+from .text_to_text import TextToText
 
 
 def option_batches(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int, two_texts: bool = False
 ) -> list[dict[str, Any]]:
-    """Return one target-only batch for each option index, rows in the order of the examples.
+    """Return one batch of the target's logits for each option index, rows in the order of the examples.
 
     A row with fewer options than others repeats its last one; leave the repetitions out of the ranking. The
     prompts of all batches are the same columns, unless `max_length` cuts a prompt by the length of its option.
     """
     pad: Any = tokenizer.pad_token_id
-    collate = Collator(pad)
+    collate = TextToText(pad) if two_texts else Collator(pad)
     batches = []
     for k in range(max(len(example.options) for example in examples)):
         rows = [replace(e, target=e.options[min(k, len(e.options) - 1)]) for e in examples]
-        batches.append(target_only(collate([encode(tokenizer, row, max_length) for row in rows])))
+        batch = collate([encode(tokenizer, row, max_length, two_texts) for row in rows])
+        batches.append(batch if two_texts else target_only(batch))
     return batches

@@ -10,13 +10,12 @@ tokens and padding on the right, where these models expect it::
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from .encoding import IGNORED, Encoded, EncodedRows, encode, encode_all
+from .encoding import IGNORED, Encoded, EncodedRows, encode_all
 from .example import Example
 from .family import Family
 from .generation_data import GenerationData
@@ -66,15 +65,3 @@ class TextToText:
             "rows": torch.tensor([row.row for row in rows], dtype=torch.int64),
         }
         return batch | ({"examples": [row.example for row in rows]} if self.with_examples else {})
-
-
-def option_texts(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
-) -> list[dict[str, Any]]:
-    """Return one batch for each option index, as :func:`~.option_batches.option_batches` does."""
-    pad: Any = tokenizer.pad_token_id
-    collate, batches = TextToText(pad), []
-    for k in range(max(len(example.options) for example in examples)):
-        rows = [replace(e, target=e.options[min(k, len(e.options) - 1)]) for e in examples]
-        batches.append(collate([encode(tokenizer, row, max_length, two_texts=True) for row in rows]))
-    return batches

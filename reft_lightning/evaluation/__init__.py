@@ -1,7 +1,7 @@
 """Evaluation: generated text -> answer -> score, and the likelihood of options."""
 
 from .decoding import Decoding, generate
-from .option_likelihood import log_likelihood, option_log_likelihoods, with_draft
+from .option_likelihood import log_likelihood, option_log_likelihoods, summed_log_p, with_draft
 from .prefix_reader import ColumnReader, sources_in
 from .row_metrics import MeanLoss, RowScores, mean_interval, pass_at_k, wilson_interval
 from .sandbox.run import Limits, Outcome, run_program, run_programs
@@ -22,6 +22,7 @@ __all__ = [
     "run_program",
     "run_programs",
     "sources_in",
+    "summed_log_p",
     "target_log_likelihood",
     "wilson_interval",
     "with_draft",

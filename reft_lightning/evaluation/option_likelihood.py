@@ -40,6 +40,11 @@ def log_likelihood(reader: ColumnReader, batch: dict[str, Any]) -> Tensor:  # ->
     # column i predicts label i + 1, so the last column's logits are not needed
     read = {name: batch[name][:, :-1] for name in COLUMNS} | seen_in(batch, width - 1)
     logits = reader.logits({**read, "boundary": boundary})  # (b, t, v)
+    return summed_log_p(logits, labels)
+
+
+def summed_log_p(logits: Tensor, labels: Tensor) -> Tensor:  # (b, t, v), (b, t) -> (b,)
+    r"""Return the log-probabilities of labels, summed over those that are not -100, of the logits that predict them."""
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     chosen = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return chosen.masked_fill(labels == -100, 0.0).sum(-1)

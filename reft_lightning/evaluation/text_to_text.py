@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from .decoding import Decoding, Stop, own_randomness, without_generation_defaults
+from .option_likelihood import summed_log_p
 
 
 @torch.no_grad()
@@ -23,12 +24,9 @@ def target_log_likelihood(model: Any, batch: dict[str, Any]) -> Tensor:  # -> (b
         model: an adapted model whose base has an encoder and a decoder.
         batch: ``input_ids`` and ``attention_mask`` (b, s), ``labels`` (b, t).
     """
-    labels = batch["labels"]
     read = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     logits = model(**read).logits  # (b, t, v): the decoder reads the labels one column later
-    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    chosen = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return chosen.masked_fill(labels == -100, 0.0).sum(-1)
+    return summed_log_p(logits, batch["labels"])
 
 
 @torch.no_grad()

@@ -249,7 +249,5 @@ def _shortened_pass(config: Config, run: Prepared, model: AdaptedModel) -> Short
     """Return the pass that leaves out of training what no intervention can change; the base's own dropout would."""
     if config.model.base_dropout or run.objective.pairs or config.data.source_prompt:
         return None
-    if kind_of(run.family).task == "seq2seq_lm":  # nothing of it stays the same: the encoder reads both ways
-        return None
     limit = int(config.kept.limit_gb * 1e9)
     return ShortenedPass(model, run.data.train_rows, causal=run.decoding is not None, limit=limit)

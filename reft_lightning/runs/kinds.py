@@ -18,7 +18,7 @@ from ..data.generation_data import GenerationData
 from ..data.image_data import ImageData
 from ..data.option_batches import option_batches
 from ..data.preferences import PreferenceData
-from ..data.text_to_text import TextToTextData, option_texts
+from ..data.text_to_text import TextToTextData
 from ..training.classification import ClassificationModule
 from ..training.generation import GenerationModule
 from ..training.module import FinetuningModule
@@ -58,9 +58,7 @@ def _generation(
     data, family = run.data, run.family
     assert isinstance(family, Family)
     assert run.decoding is not None
-    options = partial(
-        option_texts if two_texts else option_batches, run.tokenizer, max_length=data.max_length
-    )
+    options = partial(option_batches, run.tokenizer, max_length=data.max_length, two_texts=two_texts)
     commonest = commonest_answers(data.train_rows.examples) if family.score else {}
     return (TextToTextModule if two_texts else GenerationModule)(
         model, run.tokenizer, family, data.val_tasks, data.test_tasks, run.optimization, run.decoding,

@@ -11,7 +11,8 @@ from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.config import compose
 from reft_lightning.data.encoding import encode, encode_all
 from reft_lightning.data.example import Example
-from reft_lightning.data.text_to_text import TextToText, option_texts
+from reft_lightning.data.option_batches import option_batches
+from reft_lightning.data.text_to_text import TextToText
 from reft_lightning.evaluation import Decoding, target_log_likelihood, write
 from reft_lightning.runs import chat, evaluate, experiment, shared_base
 from reft_lightning.runs.build import build, outline
@@ -151,7 +152,7 @@ def test_the_loss_is_that_of_each_row_read_alone(objects):
 
 def test_the_likelihood_of_options_is_that_of_each_as_a_target(objects):
     tokenizer = objects.prepared.tokenizer
-    options = option_texts(tokenizer, EXAMPLES, 64)
+    options = option_batches(tokenizer, EXAMPLES, 64, two_texts=True)
     found = torch.stack([target_log_likelihood(objects.model, option) for option in options], -1)
     for i, example in enumerate(EXAMPLES):
         for k, option in enumerate(example.options):

@@ -34,7 +34,8 @@ import torch
 from torch import Tensor
 
 from ...adapters.adapted import AdaptedModel, Steerable
-from ...data.encoding import IGNORED, target_only
+from ...data.encoding import target_only
+from ...evaluation import summed_log_p
 
 NOT_INPUTS = ("boundary", "examples", "rows")
 
@@ -152,7 +153,4 @@ def inputs_of(batch: dict[str, Any]) -> dict[str, Any]:
 
 def log_probs(logits: Tensor, labels: Tensor) -> Tensor:  # (b, t + 1, v), (b, t + 1) -> (b,)
     r"""Return :math:`\log p(\text{target} \mid \text{prompt})`, summed over the tokens of each target."""
-    goals = labels[:, 1:]
-    log_p = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    chosen = log_p.gather(-1, goals.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return chosen.masked_fill(goals == IGNORED, 0.0).sum(-1)
+    return summed_log_p(logits[:, :-1], labels[:, 1:])
