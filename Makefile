@@ -42,7 +42,7 @@ quickstart: $(STAMP)  ## train LoReFT on a 135M model, evaluate it, and say what
 	$(BIN)/reft-train experiment=quickstart
 
 # One process for each core, each with one thread: small tensors gain nothing from more.
-test: $(STAMP)  ## the tests a change must pass: no network, no GPU, about 13 minutes on 2 cores
+test: $(STAMP)  ## the tests a change must pass: no network, no GPU, about 12 minutes on 2 cores
 	HF_HUB_OFFLINE=1 WANDB_SILENT=true OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-slow: $(STAMP)  ## the tests that take longer

@@ -1,5 +1,6 @@
 """What every test gets: no network, no W&B account, quiet libraries, and the places of optional data."""
 
+import gc
 import logging
 import os
 from pathlib import Path
@@ -34,6 +35,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(missing_shared)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(missing_gpu)
+
+
+def pytest_collection_finish():
+    """Leave what was imported and collected out of every later search for garbage, of which each run makes one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
