@@ -1,4 +1,4 @@
-"""The one "did you mean" of error messages, and the one import of a name that a configuration holds."""
+"""The one "did you mean" of error messages, and the imports of what may be missing: a configuration's names, extras."""
 
 from __future__ import annotations
 
@@ -50,6 +50,29 @@ def no_such_folder(folder: Path) -> str:
     """Return the message for a folder that does not exist, with the nearest next to it."""
     near = [str(path) for path in folder.parent.glob("*") if path.is_dir()]
     return f"{folder}: no such folder{did_you_mean(str(folder), near)}"
+
+
+@contextmanager
+def needs_extra(extra: str, what: str) -> Iterator[None]:
+    """Import optional packages inside the block.
+
+    Args:
+        extra: of ``pyproject.toml``, which brings them.
+        what: needs them, in words that the message begins with.
+
+    Raises:
+        ValueError: if one is missing; says what to install.
+
+    >>> with needs_extra("report", "a report needs matplotlib"):
+    ...     import no_such_package
+    Traceback (most recent call last):
+    ...
+    ValueError: a report needs matplotlib (No module named 'no_such_package'): pip install 'reft_lightning[report]'
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(f"{what} ({error}): pip install 'reft_lightning[{extra}]'") from error
 
 
 def import_object(path: str) -> Any:

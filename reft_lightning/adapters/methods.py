@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any
 
-from ..suggest import did_you_mean
+from ..suggest import did_you_mean, needs_extra
 
 # Arguments of peft's classes that the framework sets, or that would break what it promises of an adapted model.
 RESERVED = {
@@ -234,10 +234,6 @@ def peft_class(name: str) -> Any:
     Raises:
         ValueError: if peft is not installed.
     """
-    try:
+    with needs_extra("peft", "the peft methods need the peft library"):
         import peft
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"the peft methods need the peft library ({error}): pip install 'reft_lightning[peft]'"
-        ) from error
     return getattr(peft, name)

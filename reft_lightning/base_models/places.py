@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..storage.build_once import publish
 from ..storage.wheels import SOURCES, cache_folder, wheel_file
+from ..suggest import needs_extra
 from ..terminal.bars import Bar
 from .loading_bars import bars_of_transformers
 
@@ -146,9 +147,5 @@ def _convert_gguf(wheel: Path, member: str, folder: Path) -> None:
 
 
 def _check_gguf() -> None:
-    try:
+    with needs_extra("gguf", "GGUF files are read by the gguf package"):
         import gguf  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            f"GGUF files are read by the gguf package ({error}): pip install 'reft_lightning[gguf]'"
-        ) from error

@@ -25,10 +25,10 @@ from ..runs.kinds import kind_of
 from ..runs.run_folder import load_run_config
 from ..storage.atomic import write_json
 from ..storage.reading import read_json
-from ..suggest import no_such_folder
+from ..suggest import needs_extra, no_such_folder
 from ..terminal.bars import Bar
 from . import findings
-from .figures import check_packages, draw
+from .figures import draw
 from .perplexity import OWN, windows
 from .view import show
 
@@ -57,7 +57,8 @@ def main(
     Raises:
         ValueError, OSError: before weights are loaded, for folders, rows or a text that cannot be used.
     """
-    check_packages()
+    with needs_extra("report", "pictures need matplotlib"):
+        import matplotlib  # noqa: F401
     console = console or Console(width=None if sys.stdout.isatty() else 120)
     runs = [_run_of(folder) for folder in folders]
     out = out or runs[0] / "inspection"

@@ -22,20 +22,6 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def check_packages() -> None:
-    """Say at once if matplotlib is missing.
-
-    Raises:
-        ValueError: with what to install.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"pictures need matplotlib ({error}): pip install 'reft_lightning[report]'"
-        ) from error
-
-
 def draw(found: dict[str, Any], out: Path) -> list[Path]:
     """Write each picture for which there is something, in place of earlier ones; return the files."""
     from matplotlib import rc_context

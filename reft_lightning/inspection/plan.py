@@ -39,6 +39,7 @@ from ..evaluation.prefix_reader import SOURCES
 from ..runs.arguments import method_of
 from ..runs.build import Outline, outline, prepare
 from ..runs.kinds import kind_of
+from ..terminal.sizes import size
 from ..training.objectives import SFT
 from ..training.objectives.base import NOT_INPUTS, inputs_of
 
@@ -342,23 +343,15 @@ def show(found: Mapping[str, Any], console: Console) -> None:
         "a step, in forward passes of the frozen base": lambda c: (
             f"{(c['forward_flops'] + c['backward_flops']) / c['base_forward_flops']:.2f}"
         ),
-        "saved for the backward pass": lambda c: _size(c["saved_bytes"]),
+        "saved for the backward pass": lambda c: size(c["saved_bytes"]),
     }
     for name, value in lines.items():
         table.add_row(name, *(value(cost) for cost in found["batches"].values()))
     console.print(table)
-    say(f"the base: {_size(found['base_bytes'])}; gradients and Adam's moments: {_size(found['optimizer_bytes'])}; "
-        f"the adapter's file: {_size(found['adapter_bytes'])}")  # fmt: skip
+    say(f"the base: {size(found['base_bytes'])}; gradients and Adam's moments: {size(found['optimizer_bytes'])}; "
+        f"the adapter's file: {size(found['adapter_bytes'])}")  # fmt: skip
     if "optimizer_steps" in found:
         say(f"{found['epoch_tokens']:,} tokens and {found['epoch_batches']:,} batches an epoch; "
             f"{found['optimizer_steps']:,} optimizer steps in all")  # fmt: skip
     for note in found["notes"]:
         say(note)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.1f} GB"

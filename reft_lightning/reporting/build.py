@@ -63,7 +63,7 @@ def build_report(
         reads += ledger_reads(folder, reads)
         try:
             studies.append(read_study(folder))
-        except ReportError as error:
+        except ValueError as error:
             left.append(LeftOut(folder, str(error)))
     comparisons = compare(runs, split)
     while bad := [item for comparison in comparisons for item in deviating(comparison)]:

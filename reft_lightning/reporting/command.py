@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from ..storage.atomic import write_text, write_whole
+from ..suggest import needs_extra
 from ..terminal.bars import Bar
 from . import plots, records, tables
 from .build import Report, build_report
@@ -59,13 +60,15 @@ def main(
         What was written.
 
     Raises:
-        ReportError: if nothing can be reported.
+        ValueError: if nothing can be reported, or a package is missing.
     """
     if resamples < FEWEST:
         raise ReportError(
             f"resamples must be {FEWEST} or more, as fewer do not settle the ends of an interval; got {resamples}"
         )
-    plots.check_packages()
+    with needs_extra("report", "a report needs matplotlib and scipy"):
+        import matplotlib  # noqa: F401
+        import scipy  # noqa: F401
     if out.exists() and not out.is_dir():
         raise ReportError(f"out={out} is a file; give a folder")
     report = build_report(folders, split, resamples, seed)

@@ -21,6 +21,7 @@ from ..config.identity import used_settings
 from ..runs.wandb_key import has_key
 from ..storage.atomic import write_text
 from ..storage.reading import read_json
+from ..suggest import needs_extra
 from .build import Report, build_report
 from .comparisons import lower_is_better
 from .page import markdown
@@ -226,7 +227,7 @@ def send(spec: Mapping[str, Any]) -> list[str]:
     """Save workspace and report in W&B, as new ones; return their addresses.
 
     Raises:
-        ReportError: where ``wandb_workspaces`` is missing.
+        ValueError: where ``wandb_workspaces`` is missing.
     """
     import wandb
 
@@ -257,14 +258,9 @@ def build(value: Any, owner: Mapping[str, Any]) -> Any:
 
 
 def _classes() -> dict[str, Any]:
-    try:
+    with needs_extra("dashboard", "a dashboard is sent by wandb-workspaces, which is not installed"):
         import wandb_workspaces.reports.v2 as pages
         import wandb_workspaces.workspaces as workspaces
-    except ModuleNotFoundError as error:
-        raise ReportError(
-            f"a dashboard is sent by wandb-workspaces, which is not installed ({error}): "
-            "pip install 'reft_lightning[dashboard]'"
-        ) from error
     own = ("Workspace", "Section", "WorkspaceSettings", "RunsetSettings")
     named = {name: getattr(workspaces, name) for name in own}
     others = (

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .comparisons import CORRELATIONS, LOSS, Comparison, Method
-from .runs import ReportError
 from .studies import Study
 from .tables import monitored
 
@@ -39,21 +38,6 @@ STYLE: dict[Any, Any] = {
     "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "legend.frameon": False,
     "axes.axisbelow": True, "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
 }  # fmt: skip
-
-
-def check_packages() -> None:
-    """Say at once what is missing.
-
-    Raises:
-        ReportError: without matplotlib or scipy.
-    """
-    try:
-        import matplotlib  # noqa: F401
-        import scipy  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ReportError(
-            f"a report needs matplotlib and scipy ({error}): pip install 'reft_lightning[report]'"
-        ) from error
 
 
 @dataclass(frozen=True)

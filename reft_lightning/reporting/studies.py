@@ -17,6 +17,7 @@ from ..search.budget import counted, spent, verdict
 from ..search.study import LOSS, open_storage, order_of, study_name
 from ..search.study_files import JOURNAL, LEDGER, PLAN, SUMMARY
 from ..storage.reading import read_json, read_yaml
+from ..suggest import needs_extra
 from .comparisons import Comparison
 from .runs import Read, ReportError
 
@@ -89,12 +90,9 @@ def read_study(folder: Path) -> Study:
     """Read a study.
 
     Raises:
-        ReportError: if its trials cannot be read, or Optuna is not installed.
+        ValueError: if its plan or its trials cannot be read, or Optuna is not installed.
     """
-    try:
-        plan = read_yaml(folder / PLAN)
-    except ValueError as error:
-        raise ReportError(str(error)) from error
+    plan = read_yaml(folder / PLAN)
     study = Study(folder, monitor=str(plan.get("monitor") or "validation score"))
     if plan.get("storage") or (folder / JOURNAL).is_file():
         _read_trials(study, plan)
@@ -131,13 +129,9 @@ def mark_edges(comparisons: Sequence[Comparison]) -> None:
 
 
 def _read_trials(study: Study, plan: Mapping[str, Any]) -> None:
-    try:
+    with needs_extra("search", f"{study.folder} is a study, which takes Optuna to read"):
         import optuna
         from sqlalchemy.exc import SQLAlchemyError
-    except ModuleNotFoundError as error:
-        raise ReportError(
-            f"{study.folder} is a study, which takes Optuna to read ({error}): pip install 'reft_lightning[search]'"
-        ) from error
     try:
         storage = open_storage(study.folder, plan.get("storage"))
         prefix = study_name(str(plan.get("study")), "")

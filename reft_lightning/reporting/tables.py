@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..terminal.sizes import size
 from .comparisons import LOSS, ROWS_AND_SEEDS, SIGNIFICANT, Comparison, Method, Score
 from .runs import LeftOut, Read, repeated
 from .studies import Study
@@ -65,15 +66,6 @@ def interval(ends: tuple[float, float] | None, measure: str) -> str:
 def p_value(p: float) -> str:
     """Return a p-value with two digits that count."""
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.01 else f"{p:.3f}"
-
-
-def size(count: float) -> str:
-    """Return bytes in a unit that fits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 def score_table(comparison: Comparison) -> Table:

@@ -17,6 +17,7 @@ import yaml
 from ..runs.run_folder import last_checkpoint
 from ..storage.atomic import write_text
 from ..storage.reading import read_json, read_yaml
+from ..suggest import needs_extra
 from .budget import counted, spent
 from .process import Lock
 from .search_plan import Plan, parse_plan
@@ -37,10 +38,8 @@ def load_optuna() -> Any:
     Raises:
         ValueError: where it is not installed.
     """
-    try:
+    with needs_extra("search", "reft-search needs Optuna"):
         import optuna
-    except ModuleNotFoundError as error:
-        raise ValueError('reft-search needs Optuna: pip install "reft_lightning[search]"') from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 

@@ -18,6 +18,7 @@ from ..config import compose
 from ..runs.arguments import model_source
 from ..runs.prompting import PromptFormat
 from ..runs.run_folder import load_run_config
+from ..suggest import needs_extra
 from .engine import Engine
 
 log = logging.getLogger(__name__)
@@ -56,14 +57,10 @@ def main(
             f"variable {TOKEN} to a secret, such as {secrets.token_urlsafe(16)}, which clients send as their API "
             "key; or leave host out, to listen on this machine only"
         )
-    try:
+    with needs_extra("serve", "reft-serve needs FastAPI and uvicorn"):
         import uvicorn
 
         from .app import Served, build_app
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"reft-serve needs FastAPI and uvicorn ({error}): pip install 'reft_lightning[serve]'"
-        ) from error
     runs = {name: load_run_config(folder) for name, folder in folders.items() if _is_run(folder)}
     formats = {name: PromptFormat.of(config, folders[name]) for name, config in runs.items()}
     adapters = {name: folder / "adapter" if name in runs else folder for name, folder in folders.items()}

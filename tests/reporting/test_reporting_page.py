@@ -17,7 +17,6 @@ from reft_lightning import cli
 from reft_lightning.reporting import plots, records, tables
 from reft_lightning.reporting.build import build_report
 from reft_lightning.reporting.command import main, write
-from reft_lightning.reporting.runs import ReportError
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -270,7 +269,7 @@ class TestCommand:
     def test_without_matplotlib_the_extra_is_named(self, tmp_path, monkeypatch):
         write_run(tmp_path / "a")
         monkeypatch.setitem(sys.modules, "matplotlib", None)
-        with pytest.raises(ReportError, match=r"pip install 'reft_lightning\[report\]'"):
+        with pytest.raises(ValueError, match=r"pip install 'reft_lightning\[report\]'"):
             main([tmp_path])
 
     def test_tables_and_page_go_to_wandb(self, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from ...data.example import column
+from ...suggest import needs_extra
 from .win_rate import share_of_win
 
 log = logging.getLogger(__name__)
@@ -96,12 +97,8 @@ class EndpointJudge:
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url must begin with http:// or https://; got {url!r}")
-        try:
+        with needs_extra("judge", "judge=endpoint needs the openai client"):
             import openai
-        except ImportError as error:
-            raise ValueError(
-                f"judge=endpoint needs the openai client ({error}): pip install 'reft_lightning[judge]'"
-            ) from error
         self.url = url.rstrip("/").removesuffix("/chat/completions")
         self.model = self.name = model
         # without a key the client would send the one in OPENAI_API_KEY, to any url

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from ...suggest import needs_extra
+
 LENGTH_CONTROL = (
     "logistic regression on an intercept and tanh(length difference / its standard deviation); "
     "without the instruction-difficulty term of arXiv:2404.04475"
@@ -145,13 +147,9 @@ def length_controlled(
         (percent, standard error in percent); the plain win rate if all lengths are equal; (None, None) if all
         differences are the same number other than 0, which leaves the effect of length undetermined.
     """
-    try:
+    with needs_extra("judge", "length control needs scipy"):
         from scipy.optimize import minimize
         from scipy.special import expit
-    except ImportError as error:
-        raise ValueError(
-            f"length control needs scipy ({error}): pip install 'reft_lightning[judge]'"
-        ) from error
     spread = float(difference.std())
     if spread == 0:
         return _mean(w) if difference[0] == 0 else (None, None)
