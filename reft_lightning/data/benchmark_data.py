@@ -211,7 +211,7 @@ class BenchmarkData(LightningDataModule, ABC):
 
     def _check(self, example: Any, where: str) -> None:
         """Raise ValueError for an example that no tokenizer reads."""
-        for text in (*example.content, *getattr(example, "options", ())):
+        for text in example.content:
             try:
                 text.encode()
             except UnicodeEncodeError as error:

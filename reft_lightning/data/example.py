@@ -50,10 +50,11 @@ class Example:
 
     @property
     def content(self) -> tuple[str, ...]:
-        """Return all that makes this row what it is: task, prompt, target, and what else is read."""
-        more = (self.context, *(part for turn in self.turns for part in turn), *self.seen, *self.references)
-        more += (self.source_prompt,) if self.source_prompt else ()
-        return (self.task, self.prompt, self.target, *(more if any(more) else ()))
+        """Return all that makes this row what it is: what is read, learnt, chosen from, and counted as right."""
+        turns = tuple(text for turn in self.turns for text in turn)
+        several = (self.options, turns, self.seen, self.references)
+        one = (self.task, self.prompt, self.target, self.answer, self.context, self.source_prompt)
+        return (*one, *(text for texts in several for text in (str(len(texts)), *texts)))
 
     @property
     def seen(self) -> tuple[str, ...]:

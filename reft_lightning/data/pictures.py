@@ -37,15 +37,15 @@ class Picture:
         return hashlib.sha256(self.read()).hexdigest()[:16]
 
     def open(self) -> Any:
-        """Return the picture in RGB.
+        """Return the picture in RGB, turned as its camera was held (EXIF), as viewers show it.
 
         Raises:
             ValueError: for a file that is missing, is no picture, or ends too soon.
         """
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image, ImageOps, UnidentifiedImageError
 
         try:
-            return Image.open(io.BytesIO(self.read())).convert("RGB")
+            return ImageOps.exif_transpose(Image.open(io.BytesIO(self.read()))).convert("RGB")
         except UnidentifiedImageError:
             reason = "it is no picture that PIL reads"
         except FileNotFoundError:

@@ -5,6 +5,7 @@ import json
 import logging
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -163,6 +164,24 @@ class TestSplits:
     def test_equal_fingerprints_mean_equal_text(self):
         assert fingerprint(toy(3)) == fingerprint(toy(3))
         assert fingerprint(toy(3)) != fingerprint(toy(3)[::-1])
+
+    # whatever training or a score reads: the answer that a pair rejects, what is ranked, what counts as right
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"options": ("a", "c")},
+            {"options": ("a",), "references": ("b",)},
+            {"answer": "b"},
+            {"context": "c"},
+            {"source_prompt": "c"},
+            {"turns": (("user", "c"),)},
+            {"references": ("c",)},
+        ],
+    )
+    def test_a_row_that_differs_in_anything_has_another_fingerprint(self, changed):
+        row = Example("t", "q", "a", "a", options=("a", "b"))
+        assert fingerprint([row]) != fingerprint([replace(row, **changed)])
+        assert fingerprint([row]) == fingerprint([replace(row, source="elsewhere", recorded={"id": "7"})])
 
 
 class TestTestSplit:

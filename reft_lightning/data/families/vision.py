@@ -23,7 +23,7 @@ model's processor; a processor without one (PaliGemma's) needs `data.template=pl
 A question is scored by VQA accuracy (`vqa_accuracy.py`; a row with one answer counts as if ten people had given it) and
 by exact match with what is learnt; a conversation by exact match, and its checkpoints are chosen by the loss.
 
-Changes: version 1, first version.
+Changes: version 2 turns photographs as their cameras were held (EXIF); version 1, first version.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from ..pictures import MARK, Picture, pictures_in
 from .custom import carve, first_rows, tables_of
 from .vqa_accuracy import vqa_accuracy
 
-VERSION = 1
+VERSION = 2
 TASK = "vision"
 MAX_NEW_TOKENS = 64
 PEOPLE = 10  # of VQA; a single answer counts as theirs

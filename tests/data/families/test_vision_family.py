@@ -13,7 +13,7 @@ from reft_lightning.base_models.processors import load_processor
 from reft_lightning.data.families.vision import vision_family
 from reft_lightning.data.families.vqa_accuracy import comparable, vqa_accuracy
 from reft_lightning.data.image_data import ImageCollator, ImageData
-from reft_lightning.data.pictures import MARK
+from reft_lightning.data.pictures import MARK, Picture
 from reft_lightning.data.rows import DataSource, read_rows
 
 QUESTIONS = {"prompt": "question", "target": "answers"}
@@ -86,6 +86,15 @@ class TestRows:
         assert found.prompt == f"{MARK * 2}\nSame?"
         assert one({"image": None, "question": "2 + 2?", "answers": "4"}).pictures == ()
         assert one({"question": "2 + 2?", "answers": "4"}).prompt == "2 + 2?"
+
+    def test_a_photograph_is_seen_as_its_camera_was_held(self, tmp_path):
+        lying = Image.new("RGB", (3, 2), "blue")
+        lying.putpixel((0, 0), (255, 0, 0))
+        about = Image.Exif()
+        about[0x0112] = 6  # the camera was turned: viewers turn it back, to the right
+        lying.save(tmp_path / "1.png", exif=about)
+        seen = Picture("1.png", tmp_path / "1.png").open()
+        assert (seen.size, seen.getpixel((1, 0)), seen.getpixel((0, 0))) == ((2, 3), (255, 0, 0), (0, 0, 255))
 
     def test_the_same_question_about_another_picture_is_another_question(self, tmp_path):
         names = [picture(tmp_path, "1.png"), picture(tmp_path, "2.png", "blue"), picture(tmp_path, "3.png")]
