@@ -108,7 +108,12 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
             f"reft-inspect plan does not take models with an encoder and a decoder, as {config.model.name} is one"
         )
     if prompt is None:
-        run = prepare(config)
+        if kind_of(run.family).sees:
+            raise ValueError(
+                "reft-inspect plan reads no pictures: give the lengths of rows instead, prompt=N target=N, with the "
+                "tokens that images take; the vision tower is left out"
+            )
+        run = prepare(config, run)
         batches, rows = _batches_of(run.data)
     else:
         rows = {}

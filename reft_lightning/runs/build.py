@@ -182,13 +182,17 @@ def outline(config: Config) -> Outline:
     )  # fmt: skip
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config, run: Outline | None = None) -> Prepared:
     """Check a configuration as far as no weight is needed: its outline, and the data.
+
+    Args:
+        config: of the run.
+        run: its outline, where it was made before.
 
     Raises:
         ValueError: for an unknown family, task, model, layer, rank, position or setting, or missing data.
     """
-    run = outline(config)
+    run = run or outline(config)
     family, decoding = run.family, run.decoding
     data = data_module(config, family, run.processor)
     data.prepare_data()

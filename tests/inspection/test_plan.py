@@ -1,5 +1,6 @@
 """What a run will cost, said before weights are read: against what the run then has."""
 
+import json
 import sys
 
 import pytest
@@ -186,6 +187,15 @@ def test_the_command_shows_what_was_found(data, monkeypatch, capsys):
     assert "tiny_random, loreft: 520 trained parameters" in said  # 2 layers of 2 x 4 x 32 + 4
     for words in ("largest batch", "saved for the backward pass", "the adapter's file", "12 optimizer steps"):
         assert words in said
+
+
+def test_rows_with_pictures_are_planned_by_their_lengths(tmp_path):
+    row = {"image": "1.png", "question": "colour?", "answers": "red"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    config = compose.compose(["model=tiny_vision", "data=vqa", f"data.path={tmp_path}"])
+    with pytest.raises(ValueError, match="give the lengths of rows instead, prompt=N target=N"):
+        plan(config)
+    assert plan(config, prompt=30)["batches"]["given"]["columns"] == 31
 
 
 @pytest.mark.parametrize(
