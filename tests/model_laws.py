@@ -341,6 +341,7 @@ class AdaptedModelLaws:
         for dtype in (torch.bfloat16, torch.float16):
             reft = self.attach(self.make_base(dtype))
             assert {p.dtype for p in reft.interventions.parameters()} == {torch.float32}
+            assert (reft.dtype, reft.device) == (dtype, torch.device("cpu"))
             loss = self.loss(reft)
             loss.float().backward()
             assert loss.isfinite()

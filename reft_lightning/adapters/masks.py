@@ -38,16 +38,18 @@ class Spans:
         """The number of columns s that the masks describe."""
         return self.prompt.shape[1]
 
-    def next_columns(self, count: int, attention: Any) -> slice:
+    def next_columns(self, count: int, attention: Any, cached: int | None = None) -> slice:
         """Return the columns that the base model is about to read, and count them as read.
 
         A forward pass reads the last columns. A generation reads the last columns of its mask; where the model is
-        given none, or one that is no longer of rows and columns, it goes on after what it has read, or without a
-        cache reads all of it again.
+        given none, or one that is no longer of rows and columns, it goes on after what its cache holds (less than was
+        read where a draft of speculative decoding was rejected), or without a cache reads all of it again.
 
         Args:
             count: how many columns it reads.
             attention: the mask that it is given.
+            cached: how many columns its cache holds, as far as that is known; the first pass then may read more
+                than the prompt, which are a draft.
 
         Raises:
             ValueError: if it reads more columns than there are.
@@ -56,6 +58,8 @@ class Spans:
             start = self.width - count
         elif isinstance(attention, Tensor) and attention.ndim == 2:
             start = attention.shape[1] - count
+        elif cached is not None:
+            start = cached
         elif self.read == 0:
             start = min(self.width - count, 0)  # the prompt, or its first chunk
         elif count == self.read + 1:

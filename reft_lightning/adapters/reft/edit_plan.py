@@ -18,7 +18,13 @@ from .positions import Positions, spread
 
 
 def plan_of(
-    call: Call, stack: str, spans: Spans, tokens: Tensor, attention: Any, reads_images: bool
+    call: Call,
+    stack: str,
+    spans: Spans,
+    tokens: Tensor,
+    attention: Any,
+    cached: int | None,
+    reads_images: bool,
 ) -> EditPlan | None:
     """Return what a pass of a stack edits; None for nothing.
 
@@ -28,13 +34,14 @@ def plan_of(
         spans: prompt and target of what the stack reads.
         tokens: (b, s) or (b, s, d), what this pass reads.
         attention: the mask that the stack was given.
+        cached: how many columns its cache holds, as far as that is known.
         reads_images: whether images may fill some of the tokens.
 
     Raises:
         ValueError: if an intervention looks at whole prompts and the pass reads a part, or positions tell images from
             text and nothing says where they are.
     """
-    columns = spans.next_columns(tokens.shape[1], attention)
+    columns = spans.next_columns(tokens.shape[1], attention, cached)
     decoding = columns.start >= spans.width
     edits: dict[str, list[Edit]] = {}
     prompts_and_targets: tuple[Tensor, Tensor] | None = None

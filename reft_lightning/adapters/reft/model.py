@@ -58,6 +58,7 @@ from .sites import Site, hook_at
 
 log = logging.getLogger(__name__)
 CACHES = ("past_key_values", "cache_params", "state", "mems")  # what base models call what they have read
+DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # of speculative decoding
 IDLE_PASSES = 8  # without training, after which a warning says that no pass has edited anything
 
 _REPLACING = threading.RLock()  # held while attributes of a base model are replaced, which all threads see
@@ -130,6 +131,16 @@ class ReftModel(nn.Module):
     def positions(self) -> dict[str, tuple[Positions, str]]:
         """Layer -> P, and how its Phi are tied."""
         return self.adapters.first.positions
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model's inputs belong."""
+        return self.base_model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base model's weights."""
+        return self.base_model.dtype
 
     @property
     def scale(self) -> float:
@@ -464,7 +475,7 @@ class ReftModel(nn.Module):
 
         Raises:
             ValueError: for ``guidance_scale``, which reads a second text, for tokens that are missing or given twice,
-                or for a mask of another shape.
+                for a mask of another shape, or for speculative decoding with edits of a decoder that has an encoder.
         """
         defaults = kwargs.get("generation_config") or self.base_model.generation_config
         if self._enabled and kwargs.get("guidance_scale", defaults.guidance_scale) not in (None, 1):
@@ -486,6 +497,13 @@ class ReftModel(nn.Module):
         past = None if self._reads_two else kwargs.get("past_key_values")
         read = 0 if past is None else past.get_seq_length()  # as Hugging Face asks it, to cut what was read
         chosen = self.adapters.chosen_by(adapter_names, len(spans.prompt))
+        drafts = [name for name in DRAFTS if kwargs.get(name) or getattr(defaults, name, None)]
+        sites = (site for choice in chosen[0] for site in self.adapters[choice.adapter].sites.values())
+        if self._enabled and drafts and any(site.stack == DECODER for site in sites):
+            raise ValueError(
+                f"{drafts[0]} puts a draft next to the token that the decoder starts with, and edits of the decoder do "
+                "not know where its prompt ends: leave it out"
+            )
         texts = arguments.get("input_ids"), arguments.get("inputs_embeds")
         spans = self._with_marks(spans, chosen[0], *texts, *masks)
         source = None if source_ids is None else (source_ids, source_mask)
@@ -682,19 +700,23 @@ class ReftModel(nn.Module):
         tokens = given.get("input_ids")
         if tokens is None:
             tokens = given["inputs_embeds"]
-        spans = call.spans
+        spans, past = call.spans, given.get("past_key_values")
+        length_of = getattr(past, "get_seq_length", None)
+        held = 0 if length_of is None else length_of()
         if stack == DECODER:
-            past = given.get("past_key_values")
-            read = 0 if past is None else past.get_seq_length()
             call.decoder = spans = call.decoder or spans_of_start(
                 len(tokens),
-                read,
+                held,
                 tokens.shape[1],
                 call.spans.generating,
                 tokens.device,
                 given.get("attention_mask"),
             )
-        call.plan = plan_of(call, stack, spans, tokens, given.get("attention_mask"), bool(self._image_tokens))
+        # a static cache counts on the device; and a model may read images for more columns than its text has
+        known = length_of is not None and isinstance(held, int) and (held > 0 or tokens.ndim == 2)
+        cached = held if known else None
+        images = bool(self._image_tokens)
+        call.plan = plan_of(call, stack, spans, tokens, given.get("attention_mask"), cached, images)
         if call.plan is not None:
             call.edited |= call.plan.edits_anything
 

@@ -270,3 +270,19 @@ def test_a_model_with_an_encoder_is_no_decoder_though_its_decoder_has_a_class_of
     assert not is_decoder(config)
     assert build_on_meta(config).config.is_encoder_decoder
     assert is_decoder(AutoModelForCausalLM.from_config(copy.deepcopy(config)).config)
+
+
+def test_drafts_of_another_model_are_taken_with_edits_of_the_encoder_only(base):
+    prompt = {"input_ids": IDS[:1], "attention_mask": torch.ones_like(IDS[:1])}
+    draft = copy.deepcopy(base)
+    reft = attached(base)
+    text = reft.generate(**prompt, **GREEDY)
+    assert torch.equal(reft.generate(**prompt, **GREEDY, assistant_model=draft), text)
+    reft.add_adapter("answers", component="decoder.block_output", positions="f1", rank=2)
+    reft.set_adapter("answers")
+    with pytest.raises(
+        ValueError, match="assistant_model puts a draft next to the token that the decoder starts with"
+    ):
+        reft.generate(**prompt, **GREEDY, assistant_model=draft)
+    with reft.disabled():
+        reft.generate(**prompt, **GREEDY, assistant_model=draft)

@@ -4,6 +4,8 @@ Each is built as small as its configuration allows (``architectures.py``); what 
 reason. A handful runs in the fast suite.
 """
 
+import copy
+
 import architectures
 import pytest
 import torch
@@ -286,6 +288,22 @@ def test_columns_are_counted_whatever_the_cache(settings):
     rows = 2 * settings.get("num_beams", 1)
     again = 3 if "use_cache" in settings else 1  # times that the first new token is read
     assert sum(edits) == 2 * rows * (4 if "use_cache" in settings else 1) + rows * again
+
+
+# the frozen base drafts, and tokens that the edited model would not have written are taken out of the cache again
+@pytest.mark.parametrize("positions", ["f2+l2", "all", "f2+decode:1", "decode:3"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2"])
+def test_speculative_decoding_writes_what_plain_decoding_does(model_type, positions):
+    base = architectures.build(AutoModelForCausalLM, CONFIG_MAPPING[model_type])
+    draft = copy.deepcopy(base)
+    reft = attached(base, positions)
+    inputs = {"input_ids": tokens()[:1], "attention_mask": torch.ones_like(tokens()[:1]), **GREEDY}
+    inputs |= {"max_new_tokens": 12}
+    text = reft.generate(**inputs)
+    with reft.disabled():
+        assert not torch.equal(text, reft.generate(**inputs))
+    assert torch.equal(reft.generate(**inputs, assistant_model=draft), text)
+    assert torch.equal(reft.generate(**inputs, prompt_lookup_num_tokens=2), text)
 
 
 def test_a_model_that_reads_more_than_its_text_is_refused():
