@@ -1,6 +1,8 @@
 r"""How much of a score each factor explains: an analysis of variance of a full factorial with seeds as blocks.
 
     python experiments/study_factors/analyse.py experiments/study_factors/cells.jsonl [RUN_FOLDER ...]
+    python experiments/study_factors/analyse.py experiments/study_factors/decoder.jsonl STUDY/winners/*/* \
+        --score test/accuracy
 
 Run folders are first copied into the file, one line each; then the tables are printed.
 
@@ -16,9 +18,9 @@ MS_residual), is the share of the variance that the effect explains, less what n
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,6 @@ from omegaconf import OmegaConf
 from scipy import stats
 
 FACTORS = ("formula", "positions", "layers")
-SCORE = "val/stsb/pearson"
 
 
 def analysis(y: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -65,18 +66,20 @@ def analysis(y: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
     return [*rows, {"source": "residual", "df": rest_df, "ss": rest}]
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """Return what the analysis needs of a run."""
+def read_run(folder: Path, score: str) -> dict[str, Any]:
+    """Return what the analysis needs of a run, whose score is a metric of its results."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     if results["status"] != "complete":
         raise SystemExit(f"{folder} is not complete: {results['status']}")
-    config = OmegaConf.load(folder / "config.yaml").intervention
+    whole = OmegaConf.load(folder / "config.yaml")
+    config = whole.intervention
     return {
         "formula": config.method,
         "positions": str(config.positions),
         "layers": str(config.layers),
+        "lr": whole.optimizer.lr,
         "seed": results["seed"],
-        "score": results["metrics"][SCORE],
+        "score": results["metrics"][score],
         "parameters": results["trainable_parameters"],
         "commit": results["git_commit"],
     }
@@ -117,9 +120,16 @@ def print_margins(runs: Sequence[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Read the cells, from run folders where any are given, and print the tables."""
-    path, *folders = map(Path, sys.argv[1:])
-    if folders:
-        runs = [read_run(folder) for folder in folders]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", type=Path, help="of the lines")
+    parser.add_argument("folders", type=Path, nargs="*", help="of runs")
+    parser.add_argument("--score", default="val/stsb/pearson", help="a metric of results.json")
+    given = parser.parse_args()
+    path = given.path
+    if given.folders:
+        runs = [read_run(folder, given.score) for folder in given.folders]
         path.write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")
     runs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     axes = {name: levels(runs, name) for name in (*FACTORS, "seed")}
