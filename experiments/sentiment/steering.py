@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import statistics
 import subprocess
@@ -37,6 +38,7 @@ RESULTS = HERE / "steering.jsonl"
 LAYER = 15
 STRENGTHS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
 TEXTS = 64  # of each kind of prompt
+BOUND = 0.7  # nats a token by which a fluent text may cost more than the base's; set before the first run
 COMMON = [
     *films.MODEL, "data=custom", "data.prompt=question", "data.target=chosen", "data.options=[chosen,rejected]",
     "data.validation_size=0", "data.batch_size=8", "trainer=cpu", "trainer.max_steps=60", "trainer.max_epochs=-1",
@@ -167,6 +169,32 @@ def lines() -> list[dict[str, Any]]:
     )
 
 
+def table() -> None:
+    """Print the most negative point of each way, by seed, of the strengths below the first whose texts cost too much.
+
+    Beyond it texts repeat themselves, which is fluent by this measure.
+    """
+    points, seeds = lines(), sorted({point["seed"] for point in lines()})
+    print("| way | " + " | ".join(films.PROMPTS) + " |\n" + "|---" * (1 + len(films.PROMPTS)) + "|")
+    for way in ("frozen base", *WAYS, RANDOM):
+        cells = []
+        for kind in films.PROMPTS:
+            best = []
+            for seed in seeds:
+                own = [point for point in points if point["seed"] == seed]
+                base = next(point[kind] for point in own if point["way"] == "frozen base")
+                tried = sorted((p for p in own if p["way"] == way), key=lambda p: p["strength"])
+                best.append(_most([p[kind] for p in tried], base))
+            each = ", ".join(f"{100 * share:.0f}" for share in best)
+            cells.append(f"{100 * statistics.mean(best):.0f} ({each})")
+        print(f"| {way} | " + " | ".join(cells) + " |")
+
+
+def _most(tried: Sequence[dict[str, Any]], base: dict[str, Any]) -> float:
+    fluent = itertools.takewhile(lambda p: p["loss_by_base"] <= base["loss_by_base"] + BOUND, tried)
+    return max((p["negative"] for p in fluent), default=base["negative"])
+
+
 def plot() -> None:
     """Draw the curves: means over the seeds, and the points of each."""
     import matplotlib
@@ -210,6 +238,7 @@ def main() -> None:
     arguments.add_argument("--plot", action="store_true")
     options = arguments.parse_args()
     if options.plot:
+        table()
         plot()
     elif options.data and options.out:
         run(options)
