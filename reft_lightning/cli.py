@@ -35,7 +35,7 @@ REPORT_USAGE = (
 INSPECT_USAGE = (
     "reft-inspect FOLDER [FOLDER ...] [rows=32] [forget=NAME [data.KEY=VALUE ...]]\n"
     "             [text=FILE] [out=DIR] [trust_code=true]\n"
-    "       reft-inspect plan [prompt=N [target=N]] KEY=VALUE ..."
+    "       reft-inspect plan [prompt=N [target=N]] [gpu=NAME] KEY=VALUE ..."
 )
 SERVE_USAGE = (
     "reft-serve FOLDER [FOLDER ...] [adapters.NAME=FOLDER ...] [model=NAME] [host=127.0.0.1]\n"
@@ -101,9 +101,10 @@ examples:
   reft-inspect outputs/quickstart/2026-11-29_10-00-00
   reft-inspect outputs/quickstart/2026-11-29_10-00-00 rows=64 \\
       forget=commonsense_wheel data.tasks=[boolq]
-  reft-inspect plan experiment=quickstart intervention.rank=4
+  reft-inspect plan experiment=quickstart intervention.rank=4 gpu=h100
 It writes inspect.json, PNG and SVG. `plan` says what a run of reft-train will cost, before weights
-are read: KEY=VALUE as there; prompt and target give lengths of rows instead of the data's.
+are read: KEY=VALUE as there; prompt and target give lengths of rows instead of the data's; gpu, on
+which GPU the run takes how long at least, such as h100, a100_80gb or rtx_4090.
 """
 DASHBOARD_HELP = f"""\
 reft-dashboard: a workspace and a report page in W&B of runs that were logged there
@@ -389,16 +390,16 @@ def _is_folder(text: str) -> bool:
 
 
 def _plan(argv: Sequence[str]) -> None:
-    lengths = _options(
-        [text for text in argv if text.startswith(("prompt=", "target="))], ("prompt", "target")
-    )
-    if "target" in lengths and "prompt" not in lengths:
+    own = ("prompt", "target", "gpu")
+    mine = [text for text in argv if text.partition("=")[0] in own]
+    options = _options(mine, own)
+    if "target" in options and "prompt" not in options:
         raise UsageError("target=N is the length of what follows a prompt: add prompt=N")
     _import_from_here()
-    counts = {name: _count(lengths, name) for name in ("prompt", "target")}
+    counts = {name: _count(options, name) for name in ("prompt", "target")}
     with heavy_imports():
         from .inspection import plan
-    plan.main([text for text in argv if not text.startswith(("prompt=", "target="))], **counts)
+    plan.main([text for text in argv if text not in mine], gpu=options.get("gpu"), **counts)
 
 
 def _inspect(argv: Sequence[str]) -> None:

@@ -42,6 +42,7 @@ from ..runs.kinds import kind_of
 from ..terminal.sizes import size
 from ..training.objectives import SFT
 from ..training.objectives.base import NOT_INPUTS, inputs_of
+from .gpus import GPU, gpu_named
 
 FUSED = "reft_inspect_fused"
 Batch = dict[str, Any]
@@ -78,18 +79,25 @@ def _fused(
     return out.transpose(1, 2), None
 
 
-def main(overrides: Sequence[str], prompt: int | None = None, target: int | None = None) -> dict[str, Any]:
+def main(
+    overrides: Sequence[str], prompt: int | None = None, target: int | None = None, gpu: str | None = None
+) -> dict[str, Any]:
     """Plan a run, and print what was found.
 
     Args:
         overrides: of ``reft-train``.
         prompt: tokens of the prompt of each row; None for the rows of the data.
         target: tokens after it; 1 if only the prompt is given.
+        gpu: a name of :data:`.gpus.GPUS`, on which the run takes so long at least.
 
     Raises:
         ValueError, OSError: for whatever ``reft-train`` refuses, or a model that does not run without weights.
     """
-    found = plan(compose.compose(overrides), prompt, target or 1)
+    named = None if gpu is None else gpu_named(gpu)
+    config = compose.compose(overrides)
+    found = plan(config, prompt, target or 1)
+    if named is not None:
+        found["gpu"] = {"name": gpu, **on_gpu(found, config, named)}
     show(found, Console(soft_wrap=True))
     return found
 
@@ -199,9 +207,40 @@ def _steps(config: Config, rows: Mapping[str, int]) -> dict[str, int]:
     if not rows:
         return {}
     epochs, most = config.trainer.max_epochs, config.trainer.max_steps
-    steps = math.ceil(rows["batches"] / config.trainer.accumulate_grad_batches) * (epochs or 1)
+    own = math.ceil(rows["batches"] / _ranks(config))  # batches of each process
+    steps = math.ceil(own / config.trainer.accumulate_grad_batches) * (epochs or 1)
     return {"epoch_batches": rows["batches"], "epoch_tokens": rows["tokens"],
             "optimizer_steps": min(steps, most) if most > 0 else steps}  # fmt: skip
+
+
+def _ranks(config: Config) -> int:
+    """Return the number of processes; devices that only the machine of the run knows (auto, -1) count as one."""
+    devices = config.trainer.devices
+    if isinstance(devices, str) and devices.isdecimal():
+        devices = int(devices)
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        devices = len(devices)
+    return (devices if isinstance(devices, int) and devices > 0 else 1) * config.trainer.num_nodes
+
+
+def on_gpu(found: Mapping[str, Any], config: Config, gpu: GPU) -> dict[str, Any]:
+    """Return what a plan takes at least on each GPU of a run, whose weights all of them hold.
+
+    Args:
+        found: what :func:`plan` returned.
+        config: of the run.
+        gpu: the kind.
+    """
+    half = config.model.dtype != "float32" or "16" in str(config.trainer.precision)
+    full = gpu.float32 if config.matmul_precision == "highest" else gpu.tf32
+    costs = list(found["batches"].values())
+    flops = [cost["forward_flops"] + cost["backward_flops"] for cost in costs]
+    batch = gpu.seconds(flops[0], found["base_bytes"], gpu.half if half else full)
+    needed = found["base_bytes"] + found["optimizer_bytes"] + max(cost["saved_bytes"] for cost in costs)
+    whole = {}
+    if "optimizer_steps" in found:
+        whole["seconds"] = batch * found["optimizer_steps"] * config.trainer.accumulate_grad_batches
+    return {"count": _ranks(config), "bytes": needed, "memory": gpu.memory, "batch_seconds": batch, **whole}
 
 
 # --- one step on the meta device ----------------------------------------------------------------------------------
@@ -358,5 +397,10 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     if "optimizer_steps" in found:
         say(f"{found['epoch_tokens']:,} tokens and {found['epoch_batches']:,} batches an epoch; "
             f"{found['optimizer_steps']:,} optimizer steps in all")  # fmt: skip
+    if gpu := found.get("gpu"):
+        several = f"each of {gpu['count']} " if gpu["count"] > 1 else "one "
+        whole = f", {gpu['seconds']:.3g} s in all" if "seconds" in gpu else ""
+        say(f"{several}{gpu['name']}: at least {size(gpu['bytes'])} of its {size(gpu['memory'])}, "
+            f"{1000 * gpu['batch_seconds']:.3g} ms a batch{whole}, at the full rate of its data sheet")  # fmt: skip
     for note in found["notes"]:
         say(note)

@@ -13,7 +13,8 @@ from reft_lightning import cli
 from reft_lightning.adapters.adapt import adapt
 from reft_lightning.base_models.loading import load_base_model
 from reft_lightning.config import compose
-from reft_lightning.inspection.plan import plan
+from reft_lightning.inspection.gpus import GPU
+from reft_lightning.inspection.plan import on_gpu, plan
 from reft_lightning.runs.build import outline, prepare
 
 EAGER = "model.attn_implementation=eager"
@@ -175,6 +176,37 @@ def test_a_classifier_is_planned():
     assert found["head_parameters"] > 0
 
 
+def test_a_gpu_takes_as_long_as_its_products_or_as_reading_the_weights(data):
+    half = config(data, "model.dtype=bfloat16", "trainer.accumulate_grad_batches=2")
+    found = plan(half)
+    cost = found["batches"]["median"]
+    flops = cost["forward_flops"] + cost["backward_flops"]
+    slow = GPU(memory=1e6, bandwidth=1e30, half=100.0, tf32=10.0, float32=1.0)
+    on = on_gpu(found, half, slow)
+    assert on["batch_seconds"] == flops / 100
+    assert on["seconds"] == pytest.approx(found["optimizer_steps"] * 2 * flops / 100)
+    assert on["bytes"] > found["base_bytes"] + cost["saved_bytes"]
+    rates = {"matmul_precision=highest": 1, "matmul_precision=high": 10, "trainer.precision=bf16-mixed": 100}
+    for more, rate in rates.items():
+        whole = config(data, "model.dtype=float32", more)
+        assert on_gpu(found, whole, slow)["batch_seconds"] == flops / rate
+    reading = slow._replace(bandwidth=2.0, half=1e30)
+    assert on_gpu(found, half, reading)["batch_seconds"] == found["base_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "steps"),
+    [
+        ([], 12),
+        (["trainer.devices=2"], 6),
+        (["trainer.devices=[0,1]", "trainer.num_nodes=2"], 4),
+        (["trainer.devices=auto"], 12),
+    ],
+)
+def test_several_processes_share_the_batches_of_an_epoch(data, trainer, steps):
+    assert plan(config(data, *trainer))["optimizer_steps"] == steps
+
+
 def command(monkeypatch, *arguments):
     monkeypatch.setattr("reft_lightning.runs.build.load_base_model", None)
     monkeypatch.setattr(sys, "argv", ["reft-inspect", "plan", *arguments])
@@ -182,10 +214,18 @@ def command(monkeypatch, *arguments):
 
 
 def test_the_command_shows_what_was_found(data, monkeypatch, capsys):
-    command(monkeypatch, *short_runs.arguments(data), "intervention.rank=4")
+    command(
+        monkeypatch, *short_runs.arguments(data), "intervention.rank=4", "gpu=a100_80gb", "trainer.devices=2"
+    )
     said = capsys.readouterr().out
     assert "tiny_random, loreft: 520 trained parameters" in said  # 2 layers of 2 x 4 x 32 + 4
-    for words in ("largest batch", "saved for the backward pass", "the adapter's file", "12 optimizer steps"):
+    for words in (
+        "largest batch",
+        "saved for the backward pass",
+        "the adapter's file",
+        "6 optimizer steps",
+        "each of 2 a100_80gb: at least",
+    ):
         assert words in said
 
 
@@ -205,6 +245,7 @@ def test_rows_with_pictures_are_planned_by_their_lengths(tmp_path):
         (["model=tiny_random", "data=boolq", "target=3"], "add prompt=N"),
         (["model=tiny_random", "data=boolq", "prompt=0"], "prompt must be an integer, 1 or more"),
         (["data=boolq"], "no model was chosen"),
+        (["model=tiny_random", "data=boolq", "prompt=9", "gpu=h10"], "did you mean 'h100'?"),
         (
             ["model=tiny_random", "model.config.model_type=bloom", "data=boolq", "prompt=9"],
             "does not run without",
