@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -21,6 +22,8 @@ RANK = (
     "NCCL error",
     "Socket Timeout",
 )
+# Where a batch of a process that reads rows is fetched: if it has died meanwhile, any error of a connection is raised.
+WORKERS_TENSORS = "multiprocessing.resource_sharer"
 
 
 class Terminated(SystemExit):
@@ -105,13 +108,19 @@ def trouble_of(error: BaseException) -> str | None:
         return f"out of memory ({said}): lower data.batch_size, which trainer.accumulate_grad_batches can make up for"
     if any(words in str(error) for words in DISK):
         return f"nothing can be written ({said}): make room, then go on"
-    if "DataLoader worker" in str(error):
+    if "DataLoader worker" in str(error) or _came_through(error, WORKERS_TENSORS):
         return f"a process that reads rows died ({said}): data.num_workers=0 needs none"
     if type(error).__module__.startswith("wandb."):
         return f"W&B cannot be used ({said}): with WANDB_MODE=offline it writes to this machine"
     if isinstance(error, RuntimeError) and any(words in str(error) for words in RANK):
         return f"another process of this run died, or cannot be reached ({said})"
     return None
+
+
+def _came_through(error: BaseException, module: str) -> bool:
+    return any(
+        frame.f_globals.get("__name__") == module for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
 
 
 def signal_of(error: BaseException) -> signal.Signals | None:
