@@ -39,6 +39,7 @@ from ..evaluation.prefix_reader import SOURCES
 from ..runs.arguments import method_of
 from ..runs.build import Outline, outline, prepare
 from ..runs.kinds import kind_of
+from ..runs.own_process import ranks_of
 from ..terminal.sizes import size
 from ..training.objectives import SFT
 from ..training.objectives.base import NOT_INPUTS, inputs_of
@@ -214,13 +215,9 @@ def _steps(config: Config, rows: Mapping[str, int]) -> dict[str, int]:
 
 
 def _ranks(config: Config) -> int:
-    """Return the number of processes; devices that only the machine of the run knows (auto, -1) count as one."""
-    devices = config.trainer.devices
-    if isinstance(devices, str) and devices.isdecimal():
-        devices = int(devices)
-    if isinstance(devices, Sequence) and not isinstance(devices, str):
-        devices = len(devices)
-    return (devices if isinstance(devices, int) and devices > 0 else 1) * config.trainer.num_nodes
+    """Return the number of processes; devices that only the machine of the run knows count as one a node."""
+    nodes = config.trainer.num_nodes
+    return ranks_of(config.trainer.devices, nodes) or nodes
 
 
 def on_gpu(found: Mapping[str, Any], config: Config, gpu: GPU) -> dict[str, Any]:

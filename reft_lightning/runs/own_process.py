@@ -56,12 +56,19 @@ def in_sweep() -> bool:
     return not OmegaConf.is_missing(HydraConfig.get().job, "num")
 
 
+def ranks_of(devices: Any, num_nodes: int) -> int | None:
+    """Return how many processes a run has; None where only its machine knows how many devices there are (auto, -1)."""
+    if isinstance(devices, str) and devices.isdecimal():
+        devices = int(devices)
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        devices = len(devices)
+    return devices * num_nodes if isinstance(devices, int) and devices > 0 else None
+
+
 def needs_own_process(devices: Any, num_nodes: int) -> bool:
     """Whether a job of a sweep starts ranks: it asks for several devices, and no cluster has started them."""
-    one = devices in (1, "1") or (
-        isinstance(devices, Sequence) and not isinstance(devices, str) and len(devices) == 1
-    )
-    return not (one and num_nodes == 1) and "LOCAL_RANK" not in os.environ and "WORLD_SIZE" not in os.environ
+    one = ranks_of(devices, num_nodes) == 1
+    return not one and "LOCAL_RANK" not in os.environ and "WORLD_SIZE" not in os.environ
 
 
 def job_arguments(argv: Sequence[str]) -> list[str]:
