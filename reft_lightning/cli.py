@@ -85,7 +85,8 @@ usage: {CHAT_USAGE}
 examples:
   reft-chat run=outputs/quickstart/2026-11-29_10-00-00
   echo "Is water wet?" | reft-chat run=outputs/quickstart/2026-11-29_10-00-00 max_new_tokens=8
-In the conversation: /plain, /alpaca and /chat choose the template, /quit ends.
+In the conversation: /plain, /alpaca and /chat choose the template, /image FILE shows a picture to a
+model that reads them, /new begins another conversation, /quit ends.
 """
 INSPECT_HELP = f"""\
 reft-inspect: what the adapter of a run does, on its own validation rows

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..storage.wheels import SOURCES
 from .benchmark_data import BenchmarkData
-from .encoding import Collator, EncodedRows, encode_all, refuse_empty
+from .encoding import Collator, EncodedRows, encode, encode_all, refuse_empty
 from .example import Example, normalized, question_of
 from .family import Family
 from .files import read_json_file
@@ -93,6 +93,17 @@ class GenerationData(BenchmarkData):
     def test_tasks(self) -> tuple[str, ...]:
         """Return the tasks that have test rows in this source."""
         return tuple(t for t in self.tasks if "test" in getattr(self.family.task(t), self.source.kind))
+
+    @staticmethod
+    def lay_out(reader: Any, example: Example, max_length: int) -> dict[str, Any]:
+        """Return the batch of one example whose prompt has its template: what training would read of it.
+
+        Args:
+            reader: the tokenizer, or the processor where there are pictures.
+            example: the question.
+            max_length: of its tokens; beyond, its beginning is left out.
+        """
+        return Collator(reader.pad_token_id)([encode(reader, example, max_length)])
 
     def _read_train(self) -> list[Example]:
         if self.source.mixture:

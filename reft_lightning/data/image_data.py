@@ -47,6 +47,13 @@ class ImageData(GenerationData):
         super().__init__(family, tokenizer, source, **settings)
         self.processor = processor
 
+    @staticmethod
+    def lay_out(reader: Any, example: Example, max_length: int) -> dict[str, Any]:
+        """Likewise; nothing is left out, as pictures are in it."""
+        prompt, target, types = _tokens(reader, example)
+        listed = {name: values.tolist() for name, values in types.items()}
+        return ImageCollator(reader)([EncodedImage(prompt, target, example, types=listed)])
+
     def _check(self, example: Example, where: str) -> None:
         for picture in example.pictures:
             try:

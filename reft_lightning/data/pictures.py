@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -79,3 +79,26 @@ def pictures_in(value: Any, name: str, where: str, folder: Path) -> tuple[Pictur
     if isinstance(path, str) and path:
         return (Picture(path, folder / path),)  # an absolute name is used as it is
     raise ValueError(f"{where}: column {name!r} must name a picture, or hold its bytes; got {value!r:.80}")
+
+
+def marked(
+    turns: tuple[tuple[str, str], ...], prompt: str, pictures: Sequence[Picture], where: str
+) -> tuple[tuple[tuple[str, str], ...], str]:
+    """Return turns and prompt with a mark for each picture: their own, or all before the first question.
+
+    Raises:
+        ValueError: if there are other marks than pictures; names the row.
+    """
+    marks = sum(text.count(MARK) for text in (prompt, *(text for _, text in turns)))
+    if marks == 0 and pictures:
+        first = MARK * len(pictures) + "\n"
+        asked = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)
+        if asked is None:
+            return turns, first + prompt
+        role, text = turns[asked]
+        return (*turns[:asked], (role, first + text), *turns[asked + 1 :]), prompt
+    if marks != len(pictures):
+        raise ValueError(
+            f"{where}: the texts have {marks} marks {MARK}, and the row {len(pictures)} pictures"
+        )
+    return turns, prompt

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .encoding import IGNORED, Encoded, EncodedRows, encode_all
+from .encoding import IGNORED, Encoded, EncodedRows, encode, encode_all
 from .example import Example
 from .family import Family
 from .generation_data import GenerationData
@@ -36,6 +36,11 @@ class TextToTextFamily(Family):
 
 class TextToTextData(GenerationData):
     """Loaders of prompts and targets; arguments as those of :class:`GenerationData`."""
+
+    @staticmethod
+    def lay_out(reader: Any, example: Example, max_length: int) -> dict[str, Any]:
+        """Likewise."""
+        return TextToText(reader.pad_token_id)([encode(reader, example, max_length, two_texts=True)])
 
     def _encoded(self, examples: list[Example], what: str, target_tokens: int | None = None) -> EncodedRows:
         texts = apply_template(self.template, examples, self.tokenizer, self.system_prompt)

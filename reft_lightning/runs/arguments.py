@@ -20,8 +20,8 @@ from ..base_models.places import ModelPlace
 from ..config.schema import OF_TRAINING, Config, DataConfig, InterventionConfig
 from ..data import AnyFamily, Family, get_family
 from ..data.benchmark_data import BenchmarkData
-from ..data.families.custom import custom_family
-from ..data.families.vision import vision_family
+from ..data.families import vision
+from ..data.families.custom import custom_family, default_template
 from ..data.preferences import as_preferences
 from ..data.rows import DataSource
 from ..evaluation import Decoding
@@ -48,11 +48,15 @@ class OwnRows(NamedTuple):
         make: path, source, template and the settings -> the family.
         settings: keys of ``data`` that it takes.
         kind: of the family.
+        template: where ``data.template`` names none.
+        line_break: whether a plain question ends its line.
     """
 
     make: Callable[..., AnyFamily]
     settings: tuple[str, ...]
     kind: str
+    template: Callable[[DataConfig], str]
+    line_break: bool
 
 
 FILES = ("validation_path", "test_path")
@@ -62,9 +66,15 @@ OWN = {
         ("prompt", "target", "answer", "context", "options", "answer_form", "messages", "source_prompt", "delimiter",
          *FILES),
         "generation",
+        template=lambda data: default_template(data.messages),
+        line_break=True,
     ),
     "vision": OwnRows(
-        vision_family, ("prompt", "target", "messages", "image", "image_folder", *FILES), "vision"
+        vision.vision_family,
+        ("prompt", "target", "messages", "image", "image_folder", *FILES),
+        "vision",
+        template=lambda data: vision.TEMPLATE,
+        line_break=False,
     ),
 }  # fmt: skip
 OF_OWN = tuple(dict.fromkeys(name for own in OWN.values() for name in own.settings))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..adapters.adapt import adapt, build_on_meta
 from ..adapters.adapted import AdaptedModel, ParameterCount
@@ -22,6 +22,7 @@ from ..base_models.processors import load_processor
 from ..config.schema import Config
 from ..data import AnyFamily, Family
 from ..data.benchmark_data import BenchmarkData
+from ..data.prompts import tokenizer_of
 from ..data.text_to_text import TextToTextFamily
 from ..evaluation import Decoding
 from ..speed.choose_part import ShortenedPass
@@ -51,7 +52,7 @@ from .checks import (
     reported,
 )
 from .devices import check_accelerator
-from .kinds import kind_of
+from .kinds import Kind, kind_of, reads_two_texts
 
 if TYPE_CHECKING:
     from .shared_base import Lane
@@ -151,18 +152,14 @@ def outline(config: Config) -> Outline:
     objective = objective_of(config)
     attached = attachment(config, family)
     decoding = decoding_of(config, cast(Family, family)) if kind_of(family).generates else None
-    place = {name: source[name] for name in PLACE}
     hf_config = hf_config_of(source)
-    if type(hf_config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and family.kind == Family.kind:
+    if reads_two_texts(kind_of(family), hf_config):
         family = TextToTextFamily.of(cast(Family, family))
         source["task"] = kind_of(family).task
     order = class_order(hf_config, family.classes_of(config.data.tasks))
     check_reads_forward(config, hf_config, source["task"], family)
-    if kind_of(family).sees:
-        processor: Any = load_processor(hf_config, **place, tokenizer=source["tokenizer"])
-        tokenizer = processor.tokenizer
-    else:
-        processor = tokenizer = load_tokenizer(**place, tokenizer=source["tokenizer"])
+    processor = reader_of(kind_of(family), source, hf_config)
+    tokenizer: Any = tokenizer_of(processor)
     if config.model.source == "random":
         fit_to_tokenizer(hf_config, tokenizer, config.model.config)
     on_meta = build_on_meta(hf_config, source["task"], source["attn_implementation"])
@@ -180,6 +177,12 @@ def outline(config: Config) -> Outline:
         decoding=decoding, hf_config=hf_config, tokenizer=tokenizer, processor=processor, count=count, monitor=monitor,
         class_order=order,
     )  # fmt: skip
+
+
+def reader_of(kind: Kind, source: Mapping[str, Any], hf_config: PretrainedConfig) -> Any:
+    """Return what reads the rows of a kind for a model: its tokenizer, or its processor of images and text."""
+    place = {name: source[name] for name in (*PLACE, "tokenizer")}
+    return load_processor(hf_config, **place) if kind.sees else load_tokenizer(**place)
 
 
 def prepare(config: Config, run: Outline | None = None) -> Prepared:

@@ -18,19 +18,21 @@ from ..adapters.adapt import adapt
 from ..adapters.adapted import AdaptedModel
 from ..adapters.saving import load_saved, load_state
 from ..base_models.loading import load_base_model
-from ..data.encoding import Collator, encode
-from ..data.prompts import TEMPLATES
-from ..evaluation import Decoding, generate
+from ..data.generation_data import GenerationData
+from ..data.pictures import MARK, Picture
+from ..data.prompts import TEMPLATES, tokenizer_of
+from ..evaluation import Decoding
 from ..terminal.bars import Bar
-from .arguments import attachment, model_source
+from .arguments import attachment, hf_config_of, model_source
+from .build import reader_of
+from .kinds import KINDS, reads_two_texts
 from .prompting import PromptFormat
 from .run_folder import load_run_config
 
 log = logging.getLogger(__name__)
-HELP = (
-    "Type a prompt; a \\ at the end of a line goes on in the next. "
-    "/plain, /alpaca and /chat choose the template, /quit ends."
-)
+LINES = "Type a prompt; a \\ at the end of a line goes on in the next."
+PICTURES = "/image FILE shows a picture with the next question."
+COMMANDS = "/plain, /alpaca and /chat choose the template, /new begins another conversation, /quit ends."
 MAX_LENGTH = 4096  # tokens of a question; beyond, its beginning is left out
 NO_TEMPLATE = "this tokenizer has no chat template"
 
@@ -44,84 +46,144 @@ def main(folder: Path, max_new_tokens: int = 64, template: str | None = None) ->
         template: laid around each prompt, a name in ``data.prompts.TEMPLATES``; None for that of the training rows.
 
     Raises:
-        ValueError: if the folder is no run, its model is a classifier, or the tokenizer has no chat template.
+        ValueError: if the folder is no run, its model generates no text, or the tokenizer has no chat template.
     """
     console = Console()
-    config = load_run_config(folder)
-    prompts = PromptFormat.of(config, folder)
-    if template is not None:
-        prompts = replace(prompts, template=template)
-    model, tokenizer = load(folder)
-    if prompts.template == "chat" and tokenizer.chat_template is None:
+    talk = Conversation(*load(folder, template), max_new_tokens)
+    has_template = talk.reader.chat_template is not None
+    if talk.prompts.template == "chat" and not has_template:
         raise ValueError(f"{NO_TEMPLATE}; use template=plain")
-    console.print(f"[bold]{escape(str(folder))}[/bold]: base and adapted model. {HELP}", soft_wrap=True)
+    sees = talk.prompts.kind.sees
+    manual = " ".join([LINES, *([PICTURES] if sees else []), COMMANDS])
+    console.print(f"[bold]{escape(str(folder))}[/bold]: base and adapted model. {manual}", soft_wrap=True)
     while True:
         text = _read(console)
         if text is None or text == "/quit":
             return
-        if text[:1] == "/" and text[1:] in TEMPLATES:
-            if text == "/chat" and tokenizer.chat_template is None:
-                console.print(f"{NO_TEMPLATE}; template stays {prompts.template}")
-            else:
-                prompts = replace(prompts, template=text[1:])
+        command, _, name = text.partition(" ")
+        if command == "/image" and sees:
+            _show(console, talk, name.strip())
+        elif text == "/new":
+            talk.begin_again()
+        elif text == "/chat" and not has_template:
+            console.print(f"{NO_TEMPLATE}; template stays {talk.prompts.template}")
+        elif text[:1] == "/" and text[1:] in TEMPLATES:
+            talk.prompts = replace(talk.prompts, template=text[1:])
+            talk.begin_again()
         elif text.startswith("/"):
-            console.print(f"{escape(text)} is no command. {HELP}")
+            console.print(f"{escape(text)} is no command. {manual}")
         elif text:
-            with Bar("answering"):
-                base, adapted = answer(
-                    model,
-                    tokenizer,
-                    text,
-                    max_new_tokens,
-                    prompts.template,
-                    prompts.system_prompt,
-                    prompts.line_break,
-                )
-            console.print(
-                Columns(
-                    # Text: what a model says may look like markup
-                    [Panel(Text(base), title="frozen base"), Panel(Text(adapted), title="adapted")],
-                    expand=True,
-                    equal=True,
-                )
-            )
+            _ask(console, talk, text)
 
 
-def load(folder: Path) -> tuple[AdaptedModel, Any]:
-    """Return the adapted model of a run folder, ready to generate, and its tokenizer."""
+def _show(console: Console, talk: Conversation, name: str) -> None:
+    picture = Picture(name, Path(name).expanduser())
+    try:
+        picture.open()
+    except ValueError as error:
+        console.print(escape(str(error)))
+    else:
+        talk.shown.append(picture)
+
+
+def _ask(console: Console, talk: Conversation, text: str) -> None:
+    try:
+        with Bar("answering"):
+            base, adapted = talk.ask(text)
+    except ValueError as error:  # of this question; the conversation goes on
+        console.print(escape(str(error)))
+        return
+    # Text: what a model says may look like markup
+    panels = [
+        Panel(Text(said or "(nothing)"), title=who)
+        for said, who in ((base, "frozen base"), (adapted, "adapted"))
+    ]
+    console.print(Columns(panels, expand=True, equal=True))
+
+
+class Conversation:
+    """Questions to the frozen base and to the adapted model, each of which knows its own earlier answers.
+
+    Only chat templates have a place for what was said; under others each question stands by itself.
+
+    Args:
+        model: ready to generate.
+        reader: its tokenizer, or its processor of images and text.
+        prompts: what is laid around each question.
+        max_new_tokens: of each answer.
+    """
+
+    def __init__(
+        self, model: AdaptedModel, reader: Any, prompts: PromptFormat, max_new_tokens: int = 64
+    ) -> None:
+        self.model, self.reader, self.prompts, self.max_new_tokens = model, reader, prompts, max_new_tokens
+        self.shown: list[Picture] = []  # with the next question
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """Forget what was said and seen."""
+        self._turns: tuple[list[tuple[str, str]], list[tuple[str, str]]] = (
+            [],
+            [],
+        )  # of base and adapted model
+        self._seen: list[Picture] = []
+
+    def ask(self, question: str) -> tuple[str, str]:
+        """Return what the frozen base and the adapted model answer.
+
+        Raises:
+            ValueError: if the template or the processor refuses the question.
+        """
+        pictures = [*self._seen, *self.shown]
+        if self.shown and MARK not in question:
+            question = f"{MARK * len(self.shown)}\n{question}"
+        self.shown = []
+        with self.model.disabled():
+            base = self._say(question, self._turns[0], pictures)
+        adapted = self._say(question, self._turns[1], pictures)
+        if self.prompts.template == "chat":
+            self._seen = pictures
+            for turns, said in zip(self._turns, (base, adapted), strict=True):
+                turns += [("user", question), ("assistant", said)]
+        return base, adapted
+
+    def _say(self, question: str, turns: list[tuple[str, str]], pictures: list[Picture]) -> str:
+        """Return an answer, greedily, by the code of the evaluation."""
+        kind, example = self.prompts.kind, self.prompts.prompt(question, self.reader, turns, pictures)
+        assert issubclass(kind.data, GenerationData)
+        batch = kind.data.lay_out(self.reader, example, MAX_LENGTH)
+        device = self.model.base_model.device
+        batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        decoding = Decoding(self.max_new_tokens, verify=False)
+        ((said,),) = kind.write(self.model, batch, tokenizer_of(self.reader), decoding)
+        return said.strip()
+
+
+def load(folder: Path, template: str | None = None) -> tuple[AdaptedModel, Any, PromptFormat]:
+    """Return the adapted model of a run folder, what reads its texts and pictures, and the format of its questions.
+
+    Args:
+        folder: of the run.
+        template: laid around each prompt; None for that of the training rows.
+
+    Raises:
+        ValueError: if the folder is no run, or one that generates no text.
+    """
     config = load_run_config(folder)
+    prompts = PromptFormat.of(config, folder)
+    if template is not None:
+        prompts = replace(prompts, template=template)
     adapter = load_state(folder / "adapter")  # a missing one is said before weights are loaded
-    base, tokenizer = load_base_model(**model_source(config))
+    source = model_source(config)
+    hf_config = hf_config_of(source)
+    if reads_two_texts(prompts.kind, hf_config):
+        prompts = replace(prompts, kind=KINDS["text_to_text"])
+    reader = reader_of(prompts.kind, source, hf_config)
+    of_model = {"task": prompts.kind.task, "tokenizer": tokenizer_of(reader), "hf_config": hf_config}
+    base, _ = load_base_model(**source | of_model)
     model = adapt(base, **attachment(config))
     load_saved(model, folder / "adapter", adapter)
-    return model.eval(), tokenizer
-
-
-def answer(
-    model: AdaptedModel,
-    tokenizer: Any,
-    text: str,
-    max_new_tokens: int,
-    template: str,
-    system_prompt: str | None = None,
-    line_break: bool = False,
-) -> tuple[str, str]:
-    """Return what the frozen base and the adapted model answer, greedily, by the code of the evaluation.
-
-    The last three arguments are those of :class:`~.prompting.PromptFormat`.
-    """
-    example = PromptFormat(template, system_prompt, line_break).prompt(text, tokenizer)
-    batch = Collator(tokenizer.pad_token_id)([encode(tokenizer, example, MAX_LENGTH)])
-    batch = {k: v.to(model.base_model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    decoding = Decoding(max_new_tokens, verify=False)
-
-    def say() -> str:
-        ((said,),) = generate(model, batch, tokenizer, decoding)
-        return said.strip() or "(nothing)"
-
-    with model.disabled():
-        base = say()
-    return base, say()
+    return model.eval(), reader, prompts
 
 
 def _read(console: Console) -> str | None:

@@ -95,8 +95,7 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
         )
     folder = results["run_dir"]
     lines = [("run folder", str(folder))]
-    # classifiers say nothing, and other models read more than a question
-    if results.get("base_task") == "causal_lm":
+    if results.get("base_task") != "sequence_classification":
         lines.append(("chat with both", shlex.join(["reft-chat", f"run={folder}"])))
     lines.append(("evaluate again", shlex.join(["reft-eval", f"run={folder}", "split=validation"])))
     if "split" not in results and results["trainable_parameters"] + results.get("head_parameters", 0):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PretrainedConfig
+
 from ..adapters.adapted import AdaptedModel
 from ..config.schema import Config
 from ..data import AnyFamily, Family
@@ -19,6 +21,7 @@ from ..data.image_data import ImageData
 from ..data.option_batches import option_batches
 from ..data.preferences import PreferenceData
 from ..data.text_to_text import TextToTextData
+from ..evaluation import generate, write
 from ..training.classification import ClassificationModule
 from ..training.generation import GenerationModule
 from ..training.module import FinetuningModule
@@ -38,6 +41,7 @@ class Kind:
         data: the data module.
         module: (configuration, what is prepared, model, training pass) -> the Lightning module.
         generates: whether texts are generated and scored.
+        write: (adapted model, batch, tokenizer, decoding) -> the texts of each row.
         sees: whether rows have pictures, which a processor reads.
         heads: which heads are trained unless the configuration says otherwise.
         unused: keys of ``data`` that mean nothing to it.
@@ -47,6 +51,7 @@ class Kind:
     data: type[BenchmarkData]
     module: Callable[[Config, Prepared, AdaptedModel, Any], FinetuningModule]
     generates: bool
+    write: Callable[..., list[list[str]]] = generate
     sees: bool = False
     heads: str | tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
@@ -92,7 +97,9 @@ def commonest_answers(examples: Iterable[Example]) -> dict[str, str]:
 
 KINDS = {
     "generation": Kind("causal_lm", GenerationData, _generation, generates=True),
-    "text_to_text": Kind("seq2seq_lm", TextToTextData, partial(_generation, two_texts=True), generates=True),
+    "text_to_text": Kind(
+        "seq2seq_lm", TextToTextData, partial(_generation, two_texts=True), generates=True, write=write
+    ),
     "vision": Kind("image_text_to_text", ImageData, _generation, generates=True, sees=True,
                    unused=("target_tokens",)),
     "classification": Kind(
@@ -110,3 +117,8 @@ KINDS = {
 def kind_of(family: AnyFamily | None) -> Kind:
     """Return the kind of a family; without one, texts are generated."""
     return KINDS[family.kind if family else "generation"]
+
+
+def reads_two_texts(kind: Kind, hf_config: PretrainedConfig) -> bool:
+    """Whether a model reads prompts and targets of a kind apart, since it has an encoder and a decoder."""
+    return kind.task == "causal_lm" and type(hf_config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING

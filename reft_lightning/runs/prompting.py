@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..adapters.methods import method_named
 from ..config.schema import Config
 from ..data import Example
+from ..data.pictures import Picture, marked
 from ..data.prompts import apply_template
 from .arguments import OWN, family_of, reads_preferences
-from .kinds import KINDS, kind_of
+from .kinds import KINDS, Kind, kind_of
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,13 @@ class PromptFormat:
         template: a name in ``data.prompts.TEMPLATES``.
         system_prompt: for chat templates.
         line_break: whether a plain question ends its line, as the rows of ``data=custom`` do.
+        kind: of the training rows.
     """
 
     template: str = "plain"
     system_prompt: str | None = None
     line_break: bool = False
+    kind: Kind = KINDS["generation"]
 
     @classmethod
     def of(cls, config: Config, where: object) -> PromptFormat:
@@ -40,24 +44,38 @@ class PromptFormat:
             raise ValueError(
                 f"{where} takes hidden states of another text with each question: use it in Python"
             )
-        # one's own rows, which may be gone, are not needed to talk
-        own = OWN.get(config.data.family)
-        family = None if own else family_of(config)
-        if (KINDS[own.kind] if own else kind_of(family)).sees:
-            raise ValueError(
-                f"{where} reads pictures, and questions are texts here: use the adapter in Python"
-            )
-        if family is not None and not kind_of(family).generates:
+        data = config.data
+        if own := OWN.get(data.family):  # its rows, which may be gone, are not needed to talk
+            template = data.template or own.template(data)
+            return cls(template, data.system_prompt, own.line_break, KINDS[own.kind])
+        family = family_of(config)
+        if not kind_of(family).generates:
             raise ValueError(f"{where} is a classifier ({family.name}), which generates no text")
-        template = config.data.template or str(getattr(family, "template", "plain"))
-        return cls(template, config.data.system_prompt, line_break=own is not None)
+        template = data.template or str(getattr(family, "template", "plain"))
+        return cls(template, data.system_prompt, kind=kind_of(family))
 
-    def prompt(self, question: str, tokenizer: Any) -> Example:
+    def prompt(
+        self,
+        question: str,
+        reader: Any,
+        turns: Sequence[tuple[str, str]] = (),
+        pictures: Sequence[Picture] = (),
+    ) -> Example:
         """Return an example whose prompt is what the model reads.
 
+        Args:
+            question: of the user.
+            reader: the tokenizer, or the processor of a model that reads images.
+            turns: what was said before, which only chat templates have a place for.
+            pictures: one for each mark in the texts; without a mark they come first.
+
         Raises:
-            ValueError: if the template is the tokenizer's, which has none or refuses the question.
+            ValueError: if the template is the tokenizer's, which has none or refuses the turns; or for other marks than
+                pictures.
         """
         ended = question.endswith("\n") or self.template != "plain" or not self.line_break
-        example = Example("question", question if ended else f"{question}\n", target="-", answer="-")
-        return next(iter(apply_template(self.template, [example], tokenizer, self.system_prompt)))
+        said, asked = tuple(turns), question if ended else f"{question}\n"
+        if self.kind.sees:
+            said, asked = marked(said, asked, pictures, "this question")
+        example = Example("question", asked, target="-", answer="-", turns=said, pictures=tuple(pictures))
+        return next(iter(apply_template(self.template, [example], reader, self.system_prompt)))

@@ -63,6 +63,12 @@ def main(
         from .app import Served, build_app
     runs = {name: load_run_config(folder) for name, folder in folders.items() if _is_run(folder)}
     formats = {name: PromptFormat.of(config, folders[name]) for name, config in runs.items()}
+    for name, prompts in formats.items():
+        if prompts.kind.sees:
+            raise ValueError(
+                f"{folders[name]} reads pictures, and requests are texts here: talk to it with reft-chat, or use it in "
+                "Python"
+            )
     adapters = {name: folder / "adapter" if name in runs else folder for name, folder in folders.items()}
     for name, adapter in adapters.items():
         if not (adapter / CONFIG_FILE).is_file():

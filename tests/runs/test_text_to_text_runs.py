@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import short_runs
 import torch
 from tokenizers.processors import TemplateProcessing
 
@@ -220,8 +221,11 @@ def test_an_edit_learns_answers_that_the_frozen_model_does_not_give(rows, tmp_pa
     assert results["metrics"]["test/option_accuracy"] > 0.8
     again = evaluate.evaluate(run, "test")
     assert again["metrics"]["test/accuracy"] == results["metrics"]["test/accuracy"]
-    with pytest.raises(ValueError, match="reft-chat and reft-serve take decoders only"):
-        chat.load(run)
+    talk = chat.Conversation(*chat.load(run), max_new_tokens=8)
+    rows = short_runs.predictions(run, "reft_test")
+    bases = short_runs.predictions(run, "base_test")
+    for row, base in zip(rows[:3], bases, strict=False):
+        assert talk.ask(row["prompt"]) == (base["generated"].strip(), row["generated"].strip())
 
 
 def test_jobs_of_a_shared_base_run_apart(rows):

@@ -98,7 +98,7 @@ def custom_family(
     """
     tables = tables_of(path, source, validation_path, test_path, _reader(delimiter))
     first = first_rows(tables)
-    template = template or ("chat" if messages else "plain")
+    template = template or default_template(messages)
     given = {
         "prompt": prompt, "target": target, "answer": answer, "context": context, "options": options,
         "source_prompt": source_prompt,
@@ -140,6 +140,11 @@ def custom_family(
         main=main,
         carve=carve,
     )
+
+
+def default_template(messages: str | None) -> str:
+    """Return the template of one's own rows: that of conversations, or none."""
+    return "chat" if messages else "plain"
 
 
 def with_rouge_l(score: Score) -> Score:

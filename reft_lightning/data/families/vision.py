@@ -37,13 +37,14 @@ from typing import Any, ClassVar
 from ..columns import exchange_of, text_of
 from ..example import Example, Judgement, Row, column, exact_match
 from ..family import Family, Task
-from ..pictures import MARK, Picture, pictures_in
+from ..pictures import MARK, marked, pictures_in
 from .custom import carve, first_rows, tables_of
 from .vqa_accuracy import vqa_accuracy
 
 VERSION = 2
 TASK = "vision"
 MAX_NEW_TOKENS = 64
+TEMPLATE = "chat"  # where data.template names no other
 PEOPLE = 10  # of VQA; a single answer counts as theirs
 
 
@@ -97,7 +98,7 @@ def vision_family(
         measures=("exact_match",) if messages else ("vqa_accuracy", "exact_match"),
         main="loss" if messages else None,
         literal=False,
-        template=template or "chat",
+        template=template or TEMPLATE,
         carve=carve,
     )
 
@@ -134,7 +135,7 @@ class SeenRows:
         for text, what in ((prompt.replace(MARK, ""), "question"), (answer, "answer")):
             if not text.strip():
                 raise ValueError(f"{where}: the row has no {what}")
-        turns, prompt = _marked(turns, prompt, pictures, where)
+        turns, prompt = marked(turns, prompt, pictures, where)
         answer = answer.strip()
         recorded = {"picture": ", ".join(picture.name for picture in pictures)} if pictures else {}
         return Example(
@@ -148,25 +149,6 @@ def _people(value: Any, name: str, where: str) -> tuple[str, ...]:
     parts = value if isinstance(value, list | tuple) else [value]
     answers = (part.get("answer") if isinstance(part, Mapping) else part for part in parts)
     return tuple(text.strip() for answer in answers if (text := text_of(answer, name, where)).strip())
-
-
-def _marked(
-    turns: tuple[tuple[str, str], ...], prompt: str, pictures: Sequence[Picture], where: str
-) -> tuple[tuple[tuple[str, str], ...], str]:
-    """Return turns and prompt with a mark for each picture: their own, or all before the first question."""
-    marks = sum(text.count(MARK) for text in (prompt, *(text for _, text in turns)))
-    if marks == 0 and pictures:
-        first = MARK * len(pictures) + "\n"
-        asked = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)
-        if asked is None:
-            return turns, first + prompt
-        role, text = turns[asked]
-        return (*turns[:asked], (role, first + text), *turns[asked + 1 :]), prompt
-    if marks != len(pictures):
-        raise ValueError(
-            f"{where}: the texts have {marks} marks {MARK}, and the row {len(pictures)} pictures"
-        )
-    return turns, prompt
 
 
 exact = exact_match(lambda text: text.strip() or None, measure="exact_match")

@@ -271,10 +271,10 @@ def test_a_run_is_evaluated_again_and_talked_to(data, tmp_path):
     result = short_runs.run(data, tmp_path, *arguments, "intervention.options.num_virtual_tokens=3")
     again = evaluate(tmp_path, "validation")
     assert again["metrics"]["val/loss"] == pytest.approx(result["metrics"]["val/loss"])
-    model, tokenizer = chat.load(tmp_path)
-    base, said = chat.answer(model, tokenizer, "is zorb kept?\n", 6, "plain")
+    talk = chat.Conversation(*chat.load(tmp_path), max_new_tokens=6)
+    base, said = talk.ask("is zorb kept?\n")
     assert base != said
-    assert isinstance(model, Baseline)
+    assert isinstance(talk.model, Baseline)
 
 
 def test_a_frozen_model_is_evaluated_and_nothing_else(data, tmp_path):

@@ -271,9 +271,9 @@ def test_a_stopped_run_goes_on_exactly_and_is_evaluated_again(data, tmp_path, mo
 
 def test_a_run_is_talked_to(data, tmp_path):
     short_runs.run(data, tmp_path, *RUN, "trainer.max_epochs=1", "optimizer.lr=0.3")
-    model, tokenizer = chat.load(tmp_path)
-    assert isinstance(model, JointModel)
-    base, said = chat.answer(model, tokenizer, "is zorb kept?", 6, "plain")
+    talk = chat.Conversation(*chat.load(tmp_path), max_new_tokens=6)
+    assert isinstance(talk.model, JointModel)
+    base, said = talk.ask("is zorb kept?")
     assert base != said
 
 
