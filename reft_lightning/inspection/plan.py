@@ -28,13 +28,15 @@ from transformers import AttentionInterface, PreTrainedModel
 from ..adapters.adapt import adapt, build_on_meta, interventions_of
 from ..adapters.adapted import AdaptedModel
 from ..adapters.reft.measuring import Seen, watching
-from ..base_models.heads import widen_heads
+from ..base_models.heads import is_classifier, widen_heads
 from ..base_models.reading import takes_position_ids
+from ..base_models.stacks import stacks_of
 from ..config import compose
 from ..config.schema import Config
-from ..data.encoding import Collator, Encoded
+from ..data.encoding import IGNORED, Collator, Encoded
 from ..data.example import Example
 from ..data.pairs import EncodedPairs
+from ..data.text_to_text import TextToText
 from ..evaluation.prefix_reader import SOURCES
 from ..runs.arguments import method_of
 from ..runs.build import Outline, outline, prepare
@@ -42,7 +44,7 @@ from ..runs.kinds import kind_of
 from ..runs.own_process import ranks_of
 from ..terminal.sizes import size
 from ..training.objectives import SFT
-from ..training.objectives.base import NOT_INPUTS, inputs_of
+from ..training.objectives.base import inputs_of
 from .gpus import GPU, gpu_named
 
 FUSED = "reft_inspect_fused"
@@ -112,10 +114,6 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
     """
     config = replace(config, test=False, evaluate_base=False)
     run = outline(config)
-    if run.source["task"] == "seq2seq_lm":
-        raise ValueError(
-            f"reft-inspect plan does not take models with an encoder and a decoder, as {config.model.name} is one"
-        )
     if prompt is None:
         if kind_of(run.family).sees:
             raise ValueError(
@@ -137,12 +135,11 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
         widen_heads(base)
     base.requires_grad_(False)
     weights = _bytes([*base.parameters(), *base.buffers()])
-    own = base.base_model  # Hugging Face's name of the model without its head
-    with torch.no_grad(), _on_meta(own):
+    with torch.no_grad(), _on_meta(base):
         frozen = {name: _flops_of_base(base, batch) for name, batch in batches.items()}
     model: Any = adapt(base, **run.attached)
     model.train()
-    with _on_meta(own):
+    with _on_meta(base):
         costs = {name: _cost(model, batch, run) for name, batch in batches.items()}
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     trained = list(named.values())
@@ -198,8 +195,8 @@ def _batches_of(data: Any) -> tuple[dict[str, Batch], dict[str, int]]:
 
 def _batch(run: Outline, rows: int, prompt: int, target: int) -> Batch:
     if kind_of(run.family).generates:
-        row = Encoded([0] * prompt, [0] * target, Example("", "", "", ""))
-        return Collator(0)([row] * rows)
+        collate = TextToText(0) if run.source["task"] == "seq2seq_lm" else Collator(0)
+        return collate([Encoded([0] * prompt, [0] * target, Example("", "", "", ""))] * rows)
     ids = torch.zeros(rows, prompt, dtype=torch.long)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -255,38 +252,50 @@ def _build(run: Outline) -> tuple[PreTrainedModel, list[str]]:
 
 
 def _inputs(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
-    """Return a batch's inputs: ids without values, and the masks, of which positions are made, with theirs."""
-    if "boundary" in batch:
-        inputs = inputs_of(batch)
-    else:
-        inputs = {name: value for name, value in batch.items() if name not in (*NOT_INPUTS, "labels")}
+    """Return a batch's inputs: ids without values; masks and labels, of which positions are made, with theirs."""
+    inputs = inputs_of(batch)
+    if is_classifier(model):
+        inputs.pop("labels", None)
     if takes_position_ids(model):
         inputs["position_ids"] = torch.empty_like(inputs["input_ids"])
     return {
-        name: value.to("meta") if isinstance(value, Tensor) and not name.endswith("_mask") else value
+        name: value.to("meta")
+        if isinstance(value, Tensor) and not name.endswith(("_mask", "labels"))
+        else value
         for name, value in inputs.items()
     }
 
 
 @contextmanager
-def _on_meta(model: nn.Module) -> Iterator[None]:
-    """Give a model inside the block masks as attention reads them, since what they hold is not known to it.
+def _on_meta(model: PreTrainedModel) -> Iterator[None]:
+    """Give a model inside the block masks as attention reads them, and labels, since what they hold is not known to it.
 
     Raises:
         ValueError: if it cannot run without numbers.
     """
-    names = list(inspect.signature(model.forward).parameters)
+
+    def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return args, {name: value.to("meta") if name == "labels" else value for name, value in kwargs.items()}
+
+    stacks = stacks_of(model)
+    two = len(stacks) > 1
+    # of one stack, the model without its head, by Hugging Face's name
+    parts = [model.get_submodule(path) for path in stacks.values()] if two else [model.base_model]
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        names = list(inspect.signature(module.forward).parameters)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        mask, ids = given.get("attention_mask"), given.get("input_ids")
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            columns = (given["inputs_embeds"] if ids is None else ids).shape[1]
-            shape = (len(mask), 1, columns, mask.shape[1])
-            given["attention_mask"] = torch.empty(shape, dtype=torch.bool, device="meta")
+        tokens = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+        rows, columns = tokens.shape[:2]
+        for name in ("attention_mask", "encoder_attention_mask") if two else ("attention_mask",):
+            mask = given.get(name)
+            if name in names and (two if mask is None else isinstance(mask, Tensor) and mask.ndim == 2):
+                seen = columns if mask is None else mask.shape[1]
+                given[name] = torch.empty((rows, 1, columns, seen), dtype=torch.bool, device="meta")
         return (), given
 
-    handle = model.register_forward_pre_hook(before, with_kwargs=True)
+    handles = [part.register_forward_pre_hook(before, with_kwargs=True) for part in parts]
+    handles.append(model.register_forward_pre_hook(begin, with_kwargs=True))
     try:
         yield
     except Exception as error:  # of torch, or of the model's own code
@@ -294,7 +303,8 @@ def _on_meta(model: nn.Module) -> Iterator[None]:
             f"{type(model).__name__} does not run without weights, so a step of it cannot be planned: {error}"
         ) from error
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _flops_of_base(base: PreTrainedModel, batch: Batch) -> int:
@@ -335,6 +345,8 @@ def _cost(model: AdaptedModel, batch: Batch, run: Outline) -> dict[str, Any]:
     if reft is not None:  # a token counts once, however many of its heads are edited
         edited = {layer: n // len(reft.sites[str(layer)].heads) for layer, n in edited.items()}
     real, columns = int(batch["attention_mask"].sum()), batch["input_ids"].shape[1]
+    if "boundary" not in batch and kind_of(run.family).generates:  # the target is a text of its own
+        real, columns = real + int((batch["labels"] != IGNORED).sum()), columns + batch["labels"].shape[1]
     return {
         "columns": columns,
         "tokens": real,

@@ -121,11 +121,27 @@ def test_the_head_of_a_classifier_is_counted_as_it_is_trained(dtype, tmp_path):
     assert plan(wanted, prompt=12)["adapter_bytes"] == (tmp_path / "reft.safetensors").stat().st_size
 
 
-def test_models_that_a_plan_cannot_run_are_refused_before_rows_are_read(tmp_path):
-    sizes = "model_type:t5,d_model:16,d_kv:8,d_ff:24,num_layers:2,num_heads:2"
-    missing = [*short_runs.arguments(tmp_path / "none"), "model.name=tiny_t5", f"+model.config={{{sizes}}}"]
-    with pytest.raises(ValueError, match="does not take models with an encoder and a decoder"):
-        plan(compose.compose(missing))
+TWO_TEXTS = {
+    "t5": "model_type:t5,d_model:32,d_kv:8,d_ff:64,num_layers:2,num_heads:4",
+    "bart": "model_type:bart,d_model:32,encoder_layers:2,decoder_layers:2,encoder_ffn_dim:64,decoder_ffn_dim:64,"
+    "encoder_attention_heads:4,decoder_attention_heads:4",
+}
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+@pytest.mark.parametrize("model", TWO_TEXTS)
+def test_a_model_with_an_encoder_and_a_decoder_is_planned_as_it_runs(data, model, stack):
+    settings = config(
+        data, EAGER, "model.name=tiny_two", f"+model.config={{{TWO_TEXTS[model]}}}",
+        f"intervention.component={stack}.block_output", "intervention.positions=all",
+    )  # fmt: skip
+    found = plan(settings)
+    cost = found["batches"]["largest"]
+    forward, backward, saved = measured(settings)
+    assert (cost["forward_flops"], cost["backward_flops"]) == (forward, backward)
+    assert cost["saved_bytes"] == pytest.approx(saved, rel=0.01)
+    assert cost["edited_tokens"] > 0
+    assert plan(settings, prompt=20, target=3)["batches"]["given"]["tokens"] == 3 * 23
 
 
 def test_given_lengths_need_no_rows(tmp_path):
