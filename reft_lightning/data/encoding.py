@@ -67,10 +67,9 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return _frame(tokenizer)[0]
 
 
-def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return the ids a tokenizer puts before and after every text."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
+def _frame(tokenizer: PreTrainedTokenizerBase, target: bool = False) -> tuple[list[int], list[int]]:
+    """Return the ids a tokenizer puts before and after every text, or every target of an encoder-decoder."""
+    (plain,), (whole,) = (_ids(tokenizer, ["a"], target, special) for special in (False, True))
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
             return whole[:start], whole[start + len(plain) :]
@@ -124,7 +123,7 @@ def encode_all(
     """
     for example in examples:
         refuse_empty(example)
-    layout = "prompt, target" if two_texts else "prompt | target"
+    layout = "prompt, text_target" if two_texts else "prompt | target"
     columns = prepare(
         _encoder(tokenizer, max_length, two_texts),
         {"prompt": [e.prompt for e in examples], "target": [e.target for e in examples]},
@@ -156,22 +155,15 @@ def _encoder(
         raise ValueError(
             f"{type(tokenizer).__name__} has no eos token, which ends every target; set eos_token"
         )
-    leading, closing = _frame(tokenizer)
-    least = len(leading) + 4 + (len(closing) if two_texts else 0)
+    frames = [_frame(tokenizer), _frame(tokenizer, target=True)] if two_texts else [_frame(tokenizer)]
+    least = max(len(leading) + 4 + (len(closing) if two_texts else 0) for leading, closing in frames)
     if max_length < least:
         raise ValueError(f"max_length must be at least {least}; got {max_length}")
     assert isinstance(eos, int)
-    settings: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "leading": leading,
-        "eos": eos,
-        "max_length": max_length,
-    }
-    return (
-        partial(encode_two_texts, closing=closing, **settings)
-        if two_texts
-        else partial(encode_texts, **settings)
-    )
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "eos": eos, "max_length": max_length}
+    if two_texts:
+        return partial(encode_two_texts, frames=frames, **settings)
+    return partial(encode_texts, leading=frames[0][0], **settings)
 
 
 def refuse_empty(example: Example) -> None:
@@ -211,25 +203,26 @@ def encode_two_texts(
     texts: Mapping[str, list[str]],  # prompt, target
     *,
     tokenizer: PreTrainedTokenizerBase,
-    leading: list[int],
-    closing: list[int],
+    frames: Sequence[tuple[list[int], list[int]]],  # of prompts and of targets
     eos: int,
     max_length: int,
 ) -> dict[str, list]:
     """Return the columns `TYPES` of prompts and targets that are texts of their own.
 
-    Each stands between the tokenizer's special tokens; a target ends in eos. The blank that parts a target from its
-    prompt is left out.
+    Each stands between the tokenizer's special tokens, which for targets (`text_target`) may be others, such as the
+    code of a language, and so may be the vocabulary (Marian's); a target ends in eos. The blank that parts a target
+    from its prompt is left out.
     """
     targets = [text.removeprefix(" ") for text in texts["target"]]
     columns: dict[str, list] = {name: [] for name in TYPES}
-    with_eos = closing if eos in closing else [*closing, eos]
-    pairs = zip(_ids(tokenizer, texts["prompt"]), _ids(tokenizer, targets), strict=True)
-    for prompt, target in ((_bare(p, leading, closing), _bare(t, leading, with_eos)) for p, t in pairs):
+    (leading, closing), (first, last) = frames
+    last = last if eos in last else [*last, eos]
+    pairs = zip(_ids(tokenizer, texts["prompt"]), _ids(tokenizer, targets, target=True), strict=True)
+    for prompt, target in ((_bare(p, leading, closing), _bare(t, first, last)) for p, t in pairs):
         cut_prompt = max(len(leading) + len(prompt) + len(closing) - max_length, 0)
-        cut_target = max(len(leading) + len(target) + len(with_eos) - max_length, 0)
+        cut_target = max(len(first) + len(target) + len(last) - max_length, 0)
         read = [*leading, *prompt[cut_prompt:], *closing]
-        written = [*leading, *target, *with_eos][:max_length]
+        written = [*first, *target, *last][:max_length]
         row = read + written, len(read), True, cut_prompt, cut_target
         for name, value in zip(TYPES, row, strict=True):
             columns[name].append(value)
@@ -245,9 +238,12 @@ def _bare(ids: list[int], leading: list[int], closing: list[int]) -> list[int]:
     return ids
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def _ids(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], target: bool = False, special: bool = False
+) -> list[list[int]]:
+    given: dict[str, Any] = {"text_target" if target else "text": texts}
     # verbose=False: no advice about texts beyond the model's length, which `_fit` deals with
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenizer(**given, add_special_tokens=special, verbose=False)["input_ids"]
 
 
 def _fit(

@@ -33,10 +33,15 @@ def target_log_likelihood(model: Any, batch: dict[str, Any]) -> Tensor:  # -> (b
 def write(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: Decoding) -> list[list[str]]:
     """Return the texts that the decoder writes for the prompts of a batch: ``texts[row][sample]``.
 
-    It starts with the model's own ``decoder_start_token_id``, and ``forced_bos_token_id`` if there is one; other
-    generation defaults are ignored. Penalties of repetition look at the text that is written, not at the prompt.
+    It starts with the model's own ``decoder_start_token_id``, and then ``forced_bos_token_id``, or what the tokenizer
+    puts before every target, such as the code of its language; other generation defaults are ignored. Penalties of
+    repetition look at the text that is written, not at the prompt.
     """
     base = model.base_model
+    first = tokenizer(text_target="")["input_ids"][:1]
+    forced = getattr(base.generation_config, "forced_bos_token_id", None)
+    if forced is None and first and first[0] != tokenizer.eos_token_id:
+        (forced,) = first
     starts = (
         getattr(owner, "decoder_start_token_id", None) for owner in (base.generation_config, base.config)
     )
@@ -45,7 +50,7 @@ def write(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: Decoding)
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=next((start for start in starts if start is not None), None),
-        forced_bos_token_id=getattr(base.generation_config, "forced_bos_token_id", None),
+        forced_bos_token_id=forced,
     )
     ids, mask = batch["input_ids"], batch["attention_mask"]
     more: dict[str, Any] = {}

@@ -6,9 +6,11 @@ import pytest
 import short_runs
 import torch
 from tokenizers.processors import TemplateProcessing
+from transformers import M2M100Config, M2M100ForConditionalGeneration, NllbTokenizer
 
+import reft_lightning as rl
 from reft_lightning.adapters.saving import load_saved, load_state
-from reft_lightning.base_models.loading import byte_tokenizer
+from reft_lightning.base_models.loading import byte_tokenizer, load_tokenizer
 from reft_lightning.config import compose
 from reft_lightning.data.encoding import encode, encode_all
 from reft_lightning.data.example import Example
@@ -97,6 +99,40 @@ def test_special_tokens_that_a_text_spells_out_are_not_doubled():
     assert (encoded.prompt_ids, encoded.target_ids) == ([a, 2, 1], [a + 1, 2, 1])
 
 
+def languages():
+    """A tokenizer as NLLB's, which puts the code of a language before each text."""
+    words = ["<s>", "<pad>", "</s>", "<unk>", "▁", "a", "b", "▁a", "▁b"]
+    return NllbTokenizer(
+        vocab={word: i for i, word in enumerate(words)}, merges=[("▁", "a"), ("▁", "b")],
+        src_lang="eng_Latn", tgt_lang="deu_Latn",
+    )  # fmt: skip
+
+
+def test_a_target_is_in_its_own_language(tmp_path):
+    languages().save_pretrained(tmp_path)  # which is how a run is told the languages: model.tokenizer=FOLDER
+    tokenizer = load_tokenizer(tokenizer=str(tmp_path), source="random", name="tiny")
+    encoded = encode(tokenizer, Example("t", "a b", "b", "b"), 16, two_texts=True)
+    assert tokenizer.convert_ids_to_tokens(encoded.prompt_ids)[0] == "eng_Latn"
+    assert tokenizer.convert_ids_to_tokens(encoded.target_ids) == ["deu_Latn", "▁b", "</s>"]
+
+
+def test_what_is_written_begins_as_every_target_does():
+    tokenizer = languages()
+    torch.manual_seed(0)
+    model = M2M100ForConditionalGeneration(M2M100Config(
+        vocab_size=len(tokenizer), d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16,
+        decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2, init_std=1.0,
+    ))  # fmt: skip
+    reft = rl.attach(model.eval(), rank=2, positions="f1")
+    seen, generate = [], reft.generate
+    reft.generate = lambda **given: seen.append(generate(**given)) or seen[-1]
+    encoded = encode(tokenizer, Example("t", "a b", "b", "b"), 16, two_texts=True)
+    batch = TextToText(tokenizer.pad_token_id)([encoded])
+    write(reft, batch, tokenizer, Decoding(4))
+    german = tokenizer.convert_tokens_to_ids("deu_Latn")
+    assert seen[0][0, :2].tolist() == [model.config.decoder_start_token_id, german]
+
+
 def test_long_texts_are_cut_on_their_own():
     example = Example("t", "abcdefgh", "ijklmnop", "i")
     encoded = encode(t5_tokenizer(), example, 6, two_texts=True)
@@ -168,7 +204,7 @@ def test_the_texts_are_greedy_choices_of_the_decoder(objects):
     texts = write(model, batch_of(tokenizer), tokenizer, Decoding(6))
     for example, (text,) in zip(EXAMPLES, texts, strict=True):
         one = batch_of(tokenizer, [example])
-        start, ids = model.base_model.config.decoder_start_token_id, []
+        start, ids = model.base_model.config.decoder_start_token_id, [tokenizer.bos_token_id]  # as all targets
         while len(ids) < 6 and tokenizer.eos_token_id not in ids:
             read = {"input_ids": one["input_ids"], "decoder_input_ids": torch.tensor([[start, *ids]])}
             with torch.no_grad():
