@@ -7,12 +7,14 @@ import torch
 from laws import shaken
 from model_laws import Recorder
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BartConfig,
     PegasusConfig,
     T5Config,
+    T5GemmaModuleConfig,
 )
 
 import reft_lightning as rl
@@ -32,6 +34,21 @@ BOTH = {
         bos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None,
     ),
 }  # fmt: skip
+OF_BART = BOTH["bart"].to_diff_dict() | {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+OF_T5 = BOTH["t5"].to_diff_dict()
+GEMMA = T5GemmaModuleConfig(
+    vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+)  # fmt: skip
+MORE = {  # by their names in transformers, with the sizes of the two above
+    **dict.fromkeys(("mbart", "m2m_100", "marian", "pegasus", "blenderbot", "blenderbot-small", "plbart"), OF_BART),
+    "nllb-moe": OF_BART | {"num_experts": 2, "expert_capacity": 64},
+    **dict.fromkeys(("mt5", "umt5"), OF_T5),
+    "t5gemma": {
+        "encoder": GEMMA, "decoder": GEMMA, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+        "decoder_start_token_id": 2, "dropout_rate": 0.0, "attention_dropout": 0.0,
+    },
+}  # fmt: skip
 STACKS = {"encoder": "f2+l1", "decoder": "f1+decode:2"}
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 0, 0]])
@@ -39,10 +56,27 @@ PROMPTS = {"input_ids": IDS, "attention_mask": (IDS > 0).long()}
 LABELS = torch.tensor([[20, 21, 22, 23], [24, 25, -100, -100]])
 
 
+def config_of(kind):
+    if kind in BOTH:
+        return copy.deepcopy(BOTH[kind])
+    sizes = {
+        name: value
+        for name, value in MORE[kind].items()
+        if name not in ("model_type", "transformers_version")
+    }
+    return AutoConfig.for_model(kind, **sizes)
+
+
+# of more models, by `make test-slow`
+everywhere = pytest.mark.parametrize(
+    "base", [*BOTH, *(pytest.param(kind, marks=pytest.mark.slow) for kind in MORE)], indirect=True
+)
+
+
 @pytest.fixture(params=list(BOTH))
 def base(request):
     torch.manual_seed(1)
-    model = AutoModelForSeq2SeqLM.from_config(copy.deepcopy(BOTH[request.param])).eval().double()
+    model = AutoModelForSeq2SeqLM.from_config(config_of(request.param)).eval().double()
     return model.requires_grad_(False)  # attention of T5's trained biases rounds otherwise
 
 
@@ -58,6 +92,7 @@ def logits(model, **more):
         return model(**PROMPTS, **more).logits
 
 
+@everywhere
 @pytest.mark.parametrize("stack", STACKS)
 @pytest.mark.parametrize(
     "component", ["block_output", "block_input", "attention_output", "mlp_output", "head_output:1"]
@@ -98,6 +133,7 @@ def where(base, stack):
     )
 
 
+@everywhere
 def test_positions_of_the_encoder_count_the_prompt_and_not_its_padding(base):
     found = changed(base, "encoder", "f2+l1", **PROMPTS, labels=LABELS)
     assert found == [[1, 1, 0, 0, 0, 1], [1, 1, 0, 1, 0, 0]]
@@ -123,6 +159,7 @@ def test_what_a_decoder_reads_before_its_first_label_is_its_prompt(base):
     assert changed(base, "decoder", "prompt", **inputs) == [[1, 1, 1, 0], [1, 1, 0, 0]]
 
 
+@everywhere
 @pytest.mark.parametrize("stack", STACKS)
 @pytest.mark.parametrize("positions", [None, "all", "prompt"])
 def test_generation_is_teacher_forcing_with_and_without_a_cache(base, stack, positions):
@@ -137,6 +174,7 @@ def test_generation_is_teacher_forcing_with_and_without_a_cache(base, stack, pos
         assert torch.equal(reft.generate(**PROMPTS, **GREEDY), base.generate(**PROMPTS, **GREEDY))
 
 
+@everywhere
 @pytest.mark.parametrize("stack", STACKS)
 def test_the_score_of_a_beam_is_its_probability_under_teacher_forcing(base, stack):
     reft = attached(base, stack, positions="all")
@@ -170,6 +208,7 @@ def test_a_cache_is_read_on_from_the_column_where_it_ends(base):
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, atol=1e-6, rtol=1e-6)
 
 
+@everywhere
 def test_each_row_has_its_own_adapter_and_both_stacks_can_be_edited(base):
     reft = attached(base, "encoder")
     reft.add_adapter("answer", "direft", rank=2, component="decoder.block_output", positions="f1+decode")
@@ -188,6 +227,7 @@ def test_each_row_has_its_own_adapter_and_both_stacks_can_be_edited(base):
     assert torch.equal(logits(reft, decoder_input_ids=text[:, :-1]).argmax(-1), text[:, 1:])
 
 
+@everywhere
 @pytest.mark.parametrize("stack", STACKS)
 def test_what_is_saved_says_its_stack_and_loads_onto_the_same_model(base, stack, tmp_path):
     reft = attached(base.float(), stack).float()
