@@ -79,6 +79,7 @@ class ReftModel(nn.Module):
         check_base(base_model)
         super().__init__()
         self.base_model: Any = base_model
+        self._noted = config  # by the base model; the first adapter may be deleted
         self._enabled, self._nulled = True, False
         self._edited, self._warned = False, False  # whether anything was edited, and that nothing was, said
         self._idle = 0  # passes that edited nothing
@@ -166,7 +167,7 @@ class ReftModel(nn.Module):
             hook.remove()
         self._hooks = {}
         fill(self._head_parameters(), self._first_heads.values)
-        detached(self.base_model, self.config)
+        detached(self.base_model, self._noted)
         return self.base_model
 
     def _check_attached(self) -> None:
