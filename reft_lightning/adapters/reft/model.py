@@ -592,6 +592,12 @@ class ReftModel(nn.Module):
                     call.sources = passes.sources(call, *source, images)
         with _REPLACING if others else nullcontext(), replaced(others), running(call):
             yield call
+        if call is not None and not call.begun:
+            raise ValueError(
+                "the base model ran without the hooks of this ReftModel, so nothing was edited: shallow copies "
+                "(copy.copy, nn.DataParallel, which Trainer uses where one process sees several GPUs) have none of "
+                "their own. Use copy.deepcopy, or a process for each GPU (torchrun, accelerate launch)"
+            )
         if call is not None:
             self._notice(call)
 
@@ -694,7 +700,7 @@ class ReftModel(nn.Module):
         call = call_of(self)
         if call is None:
             return
-        call.plan = None
+        call.plan, call.begun = None, True
         if not self._enabled:
             return
         given = {**dict(zip(self._arguments[stack], args, strict=False)), **kwargs}
