@@ -21,6 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from ..adapters.masks import spans_of
 from ..adapters.reft.model import ReftModel
 from ..adapters.saving import check_fit, write_tensors
+from ..base_models.reading import continues_texts
 from ..base_models.stacks import reads_two_texts
 
 
@@ -90,15 +91,10 @@ class AsPretrained(PreTrainedModel):
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
         """Read the prompt off the labels, before a trainer that replaces ``forward`` takes them away (trl's do)."""
-        if reads_two_texts(self.reft.base_model):  # the prompt is what the encoder reads
+        base = self.reft.base_model
+        if reads_two_texts(base) or not continues_texts(base):  # the prompt is all that the encoder reads
             return None
         attention, labels = kwargs.get("attention_mask"), kwargs.get("labels")
-        places = kwargs.get("position_ids")
-        if attention is None and places is not None and (places.diff(dim=-1) < 0).any():
-            raise ValueError(
-                "several texts are packed into a row, but positions are those of one text: set packing=False and "
-                "padding_free=False"
-            )
         if kwargs.get("prompt_mask") is not None:
             return None
         if labels is None and self.training and self.get_output_embeddings() is not None:

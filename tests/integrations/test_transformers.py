@@ -146,12 +146,12 @@ def test_without_labels_the_prompt_has_to_be_named(tmp_path):
     trainer(as_pretrained(attached()), tmp_path, dataset, label_smoothing_factor=0.1).train()
 
 
-def test_packed_rows_are_refused():
+@pytest.mark.parametrize("wrap", [as_pretrained, lambda reft: reft])
+def test_packed_rows_are_refused(wrap):
     ids = torch.stack(tiny.rows(8))
+    labels = torch.where(torch.arange(8) % 4 < 2, -100, ids)
     with pytest.raises(ValueError, match="packing=False"):
-        as_pretrained(attached())(
-            input_ids=ids, labels=ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
-        )
+        wrap(attached())(input_ids=ids, labels=labels, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]))
 
 
 def test_gradients_are_the_same_with_gradient_checkpointing():
