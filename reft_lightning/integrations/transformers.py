@@ -110,8 +110,29 @@ class AsPretrained(PreTrainedModel):
         return args, {**kwargs, "prompt_mask": spans.prompt}
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Run :meth:`ReftModel.generate`."""
+        """Run :meth:`ReftModel.generate`; as the draft of another model, each time with what that one wrote so far."""
+        settings = kwargs.get("generation_config")
+        if getattr(settings, "is_assistant", False):
+            ids = kwargs["input_ids"]
+            prompt = vars(settings).setdefault("prompt_columns", ids.shape[1])  # one object a generation
+            kwargs["prompt_mask"] = (torch.arange(ids.shape[1], device=ids.device) < prompt).expand_as(ids)
+            if kwargs.get("attention_mask") is None:  # transformers leaves one out that covers everything
+                kwargs["attention_mask"] = torch.ones_like(ids)
         return self.reft.generate(*args, **kwargs)
+
+    def _supports_logits_to_keep(self) -> bool:  # asked of a draft
+        return False
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse continuous batching.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "continuous batching puts the tokens of several texts into one row, in which positions mean nothing: use "
+            "generate, with rows of one length or padding, or reft-serve"
+        )
 
     @property
     def base_model(self) -> Any:
