@@ -1,6 +1,7 @@
 """What README and docs show is run."""
 
 import contextlib
+import copy
 import csv
 import functools
 import importlib
@@ -81,7 +82,7 @@ def hub(monkeypatch):
     roberta = RobertaConfig(**sizes, max_position_embeddings=512, num_labels=2)
 
     def of(auto, config):
-        return lambda name, **_: auto.from_config(config).eval()
+        return lambda name, **_: auto.from_config(copy.deepcopy(config)).eval()
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", of(AutoModelForCausalLM, llama))
     t5 = T5Config(

@@ -102,15 +102,16 @@ def forward_inputs(
 def left_padded_inputs(given: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
     """Return the arguments of a generation with the padding of every row on its left, so that new tokens follow it.
 
-    All tensors of rows and columns move: ids, embeddings, masks, types, positions. Those of an encoder stay: new tokens
-    are the decoder's.
+    All tensors of rows and columns move: ids, embeddings, masks, types, positions. Those of an encoder stay, as new
+    tokens are the decoder's; and those of a cache, which holds its columns where they are.
 
     Args:
         given: the arguments of ``generate``; tensors of rows that are None are left out.
         model: the base model.
 
     Raises:
-        ValueError: for tokens that are missing or given twice, or a mask of another shape.
+        ValueError: for tokens that are missing or given twice, a mask of another shape, or padding between a cache and
+            new tokens.
     """
     # eos_token_id=None and its like mean something
     given = {name: value for name, value in given.items() if value is not None or name not in ROWS}
@@ -133,6 +134,14 @@ def left_padded_inputs(given: dict[str, Any], model: PreTrainedModel) -> dict[st
             f"attention_mask must have the shape of the tokens, {tuple(shape)}; got {tuple(mask.shape)}"
         )
     if reads_two_texts(model):
+        return given
+    past = given.get("past_key_values")
+    if past is not None and past.get_seq_length() > 0:
+        if not mask[:, -1].all():
+            raise ValueError(
+                "with past_key_values, columns stay where they are, and new tokens follow the last of them, which is "
+                "padding in some rows: pad what comes after the cache on the left"
+            )
         return given
     order = torch.argsort(mask.bool().long(), dim=-1, stable=True)  # (b, s)
     if torch.equal(order, torch.arange(shape[1], device=order.device).expand(shape)):

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .bare import bare_copy
 from .decoders import is_decoder
+from .heads import is_classifier
 from .stacks import reads_two_texts
 from .vision import image_tokens
 
@@ -93,6 +94,11 @@ def _is_causal(
     backward = (logits[1] - logits[0])[:-1].abs().max()
     forward = (logits[2] - logits[0])[1:].abs().max()
     return not bool(backward > NOISE * forward)
+
+
+def continues_texts(model: PreTrainedModel) -> bool:
+    """Whether labels of tokens say how a text goes on: of a language model; not of a tagger, or for masked tokens."""
+    return model.can_generate() or (not is_classifier(model) and reading_of(model).causal)
 
 
 def keeps_its_columns(model: PreTrainedModel) -> bool:

@@ -21,6 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from ..adapters.masks import spans_of
 from ..adapters.reft.model import ReftModel
 from ..adapters.saving import check_fit, write_tensors
+from ..base_models.reading import continues_texts
 from ..base_models.stacks import reads_two_texts
 
 
@@ -90,15 +91,10 @@ class AsPretrained(PreTrainedModel):
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
         """Read the prompt off the labels, before a trainer that replaces ``forward`` takes them away (trl's do)."""
-        if reads_two_texts(self.reft.base_model):  # the prompt is what the encoder reads
+        base = self.reft.base_model
+        if reads_two_texts(base) or not continues_texts(base):  # the prompt is all that the encoder reads
             return None
         attention, labels = kwargs.get("attention_mask"), kwargs.get("labels")
-        places = kwargs.get("position_ids")
-        if attention is None and places is not None and (places.diff(dim=-1) < 0).any():
-            raise ValueError(
-                "several texts are packed into a row, but positions are those of one text: set packing=False and "
-                "padding_free=False"
-            )
         if kwargs.get("prompt_mask") is not None:
             return None
         if labels is None and self.training and self.get_output_embeddings() is not None:
@@ -114,8 +110,29 @@ class AsPretrained(PreTrainedModel):
         return args, {**kwargs, "prompt_mask": spans.prompt}
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Run :meth:`ReftModel.generate`."""
+        """Run :meth:`ReftModel.generate`; as the draft of another model, each time with what that one wrote so far."""
+        settings = kwargs.get("generation_config")
+        if getattr(settings, "is_assistant", False):
+            ids = kwargs["input_ids"]
+            prompt = vars(settings).setdefault("prompt_columns", ids.shape[1])  # one object a generation
+            kwargs["prompt_mask"] = (torch.arange(ids.shape[1], device=ids.device) < prompt).expand_as(ids)
+            if kwargs.get("attention_mask") is None:  # transformers leaves one out that covers everything
+                kwargs["attention_mask"] = torch.ones_like(ids)
         return self.reft.generate(*args, **kwargs)
+
+    def _supports_logits_to_keep(self) -> bool:  # asked of a draft
+        return False
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse continuous batching.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "continuous batching puts the tokens of several texts into one row, in which positions mean nothing: use "
+            "generate, with rows of one length or padding, or reft-serve"
+        )
 
     @property
     def base_model(self) -> Any:

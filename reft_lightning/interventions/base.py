@@ -62,6 +62,11 @@ class Intervention(nn.Module):
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls):
+            raise ValueError(
+                f"{cls.__name__} defines forward, which casts, scales and drops for all interventions: define edit(h), "
+                "the difference Phi(h) - h (forward of pyreft returns Phi(h))"
+            )
         if name is None:
             return
         other = INTERVENTIONS.get(name, cls)

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from adapted_models import adapted
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -125,3 +126,38 @@ def test_every_tensor_of_rows_and_columns_moves_and_nothing_else_does():
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     again = left_padded_inputs(found, tiny.model("llama"))
     assert all(again[name] is found[name] for name in found), "nothing to move"
+
+
+def two_turns(generate, batch, answered):
+    """Generate after a prompt, and from the cache of that after what is said next; rows may have ended before."""
+    first = generate(**batch, **GREEDY, eos_token_id=answered, return_dict_in_generate=True)
+    real = torch.cat(
+        [batch["attention_mask"], first.sequences[:, batch["input_ids"].shape[1] :].ne(tiny.PAD).long()], -1
+    )
+    ids = F.pad(first.sequences, (0, 3), value=9)
+    mask = F.pad(real, (0, 3), value=1)
+    again = {"input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values}
+    return real, generate(**again, **GREEDY)[:, ids.shape[1] :]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_columns_stay_where_a_cache_holds_them(method):
+    model = adapted("llama", method)
+    answered = int(model.generate(**LEFT, **GREEDY)[1, 6])
+    real, texts = two_turns(model.generate, LEFT, answered)
+    assert not real[:, -1].all()  # rows with a hole in their middle, then
+    for i, text in enumerate(texts):
+        alone = tiny.padded([TEXTS[i]])
+        assert torch.equal(two_turns(model.generate, alone, answered)[1][0], text)
+    with model.disabled():
+        found = two_turns(model.generate, LEFT, answered)
+        expected = two_turns(model.base_model.generate, LEFT, answered)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_padding_between_a_cache_and_new_tokens_is_refused(method):
+    model = adapted("llama", method)
+    cache = model.generate(**LEFT, **GREEDY, return_dict_in_generate=True).past_key_values
+    with pytest.raises(ValueError, match="pad what comes after the cache on the left"):
+        model.generate(**tiny.padded(tiny.rows(14, 12)), past_key_values=cache, **GREEDY)

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from transformers import (
+    BertForMaskedLM,
     BertForMultipleChoice,
     BertForQuestionAnswering,
     BertForTokenClassification,
@@ -13,12 +14,14 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    LlamaForTokenClassification,
 )
 from transformers.models.auto import AutoModelForSequenceClassification
 
 import reft_lightning as rl
 from reft_lightning.adapters.adapt import adapt
 from reft_lightning.adapters.saving import load_state
+from reft_lightning.integrations.transformers import as_pretrained
 from reft_lightning.interventions import Intervention
 
 BATCH = tiny.padded(tiny.rows(5, 3), "left")
@@ -74,6 +77,27 @@ def test_the_head_of_a_classifier_is_trained_and_saved(name, tmp_path):  # as PE
     assert all(
         torch.equal(p, again.base_model.get_parameter(n)) for n, p in reft.base_model.named_parameters()
     )
+
+
+@pytest.mark.parametrize("wrap", [as_pretrained, lambda reft: reft])
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [
+        (BertForTokenClassification, BERT),
+        (BertForMaskedLM, BERT),
+        (LlamaForTokenClassification, tiny.DECODERS["llama"](pad_token_id=0)),
+    ],
+)
+def test_labels_of_a_tagger_s_tokens_leave_the_text_a_prompt(cls, config, wrap):
+    reft = rl.attach(build(cls, config), rank=2, positions="f2+l2")
+    labels = torch.where(BATCH["attention_mask"].bool(), 1, -100)
+    labels[0, 0] = -100  # as of [CLS]
+    expected = reft.eval()(**BATCH).logits  # as it is used
+    model = wrap(reft.train())
+    reft.base_model.eval()  # without dropout
+    trained = model(**BATCH, labels=labels)
+    assert torch.equal(trained.logits, expected)
+    trained.loss.backward()
 
 
 @pytest.mark.parametrize("method", METHODS)

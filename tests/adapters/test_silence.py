@@ -1,5 +1,6 @@
 """What would change nothing without a word: unknown arguments, empty positions, adapters of other models, a scale."""
 
+import copy
 import json
 
 import pytest
@@ -67,6 +68,28 @@ def test_a_model_of_one_s_own_may_take_what_it_likes():
     reft = rl.attach(Mine(tiny.DECODERS["llama"]()), rank=2)
     reft(**BATCH, flavour="mint")
     assert seen[-1] == "mint"  # before, it was tried how the model reads
+
+
+# --- hooks that are not there ----------------------------------------------------------------------------------------
+
+
+def replicated(module):  # as nn.DataParallel does on several GPUs
+    copied = module._replicate_for_data_parallel()
+    copied._parameters, copied._buffers = module._parameters, module._buffers
+    copied._modules = {name: replicated(child) for name, child in module._modules.items()}
+    return copied
+
+
+@pytest.mark.parametrize("copied", [copy.copy, replicated])
+@pytest.mark.parametrize(
+    "call", [lambda model: model(**BATCH), lambda model: model.generate(**BATCH, **GREEDY)]
+)
+def test_a_shallow_copy_does_not_answer_as_the_base_model(copied, call):
+    reft = rl.attach(tiny.model("llama"), rank=2).eval()
+    with pytest.raises(ValueError, match=r"without the hooks of this ReftModel.*deepcopy"):
+        call(copied(reft))
+    call(copy.deepcopy(reft))
+    call(reft)
 
 
 # --- positions that select nothing -----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import tiny
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from laws import shaken
 from safetensors.torch import load_file
 from transformers import (
     LlamaConfig,
@@ -146,12 +147,12 @@ def test_without_labels_the_prompt_has_to_be_named(tmp_path):
     trainer(as_pretrained(attached()), tmp_path, dataset, label_smoothing_factor=0.1).train()
 
 
-def test_packed_rows_are_refused():
+@pytest.mark.parametrize("wrap", [as_pretrained, lambda reft: reft])
+def test_packed_rows_are_refused(wrap):
     ids = torch.stack(tiny.rows(8))
+    labels = torch.where(torch.arange(8) % 4 < 2, -100, ids)
     with pytest.raises(ValueError, match="packing=False"):
-        as_pretrained(attached())(
-            input_ids=ids, labels=ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
-        )
+        wrap(attached())(input_ids=ids, labels=labels, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]))
 
 
 def test_gradients_are_the_same_with_gradient_checkpointing():
@@ -223,6 +224,27 @@ def test_a_pipeline_writes_what_the_model_generates(caplog):
         new = reft.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
         assert answers == [{"generated_text": tokenizer.decode(new, skip_special_tokens=True)}]
     assert "not supported" not in caplog.text
+
+
+@pytest.mark.parametrize("positions", ["f1+l2", "l1+decode:3", "all"])
+def test_a_draft_is_what_the_model_itself_would_write(positions):
+    reft = attached(positions=positions).eval()
+    shaken(reft.interventions)
+    ids, settings = torch.stack(tiny.rows(7)), {"max_new_tokens": 18, "do_sample": False}
+    expected = reft.generate(ids, **settings)
+    draft = as_pretrained(copy.deepcopy(reft)).eval()
+    draft.generation_config.update(
+        num_assistant_tokens=5, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0
+    )
+    passes = []
+    reft.base_model.register_forward_hook(lambda *_: passes.append(1))
+    assert torch.equal(reft.generate(ids, assistant_model=draft, **settings), expected)
+    assert len(passes) == 3  # of six tokens each: no draft was rejected
+
+
+def test_continuous_batching_is_refused():
+    with pytest.raises(ValueError, match="several texts into one row"):
+        as_pretrained(attached()).generate_batch([[5, 6, 7]])
 
 
 def test_accelerate_saves_and_loads_the_adapter(tmp_path):

@@ -228,6 +228,15 @@ class TestTenLinesOfAUser(InterventionLaws):
 
         assert INTERVENTIONS["loreft"] is LoReFT
 
+    def test_a_forward_as_pyreft_has_it_is_refused(self):  # no scale and no dropout reached it
+        with pytest.raises(ValueError, match=r"Mine defines forward.*define edit\(h\)"):
+
+            class Mine(Intervention, name="tests.forward"):
+                def forward(self, base, source=None, subspaces=None):
+                    return base
+
+        assert "tests.forward" not in INTERVENTIONS
+
     def test_a_cell_of_a_notebook_may_run_twice(self):
         def cell():
             class Mine(Intervention, name="tests.cell"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -13,6 +14,7 @@ from ...base_models.dispatch import is_dispatched
 from ...base_models.stacks import DECODER, ENCODER
 from ...base_models.vision import image_tokens
 from ...interventions import Orthonormal, Partition, check_settings, registered
+from ...interventions.base import HALVES
 from ...suggest import did_you_mean
 from .config import LayerSpec, ReftConfig
 from .critical import check_attends
@@ -83,7 +85,9 @@ class Adapter(nn.Module):
                     f"the encoder of {type(base_model).__name__} reads only prompts, of which positions="
                     f"{positions[key][0]} selects no token: give component='decoder.block_output', or other positions"
                 )
-            group, device = _interventions(spec, positions[key][0], site), device_at(modules, site.path)
+            with _at_least_float32():
+                group = _interventions(spec, positions[key][0], site)
+            device = device_at(modules, site.path)
             if device.type == "meta" and is_dispatched(base_model):  # offloaded until it is used
                 device = torch.get_default_device()
             interventions[key] = group if device == torch.get_default_device() else group.to(device)
@@ -104,6 +108,18 @@ class Adapter(nn.Module):
             }
         )
         return type(self)(self.config, interventions, self.sites, self.positions)
+
+
+@contextmanager
+def _at_least_float32() -> Iterator[None]:
+    """Let parameters made inside the block be float32, where a default of 16 bits was set to load the base model."""
+    default = torch.get_default_dtype()
+    try:
+        if default in HALVES:
+            torch.set_default_dtype(torch.float32)
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _check_images(model: PreTrainedModel, positions: Positions, site: Site) -> None:

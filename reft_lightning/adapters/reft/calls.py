@@ -65,6 +65,7 @@ class Call:
     nulled: bool  # whether edits remove what they would add; a block that is run again asks the call, too
     rows: Mapping[Orthonormal, Tensor]  # R (r, d) of each intervention, computed once
     plan: EditPlan | None = None  # of the base model's current pass; a generation makes several
+    begun: bool = False  # whether the base model has read anything
     edited: bool = False  # whether any token was selected so far
     given: Mapping[str, Tensor] = field(default_factory=dict)  # name -> (b, ...), of each row
     kept: dict[str, dict[Any, Tensor]] = field(

@@ -35,6 +35,7 @@ from ...base_models.checkpointing import checkpointable
 from ...base_models.heads import heads_to_train, parameters_of
 from ...base_models.loading import number_of_parameters
 from ...base_models.patching import replaced
+from ...base_models.reading import continues_texts
 from ...base_models.stacks import DECODER, stacks_of
 from ...base_models.vision import image_tokens
 from ...interventions import INTERVENTIONS, Intervention, rotations
@@ -79,6 +80,7 @@ class ReftModel(nn.Module):
         check_base(base_model)
         super().__init__()
         self.base_model: Any = base_model
+        self._noted = config  # by the base model; the first adapter may be deleted
         self._enabled, self._nulled = True, False
         self._edited, self._warned = False, False  # whether anything was edited, and that nothing was, said
         self._idle = 0  # passes that edited nothing
@@ -166,7 +168,7 @@ class ReftModel(nn.Module):
             hook.remove()
         self._hooks = {}
         fill(self._head_parameters(), self._first_heads.values)
-        detached(self.base_model, self.config)
+        detached(self.base_model, self._noted)
         return self.base_model
 
     def _check_attached(self) -> None:
@@ -349,9 +351,9 @@ class ReftModel(nn.Module):
     ) -> Any:
         """Run the base model with the edits; returns what the base model returns (``loss``, ``logits``, ...).
 
-        The prompt is ``prompt_mask``; without it, what precedes the first label of a row; without token
-        labels, every real token. Padding may stand on either side. Labels of only the last columns, with
-        ``logits_to_keep`` of as many, compute only those logits.
+        The prompt is ``prompt_mask``; without it, what precedes the first label of a row; without token labels, and of
+        taggers and masked language models, every real token. Padding may stand on either side. Labels of only the last
+        columns, with ``logits_to_keep`` of as many, compute only those logits.
 
         ``adapter_names`` gives each row an adapter of its own: a name, a pair of a name and its strength, or None (or
         ``"__base__"``) for the base model. Without it, those of :meth:`set_adapter` edit all rows. ``row_values``
@@ -370,7 +372,8 @@ class ReftModel(nn.Module):
         first token; ``decode`` are the tokens after it.
 
         Raises:
-            ValueError: for an argument that the base model does not know, with the nearest, or an unknown adapter.
+            ValueError: for an argument that the base model does not know, with the nearest, an unknown adapter, or
+                several texts in a row.
         """
         inputs = forward_inputs(self.base_model, self._known, input_ids, attention_mask, labels, kwargs)
         tokens = inputs["input_ids"] if input_ids is not None else inputs["inputs_embeds"]
@@ -379,19 +382,25 @@ class ReftModel(nn.Module):
             raise ValueError(
                 f"with {cached[0]}, pass prompt_mask (b, cached + new columns): which part is prompt?"
             )
-        attention = attention_mask
+        places, attention = kwargs.get("position_ids"), attention_mask
         if attention is None:
+            if places is not None and places.ndim == 2 and (places.diff(dim=-1) < 0).any():
+                raise ValueError(
+                    "several texts are packed into a row, but positions are those of one text: give each a row of its "
+                    "own (of trl, packing=False and padding_free=False)"
+                )
             columns = (tokens if prompt_mask is None else prompt_mask).shape[1]
             attention = tokens.new_ones((tokens.shape[0], columns), dtype=torch.long)
+        written = labels if labels is not None and continues_texts(self.base_model) else None
         decoder = None
         if self._reads_two:
             spans = spans_of(attention, None, prompt_mask)
-            if labels is not None and labels.ndim == 2 and not labels.is_floating_point():
-                decoder = spans_of_labels(labels, kwargs.get("decoder_attention_mask"))
+            if written is not None and written.ndim == 2 and not written.is_floating_point():
+                decoder = spans_of_labels(written, kwargs.get("decoder_attention_mask"))
         else:
-            spans = spans_of(attention, labels, prompt_mask)
+            spans = spans_of(attention, written, prompt_mask)
         chosen = self.adapters.chosen_by(adapter_names, len(tokens))
-        if prompt_mask is None and labels is not None:
+        if prompt_mask is None and written is not None:
             self.check_prompts(spans, chosen[0])
         spans = self._with_marks(
             spans, chosen[0], input_ids, kwargs.get("inputs_embeds"), edit_mask, image_mask
@@ -591,6 +600,12 @@ class ReftModel(nn.Module):
                     call.sources = passes.sources(call, *source, images)
         with _REPLACING if others else nullcontext(), replaced(others), running(call):
             yield call
+        if call is not None and not call.begun:
+            raise ValueError(
+                "the base model ran without the hooks of this ReftModel, so nothing was edited: shallow copies "
+                "(copy.copy, nn.DataParallel, which Trainer uses where one process sees several GPUs) have none of "
+                "their own. Use copy.deepcopy, or a process for each GPU (torchrun, accelerate launch)"
+            )
         if call is not None:
             self._notice(call)
 
@@ -693,7 +708,7 @@ class ReftModel(nn.Module):
         call = call_of(self)
         if call is None:
             return
-        call.plan = None
+        call.plan, call.begun = None, True
         if not self._enabled:
             return
         given = {**dict(zip(self._arguments[stack], args, strict=False)), **kwargs}

@@ -156,6 +156,20 @@ def test_a_refused_attachment_leaves_the_model_unhooked():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
 
 
+@pytest.mark.parametrize("method", ["loreft", "direft", "cast"])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16])
+def test_a_default_of_16_bits_is_that_of_the_base_model_alone(default, method):
+    torch.set_default_dtype(default)
+    try:
+        base = tiny.model("llama", default)
+        reft = rl.attach(base, method, positions="prompt", **({} if method == "cast" else {"rank": 2}))
+        assert {p.dtype for p in reft.interventions.parameters()} == {torch.float32}
+        assert torch.get_default_dtype() == default
+        assert reft(torch.tensor([[5, 6, 7]])).logits.dtype == default
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_forward_refuses_what_it_cannot_place():
     reft = attach()
     ids, cache = BATCH["input_ids"], reft(**BATCH, use_cache=True).past_key_values

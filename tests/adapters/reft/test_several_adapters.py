@@ -173,6 +173,16 @@ def test_a_deleted_adapter_leaves_neither_hooks_nor_parameters():
     assert hooks(reft) == 0
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_base_model_is_free_again_whichever_adapter_was_deleted(copied):
+    reft = several()
+    reft = copy.deepcopy(reft) if copied else reft
+    reft.delete_adapter("default")
+    base = reft.detach()
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    rl.attach(base, "loreft", rank=2, heads=["lm_head"])  # which needs the model to itself
+
+
 # --- one adapter a row -------------------------------------------------------------------------------------------
 
 
