@@ -145,7 +145,7 @@ class RowScores(Metric):
         """Return what a mean is computed from: ``correct`` (the sum), ``total``, ``missing`` and ``interval``."""
         sum_, squares, total, missing = self.compute().tolist()
         return {
-            "correct": int(sum_) if sum_.is_integer() else round(sum_, 3),
+            "correct": int(sum_) if sum_.is_integer() else sum_,
             "total": int(total),
             "missing": int(missing),
             "interval": list(mean_interval(int(total), sum_, squares)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from typing import Any
@@ -188,8 +189,10 @@ def _models(results: dict[str, Any], scores: dict[str, Any]) -> list[tuple[str, 
 def _cell(results: dict[str, Any], name: str) -> str:
     count = results["counts"].get(name)
     value = results["metrics"].get(name)
+    if name in results["metrics"] and (value is None or math.isnan(value)):  # JSON without NaN holds null
+        return "not a number"
     if name.endswith("/loss"):
-        return "not a number" if value is None else f"{value:.4f}"  # JSON without NaN holds null
+        return f"{value:.4f}"
     if not count:
         return "-"
     if value is None:
