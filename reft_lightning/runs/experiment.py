@@ -267,8 +267,11 @@ def _finish_wandb(trainer: Trainer, results: Results, adapter: Path | None, exit
 
 def _stages(config: Config, folder: Path, objects: Objects, trainer: Trainer, results: Results) -> None:
     data = objects.data
-    split = "test" if config.test and not config.sealed and data.test_tasks else "validation"
-    if config.evaluate_base and not results.has("base/") and (split == "test" or data.val_tasks):
+    # of no batches, as by trainer.limit_test_batches=0, nothing is read, and no read is recorded
+    validates = bool(data.val_tasks and trainer.limit_val_batches)
+    tests = bool(config.test and not config.sealed and data.test_tasks and trainer.limit_test_batches)
+    split = "test" if tests else "validation"
+    if config.evaluate_base and not results.has("base/") and (tests or validates):
         with objects.model.disabled():
             evaluate_split(trainer, objects, split, folder, results, base=True)
     if any(objects.model.parameter_roles().values()):
@@ -282,9 +285,9 @@ def _stages(config: Config, folder: Path, objects: Objects, trainer: Trainer, re
         results.update(train_seconds=0.0, steps=0, tokens=0, tokens_per_second=0.0)
     if trainer.is_global_zero:
         objects.model.save_pretrained(folder / "adapter")
-    if data.val_tasks:
+    if validates:
         evaluate_split(trainer, objects, "validation", folder, results)
-    if split == "test" and not results.has(
+    if tests and not results.has(
         "test/"
     ):  # a run that was killed after its test reads no row again
         evaluate_split(trainer, objects, "test", folder, results)

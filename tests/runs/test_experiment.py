@@ -251,6 +251,15 @@ def test_a_sealed_run_never_reads_the_test_split(data, tmp_path):
         evaluate(tmp_path / "run", "test")
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_of_a_split_without_batches_nothing_is_written(data, tmp_path, split):
+    limit = f"trainer.limit_{split.removesuffix('idation')}_batches=0"
+    results = short_runs.run(data, tmp_path / "run", limit, "evaluate_base=true", "trainer.max_steps=1")
+    others = {"validation": {"base_test", "reft_test"}, "test": {"base_validation", "reft_validation"}}[split]
+    assert {path.stem for path in (tmp_path / "run/predictions").iterdir()} == others
+    assert bool(results["test_reads"]) == (split == "validation")
+
+
 def test_a_run_without_the_test_reads_no_test_rows(data, tmp_path):
     results = short_runs.run(data, tmp_path, "test=false", "trainer.max_epochs=1")
     assert results["test_reads"] == []

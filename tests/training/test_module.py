@@ -273,6 +273,16 @@ def test_the_schedule_ends_with_the_batches_that_are_trained(data, setting, step
     assert rates.noted[-1] < 1e-9  # linear decay to 0
 
 
+@pytest.mark.filterwarnings("ignore:You requested to overfit:UserWarning")
+def test_overfitting_reads_the_same_batches_in_every_epoch(data):
+    objects = short_runs.build(data)
+    read = []
+    rows = Steps(lambda module, outputs: None)
+    rows.on_train_batch_start = lambda trainer, module, batch, index: read.append(batch["rows"].tolist())
+    trainer(overfit_batches=2, max_epochs=3, callbacks=[rows], limit_val_batches=0).fit(objects.module, objects.data)
+    assert read == read[:2] * 3
+
+
 def test_ranks_of_a_resumed_run_share_out_the_tokens_of_all(data):
     module = short_runs.build(data).module
     found = []
