@@ -80,7 +80,8 @@ class Correlation(Metric):
         if any(scores.min() == scores.max() for scores in both):
             log.warning("a correlation is undefined: predictions or labels are constant; counted as 0")
             return torch.tensor(0.0)
-        return torch.corrcoef(torch.stack([_ranks(scores) if self.ranks else scores for scores in both]))[0, 1]
+        both = list(map(_ranks, both)) if self.ranks else both
+        return torch.corrcoef(torch.stack(both))[0, 1]
 
 
 def _ranks(scores: Tensor) -> Tensor:  # (n,) -> (n,)

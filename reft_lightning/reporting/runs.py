@@ -204,13 +204,20 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[LeftOut], list[R
     runs: list[Run] = []
     left: list[LeftOut] = []
     reads: list[Read] = []
+    first: dict[tuple[str, ...], Path] = {}  # of several folders that hold one run, or one read of it
     with Bar("reading runs", len(folders)) as bar:
         for folder in folders:
             try:
                 results = _read_results(folder)
                 config, problem = _read_config(folder)
                 run = Run(folder, config, results)
-                reads += _reads(run)
+                began = str(results.get("run_dir", folder))  # where a copy was, too
+                reads += [
+                    read for read in _reads(run)
+                    if first.setdefault((began, read.time, read.hash, read.task, read.model), folder) == folder
+                ]  # fmt: skip
+                if (other := first.setdefault((began, str(results.get("finished"))), folder)) != folder:
+                    problem = f"it holds the same run as {other}: one of them is a copy"
                 problem = _problem(run) or problem
             except ReportError as error:
                 problem = str(error)

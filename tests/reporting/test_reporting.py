@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -248,6 +249,22 @@ class TestReads:
             ("2026-01-01", "42", ""), ("2026-01-02", "43", ""), ("2026-01-03", "42", "read again"),
         ]  # fmt: skip
         assert table.notes[0].startswith("1 of 3 reads repeat one")
+
+    def test_a_copied_folder_is_no_second_run_and_no_second_read(self, tmp_path):
+        read = {"task": "boolq", "rows": 60, "time": "2026-01-01", "model": "adapted"}
+        write_run(tmp_path / "a", test_reads=[read], run_dir=str(tmp_path / "a"))
+        shutil.copytree(tmp_path / "a", tmp_path / "backup of a")
+        made = report(tmp_path)
+        assert [item.reason for item in made.left] == [
+            f"it holds the same run as {tmp_path / 'a'}: one of them is a copy"
+        ]
+        assert not any("more than once" in note for note in made.comparisons[0].notes)
+        assert len(made.reads) == 1
+        # what reft-eval reads by the copy is one more
+        results = json.loads((tmp_path / "backup of a" / "results.json").read_text())
+        results["test_reads"].append(read | {"time": "2026-01-05"})
+        (tmp_path / "backup of a" / "results.json").write_text(json.dumps(results))
+        assert [row[7].text for row in tables.read_table(report(tmp_path).reads).rows] == ["", "read again"]
 
     def test_reads_of_runs_that_stopped_count(self, tmp_path):
         write_run(tmp_path / "a")

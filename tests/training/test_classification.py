@@ -376,7 +376,9 @@ class TestMeasures:
         metric = metric_of(measure, 1)
         for part in zip(said.split(16), gold.split(16), strict=True):
             metric.update(*part)
-        expected = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}[measure](said.double(), gold.double())
+        expected = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}[measure](
+            said.double(), gold.double()
+        )
         assert float(metric.compute()) == pytest.approx(expected.statistic, abs=1e-9)
 
     @pytest.mark.parametrize("measure", ["pearson", "spearman"])

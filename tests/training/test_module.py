@@ -279,7 +279,9 @@ def test_overfitting_reads_the_same_batches_in_every_epoch(data):
     read = []
     rows = Steps(lambda module, outputs: None)
     rows.on_train_batch_start = lambda trainer, module, batch, index: read.append(batch["rows"].tolist())
-    trainer(overfit_batches=2, max_epochs=3, callbacks=[rows], limit_val_batches=0).fit(objects.module, objects.data)
+    trainer(overfit_batches=2, max_epochs=3, callbacks=[rows], limit_val_batches=0).fit(
+        objects.module, objects.data
+    )
     assert read == read[:2] * 3
 
 
