@@ -22,7 +22,8 @@ from ..terminal.bars import Bar
 
 RUN_FOLDER = "a run folder is what reft-train writes: config.yaml, results.json, predictions/, adapter/"
 INSIDE = {"evaluations", "checkpoints", "predictions", "adapter", "wandb"}  # of a run folder
-NEEDED = ("metrics", "seed", "method", "model", "data_versions")
+NEEDED = {"metrics": dict, "seed": int, "method": str, "model": str, "data_versions": dict}  # of results.json
+WORDS = {dict: "an object", int: "an integer", str: "a text"}
 
 
 # task -> (source, how often it occurred before) -> row, in the order of the keys
@@ -274,8 +275,12 @@ def _problem(run: Run) -> str | None:
     missing = [name for name in NEEDED if run.results.get(name) is None]
     if missing:
         return f"results.json lacks {', '.join(missing)}"
-    wrong = [name for name in ("metrics", "data_versions") if not isinstance(run.results[name], dict)]
-    return f"results.json: {', '.join(wrong)} should be an object" if wrong else None
+    wrong = [
+        f"{name} should be {WORDS[kind]}"
+        for name, kind in NEEDED.items()
+        if not isinstance(run.results[name], kind)
+    ]
+    return f"results.json: {', '.join(wrong)}" if wrong else None
 
 
 def _reads(run: Run) -> list[Read]:

@@ -224,6 +224,15 @@ def _check_resume(config: Config, folder: Path) -> bool:
             f"resume={folder}: the run is already complete, and nothing is left to do; to evaluate its adapter again: "
             f"{shlex.join(['reft-eval', f'run={folder}'])}"
         )
+    began, now = earlier.values, environment()
+    same_code = all(
+        began.get(name) == now[name] for name in ("versions", "git_commit")
+    )  # other code, other hashes
+    if same_code and began.get("config_hash") != config_hash(config):
+        raise ValueError(
+            f"resume={folder} continues that run: its config.yaml was changed after it began, where it determines the "
+            "result; undo that, or begin another run"
+        )
     if last_checkpoint(folder).is_file():
         read_checkpoint(last_checkpoint(folder), config.trust_code)
     return earlier.has("test/")

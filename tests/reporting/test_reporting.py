@@ -282,7 +282,9 @@ class TestReads:
 
 class TestFolders:
     def test_what_cannot_be_used_is_named_with_the_reason(self, tmp_path):
-        write_run(tmp_path / "good")
+        write_run(tmp_path / "good", started="yesterday")  # edited by hand
+        edited = write_run(tmp_path / "edited") / "results.json"
+        edited.write_text(edited.read_text().replace('"seed": 42', '"seed": "x"'))
         write_run(tmp_path / "stopped", status="stopped", error="MemoryError: x")
         write_run(tmp_path / "running", status="running")
         write_run(tmp_path / "lacking", model=None)
@@ -297,6 +299,7 @@ class TestFolders:
         assert reasons["stopped"] == "its status is 'stopped', not 'complete' (MemoryError: x)"
         assert reasons["running"] == "its status is 'running', not 'complete'"
         assert reasons["lacking"] == "results.json lacks model"
+        assert reasons["edited"] == "results.json: seed should be an integer"
         assert "results.json is damaged, it is not JSON" in reasons["json"]
         assert "results.json is damaged, it should hold keys and values: it holds a list" in reasons["list"]
         assert "config.yaml is damaged, it is not YAML" in reasons["yaml"]
