@@ -279,7 +279,8 @@ def check_averages(config: Config, callbacks: Sequence[Callback]) -> None:
         name = type(callback).__name__
         if isinstance(callback, WeightAveraging):
             raise ValueError(
-                f"callbacks: {name} averages the frozen base, too, and its rounding moves it: leave it out"
+                f"callbacks: {name} averages the frozen base, too, which the rounding of a moving average changes, and "
+                "its checkpoints would hold no adapter: leave it out"
             )
         if isinstance(callback, StochasticWeightAveraging) and config.checkpoint.restore_best:
             raise ValueError(
