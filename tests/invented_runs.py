@@ -78,7 +78,7 @@ def write_run(
         "trainable_parameters": 4000, "base_parameters": 100_000, "percent": 4.0, "head_parameters": 0, "steps": 50,
         "tokens": 5000, "train_seconds": 10.0, "tokens_per_second": 500.0, "peak_memory_bytes": 2**30,
         "versions": {"torch": "2.13.0"}, "git_commit": "abc", "device": "CPU",
-        "config_hash": config_hash(OmegaConf.to_container(config)), "finished": "2026-01-01",
+        "config_hash": config_hash(OmegaConf.to_container(config)), "finished": "2026-01-01T01:00:00",
         "test_reads": [
             {"task": task, "rows": len(row), "time": "2026-01-01T00:00:00", "model": "adapted"}
             for task, row in scores.items() if split == "test"

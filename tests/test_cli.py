@@ -173,6 +173,7 @@ def test_an_unknown_intervention_option_names_the_class_and_what_it_takes(refuse
             "intervention.layers must be all, a list of ids, or settings by layer; got null",
         ),
         ("intervention.tied=null", "intervention.tied must be all, group or position; got null"),
+        ("trainer.barebones=true", "trainer.barebones=True logs nothing"),
         ("trainer.strategy=ddp_spawn", "Write trainer.strategy=ddp"),
         ("trainer.precision=bf16-true", "Write model.dtype=bfloat16 for the base model"),
     ],

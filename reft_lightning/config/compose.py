@@ -434,7 +434,7 @@ def _check_values(config: Config) -> None:
             raise CompositionError(f"{name} must {bounds}; got {value}")
     for name, refused in REFUSED.items():
         value = operator.attrgetter(name)(config)
-        if isinstance(value, str) and value in refused:
+        if isinstance(value, str | bool) and value in refused:
             raise CompositionError(f"{name}={value} {refused[value]}")
     for key, allowed in (
         ("layers", "all, a list of ids, or settings by layer"),

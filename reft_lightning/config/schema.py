@@ -413,7 +413,8 @@ _DEEPSPEED = (
 _FORKED = "starts its processes from inside a run, which cannot be sent to them. Write trainer.strategy=ddp"
 
 # Values that Lightning takes and a run cannot, each with the reason and what to write.
-REFUSED: dict[str, dict[str, str]] = {
+REFUSED: dict[str, dict[str | bool, str]] = {
+    "trainer.barebones": {True: "logs nothing, and a run is scored by what it logs. Leave it out"},
     "trainer.precision": dict.fromkeys(("bf16-true", "16-true", "64-true"), f"{_NOT_FLOAT32}. {_INSTEAD}"),
     "trainer.strategy": {
         **dict.fromkeys(("ddp_spawn", "ddp_fork", "ddp_notebook"), _FORKED),

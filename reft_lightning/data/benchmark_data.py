@@ -284,6 +284,7 @@ class BenchmarkData(LightningDataModule, ABC):
             self.group_by_length,
             *rank_and_world_size(),
             rows.targets,
+            overfit=bool(self.trainer and getattr(self.trainer, "overfit_batches", 0)),
         )
         with warnings.catch_warnings():
             # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates

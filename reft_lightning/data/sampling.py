@@ -57,6 +57,7 @@ class TrainBatches(Sampler[list[int]]):
         rank: of this process.
         world_size: W.
         targets: of each row: what its loss is a mean over, tokens or one label; None: one each.
+        overfit: every epoch has the batches of the first, as ``trainer.overfit_batches`` promises.
 
     Raises:
         ValueError: if there are no rows, or the batch size is not positive.
@@ -71,13 +72,14 @@ class TrainBatches(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         targets: Sequence[int] | None = None,
+        overfit: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more; got {batch_size}")
         if not lengths:
             raise ValueError("there are no train rows")
         self.lengths, self.batch_size, self.group_by_length = list(lengths), batch_size, group_by_length
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.overfit = rank, world_size, overfit
         self.targets = [1] * len(lengths) if targets is None else list(targets)
         self._counted: tuple[int, list[tuple[int, int]]] = (-1, [])  # of the last epoch asked for
         self.sampler = EpochOrder(seed)  # where Lightning looks for set_epoch
@@ -104,7 +106,7 @@ class TrainBatches(Sampler[list[int]]):
 
     def _groups(self, epoch: int) -> tuple[list[list[int]], int]:
         """Return the global batches of an epoch, and how many rows fill up the last one."""
-        rng = random.Random(f"{self.sampler.seed}-{epoch}")
+        rng = random.Random(f"{self.sampler.seed}-{0 if self.overfit else epoch}")
         size = self.batch_size * self.world_size
         order = list(range(len(self.lengths)))
         rng.shuffle(order)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric, PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics import Metric
 from torchmetrics.classification import BinaryF1Score, MulticlassConfusionMatrix
+from torchmetrics.utilities.data import dim_zero_cat
 
 from .row_metrics import Z
 
@@ -50,6 +50,47 @@ class Matthews(MulticlassConfusionMatrix):
         return torch.tensor(matthews(super().compute()))
 
 
+class Correlation(Metric):
+    """Pearson's correlation of predicted and true scores over batches and processes, or Spearman's, that of ranks.
+
+    It is computed in float64 from all scores. (torchmetrics sums up Pearson's in float32, and gives equal predictions a
+    correlation of rounding errors.) 0 where either side is constant, which defines none; NaN where a prediction is NaN.
+    """
+
+    full_state_update = False
+    said: list[Tensor]
+    gold: list[Tensor]
+
+    def __init__(self, ranks: bool) -> None:
+        super().__init__()
+        self.ranks = ranks
+        self.add_state("said", default=[], dist_reduce_fx="cat")
+        self.add_state("gold", default=[], dist_reduce_fx="cat")
+
+    def update(self, said: Tensor, gold: Tensor) -> None:  # (b,), (b,)
+        """Add the scores of a batch."""
+        self.said.append(said.float())
+        self.gold.append(gold.float())
+
+    def compute(self) -> Tensor:
+        """Return the correlation."""
+        both = [dim_zero_cat(scores).cpu().double() for scores in (self.said, self.gold)]
+        if any(scores.isnan().any() for scores in both):
+            return torch.tensor(math.nan)
+        if any(scores.min() == scores.max() for scores in both):
+            log.warning("a correlation is undefined: predictions or labels are constant; counted as 0")
+            return torch.tensor(0.0)
+        both = list(map(_ranks, both)) if self.ranks else both
+        return torch.corrcoef(torch.stack(both))[0, 1]
+
+
+def _ranks(scores: Tensor) -> Tensor:  # (n,) -> (n,)
+    """Return the rank of each score; equal ones share their mean rank."""
+    _, which, counts = scores.unique(return_inverse=True, return_counts=True)
+    counts = counts.double()
+    return (counts.cumsum(0) - (counts - 1) / 2)[which]
+
+
 def metric_of(measure: str, num_labels: int) -> Metric:
     """Return the torchmetrics object of a measure that is not a mean over rows.
 
@@ -64,27 +105,9 @@ def metric_of(measure: str, num_labels: int) -> Metric:
         return BinaryF1Score()
     if measure == "matthews" and num_labels > 1:
         return Matthews(num_labels)
-    if measure == "pearson" and num_labels == 1:
-        return PearsonCorrCoef()
-    if measure == "spearman" and num_labels == 1:
-        with warnings.catch_warnings():
-            # it keeps every value to rank them, which is what a rank correlation takes
-            warnings.filterwarnings("ignore", "Metric `SpearmanCorrcoef` will save all", UserWarning)
-            return SpearmanCorrCoef()
+    if measure in ("pearson", "spearman") and num_labels == 1:
+        return Correlation(ranks=measure == "spearman")
     raise ValueError(f"no measure {measure!r} of {num_labels} labels")
-
-
-def value_of(measure: str, metric: Metric) -> float:
-    """Compute a measure; 0, and a warning, if it is undefined because predictions do not vary."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "The variance of predictions or target is close to zero", UserWarning
-        )
-        value = float(metric.compute())
-    if math.isnan(value):
-        log.warning("%s is undefined: predictions or labels are constant; counted as 0", measure)
-        return 0.0
-    return value
 
 
 def interval_of(measure: str, metric: Metric, value: float, total: int) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,11 +111,17 @@ def interval_of_means(means: list[float], intervals: list[tuple[float, float]]) 
     return centre - below / k, centre + above / k
 
 
-def interval_of_counts(counts: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
-    """Return :func:`interval_of_means` of the shares that the counts of several tasks give."""
-    counts = list(counts)
-    shares = [count["correct"] / count["total"] for count in counts]
-    return interval_of_means(shares, [count["interval"] for count in counts])
+def mean_of_counts(counts: Sequence[Mapping[str, Any] | None]) -> tuple[float, float, float] | None:
+    """Return the mean of the shares that the counts of several tasks give, and its interval.
+
+    Returns:
+        None where the score of a task is no share of its rows, or is missing.
+    """
+    known = [count for count in counts if count and "correct" in count]
+    if len(known) < len(counts):
+        return None
+    shares = [count["correct"] / count["total"] for count in known]
+    return sum(shares) / len(shares), *interval_of_means(shares, [count["interval"] for count in known])
 
 
 class RowScores(Metric):
@@ -145,7 +151,7 @@ class RowScores(Metric):
         """Return what a mean is computed from: ``correct`` (the sum), ``total``, ``missing`` and ``interval``."""
         sum_, squares, total, missing = self.compute().tolist()
         return {
-            "correct": int(sum_) if sum_.is_integer() else round(sum_, 3),
+            "correct": int(sum_) if sum_.is_integer() else sum_,
             "total": int(total),
             "missing": int(missing),
             "interval": list(mean_interval(int(total), sum_, squares)),

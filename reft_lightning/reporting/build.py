@@ -11,7 +11,7 @@ from .comparisons import Comparison
 from .evidence import RESAMPLES, add_evidence, deviating
 from .grouping import compare, used_split
 from .runs import RUN_FOLDER, LeftOut, Read, ReportError, Run, find_folders, read_runs
-from .studies import Study, ledger_reads, mark_edges, read_study
+from .studies import Study, begun_anew, mark_edges, read_study
 
 SPLITS = ("test", "validation")
 
@@ -60,7 +60,7 @@ def build_report(
     left += incomplete
     studies: list[Study] = []
     for folder in study_folders:
-        reads += ledger_reads(folder, reads)
+        reads += begun_anew(folder, reads)
         try:
             studies.append(read_study(folder))
         except ValueError as error:

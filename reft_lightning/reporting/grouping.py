@@ -323,7 +323,7 @@ def _span(run: Run) -> tuple[datetime, datetime] | None:
     try:
         # a run of several parts has the begin of the last and the end of all
         start, end = (datetime.fromisoformat(run.results[key]) for key in ("started", "finished"))
-    except KeyError:
+    except (KeyError, TypeError, ValueError):  # missing, or edited by hand
         return None
     return start, end
 

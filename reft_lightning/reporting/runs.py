@@ -22,7 +22,8 @@ from ..terminal.bars import Bar
 
 RUN_FOLDER = "a run folder is what reft-train writes: config.yaml, results.json, predictions/, adapter/"
 INSIDE = {"evaluations", "checkpoints", "predictions", "adapter", "wandb"}  # of a run folder
-NEEDED = ("metrics", "seed", "method", "model", "data_versions")
+NEEDED = {"metrics": dict, "seed": int, "method": str, "model": str, "data_versions": dict}  # of results.json
+WORDS = {dict: "an object", int: "an integer", str: "a text"}
 
 
 # task -> (source, how often it occurred before) -> row, in the order of the keys
@@ -204,13 +205,20 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[LeftOut], list[R
     runs: list[Run] = []
     left: list[LeftOut] = []
     reads: list[Read] = []
+    first: dict[tuple[str, ...], Path] = {}  # of several folders that hold one run, or one read of it
     with Bar("reading runs", len(folders)) as bar:
         for folder in folders:
             try:
                 results = _read_results(folder)
                 config, problem = _read_config(folder)
                 run = Run(folder, config, results)
-                reads += _reads(run)
+                began = str(results.get("run_dir", folder))  # where a copy was, too
+                reads += [
+                    read for read in _reads(run)
+                    if first.setdefault((began, read.time, read.hash, read.task, read.model), folder) == folder
+                ]  # fmt: skip
+                if (other := first.setdefault((began, str(results.get("finished"))), folder)) != folder:
+                    problem = f"it holds the same run as {other}: one of them is a copy"
                 problem = _problem(run) or problem
             except ReportError as error:
                 problem = str(error)
@@ -267,8 +275,12 @@ def _problem(run: Run) -> str | None:
     missing = [name for name in NEEDED if run.results.get(name) is None]
     if missing:
         return f"results.json lacks {', '.join(missing)}"
-    wrong = [name for name in ("metrics", "data_versions") if not isinstance(run.results[name], dict)]
-    return f"results.json: {', '.join(wrong)} should be an object" if wrong else None
+    wrong = [
+        f"{name} should be {WORDS[kind]}"
+        for name, kind in NEEDED.items()
+        if not isinstance(run.results[name], kind)
+    ]
+    return f"results.json: {', '.join(wrong)}" if wrong else None
 
 
 def _reads(run: Run) -> list[Read]:

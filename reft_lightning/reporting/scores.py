@@ -17,7 +17,7 @@ import numpy as np
 from .statistics import Array, Measure
 
 Row = Mapping[str, Any]
-TOLERANCE = 1e-3  # of correlations, which the run computes in float32
+TOLERANCE = 1e-5  # runs log in float32
 COMBINED, MAJORITY = "combined_score", "majority_accuracy"
 
 
@@ -158,8 +158,7 @@ def limits(measure: Measure) -> tuple[float, float]:
 
 def agrees(measure: Measure, rows: int, reported: float) -> bool:
     """Whether a measure of rows that all count once is the reported one, up to rounding."""
-    slack = 1e-5 if isinstance(measure, RowMean) else TOLERANCE
-    return bool(abs(float(measure.value(np.ones((1, rows)))[0]) - reported) <= slack)
+    return bool(abs(float(measure.value(np.ones((1, rows)))[0]) - reported) <= TOLERANCE)
 
 
 def _measure(name: str, rows: Sequence[Row], task: Mapping[str, Any]) -> Measure | None:

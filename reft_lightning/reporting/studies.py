@@ -5,17 +5,17 @@ Optuna is needed to read the trials; the winners' runs are ordinary run folders 
 
 from __future__ import annotations
 
-import json
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..search.budget import counted, spent, verdict
+from ..search.ledger import lost_reads, winner_folder
 from ..search.study import LOSS, open_storage, order_of, study_name
-from ..search.study_files import JOURNAL, LEDGER, PLAN, SUMMARY
+from ..search.study_files import JOURNAL, PLAN, SUMMARY
 from ..storage.reading import read_json, read_yaml
 from ..suggest import needs_extra
 from .comparisons import Comparison
@@ -192,33 +192,19 @@ def _add_budget(study: Study, plan: Mapping[str, Any]) -> None:
         study.budget = f"budget of each method: {amount:g} {unit}; spent: {found}"
 
 
-def ledger_reads(folder: Path, reads: Sequence[Read]) -> list[Read]:
-    """Return the reads that a study's ledger knows and its run folders do not: those of runs that were begun anew.
+def begun_anew(folder: Path, reads: Sequence[Read]) -> list[Read]:
+    """Return the reads that a study's ledger knows and its run folders do not: those of winners that were begun anew.
 
     Args:
         folder: of the study.
         reads: that run folders recorded.
     """
-    path = folder / LEDGER
-    if not path.is_file():
-        return []
-    lines: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
-    with path.open(encoding="utf-8") as file:  # only \n ends a line
-        for line in file:
-            try:
-                entry = json.loads(line)
-                lines[str(entry["config_hash"]), str(entry["model"])].append(entry)
-            except (ValueError, TypeError, KeyError):
-                log.warning("%s: a line cannot be read: %.80s", path, line)
     found: list[Read] = []
-    for (hash_, model), entries in lines.items():
-        known = [read for read in reads if (read.hash, read.model) == (hash_, model)]
-        events = max(Counter(read.task for read in known).values(), default=0)
-        patterns = list({read.task: read for read in known}.values())
-        for entry in entries[: len(entries) - events] if len(entries) > events else ():
-            place, seed = Path(str(entry.get("folder", folder))), entry.get("seed")
-            method = str(entry.get("method", ""))
-            found += [replace(p, time=str(entry.get("time", ""))) for p in patterns] or [
-                Read(place, hash_, seed, hash_, method, "?", 0, str(entry.get("time", "")), model)
-            ]
+    for line in lost_reads(folder):
+        place, model = winner_folder(folder, line), line["model"]
+        time, hash_ = str(line.get("time", "")), str(line.get("config_hash", ""))
+        own = (read for read in reads if read.model == model and read.folder.resolve() == place.resolve())
+        found += [replace(read, time=time) for read in {read.task: read for read in own}.values()] or [
+            Read(place, hash_, line["seed"], hash_, line["method"], "?", 0, time, model)
+        ]
     return found

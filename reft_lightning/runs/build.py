@@ -6,6 +6,7 @@ and the weights last.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -48,6 +49,7 @@ from .checks import (
     check_reads_forward,
     check_tied_head,
     check_unused,
+    endless,
     monitor_of,
     reported,
 )
@@ -166,6 +168,7 @@ def outline(config: Config) -> Outline:
     adapted = adapt(on_meta, **attached)
     count = adapted.parameter_count()
     objective.check(adapted, method_named(config.intervention.method))
+    optimization.check(adapted.parameter_roles(), math.inf if endless(config) else 100)
     check_tied_head(config, hf_config, source["task"], attached.get("heads") or ())
     if "PIDPenalty" in str(config.callbacks) and not has_penalty(adapted):
         raise ValueError(

@@ -5,13 +5,14 @@ Folders of this machine, which are in ``results.json``, are left out of this par
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..adapters.reft.config import CARD_FILE
 from ..config.schema import Config
-from ..evaluation.row_metrics import interval_of_counts
+from ..evaluation.row_metrics import mean_of_counts
 from ..storage.atomic import write_text
 
 SHOWN = 4  # files of a data set
@@ -87,16 +88,17 @@ def _scores(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     counts = results["counts"]
     names = [n for n in results["metrics"] if not n.startswith("train/") and not n.endswith("loss")]
     for name in sorted(names, key=lambda name: ("test/" not in name, name.startswith("base/"))):
-        ends, rows = (), ""
+        ends, rows, value = (), "", results["metrics"][name]
+        known = value is not None and not math.isnan(value)
         if name in counts:
             ends, rows = counts[name]["interval"], counts[name]["total"]
         elif parts := _parts(name, counts):
-            if len(parts) == 1:
-                continue  # the only task has a line of its own
-            ends = interval_of_counts(parts)
-        value = results["metrics"][name]
+            found = mean_of_counts(parts)
+            if len(parts) == 1 or not (known and found and math.isclose(found[0], value, abs_tol=1e-6)):
+                continue  # it is the score of one task, which has a line of its own
+            ends = found[1:]
         interval = " to ".join(f"{100 * end:.1f}" for end in ends)
-        yield name, "not a number" if value is None else f"{100 * value:.1f} %", interval, str(rows)
+        yield name, f"{100 * value:.1f} %" if known else "not a number", interval, str(rows)
 
 
 def _parts(name: str, counts: dict[str, Any]) -> list[dict[str, Any]]:

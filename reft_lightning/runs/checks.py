@@ -9,7 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from lightning import Trainer
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -259,6 +260,33 @@ def check_validation_interval(config: Config, rows: int, world_size: int) -> Non
             f"trainer.val_check_interval={interval} is more than the {batches} batches of an epoch: write a smaller "
             "number, a part of an epoch such as 0.5, or trainer.check_val_every_n_epoch=null to count over epochs"
         )
+
+
+def endless(config: Config) -> bool:
+    """Whether nothing tells ahead how many steps training has: neither epochs nor steps, a time limit perhaps."""
+    trainer = config.trainer
+    epochs = trainer.max_epochs if trainer.max_epochs is not None or trainer.max_time is None else -1
+    return (epochs, trainer.max_steps) == (-1, -1) and not trainer.fast_dev_run
+
+
+def check_averages(config: Config, callbacks: Sequence[Callback]) -> None:
+    """Refuse averages of weights that would move the frozen base, or not count.
+
+    Raises:
+        ValueError: with what to write instead.
+    """
+    for callback in callbacks:
+        name = type(callback).__name__
+        if isinstance(callback, WeightAveraging):
+            raise ValueError(
+                f"callbacks: {name} averages the frozen base, too, which the rounding of a moving average changes, and "
+                "its checkpoints would hold no adapter: leave it out"
+            )
+        if isinstance(callback, StochasticWeightAveraging) and config.checkpoint.restore_best:
+            raise ValueError(
+                f"callbacks: the averages of {name} would be lost, as the best checkpoint is restored after training: "
+                "add checkpoint.restore_best=false"
+            )
 
 
 def check_strategy(config: Config, trainer: Trainer) -> None:

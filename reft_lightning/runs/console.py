@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from typing import Any
@@ -12,7 +13,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from ..evaluation.row_metrics import interval_of_counts
+from ..evaluation.row_metrics import mean_of_counts
 
 # of measures whose names say too little
 HEADINGS = {"option_accuracy": "option likelihood", "rouge_l": "ROUGE-L"}
@@ -116,12 +117,9 @@ def _print_within(table: Table, console: Console) -> bool:
 
 
 def _mean_cell(results: dict[str, Any], path: str, tasks: list[str], measure: str) -> str:
-    """Return the mean of a measure over tasks with its interval; a dash if not every task has it."""
-    counts = [results["counts"].get(f"{path}/{task}/{measure}") for task in tasks]
-    mean = results["metrics"].get(f"{path}/{measure}")
-    if mean is None or not all(counts):
-        return "-"
-    return _percent(mean, *interval_of_counts(count for count in counts if count))
+    """Return the mean of a measure over tasks with its interval; a dash if not every task has one."""
+    found = mean_of_counts([results["counts"].get(f"{path}/{task}/{measure}") for task in tasks])
+    return "-" if found is None else _percent(*found)
 
 
 def _percent(value: float, low: float, high: float) -> str:
@@ -187,8 +185,10 @@ def _models(results: dict[str, Any], scores: dict[str, Any]) -> list[tuple[str, 
 def _cell(results: dict[str, Any], name: str) -> str:
     count = results["counts"].get(name)
     value = results["metrics"].get(name)
+    if name in results["metrics"] and (value is None or math.isnan(value)):  # JSON without NaN holds null
+        return "not a number"
     if name.endswith("/loss"):
-        return "not a number" if value is None else f"{value:.4f}"  # JSON without NaN holds null
+        return f"{value:.4f}"
     if not count:
         return "-"
     if value is None:

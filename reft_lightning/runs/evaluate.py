@@ -19,7 +19,7 @@ from ..suggest import did_you_mean
 from ..training.progress import RunProgress
 from ..training.wandb import WandbReport, finish_wandb, wandb_runs
 from .arguments import method_of, reads_preferences
-from .build import Objects, Prepared, build
+from .build import Objects, Prepared, build, prepare
 from .console import print_table
 from .devices import check_accelerator
 from .environment import environment
@@ -54,7 +54,13 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
     if split == "test":
         Results.read(folder)  # a damaged one, too; the read is noted there
         hold(folder)  # a run at work would write its results over the note
-    objects = load_run(folder, replace(config, test=split == "test"))
+    config = replace(config, test=split == "test")
+    plan = prepare(untrained(config))
+    if split == "validation" and not plan.data.val_tasks:
+        raise ValueError(
+            f"{folder} has no validation rows (data.validation_size): evaluate it with split=test"
+        )
+    objects = load_run(folder, config, plan)
     target = new_folder(folder / "evaluations")
     results = Results(
         target, config_hash=config_hash(config), run_dir=str(folder), split=split, limit=limit, seed=config.seed,
@@ -69,8 +75,8 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
         evaluate_split(trainer, objects, split, target, results)
     except BaseException as error:
         ending = signal_of(error)
-        stopped = {"status": "stopped", "error": repr(error), "signal": ending and ending.name}
-        finish_wandb(loggers, results.values | stopped, exit_code=128 + ending if ending else 1)
+        results.update(status="stopped", error=repr(error), signal=ending and ending.name)
+        finish_wandb(loggers, results.values, exit_code=128 + ending if ending else 1)
         raise
     finally:
         if split == "test":

@@ -224,6 +224,15 @@ def _check_resume(config: Config, folder: Path) -> bool:
             f"resume={folder}: the run is already complete, and nothing is left to do; to evaluate its adapter again: "
             f"{shlex.join(['reft-eval', f'run={folder}'])}"
         )
+    began, now = earlier.values, environment()
+    same_code = all(
+        began.get(name) == now[name] for name in ("versions", "git_commit")
+    )  # other code, other hashes
+    if same_code and began.get("config_hash") != config_hash(config):
+        raise ValueError(
+            f"resume={folder} continues that run: its config.yaml was changed after it began, where it determines the "
+            "result; undo that, or begin another run"
+        )
     if last_checkpoint(folder).is_file():
         read_checkpoint(last_checkpoint(folder), config.trust_code)
     return earlier.has("test/")
@@ -267,8 +276,11 @@ def _finish_wandb(trainer: Trainer, results: Results, adapter: Path | None, exit
 
 def _stages(config: Config, folder: Path, objects: Objects, trainer: Trainer, results: Results) -> None:
     data = objects.data
-    split = "test" if config.test and not config.sealed and data.test_tasks else "validation"
-    if config.evaluate_base and not results.has("base/") and (split == "test" or data.val_tasks):
+    # of no batches, as by trainer.limit_test_batches=0, nothing is read, and no read is recorded
+    validates = bool(data.val_tasks and trainer.limit_val_batches)
+    tests = bool(config.test and not config.sealed and data.test_tasks and trainer.limit_test_batches)
+    split = "test" if tests else "validation"
+    if config.evaluate_base and not results.has("base/") and (tests or validates):
         with objects.model.disabled():
             evaluate_split(trainer, objects, split, folder, results, base=True)
     if any(objects.model.parameter_roles().values()):
@@ -282,11 +294,9 @@ def _stages(config: Config, folder: Path, objects: Objects, trainer: Trainer, re
         results.update(train_seconds=0.0, steps=0, tokens=0, tokens_per_second=0.0)
     if trainer.is_global_zero:
         objects.model.save_pretrained(folder / "adapter")
-    if data.val_tasks:
+    if validates:
         evaluate_split(trainer, objects, "validation", folder, results)
-    if split == "test" and not results.has(
-        "test/"
-    ):  # a run that was killed after its test reads no row again
+    if tests and not results.has("test/"):  # a run that was killed after its test reads no row again
         evaluate_split(trainer, objects, "test", folder, results)
     results.update(peak_memory_bytes=peak_memory_bytes(), peak_reserved_bytes=peak_reserved_bytes())
 

@@ -32,7 +32,7 @@ from ..training.last_checkpoint import LastCheckpoint
 from ..training.progress import RunProgress
 from ..training.sharded_base import InStep, ShardedBase
 from ..training.wandb import WandbReport
-from .checks import Monitor
+from .checks import Monitor, check_averages
 from .results import Results
 from .run_folder import RESULTS
 from .stopping import StopTogether
@@ -86,16 +86,17 @@ def build_trainer(
     if slurm and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
         plugins.append(SLURMEnvironment(auto_requeue=False))
     arguments["plugins"] = plugins
-    loggers = [] if config.trainer.barebones else build_loggers(config, folder)
+    loggers = build_loggers(config, folder)
     callbacks = [*first, StopTogether()]
     if isinstance(arguments["strategy"], ShardedBase):
         callbacks.append(InStep())
         arguments["inference_mode"] = False  # gathered weights made in it could not be used in training
-    if config.trainer.enable_checkpointing is not False and not config.trainer.barebones:
+    if config.trainer.enable_checkpointing is not False:
         callbacks += build_callbacks(config.checkpoint, monitor, folder, random_state)
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
     own = [_of_kind(f"callbacks.{name}", entry, Callback) for name, entry in config.callbacks.items()]
+    check_averages(config, own)
     if config.trainer.enable_progress_bar and not any(isinstance(one, ProgressBar) for one in own):
         callbacks.append(RunProgress())
     if any(isinstance(logger, WandbLogger) for logger in loggers):

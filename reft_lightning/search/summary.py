@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 
 from ..storage.atomic import write_json
 from .budget import counted, spent, verdict
+from .ledger import test_reads
 from .study import FREE, Study, read_results, winner_status
-from .study_files import ERROR, LEDGER, SUMMARY, WINNERS, read_job
+from .study_files import ERROR, SUMMARY
 
 STATES = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL", "running": "RUNNING"}
 
@@ -41,36 +41,6 @@ def summarize(study: Study) -> dict[str, Any]:
         }  # fmt: skip
         write_json(study.folder / SUMMARY, values)
     return values
-
-
-def test_reads(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of the ledger, and what winners' results add: reads that it lost, or later by ``reft-eval``.
-
-    ``again`` marks those after the first of a method, a seed and a model.
-    """
-    path = folder / LEDGER
-    lines = (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    )
-    known = {(line["method"], line["seed"], line["model"]) for line in lines}
-    for run in sorted(path.parent for path in folder.glob(f"{WINNERS}/*/*/results.json")):
-        job, values = read_job(run), read_results(run)
-        reads = {
-            (read["model"], read["time"]): read for read in values["test_reads"]
-        }  # one of several test sets
-        lines += [
-            {"time": time, "method": job["method"], "seed": job["seed"],
-             "config_hash": read.get("config_hash"), "model": model, "folder": str(run)}
-            for (model, time), read in reads.items()
-            if time > values.get("finished", "~") or (job["method"], job["seed"], model) not in known
-        ]  # fmt: skip
-    seen: set[tuple[Any, ...]] = set()
-    for line in lines:
-        key = (line["method"], line["seed"], line["model"])
-        if key in seen:
-            line["again"] = True
-        seen.add(key)
-    return lines
 
 
 def _method(study: Study, method: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..adapters.adapted import AdaptedModel
 from ..data.classification_data import ClassificationData
 from ..data.labelled import LabelledText
-from ..evaluation.classifier_metrics import interval_of, metric_of, value_of
+from ..evaluation.classifier_metrics import interval_of, metric_of
 from ..evaluation.row_metrics import RowScores
 from .module import FinetuningModule, TrainingPass
 from .objectives.base import penalty_of
@@ -165,7 +165,7 @@ class ClassificationModule(FinetuningModule):
                 count = metric.count()
                 values[measure] = count["correct"] / count["total"]
             else:
-                values[measure] = value_of(measure, metric)
+                values[measure] = float(metric.compute())
                 interval = interval_of(measure, metric, values[measure], total)
                 count = {"total": total, "interval": list(interval)}
             self.counts[f"{path}/{measure}"] = count

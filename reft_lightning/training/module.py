@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 
 from ..adapters.adapted import AdaptedModel
@@ -200,7 +201,11 @@ class FinetuningModule(LightningModule):
         if trainer.max_epochs == -1:
             return most
         batches = limited(len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches)
-        return min(most, trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+        scheduled = next((c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)), None)
+        if scheduled is None:
+            return min(most, trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+        accumulated = map(scheduled.get_accumulate_grad_batches, range(trainer.max_epochs))
+        return min(most, sum(math.ceil(batches / each) for each in accumulated))
 
     # --- evaluation -----------------------------------------------------------------------------------------
 

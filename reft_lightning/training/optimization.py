@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..suggest import did_you_mean
 from .schedules import linear
@@ -92,7 +93,25 @@ class Optimization:
         Raises:
             ValueError: for a run without an end, whose scheduler needs one.
         """
-        return self._made(parameter_groups(roles, self), total_steps)
+        groups = parameter_groups(roles, self)
+        for group in groups:
+            count = sum(p.numel() for p in group["params"])
+            log.info("optimizer group %s: %s parameters, lr %g, weight decay %g",
+                     group["name"], f"{count:,}", group["lr"], group["weight_decay"])  # fmt: skip
+        return self._made(groups, total_steps)
+
+    def check(self, roles: dict[str, list[nn.Parameter]], total_steps: float) -> None:
+        """Refuse what :meth:`build` would refuse, of parameters that hold no numbers yet.
+
+        Raises:
+            ValueError: as there.
+        """
+        alike = {
+            role: [nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape)) for p in parameters]
+            for role, parameters in roles.items()
+        }
+        if groups := parameter_groups(alike, self):
+            self._made(groups, total_steps)
 
     def _made(self, groups: list[dict[str, Any]], total_steps: float) -> tuple[torch.optim.Optimizer, Any]:
         optimizer = _made("optimizer", self.optimizer, groups, lr=self.lr, **self.optimizer_options)
@@ -105,9 +124,13 @@ class Optimization:
         steps = {} if math.isinf(total_steps) else {total: total_steps}
         ahead = {warmup: math.ceil(self.warmup_ratio * total_steps) if self.warmup_ratio else 0}
         given = {name: value for name, value in (steps | ahead).items() if name}
-        return optimizer, _made(
-            "scheduler", self.scheduler, optimizer, **given | dict(self.scheduler_options)
-        )
+        scheduler = _made("scheduler", self.scheduler, optimizer, **given | dict(self.scheduler_options))
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise ValueError(
+                "scheduler: ReduceLROnPlateau waits for a score, and a scheduler is stepped after each optimizer step: "
+                "choose one that needs only the step, such as scheduler=cosine"
+            )
+        return optimizer, scheduler
 
 
 def _made(what: str, target: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -146,7 +169,7 @@ def parameter_groups(roles: dict[str, list[nn.Parameter]], settings: Optimizatio
     roles |= {"head": [p for p in heads if p.ndim > 1], "head_bias": [p for p in heads if p.ndim < 2]}
     decay: dict[str, float] = {"weight": settings.weight_decay, "head": settings.weight_decay}
     rates: dict[str, float] = dict.fromkeys(("head", "head_bias"), settings.head_lr or settings.lr)
-    groups = [
+    return [
         {
             "name": role,
             "params": parameters,
@@ -156,8 +179,3 @@ def parameter_groups(roles: dict[str, list[nn.Parameter]], settings: Optimizatio
         for role, parameters in roles.items()
         if parameters
     ]
-    for group in groups:
-        count = sum(p.numel() for p in group["params"])
-        log.info("optimizer group %s: %s parameters, lr %g, weight decay %g",
-                 group["name"], f"{count:,}", group["lr"], group["weight_decay"])  # fmt: skip
-    return groups

@@ -60,6 +60,12 @@ def test_graded_scores_get_the_normal_interval():
     assert count["interval"] == pytest.approx([mean - 1.959964 * error, mean + 1.959964 * error])
 
 
+def test_the_sum_of_graded_scores_is_not_rounded():
+    metric = RowScores()
+    metric.update([2 / 3, 1 / 7, 1.0])
+    assert metric.count()["correct"] / 3 == pytest.approx((2 / 3 + 1 / 7 + 1) / 3, abs=1e-6)
+
+
 def test_the_mean_loss_weighs_tokens_and_not_batches():
     metric = MeanLoss()
     metric.update(torch.tensor(1.0), 3)

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -249,6 +250,22 @@ class TestReads:
         ]  # fmt: skip
         assert table.notes[0].startswith("1 of 3 reads repeat one")
 
+    def test_a_copied_folder_is_no_second_run_and_no_second_read(self, tmp_path):
+        read = {"task": "boolq", "rows": 60, "time": "2026-01-01", "model": "adapted"}
+        write_run(tmp_path / "a", test_reads=[read], run_dir=str(tmp_path / "a"))
+        shutil.copytree(tmp_path / "a", tmp_path / "backup of a")
+        made = report(tmp_path)
+        assert [item.reason for item in made.left] == [
+            f"it holds the same run as {tmp_path / 'a'}: one of them is a copy"
+        ]
+        assert not any("more than once" in note for note in made.comparisons[0].notes)
+        assert len(made.reads) == 1
+        # what reft-eval reads by the copy is one more
+        results = json.loads((tmp_path / "backup of a" / "results.json").read_text())
+        results["test_reads"].append(read | {"time": "2026-01-05"})
+        (tmp_path / "backup of a" / "results.json").write_text(json.dumps(results))
+        assert [row[7].text for row in tables.read_table(report(tmp_path).reads).rows] == ["", "read again"]
+
     def test_reads_of_runs_that_stopped_count(self, tmp_path):
         write_run(tmp_path / "a")
         read = {"task": "boolq", "rows": 60, "time": "2025-12-31", "model": "adapted"}
@@ -265,7 +282,9 @@ class TestReads:
 
 class TestFolders:
     def test_what_cannot_be_used_is_named_with_the_reason(self, tmp_path):
-        write_run(tmp_path / "good")
+        write_run(tmp_path / "good", started="yesterday")  # edited by hand
+        edited = write_run(tmp_path / "edited") / "results.json"
+        edited.write_text(edited.read_text().replace('"seed": 42', '"seed": "x"'))
         write_run(tmp_path / "stopped", status="stopped", error="MemoryError: x")
         write_run(tmp_path / "running", status="running")
         write_run(tmp_path / "lacking", model=None)
@@ -280,6 +299,7 @@ class TestFolders:
         assert reasons["stopped"] == "its status is 'stopped', not 'complete' (MemoryError: x)"
         assert reasons["running"] == "its status is 'running', not 'complete'"
         assert reasons["lacking"] == "results.json lacks model"
+        assert reasons["edited"] == "results.json: seed should be an integer"
         assert "results.json is damaged, it is not JSON" in reasons["json"]
         assert "results.json is damaged, it should hold keys and values: it holds a list" in reasons["list"]
         assert "config.yaml is damaged, it is not YAML" in reasons["yaml"]

@@ -13,6 +13,7 @@ from reft_lightning.reporting.build import Report, build_report
 from reft_lightning.reporting.command import write
 from reft_lightning.reporting.page import page
 from reft_lightning.reporting.studies import ENOUGH, Study, Trial, _importance, read_study
+from reft_lightning.search import ledger
 from reft_lightning.search.study import open_storage
 from reft_lightning.search.study_files import JOB, JOURNAL
 
@@ -179,6 +180,29 @@ class TestStudies:
             "",
             "read again",
         ]
+
+    def test_search_and_report_count_the_same_reads(self, study):
+        """A winner that was begun anew, read again by reft-eval and by the same command elsewhere; a torn line."""
+        (run,) = (study / "winners" / "red").glob("seed_42")
+        results = json.loads((run / "results.json").read_text())
+        (read,) = results["test_reads"]
+        later = read | {"time": "2026-02-02"}
+        (run / "results.json").write_text(json.dumps(results | {"test_reads": [read, later]}))
+        shutil.copytree(run, study.parent / "elsewhere")
+        lines = [{"time": f"2025-0{i}", "method": "red", "seed": 42, "config_hash": results["config_hash"],
+                  "model": "adapted", "folder": f"/moved{run}"} for i in (1, 2)]  # fmt: skip
+        (study / "test_reads.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines) + '{"time": "20'
+        )
+        of_red = [r for r in ledger.test_reads(study) if (r["method"], r["seed"]) == ("red", 42)]
+        assert [(r["time"], r.get("again", False)) for r in of_red] == [
+            ("2025-01", False), (read["time"], True), ("2026-02-02", True)
+        ]  # fmt: skip
+        for folders in ([study], [study, study.parent / "elsewhere"]):
+            reads = [
+                r for r in build_report(folders, resamples=FEW).reads if r.folder.resolve() == run.resolve()
+            ]
+            assert [r.time for r in reads] == [r["time"] for r in of_red]
 
     def test_winners_have_the_names_of_the_study(self, study):
         rename(study, "red", "red_all_layers")

@@ -142,6 +142,21 @@ def test_evaluating_again_gives_the_runs_own_scores(finished):
     assert again["counts"] == {k: v for k, v in results["counts"].items() if k.startswith("val/")}
 
 
+def test_without_validation_rows_only_the_test_can_be_evaluated_again(data, tmp_path, monkeypatch):
+    short_runs.run(data, tmp_path, "trainer.max_steps=1", "data.validation_size=0", "test=false")
+    with pytest.raises(ValueError, match=r"has no validation rows .*split=test"):
+        evaluate(tmp_path)
+
+    def stop(*_, **__):
+        raise short_runs.Stop
+
+    monkeypatch.setattr("reft_lightning.runs.evaluate.evaluate_split", stop)
+    with pytest.raises(short_runs.Stop):
+        evaluate(tmp_path, "test")
+    (folder,) = (tmp_path / "evaluations").iterdir()
+    assert short_runs.results(folder)["status"] == "stopped"
+
+
 def test_each_read_of_the_test_split_is_recorded_in_the_run(data, tmp_path):
     short_runs.run(data, tmp_path, "trainer.max_epochs=1")
     evaluate(tmp_path, "test")
@@ -249,6 +264,15 @@ def test_a_sealed_run_never_reads_the_test_split(data, tmp_path):
     assert not [name for name in results["metrics"] if "test/" in name]
     with pytest.raises(ValueError, match="sealed"):
         evaluate(tmp_path / "run", "test")
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_of_a_split_without_batches_nothing_is_written(data, tmp_path, split):
+    limit = f"trainer.limit_{split.removesuffix('idation')}_batches=0"
+    results = short_runs.run(data, tmp_path / "run", limit, "evaluate_base=true", "trainer.max_steps=1")
+    others = {"validation": {"base_test", "reft_test"}, "test": {"base_validation", "reft_validation"}}[split]
+    assert {path.stem for path in (tmp_path / "run/predictions").iterdir()} == others
+    assert bool(results["test_reads"]) == (split == "validation")
 
 
 def test_a_run_without_the_test_reads_no_test_rows(data, tmp_path):
@@ -421,6 +445,23 @@ def test_a_callback_may_write_to_the_logger_in_the_validation_after_training(dat
 
     results = experiment.run(short_runs.config(data, "trainer.max_epochs=1"), tmp_path, callbacks=[Writes()])
     assert results["status"] == "complete"
+
+
+def test_a_configuration_that_was_edited_in_the_folder_is_not_gone_on_with(data, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        short_runs.stop_at(patch, 3)
+        with pytest.raises(short_runs.Stop):
+            short_runs.run(data, tmp_path)
+    file = tmp_path / "config.yaml"
+    began = file.read_text()
+    file.write_text(began.replace("lr: 0.005", "lr: 0.5"))
+    with pytest.raises(experiment.SetupError, match=r"config\.yaml was changed after it began"):
+        experiment.resume(tmp_path)
+    file.write_text(
+        began.replace("log_every_n_steps: 1", "log_every_n_steps: 2")
+    )  # which determines no result
+    assert began != file.read_text()
+    assert experiment.resume(tmp_path)["status"] == "complete"
 
 
 def test_a_run_that_stopped_early_does_not_train_on_when_it_is_resumed(data, monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import importlib.metadata
 import io
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from reft_lightning.config import compose
-from reft_lightning.runs import environment
+from reft_lightning.runs import card, environment
 from reft_lightning.runs.console import print_table
 from reft_lightning.runs.results import Results, write_predictions
 from reft_lightning.storage import atomic
@@ -146,6 +147,23 @@ def test_several_tasks_have_a_row_for_their_mean_and_one_constant_answer():
     assert text.count("mean of tasks") == 2
 
 
+def test_a_task_with_further_test_sets_is_not_called_their_mean():
+    """MNLI: test/accuracy is that of the matched rows, as GLUE names it."""
+    own, further = (
+        {"correct": n, "total": 10, "missing": 0, "interval": [n / 10 - 0.2, n / 10 + 0.2]} for n in (4, 8)
+    )
+    counts = {"test/mnli/accuracy": own, "test/mnli_mismatched/accuracy": further}
+    metrics = {"test/mnli/accuracy": 0.4, "test/mnli_mismatched/accuracy": 0.8, "test/accuracy": 0.4}
+    assert "60.0 [45.9, 74.1]" in table(counts=counts, metrics=metrics)
+    shown = {name: ends for name, _, ends, _ in card._scores({"counts": counts, "metrics": metrics})}
+    assert shown == {"test/mnli/accuracy": "20.0 to 60.0", "test/mnli_mismatched/accuracy": "60.0 to 100.0"}
+    # a correlation is no share of rows, and has no mean here
+    counts = {name: {"total": 10, "interval": [0.2, 0.6]} for name in ("test/a/matthews", "test/b/matthews")}
+    assert "mean of tasks" in table(
+        counts=counts, metrics={**dict.fromkeys(counts, math.nan), "test/matthews": None}
+    )
+
+
 COMMAND = [
     "reft-train", "experiment=debug", "model=tiny_random", "data.path=my rows", "data.tasks=[boolq,piqa]",
     "seed=7", "data.system_prompt='it\\'s \"$5\"; *'", "overwrite=true", "logger=[csv,tensorboard]",
@@ -246,7 +264,7 @@ def test_memory_that_cannot_be_told_is_unknown():
 PEAKS = """
 import sys
 from pathlib import Path
-from reft_lightning.runs import environment
+from reft_lightning.runs import card, environment
 if sys.argv[1] == "forbidden":
     environment.CLEAR_REFS = Path("/nowhere/clear_refs")
 for size in (400, 1):

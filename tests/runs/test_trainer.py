@@ -8,6 +8,7 @@ import lightning
 import pytest
 import short_runs
 import torch
+from safetensors.torch import load_file
 
 from reft_lightning.config.compose import CompositionError
 from reft_lightning.config.schema import TrainerConfig
@@ -112,6 +113,46 @@ def test_several_loggers_are_chosen_by_a_list(data, tmp_path):
 def test_a_typo_is_answered_before_a_weight_is_loaded(data, tmp_path, no_weights, overrides, message):
     with pytest.raises((SetupError, CompositionError), match=message):
         short_runs.run(data, tmp_path, *overrides)
+
+
+AVERAGING = "+callbacks.x._target_=lightning.pytorch.callbacks"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer._target_=torch.optim.LBFGS"], "LBFGS.* cannot be made: .*parameter groups"),
+        (["optimizer._target_=torch.optim.Muon"], "Muon.* cannot be made: .*2D"),
+        (["scheduler._target_=torch.optim.lr_scheduler.ReduceLROnPlateau", "scheduler.warmup_ratio=0"],
+         "waits for a score"),
+        (["trainer.max_epochs=-1"], "needs the number of steps"),
+        (["trainer.max_epochs=null", "+trainer.max_time.hours=1"], "needs the number of steps"),
+        ([f"{AVERAGING}.EMAWeightAveraging"], "EMAWeightAveraging averages the frozen base, too"),
+        ([f"{AVERAGING}.StochasticWeightAveraging", "+callbacks.x.swa_lrs=1e-3"], "add checkpoint.restore_best=false"),
+    ],
+)  # fmt: skip
+def test_what_cannot_train_is_refused_before_a_weight_is_loaded(
+    data, tmp_path, no_weights, overrides, message
+):
+    with pytest.raises(SetupError, match=message):
+        short_runs.run(data, tmp_path, *overrides)
+
+
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch:UserWarning")
+def test_averages_count_where_no_checkpoint_is_restored(data, tmp_path, monkeypatch):
+    averaged = []
+
+    class Averaged(lightning.pytorch.callbacks.StochasticWeightAveraging):
+        def on_train_end(self, trainer, pl_module):
+            super().on_train_end(trainer, pl_module)
+            averaged.append({name: t.clone() for name, t in pl_module.model.adapter_state_dict().items()})
+
+    monkeypatch.setattr(lightning.pytorch.callbacks, "StochasticWeightAveraging", Averaged)
+    average = [f"{AVERAGING}.StochasticWeightAveraging", "+callbacks.x.swa_lrs=1e-2", "scheduler=constant"]
+    short_runs.run(data, tmp_path, *average, "trainer.max_epochs=3", "checkpoint.restore_best=false")
+    saved = load_file(tmp_path / "adapter" / "reft.safetensors")
+    assert averaged[0].keys() == saved.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in averaged[0].items())
 
 
 @pytest.mark.parametrize("name", ["sgd", "adafactor"])

@@ -14,6 +14,7 @@ import short_runs
 import tiny
 import torch
 from lightning import Trainer
+from scipy import stats
 from torchmetrics.functional import matthews_corrcoef
 from transformers import (
     AutoConfig,
@@ -36,7 +37,6 @@ from reft_lightning.evaluation.classifier_metrics import (
     correlation_interval,
     f1_interval,
     metric_of,
-    value_of,
 )
 from reft_lightning.runs import experiment
 from reft_lightning.runs.build import optimization_of
@@ -323,7 +323,7 @@ class TestMeasures:
         metrics = evaluated(module, data)
         said = [float(row["answer"]) for row in module.predictions]
         gold = [float(row["gold"]) for row in module.predictions]
-        assert metrics["test/stsb/pearson"] == pytest.approx(pearson(said, gold), abs=1e-3)
+        assert metrics["test/stsb/pearson"] == pytest.approx(pearson(said, gold), abs=1e-4)
         assert metrics["test/stsb/spearman"] == pytest.approx(pearson(ranks(said), ranks(gold)), abs=1e-5)
         both = (metrics["test/pearson"] + metrics["test/spearman"]) / 2
         assert metrics["test/combined_score"] == pytest.approx(both)
@@ -344,7 +344,7 @@ class TestMeasures:
         metric = metric_of("matthews", 2)
         said, gold = torch.tensor([1, 1, 0, 0, 1, 0, 1]), torch.tensor([1, 0, 0, 0, 1, 1, 1])
         metric.update(said, gold)
-        assert value_of("matthews", metric) == pytest.approx(pearson(said, gold))
+        assert float(metric.compute()) == pytest.approx(pearson(said, gold))
 
     def test_matthews_of_three_classes_agrees_with_torchmetrics_where_it_is_defined(self):
         said, gold = torch.randint(3, (2, 50))
@@ -352,17 +352,40 @@ class TestMeasures:
         metric.update(said[:20], gold[:20])
         metric.update(said[20:], gold[20:])
         expected = matthews_corrcoef(said, gold, task="multiclass", num_classes=3)
-        assert value_of("matthews", metric) == pytest.approx(float(expected), abs=1e-6)
+        assert float(metric.compute()) == pytest.approx(float(expected), abs=1e-6)
 
     @pytest.mark.parametrize(
-        ("measure", "labels"), [("matthews", 2), ("pearson", 1), ("spearman", 1), ("f1", 2)]
+        ("measure", "labels", "said"),
+        # 2.7 has a rounding error in every sum
+        [("matthews", 2, 0), ("f1", 2, 0), ("pearson", 1, 0.0), ("pearson", 1, 2.7), ("spearman", 1, 2.7)],
     )
-    def test_constant_predictions_count_as_0(self, measure, labels, caplog):
+    def test_constant_predictions_count_as_0(self, measure, labels, said, caplog):
         metric = metric_of(measure, labels)
-        gold = torch.tensor([0, 1, 0, 0, 0, 1, 0]) if labels == 2 else torch.tensor([1.0, 2.0, 3.0, 3.0])
-        metric.update(torch.zeros_like(gold), gold)
-        assert value_of(measure, metric) == 0.0
-        assert ("undefined" in caplog.text) == (measure == "pearson")  # the others are 0 by definition
+        gold = torch.tensor([0, 1, 0, 0, 0, 1, 0] if labels == 2 else [1.0, 2.0, 3.0, 3.0]).repeat(200)
+        for part in gold.split(16):
+            metric.update(torch.full_like(part, said), part)
+        assert float(metric.compute()) == 0.0
+        assert ("undefined" in caplog.text) == (labels == 1)  # the others are 0 by definition
+
+    @pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-5])
+    @pytest.mark.parametrize("measure", ["pearson", "spearman"])
+    def test_correlations_are_those_of_float64(self, measure, spread):
+        generator = torch.Generator().manual_seed(0)
+        gold = torch.randint(0, 26, (1500,), generator=generator) / 5
+        said = 2.7 + spread * (gold + torch.randn(1500, generator=generator))
+        metric = metric_of(measure, 1)
+        for part in zip(said.split(16), gold.split(16), strict=True):
+            metric.update(*part)
+        expected = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}[measure](
+            said.double(), gold.double()
+        )
+        assert float(metric.compute()) == pytest.approx(expected.statistic, abs=1e-9)
+
+    @pytest.mark.parametrize("measure", ["pearson", "spearman"])
+    def test_a_prediction_that_is_not_a_number_has_no_correlation(self, measure):
+        metric = metric_of(measure, 1)
+        metric.update(torch.tensor([1.0, math.nan, 3.0, 4.0]), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        assert math.isnan(metric.compute())
 
     def test_a_measure_that_does_not_fit_the_labels_is_refused(self):
         with pytest.raises(ValueError, match="no measure 'f1' of 3 labels"):

@@ -6,6 +6,7 @@ import pytest
 import short_runs
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from reft_lightning.data.encoding import target_only
 from reft_lightning.data.option_batches import option_batches
@@ -271,6 +272,29 @@ def test_the_schedule_ends_with_the_batches_that_are_trained(data, setting, step
     trainer(**setting, max_epochs=2, callbacks=[rates], limit_val_batches=0).fit(objects.module, objects.data)
     assert len(rates.noted) == objects.module.total_steps == steps
     assert rates.noted[-1] < 1e-9  # linear decay to 0
+
+
+@pytest.mark.parametrize(("scheduling", "steps"), [({0: 1, 1: 3}, 6 + 2 + 2), ({0: 4, 2: 1}, 2 + 2 + 6)])
+def test_the_schedule_ends_with_steps_of_changing_length(data, scheduling, steps):
+    objects = short_runs.build(data)
+    rates = Steps(lambda module, outputs: module.trainer.optimizers[0].param_groups[0]["lr"])
+    own = [rates, GradientAccumulationScheduler(scheduling)]
+    trained = trainer(max_epochs=3, callbacks=own, limit_val_batches=0)
+    trained.fit(objects.module, objects.data)
+    assert trained.global_step == objects.module.total_steps == steps
+    assert rates.noted[-1] < 1e-9
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit:UserWarning")
+def test_overfitting_reads_the_same_batches_in_every_epoch(data):
+    objects = short_runs.build(data)
+    read = []
+    rows = Steps(lambda module, outputs: None)
+    rows.on_train_batch_start = lambda trainer, module, batch, index: read.append(batch["rows"].tolist())
+    trainer(overfit_batches=2, max_epochs=3, callbacks=[rows], limit_val_batches=0).fit(
+        objects.module, objects.data
+    )
+    assert read == read[:2] * 3
 
 
 def test_ranks_of_a_resumed_run_share_out_the_tokens_of_all(data):

@@ -51,7 +51,8 @@ def test_a_head_has_its_own_rate_and_decays():
 
 def test_the_groups_are_logged(caplog):
     with caplog.at_level(logging.INFO, "reft_lightning.training.optimization"):
-        groups(weight_decay=0.3, lr=0.01)
+        reft, _ = groups()
+        Optimization(weight_decay=0.3, lr=0.01).build(reft.parameter_roles(), 100)
     assert "optimizer group weight: 192 parameters, lr 0.01, weight decay 0.3" in caplog.text
     assert "optimizer group rotation: 192 parameters, lr 0.01, weight decay 0" in caplog.text
 

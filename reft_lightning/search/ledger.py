@@ -1,0 +1,90 @@
+"""The reads of test splits that a study made: a line in its ledger before each, and what its winners' results hold.
+
+Results are removed where a winner is begun anew, and the ledger alone knows what had been read by then; reads by
+``reft-eval`` are in the results alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .study import read_results
+from .study_files import LEDGER, WINNERS
+
+log = logging.getLogger(__name__)
+
+
+def test_reads(folder: Path) -> list[dict[str, Any]]:
+    """Return every read of a test split, by time; ``again`` marks those after the first of a method, seed and model.
+
+    Args:
+        folder: of the study.
+    """
+    found = [*lost_reads(folder), *(read for run in _winners(folder) for read, _ in _recorded(run))]
+    found.sort(key=lambda read: str(read.get("time", "")))
+    seen: set[tuple[Any, ...]] = set()
+    for read in found:
+        if _who(read) in seen:
+            read["again"] = True
+        seen.add(_who(read))
+    return found
+
+
+def lost_reads(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of reads that no results hold any more: the first of their method, seed and model."""
+    kept = Counter(_who(read) for run in _winners(folder) for read, searched in _recorded(run) if searched)
+    lines = list(_lines(folder / LEDGER))
+    lost = Counter(map(_who, lines)) - kept
+    found: list[dict[str, Any]] = []
+    for line in lines:
+        if lost[_who(line)] > 0:
+            lost[_who(line)] -= 1
+            found.append(line)
+    return found
+
+
+def winner_folder(folder: Path, read: Mapping[str, Any]) -> Path:
+    """Return the folder of the winner that made a read, wherever its study lies now."""
+    return folder / WINNERS / str(read["method"]) / f"seed_{read['seed']}"
+
+
+def _who(read: Mapping[str, Any]) -> tuple[str, str, str]:
+    return str(read["method"]), str(read["seed"]), str(read["model"])
+
+
+def _winners(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob(f"{WINNERS}/*/seed_*/results.json"))
+
+
+def _recorded(run: Path) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Yield the reads in the results of a winner, one for all its test sets, and whether the search made it."""
+    try:
+        values = read_results(run)
+    except ValueError:  # damaged: the ledger has what the search has read
+        return
+    seed = run.name.removeprefix("seed_")
+    reads = {(str(read.get("model")), str(read.get("time"))): read for read in values.get("test_reads") or ()}
+    for (model, time), read in reads.items():
+        yield {
+            "time": time, "method": run.parent.name, "seed": int(seed) if seed.isdecimal() else seed,
+            "config_hash": read.get("config_hash"), "model": model, "folder": str(run),
+        }, time <= str(values.get("finished") or "~")  # fmt: skip
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as file:  # only \n ends a line
+        for line in file:
+            try:
+                read = json.loads(line)
+                _who(read)
+            except (ValueError, TypeError, KeyError):
+                log.warning("%s: a line cannot be read: %.80s", path, line)
+            else:
+                yield read
