@@ -11,7 +11,7 @@ r"""One's own rows: a file, a folder or a data set of the hub, and which of its 
 | `answer` | the column in braces within `target` that is the gold answer, where the target holds more than that |
 | `context` | a column or text like `prompt`: what the prompt is about (Alpaca's "### Input:") |
 | `source_prompt` | a column or text like `prompt`: the other prompt of an interchange intervention (`intervention=das`), whose hidden states are put into this one; the target is then what a counterfactual answer would be |
-| `options` | the answers to choose from: a column that holds a list or text with commas, or a list of columns, `[opa,opb,opc,opd]` |
+| `options` | the answers to choose from: a column that holds a list (in a CSV file as JSON, `["red", "blue"]`) or text with commas, or a list of columns, `[opa,opb,opc,opd]` |
 | `answer_form` | how the answer names one of the options: `text`, `letter` (A, B, ...), `index` (from 0) or `number` (from 1). What is learnt is the text of the option |
 | `delimiter` | between the cells of a CSV file, where its header does not show it (comma, semicolon and tab are recognised) |
 | `messages` | instead of all these: a column of conversations, `[{"role": "user", "content": "..."}, ...]`, or ShareGPT's `[{"from": "human", "value": "..."}, ...]` |
@@ -24,7 +24,8 @@ A generated text is right where it equals the answer, both stripped of white spa
 says little: with the templates `chat` and `alpaca`, and no `answer`, checkpoints are chosen by the accuracy over the
 `options`, or without any by the loss, which is then also measured on the test rows, as is ROUGE-L.
 
-Changes: version 3 measures ROUGE-L of free texts; version 2 validates on a folder's validation rows, and holds out conversations whose last questions are the
+Changes: version 4 reads lists of options that stand as JSON in a cell, and columns of mixed types of the hub, as values;
+version 3 measures ROUGE-L of free texts; version 2 validates on a folder's validation rows, and holds out conversations whose last questions are the
 same (what precedes the question is part of it); version 1, first version.
 """  # noqa: E501
 
@@ -47,7 +48,7 @@ from ..splits import carve_validation
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 # split -> how its file may be named in a folder; the names that the hub knows
 FILE_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 A_TENTH = -1  # validation_size
