@@ -519,6 +519,14 @@ class TestDataModule:
         assert {e.prompt for batch in data.val_dataloader()[0] for e in batch["examples"]} <= known
         assert "occur in the train rows" not in caplog.text
 
+    @pytest.mark.parametrize("settings", [{"validation_size": 3}, {"limit_validation": 3}])
+    def test_validation_rows_of_ones_own_may_repeat_a_question(self, tmp_path, settings):
+        train = write(tmp_path, "train.jsonl", [{"q": f"q {i}", "a": "a"} for i in range(5)])
+        write(tmp_path, "validation.jsonl", [{"q": "same", "a": "a"}] * 4 + [{"q": "other", "a": "a"}])
+        data = self.make(custom_family(path=str(train.parent), prompt="q", target="a"), **settings)
+        data.setup("fit")
+        assert data.data_versions["split"]["validation_rows"] == 3
+
     def test_no_validation_is_possible_where_there_are_validation_rows(self):
         path = str(FIXTURES / "rows.csv")
         data = self.make(custom_family(path=path, validation_path=path, **EMOJI), validation_size=0)
