@@ -179,10 +179,11 @@ def _render(tokenizer: Any, turns: Sequence[tuple[str, str]], where: str, prompt
     messages = [{"role": role, "content": _content(text, tokenizer)} for role, text in turns]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-    except TemplateError as error:
+    except Exception as error:  # templates are programs, of other people
         roles = ", ".join(role for role, _ in turns)
+        said = error if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{where}: the chat template of {_name(tokenizer)} refuses the turns {roles}: {error}"
+            f"{where}: the chat template of {_name(tokenizer)} refuses the turns {roles}: {said}"
         ) from error
 
 
