@@ -42,6 +42,8 @@ def read_file(path: Path, delimiter: str | None = None) -> Rows:
     """
     reader = read_saved if is_saved(path) else READERS.get(ending(path))
     if reader is None:
+        if not path.exists():  # a folder, perhaps, whose name is misspelt
+            _check_exists(path)
         raise ValueError(
             f"{path}: rows are read from files that end in {', '.join(READERS)}, all but .parquet also with "
             f".gz; got {path.name!r}"
