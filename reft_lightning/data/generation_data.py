@@ -115,9 +115,9 @@ class GenerationData(BenchmarkData):
         return answered
 
     def _check(self, example: Example, where: str) -> None:
+        super()._check(example, where)
         if not self.family.skip_empty:  # else `_answered` counts them
             refuse_empty(example)
-        super()._check(example, where)
 
     def _read_mixture(self, path: Path) -> list[Example]:
         assert self.family.mixture_example is not None
