@@ -166,6 +166,13 @@ class TestErrors:
         ):
             one("chat", tokenizer=chatting("{{ messages[0].content + [1] }}"))
 
+    def test_a_template_that_writes_the_date_is_warned_of_once(self, caplog):
+        tokenizer = chatting("{{ strftime_now('%d %b %Y') }}" + TURNS)
+        for _ in range(2):
+            one("chat", tokenizer=tokenizer)
+        one("chat", tokenizer=chatting())
+        assert caplog.text.count("the chat template writes today's date into prompts") == 1
+
     def test_an_unknown_role_names_row_and_nearest(self):
         example = Example("t", "Hi", "Hello", "Hello", source="row 9", turns=(("assistent", "a"),))
         with pytest.raises(
