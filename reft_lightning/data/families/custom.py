@@ -40,10 +40,10 @@ from pathlib import Path
 from typing import Any
 
 from ..columns import TASK, Columns, Conversations
-from ..example import Example, Judgement, Row, Score, column, exact_match, question_of
+from ..example import Example, Judgement, Score, column, exact_match, question_of
 from ..family import Family, Task
 from ..files import READERS, Rows, ending, is_saved, listing, read_file
-from ..rows import HubRows, LocalRows
+from ..rows import HubRows, LocalRows, Located
 from ..splits import carve_validation
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ FILE_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", 
 A_TENTH = -1  # validation_size
 MOST_VALIDATION = 100  # rows, of a tenth
 MAX_NEW_TOKENS = 128
+LOOKED_AT = 100  # rows at the beginning of each file, for its columns
 _WORDS = re.compile(r"\w+")
 
 
@@ -94,11 +95,11 @@ def custom_family(
 
     Raises:
         ValueError: for settings that are missing or exclude each other, an unknown kind of file, or a column
-            that the first row lacks; lists the columns there are.
+            that all of the first rows lack; lists the columns there are.
         FileNotFoundError: if there is no such file or folder, or no train file in it.
     """
     tables = tables_of(path, source, validation_path, test_path, _reader(delimiter))
-    first = first_rows(tables)
+    begun = beginnings(tables)
     template = template or ("chat" if messages else "plain")
     given = {
         "prompt": prompt, "target": target, "answer": answer, "context": context, "options": options,
@@ -112,7 +113,7 @@ def custom_family(
     else:
         missing = [f"data.{name}" for name in ("prompt", "target") if not given[name]]
         if missing:
-            there = f"; the columns are {', '.join(first[0][0])}" if first else ""
+            there = f"; the columns are {', '.join(begun[0][0][0])}" if begun else ""
             raise ValueError(f"data=custom needs {' and '.join(missing)}, or data.messages{there}")
         make = Columns(
             str(prompt),
@@ -124,9 +125,7 @@ def custom_family(
             template == "plain",
             source_prompt,
         )
-    for row, where in first:
-        for name in make.names:
-            column(row, name, where)
+    check_columns(make.names, begun)
     main = None if answer or template == "plain" else "option_accuracy" if options else "loss"
     free = main == "loss"
     places: dict[str, Any] = {source: tables}
@@ -259,7 +258,20 @@ def _split_file(folder: Path, split: str) -> Path | None:
     return files[0] if files else None
 
 
-def first_rows(tables: Mapping[str, tuple[Any, ...]]) -> list[tuple[Row, str]]:
-    """Return the first row of each file but the test's, which a search never opens: wrong columns are found early."""
+def beginnings(tables: Mapping[str, tuple[Any, ...]]) -> list[Located]:
+    """Return the first rows of each file that has any, but the test's, which a search never opens."""
     local = [t for split, (t,) in tables.items() if split != "test" and isinstance(t, LocalRows)]
-    return [pair for table in local for pair in islice(table.read(Path(table.files[0])), 1)]
+    begun = (list(islice(table.read(Path(table.files[0])), LOOKED_AT)) for table in local)
+    return [rows for rows in begun if rows]
+
+
+def check_columns(names: Sequence[str], begun: Sequence[Located]) -> None:
+    """Find wrong columns early: each must be in one of a file's first rows, as some rows may lack it.
+
+    Raises:
+        ValueError: names the file and the columns that there are.
+    """
+    for rows in begun:
+        for name in names:
+            if not any(name in row for row, _ in rows):
+                column(rows[0][0], name, rows[0][1])

@@ -39,7 +39,7 @@ from ..columns import exchange_of, json_list, text_of
 from ..example import Example, Judgement, Row, column, exact_match
 from ..family import Family, Task
 from ..pictures import MARK, Picture, pictures_in
-from .custom import carve, first_rows, tables_of
+from .custom import beginnings, carve, check_columns, tables_of
 from .vqa_accuracy import vqa_accuracy
 
 VERSION = 3
@@ -71,7 +71,7 @@ def vision_family(
     """Return the family of rows with pictures; its one task is `vision`. The arguments are those of the table above.
 
     Raises:
-        ValueError: for settings that are missing or exclude each other, or a column that the first row lacks.
+        ValueError: for settings that are missing or exclude each other, or a column that all of the first rows lack.
         FileNotFoundError: if there is no such file or folder, or no train file in it.
     """
     tables = tables_of(path, source, validation_path, test_path)
@@ -85,9 +85,7 @@ def vision_family(
     place = Path(image_folder or str(path)).expanduser().absolute()
     folder = place if image_folder or place.is_dir() else place.parent
     make = SeenRows(image, folder, prompt, target, messages)
-    for row, where in first_rows(tables):
-        for name in make.names:
-            column(row, name, where)
+    check_columns(make.names, beginnings(tables))
     places: dict[str, Any] = {source: tables}
     return VisionFamily(
         name="vision",

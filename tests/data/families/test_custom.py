@@ -485,6 +485,12 @@ class TestDataModule:
         assert (data.data_versions["test"]["custom"]["left_out"], data.test_rows) == (1, {"custom": 4})
         assert "3 of 12 custom train rows are invalid and left out; the first: " in caplog.text
 
+    def test_the_first_row_may_be_the_invalid_one(self, tmp_path):
+        train = write(tmp_path, "train.jsonl", [{"q": "a"}, *({"q": f"{i}", "a": "b"} for i in range(3))])
+        data = self.make(custom_family(path=str(train), prompt="q", target="a"), skip_invalid=True)
+        data.setup("fit")
+        assert data.data_versions["train"]["custom"]["left_out"] == 1
+
     def test_where_no_row_is_valid_the_first_error_is_raised(self, tmp_path):
         train = write(tmp_path, "train.jsonl", [{"q": "a", "a": ""}] * 3)
         family = custom_family(path=str(train), prompt="q", target="a")
