@@ -231,6 +231,11 @@ def _local_tables(
     path: str, others: Mapping[str, str | None], read: Callable[[Path], Rows]
 ) -> dict[str, tuple[LocalRows, ...]]:
     place = Path(path).expanduser().absolute()
+    if not place.exists() and ending(place) not in READERS:
+        raise FileNotFoundError(
+            f"data.path={path} is no file or folder of this machine; {place.parent} holds {listing(place.parent)}. "
+            "A data set of the hub is read with data.source=hub"
+        )
     files: dict[str, Path | None] = {"train": place}
     if place.is_dir() and not is_saved(place):
         files = {split: _split_file(place, split) for split in FILE_NAMES}

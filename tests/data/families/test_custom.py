@@ -405,6 +405,11 @@ class TestPlaces:
         with pytest.raises(FileNotFoundError, match=r"needs a file train\.\*, .*it holds data\.jsonl"):
             custom_family(path=str(tmp_path), **EMOJI)
 
+    @pytest.mark.parametrize("path", ["owner/name", "hf://datasets/owner/name", "misspelt"])
+    def test_a_name_of_the_hub_wants_the_source_hub(self, path):
+        with pytest.raises(FileNotFoundError, match=f"data.path={path} is no file .* data.source=hub"):
+            custom_family(path=path, **EMOJI)
+
     def test_a_missing_file_lists_its_neighbours(self, tmp_path):
         write(tmp_path, "data.jsonl", [{"q": "a"}])
         with pytest.raises(FileNotFoundError, match=r"dta\.jsonl does not exist; .* holds data\.jsonl"):
