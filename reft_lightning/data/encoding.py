@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unicodedata import category
 
 import numpy as np
 import torch
@@ -33,6 +34,13 @@ from .tokenizer_digest import encoding_settings
 log = logging.getLogger(__name__)
 
 IGNORED = -100  # label of columns without loss, torch's ignore_index
+UNSEEN = (
+    "Cc",
+    "Cf",
+    "Zl",
+    "Zp",
+    "Zs",
+)  # Unicode's categories of control and format characters, and of white space
 
 
 @dataclass(frozen=True)
@@ -182,7 +190,7 @@ def refuse_empty(example: Example) -> None:
     Characters of no width, such as U+200B or a byte order mark, show nothing; some tokenizers leave them out.
     """
     for part, text in (("prompt", example.prompt), ("target", example.target)):
-        if not any(character.isprintable() and not character.isspace() for character in text):
+        if all(category(character) in UNSEEN for character in text):
             blank = f": {text[:40]!r} shows nothing" if text.strip() else ""
             raise ValueError(f"{example.source or example.task}: the {part} is empty{blank}")
 

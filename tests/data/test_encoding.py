@@ -96,6 +96,10 @@ class TestEncode:
         with pytest.raises(ValueError, match=rf"t/train.json, row 5: the {part} is empty"):
             encode(tokenizer, make(**{part: text}), 64)
 
+    @pytest.mark.parametrize("text", ["\U0001fae8", "\ue000", "\u0301", "\ud55c"])
+    def test_characters_that_python_does_not_know_or_print_alone_are_text(self, tokenizer, text):
+        assert tokenizer.decode(encode(tokenizer, make(target=text), 64).target_ids[:-1]) == text
+
     def test_a_target_that_the_tokenizer_leaves_out_is_counted(self, caplog):
         words = Tokenizer(models.WordLevel({"p": 0, "</s>": 1}, unk_token="p"))
         words.normalizer = normalizers.BertNormalizer()  # which removes U+FFFD
