@@ -99,6 +99,15 @@ def text_of(value: Any, name: str, where: str) -> str:
     return str(value)
 
 
+def json_list(text: str) -> list[Any] | None:
+    """Return the list that a text holds as JSON, which is how a CSV file has one; None if it holds something else."""
+    try:
+        value = json.loads(text) if text.lstrip().startswith("[") else None
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, list) else None
+
+
 class Columns:
     """Make examples of rows with named columns.
 
@@ -208,10 +217,13 @@ class Columns:
         if len(self.options) != 1:
             return [text_of(column(row, name, where), name, where).strip() for name in self.options]
         (name,) = self.options
-        cell = column(row, name, where)
-        parts = cell.split(",") if isinstance(cell, str) else cell
+        cell = parts = column(row, name, where)
+        if isinstance(cell, str):
+            parts = json_list(cell) if cell.strip()[:1] == "[" else cell.split(",")
         if not isinstance(parts, list | tuple):
-            raise ValueError(f"{where}: column {name!r} must be a list or text with commas; got {cell!r:.80}")
+            raise ValueError(
+                f"{where}: column {name!r} must be a list, also as JSON text, or text with commas; got {cell!r:.80}"
+            )
         return [text_of(part, name, where).strip() for part in parts]
 
     def _chosen(self, answer: str, options: Sequence[str], where: str) -> str:

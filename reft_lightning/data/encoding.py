@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unicodedata import category
 
 import numpy as np
 import torch
@@ -33,6 +34,13 @@ from .tokenizer_digest import encoding_settings
 log = logging.getLogger(__name__)
 
 IGNORED = -100  # label of columns without loss, torch's ignore_index
+UNSEEN = (
+    "Cc",
+    "Cf",
+    "Zl",
+    "Zp",
+    "Zs",
+)  # Unicode's categories of control and format characters, and of white space
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,8 @@ def encode_all(
             "%d %s: prompt truncated on the left to %d tokens; data.max_length=N keeps more",
             prompts, rows, max_length,
         )  # fmt: skip
+    if nothing := np.count_nonzero(columns["ids.lengths"] - columns["prompt"] <= 1):
+        log.warning("%d %s: the tokenizer makes no token of the target but eos", nothing, rows)
     if targets := np.count_nonzero(columns["cut_target"]):
         log.warning(
             "%d %s: target cut on the right, without eos; data.max_length=N keeps more", targets, rows
@@ -167,10 +177,14 @@ def _encoder(
 
 
 def refuse_empty(example: Example) -> None:
-    """Raise ValueError for an example without a prompt or a target; it names the row."""
+    """Raise ValueError for an example whose prompt or target shows nothing; it names the row.
+
+    Characters of no width, such as U+200B or a byte order mark, show nothing; some tokenizers leave them out.
+    """
     for part, text in (("prompt", example.prompt), ("target", example.target)):
-        if not text.strip():
-            raise ValueError(f"{example.source or example.task}: the {part} is empty")
+        if all(category(character) in UNSEEN for character in text):
+            blank = f": {text[:40]!r} shows nothing" if text.strip() else ""
+            raise ValueError(f"{example.source or example.task}: the {part} is empty{blank}")
 
 
 # ids of prompt and target, how many are the prompt's, and what else `Encoded` holds; raise `encoding_cache.VERSION`
@@ -250,7 +264,7 @@ def _fit(
     prompt: list[int], target: list[int], joint: bool, leading: list[int], eos: int, max_length: int
 ) -> tuple[list[int], int, bool, int, int]:
     prompt = _bare(prompt, leading, [])
-    if target[-1] != eos:
+    if target[-1:] != [eos]:
         target = [*target, eos]
     room = max(max_length - len(leading) - len(prompt), max_length // 2)
     cut_target = max(len(target) - room, 0)

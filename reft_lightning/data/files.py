@@ -42,6 +42,8 @@ def read_file(path: Path, delimiter: str | None = None) -> Rows:
     """
     reader = read_saved if is_saved(path) else READERS.get(ending(path))
     if reader is None:
+        if not path.exists():  # a folder, perhaps, whose name is misspelt
+            _check_exists(path)
         raise ValueError(
             f"{path}: rows are read from files that end in {', '.join(READERS)}, all but .parquet also with "
             f".gz; got {path.name!r}"
@@ -322,19 +324,51 @@ def read_saved(path: Path) -> Rows:
 def arrow_rows(tables: Iterable[Any], label: str) -> Rows:
     """Yield (row, where) of Arrow tables or batches that follow each other.
 
+    Cells of Arrow's type JSON, in which `datasets` keeps columns of mixed types, are read as the values they hold.
+
     Raises:
         ValueError: for a cell that Python has no value for, such as a date beyond the year 9999; names row and column.
     """
     start = 0
     for table in tables:
+        encoded = [column for column in table.schema if _holds_json(column.type)]
         try:
             rows = table.to_pylist()
         except (ValueError, OverflowError):
             _find_unreadable(table, label, start)
             raise
         for i, row in enumerate(rows, start=start):
+            for column in encoded:
+                try:
+                    row[column.name] = _from_json(row[column.name], column.type)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(
+                        f"{label}, row {i}: column {column.name!r} is not JSON ({error})"
+                    ) from error
             yield row, f"{label}, row {i}"
         start += len(rows)
+
+
+def _holds_json(kind: Any) -> bool:
+    """Whether cells of an Arrow type are JSON texts, or have them inside."""
+    import pyarrow as pa
+
+    if isinstance(kind, pa.BaseExtensionType):
+        return kind.extension_name == "arrow.json"
+    if pa.types.is_struct(kind):
+        return any(_holds_json(field.type) for field in kind)
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _holds_json(kind.value_type)
+
+
+def _from_json(cell: Any, kind: Any) -> Any:
+    """Return a cell with the values of its JSON texts."""
+    if cell is None or not _holds_json(kind):
+        return cell
+    if isinstance(cell, dict):
+        return {name: _from_json(value, kind.field(name).type) for name, value in cell.items()}
+    if isinstance(cell, list):
+        return [_from_json(part, kind.value_type) for part in cell]
+    return json.loads(cell)
 
 
 def _find_unreadable(table: Any, label: str, start: int) -> None:

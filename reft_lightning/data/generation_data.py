@@ -22,7 +22,7 @@ from .files import read_json_file
 from .pairs import EncodedPairs, collate_pairs, collate_sources, rejected
 from .prompts import apply_template
 from .rows import DataSource
-from .splits import carve_validation, fingerprint
+from .splits import drawn, fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -126,9 +126,9 @@ class GenerationData(BenchmarkData):
         return answered
 
     def _check(self, example: Example, where: str) -> None:
+        super()._check(example, where)
         if not self.family.skip_empty:  # else `_answered` counts them
             refuse_empty(example)
-        super()._check(example, where)
 
     def _read_mixture(self, path: Path) -> list[Example]:
         assert self.family.mixture_example is not None
@@ -146,7 +146,7 @@ class GenerationData(BenchmarkData):
         else:
             train, validation = self.family.carve(train, self._held_out(train), self.split_seed, stratum)
         if self.limit_validation is not None and self.limit_validation < len(validation):
-            _, validation = carve_validation(validation, self.limit_validation, self.split_seed, stratum)
+            validation = drawn(validation, self.limit_validation, self.split_seed, stratum)
         return train, validation
 
     def _bring_validation(self) -> bool:
@@ -172,7 +172,7 @@ class GenerationData(BenchmarkData):
                 log.warning("%d of %d %s validation rows occur in the train rows", seen, len(rows), name)
             validation += rows
         if 0 <= (size := self._held_out(validation)) < len(validation):
-            _, validation = carve_validation(validation, size, self.split_seed)
+            validation = drawn(validation, size, self.split_seed, lambda example: example.task)
         return validation
 
     def _held_out(self, rows: list[Example]) -> int:

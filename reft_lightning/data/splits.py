@@ -42,17 +42,30 @@ def carve_validation(
         raise ValueError(f"data.validation_size must be 0 or more; got {size}")
     if size == 0:
         return list(examples), []
-    first: dict[Hashable, int] = {}
-    for i, example in enumerate(examples):
-        first.setdefault(question_of(example), i)
+    first: dict[Hashable, Example] = {}
+    for example in examples:
+        first.setdefault(question_of(example), example)
     if size >= len(first):
         raise ValueError(
             f"data.validation_size must be smaller than the {len(first)} distinct train prompts; got {size}"
         )
+    validation = drawn(list(first.values()), size, seed, stratum)
+    held_out = {question_of(example) for example in validation}
+    train = [example for example in examples if question_of(example) not in held_out]
+    repeated = len(examples) - len(train) - len(validation)
+    if repeated:
+        log.info("%d train rows repeat a validation prompt and were left out of train", repeated)
+    return train, validation
+
+
+def drawn(
+    examples: Sequence[Example], size: int, seed: int, stratum: Callable[[Example], Hashable]
+) -> list[Example]:
+    """Return `size` of the rows, in their order, to which each stratum gives its share (largest remainders)."""
     groups: dict[Hashable, list[int]] = defaultdict(list)
-    for i in first.values():
-        groups[stratum(examples[i])].append(i)
-    exact = {key: size * len(rows) / len(first) for key, rows in groups.items()}
+    for i, example in enumerate(examples):
+        groups[stratum(example)].append(i)
+    exact = {key: size * len(rows) / len(examples) for key, rows in groups.items()}
     quota = {key: int(share) for key, share in exact.items()}
     by_remainder = sorted(
         groups, key=lambda key: quota[key] - exact[key]
@@ -60,14 +73,9 @@ def carve_validation(
     for key in by_remainder[: size - sum(quota.values())]:
         quota[key] += 1
     rng = random.Random(seed)
-    chosen = {i for key, rows in groups.items() for i in rng.sample(rows, quota[key])}
-    held_out = {question_of(examples[i]) for i in chosen}
-    train = [example for example in examples if question_of(example) not in held_out]
-    validation = [examples[i] for i in sorted(chosen)]
-    repeated = len(examples) - len(train) - len(validation)
-    if repeated:
-        log.info("%d train rows repeat a validation prompt and were left out of train", repeated)
-    return train, validation
+    return [
+        examples[i] for i in sorted(i for key, rows in groups.items() for i in rng.sample(rows, quota[key]))
+    ]
 
 
 def subset(examples: Sequence[Any], limit: int | None, seed: int) -> list[Any]:

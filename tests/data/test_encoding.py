@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from reft_lightning.base_models.loading import byte_tokenizer
@@ -89,10 +89,25 @@ class TestEncode:
         row = encode(tokenizer, make(prompt="p", target="t" * 40), 20)
         assert (len(row.prompt_ids), len(row.target_ids)) == (2, 18)
 
-    @pytest.mark.parametrize(("part", "text"), [("prompt", ""), ("target", ""), ("target", " \n")])
+    @pytest.mark.parametrize(
+        ("part", "text"), [("prompt", ""), ("target", ""), ("target", " \n"), ("target", "\u200b\ufeff \x7f")]
+    )
     def test_an_empty_part_names_its_row(self, tokenizer, part, text):
         with pytest.raises(ValueError, match=rf"t/train.json, row 5: the {part} is empty"):
             encode(tokenizer, make(**{part: text}), 64)
+
+    @pytest.mark.parametrize("text", ["\U0001fae8", "\ue000", "\u0301", "\ud55c"])
+    def test_characters_that_python_does_not_know_or_print_alone_are_text(self, tokenizer, text):
+        assert tokenizer.decode(encode(tokenizer, make(target=text), 64).target_ids[:-1]) == text
+
+    def test_a_target_that_the_tokenizer_leaves_out_is_counted(self, caplog):
+        words = Tokenizer(models.WordLevel({"p": 0, "</s>": 1}, unk_token="p"))
+        words.normalizer = normalizers.BertNormalizer()  # which removes U+FFFD
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+        rows = encode_all(tokenizer, [make(prompt="p", target=text) for text in ("\ufffd", "p")], 16)
+        assert [row.target_ids for row in (rows[0], rows[1])] == [[1], [0, 1]]
+        assert "1 of 2 rows: the tokenizer makes no token of the target but eos" in caplog.text
 
     def test_a_tokenizer_without_eos_is_refused(self, tokenizer):
         tokenizer.eos_token = None

@@ -159,6 +159,20 @@ class TestErrors:
         ):
             one("chat", tokenizer=tokenizer, system_prompt="Be brief.")
 
+    def test_a_template_that_fails_names_the_row(self):
+        """As one that adds texts does where it is given the parts of a message."""
+        with pytest.raises(
+            ValueError, match=r"t/train.json, row 3: .* refuses the turns user: TypeError: .*concatenate"
+        ):
+            one("chat", tokenizer=chatting("{{ messages[0].content + [1] }}"))
+
+    def test_a_template_that_writes_the_date_is_warned_of_once(self, caplog):
+        tokenizer = chatting("{{ strftime_now('%d %b %Y') }}" + TURNS)
+        for _ in range(2):
+            one("chat", tokenizer=tokenizer)
+        one("chat", tokenizer=chatting())
+        assert caplog.text.count("the chat template writes today's date into prompts") == 1
+
     def test_an_unknown_role_names_row_and_nearest(self):
         example = Example("t", "Hi", "Hello", "Hello", source="row 9", turns=(("assistent", "a"),))
         with pytest.raises(

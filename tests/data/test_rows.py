@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from reft_lightning.data.family import Task
-from reft_lightning.data.files import READERS, ending, read_csv, read_file, read_tsv
+from reft_lightning.data.files import READERS, arrow_rows, ending, read_csv, read_file, read_tsv
 from reft_lightning.data.rows import DataSource, LocalRows, read_rows
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "custom"
@@ -52,12 +52,13 @@ class TestFormats:
         assert [row for row, _ in read_file(marked)] == expected
 
     def test_an_unknown_ending_lists_the_known_ones(self, tmp_path):
-        with pytest.raises(ValueError, match=r"\.json, \.jsonl, \.csv, \.tsv, \.parquet, .*got 'rows\.xlsx'"):
-            list(read_file(tmp_path / "rows.xlsx"))
-        with pytest.raises(ValueError, match=r"got 'rows\.parquet\.gz'"):
-            list(read_file(tmp_path / "rows.parquet.gz"))
+        for name in ("rows.xlsx", "rows.parquet.gz"):
+            with pytest.raises(
+                ValueError, match=rf"\.json, \.jsonl, \.csv, \.tsv, \.parquet, .*got '{name}'"
+            ):
+                list(read_file(put(tmp_path, name, "")))
 
-    @pytest.mark.parametrize("kind", READERS)
+    @pytest.mark.parametrize("kind", [*READERS, ""])
     def test_a_missing_file_lists_what_is_there(self, tmp_path, kind):
         put(tmp_path, "other.csv", "a\n1\n")
         with pytest.raises(FileNotFoundError, match=r"does not exist; .* holds other\.csv"):
@@ -224,6 +225,35 @@ class TestParquet:
             ValueError, match=rf"rows\.parquet, row 1: column 'when' cannot be read: .*{words}"
         ):
             list(read_file(tmp_path / "rows.parquet"))
+
+    def test_cells_of_json_are_read_as_the_values_they_hold(self, tmp_path):
+        """As `datasets` keeps columns of mixed types: the content of a message may be a text or a list of parts."""
+
+        def kinds(text):
+            message = pa.struct({"role": pa.string(), "content": text})
+            return {"a": text, "m": pa.list_(message), "j": pa.large_list(text)}
+
+        parts = [{"type": "text", "text": "a"}]
+        rows = [
+            {"a": "12", "m": [{"role": "user", "content": "a"}], "j": [{"b": 1}]},
+            {"a": 2, "m": [{"role": "user", "content": parts}, None], "j": None},
+            {"a": None, "m": None, "j": []},
+        ]
+        cells = {
+            "a": ['"12"', "2", None],
+            "m": [[{"role": "user", "content": '"a"'}],
+                  [{"role": "user", "content": json.dumps(parts)}, None], None],
+            "j": [['{"b": 1}'], None, []],
+        }  # fmt: skip
+        table = pa.table(cells, pa.schema(kinds(pa.string()))).cast(pa.schema(kinds(pa.json_())))
+        pq.write_table(table, tmp_path / "rows.parquet")
+        assert [row for row, _ in read_file(tmp_path / "rows.parquet")] == rows
+        assert [row for row, _ in arrow_rows(table.to_batches(max_chunksize=2), "rows")] == rows
+
+    def test_a_cell_that_is_no_json_names_row_and_column(self):
+        table = pa.table({"a": pa.array(["1", "{"], pa.json_())})
+        with pytest.raises(ValueError, match="rows, row 1: column 'a' is not JSON"):
+            list(arrow_rows([table], "rows"))
 
     def test_a_cut_file_is_named(self, tmp_path):
         pq.write_table(pa.table({"q": ["a" * 1000, "b"]}), tmp_path / "rows.parquet")

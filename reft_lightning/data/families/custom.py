@@ -11,7 +11,7 @@ r"""One's own rows: a file, a folder or a data set of the hub, and which of its 
 | `answer` | the column in braces within `target` that is the gold answer, where the target holds more than that |
 | `context` | a column or text like `prompt`: what the prompt is about (Alpaca's "### Input:") |
 | `source_prompt` | a column or text like `prompt`: the other prompt of an interchange intervention (`intervention=das`), whose hidden states are put into this one; the target is then what a counterfactual answer would be |
-| `options` | the answers to choose from: a column that holds a list or text with commas, or a list of columns, `[opa,opb,opc,opd]` |
+| `options` | the answers to choose from: a column that holds a list (in a CSV file as JSON, `["red", "blue"]`) or text with commas, or a list of columns, `[opa,opb,opc,opd]` |
 | `answer_form` | how the answer names one of the options: `text`, `letter` (A, B, ...), `index` (from 0) or `number` (from 1). What is learnt is the text of the option |
 | `delimiter` | between the cells of a CSV file, where its header does not show it (comma, semicolon and tab are recognised) |
 | `messages` | instead of all these: a column of conversations, `[{"role": "user", "content": "..."}, ...]`, or ShareGPT's `[{"from": "human", "value": "..."}, ...]` |
@@ -24,7 +24,8 @@ A generated text is right where it equals the answer, both stripped of white spa
 says little: with the templates `chat` and `alpaca`, and no `answer`, checkpoints are chosen by the accuracy over the
 `options`, or without any by the loss, which is then also measured on the test rows, as is ROUGE-L.
 
-Changes: version 3 measures ROUGE-L of free texts; version 2 validates on a folder's validation rows, and holds out conversations whose last questions are the
+Changes: version 4 reads lists of options that stand as JSON in a cell, and columns of mixed types of the hub, as values;
+version 3 measures ROUGE-L of free texts; version 2 validates on a folder's validation rows, and holds out conversations whose last questions are the
 same (what precedes the question is part of it); version 1, first version.
 """  # noqa: E501
 
@@ -39,20 +40,21 @@ from pathlib import Path
 from typing import Any
 
 from ..columns import TASK, Columns, Conversations
-from ..example import Example, Judgement, Row, Score, column, exact_match, question_of
+from ..example import Example, Judgement, Score, column, exact_match, question_of
 from ..family import Family, Task
 from ..files import READERS, Rows, ending, is_saved, listing, read_file
-from ..rows import HubRows, LocalRows
+from ..rows import HubRows, LocalRows, Located
 from ..splits import carve_validation
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 # split -> how its file may be named in a folder; the names that the hub knows
 FILE_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 A_TENTH = -1  # validation_size
 MOST_VALIDATION = 100  # rows, of a tenth
 MAX_NEW_TOKENS = 128
+LOOKED_AT = 100  # rows at the beginning of each file, for its columns
 _WORDS = re.compile(r"\w+")
 
 
@@ -93,11 +95,11 @@ def custom_family(
 
     Raises:
         ValueError: for settings that are missing or exclude each other, an unknown kind of file, or a column
-            that the first row lacks; lists the columns there are.
+            that all of the first rows lack; lists the columns there are.
         FileNotFoundError: if there is no such file or folder, or no train file in it.
     """
     tables = tables_of(path, source, validation_path, test_path, _reader(delimiter))
-    first = first_rows(tables)
+    begun = beginnings(tables)
     template = template or default_template(messages)
     given = {
         "prompt": prompt, "target": target, "answer": answer, "context": context, "options": options,
@@ -111,7 +113,7 @@ def custom_family(
     else:
         missing = [f"data.{name}" for name in ("prompt", "target") if not given[name]]
         if missing:
-            there = f"; the columns are {', '.join(first[0][0])}" if first else ""
+            there = f"; the columns are {', '.join(begun[0][0][0])}" if begun else ""
             raise ValueError(f"data=custom needs {' and '.join(missing)}, or data.messages{there}")
         make = Columns(
             str(prompt),
@@ -123,9 +125,7 @@ def custom_family(
             template == "plain",
             source_prompt,
         )
-    for row, where in first:
-        for name in make.names:
-            column(row, name, where)
+    check_columns(make.names, begun)
     main = None if answer or template == "plain" else "option_accuracy" if options else "loss"
     free = main == "loss"
     places: dict[str, Any] = {source: tables}
@@ -236,6 +236,11 @@ def _local_tables(
     path: str, others: Mapping[str, str | None], read: Callable[[Path], Rows]
 ) -> dict[str, tuple[LocalRows, ...]]:
     place = Path(path).expanduser().absolute()
+    if not place.exists() and ending(place) not in READERS:
+        raise FileNotFoundError(
+            f"data.path={path} is no file or folder of this machine; {place.parent} holds {listing(place.parent)}. "
+            "A data set of the hub is read with data.source=hub"
+        )
     files: dict[str, Path | None] = {"train": place}
     if place.is_dir() and not is_saved(place):
         files = {split: _split_file(place, split) for split in FILE_NAMES}
@@ -263,7 +268,20 @@ def _split_file(folder: Path, split: str) -> Path | None:
     return files[0] if files else None
 
 
-def first_rows(tables: Mapping[str, tuple[Any, ...]]) -> list[tuple[Row, str]]:
-    """Return the first row of each file but the test's, which a search never opens: wrong columns are found early."""
+def beginnings(tables: Mapping[str, tuple[Any, ...]]) -> list[Located]:
+    """Return the first rows of each file that has any, but the test's, which a search never opens."""
     local = [t for split, (t,) in tables.items() if split != "test" and isinstance(t, LocalRows)]
-    return [pair for table in local for pair in islice(table.read(Path(table.files[0])), 1)]
+    begun = (list(islice(table.read(Path(table.files[0])), LOOKED_AT)) for table in local)
+    return [rows for rows in begun if rows]
+
+
+def check_columns(names: Sequence[str], begun: Sequence[Located]) -> None:
+    """Find wrong columns early: each must be in one of a file's first rows, as some rows may lack it.
+
+    Raises:
+        ValueError: names the file and the columns that there are.
+    """
+    for rows in begun:
+        for name in names:
+            if not any(name in row for row, _ in rows):
+                column(rows[0][0], name, rows[0][1])

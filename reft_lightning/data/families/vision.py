@@ -23,7 +23,8 @@ model's processor; a processor without one (PaliGemma's) needs `data.template=pl
 A question is scored by VQA accuracy (`vqa_accuracy.py`; a row with one answer counts as if ten people had given it) and
 by exact match with what is learnt; a conversation by exact match, and its checkpoints are chosen by the loss.
 
-Changes: version 2 turns photographs as their cameras were held (EXIF); version 1, first version.
+Changes: version 3 reads grey pictures of 16 bits over their whole range, answers that a CSV file holds as a JSON list,
+and ".5" as another number than "5"; version 2 turns photographs as their cameras were held (EXIF); version 1, first version.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..columns import exchange_of, text_of
+from ..columns import exchange_of, json_list, text_of
 from ..example import Example, Judgement, Row, column, exact_match
 from ..family import Family, Task
 from ..pictures import MARK, marked, pictures_in
-from .custom import carve, first_rows, tables_of
+from .custom import beginnings, carve, check_columns, tables_of
 from .vqa_accuracy import vqa_accuracy
 
-VERSION = 2
+VERSION = 3
 TASK = "vision"
 MAX_NEW_TOKENS = 64
 TEMPLATE = "chat"  # where data.template names no other
@@ -71,7 +72,7 @@ def vision_family(
     """Return the family of rows with pictures; its one task is `vision`. The arguments are those of the table above.
 
     Raises:
-        ValueError: for settings that are missing or exclude each other, or a column that the first row lacks.
+        ValueError: for settings that are missing or exclude each other, or a column that all of the first rows lack.
         FileNotFoundError: if there is no such file or folder, or no train file in it.
     """
     tables = tables_of(path, source, validation_path, test_path)
@@ -85,9 +86,7 @@ def vision_family(
     place = Path(image_folder or str(path)).expanduser().absolute()
     folder = place if image_folder or place.is_dir() else place.parent
     make = SeenRows(image, folder, prompt, target, messages)
-    for row, where in first_rows(tables):
-        for name in make.names:
-            column(row, name, where)
+    check_columns(make.names, beginnings(tables))
     places: dict[str, Any] = {source: tables}
     return VisionFamily(
         name="vision",
@@ -122,7 +121,8 @@ class SeenRows:
         """Return the example of a row.
 
         Raises:
-            ValueError: if a column is missing or empty, or there are other marks than pictures; names the row.
+            ValueError: if a column is missing or empty, there are other marks than pictures, or one is in the answer;
+                names the row.
         """
         pictures = pictures_in(row.get(self.image), self.image, where, self.folder)
         if self.messages:
@@ -135,6 +135,10 @@ class SeenRows:
         for text, what in ((prompt.replace(MARK, ""), "question"), (answer, "answer")):
             if not text.strip():
                 raise ValueError(f"{where}: the row has no {what}")
+        if MARK in answer:
+            raise ValueError(
+                f"{where}: the answer holds the mark {MARK}; a picture can only be seen, not learnt"
+            )
         turns, prompt = marked(turns, prompt, pictures, where)
         answer = answer.strip()
         recorded = {"picture": ", ".join(picture.name for picture in pictures)} if pictures else {}
@@ -146,6 +150,8 @@ class SeenRows:
 
 def _people(value: Any, name: str, where: str) -> tuple[str, ...]:
     """Return what each person answered."""
+    if isinstance(value, str) and (listed := json_list(value)) is not None:
+        value = listed
     parts = value if isinstance(value, list | tuple) else [value]
     answers = (part.get("answer") if isinstance(part, Mapping) else part for part in parts)
     return tuple(text.strip() for answer in answers if (text := text_of(answer, name, where)).strip())

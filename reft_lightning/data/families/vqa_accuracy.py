@@ -21,7 +21,7 @@ ARTICLES = ("a", "an", "the")
 NUMBERS = ("none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 DIGITS = {word: str(max(i - 1, 0)) for i, word in enumerate(NUMBERS)}
 _BETWEEN_DIGITS = re.compile(r"(?<=\d),(?=\d)")
-_POINT = re.compile(r"(?<!\d)\.|\.(?!\d)")  # no decimal point
+_POINT = re.compile(r"\.(?!\d)")  # not a decimal point, which .5 has too
 _APOSTROPHES = re.compile("['\u2019`]")
 _PUNCTUATION = re.compile(r"""[;/\[\]"{}()=+\\_\-><@,?!:]""")
 

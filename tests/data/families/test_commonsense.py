@@ -12,7 +12,7 @@ from reft_lightning.data import FAMILIES, get_family
 from reft_lightning.data.encoding import Collator, encode, encode_all
 from reft_lightning.data.families.commonsense import OLMO, TASKS, TRIGGER, extract
 from reft_lightning.data.files import read_json_file
-from reft_lightning.data.rows import DataSource, hub_rows, read_rows
+from reft_lightning.data.rows import DataSource, HubRows, hub_rows, read_rows
 from reft_lightning.storage.wheels import cache_folder
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "commonsense"
@@ -189,6 +189,16 @@ class TestNames:
     def test_the_hub_fails_at_once_and_says_what_to_do_when_offline(self):
         with pytest.raises(ConnectionError, match=r"(?s)google/boolq:default:train@main.*data.source=local"):
             hub_rows(TASKS["boolq"].hub["train"][0])
+
+    def test_a_broken_file_of_a_set_is_named_in_one_line(self, tmp_path, monkeypatch):
+        (tmp_path / "owner" / "name").mkdir(parents=True)
+        (tmp_path / "owner" / "name" / "train.jsonl").write_text('{"q": "a"}\n{"q":\n')
+        monkeypatch.chdir(tmp_path)  # datasets takes a folder of this name for the set
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+        with pytest.raises(
+            ConnectionError, match=r"owner/name:default:train@main could .*: JSON parse error"
+        ):
+            hub_rows(HubRows("owner/name"))
 
 
 class TestHub:

@@ -115,6 +115,19 @@ class TestColumns:
         row = {"q": "?", "label": "b", "all": ["a", "b"]}
         assert one(row, prompt="q", target="label", options="all").options == ("a", "b")
 
+    @pytest.mark.parametrize("cell", ['["red", "blue, dark"]', ' [ "red" ,"blue, dark" ] '])
+    def test_options_may_stand_as_json_in_a_cell(self, cell):
+        row = {"q": "?", "label": "1", "all": cell}
+        example = one(row, prompt="q", target="label", options="all", answer_form="index")
+        assert (example.target, example.options) == ("blue, dark", ("red", "blue, dark"))
+
+    @pytest.mark.parametrize("cell", ["['red', 'blue']", '["red", "blue"', "[red, blue]"])
+    def test_options_in_brackets_that_are_no_json_are_refused(self, cell):
+        """As pandas writes lists: split at commas, its second option would be "'blue']"."""
+        row = {"q": "?", "label": "1", "all": cell}
+        with pytest.raises(ValueError, match=r"line 7: column 'all' must be a list, also as JSON text"):
+            one(row, prompt="q", target="label", options="all", answer_form="index")
+
     def test_a_list_of_columns_holds_the_options(self):
         row = {"q": "?", "label": "b", "o1": "a", "o2": "b", "o3": None}
         example = one(row, prompt="q", target="It is {label}.", answer="label", options=["o1", "o2", "o3"])
@@ -300,7 +313,7 @@ class TestMistakes:
         ("cell", "words"),
         [
             ("a,b", "answer 'c' is not among the options a, b"),
-            (3, "must be a list or text with commas; got 3"),
+            (3, "must be a list, .*or text with commas; got 3"),
         ],
     )
     def test_options_must_hold_the_answer(self, cell, words):
@@ -392,6 +405,11 @@ class TestPlaces:
         with pytest.raises(FileNotFoundError, match=r"needs a file train\.\*, .*it holds data\.jsonl"):
             custom_family(path=str(tmp_path), **EMOJI)
 
+    @pytest.mark.parametrize("path", ["owner/name", "hf://datasets/owner/name", "misspelt"])
+    def test_a_name_of_the_hub_wants_the_source_hub(self, path):
+        with pytest.raises(FileNotFoundError, match=f"data.path={path} is no file .* data.source=hub"):
+            custom_family(path=path, **EMOJI)
+
     def test_a_missing_file_lists_its_neighbours(self, tmp_path):
         write(tmp_path, "data.jsonl", [{"q": "a"}])
         with pytest.raises(FileNotFoundError, match=r"dta\.jsonl does not exist; .* holds data\.jsonl"):
@@ -472,6 +490,12 @@ class TestDataModule:
         assert (data.data_versions["test"]["custom"]["left_out"], data.test_rows) == (1, {"custom": 4})
         assert "3 of 12 custom train rows are invalid and left out; the first: " in caplog.text
 
+    def test_the_first_row_may_be_the_invalid_one(self, tmp_path):
+        train = write(tmp_path, "train.jsonl", [{"q": "a"}, *({"q": f"{i}", "a": "b"} for i in range(3))])
+        data = self.make(custom_family(path=str(train), prompt="q", target="a"), skip_invalid=True)
+        data.setup("fit")
+        assert data.data_versions["train"]["custom"]["left_out"] == 1
+
     def test_where_no_row_is_valid_the_first_error_is_raised(self, tmp_path):
         train = write(tmp_path, "train.jsonl", [{"q": "a", "a": ""}] * 3)
         family = custom_family(path=str(train), prompt="q", target="a")
@@ -505,6 +529,14 @@ class TestDataModule:
         }
         assert {e.prompt for batch in data.val_dataloader()[0] for e in batch["examples"]} <= known
         assert "occur in the train rows" not in caplog.text
+
+    @pytest.mark.parametrize("settings", [{"validation_size": 3}, {"limit_validation": 3}])
+    def test_validation_rows_of_ones_own_may_repeat_a_question(self, tmp_path, settings):
+        train = write(tmp_path, "train.jsonl", [{"q": f"q {i}", "a": "a"} for i in range(5)])
+        write(tmp_path, "validation.jsonl", [{"q": "same", "a": "a"}] * 4 + [{"q": "other", "a": "a"}])
+        data = self.make(custom_family(path=str(train.parent), prompt="q", target="a"), **settings)
+        data.setup("fit")
+        assert data.data_versions["split"]["validation_rows"] == 3
 
     def test_no_validation_is_possible_where_there_are_validation_rows(self):
         path = str(FIXTURES / "rows.csv")

@@ -4,6 +4,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -65,6 +66,11 @@ class TestRows:
         objects = [{"answer": answer, "answer_id": i} for i, answer in enumerate(people)]
         assert one({"image": "1.png", "question": "?", "answers": objects}).references == tuple(people)
 
+    def test_answers_may_stand_as_json_in_a_cell(self):
+        example = one({"image": "1.png", "question": "?", "answers": '["2", "two", "2"]'})
+        assert (example.answer, example.references) == ("2", ("2", "two", "2"))
+        assert one({"image": "1.png", "question": "?", "answers": "[2"}).answer == "[2"
+
     def test_a_conversation_keeps_its_marks_and_its_last_answer_is_learnt(self):
         talk = [
             {"from": "human", "value": f"{MARK}\nWhat is this?"}, {"from": "gpt", "value": "A cat."},
@@ -96,6 +102,20 @@ class TestRows:
         seen = Picture("1.png", tmp_path / "1.png").open()
         assert (seen.size, seen.getpixel((1, 0)), seen.getpixel((0, 0))) == ((2, 3), (255, 0, 0), (0, 0, 255))
 
+    @pytest.mark.parametrize(("ending", "order"), [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2")])
+    def test_grey_values_of_16_bits_keep_their_range(self, tmp_path, ending, order):
+        values = np.array([[0, 255, 256, 32768, 65535]], order)
+        path = tmp_path / f"1.{ending}"
+        Image.fromarray(values).save(path)
+        seen = np.asarray(Picture("1", path).open())
+        assert seen.tolist() == [[[grey] * 3 for grey in (0, 0, 1, 128, 255)]]
+
+    @pytest.mark.parametrize("kind", ["int32", "float32"])
+    def test_grey_values_without_a_range_are_refused(self, tmp_path, kind):
+        Image.fromarray(np.ones((2, 2), kind)).save(tmp_path / "1.tif")
+        with pytest.raises(ValueError, match=r"'1\.tif' cannot be read: its grey values are 32-bit numbers"):
+            Picture("1.tif", tmp_path / "1.tif").open()
+
     def test_the_same_question_about_another_picture_is_another_question(self, tmp_path):
         names = [picture(tmp_path, "1.png"), picture(tmp_path, "2.png", "blue"), picture(tmp_path, "3.png")]
         rows = [{"image": name, "question": "Colour?", "answers": "red"} for name in names]
@@ -121,6 +141,11 @@ class TestRows:
                 "2 marks <image>, and the row 1 pic",
             ),
             ({"image": "1.png", "answers": "a"}, "no column 'question'"),
+            ({"image": "1.png", "question": "?", "answers": "[]"}, "has no answer"),
+            (
+                {"image": "1.png", "question": "?", "answers": f"a {MARK}"},
+                "the answer holds the mark <image>",
+            ),
         ],
     )
     def test_a_bad_row_is_named(self, row, said):
@@ -183,7 +208,7 @@ class TestScores:
     def test_answers_are_compared_in_one_form(self):
         pairs = {
             "The DOG.": "dog", "two": "2", "1,000": "1000", "it's": "its", "3.5": "3.5", "left/right": "left right",
-            "a cat, an owl": "cat owl", "none": "0", "zero": "0", "ten": "10",
+            "a cat, an owl": "cat owl", "none": "0", "zero": "0", "ten": "10", ".5": ".5", "5.": "5", "a.m.": "am",
         }  # fmt: skip
         assert {text: comparable(text) for text in pairs} == pairs
 
