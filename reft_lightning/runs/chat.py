@@ -31,7 +31,10 @@ HELP = (
     "Type a prompt; a \\ at the end of a line goes on in the next. "
     "/plain, /alpaca and /chat choose the template, /quit ends."
 )
-MAX_LENGTH = 4096  # tokens of a question; beyond, its beginning is left out
+MAX_LENGTH = (
+    4096  # tokens of question and answer, or what the model reads; the beginning of a longer one is left out
+)
+SHORTEST = 16  # tokens that a question may have at least
 NO_TEMPLATE = "this tokenizer has no chat template"
 
 
@@ -109,9 +112,18 @@ def answer(
     """Return what the frozen base and the adapted model answer, greedily, by the code of the evaluation.
 
     The last three arguments are those of :class:`~.prompting.PromptFormat`.
+
+    Raises:
+        ValueError: if so long an answer leaves no room for a question.
     """
     example = PromptFormat(template, system_prompt, line_break).prompt(text, tokenizer)
-    batch = Collator(tokenizer.pad_token_id)([encode(tokenizer, example, MAX_LENGTH)])
+    known = getattr(model.base_model.config.get_text_config(), "max_position_embeddings", None)
+    most = min(MAX_LENGTH, known or MAX_LENGTH)
+    if max_new_tokens > most - SHORTEST:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} leaves no room for a question: at most {most - SHORTEST}"
+        )
+    batch = Collator(tokenizer.pad_token_id)([encode(tokenizer, example, most - max_new_tokens)])
     batch = {k: v.to(model.base_model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     decoding = Decoding(max_new_tokens, verify=False)
 

@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 import short_runs
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from reft_lightning.adapters.adapt import adapt
 from reft_lightning.runs import chat
 from reft_lightning.runs.prompting import PromptFormat
 from reft_lightning.runs.run_folder import load_run_config
@@ -64,6 +66,16 @@ def test_the_base_answers_as_the_disabled_model_and_the_adapter_differently(fold
         )
         assert text == said[name]
     assert said["base"] != said["adapted"]
+
+
+def test_a_question_longer_than_the_model_reads_loses_its_beginning(folder):
+    tokenizer = chat.load(folder)[1]
+    sizes = {"vocab_size": len(tokenizer), "n_positions": 64, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    model = adapt(GPT2LMHeadModel(GPT2Config(**sizes)), "loreft", rank=1, positions="l1").eval()
+    long = chat.answer(model, tokenizer, "kept? " * 100, 8, "plain")
+    assert long == chat.answer(model, tokenizer, "kept? " * 90, 8, "plain")
+    with pytest.raises(ValueError, match="max_new_tokens=60 leaves no room for a question: at most 48"):
+        chat.answer(model, tokenizer, "kept?", 60, "plain")
 
 
 def test_the_scale_of_a_saved_adapter_is_that_of_the_loaded_one(folder, tmp_path):
