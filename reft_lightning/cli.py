@@ -415,6 +415,9 @@ def _inspect(argv: Sequence[str]) -> None:
         raise UsageError(
             "FOLDER is missing: the folder that reft-train wrote, such as outputs/quickstart/..."
         )
+    for folder in folders:
+        if not folder.is_dir():
+            raise UsageError(no_such_folder(folder))
     if data and "forget" not in options:
         raise UsageError(f"{data[0]} is a key of the rows that forget=NAME names; add forget=NAME")
     forget = [f"data={options['forget']}", *data] if "forget" in options else []

@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 LINES = "Type a prompt; a \\ at the end of a line goes on in the next."
 PICTURES = "/image FILE shows a picture with the next question."
 COMMANDS = "/plain, /alpaca and /chat choose the template, /new begins another conversation, /quit ends."
-MAX_LENGTH = 4096  # tokens of a question; beyond, its beginning is left out
+MAX_LENGTH = 4096  # tokens of question and answer, where the model reads as many
+SHORTEST = 16  # tokens that a question may have at least
 NO_TEMPLATE = "this tokenizer has no chat template"
 
 
@@ -110,22 +111,29 @@ class Conversation:
         model: ready to generate.
         reader: its tokenizer, or its processor of images and text.
         prompts: what is laid around each question.
-        max_new_tokens: of each answer.
+        max_new_tokens: of each answer. Of a question that leaves no room for them the beginning is left out.
+
+    Raises:
+        ValueError: if so long an answer leaves no room for a question.
     """
 
     def __init__(
         self, model: AdaptedModel, reader: Any, prompts: PromptFormat, max_new_tokens: int = 64
     ) -> None:
         self.model, self.reader, self.prompts, self.max_new_tokens = model, reader, prompts, max_new_tokens
+        known = getattr(model.base_model.config.get_text_config(), "max_position_embeddings", None)
+        self._longest = min(MAX_LENGTH, known or MAX_LENGTH) - max_new_tokens
+        if self._longest < SHORTEST:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens} leaves no room for a question: at most "
+                f"{self._longest + max_new_tokens - SHORTEST}"
+            )
         self.shown: list[Picture] = []  # with the next question
         self.begin_again()
 
     def begin_again(self) -> None:
         """Forget what was said and seen."""
-        self._turns: tuple[list[tuple[str, str]], list[tuple[str, str]]] = (
-            [],
-            [],
-        )  # of base and adapted model
+        self._turns: list[list[tuple[str, str]]] = [[], []]  # of the base and of the adapted model
         self._seen: list[Picture] = []
 
     def ask(self, question: str) -> tuple[str, str]:
@@ -151,7 +159,7 @@ class Conversation:
         """Return an answer, greedily, by the code of the evaluation."""
         kind, example = self.prompts.kind, self.prompts.prompt(question, self.reader, turns, pictures)
         assert issubclass(kind.data, GenerationData)
-        batch = kind.data.lay_out(self.reader, example, MAX_LENGTH)
+        batch = kind.data.lay_out(self.reader, example, self._longest)
         device = self.model.base_model.device
         batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         decoding = Decoding(self.max_new_tokens, verify=False)

@@ -72,6 +72,9 @@ class Answer:
         self._sent = 0  # characters
         self._waiting: list[Likelihood] = []
         self._draws: torch.Generator | None = None
+        self._before: tuple[list[int], str] | None = (
+            None  # the end of the prompt, from the start of a character
+        )
 
     def choose(self, logits: Tensor) -> int:  # (v,)
         """Return the next token."""
@@ -114,19 +117,23 @@ class Answer:
             self.emit(part)
 
     def _text(self, tokenizer: Any) -> str:
-        # after the prompt's last token: on their own, SentencePiece tokenizers drop the leading blank
-        before, whole, alone = (
-            tokenizer.decode(ids, skip_special_tokens=True)
-            for ids in (self.prompt[-1:], self.prompt[-1:] + self.tokens, self.tokens)
-        )
-        return whole.removeprefix(before) if whole.startswith(before) else alone
+        # after the end of the prompt: on their own, SentencePiece tokenizers drop the leading blank
+        if self._before is None:
+            ends = ((ids, _decoded(tokenizer, ids)) for n in range(1, 5) if (ids := self.prompt[-n:]))
+            self._before = next((end for end in ends if UNFINISHED not in end[1]), ([], ""))
+        ids, before = self._before
+        whole = _decoded(tokenizer, ids + self.tokens)
+        return whole.removeprefix(before) if whole.startswith(before) else _decoded(tokenizer, self.tokens)
 
     def _uncertain(self, text: str) -> int:
         """Return how many characters at the end may still change, or begin a stop string."""
-        if text.endswith(UNFINISHED):
-            return len(text) - len(text.rstrip(UNFINISHED))
-        starts = (n for word in self.stop for n in range(len(word) - 1, 0, -1) if text.endswith(word[:n]))
-        return max(starts, default=0)
+        whole = text.rstrip(UNFINISHED)
+        starts = (n for word in self.stop for n in range(len(word) - 1, 0, -1) if whole.endswith(word[:n]))
+        return len(text) - len(whole) + max(starts, default=0)
+
+
+def _decoded(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def _likelihood(token: int, logits: Tensor, top: int) -> Likelihood:

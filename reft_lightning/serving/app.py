@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
 
 from ..data.encoding import prompt_ids
 from ..runs.prompting import PromptFormat
@@ -86,6 +87,14 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> JSONResponse:
         return JSONResponse(failure(str(error), code=error.code), error.status)
+
+    @app.exception_handler(HTTPException)
+    async def elsewhere(request: Request, error: HTTPException) -> JSONResponse:
+        said, path = str(error.detail), request.url.path
+        if error.status_code == 404:
+            paths = [str(getattr(route, "path", "")) for route in app.routes]
+            said = f"there is nothing at {path}{did_you_mean(path, paths)}"
+        return JSONResponse(failure(said), error.status_code, error.headers)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -220,6 +229,10 @@ def _said(error: RequestValidationError) -> str:
         where = ".".join(str(part) for part in one["loc"] if part != "body") or "the body"
         if one["type"] == "json_invalid":
             said.append(f"the body is not JSON: {one['msg']}")
+        elif one["type"] == "model_attributes_type" and where == "the body":
+            said.append(
+                f"{where}: {one['msg']}; send a JSON object, with the header Content-Type: application/json"
+            )
         elif one["type"] == "extra_forbidden":
             known = {**ChatRequest.model_fields, **TextRequest.model_fields}
             said.append(f"{where} is not an option here{did_you_mean(where, known)}")

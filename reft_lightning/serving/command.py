@@ -84,6 +84,10 @@ def main(
     config = compose.compose([f"model={model}"]) if model else next(iter(runs.values()))
     base, tokenizer = load_base_model(**model_source(config))
     reft, names = load_adapters(base, adapters)
+    for name, inner in names.items():
+        trained_on = reft.adapters[inner].config.base_model
+        if trained_on and Path(trained_on).name != Path(config.model.name).name:
+            log.warning("%s was trained on %s; it is served on %s", name, trained_on, config.model.name)
     served = {BASE: Served(None)} | {name: Served(inner, formats.get(name)) for name, inner in names.items()}
     app = build_app(Engine(reft, tokenizer, max_batch), served, token)
     log.info("models: %s", ", ".join(served))
@@ -114,13 +118,17 @@ def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> tuple[R
     """
     reft: ReftModel | None = None
     names: dict[str, str] = {}
-    for name, folder in folders.items():
+    for number, (name, folder) in enumerate(folders.items()):
+        names[name] = f"{DEFAULT}-{number}" if number else DEFAULT  # requests may use any words
         try:
             if reft is None:
-                reft, names[name] = ReftModel.from_pretrained(base, folder), DEFAULT
+                reft = ReftModel.from_pretrained(base, folder)
             else:
-                reft.load_adapter(folder, name)
-                names[name] = name
+                reft.load_adapter(folder, names[name])
+            if reft.adapters[names[name]].config.heads:
+                raise ValueError(
+                    "it has a trained head, which all requests would share with the frozen model: use it in Python"
+                )
             if any(positions.needs_mask for positions, _ in reft.adapters[names[name]].positions.values()):
                 raise ValueError(
                     "its positions 'given' need edit_mask with each call, which a request does not have: serve an "

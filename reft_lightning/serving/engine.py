@@ -58,9 +58,9 @@ class Engine:
         limit = getattr(model.base_model.config.get_text_config(), "max_position_embeddings", None)
         self.context = CONTEXT if limit is None else int(limit)
         self.pad = int(tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
-        ends: Any = model.base_model.generation_config.eos_token_id
-        ends = tokenizer.eos_token_id if ends is None else ends
-        self.ends: list[int] = [ends] if isinstance(ends, int) else list(ends or [])
+        # the model's own ends, and the one that adapters learned to write
+        ends: list[Any] = [model.base_model.generation_config.eos_token_id, tokenizer.eos_token_id]
+        self.ends = [i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])]
         self._waiting: deque[Answer] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -107,16 +107,22 @@ class Engine:
                     if not self._waiting[0].cancelled:
                         batch.append(self._waiting[0])
                     self._waiting.popleft()
-            try:
-                if batch:
-                    self._generate(batch)
-                self._batch = [answer for answer in batch if not answer.done]
-            except Exception as error:  # a request must not end those that come after it
-                log.exception("a batch of %d requests failed", len(batch))
-                self._batch = []
-                for answer in batch:
-                    if not answer.done:
-                        tell(answer, error)
+            if batch:
+                self._go_on(batch)
+            self._batch = [answer for answer in batch if not answer.done]
+
+    def _go_on(self, answers: Sequence[Answer]) -> None:
+        """Generate; where that fails, each half on its own: a request must not end those in its batch."""
+        try:
+            self._generate(answers)
+        except Exception as error:
+            left = [answer for answer in answers if not answer.done]
+            if len(left) > 1:
+                self._go_on(left[: len(left) // 2])
+                self._go_on(left[len(left) // 2 :])
+            elif left:
+                log.exception("a request failed")
+                tell(left[0], error)
 
     def _generate(self, answers: Sequence[Answer]) -> None:
         """Go on with some answers until all are done, or others can join."""

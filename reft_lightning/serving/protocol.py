@@ -7,9 +7,9 @@ import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from .answers import Likelihood
+from .answers import UNFINISHED, Likelihood
 
 MAX_TEXT = 1_000_000  # characters
 
@@ -17,9 +17,17 @@ MAX_TEXT = 1_000_000  # characters
 Stop = Annotated[str, Field(max_length=200)]
 
 
-class _Request(BaseModel):
+class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")  # an option that has no effect is an error
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        """Leave out what clients write as null: an option that is not given."""
+        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
+
+
+class _Request(_Body):
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
@@ -28,7 +36,9 @@ class _Request(BaseModel):
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: bool = False
     stream_options: dict[str, bool] | None = None
-    n: Literal[1] = 1
+    n: Literal[1] = 1  # many clients send this and the next, where they ask for nothing
+    frequency_penalty: Literal[0] = 0
+    presence_penalty: Literal[0] = 0
     strength: Annotated[float, Field(ge=-100, le=100)] = 1.0  # ours: of the adapter's edits
     user: str | None = None  # taken and not used, as the next
     metadata: dict[str, str] | None = None
@@ -45,14 +55,22 @@ class _Request(BaseModel):
         return bool((self.stream_options or {}).get("include_usage"))
 
 
-class Message(BaseModel):
+class Message(_Body):
     """One turn of a conversation."""
-
-    model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "user", "assistant"]
     content: Annotated[str, Field(max_length=MAX_TEXT)]
     name: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _joined(cls, content: Any) -> Any:
+        """Return the text of several parts, a line or more each."""
+        if not isinstance(content, list):
+            return content
+        if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            raise ValueError("this model reads text only, as a string or as parts of the type 'text'")
+        return "\n".join(str(part.get("text", "")) for part in content)
 
 
 class ChatRequest(_Request):
@@ -79,6 +97,8 @@ class TextRequest(_Request):
 
     prompt: Annotated[str, Field(max_length=MAX_TEXT)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: Literal[False] = False
+    best_of: Literal[1] = 1
 
     @property
     def top(self) -> int | None:
@@ -148,15 +168,22 @@ class Writer:
         return {
             "tokens": [self._spell(one.token) for one in likelihoods],
             "token_logprobs": [one.logprob for one in likelihoods],
-            "top_logprobs": [{self._spell(token): p for token, p in one.top} for one in likelihoods],
+            # of tokens that look alike, such as parts of characters, the likeliest
+            "top_logprobs": [{self._spell(token): p for token, p in one.top[::-1]} for one in likelihoods],
         }
 
     def _spell(self, token: int) -> str:
-        return self.tokenizer.decode([token])
+        """Return the text of a token after another: on its own, SentencePiece tokenizers drop the leading blank."""
+        return self.tokenizer.decode([token, token]).removeprefix(self.tokenizer.decode([token]))
 
     def _spelt(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._spell(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        part_of_a_character = UNFINISHED in text
+        return {
+            "token": text,
+            "logprob": logprob,
+            "bytes": None if part_of_a_character else list(text.encode()),
+        }
 
 
 def usage(prompt: int, answer: int) -> dict[str, int]:

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -30,8 +31,10 @@ from ..adapters.reft.model import ReftModel
 from ..adapters.reft.sites import block_path
 from ..base_models.caches import holds_columns
 from ..base_models.patching import replaced
+from .agreement import tolerance
 from .row_store import RowStore
 
+PADDING = 6  # columns that are tried
 SHORTEST = 8  # frozen columns below which a second pass costs more than it saves
 
 Batch = Mapping[str, Any]
@@ -144,7 +147,8 @@ class FrozenBlocks:
         bytes: the size of all rows' hidden states.
 
     Raises:
-        ValueError: if a block returns anything in addition to the hidden states.
+        ValueError: if a block returns anything in addition to the hidden states, or its hidden states depend on the
+            padding of a batch, which is another one in each epoch (ConvBERT, YOSO).
     """
 
     def __init__(self, model: ReftModel, last: int, lengths: Tensor, prompts: Tensor | None = None) -> None:
@@ -159,6 +163,14 @@ class FrozenBlocks:
         hidden = self._compute({"input_ids": ids, "attention_mask": attention})
         self._width, self._dtype = hidden.shape[-1], hidden.dtype
         self.bytes = sum(self._lengths) * self._width * self._dtype.itemsize
+        self._check_padding(ids, attention, hidden)
+
+    def _check_padding(self, ids: Tensor, attention: Tensor, alone: Tensor) -> None:
+        sides = (0, PADDING) if self._prompts is None else (PADDING, 0)
+        padded = self._compute({"input_ids": F.pad(ids, sides), "attention_mask": F.pad(attention, sides)})
+        padded = padded[:, : ids.shape[1]] if self._prompts is None else padded[:, PADDING:]
+        if not (padded - alone).abs().max() <= tolerance(self.model) * alone.abs().max():
+            raise ValueError("its hidden states depend on the padding of a batch")
 
     def columns(self, rows: Sequence[int], boundary: int | None) -> int:
         """Return for how many columns of a batch the lower blocks are left out: those of all real tokens."""

@@ -9,7 +9,9 @@ import pytest
 import short_runs
 import torch
 from PIL import Image
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from reft_lightning.adapters.adapt import adapt
 from reft_lightning.config import compose
 from reft_lightning.data.image_data import ImageData
 from reft_lightning.data.pictures import Picture
@@ -88,6 +90,16 @@ def test_the_base_answers_as_the_disabled_model_and_the_adapter_differently(talk
                 break
         assert text == tokenizer.decode(rows[0, ids.shape[1] :], skip_special_tokens=True).strip()
     assert base != adapted
+
+
+def test_a_question_longer_than_the_model_reads_loses_its_beginning(folder):
+    tokenizer = chat.load(folder)[1]
+    sizes = {"vocab_size": len(tokenizer), "n_positions": 64, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    model = adapt(GPT2LMHeadModel(GPT2Config(**sizes)), "loreft", rank=1, positions="l1").eval()
+    talk = chat.Conversation(model, tokenizer, PromptFormat(), max_new_tokens=8)
+    assert talk.ask("kept? " * 100) == talk.ask("kept? " * 90)
+    with pytest.raises(ValueError, match="max_new_tokens=60 leaves no room for a question: at most 48"):
+        chat.Conversation(model, tokenizer, PromptFormat(), max_new_tokens=60)
 
 
 def test_the_scale_of_a_saved_adapter_is_that_of_the_loaded_one(folder, tmp_path):

@@ -8,6 +8,8 @@ import tiny
 import torch
 import uvicorn
 from laws import shaken
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import reft_lightning as rl
 from reft_lightning.base_models.loading import byte_tokenizer
@@ -24,6 +26,29 @@ def tokenizer():
     found = byte_tokenizer()
     found.chat_template = TEMPLATE
     return found
+
+
+def sentence_piece():
+    """A tokenizer in the manner of Llama's: blanks begin words, and what has no token is written in bytes."""
+    pieces = [
+        "<s>",
+        "</s>",
+        "<unk>",
+        "\u2581",
+        "a",
+        "b",
+        "\u2581a",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+    ]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    made = Tokenizer(models.BPE(vocabulary, [("\u2581", "a")], unk_token="<unk>", byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    made.decoder = decoders.Sequence([
+        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    ])  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def model(dtype=torch.float32):

@@ -13,8 +13,10 @@ import httpx
 import pytest
 import serving_models
 
+from reft_lightning.serving.answers import Likelihood
 from reft_lightning.serving.app import MAX_BODY, Served
 from reft_lightning.serving.engine import Engine
+from reft_lightning.serving.protocol import ChatRequest, TextRequest, Writer
 
 openai = pytest.importorskip("openai", reason="OpenAI's client is not installed")
 
@@ -96,6 +98,80 @@ def test_log_probabilities_come_in_both_shapes(client):
     assert len(text.logprobs.tokens) == len(text.logprobs.token_logprobs) == 6
     assert all(len(top) == 2 for top in text.logprobs.top_logprobs)
     assert client.completions.create(model="base", prompt="kept?", **GREEDY).choices[0].logprobs is None
+
+
+def test_tokens_are_spelt_as_they_stand_in_the_text():
+    tokenizer = serving_models.sentence_piece()
+    words, bytes_ = tokenizer("a a b", add_special_tokens=False)["input_ids"], [tokenizer.vocab["<0xC3>"]]
+    found = [Likelihood(token, -1.0, ((token, -1.0),)) for token in words + bytes_]
+    chat = ChatRequest(model="a", messages=[{"role": "user", "content": "x"}], logprobs=True)
+    spelt = Writer(chat, tokenizer).piece("", found, None, first=True)["choices"][0]["logprobs"]["content"]
+    assert "".join(one["token"] for one in spelt[:-1]) == " a a b"
+    assert spelt[0]["bytes"] == list(b" a")
+    assert spelt[-1]["bytes"] is None  # half a character
+
+
+def test_of_tokens_that_look_alike_the_likeliest_is_reported():
+    tokenizer = serving_models.sentence_piece()
+    halves = [tokenizer.vocab[f"<0x{byte}>"] for byte in ("C3", "C4", "C5")]
+    found = Likelihood(halves[0], -1.0, tuple(zip(halves, (-1.0, -2.0, -3.0), strict=True)))
+    text = TextRequest(model="a", prompt="x", logprobs=3)
+    said = Writer(text, tokenizer).piece("", [found], None, first=True)["choices"][0]["logprobs"]
+    assert said["top_logprobs"] == [{"\ufffd": -1.0}]
+
+
+def test_what_clients_write_where_they_ask_for_nothing_is_taken(address, client):
+    plain = client.completions.create(model="base", prompt="kept?", **GREEDY).choices[0].text
+    nothing = dict.fromkeys(("n", "top_p", "stop", "stream", "strength", "suffix", "logit_bias", "user"))
+    for extra in (
+        nothing,
+        {"n": 1, "best_of": 1, "echo": False},
+        {"frequency_penalty": 0.0, "presence_penalty": 0},
+    ):
+        answer = post(address, {"model": "base", "prompt": "kept?", **GREEDY, **extra})
+        assert answer.json()["choices"][0]["text"] == plain
+    assert "frequency_penalty: Input should be 0" in post(
+        address, {"model": "base", "prompt": "x", "frequency_penalty": 0.5}
+    ).json()["error"]["message"]  # fmt: skip
+
+
+def test_an_answer_of_the_client_is_a_turn_of_the_next_request(client):
+    turns = [{"role": "user", "content": "kept?"}]
+    said = client.chat.completions.create(model="base", messages=turns, **GREEDY).choices[0].message
+    for turn in (said, said.model_dump()):  # the second holds a null for all that was not said
+        more = [*turns, turn, {"role": "user", "content": "why?"}]
+        assert (
+            client.chat.completions.create(model="base", messages=more, **GREEDY).choices[0].message.content
+        )
+
+
+def test_text_in_parts_is_read_as_one_text(client):
+    def said(content):
+        turn = {"role": "user", "content": content}
+        return client.chat.completions.create(model="base", messages=[turn], **GREEDY).choices[0].message
+
+    parts = [{"type": "text", "text": "is it"}, {"type": "text", "text": "kept?"}]
+    assert said(parts) == said("is it\nkept?")
+    with pytest.raises(openai.BadRequestError, match="reads text only"):
+        said([{"type": "image_url", "image_url": {"url": "x"}}])
+
+
+def test_errors_of_the_framework_have_the_shape_of_the_others(address, client):
+    deep = post(address, b"[" * 100_000, headers={"content-type": "application/json"})
+    for answer, status, said in (
+        (
+            post(address, {"model": "base"}, path="/chat/completions"),
+            404,
+            "did you mean '/v1/chat/completions'?",
+        ),
+        (httpx.get(f"{address}/v1/completions"), 405, "Method Not Allowed"),
+        (deep, 400, "parsing the body"),
+        (post(address, b"{}"), 400, "Content-Type: application/json"),
+    ):
+        assert answer.status_code == status
+        assert said in answer.json()["error"]["message"]
+    with pytest.raises(openai.NotFoundError, match="there is nothing at /v1/embeddings"):
+        client.embeddings.create(model="base", input="x")
 
 
 def test_questions_are_written_as_the_adapter_was_trained_on_them(client):

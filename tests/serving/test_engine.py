@@ -134,6 +134,26 @@ def test_pieces_of_a_stop_string_are_held_back_until_they_are_none():
     assert sent[-1].finish == "stop"
 
 
+@pytest.mark.parametrize(("stop", "kept"), [("：", "Q"), ("Q：", ""), ("Q：é", "")])
+def test_a_stop_string_with_characters_of_several_tokens_is_held_back_from_its_start(stop, kept):
+    sent = []
+    answer = Answer([1], sent.append, stop=(stop,), max_tokens=50)
+    tokenizer = serving_models.tokenizer()
+    for token in tokenizer("Q：é and more", add_special_tokens=False)["input_ids"]:
+        if not answer.done:
+            answer.add(token, torch.zeros(len(tokenizer)), tokenizer, ())
+    assert "".join(part.text for part in sent) == kept
+    assert sent[-1].finish == "stop"
+
+
+def test_bytes_that_end_the_prompt_are_no_part_of_the_answers_first_character():
+    sent, tokenizer = [], serving_models.sentence_piece()
+    answer = Answer(tokenizer("a é")["input_ids"], sent.append, max_tokens=50)
+    for token in tokenizer("é a", add_special_tokens=False)["input_ids"][1:]:
+        answer.add(token, torch.zeros(len(tokenizer)), tokenizer, ())
+    assert [part.text for part in sent] == ["é", " a"]
+
+
 def test_characters_of_several_tokens_are_sent_whole():
     sent = []
     answer = Answer([1], sent.append, max_tokens=50)
@@ -152,6 +172,16 @@ def test_the_end_of_text_token_ends_an_answer(model):
     assert request.answer.tokens == tokens[: tokens.index(tokens[3])]
     other.wait()
     engine.close()
+
+
+def test_the_tokenizers_end_of_text_ends_answers_where_the_base_model_names_another(model):
+    base, tokenizer = model.base_model, serving_models.tokenizer()
+    for named, also in ((7, [7]), (0, [0]), ([7, 0], [7, 0]), (None, [])):
+        base.generation_config.eos_token_id = named
+        engine = Engine(model, tokenizer)
+        engine.close()
+        assert set(engine.ends) == {tokenizer.eos_token_id, *also}
+    base.generation_config.eos_token_id = None
 
 
 def test_log_probabilities_are_those_of_the_model(model, engine):
@@ -188,6 +218,21 @@ def test_a_failed_batch_is_reported_and_the_next_one_answered(model, engine):
     with pytest.raises(ValueError, match="no adapter 'no such adapter'"):
         bad.wait()
     assert Asked(engine, "x", "late").wait()[1] == "length"
+
+
+def test_an_adapter_that_fails_ends_no_answer_of_others_in_its_batch(model, engine):
+    names = ["default", "no such adapter", "late", None]
+    held = threading.Event()
+    engine.submit(Answer([1, 5], lambda part: held.wait(30), max_tokens=1))  # the others come meanwhile
+    asked = [Asked(engine, "kept?", name) for name in names]
+    held.set()
+    for name, request in zip(names, asked, strict=True):
+        if name == "no such adapter":
+            with pytest.raises(ValueError, match="no adapter 'no such adapter'"):
+                request.wait()
+        else:
+            request.wait()
+            assert request.answer.tokens == expected(model, "kept?", name, 6)
 
 
 def test_too_many_waiting_requests_are_refused(model):

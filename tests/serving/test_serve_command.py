@@ -11,6 +11,8 @@ import httpx
 import pytest
 import short_runs
 import tiny
+import torch
+from laws import shaken
 
 import reft_lightning as rl
 from reft_lightning import cli
@@ -65,6 +67,38 @@ def test_an_adapter_of_another_base_is_refused_by_the_name_of_its_folder(
     said = refused(monkeypatch, capsys, folder, f"adapters.other={tmp_path / 'other'}")
     assert str(tmp_path / "other") in said
     assert "trained on another kind of model" in said
+
+
+def test_each_name_is_that_of_its_own_adapter(tmp_path):
+    names = ("first", "default", "1_optimizer.lr=0.3", "two words", "keys")
+    for seed, name in enumerate(names):
+        reft = rl.attach(tiny.model("llama"), rank=2, positions="all")
+        shaken(reft.adapters.first, seed=seed)
+        reft.save_pretrained(tmp_path / name)
+    reft, inner = load_adapters(tiny.model("llama"), {name: tmp_path / name for name in names})
+    ids = torch.tensor([[5, 6, 7]])
+    for name in names:
+        alone = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path / name)
+        torch.testing.assert_close(
+            reft(input_ids=ids, adapter_names=[inner[name]]).logits, alone(input_ids=ids).logits
+        )
+
+
+def test_an_adapter_with_a_head_of_its_own_is_refused_at_the_start(tmp_path):
+    rl.attach(tiny.model("llama"), rank=2, heads=["lm_head"]).save_pretrained(tmp_path / "headed")
+    with pytest.raises(ValueError, match="headed: it has a trained head"):
+        load_adapters(tiny.model("llama"), {"headed": tmp_path / "headed"})
+
+
+def test_an_adapter_of_a_base_of_another_name_is_named(monkeypatch, caplog, folder, tmp_path):
+    shutil.copytree(folder / "adapter", tmp_path / "other")
+    config = tmp_path / "other" / "reft_config.json"
+    config.write_text(config.read_text().replace('"tiny_random"', '"them/tiny_instruct"'))
+    monkeypatch.setattr("uvicorn.run", lambda app, **settings: None)
+    monkeypatch.setattr(sys, "argv", ["reft-serve", str(folder), str(tmp_path / "other")])
+    cli.serve()
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == ["other was trained on them/tiny_instruct; it is served on tiny_random"]
 
 
 def test_an_adapter_whose_calls_have_to_mark_tokens_is_refused_at_the_start(tmp_path):

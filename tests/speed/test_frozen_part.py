@@ -12,7 +12,7 @@ import torch
 from adapted_models import adapted
 from laws import shaken
 from training_passes import BATCH, ROWS, Rows, assert_same_training, attached, batches, encoded, train
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import reft_lightning as rl
@@ -385,6 +385,24 @@ def test_what_cannot_be_left_out_of_an_architecture_is_not_and_its_losses_are_th
     for gradient, other in zip(gradients, others, strict=True):
         torch.testing.assert_close(other, gradient, atol=1e-4 * float(gradient.abs().max()), rtol=1e-4)
     assert caplog.text.count("falling back to the plain pass") <= 1
+
+
+class Classified(list):
+    lengths = property(lambda self: [len(row) for row in self])
+
+
+@pytest.mark.parametrize("name", ["convbert", "bert"])
+def test_blocks_that_read_their_padding_are_not_kept(name, caplog):
+    """ConvBERT's convolutions reach into the padding, which is another one when rows are shuffled."""
+    base = architectures.build(AutoModelForSequenceClassification, CONFIG_MAPPING[name])
+    reft = rl.attach(base, "loreft", rank=2, positions="f1", layers=[2]).train()
+    rows = Classified([[5, 6, 7], [8, 9, 10, 11, 12, 13], [14]])
+    run = ShortenedPass(reft, rows, causal=False, limit=PLENTY)
+    for numbers in ([0, 2], [1, 2]):  # row 2 has another padding
+        texts = [torch.tensor(rows[i]) for i in numbers]
+        batch = {**tiny.padded(texts), "labels": torch.tensor([0, 1])}
+        torch.testing.assert_close(run(batch, numbers).loss, reft(**batch).loss, atol=0, rtol=1e-4)
+    assert ("depend on the padding" in caplog.text) == (name == "convbert")
 
 
 def test_a_loss_of_routers_is_compared_too(caplog):
