@@ -88,15 +88,15 @@ def _scores(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     counts = results["counts"]
     names = [n for n in results["metrics"] if not n.startswith("train/") and not n.endswith("loss")]
     for name in sorted(names, key=lambda name: ("test/" not in name, name.startswith("base/"))):
-        ends, rows, value = (), "", results["metrics"][name]
-        value = math.nan if value is None else value  # JSON without NaN holds null
+        ends, rows = (), ""
+        value = math.nan if (found := results["metrics"][name]) is None else float(found)
         if name in counts:
             ends, rows = counts[name]["interval"], counts[name]["total"]
         elif parts := _parts(name, counts):
-            found = mean_of_counts(parts)
-            if len(parts) == 1 or not (found and math.isclose(found[0], value, abs_tol=1e-6)):
+            mean = mean_of_counts(parts)
+            if len(parts) == 1 or mean is None or not math.isclose(mean[0], value, abs_tol=1e-6):
                 continue  # it is the score of one task, which has a line of its own
-            ends = found[1:]
+            ends = mean[1:]
         interval = " to ".join(f"{100 * end:.1f}" for end in ends)
         yield name, "not a number" if math.isnan(value) else f"{100 * value:.1f} %", interval, str(rows)
 
