@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 MAX_BODY = 4_000_000  # bytes
 ANSWER = 256  # tokens, where a request names no number
+PATIENCE = 3  # s for answers under way when the server is told to end; the others are told so
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,30 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
     return app
 
 
+class Server(uvicorn.Server):
+    """Ends answers before uvicorn cuts their connections, which tells clients nothing and the log a traceback for each.
+
+    Args:
+        config: uvicorn's.
+        engine: that answers.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        config.timeout_graceful_shutdown = PATIENCE + 2
+        super().__init__(config)
+        self.engine = engine
+
+    async def shutdown(self, sockets: list[Any] | None = None) -> None:
+        """Wait for the answers under way, then tell them."""
+        telling = asyncio.create_task(self._tell())
+        await super().shutdown(sockets)
+        telling.cancel()
+
+    async def _tell(self) -> None:
+        await asyncio.sleep(PATIENCE)
+        await asyncio.to_thread(self.engine.close)
+
+
 async def _whole(
     answer: Answer, parts: asyncio.Queue[Part | Exception], writer: Writer, request: Request
 ) -> Response:
@@ -177,7 +203,8 @@ async def _whole(
                 return Response(status_code=499)  # nobody reads it
             part = waiting.result()
             if isinstance(part, Exception):
-                return JSONResponse(failure(f"{type(part).__name__}: {part}", "server_error"), 500)
+                status = 503 if isinstance(part, Busy) else 500
+                return JSONResponse(failure(f"{type(part).__name__}: {part}", "server_error"), status)
             texts.append(part.text)
             likelihoods += part.likelihoods
             if part.finish is not None:

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -60,7 +61,7 @@ def main(
     with needs_extra("serve", "reft-serve needs FastAPI and uvicorn"):
         import uvicorn
 
-        from .app import Served, build_app
+        from .app import Served, Server, build_app
     runs = {name: load_run_config(folder) for name, folder in folders.items() if _is_run(folder)}
     formats = {name: PromptFormat.of(config, folders[name]) for name, config in runs.items()}
     for name, prompts in formats.items():
@@ -89,7 +90,8 @@ def main(
         if trained_on and Path(trained_on).name != Path(config.model.name).name:
             log.warning("%s was trained on %s; it is served on %s", name, trained_on, config.model.name)
     served = {BASE: Served(None)} | {name: Served(inner, formats.get(name)) for name, inner in names.items()}
-    app = build_app(Engine(reft, tokenizer, max_batch), served, token)
+    engine = Engine(reft, tokenizer, max_batch)
+    app = build_app(engine, served, token)
     log.info("models: %s", ", ".join(served))
     log.info(
         "http://%s:%d/v1 answers as OpenAI's API does%s",
@@ -97,14 +99,9 @@ def main(
         port,
         " to those who have the token" if token else "",
     )
-    uvicorn.run(
-        app,
-        host=host,
-        port=port,
-        log_level="warning",
-        timeout_graceful_shutdown=5,
-        timeout_keep_alive=KEEP_ALIVE,
-    )
+    settings = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_keep_alive=KEEP_ALIVE)
+    with suppress(KeyboardInterrupt):  # the server has ended when uvicorn raises it
+        Server(settings, engine).run()
 
 
 def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> tuple[ReftModel, dict[str, str]]:

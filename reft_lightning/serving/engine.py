@@ -88,7 +88,7 @@ class Engine:
         return bool(self._waiting or self._batch)
 
     def close(self) -> None:
-        """End the thread after its present batch; what waits is told that it is not answered."""
+        """End the thread; what waits, or is under way, is told that it is not answered."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -156,10 +156,14 @@ class Engine:
             )
 
     def others_can_join(self, answers: Sequence[Answer], steps: int) -> bool:
-        """Whether a batch should end early: for waiting requests that fit, or because most of its rows are done."""
+        """Whether a batch should end early: for waiting requests that fit, or because most of its rows are done.
+
+        All end with the engine.
+        """
         running = sum(not answer.done for answer in answers)
-        return steps >= JOIN_AFTER and (
-            (bool(self._waiting) and running < self.max_batch) or 2 * running <= len(answers)
+        return self._closed or (
+            steps >= JOIN_AFTER
+            and ((bool(self._waiting) and running < self.max_batch) or 2 * running <= len(answers))
         )
 
 

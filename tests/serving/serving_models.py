@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 import reft_lightning as rl
 from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.runs.prompting import PromptFormat
-from reft_lightning.serving.app import Served, build_app
+from reft_lightning.serving.app import Served, Server, build_app
 from reft_lightning.serving.command import KEEP_ALIVE
 from reft_lightning.serving.engine import Engine
 
@@ -83,16 +83,16 @@ SERVED = {
 @contextlib.contextmanager
 def server(engine=None, token=None, served=SERVED):
     """Yield the address of a running server."""
-    app = build_app(engine or Engine(model(), tokenizer(), max_batch=8), served, token)
+    engine = engine or Engine(model(), tokenizer(), max_batch=8)
+    app = build_app(engine, served, token)
     config = uvicorn.Config(
         app,
         host="127.0.0.1",
         port=0,
         log_level="warning",
-        timeout_graceful_shutdown=2,
         timeout_keep_alive=KEEP_ALIVE,
     )
-    running = uvicorn.Server(config)
+    running = Server(config, engine)
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
     while not running.started:

@@ -6,6 +6,7 @@ import json
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from urllib.parse import urlsplit
 
@@ -13,7 +14,7 @@ import httpx
 import pytest
 import serving_models
 
-from reft_lightning.serving.answers import Likelihood
+from reft_lightning.serving.answers import Answer, Likelihood
 from reft_lightning.serving.app import MAX_BODY, Served
 from reft_lightning.serving.engine import Engine
 from reft_lightning.serving.protocol import ChatRequest, TextRequest, Writer
@@ -38,9 +39,8 @@ def client(address):
 
 
 def post(address, body, path="/v1/completions", **more):
-    return httpx.post(
-        f"{address}{path}", **({"json": body} if isinstance(body, dict) else {"content": body}), **more
-    )
+    content = {"json": body} if isinstance(body, dict) else {"content": body}
+    return httpx.post(f"{address}{path}", **{"timeout": 60, **content, **more})
 
 
 def test_the_models_are_the_base_and_its_adapters(client):
@@ -258,6 +258,22 @@ def test_an_adapter_that_fails_is_a_server_error_and_the_next_request_works():
         with pytest.raises(openai.APIError, match="there is no adapter 'deleted'"):
             list(client.completions.create(model="gone", prompt="x", stream=True, **GREEDY))
         assert client.completions.create(model="late", prompt="x", **GREEDY).choices[0].text
+
+
+def test_answers_under_way_are_told_when_the_server_ends(monkeypatch, caplog):
+    monkeypatch.setattr("reft_lightning.serving.app.PATIENCE", 0.1)
+    engine = Engine(serving_models.model(), serving_models.tokenizer(), max_batch=8)
+    engine.ends, choose = [], Answer.choose
+    monkeypatch.setattr(Answer, "choose", lambda answer, logits: time.sleep(0.3) or choose(answer, logits))
+    body = {"model": "base", "prompt": "x", "temperature": 0, "max_tokens": 100}
+    with ThreadPoolExecutor() as pool, serving_models.server(engine) as address:
+        whole, stream = (pool.submit(post, address, {**body, "stream": s}, timeout=60) for s in (False, True))
+        while len(engine._batch) < 2:
+            time.sleep(0.01)
+    assert whole.result().status_code == 503
+    assert "the server is closing" in whole.result().json()["error"]["message"]
+    assert "the server is closing" in stream.result().text.splitlines()[-2]
+    assert "Traceback" not in caplog.text
 
 
 def test_a_client_that_leaves_frees_its_place():

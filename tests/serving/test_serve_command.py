@@ -94,7 +94,7 @@ def test_an_adapter_of_a_base_of_another_name_is_named(monkeypatch, caplog, fold
     shutil.copytree(folder / "adapter", tmp_path / "other")
     config = tmp_path / "other" / "reft_config.json"
     config.write_text(config.read_text().replace('"tiny_random"', '"them/tiny_instruct"'))
-    monkeypatch.setattr("uvicorn.run", lambda app, **settings: None)
+    monkeypatch.setattr("uvicorn.Server.run", lambda server: server.engine.close())
     monkeypatch.setattr(sys, "argv", ["reft-serve", str(folder), str(tmp_path / "other")])
     cli.serve()
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
