@@ -375,6 +375,14 @@ def test_a_sweep_gives_each_job_a_folder_named_by_what_differs(monkeypatch, runs
     assert len({run_dir.parent for _, run_dir in runs}) == 1
 
 
+def test_the_folder_of_a_job_has_a_name_that_file_systems_take_in_any_script(monkeypatch, runs):
+    texts = ",".join(f"'{word * 100}'" for word in ("質", "問"))
+    command(monkeypatch, cli.train, "-m", "model=tiny_random", f"data.system_prompt={texts}")
+    names = [run_dir.name for _, run_dir in runs]
+    assert [name[:24] for name in names] == ["0_data.system_prompt='質質", "1_data.system_prompt='問問"]
+    assert all(len(name.encode()) <= 150 for name in names)
+
+
 class Frozen(datetime.datetime):
     """A clock that stands still."""
 

@@ -70,7 +70,7 @@ FIRST = {
     "experiment": "quickstart",
     "intervention": "loreft",
 }  # newcomers want these
-NAME_LENGTH = 150  # characters of the name of a job's folder
+NAME_LENGTH = 150  # bytes of the name of a job's folder
 JOINT = ("experiment", "model", "intervention", "data")  # one of these may suit another or not
 SWEEPER = "hydra.sweeper.params."  # before a key that a plugin sweeps
 # Arguments that print something and run nothing.
@@ -146,7 +146,8 @@ def sweep_folder(asked: Asked) -> Path | None:
 
 def _job_name(number: int, overrides: Sequence[str]) -> str:
     # Overrides hold slashes (paths) and can outgrow the 255 bytes of a file name.
-    return f"{number}_{','.join(differing(overrides))}".replace("/", "_")[:NAME_LENGTH]
+    name = f"{number}_{','.join(differing(overrides))}".replace("/", "_")
+    return name.encode()[:NAME_LENGTH].decode(errors="ignore")
 
 
 def run_dir(folder: Path) -> str:
@@ -319,11 +320,7 @@ def _runs(overrides: Sequence[str], sweep: bool) -> Iterator[tuple[str, list[str
     parsed = _parse(overrides)
     sweeping = [o for o in parsed if o.is_sweep_override()]
     if sweeping and not sweep and "MULTIRUN" not in _modes(parsed):
-        o = sweeping[0]
-        raise CompositionError(
-            f"{o.input_line}: several values; add --multirun to run each, or write a list as "
-            f"{o.key_or_group}=[...]"
-        )
+        raise _several_values(sweeping[0], "add --multirun to run each, or write a list as")
     choices: dict[int, list[str]] = {}
     for o in sweeping:
         # An interval is for a sweeper to draw from: there is nothing to compose yet.
@@ -344,11 +341,21 @@ def _runs(overrides: Sequence[str], sweep: bool) -> Iterator[tuple[str, list[str
             yield run({id(other): choice})
 
 
+def _several_values(override: Override, instead: str) -> CompositionError:
+    key = override.key_or_group
+    return CompositionError(
+        f"{override.input_line}: several values; {instead} {key}=[...], and a text with a comma in quotes: "
+        f"{key}=\"'a, b'\""
+    )
+
+
 def _compose(
     overrides: list[str], vocabulary: Vocabulary, known: dict[tuple[str, ...], DictConfig]
 ) -> Config:
     parsed = _parse(overrides)
     for override in parsed:
+        if override.is_sweep_override():  # of which a key that takes any text would make its text
+            raise _several_values(override, "one run has one; write a list as")
         _check_override(override, vocabulary)
     # Hydra sets values in their order, after it has read all files: those at the end can be set on a copy
     whole = max(

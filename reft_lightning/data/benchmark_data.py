@@ -8,7 +8,6 @@ themselves.
 from __future__ import annotations
 
 import logging
-import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -17,12 +16,11 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from ..storage.wheels import wheel_file
 from .example import Row
 from .rows import DataSource, read_rows
-from .sampling import EvaluationShare, TrainBatches, rank_and_world_size
+from .sampling import EvaluationShare, TrainBatches, TrainLoader, rank_and_world_size
 from .splits import fingerprint, subset
 
 log = logging.getLogger(__name__)
@@ -274,7 +272,7 @@ class BenchmarkData(LightningDataModule, ABC):
         self.setup("fit")
         return self._train
 
-    def train_dataloader(self) -> StatefulDataLoader:
+    def train_dataloader(self) -> TrainLoader:
         """Return the train loader, whose state lets a run resume in the middle of an epoch."""
         rows = self.train_rows
         batches = TrainBatches(
@@ -286,13 +284,10 @@ class BenchmarkData(LightningDataModule, ABC):
             rows.targets,
             overfit=bool(self.trainer and getattr(self.trainer, "overfit_batches", 0)),
         )
-        with warnings.catch_warnings():
-            # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates
-            warnings.filterwarnings("ignore", "'set_vital' is deprecated", UserWarning)
-            return StatefulDataLoader(
-                rows, batch_sampler=batches, collate_fn=self._collator(with_examples=False),
-                num_workers=self.num_workers, pin_memory=torch.cuda.is_available(),
-            )  # fmt: skip
+        return TrainLoader(
+            rows, batch_sampler=batches, collate_fn=self._collator(with_examples=False),
+            num_workers=self.num_workers, pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
 
     def val_dataloader(self) -> list[DataLoader]:
         """Return one loader for each task that has validation rows."""

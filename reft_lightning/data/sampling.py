@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 _MEGABATCH = 50  # global batches sorted together; like the quarter, as in transformers' LengthGroupedSampler
 
@@ -46,9 +46,6 @@ class TrainBatches(Sampler[list[int]]):
     the rows if that is less, so that epochs have different batches), sort each by length, cut into batches,
     shuffle the batches.
 
-    The `state_dict` of an iterator is its epoch and position. `StatefulDataLoader` saves it, and training resumes
-    with the very next batch.
-
     Args:
         lengths: tokens of each row.
         batch_size: B.
@@ -83,6 +80,7 @@ class TrainBatches(Sampler[list[int]]):
         self.targets = [1] * len(lengths) if targets is None else list(targets)
         self._counted: tuple[int, list[tuple[int, int]]] = (-1, [])  # of the last epoch asked for
         self.sampler = EpochOrder(seed)  # where Lightning looks for set_epoch
+        self.start = 0  # how many batches of the next epoch that is iterated over are left out
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch, the same on every rank."""
@@ -127,75 +125,80 @@ class TrainBatches(Sampler[list[int]]):
             groups.append(rest)
         return groups, len(spare)
 
-    def __iter__(self) -> TrainIterator:
-        """Return an iterator over the epoch that is set when its first batch is asked for."""
-        return TrainIterator(self)
+    def __iter__(self) -> Iterator[list[int]]:
+        """Iterate over the epoch that is set when its first batch is asked for."""
+        epoch, start, self.start = self.sampler.epoch, self.start, 0
+        self.sampler.set_epoch(epoch + 1)  # without Lightning no one sets it
+        yield from self.batches(epoch)[start:]
+
+    def order(self) -> dict[str, Any]:
+        """Return what the order of an epoch depends on."""
+        return {
+            "seed": self.sampler.seed,
+            "rows": len(self.lengths),
+            "batch_size": self.batch_size,
+            "world_size": self.world_size,
+            "group_by_length": self.group_by_length,
+        }
 
 
-class TrainIterator(Iterator[list[int]]):
-    """A position in an epoch's batches that can be saved and restored."""
+class TrainLoader(DataLoader[Any]):
+    """A loader of :class:`TrainBatches` whose state is the epoch and how many of its batches training was given.
 
-    def __init__(self, owner: TrainBatches) -> None:
-        self._owner = owner
-        self._position = 0
-        self._epoch: int | None = None  # unknown until the first batch: set_epoch comes after iter()
-        self._batches: list[list[int]] = []
-        self._resumed: dict[str, Any] = {}
+    So training resumes with the very next batch, whoever reads the rows: torchdata's loader keeps a state of each
+    process that does, and another number of them cannot go on from it.
+    """
 
-    def __next__(self) -> list[int]:
-        """Return the next batch of row numbers.
+    _state: dict[str, Any] | None = None
+    _resumed = False
+
+    def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Iterate over the epoch that is set when its first batch is asked for, what was given of it left out.
 
         Raises:
             ValueError: if data, seed, batch size or ranks differ from those of the restored state, so that no
                 continuation inside the epoch is exact.
         """
-        if not self._batches:
-            self._check_resumed()
-            if self._epoch is None:
-                self._epoch = self._owner.sampler.epoch
-            self._batches = self._owner.batches(self._epoch)
-            # without Lightning no one sets the epoch: the next iterator continues with the next one
-            self._owner.sampler.set_epoch(self._epoch + 1)
-        if self._position >= len(self._batches):
-            raise StopIteration
-        self._position += 1
-        return self._batches[self._position - 1]
+        batches = cast(TrainBatches, self.batch_sampler)
+        position = 0
+        # an epoch that trainer.limit_train_batches ended has batches left, and the next one has begun
+        if self._resumed and self._state and self._state["epoch"] == batches.sampler.epoch:
+            self._check_order(self._state, batches.order())
+            position = self._state["position"]
+        self._resumed, batches.start = False, position
+        state = self._state = self._at(position)
+        for batch in super().__iter__():
+            state["position"] += 1
+            yield batch
+
+    def _at(self, position: int) -> dict[str, Any]:
+        batches = cast(TrainBatches, self.batch_sampler)
+        return {
+            "epoch": batches.sampler.epoch,
+            "position": position,
+            "batches": len(batches),
+            **batches.order(),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return epoch and position, and what the order depends on."""
-        epoch = self._owner.sampler.epoch if self._epoch is None else self._epoch
-        batches = len(self._owner)
-        return {"epoch": epoch, "position": self._position, "batches": batches, **self._order()}
+        return dict(self._state or self._at(0))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the state was saved; after the last batch of an epoch, with the next epoch."""
-        self._epoch, self._position = state["epoch"], state["position"]
-        if self._position >= state["batches"]:
-            self._epoch, self._position = state["epoch"] + 1, 0
-        else:
-            self._resumed = state
-        assert self._epoch is not None
-        self._owner.sampler.set_epoch(self._epoch)
+        self._state, self._resumed = dict(state), True
+        ended = state["position"] >= state["batches"]
+        cast(TrainBatches, self.batch_sampler).sampler.set_epoch(state["epoch"] + ended)
 
-    def _check_resumed(self) -> None:
+    @staticmethod
+    def _check_order(then: dict[str, Any], now: dict[str, Any]) -> None:
         # not in load_state_dict: Lightning's teardown would hide an error raised before the first batch
-        for name, now in self._order().items():
-            before = self._resumed.get(name, now)
-            if before != now:
+        for name, value in now.items():
+            if then[name] != value:
                 raise ValueError(
-                    f"cannot resume inside an epoch: {name} was {before} in the checkpoint and is {now} now; "
+                    f"cannot resume inside an epoch: {name} was {then[name]} in the checkpoint and is {value} now; "
                     "restore it, or start a new run from the saved adapter"
                 )
-
-    def _order(self) -> dict[str, Any]:
-        owner = self._owner
-        return {
-            "seed": owner.sampler.seed,
-            "rows": len(owner.lengths),
-            "batch_size": owner.batch_size,
-            "world_size": owner.world_size,
-            "group_by_length": owner.group_by_length,
-        }
 
 
 class EvaluationShare(Sampler[int]):

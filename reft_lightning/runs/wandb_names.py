@@ -68,7 +68,8 @@ def label(config: Config, overrides: Iterable[str], method: str | None = None) -
             told.append(value)
         elif key != "intervention.method" and known.get(key) is not None:
             told.append(f"{key.rpartition('.')[2]}={value}")
-    return " ".join([method or method_of(config), *told, f"seed={config.seed}"])[:NAME_LENGTH]
+    seed = f" seed={config.seed}"  # kept where the rest is cut: runs may differ in nothing else
+    return " ".join([method or method_of(config), *told])[: NAME_LENGTH - len(seed)] + seed
 
 
 def wandb_arguments(

@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from hydra.core.override_parser.types import Quote, QuotedString
+
 from ..suggest import did_you_mean
 
 # kind -> the key that it takes in addition to its values, and the lowest value of that key
@@ -147,7 +149,7 @@ def _choices(name: str, values: Sequence[Any]) -> tuple[Value, ...]:
     if not values:
         raise ValueError(f"{name}: choice has no values: there is nothing to draw from")
     # Optuna keeps plain values; a list is written as on a command line
-    found = tuple(json.dumps(v) if isinstance(v, list | tuple) else v for v in values)
+    found = tuple(_written(v) if isinstance(v, list | tuple) else v for v in values)
     for value in found:
         if not isinstance(value, bool | int | float | str | None):
             raise ValueError(
@@ -156,6 +158,13 @@ def _choices(name: str, values: Sequence[Any]) -> tuple[Value, ...]:
     if len(set(map(repr, found))) < len(found):
         raise ValueError(f"{name}: a choice is given twice in {list(found)}")
     return found
+
+
+def _written(value: Any) -> str:
+    """Return a list, and what it holds, in Hydra's grammar: its quoted texts have no escapes but those of quotes."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_written, value))}]"
+    return QuotedString(value, Quote.single).with_quotes() if isinstance(value, str) else json.dumps(value)
 
 
 def _range(name: str, kind: str, values: Sequence[Any]) -> tuple[Any, Any]:

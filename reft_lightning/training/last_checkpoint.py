@@ -1,6 +1,6 @@
 """`last.ckpt`, from which an interrupted run continues as if it had not been interrupted.
 
-A run that stops between two batches is continued exactly by Lightning and the StatefulDataLoader. Three things
+A run that stops between two batches is continued exactly by Lightning and the state of the loader. Three things
 need more. Random numbers: those of training are taken up at each batch where the last one left them, so that
 validations, and whether the base was evaluated first, leave no trace in training. A stop inside a batch (an
 exception): what the batch began is taken back, so that it is read again. A stop inside a validation: it starts

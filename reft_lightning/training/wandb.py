@@ -100,7 +100,16 @@ class WandbReport(Callback):
         for checkpoint in trainer.checkpoint_callbacks:
             if isinstance(checkpoint, BestCheckpoint) and checkpoint.best:
                 for run in _runs(trainer):
-                    run.summary["best_step"] = checkpoint.best.step
+                    run.summary.update({"best_step": checkpoint.best.step, **self._bests(checkpoint)})
+
+    def _bests(self, checkpoint: BestCheckpoint) -> dict[str, dict[str, float]]:
+        """Return the best values over all parts of a run: of a resumed one, W&B's own summary knows the last part."""
+        found = {}
+        for name, mode in self.summaries.items():
+            values = [v.loss if name == LOSS else v.score for v in checkpoint.validations]
+            if numbers := [value for value in values if not math.isnan(value)]:
+                found[name] = {mode: min(numbers) if mode == "min" else max(numbers)}
+        return found
 
     def _alert(self, trainer: Trainer, title: str, text: str, level: str) -> None:
         with _warning_of("an alert"):

@@ -452,6 +452,34 @@ class TestResume:
         assert first.seen + second.seen == whole.seen
         assert torch.equal(second.weight, whole.weight)
 
+    @pytest.mark.parametrize(("before", "after"), [(2, 0), (1, 2)])
+    def test_another_number_of_processes_that_read_rows_sees_the_same_batches(self, tmp_path, before, after):
+        whole, first, second = Recorder(), Recorder(stop_at=3), Recorder()
+        trainer(tmp_path / "whole", max_epochs=1).fit(whole, datamodule=make(limit_train=30))
+        with pytest.raises(InterruptedError):
+            trainer(tmp_path, max_epochs=1).fit(first, datamodule=make(limit_train=30, num_workers=before))
+        trainer(tmp_path, max_epochs=1).fit(
+            second,
+            datamodule=make(limit_train=30, num_workers=after),
+            ckpt_path=tmp_path / "step=3.ckpt",
+            weights_only=False,
+        )
+        assert first.seen + second.seen == whole.seen
+
+    @pytest.mark.parametrize("step", [5, 6])
+    def test_after_an_epoch_that_was_cut_short_comes_the_next(self, tmp_path, step):
+        """5 of 8 batches an epoch."""
+        cut = {"max_epochs": 2, "limit_train_batches": 5}
+        whole, first, second = Recorder(), Recorder(stop_at=step), Recorder()
+        trainer(tmp_path / "whole", **cut).fit(whole, datamodule=make(limit_train=30))
+        with pytest.raises(InterruptedError):
+            trainer(tmp_path, **cut).fit(first, datamodule=make(limit_train=30))
+        checkpoint = tmp_path / f"step={step}.ckpt"
+        trainer(tmp_path, **cut).fit(
+            second, datamodule=make(limit_train=30), ckpt_path=checkpoint, weights_only=False
+        )
+        assert first.seen + second.seen == whole.seen
+
     def test_a_checkpoint_of_the_epochs_end_resumes_with_the_next_epoch(self, tmp_path):
         whole = Recorder()
         trainer(tmp_path / "whole").fit(whole, datamodule=make(limit_train=30))

@@ -35,8 +35,10 @@ def test_what_does_not_identify_a_run_is_no_part_of_its_name(tmp_path):
     assert label(composed("data.source=local", f"data.path={tmp_path}"), overrides) == "loreft seed=42"
 
 
-def test_a_long_name_is_cut_to_what_wandb_takes():
-    assert len(label(composed(), [f"intervention.positions={'f1+' * 100}l1"])) == 128
+def test_a_long_name_is_cut_to_what_wandb_takes_and_keeps_its_seed():
+    names = [label(composed(f"seed={n}"), [f"intervention.positions={'f1+' * 100}l1"]) for n in (1, 2)]
+    assert [len(name) for name in names] == [128, 128]
+    assert [name[-7:] for name in names] == [" seed=1", " seed=2"]
 
 
 def test_names_are_filled_in_where_the_configuration_gives_none():

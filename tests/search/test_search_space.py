@@ -117,6 +117,16 @@ def test_a_drawn_value_composes_as_an_argument():
         assert config.sealed
 
 
+def test_a_drawn_list_of_texts_composes_to_those_texts():
+    texts = [["質", "a\nb"], ["\\boxed{x}", 'it\'s, "so"']]
+    space = {"data.options": {"choice": texts}}
+    found = search_plan.parse_plan("test", values(methods={"loreft": {"overrides": [], "space": space}}))
+    (dimension,) = found.space("loreft")
+    assert [
+        compose(found.trial_overrides("loreft", {dimension.name: v})).data.options for v in dimension.values
+    ] == texts
+
+
 # --- what is refused before the first trial
 
 

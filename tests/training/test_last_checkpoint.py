@@ -72,6 +72,22 @@ def test_after_an_exception_the_batch_is_read_again(data, whole, tmp_path, monke
     assert short_runs.logged(tmp_path, "train/loss") == short_runs.logged(whole, "train/loss")
 
 
+# what the log advises where one of them died
+def test_a_run_goes_on_without_processes_that_read_rows(data, whole, tmp_path, monkeypatch):
+    interrupt(data, tmp_path, monkeypatch, 3, *SETTINGS, "data.num_workers=2")
+    resume(data, tmp_path, *SETTINGS, "data.num_workers=0")
+    assert_same_run(tmp_path, whole)
+
+
+# batches 4 and 5 of the first epoch are never read; 4 is now the first of the second
+def test_after_epochs_that_are_cut_short_the_next_begins_with_its_own_rows(data, tmp_path, monkeypatch):
+    cut = (*SETTINGS, "trainer.limit_train_batches=4")
+    short_runs.run(data, tmp_path / "whole", *cut)
+    interrupt(data, tmp_path / "cut", monkeypatch, 4, *cut)
+    resume(data, tmp_path / "cut", *cut)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
 # 2 validations of 2 batches
 @pytest.mark.parametrize("batch", [0, 3])
 def test_after_an_exception_in_a_validation_it_starts_again(data, whole, tmp_path, monkeypatch, batch):

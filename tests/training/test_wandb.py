@@ -18,6 +18,8 @@ from lightning.pytorch.loggers import WandbLogger
 from reft_lightning.config.compose import compose
 from reft_lightning.runs import experiment, trainer
 from reft_lightning.runs.evaluate import evaluate
+from reft_lightning.training import wandb as reporting
+from reft_lightning.training.best_checkpoint import BestCheckpoint
 from reft_lightning.training.wandb import WandbReport, data_artifact, finish_wandb, with_base
 
 
@@ -280,6 +282,17 @@ def test_a_resumed_run_continues_its_run(data, tmp_path, monkeypatch):
     assert ids == [short_runs.results(tmp_path)["wandb_run"]] * 2
     (_, logger) = trainer.build_loggers(wandb(f"resume={tmp_path}", "logger.wandb.mode=disabled"), tmp_path)
     assert (logger.version, logger._wandb_init["resume"]) == (ids[0], "allow")
+
+
+def test_the_best_validation_of_a_resumed_run_may_lie_in_its_first_part(tmp_path, monkeypatch):
+    best = BestCheckpoint(tmp_path / "best.ckpt", "val/accuracy", "max")
+    best.load_state_dict({"validations": [(2, 0.5, float("nan")), (4, 0.9, 0.2), (6, 0.7, 0.1)]})
+    run = SimpleNamespace(summary={})
+    monkeypatch.setattr(reporting, "_runs", lambda trainer: [run])
+    WandbReport(tmp_path, "val/accuracy", "max").on_train_end(
+        SimpleNamespace(checkpoint_callbacks=[best]), None
+    )
+    assert run.summary == {"best_step": 4, "val/accuracy": {"max": 0.9}, "val/loss": {"min": 0.1}}
 
 
 def test_what_wandb_cannot_take_during_a_run_is_a_warning(data, tmp_path, caplog, monkeypatch):
