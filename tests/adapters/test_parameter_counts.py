@@ -1,6 +1,8 @@
 """The paper's parameter counts (Wu et al. 2024, Tables 1-4, 13 and 17), from configurations alone."""
 
 import pytest
+import tiny
+import torch
 from transformers import LlamaConfig, RobertaConfig
 
 import reft_lightning as rl
@@ -47,6 +49,14 @@ def test_counts_and_percents_are_the_papers(row):
     found = rl.count_parameters(config, method, **settings)
     assert found.trainable == count
     assert f"{found.percent:.4f}" == percent
+
+
+def test_counting_takes_no_random_numbers_from_what_is_attached_next():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for method in ("loreft", "direft", "consreft"):
+        rl.count_parameters(tiny.model("llama").config, method, rank=2)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_papers_untied_formula_has_one_intervention_a_position():

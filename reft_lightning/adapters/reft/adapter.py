@@ -85,11 +85,12 @@ class Adapter(nn.Module):
                     f"the encoder of {type(base_model).__name__} reads only prompts, of which positions="
                     f"{positions[key][0]} selects no token: give component='decoder.block_output', or other positions"
                 )
-            with _at_least_float32():
-                group = _interventions(spec, positions[key][0], site)
             device = device_at(modules, site.path)
             if device.type == "meta" and is_dispatched(base_model):  # offloaded until it is used
                 device = torch.get_default_device()
+            # what is counted on the meta device takes no random numbers from those that are used
+            with _at_least_float32(), torch.random.fork_rng(devices=[], enabled=device.type == "meta"):
+                group = _interventions(spec, positions[key][0], site)
             interventions[key] = group if device == torch.get_default_device() else group.to(device)
         if any(spec.critical for spec, _ in positions.values()):
             check_attends(base_model)

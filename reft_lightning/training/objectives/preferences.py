@@ -60,7 +60,8 @@ class RePS(Objective):
     with the mean log-likelihood of an answer's tokens under edits of a strength that each row draws, a(y), and under
     nulled ones, n(y). The weights are those of the frozen base, whose log-likelihoods :math:`\ell(y)` are sums:
     :math:`w^+ = \max(\ell(y^-) - \ell(y^+), 1)` and :math:`w^- = \max(\ell(y^+) - \ell(y^-), 1)`.
-    Source: Wu et al. 2025, arXiv:2505.20809; weights and means as in its code (``scaled_simpo``).
+    Source: Wu et al. 2025, arXiv:2505.20809; weights as in its code (``scaled_simpo``), which divides the sums of an
+    answer by the tokens of prompt and answer.
 
     Args:
         strengths: of which each row draws one; those of the authors' code.
