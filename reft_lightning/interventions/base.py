@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -29,6 +29,18 @@ INTERVENTIONS: dict[str, type[Intervention]] = {}
 
 HALVES = (torch.bfloat16, torch.float16)
 """Floating-point types of 16 bits."""
+
+
+@contextmanager
+def at_least_float32() -> Iterator[None]:
+    """Let parameters made inside the block be float32, where a default of 16 bits was set to load the base model."""
+    default = torch.get_default_dtype()
+    try:
+        if default in HALVES:
+            torch.set_default_dtype(torch.float32)
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 class Intervention(nn.Module):

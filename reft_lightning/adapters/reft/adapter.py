@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -14,7 +13,7 @@ from ...base_models.dispatch import is_dispatched
 from ...base_models.stacks import DECODER, ENCODER
 from ...base_models.vision import image_tokens
 from ...interventions import Orthonormal, Partition, check_settings, registered
-from ...interventions.base import HALVES
+from ...interventions.base import at_least_float32
 from ...suggest import did_you_mean
 from .config import LayerSpec, ReftConfig
 from .critical import check_attends
@@ -89,7 +88,7 @@ class Adapter(nn.Module):
             if device.type == "meta" and is_dispatched(base_model):  # offloaded until it is used
                 device = torch.get_default_device()
             # what is counted on the meta device takes no random numbers from those that are used
-            with _at_least_float32(), torch.random.fork_rng(devices=[], enabled=device.type == "meta"):
+            with at_least_float32(), torch.random.fork_rng(devices=[], enabled=device.type == "meta"):
                 group = _interventions(spec, positions[key][0], site)
             interventions[key] = group if device == torch.get_default_device() else group.to(device)
         if any(spec.critical for spec, _ in positions.values()):
@@ -109,18 +108,6 @@ class Adapter(nn.Module):
             }
         )
         return type(self)(self.config, interventions, self.sites, self.positions)
-
-
-@contextmanager
-def _at_least_float32() -> Iterator[None]:
-    """Let parameters made inside the block be float32, where a default of 16 bits was set to load the base model."""
-    default = torch.get_default_dtype()
-    try:
-        if default in HALVES:
-            torch.set_default_dtype(torch.float32)
-        yield
-    finally:
-        torch.set_default_dtype(default)
 
 
 def _check_images(model: PreTrainedModel, positions: Positions, site: Site) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...interventions import Intervention, registered
+from ...interventions.base import at_least_float32
 from ..masks import Spans
 from ..saving import load_adapter
 from .calls import EditPlan, call_of
@@ -202,7 +203,8 @@ def saved_interventions(folder: str | PathLike) -> dict[int, list[Intervention]]
         found[layer] = []
         while own := _below(state, f"interventions.{layer}.{len(found[layer])}."):
             width = max(tensor.shape[-1] for tensor in own.values() if tensor.ndim)
-            phi = registered(spec.method)(width, **spec.settings)
+            with at_least_float32():
+                phi = registered(spec.method)(width, **spec.settings)
             try:
                 phi.load_state_dict(own)
             except RuntimeError as error:

@@ -10,6 +10,7 @@ from model_laws import CLOSE
 from transformers import PreTrainedModel
 
 import reft_lightning as rl
+from reft_lightning.adapters.reft.measuring import saved_interventions
 
 
 def attach(method="loreft", **settings):
@@ -158,7 +159,7 @@ def test_a_refused_attachment_leaves_the_model_unhooked():
 
 @pytest.mark.parametrize("method", ["loreft", "direft", "cast"])
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float16])
-def test_a_default_of_16_bits_is_that_of_the_base_model_alone(default, method):
+def test_a_default_of_16_bits_is_that_of_the_base_model_alone(default, method, tmp_path):
     torch.set_default_dtype(default)
     try:
         base = tiny.model("llama", default)
@@ -166,6 +167,9 @@ def test_a_default_of_16_bits_is_that_of_the_base_model_alone(default, method):
         assert {p.dtype for p in reft.interventions.parameters()} == {torch.float32}
         assert torch.get_default_dtype() == default
         assert reft(torch.tensor([[5, 6, 7]])).logits.dtype == default
+        reft.save_pretrained(tmp_path)
+        for saved, own in zip(saved_interventions(tmp_path)[0], reft.interventions["0"], strict=True):
+            assert all(map(torch.equal, saved.parameters(), own.parameters()))
     finally:
         torch.set_default_dtype(torch.float32)
 
