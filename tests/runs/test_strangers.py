@@ -1,5 +1,6 @@
 """Folders of another person: evaluating, talking to and resuming what they hold runs none of their code."""
 
+import json
 import os
 import shutil
 import sys
@@ -10,6 +11,8 @@ import torch
 import yaml
 
 from reft_lightning import cli, suggest
+from reft_lightning.config.identity import config_hash
+from reft_lightning.runs.run_folder import load_run_config
 from reft_lightning.suggest import import_object, names_of_a_stranger
 
 MODULE = """
@@ -61,6 +64,10 @@ def foreign(runs, here, status, **changes):
         else:
             values[section] = value
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    results = short_runs.results(folder) | {
+        "config_hash": config_hash(load_run_config(folder))
+    }  # as it began
+    (folder / "results.json").write_text(json.dumps(results))
     return folder
 
 
