@@ -110,6 +110,8 @@ def count_parameters(
 ) -> ParameterCount:
     """Count what :func:`adapt` would train, from a configuration alone: no weights are needed.
 
-    Takes the arguments of :func:`adapt`, and the task of :func:`build_on_meta`, and raises what attaching raises.
+    Takes the arguments of :func:`adapt`, and the task of :func:`build_on_meta`, and raises what attaching raises. It
+    takes no random numbers from what is attached next.
     """
-    return adapt(build_on_meta(config, task), method, **kwargs).parameter_count()
+    with torch.random.fork_rng(devices=[]):
+        return adapt(build_on_meta(config, task), method, **kwargs).parameter_count()

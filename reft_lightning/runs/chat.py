@@ -145,10 +145,10 @@ class Conversation:
         pictures = [*self._seen, *self.shown]
         if self.shown and MARK not in question:
             question = f"{MARK * len(self.shown)}\n{question}"
-        self.shown = []
         with self.model.disabled():
             base = self._say(question, self._turns[0], pictures)
         adapted = self._say(question, self._turns[1], pictures)
+        self.shown = []
         if self.prompts.template == "chat":
             self._seen = pictures
             for turns, said in zip(self._turns, (base, adapted), strict=True):

@@ -265,7 +265,12 @@ def test_a_picture_is_seen_with_its_question_and_stays_in_the_conversation(seein
 
 def test_pictures_are_named_on_the_terminal(seeing, monkeypatch, capsys):
     folder, rows = seeing
-    lines = [f"/image {rows / 'none.png'}", f"/image {rows / '1.png'}", "Which colour?", "<image> again?"]
+    lines = [
+        f"/image {rows / 'none.png'}",
+        f"/image {rows / '1.png'}",
+        "<image> and <image>?",
+        "Which colour?",
+    ]
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
     chat.main(folder, max_new_tokens=2)
     out = " ".join(capsys.readouterr().out.split())

@@ -87,8 +87,7 @@ class Adapter(nn.Module):
             device = device_at(modules, site.path)
             if device.type == "meta" and is_dispatched(base_model):  # offloaded until it is used
                 device = torch.get_default_device()
-            # what is counted on the meta device takes no random numbers from those that are used
-            with at_least_float32(), torch.random.fork_rng(devices=[], enabled=device.type == "meta"):
+            with at_least_float32():
                 group = _interventions(spec, positions[key][0], site)
             interventions[key] = group if device == torch.get_default_device() else group.to(device)
         if any(spec.critical for spec, _ in positions.values()):
