@@ -32,6 +32,7 @@ NOISE = 0.05  # of the influence of an earlier token: what rounding may do to lo
 # tensors of more than one dimension that a text may come with; any other brings images or sounds
 OF_TEXT = ("inputs_embeds", "token_type_ids", "langs", "shift_labels", "encoder_hidden_states")
 FOLLOWS = "token_type_ids"  # 1 for what follows a prompt, in models that read prompts in both directions
+CONTEXT = 4096  # tokens of prompt and answer, where a model names no limit
 CLOSE = 0.05  # of the largest logit: the same text, read under other padding in 16 bits
 
 
@@ -99,6 +100,12 @@ def _is_causal(
 def continues_texts(model: PreTrainedModel) -> bool:
     """Whether labels of tokens say how a text goes on: of a language model; not of a tagger, or for masked tokens."""
     return model.can_generate() or (not is_classifier(model) and reading_of(model).causal)
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """Return how many tokens of prompt and answer a model reads; :data:`CONTEXT` where it names no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return CONTEXT if limit is None else int(limit)
 
 
 def keeps_its_columns(model: PreTrainedModel) -> bool:

@@ -34,13 +34,8 @@ from .tokenizer_digest import encoding_settings
 log = logging.getLogger(__name__)
 
 IGNORED = -100  # label of columns without loss, torch's ignore_index
-UNSEEN = (
-    "Cc",
-    "Cf",
-    "Zl",
-    "Zp",
-    "Zs",
-)  # Unicode's categories of control and format characters, and of white space
+# Unicode's categories of control and format characters, and of white space
+UNSEEN = {"Cc", "Cf", "Zl", "Zp", "Zs"}
 
 
 @dataclass(frozen=True)

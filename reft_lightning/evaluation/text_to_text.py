@@ -41,7 +41,7 @@ def write(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: Decoding)
     first = tokenizer(text_target="")["input_ids"][:1]
     forced = getattr(base.generation_config, "forced_bos_token_id", None)
     if forced is None and first and first[0] != tokenizer.eos_token_id:
-        (forced,) = first
+        forced = first[0]
     starts = (
         getattr(owner, "decoder_start_token_id", None) for owner in (base.generation_config, base.config)
     )

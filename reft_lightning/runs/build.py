@@ -54,7 +54,7 @@ from .checks import (
     reported,
 )
 from .devices import check_accelerator
-from .kinds import Kind, kind_of, reads_two_texts
+from .kinds import Kind, is_text_to_text, kind_of
 
 if TYPE_CHECKING:
     from .shared_base import Lane
@@ -155,7 +155,7 @@ def outline(config: Config) -> Outline:
     attached = attachment(config, family)
     decoding = decoding_of(config, cast(Family, family)) if kind_of(family).generates else None
     hf_config = hf_config_of(source)
-    if reads_two_texts(kind_of(family), hf_config):
+    if is_text_to_text(kind_of(family), hf_config):
         family = TextToTextFamily.of(cast(Family, family))
         source["task"] = kind_of(family).task
     order = class_order(hf_config, family.classes_of(config.data.tasks))

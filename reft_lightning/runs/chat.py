@@ -18,6 +18,7 @@ from ..adapters.adapt import adapt
 from ..adapters.adapted import AdaptedModel
 from ..adapters.saving import load_saved, load_state
 from ..base_models.loading import load_base_model
+from ..base_models.reading import context_of
 from ..data.generation_data import GenerationData
 from ..data.pictures import MARK, Picture
 from ..data.prompts import TEMPLATES, tokenizer_of
@@ -25,7 +26,7 @@ from ..evaluation import Decoding
 from ..terminal.bars import Bar
 from .arguments import attachment, hf_config_of, model_source
 from .build import reader_of
-from .kinds import KINDS, reads_two_texts
+from .kinds import KINDS, is_text_to_text
 from .prompting import PromptFormat
 from .run_folder import load_run_config
 
@@ -121,8 +122,7 @@ class Conversation:
         self, model: AdaptedModel, reader: Any, prompts: PromptFormat, max_new_tokens: int = 64
     ) -> None:
         self.model, self.reader, self.prompts, self.max_new_tokens = model, reader, prompts, max_new_tokens
-        known = getattr(model.base_model.config.get_text_config(), "max_position_embeddings", None)
-        self._longest = min(MAX_LENGTH, known or MAX_LENGTH) - max_new_tokens
+        self._longest = min(MAX_LENGTH, context_of(model.base_model)) - max_new_tokens
         if self._longest < SHORTEST:
             raise ValueError(
                 f"max_new_tokens={max_new_tokens} leaves no room for a question: at most "
@@ -184,7 +184,7 @@ def load(folder: Path, template: str | None = None) -> tuple[AdaptedModel, Any, 
     adapter = load_state(folder / "adapter")  # a missing one is said before weights are loaded
     source = model_source(config)
     hf_config = hf_config_of(source)
-    if reads_two_texts(prompts.kind, hf_config):
+    if is_text_to_text(prompts.kind, hf_config):
         prompts = replace(prompts, kind=KINDS["text_to_text"])
     reader = reader_of(prompts.kind, source, hf_config)
     of_model = {"task": prompts.kind.task, "tokenizer": tokenizer_of(reader), "hf_config": hf_config}

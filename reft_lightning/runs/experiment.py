@@ -225,9 +225,8 @@ def _check_resume(config: Config, folder: Path) -> bool:
             f"{shlex.join(['reft-eval', f'run={folder}'])}"
         )
     began, now = earlier.values, environment()
-    same_code = all(
-        began.get(name) == now[name] for name in ("versions", "git_commit")
-    )  # other code, other hashes
+    # other code has other hashes
+    same_code = all(began.get(name) == now[name] for name in ("versions", "git_commit"))
     if same_code and began.get("config_hash") != config_hash(config):
         raise ValueError(
             f"resume={folder} continues that run: its config.yaml was changed after it began, where it determines the "

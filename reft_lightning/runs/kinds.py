@@ -119,6 +119,6 @@ def kind_of(family: AnyFamily | None) -> Kind:
     return KINDS[family.kind if family else "generation"]
 
 
-def reads_two_texts(kind: Kind, hf_config: PretrainedConfig) -> bool:
+def is_text_to_text(kind: Kind, hf_config: PretrainedConfig) -> bool:
     """Whether a model reads prompts and targets of a kind apart, since it has an encoder and a decoder."""
     return kind.task == "causal_lm" and type(hf_config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING

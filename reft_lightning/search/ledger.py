@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ def test_reads(folder: Path) -> list[dict[str, Any]]:
     Args:
         folder: of the study.
     """
-    found = [*lost_reads(folder), *(read for run in _winners(folder) for read, _ in _recorded(run))]
+    recorded = list(_recorded(folder))
+    found = [*_lost(folder, recorded), *(read for read, _ in recorded)]
     found.sort(key=lambda read: str(read.get("time", "")))
     seen: set[tuple[Any, ...]] = set()
     for read in found:
@@ -37,7 +38,11 @@ def test_reads(folder: Path) -> list[dict[str, Any]]:
 
 def lost_reads(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of reads that no results hold any more: the first of their method, seed and model."""
-    kept = Counter(_who(read) for run in _winners(folder) for read, searched in _recorded(run) if searched)
+    return _lost(folder, _recorded(folder))
+
+
+def _lost(folder: Path, recorded: Iterable[tuple[dict[str, Any], bool]]) -> list[dict[str, Any]]:
+    kept = Counter(_who(read) for read, searched in recorded if searched)
     lines = list(_lines(folder / LEDGER))
     lost = Counter(map(_who, lines)) - kept
     found: list[dict[str, Any]] = []
@@ -57,23 +62,22 @@ def _who(read: Mapping[str, Any]) -> tuple[str, str, str]:
     return str(read["method"]), str(read["seed"]), str(read["model"])
 
 
-def _winners(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob(f"{WINNERS}/*/seed_*/results.json"))
-
-
-def _recorded(run: Path) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Yield the reads in the results of a winner, one for all its test sets, and whether the search made it."""
-    try:
-        values = read_results(run)
-    except ValueError:  # damaged: the ledger has what the search has read
-        return
-    seed = run.name.removeprefix("seed_")
-    reads = {(str(read.get("model")), str(read.get("time"))): read for read in values.get("test_reads") or ()}
-    for (model, time), read in reads.items():
-        yield {
-            "time": time, "method": run.parent.name, "seed": int(seed) if seed.isdecimal() else seed,
-            "config_hash": read.get("config_hash"), "model": model, "folder": str(run),
-        }, time <= str(values.get("finished") or "~")  # fmt: skip
+def _recorded(folder: Path) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Yield the reads in the results of winners, one for all test sets of each, and whether the search made it."""
+    for run in sorted(path.parent for path in folder.glob(f"{WINNERS}/*/seed_*/results.json")):
+        try:
+            values = read_results(run)
+        except ValueError:  # damaged: the ledger has what the search has read
+            continue
+        seed = run.name.removeprefix("seed_")
+        events = {
+            (str(read.get("model")), str(read.get("time"))): read for read in values.get("test_reads") or ()
+        }
+        for (model, time), read in events.items():
+            yield {
+                "time": time, "method": run.parent.name, "seed": int(seed) if seed.isdecimal() else seed,
+                "config_hash": read.get("config_hash"), "model": model, "folder": str(run),
+            }, time <= str(values.get("finished") or "~")  # fmt: skip
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -24,11 +24,11 @@ from transformers import (
 )
 
 from ..adapters.reft.model import ReftModel
+from ..base_models.reading import context_of
 from .answers import Answer, Choosing, tell
 
 log = logging.getLogger(__name__)
 
-CONTEXT = 4096  # tokens of prompt and answer, where the base model names no limit
 JOIN_AFTER = 16  # tokens of a batch, after which waiting requests join it
 
 
@@ -55,8 +55,7 @@ class Engine:
     ) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.max_batch, self.max_waiting = max_batch, max_waiting
-        limit = getattr(model.base_model.config.get_text_config(), "max_position_embeddings", None)
-        self.context = CONTEXT if limit is None else int(limit)
+        self.context = context_of(model.base_model)
         self.pad = int(tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
         # the model's own ends, and the one that adapters learned to write
         ends: list[Any] = [model.base_model.generation_config.eos_token_id, tokenizer.eos_token_id]

@@ -204,10 +204,8 @@ def test_the_texts_are_greedy_choices_of_the_decoder(objects):
     texts = write(model, batch_of(tokenizer), tokenizer, Decoding(6))
     for example, (text,) in zip(EXAMPLES, texts, strict=True):
         one = batch_of(tokenizer, [example])
-        start, ids = (
-            model.base_model.config.decoder_start_token_id,
-            [tokenizer.bos_token_id],
-        )  # as all targets
+        start = model.base_model.config.decoder_start_token_id
+        ids = [tokenizer.bos_token_id]  # as all targets
         while len(ids) < 6 and tokenizer.eos_token_id not in ids:
             read = {"input_ids": one["input_ids"], "decoder_input_ids": torch.tensor([[start, *ids]])}
             with torch.no_grad():
