@@ -17,17 +17,24 @@ class FirstValues:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.values = _copies({name: p for name, p in parameters.items() if not p.is_meta})
+        self.values = {
+            name: p.detach().to("cpu", copy=True) for name, p in parameters.items() if not p.is_meta
+        }
 
     @contextmanager
     def restored(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """Give the parameters their first values inside the block."""
-        trained = _copies(parameters)
+        """Give the parameters their first values inside the block.
+
+        Values change places and are not copied, so a pass from before the block still has its gradient after it.
+        """
+        trained = {name: parameter.data for name, parameter in parameters.items()}
         try:
-            fill(parameters, self.values)
+            for name, parameter in parameters.items():
+                parameter.data = self.values[name].to(parameter.device, parameter.dtype)
             yield
         finally:
-            fill(parameters, trained)
+            for name, parameter in parameters.items():
+                parameter.data = trained[name]
 
 
 @torch.no_grad()
@@ -35,7 +42,3 @@ def fill(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None
     """Copy values into parameters, by name."""
     for name, parameter in parameters.items():
         parameter.copy_(values[name])
-
-
-def _copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}

@@ -19,7 +19,7 @@ from .encoding import Collator, EncodedRows, encode, encode_all, refuse_empty
 from .example import Example, normalized, question_of
 from .family import Family
 from .files import read_json_file
-from .pairs import EncodedPairs, collate_pairs, collate_sources, rejected
+from .pairs import EncodedAnswers, EncodedPairs, collate_pairs, collate_sources, rejected
 from .prompts import apply_template
 from .rows import DataSource
 from .splits import drawn, fingerprint
@@ -208,7 +208,7 @@ class GenerationData(BenchmarkData):
     def _encode_train(self, examples: list[Example]) -> Any:
         if not self.pairs:
             return self._encode(examples, "train rows", self.target_tokens)
-        return EncodedPairs(
+        return EncodedAnswers(
             self._encoded(examples, "train rows", self.target_tokens),
             self._encoded([rejected(e) for e in examples], "rejected answers", self.target_tokens),
         )

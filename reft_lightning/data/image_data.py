@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..terminal.bars import Bar
-from .encoding import Collator, Encoded
+from .encoding import Collator, Encoded, encode
 from .example import Example
 from .generation_data import GenerationData
 from .prompts import apply_template, tokenizer_of
@@ -29,6 +29,7 @@ from .rows import DataSource
 
 log = logging.getLogger(__name__)
 
+UNCUT = 2**31  # tokens
 OF_TOKENS = ("input_ids", "attention_mask", "labels")  # of a processor's output, that are made here
 
 
@@ -150,7 +151,11 @@ class EncodedImages(Dataset[EncodedImage]):
 
 
 def _tokens(processor: Any, example: Example) -> tuple[list[int], list[int], dict[str, np.ndarray]]:
-    """Return the tokens of prompt and target, and the types of those of the prompt."""
+    """Return the tokens of prompt and target, and the types of those of the prompt.
+
+    The target's are those that follow the prompt in one text (:func:`.encode`): the prompt with its pictures differs
+    from it in their placeholders.
+    """
     inputs = processed(processor, example)
     ids = inputs["input_ids"][0].tolist()
     types = {
@@ -158,10 +163,7 @@ def _tokens(processor: Any, example: Example) -> tuple[list[int], list[int], dic
         for name, value in inputs.items()
         if name not in OF_TOKENS and value.shape == inputs["input_ids"].shape
     }
-    tokenizer: Any = tokenizer_of(processor)
-    target = tokenizer(example.target, add_special_tokens=False, verbose=False)["input_ids"]
-    if target[-1:] != [tokenizer.eos_token_id]:
-        target = [*target, tokenizer.eos_token_id]
+    target = encode(tokenizer_of(processor), example, UNCUT).target_ids
     return ids, target, types
 
 

@@ -58,6 +58,19 @@ class EncodedPairs(Dataset[tuple[Encoded, Encoded]]):
         return list(map(max, self.first.lengths, self.second.lengths))
 
 
+class EncodedAnswers(EncodedPairs):
+    """Pairs of two answers to one prompt, both read after what the longer one leaves of it."""
+
+    def __getitem__(self, i: int) -> tuple[Encoded, Encoded]:
+        """Return pair i."""
+        chosen, other = super().__getitem__(i)
+        if chosen.cut_prompt == other.cut_prompt:
+            return chosen, other
+        kept = min(chosen, other, key=lambda row: len(row.prompt_ids))
+        prompt: dict[str, Any] = {"prompt_ids": kept.prompt_ids, "cut_prompt": kept.cut_prompt}
+        return replace(chosen, **prompt), replace(other, **prompt)
+
+
 def collate_pairs(
     collate: Callable[[list[Encoded]], dict[str, Any]], pairs: Sequence[tuple[Encoded, Encoded]]
 ) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from .example import Example
 from .families import AnyFamily
 from .family import Family
 from .generation_data import GenerationData
-from .pairs import EncodedPairs, rejected
+from .pairs import EncodedAnswers, rejected
 from .texts import padded
 
 PAIR_ACCURACY = "pair_accuracy"
@@ -65,7 +65,7 @@ class PreferenceData(GenerationData):
 
     def _encode(self, examples: list[Example], what: str) -> Any:
         others = [rejected(example) for example in examples]
-        return EncodedPairs(
+        return EncodedAnswers(
             super()._encode(examples, what), super()._encode(others, f"rejected answers of the {what}")
         )
 

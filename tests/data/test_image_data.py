@@ -6,6 +6,7 @@ import pytest
 import torch
 import vision_models
 from PIL import Image
+from tokenizers import normalizers
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
@@ -156,3 +157,17 @@ def test_what_a_processor_refuses_is_named_by_its_row():
     processor, _ = paligemma()
     with pytest.raises(ValueError, match=r"train\.jsonl, line 3: PaliGemmaProcessor refuses the row"):
         EncodedImages(processor, [example], 200)
+
+
+def test_an_answer_has_one_blank_before_it_where_the_tokenizer_puts_one_before_every_text(tmp_path):
+    """Llama's and so LLaVA's: its own answers begin with one blank, an answer alone would begin with two."""
+    processor, _ = idefics3()
+    blank = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    processor.tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(blank)
+    example = Example(
+        "vqa", "<image> Which colour? ASSISTANT:", " red", "red", pictures=(picture(tmp_path, 0),)
+    )
+    (row,) = EncodedImages(processor, [example], 200)
+    ids = processor.tokenizer("x red", add_special_tokens=False)["input_ids"]
+    start = len(processor.tokenizer("x", add_special_tokens=False)["input_ids"])
+    assert row.target_ids == [*ids[start:], processor.tokenizer.eos_token_id]

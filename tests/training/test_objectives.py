@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from laws import D, shaken, tokens
 
 import reft_lightning as rl
+from reft_lightning.adapters.adapt import adapt
 from reft_lightning.config import compose
 from reft_lightning.data.example import Example
 from reft_lightning.data.pairs import rejected
 from reft_lightning.runs import experiment
-from reft_lightning.runs.build import build, outline
+from reft_lightning.runs.build import build, outline, prepare
 from reft_lightning.training.objectives import DPO, SFT, Objective, RePS, inputs_of, reference
 
 PROMPTS, CHOSEN, REJECTED = tiny.rows(6, 3, 4), tiny.rows(3, 2, 1, seed=1), tiny.rows(2, 4, 1, seed=2)
@@ -312,6 +313,27 @@ def test_of_several_wrong_options_the_next_is_rejected():
     assert rejected(replace(example, target=" b", options=("x", "y"))).target == "x"
 
 
+@pytest.mark.parametrize("objective", ["dpo", "reward"])
+def test_two_answers_follow_one_prompt_however_long_they_are(tmp_path, objective):
+    """A longer answer leaves less of a long prompt, which the shorter one then does not see either."""
+    for split in ("train", "test"):
+        with (tmp_path / f"{split}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["question", "good", "bad"])
+            writer.writerows(
+                [f"what is the {split} number {i:02}?", "yes", f"no, {i} of them"] for i in range(9)
+            )
+    overrides = arguments(tmp_path, f"objective={objective}", "data.max_length=30")
+    if objective == "reward":
+        overrides.remove("decoding.max_new_tokens=2")
+    data = prepare(compose.compose(overrides)).data
+    for i in range(len(data.train_rows)):
+        chosen, other = data.train_rows[i]
+        assert chosen.cut_prompt == other.cut_prompt > 0
+        assert chosen.prompt_ids == other.prompt_ids
+        assert len(chosen) < len(other) == 30
+
+
 def test_the_reference_is_the_base_without_dropout_and_gradient():
     reft = attached("direft", rank=2, dropout=0.5)
     reft.base_model.config.attention_dropout = 0.5
@@ -328,3 +350,19 @@ def test_the_reference_is_the_base_without_dropout_and_gradient():
     with torch.no_grad():
         expected = reft.base_model.eval()(**base, position_ids=position_ids).logits
     assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("trained", ["full", "head"])
+def test_the_reference_may_be_asked_after_the_policy(trained):
+    if trained == "full":
+        model = adapt(tiny.model("llama", torch.float64), "full", heads=[]).train()
+    else:
+        model = attached(heads=["lm_head"])
+    inputs = inputs_of(pairs())
+    alone = torch.autograd.grad(model(**inputs).loss, [p for p in model.parameters() if p.requires_grad])
+    loss = model(**inputs).loss
+    with reference(model):
+        model(**inputs)
+    loss.backward()
+    found = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(map(torch.equal, alone, found))

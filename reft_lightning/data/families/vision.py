@@ -23,8 +23,9 @@ model's processor; a processor without one (PaliGemma's) needs `data.template=pl
 A question is scored by VQA accuracy (`vqa_accuracy.py`; a row with one answer counts as if ten people had given it) and
 by exact match with what is learnt; a conversation by exact match, and its checkpoints are chosen by the loss.
 
-Changes: version 3 reads grey pictures of 16 bits over their whole range, answers that a CSV file holds as a JSON list,
-and ".5" as another number than "5"; version 2 turns photographs as their cameras were held (EXIF); version 1, first version.
+Changes: version 4 tokenizes answers after their prompts, which leaves out a second blank of Llama's tokenizer; version 3
+reads grey pictures of 16 bits over their whole range, answers that a CSV file holds as a JSON list, and ".5" as another
+number than "5"; version 2 turns photographs as their cameras were held (EXIF); version 1, first version.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from ..pictures import MARK, marked, pictures_in
 from .custom import beginnings, carve, check_columns, tables_of
 from .vqa_accuracy import vqa_accuracy
 
-VERSION = 3
+VERSION = 4
 TASK = "vision"
 MAX_NEW_TOKENS = 64
 TEMPLATE = "chat"  # where data.template names no other
