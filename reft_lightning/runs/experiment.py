@@ -101,9 +101,13 @@ def run(
     with leaving_no_ranks():
         if config.resume == AUTO:
             config = replace(config, resume=str(folder) if begun(folder) else None)
-            if config.resume and is_complete(folder) and not differences(load_run_config(folder), config):
-                log.info("%s is complete: nothing is left to do", folder)
-                return Results.read(folder).values
+            if config.resume and is_complete(folder):
+                earlier = load_run_config(folder)
+                if not differences(earlier, config):
+                    tests = shlex.join(["reft-eval", f"run={folder}", "split=test"])
+                    rest = f" but to test it: {tests}" if config.test and not earlier.test else ""
+                    log.info("%s is complete: nothing is left to do%s", folder, rest)
+                    return Results.read(folder).values
         target = Path(config.resume) if config.resume else Path(folder)
         try:
             return _run(config, target, experiment, callbacks, command, lane)

@@ -63,13 +63,17 @@ def test_the_command_goes_on_with_its_own_run_and_begins_another_when_that_is_co
         assert tensor.equal(whole[name]), name
 
 
-def test_a_folder_that_is_named_is_gone_on_with_until_it_is_complete(train, tmp_path, monkeypatch, caplog):
+def test_a_folder_that_is_named_is_gone_on_with_until_it_is_complete(train, tmp_path, monkeypatch, capsys):
     place = f"hydra.run.dir={tmp_path / 'mine'}"
-    stopped(monkeypatch, train, place)
-    train(place)
+    stopped(monkeypatch, train, place, "test=false")
+    train(place, "test=false")
     complete = short_runs.results(tmp_path / "mine")
     assert complete["status"] == "complete"
-    train(place)
+    capsys.readouterr()
+    train(place, "test=false")
+    assert capsys.readouterr().out.endswith("is complete: nothing is left to do\n")
+    train(place, "test=true")
+    assert capsys.readouterr().out.endswith(f"but to test it: reft-eval run={tmp_path / 'mine'} split=test\n")
     assert short_runs.results(tmp_path / "mine") == complete
     with pytest.raises(SystemExit):
         train(place, "optimizer.lr=0.1")
