@@ -10,7 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -27,6 +34,19 @@ from ..training.module import limited
 from ..training.sharded_base import ShardedBase
 from .arguments import attachment, objective_of
 from .kinds import kind_of
+
+UNFIT_CALLBACKS: dict[type[Callback], str] = {
+    WeightAveraging: "averages the frozen base, too, which the rounding of a moving average changes, and its "
+    "checkpoints would hold no adapter: leave it out",
+    ModelPruning: "sets weights of the frozen base to 0, and the saved adapter would be scored on another base than it "
+    "is loaded onto: leave it out",
+    BackboneFinetuning: "trains the base from some epoch on, and no adapter holds it: intervention=full trains all of "
+    "it from the start",
+    LearningRateFinder: "sets the rate itself, so the run would be another than its configuration says: try rates by "
+    "-m optimizer.lr=1e-4,1e-3, or reft-search",
+    BatchSizeFinder: "sets the batch size itself, so the run would be another than its configuration says: write "
+    "data.batch_size, and trainer.accumulate_grad_batches for what does not fit into memory",
+}
 
 
 class Monitor(NamedTuple):
@@ -269,19 +289,16 @@ def endless(config: Config) -> bool:
     return (epochs, trainer.max_steps) == (-1, -1) and not trainer.fast_dev_run
 
 
-def check_averages(config: Config, callbacks: Sequence[Callback]) -> None:
-    """Refuse averages of weights that would move the frozen base, or not count.
+def check_callbacks(config: Config, callbacks: Sequence[Callback]) -> None:
+    """Refuse Lightning's callbacks that would change the frozen base or the settings of a run, or not count.
 
     Raises:
         ValueError: with what to write instead.
     """
     for callback in callbacks:
         name = type(callback).__name__
-        if isinstance(callback, WeightAveraging):
-            raise ValueError(
-                f"callbacks: {name} averages the frozen base, too, which the rounding of a moving average changes, and "
-                "its checkpoints would hold no adapter: leave it out"
-            )
+        if reason := next((why for kind, why in UNFIT_CALLBACKS.items() if isinstance(callback, kind)), None):
+            raise ValueError(f"callbacks: {name} {reason}")
         if isinstance(callback, StochasticWeightAveraging) and config.checkpoint.restore_best:
             raise ValueError(
                 f"callbacks: the averages of {name} would be lost, as the best checkpoint is restored after training: "

@@ -32,7 +32,7 @@ from ..training.last_checkpoint import LastCheckpoint
 from ..training.progress import RunProgress
 from ..training.sharded_base import InStep, ShardedBase
 from ..training.wandb import WandbReport
-from .checks import Monitor, check_averages
+from .checks import Monitor, check_callbacks
 from .results import Results
 from .run_folder import RESULTS
 from .stopping import StopTogether
@@ -96,7 +96,7 @@ def build_trainer(
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
     own = [_of_kind(f"callbacks.{name}", entry, Callback) for name, entry in config.callbacks.items()]
-    check_averages(config, own)
+    check_callbacks(config, own)
     if config.trainer.enable_progress_bar and not any(isinstance(one, ProgressBar) for one in own):
         callbacks.append(RunProgress())
     if any(isinstance(logger, WandbLogger) for logger in loggers):

@@ -115,7 +115,7 @@ def test_a_typo_is_answered_before_a_weight_is_loaded(data, tmp_path, no_weights
         short_runs.run(data, tmp_path, *overrides)
 
 
-AVERAGING = "+callbacks.x._target_=lightning.pytorch.callbacks"
+CALLBACK = "+callbacks.x._target_=lightning.pytorch.callbacks"
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,12 @@ AVERAGING = "+callbacks.x._target_=lightning.pytorch.callbacks"
          "waits for a score"),
         (["trainer.max_epochs=-1"], "needs the number of steps"),
         (["trainer.max_epochs=null", "+trainer.max_time.hours=1"], "needs the number of steps"),
-        ([f"{AVERAGING}.EMAWeightAveraging"], "EMAWeightAveraging averages the frozen base, too"),
-        ([f"{AVERAGING}.StochasticWeightAveraging", "+callbacks.x.swa_lrs=1e-3"], "add checkpoint.restore_best=false"),
+        ([f"{CALLBACK}.EMAWeightAveraging"], "EMAWeightAveraging averages the frozen base, too"),
+        ([f"{CALLBACK}.StochasticWeightAveraging", "+callbacks.x.swa_lrs=1e-3"], "add checkpoint.restore_best=false"),
+        ([f"{CALLBACK}.ModelPruning", "+callbacks.x.pruning_fn=l1_unstructured"], "of the frozen base to 0"),
+        ([f"{CALLBACK}.BackboneFinetuning"], "intervention=full trains all of it"),
+        ([f"{CALLBACK}.LearningRateFinder"], "try rates by -m optimizer.lr"),
+        ([f"{CALLBACK}.BatchSizeFinder"], "write data.batch_size"),
     ],
 )  # fmt: skip
 def test_what_cannot_train_is_refused_before_a_weight_is_loaded(
@@ -148,7 +152,7 @@ def test_averages_count_where_no_checkpoint_is_restored(data, tmp_path, monkeypa
             averaged.append({name: t.clone() for name, t in pl_module.model.adapter_state_dict().items()})
 
     monkeypatch.setattr(lightning.pytorch.callbacks, "StochasticWeightAveraging", Averaged)
-    average = [f"{AVERAGING}.StochasticWeightAveraging", "+callbacks.x.swa_lrs=1e-2", "scheduler=constant"]
+    average = [f"{CALLBACK}.StochasticWeightAveraging", "+callbacks.x.swa_lrs=1e-2", "scheduler=constant"]
     short_runs.run(data, tmp_path, *average, "trainer.max_epochs=3", "checkpoint.restore_best=false")
     saved = load_file(tmp_path / "adapter" / "reft.safetensors")
     assert averaged[0].keys() == saved.keys()
