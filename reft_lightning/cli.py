@@ -9,9 +9,11 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +27,9 @@ from .suggest import did_you_mean, names_of_a_stranger, no_such_folder
 from .terminal.bars import Bar, is_first_process
 from .terminal.log_lines import LogHandler
 
-EVAL_USAGE = "reft-eval run=FOLDER [split=validation|test] [limit=N] [trust_code=true]"
-RESUME_USAGE = "reft-train resume=FOLDER [trust_code=true]"
-CHAT_USAGE = "reft-chat run=FOLDER [max_new_tokens=N] [template=plain|alpaca|chat] [trust_code=true]"
-REPORT_USAGE = (
-    "reft-report FOLDER [FOLDER ...] [out=DIR] [split=test|validation] [resamples=N]\n"
-    "                   [seed=N] [wandb=true] [project=NAME]\n       reft-report paper [folder=outputs] [table=N]"
-)
-INSPECT_USAGE = (
-    "reft-inspect FOLDER [FOLDER ...] [rows=32] [forget=NAME [data.KEY=VALUE ...]]\n"
-    "             [text=FILE] [out=DIR] [trust_code=true]\n"
-    "       reft-inspect plan [prompt=N [target=N]] [gpu=NAME] KEY=VALUE ..."
-)
-SERVE_USAGE = (
-    "reft-serve FOLDER [FOLDER ...] [adapters.NAME=FOLDER ...] [model=NAME] [host=127.0.0.1]\n"
-    "             [port=8000] [max_batch=16] [trust_code=true]"
-)
-DASHBOARD_USAGE = (
-    "reft-dashboard FOLDER [FOLDER ...] [entity=NAME] [project=NAME] [out=DIR]\n"
-    "       reft-dashboard FILE.json"
-)
-CONVERT_USAGE = (
-    "reft-convert FOLDER to=reft|pyreft|easysteer [out=DIR] [base=MODEL] [positions=SPEC]\n"
-    "             [act_fn=NAME] [method=noreft|direft]"
-)
-EVAL_HELP = f"""\
+EVAL_HELP = """\
 reft-eval: evaluate the adapter of a run again, on its validation rows or its test rows
-usage: {EVAL_USAGE}
+usage: reft-eval run=FOLDER [split=validation|test] [limit=N] [trust_code=true]
   split         validation, or test: each read of test rows is recorded in the run
   limit         at most this many rows (of each test task)
   trust_code    import names that the folder holds from the present directory, too
@@ -60,9 +38,10 @@ examples:
   reft-eval run=outputs/quickstart/2026-11-29_10-00-00 split=test limit=100
 Scores and predictions are written to evaluations/ inside the run folder.
 """
-SERVE_HELP = f"""\
+SERVE_HELP = """\
 reft-serve: answer requests as OpenAI's API does, with many adapters on one base model
-usage: {SERVE_USAGE}
+usage: reft-serve FOLDER [FOLDER ...] [adapters.NAME=FOLDER ...] [model=NAME] [host=127.0.0.1]
+             [port=8000] [max_batch=16] [trust_code=true]
   FOLDER         a run or an adapter; its last part is its name in requests
   adapters.NAME  the folder of an adapter under a name of your choice
   model          the base model, a file of conf/model; that of the first run unless given
@@ -73,12 +52,12 @@ examples:
   reft-serve outputs/quickstart/2026-11-29_10-00-00
   reft-serve adapters.polite=outputs/a adapters.short=outputs/b/adapter port=9000
   curl localhost:8000/v1/completions -H 'content-type: application/json' \\
-       -d '{{"model": "polite", "prompt": "4 * 8 =", "max_tokens": 4, "temperature": 0}}'
+       -d '{"model": "polite", "prompt": "4 * 8 =", "max_tokens": 4, "temperature": 0}'
 The model `base` is the frozen one. "strength": 0.5 in a request halves the edits.
 """
-CHAT_HELP = f"""\
+CHAT_HELP = """\
 reft-chat: talk to the frozen base and the adapted model of a run, side by side
-usage: {CHAT_USAGE}
+usage: reft-chat run=FOLDER [max_new_tokens=N] [template=plain|alpaca|chat] [trust_code=true]
   max_new_tokens  of each answer, 64 unless given
   template        the format of each prompt; that of the training rows unless given
   trust_code      import names that the folder holds from the present directory, too
@@ -88,9 +67,11 @@ examples:
 In the conversation: /plain, /alpaca and /chat choose the template, /image FILE shows a picture to a
 model that reads them, /new begins another conversation, /quit ends.
 """
-INSPECT_HELP = f"""\
+INSPECT_HELP = """\
 reft-inspect: what the adapter of a run does, on its own validation rows
-usage: {INSPECT_USAGE}
+usage: reft-inspect FOLDER [FOLDER ...] [rows=32] [forget=NAME [data.KEY=VALUE ...]]
+             [text=FILE] [out=DIR] [trust_code=true]
+       reft-inspect plan [prompt=N [target=N]] [gpu=NAME] KEY=VALUE ...
   FOLDER        a run of reft-train, or an adapter; several: how far their subspaces lie apart
   rows          validation rows that are read
   forget        another family's rows, a name of conf/data: the score on them before and after
@@ -107,9 +88,10 @@ It writes inspect.json, PNG and SVG. `plan` says what a run of reft-train will c
 are read: KEY=VALUE as there; prompt and target give lengths of rows instead of the data's; gpu, on
 which GPU the run takes how long at least, such as h100, a100_80gb or rtx_4090.
 """
-DASHBOARD_HELP = f"""\
+DASHBOARD_HELP = """\
 reft-dashboard: a workspace and a report page in W&B of runs that were logged there
-usage: {DASHBOARD_USAGE}
+usage: reft-dashboard FOLDER [FOLDER ...] [entity=NAME] [project=NAME] [out=DIR]
+       reft-dashboard FILE.json
   FOLDER        run folders, multiruns, studies of reft-search, or what holds them
   FILE.json     what an earlier command wrote, to send it
   entity        of W&B; project: that of the runs unless given
@@ -118,9 +100,10 @@ examples:
   reft-dashboard outputs/quickstart
   reft-dashboard dashboard/dashboard.json entity=NAME
 """
-CONVERT_HELP = f"""\
+CONVERT_HELP = """\
 reft-convert: an adapter of reft_lightning, pyreft or adapters, written for another
-usage: {CONVERT_USAGE}
+usage: reft-convert FOLDER to=reft|pyreft|easysteer [out=DIR] [base=MODEL] [positions=SPEC]
+             [act_fn=NAME] [method=noreft|direft]
   FOLDER        an adapter of any of the three, or a run of reft-train
   to            reft (ours), pyreft, or easysteer (steering.json of its vLLM)
   out           a new folder; FOLDER-TO without it
@@ -133,9 +116,11 @@ examples:
   reft-convert theirs to=reft base=meta-llama/Llama-2-7b-hf positions=f5+l5
 What the other library cannot hold is said, and what it does not have is refused.
 """
-REPORT_HELP = f"""\
+REPORT_HELP = """\
 reft-report: compare runs: tables, intervals, paired tests, plots, one HTML page
-usage: {REPORT_USAGE}
+usage: reft-report FOLDER [FOLDER ...] [out=DIR] [split=test|validation] [resamples=N]
+                   [seed=N] [wandb=true] [project=NAME]
+       reft-report paper [folder=outputs] [table=N]
   FOLDER        run folders, multiruns, studies of reft-search, or what holds them
   out           where the report is written: report/ unless given
   split         the scores to compare: test where a run has it, else validation
@@ -146,9 +131,10 @@ examples:
   reft-report outputs/run/multirun_2026-11-29_10-00-00 out=report
   reft-report paper table=2         the paper's numbers next to those of your runs
 """
-SPLITS = ("validation", "test")
-TEMPLATES = ("plain", "alpaca", "chat")
+RESUME_HELP = "usage: reft-train resume=FOLDER [trust_code=true]\n"
+USAGE = re.compile(r"usage: .*(?:\n {7}.*)*")  # in these texts
 LIBRARIES = ("reft", "pyreft", "easysteer")
+WRITTEN = "the folder that reft-train wrote, such as outputs/quickstart/..."
 
 
 class UsageError(ValueError):
@@ -185,16 +171,55 @@ def _interruptible() -> Iterator[None]:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Leave with status 1 where the log has said in one line what stopped a run; what it has not said is raised."""
+    """Leave with status 2 and the reason where a run cannot start, and with 1 where its log says what stopped it."""
     try:
         yield
     except Exception as error:
         from .runs.experiment import SetupError
         from .runs.stopping import trouble_of
 
-        if isinstance(error, SetupError) or trouble_of(error) is None:
+        if isinstance(error, SetupError):
+            sys.stderr.write(f"{error}\n")
+            sys.exit(2)
+        if trouble_of(error) is None:
             raise
         sys.exit(1)
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Leave with status 2 and the message of a ``ValueError``."""
+    try:
+        yield
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)
+
+
+def _command(help_text: str) -> Callable[[Callable[[Sequence[str]], Any]], Callable[[], Any]]:
+    """Make a command of a function of its arguments: with help, a log, and errors as messages."""
+
+    def command_of(action: Callable[[Sequence[str]], Any]) -> Callable[[], Any]:
+        @wraps(action)
+        @_interruptible()
+        def command() -> None:
+            argv = sys.argv[1:]
+            if not argv or {"-h", "--help"} & set(argv):
+                (sys.stdout if argv else sys.stderr).write(help_text)
+                sys.exit(0 if argv else 2)
+            logging.basicConfig(
+                level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", handlers=[LogHandler()]
+            )
+            try:
+                action(argv)
+            except (ValueError, OSError) as error:
+                usage = USAGE.findall(help_text) if isinstance(error, UsageError) else ()
+                sys.stderr.write("\n".join([str(error), *usage, ""]))
+                sys.exit(2)
+
+        return command
+
+    return command_of
 
 
 @_interruptible()
@@ -205,7 +230,7 @@ def train() -> Any:
     """
     keys = sorted(text.partition("=")[0] for text in sys.argv[1:])
     if keys in (["resume"], ["resume", "trust_code"]):
-        return _command(_resume, RESUME_USAGE, RESUME_USAGE)
+        return _resume()
     _import_from_here()  # intervention.method=my_module.RED finds my_module.py here
     # Hydra's parser reads no argument after a flag that follows one
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda text: text not in ("-m", "--multirun"))
@@ -236,12 +261,9 @@ def _check_folder(asked: compose.Asked) -> None:
     first = next(iter(asked.runs.values()), None)
     if asked.folder is None or first is None or first.resume:
         return
-    try:
+    with _refused():
         for folder in (asked.folder, *(asked.folder.glob("[0-9]*_*/") if asked.sweep else ())):
             check_free(folder, first.overwrite)
-    except ValueError as error:
-        sys.stderr.write(f"{error}\n")
-        sys.exit(2)
 
 
 def _find_unfinished(asked: compose.Asked) -> None:
@@ -267,22 +289,19 @@ def _check_jobs(asked: compose.Asked) -> None:
     with heavy_imports():
         from .runs.build import check_jobs
 
-        try:
+        with _refused():
             check_jobs(asked.runs)
-        except ValueError as error:
-            sys.stderr.write(f"{error}\n")
-            sys.exit(2)
 
 
+@_command(RESUME_HELP)
 def _resume(argv: Sequence[str]) -> None:
-    options = _options(argv, ("resume", "trust_code"))
-    run_dir = _run_dir(options, "resume")
-    with _names_of(options) as trusted:
-        with heavy_imports():
-            from .runs import experiment
+    options = _options(argv, resume=str, trust_code=_boolean)
+    run_dir, trusted = _run_dir(options, "resume"), options.get("trust_code", False)
+    with heavy_imports():
+        from .runs import experiment
 
-        with _told():
-            experiment.resume(run_dir, trusted)
+    with _names_of(trusted), _told():
+        experiment.resume(run_dir, trusted)
 
 
 def _import_from_here() -> None:
@@ -291,13 +310,12 @@ def _import_from_here() -> None:
 
 
 @contextmanager
-def _names_of(options: dict[str, str]) -> Iterator[bool]:
+def _names_of(trusted: bool) -> Iterator[None]:
     """Read the folder of another person: its names are imported from installed packages only, unless it is trusted."""
-    trusted = _choice(options, "trust_code", ("false", "true")) == "true"
     if trusted:
         _import_from_here()
     with names_of_a_stranger(trusted):
-        yield trusted
+        yield
 
 
 def _train(config: DictConfig, job: sweep.Job) -> float | None:
@@ -317,126 +335,89 @@ def _results(config: DictConfig, run_dir: Path, job: sweep.Job) -> dict[str, Any
     with heavy_imports():
         from .runs.devices import check_accelerator
 
-        try:
+        with _refused():
             check_accelerator(config.trainer.accelerator)  # torch alone takes a fifth of what follows
-        except ValueError as error:
-            sys.stderr.write(f"{error}\n")
-            sys.exit(2)
         from .runs import experiment
         from .runs.shared_base import present_lane
         from .runs.wandb_names import filed, label
 
     lane = present_lane()
-    try:
-        command = ["reft-train", *own_process.job_arguments(sys.argv[1:])]
-        run = compose.to_config(config)
-        run = filed(run, name=label(run, compose.differing(HydraConfig.get().overrides.task)))
-        if lane is not None:
-            run = filed(run, reinit="create_new")  # one W&B run a job, though others are open
-        with nullcontext() if own_process.in_sweep() else _told():
-            return experiment.run(run, run_dir, _experiment(), command=command, lane=lane)
-    except experiment.SetupError as error:
-        if own_process.in_sweep():
-            raise  # the other jobs go on
-        sys.stderr.write(f"{error}\n")
-        sys.exit(2)
+    command = ["reft-train", *own_process.job_arguments(sys.argv[1:])]
+    run = compose.to_config(config)
+    run = filed(run, name=label(run, compose.differing(HydraConfig.get().overrides.task)))
+    if lane is not None:
+        run = filed(run, reinit="create_new")  # one W&B run a job, though others are open
+    chosen = HydraConfig.get().runtime.choices.get("experiment")
+    with nullcontext() if own_process.in_sweep() else _told():  # of a sweep, the other jobs go on
+        return experiment.run(run, run_dir, chosen, command=command, lane=lane)
 
 
-def _experiment() -> str | None:
-    return HydraConfig.get().runtime.choices.get("experiment")
-
-
-def evaluate() -> None:
+@_command(EVAL_HELP)
+def evaluate(argv: Sequence[str]) -> None:
     """Evaluate the adapter of a finished run again."""
-    _command(_evaluate, EVAL_USAGE, EVAL_HELP)
-
-
-def _evaluate(argv: Sequence[str]) -> None:
-    options = _options(argv, ("run", "split", "limit", "trust_code"))
+    options = _options(
+        argv, run=str, split=_one_of("validation", "test"), limit=_at_least(1), trust_code=_boolean
+    )
     run_dir = _run_dir(options)
-    split = _choice(options, "split", SPLITS)
-    limit = _count(options, "limit")
     with heavy_imports():
         from .runs.evaluate import evaluate as evaluate_run
 
-    with _names_of(options):
-        evaluate_run(run_dir, split, limit)
+    with _names_of(options.pop("trust_code", False)):
+        evaluate_run(run_dir, options.get("split", "validation"), options.get("limit"))
 
 
-def chat() -> None:
+@_command(CHAT_HELP)
+def chat(argv: Sequence[str]) -> None:
     """Talk to the model of a finished run."""
-    _command(_chat, CHAT_USAGE, CHAT_HELP)
-
-
-def _chat(argv: Sequence[str]) -> None:
-    options = _options(argv, ("run", "max_new_tokens", "template", "trust_code"))
+    templates = _one_of("plain", "alpaca", "chat")
+    options = _options(argv, run=str, max_new_tokens=_at_least(1), template=templates, trust_code=_boolean)
     run_dir = _run_dir(options)
-    template = _choice(options, "template", TEMPLATES) if "template" in options else None
-    max_new_tokens = _count(options, "max_new_tokens") or 64
     with heavy_imports():
         from .runs import chat as conversation
 
-    with _names_of(options):
-        conversation.main(run_dir, max_new_tokens, template)
-
-
-def inspect() -> None:
-    """Show what the adapter of a run does inside its model."""
-    _command(_inspect, INSPECT_USAGE, INSPECT_HELP)
-
-
-def _is_folder(text: str) -> bool:
-    """Whether an argument is a folder and no option; the jobs of a sweep are called 0_seed=1."""
-    return "=" not in text or Path(text).is_dir()
+    with _names_of(options.pop("trust_code", False)):
+        conversation.main(run_dir, options.get("max_new_tokens", 64), options.get("template"))
 
 
 def _plan(argv: Sequence[str]) -> None:
-    own = ("prompt", "target", "gpu")
-    mine = [text for text in argv if text.partition("=")[0] in own]
-    options = _options(mine, own)
+    readers = {"prompt": _at_least(1), "target": _at_least(1), "gpu": str}
+    mine = [text for text in argv if text.partition("=")[0] in readers]
+    options = _options(mine, **readers)
     if "target" in options and "prompt" not in options:
         raise UsageError("target=N is the length of what follows a prompt: add prompt=N")
     _import_from_here()
-    counts = {name: _count(options, name) for name in ("prompt", "target")}
     with heavy_imports():
         from .inspection import plan
-    plan.main([text for text in argv if text not in mine], gpu=options.get("gpu"), **counts)
+    plan.main([text for text in argv if text not in mine], **options)
 
 
-def _inspect(argv: Sequence[str]) -> None:
+@_command(INSPECT_HELP)
+def inspect(argv: Sequence[str]) -> None:
+    """Show what the adapter of a run does inside its model."""
     if argv[0] == "plan":
         _plan(argv[1:])
         return
-    folders = [Path(text) for text in argv if _is_folder(text)]
     data = [text for text in argv if text.startswith("data.")]
-    rest = [text for text in argv if not _is_folder(text) and text not in data]
-    options = _options(rest, ("rows", "forget", "text", "out", "trust_code"))
-    if not folders:
-        raise UsageError(
-            "FOLDER is missing: the folder that reft-train wrote, such as outputs/quickstart/..."
-        )
+    folders, options = _folders_and_options(
+        [text for text in argv if text not in data],
+        rows=_at_least(1), forget=str, text=Path, out=Path, trust_code=_boolean,
+    )  # fmt: skip
     for folder in folders:
         if not folder.is_dir():
             raise UsageError(no_such_folder(folder))
     if data and "forget" not in options:
         raise UsageError(f"{data[0]} is a key of the rows that forget=NAME names; add forget=NAME")
-    forget = [f"data={options['forget']}", *data] if "forget" in options else []
-    given: dict[str, Any] = {name: Path(options[name]) for name in ("text", "out") if name in options}
-    if (rows := _count(options, "rows")) is not None:
-        given["rows"] = rows
+    forget = [f"data={options.pop('forget')}", *data] if "forget" in options else []
     with heavy_imports():
         from .inspection import command
 
-    with _names_of(options):
-        command.main(folders, forget=forget, **given)
+    with _names_of(options.pop("trust_code", False)):
+        command.main(folders, forget=forget, **options)
 
 
-def serve() -> None:
+@_command(SERVE_HELP)
+def serve(argv: Sequence[str]) -> None:
     """Answer requests with the adapters of some runs."""
-    _command(_serve, SERVE_USAGE, SERVE_HELP)
-
-
-def _serve(argv: Sequence[str]) -> None:
     folders: dict[str, Path] = {}
     rest = []
     for text in argv:
@@ -455,27 +436,26 @@ def _serve(argv: Sequence[str]) -> None:
         if name in folders:
             raise UsageError(f"two folders are called {name!r}: name one of them, adapters.NAME={folder}")
         folders[name] = folder
-    options = _options(rest, ("model", "host", "port", "max_batch", "trust_code"))
+    options = _options(
+        rest, model=str, host=str, port=_at_least(1), max_batch=_at_least(1), trust_code=_boolean
+    )
     if not folders:
-        raise UsageError(
-            "FOLDER is missing: the folder that reft-train wrote, such as outputs/quickstart/..."
-        )
-    given: dict[str, Any] = {name: options[name] for name in ("model", "host") if name in options}
-    given |= {name: _count(options, name) for name in ("port", "max_batch") if name in options}
-    if given.get("port", 1) > 65535:
-        raise UsageError(f"port must be at most 65535; got {given['port']}")
+        raise UsageError(f"FOLDER is missing: {WRITTEN}")
+    if options.get("port", 1) > 65535:
+        raise UsageError(f"port must be at most 65535; got {options['port']}")
     with heavy_imports():
         from .serving import command
 
-    with _names_of(options):
-        command.main(folders, **given)
+    with _names_of(options.pop("trust_code", False)):
+        command.main(folders, **options)
 
 
 def judge() -> None:
     """Compare a model's outputs with those of a reference model, and print the win rate."""
     from .reporting.judging import command as judging
 
-    _command(lambda argv: judging.main(_options(argv, judging.OPTIONS)), judging.USAGE, judging.HELP)
+    command = _command(judging.HELP)
+    command(lambda argv: judging.main(_options(argv, **dict.fromkeys(judging.OPTIONS, str))))()
 
 
 def search() -> None:
@@ -483,66 +463,54 @@ def search() -> None:
     from .search import command as searching
 
     _import_from_here()  # the methods of a search may be the user's own
-    _command(searching.main, searching.USAGE, searching.HELP)
+    _command(searching.HELP)(searching.main)()
 
 
-def report() -> None:
+@_command(REPORT_HELP)
+def report(argv: Sequence[str]) -> None:
     """Compare runs with each other; or, as ``reft-report paper``, with what the paper prints."""
-    _command(_report, REPORT_USAGE, REPORT_HELP)
-
-
-def _report(argv: Sequence[str]) -> None:
-    what, *rest = argv
-    if what == "paper":
-        options = _options(rest, ("folder", "table"))
+    if argv[0] == "paper":
+        options = _options(argv[1:], folder=str, table=str)
         from .reporting.paper import table
 
         table.main(options)
         return
-    folders = [Path(text) for text in argv if _is_folder(text)]
-    known = ("out", "split", "resamples", "seed", "wandb", "project")
-    options = _options([text for text in argv if not _is_folder(text)], known)
-    if not folders:
-        raise UsageError("FOLDER is missing: runs, multiruns, studies, or what holds them")
-    given: dict[str, Any] = {name: options[name] for name in ("project",) if name in options}
-    given |= {"out": Path(options["out"])} if "out" in options else {}
-    given |= {"split": _choice(options, "split", SPLITS)} if "split" in options else {}
-    for name, least in (("resamples", 1), ("seed", 0)):
-        given |= {name: _count(options, name, least)} if name in options else {}
-    given["wandb"] = _choice(options, "wandb", ("false", "true")) == "true"
+    folders, options = _folders_and_options(
+        argv, "runs, multiruns, studies, or what holds them",
+        out=Path, split=_one_of("validation", "test"), resamples=_at_least(1), seed=_at_least(0), wandb=_boolean,
+        project=str,
+    )  # fmt: skip
     from .reporting import command
 
-    command.main(folders, **given)
+    command.main(folders, **options)
 
 
-def dashboard() -> None:
+@_command(DASHBOARD_HELP)
+def dashboard(argv: Sequence[str]) -> None:
     """Make a workspace and a report page in W&B of runs that were logged there."""
-    _command(_dashboard, DASHBOARD_USAGE, DASHBOARD_HELP)
-
-
-def _dashboard(argv: Sequence[str]) -> None:
-    folders = [Path(text) for text in argv if _is_folder(text)]
-    options = _options([text for text in argv if not _is_folder(text)], ("entity", "project", "out"))
-    if not folders:
-        raise UsageError("FOLDER is missing: a run, a sweep, or a study")
+    folders, options = _folders_and_options(
+        argv, "a run, a sweep, or a study", entity=str, project=str, out=Path
+    )
     for folder in folders:
         if not folder.exists():
             siblings = [str(path) for path in folder.parent.glob("*")]  # a file of views, too
             raise UsageError(f"{folder}: no such folder{did_you_mean(str(folder), siblings)}")
     from .reporting import dashboard as making
 
-    making.main(folders, Path(options.get("out", "dashboard")), options.get("entity"), options.get("project"))
+    out = options.get("out", Path("dashboard"))
+    making.main(folders, out, options.get("entity"), options.get("project"))
 
 
-def convert() -> None:
+@_command(CONVERT_HELP)
+def convert(argv: Sequence[str]) -> None:
     """Write an adapter of one library for another."""
-    _command(_convert, CONVERT_USAGE, CONVERT_HELP)
-
-
-def _convert(argv: Sequence[str]) -> None:
     folders = [Path(text) for text in argv if _is_folder(text)]
-    names = ("to", "out", "base", "positions", "act_fn", "method")
-    options = _options([text for text in argv if not _is_folder(text)], names)
+    readers = {
+        "to": _one_of(*LIBRARIES),
+        "out": Path,
+        **dict.fromkeys(("base", "positions", "act_fn", "method"), str),
+    }
+    options = _options([text for text in argv if not _is_folder(text)], **readers)
     if len(folders) != 1 or not folders[0].is_dir():
         siblings = [str(path) for folder in folders for path in folder.parent.glob("*/")]
         given = " ".join(map(str, folders))
@@ -552,69 +520,77 @@ def _convert(argv: Sequence[str]) -> None:
         )
     if "to" not in options:
         raise UsageError(f"to=... is missing: one of {', '.join(LIBRARIES)}")
-    to = _choice(options, "to", LIBRARIES)
-    out = Path(options.get("out", f"{folders[0].resolve().name}-{to}"))
+    options.setdefault("out", Path(f"{folders[0].resolve().name}-{options['to']}"))
     with heavy_imports():
         from .exchange import command
 
-    given = {name: options[name] for name in ("base", "positions", "act_fn", "method") if name in options}
-    command.main(folders[0], to, out, **given)
+    command.main(folders[0], **options)
 
 
-@_interruptible()
-def _command(action: Callable[[Sequence[str]], Any], usage: str, help_text: str) -> None:
-    argv = sys.argv[1:]
-    if not argv or {"-h", "--help"} & set(argv):
-        (sys.stdout if argv else sys.stderr).write(help_text)
-        sys.exit(0 if argv else 2)
-    logging.basicConfig(
-        level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", handlers=[LogHandler()]
-    )
-    try:
-        action(argv)
-    except UsageError as error:
-        sys.stderr.write(f"{error}\nusage: {usage}\n")
-        sys.exit(2)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
-        sys.exit(2)
+def _options(argv: Sequence[str], **readers: Callable[[str], Any]) -> dict[str, Any]:
+    """Return the options that are given, each as its reader makes it of a text.
 
-
-def _options(argv: Sequence[str], allowed: Sequence[str]) -> dict[str, str]:
-    options: dict[str, str] = {}
+    Raises:
+        UsageError: for an option without a reader, or a text that its reader refuses.
+    """
+    options: dict[str, Any] = {}
     for argument in argv:
         name, equals, value = argument.partition("=")
         if not equals:
-            hint = f"; for a folder write {allowed[0]}={argument}" if Path(argument).is_dir() else ""
+            hint = f"; for a folder write {next(iter(readers))}={argument}" if Path(argument).is_dir() else ""
             raise UsageError(f"arguments are written key=value; got {argument!r}{hint}")
-        if name not in allowed:
+        if name not in readers:
             raise UsageError(
-                f"unknown argument {name!r}; known are {', '.join(allowed)}{did_you_mean(name, allowed)}"
+                f"unknown argument {name!r}; known are {', '.join(readers)}{did_you_mean(name, readers)}"
             )
-        options[name] = value
+        try:
+            options[name] = readers[name](value)
+        except UsageError as error:
+            raise UsageError(f"{name} must be {error}") from error
     return options
 
 
-def _choice(options: dict[str, str], name: str, allowed: Sequence[str]) -> str:
-    value = options.get(name, allowed[0])
-    if value not in allowed:
-        hint = did_you_mean(value, allowed)
-        raise UsageError(f"{name} must be one of {', '.join(allowed)}; got {value!r}{hint}")
-    return value
+def _folders_and_options(
+    argv: Sequence[str], what: str = WRITTEN, **readers: Callable[[str], Any]
+) -> tuple[list[Path], dict[str, Any]]:
+    """Return the folders among the arguments, one at least, and the options."""
+    folders = [Path(text) for text in argv if _is_folder(text)]
+    options = _options([text for text in argv if not _is_folder(text)], **readers)
+    if not folders:
+        raise UsageError(f"FOLDER is missing: {what}")
+    return folders, options
 
 
-def _count(options: dict[str, str], name: str, least: int = 1) -> int | None:
-    value = options.get(name)
-    if value is not None and not (value.isdecimal() and int(value) >= least):
-        raise UsageError(f"{name} must be an integer, {least} or more; got {value!r}")
-    return None if value is None else int(value)
+def _is_folder(text: str) -> bool:
+    """Whether an argument is a folder and no option; the jobs of a sweep are called 0_seed=1."""
+    return "=" not in text or Path(text).is_dir()
 
 
-def _run_dir(options: dict[str, str], key: str = "run") -> Path:
+def _one_of(*allowed: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in allowed:
+            raise UsageError(f"one of {', '.join(allowed)}; got {text!r}{did_you_mean(text, allowed)}")
+        return text
+
+    return read
+
+
+def _boolean(text: str) -> bool:
+    return _one_of("false", "true")(text) == "true"
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not (text.isdecimal() and int(text) >= least):
+            raise UsageError(f"an integer, {least} or more; got {text!r}")
+        return int(text)
+
+    return read
+
+
+def _run_dir(options: dict[str, Any], key: str = "run") -> Path:
     if not options.get(key):
-        raise UsageError(
-            f"{key}=FOLDER is missing: the folder that reft-train wrote, such as outputs/quickstart/..."
-        )
+        raise UsageError(f"{key}=FOLDER is missing: {WRITTEN}")
     folder = Path(options[key])
     if not folder.is_dir():
         raise UsageError(f"{key}={no_such_folder(folder)}")
