@@ -19,8 +19,8 @@ import torch
 import reft_lightning.runs
 from reft_lightning import cli
 from reft_lightning.config import compose
-from reft_lightning.config.explain import ALIASES, keys
-from reft_lightning.config.schema import BOUNDS, Config
+from reft_lightning.config.explain import ALIASES
+from reft_lightning.config.schema import BOUNDS, Config, keys
 from reft_lightning.runs import sweep
 
 

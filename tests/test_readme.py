@@ -44,7 +44,7 @@ from reft_lightning import cli
 from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.base_models.processors import load_processor
 from reft_lightning.config import compose
-from reft_lightning.config.explain import keys
+from reft_lightning.config.schema import keys
 from reft_lightning.data import FAMILIES
 from reft_lightning.reporting import command as reporting
 from reft_lightning.reporting.judging import command as judging

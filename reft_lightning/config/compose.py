@@ -13,7 +13,6 @@ import itertools
 import operator
 import os
 import sys
-import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -33,6 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
+    MissingMandatoryValue,
     OmegaConfBaseException,
     ValidationError,
 )
@@ -65,11 +65,8 @@ more:
   each run prints how to chat with it, evaluate it again and repeat it; README.md and docs/
 """
 HELP_WIDTH = 96
-FIRST = {
-    "model": "smollm2_135m",
-    "experiment": "quickstart",
-    "intervention": "loreft",
-}  # newcomers want these
+# newcomers want these
+FIRST = {"model": "smollm2_135m", "experiment": "quickstart", "intervention": "loreft"}
 NAME_LENGTH = 150  # bytes of the name of a job's folder
 JOINT = ("experiment", "model", "intervention", "data")  # one of these may suit another or not
 SWEEPER = "hydra.sweeper.params."  # before a key that a plugin sweeps
@@ -318,27 +315,29 @@ def _parse(overrides: Iterable[str]) -> list[Override]:
 def _runs(overrides: Sequence[str], sweep: bool) -> Iterator[tuple[str, list[str]]]:
     """Yield (choices, overrides) of each run to check."""
     parsed = _parse(overrides)
-    sweeping = [o for o in parsed if o.is_sweep_override()]
+    sweeping = [i for i, o in enumerate(parsed) if o.is_sweep_override()]
     if sweeping and not sweep and "MULTIRUN" not in _modes(parsed):
-        raise _several_values(sweeping[0], "add --multirun to run each, or write a list as")
-    choices: dict[int, list[str]] = {}
-    for o in sweeping:
-        # An interval is for a sweeper to draw from: there is nothing to compose yet.
-        values = o.sweep_string_iterator() if o.is_discrete_sweep() else ()
-        choices[id(o)] = [f"{o.get_key_element()}={value}" for value in values]
-    first = {id(o): choices.get(id(o), [str(o.input_line)])[:1] for o in parsed}
+        raise _several_values(parsed[sweeping[0]], "add --multirun to run each, or write a list as")
+    choices = [_choices(o) for o in parsed]
 
-    def run(changed: Mapping[int, str]) -> tuple[str, list[str]]:
-        texts = [text for o in parsed for text in ([changed[id(o)]] if id(o) in changed else first[id(o)])]
-        shown = [text for o in sweeping for text in ([changed[id(o)]] if id(o) in changed else first[id(o)])]
-        return " ".join(shown), texts
+    def run(chosen: Mapping[int, str]) -> tuple[str, list[str]]:
+        texts = {i: chosen.get(i, own[0]) for i, own in enumerate(choices) if own}
+        return " ".join(texts[i] for i in sweeping if i in texts), list(texts.values())
 
-    joint = [o for o in sweeping if o.key_or_group.partition(".")[0] in JOINT and choices[id(o)]]
-    for chosen in itertools.product(*(choices[id(o)] for o in joint)):
-        yield run({id(o): choice for o, choice in zip(joint, chosen, strict=True)})
-    for other in (o for o in sweeping if o not in joint):
-        for choice in choices[id(other)][1:]:
-            yield run({id(other): choice})
+    joint = [i for i in sweeping if choices[i] and parsed[i].key_or_group.partition(".")[0] in JOINT]
+    for chosen in itertools.product(*(choices[i] for i in joint)):
+        yield run(dict(zip(joint, chosen, strict=True)))
+    for i in sweeping:
+        for text in choices[i][1:] if i not in joint else ():
+            yield run({i: text})
+
+
+def _choices(override: Override) -> list[str]:
+    """Return the overrides of single runs; none of an interval, of which a sweeper draws."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    values = override.sweep_string_iterator() if override.is_discrete_sweep() else ()
+    return [f"{override.get_key_element()}={value}" for value in values]
 
 
 def _several_values(override: Override, instead: str) -> CompositionError:
@@ -371,9 +370,15 @@ def _compose(
             OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise CompositionError(_explain(error, overrides, vocabulary)) from error
-    _check_fields(config, overrides, vocabulary)
     try:
         composed = to_config(config)
+    except MissingMandatoryValue as error:
+        key = error.full_key
+        raise CompositionError(
+            _no_model(overrides, vocabulary)
+            if key == "model.name"
+            else f"{key} has no value: write {key}=..."
+        ) from error
     except OmegaConfBaseException as error:
         where = error.full_key or "the configuration"
         raise CompositionError(f"{where}: {str(error).splitlines()[0]}") from error
@@ -409,24 +414,6 @@ def _check_override(override: Override, vocabulary: Vocabulary) -> None:
             raise CompositionError(vocabulary.unknown_key(name, text))
     elif override.is_delete():
         raise CompositionError(f"{text}: a key of the schema cannot be deleted; set {name}=null instead")
-
-
-def _check_fields(
-    config: DictConfig, overrides: Sequence[str], vocabulary: Vocabulary, cls: type = Config, prefix: str = ""
-) -> None:
-    hints = typing.get_type_hints(cls)
-    fields = [field.name for field in dataclasses.fields(cls)]
-    for name in config:
-        if name not in fields:
-            raise CompositionError(vocabulary.unknown_key(f"{prefix}{name}", "the configuration"))
-    for name in fields:
-        if OmegaConf.is_missing(config, name):
-            if f"{prefix}{name}" == "model.name":
-                raise CompositionError(_no_model(overrides, vocabulary))
-            raise CompositionError(f"{prefix}{name} has no value: write {prefix}{name}=...")
-        if dataclasses.is_dataclass(hints[name]):
-            inside = typing.cast(type, hints[name])
-            _check_fields(config[name], overrides, vocabulary, inside, f"{prefix}{name}.")
 
 
 def _check_values(config: Config) -> None:

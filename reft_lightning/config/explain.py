@@ -5,7 +5,6 @@ Error messages are made here, so that each names what was written, where, the ne
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import typing
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 import yaml
 
 from ..suggest import did_you_mean
-from .schema import Config
+from .schema import keys
 
 # Words for the types of the schema, as an error message says them.
 TYPES = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
@@ -54,18 +53,6 @@ ALIASES = {
     "gpus": "trainer.devices",
     "r": "intervention.rank",
 }
-
-
-def keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
-    """Return every key of the schema, dotted, with its type."""
-    found: dict[str, Any] = {}
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        name, hint = f"{prefix}{field.name}", hints[field.name]
-        found[name] = hint
-        if dataclasses.is_dataclass(hint):
-            found.update(keys(typing.cast(type, hint), f"{name}."))
-    return found
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import typing
 from collections.abc import Mapping
 from functools import cache
 from pathlib import PurePath
 from typing import Any
 
 from ..adapters.methods import method_named
-from .schema import WATCHING, Config
+from .schema import WATCHING, Config, marks
 
 
 def identity(config: Config | Mapping[str, Any], *, seed: bool = True) -> dict[str, Any]:
@@ -122,21 +121,8 @@ def _defaults() -> dict[str, Any]:
     return flat(dataclasses.asdict(Config()))
 
 
-@cache
-def _marks(cls: type = Config, prefix: str = "") -> dict[str, str]:
-    hints = typing.get_type_hints(cls)
-    found: dict[str, str] = {}
-    for field in dataclasses.fields(cls):
-        name, hint = f"{prefix}{field.name}", hints[field.name]
-        if "identity" in field.metadata:
-            found[name] = field.metadata["identity"]
-        if dataclasses.is_dataclass(hint):
-            found |= _marks(typing.cast(type, hint), f"{name}.")
-    return found
-
-
 def _mark(key: str) -> str:
     """Return the mark of a key, or that of the section it lies in."""
     parts = key.split(".")
-    marks = _marks()
-    return next((marks[p] for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in marks), "result")
+    sections = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((marks()[name] for name in sections if name in marks()), "result")

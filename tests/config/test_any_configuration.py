@@ -1,8 +1,7 @@
 """Whatever is written on the command line: one message that teaches, or a run that reaches its weights."""
 
-import dataclasses
 import string
-import typing
+from dataclasses import is_dataclass
 
 import pytest
 import short_runs
@@ -11,21 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reft_lightning.config import compose
-from reft_lightning.config.schema import CHOICES, Config
+from reft_lightning.config.schema import CHOICES, keys
 from reft_lightning.runs import build, experiment
 
 
 class WeightsReached(Exception):
     pass
-
-
-def keys(cls=Config, prefix=""):
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from keys(hints[field.name], f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}"
 
 
 # what these name is read or made on purpose, or asks for another machine
@@ -37,7 +27,7 @@ NOT_DRAWN = {
     "data.validation_path",
     "data.test_path",
 }
-KEYS = sorted(set(keys()) - NOT_DRAWN)
+KEYS = sorted({key for key, hint in keys().items() if not is_dataclass(hint)} - NOT_DRAWN)
 GROUPS = [
     "intervention",
     "data",

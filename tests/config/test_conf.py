@@ -6,8 +6,8 @@ from operator import attrgetter
 import pytest
 
 from reft_lightning.config.compose import CompositionError, compose, composing, config_dir
-from reft_lightning.config.explain import Vocabulary, keys
-from reft_lightning.config.schema import CHOICES, Config
+from reft_lightning.config.explain import Vocabulary
+from reft_lightning.config.schema import CHOICES, Config, keys
 
 CONF = config_dir()
 VOCABULARY = Vocabulary([CONF])

@@ -7,9 +7,8 @@ import pytest
 from lightning import Callback
 
 from reft_lightning.config.compose import compose
-from reft_lightning.config.explain import keys
 from reft_lightning.config.identity import config_hash, differences, identity
-from reft_lightning.config.schema import WATCHING
+from reft_lightning.config.schema import WATCHING, keys
 
 TINY = ["model=tiny_random", "data=boolq"]
 LOCAL = ["data.source=local", "data.path=rows"]
@@ -91,8 +90,15 @@ def test_only_places_of_files_that_exist_become_absolute(monkeypatch, tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "mixture.json").touch()
     monkeypatch.chdir(tmp_path)
-    found = config(*LOCAL, "data.mixture=mixture.json", "model.source=local", "model.path=weights")
+    found = config(
+        *LOCAL,
+        "data.mixture=mixture.json",
+        "data.image_folder=rows",
+        "model.source=local",
+        "model.path=weights",
+    )
     assert (found.data.path, found.data.mixture) == (str(tmp_path / "rows"), str(tmp_path / "mixture.json"))
+    assert found.data.image_folder == str(tmp_path / "rows")
     assert (found.model.path, found.model.tokenizer) == ("weights", "bytes")
 
 
