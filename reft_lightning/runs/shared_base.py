@@ -131,13 +131,7 @@ class Lane(Callback):
         return self.shared.base_model(load)
 
     def training_pass(self, model: Any, rows: Any, alone: Callable[..., Any] | None) -> Callable[..., Any]:
-        """Return the pass of this run in training.
-
-        Args:
-            model: the adapted model.
-            rows: its encoded train rows.
-            alone: its pass without the others; None for the model's own.
-        """
+        """Return the pass of this run in training; ``alone``: that without the others, None for the model's own."""
         self.shared.adapters[self.name] = Trained(model, rows)
         self._alone = alone or (lambda inputs, rows, boundary: model(**inputs))
         return self
@@ -160,23 +154,11 @@ class Lane(Callback):
         if self._joined:
             self.shared.ask(self.name, BACKWARD)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """End where all are to end."""
-        self._check_stopping()
-
-    def on_validation_batch_start(self, *arguments: Any, **more: Any) -> None:
-        """End where all are to end."""
-        self._check_stopping()
-
-    def on_test_batch_start(self, *arguments: Any, **more: Any) -> None:
-        """End where all are to end."""
-        self._check_stopping()
-
-    def _check_stopping(self) -> None:
+    def _end_with_all(self, *arguments: Any, **more: Any) -> None:
         if self.shared.turns.stopping:
             raise SIGTERMException
+
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = _end_with_all
 
 
 def base_of(config: Config) -> str:

@@ -58,24 +58,14 @@ class StopTogether(Callback):
     def __init__(self) -> None:
         self.told = False
 
-    def _listen(self, trainer: Trainer) -> None:
+    def _listen(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._note)  # Lightning restores the earlier one after its loop
 
     def _note(self, number: int, frame: Any) -> None:
         self.told = True
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen."""
-        self._listen(trainer)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen."""
-        self._listen(trainer)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen."""
-        self._listen(trainer)
+    on_train_start = on_validation_start = on_test_start = _listen
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

@@ -52,7 +52,12 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Note the state after a whole batch, which is saved every n steps."""
         stepped = trainer.global_step > self._step
-        self._note(trainer, pl_module, stepped)
+        self._step = trainer.global_step
+        self._random = random_state(pl_module.device)
+        loader: Any = trainer.train_dataloader
+        self._loaders = [loader.state_dict()]
+        named = {} if stepped else dict(pl_module.named_parameters())
+        self._gradients = {n: p.grad.detach().clone() for n, p in named.items() if p.grad is not None}
         self._due = bool(stepped and self.every_n_steps and trainer.global_step % self.every_n_steps == 0)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,14 +120,6 @@ class LastCheckpoint(Checkpoint):
                 if name in self._gradients:
                     parameter.grad = self._gradients[name].to(parameter.device)
             self._resumed = False
-
-    def _note(self, trainer: Trainer, module: LightningModule, stepped: bool) -> None:
-        self._step = trainer.global_step
-        self._random = random_state(module.device)
-        loader: Any = trainer.train_dataloader
-        self._loaders = [loader.state_dict()]
-        named = {} if stepped else dict(module.named_parameters())
-        self._gradients = {n: p.grad.detach().clone() for n, p in named.items() if p.grad is not None}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next batch depends on besides the loops."""

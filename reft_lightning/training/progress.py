@@ -42,19 +42,13 @@ class RunProgress(ProgressBar):
             values = (f"{name} {float(value):.4g}" for name, value in trainer.progress_bar_metrics.items())
             self._training.show(trainer.global_step, " ".join(values))
 
-    def on_train_end(self, *arguments: Any) -> None:
-        """Remove the bar."""
-        self._close()
-
-    def on_exception(self, *arguments: Any) -> None:
-        """Remove all bars."""
-        self._close()
-
-    def _close(self) -> None:
+    def _close(self, *arguments: Any, **more: Any) -> None:
         for bar in (self._evaluation, self._training):
             if bar is not None:
                 bar.close()
         self._evaluation = self._training = None
+
+    on_train_end = on_exception = _close
 
     # --- evaluation -----------------------------------------------------------------------------------------
 
@@ -71,25 +65,15 @@ class RunProgress(ProgressBar):
         whose = "frozen base, " if module.prefix else ""
         self._evaluation = self._open(f"{whose}{what}", sum(batches))
 
-    def on_validation_batch_end(self, *arguments: Any) -> None:
-        """Count a batch."""
+    def _count(self, *arguments: Any, **more: Any) -> None:
         if self._evaluation is not None:
             self._evaluation.advance()
 
-    def on_test_batch_end(self, *arguments: Any) -> None:
-        """Count a batch."""
-        if self._evaluation is not None:
-            self._evaluation.advance()
+    on_validation_batch_end = on_test_batch_end = _count
 
-    def on_validation_end(self, *arguments: Any) -> None:
-        """Remove the bar."""
-        self._close_evaluation()
-
-    def on_test_end(self, *arguments: Any) -> None:
-        """Remove the bar."""
-        self._close_evaluation()
-
-    def _close_evaluation(self) -> None:
+    def _end(self, *arguments: Any, **more: Any) -> None:
         if self._evaluation is not None:
             self._evaluation.close()
             self._evaluation = None
+
+    on_validation_end = on_test_end = _end

@@ -238,7 +238,10 @@ def test_samples_are_those_of_the_seed_and_stop_where_they_should(objects):
 def test_an_edit_learns_answers_that_the_frozen_model_does_not_give(rows, tmp_path):
     """The base is trained here to name colours; the edit of its encoder learns to call each by the next one's name."""
     base = tmp_path / "base"
-    taught = config(rows(), "intervention=full", "optimizer.lr=3e-3", "trainer.max_epochs=40", "seed=1")
+    sparse = "trainer.check_val_every_n_epoch=20"
+    taught = config(
+        rows(), "intervention=full", "optimizer.lr=3e-3", "trainer.max_epochs=40", "seed=1", sparse
+    )
     objects = build(taught)
     results = experiment.run(taught, base)
     assert results["metrics"]["test/accuracy"] == 1.0
@@ -250,7 +253,7 @@ def test_an_edit_learns_answers_that_the_frozen_model_does_not_give(rows, tmp_pa
         "data.prompt=question", "data.target=reply", "data.options=options", "data.batch_size=16",
         "decoding.max_new_tokens=8", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false",
         "intervention.positions=all", "intervention.rank=4", "optimizer.lr=2e-2", "trainer.max_epochs=40",
-        "evaluate_base=true",
+        "evaluate_base=true", sparse,
     ])  # fmt: skip
     results = experiment.run(learns, run)
     assert results["metrics"]["base/test/accuracy"] == 0.0
