@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,13 +11,11 @@ from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PretrainedConfi
 
 from ..adapters.adapted import AdaptedModel
 from ..config.schema import Config
-from ..data import AnyFamily, Family
+from ..data import AnyFamily
 from ..data.benchmark_data import BenchmarkData
 from ..data.classification_data import ClassificationData
-from ..data.example import Example
 from ..data.generation_data import GenerationData
 from ..data.image_data import ImageData
-from ..data.option_batches import option_batches
 from ..data.preferences import PreferenceData
 from ..data.text_to_text import TextToTextData
 from ..evaluation import generate, write
@@ -58,47 +55,39 @@ class Kind:
 
 
 def _generation(
-    config: Config, run: Prepared, model: AdaptedModel, training_pass: Any, two_texts: bool = False
+    config: Config,
+    run: Prepared,
+    model: AdaptedModel,
+    training_pass: Any,
+    cls: type[GenerationModule] = GenerationModule,
 ) -> GenerationModule:
-    data, family = run.data, run.family
-    assert isinstance(family, Family)
     assert run.decoding is not None
-    options = partial(option_batches, run.tokenizer, max_length=data.max_length, two_texts=two_texts)
-    commonest = commonest_answers(data.train_rows.examples) if family.score else {}
-    return (TextToTextModule if two_texts else GenerationModule)(
-        model, run.tokenizer, family, data.val_tasks, data.test_tasks, run.optimization, run.decoding,
-        options if config.option_likelihood else None, commonest, training_pass, run.objective,
-    )  # fmt: skip
+    return cls(
+        model,
+        run.data,
+        run.optimization,
+        run.decoding,
+        run.objective,
+        config.option_likelihood,
+        training_pass,
+    )
 
 
 def _classification(
     config: Config, run: Prepared, model: AdaptedModel, training_pass: Any
 ) -> ClassificationModule:
     assert isinstance(run.data, ClassificationData)
-    return ClassificationModule(
-        model, run.tokenizer, run.data, run.optimization, training_pass, run.class_order
-    )
+    return ClassificationModule(model, run.data, run.optimization, training_pass, run.class_order)
 
 
 def _preference(config: Config, run: Prepared, model: AdaptedModel, training_pass: Any) -> RewardModule:
-    data = run.data
-    return RewardModule(
-        model, data.val_tasks, data.test_tasks, run.optimization, run.objective, training_pass
-    )
-
-
-def commonest_answers(examples: Iterable[Example]) -> dict[str, str]:
-    """Return the commonest answer of each task's training rows, of rows that offer options."""
-    answers: dict[str, Counter[str]] = {}
-    for example in (example for example in examples if example.options):
-        answers.setdefault(example.task, Counter())[example.answer] += 1
-    return {task: counts.most_common(1)[0][0] for task, counts in answers.items()}
+    return RewardModule(model, run.data, run.optimization, run.objective, training_pass)
 
 
 KINDS = {
     "generation": Kind("causal_lm", GenerationData, _generation, generates=True),
     "text_to_text": Kind(
-        "seq2seq_lm", TextToTextData, partial(_generation, two_texts=True), generates=True, write=write
+        "seq2seq_lm", TextToTextData, partial(_generation, cls=TextToTextModule), generates=True, write=write
     ),
     "vision": Kind("image_text_to_text", ImageData, _generation, generates=True, sees=True,
                    unused=("target_tokens",)),

@@ -38,7 +38,6 @@ class ClassificationModule(FinetuningModule):
 
     Args:
         model: an :class:`~reft_lightning.adapters.adapted.AdaptedModel` whose base is a sequence classifier.
-        tokenizer: of its base model.
         data: names the task and its measures; its train rows are read.
         optimization: optimizer and schedule.
         training_pass: see :class:`FinetuningModule`.
@@ -48,15 +47,13 @@ class ClassificationModule(FinetuningModule):
     def __init__(
         self,
         model: AdaptedModel,
-        tokenizer: Any,
         data: ClassificationData,
         optimization: Optimization,
         training_pass: TrainingPass | None = None,
         class_order: list[int] | None = None,
     ) -> None:
-        super().__init__(model, data.val_tasks, data.test_tasks, optimization, training_pass)
-        self.class_order = class_order
-        self.tokenizer, self.task, self.measures = tokenizer, data.task, data.task.measures
+        super().__init__(model, data, optimization, training_pass)
+        self.class_order, self.task, self.measures = class_order, data.task, data.task.measures
         labels = {"kind": "classification", "labels": list(self.task.labels)}
         self.kind = {"kind": "regression"} if self.task.regression else labels
         names = dict.fromkeys((*data.val_tasks, *data.test_tasks))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,11 @@ from torch import Tensor
 
 from ..adapters.adapted import AdaptedModel
 from ..base_models.reading import reading_of
+from ..data.benchmark_data import BenchmarkData
 from ..data.example import Example
 from ..data.family import Family
+from ..data.option_batches import option_batches
+from ..data.prompts import tokenizer_of
 from ..evaluation import (
     ColumnReader,
     Decoding,
@@ -23,7 +27,7 @@ from ..evaluation import (
 )
 from ..terminal.bars import Bar
 from .module import TrainingPass
-from .objectives import SFT, Objective
+from .objectives import Objective
 from .optimization import Optimization
 from .scored_rows import ScoredRowsModule
 
@@ -38,17 +42,14 @@ class GenerationModule(ScoredRowsModule):
 
     Args:
         model: an :class:`~reft_lightning.adapters.adapted.AdaptedModel`.
-        tokenizer: of its base model.
-        family: the benchmark family, which scores texts.
-        val_tasks: names of the validation loaders, in their order.
-        test_tasks: names of the test loaders, in their order.
+        data: rows of a benchmark family, which scores texts. How often the commonest answer of a task's training rows
+            is right is what a score must beat before the model can be said to read the question
+            (``majority_accuracy``).
         optimization: optimizer and schedule.
         decoding: how texts are generated.
-        option_batches: examples -> one batch for each option index, or None not to rank options.
-        commonest: task -> the commonest answer of its training rows; how often it is right is what a score must
-            beat before the model can be said to read the question (``majority_accuracy``).
+        objective: what is minimised.
+        ranks_options: whether the options of rows are ranked by likelihood, too.
         training_pass: see :class:`FinetuningModule`.
-        objective: what is minimised; None for the next-token loss of the target.
 
     Raises:
         ValueError: if a token of the base model reads those after it.
@@ -57,27 +58,22 @@ class GenerationModule(ScoredRowsModule):
     def __init__(
         self,
         model: AdaptedModel,
-        tokenizer: Any,
-        family: Family,
-        val_tasks: Sequence[str],
-        test_tasks: Sequence[str],
+        data: BenchmarkData,
         optimization: Optimization,
         decoding: Decoding,
-        option_batches: Callable[[list[Example]], list[dict[str, Any]]] | None = None,
-        commonest: Mapping[str, str] | None = None,
+        objective: Objective,
+        ranks_options: bool = True,
         training_pass: TrainingPass | None = None,
-        objective: Objective | None = None,
     ) -> None:
         self.check_reads(model)
+        family: Family = data.family
         measures = family.measures if family.score else ()
-        super().__init__(
-            model, val_tasks, test_tasks, optimization, objective or SFT(), measures, training_pass
-        )
-        self.tokenizer, self.family, self.decoding = tokenizer, family, decoding
-        self.free = family.main_measure(test_tasks) == "loss"
-        self.option_batches = option_batches
-        self.commonest = dict(commonest or {})
-        self._add_measure("option_accuracy", (*val_tasks, *test_tasks))
+        super().__init__(model, data, optimization, objective, measures, training_pass)
+        self.tokenizer, self.max_length = tokenizer_of(data.tokenizer), data.max_length
+        self.family, self.decoding, self.ranks_options = family, decoding, ranks_options
+        self.free = family.main_measure(data.test_tasks) == "loss"
+        self.commonest = _commonest_answers(data.train_rows.examples) if family.score else {}
+        self._add_measure("option_accuracy", (*data.val_tasks, *data.test_tasks))
         self._add_measure("majority_accuracy", self.commonest)
 
     def check_reads(self, model: AdaptedModel) -> None:
@@ -89,6 +85,10 @@ class GenerationModule(ScoredRowsModule):
             )
 
     # --- what prompt | target in one row says -----------------------------------------------------------------
+
+    def option_batches(self, examples: list[Example]) -> list[dict[str, Any]]:
+        """Return one batch for each option index."""
+        return option_batches(self.tokenizer, examples, self.max_length)
 
     def reader(self) -> Any:
         """Return what reads the columns that the passes of a batch share: loss, options and texts have one prompt."""
@@ -145,9 +145,8 @@ class GenerationModule(ScoredRowsModule):
             self._metric("majority_accuracy", task).update(constant)
         if not self.generates:
             return
-        stops = (
-            self.family.tasks[task].stop_strings if task in self.family.tasks else ()
-        )  # a mixture is no task
+        # a mixture is no task
+        stops = self.family.tasks[task].stop_strings if task in self.family.tasks else ()
         decoding = replace(self.decoding, stop_strings=stops)
         texts = self.texts(drafted, decoding, reader)
         judgements = self._judge(texts, examples)
@@ -193,7 +192,7 @@ class GenerationModule(ScoredRowsModule):
         """
         examples: list[Example] = batch["examples"]
         scored = self.family.score is not None  # pairs of free texts have options, too
-        if self.option_batches is None or not scored or not all(example.options for example in examples):
+        if not self.ranks_options or not scored or not all(example.options for example in examples):
             return [], batch
         batches = [{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in b.items()} | sources_in(batch)
                    for b in self.option_batches(examples)]  # fmt: skip
@@ -211,6 +210,14 @@ class GenerationModule(ScoredRowsModule):
         if self.free:
             self.log(f"{self.prefix}test/loss", self.loss.compute(), sync_dist=True)
         super().on_test_epoch_end()
+
+
+def _commonest_answers(examples: Iterable[Example]) -> dict[str, str]:
+    """Return the commonest answer of each task's training rows, of rows that offer options."""
+    answers: dict[str, Counter[str]] = {}
+    for example in (example for example in examples if example.options):
+        answers.setdefault(example.task, Counter())[example.answer] += 1
+    return {task: counts.most_common(1)[0][0] for task, counts in answers.items()}
 
 
 def _first_rows(batch: dict[str, Any], count: int) -> dict[str, Any]:

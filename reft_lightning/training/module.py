@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 
 from ..adapters.adapted import AdaptedModel
+from ..data.benchmark_data import BenchmarkData
 from ..evaluation import MeanLoss
 from .optimization import Optimization
 from .step_loss import Part, part_of
@@ -42,8 +43,7 @@ class FinetuningModule(LightningModule):
 
     Args:
         model: an :class:`AdaptedModel`.
-        val_tasks: names of the validation loaders, in their order.
-        test_tasks: names of the test loaders, in their order.
+        data: the loaders, and the tasks that they are of.
         optimization: optimizer and schedule.
         training_pass: runs the model in training, from its inputs, the numbers of the train rows and the column in
             which targets start (None for a classifier); None: the model's own forward pass.
@@ -65,14 +65,13 @@ class FinetuningModule(LightningModule):
     def __init__(
         self,
         model: AdaptedModel,
-        val_tasks: Sequence[str],
-        test_tasks: Sequence[str],
+        data: BenchmarkData,
         optimization: Optimization,
         training_pass: TrainingPass | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.tasks = {"val": tuple(val_tasks), "test": tuple(test_tasks)}
+        self.tasks = {"val": data.val_tasks, "test": data.test_tasks}
         self.optimization = optimization
         self.prefix = ""
         self.generates = True
@@ -164,9 +163,8 @@ class FinetuningModule(LightningModule):
             now = time.perf_counter()
             self.log("train/tokens_per_second", (self.tokens - tokens) / (now - since))
             self._window = (self.tokens, now)
-            self.log(
-                "progress/tokens", float(self.tokens), sync_dist=True, reduce_fx="sum"
-            )  # of all processes
+            # of all processes
+            self.log("progress/tokens", float(self.tokens), sync_dist=True, reduce_fx="sum")
             self.log("progress/seconds", self._seconds_so_far())  # validations included
             if self.device.type == "cuda":
                 self.log("progress/memory_allocated", float(torch.cuda.memory_allocated(self.device)))
@@ -213,9 +211,7 @@ class FinetuningModule(LightningModule):
         """Forget the last evaluation, also one that was interrupted."""
         self._forget()
 
-    def on_test_epoch_start(self) -> None:
-        """Forget the last evaluation, also one that was interrupted."""
-        self._forget()
+    on_test_epoch_start = on_validation_epoch_start
 
     def _forget(self) -> None:
         self.predictions = []

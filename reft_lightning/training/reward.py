@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..adapters.adapted import AdaptedModel
+from ..data.benchmark_data import BenchmarkData
 from ..data.example import Example
 from ..data.pairs import rejected
 from ..data.preferences import PAIR_ACCURACY
@@ -27,8 +27,7 @@ class RewardModule(ScoredRowsModule):
 
     Args:
         model: an :class:`~reft_lightning.adapters.adapted.AdaptedModel` whose base has one output for each text.
-        val_tasks: names of the validation loaders, in their order.
-        test_tasks: names of the test loaders, in their order.
+        data: see :class:`FinetuningModule`.
         optimization: optimizer and schedule.
         objective: what is minimised.
         training_pass: see :class:`FinetuningModule`.
@@ -37,15 +36,12 @@ class RewardModule(ScoredRowsModule):
     def __init__(
         self,
         model: AdaptedModel,
-        val_tasks: Sequence[str],
-        test_tasks: Sequence[str],
+        data: BenchmarkData,
         optimization: Optimization,
         objective: Objective,
         training_pass: TrainingPass | None = None,
     ) -> None:
-        super().__init__(
-            model, val_tasks, test_tasks, optimization, objective, (PAIR_ACCURACY,), training_pass
-        )
+        super().__init__(model, data, optimization, objective, (PAIR_ACCURACY,), training_pass)
         self.kind, self.commonest = {"kind": "preference"}, {}
 
     def validation_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:

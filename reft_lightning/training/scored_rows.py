@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..adapters.adapted import AdaptedModel
+from ..data.benchmark_data import BenchmarkData
 from ..evaluation.row_metrics import RowScores
 from .module import FinetuningModule, TrainingPass
 from .objectives import Objective
@@ -19,8 +20,7 @@ class ScoredRowsModule(FinetuningModule):
 
     Args:
         model: see :class:`FinetuningModule`.
-        val_tasks: likewise.
-        test_tasks: likewise.
+        data: likewise.
         optimization: likewise.
         objective: what is minimised.
         measures: of all tasks; the first is shown in the progress bar.
@@ -33,18 +33,17 @@ class ScoredRowsModule(FinetuningModule):
     def __init__(
         self,
         model: AdaptedModel,
-        val_tasks: Sequence[str],
-        test_tasks: Sequence[str],
+        data: BenchmarkData,
         optimization: Optimization,
         objective: Objective,
         measures: Sequence[str],
         training_pass: TrainingPass | None = None,
     ) -> None:
-        super().__init__(model, val_tasks, test_tasks, optimization, training_pass)
+        super().__init__(model, data, optimization, training_pass)
         self.objective, self.main = objective, next(iter(measures), None)
         self.scores: Any = nn.ModuleDict()
         for measure in measures:
-            self._add_measure(measure, (*val_tasks, *test_tasks))
+            self._add_measure(measure, (*data.val_tasks, *data.test_tasks))
 
     def loss_of(self, batch: dict[str, Any]) -> Tensor:
         """Return the loss of the objective."""
@@ -56,12 +55,9 @@ class ScoredRowsModule(FinetuningModule):
     def _metric(self, measure: str, task: str) -> RowScores:
         return self.scores[measure][_key(task)]
 
-    def _metrics(self) -> Iterator[RowScores]:
-        return (metric for by_task in self.scores.values() for metric in by_task.values())
-
     def _forget(self) -> None:
         super()._forget()
-        for metric in self._metrics():
+        for metric in (metric for by_task in self.scores.values() for metric in by_task.values()):
             metric.reset()
             metric.update([])
 

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters.adapted import AdaptedModel
+from ..data.example import Example
+from ..data.option_batches import option_batches
 from ..evaluation import Decoding, target_log_likelihood, write
 from .generation import GenerationModule
 
@@ -20,6 +22,10 @@ class TextToTextModule(GenerationModule):
     def tokens_in(self, batch: dict[str, Any]) -> int:
         """Return how many tokens a batch holds, those of its targets too."""
         return super().tokens_in(batch) + int((batch["labels"] != -100).sum())
+
+    def option_batches(self, examples: list[Example]) -> list[dict[str, Any]]:
+        """Return one batch for each option index."""
+        return option_batches(self.tokenizer, examples, self.max_length, two_texts=True)
 
     def reader(self) -> None:
         """Share nothing: each pass reads its prompts."""

@@ -101,7 +101,7 @@ def classifier(task="rte", dtype=torch.float32, attached=None, **settings):
     data = data_module(task, **settings)
     attached = attached or {"method": "loreft", "rank": 1, "positions": "f3"}
     reft = attach(bert(data.task.num_labels, dtype), **attached, heads="auto")
-    return ClassificationModule(reft, byte_tokenizer(), data, optimization_of(composed(task))), data
+    return ClassificationModule(reft, data, optimization_of(composed(task))), data
 
 
 def evaluated(module, data, stage="test"):
