@@ -31,12 +31,8 @@ from ..training.objectives import Objective
 from ..training.optimization import Optimization, check_options
 from .kinds import kind_of
 
-SCHEDULES = (
-    "reft_lightning.training.schedules",
-    "transformers.optimization",
-)  # functions, whose names are known
-
-
+# functions, whose names are known
+SCHEDULES = ("reft_lightning.training.schedules", "transformers.optimization")
 OF_CONFIG = ("base_dropout", "config", "num_labels", "quantization", "device_map")  # arguments of load_config
 PLACE = tuple(field.name for field in fields(ModelPlace))
 

@@ -115,10 +115,7 @@ class Objects:
 
 
 def check_jobs(configs: Mapping[str, Config]) -> None:
-    """Check the jobs of a sweep as far as neither rows nor weights are needed.
-
-    Args:
-        configs: what the sweep changes -> the configuration.
+    """Check the jobs of a sweep, by what it changes, as far as neither rows nor weights are needed.
 
     Raises:
         ValueError: naming all that cannot run, and why.
@@ -189,11 +186,7 @@ def reader_of(kind: Kind, source: Mapping[str, Any], hf_config: PretrainedConfig
 
 
 def prepare(config: Config, run: Outline | None = None) -> Prepared:
-    """Check a configuration as far as no weight is needed: its outline, and the data.
-
-    Args:
-        config: of the run.
-        run: its outline, where it was made before.
+    """Check a configuration as far as no weight is needed: its outline, which may have been made before, and the data.
 
     Raises:
         ValueError: for an unknown family, task, model, layer, rank, position or setting, or missing data.
@@ -214,13 +207,7 @@ def prepare(config: Config, run: Outline | None = None) -> Prepared:
 
 
 def build(config: Config, prepared: Prepared | None = None, lane: Lane | None = None) -> Objects:
-    """Build what a run needs: load the weights, attach, and make the Lightning module.
-
-    Args:
-        config: of the run.
-        prepared: what was prepared of it.
-        lane: what it shares with other runs, if it does.
-    """
+    """Build what a run needs: load the weights, unless its lane has them, attach, and make the Lightning module."""
     run = prepared or prepare(config)
 
     def load() -> PreTrainedModel:

@@ -19,13 +19,7 @@ SHOWN = 4  # files of a data set
 
 
 def write_card(adapter: Path, results: dict[str, Any], config: Config) -> None:
-    """End the card of a run's adapter with how it was trained and what it scores.
-
-    Args:
-        adapter: the folder; one without a card is left as it is.
-        results: of the run, complete.
-        config: of the run.
-    """
+    """End the card in an adapter's folder, if it has one, with how it was trained and what it scores."""
     path = adapter / CARD_FILE
     if path.is_file():
         write_text(path, path.read_text(encoding="utf-8").rstrip("\n") + "\n" + _text(results, config))

@@ -20,11 +20,6 @@ def print_changed_answers(folder: Path, method: str, console: Console | None = N
     """Print how many test rows the adapter made right, and wrong, and five of them from all over the test set.
 
     Prints nothing where a run did not evaluate the frozen base, or where no answer is right or wrong.
-
-    Args:
-        folder: a run folder with `predictions/base_test.jsonl` and `predictions/reft_test.jsonl`.
-        method: name of what adapted the base.
-        console: where to print; standard output by default.
     """
     files = [folder / "predictions" / f"{who}_test.jsonl" for who in ("base", "reft")]
     base, adapted = (read_predictions(file) for file in files)

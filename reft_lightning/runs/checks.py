@@ -257,12 +257,7 @@ def check_monitor(config: Config, name: str, measures: Sequence[str], tasks: Seq
 
 
 def check_validation_interval(config: Config, rows: int, world_size: int) -> None:
-    """Refuse to validate after more batches than an epoch has.
-
-    Args:
-        config: of the run.
-        rows: to train on.
-        world_size: processes that share them.
+    """Refuse to validate after more batches than an epoch of so many rows has in each of the processes that share them.
 
     Raises:
         ValueError: with what to write instead.

@@ -90,12 +90,7 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
 
 
 def load_run(folder: Path, config: Config, plan: Prepared | None = None) -> Objects:
-    """Build a run with the adapter of its folder.
-
-    Args:
-        folder: of the run.
-        config: its own, perhaps with other rows to evaluate.
-        plan: what was prepared of it.
+    """Build a run with the adapter of its folder; its configuration may name other rows to evaluate.
 
     Raises:
         ValueError, OSError: before weights are loaded, if there is no adapter, or its accelerator is not here.

@@ -191,9 +191,8 @@ def _run(
             go_on = shlex.join(["reft-train", f"resume={folder}"])
             reason = trouble_of(error) or said.splitlines()[0]
             log.error("stopped: %s; what was computed is in %s; go on with: %s", reason, folder, go_on)
-        if (
-            ending and trainer.is_global_zero
-        ):  # Lightning kills the first of its ranks where another one fails
+        # Lightning kills the first of its ranks where another one fails
+        if ending and trainer.is_global_zero:
             raise SystemExit(code) from error
         raise
     results.update(status="complete", finished=now())
@@ -337,17 +336,9 @@ def _train(config: Config, objects: Objects, trainer: Trainer, results: Results,
 def evaluate_split(
     trainer: Trainer, objects: Objects, split: str, folder: Path, results: Results, base: bool = False
 ) -> None:
-    """Evaluate the model as it is on a split, and write scores and predictions to the run folder.
+    """Evaluate the model, or ``base``, as it is inside ``disabled()``, and write scores and predictions to the folder.
 
     A read of the test split is recorded before it happens. Scores are written last: where they are, all is.
-
-    Args:
-        trainer: a trainer.
-        objects: what is evaluated, on what.
-        split: ``validation`` or ``test``.
-        folder: the run folder.
-        results: takes the scores.
-        base: whether the model is the frozen base, as inside ``disabled()``.
     """
     if split == "test":
         objects.data.setup("test")
@@ -385,9 +376,7 @@ def _export(folder: Path, objects: Objects, rows: list[dict[str, Any]], base: bo
 def resume(folder: Path, trust_code: bool = False) -> dict[str, Any]:
     """Go on with an interrupted run under the configuration that its folder keeps.
 
-    Args:
-        folder: of the run.
-        trust_code: whether its checkpoint may hold objects that run code when they are read.
+    Its ``trust_code``, which may be another person's, is not that of the configuration.
     """
-    config = load_run_config(folder)  # whose trust_code is another person's, perhaps
+    config = load_run_config(folder)
     return run(replace(config, resume=str(folder), trust_code=trust_code), folder)

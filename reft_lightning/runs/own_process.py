@@ -72,10 +72,9 @@ def needs_own_process(devices: Any, num_nodes: int) -> bool:
 
 
 def job_arguments(argv: Sequence[str]) -> list[str]:
-    """Return the command-line arguments that run the present Hydra job, and only it.
+    """Return the arguments that run the present Hydra job, and only it.
 
-    Args:
-        argv: the arguments of this process; of them only those that say where configurations lie are kept.
+    Of this process's own, those are kept that say where configurations lie.
     """
     arguments = flags_of(argv)
     kept: list[str] = []

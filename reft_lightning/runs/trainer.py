@@ -144,14 +144,7 @@ def build_loggers(config: Config, folder: Path) -> list[Logger]:
 
 
 def evaluation_loggers(config: Config, folder: Path, target: Path, split: str) -> list[Logger]:
-    """Return the loggers of an evaluation of a run's adapter: W&B's, in the group of the run.
-
-    Args:
-        config: of the run.
-        folder: of the run.
-        target: of the evaluation.
-        split: that is evaluated.
-    """
+    """Return the loggers of an evaluation of a run's adapter, in ``target``: W&B's, in the group of the run."""
     loggers: list[Logger] = []
     for name, entry in config.logger.items():
         if is_wandb(entry):
@@ -229,9 +222,8 @@ def _target(where: str, entry: Any) -> Any:
 
 def quiet_lightning() -> None:
     """Keep Lightning's tips, device listings and a warning about its own code out of the log."""
-    warnings.filterwarnings(
-        "ignore", ".*LeafSpec.*", FutureWarning
-    )  # lightning 2.6 calls what torch 2.13 deprecates
+    # lightning 2.6 calls what torch 2.13 deprecates
+    warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
     # an edited block returns a view; no model of transformers adds to what a block returns in place
     warnings.filterwarnings("ignore", ".*FSDP2-wrapped module .* returned a view tensor", UserWarning)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

@@ -48,9 +48,8 @@ def part_of(trainer: Any, batch_index: int, reduction: str) -> Part:
     if accumulated * world_size == 1:
         return Part(1.0, 1.0, first=True, last=True)
     start = batch_index // accumulated * accumulated
-    end = min(
-        start + accumulated, int(trainer.num_training_batches)
-    )  # Lightning steps at an epoch's last batch
+    # Lightning steps at an epoch's last batch
+    end = min(start + accumulated, int(trainer.num_training_batches))
     sampler: Any = getattr(trainer.train_dataloader, "batch_sampler", None)
     if hasattr(sampler, "targets_of"):
         counts = sampler.targets_of(trainer.current_epoch)[start:end]

@@ -138,12 +138,7 @@ class WandbReport(Callback):
 
 
 def with_base(rows: Sequence[Row], base: Mapping[Key, Mapping[str, Any]]) -> list[Row]:
-    """Return the columns of a table: what the adapter answers, and where the base is known its answer and ``changed``.
-
-    Args:
-        rows: predictions, one dictionary each.
-        base: those of the frozen base by task, source and how often the source occurred before.
-    """
+    """Return the columns of a table: what the adapter answers, where the base is known its answer, and ``changed``."""
     shown = []
     for key, row in keyed(rows):
         row = {name: value for name, value in row.items() if name != "scores"}
