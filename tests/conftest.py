@@ -1,5 +1,6 @@
 """What every test gets: no network, no W&B account, quiet libraries, and the places of optional data."""
 
+import functools
 import gc
 import logging
 import os
@@ -18,6 +19,8 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 import pytest
 import torch
+
+from reft_lightning.config import compose
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("REFT_SHARED") or ROOT.parent / "shared")
@@ -58,6 +61,22 @@ def shared():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _files_are_composed_once():
+    """What the YAML files of each choice of groups make is kept over tests: Hydra takes a fifth of a second for it."""
+    known, alone, folders = {}, compose._compose, [compose.config_dir()]
+
+    @functools.wraps(alone)
+    def kept(overrides, vocabulary, own):
+        if len(known) > 100:
+            known.clear()
+        return alone(overrides, vocabulary, known if vocabulary.folders == folders else own)
+
+    compose._compose = kept
+    yield
+    compose._compose = alone
 
 
 @pytest.fixture(autouse=True)

@@ -165,13 +165,9 @@ def sweep_over(keys: Iterable[str]) -> None:
 
 def differing(overrides: Sequence[str]) -> list[str]:
     """Return those of a job's overrides in which the jobs of its sweep differ; all of them outside a sweep."""
-    return [text for text in overrides if _key(text) in _swept] or [
-        o for o in overrides if _key(o) != "launcher"
-    ]
-
-
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
+    keys = [text.lstrip("+~").partition("=")[0] for text in overrides]
+    found = [text for key, text in zip(keys, overrides, strict=True) if key in _swept]
+    return found or [text for key, text in zip(keys, overrides, strict=True) if key != "launcher"]
 
 
 def _base_name(path: str | None) -> str:
@@ -213,11 +209,10 @@ def flags_of(argv: Sequence[str]) -> argparse.Namespace:
     known, unknown = get_args_parser().parse_known_args(list(argv))
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
-        sys.stderr.write(
+        raise CompositionError(
             f"unknown flag {unknown[0]}: arguments are written key=value, without dashes: {name}=VALUE; the flags are "
-            "listed by reft-train --hydra-help\n"
+            "listed by reft-train --hydra-help"
         )
-        sys.exit(2)
     return known
 
 
@@ -226,31 +221,34 @@ def preflight(argv: Sequence[str]) -> Asked:
 
     Of a sweep, the choices of model, intervention and data are checked together, any other against the first of these.
     """
-    arguments = flags_of(argv)
-    if any(getattr(arguments, flag) for flag in PASSIVE_FLAGS):
-        return Asked()
     try:
-        if arguments.help:  # Hydra's own needs a configuration that composes
-            sys.stdout.write(_help(_vocabulary(arguments.config_dir)))
-            sys.exit(0)
-        with composing(arguments.config_dir) as compose_one:
-            every = _runs(arguments.overrides, sweep=arguments.multirun)
-            runs = {what: compose_one(overrides) for what, overrides in every}
-            asked = _parse(arguments.overrides)
+        return _asked(flags_of(argv))
     except CompositionError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(2)
+
+
+def _asked(arguments: argparse.Namespace) -> Asked:
+    if any(getattr(arguments, flag) for flag in PASSIVE_FLAGS):
+        return Asked()
+    if arguments.help:  # Hydra's own needs a configuration that composes
+        sys.stdout.write(_help(_vocabulary(arguments.config_dir)))
+        sys.exit(0)
+    with composing(arguments.config_dir) as compose_one:
+        every = _runs(arguments.overrides, sweep=arguments.multirun)
+        runs = {what: compose_one(overrides) for what, overrides in every}
+        asked = _parse(arguments.overrides)
     if arguments.cfg:  # prints, and runs nothing
         return Asked(runs)
     sweep = arguments.multirun or "MULTIRUN" in _modes(asked)
     launchers = [o for o in asked if o.key_or_group == "launcher"]
     if launchers and not (sweep and all(not o.is_sweep_override() for o in launchers)):
-        sys.stderr.write(
-            f"{launchers[-1].input_line}: a launcher starts the jobs of a sweep: give one, with -m\n"
+        raise CompositionError(
+            f"{launchers[-1].input_line}: a launcher starts the jobs of a sweep: give one, with -m"
         )
-        sys.exit(2)
     named = [o.value() for o in asked if o.key_or_group == ("hydra.sweep.dir" if sweep else "hydra.run.dir")]
-    keys = [o.key_or_group.removeprefix(SWEEPER) for o in asked if _is_swept(o)]
+    sweeping = [o for o in asked if o.is_sweep_override() or o.key_or_group.startswith(SWEEPER)]
+    keys = [o.key_or_group.removeprefix(SWEEPER) for o in sweeping]
     sweep_over(keys or filter(None, os.environ.get(SWEPT, "").split(",")))
     experiment = [o.value() for o in asked if o.key_or_group == "experiment"]
     parent = Path("outputs") / _run_name(next(iter(runs.values())).name, *map(str, experiment[-1:]))
@@ -259,10 +257,6 @@ def preflight(argv: Sequence[str]) -> Asked:
 
 def _modes(parsed: Iterable[Override]) -> set[str]:
     return {o.get_value_string() for o in parsed if o.key_or_group == "hydra.mode"}
-
-
-def _is_swept(override: Override) -> bool:
-    return override.is_sweep_override() or override.key_or_group.startswith(SWEEPER)
 
 
 def _help(vocabulary: Vocabulary) -> str:
@@ -356,17 +350,19 @@ def _compose(
         if override.is_sweep_override():  # of which a key that takes any text would make its text
             raise _several_values(override, "one run has one; write a list as")
         _check_override(override, vocabulary)
-    # Hydra sets values in their order, after it has read all files: those at the end can be set on a copy
-    whole = max(
-        (i for i, o in enumerate(parsed, start=1) if not _only_sets_a_value(o, vocabulary)), default=0
-    )
+    # Hydra reads all files, and then sets values in their order: those at the end can be set on a copy
+    plain = [
+        o.type == OverrideType.CHANGE and o.package is None and not o.is_hydra_override() for o in parsed
+    ]
+    whole = max((i for i, is_plain in enumerate(plain, start=1) if not is_plain), default=0)
+    late = {i: o for i, o in enumerate(parsed) if i >= whole and o.key_or_group not in vocabulary.groups}
+    begin = tuple(text for i, text in enumerate(overrides) if i not in late)
     search = [f"hydra.searchpath=['file://{folder}']" for folder in vocabulary.folders[1:]]
-    begin = tuple(overrides[:whole])
     try:
         if begin not in known:
             known[begin] = hydra_compose(CONFIG_NAME, overrides=[*begin, *search])
         config = copy.deepcopy(known[begin])
-        for override in parsed[whole:]:
+        for override in late.values():
             OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise CompositionError(_explain(error, overrides, vocabulary)) from error
@@ -385,11 +381,6 @@ def _compose(
     _check_values(composed)
     _check_intervention(composed, overrides, vocabulary)
     return composed
-
-
-def _only_sets_a_value(override: Override, vocabulary: Vocabulary) -> bool:
-    plain = override.type == OverrideType.CHANGE and override.package is None
-    return plain and not override.is_hydra_override() and override.key_or_group not in vocabulary.groups
 
 
 # Checks, from the command line to the composed values.

@@ -1,10 +1,12 @@
 """Every YAML file of ``conf/`` composes against the schema, and every experiment says what it reproduces."""
 
+import importlib.util
 import re
 from operator import attrgetter
 
 import pytest
 
+from reft_lightning.config import compose as composition
 from reft_lightning.config.compose import CompositionError, compose, composing, config_dir
 from reft_lightning.config.explain import Vocabulary
 from reft_lightning.config.schema import CHOICES, Config, keys
@@ -12,13 +14,12 @@ from reft_lightning.config.schema import CHOICES, Config, keys
 CONF = config_dir()
 VOCABULARY = Vocabulary([CONF])
 EXPERIMENTS = VOCABULARY.groups["experiment"]
-OPTIONS = [
-    (group, option)
+GROUPS = {
+    group: options
     for group, options in VOCABULARY.groups.items()
-    for option in options
     # a/b: chosen as a=b/...; search: read by reft-search, see tests/test_search_space.py
     if group not in ("experiment", "local", "search") and "/" not in group
-]
+}
 COMMONSENSE = [
     f"{model}_{method}"
     for model in ("llama_7b", "llama_13b", "llama2_7b", "llama3_8b")
@@ -31,13 +32,16 @@ def test_every_experiment_composes(name):
     assert isinstance(compose([f"experiment={name}", *needs_of(f"experiment={name}")]), Config)
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_every_option_of_every_group_composes(group, option):
-    if (group, option) == ("launcher", "ray"):  # its plugin needs other versions than constraints.txt has
-        pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="no plugin of Hydra for Ray")
-    model = [] if group == "model" else ["model=tiny_random"]
-    override = f"{group}={option}"
-    assert isinstance(compose([*model, override, *needs_of(override)]), Config)
+@pytest.mark.parametrize("number", range(max(map(len, GROUPS.values()))))
+def test_every_option_of_every_group_composes(number):
+    """The first options of all groups together, the second ones, ...: Hydra names the file of one that does not fit."""
+    chosen = [f"{group}={options[number]}" for group, options in GROUPS.items() if number < len(options)]
+    if not importlib.util.find_spec("hydra_plugins.hydra_ray_launcher"):
+        chosen = [
+            text for text in chosen if text != "launcher=ray"
+        ]  # whose plugin needs other versions than ours
+    needs = [need for text in chosen for need in needs_of(text)]
+    assert isinstance(compose(["model=tiny_random", *chosen, *needs]), Config)
 
 
 def needs_of(override):
@@ -129,7 +133,8 @@ def test_a_folder_of_ones_own_adds_experiments(tmp_path):
     assert compose(["experiment=mine"], tmp_path).seed == 7
 
 
-def test_runs_that_are_composed_together_are_those_composed_one_by_one():
+def test_runs_that_are_composed_together_are_those_that_hydra_composes_one_by_one(monkeypatch):
+    monkeypatch.setattr(composition, "_compose", composition._compose.__wrapped__)  # nothing is kept here
     base = ["model=tiny_random", "data=boolq", "seed=7"]
     runs = [
         [*base, "optimizer.lr=1e-2"],
@@ -137,6 +142,7 @@ def test_runs_that_are_composed_together_are_those_composed_one_by_one():
         [*base, "scheduler=constant", "seed=8"],
         [*base, "data.tasks=[piqa]", "data.tasks=[boolq,piqa]"],
         [*base, "+model.config.initializer_range=0.4", "model.config.num_hidden_layers=3"],
+        ["optimizer.lr=1e-2", *base, "seed=8", "optimizer=sgd", "seed=9"],
         base,
     ]
     wrong = (
@@ -149,9 +155,16 @@ def test_runs_that_are_composed_together_are_those_composed_one_by_one():
     with composing() as compose_one:
         together = [compose_one(overrides) for overrides in runs]
         shared = [message_of(compose_one, [*base, text]) for text in wrong]
-    assert together == [compose(overrides) for overrides in runs]
-    # after a choice at the end, Hydra reads all files with the values
-    assert shared == [message_of(compose, [*base, text, "scheduler=linear"]) for text in wrong]
+    assert together == [by_hydra(overrides) for overrides in runs]
+    # before what is more than a value, Hydra sets them all
+    assert shared == [
+        message_of(compose, [*base, text, "+model.config.initializer_range=0.4"]) for text in wrong
+    ]
+
+
+def by_hydra(overrides):
+    with composition._hydra():
+        return composition.to_config(composition.hydra_compose(composition.CONFIG_NAME, overrides))
 
 
 def message_of(compose_one, overrides):
