@@ -23,20 +23,17 @@ def check_settings_mean_something(
     """
     if method.takes_settings or method.ignores_settings:
         return
-    defaults = vars(InterventionConfig())
     own = ("method", "heads", "options", "beside", "beside_options")
-    unused = [name for name in defaults if name not in own and getattr(intervention, name) != defaults[name]]
+    defaults = {name: value for name, value in vars(InterventionConfig()).items() if name not in own}
+    unused = [name for name, default in defaults.items() if getattr(intervention, name) != default]
     if not unused:
         return
     typed = {text.lstrip("+").partition("=")[0] for text in arguments}
-    leave = [name for name in unused if f"intervention.{name}" in typed]
-    add = [name for name in unused if name not in leave]
+    leave = [f"intervention.{name}" for name in unused if f"intervention.{name}" in typed]
+    add = [f"intervention.{name}={defaults[name]}" for name in unused if f"intervention.{name}" not in typed]
+    advice = [f"leave {' '.join(leave)} out"] if leave else []
+    if add:
+        advice.append(f"a file of settings, such as the experiment's, sets it: add {' '.join(add)}")
     where = ", whose own settings belong in intervention.options" if method.takes_options else ""
     given = " ".join(f"intervention.{name}={getattr(intervention, name)}" for name in unused)
-    advice = []
-    if leave:
-        advice.append(f"leave {' '.join(f'intervention.{name}' for name in leave)} out")
-    if add:
-        reset = " ".join(f"intervention.{name}={defaults[name]}" for name in add)
-        advice.append(f"a file of settings, such as the experiment's, sets it: add {reset}")
     raise ValueError(f"{given} means nothing to {method.name}{where}: {'; '.join(advice)}")

@@ -184,8 +184,8 @@ def optimization_of(config: Config) -> Optimization:
     """
     optimizer, scheduler = config.optimizer, config.scheduler
     targets = (
-        _imported("optimizer._target_", optimizer._target_),
-        _imported("scheduler._target_", scheduler._target_),
+        imported("optimizer._target_", optimizer._target_),
+        imported("scheduler._target_", scheduler._target_),
     )
     if not trusted():
         _check_trains(*targets)
@@ -204,7 +204,7 @@ def objective_of(config: Config) -> Objective:
     Raises:
         ValueError: for an import path that names no objective, or an option that it does not take or allow.
     """
-    target = _imported("objective._target_", config.objective._target_)
+    target = imported("objective._target_", config.objective._target_)
     if not (inspect.isclass(target) and issubclass(target, Objective)):
         raise ValueError(
             f"objective._target_: {config.objective._target_} is not a subclass of "
@@ -232,7 +232,8 @@ def _check_trains(optimizer: Any, scheduler: Any) -> None:
             )
 
 
-def _imported(key: str, path: str) -> Any:
+def imported(key: str, path: str) -> Any:
+    """Return what an import path names; the ``ValueError`` of another names the key."""
     try:
         return import_object(path)
     except ValueError as error:

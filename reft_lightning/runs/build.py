@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -102,7 +102,7 @@ class Objects:
     def facts(self) -> dict[str, Any]:
         """Return what ``results.json`` holds of them."""
         count, decoding = self.prepared.count, self.prepared.decoding
-        return {
+        facts = {
             "data_versions": self.data.data_versions,
             "base_task": self.prepared.source["task"],
             "trainable_parameters": count.trainable,
@@ -110,8 +110,10 @@ class Objects:
             "percent": count.percent,
             "head_parameters": sum(p.numel() for p in self.model.parameter_roles()["head"]),
             "commonest_answers": self.module.commonest,
-            **({"decoding": _described(decoding)} if decoding else {}),
         }
+        if decoding:  # the stop strings are the task's
+            facts["decoding"] = {k: v for k, v in vars(decoding).items() if k != "stop_strings"}
+        return facts
 
 
 def check_jobs(configs: Mapping[str, Config]) -> None:
@@ -234,12 +236,6 @@ def build(config: Config, prepared: Prepared | None = None, lane: Lane | None = 
     module.train()  # Lightning starts training in the mode it finds; the base's dropout is 0 unless asked for
     name = f"{config.model.name} {method_of(config)} seed {config.seed}"
     return Objects(run, model, module, name)
-
-
-def _described(decoding: Decoding) -> dict[str, Any]:
-    values = asdict(decoding)
-    values.pop("stop_strings", None)  # they are the task's
-    return values
 
 
 def _shortened_pass(config: Config, run: Prepared, model: AdaptedModel) -> ShortenedPass | None:

@@ -25,13 +25,14 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from ..config.schema import CheckpointConfig, Config
-from ..suggest import import_object, trusted
+from ..suggest import trusted
 from ..training.best_checkpoint import BestCheckpoint
 from ..training.checkpoint_files import WholeCheckpoints
 from ..training.last_checkpoint import LastCheckpoint
 from ..training.progress import RunProgress
 from ..training.sharded_base import InStep, ShardedBase
 from ..training.wandb import WandbReport
+from .arguments import imported
 from .checks import Monitor, check_callbacks
 from .results import Results
 from .run_folder import RESULTS
@@ -214,10 +215,7 @@ def _target(where: str, entry: Any) -> Any:
         raise ValueError(
             f"{where} needs a _target_, the import path of a class: +{where}._target_=...; got {entry!r}"
         )
-    try:
-        return import_object(entry["_target_"])
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    return imported(where, entry["_target_"])
 
 
 def quiet_lightning() -> None:

@@ -48,7 +48,7 @@ class BestCheckpoint(Checkpoint):
         """Return the best validation, the first of equals; None before there was one with numbers."""
         numbers = [v for v in self.validations if not math.isnan(v.score)]
         sign = -1 if self.mode == "max" else 1
-        return min(numbers, key=lambda v: (sign * v.score, _or_worst(v.loss)), default=None)
+        return min(numbers, key=lambda v: (sign * v.score, math.isnan(v.loss), v.loss), default=None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End a resumed run that was stopped after its last validation."""
@@ -71,12 +71,9 @@ class BestCheckpoint(Checkpoint):
         self._stop_where_enough(trainer)
 
     def _stop_where_enough(self, trainer: Trainer) -> None:
-        if self.patience is not None and self._since_best() >= self.patience:
+        up_to_best = self.validations.index(self.best) + 1 if self.best else 0
+        if self.patience is not None and len(self.validations) - up_to_best >= self.patience:
             trainer.should_stop = True
-
-    def _since_best(self) -> int:
-        places = [i for i, validation in enumerate(self.validations) if validation is self.best]
-        return len(self.validations) - 1 - (places[0] if places else -1)
 
     def reason(self) -> str:
         """Return by which measure the best validation was chosen, and why it."""
@@ -100,7 +97,3 @@ class BestCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them up."""
         self.validations = [Validation(*validation) for validation in state_dict["validations"]]
-
-
-def _or_worst(loss: float) -> float:
-    return math.inf if math.isnan(loss) else loss

@@ -73,7 +73,7 @@ class ExponentialPenalty(PenaltySchedule):
         return self.start * math.exp(-self.rate * step)
 
 
-class PIDPenalty(Callback):
+class PIDPenalty(PenaltySchedule):
     r"""Hold the mean penalty of an intervention at a target, by a PID controller of its weight w.
 
     .. math:: w \leftarrow w \big(1 + 5 (k_p e + k_i \textstyle\sum e + k_d \Delta e)\big)
@@ -117,9 +117,9 @@ class PIDPenalty(Callback):
         """Refuse a model without penalties of its parameters."""
         mean_penalty(pl_module.model)
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Set the weight of the model."""
-        pl_module.model.penalty_weight = self.state["weight"]
+    def weight(self, step: int, total: float) -> float:
+        """Return the weight as it was last moved."""
+        return self.state["weight"]
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -18,13 +18,7 @@ from .optimization import Optimization
 class ScoredRowsModule(FinetuningModule):
     """Log ``<stage>/<task>/<measure>``, and ``<stage>/<measure>``: the mean over tasks, as the paper has it.
 
-    Args:
-        model: see :class:`FinetuningModule`.
-        data: likewise.
-        optimization: likewise.
-        objective: what is minimised.
-        measures: of all tasks; the first is shown in the progress bar.
-        training_pass: see :class:`FinetuningModule`.
+    The objective is minimised. All tasks have the measures that are given; the progress bar shows the first of them.
 
     Attributes:
         scores: measure -> task -> sum over rows.
