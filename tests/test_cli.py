@@ -4,7 +4,6 @@ import datetime
 import gc
 import importlib.util
 import json
-import logging
 import subprocess
 import sys
 import types
@@ -14,6 +13,7 @@ from typing import get_args
 
 import hydra.core.utils
 import pytest
+import short_runs
 import torch
 
 import reft_lightning.runs
@@ -63,13 +63,8 @@ def runs(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "reft_lightning.runs.experiment", fake)
     monkeypatch.setattr(reft_lightning.runs, "experiment", fake, raising=False)
     monkeypatch.chdir(tmp_path)
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield fake.calls
-    for handler in set(root.handlers) - set(handlers):  # Hydra logs into the run folder
-        root.removeHandler(handler)
-        handler.close()
-    root.setLevel(level)
+    with short_runs.log_kept():
+        yield fake.calls
 
 
 def command(monkeypatch, function, *argv):
@@ -667,31 +662,24 @@ def test_help_of_training_prints_the_usage_and_the_groups(monkeypatch, runs, cap
     assert runs == []
 
 
-def test_ones_own_intervention_is_found_in_the_working_folder(tmp_path):
+def test_ones_own_intervention_is_found_in_the_working_folder(tmp_path, monkeypatch):
     (tmp_path / "my_module.py").write_text(
         "import torch\nimport reft_lightning as rl\n\n\n"
-        "class Scaled(rl.Intervention, name='scaled'):\n"
+        "class Scaled(rl.Intervention):\n"
         "    def __init__(self, dim, **settings):\n"
         "        super().__init__(dim, **settings)\n"
         "        self.s = torch.nn.Parameter(torch.ones(dim))\n\n"
         "    def edit(self, h):\n"
         "        return (self.s - 1) * h\n"
     )
-    rows = [{"instruction": f"Is {i} odd?\n\nAnswer format: true/false", "input": "",
-             "output": "the correct answer is true", "answer": "true"} for i in range(40)]  # fmt: skip
-    for split in ("train", "test"):
-        (tmp_path / "boolq").mkdir(exist_ok=True)
-        (tmp_path / "boolq" / f"{split}.json").write_text(json.dumps(rows))
-    arguments = ["experiment=debug", "data.source=local", "data.path=.",
-                 "intervention.method=my_module.Scaled", "intervention.rank=null",
-                 "trainer.enable_progress_bar=false"]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", "from reft_lightning.cli import train; train()", *arguments],
-        cwd=tmp_path, capture_output=True, text=True, timeout=150,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (results,) = tmp_path.glob("outputs/debug/*/results.json")
-    values = json.loads(results.read_text())
+    data = short_runs.write_rows(tmp_path / "rows")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    own = ("intervention.method=my_module.Scaled", "intervention.rank=null", "trainer.max_epochs=1")
+    with short_runs.log_kept():
+        command(monkeypatch, cli.train, *short_runs.arguments(data), *own, "hydra.run.dir=run")
+    sys.modules.pop("my_module")
+    values = short_runs.results(tmp_path / "run")
     assert values["method"] == "my_module.Scaled"
     assert values["trainable_parameters"] == 2 * 32
 

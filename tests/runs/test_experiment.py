@@ -497,26 +497,22 @@ def test_a_complete_run_is_replaced_only_as_a_whole_and_on_demand(data, tmp_path
 # --- crashes -------------------------------------------------------------------------------------------------------
 
 
-def test_a_crash_in_training_keeps_what_was_computed(data, monkeypatch, tmp_path, caplog):
-    short_runs.stop_at(monkeypatch, 3)
-    with pytest.raises(short_runs.Stop):
-        short_runs.run(data, tmp_path, "evaluate_base=true")
-    results = short_runs.results(tmp_path)
-    assert results["status"] == "stopped"
-    assert results["error"] == "Stop: stopped in call 3 of training_step"
-    assert "base/test/accuracy" in results["metrics"]
-    assert [read["rows"] for read in results["test_reads"]] == [6]
-    assert len(short_runs.predictions(tmp_path, "base_test")) == 6
-    assert short_runs.checkpoint(tmp_path)["global_step"] == 3
-    assert f"resume={tmp_path}" in caplog.text
-
-
-def test_after_a_crash_the_base_is_not_evaluated_again(data, monkeypatch, tmp_path):
+def test_a_crash_in_training_keeps_what_was_computed_and_the_base_is_not_evaluated_again(
+    data, monkeypatch, tmp_path, caplog
+):
     with monkeypatch.context() as patch:
         short_runs.stop_at(patch, 3)
         with pytest.raises(short_runs.Stop):
             short_runs.run(data, tmp_path, "evaluate_base=true")
-    base = {k: v for k, v in short_runs.results(tmp_path)["metrics"].items() if k.startswith("base/")}
+    results = short_runs.results(tmp_path)
+    assert results["status"] == "stopped"
+    assert results["error"] == "Stop: stopped in call 3 of training_step"
+    base = {k: v for k, v in results["metrics"].items() if k.startswith("base/")}
+    assert "base/test/accuracy" in base
+    assert [read["rows"] for read in results["test_reads"]] == [6]
+    assert len(short_runs.predictions(tmp_path, "base_test")) == 6
+    assert short_runs.checkpoint(tmp_path)["global_step"] == 3
+    assert f"resume={tmp_path}" in caplog.text
     seen = []
     original = experiment.evaluate_split
     monkeypatch.setattr(
@@ -528,7 +524,9 @@ def test_after_a_crash_the_base_is_not_evaluated_again(data, monkeypatch, tmp_pa
     assert [read["rows"] for read in results["test_reads"]] == [6, 6]
 
 
-def test_a_crash_in_the_last_evaluation_can_be_continued(data, finished, monkeypatch, tmp_path):
+def test_a_crash_in_the_last_evaluation_can_be_continued_and_its_read_of_test_rows_is_recorded(
+    data, finished, monkeypatch, tmp_path
+):
     with monkeypatch.context() as patch:
         short_runs.stop_at(patch, 1, "test_step")
         with pytest.raises(short_runs.Stop):
@@ -536,11 +534,13 @@ def test_a_crash_in_the_last_evaluation_can_be_continued(data, finished, monkeyp
     results = short_runs.results(tmp_path)
     assert results["status"] == "stopped"
     assert results["metrics"]["val/loss"] == finished[1]["metrics"]["val/loss"]
+    assert [read["rows"] for read in results["test_reads"]] == [6]
     trained = short_runs.checkpoint(tmp_path)["train_seconds"]
     again = short_runs.run(data, tmp_path, *SETTINGS[1:], f"resume={tmp_path}")
     assert 0 < trained == again["train_seconds"] <= results["train_seconds"]
     assert again["metrics"]["test/accuracy"] == finished[1]["metrics"]["test/accuracy"]
     assert again["best_step"] == finished[1]["best_step"]
+    assert [read["rows"] for read in again["test_reads"]] == [6, 6]
 
 
 def test_test_rows_are_not_read_again_by_a_run_that_was_killed_after_its_test(
@@ -564,16 +564,6 @@ def test_test_rows_are_not_read_again_by_a_run_that_was_killed_after_its_test(
     for key in ("counts", "data_versions"):
         assert again[key] == killed[key]
     assert again["metrics"]["test/accuracy"] == finished[1]["metrics"]["test/accuracy"]
-
-
-def test_a_read_of_test_rows_that_was_broken_off_is_recorded(data, monkeypatch, tmp_path):
-    with monkeypatch.context() as patch:
-        short_runs.stop_at(patch, 1, "test_step")
-        with pytest.raises(short_runs.Stop):
-            short_runs.run(data, tmp_path, "trainer.max_epochs=1")
-    assert [read["rows"] for read in short_runs.results(tmp_path)["test_reads"]] == [6]
-    again = short_runs.run(data, tmp_path, "trainer.max_epochs=1", f"resume={tmp_path}")
-    assert [read["rows"] for read in again["test_reads"]] == [6, 6]
 
 
 def test_a_head_in_float32_does_not_count_as_more_of_the_base(data, tmp_path):

@@ -26,7 +26,8 @@ def train(data, tmp_path, monkeypatch):
 
     def command(*overrides, auto="resume=auto"):
         monkeypatch.setattr(sys, "argv", ["reft-train", *short_runs.arguments(data), auto, *overrides])
-        return cli.train()
+        with short_runs.log_kept():
+            return cli.train()
 
     return command
 

@@ -1,7 +1,5 @@
 """Runs side by side on one base model: what each writes is what it writes by itself."""
 
-import json
-import logging
 import sys
 import threading
 from dataclasses import replace
@@ -44,18 +42,11 @@ def places(tmp_path_factory):
 def sweep(monkeypatch, tmp_path, places):
     """Run the command; return the folders of the jobs by what differs in them."""
     monkeypatch.chdir(tmp_path)
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
 
     def run(name, *argv):
         monkeypatch.setattr(sys, "argv", ["reft-train", "-m", *places, f"hydra.sweep.dir={name}", *argv])
-        try:
+        with short_runs.log_kept():
             cli.train()
-        finally:
-            for handler in set(root.handlers) - set(handlers):
-                root.removeHandler(handler)
-                handler.close()
-            root.setLevel(level)
         return sorted(Path(name).glob("[0-9]*_*/"), key=lambda folder: int(folder.name.partition("_")[0]))
 
     return run
@@ -126,13 +117,13 @@ def test_runs_of_other_lengths_and_batches_share_too(sweep):
 
 
 def test_a_job_that_fails_leaves_the_others_as_they_are(sweep, capsys):
-    rates = "optimizer.lr=1e-3,1e30,2e-3"
+    sgd = ("optimizer._target_=torch.optim.SGD", "trainer.max_epochs=1")
     with pytest.raises(SystemExit):
-        sweep("together", rates, "launcher=shared_base", "optimizer._target_=torch.optim.SGD")
+        sweep("together", "optimizer.lr=1e-3,1e30,2e-3", "launcher=shared_base", *sgd)
     first, failed, last = sorted(Path("together").glob("[0-9]*_*/"))
     assert short_runs.results(failed)["status"] == "stopped"
     assert "lower optimizer.lr" in short_runs.results(failed)["error"]
-    alone = sweep("apart", "optimizer.lr=1e-3,2e-3", "optimizer._target_=torch.optim.SGD")
+    alone = sweep("apart", "optimizer.lr=1e-3,2e-3", *sgd)
     for folder, own in zip((first, last), alone, strict=True):
         found, expected = (short_runs.logged(f, "train/loss") for f in (folder, own))
         assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-4)
@@ -262,9 +253,3 @@ def test_each_thread_runs_as_if_the_process_were_its_own():
         assert [n for i, n in enumerate(together[name]) if i % 3 < 2] == [
             n for i, n in enumerate(numbers) if i % 3 < 2
         ]
-
-
-def test_a_run_knows_its_results_on_its_own(sweep):
-    """A group of one is an ordinary run."""
-    (folder,) = sweep("one", "seed=3", "trainer.max_epochs=1", "launcher=shared_base")
-    assert "shared_base" not in json.loads((folder / "results.json").read_text())
