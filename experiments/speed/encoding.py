@@ -228,7 +228,7 @@ def main() -> None:
         figures += padding_figures("invented rows", encode_all(fast, examples, MAX_LENGTH))
         if args.mixture:
             make = FAMILIES["commonsense"].mixture_example
-            mixture = [make(row, where) for row, where in read_json_file(args.mixture)]
+            mixture = [make(row) for row, _ in read_json_file(args.mixture)]
             figures += padding_figures("commonsense mixture", encode_all(fast, mixture, MAX_LENGTH))
     facts = header(
         "Time to encode rows, and padding of batches",

@@ -11,8 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from ..interventions import INTERVENTIONS
 from ..storage.atomic import write_text, write_whole
-from ..storage.reading import read_json
+from ..storage.reading import naming, read_json
 from .adapted import ParameterCount
 from .hub import check_holds, download
 from .reft.config import CARD_FILE, CONFIG_FILE, TENSOR_FILE, ReftConfig
@@ -132,15 +131,6 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-@contextmanager
-def naming(folder: str | os.PathLike) -> Iterator[None]:
-    """Let the message of a ValueError inside the block begin with the folder that was read, if it does not name it."""
-    try:
-        yield
-    except ValueError as error:
-        raise error if str(folder) in str(error) else ValueError(f"{folder}: {error}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from ..storage.wheels import wheel_file
-from .example import Row
+from .example import Row, placed
 from .rows import DataSource, read_rows
 from .sampling import EvaluationShare, TrainBatches, TrainLoader, rank_and_world_size
 from .splits import fingerprint, subset
@@ -176,7 +176,7 @@ class BenchmarkData(LightningDataModule, ABC):
 
     def _examples(
         self,
-        make: Callable[[Row, str], Any],
+        make: Callable[[Row], Any],
         rows: Sequence[tuple[Row, str]],
         facts: dict[str, Any],
         what: str,
@@ -189,8 +189,8 @@ class BenchmarkData(LightningDataModule, ABC):
         made, errors = [], []
         for row, where in rows:
             try:
-                example = make(row, where)
-                self._check(example, where)
+                example = placed(make, row, where)
+                self._check(example)
             except ValueError as error:
                 errors.append(error)
             else:
@@ -207,7 +207,7 @@ class BenchmarkData(LightningDataModule, ABC):
             facts["left_out"] = len(errors)
         return made
 
-    def _check(self, example: Any, where: str) -> None:
+    def _check(self, example: Any) -> None:
         """Raise ValueError for an example that no tokenizer reads."""
         for text in example.content:
             try:
@@ -215,7 +215,7 @@ class BenchmarkData(LightningDataModule, ABC):
             except UnicodeEncodeError as error:
                 half = error.object[error.start : error.end]
                 raise ValueError(
-                    f"{where}: the text holds half a character, {half!r}: a JSON escape without its other half"
+                    f"{example.source}: the text holds half a character, {half!r}: a JSON escape without its other half"
                 ) from error
 
     def _build_train(self) -> None:

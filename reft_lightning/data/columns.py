@@ -74,28 +74,28 @@ class Pattern:
         """Return the columns."""
         return tuple(name for _, name in self.parts)
 
-    def fill(self, row: Row, where: str) -> str:
+    def fill(self, row: Row) -> str:
         """Return the text of a row."""
-        filled = (literal + text_of(column(row, name, where), name, where) for literal, name in self.parts)
+        filled = (literal + text_of(column(row, name), name) for literal, name in self.parts)
         return "".join(filled) + self.end
 
 
-def text_of(value: Any, name: str, where: str) -> str:
+def text_of(value: Any, name: str) -> str:
     """Return a cell as text; an absent value (None, not-a-number) is empty, a list is joined by commas.
 
     Raises:
-        ValueError: for an object, a list of lists, or bytes that are not UTF-8; names the row.
+        ValueError: for an object, a list of lists, or bytes that are not UTF-8.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bytes):
-        return as_text(value, name, where)
+        return as_text(value, name)
     if isinstance(value, Mapping):
-        raise ValueError(f"{where}: column {name!r} holds an object, not text: {value!r:.80}")
+        raise ValueError(f"column {name!r} holds an object, not text: {value!r:.80}")
     if isinstance(value, list | tuple):
         if any(isinstance(part, list | tuple) for part in value):
-            raise ValueError(f"{where}: column {name!r} holds a list of lists, not text: {value!r:.80}")
-        return ", ".join(text_of(part, name, where) for part in value)
+            raise ValueError(f"column {name!r} holds a list of lists, not text: {value!r:.80}")
+        return ", ".join(text_of(part, name) for part in value)
     return str(value)
 
 
@@ -161,48 +161,37 @@ class Columns:
         texts = filter(None, (self.prompt, self.target, self.context, self.source_prompt))
         self.names = (*(name for text in texts for name in text.names), *self.options)
 
-    def __call__(self, row: Row, where: str) -> Example:
-        """Return the example of a row.
-
-        Raises:
-            ValueError: if a column is missing, or the row has no prompt or no answer; names the row.
-        """
-        prompt = self.prompt.fill(row, where)
-        if not any(text_of(row[name], name, where).strip() for name in self.prompt.names):
-            raise ValueError(f"{where}: the row has no prompt: {_columns(self.prompt.names)} empty")
+    def __call__(self, row: Row) -> Example:
+        """Return the example of a row; ValueError if a column is missing, or it has no prompt or no answer."""
+        prompt = self.prompt.fill(row)
+        if not any(text_of(row[name], name).strip() for name in self.prompt.names):
+            raise ValueError(f"the row has no prompt: {_columns(self.prompt.names)} empty")
         for name in self.target.names:
-            if not text_of(column(row, name, where), name, where).strip():
-                raise ValueError(f"{where}: the row has no answer: {_columns((name,))} empty")
-        options = self._options(row, where)
+            if not text_of(column(row, name), name).strip():
+                raise ValueError(f"the row has no answer: {_columns((name,))} empty")
+        options = self._options(row)
         if options and self.answer:
-            row = {
-                **row,
-                self.answer: self._chosen(text_of(row[self.answer], self.answer, where), options, where),
-            }
-        target = self.target.fill(row, where).strip()
-        answer = text_of(row[self.answer], self.answer, where).strip() if self.answer else target
+            row = {**row, self.answer: self._chosen(text_of(row[self.answer], self.answer), options)}
+        target = self.target.fill(row).strip()
+        answer = text_of(row[self.answer], self.answer).strip() if self.answer else target
         if self.find(target) != answer:
             raise ValueError(
-                f"{where}: the answer {answer!r} cannot be told from the rest of the target {target!r:.200}: the text "
+                f"the answer {answer!r} cannot be told from the rest of the target {target!r:.200}: the text "
                 f"around {{{self.answer}}} in data.target must single it out"
             )
-        context = self.context.fill(row, where) if self.context else ""
+        context = self.context.fill(row) if self.context else ""
         if self.line_break and context:
             context = _ended(context)
         elif self.line_break:
             prompt = _ended(prompt)
-        source_prompt = self.source_prompt.fill(row, where) if self.source_prompt else ""
+        source_prompt = self.source_prompt.fill(row) if self.source_prompt else ""
         if self.source_prompt and not source_prompt.strip():
-            raise ValueError(
-                f"{where}: the row has no source prompt: {_columns(self.source_prompt.names)} empty"
-            )
+            raise ValueError(f"the row has no source prompt: {_columns(self.source_prompt.names)} empty")
         if self.line_break and not context and source_prompt:
             source_prompt = _ended(source_prompt)
-        targets = (
-            self.target.fill({**row, str(self.answer): word}, where).strip() for word in options if word
-        )
+        targets = (self.target.fill({**row, str(self.answer): word}).strip() for word in options if word)
         return Example(
-            TASK, prompt, target, answer, tuple(targets), where, context, source_prompt=source_prompt
+            TASK, prompt, target, answer, tuple(targets), context=context, source_prompt=source_prompt
         )
 
     def find(self, text: str) -> str | None:
@@ -212,21 +201,21 @@ class Columns:
             rest = rest.rpartition(self.after)[0]
         return rest.strip() or None if found else None
 
-    def _options(self, row: Row, where: str) -> list[str]:
+    def _options(self, row: Row) -> list[str]:
         """Return the words to choose from; empty where a row has fewer of them than there are columns."""
         if len(self.options) != 1:
-            return [text_of(column(row, name, where), name, where).strip() for name in self.options]
+            return [text_of(column(row, name), name).strip() for name in self.options]
         (name,) = self.options
-        cell = parts = column(row, name, where)
+        cell = parts = column(row, name)
         if isinstance(cell, str):
             parts = json_list(cell) if cell.strip()[:1] == "[" else cell.split(",")
         if not isinstance(parts, list | tuple):
             raise ValueError(
-                f"{where}: column {name!r} must be a list, also as JSON text, or text with commas; got {cell!r:.80}"
+                f"column {name!r} must be a list, also as JSON text, or text with commas; got {cell!r:.80}"
             )
-        return [text_of(part, name, where).strip() for part in parts]
+        return [text_of(part, name).strip() for part in parts]
 
-    def _chosen(self, answer: str, options: Sequence[str], where: str) -> str:
+    def _chosen(self, answer: str, options: Sequence[str]) -> str:
         """Return the option that the answer names."""
         answer = answer.strip()
         if self.answer_form == "text":
@@ -239,7 +228,7 @@ class Columns:
             place = int(digits) - ANSWER_FORMS[self.answer_form] if digits.isdecimal() else -1
         if not 0 <= place < len(options) or not options[place]:
             raise ValueError(
-                f"{where}: the answer {answer!r} is not among the options {', '.join(options)}, read as "
+                f"the answer {answer!r} is not among the options {', '.join(options)}, read as "
                 f"data.answer_form={self.answer_form}; it may be {', '.join(ANSWER_FORMS)}"
             )
         return options[place]
@@ -261,43 +250,38 @@ class Conversations:
         self.names = (messages,)
         self.line_break = line_break
 
-    def __call__(self, row: Row, where: str) -> Example:
-        """Return the example of a conversation: its last answer, after all that precedes it.
-
-        Raises:
-            ValueError: if the column is missing or holds something else, or the conversation does not end in a
-                question and its answer; names the row.
-        """
-        earlier, prompt, target = exchange_of(column(row, self.names[0], where), where)
+    def __call__(self, row: Row) -> Example:
+        """Return the example of a conversation: its last answer, after all that precedes it."""
+        earlier, prompt, target = exchange_of(column(row, self.names[0]))
         for text, role in ((prompt, "the last user's"), (target, "the assistant's last")):
             if not text.strip():
-                raise ValueError(f"{where}: {role} message is empty")
+                raise ValueError(f"{role} message is empty")
         prompt = _ended(prompt) if self.line_break else prompt
-        return Example(TASK, prompt, target.strip(), target.strip(), (), where, turns=earlier)
+        return Example(TASK, prompt, target.strip(), target.strip(), turns=earlier)
 
     def find(self, text: str) -> str | None:
         """Return a text stripped; None where nothing is left."""
         return text.strip() or None
 
 
-def exchange_of(messages: Any, where: str) -> tuple[tuple[tuple[str, str], ...], str, str]:
+def exchange_of(messages: Any) -> tuple[tuple[tuple[str, str], ...], str, str]:
     """Return earlier turns, last question and last answer of messages, as `turns_of` reads them.
 
     Raises:
         ValueError: if they do not end in a question and its answer.
     """
-    turns = turns_of(messages, where)
+    turns = turns_of(messages)
     if [role for role, _ in turns[-2:]] != ["user", "assistant"]:
         roles = ", ".join(role for role, _ in turns) or "nothing"
         raise ValueError(
-            f"{where}: the row has no answer: a conversation must end in a user's message and the assistant's "
+            "the row has no answer: a conversation must end in a user's message and the assistant's "
             f"answer; this one has {roles}"
         )
     *earlier, (_, prompt), (_, target) = turns
     return tuple(earlier), prompt, target
 
 
-def turns_of(messages: Any, where: str) -> list[tuple[str, str]]:
+def turns_of(messages: Any) -> list[tuple[str, str]]:
     """Return (role, text) of messages in either form; text in JSON, as a CSV file holds it, is read first.
 
     The content of a message may also be OpenAI's list of parts, `[{"type": "text", "text": "..."}, ...]`.
@@ -307,29 +291,27 @@ def turns_of(messages: Any, where: str) -> list[tuple[str, str]]:
     """
     if isinstance(messages, str):
         try:
-            messages = parse_json(messages, where)
+            messages = parse_json(messages, "messages")
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{where}: messages in text must be JSON ({error.msg}); got {messages!r:.80}"
-            ) from error
+            raise ValueError(f"messages in text must be JSON ({error.msg}); got {messages!r:.80}") from error
     if not isinstance(messages, list | tuple) or not all(isinstance(m, Mapping) for m in messages):
-        raise ValueError(f"{where}: a conversation must be a list of messages; got {messages!r:.80}")
+        raise ValueError(f"a conversation must be a list of messages; got {messages!r:.80}")
     turns = []
     for message in messages:
         who, what = ("from", "value") if "from" in message else ("role", "content")
-        role, content = column(message, who, where), column(message, what, where)
+        role, content = column(message, who), column(message, what)
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(
-                f"{where}: a message is by {', '.join(ROLES)}; got {role!r}{did_you_mean(str(role), ROLES)}"
+                f"a message is by {', '.join(ROLES)}; got {role!r}{did_you_mean(str(role), ROLES)}"
             )
-        turns.append((ROLES[role], _content(content, what, where)))
+        turns.append((ROLES[role], _content(content, what)))
     return turns
 
 
-def _content(content: Any, name: str, where: str) -> str:
+def _content(content: Any, name: str) -> str:
     if not isinstance(content, list | tuple):
-        return as_text(content, name, where)
+        return as_text(content, name)
     for part in content:
-        if column(part, "type", where) != "text":
-            raise ValueError(f"{where}: a message's {name} must be text; got a part {part!r:.80}")
-    return "".join(text_in(part, "text", where) for part in content)
+        if column(part, "type") != "text":
+            raise ValueError(f"a message's {name} must be text; got a part {part!r:.80}")
+    return "".join(text_in(part, "text") for part in content)

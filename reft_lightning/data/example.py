@@ -8,11 +8,13 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
+from ..storage.reading import naming
 from ..suggest import did_you_mean
 from .pictures import Picture
 
 Row = Mapping[str, Any]
 T = TypeVar("T")
+Made = TypeVar("Made")
 _WORD_OR_SYMBOL = re.compile(r"""\w+|[^\w\s.,;:!?'"()‘’“”…]""")
 
 
@@ -26,7 +28,7 @@ class Example:
         target: text to learn, without the end-of-sequence token.
         answer: gold answer, what `Family.score` finds in the target.
         options: candidate target texts, ranked by likelihood in the evaluation; empty for open questions.
-        source: where the row is (`"boolq/train.json, row 17"`), for error messages.
+        source: where the row is (`"boolq/train.json, row 17"`), for error messages; whoever reads the rows notes it.
         context: what an instruction is about, Alpaca's "### Input:".
         turns: earlier turns of a conversation, (role, text) with the roles system, user and assistant.
         source_prompt: another prompt, whose hidden states interchange interventions put into this one.
@@ -113,60 +115,70 @@ def normalized(question: str) -> str:
     return " ".join(_WORD_OR_SYMBOL.findall(question.lower())) or " ".join(question.split())
 
 
-def column(row: Row, name: str, where: str) -> Any:
+def placed(make: Callable[[Row], Made], row: Row, where: str) -> Made:
+    """Return the example that is made of a row, with the place of the row, which errors name too."""
+    with naming(where):
+        example = make(row)
+    object.__setattr__(
+        example, "source", where
+    )  # nobody else has it yet, and `replace` takes as long as `make`
+    return example
+
+
+def column(row: Row, name: str) -> Any:
     """Return one column of a row.
 
     Raises:
-        ValueError: if the row lacks it (names the row and the columns it has), or is not an object.
+        ValueError: if the row lacks it (names the columns it has), or is not an object.
     """
     if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: must be an object with {name!r}; got {row!r:.80}")
+        raise ValueError(f"must be an object with {name!r}; got {row!r:.80}")
     if name not in row:
         raise ValueError(
-            f"{where}: no column {name!r}{did_you_mean(name, row)}; the columns are {', '.join(map(str, row))}"
+            f"no column {name!r}{did_you_mean(name, row)}; the columns are {', '.join(map(str, row))}"
         )
     return row[name]
 
 
-def text_in(row: Row, name: str, where: str) -> str:
+def text_in(row: Row, name: str) -> str:
     """Return one column of a row, which must hold text; bytes, as Parquet files may have them, are read as UTF-8.
 
     Raises:
-        ValueError: if the row lacks it, or it holds something else; names the row.
+        ValueError: if the row lacks it, or it holds something else.
     """
-    return as_text(column(row, name, where), name, where)
+    return as_text(column(row, name), name)
 
 
-def texts_in(row: Row, name: str, where: str) -> list[str]:
+def texts_in(row: Row, name: str) -> list[str]:
     """Return one column of a row, which must hold a list of texts.
 
     Raises:
         ValueError: as `text_in`.
     """
-    return [as_text(part, name, where) for part in list_in(row, name, where)]
+    return [as_text(part, name) for part in list_in(row, name)]
 
 
-def list_in(row: Row, name: str, where: str) -> Sequence[Any]:
+def list_in(row: Row, name: str) -> Sequence[Any]:
     """Return one column of a row, which must hold a list.
 
     Raises:
         ValueError: as `text_in`.
     """
-    value = column(row, name, where)
+    value = column(row, name)
     if not isinstance(value, list | tuple):
-        raise ValueError(f"{where}: {name} must be a list; got {value!r:.80}")
+        raise ValueError(f"{name} must be a list; got {value!r:.80}")
     return value
 
 
-def as_text(value: Any, name: str, where: str) -> str:
+def as_text(value: Any, name: str) -> str:
     """Return a value that must be text, see `text_in`."""
     if isinstance(value, bytes):
         try:
             return value.decode()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: {name} holds bytes that are not UTF-8 text: {value!r:.80}") from error
+            raise ValueError(f"{name} holds bytes that are not UTF-8 text: {value!r:.80}") from error
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {name} must be text; got {value!r:.80}")
+        raise ValueError(f"{name} must be text; got {value!r:.80}")
     return value
 
 

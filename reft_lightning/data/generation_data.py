@@ -125,8 +125,8 @@ class GenerationData(BenchmarkData):
         facts |= {"left_out": facts.get("left_out", 0) + left_out, "fingerprint": fingerprint(answered)}
         return answered
 
-    def _check(self, example: Example, where: str) -> None:
-        super()._check(example, where)
+    def _check(self, example: Example) -> None:
+        super()._check(example)
         if not self.family.skip_empty:  # else `_answered` counts them
             refuse_empty(example)
 

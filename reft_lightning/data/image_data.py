@@ -55,13 +55,13 @@ class ImageData(GenerationData):
         listed = {name: values.tolist() for name, values in types.items()}
         return ImageCollator(reader)([EncodedImage(prompt, target, example, types=listed)])
 
-    def _check(self, example: Example, where: str) -> None:
+    def _check(self, example: Example) -> None:
         for picture in example.pictures:
             try:
                 picture.open()
             except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
-        super()._check(example, where)
+                raise ValueError(f"{example.source}: {error}") from error
+        super()._check(example)
 
     def _question(self, example: Example) -> str:
         return " ".join([super()._question(example), *example.seen])

@@ -29,7 +29,7 @@ class LabelledText:
         texts: one text or two.
         label: index of the class, or the score of a regression.
         answer: the label as people write it: the name of the class, or the score.
-        source: where the row is (`"RTE/dev.tsv, line 17"`), for error messages and predictions.
+        source: where the row is (`"RTE/dev.tsv, line 17"`), see `Example`.
     """
 
     task: str
@@ -90,53 +90,45 @@ class ClassificationTask(TaskRows):
         """Return the outputs of the classifier: one for each class, or one for the score."""
         return len(self.labels) or 1
 
-    def example(self, row: Row, where: str) -> LabelledText:
+    def example(self, row: Row) -> LabelledText:
         """Return the example of a row; an absent text (None, as the hub has in QQP) is empty.
 
         Raises:
-            ValueError: if a column is missing, there is no text, or the label is missing or unknown; names the row.
+            ValueError: if a column is missing, there is no text, or the label is missing or unknown.
         """
-        texts = tuple(text_of(column(row, name, where), name, where) for name in self.texts)
+        texts = tuple(text_of(column(row, name), name) for name in self.texts)
         if not any(text.strip() for text in texts):  # one empty text of a pair does occur, in QQP
-            raise ValueError(f"{where}: {' and '.join(self.texts)} is empty")
-        label = self._score(row, where) if self.regression else self._class(row, where)
+            raise ValueError(f"{' and '.join(self.texts)} is empty")
+        label = self._score(row) if self.regression else self._class(row)
         answer = f"{label:g}" if self.regression else self.labels[int(label)]
-        return LabelledText(self.name, texts, label, answer, where)
+        return LabelledText(self.name, texts, label, answer)
 
-    def _class(self, row: Row, where: str) -> int:
-        value = _present(column(row, "label", where), where)
+    def _class(self, row: Row) -> int:
+        value = _present(column(row, "label"))
         if value in self.labels:
             return self.labels.index(value)
         if value.isdecimal() and int(value) < len(self.labels):
             return int(value)
         numbered = ", ".join(f"{i} {name}" for i, name in enumerate(self.labels))
-        raise ValueError(
-            f"{where}: label {value!r} is not one of {numbered}{did_you_mean(value, self.labels)}"
-        )
+        raise ValueError(f"label {value!r} is not one of {numbered}{did_you_mean(value, self.labels)}")
 
-    def _score(self, row: Row, where: str) -> float:
+    def _score(self, row: Row) -> float:
         low, high = self.score_range
-        value = _present(column(row, "label", where), where)
+        value = _present(column(row, "label"))
         try:
             score = float(value)
         except ValueError:
             score = math.nan
         if not low <= score <= high:
-            raise ValueError(f"{where}: the score must be a number in {low:g}..{high:g}; got {value!r}")
+            raise ValueError(f"the score must be a number in {low:g}..{high:g}; got {value!r}")
         return score
 
 
-def _present(value: Any, where: str) -> str:
-    """Return a label as text.
-
-    Raises:
-        ValueError: if there is none. Hidden test labels are "", -1 or None.
-    """
-    label = text_of(value, "label", where).strip()
+def _present(value: Any) -> str:
+    """Return a label as text; hidden test labels are "", -1 or None."""
+    label = text_of(value, "label").strip()
     if label in ("", "-1", "-1.0"):
-        raise ValueError(
-            f"{where}: the row has no label (got {value!r}); hidden test labels cannot be scored"
-        )
+        raise ValueError(f"the row has no label (got {value!r}); hidden test labels cannot be scored")
     return label
 
 

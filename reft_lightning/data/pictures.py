@@ -66,22 +66,21 @@ def _in_8_bits(image: Any) -> Any:
     return image
 
 
-def pictures_in(value: Any, name: str, where: str, folder: Path) -> tuple[Picture, ...]:
+def pictures_in(value: Any, name: str, folder: Path) -> tuple[Picture, ...]:
     """Return the pictures of a cell: the name of a file, bytes, or a list of those; none of an empty cell.
 
     Args:
         value: of the cell; an object with ``bytes`` or ``path`` is how the hub's tables write a picture.
         name: of the column.
-        where: the row is.
         folder: that names of files are relative to.
 
     Raises:
-        ValueError: for anything else; names the row.
+        ValueError: for anything else.
     """
     if value is None or value == "":
         return ()
     if isinstance(value, list | tuple):
-        return tuple(picture for part in value for picture in pictures_in(part, name, where, folder))
+        return tuple(picture for part in value for picture in pictures_in(part, name, folder))
     if isinstance(value, bytes):
         return (Picture("bytes", data=value),)
     if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
@@ -89,16 +88,16 @@ def pictures_in(value: Any, name: str, where: str, folder: Path) -> tuple[Pictur
     path = value.get("path") if isinstance(value, Mapping) else value
     if isinstance(path, str) and path:
         return (Picture(path, folder / path),)  # an absolute name is used as it is
-    raise ValueError(f"{where}: column {name!r} must name a picture, or hold its bytes; got {value!r:.80}")
+    raise ValueError(f"column {name!r} must name a picture, or hold its bytes; got {value!r:.80}")
 
 
 def marked(
-    turns: tuple[tuple[str, str], ...], prompt: str, pictures: Sequence[Picture], where: str
+    turns: tuple[tuple[str, str], ...], prompt: str, pictures: Sequence[Picture]
 ) -> tuple[tuple[tuple[str, str], ...], str]:
     """Return turns and prompt with a mark for each picture: their own, or all before the first question.
 
     Raises:
-        ValueError: if there are other marks than pictures; names the row.
+        ValueError: if there are other marks than pictures.
     """
     marks = sum(text.count(MARK) for text in (prompt, *(text for _, text in turns)))
     if marks == 0 and pictures:
@@ -109,7 +108,5 @@ def marked(
         role, text = turns[asked]
         return (*turns[:asked], (role, first + text), *turns[asked + 1 :]), prompt
     if marks != len(pictures):
-        raise ValueError(
-            f"{where}: the texts have {marks} marks {MARK}, and the row {len(pictures)} pictures"
-        )
+        raise ValueError(f"the texts have {marks} marks {MARK}, and the row {len(pictures)} pictures")
     return turns, prompt

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..adapters.attaching import all_or_nothing
 from ..adapters.reft.attach import attach
 from ..adapters.reft.model import ReftModel
-from ..adapters.saving import naming
+from ..storage.reading import naming
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:

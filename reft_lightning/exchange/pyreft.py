@@ -39,10 +39,9 @@ from ..adapters.reft.config import ReftConfig
 from ..adapters.reft.model import ReftModel
 from ..adapters.reft.positions import parse_positions
 from ..adapters.reft.sites import block_path
-from ..adapters.saving import naming
 from ..interventions import Intervention, method_name
 from ..storage.atomic import write_json, write_whole
-from ..storage.reading import read_json
+from ..storage.reading import naming, read_json
 from .foreign import attached, check_alone, orthogonal_map, read_pickled, take
 
 log = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from ..config.schema import Config
 from ..data import Example
 from ..data.pictures import Picture, marked
 from ..data.prompts import apply_template
+from ..storage.reading import naming
 from .arguments import OWN, family_of, reads_preferences
 from .kinds import KINDS, Kind, kind_of
 
@@ -76,6 +77,7 @@ class PromptFormat:
         ended = question.endswith("\n") or self.template != "plain" or not self.line_break
         said, asked = tuple(turns), question if ended else f"{question}\n"
         if self.kind.sees:
-            said, asked = marked(said, asked, pictures, "this question")
+            with naming("this question"):
+                said, asked = marked(said, asked, pictures)
         example = Example("question", asked, target="-", answer="-", turns=said, pictures=tuple(pictures))
         return next(iter(apply_template(self.template, [example], reader, self.system_prompt)))

@@ -1,13 +1,24 @@
-"""Small files of a run or a study: one that is damaged is named, with what is wrong in it."""
+"""What is read is named where it is wrong: small files of a run or a study, and whatever else has a place."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+
+@contextmanager
+def naming(place: str | os.PathLike) -> Iterator[None]:
+    """Let a ValueError of the block begin with the folder, file or row that was read, if it does not name it."""
+    try:
+        yield
+    except ValueError as error:
+        raise error if str(place) in str(error) else ValueError(f"{place}: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -44,8 +44,8 @@ def prompts(rows):
 def brings_validation(folder, *names):
     """A family of tasks a and b, of which the named ones have validation rows of their own."""
 
-    def example(row, where):
-        return Example(row["task"], row["q"], "x", "x", source=where)
+    def example(row):
+        return Example(row["task"], row["q"], "x", "x")
 
     tasks = {}
     for name in ("a", "b"):

@@ -12,6 +12,7 @@ import yaml
 from real_searches import contents, make_study, opened, start, work
 
 from reft_lightning.data.classification_data import divide
+from reft_lightning.data.example import placed
 from reft_lightning.data.families.glue import FAMILY
 from reft_lightning.data.rows import DataSource, read_rows
 from reft_lightning.search import command
@@ -102,7 +103,7 @@ def halves(folder):
     """Rows for selection and rows of the test, as a run divides them."""
     task = FAMILY.task("rte")
     rows, _ = read_rows(task, "validation", DataSource("local", path=str(folder)))
-    return divide([task.example(*row) for row in rows], 42)
+    return divide([placed(task.example, *row) for row in rows], 42)
 
 
 def poison(folder):

@@ -18,6 +18,7 @@ from reft_lightning.data.rows import DataSource, LocalRows, WheelRows, local_row
 from reft_lightning.storage import digests
 from reft_lightning.storage import wheels as sources
 from reft_lightning.storage.build_once import publish
+from reft_lightning.storage.reading import naming
 from reft_lightning.storage.wheels import Wheel, read_member, wheel_file
 
 
@@ -279,8 +280,11 @@ class TestFiles:
             list(read_json_file(tmp_path / "train.json"))
 
     def test_a_missing_column_lists_the_columns_there_are(self):
-        with pytest.raises(ValueError, match=r"row 2: no column 'gold'; the columns are a, b"):
-            column({"a": 1, "b": 2}, "gold", "row 2")
+        with (
+            pytest.raises(ValueError, match=r"row 2: no column 'gold'; the columns are a, b"),
+            naming("row 2"),
+        ):
+            column({"a": 1, "b": 2}, "gold")
 
     def test_labels_in_their_own_file_must_be_as_many_as_rows(self, tmp_path):
         (tmp_path / "train.jsonl").write_text('{"q": 1}\n{"q": 2}\n')
@@ -323,7 +327,7 @@ class TestRows:
 
     def test_no_source_falls_back_to_another(self, tmp_path, cache):
         tables = {"train": (LocalRows(("train.json",)),)}
-        task = Task("toy", lambda row, where: row, local=tables, wheel={"test": (WheelRows("x"),)})
+        task = Task("toy", lambda row: row, local=tables, wheel={"test": (WheelRows("x"),)})
         (tmp_path / "train.json").write_text('[{"a": 1}]')
         rows, facts = read_rows(task, "train", DataSource("local", str(tmp_path)))
         assert (facts["source"], facts["from"], len(rows)) == ("local", ["train.json"], 1)
@@ -335,7 +339,7 @@ class TestRows:
             read_rows(task, "train", DataSource("hub"))
 
     def test_an_empty_file_is_an_error(self, tmp_path):
-        task = Task("toy", lambda row, where: row, local={"train": (LocalRows(("train.json",)),)})
+        task = Task("toy", lambda row: row, local={"train": (LocalRows(("train.json",)),)})
         (tmp_path / "train.json").write_text("[]")
         with pytest.raises(ValueError, match=r"train.json in .*: no rows"):
             read_rows(task, "train", DataSource("local", str(tmp_path)))

@@ -39,13 +39,14 @@ from ...base_models.reading import continues_texts
 from ...base_models.stacks import DECODER, stacks_of
 from ...base_models.vision import image_tokens
 from ...interventions import INTERVENTIONS, Intervention, rotations
+from ...storage.reading import naming
 from ..adapted import ParameterCount
 from ..arguments import forward_inputs, known_arguments, left_padded_inputs
 from ..attaching import all_or_nothing, attaching, check_base, detached
 from ..first_values import FirstValues, fill
 from ..masks import Spans, marked, spans_of, spans_of_labels, spans_of_start
 from ..plain import plain
-from ..saving import check_fit, load_adapter, naming, save_adapter, tensors_of
+from ..saving import check_fit, load_adapter, save_adapter, tensors_of
 from .adapter import Adapter
 from .adapter_set import DEFAULT, AdapterSet, partitions_of
 from .base_of import load_base_of

@@ -61,6 +61,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from ..example import Example, Judgement, Row, column, text_in, texts_in
 from ..family import Family, Task
@@ -103,27 +104,19 @@ def score(texts: Sequence[str], example: Example) -> Judgement:
 # ------------------------------------------------------------------------------------------------ rows
 
 
-def gold_number(value: object, where: str) -> str:
-    """Return a gold number as text without thousands commas.
-
-    Raises:
-        ValueError: if it is not a finite number; names the row.
-    """
+def gold_number(value: object) -> str:
+    """Return a gold number as text without thousands commas; ValueError if it is not finite."""
     text = str(value).strip().replace(",", "")
     if not is_number(text):
-        raise ValueError(f"{where}: the answer must be a finite number; got {value!r}")
+        raise ValueError(f"the answer must be a finite number; got {value!r}")
     return text
 
 
-def gold_letter(value: object, where: str) -> str:
-    """Return a gold letter.
-
-    Raises:
-        ValueError: if it is none of A to E; names the row.
-    """
+def gold_letter(value: object) -> str:
+    """Return a gold letter; ValueError if it is none of A to E."""
     text = str(value).strip()
     if text not in LETTERS:
-        raise ValueError(f"{where}: the answer must be one of {', '.join(LETTERS)}; got {value!r}")
+        raise ValueError(f"the answer must be one of {', '.join(LETTERS)}; got {value!r}")
     return text
 
 
@@ -139,112 +132,93 @@ def says(answer: str) -> str:
     return f"The answer is {int(number) if number.is_integer() else answer}."
 
 
-def split_gsm8k(row: Row, where: str) -> tuple[str, str]:
-    r"""Return rationale and gold number of GSM8K's {question, answer: "rationale\n#### number"}.
-
-    Raises:
-        ValueError: if the answer has no "####".
-    """
-    text = text_in(row, "answer", where)
+def split_gsm8k(row: Row) -> tuple[str, str]:
+    r"""Return rationale and gold number of GSM8K's {question, answer: "rationale\n#### number"}."""
+    text = text_in(row, "answer")
     rationale, found, number = text.rpartition("####")
     if not found:
-        raise ValueError(f"{where}: the answer has no '####' before its number: {text!r:.80}")
-    return rationale.rstrip("\n"), gold_number(number, where)
+        raise ValueError(f"the answer has no '####' before its number: {text!r:.80}")
+    return rationale.rstrip("\n"), gold_number(number)
 
 
-def gsm8k(row: Row, where: str) -> tuple[str, str, str]:
+def gsm8k(row: Row) -> tuple[str, str, str]:
     """Make of {question, answer with ####} the instruction, the rationale without annotations, and the answer."""
-    rationale, number = split_gsm8k(row, where)
-    return text_in(row, "question", where), _ANNOTATION.sub("", rationale), number
+    rationale, number = split_gsm8k(row)
+    return text_in(row, "question"), _ANNOTATION.sub("", rationale), number
 
 
-def aqua(row: Row, where: str) -> tuple[str, str, str]:
-    """Make of {question, options: ["A)21", ...], rationale, correct} instruction, rationale and letter.
-
-    Raises:
-        ValueError: if an option begins with the letter of another.
-    """
-    options = texts_in(row, "options", where)
-    choices = " ".join(f"({x}) {_choice(x, y, where)}" for x, y in zip(LETTERS, options, strict=False))
-    rationale = _SAYS_LETTER.sub("", text_in(row, "rationale", where).strip())
+def aqua(row: Row) -> tuple[str, str, str]:
+    """Make of {question, options: ["A)21", ...], rationale, correct} instruction, rationale and letter."""
+    options = texts_in(row, "options")
+    choices = " ".join(f"({x}) {_choice(x, y)}" for x, y in zip(LETTERS, options, strict=False))
+    rationale = _SAYS_LETTER.sub("", text_in(row, "rationale").strip())
     rationale = re.sub("[A-E]", lambda capital: capital.group().lower(), rationale)
-    letter = gold_letter(column(row, "correct", where), where)
-    return f"{text_in(row, 'question', where)} Answer Choices: {choices}", rationale, letter
+    letter = gold_letter(column(row, "correct"))
+    return f"{text_in(row, 'question')} Answer Choices: {choices}", rationale, letter
 
 
-def _choice(letter: str, option: str, where: str) -> str:
+def _choice(letter: str, option: str) -> str:
     """Return the text of an option, which begins with its letter in the files; one without any letter is whole."""
     if option[:1] in LETTERS and option[1:2] == ")":
         if option[0] != letter:
-            raise ValueError(f"{where}: option {letter} must begin with '{letter})'; got {option!r:.60}")
+            raise ValueError(f"option {letter} must begin with '{letter})'; got {option!r:.60}")
         return option[2:]
     return option
 
 
-def svamp(row: Row, where: str) -> tuple[str, str, str]:
+def svamp(row: Row) -> tuple[str, str, str]:
     """Make of {Body, Question, Answer} one text; LLM-Adapters closes a body that lacks its full stop."""
-    body = text_in(row, "Body", where)
-    question = f"{body if body.endswith('.') else body + '.'} {text_in(row, 'Question', where)}"
-    return question, "", gold_number(column(row, "Answer", where), where)
+    body = text_in(row, "Body")
+    question = f"{body if body.endswith('.') else body + '.'} {text_in(row, 'Question')}"
+    return question, "", gold_number(column(row, "Answer"))
 
 
-def multiarith(row: Row, where: str) -> tuple[str, str, str]:
+def multiarith(row: Row) -> tuple[str, str, str]:
     """Read {question, final_ans}, the hub's form."""
-    return text_in(row, "question", where), "", gold_number(column(row, "final_ans", where), where)
+    return text_in(row, "question"), "", gold_number(column(row, "final_ans"))
 
 
-def mawps(row: Row, where: str) -> tuple[str, str, str]:
+def mawps(row: Row) -> tuple[str, str, str]:
     """Read {original_text, equation, ans}: the equation takes the place of a rationale."""
-    equation = text_in(row, "equation", where)
-    return text_in(row, "original_text", where), equation, gold_number(column(row, "ans", where), where)
+    equation = text_in(row, "equation")
+    return text_in(row, "original_text"), equation, gold_number(column(row, "ans"))
 
 
-def rendered(task: str, row: Row, where: str) -> Example:
-    """Return the example of a test row in the LLM-Adapters schema; its output is not used.
-
-    Raises:
-        ValueError: if a column is missing, the answer has another form than the task's, or there is an input.
-    """
-    instruction = _instruction(row, where)
+def rendered(task: str, row: Row) -> Example:
+    """Return the example of a test row in the LLM-Adapters schema; its output is not used."""
+    instruction = _instruction(row)
     gold = gold_letter if task == "AQuA" else gold_number
-    answer = gold(column(row, "answer", where), where)
-    return Example(task, instruction, says(answer), answer, source=where)
+    answer = gold(column(row, "answer"))
+    return Example(task, instruction, says(answer), answer)
 
 
-def mixture(row: Row, where: str) -> Example:
+def mixture(row: Row) -> Example:
     """Return the example of a row of math_10k.json: its output is learnt as it is, as published.
 
     Its gold answer counts for validation rows only, and is not compared with what the output concludes.
-
-    Raises:
-        ValueError: if a column is missing, the output is empty, or there is an input.
     """
-    instruction, output = _instruction(row, where), text_in(row, "output", where)
+    instruction, output = _instruction(row), text_in(row, "output")
     if not output.strip():
-        raise ValueError(f"{where}: the row has no output to learn")
-    return Example("mixture", instruction, output, str(column(row, "answer", where)).strip(), source=where)
+        raise ValueError("the row has no output to learn")
+    return Example("mixture", instruction, output, str(column(row, "answer")).strip())
 
 
-def _instruction(row: Row, where: str) -> str:
+def _instruction(row: Row) -> str:
     if row.get("input"):
-        raise ValueError(f"{where}: the template has no place for input {row['input']!r:.60}")
-    return text_in(row, "instruction", where)
+        raise ValueError(f"the template has no place for input {row['input']!r:.60}")
+    return text_in(row, "instruction")
 
 
-Parse = Callable[[Row, str], tuple[str, str, str]]
+Parse = Callable[[Row], tuple[str, str, str]]
 
 
-def _make(name: str, parse: Parse | None = None) -> Callable[[Row, str], Example]:
-    """Return row -> Example for LLM-Adapters' rows and, where `parse` reads them, original rows."""
-
-    def example(row: Row, where: str) -> Example:
-        if parse is None or "instruction" in row:
-            return rendered(name, row, where)
-        question, rationale, answer = parse(row, where)
-        target = f"{rationale}\n{says(answer)}" if rationale else says(answer)
-        return Example(name, question, target, answer, source=where)
-
-    return example
+def _example(task: str, parse: Parse | None, row: Row) -> Example:
+    """Return the example of LLM-Adapters' row or, where `parse` reads it, of an original one."""
+    if parse is None or "instruction" in row:
+        return rendered(task, row)
+    question, rationale, answer = parse(row)
+    target = f"{rationale}\n{says(answer)}" if rationale else says(answer)
+    return Example(task, question, target, answer)
 
 
 def _test(name: str, *others: LocalRows) -> tuple[LocalRows, ...]:
@@ -254,7 +228,7 @@ def _test(name: str, *others: LocalRows) -> tuple[LocalRows, ...]:
 TASKS = by_name(
     Task(
         "AQuA",
-        _make("AQuA", aqua),
+        partial(_example, "AQuA", aqua),
         hub=HubRows.splits("deepmind/aqua_rat", "raw"),
         local={
             "train": (
@@ -267,7 +241,7 @@ TASKS = by_name(
     ),
     Task(
         "gsm8k",
-        _make("gsm8k", gsm8k),
+        partial(_example, "gsm8k", gsm8k),
         hub=HubRows.splits("openai/gsm8k", "main"),
         local={
             "train": (LocalRows(("gsm8k/train.jsonl",)),),
@@ -281,7 +255,7 @@ TASKS = by_name(
     ),
     Task(
         "mawps",
-        _make("mawps", mawps),
+        partial(_example, "mawps", mawps),
         local={
             "train": (LocalRows(("mawps/trainset.json",)),),
             "test": _test("mawps", LocalRows(("mawps/testset.json",))),
@@ -290,15 +264,15 @@ TASKS = by_name(
     ),
     Task(
         "SVAMP",
-        _make("SVAMP", svamp),
+        partial(_example, "SVAMP", svamp),
         hub={"test": (HubRows("ChilleD/SVAMP", None, "train"), HubRows("ChilleD/SVAMP", None, "test"))},
         local={"test": _test("SVAMP", LocalRows(("SVAMP/SVAMP.json",)))},
         notes={"hub": HUB_SVAMP},
     ),
-    Task("AddSub", _make("AddSub"), local={"test": _test("AddSub")}, notes={"hub": NO_HUB}),
+    Task("AddSub", partial(_example, "AddSub", None), local={"test": _test("AddSub")}, notes={"hub": NO_HUB}),
     Task(
         "MultiArith",
-        _make("MultiArith", multiarith),
+        partial(_example, "MultiArith", multiarith),
         hub={
             "test": (
                 HubRows("ChilleD/MultiArith", None, "train"),
@@ -308,7 +282,12 @@ TASKS = by_name(
         local={"test": _test("MultiArith")},
         notes={"hub": HUB_MULTIARITH},
     ),
-    Task("SingleEq", _make("SingleEq"), local={"test": _test("SingleEq")}, notes={"hub": NO_HUB}),
+    Task(
+        "SingleEq",
+        partial(_example, "SingleEq", None),
+        local={"test": _test("SingleEq")},
+        notes={"hub": NO_HUB},
+    ),
 )
 
 FAMILY = Family(

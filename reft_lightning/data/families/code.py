@@ -36,8 +36,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+from ...storage.reading import naming
 from ..example import Example, Judgement, Row, column, text_in, texts_in
 from ..family import Family, Task
 from ..files import Rows, read_file
@@ -96,47 +98,32 @@ def score(texts: Sequence[str], example: Example) -> Judgement:
     return Judgement(first if first.strip() else None, scores)
 
 
-def humaneval(row: Row, where: str) -> Example:
-    """Return the example of a HumanEval row.
-
-    Raises:
-        ValueError: if a column is missing, or the test defines no `check`.
-    """
-    prompt, test = text_in(row, "prompt", where), text_in(row, "test", where)
+def humaneval(row: Row) -> Example:
+    """Return the example of a HumanEval row; ValueError if its test defines no `check`."""
+    prompt, test = text_in(row, "prompt"), text_in(row, "test")
     if "def check(" not in test:
-        raise ValueError(
-            f"{where}: the test defines no function check(candidate), so every program would pass"
-        )
-    answer = _answer(prompt, f"{test}\ncheck({text_in(row, 'entry_point', where)})\n")
-    return Example("humaneval", prompt, text_in(row, "canonical_solution", where), answer, source=where)
+        raise ValueError("the test defines no function check(candidate), so every program would pass")
+    answer = _answer(prompt, f"{test}\ncheck({text_in(row, 'entry_point')})\n")
+    return Example("humaneval", prompt, text_in(row, "canonical_solution"), answer)
 
 
-def mbpp(name: str) -> Callable[[Row, str], Example]:
-    """Return row -> example for MBPP's {text, test_setup_code} and the sanitized {prompt, test_imports}."""
-
-    def example(row: Row, where: str) -> Example:
-        """Raise ValueError for a row without tests, which every program would pass."""
-        text = text_in(row, "prompt" if "prompt" in row else "text", where)
-        tests = [test.strip() for test in texts_in(row, "test_list", where)]
-        if not any(tests):
-            raise ValueError(f"{where}: test_list is empty, so every program would pass")
-        listed = "\n".join(tests)
-        prompt = (
-            f"You are an expert Python programmer, and here is your task: {text.strip()} "
-            f"Your code should pass these tests:\n\n{listed}\n[BEGIN]\n"
-        )
-        code = text_in(row, "code", where).replace("\r\n", "\n").rstrip()
-        imports = "\n".join(texts_in(row, "test_imports", where)) if "test_imports" in row else ""
-        # the set-up builds objects of the classes that the code defines, so it follows the code
-        setup = (
-            text_in(row, "test_setup_code", where).replace("\r\n", "\n") if "test_setup_code" in row else ""
-        )
-        answer = _answer(
-            f"{imports}\n" if imports else "", f"{setup}\n{listed}\n" if setup else f"{listed}\n"
-        )
-        return Example(name, prompt, f"{code}\n{DONE}", answer, source=where)
-
-    return example
+def mbpp(task: str, row: Row) -> Example:
+    """Return the example of MBPP's {text, test_setup_code} or the sanitized {prompt, test_imports}."""
+    text = text_in(row, "prompt" if "prompt" in row else "text")
+    tests = [test.strip() for test in texts_in(row, "test_list")]
+    if not any(tests):
+        raise ValueError("test_list is empty, so every program would pass")
+    listed = "\n".join(tests)
+    prompt = (
+        f"You are an expert Python programmer, and here is your task: {text.strip()} "
+        f"Your code should pass these tests:\n\n{listed}\n[BEGIN]\n"
+    )
+    code = text_in(row, "code").replace("\r\n", "\n").rstrip()
+    imports = "\n".join(texts_in(row, "test_imports")) if "test_imports" in row else ""
+    # the set-up builds objects of the classes that the code defines, so it follows the code
+    setup = text_in(row, "test_setup_code").replace("\r\n", "\n") if "test_setup_code" in row else ""
+    answer = _answer(f"{imports}\n" if imports else "", f"{setup}\n{listed}\n" if setup else f"{listed}\n")
+    return Example(task, prompt, f"{code}\n{DONE}", answer)
 
 
 def ids(span: tuple[int, int]) -> Callable[[Path], Rows]:
@@ -144,9 +131,10 @@ def ids(span: tuple[int, int]) -> Callable[[Path], Rows]:
 
     def read(path: Path) -> Rows:
         for row, where in read_file(path):
-            number = column(row, "task_id", where)
-            if not isinstance(number, int):
-                raise ValueError(f"{where}: task_id must be an integer; got {number!r:.80}")
+            with naming(where):
+                number = column(row, "task_id")
+                if not isinstance(number, int):
+                    raise ValueError(f"task_id must be an integer; got {number!r:.80}")
             if span[0] <= number <= span[1]:
                 yield row, where
 
@@ -173,21 +161,21 @@ TASKS = by_name(
     ),
     Task(
         "mbpp",
-        mbpp("mbpp"),
+        partial(mbpp, "mbpp"),
         stop_strings=STOP_STRINGS["mbpp"],
         hub=HubRows.splits(MBPP, "full"),
         local={"train": _TRAIN, "test": _layouts("mbpp/test.jsonl", TEST, _ALL)},
     ),
     Task(
         "mbpp_validation",
-        mbpp("mbpp_validation"),
+        partial(mbpp, "mbpp_validation"),
         stop_strings=STOP_STRINGS["mbpp_validation"],
         hub=HubRows.splits(MBPP, "full", test="validation"),
         local={"train": _TRAIN, "test": _layouts("mbpp/validation.jsonl", VALIDATION, _ALL, _OPEN)},
     ),
     Task(
         "mbpp_sanitized",
-        mbpp("mbpp_sanitized"),
+        partial(mbpp, "mbpp_sanitized"),
         stop_strings=STOP_STRINGS["mbpp_sanitized"],
         hub=HubRows.splits(MBPP, "sanitized"),
         local={

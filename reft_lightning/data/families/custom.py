@@ -39,6 +39,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ...storage.reading import naming
 from ..columns import TASK, Columns, Conversations
 from ..example import Example, Judgement, Score, column, exact_match, question_of
 from ..family import Family, Task
@@ -284,4 +285,5 @@ def check_columns(names: Sequence[str], begun: Sequence[Located]) -> None:
     for rows in begun:
         for name in names:
             if not any(name in row for row, _ in rows):
-                column(rows[0][0], name, rows[0][1])
+                with naming(rows[0][1]):
+                    column(rows[0][0], name)

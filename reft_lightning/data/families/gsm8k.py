@@ -40,16 +40,12 @@ REQUEST = "Answer the above question. First think step by step and then answer t
 FINAL = "The final answer is: "
 
 
-def example(row: Row, where: str) -> Example:
-    r"""Return the example of {question, answer: "rationale\n#### number"}.
-
-    Raises:
-        ValueError: if a column or "####" is missing, or the answer is not a number.
-    """
-    _, number = split_gsm8k(row, where)
-    prompt = f"{text_in(row, 'question', where)}\n{REQUEST}\n"
-    target = text_in(row, "answer", where).replace("####", FINAL)
-    return Example("gsm8k", prompt, target, number, source=where)
+def example(row: Row) -> Example:
+    r"""Return the example of {question, answer: "rationale\n#### number"}."""
+    _, number = split_gsm8k(row)
+    prompt = f"{text_in(row, 'question')}\n{REQUEST}\n"
+    target = text_in(row, "answer").replace("####", FINAL)
+    return Example("gsm8k", prompt, target, number)
 
 
 def carve_last(

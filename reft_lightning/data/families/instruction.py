@@ -38,6 +38,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ..columns import exchange_of
@@ -49,83 +50,76 @@ VERSION = 1
 NO_ANSWER = "(no answer)"
 
 
-def _instruction(task: str, row: Row, where: str) -> Example:
+def _instruction(task: str, row: Row) -> Example:
     """Build the example of {instruction, input or context, output or response}; either context may be absent."""
     context = row.get("input", row.get("context"))
-    output = row["response"] if "response" in row else column(row, "output", where)
-    return _example(task, column(row, "instruction", where), output, where, context)
+    output = row["response"] if "response" in row else column(row, "output")
+    return _example(task, column(row, "instruction"), output, context)
 
 
-def _instances(task: str, row: Row, where: str) -> Example:
+def _instances(task: str, row: Row) -> Example:
     """Build the example of Self-Instruct's {instruction, instances: [{input, output}, ...]}: the first instance."""
-    instances = list_in(row, "instances", where)
+    instances = list_in(row, "instances")
     if not instances:
-        raise ValueError(f"{where}: instances is empty")
+        raise ValueError("instances is empty")
     first = instances[0]
-    output = column(first, "output", where)
-    return _example(task, column(row, "instruction", where), output, where, first.get("input"))
+    output = column(first, "output")
+    return _example(task, column(row, "instruction"), output, first.get("input"))
 
 
-def _chosen(task: str, row: Row, where: str) -> Example:
+def _chosen(task: str, row: Row) -> Example:
     """Build the example of a preference pair {prompt, chosen, rejected}: the chosen answer is learnt."""
     chosen, other = row["chosen"], row.get("rejected")
-    if isinstance(chosen, str):
-        example = _example(task, column(row, "prompt", where), chosen, where)
-    else:
-        example = _conversation(task, chosen, where)
+    as_is = isinstance(chosen, str)
+    example = _example(task, column(row, "prompt"), chosen) if as_is else _conversation(task, chosen)
     if not other:  # such rows teach the chosen answer only
         return example
-    other = as_text(other, "rejected", where) if isinstance(other, str) else exchange_of(other, where)[2]
+    other = as_text(other, "rejected") if isinstance(other, str) else exchange_of(other)[2]
     return replace(example, options=(example.target, other))
 
 
-def _conversation(task: str, messages: Any, where: str) -> Example:
+def _conversation(task: str, messages: Any) -> Example:
     """Build the example of messages {role, content}: the last answer is learnt, what precedes it is read."""
-    turns, prompt, answer = exchange_of(messages, where)
-    return _example(task, prompt, answer, where, turns=turns)
+    turns, prompt, answer = exchange_of(messages)
+    return _example(task, prompt, answer, turns=turns)
 
 
 def _example(
     task: str,
     instruction: str,
     output: str,
-    where: str,
     context: str | None = None,
     turns: tuple[tuple[str, str], ...] = (),
 ) -> Example:
     context = "" if context is None else context
     parts = {"instruction": instruction, "output": output, "input or context": context}
-    instruction, output, context = (as_text(value, name, where) for name, value in parts.items())
+    instruction, output, context = (as_text(value, name) for name, value in parts.items())
     context = context if context.strip() else ""
-    return Example(task, instruction, output, output, source=where, context=context, turns=turns)
+    return Example(task, instruction, output, output, context=context, turns=turns)
 
 
-def example_of(task: str) -> Callable[[Row, str], Example]:
-    """Return (row, where it is) -> Example, for every schema this module describes."""
-
-    def example(row: Row, where: str) -> Example:
-        if "messages" in row:
-            return _conversation(task, row["messages"], where)
-        if "chosen" in row:
-            return _chosen(task, row, where)
-        if "instances" in row:
-            return _instances(task, row, where)
-        return _instruction(task, row, where)
-
-    return example
+def example_of(task: str, row: Row) -> Example:
+    """Return the example of a row in any schema that this module describes."""
+    if "messages" in row:
+        return _conversation(task, row["messages"])
+    if "chosen" in row:
+        return _chosen(task, row)
+    if "instances" in row:
+        return _instances(task, row)
+    return _instruction(task, row)
 
 
-def alpaca_eval_example(row: Row, where: str) -> Example:
+def alpaca_eval_example(row: Row) -> Example:
     """Return the example of {instruction, output, generator, dataset}; the output is the reference model's."""
-    output = column(row, "output", where)
-    return _example("alpaca_eval", column(row, "instruction", where), output or NO_ANSWER, where)
+    output = column(row, "output")
+    return _example("alpaca_eval", column(row, "instruction"), output or NO_ANSWER)
 
 
-def _for_a_judge(example: Callable[[Row, str], Example]) -> Callable[[Row, str], Example]:
+def _for_a_judge(example: Callable[[Row], Example]) -> Callable[[Row], Example]:
     """Record the instruction, without a template, and the part of the benchmark that it comes from."""
 
-    def recorded(row: Row, where: str) -> Example:
-        made = example(row, where)
+    def recorded(row: Row) -> Example:
+        made = example(row)
         instruction = f"{made.prompt}\n\n{made.context}" if made.context else made.prompt
         dataset = row.get("dataset", made.task)
         return replace(made, recorded={"instruction": instruction, "dataset": dataset})
@@ -179,7 +173,7 @@ def _subset(name: str, note: str) -> LocalRows:
 TASKS = by_name(
     Task(
         "alpaca",
-        example_of("alpaca"),
+        partial(example_of, "alpaca"),
         **_train(
             "yahma/alpaca-cleaned",
             LocalRows(("alpaca/train.json",)),
@@ -191,7 +185,7 @@ TASKS = by_name(
     ),
     Task(
         "ultrafeedback",
-        example_of("ultrafeedback"),
+        partial(example_of, "ultrafeedback"),
         **_train(
             "frankaging/ultrafeedback-dataset",
             LocalRows(("ultrafeedback/train.json",)),
@@ -201,7 +195,7 @@ TASKS = by_name(
     ),
     Task(
         "ultrafeedback_binarized",
-        example_of("ultrafeedback_binarized"),
+        partial(example_of, "ultrafeedback_binarized"),
         **_train(
             "argilla/ultrafeedback-binarized-preferences-cleaned",
             LocalRows(("ultrafeedback_binarized/train.json",)),
@@ -210,7 +204,7 @@ TASKS = by_name(
     ),
     Task(
         "dolly",
-        example_of("dolly"),
+        partial(example_of, "dolly"),
         **_train(
             "databricks/databricks-dolly-15k",
             LocalRows(("dolly/databricks-dolly-15k.jsonl",)),
@@ -220,7 +214,7 @@ TASKS = by_name(
     ),
     Task(
         "self_instruct",
-        _for_a_judge(example_of("self_instruct")),
+        _for_a_judge(partial(example_of, "self_instruct")),
         local={
             "train": (LocalRows(("self_instruct/seed_tasks.jsonl",)),),
             "test": (LocalRows(("self_instruct/user_oriented_instructions.jsonl",)),),

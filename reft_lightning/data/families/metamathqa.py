@@ -59,23 +59,19 @@ def prompt(question: str) -> str:
     return f"{QUESTION}{question}{ANSWER}"
 
 
-def metamath(row: Row, where: str) -> Example:
+def metamath(row: Row) -> Example:
     """Return the example of {query, response}; a response that states no answer has an empty one, as none is scored."""
-    query, response = text_in(row, "query", where), text_in(row, "response", where)
-    return Example("metamathqa", prompt(query), response, stated(response) or "", source=where)
+    query, response = text_in(row, "query"), text_in(row, "response")
+    return Example("metamathqa", prompt(query), response, stated(response) or "")
 
 
-def gsm8k(row: Row, where: str) -> Example:
-    """Return the example of GSM8K's {question, answer with ####}, the answer as it is.
-
-    Raises:
-        ValueError: if the answer states none.
-    """
-    answer = text_in(row, "answer", where)
+def gsm8k(row: Row) -> Example:
+    """Return the example of GSM8K's {question, answer with ####}, the answer as it is."""
+    answer = text_in(row, "answer")
     gold = stated(answer)
     if gold is None:
-        raise ValueError(f"{where}: the answer has no '#### ' before its number: {answer!r:.80}")
-    return Example("gsm8k", prompt(text_in(row, "question", where)), answer, gold, source=where)
+        raise ValueError(f"the answer has no '#### ' before its number: {answer!r:.80}")
+    return Example("gsm8k", prompt(text_in(row, "question")), answer, gold)
 
 
 def stated(text: str) -> str | None:

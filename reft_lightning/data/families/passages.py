@@ -15,18 +15,18 @@ from ..example import Example, question_of
 _BEFORE, _REQUEST = "Passage: ", "\n\nPlease "
 
 
-def prompt_about(passage: str, request: str, question: str, where: str) -> str:
+def prompt_about(passage: str, request: str, question: str) -> str:
     r"""Return the passage and, after it, the request that ends in the question, both stripped.
 
     Raises:
-        ValueError: if passage or question is empty; names the row.
+        ValueError: if passage or question is empty.
 
-    >>> prompt_about("It rained.", "answer the question: ", "What did it do?", "here")
+    >>> prompt_about("It rained.", "answer the question: ", "What did it do?")
     'Passage: It rained.\n\nPlease answer the question: What did it do?'
     """
     for text, what in ((passage, "passage"), (question, "question")):
         if not text.strip():
-            raise ValueError(f"{where}: the {what} is empty")
+            raise ValueError(f"the {what} is empty")
     return f"{_BEFORE}{passage.strip()}{_REQUEST}{request}{question.strip()}"
 
 

@@ -34,10 +34,12 @@ Changes: version 1, first version.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
+from ...storage.reading import naming
 from ..example import Example, Row, column, exact_match, list_in, text_in, texts_in
 from ..family import Family, Task
 from ..files import Rows, read_file, text_lines
@@ -49,39 +51,28 @@ VERSION = 1
 REQUEST = "choose the correct answer to the question: "
 
 
-def multiple_choice(
-    task: str, passage: str, question: str, choices: Sequence[str], gold: int, where: str
-) -> Example:
-    """Return the example of a question about a passage; `gold` is the index of the right choice.
-
-    Raises:
-        ValueError: if there is no such choice, or passage or question is empty.
-    """
+def multiple_choice(task: str, passage: str, question: str, choices: Sequence[str], gold: int) -> Example:
+    """Return the example of a question about a passage; `gold` is the index of the right choice."""
     if not 0 <= gold < len(choices):
-        raise ValueError(f"{where}: the answer must be one of {len(choices)} choices; got number {gold + 1}")
+        raise ValueError(f"the answer must be one of {len(choices)} choices; got number {gold + 1}")
     words = [f"answer{i}" for i in range(1, len(choices) + 1)]
     listed = " ".join(
         f"{word.capitalize()}: {choice.strip()}" for word, choice in zip(words, choices, strict=True)
     )
-    prompt = prompt_about(passage, REQUEST, question, where)
+    prompt = prompt_about(passage, REQUEST, question)
     prompt += f"\n\n{listed}\n\nAnswer format: {'/'.join(words)}\n"
     options = tuple(TRIGGER + word for word in words)
-    return Example(task, prompt, options[gold], words[gold], options, where)
+    return Example(task, prompt, options[gold], words[gold], options)
 
 
-def race(name: str) -> Callable[[Row, str], Example]:
-    """Return row -> example for {article, question, options, answer: "A" to "D"}."""
-
-    def example(row: Row, where: str) -> Example:
-        """Raise ValueError if the answer is not the letter of an option."""
-        options, letter = texts_in(row, "options", where), str(column(row, "answer", where)).strip()
-        letters = list("ABCDEFGH"[: len(options)])
-        if letter not in letters:
-            raise ValueError(f"{where}: the answer must be one of {', '.join(letters)}; got {letter!r}")
-        article, question = text_in(row, "article", where), text_in(row, "question", where)
-        return multiple_choice(name, article, question, options, letters.index(letter), where)
-
-    return example
+def race(task: str, row: Row) -> Example:
+    """Return the example of {article, question, options, answer: "A" to "D"}."""
+    options, letter = texts_in(row, "options"), str(column(row, "answer")).strip()
+    letters = list("ABCDEFGH"[: len(options)])
+    if letter not in letters:
+        raise ValueError(f"the answer must be one of {', '.join(letters)}; got {letter!r}")
+    article, question = text_in(row, "article"), text_in(row, "question")
+    return multiple_choice(task, article, question, options, letters.index(letter))
 
 
 def read_articles(path: Path) -> Rows:
@@ -94,30 +85,26 @@ def read_articles(path: Path) -> Rows:
         if "questions" not in row:
             yield row, where
             continue
-        parts = [list_in(row, name, where) for name in ("questions", "options", "answers")]
-        if len({len(part) for part in parts}) != 1:
-            counts = ", ".join(str(len(part)) for part in parts)
-            raise ValueError(f"{where}: questions, options and answers must be as many; got {counts}")
+        with naming(where):
+            article = column(row, "article")
+            parts = [list_in(row, name) for name in ("questions", "options", "answers")]
+            if len({len(part) for part in parts}) != 1:
+                counts = ", ".join(str(len(part)) for part in parts)
+                raise ValueError(f"questions, options and answers must be as many; got {counts}")
         for i, (question, options, answer) in enumerate(zip(*parts, strict=True)):
-            found = {"article": column(row, "article", where), "question": question}
-            yield {**found, "options": options, "answer": answer}, f"{where}, question {i}"
+            found = {"article": article, "question": question, "options": options, "answer": answer}
+            yield found, f"{where}, question {i}"
 
 
-def quail(row: Row, where: str) -> Example:
-    """Return the example of {context, question, answers, correct_answer_id}.
-
-    Raises:
-        ValueError: if the last is not the number of an answer; names the row.
-    """
-    passage, question = text_in(row, "context", where), text_in(row, "question", where)
-    number = column(row, "correct_answer_id", where)
+def quail(row: Row) -> Example:
+    """Return the example of {context, question, answers, correct_answer_id}."""
+    passage, question = text_in(row, "context"), text_in(row, "question")
+    number = column(row, "correct_answer_id")
     try:
         gold = int(number)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{where}: correct_answer_id must be the number of an answer; got {number!r}"
-        ) from error
-    return multiple_choice("quail", passage, question, texts_in(row, "answers", where), gold, where)
+        raise ValueError(f"correct_answer_id must be the number of an answer; got {number!r}") from error
+    return multiple_choice("quail", passage, question, texts_in(row, "answers"), gold)
 
 
 def read_quail(path: Path) -> Rows:
@@ -153,7 +140,7 @@ def _race(size: str) -> Task:
     name = f"race_{size}"
     return Task(
         name,
-        race(name),
+        partial(race, name),
         hub=HubRows.splits("ehovy/race", size),
         local={
             split: (LocalRows((f"{name}/{split}.jsonl",), read=read_articles),) for split in ("train", "test")

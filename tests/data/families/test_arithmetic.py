@@ -9,7 +9,7 @@ import pytest
 from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.config.compose import compose, config_dir
 from reft_lightning.data.encoding import encode
-from reft_lightning.data.example import Example, normalized
+from reft_lightning.data.example import Example, normalized, placed
 from reft_lightning.data.families import arithmetic, gsm8k
 from reft_lightning.data.families.arithmetic import says, score
 from reft_lightning.data.families.extraction import (
@@ -48,7 +48,7 @@ def local(layout):
 
 def examples(task, split, source, family=arithmetic.FAMILY):
     rows, _ = read_rows(family.tasks[task], split, source)
-    return [family.tasks[task].example(row, where) for row, where in rows]
+    return [placed(family.tasks[task].example, row, where) for row, where in rows]
 
 
 def gold(answer):
@@ -149,7 +149,11 @@ class TestNumbers:
         assert not equals("3", "nan")
         for value in ("nan", "inf", float("nan"), "B", ""):
             with pytest.raises(ValueError, match=r"row 3: the answer must be a finite number"):
-                TASKS["AddSub"].example({"instruction": "How many?", "output": "", "answer": value}, "row 3")
+                placed(
+                    TASKS["AddSub"].example,
+                    {"instruction": "How many?", "output": "", "answer": value},
+                    "row 3",
+                )
 
 
 class TestLetters:
@@ -191,7 +195,7 @@ class TestLetters:
     @pytest.mark.parametrize("value", ["F", "a", "", None, "AB", "4"])
     def test_a_gold_letter_outside_a_to_e_is_refused(self, value):
         with pytest.raises(ValueError, match=r"row 9: the answer must be one of A, B, C, D, E"):
-            TASKS["AQuA"].example({"instruction": "Which?", "answer": value}, "row 9")
+            placed(TASKS["AQuA"].example, {"instruction": "Which?", "answer": value}, "row 9")
 
 
 class TestSamples:
@@ -247,7 +251,7 @@ class TestRows:
 
     def test_an_option_without_its_letter_is_taken_whole(self):
         row = {"question": "Q", "options": ["A)1", "2", "C) 3", "A", "E)"], "rationale": "r", "correct": "A"}
-        example = TASKS["AQuA"].example(row, "here")
+        example = placed(TASKS["AQuA"].example, row, "here")
         assert example.prompt == "Q Answer Choices: (A) 1 (B) 2 (C)  3 (D) A (E) "
 
     def test_a_mixture_row_is_learnt_as_it_stands(self):
@@ -257,21 +261,21 @@ class TestRows:
             "output": "\nA: Some. The answer is 5.",
             "answer": "6.0",
         }
-        example = arithmetic.FAMILY.mixture_example(row, "math_10k.json, row 1")
+        example = placed(arithmetic.FAMILY.mixture_example, row, "math_10k.json, row 1")
         assert (example.prompt, example.target, example.answer) == ("How many?", row["output"], "6.0")
         with pytest.raises(ValueError, match="row 2: the row has no output to learn"):
-            arithmetic.FAMILY.mixture_example(row | {"output": " "}, "row 2")
+            placed(arithmetic.FAMILY.mixture_example, row | {"output": " "}, "row 2")
         with pytest.raises(ValueError, match="row 3: the template has no place for input 'more'"):
-            arithmetic.FAMILY.mixture_example(row | {"input": "more"}, "row 3")
+            placed(arithmetic.FAMILY.mixture_example, row | {"input": "more"}, "row 3")
 
     def test_broken_rows_name_their_row(self):
         with pytest.raises(ValueError, match=r"row 4: the answer has no '####' before its number: '5'"):
-            TASKS["gsm8k"].example({"question": "How many?", "answer": "5"}, "row 4")
+            placed(TASKS["gsm8k"].example, {"question": "How many?", "answer": "5"}, "row 4")
         with pytest.raises(ValueError, match=r"row 5: no column 'correct'.*question, options, rationale"):
-            TASKS["AQuA"].example({"question": "Q", "options": ["A)1"], "rationale": "r"}, "row 5")
+            placed(TASKS["AQuA"].example, {"question": "Q", "options": ["A)1"], "rationale": "r"}, "row 5")
         row = {"question": "Q", "options": ["A)1", "C)2"], "rationale": "r", "correct": "A"}
         with pytest.raises(ValueError, match=r"row 6: option B must begin with 'B\)'; got 'C\)2'"):
-            TASKS["AQuA"].example(row, "row 6")
+            placed(TASKS["AQuA"].example, row, "row 6")
 
     def test_what_the_hub_lacks_is_said(self):
         for task in ("mawps", "AddSub", "SingleEq"):
@@ -508,7 +512,9 @@ def test_the_rendered_and_the_original_gsm8k_test_are_the_same_questions(shared,
     from reft_lightning.data.rows import LocalRows, local_rows
 
     rows, _ = local_rows(shared / "data" / "arithmetic", (LocalRows(("gsm8k/test.jsonl",)),))
-    original = {e.prompt: e.answer for e in (TASKS["gsm8k"].example(row, where) for row, where in rows)}
+    original = {
+        e.prompt: e.answer for e in (placed(TASKS["gsm8k"].example, row, where) for row, where in rows)
+    }
     theirs = {e.prompt: e.answer for e in real["gsm8k", "test"]}
     assert set(original) == set(theirs)
     assert all(equals(original[question], theirs[question]) for question in theirs)

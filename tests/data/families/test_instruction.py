@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.data import FAMILIES
 from reft_lightning.data.encoding import Collator, encode, encode_all
+from reft_lightning.data.example import placed
 from reft_lightning.data.families.instruction import FAMILY, NO_ANSWER, TASKS, example_of
 from reft_lightning.data.family import Family
 from reft_lightning.data.files import read_json_file
@@ -27,7 +29,7 @@ def rows_of(task, split, folder=FIXTURES):
 
 
 def examples(task, split, folder=FIXTURES):
-    return [TASKS[task].example(row, where) for row, where in rows_of(task, split, folder)[0]]
+    return [placed(TASKS[task].example, row, where) for row, where in rows_of(task, split, folder)[0]]
 
 
 @pytest.mark.parametrize(("task", "split"), SPLITS)
@@ -72,72 +74,74 @@ class TestSchemas:
     def test_dollys_own_columns_read_like_the_renamed_ones(self):
         renamed = {"instruction": "Say it.", "input": "The note.", "output": "Note."}
         own = {"instruction": "Say it.", "context": "The note.", "response": "Note.", "category": "qa"}
-        example = example_of("dolly")
-        assert example(renamed, "here") == example(own, "here")
+        example = partial(example_of, "dolly")
+        assert example(renamed) == example(own)
 
     def test_the_chosen_answer_is_learnt_as_text_or_as_messages(self):
-        example = example_of("ultrafeedback_binarized")
+        example = partial(example_of, "ultrafeedback_binarized")
         messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
         row = {"prompt": "Hi", "rejected": "No."}
-        assert example(row | {"chosen": "Hello"}, "here") == example(row | {"chosen": messages}, "here")
+        assert example(row | {"chosen": "Hello"}) == example(row | {"chosen": messages})
 
     def test_a_preference_pair_has_its_answers_as_options(self):
-        example = example_of("ultrafeedback_binarized")
+        example = partial(example_of, "ultrafeedback_binarized")
         turns = [
             [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": x}] for x in ("Hello", "No.")
         ]
-        found = example({"prompt": "Hi", "chosen": turns[0], "rejected": turns[1]}, "here")
+        found = example({"prompt": "Hi", "chosen": turns[0], "rejected": turns[1]})
         assert found.options == ("Hello", "No.")
         assert rejected(found).target == "No."
-        assert example({"prompt": "Hi", "chosen": "Hello"}, "here").options == ()
-        with pytest.raises(ValueError, match=r"here: a conversation must be a list"):
-            example({"prompt": "Hi", "chosen": "Hello", "rejected": 3}, "here")
+        assert example({"prompt": "Hi", "chosen": "Hello"}).options == ()
+        with pytest.raises(ValueError, match=r"a conversation must be a list"):
+            example({"prompt": "Hi", "chosen": "Hello", "rejected": 3})
 
     def test_earlier_messages_become_turns(self):
         said = ["system: Be brief.", "user: Hi", "assistant: Hello", "user: Bye", "assistant: See you"]
         messages = [dict(zip(("role", "content"), text.split(": "), strict=True)) for text in said]
-        found = example_of("t")({"messages": messages}, "here")
+        found = example_of("t", {"messages": messages})
         assert (found.prompt, found.target) == ("Bye", "See you")
         assert found.turns == (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"))
 
     def test_a_conversation_that_ends_with_the_user_is_refused(self):
         messages = [{"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Hi"}]
-        with pytest.raises(ValueError, match=r"row 4: .*a conversation must end .* has assistant, user"):
-            example_of("t")({"messages": messages}, "row 4")
+        with pytest.raises(ValueError, match=r"a conversation must end .* has assistant, user"):
+            example_of("t", {"messages": messages})
 
     @pytest.mark.parametrize("content", [None, 3, {}])
     def test_a_message_without_text_names_its_row(self, content):
         messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
         for row in ({"messages": messages}, {"prompt": "Hi", "chosen": messages}):
-            with pytest.raises(ValueError, match="row 4: content must be text; got"):
-                example_of("t")(row, "row 4")
+            with pytest.raises(ValueError, match=r"content must be text; got"):
+                example_of("t", row)
 
     @pytest.mark.parametrize("name", ["input", "context"])
     @pytest.mark.parametrize("value", [3, 0, float("nan"), ["a"]])
     def test_an_input_that_is_no_text_names_its_row(self, name, value):
         row = {"instruction": "Do.", name: value, "output": "Done."}
-        with pytest.raises(ValueError, match=r"row 4: input or context must be text; got"):
-            example_of("t")(row, "row 4")
+        with pytest.raises(ValueError, match=r"input or context must be text; got"):
+            example_of("t", row)
         nested = {"instruction": "Do.", "instances": [{"input": value, "output": "Done."}]}
-        with pytest.raises(ValueError, match=r"row 4: input or context must be text; got"):
-            example_of("t")(nested, "row 4")
+        with pytest.raises(ValueError, match=r"input or context must be text; got"):
+            example_of("t", nested)
 
     @pytest.mark.parametrize("absent", [{}, {"input": None}, {"input": " "}])
     def test_an_absent_input_is_no_context(self, absent):
-        assert example_of("t")({"instruction": "Do.", **absent, "output": "Done."}, "here").context == ""
+        assert example_of("t", {"instruction": "Do.", **absent, "output": "Done."}).context == ""
 
     def test_self_instruct_takes_the_first_instance(self):
         first, second = {"input": "a", "output": "b"}, {"input": "c", "output": "d"}
-        found = example_of("t")({"instruction": "Do.", "instances": [first, second]}, "here")
+        found = example_of("t", {"instruction": "Do.", "instances": [first, second]})
         assert (found.context, found.target) == ("a", "b")
 
     def test_a_missing_column_names_row_and_columns(self):
-        with pytest.raises(ValueError, match=r"row 2: no column 'output'; did you mean 'outputs'"):
-            example_of("t")({"instruction": "Do.", "outputs": "x"}, "row 2")
+        with pytest.raises(ValueError, match=r"no column 'output'; did you mean 'outputs'"):
+            example_of("t", {"instruction": "Do.", "outputs": "x"})
 
     def test_an_empty_target_names_its_row_when_it_is_encoded(self):
-        found = example_of("t")(
-            {"instruction": "Do.", "input": "", "output": " "}, "alpaca/train.json, row 5"
+        found = placed(
+            partial(example_of, "t"),
+            {"instruction": "Do.", "input": "", "output": " "},
+            "alpaca/train.json, row 5",
         )
         with pytest.raises(ValueError, match=r"alpaca/train.json, row 5: the target is empty"):
             encode(byte_tokenizer(), found, 512)
@@ -250,7 +254,7 @@ class TestRealRows:
     @pytest.mark.parametrize(("name", "task", "count", "contexts", "empty"), FILES)
     def test_every_file_reads(self, shared, name, task, count, contexts, empty):
         rows = list(read_json_file(shared / "data/instruct" / name))
-        found = [TASKS[task].example(row, where) for row, where in rows]
+        found = [placed(TASKS[task].example, row, where) for row, where in rows]
         assert len(found) == count
         assert sum(not row.get("output", "-") for row, _ in rows) == empty
         assert contexts in (None, sum(bool(e.context) for e in found))

@@ -5,26 +5,29 @@ import pytest
 from comparison_rows import gsm8k_row, metamath_row
 
 from reft_lightning.data import Example
+from reft_lightning.data.example import placed
 from reft_lightning.data.families.metamathqa import FAMILY, MOST_CHARACTERS, number, score, stated
 
 
 def examples(train=6, questions=9):
-    rows = [FAMILY.task("metamathqa").example(metamath_row(i), f"m{i}") for i in range(train)]
-    return rows + [FAMILY.task("gsm8k").example(gsm8k_row(i, "train"), f"g{i}") for i in range(questions)]
+    rows = [placed(FAMILY.task("metamathqa").example, metamath_row(i), f"m{i}") for i in range(train)]
+    return rows + [
+        placed(FAMILY.task("gsm8k").example, gsm8k_row(i, "train"), f"g{i}") for i in range(questions)
+    ]
 
 
 def test_a_row_becomes_what_the_protocol_says():
-    example = FAMILY.task("metamathqa").example(metamath_row(3), "row 3")
+    example = placed(FAMILY.task("metamathqa").example, metamath_row(3), "row 3")
     assert example.prompt == "Question: What is 3 and 3? Think step by step.\nAnswer:"
     assert example.target == "3 + 3 = 6.\n#### 6\nThe answer is: 6"
     assert (example.answer, example.source) == ("6", "row 3")
-    test = FAMILY.task("gsm8k").example(gsm8k_row(4, "test"), "row 4")
+    test = placed(FAMILY.task("gsm8k").example, gsm8k_row(4, "test"), "row 4")
     assert test.prompt == "Question: Of test, row 4: how many? Think step by step.\nAnswer:"
     assert (test.target, test.answer) == ("There are <<4+1=5>>5.\n#### 5", "5")
     with pytest.raises(ValueError, match="row 5: the answer has no '#### '"):
-        FAMILY.task("gsm8k").example({"question": "?", "answer": "5"}, "row 5")
+        placed(FAMILY.task("gsm8k").example, {"question": "?", "answer": "5"}, "row 5")
     with pytest.raises(ValueError, match="row 6: no column 'query'"):
-        FAMILY.task("metamathqa").example({"question": "?"}, "row 6")
+        placed(FAMILY.task("metamathqa").example, {"question": "?"}, "row 6")
 
 
 @pytest.mark.parametrize(
@@ -103,10 +106,14 @@ def test_gsm8k_rows_validate_and_metamath_rows_are_learnt():
 def test_long_rows_are_left_out_by_characters_and_repeated_questions_stay(caplog):
     def row(length):
         response = "x" * (length - len("why?") - 1)
-        return FAMILY.task("metamathqa").example(metamath_row(0, response, "why?"), str(length))
+        return placed(FAMILY.task("metamathqa").example, metamath_row(0, response, "why?"), str(length))
 
     again = metamath_row(0, query=gsm8k_row(0, "train")["question"])
-    rows = [row(MOST_CHARACTERS), row(MOST_CHARACTERS + 1), FAMILY.task("metamathqa").example(again, "again")]
+    rows = [
+        row(MOST_CHARACTERS),
+        row(MOST_CHARACTERS + 1),
+        placed(FAMILY.task("metamathqa").example, again, "again"),
+    ]
     caplog.set_level("INFO")
     train, _ = FAMILY.carve(rows + examples(0, 1), 1, 0)
     assert [e.source for e in train] == [str(MOST_CHARACTERS), "again"]

@@ -9,7 +9,7 @@ import pytest
 
 from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.data.encoding import Collator, encode
-from reft_lightning.data.example import Example
+from reft_lightning.data.example import Example, placed
 from reft_lightning.data.families import reading, spans
 from reft_lightning.data.families.commonsense import TRIGGER
 from reft_lightning.data.families.passages import carve_passages, passage_of, prompt_about
@@ -27,7 +27,7 @@ def local(folder=FIXTURES):
 
 def examples(task, split, source=None):
     rows, _ = read_rows(FAMILY_OF[task].tasks[task], split, source or local())
-    return [FAMILY_OF[task].tasks[task].example(row, where) for row, where in rows]
+    return [placed(FAMILY_OF[task].tasks[task].example, row, where) for row, where in rows]
 
 
 def judge(text, *golds):
@@ -96,7 +96,7 @@ class TestChoices:
             "options": ["Ann", "Tom", "Al", "nobody"],
             "answer": "B",
         }
-        example = reading.TASKS["race_high"].example(row, "here")
+        example = placed(reading.TASKS["race_high"].example, row, "here")
         assert example.prompt == (
             "Passage: It rained. \nTom slept.\n\nPlease choose the correct answer to the question: Who slept?\n\n"
             "Answer1: Ann Answer2: Tom Answer3: Al Answer4: nobody\n\n"
@@ -122,7 +122,8 @@ class TestChoices:
         assert len(found) == 4
         assert [e.source.rpartition(", ")[2] for e in found] == ["question 0", "question 1"] * 2
         again = [
-            reading.TASKS["race_high"].example(row, where) for row, where in as_hub_rows("race_high", "test")
+            placed(reading.TASKS["race_high"].example, row, where)
+            for row, where in as_hub_rows("race_high", "test")
         ]
         assert [(e.prompt, e.target) for e in again] == [(e.prompt, e.target) for e in found]
 
@@ -130,7 +131,7 @@ class TestChoices:
     def test_an_answer_that_is_no_letter_of_an_option_names_its_row(self, answer):
         row = {"article": "x", "question": "y", "options": ["1", "2", "3", "4"], "answer": answer}
         with pytest.raises(ValueError, match=r"row 3: the answer must be one of A, B, C, D; got"):
-            reading.TASKS["race_high"].example(row, "row 3")
+            placed(reading.TASKS["race_high"].example, row, "row 3")
 
     def test_quails_xml_and_rows_of_the_hub_are_the_same(self):
         row = {
@@ -139,7 +140,7 @@ class TestChoices:
             "answers": ["rain", "shine", "snow", "not enough information"],
             "correct_answer_id": 0,
         }
-        example = reading.TASKS["quail"].example(row, "here")
+        example = placed(reading.TASKS["quail"].example, row, "here")
         assert example.answer == "answer1"
         first = examples("quail", "test")[0]
         assert first.source == "quail/quail_1.3_dev_randomized.xml, text f0, question 0"
@@ -165,13 +166,13 @@ class TestChoices:
         with pytest.raises(
             ValueError, match=rf"row 3: correct_answer_id must be the number .*; got {number!r}"
         ):
-            reading.TASKS["quail"].example(row, "row 3")
+            placed(reading.TASKS["quail"].example, row, "row 3")
 
     def test_an_empty_passage_or_a_missing_choice_is_refused(self):
-        with pytest.raises(ValueError, match="here: the passage is empty"):
-            reading.multiple_choice("quail", " ", "q", ["a", "b"], 0, "here")
-        with pytest.raises(ValueError, match=r"here: the answer must be one of 2 choices; got number 3"):
-            reading.multiple_choice("quail", "p", "q", ["a", "b"], 2, "here")
+        with pytest.raises(ValueError, match="the passage is empty"):
+            reading.multiple_choice("quail", " ", "q", ["a", "b"], 0)
+        with pytest.raises(ValueError, match=r"the answer must be one of 2 choices; got number 3"):
+            reading.multiple_choice("quail", "p", "q", ["a", "b"], 2)
 
 
 def as_hub_rows(task, split):
@@ -187,7 +188,7 @@ class TestSpans:
             "question": " What did it do? ",
             "answers": {"text": ["rained", "rained"]},
         }
-        example = spans.TASKS["squad"].example(row, "here")
+        example = placed(spans.TASKS["squad"].example, row, "here")
         assert example.prompt == (
             "Passage: It rained.\n\nPlease answer the question with words of the passage: What did it do?\n"
         )
@@ -196,7 +197,7 @@ class TestSpans:
     def test_a_question_without_answer_is_refused(self):
         row = {"context": "x", "question": "y", "answers": {"text": []}}
         with pytest.raises(ValueError, match=r"row 3: the row has no answer; .*SQuAD 2.0"):
-            spans.TASKS["squad"].example(row, "row 3")
+            placed(spans.TASKS["squad"].example, row, "row 3")
 
     def test_nested_json_without_a_key_names_the_place(self, tmp_path):
         path = tmp_path / "dev.json"
@@ -291,7 +292,7 @@ class TestFiles:
 def about(*counts, task="t"):
     """Rows about passages with so many questions."""
     return [
-        Example(task, prompt_about(f"{task} {i}", "say: ", f"{j}?", "here"), "x", "x")
+        Example(task, prompt_about(f"{task} {i}", "say: ", f"{j}?"), "x", "x")
         for i, count in enumerate(counts)
         for j in range(count)
     ]
@@ -354,7 +355,7 @@ class TestValidationRows:
 
     def test_a_passage_that_asks_please_itself_is_still_one(self):
         rows = [
-            reading.multiple_choice("quail", "Hi.\n\nPlease come.\n\nPlease stay.", q, ["a", "b"], 0, "here")
+            reading.multiple_choice("quail", "Hi.\n\nPlease come.\n\nPlease stay.", q, ["a", "b"], 0)
             for q in ("x", "y\n\nPlease z")
         ]
         assert len(set(map(passage_of, rows))) == 1
@@ -364,10 +365,9 @@ class TestValidationRows:
         ("passage", "words"), [(" ", "the passage is empty"), (3, "context must be text; got 3")]
     )
     def test_a_passage_that_is_not_text_names_its_row(self, passage, words):
+        row = {"context": passage, "question": "y", "answers": {"text": ["x"]}}
         with pytest.raises(ValueError, match=f"row 3: {words}"):
-            spans.TASKS["squad"].example(
-                {"context": passage, "question": "y", "answers": {"text": ["x"]}}, "row 3"
-            )
+            placed(spans.TASKS["squad"].example, row, "row 3")
 
 
 # ------------------------------------------------------------------------------------- real rows

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from reft_lightning.data.example import normalized
+from reft_lightning.data.example import normalized, placed
 from reft_lightning.data.families.skills import FAMILY, SKILLS, first_line, in_split
 from reft_lightning.data.rows import DataSource, read_rows
 from reft_lightning.storage.wheels import cache_folder
@@ -14,7 +14,7 @@ ROW = {"id": "0", "question": "3 * 9 =", "choices": ["12", "27", "39", "24"], "g
 
 
 def example(row=ROW, skill="arithmetic"):
-    return FAMILY.task(skill).example(row, "here")
+    return placed(FAMILY.task(skill).example, row, "here")
 
 
 def test_a_row_becomes_its_question_and_the_continuation():

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import AutoConfig
 
 from reft_lightning.base_models.processors import load_processor
+from reft_lightning.data.example import placed
 from reft_lightning.data.families.vision import vision_family
 from reft_lightning.data.families.vqa_accuracy import comparable, vqa_accuracy
 from reft_lightning.data.image_data import ImageCollator, ImageData
@@ -43,12 +44,12 @@ def write(folder, rows, name="train.jsonl"):
 
 def examples(family, split="train"):
     rows, _ = read_rows(family.task("vision"), split, DataSource("local", "."))
-    return [family.task("vision").example(row, where) for row, where in rows]
+    return [placed(family.task("vision").example, row, where) for row, where in rows]
 
 
 def one(row, **settings):
     family = vision_family(path="owner/name", source="hub", **(settings or QUESTIONS))
-    return family.task("vision").example(row, "train.jsonl, line 3")
+    return placed(family.task("vision").example, row, "train.jsonl, line 3")
 
 
 class TestRows:
