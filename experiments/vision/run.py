@@ -105,7 +105,7 @@ def make_base(folder: Path, count: int, steps: int, overrides: Sequence[str] = (
                                      f"data.path={place}", *overrides]))  # fmt: skip
     data, model, run = objects.data, objects.model, objects.prepared
     data.setup("test")
-    collate = data._collator(with_examples=False)
+    collate = data._collator(training=True)
     whole = collate(list(data.train_rows))  # each picture is processed once
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
     warm = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)

@@ -11,6 +11,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader
 from ..storage.wheels import wheel_file
 from .example import Row, placed
 from .rows import DataSource, read_rows
-from .sampling import EvaluationShare, TrainBatches, TrainLoader, rank_and_world_size
+from .sampling import TrainBatches, TrainLoader, evaluation_share, rank_and_world_size
 from .splits import fingerprint, subset
 
 log = logging.getLogger(__name__)
@@ -128,16 +129,12 @@ class BenchmarkData(LightningDataModule, ABC):
         """Return what is equal in two rows that ask the same question."""
 
     @abstractmethod
-    def _encode(self, examples: list[Any], what: str) -> Any:
+    def _encode(self, examples: list[Any], what: str, training: bool = False) -> Any:
         """Return rows of tokens, with `lengths`, `targets` and `examples`; `what` names them in the log."""
 
     @abstractmethod
-    def _collator(self, with_examples: bool) -> Callable[[list[Any]], dict[str, Any]]:
-        """Return what makes a batch of rows of tokens."""
-
-    def _encode_train(self, examples: list[Any]) -> Any:
-        """Return the train rows as tokens."""
-        return self._encode(examples, "train rows")
+    def _collator(self, training: bool) -> Callable[[list[Any]], dict[str, Any]]:
+        """Return what makes a batch of rows of tokens, with their numbers as `rows`."""
 
     # ------------------------------------------------------------------------------------------ building
 
@@ -226,7 +223,7 @@ class BenchmarkData(LightningDataModule, ABC):
         train = subset(train, self.limit_train, self.split_seed)
         counts = [dict(Counter(example.task for example in some)) for some in (train, validation)]
         log.info("train rows: %s; validation rows: %s", *counts)
-        self._train = self._encode_train(train)
+        self._train = self._encode(train, "train rows", training=True)
         for name in dict.fromkeys(example.task for example in validation):
             rows = [example for example in validation if example.task == name]
             self._validation[name] = self._encode(rows, f"{name} validation rows")
@@ -285,7 +282,7 @@ class BenchmarkData(LightningDataModule, ABC):
             overfit=bool(self.trainer and getattr(self.trainer, "overfit_batches", 0)),
         )
         return TrainLoader(
-            rows, batch_sampler=batches, collate_fn=self._collator(with_examples=False),
+            rows, batch_sampler=batches, collate_fn=self._collator(training=True),
             num_workers=self.num_workers, pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
 
@@ -312,11 +309,11 @@ class BenchmarkData(LightningDataModule, ABC):
                 f"{world_size} processes evaluate {most} rows a task: give one task at least {world_size} rows, "
                 "or use fewer devices"
             )
-        collate = self._collator(with_examples=True)
+        collate = self._collator(training=False)
         return [
             DataLoader(
-                rows, batch_size=self.eval_batch_size, sampler=EvaluationShare(rows.lengths, rank, world_size),
-                collate_fn=collate, num_workers=self.num_workers,
+                rows, batch_size=self.eval_batch_size, sampler=evaluation_share(rows.lengths, rank, world_size),
+                collate_fn=partial(_with_examples, rows.examples, collate), num_workers=self.num_workers,
             )
             for rows in sets.values()
         ]  # fmt: skip
@@ -332,3 +329,11 @@ class BenchmarkData(LightningDataModule, ABC):
             else value
             for name, value in batch.items()
         }
+
+
+def _with_examples(
+    examples: Sequence[Any], collate: Callable[[list[Any]], dict[str, Any]], rows: list[Any]
+) -> dict[str, Any]:
+    """Return the batch of rows with their examples; the rows of pairs that come first are those they belong to."""
+    batch = collate(rows)
+    return batch | {"examples": [examples[i] for i in batch["rows"][: len(rows)].tolist()]}

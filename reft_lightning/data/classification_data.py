@@ -104,8 +104,8 @@ class ClassificationData(BenchmarkData):
     def _question(self, example: LabelledText) -> tuple[str, ...]:
         return tuple(normalized(text) for text in example.texts)
 
-    def _encode(self, examples: list[LabelledText], what: str) -> EncodedTexts:
+    def _encode(self, examples: list[LabelledText], what: str, training: bool = False) -> EncodedTexts:
         return EncodedTexts(self.tokenizer, examples, self.max_length, what)
 
-    def _collator(self, with_examples: bool) -> TextCollator:
-        return TextCollator(self.tokenizer.pad_token_id, self.task.regression, with_examples)
+    def _collator(self, training: bool) -> TextCollator:
+        return TextCollator(self.tokenizer.pad_token_id, self.task.regression)

@@ -61,7 +61,6 @@ class Encoded:
     row: int = field(default=-1, compare=False)
 
     def __len__(self) -> int:
-        """Return the number of tokens, eos included."""
         return len(self.prompt_ids) + len(self.target_ids)
 
 
@@ -291,7 +290,6 @@ class EncodedRows(Dataset[Encoded]):
             self._lengths = np.minimum(self._lengths, self._prompts + target_tokens)
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self.examples)
 
     def __getitem__(self, i: int) -> Encoded:
@@ -324,14 +322,12 @@ class Collator:
 
     Args:
         pad_token_id: the tokenizer's; it fills columns that no mask shows.
-        with_examples: add the `Example` objects, for evaluation.
     """
 
-    def __init__(self, pad_token_id: int | None, with_examples: bool = False) -> None:
+    def __init__(self, pad_token_id: int | None) -> None:
         if pad_token_id is None:
             raise ValueError("the tokenizer has no pad token; base_models.load_tokenizer gives it one")
         self.pad_token_id = pad_token_id
-        self.with_examples = with_examples
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
         """Return the batch.
@@ -353,7 +349,7 @@ class Collator:
             attention_mask[i, first:end] = 1
             prompt_mask[i, first:boundary] = True
             labels[i, boundary:end] = target
-        batch: dict[str, Any] = {
+        return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
@@ -361,9 +357,6 @@ class Collator:
             "boundary": boundary,
             "rows": torch.tensor([row.row for row in rows], dtype=torch.int64),
         }
-        if self.with_examples:
-            batch["examples"] = [row.example for row in rows]
-        return batch
 
 
 def target_only(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from ..storage.wheels import Wheel
 from .example import Example, Row, Score, named_task
@@ -52,9 +52,8 @@ class Family:
         mixture_example: row of a joint training file -> Example, if the family has such a file.
         export: (predictions of one test set, name of the model) -> rows of a file for another program, if there is
             one that reads them.
+        kind: of the families that share a data module and a Lightning module, a key of `runs.kinds.KINDS`.
     """
-
-    kind: ClassVar[str] = "generation"
 
     name: str
     version: int
@@ -72,6 +71,7 @@ class Family:
     wheel: Wheel | None = None
     mixture_example: Callable[[Row], Example] | None = None
     export: Export | None = None
+    kind: str = "generation"
 
     def task(self, name: str) -> Task:
         """Return the task of this name.

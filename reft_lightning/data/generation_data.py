@@ -194,27 +194,22 @@ class GenerationData(BenchmarkData):
         earlier = (text for _, text in example.turns)
         return normalized(" ".join([example.prompt, example.context, *earlier]))
 
-    def _encode(self, examples: list[Example], what: str, target_tokens: int | None = None) -> Any:
-        rows = self._encoded(examples, what, target_tokens)
-        if not self.sources:
-            return rows
-        others = [replace(example, prompt=example.source_prompt) for example in examples]
-        return EncodedPairs(rows, self._encoded(others, f"source prompts of {what}"), rows.targets)
+    def _encode(self, examples: list[Example], what: str, training: bool = False) -> Any:
+        kept = self.target_tokens if training else None
+        rows = self._encoded(examples, what, kept)
+        if self.pairs and training:
+            return EncodedAnswers(rows, self._encoded(list(map(rejected, examples)), "rejected answers", kept))
+        if self.sources:
+            others = [replace(example, prompt=example.source_prompt) for example in examples]
+            return EncodedPairs(rows, self._encoded(others, f"source prompts of {what}"), rows.targets)
+        return rows
 
     def _encoded(self, examples: list[Example], what: str, target_tokens: int | None = None) -> EncodedRows:
         texts = apply_template(self.template, examples, self.tokenizer, self.system_prompt)
         return encode_all(self.tokenizer, texts, self.max_length, what, target_tokens)
 
-    def _encode_train(self, examples: list[Example]) -> Any:
-        if not self.pairs:
-            return self._encode(examples, "train rows", self.target_tokens)
-        return EncodedAnswers(
-            self._encoded(examples, "train rows", self.target_tokens),
-            self._encoded([rejected(e) for e in examples], "rejected answers", self.target_tokens),
-        )
-
-    def _collator(self, with_examples: bool) -> Callable[[list[Any]], dict[str, Any]]:
-        collate = Collator(self.tokenizer.pad_token_id, with_examples)
+    def _collator(self, training: bool) -> Callable[[list[Any]], dict[str, Any]]:
+        collate = Collator(self.tokenizer.pad_token_id)
         if self.sources:
             return partial(collate_sources, collate)
-        return partial(collate_pairs, collate) if self.pairs and not with_examples else collate
+        return partial(collate_pairs, collate) if self.pairs and training else collate

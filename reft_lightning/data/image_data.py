@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..terminal.bars import Bar
-from .encoding import Collator, Encoded, encode
+from .encoding import Collator, Encoded, EncodedRows, encode
 from .example import Example
 from .generation_data import GenerationData
 from .prompts import apply_template, tokenizer_of
@@ -66,12 +65,12 @@ class ImageData(GenerationData):
     def _question(self, example: Example) -> str:
         return " ".join([super()._question(example), *example.seen])
 
-    def _encode(self, examples: list[Example], what: str, target_tokens: int | None = None) -> EncodedImages:
+    def _encode(self, examples: list[Example], what: str, training: bool = False) -> EncodedImages:
         texts = apply_template(self.template, examples, self.processor, self.system_prompt)
         return EncodedImages(self.processor, texts, self.max_length, what)
 
-    def _collator(self, with_examples: bool) -> Callable[[list[Any]], dict[str, Any]]:
-        return ImageCollator(self.processor, with_examples)
+    def _collator(self, training: bool) -> ImageCollator:
+        return ImageCollator(self.processor)
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class EncodedImage(Encoded):
     types: Mapping[str, list[int]] = field(default_factory=dict)
 
 
-class EncodedImages(Dataset[EncodedImage]):
+class EncodedImages(EncodedRows):
     """Encoded examples; what the processor makes of each text, with its pictures, is kept without their pixels.
 
     Args:
@@ -102,9 +101,9 @@ class EncodedImages(Dataset[EncodedImage]):
     def __init__(
         self, processor: Any, examples: Sequence[Example], max_length: int, what: str = "rows"
     ) -> None:
-        self.examples = list(examples)
-        self._rows: list[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]] = []
-        cut = 0
+        ids: list[int] = []
+        self._types: list[dict[str, np.ndarray]] = []
+        ends: list[tuple[int, int, int]] = []  # tokens of the prompt, of the row, and cut from it
         with Bar(f"encoding {what}", len(examples)) as bar:
             for example in examples:
                 prompt, target, types = _tokens(processor, example)
@@ -113,41 +112,29 @@ class EncodedImages(Dataset[EncodedImage]):
                         f"{example.source}: the prompt has {len(prompt)} tokens with those of its pictures, and "
                         f"data.max_length={max_length} leaves none for the answer: write a larger one"
                     )
-                cut += len(prompt) + len(target) > max_length
-                target = target[: max_length - len(prompt)]
-                self._rows.append((np.array(prompt, np.int32), np.array(target, np.int32), types))
+                row = [*prompt, *target]
+                ids += row[:max_length]
+                ends.append((len(prompt), min(len(row), max_length), max(len(row) - max_length, 0)))
+                self._types.append(types)
                 bar.advance()
-        if cut:
+        prompts, lengths, cut = np.array(ends, np.int64).reshape(-1, 3).T
+        if count := np.count_nonzero(cut):
             log.warning(
                 "%d of %d %s: target cut on the right, without eos; data.max_length=N keeps more",
-                cut, len(examples), what,
+                count, len(examples), what,
             )  # fmt: skip
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self._rows)
+        of_texts = {
+            "joint": np.ones(len(ends), bool),
+            "cut_prompt": np.zeros(len(ends), int),
+            "cut_target": cut,
+        }
+        tokens = {"ids": np.array(ids, np.int32), "ids.lengths": lengths, "prompt": prompts}
+        super().__init__(examples, tokens | of_texts)
 
     def __getitem__(self, i: int) -> EncodedImage:
-        """Return row i, with its number."""
-        i = range(len(self))[i]
-        prompt, target, types = self._rows[i]
-        listed = {name: values.tolist() for name, values in types.items()}
-        return EncodedImage(prompt.tolist(), target.tolist(), self.examples[i], row=i, types=listed)
-
-    @property
-    def prompt_lengths(self) -> list[int]:
-        """Return the number of tokens of each row's prompt."""
-        return [len(prompt) for prompt, _, _ in self._rows]
-
-    @property
-    def lengths(self) -> list[int]:
-        """Return the number of tokens of each row."""
-        return [len(prompt) + len(target) for prompt, target, _ in self._rows]
-
-    @property
-    def targets(self) -> list[int]:
-        """Return the number of target tokens of each row, over which its loss is a mean."""
-        return [len(target) for _, target, _ in self._rows]
+        row = super().__getitem__(i)
+        types = {name: values.tolist() for name, values in self._types[row.row].items()}
+        return EncodedImage(**vars(row), types=types)
 
 
 def _tokens(processor: Any, example: Example) -> tuple[list[int], list[int], dict[str, np.ndarray]]:
@@ -190,13 +177,12 @@ class ImageCollator:
 
     Args:
         processor: of the model.
-        with_examples: add the `Example` objects, for evaluation.
     """
 
-    def __init__(self, processor: Any, with_examples: bool = False) -> None:
+    def __init__(self, processor: Any) -> None:
         self.processor = processor
         pad: Any = tokenizer_of(processor).pad_token_id
-        self._collate = Collator(pad, with_examples)
+        self._collate = Collator(pad)
         # PaliGemma's, which reads the prefix (type 0) in both directions, has a name for what follows it
         prefix = "suffix" in inspect.signature(type(processor).__call__).parameters
         self._type_of_target = int(prefix)

@@ -71,7 +71,6 @@ class ClassificationTask(TaskRows):
     further_tests: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check what can be checked without rows."""
         unknown = [name for name in self.measures if name not in MEASURES]
         if unknown or not self.measures:
             raise ValueError(

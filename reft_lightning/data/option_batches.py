@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from .encoding import Collator, encode, target_only
 from .example import Example
-from .text_to_text import TextToText
+from .text_to_text import side_by_side
 
 
 def option_batches(
@@ -22,7 +23,7 @@ def option_batches(
     prompts of all batches are the same columns, unless `max_length` cuts a prompt by the length of its option.
     """
     pad: Any = tokenizer.pad_token_id
-    collate = TextToText(pad) if two_texts else Collator(pad)
+    collate = partial(side_by_side, pad) if two_texts else Collator(pad)
     batches = []
     for k in range(max(len(example.options) for example in examples)):
         rows = [replace(e, target=e.options[min(k, len(e.options) - 1)]) for e in examples]

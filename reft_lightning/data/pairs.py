@@ -45,11 +45,9 @@ class EncodedPairs(Dataset[tuple[Encoded, Encoded]]):
         self.targets = [1] * len(first) if targets is None else targets
 
     def __len__(self) -> int:
-        """Return the number of pairs."""
         return len(self.first)
 
     def __getitem__(self, i: int) -> tuple[Encoded, Encoded]:
-        """Return pair i."""
         return self.first[i], self.second[i]
 
     @property

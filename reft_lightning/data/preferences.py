@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from .example import Example
 from .families import AnyFamily
 from .family import Family
 from .generation_data import GenerationData
-from .pairs import EncodedAnswers, rejected
+from .pairs import EncodedAnswers, collate_pairs, rejected
 from .texts import padded
 
 PAIR_ACCURACY = "pair_accuracy"
@@ -28,8 +29,6 @@ PAIR_ACCURACY = "pair_accuracy"
 
 class PreferenceFamily(Family):
     """A family whose rows are pairs of the target and another option, which is rejected."""
-
-    kind: ClassVar[str] = "preference"
 
     def measures_of(self, tasks: Sequence[str]) -> tuple[str, ...]:
         """Return the one measure: how often the chosen answer has the higher reward."""
@@ -50,53 +49,36 @@ def as_preferences(family: AnyFamily) -> PreferenceFamily:
     Raises:
         ValueError: for labelled texts, which have no answers to choose from.
     """
-    if not isinstance(family, Family) or family.kind != Family.kind:
+    if not isinstance(family, Family) or family.kind != "generation":
         raise ValueError(
             f"a reward model chooses between two answers to a prompt, and the rows of {family.name} are no questions "
             "in text with options: choose a family that has them, such as data=skills, or leave the objective out"
         )
-    values: dict[str, Any] = {field.name: getattr(family, field.name) for field in fields(family)}
-    values["export"] = None  # of generated texts
-    return PreferenceFamily(**values)
+    values = {field.name: getattr(family, field.name) for field in fields(family)}
+    return PreferenceFamily(**values | {"kind": "preference", "export": None})  # no generated texts to export
 
 
 class PreferenceData(GenerationData):
     """Loaders of pairs, in training and in evaluation; arguments as those of :class:`GenerationData`."""
 
-    def _encode(self, examples: list[Example], what: str) -> Any:
-        others = [rejected(example) for example in examples]
+    def _encode(self, examples: list[Example], what: str, training: bool = False) -> EncodedAnswers:
+        others = list(map(rejected, examples))
         return EncodedAnswers(
-            super()._encode(examples, what), super()._encode(others, f"rejected answers of the {what}")
+            self._encoded(examples, what), self._encoded(others, f"rejected answers of the {what}")
         )
 
-    def _encode_train(self, examples: list[Example]) -> Any:
-        return self._encode(examples, "train rows")
-
-    def _collator(self, with_examples: bool) -> Callable[[list[Any]], dict[str, Any]]:
-        return TextPairs(self.tokenizer.pad_token_id, with_examples)
+    def _collator(self, training: bool) -> Callable[[list[Any]], dict[str, Any]]:
+        return partial(collate_pairs, partial(whole_texts, self.tokenizer.pad_token_id))
 
 
-class TextPairs:
-    """Lay pairs out as whole texts.
-
-    Args:
-        pad_token_id: the tokenizer's.
-        with_examples: add the `Example` objects, for evaluation.
-    """
-
-    def __init__(self, pad_token_id: int, with_examples: bool = False) -> None:
-        self.pad_token_id, self.with_examples = pad_token_id, with_examples
-
-    def __call__(self, pairs: Sequence[tuple[Encoded, Encoded]]) -> dict[str, Any]:
-        """Return input_ids and attention_mask (2 b, s), and the rows' numbers (2 b,)."""
-        rows = [row for rows in zip(*pairs, strict=True) for row in rows]
-        texts = [_text(row) for row in rows]
-        batch: dict[str, Any] = {
-            "input_ids": padded(texts, self.pad_token_id),
-            "attention_mask": padded([[1] * len(text) for text in texts], 0),
-            "rows": torch.tensor([row.row for row in rows], dtype=torch.int64),
-        }
-        return batch | ({"examples": [chosen.example for chosen, _ in pairs]} if self.with_examples else {})
+def whole_texts(pad_token_id: int, rows: Sequence[Encoded]) -> dict[str, Any]:
+    """Return input_ids and attention_mask (b, s) of prompts with their targets, and the rows' numbers (b,)."""
+    texts = [_text(row) for row in rows]
+    return {
+        "input_ids": padded(texts, pad_token_id),
+        "attention_mask": padded([[1] * len(text) for text in texts], 0),
+        "rows": torch.tensor([row.row for row in rows], dtype=torch.int64),
+    }
 
 
 def _text(row: Encoded) -> list[int]:

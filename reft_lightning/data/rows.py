@@ -134,7 +134,6 @@ class DataSource:
     mixture: str | None = None
 
     def __post_init__(self) -> None:
-        """Check what can be checked without reading anything."""
         if self.kind not in SOURCES:
             raise ValueError(f"data source must be one of {', '.join(SOURCES)}; got {self.kind!r}")
         if self.kind == "local" and not self.path:

@@ -201,8 +201,8 @@ class TrainLoader(DataLoader[Any]):
                 )
 
 
-class EvaluationShare(Sampler[int]):
-    """This rank's share of the rows, longest first: every row is read by exactly one rank, once.
+def evaluation_share(lengths: Sequence[int], rank: int = 0, world_size: int = 1) -> list[int]:
+    """Return the rows of this rank, longest first: every row is read by exactly one rank, once.
 
     Neighbours have similar lengths, so little is padded, and the largest batch comes first: memory that does
     not suffice shows at once.
@@ -212,14 +212,4 @@ class EvaluationShare(Sampler[int]):
         rank: of this process.
         world_size: number of processes.
     """
-
-    def __init__(self, lengths: Sequence[int], rank: int = 0, world_size: int = 1) -> None:
-        self.order = sorted(range(len(lengths)), key=lambda i: -lengths[i])[rank::world_size]
-
-    def __len__(self) -> int:
-        """Return the number of rows of this rank."""
-        return len(self.order)
-
-    def __iter__(self) -> Iterator[int]:
-        """Iterate over row numbers."""
-        return iter(self.order)
+    return sorted(range(len(lengths)), key=lambda i: -lengths[i])[rank::world_size]

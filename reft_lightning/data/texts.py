@@ -78,13 +78,12 @@ class EncodedTexts(Dataset[dict[str, Any]]):
             )  # fmt: skip
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self.examples)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """Return row i: input_ids, token_type_ids if there are any, the example and the row's number."""
+        """Return row i: input_ids, token_type_ids if there are any, the label and the row's number."""
         place = slice(self._starts[i], self._starts[i + 1])
-        row: dict[str, Any] = {"input_ids": self._tokens[place], "example": self.examples[i], "row": i}
+        row: dict[str, Any] = {"input_ids": self._tokens[place], "label": self.examples[i].label, "row": i}
         return row if self._types is None else row | {TYPES: self._types[place]}
 
     @property
@@ -127,28 +126,26 @@ class TextCollator:
     Args:
         pad_token_id: the tokenizer's; it fills columns that no mask shows.
         regression: whether labels are scores (float32) instead of classes (int64).
-        with_examples: add the `LabelledText` objects, for evaluation.
     """
 
-    def __init__(self, pad_token_id: int | None, regression: bool, with_examples: bool = False) -> None:
+    def __init__(self, pad_token_id: int | None, regression: bool) -> None:
         if pad_token_id is None:
             raise ValueError("the tokenizer has no pad token; base_models.load_tokenizer gives it one")
-        self.pad_token_id, self.regression, self.with_examples = pad_token_id, regression, with_examples
+        self.pad_token_id, self.regression = pad_token_id, regression
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return input_ids, attention_mask, perhaps token_type_ids (b, s), labels (b,) and the rows' numbers (b,)."""
-        examples = [row["example"] for row in rows]
         ids = [row["input_ids"] for row in rows]
         kind = torch.float32 if self.regression else torch.int64
         batch: dict[str, Any] = {
             "input_ids": padded(ids, self.pad_token_id),
             "attention_mask": padded([np.ones_like(row) for row in ids], 0),
-            "labels": torch.tensor([example.label for example in examples], dtype=kind),
+            "labels": torch.tensor([row["label"] for row in rows], dtype=kind),
             "rows": torch.tensor([row["row"] for row in rows], dtype=torch.int64),
         }
         if TYPES in rows[0]:
             batch[TYPES] = padded([row[TYPES] for row in rows], 0)
-        return batch | ({"examples": examples} if self.with_examples else {})
+        return batch
 
 
 def padded(rows: Sequence[Sequence[int] | np.ndarray], value: int) -> Tensor:  # -> (b, s) int64

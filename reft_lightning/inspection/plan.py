@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from ..config.schema import Config
 from ..data.encoding import IGNORED, Collator, Encoded
 from ..data.example import Example
 from ..data.pairs import EncodedPairs
-from ..data.text_to_text import TextToText
+from ..data.text_to_text import side_by_side
 from ..evaluation.prefix_reader import SOURCES
 from ..runs.arguments import method_of
 from ..runs.build import Outline, outline, prepare
@@ -195,7 +196,7 @@ def _batches_of(data: Any) -> tuple[dict[str, Batch], dict[str, int]]:
 
 def _batch(run: Outline, rows: int, prompt: int, target: int) -> Batch:
     if kind_of(run.family).generates:
-        collate = TextToText(0) if run.source["task"] == "seq2seq_lm" else Collator(0)
+        collate = partial(side_by_side, 0) if run.source["task"] == "seq2seq_lm" else Collator(0)
         return collate([Encoded([0] * prompt, [0] * target, Example("", "", "", ""))] * rows)
     ids = torch.zeros(rows, prompt, dtype=torch.long)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -24,7 +24,6 @@ from ..config.schema import Config
 from ..data import AnyFamily, Family
 from ..data.benchmark_data import BenchmarkData
 from ..data.prompts import tokenizer_of
-from ..data.text_to_text import TextToTextFamily
 from ..evaluation import Decoding
 from ..speed.choose_part import ShortenedPass
 from ..training.module import FinetuningModule
@@ -155,7 +154,7 @@ def outline(config: Config) -> Outline:
     decoding = decoding_of(config, cast(Family, family)) if kind_of(family).generates else None
     hf_config = hf_config_of(source)
     if is_text_to_text(kind_of(family), hf_config):
-        family = TextToTextFamily.of(cast(Family, family))
+        family = replace(cast(Family, family), kind="text_to_text")
         source["task"] = kind_of(family).task
     order = class_order(hf_config, family.classes_of(config.data.tasks))
     check_reads_forward(config, hf_config, source["task"], family)

@@ -211,10 +211,6 @@ class TestLayout:
         assert Collator(0)(rows)["rows"].tolist() == [-1, -1, -1]  # of no split
         assert kept[2] == rows[2]  # the number is no part of what a row says
 
-    def test_examples_come_along_only_when_asked(self, rows):
-        assert Collator(0, with_examples=True)(rows)["examples"] == [row.example for row in rows]
-        assert "examples" not in Collator(0)(rows)
-
     def test_a_missing_pad_token_is_refused(self):
         with pytest.raises(ValueError, match="no pad token"):
             Collator(None)

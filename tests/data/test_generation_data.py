@@ -19,7 +19,7 @@ from reft_lightning.data.example import Example
 from reft_lightning.data.family import Family, Task
 from reft_lightning.data.generation_data import GenerationData
 from reft_lightning.data.rows import DataSource, LocalRows
-from reft_lightning.data.sampling import EvaluationShare, TrainBatches
+from reft_lightning.data.sampling import TrainBatches, evaluation_share
 from reft_lightning.data.splits import carve_validation, fingerprint, subset
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "commonsense"
@@ -300,11 +300,11 @@ class TestTrainBatches:
 class TestEvaluationShare:
     @pytest.mark.parametrize(("count", "world"), [(10, 1), (10, 3), (2, 4), (0, 2)])
     def test_every_row_is_read_by_exactly_one_rank(self, count, world):
-        shares = [list(EvaluationShare([7] * count, rank, world)) for rank in range(world)]
+        shares = [evaluation_share([7] * count, rank, world) for rank in range(world)]
         assert sorted(i for share in shares for i in share) == list(range(count))
 
     def test_the_longest_rows_come_first(self):
-        assert list(EvaluationShare([3, 9, 5])) == [1, 2, 0]
+        assert evaluation_share([3, 9, 5]) == [1, 2, 0]
 
 
 class TestLoaders:
@@ -333,6 +333,12 @@ class TestLoaders:
         for task, loader in zip(data.test_tasks, data.test_dataloader(), strict=True):
             examples = [e for batch in loader for e in batch["examples"]]
             assert ({e.task for e in examples}, len(examples)) == ({task}, 5)
+
+    def test_an_evaluation_batch_has_the_examples_of_its_rows(self):
+        data = make()
+        for batch in data.val_dataloader()[0]:
+            for labels, example in zip(batch["labels"], batch["examples"], strict=True):
+                assert data.tokenizer.decode(labels[labels != -100][:-1]) == example.target
 
     def test_ranks_come_from_torch_distributed(self, monkeypatch):
         whole = [e.prompt for loader in make().test_dataloader() for b in loader for e in b["examples"]]

@@ -115,7 +115,7 @@ def test_rows_with_and_without_pictures_are_read_as_alone(seeing, tmp_path):
         for i, count in enumerate(counts)
     ]  # fmt: skip
     rows = EncodedImages(processor, examples, 200)
-    collate = ImageCollator(processor, with_examples=True)
+    collate = ImageCollator(processor)
     batch = collate(list(rows))
     image = base.config.image_token_id
     assert ((batch["input_ids"] == image).sum(-1) == 4 * torch.tensor(counts)).all()

@@ -15,7 +15,7 @@ from reft_lightning.config import compose
 from reft_lightning.data.encoding import encode, encode_all
 from reft_lightning.data.example import Example
 from reft_lightning.data.option_batches import option_batches
-from reft_lightning.data.text_to_text import TextToText
+from reft_lightning.data.text_to_text import side_by_side
 from reft_lightning.evaluation import Decoding, target_log_likelihood, write
 from reft_lightning.runs import chat, evaluate, experiment, shared_base
 from reft_lightning.runs.build import build, outline
@@ -127,7 +127,7 @@ def test_what_is_written_begins_as_every_target_does():
     seen, generate = [], reft.generate
     reft.generate = lambda **given: seen.append(generate(**given)) or seen[-1]
     encoded = encode(tokenizer, Example("t", "a b", "b", "b"), 16, two_texts=True)
-    batch = TextToText(tokenizer.pad_token_id)([encoded])
+    batch = side_by_side(tokenizer.pad_token_id, [encoded])
     write(reft, batch, tokenizer, Decoding(4))
     german = tokenizer.convert_tokens_to_ids("deu_Latn")
     assert seen[0][0, :2].tolist() == [model.config.decoder_start_token_id, german]
@@ -145,14 +145,11 @@ def test_long_texts_are_cut_on_their_own():
 
 def test_rows_are_padded_on_the_right_in_both_texts():
     tokenizer = t5_tokenizer()
-    batch = TextToText(tokenizer.pad_token_id, with_examples=True)(
-        list(encode_all(tokenizer, EXAMPLES, 32, two_texts=True))
-    )
+    batch = side_by_side(tokenizer.pad_token_id, list(encode_all(tokenizer, EXAMPLES, 32, two_texts=True)))
     assert batch["attention_mask"].sum(-1).tolist() == [8, 17]
     assert batch["attention_mask"][0].tolist() == [1] * 8 + [0] * 9
     assert (batch["labels"] == -100).sum(-1).tolist() == [1, 0]
     assert batch["rows"].tolist() == [0, 1]
-    assert batch["examples"] == EXAMPLES
 
 
 # --- a model ----------------------------------------------------------------------------------------------------
@@ -168,7 +165,8 @@ def objects(request, rows):
 
 
 def batch_of(tokenizer, examples=EXAMPLES):
-    return TextToText(tokenizer.pad_token_id, True)(list(encode_all(tokenizer, examples, 64, two_texts=True)))
+    rows = list(encode_all(tokenizer, examples, 64, two_texts=True))
+    return side_by_side(tokenizer.pad_token_id, rows) | {"examples": examples}
 
 
 def test_the_loss_is_that_of_each_row_read_alone(objects):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,8 @@ import reft_lightning as rl
 from reft_lightning.config import compose
 from reft_lightning.data.encoding import Encoded
 from reft_lightning.data.example import Example
-from reft_lightning.data.preferences import TextPairs
+from reft_lightning.data.pairs import collate_pairs
+from reft_lightning.data.preferences import whole_texts
 from reft_lightning.runs import evaluate, experiment
 from reft_lightning.runs.build import outline, prepare
 from reft_lightning.runs.prompting import PromptFormat
@@ -48,7 +50,7 @@ def pair(prompt, chosen, rejected, pad=tiny.PAD):
 
 
 def batch_of(pairs):
-    return TextPairs(tiny.PAD)(pairs)
+    return collate_pairs(partial(whole_texts, tiny.PAD), pairs)
 
 
 PAIRS = [pair(*texts) for texts in zip(PROMPTS, CHOSEN, REJECTED, strict=True)]

@@ -89,7 +89,7 @@ def of_one_batch(objects, rows):
     objects.module.training_pass = None
     objects.module.zero_grad()
     encoded = objects.data.train_rows
-    batch = objects.data._collator(with_examples=False)([encoded[row] for row in rows])
+    batch = objects.data._collator(training=True)([encoded[row] for row in rows])
     loss = objects.module.loss_of(batch)
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in trained(objects.module)])

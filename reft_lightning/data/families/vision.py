@@ -34,7 +34,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from ..columns import exchange_of, json_list, text_of
 from ..example import Example, Judgement, Row, column, exact_match
@@ -50,13 +50,6 @@ TEMPLATE = "chat"  # where data.template names no other
 PEOPLE = 10  # of VQA; a single answer counts as theirs
 
 
-@dataclass(frozen=True)
-class VisionFamily(Family):
-    """A family whose rows have pictures; the model reads both."""
-
-    kind: ClassVar[str] = "vision"
-
-
 def vision_family(
     *,
     path: str | None,
@@ -69,7 +62,7 @@ def vision_family(
     validation_path: str | None = None,
     test_path: str | None = None,
     template: str | None = None,
-) -> VisionFamily:
+) -> Family:
     """Return the family of rows with pictures; its one task is `vision`. The arguments are those of the table above.
 
     Raises:
@@ -89,8 +82,9 @@ def vision_family(
     make = SeenRows(image, folder, prompt, target, messages)
     check_columns(make.names, beginnings(tables))
     places: dict[str, Any] = {source: tables}
-    return VisionFamily(
+    return Family(
         name="vision",
+        kind="vision",
         version=VERSION,
         tasks={TASK: Task(TASK, make, **places)},
         max_new_tokens=MAX_NEW_TOKENS,

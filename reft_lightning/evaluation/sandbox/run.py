@@ -88,7 +88,6 @@ class Limits:
     files: int = 64
 
     def __post_init__(self) -> None:
-        """Check that every limit is positive."""
         for name, value in vars(self).items():
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive; got {value}")

@@ -1,4 +1,4 @@
-"""The code family: laws of every family, prompts, cutting, programs, pass@k, sources."""
+"""The code family: prompts, cutting, programs, pass@k, sources."""
 
 import json
 import logging
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from reft_lightning.base_models.loading import byte_tokenizer
-from reft_lightning.data.encoding import Collator, encode
+from reft_lightning.data.encoding import encode
 from reft_lightning.data.example import placed
 from reft_lightning.data.families.code import DONE, FAMILY, STOP_STRINGS, TASKS, cut, program, score
 from reft_lightning.data.rows import DataSource, read_rows
@@ -32,36 +32,7 @@ def found(request):
     return examples(request.param, "test")
 
 
-class TestLaws:
-    """What holds for every family."""
-
-    @pytest.mark.parametrize("add_bos", [True, False])
-    def test_the_tokenised_prompt_is_a_prefix_of_the_tokenised_whole(self, found, add_bos):
-        tokenizer = byte_tokenizer(add_bos)
-        for example in found:
-            encoded = encode(tokenizer, example, 4096)
-            whole = tokenizer(example.prompt + example.target)["input_ids"]
-            assert encoded.joint
-            assert encoded.prompt_ids == tokenizer(example.prompt)["input_ids"]
-            assert encoded.prompt_ids + encoded.target_ids == [*whole, tokenizer.eos_token_id]
-
-    def test_labels_cover_exactly_the_target(self, found):
-        tokenizer = byte_tokenizer()
-        batch = Collator(tokenizer.pad_token_id, True)([encode(tokenizer, e, 4096) for e in found])
-        for labels, example in zip(batch["labels"], batch["examples"], strict=True):
-            kept = labels[labels != -100].tolist()
-            assert tokenizer.decode(kept[:-1]) == example.target
-
-    def test_gold_against_gold_scores_1(self, found):
-        for example in found:
-            judgement = score([example.target], example)
-            assert judgement.scores == {"pass@1": 1.0}
-            assert judgement.answer == example.target.removesuffix(DONE)
-
-    def test_the_version_is_an_integer(self):
-        assert type(FAMILY.version) is int
-        assert FAMILY.version >= 1
-
+class TestFamily:
     def test_every_task_has_test_rows_and_all_but_humaneval_train_rows(self):
         assert tuple(TASKS) == tuple(STOP_STRINGS) == NAMES
         for name, task in TASKS.items():

@@ -1,4 +1,4 @@
-"""The commonsense family: laws of every family, templates byte for byte, sources."""
+"""The commonsense family: templates byte for byte, sources."""
 
 import gzip
 import hashlib
@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.data import FAMILIES, get_family
-from reft_lightning.data.encoding import Collator, encode, encode_all
+from reft_lightning.data.encoding import encode_all
 from reft_lightning.data.example import placed
 from reft_lightning.data.families.commonsense import OLMO, TASKS, TRIGGER, extract
 from reft_lightning.data.files import read_json_file
@@ -58,48 +57,7 @@ def blob_id(rows):
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-class TestLaws:
-    """What holds for every family."""
-
-    @pytest.fixture(params=NAMES)
-    def found(self, request):
-        return examples(request.param, "train", local("rendered"))
-
-    @pytest.mark.parametrize("add_bos", [True, False])
-    def test_the_tokenised_prompt_is_a_prefix_of_the_tokenised_whole(self, found, add_bos):
-        tokenizer = byte_tokenizer(add_bos)
-        for example in found:
-            encoded = encode(tokenizer, example, 2048)
-            whole = tokenizer(example.prompt + example.target)["input_ids"]
-            assert encoded.prompt_ids == tokenizer(example.prompt)["input_ids"]
-            assert encoded.prompt_ids + encoded.target_ids == [*whole, tokenizer.eos_token_id]
-
-    def test_labels_cover_exactly_the_target(self, found):
-        tokenizer = byte_tokenizer()
-        batch = Collator(tokenizer.pad_token_id, True)([encode(tokenizer, e, 2048) for e in found])
-        for labels, example in zip(batch["labels"], batch["examples"], strict=True):
-            kept = labels[labels != -100].tolist()
-            assert kept[-1] == tokenizer.eos_token_id
-            assert tokenizer.decode(kept[:-1]) == example.target
-
-    def test_extraction_of_a_gold_target_returns_the_gold_answer(self, found):
-        assert [FAMILY.score([e.target], e).answer for e in found] == [e.answer for e in found]
-
-    def test_gold_against_gold_scores_1(self, found):
-        assert all(FAMILY.score([e.target], e).scores == {"accuracy": 1.0} for e in found)
-
-    def test_the_target_is_among_its_options_once(self, found):
-        assert all(e.options.count(e.target) == 1 and len(set(e.options)) == len(e.options) for e in found)
-
-    def test_options_extract_to_distinct_answers(self, found):
-        for e in found:
-            scores = [FAMILY.score([option], e).scores["accuracy"] for option in e.options]
-            assert sorted(scores) == [0.0] * (len(scores) - 1) + [1.0]
-
-    def test_the_version_is_an_integer(self):
-        assert type(FAMILY.version) is int
-        assert FAMILY.version >= 1
-
+class TestFamily:
     def test_every_task_says_where_its_rows_lie_in_every_source(self):
         assert tuple(FAMILY.tasks) == NAMES
         for task in FAMILY.tasks.values():
