@@ -65,7 +65,7 @@ class BenchmarkData(LightningDataModule, ABC):
         tasks: Sequence[str],
         batch_size: int,
         eval_batch_size: int,
-        max_length: int,
+        max_length: int = 512,
         limit_train: int | None = None,
         limit_validation: int | None = None,
         limit_test: int | None = None,

@@ -49,14 +49,10 @@ class ClassificationData(BenchmarkData):
         tokenizer: with a pad token.
         source: a `DataSource`, or its kind (`"hub"`).
         tasks: a list with the name of the task: a classifier's outputs are one task's.
-        max_length: tokens of a row.
         settings: as `BenchmarkData`.
 
     Attributes:
         task: the `ClassificationTask`.
-
-    Raises:
-        ValueError: for an unknown task, or several.
     """
 
     def __init__(
@@ -66,10 +62,9 @@ class ClassificationData(BenchmarkData):
         source: DataSource | str,
         *,
         tasks: Sequence[str],
-        max_length: int = 256,
         **settings: Any,
     ) -> None:
-        super().__init__(family, tokenizer, source, tasks=tasks, max_length=max_length, **settings)
+        super().__init__(family, tokenizer, source, tasks=tasks, **settings)
         self.task = family.only_task(tasks)
 
     @property

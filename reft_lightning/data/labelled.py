@@ -154,19 +154,11 @@ class ClassificationFamily:
     wheel: Wheel | None = None
 
     def task(self, name: str) -> ClassificationTask:
-        """Return the task of this name.
-
-        Raises:
-            ValueError: if there is none; names the nearest.
-        """
+        """Return the task of this name; the error for another name has the nearest."""
         return named_task(self.name, self.tasks, name)
 
     def only_task(self, tasks: Sequence[str]) -> ClassificationTask:
-        """Return the task of a list of one.
-
-        Raises:
-            ValueError: for several tasks, or an unknown one.
-        """
+        """Return the task of a list of one."""
         if len(tasks) != 1:
             raise ValueError(
                 f"{self.name} is trained one task a run: give data.tasks one of {', '.join(self.tasks)}; got "

@@ -47,10 +47,10 @@ class HubRows:
 
     @classmethod
     def splits(
-        cls, name: str, config: str | None = None, train: str = "train", test: str = "test"
+        cls, name: str, config: str | None = None, test: str = "test"
     ) -> dict[str, tuple[HubRows, ...]]:
         """Return the tables of a set's train and test rows, by the hub's names of these splits."""
-        return {"train": (cls(name, config, train),), "test": (cls(name, config, test),)}
+        return {"train": (cls(name, config),), "test": (cls(name, config, test),)}
 
     def __str__(self) -> str:
         """Return it as one line for the results."""

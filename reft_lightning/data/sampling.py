@@ -206,10 +206,5 @@ def evaluation_share(lengths: Sequence[int], rank: int = 0, world_size: int = 1)
 
     Neighbours have similar lengths, so little is padded, and the largest batch comes first: memory that does
     not suffice shows at once.
-
-    Args:
-        lengths: tokens of each row.
-        rank: of this process.
-        world_size: number of processes.
     """
     return sorted(range(len(lengths)), key=lambda i: -lengths[i])[rank::world_size]

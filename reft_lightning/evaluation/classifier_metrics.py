@@ -97,9 +97,6 @@ def metric_of(measure: str, num_labels: int) -> Metric:
     Args:
         measure: `f1` (of class 1 of two), `matthews`, `pearson` or `spearman`.
         num_labels: classes; 1 for a score.
-
-    Raises:
-        ValueError: for another measure, or one that does not fit the labels.
     """
     if measure == "f1" and num_labels == 2:
         return BinaryF1Score()
@@ -111,14 +108,7 @@ def metric_of(measure: str, num_labels: int) -> Metric:
 
 
 def interval_of(measure: str, metric: Metric, value: float, total: int) -> tuple[float, float]:
-    """Return the 95 % interval of a computed measure.
-
-    Args:
-        measure: as `metric_of`.
-        metric: the object it was computed by.
-        value: of the measure.
-        total: rows.
-    """
+    """Return the 95 % interval of a measure that a metric computed over so many rows."""
     if measure == "f1":
         # with several processes the states are those of this one, so the denominator is scaled by its share
         tp, fp, fn, tn = (float(getattr(metric, name).sum()) for name in ("tp", "fp", "fn", "tn"))
@@ -127,7 +117,7 @@ def interval_of(measure: str, metric: Metric, value: float, total: int) -> tuple
 
 
 def correlation_interval(r: float, total: int, ranks: bool = False) -> tuple[float, float]:
-    r"""Return a 95 % interval of a correlation by Fisher's z.
+    r"""Return a 95 % interval of a correlation r of n rows by Fisher's z; (-1, 1) for fewer than 4 rows.
 
     .. math:: \tanh(\operatorname{artanh} r \pm z \sigma), \quad \sigma^2 = \frac{1}{n - 3}
         \text{, of ranks } \frac{1 + r^2 / 2}{n - 3}
@@ -135,14 +125,6 @@ def correlation_interval(r: float, total: int, ranks: bool = False) -> tuple[flo
     Sources: Fisher 1915, Biometrika 10(4), exact for normal variables; of ranks Bonett and Wright 2000,
     Psychometrika 65(1). Matthews' coefficient is Pearson's of two binary variables, for which it is an
     approximation that holds while neither class is rare.
-
-    Args:
-        r: the correlation, -1..1.
-        total: rows n.
-        ranks: whether it is Spearman's.
-
-    Returns:
-        Lower and upper end; (-1, 1) for fewer than 4 rows.
 
     >>> [round(end, 3) for end in correlation_interval(0.5, 103)]
     [0.339, 0.632]
@@ -162,13 +144,6 @@ def f1_interval(f1: float, denominator: float) -> tuple[float, float]:
     .. math:: F \pm z \sqrt{\frac{F (1 - F) (2 - F)}{2 TP + FP + FN}}, \quad F = \frac{2 TP}{2 TP + FP + FN}
 
     (TP and FP + FN are multinomial; their covariance cancels as F depends only on their ratio.)
-
-    Args:
-        f1: F, 0..1.
-        denominator: 2 TP + FP + FN.
-
-    Returns:
-        Lower and upper end, inside 0..1.
 
     >>> [round(end, 3) for end in f1_interval(0.8, 500)]
     [0.762, 0.838]

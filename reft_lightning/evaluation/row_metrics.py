@@ -100,9 +100,6 @@ def interval_of_means(means: list[float], intervals: list[tuple[float, float]]) 
     Args:
         means: p_i of k tasks.
         intervals: (l_i, u_i), the 95 % interval of each.
-
-    Returns:
-        Lower and upper end.
     """
     k = len(means)
     centre = sum(means) / k

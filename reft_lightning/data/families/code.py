@@ -56,11 +56,8 @@ STOP_STRINGS = {
     "mbpp_sanitized": (DONE,),
 }
 MBPP = "google-research-datasets/mbpp"
-TEST, VALIDATION, TRAIN = (
-    (11, 510),
-    (511, 600),
-    (601, 974),
-)  # its task_ids, first and last; 1-10 are the prompt's
+# its task_ids, first and last; 1-10 are the prompt's
+TEST, VALIDATION, TRAIN = (11, 510), (511, 600), (601, 974)
 
 
 def cut(text: str, stop_strings: Sequence[str]) -> str:

@@ -76,23 +76,7 @@ def custom_family(
     delimiter: str | None = None,
     template: str | None = None,
 ) -> Family:
-    """Return the family of one's own rows; its one task is `custom`.
-
-    Args:
-        path: where the train rows are, as in the table above.
-        source: `local` or `hub`.
-        prompt: a column, or a text with columns in braces.
-        target: likewise.
-        answer: a column; None takes the whole target as the gold answer.
-        context: like `prompt`.
-        options: a column, or several.
-        answer_form: of `ANSWER_FORMS`.
-        messages: a column, instead of prompt, target and what belongs to them.
-        source_prompt: like `prompt`.
-        validation_path: where the validation rows are.
-        test_path: where the test rows are.
-        delimiter: of CSV files.
-        template: of the prompts, `data.template` of the run; None for `plain`, or `chat` for conversations.
+    """Return the family of one's own rows; its one task is `custom`. The arguments are those of the table above.
 
     Raises:
         ValueError: for settings that are missing or exclude each other, an unknown kind of file, or a column
@@ -116,16 +100,8 @@ def custom_family(
         if missing:
             there = f"; the columns are {', '.join(begun[0][0][0])}" if begun else ""
             raise ValueError(f"data=custom needs {' and '.join(missing)}, or data.messages{there}")
-        make = Columns(
-            str(prompt),
-            str(target),
-            answer,
-            context,
-            options,
-            answer_form,
-            template == "plain",
-            source_prompt,
-        )
+        plain = template == "plain"
+        make = Columns(str(prompt), str(target), answer, context, options, answer_form, plain, source_prompt)
     check_columns(make.names, begun)
     main = None if answer or template == "plain" else "option_accuracy" if options else "loss"
     free = main == "loss"

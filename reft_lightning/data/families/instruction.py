@@ -131,14 +131,8 @@ def alpaca_eval_outputs(predictions: Iterable[Prediction], generator: str) -> li
     """Return generated texts in AlpacaEval's format: [{instruction, output, generator, dataset}, ...].
 
     Args:
-        predictions: {source, instruction, dataset, generated} of each row.
+        predictions: {source, instruction, dataset, generated} of each row; the order is that of their sources.
         generator: name of the model.
-
-    Returns:
-        One row for each prediction, in the order of their sources, without white space around the text.
-
-    Raises:
-        ValueError: if a prediction holds several samples.
     """
     outputs = []
     for row in sorted(predictions, key=lambda row: _with_numbers(row["source"])):

@@ -40,14 +40,7 @@ def comparable(answer: str) -> str:
 
 
 def vqa_accuracy(answer: str, people: Sequence[str]) -> float:
-    """Return the accuracy of an answer, 0..1.
-
-    Args:
-        answer: of the model.
-        people: the answer of each person.
-
-    Raises:
-        ValueError: without people.
+    """Return the accuracy of an answer, 0..1, by those of people.
 
     >>> vqa_accuracy("Red.", ["red"] * 3 + ["pink"] * 7)
     0.9

@@ -129,14 +129,8 @@ def landlock(ctypes, libc, folder: str) -> bool:
     version = call(create_ruleset, None, 0, 1)
     if version < 1:
         return False
-    write_file, remove, make_dir, make_file, refer, truncate = (
-        1 << 1,
-        3 << 4,
-        1 << 7,
-        1 << 8,
-        1 << 13,
-        1 << 14,
-    )
+    write_file, remove, make_dir = 1 << 1, 3 << 4, 1 << 7
+    make_file, refer, truncate = 1 << 8, 1 << 13, 1 << 14
     others = 1 << 0 | 1 << 6 | 15 << 9  # execute; devices, sockets, pipes, symbolic links
     newer = (refer if version >= 2 else 0) | (truncate if version >= 3 else 0)
     allowed = write_file | remove | make_dir | make_file | newer

@@ -195,13 +195,7 @@ def _start(folder: str, limits: Limits, report: int, token: int) -> subprocess.P
     settings = (limits.seconds, limits.memory_bytes, limits.file_bytes, limits.files)
     return subprocess.Popen(
         # no user or installed packages, no folder of the script on the path, no byte code written
-        [
-            sys.executable,
-            *("-s", "-S", "-P", "-B"),
-            str(script),
-            folder,
-            *map(str, (report, token, *settings)),
-        ],
+        [sys.executable, "-s", "-S", "-P", "-B", str(script), folder, *map(str, (report, token, *settings))],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
