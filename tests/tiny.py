@@ -107,3 +107,10 @@ def prompt_target(prompts: list[Tensor], targets: list[Tensor]) -> dict[str, Ten
     batch["labels"] = batch["input_ids"].masked_fill(~target, -100)
     batch["prompt_mask"] = batch["attention_mask"].bool() & ~target
     return batch
+
+
+def each_with_some(families, with_all, positions):
+    """Pairs: every family with the first two positions, some with all of them."""
+    return [
+        (family, at) for family in families for at in (positions if family in with_all else positions[:2])
+    ]

@@ -27,7 +27,7 @@ from reft_lightning.evaluation import (
 )
 from reft_lightning.evaluation.decoding import generate_ids
 
-POSITIONS = ["f7+l7", "f2+l2", "l1", "all", "decode", "decode:2", "prompt+decode:3"]
+POSITIONS = ["f2+l2", "prompt+decode:3", "f7+l7", "l1", "all", "decode", "decode:2"]
 PROMPTS = tiny.rows(6, 3, 9, 1)
 ENDLESS = SimpleNamespace(eos_token_id=999, pad_token_id=tiny.PAD)  # a token that no model here generates
 # Options of several lengths; the first three of a row begin alike. Row 1 has one option less, so its last is repeated.
@@ -98,8 +98,9 @@ def widths():
 # --- the same numbers -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("family", tiny.DECODERS)
+@pytest.mark.parametrize(
+    ("family", "positions"), tiny.each_with_some(tiny.DECODERS, ("llama", "gpt2", "mistral"), POSITIONS)
+)
 def test_a_shared_prompt_gives_the_likelihoods_of_whole_reads(family, positions):
     reft = attached(family, positions)
     shared = option_log_likelihoods(reft, batches())
@@ -277,8 +278,10 @@ def plain_ids(model, most=6, tokenizer=ENDLESS):
     return generate_ids(model, batch_of(OPTIONS[0]), tokenizer, Decoding(most, verify=False))
 
 
-@pytest.mark.parametrize("positions", ["f2+l2", "all", "decode:2"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3"])
+@pytest.mark.parametrize(
+    ("family", "positions"),
+    [("llama", "f2+l2"), ("llama", "decode:2"), ("gpt2", "all"), ("mistral", "all"), ("gemma3", "all")],
+)
 def test_texts_after_reading_options_are_those_of_plain_decoding(family, positions):
     reft = attached(family, positions)
     plain = plain_ids(reft)

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.config.compose import compose, config_dir
@@ -369,7 +370,15 @@ class TestConfigs:
         # the paper averages unrounded accuracies
         assert sum(map(float, numbers.values())) / 4 == pytest.approx(average, abs=0.06)
 
-    @pytest.mark.parametrize("name", PAPER)
+    @pytest.mark.parametrize("name", [name for name in PAPER if "13b" in name])
+    def test_the_larger_model_has_the_settings_of_the_smaller_one(self, name):
+        larger, smaller = (
+            OmegaConf.load(config_dir() / "experiment" / "paper" / f"{own}.yaml")
+            for own in (name, name.replace("13b", "7b"))
+        )
+        assert OmegaConf.to_yaml(larger).replace("13b", "7b") == OmegaConf.to_yaml(smaller)
+
+    @pytest.mark.parametrize("name", [name for name in PAPER if "7b" in name])
     def test_they_have_the_papers_settings(self, name):
         config = compose([f"experiment=paper/{name}", "data.path=folder", "data.mixture=math_10k.json"])
         method = config.intervention.method
