@@ -167,9 +167,8 @@ class BenchmarkData(LightningDataModule, ABC):
     def _read(self, task: Any, split: str, part: str = "", name: str = "") -> list[Any]:
         """Return the rows of a split, noted in `data_versions[part][name]`: by default the split's and the task's."""
         rows, facts = read_rows(task, split, self.source, self.family.wheel)
-        examples = self._examples(task.example, rows, facts, f"{task.name} {split} rows")
-        self.data_versions[part or split][name or task.name] = {**facts, "fingerprint": fingerprint(examples)}
-        return examples
+        what = f"{task.name} {split} rows"
+        return self._examples(task.example, rows, facts, what, part or split, name or task.name)
 
     def _examples(
         self,
@@ -177,8 +176,10 @@ class BenchmarkData(LightningDataModule, ABC):
         rows: Sequence[tuple[Row, str]],
         facts: dict[str, Any],
         what: str,
+        part: str,
+        name: str,
     ) -> list[Any]:
-        """Return the examples of rows; the number of invalid ones is noted in `facts`.
+        """Return the examples of rows, with facts and the number of invalid ones in `data_versions[part][name]`.
 
         Raises:
             ValueError: for the first row that no example can be made of, unless such rows are left out and others stay.
@@ -202,6 +203,7 @@ class BenchmarkData(LightningDataModule, ABC):
                 "%d of %d %s are invalid and left out; the first: %s", len(errors), len(rows), what, errors[0]
             )
             facts["left_out"] = len(errors)
+        self.data_versions[part][name] = {**facts, "fingerprint": fingerprint(made)}
         return made
 
     def _check(self, example: Any) -> None:

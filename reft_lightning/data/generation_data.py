@@ -129,12 +129,10 @@ class GenerationData(BenchmarkData):
             refuse_empty(example)
 
     def _read_mixture(self, path: Path) -> list[Example]:
-        assert self.family.mixture_example is not None
         rows = list(read_json_file(path))
         facts: dict[str, Any] = {"source": "mixture", "from": [path.name], "rows": len(rows)}
-        examples = self._examples(self.family.mixture_example, rows, facts, "rows of the mixture")
-        self.data_versions["train"]["mixture"] = {**facts, "fingerprint": fingerprint(examples)}
-        return examples
+        make: Any = self.family.mixture_example
+        return self._examples(make, rows, facts, "rows of the mixture", "train", "mixture")
 
     def _divide(self, train: list[Example]) -> tuple[list[Example], list[Example]]:
         # the rows of a mixture file name no task; most of them differ in their answer words
