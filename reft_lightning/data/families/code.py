@@ -35,14 +35,11 @@ Changes: version 1, first version.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
-from ...storage.reading import naming
 from ..example import Example, Judgement, Row, column, text_in, texts_in
 from ..family import Family, Task
-from ..files import Rows, read_file
 from ..rows import HubRows, LocalRows, by_name
 
 VERSION = 1
@@ -123,29 +120,22 @@ def mbpp(task: str, row: Row) -> Example:
     return Example(task, prompt, f"{code}\n{DONE}", answer)
 
 
-def ids(span: tuple[int, int]) -> Callable[[Path], Rows]:
-    """Return a reader of MBPP's files that keeps the rows whose task_id is in the span."""
-
-    def read(path: Path) -> Rows:
-        for row, where in read_file(path):
-            with naming(where):
-                number = column(row, "task_id")
-                if not isinstance(number, int):
-                    raise ValueError(f"task_id must be an integer; got {number!r:.80}")
-            if span[0] <= number <= span[1]:
-                yield row, where
-
-    return read
+def in_span(test: tuple[int, int], row: Row, split: str) -> bool:
+    """Whether the task_id of a row of MBPP is one of the train rows', or one of the span of the test rows."""
+    number, (first, last) = column(row, "task_id"), TRAIN if split == "train" else test
+    if not isinstance(number, int):
+        raise ValueError(f"task_id must be an integer; got {number!r:.80}")
+    return first <= number <= last
 
 
-def _layouts(split: str, span: tuple[int, int], *files: str) -> tuple[LocalRows, ...]:
-    """Return a file of only this split, as exported from the hub, then files of several splits."""
-    return LocalRows((split,)), *(LocalRows((file,), read=ids(span)) for file in files)
+def _any_of(*files: str) -> tuple[LocalRows, ...]:
+    return tuple(LocalRows((f"mbpp/{file}",)) for file in files)
 
 
-_ALL, _OPEN = "mbpp/mbpp.jsonl", "mbpp/prompt_validation_train.jsonl"
-_SANITIZED, _SANITIZED_OPEN = "mbpp/sanitized-mbpp.json", "mbpp/sanitized.non_test.json"
-_TRAIN = _layouts("mbpp/train.jsonl", TRAIN, _ALL, _OPEN)
+# files of one split, as exported from the hub, and of several
+_ALL, _OPEN = "mbpp.jsonl", "prompt_validation_train.jsonl"
+_SANITIZED, _SANITIZED_OPEN = "sanitized-mbpp.json", "sanitized.non_test.json"
+_TRAIN = _any_of("train.jsonl", _ALL, _OPEN)
 
 
 TASKS = by_name(
@@ -161,14 +151,16 @@ TASKS = by_name(
         partial(mbpp, "mbpp"),
         stop_strings=STOP_STRINGS["mbpp"],
         hub=HubRows.splits(MBPP, "full"),
-        local={"train": _TRAIN, "test": _layouts("mbpp/test.jsonl", TEST, _ALL)},
+        local={"train": _TRAIN, "test": _any_of("test.jsonl", _ALL)},
+        keep=partial(in_span, TEST),
     ),
     Task(
         "mbpp_validation",
         partial(mbpp, "mbpp_validation"),
         stop_strings=STOP_STRINGS["mbpp_validation"],
         hub=HubRows.splits(MBPP, "full", test="validation"),
-        local={"train": _TRAIN, "test": _layouts("mbpp/validation.jsonl", VALIDATION, _ALL, _OPEN)},
+        local={"train": _TRAIN, "test": _any_of("validation.jsonl", _ALL, _OPEN)},
+        keep=partial(in_span, VALIDATION),
     ),
     Task(
         "mbpp_sanitized",
@@ -176,9 +168,10 @@ TASKS = by_name(
         stop_strings=STOP_STRINGS["mbpp_sanitized"],
         hub=HubRows.splits(MBPP, "sanitized"),
         local={
-            "train": _layouts("mbpp/sanitized_train.jsonl", TRAIN, _SANITIZED, _SANITIZED_OPEN),
-            "test": _layouts("mbpp/sanitized_test.jsonl", TEST, _SANITIZED),
+            "train": _any_of("sanitized_train.jsonl", _SANITIZED, _SANITIZED_OPEN),
+            "test": _any_of("sanitized_test.jsonl", _SANITIZED),
         },
+        keep=partial(in_span, TEST),
     ),
 )
 

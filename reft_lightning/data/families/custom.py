@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -41,11 +41,11 @@ from typing import Any
 
 from ...storage.reading import naming
 from ..columns import TASK, Columns, Conversations
-from ..example import Example, Judgement, Score, column, exact_match, question_of
+from ..example import Example, Judgement, Score, column, exact_match
 from ..family import Family, Task
 from ..files import READERS, Rows, ending, is_saved, listing, read_file
 from ..rows import HubRows, LocalRows, Located
-from ..splits import carve_validation
+from ..splits import Carved, Stratum, by_task, carve_validation, distinct
 
 log = logging.getLogger(__name__)
 
@@ -148,18 +148,13 @@ def with_rouge_l(score: Score) -> Score:
     return both
 
 
-def carve(
-    examples: Sequence[Example],
-    size: int,
-    seed: int,
-    stratum: Callable[[Example], Hashable] = lambda example: example.task,
-) -> tuple[list[Example], list[Example]]:
+def carve(examples: Sequence[Example], size: int, seed: int, stratum: Stratum = by_task) -> Carved:
     """Take validation rows out of the train rows as `carve_validation` does; a size of -1 is a tenth of them.
 
     The tenth is of the distinct prompts, rounded down, and 100 at most.
     """
     if size == A_TENTH:
-        size = min(len(set(map(question_of, examples))) // 10, MOST_VALIDATION)
+        size = min(len(distinct(examples)) // 10, MOST_VALIDATION)
         log.info("validation_size=-1: %d of %d rows are held out", size, len(examples))
     return carve_validation(examples, size, seed, stratum)
 

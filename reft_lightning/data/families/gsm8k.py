@@ -30,6 +30,7 @@ from typing import Any
 from ..example import Example, Row, exact_match, text_in
 from ..family import Family, Task
 from ..rows import HubRows, LocalRows
+from ..splits import Carved
 from .arithmetic import split_gsm8k
 from .extraction import equals, last_number
 
@@ -48,9 +49,7 @@ def example(row: Row) -> Example:
     return Example("gsm8k", prompt, target, number)
 
 
-def carve_last(
-    examples: Sequence[Example], size: int, seed: int = 0, stratum: Any = None
-) -> tuple[list[Example], list[Example]]:
+def carve_last(examples: Sequence[Example], size: int, seed: int = 0, stratum: Any = None) -> Carved:
     """Take the last `size` rows as validation, and repetitions of their prompts out of train; nothing is drawn.
 
     Raises:

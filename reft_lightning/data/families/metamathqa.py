@@ -43,6 +43,7 @@ import numpy as np
 from ..example import Example, Judgement, Row, normalized, text_in
 from ..family import Family, Task
 from ..rows import HubRows, LocalRows
+from ..splits import Carved
 from . import gsm8k as original
 from .extraction import equals, last_number
 
@@ -121,9 +122,7 @@ def _same(answer: str | None, gold: str) -> bool:
     return answer == gold if values == (None, None) else values[0] == values[1]
 
 
-def carve(
-    examples: Sequence[Example], size: int, seed: int, stratum: Any = None
-) -> tuple[list[Example], list[Example]]:
+def carve(examples: Sequence[Example], size: int, seed: int, stratum: Any = None) -> Carved:
     """Take `size` GSM8K rows as validation; train on the MetaMathQA rows that are short enough.
 
     Raises:

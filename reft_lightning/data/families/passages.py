@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 
-from ..example import Example, question_of
+from ..example import Example
+from ..splits import Carved, Stratum, by_task, distinct
 
 _BEFORE, _REQUEST = "Passage: ", "\n\nPlease "
 
@@ -38,12 +39,7 @@ def passage_of(example: Example) -> str:
     return example.prompt.partition(_REQUEST)[0].removeprefix(_BEFORE)
 
 
-def carve_passages(
-    examples: Sequence[Example],
-    size: int,
-    seed: int,
-    stratum: Callable[[Example], Hashable] = lambda example: example.task,
-) -> tuple[list[Example], list[Example]]:
+def carve_passages(examples: Sequence[Example], size: int, seed: int, stratum: Stratum = by_task) -> Carved:
     """Take whole passages out of the train rows, as many as it takes to hold out `size` questions.
 
     Arguments and result are those of `carve_validation`; the stratum of a passage is its first row's. No passage is in
@@ -60,12 +56,10 @@ def carve_passages(
         raise ValueError(f"data.validation_size must be 0 or more; got {size}")
     if size == 0:
         return list(examples), []
-    first: dict[Hashable, Example] = {}
-    for example in examples:
-        first.setdefault(question_of(example), example)
-    questions = Counter(map(passage_of, first.values()))
+    first = distinct(examples)
+    questions = Counter(map(passage_of, first))
     owner: dict[str, Hashable] = {}
-    for example in first.values():
+    for example in first:
         owner.setdefault(passage_of(example), stratum(example))
     waiting: dict[Hashable, list[str]] = defaultdict(list)
     behind: dict[Hashable, float] = defaultdict(float)  # how many rows a stratum's share still lacks
@@ -89,4 +83,4 @@ def carve_passages(
             "as passages are held out whole: choose a smaller one"
         )
     train = [example for example in examples if passage_of(example) not in held_out]
-    return train, [example for example in first.values() if passage_of(example) in held_out]
+    return train, [example for example in first if passage_of(example) in held_out]
