@@ -180,15 +180,13 @@ class Columns:
                 f"around {{{self.answer}}} in data.target must single it out"
             )
         context = self.context.fill(row) if self.context else ""
-        if self.line_break and context:
-            context = _ended(context)
-        elif self.line_break:
-            prompt = _ended(prompt)
         source_prompt = self.source_prompt.fill(row) if self.source_prompt else ""
         if self.source_prompt and not source_prompt.strip():
             raise ValueError(f"the row has no source prompt: {_columns(self.source_prompt.names)} empty")
-        if self.line_break and not context and source_prompt:
-            source_prompt = _ended(source_prompt)
+        if self.line_break and context:
+            context = _ended(context)
+        elif self.line_break:
+            prompt, source_prompt = _ended(prompt), _ended(source_prompt)
         targets = (self.target.fill({**row, str(self.answer): word}).strip() for word in options if word)
         return Example(
             TASK, prompt, target, answer, tuple(targets), context=context, source_prompt=source_prompt
@@ -240,7 +238,7 @@ def _columns(names: Sequence[str]) -> str:
 
 
 def _ended(text: str) -> str:
-    return text if text[-1:].isspace() else text + "\n"
+    return text if not text or text[-1].isspace() else text + "\n"
 
 
 class Conversations:

@@ -205,10 +205,10 @@ def read_csv(path: Path, delimiter: str | None = None) -> Rows:
     yield from _table(_csv_cells(path, between), path, None, note)
 
 
-def read_tsv(path: Path, columns: Sequence[str] | None = None) -> Rows:
+def read_tsv(path: Path, columns: Sequence[str] | None = None, torn: bool = False) -> Rows:
     r"""Yield (row, where) of tab-separated values: one row a line, quotation marks are ordinary characters.
 
-    The first line names the columns unless `columns` do.
+    The first line names the columns unless `columns` do. Of a `torn` file, lines without all cells are left out.
 
     Raises:
         ValueError, FileNotFoundError: as `read_csv`.
@@ -218,7 +218,7 @@ def read_tsv(path: Path, columns: Sequence[str] | None = None) -> Rows:
         for number, line in enumerate(text_lines(path), start=1)
         if line.strip("\r\n")
     )
-    yield from _table(cells, path, columns)
+    yield from _table(cells, path, columns, torn=torn)
 
 
 def _delimiter_of(path: Path) -> str:
@@ -249,7 +249,11 @@ def _csv_cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _table(
-    numbered: Iterator[tuple[int, list[str]]], path: Path, columns: Sequence[str] | None, note: str = ""
+    numbered: Iterator[tuple[int, list[str]]],
+    path: Path,
+    columns: Sequence[str] | None,
+    note: str = "",
+    torn: bool = False,
 ) -> Rows:
     """Yield each line's cells under the names of the header."""
     if columns is None:
@@ -257,13 +261,19 @@ def _table(
         if not columns:
             raise ValueError(f"{path} is empty: its first line must name the columns")
         _check_header(columns, f"{path}, line {line}")
+    left_out = 0
     for line, cells in numbered:
-        if len(cells) != len(columns):
+        if len(cells) == len(columns):
+            yield dict(zip(columns, cells, strict=True)), f"{_label(path)}, line {line}"
+        elif torn:
+            left_out += 1
+        else:
             raise ValueError(
                 f"{path}, line {line}: {len(cells)} cells for the {len(columns)} columns "
                 f"{', '.join(columns)}; it begins with {cells[0]!r:.60}{note}"
             )
-        yield dict(zip(columns, cells, strict=True)), f"{_label(path)}, line {line}"
+    if left_out:
+        log.info("%s: left out %d lines without all of %s", path.name, left_out, ", ".join(columns))
 
 
 def _check_header(columns: Sequence[str], where: str) -> None:

@@ -22,18 +22,6 @@ def rank_and_world_size() -> tuple[int, int]:
     return 0, 1
 
 
-class EpochOrder:
-    """The seed and the epoch of an order; Lightning calls `set_epoch` on it before each epoch."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next."""
-        self.epoch = epoch
-
-
 class TrainBatches(Sampler[list[int]]):
     """Shuffled batches of row numbers, of similar length if wanted, dealt to the ranks.
 
@@ -79,8 +67,17 @@ class TrainBatches(Sampler[list[int]]):
         self.rank, self.world_size, self.overfit = rank, world_size, overfit
         self.targets = [1] * len(lengths) if targets is None else list(targets)
         self._counted: tuple[int, list[tuple[int, int]]] = (-1, [])  # of the last epoch asked for
-        self.sampler = EpochOrder(seed)  # where Lightning looks for set_epoch
+        self.seed, self.epoch = seed, 0
         self.start = 0  # how many batches of the next epoch that is iterated over are left out
+
+    @property
+    def sampler(self) -> TrainBatches:
+        """Where Lightning looks for `set_epoch`, which it calls before each epoch."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch, the same on every rank."""
@@ -104,7 +101,7 @@ class TrainBatches(Sampler[list[int]]):
 
     def _groups(self, epoch: int) -> tuple[list[list[int]], int]:
         """Return the global batches of an epoch, and how many rows fill up the last one."""
-        rng = random.Random(f"{self.sampler.seed}-{0 if self.overfit else epoch}")
+        rng = random.Random(f"{self.seed}-{0 if self.overfit else epoch}")
         size = self.batch_size * self.world_size
         order = list(range(len(self.lengths)))
         rng.shuffle(order)
@@ -127,14 +124,14 @@ class TrainBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Iterate over the epoch that is set when its first batch is asked for."""
-        epoch, start, self.start = self.sampler.epoch, self.start, 0
-        self.sampler.set_epoch(epoch + 1)  # without Lightning no one sets it
+        epoch, start, self.start = self.epoch, self.start, 0
+        self.epoch += 1  # without Lightning no one sets it
         yield from self.batches(epoch)[start:]
 
     def order(self) -> dict[str, Any]:
         """Return what the order of an epoch depends on."""
         return {
-            "seed": self.sampler.seed,
+            "seed": self.seed,
             "rows": len(self.lengths),
             "batch_size": self.batch_size,
             "world_size": self.world_size,
@@ -162,7 +159,7 @@ class TrainLoader(DataLoader[Any]):
         batches = cast(TrainBatches, self.batch_sampler)
         position = 0
         # an epoch that trainer.limit_train_batches ended has batches left, and the next one has begun
-        if self._resumed and self._state and self._state["epoch"] == batches.sampler.epoch:
+        if self._resumed and self._state and self._state["epoch"] == batches.epoch:
             self._check_order(self._state, batches.order())
             position = self._state["position"]
         self._resumed, batches.start = False, position
@@ -173,12 +170,8 @@ class TrainLoader(DataLoader[Any]):
 
     def _at(self, position: int) -> dict[str, Any]:
         batches = cast(TrainBatches, self.batch_sampler)
-        return {
-            "epoch": batches.sampler.epoch,
-            "position": position,
-            "batches": len(batches),
-            **batches.order(),
-        }
+        place = {"epoch": batches.epoch, "position": position, "batches": len(batches)}
+        return place | batches.order()
 
     def state_dict(self) -> dict[str, Any]:
         """Return epoch and position, and what the order depends on."""
@@ -188,7 +181,7 @@ class TrainLoader(DataLoader[Any]):
         """Continue where the state was saved; after the last batch of an epoch, with the next epoch."""
         self._state, self._resumed = dict(state), True
         ended = state["position"] >= state["batches"]
-        cast(TrainBatches, self.batch_sampler).sampler.set_epoch(state["epoch"] + ended)
+        cast(TrainBatches, self.batch_sampler).set_epoch(state["epoch"] + ended)
 
     @staticmethod
     def _check_order(then: dict[str, Any], now: dict[str, Any]) -> None:

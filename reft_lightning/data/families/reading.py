@@ -44,7 +44,7 @@ from ..example import Example, Row, column, exact_match, list_in, text_in, texts
 from ..family import Family, Task
 from ..files import Rows, read_file, text_lines
 from ..rows import HubRows, LocalRows, by_name
-from .commonsense import TRIGGER, extract
+from .commonsense import example_of, extract, with_choices
 from .passages import carve_passages, prompt_about
 
 VERSION = 1
@@ -55,14 +55,8 @@ def multiple_choice(task: str, passage: str, question: str, choices: Sequence[st
     """Return the example of a question about a passage; `gold` is the index of the right choice."""
     if not 0 <= gold < len(choices):
         raise ValueError(f"the answer must be one of {len(choices)} choices; got number {gold + 1}")
-    words = [f"answer{i}" for i in range(1, len(choices) + 1)]
-    listed = " ".join(
-        f"{word.capitalize()}: {choice.strip()}" for word, choice in zip(words, choices, strict=True)
-    )
-    prompt = prompt_about(passage, REQUEST, question)
-    prompt += f"\n\n{listed}\n\nAnswer format: {'/'.join(words)}\n"
-    options = tuple(TRIGGER + word for word in words)
-    return Example(task, prompt, options[gold], words[gold], options)
+    asked = prompt_about(passage, REQUEST, question)
+    return example_of(task, *with_choices(asked, "answer", [choice.strip() for choice in choices], gold))
 
 
 def race(task: str, row: Row) -> Example:
