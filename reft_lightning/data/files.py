@@ -2,7 +2,8 @@
 
 A folder that `datasets` wrote with `save_to_disk` counts as a file. Every reader yields pairs (row, where it is),
 such as `({"question": ...}, "mine/train.csv, line 7")`, so that a later error can name the row. Text is UTF-8, or
-UTF-16 with a byte order mark; all but Parquet may be gzipped.
+UTF-16 with a byte order mark; all but Parquet may be gzipped. What is not in the format is a ValueError with file and
+line or row; a missing file is a FileNotFoundError with what its folder holds.
 """
 
 from __future__ import annotations
@@ -34,11 +35,6 @@ def read_file(path: Path, delimiter: str | None = None) -> Rows:
     Args:
         path: ends in a key of `READERS`, and for text perhaps in `.gz` after that; or a folder of `save_to_disk`.
         delimiter: of a CSV file; None reads it from the header.
-
-    Raises:
-        ValueError: for an unknown ending; lists the known ones. For content that is not in the format; names
-            file and line.
-        FileNotFoundError: if there is no such file; lists what its folder holds.
     """
     reader = read_saved if is_saved(path) else READERS.get(ending(path))
     if reader is None:
@@ -80,12 +76,7 @@ def listing(folder: Path) -> str:
 
 
 def read_json_file(path: Path) -> Rows:
-    """Yield (row, where) of a `.json` list (or object of rows) or a `.jsonl` file, gzipped or not.
-
-    Raises:
-        ValueError: if a line or the file is not JSON, or an object has a key twice; names file and line.
-        FileNotFoundError: if there is no such file; lists what its folder holds.
-    """
+    """Yield (row, where) of a `.json` list (or object of rows) or a `.jsonl` file, gzipped or not."""
     if ending(path) == ".jsonl":
         yield from json_lines(text_lines(path), path)
         return
@@ -103,12 +94,7 @@ def read_json_file(path: Path) -> Rows:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Return the value of a JSON text.
-
-    Raises:
-        json.JSONDecodeError: if it is not JSON; the caller says where.
-        ValueError: if it is nested too deeply, or an object has a key twice.
-    """
+    """Return the value of a JSON text; it raises `json.JSONDecodeError` where the caller should say the line."""
     return _decoded(_DECODER.decode, where, text)
 
 
@@ -194,11 +180,6 @@ def read_csv(path: Path, delimiter: str | None = None) -> Rows:
 
     Every value is text. `where` names the line in which a row begins. Without a delimiter it is the one of
     `DELIMITERS` that gives the header the most columns.
-
-    Raises:
-        ValueError: for a header with an empty or repeated name, a row with too many or too few cells, or a
-            quotation mark that is never closed; names file and line.
-        FileNotFoundError: if there is no such file; lists what its folder holds.
     """
     between = delimiter or _delimiter_of(path)
     note = "" if delimiter else f"; the header has {between!r} between cells: data.delimiter names another"
@@ -209,9 +190,6 @@ def read_tsv(path: Path, columns: Sequence[str] | None = None, torn: bool = Fals
     r"""Yield (row, where) of tab-separated values: one row a line, quotation marks are ordinary characters.
 
     The first line names the columns unless `columns` do. Of a `torn` file, lines without all cells are left out.
-
-    Raises:
-        ValueError, FileNotFoundError: as `read_csv`.
     """
     cells = (
         (number, line.rstrip("\r\n").split("\t"))
@@ -292,12 +270,7 @@ def _check_header(columns: Sequence[str], where: str) -> None:
 
 
 def read_parquet(path: Path) -> Rows:
-    """Yield (row, where) of a Parquet file.
-
-    Raises:
-        ValueError: if it is not Parquet, or names a column more than once.
-        FileNotFoundError: if there is no such file; lists what its folder holds.
-    """
+    """Yield (row, where) of a Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -316,11 +289,7 @@ def is_saved(path: Path) -> bool:
 
 
 def read_saved(path: Path) -> Rows:
-    """Yield (row, where) of a folder that `datasets.Dataset.save_to_disk` wrote.
-
-    Raises:
-        ValueError: if a file of it is missing or broken.
-    """
+    """Yield (row, where) of a folder that `datasets.Dataset.save_to_disk` wrote."""
     import datasets
     import pyarrow as pa
 
@@ -335,9 +304,6 @@ def arrow_rows(tables: Iterable[Any], label: str) -> Rows:
     """Yield (row, where) of Arrow tables or batches that follow each other.
 
     Cells of Arrow's type JSON, in which `datasets` keeps columns of mixed types, are read as the values they hold.
-
-    Raises:
-        ValueError: for a cell that Python has no value for, such as a date beyond the year 9999; names row and column.
     """
     start = 0
     for table in tables:
@@ -409,10 +375,6 @@ def text_lines(path: Path) -> Iterator[str]:
 
     Every reader of text opens its file here: UTF-8 with or without a byte order mark, UTF-16 with one, gzipped where
     the name says so.
-
-    Raises:
-        ValueError: for another encoding, or a gzip file that is broken; names file and line.
-        FileNotFoundError: if there is no such file; lists what its folder holds.
     """
     _check_exists(path)
     opener = gzip.open if path.suffix.lower() == ".gz" else open

@@ -148,11 +148,7 @@ def _tokens(processor: Any, example: Example) -> tuple[list[int], list[int], dic
 
 
 def processed(processor: Any, example: Example) -> dict[str, Tensor]:
-    """Return what a processor makes of the prompt of one example, with its pictures.
-
-    Raises:
-        ValueError: for what the processor refuses; names the row.
-    """
+    """Return what a processor makes of the prompt of one example, with its pictures."""
     given: dict[str, Any] = {"text": [example.prompt], "return_tensors": "pt"}
     if example.pictures:
         given["images"] = [[picture.open() for picture in example.pictures]]

@@ -13,11 +13,7 @@ from .example import Example
 
 
 def rejected(example: Example) -> Example:
-    """Return an example whose target is an option that is wrong: of several with text, the one after the target.
-
-    Raises:
-        ValueError: for a row without one; names the row.
-    """
+    """Return an example whose target is an option that is wrong: of several with text, the one after the target."""
     place = example.options.index(example.target) if example.target in example.options else -1
     following = (*example.options[place + 1 :], *example.options[: max(place, 0)])
     other = next((option for option in following if option.strip() and option != example.target), None)

@@ -37,11 +37,7 @@ class Picture:
         return hashlib.sha256(self.read()).hexdigest()[:16]
 
     def open(self) -> Any:
-        """Return the picture in RGB, 8 bits a colour, turned as its camera was held (EXIF), as viewers show it.
-
-        Raises:
-            ValueError: for a file that is missing, is no picture, ends too soon, or has grey values without a range.
-        """
+        """Return the picture in RGB, 8 bits a colour, turned as its camera was held (EXIF), as viewers show it."""
         from PIL import Image, ImageOps, UnidentifiedImageError
 
         try:
@@ -73,9 +69,6 @@ def pictures_in(value: Any, name: str, folder: Path) -> tuple[Picture, ...]:
         value: of the cell; an object with ``bytes`` or ``path`` is how the hub's tables write a picture.
         name: of the column.
         folder: that names of files are relative to.
-
-    Raises:
-        ValueError: for anything else.
     """
     if value is None or value == "":
         return ()
@@ -94,11 +87,7 @@ def pictures_in(value: Any, name: str, folder: Path) -> tuple[Picture, ...]:
 def marked(
     turns: tuple[tuple[str, str], ...], prompt: str, pictures: Sequence[Picture]
 ) -> tuple[tuple[tuple[str, str], ...], str]:
-    """Return turns and prompt with a mark for each picture: their own, or all before the first question.
-
-    Raises:
-        ValueError: if there are other marks than pictures.
-    """
+    """Return turns and prompt with a mark for each picture: their own, or all before the first question."""
     marks = sum(text.count(MARK) for text in (prompt, *(text for _, text in turns)))
     if marks == 0 and pictures:
         first = MARK * len(pictures) + "\n"

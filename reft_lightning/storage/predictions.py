@@ -24,11 +24,7 @@ def keyed(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Key, Mapping[str,
 
 
 def read_predictions(path: Path) -> dict[Key, Mapping[str, Any]]:
-    """Return the rows of a file by what they answer, in its order; none without a file.
-
-    Raises:
-        ValueError: for a line that is not a row of predictions; names it.
-    """
+    """Return the rows of a file by what they answer, in its order; none without a file."""
     if not path.is_file():
         return {}
     with path.open(encoding="utf-8") as file:  # lines end at \n; texts hold other ends, such as U+2028

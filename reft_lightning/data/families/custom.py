@@ -169,12 +169,7 @@ def tables_of(
     test_path: str | None,
     read: Callable[[Path], Rows] = read_file,
 ) -> dict[str, tuple[Any, ...]]:
-    """Return split -> its one table, see the top of this file.
-
-    Raises:
-        ValueError: for another source, or without a path.
-        FileNotFoundError: if there is no such file or folder, or no train file in it.
-    """
+    """Return split -> its one table, see the top of this file."""
     if source not in ("local", "hub"):
         raise ValueError(f"one's own rows are read from data.source local or hub; got {source!r}")
     if not path:
@@ -248,11 +243,7 @@ def beginnings(tables: Mapping[str, tuple[Any, ...]]) -> list[Located]:
 
 
 def check_columns(names: Sequence[str], begun: Sequence[Located]) -> None:
-    """Find wrong columns early: each must be in one of a file's first rows, as some rows may lack it.
-
-    Raises:
-        ValueError: names the file and the columns that there are.
-    """
+    """Find wrong columns early: each must be in one of a file's first rows, as some rows may lack it."""
     for rows in begun:
         for name in names:
             if not any(name in row for row, _ in rows):

@@ -50,11 +50,7 @@ def example(row: Row) -> Example:
 
 
 def carve_last(examples: Sequence[Example], size: int, seed: int = 0, stratum: Any = None) -> Carved:
-    """Take the last `size` rows as validation, and repetitions of their prompts out of train; nothing is drawn.
-
-    Raises:
-        ValueError: if `size` is negative, or leaves no train row.
-    """
+    """Take the last `size` rows as validation, and repetitions of their prompts out of train; nothing is drawn."""
     if not 0 <= size < len(examples):
         raise ValueError(
             f"data.validation_size must lie in 0..{len(examples) - 1}, with {len(examples)} train rows; got {size}"

@@ -123,11 +123,7 @@ def _same(answer: str | None, gold: str) -> bool:
 
 
 def carve(examples: Sequence[Example], size: int, seed: int, stratum: Any = None) -> Carved:
-    """Take `size` GSM8K rows as validation; train on the MetaMathQA rows that are short enough.
-
-    Raises:
-        ValueError: if there are fewer GSM8K rows than `size`, or no MetaMathQA row is left.
-    """
+    """Take `size` GSM8K rows as validation; train on the MetaMathQA rows that are short enough."""
     theirs = [example for example in examples if example.task == "gsm8k"]
     if not 0 <= size <= len(theirs):
         raise ValueError(

@@ -19,9 +19,6 @@ _BEFORE, _REQUEST = "Passage: ", "\n\nPlease "
 def prompt_about(passage: str, request: str, question: str) -> str:
     r"""Return the passage and, after it, the request that ends in the question, both stripped.
 
-    Raises:
-        ValueError: if passage or question is empty.
-
     >>> prompt_about("It rained.", "answer the question: ", "What did it do?")
     'Passage: It rained.\n\nPlease answer the question: What did it do?'
     """
@@ -48,9 +45,6 @@ def carve_passages(examples: Sequence[Example], size: int, seed: int, stratum: S
     Passages are drawn in random order, each from the stratum that is furthest behind its share of the rows, until
     `size` is reached; the last one stays whole, so there may be more rows than `size`, by less than one passage.
     The choice depends only on `seed` and the rows.
-
-    Raises:
-        ValueError: if `size` is negative, or leaves no passage to train on.
     """
     if size < 0:
         raise ValueError(f"data.validation_size must be 0 or more; got {size}")

@@ -70,11 +70,7 @@ def race(task: str, row: Row) -> Example:
 
 
 def read_articles(path: Path) -> Rows:
-    """Yield one row a question, from rows that hold one question or, as RACE's own files, an article with several.
-
-    Raises:
-        ValueError: if an article has not as many options and answers as questions.
-    """
+    """Yield one row a question, from rows that hold one question or, as RACE's own files, an article with several."""
     for row, where in read_file(path):
         if "questions" not in row:
             yield row, where
@@ -102,11 +98,7 @@ def quail(row: Row) -> Example:
 
 
 def read_quail(path: Path) -> Rows:
-    """Yield one row a question of QuAIL's XML, with the columns of the hub that are read.
-
-    Raises:
-        ValueError: if the file is not QuAIL's XML, or a question has not exactly one right answer.
-    """
+    """Yield one row a question of QuAIL's XML, with the columns of the hub that are read."""
     text = "".join(text_lines(path))
     try:
         root = ElementTree.fromstring(text)

@@ -107,11 +107,7 @@ def span(task: str, row: Row) -> Example:
 
 
 def read_squad(path: Path) -> Rows:
-    """Yield one row a question of SQuAD's nested JSON, with the columns of the hub.
-
-    Raises:
-        ValueError: if the file is not JSON of this form; names the missing key and its place.
-    """
+    """Yield one row a question of SQuAD's nested JSON, with the columns of the hub."""
     label = f"{path.parent.name}/{path.name}"
     try:
         whole = parse_json("".join(text_lines(path)), str(path))
