@@ -45,13 +45,8 @@ from ..rows import HubRows, LocalRows, by_name
 VERSION = 1
 KS = (1, 10, 100)  # Chen et al. 2021; those beyond the number of samples are left out
 DONE = "[DONE]"
-# task -> where a text ends. HumanEval: Chen et al. 2021, section 3.2: what begins a line after the function's body
-STOP_STRINGS = {
-    "humaneval": ("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
-    "mbpp": (DONE,),
-    "mbpp_validation": (DONE,),
-    "mbpp_sanitized": (DONE,),
-}
+# Chen et al. 2021, section 3.2: what begins a line after the function's body
+AFTER_BODY = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 MBPP = "google-research-datasets/mbpp"
 # its task_ids, first and last; 1-10 are the prompt's
 TEST, VALIDATION, TRAIN = (11, 510), (511, 600), (601, 974)
@@ -74,7 +69,7 @@ def _answer(before: str, after: str) -> str:
 def program(text: str, example: Example) -> str:
     """Return the program of one generated text: the text before it, the text up to its end, the tests."""
     parts = json.loads(example.answer)
-    return parts["before"] + cut(text, STOP_STRINGS[example.task]) + "\n" + parts["after"]
+    return parts["before"] + cut(text, TASKS[example.task].stop_strings) + "\n" + parts["after"]
 
 
 def score(texts: Sequence[str], example: Example) -> Judgement:
@@ -87,7 +82,7 @@ def score(texts: Sequence[str], example: Example) -> Judgement:
 
     outcomes = run_programs([program(text, example) for text in texts])
     passed = sum(outcome.passed for outcome in outcomes)
-    first = cut(texts[0], STOP_STRINGS[example.task])
+    first = cut(texts[0], TASKS[example.task].stop_strings)
     scores = {f"pass@{k}": pass_at_k(len(texts), passed, k) for k in KS if k <= len(texts)}
     return Judgement(first if first.strip() else None, scores)
 
@@ -142,14 +137,14 @@ TASKS = by_name(
     Task(
         "humaneval",
         humaneval,
-        stop_strings=STOP_STRINGS["humaneval"],
+        stop_strings=AFTER_BODY,
         hub={"test": (HubRows("openai/openai_humaneval", None, "test"),)},
         local={"test": (LocalRows(("humaneval/HumanEval.jsonl",)), LocalRows(("humaneval/test.jsonl",)))},
     ),
     Task(
         "mbpp",
         partial(mbpp, "mbpp"),
-        stop_strings=STOP_STRINGS["mbpp"],
+        stop_strings=(DONE,),
         hub=HubRows.splits(MBPP, "full"),
         local={"train": _TRAIN, "test": _any_of("test.jsonl", _ALL)},
         keep=partial(in_span, TEST),
@@ -157,7 +152,7 @@ TASKS = by_name(
     Task(
         "mbpp_validation",
         partial(mbpp, "mbpp_validation"),
-        stop_strings=STOP_STRINGS["mbpp_validation"],
+        stop_strings=(DONE,),
         hub=HubRows.splits(MBPP, "full", test="validation"),
         local={"train": _TRAIN, "test": _any_of("validation.jsonl", _ALL, _OPEN)},
         keep=partial(in_span, VALIDATION),
@@ -165,7 +160,7 @@ TASKS = by_name(
     Task(
         "mbpp_sanitized",
         partial(mbpp, "mbpp_sanitized"),
-        stop_strings=STOP_STRINGS["mbpp_sanitized"],
+        stop_strings=(DONE,),
         hub=HubRows.splits(MBPP, "sanitized"),
         local={
             "train": _any_of("sanitized_train.jsonl", _SANITIZED, _SANITIZED_OPEN),

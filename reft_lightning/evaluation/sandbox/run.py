@@ -128,23 +128,16 @@ def run_program(source: str, limits: Limits | None = None) -> Outcome:
             log.warning("%s could not be removed: %s", folder.name, error)
 
 
-def run_programs(
-    sources: Sequence[str], limits: Limits | None = None, workers: int | None = None
-) -> list[Outcome]:
+def run_programs(sources: Sequence[str]) -> list[Outcome]:
     """Run programs side by side, each text once, and return their outcomes in the order given.
 
-    Args:
-        sources: texts; equal ones are run once.
-        limits: of each.
-        workers: how many at a time; None for this process's share of the processors, at most 8.
+    So many run at a time as this process has processors for its share, at most 8.
     """
     distinct = list(dict.fromkeys(sources))
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
     share = (os.cpu_count() or 1) // ranks
-    with ThreadPoolExecutor(workers or max(1, min(8, share))) as pool:
-        outcomes = dict(
-            zip(distinct, pool.map(lambda source: run_program(source, limits), distinct), strict=True)
-        )
+    with ThreadPoolExecutor(max(1, min(8, share))) as pool:
+        outcomes = dict(zip(distinct, pool.map(run_program, distinct), strict=True))
     return [outcomes[source] for source in sources]
 
 

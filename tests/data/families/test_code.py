@@ -8,7 +8,7 @@ import pytest
 from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.data.encoding import encode
 from reft_lightning.data.example import placed
-from reft_lightning.data.families.code import DONE, FAMILY, STOP_STRINGS, TASKS, cut, program, score
+from reft_lightning.data.families.code import DONE, FAMILY, TASKS, cut, program, score
 from reft_lightning.data.rows import DataSource, read_rows
 from reft_lightning.evaluation import run_programs
 
@@ -33,7 +33,7 @@ def found(request):
 
 class TestFamily:
     def test_every_task_has_test_rows_and_all_but_humaneval_train_rows(self):
-        assert tuple(TASKS) == tuple(STOP_STRINGS) == NAMES
+        assert tuple(TASKS) == NAMES
         for name, task in TASKS.items():
             splits = {"test"} if name == "humaneval" else {"train", "test"}
             assert set(task.hub) == set(task.local) == splits
@@ -125,7 +125,7 @@ class TestScore:
 
     def test_what_is_indented_belongs_to_the_body(self, doubled):
         text = "    def twice(x):\n        return 2 * x\n    # all\n    return [twice(x) for x in xs]\n"
-        assert cut(text, STOP_STRINGS["humaneval"]) == text
+        assert cut(text, TASKS["humaneval"].stop_strings) == text
         assert score([text], doubled).scores == {"pass@1": 1.0}
 
     @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def failures(found):
 def test_canonical_solutions_of_humaneval_pass(real, step):
     found = examples("humaneval", "test", real)
     assert (len(found), failures(found[::step])) == (164, {})
-    assert all(cut(example.target, STOP_STRINGS["humaneval"]) == example.target for example in found)
+    assert all(cut(example.target, TASKS["humaneval"].stop_strings) == example.target for example in found)
     assert all(example.prompt.endswith("\n") for example in found)
 
 
