@@ -275,6 +275,11 @@ class EncodedRows(Dataset[Encoded]):
         examples: n of them.
         columns: what `encode_texts` makes of them, as `prepare` returns them.
         target_tokens: of each target, the first so many are left; None for all.
+
+    Attributes:
+        lengths: tokens of each row.
+        prompt_lengths: tokens of each row's prompt.
+        targets: target tokens of each row, over which its loss is a mean.
     """
 
     def __init__(
@@ -284,10 +289,13 @@ class EncodedRows(Dataset[Encoded]):
         target_tokens: int | None = None,
     ) -> None:
         self.examples, self._columns = list(examples), columns
-        self._lengths, self._prompts = columns["ids.lengths"], columns["prompt"]
-        self._starts = np.concatenate([[0], np.cumsum(self._lengths)]).astype(np.int64)
+        lengths, prompts = columns["ids.lengths"], columns["prompt"]
+        self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         if target_tokens is not None:
-            self._lengths = np.minimum(self._lengths, self._prompts + target_tokens)
+            lengths = np.minimum(lengths, prompts + target_tokens)
+        self.lengths: list[int] = lengths.tolist()
+        self.prompt_lengths: list[int] = prompts.tolist()
+        self.targets: list[int] = (lengths - prompts).tolist()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -295,26 +303,11 @@ class EncodedRows(Dataset[Encoded]):
     def __getitem__(self, i: int) -> Encoded:
         """Return row i as `encode` made it, with its number."""
         i = range(len(self))[i]  # -1 is the last row, len(self) an IndexError
-        ids = self._columns["ids"][self._starts[i] : self._starts[i] + self._lengths[i]].tolist()
+        ids = self._columns["ids"][self._starts[i] : self._starts[i] + self.lengths[i]].tolist()
         prompt, joint, cut_prompt, cut_target = (
             self._columns[name][i].item() for name in TYPES if name != "ids"
         )
         return Encoded(ids[:prompt], ids[prompt:], self.examples[i], joint, cut_prompt, cut_target, row=i)
-
-    @property
-    def prompt_lengths(self) -> list[int]:
-        """Return the number of tokens of each row's prompt."""
-        return self._prompts.tolist()
-
-    @property
-    def lengths(self) -> list[int]:
-        """Return the number of tokens of each row."""
-        return self._lengths.tolist()
-
-    @property
-    def targets(self) -> list[int]:
-        """Return the number of target tokens of each row, over which its loss is a mean."""
-        return (self._lengths - self._prompts).tolist()
 
 
 class Collator:

@@ -38,6 +38,7 @@ class EncodedPairs(Dataset[tuple[Encoded, Encoded]]):
     def __init__(self, first: EncodedRows, second: EncodedRows, targets: Sequence[int] | None = None) -> None:
         self.first, self.second = first, second
         self.examples = first.examples
+        self.lengths = list(map(max, first.lengths, second.lengths))  # tokens of the longer row
         self.targets = [1] * len(first) if targets is None else targets
 
     def __len__(self) -> int:
@@ -45,11 +46,6 @@ class EncodedPairs(Dataset[tuple[Encoded, Encoded]]):
 
     def __getitem__(self, i: int) -> tuple[Encoded, Encoded]:
         return self.first[i], self.second[i]
-
-    @property
-    def lengths(self) -> list[int]:
-        """Return the number of tokens of the longer row of each pair."""
-        return list(map(max, self.first.lengths, self.second.lengths))
 
 
 class EncodedAnswers(EncodedPairs):

@@ -34,7 +34,8 @@ class EncodedTexts(Dataset[dict[str, Any]]):
     """Encoded rows in one array of tokens; the 363,846 rows of QQP take 45 MB instead of half a gigabyte.
 
     A row longer than `max_length` loses tokens at the end of the longer text of its pair, one at a time (the
-    tokenizers' `longest_first`); their number is logged, and available as `truncated`.
+    tokenizers' `longest_first`); their number is logged, and available as `truncated`. `lengths` are the tokens of each
+    row, and `targets` what its loss is a mean over: one label.
 
     Args:
         tokenizer: of the model.
@@ -66,8 +67,9 @@ class EncodedTexts(Dataset[dict[str, Any]]):
             depends_on=lambda: encoding_settings("text or pair", tokenizer, max_length),
             what=what,
         )
-        self._tokens, self._lengths = columns["ids"], columns["ids.lengths"]
-        self._starts = np.concatenate([[0], np.cumsum(self._lengths)]).astype(np.int64)
+        self._tokens, lengths = columns["ids"], columns["ids.lengths"]
+        self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        self.lengths, self.targets = lengths.tolist(), [1] * len(lengths)
         # all types 0 is the default of every model, and decoders have none
         self._types = columns[TYPES] if typed and columns[TYPES].any() else None
         self.truncated = int(columns["cut"].sum())
@@ -85,16 +87,6 @@ class EncodedTexts(Dataset[dict[str, Any]]):
         place = slice(self._starts[i], self._starts[i + 1])
         row: dict[str, Any] = {"input_ids": self._tokens[place], "label": self.examples[i].label, "row": i}
         return row if self._types is None else row | {TYPES: self._types[place]}
-
-    @property
-    def lengths(self) -> list[int]:
-        """Return the number of tokens of each row."""
-        return self._lengths.tolist()
-
-    @property
-    def targets(self) -> list[int]:
-        """Return how many targets each row has: one, its label."""
-        return [1] * len(self)
 
 
 def encode_texts(
