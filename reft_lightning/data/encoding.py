@@ -197,14 +197,12 @@ def encode_texts(
     """Return the columns `TYPES` of prompts and targets that hold text."""
     prompts = _ids(tokenizer, texts["prompt"])
     wholes = _ids(tokenizer, [p + t for p, t in zip(texts["prompt"], texts["target"], strict=True)])
-    columns: dict[str, list] = {name: [] for name in TYPES}
+    rows = []
     for prompt, whole, text in zip(prompts, wholes, texts["target"], strict=True):
         joint = whole[: len(prompt)] == prompt and len(whole) > len(prompt)
         target = whole[len(prompt) :] if joint else _ids(tokenizer, [text])[0]
-        row = _fit(prompt, target, joint, leading, eos, max_length)
-        for name, value in zip(TYPES, row, strict=True):
-            columns[name].append(value)
-    return columns
+        rows.append(_fit(prompt, target, joint, leading, eos, max_length))
+    return _in_columns(rows)
 
 
 def encode_two_texts(
@@ -222,7 +220,7 @@ def encode_two_texts(
     from its prompt is left out.
     """
     targets = [text.removeprefix(" ") for text in texts["target"]]
-    columns: dict[str, list] = {name: [] for name in TYPES}
+    rows = []
     (leading, closing), (first, last) = frames
     last = last if eos in last else [*last, eos]
     pairs = zip(_ids(tokenizer, texts["prompt"]), _ids(tokenizer, targets, target=True), strict=True)
@@ -231,10 +229,12 @@ def encode_two_texts(
         cut_target = max(len(first) + len(target) + len(last) - max_length, 0)
         read = [*leading, *prompt[cut_prompt:], *closing]
         written = [*first, *target, *last][:max_length]
-        row = read + written, len(read), True, cut_prompt, cut_target
-        for name, value in zip(TYPES, row, strict=True):
-            columns[name].append(value)
-    return columns
+        rows.append((read + written, len(read), True, cut_prompt, cut_target))
+    return _in_columns(rows)
+
+
+def _in_columns(rows: Sequence[tuple]) -> dict[str, list]:
+    return {name: [row[i] for row in rows] for i, name in enumerate(TYPES)}
 
 
 def _bare(ids: list[int], leading: list[int], closing: list[int]) -> list[int]:

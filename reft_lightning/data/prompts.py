@@ -51,9 +51,8 @@ def plain(example: Example, tokenizer: Any = None) -> Example:
     >>> plain(Example("t", "Add up.", "3", "3", context="1 + 2")).prompt
     'Add up.\n1 + 2'
     """
-    _refuse_turns(example, "plain")
     text = f"{example.prompt}\n{example.context}" if example.context else example.prompt
-    return replace(example, prompt=_shown(example, text, tokenizer), context="")
+    return _laid_out("plain", example, text, tokenizer)
 
 
 def alpaca(example: Example, tokenizer: Any = None) -> Example:
@@ -62,12 +61,11 @@ def alpaca(example: Example, tokenizer: Any = None) -> Example:
     >>> alpaca(Example("t", "Name a colour.", "Red", "Red")).prompt.splitlines()[2:]
     ['### Instruction:', 'Name a colour.', '', '### Response:']
     """
-    _refuse_turns(example, "alpaca")
     if example.context:
         text = f"{WITH_INPUT}{example.prompt}\n\n### Input:\n{example.context}{RESPONSE}"
     else:
         text = f"{WITHOUT_INPUT}{example.prompt}{RESPONSE}"
-    return replace(example, prompt=_shown(example, text, tokenizer), context="")
+    return _laid_out("alpaca", example, text, tokenizer)
 
 
 def chat(example: Example, tokenizer: Any) -> Example:
@@ -156,12 +154,15 @@ def _begun(example: Example, system_prompt: str | None) -> Example:
     return replace(example, turns=(("system", system_prompt), *example.turns))
 
 
-def _refuse_turns(example: Example, name: str) -> None:
+def _laid_out(name: str, example: Example, text: str, reader: Any) -> Example:
+    """Return an example with the text that the model reads, the processor's own mark where pictures stand."""
     if example.turns:
         raise ValueError(
             f"{example.source or example.task}: template {name} has no place for the {len(example.turns)} earlier "
             "turns of a conversation; use template chat"
         )
+    text = text.replace(MARK, reader.image_token) if example.pictures else text
+    return replace(example, prompt=text, context="")
 
 
 def tokenizer_of(reader: Any) -> PreTrainedTokenizerBase:
@@ -171,11 +172,6 @@ def tokenizer_of(reader: Any) -> PreTrainedTokenizerBase:
 
 def _sees(reader: Any) -> bool:
     return hasattr(reader, "image_processor")
-
-
-def _shown(example: Example, text: str, reader: Any) -> str:
-    """Return a text with the processor's own mark where pictures stand."""
-    return text.replace(MARK, reader.image_token) if example.pictures else text
 
 
 def _content(text: str, reader: Any) -> Any:
