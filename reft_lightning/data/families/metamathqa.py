@@ -27,8 +27,6 @@ Scores of what is generated after the prompt (there, of prompt and text together
   Numbers and fractions ("20/14") are compared as floating-point numbers, everything else as text: "2,125" is not a
   number, so a gold answer with a comma wants the comma.
 - `last_number_accuracy`: the last number of the text within 1e-3 of the gold one, commas gone, as in the gsm8k family.
-
-Changes: version 1, first version.
 """
 
 from __future__ import annotations
@@ -49,7 +47,6 @@ from .extraction import equals, last_number
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
 QUESTION, ANSWER = "Question: ", " Think step by step.\nAnswer:"
 MOST_CHARACTERS = 1300  # of question, blank and response
 TRIGGERS = ("The answer is: ", "The answer is ", "The final answer is: ", "The final answer is ", "#### ")
@@ -161,7 +158,7 @@ TASKS = {
 
 FAMILY = Family(
     name="metamathqa",
-    version=VERSION,
+    version=1,
     tasks=TASKS,
     score=score,
     measures=("accuracy", "last_number_accuracy"),

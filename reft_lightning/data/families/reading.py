@@ -28,8 +28,6 @@ its development rows are what papers report.
 
 Validation rows are whole passages (`passages.carve_passages`): at least `data.validation_size` rows, and less than one
 passage more.
-
-Changes: version 1, first version.
 """
 
 from __future__ import annotations
@@ -47,7 +45,6 @@ from ..rows import HubRows, LocalRows, by_name
 from .commonsense import example_of, extract, with_choices
 from .passages import carve_passages, prompt_about
 
-VERSION = 1
 REQUEST = "choose the correct answer to the question: "
 
 
@@ -153,7 +150,7 @@ TASKS = by_name(
 
 FAMILY = Family(
     name="reading",
-    version=VERSION,
+    version=1,
     tasks=TASKS,
     score=exact_match(extract),
     max_new_tokens=32,  # as the commonsense tasks, which have the same targets

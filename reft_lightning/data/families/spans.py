@@ -22,8 +22,6 @@ XQuAD: Artetxe et al. 2020, arXiv:1910.11856, https://github.com/google-deepmind
 
 Validation rows are whole passages (`passages.carve_passages`): at least `data.validation_size` rows, and less than one
 passage more.
-
-Changes: version 1, first version.
 """
 
 from __future__ import annotations
@@ -44,7 +42,6 @@ from ..rows import HubRows, LocalRows, by_name
 from .commonsense import TRIGGER
 from .passages import carve_passages, prompt_about
 
-VERSION = 1
 REQUEST = "answer the question with words of the passage: "
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -155,7 +152,7 @@ TASKS = by_name(
 
 FAMILY = Family(
     name="spans",
-    version=VERSION,
+    version=1,
     tasks=TASKS,
     score=score,
     measures=("exact_match", "f1"),

@@ -43,7 +43,6 @@ from ..pictures import MARK, marked, pictures_in
 from .custom import beginnings, carve, check_columns, tables_of
 from .vqa_accuracy import vqa_accuracy
 
-VERSION = 4
 TASK = "vision"
 MAX_NEW_TOKENS = 64
 TEMPLATE = "chat"  # where data.template names no other
@@ -85,7 +84,7 @@ def vision_family(
     return Family(
         name="vision",
         kind="vision",
-        version=VERSION,
+        version=4,
         tasks={TASK: Task(TASK, make, **places)},
         max_new_tokens=MAX_NEW_TOKENS,
         score=exact if messages else judge,
