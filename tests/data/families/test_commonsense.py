@@ -222,7 +222,13 @@ def git_file(shared, name):
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize(("task", "split"), BLOBS)
+@pytest.mark.parametrize(
+    ("task", "split"),
+    [
+        pytest.param(*key, marks=pytest.mark.slow if key[0] in ("social_i_qa", "winogrande") else ())
+        for key in BLOBS
+    ],
+)
 def test_rebuilt_files_have_the_git_blob_ids_of_llm_adapters(shared, task, split):
     source = DataSource("local", str(shared / "data" / "commonsense"))
     assert blob_id(as_rendered(examples(task, split, source))) == BLOBS[task, split]
