@@ -194,7 +194,9 @@ class GenerationData(BenchmarkData):
         kept = self.target_tokens if training else None
         rows = self._encoded(examples, what, kept)
         if self.pairs and training:
-            return EncodedAnswers(rows, self._encoded(list(map(rejected, examples)), "rejected answers", kept))
+            return EncodedAnswers(
+                rows, self._encoded(list(map(rejected, examples)), "rejected answers", kept)
+            )
         if self.sources:
             others = [replace(example, prompt=example.source_prompt) for example in examples]
             return EncodedPairs(rows, self._encoded(others, f"source prompts of {what}"), rows.targets)
