@@ -52,7 +52,6 @@ class EncodedAnswers(EncodedPairs):
     """Pairs of two answers to one prompt, both read after what the longer one leaves of it."""
 
     def __getitem__(self, i: int) -> tuple[Encoded, Encoded]:
-        """Return pair i."""
         chosen, other = super().__getitem__(i)
         if chosen.cut_prompt == other.cut_prompt:
             return chosen, other
