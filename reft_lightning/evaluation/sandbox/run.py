@@ -75,27 +75,22 @@ class Limits:
     Args:
         seconds: of processor time, rounded up to whole seconds, so that the verdict hardly depends on the machine's
             load. 3 is the timeout of the published HumanEval scorer, which measures wall-clock time.
-        wall_seconds: of wall-clock time, for programs that wait; None for four times `seconds`.
+        wall_seconds: of wall-clock time, for programs that wait.
         memory_bytes: of address space, the interpreter included.
         file_bytes: the size of one file.
         files: how many files and folders it may make or open for writing.
     """
 
     seconds: float = 3.0
-    wall_seconds: float | None = None
+    wall_seconds: float = 12.0
     memory_bytes: int = 1 << 30
     file_bytes: int = 1 << 22
     files: int = 64
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and not value > 0:
+            if not value > 0:
                 raise ValueError(f"{name} must be positive; got {value}")
-
-    @property
-    def wall(self) -> float:
-        """Return the seconds of wall-clock time."""
-        return 4 * self.seconds if self.wall_seconds is None else self.wall_seconds
 
 
 def run_program(source: str, limits: Limits | None = None) -> Outcome:
@@ -177,7 +172,7 @@ def _run_in(folder: str, source: str, limits: Limits) -> Outcome:
     if code == -signal.SIGXCPU:
         return Outcome(False, f"used more than {limits.seconds:g} s of the processor")
     if not ended:
-        return Outcome(False, f"ran longer than {limits.wall:g} s")
+        return Outcome(False, f"ran longer than {limits.wall_seconds:g} s")
     if code < 0:
         return Outcome(False, f"killed by {signal.Signals(-code).name}")
     return Outcome(False, f"left with exit code {code} before its end")
@@ -222,7 +217,7 @@ def _listen(report: int, folder: str, limits: Limits) -> tuple[list[str], bool]:
         if not piece:
             break
         if b"\n" not in text and b"\n" in text + piece:  # ready: the program's own time begins
-            end = time.monotonic() + limits.wall
+            end = time.monotonic() + limits.wall_seconds
         text += piece
     return text.decode("utf-8", "replace").splitlines(), True
 
