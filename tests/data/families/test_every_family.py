@@ -55,21 +55,20 @@ def found(request):
     return family, [placed(task.example, row, where) for row, where in rows]
 
 
-@pytest.mark.parametrize("add_bos", [True, False])
-def test_the_tokens_of_a_prompt_begin_those_of_the_whole_and_labels_cover_exactly_the_target(found, add_bos):
-    family, examples = found
-    tokenizer = byte_tokenizer(add_bos)
-    examples = apply_template(family.template, examples, tokenizer)
-    rows = [encode(tokenizer, example, 8192) for example in examples]
-    batch = Collator(tokenizer.pad_token_id)(rows)
-    for example, row, labels in zip(examples, rows, batch["labels"], strict=True):
-        whole = tokenizer(example.prompt + example.target)["input_ids"]
-        assert row.joint
-        assert row.prompt_ids == tokenizer(example.prompt)["input_ids"]
-        assert row.prompt_ids + row.target_ids == [*whole, tokenizer.eos_token_id]
-        kept = labels[labels != -100].tolist()
-        assert kept[-1] == tokenizer.eos_token_id
-        assert tokenizer.decode(kept[:-1]) == example.target
+def test_the_tokens_of_a_prompt_begin_those_of_the_whole_and_labels_cover_exactly_the_target(found):
+    family, made = found
+    for tokenizer in (byte_tokenizer(add_bos=True), byte_tokenizer(add_bos=False)):
+        examples = apply_template(family.template, made, tokenizer)
+        rows = [encode(tokenizer, example, 8192) for example in examples]
+        batch = Collator(tokenizer.pad_token_id)(rows)
+        for example, row, labels in zip(examples, rows, batch["labels"], strict=True):
+            whole = tokenizer(example.prompt + example.target)["input_ids"]
+            assert row.joint
+            assert row.prompt_ids == tokenizer(example.prompt)["input_ids"]
+            assert row.prompt_ids + row.target_ids == [*whole, tokenizer.eos_token_id]
+            kept = labels[labels != -100].tolist()
+            assert kept[-1] == tokenizer.eos_token_id
+            assert tokenizer.decode(kept[:-1]) == example.target
 
 
 def test_gold_against_gold_scores_1_by_every_measure(found):
