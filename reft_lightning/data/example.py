@@ -120,9 +120,8 @@ def placed(make: Callable[[Row], Made], row: Row, where: str) -> Made:
         example = make(row)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    object.__setattr__(
-        example, "source", where
-    )  # nobody else has it yet, and `replace` takes as long as `make`
+    # nobody else has it yet, and `replace` takes as long as `make`
+    object.__setattr__(example, "source", where)
     return example
 
 
