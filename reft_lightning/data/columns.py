@@ -32,7 +32,7 @@ ANSWER_FORMS = {"text": None, "letter": None, "index": 0, "number": 1}
 class Pattern:
     """A text with columns in braces; (literal, column) pairs, and the text after the last column.
 
-    >>> Pattern.parse("{a} + {b} =", "data.prompt").fill({"a": 1, "b": 2}, "row 0")
+    >>> Pattern.parse("{a} + {b} =", "data.prompt").fill({"a": 1, "b": 2})
     '1 + 2 ='
     """
 
