@@ -25,10 +25,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from ..adapters.reft.model import ReftModel
 from ..base_models.random_state import random_state, set_random_state
-from ..base_models.reading import angles_depend_on_length
-from ..base_models.vision import image_tokens
 from .agreement import Difference, check_agreement
-from .choose_part import prefix_of
+from .choose_part import needs_whole_batches, prefix_of
 from .frozen_part import FrozenPrefix, suffix_lengths
 
 log = logging.getLogger(__name__)
@@ -92,14 +90,8 @@ class JoinedPass:
         # logits of a pass (n, t + 1, v), with their graph, and of its adapters (b, t + 1, v)
         self._passes: list[tuple[Tensor, list[Tensor]]] = []
         self.works = True
-        if angles_depend_on_length(self._base.config):
-            self._refuse("RoPE's angles depend on the longest row of a batch")
-        if image_tokens(self._base.config):
-            self._refuse("it reads images")
-        for own in (one.model.adapters.first for one in adapters.values()):
-            penalty = any(phi.penalty() is not None for phi in own.penalized)
-            if penalty or own.seeing_rows or own.critical:
-                self._refuse(f"{own.config.method} adds to the loss, or looks at more than single tokens")
+        if reason := next(filter(None, (_why_apart(one.model) for one in adapters.values())), ""):
+            self._refuse(reason)
 
     def _join(self) -> ReftModel:
         model = ReftModel.joining({name: one.model for name, one in self._adapters.items()})
@@ -256,6 +248,13 @@ class JoinedPass:
     def _refuse(self, reason: str) -> None:
         self.works = False
         log.warning("%s: %s; each of the runs has its own pass", type(self._base).__name__, reason)
+
+
+def _why_apart(model: ReftModel) -> str:
+    adapter = model.adapters.first
+    if any(phi.penalty() is not None for phi in adapter.penalized):
+        return f"{adapter.config.method} adds to the loss"
+    return needs_whole_batches(model)
 
 
 def _draws(phi: Any) -> bool:
