@@ -66,7 +66,7 @@ def _block_output(model: PreTrainedModel, layer: int) -> Tensor:  # (d,)
 @contextmanager
 def _changed(model: PreTrainedModel, site: Site, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Replace the hidden states at a site inside the block."""
-    handle = hook_at(model, site, change)
+    handle = hook_at(model.get_submodule(site.path), site.end, change)
     try:
         yield
     finally:

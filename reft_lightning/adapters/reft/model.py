@@ -325,7 +325,8 @@ class ReftModel(nn.Module):
             for site in adapter.sites.values():
                 if site.place not in self._hooks:
                     edit = partial(self._edit_images if site.visual else self._edit, site.place)
-                    self._hooks[site.place] = hook_at(self.base_model, site, edit)
+                    module = self.base_model.get_submodule(site.path)
+                    self._hooks[site.place] = hook_at(module, site.end, edit)
             self.adapters[name] = adapter.train(self.training)
         self._forget_graphs()
 
