@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from os import PathLike
 from typing import Any
 
 from torch import nn
@@ -134,11 +135,12 @@ def check_base(model: Any) -> None:
         hint = "; give peft_model.get_base_model()"
     elif isinstance(model, str):
         hint = "; load it first: AutoModelForCausalLM.from_pretrained(name)"
-    raise ValueError(f"attach takes a model of transformers; got {_shown(model)}{hint}")
+    raise ValueError(f"attach takes a model of transformers; got {shown(model)}{hint}")
 
 
-def _shown(model: Any) -> str:
-    return repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
+def shown(model: Any) -> str:
+    """Return what was given for a model, in the words of a message."""
+    return repr(model) if isinstance(model, str | PathLike) else f"a {type(model).__name__}"
 
 
 def _named(configs: list[AdapterConfig]) -> str:

@@ -158,20 +158,17 @@ def spans_of_labels(labels: Tensor, attention: Tensor | None) -> Spans:
     return Spans(prompt, real & ~prompt)
 
 
-def spans_of_start(
-    rows: int, read: int, new: int, generating: bool, device: torch.device, attention: Any = None
-) -> Spans:
+def spans_of_start(tokens: Tensor, read: int, generating: bool, attention: Any) -> Spans:
     """Split what a decoder reads of which there are no labels: its first token is the prompt, or all it is given.
 
     Args:
-        rows: b.
+        tokens: (b, s) or (b, s, d), what it is about to read.
         read: columns that are in its cache.
-        new: columns that it is about to read.
         generating: whether it starts to generate after them; they are the prompt then.
-        device: of the masks.
         attention: (b, s), 1 for real tokens; anything else is no mask of these columns.
     """
-    real = torch.ones(rows, read + new, dtype=torch.bool, device=device)
+    b, s = tokens.shape[:2]
+    real = torch.ones(b, read + s, dtype=torch.bool, device=tokens.device)
     if isinstance(attention, Tensor) and attention.shape == real.shape:
         real = attention.bool()
     prompt = real if generating else real & (real.cumsum(-1) == 1)

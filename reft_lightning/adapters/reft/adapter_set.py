@@ -91,8 +91,21 @@ class AdapterSet(nn.ModuleDict):
         choices = tuple(Choice(name, _weight(name, weights[name])) for name in names)
         self._make_active(choices, isinstance(given, Mapping))
 
+    def remove(self, name: str) -> None:
+        """Take an adapter out, see :meth:`ReftModel.delete_adapter`."""
+        self.check_known([name])
+        if partitions := self[name].partitions:
+            raise ValueError(f"{name!r} has parts, delete them first: {', '.join(partitions)}")
+        if len(self) == 1:
+            raise ValueError(f"{name!r} is the only adapter: detach() takes all off")
+        self.leave_out(name)
+        del self[name]
+        for adapter in self.values():
+            adapter.partitions.pop(name, None)
+
     def leave_out(self, name: str) -> None:
-        """Make all but one of the active adapters the active ones."""
+        """Let an adapter edit no more, see :meth:`ReftModel.disable_adapter`."""
+        self.check_known([name])
         self._make_active(tuple(c for c in self.active if c.adapter != name), self.summed)
 
     def _make_active(self, choices: tuple[Choice, ...], summed: bool) -> None:

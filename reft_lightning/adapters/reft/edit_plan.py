@@ -12,36 +12,33 @@ import torch
 from torch import Tensor
 
 from ...base_models.stacks import DECODER
-from ..masks import Spans, of_rows
+from ..masks import of_rows, spans_of_start
 from .calls import Call, Edit, EditPlan
 from .positions import Positions, spread
 
 
-def plan_of(
-    call: Call,
-    stack: str,
-    spans: Spans,
-    tokens: Tensor,
-    attention: Any,
-    cached: int | None,
-    reads_images: bool,
-) -> EditPlan | None:
+def plan_of(call: Call, stack: str, given: Mapping[str, Any], reads_images: bool) -> EditPlan | None:
     """Return what a pass of a stack edits; None for nothing.
 
     Args:
         call: that the pass belongs to.
         stack: the name of one, see :func:`~reft_lightning.base_models.stacks.stacks_of`.
-        spans: prompt and target of what the stack reads.
-        tokens: (b, s) or (b, s, d), what this pass reads.
-        attention: the mask that the stack was given.
-        cached: how many columns its cache holds, as far as that is known.
+        given: the arguments of the pass.
         reads_images: whether images may fill some of the tokens.
 
     Raises:
         ValueError: if an intervention looks at whole prompts and the pass reads a part, or positions tell images from
             text and nothing says where they are.
     """
-    columns = spans.next_columns(tokens.shape[1], attention, cached)
+    tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+    attention, spans = given.get("attention_mask"), call.spans
+    length_of = getattr(given.get("past_key_values"), "get_seq_length", None)
+    held = 0 if length_of is None else length_of()
+    if stack == DECODER:
+        call.decoder = spans = call.decoder or spans_of_start(tokens, held, spans.generating, attention)
+    # a static cache counts on the device; and a model may read images for more columns than its text has
+    known = length_of is not None and isinstance(held, int) and (held > 0 or tokens.ndim == 2)
+    columns = spans.next_columns(tokens.shape[1], attention, held if known else None)
     decoding = columns.start >= spans.width
     edits: dict[str, list[Edit]] = {}
     prompts_and_targets: tuple[Tensor, Tensor] | None = None

@@ -41,9 +41,9 @@ from ...base_models.vision import image_tokens
 from ...interventions import INTERVENTIONS, Intervention, rotations
 from ..adapted import ParameterCount
 from ..arguments import forward_inputs, known_arguments, left_padded_inputs
-from ..attaching import all_or_nothing, attaching, check_base, detached
+from ..attaching import all_or_nothing, attaching, check_base, detached, shown
 from ..first_values import FirstValues, fill
-from ..masks import Spans, marked, spans_of, spans_of_labels, spans_of_start
+from ..masks import Spans, marked, spans_of, spans_of_labels
 from ..plain import plain
 from ..saving import check_fit, load_adapter, naming, save_adapter, tensors_of
 from .adapter import Adapter
@@ -82,8 +82,7 @@ class ReftModel(nn.Module):
         self.base_model: Any = base_model
         self._noted = config  # by the base model; the first adapter may be deleted
         self._enabled, self._nulled = True, False
-        self._edited, self._warned = False, False  # whether anything was edited, and that nothing was, said
-        self._idle = 0  # passes that edited nothing
+        self._idle: int | None = 0  # passes that edited nothing; None once one did, or a warning was given
         self._compiled: Callable[..., Any] | None = None  # the base model's forward
         self.penalty_weight = 1.0  # of what interventions add to the loss
         stacks = {name: base_model.get_submodule(path) for name, path in stacks_of(base_model).items()}
@@ -296,7 +295,6 @@ class ReftModel(nn.Module):
             ValueError: for an unknown name.
         """
         self._check_attached()
-        self.adapters.check_known([adapter_name])
         self.adapters.leave_out(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -306,15 +304,7 @@ class ReftModel(nn.Module):
             ValueError: for an unknown name, the last adapter, or one whose partitions are there.
         """
         self._check_attached()
-        self.adapters.check_known([adapter_name])
-        if partitions := self.adapters[adapter_name].partitions:
-            raise ValueError(f"{adapter_name!r} has parts, delete them first: {', '.join(partitions)}")
-        if len(self.adapters) == 1:
-            raise ValueError(f"{adapter_name!r} is the only adapter: detach() takes all off")
-        self.adapters.leave_out(adapter_name)
-        del self.adapters[adapter_name]
-        for adapter in self.adapters.values():
-            adapter.partitions.pop(adapter_name, None)
+        self.adapters.remove(adapter_name)
         places = {site.place for adapter in self.adapters.values() for site in adapter.sites.values()}
         for place in self._hooks.keys() - places - self._arguments.keys():
             self._hooks.pop(place).remove()
@@ -628,21 +618,20 @@ class ReftModel(nn.Module):
 
     def _notice(self, call: Call) -> None:
         """Warn once if nothing is edited: in a whole generation, in a step of training, in the first passes."""
-        self._edited = self._edited or call.edited
         positions = self._positions_of(call.choices)
-        if self._edited or self._warned or not positions:
-            return
-        self._idle += 1
-        training = self.training and torch.is_grad_enabled()
-        if call.spans.generating or training or self._idle >= IDLE_PASSES:
-            self._warned = True
-            chosen = ", ".join(sorted(set(map(str, positions))))
-            log.warning(
-                "the positions %s select no token in %s, so nothing is edited: tokens after the prompt are only known "
-                "with labels or prompt_mask, or in generate()",
-                chosen,
-                "this generation" if call.spans.generating else f"{self._idle} passes",
-            )
+        if self._idle is None or call.edited:
+            self._idle = None
+        elif positions:
+            self._idle += 1
+            training = self.training and torch.is_grad_enabled()
+            if call.spans.generating or training or self._idle >= IDLE_PASSES:
+                log.warning(
+                    "the positions %s select no token in %s, so nothing is edited: tokens after the prompt are only "
+                    "known with labels or prompt_mask, or in generate()",
+                    ", ".join(sorted(set(map(str, positions)))),
+                    "this generation" if call.spans.generating else f"{self._idle} passes",
+                )
+                self._idle = None
 
     def _checkpoint(self, checkpoint: Callable, function: Callable, *args: Any, **kwargs: Any) -> Any:
         """Checkpoint a block: hooks that run again in the backward pass find the plan and the R of this call."""
@@ -713,26 +702,7 @@ class ReftModel(nn.Module):
         if not self._enabled:
             return
         given = {**dict(zip(self._arguments[stack], args, strict=False)), **kwargs}
-        tokens = given.get("input_ids")
-        if tokens is None:
-            tokens = given["inputs_embeds"]
-        spans, past = call.spans, given.get("past_key_values")
-        length_of = getattr(past, "get_seq_length", None)
-        held = 0 if length_of is None else length_of()
-        if stack == DECODER:
-            call.decoder = spans = call.decoder or spans_of_start(
-                len(tokens),
-                held,
-                tokens.shape[1],
-                call.spans.generating,
-                tokens.device,
-                given.get("attention_mask"),
-            )
-        # a static cache counts on the device; and a model may read images for more columns than its text has
-        known = length_of is not None and isinstance(held, int) and (held > 0 or tokens.ndim == 2)
-        cached = held if known else None
-        images = bool(self._image_tokens)
-        call.plan = plan_of(call, stack, spans, tokens, given.get("attention_mask"), cached, images)
+        call.plan = plan_of(call, stack, given, reads_images=bool(self._image_tokens))
         if call.plan is not None:
             call.edited |= call.plan.edits_anything
 
@@ -792,7 +762,7 @@ class ReftModel(nn.Module):
     def parameter_count(self) -> ParameterCount:
         """Count the interventions' parameters against the base model's; heads are in neither, as in the paper."""
         trainable = sum(p.numel() for p in self.adapters.parameters())
-        heads = sum(p.numel() for p in self.parameter_roles()["head"])
+        heads = sum(p.numel() for p in self._head_parameters().values())
         base = number_of_parameters(self.base_model) - heads
         return ParameterCount.of(trainable, base)
 
@@ -830,7 +800,7 @@ class ReftModel(nn.Module):
 
     def saved_config(self, adapter_name: str | None = None) -> ReftConfig:
         """Return what is attached, with the scale and the partitions of now."""
-        adapter = self.adapters[self.adapter_names[0] if adapter_name is None else adapter_name]
+        adapter = self.adapters.first if adapter_name is None else self.adapters[adapter_name]
         return replace(adapter.config, scale=adapter.scale, partitions=dict(adapter.partitions))
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
@@ -876,21 +846,17 @@ class ReftModel(nn.Module):
             ValueError: if the adapter does not fit the model, is incomplete, or is of a newer format.
             FileNotFoundError: if it, or the base model that it names, cannot be found; says what was tried.
         """
-        if isinstance(base_model, str | PathLike) == (name is not None) or (loading and name is not None):
-            kind = (
-                repr(base_model)
-                if isinstance(base_model, str | PathLike)
-                else f"a {type(base_model).__name__}"
-            )
+        named = isinstance(base_model, str | PathLike)  # the adapter, and by it the base model
+        if named == (name is not None) or (loading and not named):
             raise ValueError(
                 "give from_pretrained(base_model, name), or from_pretrained(name), which loads the base model too and "
-                f"takes its arguments; got {kind}, {name!r} and {', '.join(loading) or 'no arguments'}"
+                f"takes its arguments; got {shown(base_model)}, {name!r} and {', '.join(loading) or 'no arguments'}"
             )
-        source: Any = base_model if name is None else name
-        if name is not None:
+        source: Any = base_model if named else name
+        if not named:
             check_base(base_model)
         config, state = load_adapter(source, positions, revision=revision, subfolder=subfolder, token=token)
-        model: Any = base_model if name is not None else load_base_of(config, token=token, **loading)
+        model: Any = load_base_of(config, token=token, **loading) if named else base_model
         with naming(source), all_or_nothing(model):
             if strict:
                 check_architecture(model, config.architecture)
@@ -903,10 +869,6 @@ class ReftModel(nn.Module):
 
 
 def _put(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str = "") -> None:
-    """Copy the tensors of a file into one's own, if they are the same ones.
-
-    Raises:
-        ValueError: if they are not, with the name of the adapter.
-    """
+    """Copy the tensors of a file into one's own, if they are the same ones."""
     check_fit(own, state, what)
     fill(own, state)
