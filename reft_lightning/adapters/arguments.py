@@ -22,10 +22,8 @@ from .masks import guess_attention
 ROWS = (
     "input_ids", "inputs", "inputs_embeds", "attention_mask", "prompt_mask", "edit_mask", "image_mask", "position_ids",
 )  # fmt: skip
-OTHER_TEXTS = (
-    "negative_prompt_ids",
-    "negative_prompt_attention_mask",
-)  # of generate(): their padding is their own
+# of generate(): their padding is their own
+OTHER_TEXTS = ("negative_prompt_ids", "negative_prompt_attention_mask")
 OF_LOSSES = ("num_items_in_batch", "ignore_index", "shift_labels")  # what models pass on to the loss
 OF_OUTPUTS = ("return_dict", "output_attentions", "output_hidden_states")  # read before forward is called
 OF_TOKENIZERS = ("token_type_ids",)  # what a tokenizer may return and not every model reads

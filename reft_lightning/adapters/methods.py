@@ -59,13 +59,9 @@ class Method:
     compiles: bool = False  # its training step can be compiled
     virtual_tokens: bool = False  # it puts trained tokens before the text
     needs_cache: bool = False  # its parameters enter the model as a key/value cache
-    in_place: Callable[[str], bool] | None = (
-        None  # which of the base model's own parameters it trains, by name
-    )
+    in_place: Callable[[str], bool] | None = None  # which of the base model's own parameters, by name
     peft: str = ""  # peft's configuration class
-    peft_fixed: Mapping[str, Any] = field(
-        default_factory=dict, hash=False
-    )  # arguments of it that make the method
+    peft_fixed: Mapping[str, Any] = field(default_factory=dict, hash=False)  # arguments that make it
     flat_vectors: bool = False  # parameters of a single row or column are vectors, which never decay
 
     @property
@@ -134,9 +130,8 @@ METHODS: dict[str, Method] = {
         _peft("ia3", "IA3Config", flat_vectors=True),  # Liu et al. 2022, arXiv:2205.05638; (d, 1) and (1, d)
         # Li and Liang 2021, arXiv:2101.00190
         _peft("prefix_tuning", "PrefixTuningConfig", virtual_tokens=True, needs_cache=True),
-        _peft(
-            "prompt_tuning", "PromptTuningConfig", virtual_tokens=True
-        ),  # Lester et al. 2021, arXiv:2104.08691
+        # Lester et al. 2021, arXiv:2104.08691
+        _peft("prompt_tuning", "PromptTuningConfig", virtual_tokens=True),
         _peft("road", "RoadConfig"),  # Liao and Monz 2024, arXiv:2409.00119
         _peft("vera", "VeraConfig"),  # Kopiczko et al. 2023, arXiv:2310.11454
         _peft("oft", "OFTConfig"),  # Qiu et al. 2023, arXiv:2306.07280

@@ -31,9 +31,8 @@ from .frozen_part import FrozenPrefix, suffix_lengths
 
 log = logging.getLogger(__name__)
 
-PADDED = (
-    1.25  # how much longer than the shortest batch of a pass the longest may be: padding is computed, too
-)
+# how much longer than the shortest batch of a pass the longest may be: padding is computed, too
+PADDED = 1.25
 Batch = Mapping[str, Any]  # the inputs of a model in the layout prompt | target, labels of the last columns
 
 

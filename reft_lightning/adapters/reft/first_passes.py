@@ -22,10 +22,8 @@ from ..masks import Spans, marked, spans_of
 from .calls import Call, Choice, running
 from .critical import most_attended
 
-SPARED = {
-    "logits_to_keep": 1,
-    "use_cache": False,
-}  # what a first pass does without, where the base model takes it
+# what a first pass does without, where the base model takes it
+SPARED = {"logits_to_keep": 1, "use_cache": False}
 
 
 class FirstPasses:
