@@ -74,39 +74,31 @@ class Spans:
         self.read = start + count
         return slice(start, self.read)
 
-    def upto(self, stop: int, rows: int) -> tuple[Tensor, Tensor]:  # -> (rows, stop), (rows, stop)
-        """Return both masks for ``rows`` rows and all columns, at least ``stop`` of them.
+    def upto(self, stop: int, rows: int) -> Spans:
+        """Return the masks for ``rows`` rows and all columns, at least ``stop`` of them; no new token has a mark.
 
         A call may read fewer columns than are known (a prompt read in chunks): which tokens are its first and
         last does not depend on that.
         Beam search and ``num_return_sequences`` repeat every row, next to each other.
         """
-        extra = stop - self.width
-        prompt, target = self.prompt, self.target
-        if extra > 0:
-            prompt, target = F.pad(prompt, (0, extra)), F.pad(target, (0, extra), value=True)
-        repeats, rest = divmod(rows, prompt.shape[0])
-        if rest:
-            raise ValueError(f"the model reads {rows} rows, no multiple of the batch of {prompt.shape[0]}")
-        return prompt.repeat_interleave(repeats, 0), target.repeat_interleave(repeats, 0)
-
-    def marks_upto(self, stop: int, rows: int) -> dict[str, Tensor]:  # -> (rows, stop) each
-        """Return the marks for ``rows`` rows and as many columns as :meth:`upto`; no new token has one."""
         extra = max(stop - self.width, 0)
-        return {
-            name: F.pad(mark, (0, extra)).repeat_interleave(rows // len(mark), 0)
-            for name, mark in self.marks.items()
-        }
+        repeats, rest = divmod(rows, len(self.prompt))
+        if rest:
+            raise ValueError(f"the model reads {rows} rows, no multiple of the batch of {len(self.prompt)}")
 
+        def whole(mask: Tensor, value: bool = False) -> Tensor:
+            mask = F.pad(mask, (0, extra), value=value) if extra else mask
+            return mask.repeat_interleave(repeats, 0)
 
-def of_rows(
-    rows: Tensor | None, prompt: Tensor, target: Tensor
-) -> tuple[Tensor, Tensor]:  # (b,), (n, s), (n, s) -> (n, s), (n, s)
-    """Return both masks without the tokens of other rows; n may be a multiple of b, as in :meth:`Spans.upto`."""
-    if rows is None:
-        return prompt, target
-    kept = rows.to(prompt.device).repeat_interleave(len(prompt) // len(rows)).unsqueeze(-1)
-    return prompt & kept, target & kept
+        marks = {name: whole(mark) for name, mark in self.marks.items()}
+        return replace(self, prompt=whole(self.prompt), target=whole(self.target, True), marks=marks)
+
+    def of_rows(self, rows: Tensor | None) -> Spans:  # (b,); of as many rows, or a multiple of them
+        """Return the spans without the tokens of other rows."""
+        if rows is None:
+            return self
+        kept = rows.to(self.prompt.device).repeat_interleave(len(self.prompt) // len(rows)).unsqueeze(-1)
+        return replace(self, prompt=self.prompt & kept, target=self.target & kept)
 
 
 def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | None) -> Spans:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...base_models.stacks import DECODER
-from ..masks import of_rows, spans_of_start
+from ..masks import Spans, spans_of_start
 from .calls import Call, Edit, EditPlan
 from .positions import Positions, spread
 
@@ -41,7 +41,7 @@ def plan_of(call: Call, stack: str, given: Mapping[str, Any], reads_images: bool
     columns = spans.next_columns(tokens.shape[1], attention, held if known else None)
     decoding = columns.start >= spans.width
     edits: dict[str, list[Edit]] = {}
-    prompts_and_targets: tuple[Tensor, Tensor] | None = None
+    here: Spans | None = None
     seeing: str | None = None
     for choice in call.choices:
         adapter = call.adapters[choice.adapter]
@@ -51,19 +51,16 @@ def plan_of(call: Call, stack: str, given: Mapping[str, Any], reads_images: bool
             layers = [layer for layer, site in sites.items() if site.stack == stack and not site.visual]
             if not layers or (decoding and not positions.reaches_decode):
                 continue
-            if prompts_and_targets is None:
-                prompts_and_targets = spans.upto(columns.stop, len(tokens))
-            prompt, target = of_rows(choice.rows, *prompts_and_targets)
-            marks = spans.marks_upto(columns.stop, len(tokens))
-            if reads_images and stack != DECODER and "image" not in marks:  # a decoder writes text
+            here = here or spans.upto(columns.stop, len(tokens))
+            if reads_images and stack != DECODER and "image" not in here.marks:  # a decoder writes text
                 _check_needs_no_images(positions)
-            indices = token_indices(positions, tied, prompt, target, columns, marks)
+            indices = token_indices(positions, tied, here.of_rows(choice.rows), columns)
             for layer in layers:
                 site, own = adapter.sites[layer], indices
                 if site.divided > 1:
                     own = [part for index in indices for part in site.parts(index)]
                 edits.setdefault(site.place, []).append(Edit(choice.adapter, layer, choice.weight, own))
-    if prompts_and_targets is None:
+    if here is None:
         return None
     plan = EditPlan(edits, tokens, torch.is_grad_enabled(), spans)
     if seeing:
@@ -72,7 +69,7 @@ def plan_of(call: Call, stack: str, given: Mapping[str, Any], reads_images: bool
                 f"{seeing} looks at whole prompts, and the model reads only a part of them here: give no "
                 "past_key_values, and no prefill_chunk_size"
             )
-        plan.prompt = prompts_and_targets[0][:, columns].flatten()
+        plan.prompt = here.prompt[:, columns].flatten()
     return plan
 
 
@@ -84,16 +81,10 @@ def _check_needs_no_images(positions: Positions) -> None:
         )
 
 
-def token_indices(
-    positions: Positions,
-    tied: str,
-    prompt: Tensor,
-    target: Tensor,
-    columns: slice,
-    marks: Mapping[str, Tensor],
-) -> list[Tensor]:
+def token_indices(positions: Positions, tied: str, spans: Spans, columns: slice) -> list[Tensor]:
     """Return one flat token index (n,) for each intervention of a site, in the columns that are read."""
-    groups = [slots[:, columns].flatten() for slots in positions.select(prompt, target, marks)]
+    slots = positions.select(spans.prompt, spans.target, spans.marks)
+    groups = [of_group[:, columns].flatten() for of_group in slots]
     if tied == "all":
         return [(torch.stack(groups) >= 0).any(0).nonzero().squeeze(-1)]
     if tied == "group":

@@ -105,10 +105,10 @@ def watching(reft: ReftModel, see: Callable[[Seen], Tensor | None]) -> Iterator[
 
 def _grid(positions: Positions, spans: Spans, tokens: Tensor, places: Mapping[str, int]) -> Tensor:  # (b s,)
     """Return the place of each token that the present pass reads, row after row; -1 where none is selected."""
-    prompt, target = spans.upto(spans.read, tokens.shape[0])
-    marks = spans.marks_upto(spans.read, tokens.shape[0])
-    found = torch.full(prompt.shape, -1, device=prompt.device)
-    for names, slots in zip(_names(positions), positions.select(prompt, target, marks), strict=True):
+    here = spans.upto(spans.read, len(tokens))
+    found = torch.full(here.prompt.shape, -1, device=here.prompt.device)
+    groups = positions.select(here.prompt, here.target, here.marks)
+    for names, slots in zip(_names(positions), groups, strict=True):
         lookup = torch.tensor([places[name] for name in names], device=slots.device)
         found = torch.where(slots >= 0, lookup[slots.clamp(min=0)], found)
     return found[:, spans.read - tokens.shape[1] : spans.read].flatten()
