@@ -48,11 +48,7 @@ def known_arguments(model: PreTrainedModel) -> frozenset[str] | None:
 
 
 def check_known(model: PreTrainedModel, known: frozenset[str] | None, given: Iterable[str]) -> None:
-    """Reject a keyword that a model would pass on until nobody reads it.
-
-    Raises:
-        ValueError: with the nearest name.
-    """
+    """Reject a keyword that a model would pass on until nobody reads it."""
     for name in given:
         if known is not None and name not in known:
             raise ValueError(

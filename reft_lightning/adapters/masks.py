@@ -16,21 +16,13 @@ from torch import Tensor
 
 @dataclass
 class Spans:
-    """The prompt and target tokens of one call, known up to a column and predictable beyond it.
+    """The prompt and target tokens of one call, known up to a column and predictable beyond it."""
 
-    Args:
-        prompt: (b, s).
-        target: (b, s).
-        generating: whether columns from s on are generated tokens.
-        read: how many columns the base model has read.
-        marks: name -> (b, s) bool, what is known of tokens: ``edit``, those that the caller marks, and ``image``, the
-            places of images.
-    """
-
-    prompt: Tensor
-    target: Tensor
-    generating: bool = False
-    read: int = 0
+    prompt: Tensor  # (b, s)
+    target: Tensor  # (b, s)
+    generating: bool = False  # whether columns from s on are generated tokens
+    read: int = 0  # how many columns the base model has read
+    # name -> (b, s), what is known of tokens: `edit`, those that the caller marks, `image`, the places of images
     marks: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -168,11 +160,7 @@ def spans_of_start(tokens: Tensor, read: int, generating: bool, attention: Any) 
 
 
 def marked(spans: Spans, **masks: Tensor | None) -> Spans:  # (b, s) each
-    """Return the spans with what is known of tokens: ``edit`` of ``edit_mask``, ``image`` of ``image_mask``.
-
-    Raises:
-        ValueError: for marks of another shape.
-    """
+    """Return the spans with what is known of tokens: ``edit`` of ``edit_mask``, ``image`` of ``image_mask``."""
     marks = {name: mask.bool() for name, mask in masks.items() if mask is not None}
     for name, mark in marks.items():
         if mark.shape != spans.prompt.shape:

@@ -95,11 +95,7 @@ class Method:
         return [n for n in known if n not in refused and (self.peft != "LoraConfig" or n in LORA_OPTIONS)]
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Reject an unknown option.
-
-        Raises:
-            ValueError: with the nearest name and the allowed ones.
-        """
+        """Reject an unknown option."""
         allowed = self.options()
         for name, value in options.items():
             if self.peft and name in RESERVED:
@@ -145,14 +141,7 @@ METHODS: dict[str, Method] = {
 
 
 def method_named(name: Any) -> Method:
-    """Return the method of a name; any name but those of :data:`METHODS` and ``peft/...`` is of an intervention.
-
-    Args:
-        name: what ``intervention.method`` may hold, or a subclass of Intervention.
-
-    Raises:
-        ValueError: for an unknown method of the peft library, with the nearest name.
-    """
+    """Return the method of a name; any name but those of :data:`METHODS` and ``peft/...`` is of an intervention."""
     if not isinstance(name, str):
         name = getattr(name, "__name__", str(name))
     elif name in METHODS:
@@ -166,17 +155,7 @@ def method_named(name: Any) -> Method:
 
 
 def check_beside(method: Method, beside: str | None, options: Mapping[str, Any]) -> None:
-    """Reject what cannot be trained together with interventions.
-
-    Args:
-        method: ``intervention.method``.
-        beside: the name of a method of peft, or None.
-        options: its options.
-
-    Raises:
-        ValueError: for options without a method, a method together with a baseline or with nothing, one with virtual
-            tokens, or an unknown name, with the nearest.
-    """
+    """Reject what cannot be trained together with interventions."""
     if beside is None:
         if options:
             raise ValueError(
@@ -224,11 +203,7 @@ def _intervention_settings(name: str) -> list[str]:
 
 
 def peft_class(name: str) -> Any:
-    """Return a configuration class of peft.
-
-    Raises:
-        ValueError: if peft is not installed.
-    """
+    """Return a configuration class of peft."""
     with needs_extra("peft", "the peft methods need the peft library"):
         import peft
     return getattr(peft, name)

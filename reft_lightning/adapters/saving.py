@@ -37,11 +37,7 @@ BESIDE = "peft"  # the subfolder of a peft adapter trained with interventions, a
 
 
 def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str = "") -> None:
-    """Reject tensors that are not those of an adapter, and warn of those that were or will be rounded to 16 bits.
-
-    Raises:
-        ValueError: if one is missing, unexpected, of another shape, NaN or infinite, or whole numbers.
-    """
+    """Reject tensors that are not those of an adapter, and warn of those that were or will be rounded to 16 bits."""
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [f"{k}: {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
               for k in own.keys() & state.keys() if state[k].shape != own[k].shape]  # fmt: skip

@@ -106,11 +106,7 @@ def load_tokenizer(*, tokenizer: str | None = None, **place: Any) -> PreTrainedT
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
-    """Return a tokenizer whose pad token is its own, or else its unk or eos token, see :func:`load_tokenizer`.
-
-    Raises:
-        ValueError: if it has none of the three; says ``where`` it is from.
-    """
+    """Return a tokenizer whose pad token is its own, or else its unk or eos token, see :func:`load_tokenizer`."""
     if tokenizer.pad_token_id is None:
         for role, token in (("unk", tokenizer.unk_token), ("eos", tokenizer.eos_token)):
             if token is not None:

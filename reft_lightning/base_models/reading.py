@@ -37,15 +37,10 @@ CLOSE = 0.05  # of the largest logit: the same text, read under other padding in
 
 
 class Reading(NamedTuple):
-    """How a base model reads a row.
+    """How a base model reads a row."""
 
-    Args:
-        causal: whether it has columns of logits, none of which depends on a later token.
-        needs_position_ids: whether a row padded on the left is read as without padding only with position ids.
-    """
-
-    causal: bool
-    needs_position_ids: bool
+    causal: bool  # whether it has columns of logits, none of which depends on a later token
+    needs_position_ids: bool  # whether only with them it reads a row padded on the left as without padding
 
 
 _found: WeakKeyDictionary[PreTrainedModel, Reading] = WeakKeyDictionary()

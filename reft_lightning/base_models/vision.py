@@ -21,11 +21,7 @@ def image_tokens(config: PretrainedConfig) -> tuple[int, ...]:
 
 
 def vision_blocks(model: PreTrainedModel) -> str:
-    """Return the path of the list of blocks of the vision tower.
-
-    Raises:
-        ValueError: if it has no tower, or no list of as many blocks as its configuration says.
-    """
+    """Return the path of the list of blocks of the vision tower."""
     modules = dict(model.named_modules())
     tower = model.get_encoder(modality="image") if image_tokens(model.config) else model
     path = next((name for name, module in modules.items() if name and module is tower), None)
@@ -47,11 +43,7 @@ def vision_blocks(model: PreTrainedModel) -> str:
 
 
 def connector_path(model: PreTrainedModel) -> str:
-    """Return the path of the module that maps what the tower sees to the width of the language model.
-
-    Raises:
-        ValueError: if it is not found under one of the usual names.
-    """
+    """Return the path of the module that maps what the tower sees to the width of the language model."""
     for connector in CONNECTORS:
         paths = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == connector]
         if paths and image_tokens(model.config):

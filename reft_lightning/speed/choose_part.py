@@ -103,12 +103,6 @@ def choose_part(model: Any, rows: Any, *, causal: bool, limit: int = 0) -> Part 
 
     That is the prefix for suffix positions, else the blocks below the first edited layer. It is kept if all rows fit
     into the limit; the prefix saves time without being kept, too.
-
-    Args:
-        model: the adapted model, on its device and in the precision of training.
-        rows: the encoded train rows, with their ``lengths`` and, if causal, ``prompt_lengths``.
-        causal: whether they have prompts and targets.
-        limit: bytes.
     """
     if not isinstance(model, ReftModel) or len(model.adapters) > 1:
         return None

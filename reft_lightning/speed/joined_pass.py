@@ -37,31 +37,19 @@ Batch = Mapping[str, Any]  # the inputs of a model in the layout prompt | target
 
 
 class Trained(NamedTuple):
-    """An adapter that trains.
+    """An adapter that trains."""
 
-    Args:
-        model: of the base model that all share.
-        rows: its encoded train rows, with their ``lengths`` and ``prompt_lengths``.
-    """
-
-    model: ReftModel
-    rows: Any
+    model: ReftModel  # of the base model that all share
+    rows: Any  # its encoded train rows, with their `lengths` and `prompt_lengths`
 
 
 class Asked(NamedTuple):
-    """A batch of an adapter.
-
-    Args:
-        inputs: of the model.
-        rows: the numbers of its rows.
-        boundary: the column in which targets start.
-        random: where the adapter's random numbers stand, see :mod:`..base_models.random_state`; a pass moves them on.
-    """
+    """A batch of an adapter."""
 
     inputs: Batch
-    rows: list[int]
-    boundary: int
-    random: dict[str, Tensor]
+    rows: list[int]  # their numbers
+    boundary: int  # the column in which targets start
+    random: dict[str, Tensor]  # where the adapter's random numbers stand; a pass moves them on
 
 
 class JoinedPass:

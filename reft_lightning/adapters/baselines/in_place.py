@@ -143,11 +143,7 @@ class Baseline(nn.Module):
         return {name: parameter.detach() for name, parameter in self._trained_in_place().items()}
 
     def load_adapter_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Load what :meth:`adapter_state_dict` returned, into the same parameters.
-
-        Raises:
-            ValueError: if a tensor is missing, unexpected, or of another shape.
-        """
+        """Load what :meth:`adapter_state_dict` returned, into the same parameters."""
         check_fit(self.adapter_state_dict(), state, f" {self.config.method}")
         self._load(state)
 

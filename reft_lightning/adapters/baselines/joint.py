@@ -111,11 +111,7 @@ class JointModel(nn.Module):
         return self.reft.adapter_state_dict() | beside
 
     def load_adapter_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Load what :meth:`adapter_state_dict` returned, into the same parameters.
-
-        Raises:
-            ValueError: if a tensor is missing, unexpected, or of another shape.
-        """
+        """Load what :meth:`adapter_state_dict` returned, into the same parameters."""
         check_fit(self.adapter_state_dict(), state, f" {self.config.method} + {self.peft.config.method}")
         prefix = f"{BESIDE}."
         self.reft.load_adapter_state_dict({k: v for k, v in state.items() if not k.startswith(prefix)})

@@ -176,11 +176,7 @@ class PeftBaseline(Baseline):
 
 
 def _check_columns(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model for which virtual tokens are not as near to a text after padding as to one without.
-
-    Raises:
-        ValueError: for layers with a running state, which padding between the two would change.
-    """
+    """Refuse a model for which virtual tokens are not as near to a text after padding as to one without."""
     config, kind = model.config.get_text_config(), type(model).__name__
     if states := states_in(config):
         raise ValueError(
@@ -196,11 +192,7 @@ def _check_columns(model: PreTrainedModel, name: str) -> None:
 
 
 def peft_config(method: Method, options: Mapping[str, Any]) -> Any:
-    """Return peft's configuration object of a method with some options.
-
-    Raises:
-        ValueError: for an unknown option, or what peft itself refuses.
-    """
+    """Return peft's configuration object of a method with some options."""
     method.check_options(options)
     try:
         return peft_class(method.peft)(**options, **method.peft_fixed)

@@ -65,11 +65,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def build(cls, base_model: PreTrainedModel, config: ReftConfig) -> Self:
-        """Find the sites of a configuration in a model, and make its interventions with their first parameters.
-
-        Raises:
-            ValueError: for a method, layer, component, position or setting that does not exist.
-        """
+        """Find the sites of a configuration in a model, and make its interventions with their first parameters."""
         specs = {layer: config.for_layer(layer) for layer in config.layers}
         sites = find_sites(base_model, {layer: spec.component for layer, spec in specs.items()})
         check_shapes(base_model, sites.values())
@@ -94,11 +90,7 @@ class Adapter(nn.Module):
         return cls(config, interventions, {str(layer): site for layer, site in sites.items()}, positions)
 
     def partition(self, rows: Sequence[int]) -> Self:
-        """Return an adapter with the same parameters that edits only along some of its directions.
-
-        Raises:
-            ValueError: where an edit is not a sum of directions, or has fewer.
-        """
+        """Return an adapter with the same parameters that edits only along some of its directions."""
         interventions = nn.ModuleDict(
             {
                 layer: nn.ModuleList(Partition(phi, rows) for phi in group)

@@ -46,11 +46,7 @@ class AdapterSet(nn.ModuleDict):
         return {name: adapter for name, adapter in adapters.items() if name not in partitions}
 
     def check_known(self, names: Iterable[Any]) -> None:
-        """Reject a name that none has.
-
-        Raises:
-            ValueError: with the nearest.
-        """
+        """Reject a name that none has."""
         for name in names:
             if name not in self:
                 raise ValueError(
@@ -58,14 +54,7 @@ class AdapterSet(nn.ModuleDict):
                 )
 
     def check_new(self, adapters: Mapping[str, ReftConfig | None]) -> None:
-        """Reject a name that is taken or impossible, and an adapter that cannot share the model.
-
-        Args:
-            adapters: name -> what was attached; None for partitions.
-
-        Raises:
-            ValueError: with the reason.
-        """
+        """Reject a name that is taken or impossible, and an adapter (None: a partition) that cannot share the model."""
         for name, config in adapters.items():
             if name in self:
                 raise ValueError(f"the name {name!r} is taken; there are {', '.join(self)}")

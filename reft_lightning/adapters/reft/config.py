@@ -56,11 +56,7 @@ def architecture_of(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def check_architecture(model: PreTrainedModel, trained: dict[str, Any]) -> None:
-    """Reject a model that is not like the one that an adapter was trained on; its class, and its head, may be others.
-
-    Raises:
-        ValueError: with what differs.
-    """
+    """Reject a model that is not like the one that an adapter was trained on; its class and its head may be others."""
     found = architecture_of(model)
     differing = [f"{name} {found.get(name)!r} instead of {value!r}" for name, value in trained.items()
                  if found.get(name) != value and name not in ("class", "labels")]  # fmt: skip

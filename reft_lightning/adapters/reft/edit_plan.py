@@ -18,18 +18,7 @@ from .positions import Positions, spread
 
 
 def plan_of(call: Call, stack: str, given: Mapping[str, Any], reads_images: bool) -> EditPlan | None:
-    """Return what a pass of a stack edits; None for nothing.
-
-    Args:
-        call: that the pass belongs to.
-        stack: the name of one, see :func:`~reft_lightning.base_models.stacks.stacks_of`.
-        given: the arguments of the pass.
-        reads_images: whether images may fill some of the tokens.
-
-    Raises:
-        ValueError: if an intervention looks at whole prompts and the pass reads a part, or positions tell images from
-            text and nothing says where they are.
-    """
+    """Return what a pass of a stack edits; None for nothing."""
     tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
     attention, spans = given.get("attention_mask"), call.spans
     length_of = getattr(given.get("past_key_values"), "get_seq_length", None)
@@ -96,11 +85,7 @@ def token_indices(positions: Positions, tied: str, spans: Spans, columns: slice)
 def image_indices(
     positions: Positions, hidden: Tensor, where: str
 ) -> list[Tensor]:  # (images, n, d) or (n, d)
-    """Return the flat token indices that the one intervention of a site in a vision tower edits.
-
-    Raises:
-        ValueError: for a share of the tokens of each image, where those of all images stand in one list.
-    """
+    """Return the flat token indices that the one intervention of a site in a vision tower edits."""
     share = positions.share_of_images
     if share is not None and hidden.ndim != 3:
         raise ValueError(

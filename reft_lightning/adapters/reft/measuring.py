@@ -118,11 +118,7 @@ def _grid(positions: Positions, spans: Spans, tokens: Tensor, places: Mapping[st
 def leaving_out(
     reft: ReftModel, layers: Collection[int] = (), places: Collection[str] = ()
 ) -> Iterator[None]:
-    """Leave the edits of some layers, and those of some positions in every layer, out inside the block.
-
-    Raises:
-        ValueError: for a layer or position that the model does not edit.
-    """
+    """Leave the edits of some layers, and those of some positions in every layer, out inside the block."""
     names, edited = places_of(reft), [int(key) for key in reft.interventions]
     for given, known, what in ((layers, edited, "layer"), (places, names, "position")):
         if strange := [item for item in given if item not in known]:

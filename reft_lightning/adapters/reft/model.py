@@ -537,11 +537,7 @@ class ReftModel(nn.Module):
         return torch.isin(input_ids, torch.tensor(self._image_tokens, device=input_ids.device))
 
     def check_prompts(self, spans: Spans, choices: Sequence[Choice]) -> None:
-        """Reject rows without a prompt where the positions of a chosen adapter ask for one.
-
-        Raises:
-            ValueError: with the rows and the positions.
-        """
+        """Reject rows without a prompt where the positions of a chosen adapter ask for one."""
         needy = [str(spec) for spec in self._positions_of(choices) if spec.needs_prompt]
         empty = (spans.target.any(-1) & ~spans.prompt.any(-1)).nonzero().flatten().tolist()
         if needy and empty:

@@ -36,9 +36,6 @@ def check_shapes(model: PreTrainedModel, sites: Iterable[Site]) -> None:
     """Run a copy of a model on a few tokens, and look at its sites.
 
     What cannot be copied, or without weights not run, is not checked; the first pass is.
-
-    Raises:
-        ValueError: naming the site, what it has, and what can be edited instead.
     """
     asked = {(site.path, site.end): site for site in sites if not site.visual}  # which a text does not reach
     key = (type(model), model.device.type, model.config.to_json_string(use_diff=False), frozenset(asked))

@@ -167,11 +167,7 @@ def stack_of(model: PreTrainedModel, component: Any) -> tuple[str, str]:
 
 
 def layers_with(model: PreTrainedModel, component: Any) -> int:
-    """Return how many layers have a component: blocks of the language model, of a stack of it, or of the vision tower.
-
-    Raises:
-        ValueError: if the configuration names no number, or there is no tower.
-    """
+    """Return how many layers have a component: of the language model, of a stack of it, or of the vision tower."""
     if component == CONNECTOR:
         return 1
     if component == VISION:
@@ -180,11 +176,7 @@ def layers_with(model: PreTrainedModel, component: Any) -> int:
 
 
 def number_of_layers(model: PreTrainedModel, stack: str = WHOLE) -> int:
-    """Return how many blocks the configuration gives the language model, or one of its stacks.
-
-    Raises:
-        ValueError: if it names no number.
-    """
+    """Return how many blocks the configuration gives the language model, or one of its stacks."""
     layers = getattr(config_of_stack(model, stack), "num_hidden_layers", None)
     if layers is None:
         raise ValueError(
@@ -194,11 +186,7 @@ def number_of_layers(model: PreTrainedModel, stack: str = WHOLE) -> int:
 
 
 def block_path(model: PreTrainedModel, stack: str = WHOLE) -> str:
-    """Return the path of the list of blocks, e.g. ``model.layers``; of an encoder and a decoder, of a stack's.
-
-    Raises:
-        ValueError: if there is none, or several of equal standing.
-    """
+    """Return the path of the list of blocks, e.g. ``model.layers``; of an encoder and a decoder, of a stack's."""
     num_layers = number_of_layers(model, stack)
     stacks = stacks_of(model)
     inside = f"{stacks[stack or ENCODER]}." if len(stacks) > 1 else ""
@@ -227,11 +215,7 @@ def block_path(model: PreTrainedModel, stack: str = WHOLE) -> str:
 
 
 def find_sites(model: PreTrainedModel, components: Mapping[int, str]) -> dict[int, Site]:
-    """Return the site of each layer's component.
-
-    Raises:
-        ValueError: for an unknown component or path, with the candidates.
-    """
+    """Return the site of each layer's component."""
     modules = dict(model.named_modules())
     where = {layer: stack_of(model, component) for layer, component in components.items()}
     named = {stack for stack, name in where.values() if str(name).partition(":")[0] in COMPONENTS}
