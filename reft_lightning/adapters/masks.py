@@ -97,11 +97,11 @@ def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | Non
     """Split the real tokens of a batch into prompt and target.
 
     ``prompt_mask`` decides; without it the prompt is what precedes the first label of its row (an eos without a label
-    after the target is not part of it); without token labels it is everything.
+    after the target is not part of it); without labels it is everything.
 
     Args:
         attention: (b, s), 1 for real tokens.
-        labels: (b, s) token labels; labels of whole texts, (b,) or floating-point; or None.
+        labels: (b, s), of tokens; or None.
         prompt_mask: (b, s) bool, or None.
 
     Raises:
@@ -114,7 +114,7 @@ def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | Non
                 f"prompt_mask must have the shape {tuple(real.shape)}; got {tuple(prompt_mask.shape)}"
             )
         prompt = real & prompt_mask.bool()
-    elif labels is not None and labels.ndim == 2 and not labels.is_floating_point():
+    elif labels is not None:
         if labels.shape != real.shape:
             raise ValueError(
                 f"labels have the shape {tuple(labels.shape)}, the tokens {tuple(real.shape)}: labels of only "

@@ -87,7 +87,9 @@ class Method:
     def options(self) -> list[str]:
         """Return the names of its options; imports the library that declares them."""
         if self.takes_settings:
-            return _intervention_settings(self.name)
+            from ..interventions import settings_of
+
+            return list(settings_of(_intervention(self.name)))
         if not self.peft:
             return []
         known = [f.name for f in fields(peft_class(self.peft)) if f.init]
@@ -194,12 +196,6 @@ def _intervention(name: str) -> Any:
         return intervention_class(name)
     except ValueError as error:
         raise ValueError(f"{error}{did_you_mean(name, METHODS)}") from error
-
-
-def _intervention_settings(name: str) -> list[str]:
-    from ..interventions import settings_of
-
-    return list(settings_of(_intervention(name)))
 
 
 def peft_class(name: str) -> Any:

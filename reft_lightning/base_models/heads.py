@@ -119,10 +119,11 @@ def widen_heads(model: PreTrainedModel) -> None:
         offloaded = is_dispatched(model) and any(parameter.is_meta for parameter in head.parameters())
         if not is_quantized(head) and not offloaded:
             head.float()
-            head.register_forward_pre_hook(_widen)
+            head.register_forward_pre_hook(widen_inputs)
 
 
-def _widen(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def widen_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Give a module in float32 its inputs in float32, as a hook before its forward."""
     return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
 
 

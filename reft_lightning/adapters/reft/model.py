@@ -215,16 +215,8 @@ class ReftModel(nn.Module):
     ) -> None:
         """Add a saved adapter, or put its tensors into one that is there and was attached in the same way.
 
-        The second changes numbers only: no hook, and no compiled code.
-
-        Args:
-            name: a folder, or the name of a repository on the Hugging Face hub.
-            adapter_name: the name that it gets here.
-            positions: see :meth:`from_pretrained`.
-            strict: likewise.
-            revision: likewise.
-            subfolder: likewise.
-            token: likewise.
+        The second changes numbers only: no hook, and no compiled code. ``adapter_name`` is the name that the adapter
+        gets here; the other arguments are those of :meth:`from_pretrained`.
 
         Raises:
             ValueError: for what :meth:`from_pretrained` rejects, or an adapter of that name that is another one.
@@ -386,7 +378,7 @@ class ReftModel(nn.Module):
         decoder = None
         if self._reads_two:
             spans = spans_of(attention, None, prompt_mask)
-            if written is not None and written.ndim == 2 and not written.is_floating_point():
+            if written is not None:
                 decoder = spans_of_labels(written, kwargs.get("decoder_attention_mask"))
         else:
             spans = spans_of(attention, written, prompt_mask)
