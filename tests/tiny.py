@@ -69,9 +69,10 @@ FAMILIES = {**DECODERS, **ENCODERS}
 
 
 @functools.cache
-def original(family: str) -> PreTrainedModel:
-    """Return the one tiny model of a family, to be read only."""
-    config = FAMILIES[family](pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, initializer_range=0.4)
+def original(family: str, **own: int) -> PreTrainedModel:
+    """Return the one tiny model of a family, or of some sizes of its own, to be read only."""
+    special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+    config = FAMILIES[family](**special, initializer_range=0.4, **own)
     auto = AutoModelForCausalLM if family in DECODERS else AutoModelForSequenceClassification
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -81,9 +82,9 @@ def original(family: str) -> PreTrainedModel:
     return model
 
 
-def model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def model(family: str, dtype: torch.dtype = torch.float32, **own: int) -> PreTrainedModel:
     """Return a fresh copy of a family's tiny model, in eval mode."""
-    return copied(original(family)).to(dtype)
+    return copied(original(family, **own)).to(dtype)
 
 
 def copied(model: PreTrainedModel) -> PreTrainedModel:
