@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -23,6 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .bare import bare_copy
 from .decoders import is_decoder
 from .heads import is_classifier
+from .patching import replaced
 from .stacks import reads_two_texts
 from .vision import image_tokens
 
@@ -211,17 +212,9 @@ def _read(model: PreTrainedModel, ids: Tensor, attention: Tensor, **more: Tensor
     return output.get("logits", output[0]).float()  # a loss of routers comes before the logits
 
 
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Let a model run as in evaluation, without dropout."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    return replaced((module, "training", False) for module in model.modules() if module.training)
 
 
 def _ordinary_tokens(model: PreTrainedModel, count: int) -> list[int]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -180,7 +180,7 @@ class JoinedPass:
     @contextmanager
     def _own_random_numbers(self, asked: Mapping[str, Asked]) -> Iterator[None]:
         """Let each adapter draw from its own random numbers, in the order of a pass of its own."""
-        hooks, device, others = [], self._base.device, []
+        device, others = self._base.device, []
 
         def before(state: dict[str, Tensor], *call: Any) -> None:
             others.append(random_state(device))
@@ -190,16 +190,13 @@ class JoinedPass:
             state.update(random_state(device))
             set_random_state(others.pop(), device)
 
-        for name, one in asked.items():
-            groups = self._adapters[name].model.interventions.values()
-            for phi in (phi for group in groups for phi in group if _draws(phi)):
-                hooks.append(phi.register_forward_pre_hook(partial(before, one.random)))
-                hooks.append(phi.register_forward_hook(partial(after, one.random)))
-        try:
+        with ExitStack() as hooks:
+            for name, one in asked.items():
+                groups = self._adapters[name].model.interventions.values()
+                for phi in (phi for group in groups for phi in group if _draws(phi)):
+                    hooks.enter_context(phi.register_forward_pre_hook(partial(before, one.random)))
+                    hooks.enter_context(phi.register_forward_hook(partial(after, one.random)))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _joined(self, asked: Mapping[str, Asked]) -> tuple[dict[str, Any], int]:
         """Return the inputs of all rows, and where their targets start."""

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from ...base_models.heads import parameters_of
 from ...base_models.loading import number_of_parameters
+from ...base_models.patching import replaced
 from ...interventions.base import HALVES
 from ...storage.atomic import write_text
 from ..adapted import ParameterCount
@@ -119,12 +120,8 @@ class Baseline(nn.Module):
         if not self._enabled:
             yield
             return
-        with self._first.restored(self._trained_in_place()):
-            self._enabled = False
-            try:
-                yield
-            finally:
-                self._enabled = True
+        with self._first.restored(self._trained_in_place()), replaced([(self, "_enabled", False)]):
+            yield
 
     def detach(self) -> PreTrainedModel:
         """Give trained parameters their first values back, and return the base model; save the adapter first."""

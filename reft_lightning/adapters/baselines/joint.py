@@ -10,7 +10,7 @@ On disk each part is whole: a folder holds the files of the interventions, its s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -97,11 +97,9 @@ class JointModel(nn.Module):
         with self.reft.disabled(), self.peft.disabled():
             yield
 
-    @contextmanager
-    def nulled(self) -> Iterator[None]:
+    def nulled(self) -> AbstractContextManager[None]:
         """Null the interventions' edits, see :meth:`ReftModel.nulled`."""
-        with self.reft.nulled():
-            yield
+        return self.reft.nulled()
 
     # --- parameters and files -------------------------------------------------------------------------------------
 

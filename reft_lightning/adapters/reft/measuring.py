@@ -9,7 +9,7 @@ Shapes: b rows, s columns, n tokens that one intervention edits, d width, k dire
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from os import PathLike
 from typing import Any, NamedTuple
@@ -91,16 +91,11 @@ def watching(reft: ReftModel, see: Callable[[Seen], Tensor | None]) -> Iterator[
         found = args[2].found if len(args) > 2 else None  # of an intervention that sees rows
         return see(Seen(int(key), filled.to(after.device), args[0], after, found and found.latents))
 
-    hooks = [
-        phi.register_forward_hook(partial(hook, key, number))
-        for key, group in reft.interventions.items()
-        for number, phi in enumerate(group)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for key, group in reft.interventions.items():
+            for number, phi in enumerate(group):
+                hooks.enter_context(phi.register_forward_hook(partial(hook, key, number)))
         yield
-    finally:
-        for handle in hooks:
-            handle.remove()
 
 
 def _grid(positions: Positions, spans: Spans, tokens: Tensor, places: Mapping[str, int]) -> Tensor:  # (b s,)

@@ -19,7 +19,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -645,14 +645,9 @@ class ReftModel(nn.Module):
         with self.unedited(), self._first_heads.restored(self._head_parameters()):
             yield
 
-    @contextmanager
-    def unedited(self) -> Iterator[None]:
+    def unedited(self) -> AbstractContextManager[None]:
         """Edit nothing inside the block; trained heads stay as they are."""
-        enabled, self._enabled = self._enabled, False
-        try:
-            yield
-        finally:
-            self._enabled = enabled
+        return replaced([(self, "_enabled", False)])
 
     @contextmanager
     def nulled(self) -> Iterator[None]:
@@ -669,11 +664,8 @@ class ReftModel(nn.Module):
                 raise ValueError(
                     f"{type(phi).__name__} has no null(h), and cannot be nulled; {', '.join(able)} can"
                 )
-        nulled, self._nulled = self._nulled, True
-        try:
+        with replaced([(self, "_nulled", True)]):
             yield
-        finally:
-            self._nulled = nulled
 
     # --- the hooks ------------------------------------------------------------------------------------------------
 
