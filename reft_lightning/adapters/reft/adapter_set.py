@@ -83,13 +83,14 @@ class AdapterSet(nn.ModuleDict):
     def remove(self, name: str) -> None:
         """Take an adapter out, see :meth:`ReftModel.delete_adapter`."""
         self.check_known([name])
-        if partitions := self[name].partitions:
+        adapters: dict[str, Any] = dict(self.items())
+        if partitions := adapters[name].partitions:
             raise ValueError(f"{name!r} has parts, delete them first: {', '.join(partitions)}")
-        if len(self) == 1:
+        if len(adapters) == 1:
             raise ValueError(f"{name!r} is the only adapter: detach() takes all off")
         self.leave_out(name)
         del self[name]
-        for adapter in self.values():
+        for adapter in adapters.values():
             adapter.partitions.pop(name, None)
 
     def leave_out(self, name: str) -> None:

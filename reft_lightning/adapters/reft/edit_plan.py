@@ -41,8 +41,12 @@ def plan_of(call: Call, stack: str, given: Mapping[str, Any], reads_images: bool
             if not layers or (decoding and not positions.reaches_decode):
                 continue
             here = here or spans.upto(columns.stop, len(tokens))
-            if reads_images and stack != DECODER and "image" not in here.marks:  # a decoder writes text
-                _check_needs_no_images(positions)
+            told = "image" in here.marks or not reads_images or stack == DECODER  # a decoder writes text
+            if positions.tells_images_apart and not told:
+                raise ValueError(
+                    f"the positions {positions} tell text from images, and inputs_embeds or the columns of "
+                    "past_key_values do not say which tokens images fill: pass image_mask (b, s)"
+                )
             indices = token_indices(positions, tied, here.of_rows(choice.rows), columns)
             for layer in layers:
                 site, own = adapter.sites[layer], indices
@@ -60,14 +64,6 @@ def plan_of(call: Call, stack: str, given: Mapping[str, Any], reads_images: bool
             )
         plan.prompt = here.prompt[:, columns].flatten()
     return plan
-
-
-def _check_needs_no_images(positions: Positions) -> None:
-    if positions.tells_images_apart:
-        raise ValueError(
-            f"the positions {positions} tell text from images, and inputs_embeds or the columns of past_key_values "
-            "do not say which tokens images fill: pass image_mask (b, s)"
-        )
 
 
 def token_indices(positions: Positions, tied: str, spans: Spans, columns: slice) -> list[Tensor]:
