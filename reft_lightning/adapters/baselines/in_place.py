@@ -87,13 +87,7 @@ class Baseline(nn.Module):
         prompt_mask: Tensor | None = None,  # (b, s) bool, ignored; accepted for a common signature
         **kwargs: Any,
     ) -> Any:
-        """Run the adapted model; returns what the base model returns (``loss``, ``logits``, ...).
-
-        Padding may stand on either side. Labels of only the last columns go with ``logits_to_keep``.
-
-        Raises:
-            ValueError: for an argument that the base model does not know, with the nearest.
-        """
+        """Run the adapted model on rows padded on either side; labels of the last columns need ``logits_to_keep``."""
         inputs = forward_inputs(self.base_model, self._known, input_ids, attention_mask, labels, kwargs)
         return self.base_model(**inputs)
 
@@ -104,13 +98,7 @@ class Baseline(nn.Module):
         prompt_mask: Tensor | None = None,  # (b, s) bool, ignored
         **kwargs: Any,
     ) -> Any:
-        """Generate as Hugging Face does; rows padded on the right are moved to the left first, with all that is theirs.
-
-        Those of an encoder stay: its decoder writes.
-
-        Raises:
-            ValueError: for tokens that are missing or given twice, or a mask of another shape.
-        """
+        """Generate as Hugging Face does; rows padded on the right are moved to the left first, but of an encoder."""
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         return self.base_model.generate(**left_padded_inputs(given, self.base_model))
 

@@ -23,7 +23,7 @@ from ..masks import Spans
 from ..saving import load_adapter
 from .calls import EditPlan, call_of
 from .model import ReftModel
-from .positions import Positions
+from .positions import Positions, Term
 from .sites import Site
 
 TINY = 1e-12  # norm of h below which the ratio would be 0 / 0
@@ -61,9 +61,8 @@ def _names(positions: Positions) -> list[list[str]]:
     """Return a name for each slot of each group."""
     if positions.function is not None:
         return [["selected"]]
-    between = {"decode": ":"}
     return [
-        [str(t)] if t.slots is None else [f"{t.kind}{between.get(t.kind, '')}{k + 1}" for k in range(t.slots)]
+        [str(t)] if t.slots is None else [str(Term(t.kind, k + 1)) for k in range(t.slots)]
         for t in positions.terms
     ]
 

@@ -116,11 +116,6 @@ def _before(change: Change, module: nn.Module, args: tuple, kwargs: dict[str, An
 def check_layers(layers: str | Sequence[int], num_layers: int, none_allowed: bool = False) -> list[int]:
     """Return the layer ids asked for.
 
-    Args:
-        layers: ``"all"``, or ids.
-        num_layers: how many the model has.
-        none_allowed: whether the list may be empty, because something else is trained.
-
     Raises:
         ValueError: for anything but ``"all"`` or distinct ids in 0..num_layers-1.
     """
