@@ -45,6 +45,10 @@ class AdapterSet(nn.ModuleDict):
         partitions = {name for adapter in adapters.values() for name in adapter.partitions}
         return {name: adapter for name, adapter in adapters.items() if name not in partitions}
 
+    def used_by(self, choices: Iterable[Choice]) -> list[Any]:  # of Adapter
+        """Return the adapters of some choices, each once."""
+        return [self[name] for name in dict.fromkeys(choice.adapter for choice in choices)]
+
     def check_known(self, names: Iterable[Any]) -> None:
         """Reject a name that none has."""
         for name in names:

@@ -388,14 +388,14 @@ class ReftModel(nn.Module):
         spans = self._with_marks(
             spans, chosen[0], input_ids, kwargs.get("inputs_embeds"), edit_mask, image_mask
         )
-        source = None if source_ids is None else (source_ids, source_mask)
+        source = source_ids, source_mask
         with self._editing(spans, chosen, row_values, source, decoder, compiled=True) as call:
             output = self.base_model(**inputs)
         return output if call is None else self._with_findings(output, call)
 
     def _with_findings(self, output: Any, call: Call) -> Any:
         """Add what interventions found to the output of the base model; most find nothing."""
-        used = dict.fromkeys(self.adapters[choice.adapter] for choice in call.choices)
+        used = self.adapters.used_by(call.choices)
         seeing = any(adapter.seeing_rows or adapter.critical for adapter in used)
         penalties: list[Tensor] = []
         if self.training and torch.is_grad_enabled():
@@ -490,7 +490,7 @@ class ReftModel(nn.Module):
         read = 0 if past is None else past.get_seq_length()  # as Hugging Face asks it, to cut what was read
         chosen = self.adapters.chosen_by(adapter_names, len(spans.prompt))
         drafts = [name for name in DRAFTS if kwargs.get(name) or getattr(defaults, name, None)]
-        sites = (site for choice in chosen[0] for site in self.adapters[choice.adapter].sites.values())
+        sites = (site for adapter in self.adapters.used_by(chosen[0]) for site in adapter.sites.values())
         if self._enabled and drafts and any(site.stack == DECODER for site in sites):
             raise ValueError(
                 f"{drafts[0]} puts a draft next to the token that the decoder starts with, and edits of the decoder do "
@@ -498,8 +498,8 @@ class ReftModel(nn.Module):
             )
         texts = arguments.get("input_ids"), arguments.get("inputs_embeds")
         spans = self._with_marks(spans, chosen[0], *texts, *masks)
-        source = None if source_ids is None else (source_ids, source_mask)
-        with self._editing(replace(spans, generating=True, read=read), chosen, row_values, source):
+        spans = replace(spans, generating=True, read=read)
+        with self._editing(spans, chosen, row_values, (source_ids, source_mask)):
             return self.base_model.generate(**arguments)
 
     def _with_marks(
@@ -515,7 +515,7 @@ class ReftModel(nn.Module):
         if image is None and embeds is None and ids is not None and ids.shape == spans.prompt.shape:
             image = self._images_in(ids)
         spans = marked(spans, edit=edit, image=image)
-        critical = {count for choice in choices for count in self.adapters[choice.adapter].critical}
+        critical = {count for adapter in self.adapters.used_by(choices) for count in adapter.critical}
         if not critical or not self._enabled:
             return spans
         return FirstPasses(self.base_model, self._known).with_critical(spans, critical, ids, embeds)
@@ -539,8 +539,8 @@ class ReftModel(nn.Module):
             )
 
     def _positions_of(self, choices: Sequence[Choice]) -> list[Positions]:
-        adapters = [self.adapters[choice.adapter] for choice in choices]
-        return [positions for adapter in adapters for positions, _ in adapter.layers_by_positions]
+        used = self.adapters.used_by(choices)
+        return [positions for adapter in used for positions, _ in adapter.layers_by_positions]
 
     @contextmanager
     def _editing(
@@ -548,7 +548,7 @@ class ReftModel(nn.Module):
         spans: Spans,
         chosen: tuple[tuple[Choice, ...], bool],
         row_values: Mapping[str, Tensor] | None,
-        source: tuple[Tensor, Tensor | None] | None,
+        source: tuple[Tensor | None, Tensor | None],
         decoder: Spans | None = None,
         compiled: bool = False,
     ) -> Iterator[Call | None]:
@@ -559,6 +559,7 @@ class ReftModel(nn.Module):
                 raise ValueError(
                     f"row_values[{name!r}] holds {len(value)} rows, the batch {len(spans.prompt)}"
                 )
+        (choices, summed), used = chosen, self.adapters.used_by(chosen[0])
         others: list[tuple[nn.Module, str, Callable]] = []
         if torch.is_grad_enabled():
             name = "_gradient_checkpointing_func"
@@ -567,16 +568,20 @@ class ReftModel(nn.Module):
                 for module in self._checkpointable
                 if module.gradient_checkpointing
             ]
-            seeing = any(self.adapters[choice.adapter].seeing_rows for choice in chosen[0])
+            seeing = any(adapter.seeing_rows for adapter in used)
             if compiled and self._compiled is not None and self._enabled and not seeing:
                 others.append((self.base_model, "forward", self._compiled))
         call = None
-        if self._enabled:  # R is computed once a pass and once a generation, which needs no gradients
+        if self._enabled:  # what counts as long as the call lasts: the adapters, their strength, R
             with torch.set_grad_enabled(torch.is_grad_enabled() and not spans.generating):
-                call = self._call(spans, *chosen, values, decoder)
-                if source is not None:
-                    passes, images = FirstPasses(self.base_model, self._known), self._images_in(source[0])
-                    call.sources = passes.sources(call, *source, images)
+                rows = rotations(phi for adapter in used for phi in adapter.orthonormal)
+            strong = tuple(c._replace(weight=c.weight * self.adapters[c.adapter].scale) for c in choices)
+            call = Call(
+                self, self.adapters, spans, strong, summed, self._nulled, rows, given=values, decoder=decoder
+            )
+            if source[0] is not None:
+                passes, images = FirstPasses(self.base_model, self._known), self._images_in(source[0])
+                call.sources = passes.sources(call, source[0], source[1], images)
         with _REPLACING if others else nullcontext(), replaced(others), running(call):
             yield call
         if call is not None and not call.begun:
@@ -587,22 +592,6 @@ class ReftModel(nn.Module):
             )
         if call is not None:
             self._notice(call)
-
-    def _call(
-        self,
-        spans: Spans,
-        choices: Sequence[Choice],
-        summed: bool,
-        values: Mapping[str, Tensor],
-        decoder: Spans | None,
-    ) -> Call:
-        """Return a call with what counts as long as it lasts: the adapters, their strength, R."""
-        used = dict.fromkeys(choice.adapter for choice in choices)
-        rows = rotations(phi for name in used for phi in self.adapters[name].orthonormal)
-        strong = tuple(c._replace(weight=c.weight * self.adapters[c.adapter].scale) for c in choices)
-        return Call(
-            self, self.adapters, spans, strong, summed, self._nulled, rows, given=values, decoder=decoder
-        )
 
     def _notice(self, call: Call) -> None:
         """Warn once if nothing is edited: in a whole generation, in a step of training, in the first passes."""
