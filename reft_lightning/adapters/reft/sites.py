@@ -211,31 +211,28 @@ def block_path(model: PreTrainedModel, stack: str = WHOLE) -> str:
 
 def find_sites(model: PreTrainedModel, components: Mapping[int, str]) -> dict[int, Site]:
     """Return the site of each layer's component."""
-    modules = dict(model.named_modules())
     where = {layer: stack_of(model, component) for layer, component in components.items()}
     named = {stack for stack, name in where.values() if str(name).partition(":")[0] in COMPONENTS}
     blocks = {stack: block_path(model, stack) for stack in named}
     return {
-        layer: replace(
-            _site(model, modules, f"{blocks.get(stack, '')}.{layer}", layer, name, stack), stack=stack
-        )
+        layer: replace(_site(model, f"{blocks.get(stack, '')}.{layer}", layer, name, stack), stack=stack)
         for layer, (stack, name) in where.items()
     }
 
 
-def _site(
-    model: PreTrainedModel,
-    modules: Mapping[str, nn.Module],
-    block: str,
-    layer: int,
-    component: str,
-    stack: str,
-) -> Site:
+def _module_at(model: PreTrainedModel, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _site(model: PreTrainedModel, block: str, layer: int, component: str, stack: str) -> Site:
     config = config_of_stack(model, stack)
     if isinstance(component, str) and "{layer}" in component:
         path, end = component.replace("{layer}", str(layer)), "output"
         for suffix in ("input", "output"):
-            if path.endswith(f".{suffix}") and path not in modules:
+            if path.endswith(f".{suffix}") and _module_at(model, path) is None:
                 path, end = path[: -len(suffix) - 1], suffix
     elif isinstance(component, str) and component.partition(":")[0] == HEAD:
         return _head_site(model, block, layer, component, config)
@@ -252,12 +249,13 @@ def _site(
             f"{{layer}}{', each of the encoder or, as decoder.block_output, of the decoder' if stack else ''}"
             f"{did_you_mean(str(component), (*COMPONENTS, *VISUAL))}"
         )
-    if path not in modules:
-        near = difflib.get_close_matches(path, modules, n=5, cutoff=0.5)
+    module = _module_at(model, path)
+    if module is None:
+        near = difflib.get_close_matches(path, dict(model.named_modules()), n=5, cutoff=0.5)
         raise ValueError(
             f"{type(model).__name__} has no module {path!r}; near it are {', '.join(near) or 'none'}"
         )
-    return Site(layer, path, end, width_at(modules[path], end, config.hidden_size))
+    return Site(layer, path, end, width_at(module, end, config.hidden_size))
 
 
 def _vision_blocks(model: PreTrainedModel) -> tuple[str, Any]:
