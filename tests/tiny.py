@@ -29,6 +29,8 @@ from transformers import (
 )
 from transformers.models.auto import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from reft_lightning.base_models import reading
+
 VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH = 48, 16, 3, 2, 64
 PAD, BOS, EOS = 0, 1, 2
 
@@ -67,8 +69,10 @@ FAMILIES = {**DECODERS, **ENCODERS}
 
 
 @functools.cache
-def _original(family: str) -> PreTrainedModel:
-    config = FAMILIES[family](pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, initializer_range=0.4)
+def original(family: str, **own: int) -> PreTrainedModel:
+    """Return the one tiny model of a family, or of some sizes of its own, to be read only."""
+    special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+    config = FAMILIES[family](**special, initializer_range=0.4, **own)
     auto = AutoModelForCausalLM if family in DECODERS else AutoModelForSequenceClassification
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -78,9 +82,16 @@ def _original(family: str) -> PreTrainedModel:
     return model
 
 
-def model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def model(family: str, dtype: torch.dtype = torch.float32, **own: int) -> PreTrainedModel:
     """Return a fresh copy of a family's tiny model, in eval mode."""
-    return copy.deepcopy(_original(family)).to(dtype)
+    return copied(original(family, **own)).to(dtype)
+
+
+def copied(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy that reads rows as the model does: found out once, not for each copy."""
+    again = copy.deepcopy(model)
+    reading._found[again] = reading.reading_of(model)
+    return again
 
 
 def rows(*lengths: int, seed: int = 0) -> list[Tensor]:

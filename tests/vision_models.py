@@ -7,6 +7,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import tiny
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
@@ -100,7 +101,7 @@ def _original(name: str) -> PreTrainedModel:
 
 def model(name: str) -> PreTrainedModel:
     """Return a fresh copy of a tiny model, in eval mode."""
-    return copy.deepcopy(_original(name))
+    return tiny.copied(_original(name))
 
 
 def batch(

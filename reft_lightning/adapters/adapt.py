@@ -7,18 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from ..base_models.decoders import is_decoder
 from ..base_models.heads import heads_to_train
+from ..base_models.loading import TASKS
 from ..interventions import Intervention
 from .adapted import AdaptedModel, ParameterCount
 from .attaching import all_or_nothing, check_base
@@ -53,20 +46,17 @@ def adapt(
     chosen = method_named(method)
     check_base(base_model)
     check_beside(chosen, beside, beside_options or {})
+    if beside is None and not chosen.peft and chosen.in_place is None:
+        return attach(base_model, method, **settings)
+    heads = heads_to_train(base_model, settings.pop("heads", None if chosen.trains_heads else False))
     if beside is not None:
-        heads = heads_to_train(base_model, settings.pop("heads", None))
         with all_or_nothing(base_model):
             peft = PeftBaseline(base_model, METHODS[beside], heads, beside_options)
             return JointModel(peft, partial(attach, method=method, heads=False, **settings))
     if chosen.peft:
-        heads = heads_to_train(base_model, settings.pop("heads", None))
         return PeftBaseline(base_model, chosen, heads, settings)
-    if chosen.in_place is not None:
-        heads = settings.pop("heads", None if chosen.trains_heads else False)
-        heads = heads_to_train(base_model, heads)
-        chosen.check_options(settings)
-        return InPlaceBaseline(base_model, chosen, heads)
-    return attach(base_model, method, **settings)
+    chosen.check_options(settings)
+    return InPlaceBaseline(base_model, chosen, heads)
 
 
 def interventions_of(model: AdaptedModel) -> ReftModel | None:
@@ -82,21 +72,14 @@ def build_on_meta(
 
     Args:
         config: of Hugging Face.
-        task: ``causal_lm``, ``sequence_classification`` for a model with its classifier, ``image_text_to_text``, or
-            ``seq2seq_lm`` for one with an encoder and a decoder.
-            An encoder has no causal form: it is built without a head then.
+        task: of :data:`~reft_lightning.base_models.loading.TASKS`. An encoder has no causal form: it is built without a
+            head then.
         attn_implementation: of transformers; None for its default.
 
     Raises:
         ValueError, ImportError: for an attention that the model, or this machine, does not have.
     """
-    kind = AutoModelForCausalLM if is_decoder(config) else AutoModel
-    if task == "sequence_classification":
-        kind = AutoModelForSequenceClassification
-    elif task == "image_text_to_text":
-        kind = AutoModelForImageTextToText
-    elif task == "seq2seq_lm":
-        kind = AutoModelForSeq2SeqLM
+    kind = AutoModel if task == "causal_lm" and not is_decoder(config) else TASKS[task]
     with torch.device("meta"):
         return kind.from_config(config, attn_implementation=attn_implementation)
 

@@ -22,10 +22,8 @@ from .masks import guess_attention
 ROWS = (
     "input_ids", "inputs", "inputs_embeds", "attention_mask", "prompt_mask", "edit_mask", "image_mask", "position_ids",
 )  # fmt: skip
-OTHER_TEXTS = (
-    "negative_prompt_ids",
-    "negative_prompt_attention_mask",
-)  # of generate(): their padding is their own
+# of generate(): their padding is their own
+OTHER_TEXTS = ("negative_prompt_ids", "negative_prompt_attention_mask")
 OF_LOSSES = ("num_items_in_batch", "ignore_index", "shift_labels")  # what models pass on to the loss
 OF_OUTPUTS = ("return_dict", "output_attentions", "output_hidden_states")  # read before forward is called
 OF_TOKENIZERS = ("token_type_ids",)  # what a tokenizer may return and not every model reads
@@ -50,11 +48,7 @@ def known_arguments(model: PreTrainedModel) -> frozenset[str] | None:
 
 
 def check_known(model: PreTrainedModel, known: frozenset[str] | None, given: Iterable[str]) -> None:
-    """Reject a keyword that a model would pass on until nobody reads it.
-
-    Raises:
-        ValueError: with the nearest name.
-    """
+    """Reject a keyword that a model would pass on until nobody reads it."""
     for name in given:
         if known is not None and name not in known:
             raise ValueError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from os import PathLike
 from typing import Any
 
 from torch import nn
@@ -24,27 +25,16 @@ NOTE = "attached_by_reft_lightning"
 
 @dataclass
 class Attached:
-    """What a base model carries.
+    """What a base model carries."""
 
-    Args:
-        learned: the parameters that required gradients before the first adapter came.
-        configs: of the adapters.
-        alone: whether the one there is changes the base model, so that no other may come.
-    """
-
-    learned: set[str]
+    learned: set[str]  # the parameters that required gradients before the first adapter came
     configs: list[AdapterConfig]
-    alone: bool
+    alone: bool  # whether the one there is changes the base model, so that no other may come
 
 
 @contextmanager
 def attaching(model: PreTrainedModel, config: AdapterConfig, alone: bool) -> Iterator[None]:
     """Freeze a base model and attach an adapter to it inside the block, or leave it exactly as it was.
-
-    Args:
-        model: of Hugging Face.
-        config: of the adapter.
-        alone: whether it changes parameters or modules of the model.
 
     Raises:
         ValueError: if the model is not one of Hugging Face, or carries an adapter that cannot share it.
@@ -117,11 +107,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 
 def check_base(model: Any) -> None:
-    """Reject what is not a Hugging Face model.
-
-    Raises:
-        ValueError: with what to give.
-    """
+    """Reject what is not a Hugging Face model."""
     if isinstance(model, PreTrainedModel):
         return
     inner = getattr(model, "base_model", None)
@@ -134,11 +120,12 @@ def check_base(model: Any) -> None:
         hint = "; give peft_model.get_base_model()"
     elif isinstance(model, str):
         hint = "; load it first: AutoModelForCausalLM.from_pretrained(name)"
-    raise ValueError(f"attach takes a model of transformers; got {_shown(model)}{hint}")
+    raise ValueError(f"attach takes a model of transformers; got {shown(model)}{hint}")
 
 
-def _shown(model: Any) -> str:
-    return repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
+def shown(model: Any) -> str:
+    """Return what was given for a model, in the words of a message."""
+    return repr(model) if isinstance(model, str | PathLike) else f"a {type(model).__name__}"
 
 
 def _named(configs: list[AdapterConfig]) -> str:

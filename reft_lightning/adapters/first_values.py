@@ -10,11 +10,7 @@ from torch import Tensor, nn
 
 
 class FirstValues:
-    """Copies of some parameters, in CPU memory.
-
-    Args:
-        parameters: by name.
-    """
+    """Copies of some parameters by name, in CPU memory."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.values = {

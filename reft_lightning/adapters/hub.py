@@ -52,11 +52,7 @@ def folder_with(name: str, patterns: Sequence[str], needed: str) -> Path:
 
 
 def check_holds(folder: Path, *needed: str) -> None:
-    """Reject a folder without the files of an adapter.
-
-    Raises:
-        FileNotFoundError: naming the first that is missing, and what is there.
-    """
+    """Reject a folder without the files of an adapter."""
     for file in needed:
         if not (folder / file).is_file():
             there = "no such folder"
@@ -67,11 +63,7 @@ def check_holds(folder: Path, *needed: str) -> None:
 
 @contextmanager
 def _explained(name: str, path: str) -> Iterator[None]:
-    """Say in one line what was asked, and why nothing came.
-
-    Raises:
-        FileNotFoundError: for whatever is raised inside the block.
-    """
+    """Raise a FileNotFoundError that says in one line what was asked, and why nothing came."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError
 

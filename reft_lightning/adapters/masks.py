@@ -16,21 +16,13 @@ from torch import Tensor
 
 @dataclass
 class Spans:
-    """The prompt and target tokens of one call, known up to a column and predictable beyond it.
+    """The prompt and target tokens of one call, known up to a column and predictable beyond it."""
 
-    Args:
-        prompt: (b, s).
-        target: (b, s).
-        generating: whether columns from s on are generated tokens.
-        read: how many columns the base model has read.
-        marks: name -> (b, s) bool, what is known of tokens: ``edit``, those that the caller marks, and ``image``, the
-            places of images.
-    """
-
-    prompt: Tensor
-    target: Tensor
-    generating: bool = False
-    read: int = 0
+    prompt: Tensor  # (b, s)
+    target: Tensor  # (b, s)
+    generating: bool = False  # whether columns from s on are generated tokens
+    read: int = 0  # how many columns the base model has read
+    # name -> (b, s), what is known of tokens: `edit`, those that the caller marks, `image`, the places of images
     marks: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -74,50 +66,42 @@ class Spans:
         self.read = start + count
         return slice(start, self.read)
 
-    def upto(self, stop: int, rows: int) -> tuple[Tensor, Tensor]:  # -> (rows, stop), (rows, stop)
-        """Return both masks for ``rows`` rows and all columns, at least ``stop`` of them.
+    def upto(self, stop: int, rows: int) -> Spans:
+        """Return the masks for ``rows`` rows and all columns, at least ``stop`` of them; no new token has a mark.
 
         A call may read fewer columns than are known (a prompt read in chunks): which tokens are its first and
         last does not depend on that.
         Beam search and ``num_return_sequences`` repeat every row, next to each other.
         """
-        extra = stop - self.width
-        prompt, target = self.prompt, self.target
-        if extra > 0:
-            prompt, target = F.pad(prompt, (0, extra)), F.pad(target, (0, extra), value=True)
-        repeats, rest = divmod(rows, prompt.shape[0])
-        if rest:
-            raise ValueError(f"the model reads {rows} rows, no multiple of the batch of {prompt.shape[0]}")
-        return prompt.repeat_interleave(repeats, 0), target.repeat_interleave(repeats, 0)
-
-    def marks_upto(self, stop: int, rows: int) -> dict[str, Tensor]:  # -> (rows, stop) each
-        """Return the marks for ``rows`` rows and as many columns as :meth:`upto`; no new token has one."""
         extra = max(stop - self.width, 0)
-        return {
-            name: F.pad(mark, (0, extra)).repeat_interleave(rows // len(mark), 0)
-            for name, mark in self.marks.items()
-        }
+        repeats, rest = divmod(rows, len(self.prompt))
+        if rest:
+            raise ValueError(f"the model reads {rows} rows, no multiple of the batch of {len(self.prompt)}")
 
+        def whole(mask: Tensor, value: bool = False) -> Tensor:
+            mask = F.pad(mask, (0, extra), value=value) if extra else mask
+            return mask.repeat_interleave(repeats, 0)
 
-def of_rows(
-    rows: Tensor | None, prompt: Tensor, target: Tensor
-) -> tuple[Tensor, Tensor]:  # (b,), (n, s), (n, s) -> (n, s), (n, s)
-    """Return both masks without the tokens of other rows; n may be a multiple of b, as in :meth:`Spans.upto`."""
-    if rows is None:
-        return prompt, target
-    kept = rows.to(prompt.device).repeat_interleave(len(prompt) // len(rows)).unsqueeze(-1)
-    return prompt & kept, target & kept
+        marks = {name: whole(mark) for name, mark in self.marks.items()}
+        return replace(self, prompt=whole(self.prompt), target=whole(self.target, True), marks=marks)
+
+    def of_rows(self, rows: Tensor | None) -> Spans:  # (b,); of as many rows, or a multiple of them
+        """Return the spans without the tokens of other rows."""
+        if rows is None:
+            return self
+        kept = rows.to(self.prompt.device).repeat_interleave(len(self.prompt) // len(rows)).unsqueeze(-1)
+        return replace(self, prompt=self.prompt & kept, target=self.target & kept)
 
 
 def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | None) -> Spans:
     """Split the real tokens of a batch into prompt and target.
 
     ``prompt_mask`` decides; without it the prompt is what precedes the first label of its row (an eos without a label
-    after the target is not part of it); without token labels it is everything.
+    after the target is not part of it); without labels it is everything.
 
     Args:
         attention: (b, s), 1 for real tokens.
-        labels: (b, s) token labels; labels of whole texts, (b,) or floating-point; or None.
+        labels: (b, s), of tokens; or None.
         prompt_mask: (b, s) bool, or None.
 
     Raises:
@@ -130,7 +114,7 @@ def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | Non
                 f"prompt_mask must have the shape {tuple(real.shape)}; got {tuple(prompt_mask.shape)}"
             )
         prompt = real & prompt_mask.bool()
-    elif labels is not None and labels.ndim == 2 and not labels.is_floating_point():
+    elif labels is not None:
         if labels.shape != real.shape:
             raise ValueError(
                 f"labels have the shape {tuple(labels.shape)}, the tokens {tuple(real.shape)}: labels of only "
@@ -158,20 +142,17 @@ def spans_of_labels(labels: Tensor, attention: Tensor | None) -> Spans:
     return Spans(prompt, real & ~prompt)
 
 
-def spans_of_start(
-    rows: int, read: int, new: int, generating: bool, device: torch.device, attention: Any = None
-) -> Spans:
+def spans_of_start(tokens: Tensor, read: int, generating: bool, attention: Any) -> Spans:
     """Split what a decoder reads of which there are no labels: its first token is the prompt, or all it is given.
 
     Args:
-        rows: b.
+        tokens: (b, s) or (b, s, d), what it is about to read.
         read: columns that are in its cache.
-        new: columns that it is about to read.
         generating: whether it starts to generate after them; they are the prompt then.
-        device: of the masks.
         attention: (b, s), 1 for real tokens; anything else is no mask of these columns.
     """
-    real = torch.ones(rows, read + new, dtype=torch.bool, device=device)
+    b, s = tokens.shape[:2]
+    real = torch.ones(b, read + s, dtype=torch.bool, device=tokens.device)
     if isinstance(attention, Tensor) and attention.shape == real.shape:
         real = attention.bool()
     prompt = real if generating else real & (real.cumsum(-1) == 1)
@@ -179,11 +160,7 @@ def spans_of_start(
 
 
 def marked(spans: Spans, **masks: Tensor | None) -> Spans:  # (b, s) each
-    """Return the spans with what is known of tokens: ``edit`` of ``edit_mask``, ``image`` of ``image_mask``.
-
-    Raises:
-        ValueError: for marks of another shape.
-    """
+    """Return the spans with what is known of tokens: ``edit`` of ``edit_mask``, ``image`` of ``image_mask``."""
     marks = {name: mask.bool() for name, mask in masks.items() if mask is not None}
     for name, mark in marks.items():
         if mark.shape != spans.prompt.shape:

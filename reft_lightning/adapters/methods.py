@@ -59,13 +59,9 @@ class Method:
     compiles: bool = False  # its training step can be compiled
     virtual_tokens: bool = False  # it puts trained tokens before the text
     needs_cache: bool = False  # its parameters enter the model as a key/value cache
-    in_place: Callable[[str], bool] | None = (
-        None  # which of the base model's own parameters it trains, by name
-    )
+    in_place: Callable[[str], bool] | None = None  # which of the base model's own parameters, by name
     peft: str = ""  # peft's configuration class
-    peft_fixed: Mapping[str, Any] = field(
-        default_factory=dict, hash=False
-    )  # arguments of it that make the method
+    peft_fixed: Mapping[str, Any] = field(default_factory=dict, hash=False)  # arguments that make it
     flat_vectors: bool = False  # parameters of a single row or column are vectors, which never decay
 
     @property
@@ -91,7 +87,9 @@ class Method:
     def options(self) -> list[str]:
         """Return the names of its options; imports the library that declares them."""
         if self.takes_settings:
-            return _intervention_settings(self.name)
+            from ..interventions import settings_of
+
+            return list(settings_of(_intervention(self.name)))
         if not self.peft:
             return []
         known = [f.name for f in fields(peft_class(self.peft)) if f.init]
@@ -99,11 +97,7 @@ class Method:
         return [n for n in known if n not in refused and (self.peft != "LoraConfig" or n in LORA_OPTIONS)]
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Reject an unknown option.
-
-        Raises:
-            ValueError: with the nearest name and the allowed ones.
-        """
+        """Reject an unknown option."""
         allowed = self.options()
         for name, value in options.items():
             if self.peft and name in RESERVED:
@@ -134,9 +128,8 @@ METHODS: dict[str, Method] = {
         _peft("ia3", "IA3Config", flat_vectors=True),  # Liu et al. 2022, arXiv:2205.05638; (d, 1) and (1, d)
         # Li and Liang 2021, arXiv:2101.00190
         _peft("prefix_tuning", "PrefixTuningConfig", virtual_tokens=True, needs_cache=True),
-        _peft(
-            "prompt_tuning", "PromptTuningConfig", virtual_tokens=True
-        ),  # Lester et al. 2021, arXiv:2104.08691
+        # Lester et al. 2021, arXiv:2104.08691
+        _peft("prompt_tuning", "PromptTuningConfig", virtual_tokens=True),
         _peft("road", "RoadConfig"),  # Liao and Monz 2024, arXiv:2409.00119
         _peft("vera", "VeraConfig"),  # Kopiczko et al. 2023, arXiv:2310.11454
         _peft("oft", "OFTConfig"),  # Qiu et al. 2023, arXiv:2306.07280
@@ -150,14 +143,7 @@ METHODS: dict[str, Method] = {
 
 
 def method_named(name: Any) -> Method:
-    """Return the method of a name; any name but those of :data:`METHODS` and ``peft/...`` is of an intervention.
-
-    Args:
-        name: what ``intervention.method`` may hold, or a subclass of Intervention.
-
-    Raises:
-        ValueError: for an unknown method of the peft library, with the nearest name.
-    """
+    """Return the method of a name; any name but those of :data:`METHODS` and ``peft/...`` is of an intervention."""
     if not isinstance(name, str):
         name = getattr(name, "__name__", str(name))
     elif name in METHODS:
@@ -171,17 +157,7 @@ def method_named(name: Any) -> Method:
 
 
 def check_beside(method: Method, beside: str | None, options: Mapping[str, Any]) -> None:
-    """Reject what cannot be trained together with interventions.
-
-    Args:
-        method: ``intervention.method``.
-        beside: the name of a method of peft, or None.
-        options: its options.
-
-    Raises:
-        ValueError: for options without a method, a method together with a baseline or with nothing, one with virtual
-            tokens, or an unknown name, with the nearest.
-    """
+    """Reject what cannot be trained together with interventions."""
     if beside is None:
         if options:
             raise ValueError(
@@ -222,18 +198,8 @@ def _intervention(name: str) -> Any:
         raise ValueError(f"{error}{did_you_mean(name, METHODS)}") from error
 
 
-def _intervention_settings(name: str) -> list[str]:
-    from ..interventions import settings_of
-
-    return list(settings_of(_intervention(name)))
-
-
 def peft_class(name: str) -> Any:
-    """Return a configuration class of peft.
-
-    Raises:
-        ValueError: if peft is not installed.
-    """
+    """Return a configuration class of peft."""
     with needs_extra("peft", "the peft methods need the peft library"):
         import peft
     return getattr(peft, name)

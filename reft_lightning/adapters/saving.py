@@ -36,11 +36,7 @@ BESIDE = "peft"  # the subfolder of a peft adapter trained with interventions, a
 
 
 def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str = "") -> None:
-    """Reject tensors that are not those of an adapter, and warn of those that were or will be rounded to 16 bits.
-
-    Raises:
-        ValueError: if one is missing, unexpected, of another shape, NaN or infinite, or whole numbers.
-    """
+    """Reject tensors that are not those of an adapter, and warn of those that were or will be rounded to 16 bits."""
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [f"{k}: {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
               for k in own.keys() & state.keys() if state[k].shape != own[k].shape]  # fmt: skip
@@ -160,20 +156,7 @@ def load_adapter(
     subfolder: str | None = None,
     token: str | bool | None = None,
 ) -> tuple[ReftConfig, dict[str, Tensor]]:
-    """Read an adapter from a folder, or from the Hugging Face hub where no such folder exists.
-
-    Args:
-        name: a folder, or the name of a repository.
-        positions: the callable, where the adapter was trained with one.
-        revision: branch, tag or commit of the repository.
-        subfolder: of the folder or the repository.
-        token: for private repositories; the login's by default.
-
-    Raises:
-        FileNotFoundError: if a file of the adapter is missing.
-        ValueError: for a configuration that this version cannot read, a file that is damaged, or the revision of a
-            folder.
-    """
+    """Read an adapter from a folder, or else from the hub: the arguments of :meth:`ReftModel.from_pretrained`."""
     folder = Path(name)
     if not folder.is_dir():
         files = (CONFIG_FILE, TENSOR_FILE)

@@ -11,8 +11,6 @@ def is_decoder(config: PretrainedConfig) -> bool:
     # the configuration of Pegasus, of which its decoder alone is a causal model, says so too
     if config.is_encoder_decoder:
         return False
-    if (
-        type(config) in MODEL_FOR_MASKED_LM_MAPPING
-    ):  # BERT and similar models are decoders where they are told so
-        return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and bool(getattr(config, "is_decoder", False))
-    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    # BERT and similar models are decoders where they are told so
+    told = type(config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False)
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and bool(told)

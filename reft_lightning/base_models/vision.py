@@ -5,8 +5,6 @@ Found in its configuration and its modules, without a table of architectures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -22,17 +20,9 @@ def image_tokens(config: PretrainedConfig) -> tuple[int, ...]:
     return tuple(token for token in found if isinstance(token, int))
 
 
-def vision_blocks(model: PreTrainedModel, modules: Mapping[str, nn.Module] | None = None) -> str:
-    """Return the path of the list of blocks of the vision tower.
-
-    Args:
-        model: one that reads images.
-        modules: its modules by path, where they are known.
-
-    Raises:
-        ValueError: if it has no tower, or no list of as many blocks as its configuration says.
-    """
-    modules = dict(model.named_modules()) if modules is None else modules
+def vision_blocks(model: PreTrainedModel) -> str:
+    """Return the path of the list of blocks of the vision tower."""
+    modules = dict(model.named_modules())
     tower = model.get_encoder(modality="image") if image_tokens(model.config) else model
     path = next((name for name, module in modules.items() if name and module is tower), None)
     if path is None:
@@ -52,15 +42,10 @@ def vision_blocks(model: PreTrainedModel, modules: Mapping[str, nn.Module] | Non
     return max(lists, key=lambda name: sum(p.numel() for p in modules[name].parameters()))
 
 
-def connector_path(model: PreTrainedModel, modules: Mapping[str, nn.Module] | None = None) -> str:
-    """Return the path of the module that maps what the tower sees to the width of the language model.
-
-    Raises:
-        ValueError: if it is not found under one of the usual names.
-    """
-    modules = dict(model.named_modules()) if modules is None else modules
+def connector_path(model: PreTrainedModel) -> str:
+    """Return the path of the module that maps what the tower sees to the width of the language model."""
     for connector in CONNECTORS:
-        paths = [name for name in modules if name.rpartition(".")[2] == connector]
+        paths = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == connector]
         if paths and image_tokens(model.config):
             return min(paths, key=len)
     raise ValueError(

@@ -30,7 +30,7 @@ from ..adapters.adapt import adapt, build_on_meta, interventions_of
 from ..adapters.adapted import AdaptedModel
 from ..adapters.reft.measuring import Seen, watching
 from ..base_models.heads import is_classifier, widen_heads
-from ..base_models.reading import takes_position_ids
+from ..base_models.reading import takes
 from ..base_models.stacks import stacks_of
 from ..config import compose
 from ..config.schema import Config
@@ -257,7 +257,7 @@ def _inputs(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
     inputs = inputs_of(batch)
     if is_classifier(model):
         inputs.pop("labels", None)
-    if takes_position_ids(model):
+    if takes(model, "position_ids"):
         inputs["position_ids"] = torch.empty_like(inputs["input_ids"])
     return {
         name: value.to("meta")

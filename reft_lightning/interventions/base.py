@@ -190,11 +190,7 @@ def without_autocast(device: str) -> AbstractContextManager:
 
 
 def registered(name: str) -> type[Intervention]:
-    """Return the class of a name of the table, without importing anything.
-
-    Raises:
-        ValueError: if the name is unknown, with the nearest one.
-    """
+    """Return the class of a name of the table, without importing anything."""
     if name not in INTERVENTIONS:
         raise ValueError(
             f"unknown intervention {name!r}; known are {', '.join(sorted(INTERVENTIONS))}"
@@ -207,9 +203,6 @@ def intervention_class(method: str | type[Intervention]) -> type[Intervention]:
     """Return the class of a method: a class itself, a name of the table, or ``package.module.Class`` to import.
 
     For what a user writes; a name in a file that somebody else wrote goes through :func:`registered`.
-
-    Raises:
-        ValueError: if the name is unknown, with the nearest one, or names no Intervention.
     """
     if isinstance(method, str) and method not in INTERVENTIONS and "." in method:
         try:
@@ -253,11 +246,7 @@ def settings_of(cls: type[Intervention]) -> Mapping[str, inspect.Parameter]:
 
 
 def check_settings(cls: type[Intervention], settings: Mapping[str, Any]) -> None:
-    """Reject settings that the class does not take, naming the nearest that it does.
-
-    Raises:
-        ValueError: for an unknown or a missing setting.
-    """
+    """Reject settings that the class does not take, naming the nearest that it does."""
     allowed = settings_of(cls)
     for name in settings:
         if name not in allowed:

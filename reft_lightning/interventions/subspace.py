@@ -404,11 +404,7 @@ class Partition(Intervention):
 
 
 def rotations(interventions: Iterable[Intervention]) -> dict[Orthonormal, Tensor]:
-    """Compute R for all interventions that have one, by one factorisation for each shape.
-
-    Returns:
-        A mapping from intervention to R, for :func:`lend`.
-    """
+    """Compute R for all interventions that have one, by one factorisation for each shape; for :func:`lend`."""
     stacks: dict[tuple, list[Orthonormal]] = {}
     for intervention in interventions:
         if isinstance(intervention, Orthonormal):

@@ -21,12 +21,6 @@ def check_agreement(
 ) -> None:
     """Compare the logits of two passes, and their losses: that of routers depends on more than logits.
 
-    Args:
-        model: the adapted model that both run, with the same random numbers.
-        inputs: of both.
-        plain: runs the pass as it is; returns the model's output.
-        short: the other one.
-
     Raises:
         Difference: if they differ by more than the precision of the model explains.
     """

@@ -103,12 +103,6 @@ def choose_part(model: Any, rows: Any, *, causal: bool, limit: int = 0) -> Part 
 
     That is the prefix for suffix positions, else the blocks below the first edited layer. It is kept if all rows fit
     into the limit; the prefix saves time without being kept, too.
-
-    Args:
-        model: the adapted model, on its device and in the precision of training.
-        rows: the encoded train rows, with their ``lengths`` and, if causal, ``prompt_lengths``.
-        causal: whether they have prompts and targets.
-        limit: bytes.
     """
     if not isinstance(model, ReftModel) or len(model.adapters) > 1:
         return None
@@ -137,20 +131,26 @@ def choose_part(model: Any, rows: Any, *, causal: bool, limit: int = 0) -> Part 
 
 def _nothing_constant(model: ReftModel) -> str:
     """Return why no part of a pass can be left out, whatever its rows; empty if one may be."""
-    base, seeing = model.base_model, model.adapters.first.seeing_rows
+    base = model.base_model
     if runs_blocks_again(base):
         return "gradient checkpointing computes all of them again"
     if isinstance(base, FSDPModule):
         return "the ranks of a sharded base run it equally often"
-    if seeing:
-        return f"{seeing} looks at whole prompts"
-    if model.adapters.first.critical:
-        return "which tokens are edited is found in whole prompts"
-    if image_tokens(base.config):
-        return f"{type(base).__name__} reads images"
     if reads_two_texts(base):
         return "an encoder and a decoder read different texts"
-    if angles_depend_on_length(base.config):
+    return needs_whole_batches(model)
+
+
+def needs_whole_batches(model: ReftModel) -> str:
+    """Return why rows, or parts of them, are not read as they are in their own batch; empty if they may be."""
+    adapter, config = model.adapters.first, model.base_model.config
+    if adapter.seeing_rows:
+        return f"{adapter.seeing_rows} looks at whole prompts"
+    if adapter.critical:
+        return "which tokens are edited is found in whole prompts"
+    if image_tokens(config):
+        return "rows may hold images"
+    if angles_depend_on_length(config):
         return "RoPE's angles depend on the longest row of a batch"
     return ""
 

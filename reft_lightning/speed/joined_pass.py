@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,46 +25,31 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from ..adapters.reft.model import ReftModel
 from ..base_models.random_state import random_state, set_random_state
-from ..base_models.reading import angles_depend_on_length
-from ..base_models.vision import image_tokens
 from .agreement import Difference, check_agreement
-from .choose_part import prefix_of
+from .choose_part import needs_whole_batches, prefix_of
 from .frozen_part import FrozenPrefix, suffix_lengths
 
 log = logging.getLogger(__name__)
 
-PADDED = (
-    1.25  # how much longer than the shortest batch of a pass the longest may be: padding is computed, too
-)
+# how much longer than the shortest batch of a pass the longest may be: padding is computed, too
+PADDED = 1.25
 Batch = Mapping[str, Any]  # the inputs of a model in the layout prompt | target, labels of the last columns
 
 
 class Trained(NamedTuple):
-    """An adapter that trains.
+    """An adapter that trains."""
 
-    Args:
-        model: of the base model that all share.
-        rows: its encoded train rows, with their ``lengths`` and ``prompt_lengths``.
-    """
-
-    model: ReftModel
-    rows: Any
+    model: ReftModel  # of the base model that all share
+    rows: Any  # its encoded train rows, with their `lengths` and `prompt_lengths`
 
 
 class Asked(NamedTuple):
-    """A batch of an adapter.
-
-    Args:
-        inputs: of the model.
-        rows: the numbers of its rows.
-        boundary: the column in which targets start.
-        random: where the adapter's random numbers stand, see :mod:`..base_models.random_state`; a pass moves them on.
-    """
+    """A batch of an adapter."""
 
     inputs: Batch
-    rows: list[int]
-    boundary: int
-    random: dict[str, Tensor]
+    rows: list[int]  # their numbers
+    boundary: int  # the column in which targets start
+    random: dict[str, Tensor]  # where the adapter's random numbers stand; a pass moves them on
 
 
 class JoinedPass:
@@ -92,14 +77,8 @@ class JoinedPass:
         # logits of a pass (n, t + 1, v), with their graph, and of its adapters (b, t + 1, v)
         self._passes: list[tuple[Tensor, list[Tensor]]] = []
         self.works = True
-        if angles_depend_on_length(self._base.config):
-            self._refuse("RoPE's angles depend on the longest row of a batch")
-        if image_tokens(self._base.config):
-            self._refuse("it reads images")
-        for own in (one.model.adapters.first for one in adapters.values()):
-            penalty = any(phi.penalty() is not None for phi in own.penalized)
-            if penalty or own.seeing_rows or own.critical:
-                self._refuse(f"{own.config.method} adds to the loss, or looks at more than single tokens")
+        if reason := next(filter(None, (_why_apart(one.model) for one in adapters.values())), ""):
+            self._refuse(reason)
 
     def _join(self) -> ReftModel:
         model = ReftModel.joining({name: one.model for name, one in self._adapters.items()})
@@ -201,7 +180,7 @@ class JoinedPass:
     @contextmanager
     def _own_random_numbers(self, asked: Mapping[str, Asked]) -> Iterator[None]:
         """Let each adapter draw from its own random numbers, in the order of a pass of its own."""
-        hooks, device, others = [], self._base.device, []
+        device, others = self._base.device, []
 
         def before(state: dict[str, Tensor], *call: Any) -> None:
             others.append(random_state(device))
@@ -211,16 +190,13 @@ class JoinedPass:
             state.update(random_state(device))
             set_random_state(others.pop(), device)
 
-        for name, one in asked.items():
-            groups = self._adapters[name].model.interventions.values()
-            for phi in (phi for group in groups for phi in group if _draws(phi)):
-                hooks.append(phi.register_forward_pre_hook(partial(before, one.random)))
-                hooks.append(phi.register_forward_hook(partial(after, one.random)))
-        try:
+        with ExitStack() as hooks:
+            for name, one in asked.items():
+                groups = self._adapters[name].model.interventions.values()
+                for phi in (phi for group in groups for phi in group if _draws(phi)):
+                    hooks.enter_context(phi.register_forward_pre_hook(partial(before, one.random)))
+                    hooks.enter_context(phi.register_forward_hook(partial(after, one.random)))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _joined(self, asked: Mapping[str, Asked]) -> tuple[dict[str, Any], int]:
         """Return the inputs of all rows, and where their targets start."""
@@ -256,6 +232,13 @@ class JoinedPass:
     def _refuse(self, reason: str) -> None:
         self.works = False
         log.warning("%s: %s; each of the runs has its own pass", type(self._base).__name__, reason)
+
+
+def _why_apart(model: ReftModel) -> str:
+    adapter = model.adapters.first
+    if any(phi.penalty() is not None for phi in adapter.penalized):
+        return f"{adapter.config.method} adds to the loss"
+    return needs_whole_batches(model)
 
 
 def _draws(phi: Any) -> bool:

@@ -27,7 +27,6 @@ class RowStore:
         missing = [place for place, row in enumerate(rows) if row not in self._tensors]
         if missing:
             for place, tensor in zip(missing, compute(missing), strict=True):
-                self._tensors[rows[place]] = tensor.to(
-                    "cpu", copy=True
-                )  # a view would keep the whole batch alive
+                # a view would keep the whole batch alive
+                self._tensors[rows[place]] = tensor.to("cpu", copy=True)
         return [self._tensors[row] for row in rows]

@@ -35,7 +35,7 @@ def batch_of(family):
 def base_logits(family, batch):
     extra = {} if family in tiny.ENCODERS else {"position_ids": position_ids_of(batch["attention_mask"])}
     with torch.no_grad():
-        return tiny.model(family)(**batch, **extra).logits
+        return tiny.original(family)(**batch, **extra).logits
 
 
 def logits_of(model, batch):
@@ -70,7 +70,7 @@ def test_it_is_an_adapted_model(family, method):
     model = adapted(family, method)
     assert isinstance(model, AdaptedModel)
     assert model.config.method == method.split(" + ")[0]
-    assert type(model.base_model) is type(tiny.model(family))
+    assert type(model.base_model) is type(tiny.original(family))
 
 
 @every(STARTING)
@@ -83,13 +83,13 @@ def test_a_fresh_adapter_is_the_base(family, method):
 @every(TRAINING)
 def test_disabled_is_exactly_the_base_and_leaves_no_trace(family, method):
     model, batch = adapted(family, method), batch_of(family)
-    before, trained = logits_of(model, batch), list(learning(model))
-    assert not torch.allclose(before, base_logits(family, batch), atol=1e-3)
+    before, trained, base = logits_of(model, batch), list(learning(model)), base_logits(family, batch)
+    assert not torch.allclose(before, base, atol=1e-3)
     with model.disabled():
-        assert torch.equal(logits_of(model, batch), base_logits(family, batch))
+        assert torch.equal(logits_of(model, batch), base)
         with model.disabled():
-            assert torch.equal(logits_of(model, batch), base_logits(family, batch))
-        assert torch.equal(logits_of(model, batch), base_logits(family, batch))
+            assert torch.equal(logits_of(model, batch), base)
+        assert torch.equal(logits_of(model, batch), base)
     assert torch.equal(logits_of(model, batch), before)
     assert list(learning(model)) == trained
 
@@ -116,7 +116,7 @@ def test_training_leaves_the_weights_of_the_base_alone(family, method):
         name.replace(".base_layer", "").replace(".original_module", ""): tensor
         for name, tensor in model.base_model.state_dict().items()
     }
-    for name, tensor in tiny.model(family).state_dict().items():
+    for name, tensor in tiny.original(family).state_dict().items():
         assert torch.equal(now[name], tensor), name
 
 
@@ -207,9 +207,9 @@ def test_the_count_is_of_the_parameters_with_gradients_and_needs_no_weights(fami
     trained = sum(p.numel() for p in learning(model).values())
     assert model.parameter_count().trainable == trained - sum(p.numel() for p in heads)
     task = "sequence_classification" if family in tiny.ENCODERS else "causal_lm"
-    bare = adapted(family, method, moved=False, base=build_on_meta(tiny.model(family).config, task))
+    bare = adapted(family, method, moved=False, base=build_on_meta(tiny.original(family).config, task))
     assert bare.parameter_count() == model.parameter_count()
-    base = sum(p.numel() for p in tiny.model(family).parameters())
+    base = sum(p.numel() for p in tiny.original(family).parameters())
     assert model.parameter_count().base == base - sum(p.numel() for p in heads)
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from ...base_models.heads import parameters_of
 from ...base_models.loading import number_of_parameters
+from ...base_models.patching import replaced
 from ...interventions.base import HALVES
 from ...storage.atomic import write_text
 from ..adapted import ParameterCount
@@ -86,13 +87,7 @@ class Baseline(nn.Module):
         prompt_mask: Tensor | None = None,  # (b, s) bool, ignored; accepted for a common signature
         **kwargs: Any,
     ) -> Any:
-        """Run the adapted model; returns what the base model returns (``loss``, ``logits``, ...).
-
-        Padding may stand on either side. Labels of only the last columns go with ``logits_to_keep``.
-
-        Raises:
-            ValueError: for an argument that the base model does not know, with the nearest.
-        """
+        """Run the adapted model on rows padded on either side; labels of the last columns need ``logits_to_keep``."""
         inputs = forward_inputs(self.base_model, self._known, input_ids, attention_mask, labels, kwargs)
         return self.base_model(**inputs)
 
@@ -103,13 +98,7 @@ class Baseline(nn.Module):
         prompt_mask: Tensor | None = None,  # (b, s) bool, ignored
         **kwargs: Any,
     ) -> Any:
-        """Generate as Hugging Face does; rows padded on the right are moved to the left first, with all that is theirs.
-
-        Those of an encoder stay: its decoder writes.
-
-        Raises:
-            ValueError: for tokens that are missing or given twice, or a mask of another shape.
-        """
+        """Generate as Hugging Face does; rows padded on the right are moved to the left first, but of an encoder."""
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         return self.base_model.generate(**left_padded_inputs(given, self.base_model))
 
@@ -119,12 +108,8 @@ class Baseline(nn.Module):
         if not self._enabled:
             yield
             return
-        with self._first.restored(self._trained_in_place()):
-            self._enabled = False
-            try:
-                yield
-            finally:
-                self._enabled = True
+        with self._first.restored(self._trained_in_place()), replaced([(self, "_enabled", False)]):
+            yield
 
     def detach(self) -> PreTrainedModel:
         """Give trained parameters their first values back, and return the base model; save the adapter first."""
@@ -143,11 +128,7 @@ class Baseline(nn.Module):
         return {name: parameter.detach() for name, parameter in self._trained_in_place().items()}
 
     def load_adapter_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Load what :meth:`adapter_state_dict` returned, into the same parameters.
-
-        Raises:
-            ValueError: if a tensor is missing, unexpected, or of another shape.
-        """
+        """Load what :meth:`adapter_state_dict` returned, into the same parameters."""
         check_fit(self.adapter_state_dict(), state, f" {self.config.method}")
         self._load(state)
 

@@ -10,7 +10,7 @@ On disk each part is whole: a folder holds the files of the interventions, its s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -97,11 +97,9 @@ class JointModel(nn.Module):
         with self.reft.disabled(), self.peft.disabled():
             yield
 
-    @contextmanager
-    def nulled(self) -> Iterator[None]:
+    def nulled(self) -> AbstractContextManager[None]:
         """Null the interventions' edits, see :meth:`ReftModel.nulled`."""
-        with self.reft.nulled():
-            yield
+        return self.reft.nulled()
 
     # --- parameters and files -------------------------------------------------------------------------------------
 
@@ -111,11 +109,7 @@ class JointModel(nn.Module):
         return self.reft.adapter_state_dict() | beside
 
     def load_adapter_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Load what :meth:`adapter_state_dict` returned, into the same parameters.
-
-        Raises:
-            ValueError: if a tensor is missing, unexpected, or of another shape.
-        """
+        """Load what :meth:`adapter_state_dict` returned, into the same parameters."""
         check_fit(self.adapter_state_dict(), state, f" {self.config.method} + {self.peft.config.method}")
         prefix = f"{BESIDE}."
         self.reft.load_adapter_state_dict({k: v for k, v in state.items() if not k.startswith(prefix)})

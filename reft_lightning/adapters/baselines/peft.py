@@ -53,12 +53,7 @@ class PeftBaseline(Baseline):
         config = BaselineConfig(method.name, dict(options or {}), list(heads), name)
         settings = peft_config(method, config.options)
         # peft takes every module whose path ends in a head's name
-        more = (
-            [n for n, _ in base_model.named_modules() if n.endswith(tuple(heads)) and n not in heads]
-            if heads
-            else []
-        )
-        if more:
+        if more := [n for n, _ in base_model.named_modules() if n.endswith(tuple(heads)) and n not in heads]:
             raise ValueError(
                 f"{method.name} would train {', '.join(more)} besides the heads {', '.join(heads)}: peft matches "
                 "the ends of names; name those in intervention.heads too"
@@ -176,11 +171,7 @@ class PeftBaseline(Baseline):
 
 
 def _check_columns(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model for which virtual tokens are not as near to a text after padding as to one without.
-
-    Raises:
-        ValueError: for layers with a running state, which padding between the two would change.
-    """
+    """Refuse a model for which virtual tokens are not as near to a text after padding as to one without."""
     config, kind = model.config.get_text_config(), type(model).__name__
     if states := states_in(config):
         raise ValueError(
@@ -196,11 +187,7 @@ def _check_columns(model: PreTrainedModel, name: str) -> None:
 
 
 def peft_config(method: Method, options: Mapping[str, Any]) -> Any:
-    """Return peft's configuration object of a method with some options.
-
-    Raises:
-        ValueError: for an unknown option, or what peft itself refuses.
-    """
+    """Return peft's configuration object of a method with some options."""
     method.check_options(options)
     try:
         return peft_class(method.peft)(**options, **method.peft_fixed)

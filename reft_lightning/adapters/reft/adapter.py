@@ -65,14 +65,9 @@ class Adapter(nn.Module):
 
     @classmethod
     def build(cls, base_model: PreTrainedModel, config: ReftConfig) -> Self:
-        """Find the sites of a configuration in a model, and make its interventions with their first parameters.
-
-        Raises:
-            ValueError: for a method, layer, component, position or setting that does not exist.
-        """
-        modules = dict(base_model.named_modules())
+        """Find the sites of a configuration in a model, and make its interventions with their first parameters."""
         specs = {layer: config.for_layer(layer) for layer in config.layers}
-        sites = find_sites(base_model, {layer: spec.component for layer, spec in specs.items()}, modules)
+        sites = find_sites(base_model, {layer: spec.component for layer, spec in specs.items()})
         check_shapes(base_model, sites.values())
         interventions, positions = nn.ModuleDict(), {}
         for layer, spec in specs.items():
@@ -84,7 +79,7 @@ class Adapter(nn.Module):
                     f"the encoder of {type(base_model).__name__} reads only prompts, of which positions="
                     f"{positions[key][0]} selects no token: give component='decoder.block_output', or other positions"
                 )
-            device = device_at(modules, site.path)
+            device = device_at(base_model, site.path)
             if device.type == "meta" and is_dispatched(base_model):  # offloaded until it is used
                 device = torch.get_default_device()
             with at_least_float32():
@@ -95,11 +90,7 @@ class Adapter(nn.Module):
         return cls(config, interventions, {str(layer): site for layer, site in sites.items()}, positions)
 
     def partition(self, rows: Sequence[int]) -> Self:
-        """Return an adapter with the same parameters that edits only along some of its directions.
-
-        Raises:
-            ValueError: where an edit is not a sum of directions, or has fewer.
-        """
+        """Return an adapter with the same parameters that edits only along some of its directions."""
         interventions = nn.ModuleDict(
             {
                 layer: nn.ModuleList(Partition(phi, rows) for phi in group)

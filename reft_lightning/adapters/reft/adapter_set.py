@@ -45,12 +45,12 @@ class AdapterSet(nn.ModuleDict):
         partitions = {name for adapter in adapters.values() for name in adapter.partitions}
         return {name: adapter for name, adapter in adapters.items() if name not in partitions}
 
-    def check_known(self, names: Iterable[Any]) -> None:
-        """Reject a name that none has.
+    def used_by(self, choices: Iterable[Choice]) -> list[Any]:  # of Adapter
+        """Return the adapters of some choices, each once."""
+        return [self[name] for name in dict.fromkeys(choice.adapter for choice in choices)]
 
-        Raises:
-            ValueError: with the nearest.
-        """
+    def check_known(self, names: Iterable[Any]) -> None:
+        """Reject a name that none has."""
         for name in names:
             if name not in self:
                 raise ValueError(
@@ -58,14 +58,7 @@ class AdapterSet(nn.ModuleDict):
                 )
 
     def check_new(self, adapters: Mapping[str, ReftConfig | None]) -> None:
-        """Reject a name that is taken or impossible, and an adapter that cannot share the model.
-
-        Args:
-            adapters: name -> what was attached; None for partitions.
-
-        Raises:
-            ValueError: with the reason.
-        """
+        """Reject a name that is taken or impossible, and an adapter (None: a partition) that cannot share the model."""
         for name, config in adapters.items():
             if name in self:
                 raise ValueError(f"the name {name!r} is taken; there are {', '.join(self)}")
@@ -91,8 +84,22 @@ class AdapterSet(nn.ModuleDict):
         choices = tuple(Choice(name, _weight(name, weights[name])) for name in names)
         self._make_active(choices, isinstance(given, Mapping))
 
+    def remove(self, name: str) -> None:
+        """Take an adapter out, see :meth:`ReftModel.delete_adapter`."""
+        self.check_known([name])
+        adapters: dict[str, Any] = dict(self.items())
+        if partitions := adapters[name].partitions:
+            raise ValueError(f"{name!r} has parts, delete them first: {', '.join(partitions)}")
+        if len(adapters) == 1:
+            raise ValueError(f"{name!r} is the only adapter: detach() takes all off")
+        self.leave_out(name)
+        del self[name]
+        for adapter in adapters.values():
+            adapter.partitions.pop(name, None)
+
     def leave_out(self, name: str) -> None:
-        """Make all but one of the active adapters the active ones."""
+        """Let an adapter edit no more, see :meth:`ReftModel.disable_adapter`."""
+        self.check_known([name])
         self._make_active(tuple(c for c in self.active if c.adapter != name), self.summed)
 
     def _make_active(self, choices: tuple[Choice, ...], summed: bool) -> None:

@@ -15,10 +15,6 @@ def load_base_of(config: ReftConfig, **loading: Any) -> PreTrainedModel:
 
     The class is looked up by its name among those of transformers: a configuration cannot name code.
 
-    Args:
-        config: of the adapter.
-        **loading: arguments of ``from_pretrained``.
-
     Raises:
         ValueError: if the adapter names no model, or one of a class that transformers does not have.
         FileNotFoundError: if it cannot be loaded; says why.

@@ -68,9 +68,7 @@ class Call:
     begun: bool = False  # whether the base model has read anything
     edited: bool = False  # whether any token was selected so far
     given: Mapping[str, Tensor] = field(default_factory=dict)  # name -> (b, ...), of each row
-    kept: dict[str, dict[Any, Tensor]] = field(
-        default_factory=dict
-    )  # adapter -> what it found in the prompts
+    kept: dict[str, dict[Any, Tensor]] = field(default_factory=dict)  # adapter -> what it found in prompts
     penalties: list[Tensor] = field(default_factory=list)  # of its edits
     decoder: Spans | None = None  # what the decoder of an encoder-decoder reads; None until its first pass
     # (adapter, layer, number) -> Tokens.source

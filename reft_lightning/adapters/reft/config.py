@@ -19,39 +19,21 @@ from .sites import check_layers, layers_with
 
 NONE = "none"  # the method that attaches nothing: only a classifier's head is trained
 FORMAT = 1
-KINDS = {
-    "method": str,
+# of the values in a file
+KINDS = dict.fromkeys(("method", "positions", "tied", "component", "clip"), str) | {
     "layers": list,
-    "positions": str,
-    "tied": str,
-    "component": str,
-    "clip": str,
     "heads": list,
-    "settings": dict,
-    "per_layer": dict,
-    "architecture": dict,
-    "partitions": dict,
+    **dict.fromkeys(("settings", "per_layer", "architecture", "partitions"), dict),
     "scale": (int, float),
-}  # of the values in a file
+}
 NEEDED = ("method", "layers", "positions")
 WORDS = {str: "text", list: "list", dict: "set of keys and values", (int, float): "number"}
 CONFIG_FILE, TENSOR_FILE, CARD_FILE = "reft_config.json", "reft.safetensors", "README.md"
 
-
-ATTACHED = (
-    "method",
-    "layers",
-    "tied",
-    "component",
-    "clip",
-    "heads",
-    "per_layer",
-    "partitions",
-)  # what makes two adapters alike
-TRAINING = ("dropout", "dropout_on", "init")
-
-
 WHERE = ("positions", "tied", "component", "clip")  # of an intervention; all else are settings of its class
+# what makes two adapters alike
+ATTACHED = ("method", "layers", "tied", "component", "clip", "heads", "per_layer", "partitions")
+TRAINING = ("dropout", "dropout_on", "init")
 
 
 class LayerSpec(NamedTuple):
@@ -74,11 +56,7 @@ def architecture_of(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def check_architecture(model: PreTrainedModel, trained: dict[str, Any]) -> None:
-    """Reject a model that is not like the one that an adapter was trained on; its class, and its head, may be others.
-
-    Raises:
-        ValueError: with what differs.
-    """
+    """Reject a model that is not like the one that an adapter was trained on; its class and its head may be others."""
     found = architecture_of(model)
     differing = [f"{name} {found.get(name)!r} instead of {value!r}" for name, value in trained.items()
                  if found.get(name) != value and name not in ("class", "labels")]  # fmt: skip
@@ -109,9 +87,7 @@ class ReftConfig:
     clip: str = "paper"
     scale: float = 1.0
     architecture: dict[str, Any] = field(default_factory=dict)  # of the base model, see architecture_of
-    partitions: dict[str, list[int]] = field(
-        default_factory=dict
-    )  # name -> rows, see ReftModel.add_partition
+    partitions: dict[str, list[int]] = field(default_factory=dict)  # name -> rows: ReftModel.add_partition
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__.keys() - {"positions", "per_layer"}:

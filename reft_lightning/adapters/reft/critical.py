@@ -23,11 +23,7 @@ from ...base_models.vision import image_tokens
 
 
 def check_attends(model: PreTrainedModel) -> None:
-    """Reject a model whose attention is computed without being there as numbers.
-
-    Raises:
-        ValueError: with what to set.
-    """
+    """Reject a model whose attention is computed without being there as numbers."""
     if image_tokens(model.config):
         raise ValueError(
             f"the positions critical:N are found by a first pass over text, and {type(model).__name__} reads images: "

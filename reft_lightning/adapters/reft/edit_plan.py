@@ -12,39 +12,25 @@ import torch
 from torch import Tensor
 
 from ...base_models.stacks import DECODER
-from ..masks import Spans, of_rows
+from ..masks import Spans, spans_of_start
 from .calls import Call, Edit, EditPlan
 from .positions import Positions, spread
 
 
-def plan_of(
-    call: Call,
-    stack: str,
-    spans: Spans,
-    tokens: Tensor,
-    attention: Any,
-    cached: int | None,
-    reads_images: bool,
-) -> EditPlan | None:
-    """Return what a pass of a stack edits; None for nothing.
-
-    Args:
-        call: that the pass belongs to.
-        stack: the name of one, see :func:`~reft_lightning.base_models.stacks.stacks_of`.
-        spans: prompt and target of what the stack reads.
-        tokens: (b, s) or (b, s, d), what this pass reads.
-        attention: the mask that the stack was given.
-        cached: how many columns its cache holds, as far as that is known.
-        reads_images: whether images may fill some of the tokens.
-
-    Raises:
-        ValueError: if an intervention looks at whole prompts and the pass reads a part, or positions tell images from
-            text and nothing says where they are.
-    """
-    columns = spans.next_columns(tokens.shape[1], attention, cached)
+def plan_of(call: Call, stack: str, given: Mapping[str, Any], reads_images: bool) -> EditPlan | None:
+    """Return what a pass of a stack edits; None for nothing."""
+    tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+    attention, spans = given.get("attention_mask"), call.spans
+    length_of = getattr(given.get("past_key_values"), "get_seq_length", None)
+    held = 0 if length_of is None else length_of()
+    if stack == DECODER:
+        call.decoder = spans = call.decoder or spans_of_start(tokens, held, spans.generating, attention)
+    # a static cache counts on the device; and a model may read images for more columns than its text has
+    known = length_of is not None and isinstance(held, int) and (held > 0 or tokens.ndim == 2)
+    columns = spans.next_columns(tokens.shape[1], attention, held if known else None)
     decoding = columns.start >= spans.width
     edits: dict[str, list[Edit]] = {}
-    prompts_and_targets: tuple[Tensor, Tensor] | None = None
+    here: Spans | None = None
     seeing: str | None = None
     for choice in call.choices:
         adapter = call.adapters[choice.adapter]
@@ -54,19 +40,20 @@ def plan_of(
             layers = [layer for layer, site in sites.items() if site.stack == stack and not site.visual]
             if not layers or (decoding and not positions.reaches_decode):
                 continue
-            if prompts_and_targets is None:
-                prompts_and_targets = spans.upto(columns.stop, len(tokens))
-            prompt, target = of_rows(choice.rows, *prompts_and_targets)
-            marks = spans.marks_upto(columns.stop, len(tokens))
-            if reads_images and stack != DECODER and "image" not in marks:  # a decoder writes text
-                _check_needs_no_images(positions)
-            indices = token_indices(positions, tied, prompt, target, columns, marks)
+            here = here or spans.upto(columns.stop, len(tokens))
+            told = "image" in here.marks or not reads_images or stack == DECODER  # a decoder writes text
+            if positions.tells_images_apart and not told:
+                raise ValueError(
+                    f"the positions {positions} tell text from images, and inputs_embeds or the columns of "
+                    "past_key_values do not say which tokens images fill: pass image_mask (b, s)"
+                )
+            indices = token_indices(positions, tied, here.of_rows(choice.rows), columns)
             for layer in layers:
                 site, own = adapter.sites[layer], indices
                 if site.divided > 1:
                     own = [part for index in indices for part in site.parts(index)]
                 edits.setdefault(site.place, []).append(Edit(choice.adapter, layer, choice.weight, own))
-    if prompts_and_targets is None:
+    if here is None:
         return None
     plan = EditPlan(edits, tokens, torch.is_grad_enabled(), spans)
     if seeing:
@@ -75,28 +62,14 @@ def plan_of(
                 f"{seeing} looks at whole prompts, and the model reads only a part of them here: give no "
                 "past_key_values, and no prefill_chunk_size"
             )
-        plan.prompt = prompts_and_targets[0][:, columns].flatten()
+        plan.prompt = here.prompt[:, columns].flatten()
     return plan
 
 
-def _check_needs_no_images(positions: Positions) -> None:
-    if positions.tells_images_apart:
-        raise ValueError(
-            f"the positions {positions} tell text from images, and inputs_embeds or the columns of past_key_values "
-            "do not say which tokens images fill: pass image_mask (b, s)"
-        )
-
-
-def token_indices(
-    positions: Positions,
-    tied: str,
-    prompt: Tensor,
-    target: Tensor,
-    columns: slice,
-    marks: Mapping[str, Tensor],
-) -> list[Tensor]:
+def token_indices(positions: Positions, tied: str, spans: Spans, columns: slice) -> list[Tensor]:
     """Return one flat token index (n,) for each intervention of a site, in the columns that are read."""
-    groups = [slots[:, columns].flatten() for slots in positions.select(prompt, target, marks)]
+    slots = positions.select(spans.prompt, spans.target, spans.marks)
+    groups = [of_group[:, columns].flatten() for of_group in slots]
     if tied == "all":
         return [(torch.stack(groups) >= 0).any(0).nonzero().squeeze(-1)]
     if tied == "group":
@@ -108,11 +81,7 @@ def token_indices(
 def image_indices(
     positions: Positions, hidden: Tensor, where: str
 ) -> list[Tensor]:  # (images, n, d) or (n, d)
-    """Return the flat token indices that the one intervention of a site in a vision tower edits.
-
-    Raises:
-        ValueError: for a share of the tokens of each image, where those of all images stand in one list.
-    """
+    """Return the flat token indices that the one intervention of a site in a vision tower edits."""
     share = positions.share_of_images
     if share is not None and hidden.ndim != 3:
         raise ValueError(

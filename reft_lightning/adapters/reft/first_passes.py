@@ -22,10 +22,8 @@ from ..masks import Spans, marked, spans_of
 from .calls import Call, Choice, running
 from .critical import most_attended
 
-SPARED = {
-    "logits_to_keep": 1,
-    "use_cache": False,
-}  # what a first pass does without, where the base model takes it
+# what a first pass does without, where the base model takes it
+SPARED = {"logits_to_keep": 1, "use_cache": False}
 
 
 class FirstPasses:
@@ -43,17 +41,7 @@ class FirstPasses:
     def with_critical(
         self, spans: Spans, counts: set[int], ids: Tensor | None, embeds: Tensor | None
     ) -> Spans:
-        """Read the prompts, and mark the tokens of them that are critical.
-
-        Args:
-            spans: of the prompts.
-            counts: the numbers N that positions ask for.
-            ids: (b, s); or
-            embeds: (b, s, d).
-
-        Raises:
-            ValueError: for different numbers, or prompts that are not all there.
-        """
+        """Read the prompts, and mark the tokens of them that are critical."""
         tokens: Any = ids if embeds is None else embeds
         if len(counts) > 1 or tokens.shape[1] != spans.width:
             raise ValueError(
@@ -69,17 +57,7 @@ class FirstPasses:
     def sources(
         self, call: Call, ids: Tensor, mask: Tensor | None, images: Tensor | None
     ) -> dict[Any, tuple[Tensor, Tensor]]:
-        """Read other texts, and return their hidden states where the interventions of a call would edit.
-
-        Args:
-            call: that takes them.
-            ids: (b, s).
-            mask: (b, s); None for no padding.
-            images: (b, s) bool, the tokens that images would fill; None of a model that reads none.
-
-        Raises:
-            ValueError: if no adapter of the call takes any, or there are more rows than in the batch, or fewer.
-        """
+        """Read other texts, and return their hidden states where the interventions of a call would edit."""
         used = [call.adapters[choice.adapter] for choice in call.choices]
         if used and not any(adapter.takes_source for adapter in used):
             able = [name for name, cls in INTERVENTIONS.items() if cls.takes_source]

@@ -5,14 +5,12 @@ Shapes: n directions, d width, v tokens of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from .sites import Site, find_sites, hook_at, number_of_layers
+from .sites import Change, Site, find_sites, hook_at, number_of_layers
 
 LARGE = 256  # times the length of what is in the stream
 
@@ -63,11 +61,6 @@ def _block_output(model: PreTrainedModel, layer: int) -> Tensor:  # (d,)
     return seen[0]
 
 
-@contextmanager
-def _changed(model: PreTrainedModel, site: Site, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace the hidden states at a site inside the block."""
-    handle = hook_at(model, site, change)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _changed(model: PreTrainedModel, site: Site, change: Change) -> RemovableHandle:
+    """Replace the hidden states at a site, inside a ``with`` block of it."""
+    return hook_at(model.get_submodule(site.path), site.end, change)

@@ -9,7 +9,7 @@ Shapes: b rows, s columns, n tokens that one intervention edits, d width, k dire
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from os import PathLike
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from ..masks import Spans
 from ..saving import load_adapter
 from .calls import EditPlan, call_of
 from .model import ReftModel
-from .positions import Positions
+from .positions import Positions, Term
 from .sites import Site
 
 TINY = 1e-12  # norm of h below which the ratio would be 0 / 0
@@ -61,9 +61,8 @@ def _names(positions: Positions) -> list[list[str]]:
     """Return a name for each slot of each group."""
     if positions.function is not None:
         return [["selected"]]
-    between = {"decode": ":"}
     return [
-        [str(t)] if t.slots is None else [f"{t.kind}{between.get(t.kind, '')}{k + 1}" for k in range(t.slots)]
+        [str(t)] if t.slots is None else [str(Term(t.kind, k + 1)) for k in range(t.slots)]
         for t in positions.terms
     ]
 
@@ -91,24 +90,19 @@ def watching(reft: ReftModel, see: Callable[[Seen], Tensor | None]) -> Iterator[
         found = args[2].found if len(args) > 2 else None  # of an intervention that sees rows
         return see(Seen(int(key), filled.to(after.device), args[0], after, found and found.latents))
 
-    hooks = [
-        phi.register_forward_hook(partial(hook, key, number))
-        for key, group in reft.interventions.items()
-        for number, phi in enumerate(group)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for key, group in reft.interventions.items():
+            for number, phi in enumerate(group):
+                hooks.enter_context(phi.register_forward_hook(partial(hook, key, number)))
         yield
-    finally:
-        for handle in hooks:
-            handle.remove()
 
 
 def _grid(positions: Positions, spans: Spans, tokens: Tensor, places: Mapping[str, int]) -> Tensor:  # (b s,)
     """Return the place of each token that the present pass reads, row after row; -1 where none is selected."""
-    prompt, target = spans.upto(spans.read, tokens.shape[0])
-    marks = spans.marks_upto(spans.read, tokens.shape[0])
-    found = torch.full(prompt.shape, -1, device=prompt.device)
-    for names, slots in zip(_names(positions), positions.select(prompt, target, marks), strict=True):
+    here = spans.upto(spans.read, len(tokens))
+    found = torch.full(here.prompt.shape, -1, device=here.prompt.device)
+    groups = positions.select(here.prompt, here.target, here.marks)
+    for names, slots in zip(_names(positions), groups, strict=True):
         lookup = torch.tensor([places[name] for name in names], device=slots.device)
         found = torch.where(slots >= 0, lookup[slots.clamp(min=0)], found)
     return found[:, spans.read - tokens.shape[1] : spans.read].flatten()
@@ -118,11 +112,7 @@ def _grid(positions: Positions, spans: Spans, tokens: Tensor, places: Mapping[st
 def leaving_out(
     reft: ReftModel, layers: Collection[int] = (), places: Collection[str] = ()
 ) -> Iterator[None]:
-    """Leave the edits of some layers, and those of some positions in every layer, out inside the block.
-
-    Raises:
-        ValueError: for a layer or position that the model does not edit.
-    """
+    """Leave the edits of some layers, and those of some positions in every layer, out inside the block."""
     names, edited = places_of(reft), [int(key) for key in reft.interventions]
     for given, known, what in ((layers, edited, "layer"), (places, names, "position")):
         if strange := [item for item in given if item not in known]:

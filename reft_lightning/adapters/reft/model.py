@@ -19,7 +19,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -42,9 +42,9 @@ from ...interventions import INTERVENTIONS, Intervention, rotations
 from ...storage.reading import naming
 from ..adapted import ParameterCount
 from ..arguments import forward_inputs, known_arguments, left_padded_inputs
-from ..attaching import all_or_nothing, attaching, check_base, detached
+from ..attaching import all_or_nothing, attaching, check_base, detached, shown
 from ..first_values import FirstValues, fill
-from ..masks import Spans, marked, spans_of, spans_of_labels, spans_of_start
+from ..masks import Spans, marked, spans_of, spans_of_labels
 from ..plain import plain
 from ..saving import check_fit, load_adapter, save_adapter, tensors_of
 from .adapter import Adapter
@@ -83,8 +83,7 @@ class ReftModel(nn.Module):
         self.base_model: Any = base_model
         self._noted = config  # by the base model; the first adapter may be deleted
         self._enabled, self._nulled = True, False
-        self._edited, self._warned = False, False  # whether anything was edited, and that nothing was, said
-        self._idle = 0  # passes that edited nothing
+        self._idle: int | None = 0  # passes that edited nothing; None once one did, or a warning was given
         self._compiled: Callable[..., Any] | None = None  # the base model's forward
         self.penalty_weight = 1.0  # of what interventions add to the loss
         stacks = {name: base_model.get_submodule(path) for name, path in stacks_of(base_model).items()}
@@ -217,16 +216,8 @@ class ReftModel(nn.Module):
     ) -> None:
         """Add a saved adapter, or put its tensors into one that is there and was attached in the same way.
 
-        The second changes numbers only: no hook, and no compiled code.
-
-        Args:
-            name: a folder, or the name of a repository on the Hugging Face hub.
-            adapter_name: the name that it gets here.
-            positions: see :meth:`from_pretrained`.
-            strict: likewise.
-            revision: likewise.
-            subfolder: likewise.
-            token: likewise.
+        The second changes numbers only: no hook, and no compiled code. ``adapter_name`` is the name that the adapter
+        gets here; the other arguments are those of :meth:`from_pretrained`.
 
         Raises:
             ValueError: for what :meth:`from_pretrained` rejects, or an adapter of that name that is another one.
@@ -297,7 +288,6 @@ class ReftModel(nn.Module):
             ValueError: for an unknown name.
         """
         self._check_attached()
-        self.adapters.check_known([adapter_name])
         self.adapters.leave_out(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -307,15 +297,7 @@ class ReftModel(nn.Module):
             ValueError: for an unknown name, the last adapter, or one whose partitions are there.
         """
         self._check_attached()
-        self.adapters.check_known([adapter_name])
-        if partitions := self.adapters[adapter_name].partitions:
-            raise ValueError(f"{adapter_name!r} has parts, delete them first: {', '.join(partitions)}")
-        if len(self.adapters) == 1:
-            raise ValueError(f"{adapter_name!r} is the only adapter: detach() takes all off")
-        self.adapters.leave_out(adapter_name)
-        del self.adapters[adapter_name]
-        for adapter in self.adapters.values():
-            adapter.partitions.pop(adapter_name, None)
+        self.adapters.remove(adapter_name)
         places = {site.place for adapter in self.adapters.values() for site in adapter.sites.values()}
         for place in self._hooks.keys() - places - self._arguments.keys():
             self._hooks.pop(place).remove()
@@ -326,7 +308,8 @@ class ReftModel(nn.Module):
             for site in adapter.sites.values():
                 if site.place not in self._hooks:
                     edit = partial(self._edit_images if site.visual else self._edit, site.place)
-                    self._hooks[site.place] = hook_at(self.base_model, site, edit)
+                    module = self.base_model.get_submodule(site.path)
+                    self._hooks[site.place] = hook_at(module, site.end, edit)
             self.adapters[name] = adapter.train(self.training)
         self._forget_graphs()
 
@@ -396,7 +379,7 @@ class ReftModel(nn.Module):
         decoder = None
         if self._reads_two:
             spans = spans_of(attention, None, prompt_mask)
-            if written is not None and written.ndim == 2 and not written.is_floating_point():
+            if written is not None:
                 decoder = spans_of_labels(written, kwargs.get("decoder_attention_mask"))
         else:
             spans = spans_of(attention, written, prompt_mask)
@@ -406,14 +389,14 @@ class ReftModel(nn.Module):
         spans = self._with_marks(
             spans, chosen[0], input_ids, kwargs.get("inputs_embeds"), edit_mask, image_mask
         )
-        source = None if source_ids is None else (source_ids, source_mask)
+        source = source_ids, source_mask
         with self._editing(spans, chosen, row_values, source, decoder, compiled=True) as call:
             output = self.base_model(**inputs)
         return output if call is None else self._with_findings(output, call)
 
     def _with_findings(self, output: Any, call: Call) -> Any:
         """Add what interventions found to the output of the base model; most find nothing."""
-        used = dict.fromkeys(self.adapters[choice.adapter] for choice in call.choices)
+        used = self.adapters.used_by(call.choices)
         seeing = any(adapter.seeing_rows or adapter.critical for adapter in used)
         penalties: list[Tensor] = []
         if self.training and torch.is_grad_enabled():
@@ -508,7 +491,7 @@ class ReftModel(nn.Module):
         read = 0 if past is None else past.get_seq_length()  # as Hugging Face asks it, to cut what was read
         chosen = self.adapters.chosen_by(adapter_names, len(spans.prompt))
         drafts = [name for name in DRAFTS if kwargs.get(name) or getattr(defaults, name, None)]
-        sites = (site for choice in chosen[0] for site in self.adapters[choice.adapter].sites.values())
+        sites = (site for adapter in self.adapters.used_by(chosen[0]) for site in adapter.sites.values())
         if self._enabled and drafts and any(site.stack == DECODER for site in sites):
             raise ValueError(
                 f"{drafts[0]} puts a draft next to the token that the decoder starts with, and edits of the decoder do "
@@ -516,8 +499,8 @@ class ReftModel(nn.Module):
             )
         texts = arguments.get("input_ids"), arguments.get("inputs_embeds")
         spans = self._with_marks(spans, chosen[0], *texts, *masks)
-        source = None if source_ids is None else (source_ids, source_mask)
-        with self._editing(replace(spans, generating=True, read=read), chosen, row_values, source):
+        spans = replace(spans, generating=True, read=read)
+        with self._editing(spans, chosen, row_values, (source_ids, source_mask)):
             return self.base_model.generate(**arguments)
 
     def _with_marks(
@@ -533,7 +516,7 @@ class ReftModel(nn.Module):
         if image is None and embeds is None and ids is not None and ids.shape == spans.prompt.shape:
             image = self._images_in(ids)
         spans = marked(spans, edit=edit, image=image)
-        critical = {count for choice in choices for count in self.adapters[choice.adapter].critical}
+        critical = {count for adapter in self.adapters.used_by(choices) for count in adapter.critical}
         if not critical or not self._enabled:
             return spans
         return FirstPasses(self.base_model, self._known).with_critical(spans, critical, ids, embeds)
@@ -547,11 +530,7 @@ class ReftModel(nn.Module):
         return torch.isin(input_ids, torch.tensor(self._image_tokens, device=input_ids.device))
 
     def check_prompts(self, spans: Spans, choices: Sequence[Choice]) -> None:
-        """Reject rows without a prompt where the positions of a chosen adapter ask for one.
-
-        Raises:
-            ValueError: with the rows and the positions.
-        """
+        """Reject rows without a prompt where the positions of a chosen adapter ask for one."""
         needy = [str(spec) for spec in self._positions_of(choices) if spec.needs_prompt]
         empty = (spans.target.any(-1) & ~spans.prompt.any(-1)).nonzero().flatten().tolist()
         if needy and empty:
@@ -561,8 +540,8 @@ class ReftModel(nn.Module):
             )
 
     def _positions_of(self, choices: Sequence[Choice]) -> list[Positions]:
-        adapters = [self.adapters[choice.adapter] for choice in choices]
-        return [positions for adapter in adapters for positions, _ in adapter.layers_by_positions]
+        used = self.adapters.used_by(choices)
+        return [positions for adapter in used for positions, _ in adapter.layers_by_positions]
 
     @contextmanager
     def _editing(
@@ -570,7 +549,7 @@ class ReftModel(nn.Module):
         spans: Spans,
         chosen: tuple[tuple[Choice, ...], bool],
         row_values: Mapping[str, Tensor] | None,
-        source: tuple[Tensor, Tensor | None] | None,
+        source: tuple[Tensor | None, Tensor | None],
         decoder: Spans | None = None,
         compiled: bool = False,
     ) -> Iterator[Call | None]:
@@ -581,6 +560,7 @@ class ReftModel(nn.Module):
                 raise ValueError(
                     f"row_values[{name!r}] holds {len(value)} rows, the batch {len(spans.prompt)}"
                 )
+        (choices, summed), used = chosen, self.adapters.used_by(chosen[0])
         others: list[tuple[nn.Module, str, Callable]] = []
         if torch.is_grad_enabled():
             name = "_gradient_checkpointing_func"
@@ -589,16 +569,20 @@ class ReftModel(nn.Module):
                 for module in self._checkpointable
                 if module.gradient_checkpointing
             ]
-            seeing = any(self.adapters[choice.adapter].seeing_rows for choice in chosen[0])
+            seeing = any(adapter.seeing_rows for adapter in used)
             if compiled and self._compiled is not None and self._enabled and not seeing:
                 others.append((self.base_model, "forward", self._compiled))
         call = None
-        if self._enabled:  # R is computed once a pass and once a generation, which needs no gradients
+        if self._enabled:  # what counts as long as the call lasts: the adapters, their strength, R
             with torch.set_grad_enabled(torch.is_grad_enabled() and not spans.generating):
-                call = self._call(spans, *chosen, values, decoder)
-                if source is not None:
-                    passes, images = FirstPasses(self.base_model, self._known), self._images_in(source[0])
-                    call.sources = passes.sources(call, *source, images)
+                rows = rotations(phi for adapter in used for phi in adapter.orthonormal)
+            strong = tuple(c._replace(weight=c.weight * self.adapters[c.adapter].scale) for c in choices)
+            call = Call(
+                self, self.adapters, spans, strong, summed, self._nulled, rows, given=values, decoder=decoder
+            )
+            if source[0] is not None:
+                passes, images = FirstPasses(self.base_model, self._known), self._images_in(source[0])
+                call.sources = passes.sources(call, source[0], source[1], images)
         with _REPLACING if others else nullcontext(), replaced(others), running(call):
             yield call
         if call is not None and not call.begun:
@@ -610,39 +594,22 @@ class ReftModel(nn.Module):
         if call is not None:
             self._notice(call)
 
-    def _call(
-        self,
-        spans: Spans,
-        choices: Sequence[Choice],
-        summed: bool,
-        values: Mapping[str, Tensor],
-        decoder: Spans | None,
-    ) -> Call:
-        """Return a call with what counts as long as it lasts: the adapters, their strength, R."""
-        used = dict.fromkeys(choice.adapter for choice in choices)
-        rows = rotations(phi for name in used for phi in self.adapters[name].orthonormal)
-        strong = tuple(c._replace(weight=c.weight * self.adapters[c.adapter].scale) for c in choices)
-        return Call(
-            self, self.adapters, spans, strong, summed, self._nulled, rows, given=values, decoder=decoder
-        )
-
     def _notice(self, call: Call) -> None:
         """Warn once if nothing is edited: in a whole generation, in a step of training, in the first passes."""
-        self._edited = self._edited or call.edited
         positions = self._positions_of(call.choices)
-        if self._edited or self._warned or not positions:
-            return
-        self._idle += 1
-        training = self.training and torch.is_grad_enabled()
-        if call.spans.generating or training or self._idle >= IDLE_PASSES:
-            self._warned = True
-            chosen = ", ".join(sorted(set(map(str, positions))))
-            log.warning(
-                "the positions %s select no token in %s, so nothing is edited: tokens after the prompt are only known "
-                "with labels or prompt_mask, or in generate()",
-                chosen,
-                "this generation" if call.spans.generating else f"{self._idle} passes",
-            )
+        if self._idle is None or call.edited:
+            self._idle = None
+        elif positions:
+            self._idle += 1
+            training = self.training and torch.is_grad_enabled()
+            if call.spans.generating or training or self._idle >= IDLE_PASSES:
+                log.warning(
+                    "the positions %s select no token in %s, so nothing is edited: tokens after the prompt are only "
+                    "known with labels or prompt_mask, or in generate()",
+                    ", ".join(sorted(set(map(str, positions)))),
+                    "this generation" if call.spans.generating else f"{self._idle} passes",
+                )
+                self._idle = None
 
     def _checkpoint(self, checkpoint: Callable, function: Callable, *args: Any, **kwargs: Any) -> Any:
         """Checkpoint a block: hooks that run again in the backward pass find the plan and the R of this call."""
@@ -668,14 +635,9 @@ class ReftModel(nn.Module):
         with self.unedited(), self._first_heads.restored(self._head_parameters()):
             yield
 
-    @contextmanager
-    def unedited(self) -> Iterator[None]:
+    def unedited(self) -> AbstractContextManager[None]:
         """Edit nothing inside the block; trained heads stay as they are."""
-        enabled, self._enabled = self._enabled, False
-        try:
-            yield
-        finally:
-            self._enabled = enabled
+        return replaced([(self, "_enabled", False)])
 
     @contextmanager
     def nulled(self) -> Iterator[None]:
@@ -692,11 +654,8 @@ class ReftModel(nn.Module):
                 raise ValueError(
                     f"{type(phi).__name__} has no null(h), and cannot be nulled; {', '.join(able)} can"
                 )
-        nulled, self._nulled = self._nulled, True
-        try:
+        with replaced([(self, "_nulled", True)]):
             yield
-        finally:
-            self._nulled = nulled
 
     # --- the hooks ------------------------------------------------------------------------------------------------
 
@@ -713,26 +672,7 @@ class ReftModel(nn.Module):
         if not self._enabled:
             return
         given = {**dict(zip(self._arguments[stack], args, strict=False)), **kwargs}
-        tokens = given.get("input_ids")
-        if tokens is None:
-            tokens = given["inputs_embeds"]
-        spans, past = call.spans, given.get("past_key_values")
-        length_of = getattr(past, "get_seq_length", None)
-        held = 0 if length_of is None else length_of()
-        if stack == DECODER:
-            call.decoder = spans = call.decoder or spans_of_start(
-                len(tokens),
-                held,
-                tokens.shape[1],
-                call.spans.generating,
-                tokens.device,
-                given.get("attention_mask"),
-            )
-        # a static cache counts on the device; and a model may read images for more columns than its text has
-        known = length_of is not None and isinstance(held, int) and (held > 0 or tokens.ndim == 2)
-        cached = held if known else None
-        images = bool(self._image_tokens)
-        call.plan = plan_of(call, stack, spans, tokens, given.get("attention_mask"), cached, images)
+        call.plan = plan_of(call, stack, given, reads_images=bool(self._image_tokens))
         if call.plan is not None:
             call.edited |= call.plan.edits_anything
 
@@ -792,7 +732,7 @@ class ReftModel(nn.Module):
     def parameter_count(self) -> ParameterCount:
         """Count the interventions' parameters against the base model's; heads are in neither, as in the paper."""
         trainable = sum(p.numel() for p in self.adapters.parameters())
-        heads = sum(p.numel() for p in self.parameter_roles()["head"])
+        heads = sum(p.numel() for p in self._head_parameters().values())
         base = number_of_parameters(self.base_model) - heads
         return ParameterCount.of(trainable, base)
 
@@ -830,7 +770,7 @@ class ReftModel(nn.Module):
 
     def saved_config(self, adapter_name: str | None = None) -> ReftConfig:
         """Return what is attached, with the scale and the partitions of now."""
-        adapter = self.adapters[self.adapter_names[0] if adapter_name is None else adapter_name]
+        adapter = self.adapters.first if adapter_name is None else self.adapters[adapter_name]
         return replace(adapter.config, scale=adapter.scale, partitions=dict(adapter.partitions))
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
@@ -876,21 +816,17 @@ class ReftModel(nn.Module):
             ValueError: if the adapter does not fit the model, is incomplete, or is of a newer format.
             FileNotFoundError: if it, or the base model that it names, cannot be found; says what was tried.
         """
-        if isinstance(base_model, str | PathLike) == (name is not None) or (loading and name is not None):
-            kind = (
-                repr(base_model)
-                if isinstance(base_model, str | PathLike)
-                else f"a {type(base_model).__name__}"
-            )
+        named = isinstance(base_model, str | PathLike)  # the adapter, and by it the base model
+        if named == (name is not None) or (loading and not named):
             raise ValueError(
                 "give from_pretrained(base_model, name), or from_pretrained(name), which loads the base model too and "
-                f"takes its arguments; got {kind}, {name!r} and {', '.join(loading) or 'no arguments'}"
+                f"takes its arguments; got {shown(base_model)}, {name!r} and {', '.join(loading) or 'no arguments'}"
             )
-        source: Any = base_model if name is None else name
-        if name is not None:
+        source: Any = base_model if named else name
+        if not named:
             check_base(base_model)
         config, state = load_adapter(source, positions, revision=revision, subfolder=subfolder, token=token)
-        model: Any = base_model if name is not None else load_base_of(config, token=token, **loading)
+        model: Any = load_base_of(config, token=token, **loading) if named else base_model
         with naming(source), all_or_nothing(model):
             if strict:
                 check_architecture(model, config.architecture)
@@ -903,10 +839,6 @@ class ReftModel(nn.Module):
 
 
 def _put(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str = "") -> None:
-    """Copy the tensors of a file into one's own, if they are the same ones.
-
-    Raises:
-        ValueError: if they are not, with the name of the adapter.
-    """
+    """Copy the tensors of a file into one's own, if they are the same ones."""
     check_fit(own, state, what)
     fill(own, state)

@@ -183,40 +183,37 @@ class Positions:
             return [torch.where(chosen & (prompt | target), 0, -1)]
         image = prompt & marks["image"] if "image" in marks else torch.zeros_like(prompt)
         text = prompt & ~image
-        n = text.sum(-1, keepdim=True)  # (b, 1)
-        from_left = text.cumsum(-1) - 1
-        after = target.cumsum(-1) - 1
-        p, s = (next((t.count for t in self.terms if t.kind == kind), 0) or 0 for kind in "fl")
-        if self.clip == "floor":
-            first, last = (n // 2).clamp(max=p), (n // 2).clamp(max=s)
-        else:
-            clipped = n < p + s
-            first = torch.where(clipped, (n // 2).clamp(max=p), p)
-            last = torch.where(clipped, (n - n // 2).clamp(max=s), s)
         parts = {"prompt": prompt, "image": image, "text": text, "given": prompt & marks.get("edit", prompt)}
         if self.critical:
             parts["critical"] = prompt & marks["critical"]
-        return [
-            spread(parts[term.kind], term.share)
-            if term.kind in parts
-            else self._slots(term, prompt, text, target, from_left, after, n, first, last)
-            for term in self.terms
-        ]
+        n = text.sum(-1, keepdim=True)  # (b, 1)
+        from_left = text.cumsum(-1) - 1
+        first, last = self._clipped(n)
 
-    @staticmethod
-    def _slots(
-        term: Term, prompt: Tensor, text: Tensor, target: Tensor, from_left: Tensor, after: Tensor, n: Tensor,
-        first: Tensor, last: Tensor,
-    ) -> Tensor:  # fmt: skip
-        if term.kind == "f":
-            return torch.where(text & (from_left < first), from_left, -1)
-        if term.kind == "l":
-            from_right = n - 1 - from_left
-            return torch.where(text & (from_right < last), from_right, -1)
-        if term.kind == "decode":
-            chosen = target if term.count is None else target & (after < term.count)
-            return torch.where(chosen, 0 if term.count is None else after, -1)
-        return torch.where(prompt | target, 0, -1)  # all
+        def slots(term: Term) -> Tensor:  # -> (b, s)
+            if term.kind in parts:
+                return spread(parts[term.kind], term.share)
+            if term.kind == "f":
+                return torch.where(text & (from_left < first), from_left, -1)
+            if term.kind == "l":
+                from_right = n - 1 - from_left
+                return torch.where(text & (from_right < last), from_right, -1)
+            if term.kind == "all":
+                return spread(prompt | target, None)
+            if term.count is None:
+                return spread(target, None)  # decode
+            after = target.cumsum(-1) - 1
+            return torch.where(target & (after < term.count), after, -1)
+
+        return [slots(term) for term in self.terms]
+
+    def _clipped(self, n: Tensor) -> tuple[Tensor, Tensor]:  # (b, 1) -> (b, 1), (b, 1)
+        """Return how many tokens fN and lN take of prompts of n tokens."""
+        p, s = (next((t.count for t in self.terms if t.kind == kind), 0) or 0 for kind in "fl")
+        if self.clip == "floor":
+            return (n // 2).clamp(max=p), (n // 2).clamp(max=s)
+        short = n < p + s
+        return torch.where(short, (n // 2).clamp(max=p), p), torch.where(short, (n - n // 2).clamp(max=s), s)
 
     def __str__(self) -> str:
         if self.function is not None:

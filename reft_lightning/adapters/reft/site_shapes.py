@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...base_models.bare import bare_copy
 from ...base_models.stacks import config_of_stack, reads_two_texts
-from .sites import Site, hidden_of, width_at
+from .sites import Site, hook_at, width_at
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +36,6 @@ def check_shapes(model: PreTrainedModel, sites: Iterable[Site]) -> None:
     """Run a copy of a model on a few tokens, and look at its sites.
 
     What cannot be copied, or without weights not run, is not checked; the first pass is.
-
-    Raises:
-        ValueError: naming the site, what it has, and what can be edited instead.
     """
     asked = {(site.path, site.end): site for site in sites if not site.visual}  # which a text does not reach
     key = (type(model), model.device.type, model.config.to_json_string(use_diff=False), frozenset(asked))
@@ -95,28 +92,16 @@ def _shapes(model: PreTrainedModel, places: Iterable[Place]) -> Shapes:
     for path, end in places:
         if path in modules:
             seen[path, end] = None
-            if end == "output":
-                modules[path].register_forward_hook(partial(_after, seen, path))
-            else:
-                modules[path].register_forward_pre_hook(partial(_before, seen, path), with_kwargs=True)
+            hook_at(modules[path], end, partial(_note, seen, (path, end)))
     inputs: dict[str, Any] = {"input_ids": torch.full((ROWS, COLUMNS), 3, device=model.device)}
+    # as generation and training do: Gemma 4's last layers then read only those tokens
     if "logits_to_keep" in inspect.signature(tried.forward).parameters:
-        inputs["logits_to_keep"] = (
-            1  # as generation and training do: Gemma 4's last layers then read only those tokens
-        )
+        inputs["logits_to_keep"] = 1
     if reads_two_texts(model):
         inputs["decoder_input_ids"] = inputs["input_ids"]
     with torch.no_grad():
         tried(**inputs)
     return seen
-
-
-def _after(seen: Shapes, path: str, module: nn.Module, args: tuple, output: Any) -> None:
-    _note(seen, (path, "output"), hidden_of(output))
-
-
-def _before(seen: Shapes, path: str, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    _note(seen, (path, "input"), args[0] if args else kwargs.get("hidden_states"))
 
 
 def _note(seen: Shapes, place: Place, hidden: Any) -> None:

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...base_models.stacks import ENCODER, WHOLE, config_of_stack, stacks_of
@@ -50,19 +50,12 @@ VISUAL = (VISION, CONNECTOR)
 HEAD = "head_output"
 # What Hugging Face models call the module, in the order in which they are looked for inside a block.
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention", "layer.0.SelfAttention")
-MIXING_NAMES = (
-    "o_proj",
-    "out_proj",
-    "c_proj",
-    "dense",
-    "wo",
-    "Wo",
-    "proj",
-    "output.dense",
-    "o",
-)  # of heads, inside attention
+# of heads, inside attention
+MIXING_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo", "proj", "output.dense", "o")
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2", "output.dense",
              "layer.1.DenseReluDense", "layer.2.DenseReluDense")  # fmt: skip
+
+Change = Callable[[Any], Tensor | None]  # of hidden states; None leaves them
 
 
 @dataclass(frozen=True)
@@ -99,28 +92,22 @@ def hidden_of(output: Any) -> Any:
     return output[0] if type(output) in (tuple, list) else output
 
 
-def with_hidden(output: Any, hidden: Tensor) -> Any:
-    """Return an output with other hidden states."""
-    return type(output)([hidden, *output[1:]]) if type(output) in (tuple, list) else hidden
-
-
-def hook_at(model: nn.Module, site: Site, change: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    """Let a function replace the hidden states at a site; None leaves them."""
-    module = model.get_submodule(site.path)
-    if site.end == "output":
+def hook_at(module: nn.Module, end: str, change: Change) -> RemovableHandle:
+    """Let a function replace the hidden states at an end of a module; None leaves them."""
+    if end == "output":
         return module.register_forward_hook(partial(_after, change))
     return module.register_forward_pre_hook(partial(_before, change), with_kwargs=True)
 
 
-def _after(change: Callable[[Tensor], Tensor | None], module: nn.Module, args: tuple, output: Any) -> Any:
+def _after(change: Change, module: nn.Module, args: tuple, output: Any) -> Any:
     hidden = change(hidden_of(output))
-    return None if hidden is None else with_hidden(output, hidden)
+    if hidden is None or type(output) not in (tuple, list):
+        return hidden
+    return type(output)([hidden, *output[1:]])
 
 
-def _before(
-    change: Callable[[Tensor], Tensor | None], module: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> Any:
-    hidden = change(args[0] if args else kwargs["hidden_states"])
+def _before(change: Change, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    hidden = change(args[0] if args else kwargs.get("hidden_states"))
     if hidden is None:
         return None
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
@@ -128,11 +115,6 @@ def _before(
 
 def check_layers(layers: str | Sequence[int], num_layers: int, none_allowed: bool = False) -> list[int]:
     """Return the layer ids asked for.
-
-    Args:
-        layers: ``"all"``, or ids.
-        num_layers: how many the model has.
-        none_allowed: whether the list may be empty, because something else is trained.
 
     Raises:
         ValueError: for anything but ``"all"`` or distinct ids in 0..num_layers-1.
@@ -180,24 +162,16 @@ def stack_of(model: PreTrainedModel, component: Any) -> tuple[str, str]:
 
 
 def layers_with(model: PreTrainedModel, component: Any) -> int:
-    """Return how many layers have a component: blocks of the language model, of a stack of it, or of the vision tower.
-
-    Raises:
-        ValueError: if the configuration names no number, or there is no tower.
-    """
-    if component not in VISUAL:
-        return number_of_layers(model, stack_of(model, component)[0])
-    modules = dict(model.named_modules())
-    blocks: Any = modules[vision_blocks(model, modules)] if component == VISION else [None]
-    return len(blocks)
+    """Return how many layers have a component: of the language model, of a stack of it, or of the vision tower."""
+    if component == CONNECTOR:
+        return 1
+    if component == VISION:
+        return len(_vision_blocks(model)[1])
+    return number_of_layers(model, stack_of(model, component)[0])
 
 
 def number_of_layers(model: PreTrainedModel, stack: str = WHOLE) -> int:
-    """Return how many blocks the configuration gives the language model, or one of its stacks.
-
-    Raises:
-        ValueError: if it names no number.
-    """
+    """Return how many blocks the configuration gives the language model, or one of its stacks."""
     layers = getattr(config_of_stack(model, stack), "num_hidden_layers", None)
     if layers is None:
         raise ValueError(
@@ -206,26 +180,14 @@ def number_of_layers(model: PreTrainedModel, stack: str = WHOLE) -> int:
     return layers
 
 
-def block_path(
-    model: PreTrainedModel, modules: Mapping[str, nn.Module] | None = None, stack: str = WHOLE
-) -> str:
-    """Return the path of the list of blocks, e.g. ``model.layers``.
-
-    Args:
-        model: any of Hugging Face's.
-        modules: its modules by path, where they are known.
-        stack: whose, of an encoder and a decoder; the encoder's, where none is named.
-
-    Raises:
-        ValueError: if there is none, or several of equal standing.
-    """
+def block_path(model: PreTrainedModel, stack: str = WHOLE) -> str:
+    """Return the path of the list of blocks, e.g. ``model.layers``; of an encoder and a decoder, of a stack's."""
     num_layers = number_of_layers(model, stack)
-    modules = dict(model.named_modules()) if modules is None else modules
     stacks = stacks_of(model)
     inside = f"{stacks[stack or ENCODER]}." if len(stacks) > 1 else ""
     lists = {
         name: len(module)
-        for name, module in modules.items()
+        for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and name.startswith(inside)
     }
     found = [name for name, length in lists.items() if length == num_layers]
@@ -247,48 +209,37 @@ def block_path(
     return found[0]
 
 
-def find_sites(
-    model: PreTrainedModel, components: Mapping[int, str], modules: Mapping[str, nn.Module] | None = None
-) -> dict[int, Site]:
-    """Return the site of each layer's component, looking through the model once.
-
-    Args:
-        model: any of Hugging Face's.
-        components: by layer.
-        modules: the model's modules by path, where they are known.
-
-    Raises:
-        ValueError: for an unknown component or path, with the candidates.
-    """
-    modules = dict(model.named_modules()) if modules is None else modules
+def find_sites(model: PreTrainedModel, components: Mapping[int, str]) -> dict[int, Site]:
+    """Return the site of each layer's component."""
     where = {layer: stack_of(model, component) for layer, component in components.items()}
     named = {stack for stack, name in where.values() if str(name).partition(":")[0] in COMPONENTS}
-    blocks = {stack: block_path(model, modules, stack) for stack in named}
+    blocks = {stack: block_path(model, stack) for stack in named}
     return {
-        layer: replace(_site(model, modules, blocks.get(stack, ""), layer, name, stack), stack=stack)
+        layer: replace(_site(model, f"{blocks.get(stack, '')}.{layer}", layer, name, stack), stack=stack)
         for layer, (stack, name) in where.items()
     }
 
 
-def _site(
-    model: PreTrainedModel,
-    modules: Mapping[str, nn.Module],
-    blocks: str,
-    layer: int,
-    component: str,
-    stack: str,
-) -> Site:
+def _module_at(model: PreTrainedModel, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _site(model: PreTrainedModel, block: str, layer: int, component: str, stack: str) -> Site:
+    config = config_of_stack(model, stack)
     if isinstance(component, str) and "{layer}" in component:
         path, end = component.replace("{layer}", str(layer)), "output"
         for suffix in ("input", "output"):
-            if path.endswith(f".{suffix}") and path not in modules:
+            if path.endswith(f".{suffix}") and _module_at(model, path) is None:
                 path, end = path[: -len(suffix) - 1], suffix
     elif isinstance(component, str) and component.partition(":")[0] == HEAD:
-        return _head_site(model, modules, f"{blocks}.{layer}", layer, component, stack)
+        return _head_site(model, block, layer, component, config)
     elif component in VISUAL:
-        return _visual_site(model, modules, layer, component, config_of_stack(model, stack).hidden_size)
+        return _visual_site(model, layer, component, config.hidden_size)
     elif component in COMPONENTS:
-        path, end = f"{blocks}.{layer}", "input" if component == "block_input" else "output"
+        path, end = block, "input" if component == "block_input" else "output"
         names = {"attention_output": ATTENTION_NAMES, "mlp_output": MLP_NAMES}.get(component)
         if names:
             path = f"{path}.{_child(model, path, names, component)}"
@@ -298,50 +249,46 @@ def _site(
             f"{{layer}}{', each of the encoder or, as decoder.block_output, of the decoder' if stack else ''}"
             f"{did_you_mean(str(component), (*COMPONENTS, *VISUAL))}"
         )
-    if path not in modules:
-        near = difflib.get_close_matches(path, modules, n=5, cutoff=0.5)
+    module = _module_at(model, path)
+    if module is None:
+        near = difflib.get_close_matches(path, dict(model.named_modules()), n=5, cutoff=0.5)
         raise ValueError(
             f"{type(model).__name__} has no module {path!r}; near it are {', '.join(near) or 'none'}"
         )
-    return Site(layer, path, end, width_at(modules[path], end, config_of_stack(model, stack).hidden_size))
+    return Site(layer, path, end, width_at(module, end, config.hidden_size))
 
 
-def _visual_site(
-    model: PreTrainedModel, modules: Mapping[str, nn.Module], layer: int, component: str, width: int
-) -> Site:
+def _vision_blocks(model: PreTrainedModel) -> tuple[str, Any]:
+    path = vision_blocks(model)
+    return path, model.get_submodule(path)
+
+
+def _visual_site(model: PreTrainedModel, layer: int, component: str, width: int) -> Site:
     if component == CONNECTOR:
         check_layers([layer], 1)
-        return Site(layer, connector_path(model, modules), "output", width, visual=True)
-    blocks: Any = modules[path := vision_blocks(model, modules)]
+        return Site(layer, connector_path(model), "output", width, visual=True)
+    path, blocks = _vision_blocks(model)
     check_layers([layer], len(blocks))
     return Site(layer, f"{path}.{layer}", "output", width_of_block(blocks[layer]), visual=True)
 
 
 def _head_site(
-    model: PreTrainedModel,
-    modules: Mapping[str, nn.Module],
-    block: str,
-    layer: int,
-    component: str,
-    stack: str,
+    model: PreTrainedModel, block: str, layer: int, component: str, config: PretrainedConfig
 ) -> Site:
-    config = config_of_stack(model, stack)
     attention = f"{block}.{_child(model, block, ATTENTION_NAMES, HEAD)}"
     count = getattr(config, "num_attention_heads", None)
     if not count:
         raise ValueError(f"the configuration of {type(model).__name__} has no num_attention_heads")
     path = f"{attention}.{_child(model, attention, MIXING_NAMES, HEAD)}"
-    width = width_at(modules[path], "input", config.hidden_size)
+    width = width_at(model.get_submodule(path), "input", config.hidden_size)
     if width % count:
         raise ValueError(
             f"the input of {path} has width {width}, no multiple of the {count} heads of {type(model).__name__}"
         )
     _, colon, listed = component.partition(":")
-    heads = (
-        tuple(int(head) if head.isdecimal() else -1 for head in listed.split("+"))
-        if colon
-        else tuple(range(count))
-    )
+    heads = tuple(range(count))
+    if colon:
+        heads = tuple(int(head) if head.isdecimal() else -1 for head in listed.split("+"))
     if len(set(heads)) < len(heads) or not all(0 <= head < count for head in heads):
         raise ValueError(
             f"component {component!r} must name distinct heads in 0..{count - 1}, as head_output:0+{count - 1}; "
@@ -372,8 +319,8 @@ def width_at(module: nn.Module, end: str, stream: int) -> int:
     return stream
 
 
-def device_at(modules: Mapping[str, nn.Module], path: str) -> torch.device:
+def device_at(model: nn.Module, path: str) -> torch.device:
     """Return the device of a module's parameters, or of those around it where it has none."""
-    while (parameter := next(modules[path].parameters(), None)) is None:
+    while (parameter := next(model.get_submodule(path).parameters(), None)) is None:
         path = path.rpartition(".")[0]
     return parameter.device

@@ -36,9 +36,10 @@ def batch(n, seed=0):
     return tiny.prompt_target(tiny.rows(n, n - 2, n - 1, seed=seed), tiny.rows(2, 3, 2, seed=1))
 
 
-def attached(family="llama", layers=(0, 2), **settings):
+def attached(family="llama", **settings):
     torch.manual_seed(0)
-    reft = rl.attach(tiny.model(family), layers=list(layers), **{"rank": 2, "positions": "f2+l2", **settings})
+    base = tiny.model(family, num_hidden_layers=2)  # tracing takes seconds a block
+    reft = rl.attach(base, **{"rank": 2, "positions": "f2+l2", **settings})
     shaken(reft.interventions)
     return reft.train()
 

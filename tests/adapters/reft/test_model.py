@@ -1,8 +1,8 @@
-import copy
 import functools
 import gc
 
 import pytest
+import tiny
 import torch
 from model_laws import DecoderLaws, EncoderLaws
 from transformers import AutoModelForCausalLM
@@ -65,7 +65,12 @@ class TestStories260K(DecoderLaws):
         self.folder = shared / "models" / "stories260K"
 
     def make_base(self, dtype=torch.float64):
-        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype)
+        return tiny.copied(stories260k(self.folder)).to(dtype)
+
+
+@functools.cache
+def stories260k(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 @pytest.mark.slow
@@ -78,7 +83,7 @@ class TestSmolLM2(DecoderLaws):
         gc.collect()
 
     def make_base(self, dtype=torch.float64):
-        return copy.deepcopy(smollm2()).to(dtype)
+        return tiny.copied(smollm2()).to(dtype)
 
 
 @functools.cache

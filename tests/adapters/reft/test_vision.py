@@ -107,11 +107,12 @@ def test_disabled_is_the_base_exactly(name):
 
 # --- forward and generate -----------------------------------------------------------------------------------------
 
-POSITIONS = ["f2+l1", "image", "image:0.5+l1", "text", "all", "image+decode:2"]
+# all of them on one model, and on each other model those of which the others are parts
+CASES = [("llava", p) for p in ("f2+l1", "image", "image:0.5+l1", "text", "all", "image+decode:2")]
+CASES += [(n, p) for n in NAMES if n != "llava" for p in ("f2+l1", "all", "image+decode:2")]
 
 
-@EVERY
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize(("name", "positions"), CASES)
 def test_teacher_forcing_is_decoding(name, positions):
     reft, prompts = attached(vision_models.model(name), positions), batch(name)
     settings = GREEDY | {"output_logits": True, "return_dict_in_generate": True}
