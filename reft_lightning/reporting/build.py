@@ -13,8 +13,6 @@ from .grouping import compare, used_split
 from .runs import RUN_FOLDER, LeftOut, Read, ReportError, Run, find_folders, read_runs
 from .studies import Study, begun_anew, mark_edges, read_study
 
-SPLITS = ("test", "validation")
-
 
 @dataclass
 class Report:
@@ -49,7 +47,7 @@ def build_report(
     Args:
         folders: run folders, multiruns, studies, or folders that hold any of them.
         split: `test` or `validation`; None for test where a run has it, else validation.
-        resamples: of bootstrap and sign flips.
+        resamples: of the bootstrap and of the sign flips.
         seed: of the draws.
 
     Raises:
@@ -81,6 +79,7 @@ def build_report(
     mark_edges(comparisons)
     with Bar("resampling rows and seeds", len(comparisons)) as bar:
         for comparison in comparisons:
-            add_evidence(comparison, resamples, seed, bar.advance)
+            add_evidence(comparison, resamples, seed)
+            bar.advance()
     reads.sort(key=lambda read: (read.time, str(read.folder)))
     return Report(list(folders), runs, comparisons, studies, reads, left, resamples, seed)
