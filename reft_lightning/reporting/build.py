@@ -10,7 +10,7 @@ from ..terminal.bars import Bar
 from .comparisons import Comparison
 from .evidence import RESAMPLES, add_evidence, deviating
 from .grouping import compare, used_split
-from .runs import RUN_FOLDER, LeftOut, Read, ReportError, Run, find_folders, read_runs
+from .runs import RUN_FOLDER, LeftOut, Read, Run, find_folders, read_runs
 from .studies import Study, begun_anew, mark_edges, read_study
 
 
@@ -51,7 +51,7 @@ def build_report(
         seed: of the draws.
 
     Raises:
-        ReportError: if nothing can be reported.
+        ValueError: if nothing can be reported.
     """
     run_folders, study_folders, left = find_folders(folders)
     runs, incomplete, reads = read_runs(run_folders)
@@ -73,7 +73,7 @@ def build_report(
     left += [LeftOut(run.folder, f"no score on {where}") for run in runs if not used_split(run, split)]
     if not comparisons and not any(study.trials for study in studies):
         reasons = [f"  {item.folder}: {item.reason}" for item in left]
-        raise ReportError(
+        raise ValueError(
             "\n".join([f"nothing to report: no complete run has a score on {where}", *reasons, RUN_FOLDER])
         )
     mark_edges(comparisons)

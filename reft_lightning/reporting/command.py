@@ -21,7 +21,6 @@ from . import plots, records, tables
 from .build import Report, build_report
 from .evidence import RESAMPLES
 from .page import latex, markdown, page
-from .runs import ReportError
 
 FEWEST = 1000  # resamples: 25 lie beyond each end of an interval
 PLOT = re.compile(r"\d{2,}_[A-Za-z0-9_-]+\.(svg|png)")
@@ -63,14 +62,14 @@ def main(
         ValueError: if nothing can be reported, or a package is missing.
     """
     if resamples < FEWEST:
-        raise ReportError(
+        raise ValueError(
             f"resamples must be {FEWEST} or more, as fewer do not settle the ends of an interval; got {resamples}"
         )
     with needs_extra("report", "a report needs matplotlib and scipy"):
         import matplotlib  # noqa: F401
         import scipy  # noqa: F401
     if out.exists() and not out.is_dir():
-        raise ReportError(f"out={out} is a file; give a folder")
+        raise ValueError(f"out={out} is a file; give a folder")
     report = build_report(folders, split, resamples, seed)
     html = write(report, out)
     console = console or Console(width=None if sys.stdout.isatty() else 140)
@@ -144,7 +143,6 @@ def print_report(report: Report, console: Console) -> None:
         said = ", ".join(
             f"{method} {tables.number(trial.value, study.measure)} (trial {trial.number})"
             for method, trial in best.items()
-            if trial.value is not None
         )
         console.print(
             escape(f"study {study.folder}: best {tables.monitored(study)}: {said}; {study.budget}"),

@@ -25,7 +25,7 @@ from ..suggest import needs_extra
 from .build import Report, build_report
 from .comparisons import lower_is_better
 from .page import markdown
-from .runs import ReportError, Run
+from .runs import Run
 
 STEP = "trainer/global_step"
 OWNED = ("Workspace", "Report", "Runset")  # classes that name entity and project
@@ -48,7 +48,7 @@ def main(
         Addresses of workspace and report; none where nothing was sent.
 
     Raises:
-        ReportError: if there is nothing to show.
+        ValueError: if there is nothing to show.
     """
     if len(folders) == 1 and folders[0].suffix == ".json":
         path = folders[0]
@@ -83,7 +83,7 @@ def dashboard(report: Report, entity: str | None = None, project: str | None = N
     ids = sorted(str(run.results["wandb_run"]) for run in report.runs if run.results.get("wandb_run"))
     groups = sorted(study.folder.resolve().name for study in report.studies)
     if not ids and not groups:
-        raise ReportError("none of these runs was logged to W&B: train with logger=wandb")
+        raise ValueError("none of these runs was logged to W&B: train with logger=wandb")
     filters = " or ".join(
         f"Metric({what!r}) in {values!r}" for what, values in (("ID", ids), ("Group", groups)) if values
     )

@@ -11,7 +11,7 @@ import numpy as np
 from ..terminal.bars import Bar
 from .comparisons import BASE, LOSS, Comparison, Method, Score
 from .pairs import pairs_of
-from .runs import LeftOut, ReportError, Run
+from .runs import LeftOut, Run
 from .scores import MAJORITY, Mean, RowMean, limits, measures_of
 from .statistics import (
     LEVEL,
@@ -75,7 +75,7 @@ def deviating(comparison: Comparison) -> list[LeftOut]:
             bar.advance()
             try:
                 predictions = run.predictions(comparison.split, base)
-            except ReportError as error:
+            except ValueError as error:
                 left.setdefault(run, LeftOut(run.folder, str(error)))
                 continue
             for task in predictions.keys() & comparison.main.keys():

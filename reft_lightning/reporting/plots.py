@@ -273,16 +273,16 @@ def _curve(ax: Axes, curves: Sequence[Sequence[tuple[int, float]]], label: str, 
 
 def _history(study: Study) -> Figure | None:
     """Draw each trial's score by its number, and the best so far."""
-    if not any(trial.value is not None for trials in study.trials.values() for trial in trials):
+    if not any(map(study.complete, study.trials)):
         return None
     figure, (ax,) = _figure()
     pick: Any = np.maximum if study.maximize else np.minimum
     scale = _scale(study.measure)
-    for i, (method, trials) in enumerate(study.trials.items()):
-        done = [(trial.number, scale * trial.value) for trial in trials if trial.value is not None]
-        if not done:
+    for i, method in enumerate(study.trials):
+        complete = study.complete(method)
+        if not complete:
             continue
-        numbers, values = zip(*done, strict=True)
+        numbers, values = [t.number for t in complete], [scale * t.value for t in complete]
         ax.plot(numbers, values, _marker(i), color=_colour(i), ms=5, alpha=0.6)
         ax.step(
             numbers, pick.accumulate(values), where="post", color=_colour(i), ls=_line_style(i), label=_text(method)

@@ -254,9 +254,9 @@ def study_table(study: Study) -> Table:
         spent = study.spent.get(method, {})
         rows.append([
             Cell(method), Cell(study.states(method)),
-            Cell("-" if best is None or best.value is None else number(best.value, study.measure),
-                 best.value if best else None),
-            Cell("-" if best is None else str(best.number), best.number if best else None), Cell(params or "-"),
+            *([Cell(number(best.value, study.measure), best.value), Cell(str(best.number), best.number)] if best
+              else [Cell("-"), Cell("-")]),
+            Cell(params or "-"),
             *(_cell(spent.get(unit), "{:,.0f}") for unit in units),
         ])  # fmt: skip
     columns = ["method", "outcomes", f"best {monitored(study)}", "of trial", "with", *units]

@@ -8,7 +8,7 @@ import datetime
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,12 +153,7 @@ class Study:
 
     def best(self, method: str) -> Any | None:
         """Return the trial with the best validation score, of equals the lowest loss; None where none is complete."""
-        complete = [trial for trial in self.trials(method) if trial.state.name == "COMPLETE"]
-        return min(
-            complete,
-            key=lambda t: order_of(t.value, t.user_attrs.get(LOSS), t.number, self.maximize),
-            default=None,
-        )
+        return best_of(self.trials(method), self.maximize)
 
     def start(self) -> None:
         """Note that the command was started: methods that gave up, and winners that failed, are tried again."""
@@ -210,9 +205,14 @@ class Study:
         return [f"at the {edge} edge of {name}" for edge, name in found if edge]
 
 
-def order_of(value: float, loss: float | None, number: int, maximize: bool) -> tuple[float, float, int]:
-    """Return what puts the better one of two complete trials first: its score, its loss, its number."""
-    return (-value if maximize else value, math.inf if loss is None else loss, number)
+def best_of(trials: Sequence[Any], maximize: bool) -> Any | None:
+    """Return the complete Optuna trial with the best score, of equals the lowest loss; None where none is complete."""
+
+    def order(trial: Any) -> tuple[float, float, int]:
+        loss = trial.user_attrs.get(LOSS)
+        return -trial.value if maximize else trial.value, math.inf if loss is None else loss, trial.number
+
+    return min((trial for trial in trials if trial.state.name == "COMPLETE"), key=order, default=None)
 
 
 def winner_status(folder: Path, job: Mapping[str, Any]) -> str:
