@@ -38,19 +38,12 @@ Subspaces = dict[int, Tensor]  # layer -> orthonormal rows
 
 @dataclass(frozen=True)
 class Inspected:
-    """A run with its adapter, and what measures it.
-
-    Args:
-        objects: of the run.
-        trainer: that evaluates.
-        text: windows of a text, or None for a model that does not read on.
-        other: the same model on the rows of another family, or None.
-    """
+    """A run with its adapter, and what measures it."""
 
     objects: Objects
     trainer: Trainer
-    text: dict[str, Any] | None
-    other: Objects | None = None
+    text: dict[str, Any] | None  # windows of a text, or None for a model that does not read on
+    other: Objects | None = None  # the same model on the rows of another family, or None
 
     @property
     def device(self) -> torch.device:

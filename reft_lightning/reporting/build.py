@@ -16,27 +16,16 @@ from .studies import Study, begun_anew, mark_edges, read_study
 
 @dataclass
 class Report:
-    """Everything that is said of some folders.
+    """Everything that is said of some folders."""
 
-    Args:
-        folders: as they were given.
-        runs: the complete ones.
-        comparisons: by title.
-        studies: of `reft-search`.
-        reads: every read of a test split, by time.
-        left: folders that are left out, and why.
-        resamples: of bootstrap and sign flips.
-        seed: of the draws.
-    """
-
-    folders: list[Path]
-    runs: list[Run]
-    comparisons: list[Comparison]
-    studies: list[Study] = field(default_factory=list)
-    reads: list[Read] = field(default_factory=list)
-    left: list[LeftOut] = field(default_factory=list)
-    resamples: int = RESAMPLES
-    seed: int = 0
+    folders: list[Path]  # as they were given
+    runs: list[Run]  # the complete ones
+    comparisons: list[Comparison]  # by title
+    studies: list[Study] = field(default_factory=list)  # of `reft-search`
+    reads: list[Read] = field(default_factory=list)  # every read of a test split, by time
+    left: list[LeftOut] = field(default_factory=list)  # folders that are left out, and why
+    resamples: int = RESAMPLES  # of bootstrap and sign flips
+    seed: int = 0  # of the draws
 
 
 def build_report(

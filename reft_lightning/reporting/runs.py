@@ -55,17 +55,11 @@ class Read:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One complete run.
-
-    Args:
-        folder: where it lies.
-        config: dotted key -> value, keys that are younger than the run at their defaults.
-        results: the contents of `results.json`.
-    """
+    """One complete run."""
 
     folder: Path
-    config: Mapping[str, Any]
-    results: Mapping[str, Any]
+    config: Mapping[str, Any]  # dotted key -> value, keys that are younger than the run at their defaults
+    results: Mapping[str, Any]  # the contents of `results.json`
     _parsed: dict[Path, Predictions] = field(default_factory=dict, init=False, repr=False)
 
     @property

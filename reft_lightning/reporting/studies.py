@@ -27,30 +27,20 @@ ENOUGH = 30  # complete trials, below which importance is that of noise
 
 @dataclass
 class Study:
-    """A study: the trials of each method and what they spent.
-
-    Args:
-        folder: of the study.
-        maximize: whether a higher score is better.
-        monitor: the validation score that decides.
-        trials: method -> those of Optuna, by number.
-        importance: method -> parameter -> share of the variance.
-        spent: method -> unit -> amount.
-        budget: in words, with the verdict whether the methods spent the same; empty where none is recorded.
-        equal: whether they did, as far as the search has come to its end.
-        running: whether the search has not come to its end, as its summary says.
-        remarks: method -> what its summary says of its winner and of its end.
-    """
+    """A study: the trials of each method and what they spent."""
 
     folder: Path
-    maximize: bool = True
-    monitor: str = "score"
-    trials: dict[str, list[Any]] = field(default_factory=dict)
+    maximize: bool = True  # whether a higher score is better
+    monitor: str = "score"  # the validation score that decides
+    trials: dict[str, list[Any]] = field(default_factory=dict)  # method -> those of Optuna, by number
+    # method -> parameter -> share of the variance
     importance: dict[str, dict[str, float]] = field(default_factory=dict)
-    spent: dict[str, dict[str, float]] = field(default_factory=dict)
+    spent: dict[str, dict[str, float]] = field(default_factory=dict)  # method -> unit -> amount
+    # in words, with the verdict whether the methods spent the same; empty where none is recorded
     budget: str = ""
-    equal: bool = True
-    running: bool = False
+    equal: bool = True  # whether they did, as far as the search has come to its end
+    running: bool = False  # whether the search has not come to its end, as its summary says
+    # method -> what its summary says of its winner and of its end
     remarks: dict[str, list[str]] = field(default_factory=dict)
 
     @property

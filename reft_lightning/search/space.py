@@ -34,19 +34,12 @@ Value = bool | int | float | str | None
 
 @dataclass(frozen=True)
 class Dimension:
-    """One parameter of a space.
+    """One parameter of a space."""
 
-    Args:
-        name: key of the schema, or group.
-        kind: one of :data:`KINDS`.
-        values: the choices, or the lowest and the highest value, both included.
-        extra: ``step`` of an ``int``, ``points`` of a ``float`` or ``log``, or None.
-    """
-
-    name: str
-    kind: str
-    values: tuple[Value, ...]
-    extra: int | None = None
+    name: str  # key of the schema, or group
+    kind: str  # one of :data:`KINDS`
+    values: tuple[Value, ...]  # the choices, or the lowest and the highest value, both included
+    extra: int | None = None  # ``step`` of an ``int``, ``points`` of a ``float`` or ``log``, or None
 
     @property
     def ends(self) -> tuple[Any, Any]:

@@ -39,31 +39,19 @@ class Part:
 
 @dataclass
 class Answer:
-    """One request, and its answer so far.
+    """One request, and its answer so far."""
 
-    Args:
-        prompt: token ids.
-        emit: called with each :class:`Part`, or the exception that ended the answer, from the thread that generates.
-        adapter: a name of the model, or None for the base.
-        strength: times the adapter's scale.
-        max_tokens: of the answer.
-        temperature: 0 takes the likeliest token.
-        top_p: draw from the likeliest tokens that hold this share.
-        seed: of the draws; the answer does not depend on what else is in the batch.
-        stop: the answer ends before any of these.
-        top: how many of the likeliest tokens are reported; None reports no log-probabilities.
-    """
-
-    prompt: list[int]
+    prompt: list[int]  # token ids
+    # called with each :class:`Part`, or the exception that ended the answer, from the thread that generates
     emit: Callable[[Part | Exception], Any]
-    adapter: str | None = None
-    strength: float = 1.0
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: Sequence[str] = ()
-    top: int | None = None
+    adapter: str | None = None  # a name of the model, or None for the base
+    strength: float = 1.0  # times the adapter's scale
+    max_tokens: int = 256  # of the answer
+    temperature: float = 0.0  # 0 takes the likeliest token
+    top_p: float = 1.0  # draw from the likeliest tokens that hold this share
+    seed: int | None = None  # of the draws; the answer does not depend on what else is in the batch
+    stop: Sequence[str] = ()  # the answer ends before any of these
+    top: int | None = None  # how many of the likeliest tokens are reported; None reports no log-probabilities
     tokens: list[int] = field(default_factory=list)
     done: bool = False
     cancelled: bool = False

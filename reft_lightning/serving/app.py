@@ -33,15 +33,10 @@ PATIENCE = 3  # s for answers under way when the server is told to end; the othe
 
 @dataclass(frozen=True)
 class Served:
-    """One name that requests may ask for.
+    """One name that requests may ask for."""
 
-    Args:
-        adapter: its name on the model; None for the base.
-        prompts: as it was trained on them; None if that is not known.
-    """
-
-    adapter: str | None
-    prompts: PromptFormat | None = None
+    adapter: str | None  # its name on the model; None for the base
+    prompts: PromptFormat | None = None  # as it was trained on them; None if that is not known
 
 
 class Refused(Exception):
