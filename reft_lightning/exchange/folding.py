@@ -65,11 +65,7 @@ class Fold:
     scale: float
 
     def change(self) -> Change:
-        """Return what the edit adds to the linear map.
-
-        Raises:
-            ValueError: if the edit is not affine, or not finite.
-        """
+        """Return what the edit adds to the linear map."""
         try:
             U, V, k = affine(self.phi, self.site.dim)
         except ValueError as error:

@@ -46,13 +46,8 @@ def main(
 ) -> dict[str, Any]:
     """Inspect the first folder, compare the others with it, write JSON and pictures, and show what was found.
 
-    Args:
-        folders: of runs, or of adapters; of an adapter without its run only subspaces are known.
-        rows: validation rows.
-        forget: a file of ``conf/data`` as ``data=NAME``, and overrides of its keys: rows of another family.
-        text: whose perplexity is measured; None for one of our own.
-        out: where to write; None for ``inspection`` in the first folder.
-        console: where to show.
+    Folders are runs or adapters; of an adapter without its run only subspaces are known. `forget` is ``data=NAME``, and
+    overrides of its keys: rows of another family. `text` is read for its perplexity; None for one of our own.
 
     Raises:
         ValueError, OSError: before weights are loaded, for folders, rows or a text that cannot be used.
@@ -84,11 +79,7 @@ def main(
 
 
 def _run_of(folder: Path) -> Path:
-    """Return the run of a folder, or the folder of an adapter that is part of none.
-
-    Raises:
-        ValueError: for anything else.
-    """
+    """Return the run of a folder, or the folder of an adapter that is part of none."""
     if not folder.is_dir():
         raise ValueError(no_such_folder(folder))
     for place in (folder, folder.parent):
@@ -102,11 +93,7 @@ def _run_of(folder: Path) -> Path:
 
 
 def _compare(runs: Sequence[Path]) -> dict[str, Any]:
-    """Return the angles within and between adapters, for which neither weights nor rows are read.
-
-    Raises:
-        ValueError, OSError: for adapters that cannot be compared.
-    """
+    """Return the angles within and between adapters, for which neither weights nor rows are read."""
     own, *others = ((run, run if (run / CONFIG_FILE).is_file() else run / "adapter") for run in runs)
     spaces = {str(run): _subspaces(run, adapter) for run, adapter in others}
     if not (own[1] / CONFIG_FILE).is_file():  # another method, which is inspected by itself
@@ -188,11 +175,7 @@ def _inspect(
 
 
 def _other(config: Config, forget: Sequence[str], rows: int) -> Config:
-    """Return the configuration of the same model on the rows of another family.
-
-    Raises:
-        ValueError: for rows of another kind, which the model does not answer.
-    """
+    """Return the configuration of the same model on the rows of another family, which must be of the same kind."""
     wanted = compose.compose(["model=tiny_random", *forget])
     data = replace(wanted.data, limit_validation=rows, limit_train=1)
     other = replace(

@@ -78,12 +78,7 @@ def steps_of(model: Any, other: bool) -> int:
 
 
 def find(run: Inspected, step: Step = lambda what: None) -> dict[str, Any]:
-    """Inspect the adapter of a run: all but its subspaces, see :func:`compare`.
-
-    Args:
-        run: what is inspected.
-        step: is called before each evaluation.
-    """
+    """Inspect the adapter of a run, but not its subspaces (:func:`compare`); `step` is told before each evaluation."""
     model = run.objects.model
     found: dict[str, Any] = {"not_inspected": []}
     step("the frozen base")
@@ -140,11 +135,6 @@ def subspaces(interventions: dict[int, list[Intervention]]) -> Subspaces:
 
 def compare(name: str, own: Subspaces, others: Mapping[str, Subspaces]) -> dict[str, Any]:
     """Return the angles between the layers of an adapter, and between its layers and the same ones of others.
-
-    Args:
-        name: of the folder of the adapter.
-        own: its subspaces.
-        others: name of another folder -> the subspaces of its adapter.
 
     Raises:
         ValueError: for another adapter that edits representations of another width.

@@ -37,11 +37,7 @@ GPUS = {
 
 
 def gpu_named(name: str) -> GPU:
-    """Return a GPU.
-
-    Raises:
-        ValueError: for an unknown name, with the nearest.
-    """
+    """Return a GPU."""
     if name not in GPUS:
         raise ValueError(f"gpu must be one of {', '.join(GPUS)}; got {name!r}{did_you_mean(name, GPUS)}")
     return GPUS[name]

@@ -87,11 +87,7 @@ def main(
 ) -> dict[str, Any]:
     """Plan a run, and print what was found.
 
-    Args:
-        overrides: of ``reft-train``.
-        prompt: tokens of the prompt of each row; None for the rows of the data.
-        target: tokens after it; 1 if only the prompt is given.
-        gpu: a name of :data:`.gpus.GPUS`, on which the run takes so long at least.
+    `prompt` and `target` are tokens of each row, instead of the data's rows; on a `gpu` the run takes so long at least.
 
     Raises:
         ValueError, OSError: for whatever ``reft-train`` refuses, or a model that does not run without weights.
@@ -218,13 +214,7 @@ def _ranks(config: Config) -> int:
 
 
 def on_gpu(found: Mapping[str, Any], config: Config, gpu: GPU) -> dict[str, Any]:
-    """Return what a plan takes at least on each GPU of a run, whose weights all of them hold.
-
-    Args:
-        found: what :func:`plan` returned.
-        config: of the run.
-        gpu: the kind.
-    """
+    """Return what a plan takes at least on each GPU of a run, whose weights all of them hold."""
     half = config.model.dtype != "float32" or "16" in str(config.trainer.precision)
     full = gpu.float32 if config.matmul_precision == "highest" else gpu.tf32
     costs = list(found["batches"].values())

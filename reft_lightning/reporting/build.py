@@ -33,11 +33,8 @@ def build_report(
 ) -> Report:
     """Read folders and compute what they say.
 
-    Args:
-        folders: run folders, multiruns, studies, or folders that hold any of them.
-        split: `test` or `validation`; None for test where a run has it, else validation.
-        resamples: of the bootstrap and of the sign flips.
-        seed: of the draws.
+    `folders` are run folders, multiruns, studies, or hold any of them; `split` is `test` or `validation`, None for test
+    where a run has it, else validation.
 
     Raises:
         ValueError: if nothing can be reported.

@@ -43,20 +43,7 @@ def main(
     project: str = "reft_lightning",
     console: Console | None = None,
 ) -> Report:
-    """Build a report, write it and print its tables.
-
-    Args:
-        folders: of runs, multiruns and studies, or what holds them.
-        out: where the report is written.
-        split: the scores to compare, ``test`` or ``validation``; None for test where a run has it.
-        resamples: of the bootstrap and of the sign flips.
-        seed: of the resamples.
-        wandb: whether to log tables and page to W&B.
-        project: of W&B.
-        console: where to print.
-
-    Returns:
-        What was written.
+    """Build a report, see :func:`.build_report`, write it to a folder and print its tables; with `wandb` log them, too.
 
     Raises:
         ValueError: if nothing can be reported, or a package is missing.

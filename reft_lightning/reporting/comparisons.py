@@ -53,9 +53,8 @@ class Score:
     def seed_part(self, pooled: Part = (0.0, 1.0)) -> Part | None:
         """Return the squared standard error of the mean over seeds, with its degrees of freedom; None of one seed.
 
-        Args:
-            pooled: variance over seeds with its degrees of freedom, which stands for that of these seeds where that is
-                smaller.
+        A `pooled` variance over seeds, with its degrees of freedom, stands for that of these seeds where that is
+        smaller.
         """
         if self.deviation is None:
             return None

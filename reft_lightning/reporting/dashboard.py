@@ -36,16 +36,10 @@ Panel = dict[str, Any]
 def main(
     folders: Sequence[Path], out: Path, entity: str | None = None, project: str | None = None
 ) -> list[str]:
-    """Write what a dashboard of some runs consists of, and send it where there is a key.
+    """Write what a dashboard of some runs consists of to a folder, and send it where there is a key.
 
-    Args:
-        folders: of runs, multiruns or studies; or one file that an earlier call wrote.
-        out: folder of the file.
-        entity: user or team; None for the runs', else W&B's default of the key.
-        project: None for the runs'.
-
-    Returns:
-        Addresses of workspace and report; none where nothing was sent.
+    `folders` may be one file that an earlier call wrote. Entity and project are the runs' where they are None. Returned
+    are the addresses of workspace and report, if they were sent.
 
     Raises:
         ValueError: if there is nothing to show.
@@ -224,11 +218,7 @@ def _by_method(range_: str) -> dict[str, Any]:
 
 
 def send(spec: Mapping[str, Any]) -> list[str]:
-    """Save workspace and report in W&B, as new ones; return their addresses.
-
-    Raises:
-        ValueError: where ``wandb_workspaces`` is missing.
-    """
+    """Save workspace and report in W&B, as new ones; return their addresses."""
     import wandb
 
     entity = spec["entity"] or wandb.Api().default_entity
@@ -239,12 +229,7 @@ def send(spec: Mapping[str, Any]) -> list[str]:
 
 
 def build(value: Any, owner: Mapping[str, Any]) -> Any:
-    """Return the objects of ``wandb_workspaces`` that a value stands for.
-
-    Args:
-        value: of a spec.
-        owner: ``entity`` and ``project`` of what is saved.
-    """
+    """Return the objects of ``wandb_workspaces`` that a value of a spec stands for, owned by an entity's project."""
     classes = _classes()
     if isinstance(value, list):
         return [build(item, owner) for item in value]

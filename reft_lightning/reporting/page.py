@@ -45,12 +45,7 @@ def latex(comparisons: Sequence[Comparison]) -> str:
 
 
 def page(report: Report, figures: Mapping[str, Mapping[str, Drawn]]) -> str:
-    """Return the HTML file.
-
-    Args:
-        report: what it shows.
-        figures: title of a comparison, or folder of a study -> name -> plot.
-    """
+    """Return the HTML file; `figures` holds the plots by title of a comparison, or folder of a study."""
     template = _environment().get_template("report.html.j2")
     return template.render(
         report=report, figures=figures, versions=_versions(report.runs), tables=tables, picture=_picture,

@@ -83,13 +83,7 @@ def _drawn(**plots: Callable[[], Figure | None]) -> dict[str, Drawn]:
 
 
 def inline(text: str, prefix: str, label: str) -> str:
-    """Return an SVG file as an element of a page.
-
-    Args:
-        text: of the file.
-        prefix: of all its ids, so that one page holds many.
-        label: what the picture shows, for those who do not see it; without markup.
-    """
+    """Return an SVG file as an element of a page that holds many: with a prefix of its ids, and a label."""
     element = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", text[text.index("<svg") :])
     element = element.replace(INK, "currentColor")
     return element.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

@@ -74,11 +74,7 @@ class Run:
 
     @cached_property
     def winner(self) -> Mapping[str, Any]:
-        """Return what a search wrote of its winner, such as `method` and `edges`; nothing for another run.
-
-        Raises:
-            ValueError: if it cannot be read.
-        """
+        """Return what a search wrote of its winner, such as `method` and `edges`; nothing for another run."""
         job = read_job(self.folder)
         return job if job.get("kind") == "winner" else {}
 
@@ -121,11 +117,7 @@ class Run:
         return (self.results.get("tasks") or {}).get(name, {})
 
     def predictions(self, split: str, base: bool = False) -> Predictions:
-        """Return the rows of a split, parsed once.
-
-        Raises:
-            ValueError: for a line that is not a row.
-        """
+        """Return the rows of a split, parsed once."""
         path = self.folder / "predictions" / f"{'base' if base else 'reft'}_{split}.jsonl"
         if path not in self._parsed:
             found: Predictions = defaultdict(dict)
@@ -164,9 +156,6 @@ def find_folders(roots: Iterable[Path]) -> tuple[list[Path], list[Path], list[Le
     """Return the folders below some that look like runs, the studies, each once, and what holds neither.
 
     The trials of a study are left out: they were compared by validation, inside the search.
-
-    Raises:
-        ValueError: for a folder that does not exist.
     """
     runs: dict[Path, Path] = {}
     studies: dict[Path, Path] = {}

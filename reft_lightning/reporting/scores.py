@@ -124,13 +124,10 @@ class Mean:
 def measures_of(
     rows: Sequence[Row], reported: Mapping[str, float], task: Mapping[str, Any]
 ) -> dict[str, Measure]:
-    """Return the measures of one task that its predictions carry.
+    """Return the measures of one task that its predictions carry; `task` is what :meth:`.Run.task` returns.
 
-    Args:
-        rows: predictions of one task, each with what `reft-train` writes.
-        reported: measure -> value in `results.json`; one that the predictions do not give again is left out, since an
-            interval around another number would mislead.
-        task: `kind` of its predictions and `labels` of classes, from `results.json`.
+    One that the predictions do not give again as it was reported is left out, since an interval around another number
+    would mislead.
     """
     found: dict[str, Measure] = {}
     for name, value in reported.items():

@@ -49,13 +49,9 @@ def row_counts(
 def resample_rows(
     measures: Sequence[Measure], rows: int, resamples: int, rng: np.random.Generator
 ) -> Array:  # (B, k)
-    """Return the value of each measure in each of the same bootstrap resamples of rows.
+    """Return the value of each measure in each of the same B bootstrap resamples of n rows.
 
-    Args:
-        measures: of the same rows in the same order, so that their differences are paired.
-        rows: n, 1 or more.
-        resamples: B.
-        rng: source of the draws.
+    The measures are of the same rows in the same order, so that their differences are paired.
     """
     values = np.empty((resamples, len(measures)))
     with Bar("resampling rows", resamples) as bar:

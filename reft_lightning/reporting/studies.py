@@ -159,12 +159,7 @@ def _add_budget(study: Study, plan: Mapping[str, Any]) -> None:
 
 
 def begun_anew(folder: Path, reads: Sequence[Read]) -> list[Read]:
-    """Return the reads that a study's ledger knows and its run folders do not: those of winners that were begun anew.
-
-    Args:
-        folder: of the study.
-        reads: that run folders recorded.
-    """
+    """Return the reads of winners that were begun anew, which a study's ledger knows and its run folders do not."""
     found: list[Read] = []
     for line in lost_reads(folder):
         place, model = winner_folder(folder, line), line["model"]

@@ -208,12 +208,7 @@ def places(folders: Sequence[Path], roots: Sequence[Path]) -> list[str]:
 
 
 def read_table(reads: Sequence[Read], roots: Sequence[Path] = ()) -> Table:
-    """Return every read of a test split, marked where one configuration and seed read it again.
-
-    Args:
-        reads: by time.
-        roots: the folders of the report, from which run folders are named.
-    """
+    """Return every read of a test split, by time, marked where one configuration and seed read it again."""
     named = places([read.folder for read in reads], roots)
     again = repeated(reads)
     rows = [

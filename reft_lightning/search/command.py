@@ -53,11 +53,7 @@ OWN = ("search", "folder", "workers", "storage", "trust_code")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        ValueError: for arguments, a plan or a study that do not fit.
-    """
+    """Run the command."""
     for text in argv:
         if "=" not in text:
             raise ValueError(f"arguments are written key=value; got {text!r}\n{USAGE}")
@@ -108,11 +104,7 @@ def prepare_study(own: Mapping[str, str], rest: Sequence[str]) -> Path:
 
 
 def begin_study(folder: Path, plan: Plan, monitor: str, mode: str, storage: str | None = None) -> None:
-    """Write the plan of a new study; its runs start in the present directory.
-
-    Raises:
-        ValueError: if another command has begun one in this folder meanwhile.
-    """
+    """Write the plan of a new study, whose runs start in the present directory; in a folder without another one."""
     folder.mkdir(parents=True, exist_ok=True)
     study = f"{plan.name}-{secrets.token_hex(4)}"  # a database may hold other searches of this name
     with Lock(folder / LOCKS / "turn"):
@@ -124,11 +116,7 @@ def begin_study(folder: Path, plan: Plan, monitor: str, mode: str, storage: str 
 
 
 def go_on(folder: Path, search: str | None, arguments: Sequence[str]) -> None:
-    """Raise the budget of a study if asked to; nothing else of its plan can change.
-
-    Raises:
-        ValueError: for another change, or for a raise after a test split was read.
-    """
+    """Raise the budget of a study if asked to, unless test rows were read; nothing else of its plan can change."""
     if not folder.is_dir():
         raise ValueError(f"folder={no_such_folder(folder)}; to begin a study there, add search=NAME")
     earlier, more = read_study(folder)

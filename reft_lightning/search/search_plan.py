@@ -115,11 +115,7 @@ def plan_keys() -> set[str]:
 
 
 def search_file(name: str) -> Path:
-    """Return the file of ``conf/search``, or the user's own, of that name.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """Return the file of ``conf/search``, or the user's own, of that name."""
     folder = config_dir() / "search"
     for path in (folder / f"{name}.yaml", Path(name)):
         if path.is_file():
@@ -132,11 +128,9 @@ def search_file(name: str) -> Path:
 
 
 def read_plan(name: str, arguments: Sequence[str] = ()) -> Plan:
-    """Read a search file and the arguments of the command.
+    """Read a search file, of ``conf/search`` or one's own, and the arguments of the command.
 
-    Args:
-        name: of ``conf/search``, or the path of a YAML file.
-        arguments: ``key=value``; those of :func:`plan_keys` change the plan, others are overrides for all runs.
+    Arguments of :func:`plan_keys` change the plan, others are overrides for all runs.
 
     Raises:
         ValueError: for a plan that does not fit; the message names the file, the method and the parameter.
@@ -158,11 +152,7 @@ def read_plan(name: str, arguments: Sequence[str] = ()) -> Plan:
 
 
 def change_plan(plan: Plan, arguments: Sequence[str]) -> Plan:
-    """Return a plan with arguments of the command.
-
-    Raises:
-        ValueError: for a plan that does not fit.
-    """
+    """Return a plan with arguments of the command."""
     where = " ".join(arguments)
     for text in arguments:
         if key_of(text) not in plan_keys():
@@ -187,11 +177,7 @@ def _select(methods: Any, text: str, path: Path) -> dict[str, Any]:
 
 
 def parse_plan(name: str, values: Any, overrides: Sequence[str] = (), where: str = "the plan") -> Plan:
-    """Check the values of a search file.
-
-    Raises:
-        ValueError: naming the value, what is allowed, and the nearest name.
-    """
+    """Check the values of a search file; an error names the value, what is allowed, and the nearest name."""
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Plan), values, {"name": name})
         plan = cast(Plan, OmegaConf.to_container(merged, structured_config_mode=SCMode.INSTANTIATE))

@@ -57,11 +57,7 @@ class Dimension:
         return trial.suggest_float(self.name, low, high, log=self.kind == "log")
 
     def grid(self) -> list[Value]:
-        """Return the values of this parameter in a grid.
-
-        Raises:
-            ValueError: for a continuous one without ``points``.
-        """
+        """Return the values of this parameter in a grid, for which a continuous one needs ``points``."""
         if self.kind == "choice":
             return list(self.values)
         low, high = self.ends
@@ -97,11 +93,7 @@ class Dimension:
 
 
 def parse_space(space: Any) -> tuple[Dimension, ...]:
-    """Read a space from a YAML file.
-
-    Raises:
-        ValueError: for an empty space, or a parameter that is not a distribution.
-    """
+    """Read a space from a YAML file."""
     if not isinstance(space, Mapping) or not space:
         raise ValueError(
             f"the space must name at least one parameter, such as optimizer.lr: {{log: [1e-4, 1e-2]}}; got {space!r}"
@@ -110,11 +102,7 @@ def parse_space(space: Any) -> tuple[Dimension, ...]:
 
 
 def parse_dimension(name: str, given: Any) -> Dimension:
-    """Read one parameter.
-
-    Raises:
-        ValueError: for an unknown kind, no choices, an empty range, a logarithm of zero or less.
-    """
+    """Read one parameter of a space."""
     example = f"write {name}: {{choice: [...]}}, or int, float or log with [lowest, highest]"
     if not isinstance(given, Mapping):
         raise ValueError(f"{name}: {given!r} is not a distribution: {example}")

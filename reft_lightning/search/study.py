@@ -33,11 +33,7 @@ FREE = 3  # trials in a row that cost nothing, such as those that fail before th
 
 
 def load_optuna() -> Any:
-    """Return Optuna, which otherwise logs every trial.
-
-    Raises:
-        ValueError: where it is not installed.
-    """
+    """Return Optuna, which otherwise logs every trial."""
     with needs_extra("search", "reft-search needs Optuna"):
         import optuna
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -100,11 +96,7 @@ def write_study(folder: Path, plan: Plan, **more: str | None) -> None:
 
 
 def read_study(folder: Path) -> tuple[Plan, dict[str, Any]]:
-    """Return the plan of a study, and :data:`MORE`.
-
-    Raises:
-        ValueError: for a folder without a study.
-    """
+    """Return the plan of a study, and :data:`MORE`."""
     path = folder / PLAN
     if not path.is_file():
         raise ValueError(

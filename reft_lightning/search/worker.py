@@ -43,10 +43,8 @@ class TrialFailed(RuntimeError):
 class Worker:
     """A worker of a study.
 
-    Args:
-        study: to work on.
-        run: runs what ``job.json`` of a folder says; by default in a process of its own.
-        trusted: whether the names that the study holds may be any module's, as those of one's own plan.
+    `run` runs what ``job.json`` of a folder says, by default in a process of its own. `trusted` says whether the names
+    that the study holds may be any module's, as those of one's own plan.
     """
 
     def __init__(self, study: Study, run: Runner | None = None, trusted: bool = True) -> None:

@@ -141,14 +141,7 @@ def tell(answer: Answer, error: Exception) -> None:
 
 
 class Choosing(LogitsProcessor):
-    """Let each row of a generation choose its own tokens, and leave only those possible.
-
-    Args:
-        answers: of the rows.
-        tokenizer: theirs.
-        ends: ids that end a text.
-        pad: the id that rows get after their end.
-    """
+    """Lets each row of a generation choose its own tokens, and leaves only those possible; after its end, `pad`."""
 
     def __init__(self, answers: Sequence[Answer], tokenizer: Any, ends: Sequence[int], pad: int) -> None:
         self.answers, self.tokenizer, self.ends, self.pad = answers, tokenizer, ends, pad

@@ -48,12 +48,10 @@ class Refused(Exception):
 
 
 def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = None) -> FastAPI:
-    """Return the application.
+    """Return the application, with which the engine is closed.
 
-    Args:
-        engine: answers requests; it is closed with the application.
-        served: what ``model`` may name in a request.
-        token: what clients must send as ``Authorization: Bearer TOKEN``; None asks for none.
+    `served` are the models that a request may name. A `token` is what clients must send as ``Authorization: Bearer
+    TOKEN``.
     """
 
     @asynccontextmanager
@@ -160,12 +158,7 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
 
 
 class Server(uvicorn.Server):
-    """Ends answers before uvicorn cuts their connections, which tells clients nothing and the log a traceback for each.
-
-    Args:
-        config: uvicorn's.
-        engine: that answers.
-    """
+    """Ends answers before uvicorn cuts their connections, which tells clients nothing and fills the log."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
         config.timeout_graceful_shutdown = PATIENCE + 2

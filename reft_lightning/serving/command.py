@@ -41,12 +41,9 @@ def main(
 ) -> None:
     """Serve adapters until interrupted.
 
-    Args:
-        folders: name in requests -> a run, or an adapter; the first run names the base model.
-        model: a file of ``conf/model`` instead.
-        host: the address that is listened on; any but the own machine's needs a token.
-        port: of it.
-        max_batch: rows that are generated together.
+    `folders` are runs or adapters by their name in requests. The first run names the base model, or `model` does, a
+    file of ``conf/model``. An address of any but the own machine needs a token; up to `max_batch` rows are generated
+    together.
 
     Raises:
         ValueError, OSError: before weights are loaded, for folders or addresses that cannot be used.
@@ -105,10 +102,7 @@ def main(
 
 
 def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> tuple[ReftModel, dict[str, str]]:
-    """Load several adapters onto one base model.
-
-    Returns:
-        The model, and name -> what the model calls the adapter: the first is its default.
+    """Load several adapters onto one base model; return it, and what it calls each of them.
 
     Raises:
         ValueError: naming the folder whose adapter does not fit.

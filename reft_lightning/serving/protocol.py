@@ -112,12 +112,7 @@ class TextRequest(_Request):
 
 
 class Writer:
-    """Writes the answers to one request, whole or in pieces.
-
-    Args:
-        request: which shape is asked for.
-        tokenizer: spells the tokens of log-probabilities.
-    """
+    """Writes the answers to one request, whole or in pieces; the tokenizer spells the tokens of log-probabilities."""
 
     def __init__(self, request: ChatRequest | TextRequest, tokenizer: Any) -> None:
         self.request, self.tokenizer = request, tokenizer

@@ -56,15 +56,10 @@ OPTIONS = (*_COMMON, *_OF_JUDGE["file"], *_OF_JUDGE["endpoint"])
 
 
 def main(options: Mapping[str, str]) -> dict[str, Any]:
-    """Judge, compute the win rate, and write both.
+    """Judge, compute the win rate, and write both; the judgements lie next to `out`. The options are those of `HELP`.
 
-    Args:
-        options: as written on the command line, see `HELP`. Without `outputs` and `reference`, judge=file takes the
-            win rate of the annotations as they are. `temperature=none` sends none. The judgements are written next to
-            `out`.
-
-    Returns:
-        What `win_rate` returns, with the names of the files.
+    Without `outputs` and `reference`, judge=file takes the win rate of the annotations as they are. `temperature=none`
+    sends none.
 
     Raises:
         ValueError: for options that do not fit, or outputs that do not belong together.
@@ -134,13 +129,9 @@ def pair_up(
     generator: str | None = None,
     reference_name: str | None = None,
 ) -> list[Pair]:
-    """Return the pairs to compare, in the order of the outputs.
+    """Return the pairs to compare, in the order of the outputs; the reference model may have more instructions.
 
-    Args:
-        outputs: {instruction, output, generator} of the model.
-        references: the same of the reference model, which may have more instructions.
-        generator: overrides the rows' name of the model.
-        reference_name: overrides the rows' name of the reference model.
+    The names, where given, override those in the rows.
 
     Raises:
         ValueError: if an instruction has no reference output or two outputs, or a model has no name or several.

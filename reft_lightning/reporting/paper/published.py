@@ -37,11 +37,7 @@ class Printed:
 
 
 def read_rows(path: Path | None = None) -> list[Printed]:
-    """Return the rows of all tables, in the order of the tables.
-
-    Args:
-        path: of the numbers; None for the paper's.
-    """
+    """Return the rows of all tables, in the order of the tables, from the paper's file of numbers or another."""
     rows: dict[str, Printed] = {}
     path = path or config_dir() / "experiment" / GROUP / "paper.csv"
     with path.open(newline="", encoding="utf-8") as file:
