@@ -136,9 +136,8 @@ def _units(path: Path, used: list[int]) -> tuple[list[int], dict[str, Tensor]]:
                 state[f"{place}.projection.weight"] = own["projection.weight"]
                 continue
             prefix = "projection.parametrizations.weight"
-            original, base = take(
-                path, own, {f"{prefix}.original": 2, f"{prefix}.0.base": 2}, what
-            )  # (r, d), (d, d)
+            # (r, d), (d, d)
+            original, base = take(path, own, {f"{prefix}.original": 2, f"{prefix}.0.base": 2}, what)
             state[f"{place}.basis"] = orthogonal_map(original.mT, base).mT / 2  # as long as rows start here
     return layers, state
 

@@ -104,10 +104,11 @@ def _apply(terms: tuple[Term, ...]) -> dict[str, Any]:
         elif term.kind == "decode":
             clause["generation_window"] = [0, term.count]
         elif term.kind == "f":
+            # positions past the end would be clamped to the last token
             clause["prompt_window"] = [
                 0,
                 term.count,
-            ]  # positions past the end would be clamped to the last token
+            ]
         elif term.kind == "l":
             clause["prompt_positions"] = list(range(-(term.count or 0), 0))
     return clause

@@ -103,9 +103,8 @@ def affine(phi: Intervention, dim: int) -> tuple[Tensor, Tensor, Tensor]:
         found = phi.edit(probes)
         if not found.isfinite().all():
             raise ValueError(f"{type(phi).__name__} gives NaN or infinite values: its training diverged")
-        largest = max(
-            float(found.abs().max()), size * float(k.abs().max())
-        )  # K is noise where the edit is a constant
+        # K is noise where the edit is a constant
+        largest = max(float(found.abs().max()), size * float(k.abs().max()))
         if not torch.allclose(found, probes @ K.mT + k, rtol=EXACT, atol=EXACT * largest):
             raise ValueError(
                 f"{type(phi).__name__} is not an affine function of h, and no weight computes it"
@@ -229,9 +228,8 @@ def _compare(
     returned: dict[str, Any], last: dict[str, str], path: str, module: nn.Module, args: tuple, output: Any
 ) -> None:
     for name, tensor in returned.items():
-        if name.startswith(f"{path}.") and tensor is hidden_of(
-            output
-        ):  # dropout that is off returns what it got
+        # dropout that is off returns what it got
+        if name.startswith(f"{path}.") and tensor is hidden_of(output):
             last[path] = name
 
 

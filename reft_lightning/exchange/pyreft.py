@@ -231,9 +231,8 @@ def _read(path: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
             (b,) = take(path, state, {"learned_source": 1}, name)
             W, tensors = None, {"bias": b}
     if R is not None:
-        tensors["basis"] = (
-            R / 2
-        )  # as long as rows start here, see orthonormal.random_rows; R itself is the same
+        # as long as rows start here, see orthonormal.random_rows; R itself is the same
+        tensors["basis"] = R / 2
     settings: dict[str, Any] = {"rank": len(b)}
     if W is not None and W.dtype == torch.bfloat16:
         settings["weight_dtype"] = "bfloat16"

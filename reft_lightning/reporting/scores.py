@@ -165,9 +165,8 @@ def _measure(name: str, rows: Sequence[Row], task: Mapping[str, Any]) -> Measure
         return RowMean(np.array(scores, float))
     kind = task.get("kind")
     if kind == "regression" and name in ("pearson", "spearman"):
-        said, gold = (
-            np.array([row[column] for row in rows], float) for column in ("value", "gold")
-        )  # null: nan
+        # null: nan
+        said, gold = (np.array([row[column] for row in rows], float) for column in ("value", "gold"))
         return (Pearson if name == "pearson" else Spearman)(said, gold)
     if kind == "classification" and name in ("f1", "matthews"):
         number = {label: i for i, label in enumerate(task["labels"])}

@@ -57,9 +57,8 @@ def test_methods_are_compared_by_score_parameters_and_learning_curves(two_method
     for _, curve in sections(spec)["Learning curves by method"]:
         assert (curve["x"], curve["groupby"]) == ("trainer/global_step", {"Config": {"name": "method"}})
     rates = [given for _, given in sections(spec)["Time and memory"] if given["title"] == "progress/lr"]
-    assert [given["metric_regex"] for given in rates] == [
-        "progress/lr/.*"
-    ]  # bias has no weights, none only a head
+    # bias has no weights, none only a head
+    assert [given["metric_regex"] for given in rates] == ["progress/lr/.*"]
     ((_, table),) = sections(spec)["Predictions"]
     assert table["table_name"] == "test/predictions"
     assert filters(spec) == "Metric('ID') in ['loreft42', 'loreft43', 'red42', 'red43']"

@@ -186,9 +186,8 @@ def test_no_process_of_the_command_opens_test_rows(data, tmp_path):
     assert running.returncode == 0, said
     files = set(log.read_text().splitlines())
     assert str(data / "boolq" / "train.json") in files
-    assert (
-        str(tmp_path / "study" / "trials" / "loreft" / "0" / "job.json") in files
-    )  # also of the trial's process
+    # also of the trial's process
+    assert str(tmp_path / "study" / "trials" / "loreft" / "0" / "job.json") in files
     assert str(data / "boolq" / "test.json") not in files
     summary = json.loads((tmp_path / "study" / "summary.json").read_text())
     assert (summary["status"], summary["test_reads"]) == ("complete", [])
