@@ -56,12 +56,8 @@ CLASSES = {
     "ConsreftIntervention": "consreft",
     "LobireftIntervention": "lobireft",
 }
-COMPONENTS = (
-    "block_output",
-    "block_input",
-    "attention_output",
-    "mlp_output",
-)  # of one name and meaning in both
+# of one name and meaning in both
+COMPONENTS = ("block_output", "block_input", "attention_output", "mlp_output")
 # fields of pyvene's RepresentationConfig, in its order, and those whose meaning has no counterpart here
 FIELDS = (
     "layer", "component", "unit", "max_number_of_units", "low_rank_dimension", "intervention_type", "intervention",
@@ -121,9 +117,15 @@ def from_pyreft(
     if act_fn is not None:
         for own in layers.values():
             own["act_fn"] = act_fn
+    untied = [layer for layer, own in layers.items() if own["tied"] == "group"]
+    if untied and [term.kind for term in parse_positions(positions).terms] != ["f", "l"]:
+        raise ValueError(
+            f"{folder}: layer {untied[0]} has one intervention for the prefix and one for the suffix (share_weights="
+            f"False in pyreft), so positions need a term of each, such as 'f3+l3'; got {positions!r}"
+        )
     settings: dict[str, Any] = {"dropout": dropout, "dropout_on": "output"} if dropout else {}
     return attached(
-        base_model, folder, layers, state | head_state, positions=_checked(folder, positions, layers), clip="floor",
+        base_model, folder, layers, state | head_state, positions=positions, clip="floor",
         heads=sorted({path.rpartition(".")[0] for path in heads}), **settings,
     )  # fmt: skip
 
@@ -183,23 +185,9 @@ def _interventions(
     return layers, state
 
 
-def _checked(folder: Path, positions: str, layers: dict[int, dict[str, Any]]) -> str:
-    kinds = [term.kind for term in parse_positions(positions).terms]
-    untied = [layer for layer, own in layers.items() if own["tied"] == "group"]
-    if untied and kinds != ["f", "l"]:
-        raise ValueError(
-            f"{folder}: layer {untied[0]} has one intervention for the prefix and one for the suffix (share_weights="
-            f"False in pyreft), so positions need a term of each, such as 'f3+l3'; got {positions!r}"
-        )
-    return positions
-
-
 def _file(folder: Path, layer: int, component: str, units: int, group: int) -> Path:
     """Return the file of an intervention, whichever pyvene wrote it."""
-    place = f"comp.{component}" if "." in component else f"layer.{layer}.comp.{component}"
-    older = f"{place}.unit.pos.nunit.{units}"
-    newer = re.sub(r"\.", "_", older)
-    paths = [folder / f"intkey_{key}#{group}.bin" for key in (newer, older)]
+    paths = [folder / f"intkey_{_key(layer, component, units, group, separator)}.bin" for separator in "_."]
     found = next((path for path in paths if path.is_file()), None)
     if found is None:
         there = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "none"
@@ -209,36 +197,35 @@ def _file(folder: Path, layer: int, component: str, units: int, group: int) -> P
     return found
 
 
+def _key(layer: int, component: str, units: int, group: int, separator: str = "_") -> str:
+    """Return what pyvene calls an intervention; older versions separate by dots."""
+    place = f"comp.{component}" if "." in component else f"layer.{layer}.comp.{component}"
+    return f"{place}.unit.pos.nunit.{units}".replace(".", separator) + f"#{group}"
+
+
 def _read(path: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return settings and tensors of one intervention under their names here."""
     state = read_pickled(path)
+    R: Tensor | None = None
     if name == "LoreftIntervention":
         W, b, R = take(path, state, {"weight": 2, "bias": 1, "rotate_layer": 2}, name)
-        R, tensors = R.mT, {"source.weight": W, "source.bias": b}
-    elif name in ("NoreftIntervention", "NodireftIntervention"):
-        names = {"learned_source.weight": 2, "learned_source.bias": 1, "proj_layer.weight": 2}
-        W, b, W2 = take(path, state, names, name)
-        R, tensors = None, {"source.weight": W, "source.bias": b, "projection.weight": W2}
-        if name == "NoreftIntervention" and "proj_layer.bias" in state:
-            tensors["projection.bias"] = state["proj_layer.bias"]
+    elif name in ("ConsreftIntervention", "LobireftIntervention"):
+        W, (b,) = None, take(path, state, {"learned_source": 1}, name)
     else:
-        R = orthogonal_map(*take(path, state, {PARAMETER: 2, BUFFER: 2}, name)).mT
-        if name == "DireftIntervention":
-            names = {"learned_source.weight": 2, "learned_source.bias": 1}
-            W, b = take(path, state, names, name)
-            tensors = {"source.weight": W, "source.bias": b}
-        else:
-            (b,) = take(path, state, {"learned_source": 1}, name)
-            W, tensors = None, {"bias": b}
-    if R is not None:
-        # as long as rows start here, see orthonormal.random_rows; R itself is the same
-        tensors["basis"] = R / 2
+        W, b = take(path, state, {"learned_source.weight": 2, "learned_source.bias": 1}, name)
+    tensors = {"bias": b} if W is None else {"source.weight": W, "source.bias": b}
     settings: dict[str, Any] = {"rank": len(b)}
     if W is not None and W.dtype == torch.bfloat16:
         settings["weight_dtype"] = "bfloat16"
-    if "projection.bias" in tensors:
-        settings["add_bias"] = True
-    return settings, tensors
+    if name in ("NoreftIntervention", "NodireftIntervention"):
+        (tensors["projection.weight"],) = take(path, state, {"proj_layer.weight": 2}, name)
+        if name == "NoreftIntervention" and "proj_layer.bias" in state:
+            tensors["projection.bias"], settings["add_bias"] = state["proj_layer.bias"], True
+        return settings, tensors
+    if R is None:
+        R = orthogonal_map(*take(path, state, {PARAMETER: 2, BUFFER: 2}, name))
+    # as long as rows start here, see orthonormal.random_rows; R itself is the same
+    return settings, tensors | {"basis": R.mT / 2}
 
 
 def _site(component: str, layer: int, blocks: str) -> tuple[int, str]:
@@ -311,8 +298,7 @@ def to_pyreft(reft: ReftModel, folder: str | PathLike) -> None:
     representations, keys = [], []
     for layer, group, phi in written:
         site = _component(specs[layer].component, layer)
-        place = f"comp_{site.replace('.', '_')}" if "." in site else f"layer_{layer}_comp_{site}"
-        keys.append(f"{place}_unit_pos_nunit_1#{group}")
+        keys.append(_key(layer, site, 1, group))
         representations.append([layer, site, "pos", 1, phi.rank, *[None] * (len(FIELDS) - 5)])
         tensors = _tensors(phi)
         write_whole(folder / f"intkey_{keys[-1]}.bin", lambda partial, t=tensors: torch.save(t, partial))
