@@ -207,30 +207,27 @@ def _last_maps(model: PreTrainedModel, paths: list[str]) -> dict[str, str]:
             f"which linear maps {paths[0]} and the like end in cannot be tried on a copy of {type(model).__name__} "
             f"({reason}): name the map, as '...{{layer}}.mlp.down_proj'"
         ) from error
-    returned: dict[str, Any] = {}
+    returned: dict[str, Any] = {}  # by linear maps
     last: dict[str, str] = {}
+
+    def note(path: str, module: nn.Module, args: tuple, output: Any) -> None:
+        returned[path] = output
+
+    def compare(path: str, module: nn.Module, args: tuple, output: Any) -> None:
+        for name, tensor in returned.items():
+            # dropout that is off returns what it got
+            if name.startswith(f"{path}.") and tensor is hidden_of(output):
+                last[path] = name
+
     for name, module in tried.named_modules():
         if _is_linear(module):
-            module.register_forward_hook(partial(_note, returned, name))
+            module.register_forward_hook(partial(note, name))
     for path in paths:
-        tried.get_submodule(path).register_forward_hook(partial(_compare, returned, last, path))
+        tried.get_submodule(path).register_forward_hook(partial(compare, path))
     ids = torch.full((1, 4), 3, device=model.device)
     with torch.no_grad():
         tried(input_ids=ids, **({"decoder_input_ids": ids} if reads_two_texts(model) else {}))
     return last
-
-
-def _note(returned: dict[str, Any], name: str, module: nn.Module, args: tuple, output: Any) -> None:
-    returned[name] = output
-
-
-def _compare(
-    returned: dict[str, Any], last: dict[str, str], path: str, module: nn.Module, args: tuple, output: Any
-) -> None:
-    for name, tensor in returned.items():
-        # dropout that is off returns what it got
-        if name.startswith(f"{path}.") and tensor is hidden_of(output):
-            last[path] = name
 
 
 def _is_linear(module: nn.Module) -> bool:
