@@ -57,18 +57,16 @@ def main(
     console = console or Console(width=None if sys.stdout.isatty() else 120)
     runs = [_run_of(folder) for folder in folders]
     out = out or runs[0] / "inspection"
-    found = _compare(runs)
+    angles = _compare(runs)
     if (runs[0] / "config.yaml").is_file():
         inside = _inspect(runs[0], rows, forget, text, out)
     else:
-        inside = {
-            "not_inspected": [
-                f"{runs[0]} is an adapter without its run, whose config.yaml names model and rows: only subspaces"
-            ]
-        }
-    said = [*inside["not_inspected"], *found["not_inspected"]]
-    found = {**inside, **found, "not_inspected": said}
-    found = {"folder": str(runs[0]), **found}
+        why = (
+            f"{runs[0]} is an adapter without its run, whose config.yaml names model and rows: only subspaces"
+        )
+        inside = {"not_inspected": [why]}
+    said = [*inside["not_inspected"], *angles["not_inspected"]]
+    found = {"folder": str(runs[0]), **inside, **angles, "not_inspected": said}
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "inspect.json", found)
     pictures = draw(found, out)
@@ -112,12 +110,8 @@ def _subspaces(run: Path, adapter: Path) -> findings.Subspaces:
     else:
         intervention = load_run_config(run).intervention
         method, layers = intervention.method, intervention.layers
-    named = (
-        [own["method"] for own in layers.values() if own and "method" in own]
-        if isinstance(layers, Mapping)
-        else []
-    )
-    for name in (method, *named):
+    each = layers.values() if isinstance(layers, Mapping) else ()
+    for name in (method, *(own["method"] for own in each if own and "method" in own)):
         if method_named(name).takes_settings:
             method_name(intervention_class(name))  # enters it in the table that saved adapters are read by
     found, own = saved_interventions(adapter), saved.get("per_layer") or {}
@@ -127,19 +121,13 @@ def _subspaces(run: Path, adapter: Path) -> findings.Subspaces:
     )
 
 
-def _inspect(
-    folder: Path,
-    rows: int,
-    forget: Sequence[str],
-    text: Path | None,
-    out: Path,
-) -> dict[str, Any]:
+def _inspect(folder: Path, rows: int, forget: Sequence[str], text: Path | None, out: Path) -> dict[str, Any]:
     config = load_run_config(folder)
     # train rows are not read beyond what the rows for validation are taken from
     data = replace(config.data, limit_validation=rows, limit_train=1)
     config = replace(config, data=data, test=False, evaluate_base=False)
     other = _other(config, forget, rows) if forget else None
-    prepared = prepare(other) if other is not None else None
+    prepared = prepare(other) if other else None
     plan = prepare(untrained(config))
     if not plan.data.val_tasks:
         raise ValueError(f"{folder} has no validation rows, on which an adapter is inspected")
@@ -148,30 +136,19 @@ def _inspect(
     objects = load_run(folder, config, plan)
     trainer = evaluating_trainer(config, out, progress_bar=False)
     also = None
-    if prepared is not None and other is not None:
+    if prepared and other:
         module = kind_of(prepared.family).module(other, prepared, objects.model, None)
         also = Objects(prepared, objects.model, module, objects.name)
     run = findings.Inspected(objects, trainer, batch, also)
-    total = findings.steps_of(objects.model, also is not None)
-    with Bar("inspecting", total) as bar:
-
-        def step(what: str) -> None:
-            bar.show(bar.done + 1, what)
-
-        found = findings.find(run, step)
-    count = objects.prepared.count
+    with Bar("inspecting", findings.steps_of(objects.model, also is not None)) as bar:
+        found = findings.find(run, lambda what: bar.show(bar.done + 1, what))
     return {
-        "model": config.model.name,
-        "method": method_of(config),
-        "trainable_parameters": count.trainable,
-        "seed": config.seed,
-        "family": config.data.family,
-        "tasks": list(objects.data.val_tasks),
+        "model": config.model.name, "method": method_of(config),
+        "trainable_parameters": objects.prepared.count.trainable, "seed": config.seed,
+        "family": config.data.family, "tasks": list(objects.data.val_tasks),
         "rows": sum(len(loader.dataset) for loader in objects.data.val_dataloader()),  # pyright: ignore
-        "other_family": other.data.family if other is not None else None,
-        "text": str(text) if text else "of our own",
-        **found,
-    }
+        "other_family": other.data.family if other else None, "text": str(text) if text else "of our own", **found,
+    }  # fmt: skip
 
 
 def _other(config: Config, forget: Sequence[str], rows: int) -> Config:

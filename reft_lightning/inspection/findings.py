@@ -58,16 +58,13 @@ class Inspected:
         names = (name for name in found if name.count("/") == 1 and not name.endswith("majority_accuracy"))
         return {name.removeprefix("val/"): found[name] for name in names}
 
-    def perplexity(self) -> Scores:
-        """Return the perplexity of the text."""
-        if self.text is None:
-            return {}
-        model = self.objects.module.to(self.device).eval().model
-        return {"perplexity": perplexity(model, self.text, self.device)}
-
     def everything(self) -> Scores:
-        """Return scores and perplexity."""
-        return self.score() | self.perplexity()
+        """Return scores, and the perplexity of the text."""
+        scores = self.score()
+        if self.text is None:
+            return scores
+        model = self.objects.module.to(self.device).eval().model
+        return scores | {"perplexity": perplexity(model, self.text, self.device)}
 
 
 def steps_of(model: Any, other: bool) -> int:
@@ -192,10 +189,10 @@ def _lens(run: Inspected, reft: ReftModel, norms: EditNorms) -> tuple[list[dict[
         directions = torch.stack([vector.to(base.device) for _, vector in named])
         logits = logits_of(base, torch.cat([directions, -directions]))
         tops = [[repr(tokenizer.decode([i])) for i in row] for row in logits.topk(TOKENS).indices.tolist()]
-        for i, (name, _) in enumerate(named):
-            found.append(
-                {"layer": layer, "direction": name, "towards": tops[i], "away_from": tops[i + len(named)]}
-            )
+        found += [
+            {"layer": layer, "direction": name, "towards": towards, "away_from": away}
+            for (name, _), towards, away in zip(named, tops[: len(named)], tops[len(named) :], strict=True)
+        ]
     return found, [
         f"{component} is not in the residual stream, which the output head reads: no logit lens of layers "
         f"{', '.join(map(str, layers))}"
