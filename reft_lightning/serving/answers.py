@@ -60,9 +60,8 @@ class Answer:
         self._sent = 0  # characters
         self._waiting: list[Likelihood] = []
         self._draws: torch.Generator | None = None
-        self._before: tuple[list[int], str] | None = (
-            None  # the end of the prompt, from the start of a character
-        )
+        # the end of the prompt, from the start of a character
+        self._before: tuple[list[int], str] | None = None
 
     def choose(self, logits: Tensor) -> int:  # (v,)
         """Return the next token."""
@@ -89,11 +88,8 @@ class Answer:
             self._waiting.append(_likelihood(token, logits, self.top))
         text = self._text(tokenizer)
         cut = min((at for word in self.stop if (at := text.find(word)) >= 0), default=-1)
-        finish = None
-        if ended or cut >= 0:
-            finish = "stop"
-        elif len(self.tokens) >= self.max_tokens:
-            finish = "length"
+        full = len(self.tokens) >= self.max_tokens
+        finish = "stop" if ended or cut >= 0 else "length" if full else None
         if cut >= 0:
             text = text[:cut]
         elif finish is None:

@@ -27,9 +27,8 @@ log = logging.getLogger(__name__)
 BASE = "base"  # the frozen model's name in requests
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TOKEN = "REFT_SERVE_TOKEN"  # the environment variable
-KEEP_ALIVE = (
-    75  # s: clients let idle connections go after 5 to 60, and may be writing while a server hangs up first
-)
+# s: clients let idle connections go after 5 to 60, and may be writing while a server hangs up first
+KEEP_ALIVE = 75
 
 
 def main(
@@ -59,7 +58,11 @@ def main(
         import uvicorn
 
         from .app import Served, Server, build_app
-    runs = {name: load_run_config(folder) for name, folder in folders.items() if _is_run(folder)}
+    runs = {
+        name: load_run_config(folder)
+        for name, folder in folders.items()
+        if (folder / "config.yaml").is_file()
+    }
     formats = {name: PromptFormat.of(config, folders[name]) for name, config in runs.items()}
     for name, prompts in formats.items():
         if prompts.kind.sees:
@@ -90,12 +93,8 @@ def main(
     engine = Engine(reft, tokenizer, max_batch)
     app = build_app(engine, served, token)
     log.info("models: %s", ", ".join(served))
-    log.info(
-        "http://%s:%d/v1 answers as OpenAI's API does%s",
-        host,
-        port,
-        " to those who have the token" if token else "",
-    )
+    whom = " to those who have the token" if token else ""
+    log.info("http://%s:%d/v1 answers as OpenAI's API does%s", host, port, whom)
     settings = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_keep_alive=KEEP_ALIVE)
     with suppress(KeyboardInterrupt):  # the server has ended when uvicorn raises it
         Server(settings, engine).run()
@@ -116,16 +115,17 @@ def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> tuple[R
                 reft = ReftModel.from_pretrained(base, folder)
             else:
                 reft.load_adapter(folder, names[name])
-            if reft.adapters[names[name]].config.heads:
+            adapter = reft.adapters[names[name]]
+            if adapter.config.heads:
                 raise ValueError(
                     "it has a trained head, which all requests would share with the frozen model: use it in Python"
                 )
-            if any(positions.needs_mask for positions, _ in reft.adapters[names[name]].positions.values()):
+            if any(positions.needs_mask for positions, _ in adapter.positions.values()):
                 raise ValueError(
                     "its positions 'given' need edit_mask with each call, which a request does not have: serve an "
                     "adapter of other positions, such as prompt"
                 )
-            if reft.adapters[names[name]].takes_source:
+            if adapter.takes_source:
                 raise ValueError(
                     "it takes hidden states of another text with each call, which a request does not have"
                 )
@@ -133,7 +133,3 @@ def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> tuple[R
             raise ValueError(f"{folder}: {error}") from error
     assert reft is not None
     return reft, names
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file()

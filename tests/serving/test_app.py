@@ -14,7 +14,7 @@ import httpx
 import pytest
 import serving_models
 
-from reft_lightning.serving.answers import Answer, Likelihood
+from reft_lightning.serving.answers import Answer, Likelihood, Part
 from reft_lightning.serving.app import MAX_BODY, Served
 from reft_lightning.serving.engine import Engine
 from reft_lightning.serving.protocol import ChatRequest, TextRequest, Writer
@@ -105,7 +105,7 @@ def test_tokens_are_spelt_as_they_stand_in_the_text():
     words, bytes_ = tokenizer("a a b", add_special_tokens=False)["input_ids"], [tokenizer.vocab["<0xC3>"]]
     found = [Likelihood(token, -1.0, ((token, -1.0),)) for token in words + bytes_]
     chat = ChatRequest(model="a", messages=[{"role": "user", "content": "x"}], logprobs=True)
-    spelt = Writer(chat, tokenizer).piece("", found, None, first=True)["choices"][0]["logprobs"]["content"]
+    spelt = Writer(chat, tokenizer).piece(Part("", found), first=True)["choices"][0]["logprobs"]["content"]
     assert "".join(one["token"] for one in spelt[:-1]) == " a a b"
     assert spelt[0]["bytes"] == list(b" a")
     assert spelt[-1]["bytes"] is None  # half a character
@@ -116,7 +116,7 @@ def test_of_tokens_that_look_alike_the_likeliest_is_reported():
     halves = [tokenizer.vocab[f"<0x{byte}>"] for byte in ("C3", "C4", "C5")]
     found = Likelihood(halves[0], -1.0, tuple(zip(halves, (-1.0, -2.0, -3.0), strict=True)))
     text = TextRequest(model="a", prompt="x", logprobs=3)
-    said = Writer(text, tokenizer).piece("", [found], None, first=True)["choices"][0]["logprobs"]
+    said = Writer(text, tokenizer).piece(Part("", (found,)), first=True)["choices"][0]["logprobs"]
     assert said["top_logprobs"] == [{"\ufffd": -1.0}]
 
 
