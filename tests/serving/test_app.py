@@ -308,12 +308,10 @@ def test_a_connection_that_was_idle_is_used_again(address):
             time.sleep(pause)
 
 
-def test_five_hundred_requests_of_all_kinds_lose_nothing(address):
-    """A third are answered whole, others streamed, cancelled, malformed or oversized."""
+def test_two_hundred_requests_of_all_kinds_lose_nothing(address):
+    """A third are answered whole or streamed, others cancelled, malformed or oversized."""
     draw = random.Random(0)
-    kinds = [
-        draw.choice(["whole", "stream", "cancel", "malformed", "oversized", "unknown"]) for _ in range(500)
-    ]
+    kinds = draw.choices(["whole", "stream", "cancel", "malformed", "oversized", "unknown"], k=200)
     expected = {}
     for name in serving_models.NAMES:
         for length in (3, 9):
