@@ -43,9 +43,9 @@ def outcomes(study):
 @pytest.mark.parametrize(
     ("changes", "overrides"),
     [
-        ({"sampler": "tpe", "startup_trials": 2, "budget": {"unit": "trials", "amount": 4}, **HALVING}, []),
+        ({"sampler": "tpe", "startup_trials": 2, "budget": {"unit": "trials", "amount": 3}, **HALVING}, []),
         ({"sampler": "grid", "budget": {"unit": "steps", "amount": 20}}, []),
-        ({}, ["evaluate_base=true"]),
+        ({"budget": {"unit": "trials", "amount": 1}}, ["evaluate_base=true"]),
     ],
     ids=["tpe and pruner", "steps", "evaluate_base"],
 )
@@ -132,7 +132,7 @@ def search_glue(folder, rows):
     }
     study = make_study(folder, {
         "base": base, "methods": methods, "sampler": "tpe", "startup_trials": 1, **HALVING, "seeds": [1],
-        "budget": {"unit": "trials", "amount": 3},
+        "budget": {"unit": "trials", "amount": 2},
     })  # fmt: skip
     work(study)
     return study
