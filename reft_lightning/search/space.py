@@ -173,3 +173,8 @@ def override(name: str, value: Value) -> str:
     if isinstance(value, bool):
         return f"{name}={str(value).lower()}"
     return f"{name}={'null' if value is None else value}"
+
+
+def brief(params: Mapping[str, Value]) -> list[str]:
+    """Return parameters as people read them, with four digits."""
+    return [f"{name}={v:.4g}" if isinstance(v, float) else f"{name}={v}" for name, v in params.items()]

@@ -103,26 +103,21 @@ class Worker:
         trial.set_user_attr("folder", str(folder.relative_to(study.folder)))
         overrides = study.plan.trial_overrides(method, params)
         log.info("trial %s %d: %s", method, trial.number, " ".join(overrides[len(study.plan.base) :]))
-        job = {
-            "kind": "trial",
-            "method": method,
-            "number": trial.number,
-            "params": params,
-            "overrides": overrides,
-        }
-        prepare(folder, job)
+        values = {"method": method, "number": trial.number, "params": params, "overrides": overrides}
+        prepare(folder, {"kind": "trial", **values})
         failed = self.run(folder, self._alive)
         results = read_results(folder)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the adapter stays
-        status, value = results.get("status"), results.get("metrics", {}).get(study.monitor)
+        status, metrics = results.get("status"), results.get("metrics", {})
+        value = metrics.get(study.monitor)
         trial.set_user_attr("config_hash", results.get("config_hash"))
-        trial.set_user_attr(LOSS, results.get("metrics", {}).get(LOSS))
+        trial.set_user_attr(LOSS, metrics.get(LOSS))
         if not failed and status == "pruned":
             trial.set_user_attr("reason", results.get("reason"))
             raise study.optuna.TrialPruned
         if failed or status != "complete" or value is None or not math.isfinite(value):
-            scored = study.monitor in results.get("metrics", {})
-            score = "missing" if not scored else value if value is not None else "not a number"
+            unscored = "not a number" if study.monitor in metrics else "missing"
+            score = unscored if value is None else value
             ending = f"the run ended as {status!r}, and {study.monitor} is {score}"
             trial.set_user_attr("error", failed or results.get("error") or ending)
             raise TrialFailed
