@@ -92,9 +92,8 @@ class Matthews:
         p, t, right = weights @ said, weights @ gold, weights @ (said * gold).sum(1)
         total = weights.sum(1)
         spread = (total**2 - (p**2).sum(1)) * (total**2 - (t**2).sum(1))
-        return np.where(
-            spread > 0, (right * total - (p * t).sum(1)) / np.sqrt(np.where(spread > 0, spread, 1)), 0.0
-        )
+        root = np.sqrt(np.where(spread > 0, spread, 1))
+        return np.where(spread > 0, (right * total - (p * t).sum(1)) / root, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,9 +170,7 @@ def _measure(name: str, rows: Sequence[Row], task: Mapping[str, Any]) -> Measure
     if kind == "classification" and name in ("f1", "matthews"):
         number = {label: i for i, label in enumerate(task["labels"])}
         said, gold = (np.array([number[row[column]] for row in rows]) for column in ("answer", "gold"))
-        return (
-            Matthews(said, gold, len(number))
-            if name == "matthews"
-            else F1(said.astype(float), gold.astype(float))
-        )
+        if name == "matthews":
+            return Matthews(said, gold, len(number))
+        return F1(said.astype(float), gold.astype(float))
     return None

@@ -112,10 +112,9 @@ def _finish(result: dict[str, Any], out: Path) -> dict[str, Any]:
         "unknown" if error is None else f"{error:.2f}", result["n_total"], result["n_draws"],
         result["n_unjudged"], out,
     )  # fmt: skip
-    if result["n_unjudged"]:
+    if unjudged := result["n_unjudged"]:
         log.warning(
-            "%d pairs were not judged and do not count; the same command asks for them again",
-            result["n_unjudged"],
+            "%d pairs were not judged and do not count; the same command asks for them again", unjudged
         )
     return result
 
@@ -149,15 +148,12 @@ def pair_up(
         log.warning("outputs answer %d of the reference's %d instructions", len(own), len(known))
     return [
         {
-            "instruction": known[key]["instruction"],
-            "output_1": known[key]["output"],
-            "generator_1": reference,
+            "instruction": known[key]["instruction"], "output_1": known[key]["output"], "generator_1": reference,
             "dataset": str(row.get("dataset") or known[key].get("dataset") or ""),
-            "output_2": row["output"],
-            "generator_2": name,
+            "output_2": row["output"], "generator_2": name,
         }
         for key, row in own.items()
-    ]
+    ]  # fmt: skip
 
 
 def _by_instruction(rows: Sequence[Mapping[str, Any]], what: str) -> dict[str, Mapping[str, Any]]:
@@ -280,13 +276,9 @@ def _endpoint(options: Mapping[str, str]) -> EndpointJudge:
     variable = options.get("key_env")
     if variable is not None and not os.environ.get(variable):
         raise ValueError(f"key_env={variable}: there is no such environment variable")
-    return EndpointJudge(
-        options["url"],
-        options["model"],
-        key=os.environ[variable] if variable else None,
-        temperature=_number({"temperature": "0", **options}, "temperature", float),
-        max_tokens=_number(options, "max_tokens", int),
-    )
+    temperature = _number({"temperature": "0", **options}, "temperature", float)
+    key, most = os.environ[variable] if variable else None, _number(options, "max_tokens", int)
+    return EndpointJudge(options["url"], options["model"], key, temperature, max_tokens=most)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

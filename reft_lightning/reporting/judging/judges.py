@@ -105,13 +105,8 @@ class EndpointJudge:
         self._client = openai.OpenAI(base_url=self.url, api_key=key or "none", max_retries=RETRIES)
         given = {"temperature": temperature, "max_tokens": max_tokens}
         self._given: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        self.settings: Mapping[str, Any] = {
-            "judge": "endpoint",
-            "url": self.url,
-            "model": model,
-            **given,
-            "prompt": PROMPT_VERSION,
-        }
+        settings = {"judge": "endpoint", "url": self.url, "model": model, **given, "prompt": PROMPT_VERSION}
+        self.settings: Mapping[str, Any] = settings
 
     def __call__(self, pair: Pair) -> float | None:
         """Ask for a verdict; None if the reply is not one.
@@ -128,15 +123,13 @@ class EndpointJudge:
             reply = self._client.chat.completions.create(model=self.model, messages=messages, **self._given)
             text = reply.choices[0].message.content or ""
         except APIStatusError as error:
-            message = (
-                f"{self.url} answered {error.status_code}: {error.response.text.strip()[:200] or 'nothing'}"
-            )
+            said = error.response.text.strip()[:200] or "nothing"
+            message = f"{self.url} answered {error.status_code}: {said}"
             if error.status_code in REFUSES_PAIR:
                 raise PairRefused(message) from error
-            hint = (
-                "; is the key in the variable that key_env names?" if error.status_code in (401, 403) else ""
-            )
-            raise JudgeFailed(message + hint) from error
+            if error.status_code in (401, 403):
+                message += "; is the key in the variable that key_env names?"
+            raise JudgeFailed(message) from error
         except APIConnectionError as error:
             raise JudgeFailed(f"{self.url} cannot be reached ({error.__cause__ or error})") from error
         except (AttributeError, IndexError, TypeError, ValueError) as error:
