@@ -40,6 +40,7 @@ from ..adapters.reft.model import ReftModel
 from ..adapters.reft.positions import parse_positions
 from ..adapters.reft.sites import block_path
 from ..adapters.saving import naming
+from ..base_models.heads import parameters_of
 from ..interventions import Intervention, method_name
 from ..storage.atomic import write_json, write_whole
 from ..storage.reading import read_json
@@ -263,23 +264,23 @@ def to_pyreft(reft: ReftModel, folder: str | PathLike) -> None:
         )
     specs = {layer: config.for_layer(layer) for layer in config.layers}
     for layer, spec in specs.items():
+        site, count = reft.sites[str(layer)], len(reft.interventions[str(layer)])
         if spec.method not in CLASSES.values():
             raise ValueError(
                 f"layer {layer}: pyreft has no intervention {spec.method!r}; it has {', '.join(CLASSES.values())}"
             )
-        if reft.sites[str(layer)].visual:
+        if site.visual:
             raise ValueError(f"layer {layer}: pyreft has no {spec.component}, which sees images")
-        if reft.sites[str(layer)].divided > 1:
+        if site.divided > 1:
             raise ValueError(
                 f"layer {layer}: the interventions of attention heads are not written for pyreft"
             )
-        if spec.tied == "position" or len(reft.interventions[str(layer)]) > 2:
+        if spec.tied == "position" or count > 2:
             raise ValueError(
                 f"layer {layer}: pyreft has one intervention for all positions, or one for the prefix and one for the "
-                f"suffix; got tied={spec.tied!r} with {len(reft.interventions[str(layer)])} interventions"
+                f"suffix; got tied={spec.tied!r} with {count} interventions"
             )
-        kinds = [term.kind for term in reft.positions[str(layer)][0].terms]
-        if len(reft.interventions[str(layer)]) == 2 and kinds != ["f", "l"]:
+        if count == 2 and [term.kind for term in reft.positions[str(layer)][0].terms] != ["f", "l"]:
             raise ValueError(
                 f"layer {layer}: pyreft's two interventions are of a prefix and a suffix, such as 'f3+l3'; got "
                 f"positions={spec.positions!r}"
@@ -303,26 +304,15 @@ def to_pyreft(reft: ReftModel, folder: str | PathLike) -> None:
         tensors = _tensors(phi)
         write_whole(folder / f"intkey_{keys[-1]}.bin", lambda partial, t=tensors: torch.save(t, partial))
     if config.heads:
-        heads = {
-            f"{head}.{name}": parameter.detach()
-            for head in config.heads
-            for name, parameter in reft.base_model.get_submodule(head).named_parameters()
-        }
+        heads = {name: p.detach() for name, p in parameters_of(reft.base_model, config.heads).items()}
         write_whole(folder / HEADS, lambda partial: torch.save(heads, partial))
-    write_json(
-        folder / CONFIG,
-        {
-            "intervention_constant_sources": [True] * len(written),
-            "intervention_dimensions": [phi.dim for _, _, phi in written],
-            "intervention_types": [
-                f"<class 'pyreft.interventions.{_class_of(type(phi))}'>" for *_, phi in written
-            ],
-            "mode": "parallel",
-            "representations": representations,
-            "sorted_keys": keys,
-            OURS: reft.saved_config().to_dict(),
-        },
-    )
+    types = [f"<class 'pyreft.interventions.{_class_of(type(phi))}'>" for *_, phi in written]
+    write_json(folder / CONFIG, {
+        "intervention_constant_sources": [True] * len(written),
+        "intervention_dimensions": [phi.dim for *_, phi in written], "intervention_types": types,
+        "mode": "parallel", "representations": representations, "sorted_keys": keys,
+        OURS: reft.saved_config().to_dict(),
+    })  # fmt: skip
     log.warning("%s", _what_pyreft_forgets(reft))
 
 
@@ -332,9 +322,8 @@ def _what_pyreft_forgets(reft: ReftModel) -> str:
     lost = [f"positions {chosen} (as unit_locations of each call)"]
     if any(spec.clip == "paper" and spec.needs_prompt for spec, _ in reft.positions.values()):
         lost += ["clip='paper' (its own helper halves short prompts otherwise, as clip='floor' does here)"]
-    lost += [
-        f"act_fn {name} (as an argument of the intervention)" for name in {p.act_fn for p in phis} - {None}
-    ]
+    functions = {phi.act_fn for phi in phis} - {None}
+    lost += [f"act_fn {name} (as an argument of the intervention)" for name in functions]
     if any(p.weight_dtype != "bfloat16" and "source.weight" in dict(p.named_parameters()) for p in phis):
         lost += ["the float32 of W and b (dtype=torch.float32 of the intervention)"]
     if any(not p.rotations for p in phis):
@@ -361,9 +350,7 @@ def _tensors(phi: Any) -> dict[str, Tensor]:
     with torch.no_grad():
         own = {name: tensor.detach().cpu().clone() for name, tensor in phi.state_dict().items()}
         R: Any = phi.R.cpu().mT.contiguous() if "basis" in own else None  # (d, r)
-    source = {
-        name.removeprefix("source."): tensor for name, tensor in own.items() if name.startswith("source.")
-    }
+    source = {n.removeprefix("source."): t for n, t in own.items() if n.startswith("source.")}
     if _class_of(type(phi)) == "LoreftIntervention":
         return {**source, "rotate_layer": R}
     width = torch.tensor(phi.dim)

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from ..storage.atomic import write_text, write_whole
 from ..suggest import needs_extra
@@ -107,23 +108,25 @@ def _file_names(titles: Iterable[str]) -> dict[str, str]:
 
 def print_report(report: Report, console: Console) -> None:
     """Print scores, budgets, notes and what was left out."""
+
+    def say(text: str, style: str | None = None) -> None:
+        console.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
+
     for comparison in report.comparisons:
         table = tables.score_table(comparison)
         shown = RichTable()
-        console.print(f"[bold]{escape(comparison.title)}[/bold]", soft_wrap=True, highlight=False)
+        say(comparison.title, "bold")
         for i, name in enumerate(table.columns):
             shown.add_column(escape(name), justify="right" if i else "left")
         for row in table.rows:
-            shown.add_row(
-                *(f"[bold]{escape(cell.text)}[/bold]" if cell.best else escape(cell.text) for cell in row)
-            )
+            shown.add_row(*(Text(cell.text, "bold" if cell.best else "") for cell in row))
         console.print(shown)
         for note in table.notes:
-            console.print(escape(note), soft_wrap=True, highlight=False)
+            say(note)
         for line in comparison.unequal:
-            console.print(f"[bold yellow]{escape(line)}[/bold yellow]", soft_wrap=True)
+            say(line, "bold yellow")
         for line in (tables.verdict(comparison), *comparison.notes):
-            console.print(escape(line), soft_wrap=True, highlight=False)
+            say(line)
         console.print()
     for study in report.studies:
         best = {method: trial for method in study.trials if (trial := study.best(method))}
@@ -131,16 +134,13 @@ def print_report(report: Report, console: Console) -> None:
             f"{method} {tables.number(trial.value, study.measure)} (trial {trial.number})"
             for method, trial in best.items()
         )
-        console.print(
-            escape(f"study {study.folder}: best {tables.monitored(study)}: {said}; {study.budget}"),
-            soft_wrap=True,
-        )
+        say(f"study {study.folder}: best {tables.monitored(study)}: {said}; {study.budget}")
         for note in tables.study_table(study).notes:
-            console.print(escape(note), soft_wrap=True, highlight=False)
+            say(note)
     for note in tables.read_table(report.reads).notes:
-        console.print(f"[bold yellow]{escape(note)}[/bold yellow]", soft_wrap=True)
+        say(note, "bold yellow")
     for item in report.left:
-        console.print(escape(f"left out: {item.folder}: {item.reason}"), soft_wrap=True, highlight=False)
+        say(f"left out: {item.folder}: {item.reason}")
 
 
 def log_to_wandb(report: Report, html: str, out: Path, project: str) -> None:

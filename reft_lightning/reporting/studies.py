@@ -14,7 +14,7 @@ from typing import Any
 
 from ..search.budget import counted, spent, verdict
 from ..search.ledger import lost_reads, winner_folder
-from ..search.study import best_of, open_storage, study_name
+from ..search.study import best_of, experimental, open_storage, study_name
 from ..search.study_files import JOURNAL, PLAN, SUMMARY
 from ..storage.reading import read_json, read_yaml
 from ..suggest import needs_extra
@@ -134,12 +134,9 @@ def _importance(kept: Any, complete: Sequence[Any]) -> dict[str, float]:
     varied = [name for name in sorted(shared) if len({str(trial.params[name]) for trial in complete}) > 1]
     if len(complete) < ENOUGH or len(varied) < 2 or len({trial.value for trial in complete}) < 2:
         return {}
-    import warnings
-
     import optuna
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with experimental():
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         shares = optuna.importance.get_param_importances(kept, evaluator=evaluator, params=varied)
     return {name: float(share) for name, share in shares.items()}

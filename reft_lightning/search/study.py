@@ -9,6 +9,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,14 @@ def load_optuna() -> Any:
     return optuna
 
 
+@contextmanager
+def experimental() -> Iterator[None]:
+    """Use what Optuna calls experimental, without a warning each time."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", load_optuna().exceptions.ExperimentalWarning)
+        yield
+
+
 def open_storage(folder: Path, url: str | None) -> Any:
     """Return Optuna's storage of a study: a journal in its folder, or a database, where trials have a heartbeat.
 
@@ -49,24 +58,19 @@ def open_storage(folder: Path, url: str | None) -> Any:
     storages = load_optuna().storages
     if url is None:
         lock: Any = Lock(folder / LOCKS / "journal")
-        return storages.JournalStorage(
-            storages.journal.JournalFileBackend(str(folder / JOURNAL), lock_obj=lock)
-        )
+        backend = storages.journal.JournalFileBackend(str(folder / JOURNAL), lock_obj=lock)
+        return storages.JournalStorage(backend)
     # a connection that the server has closed meanwhile is opened again
     options: dict[str, Any] = {"pool_pre_ping": True}
     if url.startswith("sqlite"):
         options["connect_args"] = {"timeout": 60}
     shown = re.sub(r":[^:/@]*@", ":***@", url)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", load_optuna().exceptions.ExperimentalWarning)
+    with experimental():
         try:
             return storages.RDBStorage(
-                url,
-                engine_kwargs=options,
-                heartbeat_interval=HEARTBEAT,
-                grace_period=3 * HEARTBEAT,
+                url, engine_kwargs=options, heartbeat_interval=HEARTBEAT, grace_period=3 * HEARTBEAT,
                 heartbeat_stale_trial_callback=run_again,
-            )
+            )  # fmt: skip
         except ImportError as error:
             raise ValueError(
                 f"storage={shown} needs the driver of this database: {error}; for PostgreSQL: "
@@ -78,15 +82,13 @@ def open_storage(folder: Path, url: str | None) -> Any:
 
 def run_again(study: Any, trial: Any) -> None:
     """Queue a lost trial again, with its parameters and from its beginning."""
-    optuna = load_optuna()
     trial = copy.deepcopy(trial)
     trial.user_attrs = {}
     # without the rungs of successive halving that the lost attempt had reached
     kept = {name: v for name, v in trial.system_attrs.items() if not name.startswith("completed_rung")}
     trial.system_attrs = kept
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        optuna.storages.RetryHeartbeatStaleTrialCallback()(study, trial)
+    with experimental():
+        load_optuna().storages.RetryHeartbeatStaleTrialCallback()(study, trial)
 
 
 def write_study(folder: Path, plan: Plan, **more: str | None) -> None:
@@ -157,9 +159,8 @@ class Study:
     def gave_up(self, method: str, trials: list[Any]) -> bool:
         """Return whether the last trials since the command's start cost nothing: no budget would end the method."""
         started = self.studies[method].user_attrs.get("started", "")
-        ended = [
-            t for t in counted(trials) if t.datetime_complete and t.datetime_complete.isoformat() >= started
-        ]
+        times = [(t, t.datetime_complete) for t in counted(trials)]
+        ended = [t for t, time in times if time and time.isoformat() >= started]
         return len(ended) >= FREE and not spent(ended[-FREE:])[self.plan.budget.unit]
 
     def has_room(self, method: str, trials: list[Any]) -> bool:
@@ -170,10 +171,8 @@ class Study:
 
     def next_method(self) -> tuple[str | None, bool]:
         """Return the method of the next trial, the one that has spent the least, and whether any trial runs."""
-        trials = {method: self.trials(method) for method in self.plan.methods}
-        costs = {
-            m: spent(found)[self.plan.budget.unit] for m, found in trials.items() if self.has_room(m, found)
-        }
+        trials, unit = {method: self.trials(method) for method in self.plan.methods}, self.plan.budget.unit
+        costs = {m: spent(found)[unit] for m, found in trials.items() if self.has_room(m, found)}
         running = any(trial.state.name == "RUNNING" for found in trials.values() for trial in found)
         return min(costs, key=costs.__getitem__, default=None), running
 

@@ -16,7 +16,6 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 from ..storage.atomic import write_json, write_text
 from .budget import counted
 from .process import Lock, end_with_parent, failure, start, stop
-from .study import LOSS, Study, read_results, run_again, was_tested, winner_status
+from .study import LOSS, Study, experimental, read_results, run_again, was_tested, winner_status
 from .study_files import COMMAND, ERROR, JOB, LOCKS, LOG, TRIALS
 from .summary import summarize
 
@@ -147,8 +146,7 @@ class Worker:
         """Queue trials again whose processes have died; the caller has the turn."""
         study, optuna = self.study.studies[method], self.study.optuna
         if isinstance(self.study.storage, optuna.storages.RDBStorage):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            with experimental():
                 optuna.storages.fail_stale_trials(study)  # those without a heartbeat
             return
         for trial in self.study.trials(method):  # a journal has no heartbeat; a running trial holds a lock

@@ -86,17 +86,12 @@ def win_rate(
     rate, error = _mean(w)
     half = Z * (error or 0.0)
     result: dict[str, Any] = {
-        "win_rate": rate,
-        "standard_error": error,
+        "win_rate": rate, "standard_error": error,
         "interval": None if error is None else [max(rate - half, 0.0), min(rate + half, 100.0)],
-        "n_total": len(w),
-        "n_wins": int((w > 0.5).sum()),
-        "n_wins_reference": int((w < 0.5).sum()),
-        "n_draws": int((w == 0.5).sum()),
-        "n_unjudged": len(annotations) - len(w),
-        "discrete_win_rate": 100 * float(((w > 0.5) + 0.5 * (w == 0.5)).mean()),
-        **names,
-    }
+        "n_total": len(w), "n_wins": int((w > 0.5).sum()), "n_wins_reference": int((w < 0.5).sum()),
+        "n_draws": int((w == 0.5).sum()), "n_unjudged": len(annotations) - len(w),
+        "discrete_win_rate": 100 * float(((w > 0.5) + 0.5 * (w == 0.5)).mean()), **names,
+    }  # fmt: skip
     if all("output_1" in row and "output_2" in row for row in rows):
         lengths = np.asarray([(len(row["output_2"]), len(row["output_1"])) for row in rows], dtype=float)
         controlled, its_error = length_controlled(w, lengths[:, 0] - lengths[:, 1])
