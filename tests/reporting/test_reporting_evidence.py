@@ -53,12 +53,12 @@ def write_correlations(folder, name, said, gold, **measures):
 
 
 class TestLevels:
-    @pytest.mark.parametrize(("seeds", "deviation"), [(2, 0.02), (2, 0.05), (3, 0.02), (3, 0.05)])
-    def test_of_equal_methods_some_pair_differs_in_one_of_twenty_tables_at_most(self, seeds, deviation):
+    @pytest.mark.parametrize("seeds", [2, 3])
+    def test_of_equal_methods_some_pair_differs_in_one_of_twenty_tables_at_most(self, seeds):
         rng = np.random.default_rng(1)
         false = 0
         for _ in range(80):
-            pairs = pairs_of(compared(answers(rng, 6, seeds, 300, deviation)), 1000, 0)
+            pairs = pairs_of(compared(answers(rng, 6, seeds, 300, 0.05)), 1000, 0)
             assert len(pairs) == 15
             false += any(pair.differs for pair in pairs)
         assert false / 80 <= 0.08  # 0.05, with the noise of 80 tables
