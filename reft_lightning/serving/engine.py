@@ -70,11 +70,6 @@ class Engine:
             self._waiting.append(answer)
             self._changed.notify()
 
-    @property
-    def busy(self) -> bool:
-        """Whether any request waits or is being answered."""
-        return bool(self._waiting or self._batch)
-
     def close(self) -> None:
         """End the thread; what waits, or is under way, is told that it is not answered."""
         with self._changed:

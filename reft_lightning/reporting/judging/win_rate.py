@@ -151,18 +151,16 @@ def length_controlled(
     x = np.stack([np.ones_like(w), np.tanh(difference / spread)], axis=1)  # (n, 2)
     ridge = RIDGE * np.eye(2)
 
-    def loss(beta: np.ndarray) -> float:  # per row, as its gradient and hessian
+    def loss(beta: np.ndarray) -> tuple[float, np.ndarray]:  # per row, as its gradient and hessian
         z = x @ beta
-        return float((np.logaddexp(0, z) - w * z).mean() + beta @ ridge @ beta / 2)
-
-    def gradient(beta: np.ndarray) -> np.ndarray:
-        return x.T @ (expit(x @ beta) - w) / len(w) + ridge @ beta
+        value = float((np.logaddexp(0, z) - w * z).mean() + beta @ ridge @ beta / 2)
+        return value, x.T @ (expit(z) - w) / len(w) + ridge @ beta
 
     def hessian(beta: np.ndarray) -> np.ndarray:
         p = expit(x @ beta)
         return (x.T * (p * (1 - p))) @ x / len(w) + ridge
 
-    beta = minimize(loss, np.zeros(2), method="trust-exact", jac=gradient, hess=hessian, tol=1e-12).x
+    beta = minimize(loss, np.zeros(2), method="trust-exact", jac=True, hess=hessian, tol=1e-12).x
     bread = np.linalg.inv(hessian(beta)) / len(w)
     covariance = bread @ ((x.T * (w - expit(x @ beta)) ** 2) @ x) @ bread
     p = float(expit(beta[0]))
