@@ -16,6 +16,7 @@ from ..search.budget import counted, spent, verdict
 from ..search.ledger import lost_reads, winner_folder
 from ..search.study import best_of, experimental, open_storage, study_name
 from ..search.study_files import JOURNAL, PLAN, SUMMARY
+from ..search.summary import remarks_of
 from ..storage.reading import read_json, read_yaml
 from ..suggest import needs_extra
 from .comparisons import Comparison
@@ -86,14 +87,8 @@ def _add_summary(study: Study) -> None:
     except ValueError as error:
         log.warning("%s", error)
     study.running = summary.get("status") != "complete"
-    for name, method in summary.get("methods", {}).items():
-        method = method or {}  # one that spent nothing yet
-        edges = (method.get("best") or {}).get("edges")
-        remarks = [f"the winner lies {', '.join(edges)}; values beyond were not tried"] if edges else []
-        if method.get("gave_up"):
-            remarks.append(f"it ended before its budget: {method['gave_up']}")
-        if remarks:
-            study.remarks[name] = remarks
+    # a method may have spent nothing yet
+    study.remarks = {name: remarks_of(method or {}) for name, method in summary.get("methods", {}).items()}
 
 
 def mark_edges(comparisons: Sequence[Comparison]) -> None:

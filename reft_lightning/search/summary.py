@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,15 @@ def _winner(study: Study, folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def remarks_of(method: Mapping[str, Any]) -> list[str]:
+    """Return what the part of a method in a summary says of its winner and of its end, in words."""
+    edges = (method.get("best") or {}).get("edges")
+    remarks = [f"the winner lies {', '.join(edges)}; values beyond were not tried"] if edges else []
+    if method.get("gave_up"):
+        remarks.append(f"it ended before its budget: {method['gave_up']}")
+    return remarks
+
+
 def print_summary(values: dict[str, Any], folder: Path) -> None:
     """Print one line for each method, the verdict on the budgets, and the number of reads of test splits."""
     from rich.console import Console
@@ -90,12 +100,7 @@ def print_summary(values: dict[str, Any], folder: Path) -> None:
         won = ["-", "-", "none complete"]
         if best is not None:
             won = [f"{best['value']:.4f}", str(best["number"]), " ".join(brief(best["params"]))]
-            if best["edges"]:
-                remarks.append(
-                    f"{name}: the winner lies {', '.join(best['edges'])}; values beyond were not tried"
-                )
-        if method["gave_up"]:
-            remarks.append(f"{name}: ended before its budget: {method['gave_up']}")
+        remarks += [f"{name}: {remark}" for remark in remarks_of(method)]
         tested = [value for w in method["winners"].values() if (value := w["metrics"].get(score)) is not None]
         mean = f"{sum(tested) / len(tested):.4f} ({len(tested)})" if tested else "-"
         counts = [str(method["trials"][state]) for state in ended]
