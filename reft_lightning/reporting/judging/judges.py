@@ -77,14 +77,10 @@ def look_up(pairs: Sequence[Pair], rows: Sequence[Mapping[str, Any]]) -> list[fl
 
 
 class EndpointJudge:
-    """A model served by an OpenAI-compatible `/chat/completions`, on this machine or another.
+    """A model served by an OpenAI-compatible `/chat/completions` at a URL such as `http://localhost:8000/v1`.
 
-    Args:
-        url: such as `https://api.openai.com/v1` or `http://localhost:8000/v1`.
-        model: its name at the endpoint.
-        key: sent as bearer token; never logged or written. None for servers without one.
-        temperature: None leaves it out, for models that refuse it.
-        max_tokens: of the reply; None leaves it out.
+    The key is sent as bearer token, and never logged or written. Temperature and `max_tokens` of the reply are left out
+    where they are None, for models that refuse them.
     """
 
     def __init__(

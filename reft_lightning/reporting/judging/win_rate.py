@@ -64,11 +64,7 @@ def win_rate(
     number of judged rows: draws count half, unjudged rows are left out and counted. `discrete_win_rate` counts a
     preference of 1.9 as a win; `interval` is at 95 %; lengths and length control need outputs in all rows.
 
-    Args:
-        annotations: rows in AlpacaEval's format.
-        generator: the model, where the rows do not name it.
-        reference: the model it is compared with, where the rows do not name it.
-        judge: who judged, where the rows do not name it.
+    Names of the model, of the reference and of the judge are given where the rows, in AlpacaEval's format, lack them.
 
     Raises:
         ValueError: if no row was judged, or the rows do not agree on who is compared with whom.
