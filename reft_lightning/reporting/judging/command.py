@@ -23,7 +23,7 @@ from ...data.files import read_json_file
 from ...storage.atomic import json_text, write_json
 from ...suggest import did_you_mean
 from ...terminal.bars import Bar
-from .judges import EndpointJudge, Judge, JudgeFailed, Pair, PairRefused, look_up
+from .judges import EndpointJudge, JudgeFailed, Pair, PairRefused, look_up
 from .win_rate import one_name, win_rate
 
 log = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ def _by_instruction(rows: Sequence[Mapping[str, Any]], what: str) -> dict[str, M
 # --------------------------------------------------------------------------------------------- the judgements
 
 
-def judge_pairs(pairs: Sequence[Pair], judge: Judge, journal: Path) -> list[dict[str, Any]]:
+def judge_pairs(pairs: Sequence[Pair], judge: EndpointJudge, journal: Path) -> list[dict[str, Any]]:
     """Return one annotation for each pair, asking the judge for those that the journal does not have.
 
     The journal, JSON Lines, is read first; then each judgement is appended. Unjudged pairs are asked again.
@@ -188,7 +188,7 @@ def judge_pairs(pairs: Sequence[Pair], judge: Judge, journal: Path) -> list[dict
         raise ValueError(f"another process judges into {journal}; wait for it, or give out=FILE") from error
 
 
-def _judge_pairs(pairs: Sequence[Pair], judge: Judge, journal: Path) -> list[dict[str, Any]]:
+def _judge_pairs(pairs: Sequence[Pair], judge: EndpointJudge, journal: Path) -> list[dict[str, Any]]:
     kept = {row["key"]: row for row in read_journal(journal) if row["preference"] is not None}
     annotations, refused = [], 0
     with journal.open("a", encoding="utf-8") as file, Bar("judging pairs", len(pairs)) as bar:
@@ -224,7 +224,7 @@ def _annotation(pair: Pair, share: float | None, annotator: str) -> dict[str, An
     return {**pair, "annotator": annotator, "preference": None if share is None else 1 + share}
 
 
-def judgement_key(pair: Pair, judge: Judge) -> str:
+def judgement_key(pair: Pair, judge: EndpointJudge) -> str:
     """Return the identity of a judgement: equal keys mean the same texts, models and judge."""
     text = json.dumps([dict(pair), dict(judge.settings)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

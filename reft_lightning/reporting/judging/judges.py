@@ -12,7 +12,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from ...data.example import column
 from ...suggest import needs_extra
@@ -24,17 +24,6 @@ Pair = Mapping[str, str]
 PROMPT_VERSION = 1  # raise with every change of `question`: a judgement is reused only for the same prompt
 REFUSES_PAIR = (400, 413, 422)  # status codes about this request; others concern every request
 RETRIES = 5  # by the openai client, for rate limits, server errors and lost connections
-
-
-class Judge(Protocol):
-    """Compares two outputs; `settings` hold everything that can change a judgement."""
-
-    name: str  # recorded as AlpacaEval's `annotator`
-    settings: Mapping[str, Any]
-
-    def __call__(self, pair: Pair) -> float | None:
-        """Return how much of a win it is for the model, or None."""
-        ...
 
 
 class JudgeFailed(ConnectionError):
@@ -80,7 +69,7 @@ class EndpointJudge:
     """A model served by an OpenAI-compatible `/chat/completions` at a URL such as `http://localhost:8000/v1`.
 
     The key is sent as bearer token, and never logged or written. Temperature and `max_tokens` of the reply are left out
-    where they are None, for models that refuse them.
+    where they are None, for models that refuse them. `settings` holds everything that can change a judgement.
     """
 
     def __init__(
@@ -96,7 +85,7 @@ class EndpointJudge:
         with needs_extra("judge", "judge=endpoint needs the openai client"):
             import openai
         self.url = url.rstrip("/").removesuffix("/chat/completions")
-        self.model = self.name = model
+        self.model = self.name = model  # recorded as AlpacaEval's `annotator`
         # without a key the client would send the one in OPENAI_API_KEY, to any url
         self._client = openai.OpenAI(base_url=self.url, api_key=key or "none", max_retries=RETRIES)
         given = {"temperature": temperature, "max_tokens": max_tokens}
