@@ -29,7 +29,7 @@ from .runs import Run
 
 STEP = "trainer/global_step"
 OWNED = ("Workspace", "Report", "Runset")  # classes that name entity and project
-FILE = "dashboard.json"
+FILE, SENT = "dashboard.json", ("workspace", "report")
 Panel = dict[str, Any]
 
 
@@ -58,7 +58,7 @@ def main(
         _say(f"upload the runs by wandb sync FOLDER/**/wandb/offline-run-*, then send both by: {command}")
         return []
     sent = send(spec)
-    for what, address in zip(("workspace", "report"), sent, strict=True):
+    for what, address in zip(SENT, sent, strict=True):
         _say(f"{what}: {address}")
     return sent
 
@@ -70,10 +70,8 @@ def _say(text: str) -> None:
 def dashboard(report: Report, entity: str | None = None, project: str | None = None) -> dict[str, Any]:
     """Return what is sent of some runs: entity, project, workspace, report."""
     entries = [run.config for run in report.runs]
-    project = (
-        project or _commonest(config.get("logger.wandb.project") for config in entries) or "reft_lightning"
-    )
     entity = entity or _commonest(config.get("logger.wandb.entity") for config in entries)
+    project = project or _commonest(config.get("logger.wandb.project") for config in entries)
     ids = sorted(str(run.results["wandb_run"]) for run in report.runs if run.results.get("wandb_run"))
     groups = sorted(study.folder.resolve().name for study in report.studies)
     if not ids and not groups:
@@ -97,12 +95,8 @@ def dashboard(report: Report, entity: str | None = None, project: str | None = N
     for title, panels in sections.items():
         blocks += [{"H2": {"text": title}}, {"PanelGrid": {"runsets": [runs], "panels": panels}}]
     page = {"title": name, "blocks": blocks, "width": "fluid"}
-    return {
-        "entity": entity,
-        "project": project,
-        "workspace": {"Workspace": workspace},
-        "report": {"Report": page},
-    }
+    sent = {"workspace": {"Workspace": workspace}, "report": {"Report": page}}
+    return {"entity": entity, "project": project or "reft_lightning", **sent}
 
 
 def _commonest(values: Iterable[Any]) -> Any:
@@ -125,20 +119,15 @@ def _sections(report: Report) -> tuple[dict[str, list[Panel]], str]:
     split = "test" if tested in metrics else "val"
     of_tasks = sorted(name for name in metrics if name.startswith("test/") and name.count("/") > 1)
     of_tasks = [name for name in of_tasks if name.endswith(f"/{measure}")]
-    scores = [
-        _panel(
-            "BarPlot", title=f"{score}, mean and deviation over runs", metrics=[score], **_by_method("stddev")
-        )
-    ]
+    title = f"{score}, mean and deviation over runs"
+    scores = [_panel("BarPlot", title=title, metrics=[score], **_by_method("stddev"))]
     if f"base/{tested}" in metrics:
         scores.append(_panel("BarPlot", title="adapter and frozen base", metrics=[tested, f"base/{tested}"]))
     if len(of_tasks) > 1:
         scores.append(_panel("BarPlot", title="by task", metrics=of_tasks, **_by_method("stddev")))
     if len({run.results.get("trainable_parameters") for run in report.runs}) > 1 or report.studies:
-        x = _summary("trainable_parameters")
-        scores.append(
-            _panel("ScatterPlot", title=f"{score} and parameters", x=x, y=_summary(score), log_x=True)
-        )
+        x, y = _summary("trainable_parameters"), _summary(score)
+        scores.append(_panel("ScatterPlot", title=f"{score} and parameters", x=x, y=y, log_x=True))
     found = {
         "Scores": scores,
         "Learning curves by method": [
@@ -162,22 +151,19 @@ def _sections(report: Report) -> tuple[dict[str, list[Panel]], str]:
 def _sweep(report: Report, score: str, fewer: bool) -> list[Panel]:
     """Return the panels of what differs between runs, or of what studies searched."""
     varied = varied_settings(report.runs)
-    for trials in (trials for study in report.studies for trials in study.trials.values()):
-        for trial in trials:
-            for name, value in trial.params.items():
-                varied.setdefault(name, []).append(value)
+    trials = (trial for study in report.studies for of_method in study.trials.values() for trial in of_method)
+    for name, value in (item for trial in trials for item in trial.params.items()):
+        varied.setdefault(name, []).append(value)
     if set(varied) <= {"method"}:
         return []
+
+    def column(**arguments: Any) -> Panel:
+        return {"ParallelCoordinatesPlotColumn": arguments}
+
     columns = [
-        {
-            "ParallelCoordinatesPlotColumn": {
-                "metric": {"Config": {"name": name}},
-                "log": _spans_decades(values),
-            }
-        }
-        for name, values in varied.items()
+        *(column(metric=_config(name), log=_spans_decades(values)) for name, values in varied.items()),
+        column(metric=_summary(score), inverted=fewer),
     ]
-    columns.append({"ParallelCoordinatesPlotColumn": {"metric": _summary(score), "inverted": fewer}})
     return [
         _panel("ParallelCoordinatesPlot", title="runs", columns=columns, width=24, height=10),
         _panel("ParameterImportancePlot", with_respect_to=score, width=12),
@@ -209,9 +195,12 @@ def _summary(name: str) -> dict[str, Any]:
     return {"SummaryMetric": {"name": name}}
 
 
+def _config(name: str) -> dict[str, Any]:
+    return {"Config": {"name": name}}
+
+
 def _by_method(range_: str) -> dict[str, Any]:
-    method = {"Config": {"name": "method"}}
-    return {"groupby": method, "groupby_aggfunc": "mean", "groupby_rangefunc": range_}
+    return {"groupby": _config("method"), "groupby_aggfunc": "mean", "groupby_rangefunc": range_}
 
 
 # --- sending ----------------------------------------------------------------------------------------------------
@@ -222,10 +211,8 @@ def send(spec: Mapping[str, Any]) -> list[str]:
     import wandb
 
     entity = spec["entity"] or wandb.Api().default_entity
-    found = [
-        build(spec[what], {"entity": entity, "project": spec["project"]}) for what in ("workspace", "report")
-    ]
-    return [one.save().url for one in found]
+    owner = {"entity": entity, "project": spec["project"]}
+    return [one.save().url for one in [build(spec[what], owner) for what in SENT]]
 
 
 def build(value: Any, owner: Mapping[str, Any]) -> Any:
