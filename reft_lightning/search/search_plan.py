@@ -48,14 +48,6 @@ class Budget:
 
 
 @dataclass
-class Pruning:
-    """Settings of successive halving: the first validation that decides, and which part 1/n of the trials goes on."""
-
-    min_validations: int = 1
-    reduction_factor: int = 3
-
-
-@dataclass
 class Method:
     """One method: its overrides, and the space that is searched."""
 
@@ -75,7 +67,6 @@ class Plan:
     sampler_seed: int = 0
     startup_trials: int = 10  # drawn at random before TPE
     pruner: str = "none"
-    pruning: Pruning = field(default_factory=Pruning)
     seeds: list[int] = field(default_factory=lambda: [42, 43, 44])
 
     def space(self, method: str) -> tuple[Dimension, ...]:
@@ -109,9 +100,8 @@ def key_of(text: str) -> str:
 @cache
 def plan_keys() -> set[str]:
     """Return the arguments of the command that change the plan; any other is an override of ``reft-train``."""
-    parts = {"budget": Budget, "pruning": Pruning}
-    own = {f.name for f in dataclasses.fields(Plan)} - parts.keys() - {"name", "base"}
-    return own | {f"{name}.{f.name}" for name, part in parts.items() for f in dataclasses.fields(part)}
+    own = {f.name for f in dataclasses.fields(Plan)} - {"name", "base", "budget"}
+    return own | {f"budget.{f.name}" for f in dataclasses.fields(Budget)}
 
 
 def search_file(name: str) -> Path:
@@ -230,13 +220,9 @@ def _check_values(plan: Plan, where: str) -> None:
         budget.amount = int(amount)
     elif budget.unit == "trials":
         raise ValueError(f"{where}: budget.amount is a number of trials; got {amount!r}")
-    for key, count, least in (
-        ("sampler_seed", plan.sampler_seed, 0), ("startup_trials", plan.startup_trials, 0),
-        ("pruning.min_validations", plan.pruning.min_validations, 1),
-        ("pruning.reduction_factor", plan.pruning.reduction_factor, 2),
-    ):  # fmt: skip
-        if count < least:
-            raise ValueError(f"{where}: {key} must be {least} or more; got {count}")
+    for key, count in (("sampler_seed", plan.sampler_seed), ("startup_trials", plan.startup_trials)):
+        if count < 0:
+            raise ValueError(f"{where}: {key} must be 0 or more; got {count}")
     if len(set(plan.seeds)) < len(plan.seeds):
         raise ValueError(f"{where}: a seed is given twice in {plan.seeds}: each one trains the winner once")
     if not plan.methods:

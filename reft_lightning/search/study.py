@@ -130,9 +130,8 @@ class Study:
         self.turn = Lock(self.folder / LOCKS / "turn")
         pruner: Any = self.optuna.pruners.NopPruner()
         if self.plan.pruner == "successive_halving":
-            least, factor = self.plan.pruning.min_validations, self.plan.pruning.reduction_factor
-            # asynchronous: a trial waits for no other (Li et al. 2020, arXiv:1810.05934)
-            pruner = self.optuna.pruners.SuccessiveHalvingPruner(min_resource=least, reduction_factor=factor)
+            # asynchronous: a trial waits for no other (Li et al. 2020, arXiv:1810.05934), and one of three goes on
+            pruner = self.optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
         self.studies: dict[str, Any] = {
             method: self.optuna.create_study(
                 storage=self.storage, study_name=study_name(more["study"], method), pruner=pruner,

@@ -17,7 +17,7 @@ from reft_lightning.data.rows import DataSource, read_rows
 from reft_lightning.search import command
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "glue"
-HALVING = {"pruner": "successive_halving", "pruning": {"reduction_factor": 2}}
+HALVING = {"pruner": "successive_halving"}
 LABELS = {"entailment": "not_entailment", "not_entailment": "entailment"}
 
 
