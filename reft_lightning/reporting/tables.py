@@ -240,17 +240,17 @@ def study_table(study: Study) -> Table:
     units = list(dict.fromkeys(unit for spent in study.spent.values() for unit in spent))
     rows = []
     for method in study.trials:
-        best = study.best(method)
-        drawn = best.params.items() if best else ()
-        params = ", ".join(f"{name}={v:g}" if isinstance(v, float) else f"{name}={v}" for name, v in drawn)
-        spent = study.spent.get(method, {})
-        rows.append([
-            Cell(method), Cell(study.states(method)),
-            *([Cell(number(best.value, study.measure), best.value), Cell(str(best.number), best.number)] if best
-              else [Cell("-"), Cell("-")]),
-            Cell(params or "-"),
-            *(_cell(spent.get(unit), "{:,.0f}".format) for unit in units),
-        ])  # fmt: skip
+        best, spent = study.best(method), study.spent.get(method, {})
+        found = [Cell("-")] * 3
+        if best is not None:
+            drawn = best.params.items()
+            params = ", ".join(
+                f"{name}={v:g}" if isinstance(v, float) else f"{name}={v}" for name, v in drawn
+            )
+            score = Cell(number(best.value, study.measure), best.value)
+            found = [score, Cell(str(best.number), best.number), Cell(params)]
+        costs = (_cell(spent.get(unit), "{:,.0f}".format) for unit in units)
+        rows.append([Cell(method), Cell(study.states(method)), *found, *costs])
     columns = ["method", "outcomes", f"best {monitored(study)}", "of trial", "with", *units]
     notes = [f"{method}: {remark}" for method, remarks in study.remarks.items() for remark in remarks]
     return Table("Search: what each method spent and found", columns, rows, notes)
