@@ -2,14 +2,17 @@
 
 import csv
 import json
+from collections import defaultdict
 from functools import cache
 
 import numpy as np
+import pytest
 from omegaconf import OmegaConf
 
 from reft_lightning.config.identity import config_hash
 from reft_lightning.config.schema import Config
 from reft_lightning.reporting.build import build_report
+from reft_lightning.reporting.page import page
 
 MEASURE = "accuracy"
 FEW = 400  # resamples, where no digit of theirs is looked at
@@ -120,8 +123,20 @@ def write_grid(folder, rates=None, seeds=(42, 43, 44), **values):
     return folder
 
 
+def invented_trial(value, **params):
+    """Return a complete trial of Optuna, of parameters between 0 and 1."""
+    optuna = pytest.importorskip("optuna", reason="studies take the extra 'search'")
+    space = dict.fromkeys(params, optuna.distributions.FloatDistribution(0, 1))
+    return optuna.trial.create_trial(value=value, params=params, distributions=space)
+
+
 def report(*folders, **options):
     return build_report(folders, resamples=options.pop("resamples", FEW), **options)
+
+
+def shown(made):
+    """Return the page of a report, without the plots, which take long to draw."""
+    return page(made, defaultdict(dict))
 
 
 def only(folder, **options):

@@ -39,7 +39,7 @@ from reft_lightning.adapters.reft.config import CONFIG_FILE
 from reft_lightning.adapters.saving import BASELINE_CONFIG_FILE, BESIDE, PEFT_CONFIG_FILE
 from reft_lightning.config.schema import DecodingConfig
 from reft_lightning.data.families.metamathqa import FAMILY, prompt
-from reft_lightning.reporting.runs import ReportError, Run, read_runs
+from reft_lightning.reporting.runs import Run, read_runs
 from reft_lightning.storage.atomic import write_json
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     options = arguments.parse_args(argv)
     runs, left, _ = read_runs([options.run])
     if not runs:
-        raise ReportError(f"{options.run}: {left[0].reason}")
+        raise ValueError(f"{options.run}: {left[0].reason}")
     values = record(runs[0], options.name)
     name = values["run_info"]["experiment_name"].replace("/", "--")
     path = options.out or options.run / f"{name}.json"
@@ -76,18 +76,16 @@ def record(run: Run, name: str | None = None) -> dict[str, Any]:
         name: `method/variant`; None for the method, and the model with the hash of the configuration.
 
     Raises:
-        ReportError: if it is none.
+        ValueError: if it is none.
     """
     config, results = run.config, run.results
     if config.get("data.family") != FAMILY.name:
-        raise ReportError(
+        raise ValueError(
             f"{run.folder} is a run of the family {config.get('data.family')}; PEFT's comparison trains on MetaMathQA "
             "and tests on GSM8K: data=metamathqa"
         )
     if "test/accuracy" not in results["metrics"]:
-        raise ReportError(
-            f"{run.folder} has no test scores, which the comparison reports: run with test=true"
-        )
+        raise ValueError(f"{run.folder} has no test scores, which the comparison reports: run with test=true")
     if name is None:
         method = run.method.replace("peft/", "").replace(" + ", "+")
         name = f"{method}/{str(results['model']).rpartition('/')[2]}-{results['config_hash'][:8]}"
@@ -153,7 +151,7 @@ def _packages(versions: Mapping[str, str], method_config: Mapping[str, Any] | No
 def _rows_a_step(run: Run) -> int:
     devices = run.config["trainer.devices"]
     if not isinstance(devices, int) or devices < 1:
-        raise ReportError(f"{run.folder}: trainer.devices={devices!r} does not say how many rows a step has")
+        raise ValueError(f"{run.folder}: trainer.devices={devices!r} does not say how many rows a step has")
     parts = ("data.batch_size", "trainer.accumulate_grad_batches", "trainer.num_nodes")
     return int(np.prod([devices, *(run.config[part] for part in parts)]))
 
@@ -217,7 +215,7 @@ def _method_config(run: Run) -> dict[str, Any] | None:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ReportError(f"{path} is missing: the adapter says how the method was set up")
+        raise ValueError(f"{path} is missing: the adapter says how the method was set up")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -298,5 +296,5 @@ def _mean(curve: Mapping[int, float], steps: range) -> float | None:
 if __name__ == "__main__":
     try:
         main()
-    except ReportError as error:
+    except ValueError as error:
         sys.exit(str(error))

@@ -71,10 +71,11 @@ def from_adapters(
     if not positions:
         raise ValueError(f"{folder / CONFIG} has no positions: prefix_positions and suffix_positions are 0")
     tied = "all" if config.get("tied_weights") else "group"
-    path = _file(folder, TENSORS)
+    path, saved = _read(folder, TENSORS)
     if path is None:
         raise FileNotFoundError(f"{folder} does not hold an adapter: {' or '.join(TENSORS)} is missing")
-    layers, state = _units(path, [0] if tied == "all" else [i for i, n in enumerate(counts.values()) if n])
+    used = [0] if tied == "all" else [i for i, n in enumerate(counts.values()) if n]
+    layers, state = _units(path, saved, used)
     act_fn = config.get("non_linearity")
     settings: dict[str, Any] = {
         "method": _method(folder, config, method), "rank": config["r"], "positions": positions, "tied": tied,
@@ -105,9 +106,8 @@ def _method(folder: Path, config: dict[str, Any], method: str | None) -> str:
     return method
 
 
-def _units(path: Path, used: list[int]) -> tuple[list[int], dict[str, Tensor]]:
+def _units(path: Path, saved: dict[str, Tensor], used: list[int]) -> tuple[list[int], dict[str, Tensor]]:
     """Return layers and the tensors of the used units under their names here."""
-    saved = read_tensors(path) if path.suffix == ".safetensors" else read_pickled(path)
     units: dict[tuple[int, int], dict[str, Tensor]] = {}
     places, names = set(), set()
     for name, tensor in saved.items():
@@ -136,19 +136,15 @@ def _units(path: Path, used: list[int]) -> tuple[list[int], dict[str, Tensor]]:
                 state[f"{place}.projection.weight"] = own["projection.weight"]
                 continue
             prefix = "projection.parametrizations.weight"
-            original, base = take(
-                path, own, {f"{prefix}.original": 2, f"{prefix}.0.base": 2}, what
-            )  # (r, d), (d, d)
+            # (r, d), (d, d)
+            original, base = take(path, own, {f"{prefix}.original": 2, f"{prefix}.0.base": 2}, what)
             state[f"{place}.basis"] = orthogonal_map(original.mT, base).mT / 2  # as long as rows start here
     return layers, state
 
 
 def _heads(base_model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
     """Return the tensors of the saved prediction head that are not those of the base model."""
-    path = _file(folder, HEADS)
-    if path is None:
-        return {}
-    saved = read_tensors(path) if path.suffix == ".safetensors" else read_pickled(path)
+    path, saved = _read(folder, HEADS)
     own = {key: tensor.cpu() for key, tensor in base_model.state_dict().items() if key in saved}
     if strange := sorted(saved.keys() - own.keys()):
         raise ValueError(
@@ -163,5 +159,9 @@ def _heads(base_model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in saved.items() if name.rpartition(".")[0] in trained}
 
 
-def _file(folder: Path, names: tuple[str, str]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+def _read(folder: Path, names: tuple[str, str]) -> tuple[Path | None, dict[str, Tensor]]:
+    """Return the first of two files that there is, and its tensors."""
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        return None, {}
+    return path, read_tensors(path) if path.suffix == ".safetensors" else read_pickled(path)

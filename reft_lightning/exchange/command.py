@@ -40,16 +40,10 @@ def main(
     act_fn: str | None = None,
     method: str | None = None,
 ) -> None:
-    """Read an adapter of whichever library wrote it, and write it for another.
+    """Read an adapter of whichever library wrote it, and write it for another to an empty or a new folder.
 
-    Args:
-        folder: of an adapter, or a run of reft-train.
-        to: a name of :data:`WRITERS`.
-        out: an empty or a new folder.
-        base: the model it was trained on, a folder or a name on the hub; None for the one that the adapter names.
-        positions: of an adapter of pyreft, see :func:`.pyreft.from_pyreft`.
-        act_fn: of an adapter of pyreft.
-        method: of an adapter of adapters, see :func:`.adapterhub.from_adapters`.
+    `to` is a name of :data:`WRITERS`; `base`, the model it was trained on, where the adapter names none. `positions`
+    and `act_fn` are for :func:`.pyreft.from_pyreft`, `method` for :func:`.adapterhub.from_adapters`.
 
     Raises:
         ValueError, OSError: for folders and arguments that cannot be used, before the base model is loaded; for what

@@ -44,16 +44,11 @@ def to_easysteer(reft: ReftModel, folder: str | PathLike) -> None:
         where = f"layer {layer}"
         if spec.component != "block_output":
             raise ValueError(f"{where}: EasySteer edits the output of blocks only; got {spec.component!r}")
-        if positions.function is not None:
-            raise ValueError(
-                f"{where}: EasySteer takes no position function; use fN, lN, prompt, decode or all"
-            )
         kinds = {term.kind for term in positions.terms}
         shares = any(term.share is not None for term in positions.terms)
-        if shares or not kinds <= {"f", "l", "prompt", "decode", "all"}:
-            raise ValueError(
-                f"{where}: EasySteer takes no positions {positions}; use fN, lN, prompt, decode or all"
-            )
+        if positions.function is not None or shares or not kinds <= {"f", "l", "prompt", "decode", "all"}:
+            given = "position function" if positions.function is not None else f"positions {positions}"
+            raise ValueError(f"{where}: EasySteer takes no {given}; use fN, lN, prompt, decode or all")
         if tied == "position":
             raise ValueError(
                 f"{where}: tied='position' has an intervention a position, whose clipped prompts EasySteer cannot "
@@ -67,15 +62,10 @@ def to_easysteer(reft: ReftModel, folder: str | PathLike) -> None:
                     "edit(h) = U'(V h + c)"
                 )
             U, V, c = (tensor.detach().float() for tensor in phi.affine())
-            vectors.append(
-                {
-                    "data": _payload(layer, U.mT, V + U, c),
-                    "algorithm": "loreft",
-                    "scale": float(reft.scale),
-                    "layers": [layer],
-                    "apply": _apply(terms),
-                }
-            )
+            vectors.append({
+                "data": _payload(layer, U.mT, V + U, c), "algorithm": "loreft", "scale": float(reft.scale),
+                "layers": [layer], "apply": _apply(terms),
+            })  # fmt: skip
     if not vectors:
         raise ValueError("this adapter has no interventions, so there is nothing to write for EasySteer")
     if reft.config.heads:
@@ -104,10 +94,8 @@ def _apply(terms: tuple[Term, ...]) -> dict[str, Any]:
         elif term.kind == "decode":
             clause["generation_window"] = [0, term.count]
         elif term.kind == "f":
-            clause["prompt_window"] = [
-                0,
-                term.count,
-            ]  # positions past the end would be clamped to the last token
+            # positions past the end would be clamped to the last token
+            clause["prompt_window"] = [0, term.count]
         elif term.kind == "l":
             clause["prompt_positions"] = list(range(-(term.count or 0), 0))
     return clause

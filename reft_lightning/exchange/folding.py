@@ -65,11 +65,7 @@ class Fold:
     scale: float
 
     def change(self) -> Change:
-        """Return what the edit adds to the linear map.
-
-        Raises:
-            ValueError: if the edit is not affine, or not finite.
-        """
+        """Return what the edit adds to the linear map."""
         try:
             U, V, k = affine(self.phi, self.site.dim)
         except ValueError as error:
@@ -107,9 +103,8 @@ def affine(phi: Intervention, dim: int) -> tuple[Tensor, Tensor, Tensor]:
         found = phi.edit(probes)
         if not found.isfinite().all():
             raise ValueError(f"{type(phi).__name__} gives NaN or infinite values: its training diverged")
-        largest = max(
-            float(found.abs().max()), size * float(k.abs().max())
-        )  # K is noise where the edit is a constant
+        # K is noise where the edit is a constant
+        largest = max(float(found.abs().max()), size * float(k.abs().max()))
         if not torch.allclose(found, probes @ K.mT + k, rtol=EXACT, atol=EXACT * largest):
             raise ValueError(
                 f"{type(phi).__name__} is not an affine function of h, and no weight computes it"
@@ -212,31 +207,27 @@ def _last_maps(model: PreTrainedModel, paths: list[str]) -> dict[str, str]:
             f"which linear maps {paths[0]} and the like end in cannot be tried on a copy of {type(model).__name__} "
             f"({reason}): name the map, as '...{{layer}}.mlp.down_proj'"
         ) from error
-    returned: dict[str, Any] = {}
+    returned: dict[str, Any] = {}  # by linear maps
     last: dict[str, str] = {}
+
+    def note(path: str, module: nn.Module, args: tuple, output: Any) -> None:
+        returned[path] = output
+
+    def compare(path: str, module: nn.Module, args: tuple, output: Any) -> None:
+        for name, tensor in returned.items():
+            # dropout that is off returns what it got
+            if name.startswith(f"{path}.") and tensor is hidden_of(output):
+                last[path] = name
+
     for name, module in tried.named_modules():
         if _is_linear(module):
-            module.register_forward_hook(partial(_note, returned, name))
+            module.register_forward_hook(partial(note, name))
     for path in paths:
-        tried.get_submodule(path).register_forward_hook(partial(_compare, returned, last, path))
+        tried.get_submodule(path).register_forward_hook(partial(compare, path))
     ids = torch.full((1, 4), 3, device=model.device)
     with torch.no_grad():
         tried(input_ids=ids, **({"decoder_input_ids": ids} if reads_two_texts(model) else {}))
     return last
-
-
-def _note(returned: dict[str, Any], name: str, module: nn.Module, args: tuple, output: Any) -> None:
-    returned[name] = output
-
-
-def _compare(
-    returned: dict[str, Any], last: dict[str, str], path: str, module: nn.Module, args: tuple, output: Any
-) -> None:
-    for name, tensor in returned.items():
-        if name.startswith(f"{path}.") and tensor is hidden_of(
-            output
-        ):  # dropout that is off returns what it got
-            last[path] = name
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -37,13 +37,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
 
 
 def take(path: Path, state: Mapping[str, Tensor], shapes: Mapping[str, int], what: str) -> list[Tensor]:
-    """Return tensors of a file, which must have them and with so many dimensions.
-
-    Args:
-        path: of the file.
-        state: what it holds.
-        shapes: name -> number of dimensions.
-        what: whose they are, for the message.
+    """Return tensors of a file, each of which must be there with so many dimensions; `what` says whose they are.
 
     Raises:
         ValueError: for one that is missing or has another shape; names the file.
@@ -74,11 +68,7 @@ def orthogonal_map(original: Tensor, base: Tensor) -> Tensor:  # (d, r), (d, d) 
 
 
 def check_alone(reft: ReftModel, library: str) -> None:
-    """Reject several adapters on one model, of which a file of another library holds one, and one of two stacks.
-
-    Raises:
-        ValueError: with their names.
-    """
+    """Reject several adapters on one model, of which a file of another library holds one, and one of two stacks."""
     if len(reft.adapter_names) > 1:
         raise ValueError(
             f"this model carries {', '.join(reft.adapter_names)}, and a folder for {library} holds one adapter: delete "
@@ -103,14 +93,9 @@ def attached(
     state: dict[str, Tensor],
     **settings: Any,
 ) -> ReftModel:
-    """Attach what was read, or leave the base model as it was.
+    """Attach what was read from a folder, or leave the base model as it was.
 
-    Args:
-        base_model: of Hugging Face.
-        folder: that was read, for messages.
-        layers: the settings of each layer; those of all layers alike become the adapter's.
-        state: as :meth:`ReftModel.load_adapter_state_dict` takes it.
-        **settings: further arguments of :func:`attach`.
+    The settings that all layers share become the adapter's; `settings` are further arguments of :func:`attach`.
 
     Raises:
         ValueError: if it does not fit the model; names the folder.

@@ -71,16 +71,10 @@ def to_lora(reft: ReftModel, folder: str | os.PathLike) -> None:
         base_model_name_or_path=reft.config.base_model,
         task_type=next((task for ending, task in TASKS.items() if kind.endswith(ending)), None),
         target_modules="|".join(map(re.escape, ranks)),  # a list would also take longer paths that end alike
-        modules_to_save=heads or None,
-        ensure_weight_tying=len(heads) > len(reft.config.heads),
-        r=rank,
-        lora_alpha=rank,
-        rank_pattern=others,
-        alpha_pattern=others,
-        lora_bias=has_bias,
-        fan_in_fan_out=isinstance(folds[0].linear, Conv1D),
-        inference_mode=True,
-    )
+        modules_to_save=heads or None, ensure_weight_tying=len(heads) > len(reft.config.heads),
+        r=rank, lora_alpha=rank, rank_pattern=others, alpha_pattern=others, lora_bias=has_bias,
+        fan_in_fan_out=isinstance(folds[0].linear, Conv1D), inference_mode=True,
+    )  # fmt: skip
     values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -39,6 +39,7 @@ from ..adapters.reft.config import ReftConfig
 from ..adapters.reft.model import ReftModel
 from ..adapters.reft.positions import parse_positions
 from ..adapters.reft.sites import block_path
+from ..base_models.heads import parameters_of
 from ..interventions import Intervention, method_name
 from ..storage.atomic import write_json, write_whole
 from ..storage.reading import naming, read_json
@@ -55,12 +56,8 @@ CLASSES = {
     "ConsreftIntervention": "consreft",
     "LobireftIntervention": "lobireft",
 }
-COMPONENTS = (
-    "block_output",
-    "block_input",
-    "attention_output",
-    "mlp_output",
-)  # of one name and meaning in both
+# of one name and meaning in both
+COMPONENTS = ("block_output", "block_input", "attention_output", "mlp_output")
 # fields of pyvene's RepresentationConfig, in its order, and those whose meaning has no counterpart here
 FIELDS = (
     "layer", "component", "unit", "max_number_of_units", "low_rank_dimension", "intervention_type", "intervention",
@@ -120,9 +117,15 @@ def from_pyreft(
     if act_fn is not None:
         for own in layers.values():
             own["act_fn"] = act_fn
+    untied = [layer for layer, own in layers.items() if own["tied"] == "group"]
+    if untied and [term.kind for term in parse_positions(positions).terms] != ["f", "l"]:
+        raise ValueError(
+            f"{folder}: layer {untied[0]} has one intervention for the prefix and one for the suffix (share_weights="
+            f"False in pyreft), so positions need a term of each, such as 'f3+l3'; got {positions!r}"
+        )
     settings: dict[str, Any] = {"dropout": dropout, "dropout_on": "output"} if dropout else {}
     return attached(
-        base_model, folder, layers, state | head_state, positions=_checked(folder, positions, layers), clip="floor",
+        base_model, folder, layers, state | head_state, positions=positions, clip="floor",
         heads=sorted({path.rpartition(".")[0] for path in heads}), **settings,
     )  # fmt: skip
 
@@ -182,23 +185,9 @@ def _interventions(
     return layers, state
 
 
-def _checked(folder: Path, positions: str, layers: dict[int, dict[str, Any]]) -> str:
-    kinds = [term.kind for term in parse_positions(positions).terms]
-    untied = [layer for layer, own in layers.items() if own["tied"] == "group"]
-    if untied and kinds != ["f", "l"]:
-        raise ValueError(
-            f"{folder}: layer {untied[0]} has one intervention for the prefix and one for the suffix (share_weights="
-            f"False in pyreft), so positions need a term of each, such as 'f3+l3'; got {positions!r}"
-        )
-    return positions
-
-
 def _file(folder: Path, layer: int, component: str, units: int, group: int) -> Path:
     """Return the file of an intervention, whichever pyvene wrote it."""
-    place = f"comp.{component}" if "." in component else f"layer.{layer}.comp.{component}"
-    older = f"{place}.unit.pos.nunit.{units}"
-    newer = re.sub(r"\.", "_", older)
-    paths = [folder / f"intkey_{key}#{group}.bin" for key in (newer, older)]
+    paths = [folder / f"intkey_{_key(layer, component, units, group, separator)}.bin" for separator in "_."]
     found = next((path for path in paths if path.is_file()), None)
     if found is None:
         there = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "none"
@@ -208,37 +197,35 @@ def _file(folder: Path, layer: int, component: str, units: int, group: int) -> P
     return found
 
 
+def _key(layer: int, component: str, units: int, group: int, separator: str = "_") -> str:
+    """Return what pyvene calls an intervention; older versions separate by dots."""
+    place = f"comp.{component}" if "." in component else f"layer.{layer}.comp.{component}"
+    return f"{place}.unit.pos.nunit.{units}".replace(".", separator) + f"#{group}"
+
+
 def _read(path: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return settings and tensors of one intervention under their names here."""
     state = read_pickled(path)
+    R: Tensor | None = None
     if name == "LoreftIntervention":
         W, b, R = take(path, state, {"weight": 2, "bias": 1, "rotate_layer": 2}, name)
-        R, tensors = R.mT, {"source.weight": W, "source.bias": b}
-    elif name in ("NoreftIntervention", "NodireftIntervention"):
-        names = {"learned_source.weight": 2, "learned_source.bias": 1, "proj_layer.weight": 2}
-        W, b, W2 = take(path, state, names, name)
-        R, tensors = None, {"source.weight": W, "source.bias": b, "projection.weight": W2}
-        if name == "NoreftIntervention" and "proj_layer.bias" in state:
-            tensors["projection.bias"] = state["proj_layer.bias"]
+    elif name in ("ConsreftIntervention", "LobireftIntervention"):
+        W, (b,) = None, take(path, state, {"learned_source": 1}, name)
     else:
-        R = orthogonal_map(*take(path, state, {PARAMETER: 2, BUFFER: 2}, name)).mT
-        if name == "DireftIntervention":
-            names = {"learned_source.weight": 2, "learned_source.bias": 1}
-            W, b = take(path, state, names, name)
-            tensors = {"source.weight": W, "source.bias": b}
-        else:
-            (b,) = take(path, state, {"learned_source": 1}, name)
-            W, tensors = None, {"bias": b}
-    if R is not None:
-        tensors["basis"] = (
-            R / 2
-        )  # as long as rows start here, see orthonormal.random_rows; R itself is the same
+        W, b = take(path, state, {"learned_source.weight": 2, "learned_source.bias": 1}, name)
+    tensors = {"bias": b} if W is None else {"source.weight": W, "source.bias": b}
     settings: dict[str, Any] = {"rank": len(b)}
     if W is not None and W.dtype == torch.bfloat16:
         settings["weight_dtype"] = "bfloat16"
-    if "projection.bias" in tensors:
-        settings["add_bias"] = True
-    return settings, tensors
+    if name in ("NoreftIntervention", "NodireftIntervention"):
+        (tensors["projection.weight"],) = take(path, state, {"proj_layer.weight": 2}, name)
+        if name == "NoreftIntervention" and "proj_layer.bias" in state:
+            tensors["projection.bias"], settings["add_bias"] = state["proj_layer.bias"], True
+        return settings, tensors
+    if R is None:
+        R = orthogonal_map(*take(path, state, {PARAMETER: 2, BUFFER: 2}, name))
+    # as long as rows start here, see orthonormal.random_rows; R itself is the same
+    return settings, tensors | {"basis": R.mT / 2}
 
 
 def _site(component: str, layer: int, blocks: str) -> tuple[int, str]:
@@ -276,23 +263,23 @@ def to_pyreft(reft: ReftModel, folder: str | PathLike) -> None:
         )
     specs = {layer: config.for_layer(layer) for layer in config.layers}
     for layer, spec in specs.items():
+        site, count = reft.sites[str(layer)], len(reft.interventions[str(layer)])
         if spec.method not in CLASSES.values():
             raise ValueError(
                 f"layer {layer}: pyreft has no intervention {spec.method!r}; it has {', '.join(CLASSES.values())}"
             )
-        if reft.sites[str(layer)].visual:
+        if site.visual:
             raise ValueError(f"layer {layer}: pyreft has no {spec.component}, which sees images")
-        if reft.sites[str(layer)].divided > 1:
+        if site.divided > 1:
             raise ValueError(
                 f"layer {layer}: the interventions of attention heads are not written for pyreft"
             )
-        if spec.tied == "position" or len(reft.interventions[str(layer)]) > 2:
+        if spec.tied == "position" or count > 2:
             raise ValueError(
                 f"layer {layer}: pyreft has one intervention for all positions, or one for the prefix and one for the "
-                f"suffix; got tied={spec.tied!r} with {len(reft.interventions[str(layer)])} interventions"
+                f"suffix; got tied={spec.tied!r} with {count} interventions"
             )
-        kinds = [term.kind for term in reft.positions[str(layer)][0].terms]
-        if len(reft.interventions[str(layer)]) == 2 and kinds != ["f", "l"]:
+        if count == 2 and [term.kind for term in reft.positions[str(layer)][0].terms] != ["f", "l"]:
             raise ValueError(
                 f"layer {layer}: pyreft's two interventions are of a prefix and a suffix, such as 'f3+l3'; got "
                 f"positions={spec.positions!r}"
@@ -311,32 +298,20 @@ def to_pyreft(reft: ReftModel, folder: str | PathLike) -> None:
     representations, keys = [], []
     for layer, group, phi in written:
         site = _component(specs[layer].component, layer)
-        place = f"comp_{site.replace('.', '_')}" if "." in site else f"layer_{layer}_comp_{site}"
-        keys.append(f"{place}_unit_pos_nunit_1#{group}")
+        keys.append(_key(layer, site, 1, group))
         representations.append([layer, site, "pos", 1, phi.rank, *[None] * (len(FIELDS) - 5)])
         tensors = _tensors(phi)
         write_whole(folder / f"intkey_{keys[-1]}.bin", lambda partial, t=tensors: torch.save(t, partial))
     if config.heads:
-        heads = {
-            f"{head}.{name}": parameter.detach()
-            for head in config.heads
-            for name, parameter in reft.base_model.get_submodule(head).named_parameters()
-        }
+        heads = {name: p.detach() for name, p in parameters_of(reft.base_model, config.heads).items()}
         write_whole(folder / HEADS, lambda partial: torch.save(heads, partial))
-    write_json(
-        folder / CONFIG,
-        {
-            "intervention_constant_sources": [True] * len(written),
-            "intervention_dimensions": [phi.dim for _, _, phi in written],
-            "intervention_types": [
-                f"<class 'pyreft.interventions.{_class_of(type(phi))}'>" for *_, phi in written
-            ],
-            "mode": "parallel",
-            "representations": representations,
-            "sorted_keys": keys,
-            OURS: reft.saved_config().to_dict(),
-        },
-    )
+    types = [f"<class 'pyreft.interventions.{_class_of(type(phi))}'>" for *_, phi in written]
+    write_json(folder / CONFIG, {
+        "intervention_constant_sources": [True] * len(written),
+        "intervention_dimensions": [phi.dim for *_, phi in written], "intervention_types": types,
+        "mode": "parallel", "representations": representations, "sorted_keys": keys,
+        OURS: reft.saved_config().to_dict(),
+    })  # fmt: skip
     log.warning("%s", _what_pyreft_forgets(reft))
 
 
@@ -346,9 +321,8 @@ def _what_pyreft_forgets(reft: ReftModel) -> str:
     lost = [f"positions {chosen} (as unit_locations of each call)"]
     if any(spec.clip == "paper" and spec.needs_prompt for spec, _ in reft.positions.values()):
         lost += ["clip='paper' (its own helper halves short prompts otherwise, as clip='floor' does here)"]
-    lost += [
-        f"act_fn {name} (as an argument of the intervention)" for name in {p.act_fn for p in phis} - {None}
-    ]
+    functions = {phi.act_fn for phi in phis} - {None}
+    lost += [f"act_fn {name} (as an argument of the intervention)" for name in functions]
     if any(p.weight_dtype != "bfloat16" and "source.weight" in dict(p.named_parameters()) for p in phis):
         lost += ["the float32 of W and b (dtype=torch.float32 of the intervention)"]
     if any(not p.rotations for p in phis):
@@ -375,9 +349,7 @@ def _tensors(phi: Any) -> dict[str, Tensor]:
     with torch.no_grad():
         own = {name: tensor.detach().cpu().clone() for name, tensor in phi.state_dict().items()}
         R: Any = phi.R.cpu().mT.contiguous() if "basis" in own else None  # (d, r)
-    source = {
-        name.removeprefix("source."): tensor for name, tensor in own.items() if name.startswith("source.")
-    }
+    source = {n.removeprefix("source."): t for n, t in own.items() if n.startswith("source.")}
     if _class_of(type(phi)) == "LoreftIntervention":
         return {**source, "rotate_layer": R}
     width = torch.tensor(phi.dim)

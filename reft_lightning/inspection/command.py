@@ -46,13 +46,8 @@ def main(
 ) -> dict[str, Any]:
     """Inspect the first folder, compare the others with it, write JSON and pictures, and show what was found.
 
-    Args:
-        folders: of runs, or of adapters; of an adapter without its run only subspaces are known.
-        rows: validation rows.
-        forget: a file of ``conf/data`` as ``data=NAME``, and overrides of its keys: rows of another family.
-        text: whose perplexity is measured; None for one of our own.
-        out: where to write; None for ``inspection`` in the first folder.
-        console: where to show.
+    Folders are runs or adapters; of an adapter without its run only subspaces are known. `forget` is ``data=NAME``, and
+    overrides of its keys: rows of another family. `text` is read for its perplexity; None for one of our own.
 
     Raises:
         ValueError, OSError: before weights are loaded, for folders, rows or a text that cannot be used.
@@ -62,18 +57,16 @@ def main(
     console = console or Console(width=None if sys.stdout.isatty() else 120)
     runs = [_run_of(folder) for folder in folders]
     out = out or runs[0] / "inspection"
-    found = _compare(runs)
+    angles = _compare(runs)
     if (runs[0] / "config.yaml").is_file():
         inside = _inspect(runs[0], rows, forget, text, out)
     else:
-        inside = {
-            "not_inspected": [
-                f"{runs[0]} is an adapter without its run, whose config.yaml names model and rows: only subspaces"
-            ]
-        }
-    said = [*inside["not_inspected"], *found["not_inspected"]]
-    found = {**inside, **found, "not_inspected": said}
-    found = {"folder": str(runs[0]), **found}
+        why = (
+            f"{runs[0]} is an adapter without its run, whose config.yaml names model and rows: only subspaces"
+        )
+        inside = {"not_inspected": [why]}
+    said = [*inside["not_inspected"], *angles["not_inspected"]]
+    found = {"folder": str(runs[0]), **inside, **angles, "not_inspected": said}
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "inspect.json", found)
     pictures = draw(found, out)
@@ -84,11 +77,7 @@ def main(
 
 
 def _run_of(folder: Path) -> Path:
-    """Return the run of a folder, or the folder of an adapter that is part of none.
-
-    Raises:
-        ValueError: for anything else.
-    """
+    """Return the run of a folder, or the folder of an adapter that is part of none."""
     if not folder.is_dir():
         raise ValueError(no_such_folder(folder))
     for place in (folder, folder.parent):
@@ -102,11 +91,7 @@ def _run_of(folder: Path) -> Path:
 
 
 def _compare(runs: Sequence[Path]) -> dict[str, Any]:
-    """Return the angles within and between adapters, for which neither weights nor rows are read.
-
-    Raises:
-        ValueError, OSError: for adapters that cannot be compared.
-    """
+    """Return the angles within and between adapters, for which neither weights nor rows are read."""
     own, *others = ((run, run if (run / CONFIG_FILE).is_file() else run / "adapter") for run in runs)
     spaces = {str(run): _subspaces(run, adapter) for run, adapter in others}
     if not (own[1] / CONFIG_FILE).is_file():  # another method, which is inspected by itself
@@ -125,12 +110,8 @@ def _subspaces(run: Path, adapter: Path) -> findings.Subspaces:
     else:
         intervention = load_run_config(run).intervention
         method, layers = intervention.method, intervention.layers
-    named = (
-        [own["method"] for own in layers.values() if own and "method" in own]
-        if isinstance(layers, Mapping)
-        else []
-    )
-    for name in (method, *named):
+    each = layers.values() if isinstance(layers, Mapping) else ()
+    for name in (method, *(own["method"] for own in each if own and "method" in own)):
         if method_named(name).takes_settings:
             method_name(intervention_class(name))  # enters it in the table that saved adapters are read by
     found, own = saved_interventions(adapter), saved.get("per_layer") or {}
@@ -140,19 +121,13 @@ def _subspaces(run: Path, adapter: Path) -> findings.Subspaces:
     )
 
 
-def _inspect(
-    folder: Path,
-    rows: int,
-    forget: Sequence[str],
-    text: Path | None,
-    out: Path,
-) -> dict[str, Any]:
+def _inspect(folder: Path, rows: int, forget: Sequence[str], text: Path | None, out: Path) -> dict[str, Any]:
     config = load_run_config(folder)
     # train rows are not read beyond what the rows for validation are taken from
     data = replace(config.data, limit_validation=rows, limit_train=1)
     config = replace(config, data=data, test=False, evaluate_base=False)
     other = _other(config, forget, rows) if forget else None
-    prepared = prepare(other) if other is not None else None
+    prepared = prepare(other) if other else None
     plan = prepare(untrained(config))
     if not plan.data.val_tasks:
         raise ValueError(f"{folder} has no validation rows, on which an adapter is inspected")
@@ -161,38 +136,23 @@ def _inspect(
     objects = load_run(folder, config, plan)
     trainer = evaluating_trainer(config, out, progress_bar=False)
     also = None
-    if prepared is not None and other is not None:
+    if prepared and other:
         module = kind_of(prepared.family).module(other, prepared, objects.model, None)
         also = Objects(prepared, objects.model, module, objects.name)
     run = findings.Inspected(objects, trainer, batch, also)
-    total = findings.steps_of(objects.model, also is not None)
-    with Bar("inspecting", total) as bar:
-
-        def step(what: str) -> None:
-            bar.show(bar.done + 1, what)
-
-        found = findings.find(run, step)
-    count = objects.prepared.count
+    with Bar("inspecting", findings.steps_of(objects.model, also is not None)) as bar:
+        found = findings.find(run, lambda what: bar.show(bar.done + 1, what))
     return {
-        "model": config.model.name,
-        "method": method_of(config),
-        "trainable_parameters": count.trainable,
-        "seed": config.seed,
-        "family": config.data.family,
-        "tasks": list(objects.data.val_tasks),
+        "model": config.model.name, "method": method_of(config),
+        "trainable_parameters": objects.prepared.count.trainable, "seed": config.seed,
+        "family": config.data.family, "tasks": list(objects.data.val_tasks),
         "rows": sum(len(loader.dataset) for loader in objects.data.val_dataloader()),  # pyright: ignore
-        "other_family": other.data.family if other is not None else None,
-        "text": str(text) if text else "of our own",
-        **found,
-    }
+        "other_family": other.data.family if other else None, "text": str(text) if text else "of our own", **found,
+    }  # fmt: skip
 
 
 def _other(config: Config, forget: Sequence[str], rows: int) -> Config:
-    """Return the configuration of the same model on the rows of another family.
-
-    Raises:
-        ValueError: for rows of another kind, which the model does not answer.
-    """
+    """Return the configuration of the same model on the rows of another family, which must be of the same kind."""
     wanted = compose.compose(["model=tiny_random", *forget])
     data = replace(wanted.data, limit_validation=rows, limit_train=1)
     other = replace(

@@ -34,9 +34,11 @@ class EditNorms(Callback):
         """Watch the pass of a step that is logged."""
         model: Any = module.model
         reft = interventions_of(model)
-        if reft is None or (trainer.global_step + 1) % _every(trainer):
-            if reft is None:
-                self._tell(f"{model.config.method} has no interventions")
+        if reft is None:
+            self._tell(f"{model.config.method} has no interventions")
+            return
+        every: Any = trainer
+        if (trainer.global_step + 1) % max(1, every.log_every_n_steps):
             return
         self._norms = Norms(reft)
         self._watching.enter_context(watching(reft, self._norms))
@@ -64,7 +66,3 @@ class EditNorms(Callback):
         if not self._told:
             self._told = True
             log.warning("callbacks: edit norms are not logged, %s", why)
-
-
-def _every(trainer: Any) -> int:
-    return max(1, trainer.log_every_n_steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,6 @@ from .angles import spread
 from .findings import main_score
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6b7280"  # two of Okabe and Ito 2008, which all eyes tell apart
@@ -57,15 +56,15 @@ def _edit_norm(figure: Figure, found: dict[str, Any]) -> None:
     axes = figure.subplots()
     image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
     axes.set_yticks(range(len(places)), places)
-    _layer_ticks(axes, layers)
-    axes.set_title(r"How far an edit moves a representation: $\|\Phi(h)-h\|\,/\,\|h\|$, mean over rows")
+    _ticks(axes.set_xticks, layers)
+    title = r"How far an edit moves a representation: $\|\Phi(h)-h\|\,/\,\|h\|$, mean over rows"
+    axes.set(xlabel="layer", title=title)
     figure.colorbar(image, ax=axes)
 
 
-def _layer_ticks(axes: Axes, layers: list[int]) -> None:
-    some = range(0, len(layers), max(1, len(layers) // 15))
-    axes.set_xticks(list(some), [str(layers[i]) for i in some])
-    axes.set_xlabel("layer")
+def _ticks(set_ticks: Callable[[list[int], list[str]], Any], names: Sequence[Any]) -> None:
+    some = list(range(0, len(names), max(1, len(names) // 15)))
+    set_ticks(some, [str(names[i]) for i in some])
 
 
 def _angles(figure: Figure, found: dict[str, Any]) -> None:
@@ -78,11 +77,10 @@ def _angles(figure: Figure, found: dict[str, Any]) -> None:
     ]
     chance = [angle for i, row in enumerate(angles["chance"]) for angle in row[:i] if angle == angle]
     image = panels[0].imshow(grid, cmap="viridis", vmax=90)
-    _layer_ticks(panels[0], layers)
-    some = range(0, len(layers), max(1, len(layers) // 15))
-    panels[0].set_yticks(list(some), [str(layers[i]) for i in some])
+    for set_ticks in (panels[0].set_xticks, panels[0].set_yticks):
+        _ticks(set_ticks, layers)
     title = f"Degrees between layers (chance {spread(chance)})" if chance else "Degrees between layers"
-    panels[0].set(ylabel="layer", title=title)
+    panels[0].set(xlabel="layer", ylabel="layer", title=title)
     figure.colorbar(image, ax=panels[0])
     if angles["runs"]:
         for (name, by_layer), marker in zip(angles["runs"].items(), "os^Dv" * 9, strict=False):
@@ -102,8 +100,7 @@ def _without(figure: Figure, found: dict[str, Any]) -> None:
         names = [str(name) for name in without[what]]
         losses = [values["loss"] for values in without[what].values()]
         axes.bar(range(len(names)), [x - scores["adapted"]["loss"] for x in losses], color=BLUE)
-        some = range(0, len(names), max(1, len(names) // 15))
-        axes.set_xticks(list(some), [names[i] for i in some])
+        _ticks(axes.set_xticks, names)
         axes.axhline(0, color=GREY, lw=0.8)
         axes.set(xlabel=f"{what} whose edit is switched off")
         axes.label_outer()
@@ -116,9 +113,7 @@ def _without(figure: Figure, found: dict[str, Any]) -> None:
 def _strength(figure: Figure, found: dict[str, Any]) -> None:
     curve = found["strength"]
     main = main_score(found["scores"]["adapted"])
-    shown: list[str] = list(
-        dict.fromkeys([main, "loss", *(["perplexity"] if "perplexity" in curve[0] else [])])
-    )
+    shown = [name for name in dict.fromkeys([main, "loss", "perplexity"]) if name in curve[0]]
     titles = {"loss": "validation loss", "perplexity": "perplexity of a text"}
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for axes, name in zip(panels, shown, strict=True):

@@ -38,19 +38,12 @@ Subspaces = dict[int, Tensor]  # layer -> orthonormal rows
 
 @dataclass(frozen=True)
 class Inspected:
-    """A run with its adapter, and what measures it.
-
-    Args:
-        objects: of the run.
-        trainer: that evaluates.
-        text: windows of a text, or None for a model that does not read on.
-        other: the same model on the rows of another family, or None.
-    """
+    """A run with its adapter, and what measures it."""
 
     objects: Objects
     trainer: Trainer
-    text: dict[str, Any] | None
-    other: Objects | None = None
+    text: dict[str, Any] | None  # windows of a text, or None for a model that does not read on
+    other: Objects | None = None  # the same model on the rows of another family, or None
 
     @property
     def device(self) -> torch.device:
@@ -65,16 +58,13 @@ class Inspected:
         names = (name for name in found if name.count("/") == 1 and not name.endswith("majority_accuracy"))
         return {name.removeprefix("val/"): found[name] for name in names}
 
-    def perplexity(self) -> Scores:
-        """Return the perplexity of the text."""
-        if self.text is None:
-            return {}
-        model = self.objects.module.to(self.device).eval().model
-        return {"perplexity": perplexity(model, self.text, self.device)}
-
     def everything(self) -> Scores:
-        """Return scores and perplexity."""
-        return self.score() | self.perplexity()
+        """Return scores, and the perplexity of the text."""
+        scores = self.score()
+        if self.text is None:
+            return scores
+        model = self.objects.module.to(self.device).eval().model
+        return scores | {"perplexity": perplexity(model, self.text, self.device)}
 
 
 def steps_of(model: Any, other: bool) -> int:
@@ -85,12 +75,7 @@ def steps_of(model: Any, other: bool) -> int:
 
 
 def find(run: Inspected, step: Step = lambda what: None) -> dict[str, Any]:
-    """Inspect the adapter of a run: all but its subspaces, see :func:`compare`.
-
-    Args:
-        run: what is inspected.
-        step: is called before each evaluation.
-    """
+    """Inspect the adapter of a run, but not its subspaces (:func:`compare`); `step` is told before each evaluation."""
     model = run.objects.model
     found: dict[str, Any] = {"not_inspected": []}
     step("the frozen base")
@@ -148,11 +133,6 @@ def subspaces(interventions: dict[int, list[Intervention]]) -> Subspaces:
 def compare(name: str, own: Subspaces, others: Mapping[str, Subspaces]) -> dict[str, Any]:
     """Return the angles between the layers of an adapter, and between its layers and the same ones of others.
 
-    Args:
-        name: of the folder of the adapter.
-        own: its subspaces.
-        others: name of another folder -> the subspaces of its adapter.
-
     Raises:
         ValueError: for another adapter that edits representations of another width.
     """
@@ -209,10 +189,10 @@ def _lens(run: Inspected, reft: ReftModel, norms: EditNorms) -> tuple[list[dict[
         directions = torch.stack([vector.to(base.device) for _, vector in named])
         logits = logits_of(base, torch.cat([directions, -directions]))
         tops = [[repr(tokenizer.decode([i])) for i in row] for row in logits.topk(TOKENS).indices.tolist()]
-        for i, (name, _) in enumerate(named):
-            found.append(
-                {"layer": layer, "direction": name, "towards": tops[i], "away_from": tops[i + len(named)]}
-            )
+        found += [
+            {"layer": layer, "direction": name, "towards": towards, "away_from": away}
+            for (name, _), towards, away in zip(named, tops[: len(named)], tops[len(named) :], strict=True)
+        ]
     return found, [
         f"{component} is not in the residual stream, which the output head reads: no logit lens of layers "
         f"{', '.join(map(str, layers))}"

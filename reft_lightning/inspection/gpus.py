@@ -13,21 +13,13 @@ T = 1e12
 
 
 class GPU(NamedTuple):
-    """What a GPU does at most.
+    """What a GPU does at most."""
 
-    Args:
-        memory: bytes.
-        bandwidth: bytes of memory a second.
-        half: FLOPs a second in bfloat16 and float16.
-        tf32: of float32 products that may be rounded to TF32 (``matmul_precision`` of high or medium).
-        float32: of float32 products.
-    """
-
-    memory: float
-    bandwidth: float
-    half: float
-    tf32: float
-    float32: float
+    memory: float  # bytes
+    bandwidth: float  # bytes of memory a second
+    half: float  # FLOPs a second in bfloat16 and float16
+    tf32: float  # of float32 products that may be rounded to TF32 (``matmul_precision`` of high or medium)
+    float32: float  # of float32 products
 
     def seconds(self, flops: float, weights: float, rate: float) -> float:
         """Return the least time of a batch: of its products, or of reading the weights forward and backward."""
@@ -45,11 +37,7 @@ GPUS = {
 
 
 def gpu_named(name: str) -> GPU:
-    """Return a GPU.
-
-    Raises:
-        ValueError: for an unknown name, with the nearest.
-    """
+    """Return a GPU."""
     if name not in GPUS:
         raise ValueError(f"gpu must be one of {', '.join(GPUS)}; got {name!r}{did_you_mean(name, GPUS)}")
     return GPUS[name]

@@ -26,7 +26,6 @@ def windows(tokenizer: Any, path: Path = OWN) -> dict[str, Any]:
 
     Raises:
         ValueError: for a text shorter than one window.
-        OSError: if there is no such file.
     """
     ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
     size = PROMPT + PREDICTED

@@ -88,11 +88,7 @@ def main(
 ) -> dict[str, Any]:
     """Plan a run, and print what was found.
 
-    Args:
-        overrides: of ``reft-train``.
-        prompt: tokens of the prompt of each row; None for the rows of the data.
-        target: tokens after it; 1 if only the prompt is given.
-        gpu: a name of :data:`.gpus.GPUS`, on which the run takes so long at least.
+    `prompt` and `target` are tokens of each row, instead of the data's rows; on a `gpu` the run takes so long at least.
 
     Raises:
         ValueError, OSError: for whatever ``reft-train`` refuses, or a model that does not run without weights.
@@ -142,43 +138,36 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
     model.train()
     with _on_meta(base):
         costs = {name: _cost(model, batch, run) for name, batch in batches.items()}
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    trained = list(named.values())
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     try:
         state = model.adapter_state_dict()
     except NotImplementedError:  # peft copies the numbers of virtual tokens to the CPU
-        state = named
+        state = trained
     if type(run.objective) is not SFT:
         notes.append(
             f"objective {type(run.objective).__name__}: one pass with the edits is counted, and none that it makes of "
             "the frozen base or with nulled edits"
         )
+    precision, counted = config.trainer.precision, f"counted in model.dtype={config.model.dtype}"
     if config.model.gradient_checkpointing:
         notes.append(
             "gradient checkpointing saves less for the backward pass and computes it again: not counted"
         )
     if config.model.quantization:
-        notes.append(f"model.quantization: the base is counted in model.dtype={config.model.dtype}")
-    if "mixed" in str(config.trainer.precision):
-        notes.append(
-            f"trainer.precision={config.trainer.precision}: counted in model.dtype={config.model.dtype}"
-        )
+        notes.append(f"model.quantization: the base is {counted}")
+    if "mixed" in str(precision):
+        notes.append(f"trainer.precision={precision}: {counted}")
     return {
-        "model": config.model.name,
-        "method": method_of(config),
-        "trainable_parameters": run.count.trainable,
+        "model": config.model.name, "method": method_of(config), "trainable_parameters": run.count.trainable,
         "head_parameters": sum(p.numel() for p in model.parameter_roles()["head"]),
-        "base_parameters": run.count.base,
-        "adapter_bytes": file_bytes(state),
-        "base_bytes": weights,
-        "optimizer_bytes": 3 * _bytes(trained),  # gradients, and the two moments that Adam keeps
+        "base_parameters": run.count.base, "adapter_bytes": file_bytes(state), "base_bytes": weights,
+        "optimizer_bytes": 3 * _bytes(trained.values()),  # gradients, and the two moments that Adam keeps
         "batches": {
             name: {**cost, "base_forward_flops": frozen[name], "rows": len(batches[name]["input_ids"])}
             for name, cost in costs.items()
         },
-        **_steps(config, rows),
-        "notes": notes,
-    }
+        **_steps(config, rows), "notes": notes,
+    }  # fmt: skip
 
 
 # --- batches ------------------------------------------------------------------------------------------------------
@@ -219,13 +208,7 @@ def _ranks(config: Config) -> int:
 
 
 def on_gpu(found: Mapping[str, Any], config: Config, gpu: GPU) -> dict[str, Any]:
-    """Return what a plan takes at least on each GPU of a run, whose weights all of them hold.
-
-    Args:
-        found: what :func:`plan` returned.
-        config: of the run.
-        gpu: the kind.
-    """
+    """Return what a plan takes at least on each GPU of a run, whose weights all of them hold."""
     half = config.model.dtype != "float32" or "16" in str(config.trainer.precision)
     full = gpu.float32 if config.matmul_precision == "highest" else gpu.tf32
     costs = list(found["batches"].values())
@@ -349,14 +332,10 @@ def _cost(model: AdaptedModel, batch: Batch, run: Outline) -> dict[str, Any]:
     if "boundary" not in batch and kind_of(run.family).generates:  # the target is a text of its own
         real, columns = real + int((batch["labels"] != IGNORED).sum()), columns + batch["labels"].shape[1]
     return {
-        "columns": columns,
-        "tokens": real,
-        "edited_tokens": sum(edited.values()),
-        "edited_tokens_of_layer": edited,
-        "forward_flops": forward,
-        "backward_flops": counter.get_total_flops() - forward,
+        "columns": columns, "tokens": real, "edited_tokens": sum(edited.values()), "edited_tokens_of_layer": edited,
+        "forward_flops": forward, "backward_flops": counter.get_total_flops() - forward,
         "saved_bytes": sum(saved.values()),
-    }
+    }  # fmt: skip
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -56,13 +56,10 @@ def _scores(found: dict[str, Any], console: Console) -> None:
         if what in found:
             base, adapted = found[what]["base"], found[what]["adapted"]
             for name, value in base.items():
-                label_of = f"text ({found['text']})" if name == "perplexity" else label
-                rows.append(
-                    [label_of, name.replace("_", " "), _number(name, value), _number(name, adapted[name])]
-                )
-    _table(
-        console, "Before and after: what was learnt, what was forgotten", ["", "", "base", "adapted"], rows
-    )
+                of = f"text ({found['text']})" if name == "perplexity" else label
+                rows.append([of, name.replace("_", " "), _number(name, value), _number(name, adapted[name])])
+    title = "Before and after: what was learnt, what was forgotten"
+    _table(console, title, ["", "", "base", "adapted"], rows)
 
 
 def _parts(found: dict[str, Any], console: Console) -> None:
@@ -120,12 +117,7 @@ def _lens(found: dict[str, Any], console: Console) -> None:
     norms = {layer: norm for layer, norm in found["edit_norm"]["by_layer"].items() if layer in shown}
     largest = sorted(norms, key=norms.__getitem__, reverse=True)[:SHOWN]
     rows = [
-        [
-            str(line["layer"]),
-            line["direction"],
-            " ".join(line["towards"][:4]),
-            " ".join(line["away_from"][:4]),
-        ]
+        [str(line["layer"]), line["direction"], *(" ".join(line[to][:4]) for to in ("towards", "away_from"))]
         for line in found["logit_lens"]
         if line["layer"] in largest and not line["direction"].startswith("row")
     ]

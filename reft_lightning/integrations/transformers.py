@@ -124,11 +124,7 @@ class AsPretrained(PreTrainedModel):
         return False
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse continuous batching.
-
-        Raises:
-            ValueError: always.
-        """
+        """Refuse continuous batching."""
         raise ValueError(
             "continuous batching puts the tokens of several texts into one row, in which positions mean nothing: use "
             "generate, with rows of one length or padding, or reft-serve"

@@ -10,35 +10,22 @@ from ..terminal.bars import Bar
 from .comparisons import Comparison
 from .evidence import RESAMPLES, add_evidence, deviating
 from .grouping import compare, used_split
-from .runs import RUN_FOLDER, LeftOut, Read, ReportError, Run, find_folders, read_runs
+from .runs import RUN_FOLDER, LeftOut, Read, Run, find_folders, read_runs
 from .studies import Study, begun_anew, mark_edges, read_study
-
-SPLITS = ("test", "validation")
 
 
 @dataclass
 class Report:
-    """Everything that is said of some folders.
+    """Everything that is said of some folders."""
 
-    Args:
-        folders: as they were given.
-        runs: the complete ones.
-        comparisons: by title.
-        studies: of `reft-search`.
-        reads: every read of a test split, by time.
-        left: folders that are left out, and why.
-        resamples: of bootstrap and sign flips.
-        seed: of the draws.
-    """
-
-    folders: list[Path]
-    runs: list[Run]
-    comparisons: list[Comparison]
-    studies: list[Study] = field(default_factory=list)
-    reads: list[Read] = field(default_factory=list)
-    left: list[LeftOut] = field(default_factory=list)
-    resamples: int = RESAMPLES
-    seed: int = 0
+    folders: list[Path]  # as they were given
+    runs: list[Run]  # the complete ones
+    comparisons: list[Comparison]  # by title
+    studies: list[Study] = field(default_factory=list)  # of `reft-search`
+    reads: list[Read] = field(default_factory=list)  # every read of a test split, by time
+    left: list[LeftOut] = field(default_factory=list)  # folders that are left out, and why
+    resamples: int = RESAMPLES  # of bootstrap and sign flips
+    seed: int = 0  # of the draws
 
 
 def build_report(
@@ -46,14 +33,11 @@ def build_report(
 ) -> Report:
     """Read folders and compute what they say.
 
-    Args:
-        folders: run folders, multiruns, studies, or folders that hold any of them.
-        split: `test` or `validation`; None for test where a run has it, else validation.
-        resamples: of bootstrap and sign flips.
-        seed: of the draws.
+    `folders` are run folders, multiruns, studies, or hold any of them; `split` is `test` or `validation`, None for test
+    where a run has it, else validation.
 
     Raises:
-        ReportError: if nothing can be reported.
+        ValueError: if nothing can be reported.
     """
     run_folders, study_folders, left = find_folders(folders)
     runs, incomplete, reads = read_runs(run_folders)
@@ -75,12 +59,13 @@ def build_report(
     left += [LeftOut(run.folder, f"no score on {where}") for run in runs if not used_split(run, split)]
     if not comparisons and not any(study.trials for study in studies):
         reasons = [f"  {item.folder}: {item.reason}" for item in left]
-        raise ReportError(
+        raise ValueError(
             "\n".join([f"nothing to report: no complete run has a score on {where}", *reasons, RUN_FOLDER])
         )
     mark_edges(comparisons)
     with Bar("resampling rows and seeds", len(comparisons)) as bar:
         for comparison in comparisons:
-            add_evidence(comparison, resamples, seed, bar.advance)
+            add_evidence(comparison, resamples, seed)
+            bar.advance()
     reads.sort(key=lambda read: (read.time, str(read.folder)))
     return Report(list(folders), runs, comparisons, studies, reads, left, resamples, seed)

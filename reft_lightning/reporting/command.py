@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from ..storage.atomic import write_text, write_whole
 from ..suggest import needs_extra
@@ -21,7 +22,6 @@ from . import plots, records, tables
 from .build import Report, build_report
 from .evidence import RESAMPLES
 from .page import latex, markdown, page
-from .runs import ReportError
 
 FEWEST = 1000  # resamples: 25 lie beyond each end of an interval
 PLOT = re.compile(r"\d{2,}_[A-Za-z0-9_-]+\.(svg|png)")
@@ -44,33 +44,20 @@ def main(
     project: str = "reft_lightning",
     console: Console | None = None,
 ) -> Report:
-    """Build a report, write it and print its tables.
-
-    Args:
-        folders: of runs, multiruns and studies, or what holds them.
-        out: where the report is written.
-        split: the scores to compare, ``test`` or ``validation``; None for test where a run has it.
-        resamples: of the bootstrap and of the sign flips.
-        seed: of the resamples.
-        wandb: whether to log tables and page to W&B.
-        project: of W&B.
-        console: where to print.
-
-    Returns:
-        What was written.
+    """Build a report, see :func:`.build_report`, write it to a folder and print its tables; with `wandb` log them, too.
 
     Raises:
         ValueError: if nothing can be reported, or a package is missing.
     """
     if resamples < FEWEST:
-        raise ReportError(
+        raise ValueError(
             f"resamples must be {FEWEST} or more, as fewer do not settle the ends of an interval; got {resamples}"
         )
     with needs_extra("report", "a report needs matplotlib and scipy"):
         import matplotlib  # noqa: F401
         import scipy  # noqa: F401
     if out.exists() and not out.is_dir():
-        raise ReportError(f"out={out} is a file; give a folder")
+        raise ValueError(f"out={out} is a file; give a folder")
     report = build_report(folders, split, resamples, seed)
     html = write(report, out)
     console = console or Console(width=None if sys.stdout.isatty() else 140)
@@ -121,41 +108,39 @@ def _file_names(titles: Iterable[str]) -> dict[str, str]:
 
 def print_report(report: Report, console: Console) -> None:
     """Print scores, budgets, notes and what was left out."""
+
+    def say(text: str, style: str | None = None) -> None:
+        console.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
+
     for comparison in report.comparisons:
         table = tables.score_table(comparison)
         shown = RichTable()
-        console.print(f"[bold]{escape(comparison.title)}[/bold]", soft_wrap=True, highlight=False)
+        say(comparison.title, "bold")
         for i, name in enumerate(table.columns):
             shown.add_column(escape(name), justify="right" if i else "left")
         for row in table.rows:
-            shown.add_row(
-                *(f"[bold]{escape(cell.text)}[/bold]" if cell.best else escape(cell.text) for cell in row)
-            )
+            shown.add_row(*(Text(cell.text, "bold" if cell.best else "") for cell in row))
         console.print(shown)
         for note in table.notes:
-            console.print(escape(note), soft_wrap=True, highlight=False)
+            say(note)
         for line in comparison.unequal:
-            console.print(f"[bold yellow]{escape(line)}[/bold yellow]", soft_wrap=True)
+            say(line, "bold yellow")
         for line in (tables.verdict(comparison), *comparison.notes):
-            console.print(escape(line), soft_wrap=True, highlight=False)
+            say(line)
         console.print()
     for study in report.studies:
         best = {method: trial for method in study.trials if (trial := study.best(method))}
         said = ", ".join(
             f"{method} {tables.number(trial.value, study.measure)} (trial {trial.number})"
             for method, trial in best.items()
-            if trial.value is not None
         )
-        console.print(
-            escape(f"study {study.folder}: best {tables.monitored(study)}: {said}; {study.budget}"),
-            soft_wrap=True,
-        )
+        say(f"study {study.folder}: best {tables.monitored(study)}: {said}; {study.budget}")
         for note in tables.study_table(study).notes:
-            console.print(escape(note), soft_wrap=True, highlight=False)
+            say(note)
     for note in tables.read_table(report.reads).notes:
-        console.print(f"[bold yellow]{escape(note)}[/bold yellow]", soft_wrap=True)
+        say(note, "bold yellow")
     for item in report.left:
-        console.print(escape(f"left out: {item.folder}: {item.reason}"), soft_wrap=True, highlight=False)
+        say(f"left out: {item.folder}: {item.reason}")
 
 
 def log_to_wandb(report: Report, html: str, out: Path, project: str) -> None:

@@ -21,29 +21,17 @@ ROWS_AND_SEEDS, ROWS_ONLY = "rows and seeds", "rows only"
 
 @dataclass(eq=False)
 class Score:
-    """One measure of one method on one task.
+    """One measure of one method on one task."""
 
-    Args:
-        task: name, or `AVERAGE` over tasks.
-        measure: name.
-        values: seed -> value.
-        rows: evaluated by each seed; None where no predictions say.
-        interval: 95 %, over rows and seeds.
-        draws: (B,) what the bootstrap of rows and seeds drew; None without rows.
-        row_draws: (B,) the same of rows alone, means over seeds.
-        limits: least and greatest value of the measure.
-        row_scores: seed -> (n,) scores of rows, where the measure is their mean.
-    """
-
-    task: str
+    task: str  # name, or `AVERAGE` over tasks
     measure: str
-    values: dict[int, float]
-    rows: int | None = None
-    interval: tuple[float, float] | None = None
-    draws: Array | None = None
-    row_draws: Array | None = None
-    limits: tuple[float, float] = (-math.inf, math.inf)
-    row_scores: dict[int, Array] | None = None
+    values: dict[int, float]  # seed -> value
+    rows: int | None = None  # evaluated by each seed; None where no predictions say
+    interval: tuple[float, float] | None = None  # 95 %, over rows and seeds
+    draws: Array | None = None  # (B,) what the bootstrap of rows and seeds drew; None without rows
+    row_draws: Array | None = None  # (B,) the same of rows alone, means over seeds
+    limits: tuple[float, float] = (-math.inf, math.inf)  # least and greatest value of the measure
+    row_scores: dict[int, Array] | None = None  # seed -> (n,) scores of rows, where the measure is their mean
 
     @property
     def diverged(self) -> list[int]:
@@ -65,9 +53,8 @@ class Score:
     def seed_part(self, pooled: Part = (0.0, 1.0)) -> Part | None:
         """Return the squared standard error of the mean over seeds, with its degrees of freedom; None of one seed.
 
-        Args:
-            pooled: variance over seeds with its degrees of freedom, which stands for that of these seeds where that is
-                smaller.
+        A `pooled` variance over seeds, with its degrees of freedom, stands for that of these seeds where that is
+        smaller.
         """
         if self.deviation is None:
             return None
@@ -77,20 +64,13 @@ class Score:
 
 @dataclass(eq=False)
 class Method:
-    """Runs of one configuration, a seed each; or the frozen base as one of them found it.
+    """Runs of one configuration, a seed each; or the frozen base as one of them found it."""
 
-    Args:
-        label: what tables call it.
-        runs: by seed.
-        base: whether it is the frozen base, not a method of the runs.
-        scores: (task, measure) -> score.
-        edges: of the winner of a search, where its settings lie at an edge of the search space.
-    """
-
-    label: str
-    runs: list[Run]
-    base: bool = False
-    scores: dict[tuple[str, str], Score] = field(default_factory=dict)
+    label: str  # what tables call it
+    runs: list[Run]  # by seed
+    base: bool = False  # whether it is the frozen base, not a method of the runs
+    scores: dict[tuple[str, str], Score] = field(default_factory=dict)  # (task, measure) -> score
+    # of the winner of a search, where its settings lie at an edge of the search space
     edges: list[str] = field(default_factory=list)
 
     @property
@@ -120,35 +100,20 @@ class Method:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two methods on the same rows.
+    """Two methods on the same rows."""
 
-    Args:
-        first: label of the one.
-        second: label of the other.
-        task: name.
-        measure: name.
-        difference: mean of the first less mean of the second.
-        interval: 95 %, by what is counted.
-        counted: `ROWS_AND_SEEDS`, or `ROWS_ONLY` where a method has one seed.
-        p: by what is counted.
-        p_holm: adjusted over all pairs of methods on this task and measure.
-        rows_test: `sign flips` or `paired bootstrap`, about rows given the models that were trained.
-        rows_p: its p-value.
-        mcnemar: seed -> exact p-value, where every score is 0 or 1.
-    """
-
-    first: str
-    second: str
+    first: str  # label of a method
+    second: str  # of another
     task: str
     measure: str
-    difference: float
-    interval: tuple[float, float]
-    counted: str
-    p: float
-    p_holm: float
-    rows_test: str
-    rows_p: float
-    mcnemar: Mapping[int, float]
+    difference: float  # mean of the first less mean of the second
+    interval: tuple[float, float]  # 95 %, by what is counted
+    counted: str  # `ROWS_AND_SEEDS`, or `ROWS_ONLY` where a method has one seed
+    p: float  # by what is counted
+    p_holm: float  # adjusted over all pairs of methods on this task and measure
+    rows_test: str  # `sign flips` or `paired bootstrap`, about rows given the models that were trained
+    rows_p: float  # its p-value
+    mcnemar: Mapping[int, float]  # seed -> exact p-value, where every score is 0 or 1
 
     @property
     def differs(self) -> bool:
@@ -158,29 +123,17 @@ class Pair:
 
 @dataclass
 class Comparison:
-    """Methods on the same model, data and split.
+    """Methods on the same model, data and split."""
 
-    Args:
-        title: one line that no other comparison has.
-        facts: what all its runs share, for people.
-        split: `test` or `validation`.
-        methods: best first, once scored.
-        main: task -> the measure that decides.
-        pairs: of methods, on the main measures.
-        unequal: what is said about budgets that differ.
-        notes: what a reader must know.
-        overlapped: whether runs were under way at the same time.
-    """
-
-    title: str
-    facts: dict[str, str]
-    split: str
-    methods: list[Method]
-    main: dict[str, str] = field(default_factory=dict)
-    pairs: list[Pair] = field(default_factory=list)
-    unequal: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    overlapped: bool = False
+    title: str  # one line that no other comparison has
+    facts: dict[str, str]  # what all its runs share, for people
+    split: str  # `test` or `validation`
+    methods: list[Method]  # best first, once scored
+    main: dict[str, str] = field(default_factory=dict)  # task -> the measure that decides
+    pairs: list[Pair] = field(default_factory=list)  # of methods, on the main measures
+    unequal: list[str] = field(default_factory=list)  # what is said about budgets that differ
+    notes: list[str] = field(default_factory=list)  # what a reader must know
+    overlapped: bool = False  # whether runs were under way at the same time
 
     @property
     def columns(self) -> list[tuple[str, str]]:

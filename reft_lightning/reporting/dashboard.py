@@ -25,30 +25,24 @@ from ..suggest import needs_extra
 from .build import Report, build_report
 from .comparisons import lower_is_better
 from .page import markdown
-from .runs import ReportError, Run
+from .runs import Run
 
 STEP = "trainer/global_step"
 OWNED = ("Workspace", "Report", "Runset")  # classes that name entity and project
-FILE = "dashboard.json"
+FILE, SENT = "dashboard.json", ("workspace", "report")
 Panel = dict[str, Any]
 
 
 def main(
     folders: Sequence[Path], out: Path, entity: str | None = None, project: str | None = None
 ) -> list[str]:
-    """Write what a dashboard of some runs consists of, and send it where there is a key.
+    """Write what a dashboard of some runs consists of to a folder, and send it where there is a key.
 
-    Args:
-        folders: of runs, multiruns or studies; or one file that an earlier call wrote.
-        out: folder of the file.
-        entity: user or team; None for the runs', else W&B's default of the key.
-        project: None for the runs'.
-
-    Returns:
-        Addresses of workspace and report; none where nothing was sent.
+    `folders` may be one file that an earlier call wrote. Entity and project are the runs' where they are None. Returned
+    are the addresses of workspace and report, if they were sent.
 
     Raises:
-        ReportError: if there is nothing to show.
+        ValueError: if there is nothing to show.
     """
     if len(folders) == 1 and folders[0].suffix == ".json":
         path = folders[0]
@@ -64,7 +58,7 @@ def main(
         _say(f"upload the runs by wandb sync FOLDER/**/wandb/offline-run-*, then send both by: {command}")
         return []
     sent = send(spec)
-    for what, address in zip(("workspace", "report"), sent, strict=True):
+    for what, address in zip(SENT, sent, strict=True):
         _say(f"{what}: {address}")
     return sent
 
@@ -76,14 +70,12 @@ def _say(text: str) -> None:
 def dashboard(report: Report, entity: str | None = None, project: str | None = None) -> dict[str, Any]:
     """Return what is sent of some runs: entity, project, workspace, report."""
     entries = [run.config for run in report.runs]
-    project = (
-        project or _commonest(config.get("logger.wandb.project") for config in entries) or "reft_lightning"
-    )
     entity = entity or _commonest(config.get("logger.wandb.entity") for config in entries)
+    project = project or _commonest(config.get("logger.wandb.project") for config in entries)
     ids = sorted(str(run.results["wandb_run"]) for run in report.runs if run.results.get("wandb_run"))
     groups = sorted(study.folder.resolve().name for study in report.studies)
     if not ids and not groups:
-        raise ReportError("none of these runs was logged to W&B: train with logger=wandb")
+        raise ValueError("none of these runs was logged to W&B: train with logger=wandb")
     filters = " or ".join(
         f"Metric({what!r}) in {values!r}" for what, values in (("ID", ids), ("Group", groups)) if values
     )
@@ -103,12 +95,8 @@ def dashboard(report: Report, entity: str | None = None, project: str | None = N
     for title, panels in sections.items():
         blocks += [{"H2": {"text": title}}, {"PanelGrid": {"runsets": [runs], "panels": panels}}]
     page = {"title": name, "blocks": blocks, "width": "fluid"}
-    return {
-        "entity": entity,
-        "project": project,
-        "workspace": {"Workspace": workspace},
-        "report": {"Report": page},
-    }
+    sent = {"workspace": {"Workspace": workspace}, "report": {"Report": page}}
+    return {"entity": entity, "project": project or "reft_lightning", **sent}
 
 
 def _commonest(values: Iterable[Any]) -> Any:
@@ -131,20 +119,15 @@ def _sections(report: Report) -> tuple[dict[str, list[Panel]], str]:
     split = "test" if tested in metrics else "val"
     of_tasks = sorted(name for name in metrics if name.startswith("test/") and name.count("/") > 1)
     of_tasks = [name for name in of_tasks if name.endswith(f"/{measure}")]
-    scores = [
-        _panel(
-            "BarPlot", title=f"{score}, mean and deviation over runs", metrics=[score], **_by_method("stddev")
-        )
-    ]
+    title = f"{score}, mean and deviation over runs"
+    scores = [_panel("BarPlot", title=title, metrics=[score], **_by_method("stddev"))]
     if f"base/{tested}" in metrics:
         scores.append(_panel("BarPlot", title="adapter and frozen base", metrics=[tested, f"base/{tested}"]))
     if len(of_tasks) > 1:
         scores.append(_panel("BarPlot", title="by task", metrics=of_tasks, **_by_method("stddev")))
     if len({run.results.get("trainable_parameters") for run in report.runs}) > 1 or report.studies:
-        x = _summary("trainable_parameters")
-        scores.append(
-            _panel("ScatterPlot", title=f"{score} and parameters", x=x, y=_summary(score), log_x=True)
-        )
+        x, y = _summary("trainable_parameters"), _summary(score)
+        scores.append(_panel("ScatterPlot", title=f"{score} and parameters", x=x, y=y, log_x=True))
     found = {
         "Scores": scores,
         "Learning curves by method": [
@@ -168,22 +151,19 @@ def _sections(report: Report) -> tuple[dict[str, list[Panel]], str]:
 def _sweep(report: Report, score: str, fewer: bool) -> list[Panel]:
     """Return the panels of what differs between runs, or of what studies searched."""
     varied = varied_settings(report.runs)
-    for trials in (trials for study in report.studies for trials in study.trials.values()):
-        for trial in trials:
-            for name, value in trial.params.items():
-                varied.setdefault(name, []).append(value)
+    trials = (trial for study in report.studies for of_method in study.trials.values() for trial in of_method)
+    for name, value in (item for trial in trials for item in trial.params.items()):
+        varied.setdefault(name, []).append(value)
     if set(varied) <= {"method"}:
         return []
+
+    def column(**arguments: Any) -> Panel:
+        return {"ParallelCoordinatesPlotColumn": arguments}
+
     columns = [
-        {
-            "ParallelCoordinatesPlotColumn": {
-                "metric": {"Config": {"name": name}},
-                "log": _spans_decades(values),
-            }
-        }
-        for name, values in varied.items()
+        *(column(metric=_config(name), log=_spans_decades(values)) for name, values in varied.items()),
+        column(metric=_summary(score), inverted=fewer),
     ]
-    columns.append({"ParallelCoordinatesPlotColumn": {"metric": _summary(score), "inverted": fewer}})
     return [
         _panel("ParallelCoordinatesPlot", title="runs", columns=columns, width=24, height=10),
         _panel("ParameterImportancePlot", with_respect_to=score, width=12),
@@ -215,36 +195,28 @@ def _summary(name: str) -> dict[str, Any]:
     return {"SummaryMetric": {"name": name}}
 
 
+def _config(name: str) -> dict[str, Any]:
+    return {"Config": {"name": name}}
+
+
 def _by_method(range_: str) -> dict[str, Any]:
-    method = {"Config": {"name": "method"}}
-    return {"groupby": method, "groupby_aggfunc": "mean", "groupby_rangefunc": range_}
+    return {"groupby": _config("method"), "groupby_aggfunc": "mean", "groupby_rangefunc": range_}
 
 
 # --- sending ----------------------------------------------------------------------------------------------------
 
 
 def send(spec: Mapping[str, Any]) -> list[str]:
-    """Save workspace and report in W&B, as new ones; return their addresses.
-
-    Raises:
-        ValueError: where ``wandb_workspaces`` is missing.
-    """
+    """Save workspace and report in W&B, as new ones; return their addresses."""
     import wandb
 
     entity = spec["entity"] or wandb.Api().default_entity
-    found = [
-        build(spec[what], {"entity": entity, "project": spec["project"]}) for what in ("workspace", "report")
-    ]
-    return [one.save().url for one in found]
+    owner = {"entity": entity, "project": spec["project"]}
+    return [one.save().url for one in [build(spec[what], owner) for what in SENT]]
 
 
 def build(value: Any, owner: Mapping[str, Any]) -> Any:
-    """Return the objects of ``wandb_workspaces`` that a value stands for.
-
-    Args:
-        value: of a spec.
-        owner: ``entity`` and ``project`` of what is saved.
-    """
+    """Return the objects of ``wandb_workspaces`` that a value of a spec stands for, owned by an entity's project."""
     classes = _classes()
     if isinstance(value, list):
         return [build(item, owner) for item in value]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from ..terminal.bars import Bar
 from .comparisons import BASE, LOSS, Comparison, Method, Score
 from .pairs import pairs_of
-from .runs import LeftOut, ReportError, Run
+from .runs import LeftOut, Run
 from .scores import MAJORITY, Mean, RowMean, limits, measures_of
 from .statistics import (
     LEVEL,
@@ -32,29 +32,18 @@ Rows = Mapping[Key, Mapping[str, Any]]
 RESAMPLES = 10_000
 
 
-def add_evidence(
-    comparison: Comparison,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    advance: Callable[[float], None] = lambda share: None,
-) -> None:
+def add_evidence(comparison: Comparison, resamples: int = RESAMPLES, seed: int = 0) -> None:
     """Fill in intervals and pairs, of runs that :func:`deviating` found nothing against.
 
     The draws of rows depend on seed, task and rows alone, those of seeds on the method besides: another method in the
     table changes nobody's interval.
-
-    Args:
-        comparison: as `comparisons.compare` makes it.
-        resamples: of the bootstrap and of the sign flips.
-        seed: of the draws.
-        advance: is told which share of the work was done since the last call.
     """
     for task in comparison.main:
         loaded = [
             (method, run, run.predictions(comparison.split, method.base).get(task))
             for method in comparison.methods for run in method.runs
         ]  # fmt: skip
-        _score_task(comparison, task, loaded, resamples, seed, advance)
+        _score_task(comparison, task, loaded, resamples, seed)
     if comparison.has_average:
         _average(comparison)
     comparison.pairs = pairs_of(comparison, resamples, seed)
@@ -86,7 +75,7 @@ def deviating(comparison: Comparison) -> list[LeftOut]:
             bar.advance()
             try:
                 predictions = run.predictions(comparison.split, base)
-            except ReportError as error:
+            except ValueError as error:
                 left.setdefault(run, LeftOut(run.folder, str(error)))
                 continue
             for task in predictions.keys() & comparison.main.keys():
@@ -144,24 +133,13 @@ def _resampled(comparison: Comparison, task: str, loaded: Loaded) -> dict[Score,
     return found
 
 
-def _score_task(
-    comparison: Comparison,
-    task: str,
-    loaded: Loaded,
-    resamples: int,
-    seed: int,
-    advance: Callable[[float], None],
-) -> None:
+def _score_task(comparison: Comparison, task: str, loaded: Loaded, resamples: int, seed: int) -> None:
     measures = _resampled(comparison, task, loaded)
-    share = 1 / len(comparison.main)
     if not measures:
-        advance(share)
         return
     rows = next(len(found) for *_, found in loaded if found)
     every = [measure for own in measures.values() for measure in own.values()]
-    draws = _draws(
-        every, rows, resamples, generator(seed, "rows", task), lambda done: advance(done / resamples * share)
-    )
+    draws = _draws(every, rows, resamples, generator(seed, "rows", task))
     for method in comparison.methods:
         weights = seed_weights(len(method.runs), resamples, generator(seed, "seeds", _identity(method)))
         for score in method.scores.values():
@@ -204,15 +182,11 @@ def interval_of(score: Score) -> tuple[float, float]:
 
 
 def _draws(
-    measures: Sequence[Measure],
-    rows: int,
-    resamples: int,
-    rng: np.random.Generator,
-    advance: Callable[[int], None],
+    measures: Sequence[Measure], rows: int, resamples: int, rng: np.random.Generator
 ) -> dict[Measure, Array]:
     """Return each measure's (B,) resampled values; a mean of others comes from theirs."""
     single = [measure for measure in measures if not isinstance(measure, Mean)]
-    values = resample_rows(single, rows, resamples, rng, advance)
+    values = resample_rows(single, rows, resamples, rng)
     found = {measure: values[:, k] for k, measure in enumerate(single)}
     for measure in measures:
         if isinstance(measure, Mean):

@@ -26,12 +26,7 @@ FEW = 10  # seeds, below which their deviation is hardly known
 
 
 def compare(runs: Sequence[Run], split: str | None) -> list[Comparison]:
-    """Return the comparisons that runs allow, without intervals and pairs.
-
-    Args:
-        runs: complete runs.
-        split: `test` or `validation`; None for test where a run has it, else validation.
-    """
+    """Return the comparisons that complete runs allow, without intervals and pairs, see :func:`used_split`."""
     groups: dict[str, list[tuple[Run, dict[str, str], str]]] = defaultdict(list)
     for run in runs:
         used = used_split(run, split)
@@ -46,7 +41,7 @@ def compare(runs: Sequence[Run], split: str | None) -> list[Comparison]:
 
 
 def used_split(run: Run, split: str | None) -> str | None:
-    """Return the split that a run stands in a table by; None where it has no score on it."""
+    """Return the split by which a run is compared: that asked for, or `test`, or `validation`; None without a score."""
     allowed = (split,) if split else ("test", "validation")
     return next((name for name in allowed if _scores(run, name)), None)
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup
 
 from . import plots, tables
 from .build import Report
@@ -45,15 +43,10 @@ def latex(comparisons: Sequence[Comparison]) -> str:
 
 
 def page(report: Report, figures: Mapping[str, Mapping[str, Drawn]]) -> str:
-    """Return the HTML file.
-
-    Args:
-        report: what it shows.
-        figures: title of a comparison, or folder of a study -> name -> plot.
-    """
+    """Return the HTML file; `figures` holds the plots by title of a comparison, or folder of a study."""
     template = _environment().get_template("report.html.j2")
     return template.render(
-        report=report, figures=figures, versions=_versions(report.runs), tables=tables, picture=_picture,
+        report=report, figures=figures, versions=_versions(report.runs), tables=tables, picture=plots.inline,
         CAPTIONS=CAPTIONS, LONG=LONG, WIDE=WIDE,
     )  # fmt: skip
 
@@ -84,10 +77,6 @@ def _tex_cell(cell: tables.Cell) -> str:
     if cell.value is not None:
         text = re.sub(r"(?<!\w)-(?=\d)", "$-$", text)
     return rf"\textbf{{{text}}}" if cell.best else text
-
-
-def _picture(drawn: Drawn, prefix: str, caption: str) -> Markup:
-    return Markup(plots.inline(drawn.svg, prefix, escape(caption)))
 
 
 def _versions(runs: Iterable[Run]) -> list[tuple[dict[str, Any], int]]:

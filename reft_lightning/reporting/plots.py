@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import Markup, escape
 
 from .comparisons import CORRELATIONS, LOSS, Comparison, Method
 from .studies import Study
@@ -50,17 +51,14 @@ class Drawn:
 
 def comparison_plots(comparison: Comparison) -> dict[str, Drawn]:
     """Return name -> plot; what has no data has no plot."""
+    # seconds of runs on a machine that others used are no property of a method
+    seconds = "training seconds, mean over seeds" + " (runs at the same time)" * comparison.overlapped
     return _drawn(
         intervals=lambda: _intervals(comparison),
         score_parameters=lambda: _against(comparison, lambda m: m.trained, "trained parameters", log=True),
-        score_seconds=lambda: _against(comparison, lambda m: m.cost("train_seconds"), seconds(comparison)),
+        score_seconds=lambda: _against(comparison, lambda m: m.cost("train_seconds"), seconds),
         learning_curves=lambda: _curves(comparison),
     )
-
-
-def seconds(comparison: Comparison) -> str:
-    """Return the label of seconds; those of runs on a machine that others used are no property of a method."""
-    return "training seconds, mean over seeds" + (" (runs at the same time)" if comparison.overlapped else "")
 
 
 def study_plots(study: Study) -> dict[str, Drawn]:
@@ -82,17 +80,11 @@ def _drawn(**plots: Callable[[], Figure | None]) -> dict[str, Drawn]:
     return drawn
 
 
-def inline(text: str, prefix: str, label: str) -> str:
-    """Return an SVG file as an element of a page.
-
-    Args:
-        text: of the file.
-        prefix: of all its ids, so that one page holds many.
-        label: what the picture shows, for those who do not see it; without markup.
-    """
-    element = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", text[text.index("<svg") :])
+def inline(drawn: Drawn, prefix: str, label: str) -> Markup:
+    """Return a plot as an element of a page that holds many: with a prefix of its ids, and a label."""
+    element = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", drawn.svg[drawn.svg.index("<svg") :])
     element = element.replace(INK, "currentColor")
-    return element.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    return Markup(element.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1))
 
 
 def _figure(width: float = 7.0, height: float = 3.6, columns: int = 1) -> tuple[Figure, Sequence[Axes]]:
@@ -140,11 +132,10 @@ def _scored(comparison: Comparison) -> list[tuple[int, Method]]:
     """Return the methods with a number in the head column, each with the number that chooses its colour."""
     ordered = sorted((m for m in comparison.methods if not m.base), key=lambda m: m.label)
     numbers = {m.label: i for i, m in enumerate(ordered)}
-    return [(numbers.get(m.label, -1), m) for m in comparison.methods if _shown(comparison, m)]
-
-
-def _shown(comparison: Comparison, method: Method) -> bool:
-    return comparison.head in method.scores and not method.scores[comparison.head].diverged
+    scored = [
+        m for m in comparison.methods if (score := m.scores.get(comparison.head)) and not score.diverged
+    ]
+    return [(numbers.get(m.label, -1), m) for m in scored]
 
 
 def _intervals(comparison: Comparison) -> Figure | None:
@@ -159,14 +150,8 @@ def _intervals(comparison: Comparison) -> Figure | None:
         colour = INK if method.base else _colour(i)
         if score.interval:
             ax.plot([scale * x for x in score.interval], [y, y], color=colour, lw=2, solid_capstyle="butt")
-        ax.plot(
-            [scale * v for v in score.values.values()],
-            [y] * len(score.values),
-            "|",
-            ms=9,
-            color=colour,
-            alpha=0.6,
-        )
+        seeds = [scale * v for v in score.values.values()]
+        ax.plot(seeds, [y] * len(seeds), "|", ms=9, color=colour, alpha=0.6)
         ax.plot([scale * score.mean], [y], marker="o" if method.base else _marker(i), ms=7, color=colour)
     ax.set_yticks(range(len(methods)), [_text(method.label) for _, method in methods])
     ax.set_ylim(len(methods) - 0.5, -0.5)
@@ -273,16 +258,16 @@ def _curve(ax: Axes, curves: Sequence[Sequence[tuple[int, float]]], label: str, 
 
 def _history(study: Study) -> Figure | None:
     """Draw each trial's score by its number, and the best so far."""
-    if not any(trial.value is not None for trials in study.trials.values() for trial in trials):
+    if not any(map(study.complete, study.trials)):
         return None
     figure, (ax,) = _figure()
     pick: Any = np.maximum if study.maximize else np.minimum
     scale = _scale(study.measure)
-    for i, (method, trials) in enumerate(study.trials.items()):
-        done = [(trial.number, scale * trial.value) for trial in trials if trial.value is not None]
-        if not done:
+    for i, method in enumerate(study.trials):
+        complete = study.complete(method)
+        if not complete:
             continue
-        numbers, values = zip(*done, strict=True)
+        numbers, values = [t.number for t in complete], [scale * t.value for t in complete]
         ax.plot(numbers, values, _marker(i), color=_colour(i), ms=5, alpha=0.6)
         ax.step(
             numbers, pick.accumulate(values), where="post", color=_colour(i), ls=_line_style(i), label=_text(method)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..config.identity import flat, identity, used_settings
 from ..config.schema import Config
-from ..search.study_files import JOB, LOCKS, PLAN, TRIALS, WORKERS, read_job
+from ..search.study_files import LOCKS, PLAN, TRIALS, WORKERS, read_job
 from ..storage.predictions import read_predictions
 from ..storage.reading import read_json, read_yaml
 from ..terminal.bars import Bar
@@ -28,10 +28,6 @@ WORDS = {dict: "an object", int: "an integer", str: "a text"}
 
 # task -> (source, how often it occurred before) -> row, in the order of the keys
 Predictions = dict[str, dict[tuple[str, int], Mapping[str, Any]]]
-
-
-class ReportError(ValueError):
-    """What was asked for cannot be reported."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +55,11 @@ class Read:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One complete run.
-
-    Args:
-        folder: where it lies.
-        config: dotted key -> value, keys that are younger than the run at their defaults.
-        results: the contents of `results.json`.
-    """
+    """One complete run."""
 
     folder: Path
-    config: Mapping[str, Any]
-    results: Mapping[str, Any]
+    config: Mapping[str, Any]  # dotted key -> value, keys that are younger than the run at their defaults
+    results: Mapping[str, Any]  # the contents of `results.json`
     _parsed: dict[Path, Predictions] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -84,15 +74,8 @@ class Run:
 
     @cached_property
     def winner(self) -> Mapping[str, Any]:
-        """Return what a search wrote of its winner, such as `method` and `edges`; nothing for another run.
-
-        Raises:
-            ReportError: if it cannot be read.
-        """
-        try:
-            job = read_job(self.folder)
-        except ValueError as error:
-            raise ReportError(f"{JOB} cannot be read: {error}") from error
+        """Return what a search wrote of its winner, such as `method` and `edges`; nothing for another run."""
+        job = read_job(self.folder)
         return job if job.get("kind") == "winner" else {}
 
     @cached_property
@@ -134,14 +117,15 @@ class Run:
         return (self.results.get("tasks") or {}).get(name, {})
 
     def predictions(self, split: str, base: bool = False) -> Predictions:
-        """Return the rows of a split, parsed once.
-
-        Raises:
-            ReportError: for a line that is not a row.
-        """
+        """Return the rows of a split, parsed once."""
         path = self.folder / "predictions" / f"{'base' if base else 'reft'}_{split}.jsonl"
         if path not in self._parsed:
-            self._parsed[path] = _read_predictions(path)
+            found: Predictions = defaultdict(dict)
+            for (task, source, number), row in sorted(
+                read_predictions(path).items(), key=lambda pair: pair[0]
+            ):
+                found[task][source, number] = row
+            self._parsed[path] = found
         return self._parsed[path]
 
     def curve(self, column: str) -> list[tuple[int, float]]:
@@ -172,16 +156,13 @@ def find_folders(roots: Iterable[Path]) -> tuple[list[Path], list[Path], list[Le
     """Return the folders below some that look like runs, the studies, each once, and what holds neither.
 
     The trials of a study are left out: they were compared by validation, inside the search.
-
-    Raises:
-        ReportError: for a folder that does not exist.
     """
     runs: dict[Path, Path] = {}
     studies: dict[Path, Path] = {}
     left: list[LeftOut] = []
     for root in roots:
         if not root.is_dir():
-            raise ReportError(f"{root}: no such folder; {RUN_FOLDER}")
+            raise ValueError(f"{root}: no such folder; {RUN_FOLDER}")
         something = False
         for parent, folders, files in os.walk(root):
             path = Path(parent)
@@ -209,7 +190,9 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[LeftOut], list[R
     with Bar("reading runs", len(folders)) as bar:
         for folder in folders:
             try:
-                results = _read_results(folder)
+                if not (folder / "results.json").is_file():
+                    raise ValueError("no results.json: the run ended before it began")
+                results = read_json(folder / "results.json")
                 config, problem = _read_config(folder)
                 run = Run(folder, config, results)
                 began = str(results.get("run_dir", folder))  # where a copy was, too
@@ -220,7 +203,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[LeftOut], list[R
                 if (other := first.setdefault((began, str(results.get("finished"))), folder)) != folder:
                     problem = f"it holds the same run as {other}: one of them is a copy"
                 problem = _problem(run) or problem
-            except ReportError as error:
+            except (ValueError, OSError) as error:
                 problem = str(error)
             if problem:
                 left.append(LeftOut(folder, problem))
@@ -228,26 +211,6 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[LeftOut], list[R
                 runs.append(run)
             bar.advance()
     return runs, left, sorted(reads, key=lambda read: (read.time, str(read.folder)))
-
-
-def _read_predictions(path: Path) -> Predictions:
-    found: dict[str, dict[tuple[str, int], Mapping[str, Any]]] = defaultdict(dict)
-    try:
-        for (task, source, number), row in sorted(read_predictions(path).items(), key=lambda pair: pair[0]):
-            found[task][source, number] = row
-    except ValueError as error:
-        raise ReportError(str(error)) from error
-    return found
-
-
-def _read_results(folder: Path) -> dict[str, Any]:
-    path = folder / "results.json"
-    if not path.is_file():
-        raise ReportError("no results.json: the run ended before it began")
-    try:
-        return read_json(path)
-    except (ValueError, OSError) as error:
-        raise ReportError(str(error)) from error
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], str | None]:

@@ -92,9 +92,8 @@ class Matthews:
         p, t, right = weights @ said, weights @ gold, weights @ (said * gold).sum(1)
         total = weights.sum(1)
         spread = (total**2 - (p**2).sum(1)) * (total**2 - (t**2).sum(1))
-        return np.where(
-            spread > 0, (right * total - (p * t).sum(1)) / np.sqrt(np.where(spread > 0, spread, 1)), 0.0
-        )
+        root = np.sqrt(np.where(spread > 0, spread, 1))
+        return np.where(spread > 0, (right * total - (p * t).sum(1)) / root, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,13 +123,10 @@ class Mean:
 def measures_of(
     rows: Sequence[Row], reported: Mapping[str, float], task: Mapping[str, Any]
 ) -> dict[str, Measure]:
-    """Return the measures of one task that its predictions carry.
+    """Return the measures of one task that its predictions carry; `task` is what :meth:`.Run.task` returns.
 
-    Args:
-        rows: predictions of one task, each with what `reft-train` writes.
-        reported: measure -> value in `results.json`; one that the predictions do not give again is left out, since an
-            interval around another number would mislead.
-        task: `kind` of its predictions and `labels` of classes, from `results.json`.
+    One that the predictions do not give again as it was reported is left out, since an interval around another number
+    would mislead.
     """
     found: dict[str, Measure] = {}
     for name, value in reported.items():
@@ -168,16 +164,13 @@ def _measure(name: str, rows: Sequence[Row], task: Mapping[str, Any]) -> Measure
         return RowMean(np.array(scores, float))
     kind = task.get("kind")
     if kind == "regression" and name in ("pearson", "spearman"):
-        said, gold = (
-            np.array([row[column] for row in rows], float) for column in ("value", "gold")
-        )  # null: nan
+        # null: nan
+        said, gold = (np.array([row[column] for row in rows], float) for column in ("value", "gold"))
         return (Pearson if name == "pearson" else Spearman)(said, gold)
     if kind == "classification" and name in ("f1", "matthews"):
         number = {label: i for i, label in enumerate(task["labels"])}
         said, gold = (np.array([number[row[column]] for row in rows]) for column in ("answer", "gold"))
-        return (
-            Matthews(said, gold, len(number))
-            if name == "matthews"
-            else F1(said.astype(float), gold.astype(float))
-        )
+        if name == "matthews":
+            return Matthews(said, gold, len(number))
+        return F1(said.astype(float), gold.astype(float))
     return None

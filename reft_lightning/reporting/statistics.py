@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..terminal.bars import Bar
 
 Array = NDArray[np.float64]
 CELLS = 100_000  # counts held at once: 0.8 MB, which stay in the cache (5 times faster than 32 MB)
@@ -45,26 +47,18 @@ def row_counts(
 
 
 def resample_rows(
-    measures: Sequence[Measure],
-    rows: int,
-    resamples: int,
-    rng: np.random.Generator,
-    advance: Callable[[int], None] = lambda done: None,
+    measures: Sequence[Measure], rows: int, resamples: int, rng: np.random.Generator
 ) -> Array:  # (B, k)
-    """Return the value of each measure in each of the same bootstrap resamples of rows.
+    """Return the value of each measure in each of the same B bootstrap resamples of n rows.
 
-    Args:
-        measures: of the same rows in the same order, so that their differences are paired.
-        rows: n, 1 or more.
-        resamples: B.
-        rng: source of the draws.
-        advance: is told how many resamples were done since the last call.
+    The measures are of the same rows in the same order, so that their differences are paired.
     """
     values = np.empty((resamples, len(measures)))
-    for part, counts in row_counts(rows, resamples, rng):
-        for k, measure in enumerate(measures):
-            values[part, k] = measure.value(counts)
-        advance(part.stop - part.start)
+    with Bar("resampling rows", resamples) as bar:
+        for part, counts in row_counts(rows, resamples, rng):
+            for k, measure in enumerate(measures):
+                values[part, k] = measure.value(counts)
+            bar.show(part.stop)
     return values
 
 
@@ -111,11 +105,8 @@ def satterthwaite(parts: Sequence[Part]) -> Part:
 
     Of two methods over rows and seeds the parts are the variance of the rows' differences, averaged over seeds, over n,
     and of each method the variance of its scores over seeds, over S: what one row and one seed do together stands in
-    all of them, which errs towards wide. Source: Satterthwaite 1946, Biometrics Bulletin 2(6); Welch 1947,
-    Biometrika 34.
-
-    Args:
-        parts: one or more; an infinite one where a variance is unknown.
+    all of them, which errs towards wide. A part is infinite where its variance is unknown. Source: Satterthwaite 1946,
+    Biometrics Bulletin 2(6); Welch 1947, Biometrika 34.
     """
     total = sum(variance for variance, _ in parts)
     if not math.isfinite(total):
@@ -153,11 +144,7 @@ def widest_t(value: float, tests: Sequence[Part]) -> tuple[float, tuple[float, f
     is half the width for one method of S seeds. Satterthwaite's degrees of freedom alone mistake the many rows, which
     give the variance v of the mean precisely, for knowledge of the seeds where these agree by chance: their intervals
     cover 88 to 93 % of the time with 2 or 3 seeds, the wider of both 94.3 to 97.7 % (200,000 simulated tables, 2 to 5
-    seeds). p < 1 - LEVEL exactly where the interval excludes 0.
-
-    Args:
-        value: the estimate.
-        tests: standard errors with their degrees of freedom, as from :func:`satterthwaite`.
+    seeds). p < 1 - LEVEL exactly where the interval excludes 0. Tests are what :func:`satterthwaite` returns.
     """
     ends = [t_interval(value, *test) for test in tests]
     lows, highs = zip(*ends, strict=True)
@@ -183,14 +170,9 @@ def sign_flip_tests(
 
     .. math:: p = \frac{1 + \#\{|\sum_j \epsilon_j d_j| \ge |\sum_j d_j|\}}{B + 1}, \qquad \epsilon_j = \pm 1
 
-    With few enough differences all sign patterns are counted and p is exact. Source: Fisher 1935, The Design of
-    Experiments, section 21; Dror et al. 2018, ACL P18-1128. Seeds are averaged before: the test is about rows, given
-    the models that were trained.
-
-    Args:
-        differences: one test per line, one row per column.
-        resamples: B of the random patterns.
-        rng: source of the patterns; all lines share them.
+    With few enough differences all sign patterns are counted and p is exact; B random ones are shared by all k lines.
+    Source: Fisher 1935, The Design of Experiments, section 21; Dror et al. 2018, ACL P18-1128. Seeds are averaged
+    before: the test is about rows, given the models that were trained.
     """
     exact = {
         k: _exact_sign_flips(line[line != 0])

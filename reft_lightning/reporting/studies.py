@@ -14,54 +14,34 @@ from typing import Any
 
 from ..search.budget import counted, spent, verdict
 from ..search.ledger import lost_reads, winner_folder
-from ..search.study import LOSS, open_storage, order_of, study_name
+from ..search.study import best_of, experimental, open_storage, study_name
 from ..search.study_files import JOURNAL, PLAN, SUMMARY
+from ..search.summary import remarks_of
 from ..storage.reading import read_json, read_yaml
 from ..suggest import needs_extra
 from .comparisons import Comparison
-from .runs import Read, ReportError
+from .runs import Read
 
 log = logging.getLogger(__name__)
 ENOUGH = 30  # complete trials, below which importance is that of noise
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One trial: its number, how it ended, its validation score and loss, and its parameters."""
-
-    number: int
-    state: str
-    value: float | None
-    params: Mapping[str, Any]
-    loss: float | None = None
-
-
 @dataclass
 class Study:
-    """A study: the trials of each method and what they spent.
-
-    Args:
-        folder: of the study.
-        maximize: whether a higher score is better.
-        monitor: the validation score that decides.
-        trials: method -> trials by number.
-        importance: method -> parameter -> share of the variance.
-        spent: method -> unit -> amount.
-        budget: in words, with the verdict whether the methods spent the same; empty where none is recorded.
-        equal: whether they did, as far as the search has come to its end.
-        running: whether the search has not come to its end, as its summary says.
-        remarks: method -> what its summary says of its winner and of its end.
-    """
+    """A study: the trials of each method and what they spent."""
 
     folder: Path
-    maximize: bool = True
-    monitor: str = "score"
-    trials: dict[str, list[Trial]] = field(default_factory=dict)
+    maximize: bool = True  # whether a higher score is better
+    monitor: str = "score"  # the validation score that decides
+    trials: dict[str, list[Any]] = field(default_factory=dict)  # method -> those of Optuna, by number
+    # method -> parameter -> share of the variance
     importance: dict[str, dict[str, float]] = field(default_factory=dict)
-    spent: dict[str, dict[str, float]] = field(default_factory=dict)
+    spent: dict[str, dict[str, float]] = field(default_factory=dict)  # method -> unit -> amount
+    # in words, with the verdict whether the methods spent the same; empty where none is recorded
     budget: str = ""
-    equal: bool = True
-    running: bool = False
+    equal: bool = True  # whether they did, as far as the search has come to its end
+    running: bool = False  # whether the search has not come to its end, as its summary says
+    # method -> what its summary says of its winner and of its end
     remarks: dict[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -71,19 +51,16 @@ class Study:
 
     def states(self, method: str) -> str:
         """Return how the trials of a method ended: `12 complete, 3 pruned`."""
-        counts = Counter(trial.state for trial in self.trials[method])
+        counts = Counter(trial.state.name.lower() for trial in self.trials[method])
         return ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none"
 
-    def best(self, method: str) -> Trial | None:
+    def complete(self, method: str) -> list[Any]:
+        """Return the trials with a score."""
+        return [trial for trial in self.trials[method] if trial.state.name == "COMPLETE"]
+
+    def best(self, method: str) -> Any | None:
         """Return the trial with the best score, of equals the one with the lowest loss."""
-        done = [
-            trial for trial in self.trials[method] if trial.value is not None and trial.state == "complete"
-        ]
-        return min(
-            done,
-            key=lambda trial: order_of(trial.value or 0.0, trial.loss, trial.number, self.maximize),
-            default=None,
-        )
+        return best_of(self.trials[method], self.maximize)
 
 
 def read_study(folder: Path) -> Study:
@@ -110,14 +87,8 @@ def _add_summary(study: Study) -> None:
     except ValueError as error:
         log.warning("%s", error)
     study.running = summary.get("status") != "complete"
-    for name, method in summary.get("methods", {}).items():
-        method = method or {}  # one that spent nothing yet
-        edges = (method.get("best") or {}).get("edges")
-        remarks = [f"the winner lies {', '.join(edges)}; values beyond were not tried"] if edges else []
-        if method.get("gave_up"):
-            remarks.append(f"it ended before its budget: {method['gave_up']}")
-        if remarks:
-            study.remarks[name] = remarks
+    # a method may have spent nothing yet
+    study.remarks = {name: remarks_of(method or {}) for name, method in summary.get("methods", {}).items()}
 
 
 def mark_edges(comparisons: Sequence[Comparison]) -> None:
@@ -141,39 +112,26 @@ def _read_trials(study: Study, plan: Mapping[str, Any]) -> None:
             trials = kept.get_trials(deepcopy=False)
             study.maximize = kept.direction == optuna.study.StudyDirection.MAXIMIZE
             study.spent[method] = spent(trials)
-            study.trials[method] = [
-                Trial(
-                    t.number,
-                    t.state.name.lower(),
-                    t.value if t.state.name == "COMPLETE" else None,
-                    t.params,
-                    t.user_attrs.get(LOSS),
-                )
-                for t in counted(trials)
-            ]
-            study.importance[method] = _importance(kept, study.trials[method])
+            study.trials[method] = counted(trials)
+            study.importance[method] = _importance(kept, study.complete(method))
     except (SQLAlchemyError, RuntimeError, ValueError, KeyError, ImportError) as error:
-        raise ReportError(
+        raise ValueError(
             f"{plan.get('storage') or study.folder / JOURNAL} is not a storage of Optuna: {str(error).splitlines()[0]}"
         ) from error
 
 
-def _importance(kept: Any, trials: Sequence[Trial]) -> dict[str, float]:
+def _importance(kept: Any, complete: Sequence[Any]) -> dict[str, float]:
     """Return each parameter's share by PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255).
 
     Nothing of a few trials, whose shares come from noise, and nothing of a single parameter, whose share is always 1.
     """
-    complete = [trial for trial in trials if trial.state == "complete"]
     shared = set.intersection(*(set(trial.params) for trial in complete)) if complete else set()
     varied = [name for name in sorted(shared) if len({str(trial.params[name]) for trial in complete}) > 1]
     if len(complete) < ENOUGH or len(varied) < 2 or len({trial.value for trial in complete}) < 2:
         return {}
-    import warnings
-
     import optuna
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with experimental():
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         shares = optuna.importance.get_param_importances(kept, evaluator=evaluator, params=varied)
     return {name: float(share) for name, share in shares.items()}
@@ -193,12 +151,7 @@ def _add_budget(study: Study, plan: Mapping[str, Any]) -> None:
 
 
 def begun_anew(folder: Path, reads: Sequence[Read]) -> list[Read]:
-    """Return the reads that a study's ledger knows and its run folders do not: those of winners that were begun anew.
-
-    Args:
-        folder: of the study.
-        reads: that run folders recorded.
-    """
+    """Return the reads of winners that were begun anew, which a study's ledger knows and its run folders do not."""
     found: list[Read] = []
     for line in lost_reads(folder):
         place, model = winner_folder(folder, line), line["model"]

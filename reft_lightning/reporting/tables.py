@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,12 +16,17 @@ from .comparisons import LOSS, ROWS_AND_SEEDS, SIGNIFICANT, Comparison, Method, 
 from .runs import LeftOut, Read, repeated
 from .studies import Study
 
-COSTS = (
-    "trainable_parameters", "head_parameters", "percent", "steps", "tokens", "train_seconds", "tokens_per_second",
-    "peak_memory_bytes", "adapter_bytes",
-)  # fmt: skip
-
-
+# of the table of costs: heading, and how a number is written
+COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "percent": ("% of base", "{:.4g}".format),
+    "steps": ("steps", "{:,.0f}".format),
+    "tokens": ("tokens", "{:,.0f}".format),
+    "train_seconds": ("training s", "{:,.1f}".format),
+    "tokens_per_second": ("tokens/s", "{:,.0f}".format),
+    "peak_memory_bytes": ("peak memory GiB", lambda memory: f"{memory / 2**30:.2f}"),
+    "adapter_bytes": ("adapter", size),
+}
+COSTS = ("trainable_parameters", "head_parameters", *COLUMNS)
 EDGE = "†"  # after the name of a method
 EDGED = "at an edge of the space that was searched"
 
@@ -115,26 +120,18 @@ def cost_table(comparison: Comparison) -> Table:
     """Return what each method trained and spent, means over seeds."""
     rows = []
     for method in comparison.methods:
-        values = {name: method.cost(name) for name in COSTS}
-        parameters, head = values["trainable_parameters"], values["head_parameters"]
+        parameters, head = method.cost("trainable_parameters"), method.cost("head_parameters")
         trained = (
             "-" if parameters is None else f"{parameters:,.0f}" + (f" + head {head:,.0f}" if head else "")
         )
-        memory, saved = values["peak_memory_bytes"], values["adapter_bytes"]
-        rows.append([
-            Cell(method.label), Cell(trained, method.trained),
-            _cell(values["percent"], "{:.4g}"), _cell(values["steps"], "{:,.0f}"), _cell(values["tokens"], "{:,.0f}"),
-            _cell(values["train_seconds"], "{:,.1f}"), _cell(values["tokens_per_second"], "{:,.0f}"),
-            Cell("-" if memory is None else f"{memory / 2**30:.2f}", memory),
-            Cell("-" if saved is None else size(saved), saved),
-        ])  # fmt: skip
-    columns = ["method", "trained parameters", "% of base", "steps", "tokens", "training s", "tokens/s",
-               "peak memory GiB", "adapter"]  # fmt: skip
+        costs = (_cell(method.cost(name), form) for name, (_, form) in COLUMNS.items())
+        rows.append([Cell(method.label), Cell(trained, method.trained), *costs])
+    columns = ["method", "trained parameters", *(heading for heading, _ in COLUMNS.values())]
     return Table("Cost: means over seeds", columns, rows, comparison.unequal)
 
 
-def _cell(value: float | None, form: str) -> Cell:
-    return Cell("-" if value is None else form.format(value), value)
+def _cell(value: float | None, form: Callable[[float], str]) -> Cell:
+    return Cell("-" if value is None else form(value), value)
 
 
 def measure_table(comparison: Comparison) -> Table:
@@ -208,12 +205,7 @@ def places(folders: Sequence[Path], roots: Sequence[Path]) -> list[str]:
 
 
 def read_table(reads: Sequence[Read], roots: Sequence[Path] = ()) -> Table:
-    """Return every read of a test split, marked where one configuration and seed read it again.
-
-    Args:
-        reads: by time.
-        roots: the folders of the report, from which run folders are named.
-    """
+    """Return every read of a test split, by time, marked where one configuration and seed read it again."""
     named = places([read.folder for read in reads], roots)
     again = repeated(reads)
     rows = [
@@ -248,17 +240,17 @@ def study_table(study: Study) -> Table:
     units = list(dict.fromkeys(unit for spent in study.spent.values() for unit in spent))
     rows = []
     for method in study.trials:
-        best = study.best(method)
-        drawn = best.params.items() if best else ()
-        params = ", ".join(f"{name}={v:g}" if isinstance(v, float) else f"{name}={v}" for name, v in drawn)
-        spent = study.spent.get(method, {})
-        rows.append([
-            Cell(method), Cell(study.states(method)),
-            Cell("-" if best is None or best.value is None else number(best.value, study.measure),
-                 best.value if best else None),
-            Cell("-" if best is None else str(best.number), best.number if best else None), Cell(params or "-"),
-            *(_cell(spent.get(unit), "{:,.0f}") for unit in units),
-        ])  # fmt: skip
+        best, spent = study.best(method), study.spent.get(method, {})
+        found = [Cell("-")] * 3
+        if best is not None:
+            drawn = best.params.items()
+            params = ", ".join(
+                f"{name}={v:g}" if isinstance(v, float) else f"{name}={v}" for name, v in drawn
+            )
+            score = Cell(number(best.value, study.measure), best.value)
+            found = [score, Cell(str(best.number), best.number), Cell(params)]
+        costs = (_cell(spent.get(unit), "{:,.0f}".format) for unit in units)
+        rows.append([Cell(method), Cell(study.states(method)), *found, *costs])
     columns = ["method", "outcomes", f"best {monitored(study)}", "of trial", "with", *units]
     notes = [f"{method}: {remark}" for method, remarks in study.remarks.items() for remark in remarks]
     return Table("Search: what each method spent and found", columns, rows, notes)

@@ -38,26 +38,27 @@ def spent(trials: Sequence[Any]) -> dict[str, float]:
 
 def verdict(unit: str, amount: float, costs: Mapping[str, Mapping[str, float]]) -> str:
     """Return ``equal``, or who spent less; where trials are counted, also whether they were equally long."""
-    low = min(costs, key=lambda method: costs[method][unit])
-    high = max(costs, key=lambda method: costs[method][unit])
+    low, least, high, most = _ends(unit, costs)
     # trials are counted exactly: one more is one too many
     allowed = 0 if unit == "trials" else TOLERANCE * amount
-    if costs[high][unit] - costs[low][unit] > allowed:
-        least, most = costs[low][unit], costs[high][unit]
+    found = "equal"
+    if most - least > allowed:
         found = f"unequal: {low} has spent {least:g} {unit}, {high} {most:g}, of {amount:g}"
-    else:
-        found = "equal"
     lengths = trial_lengths(costs) if unit == "trials" else ""
     return "; ".join(filter(None, (found, lengths)))
+
+
+def _ends(unit: str, costs: Mapping[str, Mapping[str, float]]) -> tuple[str, float, str, float]:
+    """Return who has spent the least of a unit, and how much; and the same of the most."""
+    low, high = (pick(costs, key=lambda method: costs[method][unit]) for pick in (min, max))
+    return low, costs[low][unit], high, costs[high][unit]
 
 
 def trial_lengths(costs: Mapping[str, Mapping[str, float]]) -> str:
     """Return by how much methods with the same number of trials differ in steps and tokens; empty where they do not."""
     found = []
     for unit in ("steps", "tokens"):
-        low = min(costs, key=lambda method: costs[method][unit])
-        high = max(costs, key=lambda method: costs[method][unit])
-        least, most = costs[low][unit], costs[high][unit]
+        low, least, high, most = _ends(unit, costs)
         if most > (1 + TOLERANCE) * least:
             ratio = f", {most / least:.3g} times as many" if least else ""
             found.append(f"{low} {least:,.0f} {unit} and {high} {most:,.0f}{ratio}")

@@ -53,11 +53,7 @@ OWN = ("search", "folder", "workers", "storage", "trust_code")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        ValueError: for arguments, a plan or a study that do not fit.
-    """
+    """Run the command."""
     for text in argv:
         if "=" not in text:
             raise ValueError(f"arguments are written key=value; got {text!r}\n{USAGE}")
@@ -81,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
             else:
                 start_workers(folder, int(workers), trusted)
     except KeyboardInterrupt:
-        sys.stderr.write(f"stopped; go on with: {shlex.join(['reft-search', f'folder={folder}'])}\n")
+        sys.stderr.write(f"stopped; go on with: {_go_on(folder)}\n")
         sys.exit(130)
     _report(study)
 
@@ -108,27 +104,18 @@ def prepare_study(own: Mapping[str, str], rest: Sequence[str]) -> Path:
 
 
 def begin_study(folder: Path, plan: Plan, monitor: str, mode: str, storage: str | None = None) -> None:
-    """Write the plan of a new study; its runs start in the present directory.
-
-    Raises:
-        ValueError: if another command has begun one in this folder meanwhile.
-    """
+    """Write the plan of a new study, whose runs start in the present directory; in a folder without another one."""
     folder.mkdir(parents=True, exist_ok=True)
     study = f"{plan.name}-{secrets.token_hex(4)}"  # a database may hold other searches of this name
+    more = {"monitor": monitor, "mode": mode, "directory": os.getcwd(), "storage": storage, "study": study}
     with Lock(folder / LOCKS / "turn"):
         if (folder / PLAN).is_file():
             raise ValueError(f"{folder}: another command has begun a study there; give another folder")
-        write_study(
-            folder, plan, monitor=monitor, mode=mode, directory=os.getcwd(), storage=storage, study=study
-        )
+        write_study(folder, plan, **more)
 
 
 def go_on(folder: Path, search: str | None, arguments: Sequence[str]) -> None:
-    """Raise the budget of a study if asked to; nothing else of its plan can change.
-
-    Raises:
-        ValueError: for another change, or for a raise after a test split was read.
-    """
+    """Raise the budget of a study if asked to, unless test rows were read; nothing else of its plan can change."""
     if not folder.is_dir():
         raise ValueError(f"folder={no_such_folder(folder)}; to begin a study there, add search=NAME")
     earlier, more = read_study(folder)
@@ -193,6 +180,10 @@ def _devices() -> list[str]:
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
+def _go_on(folder: Path) -> str:
+    return shlex.join(["reft-search", f"folder={folder}"])
+
+
 def _report(study: Study) -> None:
     """Print the summary; leave with status 1 where something is missing."""
     values = summarize(study)
@@ -208,7 +199,6 @@ def _report(study: Study) -> None:
         log.error(
             "the study is not complete: ended before their budget: %s; without a result: %s; the causes are in %s; go "
             "on with: %s",
-            ", ".join(early) or "none", ", ".join(lost) or "none", study.folder / SUMMARY,
-            shlex.join(["reft-search", f"folder={study.folder}"]),
+            ", ".join(early) or "none", ", ".join(lost) or "none", study.folder / SUMMARY, _go_on(study.folder),
         )  # fmt: skip
         sys.exit(1)

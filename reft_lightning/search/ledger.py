@@ -20,11 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def test_reads(folder: Path) -> list[dict[str, Any]]:
-    """Return every read of a test split, by time; ``again`` marks those after the first of a method, seed and model.
-
-    Args:
-        folder: of the study.
-    """
+    """Return every read of a test split, by time; ``again`` marks those after the first of a method, seed and model."""
     recorded = list(_recorded(folder))
     found = [*_lost(folder, recorded), *(read for read, _ in recorded)]
     found.sort(key=lambda read: str(read.get("time", "")))

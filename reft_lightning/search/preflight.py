@@ -31,11 +31,7 @@ SAME = (
 
 
 def compose_corners(plan: Plan) -> dict[str, list[Config]]:
-    """Compose configurations that hold every choice and both ends of every range; return them by method.
-
-    Raises:
-        ValueError: for a parameter that does not exist, or a value that it cannot have.
-    """
+    """Compose configurations that hold every choice and both ends of every range; return them by method."""
     found: dict[str, list[Config]] = {method: [] for method in plan.methods}
     with composing() as compose:
         for method in plan.methods:
@@ -104,11 +100,7 @@ def _trains_nothing(config: Config, attached: Mapping[str, Any]) -> str:
 
 
 def _check_same(plan: Plan, corners: Mapping[str, list[Config]]) -> None:
-    """Reject a study whose trials differ in what :data:`SAME` names, within a method or between two.
-
-    Raises:
-        ValueError: naming the setting, both values and both methods.
-    """
+    """Reject a study whose trials differ in what :data:`SAME` names, within a method or between two."""
     values = {
         (key, method): [_value(config, key) for config in configs]
         for key in SAME for method, configs in corners.items()
@@ -132,11 +124,7 @@ def _value(config: Config, key: str) -> Any:
 
 
 def check_rows(plan: Plan, corners: Mapping[str, list[Config]]) -> None:
-    """Read the rows that the trials will train on and be selected by, the same ones for all; no test rows, no weights.
-
-    Raises:
-        ValueError: for rows that are missing, cannot be read, or are too few to validate on.
-    """
+    """Read the rows that trials will train on and be selected by, the same for all; no test rows, no weights."""
     from ..runs.arguments import data_module, family_of
 
     method, (config, *_) = next(iter(corners.items()))

@@ -99,8 +99,6 @@ def failure(code: int, log: Path) -> str:
         return ""
     how = f"exit status {code}"
     if code < 0:
-        how = f"killed by {signal.Signals(-code).name}" + (
-            " (out of memory?)" if -code == signal.SIGKILL else ""
-        )
+        how = f"killed by {signal.Signals(-code).name}" + " (out of memory?)" * (-code == signal.SIGKILL)
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     return "\n".join([how, *text.splitlines()[-LAST_LINES:]])

@@ -48,14 +48,6 @@ class Budget:
 
 
 @dataclass
-class Pruning:
-    """Settings of successive halving: the first validation that decides, and which part 1/n of the trials goes on."""
-
-    min_validations: int = 1
-    reduction_factor: int = 3
-
-
-@dataclass
 class Method:
     """One method: its overrides, and the space that is searched."""
 
@@ -75,7 +67,6 @@ class Plan:
     sampler_seed: int = 0
     startup_trials: int = 10  # drawn at random before TPE
     pruner: str = "none"
-    pruning: Pruning = field(default_factory=Pruning)
     seeds: list[int] = field(default_factory=lambda: [42, 43, 44])
 
     def space(self, method: str) -> tuple[Dimension, ...]:
@@ -109,17 +100,12 @@ def key_of(text: str) -> str:
 @cache
 def plan_keys() -> set[str]:
     """Return the arguments of the command that change the plan; any other is an override of ``reft-train``."""
-    parts = {"budget": Budget, "pruning": Pruning}
-    own = {f.name for f in dataclasses.fields(Plan)} - parts.keys() - {"name", "base"}
-    return own | {f"{name}.{f.name}" for name, part in parts.items() for f in dataclasses.fields(part)}
+    own = {f.name for f in dataclasses.fields(Plan)} - {"name", "base", "budget"}
+    return own | {f"budget.{f.name}" for f in dataclasses.fields(Budget)}
 
 
 def search_file(name: str) -> Path:
-    """Return the file of ``conf/search``, or the user's own, of that name.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """Return the file of ``conf/search``, or the user's own, of that name."""
     folder = config_dir() / "search"
     for path in (folder / f"{name}.yaml", Path(name)):
         if path.is_file():
@@ -132,11 +118,9 @@ def search_file(name: str) -> Path:
 
 
 def read_plan(name: str, arguments: Sequence[str] = ()) -> Plan:
-    """Read a search file and the arguments of the command.
+    """Read a search file, of ``conf/search`` or one's own, and the arguments of the command.
 
-    Args:
-        name: of ``conf/search``, or the path of a YAML file.
-        arguments: ``key=value``; those of :func:`plan_keys` change the plan, others are overrides for all runs.
+    Arguments of :func:`plan_keys` change the plan, others are overrides for all runs.
 
     Raises:
         ValueError: for a plan that does not fit; the message names the file, the method and the parameter.
@@ -158,11 +142,7 @@ def read_plan(name: str, arguments: Sequence[str] = ()) -> Plan:
 
 
 def change_plan(plan: Plan, arguments: Sequence[str]) -> Plan:
-    """Return a plan with arguments of the command.
-
-    Raises:
-        ValueError: for a plan that does not fit.
-    """
+    """Return a plan with arguments of the command."""
     where = " ".join(arguments)
     for text in arguments:
         if key_of(text) not in plan_keys():
@@ -187,11 +167,7 @@ def _select(methods: Any, text: str, path: Path) -> dict[str, Any]:
 
 
 def parse_plan(name: str, values: Any, overrides: Sequence[str] = (), where: str = "the plan") -> Plan:
-    """Check the values of a search file.
-
-    Raises:
-        ValueError: naming the value, what is allowed, and the nearest name.
-    """
+    """Check the values of a search file; an error names the value, what is allowed, and the nearest name."""
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Plan), values, {"name": name})
         plan = cast(Plan, OmegaConf.to_container(merged, structured_config_mode=SCMode.INSTANTIATE))
@@ -244,13 +220,9 @@ def _check_values(plan: Plan, where: str) -> None:
         budget.amount = int(amount)
     elif budget.unit == "trials":
         raise ValueError(f"{where}: budget.amount is a number of trials; got {amount!r}")
-    for key, count, least in (
-        ("sampler_seed", plan.sampler_seed, 0), ("startup_trials", plan.startup_trials, 0),
-        ("pruning.min_validations", plan.pruning.min_validations, 1),
-        ("pruning.reduction_factor", plan.pruning.reduction_factor, 2),
-    ):  # fmt: skip
-        if count < least:
-            raise ValueError(f"{where}: {key} must be {least} or more; got {count}")
+    for key, count in (("sampler_seed", plan.sampler_seed), ("startup_trials", plan.startup_trials)):
+        if count < 0:
+            raise ValueError(f"{where}: {key} must be 0 or more; got {count}")
     if len(set(plan.seeds)) < len(plan.seeds):
         raise ValueError(f"{where}: a seed is given twice in {plan.seeds}: each one trains the winner once")
     if not plan.methods:

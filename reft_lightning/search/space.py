@@ -34,19 +34,12 @@ Value = bool | int | float | str | None
 
 @dataclass(frozen=True)
 class Dimension:
-    """One parameter of a space.
+    """One parameter of a space."""
 
-    Args:
-        name: key of the schema, or group.
-        kind: one of :data:`KINDS`.
-        values: the choices, or the lowest and the highest value, both included.
-        extra: ``step`` of an ``int``, ``points`` of a ``float`` or ``log``, or None.
-    """
-
-    name: str
-    kind: str
-    values: tuple[Value, ...]
-    extra: int | None = None
+    name: str  # key of the schema, or group
+    kind: str  # one of :data:`KINDS`
+    values: tuple[Value, ...]  # the choices, or the lowest and the highest value, both included
+    extra: int | None = None  # ``step`` of an ``int``, ``points`` of a ``float`` or ``log``, or None
 
     @property
     def ends(self) -> tuple[Any, Any]:
@@ -64,11 +57,7 @@ class Dimension:
         return trial.suggest_float(self.name, low, high, log=self.kind == "log")
 
     def grid(self) -> list[Value]:
-        """Return the values of this parameter in a grid.
-
-        Raises:
-            ValueError: for a continuous one without ``points``.
-        """
+        """Return the values of this parameter in a grid, for which a continuous one needs ``points``."""
         if self.kind == "choice":
             return list(self.values)
         low, high = self.ends
@@ -104,11 +93,7 @@ class Dimension:
 
 
 def parse_space(space: Any) -> tuple[Dimension, ...]:
-    """Read a space from a YAML file.
-
-    Raises:
-        ValueError: for an empty space, or a parameter that is not a distribution.
-    """
+    """Read a space from a YAML file."""
     if not isinstance(space, Mapping) or not space:
         raise ValueError(
             f"the space must name at least one parameter, such as optimizer.lr: {{log: [1e-4, 1e-2]}}; got {space!r}"
@@ -117,11 +102,7 @@ def parse_space(space: Any) -> tuple[Dimension, ...]:
 
 
 def parse_dimension(name: str, given: Any) -> Dimension:
-    """Read one parameter.
-
-    Raises:
-        ValueError: for an unknown kind, no choices, an empty range, a logarithm of zero or less.
-    """
+    """Read one parameter of a space."""
     example = f"write {name}: {{choice: [...]}}, or int, float or log with [lowest, highest]"
     if not isinstance(given, Mapping):
         raise ValueError(f"{name}: {given!r} is not a distribution: {example}")
@@ -192,3 +173,8 @@ def override(name: str, value: Value) -> str:
     if isinstance(value, bool):
         return f"{name}={str(value).lower()}"
     return f"{name}={'null' if value is None else value}"
+
+
+def brief(params: Mapping[str, Value]) -> list[str]:
+    """Return parameters as people read them, with four digits."""
+    return [f"{name}={v:.4g}" if isinstance(v, float) else f"{name}={v}" for name, v in params.items()]

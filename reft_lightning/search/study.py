@@ -8,7 +8,8 @@ import datetime
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,19 @@ FREE = 3  # trials in a row that cost nothing, such as those that fail before th
 
 
 def load_optuna() -> Any:
-    """Return Optuna, which otherwise logs every trial.
-
-    Raises:
-        ValueError: where it is not installed.
-    """
+    """Return Optuna, which otherwise logs every trial."""
     with needs_extra("search", "reft-search needs Optuna"):
         import optuna
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
+
+
+@contextmanager
+def experimental() -> Iterator[None]:
+    """Use what Optuna calls experimental, without a warning each time."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", load_optuna().exceptions.ExperimentalWarning)
+        yield
 
 
 def open_storage(folder: Path, url: str | None) -> Any:
@@ -53,24 +58,19 @@ def open_storage(folder: Path, url: str | None) -> Any:
     storages = load_optuna().storages
     if url is None:
         lock: Any = Lock(folder / LOCKS / "journal")
-        return storages.JournalStorage(
-            storages.journal.JournalFileBackend(str(folder / JOURNAL), lock_obj=lock)
-        )
+        backend = storages.journal.JournalFileBackend(str(folder / JOURNAL), lock_obj=lock)
+        return storages.JournalStorage(backend)
     # a connection that the server has closed meanwhile is opened again
     options: dict[str, Any] = {"pool_pre_ping": True}
     if url.startswith("sqlite"):
         options["connect_args"] = {"timeout": 60}
     shown = re.sub(r":[^:/@]*@", ":***@", url)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", load_optuna().exceptions.ExperimentalWarning)
+    with experimental():
         try:
             return storages.RDBStorage(
-                url,
-                engine_kwargs=options,
-                heartbeat_interval=HEARTBEAT,
-                grace_period=3 * HEARTBEAT,
+                url, engine_kwargs=options, heartbeat_interval=HEARTBEAT, grace_period=3 * HEARTBEAT,
                 heartbeat_stale_trial_callback=run_again,
-            )
+            )  # fmt: skip
         except ImportError as error:
             raise ValueError(
                 f"storage={shown} needs the driver of this database: {error}; for PostgreSQL: "
@@ -82,15 +82,13 @@ def open_storage(folder: Path, url: str | None) -> Any:
 
 def run_again(study: Any, trial: Any) -> None:
     """Queue a lost trial again, with its parameters and from its beginning."""
-    optuna = load_optuna()
     trial = copy.deepcopy(trial)
     trial.user_attrs = {}
     # without the rungs of successive halving that the lost attempt had reached
     kept = {name: v for name, v in trial.system_attrs.items() if not name.startswith("completed_rung")}
     trial.system_attrs = kept
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        optuna.storages.RetryHeartbeatStaleTrialCallback()(study, trial)
+    with experimental():
+        load_optuna().storages.RetryHeartbeatStaleTrialCallback()(study, trial)
 
 
 def write_study(folder: Path, plan: Plan, **more: str | None) -> None:
@@ -100,11 +98,7 @@ def write_study(folder: Path, plan: Plan, **more: str | None) -> None:
 
 
 def read_study(folder: Path) -> tuple[Plan, dict[str, Any]]:
-    """Return the plan of a study, and :data:`MORE`.
-
-    Raises:
-        ValueError: for a folder without a study.
-    """
+    """Return the plan of a study, and :data:`MORE`."""
     path = folder / PLAN
     if not path.is_file():
         raise ValueError(
@@ -136,9 +130,8 @@ class Study:
         self.turn = Lock(self.folder / LOCKS / "turn")
         pruner: Any = self.optuna.pruners.NopPruner()
         if self.plan.pruner == "successive_halving":
-            least, factor = self.plan.pruning.min_validations, self.plan.pruning.reduction_factor
-            # asynchronous: a trial waits for no other (Li et al. 2020, arXiv:1810.05934)
-            pruner = self.optuna.pruners.SuccessiveHalvingPruner(min_resource=least, reduction_factor=factor)
+            # asynchronous: a trial waits for no other (Li et al. 2020, arXiv:1810.05934), and one of three goes on
+            pruner = self.optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
         self.studies: dict[str, Any] = {
             method: self.optuna.create_study(
                 storage=self.storage, study_name=study_name(more["study"], method), pruner=pruner,
@@ -153,12 +146,7 @@ class Study:
 
     def best(self, method: str) -> Any | None:
         """Return the trial with the best validation score, of equals the lowest loss; None where none is complete."""
-        complete = [trial for trial in self.trials(method) if trial.state.name == "COMPLETE"]
-        return min(
-            complete,
-            key=lambda t: order_of(t.value, t.user_attrs.get(LOSS), t.number, self.maximize),
-            default=None,
-        )
+        return best_of(self.trials(method), self.maximize)
 
     def start(self) -> None:
         """Note that the command was started: methods that gave up, and winners that failed, are tried again."""
@@ -170,9 +158,8 @@ class Study:
     def gave_up(self, method: str, trials: list[Any]) -> bool:
         """Return whether the last trials since the command's start cost nothing: no budget would end the method."""
         started = self.studies[method].user_attrs.get("started", "")
-        ended = [
-            t for t in counted(trials) if t.datetime_complete and t.datetime_complete.isoformat() >= started
-        ]
+        times = [(t, t.datetime_complete) for t in counted(trials)]
+        ended = [t for t, time in times if time and time.isoformat() >= started]
         return len(ended) >= FREE and not spent(ended[-FREE:])[self.plan.budget.unit]
 
     def has_room(self, method: str, trials: list[Any]) -> bool:
@@ -183,10 +170,8 @@ class Study:
 
     def next_method(self) -> tuple[str | None, bool]:
         """Return the method of the next trial, the one that has spent the least, and whether any trial runs."""
-        trials = {method: self.trials(method) for method in self.plan.methods}
-        costs = {
-            m: spent(found)[self.plan.budget.unit] for m, found in trials.items() if self.has_room(m, found)
-        }
+        trials, unit = {method: self.trials(method) for method in self.plan.methods}, self.plan.budget.unit
+        costs = {m: spent(found)[unit] for m, found in trials.items() if self.has_room(m, found)}
         running = any(trial.state.name == "RUNNING" for found in trials.values() for trial in found)
         return min(costs, key=costs.__getitem__, default=None), running
 
@@ -210,9 +195,14 @@ class Study:
         return [f"at the {edge} edge of {name}" for edge, name in found if edge]
 
 
-def order_of(value: float, loss: float | None, number: int, maximize: bool) -> tuple[float, float, int]:
-    """Return what puts the better one of two complete trials first: its score, its loss, its number."""
-    return (-value if maximize else value, math.inf if loss is None else loss, number)
+def best_of(trials: Sequence[Any], maximize: bool) -> Any | None:
+    """Return the complete Optuna trial with the best score, of equals the lowest loss; None where none is complete."""
+
+    def order(trial: Any) -> tuple[float, float, int]:
+        loss = trial.user_attrs.get(LOSS)
+        return -trial.value if maximize else trial.value, math.inf if loss is None else loss, trial.number
+
+    return min((trial for trial in trials if trial.state.name == "COMPLETE"), key=order, default=None)
 
 
 def winner_status(folder: Path, job: Mapping[str, Any]) -> str:

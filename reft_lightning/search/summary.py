@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..storage.atomic import write_json
 from .budget import counted, spent, verdict
 from .ledger import test_reads
+from .space import brief
 from .study import FREE, Study, read_results, winner_status
 from .study_files import ERROR, SUMMARY
 
@@ -71,6 +73,15 @@ def _winner(study: Study, folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def remarks_of(method: Mapping[str, Any]) -> list[str]:
+    """Return what the part of a method in a summary says of its winner and of its end, in words."""
+    edges = (method.get("best") or {}).get("edges")
+    remarks = [f"the winner lies {', '.join(edges)}; values beyond were not tried"] if edges else []
+    if method.get("gave_up"):
+        remarks.append(f"it ended before its budget: {method['gave_up']}")
+    return remarks
+
+
 def print_summary(values: dict[str, Any], folder: Path) -> None:
     """Print one line for each method, the verdict on the budgets, and the number of reads of test splits."""
     from rich.console import Console
@@ -80,37 +91,20 @@ def print_summary(values: dict[str, Any], folder: Path) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     unit, score = values["budget"]["unit"], values["monitor"].replace("val/", "test/", 1)
     table = Table(title=f"search {escape(values['search'])}: best {values['monitor']} of each method")
-    for column in (
-        "method",
-        values["monitor"],
-        "trial",
-        "parameters",
-        "complete",
-        "pruned",
-        "failed",
-        unit,
-        score,
-    ):
+    ended = ("complete", "pruned", "failed")
+    for column in ("method", values["monitor"], "trial", "parameters", *ended, unit, score):
         table.add_column(column, justify="left" if column in ("method", "parameters") else "right")
     remarks = []
     for name, method in values["methods"].items():
-        best, trials = method["best"], method["trials"]
+        best = method["best"]
         won = ["-", "-", "none complete"]
         if best is not None:
-            won = [f"{best['value']:.4f}", str(best["number"]), " ".join(map(_text, best["params"].items()))]
-            if best["edges"]:
-                remarks.append(
-                    f"{name}: the winner lies {', '.join(best['edges'])}; values beyond were not tried"
-                )
-        if method["gave_up"]:
-            remarks.append(f"{name}: ended before its budget: {method['gave_up']}")
-        tested = [
-            w["metrics"][score] for w in method["winners"].values() if w["metrics"].get(score) is not None
-        ]
-        table.add_row(
-            name, won[0], won[1], escape(won[2]), *(str(trials[k]) for k in ("complete", "pruned", "failed")),
-            f"{method['spent'][unit]:.6g}", f"{sum(tested) / len(tested):.4f} ({len(tested)})" if tested else "-",
-        )  # fmt: skip
+            won = [f"{best['value']:.4f}", str(best["number"]), " ".join(brief(best["params"]))]
+        remarks += [f"{name}: {remark}" for remark in remarks_of(method)]
+        tested = [value for w in method["winners"].values() if (value := w["metrics"].get(score)) is not None]
+        mean = f"{sum(tested) / len(tested):.4f} ({len(tested)})" if tested else "-"
+        counts = [str(method["trials"][state]) for state in ended]
+        table.add_row(name, *map(escape, won), *counts, f"{method['spent'][unit]:.6g}", mean)
     console.print(table)
     reads = values["test_reads"]
     again = sum(bool(read.get("again")) for read in reads)
@@ -118,13 +112,7 @@ def print_summary(values: dict[str, Any], folder: Path) -> None:
         f"budget of each method: {values['budget']['amount']:g} {unit}; {values['budget']['verdict']}",
         f"reads of a test split: {len(reads)}" + (f", {again} of them after the first" if again else ""),
         f"study folder   {folder}",
+        f"report         {shlex.join(['reft-report', str(folder), f'out={folder}/report'])}",
     ]
-    report = shlex.join(["reft-report", str(folder), f"out={folder / 'report'}"])
-    remarks.append(f"report         {report}")
     for remark in remarks:
         console.print(remark, soft_wrap=True, markup=False)
-
-
-def _text(item: tuple[str, Any]) -> str:
-    name, value = item
-    return f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"

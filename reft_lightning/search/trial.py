@@ -27,6 +27,7 @@ from ..storage.atomic import now
 from ..suggest import names_of_a_stranger, trusted
 from .budget import spent
 from .process import end_with_parent
+from .space import brief
 from .study import Study, read_results, was_tested
 from .study_files import LEDGER, read_job
 
@@ -66,12 +67,10 @@ class TrialCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count."""
-        self.cost = {
-            "steps": trainer.global_step,
-            "tokens": cast(Any, pl_module).tokens
-            * trainer.world_size,  # batches of other ranks are about as long
-            "seconds": time.perf_counter() - self._started,
-        }
+        # batches of other ranks are about as long
+        tokens = cast(Any, pl_module).tokens * trainer.world_size
+        seconds = time.perf_counter() - self._started
+        self.cost = {"steps": trainer.global_step, "tokens": tokens, "seconds": seconds}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report the score, unless it is NaN; end the trial where the pruner says so."""
@@ -85,10 +84,8 @@ class TrialCallback(Callback):
             self.trial.report(score, self._validations)
             behind = self.trial.should_prune()
         if _agreed(trainer, behind):
-            self._end(
-                trainer,
-                f"{self.study.plan.pruner}: {self.monitor} fell behind at validation {self._validations}",
-            )
+            number, pruner = self._validations, self.study.plan.pruner
+            self._end(trainer, f"{pruner}: {self.monitor} fell behind at validation {number}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the whole cost."""
@@ -145,8 +142,7 @@ def run_job(study: Path, folder: Path) -> dict[str, Any]:
     config = compose.compose(job["overrides"])
     if config.sealed != (job["kind"] == "trial"):
         raise ValueError(f"{folder}: a trial is sealed and a winner is not; its overrides say otherwise")
-    params = [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-              for key, value in job["params"].items() if job["kind"] == "trial"]  # fmt: skip
+    params = brief(job["params"]) if job["kind"] == "trial" else []
     config = filed(
         config, group=study.resolve().name, job_type=job["kind"], name=label(config, params, job["method"])
     )

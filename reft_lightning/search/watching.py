@@ -29,13 +29,12 @@ def watched(folder: Path) -> Iterator[None]:
 
 def _watch(folder: Path, ended: threading.Event) -> None:
     study = Study(folder)  # with a connection of its own
-    amounts = {method: _amount(study, method) for method in study.plan.methods}
+    methods, unit, amount = study.plan.methods, study.plan.budget.unit, study.plan.budget.amount
 
     def spent_so_far() -> dict[str, float]:
-        return {method: min(_spent(study, method), amount) for method, amount in amounts.items()}
+        return {method: min(_spent(study, method), amount) for method in methods}
 
-    unit, before = study.plan.budget.unit, sum(spent_so_far().values())
-    with Bar(f"budget of trials ({unit})", sum(amounts.values()), before) as bar:
+    with Bar(f"budget of trials ({unit})", amount * len(methods), sum(spent_so_far().values())) as bar:
         while not ended.wait(SECONDS) and study.next_method() != (None, False):
             done = spent_so_far()
             bar.show(sum(done.values()), ", ".join(f"{method} {value:g}" for method, value in done.items()))
@@ -43,13 +42,6 @@ def _watch(folder: Path, ended: threading.Event) -> None:
     with Bar("winners, trained again and tested", len(winners)) as bar:
         while not ended.wait(SECONDS):
             bar.show(sum(winner_status(run, job) in ("complete", "failed") for run, job in winners))
-
-
-def _amount(study: Study, method: str) -> float:
-    plan = study.plan
-    if plan.sampler == "grid" and plan.budget.unit == "trials":
-        return min(plan.budget.amount, plan.grid_size(method))
-    return plan.budget.amount
 
 
 def _spent(study: Study, method: str) -> float:

@@ -16,7 +16,6 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 from ..storage.atomic import write_json, write_text
 from .budget import counted
 from .process import Lock, end_with_parent, failure, start, stop
-from .study import LOSS, Study, read_results, run_again, was_tested, winner_status
+from .study import LOSS, Study, experimental, read_results, run_again, was_tested, winner_status
 from .study_files import COMMAND, ERROR, JOB, LOCKS, LOG, TRIALS
 from .summary import summarize
 
@@ -43,10 +42,8 @@ class TrialFailed(RuntimeError):
 class Worker:
     """A worker of a study.
 
-    Args:
-        study: to work on.
-        run: runs what ``job.json`` of a folder says; by default in a process of its own.
-        trusted: whether the names that the study holds may be any module's, as those of one's own plan.
+    `run` runs what ``job.json`` of a folder says, by default in a process of its own. `trusted` says whether the names
+    that the study holds may be any module's, as those of one's own plan.
     """
 
     def __init__(self, study: Study, run: Runner | None = None, trusted: bool = True) -> None:
@@ -105,26 +102,21 @@ class Worker:
         trial.set_user_attr("folder", str(folder.relative_to(study.folder)))
         overrides = study.plan.trial_overrides(method, params)
         log.info("trial %s %d: %s", method, trial.number, " ".join(overrides[len(study.plan.base) :]))
-        job = {
-            "kind": "trial",
-            "method": method,
-            "number": trial.number,
-            "params": params,
-            "overrides": overrides,
-        }
-        prepare(folder, job)
+        values = {"method": method, "number": trial.number, "params": params, "overrides": overrides}
+        prepare(folder, {"kind": "trial", **values})
         failed = self.run(folder, self._alive)
         results = read_results(folder)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the adapter stays
-        status, value = results.get("status"), results.get("metrics", {}).get(study.monitor)
+        status, metrics = results.get("status"), results.get("metrics", {})
+        value = metrics.get(study.monitor)
         trial.set_user_attr("config_hash", results.get("config_hash"))
-        trial.set_user_attr(LOSS, results.get("metrics", {}).get(LOSS))
+        trial.set_user_attr(LOSS, metrics.get(LOSS))
         if not failed and status == "pruned":
             trial.set_user_attr("reason", results.get("reason"))
             raise study.optuna.TrialPruned
         if failed or status != "complete" or value is None or not math.isfinite(value):
-            scored = study.monitor in results.get("metrics", {})
-            score = "missing" if not scored else value if value is not None else "not a number"
+            unscored = "not a number" if study.monitor in metrics else "missing"
+            score = unscored if value is None else value
             ending = f"the run ended as {status!r}, and {study.monitor} is {score}"
             trial.set_user_attr("error", failed or results.get("error") or ending)
             raise TrialFailed
@@ -154,8 +146,7 @@ class Worker:
         """Queue trials again whose processes have died; the caller has the turn."""
         study, optuna = self.study.studies[method], self.study.optuna
         if isinstance(self.study.storage, optuna.storages.RDBStorage):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            with experimental():
                 optuna.storages.fail_stale_trials(study)  # those without a heartbeat
             return
         for trial in self.study.trials(method):  # a journal has no heartbeat; a running trial holds a lock

@@ -39,31 +39,19 @@ class Part:
 
 @dataclass
 class Answer:
-    """One request, and its answer so far.
+    """One request, and its answer so far."""
 
-    Args:
-        prompt: token ids.
-        emit: called with each :class:`Part`, or the exception that ended the answer, from the thread that generates.
-        adapter: a name of the model, or None for the base.
-        strength: times the adapter's scale.
-        max_tokens: of the answer.
-        temperature: 0 takes the likeliest token.
-        top_p: draw from the likeliest tokens that hold this share.
-        seed: of the draws; the answer does not depend on what else is in the batch.
-        stop: the answer ends before any of these.
-        top: how many of the likeliest tokens are reported; None reports no log-probabilities.
-    """
-
-    prompt: list[int]
+    prompt: list[int]  # token ids
+    # called with each :class:`Part`, or the exception that ended the answer, from the thread that generates
     emit: Callable[[Part | Exception], Any]
-    adapter: str | None = None
-    strength: float = 1.0
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: Sequence[str] = ()
-    top: int | None = None
+    adapter: str | None = None  # a name of the model, or None for the base
+    strength: float = 1.0  # times the adapter's scale
+    max_tokens: int = 256  # of the answer
+    temperature: float = 0.0  # 0 takes the likeliest token
+    top_p: float = 1.0  # draw from the likeliest tokens that hold this share
+    seed: int | None = None  # of the draws; the answer does not depend on what else is in the batch
+    stop: Sequence[str] = ()  # the answer ends before any of these
+    top: int | None = None  # how many of the likeliest tokens are reported; None reports no log-probabilities
     tokens: list[int] = field(default_factory=list)
     done: bool = False
     cancelled: bool = False
@@ -72,9 +60,8 @@ class Answer:
         self._sent = 0  # characters
         self._waiting: list[Likelihood] = []
         self._draws: torch.Generator | None = None
-        self._before: tuple[list[int], str] | None = (
-            None  # the end of the prompt, from the start of a character
-        )
+        # the end of the prompt, from the start of a character
+        self._before: tuple[list[int], str] | None = None
 
     def choose(self, logits: Tensor) -> int:  # (v,)
         """Return the next token."""
@@ -101,11 +88,8 @@ class Answer:
             self._waiting.append(_likelihood(token, logits, self.top))
         text = self._text(tokenizer)
         cut = min((at for word in self.stop if (at := text.find(word)) >= 0), default=-1)
-        finish = None
-        if ended or cut >= 0:
-            finish = "stop"
-        elif len(self.tokens) >= self.max_tokens:
-            finish = "length"
+        full = len(self.tokens) >= self.max_tokens
+        finish = "stop" if ended or cut >= 0 else "length" if full else None
         if cut >= 0:
             text = text[:cut]
         elif finish is None:
@@ -153,14 +137,7 @@ def tell(answer: Answer, error: Exception) -> None:
 
 
 class Choosing(LogitsProcessor):
-    """Let each row of a generation choose its own tokens, and leave only those possible.
-
-    Args:
-        answers: of the rows.
-        tokenizer: theirs.
-        ends: ids that end a text.
-        pad: the id that rows get after their end.
-    """
+    """Lets each row of a generation choose its own tokens, and leaves only those possible; after its end, `pad`."""
 
     def __init__(self, answers: Sequence[Answer], tokenizer: Any, ends: Sequence[int], pad: int) -> None:
         self.answers, self.tokenizer, self.ends, self.pad = answers, tokenizer, ends, pad

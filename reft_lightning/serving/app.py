@@ -33,15 +33,10 @@ PATIENCE = 3  # s for answers under way when the server is told to end; the othe
 
 @dataclass(frozen=True)
 class Served:
-    """One name that requests may ask for.
+    """One name that requests may ask for."""
 
-    Args:
-        adapter: its name on the model; None for the base.
-        prompts: as it was trained on them; None if that is not known.
-    """
-
-    adapter: str | None
-    prompts: PromptFormat | None = None
+    adapter: str | None  # its name on the model; None for the base
+    prompts: PromptFormat | None = None  # as it was trained on them; None if that is not known
 
 
 class Refused(Exception):
@@ -53,12 +48,10 @@ class Refused(Exception):
 
 
 def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = None) -> FastAPI:
-    """Return the application.
+    """Return the application, with which the engine is closed.
 
-    Args:
-        engine: answers requests; it is closed with the application.
-        served: what ``model`` may name in a request.
-        token: what clients must send as ``Authorization: Bearer TOKEN``; None asks for none.
+    `served` are the models that a request may name. A `token` is what clients must send as ``Authorization: Bearer
+    TOKEN``.
     """
 
     @asynccontextmanager
@@ -139,38 +132,24 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
             )  # fmt: skip
         loop, parts = asyncio.get_running_loop(), asyncio.Queue[Part | Exception]()
         wanted = Answer(
-            ids,
-            lambda part: loop.call_soon_threadsafe(parts.put_nowait, part),
-            _known(body.model).adapter,
-            strength=body.strength,
-            max_tokens=limit,
-            temperature=body.temperature,
-            top_p=body.top_p,
-            seed=body.seed,
-            stop=body.stops,
-            top=body.top,
-        )
+            ids, lambda part: loop.call_soon_threadsafe(parts.put_nowait, part), _known(body.model).adapter,
+            strength=body.strength, max_tokens=limit, temperature=body.temperature, top_p=body.top_p, seed=body.seed,
+            stop=body.stops, top=body.top,
+        )  # fmt: skip
         try:
             engine.submit(wanted)
         except Busy as error:
             return JSONResponse(failure(str(error), "server_error"), 503, {"Retry-After": "1"})
         writer = Writer(body, engine.tokenizer)
         if body.stream:
-            return StreamingResponse(
-                _stream(wanted, parts, writer, body.usage_at_end), media_type="text/event-stream"
-            )
+            return StreamingResponse(_stream(wanted, parts, writer), media_type="text/event-stream")
         return await _whole(wanted, parts, writer, request)
 
     return app
 
 
 class Server(uvicorn.Server):
-    """Ends answers before uvicorn cuts their connections, which tells clients nothing and the log a traceback for each.
-
-    Args:
-        config: uvicorn's.
-        engine: that answers.
-    """
+    """Ends answers before uvicorn cuts their connections, which tells clients nothing and fills the log."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
         config.timeout_graceful_shutdown = PATIENCE + 2
@@ -208,8 +187,8 @@ async def _whole(
             texts.append(part.text)
             likelihoods += part.likelihoods
             if part.finish is not None:
-                counts = usage(len(answer.prompt), len(answer.tokens))
-                return JSONResponse(writer.whole("".join(texts), likelihoods, part.finish, counts))
+                whole = Part("".join(texts), tuple(likelihoods), part.finish)
+                return JSONResponse(writer.whole(whole, usage(len(answer.prompt), len(answer.tokens))))
     finally:
         answer.cancelled = not answer.done
         gone.cancel()
@@ -221,7 +200,7 @@ async def _disconnected(request: Request) -> None:
 
 
 async def _stream(
-    answer: Answer, parts: asyncio.Queue[Part | Exception], writer: Writer, with_usage: bool
+    answer: Answer, parts: asyncio.Queue[Part | Exception], writer: Writer
 ) -> AsyncIterator[str]:
     try:
         first = True
@@ -230,11 +209,11 @@ async def _stream(
             if isinstance(part, Exception):
                 yield _event(failure(f"{type(part).__name__}: {part}", "server_error"))
                 return
-            yield _event(writer.piece(part.text, part.likelihoods, part.finish, first))
+            yield _event(writer.piece(part, first))
             first = False
             if part.finish is not None:
                 break
-        if with_usage:
+        if writer.request.usage_at_end:
             yield _event(writer.body([], usage(len(answer.prompt), len(answer.tokens)), chunk=True))
         yield "data: [DONE]\n\n"
     finally:  # also when the client went away
@@ -257,9 +236,8 @@ def _said(error: RequestValidationError) -> str:
         if one["type"] == "json_invalid":
             said.append(f"the body is not JSON: {one['msg']}")
         elif one["type"] == "model_attributes_type" and where == "the body":
-            said.append(
-                f"{where}: {one['msg']}; send a JSON object, with the header Content-Type: application/json"
-            )
+            hint = "send a JSON object, with the header Content-Type: application/json"
+            said.append(f"{where}: {one['msg']}; {hint}")
         elif one["type"] == "extra_forbidden":
             known = {**ChatRequest.model_fields, **TextRequest.model_fields}
             said.append(f"{where} is not an option here{did_you_mean(where, known)}")

@@ -27,9 +27,8 @@ log = logging.getLogger(__name__)
 BASE = "base"  # the frozen model's name in requests
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TOKEN = "REFT_SERVE_TOKEN"  # the environment variable
-KEEP_ALIVE = (
-    75  # s: clients let idle connections go after 5 to 60, and may be writing while a server hangs up first
-)
+# s: clients let idle connections go after 5 to 60, and may be writing while a server hangs up first
+KEEP_ALIVE = 75
 
 
 def main(
@@ -41,12 +40,9 @@ def main(
 ) -> None:
     """Serve adapters until interrupted.
 
-    Args:
-        folders: name in requests -> a run, or an adapter; the first run names the base model.
-        model: a file of ``conf/model`` instead.
-        host: the address that is listened on; any but the own machine's needs a token.
-        port: of it.
-        max_batch: rows that are generated together.
+    `folders` are runs or adapters by their name in requests. The first run names the base model, or `model` does, a
+    file of ``conf/model``. An address of any but the own machine needs a token; up to `max_batch` rows are generated
+    together.
 
     Raises:
         ValueError, OSError: before weights are loaded, for folders or addresses that cannot be used.
@@ -62,7 +58,11 @@ def main(
         import uvicorn
 
         from .app import Served, Server, build_app
-    runs = {name: load_run_config(folder) for name, folder in folders.items() if _is_run(folder)}
+    runs = {
+        name: load_run_config(folder)
+        for name, folder in folders.items()
+        if (folder / "config.yaml").is_file()
+    }
     formats = {name: PromptFormat.of(config, folders[name]) for name, config in runs.items()}
     for name, prompts in formats.items():
         if prompts.kind.sees:
@@ -93,22 +93,15 @@ def main(
     engine = Engine(reft, tokenizer, max_batch)
     app = build_app(engine, served, token)
     log.info("models: %s", ", ".join(served))
-    log.info(
-        "http://%s:%d/v1 answers as OpenAI's API does%s",
-        host,
-        port,
-        " to those who have the token" if token else "",
-    )
+    whom = " to those who have the token" if token else ""
+    log.info("http://%s:%d/v1 answers as OpenAI's API does%s", host, port, whom)
     settings = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_keep_alive=KEEP_ALIVE)
     with suppress(KeyboardInterrupt):  # the server has ended when uvicorn raises it
         Server(settings, engine).run()
 
 
 def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> tuple[ReftModel, dict[str, str]]:
-    """Load several adapters onto one base model.
-
-    Returns:
-        The model, and name -> what the model calls the adapter: the first is its default.
+    """Load several adapters onto one base model; return it, and what it calls each of them.
 
     Raises:
         ValueError: naming the folder whose adapter does not fit.
@@ -122,16 +115,17 @@ def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> tuple[R
                 reft = ReftModel.from_pretrained(base, folder)
             else:
                 reft.load_adapter(folder, names[name])
-            if reft.adapters[names[name]].config.heads:
+            adapter = reft.adapters[names[name]]
+            if adapter.config.heads:
                 raise ValueError(
                     "it has a trained head, which all requests would share with the frozen model: use it in Python"
                 )
-            if any(positions.needs_mask for positions, _ in reft.adapters[names[name]].positions.values()):
+            if any(positions.needs_mask for positions, _ in adapter.positions.values()):
                 raise ValueError(
                     "its positions 'given' need edit_mask with each call, which a request does not have: serve an "
                     "adapter of other positions, such as prompt"
                 )
-            if reft.adapters[names[name]].takes_source:
+            if adapter.takes_source:
                 raise ValueError(
                     "it takes hidden states of another text with each call, which a request does not have"
                 )
@@ -139,7 +133,3 @@ def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> tuple[R
             raise ValueError(f"{folder}: {error}") from error
     assert reft is not None
     return reft, names
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file()

@@ -37,14 +37,7 @@ class Busy(RuntimeError):
 
 
 class Engine:
-    """A thread that answers requests.
-
-    Args:
-        model: on its device, in eval mode.
-        tokenizer: its tokenizer.
-        max_batch: rows that are generated together.
-        max_waiting: requests that wait; more are refused.
-    """
+    """A thread that answers requests, up to `max_batch` together; if more than `max_waiting` wait, they are refused."""
 
     def __init__(
         self,
@@ -68,11 +61,7 @@ class Engine:
         self._thread.start()
 
     def submit(self, answer: Answer) -> None:
-        """Answer a request when its turn comes.
-
-        Raises:
-            Busy: if too many wait.
-        """
+        """Answer a request when its turn comes; :class:`Busy` if too many wait."""
         with self._changed:
             if self._closed:
                 raise Busy("the server is closing")
@@ -80,11 +69,6 @@ class Engine:
                 raise Busy(f"{self.max_waiting} requests are waiting; try again later")
             self._waiting.append(answer)
             self._changed.notify()
-
-    @property
-    def busy(self) -> bool:
-        """Whether any request waits or is being answered."""
-        return bool(self._waiting or self._batch)
 
     def close(self) -> None:
         """End the thread; what waits, or is under way, is told that it is not answered."""

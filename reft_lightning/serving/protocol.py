@@ -9,11 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from .answers import UNFINISHED, Likelihood
+from .answers import UNFINISHED, Likelihood, Part
 
 MAX_TEXT = 1_000_000  # characters
-
-
 Stop = Annotated[str, Field(max_length=200)]
 
 
@@ -112,12 +110,7 @@ class TextRequest(_Request):
 
 
 class Writer:
-    """Writes the answers to one request, whole or in pieces.
-
-    Args:
-        request: which shape is asked for.
-        tokenizer: spells the tokens of log-probabilities.
-    """
+    """Writes the answers to one request, whole or in pieces; the tokenizer spells the tokens of log-probabilities."""
 
     def __init__(self, request: ChatRequest | TextRequest, tokenizer: Any) -> None:
         self.request, self.tokenizer = request, tokenizer
@@ -135,36 +128,30 @@ class Writer:
         found = {"id": self.id, "object": kind, "created": self.created, "model": self.request.model}
         return {**found, "choices": choices, **({"usage": usage} if usage is not None else {})}
 
-    def whole(
-        self, text: str, likelihoods: Sequence[Likelihood], finish: str | None, usage: dict[str, int]
-    ) -> dict[str, Any]:
+    def whole(self, answer: Part, usage: dict[str, int]) -> dict[str, Any]:
         """Return the answer to a request without a stream."""
-        content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        choice = {"index": 0, **content, "finish_reason": finish, "logprobs": self._logprobs(likelihoods)}
-        return self.body([choice], usage, chunk=False)
+        message = {"message": {"role": "assistant", "content": answer.text}}
+        return self.body([self._choice(answer, message)], usage, chunk=False)
 
-    def piece(
-        self, text: str, likelihoods: Sequence[Likelihood], finish: str | None, first: bool
-    ) -> dict[str, Any]:
+    def piece(self, part: Part, first: bool) -> dict[str, Any]:
         """Return one piece of a stream."""
-        delta = {"role": "assistant", "content": text} if first else {"content": text}
-        content = {"delta": delta} if self.chat else {"text": text}
-        choice = {"index": 0, **content, "finish_reason": finish, "logprobs": self._logprobs(likelihoods)}
-        return self.body([choice], None, chunk=True)
+        delta = {"role": "assistant", "content": part.text} if first else {"content": part.text}
+        return self.body([self._choice(part, {"delta": delta})], None, chunk=True)
+
+    def _choice(self, part: Part, of_chat: dict[str, Any]) -> dict[str, Any]:
+        content = of_chat if self.chat else {"text": part.text}
+        logprobs = self._logprobs(part.likelihoods)
+        return {"index": 0, **content, "finish_reason": part.finish, "logprobs": logprobs}
 
     def _logprobs(self, likelihoods: Sequence[Likelihood]) -> dict[str, Any] | None:
         if self.request.top is None:
             return None
         if self.chat:
-            return {
-                "content": [
-                    {
-                        **self._spelt(one.token, one.logprob),
-                        "top_logprobs": [self._spelt(*t) for t in one.top],
-                    }
-                    for one in likelihoods
-                ]
-            }
+            content = [
+                self._spelt(one.token, one.logprob) | {"top_logprobs": [self._spelt(*t) for t in one.top]}
+                for one in likelihoods
+            ]
+            return {"content": content}
         return {
             "tokens": [self._spell(one.token) for one in likelihoods],
             "token_logprobs": [one.logprob for one in likelihoods],
@@ -178,11 +165,11 @@ class Writer:
 
     def _spelt(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._spell(token)
-        part_of_a_character = UNFINISHED in text
+        # no bytes of a part of a character
         return {
             "token": text,
             "logprob": logprob,
-            "bytes": None if part_of_a_character else list(text.encode()),
+            "bytes": None if UNFINISHED in text else list(text.encode()),
         }
 
 

@@ -20,9 +20,8 @@ LORAS = METHODS[:-1]
 LLAMA_DOWN = "model.layers.{layer}.mlp.down_proj"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*lora_bias=True. was passed but the targeted layer.*"),
-    pytest.mark.filterwarnings(
-        "ignore:.is_gradient_checkpointing. is deprecated.*:FutureWarning"
-    ),  # peft 0.21 asks
+    # peft 0.21 asks
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated.*:FutureWarning"),
 ]
 
 BATCH = tiny.padded(tiny.rows(5, 9, 7))
@@ -145,9 +144,8 @@ def test_weights_in_bfloat16_as_the_authors_keep_them_are_exported(tmp_path):
     reft = attached(weight_dtype="bfloat16", dropout=0.1, dropout_on="output")
     rl.to_lora(reft, tmp_path)
     found, wanted = logits(from_peft(tiny.model("llama"), tmp_path)), logits(reft)
-    assert (
-        found - wanted
-    ).abs().mean() < 0.02 * wanted.std()  # the edit rounds W h to 8 bits, the LoRA does not
+    # the edit rounds W h to 8 bits, the LoRA does not
+    assert (found - wanted).abs().mean() < 0.02 * wanted.std()
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])

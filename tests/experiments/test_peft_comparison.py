@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from reft_lightning.adapters.adapt import adapt, build_on_meta
 from reft_lightning.config import compose
-from reft_lightning.reporting.runs import ReportError, read_runs
+from reft_lightning.reporting.runs import read_runs
 from reft_lightning.runs import experiment
 from reft_lightning.runs.arguments import attachment
 
@@ -226,12 +226,12 @@ def test_what_is_no_run_of_the_comparison_is_refused(loreft, tmp_path, schema):
     folder, _ = loreft
     ((run_,), _, _) = read_runs([folder])
     other = type(run_)(folder, {**run_.config, "data.family": "gsm8k"}, run_.results)
-    with pytest.raises(ReportError, match=r"is a run of the family gsm8k.*data=metamathqa"):
+    with pytest.raises(ValueError, match=r"is a run of the family gsm8k.*data=metamathqa"):
         schema["record"](other)
     untested = type(run_)(folder, run_.config, {**run_.results, "metrics": {"val/accuracy": 1.0}})
-    with pytest.raises(ReportError, match="no test scores"):
+    with pytest.raises(ValueError, match="no test scores"):
         schema["record"](untested)
-    with pytest.raises(ReportError, match=r"no results\.json"):
+    with pytest.raises(ValueError, match=r"no results\.json"):
         schema["main"]([str(tmp_path)])
 
 

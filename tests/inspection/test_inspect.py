@@ -49,6 +49,18 @@ def inspect(*folders, **options):
     return found, said.getvalue()
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Most of an inspection of a small model is the time of drawing."""
+    monkeypatch.setattr(command, "draw", lambda found, out: [])
+
+
+@pytest.fixture(scope="module")
+def alone(folder, tmp_path_factory):
+    """The adapter without its run, of which nothing is evaluated."""
+    return shutil.copytree(folder / "adapter", tmp_path_factory.mktemp("adapter") / "alone")
+
+
 def degrees(by_layer, what="angle"):
     return {layer: pair[what] for layer, pair in by_layer.items()}
 
@@ -120,7 +132,7 @@ def test_files_are_written_and_named_and_the_view_says_what_they_say(folder, fou
         assert words in said
 
 
-def test_two_runs_are_compared_layer_by_layer(folder, data, tmp_path):
+def test_two_runs_are_compared_layer_by_layer(folder, data, tmp_path, no_pictures):
     short_runs.run(data, tmp_path / "other", "seed=7", "test=false", "trainer.max_epochs=1")
     found, said = inspect(folder, folder / "adapter", tmp_path / "other", rows=2, out=tmp_path / "out")
     runs = found["subspaces"]["runs"]
@@ -136,20 +148,21 @@ def of_one_epoch(data, folder, *overrides):
     return folder
 
 
-def test_the_chance_of_two_runs_is_that_of_both_their_ranks(folder, data, tmp_path):
+def test_the_chance_of_two_runs_is_that_of_both_their_ranks(alone, data, tmp_path, no_pictures):
     other = of_one_epoch(data, tmp_path / "other", "intervention.rank=8")
-    found, said = inspect(folder, other, rows=2, out=tmp_path / "out")
+    found, said = inspect(alone, other, out=tmp_path / "out")
     expected = math.degrees(math.acos(math.sqrt(8 / 32)))  # of 2 and 8 directions in 32
-    assert degrees(found["subspaces"]["runs"][str(other)], "chance") == pytest.approx(
-        {0: expected, 1: expected}
-    )
+    chance = degrees(found["subspaces"]["runs"][str(other)], "chance")
+    assert chance == pytest.approx({0: expected, 1: expected})
     own = math.degrees(math.acos(math.sqrt(2 / 32)))
     assert found["subspaces"]["chance"] == [[pytest.approx(own)] * 2] * 2
     assert f"chance {own:.1f}" in said
     assert f"chance {expected:.1f}" in said
 
 
-def test_runs_of_ones_own_intervention_are_compared_in_a_new_process(data, tmp_path, monkeypatch, capsys):
+def test_runs_of_ones_own_intervention_are_compared_in_a_new_process(
+    data, tmp_path, monkeypatch, capsys, no_pictures
+):
     (tmp_path / "mine_here.py").write_text(
         "from reft_lightning.interventions import LoReFT\n\nclass Mine(LoReFT): ...\n"
     )
@@ -181,12 +194,14 @@ def test_runs_of_other_widths_are_refused_by_name_before_weights_are_loaded(
         inspect(folder, other, out=tmp_path / "out")
 
 
-def test_a_method_whose_edits_may_point_anywhere_has_no_angles_and_that_is_said(folder, data, tmp_path):
+def test_a_method_whose_edits_may_point_anywhere_has_no_angles_and_that_is_said(
+    alone, data, tmp_path, no_pictures
+):
     red = of_one_epoch(data, tmp_path / "red", "intervention=red", "intervention.rank=null")
-    found, said = inspect(folder, red, rows=2, out=tmp_path / "one")
-    assert found["not_inspected"] == [f"{red}: {NO_SUBSPACE}, so there are no angles to it"]
-    assert found["not_inspected"][0] in said
-    found, said = inspect(red, folder, rows=2, out=tmp_path / "other")
+    found, said = inspect(alone, red, out=tmp_path / "one")
+    assert found["not_inspected"][1:] == [f"{red}: {NO_SUBSPACE}, so there are no angles to it"]
+    assert found["not_inspected"][1] in said
+    found, said = inspect(red, alone, rows=2, out=tmp_path / "other")
     assert "subspaces" not in found
     assert f"{red}: {NO_SUBSPACE}, so there are no angles" in said
     assert found["strength"]
@@ -201,19 +216,16 @@ def test_attention_heads_have_spaces_of_their_own_and_no_angles(tmp_path):
     assert command._compare([tmp_path / "both"]) == {"not_inspected": [said]}
 
 
-@pytest.mark.parametrize("path", ["self_attn.o_proj.input", "mlp.down_proj.input"])
 def test_the_lens_leaves_out_what_is_not_in_the_residual_stream_and_the_rest_is_reported(
-    data, tmp_path, path
+    data, tmp_path, no_pictures
 ):
-    component = f"model.layers.{{layer}}.{path}"
+    component = "model.layers.{layer}.self_attn.o_proj.input"  # as wide as the stream
     run = of_one_epoch(data, tmp_path / "run", f"intervention.component='{component}'")
     found, said = inspect(run, rows=2)
     assert found["logit_lens"] == []
     assert "Logit lens" not in said
-    assert (
-        f"{component} is not in the residual stream, which the output head reads: no logit lens of layers 0, 1"
-        in said
-    )
+    why = f"{component} is not in the residual stream, which the output head reads: no logit lens of layers 0, 1"
+    assert why in said
     assert len(found["strength"]) == 9
     assert found["subspaces"]["layers"] == [0, 1]
 
@@ -227,12 +239,11 @@ def test_layers_at_two_places_have_the_lens_of_those_in_the_stream(data, tmp_pat
     assert math.isnan(found["subspaces"]["angle"][0][1])  # of widths 32 and 64
 
 
-def test_of_an_adapter_without_its_run_only_subspaces_are_known(folder, tmp_path):
-    shutil.copytree(folder / "adapter", tmp_path / "alone")
-    found, said = inspect(tmp_path / "alone", folder)
+def test_of_an_adapter_without_its_run_only_subspaces_are_known(folder, alone):
+    found, said = inspect(alone, folder)
     assert degrees(found["subspaces"]["runs"][str(folder)]) == pytest.approx({0: 0, 1: 0}, abs=1e-4)
     assert "is an adapter without its run" in said
-    assert {path.name for path in (tmp_path / "alone" / "inspection").iterdir()} == {
+    assert {path.name for path in (alone / "inspection").iterdir()} == {
         "inspect.json", "angles.png", "angles.svg",
     }  # fmt: skip
 

@@ -90,9 +90,8 @@ def test_the_flops_of_a_frozen_base_are_those_of_the_formula(data):
     cost = plan(config(data, "model.config.num_key_value_heads=4"), prompt=20, target=3)["batches"]["given"]
     rows, s, d, wide, layers, words = 3, 23, 32, 64, 2, 259
     maps = 4 * d * d + 3 * d * wide
-    expected = (
-        2 * rows * (layers * (s * maps + 2 * s * s * d) + 4 * d * words)
-    )  # logits of target and column before
+    # logits of target and column before
+    expected = 2 * rows * (layers * (s * maps + 2 * s * s * d) + 4 * d * words)
     assert cost["base_forward_flops"] == expected
 
 

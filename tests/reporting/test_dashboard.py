@@ -6,13 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from invented_runs import right, write_run
+from invented_runs import invented_trial, right, write_run
 from wandb_server import serving
 
 from reft_lightning.reporting import dashboard
 from reft_lightning.reporting.build import Report, build_report
-from reft_lightning.reporting.runs import ReportError
-from reft_lightning.reporting.studies import Study, Trial
+from reft_lightning.reporting.studies import Study
 
 
 def write_logged(folder, method="loreft", seed=42, score=0.5, **values):
@@ -58,9 +57,8 @@ def test_methods_are_compared_by_score_parameters_and_learning_curves(two_method
     for _, curve in sections(spec)["Learning curves by method"]:
         assert (curve["x"], curve["groupby"]) == ("trainer/global_step", {"Config": {"name": "method"}})
     rates = [given for _, given in sections(spec)["Time and memory"] if given["title"] == "progress/lr"]
-    assert [given["metric_regex"] for given in rates] == [
-        "progress/lr/.*"
-    ]  # bias has no weights, none only a head
+    # bias has no weights, none only a head
+    assert [given["metric_regex"] for given in rates] == ["progress/lr/.*"]
     ((_, table),) = sections(spec)["Predictions"]
     assert table["table_name"] == "test/predictions"
     assert filters(spec) == "Metric('ID') in ['loreft42', 'loreft43', 'red42', 'red43']"
@@ -100,7 +98,7 @@ def test_a_sweep_has_parallel_coordinates_of_what_it_varied(tmp_path):
 
 def test_a_study_shows_its_trials_by_validation(tmp_path):
     (tmp_path / "study").mkdir()
-    trials = [Trial(i, "complete", 0.5, {"optimizer.lr": rate}) for i, rate in enumerate((1e-4, 1e-2))]
+    trials = [invented_trial(0.5, **{"optimizer.lr": rate}) for rate in (1e-4, 1e-2)]
     study = Study(tmp_path / "study", monitor="val/accuracy", trials={"loreft": trials})
     spec = dashboard.dashboard(Report([study.folder], [], [], studies=[study]), project="mine")
     assert filters(spec) == "Metric('Group') in ['study']"
@@ -119,7 +117,7 @@ def test_entity_and_project_are_those_that_the_runs_were_logged_to(tmp_path):
 
 
 def test_runs_that_wandb_does_not_know_have_no_dashboard(tmp_path):
-    with pytest.raises(ReportError, match="logger=wandb"):
+    with pytest.raises(ValueError, match="logger=wandb"):
         dashboard.dashboard(build_report([write_run(tmp_path / "one")], resamples=1000))
 
 

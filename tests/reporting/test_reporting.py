@@ -12,7 +12,7 @@ from invented_runs import cells, method, only, predictions, report, right, write
 from reft_lightning.reporting import records, tables
 from reft_lightning.reporting.comparisons import BASE
 from reft_lightning.reporting.page import latex
-from reft_lightning.reporting.runs import ReportError, find_folders, read_runs
+from reft_lightning.reporting.runs import find_folders, read_runs
 
 
 class TestMethods:
@@ -313,7 +313,7 @@ class TestFolders:
         made = report(tmp_path)
         assert [run.method for run in made.runs] == ["loreft"]
         assert re.search(r"reft_test\.jsonl, line 61 is not a row", made.left[0].reason)
-        with pytest.raises(ReportError, match=r"(?s)nothing to report.*line 61 is not a row"):
+        with pytest.raises(ValueError, match=r"(?s)nothing to report.*line 61 is not a row"):
             report(folder)
 
     @pytest.mark.parametrize("end", ["\u2028", "\u2029", "\u0085", "\x1e"])
@@ -336,10 +336,10 @@ class TestFolders:
     def test_nothing_usable_says_what_a_run_folder_is(self, tmp_path):
         write_run(tmp_path / "stopped", status="stopped")
         with pytest.raises(
-            ReportError, match=r"(?s)nothing to report.*stopped.*a run folder is what reft-train writes"
+            ValueError, match=r"(?s)nothing to report.*stopped.*a run folder is what reft-train writes"
         ):
             report(tmp_path)
-        with pytest.raises(ReportError, match="nowhere: no such folder; a run folder is"):
+        with pytest.raises(ValueError, match="nowhere: no such folder; a run folder is"):
             report(tmp_path / "nowhere")
 
     def test_a_multirun_a_run_and_the_same_run_twice(self, tmp_path):

@@ -38,16 +38,27 @@ def compared(scores):
     return Comparison("", {}, "test", found, {"boolq": "accuracy"})
 
 
-REGRESSION = {"stsb": {"kind": "regression"}}
+def write_correlations(folder, name, said, gold, **measures):
+    """Write a run whose only scores are correlations of what was said with gold numbers."""
+    rows = [{"task": "stsb", "source": f"row {i}", "answer": f"{a:.4f}", "gold": str(g), "value": a}
+            for i, (a, g) in enumerate(zip(said, gold, strict=True))]  # fmt: skip
+    metrics = {f"test/stsb/{measure}": value for measure, value in measures.items()}
+    write_run(
+        folder, name, scores={"stsb": [0]}, rows=rows, monitor="val/pearson",
+        tasks={"stsb": {"kind": "regression"}}, metrics=metrics,
+    )  # fmt: skip
+    results = json.loads((folder / "results.json").read_text())
+    del results["metrics"]["test/stsb/accuracy"]
+    (folder / "results.json").write_text(json.dumps(results))
 
 
 class TestLevels:
-    @pytest.mark.parametrize(("seeds", "deviation"), [(2, 0.02), (2, 0.05), (3, 0.02), (3, 0.05)])
-    def test_of_equal_methods_some_pair_differs_in_one_of_twenty_tables_at_most(self, seeds, deviation):
+    @pytest.mark.parametrize("seeds", [2, 3])
+    def test_of_equal_methods_some_pair_differs_in_one_of_twenty_tables_at_most(self, seeds):
         rng = np.random.default_rng(1)
         false = 0
         for _ in range(80):
-            pairs = pairs_of(compared(answers(rng, 6, seeds, 300, deviation)), 1000, 0)
+            pairs = pairs_of(compared(answers(rng, 6, seeds, 300, 0.05)), 1000, 0)
             assert len(pairs) == 15
             false += any(pair.differs for pair in pairs)
         assert false / 80 <= 0.08  # 0.05, with the noise of 80 tables
@@ -140,16 +151,11 @@ class TestLevels:
     def test_many_configurations_on_a_correlation_can_differ(self, tmp_path):
         rng = np.random.default_rng(0)
         gold = rng.normal(size=100)
-        for i in range(24):
+        for i in range(16):
             said = gold + (0.1 if i == 0 else 5) * rng.normal(size=100)
-            rows = [{"task": "stsb", "source": f"row {j}", "answer": f"{a:.4f}", "gold": str(g), "value": a}
-                    for j, (a, g) in enumerate(zip(said, gold, strict=True))]  # fmt: skip
-            folder = write_run(tmp_path / str(i), f"m{i:02d}", scores={"stsb": [0]}, rows=rows, monitor="val/pearson",
-                               tasks=REGRESSION,
-                               metrics={"test/stsb/pearson": stats.pearsonr(said, gold)[0]})  # fmt: skip
-            results = json.loads((folder / "results.json").read_text())
-            del results["metrics"]["test/stsb/accuracy"]
-            (folder / "results.json").write_text(json.dumps(results))
+            write_correlations(
+                tmp_path / str(i), f"m{i:02d}", said, gold, pearson=stats.pearsonr(said, gold)[0]
+            )
         comparison = only(tmp_path)
         assert comparison.methods[0].label == "m00"
         assert all(pair.differs for pair in comparison.pairs if pair.first == "m00")
@@ -286,31 +292,9 @@ class TestEvidence:
         gold = rng.normal(size=80)
         for name, noise in (("loreft", 0.5), ("red", 2.0)):
             said = gold + noise * rng.normal(size=80)
-            rows = [
-                {
-                    "task": "stsb",
-                    "source": f"row {i}",
-                    "answer": f"{a:.4f}",
-                    "gold": str(g),
-                    "value": a,
-                }
-                for i, (a, g) in enumerate(zip(said, gold, strict=True))
-            ]
             pearson, spearman = stats.pearsonr(said, gold)[0], stats.spearmanr(said, gold)[0]
             measures = {"pearson": pearson, "spearman": spearman, "combined_score": (pearson + spearman) / 2}
-            metrics = {f"test/stsb/{measure}": value for measure, value in measures.items()}
-            write_run(
-                tmp_path / name,
-                name,
-                scores={"stsb": [0]},
-                rows=rows,
-                metrics=metrics,
-                monitor="val/pearson",
-                tasks=REGRESSION,
-            )
-            results = json.loads((tmp_path / name / "results.json").read_text())
-            del results["metrics"]["test/stsb/accuracy"]
-            (tmp_path / name / "results.json").write_text(json.dumps(results))
+            write_correlations(tmp_path / name, name, said, gold, **measures)
         comparison = only(tmp_path, resamples=4000)
         scores = comparison.methods[0].scores
         assert all(scores["stsb", m].interval for m in ("pearson", "spearman", "combined_score"))

@@ -143,17 +143,16 @@ class TestBootstrap:
         x = rng(0).normal(size=120)
         y = x + rng(1).normal(size=120)
         draws = resample_rows([Pearson(x, y), Spearman(x, y)], 120, 10_000, rng())
-        for k, statistic in enumerate(
-            (lambda a, b: stats.pearsonr(a, b)[0], lambda a, b: stats.spearmanr(a, b)[0])
-        ):
+
+        def pearson(a, b, axis):
+            return stats.pearsonr(a, b, axis=axis)[0]
+
+        def spearman(a, b, axis):
+            return pearson(stats.rankdata(a, axis=axis), stats.rankdata(b, axis=axis), axis)
+
+        for k, statistic in enumerate((pearson, spearman)):
             theirs = stats.bootstrap(
-                (x, y),
-                statistic,
-                paired=True,
-                n_resamples=4000,
-                method="percentile",
-                vectorized=False,
-                rng=rng(2),
+                (x, y), statistic, paired=True, n_resamples=4000, method="percentile", rng=rng(2)
             ).confidence_interval
             assert percentile_interval(draws[:, k]) == pytest.approx((theirs.low, theirs.high), abs=0.015)
 
@@ -182,9 +181,8 @@ class TestBootstrap:
         draws = resample_rows([RowMean(line) for line in scores], 60, 40_000, rng())
         both = over_seeds(draws, seed_weights(seeds, 40_000, rng(1)))
 
-        def second(
-            n, by=1.0
-        ):  # E[w w'] of multinomial counts over n, divided by n, their variance times `by`
+        # E[w w'] of multinomial counts over n, divided by n, their variance times `by`
+        def second(n, by=1.0):
             return 1 / n**2 + by * (np.eye(n) - 1 / n) / n**2
 
         by = seeds / (seeds - 1) if seeds > 1 else 1

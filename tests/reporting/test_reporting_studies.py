@@ -6,13 +6,13 @@ import sys
 
 import numpy as np
 import pytest
-from invented_runs import FEW, write_run
+from invented_runs import invented_trial, report, shown, write_run
 
 from reft_lightning.reporting import plots, tables
-from reft_lightning.reporting.build import Report, build_report
+from reft_lightning.reporting.build import Report
 from reft_lightning.reporting.command import write
-from reft_lightning.reporting.page import page
-from reft_lightning.reporting.studies import ENOUGH, Study, Trial, _importance, read_study
+from reft_lightning.reporting.page import latex, markdown, page
+from reft_lightning.reporting.studies import ENOUGH, Study, _importance, read_study
 from reft_lightning.search import ledger
 from reft_lightning.search.study import open_storage
 from reft_lightning.search.study_files import JOB, JOURNAL
@@ -84,14 +84,14 @@ def study(finished_study, tmp_path):
 
 class TestStudies:
     def test_winners_are_compared_and_trials_are_history(self, study, tmp_path):
-        report = build_report([study], resamples=FEW)
-        (comparison,) = report.comparisons
+        made = report(study)
+        (comparison,) = made.comparisons
         assert [(m.label, m.seeds) for m in comparison.methods] == [("loreft", [42, 43]), ("red", [42, 43])]
-        (kept,) = report.studies
+        (kept,) = made.studies
         assert {method: len(trials) for method, trials in kept.trials.items()} == {"loreft": 6, "red": 6}
         assert kept.states("red") == "5 complete, 1 fail"
         assert kept.budget == "budget of each method: 6 trials; spent: equal"
-        text = write(report, tmp_path / "out")
+        text = write(made, tmp_path / "out")
         assert "Study study" in text
         assert "val/accuracy" in text
         names = {path.name.split("_", 1)[1] for path in (tmp_path / "out" / "plots").glob("*.svg")}
@@ -110,63 +110,63 @@ class TestStudies:
         ]
         assert table.rows[0][list(table.columns).index("steps")].text == "300"
 
-    def test_a_study_that_spent_unequally_is_said_to(self, study, tmp_path):
+    def test_a_study_that_spent_unequally_is_said_to(self, study):
         (study / "study.yaml").write_text("budget: {unit: steps, amount: 300}\nstudy: one\n")
         lose_a_cost(study)
-        report = build_report([study], resamples=FEW)
-        assert "unequal: red has spent 250 steps" in report.studies[0].budget
-        text = write(report, tmp_path / "out")
+        made = report(study)
+        assert "unequal: red has spent 250 steps" in made.studies[0].budget
+        text = shown(made)
         assert text.count('<p class="warn" role="note">⚠ study study: budget of each method') == 1
 
     @pytest.mark.parametrize("summary", [None, '{"status": "running"}', "{", "[]"])
-    def test_a_study_that_has_not_ended_is_running_and_not_unequal(self, study, tmp_path, summary):
+    def test_a_study_that_has_not_ended_is_running_and_not_unequal(self, study, summary):
         (study / "study.yaml").write_text("budget: {unit: steps, amount: 3000}\nstudy: one\n")
         lose_a_cost(study)
         (study / "summary.json").unlink()
         if summary is not None:
             (study / "summary.json").write_text(summary)
-        report = build_report([study], resamples=FEW)
-        (kept,) = report.studies
+        made = report(study)
+        (kept,) = made.studies
         assert kept.budget == "still running: spent loreft 300, red 250 of 3,000 steps for each method"
         assert (kept.running, kept.equal) == (True, True)
-        text = write(report, tmp_path / "out")
+        text = shown(made)
         assert "unequal" not in text
         assert text.count('<p class="warn" role="note">⚠ study study: still running') == 1
 
-    def test_a_winner_at_the_edge_of_its_space_is_said_to_lie_there(self, study, tmp_path):
+    def test_a_winner_at_the_edge_of_its_space_is_said_to_lie_there(self, study):
         methods = {
             "loreft": {"best": {"number": 1, "edges": ["at the upper edge of optimizer.lr"]}},
             "red": {"best": {"number": 2, "edges": []}, "gave_up": "3 trials in a row cost no tokens"},
         }
         (study / "summary.json").write_text(json.dumps({"status": "complete", "methods": methods}))
-        report = build_report([study], resamples=FEW)
-        said = tables.study_table(report.studies[0]).notes
+        made = report(study)
+        said = tables.study_table(made.studies[0]).notes
         assert said == [
             "loreft: the winner lies at the upper edge of optimizer.lr; values beyond were not tried",
             "red: it ended before its budget: 3 trials in a row cost no tokens",
         ]
-        assert said[0] in write(report, tmp_path / "out")
-        assert all(note in (tmp_path / "out" / "report.md").read_text() for note in said)
+        assert said[0] in shown(made)
+        assert all(note in markdown(made) for note in said)
 
     @pytest.mark.parametrize("whole", [True, False])
-    def test_beside_the_scores_such_a_winner_has_a_mark_and_a_word_below(self, study, tmp_path, whole):
+    def test_beside_the_scores_such_a_winner_has_a_mark_and_a_word_below(self, study, whole):
         for file in study.glob(f"winners/red/*/{JOB}"):
             edges = {"edges": ["at the upper edge of optimizer.lr"]}
             file.write_text(json.dumps(json.loads(file.read_text()) | edges))
-        report = build_report([study if whole else study / "winners"], resamples=FEW)
-        (comparison,) = report.comparisons
+        made = report(study if whole else study / "winners")
+        (comparison,) = made.comparisons
         table = tables.score_table(comparison)
         assert [row[0].text for row in table.rows] == ["loreft", "red †"]
         said = tables.verdict(comparison)
         assert "the best settings of red lie at an edge of the space that was searched (†)" in said
-        text = write(report, tmp_path / "out")
-        for written in (text, (tmp_path / "out" / "report.md").read_text()):
+        text = shown(made)
+        for written in (text, markdown(made)):
             assert "red †" in written
             assert table.notes[0] in written
             assert said in written.replace("\\<", "<").replace("&lt;", "<")
-        latex = (tmp_path / "out" / "report.tex").read_text()
-        assert r"red $\dagger$ &" in latex
-        assert r"\par $\dagger$ the best settings" in latex
+        tex = latex(made.comparisons)
+        assert r"red $\dagger$ &" in tex
+        assert r"\par $\dagger$ the best settings" in tex
 
     def test_a_read_that_only_the_ledger_knows_is_shown(self, study):
         (run,) = (study / "winners" / "red").glob("seed_42")
@@ -174,7 +174,7 @@ class TestStudies:
         lines = [{"time": f"2025-0{i}", "method": "red", "seed": 42, "config_hash": results["config_hash"],
                   "model": "adapted", "folder": str(run)} for i in (1, 2)]  # fmt: skip
         (study / "test_reads.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        table = tables.read_table(build_report([study], resamples=FEW).reads)
+        table = tables.read_table(report(study).reads)
         assert len(table.rows) == 5  # four winners, and the first read of a run that was begun anew
         assert [row[7].text for row in table.rows if row[1].text == "red" and row[2].text == "42"] == [
             "",
@@ -199,64 +199,59 @@ class TestStudies:
             ("2025-01", False), (read["time"], True), ("2026-02-02", True)
         ]  # fmt: skip
         for folders in ([study], [study, study.parent / "elsewhere"]):
-            reads = [
-                r for r in build_report(folders, resamples=FEW).reads if r.folder.resolve() == run.resolve()
-            ]
+            reads = [r for r in report(*folders).reads if r.folder.resolve() == run.resolve()]
             assert [r.time for r in reads] == [r["time"] for r in of_red]
 
     def test_winners_have_the_names_of_the_study(self, study):
         rename(study, "red", "red_all_layers")
-        (comparison,) = build_report([study], resamples=FEW).comparisons
+        (comparison,) = report(study).comparisons
         assert [method.label for method in comparison.methods] == ["loreft", "red_all_layers"]
 
     def test_reads_name_methods_and_folders_as_the_study_does(self, study):
         rename(study, "red", "head")
-        report = build_report([study], resamples=FEW)
-        table = tables.read_table(report.reads, report.folders)
+        made = report(study)
+        table = tables.read_table(made.reads, made.folders)
         names = {(row[1].text, row[2].text, row[-1].text) for row in table.rows}
         assert names == {
             (method, str(seed), f"study/winners/{folder}/seed_{seed}")
             for method, folder in (("loreft", "loreft"), ("head", "red")) for seed in (42, 43)
         }  # fmt: skip
         # two folders of one name are told apart by their whole path, and so is what lies in none of them
-        twins = [report.folders[0], study.parent / "other" / "study"]
+        twins = [made.folders[0], study.parent / "other" / "study"]
         for roots in (twins, [study.parent / "other"]):
             folder = study / "winners" / "red"
             assert tables.places([folder], roots) == [str(folder)]
 
-    def test_a_study_without_winners_is_its_history(self, study, tmp_path):
+    def test_a_study_without_winners_is_its_history(self, study):
         shutil.rmtree(study / "winners")
-        report = build_report([study], resamples=FEW)
-        assert report.comparisons == []
-        assert "No run was scored." in write(report, tmp_path / "out")
+        made = report(study)
+        assert made.comparisons == []
+        assert "No run was scored." in shown(made)
 
     def test_without_optuna_the_winners_are_still_compared(self, study, monkeypatch):
         monkeypatch.setitem(sys.modules, "optuna", None)
-        report = build_report([study], resamples=FEW)
-        assert "pip install 'reft_lightning[search]'" in report.left[0].reason
-        assert len(report.comparisons) == 1
+        made = report(study)
+        assert "pip install 'reft_lightning[search]'" in made.left[0].reason
+        assert len(made.comparisons) == 1
 
     def test_a_journal_of_something_else_is_left_out(self, study):
         (study / JOURNAL).write_text("not\na\njournal\n")
-        report = build_report([study], resamples=FEW)
-        (left,) = report.left
+        made = report(study)
+        (left,) = made.left
         assert "is not a storage of Optuna" in left.reason
-        assert len(report.comparisons) == 1
+        assert len(made.comparisons) == 1
 
 
 def searched(trials, names, value):
-    """Trials of a study that drew every parameter between 0 and 1, and what the report makes of them."""
+    """A study that drew every parameter between 0 and 1, and its trials."""
     optuna = pytest.importorskip("optuna", reason="studies take the extra 'search'")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     rng = np.random.default_rng(0)
     kept = optuna.create_study(direction="maximize")
-    space = {name: optuna.distributions.FloatDistribution(0, 1) for name in names}
     for _ in range(trials):
         params = {name: float(rng.random()) for name in names}
-        kept.add_trial(
-            optuna.trial.create_trial(params=params, distributions=space, value=value(params, rng))
-        )
-    return kept, [Trial(t.number, "complete", t.value, t.params) for t in kept.trials]
+        kept.add_trial(invented_trial(value(params, rng), **params))
+    return kept, kept.trials
 
 
 class TestImportance:
@@ -272,8 +267,8 @@ class TestImportance:
         assert _importance(kept, found) == {}
 
     def test_the_caption_says_that_shares_of_noise_add_up_too(self, tmp_path):
-        trials = {"loreft": [Trial(0, "complete", 0.5, {"lr": 0.1, "rank": 4})]}
-        study = Study(tmp_path, trials=trials, importance={"loreft": {"lr": 0.7, "rank": 0.3}})
+        trials = {"loreft": [invented_trial(0.5, lr=0.1, dropout=0.4)]}
+        study = Study(tmp_path, trials=trials, importance={"loreft": {"lr": 0.7, "dropout": 0.3}})
         text = page(Report([tmp_path], [], [], [study]), {str(tmp_path): plots.study_plots(study)})
         assert f"methods with at least {ENOUGH} complete trials and two parameters" in text
         assert "even of noise" in text

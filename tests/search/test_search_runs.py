@@ -48,23 +48,18 @@ def searched(data, tmp_path_factory):
     return study, files
 
 
-# --- the test split is sealed
-
-
-def test_a_winner_that_was_stopped_after_its_test_reads_no_test_row_again(data, tmp_path):
-    study = make_study(tmp_path, contents(data, budget={"unit": "trials", "amount": 1}, seeds=[1]))
-    work(study)
-    winner = tmp_path / "winners" / "loreft" / "seed_1"
-    before = short_runs.results(winner)
-    (winner / "results.json").write_text(json.dumps(before | {"status": "stopped"}))
-    assert summarize(study)["status"] == "running"
+@pytest.fixture(scope="module")
+def won(data, tmp_path_factory):
+    """A study of one trial and its winner, both logged to W&B, and every file that it opened."""
+    values = contents(data, seeds=[7], budget={"unit": "trials", "amount": 1})
+    values["base"] += ["logger=wandb", "logger.wandb.mode=offline"]
+    study = make_study(tmp_path_factory.mktemp("won") / "mine", values)
     with opened() as files:
-        work(Study(tmp_path))
-    after = short_runs.results(winner)
-    assert str(data / "boolq" / "test.json") not in files
-    assert (after["status"], after["test_reads"]) == ("complete", before["test_reads"])
-    assert after["metrics"]["test/accuracy"] == before["metrics"]["test/accuracy"]
-    assert len(summarize(study)["test_reads"]) == 1
+        work(study)
+    return study, files
+
+
+# --- the test split is sealed
 
 
 def test_a_search_opens_no_file_of_test_rows(searched, data):
@@ -78,19 +73,50 @@ def test_a_search_opens_no_file_of_test_rows(searched, data):
     assert not (study.folder / "test_reads.jsonl").exists()
 
 
-def test_the_winner_is_tested_and_every_read_is_written_down(searched, data, tmp_path):
-    values = contents(data, seeds=[7], budget={"unit": "trials", "amount": 1})
-    study = make_study(tmp_path, values)
-    with opened() as files:
-        work(study)
+def test_the_winner_is_tested_and_every_read_is_written_down(won, data):
+    study, files = won
     assert str(data / "boolq" / "test.json") in files
     (read,) = summarize(study)["test_reads"]
-    results = short_runs.results(tmp_path / "winners" / "loreft" / "seed_7")
+    results = short_runs.results(study.folder / "winners" / "loreft" / "seed_7")
     assert (read["method"], read["seed"], read["config_hash"]) == ("loreft", 7, results["config_hash"])
     assert [r["config_hash"] for r in results["test_reads"]] == [results["config_hash"]]
     assert results["seed"] == 7
     assert "test/accuracy" in results["metrics"]
     assert read["time"] <= results["test_reads"][0]["time"]
+
+
+def test_trials_and_winners_are_one_group_of_wandb(won):
+    study, _ = won
+    for place, kind, name in (
+        ("trials/loreft/0", "trial", r"loreft .*lr=.* seed=42"),
+        ("winners/loreft/seed_7", "winner", "loreft seed=7"),
+    ):
+        (run,) = [record["run"] for record in logged(study.folder / place) if record["type"] == "run"]
+        assert (run["run_group"], run["job_type"]) == ("mine", kind)
+        assert re.fullmatch(name, run["display_name"])
+
+
+def logged(folder):
+    """Return the records of the first W&B run in a run folder."""
+    run, *_ = sorted((folder / "wandb").glob("offline-run-*"))
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_winner_that_was_stopped_after_its_test_reads_no_test_row_again(won, data):
+    study, _ = won
+    winner = study.folder / "winners" / "loreft" / "seed_7"
+    before = short_runs.results(winner)
+    (winner / "results.json").write_text(json.dumps(before | {"status": "stopped"}))
+    assert summarize(study)["status"] == "running"
+    with opened() as files:
+        work(Study(study.folder))
+    after = short_runs.results(winner)
+    assert str(data / "boolq" / "test.json") not in files
+    assert (after["status"], after["test_reads"]) == ("complete", before["test_reads"])
+    assert after["metrics"]["test/accuracy"] == before["metrics"]["test/accuracy"]
+    assert len(summarize(study)["test_reads"]) == 1
 
 
 def test_the_module_of_a_sealed_run_builds_no_test_split(data):
@@ -121,12 +147,11 @@ def test_the_test_split_of_a_trial_cannot_be_evaluated_later(searched):
 
 def test_a_trial_is_repeated_by_its_command_alone(searched, tmp_path):
     study, _ = searched
-    for trial in study.trials("loreft"):
-        words = shlex.split((study.folder / trial.user_attrs["folder"] / "command.txt").read_text())
-        overrides = words[words.index("reft-train") + 1 :]
-        results = experiment.run(compose.compose(overrides), tmp_path / str(trial.number))
-        assert results["metrics"]["val/loss"] == trial.value
-        assert results["config_hash"] == trial.user_attrs["config_hash"]
+    trial = study.trials("loreft")[-1]
+    words = shlex.split((study.folder / trial.user_attrs["folder"] / "command.txt").read_text())
+    results = experiment.run(compose.compose(words[words.index("reft-train") + 1 :]), tmp_path)
+    assert results["metrics"]["val/loss"] == trial.value
+    assert results["config_hash"] == trial.user_attrs["config_hash"]
 
 
 def test_what_a_trial_spent_is_what_its_run_says(searched):
@@ -174,17 +199,16 @@ def test_a_trial_that_ends_with_the_budget_is_complete(data, tmp_path):
 
 
 def test_a_trial_that_falls_behind_ends_there(data, tmp_path):
-    # two validations a trial, of which one of two goes on to the second
+    # two validations a trial, of which one of three goes on to the second
     values = contents(
-        data, sampler="grid", pruner="successive_halving", pruning={"reduction_factor": 2},
-        budget={"unit": "trials", "amount": 5},
+        data, sampler="grid", pruner="successive_halving", budget={"unit": "trials", "amount": 3}, sampler_seed=1
     )  # fmt: skip
     study = make_study(tmp_path, values)
     work(study)
     firsts = []
     for trial in study.trials("loreft"):
         firsts.append(trial.intermediate_values[1])
-        goes_on = sorted(firsts).index(firsts[-1]) < max(1, len(firsts) // 2)
+        goes_on = sorted(firsts).index(firsts[-1]) < max(1, len(firsts) // 3)
         assert (trial.state.name == "COMPLETE") == goes_on or len(trial.intermediate_values) == 2
         if not goes_on:
             assert (trial.state.name, len(trial.intermediate_values)) == ("PRUNED", 1)
@@ -261,25 +285,3 @@ def _words(process):
         return (process / "cmdline").read_bytes().decode().split("\0")
     except OSError:  # it has ended
         return []
-
-
-def test_trials_and_winners_are_one_group_of_wandb(data, tmp_path):
-    values = contents(data, budget={"unit": "trials", "amount": 1}, seeds=[7])
-    values["base"] += ["logger=wandb", "logger.wandb.mode=offline"]
-    folder = tmp_path / "mine"
-    work(make_study(folder, values))
-    for place, kind, name in (
-        ("trials/loreft/0", "trial", r"loreft .*lr=.* seed=42"),
-        ("winners/loreft/seed_7", "winner", "loreft seed=7"),
-    ):
-        (run,) = [record["run"] for record in logged(folder / place) if record["type"] == "run"]
-        assert (run["run_group"], run["job_type"]) == ("mine", kind)
-        assert re.fullmatch(name, run["display_name"])
-
-
-def logged(folder):
-    """Return the records of the only W&B run in a run folder."""
-    (run,) = (folder / "wandb").glob("offline-run-*")
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    return [json.loads(line) for line in text.splitlines()]

@@ -18,7 +18,7 @@ from reft_lightning.data.rows import DataSource, read_rows
 from reft_lightning.search import command
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "glue"
-HALVING = {"pruner": "successive_halving", "pruning": {"reduction_factor": 2}}
+HALVING = {"pruner": "successive_halving"}
 LABELS = {"entailment": "not_entailment", "not_entailment": "entailment"}
 
 
@@ -44,9 +44,9 @@ def outcomes(study):
 @pytest.mark.parametrize(
     ("changes", "overrides"),
     [
-        ({"sampler": "tpe", "startup_trials": 2, "budget": {"unit": "trials", "amount": 4}, **HALVING}, []),
+        ({"sampler": "tpe", "startup_trials": 2, "budget": {"unit": "trials", "amount": 3}, **HALVING}, []),
         ({"sampler": "grid", "budget": {"unit": "steps", "amount": 20}}, []),
-        ({}, ["evaluate_base=true"]),
+        ({"budget": {"unit": "trials", "amount": 1}}, ["evaluate_base=true"]),
     ],
     ids=["tpe and pruner", "steps", "evaluate_base"],
 )
@@ -133,7 +133,7 @@ def search_glue(folder, rows):
     }
     study = make_study(folder, {
         "base": base, "methods": methods, "sampler": "tpe", "startup_trials": 1, **HALVING, "seeds": [1],
-        "budget": {"unit": "trials", "amount": 3},
+        "budget": {"unit": "trials", "amount": 2},
     })  # fmt: skip
     work(study)
     return study
@@ -187,9 +187,8 @@ def test_no_process_of_the_command_opens_test_rows(data, tmp_path):
     assert running.returncode == 0, said
     files = set(log.read_text().splitlines())
     assert str(data / "boolq" / "train.json") in files
-    assert (
-        str(tmp_path / "study" / "trials" / "loreft" / "0" / "job.json") in files
-    )  # also of the trial's process
+    # also of the trial's process
+    assert str(tmp_path / "study" / "trials" / "loreft" / "0" / "job.json") in files
     assert str(data / "boolq" / "test.json") not in files
     summary = json.loads((tmp_path / "study" / "summary.json").read_text())
     assert (summary["status"], summary["test_reads"]) == ("complete", [])

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import serving_models
 
-from reft_lightning.serving.answers import Answer, Likelihood
+from reft_lightning.serving.answers import Answer, Likelihood, Part
 from reft_lightning.serving.app import MAX_BODY, Served
 from reft_lightning.serving.engine import Engine
 from reft_lightning.serving.protocol import ChatRequest, TextRequest, Writer
@@ -105,7 +105,7 @@ def test_tokens_are_spelt_as_they_stand_in_the_text():
     words, bytes_ = tokenizer("a a b", add_special_tokens=False)["input_ids"], [tokenizer.vocab["<0xC3>"]]
     found = [Likelihood(token, -1.0, ((token, -1.0),)) for token in words + bytes_]
     chat = ChatRequest(model="a", messages=[{"role": "user", "content": "x"}], logprobs=True)
-    spelt = Writer(chat, tokenizer).piece("", found, None, first=True)["choices"][0]["logprobs"]["content"]
+    spelt = Writer(chat, tokenizer).piece(Part("", found), first=True)["choices"][0]["logprobs"]["content"]
     assert "".join(one["token"] for one in spelt[:-1]) == " a a b"
     assert spelt[0]["bytes"] == list(b" a")
     assert spelt[-1]["bytes"] is None  # half a character
@@ -116,7 +116,7 @@ def test_of_tokens_that_look_alike_the_likeliest_is_reported():
     halves = [tokenizer.vocab[f"<0x{byte}>"] for byte in ("C3", "C4", "C5")]
     found = Likelihood(halves[0], -1.0, tuple(zip(halves, (-1.0, -2.0, -3.0), strict=True)))
     text = TextRequest(model="a", prompt="x", logprobs=3)
-    said = Writer(text, tokenizer).piece("", [found], None, first=True)["choices"][0]["logprobs"]
+    said = Writer(text, tokenizer).piece(Part("", (found,)), first=True)["choices"][0]["logprobs"]
     assert said["top_logprobs"] == [{"\ufffd": -1.0}]
 
 
@@ -287,10 +287,10 @@ def test_a_client_that_leaves_frees_its_place():
             next(response.iter_lines())
         started = time.perf_counter()
         for _ in range(200):
-            if not engine.busy:
+            if not engine._batch:
                 break
             time.sleep(0.05)
-        assert not engine.busy
+        assert not engine._batch
         assert time.perf_counter() - started < 10
         assert post(address, {**body, "max_tokens": 2}).status_code == 200
 
@@ -308,12 +308,10 @@ def test_a_connection_that_was_idle_is_used_again(address):
             time.sleep(pause)
 
 
-def test_five_hundred_requests_of_all_kinds_lose_nothing(address):
-    """A third are answered whole, others streamed, cancelled, malformed or oversized."""
+def test_two_hundred_requests_of_all_kinds_lose_nothing(address):
+    """A third are answered whole or streamed, others cancelled, malformed or oversized."""
     draw = random.Random(0)
-    kinds = [
-        draw.choice(["whole", "stream", "cancel", "malformed", "oversized", "unknown"]) for _ in range(500)
-    ]
+    kinds = draw.choices(["whole", "stream", "cancel", "malformed", "oversized", "unknown"], k=200)
     expected = {}
     for name in serving_models.NAMES:
         for length in (3, 9):

@@ -24,7 +24,7 @@ from ...storage.atomic import json_text, write_json
 from ...storage.reading import naming
 from ...suggest import did_you_mean
 from ...terminal.bars import Bar
-from .judges import EndpointJudge, Judge, JudgeFailed, Pair, PairRefused, look_up
+from .judges import EndpointJudge, JudgeFailed, Pair, PairRefused, look_up
 from .win_rate import one_name, win_rate
 
 log = logging.getLogger(__name__)
@@ -57,15 +57,10 @@ OPTIONS = (*_COMMON, *_OF_JUDGE["file"], *_OF_JUDGE["endpoint"])
 
 
 def main(options: Mapping[str, str]) -> dict[str, Any]:
-    """Judge, compute the win rate, and write both.
+    """Judge, compute the win rate, and write both; the judgements lie next to `out`. The options are those of `HELP`.
 
-    Args:
-        options: as written on the command line, see `HELP`. Without `outputs` and `reference`, judge=file takes the
-            win rate of the annotations as they are. `temperature=none` sends none. The judgements are written next to
-            `out`.
-
-    Returns:
-        What `win_rate` returns, with the names of the files.
+    Without `outputs` and `reference`, judge=file takes the win rate of the annotations as they are. `temperature=none`
+    sends none.
 
     Raises:
         ValueError: for options that do not fit, or outputs that do not belong together.
@@ -118,10 +113,9 @@ def _finish(result: dict[str, Any], out: Path) -> dict[str, Any]:
         "unknown" if error is None else f"{error:.2f}", result["n_total"], result["n_draws"],
         result["n_unjudged"], out,
     )  # fmt: skip
-    if result["n_unjudged"]:
+    if unjudged := result["n_unjudged"]:
         log.warning(
-            "%d pairs were not judged and do not count; the same command asks for them again",
-            result["n_unjudged"],
+            "%d pairs were not judged and do not count; the same command asks for them again", unjudged
         )
     return result
 
@@ -135,13 +129,9 @@ def pair_up(
     generator: str | None = None,
     reference_name: str | None = None,
 ) -> list[Pair]:
-    """Return the pairs to compare, in the order of the outputs.
+    """Return the pairs to compare, in the order of the outputs; the reference model may have more instructions.
 
-    Args:
-        outputs: {instruction, output, generator} of the model.
-        references: the same of the reference model, which may have more instructions.
-        generator: overrides the rows' name of the model.
-        reference_name: overrides the rows' name of the reference model.
+    The names, where given, override those in the rows.
 
     Raises:
         ValueError: if an instruction has no reference output or two outputs, or a model has no name or several.
@@ -159,15 +149,12 @@ def pair_up(
         log.warning("outputs answer %d of the reference's %d instructions", len(own), len(known))
     return [
         {
-            "instruction": known[key]["instruction"],
-            "output_1": known[key]["output"],
-            "generator_1": reference,
+            "instruction": known[key]["instruction"], "output_1": known[key]["output"], "generator_1": reference,
             "dataset": str(row.get("dataset") or known[key].get("dataset") or ""),
-            "output_2": row["output"],
-            "generator_2": name,
+            "output_2": row["output"], "generator_2": name,
         }
         for key, row in own.items()
-    ]
+    ]  # fmt: skip
 
 
 def _by_instruction(rows: Sequence[Mapping[str, Any]], what: str) -> dict[str, Mapping[str, Any]]:
@@ -186,7 +173,7 @@ def _by_instruction(rows: Sequence[Mapping[str, Any]], what: str) -> dict[str, M
 # --------------------------------------------------------------------------------------------- the judgements
 
 
-def judge_pairs(pairs: Sequence[Pair], judge: Judge, journal: Path) -> list[dict[str, Any]]:
+def judge_pairs(pairs: Sequence[Pair], judge: EndpointJudge, journal: Path) -> list[dict[str, Any]]:
     """Return one annotation for each pair, asking the judge for those that the journal does not have.
 
     The journal, JSON Lines, is read first; then each judgement is appended. Unjudged pairs are asked again.
@@ -203,7 +190,7 @@ def judge_pairs(pairs: Sequence[Pair], judge: Judge, journal: Path) -> list[dict
         raise ValueError(f"another process judges into {journal}; wait for it, or give out=FILE") from error
 
 
-def _judge_pairs(pairs: Sequence[Pair], judge: Judge, journal: Path) -> list[dict[str, Any]]:
+def _judge_pairs(pairs: Sequence[Pair], judge: EndpointJudge, journal: Path) -> list[dict[str, Any]]:
     kept = {row["key"]: row for row in read_journal(journal) if row["preference"] is not None}
     annotations, refused = [], 0
     with journal.open("a", encoding="utf-8") as file, Bar("judging pairs", len(pairs)) as bar:
@@ -239,7 +226,7 @@ def _annotation(pair: Pair, share: float | None, annotator: str) -> dict[str, An
     return {**pair, "annotator": annotator, "preference": None if share is None else 1 + share}
 
 
-def judgement_key(pair: Pair, judge: Judge) -> str:
+def judgement_key(pair: Pair, judge: EndpointJudge) -> str:
     """Return the identity of a judgement: equal keys mean the same texts, models and judge."""
     text = json.dumps([dict(pair), dict(judge.settings)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -291,13 +278,9 @@ def _endpoint(options: Mapping[str, str]) -> EndpointJudge:
     variable = options.get("key_env")
     if variable is not None and not os.environ.get(variable):
         raise ValueError(f"key_env={variable}: there is no such environment variable")
-    return EndpointJudge(
-        options["url"],
-        options["model"],
-        key=os.environ[variable] if variable else None,
-        temperature=_number({"temperature": "0", **options}, "temperature", float),
-        max_tokens=_number(options, "max_tokens", int),
-    )
+    temperature = _number({"temperature": "0", **options}, "temperature", float)
+    key, most = os.environ[variable] if variable else None, _number(options, "max_tokens", int)
+    return EndpointJudge(options["url"], options["model"], key, temperature, max_tokens=most)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

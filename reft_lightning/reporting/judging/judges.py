@@ -12,7 +12,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from ...data.example import column
 from ...storage.reading import naming
@@ -25,17 +25,6 @@ Pair = Mapping[str, str]
 PROMPT_VERSION = 1  # raise with every change of `question`: a judgement is reused only for the same prompt
 REFUSES_PAIR = (400, 413, 422)  # status codes about this request; others concern every request
 RETRIES = 5  # by the openai client, for rate limits, server errors and lost connections
-
-
-class Judge(Protocol):
-    """Compares two outputs; `settings` hold everything that can change a judgement."""
-
-    name: str  # recorded as AlpacaEval's `annotator`
-    settings: Mapping[str, Any]
-
-    def __call__(self, pair: Pair) -> float | None:
-        """Return how much of a win it is for the model, or None."""
-        ...
 
 
 class JudgeFailed(ConnectionError):
@@ -78,14 +67,10 @@ def look_up(pairs: Sequence[Pair], rows: Sequence[Mapping[str, Any]]) -> list[fl
 
 
 class EndpointJudge:
-    """A model served by an OpenAI-compatible `/chat/completions`, on this machine or another.
+    """A model served by an OpenAI-compatible `/chat/completions` at a URL such as `http://localhost:8000/v1`.
 
-    Args:
-        url: such as `https://api.openai.com/v1` or `http://localhost:8000/v1`.
-        model: its name at the endpoint.
-        key: sent as bearer token; never logged or written. None for servers without one.
-        temperature: None leaves it out, for models that refuse it.
-        max_tokens: of the reply; None leaves it out.
+    The key is sent as bearer token, and never logged or written. Temperature and `max_tokens` of the reply are left out
+    where they are None, for models that refuse them. `settings` holds everything that can change a judgement.
     """
 
     def __init__(
@@ -101,18 +86,13 @@ class EndpointJudge:
         with needs_extra("judge", "judge=endpoint needs the openai client"):
             import openai
         self.url = url.rstrip("/").removesuffix("/chat/completions")
-        self.model = self.name = model
+        self.model = self.name = model  # recorded as AlpacaEval's `annotator`
         # without a key the client would send the one in OPENAI_API_KEY, to any url
         self._client = openai.OpenAI(base_url=self.url, api_key=key or "none", max_retries=RETRIES)
         given = {"temperature": temperature, "max_tokens": max_tokens}
         self._given: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        self.settings: Mapping[str, Any] = {
-            "judge": "endpoint",
-            "url": self.url,
-            "model": model,
-            **given,
-            "prompt": PROMPT_VERSION,
-        }
+        settings = {"judge": "endpoint", "url": self.url, "model": model, **given, "prompt": PROMPT_VERSION}
+        self.settings: Mapping[str, Any] = settings
 
     def __call__(self, pair: Pair) -> float | None:
         """Ask for a verdict; None if the reply is not one.
@@ -129,15 +109,13 @@ class EndpointJudge:
             reply = self._client.chat.completions.create(model=self.model, messages=messages, **self._given)
             text = reply.choices[0].message.content or ""
         except APIStatusError as error:
-            message = (
-                f"{self.url} answered {error.status_code}: {error.response.text.strip()[:200] or 'nothing'}"
-            )
+            said = error.response.text.strip()[:200] or "nothing"
+            message = f"{self.url} answered {error.status_code}: {said}"
             if error.status_code in REFUSES_PAIR:
                 raise PairRefused(message) from error
-            hint = (
-                "; is the key in the variable that key_env names?" if error.status_code in (401, 403) else ""
-            )
-            raise JudgeFailed(message + hint) from error
+            if error.status_code in (401, 403):
+                message += "; is the key in the variable that key_env names?"
+            raise JudgeFailed(message) from error
         except APIConnectionError as error:
             raise JudgeFailed(f"{self.url} cannot be reached ({error.__cause__ or error})") from error
         except (AttributeError, IndexError, TypeError, ValueError) as error:

@@ -64,11 +64,7 @@ def win_rate(
     number of judged rows: draws count half, unjudged rows are left out and counted. `discrete_win_rate` counts a
     preference of 1.9 as a win; `interval` is at 95 %; lengths and length control need outputs in all rows.
 
-    Args:
-        annotations: rows in AlpacaEval's format.
-        generator: the model, where the rows do not name it.
-        reference: the model it is compared with, where the rows do not name it.
-        judge: who judged, where the rows do not name it.
+    Names of the model, of the reference and of the judge are given where the rows, in AlpacaEval's format, lack them.
 
     Raises:
         ValueError: if no row was judged, or the rows do not agree on who is compared with whom.
@@ -86,17 +82,12 @@ def win_rate(
     rate, error = _mean(w)
     half = Z * (error or 0.0)
     result: dict[str, Any] = {
-        "win_rate": rate,
-        "standard_error": error,
+        "win_rate": rate, "standard_error": error,
         "interval": None if error is None else [max(rate - half, 0.0), min(rate + half, 100.0)],
-        "n_total": len(w),
-        "n_wins": int((w > 0.5).sum()),
-        "n_wins_reference": int((w < 0.5).sum()),
-        "n_draws": int((w == 0.5).sum()),
-        "n_unjudged": len(annotations) - len(w),
-        "discrete_win_rate": 100 * float(((w > 0.5) + 0.5 * (w == 0.5)).mean()),
-        **names,
-    }
+        "n_total": len(w), "n_wins": int((w > 0.5).sum()), "n_wins_reference": int((w < 0.5).sum()),
+        "n_draws": int((w == 0.5).sum()), "n_unjudged": len(annotations) - len(w),
+        "discrete_win_rate": 100 * float(((w > 0.5) + 0.5 * (w == 0.5)).mean()), **names,
+    }  # fmt: skip
     if all("output_1" in row and "output_2" in row for row in rows):
         lengths = np.asarray([(len(row["output_2"]), len(row["output_1"])) for row in rows], dtype=float)
         controlled, its_error = length_controlled(w, lengths[:, 0] - lengths[:, 1])
@@ -156,18 +147,16 @@ def length_controlled(
     x = np.stack([np.ones_like(w), np.tanh(difference / spread)], axis=1)  # (n, 2)
     ridge = RIDGE * np.eye(2)
 
-    def loss(beta: np.ndarray) -> float:  # per row, as its gradient and hessian
+    def loss(beta: np.ndarray) -> tuple[float, np.ndarray]:  # per row, as its gradient and hessian
         z = x @ beta
-        return float((np.logaddexp(0, z) - w * z).mean() + beta @ ridge @ beta / 2)
-
-    def gradient(beta: np.ndarray) -> np.ndarray:
-        return x.T @ (expit(x @ beta) - w) / len(w) + ridge @ beta
+        value = float((np.logaddexp(0, z) - w * z).mean() + beta @ ridge @ beta / 2)
+        return value, x.T @ (expit(z) - w) / len(w) + ridge @ beta
 
     def hessian(beta: np.ndarray) -> np.ndarray:
         p = expit(x @ beta)
         return (x.T * (p * (1 - p))) @ x / len(w) + ridge
 
-    beta = minimize(loss, np.zeros(2), method="trust-exact", jac=gradient, hess=hessian, tol=1e-12).x
+    beta = minimize(loss, np.zeros(2), method="trust-exact", jac=True, hess=hessian, tol=1e-12).x
     bread = np.linalg.inv(hessian(beta)) / len(w)
     covariance = bread @ ((x.T * (w - expit(x @ beta)) ** 2) @ x) @ bread
     p = float(expit(beta[0]))

@@ -26,17 +26,12 @@ INSTRUCTIONS, MOST_UNJUDGED = 805, 8
 
 @dataclass
 class Obtained:
-    """Runs of one experiment with the same settings.
+    """Runs of one experiment with the same settings."""
 
-    Args:
-        changed: what differs from the experiment's own settings, `("data.limit_train=100",)`; empty: nothing.
-        scores: seed -> the paper's name -> percent.
-        notes: what a reader must know.
-    """
-
+    # what differs from the experiment's own settings, such as "data.limit_train=100"
     changed: tuple[str, ...]
-    scores: dict[int, dict[str, float]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    scores: dict[int, dict[str, float]] = field(default_factory=dict)  # seed -> the paper's name -> percent
+    notes: list[str] = field(default_factory=list)  # what a reader must know
 
 
 def read_runs(folder: Path) -> list[tuple[Path, dict[str, Any]]]:

@@ -15,48 +15,29 @@ WIN_RATE = "win rate"  # a task that reft-judge scores, not the run
 
 
 class Number(NamedTuple):
-    """A printed number.
+    """A printed number."""
 
-    Args:
-        value: percent.
-        deviation: over seeds; None where the paper prints none.
-        task: of `results.json`, `AVERAGE` or `WIN_RATE`.
-        measure: of the task.
-    """
-
-    value: float
-    deviation: float | None
-    task: str
-    measure: str
+    value: float  # percent
+    deviation: float | None  # over seeds; None where the paper prints none
+    task: str  # of `results.json`, `AVERAGE` or `WIN_RATE`
+    measure: str  # of the task
 
 
 @dataclass(frozen=True)
 class Printed:
-    """One row of a table of the paper.
+    """One row of a table of the paper."""
 
-    Args:
-        experiment: `"paper/commonsense_llama_7b_loreft"`.
-        table: `1`.
-        row: `"LLaMA-7B LoReFT"`.
-        seeds: how many the numbers are means over.
-        overrides: what a user adds to the experiment: the file that the authors trained on.
-        numbers: the paper's name of a benchmark -> its number; the average is one of them.
-    """
-
-    experiment: str
+    experiment: str  # such as "paper/commonsense_llama_7b_loreft"
     table: int
-    row: str
-    seeds: int
-    overrides: tuple[str, ...]
+    row: str  # such as "LLaMA-7B LoReFT"
+    seeds: int  # how many the numbers are means over
+    overrides: tuple[str, ...]  # what a user adds to the experiment: the file that the authors trained on
+    # the paper's name of a benchmark -> its number; the average is one of them
     numbers: dict[str, Number] = field(default_factory=dict)
 
 
 def read_rows(path: Path | None = None) -> list[Printed]:
-    """Return the rows of all tables, in the order of the tables.
-
-    Args:
-        path: of the numbers; None for the paper's.
-    """
+    """Return the rows of all tables, in the order of the tables, from the paper's file of numbers or another."""
     rows: dict[str, Printed] = {}
     path = path or config_dir() / "experiment" / GROUP / "paper.csv"
     with path.open(newline="", encoding="utf-8") as file:

@@ -22,14 +22,7 @@ from .published import AVERAGE, Number, Printed, read_rows
 
 
 def main(options: Mapping[str, str], console: Console | None = None) -> list[tuple[Printed, list[Obtained]]]:
-    """Print the tables.
-
-    Args:
-        options: `folder`, where runs are looked for (`outputs`), and `table`, the number of one table.
-        console: where to print.
-
-    Returns:
-        What was printed: each row with the groups of its runs.
+    """Print the tables, or one, against the runs of a folder; return each row with the groups of its runs.
 
     Raises:
         ValueError: for an unknown table, or a folder that does not exist.

@@ -62,9 +62,8 @@ def line(text, word):
 
 class TestNumbers:
     def test_the_experiments_compose_with_the_papers_training_file(self):
-        one_each = {
-            row.overrides: row for row in read_rows()
-        }.values()  # test_conf.py composes the experiments
+        # test_conf.py composes the experiments
+        one_each = {row.overrides: row for row in read_rows()}.values()
         assert [row.experiment for row in one_each if composed(row) is None] == []
 
     def test_a_row_of_table_1(self):
@@ -79,9 +78,8 @@ class TestNumbers:
         for row in read_rows():
             if AVERAGE in row.numbers:
                 values = [number.value for name, number in row.numbers.items() if name != AVERAGE]
-                assert np.mean(values) == pytest.approx(
-                    row.numbers[AVERAGE].value, abs=0.07
-                )  # all are rounded
+                # all are rounded
+                assert np.mean(values) == pytest.approx(row.numbers[AVERAGE].value, abs=0.07)
 
     def test_the_tasks_are_those_that_the_families_log(self):
         tasks = {**COMMONSENSE.tasks, **ARITHMETIC.tasks}
