@@ -75,3 +75,9 @@ def test_the_papers_untied_formula_has_one_intervention_a_position():
 def test_settings_by_layer_count_by_layer():
     found = rl.count_parameters(LLAMA_7B, "loreft", layers={3: {"rank": 1}, 9: {"rank": 2}}, positions="l1")
     assert found.trainable == (2 * 4096 + 1) + 2 * (2 * 4096 + 1)
+
+
+def test_an_unknown_task_is_answered_with_the_nearest():
+    config = tiny.model("llama").config
+    with pytest.raises(ValueError, match="'sequence_clasification'; did you mean 'sequence_classification'"):
+        rl.count_parameters(config, "loreft", rank=2, task="sequence_clasification")
