@@ -41,10 +41,10 @@ install: $(STAMP)  ## make the virtual environment
 quickstart: $(STAMP)  ## train LoReFT on a 135M model, evaluate it, and say what it learned
 	$(BIN)/reft-train experiment=quickstart
 
-# One process for each core, each with one thread: small tensors gain nothing from more. Neighbours stay together, as they
-# share fixtures: a process that has none left takes half of what another has.
-test: $(STAMP)  ## the tests a change must pass: no network, no GPU, about 12 minutes on 2 cores
-	HF_HUB_OFFLINE=1 WANDB_SILENT=true OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not gpu" $(PYTEST_ARGS)
+# One process for each core, each with one thread: small tensors gain nothing from more. The tests of a file stay
+# together, as they share fixtures.
+test: $(STAMP)  ## the tests a change must pass: no network, no GPU, about 11 minutes on 2 cores
+	HF_HUB_OFFLINE=1 WANDB_SILENT=true OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-slow: $(STAMP)  ## the tests that take longer
 	HF_HUB_OFFLINE=1 WANDB_SILENT=true $(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
@@ -60,7 +60,7 @@ $(OLDEST)/constraints.txt: pyproject.toml
 
 # Warnings are no errors there: new versions of what these need deprecate what old ones do.
 test-oldest: $(OLDEST)/constraints.txt  ## the tests of the core on the oldest versions that pyproject.toml allows
-	HF_HUB_OFFLINE=1 WANDB_SILENT=true OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --dist worksteal -W default \
+	HF_HUB_OFFLINE=1 WANDB_SILENT=true OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --dist loadfile -W default \
 	    -m "not slow and not gpu" $(addprefix tests/,$(CORE)) $(PYTEST_ARGS)
 
 capabilities: $(STAMP)  ## probe every method on every kind of model, and write the tables of README and docs

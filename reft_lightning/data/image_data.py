@@ -94,7 +94,7 @@ class EncodedImages(EncodedRows):
     def __init__(
         self, processor: Any, examples: Sequence[Example], max_length: int, what: str = "rows"
     ) -> None:
-        ids: list[int] = []
+        ids = [np.zeros(0, np.int32)]
         self._types: list[dict[str, np.ndarray]] = []
         ends: list[tuple[int, int, int]] = []  # tokens of the prompt, of the row, and cut from it
         with Bar(f"encoding {what}", len(examples)) as bar:
@@ -106,7 +106,7 @@ class EncodedImages(EncodedRows):
                         f"data.max_length={max_length} leaves none for the answer: write a larger one"
                     )
                 row = [*prompt, *target]
-                ids += row[:max_length]
+                ids.append(np.array(row[:max_length], np.int32))
                 ends.append((len(prompt), min(len(row), max_length), max(len(row) - max_length, 0)))
                 self._types.append(types)
                 bar.advance()
@@ -121,7 +121,7 @@ class EncodedImages(EncodedRows):
             "cut_prompt": np.zeros(len(ends), int),
             "cut_target": cut,
         }
-        tokens = {"ids": np.array(ids, np.int32), "ids.lengths": lengths, "prompt": prompts}
+        tokens = {"ids": np.concatenate(ids), "ids.lengths": lengths, "prompt": prompts}
         super().__init__(examples, tokens | of_texts)
 
     def __getitem__(self, i: int) -> EncodedImage:

@@ -402,9 +402,11 @@ def test_what_fails_at_the_end_of_a_wandb_run_is_a_warning(tmp_path, caplog, mon
     def unreachable(exit_code):
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(logger.experiment, "finish", unreachable)
-    finish_wandb([logger], {"status": "complete"})
+    with monkeypatch.context() as patch:
+        patch.setattr(logger.experiment, "finish", unreachable)
+        finish_wandb([logger], {"status": "complete"})
     assert "W&B could not take the end of the run: ConnectionError: no route to host" in caplog.text
+    logger.experiment.finish()  # an open run would be that of the next tests
 
 
 def test_a_run_does_not_wait_for_ever_for_a_network_that_is_gone(tmp_path, monkeypatch):
