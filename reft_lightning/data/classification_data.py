@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils.data import random_split
 
 from .benchmark_data import BenchmarkData
 from .example import normalized
@@ -32,9 +33,10 @@ def divide(examples: Sequence[LabelledText], seed: int) -> tuple[list[LabelledTe
         (selection, test), in the published order.
     """
     selection = FROM_LARGE if len(examples) > LARGE else len(examples) // 2
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    test, selected = sorted(order[: len(order) - selection]), sorted(order[len(order) - selection :])
-    return [examples[i] for i in selected], [examples[i] for i in test]
+    generator = torch.Generator().manual_seed(seed)
+    rows: Any = range(len(examples))
+    test, selected = random_split(rows, [len(examples) - selection, selection], generator)
+    return [examples[i] for i in sorted(selected.indices)], [examples[i] for i in sorted(test.indices)]
 
 
 class ClassificationData(BenchmarkData):

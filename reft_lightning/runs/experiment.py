@@ -336,9 +336,10 @@ def _train(config: Config, objects: Objects, trainer: Trainer, results: Results,
 def evaluate_split(
     trainer: Trainer, objects: Objects, split: str, folder: Path, results: Results, base: bool = False
 ) -> None:
-    """Evaluate the model, or ``base``, as it is inside ``disabled()``, and write scores and predictions to the folder.
+    """Evaluate the model as it is on a split, and write scores and predictions to the run folder.
 
-    A read of the test split is recorded before it happens. Scores are written last: where they are, all is.
+    ``base`` says that it is the frozen base, as inside ``disabled()``. A read of the test split is recorded before it
+    happens. Scores are written last: where they are, all is.
     """
     if split == "test":
         objects.data.setup("test")
@@ -376,7 +377,7 @@ def _export(folder: Path, objects: Objects, rows: list[dict[str, Any]], base: bo
 def resume(folder: Path, trust_code: bool = False) -> dict[str, Any]:
     """Go on with an interrupted run under the configuration that its folder keeps.
 
-    Its ``trust_code``, which may be another person's, is not that of the configuration.
+    ``trust_code`` is the caller's, as the configuration may be another person's.
     """
     config = load_run_config(folder)
     return run(replace(config, resume=str(folder), trust_code=trust_code), folder)
