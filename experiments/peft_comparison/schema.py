@@ -3,7 +3,7 @@
     python experiments/peft_comparison/schema.py RUN
 
 The schema is that of `method_comparison/MetaMathQA/results` of https://github.com/huggingface/peft at 5d602fdbff04:
-the same keys, each with the same meaning, or null where a run does not measure it. Its app reads the file beside those
+the same keys, each with the same meaning, or null where a run does not measure it. Its app reads the file next to those
 of its own methods (it wants memory in numbers: of a run on a GPU with `trainer.log_every_n_steps=1`).
 
 =====================================  ===========================================================================
@@ -241,7 +241,7 @@ def _metrics(run: Run) -> tuple[list[dict[str, Any]], float]:
     begun: float | None = 0.0  # when training began or went on after a validation, in seconds
     validated = [
         step for step in sorted(curves["val/accuracy"]) if step <= steps
-    ]  # behind them, once more after all
+    ]  # after them, once more after all
     for step in validated:
         inside = range(before + 1, step + 1)
         logged = [s for s in inside if s in clock]

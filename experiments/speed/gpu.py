@@ -5,7 +5,7 @@
 
 Random weights of SmolLM2-135M's shape and of Llamas of 1B and 8B parameters, bf16 base, float32 edits, 8 prompts of up
 to 115 tokens with 6 target tokens. Variants are those of ``worker.py``, two alive at a time and taking turns. A turn is
-``--steps`` training steps between two CUDA events. Beside it stand the kernels and copies that a step starts and how
+``--steps`` training steps between two CUDA events. Next to it stand the kernels and copies that a step starts and how
 long they take (torch.profiler), its floating-point operations (torch.utils.flop_counter), and the speed of one large
 product and of one large copy. What the interventions add is counted against a bare model whose gradients pass the same
 blocks. The files are written after every pair; a pair that fails is left out with its reason, the others go on, and the

@@ -65,7 +65,7 @@ def bare(
 ) -> Attached:
     """B: the frozen model and one trained vector at the embeddings, so that gradients pass every block.
 
-    Behind the first block gradients pass those that they pass with interventions on the output of every block.
+    After the first block gradients pass those that they pass with interventions on the output of every block.
     """
     width = model.config.hidden_size
     vector = nn.Parameter(torch.zeros(width, device=model.device))

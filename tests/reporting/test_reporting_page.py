@@ -61,7 +61,7 @@ def pixels(word, size=14.4):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The report of two methods on two sets of data, written once; its folder, beside that of the runs."""
+    """The report of two methods on two sets of data, written once; its folder, next to that of the runs."""
     folder = tmp_path_factory.mktemp("two")
     write_grid(folder / "runs" / "one", seeds=(42, 43))
     write_grid(folder / "runs" / "two", seeds=(42,), data="two")
