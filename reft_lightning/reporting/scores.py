@@ -169,7 +169,9 @@ def _measure(name: str, rows: Sequence[Row], task: Mapping[str, Any]) -> Measure
         return (Pearson if name == "pearson" else Spearman)(said, gold)
     if kind == "classification" and name in ("f1", "matthews"):
         number = {label: i for i, label in enumerate(task["labels"])}
-        said, gold = (np.array([number[row[column]] for row in rows]) for column in ("answer", "gold"))
+        gold = np.array([number[row["gold"]] for row in rows])
+        wrong = (gold + 1) % len(number)  # null: the model's outputs were not numbers
+        said = np.array([number.get(row["answer"], other) for row, other in zip(rows, wrong, strict=True)])
         if name == "matthews":
             return Matthews(said, gold, len(number))
         return F1(said.astype(float), gold.astype(float))

@@ -52,7 +52,7 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
             table.add_row(label, task or "all", total, *cells, *trained)
             missing = (counts[0] or {}).get("missing") if counts else None
             if missing:
-                notes.append(f"{label}, {task}: {missing} of {total} generated texts hold no answer")
+                notes.append(f"{label}, {task}: no answer in {missing} of {total} rows")
             if path + MAJORITY in results["counts"]:
                 answer = results.get("commonest_answers", {}).get(task)
                 cell = _cell(results, path + MAJORITY)

@@ -34,6 +34,8 @@ class ClassificationModule(FinetuningModule):
     rows: what a score must beat before the model can be said to read the text. ``combined_score`` is the mean of the
     task's other measures.
 
+    A row whose outputs are not numbers counts as an answer that is wrong, the class after its own.
+
     Intervals in ``counts`` are Wilson's for accuracy, Fisher's z for correlations, the delta method's for F1.
 
     Args:
@@ -110,15 +112,20 @@ class ClassificationModule(FinetuningModule):
     def _score(self, logits: Tensor, batch: dict[str, Any], task: str) -> None:
         examples: list[LabelledText] = batch["examples"]
         labels = batch["labels"]
-        predicted = logits if self.task.regression else logits.argmax(-1)
+        broken = self.without_numbers(logits if logits.ndim == 2 else logits[:, None])
+        if self.task.regression:
+            predicted = logits
+        else:
+            predicted = logits.argmax(-1).where(~broken, (labels + 1) % self.task.num_labels)
         for measure, metric in self.scores[task].items():
             if measure == "accuracy":
-                metric.update((predicted == labels).double().tolist())
+                metric.update((predicted == labels).double().tolist(), int(broken.sum()))
             elif measure == "majority_accuracy":
                 metric.update([float(example.answer == self.commonest[task]) for example in examples])
             else:
                 metric.update(predicted, labels)
-        for example, guess, row in zip(examples, predicted.tolist(), logits.tolist(), strict=True):
+        rows = zip(examples, predicted.tolist(), logits.tolist(), broken.tolist(), strict=True)
+        for example, guess, row, lost in rows:
             said: dict[str, Any] = {"task": task, "source": example.source, "prompt": example.prompt}
             if self.task.regression:
                 said |= {
@@ -128,7 +135,7 @@ class ClassificationModule(FinetuningModule):
                     "value": guess,
                 }
             else:
-                answer = self.task.labels[guess]
+                answer = None if lost else self.task.labels[guess]
                 said |= {"answer": answer, "gold": example.answer, "correct": guess == example.label}
                 said |= {"logits": [round(value, 4) for value in row]}
                 if "accuracy" in self.measures:

@@ -139,7 +139,7 @@ class GenerationModule(ScoredRowsModule):
             else []
         )
         if options:
-            self._metric("option_accuracy", task).update(right)
+            self._metric("option_accuracy", task).update(right, options.count(None))
         if task in self.commonest:
             constant = [float(example.answer == self.commonest[task]) for example in examples]
             self._metric("majority_accuracy", task).update(constant)
@@ -182,11 +182,14 @@ class GenerationModule(ScoredRowsModule):
                 bar.advance()
         return found
 
-    def _answer_of(self, option: str, example: Example) -> str | None:
-        return self.family.score([option], example).answer if self.family.score else option
+    def _answer_of(self, option: str | None, example: Example) -> str | None:
+        scored = self.family.score is not None and option is not None
+        return self.family.score([option], example).answer if scored else option
 
-    def _rank(self, batch: dict[str, Any], reader: Any) -> tuple[list[str], dict[str, Any]]:
+    def _rank(self, batch: dict[str, Any], reader: Any) -> tuple[list[str | None], dict[str, Any]]:
         """Return the most likely option of each row, none where there are none to rank, and the batch to decode.
+
+        An option is None where likelihoods are not numbers.
 
         The likeliest option is its draft: what a model that knows the format says.
         """
@@ -199,8 +202,9 @@ class GenerationModule(ScoredRowsModule):
         likelihoods = torch.stack([self.log_likelihood(option, reader) for option in batches], dim=-1)
         for i, example in enumerate(examples):
             likelihoods[i, len(example.options) :] = -torch.inf  # rows with fewer options than others
-        choice = likelihoods.argmax(-1).tolist()
-        options = [e.options[k] for e, k in zip(examples, choice, strict=True)]
+        choice, broken = likelihoods.argmax(-1).tolist(), self.without_numbers(likelihoods).tolist()
+        found = zip(examples, choice, broken, strict=True)
+        options = [None if lost else example.options[k] for example, k, lost in found]
         return options, self.drafted(batch, batches, choice)
 
     # --- a whole split --------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ not know. Checkpoints hold what is trained, the optimizer and the loop, not the 
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ from ..data.benchmark_data import BenchmarkData
 from ..evaluation import MeanLoss
 from .optimization import Optimization
 from .step_loss import Part, part_of
+
+log = logging.getLogger(__name__)
 
 
 def limited(batches: int, limit: int | float | None) -> int:
@@ -89,6 +92,7 @@ class FinetuningModule(LightningModule):
         self._batch_tokens = 0
         self._step_loss: Tensor | float = 0.0  # of the batches so far, by their shares
         self._batch_loss: Tensor | float = 0.0
+        self._warned = False
 
     def loss_of(self, batch: dict[str, Any]) -> Tensor:
         """Return the mean loss of a batch over its targets, a scalar with a gradient."""
@@ -217,6 +221,16 @@ class FinetuningModule(LightningModule):
         self.predictions = []
         self.loss.reset()
         self.loss.update(torch.zeros((), device=self.device), 0)  # torchmetrics warns of one without rows
+        self._warned = False
+
+    def without_numbers(self, scores: Tensor) -> Tensor:  # (b, k) -> (b,)
+        """Return which rows have a NaN among their scores: they count as wrong, as a warning says once."""
+        found = scores.isnan().any(-1)
+        if found.any() and not self._warned:
+            self._warned = True
+            log.warning("the model's outputs are not numbers (NaN) for some rows, which count as wrong: "
+                        "try model.dtype=float32, or look at what was trained")  # fmt: skip
+        return found
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss, a mean over all targets, and the scores."""

@@ -68,5 +68,6 @@ class RewardModule(ScoredRowsModule):
                     "scores": {PAIR_ACCURACY: float(right)},
                 }
             )  # fmt: skip
-        self._metric(PAIR_ACCURACY, task).update((margins > 0).double().tolist())
+        broken = self.without_numbers(margins[:, None])
+        self._metric(PAIR_ACCURACY, task).update((margins > 0).double().tolist(), int(broken.sum()))
         return margins

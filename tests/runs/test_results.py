@@ -109,7 +109,7 @@ def test_the_table_shows_base_and_adapter_with_intervals():
     text = table()
     assert "50.0 [23.7, 76.3]" in text
     assert "80.0 [49.0, 94.3]" in text
-    assert "frozen base, boolq: 2 of 10 generated texts hold no answer" in text
+    assert "frozen base, boolq: no answer in 2 of 10 rows" in text
     assert "always 'true'" in text
     assert "60.0 [31.3, 83.2]" in text
     assert text.index("frozen base") < text.index("loreft")
@@ -121,7 +121,7 @@ def test_a_narrow_terminal_shows_every_score_and_tells_the_cost_below():
     text = table(width=80)
     lines = text.splitlines()
     assert (
-        max(map(len, lines[: lines.index("frozen base, boolq: 2 of 10 generated texts hold no answer")]))
+        max(map(len, lines[: lines.index("frozen base, boolq: no answer in 2 of 10 rows")]))
         <= 80
     )
     assert "50.0 [23.7, 76.3]" in text

@@ -38,6 +38,7 @@ from reft_lightning.evaluation.classifier_metrics import (
     f1_interval,
     metric_of,
 )
+from reft_lightning.reporting.scores import measures_of
 from reft_lightning.runs import experiment
 from reft_lightning.runs.build import optimization_of
 from reft_lightning.runs.evaluate import evaluate
@@ -339,6 +340,25 @@ class TestMeasures:
         assert metrics["test/mrpc/f1"] == pytest.approx(f1)
         assert metrics["test/mrpc/combined_score"] == pytest.approx((accuracy + f1) / 2)
         assert module.counts["test/mrpc/accuracy"]["correct"] == round(accuracy * len(pairs))
+
+    @pytest.mark.parametrize("task", ["mrpc", "cola"])
+    def test_rows_whose_outputs_are_not_numbers_count_as_wrong(self, task, caplog):
+        module, data = classifier(task)
+        with torch.no_grad():  # the mean of a layer normalisation: NaN in every row
+            module.model.base_model.bert.encoder.layer[0].output.LayerNorm.weight.fill_(math.nan)
+        metrics = evaluated(module, data)
+        rows = module.predictions
+        assert all(row["answer"] is None and row["correct"] is False for row in rows)
+        assert caplog.text.count("are not numbers (NaN) for some rows, which count as wrong") == 1
+        value = metrics[f"test/{module.measures[0]}"]
+        assert value <= 0
+        if task == "mrpc":
+            count = module.counts["test/mrpc/accuracy"]
+            assert (count["correct"], count["missing"]) == (0, len(rows))
+            assert metrics["test/f1"] == 0
+        reported = {name: metrics[f"test/{name}"] for name in module.measures}
+        found = measures_of(rows, reported, module.kind)
+        assert set(found) == set(module.measures)
 
     def test_matthews_is_pearsons_of_two_binary_variables(self):
         metric = metric_of("matthews", 2)

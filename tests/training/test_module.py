@@ -1,5 +1,6 @@
 """The LightningModule: losses, scores, roles, modes and what its checkpoints hold."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -199,6 +200,19 @@ def test_the_option_that_is_chosen_is_the_likeliest(data):
                 scores.append(-(objects.model(**inputs).loss * tokens).item())
             best = example.options[scores.index(max(scores))]
             assert row["option"] == best.removeprefix("the correct answer is ")
+
+
+def test_an_option_that_has_no_likelihood_is_not_chosen(data, caplog):
+    """NaN would be the greatest: the first option, which some rows have for their right answer."""
+    objects = short_runs.build(data, TWO)
+    with torch.no_grad():
+        next(p for n, p in objects.model.base_model.named_parameters() if "norm" in n).fill_(math.nan)
+    measured = trainer().validate(objects.module, objects.data, verbose=False)[0]
+    assert measured["val/option_accuracy"] == 0
+    assert all(row["option"] is None for row in objects.module.predictions)
+    counts = [count for name, count in objects.module.counts.items() if "option" in name]
+    assert all(count["missing"] == count["total"] > 0 for count in counts)
+    assert caplog.text.count("are not numbers (NaN)") == 1
 
 
 def test_options_are_not_ranked_unless_asked_for(data):
