@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import site
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -44,6 +44,19 @@ def did_you_mean(name: str, allowed: Iterable[str], prefix: str = "") -> str:
     names = [str(option) for option in allowed]
     close = difflib.get_close_matches(str(name), names, n=1) or [n for n in names if name and str(name) in n]
     return f"; did you mean {prefix + close[0]!r}?" if close else ""
+
+
+def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
+    """Reject a value that is not one of those allowed; the error names them, and the nearest.
+
+    >>> check_choice("clip", "papr", ("paper", "floor"))
+    Traceback (most recent call last):
+    ...
+    ValueError: clip must be one of paper, floor; got 'papr'; did you mean 'paper'?
+    """
+    if not isinstance(value, str) or value not in allowed:
+        hint = did_you_mean(str(value), allowed)
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}{hint}")
 
 
 def no_such_folder(folder: Path) -> str:

@@ -13,7 +13,7 @@ from ..base_models.decoders import is_decoder
 from ..base_models.heads import heads_to_train
 from ..base_models.loading import TASKS
 from ..interventions import Intervention
-from ..suggest import did_you_mean
+from ..suggest import check_choice
 from .adapted import AdaptedModel, ParameterCount
 from .attaching import all_or_nothing, check_base
 from .baselines.in_place import InPlaceBaseline
@@ -80,8 +80,7 @@ def build_on_meta(
     Raises:
         ValueError, ImportError: for an unknown task, or an attention that the model, or this machine, does not have.
     """
-    if task not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}; got {task!r}{did_you_mean(task, TASKS)}")
+    check_choice("task", task, TASKS)
     kind = AutoModel if task == "causal_lm" and not is_decoder(config) else TASKS[task]
     with torch.device("meta"):
         return kind.from_config(config, attn_implementation=attn_implementation)

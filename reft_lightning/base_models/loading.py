@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ..suggest import did_you_mean
+from ..suggest import check_choice, did_you_mean
 from .heads import check_head_size, check_only_heads_missing, widen_heads, widen_inputs
 from .loading_bars import bars_of_transformers
 from .output_head import join_columns
@@ -144,10 +144,7 @@ def load_config(
     """
     lies = ModelPlace(**place)
     source = lies.source
-    if source not in MODEL_SOURCES:
-        choices = ", ".join(MODEL_SOURCES)
-        close = did_you_mean(source, MODEL_SOURCES)
-        raise ValueError(f"model source must be one of {choices}; got {source!r}{close}")
+    check_choice("model source", source, MODEL_SOURCES)
     if source == "random":
         if quantization or device_map:
             raise ValueError(
@@ -215,10 +212,8 @@ def load_base_model(
         ValueError: if an argument is not one of its choices, the vocabulary is smaller than the tokenizer's, or
         a classifier's checkpoint lacks weights outside its head.
     """
-    for value, choices, what in ((dtype, DTYPES, "dtype"), (task, TASKS, "task")):
-        if value not in choices:
-            close = did_you_mean(value, choices)
-            raise ValueError(f"{what} must be one of {', '.join(choices)}; got {value!r}{close}")
+    check_choice("dtype", dtype, DTYPES)
+    check_choice("task", task, TASKS)
     lies = ModelPlace(**place)
     wanted = hf_config or load_config(
         **place, base_dropout=base_dropout, config=config, num_labels=num_labels, quantization=quantization,

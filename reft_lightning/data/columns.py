@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..suggest import did_you_mean
+from ..suggest import check_choice, did_you_mean
 from .example import Example, Row, as_text, column, text_in
 from .files import parse_json
 
@@ -126,11 +126,7 @@ class Columns:
         self.answer_form, self.line_break = answer_form, line_break
         if not all(isinstance(name, str) for name in self.options):
             raise ValueError(f"data.options must be a column or a list of columns; got {options!r}")
-        if answer_form not in ANSWER_FORMS:
-            raise ValueError(
-                f"data.answer_form must be one of {', '.join(ANSWER_FORMS)}; got {answer_form!r}"
-                f"{did_you_mean(answer_form, ANSWER_FORMS)}"
-            )
+        check_choice("data.answer_form", answer_form, ANSWER_FORMS)
         if answer_form != "text" and not options:
             raise ValueError(f"data.answer_form={answer_form} names one of the options: set data.options")
         bare = self.target == Pattern((("", self.target.names[0]),))  # one column and nothing around it
@@ -284,10 +280,7 @@ def turns_of(messages: Any) -> list[tuple[str, str]]:
     for message in messages:
         who, what = ("from", "value") if "from" in message else ("role", "content")
         role, content = column(message, who), column(message, what)
-        if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(
-                f"a message is by {', '.join(ROLES)}; got {role!r}{did_you_mean(str(role), ROLES)}"
-            )
+        check_choice("the role of a message", role, ROLES)
         turns.append((ROLES[role], _content(content, what)))
     return turns
 

@@ -27,7 +27,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ..suggest import did_you_mean
+from ..suggest import check_choice, did_you_mean
 from .encoding import leading_ids
 from .example import Example
 from .pictures import MARK
@@ -88,10 +88,7 @@ def chat(example: Example, tokenizer: Any) -> Example:
     question = f"{example.prompt}\n\n{example.context}" if example.context else example.prompt
     turns = [*example.turns, ("user", question)]
     for role, _ in turns:
-        if role not in ROLES:
-            raise ValueError(
-                f"{where}: a turn's role must be one of {', '.join(ROLES)}; got {role!r}{did_you_mean(role, ROLES)}"
-            )
+        check_choice(f"{where}: a turn's role", role, ROLES)
     text = _render(tokenizer, turns, where)
     lead = _white_space_of_answers(tokenizer, turns, text, where)
     inner = tokenizer_of(tokenizer)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from ..storage.reading import naming
 from ..storage.wheels import SOURCES, Wheel, read_member, wheel_file
+from ..suggest import check_choice
 from ..terminal.bars import library_bars
 from .files import BATCH, Rows, arrow_rows, is_saved, json_lines, listing, read_file, text_lines
 
@@ -135,8 +136,7 @@ class DataSource:
     mixture: str | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in SOURCES:
-            raise ValueError(f"data source must be one of {', '.join(SOURCES)}; got {self.kind!r}")
+        check_choice("data source", self.kind, SOURCES)
         if self.kind == "local" and not self.path:
             raise ValueError("data source local needs path, the folder that holds one folder per task")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..suggest import did_you_mean
+from ..suggest import check_choice
 
 T = 1e12
 
@@ -38,6 +38,5 @@ GPUS = {
 
 def gpu_named(name: str) -> GPU:
     """Return a GPU."""
-    if name not in GPUS:
-        raise ValueError(f"gpu must be one of {', '.join(GPUS)}; got {name!r}{did_you_mean(name, GPUS)}")
+    check_choice("gpu", name, GPUS)
     return GPUS[name]

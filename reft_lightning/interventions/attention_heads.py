@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..suggest import did_you_mean
+from ..suggest import check_choice
 from .base import Intervention
 
 STAGES = ("scale", "bias")
@@ -47,10 +47,7 @@ class LoFiT(Intervention, name="lofit"):
 
     def __init__(self, dim: int, stage: str = "bias", l1: float = 0.0, **kwargs: Any) -> None:
         super().__init__(dim, **kwargs)
-        if stage not in STAGES:
-            raise ValueError(
-                f"stage must be one of {', '.join(STAGES)}; got {stage!r}{did_you_mean(stage, STAGES)}"
-            )
+        check_choice("stage", stage, STAGES)
         self.stage, self.l1 = stage, l1
         self.vector = nn.Parameter(START * torch.randn(dim))
 

@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..suggest import did_you_mean
+from ..suggest import check_choice
 from .base import INTERVENTIONS, Intervention
 from .orthonormal import orthonormal_rows, random_rows
 
@@ -91,18 +91,10 @@ class Subspace(Intervention):
             raise ValueError(f"rank must be a whole number; got {rank!r}")
         if not 1 <= rank <= dim:
             raise ValueError(f"rank must lie in 1..{dim}, the width of the representation; got {rank}")
-        if init not in ("paper", "identity"):
-            raise ValueError(f"init must be 'paper' or 'identity'; got {init!r}")
-        if weight_dtype not in WEIGHT_DTYPES:
-            raise ValueError(
-                f"weight_dtype must be one of {', '.join(WEIGHT_DTYPES)}; got {weight_dtype!r}"
-                f"{did_you_mean(str(weight_dtype), WEIGHT_DTYPES)}"
-            )
-        if act_fn is not None and (not isinstance(act_fn, str) or act_fn not in ACTIVATIONS):
-            raise ValueError(
-                f"act_fn must be one of {', '.join(ACTIVATIONS)}, or None; got {act_fn!r}"
-                f"{did_you_mean(str(act_fn), ACTIVATIONS)}"
-            )
+        check_choice("init", init, ("paper", "identity"))
+        check_choice("weight_dtype", weight_dtype, WEIGHT_DTYPES)
+        if act_fn is not None:
+            check_choice("act_fn", act_fn, ACTIVATIONS)
         self.rank, self.weight_dtype, self.act_fn = rank, weight_dtype, act_fn
         self.build()
         if act_fn is not None and not isinstance(getattr(self, "source", None), nn.Linear):

@@ -29,7 +29,7 @@ from ..config.schema import SHARDING, Config, DecodingConfig, InterventionConfig
 from ..data import AnyFamily, Family
 from ..data.example import Example
 from ..evaluation import Decoding
-from ..suggest import did_you_mean
+from ..suggest import check_choice
 from ..training.module import limited
 from ..training.sharded_base import ShardedBase
 from .arguments import attachment, objective_of
@@ -245,10 +245,8 @@ def check_monitor(config: Config, name: str, measures: Sequence[str], tasks: Seq
     """
     scores = [name for name in measures if name != "option_accuracy" or config.option_likelihood]
     known = ["val/loss", *(f"val/{s}" for s in scores), *(f"val/{t}/{s}" for t in tasks for s in scores)]
-    if tasks and name not in known:
-        raise ValueError(
-            f"checkpoint.monitor must be one of {', '.join(known)}; got {name!r}{did_you_mean(name, known)}"
-        )
+    if tasks:
+        check_choice("checkpoint.monitor", name, known)
     if not tasks and config.checkpoint.early_stopping_patience is not None:
         raise ValueError(
             "early stopping needs validation rows: set data.validation_size, or no "

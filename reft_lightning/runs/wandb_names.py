@@ -20,6 +20,7 @@ from lightning import Trainer
 
 from ..config.identity import config_hash, identity, nested, used_settings
 from ..config.schema import Config
+from ..suggest import check_choice
 from .arguments import method_of
 from .wandb_key import has_key
 
@@ -99,10 +100,7 @@ def wandb_arguments(
     if mode is None:
         mode = "online" if has_key() else "offline"
     mode = {"dryrun": "offline"}.get(mode, mode)  # W&B's old name
-    if mode not in MODES:
-        raise ValueError(
-            f"logger.wandb.mode must be one of {', '.join(MODES)}; got {mode!r}, there or in WANDB_MODE"
-        )
+    check_choice("logger.wandb.mode" if values.get("mode") else "WANDB_MODE", mode, MODES)
     inside = inside or folder
     if mode == "offline":
         runs = f"{shlex.quote(str(inside / 'wandb'))}/offline-run-*"

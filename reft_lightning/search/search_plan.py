@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 from ..config.compose import config_dir
-from ..suggest import did_you_mean
+from ..suggest import check_choice, did_you_mean
 from .budget import UNITS
 from .space import Dimension, Value, override, parse_space
 
@@ -207,12 +207,9 @@ def _explain(error: OmegaConfBaseException) -> str:
 
 def _check_values(plan: Plan, where: str) -> None:
     budget = plan.budget
-    for key, value, allowed in (
-        ("budget.unit", budget.unit, UNITS), ("sampler", plan.sampler, SAMPLERS), ("pruner", plan.pruner, PRUNERS)
-    ):  # fmt: skip
-        if value not in allowed:
-            hint = did_you_mean(str(value), allowed)
-            raise ValueError(f"{where}: {key} must be one of {', '.join(allowed)}; got {value!r}{hint}")
+    check_choice(f"{where}: budget.unit", budget.unit, UNITS)
+    check_choice(f"{where}: sampler", plan.sampler, SAMPLERS)
+    check_choice(f"{where}: pruner", plan.pruner, PRUNERS)
     amount = budget.amount
     if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 < amount < math.inf:
         raise ValueError(f"{where}: budget.amount must be a number above 0; got {amount!r}")

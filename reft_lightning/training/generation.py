@@ -183,8 +183,9 @@ class GenerationModule(ScoredRowsModule):
         return found
 
     def _answer_of(self, option: str | None, example: Example) -> str | None:
-        scored = self.family.score is not None and option is not None
-        return self.family.score([option], example).answer if scored else option
+        if option is None or self.family.score is None:
+            return option
+        return self.family.score([option], example).answer
 
     def _rank(self, batch: dict[str, Any], reader: Any) -> tuple[list[str | None], dict[str, Any]]:
         """Return the most likely option of each row, none where there are none to rank, and the batch to decode.

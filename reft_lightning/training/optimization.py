@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ..suggest import did_you_mean
+from ..suggest import check_choice, did_you_mean
 from .schedules import linear
 
 log = logging.getLogger(__name__)
@@ -62,11 +62,7 @@ class Optimization:
             raise ValueError(f"warmup_ratio, a part of all steps, must lie in 0..1; got {self.warmup_ratio}")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay must be 0 or more; got {self.weight_decay}")
-        if self.loss_reduction not in LOSS_REDUCTIONS:
-            raise ValueError(
-                f"loss_reduction must be one of {', '.join(LOSS_REDUCTIONS)}; got {self.loss_reduction!r}"
-                f"{did_you_mean(self.loss_reduction, LOSS_REDUCTIONS)}"
-            )
+        check_choice("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
         check_options("optimizer", self.optimizer, self.optimizer_options)
         check_options("scheduler", self.scheduler, self.scheduler_options)
         if self.weight_decay and "weight_decay" not in inspect.signature(self.optimizer).parameters:

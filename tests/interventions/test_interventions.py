@@ -463,7 +463,7 @@ def test_dropout_outside_the_unit_interval_raises(dropout):
 
 
 def test_unknown_choices_raise():
-    with pytest.raises(ValueError, match="init must be 'paper' or 'identity'; got 'zero'"):
+    with pytest.raises(ValueError, match="init must be one of paper, identity; got 'zero'"):
         LoReFT(D, R, init="zero")
     with pytest.raises(ValueError, match="dropout_on must be 'edit' or 'output'; got 'edits'"):
         LoReFT(D, R, dropout_on="edits")

@@ -14,7 +14,7 @@ from ...base_models.stacks import DECODER, ENCODER
 from ...base_models.vision import image_tokens
 from ...interventions import Orthonormal, Partition, check_settings, registered
 from ...interventions.base import at_least_float32
-from ...suggest import did_you_mean
+from ...suggest import check_choice
 from .config import LayerSpec, ReftConfig
 from .critical import check_attends
 from .positions import Positions, parse_positions
@@ -111,10 +111,7 @@ def _check_images(model: PreTrainedModel, positions: Positions, site: Site) -> N
 
 
 def _interventions(spec: LayerSpec, positions: Positions, site: Site) -> nn.ModuleList:
-    if spec.tied not in TIED:
-        raise ValueError(
-            f"tied must be one of {', '.join(TIED)}; got {spec.tied!r}{did_you_mean(str(spec.tied), TIED)}"
-        )
+    check_choice("tied", spec.tied, TIED)
     copies = {"all": 1, "group": positions.groups}.get(spec.tied) or sum(positions.slots())
     cls = registered(spec.method)
     check_settings(cls, spec.settings)

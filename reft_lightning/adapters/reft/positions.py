@@ -52,7 +52,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...suggest import did_you_mean
+from ...suggest import check_choice
 
 MaskFunction = Callable[[Tensor, Tensor], Tensor]
 CLIPS = ("paper", "floor")
@@ -240,10 +240,7 @@ def parse_positions(spec: str | MaskFunction | Positions, clip: str = "paper") -
     Raises:
         ValueError: if a term is malformed, repeated, or overlaps another, or the clip is unknown.
     """
-    if clip not in CLIPS:
-        raise ValueError(
-            f"clip must be one of {', '.join(CLIPS)}; got {clip!r}{did_you_mean(str(clip), CLIPS)}"
-        )
+    check_choice("clip", clip, CLIPS)
     if isinstance(spec, Positions):
         return spec if spec.clip == clip else replace(spec, clip=clip)
     if callable(spec):

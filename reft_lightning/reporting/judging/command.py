@@ -22,7 +22,7 @@ from ...data.example import column
 from ...data.files import read_json_file
 from ...storage.atomic import json_text, write_json
 from ...storage.reading import naming
-from ...suggest import did_you_mean
+from ...suggest import check_choice, did_you_mean
 from ...terminal.bars import Bar
 from .judges import EndpointJudge, JudgeFailed, Pair, PairRefused, look_up
 from .win_rate import one_name, win_rate
@@ -259,8 +259,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 def _check(options: Mapping[str, str]) -> str:
     """Return the kind of judge, if the options are its own and complete."""
     kind = options.get("judge", "")
-    if kind not in _OF_JUDGE:
-        raise ValueError(f"judge must be file or endpoint; got {kind!r}{did_you_mean(kind, _OF_JUDGE)}")
+    check_choice("judge", kind, _OF_JUDGE)
     allowed = (*_COMMON, *_OF_JUDGE[kind])
     for name in options:
         if name not in allowed:

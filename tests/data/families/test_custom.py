@@ -208,8 +208,8 @@ class TestConversations:
     @pytest.mark.parametrize(
         ("messages", "words"),
         [
-            ([{"role": [], "content": "Hi"}], r"a message is by system, user, .*got \[\]"),
-            ([{"role": None, "content": "Hi"}], "a message is by system, user, .*got None"),
+            ([{"role": [], "content": "Hi"}], r"the role of a message must be one of system, user, .*got \[\]"),
+            ([{"role": None, "content": "Hi"}], "the role of a message must be one of system, user, .*got None"),
             ([{"role": {}, "content": "Hi"}], r"got \{\}"),
             (
                 [{"role": "user", "content": [{"type": "image_url"}]}],
@@ -227,7 +227,7 @@ class TestConversations:
             ([], "this one has nothing"),
             (talk(("user", "Hi"), ("assistant", " ")), "line 7: the assistant's last message is empty"),
             (talk(("user", ""), ("assistant", "x")), "line 7: the last user's message is empty"),
-            (talk(("usr", "Hi")), "a message is by system, user, .*got 'usr'; did you mean 'user'"),
+            (talk(("usr", "Hi")), "message must be one of system, user, .*got 'usr'; did you mean 'user'"),
             ([{"role": "user", "text": "Hi"}], "no column 'content'; the columns are role, text"),
             ([{"role": "user", "content": None}], "content must be text; got None"),
             (7, "must be a list of messages; got 7"),

@@ -424,8 +424,8 @@ class TestCommand:
         }
 
     @pytest.mark.parametrize(("options", "message"), [
-        ({"judge": "fil"}, r"judge must be file or endpoint; got 'fil'; did you mean 'file'"),
-        ({}, r"judge must be file or endpoint"),
+        ({"judge": "fil"}, r"judge must be one of file, endpoint; got 'fil'; did you mean 'file'"),
+        ({}, r"judge must be one of file, endpoint"),
         ({"judge": "endpoint", "model": "m"}, r"judge=endpoint needs url="),
         ({"judge": "file"}, r"judge=file needs annotations="),
         ({"judge": "file", "annotation": "a"}, r"judge=file takes no annotation; did you mean 'annotations'"),
