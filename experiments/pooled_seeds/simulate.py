@@ -69,7 +69,9 @@ def main() -> None:
                     scores = rng.standard_normal((TABLES, methods, seeds)) * deviations[None, :, None]
                     false = [float((p_values(scores, test).min(1) < 0.05).mean()) for test in TESTS]
                     scores[:, 0] += BETTER  # its pairs are the first
-                    found = [float((p_values(scores, test)[:, : methods - 1] < 0.05).mean()) for test in TESTS]
+                    found = [
+                        float((p_values(scores, test)[:, : methods - 1] < 0.05).mean()) for test in TESTS
+                    ]
                     writer.writerow([seeds, methods, name, *(f"{share:.4f}" for share in false + found)])
 
 

@@ -44,7 +44,9 @@ class TestMethods:
             write_run(tmp_path / f"test_{rank}", settings=run)
             write_run(tmp_path / f"val_{rank}", settings=run, split="validation")
         test, validation = report(tmp_path).comparisons
-        (note,) = (note for note in test.notes if "loreft in 2 configurations, all scored on test rows" in note)
+        (note,) = (
+            note for note in test.notes if "loreft in 2 configurations, all scored on test rows" in note
+        )
         assert "(split=validation)" in note  # as `reft-report` takes its arguments
         assert not any("configurations" in note for note in validation.notes)
 
