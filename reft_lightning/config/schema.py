@@ -287,7 +287,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     # name -> {_target_: import path, arguments}; the run folder's metrics.csv is written always
     logger: dict[str, Any] = field(default_factory=dict, metadata={"identity": "free"})
-    # name -> {_target_: import path, arguments}, in addition to those that every run has; WATCHING identify no run
+    # name -> {_target_: import path, arguments}, in addition to those that every run has
     callbacks: dict[str, Any] = field(default_factory=dict, metadata={"identity": "watching"})
     seed: int = field(default=42, metadata={"identity": "seed"})  # the first of the authors' seeds 42, 43, 44
     test: bool = free(True)  # evaluate the test split, once, after training
