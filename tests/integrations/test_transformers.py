@@ -79,6 +79,16 @@ def trainer(model, folder, dataset=None, **arguments):
     )
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_it_is_in_the_mode_that_the_model_is_in(training):
+    reft = attached(dropout=0.5).train(training)
+    model = as_pretrained(reft)
+    assert (model.training, reft.training) == (training, training)
+    if not training:  # a pass without labels, which training refuses
+        ids = batch_of(rows())["input_ids"]
+        assert torch.equal(model(ids).logits, reft(ids).logits)
+
+
 # --- Trainer -------------------------------------------------------------------------------------------------------
 
 
