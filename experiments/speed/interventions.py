@@ -32,15 +32,14 @@ def hidden_states(dim: int) -> torch.Tensor:  # (b, positions, d)
 def ours(dim: int, layers: int, rank: int, **_: int):
     """All layers of this project, with R computed once for all, as a forward pass of a model does."""
     from reft_lightning.interventions import LoReFT, rotations
+    from reft_lightning.interventions.subspace import lend
 
     stack = [LoReFT(dim, rank=rank) for _ in range(layers)]
 
     def run(number: int) -> None:
-        h = hidden_states(dim)
-        R = rotations(stack)
-        x = h.flatten(0, 1)
-        for phi in stack:
-            with phi.borrow(R[phi]):
+        x = hidden_states(dim).flatten(0, 1)
+        with lend(rotations(stack)):
+            for phi in stack:
                 x = phi(x)
         x.sum().backward()
 

@@ -25,13 +25,12 @@ import torch
 from figures import add_arguments, header, ratio, seconds_table, write
 from lightning import Callback
 from models import model_folder
-from omegaconf import OmegaConf
 from processes import peak_memory_bytes
 from runs import invented_rows, overrides
 
 from reft_lightning.config.compose import compose
 from reft_lightning.config.schema import Config
-from reft_lightning.runs.build import Objects, build
+from reft_lightning.runs.build import Objects, build, prepare
 from reft_lightning.runs.trainer import build_trainer, quiet_lightning
 
 log = logging.getLogger("speed")
@@ -111,10 +110,9 @@ def measure(folder: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             [*overrides(folder, mixture, "bytes", batch_size=args.batch_size), f"trainer.max_steps={steps}"]
         )
         quiet_lightning()
-        values = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
-        run_folder = Path(work) / "run"
-        trainer = build_trainer(config, run_folder, values)
-        objects = build(config)
+        plan = prepare(config)
+        trainer = build_trainer(config, Path(work) / "run", plan.monitor, torch.random.get_rng_state())
+        objects = build(config, plan)
         trainer.limit_val_batches = 0
         turns = TakeTurns(PlainLoop(objects, config, steps))
         trainer.callbacks.append(turns)

@@ -201,7 +201,7 @@ def place_of(arguments: tuple[str, ...]) -> dict[str, str]:
     code = (
         "import sys, dataclasses\n"
         "from reft_lightning.config.compose import compose\n"
-        "from reft_lightning.storage.wheels import ModelPlace\n"
+        "from reft_lightning.base_models.places import ModelPlace\n"
         "model = compose(sys.argv[1:]).model\n"
         "names = [field.name for field in dataclasses.fields(ModelPlace)]\n"
         "print(ModelPlace(**{name: getattr(model, name) for name in names}).folder(), model.dtype, sep='\\n')\n"
