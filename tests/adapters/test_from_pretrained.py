@@ -43,6 +43,23 @@ def test_the_base_model_comes_with_the_adapter(tmp_path):
     assert half.base_model.dtype == torch.bfloat16
 
 
+def test_a_loaded_adapter_is_in_evaluation_mode_and_learns_on(tmp_path):
+    reft = saved(tmp_path, tiny.model("llama"), dropout=0.5)
+    for again in (
+        rl.ReftModel.from_pretrained(tmp_path / "adapter"),
+        rl.ReftModel.from_pretrained(tiny.model("llama").train(), tmp_path / "adapter"),
+    ):
+        assert not any(module.training for module in again.modules())
+        assert torch.equal(logits(again), logits(reft))
+        before = again.adapter_state_dict()["interventions.0.0.basis"].clone()
+        optimizer = torch.optim.SGD([p for p in again.parameters() if p.requires_grad], 0.1)
+        again.train()(
+            **BATCH, labels=BATCH["input_ids"], prompt_mask=BATCH["attention_mask"].bool()
+        ).loss.backward()
+        optimizer.step()
+        assert not torch.equal(again.adapter_state_dict()["interventions.0.0.basis"], before)
+
+
 def test_a_classifier_comes_with_its_head_and_number_of_labels(tmp_path):
     base = tiny.model("bert")
     BertModel(base.config).save_pretrained(tmp_path / "encoder")  # a checkpoint without a head

@@ -798,7 +798,7 @@ class ReftModel(nn.Module):
         token: str | bool | None = None,
         **loading: Any,
     ) -> ReftModel:
-        """Attach a saved adapter.
+        """Attach a saved adapter, in evaluation mode: without dropout, until ``train()`` is called.
 
         Args:
             base_model: the model it was trained on; or the adapter's name, which loads that model too.
@@ -835,7 +835,7 @@ class ReftModel(nn.Module):
             if config.partitions:
                 reft.adapters.check_new(dict.fromkeys(config.partitions))
             reft._insert(partitions_of(reft.adapters.first))
-        return reft
+        return reft.eval()
 
 
 def _put(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str = "") -> None:
