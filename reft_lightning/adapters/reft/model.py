@@ -40,13 +40,14 @@ from ...base_models.stacks import DECODER, stacks_of
 from ...base_models.vision import image_tokens
 from ...interventions import INTERVENTIONS, Intervention, rotations
 from ...storage.reading import naming
+from ...suggest import did_you_mean
 from ..adapted import ParameterCount
 from ..arguments import forward_inputs, known_arguments, left_padded_inputs
 from ..attaching import all_or_nothing, attaching, check_base, detached, shown
 from ..first_values import FirstValues, fill
 from ..masks import Spans, marked, spans_of, spans_of_labels
 from ..plain import plain
-from ..saving import check_fit, load_adapter, save_adapter, tensors_of
+from ..saving import check_fit, load_adapter, save_adapter, tensors_of, warn_of_half
 from .adapter import Adapter
 from .adapter_set import DEFAULT, AdapterSet, partitions_of
 from .base_of import load_base_of
@@ -208,11 +209,13 @@ class ReftModel(nn.Module):
         name: str | PathLike,
         adapter_name: str,
         *,
-        positions: MaskFunction | None = None,
+        positions: str | MaskFunction | None = None,
         strict: bool = True,
         revision: str | None = None,
         subfolder: str | None = None,
         token: str | bool | None = None,
+        cache_dir: str | PathLike | None = None,
+        local_files_only: bool = False,
     ) -> None:
         """Add a saved adapter, or put its tensors into one that is there and was attached in the same way.
 
@@ -223,9 +226,11 @@ class ReftModel(nn.Module):
             ValueError: for what :meth:`from_pretrained` rejects, or an adapter of that name that is another one.
         """
         self._check_attached()
-        config, state = load_adapter(name, positions, revision=revision, subfolder=subfolder, token=token)
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        config, state = load_adapter(name, positions, revision=revision, subfolder=subfolder, **hub)
         if strict:
             check_architecture(self.base_model, config.architecture)
+        warn_of_half(name, subfolder, self.base_model)
         if adapter_name in self.adapters:
             self._swap(adapter_name, config, state)
             return
@@ -791,11 +796,13 @@ class ReftModel(nn.Module):
         base_model: PreTrainedModel | str | PathLike,
         name: str | PathLike | None = None,
         *,
-        positions: MaskFunction | None = None,
+        positions: str | MaskFunction | None = None,
         strict: bool = True,
         revision: str | None = None,
         subfolder: str | None = None,
         token: str | bool | None = None,
+        cache_dir: str | PathLike | None = None,
+        local_files_only: bool = False,
         **loading: Any,
     ) -> ReftModel:
         """Attach a saved adapter, in evaluation mode: without dropout, until ``train()`` is called.
@@ -803,12 +810,15 @@ class ReftModel(nn.Module):
         Args:
             base_model: the model it was trained on; or the adapter's name, which loads that model too.
             name: a folder, or the name of a repository on the Hugging Face hub.
-            positions: the callable, where the adapter was trained with one.
+            positions: the callable, where the adapter was trained with one; or other positions than those that it was
+                trained with, of all layers without their own.
             strict: whether the model must have the architecture, number of layers and width of the one that the
                 adapter was trained on; otherwise its tensors must fit, no more.
             revision: of the adapter's repository: a branch, tag or commit.
             subfolder: of its folder or repository.
             token: for private repositories, also that of the base model.
+            cache_dir: of what comes from the hub, the base model too; None for the hub's own.
+            local_files_only: whether to ask no hub, only what is in that cache.
             **loading: arguments of the base model's own ``from_pretrained`` (``dtype``, ``device_map``), where it is
                 loaded here.
 
@@ -817,19 +827,27 @@ class ReftModel(nn.Module):
             FileNotFoundError: if it, or the base model that it names, cannot be found; says what was tried.
         """
         named = isinstance(base_model, str | PathLike)  # the adapter, and by it the base model
-        if named == (name is not None) or (loading and not named):
+        if named == (name is not None):
             raise ValueError(
-                "give from_pretrained(base_model, name), or from_pretrained(name), which loads the base model too and "
-                f"takes its arguments; got {shown(base_model)}, {name!r} and {', '.join(loading) or 'no arguments'}"
+                "give from_pretrained(base_model, name), or from_pretrained(name), which loads the base model too; got "
+                f"{shown(base_model)} and {name!r}"
+            )
+        if loading and not named:
+            own = [key for key in inspect.signature(cls.from_pretrained).parameters if key != "loading"]
+            raise ValueError(
+                f"from_pretrained(base_model, name) takes no {', '.join(loading)}: the base model is loaded already, "
+                f"and what its loading takes goes with from_pretrained(name){did_you_mean(next(iter(loading)), own)}"
             )
         source: Any = base_model if named else name
         if not named:
             check_base(base_model)
-        config, state = load_adapter(source, positions, revision=revision, subfolder=subfolder, token=token)
-        model: Any = load_base_of(config, token=token, **loading) if named else base_model
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        config, state = load_adapter(source, positions, revision=revision, subfolder=subfolder, **hub)
+        model: Any = load_base_of(config, **hub, **loading) if named else base_model
         with naming(source), all_or_nothing(model):
             if strict:
                 check_architecture(model, config.architecture)
+            warn_of_half(source, subfolder, model)
             reft = cls(model, config)
             reft.load_adapter_state_dict(state)
             if config.partitions:
