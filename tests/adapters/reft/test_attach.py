@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -192,6 +193,26 @@ def test_embeddings_may_be_given_for_tokens():
     embeds = reft.base_model.get_input_embeddings()(BATCH["input_ids"])
     got = reft(inputs_embeds=embeds, attention_mask=BATCH["attention_mask"])
     assert torch.equal(got.logits, reft(**BATCH).logits)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "0.5", True, torch.ones(2)])
+def test_a_scale_that_is_no_finite_number_is_refused_when_it_is_set(
+    value,
+):  # NaN was saved, and could not be loaded
+    reft = attach()
+    reft.add_adapter("style", "direft", rank=2)
+    with pytest.raises(ValueError, match="scale must be a finite number; got"):
+        reft.scale = value
+    with pytest.raises(ValueError, match="scale must be a finite number; got"):
+        reft.adapters["style"].scale = value
+    assert reft.scale == reft.adapters["style"].scale == 1
+
+
+def test_a_scale_of_torch_or_numpy_is_a_number():
+    reft = attach()
+    for value in (torch.tensor(-0.5), np.float32(-0.5)):
+        reft.scale = value
+        assert (reft.scale, type(reft.saved_config().scale)) == (-0.5, float)
 
 
 def test_without_an_attention_mask_every_token_is_real():
