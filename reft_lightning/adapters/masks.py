@@ -126,6 +126,13 @@ def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | Non
     return Spans(prompt, real & ~prompt)
 
 
+def asked_again(spans: Spans, labels: Tensor) -> bool:
+    """Whether a row has tokens without a label between two with one: the questions of a conversation."""
+    labelled = labels != -100
+    before_another = labelled.flip(-1).cumsum(-1).flip(-1) > 0
+    return bool((spans.target & ~labelled & before_another).any())
+
+
 def spans_of_labels(labels: Tensor, attention: Tensor | None) -> Spans:
     """Split what the decoder of an encoder-decoder reads into prompt and target, by what it learns to write.
 

@@ -107,7 +107,7 @@ class AsPretrained(PreTrainedModel):
             return None
         spans = spans_of(torch.ones_like(labels) if attention is None else attention, labels, None)
         choices, _ = self.reft.adapters.chosen_by(kwargs.get("adapter_names"), len(labels))
-        self.reft.check_prompts(spans, choices)
+        self.reft.check_prompts(spans, labels, choices)
         return args, {**kwargs, "prompt_mask": spans.prompt}
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

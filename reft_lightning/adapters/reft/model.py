@@ -45,7 +45,7 @@ from ..adapted import ParameterCount
 from ..arguments import forward_inputs, known_arguments, left_padded_inputs
 from ..attaching import all_or_nothing, attaching, check_base, detached, shown
 from ..first_values import FirstValues, fill
-from ..masks import Spans, marked, spans_of, spans_of_labels
+from ..masks import Spans, asked_again, marked, spans_of, spans_of_labels
 from ..plain import plain
 from ..saving import check_fit, load_adapter, save_adapter, tensors_of, warn_of_half
 from .adapter import Adapter
@@ -84,6 +84,7 @@ class ReftModel(nn.Module):
         self.base_model: Any = base_model
         self._noted = config  # by the base model; the first adapter may be deleted
         self._enabled, self._nulled = True, False
+        self._asked_again = False  # whether a warning of labels with gaps was given
         self._idle: int | None = 0  # passes that edited nothing; None once one did, or a warning was given
         self._compiled: Callable[..., Any] | None = None  # the base model's forward
         self.penalty_weight = 1.0  # of what interventions add to the loss
@@ -389,8 +390,8 @@ class ReftModel(nn.Module):
         else:
             spans = spans_of(attention, written, prompt_mask)
         chosen = self.adapters.chosen_by(adapter_names, len(tokens))
-        if prompt_mask is None and written is not None:
-            self.check_prompts(spans, chosen[0])
+        if prompt_mask is None and written is not None and not self._reads_two:
+            self.check_prompts(spans, written, chosen[0])
         spans = self._with_marks(
             spans, chosen[0], input_ids, kwargs.get("inputs_embeds"), edit_mask, image_mask
         )
@@ -534,14 +535,23 @@ class ReftModel(nn.Module):
             return torch.zeros(input_ids.shape, dtype=torch.bool)
         return torch.isin(input_ids, torch.tensor(self._image_tokens, device=input_ids.device))
 
-    def check_prompts(self, spans: Spans, choices: Sequence[Choice]) -> None:
-        """Reject rows without a prompt where the positions of a chosen adapter ask for one."""
+    def check_prompts(self, spans: Spans, labels: Tensor, choices: Sequence[Choice]) -> None:
+        """Reject rows without a prompt where the positions of a chosen adapter ask for one, and warn of several."""
         needy = [str(spec) for spec in self._positions_of(choices) if spec.needs_prompt]
         empty = (spans.target.any(-1) & ~spans.prompt.any(-1)).nonzero().flatten().tolist()
         if needy and empty:
             raise ValueError(
                 f"rows {empty} have a label on their first token, so no prompt for the positions {needy[0]!r}: set the "
                 "labels of the prompt to -100, or pass prompt_mask"
+            )
+        apart = [str(spec) for spec in self._positions_of(choices) if str(spec) not in ("all", "given")]
+        if apart and not self._asked_again and asked_again(spans, labels):
+            self._asked_again = True
+            log.warning(
+                "the labels of a row have gaps, as those of several answers do: for the positions %s its prompt ends "
+                "before the first of them, and what is asked later counts as answer, which a generation reads as "
+                "prompt. Write a row for each answer, or pass prompt_mask",
+                apart[0],
             )
 
     def _positions_of(self, choices: Sequence[Choice]) -> list[Positions]:

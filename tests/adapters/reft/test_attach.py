@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 import reft_lightning as rl
 from reft_lightning.adapters.reft.measuring import saved_interventions
+from reft_lightning.integrations.transformers import as_pretrained
 
 
 def attach(method="loreft", **settings):
@@ -186,6 +187,31 @@ def test_forward_refuses_what_it_cannot_place():
         reft(**BATCH, labels=ids[:, -2:])
     with pytest.raises(ValueError, match="prompt_mask must have the shape"):
         reft(**BATCH, prompt_mask=torch.ones(2, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("positions", ["f1+l1", "decode:2", "all"])
+@pytest.mark.parametrize("wrap", [lambda reft: reft, as_pretrained])
+def test_labels_with_gaps_are_warned_of_once_where_they_change_what_a_prompt_is(positions, wrap, caplog):
+    ids = torch.stack(tiny.rows(9, 9))
+    conversation, answer = torch.full_like(ids, -100), torch.full_like(ids, -100)
+    conversation[1, 2:4], conversation[1, 6:8] = (
+        ids[1, 2:4],
+        ids[1, 6:8],
+    )  # question, answer, question, answer
+    conversation[0, 5:8] = answer[:, 5:8] = ids[0, 5:8]
+    for labels, warnings in (
+        (answer, 0),
+        (conversation, positions != "all"),
+        (conversation, positions != "all"),
+    ):
+        wrap(reft := attach(positions=positions).train())(input_ids=ids, labels=labels)
+        wrap(reft)(input_ids=ids, labels=labels)
+        assert len(caplog.records) == warnings
+        assert warnings == 0 or f"for the positions {positions} its prompt ends" in caplog.text
+        caplog.clear()
+    told = torch.arange(9).expand(2, 9) < 6  # by the caller
+    wrap(reft)(input_ids=ids, labels=conversation, prompt_mask=told)
+    assert not caplog.records
 
 
 def test_embeddings_may_be_given_for_tokens():
