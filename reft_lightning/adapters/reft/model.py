@@ -62,6 +62,15 @@ from .sites import Site, hook_at
 log = logging.getLogger(__name__)
 CACHES = ("past_key_values", "cache_params", "state", "mems")  # what base models call what they have read
 DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # of speculative decoding
+INSTEAD = {  # words of PEFT and pyreft
+    "add_weighted_adapter": "set_adapter({name: weight, ...})",
+    "get_base_model": "base_model",
+    "merge_and_unload": "reft_lightning.merge(reft), where a weight can hold the edits",
+    "model": "base_model",
+    "save": "save_pretrained(folder)",
+    "set_device": "to(device)",
+    "unload": "detach()",
+}
 IDLE_PASSES = 8  # without training, after which a warning says that no pass has edited anything
 
 _REPLACING = threading.RLock()  # held while attributes of a base model are replaced, which all threads see
@@ -702,6 +711,21 @@ class ReftModel(nn.Module):
         """Likewise of images: in a generation, before the base model's first pass."""
         call = call_of(self)
         return None if call is None or not self._enabled else edit_images(call, place, hidden)
+
+    def __getattr__(self, name: str) -> Any:
+        """Name, for what there is not, the counterpart of another library's word, or where it is."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            base, hint = vars(self).get("_modules", {}).get("base_model"), ""
+            if name in INSTEAD:
+                hint = f"; here it is {INSTEAD[name]}"
+            elif not name.startswith("_") and (hasattr(type(base), name) or name in vars(base or self)):
+                hint = (
+                    f"; its base_model has: reft.base_model.{name}. What asks for a model of transformers takes "
+                    "integrations.transformers.as_pretrained(reft)"
+                )
+            raise AttributeError(f"{error}{hint}", name=name, obj=self) from None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled": None}  # compiled code neither pickles nor copies

@@ -221,6 +221,31 @@ def test_embeddings_may_be_given_for_tokens():
     assert torch.equal(got.logits, reft(**BATCH).logits)
 
 
+def test_words_of_other_libraries_are_answered_with_ours():
+    reft = attach()
+    for name, said in (
+        ("merge_and_unload", "here it is reft_lightning.merge(reft), where a weight can hold the edits"),
+        ("get_base_model", "here it is base_model"),
+        (
+            "gradient_checkpointing_enable",
+            "its base_model has: reft.base_model.gradient_checkpointing_enable. What",
+        ),
+        (
+            "generation_config",
+            "its base_model has: reft.base_model.generation_config. What asks for a model of",
+        ),
+        ("can_generate", "takes integrations.transformers.as_pretrained(reft)"),
+        ("scales", "'ReftModel' object has no attribute 'scales'"),  # Python itself names the nearest
+    ):
+        assert not hasattr(reft, name)
+        with pytest.raises(AttributeError) as found:
+            getattr(reft, name)
+        assert said in str(found.value)
+        assert (found.value.name, found.value.obj) == (name, reft)
+    with pytest.raises(AttributeError, match="_modules"):  # before it is built
+        rl.ReftModel.__new__(rl.ReftModel)._modules  # noqa: B018
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "0.5", True, torch.ones(2)])
 def test_a_scale_that_is_no_finite_number_is_refused_when_it_is_set(
     value,
