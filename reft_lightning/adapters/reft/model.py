@@ -812,17 +812,43 @@ class ReftModel(nn.Module):
         adapter = self.adapters.first if adapter_name is None else self.adapters[adapter_name]
         return replace(adapter.config, scale=adapter.scale, partitions=dict(adapter.partitions))
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
-        """Save the adapter and upload it to the Hugging Face hub; needs a login."""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> None:
+        """Save the adapter and upload it to the Hugging Face hub; needs a login.
+
+        Args:
+            repo_id: ``OWNER/NAME``; created if there is none.
+            private: whether a new repository is private; None for the owner's default.
+            token: None for that of the login.
+            revision: a branch, created if there is none; None for ``main``.
+            commit_message: None for the hub's.
+            create_pr: whether to open a pull request with the files instead.
+        """
         import tempfile
 
         from huggingface_hub import HfApi
 
-        api = HfApi(token=kwargs.pop("token", None))
-        api.create_repo(repo_id, exist_ok=True, **kwargs)
+        api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            api.upload_folder(repo_id=repo_id, folder_path=folder)
+            api.create_repo(repo_id, exist_ok=True, private=private)
+            if revision is not None and not revision.startswith("refs/pr"):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
 
     @classmethod
     def from_pretrained(
