@@ -41,7 +41,7 @@ def download(
                     revision=revision,
                     subfolder=subfolder,
                     token=token,
-                    cache_dir=cache_dir,
+                    cache_dir=None if cache_dir is None else Path(cache_dir),
                     local_files_only=local_files_only,
                 )
             )
