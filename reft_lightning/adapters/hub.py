@@ -8,9 +8,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from .reft.config import CONFIG_FILE
+
 MEANT = {401: "it is private, or does not exist: give token=, or log in", 403: "your token may not read it",
          404: "there is none"}  # fmt: skip
 LONGEST = 200  # characters of a reason
+READERS = {  # files of other libraries, and who reads them
+    "intkey_*.bin": "pyreft's adapters are read by rl.from_pyreft(model, folder, positions=...)",
+    "adapter_model.*": "peft's adapters are read by peft: PeftModel.from_pretrained(model, folder)",
+    "adapter_config.json": "those of AdapterHub's adapters are read by rl.from_adapters(model, folder)",
+}
 
 
 def download(
@@ -71,7 +78,9 @@ def check_holds(folder: Path, *needed: str) -> None:
             there = "no such folder"
             if folder.is_dir():
                 there = f"there is {', '.join(sorted(path.name for path in folder.iterdir())) or 'nothing'}"
-            raise FileNotFoundError(f"{folder} does not hold an adapter: {file} is missing; {there}")
+            readers = [reader for theirs, reader in READERS.items() if any(folder.glob(theirs))]
+            hint = f"; {readers[0]}" if readers and file == CONFIG_FILE else ""
+            raise FileNotFoundError(f"{folder} does not hold an adapter: {file} is missing; {there}{hint}")
 
 
 @contextmanager

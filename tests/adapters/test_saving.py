@@ -148,6 +148,23 @@ def test_a_folder_without_an_adapter_says_what_is_there(tmp_path):
         rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("files", "reader"),
+    [
+        (["config.json", "intkey_layer.0.bin"], "rl.from_pyreft(model, folder, positions=...)"),
+        (["adapter_config.json", "adapter_model.safetensors"], "PeftModel.from_pretrained(model, folder)"),
+        (["adapter_config.json", "pytorch_adapter.bin"], "rl.from_adapters(model, folder)"),
+    ],
+)
+def test_a_folder_of_another_library_says_what_reads_it(files, reader, tmp_path):
+    for file in files:
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(
+        FileNotFoundError, match=rf"reft_config.json is missing; there is .*{re.escape(reader)}$"
+    ):
+        rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
+
+
 @pytest.mark.parametrize("name", ["nobody/no-such-adapter", "not a name", "missing/folder/here"])
 def test_a_name_that_is_nowhere_says_so(name, monkeypatch):
     import huggingface_hub.constants
