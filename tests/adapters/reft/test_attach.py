@@ -214,6 +214,19 @@ def test_labels_with_gaps_are_warned_of_once_where_they_change_what_a_prompt_is(
     assert not caplog.records
 
 
+@pytest.mark.parametrize("name", ["edit_mask", "prompt_mask"])
+def test_a_mask_of_strengths_is_refused(name):  # each but 0 counted as 1
+    reft = attach(positions="given" if name == "edit_mask" else "f1+l1")
+    marked = BATCH["attention_mask"].bool()
+    for whole in (marked, marked.long(), marked.float()):
+        assert torch.equal(reft(**BATCH, **{name: whole}).logits, reft(**BATCH, **{name: marked}).logits)
+    for run in (reft, reft.generate):
+        with pytest.raises(
+            ValueError, match=f"{name} says which tokens, by 0 and 1, and holds other numbers"
+        ):
+            run(**BATCH, **{name: 0.5 * marked.float()})
+
+
 def test_embeddings_may_be_given_for_tokens():
     reft = attach()
     embeds = reft.base_model.get_input_embeddings()(BATCH["input_ids"])
