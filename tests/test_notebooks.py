@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, each in a fresh kernel of this environment; git holds none of their outputs."""
 
+import ast
 import os
 import re
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
@@ -71,9 +73,19 @@ def test_a_notebook_is_valid_and_holds_no_output(name):
             assert cell.execution_count is None
 
 
+def code_of(name):
+    return [cell.source for cell in read(name).cells if cell.cell_type == "code"]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_every_cell_of_a_notebook_is_python(name):
+    for source in code_of(name):
+        ast.parse(TransformerManager().transform_cell(source))
+
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_asserts_what_it_claims(name):
-    code = [cell.source for cell in read(name).cells if cell.cell_type == "code"]
+    code = code_of(name)
     assert sum(len(re.findall(r"^\s*assert ", source, re.MULTILINE)) for source in code) >= 3
 
 

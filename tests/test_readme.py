@@ -342,8 +342,8 @@ def check_make(arguments, run, monkeypatch):
 
 
 def check_pip(arguments, run, monkeypatch):
-    assert arguments[0] in ("install", "download")
-    for extras in re.findall(r"reft_lightning\[([\w,]+)\]", " ".join(arguments)):
+    assert arguments[0] in ("install", "wheel")
+    for extras in re.findall(r"(?:reft_lightning|\.)\[([\w,]+)\]", " ".join(arguments)):
         assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys()
 
 

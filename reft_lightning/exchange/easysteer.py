@@ -58,8 +58,8 @@ def to_easysteer(reft: ReftModel, folder: str | PathLike) -> None:
         for terms, phi in zip(groups, reft.interventions[str(layer)], strict=True):
             if not isinstance(phi, Subspace) or not phi.edits_tokens:
                 raise ValueError(
-                    f"{where}: {spec.method!r} is not low-rank, and EasySteer's loreft payload holds U and V of "
-                    "edit(h) = U'(V h + c)"
+                    f"{where}: {spec.method!r} is not of the form U'(V h + c) of the six low-rank methods, which "
+                    "EasySteer's loreft payload holds"
                 )
             U, V, c = (tensor.detach().float() for tensor in phi.affine())
             vectors.append({

@@ -67,8 +67,7 @@ class AsPretrained(PreTrainedModel):
                 setattr(self, name, getattr(base, name))
         takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(base.forward).parameters.values())
         self.accepts_loss_kwargs = getattr(base, "accepts_loss_kwargs", takes_any)
-        self.reft = reft
-        self.training = reft.training
+        self.reft, self.training = reft, reft.training
         self.register_forward_pre_hook(self._find_prompt, with_kwargs=True)
 
     # --- forward and generate ------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ class Subspace(Intervention):
         """Set the parameters to where Phi(h) = h."""
         activated = f" with act_fn={self.act_fn!r}" if self.act_fn else ""
         raise ValueError(
-            f"{type(self).__name__}{activated} is the identity for no parameters: init must be 'paper'"
+            f"{type(self).__name__}{activated} has no start at the identity: init must be 'paper'"
         )
 
     def affine(self) -> tuple[Tensor, Tensor, Tensor]:  # (r, d), (r, d), (r,)

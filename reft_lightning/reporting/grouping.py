@@ -267,7 +267,7 @@ def _remarks(comparison: Comparison) -> list[str]:
         if several:
             said.append(
                 f"{several}, all scored on test rows: to choose among them here is to choose by the test split; choose "
-                "by validation (--split validation)"
+                "by validation (split=validation)"
             )
     for name, word in (
         ("device", "devices: seconds and tokens/s cannot be compared"),

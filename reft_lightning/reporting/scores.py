@@ -80,7 +80,7 @@ def _correlation(total: Array, x: Array, y: Array, xx: Array, yy: Array, xy: Arr
 
 @dataclass(frozen=True, eq=False)
 class Matthews:
-    """Matthews' correlation of classes, see `evaluation.labels.matthews`; 0 where it is undefined."""
+    """Matthews' correlation of classes, see `evaluation.classifier_metrics.matthews`; 0 where it is undefined."""
 
     said: np.ndarray  # (n,) classes 0..c-1
     gold: np.ndarray  # (n,)

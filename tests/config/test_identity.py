@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import importlib.util
+from pathlib import Path
 
 import pytest
 from lightning import Callback
@@ -10,6 +12,7 @@ from reft_lightning.config.compose import compose
 from reft_lightning.config.identity import config_hash, differences, identity
 from reft_lightning.config.schema import WATCHING, keys
 
+ROOT = Path(__file__).parents[2]
 TINY = ["model=tiny_random", "data=boolq"]
 LOCAL = ["data.source=local", "data.path=rows"]
 
@@ -113,3 +116,17 @@ def test_callbacks_that_only_watch_exist(path):
     }
     cls = getattr(importlib.import_module(home[package]), name)
     assert issubclass(cls, Callback)
+
+
+def test_the_page_of_keys_says_which_identify_a_run():
+    spec = importlib.util.spec_from_file_location("generated", ROOT / "docs" / "hooks" / "generated.py")
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    cells = [line.split(" | ") for line in page.keys().splitlines() if line.startswith("| `")]
+    said = {key.strip("| `"): (word, default) for key, _, default, word, *_ in cells}
+    assert said["data.path"][0] == "but for a place of this machine"
+    assert said["callbacks"][0] == "but for those that only watch"
+    counted = identity(config()).keys()
+    no = {key for key, (word, _) in said.items() if word == "no"}
+    empty = {key for key, (_, default) in said.items() if default == "`{}`"}  # has no key by itself
+    assert no - empty == said.keys() - counted - empty

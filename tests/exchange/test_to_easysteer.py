@@ -99,7 +99,11 @@ def test_the_digest_is_of_kind_names_shapes_bytes_and_layer(tmp_path):
     [
         ({"component": "mlp_output"}, "layer 0: EasySteer edits the output of blocks only; got 'mlp_output'"),
         ({"act_fn": "relu"}, "act_fn='relu' is not an affine function"),
-        ({"method": "red", "rank": None}, "layer 0: 'red' is not low-rank"),
+        ({"method": "red", "rank": None}, r"layer 0: 'red' is not of the form U'\(V h \+ c\)"),
+        (
+            {"method": "das", "positions": "l1"},
+            "layer 0: 'das' is not of the form",
+        ),  # low-rank, of another text's h
         ({"tied": "position"}, "layer 0: tied='position'"),
         ({"positions": lambda prompt, target: prompt}, "takes no position function"),
         ({"heads": ["lm_head"]}, r"this adapter trained \['lm_head'\]"),

@@ -8,7 +8,7 @@ import pytest
 
 # a full disk and a cache that cannot be written are mounts of their own, which need root
 EACH = [
-    ("kill", 0.3), ("kill", 0.62), ("kill_anytime", 0.8), ("sigterm", 0.62), ("ctrl_c", 0.02), ("ctrl_c", 0.7),
+    ("kill", 0.3), ("kill", 0.62), ("kill_anytime", 0.4), ("sigterm", 0.62), ("ctrl_c", 0.02), ("ctrl_c", 0.7),
     ("out_of_memory", 0.5), ("nan_loss", 0.9), ("nan_gradient", 0.7), ("loader_worker_killed", 0.3),
     ("rank_0_killed", 0.5), ("rank_1_killed", 0.6),
 ]  # fmt: skip

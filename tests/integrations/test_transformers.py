@@ -82,6 +82,16 @@ def trainer(model, folder, dataset=None, **arguments):
     )
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_it_is_in_the_mode_that_the_model_is_in(training):
+    reft = attached(dropout=0.5).train(training)
+    model = as_pretrained(reft)
+    assert (model.training, reft.training) == (training, training)
+    if not training:  # a pass without labels, which training refuses
+        ids = batch_of(rows())["input_ids"]
+        assert torch.equal(model(ids).logits, reft(ids).logits)
+
+
 # --- Trainer -------------------------------------------------------------------------------------------------------
 
 
@@ -330,14 +340,10 @@ def test_it_computes_what_the_reft_model_computes(family):
         assert torch.equal(model.generate(ids, **new), reft.generate(ids, **new))
 
 
-def test_it_is_in_the_mode_of_the_reft_model():
+def test_labels_are_not_asked_for_once_the_reft_model_is_in_evaluation_mode():
     ids = torch.stack(tiny.rows(6, 6))
-    reft = attached(dropout=0.5).eval()
+    reft = attached(dropout=0.5).train()
     model = as_pretrained(reft)
-    assert not model.training
-    torch.testing.assert_close(model(ids).logits, reft(ids).logits, rtol=0, atol=0)  # nothing to train: no labels
-    model = as_pretrained(reft.train())
-    assert model.training
     reft.eval()
     torch.testing.assert_close(model(ids).logits, reft(ids).logits, rtol=0, atol=0)
 

@@ -44,7 +44,10 @@ class TestMethods:
             write_run(tmp_path / f"test_{rank}", settings=run)
             write_run(tmp_path / f"val_{rank}", settings=run, split="validation")
         test, validation = report(tmp_path).comparisons
-        assert any("loreft in 2 configurations, all scored on test rows" in note for note in test.notes)
+        (note,) = (
+            note for note in test.notes if "loreft in 2 configurations, all scored on test rows" in note
+        )
+        assert "(split=validation)" in note  # as `reft-report` takes its arguments
         assert not any("configurations" in note for note in validation.notes)
 
     def test_places_logging_and_stages_make_no_other_method(self, tmp_path):

@@ -120,10 +120,7 @@ def test_the_table_shows_base_and_adapter_with_intervals():
 def test_a_narrow_terminal_shows_every_score_and_tells_the_cost_below():
     text = table(width=80)
     lines = text.splitlines()
-    assert (
-        max(map(len, lines[: lines.index("frozen base, boolq: no answer in 2 of 10 rows")]))
-        <= 80
-    )
+    assert max(map(len, lines[: lines.index("frozen base, boolq: no answer in 2 of 10 rows")])) <= 80
     assert "50.0 [23.7, 76.3]" in text
     assert "80.0 [49.0, 94.3]" in text
     assert "loreft: 1,234 trained, 0.500 % of base" in lines

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import short_runs
@@ -190,6 +191,7 @@ def stop_process(signal_number, ready, cwd, root, *arguments):
     process = subprocess.Popen(
         command, cwd=cwd, env=os.environ | {"PYTHONPATH": str(root)},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # jobs of a shell's background ignore it
     )  # fmt: skip
     until = time.monotonic() + 120
     while not (ready.is_file() and ready.stat().st_mtime_ns > before) and time.monotonic() < until:

@@ -353,6 +353,14 @@ def test_with_a_key_a_run_is_online(tmp_path, anew, monkeypatch):
     assert mode_of(tmp_path) == "online"
 
 
+@pytest.mark.parametrize(("offline", "disabled", "expected"), [
+    (False, False, "online"), (True, False, "offline"), (False, True, "offline"),
+])  # fmt: skip
+def test_next_to_an_open_run_a_run_has_its_mode(tmp_path, anew, monkeypatch, offline, disabled, expected):
+    monkeypatch.setattr(wandb_library, "run", SimpleNamespace(offline=offline, disabled=disabled))
+    assert mode_of(tmp_path) == expected
+
+
 @pytest.mark.parametrize(
     ("server", "machine", "expected"),
     [

@@ -10,6 +10,7 @@ prompt:S   a share S of them, evenly spread, the last included  unbounded
 image      the tokens of the prompt that images fill            unbounded
 image:S    a share S of those, evenly spread                    unbounded
 text       the tokens of the prompt that no image fills         unbounded
+text:S     a share S of those                                   unbounded
 given      those of the prompt that ``edit_mask`` marks         unbounded
 given:S    a share S of those                                   unbounded
 critical:N the N tokens of the prompt that the others attend to unbounded

@@ -246,7 +246,8 @@ def test_a_forward_pass_over_rows_padded_on_the_left_is_the_first_of_the_base_s_
     expected = base.generate(**inputs, **settings).logits[0]
     reft = attached(base)
     with reft.disabled():
-        assert torch.equal(first(reft, **inputs)[:, -1], expected)
+        # products of one column and of all are rounded otherwise on some processors
+        torch.testing.assert_close(first(reft, **inputs)[:, -1], expected)
 
 
 # --- columns ------------------------------------------------------------------------------------------------------

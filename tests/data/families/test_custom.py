@@ -208,8 +208,14 @@ class TestConversations:
     @pytest.mark.parametrize(
         ("messages", "words"),
         [
-            ([{"role": [], "content": "Hi"}], r"the role of a message must be one of system, user, .*got \[\]"),
-            ([{"role": None, "content": "Hi"}], "the role of a message must be one of system, user, .*got None"),
+            (
+                [{"role": [], "content": "Hi"}],
+                r"the role of a message must be one of system, user, .*got \[\]",
+            ),
+            (
+                [{"role": None, "content": "Hi"}],
+                "the role of a message must be one of system, user, .*got None",
+            ),
             ([{"role": {}, "content": "Hi"}], r"got \{\}"),
             (
                 [{"role": "user", "content": [{"type": "image_url"}]}],
