@@ -99,7 +99,11 @@ def dpo(model, folder, **given):
 
 
 def grpo(model, folder, **given):
-    given |= {"max_steps": 2, "per_device_train_batch_size": 6, "num_generations": 2}  # rewards of the first step
+    given |= {
+        "max_steps": 2,
+        "per_device_train_batch_size": 6,
+        "num_generations": 2,
+    }  # rewards of the first step
     return trl.GRPOTrainer(
         model,
         reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
