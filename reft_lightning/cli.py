@@ -595,7 +595,14 @@ def _run_dir(options: dict[str, Any], key: str = "run") -> Path:
     if not folder.is_dir():
         raise UsageError(f"{key}={no_such_folder(folder)}")
     if not (folder / "config.yaml").is_file():
-        raise UsageError(f"{key}={folder} is not a run folder: it has no config.yaml")
+        hint = ""
+        if (folder / "reft_config.json").is_file():
+            hint = (
+                f"; it is the adapter of a run: {key}={folder.resolve().parent}"
+                if (folder.resolve().parent / "config.yaml").is_file()
+                else "; it is an adapter without its run, which reft-serve and rl.ReftModel.from_pretrained take"
+            )
+        raise UsageError(f"{key}={folder} is not a run folder: it has no config.yaml{hint}")
     return folder
 
 

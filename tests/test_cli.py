@@ -18,6 +18,7 @@ import torch
 
 import reft_lightning.runs
 from reft_lightning import cli
+from reft_lightning.adapters.reft.config import CONFIG_FILE
 from reft_lightning.config import compose
 from reft_lightning.config.explain import ALIASES
 from reft_lightning.config.schema import BOUNDS, Config, keys
@@ -589,6 +590,23 @@ def test_eval_explains_a_wrong_argument(monkeypatch, runs, folder, capsys, argum
     said = capsys.readouterr().err
     assert expected in said
     assert "usage: reft-eval" in said
+    assert runs == []
+
+
+@pytest.mark.parametrize("run", [cli.evaluate, cli.chat])
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_adapter_that_is_given_for_a_run_is_told_from_one(run, inside, monkeypatch, runs, folder, capsys):
+    adapter = folder / "adapter" if inside else folder.parent / "alone"
+    adapter.mkdir()
+    (adapter / CONFIG_FILE).write_text("{}")
+    with pytest.raises(SystemExit):
+        command(monkeypatch, run, f"run={adapter}")
+    said = (
+        f"it is the adapter of a run: run={folder}"
+        if inside
+        else "an adapter without its run, which reft-serve"
+    )
+    assert said in capsys.readouterr().err
     assert runs == []
 
 

@@ -56,6 +56,15 @@ def check_known(model: PreTrainedModel, known: frozenset[str] | None, given: Ite
             )
 
 
+def check_rows(tokens: Any) -> None:
+    """Reject what is no tensor of rows, such as all that a tokenizer returned in one argument, as pyreft takes it."""
+    if isinstance(tokens, Tensor) and tokens.ndim >= 2:
+        return
+    given = f"the shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
+    hint = "; write ** before it, as in reft(**batch)" if isinstance(tokens, Mapping) else ""
+    raise ValueError(f"tokens are a tensor of rows and columns (b, s); got {given}{hint}")
+
+
 def forward_inputs(
     model: PreTrainedModel,
     known: frozenset[str] | None,
@@ -81,6 +90,7 @@ def forward_inputs(
     tokens = input_ids if input_ids is not None else others.get("inputs_embeds")
     if tokens is None:
         raise ValueError("forward needs input_ids or inputs_embeds")
+    check_rows(tokens)
     position_ids = others.get("position_ids")
     if position_ids is None:
         position_ids = position_ids_for(model, attention_mask, tokens.shape[1], others)
@@ -116,6 +126,7 @@ def left_padded_inputs(given: dict[str, Any], model: PreTrainedModel) -> dict[st
     tokens = given.get("inputs_embeds", given.get("input_ids"))
     if tokens is None:
         raise ValueError("generate needs input_ids (or inputs), or inputs_embeds")
+    check_rows(tokens)
     shape = tokens.shape[:2]
     if "attention_mask" not in given:
         ids = "inputs_embeds" not in given

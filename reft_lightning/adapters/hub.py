@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from typing import Any
+
+from .reft.config import CONFIG_FILE
 
 MEANT = {401: "it is private, or does not exist: give token=, or log in", 403: "your token may not read it",
          404: "there is none"}  # fmt: skip
 LONGEST = 200  # characters of a reason
+READERS = {  # files of other libraries, and who reads them
+    "intkey_*.bin": "pyreft's adapters are read by rl.from_pyreft(model, folder, positions=...)",
+    "adapter_model.*": "peft's adapters are read by peft: PeftModel.from_pretrained(model, folder)",
+    "adapter_config.json": "those of AdapterHub's adapters are read by rl.from_adapters(model, folder)",
+}
 
 
 def download(
@@ -19,6 +27,8 @@ def download(
     revision: str | None = None,
     subfolder: str | None = None,
     token: str | bool | None = None,
+    cache_dir: str | PathLike | None = None,
+    local_files_only: bool = False,
 ) -> Path:
     """Return the folder of the hub's cache that holds these files of a repository.
 
@@ -30,8 +40,18 @@ def download(
     place = Path()
     for file in files:
         path = "/".join([name, "resolve", revision or "main", *([subfolder] if subfolder else []), file])
-        with _explained(name, path):
-            place = Path(hf_hub_download(name, file, revision=revision, subfolder=subfolder, token=token))
+        with _explained(name, path, local_files_only):
+            place = Path(
+                hf_hub_download(
+                    name,
+                    file,
+                    revision=revision,
+                    subfolder=subfolder,
+                    token=token,
+                    cache_dir=None if cache_dir is None else Path(cache_dir),
+                    local_files_only=local_files_only,
+                )
+            )
     return place.parent
 
 
@@ -58,11 +78,13 @@ def check_holds(folder: Path, *needed: str) -> None:
             there = "no such folder"
             if folder.is_dir():
                 there = f"there is {', '.join(sorted(path.name for path in folder.iterdir())) or 'nothing'}"
-            raise FileNotFoundError(f"{folder} does not hold an adapter: {file} is missing; {there}")
+            readers = [reader for theirs, reader in READERS.items() if any(folder.glob(theirs))]
+            hint = f"; {readers[0]}" if readers and file == CONFIG_FILE else ""
+            raise FileNotFoundError(f"{folder} does not hold an adapter: {file} is missing; {there}{hint}")
 
 
 @contextmanager
-def _explained(name: str, path: str) -> Iterator[None]:
+def _explained(name: str, path: str, local_files_only: bool = False) -> Iterator[None]:
     """Raise a FileNotFoundError that says in one line what was asked, and why nothing came."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError
@@ -80,8 +102,9 @@ def _explained(name: str, path: str) -> Iterator[None]:
         status: Any = getattr(getattr(cause, "response", None), "status_code", None)
         said = (str(cause).splitlines() or [""])[0][:LONGEST]
         reason = MEANT.get(status) or f"{type(cause).__name__}: {said}"
-        if constants.HF_HUB_OFFLINE:
-            reason = "HF_HUB_OFFLINE is set, so only the hub's cache was read"
+        if constants.HF_HUB_OFFLINE or local_files_only:
+            asked = "local_files_only=True" if local_files_only else "HF_HUB_OFFLINE"
+            reason = f"{asked} is set, so only the hub's cache was read"
         raise FileNotFoundError(
             f"{name!r} is not a folder, and {constants.ENDPOINT}/{path} could not be read: {reason}"
         ) from error

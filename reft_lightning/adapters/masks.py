@@ -93,6 +93,16 @@ class Spans:
         return replace(self, prompt=self.prompt & kept, target=self.target & kept)
 
 
+def as_mask(name: str, mask: Tensor) -> Tensor:
+    """Return a mask as bool; strengths of tokens, of which every one but 0 would count as 1, are none."""
+    if mask.is_floating_point() and not torch.equal(mask, mask.bool().to(mask.dtype)):
+        raise ValueError(
+            f"{name} says which tokens, by 0 and 1, and holds other numbers: the strength of edits is that of an "
+            "adapter (its scale) or of a row (adapter_names)"
+        )
+    return mask.bool()
+
+
 def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | None) -> Spans:
     """Split the real tokens of a batch into prompt and target.
 
@@ -113,7 +123,7 @@ def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | Non
             raise ValueError(
                 f"prompt_mask must have the shape {tuple(real.shape)}; got {tuple(prompt_mask.shape)}"
             )
-        prompt = real & prompt_mask.bool()
+        prompt = real & as_mask("prompt_mask", prompt_mask)
     elif labels is not None:
         if labels.shape != real.shape:
             raise ValueError(
@@ -124,6 +134,13 @@ def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | Non
     else:
         prompt = real
     return Spans(prompt, real & ~prompt)
+
+
+def asked_again(spans: Spans, labels: Tensor) -> bool:
+    """Whether a row has tokens without a label between two with one: the questions of a conversation."""
+    labelled = labels != -100
+    before_another = labelled.flip(-1).cumsum(-1).flip(-1) > 0
+    return bool((spans.target & ~labelled & before_another).any())
 
 
 def spans_of_labels(labels: Tensor, attention: Tensor | None) -> Spans:
@@ -161,7 +178,7 @@ def spans_of_start(tokens: Tensor, read: int, generating: bool, attention: Any) 
 
 def marked(spans: Spans, **masks: Tensor | None) -> Spans:  # (b, s) each
     """Return the spans with what is known of tokens: ``edit`` of ``edit_mask``, ``image`` of ``image_mask``."""
-    marks = {name: mask.bool() for name, mask in masks.items() if mask is not None}
+    marks = {name: as_mask(f"{name}_mask", mask) for name, mask in masks.items() if mask is not None}
     for name, mark in marks.items():
         if mark.shape != spans.prompt.shape:
             raise ValueError(

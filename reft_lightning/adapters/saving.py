@@ -150,17 +150,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def load_adapter(
     name: str | os.PathLike,
-    positions: MaskFunction | None = None,
+    positions: str | MaskFunction | None = None,
     *,
     revision: str | None = None,
     subfolder: str | None = None,
-    token: str | bool | None = None,
+    **hub: Any,  # token, cache_dir, local_files_only
 ) -> tuple[ReftConfig, dict[str, Tensor]]:
     """Read an adapter from a folder, or else from the hub: the arguments of :meth:`ReftModel.from_pretrained`."""
     folder = Path(name)
     if not folder.is_dir():
         files = (CONFIG_FILE, TENSOR_FILE)
-        folder = download(str(name), files, revision=revision, subfolder=subfolder, token=token)
+        folder = download(str(name), files, revision=revision, subfolder=subfolder, **hub)
     elif revision is not None:
         raise ValueError(f"revision={revision!r} is for the hub, and {folder} is a folder")
     else:
@@ -198,6 +198,18 @@ def load_state(folder: str | os.PathLike) -> dict[str, Tensor]:
             )
         state |= {f"{BESIDE}.{name}": tensor for name, tensor in load_state(folder / BESIDE).items()}
     return state
+
+
+def warn_of_half(folder: str | os.PathLike, subfolder: str | None, model: nn.Module) -> None:
+    """Warn of interventions that were trained together with an adapter of peft, in a model without one."""
+    beside = Path(folder, subfolder or "", BESIDE)
+    if (beside / PEFT_CONFIG_FILE).is_file() and not hasattr(model, "peft_config"):
+        log.warning(
+            "these interventions were trained together with an adapter of peft, %s, which this base model does not "
+            "have: put it in first, with PeftModel.from_pretrained(model, %r).get_base_model()",
+            beside,
+            str(beside),
+        )
 
 
 def load_saved(model: Any, folder: str | os.PathLike, state: dict[str, Tensor]) -> None:

@@ -99,7 +99,8 @@ def load_tokenizer(*, tokenizer: str | None = None, **place: Any) -> PreTrainedT
         raise ValueError("a random model has no tokenizer of its own; set tokenizer, e.g. to 'bytes'")
     where = tokenizer or lies.folder()
     try:
-        loaded = AutoTokenizer.from_pretrained(where, revision=lies.revision if tokenizer is None else None)
+        revision = lies.revision if tokenizer is None else None
+        loaded = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise OSError(_not_found("tokenizer", where, error)) from error
     return with_pad_token(loaded, where)
@@ -160,7 +161,8 @@ def load_config(
             )
         where = lies.folder()
         try:
-            loaded = AutoConfig.from_pretrained(where, revision=lies.revision)
+            # False: without it, transformers asks on standard input where a model brings code
+            loaded = AutoConfig.from_pretrained(where, revision=lies.revision, trust_remote_code=False)
         except (OSError, ValueError, StrictDataclassError) as error:
             raise OSError(_not_found("model", where, error)) from error
         if num_labels is not None:
@@ -346,6 +348,11 @@ def _random_config(arguments: dict[str, Any]) -> PretrainedConfig:
 
 
 def _not_found(what: str, where: str, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            f"the {what} {where!r} is made by code of its own, which is not run here. In Python you can attach to such "
+            "a model: rl.attach(AutoModelForCausalLM.from_pretrained(NAME, trust_remote_code=True), ...)"
+        )
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
     hint = (
         "HF_HUB_OFFLINE is set, so only the hub cache is read: unset it where the hub can be reached"

@@ -36,7 +36,7 @@ def load_processor(
         )
     where = lies.folder()
     try:
-        loaded = AutoProcessor.from_pretrained(where, revision=lies.revision)
+        loaded = AutoProcessor.from_pretrained(where, revision=lies.revision, trust_remote_code=False)
     except ImportError as error:
         raise ValueError(
             f"the processor of {where} needs a package more: pip install 'reft_lightning[vision]' ({error})"

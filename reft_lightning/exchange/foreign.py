@@ -110,4 +110,4 @@ def attached(
             base_model, method, layers=own if any(own.values()) else list(own), **common, **settings
         )
         reft.load_adapter_state_dict(state)
-        return reft
+        return reft.eval()

@@ -107,7 +107,7 @@ def from_pyreft(
                     read = _read(_file(folder, layer, site, 1, group), _class_of(type(phi)))[1]
                     state |= {f"interventions.{layer}.{group}.{key}": tensor for key, tensor in read.items()}
             reft.load_adapter_state_dict(state | head_state)
-            return reft
+            return reft.eval()
     if positions is None:
         raise ValueError(
             f"{folder}: pyreft does not save positions: pass those it was trained with, such as "

@@ -97,7 +97,7 @@ class AsPretrained(PreTrainedModel):
         attention, labels = kwargs.get("attention_mask"), kwargs.get("labels")
         if kwargs.get("prompt_mask") is not None:
             return None
-        if labels is None and self.training and self.get_output_embeddings() is not None:
+        if labels is None and self.reft.training and self.get_output_embeddings() is not None:
             raise ValueError(
                 "which tokens are prompt is read off the labels, and there are none: pass prompt_mask (b, s), a column "
                 "of the data set (Trainer takes the labels away for label_smoothing_factor and compute_loss_func)"
@@ -106,7 +106,7 @@ class AsPretrained(PreTrainedModel):
             return None
         spans = spans_of(torch.ones_like(labels) if attention is None else attention, labels, None)
         choices, _ = self.reft.adapters.chosen_by(kwargs.get("adapter_names"), len(labels))
-        self.reft.check_prompts(spans, choices)
+        self.reft.check_prompts(spans, labels, choices)
         return args, {**kwargs, "prompt_mask": spans.prompt}
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -146,6 +146,9 @@ class AsPretrained(PreTrainedModel):
             hook.remove()
         return found[-1]
 
+    def __reduce__(self) -> tuple[Any, ...]:  # its class is made for it, and stands in no module
+        return as_pretrained, (self.reft,)
+
     # --- parts of the base model ---------------------------------------------------------------------------------
 
     def get_input_embeddings(self) -> nn.Module:
@@ -155,6 +158,10 @@ class AsPretrained(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the base model's."""
         return self.reft.base_model.get_output_embeddings()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize the base model's, see transformers."""
+        return self.reft.base_model.resize_token_embeddings(*args, **kwargs)
 
     # --- files ---------------------------------------------------------------------------------------------------
 

@@ -43,6 +43,36 @@ def test_the_base_model_comes_with_the_adapter(tmp_path):
     assert half.base_model.dtype == torch.bfloat16
 
 
+def test_a_loaded_adapter_is_in_evaluation_mode_and_learns_on(tmp_path):
+    reft = saved(tmp_path, tiny.model("llama"), dropout=0.5)
+    for again in (
+        rl.ReftModel.from_pretrained(tmp_path / "adapter"),
+        rl.ReftModel.from_pretrained(tiny.model("llama").train(), tmp_path / "adapter"),
+    ):
+        assert not any(module.training for module in again.modules())
+        assert torch.equal(logits(again), logits(reft))
+        before = again.adapter_state_dict()["interventions.0.0.basis"].clone()
+        optimizer = torch.optim.SGD([p for p in again.parameters() if p.requires_grad], 0.1)
+        again.train()(
+            **BATCH, labels=BATCH["input_ids"], prompt_mask=BATCH["attention_mask"].bool()
+        ).loss.backward()
+        optimizer.step()
+        assert not torch.equal(again.adapter_state_dict()["interventions.0.0.basis"], before)
+
+
+def test_an_adapter_is_loaded_at_other_positions(tmp_path):
+    reft = saved(tmp_path, tiny.model("llama"))
+    moved = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path / "adapter", positions="l2")
+    expected = rl.attach(tiny.model("llama"), "loreft", rank=2, positions="l2").eval()
+    expected.load_adapter_state_dict(reft.adapter_state_dict())
+    assert torch.equal(logits(moved), logits(expected))
+    assert (logits(moved) - logits(reft)).abs().max() > 1e-3
+    moved.save_pretrained(tmp_path / "moved")
+    assert rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path / "moved").config.positions == "l2"
+    with pytest.raises(ValueError, match="malformed positions 'last'"):
+        rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path / "adapter", positions="last")
+
+
 def test_a_classifier_comes_with_its_head_and_number_of_labels(tmp_path):
     base = tiny.model("bert")
     BertModel(base.config).save_pretrained(tmp_path / "encoder")  # a checkpoint without a head
@@ -86,8 +116,11 @@ def test_another_head_on_the_same_backbone_is_no_other_architecture(tmp_path):
 
 def test_arguments_of_the_base_model_need_one_to_load(tmp_path):
     saved(tmp_path, tiny.model("llama"))
-    with pytest.raises(ValueError, match=r"takes its arguments; got a LlamaForCausalLM, .* and dtype"):
-        rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path / "adapter", dtype=torch.bfloat16)
+    adapter = tmp_path / "adapter"
+    with pytest.raises(ValueError, match=r"takes no dtype: the base model is loaded already"):
+        rl.ReftModel.from_pretrained(tiny.model("llama"), adapter, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"takes no revison: .*; did you mean 'revision'"):
+        rl.ReftModel.from_pretrained(tiny.model("llama"), adapter, revison="v2")
     with pytest.raises(ValueError, match=r"from_pretrained\(base_model, name\)"):
         rl.ReftModel.from_pretrained(tiny.model("llama"))
 

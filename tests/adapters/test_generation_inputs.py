@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from adapted_models import adapted
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import BatchEncoding, LlamaForCausalLM
 
 from reft_lightning.adapters.arguments import left_padded_inputs
 
@@ -93,6 +93,21 @@ def test_tokens_may_be_given_as_inputs(method):
         model.generate(LEFT["input_ids"], inputs=LEFT["input_ids"])
     with pytest.raises(ValueError, match="generate needs input_ids"):
         model.generate(**GREEDY)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_what_is_no_tensor_of_rows_is_refused(method, call):
+    run = getattr(adapted("llama", method), call)
+    for given, said in (
+        (BatchEncoding(LEFT), r"got a BatchEncoding; write \*\* before it"),  # as pyreft takes it
+        (LEFT, r"got a dict; write \*\* before it"),
+        (LEFT["input_ids"].tolist(), "got a list$"),
+        ("Hello", "got a str$"),
+        (LEFT["input_ids"][0], r"got the shape \(5,\)$"),
+    ):
+        with pytest.raises(ValueError, match=rf"a tensor of rows and columns \(b, s\); {said}"):
+            run(given)
 
 
 @pytest.mark.parametrize("method", METHODS)

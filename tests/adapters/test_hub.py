@@ -1,5 +1,6 @@
 """Adapters come from the hub by name, revision and subfolder; a hub that fails is named, with what was asked."""
 
+import copy
 import hashlib
 import http.server
 import json
@@ -131,6 +132,26 @@ def test_revision_subfolder_and_token_reach_the_hub(answers):
 def test_offline_only_the_cache_is_read_and_the_error_says_so():
     with pytest.raises(FileNotFoundError, match=r"'me/adapter' is not a folder.* HF_HUB_OFFLINE is set"):
         rl.ReftModel.from_pretrained(tiny.model("llama"), "me/adapter")
+
+
+def test_only_the_named_cache_is_read_for_the_adapter_and_its_base(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # a hub would be asked
+    base, cache = tiny.model("llama"), tmp_path / "cache"
+    base.config.name_or_path = "me/base"
+    for name, saved in (("base", base), ("adapter", rl.attach(copy.deepcopy(base), "loreft", rank=1))):
+        place = cache / f"models--me--{name}"
+        saved.save_pretrained(place / "snapshots" / "c0ffee")
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text("c0ffee")
+    found = {"cache_dir": cache, "local_files_only": True}
+    reft = rl.ReftModel.from_pretrained("me/adapter", **found)
+    reft.load_adapter("me/adapter", "again", **found)
+    assert (reft.config.base_model, reft.adapter_names) == ("me/base", ["default", "again"])
+    reason = "local_files_only=True is set, so only the hub's cache was read"
+    with pytest.raises(FileNotFoundError, match=reason):
+        rl.ReftModel.from_pretrained(
+            tiny.model("llama"), "me/adapter", cache_dir=tmp_path, local_files_only=True
+        )
 
 
 def test_a_folder_has_subfolders_and_no_revisions(tmp_path):

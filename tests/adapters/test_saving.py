@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import tiny
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import reft_lightning as rl
 from reft_lightning.adapters.reft.config import CONFIG_FILE
 from reft_lightning.adapters.saving import CARD_FILE, TENSOR_FILE, check_fit
+from reft_lightning.integrations.transformers import as_pretrained
 
 METHODS = ["loreft", "noreft", "direft", "direft_orthonormal", "consreft", "lobireft"]
 IDS = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 11, 12, 13]])
@@ -146,6 +148,23 @@ def test_a_folder_without_an_adapter_says_what_is_there(tmp_path):
         rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("files", "reader"),
+    [
+        (["config.json", "intkey_layer.0.bin"], "rl.from_pyreft(model, folder, positions=...)"),
+        (["adapter_config.json", "adapter_model.safetensors"], "PeftModel.from_pretrained(model, folder)"),
+        (["adapter_config.json", "pytorch_adapter.bin"], "rl.from_adapters(model, folder)"),
+    ],
+)
+def test_a_folder_of_another_library_says_what_reads_it(files, reader, tmp_path):
+    for file in files:
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(
+        FileNotFoundError, match=rf"reft_config.json is missing; there is .*{re.escape(reader)}$"
+    ):
+        rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
+
+
 @pytest.mark.parametrize("name", ["nobody/no-such-adapter", "not a name", "missing/folder/here"])
 def test_a_name_that_is_nowhere_says_so(name, monkeypatch):
     import huggingface_hub.constants
@@ -209,28 +228,56 @@ def test_the_model_card_says_how_to_load_and_what_was_set(tmp_path):
     assert "2404.03592" in card
 
 
-def test_push_to_hub_uploads_the_three_files(monkeypatch):
-    import huggingface_hub
-
-    uploaded = {}
+@pytest.fixture
+def uploads(monkeypatch):
+    """What is said to a pretended hub, in order."""
+    said = []
 
     class Api:
         def __init__(self, token=None):
-            uploaded["token"] = token
+            said.append(("login", token))
 
-        def create_repo(self, repo_id, exist_ok, **kwargs):
-            uploaded["repo"] = (repo_id, kwargs)
+        def create_repo(self, repo_id, *, private=None, exist_ok=False):
+            said.append(("repository", repo_id, private, exist_ok))
 
-        def upload_folder(self, repo_id, folder_path):
-            from pathlib import Path
+        def create_branch(self, repo_id, *, branch, exist_ok=False):
+            said.append(("branch", repo_id, branch, exist_ok))
 
-            uploaded["files"] = sorted(p.name for p in Path(folder_path).iterdir())
+        def upload_folder(self, *, repo_id, folder_path, revision=None, commit_message=None, create_pr=None):
+            files = {path.name for path in Path(folder_path).iterdir()}
+            said.append(("files", repo_id, files, revision, commit_message, create_pr))
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    return said
+
+
+FILES = {CARD_FILE, CONFIG_FILE, TENSOR_FILE}
+
+
+def test_push_to_hub_uploads_the_three_files(uploads):
     attached().push_to_hub("me/my-adapter", private=True, token="secret")
-    assert uploaded["repo"] == ("me/my-adapter", {"private": True})
-    assert uploaded["files"] == sorted([CARD_FILE, CONFIG_FILE, TENSOR_FILE])
-    assert uploaded["token"] == "secret"
+    assert uploads == [
+        ("login", "secret"),
+        ("repository", "me/my-adapter", True, True),
+        ("files", "me/my-adapter", FILES, None, None, False),
+    ]
+
+
+def test_a_push_may_name_a_branch_and_a_message(uploads):
+    attached().push_to_hub("me/my-adapter", revision="v2", commit_message="Train longer", create_pr=True)
+    assert uploads[2:] == [
+        ("branch", "me/my-adapter", "v2", True),
+        ("files", "me/my-adapter", FILES, "v2", "Train longer", True),
+    ]
+    as_pretrained(attached()).push_to_hub("me/my-adapter", revision="refs/pr/3")
+    assert uploads[-1] == ("files", "me/my-adapter", FILES, "refs/pr/3", None, False)
+    assert uploads[-2][0] == "repository"  # that branch is there
+
+
+def test_what_cannot_be_saved_makes_no_repository(uploads):
+    with pytest.raises(ValueError, match="has a position function"):
+        attached(layers={0: {"positions": first_token}, 1: {}}).push_to_hub("me/my-adapter")
+    assert [what for what, *_ in uploads] == ["login"]
 
 
 @pytest.mark.parametrize(

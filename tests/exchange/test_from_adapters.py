@@ -192,5 +192,6 @@ def test_a_trained_head_is_read_with_the_adapter(tmp_path):
     trained = torch.randn_like(head["classifier.out_proj.weight"])
     save_file(head | {"classifier.out_proj.weight": trained}, tmp_path / "model_head.safetensors")
     reft = rl.from_adapters(base, tmp_path, method="direft")
+    assert not any(module.training for module in reft.modules())
     assert torch.equal(reft.base_model.classifier.out_proj.weight, trained)
     assert reft.config.heads == ["classifier.out_proj"]

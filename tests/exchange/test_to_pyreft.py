@@ -74,14 +74,16 @@ def assert_same(again, reft, exact):
 def test_what_is_written_comes_back(method, tied, tmp_path):
     reft = attached(method, tied=tied, dropout=0.1)
     rl.to_pyreft(reft, tmp_path)
-    again = rl.from_pyreft(tiny.model("llama"), tmp_path).eval()
+    again = rl.from_pyreft(tiny.model("llama"), tmp_path)
+    assert not any(module.training for module in again.modules())
     assert again.config == reft.config
     assert_same(again, reft, exact=method in ("noreft", "direft"))
     # as pyreft reads it, which knows nothing of our key
     config = json.loads((tmp_path / "config.json").read_text())
     del config["reft_lightning"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    plain = rl.from_pyreft(tiny.model("llama"), tmp_path, positions="f1+l2").eval()
+    plain = rl.from_pyreft(tiny.model("llama"), tmp_path, positions="f1+l2")
+    assert not any(module.training for module in plain.modules())
     assert plain.config.tied == tied
     assert all(torch.equal(t, plain.adapter_state_dict()[n]) for n, t in again.adapter_state_dict().items())
 

@@ -1,6 +1,7 @@
 """Trainer, pipelines and Accelerate with a ReftModel: it trains, saves, loads, resumes and answers as by itself."""
 
 import copy
+import pickle
 
 import pytest
 import tiny
@@ -8,8 +9,10 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from laws import shaken
+from readme import code_with
 from safetensors.torch import load_file
 from transformers import (
+    DataCollatorForSeq2Seq,
     LlamaConfig,
     MixtralConfig,
     Trainer,
@@ -155,6 +158,30 @@ def test_without_labels_the_prompt_has_to_be_named(tmp_path):
         smoothed.train()
     dataset = rows().add_column("prompt_mask", [[True] * 5 + [False] * 4] * 8)
     trainer(as_pretrained(attached()), tmp_path, dataset, label_smoothing_factor=0.1).train()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_loss_of_one_s_own_gets_the_prompt_from_the_collator_of_the_page(side, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.padding_side = side
+    lengths = {5: 9, 3: 4, 2: 6}  # of prompts, and of prompts with their targets
+    dataset = [
+        {"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]}
+        for (prompt, whole), ids in zip(lengths.items(), ([7] * 9, [8] * 4, [9] * 6), strict=True)
+    ]
+    scope = {"collator": DataCollatorForSeq2Seq(tokenizer)}
+    definition, _, _ = code_with("def with_prompt").partition("\n\n\n")
+    exec(definition, scope)
+    reft = attached()
+    work = trainer(as_pretrained(reft), tmp_path, Dataset.from_list(dataset), label_smoothing_factor=0.1)
+    work.data_collator = scope["with_prompt"]
+    batch = work.data_collator(dataset)
+    assert batch["prompt_mask"].sum(-1).tolist() == list(lengths)
+    found = work.compute_loss(as_pretrained(reft).train(), dict(batch))
+    labels = batch.pop("labels")
+    known = reft(**batch, labels=labels)  # the prompt is read off the labels
+    expected = work.label_smoother(known, labels, shift_labels=True)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("wrap", [as_pretrained, lambda reft: reft])
@@ -311,6 +338,39 @@ def test_it_computes_what_the_reft_model_computes(family):
         ids = batch["input_ids"][:, :5]
         new = {"max_new_tokens": 3, "do_sample": False}
         assert torch.equal(model.generate(ids, **new), reft.generate(ids, **new))
+
+
+def test_labels_are_not_asked_for_once_the_reft_model_is_in_evaluation_mode():
+    ids = torch.stack(tiny.rows(6, 6))
+    reft = attached(dropout=0.5).train()
+    model = as_pretrained(reft)
+    reft.eval()
+    torch.testing.assert_close(model(ids).logits, reft(ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_the_same_model_with_parameters_of_its_own(again):
+    model = as_pretrained(attached().eval())
+    other = again(model)
+    assert (type(other).__name__, other.training) == (type(model).__name__, False)
+    ids = torch.stack(tiny.rows(6, 6))
+    expected = model(ids).logits
+    torch.testing.assert_close(other(ids).logits, expected, rtol=0, atol=0)
+    shaken(other.reft.interventions)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0)
+    assert (other(ids).logits - expected).abs().max() > 1e-3
+
+
+def test_embeddings_of_new_tokens_go_into_the_base(tmp_path):
+    reft = attached().eval()
+    ids, new = torch.stack(tiny.rows(6)), tiny.VOCABULARY + 2
+    expected = reft(ids).logits
+    model = as_pretrained(reft)
+    assert model.resize_token_embeddings(new, mean_resizing=False) is reft.base_model.get_input_embeddings()
+    assert model.config.vocab_size == new
+    torch.testing.assert_close(model(ids).logits[..., : tiny.VOCABULARY], expected, rtol=0, atol=0)
+    assert model(torch.tensor([[new - 1]])).logits.shape[-1] == new
+    assert not any(parameter.requires_grad for parameter in reft.base_model.parameters())
 
 
 def test_the_configuration_of_the_base_stays_as_it_was():

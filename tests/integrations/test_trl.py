@@ -88,6 +88,51 @@ def test_it_trains_and_saves_the_adapter_only(tmp_path, checkpointing):
     torch.testing.assert_close(again(ids).logits, reft.eval()(ids).logits, rtol=0, atol=0)
 
 
+def dpo(model, folder, **given):
+    given |= {"max_steps": 1}
+    chosen, rejected = ROWS["completion"], ["no one", "them", "all"]
+    pairs = Dataset.from_dict({"prompt": ROWS["prompt"], "chosen": chosen, "rejected": rejected})
+    settings = trl.DPOConfig(str(folder), **given)
+    return trl.DPOTrainer(
+        model, ref_model=base(), args=settings, train_dataset=pairs, processing_class=byte_tokenizer()
+    )
+
+
+def grpo(model, folder, **given):
+    given |= {
+        "max_steps": 2,
+        "per_device_train_batch_size": 6,
+        "num_generations": 2,
+    }  # rewards of the first step
+    return trl.GRPOTrainer(
+        model,
+        reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+        args=trl.GRPOConfig(str(folder), max_completion_length=6, **given),
+        train_dataset=Dataset.from_dict({"prompt": ROWS["prompt"]}),
+        processing_class=byte_tokenizer(),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked by trl
+@pytest.mark.parametrize("make", [dpo, grpo])
+def test_preferences_and_rewards_train_the_adapter_with_the_prompts_of_the_rows(make, tmp_path):
+    reft = attached()
+    before = {name: parameter.clone() for name, parameter in reft.named_parameters()}
+    given = {"learning_rate": 0.05, "report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    work = make(as_pretrained(reft), tmp_path, **given, save_strategy="no")
+    texts = []
+
+    def read(model, args, inputs):
+        for ids, prompt in zip(inputs["input_ids"], inputs["prompt_mask"], strict=True):
+            texts.append(byte_tokenizer().decode(ids[prompt], skip_special_tokens=True))
+
+    work.model.register_forward_pre_hook(read, with_kwargs=True)
+    work.train()
+    assert set(texts) == set(ROWS["prompt"])
+    changed = {name for name, p in reft.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if not name.startswith("base_model.")}
+
+
 def test_several_texts_in_a_row_are_refused(tmp_path):
     work = trainer(attached(), tmp_path, packing=True, max_length=40)
     with pytest.raises(ValueError, match="packing=False"):

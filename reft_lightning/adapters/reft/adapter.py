@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ from ...base_models.vision import image_tokens
 from ...interventions import Orthonormal, Partition, check_settings, registered
 from ...interventions.base import at_least_float32
 from ...suggest import check_choice
+from ..plain import plain
 from .config import LayerSpec, ReftConfig
 from .critical import check_attends
 from .positions import Positions, parse_positions
@@ -31,7 +33,6 @@ class Adapter(nn.Module):
 
     Attributes:
         config: what was attached.
-        scale: the strength of every edit.
         interventions: layer -> the Phi of its positions.
         sites: layer -> where they act.
         positions: layer -> P, and how its Phi are tied.
@@ -50,7 +51,8 @@ class Adapter(nn.Module):
         positions: dict[str, tuple[Positions, str]],
     ) -> None:
         super().__init__()
-        self.config, self.scale = config, config.scale
+        self.config = config
+        self.scale = config.scale
         self.interventions, self.sites, self.positions = interventions, sites, positions
         self.partitions: dict[str, list[int]] = {}
         self.layers_by_positions: dict[tuple[Positions, str], list[str]] = {}
@@ -62,6 +64,18 @@ class Adapter(nn.Module):
         self.seeing_rows = next((type(phi).__name__ for phi in phis if phi.sees_rows), None)
         self.takes_source = any(phi.takes_source for phi in phis)
         self.critical = {found for spec, _ in positions.values() if (found := spec.critical)}
+
+    @property
+    def scale(self) -> float:
+        """The strength of every edit."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: Any) -> None:
+        value = plain("scale", scale)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"scale must be a finite number; got {scale!r}")
+        self._scale = float(value)
 
     @classmethod
     def build(cls, base_model: PreTrainedModel, config: ReftConfig) -> Self:

@@ -137,7 +137,7 @@ class ReftConfig:
         return {"format": FORMAT, **values}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], positions: MaskFunction | None = None) -> ReftConfig:
+    def from_dict(cls, values: dict[str, Any], positions: str | MaskFunction | None = None) -> ReftConfig:
         """Rebuild a configuration.
 
         Raises:

@@ -40,13 +40,14 @@ from ...base_models.stacks import DECODER, stacks_of
 from ...base_models.vision import image_tokens
 from ...interventions import INTERVENTIONS, Intervention, rotations
 from ...storage.reading import naming
+from ...suggest import did_you_mean
 from ..adapted import ParameterCount
 from ..arguments import forward_inputs, known_arguments, left_padded_inputs
 from ..attaching import all_or_nothing, attaching, check_base, detached, shown
 from ..first_values import FirstValues, fill
-from ..masks import Spans, marked, spans_of, spans_of_labels
+from ..masks import Spans, asked_again, marked, spans_of, spans_of_labels
 from ..plain import plain
-from ..saving import check_fit, load_adapter, save_adapter, tensors_of
+from ..saving import check_fit, load_adapter, save_adapter, tensors_of, warn_of_half
 from .adapter import Adapter
 from .adapter_set import DEFAULT, AdapterSet, partitions_of
 from .base_of import load_base_of
@@ -61,6 +62,15 @@ from .sites import Site, hook_at
 log = logging.getLogger(__name__)
 CACHES = ("past_key_values", "cache_params", "state", "mems")  # what base models call what they have read
 DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # of speculative decoding
+INSTEAD = {  # words of PEFT and pyreft
+    "add_weighted_adapter": "set_adapter({name: weight, ...})",
+    "get_base_model": "base_model",
+    "merge_and_unload": "reft_lightning.merge(reft), where a weight can hold the edits",
+    "model": "base_model",
+    "save": "save_pretrained(folder)",
+    "set_device": "to(device)",
+    "unload": "detach()",
+}
 IDLE_PASSES = 8  # without training, after which a warning says that no pass has edited anything
 
 _REPLACING = threading.RLock()  # held while attributes of a base model are replaced, which all threads see
@@ -83,6 +93,7 @@ class ReftModel(nn.Module):
         self.base_model: Any = base_model
         self._noted = config  # by the base model; the first adapter may be deleted
         self._enabled, self._nulled = True, False
+        self._asked_again = False  # whether a warning of labels with gaps was given
         self._idle: int | None = 0  # passes that edited nothing; None once one did, or a warning was given
         self._compiled: Callable[..., Any] | None = None  # the base model's forward
         self.penalty_weight = 1.0  # of what interventions add to the loss
@@ -208,11 +219,13 @@ class ReftModel(nn.Module):
         name: str | PathLike,
         adapter_name: str,
         *,
-        positions: MaskFunction | None = None,
+        positions: str | MaskFunction | None = None,
         strict: bool = True,
         revision: str | None = None,
         subfolder: str | None = None,
         token: str | bool | None = None,
+        cache_dir: str | PathLike | None = None,
+        local_files_only: bool = False,
     ) -> None:
         """Add a saved adapter, or put its tensors into one that is there and was attached in the same way.
 
@@ -223,9 +236,11 @@ class ReftModel(nn.Module):
             ValueError: for what :meth:`from_pretrained` rejects, or an adapter of that name that is another one.
         """
         self._check_attached()
-        config, state = load_adapter(name, positions, revision=revision, subfolder=subfolder, token=token)
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        config, state = load_adapter(name, positions, revision=revision, subfolder=subfolder, **hub)
         if strict:
             check_architecture(self.base_model, config.architecture)
+        warn_of_half(name, subfolder, self.base_model)
         if adapter_name in self.adapters:
             self._swap(adapter_name, config, state)
             return
@@ -384,8 +399,8 @@ class ReftModel(nn.Module):
         else:
             spans = spans_of(attention, written, prompt_mask)
         chosen = self.adapters.chosen_by(adapter_names, len(tokens))
-        if prompt_mask is None and written is not None:
-            self.check_prompts(spans, chosen[0])
+        if prompt_mask is None and written is not None and not self._reads_two:
+            self.check_prompts(spans, written, chosen[0])
         spans = self._with_marks(
             spans, chosen[0], input_ids, kwargs.get("inputs_embeds"), edit_mask, image_mask
         )
@@ -529,14 +544,23 @@ class ReftModel(nn.Module):
             return torch.zeros(input_ids.shape, dtype=torch.bool)
         return torch.isin(input_ids, torch.tensor(self._image_tokens, device=input_ids.device))
 
-    def check_prompts(self, spans: Spans, choices: Sequence[Choice]) -> None:
-        """Reject rows without a prompt where the positions of a chosen adapter ask for one."""
+    def check_prompts(self, spans: Spans, labels: Tensor, choices: Sequence[Choice]) -> None:
+        """Reject rows without a prompt where the positions of a chosen adapter ask for one, and warn of several."""
         needy = [str(spec) for spec in self._positions_of(choices) if spec.needs_prompt]
         empty = (spans.target.any(-1) & ~spans.prompt.any(-1)).nonzero().flatten().tolist()
         if needy and empty:
             raise ValueError(
                 f"rows {empty} have a label on their first token, so no prompt for the positions {needy[0]!r}: set the "
                 "labels of the prompt to -100, or pass prompt_mask"
+            )
+        apart = [str(spec) for spec in self._positions_of(choices) if str(spec) not in ("all", "given")]
+        if apart and not self._asked_again and asked_again(spans, labels):
+            self._asked_again = True
+            log.warning(
+                "the labels of a row have gaps, as those of several answers do: for the positions %s its prompt ends "
+                "before the first of them, and what is asked later counts as answer, which a generation reads as "
+                "prompt. Write a row for each answer, or pass prompt_mask",
+                apart[0],
             )
 
     def _positions_of(self, choices: Sequence[Choice]) -> list[Positions]:
@@ -688,6 +712,21 @@ class ReftModel(nn.Module):
         call = call_of(self)
         return None if call is None or not self._enabled else edit_images(call, place, hidden)
 
+    def __getattr__(self, name: str) -> Any:
+        """Name, for what there is not, the counterpart of another library's word, or where it is."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            base, hint = vars(self).get("_modules", {}).get("base_model"), ""
+            if name in INSTEAD:
+                hint = f"; here it is {INSTEAD[name]}"
+            elif not name.startswith("_") and (hasattr(type(base), name) or name in vars(base or self)):
+                hint = (
+                    f"; its base_model has: reft.base_model.{name}. What asks for a model of transformers takes "
+                    "integrations.transformers.as_pretrained(reft)"
+                )
+            raise AttributeError(f"{error}{hint}", name=name, obj=self) from None
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled": None}  # compiled code neither pickles nor copies
 
@@ -773,17 +812,43 @@ class ReftModel(nn.Module):
         adapter = self.adapters.first if adapter_name is None else self.adapters[adapter_name]
         return replace(adapter.config, scale=adapter.scale, partitions=dict(adapter.partitions))
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
-        """Save the adapter and upload it to the Hugging Face hub; needs a login."""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> None:
+        """Save the adapter and upload it to the Hugging Face hub; needs a login.
+
+        Args:
+            repo_id: ``OWNER/NAME``; created if there is none.
+            private: whether a new repository is private; None for the owner's default.
+            token: None for that of the login.
+            revision: a branch, created if there is none; None for ``main``.
+            commit_message: None for the hub's.
+            create_pr: whether to open a pull request with the files instead.
+        """
         import tempfile
 
         from huggingface_hub import HfApi
 
-        api = HfApi(token=kwargs.pop("token", None))
-        api.create_repo(repo_id, exist_ok=True, **kwargs)
+        api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            api.upload_folder(repo_id=repo_id, folder_path=folder)
+            api.create_repo(repo_id, exist_ok=True, private=private)
+            if revision is not None and not revision.startswith("refs/pr"):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
 
     @classmethod
     def from_pretrained(
@@ -791,24 +856,29 @@ class ReftModel(nn.Module):
         base_model: PreTrainedModel | str | PathLike,
         name: str | PathLike | None = None,
         *,
-        positions: MaskFunction | None = None,
+        positions: str | MaskFunction | None = None,
         strict: bool = True,
         revision: str | None = None,
         subfolder: str | None = None,
         token: str | bool | None = None,
+        cache_dir: str | PathLike | None = None,
+        local_files_only: bool = False,
         **loading: Any,
     ) -> ReftModel:
-        """Attach a saved adapter.
+        """Attach a saved adapter, in evaluation mode: without dropout, until ``train()`` is called.
 
         Args:
             base_model: the model it was trained on; or the adapter's name, which loads that model too.
             name: a folder, or the name of a repository on the Hugging Face hub.
-            positions: the callable, where the adapter was trained with one.
+            positions: the callable, where the adapter was trained with one; or other positions than those that it was
+                trained with, of all layers without their own.
             strict: whether the model must have the architecture, number of layers and width of the one that the
                 adapter was trained on; otherwise its tensors must fit, no more.
             revision: of the adapter's repository: a branch, tag or commit.
             subfolder: of its folder or repository.
             token: for private repositories, also that of the base model.
+            cache_dir: of what comes from the hub, the base model too; None for the hub's own.
+            local_files_only: whether to ask no hub, only what is in that cache.
             **loading: arguments of the base model's own ``from_pretrained`` (``dtype``, ``device_map``), where it is
                 loaded here.
 
@@ -817,25 +887,33 @@ class ReftModel(nn.Module):
             FileNotFoundError: if it, or the base model that it names, cannot be found; says what was tried.
         """
         named = isinstance(base_model, str | PathLike)  # the adapter, and by it the base model
-        if named == (name is not None) or (loading and not named):
+        if named == (name is not None):
             raise ValueError(
-                "give from_pretrained(base_model, name), or from_pretrained(name), which loads the base model too and "
-                f"takes its arguments; got {shown(base_model)}, {name!r} and {', '.join(loading) or 'no arguments'}"
+                "give from_pretrained(base_model, name), or from_pretrained(name), which loads the base model too; got "
+                f"{shown(base_model)} and {name!r}"
+            )
+        if loading and not named:
+            own = [key for key in inspect.signature(cls.from_pretrained).parameters if key != "loading"]
+            raise ValueError(
+                f"from_pretrained(base_model, name) takes no {', '.join(loading)}: the base model is loaded already, "
+                f"and what its loading takes goes with from_pretrained(name){did_you_mean(next(iter(loading)), own)}"
             )
         source: Any = base_model if named else name
         if not named:
             check_base(base_model)
-        config, state = load_adapter(source, positions, revision=revision, subfolder=subfolder, token=token)
-        model: Any = load_base_of(config, token=token, **loading) if named else base_model
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        config, state = load_adapter(source, positions, revision=revision, subfolder=subfolder, **hub)
+        model: Any = load_base_of(config, **hub, **loading) if named else base_model
         with naming(source), all_or_nothing(model):
             if strict:
                 check_architecture(model, config.architecture)
+            warn_of_half(source, subfolder, model)
             reft = cls(model, config)
             reft.load_adapter_state_dict(state)
             if config.partitions:
                 reft.adapters.check_new(dict.fromkeys(config.partitions))
             reft._insert(partitions_of(reft.adapters.first))
-        return reft
+        return reft.eval()
 
 
 def _put(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str = "") -> None:

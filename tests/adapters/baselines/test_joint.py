@@ -147,7 +147,7 @@ def test_the_size_at_7_billion_needs_no_weights():
 
 
 @pytest.mark.parametrize("beside", ["peft/lora", "peft/ia3"])
-def test_each_part_is_loaded_alone_and_both_as_the_card_says(beside, tmp_path):
+def test_each_part_is_loaded_alone_and_both_as_the_card_says(beside, tmp_path, caplog):
     model, batch = joint("llama", beside), batch_of()
     model.config.base_model = "some/model"
     model.save_pretrained(tmp_path)
@@ -155,13 +155,19 @@ def test_each_part_is_loaded_alone_and_both_as_the_card_says(beside, tmp_path):
     assert (said["base_model_name_or_path"], said["task_type"]) == ("some/model", "CAUSAL_LM")
     positions = {"position_ids": position_ids_of(batch["attention_mask"])}
     with model.peft.disabled():
-        ours = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()
+        ours = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
         assert torch.equal(logits_of(ours, batch), logits_of(model, batch))
+    (warned,) = [record.getMessage() for record in caplog.records]  # it is half of what was trained
+    assert f"PeftModel.from_pretrained(model, {str(tmp_path / 'peft')!r})" in warned
+    ours.load_adapter(tmp_path, "again")
+    assert [record.getMessage() for record in caplog.records] == [warned] * 2
+    caplog.clear()
     theirs = PeftModel.from_pretrained(tiny.model("llama"), tmp_path / "peft").eval()
     with model.reft.disabled():
         expected = logits_of(model, batch)
     torch.testing.assert_close(logits_of(theirs, batch | positions), expected, rtol=1e-5, atol=1e-5)
-    both = rl.ReftModel.from_pretrained(theirs.get_base_model(), tmp_path).eval()
+    both = rl.ReftModel.from_pretrained(theirs.get_base_model(), tmp_path)
+    assert not caplog.records
     torch.testing.assert_close(logits_of(both, batch), logits_of(model, batch), rtol=1e-5, atol=1e-5)
     card = (tmp_path / "README.md").read_text()
     assert f"Trained together with {beside}" in card

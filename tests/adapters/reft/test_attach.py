@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 import reft_lightning as rl
 from reft_lightning.adapters.reft.measuring import saved_interventions
+from reft_lightning.integrations.transformers import as_pretrained
 
 
 def attach(method="loreft", **settings):
@@ -187,11 +189,94 @@ def test_forward_refuses_what_it_cannot_place():
         reft(**BATCH, prompt_mask=torch.ones(2, 3, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("positions", ["f1+l1", "decode:2", "all"])
+@pytest.mark.parametrize("wrap", [lambda reft: reft, as_pretrained])
+def test_labels_with_gaps_are_warned_of_once_where_they_change_what_a_prompt_is(positions, wrap, caplog):
+    ids = torch.stack(tiny.rows(9, 9))
+    conversation, answer = torch.full_like(ids, -100), torch.full_like(ids, -100)
+    conversation[1, 2:4], conversation[1, 6:8] = (
+        ids[1, 2:4],
+        ids[1, 6:8],
+    )  # question, answer, question, answer
+    conversation[0, 5:8] = answer[:, 5:8] = ids[0, 5:8]
+    for labels, warnings in (
+        (answer, 0),
+        (conversation, positions != "all"),
+        (conversation, positions != "all"),
+    ):
+        wrap(reft := attach(positions=positions).train())(input_ids=ids, labels=labels)
+        wrap(reft)(input_ids=ids, labels=labels)
+        assert len(caplog.records) == warnings
+        assert warnings == 0 or f"for the positions {positions} its prompt ends" in caplog.text
+        caplog.clear()
+    told = torch.arange(9).expand(2, 9) < 6  # by the caller
+    wrap(reft)(input_ids=ids, labels=conversation, prompt_mask=told)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["edit_mask", "prompt_mask"])
+def test_a_mask_of_strengths_is_refused(name):  # each but 0 counted as 1
+    reft = attach(positions="given" if name == "edit_mask" else "f1+l1")
+    marked = BATCH["attention_mask"].bool()
+    for whole in (marked, marked.long(), marked.float()):
+        assert torch.equal(reft(**BATCH, **{name: whole}).logits, reft(**BATCH, **{name: marked}).logits)
+    for run in (reft, reft.generate):
+        with pytest.raises(
+            ValueError, match=f"{name} says which tokens, by 0 and 1, and holds other numbers"
+        ):
+            run(**BATCH, **{name: 0.5 * marked.float()})
+
+
 def test_embeddings_may_be_given_for_tokens():
     reft = attach()
     embeds = reft.base_model.get_input_embeddings()(BATCH["input_ids"])
     got = reft(inputs_embeds=embeds, attention_mask=BATCH["attention_mask"])
     assert torch.equal(got.logits, reft(**BATCH).logits)
+
+
+def test_words_of_other_libraries_are_answered_with_ours():
+    reft = attach()
+    for name, said in (
+        ("merge_and_unload", "here it is reft_lightning.merge(reft), where a weight can hold the edits"),
+        ("get_base_model", "here it is base_model"),
+        (
+            "gradient_checkpointing_enable",
+            "its base_model has: reft.base_model.gradient_checkpointing_enable. What",
+        ),
+        (
+            "generation_config",
+            "its base_model has: reft.base_model.generation_config. What asks for a model of",
+        ),
+        ("can_generate", "takes integrations.transformers.as_pretrained(reft)"),
+        ("scales", "'ReftModel' object has no attribute 'scales'"),  # Python itself names the nearest
+    ):
+        assert not hasattr(reft, name)
+        with pytest.raises(AttributeError) as found:
+            getattr(reft, name)
+        assert said in str(found.value)
+        assert (found.value.name, found.value.obj) == (name, reft)
+    with pytest.raises(AttributeError, match="_modules"):  # before it is built
+        rl.ReftModel.__new__(rl.ReftModel)._modules  # noqa: B018
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "0.5", True, torch.ones(2)])
+def test_a_scale_that_is_no_finite_number_is_refused_when_it_is_set(
+    value,
+):  # NaN was saved, and could not be loaded
+    reft = attach()
+    reft.add_adapter("style", "direft", rank=2)
+    with pytest.raises(ValueError, match="scale must be a finite number; got"):
+        reft.scale = value
+    with pytest.raises(ValueError, match="scale must be a finite number; got"):
+        reft.adapters["style"].scale = value
+    assert reft.scale == reft.adapters["style"].scale == 1
+
+
+def test_a_scale_of_torch_or_numpy_is_a_number():
+    reft = attach()
+    for value in (torch.tensor(-0.5), np.float32(-0.5)):
+        reft.scale = value
+        assert (reft.scale, type(reft.saved_config().scale)) == (-0.5, float)
 
 
 def test_without_an_attention_mask_every_token_is_real():
