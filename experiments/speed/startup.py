@@ -140,7 +140,7 @@ def watch(marks: Marks) -> None:
     between(build, "load_base_model", "data", "weights")
     between(experiment, "build", None, "objects")
     run = experiment.run
-    experiment.run = lambda *args: run(*args, callbacks=[First()])
+    experiment.run = lambda *args, **kwargs: run(*args, **kwargs, callbacks=[First()])
 
 
 def floor(marks: Marks) -> None:
