@@ -6,9 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import short_runs
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from reft_lightning.base_models.loading import byte_tokenizer
 
 FOLDER = "experiments/speed"
 SCRIPTS = (
@@ -198,6 +201,47 @@ def test_a_step_on_a_gpu_is_timed_there(scripts, tmp_path):
     assert report["kernels"] > 100
     assert 0 < report["busy"] < 10
     assert report["peak_memory_bytes"] > report["built_memory_bytes"] > 0
+
+
+SMALL = {
+    "base_memory": "--model MODEL --rounds 1",
+    "compile": "--model MODEL --rounds 1 --warmup 4",
+    "encoding": "--count 200 --processes 1 --rounds 1",
+    "files": "--layers 2 --rounds 1",
+    "generate": "--model MODEL --columns 20 --new 4 --rounds 1",
+    "interventions": "--dim 64 --layers 2 --rounds 1",
+    "option_likelihood": "--model MODEL --rounds 1",
+    "overhead": "--model MODEL --rounds 1",
+    "scaling": "--points 2 --rounds 1",
+    "startup": "--rounds 1 model=local model.path=MODEL data.source=local data.path=ROWS data.validation_size=6",
+    "whole_pass": "--model MODEL --limit 32",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", SMALL)
+def test_a_benchmark_runs_on_a_tiny_model(root, tmp_path, name):
+    """`make bench` takes hours; here is seen whether its scripts still fit what they measure."""
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    rows = short_runs.write_rows(tmp_path / "rows")
+    small = SMALL[name].replace("MODEL", str(tmp_path / "model")).replace("ROWS", str(rows))
+    line = [
+        sys.executable,
+        str(root / FOLDER / f"{name}.py"),
+        *small.split(),
+        "--out",
+        str(tmp_path / "found"),
+    ]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert all(one["low"] <= one["value"] <= one["high"] for one in found["figures"])
 
 
 @pytest.mark.slow
