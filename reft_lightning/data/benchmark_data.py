@@ -309,10 +309,7 @@ class BenchmarkData(LightningDataModule, ABC):
         ]  # fmt: skip
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move the tensors of a batch.
-
-        Examples stay, as Lightning would try to rebuild each of them; so do the rows' numbers, which the CPU reads.
-        """
+        """Move the tensors of a batch; the rows' numbers stay, which the CPU reads."""
         return {
             name: value.to(device, non_blocking=True)
             if isinstance(value, torch.Tensor) and name != "rows"
@@ -326,4 +323,12 @@ def _with_examples(
 ) -> dict[str, Any]:
     """Return the batch of rows with their examples; the rows of pairs that come first are those they belong to."""
     batch = collate(rows)
-    return batch | {"examples": [examples[i] for i in batch["rows"][: len(rows)].tolist()]}
+    return batch | {"examples": Examples(examples[i] for i in batch["rows"][: len(rows)].tolist())}
+
+
+class Examples(list[Any]):
+    """The examples of a batch, which no device holds: Lightning, given a loader alone, would rebuild each of them."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Examples:
+        """Stay."""
+        return self
