@@ -37,7 +37,7 @@ from .checks import Monitor, check_callbacks
 from .results import Results
 from .run_folder import RESULTS
 from .stopping import StopTogether
-from .wandb_names import NAME_LENGTH, is_wandb, wandb_arguments
+from .wandb_names import NAME_LENGTH, check_wandb, is_wandb, wandb_arguments
 
 log = logging.getLogger(__name__)
 KINDS = (
@@ -136,6 +136,7 @@ def build_loggers(config: Config, folder: Path) -> list[Logger]:
         where = f"logger.{name}"
         cls = _target(where, entry)
         if inspect.isclass(cls) and issubclass(cls, WandbLogger):
+            check_wandb(where, cls, entry)
             entry, given = wandb_arguments(entry, config, folder, earlier)
         else:
             takes_folder = "save_dir" in inspect.signature(cls).parameters and "save_dir" not in entry
