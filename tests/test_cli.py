@@ -171,6 +171,9 @@ def test_an_unknown_intervention_option_names_the_class_and_what_it_takes(refuse
         ("trainer.barebones=true", "trainer.barebones=True logs nothing"),
         ("trainer.strategy=ddp_spawn", "Write trainer.strategy=ddp"),
         ("trainer.precision=bf16-true", "Write model.dtype=bfloat16 for the base model"),
+        ("trainer.precision=64", "Write model.dtype=bfloat16 for the base model"),
+        ("trainer.use_distributed_sampler=true", "would divide the rows a second time"),
+        ("trainer.max_time=5", "trainer.max_time must be a text DD:HH:MM:SS, or a dictionary such as {hours: 3}"),
     ],
 )
 def test_a_number_or_a_word_that_cannot_be_is_answered_before_torch_is_imported(refuse, written, expected):

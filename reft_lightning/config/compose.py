@@ -419,7 +419,7 @@ def _check_values(config: Config) -> None:
             raise CompositionError(f"{name} must {bounds}; got {value}")
     for name, refused in REFUSED.items():
         value = operator.attrgetter(name)(config)
-        if isinstance(value, str | bool) and value in refused:
+        if isinstance(value, str | int) and value in refused:
             raise CompositionError(f"{name}={value} {refused[value]}")
     for key, allowed in (
         ("layers", "all, a list of ids, or settings by layer"),
@@ -427,6 +427,11 @@ def _check_values(config: Config) -> None:
     ):
         if getattr(config.intervention, key) is None:
             raise CompositionError(f"intervention.{key} must be {allowed}; got null")
+    if isinstance(config.trainer.max_time, int | float):
+        raise CompositionError(
+            "trainer.max_time must be a text DD:HH:MM:SS, or a dictionary such as {hours: 3}; got "
+            f"{config.trainer.max_time}"
+        )
     needs = {"local": ["path"], "wheel": ["package", "sha256"], "random": ["config"], "hub": ["name"]}
     source = config.model.source
     for key in needs[source]:

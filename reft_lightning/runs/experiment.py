@@ -31,7 +31,7 @@ from .arguments import method_of
 from .build import Objects, build, prepare
 from .card import write_card
 from .changed_answers import print_changed_answers
-from .checks import check_strategy, check_validation_interval
+from .checks import check_batches, check_strategy
 from .console import print_table
 from .ddp_launch import leaving_no_ranks
 from .devices import check_accelerator
@@ -145,7 +145,7 @@ def _run(
             hold(folder)
             make_room(folder, config.overwrite)
         trainer.accelerator.setup_device(trainer.strategy.root_device)  # where a quantized base is read to
-        check_validation_interval(config, len(plan.data.train_rows), trainer.world_size)
+        check_batches(config, plan.data, trainer.world_size)
         objects = build(config, plan, lane)
     except (ValueError, OSError, ImportError, MisconfigurationException) as error:
         raise SetupError(str(error)) from error
