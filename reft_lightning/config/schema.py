@@ -431,7 +431,9 @@ REFUSED: dict[str, dict[str | int, str]] = {
         True: "would divide the rows a second time: the loaders share them out among the processes. Leave it out"
     },
     "trainer.barebones": {True: "logs nothing, and a run is scored by what it logs. Leave it out"},
-    "trainer.precision": dict.fromkeys(("bf16-true", "16-true", "64-true", "64", 64), f"{_NOT_FLOAT32}. {_INSTEAD}"),
+    "trainer.precision": dict.fromkeys(
+        ("bf16-true", "16-true", "64-true", "64", 64), f"{_NOT_FLOAT32}. {_INSTEAD}"
+    ),
     "trainer.strategy": {
         **dict.fromkeys(("ddp_spawn", "ddp_fork", "ddp_notebook"), _FORKED),
         **dict.fromkeys(("fsdp", "fsdp_cpu_offload"), SHARDING),

@@ -270,7 +270,9 @@ def check_monitor(config: Config, name: str, measures: Sequence[str], tasks: Seq
         if monitor is None or str(monitor).startswith(LOGGED):
             continue
         if not tasks:
-            raise ValueError(f"callbacks.{key}.monitor={monitor} needs validation rows: set data.validation_size")
+            raise ValueError(
+                f"callbacks.{key}.monitor={monitor} needs validation rows: set data.validation_size"
+            )
         check_choice(f"callbacks.{key}.monitor", monitor, known)
 
 
@@ -302,7 +304,7 @@ def check_batches(config: Config, data: BenchmarkData, world_size: int) -> None:
         limit = getattr(trainer, key)
         if limit and count and limited(count, limit) == 0:
             raise ValueError(
-                f"trainer.{key}={limit} of {count} batches is less than one: write a number of batches, or a larger part"
+                f"trainer.{key}={limit} of {count} batches is less than one: write a larger part, or a number"
             )
     _check_validation_interval(config, limited(batches, getattr(trainer, train_key)))
 

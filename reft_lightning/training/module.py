@@ -288,7 +288,9 @@ class FinetuningModule(LightningModule):
         ``destination`` and ``prefix`` are those of a module that holds this one, such as Lightning's averages.
         """
         found = {} if destination is None else destination
-        found.update({f"{prefix}adapter.{k}": tensor for k, tensor in self.model.adapter_state_dict().items()})
+        found.update(
+            {f"{prefix}adapter.{k}": tensor for k, tensor in self.model.adapter_state_dict().items()}
+        )
         return found
 
     def load_state_dict(

@@ -331,9 +331,7 @@ def test_loaders_alone_train_and_evaluate_as_their_data_module_does(data):
     found = []
     for alone in (False, True):
         objects = short_runs.build(data)
-        given = (
-            [objects.data.train_dataloader(), objects.data.val_dataloader()] if alone else [objects.data]
-        )
+        given = [objects.data.train_dataloader(), objects.data.val_dataloader()] if alone else [objects.data]
         fitting = trainer(accumulate_grad_batches=2)
         fitting.fit(objects.module, *given)
         tests = objects.data.test_dataloader() if alone else objects.data
