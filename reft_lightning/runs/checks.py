@@ -13,6 +13,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
+    GradientAccumulationScheduler,
     LearningRateFinder,
     ModelPruning,
     OnExceptionCheckpoint,
@@ -257,11 +258,12 @@ def check_monitor(config: Config, name: str, measures: Sequence[str], tasks: Seq
     known = ["val/loss", *(f"val/{s}" for s in scores), *(f"val/{t}/{s}" for t in tasks for s in scores)]
     if tasks:
         check_choice("checkpoint.monitor", name, known)
-    if not tasks and config.checkpoint.early_stopping_patience is not None:
-        raise ValueError(
-            "early stopping needs validation rows: set data.validation_size, or no "
-            "checkpoint.early_stopping_patience"
-        )
+    validates = bool(tasks) and config.trainer.limit_val_batches != 0
+    rows = "validation rows: set data.validation_size"
+    if tasks:
+        rows = "validations: leave trainer.limit_val_batches=0 out"
+    if not validates and config.checkpoint.early_stopping_patience is not None:
+        raise ValueError(f"early stopping needs {rows}, or no checkpoint.early_stopping_patience")
     entries = {key: entry for key, entry in config.callbacks.items() if isinstance(entry, Mapping)}
     if not all(str(entry.get("_target_")).startswith(PACKAGES) for entry in entries.values()):
         return
@@ -269,10 +271,8 @@ def check_monitor(config: Config, name: str, measures: Sequence[str], tasks: Seq
         monitor = entry.get("monitor")
         if monitor is None or str(monitor).startswith(LOGGED):
             continue
-        if not tasks:
-            raise ValueError(
-                f"callbacks.{key}.monitor={monitor} needs validation rows: set data.validation_size"
-            )
+        if not validates:
+            raise ValueError(f"callbacks.{key}.monitor={monitor} needs {rows}")
         check_choice(f"callbacks.{key}.monitor", monitor, known)
 
 
@@ -345,6 +345,13 @@ def check_callbacks(config: Config, callbacks: Sequence[Callback]) -> None:
             raise ValueError(
                 f"callbacks: the averages of {name} would be lost, as the best checkpoint is restored after training: "
                 "add checkpoint.restore_best=false"
+            )
+        if (
+            isinstance(callback, GradientAccumulationScheduler)
+            and config.trainer.accumulate_grad_batches != 1
+        ):
+            raise ValueError(
+                f"callbacks: {name} says itself how many batches a step has: leave trainer.accumulate_grad_batches out"
             )
 
 

@@ -226,6 +226,8 @@ def quiet_lightning() -> None:
     # an edited block returns a view; no model of transformers adds to what a block returns in place
     warnings.filterwarnings("ignore", ".*FSDP2-wrapped module .* returned a view tensor", UserWarning)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for asked_for in ("profilers", "callbacks"):  # reports, summaries, and what `verbose` adds
+        logging.getLogger(f"lightning.pytorch.{asked_for}").setLevel(logging.INFO)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     # its one line says that a rank died, and that the others are killed
     logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)

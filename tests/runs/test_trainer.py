@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import logging
 
 import lightning
 import pytest
@@ -139,6 +140,12 @@ PLUGIN = "+trainer.plugins._target_=lightning.pytorch.plugins"
         ([f"{CALLBACK}.ModelCheckpoint", "+callbacks.x.monitor=val/acc"], "did you mean 'val/accuracy'"),
         ([f"{CALLBACK}.EarlyStopping", "+callbacks.x.monitor=val/loss", "data.validation_size=0"],
          "needs validation rows"),
+        ([f"{CALLBACK}.EarlyStopping", "+callbacks.x.monitor=val/loss", "trainer.limit_val_batches=0"],
+         "leave trainer.limit_val_batches=0 out"),
+        (["checkpoint.early_stopping_patience=1", "trainer.limit_val_batches=0"],
+         "leave trainer.limit_val_batches=0 out"),
+        ([f"{CALLBACK}.GradientAccumulationScheduler", "+callbacks.x.scheduling={0:2}",
+          "trainer.accumulate_grad_batches=2"], "leave trainer.accumulate_grad_batches out"),
         (["trainer.precision=null", f"{PLUGIN}.HalfPrecision", "+trainer.plugins.precision=bf16-true"],
          "load the base in another type"),
         (["trainer.precision=null", f"{PLUGIN}.DoublePrecision"], "load the base in another type"),
@@ -158,7 +165,20 @@ def test_what_cannot_train_is_refused_before_a_weight_is_loaded(
         short_runs.run(data, tmp_path, *overrides)
 
 
-@pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")
+def test_what_profilers_and_callbacks_report_is_logged(data, tmp_path, caplog):
+    lightning_log = logging.getLogger("lightning.pytorch")
+    lightning_log.addHandler(caplog.handler)
+    stops = [f"{CALLBACK}.EarlyStopping", "+callbacks.x.monitor=val/loss", "+callbacks.x.verbose=true"]
+    summary = "+callbacks.s._target_=lightning.pytorch.callbacks.ModelSummary"
+    try:
+        short_runs.run(data, tmp_path, "trainer.profiler=simple", *stops, summary)
+    finally:
+        lightning_log.removeHandler(caplog.handler)
+    for words in ("Profiler Report", "Metric val/loss improved", "Trainable params"):
+        assert words in caplog.text
+    assert "GPU available" not in caplog.text
+
+
 def test_callbacks_may_watch_what_others_log(data, tmp_path, monkeypatch):
     (tmp_path / "logs.py").write_text(
         "from lightning import Callback\n"
