@@ -269,6 +269,17 @@ def test_a_job_that_changes_its_folder_reads_files_from_where_it_was_started(mon
     assert runs[0][0].data.path == str(Path("rows.csv").absolute())
 
 
+@pytest.mark.parametrize("sweep", [[], ["-m", "seed=1"]])
+def test_a_value_may_ask_hydra_for_its_folder(monkeypatch, runs, sweep):
+    Path("rows.csv").write_text("q,a\n1,2\n")
+    rows = ["data=custom", "data.path=${hydra:runtime.cwd}/rows.csv", "data.prompt=q", "data.target=a"]
+    mine = "trainer.default_root_dir=${hydra:runtime.output_dir}/mine"
+    command(monkeypatch, cli.train, *sweep, "model=tiny_random", *rows, mine)
+    config, run_dir = runs[0]
+    assert config.data.path == str(Path("rows.csv").absolute())
+    assert config.trainer.default_root_dir == f"{run_dir}/mine"
+
+
 def test_a_run_may_delete_its_experiment(monkeypatch, runs):
     command(monkeypatch, cli.train, "model=tiny_random", "~experiment")
     assert runs[0][1].parent == Path("outputs/run").absolute()

@@ -27,6 +27,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, OverrideType
+from hydra.core.utils import setup_globals
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -306,7 +307,16 @@ def _hydra() -> Iterator[None]:
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
-        yield
+        OmegaConf.register_new_resolver("hydra", _known_later, replace=True)
+        try:
+            yield
+        finally:
+            setup_globals()  # Hydra's own
+
+
+def _known_later(path: str) -> Any:
+    """Stand for what ``${hydra:...}`` is once a job runs."""
+    return {"runtime.cwd": os.getcwd(), "job.num": 0}.get(path, f"hydra:{path}")
 
 
 def _vocabulary(extra_dir: str | Path | None) -> Vocabulary:
