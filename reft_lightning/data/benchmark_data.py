@@ -302,11 +302,16 @@ class BenchmarkData(LightningDataModule, ABC):
         collate = self._collator(training=False)
         return [
             DataLoader(
-                rows, batch_size=self.eval_batch_size, sampler=evaluation_share(rows.lengths, rank, world_size),
+                rows, batch_sampler=self._evaluation_batches(evaluation_share(rows.lengths, rank, world_size)),
                 collate_fn=partial(_with_examples, rows.examples, collate), num_workers=self.num_workers,
             )
             for rows in sets.values()
         ]  # fmt: skip
+
+    def _evaluation_batches(self, share: Sequence[int]) -> list[list[int]]:
+        """Divide the rows of this rank; Lightning would divide a sampler among the ranks once more, without a word."""
+        size = self.eval_batch_size
+        return [list(share[start : start + size]) for start in range(0, len(share), size)]
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move the tensors of a batch; the rows' numbers stay, which the CPU reads."""

@@ -267,9 +267,6 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(data):
         objects.module.load_state_dict(state, strict=False)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:You requested to overfit:UserWarning"
-)  # overfit_batches without shuffling
 @pytest.mark.parametrize(
     ("setting", "steps"),
     [
@@ -299,7 +296,6 @@ def test_the_schedule_ends_with_steps_of_changing_length(data, scheduling, steps
     assert rates.noted[-1] < 1e-9
 
 
-@pytest.mark.filterwarnings("ignore:You requested to overfit:UserWarning")
 def test_overfitting_reads_the_same_batches_in_every_epoch(data):
     objects = short_runs.build(data)
     read = []
@@ -309,6 +305,16 @@ def test_overfitting_reads_the_same_batches_in_every_epoch(data):
         objects.module, objects.data
     )
     assert read == read[:2] * 3
+
+
+def test_overfitting_validates_the_first_batches_in_their_own_order(data):
+    """Lightning would put a sampler of its own in the place of ours, which divides rows among ranks."""
+    objects = short_runs.build(data)
+    found = {}
+    for limit in ("overfit_batches", "limit_val_batches"):
+        trainer(**{limit: 1}).fit(objects.module, objects.data)
+        found[limit] = [row["source"] for row in objects.module.predictions]
+    assert found["overfit_batches"] == found["limit_val_batches"]
 
 
 def test_ranks_of_a_resumed_run_share_out_the_tokens_of_all(data):
