@@ -48,7 +48,7 @@ from .run_folder import (
     write_run_config,
 )
 from .stopping import check_told_to_stop, signal_of, trouble_of, until_sigterm
-from .trainer import build_trainer, quiet_lightning
+from .trainer import build_trainer, log_settings, quiet_lightning
 from .wandb_names import logs_adapter
 
 if TYPE_CHECKING:
@@ -168,6 +168,7 @@ def _run(
     try:
         torch.set_float32_matmul_precision(config.matmul_precision)
         results.update(matmul_precision=config.matmul_precision)
+        log_settings(trainer.loggers, config)
         with until_sigterm(trainer):
             _stages(config, folder, objects, trainer, results)
     except Halted as halt:

@@ -37,7 +37,7 @@ from .checks import Monitor, check_callbacks
 from .results import Results
 from .run_folder import RESULTS
 from .stopping import StopTogether
-from .wandb_names import NAME_LENGTH, check_wandb, is_wandb, wandb_arguments
+from .wandb_names import NAME_LENGTH, check_wandb, is_wandb, shown_config, wandb_arguments
 
 log = logging.getLogger(__name__)
 KINDS = (
@@ -143,6 +143,13 @@ def build_loggers(config: Config, folder: Path) -> list[Logger]:
             given = {"save_dir": str(folder)} if takes_folder else {}
         loggers.append(_of_kind(where, entry, Logger, given))
     return loggers
+
+
+def log_settings(loggers: Sequence[Logger], config: Config) -> None:
+    """Give the loggers of a configuration what identifies the run, as hyperparameters; W&B's has it from its start."""
+    for logger in loggers[1:]:  # the first is the run folder's, which has config.yaml
+        if not isinstance(logger, WandbLogger):
+            logger.log_hyperparams(shown_config(config))
 
 
 def evaluation_loggers(config: Config, folder: Path, target: Path, split: str) -> list[Logger]:

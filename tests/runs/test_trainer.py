@@ -9,6 +9,7 @@ import lightning
 import pytest
 import short_runs
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from reft_lightning.config.compose import CompositionError
@@ -81,6 +82,15 @@ def test_several_loggers_are_chosen_by_a_list(data, tmp_path):
     short_runs.run(data, tmp_path, "logger=[csv,tensorboard]", "trainer.max_steps=2")
     assert (tmp_path / "csv" / "metrics.csv").is_file()
     assert list((tmp_path / "tensorboard").glob("events.out.*"))
+
+
+def test_loggers_are_given_what_identifies_a_run(data, tmp_path):
+    pytest.importorskip("tensorboard", reason="logger=tensorboard needs pip install tensorboard")
+    short_runs.run(data, tmp_path, "logger=tensorboard", "trainer.max_steps=2")
+    settings = yaml.safe_load((tmp_path / "tensorboard" / "hparams.yaml").read_text())
+    assert settings["method"] == "loreft"
+    assert settings["optimizer"]["lr"] == 5e-3
+    assert settings["config_hash"] == short_runs.results(tmp_path)["config_hash"]
 
 
 @pytest.mark.parametrize(
