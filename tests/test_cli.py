@@ -172,6 +172,7 @@ def test_an_unknown_intervention_option_names_the_class_and_what_it_takes(refuse
         ("trainer.strategy=ddp_spawn", "Write trainer.strategy=ddp"),
         ("trainer.precision=bf16-true", "Write model.dtype=bfloat16 for the base model"),
         ("trainer.precision=64", "Write model.dtype=bfloat16 for the base model"),
+        ("trainer.deterministic=tru", "trainer.deterministic must be true, false or warn; got 'tru'"),
         ("trainer.use_distributed_sampler=true", "would divide the rows a second time"),
         (
             "trainer.max_time=5",

@@ -493,6 +493,10 @@ def _check_values(config: Config) -> None:
             "trainer.max_time must be a text DD:HH:MM:SS, or a dictionary such as {hours: 3}; got "
             f"{config.trainer.max_time}"
         )
+    if config.trainer.deterministic not in (True, False, "warn", None):  # any text would be true
+        raise CompositionError(
+            f"trainer.deterministic must be true, false or warn; got {config.trainer.deterministic!r}"
+        )
     needs = {"local": ["path"], "wheel": ["package", "sha256"], "random": ["config"], "hub": ["name"]}
     source = config.model.source
     for key in needs[source]:
