@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, run_job
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -61,6 +62,7 @@ class SharedBaseLauncher(Launcher):
         }
         groups: dict[str, list[int]] = {}
         for number, config in jobs.items():
+            HydraConfig.instance().set_config(config)  # whose values may ask for it
             run = to_config(_without_hydra(config))
             try:
                 reason = "hydra.job.chdir=true" if self.config.hydra.job.chdir else why_alone(run)

@@ -232,8 +232,7 @@ def train() -> Any:
     if keys in (["resume"], ["resume", "trust_code"]):
         return _resume()
     _import_from_here()  # intervention.method=my_module.RED finds my_module.py here
-    # Hydra's parser reads no argument after a flag that follows one
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda text: text not in ("-m", "--multirun"))
+    sys.argv[1:] = compose.flags_first(sys.argv[1:])
     asked = compose.preflight(sys.argv[1:])
     _check_folder(asked)
     if asked.resumes:
@@ -343,7 +342,7 @@ def _results(config: DictConfig, run_dir: Path, job: sweep.Job) -> dict[str, Any
 
     lane = present_lane()
     command = ["reft-train", *own_process.job_arguments(sys.argv[1:])]
-    run = compose.to_config(config)
+    run = compose.to_config(config, Path(HydraConfig.get().runtime.cwd))  # also under hydra.job.chdir
     run = filed(run, name=label(run, compose.differing(HydraConfig.get().overrides.task)))
     if lane is not None:
         run = filed(run, reinit="create_new")  # one W&B run a job, though others are open

@@ -172,6 +172,13 @@ def test_an_unknown_intervention_option_names_the_class_and_what_it_takes(refuse
         ("trainer.barebones=true", "trainer.barebones=True logs nothing"),
         ("trainer.strategy=ddp_spawn", "Write trainer.strategy=ddp"),
         ("trainer.precision=bf16-true", "Write model.dtype=bfloat16 for the base model"),
+        ("trainer.precision=64", "Write model.dtype=bfloat16 for the base model"),
+        ("trainer.deterministic=tru", "trainer.deterministic must be true, false or warn; got 'tru'"),
+        ("trainer.use_distributed_sampler=true", "would divide the rows a second time"),
+        (
+            "trainer.max_time=5",
+            "trainer.max_time must be a text DD:HH:MM:SS, or a dictionary such as {hours: 3}",
+        ),
     ],
 )
 def test_a_number_or_a_word_that_cannot_be_is_answered_before_torch_is_imported(refuse, written, expected):
@@ -199,8 +206,85 @@ def test_an_unknown_method_names_the_nearest(refuse):
     assert "did you mean 'loreft'?" in refuse("model=tiny_random", "intervention.method=loreff")
 
 
-def test_a_new_entry_of_a_dictionary_takes_a_plus(refuse):
-    assert "+intervention.options.x=" in refuse("model=tiny_random", "intervention.options.x=1")
+@pytest.mark.parametrize("written", ["intervention.options.x=1", "intervention.options={x:1}"])
+def test_a_new_entry_of_a_dictionary_takes_a_plus(refuse, written):
+    assert "+intervention.options.x=" in refuse("model=tiny_random", written)
+
+
+# What users of Hydra do.
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (
+            ["logger=null"],
+            "logger=null: logger is one of csv, mlflow, tensorboard, wandb; ~logger leaves it out",
+        ),
+        (["scheduler=null"], "scheduler=null: scheduler is one of constant, cosine, linear\n"),
+        (["-m", "seed=interval(1,3)"], "seed=interval(1,3): nothing draws from an interval"),
+        (["-m", "seed=range(1,1)"], "seed=range(1,1): that is no value at all"),
+        (["-m", "optimizer=glob(x*)"], "that is no value at all; optimizer is one of adafactor, adamw"),
+        (["-m", "--cfg", "job"], "leave --multirun out"),
+        (["--config-name", "mine"], "reft-train --config-dir FOLDER experiment=NAME"),
+        (["--config-path", "mine"], "reft-train --config-dir FOLDER experiment=NAME"),
+        (["ckpt_path=last.ckpt"], "did you mean 'resume'?"),
+    ],
+)
+def test_what_hydra_has_and_this_has_not_is_said(refuse, argv, expected):
+    assert expected in refuse(*argv, "model=tiny_random")
+
+
+@pytest.mark.parametrize("content", ["seed: 3\n", "defaults:\n  - override /model: tiny_random\n"])
+def test_an_experiment_without_its_first_line_is_told_of_it(refuse, tmp_path, content):
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.parent.mkdir()
+    file.write_text(content)
+    said = refuse("--config-dir", str(tmp_path), "experiment=mine", "model=tiny_random")
+    assert f"{file}: the first line of an experiment is `# @package _global_`" in said
+
+
+def test_a_sweep_finds_files_of_ones_own(monkeypatch, runs):
+    for name, seed in (("mine_a", 3), ("mine_b", 4)):
+        file = Path("own/experiment") / f"{name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(
+            f"# @package _global_\ndefaults:\n  - override /model: tiny_random\n  - _self_\nseed: {seed}\n"
+        )
+    command(monkeypatch, cli.train, "-m", "--config-dir", "own", "experiment=glob(mine*)")
+    assert [config.seed for config, _ in runs] == [3, 4]
+
+
+def test_flags_may_stand_among_the_overrides(monkeypatch, runs, capsys):
+    command(monkeypatch, cli.train, "model=tiny_random", "--config-dir", ".", "seed=3", "-m", "test=false")
+    assert [(config.seed, config.test) for config, _ in runs] == [(3, False)]
+    capsys.readouterr()
+    command(monkeypatch, cli.train, "model=tiny_random", "--cfg", "job", "seed=3", "--package", "seed")
+    assert capsys.readouterr().out.strip() == "3"
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m", "seed=1"]])
+def test_a_job_that_changes_its_folder_reads_files_from_where_it_was_started(monkeypatch, runs, sweep):
+    Path("rows.csv").write_text("q,a\n1,2\n")
+    rows = ["data=custom", "data.path=rows.csv", "data.prompt=q", "data.target=a"]
+    command(monkeypatch, cli.train, *sweep, "model=tiny_random", *rows, "hydra.job.chdir=true")
+    assert runs[0][0].data.path == str(Path("rows.csv").absolute())
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m", "seed=1"]])
+def test_a_value_may_ask_hydra_for_its_folder(monkeypatch, runs, sweep):
+    Path("rows.csv").write_text("q,a\n1,2\n")
+    rows = ["data=custom", "data.path=${hydra:runtime.cwd}/rows.csv", "data.prompt=q", "data.target=a"]
+    mine = "trainer.default_root_dir=${hydra:runtime.output_dir}/mine"
+    command(monkeypatch, cli.train, *sweep, "model=tiny_random", *rows, mine)
+    config, run_dir = runs[0]
+    assert config.data.path == str(Path("rows.csv").absolute())
+    assert config.trainer.default_root_dir == f"{run_dir}/mine"
+
+
+def test_a_run_may_delete_its_experiment(monkeypatch, runs):
+    command(monkeypatch, cli.train, "model=tiny_random", "~experiment")
+    assert runs[0][1].parent == Path("outputs/run").absolute()
 
 
 def test_a_key_of_the_schema_cannot_be_deleted(refuse):
@@ -274,7 +358,7 @@ def test_several_values_without_multirun_say_how_to_sweep(refuse):
     [
         ["model=tiny_random"],
         ["-m", "model=tiny_random", "seed=1,2,3", "optimizer.lr=choice(1e-3,1e-4)", "intervention=glob(*)"],
-        ["-m", "model=tiny_random", "optimizer.lr=interval(1e-4,1e-2)", "seed=range(1,3)"],
+        ["-m", "model=tiny_random", "optimizer.lr=interval(1e-4,1e-2)", "hydra.sweeper._target_=its.Sweeper"],
         ["model=tiny_random", "intervention.layers=[0,1]", "trainer.devices=2", "hydra.verbose=true"],
         ["--hydra-help"],
     ],

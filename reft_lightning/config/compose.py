@@ -26,7 +26,8 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Glob, Override, OverrideType
+from hydra.core.utils import setup_globals
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -197,11 +198,11 @@ def composing(extra_dir: str | Path | None = None) -> Iterator[Callable[[Sequenc
         yield lambda overrides: _compose(list(overrides), vocabulary, known)
 
 
-def to_config(composed: DictConfig) -> Config:
-    """Return what Hydra composed as the dataclasses of the schema, with absolute paths."""
+def to_config(composed: DictConfig, start: Path = Path()) -> Config:
+    """Return what Hydra composed as the dataclasses of the schema, with absolute paths, from start where relative."""
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
-    return with_absolute_paths(config)
+    return with_absolute_paths(config, start)
 
 
 def flags_of(argv: Sequence[str]) -> argparse.Namespace:
@@ -214,6 +215,23 @@ def flags_of(argv: Sequence[str]) -> argparse.Namespace:
             "listed by reft-train --hydra-help"
         )
     return known
+
+
+def flags_first(argv: Sequence[str]) -> list[str]:
+    """Return a command line with its flags before its overrides: Hydra reads no override after a flag that follows one.
+
+    >>> flags_first(["seed=1", "--cfg", "job", "test=false", "-m", "~logger"])
+    ['--cfg', 'job', '-m', 'seed=1', 'test=false', '~logger']
+    """
+    flags: list[str] = []
+    overrides: list[str] = []
+    takes = False  # whether the last was a flag, whose value may follow
+    for text in argv:
+        is_flag = text.startswith("-")
+        mine = is_flag or (takes and "=" not in text and not text.startswith("~"))
+        (flags if mine else overrides).append(text)
+        takes = is_flag
+    return flags + overrides
 
 
 def preflight(argv: Sequence[str]) -> Asked:
@@ -229,15 +247,24 @@ def preflight(argv: Sequence[str]) -> Asked:
 
 
 def _asked(arguments: argparse.Namespace) -> Asked:
+    if arguments.config_path or arguments.config_name not in (None, CONFIG_NAME):
+        raise CompositionError(
+            "--config-name and --config-path mean nothing here, as every run begins with conf/config.yaml: write what "
+            "yours sets into FOLDER/experiment/NAME.yaml, then reft-train --config-dir FOLDER experiment=NAME"
+        )
+    if arguments.multirun and (arguments.cfg or arguments.info):
+        raise CompositionError("--cfg and --info print one configuration: leave --multirun out")
     if any(getattr(arguments, flag) for flag in PASSIVE_FLAGS):
         return Asked()
     if arguments.help:  # Hydra's own needs a configuration that composes
         sys.stdout.write(_help(_vocabulary(arguments.config_dir)))
         sys.exit(0)
     with composing(arguments.config_dir) as compose_one:
-        every = _runs(arguments.overrides, sweep=arguments.multirun)
+        vocabulary = _vocabulary(arguments.config_dir)
+        every = _runs(arguments.overrides, arguments.multirun, vocabulary)
         runs = {what: compose_one(overrides) for what, overrides in every}
         asked = _parse(arguments.overrides)
+        _check_sweeper(asked, vocabulary)
     if arguments.cfg:  # prints, and runs nothing
         return Asked(runs)
     sweep = arguments.multirun or "MULTIRUN" in _modes(asked)
@@ -280,7 +307,16 @@ def _hydra() -> Iterator[None]:
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
-        yield
+        OmegaConf.register_new_resolver("hydra", _known_later, replace=True)
+        try:
+            yield
+        finally:
+            setup_globals()  # Hydra's own
+
+
+def _known_later(path: str) -> Any:
+    """Stand for what ``${hydra:...}`` is once a job runs."""
+    return {"runtime.cwd": os.getcwd(), "job.num": 0}.get(path, f"hydra:{path}")
 
 
 def _vocabulary(extra_dir: str | Path | None) -> Vocabulary:
@@ -306,13 +342,13 @@ def _parse(overrides: Iterable[str]) -> list[Override]:
     return parsed
 
 
-def _runs(overrides: Sequence[str], sweep: bool) -> Iterator[tuple[str, list[str]]]:
+def _runs(overrides: Sequence[str], sweep: bool, vocabulary: Vocabulary) -> Iterator[tuple[str, list[str]]]:
     """Yield (choices, overrides) of each run to check."""
     parsed = _parse(overrides)
     sweeping = [i for i, o in enumerate(parsed) if o.is_sweep_override()]
     if sweeping and not sweep and "MULTIRUN" not in _modes(parsed):
         raise _several_values(parsed[sweeping[0]], "add --multirun to run each, or write a list as")
-    choices = [_choices(o) for o in parsed]
+    choices = [_choices(o, vocabulary) for o in parsed]
 
     def run(chosen: Mapping[int, str]) -> tuple[str, list[str]]:
         texts = {i: chosen.get(i, own[0]) for i, own in enumerate(choices) if own}
@@ -326,12 +362,38 @@ def _runs(overrides: Sequence[str], sweep: bool) -> Iterator[tuple[str, list[str
             yield run({i: text})
 
 
-def _choices(override: Override) -> list[str]:
+def _choices(override: Override, vocabulary: Vocabulary) -> list[str]:
     """Return the overrides of single runs; none of an interval, of which a sweeper draws."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
-    values = override.sweep_string_iterator() if override.is_discrete_sweep() else ()
-    return [f"{override.get_key_element()}={value}" for value in values]
+    if not override.is_discrete_sweep():
+        return []
+    group, chosen = override.key_or_group, override.value()
+    files = [option for option in vocabulary.groups.get(group, ()) if "/" not in option]
+    is_glob = isinstance(chosen, Glob)  # Hydra's own reading of it needs a configuration that composes
+    values = chosen.filter(files) if is_glob else override.sweep_string_iterator()
+    texts = [f"{override.get_key_element()}={value}" for value in values]
+    if not texts:
+        has = f"; {group} is one of {shown(files)}" if is_glob and files else ""
+        raise CompositionError(f"{override.input_line}: that is no value at all{has}")
+    return texts
+
+
+def _check_sweeper(asked: Iterable[Override], vocabulary: Vocabulary) -> None:
+    """Refuse an interval where no sweeper draws from it."""
+    drawn = [str(o.input_line) for o in asked if o.is_sweep_override() and not o.is_discrete_sweep()]
+    others = [str(o.input_line) for o in asked if not o.is_sweep_override()]
+    if drawn:
+        composed = hydra_compose(CONFIG_NAME, [*others, *_search_path(vocabulary)], return_hydra_config=True)
+        if composed.hydra.sweeper._target_.endswith("BasicSweeper"):
+            raise CompositionError(
+                f"{drawn[0]}: nothing draws from an interval: list values, such as choice(1e-4,1e-3), let reft-search "
+                "draw, or install a sweeper of Hydra and add hydra/sweeper=NAME"
+            )
+
+
+def _search_path(vocabulary: Vocabulary) -> list[str]:
+    return [f"hydra.searchpath=['file://{folder}']" for folder in vocabulary.folders[1:]]
 
 
 def _several_values(override: Override, instead: str) -> CompositionError:
@@ -357,10 +419,9 @@ def _compose(
     whole = max((i for i, is_plain in enumerate(plain, start=1) if not is_plain), default=0)
     late = {i: o for i, o in enumerate(parsed) if i >= whole and o.key_or_group not in vocabulary.groups}
     begin = tuple(text for i, text in enumerate(overrides) if i not in late)
-    search = [f"hydra.searchpath=['file://{folder}']" for folder in vocabulary.folders[1:]]
     try:
         if begin not in known:
-            known[begin] = hydra_compose(CONFIG_NAME, overrides=[*begin, *search])
+            known[begin] = hydra_compose(CONFIG_NAME, overrides=[*begin, *_search_path(vocabulary)])
         config = copy.deepcopy(known[begin])
         for override in late.values():
             OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
@@ -419,7 +480,7 @@ def _check_values(config: Config) -> None:
             raise CompositionError(f"{name} must {bounds}; got {value}")
     for name, refused in REFUSED.items():
         value = operator.attrgetter(name)(config)
-        if isinstance(value, str | bool) and value in refused:
+        if isinstance(value, str | int) and value in refused:
             raise CompositionError(f"{name}={value} {refused[value]}")
     for key, allowed in (
         ("layers", "all, a list of ids, or settings by layer"),
@@ -427,6 +488,15 @@ def _check_values(config: Config) -> None:
     ):
         if getattr(config.intervention, key) is None:
             raise CompositionError(f"intervention.{key} must be {allowed}; got null")
+    if isinstance(config.trainer.max_time, int | float):
+        raise CompositionError(
+            "trainer.max_time must be a text DD:HH:MM:SS, or a dictionary such as {hours: 3}; got "
+            f"{config.trainer.max_time}"
+        )
+    if config.trainer.deterministic not in (True, False, "warn", None):  # any text would be true
+        raise CompositionError(
+            f"trainer.deterministic must be true, false or warn; got {config.trainer.deterministic!r}"
+        )
     needs = {"local": ["path"], "wheel": ["package", "sha256"], "random": ["config"], "hub": ["name"]}
     source = config.model.source
     for key in needs[source]:
@@ -474,6 +544,14 @@ def _explain(error: Exception, overrides: Sequence[str], vocabulary: Vocabulary)
         for file, group, _ in _experiment_defaults(overrides, vocabulary):
             if group not in vocabulary.groups:
                 return vocabulary.unknown_group(group, str(file))
+    if "@experiment." in message:  # of a file without its first line
+        return _no_package(vocabulary.file(message.split("'")[1]))
+    if "Config group override must be a string or a list" in message:
+        for text in overrides:
+            name, _, value = text.partition("=")
+            if name in vocabulary.groups and value in ("", "null"):
+                leave_out = f"; ~{name} leaves it out" if vocabulary.is_free(f"{name}.x") else ""
+                return f"{text}: {name} is one of {shown(vocabulary.groups[name])}{leave_out}"
     missing = getattr(error, "missing_cfg_file", None)
     if missing:
         return _missing_file(missing, overrides, vocabulary) or message
@@ -482,6 +560,8 @@ def _explain(error: Exception, overrides: Sequence[str], vocabulary: Vocabulary)
         lines = message.splitlines()
         where = vocabulary.file(lines[0].split("'")[1])
         full_key = next((line.split("full_key:")[1].strip() for line in lines if "full_key:" in line), "")
+        if full_key.partition(".")[0] == "experiment":
+            return _no_package(where)
         if "KeyError" in lines[0] or "AttributeError" in lines[0]:
             return vocabulary.unknown_key(full_key, where)
         return f"{where}: {vocabulary.wrong_type(full_key, lines[1])}"
@@ -491,9 +571,14 @@ def _explain(error: Exception, overrides: Sequence[str], vocabulary: Vocabulary)
         return f"{written[-1] if written else 'the configuration'}: {reason}"
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):  # of a dictionary: it lacks the key
         for override in overrides:
-            if did := vocabulary.unknown_entry(override.partition("=")[0]):
+            key, lacks = override.partition("=")[0], cause.full_key or ""
+            if did := vocabulary.unknown_entry(lacks if lacks.startswith(f"{key}.") else key):
                 return f"{override}: {did}"
     return message.replace("To append to your config use", "A new entry of a dictionary takes a plus:")
+
+
+def _no_package(file: str) -> str:
+    return f"{file}: the first line of an experiment is `# @package _global_`, as its keys are those of the whole run"
 
 
 def _missing_file(name: str, overrides: Sequence[str], vocabulary: Vocabulary) -> str:

@@ -51,6 +51,10 @@ ALIASES = {
     "max_grad_norm": "trainer.gradient_clip_val",
     "device": "trainer.accelerator",
     "gpus": "trainer.devices",
+    "num_processes": "trainer.devices",
+    "patience": "checkpoint.early_stopping_patience",
+    "ckpt_path": "resume",
+    "resume_from_checkpoint": "resume",
     "r": "intervention.rank",
 }
 

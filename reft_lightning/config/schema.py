@@ -337,8 +337,8 @@ def _parts(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str | None]]
 WATCHING: dict[str, tuple[str, ...]] = {
     "reft_lightning": ("EditNorms",),
     "lightning": (
-        "DeviceStatsMonitor", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "OnExceptionCheckpoint",
-        "RichModelSummary", "RichProgressBar", "ThroughputMonitor", "TQDMProgressBar",
+        "DeviceStatsMonitor", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "RichModelSummary",
+        "RichProgressBar", "ThroughputMonitor", "TQDMProgressBar",
     ),
 }  # fmt: skip
 
@@ -430,9 +430,14 @@ _DEEPSPEED = (
 _FORKED = "starts its processes from inside a run, which cannot be sent to them. Write trainer.strategy=ddp"
 
 # Values that Lightning takes and a run cannot, each with the reason and what to write.
-REFUSED: dict[str, dict[str | bool, str]] = {
+REFUSED: dict[str, dict[str | int, str]] = {
+    "trainer.use_distributed_sampler": {
+        True: "would divide the rows a second time: the loaders share them out among the processes. Leave it out"
+    },
     "trainer.barebones": {True: "logs nothing, and a run is scored by what it logs. Leave it out"},
-    "trainer.precision": dict.fromkeys(("bf16-true", "16-true", "64-true"), f"{_NOT_FLOAT32}. {_INSTEAD}"),
+    "trainer.precision": dict.fromkeys(
+        ("bf16-true", "16-true", "64-true", "64", 64), f"{_NOT_FLOAT32}. {_INSTEAD}"
+    ),
     "trainer.strategy": {
         **dict.fromkeys(("ddp_spawn", "ddp_fork", "ddp_notebook"), _FORKED),
         **dict.fromkeys(("fsdp", "fsdp_cpu_offload"), SHARDING),

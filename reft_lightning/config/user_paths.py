@@ -8,10 +8,11 @@ from pathlib import Path
 from .schema import Config, marks
 
 
-def with_absolute_paths(config: Config) -> Config:
+def with_absolute_paths(config: Config, start: Path = Path()) -> Config:
     """Return the configuration with the absolute path of each file or folder that exists.
 
-    They are those that the schema marks: places of a local source, and files that may have a name of the hub instead.
+    Relative ones are below ``start``. They are those that the schema marks: places of a local source, and files that
+    may have a name of the hub instead.
     """
     for name, mark in marks().items():
         section, _, key = name.partition(".")
@@ -19,6 +20,6 @@ def with_absolute_paths(config: Config) -> Config:
         if mark not in ("place", "file") or (mark == "place" and part.source != "local"):
             continue
         value = getattr(part, key)
-        if value and (place := Path(value).expanduser()).exists():
+        if value and (place := start / Path(value).expanduser()).exists():
             config = replace(config, **{section: replace(part, **{key: str(place.absolute())})})
     return config

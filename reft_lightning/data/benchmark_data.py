@@ -302,17 +302,19 @@ class BenchmarkData(LightningDataModule, ABC):
         collate = self._collator(training=False)
         return [
             DataLoader(
-                rows, batch_size=self.eval_batch_size, sampler=evaluation_share(rows.lengths, rank, world_size),
+                rows, batch_sampler=self._evaluation_batches(evaluation_share(rows.lengths, rank, world_size)),
                 collate_fn=partial(_with_examples, rows.examples, collate), num_workers=self.num_workers,
             )
             for rows in sets.values()
         ]  # fmt: skip
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move the tensors of a batch.
+    def _evaluation_batches(self, share: Sequence[int]) -> list[list[int]]:
+        """Divide the rows of this rank; Lightning would divide a sampler among the ranks once more, without a word."""
+        size = self.eval_batch_size
+        return [list(share[start : start + size]) for start in range(0, len(share), size)]
 
-        Examples stay, as Lightning would try to rebuild each of them; so do the rows' numbers, which the CPU reads.
-        """
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move the tensors of a batch; the rows' numbers stay, which the CPU reads."""
         return {
             name: value.to(device, non_blocking=True)
             if isinstance(value, torch.Tensor) and name != "rows"
@@ -326,4 +328,12 @@ def _with_examples(
 ) -> dict[str, Any]:
     """Return the batch of rows with their examples; the rows of pairs that come first are those they belong to."""
     batch = collate(rows)
-    return batch | {"examples": [examples[i] for i in batch["rows"][: len(rows)].tolist()]}
+    return batch | {"examples": Examples(examples[i] for i in batch["rows"][: len(rows)].tolist())}
+
+
+class Examples(list[Any]):
+    """The examples of a batch, which no device holds: Lightning, given a loader alone, would rebuild each of them."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Examples:
+        """Stay."""
+        return self

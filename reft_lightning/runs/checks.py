@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
+    GradientAccumulationScheduler,
     LearningRateFinder,
     ModelPruning,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -27,10 +29,11 @@ from ..adapters.reft.positions import parse_positions
 from ..base_models.decoders import is_decoder
 from ..config.schema import SHARDING, Config, DecodingConfig, InterventionConfig, ObjectiveConfig
 from ..data import AnyFamily, Family
+from ..data.benchmark_data import BenchmarkData
 from ..data.example import Example
 from ..evaluation import Decoding
 from ..suggest import check_choice
-from ..training.module import limited
+from ..training.module import check_precision, limited
 from ..training.sharded_base import ShardedBase
 from .arguments import attachment, objective_of
 from .kinds import kind_of
@@ -42,11 +45,17 @@ UNFIT_CALLBACKS: dict[type[Callback], str] = {
     "is loaded onto: leave it out",
     BackboneFinetuning: "trains the base from some epoch on, and no adapter holds it: intervention=full trains all of "
     "it from the start",
+    OnExceptionCheckpoint: "lets Lightning start any run from the file that an earlier one left there: last.ckpt is "
+    "written where a run is interrupted, and reft-train resume=FOLDER goes on from it; leave it out",
     LearningRateFinder: "sets the rate itself, so the run would be another than its configuration says: try rates by "
     "-m optimizer.lr=1e-4,1e-3, or reft-search",
     BatchSizeFinder: "sets the batch size itself, so the run would be another than its configuration says: write "
     "data.batch_size, and trainer.accumulate_grad_batches for what does not fit into memory",
 }
+
+
+PACKAGES = ("lightning.", "reft_lightning.")  # whose callbacks log what is known here
+LOGGED = ("train/", "progress/", "edit/")  # in training
 
 
 class Monitor(NamedTuple):
@@ -238,7 +247,9 @@ def _check_kept(config: Config) -> None:
 
 
 def check_monitor(config: Config, name: str, measures: Sequence[str], tasks: Sequence[str]) -> None:
-    """Refuse a monitored score that no validation will report.
+    """Refuse a monitored score that no validation will report, of callbacks too.
+
+    What callbacks of the user's own log is not known.
 
     Raises:
         ValueError: for an unknown score, or early stopping without validation rows.
@@ -247,28 +258,66 @@ def check_monitor(config: Config, name: str, measures: Sequence[str], tasks: Seq
     known = ["val/loss", *(f"val/{s}" for s in scores), *(f"val/{t}/{s}" for t in tasks for s in scores)]
     if tasks:
         check_choice("checkpoint.monitor", name, known)
-    if not tasks and config.checkpoint.early_stopping_patience is not None:
-        raise ValueError(
-            "early stopping needs validation rows: set data.validation_size, or no "
-            "checkpoint.early_stopping_patience"
-        )
+    validates = bool(tasks) and config.trainer.limit_val_batches != 0
+    rows = "validation rows: set data.validation_size"
+    if tasks:
+        rows = "validations: leave trainer.limit_val_batches=0 out"
+    if not validates and config.checkpoint.early_stopping_patience is not None:
+        raise ValueError(f"early stopping needs {rows}, or no checkpoint.early_stopping_patience")
+    entries = {key: entry for key, entry in config.callbacks.items() if isinstance(entry, Mapping)}
+    if not all(str(entry.get("_target_")).startswith(PACKAGES) for entry in entries.values()):
+        return
+    for key, entry in entries.items():
+        monitor = entry.get("monitor")
+        if monitor is None or str(monitor).startswith(LOGGED):
+            continue
+        if not validates:
+            raise ValueError(f"callbacks.{key}.monitor={monitor} needs {rows}")
+        check_choice(f"callbacks.{key}.monitor", monitor, known)
 
 
-def check_validation_interval(config: Config, rows: int, world_size: int) -> None:
-    """Refuse to validate after more batches than an epoch of so many rows has in each of the processes that share them.
+def check_batches(config: Config, data: BenchmarkData, world_size: int) -> None:
+    """Refuse a share of the batches of a split that is less than one, and to validate after more batches than an epoch.
+
+    Args:
+        config: of the run.
+        data: with the rows that the run reads.
+        world_size: processes that share them.
 
     Raises:
         ValueError: with what to write instead.
     """
-    trainer = config.trainer
-    interval, limit = trainer.val_check_interval, trainer.limit_train_batches
-    if type(interval) is not int or trainer.check_val_every_n_epoch is None or trainer.fast_dev_run:
+    trainer, sizes = config.trainer, config.data
+    if trainer.fast_dev_run:
         return
-    batches = math.ceil(rows / (config.data.batch_size * world_size))
-    if trainer.overfit_batches:
-        limit = trainer.overfit_batches
-    batches = limited(batches, limit)
-    if interval > batches:
+    train_key = val_key = "overfit_batches"
+    if not trainer.overfit_batches:
+        train_key, val_key = "limit_train_batches", "limit_val_batches"
+    batches = math.ceil(len(data.train_rows) / (sizes.batch_size * world_size))
+    counts = [(train_key, batches)]
+    for key, rows in (
+        *((val_key, len(loader.dataset)) for loader in cast(Any, data.val_dataloader())),
+        *(("limit_test_batches", count) for count in data.test_rows.values()),
+    ):
+        counts.append((key, math.ceil(rows / (sizes.eval_batch_size * world_size))))
+    for key, count in counts:
+        limit = getattr(trainer, key)
+        if limit and count and limited(count, limit) == 0:
+            raise ValueError(
+                f"trainer.{key}={limit} of {count} batches is less than one: write a larger part, or a number"
+            )
+    _check_validation_interval(config, limited(batches, getattr(trainer, train_key)))
+
+
+def _check_validation_interval(config: Config, batches: int) -> None:
+    trainer, interval = config.trainer, config.trainer.val_check_interval
+    if type(interval) is not int:
+        return
+    if interval == 0:
+        raise ValueError(
+            "trainer.val_check_interval=0 validates never: trainer.limit_val_batches=0 does without validation"
+        )
+    if trainer.check_val_every_n_epoch is not None and interval > batches:
         raise ValueError(
             f"trainer.val_check_interval={interval} is more than the {batches} batches of an epoch: write a smaller "
             "number, a part of an epoch such as 0.5, or trainer.check_val_every_n_epoch=null to count over epochs"
@@ -297,6 +346,13 @@ def check_callbacks(config: Config, callbacks: Sequence[Callback]) -> None:
                 f"callbacks: the averages of {name} would be lost, as the best checkpoint is restored after training: "
                 "add checkpoint.restore_best=false"
             )
+        if (
+            isinstance(callback, GradientAccumulationScheduler)
+            and config.trainer.accumulate_grad_batches != 1
+        ):
+            raise ValueError(
+                f"callbacks: {name} says itself how many batches a step has: leave trainer.accumulate_grad_batches out"
+            )
 
 
 def check_strategy(config: Config, trainer: Trainer) -> None:
@@ -306,6 +362,7 @@ def check_strategy(config: Config, trainer: Trainer) -> None:
         ValueError: with what to write instead.
     """
     model, method, strategy = config.model, method_named(config.intervention.method), trainer.strategy
+    check_precision(strategy.precision_plugin)
     if isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
         raise ValueError(f"trainer.strategy: {type(strategy).__name__} {SHARDING}")
     if trainer.world_size > 1 and model.device_map is not None:

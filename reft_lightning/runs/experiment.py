@@ -31,7 +31,7 @@ from .arguments import method_of
 from .build import Objects, build, prepare
 from .card import write_card
 from .changed_answers import print_changed_answers
-from .checks import check_strategy, check_validation_interval
+from .checks import check_batches, check_strategy
 from .console import print_table
 from .ddp_launch import leaving_no_ranks
 from .devices import check_accelerator
@@ -48,7 +48,7 @@ from .run_folder import (
     write_run_config,
 )
 from .stopping import check_told_to_stop, signal_of, trouble_of, until_sigterm
-from .trainer import build_trainer, quiet_lightning
+from .trainer import build_trainer, log_settings, quiet_lightning
 from .wandb_names import logs_adapter
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def _run(
             hold(folder)
             make_room(folder, config.overwrite)
         trainer.accelerator.setup_device(trainer.strategy.root_device)  # where a quantized base is read to
-        check_validation_interval(config, len(plan.data.train_rows), trainer.world_size)
+        check_batches(config, plan.data, trainer.world_size)
         objects = build(config, plan, lane)
     except (ValueError, OSError, ImportError, MisconfigurationException) as error:
         raise SetupError(str(error)) from error
@@ -168,6 +168,7 @@ def _run(
     try:
         torch.set_float32_matmul_precision(config.matmul_precision)
         results.update(matmul_precision=config.matmul_precision)
+        log_settings(trainer.loggers, config)
         with until_sigterm(trainer):
             _stages(config, folder, objects, trainer, results)
     except Halted as halt:

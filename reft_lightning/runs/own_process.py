@@ -102,7 +102,7 @@ def run_in_own_process(folder: Path, job: Job) -> dict[str, Any]:
     environment = os.environ | {SWEPT: ",".join(swept())}
     with said or nullcontext(), _passed_on(partial(
         subprocess.Popen, command, env=environment, stdout=said, stderr=subprocess.STDOUT if said else None,
-        preexec_fn=_as_a_job,
+        preexec_fn=_as_a_job, cwd=HydraConfig.get().runtime.cwd,  # which a job may have left
     )) as (process, told):  # fmt: skip
         code = process.wait()
     results = Results.read(folder) if (folder / RESULTS).is_file() else None

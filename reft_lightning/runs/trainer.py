@@ -37,7 +37,7 @@ from .checks import Monitor, check_callbacks
 from .results import Results
 from .run_folder import RESULTS
 from .stopping import StopTogether
-from .wandb_names import NAME_LENGTH, is_wandb, wandb_arguments
+from .wandb_names import NAME_LENGTH, check_wandb, is_wandb, shown_config, wandb_arguments
 
 log = logging.getLogger(__name__)
 KINDS = (
@@ -136,12 +136,20 @@ def build_loggers(config: Config, folder: Path) -> list[Logger]:
         where = f"logger.{name}"
         cls = _target(where, entry)
         if inspect.isclass(cls) and issubclass(cls, WandbLogger):
+            check_wandb(where, cls, entry)
             entry, given = wandb_arguments(entry, config, folder, earlier)
         else:
             takes_folder = "save_dir" in inspect.signature(cls).parameters and "save_dir" not in entry
             given = {"save_dir": str(folder)} if takes_folder else {}
         loggers.append(_of_kind(where, entry, Logger, given))
     return loggers
+
+
+def log_settings(loggers: Sequence[Logger], config: Config) -> None:
+    """Give the loggers of a configuration what identifies the run, as hyperparameters; W&B's has it from its start."""
+    for logger in loggers[1:]:  # the first is the run folder's, which has config.yaml
+        if not isinstance(logger, WandbLogger):
+            logger.log_hyperparams(shown_config(config))
 
 
 def evaluation_loggers(config: Config, folder: Path, target: Path, split: str) -> list[Logger]:
@@ -225,6 +233,8 @@ def quiet_lightning() -> None:
     # an edited block returns a view; no model of transformers adds to what a block returns in place
     warnings.filterwarnings("ignore", ".*FSDP2-wrapped module .* returned a view tensor", UserWarning)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for asked_for in ("profilers", "callbacks"):  # reports, summaries, and what `verbose` adds
+        logging.getLogger(f"lightning.pytorch.{asked_for}").setLevel(logging.INFO)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     # its one line says that a rank died, and that the others are killed
     logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)

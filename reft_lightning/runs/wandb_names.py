@@ -20,7 +20,7 @@ from lightning import Trainer
 
 from ..config.identity import config_hash, identity, nested, used_settings
 from ..config.schema import Config
-from ..suggest import check_choice
+from ..suggest import check_choice, did_you_mean
 from .arguments import method_of
 from .wandb_key import has_key
 
@@ -34,9 +34,9 @@ FINISH = 600
 GROUPS = ("model", "data", "optimizer", "scheduler", "objective")
 
 
-def is_wandb(entry: Mapping[str, Any]) -> bool:
+def is_wandb(entry: Any) -> bool:
     """Whether an entry of ``logger`` is W&B's."""
-    return str(entry.get("_target_", "")).endswith("WandbLogger")
+    return isinstance(entry, Mapping) and str(entry.get("_target_", "")).endswith("WandbLogger")
 
 
 def filed(config: Config, **names: str) -> Config:
@@ -105,7 +105,9 @@ def wandb_arguments(
     if mode == "offline":
         runs = f"{shlex.quote(str(inside / 'wandb'))}/offline-run-*"
         log.info("W&B runs offline; to upload this run later: wandb sync %s", runs)
-    tags = [*(values.pop("tags", None) or ()), method_of(config), config.model.name, config.data.family]
+    given = values.pop("tags", None) or ()
+    given = [given] if isinstance(given, str) else given
+    tags = [*given, method_of(config), config.model.name, config.data.family]
     agent = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
     own = {
         "name": f"{label(config, ())} {folder.name}",
@@ -141,6 +143,22 @@ def shown_config(config: Config) -> dict[str, Any]:
         if value is not None and value is not False and value not in ([], {}, "") and value != defaults.get(key)
     }  # fmt: skip
     return nested(settings) | {"method": method_of(config), "config_hash": config_hash(config)}
+
+
+def check_wandb(where: str, cls: type, entry: Mapping[str, Any]) -> None:
+    """Refuse what W&B would refuse once the run has begun.
+
+    Raises:
+        ValueError: for an argument that neither the logger nor ``wandb.init`` takes.
+    """
+    import wandb
+
+    taken = {"log_adapter"}.union(*(inspect.signature(what).parameters for what in (cls, wandb.init)))
+    for name in entry:
+        if name not in taken and not name.startswith("_"):
+            raise ValueError(
+                f"{where}.{name}: neither {cls.__name__} nor wandb.init takes it{did_you_mean(name, taken)}"
+            )
 
 
 def logs_adapter(config: Config) -> bool:

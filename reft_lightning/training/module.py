@@ -13,14 +13,21 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from torch import Tensor
+from lightning.pytorch.plugins import (
+    BitsandbytesPrecision,
+    DoublePrecision,
+    HalfPrecision,
+    Precision,
+    TransformerEnginePrecision,
+)
+from torch import Tensor, nn
 
 from ..adapters.adapted import AdaptedModel
 from ..data.benchmark_data import BenchmarkData
@@ -36,6 +43,24 @@ def limited(batches: int, limit: int | float | None) -> int:
     if limit is None:
         return batches
     return min(batches, limit) if type(limit) is int else int(batches * limit)
+
+
+# These turn all parameters to another type, or put other layers in the place of the base's.
+UNFIT_PRECISIONS = (HalfPrecision, DoublePrecision, TransformerEnginePrecision, BitsandbytesPrecision)
+
+
+def check_precision(plugin: Precision) -> None:
+    """Refuse a precision, however a Trainer was told of it, that changes the frozen base and the interventions.
+
+    Raises:
+        ValueError: with what to write instead.
+    """
+    if isinstance(plugin, UNFIT_PRECISIONS):
+        raise ValueError(
+            f"precision={plugin.precision} ({type(plugin).__name__}) changes the parameters of the frozen base, and of "
+            "interventions, which are float32: load the base in another type (model.dtype=bfloat16) or in fewer bits "
+            "(quantization=nf4), or compute with precision=bf16-mixed"
+        )
 
 
 TrainingPass = Callable[[dict[str, Any], list[int], int | None], Any]
@@ -87,6 +112,7 @@ class FinetuningModule(LightningModule):
         self.train_seconds = 0.0  # before the last on_train_start
         self.train_metrics: dict[str, float] = {}  # last logged, as far as noted
         self.total_steps = math.inf  # of training, once it begins
+        self._tokens_before: int | None = None  # of all ranks, in a checkpoint that training goes on from
         self._started: float | None = None
         self._window = (0, 0.0)
         self._batch_tokens = 0
@@ -118,6 +144,10 @@ class FinetuningModule(LightningModule):
             yield
         finally:
             self.prefix = before
+
+    def setup(self, stage: str) -> None:
+        """Refuse a precision that would change the model."""
+        check_precision(self.trainer.precision_plugin)
 
     # --- training -------------------------------------------------------------------------------------------
 
@@ -155,14 +185,18 @@ class FinetuningModule(LightningModule):
         self._step_loss = self._step_loss + self._batch_loss
 
     def on_train_start(self) -> None:
-        """Start the clocks."""
+        """Start the clocks; share out the tokens of an earlier part among the ranks, so that their sum stays."""
+        if self._tokens_before is not None:
+            each, rest = divmod(self._tokens_before, self.trainer.world_size)
+            self.tokens, self._tokens_before = each + (self.trainer.global_rank < rest), None
         self._started = time.perf_counter()
         self._window = (self.tokens, self._started)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
         """Log tokens per second of this process, over the steps since the last log, and how far training is."""
         trainer: Any = self.trainer
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        every = trainer.log_every_n_steps  # 0, as in a bare Trainer: never
+        if every and trainer.global_step % every == 0:
             tokens, since = self._window
             now = time.perf_counter()
             self.log("train/tokens_per_second", (self.tokens - tokens) / (now - since))
@@ -246,15 +280,25 @@ class FinetuningModule(LightningModule):
 
     # --- checkpoints ----------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Return the adapter alone; the base model is never part of a checkpoint."""
-        return {f"adapter.{name}": tensor for name, tensor in self.model.adapter_state_dict().items()}
+    def state_dict(
+        self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """Return the adapter alone; the base model is never part of a checkpoint.
+
+        ``destination`` and ``prefix`` are those of a module that holds this one, such as Lightning's averages.
+        """
+        found = {} if destination is None else destination
+        found.update(
+            {f"{prefix}adapter.{k}": tensor for k, tensor in self.model.adapter_state_dict().items()}
+        )
+        return found
 
     def load_state_dict(
-        self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False
-    ) -> None:
+        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Load the adapter; every tensor must be there, whatever ``strict`` says."""
         self.model.load_adapter_state_dict({k.removeprefix("adapter."): v for k, v in state_dict.items()})
+        return nn.Module().load_state_dict({})  # what torch returns where nothing is missing
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what training has taken so far, of all ranks, and the loss of a step in progress, which they share."""
@@ -272,8 +316,7 @@ class FinetuningModule(LightningModule):
         return self.train_metrics
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting; the tokens of all ranks are shared out, so that their sum stays."""
-        each, rest = divmod(checkpoint["tokens"], self.trainer.world_size)
-        self.tokens = each + (self.trainer.global_rank < rest)
+        """Go on counting; how many ranks share the tokens is known where training starts."""
+        self._tokens_before = checkpoint["tokens"]
         self.train_seconds, self.train_metrics = checkpoint["train_seconds"], checkpoint["train_metrics"]
         self._step_loss = checkpoint["step_loss"].to(self.device)

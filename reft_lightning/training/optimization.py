@@ -63,6 +63,11 @@ class Optimization:
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay must be 0 or more; got {self.weight_decay}")
         check_choice("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
+        for name in ("lr", "weight_decay"):  # which each group has
+            if name in self.optimizer_options:
+                raise ValueError(
+                    f"optimizer.options.{name} would not count: write optimizer.{name}={self.optimizer_options[name]}"
+                )
         check_options("optimizer", self.optimizer, self.optimizer_options)
         check_options("scheduler", self.scheduler, self.scheduler_options)
         if self.weight_decay and "weight_decay" not in inspect.signature(self.optimizer).parameters:

@@ -12,6 +12,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.data import _update_dataloader
+from torch.utils.data import DistributedSampler
 
 from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.data import FAMILIES
@@ -352,6 +354,13 @@ class TestLoaders:
             lengths.append(len(data.train_dataloader()))
         assert sorted(parts) == sorted(whole)
         assert lengths[0] == lengths[1]
+
+    def test_lightning_cannot_divide_the_rows_of_a_rank_once_more(self):
+        """It does so unless a Trainer is told `use_distributed_sampler=False`, which its error says."""
+        data = make()
+        for loader in (data.train_dataloader(), data.val_dataloader()[0], data.test_dataloader()[0]):
+            with pytest.raises(TypeError, match="use_distributed_sampler=False"):
+                _update_dataloader(loader, DistributedSampler(loader.dataset, num_replicas=2, rank=0))
 
     def test_moving_a_batch_leaves_the_examples_alone(self):
         data = make()

@@ -1,10 +1,14 @@
-"""A job of a sweep in a process of its own does not outlive the sweep."""
+"""A job of a sweep in a process of its own: where it starts, and that it does not outlive the sweep."""
 
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+
+from reft_lightning.runs import own_process
+from reft_lightning.runs.sweep import Job
 
 CHILD = """
 import signal, time
@@ -33,3 +37,22 @@ def test_a_job_is_told_to_stop_when_its_sweep_is_killed(root, tmp_path):
     while not (tmp_path / "told").exists() and time.monotonic() < until:
         time.sleep(0.05)
     assert (tmp_path / "told").exists()
+
+
+def test_a_job_starts_where_its_sweep_did_whatever_folder_it_works_in(monkeypatch, tmp_path):
+    """Under hydra.job.chdir=true the job's folder is the present one: relative paths and modules lie elsewhere."""
+    started = {}
+
+    def start(command, **arguments):
+        started.update(arguments)
+        return SimpleNamespace(wait=lambda *_: 0, terminate=lambda: None, kill=lambda: None)
+
+    hydra = SimpleNamespace(
+        runtime=SimpleNamespace(cwd="/there"), overrides=SimpleNamespace(task=["seed=1"], hydra=[])
+    )
+    monkeypatch.setattr(own_process.subprocess, "Popen", start)
+    monkeypatch.setattr(own_process.HydraConfig, "get", staticmethod(lambda: hydra))
+    monkeypatch.setattr(sys, "argv", ["reft-train"])
+    (tmp_path / "results.json").write_text('{"status": "complete"}')
+    own_process.run_in_own_process(tmp_path, Job(lambda *_: None))
+    assert started["cwd"] == "/there"

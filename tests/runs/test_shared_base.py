@@ -132,8 +132,11 @@ def test_a_job_that_fails_leaves_the_others_as_they_are(sweep, capsys):
 
 def test_what_cannot_share_runs_apart_and_the_log_says_so(sweep, capsys):
     folders = sweep(
-        "jobs", "intervention=loreft,direft,peft/lora", "trainer.max_epochs=1", "launcher=shared_base"
-    )
+        "jobs", "intervention=loreft,direft,peft/lora", "trainer.max_epochs=1", "launcher=shared_base",
+        "trainer.default_root_dir=${hydra:runtime.output_dir}/mine",
+    )  # fmt: skip
+    for folder in folders:  # each asks Hydra for its own
+        assert f"default_root_dir: {folder.absolute()}/mine" in (folder / "config.yaml").read_text()
     assert [short_runs.results(folder).get("shared_base") for folder in folders] == [2, 2, None]
     assert "#2 runs apart: peft/lora changes the base model's own modules" in capsys.readouterr().out
 

@@ -3,11 +3,13 @@
 import dataclasses
 import inspect
 import json
+import logging
 
 import lightning
 import pytest
 import short_runs
 import torch
+import yaml
 from readme import code_with
 from safetensors.torch import load_file
 
@@ -123,6 +125,15 @@ def test_several_loggers_are_chosen_by_a_list(data, tmp_path):
     assert list((tmp_path / "tensorboard").glob("events.out.*"))
 
 
+def test_loggers_are_given_what_identifies_a_run(data, tmp_path):
+    pytest.importorskip("tensorboard", reason="logger=tensorboard needs pip install tensorboard")
+    short_runs.run(data, tmp_path, "logger=tensorboard", "trainer.max_steps=2")
+    settings = yaml.safe_load((tmp_path / "tensorboard" / "hparams.yaml").read_text())
+    assert settings["method"] == "loreft"
+    assert settings["optimizer"]["lr"] == 5e-3
+    assert settings["config_hash"] == short_runs.results(tmp_path)["config_hash"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -157,6 +168,7 @@ def test_a_typo_is_answered_before_a_weight_is_loaded(data, tmp_path, no_weights
 
 
 CALLBACK = "+callbacks.x._target_=lightning.pytorch.callbacks"
+PLUGIN = "+trainer.plugins._target_=lightning.pytorch.plugins"
 
 
 @pytest.mark.parametrize(
@@ -174,6 +186,27 @@ CALLBACK = "+callbacks.x._target_=lightning.pytorch.callbacks"
         ([f"{CALLBACK}.BackboneFinetuning"], "intervention=full trains all of it"),
         ([f"{CALLBACK}.LearningRateFinder"], "try rates by -m optimizer.lr"),
         ([f"{CALLBACK}.BatchSizeFinder"], "write data.batch_size"),
+        ([f"{CALLBACK}.OnExceptionCheckpoint", "+callbacks.x.dirpath=."], "reft-train resume=FOLDER"),
+        ([f"{CALLBACK}.EarlyStopping", "+callbacks.x.monitor=val_loss"], "did you mean 'val/loss'"),
+        ([f"{CALLBACK}.ModelCheckpoint", "+callbacks.x.monitor=val/acc"], "did you mean 'val/accuracy'"),
+        ([f"{CALLBACK}.EarlyStopping", "+callbacks.x.monitor=val/loss", "data.validation_size=0"],
+         "needs validation rows"),
+        ([f"{CALLBACK}.EarlyStopping", "+callbacks.x.monitor=val/loss", "trainer.limit_val_batches=0"],
+         "leave trainer.limit_val_batches=0 out"),
+        (["checkpoint.early_stopping_patience=1", "trainer.limit_val_batches=0"],
+         "leave trainer.limit_val_batches=0 out"),
+        ([f"{CALLBACK}.GradientAccumulationScheduler", "+callbacks.x.scheduling={0:2}",
+          "trainer.accumulate_grad_batches=2"], "leave trainer.accumulate_grad_batches out"),
+        (["trainer.precision=null", f"{PLUGIN}.HalfPrecision", "+trainer.plugins.precision=bf16-true"],
+         "load the base in another type"),
+        (["trainer.precision=null", f"{PLUGIN}.DoublePrecision"], "load the base in another type"),
+        (["trainer.limit_train_batches=0.1"], "limit_train_batches=0.1 of 6 batches is less than one"),
+        (["trainer.limit_val_batches=0.1"], "limit_val_batches=0.1 of 2 batches is less than one"),
+        (["trainer.limit_test_batches=0.1"], "limit_test_batches=0.1 of 2 batches is less than one"),
+        (["trainer.overfit_batches=0.2"], "overfit_batches=0.2 of 2 batches is less than one"),
+        (["trainer.val_check_interval=0"], "validates never"),
+        (["+optimizer.options.weight_decay=0.1"], "write optimizer.weight_decay=0.1"),
+        (["logger=wandb", "logger.wandb.mode=disabled", "+logger.wandb.projct=x"], "did you mean 'project'"),
     ],
 )  # fmt: skip
 def test_what_cannot_train_is_refused_before_a_weight_is_loaded(
@@ -181,6 +214,35 @@ def test_what_cannot_train_is_refused_before_a_weight_is_loaded(
 ):
     with pytest.raises(SetupError, match=message):
         short_runs.run(data, tmp_path, *overrides)
+
+
+def test_what_profilers_and_callbacks_report_is_logged(data, tmp_path, caplog):
+    lightning_log = logging.getLogger("lightning.pytorch")
+    lightning_log.addHandler(caplog.handler)
+    stops = [f"{CALLBACK}.EarlyStopping", "+callbacks.x.monitor=val/loss", "+callbacks.x.verbose=true"]
+    summary = "+callbacks.s._target_=lightning.pytorch.callbacks.ModelSummary"
+    try:
+        short_runs.run(data, tmp_path, "trainer.profiler=simple", *stops, summary)
+    finally:
+        lightning_log.removeHandler(caplog.handler)
+    for words in ("Profiler Report", "Metric val/loss improved", "Trainable params"):
+        assert words in caplog.text
+    assert "GPU available" not in caplog.text
+
+
+def test_callbacks_may_watch_what_others_log(data, tmp_path, monkeypatch):
+    (tmp_path / "logs.py").write_text(
+        "from lightning import Callback\n"
+        "class Logs(Callback):\n"
+        "    def on_validation_epoch_end(self, trainer, module):\n"
+        "        module.log('val/mine', 1.0)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    stops = [f"{CALLBACK}.EarlyStopping", "+callbacks.x.patience=1"]
+    own = ["+callbacks.own._target_=logs.Logs", "+callbacks.x.monitor=val/mine", "trainer.max_epochs=4"]
+    assert short_runs.run(data, tmp_path / "own", *stops, *own)["steps"] == 12
+    edits = ["callbacks=edit_norms", "+callbacks.x.monitor=edit/mean", "trainer.max_epochs=1"]
+    assert short_runs.run(data, tmp_path / "edits", *stops, *edits)["status"] == "complete"
 
 
 @pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch:UserWarning")

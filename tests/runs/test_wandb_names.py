@@ -1,5 +1,7 @@
 """How a run is filed in W&B: its name says what differs from the others of its group."""
 
+import pytest
+
 from reft_lightning.config import compose
 from reft_lightning.runs.trainer import build_loggers
 from reft_lightning.runs.wandb_names import filed, label, wandb_arguments
@@ -73,3 +75,14 @@ def test_settings_that_mean_nothing_to_the_method_are_not_shown(tmp_path):
     assert shown["method"] == "peft/lora"
     assert set(shown["intervention"]) == {"method", "options"}
     assert shown["intervention"]["options"]["r"] == config.intervention.options["r"]
+
+
+def test_one_tag_is_a_tag_and_not_its_letters(tmp_path):
+    config = composed("logger.wandb.tags=draft")
+    assert wandb_arguments(config.logger["wandb"], config, tmp_path)[0]["tags"][0] == "draft"
+
+
+def test_an_entry_that_is_null_says_what_it_needs(tmp_path):
+    config = filed(composed("logger.wandb=null"), name="mine")
+    with pytest.raises(ValueError, match=r"logger\.wandb needs a _target_"):
+        build_loggers(config, tmp_path)

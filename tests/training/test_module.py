@@ -7,7 +7,7 @@ import pytest
 import short_runs
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulationScheduler
 
 from reft_lightning.data.encoding import target_only
 from reft_lightning.data.option_batches import option_batches
@@ -267,9 +267,6 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(data):
         objects.module.load_state_dict(state, strict=False)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:You requested to overfit:UserWarning"
-)  # overfit_batches without shuffling
 @pytest.mark.parametrize(
     ("setting", "steps"),
     [
@@ -299,7 +296,6 @@ def test_the_schedule_ends_with_steps_of_changing_length(data, scheduling, steps
     assert rates.noted[-1] < 1e-9
 
 
-@pytest.mark.filterwarnings("ignore:You requested to overfit:UserWarning")
 def test_overfitting_reads_the_same_batches_in_every_epoch(data):
     objects = short_runs.build(data)
     read = []
@@ -311,6 +307,16 @@ def test_overfitting_reads_the_same_batches_in_every_epoch(data):
     assert read == read[:2] * 3
 
 
+def test_overfitting_validates_the_first_batches_in_their_own_order(data):
+    """Lightning would put a sampler of its own in the place of ours, which divides rows among ranks."""
+    objects = short_runs.build(data)
+    found = {}
+    for limit in ("overfit_batches", "limit_val_batches"):
+        trainer(**{limit: 1}).fit(objects.module, objects.data)
+        found[limit] = [row["source"] for row in objects.module.predictions]
+    assert found["overfit_batches"] == found["limit_val_batches"]
+
+
 def test_ranks_of_a_resumed_run_share_out_the_tokens_of_all(data):
     module = short_runs.build(data).module
     found = []
@@ -319,5 +325,67 @@ def test_ranks_of_a_resumed_run_share_out_the_tokens_of_all(data):
         module.on_load_checkpoint(
             {"tokens": 100, "train_seconds": 1.0, "train_metrics": {}, "step_loss": torch.zeros(())}
         )
+        module.on_train_start()
         found.append(module.tokens)
     assert found == [34, 33, 33]
+
+
+# What users of Lightning do with a Trainer of their own.
+
+
+def test_loaders_alone_train_and_evaluate_as_their_data_module_does(data):
+    found = []
+    for alone in (False, True):
+        objects = short_runs.build(data)
+        given = [objects.data.train_dataloader(), objects.data.val_dataloader()] if alone else [objects.data]
+        fitting = trainer(accumulate_grad_batches=2)
+        fitting.fit(objects.module, *given)
+        tests = objects.data.test_dataloader() if alone else objects.data
+        tested = fitting.test(objects.module, tests, verbose=False)
+        metrics = {k: v.item() for k, v in fitting.callback_metrics.items() if "second" not in k}
+        found.append((metrics, tested, objects.module.predictions))
+    assert found[0] == found[1]
+
+
+def test_a_module_is_loaded_from_a_checkpoint(data, tmp_path):
+    trained, other = short_runs.build(data), short_runs.build(data, "seed=7")
+    fitting = trainer(max_steps=2)
+    fitting.fit(trained.module, trained.data)
+    fitting.save_checkpoint(tmp_path / "x.ckpt", weights_only=False)
+    asked = {name: getattr(other.module, name) for name in ("optimization", "decoding", "objective")}
+    loaded = generation.GenerationModule.load_from_checkpoint(
+        tmp_path / "x.ckpt", model=other.model, data=other.data, **asked
+    )
+    for name, tensor in trained.module.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true", "64-true"])
+def test_a_precision_that_turns_parameters_to_another_type_is_refused(data, precision):
+    objects = short_runs.build(data)
+    with pytest.raises(ValueError, match=f"precision={precision}.* load the base in another type"):
+        trainer(precision=precision).fit(objects.module, objects.data)
+    assert {p.dtype for p in objects.module.parameters()} == {torch.float32}
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")
+def test_a_bare_trainer_trains(data):
+    objects = short_runs.build(data)
+    bare = Trainer(barebones=True, max_steps=3, accelerator="cpu", devices=1, use_distributed_sampler=False)
+    bare.fit(objects.module, objects.data)
+    assert bare.global_step == 3
+
+
+def test_the_checkpoint_of_an_average_holds_the_averaged_adapter(data, tmp_path):
+    objects = short_runs.build(data)
+    average = EMAWeightAveraging(decay=0.5)
+    fitting = trainer(max_steps=4, callbacks=[average])
+    saved = Steps(lambda module, _: fitting.save_checkpoint(tmp_path / "x.ckpt", weights_only=False))
+    fitting.callbacks.append(saved)
+    fitting.fit(objects.module, objects.data)
+    checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=False)
+    averaged = objects.module.state_dict()  # the average is put in the place of the last step
+    assert checkpoint["state_dict"].keys() == averaged.keys()
+    for name, tensor in checkpoint["state_dict"].items():
+        assert torch.equal(tensor, averaged[name]), name
+        assert not torch.equal(tensor, checkpoint["current_model_state"][name]), name

@@ -153,3 +153,9 @@ def test_a_run_without_an_end_takes_a_schedule_that_needs_none():
 def test_settings_that_cannot_train_are_refused(settings, message):
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
         Optimization(**settings)
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_a_rate_or_a_decay_among_the_options_would_not_count(name):
+    with pytest.raises(ValueError, match=rf"optimizer\.options\.{name} .* write optimizer\.{name}=0\.1"):
+        Optimization(optimizer_options={name: 0.1})
