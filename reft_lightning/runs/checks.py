@@ -33,7 +33,7 @@ from ..data.benchmark_data import BenchmarkData
 from ..data.example import Example
 from ..evaluation import Decoding
 from ..suggest import check_choice
-from ..training.module import check_precision, limited
+from ..training.module import limited
 from ..training.sharded_base import ShardedBase
 from .arguments import attachment, objective_of
 from .kinds import kind_of
@@ -362,7 +362,6 @@ def check_strategy(config: Config, trainer: Trainer) -> None:
         ValueError: with what to write instead.
     """
     model, method, strategy = config.model, method_named(config.intervention.method), trainer.strategy
-    check_precision(strategy.precision_plugin)
     if isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
         raise ValueError(f"trainer.strategy: {type(strategy).__name__} {SHARDING}")
     if trainer.world_size > 1 and model.device_map is not None:

@@ -26,6 +26,7 @@ from ..terminal.bars import is_first_process
 from ..training.best_checkpoint import BestCheckpoint
 from ..training.checkpoint_files import read_checkpoint
 from ..training.evaluation import evaluate
+from ..training.module import check_precision
 from ..training.wandb import finish_wandb
 from .arguments import method_of
 from .build import Objects, build, prepare
@@ -139,6 +140,7 @@ def _run(
             config, folder, plan.monitor, random_state, [*([lane] if lane else []), *callbacks],
             validated=bool(plan.data.val_tasks),
         )  # fmt: skip
+        check_precision(trainer.precision_plugin)
         check_strategy(config, trainer)
         if trainer.is_global_zero and not config.resume:
             folder.mkdir(parents=True, exist_ok=True)

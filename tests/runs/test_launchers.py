@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import short_runs
@@ -65,6 +66,8 @@ def test_a_job_is_queued_again_after_its_run_has_written_down_what_it_has(monkey
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr(own_process, "job_arguments", lambda argv: ["seed=2"])
+    job_of_hydra = SimpleNamespace(runtime=SimpleNamespace(cwd=str(tmp_path)))
+    monkeypatch.setattr(own_process, "HydraConfig", SimpleNamespace(get=lambda: job_of_hydra))
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     job, was = Job(lambda *_: None), []
 
