@@ -12,7 +12,7 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -158,6 +158,15 @@ def processed(processor: Any, example: Example) -> dict[str, Tensor]:
         raise ValueError(f"{example.source}: {type(processor).__name__} refuses the row: {error}") from error
 
 
+def _names_suffix(processor: Any) -> bool:
+    """Whether a processor has a name for what follows a prefix that is read in both directions, as PaliGemma's."""
+    if "suffix" in inspect.signature(type(processor).__call__).parameters:
+        return True
+    options = getattr(type(processor), "valid_processor_kwargs", None)  # where it is up to transformers 5.21
+    of_texts = get_type_hints(options).get("text_kwargs") if options else None
+    return "suffix" in getattr(of_texts, "__annotations__", {})
+
+
 class ImageCollator:
     """Lay encoded rows out as prompt | target, with the types of their tokens and the pixels of their pictures.
 
@@ -172,9 +181,7 @@ class ImageCollator:
         self.processor = processor
         pad: Any = tokenizer_of(processor).pad_token_id
         self._collate = Collator(pad)
-        # PaliGemma's, which reads the prefix (type 0) in both directions, has a name for what follows it
-        prefix = "suffix" in inspect.signature(type(processor).__call__).parameters
-        self._type_of_target = int(prefix)
+        self._type_of_target = int(_names_suffix(processor))
         self._by_row = _by_row(processor)
 
     def __call__(self, rows: Sequence[EncodedImage]) -> dict[str, Any]:
