@@ -50,7 +50,7 @@ class Spans:
             start = self.width - count
         elif isinstance(attention, Tensor) and attention.ndim == 2:
             start = attention.shape[1] - count
-        elif cached is not None:
+        elif cached or (cached == 0 and not self.read):  # RecurrentGemma's says 0 of all, up to transformers 5.22
             start = cached
         elif self.read == 0:
             start = min(self.width - count, 0)  # the prompt, or its first chunk

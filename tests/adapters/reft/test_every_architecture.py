@@ -21,6 +21,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import reft_lightning as rl
+from reft_lightning.adapters.masks import Spans
 from reft_lightning.base_models.reading import reading_of
 
 COLUMNS, NEW = 8, 4
@@ -253,6 +254,14 @@ def test_a_forward_pass_over_rows_padded_on_the_left_is_the_first_of_the_base_s_
 # --- columns ------------------------------------------------------------------------------------------------------
 
 STATE_SPACE = ["mamba", "mamba2", "falcon_mamba", "jamba", "qwen3_next", "recurrent_gemma"]
+
+
+def test_a_cache_that_says_it_is_empty_after_a_pass_keeps_its_columns_elsewhere():
+    """As RecurrentGemma's, which keeps them in its layers: its own test below fails up to transformers 5.22."""
+    prompt = torch.ones(2, 8, dtype=torch.bool)
+    spans = Spans(prompt, ~prompt, generating=True)
+    read = [spans.next_columns(count, None, cached=0) for count in (8, 1, 1)]
+    assert read == [slice(0, 8), slice(8, 9), slice(9, 10)]
 
 
 @pytest.mark.parametrize("name", STATE_SPACE)
