@@ -12,7 +12,7 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
@@ -163,7 +163,7 @@ def _names_suffix(processor: Any) -> bool:
     if "suffix" in inspect.signature(type(processor).__call__).parameters:
         return True
     options = getattr(type(processor), "valid_processor_kwargs", None)  # where it is up to transformers 5.21
-    of_texts = get_type_hints(options).get("text_kwargs") if options else None
+    of_texts = getattr(options, "__annotations__", {}).get("text_kwargs")
     return "suffix" in getattr(of_texts, "__annotations__", {})
 
 
