@@ -244,11 +244,17 @@ def test_a_forward_pass_over_rows_padded_on_the_left_is_the_first_of_the_base_s_
     base = architectures.build(AutoModelForCausalLM, CONFIG_MAPPING[name])
     inputs = {"input_ids": tokens(), "attention_mask": masks()["left"]}
     settings = {**GREEDY, "max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+    stack, places = base.get_submodule(base.base_model_prefix), []
+    stack.register_forward_pre_hook(
+        lambda module, args, kwargs: places.append(kwargs["position_ids"]), with_kwargs=True
+    )
     expected = base.generate(**inputs, **settings).logits[0]
     reft = attached(base)
     with reft.disabled():
         # products of one column and of all are rounded otherwise on some processors
         torch.testing.assert_close(first(reft, **inputs)[:, -1], expected)
+    real = inputs["attention_mask"].bool()
+    assert torch.equal(places[0][real], places[1][real])  # rotary logits hardly tell where a text begins
 
 
 # --- columns ------------------------------------------------------------------------------------------------------
