@@ -35,7 +35,8 @@ class Spans:
 
         A forward pass reads the last columns. A generation reads the last columns of its mask; where the model is
         given none, or one that is no longer of rows and columns, it goes on after what its cache holds (less than was
-        read where a draft of speculative decoding was rejected), or without a cache reads all of it again.
+        read where a draft of speculative decoding was rejected), or without a cache reads all of it again. A cache that
+        holds nothing after a pass is none (RecurrentGemma's, up to transformers 5.22): its state is elsewhere.
 
         Args:
             count: how many columns it reads.
@@ -50,7 +51,7 @@ class Spans:
             start = self.width - count
         elif isinstance(attention, Tensor) and attention.ndim == 2:
             start = attention.shape[1] - count
-        elif cached or (cached == 0 and not self.read):  # RecurrentGemma's says 0 of all, up to transformers 5.22
+        elif cached is not None and (cached or not self.read):
             start = cached
         elif self.read == 0:
             start = min(self.width - count, 0)  # the prompt, or its first chunk
