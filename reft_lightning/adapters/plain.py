@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, is_dataclass
@@ -10,6 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def finite(what: str, value: Any) -> float:
+    """Return a number, neither NaN nor infinite."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{what} must be a finite number; got {value!r}")
+    return float(value)
 
 
 def plain(name: str, value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -16,7 +15,7 @@ from ...base_models.vision import image_tokens
 from ...interventions import Orthonormal, Partition, check_settings, registered
 from ...interventions.base import at_least_float32
 from ...suggest import check_choice
-from ..plain import plain
+from ..plain import finite, plain
 from .config import LayerSpec, ReftConfig
 from .critical import check_attends
 from .positions import Positions, parse_positions
@@ -72,10 +71,7 @@ class Adapter(nn.Module):
 
     @scale.setter
     def scale(self, scale: Any) -> None:
-        value = plain("scale", scale)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"scale must be a finite number; got {scale!r}")
-        self._scale = float(value)
+        self._scale = finite("scale", plain("scale", scale))
 
     @classmethod
     def build(cls, base_model: PreTrainedModel, config: ReftConfig) -> Self:

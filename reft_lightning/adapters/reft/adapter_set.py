@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...suggest import did_you_mean
+from ..plain import finite
 from ..saving import BESIDE
 from .adapter import Adapter
 from .calls import Choice
@@ -81,7 +81,9 @@ class AdapterSet(nn.ModuleDict):
         if len(set(names)) < len(names):
             raise ValueError(f"an adapter edits once; got {names}")
         weights = given if isinstance(given, Mapping) else dict.fromkeys(names, 1.0)
-        choices = tuple(Choice(name, _weight(name, weights[name])) for name in names)
+        choices = tuple(
+            Choice(name, finite(f"the weight of the adapter {name!r}", weights[name])) for name in names
+        )
         self._make_active(choices, isinstance(given, Mapping))
 
     def remove(self, name: str) -> None:
@@ -124,7 +126,7 @@ class AdapterSet(nn.ModuleDict):
             name, weight = entry if isinstance(entry, tuple) else (entry, 1.0)
             if name is not None and name != BASE:
                 self.check_known([name])
-                key = (name, _weight(name, weight))
+                key = (name, finite(f"the weight of the adapter {name!r}", weight))
                 masks.setdefault(key, torch.zeros(rows, dtype=torch.bool))[row] = True
         return tuple(Choice(name, weight, mask) for (name, weight), mask in masks.items()), False
 
@@ -133,9 +135,3 @@ def partitions_of(adapter: Adapter) -> dict[str, Adapter]:
     """Return the partitions that a saved adapter had."""
     adapter.partitions = dict(adapter.config.partitions)
     return {name: adapter.partition(rows) for name, rows in adapter.partitions.items()}
-
-
-def _weight(name: str, weight: Any) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-        raise ValueError(f"the weight of the adapter {name!r} must be a finite number; got {weight!r}")
-    return float(weight)
