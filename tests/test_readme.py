@@ -264,7 +264,8 @@ def check_train(arguments, run, monkeypatch):
         same = re.sub(r"'/[^']*'", "", repr(replace(config, model=model, seed=0)))  # in whatever folder
         if same not in OUTLINED:
             OUTLINED.add(same)
-            outline(replace(config, model=model))
+            # of a reader's own adapter there is no folder
+            outline(replace(config, model=model, intervention=replace(config.intervention, init_from=None)))
 
 
 OUTLINED = set()

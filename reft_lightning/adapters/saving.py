@@ -200,6 +200,11 @@ def load_state(folder: str | os.PathLike) -> dict[str, Tensor]:
     return state
 
 
+def adapter_of(folder: Path) -> Path:
+    """Return the folder of an adapter: that of a run, or the folder itself."""
+    return folder / "adapter" if (folder / "adapter").is_dir() else folder
+
+
 def warn_of_half(folder: str | os.PathLike, subfolder: str | None, model: nn.Module) -> None:
     """Warn of interventions that were trained together with an adapter of peft, in a model without one."""
     beside = Path(folder, subfolder or "", BESIDE)

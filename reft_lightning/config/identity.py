@@ -1,6 +1,6 @@
 """What makes two runs the same run: the one answer for hashes, resuming, reports, searches and the paper's tables.
 
-The schema marks each key that does not identify a run, see :mod:`.schema`. Paths never identify one.
+The schema marks each key that does not identify a run, see :mod:`.schema`. Where rows and models lie identifies none.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     method = settings.get("intervention.method")
     unused = {name for name in ("beside", "beside_options") if not settings.get("intervention.beside")}
     if method and not method_named(method).takes_settings:
-        kept = {"method", "heads", "options"}
+        kept = {"method", "heads", "options", "init_from"}
         unused |= {key.split(".")[1] for key in settings if key.startswith("intervention.")} - kept
     elif settings.get("intervention.rank") is None:  # without a subspace there is nothing to start in it
         unused |= {"rank", "init", "weight_dtype"}

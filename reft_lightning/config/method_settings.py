@@ -23,7 +23,7 @@ def check_settings_mean_something(
     """
     if method.takes_settings or method.ignores_settings:
         return
-    own = ("method", "heads", "options", "beside", "beside_options")
+    own = ("method", "heads", "options", "init_from", "beside", "beside_options")
     defaults = {name: value for name, value in vars(InterventionConfig()).items() if name not in own}
     unused = [name for name, default in defaults.items() if getattr(intervention, name) != default]
     if not unused:

@@ -32,6 +32,11 @@ def place(default: Any) -> Any:
     return field(default=default, metadata={"identity": "place"})
 
 
+def user_path(default: Any) -> Any:
+    """Mark a folder of this machine that identifies a run: another one is another experiment."""
+    return field(default=default, metadata={"identity": "path"})
+
+
 def named_file(default: Any) -> Any:
     """Mark a file that its name identifies."""
     return field(default=default, metadata={"identity": "file"})
@@ -97,6 +102,8 @@ class InterventionConfig:
     dropout: float = 0.0  # of the edits, in training
     dropout_on: str = "edit"  # edit | output (drops whole hidden states, as the authors' code does)
     init: str = "paper"  # paper | identity (Phi(h) = h before the first step)
+    # a run, or the folder of an adapter, whose numbers training begins with; it was trained with the same settings
+    init_from: Optional[str] = user_path(None)
     # of prompts shorter than p + s: paper | floor (n // 2 on both sides, as the authors' code)
     clip: str = "paper"
     weight_dtype: str = "float32"  # of W and b: float32 | bfloat16 (as the authors' code trains them)

@@ -11,13 +11,13 @@ from .schema import Config, marks
 def with_absolute_paths(config: Config, start: Path = Path()) -> Config:
     """Return the configuration with the absolute path of each file or folder that exists.
 
-    Relative ones are below ``start``. They are those that the schema marks: places of a local source, and files that
-    may have a name of the hub instead.
+    Relative ones are below ``start``. They are those that the schema marks: places of a local source, files that may
+    have a name of the hub instead, and the adapter that training begins with.
     """
     for name, mark in marks().items():
         section, _, key = name.partition(".")
         part = getattr(config, section)
-        if mark not in ("place", "file") or (mark == "place" and part.source != "local"):
+        if mark not in ("place", "file", "path") or (mark == "place" and part.source != "local"):
             continue
         value = getattr(part, key)
         if value and (place := start / Path(value).expanduser()).exists():

@@ -17,7 +17,7 @@ from transformers import (
 from ..adapters.reft.base_of import load_base_of
 from ..adapters.reft.config import CONFIG_FILE
 from ..adapters.reft.model import ReftModel
-from ..adapters.saving import load_adapter
+from ..adapters.saving import adapter_of, load_adapter
 from ..base_models.decoders import is_decoder
 from ..storage.reading import read_json
 from . import adapterhub, easysteer, pyreft
@@ -53,8 +53,7 @@ def main(
         raise ValueError(
             f"out={out} is not empty: name a new folder, as its files would be mixed with others"
         )
-    if (folder / "adapter" / CONFIG_FILE).is_file():
-        folder = folder / "adapter"
+    folder = adapter_of(folder)
     library, named = _library(folder)
     given = {"positions": positions, "act_fn": act_fn, "method": method}
     takes = {"reft": (), "pyreft": ("positions", "act_fn"), "adapters": ("method",)}[library]

@@ -126,6 +126,7 @@ def attachment(config: Config, family: AnyFamily | None = None) -> dict[str, Any
     unless ``intervention.heads`` says otherwise.
     """
     values = asdict(config.intervention)
+    del values["init_from"]  # of training
     method, options, defaults = method_named(values["method"]), values.pop("options"), InterventionConfig()
     if values["heads"] is None:
         values["heads"] = kind_of(family).heads if method.trains_heads else ()

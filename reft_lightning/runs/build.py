@@ -10,13 +10,17 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..adapters.adapt import adapt, build_on_meta
 from ..adapters.adapted import AdaptedModel, ParameterCount
 from ..adapters.methods import method_named
+from ..adapters.saving import adapter_of, load_saved
+from ..adapters.starting import first_state
 from ..base_models.heads import class_order
 from ..base_models.loading import fit_to_tokenizer, load_base_model, load_tokenizer
 from ..base_models.processors import load_processor
@@ -26,6 +30,7 @@ from ..data.benchmark_data import BenchmarkData
 from ..data.prompts import tokenizer_of
 from ..evaluation import Decoding
 from ..speed.choose_part import ShortenedPass
+from ..suggest import no_such_folder
 from ..training.module import FinetuningModule
 from ..training.objectives import Objective
 from ..training.optimization import Optimization
@@ -75,6 +80,7 @@ class Outline:
     count: ParameterCount  # of the published model: a head in float32 has a copy of embeddings that it shares there
     monitor: Monitor
     class_order: list[int] | None  # see base_models.heads.class_order
+    first_state: dict[str, Tensor] | None  # of the adapter that training begins with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,8 +182,22 @@ def outline(config: Config) -> Outline:
     return Outline(
         family=family, source=source, attached=attached, optimization=optimization, objective=objective,
         decoding=decoding, hf_config=hf_config, tokenizer=tokenizer, processor=processor, count=count, monitor=monitor,
-        class_order=order,
+        class_order=order, first_state=_first_state(config, adapted),
     )  # fmt: skip
+
+
+def _first_state(config: Config, adapted: AdaptedModel) -> dict[str, Tensor] | None:
+    """Return the numbers that training begins with; None for those of the method."""
+    if not (folder := config.intervention.init_from):
+        return None
+    if not any(adapted.parameter_roles().values()):
+        raise ValueError(f"intervention.init_from={folder}: {method_of(config)} trains nothing; leave it out")
+    if not Path(folder).is_dir():
+        raise ValueError(f"intervention.init_from={no_such_folder(Path(folder))}")
+    try:
+        return first_state(adapted, adapter_of(Path(folder)))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"intervention.init_from={folder}: {error}") from error
 
 
 def reader_of(kind: Kind, source: Mapping[str, Any], hf_config: PretrainedConfig) -> Any:
@@ -221,6 +241,8 @@ def build(config: Config, prepared: Prepared | None = None, lane: Lane | None = 
             warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable.*deprecated", FutureWarning)
             base_model.gradient_checkpointing_enable()
     model = adapt(base_model, **run.attached)
+    if run.first_state is not None:
+        load_saved(model, adapter_of(Path(str(config.intervention.init_from))), run.first_state)
     model.config.base_model = config.model.name  # a folder of this machine means nothing elsewhere
     if config.model.compile:
         if config.model.gradient_checkpointing:

@@ -92,6 +92,7 @@ def _check_closed_form(config: Config) -> None:
         and trainer.gradient_clip_val is None,
         "callbacks without a penalty's schedule": "penalties" not in str(config.callbacks),
         "intervention.beside=null": config.intervention.beside is None,
+        "intervention.init_from=null": config.intervention.init_from is None,
     }  # fmt: skip
     if other := next((key for key, holds in wanted.items() if not holds), None):
         raise ValueError(

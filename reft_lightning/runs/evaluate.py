@@ -107,9 +107,16 @@ def load_run(folder: Path, config: Config, plan: Prepared | None = None) -> Obje
 
 
 def untrained(config: Config) -> Config:
-    """Return a configuration without what its folder names for training, which is not imported then."""
+    """Return a configuration without what its folder names for training, which is not imported or read then."""
     objective = config.objective if reads_preferences(config) else ObjectiveConfig()
-    return replace(config, optimizer=OptimizerConfig(), scheduler=SchedulerConfig(), objective=objective)
+    intervention = replace(config.intervention, init_from=None)
+    return replace(
+        config,
+        optimizer=OptimizerConfig(),
+        scheduler=SchedulerConfig(),
+        objective=objective,
+        intervention=intervention,
+    )
 
 
 def evaluating_trainer(

@@ -133,7 +133,10 @@ def _run(
         check_accelerator(config.trainer.accelerator)
         # a run that was killed after its test reads no test row again
         tested = bool(config.resume) and _check_resume(config, folder)
-        plan = prepare(replace(config, test=config.test and not tested))
+        begins = config.intervention
+        if config.resume and last_checkpoint(folder).is_file():
+            begins = replace(begins, init_from=None)  # the checkpoint holds what it became
+        plan = prepare(replace(config, test=config.test and not tested, intervention=begins))
         if config.resume:
             _check_same_rows(folder, plan.data.data_versions)
         trainer = build_trainer(

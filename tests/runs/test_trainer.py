@@ -10,14 +10,12 @@ import pytest
 import short_runs
 import torch
 import yaml
-from readme import code_with
 from safetensors.torch import load_file
 
-from reft_lightning.adapters.saving import load_saved, load_state
 from reft_lightning.config.compose import CompositionError
 from reft_lightning.config.schema import TrainerConfig
 from reft_lightning.runs.evaluate import evaluate
-from reft_lightning.runs.experiment import SetupError, resume
+from reft_lightning.runs.experiment import SetupError
 
 # Where our default is not Lightning's.
 OURS = {
@@ -77,45 +75,6 @@ def test_callbacks_are_added_by_their_import_path(data, tmp_path, monkeypatch):
         "DeviceStatsMonitor.on_train_batch_start/cpu_percent"
         in (tmp_path / "run/csv/metrics.csv").read_text()
     )
-
-
-def test_a_run_begins_with_a_saved_adapter_by_the_callback_of_the_page(data, tmp_path, monkeypatch):
-    (tmp_path / "going_on.py").write_text(code_with("class Start(Callback)"))
-    monkeypatch.syspath_prepend(tmp_path)
-    first = short_runs.run(data, tmp_path / "first")
-    saved = load_file(tmp_path / "first" / "adapter" / "reft.safetensors")
-    entry = [
-        "+callbacks.start._target_=going_on.Start",
-        f"+callbacks.start.folder={tmp_path / 'first' / 'adapter'}",
-    ]
-    still = ["optimizer=sgd", "optimizer.lr=1e-12", "trainer.max_epochs=1"]
-    second = short_runs.run(data, tmp_path / "second", *entry, *still)
-    for name, tensor in load_file(tmp_path / "second" / "adapter" / "reft.safetensors").items():
-        torch.testing.assert_close(tensor, saved[name], rtol=0, atol=1e-6)
-    assert second["metrics"]["val/loss"] == pytest.approx(first["metrics"]["val/loss"], abs=1e-5)
-    assert second["config_hash"] != short_runs.run(data, tmp_path / "third", *still)["config_hash"]
-    objects = short_runs.build(data, *entry, "intervention.rank=3")
-    with pytest.raises(ValueError, match="does not fit"):
-        load_saved(objects.model, tmp_path / "first" / "adapter", load_state(tmp_path / "first" / "adapter"))
-
-
-def test_a_run_that_began_with_a_saved_adapter_is_resumed_with_its_own(data, tmp_path, monkeypatch):
-    (tmp_path / "going_on.py").write_text(code_with("class Start(Callback)"))
-    monkeypatch.syspath_prepend(tmp_path)
-    short_runs.run(data, tmp_path / "first")
-    entry = [
-        "+callbacks.start._target_=going_on.Start",
-        f"+callbacks.start.folder={tmp_path / 'first' / 'adapter'}",
-    ]
-    whole = short_runs.run(data, tmp_path / "whole", *entry)
-    with monkeypatch.context() as patch:
-        short_runs.stop_at(patch, 8)  # in the second epoch
-        with pytest.raises(short_runs.Stop):
-            short_runs.run(data, tmp_path / "parts", *entry)
-    parts = resume(tmp_path / "parts", trust_code=True)
-    for name, tensor in load_file(tmp_path / "parts" / "adapter" / "reft.safetensors").items():
-        assert torch.equal(tensor, load_file(tmp_path / "whole" / "adapter" / "reft.safetensors")[name])
-    assert parts["metrics"]["val/loss"] == whole["metrics"]["val/loss"]
 
 
 def test_several_loggers_are_chosen_by_a_list(data, tmp_path):
