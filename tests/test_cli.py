@@ -53,8 +53,8 @@ def runs(monkeypatch, tmp_path):
         fake.experiments.append(experiment)
         return {"metrics": {"val/accuracy": config.optimizer.lr}, "monitor": "val/accuracy"}
 
-    def evaluate(run_dir, split, limit):
-        fake.calls.append((run_dir, split, limit))
+    def evaluate(run_dir, split, limit, rows):
+        fake.calls.append((run_dir, split, limit, rows))
         return {"metrics": {}}
 
     fake.run = run
@@ -652,7 +652,13 @@ def folder(tmp_path):
 def test_eval_reads_validation_unless_told_otherwise(monkeypatch, runs, folder):
     command(monkeypatch, cli.evaluate, f"run={folder}")
     command(monkeypatch, cli.evaluate, f"run={folder}", "split=test", "limit=10")
-    assert runs == [(folder, "validation", None), (folder, "test", 10)]
+    command(monkeypatch, cli.evaluate, "decoding.num_beams=2", "data.path=x", f"run={folder}", "data=custom")
+    others = ["data=custom", "decoding.num_beams=2", "data.path=x"]
+    assert runs == [
+        (folder, "validation", None, []),
+        (folder, "test", 10, []),
+        (folder, "validation", None, others),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -661,6 +667,7 @@ def test_eval_reads_validation_unless_told_otherwise(monkeypatch, runs, folder):
         ("split=tset", "did you mean 'test'?"),
         ("limt=3", "did you mean 'limit'?"),
         ("limit=-3", "an integer, 1 or more; got '-3'"),
+        ("data.path=x", "data.path=x is a key of other rows than the run's: name them too, by data=NAME"),
         ("test", "key=value"),
         ("run=", "run=FOLDER is missing"),
         ("run=finishd", "no such folder; did you mean 'finished'?"),

@@ -15,12 +15,10 @@ from ..adapters.methods import method_named
 from ..adapters.reft.config import CONFIG_FILE
 from ..adapters.reft.measuring import saved_interventions
 from ..adapters.reft.sites import HEAD
-from ..config import compose
-from ..config.schema import Config
 from ..interventions import intervention_class, method_name
-from ..runs.arguments import family_of, method_of
+from ..runs.arguments import method_of
 from ..runs.build import Objects, prepare
-from ..runs.evaluate import evaluating_trainer, load_run, untrained
+from ..runs.evaluate import evaluating_trainer, load_run, on_other_rows, untrained
 from ..runs.kinds import kind_of
 from ..runs.run_folder import load_run_config
 from ..storage.atomic import write_json
@@ -126,7 +124,9 @@ def _inspect(folder: Path, rows: int, forget: Sequence[str], text: Path | None, 
     # train rows are not read beyond what the rows for validation are taken from
     data = replace(config.data, limit_validation=rows, limit_train=1)
     config = replace(config, data=data, test=False, evaluate_base=False)
-    other = _other(config, forget, rows) if forget else None
+    other = on_other_rows(config, forget) if forget else None
+    if other:
+        other = replace(other, data=replace(other.data, limit_validation=rows, limit_train=1))
     prepared = prepare(other) if other else None
     plan = prepare(untrained(config))
     if not plan.data.val_tasks:
@@ -149,18 +149,3 @@ def _inspect(folder: Path, rows: int, forget: Sequence[str], text: Path | None, 
         "rows": sum(len(loader.dataset) for loader in objects.data.val_dataloader()),  # pyright: ignore
         "other_family": other.data.family if other else None, "text": str(text) if text else "of our own", **found,
     }  # fmt: skip
-
-
-def _other(config: Config, forget: Sequence[str], rows: int) -> Config:
-    """Return the configuration of the same model on the rows of another family, which must be of the same kind."""
-    wanted = compose.compose(["model=tiny_random", *forget])
-    data = replace(wanted.data, limit_validation=rows, limit_train=1)
-    other = replace(
-        wanted, model=config.model, intervention=config.intervention, data=data, test=False, seed=config.seed
-    )
-    own, theirs = family_of(config), family_of(other)
-    if kind_of(own) != kind_of(theirs):
-        raise ValueError(
-            f"forget={data.family}: a model for {own.name} ({own.kind}) does not answer rows for {theirs.kind}"
-        )
-    return other

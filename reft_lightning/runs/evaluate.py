@@ -12,18 +12,20 @@ from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 
 from ..adapters.saving import load_saved, load_state
+from ..config import compose
 from ..config.identity import config_hash
-from ..config.schema import Config, ObjectiveConfig, OptimizerConfig, SchedulerConfig
+from ..config.schema import CheckpointConfig, Config, ObjectiveConfig, OptimizerConfig, SchedulerConfig
 from ..storage.atomic import new_folder, now, release_folder
 from ..suggest import did_you_mean
 from ..training.progress import RunProgress
 from ..training.wandb import WandbReport, finish_wandb, wandb_runs
-from .arguments import method_of, reads_preferences
+from .arguments import family_of, method_of, reads_preferences
 from .build import Objects, Prepared, build, prepare
 from .console import print_table
 from .devices import check_accelerator
 from .environment import environment
 from .experiment import evaluate_split
+from .kinds import kind_of
 from .results import Results
 from .run_folder import hold, load_run_config
 from .stopping import signal_of
@@ -32,20 +34,25 @@ from .trainer import evaluation_loggers, quiet_lightning
 SPLITS = ("validation", "test")
 
 
-def evaluate(folder: Path, split: str = "validation", limit: int | None = None) -> dict[str, Any]:
+def evaluate(
+    folder: Path, split: str = "validation", limit: int | None = None, rows: Sequence[str] = ()
+) -> dict[str, Any]:
     """Evaluate the adapter of a run folder again, and write the scores to ``<folder>/evaluations``.
 
     Args:
         folder: a run folder.
-        split: ``validation`` or ``test``; a read of the test split is added to the run's ``test_reads``.
+        split: ``validation`` or ``test``; a read of a test split is added to the run's ``test_reads``.
         limit: rows (of each test task), or None for all.
+        rows: other rows than the run's, see :func:`on_other_rows`.
 
     Raises:
         ValueError: for an unknown split, or a folder that is not a run.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be 'validation' or 'test'; got {split!r}{did_you_mean(split, SPLITS)}")
-    config = load_run_config(folder)
+    config = own = load_run_config(folder)
+    if rows:
+        config = on_other_rows(own, rows)
     if limit is not None:
         limited = {"limit_test" if split == "test" else "limit_validation": limit}
         config = replace(config, data=replace(config.data, **limited))
@@ -80,8 +87,12 @@ def evaluate(folder: Path, split: str = "validation", limit: int | None = None) 
         raise
     finally:
         if split == "test":
-            original = Results.read(folder)
-            original.update(test_reads=[*original.values["test_reads"], *results.values["test_reads"]])
+            original, reads = Results.read(folder), results.values["test_reads"]
+            if (
+                config.data.path != own.data.path
+            ):  # another test split, though its task may have the same name
+                reads = [read | {"task": f"{read['task']} of {config.data.path}"} for read in reads]
+            original.update(test_reads=[*original.values["test_reads"], *reads])
             release_folder(folder)
     results.update(status="complete", finished=now())
     print_table(results.values)
@@ -104,6 +115,34 @@ def load_run(folder: Path, config: Config, plan: Prepared | None = None) -> Obje
     objects = build(untrained(config), plan)
     load_saved(objects.model, folder / "adapter", adapter)
     return objects
+
+
+def on_other_rows(config: Config, rows: Sequence[str]) -> Config:
+    """Return the configuration of a run's model on the rows of another family, with which nothing is trained.
+
+    Args:
+        config: of the run.
+        rows: arguments of ``reft-train`` in the groups ``data`` and ``decoding``, such as ``data=custom``.
+
+    Raises:
+        ValueError: for rows that a model of its kind does not answer, or with other classes.
+    """
+    wanted = compose.compose(["model=tiny_random", *rows])
+    other = untrained(
+        replace(
+            config, data=wanted.data, decoding=wanted.decoding, checkpoint=CheckpointConfig(), callbacks={}
+        )
+    )
+    own, theirs = family_of(untrained(config)), family_of(other)
+    if kind_of(own) != kind_of(theirs):
+        raise ValueError(
+            f"{rows[0]}: a model for {own.name} ({own.kind}) does not answer rows for {theirs.kind}"
+        )
+    classes = [family.classes_of(c.data.tasks) for family, c in ((own, config), (theirs, other))]
+    if classes[0] != classes[1]:
+        known, asked = (", ".join(names) or "numbers" for names in classes)
+        raise ValueError(f"{rows[0]}: the run's model tells {known}, and these rows have {asked}")
+    return other
 
 
 def untrained(config: Config) -> Config:

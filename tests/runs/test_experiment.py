@@ -19,7 +19,7 @@ from reft_lightning.data.generation_data import GenerationData
 from reft_lightning.evaluation import Decoding, generate
 from reft_lightning.runs import arguments, build, experiment, trainer
 from reft_lightning.runs.devices import check_accelerator
-from reft_lightning.runs.evaluate import evaluate
+from reft_lightning.runs.evaluate import evaluate, on_other_rows
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,60 @@ def test_the_adapter_folder_reproduces_the_predictions_on_a_fresh_base(data, fin
     assert [row["generated"] for row in short_runs.predictions(folder, "base_test")] != [
         row["generated"] for row in rows
     ]
+
+
+def rows_of(folder, *more):
+    """Return the arguments of `reft-eval` that name invented rows in a folder."""
+    return ["data=boolq", "data.source=local", f"data.path={folder}", "data.validation_size=6", *more]
+
+
+def test_an_adapter_is_evaluated_on_other_rows(data, finished, tmp_path):
+    folder, results = finished
+    same = evaluate(folder, rows=rows_of(data, "decoding.max_new_tokens=3"))
+    measured = {k: v for k, v in results["metrics"].items() if k.startswith("val/")}
+    assert same["metrics"] == pytest.approx(measured)
+    other = short_runs.write_rows(tmp_path / "other", train=12, test=4, tasks=("boolq", "piqa"))
+    before = len(short_runs.results(folder)["test_reads"])
+    tasks = ("data.tasks=[boolq,piqa]", "decoding.max_new_tokens=2")
+    found = evaluate(folder, "test", rows=rows_of(other, *tasks))
+    assert {"test/boolq/accuracy", "test/piqa/accuracy", "test/accuracy"} <= found["metrics"].keys()
+    assert found["counts"]["test/piqa/accuracy"]["total"] == 4
+    assert found["decoding"]["max_new_tokens"] == 2
+    reads = short_runs.results(folder)["test_reads"][before:]
+    assert [(read["task"], read["rows"]) for read in reads] == [
+        (f"boolq of {other}", 4),
+        (f"piqa of {other}", 4),
+    ]
+    lines = next(folder.glob("evaluations/*/predictions/reft_test.jsonl")).read_text().splitlines()
+    assert {json.loads(line)["task"] for line in lines} == {"boolq", "piqa"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        (
+            ["data=glue_rte"],
+            "data=glue_rte: a model for commonsense .* does not answer rows for classification",
+        ),
+        (["data=bolq"], "did you mean 'data=boolq'"),
+        (["data=boolq", "data.tasks=[bolq]"], "did you mean 'boolq'"),
+    ],
+)
+def test_other_rows_that_the_model_does_not_answer_are_refused_before_weights_are_loaded(
+    finished, monkeypatch, rows, reason
+):
+    monkeypatch.setattr(build, "load_base_model", None)
+    with pytest.raises(ValueError, match=reason):
+        evaluate(finished[0], rows=rows)
+
+
+def test_a_classifier_is_not_evaluated_on_rows_of_other_classes():
+    config = short_runs.compose.compose(["model=tiny_random", "data=glue_rte"])
+    assert on_other_rows(config, ["data=glue_rte", "data.limit_validation=3"]).data.limit_validation == 3
+    with pytest.raises(
+        ValueError, match="the run's model tells entailment, not_entailment, and these rows have"
+    ):
+        on_other_rows(config, ["data=glue_mnli"])
 
 
 def test_a_run_can_be_evaluated_from_another_folder_than_it_was_started_from(data, monkeypatch, tmp_path):
