@@ -212,9 +212,9 @@ def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
         twins = [other[0].settings for other in groups if other[0].method == group[0].method]
         own = group[0].settings
         keys = sorted({k for twin in twins for k in twin.keys() | own.keys() if twin.get(k) != own.get(k)})
-        short = [key.rpartition(".")[2] for key in keys]
+        short = [key.removesuffix("._target_").rpartition(".")[2] for key in keys]
         told = [
-            f"{name if short.count(name) == 1 else key}={_plain(own.get(key))}"
+            f"{name if short.count(name) == 1 else key}={_plain(own.get(key), key)}"
             for key, name in zip(keys, short, strict=True)
         ]
         more = [f"and {len(told) - SHOWN} more"] if len(told) > SHOWN else []
@@ -222,7 +222,9 @@ def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
     return _numbered(found, "{name} ({number})")
 
 
-def _plain(value: Any) -> str:
+def _plain(value: Any, key: str) -> str:
+    if key.endswith("._target_"):
+        return str(value).rpartition(".")[2]  # of an import path, the class
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value, default=str)
@@ -261,6 +263,9 @@ def _remarks(comparison: Comparison) -> list[str]:
             "wide, and right where scores are normal over seeds"
         )
     said += _diverged(methods)
+    begun = [m.label for m in methods if m.runs[0].settings.get("intervention.init_from")]
+    if begun:
+        said.append(f"{', '.join(begun)} began with a saved adapter, whose training is in no budget here")
     if comparison.split == "test":
         names = Counter(method.runs[0].method for method in methods)
         several = ", ".join(f"{name} in {count} configurations" for name, count in names.items() if count > 1)

@@ -38,6 +38,21 @@ class TestMethods:
         labels = {m.label for m in only(tmp_path).methods}
         assert labels == {"loreft rank=4 lr=0.001", "loreft rank=8 lr=0.001", "loreft rank=8 lr=0.002", "red"}
 
+    def test_methods_that_differ_in_a_class_are_told_by_its_name(self, tmp_path):
+        dpo = {
+            "objective._target_": "reft_lightning.training.objectives.DPO",
+            "intervention.init_from": "/runs/sft",
+        }
+        for i, settings in enumerate(({}, dpo)):
+            write_run(tmp_path / str(i), scores={"boolq": right(0.5)}, settings=settings)
+        comparison = only(tmp_path)
+        assert {m.label for m in comparison.methods} == {
+            "loreft init_from=null objective=SFT",
+            "loreft init_from=/runs/sft objective=DPO",
+        }
+        began = "loreft init_from=/runs/sft objective=DPO began with a saved adapter, whose training is in no budget"
+        assert sum(began in note for note in comparison.notes) == 1
+
     def test_several_configurations_on_test_rows_are_a_choice_that_is_warned_of(self, tmp_path):
         for rank in (4, 8):
             run = {"intervention.rank": rank}
