@@ -12,13 +12,14 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
 from .config import compose
@@ -137,6 +138,7 @@ examples:
   reft-report paper table=2         the paper's numbers next to those of your runs
 """
 RESUME_HELP = "usage: reft-train resume=FOLDER [trust_code=true]\n"
+log = logging.getLogger(__name__)
 USAGE = re.compile(r"usage: .*(?:\n {7}.*)*")  # in these texts
 LIBRARIES = ("reft", "pyreft", "easysteer")
 WRITTEN = "the folder that reft-train wrote, such as outputs/quickstart/..."
@@ -175,20 +177,28 @@ def _interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Leave with status 2 and the reason where a run cannot start, and with 1 where its log says what stopped it."""
+def _told(in_sweep: bool = False) -> Iterator[None]:
+    """Leave with status 2 and the reason where a run cannot start, and with 1 where its log says what stopped it.
+
+    Of a sweep the other jobs go on; Hydra ends it with the reason of the first that failed, and status 1.
+    """
     try:
         yield
     except Exception as error:
         from .runs.experiment import SetupError
         from .runs.stopping import trouble_of
 
-        if isinstance(error, SetupError):
-            sys.stderr.write(f"{error}\n")
-            sys.exit(2)
-        if trouble_of(error) is None:
+        unfit = isinstance(error, SetupError)
+        reason = str(error) if unfit else trouble_of(error)
+        if reason is None:
             raise
-        sys.exit(1)
+        if in_sweep:
+            if unfit:
+                log.error("this job cannot start: %s", reason)
+            raise CompactHydraException(reason) from error
+        if unfit:
+            sys.stderr.write(f"{reason}\n")
+        sys.exit(2 if unfit else 1)
 
 
 @contextmanager
@@ -352,7 +362,7 @@ def _results(config: DictConfig, run_dir: Path, job: sweep.Job) -> dict[str, Any
     if lane is not None:
         run = filed(run, reinit="create_new")  # one W&B run a job, though others are open
     chosen = HydraConfig.get().runtime.choices.get("experiment")
-    with nullcontext() if own_process.in_sweep() else _told():  # of a sweep, the other jobs go on
+    with _told(own_process.in_sweep()):
         return experiment.run(run, run_dir, chosen, command=command, lane=lane)
 
 

@@ -537,7 +537,7 @@ def test_choices_are_checked_together_where_one_may_not_suit_another(monkeypatch
     assert "intervention.rank=33 model.config.hidden_size=32: rank must lie in 1..32" in said
 
 
-def test_a_job_that_cannot_start_does_not_end_the_sweep(monkeypatch, runs):
+def test_a_job_that_cannot_start_does_not_end_the_sweep(monkeypatch, runs, capsys):
     fake = sys.modules["reft_lightning.runs.experiment"]
     fake.SetupError = ValueError
     run, seeds = fake.run, []
@@ -553,6 +553,10 @@ def test_a_job_that_cannot_start_does_not_end_the_sweep(monkeypatch, runs):
         command(monkeypatch, cli.train, "-m", "model=tiny_random", "seed=1,2")
     assert left.value.code == 1
     assert seeds == [1, 2]
+    said = capsys.readouterr()
+    assert "this job cannot start: no rows" in said.out  # the log, at once
+    assert "no rows\n" in said.err
+    assert "Traceback" not in said.err
 
 
 def test_a_run_knows_the_command_that_repeats_it(monkeypatch, runs, tmp_path):

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 
 from ..config.compose import SWEPT, flags_of, run_dir, swept
@@ -118,7 +119,7 @@ def run_in_own_process(folder: Path, job: Job) -> dict[str, Any]:
         raise SystemExit(128 + signal.SIGTERM)
     if code or results is None:
         where = folder / LOG if said else f"above, and in {folder}"
-        raise RuntimeError(f"the run ended with exit status {code}; what it said: {where}")
+        raise CompactHydraException(f"the run ended with exit status {code}; what it said: {where}")
     return results.values
 
 
