@@ -589,6 +589,12 @@ def test_a_job_returns_the_monitored_metric_for_sweepers(monkeypatch, runs):
     assert returned == [0.5, 0.25]
 
 
+@pytest.mark.parametrize("words", [[], ["-m", "seed=1,2"]])
+def test_a_folder_is_not_named_after_what_hydra_knows_later(refuse, words):
+    said = refuse(*words, "model=tiny_random", "name=${hydra:job.num}")
+    assert said.startswith("name=${hydra:job.num}: the folder has its name before Hydra knows that")
+
+
 @pytest.mark.parametrize("words", [["launcher=joblib"], ["-m", "launcher=joblib,shared_base", "seed=1,2"]])
 def test_a_launcher_is_one_and_for_sweeps(monkeypatch, runs, capsys, words):
     with pytest.raises(SystemExit) as ended:

@@ -464,6 +464,10 @@ def _check_override(override: Override, vocabulary: Vocabulary) -> None:
     elif name not in vocabulary.keys:
         if not vocabulary.is_free(name):
             raise CompositionError(vocabulary.unknown_key(name, text))
+    elif name == "name" and "${hydra:" in text:
+        raise CompositionError(
+            f"{text}: the folder has its name before Hydra knows that; the jobs of a sweep have their own in it"
+        )
     elif override.is_delete():
         raise CompositionError(f"{text}: a key of the schema cannot be deleted; set {name}=null instead")
 
