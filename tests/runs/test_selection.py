@@ -131,6 +131,21 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence(text, gold, 
     assert lcs_f1(text, gold) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("text", "gold", "expected"),
+    [
+        ("我喜欢蓝色的房子", "我喜欢红色的房子。", 7 / 8),
+        ("GPT模型", "gpt 模式", 2 * 2 / (3 + 3)),
+        ("อากาศดี", "อากาศ", 2 * 5 / (6 + 5)),  # the last has a vowel sign
+        ("नमस्ते दुनिया", "नमस्ते भारत", 2 * 1 / (2 + 2)),
+        ("😀 👍🏽", "👍", 2 * 1 / (2 + 1)),
+    ],
+)
+def test_rouge_l_compares_characters_where_words_have_no_blanks(text, gold, expected):
+    score = with_rouge_l(exact_match(str.strip))
+    assert score([text], Example("t", "p", gold, gold)).scores["rouge_l"] == pytest.approx(expected)
+
+
 def lcs_f1(text: str, gold: str) -> float:
     """Return ROUGE-L by a table of lengths, written apart from the library's."""
     found, wanted = (re.findall(r"\w+", t.lower()) for t in (text, gold))
