@@ -589,6 +589,15 @@ def test_a_job_returns_the_monitored_metric_for_sweepers(monkeypatch, runs):
     assert returned == [0.5, 0.25]
 
 
+def test_what_hydra_cannot_read_without_quotes_is_shown_with_them(refuse):
+    said = refuse("model=tiny_random", "data.prompt=质问")
+    assert said.endswith("""or other letters than a to z: data.prompt="'质问'"\n""")
+    (run,) = compose.preflight(
+        ["model=tiny_random", "data=custom", "data.path=x", "data.prompt='质问'"]
+    ).runs.values()
+    assert run.data.prompt == "质问"
+
+
 @pytest.mark.parametrize("words", [[], ["-m", "seed=1,2"]])
 def test_a_folder_is_not_named_after_what_hydra_knows_later(refuse, words):
     said = refuse(*words, "model=tiny_random", "name=${hydra:job.num}")

@@ -334,10 +334,12 @@ def _parse(overrides: Iterable[str]) -> list[Override]:
         try:
             parsed += parser.parse_overrides([text])  # in the plural it also knows glob()
         except HydraException as error:
+            key, _, value = text.partition("=")
+            quoted = f"{key}=\"'{value}'\"" if value and not set(value) & set("'\"[]{},") else "key=\"'a=b'\""
             raise CompositionError(
                 f"cannot read the argument {text!r}: {str(error).splitlines()[0]}\n"
                 "Write key=value, +key=value for a new entry of a dictionary, key=[a,b] for a list, and "
-                "quotes around text with special characters: key=\"'a=b'\""
+                f"quotes around text with special characters or other letters than a to z: {quoted}"
             ) from error
     return parsed
 
