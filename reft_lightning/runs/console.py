@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -24,76 +25,102 @@ OTHER = {"loreft": "direft", "direft": "loreft"}  # methods that take each other
 def print_table(results: dict[str, Any], console: Console | None = None) -> None:
     """Print what a run obtained: frozen base against adapted model, with 95 % intervals, and what it cost."""
     console = console or Console(width=None if sys.stdout.isatty() else 120)
+    for line in [*_print_scores(results, console), *_costs(results)]:
+        console.print(line, soft_wrap=True)
+    for name, said in _commands(results):
+        # a sweep's folders have brackets, which rich reads as markup
+        console.print(f"[bold]{name:<16}[/bold] {escape(said)}", soft_wrap=True, highlight=False)
+
+
+def _print_scores(results: dict[str, Any], console: Console) -> list[str]:
+    """Print the table of scores; return what is to be said below it."""
     split = "test" if any("test" in name.split("/") for name in results["metrics"]) else "val"
-    scores = {name: _split(name) for name in (*results["counts"], *_losses(results, split))}
-    tasks = {task for _, s, task, _ in scores.values() if s == split and task}
-    if len(tasks) == 1:  # the loss of all rows stands in its line
-        scores = {name: (p, s, task or next(iter(tasks)), m) for name, (p, s, task, m) in scores.items()}
-    measures = list(dict.fromkeys(m for _, s, _, m in scores.values() if s == split and m != MAJORITY))
-    rows = "test" if split == "test" else "validation"
-    table = Table(title=f"{escape(str(results['model']))}, {rows} rows, in % [95 % interval]")
-    headings = dict(HEADINGS)
-    if "option_accuracy" in measures:
-        headings["accuracy"] = "generated"
-    for column in ("", "task", "rows", *(headings.get(m, m.replace("_", " ")) for m in measures), "trained",
-                   "% of base"):  # fmt: skip
-        left = column in ("", "task")
-        table.add_column(column, justify="left" if left else "right", no_wrap=column != "")
-    names = {(p, task, m): name for name, (p, s, task, m) in scores.items() if s == split}
-    notes, constants = [], {}
+    scores = _scores(results, split)
+    if not scores:
+        return ["nothing was evaluated: there are neither test rows nor validation rows"]
+    measures = list(dict.fromkeys(measure for _, _, measure in scores if measure != MAJORITY))
+    table = _empty_table(results, split, measures)
+    notes: list[str] = []
+    constants: dict[str, list[str]] = {}  # task -> line of the commonest answer
     models = _models(results, scores)
     for prefix, label, trained in models:
-        own = list(dict.fromkeys(t for p, s, t, _ in scores.values() if (p, s) == (prefix, split)))
-        for task in own:
-            path = f"{prefix}{split}/{task}/" if task else f"{prefix}{split}/"
-            counts = [results["counts"].get(path + m) for m in measures]
+        tasks = list(dict.fromkeys(task for p, task, _ in scores if p == prefix))
+        for task in tasks:
+            counts = [results["counts"].get(scores.get((prefix, task, measure))) for measure in measures]
             total = next((str(count["total"]) for count in counts if count), "")
-            cells = [_cell(results, names.get((prefix, task, measure), "")) for measure in measures]
+            cells = [_cell(results, scores.get((prefix, task, measure), "")) for measure in measures]
             table.add_row(label, task or "all", total, *cells, *trained)
-            missing = (counts[0] or {}).get("missing") if counts else None
-            if missing:
+            if missing := (counts[0] or {}).get("missing") if counts else None:
                 notes.append(f"{label}, {task}: no answer in {missing} of {total} rows")
-            if path + MAJORITY in results["counts"]:
+            if constant := scores.get((prefix, task, MAJORITY)):
                 answer = results.get("commonest_answers", {}).get(task)
-                cell = _cell(results, path + MAJORITY)
                 name = f"always {answer!r}" if answer else "commonest answer"
-                of_accuracy = [cell if measure == "accuracy" else "" for measure in measures]
-                constants[task] = [name, task, total, *of_accuracy, "0", "0"]
-        if len(own) > 1:
-            cells = [_mean_cell(results, f"{prefix}{split}", own, measure) for measure in measures]
+                constants[task] = _constant(name, task, total, measures, _cell(results, constant))
+        if len(tasks) > 1:
+            cells = [_mean_cell(results, f"{prefix}{split}", tasks, measure) for measure in measures]
             table.add_row(label, "mean of tasks", "", *cells, *trained, end_section=True)
     if len(constants) > 1:
         mean = _mean_cell(results, split, list(constants), MAJORITY)
-        cells = [mean if measure == "accuracy" else "" for measure in measures]
-        constants = {"": ["always the commonest", "mean of tasks", "", *cells, "0", "0"]}
+        constants = {"": _constant("always the commonest", "mean of tasks", "", measures, mean)}
     for row in constants.values():
         table.add_row(*row)
-    if scores:
-        if not _print_within(table, console):
-            costs = [(label, *trained) for _, label, trained in models if trained[0] not in ("", "0")]
-            notes += [f"{label}: {count} trained, {share} % of base" for label, count, share in costs]
-    else:
-        console.print("nothing was evaluated: there are neither test rows nor validation rows")
-    for line in notes:
-        console.print(line, soft_wrap=True)
+    if not _print_within(table, console):
+        costs = [(label, *trained) for _, label, trained in models if trained[0] not in ("", "0")]
+        notes += [f"{label}: {count} trained, {share} % of base" for label, count, share in costs]
+    return notes
+
+
+def _scores(results: dict[str, Any], split: str) -> dict[tuple[str, str, str], str]:
+    """Return (``base/`` or nothing, task or nothing, measure) -> name of each score of a split."""
+    parts = {name: _split(name) for name in (*results["counts"], *_losses(results, split))}
+    scores = {
+        (prefix, task, measure): name for name, (prefix, s, task, measure) in parts.items() if s == split
+    }
+    tasks = {task for _, task, _ in scores if task}
+    if len(tasks) == 1:  # the loss of all rows stands in its line
+        scores = {(prefix, task or next(iter(tasks)), m): name for (prefix, task, m), name in scores.items()}
+    return scores
+
+
+def _empty_table(results: dict[str, Any], split: str, measures: list[str]) -> Table:
+    rows = "test" if split == "test" else "validation"
+    table = Table(title=f"{escape(str(results['model']))}, {rows} rows, in % [95 % interval]")
+    headings = HEADINGS | ({"accuracy": "generated"} if "option_accuracy" in measures else {})
+    scored = [headings.get(measure, measure.replace("_", " ")) for measure in measures]
+    for column in ("", "task", "rows", *scored, "trained", "% of base"):
+        left = column in ("", "task")
+        table.add_column(column, justify="left" if left else "right", no_wrap=column != "")
+    return table
+
+
+def _constant(name: str, task: str, total: str, measures: list[str], accuracy: str) -> list[str]:
+    """Return the line of an answer that is always the same: it has an accuracy and trains nothing."""
+    return [name, task, total, *(accuracy if measure == "accuracy" else "" for measure in measures), "0", "0"]
+
+
+def _costs(results: dict[str, Any]) -> list[str]:
+    """Return which checkpoint counts, and what training and evaluation took."""
+    lines: list[str] = []
     if "chosen_by" in results:
-        console.print(
-            f"checkpoint of step {results['best_step']} of {results['steps']}: {results['chosen_by']}",
-            soft_wrap=True,
+        lines.append(
+            f"checkpoint of step {results['best_step']} of {results['steps']}: {results['chosen_by']}"
         )
     if "train_seconds" in results:
-        seconds = results.get("seconds", {})
         took = f"with {results.get('shared_base', 1) - 1} others on one base model ({results['steps']} steps)"
         if results["train_seconds"] is not None:
             took = (
                 f"{results['train_seconds']:.0f} s ({results['steps']} steps, "
                 f"{results['tokens_per_second']:.0f} tokens/s)"
             )
-        console.print(
-            f"training {took}, evaluation {sum(seconds.values()):.0f} s, "
-            f"peak memory {_gibibytes(results['peak_memory_bytes'])}, seed {results['seed']}",
-            soft_wrap=True,
+        lines.append(
+            f"training {took}, evaluation {sum(results.get('seconds', {}).values()):.0f} s, "
+            f"peak memory {_gibibytes(results['peak_memory_bytes'])}, seed {results['seed']}"
         )
+    return lines
+
+
+def _commands(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return where the results are, and the commands that one may want next."""
     folder = results["run_dir"]
     lines = [("run folder", str(folder))]
     if results.get("base_task") != "sequence_classification":
@@ -101,9 +128,7 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
     lines.append(("evaluate again", shlex.join(["reft-eval", f"run={folder}", "split=validation"])))
     if "split" not in results and results["trainable_parameters"] + results.get("head_parameters", 0):
         lines += _next_experiments(results.get("command", ""), results["method"])
-    for name, said in lines:
-        # a sweep's folders have brackets, which rich reads as markup
-        console.print(f"[bold]{name:<16}[/bold] {escape(said)}", soft_wrap=True, highlight=False)
+    return lines
 
 
 def _print_within(table: Table, console: Console) -> bool:
@@ -166,11 +191,15 @@ def _losses(results: dict[str, Any], split: str) -> list[str]:
     return [name for name in results["metrics"] if _split(name)[1:] == (split, "", "loss")]
 
 
-def _models(results: dict[str, Any], scores: dict[str, Any]) -> list[tuple[str, str, tuple[str, str]]]:
+def _models(
+    results: dict[str, Any], scores: Iterable[tuple[str, str, str]]
+) -> list[tuple[str, str, tuple[str, str]]]:
+    """Return (prefix of scores, label, what it trains) of the frozen base and the adapted model."""
+    prefixes = {prefix for prefix, _, _ in scores}
     rows = []
-    if any(name.startswith("base/") for name in scores):
+    if "base/" in prefixes:
         rows.append(("base/", "frozen base", ("0", "0")))
-    if any(not name.startswith("base/") for name in scores):
+    if "" in prefixes:
         trained = (
             (f"{results['trainable_parameters']:,}", f"{results['percent']:.3f}")
             if "percent" in results
