@@ -128,30 +128,8 @@ def _run(
     quiet_lightning()
     begin_peak_memory(shared=lane is not None)
     seed_everything(config.seed, workers=True, verbose=False)
-    random_state = torch.get_rng_state()
     try:
-        check_accelerator(config.trainer.accelerator)
-        # a run that was killed after its test reads no test row again
-        tested = bool(config.resume) and _check_resume(config, folder)
-        begins = config.intervention
-        if config.resume and last_checkpoint(folder).is_file():
-            begins = replace(begins, init_from=None)  # the checkpoint holds what it became
-        plan = prepare(replace(config, test=config.test and not tested, intervention=begins))
-        if config.resume:
-            _check_same_rows(folder, plan.data.data_versions)
-        trainer = build_trainer(
-            config, folder, plan.monitor, random_state, [*([lane] if lane else []), *callbacks],
-            validated=bool(plan.data.val_tasks),
-        )  # fmt: skip
-        check_precision(trainer.precision_plugin)
-        check_strategy(config, trainer)
-        if trainer.is_global_zero and not config.resume:
-            folder.mkdir(parents=True, exist_ok=True)
-            hold(folder)
-            make_room(folder, config.overwrite)
-        trainer.accelerator.setup_device(trainer.strategy.root_device)  # where a quantized base is read to
-        check_batches(config, plan.data, trainer.world_size)
-        objects = build(config, plan, lane)
+        trainer, objects = _set_up(config, folder, callbacks, lane)
     except (ValueError, OSError, ImportError, MisconfigurationException) as error:
         raise SetupError(str(error)) from error
     if trainer.is_global_zero and not config.resume:
@@ -183,23 +161,10 @@ def _run(
         return results.values
     except BaseException as error:
         ending = signal_of(error)
-        said = (
-            f"{ending.name}: the process was told to stop" if ending else f"{type(error).__name__}: {error}"
-        )
-        code = 128 + ending if ending else 1
-        values = {"signal": ending.name} if ending else {}
-        try:
-            results.update(status="stopped", error=said, stopped=now(), **values)
-        except OSError as also:  # the disk, perhaps, that stopped the run
-            log.error("%s cannot be written and says that the run is running: %s", results.path, also)
-        _finish_wandb(trainer, results, None, exit_code=code)
-        if trainer.is_global_zero:
-            go_on = shlex.join(["reft-train", f"resume={folder}"])
-            reason = trouble_of(error) or said.splitlines()[0]
-            log.error("stopped: %s; what was computed is in %s; go on with: %s", reason, folder, go_on)
+        _stopped(error, trainer, folder, results)
         # Lightning kills the first of its ranks where another one fails
         if ending and trainer.is_global_zero:
-            raise SystemExit(code) from error
+            raise SystemExit(128 + ending) from error
         raise
     results.update(status="complete", finished=now())
     if trainer.is_global_zero:
@@ -208,6 +173,51 @@ def _run(
         print_changed_answers(folder, results.values["method"])
     _finish_wandb(trainer, results, folder / "adapter" if logs_adapter(config) else None)
     return results.values
+
+
+def _set_up(
+    config: Config, folder: Path, callbacks: Sequence[Callback], lane: Lane | None
+) -> tuple[Trainer, Objects]:
+    """Check all that can be wrong before weights are loaded, claim the run folder, and build what the run needs."""
+    random_state = torch.get_rng_state()
+    check_accelerator(config.trainer.accelerator)
+    # a run that was killed after its test reads no test row again
+    tested = bool(config.resume) and _check_resume(config, folder)
+    begins = config.intervention
+    if config.resume and last_checkpoint(folder).is_file():
+        begins = replace(begins, init_from=None)  # the checkpoint holds what it became
+    plan = prepare(replace(config, test=config.test and not tested, intervention=begins))
+    if config.resume:
+        _check_same_rows(folder, plan.data.data_versions)
+    trainer = build_trainer(
+        config, folder, plan.monitor, random_state, [*([lane] if lane else []), *callbacks],
+        validated=bool(plan.data.val_tasks),
+    )  # fmt: skip
+    check_precision(trainer.precision_plugin)
+    check_strategy(config, trainer)
+    if trainer.is_global_zero and not config.resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        hold(folder)
+        make_room(folder, config.overwrite)
+    trainer.accelerator.setup_device(trainer.strategy.root_device)  # where a quantized base is read to
+    check_batches(config, plan.data, trainer.world_size)
+    return trainer, build(config, plan, lane)
+
+
+def _stopped(error: BaseException, trainer: Trainer, folder: Path, results: Results) -> None:
+    """Write down what stopped a run, and say how to go on."""
+    ending = signal_of(error)
+    said = f"{ending.name}: the process was told to stop" if ending else f"{type(error).__name__}: {error}"
+    try:
+        values = {"signal": ending.name} if ending else {}
+        results.update(status="stopped", error=said, stopped=now(), **values)
+    except OSError as also:  # the disk, perhaps, that stopped the run
+        log.error("%s cannot be written and says that the run is running: %s", results.path, also)
+    _finish_wandb(trainer, results, None, exit_code=128 + ending if ending else 1)
+    if trainer.is_global_zero:
+        go_on = shlex.join(["reft-train", f"resume={folder}"])
+        reason = trouble_of(error) or said.splitlines()[0]
+        log.error("stopped: %s; what was computed is in %s; go on with: %s", reason, folder, go_on)
 
 
 def _check_resume(config: Config, folder: Path) -> bool:
