@@ -127,7 +127,7 @@ def _inspect(folder: Path, rows: int, forget: Sequence[str], text: Path | None, 
     other = on_other_rows(config, forget) if forget else None
     if other:
         other = replace(other, data=replace(other.data, limit_validation=rows, limit_train=1))
-    prepared = prepare(other) if other else None
+    prepared = prepare(untrained(other)) if other else None
     plan = prepare(untrained(config))
     if not plan.data.val_tasks:
         raise ValueError(f"{folder} has no validation rows, on which an adapter is inspected")

@@ -200,7 +200,8 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[LeftOut], list[R
                     read for read in _reads(run)
                     if first.setdefault((began, read.time, read.hash, read.task, read.model), folder) == folder
                 ]  # fmt: skip
-                if (other := first.setdefault((began, str(results.get("finished"))), folder)) != folder:
+                ended = str(results.get("finished")), str(results.get("split"))  # the latter of an evaluation
+                if (other := first.setdefault((began, *ended), folder)) != folder:
                     problem = f"it holds the same run as {other}: one of them is a copy"
                 problem = _problem(run) or problem
             except (ValueError, OSError) as error:

@@ -27,7 +27,7 @@ from .environment import environment
 from .experiment import evaluate_split
 from .kinds import kind_of
 from .results import Results
-from .run_folder import hold, load_run_config
+from .run_folder import hold, load_run_config, write_run_config
 from .stopping import signal_of
 from .trainer import evaluation_loggers, quiet_lightning
 
@@ -69,9 +69,10 @@ def evaluate(
         )
     objects = load_run(folder, config, plan)
     target = new_folder(folder / "evaluations")
+    write_run_config(target, config)  # reft-report compares evaluations as it compares runs
     results = Results(
-        target, config_hash=config_hash(config), run_dir=str(folder), split=split, limit=limit, seed=config.seed,
-        method=method_of(config), model=config.model.name, **objects.facts(), **environment(),
+        target, config_hash=config_hash(config), run_dir=str(folder.absolute()), split=split, limit=limit,
+        seed=config.seed, method=method_of(config), model=config.model.name, **objects.facts(), **environment(),
     )  # fmt: skip
     loggers = evaluation_loggers(config, folder, target, split)
     shown = [WandbReport(folder, *objects.prepared.monitor)] if loggers else []
@@ -118,7 +119,7 @@ def load_run(folder: Path, config: Config, plan: Prepared | None = None) -> Obje
 
 
 def on_other_rows(config: Config, rows: Sequence[str]) -> Config:
-    """Return the configuration of a run's model on the rows of another family, with which nothing is trained.
+    """Return the configuration of a run with the rows of another family.
 
     Args:
         config: of the run.
@@ -128,20 +129,18 @@ def on_other_rows(config: Config, rows: Sequence[str]) -> Config:
         ValueError: for rows that a model of its kind does not answer, or with other classes.
     """
     wanted = compose.compose(["model=tiny_random", *rows])
-    other = untrained(
-        replace(
-            config, data=wanted.data, decoding=wanted.decoding, checkpoint=CheckpointConfig(), callbacks={}
-        )
+    other = replace(
+        config, data=wanted.data, decoding=wanted.decoding, checkpoint=CheckpointConfig(), callbacks={}
     )
-    own, theirs = family_of(untrained(config)), family_of(other)
+    own, theirs = (family_of(untrained(each)) for each in (config, other))
     if kind_of(own) != kind_of(theirs):
         raise ValueError(
             f"{rows[0]}: a model for {own.name} ({own.kind}) does not answer rows for {theirs.kind}"
         )
-    classes = [family.classes_of(c.data.tasks) for family, c in ((own, config), (theirs, other))]
-    if classes[0] != classes[1]:
-        known, asked = (", ".join(names) or "numbers" for names in classes)
-        raise ValueError(f"{rows[0]}: the run's model tells {known}, and these rows have {asked}")
+    known, asked = own.classes_of(config.data.tasks), theirs.classes_of(other.data.tasks)
+    if known != asked:
+        named = [", ".join(names) or "numbers" for names in (known, asked)]
+        raise ValueError(f"{rows[0]}: the run's model tells {named[0]}, and these rows have {named[1]}")
     return other
 
 

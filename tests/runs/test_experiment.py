@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import short_runs
@@ -17,6 +18,7 @@ from reft_lightning.config.compose import CompositionError
 from reft_lightning.config.identity import config_hash
 from reft_lightning.data.generation_data import GenerationData
 from reft_lightning.evaluation import Decoding, generate
+from reft_lightning.reporting.build import build_report
 from reft_lightning.runs import arguments, build, experiment, trainer
 from reft_lightning.runs.devices import check_accelerator
 from reft_lightning.runs.evaluate import evaluate, on_other_rows
@@ -128,6 +130,20 @@ def test_an_adapter_is_evaluated_on_other_rows(data, finished, tmp_path):
     ]
     lines = next(folder.glob("evaluations/*/predictions/reft_test.jsonl")).read_text().splitlines()
     assert {json.loads(line)["task"] for line in lines} == {"boolq", "piqa"}
+
+
+def test_evaluations_are_reported_as_runs_are_and_their_reads_counted_once(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for rate in (0.005, 0.01):
+        folder = Path(f"run_{rate}")
+        short_runs.run(data, folder.absolute(), "trainer.max_steps=2", "test=false", f"optimizer.lr={rate}")
+        evaluate(folder, "test", rows=rows_of(data, "decoding.max_new_tokens=2"))
+    made = build_report(
+        [Path(f"run_{rate}", part) for rate in (0.005, 0.01) for part in (".", "evaluations")]
+    )
+    (comparison,) = (c for c in made.comparisons if c.split == "test")
+    assert {method.label for method in comparison.methods} == {"loreft lr=0.005", "loreft lr=0.01"}
+    assert len(made.reads) == 2
 
 
 @pytest.mark.parametrize(
