@@ -160,7 +160,11 @@ def _next_experiments(command: str, method: str) -> list[tuple[str, str]]:
     same = [word for word in words if key[word] not in ("resume", "overwrite", "trust_code")]
     seeds = [program, "-m", *(word for word in same if key[word] != "seed"), "seed=42,43,44"]
     found = [("three seeds", shlex.join(seeds))]
-    if method in OTHER and "intervention.method" not in key.values():
+    fixed = {
+        "intervention.method",
+        "intervention.init_from",
+    }  # the former would set it back, the latter not fit
+    if method in OTHER and not fixed & set(key.values()):
         other = [
             program,
             *(word for word in same if key[word] != "intervention"),

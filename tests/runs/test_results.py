@@ -205,8 +205,9 @@ def test_nobody_is_sent_to_chat_with_a_classifier():
     assert set(found) == {"run folder", "evaluate again"}
 
 
-def test_no_other_method_is_proposed_where_the_command_would_set_it_back():
-    text = table(command="reft-train model=tiny_random intervention.method=loreft")
+@pytest.mark.parametrize("override", ["intervention.method=loreft", "intervention.init_from=first"])
+def test_no_other_method_is_proposed_where_the_command_would_set_it_back_or_not_run(override):
+    text = table(command=f"reft-train model=tiny_random {override}")
     assert set(printed(text)) == {"run folder", "chat with both", "evaluate again", "three seeds"}
 
 
