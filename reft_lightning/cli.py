@@ -30,10 +30,11 @@ from .terminal.log_lines import LogHandler
 
 EVAL_HELP = """\
 reft-eval: evaluate the adapter of a run again, on its validation rows or its test rows
-usage: reft-eval run=FOLDER [split=validation|test] [limit=N] [trust_code=true]
-                 [data=NAME [data.KEY=VALUE ...] [decoding.KEY=VALUE ...]]
+usage: reft-eval run=FOLDER [split=validation|test] [limit=N] [evaluate_base=true]
+                 [trust_code=true] [data=NAME [data.KEY=VALUE ...] [decoding.KEY=VALUE ...]]
   split         validation, or test: each read of test rows is recorded in the run
   limit         at most this many rows (of each test task)
+  evaluate_base the frozen base, too
   trust_code    import names that the folder holds from the present directory, too
   data          other rows than the run's, a name of conf/data; data.KEY and decoding.KEY: of these
                 rows, as for reft-train
@@ -372,7 +373,8 @@ def evaluate(argv: Sequence[str]) -> None:
     rows = [text for text in argv if re.match(r"(data|decoding)[.=]", text)]
     options = _options(
         [text for text in argv if text not in rows],
-        run=str, split=_one_of("validation", "test"), limit=_at_least(1), trust_code=_boolean,
+        run=str, split=_one_of("validation", "test"), limit=_at_least(1), evaluate_base=_boolean,
+        trust_code=_boolean,
     )  # fmt: skip
     run_dir = _run_dir(options)
     if rows and not any(text.startswith("data=") for text in rows):
@@ -382,7 +384,13 @@ def evaluate(argv: Sequence[str]) -> None:
         from .runs.evaluate import evaluate as evaluate_run
 
     with _names_of(options.pop("trust_code", False)):
-        evaluate_run(run_dir, options.get("split", "validation"), options.get("limit"), rows)
+        evaluate_run(
+            run_dir,
+            options.get("split", "validation"),
+            options.get("limit"),
+            rows,
+            options.get("evaluate_base", False),
+        )
 
 
 @_command(CHAT_HELP)

@@ -53,8 +53,8 @@ def runs(monkeypatch, tmp_path):
         fake.experiments.append(experiment)
         return {"metrics": {"val/accuracy": config.optimizer.lr}, "monitor": "val/accuracy"}
 
-    def evaluate(run_dir, split, limit, rows):
-        fake.calls.append((run_dir, split, limit, rows))
+    def evaluate(run_dir, split, limit, rows, evaluate_base):
+        fake.calls.append((run_dir, split, limit, rows, evaluate_base))
         return {"metrics": {}}
 
     fake.run = run
@@ -671,12 +671,13 @@ def folder(tmp_path):
 def test_eval_reads_validation_unless_told_otherwise(monkeypatch, runs, folder):
     command(monkeypatch, cli.evaluate, f"run={folder}")
     command(monkeypatch, cli.evaluate, f"run={folder}", "split=test", "limit=10")
-    command(monkeypatch, cli.evaluate, "decoding.num_beams=2", "data.path=x", f"run={folder}", "data=custom")
+    command(monkeypatch, cli.evaluate, "decoding.num_beams=2", "data.path=x", f"run={folder}", "data=custom",
+            "evaluate_base=true")  # fmt: skip
     others = ["data=custom", "decoding.num_beams=2", "data.path=x"]
     assert runs == [
-        (folder, "validation", None, []),
-        (folder, "test", 10, []),
-        (folder, "validation", None, others),
+        (folder, "validation", None, [], False),
+        (folder, "test", 10, [], False),
+        (folder, "validation", None, others, True),
     ]
 
 

@@ -35,7 +35,11 @@ SPLITS = ("validation", "test")
 
 
 def evaluate(
-    folder: Path, split: str = "validation", limit: int | None = None, rows: Sequence[str] = ()
+    folder: Path,
+    split: str = "validation",
+    limit: int | None = None,
+    rows: Sequence[str] = (),
+    evaluate_base: bool = False,
 ) -> dict[str, Any]:
     """Evaluate the adapter of a run folder again, and write the scores to ``<folder>/evaluations``.
 
@@ -44,6 +48,7 @@ def evaluate(
         split: ``validation`` or ``test``; a read of a test split is added to the run's ``test_reads``.
         limit: rows (of each test task), or None for all.
         rows: other rows than the run's, see :func:`on_other_rows`.
+        evaluate_base: whether the frozen base is evaluated, too.
 
     Raises:
         ValueError: for an unknown split, or a folder that is not a run.
@@ -80,6 +85,9 @@ def evaluate(
     results.update(matmul_precision=config.matmul_precision)
     wandb_runs(loggers)  # begun before rows are read: where W&B cannot be reached, no read is recorded
     try:
+        if evaluate_base:
+            with objects.model.disabled():
+                evaluate_split(trainer, objects, split, target, results, base=True)
         evaluate_split(trainer, objects, split, target, results)
     except BaseException as error:
         ending = signal_of(error)

@@ -116,6 +116,10 @@ def test_an_adapter_is_evaluated_on_other_rows(data, finished, tmp_path):
     same = evaluate(folder, rows=rows_of(data, "decoding.max_new_tokens=3"))
     measured = {k: v for k, v in results["metrics"].items() if k.startswith("val/")}
     assert same["metrics"] == pytest.approx(measured)
+    both = evaluate(folder, "test", rows=rows_of(data, "decoding.max_new_tokens=3"), evaluate_base=True)
+    measured = {k: v for k, v in results["metrics"].items() if "test/" in k}
+    assert {k: both["metrics"][k] for k in measured} == pytest.approx(measured)
+    assert [read["model"] for read in both["test_reads"]] == ["base", "adapted"]
     other = short_runs.write_rows(tmp_path / "other", train=12, test=4, tasks=("boolq", "piqa"))
     before = len(short_runs.results(folder)["test_reads"])
     tasks = ("data.tasks=[boolq,piqa]", "decoding.max_new_tokens=2")
@@ -128,7 +132,7 @@ def test_an_adapter_is_evaluated_on_other_rows(data, finished, tmp_path):
         (f"boolq of {other}", 4),
         (f"piqa of {other}", 4),
     ]
-    lines = next(folder.glob("evaluations/*/predictions/reft_test.jsonl")).read_text().splitlines()
+    lines = max(folder.glob("evaluations/*/predictions/reft_test.jsonl")).read_text().splitlines()
     assert {json.loads(line)["task"] for line in lines} == {"boolq", "piqa"}
 
 
