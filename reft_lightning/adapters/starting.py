@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,13 @@ from .methods import METHODS
 from .reft.model import ReftModel
 from .saving import BASELINE_CONFIG_FILE, BESIDE, PEFT_CONFIG_FILE, check_fit, load_adapter, load_state
 
+log = logging.getLogger(__name__)
+
 
 def first_state(model: AdaptedModel, folder: Path) -> dict[str, Tensor]:
     """Read the saved adapter that the training of another one begins with.
+
+    A head that it does not have, or has for another number of classes, is left out: it begins as a new one does.
 
     Args:
         model: what is to be trained; it needs no weights.
@@ -33,8 +39,14 @@ def first_state(model: AdaptedModel, folder: Path) -> dict[str, Tensor]:
             f"that adapter was trained with {', '.join(differing)}; give intervention the settings that it was trained "
             "with"
         )
-    state = load_state(folder)
-    check_fit(model.adapter_state_dict(), state, f" {model.config.method}")
+    state, own = load_state(folder), model.adapter_state_dict()
+    for head in model.config.heads:
+        parts = {name for name in own if f".{head}." in f".{name}."}
+        if any(name not in state or state[name].shape != own[name].shape for name in parts):
+            log.info("the head %s begins as a new one: the adapter has none, or one of other classes", head)
+            own = {name: tensor for name, tensor in own.items() if name not in parts}
+            state = {name: tensor for name, tensor in state.items() if name not in parts}
+    check_fit(own, state, f" {model.config.method}")
     return state
 
 
@@ -43,7 +55,8 @@ def _differing(model: Any, folder: Path) -> list[str]:
     if isinstance(model, JointModel):
         return _differing(model.reft, folder) + _differing(model.peft, folder / BESIDE)
     if isinstance(model, ReftModel):
-        return model.config.differing(load_adapter(folder)[0])
+        saved = load_adapter(folder)[0]
+        return replace(model.config, heads=saved.heads).differing(saved)
     if isinstance(model, PeftBaseline):
         check_holds(folder, PEFT_CONFIG_FILE)
         method = METHODS[model.config.method]
@@ -55,7 +68,7 @@ def _differing(model: Any, folder: Path) -> list[str]:
     else:
         check_holds(folder, BASELINE_CONFIG_FILE)
         mine, theirs = vars(model.config), read_json(folder / BASELINE_CONFIG_FILE)
-        names = ["method", "heads"]
+        names = ["method"]
     return [
         f"{name} {theirs.get(name)!r} instead of {mine.get(name)!r}"
         for name in names

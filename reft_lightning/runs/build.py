@@ -242,7 +242,8 @@ def build(config: Config, prepared: Prepared | None = None, lane: Lane | None = 
             base_model.gradient_checkpointing_enable()
     model = adapt(base_model, **run.attached)
     if run.first_state is not None:
-        load_saved(model, adapter_of(Path(str(config.intervention.init_from))), run.first_state)
+        state = model.adapter_state_dict() | run.first_state  # heads that it lacks keep their own numbers
+        load_saved(model, adapter_of(Path(str(config.intervention.init_from))), state)
     model.config.base_model = config.model.name  # a folder of this machine means nothing elsewhere
     if config.model.compile:
         if config.model.gradient_checkpointing:

@@ -6,8 +6,11 @@ import pytest
 import short_runs
 import torch
 from omegaconf import OmegaConf
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from reft_lightning.adapters.adapt import adapt
 from reft_lightning.adapters.saving import load_state
+from reft_lightning.adapters.starting import first_state
 from reft_lightning.config.identity import config_hash, differences
 from reft_lightning.runs import build, experiment
 from reft_lightning.runs.evaluate import evaluate
@@ -86,6 +89,35 @@ def test_dropout_may_differ_and_a_folder_that_is_not_there_is_named(data, tmp_pa
     build.outline(settings(data, "intervention.dropout=0.1", f"intervention.init_from={tmp_path / 'a'}"))
     with pytest.raises(ValueError, match=f"intervention.init_from={tmp_path / 'b'}: no such folder"):
         build.outline(settings(data, f"intervention.init_from={tmp_path / 'b'}"))
+
+
+THREE, TWO, NONE = {"num_labels": 3}, {"num_labels": 2}, None  # classes
+NAMED = {"loreft": ("loreft", {"rank": 2}), "lora": ("peft/lora", {"r": 2}), "full": ("full", {})}
+
+
+@pytest.mark.parametrize(
+    ("method", "classes"),
+    [("loreft", THREE), ("loreft", TWO), ("loreft", NONE), ("lora", THREE), ("lora", TWO), ("lora", NONE),
+     ("full", THREE), ("full", TWO)],
+)  # fmt: skip
+def test_a_head_begins_as_a_new_one_unless_the_adapter_has_one_of_as_many_classes(tmp_path, method, classes):
+    def model(classes):
+        config = LlamaConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=32,
+            pad_token_id=0, **(classes or {}),
+        )  # fmt: skip
+        name, options = NAMED[method]
+        if classes is None:
+            return adapt(LlamaForCausalLM(config), name, **options)
+        return adapt(LlamaForSequenceClassification(config), name, heads="auto", **options)
+
+    first, second = model(classes), model(TWO)
+    first.save_pretrained(tmp_path)
+    found, own = first_state(second, tmp_path), second.adapter_state_dict()
+    heads = {name for name in own if "score" in name}
+    assert heads
+    assert found.keys() == own.keys() - (set() if classes is TWO else heads)
+    assert all(torch.equal(tensor, first.adapter_state_dict()[name]) for name, tensor in found.items())
 
 
 @pytest.fixture(scope="module")
