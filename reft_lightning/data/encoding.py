@@ -292,7 +292,8 @@ class EncodedRows(Dataset[Encoded]):
         lengths, prompts = columns["ids.lengths"], columns["prompt"]
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         if target_tokens is not None:
-            lengths = np.minimum(lengths, prompts + target_tokens)
+            longest = int(lengths.max(initial=0))  # the sum is one of 32 bits
+            lengths = np.minimum(lengths, prompts + min(target_tokens, longest))
         self.lengths: list[int] = lengths.tolist()
         self.prompt_lengths: list[int] = prompts.tolist()
         self.targets: list[int] = (lengths - prompts).tolist()

@@ -125,6 +125,16 @@ class TestEncode:
         assert [rows[i] for i in range(len(rows))] == [encode(tokenizer, e, 24) for e in examples]
         assert rows.lengths == [len(encode(tokenizer, e, 24)) for e in examples]
 
+    @pytest.mark.parametrize("most", [3, 2**31 - 1, 10**18])
+    def test_of_each_target_so_many_tokens_are_left(self, tokenizer, most):
+        examples = [make(target="t" * i) for i in (1, 2, 3, 9)]
+        whole = encode_all(tokenizer, examples, 64)
+        cut = encode_all(tokenizer, examples, 64, target_tokens=most)
+        assert cut.targets == [min(count, most) for count in whole.targets]
+        assert cut.lengths == [
+            prompt + count for prompt, count in zip(whole.prompt_lengths, cut.targets, strict=True)
+        ]
+
 
 def tiny_config():
     return LlamaConfig(
