@@ -44,6 +44,7 @@ from ..suggest import did_you_mean
 from ..terminal.bars import is_first_process
 from .explain import Vocabulary, shown
 from .method_settings import check_settings_mean_something
+from .overrides import key_of
 from .schema import AUTO, BOUNDS, CHOICES, REFUSED, Config
 from .user_paths import with_absolute_paths
 
@@ -166,7 +167,7 @@ def sweep_over(keys: Iterable[str]) -> None:
 
 def differing(overrides: Sequence[str]) -> list[str]:
     """Return those of a job's overrides in which the jobs of its sweep differ; all of them outside a sweep."""
-    keys = [text.lstrip("+~").partition("=")[0] for text in overrides]
+    keys = [key_of(text) for text in overrides]
     found = [text for key, text in zip(keys, overrides, strict=True) if key in _swept]
     return found or [text for key, text in zip(keys, overrides, strict=True) if key != "launcher"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..adapters.methods import Method
+from .overrides import key_of
 from .schema import InterventionConfig
 
 
@@ -28,7 +29,7 @@ def check_settings_mean_something(
     unused = [name for name, default in defaults.items() if getattr(intervention, name) != default]
     if not unused:
         return
-    typed = {text.lstrip("+").partition("=")[0] for text in arguments}
+    typed = {key_of(text) for text in arguments}
     leave = [f"intervention.{name}" for name in unused if f"intervention.{name}" in typed]
     add = [f"intervention.{name}={defaults[name]}" for name in unused if f"intervention.{name}" not in typed]
     advice = [f"leave {' '.join(leave)} out"] if leave else []

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
+from ..config.overrides import key_of
 from ..evaluation.row_metrics import mean_of_counts
 
 # of measures whose names say too little
@@ -156,7 +157,7 @@ def _next_experiments(command: str, method: str) -> list[tuple[str, str]]:
     program, *words = shlex.split(command) or [""]
     if not program:
         return []
-    key = {word: word.lstrip("+~").partition("=")[0] for word in words}
+    key = {word: key_of(word) for word in words}
     same = [word for word in words if key[word] not in ("resume", "overwrite", "trust_code")]
     seeds = [program, "-m", *(word for word in same if key[word] != "seed"), "seed=42,43,44"]
     found = [("three seeds", shlex.join(seeds))]

@@ -17,11 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config.overrides import key_of
 from ..storage.atomic import new_folder
 from ..suggest import no_such_folder
 from .ledger import test_reads
 from .process import Lock, failure, start, stop
-from .search_plan import PRUNERS, SAMPLERS, Plan, change_plan, key_of, read_plan
+from .search_plan import PRUNERS, SAMPLERS, Plan, change_plan, read_plan
 from .study import Study, open_storage, read_study, write_study
 from .study_files import LOCKS, PLAN, SUMMARY, WORKERS
 from .summary import print_summary, summarize

@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 from ..config.compose import config_dir
+from ..config.overrides import key_of
 from ..suggest import check_choice, did_you_mean
 from .budget import UNITS
 from .space import Dimension, Value, override, parse_space
@@ -90,11 +91,6 @@ class Plan:
     def grid_size(self, method: str) -> int:
         """Return the number of combinations of a method's grid."""
         return math.prod(map(len, self.grid(method).values()))
-
-
-def key_of(text: str) -> str:
-    """Return the key of an override."""
-    return text.partition("=")[0].lstrip("+~")
 
 
 @cache
