@@ -1,6 +1,6 @@
 """How many examples hypothesis draws: few and always the same in `make test`, many and new ones in a slow run.
 
-    REFT_EXAMPLES=2000 python -m pytest tests/config/test_any_configuration.py tests/data/test_any_rows.py \
+    REFT_EXAMPLES=2000 python -m pytest --timeout 0 tests/config/test_any_configuration.py tests/data/test_any_rows.py \
         tests/adapters/test_any_adapter_file.py tests/adapters/reft/test_any_positions.py
 """
 

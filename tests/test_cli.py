@@ -128,6 +128,13 @@ def test_an_unknown_option_of_a_group_names_the_nearest_and_all(refuse, written,
     assert meant.partition("=")[2] in said.splitlines()[1]
 
 
+@pytest.mark.parametrize("written", ["callbacks=[0]", "logger=[csv,[wandb]]", "logger=[null]"])
+def test_an_option_of_a_group_that_is_no_text_is_refused(refuse, written):
+    assert refuse("model=tiny_random", written).startswith(
+        f"{written}: {written.partition('=')[0]} has no option "
+    )
+
+
 @pytest.mark.parametrize(
     ("written", "kind"),
     [

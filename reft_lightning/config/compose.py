@@ -458,9 +458,10 @@ def _check_override(override: Override, vocabulary: Vocabulary) -> None:
         return
     if name in vocabulary.groups:
         option = override.value()
-        for chosen in option if isinstance(option, list) else [option]:  # logger=[csv,wandb]
-            if isinstance(chosen, str) and chosen not in vocabulary.groups[name]:
-                raise CompositionError(vocabulary.unknown_option(name, chosen, text))
+        several = [option] if isinstance(option, str) else option  # logger=[csv,wandb]
+        for chosen in several if isinstance(several, list) else ():
+            if not isinstance(chosen, str) or chosen not in vocabulary.groups[name]:
+                raise CompositionError(vocabulary.unknown_option(name, str(chosen), text))
         if "/" in name:  # a folder inside a group
             group, _, folder = name.partition("/")
             raise CompositionError(f"{text}: write {group}={folder}/{option}")

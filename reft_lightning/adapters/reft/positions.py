@@ -61,6 +61,7 @@ SYNTAX = (
     "fN, lN, fN+lM, prompt, image, text, given, critical:N, all, decode, decode:N and sums of them, with N >= 1, and "
     "prompt:S, image:S, text:S or given:S with a share 0 < S < 1"
 )
+MOST = 2**31 - 1  # tokens that a term may count
 OF_PROMPT = ("prompt", "image", "text", "given")  # terms that take all of something, or a share of it
 
 
@@ -285,4 +286,9 @@ def _parse_term(part: str, spec: str) -> Term:
     match = re.fullmatch(r"([fl])([1-9]\d*)|(decode|critical):([1-9]\d*)", part)
     if not match:
         raise ValueError(f"malformed positions {spec!r}: cannot read {part!r}; allowed: {SYNTAX}")
-    return Term(match[1] or match[3], int(match[2] or match[4]))
+    count = int(match[2] or match[4])
+    if count > MOST:
+        raise ValueError(
+            f"positions {spec!r}: {part} counts more tokens than any text has; allowed: {SYNTAX}"
+        )
+    return Term(match[1] or match[3], count)

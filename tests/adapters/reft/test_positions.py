@@ -214,6 +214,13 @@ def test_malformed_specifications_raise(spec):
         parse_positions(spec)
 
 
+@pytest.mark.parametrize("spec", [f"f{2**31}", f"l1+decode:{10**20}"])
+def test_more_tokens_than_a_text_can_have_are_refused(spec):
+    with pytest.raises(ValueError, match="counts more tokens than any text has"):
+        parse_positions(spec)
+    assert parse_positions(f"f{2**31 - 1}").select(*(torch.ones(1, 3, dtype=torch.bool),) * 2)
+
+
 @pytest.mark.parametrize("spec", ["f1+f2", "l1+l1", "decode+decode:2", "all+all", "prompt+prompt"])
 def test_a_repeated_term_raises(spec):
     with pytest.raises(ValueError, match="twice"):
