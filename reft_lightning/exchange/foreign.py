@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..adapters.attaching import all_or_nothing
+from ..adapters.attaching import all_or_nothing, unseen_draws
 from ..adapters.reft.attach import attach
 from ..adapters.reft.model import ReftModel
 from ..storage.reading import naming
@@ -105,7 +105,7 @@ def attached(
     method = first["method"]
     own = {layer: {k: v for k, v in values.items() if k not in shared} for layer, values in layers.items()}
     common = {key: first[key] for key in first if key in shared and key != "method"}
-    with naming(folder), all_or_nothing(base_model):
+    with naming(folder), all_or_nothing(base_model), unseen_draws():
         reft = attach(
             base_model, method, layers=own if any(own.values()) else list(own), **common, **settings
         )

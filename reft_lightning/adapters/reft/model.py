@@ -43,7 +43,7 @@ from ...storage.reading import naming
 from ...suggest import did_you_mean
 from ..adapted import ParameterCount
 from ..arguments import forward_inputs, known_arguments, left_padded_inputs
-from ..attaching import all_or_nothing, attaching, check_base, detached, shown
+from ..attaching import all_or_nothing, attaching, check_base, detached, shown, unseen_draws
 from ..first_values import FirstValues, fill
 from ..masks import Spans, asked_again, marked, spans_of, spans_of_labels
 from ..plain import plain
@@ -245,7 +245,8 @@ class ReftModel(nn.Module):
             self._swap(adapter_name, config, state)
             return
         self.adapters.check_new({adapter_name: config, **dict.fromkeys(config.partitions)})
-        adapter = Adapter.build(self.base_model, config)
+        with unseen_draws():
+            adapter = Adapter.build(self.base_model, config)
         _put(tensors_of(self._parts(adapter)), state, f" {adapter_name}")
         self._insert({adapter_name: adapter} | partitions_of(adapter))
 
@@ -904,7 +905,7 @@ class ReftModel(nn.Module):
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         config, state = load_adapter(source, positions, revision=revision, subfolder=subfolder, **hub)
         model: Any = load_base_of(config, **hub, **loading) if named else base_model
-        with naming(source), all_or_nothing(model):
+        with naming(source), all_or_nothing(model), unseen_draws():
             if strict:
                 check_architecture(model, config.architecture)
             warn_of_half(source, subfolder, model)
