@@ -68,7 +68,12 @@ def orthogonal_map(original: Tensor, base: Tensor) -> Tensor:  # (d, r), (d, d) 
 
 
 def check_alone(reft: ReftModel, library: str) -> None:
-    """Reject several adapters on one model, of which a file of another library holds one, and one of two stacks."""
+    """Reject what a file of another library does not hold: several adapters, one of two stacks, a part of one."""
+    if reft.config.beside:
+        raise ValueError(
+            f"this adapter was trained together with {reft.config.beside}, and a folder for {library} holds "
+            "interventions only"
+        )
     if len(reft.adapter_names) > 1:
         raise ValueError(
             f"this model carries {', '.join(reft.adapter_names)}, and a folder for {library} holds one adapter: delete "

@@ -315,7 +315,7 @@ def test_a_second_adapter_on_the_base_is_in_the_way():
 def test_an_adapter_of_peft_under_the_interventions_is_in_the_way(tmp_path):
     from adapted_models import adapted
 
-    with pytest.raises(ValueError, match=r"only a ReftModel .* got a JointModel"):
+    with pytest.raises(ValueError, match=r"only interventions by themselves .* got a JointModel"):
         rl.merge(adapted("llama", "loreft + peft/lora", positions="all", component="mlp_output"))
 
 
