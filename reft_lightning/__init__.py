@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .adapters.reft.positions import parse_positions
     from .config.models import load_model
     from .exchange.adapterhub import from_adapters
+    from .exchange.control_vector import to_gguf
     from .exchange.easysteer import to_easysteer
     from .exchange.lora import to_lora
     from .exchange.merge import merge
@@ -57,6 +58,7 @@ _HOME = {
     "merge": ".exchange.merge",
     "parse_positions": ".adapters.reft.positions",
     "to_easysteer": ".exchange.easysteer",
+    "to_gguf": ".exchange.control_vector",
     "to_lora": ".exchange.lora",
     "to_pyreft": ".exchange.pyreft",
 }
@@ -83,6 +85,7 @@ __all__ = [
     "merge",
     "parse_positions",
     "to_easysteer",
+    "to_gguf",
     "to_lora",
     "to_pyreft",
 ]

@@ -109,10 +109,11 @@ examples:
 """
 CONVERT_HELP = """\
 reft-convert: an adapter of reft_lightning, pyreft or adapters, written for another
-usage: reft-convert FOLDER to=reft|pyreft|easysteer [out=DIR] [base=MODEL] [positions=SPEC]
-             [act_fn=NAME] [method=noreft|direft]
+usage: reft-convert FOLDER to=reft|pyreft|easysteer|gguf [out=DIR] [base=MODEL]
+             [positions=SPEC] [act_fn=NAME] [method=noreft|direft]
   FOLDER        an adapter of any of the three, or a run of reft-train
-  to            reft (ours), pyreft, or easysteer (steering.json of its vLLM)
+  to            reft (ours), pyreft, easysteer (steering.json of its vLLM), or gguf (a control
+                vector of llama.cpp)
   out           a new folder; FOLDER-TO without it
   base          the model it was trained on, where FOLDER does not name it
   positions     of an adapter of pyreft, whose files hold none, such as f7+l7
@@ -141,7 +142,7 @@ examples:
 RESUME_HELP = "usage: reft-train resume=FOLDER [trust_code=true]\n"
 log = logging.getLogger(__name__)
 USAGE = re.compile(r"usage: .*(?:\n {7}.*)*")  # in these texts
-LIBRARIES = ("reft", "pyreft", "easysteer")
+LIBRARIES = ("reft", "pyreft", "easysteer", "gguf")
 WRITTEN = "the folder that reft-train wrote, such as outputs/quickstart/..."
 
 

@@ -40,7 +40,6 @@ from transformers.pytorch_utils import Conv1D
 
 import reft_lightning as rl
 from reft_lightning.adapters.adapt import adapt
-from reft_lightning.adapters.baselines.joint import JointModel
 from reft_lightning.adapters.methods import method_named
 from reft_lightning.adapters.reft.model import ReftModel
 from reft_lightning.adapters.reft.sites import block_path
@@ -566,7 +565,6 @@ def save_load(case: Case) -> None:
 def mixed_batch(case: Case) -> None:
     """One batch with the adapter on its first row and the base on its second: each row is as if alone."""
     model, batch = case.adapted(), case.trained_rows()
-    reft = model.reft if isinstance(model, JointModel) else model
     with torch.no_grad():
         try:
             mixed = model(**batch, adapter_names=["default", None]).logits
@@ -575,7 +573,7 @@ def mixed_batch(case: Case) -> None:
                 raise Outcome("refused", "it is the same for all rows of a batch") from error
             raise
         first = model(**batch).logits[0]
-        with reft.unedited():
+        with model.unedited():
             second = model(**batch).logits[1]
     close(mixed[:1].nan_to_num(), first[None].nan_to_num(), "edited rows")
     close(mixed[1:].nan_to_num(), second[None].nan_to_num(), "rows of the base")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from .baselines.joint import JointModel
 from .baselines.peft import PeftBaseline
 from .methods import METHODS, check_beside, method_named
 from .reft.attach import attach
+from .reft.config import config_of
 from .reft.model import ReftModel
 
 
@@ -53,7 +53,7 @@ def adapt(
     if beside is not None:
         with all_or_nothing(base_model):
             peft = PeftBaseline(base_model, METHODS[beside], heads, beside_options)
-            return JointModel(peft, partial(attach, method=method, heads=False, **settings))
+            return JointModel(peft, config_of(peft.base_model, method, heads=False, **settings))
     if chosen.peft:
         return PeftBaseline(base_model, chosen, heads, settings)
     chosen.check_options(settings)
@@ -62,8 +62,7 @@ def adapt(
 
 def interventions_of(model: AdaptedModel) -> ReftModel | None:
     """Return the part of an adapted model that edits representations; None where there is none."""
-    reft = model.reft if isinstance(model, JointModel) else model
-    return reft if isinstance(reft, ReftModel) and reft.sites else None
+    return model if isinstance(model, ReftModel) and model.sites else None
 
 
 def build_on_meta(

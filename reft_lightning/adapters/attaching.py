@@ -8,11 +8,12 @@ model, so it is copied and pickled with it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -104,6 +105,14 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
         for parameter, learned in learning:
             parameter.requires_grad_(learned)
         raise
+
+
+def unseen_draws() -> AbstractContextManager[None]:
+    """Leave the generators of random numbers as they were after the block, whose draws are overwritten at once."""
+    device = torch.get_default_device()  # where parameters are made
+    if device.type in ("cpu", "meta"):
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device], device_type=device.type)
 
 
 def check_base(model: Any) -> None:

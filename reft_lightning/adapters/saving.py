@@ -80,14 +80,13 @@ def save_adapter(
     config: ReftConfig,
     state: dict[str, Tensor],
     count: ParameterCount,
-    more: str = "",
 ) -> None:
-    """Write the three files of an adapter; ``more`` ends its card."""
+    """Write the three files of an adapter."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / TENSOR_FILE, state, digest=True)
     write_text(folder / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
-    write_text(folder / CARD_FILE, model_card(config, count) + more)
+    write_text(folder / CARD_FILE, model_card(config, count))
 
 
 def tensors_of(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -157,19 +156,41 @@ def load_adapter(
     **hub: Any,  # token, cache_dir, local_files_only
 ) -> tuple[ReftConfig, dict[str, Tensor]]:
     """Read an adapter from a folder, or else from the hub: the arguments of :meth:`ReftModel.from_pretrained`."""
+    folder = _place(name, (CONFIG_FILE, TENSOR_FILE), revision, subfolder, **hub)
+    values = read_json(folder / CONFIG_FILE)
+    with naming(folder):
+        config = ReftConfig.from_dict(values, positions)
+    return config, read_tensors(folder / TENSOR_FILE)
+
+
+def load_beside(
+    name: str | os.PathLike, *, revision: str | None = None, subfolder: str | None = None, **hub: Any
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the adapter of peft that was trained together with interventions: its settings, its tensors by their prefix.
+
+    The arguments are those of :func:`load_adapter`, of the interventions.
+    """
+    below = f"{subfolder}/{BESIDE}" if subfolder else BESIDE
+    folder = _place(name, (PEFT_CONFIG_FILE, PEFT_FILE), revision, below, **hub)
+    tensors = read_tensors(folder / PEFT_FILE)
+    return read_json(folder / PEFT_CONFIG_FILE), {
+        f"{BESIDE}.{key}": tensor for key, tensor in tensors.items()
+    }
+
+
+def _place(
+    name: str | os.PathLike, files: tuple[str, ...], revision: str | None, subfolder: str | None, **hub: Any
+) -> Path:
+    """Return the folder that holds some files: one that is here, or else the hub's cache."""
     folder = Path(name)
     if not folder.is_dir():
-        files = (CONFIG_FILE, TENSOR_FILE)
         folder = download(str(name), files, revision=revision, subfolder=subfolder, **hub)
     elif revision is not None:
         raise ValueError(f"revision={revision!r} is for the hub, and {folder} is a folder")
     else:
         folder = folder / (subfolder or "")
-    check_holds(folder, CONFIG_FILE, TENSOR_FILE)
-    values = read_json(folder / CONFIG_FILE)
-    with naming(folder):
-        config = ReftConfig.from_dict(values, positions)
-    return config, read_tensors(folder / TENSOR_FILE)
+    check_holds(folder, *files)
+    return folder
 
 
 def load_state(folder: str | os.PathLike) -> dict[str, Tensor]:
@@ -189,14 +210,9 @@ def load_state(folder: str | os.PathLike) -> dict[str, Tensor]:
                     f"{folder} does not hold an adapter: {tensors} is missing, {config} is there"
                 )
             return read_tensors(folder / tensors)
-    state = load_adapter(folder)[1]
-    if (folder / BESIDE).is_dir():
-        if not (folder / BESIDE / PEFT_CONFIG_FILE).is_file():
-            raise FileNotFoundError(
-                f"{folder / BESIDE} does not hold an adapter of peft: {PEFT_CONFIG_FILE} is missing; interventions "
-                "that were trained by themselves have no such folder"
-            )
-        state |= {f"{BESIDE}.{name}": tensor for name, tensor in load_state(folder / BESIDE).items()}
+    config, state = load_adapter(folder)
+    if config.beside or (folder / BESIDE).is_dir():
+        state |= load_beside(folder)[1]
     return state
 
 
@@ -205,16 +221,15 @@ def adapter_of(folder: Path) -> Path:
     return folder / "adapter" if (folder / "adapter").is_dir() else folder
 
 
-def warn_of_half(folder: str | os.PathLike, subfolder: str | None, model: nn.Module) -> None:
-    """Warn of interventions that were trained together with an adapter of peft, in a model without one."""
-    beside = Path(folder, subfolder or "", BESIDE)
-    if (beside / PEFT_CONFIG_FILE).is_file() and not hasattr(model, "peft_config"):
+def warn_of_half(folder: str | os.PathLike, subfolder: str | None) -> None:
+    """Warn of interventions whose folder holds an adapter of peft, and does not say that they belong together."""
+    file = Path(folder, subfolder or "", BESIDE, PEFT_CONFIG_FILE)
+    if file.is_file():
         log.warning(
-            "these interventions were trained together with an adapter of peft, %s, which this base model does not "
-            "have: put it in first, with PeftModel.from_pretrained(model, %r).get_base_model()",
-            beside,
-            str(beside),
-        )
+            "%s is not loaded, as %s names no method of peft that was trained together with these interventions; if "
+            'one was, by an earlier version, which did not note it, write it there: "beside": "peft/%s"',
+            file.parent, CONFIG_FILE, str(read_json(file).get("peft_type")).lower(),
+        )  # fmt: skip
 
 
 def load_saved(model: Any, folder: str | os.PathLike, state: dict[str, Tensor]) -> None:
@@ -235,6 +250,8 @@ def model_card(config: ReftConfig, count: ParameterCount) -> str:
     kind, labels = config.architecture.get("class", "AutoModel"), config.architecture.get("labels")
     arguments = f", num_labels={labels}" if labels is not None else ""
     heads = f" in addition to the heads {', '.join(config.heads)}" if config.heads else ""
+    if config.beside:
+        heads = f" in addition to those of {config.beside} in the subfolder `{BESIDE}`"
     return (
         "\n".join(header)
         + f"""

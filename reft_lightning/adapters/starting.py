@@ -52,11 +52,10 @@ def first_state(model: AdaptedModel, folder: Path) -> dict[str, Tensor]:
 
 def _differing(model: Any, folder: Path) -> list[str]:
     """Return in what a saved adapter differs from a model's, but for numbers and what matters in training only."""
-    if isinstance(model, JointModel):
-        return _differing(model.reft, folder) + _differing(model.peft, folder / BESIDE)
     if isinstance(model, ReftModel):
         saved = load_adapter(folder)[0]
-        return replace(model.config, heads=saved.heads).differing(saved)
+        beside = _differing(model.peft, folder / BESIDE) if isinstance(model, JointModel) else []
+        return replace(model.config, heads=saved.heads).differing(saved) + beside
     if isinstance(model, PeftBaseline):
         check_holds(folder, PEFT_CONFIG_FILE)
         method = METHODS[model.config.method]

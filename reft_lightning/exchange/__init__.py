@@ -1,1 +1,1 @@
-"""Adapters of other libraries, read and written: pyreft, AdapterHub's, EasySteer; interventions as weights."""
+"""Adapters of other libraries, read and written: pyreft, AdapterHub, EasySteer, llama.cpp; interventions as weights."""

@@ -20,7 +20,7 @@ from ..adapters.reft.model import ReftModel
 from ..adapters.saving import adapter_of, load_adapter
 from ..base_models.decoders import is_decoder
 from ..storage.reading import read_json
-from . import adapterhub, easysteer, pyreft
+from . import adapterhub, control_vector, easysteer, pyreft
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ WRITERS = {
     "reft": ReftModel.save_pretrained,
     "pyreft": pyreft.to_pyreft,
     "easysteer": easysteer.to_easysteer,
+    "gguf": control_vector.to_gguf,
 }
 
 

@@ -129,10 +129,8 @@ def folds_of(reft: ReftModel) -> list[Fold]:
     Raises:
         ValueError: if one cannot be, saying which and why.
     """
-    if not isinstance(reft, ReftModel):
-        raise ValueError(
-            f"only a ReftModel has interventions that can become weights; got a {type(reft).__name__}"
-        )
+    if not isinstance(reft, ReftModel) or reft.config.beside:
+        raise ValueError(f"only interventions by themselves can become weights; got a {type(reft).__name__}")
     reft.adapter_state_dict()  # which a detached one refuses
     model = reft.base_model
     if len(attached := vars(model)[NOTE].configs) > 1:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..adapters.attaching import all_or_nothing
+from ..adapters.attaching import all_or_nothing, unseen_draws
 from ..adapters.reft.attach import attach
 from ..adapters.reft.model import ReftModel
 from ..storage.reading import naming
@@ -68,7 +68,12 @@ def orthogonal_map(original: Tensor, base: Tensor) -> Tensor:  # (d, r), (d, d) 
 
 
 def check_alone(reft: ReftModel, library: str) -> None:
-    """Reject several adapters on one model, of which a file of another library holds one, and one of two stacks."""
+    """Reject what a file of another library does not hold: several adapters, one of two stacks, a part of one."""
+    if reft.config.beside:
+        raise ValueError(
+            f"this adapter was trained together with {reft.config.beside}, and a folder for {library} holds "
+            "interventions only"
+        )
     if len(reft.adapter_names) > 1:
         raise ValueError(
             f"this model carries {', '.join(reft.adapter_names)}, and a folder for {library} holds one adapter: delete "
@@ -105,7 +110,7 @@ def attached(
     method = first["method"]
     own = {layer: {k: v for k, v in values.items() if k not in shared} for layer, values in layers.items()}
     common = {key: first[key] for key in first if key in shared and key != "method"}
-    with naming(folder), all_or_nothing(base_model):
+    with naming(folder), all_or_nothing(base_model), unseen_draws():
         reft = attach(
             base_model, method, layers=own if any(own.values()) else list(own), **common, **settings
         )

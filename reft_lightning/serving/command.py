@@ -116,6 +116,11 @@ def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> tuple[R
             else:
                 reft.load_adapter(folder, names[name])
             adapter = reft.adapters[names[name]]
+            if adapter.config.beside:
+                raise ValueError(
+                    f"it was trained together with {adapter.config.beside}, which all requests would share with the "
+                    "frozen model: use it in Python"
+                )
             if adapter.config.heads:
                 raise ValueError(
                     "it has a trained head, which all requests would share with the frozen model: use it in Python"

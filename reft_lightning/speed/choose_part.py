@@ -104,7 +104,7 @@ def choose_part(model: Any, rows: Any, *, causal: bool, limit: int = 0) -> Part 
     That is the prefix for suffix positions, else the blocks below the first edited layer. It is kept if all rows fit
     into the limit; the prefix saves time without being kept, too.
     """
-    if not isinstance(model, ReftModel) or len(model.adapters) > 1:
+    if not isinstance(model, ReftModel) or model.config.beside or len(model.adapters) > 1:
         return None
     if reason := _nothing_constant(model):
         log.info("nothing is left out of training steps: %s", reason)

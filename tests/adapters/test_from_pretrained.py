@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, BertModel
 
 import reft_lightning as rl
+from reft_lightning.adapters.reft.measuring import saved_interventions
 from reft_lightning.adapters.saving import CONFIG_FILE, TENSOR_FILE
 
 BATCH = tiny.padded(tiny.rows(5, 8))
@@ -58,6 +59,21 @@ def test_a_loaded_adapter_is_in_evaluation_mode_and_learns_on(tmp_path):
         ).loss.backward()
         optimizer.step()
         assert not torch.equal(again.adapter_state_dict()["interventions.0.0.basis"], before)
+
+
+def test_loading_takes_no_random_numbers(tmp_path):
+    saved(tmp_path, tiny.model("llama"))
+    base, fresh, bert = tiny.model("llama"), tiny.model("llama"), tiny.model("bert")
+    rl.attach(tiny.model("bert"), rank=1).save_pretrained(tmp_path / "with its head")
+    adapted("llama", "loreft + peft/lora").save_pretrained(tmp_path / "with lora")
+    state = torch.get_rng_state()
+    reft = rl.ReftModel.from_pretrained(base, tmp_path / "adapter")
+    reft.load_adapter(tmp_path / "adapter", "second")
+    rl.ReftModel.from_pretrained(tmp_path / "adapter")
+    rl.ReftModel.from_pretrained(bert, tmp_path / "with its head")
+    rl.ReftModel.from_pretrained(fresh, tmp_path / "with lora")
+    saved_interventions(tmp_path / "adapter")
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_an_adapter_is_loaded_at_other_positions(tmp_path):

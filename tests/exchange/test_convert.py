@@ -58,6 +58,18 @@ def test_there_and_back_again(run, saved, tmp_path):
     assert len(json.loads((tmp_path / "served" / "steering.json").read_text())["vectors"]) == tiny.LAYERS
 
 
+def test_a_constant_vector_becomes_a_control_vector_and_nothing_else_does(run, saved, tmp_path):
+    reft = rl.attach(tiny.model("llama"), "bias", layers=[1], positions="all")
+    reft.config.base_model = str(tmp_path / "base")
+    reft.save_pretrained(tmp_path / "constant")
+    assert run("constant", "to=gguf")[0] == 0
+    assert (tmp_path / "constant-gguf" / "control_vector.gguf").is_file()
+    status, error = run("mine", "to=gguf")
+    assert status == 2
+    assert "layer 0: llama.cpp adds control vectors to the blocks after the first only" in error
+    assert not (tmp_path / "mine-gguf").exists()
+
+
 def test_a_run_is_its_adapter(run, saved, tmp_path):
     (tmp_path / "run").mkdir()
     shutil.move(tmp_path / "mine", tmp_path / "run" / "adapter")
@@ -70,7 +82,7 @@ def test_a_run_is_its_adapter(run, saved, tmp_path):
     [
         (["to=pyreft"], "FOLDER must be one folder of an adapter or a run; got none"),
         (["mien", "to=pyreft"], "got mien; did you mean 'mine'?"),
-        (["mine"], "to=... is missing: one of reft, pyreft, easysteer"),
+        (["mine"], "to=... is missing: one of reft, pyreft, easysteer, gguf"),
         (["mine", "to=pyrfet"], "got 'pyrfet'; did you mean 'pyreft'?"),
         (["mine", "to=pyreft", "postions=f1"], "did you mean 'positions'?"),
         (["mine", "to=pyreft", "positions=f1"], "positions=f1 means nothing to mine, an adapter of reft"),

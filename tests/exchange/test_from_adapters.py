@@ -67,6 +67,13 @@ def test_logits_and_gradients_are_those_of_adapters(case):
             assert (phi.get_parameter(path).grad - expected).norm() < 1e-4 * expected.norm()
 
 
+def test_reading_takes_no_random_numbers():
+    model = base_model()
+    state = torch.get_rng_state()
+    rl.from_adapters(model, FOLDERS / CASES[0], method=method_of(CASES[0]))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_what_is_read_is_what_was_trained():
     config = read("loreft_both_ends_relu").config
     assert (config.method, config.layers, config.positions, config.tied) == ("loreft", [1], "f2+l3", "group")

@@ -113,6 +113,13 @@ def test_greedy_texts_are_those_of_pyreft(case):
     assert ids[0, prompt.shape[1] :].tolist() == TENSORS[f"{case}/generate"].tolist()
 
 
+def test_reading_takes_no_random_numbers():
+    model = base_model()
+    state = torch.get_rng_state()
+    rl.from_pyreft(model, FOLDERS / "loreft_tied", positions="f1")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_what_is_read_is_what_was_trained():
     reft = read("consreft_ranks")
     assert [len(group[0].bias) for group in reft.interventions.values()] == [2, 4]

@@ -298,6 +298,18 @@ def test_a_scaled_row_is_no_lora(tmp_path):
         rl.to_lora(attached("red"), tmp_path)
 
 
+def test_torch_exports_a_merged_model_for_texts_of_any_number_and_length():
+    reft = attached(component=f"{LLAMA_DOWN}.input")
+    expected = logits(reft)
+    model = rl.merge(reft)
+    model.config.use_cache = False
+    any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    other = {name: torch.ones(3, 4, dtype=torch.long) for name in BATCH}
+    assert other["input_ids"].shape != BATCH["input_ids"].shape
+    program = torch.export.export(model, (), other, dynamic_shapes=dict.fromkeys(other, any_size))
+    close(logits(program.module()), expected)
+
+
 def test_a_module_that_adds_and_normalizes_after_its_map_is_refused():
     with pytest.raises(
         ValueError, match=r"bert.encoder.layer.0.attention, a BertAttention, is not the output of one"
@@ -315,7 +327,7 @@ def test_a_second_adapter_on_the_base_is_in_the_way():
 def test_an_adapter_of_peft_under_the_interventions_is_in_the_way(tmp_path):
     from adapted_models import adapted
 
-    with pytest.raises(ValueError, match=r"only a ReftModel .* got a JointModel"):
+    with pytest.raises(ValueError, match=r"only interventions by themselves .* got a JointModel"):
         rl.merge(adapted("llama", "loreft + peft/lora", positions="all", component="mlp_output"))
 
 

@@ -24,6 +24,7 @@ KINDS = dict.fromkeys(("method", "positions", "tied", "component", "clip"), str)
     "layers": list,
     "heads": list,
     **dict.fromkeys(("settings", "per_layer", "architecture", "partitions"), dict),
+    "beside": str,
     "scale": (int, float),
 }
 NEEDED = ("method", "layers", "positions")
@@ -88,6 +89,7 @@ class ReftConfig:
     scale: float = 1.0
     architecture: dict[str, Any] = field(default_factory=dict)  # of the base model, see architecture_of
     partitions: dict[str, list[int]] = field(default_factory=dict)  # name -> rows: ReftModel.add_partition
+    beside: str | None = None  # the method of peft that it was trained together with: JointModel
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__.keys() - {"positions", "per_layer"}:
@@ -134,6 +136,8 @@ class ReftConfig:
                     "all layers (it is passed again when loading), or a specification such as 'f7+l7'"
                 )
         values["per_layer"] = {str(layer): own for layer, own in self.per_layer.items()}
+        if self.beside is None:
+            del values["beside"]
         return {"format": FORMAT, **values}
 
     @classmethod

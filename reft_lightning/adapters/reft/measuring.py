@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...interventions import Intervention, registered
 from ...interventions.base import at_least_float32
+from ..attaching import unseen_draws
 from ..masks import Spans
 from ..saving import load_adapter
 from .calls import EditPlan, call_of
@@ -193,7 +194,7 @@ def saved_interventions(folder: str | PathLike) -> dict[int, list[Intervention]]
         found[layer] = []
         while own := _below(state, f"interventions.{layer}.{len(found[layer])}."):
             width = max(tensor.shape[-1] for tensor in own.values() if tensor.ndim)
-            with at_least_float32():
+            with at_least_float32(), unseen_draws():
                 phi = registered(spec.method)(width, **spec.settings)
             try:
                 phi.load_state_dict(own)

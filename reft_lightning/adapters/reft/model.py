@@ -43,11 +43,11 @@ from ...storage.reading import naming
 from ...suggest import did_you_mean
 from ..adapted import ParameterCount
 from ..arguments import forward_inputs, known_arguments, left_padded_inputs
-from ..attaching import all_or_nothing, attaching, check_base, detached, shown
+from ..attaching import all_or_nothing, attaching, check_base, detached, shown, unseen_draws
 from ..first_values import FirstValues, fill
 from ..masks import Spans, asked_again, marked, spans_of, spans_of_labels
 from ..plain import plain
-from ..saving import check_fit, load_adapter, save_adapter, tensors_of, warn_of_half
+from ..saving import check_fit, load_adapter, load_beside, save_adapter, tensors_of, warn_of_half
 from .adapter import Adapter
 from .adapter_set import DEFAULT, AdapterSet, partitions_of
 from .base_of import load_base_of
@@ -233,19 +233,25 @@ class ReftModel(nn.Module):
         gets here; the other arguments are those of :meth:`from_pretrained`.
 
         Raises:
-            ValueError: for what :meth:`from_pretrained` rejects, or an adapter of that name that is another one.
+            ValueError: for what :meth:`from_pretrained` rejects, an adapter of that name that is another one, or one
+                that was trained together with a method of peft, which would change the base model of all.
         """
         self._check_attached()
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         config, state = load_adapter(name, positions, revision=revision, subfolder=subfolder, **hub)
         if strict:
             check_architecture(self.base_model, config.architecture)
-        warn_of_half(name, subfolder, self.base_model)
+        if config.beside:
+            raise ValueError(
+                f"{name} was trained together with {config.beside}, which changes the base model for every adapter on "
+                "it: load it onto a model of its own, with ReftModel.from_pretrained"
+            )
         if adapter_name in self.adapters:
             self._swap(adapter_name, config, state)
             return
         self.adapters.check_new({adapter_name: config, **dict.fromkeys(config.partitions)})
-        adapter = Adapter.build(self.base_model, config)
+        with unseen_draws():
+            adapter = Adapter.build(self.base_model, config)
         _put(tensors_of(self._parts(adapter)), state, f" {adapter_name}")
         self._insert({adapter_name: adapter} | partitions_of(adapter))
 
@@ -867,6 +873,9 @@ class ReftModel(nn.Module):
     ) -> ReftModel:
         """Attach a saved adapter, in evaluation mode: without dropout, until ``train()`` is called.
 
+        One that was trained together with a method of the peft library gets that, too, unless the base model has an
+        adapter of peft in it: then the interventions are attached to what that makes of it.
+
         Args:
             base_model: the model it was trained on; or the adapter's name, which loads that model too.
             name: a folder, or the name of a repository on the Hugging Face hub.
@@ -901,14 +910,27 @@ class ReftModel(nn.Module):
         source: Any = base_model if named else name
         if not named:
             check_base(base_model)
-        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        config, state = load_adapter(source, positions, revision=revision, subfolder=subfolder, **hub)
+        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        place: dict[str, Any] = {"revision": revision, "subfolder": subfolder, **hub}
+        config, state = load_adapter(source, positions, **place)
+        settings: dict[str, Any] | None = None  # of the method of peft
+        if not named and hasattr(base_model, "peft_config"):
+            config.beside = None  # the caller has put it in
+        elif config.beside:
+            settings, tensors = load_beside(source, **place)
+            state |= tensors
+        else:
+            warn_of_half(source, subfolder)
         model: Any = load_base_of(config, **hub, **loading) if named else base_model
-        with naming(source), all_or_nothing(model):
+        with naming(source), all_or_nothing(model), unseen_draws():
             if strict:
                 check_architecture(model, config.architecture)
-            warn_of_half(source, subfolder, model)
-            reft = cls(model, config)
+            if settings is None:
+                reft = cls(model, config)
+            else:
+                from ..baselines.joint import join  # which knows this class
+
+                reft = join(model, config, settings)
             reft.load_adapter_state_dict(state)
             if config.partitions:
                 reft.adapters.check_new(dict.fromkeys(config.partitions))

@@ -1,6 +1,8 @@
 """Interventions and a peft method trained together: the laws of adapted models, files that stand alone, whole runs."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import short_runs
@@ -9,7 +11,7 @@ import torch
 import torch._dynamo
 from adapted_models import JOINT
 from peft import PeftModel
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import reft_lightning as rl
 from reft_lightning.adapters.adapt import adapt
@@ -20,6 +22,7 @@ from reft_lightning.config import compose
 from reft_lightning.reporting.runs import read_runs
 from reft_lightning.runs import chat, experiment
 from reft_lightning.runs.evaluate import evaluate
+from reft_lightning.serving.command import load_adapters as serve_adapters
 
 # peft 0.21, called directly here, reads a property that transformers 5.23 renames
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -68,7 +71,7 @@ def test_each_part_matters():
     both = logits_of(model, batch)
     with model.peft.disabled():
         ours = logits_of(model, batch)
-    with model.reft.disabled():
+    with model.unedited():
         theirs = logits_of(model, batch)
     for one, other in ((both, ours), (both, theirs), (ours, theirs)):
         assert not torch.allclose(one, other, atol=1e-3)
@@ -83,11 +86,11 @@ def test_interventions_edit_what_peft_has_made():
     handle = norm.register_forward_pre_hook(lambda module, args: seen.setdefault("hidden", args[0]))
     logits_of(model, {"input_ids": text[None]})
     edited = seen.pop("hidden")[0]
-    with model.reft.disabled():
+    with model.unedited():
         logits_of(model, {"input_ids": text[None]})
     plain = seen.pop("hidden")[0]
     handle.remove()
-    (phi,) = model.reft.interventions[str(tiny.LAYERS - 1)]
+    (phi,) = model.interventions[str(tiny.LAYERS - 1)]
     with torch.no_grad():
         torch.testing.assert_close(edited[[0, 5]], phi(plain[[0, 5]]), rtol=1e-5, atol=1e-5)
     assert torch.equal(edited[1:5], plain[1:5])
@@ -99,7 +102,7 @@ def test_a_map_that_peft_wraps_keeps_its_own_width():
         model = adapt(
             tiny.model("llama"), rank=2, component=component, beside="peft/lora", beside_options=options
         )
-        assert {site.dim for site in model.reft.sites.values()} == {width}
+        assert {site.dim for site in model.sites.values()} == {width}
         assert torch.isfinite(logits_of(model, batch_of())).all()
 
 
@@ -146,32 +149,194 @@ def test_the_size_at_7_billion_needs_no_weights():
     assert count.base == 6_738_415_616
 
 
+@pytest.mark.parametrize(("family", "beside"), CASES)
+def test_one_call_loads_what_was_trained(family, beside, tmp_path, caplog):
+    model, batch = joint(family, beside), batch_of(family)
+    model.scale = 0.5
+    model.save_pretrained(tmp_path / "saved")
+    base = tiny.model(family)
+    before, at_first = logits_of(base, batch | positions_of(family, batch)), set(base.state_dict())
+    again = rl.ReftModel.from_pretrained(base, tmp_path / "saved")
+    assert not caplog.records
+    assert not any(module.training for module in again.modules())
+    assert torch.equal(logits_of(again, batch), logits_of(model, batch))
+    with again.disabled():
+        assert torch.equal(logits_of(again, batch), before)
+    assert again.parameter_count() == model.parameter_count()
+    learning, trained = ({n for n, p in m.named_parameters() if p.requires_grad} for m in (again, model))
+    assert learning == trained
+    again.save_pretrained(tmp_path / "again")
+    files = {path.relative_to(tmp_path / "saved") for path in (tmp_path / "saved").rglob("*.*")}
+    assert {str(file) for file in files} >= {"reft.safetensors", "peft/adapter_model.safetensors"}
+    for file in files - {Path("peft/adapter_config.json"), Path("peft/README.md")}:  # sets, in any order
+        assert (tmp_path / "saved" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+    assert again.detach() is base
+    assert set(base.state_dict()) == at_first
+    assert torch.equal(logits_of(base, batch | positions_of(family, batch)), before)
+
+
+def positions_of(family, batch):
+    """What a plain decoder needs to count padding on the left as none."""
+    return {} if family == "bert" else {"position_ids": position_ids_of(batch["attention_mask"])}
+
+
+def test_a_loaded_one_generates_and_learns_on(tmp_path):
+    model, batch = joint(dropout=0.5), batch_of()
+    model.save_pretrained(tmp_path)
+    again = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
+    texts = [m.generate(**batch, max_new_tokens=4, do_sample=False) for m in (model, again)]
+    assert torch.equal(*texts)
+    before = {name: tensor.clone() for name, tensor in again.adapter_state_dict().items()}
+    parameters = [p for p in again.parameters() if p.requires_grad]
+    again.train()(**training_batch("llama")).loss.backward()
+    torch.optim.SGD(parameters, 0.1).step()
+    state = again.adapter_state_dict()
+    moved = {
+        name.partition(".")[0] for name, tensor in state.items() if not torch.equal(tensor, before[name])
+    }
+    assert moved == {"interventions", "peft"}
+
+
+def test_it_comes_with_its_base_model_and_by_a_name_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # a hub would be asked
+    tiny.model("llama").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model, batch = joint(base=base), batch_of()
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(
+        logits_of(rl.ReftModel.from_pretrained(tmp_path / "saved"), batch), logits_of(model, batch)
+    )
+    place = tmp_path / "cache" / "models--me--adapter"
+    model.save_pretrained(place / "snapshots" / "c0ffee" / "best")
+    (place / "refs").mkdir()
+    (place / "refs" / "v2").write_text("c0ffee")
+    found = {"subfolder": "best", "revision": "v2", "cache_dir": tmp_path / "cache", "local_files_only": True}
+    again = rl.ReftModel.from_pretrained(tiny.model("llama"), "me/adapter", **found)
+    assert torch.equal(logits_of(again, batch), logits_of(model, batch))
+    (place / "snapshots" / "c0ffee" / "best" / "peft" / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"v2/best/peft/adapter_model.safetensors could not be read"):
+        rl.ReftModel.from_pretrained(tiny.model("llama"), "me/adapter", **found)
+
+
 @pytest.mark.parametrize("beside", ["peft/lora", "peft/ia3"])
-def test_each_part_is_loaded_alone_and_both_as_the_card_says(beside, tmp_path, caplog):
+def test_peft_reads_its_part_and_interventions_are_attached_to_it(beside, tmp_path, caplog):
     model, batch = joint("llama", beside), batch_of()
     model.config.base_model = "some/model"
     model.save_pretrained(tmp_path)
     said = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert (said["base_model_name_or_path"], said["task_type"]) == ("some/model", "CAUSAL_LM")
-    positions = {"position_ids": position_ids_of(batch["attention_mask"])}
-    with model.peft.disabled():
-        ours = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
-        assert torch.equal(logits_of(ours, batch), logits_of(model, batch))
-    (warned,) = [record.getMessage() for record in caplog.records]  # it is half of what was trained
-    assert f"PeftModel.from_pretrained(model, {str(tmp_path / 'peft')!r})" in warned
-    ours.load_adapter(tmp_path, "again")
-    assert [record.getMessage() for record in caplog.records] == [warned] * 2
-    caplog.clear()
     theirs = PeftModel.from_pretrained(tiny.model("llama"), tmp_path / "peft").eval()
-    with model.reft.disabled():
+    with model.unedited():
         expected = logits_of(model, batch)
-    torch.testing.assert_close(logits_of(theirs, batch | positions), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        logits_of(theirs, batch | positions_of("llama", batch)), expected, rtol=1e-5, atol=1e-5
+    )
     both = rl.ReftModel.from_pretrained(theirs.get_base_model(), tmp_path)
+    assert type(both) is rl.ReftModel
     assert not caplog.records
     torch.testing.assert_close(logits_of(both, batch), logits_of(model, batch), rtol=1e-5, atol=1e-5)
+    with both.disabled():  # peft's adapter is the caller's
+        torch.testing.assert_close(logits_of(both, batch), expected, rtol=1e-5, atol=1e-5)
+    both.save_pretrained(tmp_path / "ours")
+    assert not (tmp_path / "ours" / "peft").exists()
+    assert rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path / "ours").config.beside is None
     card = (tmp_path / "README.md").read_text()
-    assert f"Trained together with {beside}" in card
-    assert f"{model.peft.parameter_count().trainable:,} more parameters" in card
+    assert f"in addition to those of {beside} in the subfolder `peft`" in card
+
+
+def test_a_folder_that_does_not_say_so_is_warned_of(tmp_path, caplog):
+    joint().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "reft_config.json").read_text())
+    assert values.pop("beside") == "peft/lora"
+    (tmp_path / "reft_config.json").write_text(json.dumps(values))
+    assert type(rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)) is rl.ReftModel
+    (warned,) = [record.getMessage() for record in caplog.records]
+    assert 'write it there: "beside": "peft/lora"' in warned
+    assert load_state(tmp_path).keys() == joint().adapter_state_dict().keys()
+
+
+def changed(folder, file, **values):
+    read = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(read | values))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda f: (f / "peft/adapter_config.json").unlink(),
+            FileNotFoundError,
+            "adapter_config.json is missing",
+        ),
+        (
+            lambda f: shutil.rmtree(f / "peft"),
+            FileNotFoundError,
+            "adapter_config.json is missing; no such folder",
+        ),
+        (
+            lambda f: changed(f, "reft_config.json", beside="peft/lorra"),
+            ValueError,
+            "did you mean 'peft/lora'",
+        ),
+        (lambda f: changed(f, "reft_config.json", beside="full"), ValueError, "the base model's own weights"),
+        (
+            lambda f: changed(f, "reft_config.json", beside=3),
+            ValueError,
+            "holds beside=3; beside must be a text",
+        ),
+        (lambda f: changed(f, "peft/adapter_config.json", r=4), ValueError, r"other shapes .*lora_A"),
+        (
+            lambda f: changed(f, "peft/adapter_config.json", init_lora_weights="pissa"),
+            ValueError,
+            "init_lora_weights must be one of",
+        ),
+        (
+            lambda f: changed(f, "peft/adapter_config.json", modules_to_save=["nowhere"]),
+            ValueError,
+            "nowhere",
+        ),
+    ],
+)
+def test_a_damaged_folder_is_named_and_the_base_model_stays_as_it_was(change, error, message, tmp_path):
+    joint().save_pretrained(tmp_path)
+    change(tmp_path)
+    base, batch = tiny.model("llama"), batch_of()
+    before, names = logits_of(base, batch), [name for name, _ in base.named_modules()]
+    with pytest.raises(error, match=message) as refused:
+        rl.ReftModel.from_pretrained(base, tmp_path)
+    assert str(tmp_path) in str(refused.value)
+    assert [name for name, _ in base.named_modules()] == names
+    assert not hasattr(base, "peft_config")
+    assert torch.equal(logits_of(base, batch), before)
+
+
+def test_another_architecture_is_refused_and_what_does_not_fit_there_is_named(tmp_path):
+    joint().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="trained on another kind of model"):
+        rl.ReftModel.from_pretrained(tiny.model("gpt2"), tmp_path)
+    wide = tiny.model("llama", hidden_size=32)
+    with pytest.raises(ValueError, match=r"does not fit loreft \+ peft/lora"):
+        rl.ReftModel.from_pretrained(wide, tmp_path, strict=False)
+    assert not hasattr(wide, "peft_config")
+    other = tiny.model("mistral")
+    again = rl.ReftModel.from_pretrained(other, tmp_path, strict=False)
+    assert again.adapter_state_dict().keys() == joint().adapter_state_dict().keys()
+
+
+def test_where_adapters_share_a_base_model_it_is_refused(tmp_path):
+    model = joint()
+    model.save_pretrained(tmp_path)
+    for other in (rl.attach(tiny.model("llama"), rank=1), model):
+        with pytest.raises(
+            ValueError, match="trained together with peft/lora, which changes the base model for"
+        ):
+            other.load_adapter(tmp_path, "second")
+    with pytest.raises(ValueError, match="together with peft/lora, which all requests would share"):
+        serve_adapters(tiny.model("llama"), {"one": tmp_path})
+    for write in (rl.to_pyreft, rl.to_easysteer):
+        with pytest.raises(ValueError, match="together with peft/lora, and a folder for"):
+            write(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_state_or_folder_that_does_not_fit_is_refused(tmp_path):

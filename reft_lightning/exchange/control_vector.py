@@ -1,0 +1,90 @@
+"""Control vectors of llama.cpp: ``control_vector.gguf``, a vector for each block, as its ``--control-vector`` takes it.
+
+llama.cpp adds ``direction.N`` to the output of block N, counted from 0 as here, of every token that it reads or
+generates. Its loader refuses ``direction.0``, and no buffer has a place for one.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from torch import Tensor
+
+from ..adapters.reft.model import ReftModel
+from ..base_models.decoders import is_decoder
+from ..base_models.reading import continues_texts
+from ..base_models.stacks import config_of_stack
+from ..storage.atomic import write_whole
+from ..storage.reading import naming
+from ..suggest import needs_extra
+from .folding import affine
+from .foreign import check_alone
+
+FILE = "control_vector.gguf"
+KIND = "controlvector"  # what llama.cpp calls this architecture
+
+
+def to_gguf(reft: ReftModel, folder: str | PathLike) -> None:
+    """Write an adapter that adds constant vectors to the outputs of blocks as a control vector of llama.cpp.
+
+    ``reft.scale`` is folded in: llama.cpp runs it with the strength 1.
+
+    Raises:
+        ValueError: for an edit, a site or positions that are not those of a control vector, and why.
+    """
+    check_alone(reft, "llama.cpp")
+    if not (is_decoder(reft.base_model.config) or continues_texts(reft.base_model)):
+        raise ValueError(
+            f"llama.cpp adds control vectors in decoders only, and {type(reft.base_model).__name__} is none"
+        )
+    if reft.config.heads:
+        raise ValueError(f"a control vector holds no head, and this adapter trained {reft.config.heads}")
+    vectors = {layer: _vector(reft, layer) for layer in reft.config.layers}
+    if not vectors:
+        raise ValueError("this adapter has no interventions, so there is no control vector")
+    with needs_extra("gguf", "GGUF files are written by the gguf package"):
+        import gguf
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(partial: Path) -> None:
+        writer = gguf.GGUFWriter(partial, KIND)
+        writer.add_string(f"{KIND}.model_hint", config_of_stack(reft.base_model).model_type)
+        writer.add_uint32(f"{KIND}.layer_count", len(vectors))
+        for layer, vector in vectors.items():
+            writer.add_tensor(f"direction.{layer}", vector.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    write_whole(folder / FILE, write)
+
+
+def _vector(reft: ReftModel, layer: int) -> Tensor:  # (d,)
+    """Return what is added to the output of a block, in float32."""
+    spec, (positions, _) = reft.config.for_layer(layer), reft.positions[str(layer)]
+    if spec.component != "block_output":
+        raise ValueError(
+            f"layer {layer}: llama.cpp adds control vectors to the output of blocks only; got {spec.component!r}"
+        )
+    if layer == 0:
+        raise ValueError(
+            "layer 0: llama.cpp adds control vectors to the blocks after the first only: train without layer 0"
+        )
+    if str(positions) != "all":
+        given = "a position function" if positions.function is not None else f"positions={positions}"
+        raise ValueError(
+            f"layer {layer}: llama.cpp adds control vectors to every token, those of the prompt and those after it; "
+            f"got {given}, use all"
+        )
+    (phi,) = reft.interventions[str(layer)]
+    with naming(f"layer {layer}"):
+        _, V, k = affine(phi, phi.dim)
+    if V.any():
+        raise ValueError(
+            f"layer {layer}: a control vector is the same for all tokens, and the edit of {spec.method!r} depends on "
+            "the token; bias, difference_in_means and lobireft add constants"
+        )
+    return (reft.scale * k).float()
