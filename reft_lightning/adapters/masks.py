@@ -118,8 +118,8 @@ def check_one_text(attention: Any, rows: int, given: Mapping[str, Any]) -> None:
     if attention is not None and not (isinstance(attention, Tensor) and attention.ndim == 2):
         shape = tuple(attention.shape) if isinstance(attention, Tensor) else type(attention).__name__
         raise ValueError(
-            f"attention_mask says which tokens are real, by 1 and 0 in their shape (b, s); got {shape}. One of pairs of "
-            "tokens does not say where a text begins: give each text a row of its own"
+            f"attention_mask says which tokens are real, by 1 and 0 in their shape (b, s); got {shape}. One of pairs "
+            "of tokens does not say where a text begins: give each text a row of its own"
         )
     bounds, places, texts = (given.get(name) for name in ("cu_seq_lens_q", "position_ids", "seq_idx"))
     if (

@@ -10,6 +10,13 @@ right-padded after it, so that training and generation see the same columns::
 Masks come from lengths, never from comparing ids with the pad id: pad may be the eos or unk token, and a
 genuine one in the text must stay visible. Models with an encoder and a decoder read the two as texts of their own
 (``two_texts``, laid out by :mod:`.text_to_text`).
+
+A text without a prompt is all target (:func:`encode_pieces`). Each row is a piece of it, whose prompt is what the
+tokenizer puts before every text (BOS), or where that is nothing the token before; a text's own first token is then not
+learnt, as nothing predicts it::
+
+    bos | t1 t2 t3      bos | t4 t5 eos      max_length 4, with BOS
+    t1 | t2 t3 t4       t4 | t5 eos          without
 """
 
 from __future__ import annotations
@@ -150,32 +157,84 @@ def encode_all(
     return EncodedRows(examples, columns, target_tokens)
 
 
-def _encoder(
-    tokenizer: PreTrainedTokenizerBase, max_length: int, two_texts: bool
-) -> partial[dict[str, list]]:
-    """Return what makes the columns `TYPES` of texts."""
+def encode_pieces(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int, what: str = "rows"
+) -> EncodedRows:
+    """Encode the targets of examples as texts without a prompt, in pieces of at most `max_length` tokens.
+
+    Raises:
+        ValueError: if the tokenizer has no eos token, or `max_length` leaves no room.
+    """
+    leading, eos = leading_ids(tokenizer), _eos_of(tokenizer)
+    context = len(leading) or 1
+    room = max_length - context
+    if room < 1:
+        raise ValueError(f"max_length must be at least {context + 1}; got {max_length}")
+    columns = prepare(
+        partial(encode_wholes, tokenizer=tokenizer, leading=leading, eos=eos),
+        {"text": [e.target for e in examples]},
+        {"ids": "[int32]"},
+        depends_on=lambda: encoding_settings("text", tokenizer, max_length),
+        what=what,
+    )
+    pieces: list[np.ndarray] = []
+    owners: list[Example] = []
+    ends = np.cumsum(columns["ids.lengths"])[:-1]
+    for example, ids in zip(examples, np.split(columns["ids"], ends), strict=True):
+        for start in range(0 if leading else 1, len(ids), room):
+            before = np.array(leading, np.int32) if leading else ids[start - 1 : start]
+            pieces.append(np.concatenate([before, ids[start : start + room]]))
+            owners.append(example)
+    lengths = np.array([len(piece) for piece in pieces], np.int64)
+    log.info("%d %s: %d tokens to learn, in %d pieces of at most %d (data.max_length)",
+             len(examples), what, int((lengths - context).sum()), len(pieces), max_length)  # fmt: skip
+    whole = np.zeros(len(pieces), np.int32)
+    return EncodedRows(owners, {
+        "ids": np.concatenate([whole[:0], *pieces]), "ids.lengths": lengths, "prompt": whole + context,
+        "joint": np.ones(len(pieces), bool), "cut_prompt": whole, "cut_target": whole,
+    })  # fmt: skip
+
+
+def encode_wholes(
+    texts: Mapping[str, list[str]], *, tokenizer: PreTrainedTokenizerBase, leading: list[int], eos: int
+) -> dict[str, list]:
+    """Return the ids of whole texts, without what the tokenizer puts before them, each ended by one eos."""
+    bare = (_bare(ids, leading, [eos]) for ids in _ids(tokenizer, texts["text"]))
+    return {"ids": [[*ids, eos] for ids in bare]}
+
+
+def _eos_of(tokenizer: PreTrainedTokenizerBase) -> int:
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError(
             f"{type(tokenizer).__name__} has no eos token, which ends every target; set eos_token"
         )
+    assert isinstance(eos, int)
+    return eos
+
+
+def _encoder(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, two_texts: bool
+) -> partial[dict[str, list]]:
+    """Return what makes the columns `TYPES` of texts."""
+    eos = _eos_of(tokenizer)
     frames = [_frame(tokenizer), _frame(tokenizer, target=True)] if two_texts else [_frame(tokenizer)]
     least = max(len(leading) + 4 + (len(closing) if two_texts else 0) for leading, closing in frames)
     if max_length < least:
         raise ValueError(f"max_length must be at least {least}; got {max_length}")
-    assert isinstance(eos, int)
     settings: dict[str, Any] = {"tokenizer": tokenizer, "eos": eos, "max_length": max_length}
     if two_texts:
         return partial(encode_two_texts, frames=frames, **settings)
     return partial(encode_texts, leading=frames[0][0], **settings)
 
 
-def refuse_empty(example: Example) -> None:
+def refuse_empty(example: Example, parts: Sequence[str] = ("prompt", "target")) -> None:
     """Raise ValueError for an example whose prompt or target shows nothing; it names the row.
 
     Characters of no width, such as U+200B or a byte order mark, show nothing; some tokenizers leave them out.
     """
-    for part, text in (("prompt", example.prompt), ("target", example.target)):
+    for part in parts:
+        text: str = getattr(example, part)
         if all(category(character) in UNSEEN for character in text):
             blank = f": {text[:40]!r} shows nothing" if text.strip() else ""
             raise ValueError(f"{example.source or example.task}: the {part} is empty{blank}")

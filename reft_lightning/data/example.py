@@ -23,7 +23,8 @@ class Example:
 
     Args:
         task: name of the benchmark, `"boolq"`.
-        prompt: the question or instruction; a template (`prompts.py`) makes of it the text the model reads.
+        prompt: the question or instruction; a template (`prompts.py`) makes of it the text the model reads. Empty
+            where the target is a text of its own.
         target: text to learn, without the end-of-sequence token.
         answer: gold answer, what `Family.score` finds in the target.
         options: candidate target texts, ranked by likelihood in the evaluation; empty for open questions.
@@ -171,8 +172,8 @@ def as_text(value: Any, name: str) -> str:
 
 
 def question_of(example: Example) -> Hashable:
-    """Return what is equal in two rows that ask the same question."""
-    return example.prompt, example.context, example.turns, example.seen
+    """Return what is equal in two rows that ask the same question, or are the same text."""
+    return example.prompt or example.target, example.context, example.turns, example.seen
 
 
 def named_task(family: str, tasks: Mapping[str, T], name: str) -> T:

@@ -52,7 +52,7 @@ class OwnRows(NamedTuple):
     settings: tuple[str, ...]
     kind: str
     template: Callable[[DataConfig], str]
-    line_break: bool
+    line_break: Callable[[DataConfig], bool]
 
 
 FILES = ("validation_path", "test_path")
@@ -63,14 +63,14 @@ OWN = {
          *FILES),
         "generation",
         template=lambda data: default_template(data.messages),
-        line_break=True,
+        line_break=lambda data: bool(data.prompt or data.messages),
     ),
     "vision": OwnRows(
         vision.vision_family,
         ("prompt", "target", "messages", "image", "image_folder", *FILES),
         "vision",
         template=lambda data: vision.TEMPLATE,
-        line_break=False,
+        line_break=lambda data: False,
     ),
 }  # fmt: skip
 OF_OWN = tuple(dict.fromkeys(name for own in OWN.values() for name in own.settings))

@@ -32,6 +32,7 @@ from ..data import AnyFamily, Family
 from ..data.benchmark_data import BenchmarkData
 from ..data.example import Example
 from ..evaluation import Decoding
+from ..interventions import intervention_class
 from ..suggest import check_choice
 from ..training.module import limited
 from ..training.sharded_base import ShardedBase
@@ -138,6 +139,8 @@ def check_unused(config: Config, family: AnyFamily) -> None:
             "the positions given need edit_mask with each call, which a run has not: use them in Python, or "
             "prompt:S for a share of the prompt"
         )
+    if not kind_of(family).prompts:
+        _check_promptless(config, family)
     if config.checkpoint.early_stopping_patience is not None and config.trainer.enable_checkpointing is False:
         raise ValueError(
             "checkpoint.early_stopping_patience waits for a better checkpoint, and trainer.enable_checkpointing=false "
@@ -162,6 +165,25 @@ def check_unused(config: Config, family: AnyFamily) -> None:
         raise ValueError(
             "optimizer.head_lr: no head is trained; leave it out, or name one in intervention.heads"
         )
+
+
+def _check_promptless(config: Config, family: AnyFamily) -> None:
+    """Refuse what needs a prompt, where rows are texts without one (``data.target`` without ``data.prompt``)."""
+    method = method_named(config.intervention.method)
+    what = f"the rows of {family.name} are texts without a prompt, as data.prompt is not set"
+    if method.takes_settings:
+        specs = {spec: parse_positions(spec) for spec in _positions_of(config.intervention)}
+        if needy := next((spec for spec, positions in specs.items() if positions.needs_prompt), None):
+            raise ValueError(
+                f"{what}, and the positions {needy} are of prompts: write intervention.positions=all"
+            )
+        if intervention_class(method.name).defines("edit_rows"):
+            raise ValueError(f"{what}, and {method.name} looks at prompts: choose another intervention")
+    if objective_of(config).pairs:
+        raise ValueError(f"{what}, and {config.objective._target_} compares two answers to one: leave it out")
+    for name, default in vars(DecodingConfig()).items():
+        if getattr(config.decoding, name) != default:
+            raise ValueError(f"{what}, and nothing is generated: leave decoding.{name} out")
 
 
 def _positions_of(intervention: InterventionConfig) -> list[str]:
@@ -190,6 +212,11 @@ def check_reads_forward(config: Config, hf_config: PretrainedConfig, task: str, 
         )
     if task == "seq2seq_lm":
         _check_two_texts(config)
+    if not kind_of(family).prompts and hf_config.is_encoder_decoder:
+        raise ValueError(
+            f"model {config.model.name} ({hf_config.model_type}) has an encoder and a decoder, and texts without a "
+            "prompt are learnt by a decoder alone: choose one, or name data.prompt"
+        )
     if task == "causal_lm" and hf_config.is_encoder_decoder:
         raise ValueError(
             f"model {config.model.name} ({hf_config.model_type}) has an encoder and a decoder, and is none of "

@@ -48,7 +48,7 @@ class PromptFormat:
         data = config.data
         if own := OWN.get(data.family):  # its rows, which may be gone, are not needed to talk
             template = data.template or own.template(data)
-            return cls(template, data.system_prompt, own.line_break, KINDS[own.kind])
+            return cls(template, data.system_prompt, own.line_break(data), KINDS[own.kind])
         family = family_of(config)
         if not kind_of(family).generates:
             raise ValueError(f"{where} is a classifier ({family.name}), which generates no text")

@@ -7,7 +7,7 @@ r"""One's own rows: a file, a folder or a data set of the hub, and which of its 
 | `path` | a file (`files.py` lists the formats), or a folder with `train.*` and perhaps `validation.*` (or `valid.*`, `val.*`, `dev.*`) and `test.*`; with source `hub` `owner/name`, `owner/name:config` or `owner/name:config:split`, each perhaps followed by `@revision` |
 | `validation_path` | a file with the validation rows; with source `hub` the name of their split. Without any, they are taken out of the train rows |
 | `test_path` | the same for the test rows. Without any, nothing is tested |
-| `prompt`, `target` | what is read and what is learnt: each a column, or a text with columns in braces, such as `"{question}\n{choices}"` |
+| `prompt`, `target` | what is read and what is learnt: each a column, or a text with columns in braces, such as `"{question}\n{choices}"`. A target alone is a text without a prompt, see below |
 | `answer` | the column in braces within `target` that is the gold answer, where the target holds more than that |
 | `context` | a column or text like `prompt`: what the prompt is about (Alpaca's "### Input:") |
 | `source_prompt` | a column or text like `prompt`: the other prompt of an interchange intervention (`intervention=das`), whose hidden states are put into this one; the target is then what a counterfactual answer would be |
@@ -19,6 +19,11 @@ r"""One's own rows: a file, a folder or a data set of the hub, and which of its 
 A conversation is one example: the last answer is learnt, the question before it is the prompt, and what precedes
 both are earlier turns (a system message counts as one). The default template is then `chat`, else `plain`, which
 puts a line break between prompt and target unless the prompt ends in white space of its own.
+
+**Texts.** Of `target` alone every token is learnt, eos included, in pieces of `data.max_length` tokens; a text's first token is
+learnt where the tokenizer puts one before it (BOS). Nothing is generated: checkpoints are chosen by the loss, and the table has
+it and its perplexity, the exponential of the mean loss of a token. There is no prompt to edit, so positions are `all` (or
+`decode`). Of a `.txt` file each line is a text, in the column `text`; longer ones stand in the other formats.
 
 A generated text is right where it equals the answer, both stripped of white space around them. For free texts that
 says little: with the templates `chat` and `alpaca`, and no `answer`, checkpoints are chosen by the accuracy over the
@@ -41,7 +46,7 @@ from typing import Any
 import regex
 
 from ...storage.reading import naming
-from ..columns import TASK, Columns, Conversations
+from ..columns import TASK, Columns, Conversations, Texts
 from ..example import Example, Judgement, Score, column, exact_match
 from ..family import Family, Task
 from ..files import READERS, Rows, ending, is_saved, listing, read_file
@@ -52,6 +57,7 @@ log = logging.getLogger(__name__)
 
 # split -> how its file may be named in a folder; the names that the hub knows
 FILE_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+VERSION = 5
 A_TENTH = -1  # validation_size
 MOST_VALIDATION = 100  # rows, of a tenth
 MAX_NEW_TOKENS = 128
@@ -99,22 +105,36 @@ def custom_family(
         also = [f"data.{name}" for name, value in given.items() if value]
         if also:
             raise ValueError(f"data.messages replaces {', '.join(also)}; give one or the other")
-        make: Columns | Conversations = Conversations(messages, line_break=template == "plain")
+        make: Columns | Conversations | Texts = Conversations(messages, line_break=template == "plain")
+    elif target and answer_form == "text" and not any(v for name, v in given.items() if name != "target"):
+        if template != "plain":
+            raise ValueError(
+                f"data.template={template} lays a prompt out, and data.target alone is a text without one: name "
+                "data.prompt, or leave the template out"
+            )
+        make = Texts(target)
     else:
         missing = [f"data.{name}" for name in ("prompt", "target") if not given[name]]
         if missing:
             there = f"; the columns are {', '.join(begun[0][0][0])}" if begun else ""
-            raise ValueError(f"data=custom needs {' and '.join(missing)}, or data.messages{there}")
+            alone = ", or data.target alone for texts without a prompt" if len(missing) == 2 else ""
+            raise ValueError(f"data=custom needs {' and '.join(missing)}, or data.messages{alone}{there}")
         plain = template == "plain"
         make = Columns(str(prompt), str(target), answer, context, options, answer_form, plain, source_prompt)
     check_columns(make.names, begun)
+    places: dict[str, Any] = {source: tables}
+    tasks = {TASK: Task(TASK, make, **places)}
+    if isinstance(make, Texts):
+        return Family(
+            name="custom", version=VERSION, tasks=tasks, max_new_tokens=MAX_NEW_TOKENS, score=None, measures=(),
+            template=template, carve=carve, kind="text",
+        )  # fmt: skip
     main = None if answer or template == "plain" else "option_accuracy" if options else "loss"
     free = main == "loss"
-    places: dict[str, Any] = {source: tables}
     return Family(
         name="custom",
-        version=5,
-        tasks={TASK: Task(TASK, make, **places)},
+        version=VERSION,
+        tasks=tasks,
         max_new_tokens=MAX_NEW_TOKENS,
         score=with_rouge_l(exact_match(make.find)) if free else exact_match(make.find),
         measures=("accuracy", "rouge_l") if free else ("accuracy",),
