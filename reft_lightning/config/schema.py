@@ -151,6 +151,8 @@ class DataConfig:
     context: Optional[str] = None  # what the prompt is about, likewise
     source_prompt: Optional[str] = None  # the other prompt of interchange interventions
     options: Any = None  # a column, or a list of columns
+    # two texts before and after the words of prompts that the positions "given" edit; they are taken out
+    marks: Any = None
     # how the answer names an option: text | letter | index (from 0) | number (from 1)
     answer_form: str = "text"
     delimiter: Optional[str] = None  # of CSV files; None: as the header shows

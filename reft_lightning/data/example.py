@@ -33,6 +33,7 @@ class Example:
         turns: earlier turns of a conversation, (role, text) with the roles system, user and assistant.
         source_prompt: another prompt, whose hidden states interchange interventions put into this one.
         pictures: what is seen, one for each mark in the texts, in their order.
+        marked: where in the prompt the words stand that are edited, (start, end) each; without marks (`marks.py`).
         references: answers of several people, where the gold answer is only the commonest.
         recorded: column -> value, written with the prediction of this row. Not part of equality.
     """
@@ -48,6 +49,7 @@ class Example:
     source_prompt: str = ""
     pictures: tuple[Picture, ...] = ()
     references: tuple[str, ...] = ()
+    marked: tuple[tuple[int, int], ...] = ()
     recorded: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property

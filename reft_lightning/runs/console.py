@@ -193,11 +193,8 @@ def _losses(results: dict[str, Any], split: str) -> list[str]:
     ]
     if any(count.get("correct", 1) for count in scored) and not str(results.get("monitor")).endswith("loss"):
         return []
-    return [
-        name
-        for name in results["metrics"]
-        if _split(name)[1:] in {(split, "", m) for m in ("loss", "perplexity")}
-    ]
+    shown = (f"{split}/loss", f"{split}/perplexity")
+    return [name for name in results["metrics"] if name.removeprefix("base/") in shown]
 
 
 def _models(

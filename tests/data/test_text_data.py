@@ -158,7 +158,7 @@ def module(path, **more):
     [
         (["intervention.positions=f7+l7"], r"positions f7\+l7 are of prompts: write intervention.positions=all"),
         (["intervention.positions=prompt+decode"], "are of prompts"),
-        (["intervention.positions=given"], "need edit_mask"),
+        (["intervention.positions=given"], "need to know which words are edited"),
         (["intervention.layers={0: {}, 1: {positions: l1}}"], "the positions l1 are of prompts"),
         (["intervention=cast", ALL], "cast looks at prompts"),
         (["objective=dpo"], "DPO compares two answers to one"),

@@ -12,6 +12,7 @@ r"""One's own rows: a file, a folder or a data set of the hub, and which of its 
 | `context` | a column or text like `prompt`: what the prompt is about (Alpaca's "### Input:") |
 | `source_prompt` | a column or text like `prompt`: the other prompt of an interchange intervention (`intervention=das`), whose hidden states are put into this one; the target is then what a counterfactual answer would be |
 | `options` | the answers to choose from: a column that holds a list (in a CSV file as JSON, `["red", "blue"]`) or text with commas, or a list of columns, `[opa,opb,opc,opd]` |
+| `marks` | `["<<",">>"]`: what stands before and after the words of a prompt that the positions `given` edit; marks are taken out, whatever the positions |
 | `answer_form` | how the answer names one of the options: `text`, `letter` (A, B, ...), `index` (from 0) or `number` (from 1). What is learnt is the text of the option |
 | `delimiter` | between the cells of a CSV file, where its header does not show it (comma, semicolon and tab are recognised) |
 | `messages` | instead of all these: a column of conversations, `[{"role": "user", "content": "..."}, ...]`, or ShareGPT's `[{"from": "human", "value": "..."}, ...]` |
@@ -50,6 +51,7 @@ from ..columns import TASK, Columns, Conversations, Texts
 from ..example import Example, Judgement, Score, column, exact_match
 from ..family import Family, Task
 from ..files import READERS, Rows, ending, is_saved, listing, read_file
+from ..marks import as_marks
 from ..rows import HubRows, LocalRows, Located
 from ..splits import Carved, Stratum, by_task, carve_validation, distinct
 
@@ -86,6 +88,7 @@ def custom_family(
     test_path: str | None = None,
     delimiter: str | None = None,
     template: str | None = None,
+    marks: Sequence[str] | None = None,
 ) -> Family:
     """Return the family of one's own rows; its one task is `custom`. The arguments are those of the table above.
 
@@ -96,6 +99,7 @@ def custom_family(
     """
     tables = tables_of(path, source, validation_path, test_path, _reader(delimiter))
     begun = beginnings(tables)
+    as_marks(marks)
     template = template or default_template(messages)
     given = {
         "prompt": prompt, "target": target, "answer": answer, "context": context, "options": options,
@@ -106,7 +110,12 @@ def custom_family(
         if also:
             raise ValueError(f"data.messages replaces {', '.join(also)}; give one or the other")
         make: Columns | Conversations | Texts = Conversations(messages, line_break=template == "plain")
-    elif target and answer_form == "text" and not any(v for name, v in given.items() if name != "target"):
+    elif (
+        target
+        and answer_form == "text"
+        and not marks
+        and not any(given[name] for name in given if name != "target")
+    ):
         if template != "plain":
             raise ValueError(
                 f"data.template={template} lays a prompt out, and data.target alone is a text without one: name "
