@@ -117,7 +117,7 @@ def _tables_stay():
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder with the rows that pages name, to stand in."""
-    names = set(re.findall(r"=([\w-]+\.(?:csv|jsonl))\b", PAGES))
+    names = set(re.findall(r"=([\w-]+\.(?:csv|jsonl|txt))\b", PAGES))
     splits = ("train", "validation", "test")
     names |= {f"{place}/{split}.csv" for place in ("FOLDER", "numbers") for split in splits}
     for name in sorted(names):
@@ -135,6 +135,9 @@ def write_rows(path):
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
+        return
+    if path.suffix == ".txt":
+        path.write_text("\n".join(row["question"] for row in rows), encoding="utf-8")
         return
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
     lines = [json.dumps(row | {"conversations": turns}) for row in rows]

@@ -104,6 +104,44 @@ def as_mask(name: str, mask: Tensor) -> Tensor:
     return mask.bool()
 
 
+def check_one_text(attention: Any, rows: int, given: Mapping[str, Any]) -> None:
+    """Refuse rows into which several texts are packed, as far as arguments of transformers tell.
+
+    Args:
+        attention: None, or (b, s), 1 for real tokens; any other says which tokens read which.
+        rows: b.
+        given: further arguments of forward: ``position_ids`` or ``seq_idx`` (b, s), ``cu_seq_lens_q`` (texts + 1,).
+
+    Raises:
+        ValueError: for several texts in a row, or a mask that does not say which tokens are real.
+    """
+    if attention is not None and not (isinstance(attention, Tensor) and attention.ndim == 2):
+        shape = tuple(attention.shape) if isinstance(attention, Tensor) else type(attention).__name__
+        raise ValueError(
+            f"attention_mask says which tokens are real, by 1 and 0 in their shape (b, s); got {shape}. One of pairs "
+            "of tokens does not say where a text begins: give each text a row of its own"
+        )
+    bounds, places, texts = (given.get(name) for name in ("cu_seq_lens_q", "position_ids", "seq_idx"))
+    if (
+        (bounds is not None and len(bounds) - 1 > rows)
+        or (places is not None and places.ndim == 2 and _falls(places, attention))
+        or (texts is not None and _falls(-texts, attention))
+    ):
+        raise ValueError(
+            "several texts are packed into a row, but positions are those of one text: give each a row of its "
+            "own (of trl, packing=False and padding_free=False)"
+        )
+
+
+def _falls(numbers: Tensor, attention: Tensor | None) -> bool:
+    """Whether the numbers of a row's real tokens, (b, s) or those of its last columns, ever become smaller."""
+    if numbers.is_meta:  # no values
+        return False
+    real = torch.ones_like(numbers).bool() if attention is None else attention[:, -numbers.shape[1] :].bool()
+    so_far = numbers.masked_fill(~real, torch.iinfo(numbers.dtype).min).cummax(-1).values
+    return bool((real & (numbers < so_far)).any())
+
+
 def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | None) -> Spans:
     """Split the real tokens of a batch into prompt and target.
 

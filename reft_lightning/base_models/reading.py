@@ -140,7 +140,7 @@ def position_ids_for(
         columns: how many of them, the last ones, the model is about to read.
         others: what else it is given.
     """
-    if attention is None or attention.ndim != 2:
+    if not isinstance(attention, Tensor) or attention.ndim != 2:
         return None
     if any(
         isinstance(value, Tensor) and value.ndim > 1 and name not in OF_TEXT for name, value in others.items()

@@ -145,12 +145,14 @@ class DataConfig:
     group_by_length: bool = True  # batches of rows of similar length, in training
     num_workers: int = free(0)  # processes that make batches; 0: that of the run
     # family=custom: names of columns, or texts with names in braces such as "{question} {choices}"
-    prompt: Optional[str] = None
+    prompt: Optional[str] = None  # None: the target is a text of its own, without a prompt
     target: Optional[str] = None  # what is learnt, likewise
     answer: Optional[str] = None  # None: the whole target; else the column in braces within target
     context: Optional[str] = None  # what the prompt is about, likewise
     source_prompt: Optional[str] = None  # the other prompt of interchange interventions
     options: Any = None  # a column, or a list of columns
+    # two texts before and after the words of prompts that the positions "given" edit; they are taken out
+    marks: Any = None
     # how the answer names an option: text | letter | index (from 0) | number (from 1)
     answer_form: str = "text"
     delimiter: Optional[str] = None  # of CSV files; None: as the header shows

@@ -230,6 +230,21 @@ def _ended(text: str) -> str:
     return text if not text or text[-1].isspace() else text + "\n"
 
 
+class Texts:
+    """Make examples of rows with a text and no prompt, which is learnt as it is."""
+
+    def __init__(self, target: str) -> None:
+        self.target = Pattern.parse(target, "data.target")
+        self.names = self.target.names
+
+    def __call__(self, row: Row) -> Example:
+        """Return the example of a row; ValueError if a column is missing, or there is no text."""
+        text = self.target.fill(row)
+        if not any(text_of(row[name], name).strip() for name in self.names):
+            raise ValueError(f"the row has no text: {_columns(self.names)} empty")
+        return Example(TASK, "", text, text)
+
+
 class Conversations:
     """Make examples of rows with a column of messages."""
 

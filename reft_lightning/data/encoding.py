@@ -10,12 +10,20 @@ right-padded after it, so that training and generation see the same columns::
 Masks come from lengths, never from comparing ids with the pad id: pad may be the eos or unk token, and a
 genuine one in the text must stay visible. Models with an encoder and a decoder read the two as texts of their own
 (``two_texts``, laid out by :mod:`.text_to_text`).
+
+A text without a prompt is all target (:func:`encode_pieces`). Each row is a piece of it, whose prompt is what the
+tokenizer puts before every text (BOS), or where that is nothing the token before; a text's own first token is then not
+learnt, as nothing predicts it::
+
+    bos | t1 t2 t3      bos | t4 t5 eos      max_length 4, with BOS
+    t1 | t2 t3 t4       t4 | t5 eos          without
 """
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -49,6 +57,7 @@ class Encoded:
         joint: whether prompt and target were tokenised as one text and split.
         cut_prompt: prompt tokens left out on the left.
         cut_target: target tokens left out on the right.
+        edited: of each token of the prompt, whether a marked word has a part in it; empty where none is marked.
         row: its place in the `EncodedRows` it was read from; -1 for a row of its own. Not part of equality.
     """
 
@@ -58,6 +67,7 @@ class Encoded:
     joint: bool = True
     cut_prompt: int = 0
     cut_target: int = 0
+    edited: list[bool] = field(default_factory=list)
     row: int = field(default=-1, compare=False)
 
     def __len__(self) -> int:
@@ -103,11 +113,18 @@ def encode(
             `max_length` leaves no room.
     """
     refuse_empty(example)
-    columns = _encoder(tokenizer, max_length, two_texts)(
-        {"prompt": [example.prompt], "target": [example.target]}
-    )
+    columns = _encoder(tokenizer, max_length, two_texts)(_texts_of([example]))
     (ids,), (prompt,), (joint,), (cut_prompt,), (cut_target,) = (columns[name] for name in TYPES)
-    return Encoded(ids[:prompt], ids[prompt:], example, joint, cut_prompt, cut_target)
+    (edited,) = columns.get("edited", [[]])
+    return Encoded(ids[:prompt], ids[prompt:], example, joint, cut_prompt, cut_target, edited)
+
+
+def _texts_of(examples: Sequence[Example]) -> dict[str, list[str]]:
+    """Return the columns of texts that are encoded; where words are marked, as JSON, only if some are."""
+    texts = {"prompt": [e.prompt for e in examples], "target": [e.target for e in examples]}
+    if any(e.marked for e in examples):
+        texts["marked"] = [json.dumps(e.marked) for e in examples]
+    return texts
 
 
 def encode_all(
@@ -126,10 +143,11 @@ def encode_all(
     for example in examples:
         refuse_empty(example)
     layout = "prompt, text_target" if two_texts else "prompt | target"
+    texts = _texts_of(examples)
     columns = prepare(
         _encoder(tokenizer, max_length, two_texts),
-        {"prompt": [e.prompt for e in examples], "target": [e.target for e in examples]},
-        TYPES,
+        texts,
+        TYPES | ({"edited": "[bool]"} if "marked" in texts else {}),
         depends_on=lambda: encoding_settings(layout, tokenizer, max_length),
         what=what,
     )
@@ -141,6 +159,7 @@ def encode_all(
             "%d %s: prompt truncated on the left to %d tokens; data.max_length=N keeps more",
             prompts, rows, max_length,
         )  # fmt: skip
+    _refuse_unedited(examples, columns, max_length)
     if nothing := np.count_nonzero(columns["ids.lengths"] - columns["prompt"] <= 1):
         log.warning("%d %s: the tokenizer makes no token of the target but eos", nothing, rows)
     if targets := np.count_nonzero(columns["cut_target"]):
@@ -150,32 +169,98 @@ def encode_all(
     return EncodedRows(examples, columns, target_tokens)
 
 
-def _encoder(
-    tokenizer: PreTrainedTokenizerBase, max_length: int, two_texts: bool
-) -> partial[dict[str, list]]:
-    """Return what makes the columns `TYPES` of texts."""
+def _refuse_unedited(examples: Sequence[Example], columns: Mapping[str, np.ndarray], max_length: int) -> None:
+    """Raise ValueError for a row none of whose marked words is left in its prompt."""
+    if "edited" not in columns:
+        return
+    for example, edited in zip(
+        examples, np.split(columns["edited"], np.cumsum(columns["prompt"])[:-1]), strict=True
+    ):
+        if not edited.any():
+            raise ValueError(
+                f"{example.source or example.task}: no token of the marked words is among those of the prompt that "
+                f"data.max_length={max_length} leaves: write a larger one"
+            )
+
+
+def encode_pieces(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int, what: str = "rows"
+) -> EncodedRows:
+    """Encode the targets of examples as texts without a prompt, in pieces of at most `max_length` tokens.
+
+    Raises:
+        ValueError: if the tokenizer has no eos token, or `max_length` leaves no room.
+    """
+    leading, eos = leading_ids(tokenizer), _eos_of(tokenizer)
+    context = len(leading) or 1
+    room = max_length - context
+    if room < 1:
+        raise ValueError(f"max_length must be at least {context + 1}; got {max_length}")
+    columns = prepare(
+        partial(encode_wholes, tokenizer=tokenizer, leading=leading, eos=eos),
+        {"text": [e.target for e in examples]},
+        {"ids": "[int32]"},
+        depends_on=lambda: encoding_settings("text", tokenizer, max_length),
+        what=what,
+    )
+    pieces: list[np.ndarray] = []
+    owners: list[Example] = []
+    ends = np.cumsum(columns["ids.lengths"])[:-1]
+    for example, ids in zip(examples, np.split(columns["ids"], ends), strict=True):
+        for start in range(0 if leading else 1, len(ids), room):
+            before = np.array(leading, np.int32) if leading else ids[start - 1 : start]
+            pieces.append(np.concatenate([before, ids[start : start + room]]))
+            owners.append(example)
+    lengths = np.array([len(piece) for piece in pieces], np.int64)
+    log.info("%d %s: %d tokens to learn, in %d pieces of at most %d (data.max_length)",
+             len(examples), what, int((lengths - context).sum()), len(pieces), max_length)  # fmt: skip
+    whole = np.zeros(len(pieces), np.int32)
+    return EncodedRows(owners, {
+        "ids": np.concatenate([whole[:0], *pieces]), "ids.lengths": lengths, "prompt": whole + context,
+        "joint": np.ones(len(pieces), bool), "cut_prompt": whole, "cut_target": whole,
+    })  # fmt: skip
+
+
+def encode_wholes(
+    texts: Mapping[str, list[str]], *, tokenizer: PreTrainedTokenizerBase, leading: list[int], eos: int
+) -> dict[str, list]:
+    """Return the ids of whole texts, without what the tokenizer puts before them, each ended by one eos."""
+    bare = (_bare(ids, leading, [eos]) for ids in _ids(tokenizer, texts["text"]))
+    return {"ids": [[*ids, eos] for ids in bare]}
+
+
+def _eos_of(tokenizer: PreTrainedTokenizerBase) -> int:
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError(
             f"{type(tokenizer).__name__} has no eos token, which ends every target; set eos_token"
         )
+    assert isinstance(eos, int)
+    return eos
+
+
+def _encoder(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, two_texts: bool
+) -> partial[dict[str, list]]:
+    """Return what makes the columns `TYPES` of texts."""
+    eos = _eos_of(tokenizer)
     frames = [_frame(tokenizer), _frame(tokenizer, target=True)] if two_texts else [_frame(tokenizer)]
     least = max(len(leading) + 4 + (len(closing) if two_texts else 0) for leading, closing in frames)
     if max_length < least:
         raise ValueError(f"max_length must be at least {least}; got {max_length}")
-    assert isinstance(eos, int)
     settings: dict[str, Any] = {"tokenizer": tokenizer, "eos": eos, "max_length": max_length}
     if two_texts:
         return partial(encode_two_texts, frames=frames, **settings)
     return partial(encode_texts, leading=frames[0][0], **settings)
 
 
-def refuse_empty(example: Example) -> None:
+def refuse_empty(example: Example, parts: Sequence[str] = ("prompt", "target")) -> None:
     """Raise ValueError for an example whose prompt or target shows nothing; it names the row.
 
     Characters of no width, such as U+200B or a byte order mark, show nothing; some tokenizers leave them out.
     """
-    for part, text in (("prompt", example.prompt), ("target", example.target)):
+    for part in parts:
+        text: str = getattr(example, part)
         if all(category(character) in UNSEEN for character in text):
             blank = f": {text[:40]!r} shows nothing" if text.strip() else ""
             raise ValueError(f"{example.source or example.task}: the {part} is empty{blank}")
@@ -187,14 +272,14 @@ TYPES = {"ids": "[int32]", "prompt": "int32", "joint": "bool", "cut_prompt": "in
 
 
 def encode_texts(
-    texts: Mapping[str, list[str]],  # prompt, target
+    texts: Mapping[str, list[str]],  # prompt, target; perhaps marked
     *,
     tokenizer: PreTrainedTokenizerBase,
     leading: list[int],
     eos: int,
     max_length: int,
 ) -> dict[str, list]:
-    """Return the columns `TYPES` of prompts and targets that hold text."""
+    """Return the columns `TYPES` of prompts and targets that hold text, and `edited` where words are marked."""
     prompts = _ids(tokenizer, texts["prompt"])
     wholes = _ids(tokenizer, [p + t for p, t in zip(texts["prompt"], texts["target"], strict=True)])
     rows = []
@@ -202,7 +287,29 @@ def encode_texts(
         joint = whole[: len(prompt)] == prompt and len(whole) > len(prompt)
         target = whole[len(prompt) :] if joint else _ids(tokenizer, [text])[0]
         rows.append(_fit(prompt, target, joint, leading, eos, max_length))
-    return _in_columns(rows)
+    columns = _in_columns(rows)
+    if "marked" in texts:
+        counts = [count - len(leading) for count in columns["prompt"]]  # the last of each prompt are left
+        edited = _edited(tokenizer, texts["prompt"], map(json.loads, texts["marked"]))
+        columns["edited"] = [
+            [False] * len(leading) + own[len(own) - count :]
+            for own, count in zip(edited, counts, strict=True)
+        ]
+    return columns
+
+
+def _edited(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], marked: Iterable[list[list[int]]]
+) -> Iterator[list[bool]]:
+    """Return of each token of prompts whether a marked character is in it."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"data.marks needs to know which characters a token has, and {type(tokenizer).__name__} does not say: "
+            "choose a model with a fast tokenizer"
+        )
+    given: dict[str, Any] = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+    for tokens, spans in zip(tokenizer(prompts, **given)["offset_mapping"], marked, strict=True):
+        yield [any(start < last and first < end for first, last in spans) for start, end in tokens]
 
 
 def encode_two_texts(
@@ -291,6 +398,7 @@ class EncodedRows(Dataset[Encoded]):
         self.examples, self._columns = list(examples), columns
         lengths, prompts = columns["ids.lengths"], columns["prompt"]
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        self._edits = np.concatenate([[0], np.cumsum(prompts)]).astype(np.int64)  # where those of a row begin
         if target_tokens is not None:
             longest = int(lengths.max(initial=0))  # the sum is one of 32 bits
             lengths = np.minimum(lengths, prompts + min(target_tokens, longest))
@@ -308,7 +416,10 @@ class EncodedRows(Dataset[Encoded]):
         prompt, joint, cut_prompt, cut_target = (
             self._columns[name][i].item() for name in TYPES if name != "ids"
         )
-        return Encoded(ids[:prompt], ids[prompt:], self.examples[i], joint, cut_prompt, cut_target, row=i)
+        edited = (
+            self._columns["edited"][self._edits[i] :][:prompt].tolist() if "edited" in self._columns else []
+        )
+        return Encoded(ids[:prompt], ids[prompt:], self.examples[i], joint, cut_prompt, cut_target, edited, i)
 
 
 class Collator:
@@ -327,7 +438,8 @@ class Collator:
         """Return the batch.
 
         input_ids, attention_mask, labels and prompt_mask (bool) are (b, s); boundary is an int; rows (b,) holds
-        the rows' numbers in their `EncodedRows`, which models do not take.
+        the rows' numbers in their `EncodedRows`, which models do not take. Where words are marked,
+        edit_mask (b, s) bool says which tokens they are.
         """
         boundary = max(len(row.prompt_ids) for row in rows)
         width = boundary + max(len(row.target_ids) for row in rows)
@@ -343,7 +455,7 @@ class Collator:
             attention_mask[i, first:end] = 1
             prompt_mask[i, first:boundary] = True
             labels[i, boundary:end] = target
-        return {
+        batch = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
@@ -351,6 +463,11 @@ class Collator:
             "boundary": boundary,
             "rows": torch.tensor([row.row for row in rows], dtype=torch.int64),
         }
+        if any(row.edited for row in rows):
+            batch["edit_mask"] = torch.zeros_like(prompt_mask)
+            for edits, row in zip(batch["edit_mask"], rows, strict=True):
+                edits[boundary - len(row.edited) : boundary] = torch.tensor(row.edited)
+        return batch
 
 
 def target_only(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,8 @@ class Example:
 
     Args:
         task: name of the benchmark, `"boolq"`.
-        prompt: the question or instruction; a template (`prompts.py`) makes of it the text the model reads.
+        prompt: the question or instruction; a template (`prompts.py`) makes of it the text the model reads. Empty
+            where the target is a text of its own.
         target: text to learn, without the end-of-sequence token.
         answer: gold answer, what `Family.score` finds in the target.
         options: candidate target texts, ranked by likelihood in the evaluation; empty for open questions.
@@ -32,6 +33,7 @@ class Example:
         turns: earlier turns of a conversation, (role, text) with the roles system, user and assistant.
         source_prompt: another prompt, whose hidden states interchange interventions put into this one.
         pictures: what is seen, one for each mark in the texts, in their order.
+        marked: where in the prompt the words stand that are edited, (start, end) each; without marks (`marks.py`).
         references: answers of several people, where the gold answer is only the commonest.
         recorded: column -> value, written with the prediction of this row. Not part of equality.
     """
@@ -47,6 +49,7 @@ class Example:
     source_prompt: str = ""
     pictures: tuple[Picture, ...] = ()
     references: tuple[str, ...] = ()
+    marked: tuple[tuple[int, int], ...] = ()
     recorded: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
@@ -171,8 +174,8 @@ def as_text(value: Any, name: str) -> str:
 
 
 def question_of(example: Example) -> Hashable:
-    """Return what is equal in two rows that ask the same question."""
-    return example.prompt, example.context, example.turns, example.seen
+    """Return what is equal in two rows that ask the same question, or are the same text."""
+    return example.prompt or example.target, example.context, example.turns, example.seen
 
 
 def named_task(family: str, tasks: Mapping[str, T], name: str) -> T:

@@ -1,4 +1,4 @@
-"""The rows of one file: JSON, JSON Lines, CSV, TSV or Parquet, recognised by the ending of its name.
+"""The rows of one file: JSON, JSON Lines, CSV, TSV, Parquet or text, recognised by the ending of its name.
 
 A folder that `datasets` wrote with `save_to_disk` counts as a file. Every reader yields pairs (row, where it is),
 such as `({"question": ...}, "mine/train.csv, line 7")`, so that a later error can name the row. Text is UTF-8, or
@@ -266,6 +266,17 @@ def _check_header(columns: Sequence[str], where: str) -> None:
         raise ValueError(f"{where}: the header names {', '.join(map(repr, repeated))} more than once")
 
 
+# ------------------------------------------------------------------------------------------------------ text
+
+
+def read_text(path: Path) -> Rows:
+    """Yield (row, where) of a text file: each line is a row with the column `text`; empty ones are passed over."""
+    label = _label(path)
+    for number, line in enumerate(text_lines(path), start=1):
+        if line.strip():
+            yield {"text": line.rstrip("\r\n")}, f"{label}, line {number}"
+
+
 # --------------------------------------------------------------------------------------------------- Parquet
 
 
@@ -406,4 +417,5 @@ READERS: dict[str, Callable[[Path], Rows]] = {
     ".csv": read_csv,
     ".tsv": read_tsv,
     ".parquet": read_parquet,
+    ".txt": read_text,
 }

@@ -19,6 +19,7 @@ from .encoding import Collator, EncodedRows, encode, encode_all, refuse_empty
 from .example import Example, normalized
 from .family import Family
 from .files import read_json_file
+from .marks import Marks, unmarked
 from .pairs import EncodedAnswers, EncodedPairs, collate_pairs, collate_sources, rejected
 from .prompts import apply_template
 from .rows import DataSource
@@ -40,6 +41,8 @@ class GenerationData(BenchmarkData):
         system_prompt: for chat templates.
         pairs: whether train rows are pairs of the target and another option, which is rejected.
         sources: whether all rows have source prompts.
+        marks: what stands before and after the words of prompts that are edited, and is taken out.
+        given: whether they are: whether positions ask for them.
         target_tokens: of each train target, the first so many are learnt; None for all.
         validation_size: rows taken out of train, over all tasks together, or a part of their distinct prompts (float);
             of tasks that bring validation rows, how many of those are read at most, -1 for all.
@@ -59,6 +62,8 @@ class GenerationData(BenchmarkData):
         validation_size: int | float,
         pairs: bool = False,
         sources: bool = False,
+        marks: Marks | None = None,
+        given: bool = False,
         target_tokens: int | None = None,
         **settings: Any,
     ) -> None:
@@ -85,6 +90,7 @@ class GenerationData(BenchmarkData):
         self.validation_size = validation_size
         self.template, self.system_prompt = template or family.template, system_prompt
         self.pairs, self.sources, self.target_tokens = pairs, sources, target_tokens
+        self.marks, self.given = marks, given
         self.data_versions["template"] = self.template
 
     @property
@@ -204,6 +210,8 @@ class GenerationData(BenchmarkData):
 
     def _encoded(self, examples: list[Example], what: str, target_tokens: int | None = None) -> EncodedRows:
         texts = apply_template(self.template, examples, self.tokenizer, self.system_prompt)
+        if self.marks is not None:  # where they are after a template has written its own
+            texts = [unmarked(text, self.marks, self.given) for text in texts]
         return encode_all(self.tokenizer, texts, self.max_length, what, target_tokens)
 
     def _collator(self, training: bool) -> Callable[[list[Any]], dict[str, Any]]:

@@ -56,7 +56,9 @@ class EncodedAnswers(EncodedPairs):
         if chosen.cut_prompt == other.cut_prompt:
             return chosen, other
         kept = min(chosen, other, key=lambda row: len(row.prompt_ids))
-        prompt: dict[str, Any] = {"prompt_ids": kept.prompt_ids, "cut_prompt": kept.cut_prompt}
+        prompt: dict[str, Any] = {
+            name: getattr(kept, name) for name in ("prompt_ids", "cut_prompt", "edited")
+        }
         return replace(chosen, **prompt), replace(other, **prompt)
 
 

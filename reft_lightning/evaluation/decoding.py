@@ -171,7 +171,8 @@ def generate_ids(
     reader = reader or ColumnReader(model)
     with without_generation_defaults(model):
         drafted = batch["input_ids"].shape[1] > boundary
-        if decoding.verify and decoding.verifiable and drafted and keeps_its_columns(model.base_model):
+        plain = decoding.verify and decoding.verifiable and "edit_mask" not in batch
+        if plain and drafted and keeps_its_columns(model.base_model):
             return _verified(reader, batch, tokenizer, decoding)
         reader.forget()
         ids = batch["input_ids"][:, :boundary]

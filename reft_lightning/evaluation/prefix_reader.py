@@ -30,7 +30,7 @@ from ..base_models.reading import keeps_its_columns
 
 COLUMNS = ("input_ids", "attention_mask", "prompt_mask")
 OF_BATCHES = (*COLUMNS, "labels", "logits_to_keep", "boundary", "rows", "examples")
-TYPES = "type_ids"  # how arguments end that say of each token what it is
+OF_TOKENS = ("type_ids", "edit_mask")  # how arguments end that say of each token what it is
 SOURCES = ("source_ids", "source_mask")  # of other texts, which interchange interventions read
 
 
@@ -43,9 +43,9 @@ class _Read:
 
 
 def seen_in(batch: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """Return what a batch holds besides its text: images, other texts, and the types of the first columns."""
+    """Return what a batch holds besides its text: images, other texts, and what is said of the first columns."""
     others = {name: value for name, value in batch.items() if name not in OF_BATCHES}
-    return {name: value[:, :width] if name.endswith(TYPES) else value for name, value in others.items()}
+    return {name: value[:, :width] if name.endswith(OF_TOKENS) else value for name, value in others.items()}
 
 
 def sources_in(batch: Mapping[str, Any]) -> dict[str, Tensor]:

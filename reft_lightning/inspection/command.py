@@ -16,7 +16,7 @@ from ..adapters.reft.config import CONFIG_FILE
 from ..adapters.reft.measuring import saved_interventions
 from ..adapters.reft.sites import HEAD
 from ..interventions import intervention_class, method_name
-from ..runs.arguments import method_of
+from ..runs.arguments import method_of, needs_marks
 from ..runs.build import Objects, prepare
 from ..runs.evaluate import evaluating_trainer, load_run, on_other_rows, untrained
 from ..runs.kinds import kind_of
@@ -132,7 +132,9 @@ def _inspect(folder: Path, rows: int, forget: Sequence[str], text: Path | None, 
     if not plan.data.val_tasks:
         raise ValueError(f"{folder} has no validation rows, on which an adapter is inspected")
     reads_on = kind_of(plan.family).generates and plan.source["task"] != "seq2seq_lm"
-    batch = windows(plan.tokenizer, text or OWN) if reads_on else None
+    batch = (
+        windows(plan.tokenizer, text or OWN) if reads_on and not needs_marks(config.intervention) else None
+    )
     objects = load_run(folder, config, plan)
     trainer = evaluating_trainer(config, out, progress_bar=False)
     also = None

@@ -90,7 +90,9 @@ def find(run: Inspected, step: Step = lambda what: None) -> dict[str, Any]:
             with context():
                 found["other"][name] = run.score(run.other)
     if run.text is None:
-        found["not_inspected"].append("the model does not read on in a text: no perplexity, no logit lens")
+        found["not_inspected"].append(
+            "the model does not read on in a text, or asks for marked words: no perplexity, no logit lens"
+        )
     reft = interventions_of(model)
     if reft is None:
         found["not_inspected"].append(

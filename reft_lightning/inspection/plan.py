@@ -39,7 +39,7 @@ from ..data.example import Example
 from ..data.pairs import EncodedPairs
 from ..data.text_to_text import side_by_side
 from ..evaluation.prefix_reader import SOURCES
-from ..runs.arguments import method_of
+from ..runs.arguments import method_of, needs_marks
 from ..runs.build import Outline, outline, prepare
 from ..runs.kinds import kind_of
 from ..runs.own_process import ranks_of
@@ -125,8 +125,12 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
         if config.data.source_prompt:
             ids, mask = (batch[name][:, :prompt] for name in ("input_ids", "attention_mask"))
             batch |= {"source_ids": ids, "source_mask": mask}
+        if needs_marks(config.intervention):
+            batch["edit_mask"] = batch["prompt_mask"]
         batches = {"given": batch}
     base, notes = _build(run)
+    if prompt is not None and needs_marks(config.intervention):
+        notes.append("positions given: counted as if the whole prompt were marked")
     base.to(getattr(torch, config.model.dtype))
     if run.source["task"] == "sequence_classification" and config.model.float32_logits:
         widen_heads(base)

@@ -6,7 +6,7 @@ A setting that would change nothing is refused here.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PretrainedConfig
 
 from ..adapters.methods import method_named
+from ..adapters.reft.positions import parse_positions
 from ..base_models.loading import load_config
 from ..base_models.places import ModelPlace
 from ..config.schema import OF_TRAINING, Config, DataConfig, InterventionConfig
@@ -22,6 +23,7 @@ from ..data import AnyFamily, Family, get_family
 from ..data.benchmark_data import BenchmarkData
 from ..data.families import vision
 from ..data.families.custom import custom_family, default_template
+from ..data.marks import as_marks
 from ..data.preferences import as_preferences
 from ..data.rows import DataSource
 from ..evaluation import Decoding
@@ -52,7 +54,7 @@ class OwnRows(NamedTuple):
     settings: tuple[str, ...]
     kind: str
     template: Callable[[DataConfig], str]
-    line_break: bool
+    line_break: Callable[[DataConfig], bool]
 
 
 FILES = ("validation_path", "test_path")
@@ -60,17 +62,17 @@ OWN = {
     "custom": OwnRows(
         custom_family,
         ("prompt", "target", "answer", "context", "options", "answer_form", "messages", "source_prompt", "delimiter",
-         *FILES),
+         "marks", *FILES),
         "generation",
         template=lambda data: default_template(data.messages),
-        line_break=True,
+        line_break=lambda data: bool(data.prompt or data.messages),
     ),
     "vision": OwnRows(
         vision.vision_family,
         ("prompt", "target", "messages", "image", "image_folder", *FILES),
         "vision",
         template=lambda data: vision.TEMPLATE,
-        line_break=False,
+        line_break=lambda data: False,
     ),
 }  # fmt: skip
 OF_OWN = tuple(dict.fromkeys(name for own in OWN.values() for name in own.settings))
@@ -150,6 +152,18 @@ def method_of(config: Config) -> str:
     return " + ".join(filter(None, (intervention.method, intervention.beside)))
 
 
+def positions_of(intervention: InterventionConfig) -> list[str]:
+    """Return the positions of all layers, and of those that name their own."""
+    layers = intervention.layers.values() if isinstance(intervention.layers, Mapping) else ()
+    own = [layer["positions"] for layer in layers if isinstance(layer, Mapping) and "positions" in layer]
+    return [intervention.positions, *own]
+
+
+def needs_marks(intervention: InterventionConfig) -> bool:
+    """Whether each row must say which tokens are edited."""
+    return any(parse_positions(spec).needs_mask for spec in positions_of(intervention))
+
+
 def data_module(config: Config, family: AnyFamily, tokenizer: Any) -> BenchmarkData:
     """Return the DataModule of a family; the tokenizer is a processor where rows have pictures.
 
@@ -174,6 +188,8 @@ def data_module(config: Config, family: AnyFamily, tokenizer: Any) -> BenchmarkD
                 f"data.{name}={values[name]} means nothing to the family {family.name}: leave it out"
             )
         del values[name]
+    if config.data.marks:
+        values |= {"marks": as_marks(config.data.marks), "given": needs_marks(config.intervention)}
     return kind.data(family, tokenizer, source, **values)
 
 

@@ -27,15 +27,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from ..adapters.methods import method_named
 from ..adapters.reft.positions import parse_positions
 from ..base_models.decoders import is_decoder
-from ..config.schema import SHARDING, Config, DecodingConfig, InterventionConfig, ObjectiveConfig
+from ..config.schema import SHARDING, Config, DecodingConfig, ObjectiveConfig
 from ..data import AnyFamily, Family
 from ..data.benchmark_data import BenchmarkData
 from ..data.example import Example
 from ..evaluation import Decoding
+from ..interventions import intervention_class
 from ..suggest import check_choice
 from ..training.module import limited
 from ..training.sharded_base import ShardedBase
-from .arguments import attachment, objective_of
+from .arguments import attachment, needs_marks, objective_of, positions_of
 from .kinds import kind_of
 
 UNFIT_CALLBACKS: dict[type[Callback], str] = {
@@ -133,11 +134,16 @@ def check_unused(config: Config, family: AnyFamily) -> None:
     _check_kept(config)
     if kind_of(family).generates:
         _check_closed_form(config)
-    if any(parse_positions(spec).needs_mask for spec in _positions_of(config.intervention)):
+    if needs_marks(config.intervention) and not config.data.marks:
         raise ValueError(
-            "the positions given need edit_mask with each call, which a run has not: use them in Python, or "
-            "prompt:S for a share of the prompt"
+            "the positions given need to know which words are edited: mark them in the prompts of your own rows, and "
+            """name the marks, such as 'data.marks=["<<",">>"]'; or write prompt:S for a share of the prompt"""
         )
+    if config.data.marks and (config.data.source_prompt or objective.rewards):
+        what = "data.source_prompt" if config.data.source_prompt else config.objective._target_
+        raise ValueError(f"data.marks is for prompts that are read alone, and not with {what}: leave it out")
+    if not kind_of(family).prompts:
+        _check_promptless(config, family)
     if config.checkpoint.early_stopping_patience is not None and config.trainer.enable_checkpointing is False:
         raise ValueError(
             "checkpoint.early_stopping_patience waits for a better checkpoint, and trainer.enable_checkpointing=false "
@@ -164,11 +170,23 @@ def check_unused(config: Config, family: AnyFamily) -> None:
         )
 
 
-def _positions_of(intervention: InterventionConfig) -> list[str]:
-    """Return the positions of all layers, and of those that name their own."""
-    layers = intervention.layers.values() if isinstance(intervention.layers, Mapping) else ()
-    own = [layer["positions"] for layer in layers if isinstance(layer, Mapping) and "positions" in layer]
-    return [intervention.positions, *own]
+def _check_promptless(config: Config, family: AnyFamily) -> None:
+    """Refuse what needs a prompt, where rows are texts without one (``data.target`` without ``data.prompt``)."""
+    method = method_named(config.intervention.method)
+    what = f"the rows of {family.name} are texts without a prompt, as data.prompt is not set"
+    if method.takes_settings:
+        specs = {spec: parse_positions(spec) for spec in positions_of(config.intervention)}
+        if needy := next((spec for spec, positions in specs.items() if positions.needs_prompt), None):
+            raise ValueError(
+                f"{what}, and the positions {needy} are of prompts: write intervention.positions=all"
+            )
+        if intervention_class(method.name).defines("edit_rows"):
+            raise ValueError(f"{what}, and {method.name} looks at prompts: choose another intervention")
+    if objective_of(config).pairs:
+        raise ValueError(f"{what}, and {config.objective._target_} compares two answers to one: leave it out")
+    for name, default in vars(DecodingConfig()).items():
+        if getattr(config.decoding, name) != default:
+            raise ValueError(f"{what}, and nothing is generated: leave decoding.{name} out")
 
 
 def check_reads_forward(config: Config, hf_config: PretrainedConfig, task: str, family: AnyFamily) -> None:
@@ -190,6 +208,11 @@ def check_reads_forward(config: Config, hf_config: PretrainedConfig, task: str, 
         )
     if task == "seq2seq_lm":
         _check_two_texts(config)
+    if not kind_of(family).prompts and hf_config.is_encoder_decoder:
+        raise ValueError(
+            f"model {config.model.name} ({hf_config.model_type}) has an encoder and a decoder, and texts without a "
+            "prompt are learnt by a decoder alone: choose one, or name data.prompt"
+        )
     if task == "causal_lm" and hf_config.is_encoder_decoder:
         raise ValueError(
             f"model {config.model.name} ({hf_config.model_type}) has an encoder and a decoder, and is none of "
@@ -207,6 +230,7 @@ def _check_two_texts(config: Config) -> None:
     refused = {
         f"objective={config.objective._target_}": config.objective != ObjectiveConfig(),
         f"data.source_prompt={config.data.source_prompt}": bool(config.data.source_prompt),
+        f"data.marks={config.data.marks}": bool(config.data.marks),
         "model.compile=true": config.model.compile,
         f"kept.limit_gb={config.kept.limit_gb}": bool(config.kept.limit_gb),
     }

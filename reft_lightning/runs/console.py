@@ -193,7 +193,8 @@ def _losses(results: dict[str, Any], split: str) -> list[str]:
     ]
     if any(count.get("correct", 1) for count in scored) and not str(results.get("monitor")).endswith("loss"):
         return []
-    return [name for name in results["metrics"] if _split(name)[1:] == (split, "", "loss")]
+    shown = (f"{split}/loss", f"{split}/perplexity")
+    return [name for name in results["metrics"] if name.removeprefix("base/") in shown]
 
 
 def _models(
@@ -221,7 +222,7 @@ def _cell(results: dict[str, Any], name: str) -> str:
     value = results["metrics"].get(name)
     if name in results["metrics"] and (value is None or math.isnan(value)):  # JSON without NaN holds null
         return "not a number"
-    if name.endswith("/loss"):
+    if name.endswith(("/loss", "/perplexity")):
         return f"{value:.4f}"
     if not count:
         return "-"

@@ -17,12 +17,14 @@ from ..data.classification_data import ClassificationData
 from ..data.generation_data import GenerationData
 from ..data.image_data import ImageData
 from ..data.preferences import PreferenceData
+from ..data.text_data import TextData
 from ..data.text_to_text import TextToTextData
 from ..evaluation import generate, write
 from ..training.classification import ClassificationModule
 from ..training.generation import GenerationModule
 from ..training.module import FinetuningModule
 from ..training.reward import RewardModule
+from ..training.text import TextModule
 from ..training.text_to_text import TextToTextModule
 
 if TYPE_CHECKING:
@@ -37,8 +39,9 @@ class Kind:
         task: of the base model, a key of :data:`~reft_lightning.base_models.loading.TASKS`.
         data: the data module.
         module: (configuration, what is prepared, model, training pass) -> the Lightning module.
-        generates: whether texts are generated and scored.
+        generates: whether a language model is trained, whose texts are scored.
         write: (adapted model, batch, tokenizer, decoding) -> the texts of each row.
+        prompts: whether rows have prompts, after which texts are generated.
         sees: whether rows have pictures, which a processor reads.
         heads: which heads are trained unless the configuration says otherwise.
         unused: keys of ``data`` that mean nothing to it.
@@ -49,6 +52,7 @@ class Kind:
     module: Callable[[Config, Prepared, AdaptedModel, Any], FinetuningModule]
     generates: bool
     write: Callable[..., list[list[str]]] = generate
+    prompts: bool = True
     sees: bool = False
     heads: str | tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
@@ -86,6 +90,10 @@ def _preference(config: Config, run: Prepared, model: AdaptedModel, training_pas
 
 KINDS = {
     "generation": Kind("causal_lm", GenerationData, _generation, generates=True),
+    "text": Kind(
+        "causal_lm", TextData, partial(_generation, cls=TextModule), generates=True, prompts=False,
+        unused=("system_prompt", "target_tokens"),
+    ),
     "text_to_text": Kind(
         "seq2seq_lm", TextToTextData, partial(_generation, cls=TextToTextModule), generates=True, write=write
     ),
@@ -110,4 +118,8 @@ def kind_of(family: AnyFamily | None) -> Kind:
 
 def is_text_to_text(kind: Kind, hf_config: PretrainedConfig) -> bool:
     """Whether a model reads prompts and targets of a kind apart, since it has an encoder and a decoder."""
-    return kind.task == "causal_lm" and type(hf_config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    return (
+        kind.task == "causal_lm"
+        and kind.prompts
+        and type(hf_config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    )

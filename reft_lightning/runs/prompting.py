@@ -9,10 +9,11 @@ from typing import Any
 from ..adapters.methods import method_named
 from ..config.schema import Config
 from ..data import Example
+from ..data.marks import Marks, as_marks, unmarked
 from ..data.pictures import Picture, marked
 from ..data.prompts import apply_template
 from ..storage.reading import naming
-from .arguments import OWN, family_of, reads_preferences
+from .arguments import OWN, family_of, needs_marks, reads_preferences
 from .kinds import KINDS, Kind, kind_of
 
 
@@ -25,12 +26,16 @@ class PromptFormat:
         system_prompt: for chat templates.
         line_break: whether a plain question ends its line, as the rows of ``data=custom`` do.
         kind: of the training rows.
+        marks: what stands before and after words that are edited.
+        given: whether they are.
     """
 
     template: str = "plain"
     system_prompt: str | None = None
     line_break: bool = False
     kind: Kind = KINDS["generation"]
+    marks: Marks | None = None
+    given: bool = False
 
     @classmethod
     def of(cls, config: Config, where: object) -> PromptFormat:
@@ -48,7 +53,8 @@ class PromptFormat:
         data = config.data
         if own := OWN.get(data.family):  # its rows, which may be gone, are not needed to talk
             template = data.template or own.template(data)
-            return cls(template, data.system_prompt, own.line_break, KINDS[own.kind])
+            marks, given = as_marks(data.marks), needs_marks(config.intervention)
+            return cls(template, data.system_prompt, own.line_break(data), KINDS[own.kind], marks, given)
         family = family_of(config)
         if not kind_of(family).generates:
             raise ValueError(f"{where} is a classifier ({family.name}), which generates no text")
@@ -71,8 +77,8 @@ class PromptFormat:
             pictures: one for each mark in the texts; without a mark they come first.
 
         Raises:
-            ValueError: if the template is the tokenizer's, which has none or refuses the turns; or for other marks than
-                pictures.
+            ValueError: if the template is the tokenizer's, which has none or refuses the turns; for other marks than
+                pictures; or for words that are not marked as they should be.
         """
         ended = question.endswith("\n") or self.template != "plain" or not self.line_break
         said, asked = tuple(turns), question if ended else f"{question}\n"
@@ -80,4 +86,5 @@ class PromptFormat:
             with naming("this question"):
                 said, asked = marked(said, asked, pictures)
         example = Example("question", asked, target="-", answer="-", turns=said, pictures=tuple(pictures))
-        return next(iter(apply_template(self.template, [example], reader, self.system_prompt)))
+        (text,) = apply_template(self.template, [example], reader, self.system_prompt)
+        return text if self.marks is None else unmarked(text, self.marks, self.given)

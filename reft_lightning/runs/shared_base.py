@@ -22,7 +22,7 @@ from ..config.schema import Config, ObjectiveConfig
 from ..data import AnyFamily
 from ..interventions import intervention_class
 from ..speed.joined_pass import Asked, JoinedPass, Trained
-from .arguments import attachment, family_of, hf_config_of, model_source
+from .arguments import attachment, family_of, hf_config_of, model_source, needs_marks
 from .kinds import kind_of
 from .own_process import needs_own_process
 from .turns import Turns
@@ -189,6 +189,7 @@ def why_alone(config: Config) -> str | None:
         "model.compile=true compiles the pass of one adapter": config.model.compile,
         "kept.limit_gb keeps parts of a pass of its own": config.kept.limit_gb,
         "trainer.max_time counts the seconds of all": config.trainer.max_time,
+        "the positions given read marks of their own rows": needs_marks(intervention),
         "several devices": needs_own_process(config.trainer.devices, config.trainer.num_nodes),
         f"resume={config.resume} goes on with a run from where it is": config.resume,
         "callbacks=edit_norms watches a pass of its own": "EditNorms" in str(config.callbacks),

@@ -202,7 +202,9 @@ def test_a_plain_question_ends_its_line_only_where_the_rows_did(folder):
     config, tokenizer = load_run_config(folder), chat.load(folder)[1]
     benchmark = PromptFormat.of(config, folder)
     assert benchmark.prompt("is zorb kept?", tokenizer).prompt == "is zorb kept?"
-    own = PromptFormat.of(replace(config, data=replace(config.data, family="custom")), folder)
+    own = PromptFormat.of(
+        replace(config, data=replace(config.data, family="custom", prompt="question")), folder
+    )
     assert own.prompt("is zorb kept?", tokenizer).prompt == "is zorb kept?\n"
     assert own.prompt("is zorb kept?\n", tokenizer).prompt == "is zorb kept?\n"
 

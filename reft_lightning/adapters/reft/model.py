@@ -45,7 +45,7 @@ from ..adapted import ParameterCount
 from ..arguments import forward_inputs, known_arguments, left_padded_inputs
 from ..attaching import all_or_nothing, attaching, check_base, detached, shown, unseen_draws
 from ..first_values import FirstValues, fill
-from ..masks import Spans, asked_again, marked, spans_of, spans_of_labels
+from ..masks import Spans, asked_again, check_one_text, marked, spans_of, spans_of_labels
 from ..plain import plain
 from ..saving import check_fit, load_adapter, load_beside, save_adapter, tensors_of, warn_of_half
 from .adapter import Adapter
@@ -387,13 +387,10 @@ class ReftModel(nn.Module):
             raise ValueError(
                 f"with {cached[0]}, pass prompt_mask (b, cached + new columns): which part is prompt?"
             )
-        places, attention = kwargs.get("position_ids"), attention_mask
+        attention = attention_mask
+        if self._enabled:
+            check_one_text(attention, len(tokens), kwargs)
         if attention is None:
-            if places is not None and places.ndim == 2 and (places.diff(dim=-1) < 0).any():
-                raise ValueError(
-                    "several texts are packed into a row, but positions are those of one text: give each a row of its "
-                    "own (of trl, packing=False and padding_free=False)"
-                )
             columns = (tokens if prompt_mask is None else prompt_mask).shape[1]
             attention = tokens.new_ones((tokens.shape[0], columns), dtype=torch.long)
         written = labels if labels is not None and continues_texts(self.base_model) else None
@@ -510,6 +507,8 @@ class ReftModel(nn.Module):
         masks = arguments.pop("edit_mask", None), arguments.pop("image_mask", None)
         past = None if self._reads_two else kwargs.get("past_key_values")
         read = 0 if past is None else past.get_seq_length()  # as Hugging Face asks it, to cut what was read
+        if self._enabled:
+            check_one_text(arguments["attention_mask"], len(spans.prompt), arguments)
         chosen = self.adapters.chosen_by(adapter_names, len(spans.prompt))
         drafts = [name for name in DRAFTS if kwargs.get(name) or getattr(defaults, name, None)]
         sites = (site for adapter in self.adapters.used_by(chosen[0]) for site in adapter.sites.values())

@@ -22,8 +22,8 @@ all        every token                                          unbounded
 
 Terms are added: ``f7+l7``, ``prompt+decode:8``, ``l7+image:0.01``. ``fN`` and ``lN`` count the tokens of the text:
 where images fill places of the prompt, as often right after its first token, those are passed over. What else depends
-on the input is ``given``: a mask (b, s) with each call of the model. A callable ``(prompt_mask, target_mask) -> mask``,
-all (b, s) bool, selects anything else.
+on the input is ``given``: a mask (b, s) with each call of the model, which a run makes of marks (``data.marks``). A
+callable ``(prompt_mask, target_mask) -> mask``, all (b, s) bool, selects anything else.
 
 A short prompt of n tokens clips the counts of ``fp+ls``, so that the two never overlap:
 

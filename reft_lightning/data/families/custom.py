@@ -7,11 +7,12 @@ r"""One's own rows: a file, a folder or a data set of the hub, and which of its 
 | `path` | a file (`files.py` lists the formats), or a folder with `train.*` and perhaps `validation.*` (or `valid.*`, `val.*`, `dev.*`) and `test.*`; with source `hub` `owner/name`, `owner/name:config` or `owner/name:config:split`, each perhaps followed by `@revision` |
 | `validation_path` | a file with the validation rows; with source `hub` the name of their split. Without any, they are taken out of the train rows |
 | `test_path` | the same for the test rows. Without any, nothing is tested |
-| `prompt`, `target` | what is read and what is learnt: each a column, or a text with columns in braces, such as `"{question}\n{choices}"` |
+| `prompt`, `target` | what is read and what is learnt: each a column, or a text with columns in braces, such as `"{question}\n{choices}"`. A target alone is a text without a prompt, see below |
 | `answer` | the column in braces within `target` that is the gold answer, where the target holds more than that |
 | `context` | a column or text like `prompt`: what the prompt is about (Alpaca's "### Input:") |
 | `source_prompt` | a column or text like `prompt`: the other prompt of an interchange intervention (`intervention=das`), whose hidden states are put into this one; the target is then what a counterfactual answer would be |
 | `options` | the answers to choose from: a column that holds a list (in a CSV file as JSON, `["red", "blue"]`) or text with commas, or a list of columns, `[opa,opb,opc,opd]` |
+| `marks` | `["<<",">>"]`: what stands before and after the words of a prompt that the positions `given` edit; marks are taken out, whatever the positions |
 | `answer_form` | how the answer names one of the options: `text`, `letter` (A, B, ...), `index` (from 0) or `number` (from 1). What is learnt is the text of the option |
 | `delimiter` | between the cells of a CSV file, where its header does not show it (comma, semicolon and tab are recognised) |
 | `messages` | instead of all these: a column of conversations, `[{"role": "user", "content": "..."}, ...]`, or ShareGPT's `[{"from": "human", "value": "..."}, ...]` |
@@ -19,6 +20,11 @@ r"""One's own rows: a file, a folder or a data set of the hub, and which of its 
 A conversation is one example: the last answer is learnt, the question before it is the prompt, and what precedes
 both are earlier turns (a system message counts as one). The default template is then `chat`, else `plain`, which
 puts a line break between prompt and target unless the prompt ends in white space of its own.
+
+**Texts.** Of `target` alone every token is learnt, eos included, in pieces of `data.max_length` tokens; a text's first token is
+learnt where the tokenizer puts one before it (BOS). Nothing is generated: checkpoints are chosen by the loss, and the table has
+it and its perplexity, the exponential of the mean loss of a token. There is no prompt to edit, so positions are `all` (or
+`decode`). Of a `.txt` file each line is a text, in the column `text`; longer ones stand in the other formats.
 
 A generated text is right where it equals the answer, both stripped of white space around them. For free texts that
 says little: with the templates `chat` and `alpaca`, and no `answer`, checkpoints are chosen by the accuracy over the
@@ -41,10 +47,11 @@ from typing import Any
 import regex
 
 from ...storage.reading import naming
-from ..columns import TASK, Columns, Conversations
+from ..columns import TASK, Columns, Conversations, Texts
 from ..example import Example, Judgement, Score, column, exact_match
 from ..family import Family, Task
 from ..files import READERS, Rows, ending, is_saved, listing, read_file
+from ..marks import as_marks
 from ..rows import HubRows, LocalRows, Located
 from ..splits import Carved, Stratum, by_task, carve_validation, distinct
 
@@ -52,6 +59,7 @@ log = logging.getLogger(__name__)
 
 # split -> how its file may be named in a folder; the names that the hub knows
 FILE_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+VERSION = 5
 A_TENTH = -1  # validation_size
 MOST_VALIDATION = 100  # rows, of a tenth
 MAX_NEW_TOKENS = 128
@@ -80,6 +88,7 @@ def custom_family(
     test_path: str | None = None,
     delimiter: str | None = None,
     template: str | None = None,
+    marks: Sequence[str] | None = None,
 ) -> Family:
     """Return the family of one's own rows; its one task is `custom`. The arguments are those of the table above.
 
@@ -90,6 +99,7 @@ def custom_family(
     """
     tables = tables_of(path, source, validation_path, test_path, _reader(delimiter))
     begun = beginnings(tables)
+    as_marks(marks)
     template = template or default_template(messages)
     given = {
         "prompt": prompt, "target": target, "answer": answer, "context": context, "options": options,
@@ -99,22 +109,41 @@ def custom_family(
         also = [f"data.{name}" for name, value in given.items() if value]
         if also:
             raise ValueError(f"data.messages replaces {', '.join(also)}; give one or the other")
-        make: Columns | Conversations = Conversations(messages, line_break=template == "plain")
+        make: Columns | Conversations | Texts = Conversations(messages, line_break=template == "plain")
+    elif (
+        target
+        and answer_form == "text"
+        and not marks
+        and not any(given[name] for name in given if name != "target")
+    ):
+        if template != "plain":
+            raise ValueError(
+                f"data.template={template} lays a prompt out, and data.target alone is a text without one: name "
+                "data.prompt, or leave the template out"
+            )
+        make = Texts(target)
     else:
         missing = [f"data.{name}" for name in ("prompt", "target") if not given[name]]
         if missing:
             there = f"; the columns are {', '.join(begun[0][0][0])}" if begun else ""
-            raise ValueError(f"data=custom needs {' and '.join(missing)}, or data.messages{there}")
+            alone = ", or data.target alone for texts without a prompt" if len(missing) == 2 else ""
+            raise ValueError(f"data=custom needs {' and '.join(missing)}, or data.messages{alone}{there}")
         plain = template == "plain"
         make = Columns(str(prompt), str(target), answer, context, options, answer_form, plain, source_prompt)
     check_columns(make.names, begun)
+    places: dict[str, Any] = {source: tables}
+    tasks = {TASK: Task(TASK, make, **places)}
+    if isinstance(make, Texts):
+        return Family(
+            name="custom", version=VERSION, tasks=tasks, max_new_tokens=MAX_NEW_TOKENS, score=None, measures=(),
+            template=template, carve=carve, kind="text",
+        )  # fmt: skip
     main = None if answer or template == "plain" else "option_accuracy" if options else "loss"
     free = main == "loss"
-    places: dict[str, Any] = {source: tables}
     return Family(
         name="custom",
-        version=5,
-        tasks={TASK: Task(TASK, make, **places)},
+        version=VERSION,
+        tasks=tasks,
         max_new_tokens=MAX_NEW_TOKENS,
         score=with_rouge_l(exact_match(make.find)) if free else exact_match(make.find),
         measures=("accuracy", "rouge_l") if free else ("accuracy",),
