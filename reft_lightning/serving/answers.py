@@ -17,6 +17,7 @@ from transformers import LogitsProcessor
 log = logging.getLogger(__name__)
 
 UNFINISHED = "�"  # what a tokenizer shows of a character whose other bytes are still to come
+AGAIN = 32  # tokens that are decoded again with each new one
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ class Answer:
         self._sent = 0  # characters
         self._waiting: list[Likelihood] = []
         self._draws: torch.Generator | None = None
-        # the end of the prompt, from the start of a character
+        # what the decoded tokens follow, from the start of a character: the end of the prompt or of what is settled
         self._before: tuple[list[int], str] | None = None
+        self._settled, self._settled_text = 0, ""  # of the answer, the tokens that are not decoded again
 
     def choose(self, logits: Tensor) -> int:  # (v,)
         """Return the next token."""
@@ -105,9 +107,15 @@ class Answer:
         if self._before is None:
             ends = ((ids, _decoded(tokenizer, ids)) for n in range(1, 5) if (ids := self.prompt[-n:]))
             self._before = next((end for end in ends if UNFINISHED not in end[1]), ([], ""))
-        ids, before = self._before
-        whole = _decoded(tokenizer, ids + self.tokens)
-        return whole.removeprefix(before) if whole.startswith(before) else _decoded(tokenizer, self.tokens)
+        (ids, before), new = self._before, self.tokens[self._settled :]
+        whole = _decoded(tokenizer, ids + new)
+        more = whole.removeprefix(before) if whole.startswith(before) else _decoded(tokenizer, new)
+        text = self._settled_text + more
+        last = self.tokens[-1:]
+        end = _decoded(tokenizer, last) if len(new) >= AGAIN else ""
+        if end and UNFINISHED not in end and not text.endswith(UNFINISHED):
+            self._before, self._settled, self._settled_text = (last, end), len(self.tokens), text
+        return text
 
     def _uncertain(self, text: str) -> int:
         """Return how many characters at the end may still change, or begin a stop string."""

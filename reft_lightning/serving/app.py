@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +59,7 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
         yield
         await asyncio.to_thread(engine.close)
 
+    reading = asyncio.Lock()  # some tokenizers change their settings for each text, as NLLB's: one at a time
     app = FastAPI(title="reft-serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.middleware("http")
@@ -106,12 +107,12 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        return await answer(body, _chat_ids(engine.tokenizer, _known(body.model), body.messages), request)
+        return await answer(body, request, _chat_ids, engine.tokenizer, _known(body.model), body.messages)
 
     @app.post("/v1/completions")
     async def complete(body: TextRequest, request: Request) -> Response:
         _known(body.model)
-        return await answer(body, prompt_ids(engine.tokenizer, body.prompt), request)
+        return await answer(body, request, prompt_ids, engine.tokenizer, body.prompt)
 
     def _known(name: str) -> Served:
         if name not in served:
@@ -121,7 +122,11 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
             )  # fmt: skip
         return served[name]
 
-    async def answer(body: ChatRequest | TextRequest, ids: list[int], request: Request) -> Response:
+    async def answer(
+        body: ChatRequest | TextRequest, request: Request, read: Callable[..., list[int]], *prompt: Any
+    ) -> Response:
+        async with reading:
+            ids = await asyncio.to_thread(read, *prompt)  # a long one takes seconds
         room = engine.context - len(ids)
         limit = body.limit or min(ANSWER, max(room, 1))
         if not ids or limit > room:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from .answers import UNFINISHED, Likelihood, Part
 
 MAX_TEXT = 1_000_000  # characters
+MAX_TURNS = 10_000  # of a conversation
 Stop = Annotated[str, Field(max_length=200)]
 
 
@@ -74,7 +75,7 @@ class Message(_Body):
 class ChatRequest(_Request):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_TURNS)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

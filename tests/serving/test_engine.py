@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import reft_lightning as rl
-from reft_lightning.serving.answers import Answer
+from reft_lightning.serving.answers import AGAIN, Answer
 from reft_lightning.serving.engine import JOIN_AFTER, Busy, Engine
 
 PROMPTS = ["kept?", "a longer question, with more words", "x", "two and two"]
@@ -161,6 +161,22 @@ def test_characters_of_several_tokens_are_sent_whole():
     for token in tokenizer("aé漢b", add_special_tokens=False)["input_ids"]:
         answer.add(token, torch.zeros(len(tokenizer)), tokenizer, ())
     assert [part.text for part in sent] == ["a", "é", "漢", "b"]
+
+
+@pytest.mark.parametrize("tokenizer", [serving_models.tokenizer(), serving_models.sentence_piece()])
+def test_a_long_answer_is_the_text_of_all_its_tokens_though_few_are_decoded_again(monkeypatch, tokenizer):
+    sent, decoded, decode = [], [], tokenizer.decode
+    text = " a b  aé漢 " * 60
+    tokens = tokenizer(f"a{text}", add_special_tokens=False)["input_ids"][1:]
+    answer = Answer(tokenizer("a a")["input_ids"], sent.append, max_tokens=5000)
+    monkeypatch.setattr(
+        tokenizer, "decode", lambda ids, **more: decoded.append(len(ids)) or decode(ids, **more)
+    )
+    for token in tokens:
+        answer.add(token, torch.zeros(len(tokenizer)), tokenizer, ())
+    assert len(tokens) > 600
+    assert "".join(part.text for part in sent) == text
+    assert max(decoded) < 2 * AGAIN
 
 
 def test_the_end_of_text_token_ends_an_answer(model):
