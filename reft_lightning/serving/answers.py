@@ -6,6 +6,7 @@ Shapes: b rows, v tokens of the vocabulary.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +53,7 @@ class Answer:
     top_p: float = 1.0  # draw from the likeliest tokens that hold this share
     seed: int | None = None  # of the draws; the answer does not depend on what else is in the batch
     stop: Sequence[str] = ()  # the answer ends before any of these
+    follows: bool = True  # whether its text goes on from the prompt's, which an encoder-decoder's does not
     top: int | None = None  # how many of the likeliest tokens are reported; None reports no log-probabilities
     tokens: list[int] = field(default_factory=list)
     done: bool = False
@@ -105,7 +107,8 @@ class Answer:
     def _text(self, tokenizer: Any) -> str:
         # after the end of the prompt: on their own, SentencePiece tokenizers drop the leading blank
         if self._before is None:
-            ends = ((ids, _decoded(tokenizer, ids)) for n in range(1, 5) if (ids := self.prompt[-n:]))
+            numbers = range(1, 5) if self.follows else ()
+            ends = ((ids, _decoded(tokenizer, ids)) for n in numbers if (ids := self.prompt[-n:]))
             self._before = next((end for end in ends if UNFINISHED not in end[1]), ([], ""))
         (ids, before), new = self._before, self.tokens[self._settled :]
         whole = _decoded(tokenizer, ids + new)
@@ -131,8 +134,11 @@ def _decoded(tokenizer: Any, ids: list[int]) -> str:
 def _likelihood(token: int, logits: Tensor, top: int) -> Likelihood:
     logprobs = logits.float().log_softmax(-1)
     best = logprobs.topk(min(top, len(logprobs))) if top else None
-    likeliest = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return Likelihood(token, logprobs[token].item(), likeliest)
+    likeliest = () if best is None else zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    possible = tuple(
+        (other, p) for other, p in likeliest if p > -math.inf
+    )  # the code of a language is the only one
+    return Likelihood(token, logprobs[token].item(), possible)
 
 
 def tell(answer: Answer, error: Exception) -> None:
@@ -145,10 +151,21 @@ def tell(answer: Answer, error: Exception) -> None:
 
 
 class Choosing(LogitsProcessor):
-    """Lets each row of a generation choose its own tokens, and leaves only those possible; after its end, `pad`."""
+    """Lets each row of a generation choose its own tokens, and leaves only those possible; after its end, `pad`.
 
-    def __init__(self, answers: Sequence[Answer], tokenizer: Any, ends: Sequence[int], pad: int) -> None:
+    A row with `again`, the tokens that were chosen before, begins with those.
+    """
+
+    def __init__(
+        self,
+        answers: Sequence[Answer],
+        tokenizer: Any,
+        ends: Sequence[int],
+        pad: int,
+        again: Sequence[Sequence[int]],
+    ) -> None:
         self.answers, self.tokenizer, self.ends, self.pad = answers, tokenizer, ends, pad
+        self.again = again
         self.steps = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (b, s), (b, v) -> (b, v)
@@ -156,8 +173,10 @@ class Choosing(LogitsProcessor):
         self.steps += 1
         chosen = torch.full_like(scores, -torch.inf)
         for row, (answer, logits) in enumerate(zip(self.answers, scores, strict=True)):
-            token = self.pad
-            if not answer.done:
+            token, before = self.pad, self.again[row]
+            if self.steps <= len(before):
+                token = before[self.steps - 1]
+            elif not answer.done:
                 try:
                     token = answer.choose(logits)
                     answer.add(token, logits, self.tokenizer, self.ends)

@@ -107,12 +107,12 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        return await answer(body, request, _chat_ids, engine.tokenizer, _known(body.model), body.messages)
+        return await answer(body, request, _chat_ids, engine, _known(body.model), body.messages)
 
     @app.post("/v1/completions")
     async def complete(body: TextRequest, request: Request) -> Response:
         _known(body.model)
-        return await answer(body, request, prompt_ids, engine.tokenizer, body.prompt)
+        return await answer(body, request, prompt_ids, engine.tokenizer, body.prompt, engine.two_texts)
 
     def _known(name: str) -> Served:
         if name not in served:
@@ -127,19 +127,22 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
     ) -> Response:
         async with reading:
             ids = await asyncio.to_thread(read, *prompt)  # a long one takes seconds
-        room = engine.context - len(ids)
+        room = engine.room(len(ids))
         limit = body.limit or min(ANSWER, max(room, 1))
-        if not ids or limit > room:
+        if not ids:
+            raise Refused("the prompt is empty")
+        if limit > room:
+            each = " of each" if engine.two_texts else ""
             raise Refused(
                 f"the prompt has {len(ids)} tokens and the answer may have {limit}, which is more than the "
-                f"{engine.context} that this model reads" if ids else "the prompt is empty",
-                code="context_length_exceeded" if ids else None,
-            )  # fmt: skip
+                f"{engine.context} that this model reads{each}",
+                code="context_length_exceeded",
+            )
         loop, parts = asyncio.get_running_loop(), asyncio.Queue[Part | Exception]()
         wanted = Answer(
             ids, lambda part: loop.call_soon_threadsafe(parts.put_nowait, part), _known(body.model).adapter,
             strength=body.strength, max_tokens=limit, temperature=body.temperature, top_p=body.top_p, seed=body.seed,
-            stop=body.stops, top=body.top,
+            stop=body.stops, follows=not engine.two_texts, top=body.top,
         )  # fmt: skip
         try:
             engine.submit(wanted)
@@ -251,9 +254,10 @@ def _said(error: RequestValidationError) -> str:
     return "; ".join(said)
 
 
-def _chat_ids(tokenizer: Any, served: Served, messages: list[Message]) -> list[int]:
+def _chat_ids(engine: Engine, served: Served, messages: list[Message]) -> list[int]:
     """Return the tokens of a conversation, in the words that the adapter was trained on."""
     turns = [{"role": message.role, "content": message.content} for message in messages]
+    tokenizer: Any = engine.tokenizer
     prompts = served.prompts or PromptFormat("chat")
     system = turns.pop(0)["content"] if turns[0]["role"] == "system" else prompts.system_prompt
     if prompts.template == "chat":
@@ -274,4 +278,4 @@ def _chat_ids(tokenizer: Any, served: Served, messages: list[Message]) -> list[i
         if system:
             raise Refused(f"data.template={prompts.template} has no place for a system message: leave it out")
         text = prompts.prompt(turns[0]["content"], tokenizer).prompt
-    return prompt_ids(tokenizer, text)
+    return prompt_ids(tokenizer, text, engine.two_texts)

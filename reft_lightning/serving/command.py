@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from ..adapters.reft.adapter_set import DEFAULT
 from ..adapters.reft.config import CONFIG_FILE
 from ..adapters.reft.model import ReftModel
-from ..base_models.loading import load_base_model
 from ..config import compose
-from ..runs.arguments import model_source
+from ..runs.build import load_to_write
+from ..runs.kinds import KINDS
 from ..runs.prompting import PromptFormat
 from ..runs.run_folder import load_run_config
 from ..suggest import needs_extra
@@ -83,7 +83,7 @@ def main(
             "such as model=smollm2_135m"
         )
     config = compose.compose([f"model={model}"]) if model else next(iter(runs.values()))
-    base, tokenizer = load_base_model(**model_source(config))
+    base, tokenizer, _ = load_to_write(config, KINDS["generation"])
     reft, names = load_adapters(base, adapters)
     for name, inner in names.items():
         trained_on = reft.adapters[inner].config.base_model

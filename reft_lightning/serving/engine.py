@@ -2,7 +2,8 @@
 
 A batch is one call of ``ReftModel.generate`` in which every row has its adapter. Requests that arrive meanwhile join
 after a few tokens: the batch ends, and the next one goes on with its unfinished rows, whose tokens so far are read
-again in the same pass as the new prompts (``prompt_mask`` keeps them apart, so that edits stay where they were).
+again in the same pass as the new prompts (``prompt_mask`` keeps them apart, so that edits stay where they were). The
+decoder of an encoder-decoder writes them again one by one, while new rows write their first.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from transformers import (
 
 from ..adapters.reft.model import ReftModel
 from ..base_models.reading import context_of
+from ..base_models.stacks import reads_two_texts
+from ..data.texts import padded
+from ..evaluation import first_tokens
+from ..evaluation.decoding import without_generation_defaults
 from .answers import Answer, Choosing, tell
 
 log = logging.getLogger(__name__)
@@ -49,6 +54,9 @@ class Engine:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.max_batch, self.max_waiting = max_batch, max_waiting
         self.context = context_of(model.base_model)
+        # the prompt in an encoder, the answer in a decoder
+        self.two_texts = reads_two_texts(model.base_model)
+        self.starts = first_tokens(model.base_model, tokenizer) if self.two_texts else {}
         self.pad = int(tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
         # the model's own ends, and the one that adapters learned to write
         ends: list[Any] = [model.base_model.generation_config.eos_token_id, tokenizer.eos_token_id]
@@ -59,6 +67,12 @@ class Engine:
         self._batch: list[Answer] = []  # the answers under way
         self._thread = threading.Thread(target=self._run, name="reft-serve", daemon=True)
         self._thread.start()
+
+    def room(self, prompt: int) -> int:
+        """Return how many tokens the answer to a prompt of so many may have."""
+        if self.two_texts:  # the start token is one of the decoder's
+            return self.context - 1 if prompt <= self.context else 0
+        return self.context - prompt
 
     def submit(self, answer: Answer) -> None:
         """Answer a request when its turn comes; :class:`Busy` if too many wait."""
@@ -109,32 +123,32 @@ class Engine:
 
     def _generate(self, answers: Sequence[Answer]) -> None:
         """Go on with some answers until all are done, or others can join."""
-        rows = [answer.prompt + answer.tokens for answer in answers]
-        width = max(map(len, rows))
-        ids = torch.tensor([[self.pad] * (width - len(row)) + row for row in rows])
-        columns = torch.arange(width)
-        starts = torch.tensor([[width - len(row)] for row in rows])
-        prompts = torch.tensor([[len(answer.prompt)] for answer in answers])
-        real = columns >= starts
-        choosing = Choosing(answers, self.tokenizer, self.ends, self.pad)
-        room = self.context - width  # steps, after which a row that is done would leave the model's positions
+        rows = [(answer.prompt, [] if self.two_texts else answer.tokens) for answer in answers]
+        batch = {
+            "input_ids": padded([prompt + tokens for prompt, tokens in rows], self.pad),
+            "attention_mask": padded([[1] * len(prompt + tokens) for prompt, tokens in rows], 0),
+            "prompt_mask": padded(
+                [[1] * len(prompt) + [0] * len(tokens) for prompt, tokens in rows], 0
+            ).bool(),
+        }
+        again = [list(answer.tokens) if self.two_texts else [] for answer in answers]
+        choosing = Choosing(answers, self.tokenizer, self.ends, self.pad, again)
+        # steps, after which a row that is done would leave the model's positions
+        room = self.room(batch["input_ids"].shape[1])
+        steps = (answer.max_tokens - len(tokens) for answer, (_, tokens) in zip(answers, rows, strict=True))
         device = self.model.base_model.device
-        with torch.inference_mode():
+        with torch.inference_mode(), without_generation_defaults(self.model):
             self.model.generate(
-                input_ids=ids.to(device),
-                attention_mask=real.long().to(device),
-                prompt_mask=(real & (columns < starts + prompts)).to(device),
+                **{name: value.to(device) for name, value in batch.items()},
                 adapter_names=[None if a.adapter is None else (a.adapter, a.strength) for a in answers],
                 logits_processor=LogitsProcessorList([choosing]),
                 stopping_criteria=StoppingCriteriaList([_Ending(self, choosing, room)]),
                 generation_config=GenerationConfig(
-                    max_new_tokens=max(a.max_tokens - len(a.tokens) for a in answers),
+                    max_new_tokens=max(steps),
                     do_sample=False,
                     pad_token_id=self.pad,
                     eos_token_id=None,  # answers know their own end
-                    num_beams=1,  # as the next, also where the base model's own defaults are others
-                    repetition_penalty=1.0,
-                    no_repeat_ngram_size=0,
+                    **self.starts,
                 ),
             )
 
@@ -159,6 +173,7 @@ class _Ending(StoppingCriteria):
         for answer in answers:
             answer.done |= answer.cancelled
         steps = self.choosing.steps
-        if steps >= self.room or self.engine.others_can_join(answers, steps):
+        new = steps - 2 * max(map(len, self.choosing.again))  # more of them than are chosen again
+        if steps >= self.room or self.engine.others_can_join(answers, new):
             return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         return torch.tensor([answer.done for answer in answers], device=input_ids.device)

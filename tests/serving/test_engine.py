@@ -1,12 +1,12 @@
 """The answers of many requests in shared batches are those that each would get alone."""
 
-import queue
 import threading
 import time
 
 import pytest
 import serving_models
 import torch
+from serving_models import Asked
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import reft_lightning as rl
@@ -28,25 +28,6 @@ def engine(model):
     engine.ends = []  # answers of known lengths
     yield engine
     engine.close()
-
-
-class Asked:
-    """One request, and what came of it."""
-
-    def __init__(self, engine, text, adapter=None, **settings):
-        self.parts = queue.Queue()
-        ids = engine.tokenizer(text)["input_ids"]
-        self.answer = Answer(ids, self.parts.put, adapter, **{"max_tokens": 6, **settings})
-        engine.submit(self.answer)
-
-    def wait(self):
-        found = []
-        while not found or found[-1].finish is None:
-            part = self.parts.get(timeout=60)
-            if isinstance(part, Exception):
-                raise part
-            found.append(part)
-        return "".join(part.text for part in found), found[-1].finish
 
 
 def expected(model, text, adapter, count):
@@ -305,10 +286,10 @@ def test_defaults_of_the_base_model_change_no_answer(engine):
     before = Asked(engine, "kept?", "late", top=1)
     before.wait()
     defaults = engine.model.base_model.generation_config
-    defaults.repetition_penalty, defaults.num_beams = 3.0, 3
+    defaults.repetition_penalty, defaults.num_beams, defaults.suppress_tokens = 3.0, 3, before.answer.tokens
     after = Asked(engine, "kept?", "late", top=1)
     after.wait()
-    defaults.repetition_penalty, defaults.num_beams = None, None
+    defaults.repetition_penalty = defaults.num_beams = defaults.suppress_tokens = None
     assert after.answer.tokens == before.answer.tokens
 
 
