@@ -55,6 +55,7 @@ class Answer:
     stop: Sequence[str] = ()  # the answer ends before any of these
     follows: bool = True  # whether its text goes on from the prompt's, which an encoder-decoder's does not
     top: int | None = None  # how many of the likeliest tokens are reported; None reports no log-probabilities
+    seen: Any = None  # the prompt with its pictures, an :class:`EncodedImage`, for a model that reads such
     tokens: list[int] = field(default_factory=list)
     done: bool = False
     cancelled: bool = False

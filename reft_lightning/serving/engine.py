@@ -12,6 +12,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -27,6 +29,11 @@ from transformers import (
 from ..adapters.reft.model import ReftModel
 from ..base_models.reading import context_of
 from ..base_models.stacks import reads_two_texts
+from ..base_models.vision import image_tokens
+from ..data.encoding import Encoded, prompt_ids
+from ..data.example import Example
+from ..data.image_data import ImageCollator, encode_image
+from ..data.prompts import tokenizer_of
 from ..data.texts import padded
 from ..evaluation import first_tokens
 from ..evaluation.decoding import without_generation_defaults
@@ -34,6 +41,7 @@ from .answers import Answer, Choosing, tell
 
 log = logging.getLogger(__name__)
 
+NOT_READ = ("labels", "boundary", "rows")  # of the batches of data modules
 JOIN_AFTER = 16  # tokens of a batch, after which waiting requests join it
 
 
@@ -47,11 +55,13 @@ class Engine:
     def __init__(
         self,
         model: ReftModel,
-        tokenizer: PreTrainedTokenizerBase,
+        reader: PreTrainedTokenizerBase | ProcessorMixin,
         max_batch: int = 16,
         max_waiting: int = 1024,
     ) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
+        self.model, self.reader, self.tokenizer = model.eval(), reader, (tokenizer := tokenizer_of(reader))
+        self.sees = reader is not tokenizer
+        self._collate = ImageCollator(reader) if self.sees else None
         self.max_batch, self.max_waiting = max_batch, max_waiting
         self.context = context_of(model.base_model)
         # the prompt in an encoder, the answer in a decoder
@@ -67,6 +77,23 @@ class Engine:
         self._batch: list[Answer] = []  # the answers under way
         self._thread = threading.Thread(target=self._run, name="reft-serve", daemon=True)
         self._thread.start()
+
+    def encode(self, example: Example) -> Encoded:
+        """Return a question as the model reads it.
+
+        Raises:
+            ValueError: for pictures that cannot be read, or marks of pictures where there are none.
+        """
+        if not self.sees:
+            return Encoded(prompt_ids(self.tokenizer, example.prompt, self.two_texts), [], example)
+        row = encode_image(self.reader, example)
+        marks = set(image_tokens(self.model.base_model.config)).intersection(row.prompt_ids)
+        if marks and not example.pictures:
+            mark = self.tokenizer.decode([marks.pop()])
+            raise ValueError(
+                f"{mark} stands for a picture: send it as a part of a message, of the type 'image_url'"
+            )
+        return row
 
     def room(self, prompt: int) -> int:
         """Return how many tokens the answer to a prompt of so many may have."""
@@ -123,34 +150,42 @@ class Engine:
 
     def _generate(self, answers: Sequence[Answer]) -> None:
         """Go on with some answers until all are done, or others can join."""
-        rows = [(answer.prompt, [] if self.two_texts else answer.tokens) for answer in answers]
-        batch = {
-            "input_ids": padded([prompt + tokens for prompt, tokens in rows], self.pad),
-            "attention_mask": padded([[1] * len(prompt + tokens) for prompt, tokens in rows], 0),
-            "prompt_mask": padded(
-                [[1] * len(prompt) + [0] * len(tokens) for prompt, tokens in rows], 0
-            ).bool(),
-        }
+        batch = self._laid_out(answers)
         again = [list(answer.tokens) if self.two_texts else [] for answer in answers]
         choosing = Choosing(answers, self.tokenizer, self.ends, self.pad, again)
         # steps, after which a row that is done would leave the model's positions
         room = self.room(batch["input_ids"].shape[1])
-        steps = (answer.max_tokens - len(tokens) for answer, (_, tokens) in zip(answers, rows, strict=True))
-        device = self.model.base_model.device
+        left = (a.max_tokens - (0 if self.two_texts else len(a.tokens)) for a in answers)
+        inputs: Any = {name: value.to(self.model.base_model.device) for name, value in batch.items()}
         with torch.inference_mode(), without_generation_defaults(self.model):
             self.model.generate(
-                **{name: value.to(device) for name, value in batch.items()},
+                **inputs,
                 adapter_names=[None if a.adapter is None else (a.adapter, a.strength) for a in answers],
                 logits_processor=LogitsProcessorList([choosing]),
                 stopping_criteria=StoppingCriteriaList([_Ending(self, choosing, room)]),
                 generation_config=GenerationConfig(
-                    max_new_tokens=max(steps),
+                    max_new_tokens=max(left),
                     do_sample=False,
                     pad_token_id=self.pad,
                     eos_token_id=None,  # answers know their own end
                     **self.starts,
                 ),
             )
+
+    def _laid_out(self, answers: Sequence[Answer]) -> dict[str, Tensor]:
+        """Return what the model reads: prompts, and the answers so far where they stand in the same rows."""
+        if self._collate is not None:
+            for answer in answers:  # once for each, though it may be read again
+                answer.seen = replace(answer.seen, pixels=self._collate.pixels(answer.seen))
+            batch = self._collate([replace(answer.seen, target_ids=answer.tokens) for answer in answers])
+            return {name: value for name, value in batch.items() if name not in NOT_READ}
+        rows = [(answer.prompt, [] if self.two_texts else answer.tokens) for answer in answers]
+        prompts = [[1] * len(prompt) + [0] * len(tokens) for prompt, tokens in rows]
+        return {
+            "input_ids": padded([prompt + tokens for prompt, tokens in rows], self.pad),
+            "attention_mask": padded([[1] * len(row) for row in prompts], 0),
+            "prompt_mask": padded(prompts, 0).bool(),
+        }
 
     def others_can_join(self, answers: Sequence[Answer], steps: int) -> bool:
         """Whether a batch should end early: for waiting requests that fit, or because most of its rows are done.

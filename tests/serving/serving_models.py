@@ -134,7 +134,8 @@ class Asked:
     def __init__(self, engine, text, adapter=None, **settings):
         self.parts = queue.Queue()
         settings = {"max_tokens": 6, "follows": not engine.two_texts, **settings}
-        self.answer = Answer(engine.tokenizer(text)["input_ids"], self.parts.put, adapter, **settings)
+        ids = engine.tokenizer(text)["input_ids"] if isinstance(text, str) else text
+        self.answer = Answer(ids, self.parts.put, adapter, **settings)
         engine.submit(self.answer)
 
     def wait(self):

@@ -153,8 +153,12 @@ def test_text_in_parts_is_read_as_one_text(client):
 
     parts = [{"type": "text", "text": "is it"}, {"type": "text", "text": "kept?"}]
     assert said(parts) == said("is it\nkept?")
-    with pytest.raises(openai.BadRequestError, match="reads text only"):
-        said([{"type": "image_url", "image_url": {"url": "x"}}])
+    with pytest.raises(openai.BadRequestError, match="reads text only: leave the pictures out"):
+        said([*parts, {"type": "image_url", "image_url": {"url": "data:image/png;base64,eA=="}}])
+    with pytest.raises(openai.BadRequestError, match=r"'audio' found .* 'text', 'image_url'"):
+        said([{"type": "audio"}])
+    with pytest.raises(openai.BadRequestError, match="must be a text, or a list of parts"):
+        said(5)
 
 
 def test_errors_of_the_framework_have_the_shape_of_the_others(address, client):
@@ -185,6 +189,10 @@ def test_questions_are_written_as_the_adapter_was_trained_on_them(client):
         "<system>be<user>hi<assistant>yo<user>hm>"
     )
     assert tokens("late", ("user", "hi")) == 1 + len("hi\n")
+    with pytest.raises(openai.BadRequestError, match="the last message must be the user's"):
+        tokens("base", ("user", "hi"), ("assistant", "yo"))
+    with pytest.raises(openai.BadRequestError, match="the last message must be the user's"):
+        tokens("base", ("system", "be"))
     with pytest.raises(openai.BadRequestError, match="trained on single questions"):
         tokens("late", ("user", "hi"), ("assistant", "yo"), ("user", "hm"))
     with pytest.raises(openai.BadRequestError, match="no place for a system message"):
@@ -286,7 +294,7 @@ def test_the_server_answers_others_while_it_reads_a_long_prompt(address, monkeyp
         assert go_on.wait(30)
         return prompt_ids(*given)
 
-    monkeypatch.setattr("reft_lightning.serving.app.prompt_ids", slowly)
+    monkeypatch.setattr("reft_lightning.serving.engine.prompt_ids", slowly)
     asks = (
         {"prompt": "kept?"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "x"}]}
     )
