@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 
 UNFINISHED = "�"  # what a tokenizer shows of a character whose other bytes are still to come
 AGAIN = 32  # tokens that are decoded again with each new one
+CLEANED = 8  # characters at the end that may still change where a tokenizer takes blanks away, as in "do n't"
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Answer:
         self._draws: torch.Generator | None = None
         # what the decoded tokens follow, from the start of a character: the end of the prompt or of what is settled
         self._before: tuple[list[int], str] | None = None
+        self._cleans = False  # whether the tokenizer takes blanks away
         self._settled, self._settled_text = 0, ""  # of the answer, the tokens that are not decoded again
 
     def choose(self, logits: Tensor) -> int:  # (v,)
@@ -98,7 +101,7 @@ class Answer:
         if cut >= 0:
             text = text[:cut]
         elif finish is None:
-            text = text[: len(text) - self._uncertain(text)]
+            text = text[: max(len(text) - self._uncertain(text), 0)]
         self.done = finish is not None
         if len(text) > self._sent or self.done:
             part = Part(text[self._sent :], tuple(self._waiting), finish)
@@ -111,12 +114,13 @@ class Answer:
             numbers = range(1, 5) if self.follows else ()
             ends = ((ids, _decoded(tokenizer, ids)) for n in numbers if (ids := self.prompt[-n:]))
             self._before = next((end for end in ends if UNFINISHED not in end[1]), ([], ""))
+            self._cleans = _cleans(tokenizer)
         (ids, before), new = self._before, self.tokens[self._settled :]
         whole = _decoded(tokenizer, ids + new)
         more = whole.removeprefix(before) if whole.startswith(before) else _decoded(tokenizer, new)
         text = self._settled_text + more
         last = self.tokens[-1:]
-        end = _decoded(tokenizer, last) if len(new) >= AGAIN else ""
+        end = _decoded(tokenizer, last) if len(new) >= AGAIN and not self._cleans else ""
         if end and UNFINISHED not in end and not text.endswith(UNFINISHED):
             self._before, self._settled, self._settled_text = (last, end), len(self.tokens), text
         return text
@@ -125,11 +129,18 @@ class Answer:
         """Return how many characters at the end may still change, or begin a stop string."""
         whole = text.rstrip(UNFINISHED)
         starts = (n for word in self.stop for n in range(len(word) - 1, 0, -1) if whole.endswith(word[:n]))
-        return len(text) - len(whole) + max(starts, default=0)
+        return len(text) - len(whole) + max(*starts, CLEANED if self._cleans else 0, 0)
 
 
 def _decoded(tokenizer: Any, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@cache  # once a tokenizer
+def _cleans(tokenizer: Any) -> bool:
+    """Whether a tokenizer takes blanks away before punctuation, as those of some T5s do."""
+    ids = tokenizer("a .", add_special_tokens=False)["input_ids"]
+    return tokenizer.decode(ids) != tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def _likelihood(token: int, logits: Tensor, top: int) -> Likelihood:

@@ -1,5 +1,6 @@
 """The answers of many requests in shared batches are those that each would get alone."""
 
+import random
 import threading
 import time
 
@@ -7,7 +8,8 @@ import pytest
 import serving_models
 import torch
 from serving_models import Asked
-from transformers import GPT2Config, GPT2LMHeadModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import reft_lightning as rl
 from reft_lightning.serving.answers import AGAIN, Answer
@@ -142,6 +144,20 @@ def test_characters_of_several_tokens_are_sent_whole():
     for token in tokenizer("aé漢b", add_special_tokens=False)["input_ids"]:
         answer.add(token, torch.zeros(len(tokenizer)), tokenizer, ())
     assert [part.text for part in sent] == ["a", "é", "漢", "b"]
+
+
+def test_blanks_that_a_tokenizer_takes_away_later_are_not_sent_before():
+    letters = ["\u2581", "\u2581'", "\u2581n", *"adnost.'"]
+    made = Tokenizer(models.Unigram([("<unk>", 0.0), *((letter, -1.0) for letter in letters)], unk_id=0))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    draw, cleans = random.Random(0), {"clean_up_tokenization_spaces": True}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", **cleans)
+    for _ in range(300):
+        tokens, sent = draw.choices(range(1, len(tokenizer)), k=30), []
+        answer = Answer([], sent.append, max_tokens=30, follows=False)
+        for token in tokens:
+            answer.add(token, torch.zeros(len(tokenizer)), tokenizer, ())
+        assert "".join(part.text for part in sent) == tokenizer.decode(tokens)
 
 
 @pytest.mark.parametrize("tokenizer", [serving_models.tokenizer(), serving_models.sentence_piece()])
