@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
+from reft_lightning.base_models.loading import byte_tokenizer
+
 PAD, BOS, EOS = 0, 1, 2
 BOI, EOI, IMAGE, VIDEO = 118, 119, 120, 121
 VOCABULARY, WIDTH, TOWER, LAYERS = 128, 32, 16, 2
@@ -182,3 +184,75 @@ def _types(name: str, ids: Tensor, prompt: int) -> dict[str, Tensor]:
     if name == "paligemma":  # 0 is read in both directions
         return {"token_type_ids": (torch.arange(ids.shape[1]) >= prompt).long().expand_as(ids).clone()}
     return {}
+
+
+# --- processors ---------------------------------------------------------------------------------------------------
+
+
+def letters(**special):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": list(special.values())})
+    for name, token in special.items():
+        setattr(tokenizer, name, token)
+        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+    return tokenizer
+
+
+def gemma3():
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+    from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
+
+    pictures = Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
+    tokenizer = letters(boi_token="<boi>", eoi_token="<eoi>", image_token="<image>")
+    return Gemma3Processor(pictures, tokenizer, image_seq_length=4), tokenizer.image_token_id
+
+
+def idefics3():
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+    from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
+
+    special = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>")
+    tokenizer = letters(**{f"t{i}": token for i, token in enumerate(special)})
+    pictures = Idefics3ImageProcessorPil(
+        size={"longest_edge": 56}, max_image_size={"longest_edge": 56}, do_image_splitting=False
+    )
+    return Idefics3Processor(pictures, tokenizer, image_seq_len=4), tokenizer.convert_tokens_to_ids("<image>")
+
+
+def paligemma():
+    from transformers.models.paligemma.processing_paligemma import PaliGemmaProcessor
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    pictures = SiglipImageProcessorPil(size={"height": 28, "width": 28})
+    pictures.image_seq_length = 4
+    tokenizer = letters(image_token="<image>")
+    return PaliGemmaProcessor(pictures, tokenizer), tokenizer.convert_tokens_to_ids("<image>")
+
+
+def qwen2_vl():
+    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+    tokenizer = letters(**{f"t{i}": f"<|{name}|>" for i, name in enumerate(QWEN)})
+    pictures = Qwen2VLImageProcessor(patch_size=14, merge_size=2, min_pixels=56 * 56, max_pixels=56 * 56)
+    processor = Qwen2VLProcessor(pictures, tokenizer, video_processor=Qwen2VLVideoProcessor())
+    return processor, tokenizer.convert_tokens_to_ids("<|image_pad|>")
+
+
+QWEN = ("image_pad", "video_pad", "vision_start", "vision_end")
+PROCESSORS = {"gemma3": gemma3, "idefics3": idefics3, "paligemma": paligemma, "qwen2_vl": qwen2_vl}
+
+
+def with_processor(name: str) -> tuple[Any, PreTrainedModel]:
+    """Return a processor over bytes, and a tiny model of its architecture."""
+    processor, image = PROCESSORS[name]()
+    sizes = copy.deepcopy(CONFIGS[name])
+    sizes["text_config"] |= {"vocab_size": len(processor.tokenizer)}
+    key = "image_token_id" if "image_token_id" in sizes else "image_token_index"
+    torch.manual_seed(1)
+    others = {
+        f"{name}_token_id": image + i
+        for i, name in enumerate(("image", "video", "vision_start", "vision_end"))
+    }
+    own = others if name == "qwen2_vl" else {key: image}
+    config = AutoConfig.for_model(name, **sizes | own)
+    return processor, AutoModelForImageTextToText.from_config(config).eval()

@@ -224,7 +224,7 @@ def load_base_model(
     if task == "causal_lm" and wanted.is_encoder_decoder:
         raise ValueError(
             f"{lies.name} ({wanted.model_type}) has an encoder and a decoder: load it with task='seq2seq_lm', as "
-            "reft-train, reft-eval and reft-chat do. reft-serve takes decoders only"
+            "reft-train, reft-eval, reft-chat and reft-serve do"
         )
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         loaded_tokenizer = tokenizer

@@ -90,10 +90,14 @@ def _frame(tokenizer: PreTrainedTokenizerBase, target: bool = False) -> tuple[li
     )
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return the tokens of a prompt without a target, after the one BOS of a tokenizer that adds one."""
-    leading, ids = leading_ids(tokenizer), _ids(tokenizer, [prompt])[0]
-    return ids if ids[: len(leading)] == leading else [*leading, *ids]
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, two_texts: bool = False) -> list[int]:
+    """Return the tokens of a prompt without a target, after the one BOS of a tokenizer that adds one.
+
+    Of ``two_texts``, those that the tokenizer puts after a text follow.
+    """
+    leading, closing = _frame(tokenizer)
+    closing = closing if two_texts else []
+    return [*leading, *_bare(_ids(tokenizer, [prompt])[0], leading, closing), *closing]
 
 
 def encode(

@@ -43,9 +43,7 @@ class ImageData(GenerationData):
     @staticmethod
     def lay_out(reader: Any, example: Example, max_length: int) -> dict[str, Any]:
         """Likewise; nothing is left out, as pictures are in it."""
-        prompt, target, types = _tokens(reader, example)
-        listed = {name: values.tolist() for name, values in types.items()}
-        return ImageCollator(reader)([EncodedImage(prompt, target, example, types=listed)])
+        return ImageCollator(reader)([encode_image(reader, example)])
 
     def _check(self, example: Example) -> None:
         for picture in example.pictures:
@@ -72,9 +70,22 @@ class EncodedImage(Encoded):
 
     Args:
         types: name -> the type of each token of the prompt, as the processor tells them.
+        pixels: name -> what the model reads of its pictures; None to process them when a batch is made.
     """
 
     types: Mapping[str, list[int]] = field(default_factory=dict)
+    pixels: Mapping[str, Tensor] | None = field(default=None, compare=False)
+
+
+def encode_image(processor: Any, example: Example) -> EncodedImage:
+    """Return the tokens of one example, uncut.
+
+    Raises:
+        ValueError: for pictures or a text that the processor refuses.
+    """
+    prompt, target, types = _tokens(processor, example)
+    listed = {name: values.tolist() for name, values in types.items()}
+    return EncodedImage(prompt, target, example, types=listed)
 
 
 class EncodedImages(EncodedRows):
@@ -155,7 +166,8 @@ def processed(processor: Any, example: Example) -> dict[str, Tensor]:
     try:
         return dict(processor(**given))
     except (ValueError, TypeError, IndexError, KeyError) as error:
-        raise ValueError(f"{example.source}: {type(processor).__name__} refuses the row: {error}") from error
+        where = example.source or example.task
+        raise ValueError(f"{where}: {type(processor).__name__} refuses the row: {error}") from error
 
 
 def _names_suffix(processor: Any) -> bool:
@@ -189,12 +201,7 @@ class ImageCollator:
         batch = self._collate(rows)
         for name in dict.fromkeys(name for row in rows for name in row.types):
             batch[name] = self._types(name, rows, batch)
-        seen = [
-            {name: value for name, value in processed(self.processor, row.example).items()
-             if name not in (*OF_TOKENS, *batch)}
-            if row.example.pictures else {}
-            for row in rows
-        ]  # fmt: skip
+        seen = [self.pixels(row) for row in rows]
         for name in dict.fromkeys(name for row in seen for name in row):
             parts = [row[name] for row in seen if name in row]
             if self._by_row:
@@ -202,6 +209,13 @@ class ImageCollator:
                 parts = [row.get(name, none) for row in seen]
             batch[name] = _stacked(parts)
         return batch
+
+    def pixels(self, row: EncodedImage) -> Mapping[str, Tensor]:
+        """Return what the model reads of a row's pictures."""
+        if row.pixels is not None or not row.example.pictures:
+            return row.pixels or {}
+        inputs = processed(self.processor, row.example)
+        return {name: value for name, value in inputs.items() if name not in (*OF_TOKENS, *row.types)}
 
     def _types(self, name: str, rows: Sequence[EncodedImage], batch: Mapping[str, Any]) -> Tensor:  # (b, s)
         boundary = batch["boundary"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 MARK = "<image>"  # where a picture stands in a text, as in LLaVA's files
+SENT_FORMATS = ("PNG", "JPEG", "GIF", "WEBP")  # of what a stranger sends: others run other programs (EPS)
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,13 @@ class Picture:
         name: as the row has it.
         path: of its file; None where the row holds the bytes.
         data: its bytes.
+        sent: whether a stranger sent it, in one of :data:`SENT_FORMATS`.
     """
 
     name: str
     path: Path | None = None
     data: bytes | None = field(default=None, repr=False)
+    sent: bool = False
 
     def read(self) -> bytes:
         """Return the bytes of the file."""
@@ -36,14 +39,24 @@ class Picture:
         """What is equal in two files with the same bytes."""
         return hashlib.sha256(self.read()).hexdigest()[:16]
 
+    @property
+    def pixels(self) -> int:
+        """How many there are, which its first bytes tell."""
+        return self._opened(lambda image: image.width * image.height)
+
     def open(self) -> Any:
         """Return the picture in RGB, 8 bits a colour, turned as its camera was held (EXIF), as viewers show it."""
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        from PIL import ImageOps
+
+        return self._opened(lambda image: _in_8_bits(ImageOps.exif_transpose(image)).convert("RGB"))
+
+    def _opened(self, of: Callable[[Any], Any]) -> Any:
+        from PIL import Image, UnidentifiedImageError
 
         try:
-            return _in_8_bits(ImageOps.exif_transpose(Image.open(io.BytesIO(self.read())))).convert("RGB")
+            return of(Image.open(io.BytesIO(self.read()), formats=SENT_FORMATS if self.sent else None))
         except UnidentifiedImageError:
-            reason = "it is no picture that PIL reads"
+            reason = f"it is no {', '.join(SENT_FORMATS)}" if self.sent else "it is no picture that PIL reads"
         except FileNotFoundError:
             reason = f"there is no file {self.path}; data.image_folder names another folder"
         except (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError) as error:

@@ -5,7 +5,7 @@ from .option_likelihood import log_likelihood, option_log_likelihoods, summed_lo
 from .prefix_reader import ColumnReader, sources_in
 from .row_metrics import MeanLoss, RowScores, mean_interval, pass_at_k, wilson_interval
 from .sandbox.run import Limits, Outcome, run_program, run_programs
-from .text_to_text import target_log_likelihood, write
+from .text_to_text import first_tokens, target_log_likelihood, write
 
 __all__ = [
     "ColumnReader",
@@ -14,6 +14,7 @@ __all__ = [
     "MeanLoss",
     "Outcome",
     "RowScores",
+    "first_tokens",
     "generate",
     "log_likelihood",
     "mean_interval",

@@ -29,15 +29,12 @@ def target_log_likelihood(model: Any, batch: dict[str, Any]) -> Tensor:  # -> (b
     return summed_log_p(logits, batch["labels"])
 
 
-@torch.no_grad()
-def write(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: Decoding) -> list[list[str]]:
-    """Return the texts that the decoder writes for the prompts of a batch: ``texts[row][sample]``.
+def first_tokens(base: Any, tokenizer: Any) -> dict[str, int | None]:
+    """Return what a decoder starts with, under transformers' names.
 
-    It starts with the model's own ``decoder_start_token_id``, and then ``forced_bos_token_id``, or what the tokenizer
-    puts before every target, such as the code of its language; other generation defaults are ignored. Penalties of
-    repetition look at the text that is written, not at the prompt.
+    That is the base model's own ``decoder_start_token_id``, and then its ``forced_bos_token_id``, or what the tokenizer
+    puts before every target, such as the code of its language.
     """
-    base = model.base_model
     first = tokenizer(text_target="")["input_ids"][:1]
     forced = getattr(base.generation_config, "forced_bos_token_id", None)
     if forced is None and first and first[0] != tokenizer.eos_token_id:
@@ -45,12 +42,22 @@ def write(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: Decoding)
     starts = (
         getattr(owner, "decoder_start_token_id", None) for owner in (base.generation_config, base.config)
     )
+    start = next((start for start in starts if start is not None), None)
+    return {"decoder_start_token_id": start, "forced_bos_token_id": forced}
+
+
+@torch.no_grad()
+def write(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: Decoding) -> list[list[str]]:
+    """Return the texts that the decoder writes for the prompts of a batch: ``texts[row][sample]``.
+
+    It starts with :func:`first_tokens`; other generation defaults are ignored. Penalties of repetition look at the text
+    that is written, not at the prompt.
+    """
     settings = GenerationConfig(
         **decoding.arguments,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        decoder_start_token_id=next((start for start in starts if start is not None), None),
-        forced_bos_token_id=forced,
+        **first_tokens(model.base_model, tokenizer),
     )
     ids, mask = batch["input_ids"], batch["attention_mask"]
     more: dict[str, Any] = {}

@@ -58,7 +58,7 @@ from .checks import (
     reported,
 )
 from .devices import check_accelerator
-from .kinds import Kind, is_text_to_text, kind_of
+from .kinds import KINDS, Kind, is_text_to_text, kind_of
 
 if TYPE_CHECKING:
     from .shared_base import Lane
@@ -204,6 +204,20 @@ def reader_of(kind: Kind, source: Mapping[str, Any], hf_config: PretrainedConfig
     """Return what reads the rows of a kind for a model: its tokenizer, or its processor of images and text."""
     place = {name: source[name] for name in (*PLACE, "tokenizer")}
     return load_processor(hf_config, **place) if kind.sees else load_tokenizer(**place)
+
+
+def load_to_write(config: Config, kind: Kind) -> tuple[PreTrainedModel, Any, Kind]:
+    """Load the base model of a configuration to talk to it.
+
+    Returns:
+        The model, what reads its texts and pictures, and the kind in which it writes: its architecture may change it.
+    """
+    source = model_source(config)
+    hf_config = hf_config_of(source)
+    kind = KINDS["text_to_text"] if is_text_to_text(kind, hf_config) else kind
+    reader = reader_of(kind, source, hf_config)
+    of_model = {"task": kind.task, "tokenizer": tokenizer_of(reader), "hf_config": hf_config}
+    return load_base_model(**source | of_model)[0], reader, kind
 
 
 def prepare(config: Config, run: Outline | None = None) -> Prepared:

@@ -17,16 +17,14 @@ from rich.text import Text
 from ..adapters.adapt import adapt
 from ..adapters.adapted import AdaptedModel
 from ..adapters.saving import load_saved, load_state
-from ..base_models.loading import load_base_model
 from ..base_models.reading import context_of
 from ..data.generation_data import GenerationData
 from ..data.pictures import MARK, Picture
 from ..data.prompts import TEMPLATES, tokenizer_of
 from ..evaluation import Decoding
 from ..terminal.bars import Bar
-from .arguments import attachment, hf_config_of, model_source
-from .build import reader_of
-from .kinds import KINDS, is_text_to_text
+from .arguments import attachment
+from .build import load_to_write
 from .prompting import PromptFormat
 from .run_folder import load_run_config
 
@@ -182,16 +180,10 @@ def load(folder: Path, template: str | None = None) -> tuple[AdaptedModel, Any, 
     if template is not None:
         prompts = replace(prompts, template=template)
     adapter = load_state(folder / "adapter")  # a missing one is said before weights are loaded
-    source = model_source(config)
-    hf_config = hf_config_of(source)
-    if is_text_to_text(prompts.kind, hf_config):
-        prompts = replace(prompts, kind=KINDS["text_to_text"])
-    reader = reader_of(prompts.kind, source, hf_config)
-    of_model = {"task": prompts.kind.task, "tokenizer": tokenizer_of(reader), "hf_config": hf_config}
-    base, _ = load_base_model(**source | of_model)
+    base, reader, kind = load_to_write(config, prompts.kind)
     model = adapt(base, **attachment(config))
     load_saved(model, folder / "adapter", adapter)
-    return model.eval(), reader, prompts
+    return model.eval(), reader, replace(prompts, kind=kind)
 
 
 def _read(console: Console) -> str | None:

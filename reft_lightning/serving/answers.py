@@ -6,8 +6,10 @@ Shapes: b rows, v tokens of the vocabulary.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from transformers import LogitsProcessor
 log = logging.getLogger(__name__)
 
 UNFINISHED = "�"  # what a tokenizer shows of a character whose other bytes are still to come
+AGAIN = 32  # tokens that are decoded again with each new one
+CLEANED = 8  # characters at the end that may still change where a tokenizer takes blanks away, as in "do n't"
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,9 @@ class Answer:
     top_p: float = 1.0  # draw from the likeliest tokens that hold this share
     seed: int | None = None  # of the draws; the answer does not depend on what else is in the batch
     stop: Sequence[str] = ()  # the answer ends before any of these
+    follows: bool = True  # whether its text goes on from the prompt's, which an encoder-decoder's does not
     top: int | None = None  # how many of the likeliest tokens are reported; None reports no log-probabilities
+    seen: Any = None  # the prompt with its pictures, an :class:`EncodedImage`, for a model that reads such
     tokens: list[int] = field(default_factory=list)
     done: bool = False
     cancelled: bool = False
@@ -60,8 +66,10 @@ class Answer:
         self._sent = 0  # characters
         self._waiting: list[Likelihood] = []
         self._draws: torch.Generator | None = None
-        # the end of the prompt, from the start of a character
+        # what the decoded tokens follow, from the start of a character: the end of the prompt or of what is settled
         self._before: tuple[list[int], str] | None = None
+        self._cleans = False  # whether the tokenizer takes blanks away
+        self._settled, self._settled_text = 0, ""  # of the answer, the tokens that are not decoded again
 
     def choose(self, logits: Tensor) -> int:  # (v,)
         """Return the next token."""
@@ -93,7 +101,7 @@ class Answer:
         if cut >= 0:
             text = text[:cut]
         elif finish is None:
-            text = text[: len(text) - self._uncertain(text)]
+            text = text[: max(len(text) - self._uncertain(text), 0)]
         self.done = finish is not None
         if len(text) > self._sent or self.done:
             part = Part(text[self._sent :], tuple(self._waiting), finish)
@@ -103,28 +111,46 @@ class Answer:
     def _text(self, tokenizer: Any) -> str:
         # after the end of the prompt: on their own, SentencePiece tokenizers drop the leading blank
         if self._before is None:
-            ends = ((ids, _decoded(tokenizer, ids)) for n in range(1, 5) if (ids := self.prompt[-n:]))
+            numbers = range(1, 5) if self.follows else ()
+            ends = ((ids, _decoded(tokenizer, ids)) for n in numbers if (ids := self.prompt[-n:]))
             self._before = next((end for end in ends if UNFINISHED not in end[1]), ([], ""))
-        ids, before = self._before
-        whole = _decoded(tokenizer, ids + self.tokens)
-        return whole.removeprefix(before) if whole.startswith(before) else _decoded(tokenizer, self.tokens)
+            self._cleans = _cleans(tokenizer)
+        (ids, before), new = self._before, self.tokens[self._settled :]
+        whole = _decoded(tokenizer, ids + new)
+        more = whole.removeprefix(before) if whole.startswith(before) else _decoded(tokenizer, new)
+        text = self._settled_text + more
+        last = self.tokens[-1:]
+        end = _decoded(tokenizer, last) if len(new) >= AGAIN and not self._cleans else ""
+        if end and UNFINISHED not in end and not text.endswith(UNFINISHED):
+            self._before, self._settled, self._settled_text = (last, end), len(self.tokens), text
+        return text
 
     def _uncertain(self, text: str) -> int:
         """Return how many characters at the end may still change, or begin a stop string."""
         whole = text.rstrip(UNFINISHED)
         starts = (n for word in self.stop for n in range(len(word) - 1, 0, -1) if whole.endswith(word[:n]))
-        return len(text) - len(whole) + max(starts, default=0)
+        return len(text) - len(whole) + max(*starts, CLEANED if self._cleans else 0, 0)
 
 
 def _decoded(tokenizer: Any, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
+@cache  # once a tokenizer
+def _cleans(tokenizer: Any) -> bool:
+    """Whether a tokenizer takes blanks away before punctuation, as those of some T5s do."""
+    ids = tokenizer("a .", add_special_tokens=False)["input_ids"]
+    return tokenizer.decode(ids) != tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
 def _likelihood(token: int, logits: Tensor, top: int) -> Likelihood:
     logprobs = logits.float().log_softmax(-1)
     best = logprobs.topk(min(top, len(logprobs))) if top else None
-    likeliest = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return Likelihood(token, logprobs[token].item(), likeliest)
+    likeliest = () if best is None else zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    possible = tuple(
+        (other, p) for other, p in likeliest if p > -math.inf
+    )  # the code of a language is the only one
+    return Likelihood(token, logprobs[token].item(), possible)
 
 
 def tell(answer: Answer, error: Exception) -> None:
@@ -137,10 +163,21 @@ def tell(answer: Answer, error: Exception) -> None:
 
 
 class Choosing(LogitsProcessor):
-    """Lets each row of a generation choose its own tokens, and leaves only those possible; after its end, `pad`."""
+    """Lets each row of a generation choose its own tokens, and leaves only those possible; after its end, `pad`.
 
-    def __init__(self, answers: Sequence[Answer], tokenizer: Any, ends: Sequence[int], pad: int) -> None:
+    A row with `again`, the tokens that were chosen before, begins with those.
+    """
+
+    def __init__(
+        self,
+        answers: Sequence[Answer],
+        tokenizer: Any,
+        ends: Sequence[int],
+        pad: int,
+        again: Sequence[Sequence[int]],
+    ) -> None:
         self.answers, self.tokenizer, self.ends, self.pad = answers, tokenizer, ends, pad
+        self.again = again
         self.steps = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (b, s), (b, v) -> (b, v)
@@ -148,8 +185,10 @@ class Choosing(LogitsProcessor):
         self.steps += 1
         chosen = torch.full_like(scores, -torch.inf)
         for row, (answer, logits) in enumerate(zip(self.answers, scores, strict=True)):
-            token = self.pad
-            if not answer.done:
+            token, before = self.pad, self.again[row]
+            if self.steps <= len(before):
+                token = before[self.steps - 1]
+            elif not answer.done:
                 try:
                     token = answer.choose(logits)
                     answer.add(token, logits, self.tokenizer, self.ends)

@@ -6,9 +6,10 @@ import asyncio
 import hmac
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping
+from base64 import b64decode
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import uvicorn
@@ -17,7 +18,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from ..data.encoding import prompt_ids
+from ..data.encoding import Encoded
+from ..data.example import Example
+from ..data.pictures import Picture
+from ..runs.kinds import KINDS
 from ..runs.prompting import PromptFormat
 from ..suggest import did_you_mean
 from .answers import Answer, Likelihood, Part
@@ -27,6 +31,8 @@ from .protocol import ChatRequest, Message, TextRequest, Writer, failure, usage
 log = logging.getLogger(__name__)
 
 MAX_BODY = 4_000_000  # bytes
+MAX_BODY_SEEN, MAX_PICTURES = 20_000_000, 16  # of a model that reads pictures
+MAX_PIXELS = 50_000_000  # of all pictures: a few bytes may unfold to gigabytes
 ANSWER = 256  # tokens, where a request names no number
 PATIENCE = 3  # s for answers under way when the server is told to end; the others are told so
 
@@ -59,6 +65,7 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
         yield
         await asyncio.to_thread(engine.close)
 
+    reading = asyncio.Lock()  # some tokenizers change their settings for each text, as NLLB's: one at a time
     app = FastAPI(title="reft-serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.middleware("http")
@@ -71,8 +78,9 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
             length = request.headers.get("content-length", "")
             if not length.isdecimal() or "transfer-encoding" in request.headers:
                 return JSONResponse(failure("a request must say its Content-Length"), 411)
-            if int(length) > MAX_BODY:
-                return JSONResponse(failure(f"a request may have {MAX_BODY:,} bytes"), 413)
+            most = MAX_BODY_SEEN if engine.sees else MAX_BODY
+            if int(length) > most:
+                return JSONResponse(failure(f"a request may have {most:,} bytes"), 413)
         return await call_next(request)
 
     @app.exception_handler(RequestValidationError)
@@ -106,12 +114,14 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        return await answer(body, _chat_ids(engine.tokenizer, _known(body.model), body.messages), request)
+        served = _known(body.model)
+        return await answer(body, request, lambda: _asked(engine, served, body.messages))
 
     @app.post("/v1/completions")
     async def complete(body: TextRequest, request: Request) -> Response:
         _known(body.model)
-        return await answer(body, prompt_ids(engine.tokenizer, body.prompt), request)
+        example = Example("prompt", body.prompt, target="-", answer="-")
+        return await answer(body, request, lambda: engine.encode(example))
 
     def _known(name: str) -> Served:
         if name not in served:
@@ -121,20 +131,32 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
             )  # fmt: skip
         return served[name]
 
-    async def answer(body: ChatRequest | TextRequest, ids: list[int], request: Request) -> Response:
-        room = engine.context - len(ids)
+    async def answer(
+        body: ChatRequest | TextRequest, request: Request, read: Callable[[], Encoded]
+    ) -> Response:
+        try:
+            async with reading:
+                asked = await asyncio.to_thread(read)  # a long one takes seconds
+        except ValueError as error:
+            raise Refused(str(error)) from error
+        ids = asked.prompt_ids
+        room = engine.room(len(ids))
         limit = body.limit or min(ANSWER, max(room, 1))
-        if not ids or limit > room:
+        if not ids:
+            raise Refused("the prompt is empty")
+        if limit > room:
+            each = " of each" if engine.two_texts else ""
             raise Refused(
                 f"the prompt has {len(ids)} tokens and the answer may have {limit}, which is more than the "
-                f"{engine.context} that this model reads" if ids else "the prompt is empty",
-                code="context_length_exceeded" if ids else None,
-            )  # fmt: skip
+                f"{engine.context} that this model reads{each}",
+                code="context_length_exceeded",
+            )
         loop, parts = asyncio.get_running_loop(), asyncio.Queue[Part | Exception]()
         wanted = Answer(
             ids, lambda part: loop.call_soon_threadsafe(parts.put_nowait, part), _known(body.model).adapter,
             strength=body.strength, max_tokens=limit, temperature=body.temperature, top_p=body.top_p, seed=body.seed,
-            stop=body.stops, top=body.top,
+            stop=body.stops, follows=not engine.two_texts, top=body.top,
+            seen=asked if engine.sees else None,
         )  # fmt: skip
         try:
             engine.submit(wanted)
@@ -246,27 +268,44 @@ def _said(error: RequestValidationError) -> str:
     return "; ".join(said)
 
 
-def _chat_ids(tokenizer: Any, served: Served, messages: list[Message]) -> list[int]:
-    """Return the tokens of a conversation, in the words that the adapter was trained on."""
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    prompts = served.prompts or PromptFormat("chat")
-    system = turns.pop(0)["content"] if turns[0]["role"] == "system" else prompts.system_prompt
+def _asked(engine: Engine, served: Served, messages: list[Message]) -> Encoded:
+    """Return a conversation as the model reads it, in the words that the adapter was trained on."""
+    turns = [(message.role, message.text) for message in messages]
+    urls = [url for message in messages for url in message.pictures]
+    if urls and not engine.sees:
+        raise Refused("this model reads text only: leave the pictures out")
+    kind = KINDS["vision" if engine.sees else "generation"]
+    prompts = replace(served.prompts or PromptFormat("chat"), kind=kind)
+    system = turns.pop(0)[1] if turns[0][0] == "system" else prompts.system_prompt
     if prompts.template == "chat":
-        if tokenizer.chat_template is None:
+        if engine.reader.chat_template is None:
             raise Refused("this model has no chat template; use /v1/completions")
+        if not turns or turns[-1][0] != "user":
+            raise Refused("the last message must be the user's: it is what the model answers")
         if system:
-            turns.insert(0, {"role": "system", "content": system})
-        try:
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template refuses by raising whatever it likes
-            raise Refused(f"the model's chat template refuses these messages: {error}") from error
+            turns.insert(0, ("system", system))
     else:
-        if len(turns) != 1 or turns[0]["role"] != "user":
+        if len(turns) != 1 or turns[0][0] != "user":
             raise Refused(
                 f"this adapter was trained on single questions (data.template={prompts.template}): send one user "
                 "message, or use /v1/completions"
             )
         if system:
             raise Refused(f"data.template={prompts.template} has no place for a system message: leave it out")
-        text = prompts.prompt(turns[0]["content"], tokenizer).prompt
-    return prompt_ids(tokenizer, text)
+    *before, (_, question) = turns
+    prompts = replace(prompts, system_prompt=None)  # it is one of the turns
+    return engine.encode(prompts.prompt(question, engine.reader, before, _pictures(urls)))
+
+
+def _pictures(urls: list[str]) -> list[Picture]:
+    if len(urls) > MAX_PICTURES:
+        raise Refused(f"a request may have {MAX_PICTURES} pictures; got {len(urls)}")
+    found = []
+    for i, url in enumerate(urls):
+        try:
+            found.append(Picture(str(i + 1), data=b64decode(url, validate=True), sent=True))
+        except ValueError as error:
+            raise Refused(f"the picture '{i + 1}' is not in base64: {error}") from error
+    if (pixels := sum(picture.pixels for picture in found)) > MAX_PIXELS:
+        raise Refused(f"the pictures may have {MAX_PIXELS:,} pixels together; got {pixels:,}")
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,9 +14,12 @@ from transformers import PreTrainedModel
 from ..adapters.reft.adapter_set import DEFAULT
 from ..adapters.reft.config import CONFIG_FILE
 from ..adapters.reft.model import ReftModel
-from ..base_models.loading import load_base_model
+from ..base_models.vision import image_tokens
 from ..config import compose
-from ..runs.arguments import model_source
+from ..config.schema import Config
+from ..runs.arguments import hf_config_of, model_source
+from ..runs.build import load_to_write
+from ..runs.kinds import KINDS, Kind
 from ..runs.prompting import PromptFormat
 from ..runs.run_folder import load_run_config
 from ..suggest import needs_extra
@@ -64,12 +67,6 @@ def main(
         if (folder / "config.yaml").is_file()
     }
     formats = {name: PromptFormat.of(config, folders[name]) for name, config in runs.items()}
-    for name, prompts in formats.items():
-        if prompts.kind.sees:
-            raise ValueError(
-                f"{folders[name]} reads pictures, and requests are texts here: talk to it with reft-chat, or use it in "
-                "Python"
-            )
     adapters = {name: folder / "adapter" if name in runs else folder for name, folder in folders.items()}
     for name, adapter in adapters.items():
         if not (adapter / CONFIG_FILE).is_file():
@@ -83,14 +80,14 @@ def main(
             "such as model=smollm2_135m"
         )
     config = compose.compose([f"model={model}"]) if model else next(iter(runs.values()))
-    base, tokenizer = load_base_model(**model_source(config))
+    base, reader, _ = load_to_write(config, _kind(config, formats.values()))
     reft, names = load_adapters(base, adapters)
     for name, inner in names.items():
         trained_on = reft.adapters[inner].config.base_model
         if trained_on and Path(trained_on).name != Path(config.model.name).name:
             log.warning("%s was trained on %s; it is served on %s", name, trained_on, config.model.name)
     served = {BASE: Served(None)} | {name: Served(inner, formats.get(name)) for name, inner in names.items()}
-    engine = Engine(reft, tokenizer, max_batch)
+    engine = Engine(reft, reader, max_batch)
     app = build_app(engine, served, token)
     log.info("models: %s", ", ".join(served))
     whom = " to those who have the token" if token else ""
@@ -98,6 +95,14 @@ def main(
     settings = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_keep_alive=KEEP_ALIVE)
     with suppress(KeyboardInterrupt):  # the server has ended when uvicorn raises it
         Server(settings, engine).run()
+
+
+def _kind(config: Config, formats: Collection[PromptFormat]) -> Kind:
+    """Return what kind of texts the model reads: with pictures where a run had such; without runs, where it can."""
+    sees = any(prompts.kind.sees for prompts in formats)
+    if not formats:
+        sees = bool(image_tokens(hf_config_of(model_source(config))))
+    return KINDS["vision" if sees else "generation"]
 
 
 def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> tuple[ReftModel, dict[str, str]]:
@@ -129,6 +134,10 @@ def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> tuple[R
                 raise ValueError(
                     "its positions 'given' need edit_mask with each call, which a request does not have: serve an "
                     "adapter of other positions, such as prompt"
+                )
+            if any(site.visual for site in adapter.sites.values()):
+                raise ValueError(
+                    "it edits what a vision tower sees, where requests of a batch are not told apart: use reft-chat"
                 )
             if adapter.takes_source:
                 raise ValueError(

@@ -2,7 +2,8 @@
 
 A batch is one call of ``ReftModel.generate`` in which every row has its adapter. Requests that arrive meanwhile join
 after a few tokens: the batch ends, and the next one goes on with its unfinished rows, whose tokens so far are read
-again in the same pass as the new prompts (``prompt_mask`` keeps them apart, so that edits stay where they were).
+again in the same pass as the new prompts (``prompt_mask`` keeps them apart, so that edits stay where they were). The
+decoder of an encoder-decoder writes them again one by one, while new rows write their first.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,16 +21,27 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
 from ..adapters.reft.model import ReftModel
 from ..base_models.reading import context_of
+from ..base_models.stacks import reads_two_texts
+from ..base_models.vision import image_tokens
+from ..data.encoding import Encoded, prompt_ids
+from ..data.example import Example
+from ..data.image_data import ImageCollator, encode_image
+from ..data.prompts import tokenizer_of
+from ..data.texts import padded
+from ..evaluation import first_tokens
+from ..evaluation.decoding import without_generation_defaults
 from .answers import Answer, Choosing, tell
 
 log = logging.getLogger(__name__)
 
+NOT_READ = ("labels", "boundary", "rows")  # of the batches of data modules
 JOIN_AFTER = 16  # tokens of a batch, after which waiting requests join it
 
 
@@ -42,13 +55,18 @@ class Engine:
     def __init__(
         self,
         model: ReftModel,
-        tokenizer: PreTrainedTokenizerBase,
+        reader: PreTrainedTokenizerBase | ProcessorMixin,
         max_batch: int = 16,
         max_waiting: int = 1024,
     ) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
+        self.model, self.reader, self.tokenizer = model.eval(), reader, (tokenizer := tokenizer_of(reader))
+        self.sees = reader is not tokenizer
+        self._collate = ImageCollator(reader) if self.sees else None
         self.max_batch, self.max_waiting = max_batch, max_waiting
         self.context = context_of(model.base_model)
+        # the prompt in an encoder, the answer in a decoder
+        self.two_texts = reads_two_texts(model.base_model)
+        self.starts = first_tokens(model.base_model, tokenizer) if self.two_texts else {}
         self.pad = int(tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
         # the model's own ends, and the one that adapters learned to write
         ends: list[Any] = [model.base_model.generation_config.eos_token_id, tokenizer.eos_token_id]
@@ -59,6 +77,29 @@ class Engine:
         self._batch: list[Answer] = []  # the answers under way
         self._thread = threading.Thread(target=self._run, name="reft-serve", daemon=True)
         self._thread.start()
+
+    def encode(self, example: Example) -> Encoded:
+        """Return a question as the model reads it.
+
+        Raises:
+            ValueError: for pictures that cannot be read, or marks of pictures where there are none.
+        """
+        if not self.sees:
+            return Encoded(prompt_ids(self.tokenizer, example.prompt, self.two_texts), [], example)
+        row = encode_image(self.reader, example)
+        marks = set(image_tokens(self.model.base_model.config)).intersection(row.prompt_ids)
+        if marks and not example.pictures:
+            mark = self.tokenizer.decode([marks.pop()])
+            raise ValueError(
+                f"{mark} stands for a picture: send it as a part of a message, of the type 'image_url'"
+            )
+        return row
+
+    def room(self, prompt: int) -> int:
+        """Return how many tokens the answer to a prompt of so many may have."""
+        if self.two_texts:  # the start token is one of the decoder's
+            return self.context - 1 if prompt <= self.context else 0
+        return self.context - prompt
 
     def submit(self, answer: Answer) -> None:
         """Answer a request when its turn comes; :class:`Busy` if too many wait."""
@@ -109,34 +150,42 @@ class Engine:
 
     def _generate(self, answers: Sequence[Answer]) -> None:
         """Go on with some answers until all are done, or others can join."""
-        rows = [answer.prompt + answer.tokens for answer in answers]
-        width = max(map(len, rows))
-        ids = torch.tensor([[self.pad] * (width - len(row)) + row for row in rows])
-        columns = torch.arange(width)
-        starts = torch.tensor([[width - len(row)] for row in rows])
-        prompts = torch.tensor([[len(answer.prompt)] for answer in answers])
-        real = columns >= starts
-        choosing = Choosing(answers, self.tokenizer, self.ends, self.pad)
-        room = self.context - width  # steps, after which a row that is done would leave the model's positions
-        device = self.model.base_model.device
-        with torch.inference_mode():
+        batch = self._laid_out(answers)
+        again = [list(answer.tokens) if self.two_texts else [] for answer in answers]
+        choosing = Choosing(answers, self.tokenizer, self.ends, self.pad, again)
+        # steps, after which a row that is done would leave the model's positions
+        room = self.room(batch["input_ids"].shape[1])
+        left = (a.max_tokens - (0 if self.two_texts else len(a.tokens)) for a in answers)
+        inputs: Any = {name: value.to(self.model.base_model.device) for name, value in batch.items()}
+        with torch.inference_mode(), without_generation_defaults(self.model):
             self.model.generate(
-                input_ids=ids.to(device),
-                attention_mask=real.long().to(device),
-                prompt_mask=(real & (columns < starts + prompts)).to(device),
+                **inputs,
                 adapter_names=[None if a.adapter is None else (a.adapter, a.strength) for a in answers],
                 logits_processor=LogitsProcessorList([choosing]),
                 stopping_criteria=StoppingCriteriaList([_Ending(self, choosing, room)]),
                 generation_config=GenerationConfig(
-                    max_new_tokens=max(a.max_tokens - len(a.tokens) for a in answers),
+                    max_new_tokens=max(left),
                     do_sample=False,
                     pad_token_id=self.pad,
                     eos_token_id=None,  # answers know their own end
-                    num_beams=1,  # as the next, also where the base model's own defaults are others
-                    repetition_penalty=1.0,
-                    no_repeat_ngram_size=0,
+                    **self.starts,
                 ),
             )
+
+    def _laid_out(self, answers: Sequence[Answer]) -> dict[str, Tensor]:
+        """Return what the model reads: prompts, and the answers so far where they stand in the same rows."""
+        if self._collate is not None:
+            for answer in answers:  # once for each, though it may be read again
+                answer.seen = replace(answer.seen, pixels=self._collate.pixels(answer.seen))
+            batch = self._collate([replace(answer.seen, target_ids=answer.tokens) for answer in answers])
+            return {name: value for name, value in batch.items() if name not in NOT_READ}
+        rows = [(answer.prompt, [] if self.two_texts else answer.tokens) for answer in answers]
+        prompts = [[1] * len(prompt) + [0] * len(tokens) for prompt, tokens in rows]
+        return {
+            "input_ids": padded([prompt + tokens for prompt, tokens in rows], self.pad),
+            "attention_mask": padded([[1] * len(row) for row in prompts], 0),
+            "prompt_mask": padded(prompts, 0).bool(),
+        }
 
     def others_can_join(self, answers: Sequence[Answer], steps: int) -> bool:
         """Whether a batch should end early: for waiting requests that fit, or because most of its rows are done.
@@ -159,6 +208,7 @@ class _Ending(StoppingCriteria):
         for answer in answers:
             answer.done |= answer.cancelled
         steps = self.choosing.steps
-        if steps >= self.room or self.engine.others_can_join(answers, steps):
+        new = steps - 2 * max(map(len, self.choosing.again))  # more of them than are chosen again
+        if steps >= self.room or self.engine.others_can_join(answers, new):
             return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         return torch.tensor([answer.done for answer in answers], device=input_ids.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Sequence
@@ -9,9 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ..data.pictures import MARK
 from .answers import UNFINISHED, Likelihood, Part
 
 MAX_TEXT = 1_000_000  # characters
+MAX_TURNS = 10_000  # of a conversation
 Stop = Annotated[str, Field(max_length=200)]
 
 
@@ -53,28 +56,59 @@ class _Request(_Body):
         return bool((self.stream_options or {}).get("include_usage"))
 
 
+class _Text(_Body):
+    type: Literal["text"]
+    text: Annotated[str, Field(max_length=MAX_TEXT)]
+
+
+class _Url(_Body):
+    url: str
+    detail: Literal["auto"] = "auto"
+
+    @field_validator("url")
+    @classmethod
+    def _holds_a_picture(cls, url: str) -> str:
+        if not re.match("data:image/[^,]*;base64,", url):
+            raise ValueError(
+                f"must hold the picture, as data:image/png;base64,...; nothing is fetched from elsewhere. Got {url:.60}"
+            )
+        return url
+
+
+class _Image(_Body):
+    type: Literal["image_url"]
+    image_url: _Url
+
+
 class Message(_Body):
     """One turn of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: Annotated[str, Field(max_length=MAX_TEXT)]
+    content: list[Annotated[_Text | _Image, Field(discriminator="type")]]
     name: str | None = None
 
     @field_validator("content", mode="before")
     @classmethod
-    def _joined(cls, content: Any) -> Any:
-        """Return the text of several parts, a line or more each."""
-        if not isinstance(content, list):
-            return content
-        if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            raise ValueError("this model reads text only, as a string or as parts of the type 'text'")
-        return "\n".join(str(part.get("text", "")) for part in content)
+    def _in_parts(cls, content: Any) -> Any:
+        if not isinstance(content, str | list):
+            raise ValueError("must be a text, or a list of parts")
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+    @property
+    def text(self) -> str:
+        """The text of all parts, a line or more each, with a mark for each picture."""
+        return "\n".join(part.text if isinstance(part, _Text) else MARK for part in self.content)
+
+    @property
+    def pictures(self) -> list[str]:
+        """What the data: URLs of the pictures hold, in base64."""
+        return [part.image_url.url.partition(",")[2] for part in self.content if isinstance(part, _Image)]
 
 
 class ChatRequest(_Request):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_TURNS)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

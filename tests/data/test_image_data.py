@@ -1,22 +1,12 @@
 """What processors of other models make of a batch, and that the models read it: without any of their weights."""
 
-import copy
-
 import pytest
 import torch
 import vision_models
 from PIL import Image
 from tokenizers import normalizers
-from transformers import AutoConfig, AutoModelForImageTextToText
-from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
-from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
-from transformers.models.paligemma.processing_paligemma import PaliGemmaProcessor
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import reft_lightning as rl
-from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.data.example import Example
 from reft_lightning.data.image_data import EncodedImages, ImageCollator, processed
 from reft_lightning.data.pictures import Picture
@@ -29,70 +19,14 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def letters(**special):
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"extra_special_tokens": list(special.values())})
-    for name, token in special.items():
-        setattr(tokenizer, name, token)
-        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
-    return tokenizer
-
-
-def gemma3():
-    pictures = Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
-    tokenizer = letters(boi_token="<boi>", eoi_token="<eoi>", image_token="<image>")
-    return Gemma3Processor(pictures, tokenizer, image_seq_length=4), tokenizer.image_token_id
-
-
-def idefics3():
-    special = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>")
-    tokenizer = letters(**{f"t{i}": token for i, token in enumerate(special)})
-    pictures = Idefics3ImageProcessorPil(
-        size={"longest_edge": 56}, max_image_size={"longest_edge": 56}, do_image_splitting=False
-    )
-    return Idefics3Processor(pictures, tokenizer, image_seq_len=4), tokenizer.convert_tokens_to_ids("<image>")
-
-
-def paligemma():
-    pictures = SiglipImageProcessorPil(size={"height": 28, "width": 28})
-    pictures.image_seq_length = 4
-    tokenizer = letters(image_token="<image>")
-    return PaliGemmaProcessor(pictures, tokenizer), tokenizer.convert_tokens_to_ids("<image>")
-
-
-def qwen2_vl():
-    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
-
-    tokenizer = letters(**{f"t{i}": f"<|{name}|>" for i, name in enumerate(QWEN)})
-    pictures = Qwen2VLImageProcessor(patch_size=14, merge_size=2, min_pixels=56 * 56, max_pixels=56 * 56)
-    processor = Qwen2VLProcessor(pictures, tokenizer, video_processor=Qwen2VLVideoProcessor())
-    return processor, tokenizer.convert_tokens_to_ids("<|image_pad|>")
-
-
-QWEN = ("image_pad", "video_pad", "vision_start", "vision_end")
-PROCESSORS = {"gemma3": gemma3, "idefics3": idefics3, "paligemma": paligemma, "qwen2_vl": qwen2_vl}
-
-
-@pytest.fixture(params=PROCESSORS)
+@pytest.fixture(params=vision_models.PROCESSORS)
 def seeing(request):
     """A processor, and a tiny model of its architecture over bytes."""
     if request.param == "qwen2_vl":
         pytest.importorskip(
             "torchvision", reason="its processor of videos needs torchvision, of torch's own build"
         )
-    processor, image = PROCESSORS[request.param]()
-    sizes = copy.deepcopy(vision_models.CONFIGS[request.param])
-    sizes["text_config"] |= {"vocab_size": len(processor.tokenizer)}
-    key = "image_token_id" if "image_token_id" in sizes else "image_token_index"
-    torch.manual_seed(1)
-    others = {
-        f"{name}_token_id": image + i
-        for i, name in enumerate(("image", "video", "vision_start", "vision_end"))
-    }
-    own = others if request.param == "qwen2_vl" else {key: image}
-    config = AutoConfig.for_model(request.param, **sizes | own)
-    model = AutoModelForImageTextToText.from_config(config).eval()
-    return request.param, processor, model
+    return request.param, *vision_models.with_processor(request.param)
 
 
 def picture(folder, i):
@@ -138,7 +72,7 @@ def test_rows_with_and_without_pictures_are_read_as_alone(seeing, tmp_path):
 
 
 def test_a_prefix_that_is_read_both_ways_ends_where_the_target_starts(tmp_path):
-    processor, _ = paligemma()
+    processor, _ = vision_models.paligemma()
     example = Example(
         "vision", "<image>what?", "red", "red", pictures=(picture(tmp_path, 1),), source="row 0"
     )
@@ -161,7 +95,7 @@ def test_what_a_processor_refuses_is_named_by_its_row():
 
 def test_an_answer_has_one_blank_before_it_where_the_tokenizer_puts_one_before_every_text(tmp_path):
     """Llama's and so LLaVA's: its own answers begin with one blank, an answer alone would begin with two."""
-    processor, _ = idefics3()
+    processor, _ = vision_models.idefics3()
     blank = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     processor.tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(blank)
     example = Example(

@@ -20,7 +20,6 @@ from reft_lightning.evaluation import generate as generate_texts
 from reft_lightning.runs import chat, experiment
 from reft_lightning.runs.prompting import PromptFormat
 from reft_lightning.runs.run_folder import load_run_config
-from reft_lightning.serving.command import main as serve
 
 
 @pytest.fixture(scope="module")
@@ -280,8 +279,3 @@ def test_pictures_are_named_on_the_terminal(seeing, monkeypatch, capsys):
     assert "none.png' cannot be read: there is no file" in out
     assert out.count("frozen base") == 1  # of the one question that could be put
     assert "the texts have 2 marks <image>, and the row 1 pictures" in out
-
-
-def test_a_run_on_pictures_is_not_served(seeing):
-    with pytest.raises(ValueError, match="reads pictures, and requests are texts here"):
-        serve({"seeing": seeing[0]})

@@ -14,6 +14,7 @@ import httpx
 import pytest
 import serving_models
 
+from reft_lightning.data.encoding import prompt_ids
 from reft_lightning.serving.answers import Answer, Likelihood, Part
 from reft_lightning.serving.app import MAX_BODY, Served
 from reft_lightning.serving.engine import Engine
@@ -152,8 +153,12 @@ def test_text_in_parts_is_read_as_one_text(client):
 
     parts = [{"type": "text", "text": "is it"}, {"type": "text", "text": "kept?"}]
     assert said(parts) == said("is it\nkept?")
-    with pytest.raises(openai.BadRequestError, match="reads text only"):
-        said([{"type": "image_url", "image_url": {"url": "x"}}])
+    with pytest.raises(openai.BadRequestError, match="reads text only: leave the pictures out"):
+        said([*parts, {"type": "image_url", "image_url": {"url": "data:image/png;base64,eA=="}}])
+    with pytest.raises(openai.BadRequestError, match=r"'audio' found .* 'text', 'image_url'"):
+        said([{"type": "audio"}])
+    with pytest.raises(openai.BadRequestError, match="must be a text, or a list of parts"):
+        said(5)
 
 
 def test_errors_of_the_framework_have_the_shape_of_the_others(address, client):
@@ -184,6 +189,10 @@ def test_questions_are_written_as_the_adapter_was_trained_on_them(client):
         "<system>be<user>hi<assistant>yo<user>hm>"
     )
     assert tokens("late", ("user", "hi")) == 1 + len("hi\n")
+    with pytest.raises(openai.BadRequestError, match="the last message must be the user's"):
+        tokens("base", ("user", "hi"), ("assistant", "yo"))
+    with pytest.raises(openai.BadRequestError, match="the last message must be the user's"):
+        tokens("base", ("system", "be"))
     with pytest.raises(openai.BadRequestError, match="trained on single questions"):
         tokens("late", ("user", "hi"), ("assistant", "yo"), ("user", "hm"))
     with pytest.raises(openai.BadRequestError, match="no place for a system message"):
@@ -274,6 +283,36 @@ def test_answers_under_way_are_told_when_the_server_ends(monkeypatch, caplog):
     assert "the server is closing" in whole.result().json()["error"]["message"]
     assert "the server is closing" in stream.result().text.splitlines()[-2]
     assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_the_server_answers_others_while_it_reads_a_long_prompt(address, monkeypatch, path):
+    reading, go_on = threading.Event(), threading.Event()
+
+    def slowly(*given):
+        reading.set()
+        assert go_on.wait(30)
+        return prompt_ids(*given)
+
+    monkeypatch.setattr("reft_lightning.serving.engine.prompt_ids", slowly)
+    asks = (
+        {"prompt": "kept?"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "x"}]}
+    )
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(post, address, {"model": "late", **asks, **GREEDY}, path)
+        assert reading.wait(30)
+        try:
+            assert httpx.get(f"{address}/health", timeout=10).status_code == 200
+        finally:
+            go_on.set()
+        assert asked.result().status_code == 200
+
+
+def test_more_turns_than_anybody_writes_are_refused(address):
+    turns = [{"role": "user", "content": ""}] * 10_001
+    answer = post(address, {"model": "base", "messages": turns}, "/v1/chat/completions")
+    assert answer.status_code == 400
+    assert "messages: List should have at most 10000 items" in answer.json()["error"]["message"]
 
 
 def test_a_client_that_leaves_frees_its_place():

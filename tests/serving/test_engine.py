@@ -1,16 +1,18 @@
 """The answers of many requests in shared batches are those that each would get alone."""
 
-import queue
+import random
 import threading
 import time
 
 import pytest
 import serving_models
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from serving_models import Asked
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import reft_lightning as rl
-from reft_lightning.serving.answers import Answer
+from reft_lightning.serving.answers import AGAIN, Answer
 from reft_lightning.serving.engine import JOIN_AFTER, Busy, Engine
 
 PROMPTS = ["kept?", "a longer question, with more words", "x", "two and two"]
@@ -28,25 +30,6 @@ def engine(model):
     engine.ends = []  # answers of known lengths
     yield engine
     engine.close()
-
-
-class Asked:
-    """One request, and what came of it."""
-
-    def __init__(self, engine, text, adapter=None, **settings):
-        self.parts = queue.Queue()
-        ids = engine.tokenizer(text)["input_ids"]
-        self.answer = Answer(ids, self.parts.put, adapter, **{"max_tokens": 6, **settings})
-        engine.submit(self.answer)
-
-    def wait(self):
-        found = []
-        while not found or found[-1].finish is None:
-            part = self.parts.get(timeout=60)
-            if isinstance(part, Exception):
-                raise part
-            found.append(part)
-        return "".join(part.text for part in found), found[-1].finish
 
 
 def expected(model, text, adapter, count):
@@ -161,6 +144,36 @@ def test_characters_of_several_tokens_are_sent_whole():
     for token in tokenizer("aé漢b", add_special_tokens=False)["input_ids"]:
         answer.add(token, torch.zeros(len(tokenizer)), tokenizer, ())
     assert [part.text for part in sent] == ["a", "é", "漢", "b"]
+
+
+def test_blanks_that_a_tokenizer_takes_away_later_are_not_sent_before():
+    letters = ["\u2581", "\u2581'", "\u2581n", *"adnost.'"]
+    made = Tokenizer(models.Unigram([("<unk>", 0.0), *((letter, -1.0) for letter in letters)], unk_id=0))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    draw, cleans = random.Random(0), {"clean_up_tokenization_spaces": True}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", **cleans)
+    for _ in range(300):
+        tokens, sent = draw.choices(range(1, len(tokenizer)), k=30), []
+        answer = Answer([], sent.append, max_tokens=30, follows=False)
+        for token in tokens:
+            answer.add(token, torch.zeros(len(tokenizer)), tokenizer, ())
+        assert "".join(part.text for part in sent) == tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("tokenizer", [serving_models.tokenizer(), serving_models.sentence_piece()])
+def test_a_long_answer_is_the_text_of_all_its_tokens_though_few_are_decoded_again(monkeypatch, tokenizer):
+    sent, decoded, decode = [], [], tokenizer.decode
+    text = " a b  aé漢 " * 60
+    tokens = tokenizer(f"a{text}", add_special_tokens=False)["input_ids"][1:]
+    answer = Answer(tokenizer("a a")["input_ids"], sent.append, max_tokens=5000)
+    monkeypatch.setattr(
+        tokenizer, "decode", lambda ids, **more: decoded.append(len(ids)) or decode(ids, **more)
+    )
+    for token in tokens:
+        answer.add(token, torch.zeros(len(tokenizer)), tokenizer, ())
+    assert len(tokens) > 600
+    assert "".join(part.text for part in sent) == text
+    assert max(decoded) < 2 * AGAIN
 
 
 def test_the_end_of_text_token_ends_an_answer(model):
@@ -289,10 +302,10 @@ def test_defaults_of_the_base_model_change_no_answer(engine):
     before = Asked(engine, "kept?", "late", top=1)
     before.wait()
     defaults = engine.model.base_model.generation_config
-    defaults.repetition_penalty, defaults.num_beams = 3.0, 3
+    defaults.repetition_penalty, defaults.num_beams, defaults.suppress_tokens = 3.0, 3, before.answer.tokens
     after = Asked(engine, "kept?", "late", top=1)
     after.wait()
-    defaults.repetition_penalty, defaults.num_beams = None, None
+    defaults.repetition_penalty = defaults.num_beams = defaults.suppress_tokens = None
     assert after.answer.tokens == before.answer.tokens
 
 

@@ -12,10 +12,12 @@ import pytest
 import short_runs
 import tiny
 import torch
+from fastapi.testclient import TestClient
 from laws import shaken
 
 import reft_lightning as rl
 from reft_lightning import cli
+from reft_lightning.runs import chat
 from reft_lightning.serving.command import load_adapters
 
 
@@ -43,7 +45,7 @@ def test_other_machines_are_answered_with_a_token_only(monkeypatch, capsys, fold
 
 
 def test_folders_are_checked_before_weights_are_loaded(monkeypatch, capsys, folder, tmp_path):
-    monkeypatch.setattr("reft_lightning.serving.command.load_base_model", None)
+    monkeypatch.setattr("reft_lightning.runs.build.load_base_model", None)
     assert "FOLDER is missing" in refused(monkeypatch, capsys, "port=8000")
     said = refused(monkeypatch, capsys, folder.parent / "polit")
     assert "no such folder" in said
@@ -99,6 +101,23 @@ def test_an_adapter_of_a_base_of_another_name_is_named(monkeypatch, caplog, fold
     cli.serve()
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert said == ["other was trained on them/tiny_instruct; it is served on tiny_random"]
+
+
+def test_a_run_of_a_model_with_an_encoder_and_a_decoder_is_served(monkeypatch, tmp_path):
+    sizes = "model_type:t5,d_model:32,d_kv:8,d_ff:64,num_layers:2,num_heads:4"
+    rows = short_runs.write_rows(tmp_path / "rows")
+    of_t5 = ("model.name=tiny_t5", f"+model.config={{{sizes}}}", "trainer.max_epochs=1", "test=false")
+    short_runs.run(rows, tmp_path / "translates", *of_t5)
+    texts = chat.Conversation(*chat.load(tmp_path / "translates"), max_new_tokens=12).ask("is zorb kept?")
+    assert all(texts)
+    servers = []
+    monkeypatch.setattr("uvicorn.Server.run", lambda server: servers.append(server))
+    monkeypatch.setattr(sys, "argv", ["reft-serve", str(tmp_path / "translates")])
+    cli.serve()
+    with TestClient(servers[0].config.app) as client:
+        for name, text in zip(("base", "translates"), texts, strict=True):
+            body = {"model": name, "prompt": "is zorb kept?", "temperature": 0, "max_tokens": 12}
+            assert client.post("/v1/completions", json=body).json()["choices"][0]["text"].strip() == text
 
 
 def test_an_adapter_whose_calls_have_to_mark_tokens_is_refused_at_the_start(tmp_path):
