@@ -147,9 +147,7 @@ def _likelihood(token: int, logits: Tensor, top: int) -> Likelihood:
     logprobs = logits.float().log_softmax(-1)
     best = logprobs.topk(min(top, len(logprobs))) if top else None
     likeliest = () if best is None else zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    possible = tuple(
-        (other, p) for other, p in likeliest if p > -math.inf
-    )  # the code of a language is the only one
+    possible = tuple((other, p) for other, p in likeliest if p > -math.inf)  # a forced token is the only one
     return Likelihood(token, logprobs[token].item(), possible)
 
 
