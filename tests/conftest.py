@@ -40,10 +40,19 @@ def pytest_collection_modifyitems(items):
             item.add_marker(missing_gpu)
 
 
+def pytest_collection():
+    """Look for no garbage until all is collected: it takes a quarter of the time, and what is imported is none."""
+    gc.disable()
+
+
 def pytest_collection_finish():
     """Leave what was imported and collected out of every later search for garbage, of which each run makes one."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(
+        10_000
+    )  # a model is more objects than the 700 after which Python looks through the young ones
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
