@@ -88,7 +88,10 @@ def _files_are_composed_once():
     compose._compose = alone
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_kept(monkeypatch):
-    """Tests of many rows leave no files in the user's cache."""
-    monkeypatch.setattr("reft_lightning.data.encoding_cache.SMALL", 10**9)
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_is_kept():
+    """Tests of many rows leave no files in the user's cache, and none waits for the disk: no power failure is tried."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("reft_lightning.data.encoding_cache.SMALL", 10**9)
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
