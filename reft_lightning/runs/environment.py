@@ -8,6 +8,7 @@ import platform
 import re
 import resource
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,24 @@ class _Process:
 
 def environment() -> dict[str, Any]:
     """Return versions, git commit of the code, and the machine in words."""
+    device = (
+        torch.cuda.get_device_name(0)
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    return {**_code(), "device": device, "started": now()}
+
+
+@cache
+def _code() -> dict[str, Any]:
+    """Return what all runs of this process have in common: it imports once, whatever is committed meanwhile."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    device = (
-        torch.cuda.get_device_name(0)
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    return {"versions": versions, "git_commit": git_commit(), "device": device, "started": now()}
+    return {"versions": versions, "git_commit": git_commit()}
 
 
 def git_commit() -> str | None:

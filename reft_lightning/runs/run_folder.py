@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..config.identity import differences
@@ -23,7 +25,13 @@ WRITTEN = (
 
 def write_run_config(folder: Path, config: Config) -> None:
     """Write the resolved configuration."""
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+
+
+@cache
+def _schema() -> DictConfig:
+    """Return the schema as OmegaConf reads it; what is merged into it is merged into a copy."""
+    return OmegaConf.structured(Config)
 
 
 def load_run_config(folder: Path) -> Config:
@@ -39,7 +47,7 @@ def load_run_config(folder: Path) -> Config:
         )
     values = read_yaml(path)
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+        config = OmegaConf.to_object(OmegaConf.merge(_schema(), values))
     except OmegaConfBaseException as error:
         raise ValueError(
             f"{path} was written by another version of reft_lightning: {str(error).splitlines()[0]}"

@@ -82,6 +82,14 @@ def test_the_versions_are_those_of_what_decides_a_result():
         assert versions[package] == importlib.metadata.version(package)
 
 
+def test_git_is_asked_once_as_runs_of_one_process_have_one_code(monkeypatch):
+    asked, ask = [], environment.git_commit
+    monkeypatch.setattr(environment, "git_commit", lambda: asked.append(1) or ask())
+    first, second = environment.environment(), environment.environment()
+    assert len(asked) <= 1  # an earlier test may have asked
+    assert (first["versions"], first["git_commit"]) == (second["versions"], second["git_commit"])
+
+
 def test_outside_git_there_is_no_commit(monkeypatch, tmp_path):
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
     assert environment.git_commit() is None
