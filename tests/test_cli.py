@@ -357,7 +357,7 @@ def test_several_values_without_multirun_say_how_to_sweep(refuse):
     "argv",
     [
         ["model=tiny_random"],
-        ["-m", "model=tiny_random", "seed=1,2,3", "optimizer.lr=choice(1e-3,1e-4)", "intervention=glob(*)"],
+        ["-m", "model=tiny_random", "seed=1,2,3", "optimizer.lr=choice(1e-3,1e-4)", "intervention=glob(lo*)"],
         ["-m", "model=tiny_random", "optimizer.lr=interval(1e-4,1e-2)", "hydra.sweeper._target_=its.Sweeper"],
         ["model=tiny_random", "intervention.layers=[0,1]", "trainer.devices=2", "hydra.verbose=true"],
         ["--hydra-help"],
