@@ -7,7 +7,7 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..config.identity import differences
@@ -22,16 +22,12 @@ WRITTEN = (
     "outputs/reft_*.json", "outputs/base_*.json", "evaluations",
 )  # fmt: skip
 
+_structured = cache(OmegaConf.structured)  # what is merged into it is merged into a copy
+
 
 def write_run_config(folder: Path, config: Config) -> None:
     """Write the resolved configuration."""
     write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
-
-
-@cache
-def _schema() -> DictConfig:
-    """Return the schema as OmegaConf reads it; what is merged into it is merged into a copy."""
-    return OmegaConf.structured(Config)
 
 
 def load_run_config(folder: Path) -> Config:
@@ -47,7 +43,7 @@ def load_run_config(folder: Path) -> Config:
         )
     values = read_yaml(path)
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(_schema(), values))
+        config = OmegaConf.to_object(OmegaConf.merge(_structured(Config), values))
     except OmegaConfBaseException as error:
         raise ValueError(
             f"{path} was written by another version of reft_lightning: {str(error).splitlines()[0]}"
@@ -83,7 +79,6 @@ def make_room(folder: Path, overwrite: bool) -> None:
     Raises:
         ValueError: if it holds one that would be lost; says what to do.
     """
-    folder = Path(folder)
     check_free(folder, overwrite)
     if not (folder / RESULTS).is_file():
         return
@@ -92,7 +87,7 @@ def make_room(folder: Path, overwrite: bool) -> None:
             f"{folder} holds a run that has not ended, or was stopped: go on with it by reft-train resume={folder}, or "
             "give another folder; to replace that run, add overwrite=true"
         )
-    for path in (path for name in WRITTEN for path in Path(folder).glob(name)):
+    for path in (path for name in WRITTEN for path in folder.glob(name)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
