@@ -40,10 +40,19 @@ def pytest_collection_modifyitems(items):
             item.add_marker(missing_gpu)
 
 
+def pytest_collection():
+    """Look for no garbage until all is collected: it takes a quarter of the time, and what is imported is none."""
+    gc.disable()
+
+
 def pytest_collection_finish():
     """Leave what was imported and collected out of every later search for garbage, of which each run makes one."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(
+        10_000
+    )  # a model is more objects than the 700 after which Python looks through the young ones
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +88,10 @@ def _files_are_composed_once():
     compose._compose = alone
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_kept(monkeypatch):
-    """Tests of many rows leave no files in the user's cache."""
-    monkeypatch.setattr("reft_lightning.data.encoding_cache.SMALL", 10**9)
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_is_kept():
+    """Tests of many rows leave no files in the user's cache, and none waits for the disk: no power failure is tried."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("reft_lightning.data.encoding_cache.SMALL", 10**9)
+        patch.setattr(os, "fsync", lambda _: None)
+        yield

@@ -8,6 +8,7 @@ import platform
 import re
 import resource
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,34 +32,32 @@ class _Process:
 
 def environment() -> dict[str, Any]:
     """Return versions, git commit of the code, and the machine in words."""
+    cpu = f"CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else cpu
+    return {**_code(), "device": device, "started": now()}
+
+
+@cache
+def _code() -> dict[str, Any]:
+    """Return what all runs of this process have in common: it imports once, whatever is committed meanwhile."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    device = (
-        torch.cuda.get_device_name(0)
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    return {"versions": versions, "git_commit": git_commit(), "device": device, "started": now()}
+    return {"versions": versions, "git_commit": git_commit()}
 
 
 def git_commit() -> str | None:
     """Return the commit of this source tree, with ``+changes`` where it differs; None outside git."""
-    here = Path(__file__).parent
-    run = ["git", "-C", str(here)]
+    ask = ["git", "-C", str(Path(__file__).parent), "status", "--porcelain=v2", "--branch", "."]
     try:
-        commit = subprocess.run([*run, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        dirty = subprocess.run(
-            [*run, "status", "--porcelain", "."], capture_output=True, text=True, timeout=10
-        )
+        said = subprocess.run(ask, capture_output=True, text=True, timeout=10).stdout
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
-    if commit.returncode:
-        return None
-    return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+    commit = re.match(r"# branch\.oid (\w+)", said)
+    return commit and commit[1] + ("+changes" if re.search("^[^#]", said, re.MULTILINE) else "")
 
 
 def begin_peak_memory(shared: bool = False) -> None:
@@ -72,13 +71,11 @@ def begin_peak_memory(shared: bool = False) -> None:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    _Process.runs += 1
+    _Process.runs, _Process.alone = _Process.runs + 1, True
     try:
         CLEAR_REFS.write_text("5")  # proc(5): resets the peak resident set size, of this process alone
     except OSError:  # another system than Linux, or one that forbids it
         _Process.alone = _Process.runs == 1
-    else:
-        _Process.alone = True
 
 
 def peak_memory_bytes() -> int | None:

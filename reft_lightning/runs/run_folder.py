@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -20,10 +22,12 @@ WRITTEN = (
     "outputs/reft_*.json", "outputs/base_*.json", "evaluations",
 )  # fmt: skip
 
+_structured = cache(OmegaConf.structured)  # what is merged into it is merged into a copy
+
 
 def write_run_config(folder: Path, config: Config) -> None:
     """Write the resolved configuration."""
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
 
 def load_run_config(folder: Path) -> Config:
@@ -39,7 +43,7 @@ def load_run_config(folder: Path) -> Config:
         )
     values = read_yaml(path)
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+        config = OmegaConf.to_object(OmegaConf.merge(_structured(Config), values))
     except OmegaConfBaseException as error:
         raise ValueError(
             f"{path} was written by another version of reft_lightning: {str(error).splitlines()[0]}"
@@ -75,7 +79,6 @@ def make_room(folder: Path, overwrite: bool) -> None:
     Raises:
         ValueError: if it holds one that would be lost; says what to do.
     """
-    folder = Path(folder)
     check_free(folder, overwrite)
     if not (folder / RESULTS).is_file():
         return
@@ -84,7 +87,7 @@ def make_room(folder: Path, overwrite: bool) -> None:
             f"{folder} holds a run that has not ended, or was stopped: go on with it by reft-train resume={folder}, or "
             "give another folder; to replace that run, add overwrite=true"
         )
-    for path in (path for name in WRITTEN for path in Path(folder).glob(name)):
+    for path in (path for name in WRITTEN for path in folder.glob(name)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -27,7 +27,8 @@ COMMONSENSE = [
 ]
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+# of those on GLUE, test_paper_configs.py looks at what they compose to
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not name.startswith("paper/glue_")])
 def test_every_experiment_composes(name):
     assert isinstance(compose([f"experiment={name}", *needs_of(f"experiment={name}")]), Config)
 

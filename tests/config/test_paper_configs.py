@@ -67,6 +67,8 @@ def glue_files():
 
 def test_every_experiment_of_the_paper_has_its_numbers_and_the_other_way_round():
     assert {f"{GROUP}/{path.stem}" for path in (CONF / GROUP).glob("*.yaml")} == {*ROWS, *UNPRINTED}
+    glue = {f"{GROUP}/{path.stem}" for path in (CONF / GROUP).glob("glue_*.yaml")}
+    assert glue == {name for name, *_ in glue_files()}
 
 
 @pytest.mark.parametrize("name", ROWS)

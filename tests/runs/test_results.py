@@ -13,9 +13,11 @@ import pytest
 from rich.console import Console
 
 from reft_lightning.config import compose
+from reft_lightning.config.schema import Config, ModelConfig
 from reft_lightning.runs import card, environment
 from reft_lightning.runs.console import print_table
 from reft_lightning.runs.results import Results, write_predictions
+from reft_lightning.runs.run_folder import load_run_config, write_run_config
 from reft_lightning.storage import atomic
 from reft_lightning.storage.atomic import write_json
 
@@ -80,6 +82,47 @@ def test_the_versions_are_those_of_what_decides_a_result():
     versions = environment.environment()["versions"]
     for package in ("torch", "lightning", "transformers", "peft", "tokenizers"):
         assert versions[package] == importlib.metadata.version(package)
+
+
+def test_configurations_are_read_as_they_were_written_whatever_was_read_before(tmp_path):
+    first, second = Config(ModelConfig("tiny")), Config(ModelConfig("tiny"), name="é: #", seed=7)
+    first.optimizer.options["betas"], first.name = [0.9, 1e-8], "1e-3"
+    for config in (first, second, first):
+        write_run_config(tmp_path, config)
+        assert load_run_config(tmp_path) == config
+
+
+def test_git_is_asked_once_as_runs_of_one_process_have_one_code(monkeypatch):
+    asked, ask = [], environment.git_commit
+    monkeypatch.setattr(environment, "git_commit", lambda: asked.append(1) or ask())
+    first, second = environment.environment(), environment.environment()
+    assert len(asked) <= 1  # an earlier test may have asked
+    assert (first["versions"], first["git_commit"]) == (second["versions"], second["git_commit"])
+
+
+def test_a_commit_is_named_with_what_was_changed_since(monkeypatch, tmp_path):
+    def git(*words):
+        who = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+        done = subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    code = tmp_path / "code" / "environment.py"
+    code.parent.mkdir()
+    code.touch()
+    monkeypatch.setattr(environment, "__file__", str(code))
+    git("init")
+    assert environment.git_commit() is None  # nothing has been committed
+    git("add", ".")
+    git("commit", "-m", "first")
+    commit = git("rev-parse", "HEAD")
+    assert environment.git_commit() == commit
+    (tmp_path / "notes").touch()  # not of the code
+    assert environment.git_commit() == commit
+    code.write_text("changed")
+    assert environment.git_commit() == f"{commit}+changes"
+    git("checkout", ".")
+    (code.parent / "new.py").touch()
+    assert environment.git_commit() == f"{commit}+changes"
 
 
 def test_outside_git_there_is_no_commit(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -26,6 +27,17 @@ def test_nothing_remains_next_to_a_file_that_was_written(tmp_path):
         write_json(tmp_path / "results.json", value)
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
     assert (tmp_path / "results.json").read_text() == "2\n"
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    path, flushed, replace = tmp_path / "results.json", [], os.replace
+    write_json(path, 1)
+    monkeypatch.setattr(os, "fsync", lambda number: flushed.append(os.fstat(number)))
+    monkeypatch.setattr(os, "replace", lambda *names: flushed.append(names) or replace(*names))
+    write_json(path, 20)
+    (file, names), of_20 = flushed, path.stat()
+    assert (file.st_ino, file.st_size) == (of_20.st_ino, of_20.st_size)
+    assert names == (path.with_name("results.json.partial"), path)
 
 
 def test_nothing_remains_of_a_file_that_could_not_be_written(tmp_path):

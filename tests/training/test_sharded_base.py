@@ -14,15 +14,14 @@ from reft_lightning.runs.ddp_launch import RANK_VARIABLES
 
 # Each of two processes computes the gradients of its rows in float64, and compares their mean with those of all rows.
 GRADIENTS = """
-import copy, sys, torch, torch.distributed as dist
+import copy, torch, torch.distributed as dist
 import tiny
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from reft_lightning.adapters.adapt import adapt
 from reft_lightning.training.sharded_base import shard
 
-dist.init_process_group("gloo")
-rank, torch_dtype = dist.get_rank(), torch.float64
 cases = {
     "loreft": ("llama", {"rank": 2, "positions": "f2+l2"}),
     "loreft at an input": ("llama", {"rank": 2, "positions": "all", "component": "block_input"}),
@@ -34,37 +33,42 @@ cases = {
     "loreft and a classifier": ("roberta", {"rank": 2, "positions": "all"}),
     "loreft and checkpointing": ("llama", {"rank": 2, "positions": "all"}),
 }
-for name, (family, settings) in cases.items():
-    base = tiny.model(family).double()
-    if "checkpointing" in name:
-        base.gradient_checkpointing_enable()
-        base.train()
-    torch.manual_seed(0)
-    whole = adapt(base, **settings).double()
-    with torch.no_grad():
-        for p in whole.parameters():
-            if p.requires_grad: p.add_(0.1 * torch.randn_like(p))
-    divided = copy.deepcopy(whole)
-    ids = torch.randint(3, tiny.VOCABULARY, (4, 9))
-    labels = torch.tensor([0, 1, 1, 0]) if family == "roberta" else ids.masked_fill(torch.arange(9) < 6, -100)
-    def inputs(rows):
-        return {"input_ids": ids[rows], "attention_mask": torch.ones_like(ids[rows]), "labels": labels[rows]}
-    whole(**inputs(slice(None))).loss.backward()
-    shard(divided.base_model, torch.device("cpu"), 2)
-    parts = [(p.to_local().numel(), p.numel()) for p in divided.parameters() if isinstance(p, DTensor)]
-    assert sum(part for part, _ in parts) < 0.6 * sum(all for _, all in parts), name
-    divided._ddp_params_and_buffers_to_ignore = [n for n, p in divided.named_parameters() if isinstance(p, DTensor)]
-    ddp = DistributedDataParallel(divided)  # gradients are averaged as long as it is there
-    ddp(**inputs(slice(rank, None, 2))).loss.backward()
-    trained = {n: p.grad for n, p in divided.named_parameters() if p.requires_grad}
-    expected = {n: p.grad for n, p in whole.named_parameters() if p.requires_grad}
-    assert trained.keys() == expected.keys() and trained, name
-    for n, gradient in trained.items():
-        torch.testing.assert_close(gradient, expected[n], rtol=1e-9, atol=1e-11, msg=lambda m: f"{name} {n}: {m}")
-    with torch.no_grad(), divided.disabled(), whole.disabled():
-        torch.testing.assert_close(divided(**inputs(slice(None))).logits, whole(**inputs(slice(None))).logits)
-    print("equal:", name, flush=True)
-dist.destroy_process_group()
+
+def compare(rank):
+    dist.init_process_group("gloo", "file://" + __file__ + ".store", rank=rank, world_size=2)
+    for name, (family, settings) in cases.items():
+        base = tiny.model(family).double()
+        if "checkpointing" in name:
+            base.gradient_checkpointing_enable()
+            base.train()
+        torch.manual_seed(0)
+        whole = adapt(base, **settings).double()
+        with torch.no_grad():
+            for p in whole.parameters():
+                if p.requires_grad: p.add_(0.1 * torch.randn_like(p))
+        divided = copy.deepcopy(whole)
+        ids = torch.randint(3, tiny.VOCABULARY, (4, 9))
+        labels = torch.tensor([0, 1, 1, 0]) if family == "roberta" else ids.masked_fill(torch.arange(9) < 6, -100)
+        def inputs(rows):
+            return {"input_ids": ids[rows], "attention_mask": torch.ones_like(ids[rows]), "labels": labels[rows]}
+        whole(**inputs(slice(None))).loss.backward()
+        shard(divided.base_model, torch.device("cpu"), 2)
+        parts = [(p.to_local().numel(), p.numel()) for p in divided.parameters() if isinstance(p, DTensor)]
+        assert sum(part for part, _ in parts) < 0.6 * sum(all for _, all in parts), name
+        divided._ddp_params_and_buffers_to_ignore = [n for n, p in divided.named_parameters() if isinstance(p, DTensor)]
+        ddp = DistributedDataParallel(divided)  # gradients are averaged as long as it is there
+        ddp(**inputs(slice(rank, None, 2))).loss.backward()
+        trained = {n: p.grad for n, p in divided.named_parameters() if p.requires_grad}
+        expected = {n: p.grad for n, p in whole.named_parameters() if p.requires_grad}
+        assert trained.keys() == expected.keys() and trained, name
+        for n, gradient in trained.items():
+            torch.testing.assert_close(gradient, expected[n], rtol=1e-9, atol=1e-11, msg=lambda m: f"{name} {n}: {m}")
+        with torch.no_grad(), divided.disabled(), whole.disabled():
+            torch.testing.assert_close(divided(**inputs(slice(None))).logits, whole(**inputs(slice(None))).logits)
+        print("equal:", name, flush=True)
+    dist.destroy_process_group()
+
+start_processes(compare, nprocs=2, start_method="fork")  # what is imported is imported once
 """
 
 
@@ -73,8 +77,7 @@ def test_gradients_are_those_of_one_process_with_all_rows(root, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
     environment |= {"PYTHONPATH": f"{root}:{root / 'tests'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "gradients.py"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180,
+        [sys.executable, "gradients.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("equal:") == 2 * 9
