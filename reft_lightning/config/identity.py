@@ -53,6 +53,8 @@ def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         unused |= {key.split(".")[1] for key in settings if key.startswith("intervention.")} - kept
     elif settings.get("intervention.rank") is None:  # without a subspace there is nothing to start in it
         unused |= {"rank", "init", "weight_dtype"}
+    if not settings.get("intervention.init_from"):
+        unused.add("init_from")
     if not settings.get("intervention.dropout"):
         unused.add("dropout_on")
     return {

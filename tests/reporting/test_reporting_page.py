@@ -140,6 +140,7 @@ class TestPage:
             ("peft/ia3", {"intervention.options": {"r": 4}}, {"method", "heads", "options"}),
             ("none", {}, {"method", "heads"}),
             ("bitfit", {}, {"method", "heads", "options"}),
+            ("full", {"intervention.init_from": "a"}, {"method", "heads", "options", "init_from"}),
             ("loreft", {"intervention.dropout": 0.1},
              {"method", "layers", "positions", "tied", "component", "rank", "dropout", "dropout_on", "init", "clip",
               "weight_dtype", "heads", "options"}),
