@@ -11,14 +11,22 @@ from torch import Tensor
 
 from ..storage.reading import read_json
 from .adapted import AdaptedModel
+from .baselines.in_place import InPlaceBaseline
 from .baselines.joint import JointModel
 from .baselines.peft import ADAPTER, PeftBaseline
 from .hub import check_holds
 from .methods import METHODS
+from .reft.config import CONFIG_FILE
 from .reft.model import ReftModel
 from .saving import BASELINE_CONFIG_FILE, BESIDE, PEFT_CONFIG_FILE, check_fit, load_adapter, load_state
 
 log = logging.getLogger(__name__)
+
+FILES = {  # class -> the file that tells its adapters, and what they are
+    ReftModel: (CONFIG_FILE, "interventions"),
+    PeftBaseline: (PEFT_CONFIG_FILE, "an adapter of peft"),
+    InPlaceBaseline: (BASELINE_CONFIG_FILE, "parameters of the base model"),
+}
 
 
 def first_state(model: AdaptedModel, folder: Path) -> dict[str, Tensor]:
@@ -52,27 +60,27 @@ def first_state(model: AdaptedModel, folder: Path) -> dict[str, Tensor]:
 
 def _differing(model: Any, folder: Path) -> list[str]:
     """Return in what a saved adapter differs from a model's, but for numbers and what matters in training only."""
+    file = next(file for kind, (file, _) in FILES.items() if isinstance(model, kind))
+    there = [what for other, what in FILES.values() if (folder / other).is_file()]
+    if there and not (folder / file).is_file():
+        raise ValueError(f"what is saved there is {there[0]}, and {model.config.method} is another method")
+    check_holds(folder, file)
     if isinstance(model, ReftModel):
         saved = load_adapter(folder)[0]
-        beside = _differing(model.peft, folder / BESIDE) if isinstance(model, JointModel) else []
+        beside = (
+            _differing(model.peft, folder / BESIDE) if isinstance(model, JointModel) and saved.beside else []
+        )
         return replace(model.config, heads=saved.heads).differing(saved) + beside
+    theirs = read_json(folder / file)
     if isinstance(model, PeftBaseline):
-        check_holds(folder, PEFT_CONFIG_FILE)
         method = METHODS[model.config.method]
-        mine, theirs = model.peft_model.peft_config[ADAPTER].to_dict(), read_json(folder / PEFT_CONFIG_FILE)
-        names = [
-            name for name in method.options() if not name.endswith("dropout") and not name.startswith("init_")
-        ]
-        names = ["peft_type", *method.peft_fixed, *names]
+        mine = model.peft_model.peft_config[ADAPTER].to_dict()
+        options = [n for n in method.options() if not n.endswith("dropout") and not n.startswith("init_")]
+        names = ["peft_type", *method.peft_fixed, *options]
     else:
-        check_holds(folder, BASELINE_CONFIG_FILE)
-        mine, theirs = vars(model.config), read_json(folder / BASELINE_CONFIG_FILE)
-        names = ["method"]
-    return [
-        f"{name} {theirs.get(name)!r} instead of {mine.get(name)!r}"
-        for name in names
-        if _in_json(mine.get(name)) != _in_json(theirs.get(name))
-    ]
+        mine, names = vars(model.config), ["method"]
+    pairs = {name: (_in_json(theirs.get(name)), _in_json(mine.get(name))) for name in names}
+    return [f"{name} {one!r} instead of {other!r}" for name, (one, other) in pairs.items() if one != other]
 
 
 def _in_json(value: Any) -> Any:

@@ -25,7 +25,7 @@ from . import adapterhub, control_vector, easysteer, pyreft
 log = logging.getLogger(__name__)
 
 WRITERS = {
-    "reft": ReftModel.save_pretrained,
+    "reft": lambda reft, out: reft.save_pretrained(out),
     "pyreft": pyreft.to_pyreft,
     "easysteer": easysteer.to_easysteer,
     "gguf": control_vector.to_gguf,

@@ -192,6 +192,11 @@ def _first_state(config: Config, adapted: AdaptedModel) -> dict[str, Tensor] | N
         return None
     if not any(adapted.parameter_roles().values()):
         raise ValueError(f"intervention.init_from={folder}: {method_of(config)} trains nothing; leave it out")
+    if config.intervention.init != "paper":
+        raise ValueError(
+            f"intervention.init={config.intervention.init} and intervention.init_from={folder} both say what training "
+            "begins with: leave one of them out"
+        )
     if not Path(folder).is_dir():
         raise ValueError(f"intervention.init_from={no_such_folder(Path(folder))}")
     try:

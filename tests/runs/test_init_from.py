@@ -9,10 +9,13 @@ from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from reft_lightning.adapters.adapt import adapt
+from reft_lightning.adapters.reft.attach import attach
 from reft_lightning.adapters.saving import load_state
 from reft_lightning.adapters.starting import first_state
+from reft_lightning.base_models.loading import load_base_model
 from reft_lightning.config.identity import config_hash, differences
 from reft_lightning.runs import build, experiment
+from reft_lightning.runs.arguments import model_source
 from reft_lightning.runs.evaluate import evaluate
 
 METHODS = {
@@ -64,10 +67,15 @@ def test_training_begins_with_the_numbers_of_the_saved_adapter(data, tmp_path, m
         ("loreft", ("intervention.rank=3",), "rank 2 instead of 3"),
         ("loreft", ("intervention.positions=l1",), "positions 'f7\\+l7' instead of 'l1'"),
         ("loreft", ("intervention=noreft", "intervention.rank=2"), "method 'loreft' instead of 'noreft'"),
-        ("loreft", ("intervention=peft/lora",), "does not hold an adapter: adapter_config.json is missing"),
+        ("loreft", ("intervention=peft/lora",), "what is saved there is interventions, and peft/lora is another"),
+        ("loreft", ("intervention.init=identity",), "init_from=.* both say what training begins with"),
+        ("loreft", METHODS["joint"], "beside None instead of 'peft/lora'"),
+        ("joint", (), "beside 'peft/lora' instead of None"),
         ("lora", ("intervention=peft/lora", "intervention.options.lora_alpha=3"), "lora_alpha 16 instead of 3"),
         ("lora", ("intervention=peft/ia3",), "peft_type 'LORA' instead of"),
-        ("lora", (), "reft_config.json is missing"),
+        ("lora", (), "what is saved there is an adapter of peft, and loreft is another method"),
+        ("lora", ("intervention=peft/lora", "intervention.options.target_modules=[q_proj]"),
+         r"target_modules \['q_proj', 'v_proj'\] instead of \['q_proj'\]"),
         ("joint", (*METHODS["joint"], "intervention.beside_options.r=3"), "r 8 instead of 3"),
         ("full", ("intervention=frozen",), "frozen trains nothing"),
         ("red", ("intervention=difference_in_means", "objective=difference_in_means", "optimizer=closed_form",
@@ -82,6 +90,29 @@ def test_an_adapter_of_another_kind_is_refused_before_weights_are_loaded(
     monkeypatch.setattr(build, "load_base_model", None)
     with pytest.raises(ValueError, match=reason):
         build.outline(settings(data, *other, f"intervention.init_from={tmp_path / 'a'}"))
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "overrides"),
+    [
+        ("loreft", {"rank": 4}, ("intervention.rank=4",)),
+        (
+            "lofit",
+            {"layers": [1], "positions": "all", "stage": "scale"},
+            ("intervention=lofit", "intervention.layers=[1]"),
+        ),
+        ("bias", {"positions": "all"}, ("intervention=bias", "intervention.positions=all")),
+    ],
+)
+def test_an_adapter_that_was_saved_in_python_has_the_defaults_of_its_class(
+    data, tmp_path, method, given, overrides
+):
+    config = settings(data, *overrides)
+    base = load_base_model(**model_source(config))[0]
+    component = config.intervention.component
+    attach(base, method, component=component, **given).save_pretrained(tmp_path / "mine")
+    found = build.outline(settings(data, *overrides, f"intervention.init_from={tmp_path / 'mine'}"))
+    assert found.first_state.keys() == load_state(tmp_path / "mine").keys()
 
 
 def test_dropout_may_differ_and_a_folder_that_is_not_there_is_named(data, tmp_path):
@@ -166,4 +197,6 @@ def test_neither_evaluating_nor_resuming_needs_the_folder_that_a_run_began_with(
 def test_a_relative_folder_is_kept_as_an_absolute_one(data, tmp_path, monkeypatch):
     saved(data, tmp_path / "a")
     monkeypatch.chdir(tmp_path)
+    assert settings(data, "intervention.init_from=a").intervention.init_from == str(tmp_path / "a")
+    shutil.rmtree(tmp_path / "a")  # of a run that is complete, it is the same one
     assert settings(data, "intervention.init_from=a").intervention.init_from == str(tmp_path / "a")

@@ -50,6 +50,14 @@ class JointModel(ReftModel):
         for parameter in learning:  # attaching freezes all that it finds
             parameter.requires_grad_(True)
 
+    def load_adapter(self, name: str | PathLike, *args: Any, **kwargs: Any) -> None:
+        """Refuse another saved adapter: it was trained without the adapter of peft that this model has."""
+        raise ValueError(
+            f"{name} cannot be loaded next to interventions that were trained together with {self.config.beside}, "
+            "which changes the base model for every adapter on it: load it onto a model of its own, with "
+            "ReftModel.from_pretrained"
+        )
+
     def detach(self) -> PreTrainedModel:
         """Take both off the base model and return it."""
         super().detach()

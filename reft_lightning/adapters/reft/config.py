@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ...base_models.heads import heads_to_train, is_classifier
 from ...base_models.stacks import config_of_stack
-from ...interventions import Intervention, intervention_class, method_name
+from ...interventions import Intervention, intervention_class, method_name, settings_of
 from ..attaching import check_base
 from ..plain import plain
 from .positions import MaskFunction, parse_positions
@@ -33,7 +33,7 @@ CONFIG_FILE, TENSOR_FILE, CARD_FILE = "reft_config.json", "reft.safetensors", "R
 
 WHERE = ("positions", "tied", "component", "clip")  # of an intervention; all else are settings of its class
 # what makes two adapters alike
-ATTACHED = ("method", "layers", "tied", "component", "clip", "heads", "per_layer", "partitions")
+ATTACHED = ("method", "layers", "tied", "component", "clip", "heads", "per_layer", "partitions", "beside")
 TRAINING = ("dropout", "dropout_on", "init")
 
 
@@ -110,12 +110,15 @@ class ReftConfig:
         return LayerSpec(**common, settings={**self.settings, **own})
 
     def differing(self, other: ReftConfig) -> list[str]:
-        """Return in what two adapters differ, but for numbers and what matters in training only."""
+        """Return in what two adapters differ, but for numbers and what matters in training only.
+
+        A setting that was not given has the default of the intervention's class.
+        """
         mine, theirs = (
             {
                 "positions": str(parse_positions(config.positions)),
                 **{name: getattr(config, name) for name in ATTACHED},
-                **{name: value for name, value in config.settings.items() if name not in TRAINING},
+                **{name: value for name, value in config._all_settings().items() if name not in TRAINING},
             }
             for config in (self, other)
         )
@@ -124,6 +127,11 @@ class ReftConfig:
             for name in {**mine, **theirs}
             if mine.get(name) != theirs.get(name)
         ]
+
+    def _all_settings(self) -> dict[str, Any]:
+        taken = {} if self.method == NONE else settings_of(intervention_class(self.method))
+        defaults = {name: p.default for name, p in taken.items() if p.default is not p.empty}
+        return {name: plain(name, value) for name, value in defaults.items()} | self.settings
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values; a position callable is named, not stored."""

@@ -914,7 +914,11 @@ class ReftModel(nn.Module):
         config, state = load_adapter(source, positions, **place)
         settings: dict[str, Any] | None = None  # of the method of peft
         if not named and hasattr(base_model, "peft_config"):
-            config.beside = None  # the caller has put it in
+            if config.beside:
+                log.warning(
+                    "the base model has an adapter of peft already: the one that was trained together with these "
+                    "interventions is not loaded"
+                )
         elif config.beside:
             settings, tensors = load_beside(source, **place)
             state |= tensors

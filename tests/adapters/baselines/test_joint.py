@@ -19,6 +19,7 @@ from reft_lightning.adapters.baselines.joint import JointModel
 from reft_lightning.adapters.saving import load_state
 from reft_lightning.base_models.reading import position_ids_of
 from reft_lightning.config import compose
+from reft_lightning.exchange.command import main as convert
 from reft_lightning.reporting.runs import read_runs
 from reft_lightning.runs import chat, experiment
 from reft_lightning.runs.evaluate import evaluate
@@ -233,15 +234,39 @@ def test_peft_reads_its_part_and_interventions_are_attached_to_it(beside, tmp_pa
     )
     both = rl.ReftModel.from_pretrained(theirs.get_base_model(), tmp_path)
     assert type(both) is rl.ReftModel
-    assert not caplog.records
+    (record,) = caplog.records  # whether it is the one that they were trained with is not known
+    assert "the base model has an adapter of peft already" in record.message
     torch.testing.assert_close(logits_of(both, batch), logits_of(model, batch), rtol=1e-5, atol=1e-5)
     with both.disabled():  # peft's adapter is the caller's
         torch.testing.assert_close(logits_of(both, batch), expected, rtol=1e-5, atol=1e-5)
     both.save_pretrained(tmp_path / "ours")
     assert not (tmp_path / "ours" / "peft").exists()
-    assert rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path / "ours").config.beside is None
+    with pytest.raises(
+        FileNotFoundError, match=r"adapter_config\.json is missing"
+    ):  # it is a half, and says so
+        rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path / "ours")
     card = (tmp_path / "README.md").read_text()
     assert f"in addition to those of {beside} in the subfolder `peft`" in card
+
+
+def test_what_reft_convert_writes_for_us_is_both(tmp_path):
+    model, batch = joint(), batch_of()
+    model.save_pretrained(tmp_path / "a")
+    tiny.model("llama").save_pretrained(tmp_path / "base")
+    convert(tmp_path / "a", "reft", tmp_path / "b", base=str(tmp_path / "base"))
+    assert torch.equal(
+        logits_of(rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path / "b"), batch),
+        logits_of(model, batch),
+    )
+
+
+def test_neither_kind_is_loaded_next_to_the_other(tmp_path):
+    model = joint()
+    rl.attach(tiny.model("llama"), "loreft", rank=2).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="trained together with peft/lora, which changes the base model for every"
+    ):
+        model.load_adapter(tmp_path, "two")
 
 
 def test_a_folder_that_does_not_say_so_is_warned_of(tmp_path, caplog):
