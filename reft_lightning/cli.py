@@ -37,7 +37,7 @@ usage: reft-eval run=FOLDER [split=validation|test] [limit=N] [evaluate_base=tru
   evaluate_base the frozen base, too
   trust_code    import names that the folder holds from the present directory, too
   data          other rows than the run's, a name of conf/data; data.KEY and decoding.KEY: of these
-                rows, as for reft-train
+                rows, as for reft-train; of a single file all rows
 examples:
   reft-eval run=outputs/quickstart/2026-11-29_10-00-00
   reft-eval run=outputs/quickstart/2026-11-29_10-00-00 split=test limit=100
@@ -129,7 +129,8 @@ reft-report: compare runs: tables, intervals, paired tests, plots, one HTML page
 usage: reft-report FOLDER [FOLDER ...] [out=DIR] [split=test|validation] [resamples=N]
                    [seed=N] [wandb=true] [project=NAME]
        reft-report paper [folder=outputs] [table=N]
-  FOLDER        run folders, multiruns, studies of reft-search, or what holds them
+  FOLDER        run folders, multiruns, studies of reft-search, or what holds them; or the
+                evaluations of runs, which reft-eval wrote
   out           where the report is written: report/ unless given
   split         the scores to compare: test where a run has it, else validation
   resamples     of the bootstrap and of the sign flips; seed: of their draws
@@ -379,7 +380,7 @@ def evaluate(argv: Sequence[str]) -> None:
     )  # fmt: skip
     run_dir = _run_dir(options)
     if rows and not any(text.startswith("data=") for text in rows):
-        raise UsageError(f"{rows[0]} is a key of other rows than the run's: name them too, by data=NAME")
+        raise UsageError(f"{rows[0]} is for other rows than the run's: name them too, by data=NAME")
     rows.sort(key=lambda text: not text.startswith("data="))
     with heavy_imports():
         from .runs.evaluate import evaluate as evaluate_run

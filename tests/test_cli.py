@@ -694,7 +694,7 @@ def test_eval_reads_validation_unless_told_otherwise(monkeypatch, runs, folder):
         ("split=tset", "did you mean 'test'?"),
         ("limt=3", "did you mean 'limit'?"),
         ("limit=-3", "an integer, 1 or more; got '-3'"),
-        ("data.path=x", "data.path=x is a key of other rows than the run's: name them too, by data=NAME"),
+        ("data.path=x", "data.path=x is for other rows than the run's: name them too, by data=NAME"),
         ("test", "key=value"),
         ("run=", "run=FOLDER is missing"),
         ("run=finishd", "no such folder; did you mean 'finished'?"),

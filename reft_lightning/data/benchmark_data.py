@@ -101,6 +101,8 @@ class BenchmarkData(LightningDataModule, ABC):
             "test": {},
         }
         self._train_questions: set[Hashable] = set()
+        # what the rows ask that a model was trained on, where these are not its train rows
+        self.trained_on: set[Hashable] | None = None
         self._train: Any = None
         self._validation: dict[str, Any] = {}
         self._test: dict[str, Any] = {}
@@ -209,9 +211,16 @@ class BenchmarkData(LightningDataModule, ABC):
                     f"{example.source}: the text holds half a character, {half!r}: a JSON escape without its other half"
                 ) from error
 
+    def train_questions(self) -> set[Hashable]:
+        """Return what the published train rows ask."""
+        return self._questions(self._read_train())
+
+    def _questions(self, examples: Sequence[Any]) -> set[Hashable]:
+        return {self._question(example) for example in examples}
+
     def _build_train(self) -> None:
         examples = self._read_train()
-        self._train_questions = {self._question(example) for example in examples}
+        self._train_questions = self._questions(examples) if self.trained_on is None else self.trained_on
         # split first, subset after: the validation rows do not depend on how much is trained on
         train, validation = self._divide(examples)
         train = subset(train, self.limit_train, self.split_seed)

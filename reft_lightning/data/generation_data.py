@@ -164,7 +164,7 @@ class GenerationData(BenchmarkData):
         return all(brings)
 
     def _read_validation(self, train: list[Example]) -> list[Example]:
-        asked = {self._question(example) for example in train}
+        asked = self._questions(train) if self.trained_on is None else self.trained_on
         validation: list[Example] = []
         for name in self.train_tasks:
             rows = self._read(self.family.task(name), "validation")

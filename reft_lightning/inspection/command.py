@@ -16,10 +16,11 @@ from ..adapters.reft.config import CONFIG_FILE
 from ..adapters.reft.measuring import saved_interventions
 from ..adapters.reft.sites import HEAD
 from ..interventions import intervention_class, method_name
-from ..runs.arguments import method_of, needs_marks
+from ..runs.arguments import method_of, needs_marks, untrained
 from ..runs.build import Objects, prepare
-from ..runs.evaluate import evaluating_trainer, load_run, on_other_rows, untrained
+from ..runs.evaluate import evaluating_trainer, load_run
 from ..runs.kinds import kind_of
+from ..runs.other_rows import on_other_rows
 from ..runs.run_folder import load_run_config
 from ..storage.atomic import write_json
 from ..storage.reading import read_json
@@ -124,7 +125,7 @@ def _inspect(folder: Path, rows: int, forget: Sequence[str], text: Path | None, 
     # train rows are not read beyond what the rows for validation are taken from
     data = replace(config.data, limit_validation=rows, limit_train=1)
     config = replace(config, data=data, test=False, evaluate_base=False)
-    other = on_other_rows(config, forget) if forget else None
+    other = on_other_rows(config, forget, forget[0].replace("data=", "forget=")) if forget else None
     if other:
         other = replace(other, data=replace(other.data, limit_validation=rows, limit_train=1))
     prepared = prepare(untrained(other)) if other else None

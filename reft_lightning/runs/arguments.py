@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
@@ -18,7 +18,15 @@ from ..adapters.methods import method_named
 from ..adapters.reft.positions import parse_positions
 from ..base_models.loading import load_config
 from ..base_models.places import ModelPlace
-from ..config.schema import OF_TRAINING, Config, DataConfig, InterventionConfig
+from ..config.schema import (
+    OF_TRAINING,
+    Config,
+    DataConfig,
+    InterventionConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+)
 from ..data import AnyFamily, Family, get_family
 from ..data.benchmark_data import BenchmarkData
 from ..data.families import vision
@@ -105,6 +113,19 @@ def decoding_of(config: Config, family: Family) -> Decoding:
 def reads_preferences(config: Config) -> bool:
     """Whether a run trained a reward model, by an objective of ours: those of its folder are not imported to know."""
     return config.objective._target_.startswith("reft_lightning.") and objective_of(config).rewards
+
+
+def untrained(config: Config) -> Config:
+    """Return a configuration without what its folder names for training, which is not imported or read then."""
+    objective = config.objective if reads_preferences(config) else ObjectiveConfig()
+    intervention = replace(config.intervention, init_from=None)
+    return replace(
+        config,
+        optimizer=OptimizerConfig(),
+        scheduler=SchedulerConfig(),
+        objective=objective,
+        intervention=intervention,
+    )
 
 
 def model_source(config: Config, family: AnyFamily | None = None) -> dict[str, Any]:

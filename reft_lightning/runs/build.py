@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -225,8 +225,10 @@ def load_to_write(config: Config, kind: Kind) -> tuple[PreTrainedModel, Any, Kin
     return load_base_model(**source | of_model)[0], reader, kind
 
 
-def prepare(config: Config, run: Outline | None = None) -> Prepared:
+def prepare(config: Config, run: Outline | None = None, trained_on: set[Hashable] | None = None) -> Prepared:
     """Check a configuration as far as no weight is needed: its outline, which may have been made before, and the data.
+
+    ``trained_on`` is what the rows ask that the model was trained on, where they are others.
 
     Raises:
         ValueError: for an unknown family, task, model, layer, rank, position or setting, or missing data.
@@ -234,6 +236,7 @@ def prepare(config: Config, run: Outline | None = None) -> Prepared:
     run = run or outline(config)
     family, decoding = run.family, run.decoding
     data = data_module(config, family, run.processor)
+    data.trained_on = trained_on
     data.prepare_data()
     data.setup("fit")
     if config.test and not config.sealed:

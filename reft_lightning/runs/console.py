@@ -124,6 +124,8 @@ def _commands(results: dict[str, Any]) -> list[tuple[str, str]]:
     """Return where the results are, and the commands that one may want next."""
     folder = results["run_dir"]
     lines = [("run folder", str(folder))]
+    if "evaluation_dir" in results:
+        return [*lines, ("evaluation", results["evaluation_dir"])]
     if results.get("base_task") != "sequence_classification":
         lines.append(("chat with both", shlex.join(["reft-chat", f"run={folder}"])))
     lines.append(("evaluate again", shlex.join(["reft-eval", f"run={folder}", "split=validation"])))

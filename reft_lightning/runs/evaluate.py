@@ -12,20 +12,19 @@ from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 
 from ..adapters.saving import load_saved, load_state
-from ..config import compose
 from ..config.identity import config_hash
-from ..config.schema import CheckpointConfig, Config, ObjectiveConfig, OptimizerConfig, SchedulerConfig
+from ..config.schema import Config
 from ..storage.atomic import new_folder, now, release_folder
 from ..suggest import did_you_mean
 from ..training.progress import RunProgress
 from ..training.wandb import WandbReport, finish_wandb, wandb_runs
-from .arguments import family_of, method_of, reads_preferences
+from .arguments import method_of, untrained
 from .build import Objects, Prepared, build, prepare
 from .console import print_table
 from .devices import check_accelerator
 from .environment import environment
 from .experiment import evaluate_split
-from .kinds import kind_of
+from .other_rows import on_other_rows, place_of_tests, train_questions, whole_file
 from .results import Results
 from .run_folder import hold, load_run_config, write_run_config
 from .stopping import signal_of
@@ -47,7 +46,7 @@ def evaluate(
         folder: a run folder.
         split: ``validation`` or ``test``; a read of a test split is added to the run's ``test_reads``.
         limit: rows (of each test task), or None for all.
-        rows: other rows than the run's, see :func:`on_other_rows`.
+        rows: other rows than the run's, see :func:`.other_rows.on_other_rows`.
         evaluate_base: whether the frozen base is evaluated, too.
 
     Raises:
@@ -56,8 +55,10 @@ def evaluate(
     if split not in SPLITS:
         raise ValueError(f"split must be 'validation' or 'test'; got {split!r}{did_you_mean(split, SPLITS)}")
     config = own = load_run_config(folder)
+    trained_on = None
     if rows:
-        config = on_other_rows(own, rows)
+        config = whole_file(on_other_rows(own, rows), split)
+        trained_on = train_questions(own)
     if limit is not None:
         limited = {"limit_test" if split == "test" else "limit_validation": limit}
         config = replace(config, data=replace(config.data, **limited))
@@ -67,17 +68,19 @@ def evaluate(
         Results.read(folder)  # a damaged one, too; the read is noted there
         hold(folder)  # a run at work would write its results over the note
     config = replace(config, test=split == "test")
-    plan = prepare(untrained(config))
+    plan = prepare(untrained(config), trained_on=trained_on)
     if split == "validation" and not plan.data.val_tasks:
-        raise ValueError(
-            f"{folder} has no validation rows (data.validation_size): evaluate it with split=test"
-        )
+        whose, key = (rows[0], "data.validation_path") if rows else (folder, "data.validation_size")
+        raise ValueError(f"{whose} has no validation rows ({key}): evaluate it with split=test")
+    if split == "test" and not plan.data.test_tasks:
+        raise ValueError(f"{rows[0] if rows else folder} has no test rows (data.test_path)")
     objects = load_run(folder, config, plan)
     target = new_folder(folder / "evaluations")
     write_run_config(target, config)  # reft-report compares evaluations as it compares runs
     results = Results(
         target, config_hash=config_hash(config), run_dir=str(folder.absolute()), split=split, limit=limit,
-        seed=config.seed, method=method_of(config), model=config.model.name, **objects.facts(), **environment(),
+        seed=config.seed, method=method_of(config), model=config.model.name, evaluation_dir=str(target.absolute()),
+        **objects.facts(), **environment(),
     )  # fmt: skip
     loggers = evaluation_loggers(config, folder, target, split)
     shown = [WandbReport(folder, *objects.prepared.monitor)] if loggers else []
@@ -97,10 +100,10 @@ def evaluate(
     finally:
         if split == "test":
             original, reads = Results.read(folder), results.values["test_reads"]
-            if (
-                config.data.path != own.data.path
-            ):  # another test split, though its task may have the same name
-                reads = [read | {"task": f"{read['task']} of {config.data.path}"} for read in reads]
+            if (place := place_of_tests(config.data)) != place_of_tests(
+                own.data
+            ):  # of another split, perhaps of one name
+                reads = [read | {"task": f"{read['task']} of {place}"} for read in reads]
             original.update(test_reads=[*original.values["test_reads"], *reads])
             release_folder(folder)
     results.update(status="complete", finished=now())
@@ -124,45 +127,6 @@ def load_run(folder: Path, config: Config, plan: Prepared | None = None) -> Obje
     objects = build(untrained(config), plan)
     load_saved(objects.model, folder / "adapter", adapter)
     return objects
-
-
-def on_other_rows(config: Config, rows: Sequence[str]) -> Config:
-    """Return the configuration of a run with the rows of another family.
-
-    Args:
-        config: of the run.
-        rows: arguments of ``reft-train`` in the groups ``data`` and ``decoding``, such as ``data=custom``.
-
-    Raises:
-        ValueError: for rows that a model of its kind does not answer, or with other classes.
-    """
-    wanted = compose.compose(["model=tiny_random", *rows])
-    other = replace(
-        config, data=wanted.data, decoding=wanted.decoding, checkpoint=CheckpointConfig(), callbacks={}
-    )
-    own, theirs = (family_of(untrained(each)) for each in (config, other))
-    if kind_of(own) != kind_of(theirs):
-        raise ValueError(
-            f"{rows[0]}: a model for {own.name} ({own.kind}) does not answer rows for {theirs.kind}"
-        )
-    known, asked = own.classes_of(config.data.tasks), theirs.classes_of(other.data.tasks)
-    if known != asked:
-        named = [", ".join(names) or "numbers" for names in (known, asked)]
-        raise ValueError(f"{rows[0]}: the run's model tells {named[0]}, and these rows have {named[1]}")
-    return other
-
-
-def untrained(config: Config) -> Config:
-    """Return a configuration without what its folder names for training, which is not imported or read then."""
-    objective = config.objective if reads_preferences(config) else ObjectiveConfig()
-    intervention = replace(config.intervention, init_from=None)
-    return replace(
-        config,
-        optimizer=OptimizerConfig(),
-        scheduler=SchedulerConfig(),
-        objective=objective,
-        intervention=intervention,
-    )
 
 
 def evaluating_trainer(

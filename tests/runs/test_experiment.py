@@ -21,7 +21,8 @@ from reft_lightning.evaluation import Decoding, generate
 from reft_lightning.reporting.build import build_report
 from reft_lightning.runs import arguments, build, experiment, trainer
 from reft_lightning.runs.devices import check_accelerator
-from reft_lightning.runs.evaluate import evaluate, on_other_rows
+from reft_lightning.runs.evaluate import evaluate
+from reft_lightning.runs.other_rows import on_other_rows
 
 
 @pytest.fixture(scope="module")
