@@ -237,6 +237,8 @@ def _check_resume(config: Config, folder: Path) -> bool:
             f"resume={folder} continues that run: what determines its result must stay; {listed}"
         )
     earlier = Results.read(folder) if (folder / RESULTS).is_file() else Results(folder)
+    if "evaluation_dir" in earlier.values:
+        raise ValueError(f"resume={folder} is an evaluation of {earlier.values['run_dir']}, and no run")
     if earlier.values.get("status") == "complete":
         # the test split would be read once more for the same scores
         raise ValueError(

@@ -44,6 +44,8 @@ def test_all_rows_of_a_single_file_are_evaluated(run, tmp_path, split):
     assert len(lines) == 7
     assert all("### Instruction" in json.loads(line)["prompt"] for line in lines)  # as in training
     assert found["evaluation_dir"] == str(folder)
+    with pytest.raises(experiment.SetupError, match=f"is an evaluation of {run}, and no run"):
+        experiment.resume(folder)
 
 
 def test_the_layout_of_training_is_kept_unless_the_rows_say_otherwise(run, tmp_path, monkeypatch):
