@@ -141,7 +141,8 @@ def check_jobs(configs: Mapping[str, Config]) -> None:
         if found[same] is not None:
             bad[what] = found[same]
     if bad:
-        listed = "\n".join(f"{what}: {reason}" for what, reason in bad.items())
+        told = (reason if reason.startswith(what) else f"{what}: {reason}" for what, reason in bad.items())
+        listed = "\n".join(told)
         raise ValueError(f"nothing was started: {len(bad)} of {len(configs)} choices cannot run\n{listed}")
 
 

@@ -151,6 +151,12 @@ def test_a_head_begins_as_a_new_one_unless_the_adapter_has_one_of_as_many_classe
     assert all(torch.equal(tensor, first.adapter_state_dict()[name]) for name, tensor in found.items())
 
 
+def test_a_sweep_names_a_folder_that_is_not_there_once(data, tmp_path):
+    given = f"intervention.init_from={tmp_path / 'b'}"
+    with pytest.raises(ValueError, match=f"1 of 1 choices cannot run\n{given}: no such folder$"):
+        build.check_jobs({given: settings(data, given)})
+
+
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
     """Return a run, and another that began with what it had learnt."""
