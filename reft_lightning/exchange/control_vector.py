@@ -36,7 +36,7 @@ def to_gguf(reft: ReftModel, folder: str | PathLike) -> None:
     check_alone(reft, "llama.cpp")
     if not (is_decoder(reft.base_model.config) or continues_texts(reft.base_model)):
         raise ValueError(
-            f"llama.cpp adds control vectors in decoders only, and {type(reft.base_model).__name__} is none"
+            f"llama.cpp adds control vectors to decoders only; {type(reft.base_model).__name__} is not a decoder"
         )
     if reft.config.heads:
         raise ValueError(f"a control vector holds no head, and this adapter trained {reft.config.heads}")
