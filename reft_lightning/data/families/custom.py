@@ -30,7 +30,7 @@ A generated text is right where it equals the answer, both stripped of white spa
 says little: with the templates `chat` and `alpaca`, and no `answer`, checkpoints are chosen by the accuracy over the
 `options`, or without any by the loss, which is then also measured on the test rows, as is ROUGE-L.
 
-Changes: version 6 measures ROUGE-L with an emoji of several characters as one word, other symbols as none, and accents joined with their letters; version 5 measures it of scripts without blanks by characters, and does not break words at vowel signs;
+Changes: version 6 measures ROUGE-L with an emoji of several characters as one word, other symbols as none, and accents joined with their letters, and compares questions without `marks`; version 5 measures it of scripts without blanks by characters, and does not break words at vowel signs;
 version 4 reads lists of options that stand as JSON in a cell, and columns of mixed types of the hub, as values;
 version 3 measures ROUGE-L of free texts; version 2 validates on a folder's validation rows, and holds out conversations whose last questions are the
 same (what precedes the question is part of it); version 1, first version.
