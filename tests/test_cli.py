@@ -644,6 +644,13 @@ def test_a_sweep_ends_with_its_jobs_that_failed_and_the_command_of_its_report(mo
     assert errors.splitlines()[-2:] == ["1_seed=2: did not start", "2_seed=3: stopped: out of memory"]
 
 
+def test_one_job_is_said_in_the_singular(tmp_path, capsys):
+    (tmp_path / "0_seed=1").mkdir()
+    (tmp_path / "0_seed=1" / "results.json").write_text('{"status": "complete"}')
+    sweep.say_what_came_out(tmp_path)
+    assert capsys.readouterr().out.startswith("1 job is complete; to compare them: reft-report")
+
+
 def test_a_job_knows_in_another_process_what_its_sweep_changes(monkeypatch, runs):
     import pickle
 

@@ -19,11 +19,11 @@ from .encoding import Collator, EncodedRows, encode, encode_all, refuse_empty
 from .example import Example, normalized
 from .family import Family
 from .files import read_json_file
-from .marks import Marks, unmarked
+from .marks import Marks, unmarked, without_marks
 from .pairs import EncodedAnswers, EncodedPairs, collate_pairs, collate_sources, rejected
 from .prompts import apply_template
 from .rows import DataSource
-from .splits import distinct, drawn, fingerprint
+from .splits import Carved, Stratum, distinct, drawn, fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -146,10 +146,23 @@ class GenerationData(BenchmarkData):
         if self._bring_validation():
             validation = self._read_validation(train)
         else:
-            train, validation = self.family.carve(train, self._held_out(train), self.split_seed, stratum)
+            train, validation = self._carve(train, stratum)
         if self.limit_validation is not None and self.limit_validation < len(validation):
             validation = drawn(validation, self.limit_validation, self.split_seed, stratum)
         return train, validation
+
+    def _carve(self, train: list[Example], stratum: Stratum) -> Carved:
+        size = self._held_out(train)
+        if self.marks is None:
+            return self.family.carve(train, size, self.split_seed, stratum)
+        read = list(map(self._as_read, train))
+        rows = {id(text): example for text, example in zip(read, train, strict=True)}
+        kept, held_out = self.family.carve(read, size, self.split_seed, stratum)
+        return [rows[id(text)] for text in kept], [rows[id(text)] for text in held_out]
+
+    def _as_read(self, example: Example) -> Example:
+        """Return an example as its question is compared with others: marks are not read."""
+        return example if self.marks is None else without_marks(example, self.marks)
 
     def _bring_validation(self) -> bool:
         if self.source.mixture:
@@ -181,7 +194,7 @@ class GenerationData(BenchmarkData):
         """Return how many rows validate, of those that could."""
         if isinstance(self.validation_size, int):
             return self.validation_size
-        prompts = len(distinct(rows))
+        prompts = len(distinct(map(self._as_read, rows)))
         size = int(self.validation_size * prompts)
         if size == 0:
             raise ValueError(
@@ -193,6 +206,7 @@ class GenerationData(BenchmarkData):
         return {name: self._read(self.family.task(name), "test") for name in self.test_tasks}
 
     def _question(self, example: Example) -> str:
+        example = self._as_read(example)
         earlier = (text for _, text in example.turns)
         return normalized(" ".join([example.prompt, example.context, *earlier]))
 

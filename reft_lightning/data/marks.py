@@ -29,8 +29,23 @@ def as_marks(marks: Sequence[str] | None) -> Marks | None:
     return before, after
 
 
+def without_marks(example: Example, marks: Marks) -> Example:
+    """Return an example without the marks in all that the model reads: prompt, context and earlier turns."""
+    turns = tuple((role, "".join(_pieces(text, marks)[::2])) for role, text in example.turns)
+    prompt, context = ("".join(_pieces(text, marks)[::2]) for text in (example.prompt, example.context))
+    return replace(example, prompt=prompt, context=context, turns=turns)
+
+
+def _pieces(text: str, marks: Marks) -> list[str]:
+    """Return what stands before, between and after marks, with the marks: each second one."""
+    either = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True))
+    return re.split(f"({either})", text)
+
+
 def unmarked(example: Example, marks: Marks, needed: bool) -> Example:
     """Return an example without the marks in its prompt; ``marked`` says where the words between them stand.
+
+    The prompt with its marks is recorded: rows may differ in nothing else.
 
     Args:
         example: whose prompt is the text that the model reads.
@@ -43,8 +58,7 @@ def unmarked(example: Example, marks: Marks, needed: bool) -> Example:
     before, after = marks
     where = example.source or example.task
     text, spans, start = "", [], None
-    either = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True))
-    for piece in re.split(f"({either})", example.prompt):
+    for piece in _pieces(example.prompt, marks):
         if piece not in marks:
             text += piece
         elif (piece == before) != (start is None):
@@ -62,4 +76,5 @@ def unmarked(example: Example, marks: Marks, needed: bool) -> Example:
         raise ValueError(
             f"{where}: the prompt has no words between {before!r} and {after!r}, which the positions given edit"
         )
-    return replace(example, prompt=text, marked=tuple(spans) if needed else ())
+    recorded = {**example.recorded, "marked_prompt": example.prompt} if spans else example.recorded
+    return replace(example, prompt=text, marked=tuple(spans) if needed else (), recorded=recorded)

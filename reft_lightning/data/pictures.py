@@ -56,7 +56,8 @@ class Picture:
         try:
             return of(Image.open(io.BytesIO(self.read()), formats=SENT_FORMATS if self.sent else None))
         except UnidentifiedImageError:
-            reason = f"it is no {', '.join(SENT_FORMATS)}" if self.sent else "it is no picture that PIL reads"
+            formats = f"a {', '.join(SENT_FORMATS[:-1])} or {SENT_FORMATS[-1]} file"
+            reason = f"it is not {formats if self.sent else 'a picture that PIL reads'}"
         except FileNotFoundError:
             reason = f"there is no file {self.path}; data.image_folder names another folder"
         except (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError) as error:
@@ -110,5 +111,7 @@ def marked(
         role, text = turns[asked]
         return (*turns[:asked], (role, first + text), *turns[asked + 1 :]), prompt
     if marks != len(pictures):
-        raise ValueError(f"the texts have {marks} marks {MARK}, and the row {len(pictures)} pictures")
+        raise ValueError(
+            f"there must be as many marks {MARK} as pictures; got pictures: {len(pictures)}, marks: {marks}"
+        )
     return turns, prompt

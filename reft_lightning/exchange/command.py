@@ -14,15 +14,18 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..adapters.reft.base_of import load_base_of
+from ..adapters.reft.base_of import load_base_of, naming_base
 from ..adapters.reft.config import CONFIG_FILE
 from ..adapters.reft.model import ReftModel
 from ..adapters.saving import adapter_of, load_adapter
 from ..base_models.decoders import is_decoder
 from ..storage.reading import read_json
 from . import adapterhub, control_vector, easysteer, pyreft
+from .foreign import check_not_joint
 
 log = logging.getLogger(__name__)
+
+INSTEAD = "name another by base=, a folder or a name on the hub"
 
 WRITERS = {
     "reft": lambda reft, out: reft.save_pretrained(out),
@@ -73,7 +76,12 @@ def main(
         )
     if library == "reft":
         config, _ = load_adapter(folder)
-        reft = ReftModel.from_pretrained(load_base_of(replace(config, base_model=base or named)), folder)
+        if to == "gguf":
+            control_vector.check_config(config)
+        elif to != "reft":
+            check_not_joint(config, to)
+        config = replace(config, base_model=base or named)
+        reft = ReftModel.from_pretrained(load_base_of(config, instead=INSTEAD), folder)
     elif library == "pyreft":
         reft = pyreft.from_pyreft(_base_model(base or named), folder, positions=positions, act_fn=act_fn)
     else:
@@ -98,8 +106,9 @@ def _library(folder: Path) -> tuple[str, str]:
 
 
 def _base_model(name: str) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(name)
-    kind = AutoModelForCausalLM if is_decoder(config) else AutoModel
-    if str((config.architectures or [""])[0]).endswith("ForSequenceClassification"):
-        kind = AutoModelForSequenceClassification
-    return kind.from_pretrained(name)
+    with naming_base(name, INSTEAD):
+        config = AutoConfig.from_pretrained(name)
+        kind = AutoModelForCausalLM if is_decoder(config) else AutoModel
+        if str((config.architectures or [""])[0]).endswith("ForSequenceClassification"):
+            kind = AutoModelForSequenceClassification
+        return kind.from_pretrained(name)

@@ -6,12 +6,15 @@ generates. Its loader refuses ``direction.0``, and no buffer has a place for one
 
 from __future__ import annotations
 
+import logging
 from os import PathLike
 from pathlib import Path
 
 from torch import Tensor
 
+from ..adapters.reft.config import LayerSpec, ReftConfig
 from ..adapters.reft.model import ReftModel
+from ..adapters.reft.positions import parse_positions
 from ..base_models.decoders import is_decoder
 from ..base_models.reading import continues_texts
 from ..base_models.stacks import config_of_stack
@@ -19,7 +22,7 @@ from ..storage.atomic import write_whole
 from ..storage.reading import naming
 from ..suggest import needs_extra
 from .folding import affine
-from .foreign import check_alone
+from .foreign import check_alone, check_not_joint
 
 FILE = "control_vector.gguf"
 KIND = "controlvector"  # what llama.cpp calls this architecture
@@ -36,15 +39,13 @@ def to_gguf(reft: ReftModel, folder: str | PathLike) -> None:
     check_alone(reft, "llama.cpp")
     if not (is_decoder(reft.base_model.config) or continues_texts(reft.base_model)):
         raise ValueError(
-            f"llama.cpp adds control vectors in decoders only, and {type(reft.base_model).__name__} is none"
+            f"llama.cpp adds control vectors to decoders only; {type(reft.base_model).__name__} is not a decoder"
         )
-    if reft.config.heads:
-        raise ValueError(f"a control vector holds no head, and this adapter trained {reft.config.heads}")
+    check_config(reft.config)
     vectors = {layer: _vector(reft, layer) for layer in reft.config.layers}
-    if not vectors:
-        raise ValueError("this adapter has no interventions, so there is no control vector")
     with needs_extra("gguf", "GGUF files are written by the gguf package"):
         import gguf
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # it names the file that is not yet in its place
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -62,9 +63,22 @@ def to_gguf(reft: ReftModel, folder: str | PathLike) -> None:
     write_whole(folder / FILE, write)
 
 
-def _vector(reft: ReftModel, layer: int) -> Tensor:  # (d,)
-    """Return what is added to the output of a block, in float32."""
-    spec, (positions, _) = reft.config.for_layer(layer), reft.positions[str(layer)]
+def check_config(config: ReftConfig) -> None:
+    """Reject an adapter whose settings are not those of a control vector.
+
+    Raises:
+        ValueError: for a head, a layer, a component or positions that llama.cpp does not have, or no interventions.
+    """
+    check_not_joint(config, "llama.cpp")
+    if config.heads:
+        raise ValueError(f"a control vector holds no head, and this adapter trained {config.heads}")
+    if not config.layers:
+        raise ValueError("this adapter has no interventions, so there is no control vector")
+    for layer in config.layers:
+        _check_layer(layer, config.for_layer(layer))
+
+
+def _check_layer(layer: int, spec: LayerSpec) -> None:
     if spec.component != "block_output":
         raise ValueError(
             f"layer {layer}: llama.cpp adds control vectors to the output of blocks only; got {spec.component!r}"
@@ -73,18 +87,24 @@ def _vector(reft: ReftModel, layer: int) -> Tensor:  # (d,)
         raise ValueError(
             "layer 0: llama.cpp adds control vectors to the blocks after the first only: train without layer 0"
         )
+    positions = parse_positions(spec.positions)
     if str(positions) != "all":
         given = "a position function" if positions.function is not None else f"positions={positions}"
         raise ValueError(
             f"layer {layer}: llama.cpp adds control vectors to every token, those of the prompt and those after it; "
             f"got {given}, use all"
         )
+
+
+def _vector(reft: ReftModel, layer: int) -> Tensor:  # (d,)
+    """Return what is added to the output of a block, in float32."""
     (phi,) = reft.interventions[str(layer)]
     with naming(f"layer {layer}"):
         _, V, k = affine(phi, phi.dim)
     if V.any():
+        method = reft.config.for_layer(layer).method
         raise ValueError(
-            f"layer {layer}: a control vector is the same for all tokens, and the edit of {spec.method!r} depends on "
+            f"layer {layer}: a control vector is the same for all tokens, and the edit of {method!r} depends on "
             "the token; bias, difference_in_means and lobireft add constants"
         )
     return (reft.scale * k).float()

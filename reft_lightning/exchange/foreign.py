@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..adapters.attaching import all_or_nothing, unseen_draws
 from ..adapters.reft.attach import attach
+from ..adapters.reft.config import ReftConfig
 from ..adapters.reft.model import ReftModel
 from ..storage.reading import naming
 
@@ -67,13 +68,18 @@ def orthogonal_map(original: Tensor, base: Tensor) -> Tensor:  # (d, r), (d, d) 
     return base @ (vectors * original.diagonal().int())
 
 
+def check_not_joint(config: ReftConfig, library: str) -> None:
+    """Reject interventions that were trained together with an adapter of peft, which another library does not hold."""
+    if config.beside:
+        raise ValueError(
+            f"this adapter was trained together with {config.beside}, and a folder for {library} holds interventions "
+            "only"
+        )
+
+
 def check_alone(reft: ReftModel, library: str) -> None:
     """Reject what a file of another library does not hold: several adapters, one of two stacks, a part of one."""
-    if reft.config.beside:
-        raise ValueError(
-            f"this adapter was trained together with {reft.config.beside}, and a folder for {library} holds "
-            "interventions only"
-        )
+    check_not_joint(reft.config, library)
     if len(reft.adapter_names) > 1:
         raise ValueError(
             f"this model carries {', '.join(reft.adapter_names)}, and a folder for {library} holds one adapter: delete "

@@ -211,7 +211,7 @@ def check_reads_forward(config: Config, hf_config: PretrainedConfig, task: str, 
     if not kind_of(family).prompts and hf_config.is_encoder_decoder:
         raise ValueError(
             f"model {config.model.name} ({hf_config.model_type}) has an encoder and a decoder, and texts without a "
-            "prompt are learnt by a decoder alone: choose one, or name data.prompt"
+            "prompt are learnt by decoder-only models: choose one, or name data.prompt"
         )
     if task == "causal_lm" and hf_config.is_encoder_decoder:
         raise ValueError(

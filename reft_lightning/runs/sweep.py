@@ -53,6 +53,5 @@ def say_what_came_out(folder: Path) -> None:
         )
     if complete := len(jobs) - len(missing):
         others = f", {len(missing)} of those that began are not" if missing else ""
-        sys.stdout.write(
-            f"{complete} jobs are complete{others}; to compare them: {shlex.join(['reft-report', str(folder)])}\n"
-        )
+        done = "1 job is complete" if complete == 1 else f"{complete} jobs are complete"
+        sys.stdout.write(f"{done}{others}; to compare them: {shlex.join(['reft-report', str(folder)])}\n")

@@ -145,10 +145,12 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
         if not ids:
             raise Refused("the prompt is empty")
         if limit > room:
-            each = " of each" if engine.two_texts else ""
+            most = "the prompt and the answer together"
+            if engine.two_texts:
+                most = f"the prompt, and {engine.context - 1} of the answer"
             raise Refused(
-                f"the prompt has {len(ids)} tokens and the answer may have {limit}, which is more than the "
-                f"{engine.context} that this model reads{each}",
+                f"this model reads at most {engine.context} tokens of {most}; the prompt has {len(ids)}, and the "
+                f"answer may have {limit}",
                 code="context_length_exceeded",
             )
         loop, parts = asyncio.get_running_loop(), asyncio.Queue[Part | Exception]()

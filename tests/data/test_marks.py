@@ -18,7 +18,7 @@ from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.data import encoding_cache
 from reft_lightning.data.encoding import Collator, encode, encode_all
 from reft_lightning.data.example import Example
-from reft_lightning.data.marks import as_marks, unmarked
+from reft_lightning.data.marks import as_marks, unmarked, without_marks
 from reft_lightning.data.pairs import EncodedAnswers
 from reft_lightning.data.prompts import apply_template
 from reft_lightning.inspection import command
@@ -249,6 +249,62 @@ def test_a_run_reads_edits_and_generates_as_calls_with_edit_mask_do(trained):
         others += by_hand(reft, row["prompt"], second, first)[1] != lost
     assert results["metrics"]["val/loss"] == pytest.approx(loss / tokens, rel=1e-5)
     assert others  # which words are edited makes a difference
+
+
+@pytest.mark.parametrize("positions", ["given", "f1+l1"])
+def test_a_prediction_tells_which_words_of_its_prompt_were_marked(tmp_path, positions):
+    path = tmp_path / "rows.jsonl"
+    texts = ["does <<zorb>> know fenk?", "does zorb know <<fenk>>?"]
+    path.write_text("".join(json.dumps({"q": text, "a": "yes"}) + "\n" for text in texts))
+    marks = [f"intervention.positions={positions}", GIVEN[1], f"data.validation_path={path}"]
+    short_runs.experiment.run(config(path, *marks), tmp_path / "run")
+    found = short_runs.predictions(tmp_path / "run", "reft_validation")
+    assert {row["prompt"].strip() for row in found} == {"does zorb know fenk?"}
+    assert sorted(row["marked_prompt"].strip() for row in found) == texts
+
+
+class TestRowsThatDifferInMarks:
+    """Without them, the model reads the same text of both."""
+
+    def rows(self, path, questions):
+        path.write_text("".join(json.dumps({"q": q, "a": q[-3:]}) + "\n" for q in questions))
+        return path
+
+    def test_they_are_on_one_side_of_the_split(self, tmp_path):
+        questions = [text.format(i) for i in range(10) for text in ("is <<a>> or b {}?", "is a or <<b>> {}?")]
+        path = self.rows(tmp_path / "rows.jsonl", questions)
+        data = prepare(config(path, *GIVEN, "data.validation_size=3")).data
+        data.setup("validate")
+        train, held_out = (
+            [example.prompt for example in rows.examples]
+            for rows in (data.train_rows, data._validation["custom"])
+        )
+        assert (len(train), len(held_out)) == (14, 3)
+        assert not set(train) & set(held_out)
+
+    def test_a_part_of_the_rows_is_one_of_their_texts(self, tmp_path):
+        questions = [text.format(i) for i in range(10) for text in ("is <<a>> or b {}?", "is a or <<b>> {}?")]
+        path = self.rows(tmp_path / "rows.jsonl", questions)
+        for more in ([], [f"data.validation_path={path}"]):
+            data = prepare(config(path, *GIVEN, "data.validation_size=0.3", *more)).data
+            data.setup("validate")
+            assert len(data._validation["custom"]) == 3
+
+    def test_they_are_one_question_of_the_overlap(self, tmp_path):
+        train = self.rows(tmp_path / "rows.jsonl", [f"is <<a>> or b {i}?" for i in range(6)])
+        other = self.rows(tmp_path / "test.jsonl", ["is a or <<b>> 1?", "is a or <<b>> 7?"])
+        paths = [f"data.{split}_path={other}" for split in ("validation", "test")]
+        data = prepare(config(train, *GIVEN, *paths)).data
+        for stage, split in (("fit", "validation"), ("test", "test")):
+            data.setup(stage)
+            assert data.data_versions[split]["custom"]["overlap"] == 1
+
+    def test_context_and_turns_are_compared_without_marks_too(self):
+        turns = (("user", "<<Hello>>"), ("assistant", "Good day"))
+        example = without_marks(make("who <<is>> it?", context="of <<Ann>>", turns=turns), MARKS)
+        assert example == make(
+            "who is it?", context="of Ann", turns=(("user", "Hello"), ("assistant", "Good day"))
+        )
 
 
 def test_a_chat_edits_the_words_that_the_question_marks(trained):

@@ -167,7 +167,7 @@ def module(path, **more):
         (["data.template=chat"], "data.template=chat lays a prompt out"),
         (["data.options=text"], r"needs data\.prompt, or data\.messages; the columns are text"),
         (["model.config={model_type: t5}"],
-         "texts without a prompt are learnt by a decoder alone"),
+         "texts without a prompt are learnt by decoder-only models"),
         (["model.config={model_type: bert}"], "is an encoder"),
     ],
 )  # fmt: skip

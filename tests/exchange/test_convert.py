@@ -1,6 +1,8 @@
 """reft-convert: an adapter of one library becomes one of another, from the command line."""
 
 import json
+import logging
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,9 +14,11 @@ from transformers import AutoModelForSequenceClassification
 
 import reft_lightning as rl
 from reft_lightning import cli
+from reft_lightning.adapters.adapt import adapt
 from reft_lightning.exchange import command
 
 FOLDERS = Path(__file__).parents[1] / "golden" / "pyreft_folders"
+OTHERS = ("pyreft", "easysteer", "gguf")
 ROWS = tiny.padded(tiny.rows(5, 3), "left")
 
 
@@ -58,11 +62,14 @@ def test_there_and_back_again(run, saved, tmp_path):
     assert len(json.loads((tmp_path / "served" / "steering.json").read_text())["vectors"]) == tiny.LAYERS
 
 
-def test_a_constant_vector_becomes_a_control_vector_and_nothing_else_does(run, saved, tmp_path):
+def test_a_constant_vector_becomes_a_control_vector_and_nothing_else_does(run, saved, tmp_path, caplog):
     reft = rl.attach(tiny.model("llama"), "bias", layers=[1], positions="all")
     reft.config.base_model = str(tmp_path / "base")
     reft.save_pretrained(tmp_path / "constant")
-    assert run("constant", "to=gguf")[0] == 0
+    with caplog.at_level(logging.INFO):
+        assert run("constant", "to=gguf")[0] == 0
+    assert not [record.name for record in caplog.records if record.name.startswith("gguf")]
+    assert "is written for gguf to constant-gguf" in caplog.text
     assert (tmp_path / "constant-gguf" / "control_vector.gguf").is_file()
     status, error = run("mine", "to=gguf")
     assert status == 2
@@ -100,6 +107,52 @@ def test_what_does_not_fit_is_said_before_weights_are_loaded(run, saved, monkeyp
     status, error = run(*arguments)
     assert status == 2
     assert said in error
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "to", "said"),
+    [
+        (
+            "bias",
+            {"layers": [0, 1]},
+            "gguf",
+            "layer 0: llama.cpp adds control vectors to the blocks after the first",
+        ),
+        ("lofit", {"component": "head_output"}, "gguf", "to the output of blocks only; got 'head_output'"),
+        (
+            "bias",
+            {"layers": {1: {}, 2: {"positions": "f1"}}},
+            "gguf",
+            "layer 2: .*; got positions=f1, use all",
+        ),
+        ("bias", {"heads": ["lm_head"]}, "gguf", "a control vector holds no head"),
+        *[("bias", {"beside": "peft/lora"}, to, "was trained together with peft/lora") for to in OTHERS],
+    ],
+)
+def test_what_the_configuration_tells_is_said_before_weights_are_loaded(
+    run, tmp_path, method, settings, to, said
+):
+    together = "beside" in settings
+    settings = {"layers": [1], "positions": "all", **settings}
+    make = adapt if together else rl.attach
+    reft = make(tiny.model("llama"), method, **settings)
+    reft.config.base_model = str(tmp_path / "moved")  # not there: loading it fails
+    reft.save_pretrained(tmp_path / "mine")
+    status, error = run("mine", f"to={to}")
+    assert status == 2
+    assert re.search(said, " ".join(error.split()))
+
+
+def test_a_base_model_that_is_not_there_is_asked_for_in_the_words_of_the_command(run, saved, tmp_path):
+    shutil.move(tmp_path / "base", tmp_path / "moved")
+    shutil.copytree(FOLDERS / "loreft_tied", tmp_path / "theirs")
+    for arguments in (["mine", "to=pyreft"], ["theirs", "to=reft", "positions=f1", "base=base"]):
+        status, error = run(*arguments)
+        assert status == 2
+        assert "base' is not a folder, and did not come from the hub" in error
+        assert "name another by base=, a folder or a name on the hub" in error
+        assert "from_pretrained" not in error
+    assert run("mine", "to=pyreft", "base=moved")[0] == 0
 
 
 def test_an_adapter_of_another_model_is_refused_and_nothing_is_written(run, saved, tmp_path):

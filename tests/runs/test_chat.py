@@ -278,4 +278,4 @@ def test_pictures_are_named_on_the_terminal(seeing, monkeypatch, capsys):
     assert "/image FILE shows a picture with the next question" in out
     assert "none.png' cannot be read: there is no file" in out
     assert out.count("frozen base") == 1  # of the one question that could be put
-    assert "the texts have 2 marks <image>, and the row 1 pictures" in out
+    assert "as many marks <image> as pictures; got pictures: 1, marks: 2" in out

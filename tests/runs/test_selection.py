@@ -123,6 +123,8 @@ def test_free_texts_are_measured_by_rouge_l_of_each_row(rows, tmp_path):
         ("", "a", 0),
         ("d c b a", "a b c d", 1 / 4),
         ("Äh, öde 3", "äh öde 3", 1),
+        ("20 °C in 2024", "20 C in 2024", 1),
+        ("© Acme™ → ★ ▶ 5", "acme 5", 1),
     ],
 )
 def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence(text, gold, expected):
@@ -138,7 +140,15 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence(text, gold, 
         ("GPT模型", "gpt 模式", 2 * 2 / (3 + 3)),
         ("อากาศดี", "อากาศ", 2 * 5 / (6 + 5)),  # the last has a vowel sign
         ("नमस्ते दुनिया", "नमस्ते भारत", 2 * 1 / (2 + 2)),
-        ("😀 👍🏽", "👍", 2 * 1 / (2 + 1)),
+        ("😀 👍", "👍", 2 * 1 / (2 + 1)),
+        ("👍🏽", "👍🏿", 0),
+        ("❤️ hi", "❤️", 2 * 1 / (2 + 1)),
+        ("\ufe0f ✋\ufe0f", "✋\ufe0f", 1),  # a selector of nothing is no word
+        ("🇩🇪🇫🇷", "🇫🇷 🇩🇪", 2 * 1 / (2 + 2)),
+        ("👨‍👩‍👧 a", "👨‍👩‍👦 a", 2 * 1 / (2 + 2)),
+        ("1️⃣2️⃣", "1️⃣ 3️⃣", 2 * 1 / (2 + 2)),
+        ("un cafe\u0301", "un caf\u00e9", 1),
+        ("\u0438\u0306", "\u0439", 1),
     ],
 )
 def test_rouge_l_compares_characters_where_words_have_no_blanks(text, gold, expected):

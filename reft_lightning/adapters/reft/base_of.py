@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import transformers
@@ -9,9 +11,11 @@ from transformers import PreTrainedModel
 
 from .config import ReftConfig
 
+IN_PYTHON = "load it, and call from_pretrained(model, name)"
 
-def load_base_of(config: ReftConfig, **loading: Any) -> PreTrainedModel:
-    """Load the base model of an adapter from the hub or a folder.
+
+def load_base_of(config: ReftConfig, *, instead: str = IN_PYTHON, **loading: Any) -> PreTrainedModel:
+    """Load the base model of an adapter from the hub or a folder; ``instead`` is advice for one that is not there.
 
     The class is looked up by its name among those of transformers: a configuration cannot name code.
 
@@ -19,20 +23,27 @@ def load_base_of(config: ReftConfig, **loading: Any) -> PreTrainedModel:
         ValueError: if the adapter names no model, or one of a class that transformers does not have.
         FileNotFoundError: if it cannot be loaded; says why.
     """
-    trained, instead = config.architecture, "load it, and call from_pretrained(model, name)"
+    trained = config.architecture
     kind = getattr(transformers, str(trained.get("class")), None)
     if config.base_model is None or not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise ValueError(
             f"the adapter names the base model {config.base_model!r} of the class {trained.get('class')!r}, which "
-            f"cannot be loaded by name: {instead}"
+            f"cannot be loaded by name: {IN_PYTHON}"
         )
     if trained.get("labels") is not None:
         loading = {"num_labels": trained["labels"], **loading}
-    try:
+    with naming_base(config.base_model, instead):
         return kind.from_pretrained(config.base_model, **loading)
+
+
+@contextmanager
+def naming_base(name: str, instead: str) -> Iterator[None]:
+    """Let what is raised while a base model is loaded name it, and end with what to do ``instead``."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
-            f"the adapter's base model {config.base_model!r} is not a folder, and did not come from the hub "
-            f"({reason[:200]}); {instead}"
+            f"the adapter's base model {name!r} is not a folder, and did not come from the hub ({reason[:200]}); "
+            f"{instead}"
         ) from error

@@ -30,7 +30,8 @@ A generated text is right where it equals the answer, both stripped of white spa
 says little: with the templates `chat` and `alpaca`, and no `answer`, checkpoints are chosen by the accuracy over the
 `options`, or without any by the loss, which is then also measured on the test rows, as is ROUGE-L.
 
-Changes: version 5 measures ROUGE-L of scripts without blanks by characters, and does not break words at vowel signs; version 4 reads lists of options that stand as JSON in a cell, and columns of mixed types of the hub, as values;
+Changes: version 6 measures ROUGE-L with an emoji of several characters as one word, other symbols as none, and accents joined with their letters, and compares questions without `marks`; version 5 measures it of scripts without blanks by characters, and does not break words at vowel signs;
+version 4 reads lists of options that stand as JSON in a cell, and columns of mixed types of the hub, as values;
 version 3 measures ROUGE-L of free texts; version 2 validates on a folder's validation rows, and holds out conversations whose last questions are the
 same (what precedes the question is part of it); version 1, first version.
 """  # noqa: E501
@@ -38,6 +39,7 @@ same (what precedes the question is part of it); version 1, first version.
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -59,7 +61,7 @@ log = logging.getLogger(__name__)
 
 # split -> how its file may be named in a folder; the names that the hub knows
 FILE_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
-VERSION = 5
+VERSION = 6
 A_TENTH = -1  # validation_size
 MOST_VALIDATION = 100  # rows, of a tenth
 MAX_NEW_TOKENS = 128
@@ -67,8 +69,12 @@ LOOKED_AT = 100  # rows at the beginning of each file, for its columns
 _WITHOUT_BLANKS = (
     r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"  # scripts that write words so
 )
+# shown as a picture by itself, or with the selector U+FE0F; \X takes in skin tones, whole flags, and what is joined
+_EMOJI = r"(?=\p{Emoji_Presentation}|\p{Emoji}\uFE0F)\X"
 _WORDS = regex.compile(
-    rf"[{_WITHOUT_BLANKS}]\p{{M}}*|\p{{So}}|[[\p{{L}}\p{{M}}\p{{N}}_]--[{_WITHOUT_BLANKS}]]+", regex.V1
+    rf"{_EMOJI}|[{_WITHOUT_BLANKS}]\p{{M}}*"
+    rf"|[[\p{{L}}\p{{N}}_]--[{_WITHOUT_BLANKS}]][[\p{{L}}\p{{M}}\p{{N}}_]--[{_WITHOUT_BLANKS}]]*",
+    regex.V1,
 )
 
 
@@ -165,7 +171,9 @@ def with_rouge_l(score: Score) -> Score:
 
     for texts of m and n words and their longest common subsequence L (Lin 2004, "ROUGE"). Words are runs of letters
     and digits of any alphabet, in lower case and without stemming; of Chinese, Japanese, Thai and other scripts without
-    blanks each character is one, and so is an emoji. The mean over the texts of a row.
+    blanks each character is one, and so is an emoji with its skin tone, a flag, or several joined as one picture; other
+    symbols, such as ° and ©, are not words. Accents that follow their letters are joined with them (NFC). The mean over
+    the texts of a row.
 
     >>> score = with_rouge_l(exact_match(str.strip))
     >>> score(["a red boat"], Example("t", "p", "A red house.", "A red house.")).scores
@@ -177,10 +185,15 @@ def with_rouge_l(score: Score) -> Score:
 
         found = score(texts, example)
         golds = [example.answer] * len(texts)
-        rouge = rouge_score(texts, golds, rouge_keys="rougeL", normalizer=str.lower, tokenizer=_WORDS.findall)
+        rouge = rouge_score(texts, golds, rouge_keys="rougeL", normalizer=_lower, tokenizer=_WORDS.findall)
         return Judgement(found.answer, found.scores | {"rouge_l": float(rouge["rougeL_fmeasure"])})
 
     return both
+
+
+def _lower(text: str) -> str:
+    """Return a text as ROUGE-L compares it: accents that follow their letters joined with them, in lower case."""
+    return unicodedata.normalize("NFC", text).lower()
 
 
 def carve(examples: Sequence[Example], size: int, seed: int, stratum: Stratum = by_task) -> Carved:

@@ -139,7 +139,7 @@ class TestRows:
             ({"image": "1.png", "question": "?", "answers": [None]}, "has no answer"),
             (
                 {"image": "1.png", "question": f"{MARK}{MARK}?", "answers": "a"},
-                "2 marks <image>, and the row 1 pic",
+                "as many marks <image> as pictures; got pictures: 1, marks: 2",
             ),
             ({"image": "1.png", "answers": "a"}, "no column 'question'"),
             ({"image": "1.png", "question": "?", "answers": "[]"}, "has no answer"),
@@ -180,7 +180,11 @@ def spoil(folder, name, kind):
 
 @pytest.mark.parametrize(
     ("kind", "said"),
-    [("missing", "data.image_folder names another"), ("cut", "cannot be read"), ("text", "is no picture")],
+    [
+        ("missing", "data.image_folder names another"),
+        ("cut", "cannot be read"),
+        ("text", "is not a picture that PIL reads"),
+    ],
 )
 def test_a_bad_picture_is_named_by_file_and_row(tmp_path, kind, said):
     rows = [{"image": picture(tmp_path, f"{i}.png"), "question": f"{i}?", "answers": "red"} for i in range(3)]
