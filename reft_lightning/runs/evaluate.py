@@ -100,9 +100,8 @@ def evaluate(
     finally:
         if split == "test":
             original, reads = Results.read(folder), results.values["test_reads"]
-            if (place := place_of_tests(config.data)) != place_of_tests(
-                own.data
-            ):  # of another split, perhaps of one name
+            place = place_of_tests(config.data)
+            if place != place_of_tests(own.data):  # of another split, perhaps of one name
                 reads = [read | {"task": f"{read['task']} of {place}"} for read in reads]
             original.update(test_reads=[*original.values["test_reads"], *reads])
             release_folder(folder)
