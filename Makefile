@@ -43,7 +43,7 @@ quickstart: $(STAMP)  ## train LoReFT on a 135M model, evaluate it, and say what
 
 # One process for each core, each with one thread: small tensors gain nothing from more. The tests of a file stay
 # together, as they share fixtures.
-test: $(STAMP)  ## the tests a change must pass: no network, no GPU, about 11 minutes on 2 cores
+test: $(STAMP)  ## the tests a change must pass: no network, no GPU, about 7 minutes on 2 cores
 	HF_HUB_OFFLINE=1 WANDB_SILENT=true OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-slow: $(STAMP)  ## the tests that take longer
