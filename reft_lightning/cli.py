@@ -28,6 +28,8 @@ from .suggest import did_you_mean, names_of_a_stranger, no_such_folder
 from .terminal.bars import Bar, is_first_process
 from .terminal.log_lines import LogHandler
 
+log = logging.getLogger(__name__)
+
 EVAL_HELP = """\
 reft-eval: evaluate the adapter of a run again, on its validation rows or its test rows
 usage: reft-eval run=FOLDER [split=validation|test] [limit=N] [evaluate_base=true]
@@ -141,7 +143,6 @@ examples:
   reft-report paper table=2         the paper's numbers next to those of your runs
 """
 RESUME_HELP = "usage: reft-train resume=FOLDER [trust_code=true]\n"
-log = logging.getLogger(__name__)
 USAGE = re.compile(r"usage: .*(?:\n {7}.*)*")  # in these texts
 LIBRARIES = ("reft", "pyreft", "easysteer", "gguf")
 WRITTEN = "the folder that reft-train wrote, such as outputs/quickstart/..."
@@ -382,17 +383,12 @@ def evaluate(argv: Sequence[str]) -> None:
     if rows and not any(text.startswith("data=") for text in rows):
         raise UsageError(f"{rows[0]} is for other rows than the run's: name them too, by data=NAME")
     rows.sort(key=lambda text: not text.startswith("data="))
+    del options["run"]
     with heavy_imports():
         from .runs.evaluate import evaluate as evaluate_run
 
     with _names_of(options.pop("trust_code", False)):
-        evaluate_run(
-            run_dir,
-            options.get("split", "validation"),
-            options.get("limit"),
-            rows,
-            options.get("evaluate_base", False),
-        )
+        evaluate_run(run_dir, rows=rows, **options)
 
 
 @_command(CHAT_HELP)

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from PIL import Image
 
 from reft_lightning.config import compose
 from reft_lightning.runs import experiment
@@ -58,6 +59,22 @@ def config(data, *overrides):
 def run(data, folder, *overrides):
     """Run it; return the contents of results.json."""
     return experiment.run(config(data, *overrides), Path(folder))
+
+
+def run_on_colours(rows, folder):
+    """Run on pictures of one colour, which are drawn into a folder of rows."""
+    lines = []
+    for i, colour in enumerate(("red", "green", "blue", "white")):
+        Image.new("RGB", (28, 28), colour).save(rows / f"{i}.png")
+        lines.append(json.dumps({"image": f"{i}.png", "question": "Which colour?", "answers": [colour]}))
+    (rows / "train.jsonl").write_text("\n".join(lines))
+    settings = compose.compose([
+        "model=tiny_vision", "data=vqa", f"data.path={rows}", "data.validation_size=1", "data.batch_size=3",
+        "decoding.max_new_tokens=4", "intervention=loreft", "intervention.positions=image+l1",
+        "trainer.accelerator=cpu", "trainer.max_epochs=2", "trainer.enable_progress_bar=false",
+        "optimizer.lr=0.3",
+    ])  # fmt: skip
+    experiment.run(settings, folder)
 
 
 def build(data, *overrides):

@@ -53,7 +53,7 @@ def runs(monkeypatch, tmp_path):
         fake.experiments.append(experiment)
         return {"metrics": {"val/accuracy": config.optimizer.lr}, "monitor": "val/accuracy"}
 
-    def evaluate(run_dir, split, limit, rows, evaluate_base):
+    def evaluate(run_dir, split="validation", limit=None, rows=(), evaluate_base=False):
         fake.calls.append((run_dir, split, limit, rows, evaluate_base))
         return {"metrics": {}}
 

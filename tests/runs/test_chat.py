@@ -8,16 +8,14 @@ from dataclasses import replace
 import pytest
 import short_runs
 import torch
-from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from reft_lightning.adapters.adapt import adapt
-from reft_lightning.config import compose
 from reft_lightning.data.image_data import ImageData
 from reft_lightning.data.pictures import Picture
 from reft_lightning.evaluation import Decoding
 from reft_lightning.evaluation import generate as generate_texts
-from reft_lightning.runs import chat, experiment
+from reft_lightning.runs import chat
 from reft_lightning.runs.prompting import PromptFormat
 from reft_lightning.runs.run_folder import load_run_config
 
@@ -221,18 +219,7 @@ def test_conversations_are_trained_and_talked_to_in_the_chat_template(folder):
 def seeing(tmp_path_factory):
     """A run on pictures of one colour."""
     rows, folder = tmp_path_factory.mktemp("rows"), tmp_path_factory.mktemp("run")
-    lines = []
-    for i, colour in enumerate(("red", "green", "blue", "white")):
-        Image.new("RGB", (28, 28), colour).save(rows / f"{i}.png")
-        lines.append(json.dumps({"image": f"{i}.png", "question": "Which colour?", "answers": [colour]}))
-    (rows / "train.jsonl").write_text("\n".join(lines))
-    config = compose.compose([
-        "model=tiny_vision", "data=vqa", f"data.path={rows}", "data.validation_size=1", "data.batch_size=3",
-        "decoding.max_new_tokens=4", "intervention=loreft", "intervention.positions=image+l1",
-        "trainer.accelerator=cpu", "trainer.max_epochs=2", "trainer.enable_progress_bar=false",
-        "optimizer.lr=0.3",
-    ])  # fmt: skip
-    experiment.run(config, folder)
+    short_runs.run_on_colours(rows, folder)
     return folder, rows
 
 

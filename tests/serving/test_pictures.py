@@ -1,12 +1,12 @@
 """Pictures in messages: each request is answered as it would be alone, and what is no picture is refused in words."""
 
 import io
-import json
 import sys
 from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import short_runs
 import torch
 import vision_models
 from fastapi.testclient import TestClient
@@ -21,7 +21,7 @@ from reft_lightning.data.example import Example
 from reft_lightning.data.image_data import ImageData
 from reft_lightning.data.pictures import Picture
 from reft_lightning.evaluation import Decoding, generate
-from reft_lightning.runs import chat, experiment
+from reft_lightning.runs import chat
 from reft_lightning.runs.build import load_to_write
 from reft_lightning.runs.kinds import KINDS
 from reft_lightning.serving.app import MAX_BODY
@@ -127,18 +127,7 @@ def test_questions_with_and_without_pictures_share_batches_and_get_their_own_ans
 def run(tmp_path_factory):
     """A run on pictures of one colour."""
     rows, folder = tmp_path_factory.mktemp("rows"), tmp_path_factory.mktemp("runs") / "colours"
-    lines = []
-    for i, colour in enumerate(("red", "green", "blue", "white")):
-        Image.new("RGB", (28, 28), colour).save(rows / f"{i}.png")
-        lines.append(json.dumps({"image": f"{i}.png", "question": "Which colour?", "answers": [colour]}))
-    (rows / "train.jsonl").write_text("\n".join(lines))
-    config = compose.compose([
-        "model=tiny_vision", "data=vqa", f"data.path={rows}", "data.validation_size=1", "data.batch_size=3",
-        "decoding.max_new_tokens=4", "intervention=loreft", "intervention.positions=image+l1",
-        "trainer.accelerator=cpu", "trainer.max_epochs=2", "trainer.enable_progress_bar=false",
-        "optimizer.lr=0.3",
-    ])  # fmt: skip
-    experiment.run(config, folder)
+    short_runs.run_on_colours(rows, folder)
     return folder, rows
 
 
