@@ -55,6 +55,8 @@ def evaluate(
     if split not in SPLITS:
         raise ValueError(f"split must be 'validation' or 'test'; got {split!r}{did_you_mean(split, SPLITS)}")
     config = own = load_run_config(folder)
+    if split == "test" and own.sealed:
+        raise ValueError(f"{folder} is part of a search, whose test split is sealed")
     trained_on = None
     if rows:
         config = whole_file(on_other_rows(own, rows), split)
@@ -62,8 +64,6 @@ def evaluate(
     if limit is not None:
         limited = {"limit_test" if split == "test" else "limit_validation": limit}
         config = replace(config, data=replace(config.data, **limited))
-    if split == "test" and config.sealed:
-        raise ValueError(f"{folder} is part of a search, whose test split is sealed")
     if split == "test":
         Results.read(folder)  # a damaged one, too; the read is noted there
         hold(folder)  # a run at work would write its results over the note
