@@ -713,8 +713,8 @@ def test_eval_reads_validation_unless_told_otherwise(monkeypatch, runs, folder):
     ],
 )
 def test_eval_explains_a_wrong_argument(monkeypatch, runs, folder, capsys, argument, expected):
+    arguments = [argument] if isinstance(argument, str) else argument
     with pytest.raises(SystemExit) as left:
-        arguments = [argument] if isinstance(argument, str) else argument
         command(monkeypatch, cli.evaluate, "run=finished", *arguments)
     assert left.value.code == 2
     said = " ".join(capsys.readouterr().err.split())
