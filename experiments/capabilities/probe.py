@@ -218,7 +218,7 @@ class Case:
         settings = {**_settings(self.method)}
         if self.record.takes_settings:
             settings |= own
-            if self.name == "gemma3n":  # it has four streams, and two layers without keys and values of their own
+            if self.name == "gemma3n":  # four streams, and two layers without their own keys and values
                 settings["component"] = "mlp_output"
             if self.name.endswith("_decoder"):
                 settings["component"] = f"decoder.{settings.get('component', 'block_output')}"
