@@ -18,12 +18,12 @@ PEFT = [name for name, method in METHODS.items() if method.peft]
 VIRTUAL = [name for name, method in METHODS.items() if method.virtual_tokens]
 JOINT = [name for name, method in METHODS.items() if method.joins]
 DECODERS = [("llama", method) for method in [*PEFT, "full", "frozen"]] + [("gpt2", "bitfit")]
-ENCODERS = [("bert", m) for m in [*PEFT, "full", "bitfit"] if m != "peft/prefix_tuning"]
+# one of each kind: matrices in maps, vectors, virtual tokens, the base model's own parameters
+ENCODERS = [("bert", m) for m in ("peft/lora", "peft/ia3", "peft/prompt_tuning", "full", "bitfit")]
 ALL = DECODERS + ENCODERS
 REFT = [("llama", method) for method in ("loreft", "direft", "red")]
 REFT += [("gpt2", "loreft"), ("bert", "loreft"), ("bert", "none")]
-TOGETHER = [("llama", f"loreft + {method}") for method in JOINT]
-TOGETHER += [("gpt2", "loreft + peft/lora"), ("bert", "loreft + peft/lora")]
+TOGETHER = [("llama", "loreft + peft/lora"), ("llama", "loreft + peft/ia3"), ("bert", "loreft + peft/lora")]
 EVERY = REFT + ALL + TOGETHER
 
 
