@@ -230,7 +230,9 @@ def test_a_detached_base_is_as_it_was_and_can_be_adapted_again(family, method):
         assert list(learning(base)) == learned
 
 
-@pytest.mark.parametrize("method", ["loreft", "peft/lora", "peft/prompt_tuning", "full", "loreft + peft/lora"])
+@pytest.mark.parametrize(
+    "method", ["loreft", "peft/lora", "peft/prompt_tuning", "full", "loreft + peft/lora"]
+)
 def test_a_state_that_does_not_fit_is_refused(method):
     model = adapted("llama", method)
     state = model.adapter_state_dict()

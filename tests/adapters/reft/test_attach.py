@@ -183,7 +183,9 @@ def test_a_mask_of_strengths_is_refused(name):  # each but 0 counted as 1
     for whole in (marked, marked.long(), marked.float()):
         assert torch.equal(reft(**BATCH, **{name: whole}).logits, reft(**BATCH, **{name: marked}).logits)
     for run in (reft, reft.generate):
-        with pytest.raises(ValueError, match=f"{name} says which tokens, by 0 and 1, and holds other numbers"):
+        with pytest.raises(
+            ValueError, match=f"{name} says which tokens, by 0 and 1, and holds other numbers"
+        ):
             run(**BATCH, **{name: 0.5 * marked.float()})
 
 
@@ -199,8 +201,14 @@ def test_words_of_other_libraries_are_answered_with_ours():
     for name, said in (
         ("merge_and_unload", "here it is reft_lightning.merge(reft), where a weight can hold the edits"),
         ("get_base_model", "here it is base_model"),
-        ("gradient_checkpointing_enable", "its base_model has: reft.base_model.gradient_checkpointing_enable. What"),
-        ("generation_config", "its base_model has: reft.base_model.generation_config. What asks for a model of"),
+        (
+            "gradient_checkpointing_enable",
+            "its base_model has: reft.base_model.gradient_checkpointing_enable. What",
+        ),
+        (
+            "generation_config",
+            "its base_model has: reft.base_model.generation_config. What asks for a model of",
+        ),
         ("can_generate", "takes integrations.transformers.as_pretrained(reft)"),
         ("scales", "'ReftModel' object has no attribute 'scales'"),  # Python itself names the nearest
     ):

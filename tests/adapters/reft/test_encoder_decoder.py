@@ -61,7 +61,9 @@ def config_of(kind):
     if kind in BOTH:
         return copy.deepcopy(BOTH[kind])
     theirs = ("model_type", "transformers_version")
-    return AutoConfig.for_model(kind, **{name: size for name, size in MORE[kind].items() if name not in theirs})
+    return AutoConfig.for_model(
+        kind, **{name: size for name, size in MORE[kind].items() if name not in theirs}
+    )
 
 
 # of more models, by `make test-slow`

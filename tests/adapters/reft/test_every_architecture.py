@@ -5,6 +5,7 @@ reason. A handful runs in the fast suite.
 """
 
 import copy
+from functools import partial
 
 import architectures
 import pytest
@@ -275,7 +276,8 @@ def test_a_state_instead_of_a_cache_is_read_on_from_its_column(name):
     base = architectures.build(AutoModelForCausalLM, CONFIG_MAPPING[name])
     for positions, expected in (("f2", [4]), ("decode", [2, 2, 2]), ("l1+decode:1", [2, 2])):
         reft, edits = attached(copy.deepcopy(base), positions), []
-        reft.interventions["0"][0].register_forward_pre_hook(lambda module, args, edits=edits: edits.append(len(args[0])))
+        note = partial(lambda edits, module, args: edits.append(len(args[0])), edits)
+        reft.interventions["0"][0].register_forward_pre_hook(note)
         reft.generate(input_ids=tokens(), attention_mask=masks()["no padding"], **GREEDY)
         assert [count for count in edits if count] == expected, positions
 
@@ -307,7 +309,7 @@ def test_columns_are_counted_whatever_the_cache(settings):
 # the frozen base drafts, and tokens that the edited model would not have written are taken out of the cache again
 @pytest.mark.parametrize(
     ("model_type", "positions"),
-    [*(("llama", positions) for positions in ("f2+l2", "all", "decode:3")), ("gpt2", "f2+decode:1"), ("gemma2", "f2+decode:1")],
+    [("llama", "f2+l2"), ("llama", "all"), ("llama", "decode:3"), ("gpt2", "f2+decode:1"), ("gemma2", "f2+decode:1")],
 )  # fmt: skip
 def test_speculative_decoding_writes_what_plain_decoding_does(model_type, positions):
     base = architectures.build(AutoModelForCausalLM, CONFIG_MAPPING[model_type])

@@ -7,7 +7,11 @@ import torch
 from reft_lightning.adapters.reft.lens import in_stream, logits_of
 from reft_lightning.adapters.reft.sites import find_sites
 
-NORMS = {"llama": "model.norm", "gpt2": "transformer.ln_f", "gptj": "transformer.ln_f"}  # gptj's head has a bias
+NORMS = {
+    "llama": "model.norm",
+    "gpt2": "transformer.ln_f",
+    "gptj": "transformer.ln_f",
+}  # gptj's head has a bias
 
 
 @pytest.mark.parametrize("family", NORMS)

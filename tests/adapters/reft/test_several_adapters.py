@@ -1,7 +1,6 @@
 """Several adapters on one base model: in a row, as a sum, another one for each row of a batch; partitions of one."""
 
 import copy
-import itertools
 import json
 import pickle
 
@@ -40,13 +39,8 @@ def alone(name, family="llama", dtype=torch.float64):
     reft = several(family, dtype)
     method, settings = OTHERS.get(name, ("loreft", {"rank": 4, "positions": "f2+l1"}))
     other = rl.attach(tiny.model(family, dtype), method, heads=False, **settings).to(dtype).eval()
-    other.load_adapter_state_dict(
-        {
-            key: tensor
-            for key, tensor in reft.adapters[name].state_dict().items()
-            if key in other.adapter_state_dict()
-        }
-    )
+    own = other.adapter_state_dict().keys()
+    other.load_adapter_state_dict({k: t for k, t in reft.adapters[name].state_dict().items() if k in own})
     return other
 
 
@@ -187,7 +181,7 @@ def test_a_base_model_is_free_again_whichever_adapter_was_deleted(copied):
 # --- one adapter a row -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gptj"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_every_row_has_its_own_adapter_in_forward(family):
     reft = several(family)
     for names in (["default", "style", "bias", "late"], ["late", None, "late", "__base__"]):
@@ -214,18 +208,12 @@ def test_a_row_may_give_the_strength_of_its_adapter():
         torch.testing.assert_close(mixed[i], logits(reft)[i], **CLOSE)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
 @pytest.mark.parametrize(
-    "how",
-    [
-        {},
-        {"num_beams": 3},
-        {"num_beams": 2, "num_return_sequences": 2},
-        {"use_cache": False},
-        {"cache_implementation": "static"},
-    ],
+    ("family", "how"),
+    [("llama", {}), ("llama", {"num_beams": 2, "num_return_sequences": 2}), ("llama", {"use_cache": False}),
+     ("llama", {"cache_implementation": "static"}), ("gpt2", {"num_beams": 3}), ("mistral", {})],
     ids=str,
-)
+)  # fmt: skip
 def test_every_row_generates_with_its_own_adapter(family, how):
     reft, names = several(family), ["late", "default", None, "style"]
     mixed = reft.generate(**PROMPTS, **GREEDY, **how, adapter_names=names)
@@ -313,11 +301,11 @@ def test_a_misspelt_name_is_an_error_and_never_the_base_model(use):
     assert torch.equal(logits(reft), before)
 
 
-@pytest.mark.parametrize("name", ["default", "style", "peft", "__base__", "a.b", "", "keys", "active", "a/b"])
-def test_a_name_that_is_taken_or_impossible_is_refused(name):
+def test_a_name_that_is_taken_or_impossible_is_refused():
     reft = several()
-    with pytest.raises(ValueError, match=r"is taken|cannot be called"):
-        reft.add_adapter(name, rank=1)
+    for name in ("default", "style", "peft", "__base__", "a.b", "", "keys", "active", "a/b"):
+        with pytest.raises(ValueError, match=r"is taken|cannot be called"):
+            reft.add_adapter(name, rank=1)
     assert reft.adapter_names == ["default", *OTHERS]
 
 
@@ -328,15 +316,13 @@ def test_names_must_be_one_for_each_row():
             logits(reft, adapter_names=names)
 
 
-@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", True, None])
-def test_a_weight_is_a_finite_number(weight):
-    with pytest.raises(ValueError, match="weight of the adapter 'style' must be a finite number"):
-        several().set_adapter({"style": weight})
-
-
-def test_an_adapter_edits_once():
+def test_a_weight_is_a_finite_number_and_an_adapter_edits_once():
+    reft = several()
+    for weight in (float("nan"), float("inf"), "1", True, None):
+        with pytest.raises(ValueError, match="weight of the adapter 'style' must be a finite number"):
+            reft.set_adapter({"style": weight})
     with pytest.raises(ValueError, match="an adapter edits once"):
-        several().set_adapter(["style", "style"])
+        reft.set_adapter(["style", "style"])
 
 
 def test_the_only_adapter_stays():
@@ -422,11 +408,11 @@ def test_only_sums_of_directions_can_be_divided():
     assert reft.adapters["default"].partitions == {}
 
 
-@pytest.mark.parametrize("rows", [[], [0, 0], [4], [-1]], ids=str)
-def test_a_partition_has_rows_of_the_subspace(rows):
+def test_a_partition_has_rows_of_the_subspace():
     reft = rl.attach(tiny.model("llama"), rank=4)
-    with pytest.raises(ValueError, match=r"distinct rows in 0\.\.3 of a subspace of rank 4"):
-        reft.add_partition("part", rows)
+    for rows in ([], [0, 0], [4], [-1]):
+        with pytest.raises(ValueError, match=r"distinct rows in 0\.\.3 of a subspace of rank 4"):
+            reft.add_partition("part", rows)
     assert reft.adapter_names == ["default"]
 
 
@@ -472,21 +458,15 @@ def test_parts_count_once_and_are_saved_with_what_they_are_part_of(tmp_path):
     assert reft.parameter_count() == rl.count_parameters(reft.base_model.config, rank=4, positions="l2")
     assert len(list(reft.adapters.parameters())) == len(reft.parameter_roles()["rotation"]) * 3
     reft.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "README.md",
-        "reft.safetensors",
-        "reft_config.json",
-    ]
-    again = (
-        rl.ReftModel.from_pretrained(tiny.model("llama", torch.float64), tmp_path).to(torch.float64).eval()
-    )
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["README.md", "reft.safetensors", "reft_config.json"]
+    again = rl.ReftModel.from_pretrained(tiny.model("llama", torch.float64), tmp_path).double()
     assert again.adapter_names == ["default", "left", "right"]
     for name in again.adapter_names:
         reft.set_adapter(name)
         again.set_adapter(name)
-        torch.testing.assert_close(
-            logits(again), logits(reft), atol=1e-5, rtol=1e-5
-        )  # saved as float64, loaded as float32
+        # saved as float64, loaded as float32
+        torch.testing.assert_close(logits(again), logits(reft), atol=1e-5, rtol=1e-5)
 
 
 def test_an_adapter_outlives_its_parts_only_in_this_order():
@@ -651,16 +631,6 @@ def test_a_swap_of_numbers_keeps_the_compiled_graph(tmp_path):
     torch.testing.assert_close(reft(**batch).logits, newer(**batch).logits, atol=1e-5, rtol=1e-5)
     assert len(graphs) == before > 0
     torch.compiler.reset()
-
-
-def test_every_pair_of_adapters_works_as_a_stack_and_as_a_sum():
-    reft = several()
-    for pair in itertools.permutations(reft.adapter_names, 2):
-        reft.set_adapter(list(pair))
-        stacked = logits(reft)
-        reft.set_adapter(dict.fromkeys(pair, 1.0))
-        assert stacked.isfinite().all()
-        assert logits(reft).isfinite().all()
 
 
 @pytest.mark.parametrize(
