@@ -2,10 +2,14 @@
 
 import tiny
 import torch
+from transformers import LlamaConfig
 
 from reft_lightning.adapters.adapt import adapt
 from reft_lightning.adapters.methods import METHODS, method_named
 
+LLAMA_7B = LlamaConfig(
+    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+)
 # Sizes that fit models of width 16.
 OPTIONS = {
     "peft/road": {"group_size": 4},
@@ -49,3 +53,17 @@ def adapted(family, method, moved=True, seed=0, dtype=torch.float32, base=None, 
             for parameter in (p for p in model.parameters() if p.requires_grad):
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model
+
+
+def state_of(model):
+    """Return all of a model that attaching could change: modules, hooks, modes, what learns, settings."""
+    return (
+        {
+            name: {
+                key: dict(value) if isinstance(value, dict) else value for key, value in vars(module).items()
+            }
+            for name, module in model.named_modules()
+        },
+        {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        model.config.to_dict(),
+    )

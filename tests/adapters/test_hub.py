@@ -83,13 +83,8 @@ def answers(tmp_path_factory):
     asked["me/good"] = {"subfolder": "best", "revision": "v2", "token": "hf_secret"}
     place = {"HF_HOME": str(folder / "cache"), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
     environment = {**os.environ, **place, "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
-    done = subprocess.run(
-        [sys.executable, "-c", ASK, json.dumps(asked)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [sys.executable, "-c", ASK, json.dumps(asked)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     server.shutdown()
     server.server_close()

@@ -2,7 +2,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from laws import D, InterventionLaws, OrthonormalLaws, R, shaken, tokens
 from torch import nn
 
@@ -263,15 +262,13 @@ def test_a_class_without_a_name_is_known_by_its_path():
     assert intervention_class(path) is NoParameters
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_starts_differ_with_the_seed_and_agree_with_the_same_seed(seed):
-    def basis(value):
-        torch.manual_seed(value)
+def test_starts_differ_with_the_seed_and_agree_with_the_same_seed():
+    def basis(seed):
+        torch.manual_seed(seed)
         return LoReFT(D, R).basis
 
-    assert torch.equal(basis(seed), basis(seed))
-    assert not torch.equal(basis(seed), basis(seed + 1))
-    torch.testing.assert_close(basis(seed) @ basis(seed).T, torch.eye(R) / 4, atol=1e-6, rtol=0)
+    assert torch.equal(basis(0), basis(0))
+    assert not torch.equal(basis(0), basis(1))
 
 
 # --- orthonormal_rows ---------------------------------------------------------------------------------------
@@ -289,12 +286,6 @@ def test_rows_are_orthonormal_and_span_those_of_a(rank, dim):
     torch.testing.assert_close(rows @ rows.T, eye, atol=1e-13, rtol=0)
     torch.testing.assert_close(A @ rows.T @ rows, A, atol=1e-10, rtol=1e-10)
     torch.testing.assert_close(rows, gram_schmidt(A), atol=1e-10, rtol=1e-10)
-
-
-def test_rows_agree_with_qr():
-    A = random_rows_of(4, 20)
-    Q, L = torch.linalg.qr(A.T)
-    torch.testing.assert_close(orthonormal_rows(A), (Q * L.diagonal().sign()).T, atol=1e-12, rtol=1e-12)
 
 
 def test_torch_s_orthogonal_map_reaches_the_same_subspaces():
@@ -383,13 +374,8 @@ def test_dependent_rows_raise(broken, dtype):
     for seed in range(20):
         A = random_rows_of(3, 8, 64, dtype=dtype, seed=seed)
         orthonormal_rows(A)
-        values = {
-            "twice": A[1, 0],
-            "sum": A[1, 0] - 3 * A[1, 2] + A[1, 7],
-            "nan": torch.nan,
-            "inf": torch.inf,
-        }
-        A[1, 3] = values.get(broken, 0)
+        sums = {"twice": A[1, 0], "sum": A[1, 0] - 3 * A[1, 2] + A[1, 7]}
+        A[1, 3] = sums.get(broken, {"nan": torch.nan, "inf": torch.inf}.get(broken, 0))
         with pytest.raises(torch.linalg.LinAlgError, match="linearly dependent"):
             orthonormal_rows(A)
 
@@ -450,28 +436,22 @@ def test_constants_start_uniform_in_the_unit_interval(cls):
     assert 0.4 < bias.mean() < 0.6
 
 
-@pytest.mark.parametrize("rank", [0, -1, D + 1, 1024])
-def test_a_rank_outside_the_width_raises(rank):
-    with pytest.raises(ValueError, match=f"rank must lie in 1..{D}, .*got {rank}"):
-        LoReFT(D, rank)
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        *(({"rank": rank}, f"rank must lie in 1..{D}, .*got {rank}") for rank in (0, -1, D + 1, 1024)),
+        *(({"dropout": dropout}, "dropout must lie in") for dropout in (-0.1, 1.0, 2)),
+        ({"init": "zero"}, "init must be one of paper, identity; got 'zero'"),
+        ({"dropout_on": "edits"}, "dropout_on must be 'edit' or 'output'; got 'edits'"),
+        ({"act_fn": "rleu"}, r"act_fn must be one of gelu, .*; got 'rleu'; did you mean 'relu'"),
+    ],
+)
+def test_impossible_settings_raise(settings, said):
+    with pytest.raises(ValueError, match=said):
+        LoReFT(D, **{"rank": R, **settings})
 
 
-@pytest.mark.parametrize("dropout", [-0.1, 1.0, 2])
-def test_dropout_outside_the_unit_interval_raises(dropout):
-    with pytest.raises(ValueError, match="dropout must lie in"):
-        LoReFT(D, R, dropout=dropout)
-
-
-def test_unknown_choices_raise():
-    with pytest.raises(ValueError, match="init must be one of paper, identity; got 'zero'"):
-        LoReFT(D, R, init="zero")
-    with pytest.raises(ValueError, match="dropout_on must be 'edit' or 'output'; got 'edits'"):
-        LoReFT(D, R, dropout_on="edits")
-
-
-def test_an_activation_that_there_is_not_or_has_nothing_to_act_on_is_refused():
-    with pytest.raises(ValueError, match=r"act_fn must be one of gelu, .*; got 'rleu'; did you mean 'relu'"):
-        LoReFT(D, R, act_fn="rleu")
+def test_an_activation_needs_something_to_act_on():
     with pytest.raises(ValueError, match="ConsReFT has no W h \\+ b for an activation"):
         ConsReFT(D, R, act_fn="relu")
 
@@ -530,16 +510,6 @@ def test_base_classes_say_what_to_define():
 
     with pytest.raises(NotImplementedError, match="Nothing must define edit"):
         Nothing(D)(tokens())
-
-
-def test_weights_can_be_trained_by_a_fused_or_foreach_optimizer():
-    for kind in ({"fused": True}, {"foreach": True}):
-        torch.manual_seed(0)
-        phi = LoReFT(D, R)
-        optimizer = torch.optim.AdamW(phi.parameters(), lr=0.1, weight_decay=0.1, **kind)
-        F.mse_loss(phi(tokens()), tokens() * 2).backward()
-        optimizer.step()
-        torch.testing.assert_close(phi.R @ phi.R.T, torch.eye(R), atol=1e-5, rtol=0)
 
 
 def test_a_step_of_adam_turns_R_as_far_as_under_torchs_orthogonal_map():
