@@ -13,9 +13,10 @@ from reft_lightning.base_models.output_head import join_columns
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
-MODELS = [("loreft", family) for family in tiny.DECODERS] + [
-    (method, "llama") for method in ("peft/lora", "full", "frozen")
-] + [("bitfit", "gpt2")]  # fmt: skip
+MODELS = [
+    *(("loreft", family) for family in ("llama", "gpt2", "gptj", "opt", "gemma3")),
+    ("peft/lora", "llama"),
+]
 
 
 class HeadProducts(TorchDispatchMode):
@@ -78,9 +79,8 @@ def test_and_their_gradients():
     labels = batch["input_ids"][:, -3:]
     reft(**batch)  # the first batch with padding on the left: it is tried how the model reads
     with HeadProducts() as products:
-        reft(
-            **batch, labels=labels, logits_to_keep=3, prompt_mask=batch["attention_mask"].bool()
-        ).loss.backward()
+        prompt = batch["attention_mask"].bool()
+        reft(**batch, labels=labels, logits_to_keep=3, prompt_mask=prompt).loss.backward()
     forward, backward = products.found
     assert forward == ("mm", (9, tiny.WIDTH))
     assert backward == ("mm", (9, tiny.VOCABULARY))
