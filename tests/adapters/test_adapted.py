@@ -143,7 +143,7 @@ def test_the_loss_of_only_the_target_columns_is_the_loss(family, method):
     torch.testing.assert_close(part.logits, whole.logits[:, -4:], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["loreft", "peft/lora", "peft/prompt_tuning", "loreft + peft/lora"])
+@pytest.mark.parametrize("method", ["peft/lora", "peft/prompt_tuning", "loreft + peft/lora"])
 def test_gradient_checkpointing_gives_the_same_gradients(method):
     gradients = []
     for checkpointing in (False, True):
@@ -165,7 +165,7 @@ def test_a_16_bit_base_is_adapted_in_float32(family, method):
     assert {p.dtype for role in ("rotation", "weight", "bias") for p in roles[role]} == {torch.float32}
 
 
-@pytest.mark.parametrize("method", ["loreft", "peft/prompt_tuning", "full", "loreft + peft/lora"])
+@pytest.mark.parametrize("method", ["peft/prompt_tuning", "full", "loreft + peft/lora"])
 def test_a_copy_runs_on_its_own(method):
     model, batch = adapted("llama", method), batch_of("llama")
     before = logits_of(model, batch)

@@ -125,8 +125,10 @@ def test_revision_subfolder_and_token_reach_the_hub(answers):
 
 
 def test_offline_only_the_cache_is_read_and_the_error_says_so():
-    with pytest.raises(FileNotFoundError, match=r"'me/adapter' is not a folder.* HF_HUB_OFFLINE is set"):
-        rl.ReftModel.from_pretrained(tiny.model("llama"), "me/adapter")
+    for name, said in (("me/adapter", " HF_HUB_OFFLINE is set"), ("not a name", "not a name of the hub either"),
+                       ("missing/folder/here", "not a name of the hub either")):  # fmt: skip
+        with pytest.raises(FileNotFoundError, match=f"'{name}' is not a folder.*{said}"):
+            rl.ReftModel.from_pretrained(tiny.model("llama"), name)
 
 
 def test_only_the_named_cache_is_read_for_the_adapter_and_its_base(tmp_path, monkeypatch):

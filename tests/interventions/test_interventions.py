@@ -38,12 +38,22 @@ def gram_schmidt(A):
     return torch.stack(rows)
 
 
-class TestLoReFT(OrthonormalLaws):
+class LowRank(InterventionLaws):
+    """Subclass with a class, its further settings, and its number of parameters where that is not that of two maps."""
+
+    cls: type[Intervention]
+    own = {}  # noqa: RUF012
+    count = 2 * R * D + R
+
     def make(self, **settings):
-        return LoReFT(D, rank=R, **settings)
+        return self.cls(D, rank=R, **self.own, **settings)
 
     def num_parameters(self):
-        return 2 * R * D + R  # R, W and b
+        return self.count
+
+
+class TestLoReFT(LowRank, OrthonormalLaws):
+    cls = LoReFT
 
     def formula(self, phi, h):  # eq. 2
         rows, W, b = gram_schmidt(phi.basis), phi.source.weight, phi.source.bias
@@ -56,50 +66,32 @@ class TestLoReFT(OrthonormalLaws):
         torch.testing.assert_close(phi(h) @ phi.R.T, phi.source(h), atol=1e-12, rtol=1e-12)
 
 
-class TestNoReFT(InterventionLaws):
-    def make(self, **settings):
-        return NoReFT(D, rank=R, **settings)
-
-    def num_parameters(self):
-        return 2 * R * D + R  # W1, W2 and b
+class TestNoReFT(LowRank):
+    cls = NoReFT
 
     def formula(self, phi, h):  # Table 17, row 4
         W1, b, W2 = phi.source.weight, phi.source.bias, phi.projection.weight
         return torch.stack([x + W2.T @ (W1 @ x + b - W2 @ x) for x in h])
 
 
-class TestDiReFT(InterventionLaws):
-    def make(self, **settings):
-        return DiReFT(D, rank=R, **settings)
-
-    def num_parameters(self):
-        return 2 * R * D + R  # W1, W2 and b
+class TestDiReFT(LowRank):
+    cls = DiReFT
 
     def formula(self, phi, h):  # eq. 3
         W1, b, W2 = phi.source.weight, phi.source.bias, phi.projection.weight
         return torch.stack([x + W2.T @ (W1 @ x + b) for x in h])
 
 
-class TestOrthonormalDiReFT(OrthonormalLaws):
-    def make(self, **settings):
-        return OrthonormalDiReFT(D, rank=R, **settings)
-
-    def num_parameters(self):
-        return 2 * R * D + R  # R, W and b
+class TestOrthonormalDiReFT(LowRank, OrthonormalLaws):
+    cls = OrthonormalDiReFT
 
     def formula(self, phi, h):  # Table 17, row 3
         rows, W, b = gram_schmidt(phi.basis), phi.source.weight, phi.source.bias
         return torch.stack([x + rows.T @ (W @ x + b) for x in h])
 
 
-class TestConsReFT(OrthonormalLaws):
-    has_identity = False
-
-    def make(self, **settings):
-        return ConsReFT(D, rank=R, **settings)
-
-    def num_parameters(self):
-        return R * D + R  # R and b
+class TestConsReFT(LowRank, OrthonormalLaws):
+    cls, count, has_identity = ConsReFT, R * D + R, False
 
     def formula(self, phi, h):  # Table 17, row 2
         rows, b = gram_schmidt(phi.basis), phi.bias
@@ -113,77 +105,47 @@ class TestConsReFT(OrthonormalLaws):
         torch.testing.assert_close(phi(tokens()) @ phi.R.T, phi.bias.expand(7, R), atol=1e-5, rtol=1e-5)
 
 
-class TestLobiReFT(OrthonormalLaws):
-    def make(self, **settings):
-        return LobiReFT(D, rank=R, **settings)
-
-    def num_parameters(self):
-        return R * D + R  # R and b
+class TestLobiReFT(LowRank, OrthonormalLaws):
+    cls, count = LobiReFT, R * D + R
 
     def formula(self, phi, h):  # Table 17, row 1
         return h + gram_schmidt(phi.basis).T @ phi.bias
 
 
-class TestLoReFTWithAnActivation(OrthonormalLaws):
-    has_identity = False
-
-    def make(self, **settings):
-        return LoReFT(D, rank=R, act_fn="relu", **settings)
-
-    def num_parameters(self):
-        return 2 * R * D + R
+class TestLoReFTWithAnActivation(LowRank, OrthonormalLaws):
+    cls, own, has_identity = LoReFT, {"act_fn": "relu"}, False
 
     def formula(self, phi, h):  # the activation on W h + b, and nowhere else
         rows, W, b = gram_schmidt(phi.basis), phi.source.weight, phi.source.bias
         return torch.stack([x + rows.T @ ((W @ x + b).clamp(min=0) - rows @ x) for x in h])
 
 
-class TestOrthonormalDiReFTWithAnActivation(OrthonormalLaws):
-    has_identity = False
-
-    def make(self, **settings):
-        return OrthonormalDiReFT(D, rank=R, act_fn="tanh", **settings)
-
-    def num_parameters(self):
-        return 2 * R * D + R
+class TestOrthonormalDiReFTWithAnActivation(LowRank, OrthonormalLaws):
+    cls, own, has_identity = OrthonormalDiReFT, {"act_fn": "tanh"}, False
 
     def formula(self, phi, h):
         rows, W, b = gram_schmidt(phi.basis), phi.source.weight, phi.source.bias
         return torch.stack([x + rows.T @ (W @ x + b).tanh() for x in h])
 
 
-class TestDiReFTWithAnActivation(InterventionLaws):
-    def make(self, **settings):
-        return DiReFT(D, rank=R, act_fn="silu", **settings)
-
-    def num_parameters(self):
-        return 2 * R * D + R
+class TestDiReFTWithAnActivation(LowRank):
+    cls, own = DiReFT, {"act_fn": "silu"}
 
     def formula(self, phi, h):
         W1, b, W2 = phi.source.weight, phi.source.bias, phi.projection.weight
         return torch.stack([x + W2.T @ ((W1 @ x + b) * (W1 @ x + b).sigmoid()) for x in h])
 
 
-class TestNoReFTWithBothBiases(InterventionLaws):
-    def make(self, **settings):
-        return NoReFT(D, rank=R, add_bias=True, **settings)
-
-    def num_parameters(self):
-        return 2 * R * D + 2 * R
+class TestNoReFTWithBothBiases(LowRank):
+    cls, own, count = NoReFT, {"add_bias": True}, 2 * R * D + 2 * R
 
     def formula(self, phi, h):
         W1, b1, W2, b2 = phi.source.weight, phi.source.bias, phi.projection.weight, phi.projection.bias
         return torch.stack([x + W2.T @ (W1 @ x + b1 - (W2 @ x + b2)) for x in h])
 
 
-class TestNoReFTWithBothBiasesAndAnActivation(InterventionLaws):
-    has_identity = False
-
-    def make(self, **settings):
-        return NoReFT(D, rank=R, add_bias=True, act_fn="sigmoid", **settings)
-
-    def num_parameters(self):
-        return 2 * R * D + 2 * R
+class TestNoReFTWithBothBiasesAndAnActivation(TestNoReFTWithBothBiases):
+    own, has_identity = {"add_bias": True, "act_fn": "sigmoid"}, False
 
     def formula(self, phi, h):
         W1, b1, W2, b2 = phi.source.weight, phi.source.bias, phi.projection.weight, phi.projection.bias
@@ -288,34 +250,6 @@ def test_rows_are_orthonormal_and_span_those_of_a(rank, dim):
     torch.testing.assert_close(rows, gram_schmidt(A), atol=1e-10, rtol=1e-10)
 
 
-def test_torch_s_orthogonal_map_reaches_the_same_subspaces():
-    layer = nn.utils.parametrizations.orthogonal(nn.Linear(20, 4, bias=False, dtype=torch.float64))
-    theirs = layer.weight.detach()
-    eye = torch.eye(4, dtype=torch.float64)
-    torch.testing.assert_close(theirs @ theirs.T, eye, atol=1e-12, rtol=0)
-    # Any point of theirs is a point of ours, reached by itself and by any mixture of its rows.
-    torch.testing.assert_close(orthonormal_rows(theirs), theirs, atol=1e-12, rtol=0)
-    mixed = orthonormal_rows(random_rows_of(4, 4) @ theirs)
-    torch.testing.assert_close(mixed.T @ mixed, theirs.T @ theirs, atol=1e-10, rtol=0)
-
-
-def test_both_maps_give_the_same_gradient_along_the_manifold():
-    """A step along R(t) = R exp(tX) changes a loss equally whichever parameter carries it."""
-    A = random_rows_of(3, 10).requires_grad_()
-    goal = random_rows_of(3, 10, seed=5)
-    loss = (orthonormal_rows(A) * goal).sum()
-    (gradient,) = torch.autograd.grad(loss, A)
-    rows = orthonormal_rows(A).detach()
-    # At A = R the derivative towards directions tangent to the manifold is the inner product with the goal.
-    B = rows.clone().requires_grad_()
-    (at_rows,) = torch.autograd.grad((orthonormal_rows(B) * goal).sum(), B)
-    skew = random_rows_of(10, 10, seed=6)
-    tangent = rows @ (skew - skew.T)
-    torch.testing.assert_close((at_rows * tangent).sum(), (goal * tangent).sum(), atol=1e-10, rtol=1e-10)
-    # Along A itself nothing changes: the loss does not depend on A's scale, nor on that of any single row.
-    assert (gradient * A).sum(-1).abs().max() < 1e-12
-
-
 @pytest.mark.parametrize(("rank", "dim"), [(1, 8), (4, 20), (8, 576)])
 def test_a_start_is_the_one_that_torch_draws(rank, dim):
     torch.manual_seed(5)
@@ -339,13 +273,6 @@ def test_the_map_has_right_gradients():
     A = random_rows_of(3, 7).requires_grad_()
     assert torch.autograd.gradcheck(orthonormal_rows, A)
     assert torch.autograd.gradcheck(orthonormal_rows, random_rows_of(2, 3, 7).requires_grad_())
-
-
-def test_a_batch_of_layers_equals_single_layers():
-    A = random_rows_of(5, 4, 16, dtype=torch.float32)
-    together = orthonormal_rows(A)
-    for rows, a in zip(together, A, strict=True):
-        torch.testing.assert_close(rows, orthonormal_rows(a), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e3, 1e12])
@@ -378,13 +305,6 @@ def test_dependent_rows_raise(broken, dtype):
         A[1, 3] = sums.get(broken, {"nan": torch.nan, "inf": torch.inf}.get(broken, 0))
         with pytest.raises(torch.linalg.LinAlgError, match="linearly dependent"):
             orthonormal_rows(A)
-
-
-def test_autocast_leaves_the_rows_orthonormal():
-    A = random_rows_of(4, 64, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = orthonormal_rows(A)
-    assert torch.equal(inside, orthonormal_rows(A))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import sys
+import time
 
 import pytest
 
@@ -89,6 +90,7 @@ def build_and_count(folder, log):
     def logged(part):
         with log.open("a") as file:
             file.write("built\n")
+        time.sleep(0.1)  # so that the others come before it is whole
         build(part)
 
     publish(folder, logged)

@@ -116,12 +116,6 @@ def test_a_module_path_is_a_component(path, same_as):
     assert torch.equal(by_path(**BATCH).logits, by_name(**BATCH).logits)
 
 
-def test_a_callable_selects_positions():
-    by_name = attach(positions="f1")
-    by_hand = attach(positions=lambda prompt, target: prompt & (prompt.cumsum(-1) == 1))
-    assert torch.equal(by_name(**BATCH).logits, by_hand(**BATCH).logits)
-
-
 @pytest.mark.parametrize(
     ("method", "default"), [("loreft", torch.bfloat16), ("direft", torch.float16), ("cast", torch.bfloat16)]
 )

@@ -81,30 +81,6 @@ def test_beams_give_each_row_what_it_gets_alone(positions):  # pyreft needs loca
     assert torch.equal(new_ids(reft, batch, num_beams=3, use_cache=False), alone)
 
 
-def test_several_sequences_a_row_come_next_to_each_other():  # D44
-    reft = attached()
-    batch = tiny.padded(tiny.rows(5, 3), "left")
-    beams = reft.generate(**batch, **(GREEDY | {"num_beams": 3, "num_return_sequences": 2}))
-    assert beams.shape[0] == 4
-    assert torch.equal(beams[::2, batch["input_ids"].shape[1] :], new_ids(reft, batch, num_beams=3))
-
-
-def test_sampling_is_reproducible_and_uses_the_edit():
-    reft = attached(positions="all")
-    batch = tiny.padded(tiny.rows(5, 3), "left")
-    drawn = []
-    for enabled in (True, True, False):
-        torch.manual_seed(7)
-        if enabled:
-            drawn.append(new_ids(reft, batch, do_sample=True, num_return_sequences=3))
-        else:
-            with reft.disabled():
-                drawn.append(new_ids(reft, batch, do_sample=True, num_return_sequences=3))
-    assert torch.equal(drawn[0], drawn[1])
-    assert not torch.equal(drawn[0], drawn[2])
-    assert drawn[0].shape == (6, NEW)
-
-
 @pytest.mark.parametrize(
     ("component", "tied"), [("block_input", "position"), ("attention_output", "group"), ("mlp_output", "position")]
 )  # fmt: skip

@@ -2,11 +2,11 @@
 
 import copy
 import json
-import pickle
 
 import pytest
 import tiny
 import torch
+from adapted_models import state_of
 from laws import shaken
 from torch import nn
 
@@ -59,27 +59,13 @@ def row(i, batch=PROMPTS):
 @pytest.mark.parametrize("name", ["default", *OTHERS])
 def test_the_active_adapter_edits_as_it_does_alone(name):
     reft = several(dtype=torch.float32)
-    reft.set_adapter(name)
+    assert reft.adapter_names == ["default", *OTHERS]
+    if name != "default":  # which edits until another one is set
+        reft.set_adapter(name)
+    assert reft.active_adapters == [name]
     expected = alone(name, dtype=torch.float32)
     assert torch.equal(logits(reft), logits(expected))
     assert torch.equal(reft.generate(**PROMPTS, **GREEDY), expected.generate(**PROMPTS, **GREEDY))
-
-
-def test_an_added_adapter_edits_only_once_it_is_set():
-    reft = several()
-    assert reft.adapter_names == ["default", "style", "bias", "late"]
-    assert reft.active_adapters == ["default"]
-    assert torch.equal(logits(reft), logits(alone("default")))
-
-
-def test_none_is_the_base_model():
-    reft = several(dtype=torch.float32)
-    with reft.disabled():
-        base = logits(reft)
-    reft.set_adapter(None)
-    assert reft.active_adapters == []
-    assert torch.equal(logits(reft), base)
-    assert not torch.equal(logits(several(dtype=torch.float32)), base)
 
 
 def test_a_stack_edits_what_the_adapter_before_left():
@@ -196,7 +182,11 @@ def test_rows_without_an_adapter_are_the_base_model_to_the_bit():
     reft = several(dtype=torch.float32)
     with reft.disabled():
         base = logits(reft)
+    assert not torch.equal(logits(reft), base)
     assert torch.equal(logits(reft, adapter_names=[None] * 4), base)
+    reft.set_adapter(None)
+    assert reft.active_adapters == []
+    assert torch.equal(logits(reft), base)
     assert torch.equal(logits(reft, adapter_names=[None, "style", None, None])[[0, 2, 3]], base[[0, 2, 3]])
 
 
@@ -334,8 +324,7 @@ def test_the_only_adapter_stays():
 
 def test_a_failed_addition_changes_nothing():
     reft = several()
-    before, names = logits(reft), reft.adapter_names
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in reft.base_model.modules()]
+    before, names, base = logits(reft), reft.adapter_names, state_of(reft.base_model)
     for settings in (
         {"rank": 99},
         {"layers": [7]},
@@ -346,7 +335,7 @@ def test_a_failed_addition_changes_nothing():
         with pytest.raises(ValueError, match=r"rank|layer|component|positions|setting"):
             reft.add_adapter("new", **{"rank": 2, **settings})
     assert reft.adapter_names == names
-    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in reft.base_model.modules()] == hooks
+    assert state_of(reft.base_model) == base
     assert torch.equal(logits(reft), before)
 
 
@@ -554,13 +543,10 @@ def test_a_damaged_file_leaves_the_model_as_it_was(tmp_path):
     assert torch.equal(logits(reft), before)
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda reft: pickle.loads(pickle.dumps(reft))], ids=["copy", "pickle"]
-)
-def test_copies_have_all_adapters_and_edit_with_their_own(copied):
+def test_copies_have_all_adapters_and_edit_with_their_own():
     reft = halves()
     reft.add_adapter("other", "direft", rank=2, positions="all")
-    other = copied(reft.double())
+    other = copy.deepcopy(reft.double())
     with torch.no_grad():
         for parameter in reft.adapters.parameters():
             parameter.mul_(3)
@@ -572,11 +558,8 @@ def test_copies_have_all_adapters_and_edit_with_their_own(copied):
     assert part.phi is whole
 
 
-def test_train_and_eval_reach_every_adapter():
+def test_an_added_adapter_has_the_mode_of_the_model():
     reft = several()
-    reft.train()
-    assert all(adapter.training for adapter in reft.adapters.values())
-    reft.eval()
     reft.add_adapter("new", rank=1, dropout=0.5)
     assert not reft.adapters["new"].training
 
