@@ -62,6 +62,8 @@ REFUSED_SETTINGS = [
     ({"heads": ["classifier", "dropout"]}, "'dropout' has no parameters to train"),
     ({"heads": [""]}, "no module '' to train as a head"),
     ({"heads": 5}, "heads must be 'auto' or a list of module paths"),
+    ({"beside": "peft/lorra"}, "did you mean 'peft/lora'"),
+    ({"beside_options": {"r": 2}}, "none is trained together with loreft"),
     ({"beside": "peft/lora", "rank": 99}, "rank must lie in 1..16"),
     ({"beside": "peft/lora", "beside_options": {"r": 0}}, "should be a positive integer"),
 ]  # fmt: skip

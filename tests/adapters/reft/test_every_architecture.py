@@ -187,45 +187,6 @@ def width(args, kwargs):
 # --- models that know more of positions than a mask tells ---------------------------------------------------------
 
 
-def image_batch(config):
-    """Two rows with an image of 16 tokens, the shorter padded on the left."""
-    vision, image = config.vision_config, config.image_token_id
-    long = [5, 6, 7, config.vision_start_token_id, *[image] * 16, config.vision_end_token_id, 8, 9]
-    short = [5, *long[3:-1]]
-    short = [0] * (len(long) - len(short)) + short
-    ids = torch.tensor([long, short])
-    patches = 2 * 64, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    return {
-        "input_ids": ids,
-        "attention_mask": (ids != 0).long(),
-        "mm_token_type_ids": (ids == image).int(),
-        "pixel_values": torch.randn(patches, generator=torch.Generator().manual_seed(0)),
-        "image_grid_thw": torch.tensor([[1, 8, 8]] * 2),
-    }
-
-
-IMAGE = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 58, "vision_end_token_id": 59}
-
-
-@pytest.mark.parametrize("name", ["qwen2_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
-def test_rows_with_images_are_placed_by_the_model_itself(name):
-    base = architectures.build(AutoModelForImageTextToText, CONFIG_MAPPING[name], **IMAGE)
-    batch = image_batch(base.config)
-    rows = [slice(0, 1), slice(0, 2)]  # without padding, and with it
-    expected = [first(base, **cut(batch, row)) for row in rows]
-    generated = base.generate(**batch, **GREEDY)
-    reft = attached(base)
-    with reft.disabled():
-        for row, logits in zip(rows, expected, strict=True):
-            assert torch.equal(first(reft, **cut(batch, row)), logits)
-        assert torch.equal(reft.generate(**batch, **GREEDY), generated)
-
-
-def cut(batch, rows):
-    count = len(range(*rows.indices(2)))
-    return {k: v[: 64 * count] if k == "pixel_values" else v[rows] for k, v in batch.items()}
-
-
 def test_positions_that_start_after_a_padding_row_stay_where_they_are():
     base = architectures.build(AutoModelForSequenceClassification, CONFIG_MAPPING["ibert"])
     reft, where = attached(base), masks()
