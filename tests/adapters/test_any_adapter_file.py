@@ -1,4 +1,4 @@
-"""Whatever the files of an adapter hold: they are refused and the model is as it was, or it is what was saved."""
+"""Any damaged adapter is refused and leaves the model unchanged, or is the one that was saved."""
 
 import json
 import shutil

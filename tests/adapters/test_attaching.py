@@ -1,4 +1,4 @@
-"""Attaching is all or nothing, detaching gives the base model back, and what was attached can be saved."""
+"""Attaching is all or nothing, detaching restores the base model, and settings of any number type are saved."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""A base that accelerate spread over devices (device_map): an adapter trains on it, and it stays where it is."""
+"""An adapter trains on a base that accelerate has spread over devices (device_map), which stays where it is."""
 
 import pytest
 import short_runs

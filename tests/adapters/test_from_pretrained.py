@@ -1,4 +1,4 @@
-"""An adapter is loaded with its base model, or onto one; what does not fit says how, and which file it is."""
+"""An adapter is loaded with its base model or onto one; errors name the file and say what does not fit."""
 
 import json
 import re

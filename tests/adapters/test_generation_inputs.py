@@ -1,4 +1,4 @@
-"""What generate() takes: tokens in every form of transformers, and all that is theirs moves with the padding."""
+"""generate() takes tokens in every form that transformers does, and moves their tensors with the padding."""
 
 import pytest
 import tiny

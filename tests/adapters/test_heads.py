@@ -1,4 +1,4 @@
-"""Heads: those of a classifier are trained unless said otherwise, and what shares memory is trained and saved once."""
+"""A classifier's head is trained by default, and tensors that share memory are trained and saved once."""
 
 import pytest
 import tiny

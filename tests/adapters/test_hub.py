@@ -1,4 +1,4 @@
-"""Adapters come from the hub by name, revision and subfolder; a hub that fails is named, with what was asked."""
+"""Adapters are read from the hub by name, revision and subfolder; errors name the address that failed."""
 
 import copy
 import hashlib

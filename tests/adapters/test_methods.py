@@ -1,4 +1,4 @@
-"""What is known of a method by its name, before torch or peft is imported."""
+"""A method's name tells its properties before torch or peft is imported."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What would change nothing without a word: unknown arguments, empty positions, adapters of other models, a scale."""
+"""No silent mistakes: unknown arguments, empty positions, adapters of other models, a lost scale."""
 
 import copy
 import json

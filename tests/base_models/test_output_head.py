@@ -67,14 +67,14 @@ def test_loaded_models_have_it_and_attaching_adds_nothing():
 
 
 @pytest.mark.parametrize("method", ["loreft", "peft/lora"])
-def test_so_are_the_first_logits_of_a_generation(method):
+def test_the_first_logits_of_a_generation_are_one_product(method):
     model, batch = built(method, "llama"), tiny.padded(tiny.rows(5, 4, 7), "left")
     with HeadProducts() as products:
         model.generate(**batch, max_new_tokens=3)
     assert products.found == [("mm", (3, tiny.WIDTH))] * 3
 
 
-def test_and_their_gradients():
+def test_the_gradients_of_the_last_columns_are_one_product():
     reft, batch = built("loreft", "llama"), tiny.padded(tiny.rows(5, 4, 7), "left")
     labels = batch["input_ids"][:, -3:]
     reft(**batch)  # the first batch with padding on the left: it is tried how the model reads

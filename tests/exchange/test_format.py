@@ -1,4 +1,4 @@
-"""docs/format.md is right: its reader gives the library's edits, and it names every key, method and tensor."""
+"""docs/format.md is right: its reader computes the library's edits, and it names every key, method and tensor."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What AdapterHub's adapters saved is read, and computes what it computed there.
+"""Adapters that AdapterHub's adapters saved compute here what they computed there.
 
 Folders and numbers come from ``golden/make_adapters_folders.py``; adapters is not needed to run this file.
 """

@@ -1,4 +1,4 @@
-"""What pyreft saved is read, and computes what it computed there: logits, gradients, greedy texts.
+"""Adapters that pyreft saved compute here what they computed there: logits, gradients, greedy texts.
 
 Folders and numbers come from ``golden/make_pyreft_folders.py``; pyreft is not needed to run this file.
 """

@@ -351,7 +351,7 @@ RAISING = [
 
 
 @pytest.mark.parametrize(("name", "own", "settings", "limit"), RAISING)
-def test_what_cannot_be_left_out_of_an_architecture_is_not_and_its_losses_are_those_of_the_plain_pass(
+def test_architectures_that_cannot_be_shortened_have_the_losses_of_the_plain_pass(
     name, own, settings, limit, caplog
 ):
     rows, found, base = encoded(), [], architecture(name, **own)

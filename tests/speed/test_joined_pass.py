@@ -1,4 +1,4 @@
-"""One pass for several adapters: the losses and gradients of passes of their own, whatever the adapters are."""
+"""One pass for several adapters gives each the loss and the gradients of a pass of its own."""
 
 import logging
 

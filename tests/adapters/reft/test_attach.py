@@ -1,4 +1,4 @@
-"""attach(): what is accepted, how it is tied, and what is refused with a sentence that helps."""
+"""attach(): the arguments it accepts, how interventions are tied, and what forward() refuses."""
 
 import copy
 

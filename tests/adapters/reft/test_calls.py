@@ -1,4 +1,4 @@
-"""Calls inside calls, calls in several threads, calls with positional arguments: each edits what it edits by itself."""
+"""Nested calls, calls in several threads and calls with positional arguments edit as single ones do."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Edits that look at whole prompts, at what is said of each row, and return more than hidden states."""
+"""Edits that depend on whole prompts or on values of each row, and return more than hidden states."""
 
 import copy
 

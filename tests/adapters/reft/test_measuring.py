@@ -1,4 +1,4 @@
-"""What interventions do: seen while the model runs, by layer and position, and left out."""
+"""Edits are measured by layer and position while the model runs, and can be left out."""
 
 import pytest
 import tiny

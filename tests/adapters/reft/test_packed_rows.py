@@ -1,4 +1,4 @@
-"""Rows into which several texts are packed are refused, by whatever of transformers' arguments tells of them."""
+"""Rows that hold several packed texts are refused, whichever argument of transformers says so."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Several adapters on one base model: in a row, as a sum, another one for each row of a batch; partitions of one."""
+"""Several adapters on one base model: stacked, summed, or one for each row of a batch; partitions of an adapter."""
 
 import copy
 import json
@@ -638,7 +638,7 @@ def test_a_damaged_configuration_is_refused_with_its_folder(tmp_path, values, sa
     assert str(tmp_path) in str(refused.value)
 
 
-def test_an_adapter_that_cannot_be_nulled_is_in_nobodys_way_while_it_rests():
+def test_an_inactive_adapter_that_cannot_be_nulled_does_not_prevent_nulling():
     reft = rl.attach(tiny.model("llama"), "bias")
     reft.add_adapter("red", "red")
     with reft.nulled():

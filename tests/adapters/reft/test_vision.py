@@ -127,7 +127,7 @@ def test_a_row_is_read_as_it_is_alone(name):
 @pytest.mark.parametrize(
     "name", ["llava", "qwen2_vl", "qwen3_vl", "gemma3"]
 )  # Qwen's note where images stood
-def test_the_second_generation_is_not_haunted_by_the_first(name):
+def test_a_generation_does_not_depend_on_the_one_before(name):
     fresh, used = (attached(vision_models.model(name), "f2+image+l1+decode") for _ in range(2))
     text, other = batch(name, [(6, 0), (4, 0)], seed=5), batch(name, [(3, 2)], seed=6)
     expected, seen = fresh.generate(**text, **GREEDY), logits(fresh, text)
