@@ -67,3 +67,13 @@ def state_of(model):
         {name: parameter.requires_grad for name, parameter in model.named_parameters()},
         model.config.to_dict(),
     )
+
+
+def batch_of(family):
+    """Return rows of several lengths, padded as models of the family are read."""
+    return tiny.padded(tiny.rows(5, 2, 7), "right" if family in tiny.ENCODERS else "left")
+
+
+def logits_of(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import tiny
 import torch
-from adapted_models import EVERY, VIRTUAL, adapted
+from adapted_models import EVERY, VIRTUAL, adapted, batch_of, logits_of
 
 from reft_lightning.adapters.adapt import build_on_meta
 from reft_lightning.adapters.adapted import AdaptedModel
@@ -27,20 +27,9 @@ def every(cases):
     return pytest.mark.parametrize(("family", "method"), cases, ids=[" ".join(case) for case in cases])
 
 
-def batch_of(family):
-    """Return rows of several lengths, padded as models of the family are read."""
-    return tiny.padded(tiny.rows(5, 2, 7), "right" if family in tiny.ENCODERS else "left")
-
-
 def base_logits(family, batch):
     extra = {} if family in tiny.ENCODERS else {"position_ids": position_ids_of(batch["attention_mask"])}
-    with torch.no_grad():
-        return tiny.original(family)(**batch, **extra).logits
-
-
-def logits_of(model, batch):
-    with torch.no_grad():
-        return model(**batch).logits
+    return logits_of(tiny.original(family), batch | extra)
 
 
 def training_batch(family):

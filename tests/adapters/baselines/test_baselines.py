@@ -8,7 +8,7 @@ import pytest
 import short_runs
 import tiny
 import torch
-from adapted_models import ALL, LLAMA_7B, OPTIONS, PEFT, VIRTUAL, adapted
+from adapted_models import ALL, LLAMA_7B, OPTIONS, PEFT, VIRTUAL, adapted, logits_of
 from peft import PeftModel, get_peft_model
 from transformers import (
     CONFIG_MAPPING,
@@ -38,11 +38,6 @@ TINY = {
     "peft/vera": ["intervention.options.r=4"],
 }
 OURS = ["intervention.rank=8", "intervention.positions=f7+l7"]  # the defaults, which short_runs changes
-
-
-def logits_of(model, batch):
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 # --- the laws of adapted models -----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import short_runs
 import tiny
 import torch
 import torch._dynamo
-from adapted_models import JOINT, adapted
+from adapted_models import JOINT, adapted, batch_of, logits_of
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -40,15 +40,6 @@ def joint(family="llama", beside="peft/lora", **settings):
     return adapted(family, f"loreft + {beside}", **settings)
 
 
-def batch_of(family="llama"):
-    return tiny.padded(tiny.rows(5, 2, 7), "right" if family == "bert" else "left")
-
-
-def logits_of(model, batch):
-    with torch.no_grad():
-        return model(**batch).logits
-
-
 TRAINING_BATCH = tiny.prompt_target(tiny.rows(5, 3), tiny.rows(2, 3, seed=1))
 
 
@@ -56,7 +47,7 @@ TRAINING_BATCH = tiny.prompt_target(tiny.rows(5, 3), tiny.rows(2, 3, seed=1))
 
 
 def test_each_part_matters():
-    model, batch = joint(), batch_of()
+    model, batch = joint(), batch_of("llama")
     both = logits_of(model, batch)
     with model.peft.disabled():
         ours = logits_of(model, batch)
@@ -92,7 +83,7 @@ def test_a_map_that_peft_wraps_keeps_its_own_width():
             tiny.model("llama"), rank=2, component=component, beside="peft/lora", beside_options=options
         )
         assert {site.dim for site in model.sites.values()} == {width}
-        assert torch.isfinite(logits_of(model, batch_of())).all()
+        assert torch.isfinite(logits_of(model, batch_of("llama"))).all()
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.compile warns of its own internals
@@ -157,7 +148,7 @@ def positions_of(family, batch):
 
 
 def test_a_loaded_one_generates_and_learns_on(tmp_path):
-    model, batch = joint(dropout=0.5), batch_of()
+    model, batch = joint(dropout=0.5), batch_of("llama")
     model.save_pretrained(tmp_path)
     again = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
     texts = [m.generate(**batch, max_new_tokens=4, do_sample=False) for m in (model, again)]
@@ -175,7 +166,7 @@ def test_it_comes_with_its_base_model_and_by_a_name_of_the_hub(tmp_path, monkeyp
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # a hub would be asked
     tiny.model("llama").save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model, batch = joint(base=base), batch_of()
+    model, batch = joint(base=base), batch_of("llama")
     model.save_pretrained(tmp_path / "saved")
     again = rl.ReftModel.from_pretrained(tmp_path / "saved")
     assert torch.equal(logits_of(again, batch), logits_of(model, batch))
@@ -192,7 +183,7 @@ def test_it_comes_with_its_base_model_and_by_a_name_of_the_hub(tmp_path, monkeyp
 
 
 def test_peft_reads_its_part_and_interventions_are_attached_to_it(tmp_path, caplog):
-    model, batch = joint(), batch_of()
+    model, batch = joint(), batch_of("llama")
     model.config.base_model = "some/model"
     model.save_pretrained(tmp_path)
     said = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
@@ -220,7 +211,7 @@ def test_peft_reads_its_part_and_interventions_are_attached_to_it(tmp_path, capl
 
 
 def test_what_reft_convert_writes_for_us_is_both(tmp_path):
-    model, batch = joint(), batch_of()
+    model, batch = joint(), batch_of("llama")
     model.save_pretrained(tmp_path / "a")
     tiny.model("llama").save_pretrained(tmp_path / "base")
     convert(tmp_path / "a", "reft", tmp_path / "b", base=str(tmp_path / "base"))
@@ -263,7 +254,7 @@ OURS, THEIRS = "reft_config.json", "peft/adapter_config.json"
 def test_a_damaged_folder_is_named_and_the_base_model_stays_as_it_was(change, error, message, tmp_path):
     joint().save_pretrained(tmp_path)
     change(tmp_path)
-    base, batch = tiny.model("llama"), batch_of()
+    base, batch = tiny.model("llama"), batch_of("llama")
     before, names = logits_of(base, batch), [name for name, _ in base.named_modules()]
     with pytest.raises(error, match=message) as refused:
         rl.ReftModel.from_pretrained(base, tmp_path)
