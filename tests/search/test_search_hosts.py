@@ -167,9 +167,9 @@ def test_a_worker_whose_trial_was_given_to_another_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("postgresql://me:secret@127.0.0.1:1/studies", "cannot be opened|needs the driver"),
-        ("nosuch://host/name", "cannot be opened"),
-        ("a folder", "cannot be opened"),
+        ("postgresql://me:secret@127.0.0.1:1/studies", "cannot open storage|needs the database's driver"),
+        ("nosuch://host/name", "cannot open storage"),
+        ("a folder", "cannot open storage"),
     ],
 )
 def test_a_database_that_cannot_be_opened_is_said_in_one_line_without_its_password(tmp_path, url, said):

@@ -132,7 +132,7 @@ def test_a_trial_that_is_not_sealed_does_not_run(searched, tmp_path):
     job = read_job(study.folder / "trials" / "loreft" / "0")
     job["overrides"] = [o for o in job["overrides"] if o != "sealed=true"]
     (tmp_path / "job.json").write_text(json.dumps(job))
-    with pytest.raises(ValueError, match="a trial is sealed"):
+    with pytest.raises(ValueError, match="a trial must be sealed"):
         run_job(study.folder, tmp_path)
 
 
