@@ -178,7 +178,7 @@ class TestDivergedRuns:
         assert text.startswith("loreft has")
         assert "the best of 2" in text
         assert text.endswith("aaa diverged.")
-        assert any(note.startswith("aaa diverged, seeds 43: boolq accuracy") for note in comparison.notes)
+        assert any(note.startswith("aaa diverged with seeds 43: boolq accuracy") for note in comparison.notes)
         assert {(pair.first, pair.second) for pair in comparison.pairs} == {("loreft", "red")}
         assert "diverged" in [row[4].text for row in tables.measure_table(comparison).rows]
 
@@ -193,7 +193,7 @@ class TestDivergedRuns:
         for name in ("loreft", "red"):
             write_run(tmp_path / name, name, metrics={"test/boolq/accuracy": float("nan")})
         comparison = only(tmp_path)
-        assert tables.verdict(comparison) == "No method has a number: loreft, red diverged."
+        assert tables.verdict(comparison) == "No method has a finite score: loreft, red diverged."
         assert not any(cell.best for row in tables.score_table(comparison).rows for cell in row)
 
 
@@ -225,7 +225,7 @@ class TestEvidence:
         score = comparison.methods[0].scores["boolq", "accuracy"]
         assert score.interval == pytest.approx((theirs.low, theirs.high), abs=0.018)  # a row is 0.0167
         assert score.deviation is None
-        assert any("nothing is known of other seeds" in note for note in comparison.notes)
+        assert any("nothing is known about other seeds" in note for note in comparison.notes)
 
     def test_seeds_that_differ_widen_the_interval(self, tmp_path):
         same, other = tmp_path / "same", tmp_path / "other"
@@ -308,7 +308,7 @@ class TestEvidence:
         write_run(tmp_path / "a", metrics={"test/boolq/accuracy": 0.99})
         comparison = only(tmp_path)
         assert comparison.methods[0].scores["boolq", "accuracy"].interval is None
-        assert any("the predictions do not give accuracy of boolq" in note for note in comparison.notes)
+        assert any("the predictions do not reproduce accuracy of boolq" in note for note in comparison.notes)
         assert cells(tables.score_table(comparison), "loreft", "boolq accuracy") == "99.0"
 
     def test_a_loss_alone_is_compared_without_rows(self, tmp_path):

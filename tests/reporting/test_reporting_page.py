@@ -243,7 +243,7 @@ class TestCommand:
             ((), "reft-report FOLDER"),
             (("out=x",), "FOLDER is missing"),
             ((".", "split=train"), "split must be one of validation, test; got 'train'"),
-            ((".", "resamples=999"), "must be 1000 or more, as fewer do not settle"),
+            ((".", "resamples=999"), "must be at least 1000, as fewer give unstable"),
             ((".", "outt=x"), "unknown argument 'outt'"),
         ],
     )

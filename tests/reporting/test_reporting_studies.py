@@ -142,7 +142,7 @@ class TestStudies:
         made = report(study)
         said = tables.study_table(made.studies[0]).notes
         assert said == [
-            "loreft: the winner lies at the upper edge of optimizer.lr; values beyond were not tried",
+            "loreft: the winner is at the upper edge of optimizer.lr; values beyond were not tried",
             "red: it ended before its budget: 3 trials in a row cost no tokens",
         ]
         assert said[0] in shown(made)
@@ -158,7 +158,7 @@ class TestStudies:
         table = tables.score_table(comparison)
         assert [row[0].text for row in table.rows] == ["loreft", "red †"]
         said = tables.verdict(comparison)
-        assert "the best settings of red lie at an edge of the space that was searched (†)" in said
+        assert "the best settings of red are at an edge of the search space (†)" in said
         text = shown(made)
         for written in (text, markdown(made)):
             assert "red †" in written
@@ -238,7 +238,7 @@ class TestStudies:
         (study / JOURNAL).write_text("not\na\njournal\n")
         made = report(study)
         (left,) = made.left
-        assert "is not a storage of Optuna" in left.reason
+        assert "is not an Optuna storage" in left.reason
         assert len(made.comparisons) == 1
 
 
@@ -271,4 +271,4 @@ class TestImportance:
         study = Study(tmp_path, trials=trials, importance={"loreft": {"lr": 0.7, "dropout": 0.3}})
         text = page(Report([tmp_path], [], [], [study]), {str(tmp_path): plots.study_plots(study)})
         assert f"methods with at least {ENOUGH} complete trials and two parameters" in text
-        assert "even of noise" in text
+        assert "even for noise" in text
