@@ -183,6 +183,6 @@ def test_compose_raises_instead_of_leaving_the_process():
     "text", ["data.system_prompt=be kind, and brief", "intervention.layers=0,1", "seed=range(1,3)"]
 )
 def test_one_run_takes_no_several_values_also_where_any_text_would_do(text):
-    with pytest.raises(CompositionError, match="several values; one run has one; write a list as"):
+    with pytest.raises(CompositionError, match="has several values: a single run takes one; write a list as"):
         compose(["model=tiny_random", text])
     assert compose(["model=tiny_random", "data.system_prompt='a, b'"]).data.system_prompt == "a, b"

@@ -68,7 +68,7 @@ def test_training_begins_with_the_numbers_of_the_saved_adapter(data, tmp_path, m
         ("loreft", ("intervention.positions=l1",), "positions 'f7\\+l7' instead of 'l1'"),
         ("loreft", ("intervention=noreft", "intervention.rank=2"), "method 'loreft' instead of 'noreft'"),
         ("loreft", ("intervention=peft/lora",), "what is saved there is interventions, and peft/lora is another"),
-        ("loreft", ("intervention.init=identity",), "init_from=.* both say what training begins with"),
+        ("loreft", ("intervention.init=identity",), "init_from=.* both set the initial parameters"),
         ("loreft", METHODS["joint"], "beside None instead of 'peft/lora'"),
         ("joint", (), "beside 'peft/lora' instead of None"),
         ("lora", ("intervention=peft/lora", "intervention.options.lora_alpha=3"), "lora_alpha 16 instead of 3"),

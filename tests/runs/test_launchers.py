@@ -139,7 +139,7 @@ def test_a_job_that_fails_or_is_killed_neither_hides_nor_ends_the_others(data, r
     found = [short_runs.results(job) for job in jobs]
     assert [results["status"] for results in found] == ["complete", "stopped", "stopped", "complete"]
     assert [len(list(job.glob("wandb/offline-run-*"))) for job in jobs] == [1] * 4
-    assert "2 jobs are complete, 2 of those that began are not; to compare them: reft-report sweep" in said
+    assert "2 jobs are complete, 2 of those that started are not; to compare them: reft-report sweep" in said
     assert "1_optimizer.lr=1e+20: stopped: FloatingPointError" in errors
     assert "2_optimizer.lr=1e+30: stopped: exit status -9" in errors
     words = shlex.split(found[0]["command"])

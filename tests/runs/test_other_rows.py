@@ -44,7 +44,7 @@ def test_all_rows_of_a_single_file_are_evaluated(run, tmp_path, split):
     assert len(lines) == 7
     assert all("### Instruction" in json.loads(line)["prompt"] for line in lines)  # as in training
     assert found["evaluation_dir"] == str(folder)
-    with pytest.raises(experiment.SetupError, match=f"is an evaluation of {run}, and no run"):
+    with pytest.raises(experiment.SetupError, match=f"is an evaluation of {run}, not a run"):
         experiment.resume(folder)
 
 
@@ -78,7 +78,7 @@ def test_rows_can_be_evaluated_where_the_train_rows_are_gone(run, tmp_path, monk
 
     monkeypatch.setattr("reft_lightning.runs.other_rows.data_module", gone)
     evaluate(run, rows=rows(write(tmp_path / "other.jsonl", 30)))
-    assert "the run's train rows cannot be read" in caplog.text
+    assert "cannot read the run's train rows" in caplog.text
 
 
 def test_reads_of_two_test_files_are_told_apart(run, tmp_path):

@@ -297,9 +297,7 @@ def test_a_run_that_evaluated_nothing_says_so():
 def test_memory_that_cannot_be_told_is_unknown():
     arguments = {"train_seconds": 1.0, "steps": 2, "tokens_per_second": 3.0}
     assert "peak memory 2.0 GiB" in table(**arguments, peak_memory_bytes=2**31)
-    assert "peak memory unknown, as other runs ran in its process" in table(
-        **arguments, peak_memory_bytes=None
-    )
+    assert "peak memory unknown, as the process ran other runs" in table(**arguments, peak_memory_bytes=None)
 
 
 PEAKS = """

@@ -101,7 +101,7 @@ def test_free_texts_are_chosen_and_tabled_by_their_loss(rows, tmp_path, caplog):
         results = run(rows, tmp_path, *FALLING, "data.template=alpaca", "trainer.max_epochs=2")
     assert results["monitor"] == "val/loss"
     assert results["chosen_by"].startswith("lowest val/loss of 2 validations")
-    assert f"the checkpoint of step {results['best_step']} of 10 counts: lowest val/loss" in caplog.text
+    assert f"using the checkpoint of step {results['best_step']} of 10: lowest val/loss" in caplog.text
     (line,) = (line for line in shown(results).splitlines() if "custom" in line)
     assert f"{results['metrics']['test/loss']:.4f}" in line
 

@@ -267,7 +267,7 @@ def test_an_edit_learns_answers_that_the_frozen_model_does_not_give(rows, tmp_pa
 
 
 def test_jobs_of_a_shared_base_run_apart(rows):
-    assert shared_base.why_alone(config(rows())) == "an encoder reads prompts by itself"
+    assert shared_base.why_alone(config(rows())) == "an encoder reads prompts separately"
 
 
 @pytest.mark.parametrize("kind", ["whisper", "pix2struct", "speech_to_text"])
