@@ -384,6 +384,10 @@ def evaluate(argv: Sequence[str]) -> None:
     run_dir = _run_dir(options)
     if rows and not any(text.startswith("data=") for text in rows):
         raise UsageError(f"{rows[0]} applies only to rows other than the run's: add data=NAME to choose them")
+    if "limit" in options and (said := [text for text in rows if text.startswith("data.limit_")]):
+        raise UsageError(
+            f"limit={options['limit']} and {said[0]} both set the number of rows: leave one of them out"
+        )
     rows.sort(key=lambda text: not text.startswith("data="))
     del options["run"]
     with heavy_imports():
