@@ -1,4 +1,4 @@
-"""The commands: mistakes are answered with the nearest name and status 2, correct arguments reach the run."""
+"""The commands: mistakes exit with status 2 and the closest name, correct arguments reach the run."""
 
 import datetime
 import gc
@@ -27,7 +27,7 @@ from reft_lightning.runs import sweep
 
 @pytest.fixture
 def refuse(capsys):
-    """Call preflight with arguments that do not fit; return what it says."""
+    """Call preflight with invalid arguments; return its message."""
 
     def call(*argv):
         with pytest.raises(SystemExit) as left:
@@ -43,7 +43,7 @@ def refuse(capsys):
 
 @pytest.fixture
 def runs(monkeypatch, tmp_path):
-    """Put a recorder in the place of ``experiment`` and give the command a folder of its own."""
+    """Replace ``experiment`` by a recorder, and run the command in its own folder."""
     fake = types.ModuleType("reft_lightning.runs.experiment")
     fake.calls, fake.experiments, fake.commands = [], [], []
 
@@ -306,7 +306,7 @@ def test_no_arguments_say_which_models_and_experiments_there_are(refuse):
     assert "tiny_random" in said
     assert "model.name=OWNER/NAME" in said
     assert "quickstart" in said
-    assert "paper/... (" in said  # many files are counted
+    assert "paper/... (" in said  # large folders are counted
     assert "paper/gsm8k_direft_tuning" in refuse("experiment=paper/gsm8k")
 
 
@@ -836,7 +836,7 @@ def test_ones_own_intervention_is_found_in_the_working_folder(tmp_path, monkeypa
 
 
 def test_garbage_is_not_looked_for_while_torch_is_first_imported(monkeypatch):
-    frozen = []  # not in earnest, nor undone: what the tests have frozen stays out of their own searches
+    frozen = []  # neither frozen nor unfrozen for real: the objects that the tests have frozen stay frozen
     monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
     monkeypatch.delitem(sys.modules, "torch")
     with cli.heavy_imports():
@@ -847,7 +847,7 @@ def test_garbage_is_not_looked_for_while_torch_is_first_imported(monkeypatch):
 
 
 def test_garbage_is_looked_for_when_torch_is_there_already():
-    # the jobs of a sweep: what the first one leaves behind must not be kept
+    # the jobs of a sweep: what the first one leaves must be collected
     assert "torch" in sys.modules
     frozen = gc.get_freeze_count()
     with cli.heavy_imports():

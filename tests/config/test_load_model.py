@@ -1,4 +1,4 @@
-"""What ``reft-train model=NAME`` trains on can be had in Python by the same name."""
+"""The models of ``reft-train model=NAME`` can be loaded from Python by the same names."""
 
 import pytest
 import tiny

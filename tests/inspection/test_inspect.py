@@ -51,13 +51,13 @@ def inspect(*folders, **options):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Most of an inspection of a small model is the time of drawing."""
+    """Drawing takes most of the time of inspecting a small model."""
     monkeypatch.setattr(command, "draw", lambda found, out: [])
 
 
 @pytest.fixture(scope="module")
 def alone(folder, tmp_path_factory):
-    """The adapter without its run, of which nothing is evaluated."""
+    """The adapter without its run, for which nothing is evaluated."""
     return shutil.copytree(folder / "adapter", tmp_path_factory.mktemp("adapter") / "alone")
 
 
@@ -274,7 +274,7 @@ def test_a_classifier_has_everything_but_what_reads_on(tmp_path):
     assert {"loss", "pearson", "spearman", "combined_score"} <= found["scores"]["adapted"].keys()
     curve = {point.pop("scale"): point for point in map(dict, found["strength"])}
     assert curve[1] == found["scores"]["adapted"]
-    assert curve[0] == found["without"]["all"]  # the trained head stays where the edits are off
+    assert curve[0] == found["without"]["all"]  # the trained head stays on while the edits are off
     assert "logit_lens" not in found
 
 

@@ -1,4 +1,4 @@
-"""What a run will cost, said before weights are read: against what the run then has."""
+"""The planned cost of a run, estimated without weights, against its actual cost."""
 
 import json
 import sys

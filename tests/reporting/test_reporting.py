@@ -1,4 +1,4 @@
-"""Reports of invented runs: what shares a table, what it cost, and what is left out and why."""
+"""Reports of invented runs: which runs share a table, their costs, and what is left out and why."""
 
 import json
 import logging
@@ -292,7 +292,7 @@ class TestReads:
         write_run(tmp_path / "a")
         read = {"task": "boolq", "rows": 60, "time": "2025-12-31", "model": "adapted"}
         stopped = write_run(tmp_path / "b", status="stopped", test_reads=[read])
-        (stopped / "config.yaml").unlink()  # the hash still tells that it is the same configuration
+        (stopped / "config.yaml").unlink()  # the hash still shows that it is the same configuration
         made = report(tmp_path)
         assert [row[7].text for row in tables.read_table(made.reads).rows] == ["", "read again"]
 

@@ -26,7 +26,7 @@ TRUE = float(np.mean(stats.norm.sf((np.linspace(0, 1, 2001) - 0.6) / np.hypot(0.
 
 
 def compared(scores):
-    """The comparison of such methods, without what the bootstrap gives: row means need none of it."""
+    """The comparison of such methods, without the bootstrap, which row means do not need."""
     found = []
     for i, by_seed in enumerate(scores):
         score = Score(
@@ -39,7 +39,7 @@ def compared(scores):
 
 
 def write_correlations(folder, name, said, gold, **measures):
-    """Write a run whose only scores are correlations of what was said with gold numbers."""
+    """Write a run whose only scores are correlations of predictions with gold numbers."""
     rows = [{"task": "stsb", "source": f"row {i}", "answer": f"{a:.4f}", "gold": str(g), "value": a}
             for i, (a, g) in enumerate(zip(said, gold, strict=True))]  # fmt: skip
     metrics = {f"test/stsb/{measure}": value for measure, value in measures.items()}
@@ -144,7 +144,7 @@ class TestLevels:
 
     def test_few_rows_that_differ_are_never_told_apart_by_t_alone(self):
         scores = np.zeros((2, 2, 60))
-        scores[0, :, :5] = 1  # t says 0.02, which five coins of one side do not bear out
+        scores[0, :, :5] = 1  # t gives 0.02, which five equal coin tosses do not support
         (pair,) = pairs_of(compared(scores), 1000, 0)
         assert pair.p == pair.rows_p == pytest.approx(2 / 2**5)
 

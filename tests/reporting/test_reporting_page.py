@@ -24,7 +24,7 @@ VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """What a page holds: its elements, whether they nest, and its text."""
+    """The contents of a page: its elements, whether they nest, and its text."""
 
     def __init__(self, text):
         super().__init__()
@@ -295,7 +295,7 @@ def browser():
 
 
 def browse(browser, profile, page, *arguments):
-    """Open a page in a browser that reaches no network; return what it prints."""
+    """Open a page in a browser without network access; return what it prints."""
     command = [
         browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
         "--disable-component-update", "--disable-sync", "--hide-scrollbars", f"--user-data-dir={profile}",

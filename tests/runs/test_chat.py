@@ -57,7 +57,7 @@ def say(monkeypatch, folder, capsys):
 
 
 def heard(talk, monkeypatch):
-    """The prompts that the models read from now on, base and adapted in turn."""
+    """The prompts that the models read from here on, base and adapted in turn."""
     prompts, generate = [], talk.model.generate
 
     def listening(**inputs):

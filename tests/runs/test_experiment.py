@@ -1,4 +1,4 @@
-"""Whole runs: what they write, what they refuse before weights are loaded, what a crash leaves."""
+"""Whole runs: what they write, what they refuse before weights are loaded, what remains after a crash."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def data(tmp_path_factory):
     return short_runs.write_rows(tmp_path_factory.mktemp("rows"))
 
 
-# rates that the schedule keeps high spoil the model after a good start: the best checkpoint is not the last
+# a learning rate that stays high spoils the model after a good start: the best checkpoint is not the last
 SETTINGS = ("evaluate_base=true", "checkpoint.monitor=val/loss", "checkpoint.mode=min")
 
 
@@ -101,7 +101,7 @@ def test_the_adapter_folder_reproduces_the_predictions_on_a_fresh_base(data, fin
             texts |= {e.source: text for e, (text,) in zip(batch["examples"], said, strict=True)}
     rows = short_runs.predictions(folder, "reft_test")
     assert {row["source"]: row["generated"] for row in rows} == texts
-    # the adapter says something else than the base, so the check above is one
+    # the adapter's outputs differ from the base's, so the check above is meaningful
     assert [row["generated"] for row in short_runs.predictions(folder, "base_test")] != [
         row["generated"] for row in rows
     ]

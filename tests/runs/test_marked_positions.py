@@ -1,4 +1,4 @@
-"""Rows without marks do not say what to edit: positions that need it are refused before weights are loaded."""
+"""Positions that need marks are refused for rows without marks, before weights are loaded."""
 
 import pytest
 import short_runs

@@ -1,4 +1,4 @@
-"""An adapter on rows of one's own: all of them, laid out as in training, compared with the train rows of its run."""
+"""An adapter evaluated on the user's own rows: all of them, in the training format, compared with the train rows."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ def rows(path, *more):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run on ten questions of its own, in Alpaca's words, of which one validates."""
+    """A run on ten custom questions in Alpaca's format, one of them for validation."""
     folder = tmp_path_factory.mktemp("runs")
     mine = write(folder / "mine.jsonl", *range(10))
     config = short_runs.compose.compose(

@@ -1,4 +1,4 @@
-"""`resume=auto`: the same command goes on with the run that it began, or begins one."""
+"""``resume=auto``: the same command continues the run that it started, or starts one."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def train(data, tmp_path, monkeypatch):
-    """Run `reft-train ... resume=auto` in a folder of its own."""
+    """Run ``reft-train ... resume=auto`` in its own folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
@@ -144,7 +144,7 @@ def test_a_run_of_another_process_is_left_alone_until_that_is_killed(
     process.kill()
     process.communicate()
     assert run_folder.find_unfinished(folder.parent, config) == folder
-    assert hold(folder)[1] is False  # two that ask at once do not get the same one
+    assert hold(folder)[1] is False  # two that ask at once get different runs
     atomic.release_folder(folder)
     assert hold(folder)[1] is True
 

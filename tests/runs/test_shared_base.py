@@ -1,4 +1,4 @@
-"""Runs side by side on one base model: what each writes is what it writes by itself."""
+"""Concurrent runs on one base model: each writes the same as it would alone."""
 
 import sys
 import threading
@@ -57,7 +57,7 @@ def files(folder):
 
 
 def assert_same_run(folder, alone):
-    """Whatever a run writes, but for costs and rounding."""
+    """Everything that a run writes, except costs and rounding."""
     assert files(folder) == files(alone)
     assert (folder / "config.yaml").read_text() == (alone / "config.yaml").read_text()
     for column in ("train/loss", "val/loss", "progress/lr/rotation"):
@@ -102,7 +102,7 @@ def test_a_sweep_on_one_base_writes_what_its_jobs_write_apart(sweep, monkeypatch
         assert results["shared_base"] == 4
         assert "launcher" not in results["command"]
         for cost in ("train_seconds", "tokens_per_second", "peak_memory_bytes"):
-            assert results[cost] is None  # of one of them nobody knows it
+            assert results[cost] is None  # unknown for a single run
         assert (folder / "reft-train.log").read_text().count("run folder:") == 1
 
 

@@ -1,4 +1,4 @@
-"""What Lightning and Hydra users know: every Trainer argument, and callbacks, loggers and optimizers by import path."""
+"""What Lightning and Hydra users expect: every Trainer argument; callbacks, loggers, optimizers by import path."""
 
 import dataclasses
 import inspect

@@ -57,7 +57,7 @@ def test_a_run_trains_scores_and_is_evaluated_again(folder, tmp_path):
 
 
 def test_the_texts_of_an_evaluation_are_those_of_generate(folder):
-    """The evaluation reads images in its batches; a generation by hand says the same."""
+    """The evaluation reads images in its batches; a generation by hand gives the same."""
     objects = build(config(folder))
     module, data = objects.module, objects.data
     module.eval()
@@ -92,7 +92,9 @@ def _loss(model, batch):
     return log_likelihood(_reader(model), batch).sum()
 
 
-LORA = "intervention.options.target_modules='.*language_model.*(q_proj|v_proj)'"  # peft knows no LLaVA
+LORA = (
+    "intervention.options.target_modules='.*language_model.*(q_proj|v_proj)'"  # peft does not support LLaVA
+)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Processes of a search: they end with the one that started them; the command's own arguments."""
+"""Processes of a search: they end with their parent; the command's own arguments."""
 
 import os
 import signal

@@ -23,7 +23,7 @@ SPACE = {
 
 
 def values(**changes):
-    """The contents of a search file that is right, with changes."""
+    """The contents of a valid search file, with changes."""
     methods = {
         "loreft": {"overrides": ["intervention=loreft"], "space": {"optimizer.lr": {"log": [1e-4, 1e-2]}}}
     }

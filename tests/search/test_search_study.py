@@ -1,4 +1,4 @@
-"""The trials of a study: kills, failures, workers, budgets, with runs that only write what a run writes."""
+"""The trials of a study: kills, failures, workers, budgets, with fake runs that only write a run's files."""
 
 import threading
 import time

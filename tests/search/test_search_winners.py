@@ -1,4 +1,4 @@
-"""What comes after the trials of a study: winners, reads of test splits; and what its folder keeps."""
+"""What follows the trials of a study: winners and reads of test splits; and what its folder keeps."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The endpoint as OpenAI's own client sees it, and what it refuses."""
+"""The endpoint as seen by OpenAI's own client, and what it refuses."""
 
 import asyncio
 import http.client
@@ -139,7 +139,7 @@ def test_what_clients_write_where_they_ask_for_nothing_is_taken(address, client)
 def test_an_answer_of_the_client_is_a_turn_of_the_next_request(client):
     turns = [{"role": "user", "content": "kept?"}]
     said = client.chat.completions.create(model="base", messages=turns, **GREEDY).choices[0].message
-    for turn in (said, said.model_dump()):  # the second holds a null for all that was not said
+    for turn in (said, said.model_dump()):  # the second has a null for every option that was not given
         more = [*turns, turn, {"role": "user", "content": "why?"}]
         assert (
             client.chat.completions.create(model="base", messages=more, **GREEDY).choices[0].message.content
@@ -335,7 +335,7 @@ def test_a_client_that_leaves_frees_its_place():
 
 
 def test_a_connection_that_was_idle_is_used_again(address):
-    """Where a server hangs up first, a request that is on its way is lost; httpx keeps connections for five seconds."""
+    """If the server hangs up first, a request in flight is lost; httpx keeps connections for five seconds."""
     parts = urlsplit(address)
     with closing(http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)) as connection:
         for pause in (5.5, 0):

@@ -1,4 +1,4 @@
-"""Pictures in messages: each request is answered as it would be alone, and what is no picture is refused in words."""
+"""Pictures in messages: each request is answered as it would be alone, and other data is refused."""
 
 import io
 import sys
@@ -54,7 +54,7 @@ def part(url):
 
 
 def attached(base, tokenizer):
-    """Adapters on the tokens of images and on all; answers that can be read."""
+    """Adapters on the tokens of images and on all tokens; readable answers."""
     with torch.no_grad():
         base.get_output_embeddings().weight.normal_()[: len(tokenizer)][strange(tokenizer)] = 0
     base.generation_config.eos_token_id = None
@@ -82,9 +82,9 @@ def seeing(request):
 def examples(name, processor):
     """Questions with other numbers of pictures."""
     mark = processor.image_token
-    if name == "qwen2_vl":  # as its chat template has it
+    if name == "qwen2_vl":  # as in its chat template
         mark = f"<|vision_start|>{mark}<|vision_end|>"
-    counts = (1, 2, 1) if name == "paligemma" else (1, 0, 2)  # its processor takes no text without a picture
+    counts = (1, 2, 1) if name == "paligemma" else (1, 0, 2)  # its processor rejects a text without a picture
     return [
         Example(
             "question", mark * count + "what" + "?" * (i + 1), "-", "-",
@@ -95,7 +95,7 @@ def examples(name, processor):
 
 
 def expected(seeing, example, adapter, count):
-    """Return the greedy text of one question on its own, by the code of the evaluation."""
+    """Return the greedy text of one question on its own, with the code of the evaluation."""
     _, model, processor = seeing
     model.set_adapter(adapter)
     batch = ImageData.lay_out(processor, example, 10_000)

@@ -1,4 +1,4 @@
-"""reft-serve: which folders and addresses it takes, and a real one that answers."""
+"""reft-serve: which folders and addresses it accepts, and a real server that answers."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 
 def refused(monkeypatch, capsys, *arguments):
-    """Return what the command says before it ends with status 2."""
+    """Return the command's message before it exits with status 2."""
     monkeypatch.setattr(sys, "argv", ["reft-serve", *map(str, arguments)])
     monkeypatch.delenv("REFT_SERVE_TOKEN", raising=False)
     with pytest.raises(SystemExit) as stopped:

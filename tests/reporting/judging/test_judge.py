@@ -44,7 +44,7 @@ def pairs():
 
 
 class Scripted:
-    """A judge that prefers the longer output, until it is told to fail, or to refuse."""
+    """A judge that prefers the longer output, until it is told to fail or to refuse."""
 
     def __init__(self, name="longer", fail_at=None, refuse=()):
         self.name, self.settings = name, {"judge": name}

@@ -1,4 +1,4 @@
-"""`reft-report paper`: the printed numbers, runs, seeds, and what is said about runs with other settings."""
+"""``reft-report paper``: the printed numbers, runs, seeds, and notes on runs with other settings."""
 
 import io
 import json
@@ -56,7 +56,7 @@ def printed(folder, **options):
 
 
 def line(text, word):
-    """The cells of the table line that holds a word."""
+    """The cells of the table line that contains a word."""
     return [cell.strip() for cell in next(x for x in text.splitlines() if word in x).split("│")[1:-1]]
 
 
