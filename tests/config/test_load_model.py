@@ -1,4 +1,4 @@
-"""What ``reft-train model=NAME`` trains on can be had in Python by the same name."""
+"""The models of ``reft-train model=NAME`` can be loaded from Python by the same names."""
 
 import pytest
 import tiny
@@ -34,7 +34,7 @@ def test_a_folder_is_a_model_too(tmp_path):
     ("name", "settings", "said"),
     [
         ("smollm_135m", {}, "did you mean 'smollm2_135m'"),
-        ("tiny_random", {"dtyp": "float32"}, "no setting 'dtyp'.*did you mean 'dtype'"),
+        ("tiny_random", {"dtyp": "float32"}, "unknown model setting 'dtyp'.*did you mean 'dtype'"),
         ("local", {}, "needs path="),
         ("tiny_random", {"dtype": "float8"}, "dtype must be one of"),
     ],

@@ -510,8 +510,8 @@ def test_a_classifier_keeps_what_lies_below_its_head_or_its_lowest_site(tmp_path
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["kept.limit_gb=1", "model.base_dropout=true"], "leaves nothing the same"),
-        (["kept.limit_gb=1", "model.gradient_checkpointing=true"], "computes all of it again"),
+        (["kept.limit_gb=1", "model.base_dropout=true"], "changes every activation"),
+        (["kept.limit_gb=1", "model.gradient_checkpointing=true"], "recomputes them all"),
         (["kept.limit_gb=1", "intervention.beside=peft/lora"], "trains weights of all layers"),
     ],
     ids=str,

@@ -356,7 +356,7 @@ def test_where_adapters_share_a_base_model_it_is_refused(tmp_path):
             ValueError, match="trained together with peft/lora, which changes the base model for"
         ):
             other.load_adapter(tmp_path, "second")
-    with pytest.raises(ValueError, match="together with peft/lora, which all requests would share"):
+    with pytest.raises(ValueError, match="together with peft/lora, which would apply to all requests"):
         serve_adapters(tiny.model("llama"), {"one": tmp_path})
     for write in (rl.to_pyreft, rl.to_easysteer):
         with pytest.raises(ValueError, match="together with peft/lora, and a folder for"):
