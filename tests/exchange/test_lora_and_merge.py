@@ -359,7 +359,7 @@ def test_an_adapter_that_diverged_is_not_merged():
     reft = attached()
     with torch.no_grad():
         reft.interventions["1"][0].source.bias.fill_(float("nan"))
-    with pytest.raises(ValueError, match="layer 1 cannot become weights: LoReFT gives NaN or infinite"):
+    with pytest.raises(ValueError, match="layer 1 cannot become weights: LoReFT has NaN or infinite"):
         rl.merge(reft)
 
 
@@ -378,7 +378,7 @@ def test_an_intervention_of_ones_own_is_merged_if_it_is_affine(tmp_path):
 
     wanted = logits(reft := own("export_shift"))
     close(logits(rl.merge(reft)), wanted)
-    with pytest.raises(ValueError, match="Squash is not an affine function of h, and no weight computes it"):
+    with pytest.raises(ValueError, match="Squash is not an affine function of h, so no weight can compute it"):
         rl.merge(own("export_squash"))
 
 
@@ -409,7 +409,7 @@ def test_an_edit_with_an_activation_is_refused_also_where_small_tokens_do_not_sh
     with torch.no_grad():
         for group in reft.interventions.values():
             group[0].source.bias.add_(bias)
-    with pytest.raises(ValueError, match="is not an affine function of h, and no weight computes it"):
+    with pytest.raises(ValueError, match="is not an affine function of h, so no weight can compute it"):
         rl.to_lora(reft, tmp_path)
 
 

@@ -141,7 +141,7 @@ def test_several_adapters_a_half_and_a_diverged_one_are_refused(tmp_path):
     for reft, said in (
         (several, "carries default, more, and a folder for llama.cpp holds one"),
         (half, "together with peft/lora, and a folder for llama.cpp"),
-        (diverged, "layer 2: Bias gives NaN or infinite values"),
+        (diverged, "layer 2: Bias has NaN or infinite values"),
     ):
         with pytest.raises(ValueError, match=said):
             rl.to_gguf(reft, tmp_path / "out")

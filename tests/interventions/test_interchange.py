@@ -246,7 +246,7 @@ def test_what_does_not_fit_is_refused():
     short = tiny.padded(tiny.rows(4, 2, 5, seed=4))
     others = {"source_ids": short["input_ids"], "source_mask": short["attention_mask"]}
     with pytest.raises(
-        ValueError, match=r"row 1 has 3 tokens at the positions .* takes hidden states from 2"
+        ValueError, match=r"row 1 has 3 tokens at the positions .* source text has 2"
     ):
         reft(**inputs, **others)
     with pytest.raises(

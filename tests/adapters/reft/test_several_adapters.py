@@ -415,7 +415,7 @@ def test_both_parts_together_are_the_whole(method):
 def test_only_sums_of_directions_can_be_divided():
     reft = rl.attach(tiny.model("llama"), "red")
     with pytest.raises(
-        ValueError, match="RED is not a sum of directions that can be divided; those of loreft"
+        ValueError, match="RED cannot be partitioned, as its edit is not a sum of directions; these can: loreft"
     ):
         reft.add_partition("left", [0])
     assert reft.adapter_names == ["default"]
@@ -425,7 +425,7 @@ def test_only_sums_of_directions_can_be_divided():
 @pytest.mark.parametrize("rows", [[], [0, 0], [4], [-1]], ids=str)
 def test_a_partition_has_rows_of_the_subspace(rows):
     reft = rl.attach(tiny.model("llama"), rank=4)
-    with pytest.raises(ValueError, match=r"distinct rows in 0\.\.3 of a subspace of rank 4"):
+    with pytest.raises(ValueError, match=r"must be distinct and in 0\.\.3, as the rank is 4"):
         reft.add_partition("part", rows)
     assert reft.adapter_names == ["default"]
 
