@@ -102,12 +102,12 @@ def affine(phi: Intervention, dim: int) -> tuple[Tensor, Tensor, Tensor]:
         probes = size * torch.randn(4, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         found = phi.edit(probes)
         if not found.isfinite().all():
-            raise ValueError(f"{type(phi).__name__} gives NaN or infinite values: its training diverged")
+            raise ValueError(f"{type(phi).__name__} has NaN or infinite values: its training diverged")
         # K is noise where the edit is a constant
         largest = max(float(found.abs().max()), size * float(k.abs().max()))
         if not torch.allclose(found, probes @ K.mT + k, rtol=EXACT, atol=EXACT * largest):
             raise ValueError(
-                f"{type(phi).__name__} is not an affine function of h, and no weight computes it"
+                f"{type(phi).__name__} is not an affine function of h, so no weight can compute it"
             )
     if directions is not None:
         V = torch.linalg.pinv(directions).mT @ K  # (r, d) @ (d, d)

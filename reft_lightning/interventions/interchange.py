@@ -62,10 +62,10 @@ class BoundlessDAS(DAS, name="boundless_das"):
     training steps (``objective=interchange``), and is ``end`` in evaluation. The penalty is ``sparsity``
     times :math:`\beta`. Trains r d + 1 numbers. Source: Wu et al. 2023, arXiv:2305.08809; numbers as in pyvene's
     tutorial, whose T counts as a trained parameter but is overwritten, and whose :math:`\beta` has ten times the
-    learning rate of R: here :math:`\beta` is ten times its parameter, which is equivalent under Adam. As there, m of the
-    first direction is at most 1/2. T is in units of directions, and 50 was chosen for a width of 4,096: a hundredth of
-    the width is a reasonable start. The rows of a full rotation become dependent at learning rates that low-rank
-    subspaces tolerate (0.005 in ``experiments/interchange``).
+    learning rate of R: here :math:`\beta` is ten times its parameter, which is equivalent under Adam. As there, m of
+    the first direction is at most 1/2. T is in units of directions, and 50 was chosen for a width of 4,096: try a
+    hundredth of the width. The rows of a full rotation become dependent at learning rates that low-rank subspaces
+    tolerate (0.005 in ``experiments/interchange``).
 
     Args:
         dim: width d of the representation.

@@ -378,7 +378,9 @@ def test_an_intervention_of_ones_own_is_merged_if_it_is_affine(tmp_path):
 
     wanted = logits(reft := own("export_shift"))
     close(logits(rl.merge(reft)), wanted)
-    with pytest.raises(ValueError, match="Squash is not an affine function of h, so no weight can compute it"):
+    with pytest.raises(
+        ValueError, match="Squash is not an affine function of h, so no weight can compute it"
+    ):
         rl.merge(own("export_squash"))
 
 

@@ -245,9 +245,7 @@ def test_what_does_not_fit_is_refused():
         reft(**inputs, source_ids=torch.ones(2, 5, dtype=torch.long))
     short = tiny.padded(tiny.rows(4, 2, 5, seed=4))
     others = {"source_ids": short["input_ids"], "source_mask": short["attention_mask"]}
-    with pytest.raises(
-        ValueError, match=r"row 1 has 3 tokens at the positions .* source text has 2"
-    ):
+    with pytest.raises(ValueError, match=r"row 1 has 3 tokens at the positions .* source text has 2"):
         reft(**inputs, **others)
     with pytest.raises(
         ValueError, match=r"loreft takes nothing from the texts source_ids; das, boundless_das, cdas.* do"

@@ -276,7 +276,7 @@ def test_a_folder_that_does_not_say_so_is_warned_of(tmp_path, caplog):
     (tmp_path / "reft_config.json").write_text(json.dumps(values))
     assert type(rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)) is rl.ReftModel
     (warned,) = [record.getMessage() for record in caplog.records]
-    assert 'write it there: "beside": "peft/lora"' in warned
+    assert 'add to that file: "beside": "peft/lora"' in warned
     assert load_state(tmp_path).keys() == joint().adapter_state_dict().keys()
 
 
@@ -396,7 +396,7 @@ def test_a_state_or_folder_that_does_not_fit_is_refused(tmp_path):
         (["intervention=none", "intervention.beside=peft/lora"], r"use intervention.method=peft/lora"),
         (
             ["+intervention.beside_options.r=3"],
-            r"beside_options r .*none is trained together with loreft: name it",
+            r"beside_options r .*none is trained together with loreft: name one",
         ),
         (
             ["intervention=loreft_lora", "+intervention.beside_options.lora_alhpa=3"],
@@ -404,7 +404,7 @@ def test_a_state_or_folder_that_does_not_fit_is_refused(tmp_path):
         ),
         (
             ["intervention=loreft_lora", "+intervention.beside_options.bias=all"],
-            r"leave the option 'bias' out",
+            r"leave out the option 'bias'",
         ),
         (["intervention.besides=peft/lora"], r"did you mean 'intervention.beside'"),
     ],

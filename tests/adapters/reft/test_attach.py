@@ -183,7 +183,7 @@ def test_forward_refuses_what_it_cannot_place():
         reft(attention_mask=BATCH["attention_mask"])
     with pytest.raises(ValueError, match="with past_key_values, pass prompt_mask"):
         reft(ids[:, :1], past_key_values=cache)
-    with pytest.raises(ValueError, match="labels of only the last columns need a prompt_mask"):
+    with pytest.raises(ValueError, match="labels for only the last columns need a prompt_mask"):
         reft(**BATCH, labels=ids[:, -2:])
     with pytest.raises(ValueError, match="prompt_mask must have the shape"):
         reft(**BATCH, prompt_mask=torch.ones(2, 3, dtype=torch.bool))
@@ -221,9 +221,7 @@ def test_a_mask_of_strengths_is_refused(name):  # each but 0 counted as 1
     for whole in (marked, marked.long(), marked.float()):
         assert torch.equal(reft(**BATCH, **{name: whole}).logits, reft(**BATCH, **{name: marked}).logits)
     for run in (reft, reft.generate):
-        with pytest.raises(
-            ValueError, match=f"{name} says which tokens, by 0 and 1, and holds other numbers"
-        ):
+        with pytest.raises(ValueError, match=f"{name} must hold only 0 and 1"):
             run(**BATCH, **{name: 0.5 * marked.float()})
 
 

@@ -326,7 +326,7 @@ def test_a_model_that_reads_more_than_its_text_is_refused():
     base = architectures.build(AutoModelForCausalLM, CONFIG_MAPPING["llama"])
     reft = attached(base)
     with pytest.raises(
-        ValueError, match="the model reads 8 columns where the masks cover 5: pass masks of all"
+        ValueError, match="the model reads 8 columns, but the masks cover 5: pass masks of all"
     ):
         reft(input_ids=tokens(), prompt_mask=torch.ones(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="with past_key_values, pass prompt_mask"):

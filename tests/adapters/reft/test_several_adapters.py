@@ -415,7 +415,8 @@ def test_both_parts_together_are_the_whole(method):
 def test_only_sums_of_directions_can_be_divided():
     reft = rl.attach(tiny.model("llama"), "red")
     with pytest.raises(
-        ValueError, match="RED cannot be partitioned, as its edit is not a sum of directions; these can: loreft"
+        ValueError,
+        match="RED cannot be partitioned, as its edit is not a sum of directions; these can: loreft",
     ):
         reft.add_partition("left", [0])
     assert reft.adapter_names == ["default"]
