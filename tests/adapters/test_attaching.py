@@ -60,7 +60,7 @@ REFUSED_SETTINGS = [
     ({"layers": 1.5}, "layers must be 'all' or a list of ids"),
     ({"layers": [0.0]}, "layer must lie in 0..2"),
     ({"layers": {"a": {}}}, "layer must lie in 0..2.*got 'a'"),
-    ({"layers": {0: None}}, r"layers\[0\] must be a dict of what differs there"),
+    ({"layers": {0: None}}, r"layers\[0\] must be a dict of the settings that differ there"),
     ({"layers": {0: {}, 1: {"rank": "3"}}}, "rank must be a whole number; got '3'"),
     ({"layers": {1: {"method": "lorefd"}}}, "did you mean 'loreft'"),
     ({"positions": None}, "positions must be a string or a callable"),

@@ -189,7 +189,7 @@ def test_a_position_function_is_passed_again_when_loading(tmp_path):
 
 def test_a_position_function_of_one_layer_cannot_be_saved(tmp_path):
     reft = attached(layers={0: {"positions": first_token}, 1: {}})
-    with pytest.raises(ValueError, match="layer 0 has a position function"):
+    with pytest.raises(ValueError, match="layer 0 has its own position function"):
         reft.save_pretrained(tmp_path)
 
 
@@ -275,7 +275,7 @@ def test_a_push_may_name_a_branch_and_a_message(uploads):
 
 
 def test_what_cannot_be_saved_makes_no_repository(uploads):
-    with pytest.raises(ValueError, match="has a position function"):
+    with pytest.raises(ValueError, match="has its own position function"):
         attached(layers={0: {"positions": first_token}, 1: {}}).push_to_hub("me/my-adapter")
     assert [what for what, *_ in uploads] == ["login"]
 

@@ -149,7 +149,7 @@ def test_a_base_model_that_is_not_there_is_asked_for_in_the_words_of_the_command
     for arguments in (["mine", "to=pyreft"], ["theirs", "to=reft", "positions=f1", "base=base"]):
         status, error = run(*arguments)
         assert status == 2
-        assert "base' is not a folder, and did not come from the hub" in error
+        assert "base' is not a folder, and could not be loaded from the hub" in error
         assert "name another by base=, a folder or a name on the hub" in error
         assert "from_pretrained" not in error
     assert run("mine", "to=pyreft", "base=moved")[0] == 0

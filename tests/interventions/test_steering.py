@@ -97,9 +97,7 @@ def test_latents_say_where_a_concept_is():
     ("positions", "tied"), [("decode", "all"), ("decode:2", "all"), ("l1+decode", "group")]
 )
 def test_a_strength_needs_tokens_of_the_prompt(positions, tied):
-    with pytest.raises(
-        ValueError, match="reft_r1 takes the strength of its edits from the tokens of the prompt"
-    ):
+    with pytest.raises(ValueError, match="reft_r1 takes the strength of its edits from the prompt tokens"):
         rl.attach(tiny.model("llama"), "reft_r1", positions=positions, tied=tied)
     rl.attach(tiny.model("llama"), "reft_r1", positions="l1+decode")
 

@@ -231,7 +231,7 @@ class TestHeadAlone:
         assert attach(bert(), "loreft", rank=1, layers=[], heads=["classifier"]).sites == {}
         with pytest.raises(ValueError, match="no heads are given, so nothing would be trained"):
             attach(bert(), "loreft", rank=1, layers=[], heads=[])
-        with pytest.raises(ValueError, match="none trains only heads, and none is named: give heads="):
+        with pytest.raises(ValueError, match="none trains only heads, but none are given: use heads="):
             attach(bert(), "none", heads=[])
 
     def test_a_saved_head_gives_the_same_logits_on_another_head(self, tmp_path):

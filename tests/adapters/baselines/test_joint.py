@@ -235,7 +235,7 @@ def test_peft_reads_its_part_and_interventions_are_attached_to_it(beside, tmp_pa
     both = rl.ReftModel.from_pretrained(theirs.get_base_model(), tmp_path)
     assert type(both) is rl.ReftModel
     (record,) = caplog.records  # whether it is the one that they were trained with is not known
-    assert "the base model has an adapter of peft already" in record.message
+    assert "the base model already has a peft adapter" in record.message
     torch.testing.assert_close(logits_of(both, batch), logits_of(model, batch), rtol=1e-5, atol=1e-5)
     with both.disabled():  # peft's adapter is the caller's
         torch.testing.assert_close(logits_of(both, batch), expected, rtol=1e-5, atol=1e-5)
@@ -307,7 +307,7 @@ def changed(folder, file, **values):
         (
             lambda f: changed(f, "reft_config.json", beside=3),
             ValueError,
-            "holds beside=3; beside must be a text",
+            "has beside=3; beside must be a string",
         ),
         (lambda f: changed(f, "peft/adapter_config.json", r=4), ValueError, r"other shapes .*lora_A"),
         (
@@ -337,7 +337,7 @@ def test_a_damaged_folder_is_named_and_the_base_model_stays_as_it_was(change, er
 
 def test_another_architecture_is_refused_and_what_does_not_fit_there_is_named(tmp_path):
     joint().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="trained on another kind of model"):
+    with pytest.raises(ValueError, match="trained on a different kind of model"):
         rl.ReftModel.from_pretrained(tiny.model("gpt2"), tmp_path)
     wide = tiny.model("llama", hidden_size=32)
     with pytest.raises(ValueError, match=r"does not fit loreft \+ peft/lora"):
