@@ -118,7 +118,7 @@ def test_gradients_are_those_of_its_rounded_weights(folder, name):
 @pytest.mark.parametrize("name", HERE)
 def test_quantized_heads_and_merging_are_refused(folder, name):
     base = load(folder, name)
-    with pytest.raises(ValueError, match="is quantized, and then not trained"):
+    with pytest.raises(ValueError, match="is quantized and would not be trained"):
         rl.attach(base, "loreft", rank=2, heads=["model.layers.1.mlp.down_proj"])
     with pytest.raises(ValueError, match="quantized weights cannot hold the sum"):
         rl.merge(rl.attach(base, "loreft", rank=2, positions="all", component="mlp_output"))

@@ -150,7 +150,7 @@ DAMAGES = {
     "other depth": ("theirs", "layer must lie in"),
     "no positions": ("adapter_config.json", "has no positions"),
     "no rank": ("adapter_config.json", "config has no orthogonality"),
-    "config of no kind": ("adapter_config.json", "holds a list"),
+    "config of no kind": ("adapter_config.json", "contains a list"),
     "foreign config": ("adapter_config.json", "is not of ReFT"),
     "head of its own": ("model_head.safetensors", r"LlamaForCausalLM does not have \(heads\.mine"),
     "activation": ("theirs", "act_fn must be one of"),

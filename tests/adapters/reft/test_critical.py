@@ -99,7 +99,9 @@ def test_an_encoder_s_tokens_are_attended_to_by_all_others():
 
 
 def test_caches_and_other_attention_are_refused():
-    with pytest.raises(ValueError, match=r"critical:N need the attention weights .* model\.attn_implementation=eager"):
+    with pytest.raises(
+        ValueError, match=r"critical:N need the attention weights .* model\.attn_implementation=eager"
+    ):
         rl.attach(tiny.model("llama"), "loreft", rank=2, positions="critical:2")
     reft, inputs = attached(), tiny.padded(tiny.rows(5, 3), "left")
     assert reft(**inputs, use_cache=True).past_key_values is None

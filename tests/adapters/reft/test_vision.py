@@ -317,9 +317,7 @@ def test_a_share_of_what_is_seen_is_one_of_each_image(name):
 
 def test_a_share_of_a_list_of_all_patches_is_refused():
     reft = attached(vision_models.model("qwen2_vl"), "image:0.5", component="connector_output")
-    with pytest.raises(
-        ValueError, match=r"the tokens of all images in one list.*use positions=image there"
-    ):
+    with pytest.raises(ValueError, match=r"the tokens of all images in one list.*use positions=image there"):
         reft(**batch("qwen2_vl"))
 
 
