@@ -200,7 +200,7 @@ class TestModelFolder:
         _, digest = put_wheel(cache / "wheels", members={"toy/a.gguf": "", "toy/b.gguf": ""})
         with pytest.raises(ValueError, match=r"contains 2 .gguf files \(toy/a.gguf, toy/b.gguf\)"):
             ModelPlace("wheel", package="toy-rows==1.0", sha256=digest).folder()
-        with pytest.raises(FileNotFoundError, match=r"no toy/c.gguf; its .gguf files are toy/a.gguf"):
+        with pytest.raises(FileNotFoundError, match=r"no toy/c.gguf; its .gguf files: toy/a.gguf"):
             ModelPlace("wheel", path="toy/c.gguf", package="toy-rows==1.0", sha256=digest).folder()
 
     def test_another_wheel_of_the_same_version_has_a_folder_of_its_own(self, cache):
