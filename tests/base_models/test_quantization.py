@@ -157,7 +157,7 @@ def test_what_this_machine_cannot_quantize_is_said(given, said):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("Int8DynamicActivationInt8WeightConfig", "pass no gradient on"),
+        ("Int8DynamicActivationInt8WeightConfig", "pass no gradient to their input"),
         pytest.param(
             "Int4WeightOnlyConfig",
             "conversion of the weights",

@@ -194,7 +194,7 @@ def test_shortcuts_step_aside():
     assert choose_part(reft, Rows, causal=True) is None
     with pytest.raises(ValueError, match="cannot be compiled: PromptGate"):
         reft.compile()
-    with pytest.raises(ValueError, match="no weight does that"):
+    with pytest.raises(ValueError, match="no weight can do that"):
         affine(reft.interventions["0"][0], tiny.WIDTH)
 
 

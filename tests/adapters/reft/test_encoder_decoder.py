@@ -237,7 +237,7 @@ def test_what_is_saved_says_its_stack_and_loads_onto_the_same_model(base, stack,
     again = rl.ReftModel.from_pretrained(other.eval(), tmp_path).eval()
     assert again.config.component == f"{stack}.block_output"
     assert torch.equal(logits(again, labels=LABELS), logits(reft, labels=LABELS))
-    with pytest.raises(ValueError, match=r"has an encoder and a decoder.*counts the layers of one"):
+    with pytest.raises(ValueError, match=r"has an encoder and a decoder.*number the layers of only one"):
         rl.to_pyreft(reft, tmp_path / "theirs")
 
 

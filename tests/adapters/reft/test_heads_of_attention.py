@@ -184,7 +184,7 @@ def test_a_model_whose_heads_are_not_known_is_refused():
 
 
 def test_heads_do_not_become_weights():
-    with pytest.raises(ValueError, match="each of its heads has an intervention of its own"):
+    with pytest.raises(ValueError, match="each of its heads has its own intervention"):
         folds_of(attached(grouped()))
 
 

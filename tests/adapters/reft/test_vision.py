@@ -338,7 +338,7 @@ def test_other_libraries_have_no_such_sites_and_positions(tmp_path):
     with pytest.raises(ValueError, match=r"EasySteer takes no positions image:0\.5"):
         rl.to_easysteer(reft, tmp_path)
     with pytest.raises(
-        ValueError, match=r"edits the positions image:0\.5, and a weight acts on all tokens alike"
+        ValueError, match=r"edits the positions image:0\.5, but a weight acts on all tokens"
     ):
         rl.merge(reft)
 
