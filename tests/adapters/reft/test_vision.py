@@ -335,7 +335,7 @@ def test_other_libraries_have_no_such_sites_and_positions(tmp_path):
     with pytest.raises(ValueError, match="pyreft has no connector_output, which sees images"):
         rl.to_pyreft(reft, tmp_path)
     reft = attached(vision_models.model("llava"), "image:0.5", layers=[0])
-    with pytest.raises(ValueError, match=r"EasySteer takes no positions image:0\.5"):
+    with pytest.raises(ValueError, match=r"EasySteer does not support positions image:0\.5"):
         rl.to_easysteer(reft, tmp_path)
     with pytest.raises(
         ValueError, match=r"edits the positions image:0\.5, but a weight acts on all tokens"
