@@ -19,11 +19,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ..adapters.reft.config import ReftConfig
 from ..adapters.reft.model import ReftModel
 from ..adapters.reft.positions import Term
 from ..interventions import Subspace
 from ..storage.atomic import write_json
-from .foreign import check_alone
+from .foreign import check_alone, check_not_joint
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def to_easysteer(reft: ReftModel, folder: str | PathLike) -> None:
         ValueError: if EasySteer does not support an intervention, site, tying or positions, with the reason.
     """
     check_alone(reft, "EasySteer")
+    check_config(reft.config)
     vectors: list[dict[str, Any]] = []
     for layer in reft.config.layers:
         spec, (positions, tied) = reft.config.for_layer(layer), reft.positions[str(layer)]
@@ -68,12 +70,6 @@ def to_easysteer(reft: ReftModel, folder: str | PathLike) -> None:
                 "data": _payload(layer, U.mT, V + U, c), "algorithm": "loreft", "scale": float(reft.scale),
                 "layers": [layer], "apply": _apply(terms),
             })  # fmt: skip
-    if not vectors:
-        raise ValueError("this adapter has no interventions, so there is nothing to write for EasySteer")
-    if reft.config.heads:
-        raise ValueError(
-            f"EasySteer serves the base model's own heads, but this adapter trained {reft.config.heads}"
-        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / FILE, {"vectors": vectors, "conflict": "priority"})
@@ -83,6 +79,19 @@ def to_easysteer(reft: ReftModel, folder: str | PathLike) -> None:
             "EasySteer does not clip %s in short prompts, so it edits different tokens there than this library",
             ", ".join(bounded),
         )
+
+
+def check_config(config: ReftConfig) -> None:
+    """Reject an adapter whose settings EasySteer does not support.
+
+    Raises:
+        ValueError: if interventions were trained together with a LoRA, a head was trained, or there are none.
+    """
+    check_not_joint(config, "EasySteer")
+    if not config.layers:
+        raise ValueError("this adapter has no interventions, so there is nothing to write for EasySteer")
+    if config.heads:
+        raise ValueError(f"EasySteer serves the base model's own heads, but this adapter trained {config.heads}")
 
 
 def _apply(terms: tuple[Term, ...]) -> dict[str, Any]:

@@ -118,11 +118,15 @@ class WandbReport(Callback):
 
     def _table(self, trainer: Trainer, module: Any, stage: str) -> None:
         """Log predictions; those of the base are columns of the adapter's table, and no table of their own."""
-        rows: Sequence[Row] = module.predictions
-        if trainer.sanity_checking or not rows or module.prefix:
+        if trainer.sanity_checking or module.prefix:
             return
-        every = math.ceil(len(rows) / TABLE_ROWS[stage])  # some of every task: rows come task by task
-        shown = with_base(rows, self._base_rows(stage))[::every]
+        compared = with_base(module.predictions, self._base_rows(stage))
+        rows = [row for row in compared if row.keys() & {*COMPARED}]  # of others only the loss is known
+        if not rows:
+            return
+        shown = rows[
+            :: math.ceil(len(rows) / TABLE_ROWS[stage])
+        ]  # some of every task: rows come task by task
         columns = list(dict.fromkeys(name for row in shown for name in row))
         data = [[_cell(row.get(name)) for name in columns] for row in shown]
         with _warning_of(f"the table {stage}/predictions"):
@@ -141,7 +145,7 @@ def with_base(rows: Sequence[Row], base: Mapping[Key, Mapping[str, Any]]) -> lis
     """Return the columns of a table: what the adapter answers, where the base is known its answer, and ``changed``."""
     shown = []
     for key, row in keyed(rows):
-        row = {name: value for name, value in row.items() if name != "scores"}
+        row = {name: value for name, value in row.items() if name not in ("scores", "target_tokens")}
         if key in base:
             answer = "answer" if "answer" in row else "generated"
             names = [name for name in (*COMPARED, *base[key].get("scores", ())) if name in row]
