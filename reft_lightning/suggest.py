@@ -60,7 +60,7 @@ def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
 
 
 def no_such_folder(folder: Path) -> str:
-    """Return the error message for a folder that does not exist, suggesting the closest name beside it."""
+    """Return the error message for a folder that does not exist, suggesting the closest that does."""
     near = [str(path) for path in folder.parent.glob("*") if path.is_dir()]
     return f"{folder}: no such folder{did_you_mean(str(folder), near)}"
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 
 class ParameterCount(NamedTuple):
-    """The number of trained parameters, that of the base model's, and their ratio in percent."""
+    """The numbers of trained parameters and of the base model's, and their ratio in percent."""
 
     trainable: int
     base: int

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 FILES = {  # class -> the file its adapters are recognised by, and what they are
     ReftModel: (CONFIG_FILE, "interventions"),
-    PeftBaseline: (PEFT_CONFIG_FILE, "an adapter of peft"),
+    PeftBaseline: (PEFT_CONFIG_FILE, "a peft adapter"),
     InPlaceBaseline: (BASELINE_CONFIG_FILE, "parameters of the base model"),
 }
 

@@ -39,7 +39,7 @@ def to_gguf(reft: ReftModel, folder: str | PathLike) -> None:
     check_alone(reft, "llama.cpp")
     if not (is_decoder(reft.base_model.config) or continues_texts(reft.base_model)):
         raise ValueError(
-            f"llama.cpp adds control vectors to decoders only; {type(reft.base_model).__name__} is not a decoder"
+            f"llama.cpp adds control vectors only to decoders; {type(reft.base_model).__name__} is not a decoder"
         )
     check_config(reft.config)
     vectors = {layer: _vector(reft, layer) for layer in reft.config.layers}

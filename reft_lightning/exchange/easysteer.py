@@ -85,13 +85,15 @@ def check_config(config: ReftConfig) -> None:
     """Reject an adapter whose settings EasySteer does not support.
 
     Raises:
-        ValueError: if interventions were trained together with a LoRA, a head was trained, or there are none.
+        ValueError: if there are no interventions, they were trained together with a LoRA, or a head was trained.
     """
     check_not_joint(config, "EasySteer")
     if not config.layers:
         raise ValueError("this adapter has no interventions, so there is nothing to write for EasySteer")
     if config.heads:
-        raise ValueError(f"EasySteer serves the base model's own heads, but this adapter trained {config.heads}")
+        raise ValueError(
+            f"EasySteer serves the base model's own heads, but this adapter trained {config.heads}"
+        )
 
 
 def _apply(terms: tuple[Term, ...]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ cdas           h + R'(R s' - R h), s' the last of the prompt    Concept DAS: Bao
 =============  ===============================================  =====================================================
 
 Letters: h (n, d) tokens, s (n, d) the source's hidden states in the same places, R (r, d) with orthonormal rows. If the
-model then answers as a causal variable with the source's value would make it, the subspace encodes that variable. The
-share of such answers is the interchange intervention accuracy (IIA).
+model then answers as if a causal variable had the source's value, the subspace encodes that variable. The share of such
+answers is the interchange intervention accuracy (IIA).
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class Tokens:
         """Return the hidden state each token takes from the other text: that of the token in its place, or of the last.
 
         Raises:
-            ValueError: if there is no other text, or it selects a different number of tokens.
+            ValueError: if there is no other text, or its row has a different number of tokens at the positions.
         """
         if self.source is None:
             raise ValueError(

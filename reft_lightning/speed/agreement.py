@@ -32,11 +32,15 @@ def check_agreement(
     if expected.shape == found.shape:
         apart = float((expected - found)[real].abs().max() / expected[real].abs().max().clamp(min=1e-6))
     if not apart <= allowed:
-        raise Difference(f"changes the logits by {apart:.2g} of the largest, allowed are {allowed:.2g}")
+        raise Difference(
+            f"changes the logits by {apart:.2g} of the largest; at most {allowed:.2g} is allowed"
+        )
     for name, loss in losses.items():
         apart = float((loss - others[name]).abs() / loss.abs().clamp(min=1e-6))
         if not apart <= allowed:
-            raise Difference(f"changes the {name} by {apart:.2g} of its value, allowed are {allowed:.2g}")
+            raise Difference(
+                f"changes the {name} by {apart:.2g} of its value; at most {allowed:.2g} is allowed"
+            )
 
 
 @torch.no_grad()

@@ -99,8 +99,8 @@ def test_the_weights_of_the_base_model_are_not_needed(run, tmp_path, to):
 @pytest.mark.parametrize(
     ("to", "settings", "said"),
     [
-        ("easysteer", {"component": "mlp_output"}, "edits the output of blocks only; got 'mlp_output'"),
-        ("easysteer", {"tied": "position"}, "tied='position' has an intervention a position"),
+        ("easysteer", {"component": "mlp_output"}, "edits only the output of blocks; got 'mlp_output'"),
+        ("easysteer", {"tied": "position"}, "tied='position' has one intervention per position"),
         ("pyreft", {"tied": "position"}, "pyreft has one intervention for all positions"),
     ],
 )

@@ -122,7 +122,7 @@ def test_the_blocks_are_those_of_the_language_model_of_one_that_reads_images(tmp
         ({"layers": {1: {}, 2: {"method": "red"}}}, "layer 2: .* the edit of 'red' depends on the token"),
         ({"heads": ["lm_head"]}, r"cannot hold heads, but this adapter trained \['lm_head'\]"),
         ({"method": "none", "heads": ["lm_head"]}, "cannot hold heads"),
-        ({"family": "bert"}, "to decoders only; BertForSequenceClassification is not a decoder"),
+        ({"family": "bert"}, "only to decoders; BertForSequenceClassification is not a decoder"),
     ],
 )
 def test_what_is_no_control_vector_is_refused_before_anything_is_written(settings, said, tmp_path):

@@ -73,7 +73,7 @@ def test_training_begins_with_the_numbers_of_the_saved_adapter(data, tmp_path, m
         ("joint", (), "beside 'peft/lora' instead of None"),
         ("lora", ("intervention=peft/lora", "intervention.options.lora_alpha=3"), "lora_alpha 16 instead of 3"),
         ("lora", ("intervention=peft/ia3",), "peft_type 'LORA' instead of"),
-        ("lora", (), "the folder holds an adapter of peft, but loreft is another method"),
+        ("lora", (), "the folder holds a peft adapter, but loreft is another method"),
         ("lora", ("intervention=peft/lora", "intervention.options.target_modules=[q_proj]"),
          r"target_modules \['q_proj', 'v_proj'\] instead of \['q_proj'\]"),
         ("joint", (*METHODS["joint"], "intervention.beside_options.r=3"), "r 8 instead of 3"),

@@ -135,7 +135,7 @@ def _interventions(spec: LayerSpec, positions: Positions, site: Site) -> nn.Modu
     marked = positions.needs_mask or positions.critical
     if cls.takes_source and marked:
         raise ValueError(
-            f"{spec.method} takes hidden states from another text, in which positions={positions} are not known: use "
+            f"{spec.method} takes hidden states from another text, in which positions={positions} are unknown: use "
             "fN, lN or prompt"
         )
     if site.stack == DECODER and positions.needs_mask:
@@ -151,7 +151,7 @@ def _interventions(spec: LayerSpec, positions: Positions, site: Site) -> nn.Modu
     if cls.reads_prompt and after and (all if spec.tied == "all" else any)(after):
         raise ValueError(
             f"{spec.method} takes the strength of its edits from the prompt tokens that it edits, but with "
-            f"positions={positions} and tied={spec.tied} {'it' if all(after) else 'that of decode'} edits none: use "
-            "positions=all, or prompt+decode with tied=all"
+            f"positions={positions} and tied={spec.tied} {'there are' if all(after) else 'the one for decode has'} "
+            "none: use positions=all, or prompt+decode with tied=all"
         )
     return nn.ModuleList(cls(site.dim, **spec.settings) for _ in range(copies * len(site.heads)))

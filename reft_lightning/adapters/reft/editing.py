@@ -30,7 +30,7 @@ def edit_tokens(call: Call, plan: EditPlan, place: str, hidden: Tensor) -> Tenso
     if plan.differentiable and not torch.is_grad_enabled():
         raise ValueError(
             f"no gradient reaches {site.path}: gradient checkpointing with use_reentrant=True cannot train "
-            "interventions inside a block; use use_reentrant=False"
+            "interventions inside a block; pass use_reentrant=False"
         )
     return _with_edits(call, edits, hidden)
 

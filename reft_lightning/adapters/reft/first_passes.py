@@ -22,7 +22,7 @@ from ..masks import Spans, marked, spans_of
 from .calls import Call, Choice, running
 from .critical import most_attended
 
-# arguments that save a first pass work, if the base model takes them
+# arguments that make a first pass cheaper, if the base model takes them
 SPARED = {"logits_to_keep": 1, "use_cache": False}
 
 

@@ -259,7 +259,7 @@ class ReftModel(nn.Module):
         adapter = self.adapters[name]
         if differing := self.saved_config(name).differing(config):
             raise ValueError(
-                f"there already is an adapter {name!r}, attached differently ({'; '.join(differing)}): give the new "
+                f"there is already an adapter {name!r}, attached differently ({'; '.join(differing)}): give the new "
                 "one another name, or delete_adapter() the old one first"
             )
         _put(tensors_of(self._parts(adapter)), state, f" {name}")

@@ -193,7 +193,7 @@ def block_path(model: PreTrainedModel, stack: str = WHOLE) -> str:
     found = [name for name, length in lists.items() if length == num_layers]
     # A list inside a block (T5's block.N.layer, the experts of a mixture) is not the list of blocks.
     found = [n for n in found if not any(n.startswith(f"{outer}.") for outer in lists if outer != n)]
-    # A vision or audio tower can have equally many blocks; the language model's path names it or text.
+    # A vision or audio tower can have equally many blocks; the language model's path has one of these names.
     if len(found) > 1:
         text = [
             n for n in found if any(part in n for part in ("language_model", "text_model", "text_decoder"))

@@ -556,7 +556,7 @@ def test_another_adapter_does_not_replace_one_of_its_name(tmp_path):
     reft = several()
     reft.save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"there already is an adapter 'style', attached differently .*method 'noreft'"
+        ValueError, match=r"there is already an adapter 'style', attached differently .*method 'noreft'"
     ):
         reft.load_adapter(tmp_path / "late", "style")
     with pytest.raises(ValueError, match="the name 'late' is taken"):

@@ -337,9 +337,7 @@ def test_other_libraries_have_no_such_sites_and_positions(tmp_path):
     reft = attached(vision_models.model("llava"), "image:0.5", layers=[0])
     with pytest.raises(ValueError, match=r"EasySteer does not support positions image:0\.5"):
         rl.to_easysteer(reft, tmp_path)
-    with pytest.raises(
-        ValueError, match=r"edits the positions image:0\.5, but a weight acts on all tokens"
-    ):
+    with pytest.raises(ValueError, match=r"edits the positions image:0\.5, but a weight acts on all tokens"):
         rl.merge(reft)
 
 
