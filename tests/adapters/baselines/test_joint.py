@@ -359,7 +359,7 @@ def test_where_adapters_share_a_base_model_it_is_refused(tmp_path):
     with pytest.raises(ValueError, match="together with peft/lora, which all requests would share"):
         serve_adapters(tiny.model("llama"), {"one": tmp_path})
     for write in (rl.to_pyreft, rl.to_easysteer):
-        with pytest.raises(ValueError, match="together with peft/lora, and a folder for"):
+        with pytest.raises(ValueError, match="together with peft/lora, but a folder for"):
             write(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
