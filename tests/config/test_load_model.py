@@ -26,7 +26,7 @@ def test_a_folder_is_a_model_too(tmp_path):
 
     tiny.model("llama").save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"knows 259 tokens, the model embeds 48"):  # it was read
+    with pytest.raises(ValueError, match=r"has 259 tokens, but the model embeds 48"):  # it was read
         rl.load_model("local", path=str(tmp_path))
 
 

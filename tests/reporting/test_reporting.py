@@ -322,9 +322,12 @@ class TestFolders:
         assert reasons["running"] == "its status is 'running', not 'complete'"
         assert reasons["lacking"] == "results.json has no model"
         assert reasons["edited"] == "results.json: seed must be an integer"
-        assert "results.json is damaged, it is not JSON" in reasons["json"]
-        assert "results.json is damaged, it should hold keys and values: it holds a list" in reasons["list"]
-        assert "config.yaml is damaged, it is not YAML" in reasons["yaml"]
+        assert "results.json is damaged or not JSON" in reasons["json"]
+        assert (
+            "results.json is damaged: it should contain keys and values, but contains a list"
+            in reasons["list"]
+        )
+        assert "config.yaml is damaged or not YAML" in reasons["yaml"]
         assert reasons["bare"] == reasons["hydra"] == "no results.json: the run ended before training started"
 
     def test_broken_predictions_leave_their_run_out_and_name_the_line(self, tmp_path):
@@ -334,8 +337,8 @@ class TestFolders:
             file.write("{}\n")
         made = report(tmp_path)
         assert [run.method for run in made.runs] == ["loreft"]
-        assert re.search(r"reft_test\.jsonl, line 61 is not a row", made.left[0].reason)
-        with pytest.raises(ValueError, match=r"(?s)nothing to report.*line 61 is not a row"):
+        assert re.search(r"reft_test\.jsonl, line 61 is not a prediction", made.left[0].reason)
+        with pytest.raises(ValueError, match=r"(?s)nothing to report.*line 61 is not a prediction"):
             report(folder)
 
     @pytest.mark.parametrize("end", ["\u2028", "\u2029", "\u0085", "\x1e"])

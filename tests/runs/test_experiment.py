@@ -417,7 +417,7 @@ def no_weights(monkeypatch):
         ("+optimizer.options.eps=-1", r"optimizer: AdamW\(.*eps=-1\) cannot be made: Invalid epsilon"),
         ("trainer.val_check_interval=7", "val_check_interval=7 is more than the 6 batches of an epoch"),
         ("model.config.hidden_size=33", r"hidden size \(33\) is not a multiple"),
-        ("model.config.num_attention_heads=0", "makes no model: integer division"),
+        ("model.config.num_attention_heads=0", "is not a valid model: integer division"),
         ("model.config.hidden_size=big", "expected int, got str"),
         ("model.config.model_type=lama", "no such architecture; did you mean 'llama'"),
         ("+model.config.num_hiden_layers=3", "no such setting; did you mean 'num_hidden_layers'"),

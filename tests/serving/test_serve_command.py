@@ -68,7 +68,7 @@ def test_an_adapter_of_another_base_is_refused_by_the_name_of_its_folder(
     rl.attach(tiny.model("llama"), rank=2).save_pretrained(tmp_path / "other")
     said = refused(monkeypatch, capsys, folder, f"adapters.other={tmp_path / 'other'}")
     assert str(tmp_path / "other") in said
-    assert "trained on another kind of model" in said
+    assert "trained on a different kind of model" in said
 
 
 def test_each_name_is_that_of_its_own_adapter(tmp_path):

@@ -166,7 +166,7 @@ def test_rows_that_do_not_bring_a_source_are_refused_before_a_weight_is_loaded(r
             ["intervention=loreft", "data.source_prompt=null"],
             "Interchange puts hidden states .* loreft takes none",
         ),
-        (["intervention.positions=all"], "das puts tokens of one prompt into another"),
+        (["intervention.positions=all"], "das exchanges tokens between prompts"),
     ):
         with pytest.raises(ValueError, match=said):
             outline(compose.compose(arguments(rows, *overrides)))

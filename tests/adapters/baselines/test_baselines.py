@@ -175,7 +175,7 @@ def test_unknown_methods_and_options_name_the_nearest():
     for overrides, message in (
         (["intervention.method=peft/lorra"], r"unknown baseline 'peft/lorra'.*did you mean 'peft/lora'"),
         (["intervention=peft/lora", "+intervention.options.lora_alhpa=3"], r"did you mean 'lora_alpha'"),
-        (["intervention=peft/lora", "+intervention.options.bias=all"], r"leave the option 'bias' out"),
+        (["intervention=peft/lora", "+intervention.options.bias=all"], r"leave out the option 'bias'"),
         (
             ["intervention=peft/lora", "+intervention.options.init_lora_weights=pissa"],
             r"orthogonal; got 'pissa', which",
@@ -206,7 +206,7 @@ def test_virtual_tokens_before_a_running_state_are_refused_and_before_a_window_a
         adapt(base, method, num_virtual_tokens=2)
     assert not caplog.messages
     adapted("mistral", method)
-    assert "layers of MistralForCausalLM look back at 6 columns: a longer row" in caplog.text
+    assert "layers of MistralForCausalLM look back at 6 columns: the outputs" in caplog.text
 
 
 def test_models_without_biases_or_caches_are_refused():
