@@ -67,10 +67,10 @@ def _differing(model: Any, folder: Path) -> list[str]:
     check_holds(folder, file)
     if isinstance(model, ReftModel):
         saved = load_adapter(folder)[0]
-        beside = (
+        of_peft = (
             _differing(model.peft, folder / BESIDE) if isinstance(model, JointModel) and saved.beside else []
         )
-        return replace(model.config, heads=saved.heads).differing(saved) + beside
+        return replace(model.config, heads=saved.heads).differing(saved) + of_peft
     theirs = read_json(folder / file)
     if isinstance(model, PeftBaseline):
         method = METHODS[model.config.method]

@@ -85,7 +85,8 @@ def _scores(results: dict[str, Any], split: str) -> dict[tuple[str, str, str], s
 
 def _empty_table(results: dict[str, Any], split: str, measures: list[str]) -> Table:
     rows = "test" if split == "test" else "validation"
-    table = Table(title=f"{escape(str(results['model']))}, {rows} rows, in % [95 % interval]")
+    shares = ", in % [95 % interval]" if {*measures} - {"loss", "perplexity"} else ""
+    table = Table(title=f"{escape(str(results['model']))}, {rows} rows{shares}")
     headings = HEADINGS | ({"accuracy": "generated"} if "option_accuracy" in measures else {})
     scored = [headings.get(measure, measure.replace("_", " ")) for measure in measures]
     for column in ("", "task", "rows", *scored, "trained", "% of base"):

@@ -79,11 +79,11 @@ class TrialCallback(Callback):
         self._validations += 1
         self._note(trainer)
         score = float(trainer.callback_metrics[self.monitor])
-        behind = False
+        prune = False
         if trainer.is_global_zero and math.isfinite(score):
             self.trial.report(score, self._validations)
-            behind = self.trial.should_prune()
-        if _agreed(trainer, behind):
+            prune = self.trial.should_prune()
+        if _agreed(trainer, prune):
             number, pruner = self._validations, self.study.plan.pruner
             self._end(trainer, f"{pruner}: {self.monitor} fell behind at validation {number}")
 

@@ -73,16 +73,16 @@ class JointModel(ReftModel):
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Return every trained tensor; the names of peft's start with ``peft.``."""
-        beside = {f"{BESIDE}.{name}": tensor for name, tensor in self.peft.adapter_state_dict().items()}
-        return super().adapter_state_dict() | beside
+        theirs = {f"{BESIDE}.{name}": tensor for name, tensor in self.peft.adapter_state_dict().items()}
+        return super().adapter_state_dict() | theirs
 
     def load_adapter_state_dict(self, state: dict[str, Tensor]) -> None:
         """Load what :meth:`adapter_state_dict` returned, into the same parameters."""
         check_fit(self.adapter_state_dict(), state, f" {self.config.method} + {self.peft.config.method}")
         prefix = f"{BESIDE}."
-        beside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        theirs = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         fill(super().adapter_state_dict(), state)
-        self.peft.load_adapter_state_dict(beside)
+        self.peft.load_adapter_state_dict(theirs)
 
     def parameter_roles(self) -> dict[str, list[nn.Parameter]]:
         """Return the trained parameters of both parts by role: ``rotation`` (R), ``weight``, ``bias``, ``head``."""
@@ -91,9 +91,9 @@ class JointModel(ReftModel):
 
     def parameter_count(self) -> ParameterCount:
         """Count the parameters trained by both parts and the base model's own; neither includes heads."""
-        beside = self.peft.parameter_count()
+        theirs = self.peft.parameter_count()
         ours = sum(p.numel() for p in self.adapters.parameters())
-        return ParameterCount.of(ours + beside.trainable, beside.base)
+        return ParameterCount.of(ours + theirs.trainable, theirs.base)
 
     def save_pretrained(self, folder: str | PathLike, selected_adapters: Sequence[str] | None = None) -> None:
         """Write the files of the interventions to a folder, and peft's to its subfolder ``peft``.
