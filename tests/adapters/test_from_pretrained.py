@@ -136,7 +136,7 @@ def test_another_head_on_the_same_backbone_is_no_other_architecture(tmp_path):
 def test_arguments_of_the_base_model_need_one_to_load(tmp_path):
     saved(tmp_path, tiny.model("llama"))
     adapter = tmp_path / "adapter"
-    with pytest.raises(ValueError, match=r"takes no dtype: the base model is loaded already"):
+    with pytest.raises(ValueError, match=r"takes no dtype: the base model is already loaded"):
         rl.ReftModel.from_pretrained(tiny.model("llama"), adapter, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"takes no revison: .*; did you mean 'revision'"):
         rl.ReftModel.from_pretrained(tiny.model("llama"), adapter, revison="v2")

@@ -88,7 +88,7 @@ def test_a_config_cannot_name_code_to_import(tmp_path):  # pyreft imports any cl
 
 def test_a_folder_without_an_adapter_says_what_is_there(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(FileNotFoundError, match=r"reft_config.json is missing; there is notes.txt"):
+    with pytest.raises(FileNotFoundError, match=r"reft_config.json is missing; it has notes.txt"):
         rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
 
 
@@ -104,7 +104,7 @@ def test_a_folder_of_another_library_says_what_reads_it(files, reader, tmp_path)
     for file in files:
         (tmp_path / file).write_text("{}")
     with pytest.raises(
-        FileNotFoundError, match=rf"reft_config.json is missing; there is .*{re.escape(reader)}$"
+        FileNotFoundError, match=rf"reft_config.json is missing; it has .*{re.escape(reader)}$"
     ):
         rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
 
@@ -124,7 +124,7 @@ def test_a_position_function_is_passed_again_when_loading(tmp_path):
 
 def test_a_position_function_of_one_layer_cannot_be_saved(tmp_path):
     reft = attached(layers={0: {"positions": first_token}, 1: {}})
-    with pytest.raises(ValueError, match="layer 0 has a position function"):
+    with pytest.raises(ValueError, match="layer 0 has its own position function"):
         reft.save_pretrained(tmp_path)
 
 
@@ -198,7 +198,7 @@ def test_a_push_may_name_a_branch_and_a_message(uploads):
 
 
 def test_what_cannot_be_saved_makes_no_repository(uploads):
-    with pytest.raises(ValueError, match="has a position function"):
+    with pytest.raises(ValueError, match="has its own position function"):
         attached(layers={0: {"positions": first_token}, 1: {}}).push_to_hub("me/my-adapter")
     assert [what for what, *_ in uploads] == ["login"]
 
@@ -238,7 +238,7 @@ def test_tensors_of_half_precision_load_with_a_warning(dtype, tmp_path, caplog):
     save_file({name: tensor.to(dtype) for name, tensor in state.items()}, tmp_path / TENSOR_FILE)
     again = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()
     (record,) = caplog.records
-    assert "fewer digits than it was trained with" in record.getMessage()
+    assert "lower precision than it was trained with" in record.getMessage()
     assert f"interventions.0.0.basis is {str(dtype)[6:]}, used as float32" in record.getMessage()
     torch.testing.assert_close(logits(again), logits(reft), atol=0.1, rtol=0.1)
 

@@ -86,7 +86,7 @@ def test_a_model_that_cannot_be_copied_is_tried_itself_and_left_as_it_was(caplog
         bare_copy(model)
     with caplog.at_level(logging.DEBUG):
         assert reading_of(model) == Reading(True, True)
-    assert "itself is tried" in caplog.text
+    assert "so it is tested itself" in caplog.text
     assert all(module.training for module in model.modules())
 
 

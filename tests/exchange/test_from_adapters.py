@@ -77,7 +77,7 @@ def test_what_is_read_is_what_was_trained():
 def test_noreft_or_direft_is_asked_as_adapters_does_not_save_it():
     with pytest.raises(ValueError, match=r"noreft.*method='noreft' or method='direft'; got None"):
         rl.from_adapters(base_model(), FOLDERS / "noreft")
-    with pytest.raises(ValueError, match=r"is of LoReFT .*; got method='direft'"):
+    with pytest.raises(ValueError, match=r"is a LoReFT adapter .*; got method='direft'"):
         rl.from_adapters(base_model(), FOLDERS / "loreft", method="direft")
 
 

@@ -233,7 +233,7 @@ def test_another_model_is_refused_and_stays_as_it_was():
 
 def test_a_folder_without_pyrefts_files_says_what_is_there(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(FileNotFoundError, match=r"config.json is missing; there is notes.txt"):
+    with pytest.raises(FileNotFoundError, match=r"config.json is missing; it has notes.txt"):
         rl.from_pyreft(base_model(), tmp_path, positions="f1")
 
 

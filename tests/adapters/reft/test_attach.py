@@ -141,7 +141,7 @@ def test_forward_refuses_what_it_cannot_place():
         reft(attention_mask=BATCH["attention_mask"])
     with pytest.raises(ValueError, match="with past_key_values, pass prompt_mask"):
         reft(ids[:, :1], past_key_values=cache)
-    with pytest.raises(ValueError, match="labels of only the last columns need a prompt_mask"):
+    with pytest.raises(ValueError, match="labels for only the last columns need a prompt_mask"):
         reft(**BATCH, labels=ids[:, -2:])
     with pytest.raises(ValueError, match="prompt_mask must have the shape"):
         reft(**BATCH, prompt_mask=torch.ones(2, 3, dtype=torch.bool))
@@ -177,9 +177,7 @@ def test_a_mask_of_strengths_is_refused(name):  # each but 0 counted as 1
     for whole in (marked, marked.long(), marked.float()):
         assert torch.equal(reft(**BATCH, **{name: whole}).logits, reft(**BATCH, **{name: marked}).logits)
     for run in (reft, reft.generate):
-        with pytest.raises(
-            ValueError, match=f"{name} says which tokens, by 0 and 1, and holds other numbers"
-        ):
+        with pytest.raises(ValueError, match=f"{name} must hold only 0 and 1"):
             run(**BATCH, **{name: 0.5 * marked.float()})
 
 
@@ -193,17 +191,17 @@ def test_embeddings_may_be_given_for_tokens():
 def test_words_of_other_libraries_are_answered_with_ours():
     reft = attach()
     for name, said in (
-        ("merge_and_unload", "here it is reft_lightning.merge(reft), where a weight can hold the edits"),
+        ("merge_and_unload", "here it is reft_lightning.merge(reft), if the weights can hold the edits"),
         ("get_base_model", "here it is base_model"),
         (
             "gradient_checkpointing_enable",
-            "its base_model has: reft.base_model.gradient_checkpointing_enable. What",
+            "its base_model has it: reft.base_model.gradient_checkpointing_enable. For",
         ),
         (
             "generation_config",
-            "its base_model has: reft.base_model.generation_config. What asks for a model of",
+            "its base_model has it: reft.base_model.generation_config. For code that expects a",
         ),
-        ("can_generate", "takes integrations.transformers.as_pretrained(reft)"),
+        ("can_generate", "use integrations.transformers.as_pretrained(reft)"),
         ("scales", "'ReftModel' object has no attribute 'scales'"),  # Python itself names the nearest
     ):
         assert not hasattr(reft, name)

@@ -169,7 +169,7 @@ def test_heads_that_are_not_there_are_refused():
 def test_a_model_whose_heads_are_not_known_is_refused():
     model = grouped()
     model.config.num_attention_heads = 5
-    with pytest.raises(ValueError, match="no multiple of the 5 heads"):
+    with pytest.raises(ValueError, match="not a multiple of the 5 heads"):
         attached(model)
     for block in model.model.layers:
         block.self_attn = nn.Sequential(block.self_attn)
@@ -178,7 +178,7 @@ def test_a_model_whose_heads_are_not_known_is_refused():
 
 
 def test_heads_do_not_become_weights():
-    with pytest.raises(ValueError, match="each of its heads has an intervention of its own"):
+    with pytest.raises(ValueError, match="each of its heads has its own intervention"):
         folds_of(attached(grouped()))
 
 

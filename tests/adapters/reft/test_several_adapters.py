@@ -317,7 +317,7 @@ def test_a_weight_is_a_finite_number_and_an_adapter_edits_once():
 
 def test_the_only_adapter_stays():
     reft = alone("default")
-    with pytest.raises(ValueError, match=r"only adapter: detach\(\) takes all off"):
+    with pytest.raises(ValueError, match=r"only adapter: use detach\(\) to remove everything"):
         reft.delete_adapter("default")
     assert reft.active_adapters == ["default"]
 
@@ -390,7 +390,8 @@ def test_both_parts_together_are_the_whole(method):
 def test_only_sums_of_directions_can_be_divided():
     reft = rl.attach(tiny.model("llama"), "red")
     with pytest.raises(
-        ValueError, match="RED is not a sum of directions that can be divided; those of loreft"
+        ValueError,
+        match="RED cannot be partitioned, as its edit is not a sum of directions; these can: loreft",
     ):
         reft.add_partition("left", [0])
     assert reft.adapter_names == ["default"]
@@ -460,7 +461,7 @@ def test_parts_count_once_and_are_saved_with_what_they_are_part_of(tmp_path):
 
 def test_an_adapter_outlives_its_parts_only_in_this_order():
     reft = halves()
-    with pytest.raises(ValueError, match="has parts, delete them first: left, right"):
+    with pytest.raises(ValueError, match="has partitions, delete them first: left, right"):
         reft.delete_adapter("default")
     with pytest.raises(ValueError, match="left are parts of other adapters"):
         reft.save_pretrained("nowhere", selected_adapters=["left"])
@@ -524,7 +525,7 @@ def test_another_adapter_does_not_replace_one_of_its_name(tmp_path):
     reft = several()
     reft.save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"'style' is there and was attached in another way .*method 'noreft'"
+        ValueError, match=r"there is already an adapter 'style', attached differently .*method 'noreft'"
     ):
         reft.load_adapter(tmp_path / "late", "style")
     with pytest.raises(ValueError, match="the name 'late' is taken"):
@@ -620,10 +621,10 @@ def test_a_swap_of_numbers_keeps_the_compiled_graph(tmp_path):
     ("values", "said"),
     [
         ({"partitions": {"default": [0]}}, "the name 'default' is taken"),
-        ({"partitions": {"a.b": [0]}}, "cannot be called 'a.b'"),
-        ({"partitions": {"a": ["x"]}}, "without a list of rows"),
-        ({"per_layer": {"0": [1]}}, "no settings of a layer"),
-        ({"per_layer": {"0": {"method": ["x"]}}}, "no settings of a layer"),
+        ({"partitions": {"a.b": [0]}}, "cannot be named 'a.b'"),
+        ({"partitions": {"a": ["x"]}}, "the partition 'a' must be a list of rows"),
+        ({"per_layer": {"0": [1]}}, "per_layer must map layer numbers to settings"),
+        ({"per_layer": {"0": {"method": ["x"]}}}, "per_layer must map layer numbers to settings"),
         ({"settings": {"rank": 4, "act_fn": ["relu"]}}, "act_fn must be one of"),
         ({"scale": float("nan")}, "scale must be finite"),
     ],
