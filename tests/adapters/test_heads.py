@@ -182,7 +182,7 @@ def test_a_tied_head_is_trained_and_saved_once(method, family, which, tmp_path):
 def test_a_head_inside_a_head_is_refused_before_training():  # peft: KeyError when it is saved
     inside = ["bert.pooler", "bert.pooler.dense"]
     for method, heads in (("loreft", ["classifier"] * 2), ("peft/lora", inside), ("bitfit", inside[::-1])):
-        with pytest.raises(ValueError, match=r"is part of the head .*: name it once"):
+        with pytest.raises(ValueError, match=r"is part of the head .*: name it only once"):
             adapt(tiny.model("bert"), method, heads=heads, **({"rank": 2} if method == "loreft" else {}))
 
 

@@ -124,7 +124,7 @@ def test_a_model_that_cannot_be_tried_is_taken_for_what_it_is_called(caplog, mon
     model.forward = fails
     monkeypatch.setattr(type(model.config), "to_dict", fails)
     assert reading_of(model) == Reading(True, True)
-    assert "could not be tried" in caplog.text
+    assert "could not be tested" in caplog.text
 
 
 def test_a_number_that_goes_with_a_text_changes_no_position():

@@ -153,10 +153,10 @@ def test_what_does_not_fit_is_said_before_weights_are_loaded(run, saved, monkeyp
 @pytest.mark.parametrize(
     ("to", "method", "settings", "said"),
     [
-        ("gguf", "bias", {"layers": [0, 1]}, "layer 0: llama.cpp adds control vectors to the blocks after the first"),
-        ("gguf", "lofit", {"component": "head_output"}, "to the output of blocks only; got 'head_output'"),
-        ("gguf", "bias", {"layers": {1: {}, 2: {"positions": "f1"}}}, "layer 2: .*; got positions=f1, use all"),
-        ("gguf", "bias", {"heads": ["lm_head"]}, "a control vector holds no head"),
+        ("gguf", "bias", {"layers": [0, 1]}, "layer 0: llama.cpp adds control vectors only to blocks after the first"),
+        ("gguf", "lofit", {"component": "head_output"}, "only to the output of blocks; got 'head_output'"),
+        ("gguf", "bias", {"layers": {1: {}, 2: {"positions": "f1"}}}, "layer 2: .*must be all; got positions=f1"),
+        ("gguf", "bias", {"heads": ["lm_head"]}, "a control vector cannot hold heads"),
         *[(to, "bias", {"beside": "peft/lora", "adapt": adapt}, "trained together with peft/lora") for to in OTHERS],
     ],
 )  # fmt: skip
@@ -172,8 +172,8 @@ def test_what_the_configuration_tells_is_said_before_weights_are_loaded(
 @pytest.mark.parametrize(
     ("to", "settings", "said"),
     [
-        ("easysteer", {"component": "mlp_output"}, "edits the output of blocks only; got 'mlp_output'"),
-        ("easysteer", {"tied": "position"}, "tied='position' has an intervention a position"),
+        ("easysteer", {"component": "mlp_output"}, "edits only the output of blocks; got 'mlp_output'"),
+        ("easysteer", {"tied": "position"}, "tied='position' has one intervention per position"),
         ("pyreft", {"tied": "position"}, "pyreft has one intervention for all positions"),
     ],
 )

@@ -131,7 +131,7 @@ DAMAGES = {
     "truncated config": (cut(CONFIG, 100), CONFIG, "damaged"),
     "empty config": (cut(CONFIG, 0), CONFIG, "is empty"),
     "foreign config": (lambda f: (f / CONFIG).write_text('{"model_type": "llama"}'), CONFIG, "format None"),
-    "newer format": (values(format=2), CONFIG, "format 2; .* reads 1: update it"),
+    "newer format": (values(format=2), CONFIG, "format 2, .* reads 1: update it"),
     "unknown key": (values(colour="red"), CONFIG, r"unknown keys \['colour'\]"),
     **{f"no {key}": (values(**{key: None}), CONFIG, f"holds no {key}") for key in ("method", "layers", "positions")},
     "layers of another kind": (values(layers="x"), "mine", "layers"),

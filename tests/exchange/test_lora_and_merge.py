@@ -266,10 +266,10 @@ def test_two_adapters_at_one_map_are_not_exported():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"positions": "f7+l7"}, r"edits the positions f7\+l7, and a weight acts on all tokens alike"),
+        ({"positions": "f7+l7"}, r"edits the positions f7\+l7, but a weight acts on all tokens"),
         ({"positions": "decode"}, "positions decode"),
         ({"component": "block_output"}, "the output of model.layers.0, a LlamaDecoderLayer, is not the output of one"),
-        ({"component": "block_input"}, r"the input of model.layers.0 is not that of one.*down_proj.input"),
+        ({"component": "block_input"}, r"the input of model.layers.0 is not the input of one.*down_proj.input"),
         ({"component": "model.layers.{layer}.input_layernorm"}, "a LlamaRMSNorm, is not the output of one linear map"),
         ({"layers": {0: {}, 1: {"positions": "f1"}}}, "layer 1 cannot become weights: it edits the positions f1"),
     ],
@@ -393,7 +393,7 @@ def test_an_adapter_of_heads_alone_is_merged_and_no_lora(tmp_path):
 
 def test_an_edit_with_an_activation_is_refused(tmp_path):
     reft = attached(act_fn="relu")
-    with pytest.raises(ValueError, match="is not an affine function of h, and no weight computes it"):
+    with pytest.raises(ValueError, match="is not an affine function of h, so no weight can compute it"):
         rl.to_lora(reft, tmp_path)
 
 

@@ -268,7 +268,7 @@ def test_the_controller_follows_its_formula():
         assert pid.state["weight"] == bound
     with pytest.raises(ValueError, match="0 < lowest <= start <= highest must hold"):
         PIDPenalty(1.0, start=2.0)
-    with pytest.raises(ValueError, match="there is none"):
+    with pytest.raises(ValueError, match="it does not exist"):
         mean_penalty(rl.attach(tiny.model("llama"), "red", positions="all"))
 
 

@@ -166,7 +166,7 @@ def test_unknown_methods_and_options_name_the_nearest():
     for overrides, message in (
         (["intervention.method=peft/lorra"], r"unknown baseline 'peft/lorra'.*did you mean 'peft/lora'"),
         (["intervention=peft/lora", "+intervention.options.lora_alhpa=3"], r"did you mean 'lora_alpha'"),
-        (["intervention=peft/lora", "+intervention.options.bias=all"], r"leave the option 'bias' out"),
+        (["intervention=peft/lora", "+intervention.options.bias=all"], r"leave out the option 'bias'"),
         (["intervention=peft/lora", "+intervention.options.init_lora_weights=pissa"], r"got 'pissa', which"),
         (
             ["intervention=peft/lora", "+intervention.options.layer_replication=[[0,2]]"],

@@ -245,7 +245,7 @@ OURS, THEIRS = "reft_config.json", "peft/adapter_config.json"
         (lambda f: shutil.rmtree(f / "peft"), FileNotFoundError, "adapter_config.json is missing; no such folder"),
         (lambda f: changed(f, OURS, beside="peft/lorra"), ValueError, "did you mean 'peft/lora'"),
         (lambda f: changed(f, OURS, beside="full"), ValueError, "the base model's own weights"),
-        (lambda f: changed(f, OURS, beside=3), ValueError, "holds beside=3; beside must be a text"),
+        (lambda f: changed(f, OURS, beside=3), ValueError, "has beside=3; beside must be a string"),
         (lambda f: changed(f, THEIRS, r=4), ValueError, r"other shapes .*lora_A"),
         (lambda f: changed(f, THEIRS, init_lora_weights="pissa"), ValueError, "init_lora_weights must be one of"),
         (lambda f: changed(f, THEIRS, modules_to_save=["nowhere"]), ValueError, "nowhere"),
@@ -286,7 +286,7 @@ def test_where_adapters_share_a_base_model_it_is_refused(tmp_path):
             ValueError, match="trained together with peft/lora, which changes the base model for"
         ):
             other.load_adapter(tmp_path / saved, "second")
-    with pytest.raises(ValueError, match="together with peft/lora, which all requests would share"):
+    with pytest.raises(ValueError, match="together with peft/lora, which would apply to all requests"):
         serve_adapters(tiny.model("llama"), {"one": tmp_path})
     for write in (rl.to_pyreft, rl.to_easysteer):
         with pytest.raises(ValueError, match="together with peft/lora, but a folder for"):
@@ -320,10 +320,10 @@ def test_a_state_or_folder_that_does_not_fit_is_refused(tmp_path):
         (["intervention.beside=bitfit"], r"trains the base model's own weights"),
         (["intervention=peft/lora", "intervention.beside=peft/oft"], r"peft/lora is a baseline: use method=lor"),
         (["intervention=none", "intervention.beside=peft/lora"], r"use intervention.method=peft/lora"),
-        (["+intervention.beside_options.r=3"], r"beside_options r .*none is trained together with loreft: name it"),
+        (["+intervention.beside_options.r=3"], r"beside_options r .*none is trained together with loreft: name one"),
         (["intervention=loreft_lora", "+intervention.beside_options.lora_alhpa=3"],
          r"peft/lora takes no option 'lora_alhpa'; did you mean 'lora_alpha'"),
-        (["intervention=loreft_lora", "+intervention.beside_options.bias=all"], r"leave the option 'bias' out"),
+        (["intervention=loreft_lora", "+intervention.beside_options.bias=all"], r"leave out the option 'bias'"),
         (["intervention.besides=peft/lora"], r"did you mean 'intervention.beside'"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",

@@ -305,7 +305,7 @@ UNFIT = [
     ("xlnet", {}, "block_output", "has the shape"),  # (s, b, d)
     ("cpmant", {}, "block_output", "has the shape"),  # a prompt of its own
     ("gemma4_text", SHARED, "model.layers.{layer}.self_attn.k_proj", "has no module 'model.layers.2.self_attn.k_proj'"),
-    ("gemma4_text", SHARED, "block_output", r"layers\.2 in .* has the shape .* What can be edited: layers=\[0, 1\]"),
+    ("gemma4_text", SHARED, "block_output", r"layers\.2 in .* has the shape .* It can be edited at layers=\[0, 1\]"),
     ("llama", {}, "model.layers.{layer}.mlp.act_fn", "has width 48, expected 32"),
 ]  # fmt: skip
 

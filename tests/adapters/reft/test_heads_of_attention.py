@@ -162,7 +162,7 @@ def test_what_heads_do_can_be_watched():
 def test_heads_that_are_not_there_are_refused():
     model = grouped()
     for heads in ("4", "0+0", "x", "-1", "", "0,1"):
-        with pytest.raises(ValueError, match=r"must name distinct heads in 0\.\.3, as head_output:0\+3"):
+        with pytest.raises(ValueError, match=r"must name distinct heads in 0\.\.3, as in head_output:0\+3"):
             attached(model, component=f"head_output:{heads}")
 
 
