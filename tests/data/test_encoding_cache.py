@@ -251,7 +251,7 @@ class TestFiles:
         assert (cache / name).read_bytes() != before
         log = tmp_path / "calls"
         check(run(log))
-        assert "is damaged and is made again" in caplog.text
+        assert "is damaged and will be rebuilt" in caplog.text
         assert log.read_text() == "xx"
         with np.load(cache / name) as again, np.load(io.BytesIO(before)) as first:
             assert {n: a.tolist() for n, a in again.items()} == {n: a.tolist() for n, a in first.items()}
@@ -294,7 +294,7 @@ class TestFiles:
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("REFT_CACHE", str(tmp_path / "file"))
         check(run())
-        assert "$REFT_CACHE names another folder" in caplog.text
+        assert "set $REFT_CACHE to another folder" in caplog.text
 
     def test_of_two_processes_one_computes_and_both_have_the_rows(self, cache, tmp_path):
         log = tmp_path / "calls"

@@ -118,7 +118,7 @@ class TestSplits:
         assert set(small) < set(large)
         assert small == sorted(small, key=toy(50).index)
         assert subset(toy(5), None, 3) == toy(5)
-        with pytest.raises(ValueError, match="1 or more"):
+        with pytest.raises(ValueError, match="at least 1"):
             subset(toy(5), 0, 3)
 
     def test_limit_validation_stays_stratified(self):
@@ -146,7 +146,7 @@ class TestSplits:
             eval_batch_size=2, validation_size=3,
         )  # fmt: skip
         with pytest.raises(
-            ValueError, match=r"tasks with and without validation rows in source local: .* of b"
+            ValueError, match=r"tasks with and without validation rows in source local; these have none: b"
         ):
             data.setup("fit")
 
@@ -511,7 +511,7 @@ class TestResume:
     def test_other_data_or_batches_cannot_resume_inside_an_epoch(self, tmp_path):
         with pytest.raises(InterruptedError):
             trainer(tmp_path).fit(Recorder(stop_at=3), datamodule=make(limit_train=30))
-        words = r"cannot resume inside an epoch: rows was 30 in the checkpoint and is 20 now"
+        words = r"cannot resume within an epoch: rows was 30 in the checkpoint and is 20 now"
         with pytest.raises(ValueError, match=words):
             trainer(tmp_path).fit(
                 Recorder(),

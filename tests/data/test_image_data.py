@@ -88,7 +88,7 @@ def test_what_a_processor_refuses_is_named_by_its_row():
 
     example = Example("vision", "what?", "red", "red", pictures=(), source="train.jsonl, line 3")
     with pytest.raises(
-        ValueError, match=r"train\.jsonl, line 3: Strict refuses the row: no picture in 'what\?'"
+        ValueError, match=r"train\.jsonl, line 3: Strict rejects the row: no picture in 'what\?'"
     ):
         processed(Strict(), example)
 

@@ -162,9 +162,9 @@ def module(path, **more):
         (["intervention.layers={0: {}, 1: {positions: l1}}"], "the positions l1 are of prompts"),
         (["intervention=cast", ALL], "cast looks at prompts"),
         (["objective=dpo"], "DPO compares two answers to one"),
-        (["objective=reward"], "a reward model chooses between two answers to a prompt"),
+        (["objective=reward"], "a reward model compares two answers to a prompt"),
         (["decoding.max_new_tokens=9"], "nothing is generated: leave decoding.max_new_tokens out"),
-        (["data.template=chat"], "data.template=chat lays a prompt out"),
+        (["data.template=chat"], "data.template=chat needs a prompt"),
         (["data.options=text"], r"needs data\.prompt, or data\.messages; the columns are text"),
         (["model.config={model_type: t5}"],
          "texts without a prompt are learnt by decoder-only models"),
@@ -184,7 +184,7 @@ def test_what_needs_no_prompt_is_not(tmp_path):
 
 def test_no_column_at_all_names_both_ways(tmp_path):
     with pytest.raises(
-        ValueError, match=r"needs data\.prompt and data\.target, .*data\.target alone for texts"
+        ValueError, match=r"needs data\.prompt and data\.target, .*only data\.target for texts"
     ):
         custom_family(path=str(write(tmp_path)))
 

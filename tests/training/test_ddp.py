@@ -176,7 +176,7 @@ def test_a_process_without_any_rows_to_evaluate_is_refused(data, tmp_path, root)
         data, root, tmp_path, *TWO, "data.validation_size=1", f"hydra.run.dir={tmp_path / 'run'}"
     )
     assert done.returncode != 0
-    assert "2 processes evaluate 1 rows a task" in done.stderr
+    assert "at least one task must have 2 evaluation rows" in done.stderr
 
 
 @pytest.mark.slow

@@ -176,7 +176,7 @@ def test_a_step_in_parts_is_the_whole_step(rows, tmp_path):
     [
         (
             ["data=glue_rte", "data.prompt=null", "data.target=null", "data.options=null"],
-            "are no questions in text with options",
+            "are not text questions with options",
         ),
         (["decoding.max_new_tokens=3"], "decoding.max_new_tokens means nothing"),
         (["kept.limit_gb=1"], "makes passes of its own"),

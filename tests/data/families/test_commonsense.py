@@ -131,12 +131,12 @@ class TestTemplates:
             "output": TRIGGER + "maybe",
             "answer": "maybe",
         }
-        with pytest.raises(ValueError, match=r"row 1: answer 'maybe' is not among the choices"):
+        with pytest.raises(ValueError, match=r"row 1: the answer must be one of .* got 'maybe'"):
             placed(TASKS["boolq"].example, row, "row 1")
 
     def test_an_output_that_says_another_answer_is_refused(self):
         row = {"instruction": "Q\n\nAnswer format: true/false", "output": TRIGGER + "true", "answer": "false"}
-        with pytest.raises(ValueError, match=r"does not state its answer 'false'"):
+        with pytest.raises(ValueError, match=r"the output must be 'the correct answer is false'"):
             placed(TASKS["boolq"].example, row, "row 1")
 
 

@@ -118,7 +118,7 @@ def test_long_rows_are_left_out_by_characters_and_repeated_questions_stay(caplog
     train, _ = FAMILY.carve(rows + examples(0, 1), 1, 0)
     assert [e.source for e in train] == [str(MOST_CHARACTERS), "again"]
     assert "1 of 3 MetaMathQA rows" in caplog.text
-    assert "1 train rows ask a validation question again" in caplog.text
+    assert "1 train rows repeat a validation question" in caplog.text
 
 
 def test_a_split_without_its_rows_says_what_to_set():
@@ -126,5 +126,5 @@ def test_a_split_without_its_rows_says_what_to_set():
         FAMILY.carve(examples(), 10, 0)
     with pytest.raises(ValueError, match=r"data\.train_tasks=\[metamathqa,gsm8k\]"):
         FAMILY.carve(examples(questions=0), 1, 0)
-    with pytest.raises(ValueError, match=r"must name metamathqa"):
+    with pytest.raises(ValueError, match=r"must include metamathqa"):
         FAMILY.carve(examples(train=0), 1, 0)

@@ -142,7 +142,7 @@ class TestChoices:
     def test_an_empty_passage_or_a_missing_choice_is_refused(self):
         with pytest.raises(ValueError, match="the passage is empty"):
             reading.multiple_choice("quail", " ", "q", ["a", "b"], 0)
-        with pytest.raises(ValueError, match=r"the answer must be one of 2 choices; got number 3"):
+        with pytest.raises(ValueError, match=r"the answer must be one of the 2 choices; got number 3"):
             reading.multiple_choice("quail", "p", "q", ["a", "b"], 2)
 
 
@@ -256,7 +256,7 @@ class TestFiles:
             list(read(path))
         path = path.with_name(path.name + ".gz")
         path.write_bytes(b"plain text")
-        with pytest.raises(ValueError, match=rf"{path.name}: not a whole gzip file"):
+        with pytest.raises(ValueError, match=rf"{path.name}: not a complete gzip file"):
             list(read(path))
 
 
@@ -318,7 +318,7 @@ class TestValidationRows:
 
     @pytest.mark.parametrize(
         ("size", "words"),
-        [(-1, "must be 0 or more; got -1"), (4, "=4 needs all 2 passages of the 6 distinct train")],
+        [(-1, "must be at least 0; got -1"), (4, "=4 needs all 2 passages of the 6 distinct train")],
     )
     def test_an_impossible_size_is_refused(self, size, words):
         with pytest.raises(ValueError, match=f"validation_size.*{words}"):

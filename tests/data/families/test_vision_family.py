@@ -132,7 +132,7 @@ class TestRows:
         [
             (
                 {"image": 3, "question": "?", "answers": "a"},
-                "'image' must name a picture, or hold its bytes; got 3",
+                "'image' must contain the name of a picture file, or its bytes; got 3",
             ),
             ({"image": "1.png", "question": " ", "answers": "a"}, "has no question"),
             ({"image": "1.png", "question": "?", "answers": []}, "has no answer"),
@@ -145,7 +145,7 @@ class TestRows:
             ({"image": "1.png", "question": "?", "answers": "[]"}, "has no answer"),
             (
                 {"image": "1.png", "question": "?", "answers": f"a {MARK}"},
-                "the answer holds the mark <image>",
+                "the answer contains the mark <image>",
             ),
         ],
     )
@@ -157,9 +157,9 @@ class TestRows:
     @pytest.mark.parametrize(
         ("settings", "said"),
         [
-            ({}, "need data.prompt and data.target"),
-            ({"prompt": "q"}, "need data.prompt and data.target"),
-            (QUESTIONS | {"messages": "m"}, "need data.prompt and data.target"),
+            ({}, "need either data.prompt and data.target"),
+            ({"prompt": "q"}, "need either data.prompt and data.target"),
+            (QUESTIONS | {"messages": "m"}, "need either data.prompt and data.target"),
             (QUESTIONS | {"image": None}, "need data.image"),
             ({"prompt": "questio", "target": "answers"}, "no column 'questio'.*did you mean 'question'"),
         ],
@@ -181,9 +181,9 @@ def spoil(folder, name, kind):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("missing", "data.image_folder names another"),
+        ("missing", "set data.image_folder"),
         ("cut", "cannot be read"),
-        ("text", "is not a picture that PIL reads"),
+        ("text", "is not in a format that PIL reads"),
     ],
 )
 def test_a_bad_picture_is_named_by_file_and_row(tmp_path, kind, said):
@@ -271,7 +271,7 @@ class TestBatches:
 
     def test_a_prompt_that_leaves_no_room_is_named(self, tmp_path, processor):
         with pytest.raises(
-            ValueError, match=r"train.jsonl, line \d: the prompt has \d+ tokens with those of its pict"
+            ValueError, match=r"train.jsonl, line \d: the prompt has \d+ tokens, pictures included"
         ):
             self.rows(tmp_path, processor, max_length=25)
 
