@@ -412,7 +412,7 @@ def architecture(name, **own):
 
 def test_a_model_that_reads_the_answer_has_no_likelihood_of_it():
     reft = architecture("gemma3_text", use_bidirectional_attention=True)
-    with pytest.raises(ValueError, match="each token of Gemma3ForCausalLM reads those after it"):
+    with pytest.raises(ValueError, match="tokens of Gemma3ForCausalLM attend to later tokens"):
         option_log_likelihoods(reft, batches())
 
 
