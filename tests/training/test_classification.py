@@ -349,7 +349,7 @@ class TestMeasures:
         metrics = evaluated(module, data)
         rows = module.predictions
         assert all(row["answer"] is None and row["correct"] is False for row in rows)
-        assert caplog.text.count("are not numbers (NaN) for some rows, which count as wrong") == 1
+        assert caplog.text.count("outputs are NaN for some rows, which count as wrong") == 1
         value = metrics[f"test/{module.measures[0]}"]
         assert value <= 0
         if task == "mrpc":
@@ -408,7 +408,7 @@ class TestMeasures:
         assert math.isnan(metric.compute())
 
     def test_a_measure_that_does_not_fit_the_labels_is_refused(self):
-        with pytest.raises(ValueError, match="no measure 'f1' of 3 labels"):
+        with pytest.raises(ValueError, match="no measure 'f1' for 3 labels"):
             metric_of("f1", 3)
 
     def test_the_majority_is_the_commonest_class_of_the_train_rows(self):
@@ -507,7 +507,7 @@ class TestRuns:
         assert all(torch.equal(one[name], two[name]) for name in one)
 
     def test_a_run_on_all_tasks_is_refused_before_anything_is_loaded(self, tmp_path):
-        with pytest.raises(experiment.SetupError, match="one task a run"):
+        with pytest.raises(experiment.SetupError, match="one task per run"):
             run("rte", tmp_path, "data.tasks=[rte,cola]")
 
     def test_a_score_that_the_task_does_not_have_cannot_be_monitored(self, tmp_path):

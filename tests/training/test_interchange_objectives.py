@@ -164,14 +164,14 @@ def test_rows_that_do_not_bring_a_source_are_refused_before_a_weight_is_loaded(r
         (["data.source_prompt=sorce"], "no column 'sorce'.*did you mean 'source'"),
         (
             ["intervention=loreft", "data.source_prompt=null"],
-            "Interchange puts hidden states .* loreft takes none",
+            "Interchange inserts hidden states .* loreft does not take any",
         ),
         (["intervention.positions=all"], "das puts tokens of one prompt into another"),
     ):
         with pytest.raises(ValueError, match=said):
             outline(compose.compose(arguments(rows, *overrides)))
     with pytest.raises(
-        ValueError, match=r"DifferenceInMeans fits intervention=difference_in_means only; got bias"
+        ValueError, match=r"DifferenceInMeans works only with intervention=difference_in_means; got bias"
     ):
         outline(compose.compose([
             "model=tiny_random", "data=custom", f"data.path={rows}", "data.prompt=base", "data.target=label",

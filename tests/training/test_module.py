@@ -212,7 +212,7 @@ def test_an_option_that_has_no_likelihood_is_not_chosen(data, caplog):
     assert all(row["option"] is None for row in objects.module.predictions)
     counts = [count for name, count in objects.module.counts.items() if "option" in name]
     assert all(count["missing"] == count["total"] > 0 for count in counts)
-    assert caplog.text.count("are not numbers (NaN)") == 1
+    assert caplog.text.count("outputs are NaN") == 1
 
 
 def test_options_are_not_ranked_unless_asked_for(data):
@@ -363,7 +363,7 @@ def test_a_module_is_loaded_from_a_checkpoint(data, tmp_path):
 @pytest.mark.parametrize("precision", ["16-true", "bf16-true", "64-true"])
 def test_a_precision_that_turns_parameters_to_another_type_is_refused(data, precision):
     objects = short_runs.build(data)
-    with pytest.raises(ValueError, match=f"precision={precision}.* load the base in another type"):
+    with pytest.raises(ValueError, match=f"precision={precision}.* load the base in another dtype"):
         trainer(precision=precision).fit(objects.module, objects.data)
     assert {p.dtype for p in objects.module.parameters()} == {torch.float32}
 

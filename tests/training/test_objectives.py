@@ -273,18 +273,18 @@ def test_a_step_in_parts_is_the_whole_step(rows, tmp_path):
     ("overrides", "message"),
     [
         (["objective=dpo", "objective.options.beta=-1"], "beta must be above 0"),
-        (["objective=dpo", "+objective.options.betta=1"], "DPO takes no 'betta'; did you mean 'beta'"),
+        (["objective=dpo", "+objective.options.betta=1"], "DPO does not take 'betta'; did you mean 'beta'"),
         (["objective._target_=torch.optim.SGD"], "not a subclass of"),
         (["objective=reps", "intervention=red"], r"RED has no null\(h\)"),
         (
             ["objective=reps", "intervention=peft/lora", "intervention.positions=f7+l7"],
-            "needs edits whose strength",
+            "needs edits with adjustable strength",
         ),
         (["objective=dpo", "kept.limit_gb=1"], "makes passes of its own"),
         (["objective=dpo", "objective.options.beta=abc"], "beta must be above 0; got abc"),
         (["objective=reps", "objective.options.strengths=3"], "must be a list of finite numbers; got 3"),
         (["objective=reps", "objective.options.strengths=[a]"], "must be a list of finite numbers"),
-        (["objective=reps", "intervention.heads=[lm_head]"], "a trained head .lm_head. has none"),
+        (["objective=reps", "intervention.heads=[lm_head]"], "trained heads .lm_head. have none"),
         ([*CLOSED, "scheduler=linear"], "by no other: it needs scheduler=constant"),
         ([*CLOSED, "optimizer=adamw"], "by no other: it needs optimizer=closed_form"),
         ([*CLOSED, "trainer.max_epochs=2"], "by no other: it needs trainer=closed_form"),
@@ -298,7 +298,7 @@ def test_what_cannot_be_trained_is_refused_before_weights(rows, overrides, messa
 
 
 def test_rows_need_an_answer_to_reject(rows):
-    with pytest.raises(ValueError, match=r"pairs.csv.*a pair needs options"):
+    with pytest.raises(ValueError, match=r"pairs.csv.*a pair needs two options"):
         build(compose.compose([*arguments(rows, "objective=dpo"), "data.options=null"]))
 
 

@@ -220,6 +220,6 @@ def test_a_loader_that_cannot_count_ahead_takes_the_mean_of_means_only():
     )  # fmt: skip
     assert [part_of(trainer, i, "micro_batch_mean").share for i in range(3)] == [0.5, 0.5, 1.0]
     with pytest.raises(
-        ValueError, match=r"targets_of, such as .*TrainBatches, or loss_reduction=micro_batch_mean"
+        ValueError, match=r"targets_of, such as .*TrainBatches, or set loss_reduction=micro_batch_mean"
     ):
         part_of(trainer, 0, "token_mean")

@@ -302,7 +302,7 @@ def test_what_wandb_cannot_take_during_a_run_is_a_warning(data, tmp_path, caplog
     monkeypatch.setattr(WandbLogger, "log_table", unreachable)
     results = short_runs.run(data, tmp_path, "logger=wandb", "trainer.max_epochs=1")
     assert results["status"] == "complete"
-    assert "W&B could not take the table val/predictions: ConnectionError: no route to host" in caplog.text
+    assert "could not send the table val/predictions to W&B: ConnectionError: no route to host" in caplog.text
 
 
 def test_names_that_are_given_are_kept_and_long_tags_are_cut(tmp_path):
@@ -413,7 +413,7 @@ def test_what_fails_at_the_end_of_a_wandb_run_is_a_warning(tmp_path, caplog, mon
     with monkeypatch.context() as patch:
         patch.setattr(logger.experiment, "finish", unreachable)
         finish_wandb([logger], {"status": "complete"})
-    assert "W&B could not take the end of the run: ConnectionError: no route to host" in caplog.text
+    assert "could not send the end of the run to W&B: ConnectionError: no route to host" in caplog.text
     logger.experiment.finish()  # an open run would be that of the next tests
 
 
