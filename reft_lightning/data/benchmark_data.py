@@ -311,7 +311,7 @@ class BenchmarkData(LightningDataModule, ABC):
         if most < world_size:
             # Lightning skips the evaluation in a process without any rows, and the other processes wait for it
             raise ValueError(
-                f"at least one task must have {world_size} evaluation rows, one for each process; the largest has "
+                f"at least one task must have {world_size} evaluation rows, one for each process; the largest task has "
                 f"{most}: add rows, or use fewer devices"
             )
         collate = self._collator(training=False)

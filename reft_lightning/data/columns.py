@@ -134,7 +134,7 @@ class Columns:
             raise ValueError(
                 f"data.answer={answer!r} is not in data.target={target!r}"
                 f"{did_you_mean(answer, self.target.names)}: the target must contain the answer, as in "
-                f"'The answer is {{{answer}}}', because this is where it is looked for in a generated text"
+                f"'The answer is {{{answer}}}', so that it can be found in generated texts"
             )
         if options and not answer and not bare:
             raise ValueError(
@@ -262,7 +262,7 @@ class Conversations:
         return Example(TASK, prompt, target.strip(), target.strip(), turns=earlier)
 
     def find(self, text: str) -> str | None:
-        """Return a text stripped; None if nothing is left."""
+        """Return a text without surrounding white space; None if nothing is left."""
         return text.strip() or None
 
 

@@ -156,16 +156,16 @@ def encode_all(
         what=what,
     )
     rows = f"of {len(examples)} {what}"
-    if apart := np.count_nonzero(~columns["joint"]):
-        log.info("%d %s: a token spans prompt and target, so they were tokenised separately", apart, rows)
+    if separate := np.count_nonzero(~columns["joint"]):
+        log.info("%d %s: a token spans prompt and target, so they were tokenised separately", separate, rows)
     if prompts := np.count_nonzero(columns["cut_prompt"]):
         log.warning(
             "%d %s: prompt truncated on the left to fit %d tokens; a larger data.max_length keeps more",
             prompts, rows, max_length,
         )  # fmt: skip
     _refuse_unedited(examples, columns, max_length)
-    if nothing := np.count_nonzero(columns["ids.lengths"] - columns["prompt"] <= 1):
-        log.warning("%d %s: the target has no tokens except eos", nothing, rows)
+    if empty := np.count_nonzero(columns["ids.lengths"] - columns["prompt"] <= 1):
+        log.warning("%d %s: the target has no tokens except eos", empty, rows)
     if targets := np.count_nonzero(columns["cut_target"]):
         log.warning(
             "%d %s: target truncated on the right, without eos; a larger data.max_length keeps more",

@@ -87,5 +87,5 @@ class Family:
         return None
 
     def classes_of(self, tasks: Sequence[str]) -> tuple[str, ...]:
-        """Return the names of a classifier's classes: none."""
+        """Return no class names: a language model has no classes."""
         return ()

@@ -1,10 +1,10 @@
-"""Rows as preferences: two answers to a prompt, where a reward model should prefer the chosen one.
+"""Rows as preferences: a chosen and a rejected answer to a prompt, for reward models.
 
 Letters: b pairs, which are 2 b rows; s columns. A row is the whole text, padded on the right; a reward model reads it
 like a classifier. The end-of-text token is left out, because it serves as padding in tokenizers without a pad token,
 and transformers' classifiers read the last token that is not padding::
 
-    p1 p2 p3 y1 y2 pad      input_ids, attention_mask (2 b, s), first the chosen answers
+    p1 p2 p3 y1 y2 pad      input_ids, attention_mask (2 b, s), chosen answers first
 """
 
 from __future__ import annotations

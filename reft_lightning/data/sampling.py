@@ -127,7 +127,7 @@ class TrainBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """Iterate over the epoch that is set when the first batch is requested."""
         epoch, start, self.start = self.epoch, self.start, 0
-        self.epoch += 1  # only Lightning calls set_epoch
+        self.epoch += 1  # without Lightning, nothing calls set_epoch
         yield from self.batches(epoch)[start:]
 
     def order(self) -> dict[str, Any]:

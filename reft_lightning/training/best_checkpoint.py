@@ -52,7 +52,7 @@ class BestCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop a resumed run that had run out of patience before it was interrupted."""
-        self._stop_where_enough(trainer)
+        self._stop_if_out_of_patience(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if this is the best validation so far; stop training if the best is too long ago."""
@@ -68,9 +68,9 @@ class BestCheckpoint(Checkpoint):
         self.validations.append(Validation(trainer.global_step, score, loss))
         if self.best is self.validations[-1]:
             trainer.save_checkpoint(self.path, weights_only=False)
-        self._stop_where_enough(trainer)
+        self._stop_if_out_of_patience(trainer)
 
-    def _stop_where_enough(self, trainer: Trainer) -> None:
+    def _stop_if_out_of_patience(self, trainer: Trainer) -> None:
         up_to_best = self.validations.index(self.best) + 1 if self.best else 0
         if self.patience is not None and len(self.validations) - up_to_best >= self.patience:
             trainer.should_stop = True

@@ -126,9 +126,9 @@ class ClassificationModule(FinetuningModule):
                 metric.update(predicted, labels)
         rows = zip(examples, predicted.tolist(), logits.tolist(), broken.tolist(), strict=True)
         for example, guess, row, lost in rows:
-            said: dict[str, Any] = {"task": task, "source": example.source, "prompt": example.prompt}
+            record: dict[str, Any] = {"task": task, "source": example.source, "prompt": example.prompt}
             if self.task.regression:
-                said |= {
+                record |= {
                     "answer": f"{guess:.4f}",
                     "gold": example.answer,
                     "error": abs(guess - example.label),
@@ -136,11 +136,11 @@ class ClassificationModule(FinetuningModule):
                 }
             else:
                 answer = None if lost else self.task.labels[guess]
-                said |= {"answer": answer, "gold": example.answer, "correct": guess == example.label}
-                said |= {"logits": [round(value, 4) for value in row]}
+                record |= {"answer": answer, "gold": example.answer, "correct": guess == example.label}
+                record |= {"logits": [round(value, 4) for value in row]}
                 if "accuracy" in self.measures:
-                    said["scores"] = {"accuracy": float(guess == example.label)}
-            self.predictions.append(said)
+                    record["scores"] = {"accuracy": float(guess == example.label)}
+            self.predictions.append(record)
 
     # --- a whole split --------------------------------------------------------------------------------------
 

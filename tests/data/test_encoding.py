@@ -212,14 +212,14 @@ class TestLayout:
         assert cut["labels"].shape == (3, cut["logits_to_keep"])
         assert (cut["labels"][:, 0] == -100).all()
         torch.testing.assert_close(loss(model, cut), loss(model, batch))
-        assert batch["labels"].shape == batch["input_ids"].shape  # the batch itself is as it was
+        assert batch["labels"].shape == batch["input_ids"].shape  # the batch itself is unchanged
 
     def test_a_batch_names_its_rows(self, rows, tokenizer):
         kept = encode_all(tokenizer, [row.example for row in rows], 64)
         batch = Collator(0)([kept[2], kept[0]])
         assert (batch["rows"].tolist(), batch["rows"].dtype) == ([2, 0], torch.int64)
         assert Collator(0)(rows)["rows"].tolist() == [-1, -1, -1]  # of no split
-        assert kept[2] == rows[2]  # the number is no part of what a row says
+        assert kept[2] == rows[2]  # the row index does not affect equality
 
     def test_a_missing_pad_token_is_refused(self):
         with pytest.raises(ValueError, match="no pad token"):

@@ -1,4 +1,4 @@
-"""What every benchmark family keeps to, and one's own family as the README shows it."""
+"""Rules for every benchmark family, and a custom family as shown in the README."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Words between marks of a prompt: taken out before it is tokenized, and edited by the positions `given`."""
+"""Marked words in a prompt: the marks are removed before it is tokenised, and the positions `given` edit the words."""
 
 import io
 import json
@@ -174,7 +174,7 @@ class TestTokens:
 
 
 def of_words():
-    """A tokenizer whose tokens are words with the blank before them, as most models' are."""
+    """A tokenizer whose tokens are words with the preceding blank, as in most models."""
     known = ["<unk>", "</s>", "▁the", "▁red", "▁house", "▁"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
     backend.normalizer = normalizers.Prepend("▁")
@@ -248,7 +248,7 @@ def test_a_run_reads_edits_and_generates_as_calls_with_edit_mask_do(trained):
         assert row["option"] == (first if lost < of_other else second)
         others += by_hand(reft, row["prompt"], second, first)[1] != lost
     assert results["metrics"]["val/loss"] == pytest.approx(loss / tokens, rel=1e-5)
-    assert others  # which words are edited makes a difference
+    assert others  # it matters which words are edited
 
 
 @pytest.mark.parametrize("positions", ["given", "f1+l1"])
@@ -264,7 +264,7 @@ def test_a_prediction_tells_which_words_of_its_prompt_were_marked(tmp_path, posi
 
 
 class TestRowsThatDifferInMarks:
-    """Without them, the model reads the same text of both."""
+    """Without the marks, the model reads the same text for both rows."""
 
     def rows(self, path, questions):
         path.write_text("".join(json.dumps({"q": q, "a": q[-3:]}) + "\n" for q in questions))

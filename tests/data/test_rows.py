@@ -1,4 +1,4 @@
-"""One file's rows: every format, where each row stands, and what is said about a broken file.
+"""The rows of one file: every format, the source of each row, and the errors for broken files.
 
 JSON and JSON Lines have further tests in test_sources.py.
 """
@@ -27,7 +27,7 @@ def put(folder, name, text):
 
 
 def not_utf8(*cells):
-    """A column of text that is not all UTF-8, which other programs may write."""
+    """A text column that is not entirely UTF-8, as other programs may write it."""
     return pa.array([c.encode() if isinstance(c, str) else c for c in cells], pa.binary()).view(pa.string())
 
 
@@ -39,7 +39,7 @@ class TestFormats:
     @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet", "rows.csv"])
     def test_the_same_ten_rows_come_out_of_every_format(self, name):
         rows = [row for row, _ in read_file(FIXTURES / name)]
-        if name == "rows.csv":  # text alone: lists are written with commas
+        if name == "rows.csv":  # only text: lists are written with commas
             rows = [{**row, "topics": row["topics"].split(",")} for row in rows]
         assert rows == json.loads((FIXTURES / "rows.json").read_text(encoding="utf-8"))
         assert len(rows) == 10
@@ -228,7 +228,7 @@ class TestParquet:
             list(read_file(tmp_path / "rows.parquet"))
 
     def test_cells_of_json_are_read_as_the_values_they_hold(self, tmp_path):
-        """As `datasets` keeps columns of mixed types: the content of a message may be a text or a list of parts."""
+        """A column of mixed types in `datasets`' format: the content of a message may be a text or a list of parts."""
 
         def kinds(text):
             message = pa.struct({"role": pa.string(), "content": text})

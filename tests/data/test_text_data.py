@@ -1,4 +1,4 @@
-"""Texts without prompts: every token is learnt once, whatever the length of the pieces, and nothing is generated."""
+"""Texts without prompts: every token is learnt once, for any length of pieces, and nothing is generated."""
 
 import json
 import logging

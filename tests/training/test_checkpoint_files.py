@@ -1,4 +1,4 @@
-"""Checkpoints are written whole or not at all, and are read without running code."""
+"""Checkpoints are written atomically, and are read without running code."""
 
 import os
 import pickle
@@ -17,7 +17,7 @@ class Unwritable:
 
 
 class Touch:
-    """What unpickles by creating a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path

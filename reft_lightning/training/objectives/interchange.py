@@ -28,7 +28,7 @@ class Interchange(Objective):
     """
 
     def check(self, model: AdaptedModel, method: Any) -> None:
-        """Reject methods that take no hidden states of other texts."""
+        """Reject methods that do not take hidden states of other texts."""
         super().check(model, method)
         if not method.takes_source:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The arithmetic family and GSM8K alone: laws of every family, extraction with its traps, sources, overlap."""
+"""The arithmetic family and GSM8K on its own: laws of every family, pitfalls of extraction, sources, overlap."""
 
 import logging
 import re

@@ -173,7 +173,7 @@ def outcomes_of(found, change=lambda text: text):
     return run_programs([program(change(example.target), example) for example in found])
 
 
-# of the real rows so many at a time: programs take a while, and `slow` runs them all
+# number of real rows per test, as programs take a while; `slow` runs them all
 FEW_OR_ALL = pytest.mark.parametrize("step", [8, pytest.param(1, marks=pytest.mark.slow)])
 
 

@@ -1,4 +1,4 @@
-"""Rows of one's own: the mapping of columns, conversations, splits, and what is said about a mistake."""
+"""Custom rows: the mapping of columns, conversations, splits, and the errors for mistakes."""
 
 import gzip
 import json
@@ -124,7 +124,7 @@ class TestColumns:
 
     @pytest.mark.parametrize("cell", ["['red', 'blue']", '["red", "blue"', "[red, blue]"])
     def test_options_in_brackets_that_are_no_json_are_refused(self, cell):
-        """As pandas writes lists: split at commas, its second option would be "'blue']"."""
+        """The way pandas writes lists; split at commas, the second option would be "'blue']"."""
         row = {"q": "?", "label": "1", "all": cell}
         with pytest.raises(ValueError, match=r"line 7: column 'all' must be a list, a JSON list as text"):
             one(row, prompt="q", target="label", options="all", answer_form="index")
@@ -147,7 +147,7 @@ class TestColumns:
     @pytest.mark.parametrize("columns", [True, False])
     def test_an_answer_may_be_the_letter_or_the_place_of_its_option(self, form, cells, columns):
         words = ["red", "blue", "green", "1"]
-        names = ["opa", "opb", "opc", "opd"]  # as MedMCQA has them
+        names = ["opa", "opb", "opc", "opd"]  # as in MedMCQA
         row = {"q": "?", **dict(zip(names, words, strict=True)), "choices": words}
         options = names if columns else "choices"
         for cell in cells:

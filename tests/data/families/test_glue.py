@@ -1,4 +1,4 @@
-"""GLUE: rows of every layout become the same texts and labels, and the validation set is divided as in the paper."""
+"""GLUE: rows in every layout become the same texts and labels, and the validation set is divided as in the paper."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ FIXTURES = Path(__file__).parents[2] / "fixtures" / "glue"
 SOURCE = DataSource("local", path=str(FIXTURES))
 MAIN = {"cola": "matthews", "stsb": "pearson"}  # the authors' selection metrics; accuracy elsewhere
 
-# Rows as nyu-mll/glue has them: integer labels in the order of the names.
+# Rows as in nyu-mll/glue, with integer labels in the order of the names.
 HUB_ROWS = {
     "cola": ({"sentence": "A zorb.", "label": 1, "idx": 0}, ("A zorb.",), "acceptable"),
     "sst2": ({"sentence": "fine ", "label": 0, "idx": 0}, ("fine ",), "negative"),
@@ -391,7 +391,7 @@ def test_the_papers_experiments_have_its_settings(size, method):
         assert config.model.base_dropout
 
 
-# task: train rows, validation rows, as the shared folder's README counts them
+# task: train rows, validation rows, as listed in the shared folder's README
 REAL = {
     "cola": (8551, 1043),
     "sst2": (67349, 872),

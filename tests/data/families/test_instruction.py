@@ -184,7 +184,7 @@ class TestAlpacaEval:
         found = FAMILY.export(reversed(self.predictions()), "mine-7b")
         assert [row["output"] for row in found] == [f"said {i}" for i in range(10)]
         for row, (given, _) in zip(found, rows, strict=True):
-            assert row["instruction"] == given["instruction"]  # without a template around it
+            assert row["instruction"] == given["instruction"]  # without a template
             assert (row["generator"], row["dataset"]) == ("mine-7b", given["dataset"])
             assert set(row) == {"instruction", "output", "generator", "dataset"}
 

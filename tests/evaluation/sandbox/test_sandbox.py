@@ -1,4 +1,4 @@
-"""The sandbox: which programs pass, what the others cannot do, and what is left behind."""
+"""The sandbox: which programs pass, what programs cannot do, and what is left behind."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ def reason(source, limits=SHORT):
 
 
 def refused(*actions):
-    """Every action of one program raises what the sandbox refuses, and not what a mistake in the test does."""
+    """Every action of one program raises the sandbox's error, not one from a mistake in the test."""
     outcome = run_program(f"""
 import os
 for action in {actions!r}:
@@ -100,7 +100,7 @@ os._exit(0)
     def test_text_that_is_not_a_program_fails(self):
         assert reason("def f(:").startswith("SyntaxError")
         assert "null bytes" in reason("x = 'a\0b'")
-        # half a surrogate pair became "?"
+        # an unpaired surrogate became "?"
         assert reason("x = '\ud800'\nassert x != '?'") == "AssertionError:"
 
     def test_an_exception_whose_text_fails_is_reported_by_its_name(self):
@@ -169,7 +169,7 @@ class TestLimits:
         assert reason(nested).endswith("refuses more than 64 files")
 
     def test_files_that_the_hook_does_not_see_are_counted(self):
-        """SQLite makes the files of attached databases itself."""
+        """SQLite creates the files of attached databases itself."""
         many = """
 import sqlite3, time
 connection = sqlite3.connect(":memory:", isolation_level=None)
@@ -285,7 +285,7 @@ open(os.devnull, "w").write("x")
 
 
 def guarded(body, guards="print(*confinement.kernel_guards(folder))"):
-    """Run a script under only the kernel's guards, without the audit hook, or under other guards."""
+    """Run a script under the kernel's guards only, without the audit hook, or under other guards."""
     script = f"""
 import os, sys
 sys.path.insert(0, {str(CONFINEMENT.parent)!r})
