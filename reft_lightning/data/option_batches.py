@@ -17,7 +17,7 @@ from .text_to_text import side_by_side
 def option_batches(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int, two_texts: bool = False
 ) -> list[dict[str, Any]]:
-    """Return one batch for each option index, with the rows in the order of the examples.
+    """Return one batch for each option index, with logits for the targets only and rows in the order of the examples.
 
     A row with fewer options than others repeats its last one; exclude these repetitions from the ranking. Prompts take
     up the same columns in all batches, unless `max_length` cuts a prompt to make room for a long option.

@@ -127,7 +127,7 @@ class TestChoices:
             '<data><text id="f1"><text_body>x</text_body><q id="2">?<a correct="False">y</a></q></text></data>'
         )
         with pytest.raises(
-            ValueError, match=r"text f1, question 2: one answer must be marked correct; got 0"
+            ValueError, match=r"text f1, question 2: exactly one answer must be marked correct; got 0"
         ):
             list(reading.read_quail(path))
 
