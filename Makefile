@@ -1,4 +1,4 @@
-# Each target makes the virtual environment it needs; nothing has to be installed by hand but Python and make.
+# Each target creates the virtual environment it needs; only Python and make must be installed by hand.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -6,18 +6,18 @@ STAMP  := $(VENV)/.installed
 OLDEST := .oldest
 CORE   := storage interventions base_models adapters evaluation data speed training config runs exchange
 
-# libgomp's threads spin while they wait: next to another busy process that is 20 to 80 times slower than sleeping.
-# The variable counts only when it is set before Python starts.
+# libgomp's threads spin while they wait, which is 20 to 80 times slower than sleeping next to another busy process.
+# The variable has an effect only if it is set before Python starts.
 export OMP_WAIT_POLICY = PASSIVE
 export TOKENIZERS_PARALLELISM = false
-# Without an account W&B writes its runs to disk; a user's own setting wins.
+# W&B writes its runs to disk, so no account is needed; a user's own setting takes precedence.
 export WANDB_MODE ?= offline
 
 BENCH_ARGS ?= --random
-# CONSTRAINTS= installs the newest versions that pyproject.toml allows, as a job of continuous integration does.
+# An empty CONSTRAINTS= installs the newest versions that pyproject.toml allows, as one CI job does.
 CONSTRAINTS ?= -c constraints.txt
 
-# A slow package index drops connections: pip resumes, and the whole call is tried again from its cache.
+# A slow package index drops connections: pip resumes, and the whole call is retried from its cache.
 PIP_INSTALL = $(BIN)/python -m pip install --retries 10 --timeout 120 --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
@@ -27,7 +27,7 @@ help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | sort | expand -t 14
 
 $(STAMP): pyproject.toml constraints.txt
-	@echo "installing into $(VENV): about two minutes, 2.2 GB, and no further word of pip unless it fails"
+	@echo "installing into $(VENV): about two minutes and 2.2 GB; pip prints nothing unless it fails"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@for attempt in 1 2 3; do \
 	    $(PIP_INSTALL) -e ".[dev]" $(CONSTRAINTS) && break; \
@@ -36,20 +36,20 @@ $(STAMP): pyproject.toml constraints.txt
 	done
 	touch $@
 
-install: $(STAMP)  ## make the virtual environment
+install: $(STAMP)  ## create the virtual environment
 
-quickstart: $(STAMP)  ## train LoReFT on a 135M model, evaluate it, and say what it learned
+quickstart: $(STAMP)  ## train LoReFT on a 135M model, evaluate it, and show what it learned
 	$(BIN)/reft-train experiment=quickstart
 
-# One process for each core, each with one thread: small tensors gain nothing from more. The tests of a file stay
-# together, as they share fixtures.
-test: $(STAMP)  ## the tests a change must pass: no network, no GPU, about 7 minutes on 2 cores
+# One process per core with one thread each: small tensors do not benefit from more threads. The tests of a file stay
+# together because they share fixtures.
+test: $(STAMP)  ## run the tests that every change must pass: no network, no GPU, about 7 minutes on 2 cores
 	HF_HUB_OFFLINE=1 WANDB_SILENT=true OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)
 
-test-slow: $(STAMP)  ## the tests that take longer
+test-slow: $(STAMP)  ## run the slow tests
 	HF_HUB_OFFLINE=1 WANDB_SILENT=true $(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
-# The lower bounds of pyproject.toml, all at once: what stands before the extras of developers, as NAME==BOUND.
+# All lower bounds of pyproject.toml as NAME==BOUND, up to the extras for developers.
 $(OLDEST)/constraints.txt: pyproject.toml
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	sed '/^notebooks = /q' pyproject.toml | grep -oE '[A-Za-z0-9_-]+(\[[a-z]+\])?>=[0-9.]+' \
@@ -58,32 +58,32 @@ $(OLDEST)/constraints.txt: pyproject.toml
 	    -e ".[quickstart,peft,report,search,cluster,judge,serve]" pytest pytest-timeout pytest-xdist hypothesis tensorboard
 	mv $@.new $@
 
-# Warnings are no errors there: new versions of what these need deprecate what old ones do.
-test-oldest: $(OLDEST)/constraints.txt  ## the tests of the core on the oldest versions that pyproject.toml allows
+# Warnings are not errors here: new versions of indirect dependencies deprecate what the old packages use.
+test-oldest: $(OLDEST)/constraints.txt  ## run the core tests on the oldest versions that pyproject.toml allows
 	HF_HUB_OFFLINE=1 WANDB_SILENT=true OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --dist loadfile -W default \
 	    -m "not slow and not gpu" $(addprefix tests/,$(CORE)) $(PYTEST_ARGS)
 
-capabilities: $(STAMP)  ## probe every method on every kind of model, and write the tables of README and docs
+capabilities: $(STAMP)  ## probe every method on every kind of model, and write the tables in README and docs
 	HF_HUB_OFFLINE=1 $(BIN)/python experiments/capabilities/probe.py
 
-docs: $(STAMP)  ## build the documentation into site/; a warning is an error
+docs: $(STAMP)  ## build the documentation into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "open site/index.html"
 
-bench: $(STAMP)  ## speed and memory next to pyreft, adapters and peft; about three hours (BENCH_ARGS="--quick --random")
+bench: $(STAMP)  ## compare speed and memory with pyreft, adapters and peft; about three hours (BENCH_ARGS="--quick --random")
 	$(BIN)/python experiments/speed/bench.py $(BENCH_ARGS)
 
-bench-gpu: $(STAMP)  ## the training step on a CUDA device: 135M, 1B and 8B shapes (GPU_ARGS="--shapes 1B")
+bench-gpu: $(STAMP)  ## measure the training step on a CUDA device: 135M, 1B and 8B shapes (GPU_ARGS="--shapes 1B")
 	$(BIN)/python experiments/speed/gpu.py --make-peers $(GPU_ARGS)
 
-lint: $(STAMP)  ## ruff and pyright, as in continuous integration
+lint: $(STAMP)  ## run ruff and pyright, as in CI
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: $(STAMP)  ## let ruff mend what it can
+format: $(STAMP)  ## fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove the virtual environments and caches; outputs/ stays
+clean:  ## remove virtual environments and caches; keep outputs/
 	rm -rf $(VENV) $(OLDEST) .bench site .pytest_cache .ruff_cache build dist

@@ -382,6 +382,10 @@ def evaluate(argv: Sequence[str]) -> None:
     run_dir = _run_dir(options)
     if rows and not any(text.startswith("data=") for text in rows):
         raise UsageError(f"{rows[0]} is for other rows than the run's: name them too, by data=NAME")
+    if "limit" in options and (said := [text for text in rows if text.startswith("data.limit_")]):
+        raise UsageError(
+            f"limit={options['limit']} and {said[0]} both say how many rows: leave one of them out"
+        )
     rows.sort(key=lambda text: not text.startswith("data="))
     del options["run"]
     with heavy_imports():

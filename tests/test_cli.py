@@ -702,6 +702,10 @@ def test_eval_reads_validation_unless_told_otherwise(monkeypatch, runs, folder):
         ("limt=3", "did you mean 'limit'?"),
         ("limit=-3", "an integer, 1 or more; got '-3'"),
         ("data.path=x", "data.path=x is for other rows than the run's: name them too, by data=NAME"),
+        (
+            ["data=custom", "limit=3", "data.limit_validation=4"],
+            "limit=3 and data.limit_validation=4 both say how many rows: leave one of them out",
+        ),
         ("test", "key=value"),
         ("run=", "run=FOLDER is missing"),
         ("run=finishd", "no such folder; did you mean 'finished'?"),
@@ -709,10 +713,11 @@ def test_eval_reads_validation_unless_told_otherwise(monkeypatch, runs, folder):
     ],
 )
 def test_eval_explains_a_wrong_argument(monkeypatch, runs, folder, capsys, argument, expected):
+    arguments = [argument] if isinstance(argument, str) else argument
     with pytest.raises(SystemExit) as left:
-        command(monkeypatch, cli.evaluate, "run=finished", argument)
+        command(monkeypatch, cli.evaluate, "run=finished", *arguments)
     assert left.value.code == 2
-    said = capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
     assert expected in said
     assert "usage: reft-eval" in said
     assert runs == []

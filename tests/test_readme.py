@@ -478,4 +478,13 @@ def test_the_page_of_keys_has_every_key_of_the_schema(site):
     assert [name for name in keys() if f"<code>{name}</code>" not in text and name not in SECTIONS] == []
 
 
+def test_the_page_of_groups_describes_every_file(site):
+    cells = re.findall(
+        r"<td><code>(\S+)</code></td>\s*<td>(.*?)</td>",
+        (site / "reference" / "groups.html").read_text("utf-8"),
+    )
+    assert len(cells) > 100
+    assert [name for name, words in cells if words in ("", "none") or words.endswith(" eq")] == []
+
+
 SECTIONS = {name.partition(".")[0] for name in keys() if "." in name}

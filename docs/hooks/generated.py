@@ -1,7 +1,7 @@
-"""Tables of the documentation that are made from the code: `<!-- generated: NAME -->` in a page becomes one.
+"""Generate tables of the documentation from the code: they replace `<!-- generated: NAME -->` in a page.
 
-Names: keys (config/schema.py with its comments), groups (the YAML files of conf/), commands (the scripts of
-pyproject.toml with what `--help` prints), notebooks (the table of notebooks/README.md).
+Names: keys (config/schema.py and its comments), groups (the YAML files in conf/), commands (the scripts in
+pyproject.toml and their `--help`), notebooks (the table in notebooks/README.md).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from reft_lightning.config.explain import Vocabulary
 ROOT = Path(__file__).parents[2]
 MARK = re.compile(r"<!-- generated: (\w+) -->")
 IDENTITY = {
-    "free": "no", "place": "but for a place of this machine", "seed": "the seed", "file": "by its name",
-    "watching": "but for those that only watch",
+    "free": "no", "place": "except local paths", "seed": "as its seed", "file": "by file name",
+    "watching": "except those that only watch",
 }  # fmt: skip
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill in the tables of one page; mkdocs calls this."""
+    """Fill in the tables of one page (an mkdocs event)."""
     return MARK.sub(lambda found: TABLES[found[1]](), markdown)
 
 
@@ -42,7 +42,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def keys() -> str:
-    """Return a section for each part of the configuration, a line for each key."""
+    """Return a section for each part of the configuration, with one line per key."""
     source = inspect.getsource(schema)
     comments = _comments(source)
     parts = [_section("", "The top level", schema.Config, comments)]
@@ -93,11 +93,13 @@ def _default(field: dataclasses.Field) -> str:
         value = typing.cast(Any, field.default_factory)()
     if isinstance(value, list):
         return f"[{', '.join(value)}]"
-    return {"???": "needed"}.get(value, value) if isinstance(value, str) else yaml.dump(value).split("\n")[0]
+    return (
+        {"???": "required"}.get(value, value) if isinstance(value, str) else yaml.dump(value).split("\n")[0]
+    )
 
 
 def _comments(source: str) -> dict[tuple[str, str], str]:
-    """Return (class, field) -> its comment: at the ends of its lines, else in the lines above it."""
+    """Return (class, field) -> its comment, from the lines above it and the ends of its lines."""
     at, whole = {}, {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
@@ -119,12 +121,12 @@ def _comments(source: str) -> dict[tuple[str, str], str]:
 
 
 def groups() -> str:
-    """Return a table for each group of `conf/`: the files, and the first sentence of each."""
+    """Return a table for each group in `conf/`: its files, with the first sentence of each."""
     parts = []
     for group, options in Vocabulary([compose.config_dir()]).groups.items():
         if "/" in group or group == "local":
             continue
-        lines = [f"## {group}", "", f"| `{group}=` | what |", "|---|---|"]
+        lines = [f"## {group}", "", f"| `{group}=` | description |", "|---|---|"]
         for option in options:
             text = (compose.config_dir() / group / f"{option}.yaml").read_text(encoding="utf-8")
             lines.append(f"| `{option}` | {_first_words(text)} |")
@@ -140,12 +142,11 @@ def _first_words(text: str) -> str:
         lines.append(line.lstrip("# ").strip())
     if lines and lines[0].startswith("@package"):
         lines = lines[1:]
-    said = " ".join(lines)
-    if table := re.search(r"Table: *(.+?) Expected: *(.+)", said):
-        paper = re.search(r"Paper: *(.+?)(?: Table:|$)", said)
-        said = table[1] if not table[1].startswith("none") else paper[1] if paper else ""
-    said = re.split(r"(?<=[a-z0-9)])(?<! al)[.;](?= |$)", said)[0]
-    return _escaped(said)
+    words = " ".join(lines)
+    if header := re.search(r"Paper: *(?:none\. )?(.+?) Tables?: *(.+?) Expected: ", words):
+        paper, table = header.groups()
+        words = f"Table {table}" if table[0].isdigit() else paper
+    return _escaped(re.split(r"(?<=[a-z0-9)])(?<! al)(?<! eq)[.;](?= |$)", words)[0])
 
 
 def _escaped(text: str) -> str:
@@ -153,7 +154,7 @@ def _escaped(text: str) -> str:
 
 
 def commands() -> str:
-    """Return a table of the commands, then what each prints for `--help`."""
+    """Return a table of the commands, followed by the `--help` of each."""
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
     table = ["| command | what it does |", "|---|---|"]
     parts = []
@@ -176,7 +177,7 @@ def _help(name: str, module: str, function: str) -> str:
 
 
 def notebooks() -> str:
-    """Return the table of notebooks/README.md; files outside of docs/ are named, not linked."""
+    """Return the table in notebooks/README.md; files outside docs/ are named, not linked."""
     text = (ROOT / "notebooks" / "README.md").read_text(encoding="utf-8")
     table = "\n".join(line for line in text.splitlines() if line.startswith("|"))
     return re.sub(r"\[([^]]+)\]\((\w+\.ipynb)\)", r"\1: `\2`", table)

@@ -1,12 +1,12 @@
-"""What works with what: each method on each kind of model, as the outcome of runs of tiny random models.
+"""What works with what: run each method on each kind of model, with tiny random weights, and record the outcomes.
 
-    python experiments/capabilities/probe.py                               # all: matrix.json, the tables of pages
-    python experiments/capabilities/probe.py --models t5 --methods loreft  # some of it, printed
+    python experiments/capabilities/probe.py                               # all: matrix.json, the tables of the pages
+    python experiments/capabilities/probe.py --models t5 --methods loreft  # a part of it, printed
 
-A cell is `works` where a numeric law held, `refused` where the package or peft said no, `off` where a shortcut was left
-out because of what the model is or what is trained, `base` where the law does not hold for the model without edits
-either, `warned` where it does not hold and the log said so when the method was attached, `none` where there is nothing
-to try, `unprobed`, or `wrong`. Methods are the files of `conf/intervention`.
+A cell is `works` if a numeric law held, `refused` if the package or peft raised an error, `off` if a shortcut was
+disabled because of the model or of what is trained, `base` if the law does not hold for the model without edits either,
+`warned` if it does not hold and the log said so when the method was attached, `none` if there is nothing to probe,
+`unprobed`, or `wrong`. Methods are the files in `conf/intervention`.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ from reft_lightning.speed.frozen_part import FrozenPrefix
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 MATRIX = HERE / "matrix.json"
-CLOSE = 1e-4  # of the largest number of what is compared, in float32
-MOVED = 1e-3  # what an edit changes at least, so that an equality means something
-COARSE = 0.05  # of a loss in bfloat16, or of 1 where it is smaller
+CLOSE = 1e-4  # relative to the largest of the compared numbers, in float32
+MOVED = 1e-3  # the least that an edit must change, so that equality means something
+COARSE = 0.05  # relative to a bfloat16 loss, or to 1 if the loss is smaller
 
 # --- models ---------------------------------------------------------------------------------------------------------
 
@@ -88,11 +88,11 @@ CAUSAL, CLASSIFIER, TWO_TEXTS = (
     AutoModelForSeq2SeqLM,
 )
 
-# name -> what people call it, its task, model_type, its own settings
+# name -> its usual name, task, model_type, its own settings
 MODELS: dict[str, tuple[str, Any, str, dict[str, Any]]] = {
     "llama": ("Llama", CAUSAL, "llama", GROUPED),
     "gemma3": ("Gemma 3 (sliding windows)", CAUSAL, "gemma3_text", GROUPED | WINDOWS),
-    "gemma3_both_ways": ("Gemma 3, reading both ways", CAUSAL, "gemma3_text",
+    "gemma3_both_ways": ("Gemma 3 (bidirectional)", CAUSAL, "gemma3_text",
                          GROUPED | WINDOWS | {"use_bidirectional_attention": True}),
     "gpt2": ("GPT-2", CAUSAL, "gpt2", GPT),
     "bloom": ("BLOOM", CAUSAL, "bloom", {"n_layer": 4, "n_head": 4}),
@@ -108,7 +108,7 @@ MODELS: dict[str, tuple[str, Any, str, dict[str, Any]]] = {
     "t5": ("T5, in the encoder", TWO_TEXTS, "t5", T5 | TWO),
     "bart": ("BART, in the encoder", TWO_TEXTS, "bart", BART | TWO),
 }  # fmt: skip
-# models that differ from one above in details; interventions and LoRA are tried on them
+# models that differ from one above only in details; only LoReFT and LoRA are probed on them
 RELATIVES: dict[str, tuple[str, Any, str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", CAUSAL, "qwen2", GROUPED),
     "qwen3": ("Qwen3", CAUSAL, "qwen3", GROUPED),
@@ -146,25 +146,24 @@ def _original(name: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = auto.from_config(config).eval()
-        for (
-            module
-        ) in model.modules():  # trained checkpoints have no zeros there, of which some norms have no gradient
+        for module in model.modules():
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                # trained checkpoints have no zeros here; some norms have no gradient at zero
                 module.weight.data[module.padding_idx].normal_(std=0.3)
     if auto is not CLASSIFIER:
-        model.generation_config.eos_token_id = None  # rows of one length
+        model.generation_config.eos_token_id = None  # so that all rows have one length
         model.generation_config.forced_eos_token_id = None
     return model
 
 
 # --- methods --------------------------------------------------------------------------------------------------------
 
-# What a width of 32 has room for.
+# Options that fit into a width of 32.
 SMALL = {"r": 4, "lora_alpha": 8, "group_size": 8, "oft_block_size": 8, "num_virtual_tokens": 4, "top_k": 2}
 
 
 def methods() -> list[str]:
-    """Return the names that ``intervention=`` takes."""
+    """Return the names that ``intervention=`` accepts."""
     folder = config_dir() / "intervention"
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
 
@@ -190,7 +189,7 @@ class Wrong(Exception):
 
 
 class Outcome(Exception):
-    """An outcome that is no law: its kind and why."""
+    """An outcome other than a law that held or failed: its kind and the reason."""
 
     def __init__(self, kind: str, why: str) -> None:
         super().__init__(f"{kind}: {why}")
@@ -201,7 +200,7 @@ def none(why: str) -> Outcome:
 
 
 class Case:
-    """A method on a model: makes adapted copies of it, and what they read."""
+    """A method on a model: makes adapted copies of the model, and their inputs."""
 
     def __init__(self, model: str, method: str) -> None:
         self.name, self.method = model, method
@@ -215,11 +214,11 @@ class Case:
         return copy.deepcopy(_original(self.name)).to(dtype)
 
     def adapted(self, dtype: torch.dtype = torch.float32, base: Any = None, **own: Any) -> Any:
-        """Return an adapted model whose parameters are not those of its start, in eval mode."""
+        """Return an adapted model in eval mode, its parameters moved away from their initial values."""
         settings = {**_settings(self.method)}
         if self.record.takes_settings:
             settings |= own
-            if self.name == "gemma3n":  # four streams, and of two layers neither keys nor values
+            if self.name == "gemma3n":  # four streams, and two layers without their own keys and values
                 settings["component"] = "mlp_output"
             if self.name.endswith("_decoder"):
                 settings["component"] = f"decoder.{settings.get('component', 'block_output')}"
@@ -237,7 +236,7 @@ class Case:
         return model.eval()
 
     def batch(self, *lengths: int, side: str = "right", extra: int = 0) -> dict[str, Tensor]:
-        """Return rows of a task, prompts or texts padded on a side: ``input_ids`` and masks, and ``labels``."""
+        """Return a batch of the model's task, padded on a side: ``input_ids``, masks and ``labels``."""
         texts = [_tokens(n, n) for n in lengths]
         width = max(lengths) + extra
         ids = torch.stack(
@@ -268,7 +267,7 @@ def _tokens(length: int, seed: int) -> Tensor:
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
-    """Return the largest difference as a share of the largest number."""
+    """Return the largest difference relative to the largest number."""
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-9))
 
 
@@ -283,7 +282,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 def same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     if found.keys() != expected.keys() or not found:
-        raise Wrong("other parameters have gradients")
+        raise Wrong("different parameters have gradients")
     largest = max(float(g.abs().max()) for g in expected.values())
     worst = max(float((found[n] - g).abs().max()) for n, g in expected.items())
     if not worst <= CLOSE * largest:
@@ -291,7 +290,7 @@ def same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
 
 
 def step(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return loss and gradients of one training step, whose random numbers are always the same."""
+    """Return the loss and gradients of one training step with fixed random numbers."""
     model.train()
     model.zero_grad()
     torch.manual_seed(1)
@@ -313,7 +312,7 @@ def differs_from_base(model: Any, batch: dict[str, Tensor]) -> None:
 
 
 def train(case: Case) -> None:
-    """Twelve steps lower the loss, move what is trained and nothing else; disabled() is the base to the bit."""
+    """Twelve steps lower the loss and change only trained parameters; disabled() is the base bit for bit."""
     if not case.trains:
         raise none("it trains nothing")
     base = case.base(torch.float32)
@@ -348,13 +347,13 @@ def train(case: Case) -> None:
 
 
 def _unread(names: list[str], model: Any) -> bool:
-    """Whether parameters that did not move had no influence on the loss: positions or experts that no row reached."""
+    """Whether the parameters that did not move had no effect on the loss: positions or experts that no row reached."""
     own = dict(model.named_parameters())
     return all(own[n].grad is None or not own[n].grad.any() for n in names)
 
 
 def _plain(base: Any, case: Case, batch: dict[str, Tensor]) -> Tensor:
-    frozen = adapt(base, "frozen")  # with positions where a padded row needs them
+    frozen = adapt(base, "frozen")  # which passes position_ids if padded rows need them
     return frozen(**batch).logits
 
 
@@ -371,7 +370,7 @@ def _prompts(case: Case, *lengths: int, side: str = "left") -> dict[str, Tensor]
 
 
 def _told(case: Case, model: Any, prompts: dict[str, Tensor], text: Tensor) -> Tensor:
-    """Return the logits (b, new, v) of a generated text that the model is told."""
+    """Return the teacher-forced logits (b, new, v) of a generated text."""
     with torch.no_grad():
         if case.two:
             return model(**prompts, decoder_input_ids=text[:, :-1]).logits
@@ -383,7 +382,7 @@ def _told(case: Case, model: Any, prompts: dict[str, Tensor], text: Tensor) -> T
 
 
 def generate(case: Case) -> None:
-    """Texts and logits are those of teacher forcing, and the texts are the same without a cache."""
+    """Texts and logits equal those of teacher forcing, and the texts are the same without a cache."""
     if not case.generates:
         raise none("an encoder generates nothing")
     prompts = _prompts(case, 9, 9)
@@ -402,7 +401,7 @@ def generate(case: Case) -> None:
 
 
 def _law_of(case: Case, law: Callable[[Any], None]) -> None:
-    """Hold the adapted model to a law; where it fails, ask whether the model without edits keeps it."""
+    """Check a law on the adapted model; if it fails, check whether it holds for the model without edits."""
     with said(logging.WARNING) as warned:
         model = case.adapted()
     try:
@@ -411,14 +410,14 @@ def _law_of(case: Case, law: Callable[[Any], None]) -> None:
         try:
             law(adapt(case.base(), "frozen"))
         except Wrong as plain:
-            raise Outcome("base", f"without edits, too, {plain}") from plain
+            raise Outcome("base", f"even without edits, {plain}") from plain
         if warned:
             raise Outcome("warned", warned[0]) from error
         raise error
 
 
 def left_padding(case: Case) -> None:
-    """A row reads and generates the same alone and padded on the left."""
+    """A row gives the same logits and texts alone and padded on the left."""
     lengths = (9, 5)
 
     def law(model: Any) -> None:
@@ -449,7 +448,7 @@ def left_padding(case: Case) -> None:
 
 
 def beams(case: Case) -> None:
-    """The score of the best of three beams is its probability under teacher forcing."""
+    """The score of the best of three beams is its log-probability under teacher forcing."""
     if not case.generates:
         raise none("an encoder generates nothing")
     prompts = _prompts(case, 9, 6, side="right" if case.two else "left")
@@ -466,7 +465,7 @@ def beams(case: Case) -> None:
 
 
 def checkpointing(case: Case) -> None:
-    """Gradients are the same with blocks that run again, and they do run again."""
+    """Blocks run again in the backward pass, and gradients are the same."""
     if not case.trains:
         raise none("it trains nothing")
     if not _original(case.name).supports_gradient_checkpointing:
@@ -493,7 +492,7 @@ def checkpointing(case: Case) -> None:
 
 
 def bf16(case: Case) -> None:
-    """On a bfloat16 base the loss is that of float32 to 5 % (or 0.05), gradients are finite, interventions float32."""
+    """On a bfloat16 base the loss is within 5 % (or 0.05) of float32, gradients are finite, interventions float32."""
     batch = case.trained_rows()
     full = case.adapted(torch.float32)
     half = case.adapted(torch.bfloat16)
@@ -518,16 +517,16 @@ def bf16(case: Case) -> None:
 
 
 def compiled(case: Case) -> None:
-    """The loss and the gradients of a compiled step are those of the plain one."""
+    """A compiled step has the loss and gradients of the plain one."""
     if not case.record.compiles:
         raise Outcome("refused", "model.compile compiles interventions, not baselines")
     if not case.trains:
         raise none("it trains nothing")
     model, batch = case.adapted(), case.trained_rows()
     if case.two:
-        model.compile()  # which refuses
+        model.compile()  # raises
     if case.name != "llama" and (case.method != "loreft" or case.name in RELATIVES):
-        raise Outcome("unprobed", "compiling takes seconds: it is tried for LoReFT, and on Llama")
+        raise Outcome("unprobed", "compiling takes seconds: it is probed only with LoReFT and on Llama")
     loss, expected = step(model, batch)
     model.compile(backend="aot_eager")
     try:
@@ -538,7 +537,7 @@ def compiled(case: Case) -> None:
         try:
             torch.compile(base.forward, backend="aot_eager")(**inputs).loss.backward()
         except RuntimeError as plain:
-            raise Outcome("base", f"without edits, too, {plain}") from plain
+            raise Outcome("base", f"even without edits, {plain}") from plain
         raise error
     finally:
         torch.compiler.reset()
@@ -547,7 +546,7 @@ def compiled(case: Case) -> None:
 
 
 def save_load(case: Case) -> None:
-    """What is saved and loaded onto a new base gives the same logits to the bit."""
+    """A saved adapter, loaded onto a new base, gives bitwise equal logits."""
     model, batch = case.adapted(torch.float32), case.trained_rows()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model.save_pretrained(folder)
@@ -563,14 +562,14 @@ def save_load(case: Case) -> None:
 
 
 def mixed_batch(case: Case) -> None:
-    """One batch with the adapter on its first row and the base on its second: each row is as if alone."""
+    """In a batch with the adapter on the first row and the base on the second, each row is as it is alone."""
     model, batch = case.adapted(), case.trained_rows()
     with torch.no_grad():
         try:
             mixed = model(**batch, adapter_names=["default", None]).logits
         except ValueError as error:
             if "no argument 'adapter_names'" in str(error):
-                raise Outcome("refused", "it is the same for all rows of a batch") from error
+                raise Outcome("refused", "it applies to all rows of a batch") from error
             raise
         first = model(**batch).logits[0]
         with model.unedited():
@@ -580,7 +579,7 @@ def mixed_batch(case: Case) -> None:
 
 
 def merge(case: Case) -> None:
-    """Edits of all tokens at the feed-forward module become weights, with the same logits."""
+    """Edits of all tokens at the feed-forward module, merged into the weights, give the same logits."""
     model, batch = case.adapted(positions="all", component="mlp_output"), case.trained_rows()
     differs_from_base(model, batch) if case.record.trains else None
     with torch.no_grad():
@@ -588,11 +587,11 @@ def merge(case: Case) -> None:
         found = _plain(rl.merge(model), case, batch)
         real = batch["attention_mask"].bool() if found.shape[:2] == batch["input_ids"].shape else slice(None)
         real = batch["labels"] != -100 if case.two else real
-        close(found[real], expected[real], "logits")  # weights change padding, too
+        close(found[real], expected[real], "logits")  # merged weights also change padding
 
 
 def kept_prefix(case: Case) -> None:
-    """Without the frozen prefix, whose keys and values are kept, a step has the loss and gradients of the plain one."""
+    """A step that reuses kept keys and values of the frozen prefix has the loss and gradients of the plain one."""
     if not case.generates:
         raise none("a text has no prefix apart from its target")
     if not case.trains:
@@ -624,10 +623,10 @@ def kept_prefix(case: Case) -> None:
             if line.startswith(("nothing is left out", "prompts are not split", "prefixes are not kept"))
         ]
         out.loss.backward()
-        close(out.loss.detach(), plain, "losses")  # of the plain pass again, where nothing is left out
+        close(out.loss.detach(), plain, "losses")  # if nothing is left out, this is the plain pass again
         same_gradients(gradients(model), expected)
     if not isinstance(shortened.part, FrozenPrefix):
-        raise Outcome("off", why[0] if why else "nothing is said")
+        raise Outcome("off", why[0] if why else "the log gives no reason")
     if not shortened.part.columns([0, 1], boundary):
         raise Wrong("no column is left out")
 
@@ -660,7 +659,7 @@ PROBES: dict[str, Callable[[Case], None]] = {
 
 
 def outcome(probe: Callable[[Case], None], case: Case) -> str:
-    """Run a probe; returns its outcome, ``works`` or a kind and a reason."""
+    """Run a probe and return its outcome: ``works``, or a kind and a reason."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -676,7 +675,7 @@ def outcome(probe: Callable[[Case], None], case: Case) -> str:
     return "works"
 
 
-SAME = [  # what differs between models, machines and runs, and says nothing more
+SAME = [  # details that differ between models, machines and runs
     (r"\b\w+For(CausalLM|SequenceClassification|ConditionalGeneration)\b", "the model"),
     (r"\b(\w+\.)+0\b(\.[\w.]+)?", "a block"),
     (r"\b(layer|block) 0\b", "a layer"),
@@ -690,7 +689,7 @@ SAME = [  # what differs between models, machines and runs, and says nothing mor
 
 
 def _short(text: str) -> str:
-    """Return the first sentence of a message, without the names of one model."""
+    """Return the first sentence of a message, without names that belong to one model."""
     kind, _, line = " ".join(text.split()).partition(": ")
     line = re.split(r"(?<=[a-z)\]'])[.;] (?=[A-Za-z])|: (?=use |give |name |leave |write )|; give", line)[0]
     text = f"{kind}: {line}"
@@ -700,7 +699,7 @@ def _short(text: str) -> str:
 
 
 def probe(model: str, method: str) -> dict[str, str]:
-    """Return probe -> outcome of a method on a model."""
+    """Return probe -> outcome for a method on a model."""
     case = Case(model, method)
     try:
         with warnings.catch_warnings():
@@ -712,7 +711,7 @@ def probe(model: str, method: str) -> dict[str, str]:
 
 
 def cells(models: list[str] | None = None, names: list[str] | None = None) -> dict[str, dict[str, str]]:
-    """Return ``model method`` -> probe -> outcome, of all or some."""
+    """Return ``model method`` -> probe -> outcome, for all models and methods or the given ones."""
     found = {}
     for model in models or ALL:
         for method in names or (methods() if model in MODELS else OF_RELATIVES):
@@ -740,7 +739,7 @@ BETWEEN = re.compile(
 
 
 def packed(found: dict[str, dict[str, str]]) -> dict[str, Any]:
-    """Return cells as they lie in the file: each outcome once, and a list of numbers for each model and method."""
+    """Return the cells as the file stores them: each outcome once, and its index for each model, method and probe."""
     outcomes = sorted({outcome for cell in found.values() for outcome in cell.values()})
     numbers = {text: number for number, text in enumerate(outcomes)}
     return {
@@ -751,7 +750,7 @@ def packed(found: dict[str, dict[str, str]]) -> dict[str, Any]:
 
 
 def unpacked(matrix: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Return what :func:`packed` took."""
+    """Return the cells that :func:`packed` was given."""
     return {
         key: {
             name: matrix["outcomes"][int(number)]
@@ -769,7 +768,7 @@ def _table(head: str, rows: dict[str, dict[str, str]]) -> str:
 
 
 def tables(found: dict[str, dict[str, str]]) -> dict[str, str]:
-    """Return the text between the markers of README and of the page of documentation."""
+    """Return the text between the markers, for the README and for the documentation page."""
     by_model = {name: found[f"{name} loreft"] for name in ALL}
     titles = {name: row[0] for name, row in ALL.items()}
     short = _table("LoReFT on", {titles[name]: by_model[name] for name in MODELS})
@@ -810,7 +809,7 @@ def _escaped(text: str) -> str:
 
 
 def write(found: dict[str, dict[str, str]]) -> None:
-    """Write the file of outcomes, and the tables of the pages."""
+    """Write the outcomes to their file, and the tables to the pages."""
     MATRIX.write_text(json.dumps(packed(found), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     made = tables(found)
     for path, form in PAGES.items():
@@ -821,7 +820,7 @@ def write(found: dict[str, dict[str, str]]) -> None:
 
 
 def main() -> None:
-    """Probe all and write it, or some and print it."""
+    """Probe everything and write it, or a part and print it."""
     arguments = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     arguments.add_argument("--models", nargs="+", choices=list(ALL))
     arguments.add_argument("--methods", nargs="+", choices=methods())

@@ -183,11 +183,7 @@ def read_csv(path: Path, delimiter: str | None = None) -> Rows:
     that splits the header into the most columns.
     """
     between = delimiter or _delimiter_of(path)
-    note = (
-        ""
-        if delimiter
-        else f"; the delimiter {between!r} was detected from the header (data.delimiter sets it)"
-    )
+    note = "" if delimiter else f"; the detected delimiter is {between!r} (data.delimiter sets it)"
     yield from _table(_csv_cells(path, between), path, None, note)
 
 

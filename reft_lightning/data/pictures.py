@@ -11,12 +11,8 @@ from pathlib import Path
 from typing import Any
 
 MARK = "<image>"  # the place of a picture in a text, as in LLaVA's files
-SENT_FORMATS = (
-    "PNG",
-    "JPEG",
-    "GIF",
-    "WEBP",
-)  # accepted from untrusted senders; some formats run programs (EPS)
+# accepted from untrusted senders; other formats can run programs (EPS)
+SENT_FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
 
 
 @dataclass(frozen=True)

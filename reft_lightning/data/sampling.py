@@ -12,9 +12,8 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-_MEGABATCH = (
-    50  # global batches sorted together; this and the quarter are as in transformers' LengthGroupedSampler
-)
+# global batches sorted together; this number and the quarter are those of transformers' LengthGroupedSampler
+_MEGABATCH = 50
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -15,11 +17,11 @@ from transformers import (
 )
 
 from ..adapters.reft.base_of import load_base_of, naming_base
-from ..adapters.reft.config import CONFIG_FILE
+from ..adapters.reft.config import CONFIG_FILE, ReftConfig, check_architecture
 from ..adapters.reft.model import ReftModel
-from ..adapters.saving import adapter_of, load_adapter
+from ..adapters.saving import adapter_of, load_adapter, load_saved
 from ..base_models.decoders import is_decoder
-from ..storage.reading import read_json
+from ..storage.reading import naming, read_json
 from . import adapterhub, control_vector, easysteer, pyreft
 from .foreign import check_not_joint
 
@@ -32,6 +34,11 @@ WRITERS = {
     "pyreft": pyreft.to_pyreft,
     "easysteer": easysteer.to_easysteer,
     "gguf": control_vector.to_gguf,
+}
+CHECKS = {  # of what a configuration tells
+    "pyreft": partial(check_not_joint, library="pyreft"),
+    "easysteer": easysteer.check_config,
+    "gguf": control_vector.check_config,
 }
 
 
@@ -75,13 +82,14 @@ def main(
             f"{folder} does not name its base model: add base=NAME, a folder or a name on the hub"
         )
     if library == "reft":
-        config, _ = load_adapter(folder)
-        if to == "gguf":
-            control_vector.check_config(config)
-        elif to != "reft":
-            check_not_joint(config, to)
+        config, state = load_adapter(folder)
+        if to in CHECKS:
+            CHECKS[to](config)
         config = replace(config, base_model=base or named)
-        reft = ReftModel.from_pretrained(load_base_of(config, instead=INSTEAD), folder)
+        if to == "reft" or config.heads:
+            reft = ReftModel.from_pretrained(load_base_of(config, instead=INSTEAD), folder)
+        else:
+            reft = _without_weights(config, folder, state)
     elif library == "pyreft":
         reft = pyreft.from_pyreft(_base_model(base or named), folder, positions=positions, act_fn=act_fn)
     else:
@@ -103,6 +111,17 @@ def _library(folder: Path) -> tuple[str, str]:
         f"{folder} holds no adapter of reft_lightning ({CONFIG_FILE}), adapters ({adapterhub.CONFIG}) or pyreft "
         f"({pyreft.CONFIG} and intkey_*.bin); there is {there}"
     )
+
+
+def _without_weights(config: ReftConfig, folder: Path, state: dict[str, Tensor]) -> ReftModel:
+    """Return a saved adapter on its base model without weights: only trained heads are written with any."""
+    base_model = load_base_of(config, instead=INSTEAD, weights=False)
+    with naming(folder):
+        check_architecture(base_model, config.architecture)
+        reft = ReftModel(base_model, config)
+    reft.interventions.to_empty(device="cpu")
+    load_saved(reft, folder, state)
+    return reft.eval()
 
 
 def _base_model(name: str) -> PreTrainedModel:

@@ -19,11 +19,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ..adapters.reft.config import ReftConfig
 from ..adapters.reft.model import ReftModel
 from ..adapters.reft.positions import Term
 from ..interventions import Subspace
 from ..storage.atomic import write_json
-from .foreign import check_alone
+from .foreign import check_alone, check_not_joint
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def to_easysteer(reft: ReftModel, folder: str | PathLike) -> None:
         ValueError: for an intervention, a site, a tying or positions that EasySteer does not have, and why.
     """
     check_alone(reft, "EasySteer")
+    check_config(reft.config)
     vectors: list[dict[str, Any]] = []
     for layer in reft.config.layers:
         spec, (positions, tied) = reft.config.for_layer(layer), reft.positions[str(layer)]
@@ -66,12 +68,6 @@ def to_easysteer(reft: ReftModel, folder: str | PathLike) -> None:
                 "data": _payload(layer, U.mT, V + U, c), "algorithm": "loreft", "scale": float(reft.scale),
                 "layers": [layer], "apply": _apply(terms),
             })  # fmt: skip
-    if not vectors:
-        raise ValueError("this adapter has no interventions, so there is nothing to write for EasySteer")
-    if reft.config.heads:
-        raise ValueError(
-            f"EasySteer serves the base model's own heads; this adapter trained {reft.config.heads}"
-        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / FILE, {"vectors": vectors, "conflict": "priority"})
@@ -81,6 +77,19 @@ def to_easysteer(reft: ReftModel, folder: str | PathLike) -> None:
             "EasySteer does not halve prompts shorter than %s ask for: there, other tokens are edited than here",
             ", ".join(bounded),
         )
+
+
+def check_config(config: ReftConfig) -> None:
+    """Reject an adapter whose settings EasySteer does not have.
+
+    Raises:
+        ValueError: for interventions that were trained with a LoRA, a trained head, or no interventions.
+    """
+    check_not_joint(config, "EasySteer")
+    if not config.layers:
+        raise ValueError("this adapter has no interventions, so there is nothing to write for EasySteer")
+    if config.heads:
+        raise ValueError(f"EasySteer serves the base model's own heads; this adapter trained {config.heads}")
 
 
 def _apply(terms: tuple[Term, ...]) -> dict[str, Any]:

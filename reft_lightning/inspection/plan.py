@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning import Trainer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -43,11 +44,17 @@ from ..runs.arguments import method_of, needs_marks
 from ..runs.build import Outline, outline, prepare
 from ..runs.kinds import kind_of
 from ..runs.own_process import ranks_of
+from ..runs.trainer import quiet_lightning
 from ..terminal.sizes import size
+from ..training.module import optimizer_steps
 from ..training.objectives import SFT
 from ..training.objectives.base import inputs_of
 from .gpus import GPU, gpu_named
 
+COUNTED = (  # keys of trainer that steps depend on
+    "max_epochs", "max_steps", "max_time", "fast_dev_run", "limit_train_batches", "overfit_batches",
+    "accumulate_grad_batches",
+)  # fmt: skip
 FUSED = "reft_inspect_fused"
 Batch = dict[str, Any]
 
@@ -152,6 +159,11 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
             f"objective {type(run.objective).__name__}: one pass with the edits is counted, and none that it makes of "
             "the frozen base or with nulled edits"
         )
+    if any(
+        str(entry.get("_target_")).endswith("GradientAccumulationScheduler")
+        for entry in config.callbacks.values()
+    ):
+        notes.append("callbacks: steps are counted without gradient accumulation that changes between epochs")
     precision, counted = config.trainer.precision, f"counted in model.dtype={config.model.dtype}"
     if config.model.gradient_checkpointing:
         notes.append(
@@ -198,11 +210,15 @@ def _batch(run: Outline, rows: int, prompt: int, target: int) -> Batch:
 def _steps(config: Config, rows: Mapping[str, int]) -> dict[str, int]:
     if not rows:
         return {}
-    epochs, most = config.trainer.max_epochs, config.trainer.max_steps
-    own = math.ceil(rows["batches"] / _ranks(config))  # batches of each process
-    steps = math.ceil(own / config.trainer.accumulate_grad_batches) * (epochs or 1)
-    return {"epoch_batches": rows["batches"], "epoch_tokens": rows["tokens"],
-            "optimizer_steps": min(steps, most) if most > 0 else steps}  # fmt: skip
+    counted = {name: getattr(config.trainer, name) for name in COUNTED}
+    if counted["max_epochs"] is None:  # what Lightning makes of it when it fits
+        counted["max_epochs"] = 1000 if counted["max_steps"] == -1 and counted["max_time"] is None else -1
+    quiet_lightning()
+    trainer = Trainer(**counted, accelerator="cpu", logger=False)  # knows what these keys mean together
+    of_each_process = math.ceil(rows["batches"] / _ranks(config))
+    steps = optimizer_steps(trainer, of_each_process)
+    found = {"epoch_batches": rows["batches"], "epoch_tokens": rows["tokens"]}
+    return found | ({"optimizer_steps": int(steps)} if math.isfinite(steps) else {})
 
 
 def _ranks(config: Config) -> int:
@@ -387,9 +403,10 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     say(f"the base: {size(found['base_bytes'])}; gradients and Adam's moments: {size(found['optimizer_bytes'])}; "
         f"the adapter's file: {size(found['adapter_bytes'])}")  # fmt: skip
-    if "optimizer_steps" in found:
+    if "epoch_batches" in found:
+        steps = f"{found['optimizer_steps']:,}" if "optimizer_steps" in found else "no fixed number of"
         say(f"{found['epoch_tokens']:,} tokens and {found['epoch_batches']:,} batches an epoch; "
-            f"{found['optimizer_steps']:,} optimizer steps in all")  # fmt: skip
+            f"{steps} optimizer steps in all")  # fmt: skip
     if gpu := found.get("gpu"):
         several = f"each of {gpu['count']} " if gpu["count"] > 1 else "one "
         whole = f", {gpu['seconds']:.3g} s in all" if "seconds" in gpu else ""

@@ -40,7 +40,7 @@ def add_evidence(comparison: Comparison, resamples: int = RESAMPLES, seed: int =
     """
     for task in comparison.main:
         loaded = [
-            (method, run, run.predictions(comparison.split, method.base).get(task))
+            (method, run, run.rows(comparison.split, task, method.base))
             for method in comparison.methods for run in method.runs
         ]  # fmt: skip
         _score_task(comparison, task, loaded, resamples, seed)
@@ -74,13 +74,14 @@ def deviating(comparison: Comparison) -> list[LeftOut]:
         for run, base in runs:
             bar.advance()
             try:
-                predictions = run.predictions(comparison.split, base)
+                rows = {task: run.rows(comparison.split, task, base) for task in comparison.main}
             except ValueError as error:
                 left.setdefault(run, LeftOut(run.folder, str(error)))
                 continue
-            for task in predictions.keys() & comparison.main.keys():
-                gold = {key: row.get("gold") for key, row in predictions[task].items()}
-                found.setdefault(task, []).append((run, gold))
+            for task, own in rows.items():
+                if own:
+                    gold = {key: row.get("gold") for key, row in own.items()}
+                    found.setdefault(task, []).append((run, gold))
     for task in sorted(found):
         groups: list[list[tuple[Run, Gold]]] = []
         for run, gold in found[task]:
@@ -110,7 +111,7 @@ def _deviation(task: str, standard: Run, expected: Gold, gold: Gold) -> str:
     )
 
 
-Loaded = Sequence[tuple[Method, Run, Rows | None]]
+Loaded = Sequence[tuple[Method, Run, Rows]]
 
 
 def _resampled(comparison: Comparison, task: str, loaded: Loaded) -> dict[Score, dict[int, Measure]]:

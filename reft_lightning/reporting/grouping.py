@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .comparisons import AVERAGE, BASE, LOSS, Comparison, Method, Score, lower_is_better
-from .runs import Run
+from .runs import ALL, Run
 from .scores import MAJORITY
 
 UNEQUAL = 0.01  # budgets that differ by more are said to
@@ -53,7 +53,7 @@ def _scores(run: Run, split: str, base: bool = False) -> dict[str, dict[str, flo
     metrics, name = run.results["metrics"], f"{prefix}{LOSS}"
     loss = (math.nan if metrics[name] is None else float(metrics[name])) if name in metrics else None
     if not scores and loss is not None:
-        return {"all": {LOSS: loss}}
+        return {ALL: {LOSS: loss}}
     if len(scores) == 1 and loss is not None:
         (task, measures), *_ = scores.items()
         chose = str(run.results.get("monitor")).endswith(LOSS)

@@ -16,6 +16,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from .comparisons import CORRELATIONS, LOSS, Comparison, Method
+from .runs import ALL
 from .studies import Study
 from .tables import monitored
 
@@ -119,7 +120,7 @@ def _scale(measure: str) -> float:
 
 def _name(column: tuple[str, str]) -> str:
     task, measure = column
-    words = measure.replace("_", " ") if task == "all" else f"{task} {measure.replace('_', ' ')}"
+    words = measure.replace("_", " ") if task == ALL else f"{task} {measure.replace('_', ' ')}"
     return _text(f"{words}{_unit(measure)}")
 
 

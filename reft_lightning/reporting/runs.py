@@ -24,7 +24,7 @@ RUN_FOLDER = "a run folder is what reft-train writes: config.yaml, results.json,
 INSIDE = {"evaluations", "checkpoints", "predictions", "adapter", "wandb"}  # of a run folder
 NEEDED = {"metrics": dict, "seed": int, "method": str, "model": str, "data_versions": dict}  # of results.json
 WORDS = {dict: "an object", int: "an integer", str: "a text"}
-
+ALL = "all"  # the task of a loss, which is one over the rows of all tasks
 
 # task -> (source, how often it occurred before) -> row, in the order of the keys
 Predictions = dict[str, dict[tuple[str, int], Mapping[str, Any]]]
@@ -127,6 +127,17 @@ class Run:
                 found[task][source, number] = row
             self._parsed[path] = found
         return self._parsed[path]
+
+    def rows(self, split: str, task: str, base: bool = False) -> Mapping[tuple[str, int], Mapping[str, Any]]:
+        """Return the rows of a task; of :data:`ALL`, the texts of every task, whose pieces are put together again."""
+        predictions = self.predictions(split, base)
+        if task != ALL:
+            return predictions.get(task, {})
+        found: dict[tuple[str, int], list[Mapping[str, Any]]] = defaultdict(list)
+        for number, name in enumerate(sorted(predictions)):
+            for (source, _), row in predictions[name].items():
+                found[source, number].append(row)
+        return {key: _whole(pieces) for key, pieces in found.items()}
 
     def curve(self, column: str) -> list[tuple[int, float]]:
         """Return (step, value) of one column of the CSV logs, of all parts of a run that was resumed.
@@ -245,6 +256,16 @@ def _problem(run: Run) -> str | None:
         if not isinstance(run.results[name], kind)
     ]
     return f"results.json: {', '.join(wrong)}" if wrong else None
+
+
+def _whole(pieces: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the row of a text from those of its pieces; with no score if one has no loss."""
+    losses = [piece.get("scores", {}).get("loss") for piece in pieces]
+    if not all(isinstance(loss, int | float) for loss in losses):
+        return {}
+    tokens = [piece["target_tokens"] for piece in pieces]
+    total = sum(loss * count for loss, count in zip(losses, tokens, strict=True))
+    return {"scores": {"loss": total / sum(tokens)}, "target_tokens": sum(tokens)}
 
 
 def _reads(run: Run) -> list[Read]:

@@ -8,12 +8,14 @@ Shapes: n rows, b weight vectors, c classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from .comparisons import LOSS
 from .statistics import Array, Measure
 
 Row = Mapping[str, Any]
@@ -30,6 +32,18 @@ class RowMean:
     def value(self, weights: Array) -> Array:
         """Return the weighted mean."""
         return (weights @ self.scores) / weights.sum(1)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMean:
+    """The mean loss over the target tokens of all rows."""
+
+    losses: Array  # (n,) mean over the tokens of a row
+    tokens: Array  # (n,)
+
+    def value(self, weights: Array) -> Array:
+        """Return the mean over the tokens of weighted rows."""
+        return (weights @ (self.losses * self.tokens)) / (weights @ self.tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +161,8 @@ def limits(measure: Measure) -> tuple[float, float]:
         return float(np.mean([low for low, _ in ends])), float(np.mean([high for _, high in ends]))
     if isinstance(measure, Pearson | Spearman | Matthews):
         return -1.0, 1.0
+    if isinstance(measure, TokenMean):
+        return 0.0, np.inf
     if isinstance(measure, RowMean) and (measure.scores.min() < 0 or measure.scores.max() > 1):
         return -np.inf, np.inf
     return 0.0, 1.0
@@ -154,13 +170,15 @@ def limits(measure: Measure) -> tuple[float, float]:
 
 def agrees(measure: Measure, rows: int, reported: float) -> bool:
     """Whether a measure of rows that all count once is the reported one, up to rounding."""
-    return bool(abs(float(measure.value(np.ones((1, rows)))[0]) - reported) <= TOLERANCE)
+    return math.isclose(measure.value(np.ones((1, rows)))[0], reported, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
 
 
 def _measure(name: str, rows: Sequence[Row], task: Mapping[str, Any]) -> Measure | None:
     """Return a measure by name: the mean of the rows' scores, or a function of all rows; None of an unknown one."""
     scores = [row.get("scores", {}).get(name) for row in rows]
     if all(isinstance(score, int | float) for score in scores):
+        if name == LOSS:
+            return TokenMean(np.array(scores), np.array([row["target_tokens"] for row in rows], float))
         return RowMean(np.array(scores, float))
     kind = task.get("kind")
     if kind == "regression" and name in ("pearson", "spearman"):

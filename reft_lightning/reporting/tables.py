@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..terminal.sizes import size
 from .comparisons import LOSS, ROWS_AND_SEEDS, SIGNIFICANT, Comparison, Method, Score
-from .runs import LeftOut, Read, repeated
+from .runs import ALL, LeftOut, Read, repeated
 from .studies import Study
 
 # of the table of costs: heading, and how a number is written
@@ -92,7 +92,7 @@ def score_table(comparison: Comparison) -> Table:
             cells.append(_known(text, score.mean, best and not score.diverged))
         rows.append(cells)
     headings = [
-        f"{task} {measure.replace('_', ' ')}" if task != "all" else measure for task, measure in columns
+        f"{task} {measure.replace('_', ' ')}" if task != ALL else measure for task, measure in columns
     ]
     scores = "Loss" if comparison.head[1] == LOSS else "Scores × 100"
     return Table(
@@ -265,7 +265,7 @@ def verdict(comparison: Comparison) -> str:
     if not scored:
         return f"No method has a number: {', '.join(lost)} diverged."
     best, score = scored[0], scored[0].scores[column]
-    on = "" if column[0] == "all" else f"on {column[0]}"
+    on = "" if column[0] == ALL else f"on {column[0]}"
     if comparison.has_average:
         on = "on average over the tasks"
     value = " ".join(filter(None, (spread(score), interval(score.interval, score.measure), on)))

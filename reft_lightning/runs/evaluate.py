@@ -54,7 +54,18 @@ def evaluate(
     """
     if split not in SPLITS:
         raise ValueError(f"split must be 'validation' or 'test'; got {split!r}{did_you_mean(split, SPLITS)}")
+    try:
+        return _evaluate(folder, split, limit, rows, evaluate_base)
+    finally:
+        release_folder(folder)
+
+
+def _evaluate(
+    folder: Path, split: str, limit: int | None, rows: Sequence[str], evaluate_base: bool
+) -> dict[str, Any]:
     config = own = load_run_config(folder)
+    if split == "test" and own.sealed:
+        raise ValueError(f"{folder} is part of a search, whose test split is sealed")
     trained_on = None
     if rows:
         config = whole_file(on_other_rows(own, rows), split)
@@ -62,8 +73,6 @@ def evaluate(
     if limit is not None:
         limited = {"limit_test" if split == "test" else "limit_validation": limit}
         config = replace(config, data=replace(config.data, **limited))
-    if split == "test" and config.sealed:
-        raise ValueError(f"{folder} is part of a search, whose test split is sealed")
     if split == "test":
         Results.read(folder)  # a damaged one, too; the read is noted there
         hold(folder)  # a run at work would write its results over the note
@@ -104,7 +113,6 @@ def evaluate(
             if place != place_of_tests(own.data):  # of another split, perhaps of one name
                 reads = [read | {"task": f"{read['task']} of {place}"} for read in reads]
             original.update(test_reads=[*original.values["test_reads"], *reads])
-            release_folder(folder)
     results.update(status="complete", finished=now())
     print_table(results.values)
     finish_wandb(loggers, results.values)

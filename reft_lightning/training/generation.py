@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -31,14 +32,12 @@ from .objectives import Objective
 from .optimization import Optimization
 from .scored_rows import ScoredRowsModule
 
-SAMPLES = 4  # rows of each validation task to generate for, if the texts are not scored
-
 
 class GenerationModule(ScoredRowsModule):
     """Train with an objective, score generated texts and rank options by likelihood.
 
-    A family without a scorer (instruction tuning) is validated by its loss, and only a few texts are generated, for
-    people to read; on test rows, all texts are generated.
+    A family without a scorer (instruction tuning) is validated by its loss, and only the first batch of texts is
+    generated, for people to read; on test rows, all texts are generated.
 
     Args:
         model: an :class:`~reft_lightning.adapters.adapted.AdaptedModel`.
@@ -113,24 +112,32 @@ class GenerationModule(ScoredRowsModule):
     def validation_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:
         """Add the loss of a batch of validation rows, and score it."""
         reader = self.reader()
-        self._add_loss(batch, reader)
-        if self.family.score is not None:
-            self._score(batch, self.tasks["val"][dataloader_idx], reader)
-        elif batch_index == 0 and self.generates:
-            self._score(_first_rows(batch, SAMPLES), self.tasks["val"][dataloader_idx], reader)
+        losses = self._losses(batch, reader)
+        shown = self.family.score is not None or batch_index == 0
+        self._score(batch, self.tasks["val"][dataloader_idx], reader, losses, generates=shown)
 
     def test_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:
         """Score a batch of the test rows."""
         reader = self.reader()
-        if self.free:
-            self._add_loss(batch, reader)
-        self._score(batch, self.tasks["test"][dataloader_idx], reader)
+        losses = self._losses(batch, reader) if self.free else None
+        self._score(batch, self.tasks["test"][dataloader_idx], reader, losses)
 
-    def _add_loss(self, batch: dict[str, Any], reader: Any) -> None:
-        tokens = int((batch["labels"] != -100).sum())
-        self.loss.update(-self.log_likelihood(batch, reader).sum() / tokens, tokens)
+    def _losses(self, batch: dict[str, Any], reader: Any) -> list[tuple[float, int]]:
+        """Add the loss of a batch; return each row's mean over its target tokens, and how many there are."""
+        tokens = (batch["labels"] != -100).sum(-1)  # (b,)
+        losses = -self.log_likelihood(batch, reader)  # (b,)
+        self.loss.update(losses.sum() / tokens.sum(), int(tokens.sum()))
+        return list(zip((losses / tokens).tolist(), tokens.tolist(), strict=True))
 
-    def _score(self, batch: dict[str, Any], task: str, reader: Any) -> None:
+    def _score(
+        self,
+        batch: dict[str, Any],
+        task: str,
+        reader: Any,
+        losses: Sequence[tuple[float, int]] | None = None,
+        generates: bool = True,
+    ) -> None:
+        """Score a batch: the options of its rows, and texts that are generated. ``losses`` are recorded."""
         examples: list[Example] = batch["examples"]
         options, drafted = self._rank(batch, reader)
         right = (
@@ -143,20 +150,21 @@ class GenerationModule(ScoredRowsModule):
         if task in self.commonest:
             constant = [float(example.answer == self.commonest[task]) for example in examples]
             self._metric("majority_accuracy", task).update(constant)
-        if not self.generates:
-            return
-        # the tasks of a mixture are not in the family
-        stops = self.family.tasks[task].stop_strings if task in self.family.tasks else ()
-        decoding = replace(self.decoding, stop_strings=stops)
-        texts = self.texts(drafted, decoding, reader)
+        texts: list[list[str]] = []
+        if self.generates and generates:
+            # the tasks of a mixture are not in the family
+            stops = self.family.tasks[task].stop_strings if task in self.family.tasks else ()
+            decoding = replace(self.decoding, stop_strings=stops)
+            texts = self.texts(drafted, decoding, reader)
         judgements = self._judge(texts, examples)
         judged: list[dict[str, float]] = []
         missing = 0
-        for i, (example, samples) in enumerate(zip(examples, texts, strict=True)):
+        for i, (example, samples) in enumerate(zip_longest(examples, texts)):
             row: dict[str, Any] = {"task": task, "source": example.source, "prompt": example.prompt}
-            row["generated"] = samples[0] if len(samples) == 1 else samples
             own: dict[str, float] = {}
-            if self.family.score is not None:
+            if samples:
+                row["generated"] = samples[0] if len(samples) == 1 else samples
+            if judgements:
                 answer, scores = judgements[i]
                 judged.append(scores)
                 missing += answer is None
@@ -166,6 +174,8 @@ class GenerationModule(ScoredRowsModule):
             if options:
                 row["option"] = self._answer_of(options[i], example)
                 own["option_accuracy"] = right[i]
+            if losses:
+                own["loss"], row["target_tokens"] = losses[i]
             self.predictions.append({**row, **example.recorded, "scores": own})
         for measure in self.family.measures if judged else ():
             values = [scores[measure] for scores in judged if measure in scores]
@@ -173,7 +183,7 @@ class GenerationModule(ScoredRowsModule):
 
     def _judge(self, texts: list[list[str]], examples: list[Example]) -> list[Any]:
         """Return the judgement of each row, or none if texts are not scored; programs are run row by row."""
-        if self.family.score is None:
+        if self.family.score is None or not texts:
             return []
         with Bar("scoring texts", len(texts)) as bar:
             found = []
@@ -222,7 +232,3 @@ def _commonest_answers(examples: Iterable[Example]) -> dict[str, str]:
     for example in (example for example in examples if example.options):
         answers.setdefault(example.task, Counter())[example.answer] += 1
     return {task: counts.most_common(1)[0][0] for task, counts in answers.items()}
-
-
-def _first_rows(batch: dict[str, Any], count: int) -> dict[str, Any]:
-    return {name: value if isinstance(value, int) else value[:count] for name, value in batch.items()}

@@ -46,6 +46,19 @@ def limited(batches: int, limit: int | float | None) -> int:
     return min(batches, limit) if type(limit) is int else int(batches * limit)
 
 
+def optimizer_steps(trainer: Any, batches: int) -> float:
+    """Return how many steps a Trainer takes with ``batches`` per epoch; infinity if only time or a callback ends it."""
+    most = math.inf if trainer.max_steps == -1 else trainer.max_steps
+    if trainer.max_epochs == -1:
+        return most
+    batches = limited(batches, trainer.limit_train_batches)
+    scheduled = next((c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)), None)
+    if scheduled is None:
+        return min(most, trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+    accumulated = map(scheduled.get_accumulate_grad_batches, range(trainer.max_epochs))
+    return min(most, sum(math.ceil(batches / each) for each in accumulated))
+
+
 # These convert all parameters to another dtype, or replace layers of the base.
 UNFIT_PRECISIONS = (HalfPrecision, DoublePrecision, TransformerEnginePrecision, BitsandbytesPrecision)
 
@@ -232,15 +245,7 @@ class FinetuningModule(LightningModule):
         trainer: Any = self.trainer
         if trainer.datamodule is None:
             return trainer.estimated_stepping_batches
-        most = math.inf if trainer.max_steps == -1 else trainer.max_steps
-        if trainer.max_epochs == -1:
-            return most
-        batches = limited(len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches)
-        scheduled = next((c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)), None)
-        if scheduled is None:
-            return min(most, trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
-        accumulated = map(scheduled.get_accumulate_grad_batches, range(trainer.max_epochs))
-        return min(most, sum(math.ceil(batches / each) for each in accumulated))
+        return optimizer_steps(trainer, len(trainer.datamodule.train_dataloader()))
 
     # --- evaluation -----------------------------------------------------------------------------------------
 

@@ -24,10 +24,7 @@ from .best_checkpoint import LOSS, BestCheckpoint
 log = logging.getLogger(__name__)
 
 STEP = "trainer/global_step"  # Lightning's name for the x-axis of every curve
-TABLE_ROWS = {
-    "val": 100,
-    "test": 1000,
-}  # predictions per table; fewer for validations, which are logged every time
+TABLE_ROWS = {"val": 100, "test": 1000}  # predictions per table; validations are logged every time
 COMPARED = ("generated", "answer", "option", "correct")  # columns shown for both the adapter and the base
 # entries of results.json that are copied to the metadata of an adapter's artifact
 LINEAGE = (
@@ -121,13 +118,14 @@ class WandbReport(Callback):
 
     def _table(self, trainer: Trainer, module: Any, stage: str) -> None:
         """Log predictions; those of the base are columns in the adapter's table, not a separate table."""
-        rows: Sequence[Row] = module.predictions
-        if trainer.sanity_checking or not rows or module.prefix:
+        if trainer.sanity_checking or module.prefix:
             return
-        every = math.ceil(
-            len(rows) / TABLE_ROWS[stage]
-        )  # rows are ordered by task, so each task is represented
-        shown = with_base(rows, self._base_rows(stage))[::every]
+        compared = with_base(module.predictions, self._base_rows(stage))
+        rows = [row for row in compared if row.keys() & {*COMPARED}]  # for other rows only the loss is known
+        if not rows:
+            return
+        # rows are ordered by task, so each task is represented
+        shown = rows[:: math.ceil(len(rows) / TABLE_ROWS[stage])]
         columns = list(dict.fromkeys(name for row in shown for name in row))
         data = [[_cell(row.get(name)) for name in columns] for row in shown]
         with _warning_of(f"the table {stage}/predictions"):
@@ -146,7 +144,7 @@ def with_base(rows: Sequence[Row], base: Mapping[Key, Mapping[str, Any]]) -> lis
     """Return the rows of a table: the adapter's answers and, where known, those of the base, with ``changed``."""
     shown = []
     for key, row in keyed(rows):
-        row = {name: value for name, value in row.items() if name != "scores"}
+        row = {name: value for name, value in row.items() if name not in ("scores", "target_tokens")}
         if key in base:
             answer = "answer" if "answer" in row else "generated"
             names = [name for name in (*COMPARED, *base[key].get("scores", ())) if name in row]

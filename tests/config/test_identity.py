@@ -124,8 +124,8 @@ def test_the_page_of_keys_says_which_identify_a_run():
     spec.loader.exec_module(page)
     cells = [line.split(" | ") for line in page.keys().splitlines() if line.startswith("| `")]
     said = {key.strip("| `"): (word, default) for key, _, default, word, *_ in cells}
-    assert said["data.path"][0] == "but for a place of this machine"
-    assert said["callbacks"][0] == "but for those that only watch"
+    assert said["data.path"][0] == "except local paths"
+    assert said["callbacks"][0] == "except those that only watch"
     counted = identity(config()).keys()
     no = {key for key, (word, _) in said.items() if word == "no"}
     empty = {key for key, (_, default) in said.items() if default == "`{}`"}  # has no key by itself

@@ -37,9 +37,7 @@ def picture(folder, i):
 
 def test_rows_with_and_without_pictures_are_read_as_alone(seeing, tmp_path):
     name, processor, base = seeing
-    counts = (
-        [1, 2, 1] if name == "paligemma" else [1, 0, 2]
-    )  # its processor does not accept text without a picture
+    counts = [1, 2, 1] if name == "paligemma" else [1, 0, 2]  # its processor requires a picture
     mark = processor.image_token
     if name == "qwen2_vl":  # as in its chat template
         mark = f"<|vision_start|>{mark}<|vision_end|>"

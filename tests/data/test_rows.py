@@ -193,7 +193,7 @@ class TestDelimiters:
         path = put(tmp_path, "rows.csv", "q;r|a\n1|2\n")
         with pytest.raises(
             ValueError,
-            match=r"1 cells for the 2 columns q, r\|a;.* delimiter ';' was detected .*data\.delimiter",
+            match=r"1 cells for the 2 columns q, r\|a;.* detected delimiter is ';' .*data\.delimiter",
         ):
             list(read_file(path))
         assert [row for row, _ in read_file(path, "|")] == [{"q;r": "1", "a": "2"}]

@@ -18,6 +18,7 @@ from reft_lightning.data.families.custom import custom_family
 from reft_lightning.data.files import read_file
 from reft_lightning.data.rows import DataSource
 from reft_lightning.data.text_data import TextData
+from reft_lightning.reporting.build import build_report
 from reft_lightning.runs.build import outline
 from reft_lightning.runs.evaluate import evaluating_trainer
 from reft_lightning.runs.prompting import PromptFormat
@@ -202,8 +203,26 @@ def test_a_run_generates_nothing_and_reports_loss_and_perplexity(tmp_path, monke
         assert math.isclose(metrics[f"{name}/perplexity"], math.exp(metrics[f"{name}/loss"]), rel_tol=1e-5)
     assert metrics["test/loss"] < metrics["base/test/loss"]
     assert results["monitor"] == "val/loss"
-    assert short_runs.predictions(tmp_path / "run", "reft_test") == []
     assert "perplexity" in capsys.readouterr().out
+
+
+def test_the_losses_of_pieces_give_a_report_the_interval_of_the_loss(tmp_path):
+    path = write(tmp_path)
+    for method in ("loreft", "direft"):
+        settings = config(path, f"data.test_path={path}", "data.max_length=16", f"intervention={method}", ALL)
+        results = short_runs.experiment.run(settings, tmp_path / "runs" / method)
+        rows = short_runs.predictions(tmp_path / "runs" / method, "reft_test")
+        assert len(rows) > 24 == len({row["source"] for row in rows})
+        tokens = sum(row["target_tokens"] for row in rows)
+        total = sum(row["target_tokens"] * row["scores"]["loss"] for row in rows)
+        assert math.isclose(total / tokens, results["metrics"]["test/loss"], rel_tol=1e-5)
+    (comparison,) = build_report([tmp_path / "runs"], resamples=200).comparisons
+    for method in comparison.methods:
+        score = method.scores["all", "loss"]
+        assert score.rows == 24  # a text is drawn with all its pieces
+        assert score.interval[0] < score.mean < score.interval[1]
+    (pair,) = comparison.pairs
+    assert pair.rows_test == "paired bootstrap"
 
 
 def test_the_loss_is_a_mean_over_all_tokens_whatever_the_batches(tmp_path):

@@ -271,9 +271,7 @@ def test_the_likelihood_of_the_targets_is_their_loss():
     with torch.no_grad():
         expected = reft(**{k: v for k, v in batch.items() if k != "boundary"}).loss
     found = -log_likelihood(reader, batch).sum() / tokens
-    assert found.item() == pytest.approx(
-        expected.item(), rel=1e-6
-    )  # Hugging Face computes the loss in float32
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)  # Hugging Face uses float32
 
 
 def plain_ids(model, most=6, tokenizer=ENDLESS):

@@ -77,6 +77,57 @@ def test_a_constant_vector_becomes_a_control_vector_and_nothing_else_does(run, s
     assert not (tmp_path / "mine-gguf").exists()
 
 
+@pytest.mark.parametrize("to", OTHERS)
+def test_the_weights_of_the_base_model_are_not_needed(run, tmp_path, to):
+    tiny.model("llama").save_pretrained(tmp_path / "base")
+    method, settings = ("bias", {"layers": [1]}) if to == "gguf" else ("loreft", {"rank": 2})
+    reft = rl.attach(tiny.model("llama"), method, positions="all", **settings)
+    reft.scale = 0.5 if to != "pyreft" else 1.0
+    reft.config.base_model = str(tmp_path / "base")
+    reft.save_pretrained(tmp_path / "mine")
+    command.WRITERS[to](reft, tmp_path / "expected")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    assert run("mine", f"to={to}", "out=found")[0] == 0
+    for path in (tmp_path / "expected").iterdir():
+        there = tmp_path / "found" / path.name
+        if path.suffix == ".bin":
+            torch.testing.assert_close(torch.load(there), torch.load(path), rtol=0, atol=0)
+        else:
+            assert there.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("to", "settings", "said"),
+    [
+        ("easysteer", {"component": "mlp_output"}, "edits the output of blocks only; got 'mlp_output'"),
+        ("easysteer", {"tied": "position"}, "tied='position' has an intervention a position"),
+        ("pyreft", {"tied": "position"}, "pyreft has one intervention for all positions"),
+    ],
+)
+def test_what_a_library_does_not_have_is_said_before_weights_are_loaded(run, tmp_path, to, settings, said):
+    tiny.model("llama").save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    reft = rl.attach(tiny.model("llama"), "loreft", rank=2, positions="f1+l1", **settings)
+    reft.config.base_model = str(tmp_path / "base")
+    reft.save_pretrained(tmp_path / "mine")
+    status, error = run("mine", f"to={to}")
+    assert status == 2
+    assert said in " ".join(error.split())
+
+
+def test_a_trained_head_comes_with_the_weights(run, tmp_path):
+    tiny.model("llama").save_pretrained(tmp_path / "base")
+    reft = rl.attach(tiny.model("llama"), "loreft", rank=2, positions="f1+l1", heads=["lm_head"])
+    with torch.no_grad():
+        reft.base_model.lm_head.weight.add_(1.0)
+    reft.config.base_model = str(tmp_path / "base")
+    reft.save_pretrained(tmp_path / "mine")
+    assert run("mine", "to=pyreft")[0] == 0
+    assert run("mine-pyreft", "to=reft", "out=again")[0] == 0
+    again = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path / "again")
+    torch.testing.assert_close(logits(again), logits(reft), atol=1e-5, rtol=0)
+
+
 def test_a_run_is_its_adapter(run, saved, tmp_path):
     (tmp_path / "run").mkdir()
     shutil.move(tmp_path / "mine", tmp_path / "run" / "adapter")

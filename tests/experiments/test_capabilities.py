@@ -1,4 +1,4 @@
-"""The matrix of capabilities: its cells are what its probes find, and the pages show its cells."""
+"""The matrix of capabilities: its cells match the outcomes of its probes, and the pages show them."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ def written(matrix):
     return matrix.unpacked(json.loads(matrix.MATRIX.read_text(encoding="utf-8")))
 
 
-REMADE = "the outcome changed: look whether it should have, and run `make capabilities`"
+REMADE = "the outcome changed: if that was intended, run `make capabilities`"
 
 
 @pytest.mark.filterwarnings("ignore")  # of peft and torch.compile

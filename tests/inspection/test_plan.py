@@ -222,6 +222,24 @@ def test_several_processes_share_the_batches_of_an_epoch(data, trainer, steps):
     assert plan(config(data, *trainer))["optimizer_steps"] == steps
 
 
+@pytest.mark.parametrize(
+    ("trainer", "steps"),
+    [
+        (["trainer.max_steps=7"], 7),
+        (["trainer.max_epochs=-1", "trainer.max_steps=400"], 400),
+        (["trainer.max_epochs=null", "trainer.max_steps=400"], 400),
+        (["trainer.max_epochs=null"], 6000),
+        (["trainer.limit_train_batches=4"], 8),
+        (["trainer.limit_train_batches=0.5", "trainer.accumulate_grad_batches=2"], 4),
+        (["trainer.overfit_batches=3"], 6),
+        (["trainer.fast_dev_run=2"], 2),
+        (["trainer.max_epochs=-1", "trainer.max_time=00:00:10:00", "scheduler=constant"], None),
+    ],
+)
+def test_steps_are_those_that_lightning_takes(data, trainer, steps):
+    assert plan(config(data, *trainer)).get("optimizer_steps") == steps
+
+
 def command(monkeypatch, *arguments):
     monkeypatch.setattr("reft_lightning.runs.build.load_base_model", None)
     monkeypatch.setattr(sys, "argv", ["reft-inspect", "plan", *arguments])

@@ -319,6 +319,27 @@ class TestEvidence:
         assert comparison.pairs == []
         assert cells(tables.score_table(comparison), "loreft", "loss") == "1.5000"
 
+    def test_a_loss_with_rows_is_a_mean_over_tokens_and_a_text_is_drawn_whole(self, tmp_path):
+        rng = np.random.default_rng(5)
+        losses, tokens = rng.gamma(4, 0.5, (40, 3)), rng.integers(1, 30, (40, 3))
+        for name, more in (("loreft", 0.0), ("red", 0.3)):
+            rows = [
+                {"task": "custom", "source": f"row {i}", "prompt": "", "target_tokens": int(n),
+                 "scores": {"loss": float(loss) + more}}
+                for i in range(40) for loss, n in zip(losses[i], tokens[i], strict=True)
+            ]  # fmt: skip
+            value = float((losses * tokens).sum() / tokens.sum()) + more
+            write_run(tmp_path / name, name, scores={}, rows=rows, metrics={"test/loss": value})
+        comparison = only(tmp_path)
+        score = method(comparison, "loreft").scores["all", "loss"]
+        drawn = rng.integers(0, 40, (20_000, 40))
+        means = (losses * tokens).sum(1)[drawn].sum(1) / tokens.sum(1)[drawn].sum(1)
+        assert score.rows == 40
+        assert score.interval == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), rel=0.02)
+        (pair,) = comparison.pairs
+        assert pair.difference == pytest.approx(-0.3)  # in every resample: the same rows and tokens
+        assert pair.interval == pytest.approx((-0.3, -0.3))
+
     @pytest.mark.parametrize("seeds", [(42,), (42, 43)])
     def test_where_every_row_is_wrong_or_right_the_interval_is_wilsons(self, tmp_path, seeds):
         for seed in seeds:

@@ -1,6 +1,8 @@
 """An adapter on rows of one's own: all of them, laid out as in training, compared with the train rows of its run."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import short_runs
@@ -106,3 +108,5 @@ def test_a_folder_without_the_split_is_refused_before_weights_are_loaded(
     monkeypatch.setattr(build, "load_base_model", None)
     with pytest.raises(ValueError, match=reason):
         evaluate(run, split, rows=rows(tmp_path, "data.validation_size=0"))
+    asked = "import sys; from reft_lightning.storage.atomic import hold_folder; sys.exit(not hold_folder(sys.argv[1]))"
+    assert subprocess.run([sys.executable, "-c", asked, str(run)]).returncode == 0, "the run is still held"

@@ -175,9 +175,7 @@ def test_micro_batch_mean_is_the_mean_of_the_batches_means(rows):
         assert (gradient - expected).norm() < 1e-6 * expected.norm()
         loss, whole = of_one_batch(objects, numbers)
         assert torch.cosine_similarity(gradient, whole, 0) < 0.99
-        assert logged == pytest.approx(
-            loss, rel=1e-6
-        )  # the same quantity whichever reduction is trained with
+        assert logged == pytest.approx(loss, rel=1e-6)  # the same for both reductions
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -185,6 +186,24 @@ def test_rows_of_one_source_are_set_next_to_each_other_in_their_order():
     shown = with_base([row("b"), row("b"), row("c")], base)
     assert [line.get("base_answer") for line in shown] == ["a", "b", None]
     assert [line.get("changed") for line in shown] == [True, False, None]
+
+
+def test_where_texts_are_free_every_row_has_its_loss_and_the_table_shows_those_that_are_generated(tmp_path):
+    place = Path(__file__).parents[1] / "fixtures" / "instruction"
+    overrides = [
+        "model=tiny_random", "data=ultrafeedback", "data.source=local", f"data.path={place}",
+        "data.train_tasks=null", "data.tasks=[ultrafeedback_binarized]", "data.validation_size=2",
+        "data.max_length=160", "data.eval_batch_size=1", "intervention=bias", "trainer.accelerator=cpu",
+        "trainer.max_epochs=1", "trainer.enable_progress_bar=false", "decoding.max_new_tokens=2", "logger=wandb",
+    ]  # fmt: skip
+    results = experiment.run(compose(overrides), tmp_path)
+    rows = short_runs.predictions(tmp_path, "reft_validation")
+    assert ["generated" in row for row in rows] == [True, False]  # some of the first batch, which is one row
+    tokens = [row["target_tokens"] for row in rows]
+    total = sum(row["scores"]["loss"] * count for row, count in zip(rows, tokens, strict=True))
+    assert total / sum(tokens) == pytest.approx(results["metrics"]["val/loss"], rel=1e-5)
+    run, found = records(tmp_path)
+    assert [line["source"] for line in table_of(run, found, "val/predictions")] == [rows[0]["source"]]
 
 
 def test_an_evaluation_is_filed_in_the_group_of_its_run(two_runs):

@@ -6,18 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from .config import ReftConfig
 
 IN_PYTHON = "load it, and call from_pretrained(model, name)"
 
 
-def load_base_of(config: ReftConfig, *, instead: str = IN_PYTHON, **loading: Any) -> PreTrainedModel:
+def load_base_of(
+    config: ReftConfig, *, instead: str = IN_PYTHON, weights: bool = True, **loading: Any
+) -> PreTrainedModel:
     """Load the base model of an adapter from the hub or a folder; ``instead`` is advice for one that is not there.
 
-    The class is looked up by its name among those of transformers: a configuration cannot name code.
+    The class is looked up by its name among those of transformers: a configuration cannot name code. Without
+    ``weights`` only the model's configuration is read, and the model is on the meta device.
 
     Raises:
         ValueError: if the adapter names no model, or one of a class that transformers does not have.
@@ -33,7 +37,10 @@ def load_base_of(config: ReftConfig, *, instead: str = IN_PYTHON, **loading: Any
     if trained.get("labels") is not None:
         loading = {"num_labels": trained["labels"], **loading}
     with naming_base(config.base_model, instead):
-        return kind.from_pretrained(config.base_model, **loading)
+        if weights:
+            return kind.from_pretrained(config.base_model, **loading)
+        with torch.device("meta"):
+            return kind(AutoConfig.from_pretrained(config.base_model, **loading))
 
 
 @contextmanager

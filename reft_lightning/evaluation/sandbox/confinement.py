@@ -73,12 +73,7 @@ REFUSED_CALLS = {
 }  # fmt: skip
 # Calls refused depending on one argument: numbers as above, the argument, its values, whether only these are allowed.
 DECIDED_CALLS = {
-    "prlimit64": (
-        (302, 261),
-        0,
-        (0,),
-        True,
-    ),  # process 0 is the caller itself, which needs it to set its limits
+    "prlimit64": ((302, 261), 0, (0,), True),  # process 0 is the caller itself, which sets its limits
     "fcntl": ((72, 25), 1, (8, 10, 15), False),  # F_SETOWN, F_SETSIG, F_SETOWN_EX: signals from an open file
 }
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, the kernel's AUDIT_ARCH
@@ -112,9 +107,8 @@ def kernel_guards(folder: str) -> list[str]:
     except ImportError:  # in an interpreter built without ctypes, only the audit hook remains
         return []
     libc = ctypes.CDLL(None, use_errno=True)
-    pr_set_no_new_privs = (
-        38  # required by Landlock and seccomp, so that no set-uid program can lift them later
-    )
+    # required by Landlock and seccomp, so that no set-uid program can lift them later
+    pr_set_no_new_privs = 38
     if libc.prctl(pr_set_no_new_privs, 1, 0, 0, 0):
         return []
     guards = {"landlock": landlock(ctypes, libc, folder), "seccomp": seccomp(ctypes, libc)}
@@ -253,12 +247,7 @@ def main() -> None:
     """Run `program.py` in the given folder, and report."""
     folder, report, token = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     seconds, (memory_bytes, file_bytes, files) = float(sys.argv[4]), map(int, sys.argv[5:8])
-    write, read, leave, told = (
-        os.write,
-        os.read,
-        os._exit,
-        describe,
-    )  # because the program may replace these in `os`
+    write, read, leave, told = os.write, os.read, os._exit, describe  # the program may replace them in `os`
 
     def tell(text: str) -> None:
         write(report, text.encode("utf-8", "replace") + b"\n")
@@ -267,9 +256,7 @@ def main() -> None:
         with open(os.path.join(folder, "program.py"), encoding="utf-8") as file:
             source = file.read()
         guards = kernel_guards(folder)
-        set_limits(
-            seconds, memory_bytes, file_bytes
-        )  # afterwards, because activating the guards needs memory
+        set_limits(seconds, memory_bytes, file_bytes)  # afterwards, because the guards need memory
         watch(folder, files)
         tell(" ".join(["ready", *guards]))
     except Exception as error:

@@ -50,9 +50,7 @@ from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 
-STARTING_SECONDS = (
-    60.0  # for the interpreter to start on a busy machine, before the program's own time begins
-)
+STARTING_SECONDS = 60.0  # for the interpreter to start on a busy machine, not counted for the program
 COUNT_SECONDS = 0.1  # interval between counts of the files in the program's folder
 REPORT_BYTES = 4096
 GUARDS = ("landlock", "seccomp")
