@@ -125,8 +125,8 @@ def test_revision_subfolder_and_token_reach_the_hub(answers):
 
 
 def test_offline_only_the_cache_is_read_and_the_error_says_so():
-    for name, said in (("me/adapter", " HF_HUB_OFFLINE is set"), ("not a name", "not a name of the hub either"),
-                       ("missing/folder/here", "not a name of the hub either")):  # fmt: skip
+    for name, said in (("me/adapter", " HF_HUB_OFFLINE is set"), ("not a name", "not a name on the hub"),
+                       ("missing/folder/here", "not a name on the hub")):  # fmt: skip
         with pytest.raises(FileNotFoundError, match=f"'{name}' is not a folder.*{said}"):
             rl.ReftModel.from_pretrained(tiny.model("llama"), name)
 

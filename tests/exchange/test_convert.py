@@ -125,7 +125,7 @@ def test_a_run_is_its_adapter(run, saved, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["to=pyreft"], "FOLDER must be one folder of an adapter or a run; got none"),
+        (["to=pyreft"], "FOLDER must be one folder, of an adapter or a run; got none"),
         (["mien", "to=pyreft"], "got mien; did you mean 'mine'?"),
         (["mine"], "to=... is missing: one of reft, pyreft, easysteer, gguf"),
         (["mine", "to=pyrfet"], "got 'pyrfet'; did you mean 'pyreft'?"),

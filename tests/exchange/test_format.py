@@ -133,7 +133,7 @@ DAMAGES = {
     "foreign config": (lambda f: (f / CONFIG).write_text('{"model_type": "llama"}'), CONFIG, "format None"),
     "newer format": (values(format=2), CONFIG, "format 2, .* reads 1: update it"),
     "unknown key": (values(colour="red"), CONFIG, r"unknown keys \['colour'\]"),
-    **{f"no {key}": (values(**{key: None}), CONFIG, f"holds no {key}") for key in ("method", "layers", "positions")},
+    **{f"no {key}": (values(**{key: None}), CONFIG, f"has no {key}") for key in ("method", "layers", "positions")},
     "layers of another kind": (values(layers="x"), "mine", "layers"),
     "settings of another kind": (values(settings=3), CONFIG, "settings"),
 }  # fmt: skip

@@ -123,7 +123,7 @@ DAMAGES = {
     "missing tensor": (without(f"{UNIT}.learned_source.bias"), TENSORS_FILE,
                        r"unit 0 of layer 0 needs learned_source\.bias"),
     "missing unit": (config(tied_weights=False), TENSORS_FILE, "layer 0 has no unit 1"),
-    "two adapters": (tensors(lambda t: t | {YOURS: torch.zeros(2)}), TENSORS_FILE, "it holds mine, yours at model"),
+    "two adapters": (tensors(lambda t: t | {YOURS: torch.zeros(2)}), TENSORS_FILE, "got mine, yours at model.layers"),
     "of LoRA": (config(architecture="lora"), CONFIG, "'lora' instead of 'reft'"),
     "foreign tensors": (tensors(lambda t: {"model.layers.0.mlp.weight": torch.zeros(2)}), TENSORS_FILE,
                         r"contains model\.layers\.0\.mlp\.weight, which does not belong"),

@@ -287,7 +287,7 @@ def test_what_no_weight_can_do_is_refused_with_the_reason(settings, said, tmp_pa
 
 def test_a_scaled_row_is_no_lora(tmp_path):
     with pytest.raises(
-        ValueError, match=r"RED changes model.layers.0.mlp.down_proj by a matrix of full rank; merge"
+        ValueError, match=r"RED changes model.layers.0.mlp.down_proj by a full-rank matrix; use merge"
     ):
         rl.to_lora(attached("red"), tmp_path)
 
@@ -369,7 +369,7 @@ def test_an_intervention_of_ones_own_is_merged_if_it_is_affine(tmp_path):
 
     wanted = logits(reft := own("export_shift"))
     close(logits(rl.merge(reft)), wanted)
-    with pytest.raises(ValueError, match="Bend is not an affine function of h, and no weight computes it"):
+    with pytest.raises(ValueError, match="Bend is not an affine function of h, so no weight can compute it"):
         rl.merge(own("export_bend"))
 
 

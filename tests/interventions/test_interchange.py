@@ -243,7 +243,7 @@ def test_what_does_not_fit_is_refused():
     others = {"source_ids": short["input_ids"], "source_mask": short["attention_mask"]}
     with pytest.raises(ValueError, match=r"row 1 has 3 tokens at the positions .* source text has 2"):
         reft(**inputs, **others)
-    with pytest.raises(ValueError, match=r"loreft takes nothing from the texts source_ids; das, .*cdas.* do"):
+    with pytest.raises(ValueError, match=r"loreft takes no hidden states from source_ids; das, .*cdas.* do"):
         rl.attach(tiny.model("llama"), "loreft", rank=2)(**inputs, **sources())
     for positions in ("all", "l1+decode"):
         with pytest.raises(

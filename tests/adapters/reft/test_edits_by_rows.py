@@ -122,7 +122,11 @@ def test_the_caller_says_something_of_each_row():
         torch.testing.assert_close(both[row], expected, **CLOSE)
     told = {"row_values": {"concept": torch.tensor([2, 0])}, "max_new_tokens": 4, "do_sample": False}
     assert torch.equal(reft.generate(**inputs, **told), reft.generate(**inputs, **told, use_cache=False))
-    assert reft.generate(**inputs, **told, num_beams=2).shape == (2, 9)
+    searched = reft.generate(**inputs, **told, num_beams=2)
+    for row, concept in enumerate((2, 0)):
+        alone = {k: v[row : row + 1] for k, v in inputs.items()} | told
+        alone["row_values"] = {"concept": torch.tensor([concept])}
+        assert torch.equal(reft.generate(**alone, num_beams=2)[0], searched[row])
     with pytest.raises(ValueError, match=r"row_values\['concept'\] has 3 rows, but the batch has 2"):
         reft(**inputs, row_values={"concept": torch.tensor([2, 0, 1])})
 
