@@ -57,7 +57,7 @@ def say(monkeypatch, folder, capsys):
 
 
 def heard(talk, monkeypatch):
-    """The prompts that the models read from now on, base and adapted in turn."""
+    """The prompts that the models read from here on, base and adapted in turn."""
     prompts, generate = [], talk.model.generate
 
     def listening(**inputs):
@@ -95,7 +95,9 @@ def test_a_question_longer_than_the_model_reads_loses_its_beginning(folder):
     model = adapt(GPT2LMHeadModel(GPT2Config(**sizes)), "loreft", rank=1, positions="l1").eval()
     talk = chat.Conversation(model, tokenizer, PromptFormat(), max_new_tokens=8)
     assert talk.ask("kept? " * 100) == talk.ask("kept? " * 90)
-    with pytest.raises(ValueError, match="max_new_tokens=60 leaves no room for a question: at most 48"):
+    with pytest.raises(
+        ValueError, match="max_new_tokens=60 leaves no room for a question: it must be at most 48"
+    ):
         chat.Conversation(model, tokenizer, PromptFormat(), max_new_tokens=60)
 
 
@@ -162,13 +164,13 @@ def test_a_line_may_go_on(say):
 def test_empty_lines_and_unknown_commands_ask_nothing(say):
     out, asked = say("", "   ", "/qiut")
     assert asked == []
-    assert "/qiut is no command" in out
+    assert "/qiut is not a command" in out
     assert "/quit ends" in out
 
 
 def test_asking_for_a_missing_template_does_not_end_the_chat(say):
     out, asked = say("/chat", "still here")
-    assert "this tokenizer has no chat template; template stays plain" in out
+    assert "this tokenizer has no chat template; the template is still plain" in out
     assert asked == [("still here", 64, "plain")]
 
 

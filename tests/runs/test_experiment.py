@@ -1,4 +1,4 @@
-"""Whole runs: what they write, what they refuse before weights are loaded, what a crash leaves."""
+"""Whole runs: what they write, what they refuse before weights are loaded, what remains after a crash."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def data(tmp_path_factory):
     return short_runs.write_rows(tmp_path_factory.mktemp("rows"))
 
 
-# rates that the schedule keeps high spoil the model after a good start: the best checkpoint is not the last
+# a learning rate that stays high spoils the model after a good start: the best checkpoint is not the last
 SETTINGS = ("evaluate_base=true", "checkpoint.monitor=val/loss", "checkpoint.mode=min")
 
 
@@ -101,7 +101,7 @@ def test_the_adapter_folder_reproduces_the_predictions_on_a_fresh_base(data, fin
             texts |= {e.source: text for e, (text,) in zip(batch["examples"], said, strict=True)}
     rows = short_runs.predictions(folder, "reft_test")
     assert {row["source"]: row["generated"] for row in rows} == texts
-    # the adapter says something else than the base, so the check above is one
+    # the adapter's outputs differ from the base's, so the check above is meaningful
     assert [row["generated"] for row in short_runs.predictions(folder, "base_test")] != [
         row["generated"] for row in rows
     ]
@@ -156,7 +156,7 @@ def test_evaluations_are_reported_as_runs_are_and_their_reads_counted_once(data,
     [
         (
             ["data=glue_rte"],
-            "data=glue_rte: a model for commonsense .* does not answer rows for classification",
+            "data=glue_rte: a model for commonsense .* cannot be evaluated on rows of kind classification",
         ),
         (["data=bolq"], "did you mean 'data=boolq'"),
         (["data=boolq", "data.tasks=[bolq]"], "did you mean 'boolq'"),
@@ -174,7 +174,7 @@ def test_a_classifier_is_not_evaluated_on_rows_of_other_classes():
     config = short_runs.compose.compose(["model=tiny_random", "data=glue_rte"])
     assert on_other_rows(config, ["data=glue_rte", "data.limit_validation=3"]).data.limit_validation == 3
     with pytest.raises(
-        ValueError, match="the run's model tells entailment, not_entailment, and these rows have"
+        ValueError, match="the run's model predicts entailment, not_entailment, but these rows have"
     ):
         on_other_rows(config, ["data=glue_mnli"])
 
@@ -371,7 +371,7 @@ def test_early_stopping_needs_validation_rows(data, no_weights, tmp_path):
 
 def test_early_stopping_needs_checkpoints(data, no_weights, tmp_path):
     overrides = ("trainer.enable_checkpointing=false", "checkpoint.early_stopping_patience=1")
-    with pytest.raises(experiment.SetupError, match="enable_checkpointing=false keeps none"):
+    with pytest.raises(experiment.SetupError, match="enable_checkpointing=false writes none"):
         short_runs.run(data, tmp_path, *overrides)
 
 
@@ -412,12 +412,12 @@ def no_weights(monkeypatch):
             r"data\.validation_size must be smaller than the 24 distinct train prompts",
         ),
         ("optimizer.lr=0", "lr must be above 0; got 0"),
-        ("scheduler.warmup_ratio=2", r"must lie in 0\.\.1; got 2"),
+        ("scheduler.warmup_ratio=2", r"must be in 0\.\.1; got 2"),
         ("+optimizer.options.betas=[0.9]", r"optimizer: AdamW\(.*betas=\[0.9\]\) failed"),
         ("+optimizer.options.eps=-1", r"optimizer: AdamW\(.*eps=-1\) failed: Invalid epsilon"),
         ("trainer.val_check_interval=7", "val_check_interval=7 is more than the 6 batches of an epoch"),
         ("model.config.hidden_size=33", r"hidden size \(33\) is not a multiple"),
-        ("model.config.num_attention_heads=0", "makes no model: integer division"),
+        ("model.config.num_attention_heads=0", "is not a valid model: integer division"),
         ("model.config.hidden_size=big", "expected int, got str"),
         ("model.config.model_type=lama", "no such architecture; did you mean 'llama'"),
         ("+model.config.num_hiden_layers=3", "no such setting; did you mean 'num_hidden_layers'"),
@@ -494,7 +494,7 @@ def test_a_run_that_was_stopped_is_not_replaced_but_gone_on_with(data, monkeypat
         with pytest.raises(short_runs.Stop):
             short_runs.run(data, tmp_path)
     kept = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
-    with pytest.raises(experiment.SetupError, match=r"was stopped: go on with it by reft-train resume="):
+    with pytest.raises(experiment.SetupError, match=r"unfinished run: continue it with reft-train resume="):
         short_runs.run(data, tmp_path)
     assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == kept
     assert short_runs.run(data, tmp_path, "overwrite=true")["status"] == "complete"
@@ -530,7 +530,7 @@ def test_a_configuration_that_was_edited_in_the_folder_is_not_gone_on_with(data,
     file = tmp_path / "config.yaml"
     began = file.read_text()
     file.write_text(began.replace("lr: 0.005", "lr: 0.5"))
-    with pytest.raises(experiment.SetupError, match=r"config\.yaml was changed after it began"):
+    with pytest.raises(experiment.SetupError, match=r"config\.yaml was changed after it started"):
         experiment.resume(tmp_path)
     file.write_text(
         began.replace("log_every_n_steps: 1", "log_every_n_steps: 2")

@@ -177,7 +177,7 @@ def test_a_run_cannot_go_on_under_other_settings(data, tmp_path, monkeypatch):
 
 
 def test_a_folder_without_a_run_cannot_go_on(data, tmp_path):
-    with pytest.raises(experiment.SetupError, match=r"there is no run to go on with"):
+    with pytest.raises(experiment.SetupError, match=r"there is no run to continue"):
         resume(data, tmp_path)
 
 
