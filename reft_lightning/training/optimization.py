@@ -60,7 +60,7 @@ class Optimization:
                 raise ValueError(f"{name} must be above 0; got {value}")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(
-                f"warmup_ratio, a fraction of all steps, must lie in 0..1; got {self.warmup_ratio}"
+                f"warmup_ratio, a fraction of all steps, must be in 0..1; got {self.warmup_ratio}"
             )
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay must be at least 0; got {self.weight_decay}")

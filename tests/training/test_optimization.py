@@ -149,7 +149,7 @@ def test_a_run_without_an_end_takes_a_schedule_that_needs_none():
         ({"lr": 0.0}, "lr must be above 0; got 0.0"),
         ({"lr": math.nan}, "lr must be above 0; got nan"),
         ({"head_lr": -1.0}, "head_lr must be above 0; got -1.0"),
-        ({"warmup_ratio": 10}, "must lie in 0..1; got 10"),
+        ({"warmup_ratio": 10}, "must be in 0..1; got 10"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0; got -0.1"),
     ],
 )

@@ -57,20 +57,20 @@ def carve_passages(examples: Sequence[Example], size: int, seed: int, stratum: S
     for example in first:
         owner.setdefault(passage_of(example), stratum(example))
     waiting: dict[Hashable, list[str]] = defaultdict(list)
-    behind: dict[Hashable, float] = defaultdict(float)  # how many rows a stratum's share still lacks
+    shortfall: dict[Hashable, float] = defaultdict(float)  # how many rows a stratum's share still lacks
     for passage, key in owner.items():
         waiting[key].append(passage)
-        behind[key] += size * questions[passage] / len(first)
+        shortfall[key] += size * questions[passage] / len(first)
     rng = random.Random(seed)
     for passages in waiting.values():
         rng.shuffle(passages)
     held_out: set[str] = set()
     lacking = size
     while lacking > 0 and len(held_out) < len(questions):
-        key = max((key for key, passages in waiting.items() if passages), key=behind.__getitem__)
+        key = max((key for key, passages in waiting.items() if passages), key=shortfall.__getitem__)
         passage = waiting[key].pop()
         held_out.add(passage)
-        behind[key] -= questions[passage]
+        shortfall[key] -= questions[passage]
         lacking -= questions[passage]
     if len(held_out) == len(questions):
         raise ValueError(
