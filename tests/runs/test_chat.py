@@ -21,8 +21,7 @@ from reft_lightning.runs.run_folder import load_run_config
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    data = short_runs.write_rows(tmp_path_factory.mktemp("rows"))
+def folder(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     short_runs.run(data, folder, "optimizer.lr=0.3")
     return folder

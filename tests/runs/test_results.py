@@ -158,6 +158,7 @@ def test_the_table_shows_base_and_adapter_with_intervals():
     assert text.index("frozen base") < text.index("loreft")
     assert "1,234" in text
     assert "0.500" in text
+    assert "m[b]odel" in text  # brackets are not rich's
 
 
 def test_a_narrow_terminal_shows_every_score_and_tells_the_cost_below():
@@ -236,6 +237,7 @@ def test_the_commands_that_are_printed_work_as_they_are_copied(method, names):
     (first,) = compose.preflight(COMMAND[1:]).runs.values()
     assert first.data.system_prompt == """it's "$5"; *"""
     for config in runs:
+        assert not config.overwrite
         assert replace(config, seed=7, overwrite=True) == first
     if "another method" in names:
         (other,) = compose.preflight(found["another method"][1:]).runs.values()
@@ -265,12 +267,6 @@ def test_no_other_method_is_proposed_where_the_command_would_set_it_back_or_not_
 def test_another_run_is_proposed_of_what_trains(values, proposed):
     assert ("seed=42,43,44" in table(command="reft-train model=x", **values)) == proposed
     assert "seed=42,43,44" not in table(**values)  # nobody knows the command
-
-
-def test_the_table_prints_brackets_as_they_are():
-    text = table()
-    assert "run=outputs/0_data.tasks=[boolq]" in text
-    assert "m[b]odel" in text
 
 
 def test_the_table_shows_losses_where_nothing_was_scored():
