@@ -13,7 +13,6 @@ import pytest
 import short_runs
 import tiny
 import torch
-from lightning import Trainer
 from scipy import stats
 from torchmetrics.functional import matthews_corrcoef
 from transformers import (
@@ -106,10 +105,7 @@ def classifier(task="rte", dtype=torch.float32, attached=None, **settings):
 
 
 def evaluated(module, data, stage="test"):
-    trainer = Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False,
-    )  # fmt: skip
+    trainer = short_runs.trainer()
     (trainer.test if stage == "test" else trainer.validate)(module, data, verbose=False)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
@@ -119,10 +115,6 @@ class TestHeads:
     def test_the_head_is_what_lies_outside_the_encoder_and_its_pooler(self, family):
         model = build_on_meta(AutoConfig.for_model(family, num_labels=3), "sequence_classification")
         assert classification_heads(model) == HEADS[family]
-
-    def test_a_language_model_has_no_head_to_find(self):
-        with pytest.raises(ValueError, match="LlamaForCausalLM is not a sequence classifier"):
-            attach(tiny.model("llama"), "loreft", rank=1, heads="auto")
 
     def test_a_word_that_is_not_auto_is_refused(self):
         with pytest.raises(ValueError, match=r"heads must be 'auto' or a list .* got 'classifier'"):
@@ -256,12 +248,6 @@ class TestSaving:
         assert torch.equal(again(**batch).logits, reft(**batch).logits)
         with again.disabled():
             assert not torch.equal(again(**batch).logits, reft(**batch).logits)
-
-    def test_right_padding_changes_nothing(self):
-        reft = attach(bert(), "loreft", rank=2, positions="f3", heads="auto")
-        rows = tiny.rows(2, 7)
-        few, many = reft(**tiny.padded(rows)).logits, reft(**tiny.padded(rows, extra=5)).logits
-        torch.testing.assert_close(few, many)
 
 
 class TestLoss:
@@ -449,7 +435,10 @@ class TestMeasures:
 
 class TestRuns:
     def test_a_run_trains_head_and_interventions_and_reports_the_task(self, tmp_path):
-        results = run("rte", tmp_path, "intervention=lobireft")
+        results = run("rte", tmp_path, "intervention=lobireft", "trainer.max_epochs=12", "data.batch_size=16")
+        losses = list(short_runs.logged(tmp_path, "train/loss").values())
+        assert losses[-1] < 0.7 * losses[0]
+        assert math.isfinite(results["metrics"]["val/loss"])
         assert {"val/rte/accuracy", "val/accuracy", "test/rte/accuracy", "test/accuracy"} <= set(
             results["metrics"]
         )
@@ -482,12 +471,6 @@ class TestRuns:
         again = evaluate(tmp_path)
         for name in ("val/stsb/pearson", "val/stsb/spearman", "val/loss"):
             assert again["metrics"][name] == pytest.approx(results["metrics"][name], abs=1e-5)
-
-    def test_training_reduces_the_loss(self, tmp_path):
-        results = run("rte", tmp_path, "intervention=loreft", "trainer.max_epochs=12", "data.batch_size=16")
-        losses = list(short_runs.logged(tmp_path, "train/loss").values())
-        assert losses[-1] < 0.7 * losses[0]
-        assert math.isfinite(results["metrics"]["val/loss"])
 
     def test_an_interrupted_run_goes_on_bit_for_bit(self, tmp_path, monkeypatch):
         settings = ("intervention=loreft", "checkpoint.every_n_steps=1")
