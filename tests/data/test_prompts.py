@@ -5,7 +5,7 @@ import pytest
 from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.data.encoding import encode
 from reft_lightning.data.example import Example
-from reft_lightning.data.prompts import TEMPLATES, apply_template
+from reft_lightning.data.prompts import apply_template
 
 EXAMPLE = Example("t", "Name a colour.", "Red", "Red", ("Red", "Blue"), "t/train.json, row 3")
 # Llama-2's manner: white space in front of an answer, BOS in front of all
@@ -179,6 +179,3 @@ class TestErrors:
             ValueError, match=r"row 9: a turn's role .* got 'assistent'; did you mean 'assistant'"
         ):
             one("chat", example, chatting())
-
-    def test_the_table_has_the_three_names_of_the_configuration(self):
-        assert tuple(TEMPLATES) == ("plain", "alpaca", "chat")

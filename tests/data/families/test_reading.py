@@ -76,12 +76,6 @@ class TestChoices:
         assert (example.target, example.answer, example.source) == (TRIGGER + "answer2", "answer2", "here")
         assert example.options == tuple(f"{TRIGGER}answer{i}" for i in range(1, 5))
 
-    @pytest.mark.parametrize("task", CHOICES)
-    def test_options_are_distinct_and_the_target_is_one_of_them(self, task):
-        for example in examples(task, "train"):
-            assert example.options.count(example.target) == 1
-            assert len({reading.FAMILY.score([o], example).answer for o in example.options}) == 4
-
     def test_a_wrong_or_missing_answer_scores_0(self):
         example = examples("quail", "test")[0]
         wrong = next(option for option in example.options if option != example.target)
