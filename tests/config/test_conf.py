@@ -179,11 +179,6 @@ def message_of(compose_one, overrides):
     return str(error.value)
 
 
-def test_compose_raises_instead_of_leaving_the_process():
-    with pytest.raises(CompositionError, match=r"did you mean 'optimizer\.lr'"):
-        compose(["model=tiny_random", "optimizer.lrr=1"])
-
-
 @pytest.mark.parametrize(
     "text", ["data.system_prompt=be kind, and brief", "intervention.layers=0,1", "seed=range(1,3)"]
 )

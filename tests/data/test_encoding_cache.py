@@ -98,7 +98,7 @@ class TestRows:
         assert any(not row.joint for row in alone) == (kind == "spanning")
 
     @pytest.mark.parametrize(("processes", "pairs"), [(1, False), (2, True)])
-    def test_a_classifiers_texts_are_the_same_from_files(self, processes, pairs, monkeypatch, cache, caplog):
+    def test_a_classifiers_texts_are_the_same_from_files(self, processes, pairs, monkeypatch, cache):
         tokenizer = byte_tokenizer()
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A <s> $B:1", special_tokens=[("<s>", 1)]
@@ -208,7 +208,7 @@ class TestFiles:
             check(run(log))
         assert log.read_text() == "xx"  # two chunks, once
 
-    def test_fewer_rows_are_computed_here(self, tmp_path, cache):
+    def test_fewer_rows_are_computed_here(self, cache):
         few = {"text": WORDS["text"][:3]}
         columns = prepare(lengths_of, few, TYPES, depends_on=pytest.fail)
         assert columns["n"].tolist() == [3, 0, 5]

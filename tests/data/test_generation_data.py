@@ -346,6 +346,16 @@ class TestLoaders:
         assert sorted(parts) == sorted(whole)
         assert lengths[0] == lengths[1]
 
+    @pytest.mark.parametrize("given", [2, 8])  # in the middle of an epoch, and at its end
+    def test_without_lightning_too_a_loader_goes_on_where_its_state_was_saved(self, given):
+        loader, again = (make(limit_train=30).train_dataloader() for _ in range(2))
+        batches = iter(loader)
+        for _ in range(given):
+            next(batches)
+        again.load_state_dict(loader.state_dict())
+        rest = list(batches) or list(loader)
+        assert [batch["rows"].tolist() for batch in again] == [batch["rows"].tolist() for batch in rest]
+
     def test_lightning_cannot_divide_the_rows_of_a_rank_once_more(self):
         """It does so unless a Trainer is told `use_distributed_sampler=False`, which its error says."""
         data = make()

@@ -72,24 +72,22 @@ class TestPlain:
 
 
 class TestChat:
-    @pytest.mark.parametrize("template", [TURNS, BOS + TURNS, CHATML, BOS + CHATML, "\n" + BOS + TURNS])
-    def test_there_is_exactly_one_bos_for_a_tokenizer_that_adds_it(self, template):
-        tokenizer = chatting(template)
+    @pytest.mark.parametrize(
+        ("template", "add_bos", "count"),
+        [
+            *(
+                (template, True, 1)
+                for template in (TURNS, BOS + TURNS, CHATML, BOS + CHATML, "\n" + BOS + TURNS)
+            ),
+            *((template, False, 1) for template in (BOS + TURNS, BOS + CHATML)),
+            (CHATML, False, 0),  # none is invented
+        ],
+    )
+    def test_there_is_one_bos_where_tokenizer_or_template_has_it(self, template, add_bos, count):
+        tokenizer = chatting(template, add_bos)
         encoded = encode(tokenizer, one("chat", tokenizer=tokenizer), 512)
-        assert encoded.prompt_ids[0] == tokenizer.bos_token_id
-        assert (encoded.prompt_ids + encoded.target_ids).count(tokenizer.bos_token_id) == 1
-
-    @pytest.mark.parametrize("template", [BOS + TURNS, BOS + CHATML])
-    def test_there_is_exactly_one_bos_where_only_the_template_has_it(self, template):
-        tokenizer = chatting(template, add_bos=False)
-        encoded = encode(tokenizer, one("chat", tokenizer=tokenizer), 512)
-        assert encoded.prompt_ids[0] == tokenizer.bos_token_id
-        assert (encoded.prompt_ids + encoded.target_ids).count(tokenizer.bos_token_id) == 1
-
-    def test_none_is_invented_where_neither_has_one(self):
-        tokenizer = chatting(CHATML, add_bos=False)
-        encoded = encode(tokenizer, one("chat", tokenizer=tokenizer), 512)
-        assert tokenizer.bos_token_id not in encoded.prompt_ids
+        assert (encoded.prompt_ids[0] == tokenizer.bos_token_id) == bool(count)
+        assert (encoded.prompt_ids + encoded.target_ids).count(tokenizer.bos_token_id) == count
 
     @pytest.mark.parametrize("template", [TURNS, BOS + TURNS, CHATML, BOS + CHATML])
     @pytest.mark.parametrize("add_bos", [True, False])

@@ -278,7 +278,9 @@ def test_the_table_shows_losses_where_nothing_was_scored():
 
 def test_the_table_shows_correlations_with_their_own_interval():
     counts = {"test/cola/matthews": {"total": 10, "interval": [0.1, 0.3]}}
-    text = table(counts=counts, metrics={"test/cola/matthews": 0.2}, head_parameters=77)
+    metrics = {"test/cola/matthews": 0.2, "test/loss": 3.25}
+    text = table(counts=counts, metrics=metrics, head_parameters=77)
+    assert "3.2500" not in text
     assert "20.0 [10.0, 30.0]" in text
     assert "1,234 + head 77" in text
 

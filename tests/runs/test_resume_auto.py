@@ -143,9 +143,7 @@ def test_a_run_of_another_process_is_left_alone_until_that_is_killed(
     assert hold(folder)[1] is True
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_keeps_what_it_has(
-    train, data, tmp_path, monkeypatch
-):
+def test_a_run_that_was_killed_before_its_first_checkpoint_keeps_what_it_has(train, tmp_path, monkeypatch):
     place = (f"hydra.run.dir={tmp_path / 'mine'}", "evaluate_base=true")
     stopped(monkeypatch, train, *place, batch=0)
     base = {

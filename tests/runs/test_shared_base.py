@@ -116,7 +116,7 @@ def test_runs_of_other_lengths_and_batches_share_too(sweep):
         assert short_runs.results(folder)["shared_base"] == 4
 
 
-def test_a_job_that_fails_leaves_the_others_as_they_are(sweep, capsys):
+def test_a_job_that_fails_leaves_the_others_as_they_are(sweep):
     sgd = ("optimizer._target_=torch.optim.SGD", "trainer.max_epochs=1")
     with pytest.raises(SystemExit):
         sweep("together", "optimizer.lr=1e-3,1e30,2e-3", "launcher=shared_base", *sgd)

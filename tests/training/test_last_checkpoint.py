@@ -89,10 +89,11 @@ def test_after_an_exception_in_a_validation_it_starts_again(data, whole, tmp_pat
 
 
 def test_a_run_that_was_stopped_while_it_wrote_its_best_checkpoint_has_it_at_the_end(
-    data, whole, tmp_path, monkeypatch
+    data, tmp_path, monkeypatch
 ):
     from reft_lightning.training.checkpoint_files import WholeCheckpoints
 
+    settings = (*SETTINGS, "trainer.max_epochs=1")  # one validation
     original = WholeCheckpoints.save_checkpoint
 
     def stops(self, checkpoint, path, **options):
@@ -103,10 +104,14 @@ def test_a_run_that_was_stopped_while_it_wrote_its_best_checkpoint_has_it_at_the
     with monkeypatch.context() as patch:
         patch.setattr(WholeCheckpoints, "save_checkpoint", stops)
         with pytest.raises(short_runs.Stop):
-            short_runs.run(data, tmp_path, *SETTINGS)
-    resume(data, tmp_path, *SETTINGS)
-    assert_same_run(tmp_path, whole)
-    assert short_runs.results(tmp_path)["chosen_by"] == short_runs.results(whole)["chosen_by"]
+            short_runs.run(data, tmp_path / "run", *settings)
+    resume(data, tmp_path / "run", *settings)
+    short_runs.run(data, tmp_path / "whole", *settings)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert (
+        short_runs.results(tmp_path / "run")["chosen_by"]
+        == short_runs.results(tmp_path / "whole")["chosen_by"]
+    )
 
 
 def test_a_run_stopped_twice_is_the_same_run(data, whole, tmp_path):

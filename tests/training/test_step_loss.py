@@ -201,7 +201,7 @@ def test_the_shares_of_all_ranks_are_the_steps_targets(world, accumulated):
     assert sum(total for _, total in ranks[0].targets_of(0)) == sum(targets)  # no row counts twice
 
 
-def test_an_unknown_reduction_is_answered_with_the_nearest(rows):
+def test_an_unknown_reduction_is_answered_with_the_nearest():
     with pytest.raises(
         Exception, match=r"loss_reduction must be one of token_mean, micro_batch_mean.*token_means"
     ):

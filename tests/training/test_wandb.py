@@ -387,8 +387,12 @@ def test_a_key_that_cannot_be_one_is_refused(tmp_path, anew, monkeypatch):
 
 def test_the_configuration_chooses_the_mode_before_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
-    (_, logger) = trainer.build_loggers(wandb("logger.wandb.mode=disabled"), tmp_path)
-    assert logger._wandb_init["mode"] == "disabled"
+    for override, mode in (
+        ("logger.wandb.mode=disabled", "disabled"),
+        ("+logger.wandb.offline=true", "offline"),
+    ):
+        (_, logger) = trainer.build_loggers(wandb(override), tmp_path)
+        assert logger._wandb_init["mode"] == mode
 
 
 def test_what_fails_at_the_end_of_a_wandb_run_is_a_warning(tmp_path, caplog, monkeypatch):

@@ -305,7 +305,7 @@ class TestOverlap:
     def test_case_space_and_the_punctuation_of_sentences_do_not_count(self, one, other):
         assert normalized(one) == normalized(other)
 
-    def test_a_mixture_file_is_measured_too(self, caplog, tmp_path):
+    def test_a_mixture_file_is_measured_too(self, caplog):
         source = DataSource(
             "local", str(FIXTURES / "rendered"), mixture=str(FIXTURES / "rendered/AddSub/test.json")
         )

@@ -43,7 +43,7 @@ class TestTasks:
     def found(self, task):
         return examples(task, "test")
 
-    def test_a_long_passage_loses_its_beginning_and_keeps_the_question(self, task, found):
+    def test_a_long_passage_loses_its_beginning_and_keeps_the_question(self, found):
         tokenizer = byte_tokenizer()
         for example in found:
             question = example.prompt.partition("\n\n")[2]
