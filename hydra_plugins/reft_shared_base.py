@@ -1,7 +1,7 @@
-"""``launcher=shared_base``: Hydra's launcher for the jobs of a sweep that share a frozen base model.
+"""``launcher=shared_base``: a Hydra launcher for sweeps whose jobs share a frozen base model.
 
-What shares, and how, is in :mod:`reft_lightning.runs.shared_base`. Hydra finds launchers in this package only, and
-imports this file each time it starts: torch is imported where it is used.
+:mod:`reft_lightning.runs.shared_base` decides which jobs can share, and how. Hydra finds launchers only in this
+package, and imports this file each time it starts, so torch is imported only when needed.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from omegaconf import DictConfig, open_dict
 log = logging.getLogger(__name__)
 
 
-# Hydra imports plugins as no module that Python knows, of which dataclasses cannot be made
+# a dictionary, as dataclasses need a module in sys.modules, where Hydra does not put plugins
 KEYS = {
     "_target_": "hydra_plugins.reft_shared_base.SharedBaseLauncher",
-    "together": 8,  # runs at a time on one base model: the batches of all are in memory at once
+    "together": 8,  # concurrent runs on one base model, whose batches are all in memory
 }
 ConfigStore.instance().store(group="hydra/launcher", name="shared_base", node=KEYS, provider="reft_lightning")
 
 
 class SharedBaseLauncher(Launcher):
-    """Run the jobs of a sweep side by side where they share a base model, the others one after the other.
+    """Run the jobs of a sweep that share a base model concurrently, and the others one by one.
 
     Args:
-        together: how many at a time.
+        together: maximum number of concurrent jobs.
     """
 
     def __init__(self, together: int = 8) -> None:
         if together < 1:
-            raise ValueError(f"hydra.launcher.together must be 1 or more; got {together}")
+            raise ValueError(f"hydra.launcher.together must be at least 1; got {together}")
         self.together = together
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what Hydra gives, before any job."""
+        """Store what Hydra passes before the first job."""
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs; return what each returned, in their order."""
+        """Run the jobs; return the result of each, in order."""
         from reft_lightning.config.compose import to_config
         from reft_lightning.runs.shared_base import base_of, why_alone
 
@@ -62,14 +62,14 @@ class SharedBaseLauncher(Launcher):
         }
         groups: dict[str, list[int]] = {}
         for number, config in jobs.items():
-            HydraConfig.instance().set_config(config)  # whose values may ask for it
+            HydraConfig.instance().set_config(config)  # its values may refer to ${hydra:...}
             run = to_config(_without_hydra(config))
             try:
                 reason = "hydra.job.chdir=true" if self.config.hydra.job.chdir else why_alone(run)
-            except ValueError as error:  # which the run itself will say
+            except ValueError as error:  # the run itself will report it
                 reason = str(error)
             if reason is not None:
-                log.info("#%d runs apart: %s", number, reason)
+                log.info("#%d runs separately: %s", number, reason)
             groups.setdefault(f"apart {number}" if reason else base_of(run), []).append(number)
         returned: dict[int, JobReturn] = {}
         for group in groups.values():
@@ -86,7 +86,7 @@ class SharedBaseLauncher(Launcher):
                         number: self._run(config, self.task_function) for number, config in part.items()
                     }
                 configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-                gc.collect()  # hooks tie the base model and its adapters in circles
+                gc.collect()  # hooks make reference cycles of the base model and its adapters
         return [returned[number] for number in jobs]
 
     def _composed(self, number: int, overrides: list[str]) -> DictConfig:
@@ -114,9 +114,9 @@ class SharedBaseLauncher(Launcher):
         def stop(signum: int, frame: Any) -> None:
             told.append(signum)
             shared.turns.stopping = True
-            signal.signal(signum, before[signum])  # a second one ends all at once
+            signal.signal(signum, before[signum])  # a second signal ends everything at once
 
-        main = threading.current_thread() is threading.main_thread()  # which alone receives signals
+        main = threading.current_thread() is threading.main_thread()  # the only thread that receives signals
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT) if main}
         try:
             for thread in threads:
@@ -142,7 +142,7 @@ class SharedBaseLauncher(Launcher):
         shared.runs[name].enter()
         try:
             returned[number] = self._run(config, partial(_in_lane, self.task_function, number))
-        except BaseException as error:  # told to stop, or what no other job may suffer from
+        except BaseException as error:  # told to stop, or an error that must not affect other jobs
             failed = error if isinstance(error, Exception) else RuntimeError(f"job {number} ended: {error!r}")
             returned[number] = JobReturn(status=JobStatus.FAILED, _return_value=failed)
         finally:

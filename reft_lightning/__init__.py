@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where each public name lives: it is imported when first used, so that a typo in a command line is answered
-# before torch is imported.
+# Public names are imported on first use: a typo on the command line is reported before torch is imported.
 _HOME = {
     "INTERVENTIONS": ".interventions",
     "RED": ".interventions",

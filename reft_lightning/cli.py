@@ -1,7 +1,7 @@
 """The commands: ``reft-train`` and the others that ``pyproject.toml`` names.
 
-Torch and transformers are imported after the arguments have been checked, so that a typo is answered at once, and
-under :func:`heavy_imports`.
+Torch and transformers are imported only after the arguments have been checked, so a typo is reported at once; see
+:func:`heavy_imports`.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from .terminal.log_lines import LogHandler
 log = logging.getLogger(__name__)
 
 EVAL_HELP = """\
-reft-eval: evaluate the adapter of a run again, on its validation rows or its test rows
+reft-eval: evaluate the adapter of a run again, on its validation or test rows
 usage: reft-eval run=FOLDER [split=validation|test] [limit=N] [evaluate_base=true]
                  [trust_code=true] [data=NAME [data.KEY=VALUE ...] [decoding.KEY=VALUE ...]]
-  split         validation, or test: each read of test rows is recorded in the run
-  limit         at most this many rows (of each test task)
-  evaluate_base the frozen base, too
-  trust_code    import names that the folder holds from the present directory, too
-  data          other rows than the run's, a name of conf/data; data.KEY and decoding.KEY: of these
-                rows, as for reft-train; of a single file all rows
+  split         validation (the default) or test; every read of test rows is recorded in the run
+  limit         evaluate at most this many rows (of each test task)
+  evaluate_base also evaluate the frozen base
+  trust_code    also import code named in the folder from the current directory
+  data          rows other than the run's: a name in conf/data; data.KEY and decoding.KEY apply to
+                them, as in reft-train; a single file is evaluated in full
 examples:
   reft-eval run=outputs/quickstart/2026-11-29_10-00-00
   reft-eval run=outputs/quickstart/2026-11-29_10-00-00 split=test limit=100
@@ -48,95 +48,95 @@ examples:
 Scores and predictions are written to evaluations/ inside the run folder.
 """
 SERVE_HELP = """\
-reft-serve: answer requests as OpenAI's API does, with many adapters on one base model
+reft-serve: serve many adapters on one base model, through an OpenAI-compatible API
 usage: reft-serve FOLDER [FOLDER ...] [adapters.NAME=FOLDER ...] [model=NAME] [host=127.0.0.1]
              [port=8000] [max_batch=16] [trust_code=true]
-  FOLDER         a run or an adapter; its last part is its name in requests
-  adapters.NAME  the folder of an adapter under a name of your choice
-  model          the base model, a file of conf/model; that of the first run unless given
-  host, port     where to listen; beyond this machine only with a token in REFT_SERVE_TOKEN
-  max_batch      requests that are generated together, whichever adapters they use
-  trust_code     import names that the folders hold from the present directory, too
+  FOLDER         a run or an adapter; requests call it by the last part of its path
+  adapters.NAME  the folder of a run or an adapter, under a name of your choice
+  model          the base model, a file in conf/model; default: that of the first run
+  host, port     address to listen on; access from other machines needs a token in REFT_SERVE_TOKEN
+  max_batch      maximum number of requests generated together, whichever adapters they use
+  trust_code     also import code named in the folders from the current directory
 examples:
   reft-serve outputs/quickstart/2026-11-29_10-00-00
   reft-serve adapters.polite=outputs/a adapters.short=outputs/b/adapter port=9000
   curl localhost:8000/v1/completions -H 'content-type: application/json' \\
        -d '{"model": "polite", "prompt": "4 * 8 =", "max_tokens": 4, "temperature": 0}'
-The model `base` is the frozen one. "strength": 0.5 in a request halves the edits.
+The model `base` is the frozen base. "strength": 0.5 in a request halves the edits.
 """
 CHAT_HELP = """\
 reft-chat: talk to the frozen base and the adapted model of a run, side by side
 usage: reft-chat run=FOLDER [max_new_tokens=N] [template=plain|alpaca|chat] [trust_code=true]
-  max_new_tokens  of each answer, 64 unless given
-  template        the format of each prompt; that of the training rows unless given
-  trust_code      import names that the folder holds from the present directory, too
+  max_new_tokens  maximum length of each answer; default: 64
+  template        the prompt format; default: that of the training rows
+  trust_code      also import code named in the folder from the current directory
 examples:
   reft-chat run=outputs/quickstart/2026-11-29_10-00-00
   echo "Is water wet?" | reft-chat run=outputs/quickstart/2026-11-29_10-00-00 max_new_tokens=8
 In the conversation: /plain, /alpaca and /chat choose the template, /image FILE shows a picture to a
-model that reads them, /new begins another conversation, /quit ends.
+model that reads pictures, /new starts a new conversation, /quit ends it.
 """
 INSPECT_HELP = """\
-reft-inspect: what the adapter of a run does, on its own validation rows
+reft-inspect: show what the adapter of a run does, on the run's own validation rows
 usage: reft-inspect FOLDER [FOLDER ...] [rows=32] [forget=NAME [data.KEY=VALUE ...]]
              [text=FILE] [out=DIR] [trust_code=true]
        reft-inspect plan [prompt=N [target=N]] [gpu=NAME] KEY=VALUE ...
-  FOLDER        a run of reft-train, or an adapter; several: how far their subspaces lie apart
-  rows          validation rows that are read
-  forget        another family's rows, a name of conf/data: the score on them before and after
-  data.KEY      of these rows, such as data.path=FOLDER or data.tasks=[piqa]
-  text          a text file, whose perplexity is measured before and after; one of ours without it
-  out           where files are written; FOLDER/inspection without it
-  trust_code    import names that the folder holds from the present directory, too
+  FOLDER        a run of reft-train, or an adapter; several: also the angles between their subspaces
+  rows          number of validation rows to read
+  forget        rows of another family, a name in conf/data: scored before and after training
+  data.KEY      settings of these rows, such as data.path=FOLDER or data.tasks=[piqa]
+  text          a text file: its perplexity before and after training; default: a built-in passage
+  out           where files are written; default: FOLDER/inspection
+  trust_code    also import code named in the folder from the current directory
 examples:
   reft-inspect outputs/quickstart/2026-11-29_10-00-00
   reft-inspect outputs/quickstart/2026-11-29_10-00-00 rows=64 \\
       forget=commonsense_wheel data.tasks=[boolq]
   reft-inspect plan experiment=quickstart intervention.rank=4 gpu=h100
-It writes inspect.json, PNG and SVG. `plan` says what a run of reft-train will cost, before weights
-are read: KEY=VALUE as there; prompt and target give lengths of rows instead of the data's; gpu, on
-which GPU the run takes how long at least, such as h100, a100_80gb or rtx_4090.
+It writes inspect.json, PNG and SVG. `plan` estimates the cost of a reft-train run with these
+KEY=VALUE, without reading weights; prompt and target replace the lengths of the data's rows; gpu,
+such as h100, a100_80gb or rtx_4090, adds the least time the run can take on that GPU.
 """
 DASHBOARD_HELP = """\
-reft-dashboard: a workspace and a report page in W&B of runs that were logged there
+reft-dashboard: make a workspace and a report page in W&B for runs that were logged there
 usage: reft-dashboard FOLDER [FOLDER ...] [entity=NAME] [project=NAME] [out=DIR]
        reft-dashboard FILE.json
-  FOLDER        run folders, multiruns, studies of reft-search, or what holds them
-  FILE.json     what an earlier command wrote, to send it
-  entity        of W&B; project: that of the runs unless given
-  out           where dashboard.json is written without a key of W&B: dashboard/ unless given
+  FOLDER        run folders, multiruns, studies of reft-search, or folders that contain them
+  FILE.json     a file that an earlier command wrote, to send to W&B
+  entity        the W&B entity; project: the W&B project, default: that of the runs
+  out           where dashboard.json is written if there is no W&B key; default: dashboard/
 examples:
   reft-dashboard outputs/quickstart
   reft-dashboard dashboard/dashboard.json entity=NAME
 """
 CONVERT_HELP = """\
-reft-convert: an adapter of reft_lightning, pyreft or adapters, written for another
+reft-convert: convert an adapter of reft_lightning, pyreft or adapters for another library
 usage: reft-convert FOLDER to=reft|pyreft|easysteer|gguf [out=DIR] [base=MODEL]
              [positions=SPEC] [act_fn=NAME] [method=noreft|direft]
   FOLDER        an adapter of any of the three, or a run of reft-train
-  to            reft (ours), pyreft, easysteer (steering.json of its vLLM), or gguf (a control
-                vector of llama.cpp)
-  out           a new folder; FOLDER-TO without it
-  base          the model it was trained on, where FOLDER does not name it
-  positions     of an adapter of pyreft, whose files hold none, such as f7+l7
-  act_fn        of an adapter of pyreft that was trained with one
-  method        of an adapter of adapters without orthogonality: noreft or direft
+  to            reft (ours), pyreft, easysteer (steering.json for its vLLM), or gguf (a control
+                vector for llama.cpp)
+  out           a new folder; default: FOLDER-TO
+  base          the model it was trained on, if FOLDER does not name it
+  positions     for pyreft, whose files do not record them, such as f7+l7
+  act_fn        for an adapter of pyreft that was trained with one
+  method        for an adapter of adapters without orthogonality: noreft or direft
 examples:
   reft-convert outputs/quickstart/2026-11-29_10-00-00 to=pyreft out=for-pyreft
   reft-convert theirs to=reft base=meta-llama/Llama-2-7b-hf positions=f5+l5
-What the other library cannot hold is said, and what it does not have is refused.
+It lists what the other library cannot store, and refuses what that library does not have.
 """
 REPORT_HELP = """\
 reft-report: compare runs: tables, intervals, paired tests, plots, one HTML page
 usage: reft-report FOLDER [FOLDER ...] [out=DIR] [split=test|validation] [resamples=N]
                    [seed=N] [wandb=true] [project=NAME]
        reft-report paper [folder=outputs] [table=N]
-  FOLDER        run folders, multiruns, studies of reft-search, or what holds them; or the
-                evaluations of runs, which reft-eval wrote
-  out           where the report is written: report/ unless given
-  split         the scores to compare: test where a run has it, else validation
-  resamples     of the bootstrap and of the sign flips; seed: of their draws
-  wandb         log tables and page to W&B (project), offline unless WANDB_MODE=online
+  FOLDER        run folders, multiruns, studies of reft-search, or folders that contain them; or
+                evaluations of runs, written by reft-eval
+  out           where the report is written; default: report/
+  split         the scores to compare; default: test if a run has it, else validation
+  resamples     number of bootstrap resamples and of sign flips; seed: their random seed
+  wandb         log the tables and the page to W&B (project), offline unless WANDB_MODE=online
 examples:
   reft-report outputs
   reft-report outputs/run/multirun_2026-11-29_10-00-00 out=report
@@ -149,14 +149,14 @@ WRITTEN = "the folder that reft-train wrote, such as outputs/quickstart/..."
 
 
 class UsageError(ValueError):
-    """An argument of a command other than ``reft-train`` does not fit."""
+    """An argument of a command other than ``reft-train`` is not valid."""
 
 
 @contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Import torch and what needs it without looking for garbage, which takes a sixth of the time and finds none.
+    """Import torch and what needs it with the garbage collector disabled, which saves a sixth of the import time.
 
-    What was imported stays as long as the process does: later searches leave it out.
+    The imported modules live as long as the process, so later collections skip them.
     """
     if "torch" in sys.modules or not gc.isenabled():
         yield
@@ -172,7 +172,7 @@ def heavy_imports() -> Iterator[None]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Answer Ctrl-C with its exit status and a word, wherever it comes; a run that has begun has said more."""
+    """Exit with status 130 and a short message on Ctrl-C; a run that has started has already logged more."""
     try:
         yield
     except KeyboardInterrupt:
@@ -181,10 +181,10 @@ def _interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def _told(in_sweep: bool = False) -> Iterator[None]:
-    """Leave with status 2 and the reason where a run cannot start, and with 1 where its log says what stopped it.
+def _exit_on_failure(in_sweep: bool = False) -> Iterator[None]:
+    """Exit with status 2 and the reason if a run cannot start, or with 1 if its log explains what stopped it.
 
-    Of a sweep the other jobs go on; Hydra ends it with the reason of the first that failed, and status 1.
+    In a sweep the other jobs continue; Hydra then exits with status 1 and the reason of the first failure.
     """
     try:
         yield
@@ -206,8 +206,8 @@ def _told(in_sweep: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def _refused() -> Iterator[None]:
-    """Leave with status 2 and the message of a ``ValueError``."""
+def _exit_on_value_error() -> Iterator[None]:
+    """Exit with status 2 and the message on a ``ValueError``."""
     try:
         yield
     except ValueError as error:
@@ -216,7 +216,7 @@ def _refused() -> Iterator[None]:
 
 
 def _command(help_text: str) -> Callable[[Callable[[Sequence[str]], Any]], Callable[[], Any]]:
-    """Make a command of a function of its arguments: with help, a log, and errors as messages."""
+    """Turn a function of the arguments into a command with help, logging, and errors shown as messages."""
 
     def command_of(action: Callable[[Sequence[str]], Any]) -> Callable[[], Any]:
         @wraps(action)
@@ -245,7 +245,7 @@ def _command(help_text: str) -> Callable[[Callable[[Sequence[str]], Any]], Calla
 def train() -> Any:
     """Train, validate and test one configuration, or each one of a ``--multirun``.
 
-    ``resume=FOLDER`` alone goes on with that run, under the configuration that it keeps.
+    ``resume=FOLDER`` on its own continues that run with the configuration saved in its folder.
     """
     keys = sorted(text.partition("=")[0] for text in sys.argv[1:])
     if keys in (["resume"], ["resume", "trust_code"]):
@@ -273,21 +273,21 @@ def train() -> Any:
 
 
 def _check_folder(asked: compose.Asked) -> None:
-    """Leave a complete run alone before Hydra writes into its folder."""
+    """Refuse a folder that holds a complete run, before Hydra writes into it."""
     from .runs.run_folder import check_free
 
     first = next(iter(asked.runs.values()), None)
     if asked.folder is None or first is None or first.resume:
         return
-    with _refused():
+    with _exit_on_value_error():
         for folder in (asked.folder, *(asked.folder.glob("[0-9]*_*/") if asked.sweep else ())):
             check_free(folder, first.overwrite)
 
 
 def _find_unfinished(asked: compose.Asked) -> None:
-    """Let Hydra write into the folder of the run that ``resume=auto`` goes on with.
+    """Let Hydra write into the folder of the run that ``resume=auto`` continues.
 
-    A sweep finds its jobs, and ranks that a cluster started find each other, in a folder that is named only.
+    A sweep finds its jobs, and the ranks of a cluster find each other, only in a folder that the user names.
     """
     from .runs.run_folder import find_unfinished
 
@@ -295,19 +295,21 @@ def _find_unfinished(asked: compose.Asked) -> None:
         return
     ranks = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
     if asked.sweep or ranks > 1:
-        name, who = ("sweep", "a sweep finds its jobs") if asked.sweep else ("run", "ranks find each other")
-        sys.stderr.write(f"resume=auto: {who} in a folder that you name: add hydra.{name}.dir=FOLDER\n")
+        name, who = ("sweep", "a sweep") if asked.sweep else ("run", "a run of several ranks")
+        sys.stderr.write(
+            f"resume=auto: {who} resumes only in a folder that you name: add hydra.{name}.dir=FOLDER\n"
+        )
         sys.exit(2)
     if found := find_unfinished(asked.parent, next(iter(asked.runs.values()))):
         sys.argv.append(compose.run_dir(found))
 
 
 def _check_jobs(asked: compose.Asked) -> None:
-    """Check the jobs of a sweep before the first one, as far as neither rows nor weights are needed."""
+    """Check all that needs neither rows nor weights in every job of a sweep, before the first one starts."""
     with heavy_imports():
         from .runs.build import check_jobs
 
-        with _refused():
+        with _exit_on_value_error():
             check_jobs(asked.runs)
 
 
@@ -318,18 +320,18 @@ def _resume(argv: Sequence[str]) -> None:
     with heavy_imports():
         from .runs import experiment
 
-    with _names_of(trusted), _told():
+    with _names_of(trusted), _exit_on_failure():
         experiment.resume(run_dir, trusted)
 
 
 def _import_from_here() -> None:
-    """Let import paths name modules of the present directory, as only the user's own commands may."""
+    """Let import paths name modules in the current directory; only for commands whose names the user wrote."""
     sys.path.insert(0, os.getcwd())
 
 
 @contextmanager
 def _names_of(trusted: bool) -> Iterator[None]:
-    """Read the folder of another person: its names are imported from installed packages only, unless it is trusted."""
+    """Read a folder that someone else may have written: unless trusted, import only installed packages it names."""
     if trusted:
         _import_from_here()
     with names_of_a_stranger(trusted):
@@ -338,7 +340,7 @@ def _names_of(trusted: bool) -> Iterator[None]:
 
 def _train(config: DictConfig, job: sweep.Job) -> float | None:
     results = _results(config, Path(HydraConfig.get().runtime.output_dir), job)
-    # Sweepers maximise or minimise what a job returns; a run without validation has nothing to return.
+    # Sweepers optimise what a job returns; a run without validation has nothing to return.
     value = results["metrics"].get(results["monitor"])
     return None if value is None else float(value)
 
@@ -353,8 +355,8 @@ def _results(config: DictConfig, run_dir: Path, job: sweep.Job) -> dict[str, Any
     with heavy_imports():
         from .runs.devices import check_accelerator
 
-        with _refused():
-            check_accelerator(config.trainer.accelerator)  # torch alone takes a fifth of what follows
+        with _exit_on_value_error():
+            check_accelerator(config.trainer.accelerator)  # torch takes only a fifth of the import time below
         from .runs import experiment
         from .runs.shared_base import present_lane
         from .runs.wandb_names import filed, label
@@ -364,9 +366,9 @@ def _results(config: DictConfig, run_dir: Path, job: sweep.Job) -> dict[str, Any
     run = compose.to_config(config, Path(HydraConfig.get().runtime.cwd))  # also under hydra.job.chdir
     run = filed(run, name=label(run, compose.differing(HydraConfig.get().overrides.task)))
     if lane is not None:
-        run = filed(run, reinit="create_new")  # one W&B run a job, though others are open
+        run = filed(run, reinit="create_new")  # one W&B run per job, while others are open
     chosen = HydraConfig.get().runtime.choices.get("experiment")
-    with _told(own_process.in_sweep()):
+    with _exit_on_failure(own_process.in_sweep()):
         return experiment.run(run, run_dir, chosen, command=command, lane=lane)
 
 
@@ -381,10 +383,10 @@ def evaluate(argv: Sequence[str]) -> None:
     )  # fmt: skip
     run_dir = _run_dir(options)
     if rows and not any(text.startswith("data=") for text in rows):
-        raise UsageError(f"{rows[0]} is for other rows than the run's: name them too, by data=NAME")
+        raise UsageError(f"{rows[0]} applies only to rows other than the run's: add data=NAME to choose them")
     if "limit" in options and (said := [text for text in rows if text.startswith("data.limit_")]):
         raise UsageError(
-            f"limit={options['limit']} and {said[0]} both say how many rows: leave one of them out"
+            f"limit={options['limit']} and {said[0]} both set the number of rows: leave one of them out"
         )
     rows.sort(key=lambda text: not text.startswith("data="))
     del options["run"]
@@ -435,7 +437,7 @@ def inspect(argv: Sequence[str]) -> None:
         if not folder.is_dir():
             raise UsageError(no_such_folder(folder))
     if data and "forget" not in options:
-        raise UsageError(f"{data[0]} is a key of the rows that forget=NAME names; add forget=NAME")
+        raise UsageError(f"{data[0]} applies only to the rows of forget=NAME: add forget=NAME")
     forget = [f"data={options.pop('forget')}", *data] if "forget" in options else []
     with heavy_imports():
         from .inspection import command
@@ -461,9 +463,11 @@ def serve(argv: Sequence[str]) -> None:
         if not folder.is_dir():
             raise UsageError(no_such_folder(folder))
         if name == "base":
-            raise UsageError(f"base is the frozen model: give {folder} another name, adapters.NAME={folder}")
+            raise UsageError(
+                f"the name base is taken by the frozen model: rename {folder} with adapters.NAME={folder}"
+            )
         if name in folders:
-            raise UsageError(f"two folders are called {name!r}: name one of them, adapters.NAME={folder}")
+            raise UsageError(f"two folders are called {name!r}: rename one with adapters.NAME={folder}")
         folders[name] = folder
     options = _options(
         rest, model=str, host=str, port=_at_least(1), max_batch=_at_least(1), trust_code=_boolean
@@ -488,16 +492,16 @@ def judge() -> None:
 
 
 def search() -> None:
-    """Search the settings of several methods on one budget, and test the winners once."""
+    """Search the settings of several methods with equal budgets, and test each winner once."""
     from .search import command as searching
 
-    _import_from_here()  # the methods of a search may be the user's own
+    _import_from_here()  # a search may use the user's own methods
     _command(searching.HELP)(searching.main)()
 
 
 @_command(REPORT_HELP)
 def report(argv: Sequence[str]) -> None:
-    """Compare runs with each other; or, as ``reft-report paper``, with what the paper prints."""
+    """Compare runs with each other or, as ``reft-report paper``, with the paper's numbers."""
     if argv[0] == "paper":
         options = _options(argv[1:], folder=str, table=str)
         from .reporting.paper import table
@@ -505,7 +509,7 @@ def report(argv: Sequence[str]) -> None:
         table.main(options)
         return
     folders, options = _folders_and_options(
-        argv, "runs, multiruns, studies, or what holds them",
+        argv, "runs, multiruns, studies, or folders that contain them",
         out=Path, split=_one_of("validation", "test"), resamples=_at_least(1), seed=_at_least(0), wandb=_boolean,
         project=str,
     )  # fmt: skip
@@ -516,13 +520,13 @@ def report(argv: Sequence[str]) -> None:
 
 @_command(DASHBOARD_HELP)
 def dashboard(argv: Sequence[str]) -> None:
-    """Make a workspace and a report page in W&B of runs that were logged there."""
+    """Make a workspace and a report page in W&B for runs that were logged there."""
     folders, options = _folders_and_options(
         argv, "a run, a sweep, or a study", entity=str, project=str, out=Path
     )
     for folder in folders:
         if not folder.exists():
-            siblings = [str(path) for path in folder.parent.glob("*")]  # a file of views, too
+            siblings = [str(path) for path in folder.parent.glob("*")]  # including FILE.json
             raise UsageError(f"{folder}: no such folder{did_you_mean(str(folder), siblings)}")
     from .reporting import dashboard as making
 
@@ -532,7 +536,7 @@ def dashboard(argv: Sequence[str]) -> None:
 
 @_command(CONVERT_HELP)
 def convert(argv: Sequence[str]) -> None:
-    """Write an adapter of one library for another."""
+    """Convert an adapter of one library for another."""
     folders = [Path(text) for text in argv if _is_folder(text)]
     readers = {
         "to": _one_of(*LIBRARIES),
@@ -544,7 +548,7 @@ def convert(argv: Sequence[str]) -> None:
         siblings = [str(path) for folder in folders for path in folder.parent.glob("*/")]
         given = " ".join(map(str, folders))
         raise UsageError(
-            "FOLDER must be one folder of an adapter or a run; got "
+            "FOLDER must be one folder, of an adapter or a run; got "
             + (f"{given}{did_you_mean(given, siblings)}" if given else "none")
         )
     if "to" not in options:
@@ -557,20 +561,20 @@ def convert(argv: Sequence[str]) -> None:
 
 
 def _options(argv: Sequence[str], **readers: Callable[[str], Any]) -> dict[str, Any]:
-    """Return the options that are given, each as its reader makes it of a text.
+    """Return the given options, each value parsed by its reader.
 
     Raises:
-        UsageError: for an option without a reader, or a text that its reader refuses.
+        UsageError: for an option without a reader, or a value that its reader rejects.
     """
     options: dict[str, Any] = {}
     for argument in argv:
         name, equals, value = argument.partition("=")
         if not equals:
-            hint = f"; for a folder write {next(iter(readers))}={argument}" if Path(argument).is_dir() else ""
-            raise UsageError(f"arguments are written key=value; got {argument!r}{hint}")
+            hint = f"; write a folder as {next(iter(readers))}={argument}" if Path(argument).is_dir() else ""
+            raise UsageError(f"arguments must have the form key=value; got {argument!r}{hint}")
         if name not in readers:
             raise UsageError(
-                f"unknown argument {name!r}; known are {', '.join(readers)}{did_you_mean(name, readers)}"
+                f"unknown argument {name!r}; the arguments are {', '.join(readers)}{did_you_mean(name, readers)}"
             )
         try:
             options[name] = readers[name](value)
@@ -582,7 +586,7 @@ def _options(argv: Sequence[str], **readers: Callable[[str], Any]) -> dict[str, 
 def _folders_and_options(
     argv: Sequence[str], what: str = WRITTEN, **readers: Callable[[str], Any]
 ) -> tuple[list[Path], dict[str, Any]]:
-    """Return the folders among the arguments, one at least, and the options."""
+    """Return the folders among the arguments, at least one, and the options."""
     folders = [Path(text) for text in argv if _is_folder(text)]
     options = _options([text for text in argv if not _is_folder(text)], **readers)
     if not folders:
@@ -591,7 +595,7 @@ def _folders_and_options(
 
 
 def _is_folder(text: str) -> bool:
-    """Whether an argument is a folder and no option; the jobs of a sweep are called 0_seed=1."""
+    """Whether an argument is a folder, not an option; the jobs of a sweep are called 0_seed=1."""
     return "=" not in text or Path(text).is_dir()
 
 
@@ -611,7 +615,7 @@ def _boolean(text: str) -> bool:
 def _at_least(least: int) -> Callable[[str], int]:
     def read(text: str) -> int:
         if not (text.isdecimal() and int(text) >= least):
-            raise UsageError(f"an integer, {least} or more; got {text!r}")
+            raise UsageError(f"an integer, at least {least}; got {text!r}")
         return int(text)
 
     return read
@@ -627,9 +631,9 @@ def _run_dir(options: dict[str, Any], key: str = "run") -> Path:
         hint = ""
         if (folder / "reft_config.json").is_file():
             hint = (
-                f"; it is the adapter of a run: {key}={folder.resolve().parent}"
+                f"; it is the adapter of a run: write {key}={folder.resolve().parent}"
                 if (folder.resolve().parent / "config.yaml").is_file()
-                else "; it is an adapter without its run, which reft-serve and rl.ReftModel.from_pretrained take"
+                else "; it is an adapter without its run: use reft-serve or rl.ReftModel.from_pretrained"
             )
         raise UsageError(f"{key}={folder} is not a run folder: it has no config.yaml{hint}")
     return folder

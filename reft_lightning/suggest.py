@@ -1,4 +1,4 @@
-"""The one "did you mean" of error messages, and the imports of what may be missing: a configuration's names, extras."""
+"""Suggestions for error messages, and imports that may fail: names from a configuration, optional extras."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _trusted: ContextVar[bool] = ContextVar("trusted", default=True)
 
 @contextmanager
 def names_of_a_stranger(trusted: bool = False) -> Iterator[None]:
-    """Import only installed packages inside the block: its names stand in files that another person may have written.
+    """Import only from installed packages inside the block: its names come from files someone else may have written.
 
     Args:
-        trusted: whether the user trusts whoever wrote them, so that any module may be imported.
+        trusted: whether the user trusts whoever wrote them; any module may then be imported.
     """
     token = _trusted.set(trusted)
     try:
@@ -31,12 +31,12 @@ def names_of_a_stranger(trusted: bool = False) -> Iterator[None]:
 
 
 def trusted() -> bool:
-    """Whether the names that are imported are the user's own."""
+    """Whether names may be imported from any module."""
     return _trusted.get()
 
 
 def did_you_mean(name: str, allowed: Iterable[str], prefix: str = "") -> str:
-    """Return ``"; did you mean 'x'?"`` for the allowed name closest to ``name``, or an empty text.
+    """Return ``"; did you mean 'x'?"`` for the allowed name closest to ``name``, or an empty string.
 
     >>> did_you_mean("bolq", ["boolq", "piqa"])
     "; did you mean 'boolq'?"
@@ -47,7 +47,7 @@ def did_you_mean(name: str, allowed: Iterable[str], prefix: str = "") -> str:
 
 
 def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
-    """Reject a value that is not one of those allowed; the error names them, and the nearest.
+    """Reject a value that is not allowed; the error lists the allowed ones and suggests the closest.
 
     >>> check_choice("clip", "papr", ("paper", "floor"))
     Traceback (most recent call last):
@@ -60,7 +60,7 @@ def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
 
 
 def no_such_folder(folder: Path) -> str:
-    """Return the message for a folder that does not exist, with the nearest next to it."""
+    """Return the error message for a folder that does not exist, suggesting the closest that does."""
     near = [str(path) for path in folder.parent.glob("*") if path.is_dir()]
     return f"{folder}: no such folder{did_you_mean(str(folder), near)}"
 
@@ -70,11 +70,11 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
     """Import optional packages inside the block.
 
     Args:
-        extra: of ``pyproject.toml``, which brings them.
-        what: needs them, in words that the message begins with.
+        extra: the extra in ``pyproject.toml`` that installs them.
+        what: the start of the message, saying what needs them.
 
     Raises:
-        ValueError: if one is missing; says what to install.
+        ValueError: if one is missing, with the command that installs it.
 
     >>> with needs_extra("report", "a report needs matplotlib"):
     ...     import no_such_package
@@ -89,11 +89,11 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
 
 
 def import_object(path: str) -> Any:
-    """Return what an import path such as ``torch.optim.AdamW`` names.
+    """Return the object that an import path such as ``torch.optim.AdamW`` names.
 
     Raises:
-        ValueError: if there is no such module or name; names the nearest. For a module outside the installed packages,
-            if the name is a stranger's, see :func:`names_of_a_stranger`.
+        ValueError: if there is no such module or name, suggesting the closest; inside :func:`names_of_a_stranger`,
+            also if the module is outside the installed packages.
 
     >>> import_object("collections.OrderedDic")
     Traceback (most recent call last):
@@ -102,7 +102,7 @@ def import_object(path: str) -> Any:
     """
     module_path, _, name = str(path).rpartition(".")
     if not module_path:
-        raise ValueError(f"an import path has a dot, as in torch.optim.AdamW; got {path!r}")
+        raise ValueError(f"an import path must contain a dot, as in torch.optim.AdamW; got {path!r}")
     if not trusted() and not _is_installed(module_path.partition(".")[0]):
         raise ValueError(
             f"{path} is not part of an installed package, and importing it would run code; if you trust whoever wrote "
@@ -111,7 +111,7 @@ def import_object(path: str) -> Any:
     try:
         module = importlib.import_module(module_path)
     except ImportError as error:
-        raise ValueError(f"cannot import {module_path}, of {path}: {error}") from error
+        raise ValueError(f"cannot import {module_path} for {path}: {error}") from error
     if not hasattr(module, name):
         raise ValueError(f"module {module_path} has no {name!r}{did_you_mean(name, dir(module))}")
     return getattr(module, name)

@@ -1,4 +1,4 @@
-"""The commands: mistakes are answered with the nearest name and status 2, correct arguments reach the run."""
+"""The commands: mistakes exit with status 2 and the closest name, correct arguments reach the run."""
 
 import datetime
 import gc
@@ -27,7 +27,7 @@ from reft_lightning.runs import sweep
 
 @pytest.fixture
 def refuse(capsys):
-    """Call preflight with arguments that do not fit; return what it says."""
+    """Call preflight with invalid arguments; return its message."""
 
     def call(*argv):
         with pytest.raises(SystemExit) as left:
@@ -43,7 +43,7 @@ def refuse(capsys):
 
 @pytest.fixture
 def runs(monkeypatch, tmp_path):
-    """Put a recorder in the place of ``experiment`` and give the command a folder of its own."""
+    """Replace ``experiment`` by a recorder, and run the command in its own folder."""
     fake = types.ModuleType("reft_lightning.runs.experiment")
     fake.calls, fake.experiments, fake.commands = [], [], []
 
@@ -141,7 +141,7 @@ def test_an_option_of_a_group_that_is_no_text_is_refused(refuse, written):
         ("optimizer.lr=fast", "must be a number"),
         ("seed=1.5", "must be an integer"),
         ("test=perhaps", "must be true or false"),
-        ("data.tasks=boolq", "must be a list, written data.tasks=[a,b]"),
+        ("data.tasks=boolq", "must be a list, such as data.tasks=[a,b]"),
         ("data.tasks=0.9", "must be a list"),
         ("scheduler=linaer", "did you mean 'scheduler=linear'?"),
         ("model.dtype=float8", "must be one of float32, bfloat16, float16"),
@@ -161,16 +161,16 @@ def test_an_unknown_intervention_option_names_the_class_and_what_it_takes(refuse
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
-        ("data.batch_size=0", "data.batch_size must be 1 or more; got 0"),
-        ("data.limit_test=0", "data.limit_test must be 1 or more; got 0"),
-        ("data.num_workers=-1", "data.num_workers must be 0 or more; got -1"),
-        ("seed=-1", "seed must lie in 0..4294967295; got -1"),
+        ("data.batch_size=0", "data.batch_size must be at least 1; got 0"),
+        ("data.limit_test=0", "data.limit_test must be at least 1; got 0"),
+        ("data.num_workers=-1", "data.num_workers must be at least 0; got -1"),
+        ("seed=-1", "seed must be in 0..4294967295; got -1"),
         ("optimizer.lr=0", "optimizer.lr must be above 0; got 0.0"),
         ("optimizer.lr=nan", "optimizer.lr must be above 0; got nan"),
-        ("decoding.top_p=2", "decoding.top_p must be above 0, and at most 1; got 2.0"),
-        ("trainer.log_every_n_steps=0", "trainer.log_every_n_steps must be 1 or more; got 0"),
-        ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches must be 1 or more; got 0"),
-        ("kept.limit_gb=inf", "kept.limit_gb must be 0 or more; got inf"),
+        ("decoding.top_p=2", "decoding.top_p must be above 0 and at most 1; got 2.0"),
+        ("trainer.log_every_n_steps=0", "trainer.log_every_n_steps must be at least 1; got 0"),
+        ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches must be at least 1; got 0"),
+        ("kept.limit_gb=inf", "kept.limit_gb must be at least 0; got inf"),
         (
             "intervention.layers=null",
             "intervention.layers must be all, a list of ids, or settings by layer; got null",
@@ -181,10 +181,10 @@ def test_an_unknown_intervention_option_names_the_class_and_what_it_takes(refuse
         ("trainer.precision=bf16-true", "Write model.dtype=bfloat16 for the base model"),
         ("trainer.precision=64", "Write model.dtype=bfloat16 for the base model"),
         ("trainer.deterministic=tru", "trainer.deterministic must be true, false or warn; got 'tru'"),
-        ("trainer.use_distributed_sampler=true", "would divide the rows a second time"),
+        ("trainer.use_distributed_sampler=true", "would split the rows a second time"),
         (
             "trainer.max_time=5",
-            "trainer.max_time must be a text DD:HH:MM:SS, or a dictionary such as {hours: 3}",
+            "trainer.max_time must be a string DD:HH:MM:SS, or a dictionary such as {hours: 3}",
         ),
     ],
 )
@@ -226,13 +226,16 @@ def test_a_new_entry_of_a_dictionary_takes_a_plus(refuse, written):
     [
         (
             ["logger=null"],
-            "logger=null: logger is one of csv, mlflow, tensorboard, wandb; ~logger leaves it out",
+            "logger=null: logger must be one of csv, mlflow, tensorboard, wandb; to leave it out, write ~logger",
         ),
-        (["scheduler=null"], "scheduler=null: scheduler is one of constant, cosine, linear\n"),
-        (["-m", "seed=interval(1,3)"], "seed=interval(1,3): nothing draws from an interval"),
-        (["-m", "seed=range(1,1)"], "seed=range(1,1): that is no value at all"),
-        (["-m", "optimizer=glob(x*)"], "that is no value at all; optimizer is one of adafactor, adamw"),
-        (["-m", "--cfg", "job"], "leave --multirun out"),
+        (["scheduler=null"], "scheduler=null: scheduler must be one of constant, cosine, linear\n"),
+        (
+            ["-m", "seed=interval(1,3)"],
+            "seed=interval(1,3): the default sweeper cannot draw from an interval",
+        ),
+        (["-m", "seed=range(1,1)"], "seed=range(1,1) matches no value"),
+        (["-m", "optimizer=glob(x*)"], "matches no value; optimizer is one of adafactor, adamw"),
+        (["-m", "--cfg", "job"], "leave out --multirun"),
         (["--config-name", "mine"], "reft-train --config-dir FOLDER experiment=NAME"),
         (["--config-path", "mine"], "reft-train --config-dir FOLDER experiment=NAME"),
         (["ckpt_path=last.ckpt"], "did you mean 'resume'?"),
@@ -248,7 +251,7 @@ def test_an_experiment_without_its_first_line_is_told_of_it(refuse, tmp_path, co
     file.parent.mkdir()
     file.write_text(content)
     said = refuse("--config-dir", str(tmp_path), "experiment=mine", "model=tiny_random")
-    assert f"{file}: the first line of an experiment is `# @package _global_`" in said
+    assert f"{file}: an experiment must begin with the line `# @package _global_`" in said
 
 
 def test_a_sweep_finds_files_of_ones_own(monkeypatch, runs):
@@ -303,14 +306,14 @@ def test_no_arguments_say_which_models_and_experiments_there_are(refuse):
     assert "tiny_random" in said
     assert "model.name=OWNER/NAME" in said
     assert "quickstart" in said
-    assert "paper/... (" in said  # many files are counted
+    assert "paper/... (" in said  # large folders are counted
     assert "paper/gsm8k_direft_tuning" in refuse("experiment=paper/gsm8k")
 
 
 def test_resume_beside_other_arguments_says_that_it_stands_alone(refuse):
     said = refuse("resume=outputs/mine", "seed=1")
-    assert said.startswith("resume=outputs/mine stands alone")
-    assert "leave seed=1 out" in said
+    assert said.startswith("resume=outputs/mine takes no other arguments")
+    assert "leave out seed=1" in said
     assert "no model was chosen" not in said
 
 
@@ -321,7 +324,7 @@ def test_a_source_says_what_it_needs(refuse):
 
 def test_a_search_names_its_own_command(refuse):
     assert refuse("search=small_stsb") == (
-        "search=small_stsb: search is for reft-search: reft-search search=small_stsb\n"
+        "search=small_stsb: search belongs to another command: reft-search search=small_stsb\n"
     )
 
 
@@ -378,14 +381,14 @@ def test_correct_arguments_pass_in_silence(argv, capsys):
 def test_a_setting_of_interventions_is_to_be_left_out_of_a_baseline(refuse):
     said = refuse("model=tiny_random", "intervention=peft/lora", "intervention.rank=4")
     assert said == (
-        "intervention.rank=4 means nothing to peft/lora, whose own settings belong in intervention.options: leave "
-        "intervention.rank out\n"
+        "intervention.rank=4 does not apply to peft/lora, whose own settings belong in intervention.options: leave out "
+        "intervention.rank\n"
     )
 
 
 def test_what_an_experiment_sets_is_answered_with_the_argument_to_add(refuse):
     said = refuse("experiment=small/glue", "data.path=rows", "model=tiny_random", "intervention=peft/lora")
-    assert said.startswith("intervention.positions=f3 intervention.rank=1 means nothing to peft/lora")
+    assert said.startswith("intervention.positions=f3 intervention.rank=1 does not apply to peft/lora")
     assert said.endswith(
         "such as the experiment's, sets it: add intervention.positions=f7+l7 intervention.rank=8\n"
     )
@@ -598,7 +601,7 @@ def test_a_job_returns_the_monitored_metric_for_sweepers(monkeypatch, runs):
 
 def test_what_hydra_cannot_read_without_quotes_is_shown_with_them(refuse):
     said = refuse("model=tiny_random", "data.prompt=质问")
-    assert said.endswith("""or other letters than a to z: data.prompt="'质问'"\n""")
+    assert said.endswith("""or letters other than a to z: data.prompt="'质问'"\n""")
     (run,) = compose.preflight(
         ["model=tiny_random", "data=custom", "data.path=x", "data.prompt='质问'"]
     ).runs.values()
@@ -608,7 +611,7 @@ def test_what_hydra_cannot_read_without_quotes_is_shown_with_them(refuse):
 @pytest.mark.parametrize("words", [[], ["-m", "seed=1,2"]])
 def test_a_folder_is_not_named_after_what_hydra_knows_later(refuse, words):
     said = refuse(*words, "model=tiny_random", "name=${hydra:job.num}")
-    assert said.startswith("name=${hydra:job.num}: the folder has its name before Hydra knows that")
+    assert said.startswith("name=${hydra:job.num}: the folder is named before Hydra knows this value")
 
 
 @pytest.mark.parametrize("words", [["launcher=joblib"], ["-m", "launcher=joblib,shared_base", "seed=1,2"]])
@@ -616,7 +619,7 @@ def test_a_launcher_is_one_and_for_sweeps(monkeypatch, runs, capsys, words):
     with pytest.raises(SystemExit) as ended:
         command(monkeypatch, cli.train, "model=tiny_random", *words)
     assert ended.value.code == 2
-    assert "a launcher starts the jobs of a sweep: give one, with -m" in capsys.readouterr().err
+    assert "a launcher starts the jobs of a sweep: give exactly one, with -m" in capsys.readouterr().err
 
 
 def test_a_sweep_ends_with_its_jobs_that_failed_and_the_command_of_its_report(monkeypatch, runs, capsys):
@@ -639,7 +642,7 @@ def test_a_sweep_ends_with_its_jobs_that_failed_and_the_command_of_its_report(mo
     said, errors = capsys.readouterr()
     assert (
         said.splitlines()[-1]
-        == f"2 jobs are complete, 2 of those that began are not; to compare them: reft-report {folder}"
+        == f"2 jobs are complete, 2 of those that started are not; to compare them: reft-report {folder}"
     )
     assert errors.splitlines()[-2:] == ["1_seed=2: did not start", "2_seed=3: stopped: out of memory"]
 
@@ -669,7 +672,7 @@ def test_a_launcher_without_its_plugin_names_what_to_install(refuse):
     if importlib.util.find_spec("hydra_plugins.hydra_ray_launcher"):
         pytest.skip("the plugin for Ray is installed")
     assert refuse("model=tiny_random", "launcher=ray") == (
-        "launcher=ray needs a plugin of Hydra: pip install hydra-ray-launcher\n"
+        "launcher=ray needs a Hydra plugin: pip install hydra-ray-launcher\n"
     )
     assert "did you mean 'launcher=joblib'" in refuse("model=tiny_random", "launcher=jolib")
 
@@ -700,11 +703,11 @@ def test_eval_reads_validation_unless_told_otherwise(monkeypatch, runs, folder):
     [
         ("split=tset", "did you mean 'test'?"),
         ("limt=3", "did you mean 'limit'?"),
-        ("limit=-3", "an integer, 1 or more; got '-3'"),
-        ("data.path=x", "data.path=x is for other rows than the run's: name them too, by data=NAME"),
+        ("limit=-3", "an integer, at least 1; got '-3'"),
+        ("data.path=x", "data.path=x applies only to rows other than the run's: add data=NAME"),
         (
             ["data=custom", "limit=3", "data.limit_validation=4"],
-            "limit=3 and data.limit_validation=4 both say how many rows: leave one of them out",
+            "limit=3 and data.limit_validation=4 both set the number of rows: leave one of them out",
         ),
         ("test", "key=value"),
         ("run=", "run=FOLDER is missing"),
@@ -732,9 +735,9 @@ def test_an_adapter_that_is_given_for_a_run_is_told_from_one(run, inside, monkey
     with pytest.raises(SystemExit):
         command(monkeypatch, run, f"run={adapter}")
     said = (
-        f"it is the adapter of a run: run={folder}"
+        f"it is the adapter of a run: write run={folder}"
         if inside
-        else "an adapter without its run, which reft-serve"
+        else "an adapter without its run: use reft-serve"
     )
     assert said in capsys.readouterr().err
     assert runs == []
@@ -790,7 +793,7 @@ def test_a_flag_of_another_grammar_is_answered_in_one_line(monkeypatch, runs, ca
 def test_a_folder_without_its_key_is_told_the_key(monkeypatch, runs, folder, capsys):
     with pytest.raises(SystemExit):
         command(monkeypatch, cli.evaluate, str(folder))
-    assert f"for a folder write run={folder}" in capsys.readouterr().err
+    assert f"write a folder as run={folder}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], ["model=tiny_random", "--help"]])
@@ -833,7 +836,7 @@ def test_ones_own_intervention_is_found_in_the_working_folder(tmp_path, monkeypa
 
 
 def test_garbage_is_not_looked_for_while_torch_is_first_imported(monkeypatch):
-    frozen = []  # not in earnest, nor undone: what the tests have frozen stays out of their own searches
+    frozen = []  # neither frozen nor unfrozen for real: the objects that the tests have frozen stay frozen
     monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
     monkeypatch.delitem(sys.modules, "torch")
     with cli.heavy_imports():
@@ -844,7 +847,7 @@ def test_garbage_is_not_looked_for_while_torch_is_first_imported(monkeypatch):
 
 
 def test_garbage_is_looked_for_when_torch_is_there_already():
-    # the jobs of a sweep: what the first one leaves behind must not be kept
+    # the jobs of a sweep: what the first one leaves must be collected
     assert "torch" in sys.modules
     frozen = gc.get_freeze_count()
     with cli.heavy_imports():

@@ -1,1 +1,1 @@
-"""Adapted models: a base model with whatever is trained of it or on it."""
+"""Adapted models: a base model with everything that is trained in it or added to it."""

@@ -1,4 +1,4 @@
-"""Whatever `intervention.method` may name: interventions, a baseline, or both together."""
+"""Attach any method that `intervention.method` can name: interventions, a baseline, or both together."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def adapt(
     beside_options: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> AdaptedModel:
-    """Attach interventions, or one of the baselines: whatever ``intervention.method`` may name.
+    """Attach interventions or a baseline: any method that ``intervention.method`` can name.
 
     Args:
         base_model: a Hugging Face model; it is changed in place.
-        method: what :func:`attach` takes, or a name of :data:`~reft_lightning.adapters.methods.METHODS`.
-        beside: a peft method that is trained together with interventions.
-        beside_options: its options.
-        **settings: the arguments of :func:`attach`; ``heads``, as there, and the options of a baseline.
+        method: as for :func:`attach`, or a name in :data:`~reft_lightning.adapters.methods.METHODS`.
+        beside: a peft method to train together with interventions.
+        beside_options: options of that method.
+        **settings: for interventions, the arguments of :func:`attach`; for a baseline, ``heads`` and its options.
 
     Raises:
-        ValueError: for anything unknown or out of range.
+        ValueError: if an argument is unknown or out of range.
     """
     chosen = method_named(method)
     check_base(base_model)
@@ -61,23 +61,23 @@ def adapt(
 
 
 def interventions_of(model: AdaptedModel) -> ReftModel | None:
-    """Return the part of an adapted model that edits representations; None where there is none."""
+    """Return the part of an adapted model that edits representations, or None."""
     return model if isinstance(model, ReftModel) and model.sites else None
 
 
 def build_on_meta(
     config: PretrainedConfig, task: str = "causal_lm", attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """Build the model of a configuration without memory for its weights.
+    """Build a model from its configuration, without allocating memory for weights.
 
     Args:
-        config: of Hugging Face.
-        task: of :data:`~reft_lightning.base_models.loading.TASKS`. An encoder has no causal form: it is built without a
-            head then.
-        attn_implementation: of transformers; None for its default.
+        config: a Hugging Face configuration.
+        task: one of :data:`~reft_lightning.base_models.loading.TASKS`. As an encoder has no causal form, ``causal_lm``
+            builds it without a head.
+        attn_implementation: as in transformers; None for its default.
 
     Raises:
-        ValueError, ImportError: for an unknown task, or an attention that the model, or this machine, does not have.
+        ValueError, ImportError: if the task is unknown, or the model or this machine does not support the attention.
     """
     check_choice("task", task, TASKS)
     kind = AutoModel if task == "causal_lm" and not is_decoder(config) else TASKS[task]
@@ -92,10 +92,10 @@ def count_parameters(
     task: str = "causal_lm",
     **kwargs: Any,
 ) -> ParameterCount:
-    """Count what :func:`adapt` would train, from a configuration alone: no weights are needed.
+    """Count the parameters that :func:`adapt` would train, from a configuration only: no weights are needed.
 
-    Takes the arguments of :func:`adapt`, and the task of :func:`build_on_meta`, and raises what attaching raises. It
-    takes no random numbers from what is attached next.
+    Takes the arguments of :func:`adapt` and the task of :func:`build_on_meta`, and raises the errors of attaching. It
+    leaves the state of the random number generators unchanged.
     """
     with torch.random.fork_rng(devices=[]):
         return adapt(build_on_meta(config, task), method, **kwargs).parameter_count()

@@ -1,4 +1,4 @@
-"""What an adapted model is, whatever adapts it: all that training, evaluation and runs use of one."""
+"""The interface of an adapted model, whatever adapts it: everything that training, evaluation and runs use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 
 class ParameterCount(NamedTuple):
-    """Trained parameters, parameters of the base model, and their ratio in percent."""
+    """The numbers of trained parameters and of the base model's, and their ratio in percent."""
 
     trainable: int
     base: int
@@ -25,7 +25,7 @@ class ParameterCount(NamedTuple):
 
 
 class AdapterConfig(Protocol):
-    """What every adapter knows of itself."""
+    """The attributes that every adapter's configuration has."""
 
     method: str
     heads: list[str]
@@ -34,16 +34,16 @@ class AdapterConfig(Protocol):
 
 @runtime_checkable
 class AdaptedModel(Protocol):
-    """A base model with an adapter, and its ``torch.nn.Module``: ReFT, each baseline, both together."""
+    """A base model with an adapter, as a ``torch.nn.Module``: ReFT, a baseline, or both together."""
 
     @property
     def base_model(self) -> PreTrainedModel:
-        """The Hugging Face model, with whatever was put into it."""
+        """The Hugging Face model, with any modules that were inserted."""
         ...
 
     @property
     def config(self) -> AdapterConfig:
-        """What was attached; ``config.base_model`` is the name that saved files give the base model."""
+        """The adapter's configuration; ``config.base_model`` is the base model's name in saved files."""
         ...
 
     def __call__(self, *args: Any, **batch: Any) -> Any:
@@ -51,11 +51,11 @@ class AdaptedModel(Protocol):
         ...
 
     def forward(self, *args: Any, **batch: Any) -> Any:
-        """Return what the base model returns: ``loss``, ``logits``, ..."""
+        """Return the base model's output: ``loss``, ``logits``, ..."""
         ...
 
     def generate(self, *args: Any, **inputs: Any) -> Any:
-        """Return prompts and new tokens, as Hugging Face does."""
+        """Return prompts with new tokens, as in Hugging Face."""
         ...
 
     def disabled(self) -> AbstractContextManager[None]:
@@ -63,11 +63,11 @@ class AdaptedModel(Protocol):
         ...
 
     def detach(self) -> PreTrainedModel:
-        """Take the adapter off and return exactly the base model; this model cannot be used any more."""
+        """Remove the adapter and return exactly the base model; this model cannot be used afterwards."""
         ...
 
     def compile(self, **options: Any) -> None:
-        """Compile the training step, where ``Method.compiles``."""
+        """Compile the training step, if ``Method.compiles``."""
         ...
 
     def train(self, mode: bool = True) -> Self:
@@ -86,7 +86,7 @@ class AdaptedModel(Protocol):
         """Load what :meth:`adapter_state_dict` returned.
 
         Raises:
-            ValueError: if a tensor is missing, unexpected, or of another shape.
+            ValueError: if a tensor is missing or unexpected, or has the wrong shape.
         """
         ...
 
@@ -95,7 +95,7 @@ class AdaptedModel(Protocol):
         ...
 
     def parameter_count(self) -> ParameterCount:
-        """Count the trained parameters against the base model's; heads are in neither."""
+        """Count the trained parameters and the base model's; neither includes heads."""
         ...
 
     def save_pretrained(self, folder: str | PathLike) -> None:
@@ -105,10 +105,10 @@ class AdaptedModel(Protocol):
 
 @runtime_checkable
 class Steerable(AdaptedModel, Protocol):
-    """An adapted model whose passes may differ in what the edits do: ReFT, and ReFT together with a baseline."""
+    """An adapted model whose edits can differ from pass to pass: ReFT, and ReFT together with a baseline."""
 
     def nulled(self) -> AbstractContextManager[None]:
-        """Remove from hidden states, inside the block, what the edits would add."""
+        """Inside the block, remove from hidden states the components the edits would add."""
         ...
 
     def forward(
@@ -120,5 +120,5 @@ class Steerable(AdaptedModel, Protocol):
         source_mask: Tensor | None = None,
         **batch: Any,
     ) -> Any:
-        """Return what the base model returns, with an adapter, a strength, values and another text for each row."""
+        """Return the base model's output, with an adapter, a strength, values and another text for each row."""
         ...

@@ -1,4 +1,4 @@
-"""The arguments of a base model's calls: which of them it knows, and where the padding of their rows is.
+"""The arguments of calls to a base model: which ones it knows, and where their rows are padded.
 
 Shapes: b rows, s columns, d width.
 """
@@ -22,17 +22,17 @@ from .masks import guess_attention
 ROWS = (
     "input_ids", "inputs", "inputs_embeds", "attention_mask", "prompt_mask", "edit_mask", "image_mask", "position_ids",
 )  # fmt: skip
-# of generate(): their padding is their own
+# arguments of generate() that are padded independently
 OTHER_TEXTS = ("negative_prompt_ids", "negative_prompt_attention_mask")
-OF_LOSSES = ("num_items_in_batch", "ignore_index", "shift_labels")  # what models pass on to the loss
+OF_LOSSES = ("num_items_in_batch", "ignore_index", "shift_labels")  # passed on to the loss
 OF_OUTPUTS = ("return_dict", "output_attentions", "output_hidden_states")  # read before forward is called
-OF_TOKENIZERS = ("token_type_ids",)  # what a tokenizer may return and not every model reads
+OF_TOKENIZERS = ("token_type_ids",)  # returned by tokenizers, but not read by every model
 
 
 def known_arguments(model: PreTrainedModel) -> frozenset[str] | None:
-    """Return the keyword arguments that a model's forward can use; None if only its author knows.
+    """Return the keyword arguments that a model's forward can use; None if they cannot be known.
 
-    Models of transformers pass on what they do not name: to the models inside them, the attention, the loss.
+    Transformers models pass on arguments they do not name: to inner models, the attention, the loss.
     """
     known: set[str] = set()
     for cls in {type(module) for module in model.modules() if isinstance(module, PreTrainedModel)}:
@@ -48,7 +48,7 @@ def known_arguments(model: PreTrainedModel) -> frozenset[str] | None:
 
 
 def check_known(model: PreTrainedModel, known: frozenset[str] | None, given: Iterable[str]) -> None:
-    """Reject a keyword that a model would pass on until nobody reads it."""
+    """Reject a keyword that the model would pass on without ever reading it."""
     for name in given:
         if known is not None and name not in known:
             raise ValueError(
@@ -57,12 +57,12 @@ def check_known(model: PreTrainedModel, known: frozenset[str] | None, given: Ite
 
 
 def check_rows(tokens: Any) -> None:
-    """Reject what is no tensor of rows, such as all that a tokenizer returned in one argument, as pyreft takes it."""
+    """Reject tokens that are not a tensor of rows, such as a tokenizer's whole output, which pyreft takes."""
     if isinstance(tokens, Tensor) and tokens.ndim >= 2:
         return
     given = f"the shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
     hint = "; write ** before it, as in reft(**batch)" if isinstance(tokens, Mapping) else ""
-    raise ValueError(f"tokens are a tensor of rows and columns (b, s); got {given}{hint}")
+    raise ValueError(f"tokens must be a tensor of rows and columns (b, s); got {given}{hint}")
 
 
 def forward_inputs(
@@ -73,18 +73,18 @@ def forward_inputs(
     labels: Tensor | None,
     others: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the arguments of a pass of the base model, with position ids where it needs them.
+    """Return the arguments of a forward pass of the base model, with position ids if it needs them.
 
     Args:
         model: the base model.
-        known: what :func:`known_arguments` says of it.
-        input_ids: tokens; None where ``others`` has ``inputs_embeds``.
+        known: its :func:`known_arguments`.
+        input_ids: tokens; None if ``others`` has ``inputs_embeds``.
         attention_mask: None if all tokens are real.
-        labels: None without a loss.
+        labels: None if no loss is needed.
         others: further keywords of forward.
 
     Raises:
-        ValueError: for an argument that the model does not know, with the nearest, or without tokens.
+        ValueError: if the model does not know an argument, suggesting the closest, or if there are no tokens.
     """
     check_known(model, known, others)
     tokens = input_ids if input_ids is not None else others.get("inputs_embeds")
@@ -104,20 +104,20 @@ def forward_inputs(
 
 
 def left_padded_inputs(given: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """Return the arguments of a generation with the padding of every row on its left, so that new tokens follow it.
+    """Return the arguments of ``generate`` with every row padded on the left, so that new tokens follow its text.
 
-    All tensors of rows and columns move: ids, embeddings, masks, types, positions. Those of an encoder stay, as new
-    tokens are the decoder's; and those of a cache, which holds its columns where they are.
+    All tensors of rows and columns are moved: ids, embeddings, masks, types, positions. They stay as they are for an
+    encoder, as new tokens are the decoder's, and after a cache, whose columns are fixed.
 
     Args:
-        given: the arguments of ``generate``; tensors of rows that are None are left out.
+        given: the arguments of ``generate``; row tensors that are None are left out.
         model: the base model.
 
     Raises:
-        ValueError: for tokens that are missing or given twice, a mask of another shape, or padding between a cache and
-            new tokens.
+        ValueError: if tokens are missing or given twice, a mask has the wrong shape, or there is padding between a
+            cache and new tokens.
     """
-    # eos_token_id=None and its like mean something
+    # other arguments keep None, which has a meaning for eos_token_id and others
     given = {name: value for name, value in given.items() if value is not None or name not in ROWS}
     if "inputs" in given:
         if "input_ids" in given:
@@ -144,8 +144,8 @@ def left_padded_inputs(given: dict[str, Any], model: PreTrainedModel) -> dict[st
     if past is not None and past.get_seq_length() > 0:
         if not mask[:, -1].all():
             raise ValueError(
-                "with past_key_values, columns stay where they are, and new tokens follow the last of them, which is "
-                "padding in some rows: pad what comes after the cache on the left"
+                "with past_key_values, columns cannot be moved, and new tokens follow the last one, which is padding "
+                "in some rows: pad the tokens after the cache on the left"
             )
         return given
     order = torch.argsort(mask.bool().long(), dim=-1, stable=True)  # (b, s)

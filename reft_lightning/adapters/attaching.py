@@ -1,8 +1,8 @@
-"""Attaching to a base model is all or nothing, and what is attached is noted on the model.
+"""Attaching to a base model is all or nothing, and the model keeps a note of its adapters.
 
-Adapters that leave the parameters and modules of a base model alone may share it: each edits only in its own calls. One
-that changes them (trained heads, the peft library, BitFit) has the model to itself. The note is an attribute of the
-model, so it is copied and pickled with it.
+Adapters that leave the parameters and modules of a base model unchanged can share it: each edits only in its own calls.
+An adapter that changes them (trained heads, the peft library, BitFit) needs the model to itself. The note is an
+attribute of the model, so it is copied and pickled with it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ NOTE = "attached_by_reft_lightning"
 
 @dataclass
 class Attached:
-    """What a base model carries."""
+    """The adapters that a base model has."""
 
-    learned: set[str]  # the parameters that required gradients before the first adapter came
+    learned: set[str]  # the parameters that required gradients before the first adapter was attached
     configs: list[AdapterConfig]
-    alone: bool  # whether the one there is changes the base model, so that no other may come
+    alone: bool  # whether the only adapter changes the base model, so no other can be attached
 
 
 @contextmanager
@@ -38,15 +38,15 @@ def attaching(model: PreTrainedModel, config: AdapterConfig, alone: bool) -> Ite
     """Freeze a base model and attach an adapter to it inside the block, or leave it exactly as it was.
 
     Raises:
-        ValueError: if the model is not one of Hugging Face, or carries an adapter that cannot share it.
+        ValueError: if the model is not a Hugging Face model, or has an adapter that cannot share it.
     """
     check_base(model)
     note: Attached | None = vars(model).get(NOTE)
     if note is not None and (note.alone or alone):
         raise ValueError(
-            f"this {type(model).__name__} carries {_named(note.configs)} already, and {_named([config])} cannot share "
-            f"it: the {'first' if note.alone else 'second'} changes parameters or modules of the base. Take "
-            "interventions off with their detach(), or attach to a model loaded again"
+            f"this {type(model).__name__} already has {_named(note.configs)}, and {_named([config])} cannot share it: "
+            f"the {'first' if note.alone else 'second'} changes parameters or modules of the base. Remove the first "
+            "with its detach(), or attach to a newly loaded model"
         )
     with all_or_nothing(model):
         if note is None:
@@ -62,7 +62,7 @@ def attaching(model: PreTrainedModel, config: AdapterConfig, alone: bool) -> Ite
 
 @contextmanager
 def together(model: PreTrainedModel) -> Iterator[None]:
-    """Let one more adapter come inside the block, though the one there changes the base model."""
+    """Allow one more adapter inside the block, although the existing one changes the base model."""
     setattr(model, NOTE, replace(vars(model)[NOTE], alone=False))
     try:
         yield
@@ -71,7 +71,7 @@ def together(model: PreTrainedModel) -> Iterator[None]:
 
 
 def detached(model: PreTrainedModel, config: AdapterConfig) -> None:
-    """Strike out an adapter that was taken off; after the last one, what learned before learns again."""
+    """Delete a removed adapter from the note; after the last one, restore which parameters require gradients."""
     note: Attached = vars(model)[NOTE]
     others = [other for other in note.configs if other is not config]
     if others:
@@ -85,7 +85,7 @@ def detached(model: PreTrainedModel, config: AdapterConfig) -> None:
 
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Leave a model exactly as it was if the block raises: its modules, hooks, and which parameters learn."""
+    """Restore a model exactly if the block raises: its modules, hooks, and which parameters require gradients."""
     learning = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     before = [
         (
@@ -108,32 +108,30 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 
 def unseen_draws() -> AbstractContextManager[None]:
-    """Leave the generators of random numbers as they were after the block, whose draws are overwritten at once."""
-    device = torch.get_default_device()  # where parameters are made
+    """Restore the random number generators after the block, whose draws are overwritten at once."""
+    device = torch.get_default_device()  # where parameters are created
     if device.type in ("cpu", "meta"):
         return torch.random.fork_rng([])
     return torch.random.fork_rng([device], device_type=device.type)
 
 
 def check_base(model: Any) -> None:
-    """Reject what is not a Hugging Face model."""
+    """Reject anything that is not a Hugging Face model."""
     if isinstance(model, PreTrainedModel):
         return
     inner = getattr(model, "base_model", None)
     hint = ""
     if isinstance(inner, PreTrainedModel):
-        hint = (
-            "; it is attached already: detach() it, or give its base_model for a second adapter on one base"
-        )
+        hint = "; it already has an adapter: detach() it, or give its base_model for a second adapter"
     elif isinstance(model, nn.Module) and hasattr(model, "get_base_model"):
         hint = "; give peft_model.get_base_model()"
     elif isinstance(model, str):
         hint = "; load it first: AutoModelForCausalLM.from_pretrained(name)"
-    raise ValueError(f"attach takes a model of transformers; got {shown(model)}{hint}")
+    raise ValueError(f"attach takes a transformers model; got {shown(model)}{hint}")
 
 
 def shown(model: Any) -> str:
-    """Return what was given for a model, in the words of a message."""
+    """Return the text by which an error message shows what was given as a model."""
     return repr(model) if isinstance(model, str | PathLike) else f"a {type(model).__name__}"
 
 

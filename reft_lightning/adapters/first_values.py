@@ -1,4 +1,4 @@
-"""What trained parameters of a base model were before training, so that the base can be had again exactly."""
+"""The values a base model's trained parameters had before training, so that the base can be restored exactly."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class FirstValues:
 
     @contextmanager
     def restored(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """Give the parameters their first values inside the block.
+        """Restore the parameters' first values inside the block.
 
-        Values change places and are not copied, so a pass from before the block still has its gradient after it.
+        Values are swapped, not copied, so the backward of an earlier forward pass still works after the block.
         """
         trained = {name: parameter.data for name, parameter in parameters.items()}
         try:

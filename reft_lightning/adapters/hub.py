@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub, and an error that names what was tried if they do not come."""
+"""Download files from the Hugging Face hub, with errors that name the address that failed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 from .reft.config import CONFIG_FILE
 
-MEANT = {401: "it is private, or does not exist: give token=, or log in", 403: "your token may not read it",
-         404: "there is none"}  # fmt: skip
+MEANT = {401: "it is private or does not exist: give token=, or log in", 403: "your token has no access to it",
+         404: "it does not exist"}  # fmt: skip
 LONGEST = 200  # characters of a reason
-READERS = {  # files of other libraries, and who reads them
-    "intkey_*.bin": "pyreft's adapters are read by rl.from_pyreft(model, folder, positions=...)",
-    "adapter_model.*": "peft's adapters are read by peft: PeftModel.from_pretrained(model, folder)",
-    "adapter_config.json": "those of AdapterHub's adapters are read by rl.from_adapters(model, folder)",
+READERS = {  # files of other libraries, and how to load them
+    "intkey_*.bin": "load pyreft adapters with rl.from_pyreft(model, folder, positions=...)",
+    "adapter_model.*": "load peft adapters with peft: PeftModel.from_pretrained(model, folder)",
+    "adapter_config.json": "load AdapterHub's adapters with rl.from_adapters(model, folder)",
 }
 
 
@@ -33,7 +33,7 @@ def download(
     """Return the folder of the hub's cache that holds these files of a repository.
 
     Raises:
-        FileNotFoundError: if one does not come, for whatever reason; names the address that was asked.
+        FileNotFoundError: if a file cannot be read, for whatever reason, naming its address.
     """
     from huggingface_hub import hf_hub_download
 
@@ -56,7 +56,7 @@ def download(
 
 
 def folder_with(name: str, patterns: Sequence[str], needed: str) -> Path:
-    """Return a folder, or the hub's cache of a repository, with files of unknown names, of which one must be there.
+    """Return a local folder, or a repository's folder in the hub's cache, with the files that match the patterns.
 
     Raises:
         FileNotFoundError: if there is neither, or the needed file is missing.
@@ -72,12 +72,12 @@ def folder_with(name: str, patterns: Sequence[str], needed: str) -> Path:
 
 
 def check_holds(folder: Path, *needed: str) -> None:
-    """Reject a folder without the files of an adapter."""
+    """Reject a folder that lacks files of an adapter."""
     for file in needed:
         if not (folder / file).is_file():
             there = "no such folder"
             if folder.is_dir():
-                there = f"there is {', '.join(sorted(path.name for path in folder.iterdir())) or 'nothing'}"
+                there = f"it has {', '.join(sorted(path.name for path in folder.iterdir())) or 'no files'}"
             readers = [reader for theirs, reader in READERS.items() if any(folder.glob(theirs))]
             hint = f"; {readers[0]}" if readers and file == CONFIG_FILE else ""
             raise FileNotFoundError(f"{folder} does not hold an adapter: {file} is missing; {there}{hint}")
@@ -85,7 +85,7 @@ def check_holds(folder: Path, *needed: str) -> None:
 
 @contextmanager
 def _explained(name: str, path: str, local_files_only: bool = False) -> Iterator[None]:
-    """Raise a FileNotFoundError that says in one line what was asked, and why nothing came."""
+    """Raise a FileNotFoundError that says in one line which address failed, and why."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError
 
@@ -93,9 +93,9 @@ def _explained(name: str, path: str, local_files_only: bool = False) -> Iterator
         yield
     except HFValidationError as error:
         raise FileNotFoundError(
-            f"{name!r} is not a folder, and not a name of the hub either, which is owner/name"
+            f"{name!r} is not a folder, and not a name on the hub, which has the form owner/name"
         ) from error
-    except Exception as error:  # what comes from a network can raise anything, down to a JSONDecodeError
+    except Exception as error:  # a network can raise anything, down to a JSONDecodeError
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__

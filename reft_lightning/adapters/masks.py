@@ -1,6 +1,6 @@
-"""Which tokens of a batch are prompt, which come after it, and which columns a call reads.
+"""Which tokens of a batch belong to the prompt, which come after it, and which columns a call reads.
 
-Shapes: b rows, s columns. Masks are bool; padding is what neither mask covers.
+Shapes: b rows, s columns. Masks are bool; tokens that neither mask covers are padding.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 
 @dataclass
 class Spans:
-    """The prompt and target tokens of one call, known up to a column and predictable beyond it."""
+    """The prompt and target tokens of one call, known for its columns and predictable beyond them."""
 
     prompt: Tensor  # (b, s)
     target: Tensor  # (b, s)
     generating: bool = False  # whether columns from s on are generated tokens
-    read: int = 0  # how many columns the base model has read
-    # name -> (b, s), what is known of tokens: `edit`, those that the caller marks, `image`, the places of images
+    read: int = 0  # the number of columns the base model has read
+    # name -> (b, s), marked tokens: `edit`, marked by the caller, and `image`, image tokens
     marks: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -33,16 +33,16 @@ class Spans:
     def next_columns(self, count: int, attention: Any, cached: int | None = None) -> slice:
         """Return the columns that the base model is about to read, and count them as read.
 
-        A forward pass reads the last columns. A generation reads the last columns of its mask; where the model is
-        given none, or one that is no longer of rows and columns, it goes on after what its cache holds (less than was
-        read where a draft of speculative decoding was rejected), or without a cache reads all of it again. A cache that
-        holds nothing after a pass is none (RecurrentGemma's, up to transformers 5.22): its state is elsewhere.
+        A forward pass reads the last columns. Generation reads the last columns of its mask. If the model gets no mask,
+        or one that no longer has rows and columns, it continues after the cached columns (fewer than were read, if a
+        draft of speculative decoding was rejected) or, without a cache, reads everything again. A cache that is empty
+        after a pass does not count (RecurrentGemma's, up to transformers 5.22): its state is elsewhere.
 
         Args:
-            count: how many columns it reads.
-            attention: the mask that it is given.
-            cached: how many columns its cache holds, as far as that is known; the first pass then may read more
-                than the prompt, which are a draft.
+            count: the number of columns it reads.
+            attention: the mask that it gets.
+            cached: the number of columns in its cache, None if unknown; if known, the first pass may read more than the
+                prompt, namely a draft.
 
         Raises:
             ValueError: if it reads more columns than there are.
@@ -61,23 +61,24 @@ class Spans:
             start = self.read
         if start < 0:
             raise ValueError(
-                f"the model reads {count} columns where the masks cover {start + count}: pass masks of all columns "
-                "(positions mean nothing in a model that reads more than its text)"
+                f"the model reads {count} columns, but the masks cover {start + count}: pass masks of all columns "
+                "(positions are undefined in a model that reads more than its text)"
             )
         self.read = start + count
         return slice(start, self.read)
 
     def upto(self, stop: int, rows: int) -> Spans:
-        """Return the masks for ``rows`` rows and all columns, at least ``stop`` of them; no new token has a mark.
+        """Return the masks for ``rows`` rows and all columns, at least ``stop``; new tokens are unmarked.
 
-        A call may read fewer columns than are known (a prompt read in chunks): which tokens are its first and
-        last does not depend on that.
-        Beam search and ``num_return_sequences`` repeat every row, next to each other.
+        A call can read fewer columns than are known (a prompt read in chunks) without changing which tokens are first
+        and last. Beam search and ``num_return_sequences`` repeat every row, with the copies next to each other.
         """
         extra = max(stop - self.width, 0)
         repeats, rest = divmod(rows, len(self.prompt))
         if rest:
-            raise ValueError(f"the model reads {rows} rows, no multiple of the batch of {len(self.prompt)}")
+            raise ValueError(
+                f"the model reads {rows} rows, not a multiple of the batch size {len(self.prompt)}"
+            )
 
         def whole(mask: Tensor, value: bool = False) -> Tensor:
             mask = F.pad(mask, (0, extra), value=value) if extra else mask
@@ -86,8 +87,8 @@ class Spans:
         marks = {name: whole(mark) for name, mark in self.marks.items()}
         return replace(self, prompt=whole(self.prompt), target=whole(self.target, True), marks=marks)
 
-    def of_rows(self, rows: Tensor | None) -> Spans:  # (b,); of as many rows, or a multiple of them
-        """Return the spans without the tokens of other rows."""
+    def of_rows(self, rows: Tensor | None) -> Spans:  # (b,); the spans can have a multiple of b rows
+        """Return the spans with only the tokens of the selected rows."""
         if rows is None:
             return self
         kept = rows.to(self.prompt.device).repeat_interleave(len(self.prompt) // len(rows)).unsqueeze(-1)
@@ -95,31 +96,31 @@ class Spans:
 
 
 def as_mask(name: str, mask: Tensor) -> Tensor:
-    """Return a mask as bool; strengths of tokens, of which every one but 0 would count as 1, are none."""
+    """Return a mask as bool; reject one of other numbers than 0 and 1, which would all count as 1."""
     if mask.is_floating_point() and not torch.equal(mask, mask.bool().to(mask.dtype)):
         raise ValueError(
-            f"{name} says which tokens, by 0 and 1, and holds other numbers: the strength of edits is that of an "
-            "adapter (its scale) or of a row (adapter_names)"
+            f"{name} must hold only 0 and 1: the strength of edits is set per adapter (its scale) or per row "
+            "(adapter_names)"
         )
     return mask.bool()
 
 
 def check_one_text(attention: Any, rows: int, given: Mapping[str, Any]) -> None:
-    """Refuse rows into which several texts are packed, as far as arguments of transformers tell.
+    """Refuse rows that pack several texts, as far as transformers' arguments show it.
 
     Args:
-        attention: None, or (b, s), 1 for real tokens; any other says which tokens read which.
+        attention: None, or (b, s) with 1 for real tokens; any other mask says which tokens attend to which.
         rows: b.
         given: further arguments of forward: ``position_ids`` or ``seq_idx`` (b, s), ``cu_seq_lens_q`` (texts + 1,).
 
     Raises:
-        ValueError: for several texts in a row, or a mask that does not say which tokens are real.
+        ValueError: if a row holds several texts, or the mask does not say which tokens are real.
     """
     if attention is not None and not (isinstance(attention, Tensor) and attention.ndim == 2):
         shape = tuple(attention.shape) if isinstance(attention, Tensor) else type(attention).__name__
         raise ValueError(
-            f"attention_mask says which tokens are real, by 1 and 0 in their shape (b, s); got {shape}. One of pairs "
-            "of tokens does not say where a text begins: give each text a row of its own"
+            f"attention_mask must have the shape (b, s) of the tokens, with 1 for real ones; got {shape}. A mask over "
+            "pairs of tokens does not show where a text begins: give each text its own row"
         )
     bounds, places, texts = (given.get(name) for name in ("cu_seq_lens_q", "position_ids", "seq_idx"))
     if (
@@ -128,13 +129,13 @@ def check_one_text(attention: Any, rows: int, given: Mapping[str, Any]) -> None:
         or (texts is not None and _falls(-texts, attention))
     ):
         raise ValueError(
-            "several texts are packed into a row, but positions are those of one text: give each a row of its "
-            "own (of trl, packing=False and padding_free=False)"
+            "several texts are packed into a row, but positions refer to one text: give each text its own row (in trl, "
+            "packing=False and padding_free=False)"
         )
 
 
 def _falls(numbers: Tensor, attention: Tensor | None) -> bool:
-    """Whether the numbers of a row's real tokens, (b, s) or those of its last columns, ever become smaller."""
+    """Whether the numbers of a row's real tokens, (b, s) or of the last columns only, ever decrease."""
     if numbers.is_meta:  # no values
         return False
     real = torch.ones_like(numbers).bool() if attention is None else attention[:, -numbers.shape[1] :].bool()
@@ -145,16 +146,16 @@ def _falls(numbers: Tensor, attention: Tensor | None) -> bool:
 def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | None) -> Spans:
     """Split the real tokens of a batch into prompt and target.
 
-    ``prompt_mask`` decides; without it the prompt is what precedes the first label of its row (an eos without a label
-    after the target is not part of it); without labels it is everything.
+    ``prompt_mask`` decides if given. Otherwise the prompt is everything before the first label of its row (an eos
+    without a label after the target is not part of it), or, without labels, the whole row.
 
     Args:
         attention: (b, s), 1 for real tokens.
-        labels: (b, s), of tokens; or None.
+        labels: (b, s) token labels, or None.
         prompt_mask: (b, s) bool, or None.
 
     Raises:
-        ValueError: for shapes that do not fit each other.
+        ValueError: if the shapes do not match.
     """
     real = attention.bool()
     if prompt_mask is not None:
@@ -166,8 +167,8 @@ def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | Non
     elif labels is not None:
         if labels.shape != real.shape:
             raise ValueError(
-                f"labels have the shape {tuple(labels.shape)}, the tokens {tuple(real.shape)}: labels of only "
-                "the last columns need a prompt_mask"
+                f"labels have the shape {tuple(labels.shape)}, the tokens {tuple(real.shape)}: labels for only the "
+                "last columns need a prompt_mask"
             )
         prompt = real & ((labels != -100).cumsum(-1) == 0)
     else:
@@ -176,21 +177,21 @@ def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | Non
 
 
 def asked_again(spans: Spans, labels: Tensor) -> bool:
-    """Whether a row has tokens without a label between two with one: the questions of a conversation."""
+    """Whether a row has unlabelled target tokens before later labels, as the questions of a conversation are."""
     labelled = labels != -100
     before_another = labelled.flip(-1).cumsum(-1).flip(-1) > 0
     return bool((spans.target & ~labelled & before_another).any())
 
 
 def spans_of_labels(labels: Tensor, attention: Tensor | None) -> Spans:
-    """Split what the decoder of an encoder-decoder reads into prompt and target, by what it learns to write.
+    """Split the decoder input of an encoder-decoder into prompt and target, using its labels.
 
-    Its column j is the token before label j: what stands before and at the first label is its prompt, at least the
+    Column j is the token before label j: columns up to and including the first label are the prompt, at least the
     token that every answer starts with.
 
     Args:
         labels: (b, t) token labels.
-        attention: (b, t), 1 for real tokens; without it, those up to the last label are.
+        attention: (b, t), 1 for real tokens; None if all tokens up to the last label are real.
     """
     labelled = labels != -100
     real = labelled.flip(-1).cumsum(-1).flip(-1) > 0 if attention is None else attention.bool()
@@ -199,13 +200,13 @@ def spans_of_labels(labels: Tensor, attention: Tensor | None) -> Spans:
 
 
 def spans_of_start(tokens: Tensor, read: int, generating: bool, attention: Any) -> Spans:
-    """Split what a decoder reads of which there are no labels: its first token is the prompt, or all it is given.
+    """Split decoder input without labels: the prompt is its first token, or all of it before generation.
 
     Args:
-        tokens: (b, s) or (b, s, d), what it is about to read.
-        read: columns that are in its cache.
-        generating: whether it starts to generate after them; they are the prompt then.
-        attention: (b, s), 1 for real tokens; anything else is no mask of these columns.
+        tokens: (b, s) or (b, s, d), the tokens it is about to read.
+        read: the number of columns in its cache.
+        generating: whether it generates after these tokens, which are then the prompt.
+        attention: (b, s), 1 for real tokens; any other shape is ignored.
     """
     b, s = tokens.shape[:2]
     real = torch.ones(b, read + s, dtype=torch.bool, device=tokens.device)
@@ -216,7 +217,7 @@ def spans_of_start(tokens: Tensor, read: int, generating: bool, attention: Any) 
 
 
 def marked(spans: Spans, **masks: Tensor | None) -> Spans:  # (b, s) each
-    """Return the spans with what is known of tokens: ``edit`` of ``edit_mask``, ``image`` of ``image_mask``."""
+    """Return the spans with marks on tokens: ``edit`` from ``edit_mask``, ``image`` from ``image_mask``."""
     marks = {name: as_mask(f"{name}_mask", mask) for name, mask in masks.items() if mask is not None}
     for name, mark in marks.items():
         if mark.shape != spans.prompt.shape:
@@ -229,9 +230,9 @@ def marked(spans: Spans, **masks: Tensor | None) -> Spans:  # (b, s) each
 def guess_attention(
     input_ids: Tensor, arguments: dict[str, Any], defaults: Any
 ) -> Tensor:  # (b, s) -> (b, s)
-    """Call padding what ``generate``'s arguments, or the model's defaults, name as the pad token.
+    """Treat as padding the pad token that ``generate``'s arguments, or the model's defaults, name.
 
-    Where that is the end-of-text token too, or none is named, every token is real.
+    If there is none, or it is also the end-of-text token, every token is real.
     """
     settings = arguments.get("generation_config") or defaults
     pad, eos = (

@@ -1,15 +1,15 @@
-"""The methods that ``intervention.method`` can name, and what everything above the adapters needs to know of each.
+"""The methods that ``intervention.method`` can name, and what code above the adapters needs to know about each.
 
 ===========================  =================================================================================
-a name of ``INTERVENTIONS``  interventions; also the import path of a class
-``none``                     nothing but heads: the control of classifiers
+a name in ``INTERVENTIONS``  interventions; also the import path of a class
+``none``                     only heads: the control for classifiers
 ``peft/NAME``                a method of the peft library; its options are arguments of its configuration class
 ``bitfit``, ``full``         some or all of the base model's own parameters
 ``frozen``                   nothing
 ===========================  =================================================================================
 
-A further baseline is one more record in :data:`METHODS` and one file in ``conf/intervention/``. Importing this file is
-cheap: torch and peft are imported only when options are checked.
+To add a baseline, add a record to :data:`METHODS` and a file to ``conf/intervention/``. Importing this file is cheap:
+torch and peft are imported only when options are checked.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from ..suggest import did_you_mean, needs_extra
 
-# Arguments of peft's classes that the framework sets, or that would break what it promises of an adapted model.
+# Arguments of peft's classes that are set here, or that would break a guarantee of adapted models.
 RESERVED = {
     "task_type": "it is read from the model",
     "peft_type": "it is the method",
@@ -35,34 +35,40 @@ RESERVED = {
     "peft_version": "peft fills it in",
 }
 
-# LoRA's class also takes the options of other methods, some of which change the base (PiSSA, OLoRA, LoftQ, layer
-# replication) or are computed by calls that are not made here (aLoRA, EVA): another model would be trained or compared.
+# LoRA's class also takes the options of other methods. Some change the base (PiSSA, OLoRA, LoftQ, layer replication)
+# or need calls that are not made here (aLoRA, EVA): a different model would be trained or compared.
 LORA_OPTIONS = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "init_lora_weights",
 )  # fmt: skip
-LORA_STARTS = (True, False, "gaussian", "orthogonal")  # of init_lora_weights
+LORA_STARTS = (True, False, "gaussian", "orthogonal")  # values of init_lora_weights
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method: what it trains, and which settings and options it takes."""
+    """A method: what it trains, and which settings and options it takes."""
 
     name: str
     _: KW_ONLY
     takes_settings: bool = False  # positions, layers, rank and the other settings of interventions
-    ignores_settings: bool = False  # those that it does not take, instead of refusing them
-    trains: bool = True  # anything but heads
+    ignores_settings: bool = False  # ignores settings that it does not take, instead of refusing them
+    trains: bool = True  # anything other than heads
     trains_heads: bool = True  # a classifier's head, unless the configuration names others
-    trains_weights: bool = False  # the base model's own weight matrices, embeddings and output head included
-    trains_all_layers: bool = False  # so no part of the base model stays constant
+    trains_weights: bool = False  # the base model's own weight matrices, including embeddings and output head
+    trains_all_layers: bool = False  # no part of the base model stays constant
     compiles: bool = False  # its training step can be compiled
     virtual_tokens: bool = False  # it puts trained tokens before the text
     needs_cache: bool = False  # its parameters enter the model as a key/value cache
-    in_place: Callable[[str], bool] | None = None  # which of the base model's own parameters, by name
+    in_place: Callable[[str], bool] | None = (
+        None  # which of the base model's own parameters it trains, by name
+    )
     peft: str = ""  # peft's configuration class
-    peft_fixed: Mapping[str, Any] = field(default_factory=dict, hash=False)  # arguments that make it
-    flat_vectors: bool = False  # parameters of a single row or column are vectors, which never decay
+    peft_fixed: Mapping[str, Any] = field(
+        default_factory=dict, hash=False
+    )  # arguments that select the method
+    flat_vectors: bool = (
+        False  # parameters with a single row or column count as vectors, without weight decay
+    )
 
     @property
     def joins(self) -> bool:
@@ -71,12 +77,12 @@ class Method:
 
     @property
     def takes_source(self) -> bool:
-        """Whether its edits take hidden states of other texts, which the rows have to bring."""
+        """Whether its edits take hidden states from other texts, which the rows must provide."""
         return self.takes_settings and bool(_intervention(self.name).takes_source)
 
     @property
     def closed_form(self) -> bool:
-        """Whether an objective finds its parameters in one step, and no other objective does."""
+        """Whether its parameters are found in one step, by one objective and no other."""
         return self.takes_settings and _intervention(self.name).closed_form
 
     @property
@@ -101,7 +107,7 @@ class Method:
         allowed = self.options()
         for name, value in options.items():
             if self.peft and name in RESERVED:
-                raise ValueError(f"{self.name}: leave the option {name!r} out, {RESERVED[name]}")
+                raise ValueError(f"{self.name}: leave out the option {name!r}, {RESERVED[name]}")
             if self.peft and name == "init_lora_weights" and value not in LORA_STARTS:
                 raise ValueError(
                     f"{self.name}: init_lora_weights must be one of {', '.join(map(str, LORA_STARTS))}; got {value!r}, "
@@ -139,11 +145,11 @@ METHODS: dict[str, Method] = {
         Method("frozen", in_place=lambda name: False, trains=False, trains_heads=False),
     )
 }
-"""Name -> method, for everything but interventions, which have a table of their own."""
+"""Name -> method, for all methods except interventions, which have their own table."""
 
 
 def method_named(name: Any) -> Method:
-    """Return the method of a name; any name but those of :data:`METHODS` and ``peft/...`` is of an intervention."""
+    """Return the method of a name; a name outside :data:`METHODS` and ``peft/...`` is taken as an intervention."""
     if not isinstance(name, str):
         name = getattr(name, "__name__", str(name))
     elif name in METHODS:
@@ -157,35 +163,34 @@ def method_named(name: Any) -> Method:
 
 
 def check_beside(method: Method, beside: str | None, options: Mapping[str, Any]) -> None:
-    """Reject what cannot be trained together with interventions."""
+    """Reject a method that cannot be trained together with interventions."""
     if beside is None:
         if options:
             raise ValueError(
-                f"beside_options {', '.join(options)} are options of a peft method, but none is trained together with "
-                f"{method.name}: name it (intervention.beside=peft/lora), or leave them out"
+                f"beside_options {', '.join(options)} belong to a peft method, but none is trained together with "
+                f"{method.name}: name one (intervention.beside=peft/lora), or leave them out"
             )
         return
     joint = [name for name, other in METHODS.items() if other.joins]
     if method.ignores_settings:
         raise ValueError(
-            f"beside={beside} is trained together with interventions, and method {method.name} attaches none: to train "
+            f"beside={beside} is trained together with interventions, but method {method.name} attaches none: to train "
             f"only {beside}, use intervention.method={beside}"
         )
     if not method.takes_settings:
         raise ValueError(
-            f"beside={beside} is trained together with interventions, and {method.name} is a baseline: use "
-            "method=loreft or another intervention, or leave beside out"
+            f"beside={beside} is trained together with interventions, but {method.name} is a baseline: use "
+            "method=loreft or another intervention, or leave out beside"
         )
     if beside not in joint:
         other = METHODS.get(beside, Method(beside))
         reason = did_you_mean(beside, joint)
         if other.virtual_tokens:
             reason = (
-                "; its virtual tokens precede the text, where the positions of interventions such as f7 do not count "
-                "them"
+                "; its virtual tokens precede the text, but positions of interventions, such as f7, skip them"
             )
         elif other.in_place is not None:
-            reason = "; it trains the base model's own weights, which an adapter does not hold"
+            reason = "; it trains the base model's own weights, which an adapter does not contain"
         raise ValueError(f"beside must be one of {', '.join(joint)}; got {beside!r}{reason}")
 
 

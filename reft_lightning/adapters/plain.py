@@ -1,4 +1,4 @@
-"""Arguments as a saved configuration holds them: numbers, texts, lists and dicts of Python."""
+"""Arguments as a saved configuration holds them: Python's numbers, strings, lists and dicts."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def finite(what: str, value: Any) -> float:
 
 
 def plain(name: str, value: Any) -> Any:
-    """Return a value that JSON can hold, so that what was attached can be saved after training.
+    """Return a JSON-serialisable value, so that the adapter can be saved after training.
 
-    Numbers, texts and arrays of NumPy and torch, paths, dtypes, tuples and dataclasses become what they stand for: a
-    tensor becomes a list of numbers.
+    NumPy and torch numbers and arrays, paths, dtypes, tuples and dataclasses are converted: a tensor becomes a list of
+    numbers.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: if the value cannot be converted.
 
     >>> plain("rank", np.int64(2)), plain("layers", range(2)), plain("dtype", torch.bfloat16)
     (2, [0, 1], 'bfloat16')
@@ -49,5 +49,5 @@ def plain(name: str, value: Any) -> Any:
     if isinstance(value, Sequence | Set):
         return [plain(name, item) for item in value]
     raise ValueError(
-        f"{name} cannot be saved with the adapter: give numbers, texts, or lists and dicts of them; got {value!r}"
+        f"{name} cannot be saved with the adapter: give numbers, strings, or lists and dicts of them; got {value!r}"
     )

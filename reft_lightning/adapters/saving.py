@@ -1,7 +1,7 @@
-"""Saved adapters: ``reft_config.json`` + ``reft.safetensors`` + a model card ``README.md``, and no pickle.
+"""Saved adapters: ``reft_config.json``, ``reft.safetensors`` and a model card ``README.md``, without pickle.
 
-The configuration holds a version and every argument; the tensors are all trained ones, heads included, under the names
-of ``adapter_state_dict``. Each file is written whole or not at all.
+The configuration holds a version and every argument; the tensors are all trained ones, including heads, under their
+names in ``adapter_state_dict``. Each file is written completely or not at all.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BESIDE = "peft"  # the subfolder of a peft adapter trained with interventions, a
 
 
 def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str = "") -> None:
-    """Reject tensors that are not those of an adapter, and warn of those that were or will be rounded to 16 bits."""
+    """Reject tensors that do not fit an adapter, and warn about tensors that were or will be rounded to 16 bits."""
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [f"{k}: {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
               for k in own.keys() & state.keys() if state[k].shape != own[k].shape]  # fmt: skip
@@ -47,12 +47,10 @@ def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str 
         )
     real = [name for name, tensor in own.items() if tensor.is_floating_point()]
     if whole := [f"{name} ({_dtype(state[name])})" for name in real if not state[name].is_floating_point()]:
-        raise ValueError(
-            f"the adapter{what} holds whole numbers for weights: {_some(whole)}; was it quantized?"
-        )
+        raise ValueError(f"the adapter{what} has integer weights: {_some(whole)}; was it quantized?")
     if broken := [name for name in real if not state[name].isfinite().all()]:
         raise ValueError(
-            f"the adapter{what} holds NaN or infinite values in {_some(broken)}: its training diverged, or its file is "
+            f"the adapter{what} has NaN or infinite values in {_some(broken)}: its training diverged, or its file is "
             "damaged"
         )
     half = [
@@ -60,11 +58,11 @@ def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str 
         for name in real
         if state[name].dtype != own[name].dtype
         and {state[name].itemsize, own[name].itemsize} & {1, 2}
-        # heads were trained in the 16 bits of their base, and are in float32 today
+        # older versions trained heads in the base's 16 bits; they are float32 now
         and not (name.startswith("heads.") and state[name].itemsize < own[name].itemsize)
     ]
     if half:
-        log.warning("the adapter%s has fewer digits than it was trained with: %s", what, _some(half))
+        log.warning("the adapter%s has lower precision than it was trained with: %s", what, _some(half))
 
 
 def _dtype(tensor: Tensor) -> str:
@@ -90,7 +88,7 @@ def save_adapter(
 
 
 def tensors_of(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Return the tensors of some modules by name; one that is shared, once, under the name that comes first."""
+    """Return the tensors of some modules by name; a shared tensor appears once, under its first name."""
     state: dict[str, Tensor] = {}
     names: dict[int, str] = {}
     for part, module in parts.items():
@@ -101,13 +99,13 @@ def tensors_of(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor], digest: bool = False) -> None:
-    """Write a safetensors file whole or not at all; tensors that share memory are written apart.
+    """Write a safetensors file completely or not at all; tensors that share memory are written separately.
 
     Args:
-        path: of the file.
+        path: path of the file.
         state: name -> tensor.
-        digest: whether its metadata hold a digest of the tensors, by which :func:`read_tensors` knows a damaged file;
-            without it they are those that other libraries look for. Of several entries the order would be any.
+        digest: whether the metadata hold a digest of the tensors, by which :func:`read_tensors` detects a damaged file,
+            or else the entry that other libraries look for. There is only one entry, as their order is not defined.
     """
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -132,17 +130,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file.
 
     Raises:
-        ValueError: if it is damaged, a flipped bit included; names the file.
+        ValueError: if the file is damaged, even by a single flipped bit; the message names it.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dictionary
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dictionary
             written = (file.metadata() or {}).get("sha256")
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, it is not safetensors: {error}") from error
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
     if written is not None and written != _digest(state):  # other libraries write none
         raise ValueError(
-            f"{path} is damaged: its numbers are not those that were saved; fetch or train it again"
+            f"{path} is damaged: its tensors differ from those that were saved; download or train it again"
         )
     return state
 
@@ -155,7 +153,7 @@ def load_adapter(
     subfolder: str | None = None,
     **hub: Any,  # token, cache_dir, local_files_only
 ) -> tuple[ReftConfig, dict[str, Tensor]]:
-    """Read an adapter from a folder, or else from the hub: the arguments of :meth:`ReftModel.from_pretrained`."""
+    """Read an adapter from a folder or the hub; takes the arguments of :meth:`ReftModel.from_pretrained`."""
     folder = _place(name, (CONFIG_FILE, TENSOR_FILE), revision, subfolder, **hub)
     values = read_json(folder / CONFIG_FILE)
     with naming(folder):
@@ -166,9 +164,9 @@ def load_adapter(
 def load_beside(
     name: str | os.PathLike, *, revision: str | None = None, subfolder: str | None = None, **hub: Any
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the adapter of peft that was trained together with interventions: its settings, its tensors by their prefix.
+    """Read the peft adapter trained together with interventions: its settings, and its tensors under their prefix.
 
-    The arguments are those of :func:`load_adapter`, of the interventions.
+    The arguments are those with which :func:`load_adapter` reads the interventions.
     """
     below = f"{subfolder}/{BESIDE}" if subfolder else BESIDE
     folder = _place(name, (PEFT_CONFIG_FILE, PEFT_FILE), revision, below, **hub)
@@ -181,12 +179,12 @@ def load_beside(
 def _place(
     name: str | os.PathLike, files: tuple[str, ...], revision: str | None, subfolder: str | None, **hub: Any
 ) -> Path:
-    """Return the folder that holds some files: one that is here, or else the hub's cache."""
+    """Return the folder that holds some files: a local one, or else the hub's cache."""
     folder = Path(name)
     if not folder.is_dir():
         folder = download(str(name), files, revision=revision, subfolder=subfolder, **hub)
     elif revision is not None:
-        raise ValueError(f"revision={revision!r} is for the hub, and {folder} is a folder")
+        raise ValueError(f"revision={revision!r} is for the hub, but {folder} is a local folder")
     else:
         folder = folder / (subfolder or "")
     check_holds(folder, *files)
@@ -194,20 +192,20 @@ def _place(
 
 
 def load_state(folder: str | os.PathLike) -> dict[str, Tensor]:
-    """Read the trained tensors of a saved adapter or baseline: what ``load_adapter_state_dict`` takes.
+    """Read the trained tensors of a saved adapter or baseline, for ``load_adapter_state_dict``.
 
-    Its files tell which one it is: ``reft_config.json``, peft's ``adapter_config.json`` or ``baseline_config.json``.
+    Its kind follows from its files: ``reft_config.json``, peft's ``adapter_config.json`` or ``baseline_config.json``.
     Interventions with a subfolder ``peft`` were trained together with the adapter in it, whose tensors get that prefix.
 
     Raises:
-        FileNotFoundError: if the folder holds none, or not the tensors.
+        FileNotFoundError: if the folder holds no adapter, or lacks its tensors.
     """
     folder = Path(folder)
     for config, tensors in ((PEFT_CONFIG_FILE, PEFT_FILE), (BASELINE_CONFIG_FILE, BASELINE_FILE)):
         if (folder / config).is_file():
             if not (folder / tensors).is_file():
                 raise FileNotFoundError(
-                    f"{folder} does not hold an adapter: {tensors} is missing, {config} is there"
+                    f"{folder} does not hold an adapter: it has {config}, but {tensors} is missing"
                 )
             return read_tensors(folder / tensors)
     config, state = load_adapter(folder)
@@ -217,30 +215,30 @@ def load_state(folder: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def adapter_of(folder: Path) -> Path:
-    """Return the folder of an adapter: that of a run, or the folder itself."""
+    """Return the adapter's folder: the one inside a run's folder, or the folder itself."""
     return folder / "adapter" if (folder / "adapter").is_dir() else folder
 
 
 def warn_of_half(folder: str | os.PathLike, subfolder: str | None) -> None:
-    """Warn of interventions whose folder holds an adapter of peft, and does not say that they belong together."""
+    """Warn if the folder of interventions also holds a peft adapter that their configuration does not name."""
     file = Path(folder, subfolder or "", BESIDE, PEFT_CONFIG_FILE)
     if file.is_file():
         log.warning(
-            "%s is not loaded, as %s names no method of peft that was trained together with these interventions; if "
-            'one was, by an earlier version, which did not note it, write it there: "beside": "peft/%s"',
+            "%s is not loaded, as %s does not name a peft method trained together with these interventions; if one was "
+            '(earlier versions did not record it), add to that file: "beside": "peft/%s"',
             file.parent, CONFIG_FILE, str(read_json(file).get("peft_type")).lower(),
         )  # fmt: skip
 
 
 def load_saved(model: Any, folder: str | os.PathLike, state: dict[str, Tensor]) -> None:
-    """Load what :func:`load_state` read of a folder, and the scale with which interventions were saved."""
+    """Load what :func:`load_state` read from a folder, and the scale that interventions were saved with."""
     model.load_adapter_state_dict(state)
     if (Path(folder) / CONFIG_FILE).is_file():
         model.scale = float(read_json(Path(folder) / CONFIG_FILE).get("scale", 1.0))
 
 
 def model_card(config: ReftConfig, count: ParameterCount) -> str:
-    """Return the README of a saved adapter: what it is, and how to load it."""
+    """Return the README of a saved adapter, which says what it is and how to load it."""
     base = config.base_model or "the base model"
     header = ["---", "library_name: reft_lightning", "tags: [reft, representation-finetuning]"]
     if config.base_model and "/" in config.base_model and not os.path.isabs(config.base_model):
@@ -277,6 +275,6 @@ reft = rl.ReftModel.from_pretrained(model, "this folder or its name on the hub")
 
 
 def _formula(method: str) -> str:
-    """Return Phi(h) as the docstring of an intervention gives it."""
+    """Return the formula for Phi(h) from the docstring of an intervention."""
     found = re.search(r"\\Phi\(h\) = [^`\n]+", getattr(INTERVENTIONS.get(method), "__doc__", None) or "")
     return f"\n$$ {found[0]} $$\n" if found else ""

@@ -1,4 +1,4 @@
-"""Training that begins with a saved adapter instead of the first values of its method."""
+"""Training that starts from a saved adapter instead of its method's initial values."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ from .saving import BASELINE_CONFIG_FILE, BESIDE, PEFT_CONFIG_FILE, check_fit, l
 
 log = logging.getLogger(__name__)
 
-FILES = {  # class -> the file that tells its adapters, and what they are
+FILES = {  # class -> the file its adapters are recognised by, and what they are
     ReftModel: (CONFIG_FILE, "interventions"),
-    PeftBaseline: (PEFT_CONFIG_FILE, "an adapter of peft"),
+    PeftBaseline: (PEFT_CONFIG_FILE, "a peft adapter"),
     InPlaceBaseline: (BASELINE_CONFIG_FILE, "parameters of the base model"),
 }
 
 
 def first_state(model: AdaptedModel, folder: Path) -> dict[str, Tensor]:
-    """Read the saved adapter that the training of another one begins with.
+    """Read the saved adapter from which to start training another.
 
-    A head that it does not have, or has for another number of classes, is left out: it begins as a new one does.
+    A head that is missing from it, or has a different number of classes, is left out and starts as a new one.
 
     Args:
-        model: what is to be trained; it needs no weights.
-        folder: of the adapter, as :func:`~reft_lightning.adapters.saving.load_saved` takes it.
+        model: the model to train; it can be on the meta device.
+        folder: the adapter's folder, as for :func:`~reft_lightning.adapters.saving.load_saved`.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it was trained with another method or other settings, each of which is named, or does not fit.
+        FileNotFoundError: if there is no adapter.
+        ValueError: if it does not fit, or was trained with another method or other settings, naming each of them.
     """
     if differing := _differing(model, folder):
         raise ValueError(
-            f"that adapter was trained with {', '.join(differing)}; give intervention the settings that it was trained "
+            f"that adapter was trained with {', '.join(differing)}; set intervention to the settings it was trained "
             "with"
         )
     state, own = load_state(folder), model.adapter_state_dict()
     for head in model.config.heads:
         parts = {name for name in own if f".{head}." in f".{name}."}
         if any(name not in state or state[name].shape != own[name].shape for name in parts):
-            log.info("the head %s begins as a new one: the adapter has none, or one of other classes", head)
+            log.info("the head %s starts as a new one: the adapter has none, or one for other classes", head)
             own = {name: tensor for name, tensor in own.items() if name not in parts}
             state = {name: tensor for name, tensor in state.items() if name not in parts}
     check_fit(own, state, f" {model.config.method}")
@@ -59,18 +59,18 @@ def first_state(model: AdaptedModel, folder: Path) -> dict[str, Tensor]:
 
 
 def _differing(model: Any, folder: Path) -> list[str]:
-    """Return in what a saved adapter differs from a model's, but for numbers and what matters in training only."""
+    """Return the settings in which a saved adapter differs from a model's, except those that only affect training."""
     file = next(file for kind, (file, _) in FILES.items() if isinstance(model, kind))
     there = [what for other, what in FILES.values() if (folder / other).is_file()]
     if there and not (folder / file).is_file():
-        raise ValueError(f"what is saved there is {there[0]}, and {model.config.method} is another method")
+        raise ValueError(f"the folder holds {there[0]}, but {model.config.method} is another method")
     check_holds(folder, file)
     if isinstance(model, ReftModel):
         saved = load_adapter(folder)[0]
-        beside = (
+        of_peft = (
             _differing(model.peft, folder / BESIDE) if isinstance(model, JointModel) and saved.beside else []
         )
-        return replace(model.config, heads=saved.heads).differing(saved) + beside
+        return replace(model.config, heads=saved.heads).differing(saved) + of_peft
     theirs = read_json(folder / file)
     if isinstance(model, PeftBaseline):
         method = METHODS[model.config.method]

@@ -1,1 +1,1 @@
-"""Hugging Face models: where they come from, and what has to be known of their insides."""
+"""Hugging Face models: loading them, and what needs to be known about their internals."""

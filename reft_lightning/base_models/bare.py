@@ -1,6 +1,6 @@
-"""A copy of a model to try something on: it shares the weights, and leaves no trace in the model itself.
+"""A copy of a model for experiments: it shares the weights and leaves the model itself unchanged.
 
-Hooks, replaced ``forward`` methods, the mode of training and what a model notes of its last call stay out of it.
+Hooks, replaced ``forward`` methods, the training mode and state kept from the last call are not copied.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from transformers import PreTrainedModel
 
 
 def bare_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model of the same class and configuration, in eval mode, with the same weights and no memory of its own.
+    """Return a model of the same class and configuration in eval mode, sharing the weights' memory.
 
     Raises:
-        Exception: what torch or transformers raise if modules were changed after the model was made (adapters, some
-            quantizations), or if its class takes more than a configuration.
+        Exception: any error of torch or transformers, if modules were changed after the model was created (adapters,
+            some quantizations), or its class needs more than a configuration.
     """
     with torch.device("meta"):
         bare = type(model)(copy.deepcopy(model.config))
     bare.load_state_dict(model.state_dict(), assign=True)
-    for path, buffer in model.named_buffers():  # those that no state dict holds too: RoPE's frequencies
+    for path, buffer in model.named_buffers():  # including those outside the state dict: RoPE's frequencies
         parent, _, name = path.rpartition(".")
         setattr(bare.get_submodule(parent), name, buffer)
-    for path, module in model.named_modules():  # what makes some decoders read both ways
+    for path, module in model.named_modules():  # makes some decoders bidirectional
         if hasattr(module, "is_causal"):
             bare.get_submodule(path).is_causal = module.is_causal
     return bare.eval()

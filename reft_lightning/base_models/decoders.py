@@ -7,10 +7,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 
 def is_decoder(config: PretrainedConfig) -> bool:
-    """Whether each token of a model reads only the tokens before it, so that the model can generate text."""
-    # the configuration of Pegasus, of which its decoder alone is a causal model, says so too
+    """Whether each token attends only to earlier tokens, so that the model can generate text."""
+    # Pegasus is listed as a causal model, but only its decoder is one
     if config.is_encoder_decoder:
         return False
-    # BERT and similar models are decoders where they are told so
+    # BERT and similar models are decoders only if their configuration says so
     told = type(config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False)
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and bool(told)

@@ -1,7 +1,7 @@
-"""A base that accelerate has spread over devices, or keeps on the CPU or on disk until it is used (``device_map``).
+"""A base that accelerate has spread across devices, or keeps on the CPU or on disk until it is used (``device_map``).
 
-Hooks of accelerate bring inputs to the weights, or weights to the inputs. Such a model stays where it is: moved as a
-whole, as a Trainer does with what it trains, it would be on one device, or have no weights to move.
+Accelerate's hooks move inputs to the weights, or weights to the inputs. Such a model must stay in place: if it were
+moved as a whole, as a Trainer moves its model, it would be on a single device, or have no weights to move.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def is_dispatched(model: nn.Module) -> bool:
 
 
 def keep_in_place(model: nn.Module) -> None:
-    """Let ``.to(device)`` of a module that contains this one pass it by."""
+    """Exclude a model from ``.to(device)`` of a module that contains it."""
     vars(model)["_apply"] = partial(_unmoved, model)
 
 

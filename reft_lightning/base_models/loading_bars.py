@@ -1,4 +1,4 @@
-"""The bars that transformers draws while it reads weights."""
+"""The progress bars that transformers shows while it loads weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..terminal.bars import library_bars
 
 
 def bars_of_transformers(wanted: bool = True) -> AbstractContextManager[None]:
-    """Let transformers draw its bars inside the block where ours are drawn, see :func:`library_bars`."""
+    """Show transformers' progress bars inside the block if ours are shown; see :func:`library_bars`."""
     return library_bars(
         transformers_logging.is_progress_bar_enabled(),
         transformers_logging.disable_progress_bar,

@@ -1,9 +1,9 @@
-"""Let the output head (``lm_head``) read the columns that are asked of it in one matrix product.
+"""Make the output head (``lm_head``) compute the requested columns in a single matrix product.
 
-For the logits of the last k columns Hugging Face gives the head a slice of the hidden states, (b, k, d) cut out of
+For the logits of the last k columns, Hugging Face gives the head a slice of the hidden states, (b, k, d) out of
 (b, s, d). torch multiplies such a slice in b products, each of which reads all V x d weights of the head; in bfloat16
-on a CPU it also copies them b times. Made contiguous, the slice takes one product of (b k, d), with the same logits up
-to rounding. Measured in ``experiments/speed``.
+on a CPU it also copies them b times. A contiguous slice takes one product of (b k, d), with the same logits up to
+rounding. Measured in ``experiments/speed``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 
 def join_columns(model: PreTrainedModel) -> None:
-    """Make the input of a model's output head contiguous; a model without a linear head is left as it is."""
+    """Make the input of a model's output head contiguous; leave a model without a linear head as it is."""
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear):
         head.register_forward_pre_hook(_contiguous)

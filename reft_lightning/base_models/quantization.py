@@ -1,7 +1,7 @@
-"""A frozen base in 8 or 4 bits (transformers' ``quantization_config``), tried before a weight of it is read.
+"""A frozen base in 8 or 4 bits (transformers' ``quantization_config``), tested before any of its weights are read.
 
-Whether a library is there does not say enough: some formats need a GPU, and some multiply without a gradient for what
-is multiplied, so that nothing below a map would learn.
+An installed library is not enough: some formats need a GPU, and the products of some pass no gradient to their input,
+so nothing below them would learn.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TRIED = LlamaConfig(
 
 
 def check_quantization(settings: Mapping[str, Any]) -> None:
-    """Quantize a model of one block, send a gradient through its maps, and reject settings with which either fails."""
+    """Quantize a one-block model, backpropagate through it, and reject settings if either step fails."""
     if not settings:
         return
     try:
@@ -39,7 +39,7 @@ def check_quantization(settings: Mapping[str, Any]) -> None:
         if unknown := next((name for name in settings if name not in known), None):
             raise ValueError(f"{kind.__name__} has no setting {unknown}{did_you_mean(unknown, known)}")
         _try(settings)
-    except Exception as error:  # whatever the library of a method raises
+    except Exception as error:  # a quantization library can raise anything
         raise ValueError(f"model.quantization={dict(settings)}: {error or type(error).__name__}") from error
 
 
@@ -55,27 +55,27 @@ def _try(settings: Mapping[str, Any]) -> None:
     h = torch.ones(1, 2, 128, dtype=torch.bfloat16, device=model.device, requires_grad=True)
     out = block(h)
     if not out.requires_grad:
-        raise ValueError("its products pass no gradient on, and nothing below them could learn")
+        raise ValueError("its products pass no gradient to their input, so nothing below them could learn")
     out.sum().backward()
 
 
 def quantizing(settings: Mapping[str, Any], device_map: Any = None) -> dict[str, Any]:
-    """Return the arguments of ``from_pretrained``: where there is a GPU, the weights are rounded by it, for it."""
+    """Return the arguments for ``from_pretrained``; if there is a GPU, weights are quantized on it."""
     if device_map is None and torch.cuda.is_available():
         device_map = {"": torch.cuda.current_device()}
     return {"quantization_config": dict(settings), "device_map": device_map}
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a module holds numbers that a library has rounded to a type of its own."""
+    """Whether a module has weights in a quantization library's own type."""
     return any(type(parameter) is not nn.Parameter for parameter in module.parameters())
 
 
 def keep_gradients(model: nn.Module) -> None:
     """Keep bitsandbytes from packing 4-bit weights for CPUs that multiply in bfloat16, and unpack what is packed.
 
-    bitsandbytes 0.50 packs a weight when it is first used in eval mode without gradients, as in a validation. A packed
-    weight passes no gradient on: what was trained below it would stay as it is, with a warning at most.
+    bitsandbytes 0.50 packs a weight when it is first used in eval mode without gradients, as in validation. A packed
+    weight passes no gradient to its input: parameters below it would stop learning, with at most a warning.
     """
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):

@@ -1,7 +1,7 @@
-"""How a base model reads a row of tokens: found by trying it on a few of them, once a model.
+"""How a base model reads a row of tokens, found by running it on a few tokens once per model.
 
-Neither the name of a class nor a configuration tells it: a decoder can be told to read both ways
-(``use_bidirectional_attention``), and a model may derive positions from ids, masks or images.
+Neither the class name nor the configuration tells: a decoder can be made bidirectional
+(``use_bidirectional_attention``), and a model can derive positions from ids, masks or images.
 
 Shapes: b rows, s columns.
 """
@@ -29,40 +29,44 @@ from .vision import image_tokens
 
 log = logging.getLogger(__name__)
 
-NOISE = 0.05  # of the influence of an earlier token: what rounding may do to logits that nothing changed
-# tensors of more than one dimension that a text may come with; any other brings images or sounds
+NOISE = 0.05  # largest effect of rounding on unchanged logits, relative to the effect of an earlier token
+# tensors of more than one dimension that can come with a text; any other is for images or audio
 OF_TEXT = ("inputs_embeds", "token_type_ids", "langs", "shift_labels", "encoder_hidden_states")
-FOLLOWS = "token_type_ids"  # 1 for what follows a prompt, in models that read prompts in both directions
-CONTEXT = 4096  # tokens of prompt and answer, where a model names no limit
-CLOSE = 0.05  # of the largest logit: the same text, read under other padding in 16 bits
+FOLLOWS = "token_type_ids"  # 1 for tokens after the prompt, in models that read prompts bidirectionally
+CONTEXT = 4096  # tokens of prompt and answer, if a model states no limit
+CLOSE = (
+    0.05  # largest difference, relative to the largest logit, of one text under different padding in 16 bits
+)
 
 
 class Reading(NamedTuple):
     """How a base model reads a row."""
 
     causal: bool  # whether it has columns of logits, none of which depends on a later token
-    needs_position_ids: bool  # whether only with them it reads a row padded on the left as without padding
+    needs_position_ids: bool  # whether only with them it reads a left-padded row as it would without padding
 
 
 _found: WeakKeyDictionary[PreTrainedModel, Reading] = WeakKeyDictionary()
 
 
 def reading_of(model: PreTrainedModel) -> Reading:
-    """Return how a base model reads, from a few passes over a few tokens when it is first asked."""
-    if model not in _found and reads_two_texts(model):  # the encoder both ways; neither takes position ids
+    """Return how a base model reads, from a few passes over a few tokens at the first call."""
+    if model not in _found and reads_two_texts(
+        model
+    ):  # its encoder is bidirectional; neither takes position ids
         _found[model] = Reading(causal=False, needs_position_ids=False)
     if model not in _found:
         try:
             _found[model] = _try(bare_copy(model))
         except Exception as error:
-            log.debug("%s itself is tried, as it cannot be copied: %s", type(model).__name__, error)
+            log.debug("%s cannot be copied, so it is tested itself: %s", type(model).__name__, error)
             try:
                 with evaluating(model):
                     _found[model] = _try(model)
             except Exception as error:
                 _found[model] = Reading(is_decoder(model.config), takes(model, "position_ids"))
                 log.warning(
-                    "how %s reads a row could not be tried (%s): it is taken for %s",
+                    "how %s reads a row could not be tested (%s): assuming it is %s",
                     type(model).__name__, error, "a decoder" if _found[model].causal else "an encoder",
                 )  # fmt: skip
     return _found[model]
@@ -73,18 +77,18 @@ def _try(model: PreTrainedModel) -> Reading:
     rows = torch.tensor([tokens, [*tokens[:-1], other], [other, *tokens[1:]]])
     logits, follows = _read(model, rows, torch.ones_like(rows)), False
     if not _is_causal(logits) and image_tokens(model.config) and takes(model, FOLLOWS):
-        # PaliGemma reads its prompt in both directions, and what is said to follow it in one
+        # PaliGemma reads its prompt bidirectionally, and tokens marked as following it causally
         logits, follows = _read(model, rows, torch.ones_like(rows), **{FOLLOWS: torch.ones_like(rows)}), True
     return Reading(_is_causal(logits), _needs_position_ids(model, rows[:1], logits[:1], follows))
 
 
 def _is_causal(
     logits: Tensor,
-) -> bool:  # (3, s, v): of a text, of one with another last token, and another first
-    """Whether a change of the last token leaves earlier columns as they are.
+) -> bool:  # (3, s, v): a text, the text with another last token, and with another first token
+    """Whether a change of the last token leaves earlier columns unchanged.
 
-    Rounding can move them a little (a mixture of experts multiplies other groups of tokens), far less than a change of
-    the first token moves the columns after it.
+    Rounding can change them a little (a mixture of experts multiplies tokens in different groups), but far less than a
+    change of the first token changes the columns after it.
     """
     if logits.ndim != 3:
         return False
@@ -94,21 +98,21 @@ def _is_causal(
 
 
 def continues_texts(model: PreTrainedModel) -> bool:
-    """Whether labels of tokens say how a text goes on: of a language model; not of a tagger, or for masked tokens."""
+    """Whether token labels are the next tokens, as for a language model, unlike for a tagger or masked tokens."""
     return model.can_generate() or (not is_classifier(model) and reading_of(model).causal)
 
 
 def context_of(model: PreTrainedModel) -> int:
-    """Return how many tokens of prompt and answer a model reads; :data:`CONTEXT` where it names no limit."""
+    """Return the number of tokens of prompt and answer a model can read; :data:`CONTEXT` if it states no limit."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return CONTEXT if limit is None else int(limit)
 
 
 def keeps_its_columns(model: PreTrainedModel) -> bool:
-    """Whether what a model computes for a column stays the same whatever is read after it.
+    """Whether a column's hidden states stay the same whatever is read after it.
 
-    What is computed once for a prompt may then be used with any continuation. Columns of a model that reads images are
-    not used again: it looks at whole images and prefixes in both directions, and notes on itself where images stood.
+    Those of a prompt can then be computed once and used with any continuation. This never holds for models that read
+    images: they attend to whole images and prefixes bidirectionally, and keep the positions of images as state.
     """
     if image_tokens(model.config):
         return False
@@ -116,7 +120,7 @@ def keeps_its_columns(model: PreTrainedModel) -> bool:
 
 
 def angles_depend_on_length(config: PretrainedConfig) -> bool:
-    """Whether a longer batch rotates every position of it by other angles (RoPE ``dynamic`` or ``longrope``)."""
+    """Whether the length of a batch changes the angles of all its positions (RoPE ``dynamic`` or ``longrope``)."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = [rope, *(of_a_layer for of_a_layer in rope.values() if isinstance(of_a_layer, Mapping))]
     return any(
@@ -130,15 +134,15 @@ def angles_depend_on_length(config: PretrainedConfig) -> bool:
 def position_ids_for(
     model: PreTrainedModel, attention: Tensor | None, columns: int, others: Mapping[str, Any]
 ) -> Tensor | None:  # (b, s) -> (b, columns)
-    """Return position ids where a model needs them: where padding stands before or between the tokens of a row.
+    """Return position ids if a model needs them: if there is padding before or between the tokens of a row.
 
-    What images and sounds do to positions only the model knows.
+    With images or audio, only the model knows the positions.
 
     Args:
         model: the base model.
-        attention: 1 for real tokens, of all columns, those of a cache included; None if all are real.
-        columns: how many of them, the last ones, the model is about to read.
-        others: what else it is given.
+        attention: 1 for real tokens, over all columns, including cached ones; None if all are real.
+        columns: the number of last columns that the model is about to read.
+        others: its other arguments.
     """
     if not isinstance(attention, Tensor) or attention.ndim != 2:
         return None
@@ -146,7 +150,7 @@ def position_ids_for(
         isinstance(value, Tensor) and value.ndim > 1 and name not in OF_TEXT for name, value in others.items()
     ):
         return None
-    if model in _found and not _found[model].needs_position_ids:  # without asking the device for the mask
+    if model in _found and not _found[model].needs_position_ids:  # avoids reading the mask from the device
         return None
     real = attention.bool()
     if not bool((real[:, 1:] > real[:, :-1]).any()) or not reading_of(model).needs_position_ids:
@@ -155,20 +159,20 @@ def position_ids_for(
 
 
 def takes(model: PreTrainedModel, argument: str) -> bool:
-    """Whether a model names an argument, such as ``position_ids``."""
+    """Whether a model's forward takes an argument by name, such as ``position_ids``."""
     return argument in inspect.signature(model.forward).parameters
 
 
 def position_ids_of(attention: Tensor) -> Tensor:  # (b, s) -> (b, s)
-    """Number the real tokens of each row from 0, wherever its padding is."""
+    """Number the real tokens of each row from 0, wherever the padding is."""
     return (attention.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def _needs_position_ids(model: PreTrainedModel, text: Tensor, alone: Tensor, follows: bool) -> bool:  # (1, n)
-    """Whether a row padded on the left is read as it is alone only if its positions are given.
+    """Whether a left-padded row is read as it would be without padding only if its positions are given.
 
-    A model with a rule of its own reads the row as well without them (positions that start after a padding row, as
-    RoBERTa's), or even computes the same ones (from the mask, as Qwen2-VL), and knows more than the mask: images.
+    A model with its own rule reads the row correctly without them (RoBERTa's positions start after the padding index),
+    or even computes the same ones (Qwen2-VL, from the mask), and knows more than the mask: images.
     """
     if not takes(model, "position_ids"):
         return False
@@ -189,8 +193,8 @@ def _needs_position_ids(model: PreTrainedModel, text: Tensor, alone: Tensor, fol
     by_itself, numbered = (float((found - alone).abs().max() / largest) for found in (own, given))
     if min(by_itself, numbered) > CLOSE:
         log.warning(
-            "%s reads a row otherwise when it is padded on the left (its logits differ by %.2g of the largest): give "
-            "it rows of one length, or pad on the right",
+            "%s reads a left-padded row differently from the same row without padding (its logits differ by %.2g of "
+            "the largest): use rows of equal length, or pad on the right",
             type(model).__name__,
             min(by_itself, numbered),
         )
@@ -202,19 +206,19 @@ def _needs_position_ids(model: PreTrainedModel, text: Tensor, alone: Tensor, fol
 
 @torch.no_grad()
 def _read(model: PreTrainedModel, ids: Tensor, attention: Tensor, **more: Tensor) -> Tensor:
-    """Return the logits of a pass, or what a model without a head returns."""
+    """Return the logits of a pass, or the first output of a model without a head."""
     inputs = {"input_ids": ids, "attention_mask": attention, **more}
     output = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
-    return output.get("logits", output[0]).float()  # a loss of routers comes before the logits
+    return output.get("logits", output[0]).float()  # a router loss can come before the logits
 
 
 def evaluating(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Let a model run as in evaluation, without dropout."""
+    """Run a model in evaluation mode inside the block, without dropout."""
     return replaced((module, "training", False) for module in model.modules() if module.training)
 
 
 def _ordinary_tokens(model: PreTrainedModel, count: int) -> list[int]:
-    """Return different tokens that no setting of the model names, as padding or the place of an image."""
+    """Return distinct tokens that no setting of the model uses, such as for padding or images."""
     config = model.config.get_text_config()
     named: set[int] = set()
     for settings in (model.config.to_dict(), config.to_dict()):
@@ -225,6 +229,6 @@ def _ordinary_tokens(model: PreTrainedModel, count: int) -> list[int]:
     if len(ordinary) >= count:
         return ordinary[:: len(ordinary) // count][:count]
     if len(ordinary) < 2:
-        raise ValueError(f"it has {len(ordinary)} ordinary tokens, too few to see how it reads")
-    one, other = ordinary[:2]  # a text of one token that begins and ends alike, and another token
+        raise ValueError(f"it has {len(ordinary)} ordinary tokens, too few for the test")
+    one, other = ordinary[:2]  # a text that begins and ends with one token, and another to replace it
     return [*(one if i % 3 else other for i in range(1, count - 1)), one, other]

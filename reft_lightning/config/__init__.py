@@ -1,1 +1,1 @@
-"""The configuration: its schema, its composition, its messages, and what makes two runs the same run."""
+"""The configuration: schema, composition, error messages, and the identity of a run."""

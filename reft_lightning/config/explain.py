@@ -1,6 +1,6 @@
-"""What may be written in a configuration: the keys of the schema, the groups of YAML files and their options.
+"""What a configuration may contain: the keys of the schema, the groups of YAML files and their options.
 
-Error messages are made here, so that each names what was written, where, the nearest and the allowed names.
+Error messages are built here, so that each says what was written and where, the closest name and the allowed names.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import yaml
 from ..suggest import did_you_mean
 from .schema import keys
 
-# Words for the types of the schema, as an error message says them.
-TYPES = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+# The types of the schema, as error messages name them.
+TYPES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
-CUTOFF = 0.7  # of difflib's ratio: below it a guess misleads (learning_rate would be warmup_ratio)
+CUTOFF = 0.7  # of difflib's ratio: a lower one misleads (learning_rate would suggest warmup_ratio)
 
-SHOWN = 12  # files of one folder that are named one by one
+SHOWN = 12  # list the files of a folder by name up to this number
 
-# What other trainers call a key, by its last part.
+# Other trainers' names for a key, by their last part.
 ALIASES = {
     "learning_rate": "optimizer.lr",
     "wd": "optimizer.weight_decay",
@@ -72,7 +72,7 @@ def _dotted(values: dict[str, Any], prefix: str) -> Iterator[str]:
 
 
 def shown(options: Sequence[str], opened: str = "") -> str:
-    """Return the options of a group in one line; folders of many files are counted, but for the one that is opened."""
+    """Return the options of a group on one line; files in large folders are counted, except in the opened folder."""
     names = [option for option in options if "/" not in option]
     for folder in sorted({option.partition("/")[0] for option in options if "/" in option}):
         inside = [option for option in options if option.startswith(f"{folder}/")]
@@ -85,7 +85,7 @@ class Vocabulary:
     """The keys of the schema and the groups found in some folders of YAML files.
 
     Args:
-        folders: where the YAML files lie; ``conf/`` and, with ``--config-dir``, the user's own.
+        folders: folders of YAML files: ``conf/`` and, with ``--config-dir``, the user's own.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
@@ -94,7 +94,7 @@ class Vocabulary:
 
     @cached_property
     def groups(self) -> dict[str, list[str]]:
-        """Every group and its options, sub-folders written with a slash."""
+        """Every group and its options; those in subfolders contain a slash."""
         found: dict[str, set[str]] = {}
         for folder in self.folders:
             for file in folder.rglob("*.yaml"):
@@ -105,7 +105,7 @@ class Vocabulary:
 
     @cached_property
     def entries(self) -> set[str]:
-        """Every dotted key of the groups' files: what the dictionaries of the schema may hold."""
+        """Every dotted key in the groups' files: the known entries of the schema's dictionaries."""
         found: set[str] = set()
         for folder in self.folders:
             for file in folder.glob("*/**/*.yaml"):
@@ -116,28 +116,28 @@ class Vocabulary:
         return found
 
     def unknown_entry(self, name: str) -> str | None:
-        """Return the message for an entry of a dictionary that nothing has set; None for any other key."""
+        """Return the message for a dictionary entry that no file sets; None for any other key."""
         if name.startswith(("+", "~")) or name in self.keys or name in self.entries or not self.is_free(name):
             return None
         hint = did_you_mean(name, self.entries)
-        return f"nothing has set {name}{hint}\na new entry of a dictionary takes a plus: +{name}=..."
+        return f"{name} is not set by any file{hint}\na new entry of a dictionary needs a plus: +{name}=..."
 
     def file(self, name: str) -> str:
-        """Return the path of the YAML file that Hydra calls ``name``, or the name where no folder has it."""
+        """Return the path of the YAML file that Hydra calls ``name``, or the name if no folder has it."""
         files = [folder / f"{name}.yaml" for folder in reversed(self.folders)]
         return str(next((file for file in files if file.is_file()), name))
 
     def is_free(self, name: str) -> bool:
-        """Whether ``name`` lies inside a dictionary of the schema, whose entries are the user's."""
+        """Whether ``name`` is inside a dictionary of the schema, whose entries the user may choose."""
         hint = self.keys.get(self._known_parent(name))
         return hint is Any or typing.get_origin(hint) is dict
 
     def nearest_key(self, name: str) -> str | None:
         """Return the key or group that ``name`` most likely means.
 
-        First what other trainers call it (``learning_rate``), then a neighbour with a similar last part
-        (``optimizer.lrr``), then the same last part elsewhere (``lr``), then a similar whole, where the section is
-        not right already, then a similar last part elsewhere.
+        In this order: another trainer's name for it (``learning_rate``), a key of the same section with a similar last
+        part (``optimizer.lrr``), the same last part elsewhere (``lr``), a similar full name unless the section exists,
+        and a similar last part elsewhere.
         """
         parent, last = _split(name)
         allowed = [*self.keys, *self.groups]
@@ -168,7 +168,7 @@ class Vocabulary:
         options = self.groups[group]
         hint = did_you_mean(option, options, f"{group}=")
         folder = option.partition("/")[0]
-        return f"{where}: {group} has no option {option!r}{hint}\n{group} is one of {shown(options, folder)}"
+        return f"{where}: {group} has no option {option!r}{hint}\n{group} must be one of {shown(options, folder)}"
 
     def unknown_group(self, group: str, where: str) -> str:
         """Return the message for a group that no folder has."""
@@ -176,10 +176,10 @@ class Vocabulary:
         return f"{where}: unknown group {group!r}{hint}\nthe groups are {', '.join(self.groups)}"
 
     def wrong_type(self, name: str, reason: str) -> str:
-        """Return the message for a value of another type than the schema's."""
+        """Return the message for a value whose type differs from the schema's."""
         hint = self.keys.get(name)
         if typing.get_origin(hint) is list:
-            return f"{name} must be a list, written {name}=[a,b]: {reason}"
+            return f"{name} must be a list, such as {name}=[a,b]: {reason}"
         kinds = typing.get_args(hint) or (hint,)
         words = " or ".join(TYPES[kind] for kind in kinds if kind in TYPES)
         return f"{name} must be {words}: {reason}" if words else f"{name}: {reason}" if name else reason

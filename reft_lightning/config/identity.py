@@ -1,6 +1,6 @@
-"""What makes two runs the same run: the one answer for hashes, resuming, reports, searches and the paper's tables.
+"""Decide whether two runs are the same run, for hashes, resuming, reports, searches and the paper's tables.
 
-The schema marks each key that does not identify a run, see :mod:`.schema`. Where rows and models lie identifies none.
+The schema marks each key that does not identify a run, see :mod:`.schema`. The location of rows and models never does.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from .schema import WATCHING, Config, marks
 
 
 def identity(config: Config | Mapping[str, Any], *, seed: bool = True) -> dict[str, Any]:
-    """Return dotted key -> value of all that identifies a run.
+    """Return dotted key -> value for everything that identifies a run.
 
     Args:
-        config: a configuration, or the contents of a run's ``config.yaml``, nested or dotted; keys that are younger
-            than the run have their defaults.
-        seed: whether two seeds of one experiment are two runs.
+        config: a configuration, or the contents of a run's ``config.yaml``, nested or dotted; keys added after the
+            run was made take their defaults.
+        seed: whether the seed counts: with it, two seeds of one experiment are two runs.
     """
     values = _defaults() | flat(dataclasses.asdict(config) if isinstance(config, Config) else config)
     found: dict[str, Any] = {}
@@ -45,13 +45,13 @@ def identity(config: Config | Mapping[str, Any], *, seed: bool = True) -> dict[s
 
 
 def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what identifies a run without the settings of interventions that mean nothing to its method."""
+    """Return what identifies a run, without the intervention settings that do not apply to its method."""
     method = settings.get("intervention.method")
     unused = {name for name in ("beside", "beside_options") if not settings.get("intervention.beside")}
     if method and not method_named(method).takes_settings:
         kept = {"method", "heads", "options", "init_from"}
         unused |= {key.split(".")[1] for key in settings if key.startswith("intervention.")} - kept
-    elif settings.get("intervention.rank") is None:  # without a subspace there is nothing to start in it
+    elif settings.get("intervention.rank") is None:  # no subspace, hence nothing to initialise in it
         unused |= {"rank", "init", "weight_dtype"}
     if not settings.get("intervention.init_from"):
         unused.add("init_from")
@@ -64,7 +64,7 @@ def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_hash(config: Config | Mapping[str, Any]) -> str:
-    """Return a short hash of what identifies a run, its seed included."""
+    """Return a short hash of what identifies a run, including its seed."""
     text = json.dumps(identity(config), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -72,7 +72,7 @@ def config_hash(config: Config | Mapping[str, Any]) -> str:
 def differences(
     one: Config | Mapping[str, Any], other: Config | Mapping[str, Any], *, seed: bool = True
 ) -> dict[str, tuple[Any, Any]]:
-    """Return dotted key -> (value of one, value of the other) where they identify different runs."""
+    """Return dotted key -> (value of one, value of the other) for the identifying keys that differ."""
     first, second = identity(one, seed=seed), identity(other, seed=seed)
     return {
         key: (first.get(key), second.get(key))
@@ -97,7 +97,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return dotted keys as sections: the inverse of :func:`flat`.
+    """Return nested sections from dotted keys: the inverse of :func:`flat`.
 
     >>> nested({"optimizer.lr": 0.1, "seed": 42})
     {'optimizer': {'lr': 0.1}, 'seed': 42}
@@ -124,7 +124,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _mark(key: str) -> str:
-    """Return the mark of a key, or that of the section it lies in."""
+    """Return the mark of a key, or of the section that contains it."""
     parts = key.split(".")
     sections = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
     return next((marks()[name] for name in sections if name in marks()), "result")

@@ -1,4 +1,4 @@
-"""Settings of interventions that mean nothing to a baseline."""
+"""Reject intervention settings that do not apply to a baseline."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .schema import InterventionConfig
 def check_settings_mean_something(
     method: Method, intervention: InterventionConfig, arguments: Sequence[str]
 ) -> None:
-    """Reject settings of interventions for a baseline: they would change nothing.
+    """Reject intervention settings for a baseline, on which they would have no effect.
 
     Args:
-        method: ``intervention.method``.
-        intervention: of the configuration.
-        arguments: of the command line, which can be left out; other settings come from a file.
+        method: the method that ``intervention.method`` names.
+        intervention: the section of the configuration.
+        arguments: command-line arguments, which can be left out; other settings come from a file.
 
     Raises:
-        ValueError: with what to leave out, and what to add where a file sets it.
+        ValueError: says which arguments to leave out, and which to add if a file sets them.
     """
     if method.takes_settings or method.ignores_settings:
         return
@@ -32,9 +32,9 @@ def check_settings_mean_something(
     typed = {key_of(text) for text in arguments}
     leave = [f"intervention.{name}" for name in unused if f"intervention.{name}" in typed]
     add = [f"intervention.{name}={defaults[name]}" for name in unused if f"intervention.{name}" not in typed]
-    advice = [f"leave {' '.join(leave)} out"] if leave else []
+    advice = [f"leave out {' '.join(leave)}"] if leave else []
     if add:
-        advice.append(f"a file of settings, such as the experiment's, sets it: add {' '.join(add)}")
+        advice.append(f"a YAML file, such as the experiment's, sets it: add {' '.join(add)}")
     where = ", whose own settings belong in intervention.options" if method.takes_options else ""
     given = " ".join(f"intervention.{name}={getattr(intervention, name)}" for name in unused)
-    raise ValueError(f"{given} means nothing to {method.name}{where}: {'; '.join(advice)}")
+    raise ValueError(f"{given} does not apply to {method.name}{where}: {'; '.join(advice)}")

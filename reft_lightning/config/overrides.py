@@ -1,4 +1,4 @@
-"""Arguments of the command line, as Hydra reads them: ``key=value``, ``+key=value``, ``~key``."""
+"""Command-line arguments in Hydra's syntax: ``key=value``, ``+key=value``, ``~key``."""
 
 from __future__ import annotations
 

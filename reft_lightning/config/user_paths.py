@@ -1,4 +1,4 @@
-"""The user's files in a configuration: a run folder keeps where they lie, so that later commands start anywhere."""
+"""Make the paths of the user's files absolute, so that later commands on a run can start from any folder."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .schema import Config, marks
 
 
 def with_absolute_paths(config: Config, start: Path = Path()) -> Config:
-    """Return the configuration with the absolute path of each file or folder that exists, or must.
+    """Return the configuration with absolute paths for files and folders that exist, or that must exist.
 
-    Relative ones are below ``start``. They are those that the schema marks: places of a local source, files that may
-    have a name of the hub instead, and the adapter that training begins with.
+    Relative paths start from ``start``. The schema marks the keys concerned: paths of a local source, files that may
+    also be given by a name on the hub, and the adapter that training starts from.
     """
     for name, mark in marks().items():
         section, _, key = name.partition(".")

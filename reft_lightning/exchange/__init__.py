@@ -1,1 +1,1 @@
-"""Adapters of other libraries, read and written: pyreft, AdapterHub, EasySteer, llama.cpp; interventions as weights."""
+"""Read and write adapters of other libraries (pyreft, AdapterHub, EasySteer, llama.cpp), or merge into weights."""

@@ -1,4 +1,4 @@
-r"""Adapters of AdapterHub's ``adapters``: ``adapter_config.json`` and a file of tensors, as ``save_adapter`` writes.
+r"""Adapters of AdapterHub's ``adapters``: ``adapter_config.json`` and a tensor file, as written by ``save_adapter``.
 
 ====================  ========================  ======
 orthogonality         formula                   here
@@ -8,9 +8,9 @@ false (NoReftConfig)  h + W2'(W1 h + b - W2 h)  noreft
 false (DiReftConfig)  h + W2'(W1 h + b)         direft
 ====================  ========================  ======
 
-Its file says the same of its NoReFT and of its DiReFT, which adapters itself then loads as NoReFT. Suffix positions
-are the last tokens of the whole text there, and the last of the prompt here. Without ``tied_weights`` it keeps a second
-unit for the suffix even where there is none; that one is left out.
+Its files for NoReFT and DiReFT are the same, and adapters itself loads both as NoReFT. Suffix positions are the last
+tokens of the whole text there, but of the prompt here. Without ``tied_weights`` it keeps a second unit for the suffix
+even if there is no suffix; that one is left out.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ TENSORS, HEADS = (
     ("adapter.safetensors", "pytorch_adapter.bin"),
     ("model_head.safetensors", "pytorch_model_head.bin"),
 )
-ACTIVATIONS = {"leakyrelu": "leaky_relu"}  # the one name that is not of transformers
+ACTIVATIONS = {"leakyrelu": "leaky_relu"}  # the only name that differs from transformers
 UNIT = re.compile(r"(.*)\.(\d+)\.reft_layer\.refts\.(.+)\.units\.(\d+)\.(.+)")
 
 
 def from_adapters(
     base_model: PreTrainedModel, name: str | PathLike, *, method: str | None = None
 ) -> ReftModel:
-    """Attach an adapter of ReFT that AdapterHub's ``adapters`` saved.
+    """Attach a ReFT adapter saved by AdapterHub's ``adapters``.
 
     Args:
         base_model: the model it was trained on.
         name: a folder, or the name of a repository on the Hugging Face hub.
-        method: ``noreft`` or ``direft`` where the file does not tell; LoReFT's does.
+        method: ``noreft`` or ``direft``, which the file does not tell apart; not needed for LoReFT.
 
     Raises:
-        ValueError: for files that are damaged, incomplete, of another method or model, with the file and the reason.
+        ValueError: if files are damaged, incomplete, or of another method or model, naming the file and the reason.
         FileNotFoundError: if there are no such files.
     """
     check_base(base_model)
@@ -61,7 +61,7 @@ def from_adapters(
     if not isinstance(config, dict) or config.get("architecture") != "reft":
         held = config.get("architecture") if isinstance(config, dict) else None
         raise ValueError(
-            f"{folder / CONFIG} is not of ReFT: config.architecture is {held!r} instead of 'reft'"
+            f"{folder / CONFIG} is not a ReFT adapter: config.architecture is {held!r} instead of 'reft'"
         )
     needed = ("orthogonality", "prefix_positions", "suffix_positions", "r")
     if missing := [key for key in needed if key not in config]:
@@ -69,7 +69,9 @@ def from_adapters(
     counts = {"f": config["prefix_positions"], "l": config["suffix_positions"]}
     positions = "+".join(f"{letter}{count}" for letter, count in counts.items() if count)
     if not positions:
-        raise ValueError(f"{folder / CONFIG} has no positions: prefix_positions and suffix_positions are 0")
+        raise ValueError(
+            f"{folder / CONFIG} has no positions: prefix_positions and suffix_positions are both 0"
+        )
     tied = "all" if config.get("tied_weights") else "group"
     path, saved = _read(folder, TENSORS)
     if path is None:
@@ -96,30 +98,30 @@ def from_adapters(
 def _method(folder: Path, config: dict[str, Any], method: str | None) -> str:
     if config["orthogonality"]:
         if method not in (None, "loreft"):
-            raise ValueError(f"{folder / CONFIG} is of LoReFT (orthogonality); got method={method!r}")
+            raise ValueError(f"{folder / CONFIG} is a LoReFT adapter (orthogonality); got method={method!r}")
         return "loreft"
     if method not in ("noreft", "direft"):
         raise ValueError(
-            f"{folder / CONFIG}: adapters does not save whether this is its NoReFT or its DiReFT: pass the one "
-            f"that was trained, method='noreft' or method='direft'; got {method!r}"
+            f"{folder / CONFIG}: adapters does not save whether this is NoReFT or DiReFT: pass the one that was "
+            f"trained, method='noreft' or method='direft'; got {method!r}"
         )
     return method
 
 
 def _units(path: Path, saved: dict[str, Tensor], used: list[int]) -> tuple[list[int], dict[str, Tensor]]:
-    """Return layers and the tensors of the used units under their names here."""
+    """Return the layers, and the tensors of the used units under this library's names."""
     units: dict[tuple[int, int], dict[str, Tensor]] = {}
     places, names = set(), set()
     for name, tensor in saved.items():
         found = UNIT.fullmatch(name)
         if found is None:
-            raise ValueError(f"{path} holds {name}, which is not of ReFT")
+            raise ValueError(f"{path} contains {name}, which does not belong to a ReFT adapter")
         units.setdefault((int(found[2]), int(found[4])), {})[found[5]] = tensor
         places.add(found[1])
         names.add(found[3])
     if len(places) != 1 or len(names) != 1:
         raise ValueError(
-            f"{path} should hold one adapter at one list of layers; it holds {', '.join(sorted(names)) or 'none'} at "
+            f"{path} must contain one adapter at one list of layers; got {', '.join(sorted(names)) or 'none'} at "
             f"{', '.join(sorted(places)) or 'none'}"
         )
     layers = sorted({layer for layer, _ in units})
@@ -138,18 +140,20 @@ def _units(path: Path, saved: dict[str, Tensor], used: list[int]) -> tuple[list[
             prefix = "projection.parametrizations.weight"
             # (r, d), (d, d)
             original, base = take(path, own, {f"{prefix}.original": 2, f"{prefix}.0.base": 2}, what)
-            state[f"{place}.basis"] = orthogonal_map(original.mT, base).mT / 2  # as long as rows start here
+            state[f"{place}.basis"] = (
+                orthogonal_map(original.mT, base).mT / 2
+            )  # the initial length of rows here
     return layers, state
 
 
 def _heads(base_model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of the saved prediction head that are not those of the base model."""
+    """Return the tensors of the saved prediction head that differ from those of the base model."""
     path, saved = _read(folder, HEADS)
     own = {key: tensor.cpu() for key, tensor in base_model.state_dict().items() if key in saved}
     if strange := sorted(saved.keys() - own.keys()):
         raise ValueError(
-            f"{path} is the head of a class of adapters, which {type(base_model).__name__} does not have "
-            f"({', '.join(strange[:3])}): without it, save the adapter with with_head=False"
+            f"{path} is the head of a class in adapters, which {type(base_model).__name__} does not have "
+            f"({', '.join(strange[:3])}): to leave it out, save the adapter with with_head=False"
         )
     trained = {
         name.rpartition(".")[0]
@@ -160,7 +164,7 @@ def _heads(base_model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
 
 
 def _read(folder: Path, names: tuple[str, str]) -> tuple[Path | None, dict[str, Tensor]]:
-    """Return the first of two files that there is, and its tensors."""
+    """Return the first of two files that exists, and its tensors."""
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
         return None, {}

@@ -1,4 +1,4 @@
-"""``reft-convert FOLDER``: an adapter of one library becomes one of another."""
+"""``reft-convert FOLDER``: convert an adapter from one library to another."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .foreign import check_not_joint
 
 log = logging.getLogger(__name__)
 
-INSTEAD = "name another by base=, a folder or a name on the hub"
+INSTEAD = "name another with base=, a folder or a name on the hub"
 
 WRITERS = {
     "reft": lambda reft, out: reft.save_pretrained(out),
@@ -35,7 +35,7 @@ WRITERS = {
     "easysteer": easysteer.to_easysteer,
     "gguf": control_vector.to_gguf,
 }
-CHECKS = {  # of what a configuration tells
+CHECKS = {  # checks that need only a configuration
     "pyreft": partial(check_not_joint, library="pyreft"),
     "easysteer": easysteer.check_config,
     "gguf": control_vector.check_config,
@@ -51,18 +51,18 @@ def main(
     act_fn: str | None = None,
     method: str | None = None,
 ) -> None:
-    """Read an adapter of whichever library wrote it, and write it for another to an empty or a new folder.
+    """Read an adapter of any supported library, and write it for another to an empty or new folder.
 
-    `to` is a name of :data:`WRITERS`; `base`, the model it was trained on, where the adapter names none. `positions`
-    and `act_fn` are for :func:`.pyreft.from_pyreft`, `method` for :func:`.adapterhub.from_adapters`.
+    `to` is a name in :data:`WRITERS`; `base` is the model it was trained on, if the adapter does not name it.
+    `positions` and `act_fn` are for :func:`.pyreft.from_pyreft`, `method` for :func:`.adapterhub.from_adapters`.
 
     Raises:
-        ValueError, OSError: for folders and arguments that cannot be used, before the base model is loaded; for what
+        ValueError, OSError: if a folder or an argument is invalid, before the base model is loaded; or if the adapter
             cannot be read or written.
     """
     if out.exists() and any(out.iterdir()):
         raise ValueError(
-            f"out={out} is not empty: name a new folder, as its files would be mixed with others"
+            f"out={out} is not empty, and its files would be mixed with the new ones: name a new folder"
         )
     folder = adapter_of(folder)
     library, named = _library(folder)
@@ -75,7 +75,7 @@ def main(
             )
     if library == "pyreft" and positions is None and pyreft.OURS not in read_json(folder / pyreft.CONFIG):
         raise ValueError(
-            f"{folder}: pyreft does not save positions: add those of the training, such as positions=f7+l7"
+            f"{folder}: pyreft does not save positions: add those used in training, such as positions=f7+l7"
         )
     if not (base or named):
         raise ValueError(
@@ -95,26 +95,26 @@ def main(
     else:
         reft = adapterhub.from_adapters(_base_model(base or named), folder, method=method)
     WRITERS[to](reft, out)
-    log.info("%s, an adapter of %s, is written for %s to %s", folder, library, to, out)
+    log.info("converted %s, an adapter of %s, to %s in %s", folder, library, to, out)
 
 
 def _library(folder: Path) -> tuple[str, str]:
-    """Return which library wrote a folder, and the base model that it names."""
+    """Return the library that wrote a folder, and the base model that it names."""
     if (folder / CONFIG_FILE).is_file():
         return "reft", read_json(folder / CONFIG_FILE).get("base_model") or ""
     if (folder / adapterhub.CONFIG).is_file():
         return "adapters", read_json(folder / adapterhub.CONFIG).get("model_name") or ""
     if (folder / pyreft.CONFIG).is_file() and any(folder.glob("intkey_*.bin")):
         return "pyreft", read_json(folder / pyreft.CONFIG).get(pyreft.OURS, {}).get("base_model") or ""
-    there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+    there = ", ".join(sorted(path.name for path in folder.iterdir())) or "no files"
     raise ValueError(
-        f"{folder} holds no adapter of reft_lightning ({CONFIG_FILE}), adapters ({adapterhub.CONFIG}) or pyreft "
-        f"({pyreft.CONFIG} and intkey_*.bin); there is {there}"
+        f"{folder} does not hold an adapter of reft_lightning ({CONFIG_FILE}), adapters ({adapterhub.CONFIG}) or "
+        f"pyreft ({pyreft.CONFIG} and intkey_*.bin); it has {there}"
     )
 
 
 def _without_weights(config: ReftConfig, folder: Path, state: dict[str, Tensor]) -> ReftModel:
-    """Return a saved adapter on its base model without weights: only trained heads are written with any."""
+    """Return a saved adapter on its base model without weights, which only trained heads would need."""
     base_model = load_base_of(config, instead=INSTEAD, weights=False)
     with naming(folder):
         check_architecture(base_model, config.architecture)

@@ -1,11 +1,11 @@
-r"""Steering specifications of EasySteer, a vLLM with edits of hidden states: ``steering.json``, all in one file.
+r"""Steering specifications of EasySteer, a vLLM that edits hidden states, in a single file ``steering.json``.
 
-It holds one vector an intervention, with the payload of its ``loreft`` algorithm, which computes
-:math:`h + s\,R^\top (W h + b - R h)` at the output of a block and does not ask for orthonormal rows. So every
+The file has one vector per intervention, with the payload of EasySteer's ``loreft`` algorithm. This computes
+:math:`h + s\,R^\top (W h + b - R h)` at the output of a block and does not need orthonormal rows, so every
 low-rank edit :math:`U^\top (V h + c)` without an activation fits, with :math:`R = U, W = V + U, b = c`. Tensors are
-float32, base64 of their bytes; EasySteer knows a payload by the sha256 of its content.
+float32, as base64 of their bytes; EasySteer identifies a payload by the sha256 of its content.
 
-The server takes it as ``--steering-config steering.json``, a request as its field ``steering``.
+The server takes the file as ``--steering-config steering.json``, a request in its field ``steering``.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from .foreign import check_alone, check_not_joint
 log = logging.getLogger(__name__)
 
 FILE = "steering.json"
-WIRE_VERSION = 1  # of EasySteer's payloads
+WIRE_VERSION = 1  # version of EasySteer's payloads
 
 
 def to_easysteer(reft: ReftModel, folder: str | PathLike) -> None:
-    """Write an adapter as a steering specification of EasySteer, ``steering.json``.
+    """Write an adapter as a steering specification for EasySteer, ``steering.json``.
 
     Raises:
-        ValueError: for an intervention, a site, a tying or positions that EasySteer does not have, and why.
+        ValueError: if EasySteer does not support an intervention, site, tying or positions, with the reason.
     """
     check_alone(reft, "EasySteer")
     check_config(reft.config)
@@ -45,23 +45,25 @@ def to_easysteer(reft: ReftModel, folder: str | PathLike) -> None:
         spec, (positions, tied) = reft.config.for_layer(layer), reft.positions[str(layer)]
         where = f"layer {layer}"
         if spec.component != "block_output":
-            raise ValueError(f"{where}: EasySteer edits the output of blocks only; got {spec.component!r}")
+            raise ValueError(f"{where}: EasySteer edits only the output of blocks; got {spec.component!r}")
         kinds = {term.kind for term in positions.terms}
         shares = any(term.share is not None for term in positions.terms)
         if positions.function is not None or shares or not kinds <= {"f", "l", "prompt", "decode", "all"}:
-            given = "position function" if positions.function is not None else f"positions {positions}"
-            raise ValueError(f"{where}: EasySteer takes no {given}; use fN, lN, prompt, decode or all")
+            given = "a position function" if positions.function is not None else f"positions {positions}"
+            raise ValueError(
+                f"{where}: EasySteer does not support {given}; use fN, lN, prompt, decode or all"
+            )
         if tied == "position":
             raise ValueError(
-                f"{where}: tied='position' has an intervention a position, whose clipped prompts EasySteer cannot "
-                "follow; use tied='all' or 'group'"
+                f"{where}: tied='position' has one intervention per position, which EasySteer cannot clip for short "
+                "prompts; use tied='all' or 'group'"
             )
         groups = [positions.terms] if tied == "all" else [(term,) for term in positions.terms]
         for terms, phi in zip(groups, reft.interventions[str(layer)], strict=True):
             if not isinstance(phi, Subspace) or not phi.edits_tokens:
                 raise ValueError(
-                    f"{where}: {spec.method!r} is not of the form U'(V h + c) of the six low-rank methods, which "
-                    "EasySteer's loreft payload holds"
+                    f"{where}: {spec.method!r} does not have the form U'(V h + c) of the six low-rank methods, which "
+                    "EasySteer's loreft payload needs"
                 )
             U, V, c = (tensor.detach().float() for tensor in phi.affine())
             vectors.append({
@@ -74,26 +76,28 @@ def to_easysteer(reft: ReftModel, folder: str | PathLike) -> None:
     bounded = sorted({str(p) for p, _ in reft.positions.values() for term in p.terms if term.kind in "fl"})
     if bounded:
         log.warning(
-            "EasySteer does not halve prompts shorter than %s ask for: there, other tokens are edited than here",
+            "EasySteer does not clip %s in short prompts, so it edits different tokens there than this library",
             ", ".join(bounded),
         )
 
 
 def check_config(config: ReftConfig) -> None:
-    """Reject an adapter whose settings EasySteer does not have.
+    """Reject an adapter whose settings EasySteer does not support.
 
     Raises:
-        ValueError: for interventions that were trained with a LoRA, a trained head, or no interventions.
+        ValueError: if there are no interventions, they were trained together with a LoRA, or a head was trained.
     """
     check_not_joint(config, "EasySteer")
     if not config.layers:
         raise ValueError("this adapter has no interventions, so there is nothing to write for EasySteer")
     if config.heads:
-        raise ValueError(f"EasySteer serves the base model's own heads; this adapter trained {config.heads}")
+        raise ValueError(
+            f"EasySteer serves the base model's own heads, but this adapter trained {config.heads}"
+        )
 
 
 def _apply(terms: tuple[Term, ...]) -> dict[str, Any]:
-    """Return the clause of EasySteer that selects the tokens of some terms."""
+    """Return EasySteer's clause that selects the tokens of some terms."""
     clause: dict[str, Any] = {}
     for term in terms:
         if term.kind in ("prompt", "all"):
@@ -103,7 +107,7 @@ def _apply(terms: tuple[Term, ...]) -> dict[str, Any]:
         elif term.kind == "decode":
             clause["generation_window"] = [0, term.count]
         elif term.kind == "f":
-            # positions past the end would be clamped to the last token
+            # EasySteer would clamp positions past the end to the last token
             clause["prompt_window"] = [0, term.count]
         elif term.kind == "l":
             clause["prompt_positions"] = list(range(-(term.count or 0), 0))
@@ -111,7 +115,7 @@ def _apply(terms: tuple[Term, ...]) -> dict[str, Any]:
 
 
 def _payload(layer: int, R: Tensor, W: Tensor, b: Tensor) -> dict[str, Any]:  # (d, r), (r, d), (r,)
-    """Return a payload in the form in which EasySteer sends it, with the digest by which it knows it."""
+    """Return a payload in EasySteer's wire format, with the digest that identifies it."""
     arrays = {"learned_source_bias": b, "learned_source_weight": W, "rotate_layer": R}
     digest = hashlib.sha256(f"reft:{WIRE_VERSION}".encode())
     tensors = {}

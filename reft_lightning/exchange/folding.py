@@ -1,6 +1,6 @@
-r"""Edits that are a change of one linear map of the base model, exactly.
+r"""Edits that are exactly equivalent to a change of one linear map of the base model.
 
-Where every token is edited, an affine edit :math:`K h + k` at the output or at the input of a linear map
+If every token is edited, an affine edit :math:`K h + k` at the output or at the input of a linear map
 :math:`x \mapsto M x + m` gives another linear map:
 
 ======== ============================= ================ =============
@@ -10,9 +10,9 @@ output   h + K h + k, with h = M x + m  K M             K m + k
 input    M (h + K h + k) + m            M K             M k
 ======== ============================= ================ =============
 
-The low-rank family has :math:`K = U^\top V` of rank r, so that both changes of M have rank r. All of it is computed in
-float64 on the CPU. Elsewhere no weight does what the edit does: a weight acts on all tokens alike, and a residual
-stream is read by many maps.
+The low-rank family has :math:`K = U^\top V` of rank r, so both changes of M have rank r. Everything is computed in
+float64 on the CPU. No other edit can become a weight: a weight acts on all tokens alike, and many maps read the
+residual stream.
 
 Letters: d width of the representation, r rank, M (out, in), m (out,).
 """
@@ -41,7 +41,7 @@ EXACT = 1e-9  # relative, in float64
 
 
 class Change(NamedTuple):
-    """What an edit adds to a linear map: B A or, where the edit has no low rank, ``dense``; and to its bias."""
+    """The change of a linear map's weight, B A or ``dense`` if the edit is not low-rank, and of its bias."""
 
     A: Tensor  # (r, in)
     B: Tensor  # (out, r)
@@ -50,13 +50,13 @@ class Change(NamedTuple):
 
     @property
     def weight(self) -> Tensor:  # (out, in)
-        """What is added to M."""
+        """The change of M."""
         return self.B @ self.A if self.dense is None else self.dense
 
 
 @dataclass(frozen=True)
 class Fold:
-    """An intervention and the linear map of the base model that can take it in."""
+    """An intervention and the linear map of the base model that it can be folded into."""
 
     site: Site
     path: str  # of the linear map
@@ -65,7 +65,7 @@ class Fold:
     scale: float
 
     def change(self) -> Change:
-        """Return what the edit adds to the linear map."""
+        """Return the change of the linear map."""
         try:
             U, V, k = affine(self.phi, self.site.dim)
         except ValueError as error:
@@ -82,15 +82,16 @@ class Fold:
 def affine(phi: Intervention, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     r"""Return U, V (r, d) and k (d,) with :math:`\text{edit}(h) = U^\top V h + k`.
 
-    The low-rank family says what they are. Of any other, an affine map is known by what it does to 0 and to the basis
-    vectors, which give :math:`K = U^\top V`; U are its ``directions``, and one that has none, or not those of K, gets
-    U = I, V = K.
+    The low-rank family gives them directly. Any other affine map is determined by its values at 0 and at the basis
+    vectors, which give :math:`K = U^\top V`. U is its ``directions`` if they span K; otherwise U = I and V = K.
 
     Raises:
         ValueError: if the edit is not affine, or not finite.
     """
     if not phi.edits_tokens:
-        raise ValueError(f"{type(phi).__name__} looks at more than single tokens, and no weight does that")
+        raise ValueError(
+            f"{type(phi).__name__} depends on more than single tokens, and no weight can do that"
+        )
     if isinstance(phi, Partition) or (isinstance(phi, Subspace) and type(phi).edit is Subspace.edit):
         U, V, c = (tensor.cpu() for tensor in phi.affine())
         return U, V, U.mT @ c
@@ -98,16 +99,16 @@ def affine(phi: Intervention, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     k = phi.edit(torch.zeros(1, dim, dtype=torch.float64))[0]
     K = (phi.edit(torch.eye(dim, dtype=torch.float64)) - k).mT
     directions = phi.directions
-    for size in (1.0, 1e6):  # an activation may act on large tokens only, as ReLU does under a large bias
+    for size in (1.0, 1e6):  # an activation may act only on large tokens, like ReLU with a large bias
         probes = size * torch.randn(4, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         found = phi.edit(probes)
         if not found.isfinite().all():
-            raise ValueError(f"{type(phi).__name__} gives NaN or infinite values: its training diverged")
-        # K is noise where the edit is a constant
+            raise ValueError(f"{type(phi).__name__} has NaN or infinite values: its training diverged")
+        # if the edit is constant, K is noise
         largest = max(float(found.abs().max()), size * float(k.abs().max()))
         if not torch.allclose(found, probes @ K.mT + k, rtol=EXACT, atol=EXACT * largest):
             raise ValueError(
-                f"{type(phi).__name__} is not an affine function of h, and no weight computes it"
+                f"{type(phi).__name__} is not an affine function of h, so no weight can compute it"
             )
     if directions is not None:
         V = torch.linalg.pinv(directions).mT @ K  # (r, d) @ (d, d)
@@ -124,24 +125,26 @@ def weight_of(linear: nn.Linear | Conv1D) -> Tensor:  # -> (out, in)
 
 
 def folds_of(reft: ReftModel) -> list[Fold]:
-    """Return what each intervention of the active adapters can be folded into.
+    """Return the fold of each intervention of the active adapters.
 
     Raises:
-        ValueError: if one cannot be, saying which and why.
+        ValueError: if one cannot be folded, saying which and why.
     """
     if not isinstance(reft, ReftModel) or reft.config.beside:
-        raise ValueError(f"only interventions by themselves can become weights; got a {type(reft).__name__}")
-    reft.adapter_state_dict()  # which a detached one refuses
+        raise ValueError(
+            f"only interventions without a baseline can become weights; got a {type(reft).__name__}"
+        )
+    reft.adapter_state_dict()  # raises if the adapter is detached
     model = reft.base_model
     if len(attached := vars(model)[NOTE].configs) > 1:
         raise ValueError(
-            f"{len(attached)} adapters are attached to this {type(model).__name__}: weights that one of them changes "
-            "would change the others; detach() those"
+            f"{len(attached)} adapters are attached to this {type(model).__name__}: merging one of them would change "
+            "the others; detach() those"
         )
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(
             f"this {type(model).__name__} is quantized, and quantized weights cannot hold the sum: attach the adapter "
-            "to the model in its full precision"
+            "to the model in full precision"
         )
     edits: list[tuple[Site, Intervention, float]] = []
     for choice in reft.adapters.active:
@@ -150,12 +153,12 @@ def folds_of(reft: ReftModel) -> list[Fold]:
             positions, _ = adapter.positions[key]
             if str(positions) != "all":
                 raise ValueError(
-                    f"layer {site.layer} cannot become weights: it edits the positions {positions}, and a weight acts "
-                    "on all tokens alike; positions='all' can"
+                    f"layer {site.layer} cannot become weights: it edits the positions {positions}, but a weight acts "
+                    "on all tokens; only positions='all' can be merged"
                 )
             if site.divided > 1:
                 raise ValueError(
-                    f"layer {site.layer} cannot become weights: each of its heads has an intervention of its own"
+                    f"layer {site.layer} cannot become weights: each of its heads has its own intervention"
                 )
             edits.append((site, adapter.interventions[key][0], adapter.scale * choice.weight))
     modules = dict(model.named_modules())
@@ -165,7 +168,7 @@ def folds_of(reft: ReftModel) -> list[Fold]:
         path = paths[site]
         if any(path == fold.path for fold in folds):
             raise ValueError(
-                f"layer {site.layer} cannot become weights: {path} has another intervention already"
+                f"layer {site.layer} cannot become weights: {path} already has another intervention"
             )
         folds.append(Fold(site, path, _plain(modules[path], path), phi, scale))
     return folds
@@ -174,13 +177,13 @@ def folds_of(reft: ReftModel) -> list[Fold]:
 def _linear_maps(
     model: PreTrainedModel, modules: dict[str, nn.Module], sites: Sequence[Site]
 ) -> dict[Site, str]:
-    """Return for each site the path of the linear map whose output, or input, is what is edited."""
+    """Return, for each site, the path of the linear map whose output or input is edited."""
     found = {site: site.path for site in sites if _is_linear(modules[site.path])}
     others = [site for site in sites if site not in found]
     if inputs := [site for site in others if site.end == "input"]:
         raise ValueError(
-            f"layer {inputs[0].layer} cannot become weights: the input of {inputs[0].path} is not that of one linear "
-            f"map; name the map, as '...{{layer}}.mlp.down_proj.input'"
+            f"layer {inputs[0].layer} cannot become weights: the input of {inputs[0].path} is not the input of one "
+            f"linear map; name the map, as in '...{{layer}}.mlp.down_proj.input'"
         )
     if others:
         last = _last_maps(model, [site.path for site in others])
@@ -189,23 +192,23 @@ def _linear_maps(
                 raise ValueError(
                     f"layer {site.layer} cannot become weights: the output of {site.path}, a "
                     f"{type(modules[site.path]).__name__}, is not the output of one linear map. Components that can be "
-                    "are attention_output and mlp_output of most decoders, or the path of a linear map"
+                    "merged are attention_output and mlp_output in most decoders, or the path of a linear map"
                 )
             found[site] = last[site.path]
     return found
 
 
 def _last_maps(model: PreTrainedModel, paths: list[str]) -> dict[str, str]:
-    """Return for each module that returns what a linear map in it returned, the path of that map."""
+    """Return, for each module that returns the output of a linear map inside it, the path of that map."""
     try:
         tried = bare_copy(model)
-    except Exception as error:  # of modules that were changed after the model was made
+    except Exception as error:  # modules were changed after the model was created
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(
-            f"which linear maps {paths[0]} and the like end in cannot be tried on a copy of {type(model).__name__} "
-            f"({reason}): name the map, as '...{{layer}}.mlp.down_proj'"
+            f"cannot find the linear maps at the end of {paths[0]} and similar modules, as {type(model).__name__} "
+            f"cannot be copied ({reason}): name the map, as in '...{{layer}}.mlp.down_proj'"
         ) from error
-    returned: dict[str, Any] = {}  # by linear maps
+    returned: dict[str, Any] = {}  # linear map -> output
     last: dict[str, str] = {}
 
     def note(path: str, module: nn.Module, args: tuple, output: Any) -> None:
@@ -213,7 +216,7 @@ def _last_maps(model: PreTrainedModel, paths: list[str]) -> dict[str, str]:
 
     def compare(path: str, module: nn.Module, args: tuple, output: Any) -> None:
         for name, tensor in returned.items():
-            # dropout that is off returns what it got
+            # dropout in eval mode returns its input
             if name.startswith(f"{path}.") and tensor is hidden_of(output):
                 last[path] = name
 
@@ -236,12 +239,12 @@ def _plain(module: Any, path: str) -> nn.Linear | Conv1D:
     if not isinstance(module, nn.Linear | Conv1D) or not module.weight.is_floating_point():
         raise ValueError(
             f"{path} is a {type(module).__module__}.{type(module).__name__}, whose weights cannot be changed exactly "
-            "(merge an adapter of peft first; attach to a model that is not quantized)"
+            "(merge a peft adapter first, or attach to a model that is not quantized)"
         )
     if module.weight.is_meta:
         raise ValueError(f"the weights of {path} are not in memory; load the model without offloading")
     if isinstance(module, nn.Linear) and type(module) is not nn.Linear and not _computes_its_weights(module):
-        raise ValueError(f"{path}, a {type(module).__name__}, computes something else than M x + m")
+        raise ValueError(f"{path}, a {type(module).__name__}, computes something other than M x + m")
     return module
 
 

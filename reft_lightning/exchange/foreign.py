@@ -1,4 +1,4 @@
-"""What reading the files of other libraries has in common: they run no code, and what does not fit changes no model."""
+"""Shared parts of reading other libraries' files, which run no code and never leave a model half changed."""
 
 from __future__ import annotations
 
@@ -19,46 +19,46 @@ from ..storage.reading import naming
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file that ``torch.save`` wrote; nothing else is unpickled.
+    """Return the tensors in a file written by ``torch.save``; nothing else is unpickled.
 
     Raises:
-        ValueError: if it is damaged, or holds anything but tensors by name; names the file.
+        ValueError: if it is damaged or holds anything other than tensors by name; the message names the file.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is damaged, or holds more than tensors, which could run code and is not read"
+            f"{path} is damaged or holds more than tensors, which could run code and is not read"
         ) from error
     except (RuntimeError, ValueError, EOFError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} should hold tensors by name; it holds a {type(state).__name__}")
+        raise ValueError(f"{path} must contain tensors by name; got a {type(state).__name__}")
     return state
 
 
 def take(path: Path, state: Mapping[str, Tensor], shapes: Mapping[str, int], what: str) -> list[Tensor]:
-    """Return tensors of a file, each of which must be there with so many dimensions; `what` says whose they are.
+    """Return tensors of a file and check their numbers of dimensions; `what` names their owner in messages.
 
     Raises:
-        ValueError: for one that is missing or has another shape; names the file.
+        ValueError: if a tensor is missing or has the wrong shape; the message names the file.
     """
     for name, dimensions in shapes.items():
         if name not in state:
             raise ValueError(
-                f"{path}: {what} needs {name}, which is missing; there is {', '.join(sorted(state)) or 'nothing'}"
+                f"{path}: {what} needs {name}, which is missing; it has {', '.join(sorted(state)) or 'no tensors'}"
             )
         if state[name].ndim != dimensions:
             raise ValueError(
-                f"{path}: {name} of {what} has the shape {tuple(state[name].shape)} instead of {dimensions} dimensions"
+                f"{path}: {name} of {what} must have {dimensions} dimensions; got the shape {tuple(state[name].shape)}"
             )
     return [state[name] for name in shapes]
 
 
 def orthogonal_map(original: Tensor, base: Tensor) -> Tensor:  # (d, r), (d, d) -> (d, r)
-    """Return the matrix that ``torch.nn.utils.parametrizations.orthogonal`` computes from what it saves.
+    """Return the matrix that ``torch.nn.utils.parametrizations.orthogonal`` computes from its saved tensors.
 
-    Its parameter holds Householder vectors below the diagonal and signs on it; a square one, a skew-symmetric matrix.
+    Its parameter holds Householder vectors below the diagonal and signs on it, or, if square, a skew-symmetric matrix.
     """
     original, base = original.float(), base.float()
     lower = original.tril(-1)
@@ -69,31 +69,31 @@ def orthogonal_map(original: Tensor, base: Tensor) -> Tensor:  # (d, r), (d, d) 
 
 
 def check_not_joint(config: ReftConfig, library: str) -> None:
-    """Reject interventions that were trained together with an adapter of peft, which another library does not hold."""
+    """Reject interventions that were trained together with a peft adapter, which another library cannot store."""
     if config.beside:
         raise ValueError(
-            f"this adapter was trained together with {config.beside}, and a folder for {library} holds interventions "
-            "only"
+            f"this adapter was trained together with {config.beside}, but a folder for {library} holds only "
+            "interventions"
         )
 
 
 def check_alone(reft: ReftModel, library: str) -> None:
-    """Reject what a file of another library does not hold: several adapters, one of two stacks, a part of one."""
+    """Reject what another library cannot store: several adapters, an encoder-decoder, an adapter at another weight."""
     check_not_joint(reft.config, library)
     if len(reft.adapter_names) > 1:
         raise ValueError(
-            f"this model carries {', '.join(reft.adapter_names)}, and a folder for {library} holds one adapter: delete "
-            "the others (delete_adapter), or attach the one to be written to a model of its own"
+            f"this model has the adapters {', '.join(reft.adapter_names)}, but a folder for {library} holds only one: "
+            "delete the others (delete_adapter), or attach the one to write to a model of its own"
         )
     if any(site.stack for site in reft.sites.values()):
         raise ValueError(
-            f"{type(reft.base_model).__name__} has an encoder and a decoder, and a folder for {library} counts the "
-            "layers of one"
+            f"{type(reft.base_model).__name__} has an encoder and a decoder, but a folder for {library} can number the "
+            "layers of only one"
         )
     if [choice.weight for choice in reft.adapters.active] != [1.0]:
         raise ValueError(
-            f"a folder for {library} holds an adapter at its full weight: set_adapter({reft.adapter_names[0]!r}), "
-            "and give its strength as its scale"
+            f"a folder for {library} holds an adapter at full weight: set_adapter({reft.adapter_names[0]!r}), and set "
+            "its strength as its scale"
         )
 
 
@@ -104,12 +104,12 @@ def attached(
     state: dict[str, Tensor],
     **settings: Any,
 ) -> ReftModel:
-    """Attach what was read from a folder, or leave the base model as it was.
+    """Attach an adapter read from a folder, or leave the base model as it was.
 
-    The settings that all layers share become the adapter's; `settings` are further arguments of :func:`attach`.
+    Settings shared by all layers become the adapter's; `settings` are further arguments of :func:`attach`.
 
     Raises:
-        ValueError: if it does not fit the model; names the folder.
+        ValueError: if it does not fit the model; the message names the folder.
     """
     first = dict(next(iter(layers.values())))
     shared = {key for key, value in first.items() if all(own.get(key) == value for own in layers.values())}

@@ -1,4 +1,4 @@
-"""An adapter of interventions as a LoRA of the peft library, where it is one; see :mod:`.folding`."""
+"""Write interventions as a LoRA of the peft library, if they are equivalent to one; see :mod:`.folding`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..adapters.saving import PEFT_CONFIG_FILE, PEFT_FILE, write_tensors
 from ..storage.atomic import write_text
 from .folding import folds_of
 
-PREFIX = "base_model.model."  # of every name in a file of peft
+PREFIX = "base_model.model."  # starts every name in peft's files
 TASKS = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
 
 
@@ -23,17 +23,17 @@ def to_lora(reft: ReftModel, folder: str | os.PathLike) -> None:
     r"""Write an adapter that ``peft.PeftModel.from_pretrained(base_model, folder)`` loads, with the same logits.
 
     At the output h = M x + m of a linear map, :math:`h + U^\top (V h + c)` is a LoRA with
-    :math:`A = V M`, :math:`B = U^\top` and the bias :math:`U^\top (V m + c)` (peft's ``lora_bias``, which needs no bias
-    in the map itself); at its input, A = V, :math:`B = M U^\top`, and :math:`M U^\top c`. ``reft.scale`` is folded in.
-    Trained heads are written as peft's ``modules_to_save``.
+    :math:`A = V M`, :math:`B = U^\top` and the bias :math:`U^\top (V m + c)` (peft's ``lora_bias``, which does not
+    need a bias in the map itself); at its input, A = V, :math:`B = M U^\top` and the bias is :math:`M U^\top c`.
+    ``reft.scale`` is folded in. Trained heads are written as peft's ``modules_to_save``.
 
     Args:
-        reft: with positions ``all``, at linear maps or at modules that end in one (``mlp_output``,
+        reft: a model with positions ``all``, at linear maps or at modules that end in one (``mlp_output``,
             ``attention_output``).
-        folder: takes ``adapter_config.json`` and ``adapter_model.safetensors``.
+        folder: output folder for ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Raises:
-        ValueError: where no LoRA computes the same; says why. Nothing is written then.
+        ValueError: if no LoRA computes the same, with the reason; nothing is written.
     """
     from peft import LoraConfig
 
@@ -42,7 +42,7 @@ def to_lora(reft: ReftModel, folder: str | os.PathLike) -> None:
         raise ValueError("no adapter is active, so there is no LoRA: set_adapter(NAME) first")
     if not folds:
         raise ValueError(
-            "this adapter has no interventions, only trained heads, and so there is no LoRA: use merge()"
+            "this adapter has only trained heads and no interventions, so there is no LoRA: use merge()"
         )
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -52,7 +52,7 @@ def to_lora(reft: ReftModel, folder: str | os.PathLike) -> None:
         if change.dense is not None:
             raise ValueError(
                 f"layer {fold.site.layer} cannot become a LoRA: {type(fold.phi).__name__} changes {fold.path} by a "
-                "matrix of full rank; merge() holds it"
+                "full-rank matrix; use merge()"
             )
         ranks[fold.path] = len(change.A)
         tensors[f"{PREFIX}{fold.path}.lora_A.weight"] = change.A.float()
@@ -70,7 +70,7 @@ def to_lora(reft: ReftModel, folder: str | os.PathLike) -> None:
     config = LoraConfig(
         base_model_name_or_path=reft.config.base_model,
         task_type=next((task for ending, task in TASKS.items() if kind.endswith(ending)), None),
-        target_modules="|".join(map(re.escape, ranks)),  # a list would also take longer paths that end alike
+        target_modules="|".join(map(re.escape, ranks)),  # a list would also match longer paths with this ending
         modules_to_save=heads or None, ensure_weight_tying=len(heads) > len(reft.config.heads),
         r=rank, lora_alpha=rank, rank_pattern=others, alpha_pattern=others, lora_bias=has_bias,
         fan_in_fan_out=isinstance(folds[0].linear, Conv1D), inference_mode=True,
@@ -83,7 +83,7 @@ def to_lora(reft: ReftModel, folder: str | os.PathLike) -> None:
 
 
 def _modules_with_heads(reft: ReftModel) -> list[str]:
-    """Return the heads, and what shares a parameter with them, as the embeddings share that of a tied output head."""
+    """Return the heads and the modules that share parameters with them, such as embeddings tied to an output head."""
     model, heads = reft.base_model, reft.config.heads
     trained = {id(p) for head in heads for p in model.get_submodule(head).parameters()}
     sharing = [

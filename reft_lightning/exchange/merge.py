@@ -1,4 +1,4 @@
-"""Interventions put into the weights of their base model, where a weight can hold them; see :mod:`.folding`."""
+"""Merge interventions into the weights of their base model, if the weights can hold them; see :mod:`.folding`."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from .folding import Change, Fold, folds_of, weight_of
 
 
 def merge(reft: ReftModel) -> PreTrainedModel:
-    """Put the interventions into the weights and return the base model, a plain one without a hook.
+    """Merge the interventions into the weights and return the base model, without hooks.
 
-    As peft's ``merge_and_unload`` does, it changes the base model in place, so that no second one is in memory: the
-    adapter is taken off, and ``reft`` cannot be used any more. Save it first, or merge a copy
-    (``copy.deepcopy(reft)``). Trained heads stay trained. The model is saved, loaded, and generates, as any other; one
-    whose maps had no bias gets biases where its configuration has a switch for them (Llama's ``mlp_bias``).
+    Like peft's ``merge_and_unload``, this changes the base model in place, without a second copy in memory. The adapter
+    is removed and ``reft`` cannot be used afterwards. Save it first, or merge a copy (``copy.deepcopy(reft)``).
+    Trained heads stay trained. The model can be saved, loaded and used for generation like any other. Maps without a
+    bias get one if the configuration has a switch for it (Llama's ``mlp_bias``).
 
     The changes are computed in float64 and rounded once to the dtype of the weights. In bfloat16 this rounding loses
-    edits that are small against the weights: merge into a float32 model, and cast that.
+    edits that are small compared to the weights: merge into a float32 model, then cast it.
 
     Args:
-        reft: with positions ``all``, at linear maps or at modules that end in one (``mlp_output``,
+        reft: a model with positions ``all``, at linear maps or at modules that end in one (``mlp_output``,
             ``attention_output``).
 
     Raises:
-        ValueError: where no weights compute the same; says why. The model is left as it was.
+        ValueError: if no weights compute the same, with the reason; the model is left as it was.
     """
     folds = folds_of(reft)
     model = reft.base_model
@@ -70,14 +70,14 @@ def _check_shared(model: PreTrainedModel, folds: Iterable[Fold]) -> None:
     for fold in folds:
         if len(shared := names[id(fold.linear.weight)]) > 1:
             raise ValueError(
-                f"layer {fold.site.layer} cannot become weights: {' and '.join(shared)} are one and the same weight"
+                f"layer {fold.site.layer} cannot become weights: {' and '.join(shared)} are the same weight"
             )
 
 
 def _biases_for(model: PreTrainedModel, paths: list[str]) -> tuple[dict[str, bool], list[str]]:
-    """Return the settings of the configuration under which linear maps have a bias, and all biases that this adds.
+    """Return the configuration settings that give linear maps a bias, and all biases that they add.
 
-    Without such a setting, a model that is loaded again would lack its new biases.
+    Without such a setting, a reloaded model would lack its new biases.
     """
     if not paths:
         return {}, []
@@ -97,6 +97,6 @@ def _biases_for(model: PreTrainedModel, paths: list[str]) -> tuple[dict[str, boo
     if missing := sorted(needed - set(new)):
         raise ValueError(
             f"{type(model).__name__} has no bias at {missing[0].removesuffix('.bias')}, and its configuration cannot "
-            "give it one: the model would lose it when it is saved and loaded. to_lora() holds it"
+            "add one: the model would lose it when saved and loaded. Use to_lora() instead"
         )
     return switches, new

@@ -1,7 +1,7 @@
-r"""Adapters of pyreft: ``config.json`` and one pickled ``intkey_....bin`` an intervention, as its ``save`` writes them.
+r"""Adapters of pyreft: ``config.json`` and one pickled ``intkey_....bin`` per intervention, as written by its ``save``.
 
 =====================  ====================  ==========================================================
-pyreft                 here                  tensors of a file; r rank, d width
+pyreft                 here                  tensors in a file; r rank, d width
 =====================  ====================  ==========================================================
 LoreftIntervention     loreft                weight (r, d), bias (r), rotate_layer (d, r)
 DireftIntervention     direft_orthonormal    learned_source.weight, .bias, R in torch's parametrization
@@ -11,13 +11,13 @@ ConsreftIntervention   consreft              learned_source (r), R in torch's pa
 LobireftIntervention   lobireft              the same
 =====================  ====================  ==========================================================
 
-R in torch's parametrization is ``rotate_layer.parametrizations.weight.original`` (d, r) and ``.0.base`` (d, d), see
-:func:`.foreign.orthogonal_map`. The same site twice is pyreft's untied: the first intervention edits the prefix, the
-second the suffix. pyvene 0.1.7 changed the separator of file names from ``.`` to ``_``.
+R in torch's parametrization is ``rotate_layer.parametrizations.weight.original`` (d, r) and ``.0.base`` (d, d); see
+:func:`.foreign.orthogonal_map`. The same site twice means untied in pyreft: the first intervention edits the prefix,
+the second the suffix. pyvene 0.1.7 changed the separator in file names from ``.`` to ``_``.
 
-The files hold neither positions nor act_fn nor dropout. pyreft's positions are ``fN``, ``lN``, ``fN+lM`` of the prompt,
-each side at most half of it, rounded down: ``clip="floor"`` here. The pad token that it puts in front, so that unused
-slots have something to edit, is not needed here, and changes no result.
+The files do not contain positions, act_fn or dropout. pyreft's positions are ``fN``, ``lN`` and ``fN+lM`` in the
+prompt, each at most half of it, rounded down: ``clip="floor"`` here. pyreft also adds a pad token in front, for unused
+slots to edit. It is not needed here and does not change results.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ CLASSES = {
     "ConsreftIntervention": "consreft",
     "LobireftIntervention": "lobireft",
 }
-# of one name and meaning in both
+# same name and meaning in both libraries
 COMPONENTS = ("block_output", "block_input", "attention_output", "mlp_output")
-# fields of pyvene's RepresentationConfig, in its order, and those whose meaning has no counterpart here
+# fields of pyvene's RepresentationConfig, in order, and those without a counterpart here
 FIELDS = (
     "layer", "component", "unit", "max_number_of_units", "low_rank_dimension", "intervention_type", "intervention",
     "subspace_partition", "group_key", "intervention_link_key", "moe_key", "source_representation",
     "hidden_source_representation", "latent_dim",
 )  # fmt: skip
 FOREIGN = ("subspace_partition", "intervention_link_key", "moe_key", "source_representation")
-OURS = "reft_lightning"  # the key of config.json under which to_pyreft keeps what pyreft's files cannot hold
+OURS = "reft_lightning"  # the key in config.json for everything that pyreft's files cannot store
 PARAMETER = "rotate_layer.parametrizations.weight.original"
 BUFFER = "rotate_layer.parametrizations.weight.0.base"
 
@@ -78,18 +78,18 @@ def from_pyreft(
     act_fn: str | None = None,
     dropout: float = 0.0,
 ) -> ReftModel:
-    """Attach an adapter that pyreft saved.
+    """Attach an adapter saved by pyreft.
 
     Args:
         base_model: the model it was trained on.
         name: a folder, or the name of a repository on the Hugging Face hub.
-        positions: those it was trained with, such as ``f7+l7``, which pyreft does not save.
+        positions: the positions it was trained with, such as ``f7+l7``, which pyreft does not save.
         act_fn: the activation it was trained with, which pyreft does not save; None for none.
-        dropout: for further training; pyreft drops entries of the whole edited state.
+        dropout: dropout for further training; as in pyreft, it drops entries of the whole edited state.
 
     Raises:
-        ValueError: for files that are damaged, incomplete, foreign or of another model, with the file and the reason;
-            without positions; for what has no counterpart here.
+        ValueError: if files are damaged, incomplete, or of another library or model, naming the file and the reason; if
+            positions are missing; or if the adapter uses something without a counterpart here.
         FileNotFoundError: if there are no such files.
     """
     check_base(base_model)
@@ -110,7 +110,7 @@ def from_pyreft(
             return reft.eval()
     if positions is None:
         raise ValueError(
-            f"{folder}: pyreft does not save positions: pass those it was trained with, such as "
+            f"{folder}: pyreft does not save positions: pass those used in training, such as "
             "from_pyreft(model, name, positions='f7+l7')"
         )
     layers, state = _interventions(folder, values, block_path(base_model))
@@ -121,7 +121,7 @@ def from_pyreft(
     if untied and [term.kind for term in parse_positions(positions).terms] != ["f", "l"]:
         raise ValueError(
             f"{folder}: layer {untied[0]} has one intervention for the prefix and one for the suffix (share_weights="
-            f"False in pyreft), so positions need a term of each, such as 'f3+l3'; got {positions!r}"
+            f"False in pyreft), so positions need a term for each, such as 'f3+l3'; got {positions!r}"
         )
     settings: dict[str, Any] = {"dropout": dropout, "dropout_on": "output"} if dropout else {}
     return attached(
@@ -133,33 +133,36 @@ def from_pyreft(
 def _interventions(
     folder: Path, values: dict[str, Any], blocks: str
 ) -> tuple[dict[int, dict[str, Any]], dict[str, Tensor]]:
-    """Return settings by layer, and tensors under their names here."""
+    """Return settings by layer, and tensors under this library's names."""
     representations, types = values.get("representations"), values.get("intervention_types")
     if not isinstance(representations, list) or not isinstance(types, list) or not representations:
         raise ValueError(
-            f"{folder / CONFIG} is not pyreft's: it should list representations and intervention_types"
+            f"{folder / CONFIG} is not from pyreft: it does not list representations and intervention_types"
         )
     if len(representations) != len(types):
         raise ValueError(
-            f"{folder / CONFIG} is damaged: {len(representations)} representations, {len(types)} intervention_types"
+            f"{folder / CONFIG} is damaged: it has {len(representations)} representations, but {len(types)} "
+            "intervention_types"
         )
     layers: dict[int, dict[str, Any]] = {}
     state: dict[str, Tensor] = {}
     seen: Counter[tuple] = Counter()
     for representation, text in zip(representations, types, strict=True):
         if not isinstance(representation, list | dict):
-            raise ValueError(f"{folder / CONFIG} is damaged: a representation is {representation!r}")
+            raise ValueError(
+                f"{folder / CONFIG} is damaged: a representation must be a list or a dict; got {representation!r}"
+            )
         listed = isinstance(representation, list)
         fields = dict(zip(FIELDS, representation, strict=False)) if listed else representation
         name = str(text).removesuffix("'>").rpartition(".")[2]
         if name not in CLASSES:
             raise ValueError(
-                f"{folder / CONFIG} has an intervention {name}; those of pyreft are {', '.join(CLASSES)}"
+                f"{folder / CONFIG} has an unknown intervention {name}; pyreft's are {', '.join(CLASSES)}"
             )
         foreign = [field for field in FOREIGN if fields.get(field) is not None]
         if fields.get("unit", "pos") != "pos" or foreign:
             raise ValueError(
-                f"{folder / CONFIG} uses {', '.join(foreign) or 'unit ' + str(fields['unit'])} of pyvene, which has no "
+                f"{folder / CONFIG} uses pyvene's {', '.join(foreign) or 'unit ' + str(fields['unit'])}, which has no "
                 "counterpart here: interventions edit single tokens of one layer"
             )
         site, units = fields.get("component", "block_output"), fields.get("max_number_of_units", 1)
@@ -172,13 +175,13 @@ def _interventions(
         if layers.setdefault(layer, own | {"tied": "all"}) != own | {"tied": "all"}:
             raise ValueError(
                 f"{folder / CONFIG}: layer {layer} has interventions of several kinds, {own} and {layers[layer]}; "
-                "here a layer has one site, with one intervention, or one for the prefix and one for the suffix"
+                "here a layer has one site with one intervention, or with one for the prefix and one for the suffix"
             )
         state |= {f"interventions.{layer}.{group}.{path}": tensor for path, tensor in tensors.items()}
     for (layer, site, _), count in seen.items():
         if count > 2:
             raise ValueError(
-                f"{folder / CONFIG}: {count} interventions at {site} of layer {layer}; pyreft has 1 or 2"
+                f"{folder / CONFIG}: layer {layer} has {count} interventions at {site}; pyreft has 1 or 2"
             )
         if count == 2:
             layers[_site(str(site), layer, blocks)[0]]["tied"] = "group"
@@ -186,25 +189,25 @@ def _interventions(
 
 
 def _file(folder: Path, layer: int, component: str, units: int, group: int) -> Path:
-    """Return the file of an intervention, whichever pyvene wrote it."""
+    """Return the file of an intervention, whichever version of pyvene wrote it."""
     paths = [folder / f"intkey_{_key(layer, component, units, group, separator)}.bin" for separator in "_."]
     found = next((path for path in paths if path.is_file()), None)
     if found is None:
         there = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "none"
         raise ValueError(
-            f"{paths[0]} is missing (and {paths[1].name}, its older name); .bin files there: {there}"
+            f"{paths[0]} is missing (also under its older name {paths[1].name}); .bin files there: {there}"
         )
     return found
 
 
 def _key(layer: int, component: str, units: int, group: int, separator: str = "_") -> str:
-    """Return what pyvene calls an intervention; older versions separate by dots."""
+    """Return pyvene's name for an intervention; older versions use dots as separators."""
     place = f"comp.{component}" if "." in component else f"layer.{layer}.comp.{component}"
     return f"{place}.unit.pos.nunit.{units}".replace(".", separator) + f"#{group}"
 
 
 def _read(path: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return settings and tensors of one intervention under their names here."""
+    """Return the settings and tensors of one intervention under this library's names."""
     state = read_pickled(path)
     R: Tensor | None = None
     if name == "LoreftIntervention":
@@ -224,20 +227,20 @@ def _read(path: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return settings, tensors
     if R is None:
         R = orthogonal_map(*take(path, state, {PARAMETER: 2, BUFFER: 2}, name))
-    # as long as rows start here, see orthonormal.random_rows; R itself is the same
+    # the initial length of rows here, see orthonormal.random_rows; R itself is the same
     return settings, tensors | {"basis": R.mT / 2}
 
 
 def _site(component: str, layer: int, blocks: str) -> tuple[int, str]:
-    """Return layer and component of pyvene's, which may be a path such as ``model.layers[3].mlp.output``."""
+    """Return the layer and component of pyvene's component, which can be a path: ``model.layers[3].mlp.output``."""
     if component in COMPONENTS:
         return layer, component
     path = re.sub(r"\[(\d+)\]", r".\1", component)
     found = re.fullmatch(rf"{re.escape(blocks)}\.(\d+)((?:\..+)?)\.(input|output)", path)
     if not found:
         raise ValueError(
-            f"the component {component!r} of pyvene has no counterpart here; known are {', '.join(COMPONENTS)}, and "
-            f"paths such as '{blocks}[3].mlp.output'"
+            f"pyvene's component {component!r} has no counterpart here; known are {', '.join(COMPONENTS)}, and paths "
+            f"such as '{blocks}[3].mlp.output'"
         )
     if not found[2]:
         return int(found[1]), f"block_{found[3]}"
@@ -248,18 +251,18 @@ def _site(component: str, layer: int, blocks: str) -> tuple[int, str]:
 
 
 def to_pyreft(reft: ReftModel, folder: str | PathLike) -> None:
-    """Write an adapter as pyreft saves one, and log what its user must pass when it runs.
+    """Write an adapter in pyreft's format, and log the arguments needed to use it there.
 
-    A key ``reft_lightning`` of config.json holds the rest, so that :func:`from_pyreft` needs no arguments.
+    The key ``reft_lightning`` in config.json stores them, so :func:`from_pyreft` needs no arguments.
 
     Raises:
-        ValueError: for an intervention, a tying, a site or a scale that pyreft does not have.
+        ValueError: if pyreft does not support an intervention, tying, site or scale.
     """
     check_alone(reft, "pyreft")
     config = reft.config
     if reft.scale != 1:
         raise ValueError(
-            f"pyreft has no scale, and this adapter has scale={reft.scale}: set it to 1 before to_pyreft"
+            f"pyreft has no scale, but this adapter has scale={reft.scale}: set it to 1 before to_pyreft"
         )
     specs = {layer: config.for_layer(layer) for layer in config.layers}
     for layer, spec in specs.items():
@@ -271,9 +274,7 @@ def to_pyreft(reft: ReftModel, folder: str | PathLike) -> None:
         if site.visual:
             raise ValueError(f"layer {layer}: pyreft has no {spec.component}, which sees images")
         if site.divided > 1:
-            raise ValueError(
-                f"layer {layer}: the interventions of attention heads are not written for pyreft"
-            )
+            raise ValueError(f"layer {layer}: interventions on attention heads cannot be written for pyreft")
         if spec.tied == "position" or count > 2:
             raise ValueError(
                 f"layer {layer}: pyreft has one intervention for all positions, or one for the prefix and one for the "
@@ -281,10 +282,10 @@ def to_pyreft(reft: ReftModel, folder: str | PathLike) -> None:
             )
         if count == 2 and [term.kind for term in reft.positions[str(layer)][0].terms] != ["f", "l"]:
             raise ValueError(
-                f"layer {layer}: pyreft's two interventions are of a prefix and a suffix, such as 'f3+l3'; got "
+                f"layer {layer}: pyreft's two interventions are for a prefix and a suffix, such as 'f3+l3'; got "
                 f"positions={spec.positions!r}"
             )
-    # pyreft's order: the first intervention of every layer, then the second
+    # pyreft's order: first the first intervention of every layer, then the second
     written = [
         (layer, group, phi)
         for group in range(2)
@@ -320,16 +321,16 @@ def _what_pyreft_forgets(reft: ReftModel) -> str:
     phis = [phi for group in reft.interventions.values() for phi in group]
     lost = [f"positions {chosen} (as unit_locations of each call)"]
     if any(spec.clip == "paper" and spec.needs_prompt for spec, _ in reft.positions.values()):
-        lost += ["clip='paper' (its own helper halves short prompts otherwise, as clip='floor' does here)"]
+        lost += ["clip='paper' (its own helper halves short prompts, as clip='floor' does here)"]
     functions = {phi.act_fn for phi in phis} - {None}
     lost += [f"act_fn {name} (as an argument of the intervention)" for name in functions]
     if any(p.weight_dtype != "bfloat16" and "source.weight" in dict(p.named_parameters()) for p in phis):
-        lost += ["the float32 of W and b (dtype=torch.float32 of the intervention)"]
+        lost += ["float32 for W and b (dtype=torch.float32 in the intervention)"]
     if any(not p.rotations for p in phis):
-        lost += ["add_bias=False (of the intervention, without which its ReftModel.load raises KeyError)"]
+        lost += ["add_bias=False (in the intervention; otherwise its ReftModel.load raises KeyError)"]
     if reft.config.heads:
-        lost += ["the trained heads (include_model=True of ReftModel.load)"]
-    return f"pyreft does not keep, so whoever loads the adapter with it passes: {'; '.join(lost)}"
+        lost += ["the trained heads (include_model=True in ReftModel.load)"]
+    return f"pyreft does not save these, so pass them when you load the adapter with it: {'; '.join(lost)}"
 
 
 def _class_of(cls: type[Intervention]) -> str:
@@ -337,7 +338,7 @@ def _class_of(cls: type[Intervention]) -> str:
 
 
 def _component(component: str, layer: int) -> str:
-    """Return what pyvene calls a component: a name, or a path with its end."""
+    """Return pyvene's name for a component: a name, or a path with its end."""
     if "{layer}" not in component:
         return component
     path = component.replace(".{layer}", f"[{layer}]")
@@ -345,7 +346,7 @@ def _component(component: str, layer: int) -> str:
 
 
 def _tensors(phi: Any) -> dict[str, Tensor]:
-    """Return the tensors of an intervention as pyreft's ``state_dict`` has them."""
+    """Return the tensors of an intervention as in pyreft's ``state_dict``."""
     with torch.no_grad():
         own = {name: tensor.detach().cpu().clone() for name, tensor in phi.state_dict().items()}
         R: Any = phi.R.cpu().mT.contiguous() if "basis" in own else None  # (d, r)

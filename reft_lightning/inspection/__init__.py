@@ -1,1 +1,1 @@
-"""What an adapter does inside its model, and what a run will need: ``reft-inspect``."""
+"""``reft-inspect``: what an adapter does inside its model, and what a run will cost."""

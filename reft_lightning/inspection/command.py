@@ -43,15 +43,16 @@ def main(
     out: Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Inspect the first folder, compare the others with it, write JSON and pictures, and show what was found.
+    """Inspect the first folder, compare the others with it, write JSON and figures, and print the findings.
 
-    Folders are runs or adapters; of an adapter without its run only subspaces are known. `forget` is ``data=NAME``, and
-    overrides of its keys: rows of another family. `text` is read for its perplexity; None for one of our own.
+    Folders are runs or adapters; an adapter without its run has only subspaces. ``forget`` is ``data=NAME`` and
+    overrides of its keys, for rows of another family. ``text`` is a file to measure perplexity on; None for the
+    built-in passage.
 
     Raises:
         ValueError, OSError: before weights are loaded, for folders, rows or a text that cannot be used.
     """
-    with needs_extra("report", "pictures need matplotlib"):
+    with needs_extra("report", "the figures need matplotlib"):
         import matplotlib  # noqa: F401
     console = console or Console(width=None if sys.stdout.isatty() else 120)
     runs = [_run_of(folder) for folder in folders]
@@ -61,7 +62,8 @@ def main(
         inside = _inspect(runs[0], rows, forget, text, out)
     else:
         why = (
-            f"{runs[0]} is an adapter without its run, whose config.yaml names model and rows: only subspaces"
+            f"{runs[0]} is an adapter without its run, whose config.yaml names model and rows: only its subspaces are "
+            "compared"
         )
         inside = {"not_inspected": [why]}
     said = [*inside["not_inspected"], *angles["not_inspected"]]
@@ -76,7 +78,7 @@ def main(
 
 
 def _run_of(folder: Path) -> Path:
-    """Return the run of a folder, or the folder of an adapter that is part of none."""
+    """Return the run folder of a run or its adapter, or the folder of an adapter without a run."""
     if not folder.is_dir():
         raise ValueError(no_such_folder(folder))
     for place in (folder, folder.parent):
@@ -85,23 +87,23 @@ def _run_of(folder: Path) -> Path:
     if (folder / CONFIG_FILE).is_file():
         return folder
     raise ValueError(
-        f"{folder} is neither a run that ended (config.yaml and adapter/) nor an adapter ({CONFIG_FILE})"
+        f"{folder} must be a finished run (config.yaml and adapter/) or an adapter ({CONFIG_FILE})"
     )
 
 
 def _compare(runs: Sequence[Path]) -> dict[str, Any]:
-    """Return the angles within and between adapters, for which neither weights nor rows are read."""
+    """Return the angles within and between adapters; reads neither weights nor rows."""
     own, *others = ((run, run if (run / CONFIG_FILE).is_file() else run / "adapter") for run in runs)
     spaces = {str(run): _subspaces(run, adapter) for run, adapter in others}
-    if not (own[1] / CONFIG_FILE).is_file():  # another method, which is inspected by itself
+    if not (own[1] / CONFIG_FILE).is_file():  # a method without interventions, which has no subspaces
         return {"not_inspected": []}
     return findings.compare(str(own[0]), _subspaces(*own), spaces)
 
 
 def _subspaces(run: Path, adapter: Path) -> findings.Subspaces:
-    """Return the subspaces of a saved adapter; one's own intervention is imported as its run names it.
+    """Return the subspaces of a saved adapter; a custom intervention is imported by its name in the run.
 
-    Layers at attention heads are left out: each head has a space of its own.
+    Layers that edit attention heads are left out, as each head has its own space.
     """
     saved: dict[str, Any] = read_json(adapter / CONFIG_FILE)
     if run == adapter:
@@ -112,7 +114,7 @@ def _subspaces(run: Path, adapter: Path) -> findings.Subspaces:
     each = layers.values() if isinstance(layers, Mapping) else ()
     for name in (method, *(own["method"] for own in each if own and "method" in own)):
         if method_named(name).takes_settings:
-            method_name(intervention_class(name))  # enters it in the table that saved adapters are read by
+            method_name(intervention_class(name))  # registers it in the table used to load saved adapters
     found, own = saved_interventions(adapter), saved.get("per_layer") or {}
     where = {layer: {**saved, **own.get(str(layer), {})}.get("component", "") for layer in found}
     return findings.subspaces(
@@ -122,7 +124,7 @@ def _subspaces(run: Path, adapter: Path) -> findings.Subspaces:
 
 def _inspect(folder: Path, rows: int, forget: Sequence[str], text: Path | None, out: Path) -> dict[str, Any]:
     config = load_run_config(folder)
-    # train rows are not read beyond what the rows for validation are taken from
+    # train rows are read only as far as the validation split needs them
     data = replace(config.data, limit_validation=rows, limit_train=1)
     config = replace(config, data=data, test=False, evaluate_base=False)
     other = on_other_rows(config, forget, forget[0].replace("data=", "forget=")) if forget else None
@@ -131,7 +133,7 @@ def _inspect(folder: Path, rows: int, forget: Sequence[str], text: Path | None, 
     prepared = prepare(untrained(other)) if other else None
     plan = prepare(untrained(config))
     if not plan.data.val_tasks:
-        raise ValueError(f"{folder} has no validation rows, on which an adapter is inspected")
+        raise ValueError(f"{folder} has no validation rows, which inspection needs")
     reads_on = kind_of(plan.family).generates and plan.source["task"] != "seq2seq_lm"
     batch = (
         windows(plan.tokenizer, text or OWN) if reads_on and not needs_marks(config.intervention) else None

@@ -1,4 +1,4 @@
-"""A callback that logs how far interventions move representations while they are trained."""
+"""A callback that logs during training how far interventions move representations."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 class EditNorms(Callback):
     r"""Log the mean :math:`\lVert\Phi(h) - h\rVert / \lVert h\rVert` of each layer as ``edit/layer_00`` and so on.
 
-    It is measured in the training pass of the steps that Lightning logs (``trainer.log_every_n_steps``), of the first
-    process; ``edit/mean`` is the mean over layers. No pass is added, and other steps are left as they are.
+    It is measured in the training pass of the steps that Lightning logs (``trainer.log_every_n_steps``), in rank 0;
+    ``edit/mean`` is the mean over layers. No pass is added, and other steps are not affected.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class EditNorms(Callback):
         model: Any = module.model
         reft = interventions_of(model)
         if reft is None:
-            self._tell(f"{model.config.method} has no interventions")
+            self._tell(f"as {model.config.method} has no interventions")
             return
         every: Any = trainer
         if (trainer.global_step + 1) % max(1, every.log_every_n_steps):
@@ -46,14 +46,14 @@ class EditNorms(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what was seen."""
+        """Log the measured norms."""
         self._watching.close()
         norms, self._norms = self._norms, None
         if norms is None:
             return
         by_layer = norms.by_layer()
         if not by_layer:
-            self._tell("no edit was seen: a compiled step shows none")
+            self._tell("as no edit was observed; edits of a compiled step cannot be observed")
             return
         values = {f"edit/layer_{layer:02d}": value for layer, value in by_layer.items()}
         module.log_dict({**values, "edit/mean": torch.stack(list(by_layer.values())).mean()})

@@ -1,4 +1,4 @@
-"""Pictures of what was found, as PNG and SVG."""
+"""Figures of the findings, as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from .findings import main_score
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6b7280"  # two of Okabe and Ito 2008, which all eyes tell apart
+BLUE, ORANGE, GREY = (
+    "#0072B2",
+    "#D55E00",
+    "#6b7280",
+)  # the first two are safe for colour blindness (Okabe and Ito 2008)
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "reft-inspect", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
     "legend.frameon": False, "axes.titlesize": 10,
@@ -22,7 +26,7 @@ STYLE: dict[Any, Any] = {
 
 
 def draw(found: dict[str, Any], out: Path) -> list[Path]:
-    """Write each picture for which there is something, in place of earlier ones; return the files."""
+    """Write each figure that has data, replacing earlier ones; return the files."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -37,7 +41,7 @@ def draw(found: dict[str, Any], out: Path) -> list[Path]:
         for ending in ("png", "svg"):
             path = out / f"{name}.{ending}"
             if not found.get(needs):
-                path.unlink(missing_ok=True)  # of an earlier inspection
+                path.unlink(missing_ok=True)  # from an earlier inspection
                 continue
             with rc_context(STYLE):
                 figure = Figure(figsize=(8, 4.2), layout="constrained")
@@ -71,7 +75,7 @@ def _angles(figure: Figure, found: dict[str, Any]) -> None:
     angles = found["subspaces"]
     layers, nan = angles["layers"], float("nan")
     panels = figure.subplots(1, 2 if angles["runs"] else 1, squeeze=False)[0]
-    # a layer's angle to itself, 0, would leave the others one colour
+    # a layer's angle to itself, 0, would give all others the same colour
     grid = [
         [nan if i == j else angle for j, angle in enumerate(row)] for i, row in enumerate(angles["angle"])
     ]
@@ -104,7 +108,7 @@ def _without(figure: Figure, found: dict[str, Any]) -> None:
         axes.axhline(0, color=GREY, lw=0.8)
         axes.set(xlabel=f"{what} whose edit is switched off")
         axes.label_outer()
-    figure.axes[0].set_ylabel("validation loss, more than with all edits")
+    figure.axes[0].set_ylabel("validation loss minus that with all edits")
     figure.suptitle(
         f"All edits: {scores['adapted']['loss']:.4f}; none: {without['all']['loss']:.4f}", fontsize=10
     )

@@ -1,4 +1,4 @@
-"""What can be found out about the adapter of a run: one dictionary, the contents of ``inspect.json``."""
+"""Inspect the adapter of a run: the findings are one dictionary, the contents of ``inspect.json``."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ from .angles import between, chance_angle, mean_angle
 from .perplexity import perplexity
 
 SCALES = tuple(k / 2 for k in range(-4, 5))  # strengths of the curve
-TOKENS = 6  # of each direction of the logit lens
-NO_SUBSPACE = "its edits keep to no subspace, or are those of attention heads"
+TOKENS = 6  # shown for each direction of the logit lens
+NO_SUBSPACE = "its edits have no subspace, or are at attention heads"
 Scores = dict[str, float]
-Step = Callable[[str], None]  # is told what comes next
+Step = Callable[[str], None]  # called with a description of the next step
 Subspaces = dict[int, Tensor]  # layer -> orthonormal rows
 
 
 @dataclass(frozen=True)
 class Inspected:
-    """A run with its adapter, and what measures it."""
+    """A run with its adapter, and what is needed to measure it."""
 
     objects: Objects
     trainer: Trainer
-    text: dict[str, Any] | None  # windows of a text, or None for a model that does not read on
+    text: dict[str, Any] | None  # windows of a text, or None for a model that cannot continue a text
     other: Objects | None = None  # the same model on the rows of another family, or None
 
     @property
     def device(self) -> torch.device:
-        """Return where it computes."""
+        """Return the device of the model."""
         return self.trainer.strategy.root_device
 
     def score(self, objects: Objects | None = None) -> Scores:
@@ -59,7 +59,7 @@ class Inspected:
         return {name.removeprefix("val/"): found[name] for name in names}
 
     def everything(self) -> Scores:
-        """Return scores, and the perplexity of the text."""
+        """Return the scores, and the perplexity of the text if there is one."""
         scores = self.score()
         if self.text is None:
             return scores
@@ -68,14 +68,14 @@ class Inspected:
 
 
 def steps_of(model: Any, other: bool) -> int:
-    """Return how many times :func:`find` tells what it does."""
+    """Return the number of steps that :func:`find` reports."""
     reft = interventions_of(model)
     inside = len(reft.sites) + len(places_of(reft)) + 1 + len(SCALES) + 1 if reft else 0
     return 2 + inside + 2 * other
 
 
 def find(run: Inspected, step: Step = lambda what: None) -> dict[str, Any]:
-    """Inspect the adapter of a run, but not its subspaces (:func:`compare`); `step` is told before each evaluation."""
+    """Inspect the adapter of a run, except its subspaces (:func:`compare`); call ``step`` before each evaluation."""
     model = run.objects.model
     found: dict[str, Any] = {"not_inspected": []}
     step("the frozen base")
@@ -91,7 +91,7 @@ def find(run: Inspected, step: Step = lambda what: None) -> dict[str, Any]:
                 found["other"][name] = run.score(run.other)
     if run.text is None:
         found["not_inspected"].append(
-            "the model does not read on in a text, or asks for marked words: no perplexity, no logit lens"
+            "the model cannot continue a plain text, or needs marked words: no perplexity, no logit lens"
         )
     reft = interventions_of(model)
     if reft is None:
@@ -133,10 +133,10 @@ def subspaces(interventions: dict[int, list[Intervention]]) -> Subspaces:
 
 
 def compare(name: str, own: Subspaces, others: Mapping[str, Subspaces]) -> dict[str, Any]:
-    """Return the angles between the layers of an adapter, and between its layers and the same ones of others.
+    """Return the angles between the layers of an adapter, and between each layer and the same layer of others.
 
     Raises:
-        ValueError: for another adapter that edits representations of another width.
+        ValueError: if another adapter edits representations of a different width.
     """
     if not own:
         return {"not_inspected": [f"{name}: {NO_SUBSPACE}, so there are no angles"]}
@@ -147,11 +147,11 @@ def compare(name: str, own: Subspaces, others: Mapping[str, Subspaces]) -> dict[
             width, another = own[layer].shape[1], theirs[layer].shape[1]
             if width != another:
                 raise ValueError(
-                    f"layer {layer} of {name} edits representations of width {width}, that of {other} of {another}: "
-                    "their subspaces have no angle. Compare runs of one model and component"
+                    f"layer {layer} of {name} edits representations of width {width}, but that of {other} has width "
+                    f"{another}: compare runs of the same model and component"
                 )
         if not shared:
-            why = "it edits none of the same layers" if theirs else NO_SUBSPACE
+            why = "it does not edit the same layers" if theirs else NO_SUBSPACE
             left_out.append(f"{other}: {why}, so there are no angles to it")
         runs[other] = {
             layer: {"angle": mean_angle(P, Q), "chance": chance_angle(P, Q)}
@@ -169,9 +169,9 @@ def compare(name: str, own: Subspaces, others: Mapping[str, Subspaces]) -> dict[
 
 
 def _lens(run: Inspected, reft: ReftModel, norms: EditNorms) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the tokens that the directions of each layer point to, and what is left out.
+    """Return the tokens that the directions of each layer point to, and notes on what is left out.
 
-    The constant is edit(0): R'b for LoReFT. Rows of R are one basis of many of the same subspace.
+    The constant is edit(0): R'b for LoReFT. The rows of R are one of many bases of the same subspace.
     """
     base, tokenizer = reft.base_model, run.objects.prepared.tokenizer
     mean, found, outside = norms.mean_edits(), [], {}
@@ -196,7 +196,7 @@ def _lens(run: Inspected, reft: ReftModel, norms: EditNorms) -> tuple[list[dict[
             for (name, _), towards, away in zip(named, tops[: len(named)], tops[len(named) :], strict=True)
         ]
     return found, [
-        f"{component} is not in the residual stream, which the output head reads: no logit lens of layers "
+        f"{component} is not in the residual stream, which the output head reads: no logit lens for layers "
         f"{', '.join(map(str, layers))}"
         for component, layers in outside.items()
     ]
@@ -233,5 +233,5 @@ def _scaled(reft: ReftModel, scale: float) -> Iterator[None]:
 
 
 def main_score(scores: Scores) -> str:
-    """Return the score to show next to the loss: the first that is neither loss nor perplexity, or the loss."""
+    """Return the score to show next to the loss: the first other than loss and perplexity, else the loss."""
     return next((name for name in scores if name not in ("loss", "perplexity")), "loss")

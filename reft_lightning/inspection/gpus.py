@@ -1,6 +1,6 @@
-"""GPUs by name, and how long a batch takes at least on one: a roofline (Williams et al. 2009), not a prediction.
+"""GPUs by name, and a lower bound on the time of a batch: a roofline (Williams et al. 2009), not a prediction.
 
-The numbers are of NVIDIA's data sheets: matrix products without sparsity, with sums in float32.
+The numbers are from NVIDIA's data sheets: matrix products without sparsity, with float32 accumulation.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ T = 1e12
 
 
 class GPU(NamedTuple):
-    """What a GPU does at most."""
+    """The peak performance of a GPU."""
 
     memory: float  # bytes
-    bandwidth: float  # bytes of memory a second
-    half: float  # FLOPs a second in bfloat16 and float16
-    tf32: float  # of float32 products that may be rounded to TF32 (``matmul_precision`` of high or medium)
-    float32: float  # of float32 products
+    bandwidth: float  # bytes per second
+    half: float  # FLOPs per second in bfloat16 and float16
+    tf32: float  # in float32 products that may be rounded to TF32 (``matmul_precision`` high or medium)
+    float32: float  # in float32 products
 
     def seconds(self, flops: float, weights: float, rate: float) -> float:
-        """Return the least time of a batch: of its products, or of reading the weights forward and backward."""
+        """Return the least time of a batch: for its products, or for reading the weights in both passes."""
         return max(flops / rate, 2 * weights / self.bandwidth)
 
 
@@ -37,6 +37,6 @@ GPUS = {
 
 
 def gpu_named(name: str) -> GPU:
-    """Return a GPU."""
+    """Return the GPU of that name."""
     check_choice("gpu", name, GPUS)
     return GPUS[name]

@@ -1,7 +1,7 @@
-r"""How well a model reads on in a text: :math:`\exp(-\frac{1}{t} \sum \log p)` over the t tokens that are predicted.
+r"""The perplexity of a text: :math:`\exp(-\frac{1}{t} \sum \log p)` over the t predicted tokens.
 
-The text is cut into windows. The first tokens of each are its prompt, which an adapter edits as it edits any prompt,
-and the others are predicted.
+The text is cut into windows. The first tokens of each are its prompt, which an adapter edits like any prompt, and the
+others are predicted.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from ..data.encoding import Collator, Encoded, leading_ids
 from ..data.example import Example
 from ..evaluation import ColumnReader, log_likelihood
 
-PROMPT, PREDICTED = 32, 96  # tokens of a window
-MOST = 16  # windows
+PROMPT, PREDICTED = 32, 96  # tokens per window
+MOST = 16  # windows, at most
 OWN = Path(__file__).with_name("passage.txt")  # written for this purpose
 
 
 def windows(tokenizer: Any, path: Path = OWN) -> dict[str, Any]:
-    """Return the windows of a text file as one batch; what is left of a last one is left out.
+    """Return the windows of a text file as one batch; an incomplete last window is dropped.
 
     Raises:
         ValueError: for a text shorter than one window.
@@ -30,7 +30,7 @@ def windows(tokenizer: Any, path: Path = OWN) -> dict[str, Any]:
     ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
     size = PROMPT + PREDICTED
     if len(ids) < size:
-        raise ValueError(f"text={path} has {len(ids)} tokens; a window has {size}: give a longer one")
+        raise ValueError(f"text={path} must have at least {size} tokens, one window; got {len(ids)}")
     example = Example("text", path.name, path.name, path.name)
     parts = [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)][:MOST]
     rows = [Encoded(leading_ids(tokenizer) + part[:PROMPT], part[PROMPT:], example) for part in parts]

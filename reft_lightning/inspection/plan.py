@@ -1,9 +1,9 @@
-"""What a training step of a configuration costs, before any weights are read: ``reft-inspect plan OVERRIDES``.
+"""Estimate the cost of a training step without reading weights: ``reft-inspect plan OVERRIDES``.
 
-A batch goes forward and backward through the adapted model on torch's meta device, which knows shapes and no numbers.
-torch counts the floating-point operations of matrix products on the way, and what is saved for the backward pass.
+A batch goes forward and backward through the adapted model on torch's meta device, which has shapes but no values.
+torch counts the floating-point operations of matrix products on the way, and the bytes saved for the backward pass.
 
-Shapes: b rows, s columns, t columns that are attended to, n heads, d width of a head.
+Shapes: b rows, s columns, t attended columns, n heads, d width of a head.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from ..training.objectives import SFT
 from ..training.objectives.base import inputs_of
 from .gpus import GPU, gpu_named
 
-COUNTED = (  # keys of trainer that steps depend on
+COUNTED = (  # trainer keys that determine the number of steps
     "max_epochs", "max_steps", "max_time", "fast_dev_run", "limit_train_batches", "overfit_batches",
     "accumulate_grad_batches",
 )  # fmt: skip
@@ -60,9 +60,9 @@ Batch = dict[str, Any]
 
 
 class _Fused(torch.autograd.Function):
-    """Attention as torch's fused kernels compute it: scores are computed again in the backward pass, and not saved.
+    """Attention as in torch's fused kernels: scores are recomputed in the backward pass, not saved.
 
-    Saved are q, k, v, the output, the mask as numbers, and the logarithm of each row's sum (b, n, s).
+    It saves q, k, v, the output, the mask as numbers, and the log-sum-exp of each row (b, n, s).
     """
 
     @staticmethod
@@ -93,12 +93,12 @@ def _fused(
 def main(
     overrides: Sequence[str], prompt: int | None = None, target: int | None = None, gpu: str | None = None
 ) -> dict[str, Any]:
-    """Plan a run, and print what was found.
+    """Plan a run, and print its costs.
 
-    `prompt` and `target` are tokens of each row, instead of the data's rows; on a `gpu` the run takes so long at least.
+    ``prompt`` and ``target`` are the tokens per row, instead of the data's rows; ``gpu`` adds the least time on it.
 
     Raises:
-        ValueError, OSError: for whatever ``reft-train`` refuses, or a model that does not run without weights.
+        ValueError, OSError: for anything that ``reft-train`` refuses, or a model that does not run without weights.
     """
     named = None if gpu is None else gpu_named(gpu)
     config = compose.compose(overrides)
@@ -110,19 +110,19 @@ def main(
 
 
 def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str, Any]:
-    """Return what a run of a configuration costs; see :func:`main`.
+    """Return the costs of a run; see :func:`main`.
 
-    FLOPs are those of matrix products, a multiplication and an addition being two. Exact shortcuts
-    (:mod:`reft_lightning.speed`), mixed precision, gradient checkpointing, further passes of an objective and kernels'
-    workspaces are left out.
+    FLOPs are those of matrix products; a multiplication and an addition count as two. Exact shortcuts
+    (:mod:`reft_lightning.speed`), mixed precision, gradient checkpointing, additional passes of an objective and
+    kernels' workspaces are not counted.
     """
     config = replace(config, test=False, evaluate_base=False)
     run = outline(config)
     if prompt is None:
         if kind_of(run.family).sees:
             raise ValueError(
-                "reft-inspect plan reads no pictures: give the lengths of rows instead, prompt=N target=N, with the "
-                "tokens that images take; the vision tower is left out"
+                "reft-inspect plan does not read pictures: give row lengths instead, prompt=N target=N, including the "
+                "tokens of images; the vision tower is not counted"
             )
         run = prepare(config, run)
         batches, rows = _batches_of(run.data)
@@ -137,7 +137,7 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
         batches = {"given": batch}
     base, notes = _build(run)
     if prompt is not None and needs_marks(config.intervention):
-        notes.append("positions given: counted as if the whole prompt were marked")
+        notes.append("positions `given`: counted as if the whole prompt were marked")
     base.to(getattr(torch, config.model.dtype))
     if run.source["task"] == "sequence_classification" and config.model.float32_logits:
         widen_heads(base)
@@ -152,23 +152,23 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     try:
         state = model.adapter_state_dict()
-    except NotImplementedError:  # peft copies the numbers of virtual tokens to the CPU
+    except NotImplementedError:  # peft copies the values of virtual tokens to the CPU
         state = trained
     if type(run.objective) is not SFT:
         notes.append(
-            f"objective {type(run.objective).__name__}: one pass with the edits is counted, and none that it makes of "
-            "the frozen base or with nulled edits"
+            f"objective {type(run.objective).__name__}: only one pass with the edits is counted, not its passes of the "
+            "frozen base or with nulled edits"
         )
     if any(
         str(entry.get("_target_")).endswith("GradientAccumulationScheduler")
         for entry in config.callbacks.values()
     ):
-        notes.append("callbacks: steps are counted without gradient accumulation that changes between epochs")
+        notes.append(
+            "callbacks: the count of steps ignores gradient accumulation that changes between epochs"
+        )
     precision, counted = config.trainer.precision, f"counted in model.dtype={config.model.dtype}"
     if config.model.gradient_checkpointing:
-        notes.append(
-            "gradient checkpointing saves less for the backward pass and computes it again: not counted"
-        )
+        notes.append("gradient checkpointing saves less for the backward pass and recomputes it: not counted")
     if config.model.quantization:
         notes.append(f"model.quantization: the base is {counted}")
     if "mixed" in str(precision):
@@ -177,7 +177,7 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
         "model": config.model.name, "method": method_of(config), "trainable_parameters": run.count.trainable,
         "head_parameters": sum(p.numel() for p in model.parameter_roles()["head"]),
         "base_parameters": run.count.base, "adapter_bytes": file_bytes(state), "base_bytes": weights,
-        "optimizer_bytes": 3 * _bytes(trained.values()),  # gradients, and the two moments that Adam keeps
+        "optimizer_bytes": 3 * _bytes(trained.values()),  # gradients and Adam's two moments
         "batches": {
             name: {**cost, "base_forward_flops": frozen[name], "rows": len(batches[name]["input_ids"])}
             for name, cost in costs.items()
@@ -190,7 +190,7 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
 
 
 def _batches_of(data: Any) -> tuple[dict[str, Batch], dict[str, int]]:
-    """Return the batch in the middle and the largest one of an epoch, by their tokens with padding."""
+    """Return the median and the largest batch of an epoch, by their tokens including padding."""
     rows, loader = data.train_rows, data.train_dataloader()
     parts = [rows.first, rows.second] if isinstance(rows, EncodedPairs) else [rows]
     tokens = int(sum(sum(part.lengths) for part in parts))
@@ -211,10 +211,10 @@ def _steps(config: Config, rows: Mapping[str, int]) -> dict[str, int]:
     if not rows:
         return {}
     counted = {name: getattr(config.trainer, name) for name in COUNTED}
-    if counted["max_epochs"] is None:  # what Lightning makes of it when it fits
+    if counted["max_epochs"] is None:  # Lightning's default in fit
         counted["max_epochs"] = 1000 if counted["max_steps"] == -1 and counted["max_time"] is None else -1
     quiet_lightning()
-    trainer = Trainer(**counted, accelerator="cpu", logger=False)  # knows what these keys mean together
+    trainer = Trainer(**counted, accelerator="cpu", logger=False)  # knows how these keys combine
     of_each_process = math.ceil(rows["batches"] / _ranks(config))
     steps = optimizer_steps(trainer, of_each_process)
     found = {"epoch_batches": rows["batches"], "epoch_tokens": rows["tokens"]}
@@ -222,13 +222,13 @@ def _steps(config: Config, rows: Mapping[str, int]) -> dict[str, int]:
 
 
 def _ranks(config: Config) -> int:
-    """Return the number of processes; devices that only the machine of the run knows count as one a node."""
+    """Return the number of processes; if it depends on the run's machine, one per node."""
     nodes = config.trainer.num_nodes
     return ranks_of(config.trainer.devices, nodes) or nodes
 
 
 def on_gpu(found: Mapping[str, Any], config: Config, gpu: GPU) -> dict[str, Any]:
-    """Return what a plan takes at least on each GPU of a run, whose weights all of them hold."""
+    """Return the least memory and time on each GPU of a run, every one of which holds all weights."""
     half = config.model.dtype != "float32" or "16" in str(config.trainer.precision)
     full = gpu.float32 if config.matmul_precision == "highest" else gpu.tf32
     costs = list(found["batches"].values())
@@ -245,18 +245,18 @@ def on_gpu(found: Mapping[str, Any], config: Config, gpu: GPU) -> dict[str, Any]
 
 
 def _build(run: Outline) -> tuple[PreTrainedModel, list[str]]:
-    """Return the base model without weights, with attention as it is computed where that can be had."""
+    """Return the base model without weights and, if possible, with the attention that the run will use."""
     implementation = run.source["attn_implementation"]
     if implementation in (None, "sdpa"):
         AttentionInterface.register(FUSED, _fused)
-        with suppress(KeyError):  # of models that have a table of their own
+        with suppress(KeyError):  # from models with their own table of implementations
             return build_on_meta(run.hf_config, run.source["task"], FUSED), []
     base = build_on_meta(run.hf_config, run.source["task"], implementation)
     return base, [] if implementation == "eager" else ["attention: counted as if all its scores were saved"]
 
 
 def _inputs(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
-    """Return a batch's inputs: ids without values; masks and labels, of which positions are made, with theirs."""
+    """Return a batch's inputs: ids without values, but masks and labels, which determine positions, with values."""
     inputs = inputs_of(batch)
     if is_classifier(model):
         inputs.pop("labels", None)
@@ -272,10 +272,10 @@ def _inputs(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
 
 @contextmanager
 def _on_meta(model: PreTrainedModel) -> Iterator[None]:
-    """Give a model inside the block masks as attention reads them, and labels, since what they hold is not known to it.
+    """Pass attention masks of the final shape and labels on the meta device to a model, which cannot read their values.
 
     Raises:
-        ValueError: if it cannot run without numbers.
+        ValueError: if the model cannot run without values.
     """
 
     def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -283,7 +283,7 @@ def _on_meta(model: PreTrainedModel) -> Iterator[None]:
 
     stacks = stacks_of(model)
     two = len(stacks) > 1
-    # of one stack, the model without its head, by Hugging Face's name
+    # for a single stack, the model without its head, as Hugging Face names it
     parts = [model.get_submodule(path) for path in stacks.values()] if two else [model.base_model]
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -302,9 +302,9 @@ def _on_meta(model: PreTrainedModel) -> Iterator[None]:
     handles.append(model.register_forward_pre_hook(begin, with_kwargs=True))
     try:
         yield
-    except Exception as error:  # of torch, or of the model's own code
+    except Exception as error:  # from torch, or from the model's own code
         raise ValueError(
-            f"{type(model).__name__} does not run without weights, so a step of it cannot be planned: {error}"
+            f"{type(model).__name__} does not run without weights, so its steps cannot be planned: {error}"
         ) from error
     finally:
         for handle in handles:
@@ -320,7 +320,7 @@ def _flops_of_base(base: PreTrainedModel, batch: Batch) -> int:
 
 
 def _cost(model: AdaptedModel, batch: Batch, run: Outline) -> dict[str, Any]:
-    """Return FLOPs, edited tokens, and bytes that are saved for the backward pass."""
+    """Return FLOPs, edited tokens, and bytes saved for the backward pass."""
     base: Any = model.base_model
     inputs, reft = _inputs(batch, base), interventions_of(model)
     edited: dict[int, int] = {}
@@ -346,10 +346,10 @@ def _cost(model: AdaptedModel, batch: Batch, run: Outline) -> dict[str, Any]:
         loss = output.loss if kind_of(run.family).generates else output.logits.float().sum()
         forward = counter.get_total_flops()
         loss.backward()
-    if reft is not None:  # a token counts once, however many of its heads are edited
+    if reft is not None:  # a token counts once even if several of its heads are edited
         edited = {layer: n // len(reft.sites[str(layer)].heads) for layer, n in edited.items()}
     real, columns = int(batch["attention_mask"].sum()), batch["input_ids"].shape[1]
-    if "boundary" not in batch and kind_of(run.family).generates:  # the target is a text of its own
+    if "boundary" not in batch and kind_of(run.family).generates:  # the target is a separate sequence
         real, columns = real + int((batch["labels"] != IGNORED).sum()), columns + batch["labels"].shape[1]
     return {
         "columns": columns, "tokens": real, "edited_tokens": sum(edited.values()), "edited_tokens_of_layer": edited,
@@ -363,7 +363,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def file_bytes(state: Mapping[str, Tensor]) -> int:
-    """Return the size of a safetensors file: 8 bytes, a JSON header padded to a multiple of 8, the numbers."""
+    """Return the size of a safetensors file: 8 bytes, a JSON header padded to a multiple of 8, the values."""
     header: dict[str, Any] = {"__metadata__": {"sha256": "0" * 64}}
     start = 0
     for name, tensor in sorted(state.items(), key=lambda item: (-item[1].element_size(), item[0])):
@@ -378,7 +378,7 @@ def file_bytes(state: Mapping[str, Tensor]) -> int:
 
 
 def show(found: Mapping[str, Any], console: Console) -> None:
-    """Print a plan."""
+    """Print the plan."""
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False)
@@ -388,9 +388,9 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     say(f"{found['model']}, {found['method']}: {trained:,} trained parameters, {percent}")
     table = Table("", *(f"{name} batch" for name in found["batches"]))
     lines = {
-        "rows x columns, padding included": lambda c: f"{c['rows']} x {c['columns']}",
+        "rows x columns, including padding": lambda c: f"{c['rows']} x {c['columns']}",
         "tokens": lambda c: f"{c['tokens']:,}",
-        "tokens that are edited, over all layers": lambda c: f"{c['edited_tokens']:,}",
+        "edited tokens, over all layers": lambda c: f"{c['edited_tokens']:,}",
         "FLOPs, forward": lambda c: f"{c['forward_flops']:.3e}",
         "FLOPs, backward": lambda c: f"{c['backward_flops']:.3e}",
         "a step, in forward passes of the frozen base": lambda c: (
@@ -405,12 +405,12 @@ def show(found: Mapping[str, Any], console: Console) -> None:
         f"the adapter's file: {size(found['adapter_bytes'])}")  # fmt: skip
     if "epoch_batches" in found:
         steps = f"{found['optimizer_steps']:,}" if "optimizer_steps" in found else "no fixed number of"
-        say(f"{found['epoch_tokens']:,} tokens and {found['epoch_batches']:,} batches an epoch; "
-            f"{steps} optimizer steps in all")  # fmt: skip
+        say(f"{found['epoch_tokens']:,} tokens and {found['epoch_batches']:,} batches per epoch; "
+            f"{steps} optimizer steps in total")  # fmt: skip
     if gpu := found.get("gpu"):
         several = f"each of {gpu['count']} " if gpu["count"] > 1 else "one "
-        whole = f", {gpu['seconds']:.3g} s in all" if "seconds" in gpu else ""
+        whole = f", {gpu['seconds']:.3g} s in total" if "seconds" in gpu else ""
         say(f"{several}{gpu['name']}: at least {size(gpu['bytes'])} of its {size(gpu['memory'])}, "
-            f"{1000 * gpu['batch_seconds']:.3g} ms a batch{whole}, at the full rate of its data sheet")  # fmt: skip
+            f"{1000 * gpu['batch_seconds']:.3g} ms per batch{whole}, at its data sheet's peak rate")  # fmt: skip
     for note in found["notes"]:
         say(note)

@@ -1,4 +1,4 @@
-"""What was found, on a terminal."""
+"""Print the findings to a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHOWN = 4  # layers of the logit lens: those with the largest edits
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-    """Print tables of what there is, and one line for each thing that cannot be inspected."""
+    """Print tables of the findings, and one line for everything that cannot be inspected."""
     if "model" in found:
         parameters = f"{found['trainable_parameters']:,} trained parameters"
         rows = f"{found['rows']} validation rows of {', '.join(found['tasks'])}"
@@ -58,7 +58,7 @@ def _scores(found: dict[str, Any], console: Console) -> None:
             for name, value in base.items():
                 of = f"text ({found['text']})" if name == "perplexity" else label
                 rows.append([of, name.replace("_", " "), _number(name, value), _number(name, adapted[name])])
-    title = "Before and after: what was learnt, what was forgotten"
+    title = "Base and adapted: what was learned, what was forgotten"
     _table(console, title, ["", "", "base", "adapted"], rows)
 
 
@@ -70,7 +70,7 @@ def _parts(found: dict[str, Any], console: Console) -> None:
     by = {
         "layer": norm["by_layer"],
         "position": {
-            # layers may edit different positions: nan where a layer does not edit one
+            # layers may edit different positions: nan if a layer does not edit one
             name: fmean([value for value in column if value == value] or [float("nan")])
             for name, column in zip(norm["positions"], places, strict=True)
         },

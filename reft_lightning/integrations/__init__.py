@@ -1,1 +1,1 @@
-"""What other libraries need to take a model with interventions: Trainer, trl, pipelines, Accelerate, lm-eval."""
+"""Use a model with interventions in other libraries: Trainer, trl, pipelines, Accelerate, lm-eval."""

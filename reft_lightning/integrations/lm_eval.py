@@ -1,7 +1,7 @@
-"""lm-evaluation-harness: a model class that tells the interventions which tokens are prompt.
+"""lm-evaluation-harness: a model class that tells the interventions which tokens belong to the prompt.
 
-lm-eval 0.4.13 looks for models in no entry points, so importing this file registers ``reft_lightning``, and running it
-runs lm-eval's own command line::
+lm-eval 0.4.13 has no entry points for models, so importing this file registers ``reft_lightning``, and running it runs
+lm-eval's own command line::
 
     python -m reft_lightning.integrations.lm_eval run --model reft_lightning \
         --model_args pretrained=NAME,adapter=FOLDER --tasks TASK
@@ -29,29 +29,29 @@ try:
     from lm_eval.models.huggingface import HFLM
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"this needs lm-evaluation-harness ({error}): pip install 'reft_lightning[lm-eval]'"
+        f"reft_lightning.integrations.lm_eval needs lm-eval ({error}): pip install 'reft_lightning[lm-eval]'"
     ) from error
 
-Harness: Any = HFLM  # whose type lm-eval's decorator hides
-PROMPT = 1 << 40  # taken off the ids of a prompt on their way through HFLM, whose rows say nothing else of it
+Harness: Any = HFLM  # lm-eval's decorator hides its type
+PROMPT = 1 << 40  # subtracted from the ids of a prompt to mark them on their way through HFLM
 
 
 @register_model("reft_lightning")
 class ReftLM(Harness):
     """lm-eval's ``hf`` model with an adapter of interventions.
 
-    The prompt is the context of a request, in all kinds of tasks. In the rolling log-likelihood of a whole text it is
-    what a window reads before the tokens that it scores: the prefix token, and in later windows of a long text the
-    tokens that overlap with the window before.
+    The prompt is the context of a request, in all kinds of tasks. For the rolling log-likelihood of a whole text it is
+    the part of a window before the tokens to score: the prefix token and, in later windows of a long text, the tokens
+    that overlap with the previous window.
 
     Args:
-        pretrained: name or folder of the base model, the model, or a :class:`~reft_lightning.ReftModel`.
+        pretrained: name or folder of the base model, the model itself, or a :class:`~reft_lightning.ReftModel`.
         adapter: folder or name of a saved adapter; None if ``pretrained`` has it, or for the frozen base model.
-        **kwargs: of ``hf``: ``dtype``, ``batch_size``, ``max_length``, ...
+        **kwargs: arguments of ``hf``: ``dtype``, ``batch_size``, ``max_length``, ...
 
     Raises:
         FileNotFoundError: if there is no such adapter.
-        ValueError: if it does not fit the base model.
+        ValueError: if the adapter does not fit the base model.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class ReftLM(Harness):
         **kwargs: Any,
     ) -> None:
         if adapter is not None:
-            load_adapter(adapter)  # before gigabytes are read
+            load_adapter(adapter)  # fail before gigabytes are read
         reft = pretrained if isinstance(pretrained, ReftModel) else None
         super().__init__(pretrained if reft is None else reft.base_model, **kwargs)
         if adapter is not None:

@@ -1,6 +1,6 @@
-"""A ReftModel as a model of transformers: for Trainer, trl's trainers, pipelines and Accelerate.
+"""A ReftModel as a transformers model: for Trainer, trl's trainers, pipelines and Accelerate.
 
-They ask whether a model is a ``PreTrainedModel``, and read its configuration, its embeddings and the name of its class.
+They check whether a model is a ``PreTrainedModel``, and read its configuration, its embeddings and its class name.
 
 Shapes: b rows, s columns.
 """
@@ -26,21 +26,21 @@ from ..base_models.stacks import reads_two_texts
 
 
 class Loaded(NamedTuple):
-    """What ``load_state_dict`` returns; nothing is left over, as all must fit."""
+    """What ``load_state_dict`` returns; both fields are empty, as all tensors must match."""
 
     missing_keys: tuple[str, ...] = ()
     unexpected_keys: tuple[str, ...] = ()
 
 
-# What these libraries read of a model, where the base model has it.
+# Attributes that these libraries read from a model, if the base model has them.
 OF_THE_BASE = ("loss_type", "generation_config", "hf_device_map")
 
 
 def as_pretrained(reft: ReftModel) -> AsPretrained:
-    """Return a ReftModel as a model of transformers, which has the class name and the configuration of its base.
+    """Return a ReftModel as a transformers model with the class name and the configuration of its base.
 
-    It trains, evaluates and generates as ``reft`` does, whose parameters it shares. What is saved is the adapter, which
-    :meth:`ReftModel.from_pretrained` loads; checkpoints of Trainer and Accelerate hold no tensor of the base.
+    It trains, evaluates and generates like ``reft``, whose parameters it shares. Only the adapter is saved, and
+    :meth:`ReftModel.from_pretrained` loads it; checkpoints of Trainer and Accelerate contain no tensors of the base.
     """
     kind = type(reft.base_model)
     own = {
@@ -52,7 +52,7 @@ def as_pretrained(reft: ReftModel) -> AsPretrained:
 
 
 class AsPretrained(PreTrainedModel):
-    """A model of transformers that computes what a ReftModel computes. Built by :func:`as_pretrained`.
+    """A transformers model that computes the same as a ReftModel. Built by :func:`as_pretrained`.
 
     Args:
         reft: the model with interventions; shared, not copied.
@@ -60,7 +60,7 @@ class AsPretrained(PreTrainedModel):
 
     def __init__(self, reft: ReftModel) -> None:
         base = reft.base_model
-        super().__init__(PretrainedConfig())  # which it changes, so it is not given that of the base
+        super().__init__(PretrainedConfig())  # not the base's config, which this would modify
         self.config, self.name_or_path = base.config, base.name_or_path
         for name in OF_THE_BASE:
             if hasattr(base, name):
@@ -82,7 +82,7 @@ class AsPretrained(PreTrainedModel):
         token_type_ids: Tensor | None = None,  # (b, s)
         **kwargs: Any,
     ) -> Any:
-        """Run :meth:`ReftModel.forward`. Trainer keeps the columns of a data set that are named here."""
+        """Run :meth:`ReftModel.forward`. Trainer keeps only the data set columns that are parameters here."""
         named = {"position_ids": position_ids, "token_type_ids": token_type_ids}
         kwargs |= {name: value for name, value in named.items() if value is not None}
         return self.reft(input_ids, attention_mask, labels, prompt_mask, **kwargs)
@@ -90,17 +90,17 @@ class AsPretrained(PreTrainedModel):
     def _find_prompt(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        """Read the prompt off the labels, before a trainer that replaces ``forward`` takes them away (trl's do)."""
+        """Find the prompt from the labels, before a trainer that replaces ``forward`` removes them (as trl's do)."""
         base = self.reft.base_model
-        if reads_two_texts(base) or not continues_texts(base):  # the prompt is all that the encoder reads
+        if reads_two_texts(base) or not continues_texts(base):  # the whole input is prompt
             return None
         attention, labels = kwargs.get("attention_mask"), kwargs.get("labels")
         if kwargs.get("prompt_mask") is not None:
             return None
         if labels is None and self.reft.training and self.get_output_embeddings() is not None:
             raise ValueError(
-                "which tokens are prompt is read off the labels, and there are none: pass prompt_mask (b, s), a column "
-                "of the data set (Trainer takes the labels away for label_smoothing_factor and compute_loss_func)"
+                "there are no labels to tell which tokens are prompt: pass prompt_mask (b, s), a column of the data "
+                "set (Trainer removes the labels for label_smoothing_factor and compute_loss_func)"
             )
         if labels is None or labels.ndim < 2 or labels.is_floating_point():
             return None
@@ -110,29 +110,31 @@ class AsPretrained(PreTrainedModel):
         return args, {**kwargs, "prompt_mask": spans.prompt}
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Run :meth:`ReftModel.generate`; as the draft of another model, each time with what that one wrote so far."""
+        """Run :meth:`ReftModel.generate`; as another model's draft model, it is called with the text so far."""
         settings = kwargs.get("generation_config")
         if getattr(settings, "is_assistant", False):
             ids = kwargs["input_ids"]
-            prompt = vars(settings).setdefault("prompt_columns", ids.shape[1])  # one object a generation
+            prompt = vars(settings).setdefault(
+                "prompt_columns", ids.shape[1]
+            )  # settings are new in each generation
             kwargs["prompt_mask"] = (torch.arange(ids.shape[1], device=ids.device) < prompt).expand_as(ids)
-            if kwargs.get("attention_mask") is None:  # transformers leaves one out that covers everything
+            if kwargs.get("attention_mask") is None:  # transformers omits a mask of ones
                 kwargs["attention_mask"] = torch.ones_like(ids)
         return self.reft.generate(*args, **kwargs)
 
-    def _supports_logits_to_keep(self) -> bool:  # asked of a draft
+    def _supports_logits_to_keep(self) -> bool:  # called on a draft model
         return False
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> None:
         """Refuse continuous batching."""
         raise ValueError(
-            "continuous batching puts the tokens of several texts into one row, in which positions mean nothing: use "
-            "generate, with rows of one length or padding, or reft-serve"
+            "continuous batching packs the tokens of several texts into one row, in which positions are undefined: use "
+            "generate, with rows of equal length or padding, or reft-serve"
         )
 
     @property
     def base_model(self) -> Any:
-        """The model without its output head, edits included: what trl puts its own losses on."""
+        """The model without its output head, with edits; trl computes its own losses on it."""
         return self._headless
 
     def _headless(self, **inputs: Any) -> Any:
@@ -146,21 +148,21 @@ class AsPretrained(PreTrainedModel):
             hook.remove()
         return found[-1]
 
-    def __reduce__(self) -> tuple[Any, ...]:  # its class is made for it, and stands in no module
+    def __reduce__(self) -> tuple[Any, ...]:  # its class is created dynamically, and is not in any module
         return as_pretrained, (self.reft,)
 
     # --- parts of the base model ---------------------------------------------------------------------------------
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the base model's."""
+        """Return the base model's input embeddings."""
         return self.reft.base_model.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """Return the base model's."""
+        """Return the base model's output embeddings."""
         return self.reft.base_model.get_output_embeddings()
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Resize the base model's, see transformers."""
+        """Resize the base model's token embeddings, see transformers."""
         return self.reft.base_model.resize_token_embeddings(*args, **kwargs)
 
     # --- files ---------------------------------------------------------------------------------------------------
@@ -168,7 +170,7 @@ class AsPretrained(PreTrainedModel):
     def state_dict(
         self, *, destination: dict[str, Tensor] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> Any:
-        """Return the trained tensors, under the names that they have in a saved adapter."""
+        """Return the trained tensors, under their names in a saved adapter."""
         destination = {} if destination is None else destination
         destination |= {prefix + name: tensor for name, tensor in self.reft.adapter_state_dict().items()}
         return destination
@@ -176,10 +178,10 @@ class AsPretrained(PreTrainedModel):
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
     ) -> Loaded:
-        """Load what :meth:`state_dict` returned.
+        """Load tensors returned by :meth:`state_dict`.
 
         Raises:
-            ValueError: if a tensor is missing, unexpected, or of another shape.
+            ValueError: if a tensor is missing, unexpected, or has another shape.
         """
         self.reft.load_adapter_state_dict(dict(state_dict))
         return Loaded()
@@ -191,16 +193,16 @@ class AsPretrained(PreTrainedModel):
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save the adapter, and its tensors once more under the name by which Trainer finds them.
+        """Save the adapter, and its tensors once more under the file name that Trainer looks for.
 
         Args:
             save_directory: the folder.
-            is_main_process: others save nothing.
-            state_dict: what :meth:`state_dict` returns; one that was cut into shards is refused.
-            **kwargs: how to split and name the weights of a whole model; nothing of it is needed here.
+            is_main_process: whether this is the main process; others save nothing.
+            state_dict: what :meth:`state_dict` returns; a sharded one is refused.
+            **kwargs: how to split and name the weights of a whole model; ignored here.
 
         Raises:
-            ValueError: if ``state_dict`` does not hold the adapter's tensors.
+            ValueError: if ``state_dict`` does not contain the adapter's tensors.
         """
         own = self.state_dict()
         if state_dict is not None:

@@ -1,4 +1,4 @@
-"""Interventions Phi: one class a formula, one table from names to classes."""
+"""Interventions Phi: one class per formula, and a table from names to classes."""
 
 from .attention_heads import JoLA, LoFiT
 from .base import (

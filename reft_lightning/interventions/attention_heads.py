@@ -3,11 +3,11 @@ r"""Edits of the output z of single attention heads: ``component="head_output"``
 =======  ============================================  ==================================================
 name     Phi(z)                                        paper
 =======  ============================================  ==================================================
-lofit    (1 + a) * z, then z + v of the best heads     LoFiT: Yin et al. 2024, arXiv:2406.01563
+lofit    (1 + a) * z, then z + v for the best heads    LoFiT: Yin et al. 2024, arXiv:2406.01563
 jola     (1 + g2 a) * z + g1 v, gates g in [0, 1]      JoLA: Lai et al. 2025, arXiv:2502.01179
 =======  ============================================  ==================================================
 
-Letters: z (n, d) tokens at a head of width d; a, v (d,), multiplied entry by entry. Vectors start at random near 0.
+Letters: z (n, d) tokens at a head of width d; a, v (d,), multiplied elementwise. Vectors start at random values near 0.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from ..suggest import check_choice
 from .base import Intervention
 
 STAGES = ("scale", "bias")
-START = 1e-3  # standard deviation, of the codes of both papers
-TEMPERATURE, LOW, HIGH, EPSILON = 0.33, -0.1, 1.1, 1e-6  # of the gates of JoLA's code
+START = 1e-3  # standard deviation in both papers' code
+TEMPERATURE, LOW, HIGH, EPSILON = 0.33, -0.1, 1.1, 1e-6  # the gates in JoLA's code
 
 
 class LoFiT(Intervention, name="lofit"):
-    r"""Localized finetuning of attention heads, in two stages. Trains d numbers a head.
+    r"""Localized finetuning of attention heads, in two stages. Trains d numbers per head.
 
     .. math:: \Phi(z) = (1 + a) \odot z \quad \text{(stage scale)}, \qquad \Phi(z) = z + v \quad \text{(stage bias)}
 
-    The first stage trains all heads; those with the longest a, 3 to 10 %, get a vector v in the second, which starts
-    from the base model (:func:`reft_lightning.adapters.reft.measuring.longest_heads` names them).
-    Source: Yin et al. 2024, arXiv:2406.01563; penalty and start as in its code.
+    The first stage trains all heads. The 3 to 10 % of heads with the largest norm of a get a vector v in the second
+    stage, which starts from the base model (:func:`reft_lightning.adapters.reft.measuring.longest_heads` finds them).
+    Source: Yin et al. 2024, arXiv:2406.01563; penalty and initial values as in its code.
 
     Args:
         dim: width d of a head.
@@ -42,7 +42,7 @@ class LoFiT(Intervention, name="lofit"):
         **kwargs: dropout and dropout_on, see :class:`Intervention`.
 
     Raises:
-        ValueError: for an unknown stage.
+        ValueError: if stage is unknown.
     """
 
     def __init__(self, dim: int, stage: str = "bias", l1: float = 0.0, **kwargs: Any) -> None:
@@ -60,25 +60,25 @@ class LoFiT(Intervention, name="lofit"):
         return self.vector * h if self.stage == "scale" else self.vector.expand_as(h)
 
     def penalty(self) -> Tensor | None:
-        """Return the L1 norm of a or v times its weight."""
+        """Return the weighted L1 norm of a or v."""
         return self.l1 * self.vector.abs().sum() if self.l1 else None
 
 
 class JoLA(Intervention, name="jola"):
-    r"""Joint localization and activation editing: scale and move a head, as far as its gates are open.
+    r"""Joint localization and activation editing: scale and shift a head's output, as far as its gates are open.
 
     .. math:: \Phi(z) = (1 + g_2 a) \odot z + g_1 v, \qquad g = \min(1, \max(0, s (\zeta - \gamma) + \gamma))
 
-    with :math:`s = \sigma(\ell)` for trained :math:`\ell`, in training :math:`s = \sigma((\log u - \log(1 - u) +
+    with :math:`s = \sigma(\ell)` for trained :math:`\ell`, and in training :math:`s = \sigma((\log u - \log(1 - u) +
     \ell) / T)` with u uniform: HardConcrete gates (Louizos et al. 2018, arXiv:1712.01312) with T = 0.33,
     :math:`\gamma = -0.1, \zeta = 1.1`. The penalty is ``l0`` times the probability that a gate is open,
-    :math:`\sigma(\ell - T \log(-\gamma/\zeta))`, summed over both gates and all heads. Trains 2 d + 2 numbers a head.
-    Source: Lai et al. 2025, arXiv:2502.01179; numbers and starts as in its code, which weighs the two gates' penalties
-    by w and 1 - w, averaged over heads.
+    :math:`\sigma(\ell - T \log(-\gamma/\zeta))`, summed over both gates and all heads. Trains 2 d + 2 numbers per head.
+    Source: Lai et al. 2025, arXiv:2502.01179; constants and initial values as in its code, which instead weights the
+    two gates' penalties by w and 1 - w and averages over heads.
 
     Args:
         dim: width d of a head.
-        l0: weight of the penalty; the code's is 4e-5.
+        l0: weight of the penalty; the authors' code uses 4e-5.
         **kwargs: dropout and dropout_on, see :class:`Intervention`.
     """
 
@@ -90,7 +90,7 @@ class JoLA(Intervention, name="jola"):
         self.gates = nn.Parameter(torch.empty(2).uniform_(-0.4, 0.4))  # l of g1 and g2; Xavier's for 32 heads
 
     def open(self) -> Tensor:  # () -> (2,)
-        """Return g1 and g2: drawn in training."""
+        """Return g1 and g2, which are sampled in training."""
         if self.training:
             u = EPSILON + (1 - 2 * EPSILON) * torch.rand_like(self.gates)
             s = torch.sigmoid((u.log() - (1 - u).log() + self.gates) / TEMPERATURE)
@@ -104,5 +104,5 @@ class JoLA(Intervention, name="jola"):
         return scale * self.scaling * h + move * self.bias
 
     def penalty(self) -> Tensor:
-        """Return the expected number of open gates times its weight."""
+        """Return the weighted expected number of open gates."""
         return self.l0 * torch.sigmoid(self.gates - TEMPERATURE * math.log(-LOW / HIGH)).sum()

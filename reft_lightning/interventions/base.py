@@ -1,11 +1,11 @@
 r"""An intervention is a module :math:`\Phi: R^d \to R^d` on single tokens.
 
-It knows nothing of transformers, positions or layers. Subclassing registers it:
+It knows nothing about transformers, positions or layers. Subclassing registers it:
 
     class Gate(Intervention, name="gate"): ...
 
-makes ``rl.attach(model, "gate")`` and ``reft-train intervention.method=gate`` work, with the parameters of its
-constructor as settings. Shapes: n tokens, d width, r rank.
+makes ``rl.attach(model, "gate")`` and ``reft-train intervention.method=gate`` work, with its constructor's
+parameters as settings. Shapes: n tokens, d width, r rank.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from ..suggest import did_you_mean, import_object
 from .rows import Found, Tokens
 
 INTERVENTIONS: dict[str, type[Intervention]] = {}
-"""The table name -> class. Saved adapters name a method; only this table turns the name into code."""
+"""Name -> class. Saved adapters store a method's name; only this table turns it into code."""
 
 HALVES = (torch.bfloat16, torch.float16)
-"""Floating-point types of 16 bits."""
+"""The 16-bit floating-point types."""
 
 
 @contextmanager
 def at_least_float32() -> Iterator[None]:
-    """Let parameters made inside the block be float32, where a default of 16 bits was set to load the base model."""
+    """Create parameters inside the block in float32, even if a 16-bit default dtype was set to load the base model."""
     default = torch.get_default_dtype()
     try:
         if default in HALVES:
@@ -46,47 +46,47 @@ def at_least_float32() -> Iterator[None]:
 class Intervention(nn.Module):
     r"""Edit single tokens: :math:`\Phi(h) = h + \text{scale} \cdot \text{edit}(h)`.
 
-    A subclass defines :meth:`edit`, the difference :math:`\Phi(h) - h`, or :meth:`edit_rows` where that depends on more
-    than single tokens; see :mod:`.rows`. Parameters are float32 and the edit is
-    computed in float32 (float64 where the parameters are), then :math:`\Phi(h)` is cast to the dtype of h. Only
-    parameters that a subclass makes bfloat16 itself stay so.
+    A subclass defines :meth:`edit`, the difference :math:`\Phi(h) - h`, or, if that depends on more than single tokens,
+    :meth:`edit_rows`; see :mod:`.rows`. Parameters are float32 and the edit is computed in float32 (float64 if the
+    parameters are), then :math:`\Phi(h)` is cast to the dtype of h. Only parameters that a subclass itself creates in
+    bfloat16 stay in bfloat16.
 
     Args:
         dim: width d of the representation.
         dropout: probability of dropping an entry during training.
         dropout_on: ``edit`` drops entries of the edit; ``output`` drops entries of the whole edited hidden
-            state, which is what pyreft does.
+            state, as pyreft does.
 
     Raises:
         ValueError: if dropout lies outside [0, 1) or dropout_on is unknown.
     """
 
     rotations: ClassVar[tuple[str, ...]] = ()
-    """Names of parameters whose scale carries no meaning (R): the optimizer never decays them."""
+    """Names of parameters whose scale has no effect (R's); the optimizer applies no weight decay to them."""
     reads_prompt: ClassVar[bool] = False
-    """Whether its edits depend on tokens of the prompt, so that positions have to select some."""
+    """Whether edits depend on prompt tokens; positions must then select some."""
     closed_form: ClassVar[bool] = False
-    """Whether nothing is trained: an objective finds its parameters in one step."""
+    """Whether an objective finds the parameters in one step, without training."""
     takes_source: ClassVar[str] = ""
-    """Which hidden state of another text each token takes: ``same``, of the token in its place, ``last``, or none."""
+    """The hidden state each token takes from another text: ``same`` (the token in its place), ``last``, or ``""``."""
     annealed: float = 1.0
-    """How far training is, from 0 to 1, for what it does gradually; 1 in evaluation."""
+    """Training progress from 0 to 1, for anything that changes gradually; 1 in evaluation."""
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "forward" in vars(cls):
             raise ValueError(
-                f"{cls.__name__} defines forward, which casts, scales and drops for all interventions: define edit(h), "
-                "the difference Phi(h) - h (forward of pyreft returns Phi(h))"
+                f"{cls.__name__} defines forward, which handles dtype, scale and dropout for all interventions: define "
+                "edit(h), the difference Phi(h) - h, instead (pyreft's forward returns Phi(h))"
             )
         if name is None:
             return
         other = INTERVENTIONS.get(name, cls)
-        # the same class again: a module reloaded, a cell run twice, a script that is imported, too
+        # the same class again: a reloaded module, a cell run twice, a script that is also imported
         same = cls.__module__ in (other.__module__, "__main__") or other.__module__ == "__main__"
         if not same or cls.__qualname__ != other.__qualname__:
             mine, theirs = (f"{c.__module__}.{c.__qualname__}" for c in (cls, other))
-            raise ValueError(f"the name {name!r} of {mine} is taken by {theirs}; give another name")
+            raise ValueError(f"the name {name!r} of {mine} is taken by {theirs}; choose another name")
         INTERVENTIONS[name] = cls
 
     def __init__(self, dim: int, *, dropout: float = 0.0, dropout_on: str = "edit") -> None:
@@ -105,16 +105,16 @@ class Intervention(nn.Module):
         return found.edit if isinstance(found, Found) else found
 
     def edit_rows(self, h: Tensor, tokens: Tokens) -> Tensor | Found:  # (n, d) -> (n, d)
-        """Return the difference for tokens whose rows are known; overridden, it is what a model asks for."""
+        """Return the difference for tokens whose rows are known; a model calls it if a subclass overrides it."""
         return self.edit(h)
 
     def null(self, h: Tensor) -> Tensor:  # (n, d) -> (n, d)
-        """Return the difference that removes from h what the edit would add."""
+        """Return the difference that removes from h the component the edit would add."""
         raise ValueError(f"{type(self).__name__} has no null(h): it cannot be nulled")
 
     @classmethod
     def defines(cls, name: str) -> bool:
-        """Whether a class has a method of its own: ``edit_rows``, ``penalty``, ``null``."""
+        """Whether the class overrides a method: ``edit_rows``, ``penalty``, ``null``."""
         return getattr(cls, name) is not getattr(Intervention, name)
 
     @property
@@ -124,24 +124,24 @@ class Intervention(nn.Module):
 
     @property
     def edits_tokens(self) -> bool:
-        """Whether ``edit`` says what is added to a token, on which alone it depends, whatever else is returned."""
+        """Whether ``edit`` gives the difference for each token from that token only, whatever else is returned."""
         return not self.sees_rows or self.defines("edit")
 
     def penalty(self) -> Tensor | None:
-        """Return a scalar of the parameters that joins the loss in training; None for none."""
+        """Return a scalar function of the parameters to add to the training loss, or None."""
         return None
 
     @property
     def directions(self) -> Tensor | None:  # (k, d)
-        """Rows that span every edit; None where an edit may point anywhere."""
+        """Rows that span every edit; None if an edit can point in any direction."""
         return None
 
     def forward(
         self, h: Tensor, scale: float = 1.0, tokens: Tokens | None = None, *, nulled: bool = False
     ) -> Tensor:  # (n, d) -> (n, d)
-        """Return Phi(h) in the dtype of h, and on its device, wherever the parameters are.
+        """Return Phi(h) in the dtype and on the device of h, wherever the parameters are.
 
-        ``tokens`` is filled with what else was found.
+        ``tokens.found`` receives the edit with its penalty and latents.
         """
         parameter = self._first_parameter()
         dtype = torch.float32 if parameter is None else torch.promote_types(parameter.dtype, torch.float32)
@@ -160,18 +160,18 @@ class Intervention(nn.Module):
             edited = (x + (edit if scale == 1 else scale * edit)).to(h)
             if self.dropout_on == "edit":
                 return edited
-            # cast first, as pyreft does: the factor 1 / (1 - dropout) then rounds as it does there
+            # cast first, as pyreft does, to round the factor 1 / (1 - dropout) the same way
             return F.dropout(edited, self.dropout, self.training)
 
     def _first_parameter(self) -> nn.Parameter | None:
-        # most have one of their own, which is found at once
+        # most interventions own one directly, which is faster to find
         for parameter in self._parameters.values():
             if parameter is not None:
                 return parameter
         return next(self.parameters(), None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Intervention:
-        # What .to(), .half() and .bfloat16() of a whole model call: Phi moves to the device, keeps its dtypes.
+        # .to(), .half() and .bfloat16() of a whole model end here: Phi moves to the device but keeps its dtypes.
         def keep(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return tensor.to(moved.device) if moved.dtype in HALVES else moved
@@ -183,26 +183,26 @@ class Intervention(nn.Module):
 
 
 def without_autocast(device: str) -> AbstractContextManager:
-    """Switch autocast off, where it is on: entering ``torch.autocast`` costs more than the question."""
+    """Switch autocast off if it is on: entering ``torch.autocast`` costs more than checking."""
     if device == "meta" or not torch.is_autocast_enabled(device):  # the meta device has none
         return nullcontext()
     return torch.autocast(device, enabled=False)
 
 
 def registered(name: str) -> type[Intervention]:
-    """Return the class of a name of the table, without importing anything."""
+    """Return the class registered under a name, without importing anything."""
     if name not in INTERVENTIONS:
         raise ValueError(
             f"unknown intervention {name!r}; known are {', '.join(sorted(INTERVENTIONS))}"
-            f"{did_you_mean(name, INTERVENTIONS)} (your own: import the module that defines it first)"
+            f"{did_you_mean(name, INTERVENTIONS)} (for your own, first import the module that defines it)"
         )
     return INTERVENTIONS[name]
 
 
 def intervention_class(method: str | type[Intervention]) -> type[Intervention]:
-    """Return the class of a method: a class itself, a name of the table, or ``package.module.Class`` to import.
+    """Return the class of a method: a class itself, a registered name, or ``package.module.Class`` to import.
 
-    For what a user writes; a name in a file that somebody else wrote goes through :func:`registered`.
+    For names that the user writes; a name in a file that somebody else wrote goes through :func:`registered`.
     """
     if isinstance(method, str) and method not in INTERVENTIONS and "." in method:
         try:
@@ -217,7 +217,7 @@ def intervention_class(method: str | type[Intervention]) -> type[Intervention]:
 
 
 def method_name(cls: type[Intervention]) -> str:
-    """Return the name of a class in the table; one without a name is entered under its import path."""
+    """Return the registered name of a class; an unnamed class is registered under its import path."""
     names = [name for name, known in INTERVENTIONS.items() if known is cls]
     if not names:
         names = [f"{cls.__module__}.{cls.__qualname__}"]
@@ -227,7 +227,7 @@ def method_name(cls: type[Intervention]) -> str:
 
 @functools.cache
 def settings_of(cls: type[Intervention]) -> Mapping[str, inspect.Parameter]:
-    """Return the constructor's parameters besides ``dim``, base classes included where ``**kwargs`` passes on."""
+    """Return the constructor's parameters other than ``dim``, including those ``**kwargs`` passes to base classes."""
     found: dict[str, inspect.Parameter] = {}
     for base in cls.__mro__:
         if "__init__" not in vars(base):
@@ -242,11 +242,11 @@ def settings_of(cls: type[Intervention]) -> Mapping[str, inspect.Parameter]:
                 found.setdefault(name, parameter)
         if not passes_on:
             break
-    return MappingProxyType(found)  # kept for the next layer
+    return MappingProxyType(found)  # cached, so read-only
 
 
 def check_settings(cls: type[Intervention], settings: Mapping[str, Any]) -> None:
-    """Reject settings that the class does not take, naming the nearest that it does."""
+    """Reject settings that the class does not take, suggesting the closest, and missing ones."""
     allowed = settings_of(cls)
     for name in settings:
         if name not in allowed:

@@ -1,4 +1,4 @@
-r"""Edits of each number of a representation by itself: no subspace, no rank.
+r"""Elementwise edits of a representation: no subspace, no rank.
 
 ==================  ======================================  ====================================================
 name                Phi(h)                                  paper
@@ -8,7 +8,7 @@ bias                h + b                                   a trained steering v
 activation_scaling  (1 + a) h, a one number                 Stoehr et al. 2024, arXiv:2410.04962
 ==================  ======================================  ====================================================
 
-Letters: h (n, d) tokens; s, b (d,), multiplied entry by entry. All start where Phi(h) = h: s at 1, b and a at 0.
+Letters: h (n, d) tokens; s, b (d,), multiplied elementwise. All start at the identity: s = 1, b = 0, a = 0.
 RED edits every token after the feed-forward module of every layer: ``component="mlp_output"``, ``positions="all"``.
 """
 
@@ -53,7 +53,7 @@ class RED(Bias, name="red"):
 
     Args:
         dim: width d of the representation.
-        restraint: weight of the penalty, the length of b; BREP (Liang et al. 2025, arXiv:2511.10707) holds it at a
+        restraint: weight of the penalty, the norm of b; BREP (Liang et al. 2025, arXiv:2511.10707) keeps it near a
             target (``callbacks=penalty_pid``).
         **kwargs: dropout and dropout_on, see :class:`Intervention`.
     """
@@ -67,22 +67,22 @@ class RED(Bias, name="red"):
     def directions(self) -> None:
         return None
 
-    null = Intervention.null  # what a scaling adds has no direction
+    null = Intervention.null  # a scaling has no direction to remove
 
     def edit(self, h: Tensor) -> Tensor:  # (n, d) -> (n, d)
         """Return (s - 1) * h + b."""
         return (self.scaling - 1) * h + self.bias
 
     def penalty(self) -> Tensor | None:
-        """Return the length of b times its weight."""
+        """Return the weighted norm of b."""
         return self.restraint * torch.linalg.vector_norm(self.bias) if self.restraint else None
 
 
 class ActivationScaling(Intervention, name="activation_scaling"):
     r"""Scale a whole hidden state: :math:`\Phi(h) = (1 + a) h`. Trains one number.
 
-    A sparse set of them says which sites and tokens matter: one at each position (``tied=position``), block and module,
-    with the L1 norm as the penalty. Source: Stoehr et al. 2024, arXiv:2410.04962.
+    A sparse set of scalars shows which sites and tokens matter: one per position (``tied=position``), block and module,
+    with an L1 penalty. Source: Stoehr et al. 2024, arXiv:2410.04962.
 
     Args:
         dim: width d of the representation.
@@ -100,5 +100,5 @@ class ActivationScaling(Intervention, name="activation_scaling"):
         return self.scalar * h
 
     def penalty(self) -> Tensor | None:
-        """Return the absolute value of a times its weight."""
+        """Return the weighted absolute value of a."""
         return self.l1 * self.scalar.abs().sum() if self.l1 else None

@@ -1,4 +1,4 @@
-r"""Interchange interventions: a subspace of h becomes that of another text, the source. ReFT's own root.
+r"""Interchange interventions replace a subspace of h with that of another text, the source. ReFT grew out of them.
 
 =============  ===============================================  =====================================================
 name           Phi(h)                                           paper
@@ -8,9 +8,9 @@ boundless_das  h + R'(m * (R s - R h)), m = mask of directions  Boundless DAS: W
 cdas           h + R'(R s' - R h), s' the last of the prompt    Concept DAS: Bao et al. 2026, arXiv:2602.05234
 =============  ===============================================  =====================================================
 
-Letters: h (n, d) tokens, s (n, d) the source's hidden states in their places, R (r, d) with orthonormal rows. If a
-model then answers as its causal variable would with the source's value, the subspace holds that variable: how often it
-does is the interchange intervention accuracy (IIA).
+Letters: h (n, d) tokens, s (n, d) the source's hidden states in the same places, R (r, d) with orthonormal rows. If the
+model then answers as if a causal variable had the source's value, the subspace encodes that variable. The share of such
+answers is the interchange intervention accuracy (IIA).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .base import Intervention
 from .rows import Found, Tokens
 from .subspace import Orthonormal
 
-START, END = 50.0, 0.1  # temperatures of pyvene's training
-FASTER = 10  # the rate of the boundary over that of R, there
+START, END = 50.0, 0.1  # temperatures in pyvene's training
+FASTER = 10  # pyvene's learning rate of the boundary over that of R
 
 
 class DAS(Orthonormal, name="das"):
@@ -33,15 +33,15 @@ class DAS(Orthonormal, name="das"):
 
     .. math:: \Phi(h) = h + R^\top (R s - R h), \qquad R R^\top = I_r
 
-    Laws: :math:`R \Phi(h) = R s`; h where s is h; :math:`\Phi(h) = s` with r = d. Trains r d numbers. The latents are
-    R h. Source: Geiger et al. 2023, arXiv:2303.02536.
+    Laws: :math:`R \Phi(h) = R s`; :math:`\Phi(h) = h` if s = h; :math:`\Phi(h) = s` if r = d. Trains r d numbers. The
+    latents are R h. Source: Geiger et al. 2023, arXiv:2303.02536.
     """
 
     takes_source = "same"
-    edit = Intervention.edit  # no sum of directions that could be divided without a source
+    edit = Intervention.edit  # without a source it is not a sum of directions that could be divided
 
     def mask(self) -> Tensor | float:  # () -> (r,)
-        """Return how much of each coordinate is exchanged."""
+        """Return the share of each coordinate that is exchanged."""
         return 1.0
 
     def edit_rows(self, h: Tensor, tokens: Tokens) -> Found:
@@ -53,18 +53,19 @@ class DAS(Orthonormal, name="das"):
 
 
 class BoundlessDAS(DAS, name="boundless_das"):
-    r"""DAS that learns how many directions it exchanges: a mask over the rows of R, softer at first.
+    r"""DAS that learns how many directions to exchange: a mask over the rows of R that sharpens in training.
 
     .. math:: \Phi(h) = h + R^\top (m \odot (R s - R h)), \qquad
         m_i = \sigma\Big(\frac{i}{T}\Big)\, \sigma\Big(\frac{\beta r - i}{T}\Big), \quad i = 0, ..., r - 1
 
-    with the boundary :math:`\beta`, which starts at 1/2 and is clamped to 0.001..1. The temperature T falls linearly
-    with the steps of training (``objective=interchange``), and is ``end`` in evaluation. The penalty is ``sparsity``
-    times :math:`\beta`. Trains r d + 1 numbers. Source: Wu et al. 2023, arXiv:2305.08809; numbers as in the tutorial of
-    pyvene, whose T counts as trained but is overwritten, and whose :math:`\beta` learns ten times as fast as R: it is
-    ten times the parameter here, which is the same to Adam. As there, m of the first direction is at most 1/2.
-    T is in directions, and 50 was chosen for a width of 4,096: a hundredth of the width is a start. The rows of a whole
-    rotation lose their independence at rates that subspaces of low rank bear (0.005 in ``experiments/interchange``).
+    The boundary :math:`\beta` starts at 1/2 and is clamped to 0.001..1. The temperature T falls linearly over the
+    training steps (``objective=interchange``), and is ``end`` in evaluation. The penalty is ``sparsity``
+    times :math:`\beta`. Trains r d + 1 numbers. Source: Wu et al. 2023, arXiv:2305.08809; numbers as in pyvene's
+    tutorial, whose T counts as a trained parameter but is overwritten, and whose :math:`\beta` has ten times the
+    learning rate of R: here :math:`\beta` is ten times its parameter, which is equivalent under Adam. As there, m of
+    the first direction is at most 1/2. T is in units of directions, and 50 was chosen for a width of 4,096: try a
+    hundredth of the width. The rows of a full rotation become dependent at learning rates that low-rank subspaces
+    tolerate (0.005 in ``experiments/interchange``).
 
     Args:
         dim: width d of the representation.
@@ -75,7 +76,7 @@ class BoundlessDAS(DAS, name="boundless_das"):
         **kwargs: dropout and dropout_on, see :class:`Intervention`.
 
     Raises:
-        ValueError: for temperatures that are not above 0.
+        ValueError: if a temperature is not above 0.
     """
 
     def __init__(
@@ -89,13 +90,13 @@ class BoundlessDAS(DAS, name="boundless_das"):
         **kwargs: Any,
     ) -> None:
         if not start > 0 or not end > 0:
-            raise ValueError(f"start and end, temperatures, must be above 0; got {start} and {end}")
+            raise ValueError(f"the temperatures start and end must be above 0; got {start} and {end}")
         super().__init__(dim, dim if rank is None else rank, **kwargs)
         self.sparsity, self.start, self.end = sparsity, start, end
         self.boundary = nn.Parameter(torch.tensor([0.5 / FASTER]))
 
     def edge(self) -> Tensor:  # () -> (1,)
-        """Return the boundary, of 0.001 to 1."""
+        """Return the boundary, clamped to 0.001..1."""
         return (FASTER * self.boundary).clamp(1e-3, 1)
 
     def mask(self) -> Tensor:  # () -> (r,)
@@ -105,7 +106,7 @@ class BoundlessDAS(DAS, name="boundless_das"):
         return torch.sigmoid(i / T) * torch.sigmoid((self.edge() * self.rank - i) / T)
 
     def penalty(self) -> Tensor:
-        """Return the boundary times its weight; one above 1 is pulled back, one below 0.001 goes no further."""
+        """Return the weighted boundary; above 1 it is still pulled back, below 0.001 it has no gradient."""
         return self.sparsity * (FASTER * self.boundary).clamp(min=1e-3).sum()
 
 
@@ -114,8 +115,8 @@ class CDAS(DAS, name="cdas"):
 
     .. math:: \Phi(h) = h + R^\top (R s' - R h)
 
-    Trained by the distributions of the source, in both directions (``objective=cdas``). Rank 1 at all tokens, which
-    steers; without a source the coordinates are chosen: ConsReFT with b is the same formula with b for R s'.
+    Trained to match the source's distributions, in both directions (``objective=cdas``). The paper uses rank 1 at all
+    tokens, to steer. Without a source the coordinates can be chosen: ConsReFT is the same formula with b for R s'.
     Source: Bao et al. 2026, arXiv:2602.05234, and its code.
     """
 

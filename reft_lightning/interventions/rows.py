@@ -1,14 +1,15 @@
-"""What an edit may know besides h, and what it may return besides the edit.
+"""The other inputs and outputs of an edit, besides h and the edit itself.
 
-Most interventions are functions of single tokens. One that looks at a whole prompt (a gate, the largest activations of
-a row), at what the caller says of each row (a concept), or that returns more than hidden states defines ``edit_rows``:
+Most interventions are functions of single tokens. One that reads the whole prompt (a gate, the largest activations of
+a row) or values the caller passes for each row (a concept), or that returns more than hidden states, defines
+``edit_rows``:
 
     class Gated(rl.Intervention, name="gated"):
         def edit_rows(self, h, tokens):
-            gate = tokens.keep(self, tokens.mean_of_prompts(h @ self.condition) > 0)  # (b,), once a prompt
+            gate = tokens.keep(self, tokens.mean_of_prompts(h @ self.condition) > 0)  # (b,), once per prompt
             return gate[tokens.rows, None] * self.bias
 
-Shapes: b rows, n selected tokens of all rows in their order, m of the longest row.
+Shapes: b rows, n selected tokens of all rows in order, m selected tokens in the longest row.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from torch import Tensor
 
 
 class Found(NamedTuple):
-    """An edit, and what was found on the way.
+    """An edit, with its penalty and latents.
 
     Args:
         edit: (n, d), the difference Phi(h) - h at scale 1.
-        penalty: a scalar that joins the loss in training; None for none.
-        latents: (n, k), what the intervention detects in its tokens; None for nothing.
+        penalty: a scalar to add to the training loss, or None.
+        latents: (n, k), the features the intervention detects in its tokens, or None.
     """
 
     edit: Tensor
@@ -37,16 +38,16 @@ class Found(NamedTuple):
 
 @dataclass
 class Tokens:
-    """Where the n tokens of one edit stand.
+    """The rows that the n tokens of one edit belong to, and what is known about those rows.
 
     Args:
-        rows: (n,), which row of the batch each token is of, in ascending order.
+        rows: (n,), the row of the batch each token belongs to, in ascending order.
         count: b.
         prompt: (n,) bool, whether a token belongs to its row's prompt.
-        kept: what the interventions of one adapter found in the prompts of a call; see :meth:`keep`.
-        given: name -> (b, ...), what the caller says of each row (``row_values`` of the model).
-        source: (b, m, d) and (b,), the hidden states of another text at the positions of the intervention, and how many
-            of them each row has; None without one (``source_ids`` of the model).
+        kept: values that one adapter's interventions computed from the prompts of a call; see :meth:`keep`.
+        given: name -> (b, ...), values the caller passes for each row (the model's ``row_values``).
+        source: (b, m, d) and (b,), the hidden states of another text at the intervention's positions, and how many
+            of them each row has; None if there is no other text (the model's ``source_ids``).
         found: filled in by :class:`~.base.Intervention`.
     """
 
@@ -60,14 +61,14 @@ class Tokens:
 
     @classmethod
     def alone(cls, h: Tensor) -> Tokens:
-        """Return n tokens that are one prompt."""
+        """Return n tokens that form a single prompt."""
         n, device = len(h), h.device
         return cls(
             torch.zeros(n, dtype=torch.long, device=device), 1, torch.ones(n, dtype=torch.bool, device=device)
         )
 
     def counts(self, chosen: Tensor | None = None) -> Tensor:  # (n,) bool -> (b,)
-        """Return how many tokens each row has, all or those that are chosen."""
+        """Return the number of tokens in each row, or of its chosen tokens."""
         ones = torch.ones_like(self.rows) if chosen is None else chosen.long()
         return torch.zeros(self.count, dtype=torch.long, device=ones.device).index_add(0, self.rows, ones)
 
@@ -76,31 +77,31 @@ class Tokens:
         return x.new_zeros(self.count, *x.shape[1:]).index_add(0, self.rows, x)
 
     def mean_of_prompts(self, x: Tensor) -> Tensor:  # (n, ...) -> (b, ...)
-        """Return the mean over the prompt tokens of each row; 0 for a row without any."""
+        """Return the mean over each row's prompt tokens; 0 for a row without any."""
         weights = self.prompt.to(x.dtype) / self.counts(self.prompt).clamp(min=1)[self.rows]
         return self.sums(x * weights.view(-1, *[1] * (x.ndim - 1)))
 
     @property
     def places(self) -> Tensor:  # (n,)
-        """How many tokens of its row come before each."""
+        """For each token, the number of tokens before it in its row."""
         counts = self.counts()
         return torch.arange(len(self.rows), device=counts.device) - (counts.cumsum(0) - counts)[self.rows]
 
     def padded(self, x: Tensor, value: float = 0.0) -> Tensor:  # (n, ...) -> (b, m, ...)
-        """Return the tokens of each row in columns of their own."""
+        """Return x with one row per row of the batch, padded with ``value``."""
         width = len(x) if x.is_meta or not len(x) else int(self.counts().max())  # on meta at most n
         return x.new_full((self.count, width, *x.shape[1:]), value).index_put((self.rows, self.places), x)
 
     def of_source(self, last: bool = False) -> Tensor:  # () -> (n, d)
-        """Return the hidden state that each token takes from the other text: of the token in its place, or of the last.
+        """Return the hidden state each token takes from the other text: that of the token in its place, or of the last.
 
         Raises:
-            ValueError: without another text, or with one of fewer tokens, or of more.
+            ValueError: if there is no other text, or its row has a different number of tokens at the positions.
         """
         if self.source is None:
             raise ValueError(
-                "interchange interventions put hidden states of another text into this one: pass source_ids, and "
-                "source_mask (b, s) where rows are padded"
+                "interchange interventions take hidden states from another text: pass source_ids, and source_mask "
+                "(b, s) if rows are padded"
             )
         states, counts = self.source
         own = self.counts()
@@ -108,17 +109,17 @@ class Tokens:
         if not wrong.is_meta and wrong.any():
             row = int(wrong.nonzero()[0])
             raise ValueError(
-                f"row {row} has {own[row]} tokens at the positions of an interchange intervention, and the text that "
-                f"it takes hidden states from {counts[row]}: choose positions that select as many in both, such as l1"
+                f"row {row} has {own[row]} tokens at the positions of an interchange intervention, but its source text "
+                f"has {counts[row]}: choose positions that select equally many in both, such as l1"
             )
         return states[self.rows, (counts - 1)[self.rows] if last else self.places]
 
     def keep(self, name: Any, value: Tensor) -> Tensor:  # (b, ...) -> (b, ...)
-        """Return a value of each row, computed once from its prompt and kept while the row is decoded.
+        """Return a per-row value that is computed once from the prompt and kept while the row is decoded.
 
         Args:
-            name: of the value, for all interventions of the adapter; the intervention itself for its own.
-            value: of the rows that have prompt tokens here; others keep what they have.
+            name: a key shared by all interventions of the adapter; for a private value, the intervention itself.
+            value: the new value; rows without prompt tokens in this call keep their earlier one.
 
         """
         before = self.kept.get(name)

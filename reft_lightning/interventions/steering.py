@@ -1,11 +1,11 @@
-r"""Vectors that steer towards a concept, and find it.
+r"""Vectors that steer towards a concept, and that detect it.
 
 ===================  =============================================  ===================================================
 name                 Phi(h)                                         paper
 ===================  =============================================  ===================================================
 difference_in_means  h + b, b = mean of h(y+) - mean of h(y-)       CAA: Rimsky et al. 2024, arXiv:2312.06681
 reft_r1              h + mean TopK(ReLU(v'h)) v, with |v| = 1       ReFT-r1: Wu et al. 2025, arXiv:2501.17148 (AxBench)
-cast                 h + b where the prompt is like c, else h       CAST: Lee et al. 2025, arXiv:2409.05907
+cast                 h + b if the prompt is like c, else h          CAST: Lee et al. 2025, arXiv:2409.05907
 ===================  =============================================  ===================================================
 
 Shapes: b rows, n selected tokens, d width.
@@ -29,18 +29,18 @@ class MeanDifference(Bias, name="difference_in_means"):
 
     .. math:: b = \text{mean of } \bar h \text{ over the rows } y^+ - \text{mean of } \bar h \text{ over the rows } y^-
 
-    with the mean :math:`\bar h` over the selected tokens of a row. With pairs of answers and one token a row
-    (contrastive activation addition: ``decode:1`` of answers that are letters) it is the mean difference of the pairs.
-    Nothing is trained: where the caller says which rows are which (``row_values={"sign": ...}``, of 1 and -1), the
-    penalty, half the squared distance of b from that difference, has its minimum one step of gradient descent with
-    lr 1 away. ``objective=difference_in_means`` takes that step once, over all rows together and from b = 0, so that no
-    layer is measured under the edits of others.
+    with the mean :math:`\bar h` over the selected tokens of a row. With pairs of answers and one token per row
+    (contrastive activation addition: ``decode:1`` with letters as answers) it is the mean difference over the pairs.
+    Nothing is trained: if the caller labels the rows (``row_values={"sign": ...}`` with 1 and -1), the penalty is half
+    the squared distance of b from that difference, and one step of gradient descent with lr 1 reaches its minimum.
+    ``objective=difference_in_means`` takes that step once, over all rows together and from b = 0, so no layer is
+    measured under the edits of others.
     """
 
     closed_form = True
 
     def edit_rows(self, h: Tensor, tokens: Tokens) -> Tensor | Found:
-        """Return b for every token, with the penalty where rows have signs."""
+        """Return b for every token, with the penalty if rows have signs."""
         edit = self.edit(h)
         sign = tokens.given.get("sign")
         if sign is None:
@@ -53,20 +53,20 @@ class MeanDifference(Bias, name="difference_in_means"):
 
 
 class ReFTr1(Intervention, name="reft_r1"):
-    r"""Add a direction as strongly as the prompt has it: rank-1 representation finetuning. Trains d numbers.
+    r"""Add a direction, as strongly as it occurs in the prompt: rank-1 representation finetuning. Trains d numbers.
 
     .. math:: \Phi(h) = h + m v, \qquad m = \text{mean TopK}(\text{ReLU}(v^T h)), \qquad \|v\| = 1
 
-    with the mean of the k largest over the tokens of the row's prompt.
-    The latents :math:`\text{ReLU}(v^T h)` say where the concept is; the penalty is the mean of those that are not among
-    the top k, over the tokens of a row, and over rows, times ``l1``. The authors take the top k of prompt and response,
-    which is not there yet in generation, and raise ``l1`` linearly from 0 (``callbacks=penalty_linear``).
-    Their code keeps v at length 1 by rescaling it after each step, here it is divided by its length.
+    where m is the mean of the k largest values over the tokens of the row's prompt.
+    The latents :math:`\text{ReLU}(v^T h)` locate the concept. The penalty is ``l1`` times the sum of those outside the
+    top k, divided by the number of tokens in the row and averaged over rows. The authors take the top k of prompt and
+    response (generation has no response yet) and raise ``l1`` linearly from 0 (``callbacks=penalty_linear``).
+    Their code rescales v to length 1 after each step; here v is divided by its length.
     Source: Wu et al. 2025, arXiv:2501.17148, and its code (``LsReFT``).
 
     Args:
         dim: width d of the representation.
-        top_k: k, of prompts with at least as many selected tokens.
+        top_k: k; a prompt with fewer selected tokens uses them all.
         l1: weight of the penalty.
         **kwargs: dropout and dropout_on, see :class:`Intervention`.
 
@@ -75,7 +75,7 @@ class ReFTr1(Intervention, name="reft_r1"):
     """
 
     rotations = ("direction",)
-    reads_prompt = True  # for its strength
+    reads_prompt = True  # for m
 
     def __init__(self, dim: int, top_k: int = 8, l1: float = 0.005, **kwargs: Any) -> None:
         super().__init__(dim, **kwargs)
@@ -101,28 +101,28 @@ class ReFTr1(Intervention, name="reft_r1"):
 
 
 class CAST(Bias, name="cast"):
-    r"""Conditional activation steering: add a vector where the prompt meets a condition, and nothing elsewhere.
+    r"""Conditional activation steering: add a vector only if the prompt meets a condition.
 
     .. math:: \Phi(h) = h + g b, \qquad g = [\cos(\bar h, \tanh(P \bar h)) > \theta], \qquad P = c c^\top / c^\top c
 
-    with the mean :math:`\bar h` of the row's prompt tokens, once a prompt and kept while decoding. One layer may decide
-    for those above it (``decides=False`` there), and the condition may be that the similarity is below the threshold.
-    P has no sign: a prompt like -c is like c.
+    where :math:`\bar h` is the mean of the row's prompt tokens, computed once per prompt and kept while decoding. One
+    layer can decide for those above it (``decides=False`` there), and the condition can be that the similarity is below
+    the threshold. P ignores the sign: a prompt like -c counts as like c.
     The authors take c and b from two kinds of prompts, as first principal components (``difference_in_means`` is
-    another such estimate), and search for the threshold. In training, c learns by the gradient of
-    :math:`\sigma((\cos - \theta) / T)`, T = 0.1, in the place of the step's, which has none; a gate that no prompt
-    opens learns nothing. Trains 2 d numbers, d in layers that do not decide.
+    another such estimate), and search for the threshold. In training, c gets the gradient of
+    :math:`\sigma((\cos - \theta) / T)`, T = 0.1, instead of the step function's, which is 0. As b starts at 0, a gate
+    that no prompt opens learns nothing. Trains 2 d numbers, d in layers that do not decide.
     Source: Lee et al. 2025, arXiv:2409.05907, and its code.
 
     Args:
         dim: width d of the representation.
-        threshold: :math:`\theta`, of a cosine.
+        threshold: :math:`\theta`, a cosine.
         below: whether the condition is met below the threshold.
-        decides: whether it has a condition of its own; if not, that of the last layer below with one holds.
+        decides: whether this layer has a condition; if not, it uses that of the nearest layer below that has one.
         **kwargs: dropout and dropout_on, see :class:`Intervention`.
 
     Raises:
-        ValueError: for a threshold that no cosine can be on both sides of.
+        ValueError: if threshold is not between -1 and 1.
     """
 
     TEMPERATURE = 0.1
@@ -134,16 +134,16 @@ class CAST(Bias, name="cast"):
     ) -> None:
         super().__init__(dim, **kwargs)
         if not -1 < threshold < 1:
-            raise ValueError(f"threshold must lie between -1 and 1, as cosines do; got {threshold}")
+            raise ValueError(f"threshold is a cosine and must lie between -1 and 1; got {threshold}")
         self.threshold, self.below, self.decides = threshold, below, decides
         if decides:
             self.condition = nn.Parameter(torch.randn(dim))
 
-    edit = Intervention.edit  # the gate is of a prompt
+    edit = Intervention.edit  # the gate depends on the prompt
     null = Intervention.null
 
     def similarity(self, h: Tensor) -> Tensor:  # (b, d) -> (b,)
-        """Return the cosine of prompts' means and what the condition leaves of them."""
+        """Return the cosine between each prompt's mean and tanh(P mean)."""
         c = self.condition
         left = torch.tanh((h @ c / c.square().sum()).unsqueeze(-1) * c)
         return F.cosine_similarity(h, left, dim=-1)
@@ -160,6 +160,6 @@ class CAST(Bias, name="cast"):
             gate = tokens.kept["cast"].to(h)
         else:
             raise ValueError(
-                "no layer below decides for cast with decides=False: set decides=True in the lowest layer"
+                "cast with decides=False needs a layer below that decides: set decides=True in the lowest layer"
             )
         return gate[tokens.rows].unsqueeze(-1) * self.bias

@@ -12,14 +12,14 @@ lobireft            h + R' b                                  Table 17, row 1   
 ==================  ========================================  ===================  ==================
 
 The names are the paper's; pyreft calls the paper's DiReFT ``Nodireft``. Letters: h (n, d) tokens; R, W, W1, W2
-(r, d); b (r,). R has orthonormal rows. Weights start as ``nn.Linear`` does, R uniformly, as the authors' code
-has it: no variant is the identity then. ``init="identity"`` starts where Phi(h) = h.
+(r, d); b (r,). R has orthonormal rows. As in the authors' code, weights are initialised as in ``nn.Linear`` and R
+uniformly, so no variant starts at the identity. ``init="identity"`` starts at Phi(h) = h.
 
-``weight_dtype="bfloat16"`` is the authors' code: W, W1, W2 and b are stored, trained and multiplied in bfloat16, while
-R and what it multiplies stay float32. Entries above 2^-7 cannot move at small learning rates then. pyreft keeps the b
-of ConsReFT and LobiReFT in float32.
+``weight_dtype="bfloat16"`` matches the authors' code: W, W1, W2 and b are stored, trained and multiplied in bfloat16,
+while R and its products stay in float32. Entries above 2^-7 then cannot move at small learning rates. pyreft keeps the
+b of ConsReFT and LobiReFT in float32.
 
-``act_fn="relu"`` puts an activation on W h + b, and nowhere else, as pyreft and AdapterHub do.
+``act_fn="relu"`` applies an activation to W h + b, and nowhere else, as pyreft and AdapterHub do.
 """
 
 from __future__ import annotations
@@ -56,24 +56,24 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
         "tanh": torch.tanh,
     }
 )
-"""What ``act_fn`` may name, as transformers does."""
+"""Values of ``act_fn``, named as in transformers."""
 
 
 class Subspace(Intervention):
-    """What the family shares: a rank, a start, and an edit that is a sum of r directions.
+    """Base class of the family: a rank, an initialisation, and an edit that is a sum of r directions.
 
-    A subclass defines :meth:`build`, ``directions``, and :meth:`coordinates`, how far an edit goes along each of them.
+    A subclass defines :meth:`build`, ``directions``, and :meth:`coordinates`, the length of an edit along each of them.
 
     Args:
         dim: width d of the representation.
         rank: r, with 1 <= r <= d.
         init: ``paper`` or ``identity``.
-        weight_dtype: of W and b: ``float32``, or ``bfloat16`` as in the authors' code.
-        act_fn: a name of :data:`ACTIVATIONS`, of the activation on W h + b; None for none, as in the paper.
+        weight_dtype: dtype of W and b: ``float32``, or ``bfloat16`` as in the authors' code.
+        act_fn: a name in :data:`ACTIVATIONS`, the activation on W h + b; None for none, as in the paper.
         **kwargs: dropout and dropout_on, see :class:`Intervention`.
 
     Raises:
-        ValueError: if rank lies outside 1..dim, or init, weight_dtype or act_fn is unknown or impossible for the class.
+        ValueError: if rank lies outside 1..dim, or the class does not support init, weight_dtype or act_fn.
     """
 
     def __init__(
@@ -114,13 +114,13 @@ class Subspace(Intervention):
         if not maps:
             raise ValueError(
                 f"{type(self).__name__} has no W to keep in {self.weight_dtype}: weight_dtype must be 'float32' (the "
-                "authors' code keeps its b in float32, too)"
+                "authors' code also keeps its b in float32)"
             )
         for linear in maps:
             linear.to(dtype)
 
     def target(self, h: Tensor) -> Tensor:  # (n, d) -> (n, r)
-        """Return W h + b, and its activation where there is one, in the dtype of W."""
+        """Return W h + b, after the activation if there is one, in the dtype of W."""
         source: Any = self.source
         y = source(h.to(source.weight.dtype))
         return y if self.act_fn is None else ACTIVATIONS[self.act_fn](y)
@@ -128,9 +128,9 @@ class Subspace(Intervention):
     def pull(
         self, h: Tensor, rows: Tensor, offset: Tensor | None = None
     ) -> Tensor:  # (n, d), (r, d), (r,) -> (n, r)
-        """Return W h + b - (rows h + offset): what is missing, in the coordinates of ``rows``.
+        """Return W h + b - (rows h + offset), the distance to the target in the coordinates of ``rows``.
 
-        In bfloat16 each term is rounded before they are subtracted, as in the authors' code.
+        In bfloat16 each term is rounded before the subtraction, as in the authors' code.
         """
         source: Any = self.source
         if self.act_fn is not None or source.weight.dtype == torch.bfloat16:
@@ -146,29 +146,29 @@ class Subspace(Intervention):
         return self.coordinates(h, rows) @ rows
 
     def make_identity(self) -> None:
-        """Set the parameters to where Phi(h) = h."""
+        """Set the parameters so that Phi(h) = h."""
         activated = f" with act_fn={self.act_fn!r}" if self.act_fn else ""
         raise ValueError(
-            f"{type(self).__name__}{activated} has no start at the identity: init must be 'paper'"
+            f"{type(self).__name__}{activated} cannot start at the identity: init must be 'paper'"
         )
 
     def affine(self) -> tuple[Tensor, Tensor, Tensor]:  # (r, d), (r, d), (r,)
         """Return U, V and c with edit(h) = U'(V h + c), in float64.
 
         Raises:
-            ValueError: if an activation makes the edit no affine function of h, or numbers are not finite.
+            ValueError: if an activation makes the edit non-affine, or values are not finite.
         """
         if self.act_fn is not None:
             raise ValueError(
-                f"{type(self).__name__} with act_fn={self.act_fn!r} is not an affine function of h, and no weight "
-                "computes it"
+                f"{type(self).__name__} with act_fn={self.act_fn!r} is not an affine function of h, so no weight can "
+                "compute it"
             )
         phi = copy.deepcopy(self).to(torch.float64).requires_grad_(False)
         U: Any = phi.directions
         c = phi.coordinates(U.new_zeros(1, self.dim), U)
         V = phi.coordinates(torch.eye(self.dim, dtype=U.dtype, device=U.device), U) - c  # (d, r)
         if not all(tensor.isfinite().all() for tensor in (U, V, c)):
-            raise ValueError(f"{type(self).__name__} gives NaN or infinite values: its training diverged")
+            raise ValueError(f"{type(self).__name__} has NaN or infinite values: its training diverged")
         return U, V.mT, c[0]
 
     def extra_repr(self) -> str:
@@ -176,7 +176,7 @@ class Subspace(Intervention):
 
 
 class Orthonormal(Subspace):
-    """A subspace with orthonormal rows R, kept as the free parameter ``basis``; see :mod:`.orthonormal`."""
+    """A subspace with orthonormal rows R, stored as the unconstrained parameter ``basis``; see :mod:`.orthonormal`."""
 
     rotations = ("basis",)
 
@@ -193,18 +193,18 @@ class Orthonormal(Subspace):
         return self.R
 
     def null(self, h: Tensor) -> Tensor:  # (n, d) -> (n, d)
-        """Return -R'R h, without which h has nothing in the row space of R."""
+        """Return -R'R h, which removes from h its component in the row space of R."""
         R = self.R
         return -(h @ R.mT) @ R
 
     @property
     def lent(self) -> Tensor | None:  # (r, d)
-        """R, while :func:`lend` gives it."""
+        """R inside :func:`lend`, None outside."""
         return _lent.rows.get(self)
 
 
 class LoReFT(Orthonormal, name="loreft"):
-    r"""Move h, within the row space of R, to where W h + b points.
+    r"""Move h, within the row space of R, to the target W h + b.
 
     .. math:: \Phi(h) = h + R^\top (W h + b - R h), \qquad R R^\top = I_r
 
@@ -240,8 +240,8 @@ class NoReFT(Subspace, name="noreft"):
     Args:
         dim: width d of the representation.
         rank: r, with 1 <= r <= d.
-        add_bias: whether W2 h has a bias b2 of its own, as pyreft offers; with an activation, b cannot stand for it.
-        **kwargs: as of :class:`Subspace`.
+        add_bias: whether W2 h has its own bias b2, as pyreft offers; with an activation, b cannot replace it.
+        **kwargs: see :class:`Subspace`.
     """
 
     def __init__(self, dim: int, rank: int, *, add_bias: bool = False, **kwargs: Any) -> None:
@@ -314,8 +314,8 @@ class ConsReFT(Orthonormal, name="consreft"):
 
     .. math:: \Phi(h) = h + R^\top (b - R h), \qquad R R^\top = I_r
 
-    Laws: :math:`R \Phi(h) = b`; idempotent; the identity for no parameters.
-    Source: Wu et al. 2024, Table 17, row 2; b starts uniform in [0, 1) as in pyreft.
+    Laws: :math:`R \Phi(h) = b`; idempotent; not the identity for any parameters.
+    Source: Wu et al. 2024, Table 17, row 2; b is initialised uniformly in [0, 1), as in pyreft.
     """
 
     def build(self) -> None:
@@ -327,11 +327,11 @@ class ConsReFT(Orthonormal, name="consreft"):
 
 
 class LobiReFT(Orthonormal, name="lobireft"):
-    r"""Add a constant vector of the row space of R.
+    r"""Add a constant vector in the row space of R.
 
     .. math:: \Phi(h) = h + R^\top b, \qquad R R^\top = I_r
 
-    Source: Wu et al. 2024, Table 17, row 1; b starts uniform in [0, 1) as in pyreft.
+    Source: Wu et al. 2024, Table 17, row 1; b is initialised uniformly in [0, 1), as in pyreft.
     """
 
     def build(self) -> None:
@@ -346,21 +346,21 @@ class LobiReFT(Orthonormal, name="lobireft"):
 
 
 class Partition(Intervention):
-    r"""Some of the directions of another intervention, whose parameters it shares.
+    r"""A subset of the directions of another intervention, sharing its parameters.
 
-    Of an edit :math:`U^\top c(h)` with the rows U and the coordinates c, those of the rows K:
+    For an edit :math:`U^\top c(h)` with the rows U and the coordinates c, it keeps the rows K:
 
     .. math:: \Phi_K(h) = h + U_K^\top c(h)_K
 
-    The edits of partitions that share no row add up to that of all their rows. Of orthonormal rows R, the later are
-    made orthogonal to the earlier, so that training these turns those.
+    The edits of disjoint partitions add up to the edit of all their rows. In an orthonormal R, later rows are made
+    orthogonal to earlier ones, so training the earlier rows turns the later ones.
 
     Args:
         phi: the other intervention.
         rows: K, distinct numbers in 0..r-1.
 
     Raises:
-        ValueError: for an intervention whose edit is not such a sum, or rows that it does not have.
+        ValueError: if the edit of phi is not such a sum, or it does not have these rows.
     """
 
     def __init__(self, phi: Intervention, rows: Sequence[int]) -> None:
@@ -368,12 +368,12 @@ class Partition(Intervention):
         if not isinstance(phi, Subspace) or type(phi).edit is not Subspace.edit:
             divisible = [name for name, cls in INTERVENTIONS.items() if cls.edit is Subspace.edit]
             raise ValueError(
-                f"the edit of {type(phi).__name__} is not a sum of directions that can be divided; those of "
-                f"{', '.join(divisible)} are"
+                f"{type(phi).__name__} cannot be partitioned, as its edit is not a sum of directions; these can: "
+                f"{', '.join(divisible)}"
             )
         if not rows or len(set(rows)) < len(rows) or not all(0 <= row < phi.rank for row in rows):
             raise ValueError(
-                f"a partition takes distinct rows in 0..{phi.rank - 1} of a subspace of rank {phi.rank}; got {rows}"
+                f"rows of a partition must be distinct and in 0..{phi.rank - 1}, as the rank is {phi.rank}; got {rows}"
             )
         self.phi, self.rows = phi, list(rows)
 
@@ -387,7 +387,7 @@ class Partition(Intervention):
         return self.phi.coordinates(h, rows)[:, self.rows] @ rows[self.rows]
 
     def affine(self) -> tuple[Tensor, Tensor, Tensor]:  # (k, d), (k, d), (k,)
-        """Return U, V and c with edit(h) = U'(V h + c), see :meth:`Subspace.affine`."""
+        """Return U, V and c with edit(h) = U'(V h + c); see :meth:`Subspace.affine`."""
         U, V, c = self.phi.affine()
         return U[self.rows], V[self.rows], c[self.rows]
 
@@ -396,7 +396,7 @@ class Partition(Intervention):
 
 
 def rotations(interventions: Iterable[Intervention]) -> dict[Orthonormal, Tensor]:
-    """Compute R for all interventions that have one, by one factorisation for each shape; for :func:`lend`."""
+    """Compute R for all interventions that have one, with one factorisation per shape; for :func:`lend`."""
     stacks: dict[tuple, list[Orthonormal]] = {}
     for intervention in interventions:
         if isinstance(intervention, Orthonormal):
@@ -411,7 +411,7 @@ def rotations(interventions: Iterable[Intervention]) -> dict[Orthonormal, Tensor
 
 @contextmanager
 def lend(rows: Mapping[Orthonormal, Tensor]) -> Iterator[None]:
-    """Let interventions use R, computed by :func:`rotations` for all layers, in this thread inside the block."""
+    """Let interventions use the R that :func:`rotations` computed, in this thread and inside the block."""
     before, _lent.rows = _lent.rows, {**_lent.rows, **rows}
     try:
         yield
@@ -420,7 +420,7 @@ def lend(rows: Mapping[Orthonormal, Tensor]) -> Iterator[None]:
 
 
 class _Lent(threading.local):
-    rows: Mapping[Orthonormal, Tensor] = MappingProxyType({})  # a thread's own: R may carry a graph
+    rows: Mapping[Orthonormal, Tensor] = MappingProxyType({})  # one per thread, as R can carry a graph
 
 
 _lent = _Lent()

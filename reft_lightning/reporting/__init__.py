@@ -1,6 +1,6 @@
-"""`reft-report`: run folders -> statistics -> tables, plots and one HTML page.
+"""``reft-report``: run folders -> statistics -> tables, plots and one HTML page.
 
-`runs` and `studies` read folders, `grouping` decides what may stand in one of the `comparisons`, `scores` turns
-predictions into measures of weighted rows, `statistics` resamples and tests them for `evidence`; `tables` says it,
-`records`, `plots` and `page` write it, `command` is the command.
+``runs`` and ``studies`` read folders, ``grouping`` decides which runs share one of the ``comparisons``, ``scores``
+turns predictions into measures of weighted rows, ``statistics`` resamples and tests them for ``evidence``; ``tables``
+formats the results, ``records``, ``plots`` and ``page`` write them, ``command`` is the command.
 """

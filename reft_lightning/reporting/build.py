@@ -1,4 +1,4 @@
-"""Folders -> report."""
+"""Build a report from folders."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from .studies import Study, begun_anew, mark_edges, read_study
 
 @dataclass
 class Report:
-    """Everything that is said of some folders."""
+    """The contents of a report."""
 
-    folders: list[Path]  # as they were given
+    folders: list[Path]  # as given
     runs: list[Run]  # the complete ones
     comparisons: list[Comparison]  # by title
     studies: list[Study] = field(default_factory=list)  # of `reft-search`
     reads: list[Read] = field(default_factory=list)  # every read of a test split, by time
     left: list[LeftOut] = field(default_factory=list)  # folders that are left out, and why
-    resamples: int = RESAMPLES  # of bootstrap and sign flips
-    seed: int = 0  # of the draws
+    resamples: int = RESAMPLES  # of the bootstrap and the sign flips
+    seed: int = 0  # of the resampling
 
 
 def build_report(
     folders: Sequence[Path], split: str | None = None, resamples: int = RESAMPLES, seed: int = 0
 ) -> Report:
-    """Read folders and compute what they say.
+    """Read folders and compute the contents of a report.
 
-    `folders` are run folders, multiruns, studies, or hold any of them; `split` is `test` or `validation`, None for test
-    where a run has it, else validation.
+    ``folders`` are run folders, multiruns, studies, or folders that contain them; ``split`` is ``test`` or
+    ``validation``, or None for test if a run has it, else validation.
 
     Raises:
-        ValueError: if nothing can be reported.
+        ValueError: if there is nothing to report.
     """
     run_folders, study_folders, left = find_folders(folders)
     runs, incomplete, reads = read_runs(run_folders)

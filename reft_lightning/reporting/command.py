@@ -1,4 +1,4 @@
-"""`reft-report FOLDER [FOLDER ...]`: write tables, plots and the page, and say what they say."""
+"""``reft-report FOLDER [FOLDER ...]``: write tables, plots and the page, and print a summary."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from .build import Report, build_report
 from .evidence import RESAMPLES
 from .page import latex, markdown, page
 
-FEWEST = 1000  # resamples: 25 lie beyond each end of an interval
+FEWEST = 1000  # resamples, of which 25 are beyond each end of an interval
 PLOT = re.compile(r"\d{2,}_[A-Za-z0-9_-]+\.(svg|png)")
 FILES = {
     "report.html": "everything, one file that opens without a network",
     "report.md": "tables for GitHub",
     "report.tex": "tables for LaTeX, with booktabs",
-    "scores.csv": "one line for each method, task and measure, in fractions",
-    "pairs.csv": "one line for each pair of methods",
+    "scores.csv": "one line per method, task and measure, in fractions",
+    "pairs.csv": "one line per pair of methods",
 }
 
 
@@ -44,20 +44,20 @@ def main(
     project: str = "reft_lightning",
     console: Console | None = None,
 ) -> Report:
-    """Build a report, see :func:`.build_report`, write it to a folder and print its tables; with `wandb` log them, too.
+    """Build a report (:func:`.build_report`), write it to a folder and print it; with ``wandb``, also log it to W&B.
 
     Raises:
-        ValueError: if nothing can be reported, or a package is missing.
+        ValueError: if there is nothing to report, or a package is missing.
     """
     if resamples < FEWEST:
         raise ValueError(
-            f"resamples must be {FEWEST} or more, as fewer do not settle the ends of an interval; got {resamples}"
+            f"resamples must be at least {FEWEST}, as fewer give unstable intervals; got {resamples}"
         )
     with needs_extra("report", "a report needs matplotlib and scipy"):
         import matplotlib  # noqa: F401
         import scipy  # noqa: F401
     if out.exists() and not out.is_dir():
-        raise ValueError(f"out={out} is a file; give a folder")
+        raise ValueError(f"out must be a folder; {out} is a file")
     report = build_report(folders, split, resamples, seed)
     html = write(report, out)
     console = console or Console(width=None if sys.stdout.isatty() else 140)
@@ -72,10 +72,10 @@ def main(
 
 
 def write(report: Report, out: Path) -> str:
-    """Write all files of a report, in place of those of an earlier one; return the page."""
+    """Write all files of a report, replacing those of an earlier one; return the page."""
     (out / "plots").mkdir(parents=True, exist_ok=True)
     for path in (out / "plots").iterdir():
-        if PLOT.fullmatch(path.name):  # of other runs it may have other names
+        if PLOT.fullmatch(path.name):  # an earlier report may have used other names
             path.unlink()
     figures = {}
     with Bar("drawing plots", len(report.comparisons) + len(report.studies)) as bar:
@@ -101,13 +101,13 @@ def write(report: Report, out: Path) -> str:
 
 
 def _file_names(titles: Iterable[str]) -> dict[str, str]:
-    """Return a file name a title, without what file systems mind; numbered, since two may come out the same."""
+    """Return a safe file name for each title; they are numbered, as two titles may give the same name."""
     plain = {title: re.sub(r"[^A-Za-z0-9]+", "-", title.rpartition("/")[2]).strip("-") for title in titles}
     return {title: f"{i:02d}_{name[:60].strip('-')}" for i, (title, name) in enumerate(plain.items(), 1)}
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print scores, budgets, notes and what was left out."""
+    """Print scores, budgets, notes and the folders left out."""
 
     def say(text: str, style: str | None = None) -> None:
         console.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
@@ -144,7 +144,7 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def log_to_wandb(report: Report, html: str, out: Path, project: str) -> None:
-    """Log scores and pairs as W&B tables, and the page, in a run of its own."""
+    """Log scores and pairs as W&B tables, and the page, in a separate W&B run."""
     import wandb
 
     mode: Any = os.environ.get("WANDB_MODE") or "offline"

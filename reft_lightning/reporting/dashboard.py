@@ -1,7 +1,7 @@
-"""``reft-dashboard FOLDER...``: a saved workspace and a report page in W&B, of runs that were logged there.
+"""``reft-dashboard FOLDER...``: a saved workspace and a report page in W&B, for runs that were logged there.
 
-What is sent is a plain value first: ``{"LinePlot": {...}}`` stands for the class of ``wandb_workspaces`` with these
-arguments. It is written to a file, and sent where there is a key.
+A dashboard is first described by plain values: ``{"LinePlot": {...}}`` stands for the class of ``wandb_workspaces``
+with these arguments. The description is written to a file, and sent if there is a key.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .page import markdown
 from .runs import Run
 
 STEP = "trainer/global_step"
-OWNED = ("Workspace", "Report", "Runset")  # classes that name entity and project
+OWNED = ("Workspace", "Report", "Runset")  # classes that take entity and project
 FILE, SENT = "dashboard.json", ("workspace", "report")
 Panel = dict[str, Any]
 
@@ -36,10 +36,10 @@ Panel = dict[str, Any]
 def main(
     folders: Sequence[Path], out: Path, entity: str | None = None, project: str | None = None
 ) -> list[str]:
-    """Write what a dashboard of some runs consists of to a folder, and send it where there is a key.
+    """Write the description of a dashboard of some runs to a folder, and send it if there is a key.
 
-    `folders` may be one file that an earlier call wrote. Entity and project are the runs' where they are None. Returned
-    are the addresses of workspace and report, if they were sent.
+    ``folders`` may be a single file that an earlier call wrote. Entity and project default to those of the runs. Return
+    the addresses of the workspace and the report, if they were sent.
 
     Raises:
         ValueError: if there is nothing to show.
@@ -54,8 +54,8 @@ def main(
         write_text(path, json.dumps(spec, indent=1) + "\n")
     if os.environ.get("WANDB_MODE", "online") != "online" or not has_key():
         command = shlex.join(["reft-dashboard", str(path)])
-        _say(f"{path}: a workspace and a report, which were not sent, as W&B is offline or has no key here")
-        _say(f"upload the runs by wandb sync FOLDER/**/wandb/offline-run-*, then send both by: {command}")
+        _say(f"{path}: a workspace and a report, not sent, as W&B is offline or has no key here")
+        _say(f"upload the runs with wandb sync FOLDER/**/wandb/offline-run-*, then send both with: {command}")
         return []
     sent = send(spec)
     for what, address in zip(SENT, sent, strict=True):
@@ -68,7 +68,7 @@ def _say(text: str) -> None:
 
 
 def dashboard(report: Report, entity: str | None = None, project: str | None = None) -> dict[str, Any]:
-    """Return what is sent of some runs: entity, project, workspace, report."""
+    """Return the description of a dashboard: entity, project, workspace, report."""
     entries = [run.config for run in report.runs]
     entity = entity or _commonest(config.get("logger.wandb.entity") for config in entries)
     project = project or _commonest(config.get("logger.wandb.project") for config in entries)
@@ -107,7 +107,7 @@ def _commonest(values: Iterable[Any]) -> Any:
 
 
 def _sections(report: Report) -> tuple[dict[str, list[Panel]], str]:
-    """Return title -> panels, and the name of the score that decides, as a column of W&B."""
+    """Return title -> panels, and the name of the deciding score as a W&B column."""
     metrics = {name for run in report.runs for name in run.results["metrics"]}
     monitor = _commonest(
         [*(run.results.get("monitor") for run in report.runs), *(s.monitor for s in report.studies)]
@@ -142,14 +142,14 @@ def _sections(report: Report) -> tuple[dict[str, list[Panel]], str]:
             _panel("BarPlot", title="seconds of training", metrics=["train_seconds"], **_by_method("stddev")),
         ],
     }  # fmt: skip
-    # trials are compared by validation, and know no test row
+    # trials are compared by validation, as they have no test rows
     if sweep := _sweep(report, validated if report.studies else score, fewer):
         found = {"Scores": found.pop("Scores"), "What the sweep varied": sweep, **found}
     return found, score
 
 
 def _sweep(report: Report, score: str, fewer: bool) -> list[Panel]:
-    """Return the panels of what differs between runs, or of what studies searched."""
+    """Return the panels of the settings that differ between runs, or that studies searched."""
     varied = varied_settings(report.runs)
     trials = (trial for study in report.studies for of_method in study.trials.values() for trial in of_method)
     for name, value in (item for trial in trials for item in trial.params.items()):
@@ -172,7 +172,7 @@ def _sweep(report: Report, score: str, fewer: bool) -> list[Panel]:
 
 
 def varied_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Return key of W&B's configuration -> values, of what differs between runs other than their seeds."""
+    """Return key of W&B's configuration -> values, for the settings that differ between runs, except seeds."""
     settings = [used_settings(run.settings) for run in runs]
     keys = sorted({key for one in settings for key in one})
     found = {key: [one.get(key) for one in settings] for key in keys}
@@ -207,7 +207,7 @@ def _by_method(range_: str) -> dict[str, Any]:
 
 
 def send(spec: Mapping[str, Any]) -> list[str]:
-    """Save workspace and report in W&B, as new ones; return their addresses."""
+    """Save a new workspace and a new report in W&B; return their addresses."""
     import wandb
 
     entity = spec["entity"] or wandb.Api().default_entity
@@ -216,7 +216,7 @@ def send(spec: Mapping[str, Any]) -> list[str]:
 
 
 def build(value: Any, owner: Mapping[str, Any]) -> Any:
-    """Return the objects of ``wandb_workspaces`` that a value of a spec stands for, owned by an entity's project."""
+    """Return the ``wandb_workspaces`` objects described by a value, owned by an entity's project."""
     classes = _classes()
     if isinstance(value, list):
         return [build(item, owner) for item in value]
@@ -230,7 +230,7 @@ def build(value: Any, owner: Mapping[str, Any]) -> Any:
 
 
 def _classes() -> dict[str, Any]:
-    with needs_extra("dashboard", "a dashboard is sent by wandb-workspaces, which is not installed"):
+    with needs_extra("dashboard", "sending a dashboard needs wandb-workspaces"):
         import wandb_workspaces.reports.v2 as pages
         import wandb_workspaces.workspaces as workspaces
     own = ("Workspace", "Section", "WorkspaceSettings", "RunsetSettings")

@@ -33,10 +33,10 @@ RESAMPLES = 10_000
 
 
 def add_evidence(comparison: Comparison, resamples: int = RESAMPLES, seed: int = 0) -> None:
-    """Fill in intervals and pairs, of runs that :func:`deviating` found nothing against.
+    """Fill in intervals and pairs, for runs that :func:`deviating` accepts.
 
-    The draws of rows depend on seed, task and rows alone, those of seeds on the method besides: another method in the
-    table changes nobody's interval.
+    The resamples of rows depend only on the seed, the task and the rows, those of seeds also on the method: adding a
+    method to the table does not change the other intervals.
     """
     for task in comparison.main:
         loaded = [
@@ -62,9 +62,9 @@ Gold = Mapping[Key, Any]
 
 
 def deviating(comparison: Comparison) -> list[LeftOut]:
-    """Return the runs of a comparison whose predictions cannot be read, or are of other rows than those of most.
+    """Return the runs of a comparison whose predictions cannot be read, or are of rows other than most runs'.
 
-    Where as many runs have the one rows as the other, those of the run that finished first count.
+    In a tie, the rows of the run that finished first count.
     """
     found: dict[str, list[tuple[Run, Gold]]] = {}
     left: dict[Run, LeftOut] = {}
@@ -101,12 +101,12 @@ def _deviation(task: str, standard: Run, expected: Gold, gold: Gold) -> str:
     alone = sorted(gold.keys() ^ expected.keys())
     if alone:
         return (
-            f"it was evaluated on other rows of {task} than {standard.folder}: {len(alone)} are in one alone, such as "
-            f"{alone[0][0]!r}; runs are compared on the same rows only"
+            f"its rows of {task} differ from those of {standard.folder}: {len(alone)} are in only one of them, such as "
+            f"{alone[0][0]!r}; runs are compared only on the same rows"
         )
     other = next(key for key in gold if gold[key] != expected[key])
     return (
-        f"it has other gold answers of {task} than {standard.folder}, {other[0]}: {gold[other]!r} and "
+        f"its gold answers of {task} differ from those of {standard.folder}, for {other[0]}: {gold[other]!r} and "
         f"{expected[other]!r}"
     )
 
@@ -115,7 +115,7 @@ Loaded = Sequence[tuple[Method, Run, Rows]]
 
 
 def _resampled(comparison: Comparison, task: str, loaded: Loaded) -> dict[Score, dict[int, Measure]]:
-    """Return the measures that can be resampled, by score and seed; a note says which cannot."""
+    """Return the measures that can be resampled, by score and seed; notes name those that cannot."""
     found: dict[Score, dict[int, Measure]] = defaultdict(dict)
     for method, run, rows in loaded:
         scores = {m: s for (t, m), s in method.scores.items() if t == task}
@@ -126,8 +126,8 @@ def _resampled(comparison: Comparison, task: str, loaded: Loaded) -> dict[Score,
         measures = measures_of(list(rows.values()), reported, run.task(task)) if rows else {}
         for name in sorted(reported.keys() - {MAJORITY, LOSS} - measures.keys()):
             comparison.notes.append(
-                f"{method.label}, seed {run.seed}: the predictions do not give {name} of {task} as results.json has "
-                "it, so there is no interval"
+                f"{method.label}, seed {run.seed}: the predictions do not reproduce {name} of {task} in results.json, "
+                "so there is no interval"
             )
         for name, measure in measures.items():
             found[scores[name]][run.seed] = measure
@@ -156,11 +156,11 @@ def _score_task(comparison: Comparison, task: str, loaded: Loaded, resamples: in
 
 
 def interval_of(score: Score) -> tuple[float, float]:
-    """Return the 95 % interval: of one seed the bootstrap's percentiles, of several Student's by the bootstrap's error.
+    """Return the 95 % interval: percentiles for one seed, for several Student's t with the bootstrap's error.
 
-    Of few seeds the percentiles would be far too narrow, as three seeds know their own spread badly; nor is the
-    interval ever narrower than Student's over the seeds alone, see :func:`widest_t`. Where every row is right, or
-    wrong, no resample differs: then it is Wilson's, as `reft-train` prints it.
+    For few seeds percentiles would be far too narrow, as three seeds estimate their spread badly; and the interval is
+    never narrower than Student's over the seeds alone, see :func:`widest_t`. If every row is right, or every row is
+    wrong, all resamples agree, and the interval is Wilson's, as printed by ``reft-train``.
     """
     assert score.draws is not None
     assert score.row_draws is not None
@@ -185,7 +185,7 @@ def interval_of(score: Score) -> tuple[float, float]:
 def _draws(
     measures: Sequence[Measure], rows: int, resamples: int, rng: np.random.Generator
 ) -> dict[Measure, Array]:
-    """Return each measure's (B,) resampled values; a mean of others comes from theirs."""
+    """Return each measure's (B,) resampled values; those of a mean are computed from its parts."""
     single = [measure for measure in measures if not isinstance(measure, Mean)]
     values = resample_rows(single, rows, resamples, rng)
     found = {measure: values[:, k] for k, measure in enumerate(single)}
@@ -196,13 +196,13 @@ def _draws(
 
 
 def _identity(method: Method) -> str:
-    """Return what tells a method's draws of seeds from another's, the same in later versions of the schema."""
+    """Return the identity that seeds a method's resamples of seeds; it is stable across versions of the schema."""
     run = method.runs[0]
     return BASE if method.base else str(run.results.get("config_hash") or run.configuration)
 
 
 def _average(comparison: Comparison) -> None:
-    """Resample the mean over tasks: rows of each task by themselves, seeds for all tasks together."""
+    """Resample the mean over tasks: the rows of each task separately, the seeds jointly for all tasks."""
     column = comparison.columns[-1]
     for method in comparison.methods:
         parts = [method.scores.get(item) for item in comparison.main.items()]

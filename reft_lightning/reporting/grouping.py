@@ -1,7 +1,7 @@
-"""Which runs may stand in one table, and which of them are one method.
+"""Group runs into comparisons, and the runs of a comparison into methods.
 
-Runs are compared where model, family, tasks, rows and split are the same; everything else that differs, seeds, places
-of files and logging apart, makes another method. Runs of other data are another comparison, never another line.
+Runs are compared if model, family, tasks, rows and split are the same; any other difference, except in seeds, file
+locations and logging, makes another method. Runs on other data make another comparison, never another line.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .comparisons import AVERAGE, BASE, LOSS, Comparison, Method, Score, lower_i
 from .runs import ALL, Run
 from .scores import MAJORITY
 
-UNEQUAL = 0.01  # budgets that differ by more are said to
+UNEQUAL = 0.01  # budgets that differ by a larger fraction are reported
 BUDGETS = ("steps", "tokens")
 SHOWN = 4  # settings in a label
-FEW = 10  # seeds, below which their deviation is hardly known
+FEW = 10  # with fewer seeds their deviation is estimated badly
 
 
 def compare(runs: Sequence[Run], split: str | None) -> list[Comparison]:
-    """Return the comparisons that complete runs allow, without intervals and pairs, see :func:`used_split`."""
+    """Return the comparisons of complete runs, without intervals and pairs; see :func:`used_split`."""
     groups: dict[str, list[tuple[Run, dict[str, str], str]]] = defaultdict(list)
     for run in runs:
         used = used_split(run, split)
@@ -41,13 +41,13 @@ def compare(runs: Sequence[Run], split: str | None) -> list[Comparison]:
 
 
 def used_split(run: Run, split: str | None) -> str | None:
-    """Return the split by which a run is compared: that asked for, or `test`, or `validation`; None without a score."""
+    """Return the split a run is compared on: the given one, or ``test``, or ``validation``; None without a score."""
     allowed = (split,) if split else ("test", "validation")
     return next((name for name in allowed if _scores(run, name)), None)
 
 
 def _scores(run: Run, split: str, base: bool = False) -> dict[str, dict[str, float]]:
-    """Return task -> measure -> value; the loss too where nothing was scored, where it chose, or where all is 0."""
+    """Return task -> measure -> value; with the loss if nothing was scored, if it was monitored, or if all is 0."""
     scores = run.scores(split, base)
     prefix = f"{'base/' if base else ''}{'test' if split == 'test' else 'val'}/"
     metrics, name = run.results["metrics"], f"{prefix}{LOSS}"
@@ -63,7 +63,7 @@ def _scores(run: Run, split: str, base: bool = False) -> dict[str, dict[str, flo
 
 
 def facts_of(run: Run, split: str) -> tuple[dict[str, str], str]:
-    """Return what must be the same within a comparison: in words, and as one text that is equal for equal data."""
+    """Return what must be the same within a comparison: in words, and as one string to compare."""
     data: Mapping[str, Any] = run.results["data_versions"]
     kept = ("fingerprint", "test_fingerprint", "test_rows")
     prints = {
@@ -72,7 +72,7 @@ def facts_of(run: Run, split: str) -> tuple[dict[str, str], str]:
     }  # fmt: skip
     limit = run.config.get("data.limit_test" if split == "test" else "data.limit_validation")
     carved: Mapping[str, Any] = data.get("split", {})
-    # split_seed=null carves other rows for every seed: then they cannot be a fact that seeds share
+    # split_seed=null holds out different rows for each seed, so their fingerprint is not shared by seeds
     by_seed = run.config.get("data.split_seed") is None
     if by_seed and split == "test" and limit is None:
         carved = {k: v for k, v in carved.items() if not k.endswith("fingerprint")}
@@ -84,7 +84,7 @@ def facts_of(run: Run, split: str) -> tuple[dict[str, str], str]:
         "split": split,
         "family": f"{data.get('family', '?')}, version {data.get('version', '?')}",
         "train rows": f"{carved.get('train_rows', '?'):,}" if "train_rows" in carved else "?",
-        "evaluated rows": "all" if limit is None else f"at most {limit:,} a task",
+        "evaluated rows": "all" if limit is None else f"at most {limit:,} per task",
         "template": str(data.get("template") or "none"),
     }
     revision = run.config.get("model.revision")
@@ -94,7 +94,7 @@ def facts_of(run: Run, split: str) -> tuple[dict[str, str], str]:
 
 
 def _titles(all_facts: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return one title a comparison: model, tasks and split, with what else tells equal ones apart."""
+    """Return one title per comparison: model, tasks and split, with the facts that distinguish equal titles."""
     base = [f"{f['model']}, {f['tasks']} ({f['split']})" for f in all_facts]
     titles: list[str] = []
     for facts, title in zip(all_facts, base, strict=True):
@@ -106,7 +106,7 @@ def _titles(all_facts: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _numbered(names: Sequence[str], form: str) -> list[str]:
-    """Return names, those that occur several times with their number."""
+    """Return the names; those that occur several times are numbered."""
     counts, seen = Counter(names), Counter[str]()
     found: list[str] = []
     for name in names:
@@ -154,23 +154,23 @@ def _collect(runs: Sequence[Run], split: str, base: bool = False) -> dict[tuple[
 
 
 def _base(runs: Sequence[Run], split: str, notes: list[str]) -> list[Method]:
-    """Return the frozen base as the first run that evaluated it found it."""
+    """Return the frozen base, as evaluated by the first run that did so."""
     having = [run for run in runs if _scores(run, split, base=True)]
     if not having:
         return []
     first = having[0]
     values = _scores(first, split, base=True)
     for other in having[1:]:
-        # as text, in which NaN is NaN
+        # as text, so that NaN equals NaN
         if json.dumps(_scores(other, split, base=True)) != json.dumps(values):
             notes.append(
-                f"the frozen base scored otherwise in {other.folder} than in {first.folder}, which counts"
+                f"the frozen base has other scores in {other.folder} than in {first.folder}, which is used"
             )
     return [Method(BASE, [first], base=True, scores=_collect([first], split, base=True))]
 
 
 def _main(run: Run, split: str) -> dict[str, str]:
-    """Return task -> the measure by which checkpoints are chosen, or the task's first."""
+    """Return task -> the measure by which checkpoints are chosen, or else the task's first."""
     monitored = str(run.results.get("monitor") or "").rpartition("/")[2]
     return {
         task: monitored if monitored in measures else next(iter(measures))
@@ -179,7 +179,7 @@ def _main(run: Run, split: str) -> dict[str, str]:
 
 
 def _telling(methods: Sequence[Method], main: dict[str, str], notes: list[str]) -> dict[str, str]:
-    """Return task -> measure; where no method scores by the main ones, the options' accuracy, or the loss."""
+    """Return task -> measure; if all methods score 0 by the main ones, the options' accuracy or the loss instead."""
 
     def found(measures: Mapping[str, str]) -> list[Score | None]:
         return [method.scores.get(item) for method in methods for item in measures.items()]
@@ -206,7 +206,7 @@ def _average(comparison: Comparison) -> None:
 
 
 def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """Return a label a method: its name, and of methods with one name what differs between them."""
+    """Return one label per method: its name and, if methods share it, the settings that differ between them."""
     found: list[str] = []
     for group in groups:
         twins = [other[0].settings for other in groups if other[0].method == group[0].method]
@@ -224,14 +224,14 @@ def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
 
 def _plain(value: Any, key: str) -> str:
     if key.endswith("._target_"):
-        return str(value).rpartition(".")[2]  # of an import path, the class
+        return str(value).rpartition(".")[2]  # the class of an import path
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def unequal_budgets(methods: Sequence[Method]) -> list[str]:
-    """Return a sentence for each budget that the methods that train spent unequally, by more than 1 %."""
+    """Return a sentence for each budget in which trained methods differ by more than 1 %."""
     said: list[str] = []
     for name in BUDGETS:
         spent = {method.label: method.cost(name) for method in methods if method.trains}
@@ -243,7 +243,7 @@ def unequal_budgets(methods: Sequence[Method]) -> list[str]:
 
 
 def _remarks(comparison: Comparison) -> list[str]:
-    """Return what a reader must know of the runs of a comparison."""
+    """Return notes for the reader on the runs of a comparison."""
     said: list[str] = []
     methods = [method for method in comparison.methods if not method.base]
     seeds = {method.label: method.seeds for method in methods}
@@ -252,27 +252,29 @@ def _remarks(comparison: Comparison) -> list[str]:
         said.append(f"the methods have different seeds: {each}")
     if any(len(s) == 1 for s in seeds.values()):
         said.append(
-            "with one seed there is no deviation, intervals and tests are over rows only, and nothing is known of "
+            "with one seed there is no deviation, intervals and tests are over rows only, and nothing is known about "
             "other seeds"
         )
     few = {label: len(s) for label, s in seeds.items() if 1 < len(s) < FEW}
     if few:
         each = ", ".join(f"{label} {count}" for label, count in few.items())
         said.append(
-            f"fewer than {FEW} seeds ({each}): too few to know the spread, so intervals and p-values are Student's t: "
-            "wide, and right where scores are normal over seeds"
+            f"fewer than {FEW} seeds ({each}): too few to estimate the spread well, so intervals and p-values use "
+            "Student's t: they are wide, and valid if scores are normal over seeds"
         )
     said += _diverged(methods)
     begun = [m.label for m in methods if m.runs[0].settings.get("intervention.init_from")]
     if begun:
-        said.append(f"{', '.join(begun)} began with a saved adapter, whose training is in no budget here")
+        said.append(
+            f"{', '.join(begun)} started from a saved adapter, whose training is not in these budgets"
+        )
     if comparison.split == "test":
         names = Counter(method.runs[0].method for method in methods)
         several = ", ".join(f"{name} in {count} configurations" for name, count in names.items() if count > 1)
         if several:
             said.append(
-                f"{several}, all scored on test rows: to choose among them here is to choose by the test split; choose "
-                "by validation (split=validation)"
+                f"{several}, all scored on test rows: choosing among them here would be selection on the test split; "
+                "choose by validation (split=validation)"
             )
     for name, word in (
         ("device", "devices: seconds and tokens/s cannot be compared"),
@@ -287,7 +289,8 @@ def _remarks(comparison: Comparison) -> list[str]:
         if measure == MAJORITY and not score.diverged
     }  # fmt: skip
     said += [
-        f"{task}: the commonest training answer scores {100 * share:.1f}" for task, share in constants.items()
+        f"{task}: the most common training answer scores {100 * share:.1f}"
+        for task, share in constants.items()
     ]
     tests = [run.results["data_versions"].get("test", {}) for method in methods for run in method.runs]
     for task in comparison.main if comparison.split == "test" else ():
@@ -297,7 +300,7 @@ def _remarks(comparison: Comparison) -> list[str]:
 
 
 def _overlapping(comparison: Comparison) -> list[str]:
-    """Return a sentence where runs were under way at the same time; it is marked for the plot of seconds too."""
+    """Return a sentence if runs ran at the same time, and mark the comparison for the plot of seconds."""
     spans = sorted(
         span
         for method in comparison.methods
@@ -313,15 +316,15 @@ def _overlapping(comparison: Comparison) -> list[str]:
     if not together:
         return []
     return [
-        f"{together} runs were under way while another ran: on one machine they slowed each other down, so seconds, "
+        f"{together} runs ran at the same time as another: on one machine they slow each other down, so seconds, "
         "tokens/s and plots against seconds cannot be compared"
     ]
 
 
 def _span(run: Run) -> tuple[datetime, datetime] | None:
-    """Return begin and end of a run; None where they are not recorded."""
+    """Return the start and the end of a run; None if they are not recorded."""
     try:
-        # a run of several parts has the begin of the last and the end of all
+        # a resumed run has the start and the end of its last part
         start, end = (datetime.fromisoformat(run.results[key]) for key in ("started", "finished"))
     except (KeyError, TypeError, ValueError):  # missing, or edited by hand
         return None
@@ -329,7 +332,7 @@ def _span(run: Run) -> tuple[datetime, datetime] | None:
 
 
 def _diverged(methods: Sequence[Method]) -> list[str]:
-    """Return a sentence for each method with scores that are no numbers."""
+    """Return a sentence for each method with scores that are not finite."""
     said: list[str] = []
     for method in methods:
         lost: dict[tuple[int, ...], list[str]] = defaultdict(list)
@@ -338,7 +341,7 @@ def _diverged(methods: Sequence[Method]) -> list[str]:
                 lost[tuple(score.diverged)].append(f"{task} {measure.replace('_', ' ')}")
         for seeds, names in lost.items():
             said.append(
-                f"{method.label} diverged, seeds {', '.join(map(str, seeds))}: {', '.join(names)} is not a number, so "
-                "it is listed last and not tested"
+                f"{method.label} diverged with seeds {', '.join(map(str, seeds))}: {', '.join(names)} is not a number, "
+                "so it is listed last and not tested"
             )
     return said

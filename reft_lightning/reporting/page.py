@@ -17,18 +17,18 @@ from .plots import Drawn
 from .runs import Run
 from .studies import ENOUGH
 
-LONG = 60  # characters, beyond which a cell has several lines
-WIDE = ("learning_curves", "parameter_importance")  # plots of several panels
+LONG = 60  # characters; a longer cell wraps
+WIDE = ("learning_curves", "parameter_importance")  # plots with several panels
 
 CAPTIONS = {
     "intervals": "Scores: mean (marker), each seed (|), 95 % interval over rows and seeds (line).",
     "score_parameters": "Score against trained parameters, including those of heads; dotted: none, or not recorded.",
-    "score_seconds": "Score against seconds of training; dotted: none, or not recorded.",
-    "learning_curves": "Learning curves as logged during training: mean over seeds, each seed thin.",
+    "score_seconds": "Score against training time in seconds; dotted: none, or not recorded.",
+    "learning_curves": "Learning curves as logged during training: mean over seeds; thin lines: single seeds.",
     "search_history": "Search history: each complete trial, and the best so far.",
     "parameter_importance": "Importance (PED-ANOVA) of each searched parameter for being among the best trials, for "
-    f"methods with at least {ENOUGH} complete trials and two parameters. Shares always add up to 1, even of noise: "
-    "they tell which parameter deserves the next trials, not that it matters.",
+    f"methods with at least {ENOUGH} complete trials and two parameters. Shares always add up to 1, even for noise: "
+    "they show which parameter deserves the next trials, not that it matters.",
 }
 
 
@@ -43,7 +43,7 @@ def latex(comparisons: Sequence[Comparison]) -> str:
 
 
 def page(report: Report, figures: Mapping[str, Mapping[str, Drawn]]) -> str:
-    """Return the HTML file; `figures` holds the plots by title of a comparison, or folder of a study."""
+    """Return the HTML file; ``figures`` holds the plots by the title of a comparison or the folder of a study."""
     template = _environment().get_template("report.html.j2")
     return template.render(
         report=report, figures=figures, versions=_versions(report.runs), tables=tables, picture=plots.inline,
@@ -80,7 +80,7 @@ def _tex_cell(cell: tables.Cell) -> str:
 
 
 def _versions(runs: Iterable[Run]) -> list[tuple[dict[str, Any], int]]:
-    """Return commit, device and versions of packages, with the number of runs that have them."""
+    """Return commit, device and package versions, with the number of runs that have them."""
     found: Counter[tuple[tuple[str, str], ...]] = Counter()
     for run in runs:
         facts = {"git commit": run.results.get("git_commit"), "device": run.results.get("device")}

@@ -1,4 +1,4 @@
-"""Paired tests of every two methods of a comparison, on the same rows and over seeds."""
+"""Paired tests of all pairs of methods in a comparison, on the same rows and over seeds."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from .statistics import (
     within,
 )
 
-RESOLUTION = 100  # sign flips a pair: the smallest p-value stays below 0.01 after Holm
+RESOLUTION = 100  # sign flips per pair: the smallest p-value stays below 0.01 after Holm
 
 
 def pairs_of(comparison: Comparison, resamples: int, seed: int) -> list[Pair]:
-    """Return every pair of methods on every main measure, p-values adjusted over the pairs of one measure.
+    """Return every pair of methods on every main measure, with p-values adjusted over the pairs of one measure.
 
-    With two or three seeds Welch's test has so few degrees of freedom that hardly a pair of many is left after Holm. So
-    no method's variance over seeds counts as smaller than the mean over the table. That mean is known better than one
-    method's variance, with Satterthwaite's degrees of freedom, and no pair has more than it. Of two methods this is
-    Welch's test with a larger error.
+    With two or three seeds Welch's test has so few degrees of freedom that hardly any of many pairs remains after Holm.
+    Therefore each method's variance over seeds is at least the mean variance over the table. That mean is estimated
+    better than a single method's variance, with Satterthwaite's degrees of freedom, which bound those of every pair.
+    For two methods this is Welch's test with a larger error.
 
-    The chance of any false pair is 0.000 to 0.056, by Welch's test 0.013 to 0.065 (6,000 simulated tables each of 2 to
-    9 equal means, 2 to 5 seeds, equal and unequal variances: ``experiments/pooled_seeds``). One of nine methods that is
-    ten spreads better is found in 89 % of its pairs with three seeds, by Welch's test in 66 %; where spreads differ
-    much, Welch's test finds more of few methods. Nor do two methods differ if the same test over seeds
-    alone does not tell them apart, see :func:`widest_t`.
+    The probability of any false pair is 0.000 to 0.056, with Welch's test 0.013 to 0.065 (6,000 simulated tables each
+    of 2 to 9 equal means, 2 to 5 seeds, equal and unequal variances: ``experiments/pooled_seeds``). If one of nine
+    methods is ten spreads better, 89 % of its pairs are found with three seeds, with Welch's test 66 %; if spreads
+    differ a lot, Welch's test finds more among few methods. Nor do two methods differ if the same test over seeds alone
+    does not distinguish them, see :func:`widest_t`.
     """
     found: list[Pair] = []
     for column in comparison.columns:
@@ -47,7 +47,7 @@ def pairs_of(comparison: Comparison, resamples: int, seed: int) -> list[Pair]:
         couples = list(itertools.combinations(methods, 2))
         differences = [_row_differences(comparison, a, b, column) for a, b in couples]
         exact = [_line(lines) for lines in differences if lines]
-        # with fewer flips the smallest p-value, adjusted over many pairs, would not be small
+        # with fewer flips even the smallest p-value would not be small after adjusting over many pairs
         flips = max(resamples, RESOLUTION * len(couples))
         flipped = iter(
             sign_flip_tests(np.stack(exact), flips, generator(seed, "signs", *column)) if exact else []
@@ -79,15 +79,14 @@ def _pair(
     lines: Sequence[Array],
     flipped: float | None,
 ) -> Pair:
-    """Return a pair, its p-value not yet adjusted.
+    """Return a pair whose p-value is not yet adjusted.
 
-    Over rows and seeds p is Welch's, never below that over seeds alone; and where every row has a score of its own
-    never below that of the sign flips, which holds for few rows that differ too. Where a method has one seed, rows
-    alone are counted. The interval leaves out 0 where p < 0.05, before Holm, and only there: where t alone would
-    leave it out, it ends at 0.
+    Over rows and seeds p is Welch's, but at least that over seeds alone and, if every row has its own score, at least
+    that of the sign flips, which is valid even if few rows differ. If a method has one seed, only rows are counted.
+    The interval excludes 0 exactly if p < 0.05, before Holm: if t alone would exclude it, the interval ends at 0.
 
-    `pooled` is the mean variance over seeds, the least that is counted. `lines` are each row's differences, task by
-    task, none where the measure is no mean over rows; `flipped` is the p-value of their sign flips.
+    ``pooled`` is the mean variance over seeds, a lower bound for each method's. ``lines`` are each row's differences,
+    task by task, empty if the measure is not a mean over rows; ``flipped`` is the p-value of their sign flips.
     """
     first: Any = a.scores[column]
     second: Any = b.scores[column]
@@ -117,7 +116,7 @@ def _pair(
 
 
 def _rows_part(lines: Sequence[Array], draws: Array, rows: int) -> Part:
-    """Return the variance that rows give a difference, with its degrees of freedom; without lines the bootstrap's."""
+    """Return a difference's variance over rows and its degrees of freedom; without lines from the bootstrap."""
     if rows < 2 or any(len(line) < 2 for line in lines):
         return math.inf, 1.0
     if not lines:
@@ -127,14 +126,14 @@ def _rows_part(lines: Sequence[Array], draws: Array, rows: int) -> Part:
 
 
 def _line(lines: Sequence[Array]) -> Array:
-    """Return the differences of all tasks as one line, in which each task counts the same."""
+    """Return the differences of all tasks as one line, in which each task has the same weight."""
     return np.concatenate([line / len(line) for line in lines])
 
 
 def _row_differences(comparison: Comparison, a: Method, b: Method, column: tuple[str, str]) -> list[Array]:
-    """Return of each task of a column each row's difference of scores, averaged over seeds.
+    """Return the differences of row scores, averaged over seeds, for each task of a column.
 
-    Nothing where a measure is no mean over rows.
+    The list is empty if a measure is not a mean over rows.
     """
     columns = list(comparison.main.items()) if column[0] == AVERAGE else [column]
     found: list[Array] = []
@@ -147,7 +146,7 @@ def _row_differences(comparison: Comparison, a: Method, b: Method, column: tuple
 
 
 def _mcnemar(a: Method, b: Method, column: tuple[str, str]) -> dict[int, float]:
-    """Return seed -> exact p-value; the frozen base stands against every seed of the other."""
+    """Return seed -> exact p-value; the frozen base is compared with every seed of the other."""
     first, second = a.scores[column].row_scores, b.scores[column].row_scores
     if first is None or second is None:
         return {}

@@ -1,7 +1,7 @@
-"""The plots of a report: matplotlib figures, the same bytes for the same numbers.
+"""The plots of a report: matplotlib figures, with the same bytes for the same numbers.
 
-Colours are those that people with any colour vision tell apart; markers and line styles repeat what they say. Ink is
-one colour, so that a page can show it in its own.
+Colours are distinguishable with any colour vision; markers and line styles repeat the distinction. All ink has one
+colour, so that a page can replace it with its own.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK = "#1b1f24"
-# Okabe and Ito 2008, Color Universal Design; without black, which is the ink, and the yellow that white swallows.
-# The last four lie as far from these as possible to the eyes of deuteranopes, protanopes and tritanopes (Machado et al.
-# 2009): at least 19 units of CIELAB from every other, where the first six have 16 among themselves.
+# Okabe and Ito 2008, Color Universal Design; without black, which is the ink, and yellow, which is too pale on white.
+# The last four are as far from these as possible for deuteranopes, protanopes and tritanopes (Machado et al. 2009): at
+# least 19 CIELAB units from every other colour, while the first six are 16 apart.
 COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8020E0", "#804060", "#E02040", "#406020",
 )  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-BESIDE = 8  # points between markers of one cost
+BESIDE = 8  # points between markers with the same cost
 LINES = ("-", "--", "-.", ":")
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "reft-report", "svg.fonttype": "path", "font.size": 10, "axes.spines.top": False,
@@ -44,15 +44,15 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Drawn:
-    """A plot as the files that show it: SVG without a date, PNG on white."""
+    """A plot as files: SVG without a date, PNG on white."""
 
     svg: str
     png: bytes
 
 
 def comparison_plots(comparison: Comparison) -> dict[str, Drawn]:
-    """Return name -> plot; what has no data has no plot."""
-    # seconds of runs on a machine that others used are no property of a method
+    """Return name -> plot; plots without data are left out."""
+    # if runs shared a machine, their seconds are not a property of the method
     seconds = "training seconds, mean over seeds" + " (runs at the same time)" * comparison.overlapped
     return _drawn(
         intervals=lambda: _intervals(comparison),
@@ -63,7 +63,7 @@ def comparison_plots(comparison: Comparison) -> dict[str, Drawn]:
 
 
 def study_plots(study: Study) -> dict[str, Drawn]:
-    """Return the search history and the importance of parameters, where there are trials."""
+    """Return the search history and the importance of parameters, if there are trials."""
     return _drawn(search_history=lambda: _history(study), parameter_importance=lambda: _importance(study))
 
 
@@ -82,7 +82,7 @@ def _drawn(**plots: Callable[[], Figure | None]) -> dict[str, Drawn]:
 
 
 def inline(drawn: Drawn, prefix: str, label: str) -> Markup:
-    """Return a plot as an element of a page that holds many: with a prefix of its ids, and a label."""
+    """Return a plot as an element for a page with several plots: with prefixed ids, and a label."""
     element = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", drawn.svg[drawn.svg.index("<svg") :])
     element = element.replace(INK, "currentColor")
     return Markup(element.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1))
@@ -102,7 +102,7 @@ def _colour(i: int) -> str:
 
 
 def _marker(i: int) -> str:
-    return MARKERS[i % len(MARKERS)]  # seven against ten colours: no two of 70 methods look the same
+    return MARKERS[i % len(MARKERS)]  # seven markers, ten colours: no two of 70 methods look the same
 
 
 def _line_style(i: int) -> str:
@@ -110,7 +110,7 @@ def _line_style(i: int) -> str:
 
 
 def _text(label: str) -> str:
-    """Return a label as matplotlib shows it: between two dollars it would read mathematics."""
+    """Return a label with dollar signs escaped, which matplotlib would read as mathematics."""
     return label.replace("$", r"\$")
 
 
@@ -125,12 +125,12 @@ def _name(column: tuple[str, str]) -> str:
 
 
 def _unit(measure: str) -> str:
-    """Return what follows the name of a measure: a correlation is not a share of anything."""
+    """Return the unit after the name of a measure; a correlation is not a percentage."""
     return "" if measure == LOSS else " × 100" if measure in CORRELATIONS else ", %"
 
 
 def _scored(comparison: Comparison) -> list[tuple[int, Method]]:
-    """Return the methods with a number in the head column, each with the number that chooses its colour."""
+    """Return the methods with a value in the head column, each with the index of its colour."""
     ordered = sorted((m for m in comparison.methods if not m.base), key=lambda m: m.label)
     numbers = {m.label: i for i, m in enumerate(ordered)}
     scored = [
@@ -140,7 +140,7 @@ def _scored(comparison: Comparison) -> list[tuple[int, Method]]:
 
 
 def _intervals(comparison: Comparison) -> Figure | None:
-    """Draw mean, 95 % interval and every seed, a line a method, the best on top."""
+    """Draw mean, 95 % interval and every seed, one line per method, the best on top."""
     methods = _scored(comparison)
     if not methods:
         return None
@@ -164,9 +164,9 @@ def _intervals(comparison: Comparison) -> Figure | None:
 def _against(
     comparison: Comparison, cost: Callable[[Method], float | None], label: str, log: bool = False
 ) -> Figure | None:
-    """Draw the score against a cost; methods without any, and those whose cost is not recorded, are lines across.
+    """Draw the score against a cost; methods without a cost, or with an unrecorded one, are horizontal lines.
 
-    With ``log`` the axis of costs is logarithmic where they span a decade or more.
+    With ``log`` the axis of costs is logarithmic if they span a decade or more.
     """
     from matplotlib.ticker import EngFormatter, LogLocator
     from matplotlib.transforms import ScaledTranslation
@@ -182,23 +182,23 @@ def _against(
         score, x = method.scores[comparison.head], cost(method)
         y, colour = scale * score.mean, INK if method.base else _colour(i)
         if not x:
-            # the frozen base trains nothing, whatever is recorded
+            # the frozen base has no cost, whatever is recorded
             known = "0" if x == 0 or method.base else "not recorded"
             ax.axhline(y, color=colour, ls=":", lw=1.5, label=_text(f"{method.label} ({known})"))
             continue
         ends = None
         if score.interval:
-            # a percentile interval need not hold the mean
+            # a percentile interval need not contain the mean
             ends = [[max(y - scale * score.interval[0], 0)], [max(scale * score.interval[1] - y, 0)]]
         bar = ax.errorbar(
             [x], [y], yerr=ends, fmt=_marker(i), ms=7, capsize=3, color=colour, label=_text(method.label)
         )
-        # equal costs stand side by side; shifted once drawn, so that the axes are those of the costs
+        # equal costs are drawn side by side, shifted after drawing so that the axis limits do not change
         aside = BESIDE * (drawn.count(x) - (costs.count(x) - 1) / 2)
         drawn.append(x)
         for artist in bar.get_children() if aside else ():
             artist.set_transform(ax.transData + ScaledTranslation(aside / 72, 0, figure.dpi_scale_trans))
-    # on less than a decade of a logarithmic axis, and of all its ticks, the labels would stand on top of each other
+    # labels would overlap on less than a decade of a logarithmic axis, or with labels at all of its ticks
     if log and max(costs) >= 10 * min(costs):
         ax.set_xscale("log")
         ax.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
@@ -218,7 +218,7 @@ def _legend(figure: Figure, ax: Axes) -> None:
 
 
 def _curves(comparison: Comparison) -> Figure | None:
-    """Draw training loss and validation score in training against steps: the mean over seeds, and each seed thin."""
+    """Draw training loss and validation score against steps: the mean over seeds, and each seed as a thin line."""
     measure = comparison.head[1]
     methods = [(i, method) for i, method in _scored(comparison) if not method.base]
     columns = [
@@ -246,7 +246,7 @@ def _curve(ax: Axes, curves: Sequence[Sequence[tuple[int, float]]], label: str, 
     if not curves:
         return
     for points in curves if len(curves) > 1 else ():
-        dot = "." if len(points) == 1 else None  # a line of one point is nothing to see
+        dot = "." if len(points) == 1 else None  # a line through one point is invisible
         ax.plot(*zip(*points, strict=True), color=_colour(i), lw=0.8, marker=dot, alpha=0.35)
     steps = sorted(set.intersection(*({step for step, _ in points} for points in curves)))
     if not steps:
@@ -282,7 +282,7 @@ def _history(study: Study) -> Figure | None:
 
 
 def _importance(study: Study) -> Figure | None:
-    """Draw the importance of each parameter, a panel a method."""
+    """Draw the importance of each parameter, one panel per method."""
     known = {method: shares for method, shares in study.importance.items() if shares}
     if not known:
         return None

@@ -1,4 +1,4 @@
-"""The records of CSV files and of W&B's tables, which hold scores as fractions."""
+"""The records of CSV files and W&B tables, with scores as fractions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAIR_COLUMNS = (
 
 
 def records(comparisons: Sequence[Comparison]) -> list[dict[str, object]]:
-    """Return one record for each method, task and measure; scores are fractions."""
+    """Return one record per method, task and measure; scores are fractions."""
     found: list[dict[str, object]] = []
     for comparison in comparisons:
         for method in comparison.methods:
@@ -40,7 +40,7 @@ def records(comparisons: Sequence[Comparison]) -> list[dict[str, object]]:
 
 
 def pair_records(comparisons: Sequence[Comparison]) -> list[dict[str, object]]:
-    """Return one record for each pair of methods."""
+    """Return one record per pair of methods."""
     return [
         {
             **vars(pair), "comparison": comparison.title, "low": pair.interval[0], "high": pair.interval[1],
@@ -51,7 +51,7 @@ def pair_records(comparisons: Sequence[Comparison]) -> list[dict[str, object]]:
 
 
 def write_csv(path: Path, lines: Sequence[dict[str, object]], columns: Sequence[str]) -> None:
-    """Write records as CSV, a missing value as nothing, one that is not a number as nan."""
+    """Write records as CSV; a missing value is empty, NaN is written as nan."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()

@@ -1,4 +1,4 @@
-"""Run folders as records: which there are, what each holds, and why one is left out."""
+"""Find and read run folders, and say why one is left out."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from ..storage.reading import read_json, read_yaml
 from ..terminal.bars import Bar
 
 RUN_FOLDER = "a run folder is what reft-train writes: config.yaml, results.json, predictions/, adapter/"
-INSIDE = {"evaluations", "checkpoints", "predictions", "adapter", "wandb"}  # of a run folder
-NEEDED = {"metrics": dict, "seed": int, "method": str, "model": str, "data_versions": dict}  # of results.json
-WORDS = {dict: "an object", int: "an integer", str: "a text"}
-ALL = "all"  # the task of a loss, which is one over the rows of all tasks
+INSIDE = {"evaluations", "checkpoints", "predictions", "adapter", "wandb"}  # subfolders of a run folder
+NEEDED = {"metrics": dict, "seed": int, "method": str, "model": str, "data_versions": dict}  # in results.json
+WORDS = {dict: "an object", int: "an integer", str: "a string"}
+ALL = "all"  # the task of a loss over the rows of all tasks
 
-# task -> (source, how often it occurred before) -> row, in the order of the keys
+
+# task -> (source, number of earlier occurrences) -> row, sorted by key
 Predictions = dict[str, dict[tuple[str, int], Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A folder that is no usable run, and why."""
+    """A folder that is not a usable run, and why."""
 
     folder: Path
     reason: str
@@ -40,10 +41,10 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Read:
-    """One reading of a test split."""
+    """One read of a test split."""
 
     folder: Path
-    configuration: str  # what was read by: the configuration without its seed
+    configuration: str  # of the run that read it, without the seed
     seed: int | None
     hash: str
     method: str
@@ -58,7 +59,7 @@ class Run:
     """One complete run."""
 
     folder: Path
-    config: Mapping[str, Any]  # dotted key -> value, keys that are younger than the run at their defaults
+    config: Mapping[str, Any]  # dotted key -> value; keys added after the run have their defaults
     results: Mapping[str, Any]  # the contents of `results.json`
     _parsed: dict[Path, Predictions] = field(default_factory=dict, init=False, repr=False)
 
@@ -69,40 +70,40 @@ class Run:
 
     @cached_property
     def method(self) -> str:
-        """Return the name of the method: of a winner the one in its study, else the intervention's."""
+        """Return the name of the method: for a winner the one in its study, else the intervention's."""
         return str(self.winner.get("method", self.results["method"]))
 
     @cached_property
     def winner(self) -> Mapping[str, Any]:
-        """Return what a search wrote of its winner, such as `method` and `edges`; nothing for another run."""
+        """Return what a search recorded about its winner, such as ``method`` and ``edges``; empty for other runs."""
         job = read_job(self.folder)
         return job if job.get("kind") == "winner" else {}
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Return what makes the method: what identifies the run, but its seed."""
+        """Return what identifies the method: what identifies the run, except its seed."""
         return identity(self.config, seed=False)
 
     @property
     def used_settings(self) -> dict[str, Any]:
-        """Return the settings without those of interventions that mean nothing to the method."""
+        """Return the settings without intervention settings that do not apply to the method."""
         return used_settings(self.settings)
 
     @property
     def configuration(self) -> str:
-        """Return the settings as one text: equal texts are one method. A hash stands for settings that are lost."""
+        """Return the settings as one string: equal strings mean one method. A hash replaces settings that are lost."""
         if not self.config:
             return str(self.results.get("config_hash", ""))
         return json.dumps(self.settings, sort_keys=True, default=str)
 
     @cached_property
     def adapter_bytes(self) -> int | None:
-        """Return the size of what is saved of the model; None where nothing is."""
-        files = list((self.folder / "adapter").rglob("*.safetensors"))  # peft's lie in a folder of their own
+        """Return the size of the saved adapter; None if nothing is saved."""
+        files = list((self.folder / "adapter").rglob("*.safetensors"))  # peft's are in a subfolder
         return sum(file.stat().st_size for file in files) if files else None
 
     def scores(self, split: str, base: bool = False) -> dict[str, dict[str, float]]:
-        """Return task -> measure -> value of a split (`test` or `validation`)."""
+        """Return task -> measure -> value for a split (``test`` or ``validation``)."""
         prefix = ("base/" if base else "") + ("test/" if split == "test" else "val/")
         found: dict[str, dict[str, float]] = defaultdict(dict)
         for name, value in self.results["metrics"].items():
@@ -113,7 +114,7 @@ class Run:
         return dict(found)
 
     def task(self, name: str) -> Mapping[str, Any]:
-        """Return what the run recorded of a task: `kind` of its predictions, and `labels` of classes."""
+        """Return what the run recorded about a task: the ``kind`` of its predictions, and the ``labels`` of classes."""
         return (self.results.get("tasks") or {}).get(name, {})
 
     def predictions(self, split: str, base: bool = False) -> Predictions:
@@ -129,7 +130,7 @@ class Run:
         return self._parsed[path]
 
     def rows(self, split: str, task: str, base: bool = False) -> Mapping[tuple[str, int], Mapping[str, Any]]:
-        """Return the rows of a task; of :data:`ALL`, the texts of every task, whose pieces are put together again."""
+        """Return the rows of a task; for :data:`ALL`, the texts of every task, reassembled from their pieces."""
         predictions = self.predictions(split, base)
         if task != ALL:
             return predictions.get(task, {})
@@ -140,9 +141,9 @@ class Run:
         return {key: _whole(pieces) for key, pieces in found.items()}
 
     def curve(self, column: str) -> list[tuple[int, float]]:
-        """Return (step, value) of one column of the CSV logs, of all parts of a run that was resumed.
+        """Return (step, value) of one column of the CSV logs, from all parts of a resumed run.
 
-        Steps are as logged: from 0 while training, and their number for what was evaluated after training.
+        Steps are as logged: from 0 during training, and the total number of steps for evaluations after training.
         """
         points: dict[int, float] = {}
         parts = self.folder.glob("csv*/metrics.csv")
@@ -154,19 +155,19 @@ class Run:
         return sorted(points.items())
 
     def learning_curve(self, column: str) -> list[tuple[int, float]]:
-        """Return (optimizer steps made, value) of what was logged while training.
+        """Return (optimizer steps done, value) for what was logged during training.
 
-        The validation after training is left out: it repeats that of the last step, or of the checkpoint that was
-        restored, which belongs to an earlier step.
+        The validation after training is left out: it repeats that of the last step, or of the restored checkpoint,
+        which belongs to an earlier step.
         """
         steps = self.results.get("steps")
         return [(step + 1, value) for step, value in self.curve(column) if steps is None or step < steps]
 
 
 def find_folders(roots: Iterable[Path]) -> tuple[list[Path], list[Path], list[LeftOut]]:
-    """Return the folders below some that look like runs, the studies, each once, and what holds neither.
+    """Return the run folders and the studies below some folders, each once, and the folders that contain neither.
 
-    The trials of a study are left out: they were compared by validation, inside the search.
+    The trials of a study are left out: they were compared by validation, within the search.
     """
     runs: dict[Path, Path] = {}
     studies: dict[Path, Path] = {}
@@ -188,32 +189,35 @@ def find_folders(roots: Iterable[Path]) -> tuple[list[Path], list[Path], list[Le
             else:
                 folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in INSIDE)
         if not something:
-            left.append(LeftOut(root, "holds no run folder"))
+            left.append(LeftOut(root, "contains no run folder"))
     return list(runs.values()), list(studies.values()), left
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[LeftOut], list[Read]]:
-    """Return the complete runs, what is left out, and every recorded read of a test split, of stopped runs too."""
+    """Return the complete runs, what is left out, and every recorded read of a test split, also by stopped runs."""
     runs: list[Run] = []
     left: list[LeftOut] = []
     reads: list[Read] = []
-    first: dict[tuple[str, ...], Path] = {}  # of several folders that hold one run, or one read of it
+    first: dict[tuple[str, ...], Path] = {}  # a run, or a read -> the first folder that contains it
     with Bar("reading runs", len(folders)) as bar:
         for folder in folders:
             try:
                 if not (folder / "results.json").is_file():
-                    raise ValueError("no results.json: the run ended before it began")
+                    raise ValueError("no results.json: the run ended before training started")
                 results = read_json(folder / "results.json")
                 config, problem = _read_config(folder)
                 run = Run(folder, config, results)
-                began = str(results.get("run_dir", folder))  # where a copy was, too
+                began = str(results.get("run_dir", folder))  # the same in a copy
                 reads += [
                     read for read in _reads(run)
                     if first.setdefault((began, read.time, read.hash, read.task, read.model), folder) == folder
                 ]  # fmt: skip
-                ended = str(results.get("finished")), str(results.get("split"))  # the latter of an evaluation
+                ended = (
+                    str(results.get("finished")),
+                    str(results.get("split")),
+                )  # only evaluations have a split
                 if (other := first.setdefault((began, *ended), folder)) != folder:
-                    problem = f"it holds the same run as {other}: one of them is a copy"
+                    problem = f"it contains the same run as {other}: one of them is a copy"
                 problem = _problem(run) or problem
             except (ValueError, OSError) as error:
                 problem = str(error)
@@ -226,7 +230,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[LeftOut], list[R
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
-    """Return the settings, missing ones at their defaults; or none, and why."""
+    """Return the settings, with defaults for missing ones; or no settings, and why."""
     path = folder / "config.yaml"
     if not path.is_file():
         return {}, "no config.yaml"
@@ -242,16 +246,16 @@ def _defaults() -> dict[str, Any]:
 
 
 def _problem(run: Run) -> str | None:
-    """Return why the results of a run cannot be compared; None where they can."""
+    """Return why the results of a run cannot be compared; None if they can."""
     status = run.results.get("status")
     if status != "complete":
         error = f" ({run.results['error']})" if run.results.get("error") else ""
         return f"its status is {str(status).partition(':')[0]!r}, not 'complete'{error}"
     missing = [name for name in NEEDED if run.results.get(name) is None]
     if missing:
-        return f"results.json lacks {', '.join(missing)}"
+        return f"results.json has no {', '.join(missing)}"
     wrong = [
-        f"{name} should be {WORDS[kind]}"
+        f"{name} must be {WORDS[kind]}"
         for name, kind in NEEDED.items()
         if not isinstance(run.results[name], kind)
     ]
@@ -259,7 +263,7 @@ def _problem(run: Run) -> str | None:
 
 
 def _whole(pieces: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the row of a text from those of its pieces; with no score if one has no loss."""
+    """Return the row of a text from the rows of its pieces; without a score if a piece has no loss."""
     losses = [piece.get("scores", {}).get("loss") for piece in pieces]
     if not all(isinstance(loss, int | float) for loss in losses):
         return {}
@@ -284,9 +288,9 @@ def _reads(run: Run) -> list[Read]:
 
 
 def repeated(reads: Sequence[Read]) -> set[int]:
-    """Return the positions of reads of a test split that one configuration and seed had read before.
+    """Return the indices of reads of a test split that the same configuration and seed had read before.
 
-    The same hash is the same configuration; so are the same settings, wherever files lie and whatever is logged.
+    The same hash means the same configuration, and so do the same settings, whatever the file locations and logging.
     """
     seen: set[tuple[Any, ...]] = set()
     again: set[int] = set()

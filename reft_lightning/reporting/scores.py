@@ -1,7 +1,7 @@
 """Measures of predictions under weighted rows.
 
-Every measure is a function of sums over rows, or of ranks, so that it can be recomputed for thousands of resamples
-at once; with all weights 1 it is the value that the run itself reported (`agrees` says so).
+Every measure is a function of sums over rows, or of ranks, so it can be recomputed for thousands of resamples at once;
+with all weights 1 it is the value that the run itself reported (``agrees`` checks this).
 
 Shapes: n rows, b weight vectors, c classes.
 """
@@ -48,14 +48,14 @@ class TokenMean:
 
 @dataclass(frozen=True, eq=False)
 class Pearson:
-    """Pearson's correlation of predictions and gold scores; 0 where either is constant."""
+    """Pearson's correlation of predictions and gold scores; 0 if either is constant."""
 
     said: Array  # (n,)
     gold: Array  # (n,)
 
     def value(self, weights: Array) -> Array:
         """Return the correlation of weighted rows."""
-        # centred first: the sums of squares of raw values would cancel
+        # centre first, as the sums of squares of raw values would cancel
         x, y = self.said - self.said.mean(), self.gold - self.gold.mean()
         sums = weights @ np.stack([x, y, x * x, y * y, x * y], 1)  # (b, 5)
         return _correlation(weights.sum(1), *sums.T)
@@ -63,13 +63,13 @@ class Pearson:
 
 @dataclass(frozen=True, eq=False)
 class Spearman:
-    """Spearman's correlation: Pearson's of the ranks that the drawn rows have among themselves."""
+    """Spearman's correlation: Pearson's correlation of the ranks among the drawn rows."""
 
     said: Array  # (n,)
     gold: Array  # (n,)
 
     def value(self, weights: Array) -> Array:
-        """Return the rank correlation of weighted rows, tied values sharing their mean rank."""
+        """Return the rank correlation of weighted rows; tied values share their mean rank."""
         total = weights.sum(1)
         # ranks around their mean, (total + 1) / 2
         x, y = (_ranks(values, weights) - (total[:, None] + 1) / 2 for values in (self.said, self.gold))
@@ -78,7 +78,7 @@ class Spearman:
 
 
 def _ranks(values: Array, weights: Array) -> Array:  # (n,), (b, n) -> (b, n)
-    """Return the rank of each row where row j stands weights[i, j] times in line i."""
+    """Return the rank of each row if row j occurs weights[i, j] times in resample i."""
     _, group = np.unique(values, return_inverse=True)
     order = np.argsort(group, kind="stable")
     starts = np.flatnonzero(np.diff(group[order], prepend=-1))
@@ -94,7 +94,7 @@ def _correlation(total: Array, x: Array, y: Array, xx: Array, yy: Array, xy: Arr
 
 @dataclass(frozen=True, eq=False)
 class Matthews:
-    """Matthews' correlation of classes, see `evaluation.classifier_metrics.matthews`; 0 where it is undefined."""
+    """Matthews' correlation of classes, see ``evaluation.classifier_metrics.matthews``; 0 if it is undefined."""
 
     said: np.ndarray  # (n,) classes 0..c-1
     gold: np.ndarray  # (n,)
@@ -112,7 +112,7 @@ class Matthews:
 
 @dataclass(frozen=True, eq=False)
 class F1:
-    """F1 of one class of two, 2 TP / (2 TP + FP + FN); 0 without any of them."""
+    """F1 of one of two classes, 2 TP / (2 TP + FP + FN); 0 if all three are 0."""
 
     said: Array  # (n,) 0 or 1
     gold: Array  # (n,)
@@ -125,7 +125,7 @@ class F1:
 
 @dataclass(frozen=True, eq=False)
 class Mean:
-    """The mean of other measures, as GLUE combines two."""
+    """The mean of other measures, like GLUE's combination of two."""
 
     parts: tuple[Measure, ...]
 
@@ -137,10 +137,10 @@ class Mean:
 def measures_of(
     rows: Sequence[Row], reported: Mapping[str, float], task: Mapping[str, Any]
 ) -> dict[str, Measure]:
-    """Return the measures of one task that its predictions carry; `task` is what :meth:`.Run.task` returns.
+    """Return the measures of one task that its predictions reproduce; ``task`` is what :meth:`.Run.task` returns.
 
-    One that the predictions do not give again as it was reported is left out, since an interval around another number
-    would mislead.
+    A measure whose reported value the predictions do not reproduce is left out, since an interval around another
+    number would mislead.
     """
     found: dict[str, Measure] = {}
     for name, value in reported.items():
@@ -155,7 +155,7 @@ def measures_of(
 
 
 def limits(measure: Measure) -> tuple[float, float]:
-    """Return the least and the greatest value that a measure can have."""
+    """Return the minimum and the maximum of a measure."""
     if isinstance(measure, Mean):
         ends = [limits(part) for part in measure.parts]
         return float(np.mean([low for low, _ in ends])), float(np.mean([high for _, high in ends]))
@@ -169,12 +169,12 @@ def limits(measure: Measure) -> tuple[float, float]:
 
 
 def agrees(measure: Measure, rows: int, reported: float) -> bool:
-    """Whether a measure of rows that all count once is the reported one, up to rounding."""
+    """Whether a measure with all weights 1 equals the reported value, up to rounding."""
     return math.isclose(measure.value(np.ones((1, rows)))[0], reported, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
 
 
 def _measure(name: str, rows: Sequence[Row], task: Mapping[str, Any]) -> Measure | None:
-    """Return a measure by name: the mean of the rows' scores, or a function of all rows; None of an unknown one."""
+    """Return a measure by name: the mean of the rows' scores, or a function of all rows; None if unknown."""
     scores = [row.get("scores", {}).get(name) for row in rows]
     if all(isinstance(score, int | float) for score in scores):
         if name == LOSS:
@@ -182,13 +182,13 @@ def _measure(name: str, rows: Sequence[Row], task: Mapping[str, Any]) -> Measure
         return RowMean(np.array(scores, float))
     kind = task.get("kind")
     if kind == "regression" and name in ("pearson", "spearman"):
-        # null: nan
+        # null becomes nan
         said, gold = (np.array([row[column] for row in rows], float) for column in ("value", "gold"))
         return (Pearson if name == "pearson" else Spearman)(said, gold)
     if kind == "classification" and name in ("f1", "matthews"):
         number = {label: i for i, label in enumerate(task["labels"])}
         gold = np.array([number[row["gold"]] for row in rows])
-        wrong = (gold + 1) % len(number)  # null: the model's outputs were not numbers
+        wrong = (gold + 1) % len(number)  # for null answers: the model's outputs were not finite
         said = np.array([number.get(row["answer"], other) for row, other in zip(rows, wrong, strict=True)])
         if name == "matthews":
             return Matthews(said, gold, len(number))

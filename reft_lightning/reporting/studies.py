@@ -1,6 +1,6 @@
-"""Studies of `reft-search` as records: trials, what they spent, and which parameters mattered.
+"""Read studies of ``reft-search``: trials, what they spent, and which parameters mattered.
 
-Optuna is needed to read the trials; the winners' runs are ordinary run folders and need nothing.
+Reading trials needs Optuna; the winners' runs are ordinary run folders.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .comparisons import Comparison
 from .runs import Read
 
 log = logging.getLogger(__name__)
-ENOUGH = 30  # complete trials, below which importance is that of noise
+ENOUGH = 30  # with fewer complete trials, importance is mostly noise
 
 
 @dataclass
@@ -33,24 +33,24 @@ class Study:
     folder: Path
     maximize: bool = True  # whether a higher score is better
     monitor: str = "score"  # the validation score that decides
-    trials: dict[str, list[Any]] = field(default_factory=dict)  # method -> those of Optuna, by number
+    trials: dict[str, list[Any]] = field(default_factory=dict)  # method -> Optuna's trials, by number
     # method -> parameter -> share of the variance
     importance: dict[str, dict[str, float]] = field(default_factory=dict)
     spent: dict[str, dict[str, float]] = field(default_factory=dict)  # method -> unit -> amount
-    # in words, with the verdict whether the methods spent the same; empty where none is recorded
+    # in words, with a verdict on whether the methods spent the same; empty if none is recorded
     budget: str = ""
-    equal: bool = True  # whether they did, as far as the search has come to its end
-    running: bool = False  # whether the search has not come to its end, as its summary says
-    # method -> what its summary says of its winner and of its end
+    equal: bool = True  # whether they did; True while the search is running
+    running: bool = False  # whether the search is unfinished, according to its summary
+    # method -> remarks in its summary on its winner and on how its search ended
     remarks: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def measure(self) -> str:
-        """Return the measure that decides, without split and task."""
+        """Return the deciding measure, without split and task."""
         return self.monitor.rpartition("/")[2]
 
     def states(self, method: str) -> str:
-        """Return how the trials of a method ended: `12 complete, 3 pruned`."""
+        """Return how the trials of a method ended, such as ``12 complete, 3 pruned``."""
         counts = Counter(trial.state.name.lower() for trial in self.trials[method])
         return ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none"
 
@@ -59,7 +59,7 @@ class Study:
         return [trial for trial in self.trials[method] if trial.state.name == "COMPLETE"]
 
     def best(self, method: str) -> Any | None:
-        """Return the trial with the best score, of equals the one with the lowest loss."""
+        """Return the trial with the best score, ties broken by loss."""
         return best_of(self.trials[method], self.maximize)
 
 
@@ -79,7 +79,7 @@ def read_study(folder: Path) -> Study:
 
 
 def _add_summary(study: Study) -> None:
-    """Take what only the summary holds: whether the search has ended, and where its winners lie."""
+    """Read what only the summary has: whether the search has ended, and remarks on winners and endings."""
     path = study.folder / SUMMARY
     summary: dict[str, Any] = {}
     try:
@@ -92,7 +92,7 @@ def _add_summary(study: Study) -> None:
 
 
 def mark_edges(comparisons: Sequence[Comparison]) -> None:
-    """Mark the methods that are winners at an edge of their search space, wherever their studies lie."""
+    """Mark the methods that are winners at an edge of their search space, even without the study's folder."""
     for method in (method for comparison in comparisons for method in comparison.methods if not method.base):
         method.edges = list(
             dict.fromkeys(edge for run in method.runs for edge in run.winner.get("edges", ()))
@@ -100,7 +100,7 @@ def mark_edges(comparisons: Sequence[Comparison]) -> None:
 
 
 def _read_trials(study: Study, plan: Mapping[str, Any]) -> None:
-    with needs_extra("search", f"{study.folder} is a study, which takes Optuna to read"):
+    with needs_extra("search", f"reading the study {study.folder} needs Optuna"):
         import optuna
         from sqlalchemy.exc import SQLAlchemyError
     try:
@@ -116,14 +116,14 @@ def _read_trials(study: Study, plan: Mapping[str, Any]) -> None:
             study.importance[method] = _importance(kept, study.complete(method))
     except (SQLAlchemyError, RuntimeError, ValueError, KeyError, ImportError) as error:
         raise ValueError(
-            f"{plan.get('storage') or study.folder / JOURNAL} is not a storage of Optuna: {str(error).splitlines()[0]}"
+            f"{plan.get('storage') or study.folder / JOURNAL} is not an Optuna storage: {str(error).splitlines()[0]}"
         ) from error
 
 
 def _importance(kept: Any, complete: Sequence[Any]) -> dict[str, float]:
     """Return each parameter's share by PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255).
 
-    Nothing of a few trials, whose shares come from noise, and nothing of a single parameter, whose share is always 1.
+    Empty for few trials, whose shares are noise, and for a single parameter, whose share is always 1.
     """
     shared = set.intersection(*(set(trial.params) for trial in complete)) if complete else set()
     varied = [name for name in sorted(shared) if len({str(trial.params[name]) for trial in complete}) > 1]
@@ -151,7 +151,7 @@ def _add_budget(study: Study, plan: Mapping[str, Any]) -> None:
 
 
 def begun_anew(folder: Path, reads: Sequence[Read]) -> list[Read]:
-    """Return the reads of winners that were begun anew, which a study's ledger knows and its run folders do not."""
+    """Return the reads of winners that were restarted, which are in a study's ledger but not in its run folders."""
     found: list[Read] = []
     for line in lost_reads(folder):
         place, model = winner_folder(folder, line), line["model"]

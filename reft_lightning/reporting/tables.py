@@ -1,6 +1,6 @@
 """The tables of a report, and its verdict in words.
 
-Scores are times 100, losses are what they are.
+Scores are multiplied by 100, losses are not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .comparisons import LOSS, ROWS_AND_SEEDS, SIGNIFICANT, Comparison, Method, 
 from .runs import ALL, LeftOut, Read, repeated
 from .studies import Study
 
-# of the table of costs: heading, and how a number is written
+# columns of the cost table: heading, and number format
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "percent": ("% of base", "{:.4g}".format),
     "steps": ("steps", "{:,.0f}".format),
@@ -27,13 +27,13 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "adapter_bytes": ("adapter", size),
 }
 COSTS = ("trainable_parameters", "head_parameters", *COLUMNS)
-EDGE = "†"  # after the name of a method
-EDGED = "at an edge of the space that was searched"
+EDGE = "†"  # follows the name of a method
+EDGED = "at an edge of the search space"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell: what is read, what it sorts by, and whether it is the best of its column."""
+    """A cell: its text, its sort value, and whether it is the best of its column."""
 
     text: str
     value: float | None = None
@@ -42,7 +42,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table; the first column names the line."""
+    """A table with a title; the first column names the row."""
 
     title: str
     columns: Sequence[str]
@@ -51,30 +51,30 @@ class Table:
 
 
 def number(value: float, measure: str) -> str:
-    """Return a score as tables print it: times 100 with one decimal, a loss with four."""
+    """Return a score as printed in tables: times 100 with one decimal, or a loss with four."""
     if not math.isfinite(value):
         return "diverged"
     return f"{value:.4f}" if measure == LOSS else f"{100 * value:.1f}"
 
 
 def spread(score: Score) -> str:
-    """Return `mean ± deviation`; the mean alone of one seed."""
+    """Return ``mean ± deviation``; only the mean for one seed."""
     text = number(score.mean, score.measure)
     return text if score.deviation is None else f"{text} ± {number(score.deviation, score.measure)}"
 
 
 def interval(ends: tuple[float, float] | None, measure: str) -> str:
-    """Return `[low, high]`, or nothing."""
+    """Return ``[low, high]``, or an empty string."""
     return "" if ends is None else f"[{number(ends[0], measure)}, {number(ends[1], measure)}]"
 
 
 def p_value(p: float) -> str:
-    """Return a p-value with two digits that count."""
+    """Return a p-value with two significant digits."""
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.01 else f"{p:.3f}"
 
 
 def score_table(comparison: Comparison) -> Table:
-    """Return methods against tasks: mean, deviation over seeds, 95 % interval over rows and seeds."""
+    """Return the table of methods by tasks: mean, deviation over seeds, 95 % interval over rows and seeds."""
     columns = comparison.columns
     rows = []
     for method in comparison.methods:
@@ -86,7 +86,7 @@ def score_table(comparison: Comparison) -> Table:
                 cells.append(Cell("-"))
                 continue
             text = " ".join(filter(None, (spread(score), interval(score.interval, score.measure))))
-            # what prints the same is as good
+            # values that print the same are equally good
             same = number(score.mean, column[1]) == number(comparison.best(column), column[1])
             best = same and len(comparison.methods) > 1
             cells.append(_known(text, score.mean, best and not score.diverged))
@@ -102,22 +102,20 @@ def score_table(comparison: Comparison) -> Table:
 
 
 def _edge_notes(methods: Sequence[Method]) -> list[str]:
-    """Return what is said of the methods whose settings a search found at the edge of its space."""
+    """Return the note on methods whose settings a search found at an edge of its space."""
     found = "; ".join(f"{method.label} {', '.join(method.edges)}" for method in methods if method.edges)
     if not found:
         return []
-    return [
-        f"{EDGE} the best settings that its search found lie {EDGED}: {found}. Beyond, nothing was tried."
-    ]
+    return [f"{EDGE} the best settings of its search are {EDGED}: {found}. Values beyond were not tried."]
 
 
 def _known(text: str, value: float, best: bool = False) -> Cell:
-    """Return a cell that sorts by its number, if it is one."""
+    """Return a cell that sorts by its value, if that is finite."""
     return Cell(text, value if math.isfinite(value) else None, best)
 
 
 def cost_table(comparison: Comparison) -> Table:
-    """Return what each method trained and spent, means over seeds."""
+    """Return the table of what each method trained and spent, as means over seeds."""
     rows = []
     for method in comparison.methods:
         parameters, head = method.cost("trainable_parameters"), method.cost("head_parameters")
@@ -135,7 +133,7 @@ def _cell(value: float | None, form: Callable[[float], str]) -> Cell:
 
 
 def measure_table(comparison: Comparison) -> Table:
-    """Return every measure of every task, with the value of each seed."""
+    """Return the table of every measure of every task, with the value of each seed."""
     rows = []
     names = list(dict.fromkeys(key for method in comparison.methods for key in method.scores))
     for task, measure in names:
@@ -159,7 +157,7 @@ def measure_table(comparison: Comparison) -> Table:
 
 
 def pair_table(comparison: Comparison, columns: Collection[tuple[str, str]] | None = None) -> Table:
-    """Return pairs of methods on the same rows: all of them, or those on some (task, measure)."""
+    """Return the table of pairs of methods on the same rows: all of them, or those on some (task, measure)."""
     rows = [
         [
             Cell(f"{pair.first} − {pair.second}"), Cell(pair.task), Cell(pair.measure.replace("_", " ")),
@@ -175,23 +173,23 @@ def pair_table(comparison: Comparison, columns: Collection[tuple[str, str]] | No
                 "differs by p (Holm)", "rows only: test", "rows only: p", "rows only: McNemar by seed"]  # fmt: skip
     notes = [
         "p counts rows and seeds: Student's t by Welch and Satterthwaite, from the variance of the rows' differences, "
-        "averaged over seeds, and of each method's scores over seeds, of which none counts as smaller than their mean "
-        "over the methods of the table, nor as known better than that. It is never below p of the same test over seeds "
-        "alone, nor below that of the "
-        "sign flips. Where a method has one seed, rows only are counted, and nothing is known of other seeds.",
-        f"The 95 % interval is that of one pair: it excludes 0 where p < {SIGNIFICANT}. p (Holm) is "
-        "adjusted over all pairs of methods on a task and measure, and methods differ where p (Holm) < "
-        f"{SIGNIFICANT}; so with many pairs one may not differ although its interval excludes 0. Not to differ is "
-        "not to be equal: the interval shows which differences remain possible.",
-        "Rows only: tests over rows, for the models that were trained; not adjusted. Sign flips: each row's "
-        "difference, averaged over seeds, with its sign drawn at random; for measures that are not a mean over "
-        "rows, the paired bootstrap; McNemar's exact test of right and wrong answers.",
+        "averaged over seeds, and the variance of each method's scores over seeds; the latter is at least its mean "
+        "over the methods of the table, with at most the degrees of freedom of that mean. p is never below that of the "
+        "same test over seeds alone, nor below that of the sign flips. If a method has one seed, only rows are "
+        "counted, and nothing is known about other seeds.",
+        f"The 95 % interval is for a single pair: it excludes 0 if p < {SIGNIFICANT}. p (Holm) is adjusted over all "
+        f"pairs of methods on a task and measure, and methods differ if p (Holm) < {SIGNIFICANT}; so with many pairs "
+        "one may not differ although its interval excludes 0. Methods that do not differ are not thereby equal: the "
+        "interval shows which differences remain possible.",
+        "Rows only: tests over rows, for the trained models; not adjusted. Sign flips: each row's difference, averaged "
+        "over seeds, with a random sign; for measures that are not a mean over rows, the paired bootstrap; McNemar's "
+        "exact test of right and wrong answers.",
     ]
     return Table("Paired comparison on the same rows", headings, rows, notes if rows else ())
 
 
 def places(folders: Sequence[Path], roots: Sequence[Path]) -> list[str]:
-    """Return folders as they are read: from the name of the root that holds them, where one alone has that name."""
+    """Return short names of folders: relative to the root that contains them, if its name is unique."""
     resolved = list(dict.fromkeys(root.resolve() for root in roots))
     names = Counter(root.name for root in resolved)
     found: list[str] = []
@@ -205,7 +203,7 @@ def places(folders: Sequence[Path], roots: Sequence[Path]) -> list[str]:
 
 
 def read_table(reads: Sequence[Read], roots: Sequence[Path] = ()) -> Table:
-    """Return every read of a test split, by time, marked where one configuration and seed read it again."""
+    """Return the table of reads of test splits, by time, marking repeated reads by one configuration and seed."""
     named = places([read.folder for read in reads], roots)
     again = repeated(reads)
     rows = [
@@ -218,25 +216,25 @@ def read_table(reads: Sequence[Read], roots: Sequence[Path] = ()) -> Table:
     ]  # fmt: skip
     note = (
         f"{len(again)} of {len(reads)} reads repeat one of the same test split by the same configuration and seed: "
-        "a choice may have been made by test rows."
+        "a choice may have been based on test rows."
     )
     columns = ["time", "method", "seed", "model", "task", "rows", "config hash", "", "run folder"]
     return Table("Reads of test splits", columns, rows, [note] if again else ())
 
 
 def left_table(left: Sequence[LeftOut]) -> Table:
-    """Return the folders that were left out."""
+    """Return the table of folders that were left out."""
     rows = [[Cell(str(item.folder)), Cell(item.reason)] for item in left]
     return Table("Left out", ["folder", "why"], rows)
 
 
 def monitored(study: Study) -> str:
-    """Return the name of the score that a search went by, in the scale of the tables."""
+    """Return the name of the score that a search used, in the scale of the tables."""
     return study.monitor if study.measure == LOSS else f"{study.monitor} × 100"
 
 
 def study_table(study: Study) -> Table:
-    """Return what the search of each method spent and found."""
+    """Return the table of what the search of each method spent and found."""
     units = list(dict.fromkeys(unit for spent in study.spent.values() for unit in spent))
     rows = []
     for method in study.trials:
@@ -257,13 +255,13 @@ def study_table(study: Study) -> Table:
 
 
 def verdict(comparison: Comparison) -> str:
-    """Return what the head column says, in a sentence."""
+    """Return the result of the head column in a sentence."""
     column = comparison.head
     scored = [method for method in comparison.methods if column in method.scores]
     lost = [method.label for method in scored if method.scores[column].diverged]
     scored = [method for method in scored if method.label not in lost]
     if not scored:
-        return f"No method has a number: {', '.join(lost)} diverged."
+        return f"No method has a finite score: {', '.join(lost)} diverged."
     best, score = scored[0], scored[0].scores[column]
     on = "" if column[0] == ALL else f"on {column[0]}"
     if comparison.has_average:
@@ -284,17 +282,17 @@ def verdict(comparison: Comparison) -> str:
         parts.append(f"{', '.join(lost)} diverged")
     if edged := [method.label for method in comparison.methods if method.edges]:
         parts.append(
-            f"the best settings of {', '.join(edged)} lie {EDGED} ({EDGE}), so a wider one may hold better"
+            f"the best settings of {', '.join(edged)} are {EDGED} ({EDGE}), so a wider space may contain better ones"
         )
     return "; ".join([text, *parts]) + "."
 
 
 JUDGEMENTS = (
     f"it differs from {{}} (p < {SIGNIFICANT} after Holm, over rows and seeds)",
-    f"on these rows it differs from {{}} (p < {SIGNIFICANT} after Holm, over rows only: nothing is known of other "
+    f"on these rows it differs from {{}} (p < {SIGNIFICANT} after Holm, over rows only: nothing is known about other "
     "seeds)",
-    "these runs do not tell it apart from {}",
-    "it cannot be tested against {}: their predictions do not give both scores",
+    "these runs do not distinguish it from {}",
+    "it cannot be tested against {}: their predictions do not reproduce both scores",
 )
 
 

@@ -1,1 +1,1 @@
-"""One run: build, train, evaluate, write down."""
+"""One run: build, train, evaluate, and record the results."""

@@ -1,6 +1,6 @@
-"""From a section of the configuration to the arguments of what it configures.
+"""Convert each section of the configuration to the arguments of the object that it configures.
 
-A setting that would change nothing is refused here.
+A setting that would have no effect is refused here.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ from ..training.objectives import Objective
 from ..training.optimization import Optimization, check_options
 from .kinds import kind_of
 
-# functions, whose names are known
+# modules of schedule functions that are safe to call
 SCHEDULES = ("reft_lightning.training.schedules", "transformers.optimization")
 OF_CONFIG = ("base_dropout", "config", "num_labels", "quantization", "device_map")  # arguments of load_config
 PLACE = tuple(field.name for field in fields(ModelPlace))
 
 
 class OwnRows(NamedTuple):
-    """A family of one's own rows, which is made from the names of their columns.
+    """A family for the user's own rows, defined by column names.
 
     Args:
         make: path, source, template and the settings -> the family.
         settings: keys of ``data`` that it takes.
-        kind: of the family.
-        template: where ``data.template`` names none.
-        line_break: whether a plain question ends its line.
+        kind: kind of the family.
+        template: template used if ``data.template`` is not set.
+        line_break: whether a plain question ends with a line break.
     """
 
     make: Callable[..., AnyFamily]
@@ -87,9 +87,9 @@ OF_OWN = tuple(dict.fromkeys(name for own in OWN.values() for name in own.settin
 
 
 def family_of(config: Config) -> AnyFamily:
-    """Return the benchmark family, read as preferences by a reward model.
+    """Return the benchmark family; for a reward model, as preferences.
 
-    That of one's own data is made from the names of its columns.
+    A family for the user's own data is built from its column names.
     """
     data = config.data
     if (own := OWN.get(data.family)) is None:
@@ -111,12 +111,12 @@ def decoding_of(config: Config, family: Family) -> Decoding:
 
 
 def reads_preferences(config: Config) -> bool:
-    """Whether a run trained a reward model, by an objective of ours: those of its folder are not imported to know."""
+    """Whether a run trained a reward model with a built-in objective; custom objectives are not imported for this."""
     return config.objective._target_.startswith("reft_lightning.") and objective_of(config).rewards
 
 
 def untrained(config: Config) -> Config:
-    """Return a configuration without what its folder names for training, which is not imported or read then."""
+    """Return a configuration without its training settings, so that nothing they name is imported or read."""
     objective = config.objective if reads_preferences(config) else ObjectiveConfig()
     intervention = replace(config.intervention, init_from=None)
     return replace(
@@ -129,7 +129,7 @@ def untrained(config: Config) -> Config:
 
 
 def model_source(config: Config, family: AnyFamily | None = None) -> dict[str, Any]:
-    """Return the arguments of :func:`load_base_model`; the family says what kind of model it needs."""
+    """Return the arguments of :func:`load_base_model`; the family determines the kind of model."""
     model = asdict(config.model)
     for key in OF_TRAINING:
         del model[key]
@@ -138,18 +138,18 @@ def model_source(config: Config, family: AnyFamily | None = None) -> dict[str, A
 
 
 def hf_config_of(source: dict[str, Any]) -> PretrainedConfig:
-    """Return the Hugging Face configuration of what :func:`model_source` names."""
+    """Return the Hugging Face configuration of the model that :func:`model_source` describes."""
     return load_config(**{name: source[name] for name in (*PLACE, *OF_CONFIG)})
 
 
 def attachment(config: Config, family: AnyFamily | None = None) -> dict[str, Any]:
     """Return the arguments of :func:`adapt`.
 
-    A setting that the method does not take is left out where it has its default. A classifier's head is trained
-    unless ``intervention.heads`` says otherwise.
+    A setting that the method does not take is left out if it has its default. A classifier's head is trained unless
+    ``intervention.heads`` says otherwise.
     """
     values = asdict(config.intervention)
-    del values["init_from"]  # of training
+    del values["init_from"]  # used by training only
     method, options, defaults = method_named(values["method"]), values.pop("options"), InterventionConfig()
     if values["heads"] is None:
         values["heads"] = kind_of(family).heads if method.trains_heads else ()
@@ -168,13 +168,13 @@ def attachment(config: Config, family: AnyFamily | None = None) -> dict[str, Any
 
 
 def method_of(config: Config) -> str:
-    """Return the method as results name it: ``loreft``, or ``loreft + peft/lora`` where two are trained together."""
+    """Return the method's name in results: ``loreft``, or ``loreft + peft/lora`` if two are trained together."""
     intervention = config.intervention
     return " + ".join(filter(None, (intervention.method, intervention.beside)))
 
 
 def positions_of(intervention: InterventionConfig) -> list[str]:
-    """Return the positions of all layers, and of those that name their own."""
+    """Return the common positions, then those of layers that set their own."""
     layers = intervention.layers.values() if isinstance(intervention.layers, Mapping) else ()
     own = [layer["positions"] for layer in layers if isinstance(layer, Mapping) and "positions" in layer]
     return [intervention.positions, *own]
@@ -186,10 +186,10 @@ def needs_marks(intervention: InterventionConfig) -> bool:
 
 
 def data_module(config: Config, family: AnyFamily, tokenizer: Any) -> BenchmarkData:
-    """Return the DataModule of a family; the tokenizer is a processor where rows have pictures.
+    """Return the DataModule of a family; if rows have pictures, the tokenizer is a processor.
 
     Raises:
-        ValueError: for a setting that the family has no use for.
+        ValueError: for a setting that does not apply to the family.
     """
     values = asdict(config.data)
     source = DataSource(
@@ -206,7 +206,7 @@ def data_module(config: Config, family: AnyFamily, tokenizer: Any) -> BenchmarkD
     for name in (*OF_OWN, *kind.unused):
         if name not in taken and values[name] != getattr(defaults, name):
             raise ValueError(
-                f"data.{name}={values[name]} means nothing to the family {family.name}: leave it out"
+                f"data.{name}={values[name]} does not apply to the family {family.name}: leave it out"
             )
         del values[name]
     if config.data.marks:
@@ -215,10 +215,10 @@ def data_module(config: Config, family: AnyFamily, tokenizer: Any) -> BenchmarkD
 
 
 def optimization_of(config: Config) -> Optimization:
-    """Return optimizer and scheduler.
+    """Return the optimizer and the scheduler.
 
     Raises:
-        ValueError: for an import path that names nothing, an argument that is not taken, or a value out of range.
+        ValueError: for an import path that does not resolve, an unknown argument, or a value out of range.
     """
     optimizer, scheduler = config.optimizer, config.scheduler
     targets = (
@@ -237,10 +237,10 @@ def optimization_of(config: Config) -> Optimization:
 
 
 def objective_of(config: Config) -> Objective:
-    """Return what is minimised.
+    """Return the objective that training minimises.
 
     Raises:
-        ValueError: for an import path that names no objective, or an option that it does not take or allow.
+        ValueError: for an import path that is not an objective, or an option that it does not take or allow.
     """
     target = imported("objective._target_", config.objective._target_)
     if not (inspect.isclass(target) and issubclass(target, Objective)):
@@ -253,7 +253,7 @@ def objective_of(config: Config) -> Objective:
 
 
 def _check_trains(optimizer: Any, scheduler: Any) -> None:
-    """Refuse, in the names of a stranger, what is not an optimizer or a scheduler.
+    """Refuse import paths from an untrusted folder that are not an optimizer or a scheduler.
 
     Raises:
         ValueError: naming the key.
@@ -265,13 +265,13 @@ def _check_trains(optimizer: Any, scheduler: Any) -> None:
     ):  # fmt: skip
         if not fits:
             raise ValueError(
-                f"{key}._target_: {value!r} is not known as one, and calling it could run any code; if you trust "
-                "whoever wrote it, add trust_code=true"
+                f"{key}._target_: {value!r} is not a known {key}, and calling it could run any code; if you trust its "
+                "author, add trust_code=true"
             )
 
 
 def imported(key: str, path: str) -> Any:
-    """Return what an import path names; the ``ValueError`` of another names the key."""
+    """Return the object at an import path; a ``ValueError`` for an invalid one names the key."""
     try:
         return import_object(path)
     except ValueError as error:

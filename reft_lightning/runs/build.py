@@ -1,7 +1,7 @@
-"""From a configuration to objects: what is wrong is said before weights are loaded.
+"""Build objects from a configuration; errors are reported before weights are loaded.
 
-The order is the price of a mistake: the configuration, the interventions against a model without weights, the data,
-and the weights last.
+Checks run from cheap to expensive: the configuration, the interventions on a model without weights, the data, and
+last the weights.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Outline:
-    """All of a run but rows and weights."""
+    """Everything in a run except rows and weights."""
 
     family: AnyFamily
     source: dict[str, Any]  # arguments of load_base_model
@@ -76,28 +76,28 @@ class Outline:
     decoding: Decoding | None  # None for a classifier
     hf_config: PretrainedConfig
     tokenizer: Any
-    processor: Any  # of images and text; the tokenizer where rows have no pictures
-    count: ParameterCount  # of the published model: a head in float32 has a copy of embeddings that it shares there
+    processor: Any  # of images and text; the tokenizer if rows have no pictures
+    count: ParameterCount  # of the published model, in which a tied head counts once, even if ours is a float32 copy
     monitor: Monitor
     class_order: list[int] | None  # see base_models.heads.class_order
-    first_state: dict[str, Tensor] | None  # of the adapter that training begins with
+    first_state: dict[str, Tensor] | None  # of the adapter that training starts from
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared(Outline):
-    """All of a run but the weights: what can be wrong with it has been found."""
+    """Everything in a run except the weights, fully checked."""
 
     data: BenchmarkData
 
 
 @dataclass(frozen=True)
 class Objects:
-    """What a configuration builds."""
+    """The objects built from a configuration."""
 
     prepared: Prepared
     model: AdaptedModel
     module: FinetuningModule
-    name: str  # of the adapted model, as judges know it
+    name: str  # of the adapted model, as judges see it
 
     @property
     def data(self) -> BenchmarkData:
@@ -105,7 +105,7 @@ class Objects:
         return self.prepared.data
 
     def facts(self) -> dict[str, Any]:
-        """Return what ``results.json`` holds of them."""
+        """Return their entries in ``results.json``."""
         count, decoding = self.prepared.count, self.prepared.decoding
         facts = {
             "data_versions": self.data.data_versions,
@@ -116,16 +116,16 @@ class Objects:
             "head_parameters": sum(p.numel() for p in self.model.parameter_roles()["head"]),
             "commonest_answers": self.module.commonest,
         }
-        if decoding:  # the stop strings are the task's
+        if decoding:  # stop strings belong to the task
             facts["decoding"] = {k: v for k, v in vars(decoding).items() if k != "stop_strings"}
         return facts
 
 
 def check_jobs(configs: Mapping[str, Config]) -> None:
-    """Check the jobs of a sweep, by what it changes, as far as neither rows nor weights are needed.
+    """Check all that needs neither rows nor weights in the jobs of a sweep, keyed by the values it changes.
 
     Raises:
-        ValueError: naming all that cannot run, and why.
+        ValueError: listing every job that cannot run, and why.
     """
     found, bad = {}, {}
     for what, config in configs.items():
@@ -147,7 +147,7 @@ def check_jobs(configs: Mapping[str, Config]) -> None:
 
 
 def outline(config: Config) -> Outline:
-    """Check a configuration as far as neither rows nor weights are needed: on a model without weights.
+    """Check all of a configuration that needs neither rows nor weights, on a model without weights.
 
     Raises:
         ValueError: for an unknown family, task, model, layer, rank, position or setting.
@@ -177,8 +177,8 @@ def outline(config: Config) -> Outline:
     check_tied_head(config, hf_config, source["task"], attached.get("heads") or ())
     if "PIDPenalty" in str(config.callbacks) and not has_penalty(adapted):
         raise ValueError(
-            f"callbacks: PIDPenalty holds a penalty of parameters at its target, and {method_of(config)} has none: set "
-            "intervention=brep (red with intervention.options.restraint=1), or leave the callback out"
+            f"callbacks: PIDPenalty controls a parameter penalty, but {method_of(config)} has none: set "
+            "intervention=brep (or red with intervention.options.restraint=1), or leave out the callback"
         )
     return Outline(
         family=family, source=source, attached=attached, optimization=optimization, objective=objective,
@@ -188,15 +188,15 @@ def outline(config: Config) -> Outline:
 
 
 def _first_state(config: Config, adapted: AdaptedModel) -> dict[str, Tensor] | None:
-    """Return the numbers that training begins with; None for those of the method."""
+    """Return the parameters that training starts from; None for the method's own initialisation."""
     if not (folder := config.intervention.init_from):
         return None
     if not any(adapted.parameter_roles().values()):
         raise ValueError(f"intervention.init_from={folder}: {method_of(config)} trains nothing; leave it out")
     if config.intervention.init != "paper":
         raise ValueError(
-            f"intervention.init={config.intervention.init} and intervention.init_from={folder} both say what training "
-            "begins with: leave one of them out"
+            f"intervention.init={config.intervention.init} and intervention.init_from={folder} both set the initial "
+            "parameters: leave one of them out"
         )
     if not Path(folder).is_dir():
         raise ValueError(f"intervention.init_from={no_such_folder(Path(folder))}")
@@ -207,16 +207,16 @@ def _first_state(config: Config, adapted: AdaptedModel) -> dict[str, Tensor] | N
 
 
 def reader_of(kind: Kind, source: Mapping[str, Any], hf_config: PretrainedConfig) -> Any:
-    """Return what reads the rows of a kind for a model: its tokenizer, or its processor of images and text."""
+    """Return the reader of a kind's rows for a model: its tokenizer, or its processor of images and text."""
     place = {name: source[name] for name in (*PLACE, "tokenizer")}
     return load_processor(hf_config, **place) if kind.sees else load_tokenizer(**place)
 
 
 def load_to_write(config: Config, kind: Kind) -> tuple[PreTrainedModel, Any, Kind]:
-    """Load the base model of a configuration to talk to it.
+    """Load the base model of a configuration for chatting.
 
     Returns:
-        The model, what reads its texts and pictures, and the kind in which it writes: its architecture may change it.
+        The model, its tokenizer or processor, and the kind for generation, which can depend on the architecture.
     """
     source = model_source(config)
     hf_config = hf_config_of(source)
@@ -227,9 +227,9 @@ def load_to_write(config: Config, kind: Kind) -> tuple[PreTrainedModel, Any, Kin
 
 
 def prepare(config: Config, run: Outline | None = None, trained_on: set[Hashable] | None = None) -> Prepared:
-    """Check a configuration as far as no weight is needed: its outline, which may have been made before, and the data.
+    """Check all of a configuration that needs no weights: its outline, unless given as ``run``, and the data.
 
-    ``trained_on`` is what the rows ask that the model was trained on, where they are others.
+    ``trained_on`` holds the questions the model was trained on, if the rows are not those of its own run.
 
     Raises:
         ValueError: for an unknown family, task, model, layer, rank, position or setting, or missing data.
@@ -241,7 +241,7 @@ def prepare(config: Config, run: Outline | None = None, trained_on: set[Hashable
     data.prepare_data()
     data.setup("fit")
     if config.test and not config.sealed:
-        data.setup("test")  # a row that cannot be used is found now, not after training
+        data.setup("test")  # find unusable rows now, not after training
     if decoding is None:
         scores = family.measures_of(config.data.tasks)
     else:
@@ -251,7 +251,7 @@ def prepare(config: Config, run: Outline | None = None, trained_on: set[Hashable
 
 
 def build(config: Config, prepared: Prepared | None = None, lane: Lane | None = None) -> Objects:
-    """Build what a run needs: load the weights, unless its lane has them, attach, and make the Lightning module."""
+    """Load the weights, unless the lane has them, attach the adapter, and create the Lightning module."""
     run = prepared or prepare(config)
 
     def load() -> PreTrainedModel:
@@ -260,17 +260,19 @@ def build(config: Config, prepared: Prepared | None = None, lane: Lane | None = 
     base_model = load() if lane is None else lane.base_model(load)
     if config.model.gradient_checkpointing:
         with warnings.catch_warnings():
-            # the name in all of transformers 5; 5.23 deprecates it for 6
+            # the method's name in all of transformers 5; 5.23 deprecates it for 6
             warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable.*deprecated", FutureWarning)
             base_model.gradient_checkpointing_enable()
     model = adapt(base_model, **run.attached)
     if run.first_state is not None:
-        state = model.adapter_state_dict() | run.first_state  # heads that it lacks keep their own numbers
+        state = (
+            model.adapter_state_dict() | run.first_state
+        )  # heads missing from it keep their initial parameters
         load_saved(model, adapter_of(Path(str(config.intervention.init_from))), state)
-    model.config.base_model = config.model.name  # a folder of this machine means nothing elsewhere
+    model.config.base_model = config.model.name  # not a local folder, which exists on this machine only
     if config.model.compile:
         if config.model.gradient_checkpointing:
-            # its hook on the embeddings, and its warning, break the graph
+            # checkpointing's hook on the embeddings, and its warning, break the graph
             base_model.disable_input_require_grads()
             base_model.config.use_cache = False
         model.compile()
@@ -278,13 +280,13 @@ def build(config: Config, prepared: Prepared | None = None, lane: Lane | None = 
     if lane is not None:
         training_pass = lane.training_pass(model, run.data.train_rows, training_pass)
     module = kind_of(run.family).module(config, run, model, training_pass)
-    module.train()  # Lightning starts training in the mode it finds; the base's dropout is 0 unless asked for
+    module.train()  # Lightning trains in the mode it finds; the base's dropout is 0 unless base_dropout is set
     name = f"{config.model.name} {method_of(config)} seed {config.seed}"
     return Objects(run, model, module, name)
 
 
 def _shortened_pass(config: Config, run: Prepared, model: AdaptedModel) -> ShortenedPass | None:
-    """Return the pass that leaves out of training what no intervention can change; the base's own dropout would."""
+    """Return the pass that skips, in training, what no intervention can change; None if base dropout changes it."""
     if config.model.base_dropout or run.objective.pairs or config.data.source_prompt:
         return None
     limit = int(config.kept.limit_gb * 1e9)

@@ -1,6 +1,6 @@
-"""What a run adds to the card of its adapter: settings, data with their fingerprints, scores with their intervals.
+"""The part of an adapter's card that a run adds: settings, data with fingerprints, scores with intervals.
 
-Folders of this machine, which are in ``results.json``, are left out of this part: a card goes to the hub.
+Local folders, which are in ``results.json``, are left out here, as a card may be published on the hub.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from ..config.schema import Config
 from ..evaluation.row_metrics import mean_of_counts
 from ..storage.atomic import write_text
 
-SHOWN = 4  # files of a data set
+SHOWN = 4  # files listed per data set
 
 
 def write_card(adapter: Path, results: dict[str, Any], config: Config) -> None:
-    """End the card in an adapter's folder, if it has one, with how it was trained and what it scores."""
+    """Append how an adapter was trained and what it scores to the card in its folder, if there is one."""
     path = adapter / CARD_FILE
     if path.is_file():
         write_text(path, path.read_text(encoding="utf-8").rstrip("\n") + "\n" + _text(results, config))
@@ -49,7 +49,7 @@ def _text(results: dict[str, Any], config: Config) -> str:
             *_table(("split", "task", "rows", "fingerprint", "source"), _data(results["data_versions"])),
             "\n## Scores\n",
             *_table(("", "score", "95 % interval", "rows"), _scores(results)),
-            "\nThe intervals are over rows, of one seed: they do not say how much another seed would differ.\n",
+            "\nThe intervals are over rows, for one seed: they do not show the variation between seeds.\n",
         ]
     )
 
@@ -89,14 +89,14 @@ def _scores(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         elif parts := _parts(name, counts):
             mean = mean_of_counts(parts)
             if len(parts) == 1 or mean is None or not math.isclose(mean[0], value, abs_tol=1e-6):
-                continue  # it is the score of one task, which has a line of its own
+                continue  # the score of a single task, which has its own line
             ends = mean[1:]
         interval = " to ".join(f"{100 * end:.1f}" for end in ends)
         yield name, "not a number" if math.isnan(value) else f"{100 * value:.1f} %", interval, str(rows)
 
 
 def _parts(name: str, counts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what the tasks counted of which a score is the mean: ``test/*/accuracy`` of ``test/accuracy``."""
+    """Return the counts of the tasks that a score averages: ``test/*/accuracy`` for ``test/accuracy``."""
     split, _, measure = name.rpartition("/")
     return [count for other, count in counts.items()
             if other.startswith(f"{split}/") and other.endswith(f"/{measure}")]  # fmt: skip

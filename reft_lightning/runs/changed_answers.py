@@ -1,4 +1,4 @@
-"""What an adapter changed: some answers of the frozen base next to those of the adapted model."""
+"""Show what an adapter changed: some answers of the frozen base next to those of the adapted model."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from rich.table import Table
 from ..storage.predictions import read_predictions
 
 SHOWN = 5  # rows
-WIDTH = 60  # characters of a cell
+WIDTH = 60  # characters per cell
 
 
 def print_changed_answers(folder: Path, method: str, console: Console | None = None) -> None:
-    """Print how many test rows the adapter made right, and wrong, and five of them from all over the test set.
+    """Print how many test answers became right or wrong, with about five of them spread over the test set.
 
-    Prints nothing where a run did not evaluate the frozen base, or where no answer is right or wrong.
+    Print nothing if the run did not evaluate the frozen base, or if no answer changed between right and wrong.
     """
     files = [folder / "predictions" / f"{who}_test.jsonl" for who in ("base", "reft")]
     base, adapted = (read_predictions(file) for file in files)
@@ -34,7 +34,7 @@ def print_changed_answers(folder: Path, method: str, console: Console | None = N
     console = console or Console(width=None if sys.stdout.isatty() else 120)
     right = sum(row["correct"] for _, row in changed)
     table = Table(
-        title=f"answers that changed: {right} of {len(pairs)} became right, {len(changed) - right} wrong"
+        title=f"answers that changed: {right} of {len(pairs)} became right, {len(changed) - right} became wrong"
     )
     for column in ("end of the question", "right answer", "frozen base", method):
         table.add_column(column)
@@ -45,7 +45,7 @@ def print_changed_answers(folder: Path, method: str, console: Console | None = N
 
 
 def _shown(text: Any, end: bool = False) -> str:
-    """Return a text on one line, cut at its end or, of a question, at its beginning."""
+    """Return a text on one line, cut at its end or, with end, at its beginning."""
     line = " ".join(str("(none)" if text is None else text).split())
     if len(line) > WIDTH:
         line = "…" + line[1 - WIDTH :] if end else line[: WIDTH - 1] + "…"

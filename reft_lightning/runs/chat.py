@@ -29,11 +29,11 @@ from .prompting import PromptFormat
 from .run_folder import load_run_config
 
 log = logging.getLogger(__name__)
-LINES = "Type a prompt; a \\ at the end of a line goes on in the next."
+LINES = "Type a prompt; a \\ at the end of a line continues it on the next."
 PICTURES = "/image FILE shows a picture with the next question."
-COMMANDS = "/plain, /alpaca and /chat choose the template, /new begins another conversation, /quit ends."
-MAX_LENGTH = 4096  # tokens of question and answer, where the model reads as many
-SHORTEST = 16  # tokens that a question may have at least
+COMMANDS = "/plain, /alpaca and /chat choose the template, /new starts a new conversation, /quit ends it."
+MAX_LENGTH = 4096  # tokens of question and answer, unless the model's context is shorter
+SHORTEST = 16  # tokens that must remain for a question
 NO_TEMPLATE = "this tokenizer has no chat template"
 
 
@@ -42,11 +42,11 @@ def main(folder: Path, max_new_tokens: int = 64, template: str | None = None) ->
 
     Args:
         folder: a run folder.
-        max_new_tokens: of each answer.
-        template: laid around each prompt, a name in ``data.prompts.TEMPLATES``; None for that of the training rows.
+        max_new_tokens: maximum length of each answer.
+        template: prompt template, a name in ``data.prompts.TEMPLATES``; None for that of the training rows.
 
     Raises:
-        ValueError: if the folder is no run, its model generates no text, or the tokenizer has no chat template.
+        ValueError: if the folder is not a run, its model does not generate text, or the tokenizer has no chat template.
     """
     console = Console()
     talk = Conversation(*load(folder, template), max_new_tokens)
@@ -66,12 +66,12 @@ def main(folder: Path, max_new_tokens: int = 64, template: str | None = None) ->
         elif text == "/new":
             talk.begin_again()
         elif text == "/chat" and not has_template:
-            console.print(f"{NO_TEMPLATE}; template stays {talk.prompts.template}")
+            console.print(f"{NO_TEMPLATE}; the template is still {talk.prompts.template}")
         elif text[:1] == "/" and text[1:] in TEMPLATES:
             talk.prompts = replace(talk.prompts, template=text[1:])
             talk.begin_again()
         elif text.startswith("/"):
-            console.print(f"{escape(text)} is no command. {manual}")
+            console.print(f"{escape(text)} is not a command. {manual}")
         elif text:
             _ask(console, talk, text)
 
@@ -90,10 +90,10 @@ def _ask(console: Console, talk: Conversation, text: str) -> None:
     try:
         with Bar("answering"):
             base, adapted = talk.ask(text)
-    except ValueError as error:  # of this question; the conversation goes on
+    except ValueError as error:  # concerns this question only; the conversation continues
         console.print(escape(str(error)))
         return
-    # Text: what a model says may look like markup
+    # Text, because a model's output may look like markup
     panels = [
         Panel(Text(said or "(nothing)"), title=who)
         for said, who in ((base, "frozen base"), (adapted, "adapted"))
@@ -102,18 +102,18 @@ def _ask(console: Console, talk: Conversation, text: str) -> None:
 
 
 class Conversation:
-    """Questions to the frozen base and to the adapted model, each of which knows its own earlier answers.
+    """A conversation with the frozen base and the adapted model, each of which sees its own earlier answers.
 
-    Only chat templates have a place for what was said; under others each question stands by itself.
+    Only chat templates can include earlier turns; with other templates each question is independent.
 
     Args:
-        model: ready to generate.
+        model: adapted model, ready to generate.
         reader: its tokenizer, or its processor of images and text.
-        prompts: what is laid around each question.
-        max_new_tokens: of each answer. Of a question that leaves no room for them the beginning is left out.
+        prompts: format of each question.
+        max_new_tokens: maximum length of each answer. A question too long to leave room for it loses its beginning.
 
     Raises:
-        ValueError: if so long an answer leaves no room for a question.
+        ValueError: if an answer of this length leaves no room for a question.
     """
 
     def __init__(
@@ -123,22 +123,22 @@ class Conversation:
         self._longest = min(MAX_LENGTH, context_of(model.base_model)) - max_new_tokens
         if self._longest < SHORTEST:
             raise ValueError(
-                f"max_new_tokens={max_new_tokens} leaves no room for a question: at most "
+                f"max_new_tokens={max_new_tokens} leaves no room for a question: it must be at most "
                 f"{self._longest + max_new_tokens - SHORTEST}"
             )
         self.shown: list[Picture] = []  # with the next question
         self.begin_again()
 
     def begin_again(self) -> None:
-        """Forget what was said and seen."""
+        """Forget the earlier turns and pictures."""
         self._turns: list[list[tuple[str, str]]] = [[], []]  # of the base and of the adapted model
         self._seen: list[Picture] = []
 
     def ask(self, question: str) -> tuple[str, str]:
-        """Return what the frozen base and the adapted model answer.
+        """Return the answers of the frozen base and the adapted model.
 
         Raises:
-            ValueError: if the template or the processor refuses the question.
+            ValueError: if the template or the processor rejects the question.
         """
         pictures = [*self._seen, *self.shown]
         if self.shown and MARK not in question:
@@ -154,7 +154,7 @@ class Conversation:
         return base, adapted
 
     def _say(self, question: str, turns: list[tuple[str, str]], pictures: list[Picture]) -> str:
-        """Return an answer, greedily, by the code of the evaluation."""
+        """Return an answer, decoded greedily with the code of the evaluation."""
         kind, example = self.prompts.kind, self.prompts.prompt(question, self.reader, turns, pictures)
         assert issubclass(kind.data, GenerationData)
         batch = kind.data.lay_out(self.reader, example, self._longest)
@@ -166,20 +166,20 @@ class Conversation:
 
 
 def load(folder: Path, template: str | None = None) -> tuple[AdaptedModel, Any, PromptFormat]:
-    """Return the adapted model of a run folder, what reads its texts and pictures, and the format of its questions.
+    """Return the adapted model of a run folder, its tokenizer or processor, and the format of its prompts.
 
     Args:
-        folder: of the run.
-        template: laid around each prompt; None for that of the training rows.
+        folder: run folder.
+        template: prompt template; None for that of the training rows.
 
     Raises:
-        ValueError: if the folder is no run, or one that generates no text.
+        ValueError: if the folder is not a run, or its model does not generate text.
     """
     config = load_run_config(folder)
     prompts = PromptFormat.of(config, folder)
     if template is not None:
         prompts = replace(prompts, template=template)
-    adapter = load_state(folder / "adapter")  # a missing one is said before weights are loaded
+    adapter = load_state(folder / "adapter")  # a missing one is reported before weights are loaded
     base, reader, kind = load_to_write(config, prompts.kind)
     model = adapt(base, **attachment(config))
     load_saved(model, folder / "adapter", adapter)

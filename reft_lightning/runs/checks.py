@@ -1,6 +1,6 @@
-"""What a configuration may not ask for, beyond what the arguments of its objects refuse.
+"""Checks of a configuration beyond those of its objects' arguments.
 
-Each check needs the benchmark family, and none needs weights.
+Most need the benchmark family; none needs weights.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ from .arguments import attachment, needs_marks, objective_of, positions_of
 from .kinds import kind_of
 
 UNFIT_CALLBACKS: dict[type[Callback], str] = {
-    WeightAveraging: "averages the frozen base, too, which the rounding of a moving average changes, and its "
-    "checkpoints would hold no adapter: leave it out",
-    ModelPruning: "sets weights of the frozen base to 0, and the saved adapter would be scored on another base than it "
-    "is loaded onto: leave it out",
-    BackboneFinetuning: "trains the base from some epoch on, and no adapter holds it: intervention=full trains all of "
-    "it from the start",
-    OnExceptionCheckpoint: "lets Lightning start any run from the file that an earlier one left there: last.ckpt is "
-    "written where a run is interrupted, and reft-train resume=FOLDER goes on from it; leave it out",
-    LearningRateFinder: "sets the rate itself, so the run would be another than its configuration says: try rates by "
-    "-m optimizer.lr=1e-4,1e-3, or reft-search",
-    BatchSizeFinder: "sets the batch size itself, so the run would be another than its configuration says: write "
-    "data.batch_size, and trainer.accumulate_grad_batches for what does not fit into memory",
+    WeightAveraging: "also averages the frozen base, whose weights rounding would change, and its checkpoints would "
+    "contain no adapter: leave it out",
+    ModelPruning: "sets weights of the frozen base to 0, so the saved adapter would be scored on a different base than "
+    "the one it is loaded onto: leave it out",
+    BackboneFinetuning: "trains the base from some epoch on, which no adapter can store: intervention=full trains all "
+    "of it from the start",
+    OnExceptionCheckpoint: "makes Lightning start any run from the file that an earlier one left there: an interrupted "
+    "run writes last.ckpt, and reft-train resume=FOLDER continues from it; leave it out",
+    LearningRateFinder: "sets the learning rate itself, so the run would not match its configuration: try several with "
+    "-m optimizer.lr=1e-4,1e-3, or use reft-search",
+    BatchSizeFinder: "sets the batch size itself, so the run would not match its configuration: set data.batch_size, "
+    "and trainer.accumulate_grad_batches if it does not fit into memory",
 }
 
 
-PACKAGES = ("lightning.", "reft_lightning.")  # whose callbacks log what is known here
-LOGGED = ("train/", "progress/", "edit/")  # in training
+PACKAGES = ("lightning.", "reft_lightning.")  # packages whose callbacks log only names known here
+LOGGED = ("train/", "progress/", "edit/")  # prefixes of names logged in training
 
 
 class Monitor(NamedTuple):
@@ -67,7 +67,7 @@ class Monitor(NamedTuple):
 
 
 def monitor_of(config: Config, family: AnyFamily) -> Monitor:
-    """Return the score that decides: the one that is named, else the family's main measure."""
+    """Return the score that decides: ``checkpoint.monitor``, else the family's main metric."""
     main = family.main_measure(config.data.tasks)
     if kind_of(family).generates and objective_of(config).pairs and family.measures_of(config.data.tasks):
         main = "option_accuracy"
@@ -78,10 +78,10 @@ def monitor_of(config: Config, family: AnyFamily) -> Monitor:
 
 
 def _check_closed_form(config: Config) -> None:
-    """Refuse an objective in closed form whose one step is another than that of its trainer and optimizer.
+    """Refuse a closed-form objective whose trainer and optimizer do not take its single step.
 
     Raises:
-        ValueError: with what to write.
+        ValueError: says what to set.
     """
     if not objective_of(config).closed_form:
         return
@@ -97,12 +97,12 @@ def _check_closed_form(config: Config) -> None:
     }  # fmt: skip
     if other := next((key for key, holds in wanted.items() if not holds), None):
         raise ValueError(
-            f"{config.objective._target_} is reached by one step over all rows, and by no other: it needs {other}"
+            f"{config.objective._target_} is solved by a single step over all rows: it needs {other}"
         )
 
 
 def check_unused(config: Config, family: AnyFamily) -> None:
-    """Refuse settings that would change nothing.
+    """Refuse settings that would have no effect.
 
     Raises:
         ValueError: naming the setting.
@@ -112,121 +112,123 @@ def check_unused(config: Config, family: AnyFamily) -> None:
         raise ValueError(f"model.compile compiles interventions, not {method.name}: leave it out")
     if method.takes_source != bool(config.data.source_prompt):
         raise ValueError(
-            f"{method.name} takes hidden states of other texts: name their column, such as data.source_prompt=source"
+            f"{method.name} uses hidden states of other texts: name their column, such as data.source_prompt=source"
             if method.takes_source
-            else f"data.source_prompt means nothing to {method.name}, which takes no hidden states of other texts: "
+            else f"data.source_prompt does not apply to {method.name}, which uses no hidden states of other texts: "
             "choose intervention=das, boundless_das or cdas, or leave it out"
         )
     objective = objective_of(config)
     two = objective.pairs or objective.rewards
     if two and (config.data.source_prompt or kind_of(family).sees):
         what = "pictures" if kind_of(family).sees else "data.source_prompt"
-        raise ValueError(f"{config.objective._target_} compares two answers, and does so without {what}")
+        raise ValueError(f"{config.objective._target_} compares two answers and does not support {what}")
     if config.model.gradient_checkpointing and method.needs_cache:
         raise ValueError(
-            f"{method.name} enters the model as a key/value cache, which gradient checkpointing switches off: leave "
-            "model.gradient_checkpointing out"
+            f"{method.name} works through the key/value cache, which gradient checkpointing disables: leave out "
+            "model.gradient_checkpointing"
         )
     if config.model.quantization and method.trains_weights:
         raise ValueError(
-            f"{method.name} trains the weights that model.quantization rounds: leave one of the two out"
+            f"{method.name} trains the weights that model.quantization quantizes: leave one of the two out"
         )
     _check_kept(config)
     if kind_of(family).generates:
         _check_closed_form(config)
     if needs_marks(config.intervention) and not config.data.marks:
         raise ValueError(
-            "the positions given need to know which words are edited: mark them in the prompts of your own rows, and "
-            """name the marks, such as 'data.marks=["<<",">>"]'; or write prompt:S for a share of the prompt"""
+            "the positions `given` need marked words: mark the words to edit in the prompts of your own rows, and name "
+            """the marks, such as 'data.marks=["<<",">>"]'; or write prompt:S for a share of the prompt"""
         )
     if config.data.marks and (config.data.source_prompt or objective.rewards):
         what = "data.source_prompt" if config.data.source_prompt else config.objective._target_
-        raise ValueError(f"data.marks is for prompts that are read alone, and not with {what}: leave it out")
+        raise ValueError(f"data.marks cannot be used with {what}: leave it out")
     if not kind_of(family).prompts:
         _check_promptless(config, family)
     if config.checkpoint.early_stopping_patience is not None and config.trainer.enable_checkpointing is False:
         raise ValueError(
-            "checkpoint.early_stopping_patience waits for a better checkpoint, and trainer.enable_checkpointing=false "
-            "keeps none: leave one of the two out"
+            "checkpoint.early_stopping_patience needs checkpoints, but trainer.enable_checkpointing=false writes none: "
+            "leave one of the two out"
         )
     if not kind_of(family).generates:
         for name, default in vars(DecodingConfig()).items():
             if getattr(config.decoding, name) != default:
                 raise ValueError(
-                    f"decoding.{name} means nothing to the classifiers of {family.name}: leave it out"
+                    f"decoding.{name} does not apply to {family.name}, which trains a classifier: leave it out"
                 )
         if config.objective != ObjectiveConfig() and not objective.rewards:
             raise ValueError(
-                f"objective: the classifiers of {family.name} are trained by the loss of their labels; leave it out"
+                f"objective: {family.name} trains a classifier with the loss of its labels; leave it out"
             )
     elif config.decoding.samples > 1 and not family.measures_of(config.data.tasks):
         raise ValueError(
-            f"decoding.samples={config.decoding.samples}: nothing scores the texts of {family.name}, and a judge reads "
-            "one text an instruction"
+            f"decoding.samples={config.decoding.samples}: {family.name} has no scorer, and a judge reads one text per "
+            "instruction; leave it out"
         )
     if config.optimizer.head_lr is not None and not attachment(config, family)["heads"]:
         raise ValueError(
-            "optimizer.head_lr: no head is trained; leave it out, or name one in intervention.heads"
+            "optimizer.head_lr: no head is trained; leave it out, or name a head in intervention.heads"
         )
 
 
 def _check_promptless(config: Config, family: AnyFamily) -> None:
-    """Refuse what needs a prompt, where rows are texts without one (``data.target`` without ``data.prompt``)."""
+    """Refuse settings that need a prompt if rows have none (``data.target`` without ``data.prompt``)."""
     method = method_named(config.intervention.method)
     what = f"the rows of {family.name} are texts without a prompt, as data.prompt is not set"
     if method.takes_settings:
         specs = {spec: parse_positions(spec) for spec in positions_of(config.intervention)}
         if needy := next((spec for spec, positions in specs.items() if positions.needs_prompt), None):
             raise ValueError(
-                f"{what}, and the positions {needy} are of prompts: write intervention.positions=all"
+                f"{what}, but the positions {needy} need a prompt: write intervention.positions=all"
             )
         if intervention_class(method.name).defines("edit_rows"):
-            raise ValueError(f"{what}, and {method.name} looks at prompts: choose another intervention")
+            raise ValueError(f"{what}, but {method.name} needs prompts: choose another intervention")
     if objective_of(config).pairs:
-        raise ValueError(f"{what}, and {config.objective._target_} compares two answers to one: leave it out")
+        raise ValueError(
+            f"{what}, but {config.objective._target_} compares two answers to a prompt: leave it out"
+        )
     for name, default in vars(DecodingConfig()).items():
         if getattr(config.decoding, name) != default:
-            raise ValueError(f"{what}, and nothing is generated: leave decoding.{name} out")
+            raise ValueError(f"{what}, so nothing is generated: leave out decoding.{name}")
 
 
 def check_reads_forward(config: Config, hf_config: PretrainedConfig, task: str, family: AnyFamily) -> None:
-    """Reject encoders, and encoders with a decoder, for generative tasks, and models for rows that they do not read.
+    """Reject encoders and unsupported encoder-decoders for generative tasks, and models that cannot read the rows.
 
     Raises:
-        ValueError: with what to choose.
+        ValueError: says what to choose instead.
     """
     sees = type(hf_config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if task == "image_text_to_text" and not sees:
         raise ValueError(
-            f"model {config.model.name} ({hf_config.model_type}) reads no images, and the rows of the family "
+            f"model {config.model.name} ({hf_config.model_type}) does not read images, but the rows of the family "
             f"{family.name} have pictures: choose a model that does, such as model=smolvlm_256m"
         )
     if task in ("causal_lm", "seq2seq_lm") and sees and not is_decoder(hf_config):
         raise ValueError(
-            f"model {config.model.name} ({hf_config.model_type}) reads images and text, and the rows of the family "
-            f"{family.name} have no pictures: choose data=vqa or data=llava, or a model of text"
+            f"model {config.model.name} ({hf_config.model_type}) reads images and text, but the rows of the family "
+            f"{family.name} have no pictures: choose data=vqa or data=llava, or a text model"
         )
     if task == "seq2seq_lm":
         _check_two_texts(config)
     if not kind_of(family).prompts and hf_config.is_encoder_decoder:
         raise ValueError(
-            f"model {config.model.name} ({hf_config.model_type}) has an encoder and a decoder, and texts without a "
-            "prompt are learnt by decoder-only models: choose one, or name data.prompt"
+            f"model {config.model.name} ({hf_config.model_type}) has an encoder and a decoder, but texts without a "
+            "prompt need a decoder-only model: choose one, or set data.prompt"
         )
     if task == "causal_lm" and hf_config.is_encoder_decoder:
         raise ValueError(
-            f"model {config.model.name} ({hf_config.model_type}) has an encoder and a decoder, and is none of "
-            f"transformers' models from text to text: choose one, or a decoder, for the rows of {family.name}"
+            f"model {config.model.name} ({hf_config.model_type}) has an encoder and a decoder, but is not one of "
+            f"transformers' text-to-text models: choose one, or a decoder, for the rows of {family.name}"
         )
     if task == "causal_lm" and not is_decoder(hf_config):
         raise ValueError(
-            f"model {config.model.name} is an encoder, each token of which reads those after it: it cannot be trained "
-            f"to generate text (family {family.name}). Choose a data=glue_... file, or a decoder."
+            f"model {config.model.name} is an encoder, whose tokens attend to later ones: it cannot be trained to "
+            f"generate text (family {family.name}). Choose a data=glue_... file, or a decoder."
         )
 
 
 def _check_two_texts(config: Config) -> None:
-    """Refuse what reads prompt and target in one row."""
+    """Refuse settings that need prompt and target in one sequence."""
     refused = {
         f"objective={config.objective._target_}": config.objective != ObjectiveConfig(),
         f"data.source_prompt={config.data.source_prompt}": bool(config.data.source_prompt),
@@ -236,16 +238,16 @@ def _check_two_texts(config: Config) -> None:
     }
     if given := next((what for what, holds in refused.items() if holds), None):
         raise ValueError(
-            f"{given} is for models that read prompt and target in one row, and {config.model.name} has an encoder "
-            "and a decoder: leave it out"
+            f"{given} needs a model that reads prompt and target as one sequence, but {config.model.name} has an "
+            "encoder and a decoder: leave it out"
         )
 
 
 def reported(family: Family, example: Example, decoding: Decoding) -> tuple[str, ...]:
-    """Return the measures that a family's scorer gives for as many samples as are generated.
+    """Return the measures that a family's scorer gives for the number of samples generated.
 
     Raises:
-        ValueError: if it gives one that the family does not declare.
+        ValueError: if it gives a measure that the family does not declare.
     """
     if family.score is None:
         return ()
@@ -253,7 +255,7 @@ def reported(family: Family, example: Example, decoding: Decoding) -> tuple[str,
     for name in found:
         if name not in family.measures:
             raise ValueError(
-                f"the scorer of {family.name} gives {name!r}, which its measures {family.measures} do not declare"
+                f"the scorer of {family.name} returns {name!r}, which is not among its measures {family.measures}"
             )
     return (*found, *(["option_accuracy"] if example.options else []))
 
@@ -261,20 +263,20 @@ def reported(family: Family, example: Example, decoding: Decoding) -> tuple[str,
 def _check_kept(config: Config) -> None:
     limit, method = config.kept.limit_gb, method_named(config.intervention.method)
     reasons = {
-        f"{config.objective._target_} makes passes of its own": config.objective != ObjectiveConfig(),
+        f"{config.objective._target_} runs its own passes": config.objective != ObjectiveConfig(),
         f"{method.name} trains weights of all layers": method.trains_all_layers,
         "intervention.beside trains weights of all layers": bool(config.intervention.beside),
-        "model.base_dropout=true leaves nothing the same": config.model.base_dropout,
-        "model.gradient_checkpointing=true computes all of it again": config.model.gradient_checkpointing,
+        "model.base_dropout=true changes every activation": config.model.base_dropout,
+        "model.gradient_checkpointing=true recomputes them all": config.model.gradient_checkpointing,
     }
     for reason in (reason for reason, holds in reasons.items() if limit and holds):
-        raise ValueError(f"kept.limit_gb={limit} keeps nothing: {reason}; leave one of the two out")
+        raise ValueError(f"kept.limit_gb={limit} has no effect: {reason}; leave one of the two out")
 
 
 def check_monitor(config: Config, name: str, measures: Sequence[str], tasks: Sequence[str]) -> None:
-    """Refuse a monitored score that no validation will report, of callbacks too.
+    """Refuse a monitored score that no validation will report, including those of callbacks.
 
-    What callbacks of the user's own log is not known.
+    Callbacks are not checked if one is the user's own, since what it logs is unknown.
 
     Raises:
         ValueError: for an unknown score, or early stopping without validation rows.
@@ -286,9 +288,9 @@ def check_monitor(config: Config, name: str, measures: Sequence[str], tasks: Seq
     validates = bool(tasks) and config.trainer.limit_val_batches != 0
     rows = "validation rows: set data.validation_size"
     if tasks:
-        rows = "validations: leave trainer.limit_val_batches=0 out"
+        rows = "validations: leave out trainer.limit_val_batches=0"
     if not validates and config.checkpoint.early_stopping_patience is not None:
-        raise ValueError(f"early stopping needs {rows}, or no checkpoint.early_stopping_patience")
+        raise ValueError(f"early stopping needs {rows}, or leave out checkpoint.early_stopping_patience")
     entries = {key: entry for key, entry in config.callbacks.items() if isinstance(entry, Mapping)}
     if not all(str(entry.get("_target_")).startswith(PACKAGES) for entry in entries.values()):
         return
@@ -302,15 +304,15 @@ def check_monitor(config: Config, name: str, measures: Sequence[str], tasks: Seq
 
 
 def check_batches(config: Config, data: BenchmarkData, world_size: int) -> None:
-    """Refuse a share of the batches of a split that is less than one, and to validate after more batches than an epoch.
+    """Refuse a fraction of a split below one batch, and a validation interval longer than an epoch.
 
     Args:
-        config: of the run.
-        data: with the rows that the run reads.
-        world_size: processes that share them.
+        config: configuration of the run.
+        data: data module with the rows that the run reads.
+        world_size: number of processes that share them.
 
     Raises:
-        ValueError: with what to write instead.
+        ValueError: says what to write instead.
     """
     trainer, sizes = config.trainer, config.data
     if trainer.fast_dev_run:
@@ -329,7 +331,7 @@ def check_batches(config: Config, data: BenchmarkData, world_size: int) -> None:
         limit = getattr(trainer, key)
         if limit and count and limited(count, limit) == 0:
             raise ValueError(
-                f"trainer.{key}={limit} of {count} batches is less than one: write a larger part, or a number"
+                f"trainer.{key}={limit} of {count} batches is less than one: write a larger fraction, or a number"
             )
     _check_validation_interval(config, limited(batches, getattr(trainer, train_key)))
 
@@ -340,27 +342,27 @@ def _check_validation_interval(config: Config, batches: int) -> None:
         return
     if interval == 0:
         raise ValueError(
-            "trainer.val_check_interval=0 validates never: trainer.limit_val_batches=0 does without validation"
+            "trainer.val_check_interval=0 is not allowed: to skip validation, set trainer.limit_val_batches=0"
         )
     if trainer.check_val_every_n_epoch is not None and interval > batches:
         raise ValueError(
             f"trainer.val_check_interval={interval} is more than the {batches} batches of an epoch: write a smaller "
-            "number, a part of an epoch such as 0.5, or trainer.check_val_every_n_epoch=null to count over epochs"
+            "number, a fraction such as 0.5, or trainer.check_val_every_n_epoch=null to count across epochs"
         )
 
 
 def endless(config: Config) -> bool:
-    """Whether nothing tells ahead how many steps training has: neither epochs nor steps, a time limit perhaps."""
+    """Whether the number of training steps is unknown in advance: neither epochs nor steps are limited."""
     trainer = config.trainer
     epochs = trainer.max_epochs if trainer.max_epochs is not None or trainer.max_time is None else -1
     return (epochs, trainer.max_steps) == (-1, -1) and not trainer.fast_dev_run
 
 
 def check_callbacks(config: Config, callbacks: Sequence[Callback]) -> None:
-    """Refuse Lightning's callbacks that would change the frozen base or the settings of a run, or not count.
+    """Refuse Lightning callbacks that would change the frozen base or a run's settings, or have no effect.
 
     Raises:
-        ValueError: with what to write instead.
+        ValueError: says what to write instead.
     """
     for callback in callbacks:
         name = type(callback).__name__
@@ -368,54 +370,54 @@ def check_callbacks(config: Config, callbacks: Sequence[Callback]) -> None:
             raise ValueError(f"callbacks: {name} {reason}")
         if isinstance(callback, StochasticWeightAveraging) and config.checkpoint.restore_best:
             raise ValueError(
-                f"callbacks: the averages of {name} would be lost, as the best checkpoint is restored after training: "
-                "add checkpoint.restore_best=false"
+                f"callbacks: {name}'s averaged weights would be lost when the best checkpoint is restored after "
+                "training: add checkpoint.restore_best=false"
             )
         if (
             isinstance(callback, GradientAccumulationScheduler)
             and config.trainer.accumulate_grad_batches != 1
         ):
             raise ValueError(
-                f"callbacks: {name} says itself how many batches a step has: leave trainer.accumulate_grad_batches out"
+                f"callbacks: {name} sets the number of batches per step: leave out trainer.accumulate_grad_batches"
             )
 
 
 def check_strategy(config: Config, trainer: Trainer) -> None:
-    """Refuse what the processes of a run cannot do together, or not with this model.
+    """Refuse settings that do not work across several processes, or with a sharded base.
 
     Raises:
-        ValueError: with what to write instead.
+        ValueError: says what to write instead.
     """
     model, method, strategy = config.model, method_named(config.intervention.method), trainer.strategy
     if isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
         raise ValueError(f"trainer.strategy: {type(strategy).__name__} {SHARDING}")
     if trainer.world_size > 1 and model.device_map is not None:
         raise ValueError(
-            f"model.device_map={model.device_map} spreads one copy of the base over the devices of one process, and "
-            f"there are {trainer.world_size}: write trainer.devices=1, or trainer=fsdp without it"
+            f"model.device_map={model.device_map} spreads one copy of the base over the devices of one process, but "
+            f"there are {trainer.world_size}: write trainer.devices=1, or trainer=fsdp without device_map"
         )
     if not isinstance(strategy, ShardedBase):
         return
     reasons = {
-        "model.device_map says itself where the weights are": model.device_map is not None,
-        "model.quantization leaves weights that cannot be divided": bool(model.quantization),
-        "model.compile has not been tried with a divided base": model.compile,
-        f"{method.name} trains all of the base, and only what is frozen is divided": method.trains_weights,
+        "model.device_map already places the weights": model.device_map is not None,
+        "model.quantization leaves weights that cannot be sharded": bool(model.quantization),
+        "model.compile has not been tested with a sharded base": model.compile,
+        f"{method.name} trains the base's weights, but only frozen weights are sharded": method.trains_weights,
     }
     if reason := next((reason for reason, holds in reasons.items() if holds), None):
         raise ValueError(f"trainer=fsdp: {reason}; leave it out, or write trainer=ddp")
 
 
 def check_tied_head(config: Config, hf_config: PretrainedConfig, task: str, heads: Sequence[str]) -> None:
-    """Refuse to train a language-model head that is the embeddings too, where it gets a float32 copy of its own.
+    """Refuse to train a language-model head that is tied to the embeddings but gets its own float32 copy.
 
     Raises:
-        ValueError: with what to set.
+        ValueError: says what to set.
     """
     widened = config.model.dtype != "float32" and config.model.float32_logits
     copied = widened and hf_config.tie_word_embeddings and task != "sequence_classification"
     if copied and (method_named(config.intervention.method).trains_weights or "lm_head" in heads):
         raise ValueError(
-            f"{config.model.name} shares its embeddings with its head, and model.float32_logits gives the head a copy: "
-            "training would part the two. Set model.dtype=float32, or model.float32_logits=false"
+            f"{config.model.name} ties its head to its embeddings, but model.float32_logits gives the head a copy, so "
+            "training would untie them. Set model.dtype=float32, or model.float32_logits=false"
         )

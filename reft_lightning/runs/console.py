@@ -17,14 +17,14 @@ from rich.table import Table
 from ..config.overrides import key_of
 from ..evaluation.row_metrics import mean_of_counts
 
-# of measures whose names say too little
+# clearer names for some measures
 HEADINGS = {"option_accuracy": "option likelihood", "rouge_l": "ROUGE-L"}
 MAJORITY = "majority_accuracy"
-OTHER = {"loreft": "direft", "direft": "loreft"}  # methods that take each other's settings
+OTHER = {"loreft": "direft", "direft": "loreft"}  # methods with the same settings
 
 
 def print_table(results: dict[str, Any], console: Console | None = None) -> None:
-    """Print what a run obtained: frozen base against adapted model, with 95 % intervals, and what it cost."""
+    """Print a run's scores, frozen base and adapted model with 95 % intervals, and its costs."""
     console = console or Console(width=None if sys.stdout.isatty() else 120)
     for line in [*_print_scores(results, console), *_costs(results)]:
         console.print(line, soft_wrap=True)
@@ -34,15 +34,15 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
 
 
 def _print_scores(results: dict[str, Any], console: Console) -> list[str]:
-    """Print the table of scores; return what is to be said below it."""
+    """Print the table of scores; return the notes to print below it."""
     split = "test" if any("test" in name.split("/") for name in results["metrics"]) else "val"
     scores = _scores(results, split)
     if not scores:
-        return ["nothing was evaluated: there are neither test rows nor validation rows"]
+        return ["nothing was evaluated: there are no test rows and no validation rows"]
     measures = list(dict.fromkeys(measure for _, _, measure in scores if measure != MAJORITY))
     table = _empty_table(results, split, measures)
     notes: list[str] = []
-    constants: dict[str, list[str]] = {}  # task -> line of the commonest answer
+    constants: dict[str, list[str]] = {}  # task -> row of the most common answer
     models = _models(results, scores)
     for prefix, label, trained in models:
         tasks = list(dict.fromkeys(task for p, task, _ in scores if p == prefix))
@@ -78,14 +78,15 @@ def _scores(results: dict[str, Any], split: str) -> dict[tuple[str, str, str], s
         (prefix, task, measure): name for name, (prefix, s, task, measure) in parts.items() if s == split
     }
     tasks = {task for _, task, _ in scores if task}
-    if len(tasks) == 1:  # the loss of all rows stands in its line
+    if len(tasks) == 1:  # the loss over all rows goes in the task's row
         scores = {(prefix, task or next(iter(tasks)), m): name for (prefix, task, m), name in scores.items()}
     return scores
 
 
 def _empty_table(results: dict[str, Any], split: str, measures: list[str]) -> Table:
     rows = "test" if split == "test" else "validation"
-    table = Table(title=f"{escape(str(results['model']))}, {rows} rows, in % [95 % interval]")
+    shares = ", in % [95 % interval]" if {*measures} - {"loss", "perplexity"} else ""
+    table = Table(title=f"{escape(str(results['model']))}, {rows} rows{shares}")
     headings = HEADINGS | ({"accuracy": "generated"} if "option_accuracy" in measures else {})
     scored = [headings.get(measure, measure.replace("_", " ")) for measure in measures]
     for column in ("", "task", "rows", *scored, "trained", "% of base"):
@@ -95,12 +96,12 @@ def _empty_table(results: dict[str, Any], split: str, measures: list[str]) -> Ta
 
 
 def _constant(name: str, task: str, total: str, measures: list[str], accuracy: str) -> list[str]:
-    """Return the line of an answer that is always the same: it has an accuracy and trains nothing."""
+    """Return the row of a constant answer, which has an accuracy and trains nothing."""
     return [name, task, total, *(accuracy if measure == "accuracy" else "" for measure in measures), "0", "0"]
 
 
 def _costs(results: dict[str, Any]) -> list[str]:
-    """Return which checkpoint counts, and what training and evaluation took."""
+    """Return lines on the chosen checkpoint and the cost of training and evaluation."""
     lines: list[str] = []
     if "chosen_by" in results:
         lines.append(
@@ -121,7 +122,7 @@ def _costs(results: dict[str, Any]) -> list[str]:
 
 
 def _commands(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return where the results are, and the commands that one may want next."""
+    """Return where the results are, and commands for possible next steps."""
     folder = results["run_dir"]
     lines = [("run folder", str(folder))]
     if "evaluation_dir" in results:
@@ -135,7 +136,7 @@ def _commands(results: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _print_within(table: Table, console: Console) -> bool:
-    """Print a table, without its last two columns and vertical rules where it is too wide; return whether it fitted."""
+    """Print a table; if it is too wide, drop its last two columns and vertical rules. Return whether it fitted."""
     fits = Measurement.get(console, console.options.update(max_width=1000), table).maximum <= console.width
     if not fits:
         table.box, table.pad_edge = SIMPLE_HEAD, False
@@ -145,7 +146,7 @@ def _print_within(table: Table, console: Console) -> bool:
 
 
 def _mean_cell(results: dict[str, Any], path: str, tasks: list[str], measure: str) -> str:
-    """Return the mean of a measure over tasks with its interval; a dash if not every task has one."""
+    """Return the mean of a measure over tasks with its interval; a dash if a task lacks the measure."""
     found = mean_of_counts([results["counts"].get(f"{path}/{task}/{measure}") for task in tasks])
     return "-" if found is None else _percent(*found)
 
@@ -155,7 +156,7 @@ def _percent(value: float, low: float, high: float) -> str:
 
 
 def _next_experiments(command: str, method: str) -> list[tuple[str, str]]:
-    """Return commands, complete and quoted for a shell: the same with three seeds, and with another method."""
+    """Return shell-quoted commands that repeat the run with three seeds, and with another method."""
     program, *words = shlex.split(command) or [""]
     if not program:
         return []
@@ -178,7 +179,7 @@ def _next_experiments(command: str, method: str) -> list[tuple[str, str]]:
 
 
 def _gibibytes(count: int | None) -> str:
-    return "unknown, as other runs ran in its process" if count is None else f"{count / 2**30:.1f} GiB"
+    return "unknown, as the process ran other runs" if count is None else f"{count / 2**30:.1f} GiB"
 
 
 def _split(name: str) -> tuple[str, str, str, str]:
@@ -189,7 +190,7 @@ def _split(name: str) -> tuple[str, str, str, str]:
 
 
 def _losses(results: dict[str, Any], split: str) -> list[str]:
-    """Return the names of the losses, where they say more than the scores: those chose, or are all 0."""
+    """Return the names of the losses to show: if a loss was monitored, or if all scores are 0."""
     scored = [
         c for name, c in results["counts"].items() if _split(name)[1] == split and not name.endswith(MAJORITY)
     ]
@@ -202,7 +203,7 @@ def _losses(results: dict[str, Any], split: str) -> list[str]:
 def _models(
     results: dict[str, Any], scores: Iterable[tuple[str, str, str]]
 ) -> list[tuple[str, str, tuple[str, str]]]:
-    """Return (prefix of scores, label, what it trains) of the frozen base and the adapted model."""
+    """Return (prefix of scores, label, trained parameters and percent) of the frozen base and the adapted model."""
     prefixes = {prefix for prefix, _, _ in scores}
     rows = []
     if "base/" in prefixes:

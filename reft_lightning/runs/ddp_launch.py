@@ -1,4 +1,4 @@
-"""What Lightning's ``ddp`` leaves behind in a process that goes on: a process group, and ranks in the environment."""
+"""Clean up what Lightning's ``ddp`` leaves in a process: a process group, and rank variables in the environment."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 import torch.distributed
 
-# What Lightning's launcher writes into the environment, and reads as "the ranks exist already".
+# Variables that Lightning's launcher sets, and later reads as a sign that the ranks already exist.
 RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @contextmanager
 def leaving_no_ranks() -> Iterator[None]:
-    """Destroy the process group on leaving; variables set from outside (torchrun, a cluster) stay as they were."""
+    """Destroy the process group on exit; variables set from outside (torchrun, a cluster) keep their values."""
     environment = {name: os.environ.get(name) for name in RANK_VARIABLES}
     try:
         yield

@@ -23,15 +23,15 @@ CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 class _Process:
-    """What this process knows of its peak memory."""
+    """What this process knows about its peak memory."""
 
-    runs = 0  # that have begun
-    shared = False  # whether others run at the same time
-    alone = True  # whether the peak is that of the last run alone
+    runs = 0  # number of runs started
+    shared = False  # whether other runs are active at the same time
+    alone = True  # whether the peak belongs to the last run only
 
 
 def environment() -> dict[str, Any]:
-    """Return versions, git commit of the code, and the machine in words."""
+    """Return versions, the code's git commit, and a description of the machine."""
     cpu = f"CPU, {torch.get_num_threads()} threads"
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else cpu
     return {**_code(), "device": device, "started": now()}
@@ -39,7 +39,7 @@ def environment() -> dict[str, Any]:
 
 @cache
 def _code() -> dict[str, Any]:
-    """Return what all runs of this process have in common: it imports once, whatever is committed meanwhile."""
+    """Return versions and commit, read once: later commits do not change the code that this process imported."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -50,7 +50,7 @@ def _code() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Return the commit of this source tree, with ``+changes`` where it differs; None outside git."""
+    """Return the commit of this source tree, with ``+changes`` if it has uncommitted ones; None outside git."""
     ask = ["git", "-C", str(Path(__file__).parent), "status", "--porcelain=v2", "--branch", "."]
     try:
         said = subprocess.run(ask, capture_output=True, text=True, timeout=10).stdout
@@ -61,10 +61,10 @@ def git_commit() -> str | None:
 
 
 def begin_peak_memory(shared: bool = False) -> None:
-    """Let the peaks count from here: a process may have run others before, as a multirun does.
+    """Reset the peak-memory counters, as earlier runs of a multirun may have raised them.
 
     Args:
-        shared: whether others run in it at the same time, so that no peak is that of one.
+        shared: whether other runs are active in the process, so that a peak cannot be attributed to one.
     """
     _Process.shared = shared
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -73,16 +73,16 @@ def begin_peak_memory(shared: bool = False) -> None:
         torch.cuda.reset_peak_memory_stats()
     _Process.runs, _Process.alone = _Process.runs + 1, True
     try:
-        CLEAR_REFS.write_text("5")  # proc(5): resets the peak resident set size, of this process alone
-    except OSError:  # another system than Linux, or one that forbids it
+        CLEAR_REFS.write_text("5")  # proc(5): resets the peak resident set size of this process
+    except OSError:  # not Linux, or not permitted
         _Process.alone = _Process.runs == 1
 
 
 def peak_memory_bytes() -> int | None:
-    """Return the peak memory of a run: of the GPU where one is used, else of the process.
+    """Return the peak memory of a run: of the GPU if one is used, else of the process.
 
     Returns:
-        None where the process cannot tell it from that of other runs.
+        None if it cannot be separated from that of other runs in the process.
     """
     if _Process.shared:
         return None
@@ -99,7 +99,7 @@ def peak_memory_bytes() -> int | None:
 
 
 def peak_reserved_bytes() -> int | None:
-    """Return the most memory that torch held on the GPU, used or not; None without one, or for several runs."""
+    """Return the most memory that torch reserved on the GPU; None without a GPU, or with several runs."""
     if _Process.shared:
         return None
     return torch.cuda.max_memory_reserved() or None if torch.cuda.is_available() else None

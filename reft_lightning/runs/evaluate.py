@@ -1,4 +1,4 @@
-"""Evaluate the adapter of an old run again: ``reft-eval run=FOLDER``."""
+"""Evaluate the adapter of an earlier run again: ``reft-eval run=FOLDER``."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def evaluate(
 
     Args:
         folder: a run folder.
-        split: ``validation`` or ``test``; a read of a test split is added to the run's ``test_reads``.
-        limit: rows (of each test task), or None for all.
-        rows: other rows than the run's, see :func:`.other_rows.on_other_rows`.
-        evaluate_base: whether the frozen base is evaluated, too.
+        split: ``validation`` or ``test``; a read of the test split is added to the run's ``test_reads``.
+        limit: number of rows (per test task), or None for all.
+        rows: arguments that choose rows other than the run's, see :func:`.other_rows.on_other_rows`.
+        evaluate_base: whether to evaluate the frozen base as well.
 
     Raises:
         ValueError: for an unknown split, or a folder that is not a run.
@@ -74,8 +74,8 @@ def _evaluate(
         limited = {"limit_test" if split == "test" else "limit_validation": limit}
         config = replace(config, data=replace(config.data, **limited))
     if split == "test":
-        Results.read(folder)  # a damaged one, too; the read is noted there
-        hold(folder)  # a run at work would write its results over the note
+        Results.read(folder)  # fail now if the file is damaged: the read is recorded in it
+        hold(folder)  # a run in progress would overwrite the record
     config = replace(config, test=split == "test")
     plan = prepare(untrained(config), trained_on=trained_on)
     if split == "validation" and not plan.data.val_tasks:
@@ -95,7 +95,7 @@ def _evaluate(
     shown = [WandbReport(folder, *objects.prepared.monitor)] if loggers else []
     trainer = evaluating_trainer(config, target, loggers=loggers, callbacks=shown)
     results.update(matmul_precision=config.matmul_precision)
-    wandb_runs(loggers)  # begun before rows are read: where W&B cannot be reached, no read is recorded
+    wandb_runs(loggers)  # started before rows are read: if W&B cannot be reached, no read is recorded
     try:
         if evaluate_base:
             with objects.model.disabled():
@@ -110,7 +110,7 @@ def _evaluate(
         if split == "test":
             original, reads = Results.read(folder), results.values["test_reads"]
             place = place_of_tests(config.data)
-            if place != place_of_tests(own.data):  # of another split, perhaps of one name
+            if place != place_of_tests(own.data):  # other rows, possibly under the same task name
                 reads = [read | {"task": f"{read['task']} of {place}"} for read in reads]
             original.update(test_reads=[*original.values["test_reads"], *reads])
     results.update(status="complete", finished=now())
@@ -120,10 +120,10 @@ def _evaluate(
 
 
 def load_run(folder: Path, config: Config, plan: Prepared | None = None) -> Objects:
-    """Build a run with the adapter of its folder; its configuration may name other rows to evaluate.
+    """Build a run with the adapter in its folder; the configuration may choose other rows to evaluate.
 
     Raises:
-        ValueError, OSError: before weights are loaded, if there is no adapter, or its accelerator is not here.
+        ValueError, OSError: before weights are loaded, if the adapter is missing or the accelerator not available.
     """
     check_accelerator(
         config.trainer.accelerator, f"set trainer.accelerator to cpu in {Path(folder) / 'config.yaml'}"
@@ -143,7 +143,7 @@ def evaluating_trainer(
     loggers: Sequence[Logger] = (),
     callbacks: Sequence[Callback] = (),
 ) -> Trainer:
-    """Return a trainer that only evaluates, on one device, as the run's configuration computes."""
+    """Return a trainer that only evaluates, on one device, with the run's numerical settings."""
     torch.set_float32_matmul_precision(config.matmul_precision)
     return Trainer(
         accelerator=config.trainer.accelerator, devices=1, logger=list(loggers),

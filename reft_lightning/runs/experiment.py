@@ -1,6 +1,6 @@
 """One run: configuration -> objects -> (base) -> fit -> validate -> test -> ``results.json``.
 
-What can be wrong is checked before weights are loaded: the configuration, the interventions against a model
+Everything that can be wrong is checked before weights are loaded: the configuration, the interventions on a model
 without weights, then the data.
 """
 
@@ -59,16 +59,16 @@ log = logging.getLogger(__name__)
 
 
 class SetupError(ValueError):
-    """A run cannot start as configured; the message says why, and nothing has been trained."""
+    """A run cannot start as configured; the message says why. Nothing has been trained."""
 
 
 class Halted(RuntimeError):
     """A callback ends the run on purpose: a search pruned it, or its budget is used up.
 
     Args:
-        status: of ``results.json``, such as ``pruned``.
-        reason: why.
-        values: further values of ``results.json``.
+        status: status in ``results.json``, such as ``pruned``.
+        reason: why the run ends.
+        values: additional values for ``results.json``.
     """
 
     def __init__(self, status: str, reason: str, **values: Any) -> None:
@@ -88,16 +88,16 @@ def run(
 
     Args:
         config: a checked configuration.
-        folder: the run folder; it is created. With ``resume`` the earlier run's folder is used instead; with
-            ``resume=auto`` it is this one, if it holds a run, and a complete run's results are returned.
-        experiment: the file of ``conf/experiment`` that it was composed from; recorded.
+        folder: the run folder, which is created. With ``resume`` the earlier run's folder is used instead; with
+            ``resume=auto`` this folder is resumed if it holds a run, and a complete run's results are returned.
+        experiment: the file in ``conf/experiment`` that the configuration was composed from; recorded.
         callbacks: Lightning callbacks in addition to those of the configuration. One that raises :class:`Halted`
             ends the run without an error.
-        command: that repeats the run; recorded.
-        lane: what it shares with other runs, if it does.
+        command: the command that repeats the run; recorded.
+        lane: the lane of a run that shares its base model with others.
 
     Raises:
-        SetupError: for a configuration that cannot work, before any weight is loaded.
+        SetupError: for a configuration that cannot work, before weights are loaded.
     """
     with leaving_no_ranks():
         if config.resume == AUTO:
@@ -106,7 +106,7 @@ def run(
                 earlier = load_run_config(folder)
                 if not differences(earlier, config):
                     tests = shlex.join(["reft-eval", f"run={folder}", "split=test"])
-                    rest = f" but to test it: {tests}" if config.test and not earlier.test else ""
+                    rest = f" except to test it: {tests}" if config.test and not earlier.test else ""
                     log.info("%s is complete: nothing is left to do%s", folder, rest)
                     return Results.read(folder).values
         target = Path(config.resume) if config.resume else Path(folder)
@@ -114,7 +114,7 @@ def run(
             return _run(config, target, experiment, callbacks, command, lane)
         finally:
             release_folder(target)
-            gc.collect()  # hooks tie model and interventions in a circle, and a sweep's next job needs the memory
+            gc.collect()  # hooks make reference cycles of model and interventions; a sweep's next job needs the memory
 
 
 def _run(
@@ -140,12 +140,12 @@ def _run(
     if lane is not None:
         results.update(shared_base=lane.runs)
     if runs := [logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)]:
-        results.update(wandb_run=runs[0])  # which a resumed run continues
+        results.update(wandb_run=runs[0])  # so that a resumed run can continue it
     log.info("run folder: %s", folder)
     if trainer.world_size > 1:
         batch, parts = config.data.batch_size, config.trainer.accumulate_grad_batches
         log.info(
-            "a step has %d rows: data.batch_size=%d x trainer.accumulate_grad_batches=%d x %d devices",
+            "effective batch size %d: data.batch_size=%d x trainer.accumulate_grad_batches=%d x %d devices",
             batch * parts * trainer.world_size, batch, parts, trainer.world_size,
         )  # fmt: skip
     try:
@@ -162,7 +162,7 @@ def _run(
     except BaseException as error:
         ending = signal_of(error)
         _stopped(error, trainer, folder, results)
-        # Lightning kills the first of its ranks where another one fails
+        # Lightning kills rank 0 if another rank fails
         if ending and trainer.is_global_zero:
             raise SystemExit(128 + ending) from error
         raise
@@ -178,14 +178,14 @@ def _run(
 def _set_up(
     config: Config, folder: Path, callbacks: Sequence[Callback], lane: Lane | None
 ) -> tuple[Trainer, Objects]:
-    """Check all that can be wrong before weights are loaded, claim the run folder, and build what the run needs."""
+    """Check everything that can be wrong before weights are loaded, claim the run folder, and build the objects."""
     random_state = torch.get_rng_state()
     check_accelerator(config.trainer.accelerator)
-    # a run that was killed after its test reads no test row again
+    # a run that was killed after its test does not read test rows again
     tested = bool(config.resume) and _check_resume(config, folder)
     begins = config.intervention
     if config.resume and last_checkpoint(folder).is_file():
-        begins = replace(begins, init_from=None)  # the checkpoint holds what it became
+        begins = replace(begins, init_from=None)  # training starts from the checkpoint
     plan = prepare(replace(config, test=config.test and not tested, intervention=begins))
     if config.resume:
         _check_same_rows(folder, plan.data.data_versions)
@@ -199,59 +199,59 @@ def _set_up(
         folder.mkdir(parents=True, exist_ok=True)
         hold(folder)
         make_room(folder, config.overwrite)
-    trainer.accelerator.setup_device(trainer.strategy.root_device)  # where a quantized base is read to
+    trainer.accelerator.setup_device(trainer.strategy.root_device)  # the device a quantized base is loaded to
     check_batches(config, plan.data, trainer.world_size)
     return trainer, build(config, plan, lane)
 
 
 def _stopped(error: BaseException, trainer: Trainer, folder: Path, results: Results) -> None:
-    """Write down what stopped a run, and say how to go on."""
+    """Record what stopped a run, and log how to continue it."""
     ending = signal_of(error)
-    said = f"{ending.name}: the process was told to stop" if ending else f"{type(error).__name__}: {error}"
+    said = f"{ending.name}: the process was asked to stop" if ending else f"{type(error).__name__}: {error}"
     try:
         values = {"signal": ending.name} if ending else {}
         results.update(status="stopped", error=said, stopped=now(), **values)
-    except OSError as also:  # the disk, perhaps, that stopped the run
-        log.error("%s cannot be written and says that the run is running: %s", results.path, also)
+    except OSError as also:  # perhaps the same full disk that stopped the run
+        log.error("cannot write %s, which still says that the run is running: %s", results.path, also)
     _finish_wandb(trainer, results, None, exit_code=128 + ending if ending else 1)
     if trainer.is_global_zero:
         go_on = shlex.join(["reft-train", f"resume={folder}"])
         reason = trouble_of(error) or said.splitlines()[0]
-        log.error("stopped: %s; what was computed is in %s; go on with: %s", reason, folder, go_on)
+        log.error("stopped: %s; the results so far are in %s; to continue: %s", reason, folder, go_on)
 
 
 def _check_resume(config: Config, folder: Path) -> bool:
-    """Refuse to resume a run that is complete, that is running, or that another configuration began.
+    """Refuse to resume a run that is complete, that is running, or that has another configuration.
 
     Returns:
         Whether it has been tested.
     """
     if not begun(folder):
-        raise ValueError(f"resume={folder}: there is no run to go on with, as the folder has no config.yaml")
+        raise ValueError(f"resume={folder}: there is no run to continue, as the folder has no config.yaml")
     if is_first_process():
         hold(folder)
     changed = differences(load_run_config(folder), config)
-    if changed:  # optimizer and schedule are the checkpoint's
+    if changed:  # optimizer and schedule come from the checkpoint
         listed = "; ".join(f"{name}: {then!r} then, {today!r} now" for name, (then, today) in changed.items())
         raise ValueError(
-            f"resume={folder} continues that run: what determines its result must stay; {listed}"
+            f"resume={folder} continues that run, so settings that affect its result must not change; {listed}"
         )
     earlier = Results.read(folder) if (folder / RESULTS).is_file() else Results(folder)
     if "evaluation_dir" in earlier.values:
-        raise ValueError(f"resume={folder} is an evaluation of {earlier.values['run_dir']}, and no run")
+        raise ValueError(f"resume={folder} is an evaluation of {earlier.values['run_dir']}, not a run")
     if earlier.values.get("status") == "complete":
-        # the test split would be read once more for the same scores
+        # resuming would read the test split once more for the same scores
         raise ValueError(
-            f"resume={folder}: the run is already complete, and nothing is left to do; to evaluate its adapter again: "
+            f"resume={folder}: the run is already complete; to evaluate its adapter again: "
             f"{shlex.join(['reft-eval', f'run={folder}'])}"
         )
     began, now = earlier.values, environment()
-    # other code has other hashes
+    # another version of the code may compute another hash
     same_code = all(began.get(name) == now[name] for name in ("versions", "git_commit"))
     if same_code and began.get("config_hash") != config_hash(config):
         raise ValueError(
-            f"resume={folder} continues that run: its config.yaml was changed after it began, where it determines the "
-            "result; undo that, or begin another run"
+            f"resume={folder} continues that run, but its config.yaml was changed after it started, in a setting that "
+            "affects its result; undo the change, or start a new run"
         )
     if last_checkpoint(folder).is_file():
         read_checkpoint(last_checkpoint(folder), config.trust_code)
@@ -259,13 +259,13 @@ def _check_resume(config: Config, folder: Path) -> bool:
 
 
 def _check_same_rows(folder: Path, versions: dict[str, Any]) -> None:
-    """Refuse to go on with other rows than those that a run began with."""
+    """Refuse to continue a run with rows other than those it started with."""
     earlier = Results.read(folder).values.get("data_versions", {}) if (folder / RESULTS).is_file() else {}
     for split in ("train", "validation"):
         for name, facts in earlier.get(split, {}).items():
             if facts.get("fingerprint") != versions[split].get(name, {}).get("fingerprint"):
                 raise ValueError(
-                    f"resume={folder} continues that run: the {split} rows of {name} are no longer those it began with"
+                    f"resume={folder} continues that run, but the {split} rows of {name} have changed since it started"
                 )
 
 
@@ -280,7 +280,7 @@ def _begin(config: Config, folder: Path, experiment: str | None, objects: Object
     )
     if config.resume:
         results.resume()
-        if results.has("test/"):  # whose rows are not read again
+        if results.has("test/"):  # its rows are not read again
             objects.data.data_versions["test"].update(results.values["data_versions"]["test"])
     results.update(
         method=method_of(config), model=config.model.name, monitor=objects.prepared.monitor.name, **objects.facts(),
@@ -296,7 +296,7 @@ def _finish_wandb(trainer: Trainer, results: Results, adapter: Path | None, exit
 
 def _stages(config: Config, folder: Path, objects: Objects, trainer: Trainer, results: Results) -> None:
     data = objects.data
-    # of no batches, as by trainer.limit_test_batches=0, nothing is read, and no read is recorded
+    # with zero batches, as with trainer.limit_test_batches=0, nothing is read, and no read is recorded
     validates = bool(data.val_tasks and trainer.limit_val_batches)
     tests = bool(config.test and not config.sealed and data.test_tasks and trainer.limit_test_batches)
     split = "test" if tests else "validation"
@@ -306,7 +306,7 @@ def _stages(config: Config, folder: Path, objects: Objects, trainer: Trainer, re
     if any(objects.model.parameter_roles().values()):
         last = last_checkpoint(folder) if config.resume else None
         if last and not last.is_file():
-            log.info("no checkpoint was written before the run stopped: training starts at step 0")
+            log.info("the run stopped before it wrote a checkpoint: training starts at step 0")
             last = None
         _train(config, objects, trainer, results, last)
     else:
@@ -316,48 +316,50 @@ def _stages(config: Config, folder: Path, objects: Objects, trainer: Trainer, re
         objects.model.save_pretrained(folder / "adapter")
     if validates:
         evaluate_split(trainer, objects, "validation", folder, results)
-    if tests and not results.has("test/"):  # a run that was killed after its test reads no row again
+    if tests and not results.has(
+        "test/"
+    ):  # a run that was killed after its test does not read the rows again
         evaluate_split(trainer, objects, "test", folder, results)
     results.update(peak_memory_bytes=peak_memory_bytes(), peak_reserved_bytes=peak_reserved_bytes())
 
 
 def _train(config: Config, objects: Objects, trainer: Trainer, results: Results, resume: Path | None) -> None:
-    """Fit, and go back to the checkpoint that validation chose."""
+    """Fit, then restore the checkpoint chosen by validation."""
     trainer.fit(objects.module, objects.data, ckpt_path=resume, weights_only=not config.trust_code)
     if trainer.interrupted:
         raise KeyboardInterrupt
     check_told_to_stop(trainer)
-    seconds = objects.module.train_seconds  # over all parts of a run that was resumed
+    seconds = objects.module.train_seconds  # over all parts of a resumed run
     tokens = int(trainer.strategy.reduce(torch.tensor(objects.module.tokens, device=objects.module.device),
                                          reduce_op="sum"))  # fmt: skip
     costs = {"train_seconds": seconds, "tokens_per_second": tokens / seconds if seconds else 0.0}
-    if results.values.get("shared_base"):  # the seconds are those of all runs on that model
+    if results.values.get("shared_base"):  # the seconds include those of the other runs on that model
         costs = dict.fromkeys(costs)
     results.update(
         **costs, steps=trainer.global_step, tokens=tokens, metrics=objects.module.note_metrics()
     )  # fmt: skip
     if not config.checkpoint.restore_best:
-        log.info("the weights of the last step count: checkpoint.restore_best=false")
+        log.info("using the weights of the last step: checkpoint.restore_best=false")
         return
     chosen = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint) and c.best), None)
     if chosen is None:
-        log.warning("no validation chose a checkpoint: the weights of the last step are evaluated")
+        log.warning("no checkpoint was chosen by validation: evaluating the weights of the last step")
         results.update(best_step=None)
         return
     checkpoint = read_checkpoint(Path(chosen.path), config.trust_code)
     objects.module.load_state_dict(checkpoint["state_dict"])
     results.update(best_step=checkpoint["global_step"], chosen_by=chosen.reason())
-    log.info("the checkpoint of step %d of %d counts: %s",
+    log.info("using the checkpoint of step %d of %d: %s",
              checkpoint["global_step"], trainer.global_step, chosen.reason())  # fmt: skip
 
 
 def evaluate_split(
     trainer: Trainer, objects: Objects, split: str, folder: Path, results: Results, base: bool = False
 ) -> None:
-    """Evaluate the model as it is on a split, and write scores and predictions to the run folder.
+    """Evaluate the model in its current state on a split, and write scores and predictions to the run folder.
 
-    ``base`` says that it is the frozen base, as inside ``disabled()``. A read of the test split is recorded before it
-    happens. Scores are written last: where they are, all is.
+    ``base`` means that the adapter is disabled. A read of the test split is recorded before it happens. Scores are
+    written last: if they are there, everything else is.
     """
     if split == "test":
         objects.data.setup("test")
@@ -381,7 +383,7 @@ def evaluate_split(
 
 
 def _export(folder: Path, objects: Objects, rows: list[dict[str, Any]], base: bool) -> None:
-    """Write the predictions of each test set in the format of the family, for another program such as a judge."""
+    """Write the predictions of each test set in the family's format, for another program such as a judge."""
     for task in objects.data.test_tasks:
         of_task = [row for row in rows if row["task"] == task]
         generator = objects.name.partition(" ")[0] if base else objects.name
@@ -393,9 +395,9 @@ def _export(folder: Path, objects: Objects, rows: list[dict[str, Any]], base: bo
 
 
 def resume(folder: Path, trust_code: bool = False) -> dict[str, Any]:
-    """Go on with an interrupted run under the configuration that its folder keeps.
+    """Continue an interrupted run with the configuration saved in its folder.
 
-    ``trust_code`` is the caller's, as the configuration may be another person's.
+    ``trust_code`` comes from the caller, since someone else may have written the configuration.
     """
     config = load_run_config(folder)
     return run(replace(config, resume=str(folder), trust_code=trust_code), folder)

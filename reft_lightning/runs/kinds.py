@@ -1,4 +1,4 @@
-"""What each kind of benchmark family needs of a run: the one table from a family's ``kind`` to its classes."""
+"""The kinds of benchmark families: a table from a family's ``kind`` to the classes and settings of its runs."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class Kind:
     """A kind of benchmark family.
 
     Args:
-        task: of the base model, a key of :data:`~reft_lightning.base_models.loading.TASKS`.
+        task: task of the base model, a key of :data:`~reft_lightning.base_models.loading.TASKS`.
         data: the data module.
-        module: (configuration, what is prepared, model, training pass) -> the Lightning module.
+        module: (configuration, prepared run, model, training pass) -> the Lightning module.
         generates: whether a language model is trained, whose texts are scored.
         write: (adapted model, batch, tokenizer, decoding) -> the texts of each row.
         prompts: whether rows have prompts, after which texts are generated.
         sees: whether rows have pictures, which a processor reads.
-        heads: which heads are trained unless the configuration says otherwise.
-        unused: keys of ``data`` that mean nothing to it.
+        heads: heads that are trained unless the configuration says otherwise.
+        unused: keys of ``data`` that do not apply.
     """
 
     task: str
@@ -101,7 +101,7 @@ KINDS = {
                    unused=("target_tokens",)),
     "classification": Kind(
         "sequence_classification", ClassificationData, _classification, generates=False, heads="auto",
-        # its published validation set is divided, and texts are read as they are
+        # its published validation set is split, and texts are used as is
         unused=("train_tasks", "validation_size", "template", "system_prompt", "target_tokens"),
     ),
     "preference": Kind(
@@ -112,12 +112,12 @@ KINDS = {
 
 
 def kind_of(family: AnyFamily | None) -> Kind:
-    """Return the kind of a family; without one, texts are generated."""
+    """Return the kind of a family; without a family, that of generated texts."""
     return KINDS[family.kind if family else "generation"]
 
 
 def is_text_to_text(kind: Kind, hf_config: PretrainedConfig) -> bool:
-    """Whether a model reads prompts and targets of a kind apart, since it has an encoder and a decoder."""
+    """Whether a model reads prompts and targets of this kind separately, with an encoder and a decoder."""
     return (
         kind.task == "causal_lm"
         and kind.prompts

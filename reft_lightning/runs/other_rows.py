@@ -1,4 +1,4 @@
-"""Other rows than those of a run, for its adapter to be evaluated on."""
+"""Evaluate a run's adapter on rows other than the run's own."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .kinds import kind_of
 
 log = logging.getLogger(__name__)
 
-# keys of `data` that say how a model is asked, and how many rows at once
+# keys of `data` that determine the prompt format and the batch size
 LAYOUT = ("template", "system_prompt", "max_length", "batch_size", "eval_batch_size")
 
 
 def on_other_rows(config: Config, rows: Sequence[str], named: str = "") -> Config:
-    """Return the configuration of a run with the rows of another family, laid out as its own unless they say otherwise.
+    """Return the configuration of a run with the rows of another family, in the run's format unless set otherwise.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         rows: arguments of ``reft-train`` in the groups ``data`` and ``decoding``; the first is ``data=NAME``.
-        named: the argument that errors name, where it is another than the first of these.
+        named: the argument that errors name, if not the first of these.
 
     Raises:
-        ValueError: for rows that a model of its kind does not answer, or with other classes.
+        ValueError: for rows of another kind than the model's, or with other classes.
     """
     wanted = compose.compose(["model=tiny_random", *rows])
     typed, defaults, named = {key_of(text) for text in rows}, DataConfig(), named or rows[0]
@@ -45,17 +45,17 @@ def on_other_rows(config: Config, rows: Sequence[str], named: str = "") -> Confi
     own, theirs = (family_of(untrained(each)) for each in (config, other))
     if kind_of(own) != kind_of(theirs):
         raise ValueError(
-            f"{named}: a model for {own.name} ({own.kind}) does not answer rows for {theirs.kind}"
+            f"{named}: a model for {own.name} ({own.kind}) cannot be evaluated on rows of kind {theirs.kind}"
         )
     known, asked = own.classes_of(config.data.tasks), theirs.classes_of(other.data.tasks)
     if known != asked:
         said = [", ".join(names) or "numbers" for names in (known, asked)]
-        raise ValueError(f"{named}: the run's model tells {said[0]}, and these rows have {said[1]}")
+        raise ValueError(f"{named}: the run's model predicts {said[0]}, but these rows have {said[1]}")
     return other
 
 
 def whole_file(config: Config, split: str) -> Config:
-    """Let all rows of a single file of one's own be those of a split: nothing is trained on them."""
+    """Use all rows of a single file of the user's own as the split, since nothing is trained on them."""
     data = config.data
     named = data.validation_path or data.test_path
     if data.family not in OWN or data.source != "local" or named or not Path(str(data.path)).is_file():
@@ -64,17 +64,17 @@ def whole_file(config: Config, split: str) -> Config:
 
 
 def train_questions(config: Config) -> set[Hashable]:
-    """Return what the train rows of a run ask; nothing where they are not here any more."""
+    """Return the questions of a run's train rows; an empty set if the rows are no longer available."""
     try:
         run = outline(untrained(config))
         return data_module(config, run.family, run.processor).train_questions()
     except (ValueError, OSError) as error:
         log.warning(
-            "the run's train rows cannot be read, so rows that occur in them are not counted: %s", error
+            "cannot read the run's train rows, so rows that also occur in them are not counted: %s", error
         )
         return set()
 
 
 def place_of_tests(data: DataConfig) -> str:
-    """Return where test rows lie."""
+    """Return where the test rows come from."""
     return data.test_path or data.path or data.source

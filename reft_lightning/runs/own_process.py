@@ -1,13 +1,13 @@
-"""A job of a sweep as a process of its own.
+"""Run a job of a sweep in its own process.
 
 Lightning's ``ddp`` starts the other ranks by running this process's command line again, which is the whole sweep, and
-watches them in a thread that outlives the job: where a rank of one job has failed, it kills the process, and so the
-sweep, during the next. A process that runs only this job has neither fault. The jobs of a launcher have one each, too:
-what kills it leaves the launcher's process, which waits for it, to say so.
+watches them in a thread that outlives the job: if a rank of one job has failed, it kills the process, and with it the
+sweep, during the next job. A process that runs a single job avoids both. Each job of a launcher has its own process
+too: if something kills it, the launcher's process, which waits for it, can report that.
 
-A cluster that ends a job early sends USR2 to all its processes, and submitit's handler, in the process that waits, has
-the job queued again. The run is told to stop as by SIGTERM, and only then is that handler called: when the job comes
-back, its run goes on from the checkpoint that it wrote.
+A cluster that ends a job early sends USR2 to all its processes, and submitit's handler, in the waiting process,
+requeues the job. The run is first stopped as by SIGTERM, and only then is that handler called: when the job restarts,
+its run continues from the checkpoint that it wrote.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .results import Results
 from .run_folder import RESULTS
 from .sweep import Job
 
-# Overrides that choose how jobs are started or where they write: the sweep's, not the job's.
+# Overrides that choose how jobs start or where they write; they belong to the sweep, not to the job.
 LAUNCHING = (
     "hydra.mode",
     "hydra.run.",
@@ -48,8 +48,8 @@ LAUNCHING = (
     "hydra.output_subdir",
     "launcher=",
 )
-LOG = "log.txt"  # what the process of a launcher's job says
-PATIENCE = 30  # seconds in which a job that was told to stop may write down what it has
+LOG = "log.txt"  # output of the process of a launcher's job
+PATIENCE = 30  # seconds that a job has to save its state after it was told to stop
 
 
 def in_sweep() -> bool:
@@ -58,7 +58,7 @@ def in_sweep() -> bool:
 
 
 def ranks_of(devices: Any, num_nodes: int) -> int | None:
-    """Return how many processes a run has; None where only its machine knows how many devices there are (auto, -1)."""
+    """Return the number of processes of a run; None if it depends on the machine's devices (auto, -1)."""
     if isinstance(devices, str) and devices.isdecimal():
         devices = int(devices)
     if isinstance(devices, Sequence) and not isinstance(devices, str):
@@ -67,15 +67,15 @@ def ranks_of(devices: Any, num_nodes: int) -> int | None:
 
 
 def needs_own_process(devices: Any, num_nodes: int) -> bool:
-    """Whether a job of a sweep starts ranks: it asks for several devices, and no cluster has started them."""
+    """Whether a job of a sweep starts ranks itself: it uses several devices, and no cluster has started them."""
     one = ranks_of(devices, num_nodes) == 1
     return not one and "LOCAL_RANK" not in os.environ and "WORLD_SIZE" not in os.environ
 
 
 def job_arguments(argv: Sequence[str]) -> list[str]:
-    """Return the arguments that run the present Hydra job, and only it.
+    """Return the arguments that run the current Hydra job, and only it.
 
-    Of this process's own, those are kept that say where configurations lie.
+    Flags of this process that locate configurations are kept.
     """
     arguments = flags_of(argv)
     kept: list[str] = []
@@ -89,10 +89,10 @@ def job_arguments(argv: Sequence[str]) -> list[str]:
 
 
 def run_in_own_process(folder: Path, job: Job) -> dict[str, Any]:
-    """Run the present Hydra job in a process of its own; return the contents of its ``results.json``.
+    """Run the current Hydra job in its own process; return the contents of its ``results.json``.
 
     Raises:
-        RuntimeError: if it fails; its results then say how, and the other jobs of the sweep go on.
+        CompactHydraException: if it fails; its results then say how, and the other jobs of the sweep continue.
     """
     own = [run_dir(folder), "hydra.output_subdir=null", "hydra.mode=RUN"]
     if job.requeued or os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
@@ -107,24 +107,24 @@ def run_in_own_process(folder: Path, job: Job) -> dict[str, Any]:
     )) as (process, told):  # fmt: skip
         code = process.wait()
     results = Results.read(folder) if (folder / RESULTS).is_file() else None
-    # killed, if nobody else is at work on it
+    # it was killed, unless another process is working on it
     if code and results is not None and results.values["status"] == "running" and hold_folder(folder):
         results.update(status="stopped", error=f"exit status {code}", stopped=now())
         release_folder(folder)
     if code and signal.SIGUSR2 in told and callable(requeue):
-        job.requeued = True  # which is written down with the job
-        requeue(signal.SIGUSR2, None)  # leaves, in the first of the job's processes
+        job.requeued = True  # pickled with the job
+        requeue(signal.SIGUSR2, None)  # exits, in the first of the job's processes
         time.sleep(PATIENCE)  # until the cluster ends the others
     if signal.SIGTERM in told or (told and code):
         raise SystemExit(128 + signal.SIGTERM)
     if code or results is None:
         where = folder / LOG if said else f"above, and in {folder}"
-        raise CompactHydraException(f"the run ended with exit status {code}; what it said: {where}")
+        raise CompactHydraException(f"the run ended with exit status {code}; for its output, see {where}")
     return results.values
 
 
 def _as_a_job() -> None:
-    """Leave a cluster's USR2 to the process that waits, and be told to stop when that dies, also by kill -9."""
+    """Leave a cluster's USR2 to the waiting process, and get SIGTERM when that process dies, even by kill -9."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -134,7 +134,7 @@ def _as_a_job() -> None:
 def _passed_on(
     start: Callable[[], subprocess.Popen[bytes]],
 ) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
-    """Start a process, which is told to stop when this one is, and leave none behind; gives it and the signals."""
+    """Start a process, pass stop signals on to it, and end it on exit; yield it and the signals received."""
     process, told = None, []
 
     def stop(number: int, frame: Any) -> None:

@@ -1,4 +1,4 @@
-"""How a question of a user is written as the model read its training rows."""
+"""Format a user's question in the way the model read its training rows."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .kinds import KINDS, Kind, kind_of
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """What is laid around a question.
+    """The format of a prompt.
 
     Args:
         template: a name in ``data.prompts.TEMPLATES``.
-        system_prompt: for chat templates.
-        line_break: whether a plain question ends its line, as the rows of ``data=custom`` do.
-        kind: of the training rows.
-        marks: what stands before and after words that are edited.
-        given: whether they are.
+        system_prompt: system prompt of chat templates.
+        line_break: whether a plain question ends with a line break, like the rows of ``data=custom``.
+        kind: kind of the training rows.
+        marks: texts that enclose the words to edit.
+        given: whether the positions ``given``, which edit the marked words, are used.
     """
 
     template: str = "plain"
@@ -39,25 +39,26 @@ class PromptFormat:
 
     @classmethod
     def of(cls, config: Config, where: object) -> PromptFormat:
-        """Return that of a run's training rows.
+        """Return the format of a run's training rows.
 
         Raises:
-            ValueError: if the run trained a classifier or a reward model; ``where`` it is.
+            ValueError: if the run trained a classifier or a reward model, or its method needs a second text; names
+                ``where``.
         """
         if reads_preferences(config):
-            raise ValueError(f"{where} is a reward model, which generates no text")
+            raise ValueError(f"{where} is a reward model, which does not generate text")
         if method_named(config.intervention.method).takes_source:
             raise ValueError(
-                f"{where} takes hidden states of another text with each question: use it in Python"
+                f"{where} needs the hidden states of another text for each question: use it from Python"
             )
         data = config.data
-        if own := OWN.get(data.family):  # its rows, which may be gone, are not needed to talk
+        if own := OWN.get(data.family):  # built without its rows, which may no longer exist
             template = data.template or own.template(data)
             marks, given = as_marks(data.marks), needs_marks(config.intervention)
             return cls(template, data.system_prompt, own.line_break(data), KINDS[own.kind], marks, given)
         family = family_of(config)
         if not kind_of(family).generates:
-            raise ValueError(f"{where} is a classifier ({family.name}), which generates no text")
+            raise ValueError(f"{where} is a classifier ({family.name}), which does not generate text")
         template = data.template or str(getattr(family, "template", "plain"))
         return cls(template, data.system_prompt, kind=kind_of(family))
 
@@ -68,17 +69,17 @@ class PromptFormat:
         turns: Sequence[tuple[str, str]] = (),
         pictures: Sequence[Picture] = (),
     ) -> Example:
-        """Return an example whose prompt is what the model reads.
+        """Return an example with the prompt that the model reads.
 
         Args:
-            question: of the user.
+            question: the user's question.
             reader: the tokenizer, or the processor of a model that reads images.
-            turns: what was said before, which only chat templates have a place for.
-            pictures: one for each mark in the texts; without a mark they come first.
+            turns: earlier turns, which only chat templates can include.
+            pictures: one for each mark in the texts; without marks they come first.
 
         Raises:
-            ValueError: if the template is the tokenizer's, which has none or refuses the turns; for other marks than
-                pictures; or for words that are not marked as they should be.
+            ValueError: if the chat template is missing or rejects the turns; if picture marks and pictures differ in
+                number; or if words are not marked correctly.
         """
         ended = question.endswith("\n") or self.template != "plain" or not self.line_break
         said, asked = tuple(turns), question if ended else f"{question}\n"

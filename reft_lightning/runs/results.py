@@ -1,7 +1,6 @@
-"""`results.json`: what a run obtained, and what is needed to run it again.
+"""``results.json``: the results of a run, and what is needed to repeat it.
 
-It is written after every stage, so that a crash loses nothing that was computed; ``status`` is running, stopped
-or complete.
+The file is written after every stage, so a crash loses no earlier results; ``status`` is running, stopped or complete.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ class Results:
 
     def __init__(self, folder: Path, writes: bool = True, **values: Any) -> None:
         self.path = folder / "results.json"
-        self.writes = writes  # only one process of a run does
+        self.writes = writes  # true in only one process of a run
         self.values: dict[str, Any] = {
             "status": "running",
             "metrics": {},
@@ -35,7 +34,7 @@ class Results:
         return results
 
     def resume(self) -> None:
-        """Take up what an interrupted run had obtained in the same folder; its environment is this one's."""
+        """Take over the results of an interrupted run in the same folder, keeping this process's environment."""
         if self.path.is_file():
             earlier = read_json(self.path)
             now = {k: v for k, v in self.values.items() if k not in ("metrics", "counts", "test_reads")}
@@ -43,7 +42,7 @@ class Results:
             self.values = self.values | then | now
 
     def has(self, prefix: str) -> bool:
-        """Whether a metric with this prefix was obtained."""
+        """Whether there is a metric with this prefix."""
         return any(name.startswith(prefix) for name in self.values["metrics"])
 
     def update(self, **values: Any) -> None:
@@ -58,6 +57,6 @@ class Results:
 
 
 def write_predictions(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write one JSON object a line."""
+    """Write one JSON object per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json_text(row, ensure_ascii=False) + "\n" for row in rows))

@@ -16,13 +16,13 @@ from ..storage.atomic import hold_folder, release_folder, write_text
 from ..storage.reading import read_json, read_yaml
 
 RESULTS = "results.json"
-# what a run writes, and nothing of anybody else that its folder may hold
+# what a run writes; its folder may also contain files of others
 WRITTEN = (
     RESULTS, "config.yaml", "adapter", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "csv", "csv_*", "predictions",
     "outputs/reft_*.json", "outputs/base_*.json", "evaluations",
 )  # fmt: skip
 
-_structured = cache(OmegaConf.structured)  # what is merged into it is merged into a copy
+_structured = cache(OmegaConf.structured)  # safe to cache, as merge copies it
 
 
 def write_run_config(folder: Path, config: Config) -> None:
@@ -34,12 +34,12 @@ def load_run_config(folder: Path) -> Config:
     """Read the resolved configuration of a run folder.
 
     Raises:
-        ValueError: if the folder holds none, or one that is damaged or of another version.
+        ValueError: if there is none, or if it is damaged or from another version.
     """
     path = Path(folder) / "config.yaml"
     if not path.is_file():
         raise ValueError(
-            f"{folder} is not a run folder: it has no config.yaml; give the folder that reft-train named"
+            f"{folder} is not a run folder: it has no config.yaml; give the folder that reft-train wrote"
         )
     values = read_yaml(path)
     try:
@@ -53,7 +53,7 @@ def load_run_config(folder: Path) -> Config:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder holds the results of a run that reached its end."""
+    """Whether a folder holds the results of a complete run."""
     try:
         return read_json(Path(folder) / RESULTS).get("status") == "complete"
     except (OSError, ValueError):
@@ -61,31 +61,31 @@ def is_complete(folder: Path) -> bool:
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder whose complete run would be lost.
+    """Refuse a folder whose complete run would be overwritten.
 
     Raises:
-        ValueError: with what to do.
+        ValueError: says what to do.
     """
     if is_complete(folder) and not overwrite:
         raise ValueError(
-            f"{folder} holds a complete run: give another folder, or leave hydra.run.dir and hydra.sweep.dir out; to "
+            f"{folder} holds a complete run: give another folder, or leave out hydra.run.dir and hydra.sweep.dir; to "
             "replace that run, add overwrite=true"
         )
 
 
 def make_room(folder: Path, overwrite: bool) -> None:
-    """Make sure that a folder holds no other run: with ``overwrite``, by removing what that run wrote.
+    """Make sure that a folder holds no other run; with ``overwrite``, remove what that run wrote.
 
     Raises:
-        ValueError: if it holds one that would be lost; says what to do.
+        ValueError: if it holds a run that would be lost; says what to do.
     """
     check_free(folder, overwrite)
     if not (folder / RESULTS).is_file():
         return
     if not overwrite:
         raise ValueError(
-            f"{folder} holds a run that has not ended, or was stopped: go on with it by reft-train resume={folder}, or "
-            "give another folder; to replace that run, add overwrite=true"
+            f"{folder} holds an unfinished run: continue it with reft-train resume={folder}, or give another folder; "
+            "to replace that run, add overwrite=true"
         )
     for path in (path for name in WRITTEN for path in folder.glob(name)):
         if path.is_dir() and not path.is_symlink():
@@ -95,43 +95,41 @@ def make_room(folder: Path, overwrite: bool) -> None:
 
 
 def begun(folder: Path) -> bool:
-    """Whether a folder holds a run, at whichever point of it."""
+    """Whether a folder holds a run, in any state."""
     return (Path(folder) / "config.yaml").is_file()
 
 
 def hold(folder: Path) -> None:
-    """Keep other processes from working on a run, until it ends or is killed.
+    """Keep other processes from working on a run until this one ends or is killed.
 
     Raises:
-        ValueError: if another process works on it.
+        ValueError: if another process is working on it.
     """
     if not hold_folder(folder):
-        raise ValueError(
-            f"another process is running the run in {folder}: wait for its end, or stop it first"
-        )
+        raise ValueError(f"another process is working on the run in {folder}: wait until it ends, or stop it")
 
 
 def find_unfinished(parent: Path, config: Config) -> Path | None:
-    """Return the newest run below a folder that another command like this one began and nobody finishes; it is held.
+    """Return the newest unfinished run of the same configuration that no process is working on, and hold it.
 
-    Two processes that ask at the same time do not get the same one.
+    Two processes that ask at the same time get different runs.
 
     Args:
-        parent: ``outputs/NAME``; its folders are named by their time.
-        config: what identifies the run, its seed included.
+        parent: ``outputs/NAME``, whose folders are named by their time.
+        config: configuration of the run, including its seed.
     """
     for folder in sorted((path.parent for path in parent.glob("*/config.yaml")), reverse=True):
         try:
             if is_complete(folder) or differences(load_run_config(folder), config) or not hold_folder(folder):
                 continue
-        except (ValueError, OSError):  # damaged, of another version, or not ours to write to
+        except (ValueError, OSError):  # damaged, from another version, or not writable
             continue
-        if not is_complete(folder):  # its process may have ended it meanwhile
+        if not is_complete(folder):  # its process may have completed it meanwhile
             return folder
         release_folder(folder)
     return None
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """Return where an interrupted run continues from."""
+    """Return the path of the checkpoint that an interrupted run continues from."""
     return Path(folder) / "checkpoints" / "last.ckpt"

@@ -1,8 +1,8 @@
-"""Runs side by side on one frozen base model, which each of them trains its own adapter on.
+"""Train several runs concurrently on one frozen base model, each with its own adapter.
 
-Each is an ordinary run in a thread of its own, with its own data, optimizer, schedule, checkpoints and folder; they
-take turns (:mod:`.turns`). Where they train they meet: one forward and one backward pass of the base model serves the
-batches of all (:class:`~reft_lightning.speed.joined_pass.JoinedPass`). Whatever else they do, such as evaluating, each
+Each is an ordinary run in its own thread, with its own data, optimizer, schedule, checkpoints and folder; they take
+turns (:mod:`.turns`). Their training steps are joined: one forward and one backward pass of the base model serve the
+batches of all runs (:class:`~reft_lightning.speed.joined_pass.JoinedPass`). Anything else, such as evaluation, a run
 does while the others wait.
 """
 
@@ -27,8 +27,8 @@ from .kinds import kind_of
 from .own_process import needs_own_process
 from .turns import Turns
 
-BACKWARD = "backward"  # a question to all, as a batch is
-# of a Trainer, what holds for the whole process or is part of a pass
+BACKWARD = "backward"  # the request for a joint backward pass
+# Trainer settings that apply to the whole process or to the pass
 OF_THE_PROCESS = (
     "accelerator", "devices", "strategy", "precision", "plugins", "deterministic", "benchmark", "detect_anomaly",
 )  # fmt: skip
@@ -37,7 +37,7 @@ _present: ContextVar[Lane | None] = ContextVar("lane", default=None)
 
 
 def present_lane() -> Lane | None:
-    """Return what the run of this thread shares with others; None where it shares nothing."""
+    """Return the lane of this thread's run; None if it shares nothing with other runs."""
     return _present.get()
 
 
@@ -45,7 +45,7 @@ class SharedBase:
     """A base model and the runs that share it.
 
     Args:
-        names: of the runs.
+        names: names of the runs.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -59,17 +59,17 @@ class SharedBase:
 
     @property
     def joins(self) -> bool:
-        """Whether passes are joined: until they turn out not to be exact, or one run is left."""
+        """Whether passes are joined: until they turn out to be inexact, or only one run is left."""
         return (self._pass is None or self._pass.works) and len(self.runs) > 1
 
     def base_model(self, load: Callable[[], Any]) -> Any:
-        """Return the base model, which is loaded once."""
+        """Return the base model, loading it once."""
         if self._base is None:
             self._base = load()
         return self._base
 
     def ask(self, name: str, question: Any) -> Any:
-        """Ask the pass of all for a run, which others interrupt until it has answered."""
+        """Return the joined pass's answer for a run; other runs take their turns until it is there."""
         if isinstance(question, Asked):
             self._device = question.inputs["input_ids"].device
         answer = self.turns.ask(name, question)
@@ -77,7 +77,7 @@ class SharedBase:
         return answer
 
     def _put_back(self) -> None:
-        # Lightning moves a model to the CPU when one of its runs has done with it
+        # Lightning moves the model to the CPU when one of the runs ends
         if self._base.device != self._device:
             self._base.to(self._device)
 
@@ -93,27 +93,27 @@ class SharedBase:
     def _backward(self, one: JoinedPass) -> Any:
         try:
             one.backward()
-        except Exception as error:  # whose gradients are complete nobody knows
+        except Exception as error:  # it is unknown whose gradients are complete
             return RuntimeError(
                 f"the backward pass of {len(self.runs)} runs on one base model failed ({type(error).__name__}: "
-                f"{error}); go on with each by reft-train resume=FOLDER; hydra.launcher.together=N runs fewer at a time"
+                f"{error}); continue each with reft-train resume=FOLDER; hydra.launcher.together=N runs fewer at a time"
             )
         return BACKWARD
 
     def leave(self, name: str) -> None:
-        """Go on without a run, which has ended or has failed."""
+        """Continue without a run that has ended or failed."""
         del self.runs[name]
         self.adapters.pop(name, None)
         self.turns.leave(name)
 
 
 class Lane(Callback):
-    """One of the runs on a shared base model, as the run itself sees it.
+    """One run's view of a shared base model.
 
     Args:
-        shared: what it shares.
-        name: of the run.
-        runs: how many there are in the beginning.
+        shared: the shared base model and its runs.
+        name: name of the run.
+        runs: number of runs at the start.
     """
 
     def __init__(self, shared: SharedBase, name: str, runs: int) -> None:
@@ -122,22 +122,22 @@ class Lane(Callback):
         self._alone: Callable[..., Any] | None = None
 
     def enter(self) -> None:
-        """Make this the lane of the present thread, when it is its turn."""
+        """Make this the lane of the current thread, and wait for its turn."""
         _present.set(self)
         self.shared.turns.begin(self.name)
 
     def base_model(self, load: Callable[[], Any]) -> Any:
-        """Return the base model of all."""
+        """Return the shared base model."""
         return self.shared.base_model(load)
 
     def training_pass(self, model: Any, rows: Any, alone: Callable[..., Any] | None) -> Callable[..., Any]:
-        """Return the pass of this run in training; ``alone``: that without the others, None for the model's own."""
+        """Return this run's training pass; ``alone`` is the pass used without others, None for the model's own."""
         self.shared.adapters[self.name] = Trained(model, rows)
         self._alone = alone or (lambda inputs, rows, boundary: model(**inputs))
         return self
 
     def __call__(self, inputs: dict[str, Any], rows: list[int], boundary: int | None) -> Any:
-        """Return the output for a batch, from the pass of all."""
+        """Return the output for a batch, from the joined pass if there is one."""
         output = None
         if self.shared.joins:
             device = inputs["input_ids"].device
@@ -150,7 +150,7 @@ class Lane(Callback):
         return output if self._joined else self._alone(inputs, rows, boundary)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the gradients on from the logits to the adapter, with those of all."""
+        """Propagate the gradients from the logits to the adapter, together with those of all runs."""
         if self._joined:
             self.shared.ask(self.name, BACKWARD)
 
@@ -162,44 +162,44 @@ class Lane(Callback):
 
 
 def base_of(config: Config) -> str:
-    """Return what runs that share a base model have in common: the model, and how it computes."""
+    """Return what runs must have in common to share a base model: the model, and its numerical settings."""
     source = model_source(config, family_of(config))
     if config.model.source != "random":
-        source["seed"] = None  # of weights that are not read
+        source["seed"] = None  # seeds only random weights
     trainer = {name: value for name, value in asdict(config.trainer).items() if name in OF_THE_PROCESS}
     return repr((sorted(source.items()), sorted(trainer.items()), config.matmul_precision))
 
 
 def why_alone(config: Config) -> str | None:
-    """Return why a run cannot share its base model; None where it can."""
+    """Return why a run cannot share its base model; None if it can."""
     intervention = config.intervention
     family, method = family_of(config), method_named(intervention.method)
     attached = attachment(config, family)
     reasons = {
         f"{intervention.method} changes the base model's own modules or trains nothing": not method.takes_settings,
         f"{intervention.beside} changes the base model's own modules": intervention.beside,
-        "a head that is trained is the base model's": attached.get("heads"),
-        f"{intervention.method} adds to the loss, or looks at more than single tokens": method.takes_settings
+        "a trained head belongs to the base model": attached.get("heads"),
+        f"{intervention.method} adds to the loss, or reads more than single tokens": method.takes_settings
         and any(map(intervention_class(intervention.method).defines, ("penalty", "edit_rows"))),
-        f"{config.objective._target_} makes passes of its own": config.objective != ObjectiveConfig(),
-        "only runs that train a language model's answers are joined": not kind_of(family).generates,
+        f"{config.objective._target_} runs its own passes": config.objective != ObjectiveConfig(),
+        "only runs that train a language model to generate are joined": not kind_of(family).generates,
         "model.base_dropout=true draws random numbers for all rows": config.model.base_dropout,
-        "model.gradient_checkpointing=true runs blocks again": config.model.gradient_checkpointing,
-        "model.device_map decides where the base model is": config.model.device_map,
-        "model.compile=true compiles the pass of one adapter": config.model.compile,
-        "kept.limit_gb keeps parts of a pass of its own": config.kept.limit_gb,
-        "trainer.max_time counts the seconds of all": config.trainer.max_time,
-        "the positions given read marks of their own rows": needs_marks(intervention),
-        "several devices": needs_own_process(config.trainer.devices, config.trainer.num_nodes),
-        f"resume={config.resume} goes on with a run from where it is": config.resume,
-        "callbacks=edit_norms watches a pass of its own": "EditNorms" in str(config.callbacks),
+        "model.gradient_checkpointing=true recomputes blocks": config.model.gradient_checkpointing,
+        "model.device_map places the base model itself": config.model.device_map,
+        "model.compile=true compiles the pass of a single adapter": config.model.compile,
+        "kept.limit_gb keeps activations of a run's own pass": config.kept.limit_gb,
+        "trainer.max_time would count the seconds of all runs": config.trainer.max_time,
+        "the positions `given` need the marks of the run's own rows": needs_marks(intervention),
+        "it uses several devices": needs_own_process(config.trainer.devices, config.trainer.num_nodes),
+        f"resume={config.resume} continues a run at its own step": config.resume,
+        "callbacks=edit_norms watches a run's own pass": "EditNorms" in str(config.callbacks),
     }
     found = next((reason for reason, holds in reasons.items() if holds), None)
-    return found or ("an encoder reads prompts by itself" if _reads_two_texts(config, family) else None)
+    return found or ("an encoder reads prompts separately" if _reads_two_texts(config, family) else None)
 
 
 def _reads_two_texts(config: Config, family: AnyFamily) -> bool:
     try:
         return hf_config_of(model_source(config, family)).is_encoder_decoder
     except (ValueError, OSError, ImportError):
-        return False  # the run says itself what is wrong with its model
+        return False  # the run itself reports what is wrong with its model

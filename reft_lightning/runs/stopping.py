@@ -1,4 +1,4 @@
-"""How a run ends that was told to stop: with the status of the signal, after what it had is written down."""
+"""End a run that was told to stop: save its state, then exit with the status of the signal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-# What the operating system, gloo and NCCL say; safetensors and torch raise errors of their own with these words.
+# Messages of the operating system, gloo and NCCL; safetensors and torch raise their own errors with these words.
 DISK = ("No space left on device", "Disk quota exceeded", "Read-only file system")
 RANK = (
     "Connection closed by peer",
@@ -22,23 +22,23 @@ RANK = (
     "NCCL error",
     "Socket Timeout",
 )
-# Where a batch of a process that reads rows is fetched: if it has died meanwhile, any error of a connection is raised.
+# The module that fetches a batch from a data-loading process: if that has died, it raises any kind of connection error.
 WORKERS_TENSORS = "multiprocessing.resource_sharer"
 
 
 class Terminated(SystemExit):
-    """SIGTERM came while none of Lightning's loops ran."""
+    """SIGTERM arrived while none of Lightning's loops was running."""
 
 
 @contextmanager
 def until_sigterm(trainer: Trainer) -> Iterator[None]:
-    """Raise :class:`Terminated` inside the block at SIGTERM; a loop of Lightning ends after its batch instead."""
+    """Raise :class:`Terminated` inside the block on SIGTERM; one of Lightning's loops ends after its batch instead."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread receives signals
         return
 
     def stop(number: int, frame: Any) -> None:
-        if not trainer.received_sigterm:  # its loops call this handler, too
+        if not trainer.received_sigterm:  # its loops also call this handler
             raise Terminated
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -49,10 +49,10 @@ def until_sigterm(trainer: Trainer) -> Iterator[None]:
 
 
 class StopTogether(Callback):
-    """Let several ranks end together, before the next batch, when one of them is told to stop.
+    """End all ranks together, before the next batch, when one of them is told to stop.
 
-    Lightning broadcasts from within its signal handler, and waits for ever where another rank is in an operation of
-    all ranks, such as the sum of gradients. Here the handler only notes the signal.
+    Lightning broadcasts from within its signal handler, and hangs if another rank is in a collective operation such as
+    the gradient all-reduce. Here the handler only notes the signal.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class StopTogether(Callback):
 
     def _listen(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._note)  # Lightning restores the earlier one after its loop
+            signal.signal(signal.SIGTERM, self._note)  # Lightning restores the earlier handler after its loop
 
     def _note(self, number: int, frame: Any) -> None:
         self.told = True
@@ -70,13 +70,13 @@ class StopTogether(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """End here: the last batch is complete, and its state noted."""
+        """Stop here if told to: the last batch is complete, and its state recorded."""
         if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self.told, all=False):
             raise SIGTERMException
 
 
 def check_told_to_stop(trainer: Trainer) -> None:
-    """Raise :class:`Terminated` where SIGTERM came too late for the loop that has just ended."""
+    """Raise :class:`Terminated` if SIGTERM arrived too late for the loop that has just ended."""
     callbacks = cast(Any, trainer).callbacks
     noted = any(isinstance(callback, StopTogether) and callback.told for callback in callbacks)
     if trainer.strategy.reduce_boolean_decision(trainer.received_sigterm or noted, all=False):
@@ -84,10 +84,10 @@ def check_told_to_stop(trainer: Trainer) -> None:
 
 
 def trouble_of(error: BaseException) -> str | None:
-    """Return in one line what stopped a run through no fault of its code: memory, disk, numbers, a dead process.
+    """Describe in one line what stopped a run, if not a bug: memory, disk, non-finite numbers, a dead process.
 
     Returns:
-        None for anything else, whose traceback is needed.
+        None for any other error, whose traceback is needed.
     """
     said = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, FloatingPointError):
@@ -95,15 +95,15 @@ def trouble_of(error: BaseException) -> str | None:
     if isinstance(error, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
         return f"numbers are no longer finite ({said}): lower optimizer.lr"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in said:
-        return f"out of memory ({said}): lower data.batch_size, which trainer.accumulate_grad_batches can make up for"
+        return f"out of memory ({said}): lower data.batch_size, and raise trainer.accumulate_grad_batches to compensate"
     if any(words in str(error) for words in DISK):
-        return f"nothing can be written ({said}): make room, then go on"
+        return f"cannot write to disk ({said}): free some space, then resume"
     if "DataLoader worker" in str(error) or _came_through(error, WORKERS_TENSORS):
-        return f"a process that reads rows died ({said}): data.num_workers=0 needs none"
+        return f"a data-loading process died ({said}): data.num_workers=0 starts none"
     if type(error).__module__.startswith("wandb."):
-        return f"W&B cannot be used ({said}): with WANDB_MODE=offline it writes to this machine"
+        return f"W&B cannot be used ({said}): with WANDB_MODE=offline it logs to this machine"
     if isinstance(error, RuntimeError) and any(words in str(error) for words in RANK):
-        return f"another process of this run died, or cannot be reached ({said})"
+        return f"another process of this run died or cannot be reached ({said})"
     return None
 
 
@@ -114,7 +114,7 @@ def _came_through(error: BaseException, module: str) -> bool:
 
 
 def signal_of(error: BaseException) -> signal.Signals | None:
-    """Return the signal that ended a run; None where something else did."""
+    """Return the signal that ended a run; None if something else did."""
     if isinstance(error, Terminated | SIGTERMException):
         return signal.SIGTERM
     # Lightning turns Ctrl-C into SystemExit(1)

@@ -1,4 +1,4 @@
-"""A sweep: what its jobs take along into the processes of a launcher, and what is said at its end."""
+"""A sweep: the state its jobs carry into a launcher's processes, and the summary at its end."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .run_folder import RESULTS
 
 
 class Job:
-    """What Hydra calls for each job, here or in a process that a launcher started.
+    """The function that Hydra calls for each job, in this process or in one that a launcher started.
 
     Args:
-        train: takes the configuration of a job, and this.
+        train: called with the configuration of a job, and this object.
     """
 
     def __init__(self, train: Callable[[DictConfig, Job], Any]) -> None:
         self.train, self.arguments = train, sys.argv[1:]
-        self.elsewhere = False  # whether this is the process of a launcher, and not that of the sweep
-        self.requeued = False  # whether the job has run before, until a cluster took its place away
+        self.elsewhere = False  # whether this is a launcher's process, not that of the sweep
+        self.requeued = False  # whether a cluster has stopped the job before and requeued it
 
     def __call__(self, config: DictConfig) -> Any:
         """Run the job."""
@@ -42,7 +42,7 @@ class Job:
 
 
 def say_what_came_out(folder: Path) -> None:
-    """Say which jobs of a sweep are complete, what became of the others, and how to compare them."""
+    """Print which jobs of a sweep are complete, the status of the others, and how to compare them."""
     jobs = sorted({path.parent for name in (RESULTS, ".hydra") for path in folder.glob(f"*/{name}")})
     found = {job: Results.read(job).values if (job / RESULTS).is_file() else {} for job in jobs}
     missing = {job: values for job, values in found.items() if values.get("status") != "complete"}
@@ -52,6 +52,6 @@ def say_what_came_out(folder: Path) -> None:
             f"{': ' if 'error' in values else ''}{values.get('error', '')}\n"
         )
     if complete := len(jobs) - len(missing):
-        others = f", {len(missing)} of those that began are not" if missing else ""
+        others = f", {len(missing)} of those that started are not" if missing else ""
         done = "1 job is complete" if complete == 1 else f"{complete} jobs are complete"
         sys.stdout.write(f"{done}{others}; to compare them: {shlex.join(['reft-report', str(folder)])}\n")

@@ -1,4 +1,4 @@
-"""The Trainer of a run, with its callbacks and loggers: ours, and those that the configuration names."""
+"""Build the Trainer of a run, with the built-in callbacks and loggers and those of the configuration."""
 
 from __future__ import annotations
 
@@ -64,15 +64,15 @@ def build_trainer(
     """Return the Trainer with its callbacks and loggers.
 
     Args:
-        config: of the run.
-        folder: of the run.
-        monitor: decides which checkpoint counts.
-        random_state: where training's random numbers start.
+        config: configuration of the run.
+        folder: run folder.
+        monitor: the score that decides which checkpoint counts.
+        random_state: random state at the start of training.
         first: callbacks that are called before all others.
         validated: whether there are validation rows.
 
     Raises:
-        ValueError: for an entry that names nothing, or whose arguments do not fit.
+        ValueError: for an entry that does not resolve, or whose arguments are invalid.
     """
     arguments = {name: _object(f"trainer.{name}", value) for name, value in asdict(config.trainer).items()}
     if not validated:
@@ -82,7 +82,7 @@ def build_trainer(
     plugins = list(given) if isinstance(given, list | tuple) else [given]
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins.append(WholeCheckpoints())
-    # what is queued again, and by whom, is the launcher's to say; of torchrun within a job Lightning knows itself
+    # the launcher decides about requeuing; torchrun inside a job is detected by Lightning itself
     slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
     if slurm and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
         plugins.append(SLURMEnvironment(auto_requeue=False))
@@ -91,7 +91,7 @@ def build_trainer(
     callbacks = [*first, StopTogether()]
     if isinstance(arguments["strategy"], ShardedBase):
         callbacks.append(InStep())
-        arguments["inference_mode"] = False  # gathered weights made in it could not be used in training
+        arguments["inference_mode"] = False  # weights gathered in inference mode cannot be used in training
     if config.trainer.enable_checkpointing is not False:
         callbacks += build_callbacks(config.checkpoint, monitor, folder, random_state)
     if loggers:
@@ -112,13 +112,13 @@ def build_trainer(
 def build_callbacks(
     config: CheckpointConfig, monitor: Monitor, folder: Path, random_state: Tensor
 ) -> list[Callback]:
-    """Return the callbacks of every run: ``best.ckpt`` by the monitored score, ``last.ckpt`` to go on from."""
+    """Return the callbacks of every run: ``best.ckpt`` by the monitored score, ``last.ckpt`` to resume from."""
     checkpoints = folder / "checkpoints"
     best = BestCheckpoint(
         checkpoints / "best.ckpt", monitor.name, monitor.mode, config.early_stopping_patience
     )
     last = LastCheckpoint(checkpoints / "last.ckpt", config.every_n_steps, random_state)
-    return [best, last]  # in this order: `last` saves the state of `best` too
+    return [best, last]  # in this order, as `last` also saves the state of `best`
 
 
 def build_loggers(config: Config, folder: Path) -> list[Logger]:
@@ -126,7 +126,7 @@ def build_loggers(config: Config, folder: Path) -> list[Logger]:
 
     A resumed run continues the W&B run of its first part.
     """
-    # CSVLogger empties a folder that it finds: a resumed run writes next to the log of its first part
+    # CSVLogger empties an existing folder, so a resumed run writes next to the log of its first part
     parts = ("csv" if part == 1 else f"csv_{part}" for part in itertools.count(1))
     free = (part for part in parts if not (folder / part / "metrics.csv").is_file())
     loggers: list[Logger] = [CSVLogger(folder, name="", version=next(free) if config.resume else "csv")]
@@ -146,18 +146,18 @@ def build_loggers(config: Config, folder: Path) -> list[Logger]:
 
 
 def log_settings(loggers: Sequence[Logger], config: Config) -> None:
-    """Give the loggers of a configuration what identifies the run, as hyperparameters; W&B's has it from its start."""
-    for logger in loggers[1:]:  # the first is the run folder's, which has config.yaml
+    """Log what identifies the run as hyperparameters; the W&B logger gets it when it is created."""
+    for logger in loggers[1:]:  # the first writes to the run folder, which has config.yaml
         if not isinstance(logger, WandbLogger):
             logger.log_hyperparams(shown_config(config))
 
 
 def evaluation_loggers(config: Config, folder: Path, target: Path, split: str) -> list[Logger]:
-    """Return the loggers of an evaluation of a run's adapter, in ``target``: W&B's, in the group of the run."""
+    """Return the loggers of an evaluation, writing to ``target``: only W&B's, in the group of the run."""
     loggers: list[Logger] = []
     for name, entry in config.logger.items():
         if is_wandb(entry):
-            # a run of its own, which goes where this machine can send it
+            # a W&B run of its own, online or offline as this machine allows
             entry = {k: v for k, v in entry.items() if k not in ("id", "version")}
             if entry.get("mode") != "disabled":
                 entry["mode"] = None
@@ -171,7 +171,7 @@ def evaluation_loggers(config: Config, folder: Path, target: Path, split: str) -
 
 
 def _object(where: str, value: Any, given: Mapping[str, Any] | None = None) -> Any:
-    """Return the object of an entry with a ``_target_``, objects inside a list too, and any other value as it is."""
+    """Create the object of an entry with a ``_target_``, also inside a list; return any other value as is."""
     if isinstance(value, list):
         return [_object(where, item) for item in value]
     if not isinstance(value, Mapping) or "_target_" not in value:
@@ -181,13 +181,13 @@ def _object(where: str, value: Any, given: Mapping[str, Any] | None = None) -> A
         _check_classes(where, value)
     try:
         return instantiate({**value, "_partial_": True}, _convert_="all")(**given or {})
-    except Exception as error:  # whatever its constructor raises
+    except Exception as error:  # a constructor may raise anything
         cause = error.__cause__ or error
-        raise ValueError(f"{where}: {value['_target_']} cannot be made: {cause}") from error
+        raise ValueError(f"{where}: cannot create {value['_target_']}: {cause}") from error
 
 
 def _check_classes(where: str, value: Any) -> None:
-    """Refuse, in the names of a stranger, any ``_target_`` that is more than a class of Lightning's kinds.
+    """Refuse any ``_target_`` from an untrusted folder that is not a subclass of one of ``KINDS``.
 
     Raises:
         ValueError: naming the entry.
@@ -197,14 +197,14 @@ def _check_classes(where: str, value: Any) -> None:
             target = _target(where, value)
             if not (inspect.isclass(target) and issubclass(target, KINDS)):
                 raise ValueError(
-                    f"{where}: {value['_target_']} is no callback, logger, profiler, strategy or plugin of Lightning, "
-                    "and calling it could run any code; if you trust whoever wrote it, add trust_code=true"
+                    f"{where}: {value['_target_']} is not a callback, logger, profiler, strategy or plugin of "
+                    "Lightning, and calling it could run any code; if you trust its author, add trust_code=true"
                 )
         value = list(value.values())
-    if isinstance(value, str) and "${" in value:  # which Hydra would resolve once more, to an object perhaps
+    if isinstance(value, str) and "${" in value:  # Hydra would resolve it once more, possibly to an object
         raise ValueError(
-            f"{where}: {value!r} is resolved when it is used, and could run any code; if you trust whoever wrote it, "
-            "add trust_code=true"
+            f"{where}: {value!r} is resolved when it is used, and could run any code; if you trust its author, add "
+            "trust_code=true"
         )
     for item in value if isinstance(value, list) else ():
         _check_classes(where, item)
@@ -227,14 +227,14 @@ def _target(where: str, entry: Any) -> Any:
 
 
 def quiet_lightning() -> None:
-    """Keep Lightning's tips, device listings and a warning about its own code out of the log."""
-    # lightning 2.6 calls what torch 2.13 deprecates
+    """Keep Lightning's tips, device listings and warnings about its own code out of the log."""
+    # lightning 2.6 calls a function that torch 2.13 deprecates
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
-    # an edited block returns a view; no model of transformers adds to what a block returns in place
+    # an edited block returns a view; no transformers model modifies a block's output in place
     warnings.filterwarnings("ignore", ".*FSDP2-wrapped module .* returned a view tensor", UserWarning)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for asked_for in ("profilers", "callbacks"):  # reports, summaries, and what `verbose` adds
         logging.getLogger(f"lightning.pytorch.{asked_for}").setLevel(logging.INFO)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    # its one line says that a rank died, and that the others are killed
+    # its only message is that a rank died and the others are killed
     logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)

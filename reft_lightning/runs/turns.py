@@ -1,7 +1,7 @@
-"""Threads that run one at a time, and meet where something is done for all of them at once.
+"""Threads that run one at a time, and synchronise where something is done for all of them at once.
 
-What a process has only one of, random numbers, the handlers of the log and Hydra's configuration, is kept for each
-thread and put back when its turn comes: each runs as if the process were its own.
+Process-wide state (random number generators, log handlers, Hydra's configuration) is saved for each thread and restored
+when its turn comes, so each runs as if it had the process to itself.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from hydra.core.hydra_config import HydraConfig
 
 
 class Turns:
-    """Whose turn it is, and what those who wait have asked for.
+    """Whose turn it is, and what the waiting threads have asked for.
 
-    A thread that asks waits until every other one has asked, or has ended; then all questions are answered at once.
+    A thread that asks waits until every other thread has asked or ended; then all questions are answered together.
 
     Args:
-        names: of the threads, in the order in which they begin.
-        answer: questions by name -> answers, of some of them at least.
+        names: names of the threads, in the order in which they start.
+        answer: questions by name -> answers, for at least some of them.
 
     Attributes:
-        stopping: whether all are to end.
+        stopping: whether all threads should end.
     """
 
     def __init__(self, names: Iterable[str], answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -45,7 +45,7 @@ class Turns:
         self._first.restore()
 
     def ask(self, name: str, question: Any) -> Any:
-        """Return the answer, or raise it, when all others have asked; let them run until then."""
+        """Let the other threads run until all have asked, then return the answer, or raise it if it is an error."""
         own, self._asked[name] = _State(), question
         while name not in self._answers:
             self._pass_on()
@@ -60,7 +60,7 @@ class Turns:
         return answer
 
     def leave(self, name: str) -> None:
-        """End, and let the next go on."""
+        """End, and let the next thread continue."""
         self._here.remove(name)
         self._asked.pop(name, None)
         if self._here:
@@ -71,7 +71,7 @@ class Turns:
     def _pass_on(self) -> None:
         free = [name for name in self._here if name not in self._asked]
         with self._changed:
-            self._turn = (free or self._here)[0]  # where all have asked, the first answers them
+            self._turn = (free or self._here)[0]  # once all have asked, the first answers them
             self._changed.notify_all()
 
     def _wait(self, name: str) -> None:
@@ -80,7 +80,7 @@ class Turns:
 
 
 class _State:
-    """What a process has only one of, as it is now."""
+    """A snapshot of process-wide state."""
 
     def __init__(self) -> None:
         self.random = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002

@@ -1,15 +1,15 @@
-"""Whether W&B has a key here; importing this file is cheap."""
+"""Whether a W&B key is available on this machine; importing this file is cheap."""
 
 from __future__ import annotations
 
 
 def has_key() -> bool:
-    """Whether W&B finds a key for its server, wherever it looks: environment, its settings, $NETRC or ~/.netrc.
+    """Whether W&B finds a key for its server in the environment, its settings, $NETRC or ~/.netrc.
 
-    A run that is open in this process, as in a notebook, answers by its own mode: W&B does not look again.
+    If a W&B run is open in this process, as in a notebook, its mode decides, as W&B does not look again.
 
     Raises:
-        ValueError: for a key that cannot be one.
+        ValueError: for a malformed key.
     """
     import wandb
     from wandb.errors import AuthenticationError
@@ -20,5 +20,5 @@ def has_key() -> bool:
         return wandb.login(prompt=False, verify=False)
     except AuthenticationError as error:
         raise ValueError(
-            f"the key of W&B cannot be used: {error} Correct it, or set WANDB_MODE=offline"
+            f"the W&B key cannot be used: {error} Correct it, or set WANDB_MODE=offline"
         ) from error

@@ -1,7 +1,7 @@
-"""How a run is filed in W&B: project, group, job type, name, tags, configuration.
+"""How a run is organised in W&B: project, group, job type, name, tags, configuration.
 
-A group is an experiment's runs, a sweep, or a study. A job type is ``train``, ``eval``, ``trial`` or ``winner``. A name
-says what differs from the other runs of the group.
+A group contains the runs of an experiment, a sweep, or a study. The job type is ``train``, ``eval``, ``trial`` or
+``winner``. The name says how a run differs from the others of its group.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .wandb_key import has_key
 
 log = logging.getLogger(__name__)
 MODES = ("online", "offline", "disabled")
-TAG_LENGTH = 64  # characters that W&B takes
+TAG_LENGTH = 64  # W&B's limits, in characters
 NAME_LENGTH = 128
-# seconds in which W&B may send the rest at the end of a run; `wandb sync` sends what it could not
+# seconds that W&B has to upload the rest at the end of a run; `wandb sync` uploads what is left
 FINISH = 600
-# of files; a choice among them is part of a name
+# config groups whose choices are part of a name
 GROUPS = ("model", "data", "optimizer", "scheduler", "objective")
 
 
@@ -40,10 +40,10 @@ def is_wandb(entry: Any) -> bool:
 
 
 def filed(config: Config, **names: str) -> Config:
-    """Return a configuration whose W&B entries have these names where they give none of their own.
+    """Return a configuration whose W&B entries get these names unless they set their own.
 
     Args:
-        config: of a run.
+        config: configuration of a run.
         names: ``name``, ``group``, ``job_type``.
     """
     entries = {
@@ -55,9 +55,9 @@ def filed(config: Config, **names: str) -> Config:
 
 
 def label(config: Config, overrides: Iterable[str], method: str | None = None) -> str:
-    """Return the name of a run: its method, those of these overrides that identify it, and its seed.
+    """Return the name of a run: its method, the overrides that identify it, and its seed.
 
-    A study may have another name for the method.
+    A study may give its own name for the method.
 
     >>> label(Config(), ["optimizer.lr=1e-3", "seed=42", "logger=wandb"])
     'loreft lr=1e-3 seed=42'
@@ -69,7 +69,7 @@ def label(config: Config, overrides: Iterable[str], method: str | None = None) -
             told.append(value)
         elif key != "intervention.method" and known.get(key) is not None:
             told.append(f"{key.rpartition('.')[2]}={value}")
-    seed = f" seed={config.seed}"  # kept where the rest is cut: runs may differ in nothing else
+    seed = f" seed={config.seed}"  # kept if the rest is truncated: runs may differ only in their seed
     return " ".join([method or method_of(config), *told])[: NAME_LENGTH - len(seed)] + seed
 
 
@@ -80,16 +80,16 @@ def wandb_arguments(
     earlier: str | None = None,
     inside: Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the entry without what is ours, and what a run knows: folder and configuration.
+    """Return the W&B logger's entry, completed and without our own keys, and its folder and config arguments.
 
     Without a key W&B runs offline.
 
     Args:
-        entry: of the configuration.
-        config: of the run.
-        folder: of the run.
-        earlier: id of the W&B run that is continued.
-        inside: where W&B writes; None for the run's folder.
+        entry: entry of the configuration.
+        config: configuration of the run.
+        folder: run folder.
+        earlier: id of the W&B run to continue.
+        inside: where W&B writes; None for the run folder.
 
     Raises:
         ValueError: for an unknown mode.
@@ -99,7 +99,7 @@ def wandb_arguments(
     mode = values.get("mode") or offline or os.environ.get("WANDB_MODE")
     if mode is None:
         mode = "online" if has_key() else "offline"
-    mode = {"dryrun": "offline"}.get(mode, mode)  # W&B's old name
+    mode = {"dryrun": "offline"}.get(mode, mode)  # W&B's old name for it
     check_choice("logger.wandb.mode" if values.get("mode") else "WANDB_MODE", mode, MODES)
     inside = inside or folder
     if mode == "offline":
@@ -116,7 +116,7 @@ def wandb_arguments(
         "id": earlier or agent or secrets.token_hex(4),
         "resume": "allow" if earlier else None,
     }
-    if "WANDB_FINISH_TIMEOUT" not in os.environ:  # W&B itself waits for ever for a network that is gone
+    if "WANDB_FINISH_TIMEOUT" not in os.environ:  # by default W&B waits forever if the network is down
         own["settings"] = {"finish_timeout": FINISH, **(values.pop("settings", None) or {})}
     own |= {key: value for key, value in values.items() if value is not None}
     tags = list(dict.fromkeys(tag[:TAG_LENGTH] for tag in tags))
@@ -124,16 +124,16 @@ def wandb_arguments(
 
 
 def _group(folder: Path) -> str:
-    """Return the folder of a sweep, or that of an experiment's runs."""
+    """Return the name of a sweep's folder, or of the folder of an experiment's runs."""
     parent = Path(folder).absolute().parent
     return f"{parent.parent.name}/{parent.name}" if parent.name.startswith("multirun_") else parent.name
 
 
 def shown_config(config: Config) -> dict[str, Any]:
-    """Return what identifies a run, in sections, without what says nothing.
+    """Return what identifies a run, in sections, without uninformative values.
 
-    That is an empty value or a false one, a setting that means nothing to the method, and an argument of the Trainer
-    that is Lightning's default.
+    These are empty and false values, settings that do not apply to the method, and Trainer arguments with Lightning's
+    default.
     """
     defaults = {
         f"trainer.{name}": p.default for name, p in inspect.signature(Trainer.__init__).parameters.items()
@@ -146,7 +146,7 @@ def shown_config(config: Config) -> dict[str, Any]:
 
 
 def check_wandb(where: str, cls: type, entry: Mapping[str, Any]) -> None:
-    """Refuse what W&B would refuse once the run has begun.
+    """Refuse arguments that W&B would reject only after the run has started.
 
     Raises:
         ValueError: for an argument that neither the logger nor ``wandb.init`` takes.
@@ -157,7 +157,7 @@ def check_wandb(where: str, cls: type, entry: Mapping[str, Any]) -> None:
     for name in entry:
         if name not in taken and not name.startswith("_"):
             raise ValueError(
-                f"{where}.{name}: neither {cls.__name__} nor wandb.init takes it{did_you_mean(name, taken)}"
+                f"{where}.{name}: not an argument of {cls.__name__} or wandb.init{did_you_mean(name, taken)}"
             )
 
 

@@ -1,1 +1,1 @@
-"""``reft-search``: the settings of several methods on one budget."""
+"""``reft-search``: search the settings of several methods with equal budgets."""

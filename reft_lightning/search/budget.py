@@ -1,7 +1,7 @@
-"""The budget of each method: a unit, an amount, and what the trials of a method have spent.
+"""The budget of each method: its unit, its amount, and what a method's trials have spent.
 
 =======  ==============================================================================================
-unit     what counts
+unit     what is counted
 =======  ==============================================================================================
 trials   trials of any outcome: complete, pruned or failed
 steps    optimizer steps
@@ -9,8 +9,9 @@ tokens   tokens trained on, without padding
 seconds  wall time of ``fit``: training and the validations within it
 =======  ==============================================================================================
 
-Trials start while anything is left. The batch that would exceed the budget is not trained: its trial ends as pruned
-and cannot win, since its schedule was cut. A trial lost to a kill runs again, and its first attempt costs nothing.
+Trials start while any budget is left. The batch that would exceed the budget is not trained: its trial ends as pruned
+and cannot win, as its schedule was cut short. A trial whose process was killed runs again, and its first attempt is
+not charged.
 """
 
 from __future__ import annotations
@@ -19,27 +20,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 UNITS = ("trials", "steps", "tokens", "seconds")
-TOLERANCE = 0.01  # part of the budget by which methods may differ and still count as equal
+TOLERANCE = 0.01  # fraction of the budget by which methods may differ and still count as equal
 
 
 def counted(trials: Sequence[Any]) -> list[Any]:
-    """Return the Optuna trials that count: begun, and not replaced by another attempt."""
-    # Optuna's callback that retries a trial notes its earlier attempts there
+    """Return the Optuna trials that count: started, and not replaced by another attempt."""
+    # Optuna's retry callback records the earlier attempts of a trial there
     replaced = {number for trial in trials for number in trial.system_attrs.get("retry_history", ())}
     return [t for t in trials if t.state.name != "WAITING" and t.number not in replaced]
 
 
 def spent(trials: Sequence[Any]) -> dict[str, float]:
-    """Return what the Optuna trials of a method have spent together, by unit; running ones as of their last note."""
+    """Return the total cost of a method's Optuna trials by unit; running trials count with their last report."""
     found = counted(trials)
     costs = [trial.user_attrs.get("cost", {}) for trial in found]
     return {"trials": len(found), **{unit: sum(c.get(unit, 0) for c in costs) for unit in UNITS[1:]}}
 
 
 def verdict(unit: str, amount: float, costs: Mapping[str, Mapping[str, float]]) -> str:
-    """Return ``equal``, or who spent less; where trials are counted, also whether they were equally long."""
+    """Return ``equal``, or which methods spent least and most; for trials, also whether they were equally long."""
     low, least, high, most = _ends(unit, costs)
-    # trials are counted exactly: one more is one too many
+    # trials are counted exactly
     allowed = 0 if unit == "trials" else TOLERANCE * amount
     found = "equal"
     if most - least > allowed:
@@ -49,13 +50,13 @@ def verdict(unit: str, amount: float, costs: Mapping[str, Mapping[str, float]]) 
 
 
 def _ends(unit: str, costs: Mapping[str, Mapping[str, float]]) -> tuple[str, float, str, float]:
-    """Return who has spent the least of a unit, and how much; and the same of the most."""
+    """Return (method, cost) of the method that spent the least of a unit, then of the one that spent the most."""
     low, high = (pick(costs, key=lambda method: costs[method][unit]) for pick in (min, max))
     return low, costs[low][unit], high, costs[high][unit]
 
 
 def trial_lengths(costs: Mapping[str, Mapping[str, float]]) -> str:
-    """Return by how much methods with the same number of trials differ in steps and tokens; empty where they do not."""
+    """Return how methods with the same number of trials differ in steps and tokens; empty if they do not."""
     found = []
     for unit in ("steps", "tokens"):
         low, least, high, most = _ends(unit, costs)

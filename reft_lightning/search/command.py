@@ -1,7 +1,7 @@
-"""``reft-search``: search the settings of several methods on one budget, then test the winner of each once.
+"""``reft-search``: search the settings of several methods with equal budgets, then test the winner of each once.
 
-Workers run the trials of one study (:mod:`.study`), each in a process of its own (:mod:`.trial`), and then train the
-winners again with every seed of the plan (:mod:`.search_plan`).
+Workers run the trials of one study (:mod:`.study`), each in its own process (:mod:`.trial`), and then retrain the
+winners with every seed of the plan (:mod:`.search_plan`).
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from .worker import TRUSTED, Worker
 
 log = logging.getLogger(__name__)
 USAGE = """reft-search search=NAME|FILE [folder=FOLDER] [workers=N] [storage=URL] [key=value ...]
-       reft-search folder=FOLDER [workers=N] [budget.amount=N] [trust_code=true]   goes on"""
+       reft-search folder=FOLDER [workers=N] [budget.amount=N] [trust_code=true]   continues"""
 HELP = f"""\
-reft-search: search the settings of several methods on one budget, then test each winner once
+reft-search: search the settings of several methods with equal budgets, then test each winner once
 usage: {USAGE}
-  search    a file of conf/search, or a YAML file of your own: base, methods, space, budget, seeds
-  folder    of the study; outputs/search/NAME unless given
-  workers   processes that work on it, each with a GPU of its own where there are several
-  storage   a database of Optuna, such as postgresql://HOST/NAME, instead of a file in the folder
-  trust_code  import names that a study holds from its directory, too, when it goes on
+  search    a file in conf/search, or your own YAML file: base, methods, space, budget, seeds
+  folder    folder of the study; default: outputs/search/NAME
+  workers   number of processes, each with its own GPU if there are several
+  storage   an Optuna database, such as postgresql://HOST/NAME, instead of a file in the folder
+  trust_code  when continuing, also import code named in the study from its directory
   keys      budget.unit, budget.amount, sampler ({", ".join(SAMPLERS)}), sampler_seed, startup_trials,
             pruner ({", ".join(PRUNERS)}), seeds, methods; any other is an argument of
             reft-train for all runs
 examples:
   reft-search search=small_stsb data.path=FOLDER
   reft-search search=mine.yaml budget.amount=20 workers=2
-  reft-search folder=outputs/search/small_stsb               # go on with a stopped study
+  reft-search folder=outputs/search/small_stsb               # continue a stopped study
   reft-report outputs/search/small_stsb                      # tables and plots of a study
 Trials see validation rows only; summary.json has the winners and every read of test rows.
 """
@@ -57,15 +57,15 @@ def main(argv: Sequence[str]) -> None:
     """Run the command."""
     for text in argv:
         if "=" not in text:
-            raise ValueError(f"arguments are written key=value; got {text!r}\n{USAGE}")
+            raise ValueError(f"arguments must have the form key=value; got {text!r}\n{USAGE}")
     own = {key_of(text): text.partition("=")[2] for text in argv if key_of(text) in OWN}
     workers = own.get("workers", "1")
     if not workers.isdecimal() or int(workers) < 1:
-        raise ValueError(f"workers must be an integer, 1 or more; got {workers!r}")
+        raise ValueError(f"workers must be an integer, at least 1; got {workers!r}")
     trust_code = own.get("trust_code", "false")
     if trust_code not in ("true", "false"):
         raise ValueError(f"trust_code must be true or false; got {trust_code!r}")
-    # with search=, a plan of one's own began the study, or is the same as the one that did
+    # with search=, the plan is the user's own, or identical to it
     trusted = "search" in own or trust_code == "true"
     folder = prepare_study(own, [text for text in argv if key_of(text) not in OWN])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -78,19 +78,19 @@ def main(argv: Sequence[str]) -> None:
             else:
                 start_workers(folder, int(workers), trusted)
     except KeyboardInterrupt:
-        sys.stderr.write(f"stopped; go on with: {_go_on(folder)}\n")
+        sys.stderr.write(f"stopped; to continue: {_go_on(folder)}\n")
         sys.exit(130)
     _report(study)
 
 
 def prepare_study(own: Mapping[str, str], rest: Sequence[str]) -> Path:
-    """Check a new study and write its plan, or find one to go on with; return the folder."""
+    """Check a new study and write its plan, or find a study to continue; return the folder."""
     folder = Path(own["folder"]) if "folder" in own else None
     if folder is not None and ((folder / PLAN).is_file() or "search" not in own):
         go_on(folder, own.get("search"), rest)
         return folder
     if "search" not in own:
-        raise ValueError(f"search=NAME is missing, or folder=FOLDER of a study that has begun\n{USAGE}")
+        raise ValueError(f"search=NAME is missing, or folder=FOLDER of an existing study\n{USAGE}")
     plan = read_plan(own["search"], rest)
     from .preflight import check_corners, check_rows, compose_corners
 
@@ -105,20 +105,20 @@ def prepare_study(own: Mapping[str, str], rest: Sequence[str]) -> Path:
 
 
 def begin_study(folder: Path, plan: Plan, monitor: str, mode: str, storage: str | None = None) -> None:
-    """Write the plan of a new study, whose runs start in the present directory; in a folder without another one."""
+    """Write the plan of a new study to a folder without one; its runs start in the current directory."""
     folder.mkdir(parents=True, exist_ok=True)
-    study = f"{plan.name}-{secrets.token_hex(4)}"  # a database may hold other searches of this name
+    study = f"{plan.name}-{secrets.token_hex(4)}"  # a database may contain other searches of this name
     more = {"monitor": monitor, "mode": mode, "directory": os.getcwd(), "storage": storage, "study": study}
     with Lock(folder / LOCKS / "turn"):
         if (folder / PLAN).is_file():
-            raise ValueError(f"{folder}: another command has begun a study there; give another folder")
+            raise ValueError(f"{folder}: another command has started a study there; give another folder")
         write_study(folder, plan, **more)
 
 
 def go_on(folder: Path, search: str | None, arguments: Sequence[str]) -> None:
-    """Raise the budget of a study if asked to, unless test rows were read; nothing else of its plan can change."""
+    """Raise the budget of a study if asked to, unless test rows were read; refuse any other change of its plan."""
     if not folder.is_dir():
-        raise ValueError(f"folder={no_such_folder(folder)}; to begin a study there, add search=NAME")
+        raise ValueError(f"folder={no_such_folder(folder)}; to start a study there, add search=NAME")
     earlier, more = read_study(folder)
     plan = change_plan(earlier, arguments) if search is None else read_plan(search, arguments)
     before, amount = dataclasses.asdict(earlier), plan.budget.amount
@@ -127,19 +127,19 @@ def go_on(folder: Path, search: str | None, arguments: Sequence[str]) -> None:
     differ = [key for key, value in same.items() if before[key] != value]
     if differ:
         raise ValueError(
-            f"{folder} holds a study with another plan, which differs in {', '.join(differ)}; only budget.amount can "
-            f"be raised: go on with the study as it is by reft-search folder={folder}, or give another folder"
+            f"{folder} holds a study whose plan differs in {', '.join(differ)}; only budget.amount can be raised: "
+            f"continue that study with reft-search folder={folder}, or give another folder"
         )
     if amount < earlier.budget.amount:
         raise ValueError(
-            f"budget.amount={amount}: the study has a budget of {earlier.budget.amount} {plan.budget.unit}, which can "
-            "only be raised"
+            f"budget.amount={amount}: the study's budget of {earlier.budget.amount} {plan.budget.unit} can only be "
+            "raised"
         )
     if amount > earlier.budget.amount:
         if test_reads(folder):
             raise ValueError(
-                f"budget.amount={amount}: test rows of this study have been read; more trials would select knowing "
-                "them. Begin another study"
+                f"budget.amount={amount}: test rows of this study have been read, so more trials would be selected "
+                "with knowledge of them. Start another study"
             )
         write_study(folder, dataclasses.replace(earlier, budget=plan.budget), **more)
 
@@ -148,7 +148,7 @@ def go_on(folder: Path, search: str | None, arguments: Sequence[str]) -> None:
 
 
 def start_workers(folder: Path, workers: int, trusted: bool = True) -> None:
-    """Run workers as processes, each with a GPU of its own where there are several, and wait for them."""
+    """Run workers as processes, each with its own GPU if there are several, and wait for them."""
     devices = _devices()
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     started = []
@@ -164,10 +164,10 @@ def start_workers(folder: Path, workers: int, trusted: bool = True) -> None:
         for i, (process, output) in enumerate(started):
             code = process.wait()
             if code:
-                log.error("worker %d ended early; the others go on:\n%s", i, failure(code, output))
+                log.error("worker %d ended early; the others continue:\n%s", i, failure(code, output))
     finally:
         for process, _ in started:
-            process.stdin.close()  # all end at the same time
+            process.stdin.close()  # so that all end at the same time
         for process, _ in started:
             stop(process, patience=30)  # each ends its trial first
 
@@ -186,7 +186,7 @@ def _go_on(folder: Path) -> str:
 
 
 def _report(study: Study) -> None:
-    """Print the summary; leave with status 1 where something is missing."""
+    """Print the summary; exit with status 1 if something is missing."""
     values = summarize(study)
     print_summary(values, study.folder)
     methods = values["methods"].items()
@@ -198,8 +198,8 @@ def _report(study: Study) -> None:
     ]  # fmt: skip
     if early or lost or values["status"] != "complete":
         log.error(
-            "the study is not complete: ended before their budget: %s; without a result: %s; the causes are in %s; go "
-            "on with: %s",
+            "the study is not complete: ended before their budget: %s; without a result: %s; the causes are in %s; to "
+            "continue: %s",
             ", ".join(early) or "none", ", ".join(lost) or "none", study.folder / SUMMARY, _go_on(study.folder),
         )  # fmt: skip
         sys.exit(1)

@@ -1,7 +1,7 @@
-"""The reads of test splits that a study made: a line in its ledger before each, and what its winners' results hold.
+"""The reads of test splits by a study: a line in its ledger before each, and the records in its winners' results.
 
-Results are removed where a winner is begun anew, and the ledger alone knows what had been read by then; reads by
-``reft-eval`` are in the results alone.
+Results are removed when a winner restarts, so only the ledger has the reads before that; reads by ``reft-eval`` are
+only in the results.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def test_reads(folder: Path) -> list[dict[str, Any]]:
 
 
 def lost_reads(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of reads that no results hold any more: the first of their method, seed and model."""
+    """Return the ledger lines of reads that no results record any more: the first of their method, seed and model."""
     return _lost(folder, _recorded(folder))
 
 
@@ -50,7 +50,7 @@ def _lost(folder: Path, recorded: Iterable[tuple[dict[str, Any], bool]]) -> list
 
 
 def winner_folder(folder: Path, read: Mapping[str, Any]) -> Path:
-    """Return the folder of the winner that made a read, wherever its study lies now."""
+    """Return the folder of the winner that made a read, also if the study was moved."""
     return folder / WINNERS / str(read["method"]) / f"seed_{read['seed']}"
 
 
@@ -59,11 +59,11 @@ def _who(read: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _recorded(folder: Path) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Yield the reads in the results of winners, one for all test sets of each, and whether the search made it."""
+    """Yield the reads in the winners' results, one for all test sets together, and whether the search made it."""
     for run in sorted(path.parent for path in folder.glob(f"{WINNERS}/*/seed_*/results.json")):
         try:
             values = read_results(run)
-        except ValueError:  # damaged: the ledger has what the search has read
+        except ValueError:  # damaged: the ledger still has the search's reads
             continue
         seed = run.name.removeprefix("seed_")
         events = {
@@ -85,6 +85,6 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 read = json.loads(line)
                 _who(read)
             except (ValueError, TypeError, KeyError):
-                log.warning("%s: a line cannot be read: %.80s", path, line)
+                log.warning("%s: cannot read the line: %.80s", path, line)
             else:
                 yield read

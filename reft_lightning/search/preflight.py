@@ -1,8 +1,8 @@
 """Checks of a study before its first trial.
 
 First, without torch: every value of every space composes with the rest. Then, without weights: the settings apply to
-the method and to the benchmark family, all trials are selected by the same score of the same model on the same rows,
-and each trial costs something of the budget. Last, the rows can be read; those of a test split are not opened.
+the method and the benchmark family, all trials are selected by the same score of the same model on the same rows,
+and each trial uses up some of the budget. Last, the rows can be read; those of a test split are not opened.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .space import override
 if TYPE_CHECKING:
     from ..runs.checks import Monitor
 
-# The same in all trials: otherwise a search would choose the easiest rows, or the best base model.
+# Must be the same in all trials: otherwise a search would select the easiest rows, or the best base model.
 SAME = (
     *(f"model.{key}" for key in ("name", "source", "path", "package", "sha256", "revision", "config")),
     *(f"data.{key}" for key in (
@@ -31,7 +31,7 @@ SAME = (
 
 
 def compose_corners(plan: Plan) -> dict[str, list[Config]]:
-    """Compose configurations that hold every choice and both ends of every range; return them by method."""
+    """Compose configurations that cover every choice and both ends of every range; return them by method."""
     found: dict[str, list[Config]] = {method: [] for method in plan.methods}
     with composing() as compose:
         for method in plan.methods:
@@ -47,11 +47,11 @@ def compose_corners(plan: Plan) -> dict[str, list[Config]]:
 
 
 def check_corners(plan: Plan, corners: dict[str, list[Config]]) -> Monitor:
-    """Check what does not need weights; return the score that decides.
+    """Check everything that needs no weights; return the score that decides.
 
     Raises:
-        ValueError: for a setting that does not apply or is out of its range, trials that are selected by different
-            scores or on different rows, and trials that cost nothing of the budget or more than all of it.
+        ValueError: for a setting that does not apply or is out of range, for trials that are selected by different
+            scores or on different rows, and for trials that cost nothing, or more than the whole budget.
     """
     from ..runs.arguments import attachment, data_module, family_of, optimization_of
     from ..runs.checks import check_unused, monitor_of
@@ -70,12 +70,12 @@ def check_corners(plan: Plan, corners: dict[str, list[Config]]) -> Monitor:
         except (ValueError, OSError) as error:
             raise ValueError(f"{here}: {error}") from error
         if config.data.validation_size == 0:
-            raise ValueError(f"{here}: data.validation_size=0 leaves no rows to select by")
+            raise ValueError(f"{here}: data.validation_size=0 leaves no rows for selection")
         free = _trains_nothing(config, attached)
         if free and plan.budget.unit != "trials":
             raise ValueError(
                 f"{here}: {free} trains nothing, so its trials would cost no {plan.budget.unit} and never use up "
-                "the budget: leave it out, or count trials (budget.unit=trials)"
+                "the budget: leave it out, or set budget.unit=trials"
             )
         if plan.budget.unit == "steps" and config.trainer.max_steps > plan.budget.amount:
             raise ValueError(
@@ -90,7 +90,7 @@ def check_corners(plan: Plan, corners: dict[str, list[Config]]) -> Monitor:
 
 
 def _trains_nothing(config: Config, attached: Mapping[str, Any]) -> str:
-    """Return the setting that leaves nothing to train; empty where something is trained."""
+    """Return the setting that leaves nothing to train; empty if something is trained."""
     for setting in ("max_steps", "max_epochs"):
         if getattr(config.trainer, setting) == 0:
             return f"trainer.{setting}=0"
@@ -100,7 +100,7 @@ def _trains_nothing(config: Config, attached: Mapping[str, Any]) -> str:
 
 
 def _check_same(plan: Plan, corners: Mapping[str, list[Config]]) -> None:
-    """Reject a study whose trials differ in what :data:`SAME` names, within a method or between two."""
+    """Reject a study whose trials differ in a key of :data:`SAME`, within a method or between methods."""
     values = {
         (key, method): [_value(config, key) for config in configs]
         for key in SAME for method, configs in corners.items()
@@ -112,19 +112,19 @@ def _check_same(plan: Plan, corners: Mapping[str, list[Config]]) -> None:
             if value != expected:
                 who = f"method {method} searches it" if method == first else f"methods {first} and {method}"
                 raise ValueError(
-                    f"search {plan.name}: {key} is {expected} and {value} ({who}): trials that differ in their rows or "
-                    f"in their base model cannot be compared; set it once, in base"
+                    f"search {plan.name}: {key} is {expected} and {value} ({who}): trials with different rows or base "
+                    f"models cannot be compared; set it once, in base"
                 )
 
 
 def _value(config: Config, key: str) -> Any:
     if key == "data.split_seed" and config.data.split_seed is None:
-        return config.seed  # which then divides the rows
+        return config.seed  # which then splits the rows
     return attrgetter(key)(config)
 
 
 def check_rows(plan: Plan, corners: Mapping[str, list[Config]]) -> None:
-    """Read the rows that trials will train on and be selected by, the same for all; no test rows, no weights."""
+    """Read the training and validation rows, which all trials share; no test rows, no weights."""
     from ..runs.arguments import data_module, family_of
 
     method, (config, *_) = next(iter(corners.items()))

@@ -1,7 +1,7 @@
-"""Processes that end with the one that started them, and locks that end with their holders.
+"""Processes that end with their parent, and locks that end with their holders.
 
-A trial runs in a process of its own, so an out-of-memory kill ends the trial, not the study. The standard input of
-that process is a pipe from its worker: when the worker dies, for whatever reason, the pipe closes, and the trial ends.
+A trial runs in its own process, so an out-of-memory kill ends the trial, not the study. The standard input of that
+process is a pipe from its worker: when the worker dies, for whatever reason, the pipe closes, and the trial ends.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-LAST_LINES = 20  # of a log, kept with a trial that failed
+LAST_LINES = 20  # number of log lines kept with a failed trial
 
 
 class Lock:
@@ -26,7 +26,7 @@ class Lock:
         self.descriptor: int | None = None
 
     def acquire(self, wait: bool = True) -> bool:
-        """Take the lock; return False where it is taken and there is no waiting."""
+        """Acquire the lock; without wait, return False if it is taken."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -38,7 +38,7 @@ class Lock:
         return True
 
     def release(self) -> None:
-        """Give it back; a process that inherited it still holds it."""
+        """Release the lock; a process that inherited it still holds it."""
         if self.descriptor is not None:
             os.close(self.descriptor)
             self.descriptor = None
@@ -59,11 +59,11 @@ def start(
     directory: Path | None = None,
     lock: Lock | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start ``python -m ARGUMENTS``, a module that calls :func:`end_with_parent`; it holds the lock as well."""
+    """Start ``python -m ARGUMENTS``, a module that calls :func:`end_with_parent`; the process inherits the lock."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         return subprocess.Popen(
-            # -P: the directory where a study starts its runs may hold another person's modules
+            # -P: the directory where a study starts its runs may contain someone else's modules
             [sys.executable, "-P", "-m", *arguments], stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
             env={**os.environ, **(environment or {})}, cwd=directory,
             pass_fds=() if lock is None or lock.descriptor is None else (lock.descriptor,),
@@ -72,7 +72,7 @@ def start(
 
 
 def stop(process: subprocess.Popen[bytes], patience: float = 10) -> None:
-    """End a process of :func:`start`, and wait for it."""
+    """End a process started by :func:`start`, and wait for it."""
     if process.stdin is not None:
         process.stdin.close()
     try:
@@ -83,7 +83,7 @@ def stop(process: subprocess.Popen[bytes], patience: float = 10) -> None:
 
 
 def end_with_parent(ending: int = signal.SIGKILL) -> None:
-    """Send this process a signal when its parent has closed the pipe, or has died."""
+    """Send this process a signal when its parent closes the pipe or dies."""
 
     def watch() -> None:
         while os.read(0, 1024):

@@ -1,16 +1,16 @@
 """The plan of a study: the methods, their spaces, and one budget for all of them.
 
-A file of ``conf/search`` (or any YAML file) holds the keys of :class:`Plan`:
+A file in ``conf/search`` (or any YAML file) has the keys of :class:`Plan`:
 
     base: [model=minilm, data=glue_stsb]     # overrides of reft-train that all methods share
     methods:
       loreft:
-        overrides: [intervention=loreft]     # of this method
+        overrides: [intervention=loreft]     # for this method
         space: {optimizer.lr: {log: [1e-4, 1e-2]}}   # see :mod:`.space`
-    budget: {unit: trials, amount: 20}       # of each method; see :mod:`.budget`
+    budget: {unit: trials, amount: 20}       # for each method; see :mod:`.budget`
     sampler: tpe                             # tpe | random | grid
     pruner: none                             # none | successive_halving
-    seeds: [42, 43, 44]                      # the winner of each method is trained again, and tested, with each
+    seeds: [42, 43, 44]                      # the winner of each method is retrained and tested with each
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .space import Dimension, Value, override, parse_space
 
 SAMPLERS = ("tpe", "random", "grid")
 PRUNERS = ("none", "successive_halving")
-# What a search sets itself: a trial cannot build its test split, a winner reads it once.
+# Keys that the search itself sets: a trial cannot build its test split, a winner reads it once.
 RESERVED = ("sealed", "test", "resume")
 
 
@@ -58,7 +58,7 @@ class Method:
 
 @dataclass
 class Plan:
-    """What a study does, as a search file says it; written to ``study.yaml`` in its folder."""
+    """The contents of a search file; written to ``study.yaml`` in the study's folder."""
 
     name: str = ""
     base: list[Any] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Plan:
     budget: Budget = field(default_factory=Budget)
     sampler: str = "tpe"
     sampler_seed: int = 0
-    startup_trials: int = 10  # drawn at random before TPE
+    startup_trials: int = 10  # random trials before TPE
     pruner: str = "none"
     seeds: list[int] = field(default_factory=lambda: [42, 43, 44])
 
@@ -85,7 +85,7 @@ class Plan:
         return [*trial, f"seed={seed}", "test=true", "sealed=false"]
 
     def grid(self, method: str) -> dict[str, list[Value]]:
-        """Return the values of each parameter of a method in a grid."""
+        """Return the grid values of each parameter of a method."""
         return {dimension.name: dimension.grid() for dimension in self.space(method)}
 
     def grid_size(self, method: str) -> int:
@@ -95,13 +95,13 @@ class Plan:
 
 @cache
 def plan_keys() -> set[str]:
-    """Return the arguments of the command that change the plan; any other is an override of ``reft-train``."""
+    """Return the arguments of the command that change the plan; all others are overrides of ``reft-train``."""
     own = {f.name for f in dataclasses.fields(Plan)} - {"name", "base", "budget"}
     return own | {f"budget.{f.name}" for f in dataclasses.fields(Budget)}
 
 
 def search_file(name: str) -> Path:
-    """Return the file of ``conf/search``, or the user's own, of that name."""
+    """Return the file with that name, in ``conf/search`` or the user's own."""
     folder = config_dir() / "search"
     for path in (folder / f"{name}.yaml", Path(name)):
         if path.is_file():
@@ -109,22 +109,22 @@ def search_file(name: str) -> Path:
     known = sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml"))
     raise ValueError(
         f"search={name}: no such search{did_you_mean(name, known)}\n"
-        f"search is one of {', '.join(known)}, or a YAML file of your own"
+        f"search must be one of {', '.join(known)}, or your own YAML file"
     )
 
 
 def read_plan(name: str, arguments: Sequence[str] = ()) -> Plan:
-    """Read a search file, of ``conf/search`` or one's own, and the arguments of the command.
+    """Read a search file, from ``conf/search`` or the user's own, and the arguments of the command.
 
-    Arguments of :func:`plan_keys` change the plan, others are overrides for all runs.
+    Arguments in :func:`plan_keys` change the plan, all others are overrides for all runs.
 
     Raises:
-        ValueError: for a plan that does not fit; the message names the file, the method and the parameter.
+        ValueError: for an invalid plan; the message names the file, the method and the parameter.
     """
     path = search_file(name)
     own = [text for text in arguments if key_of(text) in plan_keys()]
     try:
-        # OmegaConf reads 1e-4 as a number and rejects a key that is given twice; YAML does neither
+        # OmegaConf reads 1e-4 as a number and rejects duplicate keys; YAML does neither
         values = cast(DictConfig, OmegaConf.load(path))
         for text in own:
             if key_of(text) == "methods":
@@ -138,17 +138,17 @@ def read_plan(name: str, arguments: Sequence[str] = ()) -> Plan:
 
 
 def change_plan(plan: Plan, arguments: Sequence[str]) -> Plan:
-    """Return a plan with arguments of the command."""
+    """Return a plan changed by arguments of the command."""
     where = " ".join(arguments)
     for text in arguments:
         if key_of(text) not in plan_keys():
-            raise ValueError(f"{text}: the study has begun; its runs cannot change")
+            raise ValueError(f"{text}: the study has started, so its runs cannot change")
     values = OmegaConf.merge(dataclasses.asdict(plan), *map(_argument, arguments))
     return parse_plan(plan.name, values, where=where)
 
 
 def _argument(text: str) -> DictConfig:
-    """Read an argument of the command as search files are read: 1e6 is a number, and dots separate keys."""
+    """Parse an argument of the command like a search file: 1e6 is a number, and dots separate keys."""
     return OmegaConf.from_dotlist([f"seeds=[{text[6:].strip('[]')}]" if text.startswith("seeds=") else text])
 
 
@@ -157,13 +157,14 @@ def _select(methods: Any, text: str, path: Path) -> dict[str, Any]:
     for name in names:
         if name not in methods:
             raise ValueError(
-                f"{text}: {path} has no method {name!r}{did_you_mean(name, methods)}; it has {', '.join(methods)}"
+                f"{text}: {path} has no method {name!r}{did_you_mean(name, methods)}; its methods are "
+                f"{', '.join(methods)}"
             )
     return {name: methods[name] for name in names}
 
 
 def parse_plan(name: str, values: Any, overrides: Sequence[str] = (), where: str = "the plan") -> Plan:
-    """Check the values of a search file; an error names the value, what is allowed, and the nearest name."""
+    """Check the values of a search file; an error names the value, what is allowed, and the closest name."""
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Plan), values, {"name": name})
         plan = cast(Plan, OmegaConf.to_container(merged, structured_config_mode=SCMode.INSTANTIATE))
@@ -180,24 +181,22 @@ def parse_plan(name: str, values: Any, overrides: Sequence[str] = (), where: str
         if min(sizes.values()) < plan.budget.amount:
             listed = ", ".join(f"{method} {size}" for method, size in sizes.items())
             raise ValueError(
-                f"{where}: the grids have {listed} combinations, and the budget is {plan.budget.amount} trials each: "
-                f"methods would spend different budgets; set budget.amount to {min(sizes.values())} or less, or change "
-                "the sampler"
+                f"{where}: the grids have {listed} combinations, but the budget is {plan.budget.amount} trials each, "
+                f"so methods would spend different budgets; set budget.amount to at most {min(sizes.values())}, or "
+                "change the sampler"
             )
     return plan
 
 
 def _explain(error: OmegaConfBaseException) -> str:
-    """Return what OmegaConf found, with the known keys and the nearest of them."""
+    """Return OmegaConf's error, with the known keys and the closest of them."""
     first, kind = str(error).splitlines()[0], error.object_type
     if error.key is None or "not in" not in first or not dataclasses.is_dataclass(kind):
         return f"{error.full_key}: {first}" if error.full_key else first
     known = [f.name for f in dataclasses.fields(kind)]
-    found = (
-        f"unknown key {error.full_key!r}{did_you_mean(str(error.key), known)}; known are {', '.join(known)}"
-    )
+    found = f"unknown key {error.full_key!r}{did_you_mean(str(error.key), known)}; the keys are {', '.join(known)}"
     if kind is Method and any(f.name == error.key for f in dataclasses.fields(Plan)):
-        found += f"; methods with different {error.key} cannot be compared: write it once, for all"
+        found += f"; methods with different {error.key} cannot be compared: set it once, for all methods"
     return found
 
 
@@ -212,12 +211,14 @@ def _check_values(plan: Plan, where: str) -> None:
     if amount == int(amount):
         budget.amount = int(amount)
     elif budget.unit == "trials":
-        raise ValueError(f"{where}: budget.amount is a number of trials; got {amount!r}")
+        raise ValueError(
+            f"{where}: budget.amount must be an integer, as budget.unit is trials; got {amount!r}"
+        )
     for key, count in (("sampler_seed", plan.sampler_seed), ("startup_trials", plan.startup_trials)):
         if count < 0:
-            raise ValueError(f"{where}: {key} must be 0 or more; got {count}")
+            raise ValueError(f"{where}: {key} must be at least 0; got {count}")
     if len(set(plan.seeds)) < len(plan.seeds):
-        raise ValueError(f"{where}: a seed is given twice in {plan.seeds}: each one trains the winner once")
+        raise ValueError(f"{where}: seeds must be distinct, as each trains the winner once; got {plan.seeds}")
     if not plan.methods:
         raise ValueError(f"{where}: methods must name at least one method, with its overrides and its space")
 
@@ -230,7 +231,9 @@ def _check_list(given: list[Any], where: str) -> list[str]:
 
 def _check_method(plan: Plan, method: str, typed: set[str], here: str) -> None:
     if not re.fullmatch(r"[\w.-]+", method):
-        raise ValueError(f"{here}: a name consists of letters, digits, '.', '-' and '_': it names a folder")
+        raise ValueError(
+            f"{here}: a name may contain only letters, digits, '.', '-' and '_', as it names a folder"
+        )
     own = {key_of(o) for o in _check_list(plan.methods[method].overrides, f"{here}: overrides")}
     try:
         searched = {dimension.name for dimension in plan.space(method)}
@@ -244,8 +247,10 @@ def _check_method(plan: Plan, method: str, typed: set[str], here: str) -> None:
                 f"{here}: {key} cannot be set in a search: trials are sealed, and the winner's test split is read once"
             )
         if key.startswith("hydra"):
-            raise ValueError(f"{here}: {key}: a search starts its runs itself, without Hydra's settings")
+            raise ValueError(
+                f"{here}: {key}: Hydra's settings have no effect, as a search starts its runs itself"
+            )
     for key in searched & (own | typed):
         raise ValueError(f"{here}: {key} is both set and searched: leave one out")
     if "seed" in searched:
-        raise ValueError(f"{here}: a seed is not searched: the best one says nothing about the next")
+        raise ValueError(f"{here}: seed cannot be searched: a good seed says nothing about the next run")

@@ -1,13 +1,13 @@
 """A search space: one Optuna distribution for each parameter.
 
-In a file of ``conf/search`` a parameter is a key of the schema, or a group of YAML files, and one of
+In a file in ``conf/search`` a parameter is a key of the schema, or a group of YAML files, with one of
 
-    intervention.rank: {choice: [1, 2, 4]}       # any values, also lists and null
+    intervention.rank: {choice: [1, 2, 4]}       # any values, including lists and null
     trainer.max_epochs: {int: [1, 9], step: 2}
     intervention.dropout: {float: [0, 0.2]}
     optimizer.lr: {log: [1e-4, 1e-2]}            # uniform in the logarithm
 
-with ``points: n`` in addition to float and log for a grid.
+For a grid, float and log also need ``points: n``.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 from ..suggest import did_you_mean
 
-# kind -> the key that it takes in addition to its values, and the lowest value of that key
+# kind -> the additional key that it takes, and the minimum of that key
 KINDS: dict[str, tuple[str, int] | None] = {
     "choice": None, "int": ("step", 1), "float": ("points", 2), "log": ("points", 2)
 }  # fmt: skip
-EDGE = 0.05  # part of a continuous range, at either end, that counts as its edge
-DIGITS = 4  # significant digits of the points of a grid
+EDGE = 0.05  # fraction of a continuous range, at either end, that counts as its edge
+DIGITS = 4  # significant digits of grid points
 
 Value = bool | int | float | str | None
 
@@ -43,7 +43,7 @@ class Dimension:
 
     @property
     def ends(self) -> tuple[Any, Any]:
-        """Return the lowest and the highest value of a range; a step from the lowest reaches the highest."""
+        """Return the lowest value of a range, and the highest that can be reached from it in whole steps."""
         low, high = cast(tuple[Any, Any], self.values)
         return low, high - (high - low) % (self.extra or 1) if self.kind == "int" else high
 
@@ -57,7 +57,7 @@ class Dimension:
         return trial.suggest_float(self.name, low, high, log=self.kind == "log")
 
     def grid(self) -> list[Value]:
-        """Return the values of this parameter in a grid, for which a continuous one needs ``points``."""
+        """Return the grid values of this parameter; a continuous one needs ``points``."""
         if self.kind == "choice":
             return list(self.values)
         low, high = self.ends
@@ -65,7 +65,7 @@ class Dimension:
             return list(range(low, high + 1, self.extra or 1))
         if self.extra is None:
             raise ValueError(
-                f"{self.name}: a grid needs the number of values of a {self.kind}: write "
+                f"{self.name}: a grid needs the number of points of {self.kind}: write "
                 f"{self.name}: {{{self.kind}: [{low}, {high}], points: 5}}"
             )
         parts = [i / (self.extra - 1) for i in range(self.extra)]
@@ -73,10 +73,10 @@ class Dimension:
         return [min(max(float(f"{value:.{DIGITS}g}"), low), high) for value in exact]
 
     def edge(self, value: Value) -> str:
-        """Return ``lower`` or ``upper`` where a value lies at that edge of the space: values beyond were not tried.
+        """Return ``lower`` or ``upper`` if a value is at that edge of the space; values beyond it were not tried.
 
-        The edges of a choice are its lowest and its highest number, if there are more than two. Below 0, and below
-        the integer 1, there is nothing to try.
+        The edges of a choice are its lowest and its highest number, if there are more than two. A lower end of 0, or
+        of the integer 1, is natural and not an edge.
         """
         if any(isinstance(v, bool) or not isinstance(v, int | float) for v in (value, *self.values)):
             return ""
@@ -110,7 +110,7 @@ def parse_dimension(name: str, given: Any) -> Dimension:
     if len(kinds) != 1:
         unknown = [str(key) for key in given if key not in KINDS]
         hint = did_you_mean(unknown[0], KINDS) if unknown and not kinds else ""
-        raise ValueError(f"{name}: one of {', '.join(KINDS)} is needed; got {dict(given)!r}{hint}; {example}")
+        raise ValueError(f"{name} must have one of {', '.join(KINDS)}; got {dict(given)!r}{hint}; {example}")
     (kind,) = kinds
     values, key, extra = given[kind], KINDS[kind], None
     for other in given.keys() - {kind}:
@@ -119,7 +119,7 @@ def parse_dimension(name: str, given: Any) -> Dimension:
             raise ValueError(f"{name}: {kind} takes {allowed}; got {other!r}")
         extra = given[other]
         if isinstance(extra, bool) or not isinstance(extra, int) or extra < key[1]:
-            raise ValueError(f"{name}: {other} must be an integer, {key[1]} or more; got {extra!r}")
+            raise ValueError(f"{name}: {other} must be an integer, at least {key[1]}; got {extra!r}")
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise ValueError(f"{name}: {kind} takes a list; got {values!r}; {example}")
     found = _choices(name, values) if kind == "choice" else _range(name, kind, values)
@@ -128,8 +128,8 @@ def parse_dimension(name: str, given: Any) -> Dimension:
 
 def _choices(name: str, values: Sequence[Any]) -> tuple[Value, ...]:
     if not values:
-        raise ValueError(f"{name}: choice has no values: there is nothing to draw from")
-    # Optuna keeps plain values; a list is written as on a command line
+        raise ValueError(f"{name}: choice must list at least one value")
+    # Optuna stores plain values only, so a list is stored in command-line syntax
     found = tuple(_written(v) if isinstance(v, list | tuple) else v for v in values)
     for value in found:
         if not isinstance(value, bool | int | float | str | None):
@@ -142,7 +142,7 @@ def _choices(name: str, values: Sequence[Any]) -> tuple[Value, ...]:
 
 
 def _written(value: Any) -> str:
-    """Return a list, and what it holds, in Hydra's grammar: its quoted texts have no escapes but those of quotes."""
+    """Return a list and its items in Hydra's grammar, whose quoted texts escape nothing except quotes."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_written, value))}]"
     return QuotedString(value, Quote.single).with_quotes() if isinstance(value, str) else json.dumps(value)
@@ -158,7 +158,7 @@ def _range(name: str, kind: str, values: Sequence[Any]) -> tuple[Any, Any]:
         raise ValueError(f"{name}: the ends of {kind} must be finite; got {list(values)}")
     if kind == "log" and low <= 0:
         raise ValueError(
-            f"{name}: log of {low:g} does not exist: the lowest value must be above 0; write for example "
+            f"{name}: the lowest value of log must be above 0; got {low:g}; write for example "
             f"{{log: [1e-6, {high:g}]}}, or {{float: [{low:g}, {high:g}]}}"
         )
     if low >= high:
@@ -176,5 +176,5 @@ def override(name: str, value: Value) -> str:
 
 
 def brief(params: Mapping[str, Value]) -> list[str]:
-    """Return parameters as people read them, with four digits."""
+    """Return parameters in readable form, with four significant digits."""
     return [f"{name}={v:.4g}" if isinstance(v, float) else f"{name}={v}" for name, v in params.items()]

@@ -1,4 +1,4 @@
-"""A study in a folder: its plan, one Optuna study for each method in one storage, and its winners."""
+"""A study in a folder: its plan, one Optuna study per method in one storage, and its winners."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from .search_plan import Plan, parse_plan
 from .space import Value
 from .study_files import ERROR, JOURNAL, LOCKS, PLAN, WINNERS, read_job
 
-HEARTBEAT = 20  # seconds; a trial of a database that has missed three is lost
+HEARTBEAT = 20  # seconds; in a database, a trial that has missed three is lost
 # In study.yaml in addition to the plan: the score that decides, max or min, the directory where runs start, the URL of
-# a database (or None for a journal in the folder), and the name of the study in it, before the name of a method.
+# a database (None for a journal in the folder), and the study's name in it, which precedes that of a method.
 MORE = ("monitor", "mode", "directory", "storage", "study")
-LOSS = "val/loss"  # of a trial: decides between equal scores
-FREE = 3  # trials in a row that cost nothing, such as those that fail before their first batch, end a method
+LOSS = "val/loss"  # of a trial: breaks ties between equal scores
+FREE = 3  # this many trials in a row without cost, such as failures before the first batch, end a method
 
 
 def load_optuna() -> Any:
-    """Return Optuna, which otherwise logs every trial."""
+    """Import Optuna with its log level set to ERROR; otherwise it logs every trial."""
     with needs_extra("search", "reft-search needs Optuna"):
         import optuna
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -43,14 +43,14 @@ def load_optuna() -> Any:
 
 @contextmanager
 def experimental() -> Iterator[None]:
-    """Use what Optuna calls experimental, without a warning each time."""
+    """Suppress the warnings about Optuna's experimental features inside the block."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", load_optuna().exceptions.ExperimentalWarning)
         yield
 
 
 def open_storage(folder: Path, url: str | None) -> Any:
-    """Return Optuna's storage of a study: a journal in its folder, or a database, where trials have a heartbeat.
+    """Return a study's Optuna storage: a journal in its folder, or a database, in which trials have a heartbeat.
 
     Raises:
         ValueError: for a database that cannot be reached, or whose driver is not installed.
@@ -60,7 +60,7 @@ def open_storage(folder: Path, url: str | None) -> Any:
         lock: Any = Lock(folder / LOCKS / "journal")
         backend = storages.journal.JournalFileBackend(str(folder / JOURNAL), lock_obj=lock)
         return storages.JournalStorage(backend)
-    # a connection that the server has closed meanwhile is opened again
+    # reopen a connection that the server has closed
     options: dict[str, Any] = {"pool_pre_ping": True}
     if url.startswith("sqlite"):
         options["connect_args"] = {"timeout": 60}
@@ -73,18 +73,18 @@ def open_storage(folder: Path, url: str | None) -> Any:
             )  # fmt: skip
         except ImportError as error:
             raise ValueError(
-                f"storage={shown} needs the driver of this database: {error}; for PostgreSQL: "
+                f"storage={shown} needs the database's driver: {error}; for PostgreSQL: "
                 'pip install "reft_lightning[postgresql]"'
             ) from error
-        except Exception as error:  # whatever SQLAlchemy and the driver raise
-            raise ValueError(f"storage={shown} cannot be opened: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # SQLAlchemy and the driver may raise anything
+            raise ValueError(f"cannot open storage={shown}: {str(error).splitlines()[0]}") from error
 
 
 def run_again(study: Any, trial: Any) -> None:
-    """Queue a lost trial again, with its parameters and from its beginning."""
+    """Requeue a lost trial with the same parameters, from the start."""
     trial = copy.deepcopy(trial)
     trial.user_attrs = {}
-    # without the rungs of successive halving that the lost attempt had reached
+    # drop the rungs of successive halving that the lost attempt had reached
     kept = {name: v for name, v in trial.system_attrs.items() if not name.startswith("completed_rung")}
     trial.system_attrs = kept
     with experimental():
@@ -102,17 +102,17 @@ def read_study(folder: Path) -> tuple[Plan, dict[str, Any]]:
     path = folder / PLAN
     if not path.is_file():
         raise ValueError(
-            f"{folder} is not a study: it has no {PLAN}; begin one with reft-search search=NAME folder={folder}"
+            f"{folder} is not a study: it has no {PLAN}; start one with reft-search search=NAME folder={folder}"
         )
     values = read_yaml(path)
     if missing := [key for key in ("name", *MORE) if key not in values]:
-        raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
+        raise ValueError(f"{path} is damaged: missing {', '.join(missing)}")
     more = {key: values.pop(key) for key in MORE}
     return parse_plan(values["name"], values, where=str(path)), more
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """Return the contents of a run's ``results.json``; nothing where there is none yet."""
+    """Return the contents of a run's ``results.json``; empty if there is none yet."""
     path = folder / "results.json"
     return read_json(path) if path.is_file() else {}
 
@@ -130,7 +130,7 @@ class Study:
         self.turn = Lock(self.folder / LOCKS / "turn")
         pruner: Any = self.optuna.pruners.NopPruner()
         if self.plan.pruner == "successive_halving":
-            # asynchronous: a trial waits for no other (Li et al. 2020, arXiv:1810.05934), and one of three goes on
+            # asynchronous: trials do not wait for each other (Li et al. 2020, arXiv:1810.05934); one of three continues
             pruner = self.optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
         self.studies: dict[str, Any] = {
             method: self.optuna.create_study(
@@ -141,42 +141,42 @@ class Study:
         }  # fmt: skip
 
     def trials(self, method: str) -> list[Any]:
-        """Return a method's trials as Optuna keeps them."""
+        """Return a method's trials from Optuna."""
         return self.studies[method].get_trials(deepcopy=False)
 
     def best(self, method: str) -> Any | None:
-        """Return the trial with the best validation score, of equals the lowest loss; None where none is complete."""
+        """Return the trial with the best validation score, ties broken by loss; None if none is complete."""
         return best_of(self.trials(method), self.maximize)
 
     def start(self) -> None:
-        """Note that the command was started: methods that gave up, and winners that failed, are tried again."""
+        """Record that the command was started: methods that gave up and winners that failed are tried again."""
         for study in self.studies.values():
             study.set_user_attr("started", datetime.datetime.now().isoformat())
         for error in self.folder.glob(f"{WINNERS}/*/*/{ERROR}"):
             error.unlink()
 
     def gave_up(self, method: str, trials: list[Any]) -> bool:
-        """Return whether the last trials since the command's start cost nothing: no budget would end the method."""
+        """Return whether the latest trials since the command's start cost nothing, so the budget would never end it."""
         started = self.studies[method].user_attrs.get("started", "")
         times = [(t, t.datetime_complete) for t in counted(trials)]
         ended = [t for t, time in times if time and time.isoformat() >= started]
         return len(ended) >= FREE and not spent(ended[-FREE:])[self.plan.budget.unit]
 
     def has_room(self, method: str, trials: list[Any]) -> bool:
-        """Return whether another trial of a method may begin."""
+        """Return whether another trial of a method may start."""
         if spent(trials)[self.plan.budget.unit] >= self.plan.budget.amount or self.gave_up(method, trials):
             return False
         return self.plan.sampler != "grid" or len(counted(trials)) < self.plan.grid_size(method)
 
     def next_method(self) -> tuple[str | None, bool]:
-        """Return the method of the next trial, the one that has spent the least, and whether any trial runs."""
+        """Return the method of the next trial, which has spent the least, and whether any trial is running."""
         trials, unit = {method: self.trials(method) for method in self.plan.methods}, self.plan.budget.unit
         costs = {m: spent(found)[unit] for m, found in trials.items() if self.has_room(m, found)}
         running = any(trial.state.name == "RUNNING" for found in trials.values() for trial in found)
         return min(costs, key=costs.__getitem__, default=None), running
 
     def winners(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Yield folder and job of each run of a winner: its best trial's parameters with one seed of the plan."""
+        """Yield the folder and the job of each winner's run: the best trial's parameters with one seed of the plan."""
         for method in self.plan.methods:
             best = self.best(method)
             if best is None:
@@ -190,13 +190,13 @@ class Study:
                 }  # fmt: skip
 
     def edges(self, method: str, params: Mapping[str, Value]) -> list[str]:
-        """Return at which edges of its space a winner lies: values beyond were not tried."""
+        """Return the edges of the search space that a winner is at; values beyond them were not tried."""
         found = [(d.edge(params[d.name]), d.name) for d in self.plan.space(method)]
         return [f"at the {edge} edge of {name}" for edge, name in found if edge]
 
 
 def best_of(trials: Sequence[Any], maximize: bool) -> Any | None:
-    """Return the complete Optuna trial with the best score, of equals the lowest loss; None where none is complete."""
+    """Return the complete Optuna trial with the best score, ties broken by loss; None if none is complete."""
 
     def order(trial: Any) -> tuple[float, float, int]:
         loss = trial.user_attrs.get(LOSS)
@@ -206,7 +206,7 @@ def best_of(trials: Sequence[Any], maximize: bool) -> Any | None:
 
 
 def winner_status(folder: Path, job: Mapping[str, Any]) -> str:
-    """Return ``complete``, ``failed``, or ``waiting``: also where the folder holds the run of an earlier winner."""
+    """Return ``complete``, ``failed`` or ``waiting``; waiting also if the folder holds an earlier winner's run."""
     if read_job(folder).get("overrides") != job["overrides"]:
         return "waiting"
     if (folder / ERROR).is_file():
@@ -215,12 +215,12 @@ def winner_status(folder: Path, job: Mapping[str, Any]) -> str:
 
 
 def was_tested(folder: Path, job: Mapping[str, Any]) -> bool:
-    """Return whether a winner's run was stopped after its test: it goes on, and reads no test row again."""
+    """Return whether a winner's run was stopped after its test: it resumes without reading test rows again."""
     tested = any(name.startswith("test/") for name in read_results(folder).get("metrics", {}))
     same = read_job(folder).get("overrides") == job["overrides"]
     return tested and same and last_checkpoint(folder).is_file()
 
 
 def study_name(study: str, method: str) -> str:
-    """Return the name of a method's study in the storage, which may hold other searches too."""
+    """Return the name of a method's study in the storage, which may also contain other searches."""
     return f"{study}/{method}"

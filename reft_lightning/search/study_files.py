@@ -1,12 +1,12 @@
-"""The files of a study, named once for the search that writes them and the report that reads them.
+"""The files of a study, defined once for the search that writes them and the report that reads them.
 
 ::
 
     study.yaml                      the plan, the score that decides, and where runs start
-    study.journal                   Optuna's storage, unless storage=URL names another
+    study.journal                   Optuna's storage, unless storage=URL is given
     trials/METHOD/NUMBER/           a sealed run folder; job.json says what it is, command.txt repeats it
     winners/METHOD/seed_SEED/       a run folder with the test split; job.json says which trial won
-    test_reads.jsonl                a line before each read of a test split
+    test_reads.jsonl                one line, written before each read of a test split
     summary.json                    what each method spent, its winner, failures, reads
 """
 
@@ -27,6 +27,6 @@ JOB, COMMAND, LOG, ERROR = "job.json", "command.txt", "log.txt", "error.txt"
 
 
 def read_job(folder: Path) -> dict[str, Any]:
-    """Return what ``job.json`` of a run folder holds; nothing for a run that is not part of a study."""
+    """Return the contents of a run folder's ``job.json``; empty for a run that is not part of a study."""
     path = folder / JOB
     return read_json(path) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""``summary.json``: what each method of a study spent, its winner, who ended early, and every read of a test split."""
+"""``summary.json``: what each method of a study spent, its winner, early endings, and every read of a test split."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def summarize(study: Study) -> dict[str, Any]:
     ``budget`` (``unit``, ``amount``, ``verdict``), ``test_reads``, and for each of ``methods``: ``trials`` (counts by
     outcome), ``spent`` (in every unit), ``best`` (``number``, ``value``, ``params``, ``edges``, ``folder``),
     ``winners`` (seed -> ``folder``, ``status``, ``metrics``), ``failed`` (number -> error), ``gave_up`` (why it ended
-    before its budget, or an empty text). Folders are relative to the study's.
+    before its budget, or an empty string). Folders are relative to the study's.
     """
     plan, budget = study.plan, study.plan.budget
     with study.turn:  # one writer at a time
@@ -74,9 +74,9 @@ def _winner(study: Study, folder: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def remarks_of(method: Mapping[str, Any]) -> list[str]:
-    """Return what the part of a method in a summary says of its winner and of its end, in words."""
+    """Return remarks on a method's winner and on how its search ended, from its part of a summary."""
     edges = (method.get("best") or {}).get("edges")
-    remarks = [f"the winner lies {', '.join(edges)}; values beyond were not tried"] if edges else []
+    remarks = [f"the winner is {', '.join(edges)}; values beyond were not tried"] if edges else []
     if method.get("gave_up"):
         remarks.append(f"it ended before its budget: {method['gave_up']}")
     return remarks

@@ -1,8 +1,8 @@
-"""One run of a study, in a process of its own: ``python -m reft_lightning.search.trial STUDY FOLDER [TRUSTED]``.
+"""One run of a study, in its own process: ``python -m reft_lightning.search.trial STUDY FOLDER [TRUSTED]``.
 
 ``job.json`` in the run's folder says what to run. A trial is an ordinary run whose test split is sealed; it reports its
-validations to Optuna, and ends where it is pruned or would exceed the budget. A winner is an ordinary run with the
-test split; each read of that split is written down before it happens.
+validations to Optuna, and ends if it is pruned or would exceed the budget. A winner is an ordinary run with the test
+split; each read of that split is recorded before it happens.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from .space import brief
 from .study import Study, read_results, was_tested
 from .study_files import LEDGER, read_job
 
-PERIOD = 2.0  # seconds between two notes of what a trial has spent, and two looks at what others have
+PERIOD = 2.0  # seconds between two updates of a trial's own cost and of the other trials' costs
 
 
 class TrialCallback(Callback):
-    """Report a trial's validations and costs to Optuna; end it where it is pruned or would exceed the budget."""
+    """Report a trial's validations and costs to Optuna; end it if it is pruned or would exceed the budget."""
 
     def __init__(self, study: Study, method: str, number: int) -> None:
         self.study, self.method, self.number = study, method, number
@@ -55,7 +55,7 @@ class TrialCallback(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin no batch when the budget is used up."""
+        """End the trial before a batch if the budget is used up."""
         if self.unit == "trials":
             return
         if time.perf_counter() - self._noted >= PERIOD:
@@ -66,37 +66,37 @@ class TrialCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count."""
-        # batches of other ranks are about as long
+        """Update the costs."""
+        # batches of other ranks have about as many tokens
         tokens = cast(Any, pl_module).tokens * trainer.world_size
         seconds = time.perf_counter() - self._started
         self.cost = {"steps": trainer.global_step, "tokens": tokens, "seconds": seconds}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report the score, unless it is NaN; end the trial where the pruner says so."""
+        """Report the score, unless it is NaN; end the trial if the pruner decides so."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self._validations += 1
         self._note(trainer)
         score = float(trainer.callback_metrics[self.monitor])
-        behind = False
+        prune = False
         if trainer.is_global_zero and math.isfinite(score):
             self.trial.report(score, self._validations)
-            behind = self.trial.should_prune()
-        if _agreed(trainer, behind):
+            prune = self.trial.should_prune()
+        if _agreed(trainer, prune):
             number, pruner = self._validations, self.study.plan.pruner
             self._end(trainer, f"{pruner}: {self.monitor} fell behind at validation {number}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the whole cost."""
+        """Record the total cost."""
         self._note(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Note what was spent until then."""
+        """Record the cost so far."""
         self._note(trainer)
 
     def _note(self, trainer: Trainer) -> None:
-        """Write what this trial has spent, and read what the others have."""
+        """Write this trial's cost, and read that of the others."""
         self._noted = time.perf_counter()
         self.cost["seconds"] = self._noted - self._started
         if trainer.is_global_zero:
@@ -111,18 +111,18 @@ class TrialCallback(Callback):
 
 
 def _agreed(trainer: Trainer, decision: bool) -> bool:
-    """Return the decision of the first rank."""
+    """Return the decision of rank 0."""
     return trainer.strategy.broadcast(decision) if trainer.world_size > 1 else decision
 
 
 class TestLedger(Callback):
-    """Write a line into the study's ledger before each read of the test split by the run in a folder."""
+    """Append a line to the study's ledger before each read of the test split by the run in a folder."""
 
     def __init__(self, path: Path, folder: Path, method: str, seed: int) -> None:
         self.path, self.folder, self.method, self.seed = path, folder, method, seed
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the line."""
+        """Append the line."""
         if not trainer.is_global_zero:
             return
         line = {
@@ -137,16 +137,16 @@ class TestLedger(Callback):
 
 
 def run_job(study: Path, folder: Path) -> dict[str, Any]:
-    """Run what ``job.json`` of a folder says; return the contents of ``results.json``."""
+    """Run the job described in a folder's ``job.json``; return the contents of ``results.json``."""
     job = read_job(folder)
     config = compose.compose(job["overrides"])
     if config.sealed != (job["kind"] == "trial"):
-        raise ValueError(f"{folder}: a trial is sealed and a winner is not; its overrides say otherwise")
+        raise ValueError(f"{folder}: a trial must be sealed and a winner must not be; its overrides differ")
     params = brief(job["params"]) if job["kind"] == "trial" else []
     config = filed(
         config, group=study.resolve().name, job_type=job["kind"], name=label(config, params, job["method"])
     )
-    # the folder is the study's: what a lost worker left there is begun anew; a stranger cannot trust himself
+    # the folder is the study's: restart what a lost worker left there; an untrusted study cannot set trust_code
     config = replace(config, overwrite=True, trust_code=config.trust_code and trusted())
     if job["kind"] == "trial":
         own: Callback = TrialCallback(Study(study), job["method"], job["number"])
@@ -159,7 +159,7 @@ def run_job(study: Path, folder: Path) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the job of a folder, of a study that is trusted or not; leave with status 2 where it cannot start."""
+    """Run the job of a folder, in a study that is trusted or not; exit with status 2 if it cannot start."""
     end_with_parent()
     study, folder, *trust = argv
     if trust:

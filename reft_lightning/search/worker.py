@@ -1,8 +1,9 @@
 """A worker of a study: it runs trials while a method has budget left, then the winners.
 
-Several workers, also on several machines that share the study's folder, work on one study. A worker waits for its turn,
-chooses the method that has spent the least, and begins a trial of it with Optuna's ``study.optimize``; when the trial
-has drawn its parameters, the next worker has its turn. So no two workers start the last trial, or draw the same.
+Several workers can work on one study, also on several machines that share its folder. A worker waits for its turn,
+chooses the method that has spent the least, and starts a trial of it with Optuna's ``study.optimize``; when the trial
+has drawn its parameters, the next worker has its turn. So no two workers start the last trial, or draw the same
+parameters.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from .study_files import COMMAND, ERROR, JOB, LOCKS, LOG, TRIALS
 from .summary import summarize
 
 log = logging.getLogger(__name__)
-TRUSTED = "trusted"  # after the arguments of a worker's process, and of a run's
-WAIT = 0.5  # seconds between two looks for a trial, while others run the last ones
-# Runs what job.json of a folder says, holding a lock; returns how it failed, or an empty text.
+TRUSTED = "trusted"  # last argument of a worker's process, and of a run's
+WAIT = 0.5  # seconds between two checks for a new trial, while others run the last ones
+# Runs the job of a folder while holding a lock; returns how it failed, or an empty string.
 Runner = Callable[[Path, Lock], str]
 
 
@@ -42,14 +43,14 @@ class TrialFailed(RuntimeError):
 class Worker:
     """A worker of a study.
 
-    `run` runs what ``job.json`` of a folder says, by default in a process of its own. `trusted` says whether the names
-    that the study holds may be any module's, as those of one's own plan.
+    ``run`` runs the job in a folder, by default in its own process. ``trusted`` says whether the study may name any
+    module, like the user's own plan.
     """
 
     def __init__(self, study: Study, run: Runner | None = None, trusted: bool = True) -> None:
         self.study, self.run, self.trusted = study, run or self._run_in_process, trusted
         self._number = -1  # of its trial
-        self._alive = Lock(study.folder / LOCKS / "none")  # held while its run lasts
+        self._alive = Lock(study.folder / LOCKS / "none")  # held while its run is active
 
     def work(self) -> None:
         """Run what is left of the study."""
@@ -57,7 +58,7 @@ class Worker:
         self.train_winners()
 
     def search(self) -> None:
-        """Run trials until no method has one that runs or can begin."""
+        """Run trials until no method has one that is running or can start."""
         while True:
             with self.study.turn:
                 for method in self.study.plan.methods:
@@ -84,10 +85,10 @@ class Worker:
             if self._number >= 0:
                 run_again(study, self.study.trials(method)[self._number])
             raise
-        except ValueError:  # Optuna cannot end a trial that has ended
+        except ValueError:  # Optuna cannot end a trial that has already ended
             if self._number in {trial.number for trial in counted(self.study.trials(method))}:
                 raise
-            log.warning("trial %s %d was taken for lost, as its heartbeat had stopped: another attempt counts",
+            log.warning("trial %s %d was considered lost, as its heartbeat had stopped: another attempt counts instead",
                         method, self._number)  # fmt: skip
         finally:
             self._alive.release()
@@ -106,7 +107,7 @@ class Worker:
         prepare(folder, {"kind": "trial", **values})
         failed = self.run(folder, self._alive)
         results = read_results(folder)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the adapter stays
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the adapter is kept
         status, metrics = results.get("status"), results.get("metrics", {})
         value = metrics.get(study.monitor)
         trial.set_user_attr("config_hash", results.get("config_hash"))
@@ -117,7 +118,7 @@ class Worker:
         if failed or status != "complete" or value is None or not math.isfinite(value):
             unscored = "not a number" if study.monitor in metrics else "missing"
             score = unscored if value is None else value
-            ending = f"the run ended as {status!r}, and {study.monitor} is {score}"
+            ending = f"the run ended with status {status!r}, and {study.monitor} is {score}"
             trial.set_user_attr("error", failed or results.get("error") or ending)
             raise TrialFailed
         return value
@@ -133,7 +134,7 @@ class Worker:
         return failure(code, folder / LOG)
 
     def _sampler(self, method: str) -> Any:
-        """Return the sampler of one trial: its draws depend on the plan's seed, the method and the earlier trials."""
+        """Return the sampler of one trial, whose draws depend on the plan's seed, the method and earlier trials."""
         samplers, plan = self.study.optuna.samplers, self.study.plan
         if plan.sampler == "grid":
             return samplers.GridSampler(plan.grid(method), seed=_seed(f"{plan.sampler_seed}"))
@@ -143,11 +144,11 @@ class Worker:
         return samplers.TPESampler(seed=seed, n_startup_trials=plan.startup_trials)
 
     def _retry_lost(self, method: str) -> None:
-        """Queue trials again whose processes have died; the caller has the turn."""
+        """Requeue trials whose processes have died; the caller must hold the turn."""
         study, optuna = self.study.studies[method], self.study.optuna
         if isinstance(self.study.storage, optuna.storages.RDBStorage):
             with experimental():
-                optuna.storages.fail_stale_trials(study)  # those without a heartbeat
+                optuna.storages.fail_stale_trials(study)  # trials without a heartbeat
             return
         for trial in self.study.trials(method):  # a journal has no heartbeat; a running trial holds a lock
             alive = self._lock(method, trial.number)
@@ -160,7 +161,7 @@ class Worker:
         return Lock(self.study.folder / LOCKS / f"{method}.{run}")
 
     def train_winners(self) -> None:
-        """Run winners that no other worker runs, has finished, or has failed at since the command was started."""
+        """Run the winners that no other worker is running, has finished, or has failed since the command started."""
         for folder, job in self.study.winners():
             alive = self._lock(job["method"], f"seed_{job['seed']}")
             if not alive.acquire(wait=False):
@@ -170,18 +171,18 @@ class Worker:
                     continue
                 if not was_tested(folder, job):
                     prepare(folder, job)
-                log.info("winner %s, seed %d: trained again, and tested", job["method"], job["seed"])
+                log.info("winner %s, seed %d: retraining and testing", job["method"], job["seed"])
                 failed = self.run(folder, alive)
                 status = read_results(folder).get("status")
                 if failed or status != "complete":
-                    failed = failed or f"the run ended as {status!r}"
+                    failed = failed or f"the run ended with status {status!r}"
                     write_text(folder / ERROR, failed + "\n")
                 log.info("winner %s, seed %d: %s", job["method"], job["seed"], failed or status)
             summarize(self.study)
 
 
 def prepare(folder: Path, job: Mapping[str, Any]) -> None:
-    """Write the folder of a run anew: what it is, and the command that repeats it."""
+    """Write a new folder for a run, with its job and the command that repeats it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write_json(folder / JOB, job)
@@ -196,7 +197,7 @@ def _seed(text: str) -> int:
 
 
 def main(folder: Path, trusted: bool) -> None:
-    """Be one of several workers: ``python -m reft_lightning.search.worker FOLDER [TRUSTED]``."""
+    """Run one of several workers: ``python -m reft_lightning.search.worker FOLDER [TRUSTED]``."""
     end_with_parent(signal.SIGTERM)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

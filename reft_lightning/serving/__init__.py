@@ -1,1 +1,1 @@
-"""reft-serve: many adapters of one base model behind an OpenAI-compatible endpoint."""
+"""reft-serve: many adapters on one base model behind an OpenAI-compatible endpoint."""

@@ -1,4 +1,4 @@
-"""What one request asks for, and the answer as it grows, token by token.
+"""A request and its answer, which grows token by token.
 
 Shapes: b rows, v tokens of the vocabulary.
 """
@@ -18,23 +18,23 @@ from transformers import LogitsProcessor
 
 log = logging.getLogger(__name__)
 
-UNFINISHED = "�"  # what a tokenizer shows of a character whose other bytes are still to come
+UNFINISHED = "�"  # a tokenizer's output for a character whose remaining bytes are still to come
 AGAIN = 32  # tokens that are decoded again with each new one
-CLEANED = 8  # characters at the end that may still change where a tokenizer takes blanks away, as in "do n't"
+CLEANED = 8  # characters at the end that may still change if a tokenizer removes blanks, as in "do n't"
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """A token and its log-probability under the model, whatever it was sampled with."""
+    """A token and its log-probability under the model, before temperature and top_p."""
 
     token: int
     logprob: float
-    top: tuple[tuple[int, float], ...]  # the likeliest tokens, best first
+    top: tuple[tuple[int, float], ...]  # the most likely tokens, best first
 
 
 @dataclass(frozen=True)
 class Part:
-    """A further piece of an answer."""
+    """The next piece of an answer."""
 
     text: str
     likelihoods: tuple[Likelihood, ...] = ()
@@ -46,18 +46,20 @@ class Answer:
     """One request, and its answer so far."""
 
     prompt: list[int]  # token ids
-    # called with each :class:`Part`, or the exception that ended the answer, from the thread that generates
+    # called from the generating thread with each :class:`Part`, or with the exception that ended the answer
     emit: Callable[[Part | Exception], Any]
-    adapter: str | None = None  # a name of the model, or None for the base
-    strength: float = 1.0  # times the adapter's scale
+    adapter: str | None = None  # the model's name for the adapter, or None for the base
+    strength: float = 1.0  # multiplies the adapter's scale
     max_tokens: int = 256  # of the answer
-    temperature: float = 0.0  # 0 takes the likeliest token
-    top_p: float = 1.0  # draw from the likeliest tokens that hold this share
-    seed: int | None = None  # of the draws; the answer does not depend on what else is in the batch
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0  # sample from the most likely tokens with this total probability
+    seed: int | None = None  # of the sampling; the answer does not depend on the rest of the batch
     stop: Sequence[str] = ()  # the answer ends before any of these
-    follows: bool = True  # whether its text goes on from the prompt's, which an encoder-decoder's does not
-    top: int | None = None  # how many of the likeliest tokens are reported; None reports no log-probabilities
-    seen: Any = None  # the prompt with its pictures, an :class:`EncodedImage`, for a model that reads such
+    follows: bool = True  # whether its text continues the prompt's; false for an encoder-decoder
+    top: int | None = None  # number of most likely tokens to report; None reports no log-probabilities
+    seen: Any = (
+        None  # the prompt with its pictures, an :class:`EncodedImage`, for a model that reads pictures
+    )
     tokens: list[int] = field(default_factory=list)
     done: bool = False
     cancelled: bool = False
@@ -66,10 +68,13 @@ class Answer:
         self._sent = 0  # characters
         self._waiting: list[Likelihood] = []
         self._draws: torch.Generator | None = None
-        # what the decoded tokens follow, from the start of a character: the end of the prompt or of what is settled
+        # (ids, text) before the tokens to decode, from a character boundary: the end of the prompt or of settled text
         self._before: tuple[list[int], str] | None = None
-        self._cleans = False  # whether the tokenizer takes blanks away
-        self._settled, self._settled_text = 0, ""  # of the answer, the tokens that are not decoded again
+        self._cleans = False  # whether the tokenizer removes blanks
+        self._settled, self._settled_text = (
+            0,
+            "",
+        )  # number and text of the answer's tokens that are not decoded again
 
     def choose(self, logits: Tensor) -> int:  # (v,)
         """Return the next token."""
@@ -85,7 +90,7 @@ class Answer:
         return int(torch.multinomial(p, 1, generator=self._draws))
 
     def add(self, token: int, logits: Tensor, tokenizer: Any, ends: Sequence[int]) -> None:
-        """Take a token, and send what of the text is certain."""
+        """Append a token, and send the part of the text that can no longer change."""
         if self.cancelled:
             self.done = True
             return
@@ -109,7 +114,7 @@ class Answer:
             self.emit(part)
 
     def _text(self, tokenizer: Any) -> str:
-        # after the end of the prompt: on their own, SentencePiece tokenizers drop the leading blank
+        # decode after the end of the prompt: SentencePiece tokenizers drop the leading blank of a text on its own
         if self._before is None:
             numbers = range(1, 5) if self.follows else ()
             ends = ((ids, _decoded(tokenizer, ids)) for n in numbers if (ids := self.prompt[-n:]))
@@ -126,7 +131,7 @@ class Answer:
         return text
 
     def _uncertain(self, text: str) -> int:
-        """Return how many characters at the end may still change, or begin a stop string."""
+        """Return how many characters at the end may still change, or may be the start of a stop string."""
         whole = text.rstrip(UNFINISHED)
         starts = (n for word in self.stop for n in range(len(word) - 1, 0, -1) if whole.endswith(word[:n]))
         return len(text) - len(whole) + max(*starts, CLEANED if self._cleans else 0, 0)
@@ -136,9 +141,9 @@ def _decoded(tokenizer: Any, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-@cache  # once a tokenizer
+@cache  # once per tokenizer
 def _cleans(tokenizer: Any) -> bool:
-    """Whether a tokenizer takes blanks away before punctuation, as those of some T5s do."""
+    """Whether a tokenizer removes blanks before punctuation, as those of some T5 models do."""
     ids = tokenizer("a .", add_special_tokens=False)["input_ids"]
     return tokenizer.decode(ids) != tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
@@ -152,18 +157,18 @@ def _likelihood(token: int, logits: Tensor, top: int) -> Likelihood:
 
 
 def tell(answer: Answer, error: Exception) -> None:
-    """End an answer with an error; whoever asked may be gone."""
+    """End an answer with an error; the client may be gone."""
     answer.done = True
     try:
         answer.emit(error)
     except Exception as failed:
-        log.warning("a request could not be told that it failed: %s", failed)
+        log.warning("could not report the failure of a request to its client: %s", failed)
 
 
 class Choosing(LogitsProcessor):
-    """Lets each row of a generation choose its own tokens, and leaves only those possible; after its end, `pad`.
+    """Let each row of a batch choose its own tokens, by masking all others; after its end, ``pad``.
 
-    A row with `again`, the tokens that were chosen before, begins with those.
+    A row first repeats its tokens in ``again``, which were chosen before.
     """
 
     def __init__(
@@ -179,7 +184,7 @@ class Choosing(LogitsProcessor):
         self.steps = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (b, s), (b, v) -> (b, v)
-        """Return scores in which one token of each row is possible."""
+        """Return scores that allow one token in each row."""
         self.steps += 1
         chosen = torch.full_like(scores, -torch.inf)
         for row, (answer, logits) in enumerate(zip(self.answers, scores, strict=True)):
@@ -190,7 +195,7 @@ class Choosing(LogitsProcessor):
                 try:
                     token = answer.choose(logits)
                     answer.add(token, logits, self.tokenizer, self.ends)
-                except Exception as error:  # of one request, not of the others in the batch
+                except Exception as error:  # fails this request, not the others in the batch
                     tell(answer, error)
             chosen[row, token] = 0
         return chosen

@@ -1,4 +1,4 @@
-"""The HTTP side: routes, errors, streams, and what a request may ask for."""
+"""The HTTP side: routes, errors, streams, and limits of requests."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from .protocol import ChatRequest, Message, TextRequest, Writer, failure, usage
 log = logging.getLogger(__name__)
 
 MAX_BODY = 4_000_000  # bytes
-MAX_BODY_SEEN, MAX_PICTURES = 20_000_000, 16  # of a model that reads pictures
-MAX_PIXELS = 50_000_000  # of all pictures: a few bytes may unfold to gigabytes
-ANSWER = 256  # tokens, where a request names no number
-PATIENCE = 3  # s for answers under way when the server is told to end; the others are told so
+MAX_BODY_SEEN, MAX_PICTURES = 20_000_000, 16  # for a model that reads pictures
+MAX_PIXELS = 50_000_000  # of all pictures together: a few bytes may decompress to gigabytes
+ANSWER = 256  # tokens, if a request sets no limit
+PATIENCE = 3  # s for answers in progress at shutdown; then they end with an error
 
 
 @dataclass(frozen=True)
 class Served:
-    """One name that requests may ask for."""
+    """One model name that requests may use."""
 
-    adapter: str | None  # its name on the model; None for the base
-    prompts: PromptFormat | None = None  # as it was trained on them; None if that is not known
+    adapter: str | None  # the model's name for the adapter; None for the base
+    prompts: PromptFormat | None = None  # the prompt format it was trained on; None if unknown
 
 
 class Refused(Exception):
@@ -54,10 +54,10 @@ class Refused(Exception):
 
 
 def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = None) -> FastAPI:
-    """Return the application, with which the engine is closed.
+    """Return the application; the engine closes with it.
 
-    `served` are the models that a request may name. A `token` is what clients must send as ``Authorization: Bearer
-    TOKEN``.
+    ``served`` maps the names that requests may use to models. With a ``token``, clients must send ``Authorization:
+    Bearer TOKEN``.
     """
 
     @asynccontextmanager
@@ -65,7 +65,9 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
         yield
         await asyncio.to_thread(engine.close)
 
-    reading = asyncio.Lock()  # some tokenizers change their settings for each text, as NLLB's: one at a time
+    reading = (
+        asyncio.Lock()
+    )  # one at a time, as some tokenizers, such as NLLB's, change their settings for each text
     app = FastAPI(title="reft-serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.middleware("http")
@@ -77,10 +79,10 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
         if request.method == "POST":
             length = request.headers.get("content-length", "")
             if not length.isdecimal() or "transfer-encoding" in request.headers:
-                return JSONResponse(failure("a request must say its Content-Length"), 411)
+                return JSONResponse(failure("a request must have a Content-Length header"), 411)
             most = MAX_BODY_SEEN if engine.sees else MAX_BODY
             if int(length) > most:
-                return JSONResponse(failure(f"a request may have {most:,} bytes"), 413)
+                return JSONResponse(failure(f"a request may have at most {most:,} bytes"), 413)
         return await call_next(request)
 
     @app.exception_handler(RequestValidationError)
@@ -126,7 +128,7 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
     def _known(name: str) -> Served:
         if name not in served:
             raise Refused(
-                f"there is no model {name!r}; there are {', '.join(served)}{did_you_mean(name, served)}",
+                f"model must be one of {', '.join(served)}; got {name!r}{did_you_mean(name, served)}",
                 404, "model_not_found",
             )  # fmt: skip
         return served[name]
@@ -136,7 +138,7 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
     ) -> Response:
         try:
             async with reading:
-                asked = await asyncio.to_thread(read)  # a long one takes seconds
+                asked = await asyncio.to_thread(read)  # a long prompt takes seconds
         except ValueError as error:
             raise Refused(str(error)) from error
         ids = asked.prompt_ids
@@ -149,8 +151,8 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
             if engine.two_texts:
                 most = f"the prompt, and {engine.context - 1} of the answer"
             raise Refused(
-                f"this model reads at most {engine.context} tokens of {most}; the prompt has {len(ids)}, and the "
-                f"answer may have {limit}",
+                f"this model reads at most {engine.context} tokens of {most}; the prompt has {len(ids)}, and up to "
+                f"{limit} were requested for the answer",
                 code="context_length_exceeded",
             )
         loop, parts = asyncio.get_running_loop(), asyncio.Queue[Part | Exception]()
@@ -173,7 +175,7 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
 
 
 class Server(uvicorn.Server):
-    """Ends answers before uvicorn cuts their connections, which tells clients nothing and fills the log."""
+    """A server that ends answers itself before uvicorn drops their connections without telling clients."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
         config.timeout_graceful_shutdown = PATIENCE + 2
@@ -181,7 +183,7 @@ class Server(uvicorn.Server):
         self.engine = engine
 
     async def shutdown(self, sockets: list[Any] | None = None) -> None:
-        """Wait for the answers under way, then tell them."""
+        """Wait for the answers in progress, then end them with an error."""
         telling = asyncio.create_task(self._tell())
         await super().shutdown(sockets)
         telling.cancel()
@@ -203,7 +205,7 @@ async def _whole(
             await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done():
                 waiting.cancel()
-                return Response(status_code=499)  # nobody reads it
+                return Response(status_code=499)  # the client is gone
             part = waiting.result()
             if isinstance(part, Exception):
                 status = 503 if isinstance(part, Busy) else 500
@@ -240,7 +242,7 @@ async def _stream(
         if writer.request.usage_at_end:
             yield _event(writer.body([], usage(len(answer.prompt), len(answer.tokens)), chunk=True))
         yield "data: [DONE]\n\n"
-    finally:  # also when the client went away
+    finally:  # also if the client disconnected
         answer.cancelled = not answer.done
 
 
@@ -253,7 +255,7 @@ def _model(name: str) -> dict[str, Any]:
 
 
 def _said(error: RequestValidationError) -> str:
-    """Return in one line what is wrong with a body, with the nearest name for a misspelt key."""
+    """Return in one line what is wrong with a request body, suggesting the closest name for a misspelt key."""
     said = []
     for one in error.errors()[:3]:
         where = ".".join(str(part) for part in one["loc"] if part != "body") or "the body"
@@ -264,18 +266,18 @@ def _said(error: RequestValidationError) -> str:
             said.append(f"{where}: {one['msg']}; {hint}")
         elif one["type"] == "extra_forbidden":
             known = {**ChatRequest.model_fields, **TextRequest.model_fields}
-            said.append(f"{where} is not an option here{did_you_mean(where, known)}")
+            said.append(f"{where} is not a supported option{did_you_mean(where, known)}")
         else:
             said.append(f"{where}: {one['msg']}")
     return "; ".join(said)
 
 
 def _asked(engine: Engine, served: Served, messages: list[Message]) -> Encoded:
-    """Return a conversation as the model reads it, in the words that the adapter was trained on."""
+    """Return a conversation as the model reads it, in the prompt format that the adapter was trained on."""
     turns = [(message.role, message.text) for message in messages]
     urls = [url for message in messages for url in message.pictures]
     if urls and not engine.sees:
-        raise Refused("this model reads text only: leave the pictures out")
+        raise Refused("this model reads text only: leave out the pictures")
     kind = KINDS["vision" if engine.sees else "generation"]
     prompts = replace(served.prompts or PromptFormat("chat"), kind=kind)
     system = turns.pop(0)[1] if turns[0][0] == "system" else prompts.system_prompt
@@ -283,7 +285,7 @@ def _asked(engine: Engine, served: Served, messages: list[Message]) -> Encoded:
         if engine.reader.chat_template is None:
             raise Refused("this model has no chat template; use /v1/completions")
         if not turns or turns[-1][0] != "user":
-            raise Refused("the last message must be the user's: it is what the model answers")
+            raise Refused("the last message must be the user's, which the model answers")
         if system:
             turns.insert(0, ("system", system))
     else:
@@ -293,21 +295,21 @@ def _asked(engine: Engine, served: Served, messages: list[Message]) -> Encoded:
                 "message, or use /v1/completions"
             )
         if system:
-            raise Refused(f"data.template={prompts.template} has no place for a system message: leave it out")
+            raise Refused(f"data.template={prompts.template} does not support a system message: leave it out")
     *before, (_, question) = turns
-    prompts = replace(prompts, system_prompt=None)  # it is one of the turns
+    prompts = replace(prompts, system_prompt=None)  # the system prompt is already one of the turns
     return engine.encode(prompts.prompt(question, engine.reader, before, _pictures(urls)))
 
 
 def _pictures(urls: list[str]) -> list[Picture]:
     if len(urls) > MAX_PICTURES:
-        raise Refused(f"a request may have {MAX_PICTURES} pictures; got {len(urls)}")
+        raise Refused(f"a request may have at most {MAX_PICTURES} pictures; got {len(urls)}")
     found = []
     for i, url in enumerate(urls):
         try:
             found.append(Picture(str(i + 1), data=b64decode(url, validate=True), sent=True))
         except ValueError as error:
-            raise Refused(f"the picture '{i + 1}' is not in base64: {error}") from error
+            raise Refused(f"the picture '{i + 1}' is not valid base64: {error}") from error
     if (pixels := sum(picture.pixels for picture in found)) > MAX_PIXELS:
-        raise Refused(f"the pictures may have {MAX_PIXELS:,} pixels together; got {pixels:,}")
+        raise Refused(f"the pictures may have at most {MAX_PIXELS:,} pixels together; got {pixels:,}")
     return found

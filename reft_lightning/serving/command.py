@@ -1,4 +1,4 @@
-"""``reft-serve FOLDER [FOLDER ...]``: load a base model once, all adapters onto it, and answer requests."""
+"""``reft-serve FOLDER [FOLDER ...]``: load a base model once with all adapters, and answer requests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 BASE = "base"  # the frozen model's name in requests
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TOKEN = "REFT_SERVE_TOKEN"  # the environment variable
-# s: clients let idle connections go after 5 to 60, and may be writing while a server hangs up first
+# s: clients drop idle connections after 5 to 60; if the server did so first, a client might be writing
 KEEP_ALIVE = 75
 
 
@@ -43,9 +43,9 @@ def main(
 ) -> None:
     """Serve adapters until interrupted.
 
-    `folders` are runs or adapters by their name in requests. The first run names the base model, or `model` does, a
-    file of ``conf/model``. An address of any but the own machine needs a token; up to `max_batch` rows are generated
-    together.
+    ``folders`` maps names in requests to runs or adapters. The base model is ``model``, a file in ``conf/model``, or
+    that of the first run. An address reachable from other machines needs a token; up to ``max_batch`` rows are
+    generated together.
 
     Raises:
         ValueError, OSError: before weights are loaded, for folders or addresses that cannot be used.
@@ -53,9 +53,9 @@ def main(
     token = os.environ.get(TOKEN) or None
     if host not in LOOPBACK and token is None:
         raise ValueError(
-            f"host={host} is reachable from other machines, where anybody could use this model: set the environment "
+            f"host={host} can be reached from other machines, so anybody could use this model: set the environment "
             f"variable {TOKEN} to a secret, such as {secrets.token_urlsafe(16)}, which clients send as their API "
-            "key; or leave host out, to listen on this machine only"
+            "key; or leave out host, to listen on this machine only"
         )
     with needs_extra("serve", "reft-serve needs FastAPI and uvicorn"):
         import uvicorn
@@ -71,13 +71,13 @@ def main(
     for name, adapter in adapters.items():
         if not (adapter / CONFIG_FILE).is_file():
             raise ValueError(
-                f"{folders[name]} is neither a run that trained interventions nor an adapter of them: there is no "
+                f"{folders[name]} must be a run that trained interventions, or their adapter: there is no "
                 f"{adapter / CONFIG_FILE}"
             )
     if model is None and not runs:
         raise ValueError(
-            "none of the folders is a run, whose config.yaml names the base model: add model=NAME, one of conf/model, "
-            "such as model=smollm2_135m"
+            "none of the folders is a run, whose config.yaml would name the base model: add model=NAME, a file in "
+            "conf/model, such as model=smollm2_135m"
         )
     config = compose.compose([f"model={model}"]) if model else next(iter(runs.values()))
     base, reader, _ = load_to_write(config, _kind(config, formats.values()))
@@ -90,15 +90,15 @@ def main(
     engine = Engine(reft, reader, max_batch)
     app = build_app(engine, served, token)
     log.info("models: %s", ", ".join(served))
-    whom = " to those who have the token" if token else ""
-    log.info("http://%s:%d/v1 answers as OpenAI's API does%s", host, port, whom)
+    whom = ", for clients with the token" if token else ""
+    log.info("serving an OpenAI-compatible API at http://%s:%d/v1%s", host, port, whom)
     settings = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_keep_alive=KEEP_ALIVE)
-    with suppress(KeyboardInterrupt):  # the server has ended when uvicorn raises it
+    with suppress(KeyboardInterrupt):  # uvicorn raises it after the server has shut down
         Server(settings, engine).run()
 
 
 def _kind(config: Config, formats: Collection[PromptFormat]) -> Kind:
-    """Return what kind of texts the model reads: with pictures where a run had such; without runs, where it can."""
+    """Return the kind of the model's rows: with pictures if a run had them or, without runs, if it can read them."""
     sees = any(prompts.kind.sees for prompts in formats)
     if not formats:
         sees = bool(image_tokens(hf_config_of(model_source(config))))
@@ -106,15 +106,15 @@ def _kind(config: Config, formats: Collection[PromptFormat]) -> Kind:
 
 
 def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> tuple[ReftModel, dict[str, str]]:
-    """Load several adapters onto one base model; return it, and what it calls each of them.
+    """Load several adapters onto one base model; return it, and its internal name for each of them.
 
     Raises:
-        ValueError: naming the folder whose adapter does not fit.
+        ValueError: naming the folder whose adapter cannot be served.
     """
     reft: ReftModel | None = None
     names: dict[str, str] = {}
     for number, (name, folder) in enumerate(folders.items()):
-        names[name] = f"{DEFAULT}-{number}" if number else DEFAULT  # requests may use any words
+        names[name] = f"{DEFAULT}-{number}" if number else DEFAULT  # names in requests may be any text
         try:
             if reft is None:
                 reft = ReftModel.from_pretrained(base, folder)
@@ -123,25 +123,26 @@ def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> tuple[R
             adapter = reft.adapters[names[name]]
             if adapter.config.beside:
                 raise ValueError(
-                    f"it was trained together with {adapter.config.beside}, which all requests would share with the "
-                    "frozen model: use it in Python"
+                    f"it was trained together with {adapter.config.beside}, which would apply to all requests and to "
+                    "the frozen model: use it from Python"
                 )
             if adapter.config.heads:
                 raise ValueError(
-                    "it has a trained head, which all requests would share with the frozen model: use it in Python"
+                    "it has a trained head, which would apply to all requests and to the frozen model: use it from "
+                    "Python"
                 )
             if any(positions.needs_mask for positions, _ in adapter.positions.values()):
                 raise ValueError(
-                    "its positions 'given' need edit_mask with each call, which a request does not have: serve an "
-                    "adapter of other positions, such as prompt"
+                    "its positions 'given' need an edit_mask in each call, which a request cannot send: serve an "
+                    "adapter with other positions, such as prompt"
                 )
             if any(site.visual for site in adapter.sites.values()):
                 raise ValueError(
-                    "it edits what a vision tower sees, where requests of a batch are not told apart: use reft-chat"
+                    "it edits a vision tower, in which the requests of a batch cannot be told apart: use reft-chat"
                 )
             if adapter.takes_source:
                 raise ValueError(
-                    "it takes hidden states of another text with each call, which a request does not have"
+                    "it needs hidden states of another text in each call, which a request cannot send"
                 )
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error

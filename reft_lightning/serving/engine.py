@@ -1,9 +1,9 @@
 """Generate the answers of many requests in shared batches, whichever adapters they use, in one thread.
 
-A batch is one call of ``ReftModel.generate`` in which every row has its adapter. Requests that arrive meanwhile join
-after a few tokens: the batch ends, and the next one goes on with its unfinished rows, whose tokens so far are read
-again in the same pass as the new prompts (``prompt_mask`` keeps them apart, so that edits stay where they were). The
-decoder of an encoder-decoder writes them again one by one, while new rows write their first.
+A batch is one call of ``ReftModel.generate`` in which every row has its own adapter. Requests that arrive meanwhile
+join after a few tokens: the batch ends, and the next one continues its unfinished rows, whose tokens so far are read
+again in the same pass as the new prompts (``prompt_mask`` separates them, so that edits keep their positions). The
+decoder of an encoder-decoder generates them again one by one, while new rows generate their first tokens.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from .answers import Answer, Choosing, tell
 
 log = logging.getLogger(__name__)
 
-NOT_READ = ("labels", "boundary", "rows")  # of the batches of data modules
-JOIN_AFTER = 16  # tokens of a batch, after which waiting requests join it
+NOT_READ = ("labels", "boundary", "rows")  # parts of a data module's batch that generation does not use
+JOIN_AFTER = 16  # tokens of a batch after which waiting requests may join it
 
 
 class Busy(RuntimeError):
-    """More requests wait than the engine takes."""
+    """Too many requests are waiting, or the server is closing."""
 
 
 class Engine:
-    """A thread that answers requests, up to `max_batch` together; if more than `max_waiting` wait, they are refused."""
+    """A thread that answers up to ``max_batch`` requests together; if ``max_waiting`` wait, more are refused."""
 
     def __init__(
         self,
@@ -68,13 +68,13 @@ class Engine:
         self.two_texts = reads_two_texts(model.base_model)
         self.starts = first_tokens(model.base_model, tokenizer) if self.two_texts else {}
         self.pad = int(tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
-        # the model's own ends, and the one that adapters learned to write
+        # the model's own end tokens, and the one that adapters were trained to generate
         ends: list[Any] = [model.base_model.generation_config.eos_token_id, tokenizer.eos_token_id]
         self.ends = [i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])]
         self._waiting: deque[Answer] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._batch: list[Answer] = []  # the answers under way
+        self._batch: list[Answer] = []  # the answers in progress
         self._thread = threading.Thread(target=self._run, name="reft-serve", daemon=True)
         self._thread.start()
 
@@ -82,7 +82,7 @@ class Engine:
         """Return a question as the model reads it.
 
         Raises:
-            ValueError: for pictures that cannot be read, or marks of pictures where there are none.
+            ValueError: for pictures that cannot be read, or picture marks without pictures.
         """
         if not self.sees:
             return Encoded(prompt_ids(self.tokenizer, example.prompt, self.two_texts), [], example)
@@ -91,18 +91,18 @@ class Engine:
         if marks and not example.pictures:
             mark = self.tokenizer.decode([marks.pop()])
             raise ValueError(
-                f"{mark} stands for a picture: send it as a part of a message, of the type 'image_url'"
+                f"{mark} is a placeholder for a picture: send the picture as a message part of type 'image_url'"
             )
         return row
 
     def room(self, prompt: int) -> int:
-        """Return how many tokens the answer to a prompt of so many may have."""
-        if self.two_texts:  # the start token is one of the decoder's
+        """Return how many tokens the answer may have, given the length of the prompt."""
+        if self.two_texts:  # the start token takes one of the decoder's positions
             return self.context - 1 if prompt <= self.context else 0
         return self.context - prompt
 
     def submit(self, answer: Answer) -> None:
-        """Answer a request when its turn comes; :class:`Busy` if too many wait."""
+        """Queue a request; raise :class:`Busy` if too many are waiting."""
         with self._changed:
             if self._closed:
                 raise Busy("the server is closing")
@@ -112,7 +112,7 @@ class Engine:
             self._changed.notify()
 
     def close(self) -> None:
-        """End the thread; what waits, or is under way, is told that it is not answered."""
+        """End the thread; requests that are waiting or in progress end with an error."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -136,7 +136,7 @@ class Engine:
             self._batch = [answer for answer in batch if not answer.done]
 
     def _go_on(self, answers: Sequence[Answer]) -> None:
-        """Generate; where that fails, each half on its own: a request must not end those in its batch."""
+        """Generate; on failure, retry each half separately, as a request must not end the others in its batch."""
         try:
             self._generate(answers)
         except Exception as error:
@@ -149,11 +149,11 @@ class Engine:
                 tell(left[0], error)
 
     def _generate(self, answers: Sequence[Answer]) -> None:
-        """Go on with some answers until all are done, or others can join."""
+        """Continue some answers until all are done, or others can join."""
         batch = self._laid_out(answers)
         again = [list(answer.tokens) if self.two_texts else [] for answer in answers]
         choosing = Choosing(answers, self.tokenizer, self.ends, self.pad, again)
-        # steps, after which a row that is done would leave the model's positions
+        # steps until the batch reaches the end of the context, counting rows that are done
         room = self.room(batch["input_ids"].shape[1])
         left = (a.max_tokens - (0 if self.two_texts else len(a.tokens)) for a in answers)
         inputs: Any = {name: value.to(self.model.base_model.device) for name, value in batch.items()}
@@ -167,15 +167,15 @@ class Engine:
                     max_new_tokens=max(left),
                     do_sample=False,
                     pad_token_id=self.pad,
-                    eos_token_id=None,  # answers know their own end
+                    eos_token_id=None,  # each answer detects its own end
                     **self.starts,
                 ),
             )
 
     def _laid_out(self, answers: Sequence[Answer]) -> dict[str, Tensor]:
-        """Return what the model reads: prompts, and the answers so far where they stand in the same rows."""
+        """Return the model's inputs: prompts and, for a decoder-only model, the answers so far."""
         if self._collate is not None:
-            for answer in answers:  # once for each, though it may be read again
+            for answer in answers:  # process the pixels once, though the answer may be read again
                 answer.seen = replace(answer.seen, pixels=self._collate.pixels(answer.seen))
             batch = self._collate([replace(answer.seen, target_ids=answer.tokens) for answer in answers])
             return {name: value for name, value in batch.items() if name not in NOT_READ}
@@ -188,10 +188,7 @@ class Engine:
         }
 
     def others_can_join(self, answers: Sequence[Answer], steps: int) -> bool:
-        """Whether a batch should end early: for waiting requests that fit, or because most of its rows are done.
-
-        All end with the engine.
-        """
+        """Whether a batch should end early: if waiting requests fit, half its rows are done, or the engine closes."""
         running = sum(not answer.done for answer in answers)
         return self._closed or (
             steps >= JOIN_AFTER
@@ -208,7 +205,7 @@ class _Ending(StoppingCriteria):
         for answer in answers:
             answer.done |= answer.cancelled
         steps = self.choosing.steps
-        new = steps - 2 * max(map(len, self.choosing.again))  # more of them than are chosen again
+        new = steps - 2 * max(map(len, self.choosing.again))  # so that new tokens outnumber repeated ones
         if steps >= self.room or self.engine.others_can_join(answers, new):
             return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         return torch.tensor([answer.done for answer in answers], device=input_ids.device)

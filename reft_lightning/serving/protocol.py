@@ -1,4 +1,4 @@
-"""The requests of OpenAI's API that are answered, and the shapes of the answers."""
+"""The supported requests of OpenAI's API, and the format of the answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, given: Any) -> Any:
-        """Leave out what clients write as null: an option that is not given."""
+        """Treat null as an option that is not given."""
         return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
 
 
@@ -37,22 +37,22 @@ class _Request(_Body):
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: bool = False
     stream_options: dict[str, bool] | None = None
-    n: Literal[1] = 1  # many clients send this and the next, where they ask for nothing
+    n: Literal[1] = 1  # many clients send this and the next two with their defaults
     frequency_penalty: Literal[0] = 0
     presence_penalty: Literal[0] = 0
-    strength: Annotated[float, Field(ge=-100, le=100)] = 1.0  # ours: of the adapter's edits
-    user: str | None = None  # taken and not used, as the next
+    strength: Annotated[float, Field(ge=-100, le=100)] = 1.0  # our extension: of the adapter's edits
+    user: str | None = None  # accepted but not used, like the next
     metadata: dict[str, str] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The strings before which the answer ends."""
+        """The stop strings, before which the answer ends."""
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(text for text in given if text)
 
     @property
     def usage_at_end(self) -> bool:
-        """Whether a stream ends with the numbers of tokens."""
+        """Whether a stream ends with the token counts."""
         return bool((self.stream_options or {}).get("include_usage"))
 
 
@@ -70,7 +70,7 @@ class _Url(_Body):
     def _holds_a_picture(cls, url: str) -> str:
         if not re.match("data:image/[^,]*;base64,", url):
             raise ValueError(
-                f"must hold the picture, as data:image/png;base64,...; nothing is fetched from elsewhere. Got {url:.60}"
+                f"must contain the picture, as data:image/png;base64,...; nothing is downloaded; got {url:.60}"
             )
         return url
 
@@ -91,22 +91,22 @@ class Message(_Body):
     @classmethod
     def _in_parts(cls, content: Any) -> Any:
         if not isinstance(content, str | list):
-            raise ValueError("must be a text, or a list of parts")
+            raise ValueError("must be a string, or a list of parts")
         return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
     @property
     def text(self) -> str:
-        """The text of all parts, a line or more each, with a mark for each picture."""
+        """The text of all parts, one per line, with a mark for each picture."""
         return "\n".join(part.text if isinstance(part, _Text) else MARK for part in self.content)
 
     @property
     def pictures(self) -> list[str]:
-        """What the data: URLs of the pictures hold, in base64."""
+        """The contents of the pictures' data: URLs, in base64."""
         return [part.image_url.url.partition(",")[2] for part in self.content if isinstance(part, _Image)]
 
 
 class ChatRequest(_Request):
-    """`POST /v1/chat/completions`."""
+    """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_TURNS)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -115,17 +115,17 @@ class ChatRequest(_Request):
 
     @property
     def top(self) -> int | None:
-        """How many of the likeliest tokens are reported."""
+        """Number of most likely tokens to report."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def limit(self) -> int | None:
-        """Tokens of the answer."""
+        """Maximum number of tokens of the answer."""
         return self.max_completion_tokens or self.max_tokens
 
 
 class TextRequest(_Request):
-    """`POST /v1/completions`."""
+    """``POST /v1/completions``."""
 
     prompt: Annotated[str, Field(max_length=MAX_TEXT)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
@@ -134,17 +134,17 @@ class TextRequest(_Request):
 
     @property
     def top(self) -> int | None:
-        """How many of the likeliest tokens are reported."""
+        """Number of most likely tokens to report."""
         return self.logprobs
 
     @property
     def limit(self) -> int | None:
-        """Tokens of the answer."""
+        """Maximum number of tokens of the answer."""
         return self.max_tokens
 
 
 class Writer:
-    """Writes the answers to one request, whole or in pieces; the tokenizer spells the tokens of log-probabilities."""
+    """Write the answer to one request, whole or in pieces; the tokenizer spells the tokens of log-probabilities."""
 
     def __init__(self, request: ChatRequest | TextRequest, tokenizer: Any) -> None:
         self.request, self.tokenizer = request, tokenizer
@@ -155,7 +155,7 @@ class Writer:
     def body(
         self, choices: list[dict[str, Any]], usage: dict[str, int] | None, chunk: bool
     ) -> dict[str, Any]:
-        """Return a whole answer or a piece."""
+        """Return the body of a whole answer or of a piece."""
         kind = "text_completion"
         if self.chat:
             kind = "chat.completion.chunk" if chunk else "chat.completion"
@@ -189,17 +189,17 @@ class Writer:
         return {
             "tokens": [self._spell(one.token) for one in likelihoods],
             "token_logprobs": [one.logprob for one in likelihoods],
-            # of tokens that look alike, such as parts of characters, the likeliest
+            # of tokens with the same text, such as parts of characters, the most likely wins
             "top_logprobs": [{self._spell(token): p for token, p in one.top[::-1]} for one in likelihoods],
         }
 
     def _spell(self, token: int) -> str:
-        """Return the text of a token after another: on its own, SentencePiece tokenizers drop the leading blank."""
+        """Return the text of a token in mid-text: SentencePiece tokenizers drop the leading blank of the first."""
         return self.tokenizer.decode([token, token]).removeprefix(self.tokenizer.decode([token]))
 
     def _spelt(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._spell(token)
-        # no bytes of a part of a character
+        # a part of a character has no bytes here
         return {
             "token": text,
             "logprob": logprob,
@@ -208,10 +208,10 @@ class Writer:
 
 
 def usage(prompt: int, answer: int) -> dict[str, int]:
-    """Return the numbers of tokens."""
+    """Return the token counts."""
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
 def failure(message: str, kind: str = "invalid_request_error", code: str | None = None) -> dict[str, Any]:
-    """Return an error as OpenAI's clients read it."""
+    """Return an error in OpenAI's format."""
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}

@@ -1,1 +1,1 @@
-"""Exact shortcuts: the same losses and gradients for less."""
+"""Exact shortcuts: the same losses and gradients with less computation."""

@@ -1,4 +1,4 @@
-"""Whether two ways through an adapted model give the same, up to the rounding of its precision."""
+"""Check that two passes of an adapted model agree up to rounding in its precision."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the largest logit, or of the loss
-COARSE = 0.05  # where products have 16 bits or fewer
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # relative to the largest logit, or to the loss
+COARSE = 0.05  # for products with 16 bits or fewer
 
 
 class Difference(ValueError):
-    """Two passes give more different results than rounding explains."""
+    """Two passes differ by more than rounding explains."""
 
 
 def check_agreement(
     model: Any, inputs: Mapping[str, Any], plain: Callable[[], Any], short: Callable[[], Any]
 ) -> None:
-    """Compare the logits of two passes, and their losses: that of routers depends on more than logits.
+    """Compare the logits of two passes, and their losses: a router loss depends on more than the logits.
 
     Raises:
         Difference: if they differ by more than the precision of the model explains.
@@ -32,16 +32,20 @@ def check_agreement(
     if expected.shape == found.shape:
         apart = float((expected - found)[real].abs().max() / expected[real].abs().max().clamp(min=1e-6))
     if not apart <= allowed:
-        raise Difference(f"changes the logits by {apart:.2g} of the largest, allowed {allowed:.2g}")
+        raise Difference(
+            f"changes the logits by {apart:.2g} of the largest; at most {allowed:.2g} is allowed"
+        )
     for name, loss in losses.items():
         apart = float((loss - others[name]).abs() / loss.abs().clamp(min=1e-6))
         if not apart <= allowed:
-            raise Difference(f"changes the {name} by {apart:.2g} of itself, allowed {allowed:.2g}")
+            raise Difference(
+                f"changes the {name} by {apart:.2g} of its value; at most {allowed:.2g} is allowed"
+            )
 
 
 @torch.no_grad()
 def found_of(model: Any, run: Callable[[], Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return logits and losses of a pass without gradients; each sees the same random numbers and consumes none."""
+    """Return logits and losses of a pass without gradients; all passes use the same random numbers and consume none."""
     device = model.base_model.device
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
@@ -52,7 +56,7 @@ def found_of(model: Any, run: Callable[[], Any]) -> tuple[Tensor, dict[str, Tens
 
 
 def tolerance(model: Any) -> float:
-    """Return the difference that rounding explains in the precision of the model."""
+    """Return the largest difference that rounding explains in the model's precision."""
     base = model.base_model
     if torch.is_autocast_enabled(base.device.type) or torch.get_float32_matmul_precision() != "highest":
         return COARSE

@@ -1,4 +1,4 @@
-"""The forward pass of training without the part that no intervention can change."""
+"""The training forward pass without the part that no intervention can change."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ Part = FrozenPrefix | FrozenBlocks
 
 
 class ShortenedPass:
-    """Runs an adapted model in training without its frozen part, where it has one.
+    """Runs an adapted model in training without its frozen part, if it has one.
 
-    The part is chosen on the first batch, where the model has its device and precision, and checked on the first
-    batch in which it is left out, and on every longer one. If it raises there, or if logits or loss differ from those
-    of the plain pass, training continues with the plain pass, after one warning.
+    The part is chosen on the first batch, when the model has its device and precision. It is checked on the first batch
+    that leaves it out, and on every longer one. If that raises, or logits or losses differ from those of the plain
+    pass, training falls back to the plain pass, with one warning.
 
     Args:
         model: the adapted model, whose base has no dropout in training.
-        rows: the encoded train rows, with their ``lengths`` and, if causal, ``prompt_lengths``.
+        rows: the encoded training rows, with their ``lengths`` and, if causal, ``prompt_lengths``.
         causal: whether rows have prompts and targets; otherwise they are a classifier's.
-        limit: bytes of memory to keep over the epochs, in this process.
+        limit: bytes of memory for values kept across epochs, in this process.
 
     Attributes:
-        part: what is left out; None before it is chosen, or if there is nothing to leave out.
+        part: the part to leave out; None before it is chosen, or if there is none.
     """
 
     def __init__(self, model: Any, rows: Any, *, causal: bool, limit: int = 0) -> None:
@@ -54,14 +54,14 @@ class ShortenedPass:
         self.part: Part | None = None
         self._choose = partial(choose_part, model, rows, causal=causal, limit=limit)
         self._is_chosen = False
-        self._checked = 0  # columns of the longest batch in which the part was left out and found exact
+        self._checked = 0  # columns of the longest batch for which leaving out the part was found exact
 
     def __call__(self, inputs: Mapping[str, Any], rows: Sequence[int], boundary: int | None = None) -> Any:
         """Return the model's output.
 
         Args:
-            inputs: of the model; with targets, labels and logits of their columns only.
-            rows: the numbers of the train rows they come from.
+            inputs: inputs of the model; if there are targets, with labels and logits for their columns only.
+            rows: the numbers of the training rows they come from.
             boundary: the column in which targets start; None for a classifier.
         """
         if not self._is_chosen:
@@ -69,7 +69,7 @@ class ShortenedPass:
             try:
                 self.part = self._choose()
             except Exception as error:
-                self._refuse(f"its frozen part cannot be found ({type(error).__name__}: {error})")
+                self._refuse(f"its frozen part could not be found ({type(error).__name__}: {error})")
         if self.part is None or not self.part.columns(rows, boundary):
             return self.model(**inputs)
         if inputs["input_ids"].shape[1] <= self._checked:
@@ -79,7 +79,7 @@ class ShortenedPass:
             output = self.part(inputs, rows, boundary)
         except Exception as error:
             reason = (
-                str(error) if isinstance(error, Difference) else f"fails ({type(error).__name__}: {error})"
+                str(error) if isinstance(error, Difference) else f"failed ({type(error).__name__}: {error})"
             )
             self._refuse(f"computing {self.part.name} separately {reason}")
             return self.model(**inputs)
@@ -90,7 +90,7 @@ class ShortenedPass:
         self, part: Part, inputs: Mapping[str, Any], rows: Sequence[int], boundary: int | None
     ) -> None:
         plain, short = partial(self.model, **inputs), partial(part, inputs, rows, boundary)
-        found_of(self.model, short)  # fills what is kept, so that the comparison reads it
+        found_of(self.model, short)  # fills the store, so that the comparison reads from it
         check_agreement(self.model, inputs, plain, short)
 
     def _refuse(self, reason: str) -> None:
@@ -101,8 +101,8 @@ class ShortenedPass:
 def choose_part(model: Any, rows: Any, *, causal: bool, limit: int = 0) -> Part | None:
     """Return the part to leave out of a model's training pass; None if there is none.
 
-    That is the prefix for suffix positions, else the blocks below the first edited layer. It is kept if all rows fit
-    into the limit; the prefix saves time without being kept, too.
+    This is the prefix, for suffix positions, or else the blocks below the first edited layer. It is kept if all rows
+    fit into the limit; the prefix saves time even if it is not kept.
     """
     if not isinstance(model, ReftModel) or model.config.beside or len(model.adapters) > 1:
         return None
@@ -118,7 +118,7 @@ def choose_part(model: Any, rows: Any, *, causal: bool, limit: int = 0) -> Part 
         prefix.keep()
         return _kept(prefix, len(lengths))
     if prefix is not None and limit and not prefix.can_be_kept:
-        log.info("prefixes are not kept: the cache of a sliding window does not hold every column")
+        log.info("prefixes are not kept: a sliding-window cache does not hold every column")
     blocks = _blocks(model, lengths, prompts) if limit else None
     if blocks is not None and blocks.bytes <= limit:
         return _kept(blocks, len(lengths))
@@ -130,36 +130,38 @@ def choose_part(model: Any, rows: Any, *, causal: bool, limit: int = 0) -> Part 
 
 
 def _nothing_constant(model: ReftModel) -> str:
-    """Return why no part of a pass can be left out, whatever its rows; empty if one may be."""
+    """Return why no part of a pass can be left out, whatever its rows; empty if there is no reason."""
     base = model.base_model
     if runs_blocks_again(base):
-        return "gradient checkpointing computes all of them again"
+        return "gradient checkpointing recomputes all of them"
     if isinstance(base, FSDPModule):
-        return "the ranks of a sharded base run it equally often"
+        return "all ranks must run a sharded base equally often"
     if reads_two_texts(base):
         return "an encoder and a decoder read different texts"
     return needs_whole_batches(model)
 
 
 def needs_whole_batches(model: ReftModel) -> str:
-    """Return why rows, or parts of them, are not read as they are in their own batch; empty if they may be."""
+    """Return why rows, or parts of them, cannot be read outside their batch; empty if they can."""
     adapter, config = model.adapters.first, model.base_model.config
     if adapter.seeing_rows:
-        return f"{adapter.seeing_rows} looks at whole prompts"
+        return f"{adapter.seeing_rows} needs whole prompts"
     if adapter.critical:
-        return "which tokens are edited is found in whole prompts"
+        return "the edited tokens are found in whole prompts"
     if image_tokens(config):
-        return "rows may hold images"
+        return "rows may contain images"
     if angles_depend_on_length(config):
         return "RoPE's angles depend on the longest row of a batch"
     return ""
 
 
 def prefix_of(model: ReftModel, prompts: Tensor, suffixes: Tensor) -> FrozenPrefix | None:  # (n,), (n,)
-    """Return the part of rows left of their first edited token, see :class:`FrozenPrefix`; None if there is none."""
+    """Return the part of rows before their first edited token, see :class:`FrozenPrefix`; None if there is none."""
     trains_blocks = last_untrained_block(model) < len(blocks_of(model)) - 1
     if not keeps_its_columns(model.base_model):
-        log.info("prompts are not split at their first edited token: tokens before it read those after it")
+        log.info(
+            "prompts are not split at their first edited token: tokens before it attend to those after it"
+        )
         return None
     if not model.sites or trains_blocks or int((prompts - suffixes).max()) < SHORTEST:
         return None
@@ -182,7 +184,7 @@ def _blocks(model: ReftModel, lengths: Tensor, prompts: Tensor | None) -> Frozen
 
 
 def _kept(part: Part, rows: int) -> Part:
-    log.info("keeps %s of %d rows, %.2f GB of memory", part.name, rows, part.bytes / 1e9)
+    log.info("keeping %s of %d rows, %.2f GB of memory", part.name, rows, part.bytes / 1e9)
     return part
 
 

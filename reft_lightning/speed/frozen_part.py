@@ -1,17 +1,17 @@
 r"""The parts of a training pass that no intervention can change, computed without gradient.
 
-Two things are constant while the interventions of a frozen model train:
+Two parts are constant while the interventions of a frozen model are trained:
 
 =================  ========================================================================================
-the prefix         In a causal model no column left of a row's first edited token depends on Phi, at any layer.
-                   Its keys and values are a cache; gradients pass through the other columns only. This pays
-                   for suffix positions (``l7``, ``l1``); with ``f7+l7`` the prefix is empty.
+the prefix         In a causal model, no column left of a row's first edited token depends on Phi, at any
+                   layer. Its keys and values are a cache, and gradients pass only through the other columns.
+                   This pays for suffix positions (``l7``, ``l1``); with ``f7+l7`` the prefix is empty.
 the lower blocks   No block below the lowest edited site depends on Phi. The output of the last of them is
-                   the input of everything that trains.
+                   the input of everything that is trained.
 =================  ========================================================================================
 
-Trained weights of the base (heads) end both where they stand. Either can be kept over the epochs
-(:class:`~.row_store.RowStore`). Losses and gradients are those of the plain pass up to rounding.
+Both end at trained weights of the base (heads). Either part can be kept across epochs
+(:class:`~.row_store.RowStore`). Losses and gradients equal those of the plain pass up to rounding.
 
 Shapes: b rows, s columns, c frozen columns, n tokens of a row, d width, k the last frozen block.
 """
@@ -34,8 +34,8 @@ from ..base_models.patching import replaced
 from .agreement import tolerance
 from .row_store import RowStore
 
-PADDING = 6  # columns that are tried
-SHORTEST = 8  # frozen columns below which a second pass costs more than it saves
+PADDING = 6  # columns of padding in the test
+SHORTEST = 8  # with fewer frozen columns, a second pass costs more than it saves
 
 Batch = Mapping[str, Any]
 
@@ -44,16 +44,16 @@ class FrozenPrefix:
     """Keys and values of the columns left of the first edited one.
 
     Args:
-        model: of a causal base model, all of it on one device.
-        prompts: number of tokens of each train row's prompt, (n,).
-        suffixes: of the prompt from its first edited token on, (n,); see :func:`suffix_lengths`.
+        model: an adapted causal model, all on one device.
+        prompts: number of prompt tokens of each training row, (n,).
+        suffixes: number of them from the first edited one on, (n,); see :func:`suffix_lengths`.
 
     Attributes:
-        can_be_kept: whether the cache holds every column; that of a sliding window does not.
+        can_be_kept: whether the cache holds every column, unlike a sliding-window cache.
         bytes: the size of all rows' keys and values.
 
     Raises:
-        ValueError: if the model's cache holds anything but keys and values.
+        ValueError: if the model's cache holds more than keys and values.
     """
 
     name = "the keys and values of prefixes"
@@ -78,7 +78,7 @@ class FrozenPrefix:
         self._store = RowStore()
 
     def columns(self, rows: Sequence[int], boundary: int | None) -> int:
-        """Return c, how many columns of a batch are left out; 0 where that is not worth it."""
+        """Return c, the number of columns of a batch to leave out; 0 if that is not worth it."""
         columns = (boundary or 0) - max(self._suffixes[row] for row in rows)
         return columns if columns >= SHORTEST else 0
 
@@ -111,7 +111,7 @@ class FrozenPrefix:
         columns: int,
         boundary: int,
     ) -> DynamicCache:
-        """Return the cache of the first columns, from what is kept of each row."""
+        """Return the cache of the first columns, from the kept values of each row."""
         ends = [boundary - self._suffixes[row] for row in rows]  # rows are padded on the left
         starts = [end - self._lengths[row] for end, row in zip(ends, rows, strict=True)]
 
@@ -135,20 +135,20 @@ class FrozenPrefix:
 
 
 class FrozenBlocks:
-    """The output of block k for every token, computed once and kept; nothing up to block k trains.
+    """The output of block k for every token, computed once and kept; nothing up to block k is trained.
 
     Args:
         model: an adapted base model whose blocks take and return the hidden states.
         last: k.
-        lengths: number of tokens of each train row, (n,).
-        prompts: of its prompt, which ends at the batch's boundary; None for texts that start in column 0.
+        lengths: number of tokens of each training row, (n,).
+        prompts: number of them in the prompt, which ends at the batch's boundary; None if texts start in column 0.
 
     Attributes:
         bytes: the size of all rows' hidden states.
 
     Raises:
-        ValueError: if a block returns anything in addition to the hidden states, or its hidden states depend on the
-            padding of a batch, which is another one in each epoch (ConvBERT, YOSO).
+        ValueError: if a block returns more than the hidden states, or its hidden states depend on the padding of a
+            batch, which differs between epochs (ConvBERT, YOSO).
     """
 
     def __init__(self, model: ReftModel, last: int, lengths: Tensor, prompts: Tensor | None = None) -> None:
@@ -158,7 +158,9 @@ class FrozenBlocks:
         self.name = f"the output of block {last}"
         self._store = RowStore()
         self._blocks = blocks_of(model)
-        self._others: tuple[None, ...] | None = None  # returned by a block in a tuple with the hidden states
+        self._others: tuple[None, ...] | None = (
+            None  # the rest of the tuple that a block returns, if it returns one
+        )
         ids, attention = _two_tokens(model)
         hidden = self._compute({"input_ids": ids, "attention_mask": attention})
         self._width, self._dtype = hidden.shape[-1], hidden.dtype
@@ -173,7 +175,7 @@ class FrozenBlocks:
             raise ValueError("its hidden states depend on the padding of a batch")
 
     def columns(self, rows: Sequence[int], boundary: int | None) -> int:
-        """Return for how many columns of a batch the lower blocks are left out: those of all real tokens."""
+        """Return the number of columns for which the lower blocks are left out: that of the longest row."""
         return max(self._lengths[row] for row in rows)
 
     def __call__(self, inputs: Batch, rows: Sequence[int], boundary: int | None) -> Any:
@@ -228,12 +230,12 @@ class FrozenBlocks:
 
 
 def _tensors(cache: Any) -> list[Tensor]:
-    """Return keys and values of each layer in turn, (b, heads, c, dimension)."""
+    """Return the keys and values of each layer in turn, (b, heads, c, dimension)."""
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
 def _buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return zeros in CPU memory, pinned for a GPU so that copying does not block."""
+    """Return zeros in CPU memory, pinned if the device is a GPU so that copying does not block."""
     return torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
 
@@ -253,7 +255,7 @@ def blocks_of(model: ReftModel) -> list[nn.Module]:
 
 
 def last_frozen_block(model: ReftModel) -> int:
-    """Return k, the last block with neither a site nor a trained weight in it or below it; -1 if there is none."""
+    """Return k, the last block with no site and no trained weight in it or below it; -1 if there is none."""
     path = block_path(model.base_model)
     ends = (_last_block_below(site.path, site.end, path) for site in model.sites.values())
     return min([last_untrained_block(model), *ends])
@@ -262,8 +264,8 @@ def last_frozen_block(model: ReftModel) -> int:
 def last_untrained_block(model: ReftModel) -> int:
     """Return the last block whose output depends on no trained weight of the base; -1 if there is none.
 
-    Weights outside the backbone (``lm_head``, ``classifier``) and its pooler lie above all blocks, unless they are
-    also the embeddings. Any other weight counts as one below the blocks.
+    Weights outside the backbone (``lm_head``, ``classifier``), and its pooler, are above all blocks, unless they are
+    tied to the embeddings. Any other weight counts as below the blocks.
     """
     base, path = model.base_model, block_path(model.base_model)
     last = len(blocks_of(model)) - 1
@@ -288,9 +290,9 @@ def _last_block_below(site: str, end: str, blocks: str) -> int:
 
 
 def suffix_lengths(model: ReftModel, prompts: Tensor, targets: Tensor) -> Tensor:  # (n,), (n,) -> (n,)
-    """Return the number of prompt tokens of each row from its first edited one on, at least one.
+    """Return the number of prompt tokens of each row from its first edited one on, at least 1.
 
-    One, if only target tokens are edited: the column before the target predicts its first token.
+    It is 1 if only target tokens are edited: the column before the target predicts its first token.
     """
     suffixes = torch.ones_like(prompts)
     for start in range(0, len(prompts), 1024):

@@ -1,13 +1,13 @@
-r"""One pass of a frozen base model for the rows of several adapters, each of which trains by itself.
+r"""One pass of a frozen base model for the rows of several adapters that are trained independently.
 
-.. math:: \nabla_{\theta_i} L_i = \nabla_{\theta_i} \sum_j L_j \qquad \text{as } L_j \text{ depends on no } \theta_i
-    \text{ but its own}
+.. math:: \nabla_{\theta_i} L_i = \nabla_{\theta_i} \sum_j L_j \qquad \text{as } L_j \text{ depends only on its own }
+    \theta_j
 
-Batches of about one length are put below each other, and each row names its adapter. The graph is cut at the logits:
-each adapter has its own loss and takes it back to its own logits when it likes; the rest of the way, through the base
-model, is gone once for all. Losses and gradients are those of a pass of its own up to rounding.
+Batches of similar length are stacked, and each row names its adapter. The graph is cut at the logits: each adapter
+backpropagates its own loss to its own logits when it needs to, and one shared backward pass then goes through the base
+model. Losses and gradients equal those of separate passes up to rounding.
 
-Shapes: b rows of an adapter, s columns, t of them of targets, n rows of all, v tokens of the vocabulary.
+Shapes: b rows of an adapter, s columns, t of them targets, n rows in all, v tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -31,33 +31,32 @@ from .frozen_part import FrozenPrefix, suffix_lengths
 
 log = logging.getLogger(__name__)
 
-# how much longer than the shortest batch of a pass the longest may be: padding is computed, too
+# largest ratio of the longest to the shortest batch of a pass, as padding costs time too
 PADDED = 1.25
-Batch = Mapping[str, Any]  # the inputs of a model in the layout prompt | target, labels of the last columns
+Batch = Mapping[str, Any]  # model inputs in the layout prompt | target, with labels for the last columns
 
 
 class Trained(NamedTuple):
     """An adapter that trains."""
 
-    model: ReftModel  # of the base model that all share
-    rows: Any  # its encoded train rows, with their `lengths` and `prompt_lengths`
+    model: ReftModel  # on the base model that all share
+    rows: Any  # its encoded training rows, with their `lengths` and `prompt_lengths`
 
 
 class Asked(NamedTuple):
     """A batch of an adapter."""
 
     inputs: Batch
-    rows: list[int]  # their numbers
+    rows: list[int]  # row numbers
     boundary: int  # the column in which targets start
-    random: dict[str, Tensor]  # where the adapter's random numbers stand; a pass moves them on
+    random: dict[str, Tensor]  # the state of the adapter's random numbers, which a pass advances
 
 
 class JoinedPass:
     """Forward and backward passes of several adapters on one causal base model.
 
-    The first forward pass, and each that is longer than all before, is compared with the plain pass of every adapter.
-    If logits or losses differ by more than rounding explains, or passes keep failing, there are no further ones, after
-    one warning.
+    The first forward pass, and each one longer than all before it, is compared with the plain pass of every adapter.
+    If logits or losses differ by more than rounding explains, or passes keep failing, joining stops with a warning.
 
     Args:
         adapters: name -> adapter.
@@ -71,10 +70,10 @@ class JoinedPass:
         self._base = next(iter(adapters.values())).model.base_model
         self._model: ReftModel | None = None  # until the first pass
         self._prefix: FrozenPrefix | None = None
-        self._first_rows: dict[str, int] = {}  # adapter -> number of its first row among those of all
+        self._first_rows: dict[str, int] = {}  # adapter -> number of its first row among all rows
         self._checked = 0  # columns of the longest pass that was compared
         self._failures = 0
-        # logits of a pass (n, t + 1, v), with their graph, and of its adapters (b, t + 1, v)
+        # logits of a pass (n, t + 1, v) with their graph, and those of its adapters (b, t + 1, v)
         self._passes: list[tuple[Tensor, list[Tensor]]] = []
         self.works = True
         if reason := next(filter(None, (_why_apart(one.model) for one in adapters.values())), ""):
@@ -93,9 +92,9 @@ class JoinedPass:
         return model
 
     def forward(self, asked: Mapping[str, Asked]) -> dict[str, CausalLMOutput] | None:
-        """Return the output of each adapter for its batch; None where each must run a pass of its own.
+        """Return the output of each adapter for its batch; None if each must run its own pass.
 
-        A loss can be taken back to its logits only, until :meth:`backward`.
+        A loss backpropagates only to its logits; :meth:`backward` does the rest.
         """
         self._passes = []
         if not self.works:
@@ -104,9 +103,9 @@ class JoinedPass:
             outputs = self._forward(asked)
         except Difference as error:
             self._refuse(f"one pass for all runs {error}")
-        except Exception as error:  # one adapter is no longer finite, perhaps, and that of others goes on
+        except Exception as error:  # for example, one adapter diverged, and the others can continue
             self._failures += 1
-            log.warning("a pass of %d adapters fails: %s: %s", len(asked), type(error).__name__, error)
+            log.warning("a pass for %d adapters failed: %s: %s", len(asked), type(error).__name__, error)
             if self._failures > len(self._adapters):
                 self._refuse("passes for all runs keep failing")
         else:
@@ -129,7 +128,7 @@ class JoinedPass:
         return outputs
 
     def _parts(self, asked: Mapping[str, Asked]) -> list[dict[str, Asked]]:
-        """Divide batches by what one pass is good for: about one length, all with a frozen prefix or none."""
+        """Group batches for shared passes: of similar length, and either all or none with a frozen prefix."""
         kinds = {name: (self._frozen({name: one}), _columns(one)) for name, one in asked.items()}
         parts: list[dict[str, Asked]] = []
         frozen, shortest = False, 0
@@ -179,7 +178,7 @@ class JoinedPass:
 
     @contextmanager
     def _own_random_numbers(self, asked: Mapping[str, Asked]) -> Iterator[None]:
-        """Let each adapter draw from its own random numbers, in the order of a pass of its own."""
+        """Let each adapter draw from its own random numbers, in the order of a separate pass."""
         device, others = self._base.device, []
 
         def before(state: dict[str, Tensor], *call: Any) -> None:
@@ -199,7 +198,7 @@ class JoinedPass:
             yield
 
     def _joined(self, asked: Mapping[str, Asked]) -> tuple[dict[str, Any], int]:
-        """Return the inputs of all rows, and where their targets start."""
+        """Return the inputs of all rows, and the column where their targets start."""
         boundary = max(one.boundary for one in asked.values())
         after = max(map(_targets, asked.values()))
         pad = getattr(self._base.config.get_text_config(), "pad_token_id", None) or 0
@@ -220,7 +219,7 @@ class JoinedPass:
         return inputs, boundary
 
     def backward(self) -> None:
-        """Take the gradients of the logits, of the adapters that have any, on to the parameters."""
+        """Backpropagate the gradients of the logits, for adapters that have them, to the parameters."""
         passes, self._passes = self._passes, []
         for logits, cut in passes:
             gradient = torch.zeros_like(logits)
@@ -231,18 +230,18 @@ class JoinedPass:
 
     def _refuse(self, reason: str) -> None:
         self.works = False
-        log.warning("%s: %s; each of the runs has its own pass", type(self._base).__name__, reason)
+        log.warning("%s: %s; falling back to separate passes for each run", type(self._base).__name__, reason)
 
 
 def _why_apart(model: ReftModel) -> str:
     adapter = model.adapters.first
     if any(phi.penalty() is not None for phi in adapter.penalized):
-        return f"{adapter.config.method} adds to the loss"
+        return f"{adapter.config.method} adds a penalty to the loss"
     return needs_whole_batches(model)
 
 
 def _draws(phi: Any) -> bool:
-    """Whether an intervention may draw random numbers; of a class that is not ours nobody knows."""
+    """Whether an intervention may draw random numbers, which a user's own class always may."""
     return phi.dropout > 0 or not type(phi).__module__.startswith("reft_lightning.")
 
 

@@ -1,4 +1,4 @@
-"""Tensors of train rows that are computed once and kept in memory."""
+"""Tensors of training rows that are computed once and kept in memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class RowStore:
-    """A tensor for each train row, computed when the row is first read."""
+    """A tensor for each training row, computed when the row is first read."""
 
     def __init__(self) -> None:
         self._tensors: dict[int, Tensor] = {}
@@ -18,11 +18,11 @@ class RowStore:
         return len(self._tensors)
 
     def read(self, rows: Sequence[int], compute: Callable[[list[int]], Sequence[Tensor]]) -> list[Tensor]:
-        """Return the tensors of rows.
+        """Return the tensors of some rows.
 
         Args:
-            rows: numbers of train rows.
-            compute: returns the tensors of the rows at some places of ``rows``; called for rows not read before.
+            rows: numbers of training rows.
+            compute: takes indices into ``rows`` and returns their tensors; called for rows that were not read before.
         """
         missing = [place for place, row in enumerate(rows) if row not in self._tensors]
         if missing:

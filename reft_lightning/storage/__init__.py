@@ -1,1 +1,1 @@
-"""What is written whole or not at all."""
+"""Files and folders that are written completely or not at all."""

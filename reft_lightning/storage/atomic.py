@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and folders that belong to whoever created them."""
+"""Files that are written completely or not at all, and folders that belong to whoever created them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _held: dict[Path, IO[str]] = {}  # lock files of this process
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file next to its place, flush it to the disk, and move it there.
+    """Write a file next to its place, flush it to disk, and move it there.
 
-    A writer that fails, or a full disk, leaves the file that was there before.
+    If the writer fails or the disk is full, an existing file stays as it was.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -34,17 +34,17 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file completely or not at all."""
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file completely or not at all."""
     write_text(path, json_text(values, indent=2, default=str) + "\n")
 
 
 def json_text(values: Any, **options: Any) -> str:
-    """Return values as JSON; numbers that are not finite, which JSON does not have, become null.
+    """Return values as JSON; non-finite numbers, which JSON lacks, become null.
 
     >>> json_text({"loss": float("nan"), "steps": [1, float("inf")]})
     '{"loss": null, "steps": [1, null]}'
@@ -61,9 +61,9 @@ def _finite(value: Any) -> Any:
 
 
 def claim_folder(folder: Path) -> Path:
-    """Create a folder that did not exist and return it: of this name, or with -2, -3 and so on after it.
+    """Create a new folder and return it: with this name, or with -2, -3 and so on appended.
 
-    Two processes that ask for one name at the same time get two folders.
+    Two processes that request the same name at the same time get two folders.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
@@ -77,14 +77,14 @@ def claim_folder(folder: Path) -> Path:
 
 
 def hold_folder(folder: Path) -> bool:
-    """Reserve a folder that exists for this process until :func:`release_folder`, or until it ends, however it ends.
+    """Reserve an existing folder for this process until :func:`release_folder`, or until it ends, however it ends.
 
-    A lock of POSIX: that of a killed process is free at once, and children of a fork have none.
+    This is a POSIX lock: a killed process releases it at once, and forked children do not inherit it.
 
     Returns:
         False if another process holds it.
     """
-    import fcntl  # not on Windows, where adapters are saved and loaded, and nothing is trained
+    import fcntl  # not on Windows, where adapters can be saved and loaded but not trained
 
     path = Path(folder).resolve() / ".lock"
     if path not in _held:
@@ -95,23 +95,23 @@ def hold_folder(folder: Path) -> bool:
             file.close()
             return False
         except OSError as error:  # a file system without locks
-            log.warning("%s cannot be reserved (%s): start nothing else on it", path.parent, error)
+            log.warning("%s cannot be reserved (%s): start no other process on it", path.parent, error)
         _held[path] = file
     return True
 
 
 def release_folder(folder: Path) -> None:
-    """Let other processes hold a folder; nothing happens to one that is not held."""
+    """Release a folder for other processes; a folder that is not held is ignored."""
     file = _held.pop(Path(folder).resolve() / ".lock", None)
     if file is not None:
         file.close()
 
 
 def new_folder(parent: Path) -> Path:
-    """Create a folder named by the time."""
+    """Create a folder named after the current time."""
     return claim_folder(parent / now().replace(":", ""))
 
 
 def now() -> str:
-    """Return the time in ISO 8601, UTC, in seconds."""
+    """Return the current UTC time in ISO 8601, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

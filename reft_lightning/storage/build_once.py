@@ -1,7 +1,7 @@
-"""Folders of the cache that are built once: whole, or built again.
+"""Folders of the cache that are built once, and rebuilt if incomplete.
 
-The sha256 of each of its files is in `<folder>.json`, written last. A folder without this record, or with other files,
-was left by a crash, a full disk or a damaged one, and is never used.
+The sha256 of each file is in `<folder>.json`, which is written last. A folder without this record, or with other files,
+was left by a crash or by a full or damaged disk, and is never used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def publish(folder: Path, build: Callable[[Path], None]) -> Path:
     """Build a folder next to its final place and move it there when complete; one process builds, others wait.
 
     Args:
-        folder: the final place; returned at once when it is there and whole, also from a disk that cannot be written.
+        folder: the final place; returned at once if it is complete, even on a read-only disk.
         build: fills the folder it is given.
     """
     if is_whole(folder):
@@ -45,7 +45,7 @@ def publish(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a folder holds the files that were published, each as it was."""
+    """Whether a folder contains exactly the files that were published, unchanged."""
     try:
         published = read_json(_record(folder))
     except (FileNotFoundError, ValueError):
@@ -63,11 +63,11 @@ def _record(folder: Path) -> Path:
 
 
 def _replace(folder: Path, part: Path) -> None:
-    """Put a complete folder into its place: the record goes first and comes last."""
+    """Put a complete folder in its place: the record is removed first and written last."""
     record = _record(folder)
     record.unlink(missing_ok=True)
     if folder.exists():
-        log.warning("%s is not whole; it is built again", folder)
+        log.warning("%s is incomplete or damaged; rebuilding it", folder)
         shutil.rmtree(folder)
     os.replace(part, folder)
     write_json(record, _digests(folder))

@@ -1,4 +1,4 @@
-"""What a file holds, as a sha256."""
+"""The sha256 of a file's contents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def sha256_of(path: Path) -> str:
 
 
 def sha256_once(path: Path) -> str:
-    """Return the sha256 of a file; a process reads it again only when the file has changed."""
+    """Return the sha256 of a file, reading it only once per process unless it changes."""
     facts = path.stat()
     return _sha256_of_state(path, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
 

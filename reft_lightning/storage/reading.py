@@ -1,4 +1,4 @@
-"""What is read is named where it is wrong: small files of a run or a study, and whatever else has a place."""
+"""Read small files of a run or a study, with errors that name the file, folder or row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 
 @contextmanager
 def naming(place: str | os.PathLike) -> Iterator[None]:
-    """Let a ValueError of the block begin with the folder, file or row that was read, if it does not name it."""
+    """Make a ValueError in the block begin with the folder, file or row that was read, unless it names it already."""
     try:
         yield
     except ValueError as error:
@@ -22,12 +22,12 @@ def naming(place: str | os.PathLike) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds, or raise a ValueError that names the file."""
+    """Return the object in a JSON file, or raise a ValueError that names the file."""
     return _object(path, json.loads, "JSON")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the keys and values that a YAML file holds, or raise a ValueError that names the file."""
+    """Return the mapping in a YAML file, or raise a ValueError that names the file."""
     return _object(path, yaml.safe_load, "YAML")
 
 
@@ -37,8 +37,8 @@ def _object(path: Path, parse: Callable[[str], Any], kind: str) -> dict[str, Any
         value = parse(text) if text.strip() else None
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} is damaged, it is not {kind}: {reason}") from error
+        raise ValueError(f"{path} is damaged or not {kind}: {reason}") from error
     if not isinstance(value, dict):
-        held = "is empty" if value is None else f"holds a {type(value).__name__}"
-        raise ValueError(f"{path} is damaged, it should hold keys and values: it {held}")
+        held = "is empty" if value is None else f"contains a {type(value).__name__}"
+        raise ValueError(f"{path} is damaged: it should contain keys and values, but {held}")
     return value

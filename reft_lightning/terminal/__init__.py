@@ -1,1 +1,1 @@
-"""What a terminal shows while work goes on, and a pipe instead."""
+"""Progress output, for terminals and for pipes."""

@@ -1,7 +1,7 @@
-"""How far long work is: on a terminal a bar with what is done and how long is left, elsewhere a line now and then.
+"""Progress of long work: on a terminal a bar with what is done and the time left, elsewhere a log line now and then.
 
-Bars stand on standard error, below what is printed meanwhile, and vanish when their work is done. Only the first of
-several processes of a run shows any.
+Bars are drawn on standard error, below other output, and vanish when their work is done. Only the first of several
+processes of a run shows progress.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-PERIOD = 30.0  # seconds between two lines where no terminal is watched
-DELAY = 1.0  # seconds that a part of other work must take before its bar is drawn
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # where a process finds which of several it is
+PERIOD = 30.0  # seconds between two log lines if there is no terminal
+DELAY = 1.0  # seconds that nested work must take before its bar is drawn
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # environment variables with the rank of a process
 
-_display: Any = None  # rich's, of all bars that are open: it cannot draw two at a time
+_display: Any = None  # rich's display of all open bars, as it cannot draw two at a time
 
 
 def on_terminal() -> bool:
@@ -30,7 +30,7 @@ def on_terminal() -> bool:
 
 
 def is_first_process() -> bool:
-    """Whether this process is the first, or the only one, of a run."""
+    """Whether this process is the first or the only one of a run."""
     return all(os.environ.get(name, "0") == "0" for name in RANKS)
 
 
@@ -38,13 +38,13 @@ def is_first_process() -> bool:
 def library_bars(
     drawn: bool, hide: Callable[[], None], show: Callable[[], None], wanted: bool = True
 ) -> Iterator[None]:
-    """Let a library draw bars of its own inside the block only where ours are drawn, and if they are wanted.
+    """Let a library draw its own bars inside the block only if ours are drawn and its bars are wanted.
 
     Args:
-        drawn: whether the library draws them now.
-        hide: keeps it from it.
-        show: lets it again.
-        wanted: False where a bar of ours stands for them.
+        drawn: whether the library currently draws its bars.
+        hide: function that turns them off.
+        show: function that turns them on again.
+        wanted: False if one of our bars replaces them.
     """
     hidden = drawn and not (wanted and on_terminal() and is_first_process())
     if hidden:
@@ -57,12 +57,12 @@ def library_bars(
 
 
 class Bar:
-    """A bar of one piece of work, as a context manager; it is drawn below those that are open already.
+    """A progress bar as a context manager; it is drawn below the bars that are already open.
 
     Args:
-        what: is done, in a few words: ``"reading runs"``.
-        total: of the parts to do; None where nobody knows.
-        begun: of them done before, where work goes on; they do not count for the time that is left.
+        what: the work in a few words, such as ``"reading runs"``.
+        total: number of parts to do; None if unknown.
+        begun: number of parts done earlier, in resumed work; they are not used to estimate the time left.
     """
 
     def __init__(self, what: str, total: float | None = None, begun: float = 0.0) -> None:
@@ -71,11 +71,11 @@ class Bar:
         self._task = _draw(what, total) if on_terminal() and is_first_process() else None
 
     def advance(self, share: float = 1.0) -> None:
-        """Add parts that are done."""
+        """Add to the number of parts done."""
         self.show(self.done + share)
 
     def show(self, done: float, note: str = "") -> None:
-        """Show how many parts are done; the note stands after the bar, such as a loss."""
+        """Show how many parts are done; a note, such as a loss, follows the bar."""
         self.done = done
         if self._task is not None:
             late = time.monotonic() - self._started > DELAY
@@ -130,10 +130,10 @@ def _draw(what: str, total: float | None) -> Any:
         _display = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(24), TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(), Left(), TextColumn("{task.fields[note]}", markup=False),
-            # what is printed into a pipe stays there
+            # output to a pipe is not redirected
             console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty(),
             speed_estimate_period=600,  # batches can take minutes
         )  # fmt: skip
         _display.start()
-    # parts of other work are often too short to be read
+    # a nested bar starts hidden, as nested work is often too short to be read
     return _display.add_task(what, total=total, note="", count="", visible=not _display.task_ids)

@@ -1,4 +1,4 @@
-"""Log lines that stand above the bars."""
+"""Log lines that appear above the bars."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 class LogHandler(logging.StreamHandler):
-    """Write log lines to standard output or error as it is at the moment: a bar puts above itself what goes there.
+    """Write log lines to the current standard output or error, which an open bar replaces to print above itself.
 
     Args:
         stream: ``stdout`` or ``stderr``.

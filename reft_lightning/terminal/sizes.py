@@ -1,10 +1,10 @@
-"""Bytes as people read them."""
+"""Human-readable sizes in bytes."""
 
 from __future__ import annotations
 
 
 def size(count: float) -> str:
-    """Return bytes in a unit that fits, of powers of 1000.
+    """Return a number of bytes in a suitable unit, a power of 1000.
 
     >>> size(17), size(5_300), size(2.7e8), size(3.1e13)
     ('17 B', '5.3 kB', '270.0 MB', '31000.0 GB')

@@ -174,5 +174,5 @@ def test_columns_stay_where_a_cache_holds_them(method):
 def test_padding_between_a_cache_and_new_tokens_is_refused(method):
     model = adapted("llama", method)
     cache = model.generate(**LEFT, **GREEDY, return_dict_in_generate=True).past_key_values
-    with pytest.raises(ValueError, match="pad what comes after the cache on the left"):
+    with pytest.raises(ValueError, match="pad the tokens after the cache on the left"):
         model.generate(**tiny.padded(tiny.rows(14, 12)), past_key_values=cache, **GREEDY)

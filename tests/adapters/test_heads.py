@@ -186,7 +186,7 @@ def test_a_tied_head_is_trained_and_saved_once(method, family, which, tmp_path):
 @pytest.mark.parametrize("heads", [["classifier", "classifier"], ["bert.pooler", "bert.pooler.dense"],
                                    ["bert.pooler.dense", "bert.pooler"]])  # fmt: skip
 def test_a_head_inside_a_head_is_refused_before_training(method, heads):  # peft: KeyError when it is saved
-    with pytest.raises(ValueError, match=r"is part of the head .*: name it once"):
+    with pytest.raises(ValueError, match=r"is part of the head .*: name it only once"):
         adapt(tiny.model("bert"), method, heads=heads, **({"rank": 2} if method == "loreft" else {}))
 
 

@@ -101,8 +101,8 @@ def answers(tmp_path_factory):
     [
         ("silent", "Server disconnected without sending a response"),
         ("broken", "500"),
-        ("missing", "there is none"),
-        ("private", "it is private, or does not exist: give token="),
+        ("missing", "it does not exist"),
+        ("private", "it is private or does not exist: give token="),
         (
             "page",
             "to be served by a Hugging Face Hub|configuration issue",

@@ -144,7 +144,7 @@ def test_an_incomplete_or_foreign_file_is_refused(tmp_path):
 
 def test_a_folder_without_an_adapter_says_what_is_there(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(FileNotFoundError, match=r"reft_config.json is missing; there is notes.txt"):
+    with pytest.raises(FileNotFoundError, match=r"reft_config.json is missing; it has notes.txt"):
         rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
 
 
@@ -160,7 +160,7 @@ def test_a_folder_of_another_library_says_what_reads_it(files, reader, tmp_path)
     for file in files:
         (tmp_path / file).write_text("{}")
     with pytest.raises(
-        FileNotFoundError, match=rf"reft_config.json is missing; there is .*{re.escape(reader)}$"
+        FileNotFoundError, match=rf"reft_config.json is missing; it has .*{re.escape(reader)}$"
     ):
         rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
 
@@ -189,7 +189,7 @@ def test_a_position_function_is_passed_again_when_loading(tmp_path):
 
 def test_a_position_function_of_one_layer_cannot_be_saved(tmp_path):
     reft = attached(layers={0: {"positions": first_token}, 1: {}})
-    with pytest.raises(ValueError, match="layer 0 has a position function"):
+    with pytest.raises(ValueError, match="layer 0 has its own position function"):
         reft.save_pretrained(tmp_path)
 
 
@@ -275,7 +275,7 @@ def test_a_push_may_name_a_branch_and_a_message(uploads):
 
 
 def test_what_cannot_be_saved_makes_no_repository(uploads):
-    with pytest.raises(ValueError, match="has a position function"):
+    with pytest.raises(ValueError, match="has its own position function"):
         attached(layers={0: {"positions": first_token}, 1: {}}).push_to_hub("me/my-adapter")
     assert [what for what, *_ in uploads] == ["login"]
 
@@ -285,15 +285,15 @@ def test_what_cannot_be_saved_makes_no_repository(uploads):
     [
         (
             lambda t: torch.full_like(t, torch.nan),
-            r"holds NaN or infinite values in .*basis: its training diverged",
+            r"has NaN or infinite values in .*basis: its training diverged",
         ),
         (
             lambda t: t.index_fill(0, torch.tensor([1]), -torch.inf),
-            r"holds NaN or infinite values in .*basis",
+            r"has NaN or infinite values in .*basis",
         ),
-        (lambda t: t.half().fill_(torch.inf), r"holds NaN or infinite values in .*basis"),
-        (lambda t: t.mul(100).to(torch.int8), r"holds whole numbers for weights: .*basis \(int8\)"),
-        (lambda t: t.bool(), r"holds whole numbers for weights: .*basis \(bool\)"),
+        (lambda t: t.half().fill_(torch.inf), r"has NaN or infinite values in .*basis"),
+        (lambda t: t.mul(100).to(torch.int8), r"has integer weights: .*basis \(int8\)"),
+        (lambda t: t.bool(), r"has integer weights: .*basis \(bool\)"),
     ],
 )
 @pytest.mark.parametrize("method", ["loreft", "peft/lora", "bitfit", "loreft + peft/lora"])
@@ -324,7 +324,7 @@ def test_tensors_of_half_precision_load_with_a_warning(dtype, tmp_path, caplog):
     save_file({name: tensor.to(dtype) for name, tensor in state.items()}, tmp_path / TENSOR_FILE)
     again = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()
     (record,) = caplog.records
-    assert "fewer digits than it was trained with" in record.getMessage()
+    assert "lower precision than it was trained with" in record.getMessage()
     assert f"interventions.0.0.basis is {str(dtype)[6:]}, used as float32" in record.getMessage()
     torch.testing.assert_close(logits(again), logits(reft), atol=0.1, rtol=0.1)
 

@@ -82,7 +82,7 @@ class TestRandom:
         assert ids == (0, 1, 2)
 
     def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_not_resized(self):
-        with pytest.raises(ValueError, match=r"knows 259 tokens, the model embeds 100.*never resized"):
+        with pytest.raises(ValueError, match=r"has 259 tokens, but the model embeds 100.*never resized"):
             random_model({**LLAMA, "vocab_size": 100})
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -208,7 +208,7 @@ class TestErrors:
             ({"source": "randon"}, r"did you mean 'random'\?"),
             ({"source": "random", "config": {"n_embd": 4}}, "needs config.model_type"),
             ({"source": "random", "config": LLAMA}, "set tokenizer, e.g. to 'bytes'"),
-            ({"source": "local", "path": "x", "config": LLAMA}, "config belongs to source=random"),
+            ({"source": "local", "path": "x", "config": LLAMA}, "config is for source=random"),
         ],
     )
     def test_wrong_arguments_name_the_allowed_ones(self, arguments, words):
@@ -303,6 +303,6 @@ def test_code_of_a_model_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     (tmp_path / "theirs.py").write_text("raise RuntimeError('run')")
     for load in (load_config, load_tokenizer):
-        with pytest.raises(OSError, match=r"is made by code of its own, .*trust_remote_code=True") as found:
+        with pytest.raises(OSError, match=r"needs its own code, .*trust_remote_code=True") as found:
             load(name="theirs", source="local", path=str(tmp_path))
         assert "HF_HUB_OFFLINE" not in str(found.value)

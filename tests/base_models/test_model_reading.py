@@ -86,7 +86,7 @@ def test_a_model_that_cannot_be_copied_is_tried_itself_and_left_as_it_was(caplog
         bare_copy(model)
     with caplog.at_level(logging.DEBUG):
         assert reading_of(model) == Reading(True, True)
-    assert "itself is tried" in caplog.text
+    assert "so it is tested itself" in caplog.text
     assert all(module.training for module in model.modules())
 
 
@@ -128,7 +128,7 @@ def test_a_model_that_cannot_be_tried_is_taken_for_what_it_is_called(caplog):
         assert reading_of(model) == Reading(True, True)
     finally:
         model.config.__class__.to_dict = kept
-    assert "could not be tried" in caplog.text
+    assert "could not be tested" in caplog.text
 
 
 def test_a_number_that_goes_with_a_text_changes_no_position():

@@ -1,4 +1,4 @@
-"""Whatever is written on the command line: one message that teaches, or a run that reaches its weights."""
+"""Any command line gives either one helpful message or a run that reaches its weights."""
 
 import string
 from dataclasses import is_dataclass
@@ -18,7 +18,7 @@ class WeightsReached(Exception):
     pass
 
 
-# what these name is read or made on purpose, or asks for another machine
+# these keys name things that are read or created, or need another machine
 NOT_DRAWN = {
     "resume",
     "data.path",
@@ -62,7 +62,7 @@ VALUES = st.one_of(
 @st.composite
 def overrides(draw):
     key = draw(st.sampled_from(KEYS + GROUPS))
-    if draw(st.integers(0, 9)) == 0:  # a slip of the finger, or none of the keys
+    if draw(st.integers(0, 9)) == 0:  # a typo, or an unknown key
         at = draw(st.integers(0, len(key) - 1))
         key = draw(st.sampled_from([key[:at] + key[at + 1 :], key + "s", draw(TEXTS), f"+{key}", f"~{key}"]))
     return f"{key}={draw(VALUES)}"

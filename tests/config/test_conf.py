@@ -162,7 +162,7 @@ def test_runs_that_are_composed_together_are_those_that_hydra_composes_one_by_on
         together = [compose_one(overrides) for overrides in runs]
         shared = [message_of(compose_one, [*base, text]) for text in wrong]
     assert together == [by_hydra(overrides) for overrides in runs]
-    # before what is more than a value, Hydra sets them all
+    # Hydra sets all overrides before one that is more than a value
     assert shared == [
         message_of(compose, [*base, text, "+model.config.initializer_range=0.4"]) for text in wrong
     ]
@@ -183,6 +183,6 @@ def message_of(compose_one, overrides):
     "text", ["data.system_prompt=be kind, and brief", "intervention.layers=0,1", "seed=range(1,3)"]
 )
 def test_one_run_takes_no_several_values_also_where_any_text_would_do(text):
-    with pytest.raises(CompositionError, match="several values; one run has one; write a list as"):
+    with pytest.raises(CompositionError, match="has several values: a single run takes one; write a list as"):
         compose(["model=tiny_random", text])
     assert compose(["model=tiny_random", "data.system_prompt='a, b'"]).data.system_prompt == "a, b"

@@ -1,4 +1,4 @@
-"""What makes two runs the same run: one answer for the hash, for resuming, for reports and for the paper's tables."""
+"""Whether two runs are the same run: for the hash, for resuming, for reports and for the paper's tables."""
 
 import dataclasses
 import importlib

@@ -1,4 +1,4 @@
-"""What ``reft-train model=NAME`` trains on can be had in Python by the same name."""
+"""The models of ``reft-train model=NAME`` can be loaded from Python by the same names."""
 
 import pytest
 import tiny
@@ -26,7 +26,7 @@ def test_a_folder_is_a_model_too(tmp_path):
 
     tiny.model("llama").save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"knows 259 tokens, the model embeds 48"):  # it was read
+    with pytest.raises(ValueError, match=r"has 259 tokens, but the model embeds 48"):  # it was read
         rl.load_model("local", path=str(tmp_path))
 
 
@@ -34,7 +34,7 @@ def test_a_folder_is_a_model_too(tmp_path):
     ("name", "settings", "said"),
     [
         ("smollm_135m", {}, "did you mean 'smollm2_135m'"),
-        ("tiny_random", {"dtyp": "float32"}, "no setting 'dtyp'.*did you mean 'dtype'"),
+        ("tiny_random", {"dtyp": "float32"}, "unknown model setting 'dtyp'.*did you mean 'dtype'"),
         ("local", {}, "needs path="),
         ("tiny_random", {"dtype": "float8"}, "dtype must be one of"),
     ],

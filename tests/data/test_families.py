@@ -121,7 +121,7 @@ def test_a_tasks_test_rows_that_lie_elsewhere_are_asked_for_before_anything_is_r
 def test_a_setting_that_a_classification_family_has_no_use_for_is_refused(setting, tmp_path):
     settings = compose.compose(["model=tiny_random", "data=glue_rte", setting])
     name = re.escape(setting.partition("=")[0])
-    with pytest.raises(experiment.SetupError, match=f"{name}=.* means nothing to the family glue"):
+    with pytest.raises(experiment.SetupError, match=f"{name}=.* does not apply to the family glue"):
         experiment.run(settings, tmp_path)
 
 
@@ -154,7 +154,7 @@ BERT = ["model.config.model_type=bert"]
         (["option_likelihood=false", "checkpoint.monitor=val/option_accuracy"], "monitor must be one of"),
         (["optimizer.head_lr=1e-3"], "no head is trained"),
         (["decoding.samples=2"], r"decoding\.samples=2: Greedy methods"),
-        (["decoding.max_new_tokens=0"], "max_new_tokens must be 1 or more"),
+        (["decoding.max_new_tokens=0"], "max_new_tokens must be at least 1"),
         (BERT, "is an encoder"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -221,13 +221,13 @@ def test_a_classifier_has_one_task(tasks, tmp_path):
 
 def test_classifiers_refuse_decoding(tmp_path):
     settings = compose.compose(["model=tiny_random", "data=glue_rte", "decoding.num_beams=4"])
-    with pytest.raises(experiment.SetupError, match=r"decoding\.num_beams means nothing"):
+    with pytest.raises(experiment.SetupError, match=r"decoding\.num_beams does not apply"):
         experiment.run(settings, tmp_path)
 
 
 def test_a_scorer_that_gives_an_undeclared_measure_is_refused():
     family = Family("odd", 1, {}, 4, score=lambda texts, example: Judgement(None, {"em": 1.0}))
-    with pytest.raises(ValueError, match=r"'em', which its measures .* do not declare"):
+    with pytest.raises(ValueError, match=r"'em', which is not among its measures"):
         reported(family, Example("odd", "q", "a", "a"), Decoding(4))
 
 

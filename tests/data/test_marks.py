@@ -328,7 +328,7 @@ def test_such_a_run_is_inspected_on_its_rows(trained, monkeypatch):
 def test_a_step_of_given_lengths_counts_the_prompt_as_marked(tmp_path):
     found = plan(config(write(tmp_path), *GIVEN), prompt=12, target=3)
     assert found["batches"]["given"]["edited_tokens"] == 2 * 3 * 12  # layers, rows, tokens
-    assert "positions given: counted as if the whole prompt were marked" in found["notes"]
+    assert "positions `given`: counted as if the whole prompt were marked" in found["notes"]
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
@@ -356,12 +356,12 @@ def test_what_edits_no_marked_words_reads_the_same_text_without_marks(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (GIVEN[:1], r"the positions given need to know which words are edited: .* 'data\.marks="),
-        (["intervention.layers={0: {}, 1: {positions: 'given:0.5'}}"], "the positions given need to know which"),
+        (GIVEN[:1], r"the positions `given` need marked words: .* 'data\.marks="),
+        (["intervention.layers={0: {}, 1: {positions: 'given:0.5'}}"], "the positions `given` need marked words"),
         ([*GIVEN[:1], "data.marks=[a]"], "data.marks must be two different texts"),
-        ([*GIVEN, "objective=reward", "data.options=[a,b]"], "data.marks is for prompts that are read alone"),
-        ([*GIVEN, "intervention=das", "intervention.positions=given", "data.source_prompt=b"], "not with data.source"),
-        ([*GIVEN, "model.config={model_type: t5}"], r"data.marks=\['<<', '>>'\] is for models that read prompt and"),
+        ([*GIVEN, "objective=reward", "data.options=[a,b]"], "data.marks cannot be used with"),
+        ([*GIVEN, "intervention=das", "intervention.positions=given", "data.source_prompt=b"], "cannot be used with data.source"),
+        ([*GIVEN, "model.config={model_type: t5}"], r"data.marks=\['<<', '>>'\] needs a model that reads prompt and"),
     ],
 )  # fmt: skip
 def test_marks_that_cannot_be_read_are_refused_before_weights(tmp_path, overrides, words):
@@ -371,7 +371,7 @@ def test_marks_that_cannot_be_read_are_refused_before_weights(tmp_path, override
 
 def test_other_rows_have_no_marks(tmp_path):
     rows = short_runs.write_rows(tmp_path / "rows")
-    with pytest.raises(ValueError, match=r"data\.marks=.* means nothing to the family commonsense"):
+    with pytest.raises(ValueError, match=r"data\.marks=.* does not apply to the family commonsense"):
         prepare(short_runs.config(rows, *GIVEN))
     alone = [o for o in short_runs.arguments(write(tmp_path)) if not o.startswith("data=")]
     with pytest.raises(ValueError, match=r"data=custom needs data\.prompt"):
@@ -395,4 +395,4 @@ def test_a_question_is_marked_as_rows_are(tmp_path):
 
 
 def test_such_runs_share_no_pass(tmp_path):
-    assert "read marks of their own rows" in str(why_alone(config(write(tmp_path), *GIVEN)))
+    assert "need the marks of the run's own rows" in str(why_alone(config(write(tmp_path), *GIVEN)))

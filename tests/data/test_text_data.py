@@ -157,18 +157,18 @@ def module(path, **more):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["intervention.positions=f7+l7"], r"positions f7\+l7 are of prompts: write intervention.positions=all"),
-        (["intervention.positions=prompt+decode"], "are of prompts"),
-        (["intervention.positions=given"], "need to know which words are edited"),
-        (["intervention.layers={0: {}, 1: {positions: l1}}"], "the positions l1 are of prompts"),
-        (["intervention=cast", ALL], "cast looks at prompts"),
-        (["objective=dpo"], "DPO compares two answers to one"),
+        (["intervention.positions=f7+l7"], r"positions f7\+l7 need a prompt: write intervention.positions=all"),
+        (["intervention.positions=prompt+decode"], "need a prompt"),
+        (["intervention.positions=given"], "need marked words"),
+        (["intervention.layers={0: {}, 1: {positions: l1}}"], "the positions l1 need a prompt"),
+        (["intervention=cast", ALL], "cast needs prompts"),
+        (["objective=dpo"], "DPO compares two answers to a prompt"),
         (["objective=reward"], "a reward model chooses between two answers to a prompt"),
-        (["decoding.max_new_tokens=9"], "nothing is generated: leave decoding.max_new_tokens out"),
+        (["decoding.max_new_tokens=9"], "nothing is generated: leave out decoding.max_new_tokens"),
         (["data.template=chat"], "data.template=chat lays a prompt out"),
         (["data.options=text"], r"needs data\.prompt, or data\.messages; the columns are text"),
         (["model.config={model_type: t5}"],
-         "texts without a prompt are learnt by decoder-only models"),
+         "texts without a prompt need a decoder-only model"),
         (["model.config={model_type: bert}"], "is an encoder"),
     ],
 )  # fmt: skip
@@ -203,7 +203,9 @@ def test_a_run_generates_nothing_and_reports_loss_and_perplexity(tmp_path, monke
         assert math.isclose(metrics[f"{name}/perplexity"], math.exp(metrics[f"{name}/loss"]), rel_tol=1e-5)
     assert metrics["test/loss"] < metrics["base/test/loss"]
     assert results["monitor"] == "val/loss"
-    assert "perplexity" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "perplexity" in printed
+    assert "in %" not in printed  # a loss is not a percentage
 
 
 def test_the_losses_of_pieces_give_a_report_the_interval_of_the_loss(tmp_path):

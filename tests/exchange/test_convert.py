@@ -69,11 +69,11 @@ def test_a_constant_vector_becomes_a_control_vector_and_nothing_else_does(run, s
     with caplog.at_level(logging.INFO):
         assert run("constant", "to=gguf")[0] == 0
     assert not [record.name for record in caplog.records if record.name.startswith("gguf")]
-    assert "is written for gguf to constant-gguf" in caplog.text
+    assert "to gguf in constant-gguf" in caplog.text
     assert (tmp_path / "constant-gguf" / "control_vector.gguf").is_file()
     status, error = run("mine", "to=gguf")
     assert status == 2
-    assert "layer 0: llama.cpp adds control vectors to the blocks after the first only" in error
+    assert "layer 0: llama.cpp adds control vectors only to blocks after the first" in error
     assert not (tmp_path / "mine-gguf").exists()
 
 
@@ -99,8 +99,8 @@ def test_the_weights_of_the_base_model_are_not_needed(run, tmp_path, to):
 @pytest.mark.parametrize(
     ("to", "settings", "said"),
     [
-        ("easysteer", {"component": "mlp_output"}, "edits the output of blocks only; got 'mlp_output'"),
-        ("easysteer", {"tied": "position"}, "tied='position' has an intervention a position"),
+        ("easysteer", {"component": "mlp_output"}, "edits only the output of blocks; got 'mlp_output'"),
+        ("easysteer", {"tied": "position"}, "tied='position' has one intervention per position"),
         ("pyreft", {"tied": "position"}, "pyreft has one intervention for all positions"),
     ],
 )
@@ -145,10 +145,13 @@ def test_a_run_is_its_adapter(run, saved, tmp_path):
         (["mine", "to=pyreft", "postions=f1"], "did you mean 'positions'?"),
         (["mine", "to=pyreft", "positions=f1"], "positions=f1 means nothing to mine, an adapter of reft"),
         (["mine", "to=pyreft", "out=base"], "out=base is not empty"),
-        (["base", "to=pyreft"], "base holds no adapter of reft_lightning (reft_config.json), adapters"),
+        (
+            ["base", "to=pyreft"],
+            "base does not hold an adapter of reft_lightning (reft_config.json), adapters",
+        ),
         (
             [FOLDERS / "loreft_tied", "to=reft", "base=base"],
-            "add those of the training, such as positions=f7+l7",
+            "add those used in training, such as positions=f7+l7",
         ),
         ([FOLDERS / "loreft_tied", "to=reft", "positions=f1"], "does not name its base model: add base=NAME"),
     ],
@@ -167,16 +170,16 @@ def test_what_does_not_fit_is_said_before_weights_are_loaded(run, saved, monkeyp
             "bias",
             {"layers": [0, 1]},
             "gguf",
-            "layer 0: llama.cpp adds control vectors to the blocks after the first",
+            "layer 0: llama.cpp adds control vectors only to blocks after the first",
         ),
-        ("lofit", {"component": "head_output"}, "gguf", "to the output of blocks only; got 'head_output'"),
+        ("lofit", {"component": "head_output"}, "gguf", "only to the output of blocks; got 'head_output'"),
         (
             "bias",
             {"layers": {1: {}, 2: {"positions": "f1"}}},
             "gguf",
-            "layer 2: .*; got positions=f1, use all",
+            "layer 2: .*must be all; got positions=f1",
         ),
-        ("bias", {"heads": ["lm_head"]}, "gguf", "a control vector holds no head"),
+        ("bias", {"heads": ["lm_head"]}, "gguf", "a control vector cannot hold heads"),
         *[("bias", {"beside": "peft/lora"}, to, "was trained together with peft/lora") for to in OTHERS],
     ],
 )
@@ -200,8 +203,8 @@ def test_a_base_model_that_is_not_there_is_asked_for_in_the_words_of_the_command
     for arguments in (["mine", "to=pyreft"], ["theirs", "to=reft", "positions=f1", "base=base"]):
         status, error = run(*arguments)
         assert status == 2
-        assert "base' is not a folder, and did not come from the hub" in error
-        assert "name another by base=, a folder or a name on the hub" in error
+        assert "base' is not a folder, and could not be loaded from the hub" in error
+        assert "name another with base=, a folder or a name on the hub" in error
         assert "from_pretrained" not in error
     assert run("mine", "to=pyreft", "base=moved")[0] == 0
 

@@ -143,7 +143,7 @@ DAMAGES = {
     "truncated config": (CONFIG, "damaged"),
     "empty config": (CONFIG, "is empty"),
     "foreign config": (CONFIG, "format None"),
-    "newer format": (CONFIG, "format 2; .* reads 1: update it"),
+    "newer format": (CONFIG, "format 2, .* reads 1: update it"),
     "no method": (CONFIG, "method"),
     "no layers": (CONFIG, "layers"),
     "layers of another kind": ("mine", "layers"),

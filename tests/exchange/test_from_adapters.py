@@ -86,7 +86,7 @@ def test_what_is_read_is_what_was_trained():
 def test_noreft_or_direft_is_asked_as_adapters_does_not_save_it():
     with pytest.raises(ValueError, match=r"noreft.*method='noreft' or method='direft'; got None"):
         rl.from_adapters(base_model(), FOLDERS / "noreft")
-    with pytest.raises(ValueError, match=r"is of LoReFT .*; got method='direft'"):
+    with pytest.raises(ValueError, match=r"is a LoReFT adapter .*; got method='direft'"):
         rl.from_adapters(base_model(), FOLDERS / "loreft", method="direft")
 
 
@@ -143,15 +143,18 @@ DAMAGES = {
     "empty": ("adapter.safetensors", "damaged"),
     "missing tensor": ("adapter.safetensors", r"unit 0 of layer 0 needs learned_source\.bias"),
     "missing unit": ("adapter.safetensors", "layer 0 has no unit 1"),
-    "two adapters": ("adapter.safetensors", "it holds mine, yours at model.layers"),
+    "two adapters": ("adapter.safetensors", "got mine, yours at model.layers"),
     "of LoRA": ("adapter_config.json", "'lora' instead of 'reft'"),
-    "foreign tensors": ("adapter.safetensors", r"holds model\.layers\.0\.mlp\.weight, which is not of ReFT"),
+    "foreign tensors": (
+        "adapter.safetensors",
+        r"contains model\.layers\.0\.mlp\.weight, which does not belong",
+    ),
     "other width": ("theirs", r"source.weight: \(2, 48\) instead of \(2, 32\)"),
     "other depth": ("theirs", "layer must lie in"),
     "no positions": ("adapter_config.json", "has no positions"),
     "no rank": ("adapter_config.json", "config has no orthogonality"),
-    "config of no kind": ("adapter_config.json", "holds a list"),
-    "foreign config": ("adapter_config.json", "is not of ReFT"),
+    "config of no kind": ("adapter_config.json", "contains a list"),
+    "foreign config": ("adapter_config.json", "is not a ReFT adapter"),
     "head of its own": ("model_head.safetensors", r"LlamaForCausalLM does not have \(heads\.mine"),
     "activation": ("theirs", "act_fn must be one of"),
 }

@@ -226,23 +226,23 @@ DAMAGES = {
     "truncated": (FIRST, "damaged"),
     "empty": (FIRST, "damaged"),
     "text": (FIRST, "damaged"),
-    "a list": (FIRST, "tensors by name; it holds a list"),
-    "missing tensor": (FIRST, "needs rotate_layer, which is missing; there is bias, weight"),
-    "flat tensor": (FIRST, r"weight of LoreftIntervention has the shape \(128,\)"),
+    "a list": (FIRST, "tensors by name; got a list"),
+    "missing tensor": (FIRST, "needs rotate_layer, which is missing; it has bias, weight"),
+    "flat tensor": (FIRST, r"weight of LoreftIntervention must have 2 .* shape \(128,\)"),
     "missing file": (FIRST, "is missing"),
     "other width": ("theirs", r"source.weight: \(4, 48\) instead of \(4, 32\)"),
     "nan": ("theirs", "NaN or infinite"),
-    "whole numbers": ("theirs", "whole numbers"),
+    "whole numbers": ("theirs", "integer weights"),
     "other depth": ("theirs", r"layer must lie in 0\.\.2.*got 7"),
     "empty config": ("config.json", "is empty"),
-    "foreign config": ("config.json", "is not pyreft's"),
-    "no entries": ("config.json", "is not pyreft's"),
-    "fewer types": ("config.json", "2 representations, 1 intervention_types"),
-    "other class": ("config.json", "an intervention Popen; those of pyreft are Loreft"),
-    "strange entry": ("config.json", "a representation is 'x'"),
-    "heads": ("config.json", r"unit h\.pos of pyvene"),
-    "linked": ("config.json", "intervention_link_key of pyvene"),
-    "component": ("config.json", "'query_output' of pyvene has no counterpart"),
+    "foreign config": ("config.json", "is not from pyreft"),
+    "no entries": ("config.json", "is not from pyreft"),
+    "fewer types": ("config.json", "2 representations, but 1 intervention_types"),
+    "other class": ("config.json", "an unknown intervention Popen; pyreft's are Loreft"),
+    "strange entry": ("config.json", "a representation must be .*; got 'x'"),
+    "heads": ("config.json", r"pyvene's unit h\.pos"),
+    "linked": ("config.json", "pyvene's intervention_link_key"),
+    "component": ("config.json", "pyvene's component 'query_output' has no counterpart"),
 }
 
 
@@ -279,7 +279,7 @@ def test_another_model_is_refused_and_stays_as_it_was():
 
 def test_a_folder_without_pyrefts_files_says_what_is_there(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(FileNotFoundError, match=r"config.json is missing; there is notes.txt"):
+    with pytest.raises(FileNotFoundError, match=r"config.json is missing; it has notes.txt"):
         rl.from_pyreft(base_model(), tmp_path, positions="f1")
 
 

@@ -113,7 +113,7 @@ def test_families_with_biases_take_the_edit_in(family, tmp_path):
 def test_a_map_that_can_have_no_bias_is_not_merged(family, component):
     reft = attached(family=family, component=component)
     wanted = logits(reft)
-    with pytest.raises(ValueError, match=r"has no bias at .*0.* to_lora\(\) holds it"):
+    with pytest.raises(ValueError, match=r"has no bias at .*0.* Use to_lora\(\)"):
         rl.merge(reft)
     assert torch.equal(logits(reft), wanted)  # and is as it was
 
@@ -251,7 +251,7 @@ def test_two_adapters_at_one_map_are_not_exported():
     reft = attached()
     reft.add_adapter("more", "direft", rank=1, positions="all", component=LLAMA_DOWN)
     reft.set_adapter(["default", "more"])
-    with pytest.raises(ValueError, match=r"layers.0.mlp.down_proj has another intervention already"):
+    with pytest.raises(ValueError, match=r"layers.0.mlp.down_proj already has another intervention"):
         rl.merge(reft)
 
 
@@ -262,7 +262,7 @@ def test_two_adapters_at_one_map_are_not_exported():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"positions": "f7+l7"}, r"edits the positions f7\+l7, and a weight acts on all tokens alike"),
+        ({"positions": "f7+l7"}, r"edits the positions f7\+l7, but a weight acts on all tokens"),
         ({"positions": "l1"}, "positions l1"),
         ({"positions": "prompt"}, "positions prompt"),
         ({"positions": "decode"}, "positions decode"),
@@ -270,7 +270,10 @@ def test_two_adapters_at_one_map_are_not_exported():
             {"component": "block_output"},
             "the output of model.layers.0, a LlamaDecoderLayer, is not the output of one",
         ),
-        ({"component": "block_input"}, r"the input of model.layers.0 is not that of one.*down_proj.input"),
+        (
+            {"component": "block_input"},
+            r"the input of model.layers.0 is not the input of one.*down_proj.input",
+        ),
         (
             {"component": "model.layers.{layer}.input_layernorm"},
             "a LlamaRMSNorm, is not the output of one linear map",
@@ -293,7 +296,7 @@ def test_what_no_weight_can_do_is_refused_with_the_reason(export, settings, said
 
 def test_a_scaled_row_is_no_lora(tmp_path):
     with pytest.raises(
-        ValueError, match=r"RED changes model.layers.0.mlp.down_proj by a matrix of full rank; merge\(\)"
+        ValueError, match=r"RED changes model.layers.0.mlp.down_proj by a full-rank matrix; use merge\(\)"
     ):
         rl.to_lora(attached("red"), tmp_path)
 
@@ -327,7 +330,7 @@ def test_a_second_adapter_on_the_base_is_in_the_way():
 def test_an_adapter_of_peft_under_the_interventions_is_in_the_way(tmp_path):
     from adapted_models import adapted
 
-    with pytest.raises(ValueError, match=r"only interventions by themselves .* got a JointModel"):
+    with pytest.raises(ValueError, match=r"only interventions without a baseline .* got a JointModel"):
         rl.merge(adapted("llama", "loreft + peft/lora", positions="all", component="mlp_output"))
 
 
@@ -350,7 +353,7 @@ def test_a_weight_that_two_layers_share_is_not_merged():
     model = tiny.model("llama")
     model.model.layers[2].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
     with pytest.raises(
-        ValueError, match=r"layers.0.mlp.down_proj.weight and model.layers.2.* one and the same weight"
+        ValueError, match=r"layers.0.mlp.down_proj.weight and model.layers.2.* are the same weight"
     ):
         rl.merge(attached(base=model))
 
@@ -359,7 +362,7 @@ def test_an_adapter_that_diverged_is_not_merged():
     reft = attached()
     with torch.no_grad():
         reft.interventions["1"][0].source.bias.fill_(float("nan"))
-    with pytest.raises(ValueError, match="layer 1 cannot become weights: LoReFT gives NaN or infinite"):
+    with pytest.raises(ValueError, match="layer 1 cannot become weights: LoReFT has NaN or infinite"):
         rl.merge(reft)
 
 
@@ -378,7 +381,9 @@ def test_an_intervention_of_ones_own_is_merged_if_it_is_affine(tmp_path):
 
     wanted = logits(reft := own("export_shift"))
     close(logits(rl.merge(reft)), wanted)
-    with pytest.raises(ValueError, match="Squash is not an affine function of h, and no weight computes it"):
+    with pytest.raises(
+        ValueError, match="Squash is not an affine function of h, so no weight can compute it"
+    ):
         rl.merge(own("export_squash"))
 
 
@@ -409,7 +414,7 @@ def test_an_edit_with_an_activation_is_refused_also_where_small_tokens_do_not_sh
     with torch.no_grad():
         for group in reft.interventions.values():
             group[0].source.bias.add_(bias)
-    with pytest.raises(ValueError, match="is not an affine function of h, and no weight computes it"):
+    with pytest.raises(ValueError, match="is not an affine function of h, so no weight can compute it"):
         rl.to_lora(reft, tmp_path)
 
 

@@ -97,15 +97,15 @@ def test_the_digest_is_of_kind_names_shapes_bytes_and_layer(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"component": "mlp_output"}, "layer 0: EasySteer edits the output of blocks only; got 'mlp_output'"),
+        ({"component": "mlp_output"}, "layer 0: EasySteer edits only the output of blocks; got 'mlp_output'"),
         ({"act_fn": "relu"}, "act_fn='relu' is not an affine function"),
-        ({"method": "red", "rank": None}, r"layer 0: 'red' is not of the form U'\(V h \+ c\)"),
+        ({"method": "red", "rank": None}, r"layer 0: 'red' does not have the form U'\(V h \+ c\)"),
         (
             {"method": "das", "positions": "l1"},
-            "layer 0: 'das' is not of the form",
+            "layer 0: 'das' does not have the form",
         ),  # low-rank, of another text's h
         ({"tied": "position"}, "layer 0: tied='position'"),
-        ({"positions": lambda prompt, target: prompt}, "takes no position function"),
+        ({"positions": lambda prompt, target: prompt}, "does not support a position function"),
         ({"heads": ["lm_head"]}, r"this adapter trained \['lm_head'\]"),
         ({"method": "none", "heads": ["lm_head"]}, "no interventions"),
     ],

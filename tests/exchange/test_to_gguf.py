@@ -109,20 +109,20 @@ def test_the_blocks_are_those_of_the_language_model_of_one_that_reads_images(tmp
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"layers": "all"}, "layer 0: llama.cpp adds control vectors to the blocks after the first only"),
-        ({"component": "mlp_output"}, "layer 1: .* to the output of blocks only; got 'mlp_output'"),
-        ({"component": "block_input"}, "layer 1: .* to the output of blocks only; got 'block_input'"),
-        ({"positions": "prompt"}, "layer 1: .* to every token.*; got positions=prompt, use all"),
+        ({"layers": "all"}, "layer 0: llama.cpp adds control vectors only to blocks after the first"),
+        ({"component": "mlp_output"}, "layer 1: .* only to the output of blocks; got 'mlp_output'"),
+        ({"component": "block_input"}, "layer 1: .* only to the output of blocks; got 'block_input'"),
+        ({"positions": "prompt"}, "layer 1: .* to every token.*must be all; got positions=prompt"),
         ({"positions": "decode"}, "got positions=decode"),
         ({"positions": lambda prompt, target: prompt}, "got a position function"),
         ({"method": "loreft", "rank": 2}, "layer 1: .* the edit of 'loreft' depends on the token"),
         ({"method": "red"}, "the edit of 'red' depends on the token"),
         ({"method": "lofit", "stage": "scale"}, "the edit of 'lofit' depends on the token"),
-        ({"method": "cast"}, "layer 1: CAST looks at more than single tokens"),
+        ({"method": "cast"}, "layer 1: CAST depends on more than single tokens"),
         ({"layers": {1: {}, 2: {"method": "red"}}}, "layer 2: .* the edit of 'red' depends on the token"),
-        ({"heads": ["lm_head"]}, r"holds no head, and this adapter trained \['lm_head'\]"),
-        ({"method": "none", "heads": ["lm_head"]}, "holds no head"),
-        ({"family": "bert"}, "to decoders only; BertForSequenceClassification is not a decoder"),
+        ({"heads": ["lm_head"]}, r"cannot hold heads, but this adapter trained \['lm_head'\]"),
+        ({"method": "none", "heads": ["lm_head"]}, "cannot hold heads"),
+        ({"family": "bert"}, "only to decoders; BertForSequenceClassification is not a decoder"),
     ],
 )
 def test_what_is_no_control_vector_is_refused_before_anything_is_written(settings, said, tmp_path):
@@ -139,9 +139,9 @@ def test_several_adapters_a_half_and_a_diverged_one_are_refused(tmp_path):
     with torch.no_grad():
         diverged.interventions["2"][0].bias[0] = torch.nan
     for reft, said in (
-        (several, "carries default, more, and a folder for llama.cpp holds one"),
-        (half, "together with peft/lora, and a folder for llama.cpp"),
-        (diverged, "layer 2: Bias gives NaN or infinite values"),
+        (several, "has the adapters default, more, but a folder for llama.cpp holds only one"),
+        (half, "together with peft/lora, but a folder for llama.cpp"),
+        (diverged, "layer 2: Bias has NaN or infinite values"),
     ):
         with pytest.raises(ValueError, match=said):
             rl.to_gguf(reft, tmp_path / "out")

@@ -155,10 +155,12 @@ def test_what_pyreft_does_not_keep_is_said_in_one_line(tmp_path, caplog):
     caplog.clear()
     rl.to_pyreft(attached("loreft", weight_dtype="bfloat16"), tmp_path / "2")
     said = caplog.records[0].getMessage()
-    assert "passes: positions f1+l2 (as unit_locations of each call); clip='paper'" in said
+    assert "with it: positions f1+l2 (as unit_locations of each call); clip='paper'" in said
     caplog.clear()
     rl.to_pyreft(attached("loreft", weight_dtype="bfloat16", clip="floor"), tmp_path / "3")
-    assert caplog.records[0].getMessage().endswith("passes: positions f1+l2 (as unit_locations of each call)")
+    assert (
+        caplog.records[0].getMessage().endswith("with it: positions f1+l2 (as unit_locations of each call)")
+    )
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def test_what_pyreft_does_not_have_is_refused_before_anything_is_written(setting
 def test_a_scale_is_refused(tmp_path):
     reft = attached()
     reft.scale = 0.5
-    with pytest.raises(ValueError, match=r"pyreft has no scale, and this adapter has scale=0\.5"):
+    with pytest.raises(ValueError, match=r"pyreft has no scale, but this adapter has scale=0\.5"):
         rl.to_pyreft(reft, tmp_path)
 
 
@@ -190,7 +192,9 @@ def test_a_scale_is_refused(tmp_path):
 def test_one_of_several_adapters_is_not_written_alone(write, tmp_path):
     reft = attached()
     reft.add_adapter("style", "direft", rank=2, positions="f1")
-    with pytest.raises(ValueError, match=r"carries default, style, and a folder for \w+ holds one adapter"):
+    with pytest.raises(
+        ValueError, match=r"has the adapters default, style, but a folder for \w+ holds only one"
+    ):
         write(reft, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -200,6 +204,6 @@ def test_one_of_several_adapters_is_not_written_alone(write, tmp_path):
 def test_a_weight_of_the_active_adapter_is_not_lost_in_silence(tmp_path, write, chosen):
     reft = rl.attach(tiny.model("llama"), rank=2, positions="l2")
     reft.set_adapter(chosen)
-    with pytest.raises(ValueError, match="at its full weight"):
+    with pytest.raises(ValueError, match="at full weight"):
         write(reft, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -46,7 +46,7 @@ def test_angles_of_several_are_symmetric_and_0_on_the_diagonal():
 
 
 def test_adapters_of_different_widths_have_no_angle():
-    with pytest.raises(ValueError, match="12 and 13 dimensions"):
+    with pytest.raises(ValueError, match="must have the same width; got 12 and 13"):
         principal_angles(rows(2, 12), rows(2, 13))
 
 

@@ -58,7 +58,7 @@ def test_a_method_without_interventions_is_told_once(data, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, edit_norms.__name__):
         experiment.run(compose.compose([*settings, *lora, "callbacks=edit_norms"]), tmp_path)
     said = [r.getMessage() for r in caplog.records if r.name == edit_norms.__name__]
-    assert said == ["callbacks: edit norms are not logged, peft/lora has no interventions"]
+    assert said == ["callbacks: edit norms are not logged, as peft/lora has no interventions"]
 
 
 def test_nothing_watches_after_training_that_failed(data, tmp_path, monkeypatch):

@@ -51,13 +51,13 @@ def inspect(*folders, **options):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Most of an inspection of a small model is the time of drawing."""
+    """Drawing takes most of the time of inspecting a small model."""
     monkeypatch.setattr(command, "draw", lambda found, out: [])
 
 
 @pytest.fixture(scope="module")
 def alone(folder, tmp_path_factory):
-    """The adapter without its run, of which nothing is evaluated."""
+    """The adapter without its run, for which nothing is evaluated."""
     return shutil.copytree(folder / "adapter", tmp_path_factory.mktemp("adapter") / "alone")
 
 
@@ -190,7 +190,7 @@ def test_runs_of_other_widths_are_refused_by_name_before_weights_are_loaded(
     wide = ["model.config.hidden_size=64", "model.config.intermediate_size=96"]
     other = of_one_epoch(data, tmp_path / "wide", *wide)
     monkeypatch.setattr("reft_lightning.runs.build.load_base_model", None)
-    with pytest.raises(ValueError, match=f"{folder} edits .* width 32, that of {other} of 64"):
+    with pytest.raises(ValueError, match=f"{folder} edits .* width 32, but that of {other} has width 64"):
         inspect(folder, other, out=tmp_path / "out")
 
 
@@ -224,7 +224,7 @@ def test_the_lens_leaves_out_what_is_not_in_the_residual_stream_and_the_rest_is_
     found, said = inspect(run, rows=2)
     assert found["logit_lens"] == []
     assert "Logit lens" not in said
-    why = f"{component} is not in the residual stream, which the output head reads: no logit lens of layers 0, 1"
+    why = f"{component} is not in the residual stream, which the output head reads: no logit lens for layers 0, 1"
     assert why in said
     assert len(found["strength"]) == 9
     assert found["subspaces"]["layers"] == [0, 1]
@@ -235,7 +235,7 @@ def test_layers_at_two_places_have_the_lens_of_those_in_the_stream(data, tmp_pat
     run = of_one_epoch(data, tmp_path / "run", f"intervention.layers={layers}")
     found, said = inspect(run, rows=2)
     assert {line["layer"] for line in found["logit_lens"]} == {0}
-    assert "no logit lens of layers 1" in said
+    assert "no logit lens for layers 1" in said
     assert math.isnan(found["subspaces"]["angle"][0][1])  # of widths 32 and 64
 
 
@@ -270,11 +270,11 @@ def test_a_classifier_has_everything_but_what_reads_on(tmp_path):
     ]  # fmt: skip
     experiment.run(compose.compose(settings), tmp_path)
     found, said = inspect(tmp_path)
-    assert "does not read on in a text" in said
+    assert "cannot continue a plain text" in said
     assert {"loss", "pearson", "spearman", "combined_score"} <= found["scores"]["adapted"].keys()
     curve = {point.pop("scale"): point for point in map(dict, found["strength"])}
     assert curve[1] == found["scores"]["adapted"]
-    assert curve[0] == found["without"]["all"]  # the trained head stays where the edits are off
+    assert curve[0] == found["without"]["all"]  # the trained head stays on while the edits are off
     assert "logit_lens" not in found
 
 
@@ -282,12 +282,12 @@ def test_a_classifier_has_everything_but_what_reads_on(tmp_path):
     ("arguments", "expected"),
     [
         (["mime"], "mime: no such folder; did you mean 'mine'?"),
-        (["."], ". is neither a run that ended"),
-        (["mine", "rowss=2"], "unknown argument 'rowss'; known are rows"),
-        (["mine", "rows=0"], "rows must be an integer, 1 or more; got '0'"),
+        (["."], ". must be a finished run"),
+        (["mine", "rowss=2"], "unknown argument 'rowss'; the arguments are rows"),
+        (["mine", "rows=0"], "rows must be an integer, at least 1; got '0'"),
         (["mine", "forget=bolq"], "did you mean 'data=boolq'?"),
-        (["mine", "forget=glue_rte"], "does not answer rows for classification"),
-        (["mine", "data.path=x"], "is a key of the rows that forget=NAME names"),
+        (["mine", "forget=glue_rte"], "cannot be evaluated on rows of kind classification"),
+        (["mine", "data.path=x"], "data.path=x applies only to the rows of forget=NAME"),
         (["mine", "text=none.txt"], "none.txt"),
         (["rows=2"], "FOLDER is missing"),
     ],
@@ -316,5 +316,5 @@ def test_help_fits_a_screen_and_names_every_key(monkeypatch, capsys):
 
 def test_a_short_text_says_how_long_it_must_be(folder, tmp_path):
     (tmp_path / "short.txt").write_text("a zorb")
-    with pytest.raises(ValueError, match="has 6 tokens; a window has 128"):
+    with pytest.raises(ValueError, match="must have at least 128 tokens, one window; got 6"):
         inspect(folder, text=tmp_path / "short.txt")

@@ -1,4 +1,4 @@
-"""What a run will cost, said before weights are read: against what the run then has."""
+"""The planned cost of a run, estimated without weights, against its actual cost."""
 
 import json
 import sys
@@ -266,7 +266,7 @@ def test_rows_with_pictures_are_planned_by_their_lengths(tmp_path):
     row = {"image": "1.png", "question": "colour?", "answers": "red"}
     (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
     config = compose.compose(["model=tiny_vision", "data=vqa", f"data.path={tmp_path}"])
-    with pytest.raises(ValueError, match="give the lengths of rows instead, prompt=N target=N"):
+    with pytest.raises(ValueError, match="give row lengths instead, prompt=N target=N"):
         plan(config)
     assert plan(config, prompt=30)["batches"]["given"]["columns"] == 31
 
@@ -276,7 +276,7 @@ def test_rows_with_pictures_are_planned_by_their_lengths(tmp_path):
     [
         (["model=tiny_random", "data=bolq"], "did you mean 'data=boolq'?"),
         (["model=tiny_random", "data=boolq", "target=3"], "add prompt=N"),
-        (["model=tiny_random", "data=boolq", "prompt=0"], "prompt must be an integer, 1 or more"),
+        (["model=tiny_random", "data=boolq", "prompt=0"], "prompt must be an integer, at least 1"),
         (["data=boolq"], "no model was chosen"),
         (["model=tiny_random", "data=boolq", "prompt=9", "gpu=h10"], "did you mean 'h100'?"),
         (

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on invented rows: its scores are those that can be computed by hand."""
+"""lm-evaluation-harness on invented rows: its scores equal those computed by hand."""
 
 import json
 import re
@@ -89,7 +89,7 @@ def reft(place):
 
 
 def evaluated(place, model="reft_lightning", tasks=tuple(TASKS), batch_size=1, **arguments):
-    """What lm-eval finds: every metric, and of each row what the model answered."""
+    """The results of lm-eval: every metric, and the model's answer for each row."""
     arguments = {"pretrained": str(place / "base"), "device": "cpu", **arguments}
     manager = TaskManager(include_path=str(place), include_defaults=False)
     found = lm_eval.simple_evaluate(

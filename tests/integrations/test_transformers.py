@@ -1,4 +1,4 @@
-"""Trainer, pipelines and Accelerate with a ReftModel: it trains, saves, loads, resumes and answers as by itself."""
+"""Trainer, pipelines and Accelerate with a ReftModel: it trains, saves, loads, resumes and answers as it does alone."""
 
 import copy
 import pickle
@@ -179,7 +179,7 @@ def test_a_loss_of_one_s_own_gets_the_prompt_from_the_collator_of_the_page(side,
     assert batch["prompt_mask"].sum(-1).tolist() == list(lengths)
     found = work.compute_loss(as_pretrained(reft).train(), dict(batch))
     labels = batch.pop("labels")
-    known = reft(**batch, labels=labels)  # the prompt is read off the labels
+    known = reft(**batch, labels=labels)  # the prompt is found from the labels
     expected = work.label_smoother(known, labels, shift_labels=True)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 

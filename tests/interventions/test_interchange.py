@@ -241,21 +241,19 @@ def test_what_does_not_fit_is_refused():
     reft, inputs = attached(), tiny.padded(tiny.rows(6, 4, 5))
     with pytest.raises(ValueError, match="pass source_ids"):
         reft(**inputs)
-    with pytest.raises(ValueError, match="source_ids hold 2 rows, the batch 3"):
+    with pytest.raises(ValueError, match="source_ids have 2 rows, but the batch has 3"):
         reft(**inputs, source_ids=torch.ones(2, 5, dtype=torch.long))
     short = tiny.padded(tiny.rows(4, 2, 5, seed=4))
     others = {"source_ids": short["input_ids"], "source_mask": short["attention_mask"]}
-    with pytest.raises(
-        ValueError, match=r"row 1 has 3 tokens at the positions .* takes hidden states from 2"
-    ):
+    with pytest.raises(ValueError, match=r"row 1 has 3 tokens at the positions .* source text has 2"):
         reft(**inputs, **others)
     with pytest.raises(
-        ValueError, match=r"loreft takes nothing from the texts source_ids; das, boundless_das, cdas.* do"
+        ValueError, match=r"loreft takes no hidden states from source_ids; das, boundless_das, cdas.* do"
     ):
         rl.attach(tiny.model("llama"), "loreft", rank=2)(**inputs, **sources())
     for positions in ("all", "l1+decode"):
         with pytest.raises(
-            ValueError, match=rf"das puts tokens of one prompt .* the positions {positions[:3]}"
+            ValueError, match=rf"das exchanges tokens between prompts, .* the positions {positions[:3]}"
         ):
             rl.attach(tiny.model("llama"), "das", rank=2, positions=positions)
     with pytest.raises(ValueError, match="not a sum of directions"):
@@ -275,5 +273,5 @@ def test_one_adapter_at_two_strengths_reads_the_sources_once():
 
 @pytest.mark.parametrize("positions", ["critical:1", "given"])
 def test_positions_that_only_the_text_itself_has_are_refused(positions):
-    with pytest.raises(ValueError, match="nothing says which of its tokens"):
+    with pytest.raises(ValueError, match="takes hidden states from another text, in which positions"):
         rl.attach(tiny.model("llama"), "das", rank=2, positions=positions)

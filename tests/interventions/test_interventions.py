@@ -220,7 +220,7 @@ class TestTenLinesOfAUser(InterventionLaws):
 
     def test_a_name_is_not_taken_from_another_class(self):
         with pytest.raises(
-            ValueError, match=r"'loreft' of .*Mine is taken by reft_lightning.*LoReFT; give another"
+            ValueError, match=r"'loreft' of .*Mine is taken by reft_lightning.*LoReFT; choose another"
         ):
 
             class Mine(Intervention, name="loreft"):

@@ -97,9 +97,7 @@ def test_latents_say_where_a_concept_is():
     ("positions", "tied"), [("decode", "all"), ("decode:2", "all"), ("l1+decode", "group")]
 )
 def test_a_strength_needs_tokens_of_the_prompt(positions, tied):
-    with pytest.raises(
-        ValueError, match="reft_r1 takes the strength of its edits from the tokens of the prompt"
-    ):
+    with pytest.raises(ValueError, match="reft_r1 takes the strength of its edits from the prompt tokens"):
         rl.attach(tiny.model("llama"), "reft_r1", positions=positions, tied=tied)
     rl.attach(tiny.model("llama"), "reft_r1", positions="l1+decode")
 
@@ -188,7 +186,7 @@ class TestCAST(InterventionLaws):
         assert ((strict(h, 1.0, rows_of(2, 2)) != h).any(-1)).tolist() == [not below] * 2 + [below] * 2
 
     def test_a_threshold_is_a_cosine(self):
-        with pytest.raises(ValueError, match="threshold must lie between -1 and 1"):
+        with pytest.raises(ValueError, match="threshold is a cosine and must lie between -1 and 1"):
             CAST(D, threshold=3)
 
 
@@ -208,7 +206,7 @@ def test_one_layer_decides_for_those_above_it_once_a_prompt():
     assert [step.tolist() for step in seen[2:]] == [gates] * 6
     assert torch.equal(ids, reft.generate(**prompts, max_new_tokens=4, do_sample=False, use_cache=False))
     alone = rl.attach(tiny.model("llama"), "cast", layers=[1], decides=False, positions="all")
-    with pytest.raises(ValueError, match="no layer below decides for cast"):
+    with pytest.raises(ValueError, match="cast with decides=False needs a layer below that decides"):
         alone(**prompts)
 
 

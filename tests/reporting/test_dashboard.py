@@ -1,4 +1,4 @@
-"""What a dashboard consists of, and that W&B's own library sends and reads it; the server is on this machine."""
+"""The contents of a dashboard, and that W&B's own library sends and reads it, with a local server."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Reports of invented runs: what shares a table, what it cost, and what is left out and why."""
+"""Reports of invented runs: which runs share a table, their costs, and what is left out and why."""
 
 import json
 import logging
@@ -50,7 +50,7 @@ class TestMethods:
             "loreft init_from=null objective=SFT",
             "loreft init_from=/runs/sft objective=DPO",
         }
-        began = "loreft init_from=/runs/sft objective=DPO began with a saved adapter, whose training is in no budget"
+        began = "loreft init_from=/runs/sft objective=DPO started from a saved adapter, whose training is not"
         assert sum(began in note for note in comparison.notes) == 1
 
     def test_several_configurations_on_test_rows_are_a_choice_that_is_warned_of(self, tmp_path):
@@ -98,7 +98,7 @@ class TestMethods:
     def test_other_scores_of_the_frozen_base_are_said(self, tmp_path):
         write_run(tmp_path / "a", seed=42, base={"boolq": right(0.3)})
         write_run(tmp_path / "b", seed=43, base={"boolq": right(0.5)})
-        assert any("the frozen base scored otherwise in" in note for note in only(tmp_path).notes)
+        assert any("the frozen base has other scores in" in note for note in only(tmp_path).notes)
 
 
 class TestWhatSharesATable:
@@ -129,7 +129,7 @@ class TestWhatSharesATable:
         titles = [comparison.title for comparison in report(tmp_path).comparisons]
         assert titles == [
             "tiny, boolq (test), evaluated rows all",
-            "tiny, boolq (test), evaluated rows at most 60 a task",
+            "tiny, boolq (test), evaluated rows at most 60 per task",
         ]
 
     def test_data_that_only_a_fingerprint_tells_apart_are_numbered(self, tmp_path):
@@ -152,8 +152,12 @@ class TestWhatSharesATable:
     @pytest.mark.parametrize(
         ("column", "value", "words"),
         [
-            ("source", "boolq.json, row 7000", "evaluated on other rows of boolq than .*: 2 are .* row 7"),
-            ("gold", "no", r"other gold answers of boolq than .*, boolq\.json, row 7: 'no' and 'yes'"),
+            ("source", "boolq.json, row 7000", "its rows of boolq differ from those of .*: 2 are .* row 7"),
+            (
+                "gold",
+                "no",
+                r"gold answers of boolq differ from those of .*, for boolq\.json, row 7: 'no' and 'yes'",
+            ),
         ],
     )
     def test_a_run_of_other_rows_is_left_out_and_the_others_stay(self, tmp_path, column, value, words):
@@ -241,7 +245,7 @@ class TestCosts:
         comparison = only(tmp_path)
         assert comparison.overlapped == overlapped
         said = [
-            note for note in comparison.notes if note.startswith("2 runs were under way while another ran")
+            note for note in comparison.notes if note.startswith("2 runs ran at the same time as another")
         ]
         assert len(said) == overlapped
 
@@ -274,7 +278,7 @@ class TestReads:
         shutil.copytree(tmp_path / "a", tmp_path / "backup of a")
         made = report(tmp_path)
         assert [item.reason for item in made.left] == [
-            f"it holds the same run as {tmp_path / 'a'}: one of them is a copy"
+            f"it contains the same run as {tmp_path / 'a'}: one of them is a copy"
         ]
         assert not any("more than once" in note for note in made.comparisons[0].notes)
         assert len(made.reads) == 1
@@ -288,7 +292,7 @@ class TestReads:
         write_run(tmp_path / "a")
         read = {"task": "boolq", "rows": 60, "time": "2025-12-31", "model": "adapted"}
         stopped = write_run(tmp_path / "b", status="stopped", test_reads=[read])
-        (stopped / "config.yaml").unlink()  # the hash still tells that it is the same configuration
+        (stopped / "config.yaml").unlink()  # the hash still shows that it is the same configuration
         made = report(tmp_path)
         assert [row[7].text for row in tables.read_table(made.reads).rows] == ["", "read again"]
 
@@ -316,12 +320,15 @@ class TestFolders:
         reasons = {item.folder.name: item.reason for item in made.left}
         assert reasons["stopped"] == "its status is 'stopped', not 'complete' (MemoryError: x)"
         assert reasons["running"] == "its status is 'running', not 'complete'"
-        assert reasons["lacking"] == "results.json lacks model"
-        assert reasons["edited"] == "results.json: seed should be an integer"
-        assert "results.json is damaged, it is not JSON" in reasons["json"]
-        assert "results.json is damaged, it should hold keys and values: it holds a list" in reasons["list"]
-        assert "config.yaml is damaged, it is not YAML" in reasons["yaml"]
-        assert reasons["bare"] == reasons["hydra"] == "no results.json: the run ended before it began"
+        assert reasons["lacking"] == "results.json has no model"
+        assert reasons["edited"] == "results.json: seed must be an integer"
+        assert "results.json is damaged or not JSON" in reasons["json"]
+        assert (
+            "results.json is damaged: it should contain keys and values, but contains a list"
+            in reasons["list"]
+        )
+        assert "config.yaml is damaged or not YAML" in reasons["yaml"]
+        assert reasons["bare"] == reasons["hydra"] == "no results.json: the run ended before training started"
 
     def test_broken_predictions_leave_their_run_out_and_name_the_line(self, tmp_path):
         for name in ("loreft", "red"):
@@ -330,8 +337,8 @@ class TestFolders:
             file.write("{}\n")
         made = report(tmp_path)
         assert [run.method for run in made.runs] == ["loreft"]
-        assert re.search(r"reft_test\.jsonl, line 61 is not a row", made.left[0].reason)
-        with pytest.raises(ValueError, match=r"(?s)nothing to report.*line 61 is not a row"):
+        assert re.search(r"reft_test\.jsonl, line 61 is not a prediction", made.left[0].reason)
+        with pytest.raises(ValueError, match=r"(?s)nothing to report.*line 61 is not a prediction"):
             report(folder)
 
     @pytest.mark.parametrize("end", ["\u2028", "\u2029", "\u0085", "\x1e"])

@@ -26,7 +26,7 @@ TRUE = float(np.mean(stats.norm.sf((np.linspace(0, 1, 2001) - 0.6) / np.hypot(0.
 
 
 def compared(scores):
-    """The comparison of such methods, without what the bootstrap gives: row means need none of it."""
+    """The comparison of such methods, without the bootstrap, which row means do not need."""
     found = []
     for i, by_seed in enumerate(scores):
         score = Score(
@@ -39,7 +39,7 @@ def compared(scores):
 
 
 def write_correlations(folder, name, said, gold, **measures):
-    """Write a run whose only scores are correlations of what was said with gold numbers."""
+    """Write a run whose only scores are correlations of predictions with gold numbers."""
     rows = [{"task": "stsb", "source": f"row {i}", "answer": f"{a:.4f}", "gold": str(g), "value": a}
             for i, (a, g) in enumerate(zip(said, gold, strict=True))]  # fmt: skip
     metrics = {f"test/stsb/{measure}": value for measure, value in measures.items()}
@@ -144,7 +144,7 @@ class TestLevels:
 
     def test_few_rows_that_differ_are_never_told_apart_by_t_alone(self):
         scores = np.zeros((2, 2, 60))
-        scores[0, :, :5] = 1  # t says 0.02, which five coins of one side do not bear out
+        scores[0, :, :5] = 1  # t gives 0.02, which five equal coin tosses do not support
         (pair,) = pairs_of(compared(scores), 1000, 0)
         assert pair.p == pair.rows_p == pytest.approx(2 / 2**5)
 
@@ -178,7 +178,7 @@ class TestDivergedRuns:
         assert text.startswith("loreft has")
         assert "the best of 2" in text
         assert text.endswith("aaa diverged.")
-        assert any(note.startswith("aaa diverged, seeds 43: boolq accuracy") for note in comparison.notes)
+        assert any(note.startswith("aaa diverged with seeds 43: boolq accuracy") for note in comparison.notes)
         assert {(pair.first, pair.second) for pair in comparison.pairs} == {("loreft", "red")}
         assert "diverged" in [row[4].text for row in tables.measure_table(comparison).rows]
 
@@ -193,7 +193,7 @@ class TestDivergedRuns:
         for name in ("loreft", "red"):
             write_run(tmp_path / name, name, metrics={"test/boolq/accuracy": float("nan")})
         comparison = only(tmp_path)
-        assert tables.verdict(comparison) == "No method has a number: loreft, red diverged."
+        assert tables.verdict(comparison) == "No method has a finite score: loreft, red diverged."
         assert not any(cell.best for row in tables.score_table(comparison).rows for cell in row)
 
 
@@ -225,7 +225,7 @@ class TestEvidence:
         score = comparison.methods[0].scores["boolq", "accuracy"]
         assert score.interval == pytest.approx((theirs.low, theirs.high), abs=0.018)  # a row is 0.0167
         assert score.deviation is None
-        assert any("nothing is known of other seeds" in note for note in comparison.notes)
+        assert any("nothing is known about other seeds" in note for note in comparison.notes)
 
     def test_seeds_that_differ_widen_the_interval(self, tmp_path):
         same, other = tmp_path / "same", tmp_path / "other"
@@ -308,7 +308,7 @@ class TestEvidence:
         write_run(tmp_path / "a", metrics={"test/boolq/accuracy": 0.99})
         comparison = only(tmp_path)
         assert comparison.methods[0].scores["boolq", "accuracy"].interval is None
-        assert any("the predictions do not give accuracy of boolq" in note for note in comparison.notes)
+        assert any("the predictions do not reproduce accuracy of boolq" in note for note in comparison.notes)
         assert cells(tables.score_table(comparison), "loreft", "boolq accuracy") == "99.0"
 
     def test_a_loss_alone_is_compared_without_rows(self, tmp_path):

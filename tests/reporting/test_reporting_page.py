@@ -24,7 +24,7 @@ VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """What a page holds: its elements, whether they nest, and its text."""
+    """The contents of a page: its elements, whether they nest, and its text."""
 
     def __init__(self, text):
         super().__init__()
@@ -243,7 +243,7 @@ class TestCommand:
             ((), "reft-report FOLDER"),
             (("out=x",), "FOLDER is missing"),
             ((".", "split=train"), "split must be one of validation, test; got 'train'"),
-            ((".", "resamples=999"), "must be 1000 or more, as fewer do not settle"),
+            ((".", "resamples=999"), "must be at least 1000, as fewer give unstable"),
             ((".", "outt=x"), "unknown argument 'outt'"),
         ],
     )
@@ -295,7 +295,7 @@ def browser():
 
 
 def browse(browser, profile, page, *arguments):
-    """Open a page in a browser that reaches no network; return what it prints."""
+    """Open a page in a browser without network access; return what it prints."""
     command = [
         browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
         "--disable-component-update", "--disable-sync", "--hide-scrollbars", f"--user-data-dir={profile}",

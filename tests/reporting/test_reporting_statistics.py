@@ -42,7 +42,7 @@ def rng(seed=0):
 
 @st.composite
 def weighted(draw, elements, columns=2):
-    """Return columns of rows, and how often each row stands in some resamples."""
+    """Return columns of rows, and how often each row occurs in some resamples."""
     n = draw(ROWS)
     values = [np.array(draw(st.lists(elements, min_size=n, max_size=n)), float) for _ in range(columns)]
     weights = draw(hnp.arrays(np.int64, (3, n), elements=st.integers(0, 3)))
@@ -289,7 +289,7 @@ class TestHolm:
     @FEW
     @given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
     def test_it_is_the_closure_of_bonferroni(self, values):
-        """A hypothesis falls where every intersection with it falls by Bonferroni (Marcus et al. 1976)."""
+        """A hypothesis is rejected if Bonferroni rejects every intersection with it (Marcus et al. 1976)."""
         indices = range(len(values))
         for i, adjusted in enumerate(holm(values)):
             subsets = (

@@ -64,7 +64,7 @@ def finished_study(tmp_path_factory):
                     state=state, value=value, params=params, distributions=space, user_attrs=cost
                 )
             )
-        # of the trials one has a run folder, which no table may take
+        # one of the trials has a run folder, which must not appear in any table
         write_run(folder / "trials" / method / "6", method, seed=7)
         for seed in (42, 43):
             write_winner(folder / "winners" / method / f"seed_{seed}", method, seed)
@@ -142,7 +142,7 @@ class TestStudies:
         made = report(study)
         said = tables.study_table(made.studies[0]).notes
         assert said == [
-            "loreft: the winner lies at the upper edge of optimizer.lr; values beyond were not tried",
+            "loreft: the winner is at the upper edge of optimizer.lr; values beyond were not tried",
             "red: it ended before its budget: 3 trials in a row cost no tokens",
         ]
         assert said[0] in shown(made)
@@ -158,7 +158,7 @@ class TestStudies:
         table = tables.score_table(comparison)
         assert [row[0].text for row in table.rows] == ["loreft", "red †"]
         said = tables.verdict(comparison)
-        assert "the best settings of red lie at an edge of the space that was searched (†)" in said
+        assert "the best settings of red are at an edge of the search space (†)" in said
         text = shown(made)
         for written in (text, markdown(made)):
             assert "red †" in written
@@ -175,14 +175,14 @@ class TestStudies:
                   "model": "adapted", "folder": str(run)} for i in (1, 2)]  # fmt: skip
         (study / "test_reads.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         table = tables.read_table(report(study).reads)
-        assert len(table.rows) == 5  # four winners, and the first read of a run that was begun anew
+        assert len(table.rows) == 5  # four winners, and the first read of a run that was restarted
         assert [row[7].text for row in table.rows if row[1].text == "red" and row[2].text == "42"] == [
             "",
             "read again",
         ]
 
     def test_search_and_report_count_the_same_reads(self, study):
-        """A winner that was begun anew, read again by reft-eval and by the same command elsewhere; a torn line."""
+        """A winner that was restarted, read again by reft-eval and by the same command elsewhere; a truncated line."""
         (run,) = (study / "winners" / "red").glob("seed_42")
         results = json.loads((run / "results.json").read_text())
         (read,) = results["test_reads"]
@@ -216,7 +216,7 @@ class TestStudies:
             (method, str(seed), f"study/winners/{folder}/seed_{seed}")
             for method, folder in (("loreft", "loreft"), ("head", "red")) for seed in (42, 43)
         }  # fmt: skip
-        # two folders of one name are told apart by their whole path, and so is what lies in none of them
+        # two folders with the same name are shown with their full paths, and so are paths in neither of them
         twins = [made.folders[0], study.parent / "other" / "study"]
         for roots in (twins, [study.parent / "other"]):
             folder = study / "winners" / "red"
@@ -238,7 +238,7 @@ class TestStudies:
         (study / JOURNAL).write_text("not\na\njournal\n")
         made = report(study)
         (left,) = made.left
-        assert "is not a storage of Optuna" in left.reason
+        assert "is not an Optuna storage" in left.reason
         assert len(made.comparisons) == 1
 
 
@@ -271,4 +271,4 @@ class TestImportance:
         study = Study(tmp_path, trials=trials, importance={"loreft": {"lr": 0.7, "dropout": 0.3}})
         text = page(Report([tmp_path], [], [], [study]), {str(tmp_path): plots.study_plots(study)})
         assert f"methods with at least {ENOUGH} complete trials and two parameters" in text
-        assert "even of noise" in text
+        assert "even for noise" in text

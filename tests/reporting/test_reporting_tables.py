@@ -72,18 +72,18 @@ class TestTables:
         text = tables.verdict(comparison)
         assert "the best of 3" in text
         assert "it differs from far (p < 0.05 after Holm, over rows and seeds)" in text
-        assert "these runs do not tell it apart from near" in text
+        assert "these runs do not distinguish it from near" in text
         table = tables.pair_table(comparison)
         assert {"95 % interval, unadjusted", "differs by p (Holm)"} <= set(table.columns)
-        assert any("Not to differ is not to be equal" in note for note in table.notes)
+        assert any("Methods that do not differ are not thereby equal" in note for note in table.notes)
         assert any(note.startswith("fewer than 10 seeds (") and "near 3" in note for note in comparison.notes)
 
     def test_of_one_seed_the_verdict_speaks_of_rows_alone(self, tmp_path):
         comparison = only(write_grid(tmp_path, {"loreft": 0.9, "far": 0.2}, seeds=(42,)))
         text = tables.verdict(comparison)
         assert "on these rows it differs from far" in text
-        assert "over rows only: nothing is known of other seeds" in text
-        assert any("nothing is known of other seeds" in note for note in comparison.notes)
+        assert "over rows only: nothing is known about other seeds" in text
+        assert any("nothing is known about other seeds" in note for note in comparison.notes)
 
     def test_a_method_without_a_test_is_named(self, tmp_path):
         write_grid(tmp_path, {"loreft": 0.9, "far": 0.2, "lost": 0.5}, seeds=(42, 43))

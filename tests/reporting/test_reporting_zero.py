@@ -1,4 +1,4 @@
-"""Reports of runs whose generated answers are all wrong: what tells their methods apart is shown."""
+"""Reports of runs whose generated answers are all wrong show a measure that still distinguishes the methods."""
 
 from invented_runs import FEW, predictions, right, write_run
 

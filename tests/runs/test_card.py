@@ -1,4 +1,4 @@
-"""The adapter of a run has a card that says what was trained, on what, and what came out."""
+"""The card of a run's adapter says what was trained, on what, and with which results."""
 
 import short_runs
 import tiny

@@ -41,7 +41,7 @@ def test_five_rows_from_all_over_the_test_set_stand_for_those_that_changed(folde
     write(folder, "base", [row(i, "no") for i in range(20)] + [row(20, "yes"), row(21, None)])
     write(folder, "reft", [row(i, "yes") for i in range(20)] + [row(20, "no"), row(21, "no")])
     text = shown(folder)
-    assert "20 of 22 became right, 1 wrong" in text
+    assert "20 of 22 became right, 1 became wrong" in text
     assert [f"question [{i}] in two lines" in text for i in (0, 5, 10, 15, 20)] == [True] * 5
     assert text.count("question") == 1 + 5  # the heading and the rows
     assert "question [21]" not in text  # wrong before and after

@@ -56,7 +56,7 @@ def say(monkeypatch, folder, capsys):
 
 
 def heard(talk, monkeypatch):
-    """The prompts that the models read from now on, base and adapted in turn."""
+    """The prompts that the models read from here on, base and adapted in turn."""
     prompts, generate = [], talk.model.generate
 
     def listening(**inputs):
@@ -94,7 +94,9 @@ def test_a_question_longer_than_the_model_reads_loses_its_beginning(folder):
     model = adapt(GPT2LMHeadModel(GPT2Config(**sizes)), "loreft", rank=1, positions="l1").eval()
     talk = chat.Conversation(model, tokenizer, PromptFormat(), max_new_tokens=8)
     assert talk.ask("kept? " * 100) == talk.ask("kept? " * 90)
-    with pytest.raises(ValueError, match="max_new_tokens=60 leaves no room for a question: at most 48"):
+    with pytest.raises(
+        ValueError, match="max_new_tokens=60 leaves no room for a question: it must be at most 48"
+    ):
         chat.Conversation(model, tokenizer, PromptFormat(), max_new_tokens=60)
 
 
@@ -157,9 +159,9 @@ def test_the_chat_ends_at_the_end_of_the_input_and_at_quit(say):
 def test_lines_may_go_on_and_empty_ones_and_commands_that_cannot_be_followed_ask_nothing(say):
     out, asked = say("", "   ", "/qiut", "/chat", "one\\", "two")
     assert asked == [("one\ntwo", 64, "plain")]
-    assert "/qiut is no command" in out
+    assert "/qiut is not a command" in out
     assert "/quit ends" in out
-    assert "this tokenizer has no chat template; template stays plain" in out
+    assert "this tokenizer has no chat template; the template is still plain" in out
 
 
 def test_templates_can_be_chosen(say, monkeypatch):

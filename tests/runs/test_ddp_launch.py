@@ -1,4 +1,4 @@
-"""Runs under DDP leave nothing to the next; jobs of a sweep under DDP are processes of their own."""
+"""Runs under DDP leave nothing behind for the next; jobs of a sweep under DDP run in their own processes."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Whole runs: what they write, what they refuse before weights are loaded, what a crash leaves."""
+"""Whole runs: what they write, what they refuse before weights are loaded, what remains after a crash."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from reft_lightning.runs.devices import check_accelerator
 from reft_lightning.runs.evaluate import evaluate
 from reft_lightning.runs.other_rows import on_other_rows
 
-# rates that the schedule keeps high spoil the model after a good start: the best checkpoint is not the last
+# a learning rate that stays high spoils the model after a good start: the best checkpoint is not the last
 SETTINGS = ("evaluate_base=true", "checkpoint.monitor=val/loss", "checkpoint.mode=min")
 
 
@@ -93,7 +93,7 @@ def test_the_adapter_folder_reproduces_the_predictions_on_a_fresh_base(data, fin
             texts |= {e.source: text for e, (text,) in zip(batch["examples"], said, strict=True)}
     rows = short_runs.predictions(folder, "reft_test")
     assert {row["source"]: row["generated"] for row in rows} == texts
-    # the adapter says something else than the base, so the check above is one
+    # the adapter's outputs differ from the base's, so the check above is meaningful
     assert [row["generated"] for row in short_runs.predictions(folder, "base_test")] != [
         row["generated"] for row in rows
     ]
@@ -148,7 +148,7 @@ def test_evaluations_are_reported_as_runs_are_and_their_reads_counted_once(data,
     [
         (
             ["data=glue_rte"],
-            "data=glue_rte: a model for commonsense .* does not answer rows for classification",
+            "data=glue_rte: a model for commonsense .* cannot be evaluated on rows of kind classification",
         ),
         (["data=bolq"], "did you mean 'data=boolq'"),
         (["data=boolq", "data.tasks=[bolq]"], "did you mean 'boolq'"),
@@ -166,7 +166,7 @@ def test_a_classifier_is_not_evaluated_on_rows_of_other_classes():
     config = short_runs.compose.compose(["model=tiny_random", "data=glue_rte"])
     assert on_other_rows(config, ["data=glue_rte", "data.limit_validation=3"]).data.limit_validation == 3
     with pytest.raises(
-        ValueError, match="the run's model tells entailment, not_entailment, and these rows have"
+        ValueError, match="the run's model predicts entailment, not_entailment, but these rows have"
     ):
         on_other_rows(config, ["data=glue_mnli"])
 
@@ -364,12 +364,12 @@ def test_early_stopping_stops_early(data, worsen, tmp_path):
             r"data\.validation_size must be smaller than the 24 distinct train prompts",
         ),
         ("optimizer.lr=0", "lr must be above 0; got 0"),
-        ("scheduler.warmup_ratio=2", r"must lie in 0\.\.1; got 2"),
+        ("scheduler.warmup_ratio=2", r"must be in 0\.\.1; got 2"),
         ("+optimizer.options.betas=[0.9]", r"optimizer: AdamW\(.*betas=\[0.9\]\) cannot be made"),
         ("+optimizer.options.eps=-1", r"optimizer: AdamW\(.*eps=-1\) cannot be made: Invalid epsilon"),
         ("trainer.val_check_interval=7", "val_check_interval=7 is more than the 6 batches of an epoch"),
         ("model.config.hidden_size=33", r"hidden size \(33\) is not a multiple"),
-        ("model.config.num_attention_heads=0", "makes no model: integer division"),
+        ("model.config.num_attention_heads=0", "is not a valid model: integer division"),
         ("model.config.hidden_size=big", "expected int, got str"),
         ("model.config.model_type=lama", "no such architecture; did you mean 'llama'"),
         ("+model.config.num_hiden_layers=3", "no such setting; did you mean 'num_hidden_layers'"),
@@ -422,7 +422,7 @@ STOPPING = "checkpoint.early_stopping_patience=1"
     ("overrides", "message"),
     [
         (["data.validation_size=0", STOPPING], "early stopping needs validation rows"),
-        (["trainer.enable_checkpointing=false", STOPPING], "enable_checkpointing=false keeps none"),
+        (["trainer.enable_checkpointing=false", STOPPING], "enable_checkpointing=false writes none"),
     ],
 )
 def test_early_stopping_needs_validation_rows_and_checkpoints(data, no_weights, tmp_path, overrides, message):
@@ -457,7 +457,7 @@ def test_the_tokenizer_and_the_configuration_are_loaded_once(data, monkeypatch, 
 def test_a_stopped_run_is_replaced_on_demand_only_and_resumed_as_it_began_only(data, tmp_path):
     short_runs.interrupt(data, tmp_path, 3)
     kept = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
-    with pytest.raises(experiment.SetupError, match=r"was stopped: go on with it by reft-train resume="):
+    with pytest.raises(experiment.SetupError, match=r"unfinished run: continue it with reft-train resume="):
         short_runs.run(data, tmp_path)
     assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == kept
     with pytest.raises(experiment.SetupError, match=r"optimizer.lr: 0.005 then, 0.1 now"):
@@ -465,7 +465,7 @@ def test_a_stopped_run_is_replaced_on_demand_only_and_resumed_as_it_began_only(d
     file = tmp_path / "config.yaml"
     began = file.read_text()
     file.write_text(began.replace("lr: 0.005", "lr: 0.5"))
-    with pytest.raises(experiment.SetupError, match=r"config\.yaml was changed after it began"):
+    with pytest.raises(experiment.SetupError, match=r"config\.yaml was changed after it started"):
         experiment.resume(tmp_path)
     stopped = shutil.copytree(tmp_path, tmp_path.parent / "replaced")
     file.write_text(began.replace("log_every_n_steps: 1", "log_every_n_steps: 2"))  # changes no result

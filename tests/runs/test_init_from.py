@@ -1,4 +1,4 @@
-"""Training that begins with a saved adapter: its numbers, settings that agree, and what the run is."""
+"""Training that starts from a saved adapter: its parameters, matching settings, and the identity of the run."""
 
 import shutil
 
@@ -36,7 +36,7 @@ def settings(data, *overrides):
 
 
 def saved(data, folder, *overrides):
-    """Save an adapter whose numbers are nowhere those of the method's own start."""
+    """Save an adapter whose parameters all differ from the method's own initialisation."""
     model = experiment.build(settings(data, *overrides)).model
     state = {
         name: tensor + 0.01 * torch.randn_like(tensor) for name, tensor in model.adapter_state_dict().items()
@@ -62,13 +62,13 @@ def test_training_begins_with_the_numbers_of_the_saved_adapter(data, tmp_path, m
         ("loreft", ("intervention.rank=3",), "rank 2 instead of 3"),
         ("loreft", ("intervention.positions=l1",), "positions 'f7\\+l7' instead of 'l1'"),
         ("loreft", ("intervention=noreft", "intervention.rank=2"), "method 'loreft' instead of 'noreft'"),
-        ("loreft", ("intervention=peft/lora",), "what is saved there is interventions, and peft/lora is another"),
-        ("loreft", ("intervention.init=identity",), "init_from=.* both say what training begins with"),
+        ("loreft", ("intervention=peft/lora",), "the folder holds interventions, but peft/lora is another"),
+        ("loreft", ("intervention.init=identity",), "init_from=.* both set the initial parameters"),
         ("loreft", METHODS["joint"], "beside None instead of 'peft/lora'"),
         ("joint", (), "beside 'peft/lora' instead of None"),
         ("lora", ("intervention=peft/lora", "intervention.options.lora_alpha=3"), "lora_alpha 16 instead of 3"),
         ("lora", ("intervention=peft/ia3",), "peft_type 'LORA' instead of"),
-        ("lora", (), "what is saved there is an adapter of peft, and loreft is another method"),
+        ("lora", (), "the folder holds a peft adapter, but loreft is another method"),
         ("lora", ("intervention=peft/lora", "intervention.options.target_modules=[q_proj]"),
          r"target_modules \['q_proj', 'v_proj'\] instead of \['q_proj'\]"),
         ("joint", (*METHODS["joint"], "intervention.beside_options.r=3"), "r 8 instead of 3"),
@@ -154,7 +154,7 @@ def test_a_sweep_names_a_folder_that_is_not_there_once(data, tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
-    """Return a run, and another that began with what it had learnt."""
+    """Return a run, and another that started from its adapter."""
     folder = tmp_path_factory.mktemp("runs")
     short_runs.run(data, folder / "first", "trainer.max_epochs=1")
     short_runs.run(data, folder / "second", f"intervention.init_from={folder / 'first'}")
@@ -169,7 +169,7 @@ def test_a_run_goes_on_from_another_and_is_another_one(data, runs):
     longer = first | {"trainer": first["trainer"] | {"max_epochs": 2}}
     assert differences(longer, second) == {"intervention.init_from": (None, str(runs / "first"))}
     assert config_hash(longer) != config_hash(second)
-    # the first loss is that of what was learnt; both draw the same batches
+    # the first loss is that of the trained adapter; both draw the same batches
     alone = short_runs.run(data, runs / "alone")
     assert alone["status"] == "complete"
     losses = [short_runs.logged(runs / name, "train/loss") for name in ("alone", "second")]

@@ -1,4 +1,4 @@
-"""Sweeps under launchers of Hydra, by the command: jobs that fail, that have ranks, that are queued again."""
+"""Sweeps under Hydra launchers, by the command: jobs that fail, that have ranks, that are requeued."""
 
 import os
 import shlex
@@ -48,7 +48,7 @@ def jobs_of(folder):
 
 
 class Requeued(Exception):
-    """What the handler of submitit raises here; there it leaves."""
+    """Raised here in place of submitit's handler, which exits."""
 
 
 def test_a_job_is_queued_again_after_its_run_has_written_down_what_it_has(monkeypatch, tmp_path):
@@ -134,7 +134,7 @@ def test_a_job_that_fails_or_is_killed_neither_hides_nor_ends_the_others(data, r
     found = [short_runs.results(job) for job in jobs]
     assert [results["status"] for results in found] == ["complete", "stopped", "stopped", "complete"]
     assert [len(list(job.glob("wandb/offline-run-*"))) for job in jobs] == [1] * 4
-    assert "2 jobs are complete, 2 of those that began are not; to compare them: reft-report sweep" in said
+    assert "2 jobs are complete, 2 of those that started are not; to compare them: reft-report sweep" in said
     assert "1_optimizer.lr=1e+20: stopped: FloatingPointError" in errors
     assert "2_optimizer.lr=1e+30: stopped: exit status -9" in errors
     words = shlex.split(found[0]["command"])
@@ -181,7 +181,7 @@ def test_a_job_whose_place_is_taken_away_goes_on_from_its_checkpoint(data, root,
 
 
 def signal_job(launcher, folder):
-    """Tell the job of a run folder, as a cluster does, that its time is over."""
+    """Signal the job of a run folder, as a cluster does when its time is over."""
     if launcher == "submitit_slurm":
         command = ["squeue", "-h", "-r", "-o", "%i %Z"]  # ids and working folders
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()

@@ -1,4 +1,4 @@
-"""The precision of float32 products is the one that the configuration names."""
+"""The precision of float32 products is the configured one."""
 
 import pytest
 import short_runs

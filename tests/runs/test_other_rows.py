@@ -1,4 +1,4 @@
-"""An adapter on rows of one's own: all of them, laid out as in training, compared with the train rows of its run."""
+"""An adapter evaluated on the user's own rows: all of them, in the training format, compared with the train rows."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ def rows(path, *more):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run on ten questions of its own, in Alpaca's words, of which one validates."""
+    """A run on ten custom questions in Alpaca's format, one of them for validation."""
     folder = tmp_path_factory.mktemp("runs")
     mine = write(folder / "mine.jsonl", *range(10))
     config = short_runs.compose.compose(
@@ -46,7 +46,7 @@ def test_all_rows_of_a_single_file_are_evaluated(run, tmp_path, split):
     assert len(lines) == 7
     assert all("### Instruction" in json.loads(line)["prompt"] for line in lines)  # as in training
     assert found["evaluation_dir"] == str(folder)
-    with pytest.raises(experiment.SetupError, match=f"is an evaluation of {run}, and no run"):
+    with pytest.raises(experiment.SetupError, match=f"is an evaluation of {run}, not a run"):
         experiment.resume(folder)
 
 
@@ -80,7 +80,7 @@ def test_rows_can_be_evaluated_where_the_train_rows_are_gone(run, tmp_path, monk
 
     monkeypatch.setattr("reft_lightning.runs.other_rows.data_module", gone)
     evaluate(run, rows=rows(write(tmp_path / "other.jsonl", 30)))
-    assert "the run's train rows cannot be read" in caplog.text
+    assert "cannot read the run's train rows" in caplog.text
 
 
 def test_reads_of_two_test_files_are_told_apart(run, tmp_path):

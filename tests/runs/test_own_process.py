@@ -1,4 +1,4 @@
-"""A job of a sweep in a process of its own: where it starts, and that it does not outlive the sweep."""
+"""A job of a sweep in its own process: where it starts, and that it does not outlive the sweep."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ def test_a_job_is_told_to_stop_when_its_sweep_is_killed(root, tmp_path):
 
 
 def test_a_job_starts_where_its_sweep_did_whatever_folder_it_works_in(monkeypatch, tmp_path):
-    """Under hydra.job.chdir=true the job's folder is the present one: relative paths and modules lie elsewhere."""
+    """Under hydra.job.chdir=true the current folder is the job's, not that of relative paths and modules."""
     started = {}
 
     def start(command, **arguments):

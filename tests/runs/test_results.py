@@ -1,4 +1,4 @@
-"""results.json: written whole, resumed, merged; the table that a run ends with."""
+"""results.json: written atomically, resumed, merged; the table at the end of a run."""
 
 import importlib.metadata
 import io
@@ -198,7 +198,7 @@ def test_a_task_with_further_test_sets_is_not_called_their_mean():
     assert "60.0 [45.9, 74.1]" in table(counts=counts, metrics=metrics)
     shown = {name: ends for name, _, ends, _ in card._scores({"counts": counts, "metrics": metrics})}
     assert shown == {"test/mnli/accuracy": "20.0 to 60.0", "test/mnli_mismatched/accuracy": "60.0 to 100.0"}
-    # a correlation is no share of rows, and has no mean here
+    # a correlation is not a fraction of rows, and has no mean here
     counts = {name: {"total": 10, "interval": [0.2, 0.6]} for name in ("test/a/matthews", "test/b/matthews")}
     assert "mean of tasks" in table(
         counts=counts, metrics={**dict.fromkeys(counts, math.nan), "test/matthews": None}
@@ -212,7 +212,7 @@ COMMAND = [
 
 
 def printed(text):
-    """Return name -> arguments of the commands that a table ends with, as a shell reads them."""
+    """Return name -> arguments of the commands at the end of a table, as parsed by a shell."""
     lines = text.splitlines()
     end = next(i for i, line in enumerate(lines) if line.startswith("run folder"))
     return {line[:16].strip(): shlex.split(line[17:]) for line in lines[end:]}
@@ -295,9 +295,7 @@ def test_a_run_that_evaluated_nothing_says_so():
 def test_memory_that_cannot_be_told_is_unknown():
     arguments = {"train_seconds": 1.0, "steps": 2, "tokens_per_second": 3.0}
     assert "peak memory 2.0 GiB" in table(**arguments, peak_memory_bytes=2**31)
-    assert "peak memory unknown, as other runs ran in its process" in table(
-        **arguments, peak_memory_bytes=None
-    )
+    assert "peak memory unknown, as the process ran other runs" in table(**arguments, peak_memory_bytes=None)
 
 
 PEAKS = """
@@ -314,7 +312,7 @@ for place, size in ((Path("/nowhere/clear_refs"), 400), (Path("/nowhere/clear_re
 
 
 def test_the_peak_of_a_run_is_its_own_or_where_peaks_cannot_be_reset_only_the_first_run_has_one():
-    """Of four runs in one process, the first and the third take 400 MiB more; before two of them nothing is reset."""
+    """Of four runs in one process, the first and the third take 400 MiB more; before two of them there is no reset."""
     said = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True).stdout
     first, second, third, fourth = (None if line == "None" else int(line) for line in said.split())
     assert first > 400 * 2**20
@@ -324,7 +322,7 @@ def test_the_peak_of_a_run_is_its_own_or_where_peaks_cannot_be_reset_only_the_fi
 
 
 def strict(text):
-    """Read JSON as other programs do, which know no NaN."""
+    """Read JSON as other programs do, which reject NaN."""
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 

@@ -1,4 +1,4 @@
-"""`resume=auto`: the same command goes on with the run that it began, or begins one."""
+"""``resume=auto``: the same command continues the run that it started, or starts one."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from reft_lightning.storage import atomic
 
 @pytest.fixture
 def train(data, tmp_path, monkeypatch):
-    """Run `reft-train ... resume=auto` for 6 steps, in a folder of its own."""
+    """Run ``reft-train ... resume=auto`` for 6 steps, in its own folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
@@ -70,7 +70,9 @@ def test_a_folder_that_is_named_is_gone_on_with_until_it_is_complete(train, tmp_
     train(place, "test=false")
     assert capsys.readouterr().out.endswith("is complete: nothing is left to do\n")
     train(place, "test=true")
-    assert capsys.readouterr().out.endswith(f"but to test it: reft-eval run={tmp_path / 'mine'} split=test\n")
+    assert capsys.readouterr().out.endswith(
+        f"except to test it: reft-eval run={tmp_path / 'mine'} split=test\n"
+    )
     assert short_runs.results(tmp_path / "mine") == complete
     with pytest.raises(SystemExit):
         train(place, "optimizer.lr=0.1")
@@ -131,14 +133,14 @@ def test_a_run_of_another_process_is_left_alone_until_that_is_killed(
     (folder,) = runs_in(tmp_path)
     process, held = hold(folder)
     assert held
-    with pytest.raises(experiment.SetupError, match="another process is running the run in"):
+    with pytest.raises(experiment.SetupError, match="another process is working on the run in"):
         short_runs.run(data, folder, "trainer.max_epochs=1", f"resume={folder}")
     config = short_runs.config(data, "trainer.max_epochs=1")
     assert run_folder.find_unfinished(folder.parent, config) is None
     process.kill()
     process.communicate()
     assert run_folder.find_unfinished(folder.parent, config) == folder
-    assert hold(folder)[1] is False  # two that ask at once do not get the same one
+    assert hold(folder)[1] is False  # two that ask at once get different runs
     atomic.release_folder(folder)
     assert hold(folder)[1] is True
 
@@ -173,7 +175,5 @@ def test_rows_that_have_changed_are_not_mixed_with_those_before(tmp_path):
     short_runs.interrupt(data, tmp_path / "run", 2)
     file = data / "boolq" / "train.json"
     file.write_text(file.read_text().replace("kept", "lost"))
-    with pytest.raises(
-        experiment.SetupError, match="the train rows of boolq are no longer those it began with"
-    ):
+    with pytest.raises(experiment.SetupError, match="the train rows of boolq have changed since it started"):
         short_runs.run(data, tmp_path / "run", f"resume={tmp_path / 'run'}")

@@ -1,4 +1,4 @@
-"""Which checkpoint a run restores, what it says of the choice, and what its table and its curves show."""
+"""Which checkpoint a run restores, how it reports the choice, and what its table and its curves show."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ FALLING = ("optimizer.lr=1e-2", "scheduler=constant")
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Questions whose replies are free text, and choices that nothing asks for."""
+    """Questions with free-text replies, and choices that are not part of the prompt."""
     folder = tmp_path_factory.mktemp("rows")
     for name, count in (("train", 26), ("test", 4)):
         with (folder / f"{name}.csv").open("w", newline="") as file:
@@ -101,7 +101,7 @@ def test_free_texts_are_chosen_and_tabled_by_their_loss(rows, tmp_path, caplog):
         results = run(rows, tmp_path, *FALLING, "data.template=alpaca", "trainer.max_epochs=2")
     assert results["monitor"] == "val/loss"
     assert results["chosen_by"].startswith("lowest val/loss of 2 validations")
-    assert f"the checkpoint of step {results['best_step']} of 10 counts: lowest val/loss" in caplog.text
+    assert f"using the checkpoint of step {results['best_step']} of 10: lowest val/loss" in caplog.text
     (line,) = (line for line in shown(results).splitlines() if "custom" in line)
     assert f"{results['metrics']['test/loss']:.4f}" in line
 
@@ -157,7 +157,7 @@ def test_rouge_l_compares_characters_where_words_have_no_blanks(text, gold, expe
 
 
 def lcs_f1(text: str, gold: str) -> float:
-    """Return ROUGE-L by a table of lengths, written apart from the library's."""
+    """Return ROUGE-L by a table of lengths, independent of the library's code."""
     found, wanted = (re.findall(r"\w+", t.lower()) for t in (text, gold))
     lengths = [[0] * (len(wanted) + 1) for _ in range(len(found) + 1)]
     for i, j in itertools.product(range(len(found)), range(len(wanted))):

@@ -1,4 +1,4 @@
-"""Runs side by side on one base model: what each writes is what it writes by itself."""
+"""Concurrent runs on one base model: each writes the same as it would alone."""
 
 import sys
 import threading
@@ -57,7 +57,7 @@ def files(folder):
 
 
 def assert_same_run(folder, alone):
-    """Whatever a run writes, but for costs and rounding."""
+    """Everything that a run writes, except costs and rounding."""
     assert files(folder) == files(alone)
     assert (folder / "config.yaml").read_text() == (alone / "config.yaml").read_text()
     for column in ("train/loss", "val/loss", "progress/lr/rotation"):
@@ -102,7 +102,7 @@ def test_a_sweep_on_one_base_writes_what_its_jobs_write_apart(sweep, monkeypatch
         assert results["shared_base"] == 4
         assert "launcher" not in results["command"]
         for cost in ("train_seconds", "tokens_per_second", "peak_memory_bytes"):
-            assert results[cost] is None  # of one of them nobody knows it
+            assert results[cost] is None  # unknown for a single run
         assert (folder / "reft-train.log").read_text().count("run folder:") == 1
 
 
@@ -137,7 +137,7 @@ def test_what_cannot_share_runs_apart_and_the_log_says_so(sweep, capsys):
     for folder in folders:  # each asks Hydra for its own
         assert f"default_root_dir: {folder.absolute()}/mine" in (folder / "config.yaml").read_text()
     assert [short_runs.results(folder).get("shared_base") for folder in folders] == [2, 2, None]
-    assert "#2 runs apart: peft/lora changes the base model's own modules" in capsys.readouterr().out
+    assert "#2 runs separately: peft/lora changes the base model's own modules" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -169,18 +169,18 @@ REASONS = {
     "intervention=frozen": "frozen changes the base model's own modules or trains nothing",
     "intervention=peft/lora": "peft/lora changes",
     "intervention=loreft_lora": "peft/lora changes",
-    "intervention.heads=[lm_head]": "a head that is trained",
+    "intervention.heads=[lm_head]": "a trained head",
     "model.base_dropout=true": "model.base_dropout",
     "model.gradient_checkpointing=true": "model.gradient_checkpointing",
     "model.compile=true": "model.compile",
     "kept.limit_gb=1": "kept.limit_gb",
     "trainer.max_time=00:01:00:00": "trainer.max_time",
     "trainer.devices=2": "several devices",
-    "data=glue_rte": "a head that is trained",
-    "intervention=jola": "adds to the loss, or looks at more than single tokens",
-    "objective=dpo": "makes passes of its own",
-    "callbacks=edit_norms": "watches a pass of its own",
-    "resume=auto": "resume=auto goes on with a run",
+    "data=glue_rte": "a trained head",
+    "intervention=jola": "adds to the loss, or reads more than single tokens",
+    "objective=dpo": "runs its own passes",
+    "callbacks=edit_norms": "watches a run's own pass",
+    "resume=auto": "resume=auto continues a run",
 }
 
 

@@ -26,10 +26,10 @@ def of_a_dead_worker():
     [
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
-            "a process that reads rows died",
+            "a data-loading process died",
         ),
-        (raised(of_a_dead_worker), "a process that reads rows died"),
-        (OSError(28, "No space left on device"), "nothing can be written"),
+        (raised(of_a_dead_worker), "a data-loading process died"),
+        (OSError(28, "No space left on device"), "cannot write to disk"),
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
         (RuntimeError("Connection closed by peer [127.0.0.1]:7"), "another process of this run died"),
         (FloatingPointError("train/loss is nan"), "train/loss is nan"),

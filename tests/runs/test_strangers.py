@@ -1,4 +1,4 @@
-"""Folders of another person: evaluating, talking to and resuming what they hold runs none of their code."""
+"""Untrusted folders: evaluating, chatting with and resuming their runs executes none of their code."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def runs(data, tmp_path_factory):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """Stand in a folder with a module that leaves a trace where it is imported."""
+    """Change to a folder with a module that leaves a trace when it is imported."""
     (tmp_path / "stranger.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", *sys.path])  # as python -m has it
@@ -48,7 +48,7 @@ def here(tmp_path, monkeypatch):
 
 
 def foreign(runs, here, status, **changes):
-    """Copy a run to where we stand, and change its configuration."""
+    """Copy a run to the current folder, and change its configuration."""
     folder = here / "run"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(runs / status, folder)
@@ -73,7 +73,7 @@ def call(monkeypatch, function, *argv):
 
 
 def refused(monkeypatch, capsys, function, *argv):
-    """Call a command; return what it says when it is left with status 2."""
+    """Call a command; return its message when it exits with status 2."""
     with pytest.raises(SystemExit) as left:
         call(monkeypatch, function, *argv)
     assert left.value.code == 2
@@ -90,7 +90,7 @@ TARGETS = [  # each of another place of the configuration
     {"optimizer___target_": "stranger.Optimizer"},
     {"scheduler___target_": "stranger.linear"},
 ]
-CALLS = [  # of installed packages, which run what their arguments say
+CALLS = [  # from installed packages, which execute what their arguments say
     {"callbacks": {"one": {"_target_": "torch.utils.cpp_extension.load", "name": "x", "sources": []}}},
     {
         "callbacks": {

@@ -109,7 +109,7 @@ def languages():
 
 
 def test_a_target_is_in_its_own_language(tmp_path):
-    languages().save_pretrained(tmp_path)  # which is how a run is told the languages: model.tokenizer=FOLDER
+    languages().save_pretrained(tmp_path)  # this is how a run gets the languages: model.tokenizer=FOLDER
     tokenizer = load_tokenizer(tokenizer=str(tmp_path), source="random", name="tiny")
     encoded = encode(tokenizer, Example("t", "a b", "b", "b"), 16, two_texts=True)
     assert tokenizer.convert_ids_to_tokens(encoded.prompt_ids)[0] == "eng_Latn"
@@ -234,7 +234,7 @@ def test_samples_are_those_of_the_seed_and_stop_where_they_should(objects):
 
 
 def test_an_edit_learns_answers_that_the_frozen_model_does_not_give(rows, tmp_path):
-    """The base is trained here to name colours; the edit of its encoder learns to call each by the next one's name."""
+    """The base is trained here to name colours; the edit of its encoder learns to name each by the next one's name."""
     base = tmp_path / "base"
     sparse = "trainer.check_val_every_n_epoch=20"
     taught = config(
@@ -267,7 +267,7 @@ def test_an_edit_learns_answers_that_the_frozen_model_does_not_give(rows, tmp_pa
 
 
 def test_jobs_of_a_shared_base_run_apart(rows):
-    assert shared_base.why_alone(config(rows())) == "an encoder reads prompts by itself"
+    assert shared_base.why_alone(config(rows())) == "an encoder reads prompts separately"
 
 
 @pytest.mark.parametrize("kind", ["whisper", "pix2struct", "speech_to_text"])

@@ -57,7 +57,7 @@ def test_a_run_trains_scores_and_is_evaluated_again(folder, tmp_path):
 
 
 def test_the_texts_of_an_evaluation_are_those_of_generate(folder):
-    """The evaluation reads images in its batches; a generation by hand says the same."""
+    """The evaluation reads images in its batches; a generation by hand gives the same."""
     objects = build(config(folder))
     module, data = objects.module, objects.data
     module.eval()
@@ -92,7 +92,9 @@ def _loss(model, batch):
     return log_likelihood(_reader(model), batch).sum()
 
 
-LORA = "intervention.options.target_modules='.*language_model.*(q_proj|v_proj)'"  # peft knows no LLaVA
+LORA = (
+    "intervention.options.target_modules='.*language_model.*(q_proj|v_proj)'"  # peft does not support LLaVA
+)
 
 
 @pytest.mark.parametrize(
@@ -134,18 +136,20 @@ def test_a_bad_picture_stops_a_run_before_a_weight_is_loaded(folder, monkeypatch
 
 
 def test_models_and_rows_that_do_not_fit_are_told(folder, tmp_path):
-    with pytest.raises(ValueError, match="reads no images, and the rows of the family vision have pictures"):
+    with pytest.raises(
+        ValueError, match="does not read images, but the rows of the family vision have pictures"
+    ):
         outline(config(folder, "model=tiny_random", "intervention.positions=l1"))
     with pytest.raises(
-        ValueError, match="reads images and text, and the rows of the family commonsense have no pict"
+        ValueError, match="reads images and text, but the rows of the family commonsense have no pict"
     ):
         outline(compose.compose(["model=tiny_vision", "data=boolq"]))
-    with pytest.raises(ValueError, match="means nothing to the family"):
+    with pytest.raises(ValueError, match="does not apply to the family"):
         prepare(config(folder, "data.context=x"))
     with pytest.raises(ValueError, match="must be a llava with tokenizer=bytes"):
         outline(config(folder, "model.tokenizer=null"))
     data = short_runs.write_rows(tmp_path / "text")
-    with pytest.raises(ValueError, match=r"data.image=x means nothing to the family commonsense"):
+    with pytest.raises(ValueError, match=r"data.image=x does not apply to the family commonsense"):
         prepare(short_runs.config(data, "data.image=x"))
 
 

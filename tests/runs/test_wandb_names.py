@@ -1,4 +1,4 @@
-"""How a run is filed in W&B: its name says what differs from the others of its group."""
+"""How a run is organised in W&B: its name says how it differs from the others of its group."""
 
 import pytest
 

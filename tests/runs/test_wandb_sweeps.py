@@ -23,7 +23,7 @@ def overrides_of(sweep):
         assert set(given) <= KNOWN
         values = [given["value"]] if "value" in given else given.get("values") or [given["min"], given["max"]]
         if "distribution" in given:
-            assert all(isinstance(value, float) for value in values)  # YAML reads 1e-4 as a text
+            assert all(isinstance(value, float) for value in values)  # YAML reads 1e-4 as a string
         choices.append([f"{name}={value}" for value in values])
     return [list(point) for point in itertools.product(*choices)]
 

@@ -1,4 +1,4 @@
-"""Workers of one study as on several hosts, which share its folder: in a journal there, or in a real PostgreSQL."""
+"""Workers of one study as on several hosts that share its folder: with a journal in it, or a real PostgreSQL."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ work_with_others(here, run)
 
 @contextlib.contextmanager
 def host(folder, seconds, heartbeat=1):
-    """A worker with a process of its own, whose runs take some seconds."""
+    """A worker in its own process, whose runs take some seconds."""
     command = [sys.executable, "-c", HOST, str(folder), str(heartbeat), str(seconds)]
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
@@ -167,9 +167,9 @@ def test_a_worker_whose_trial_was_given_to_another_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("postgresql://me:secret@127.0.0.1:1/studies", "cannot be opened|needs the driver"),
-        ("nosuch://host/name", "cannot be opened"),
-        ("a folder", "cannot be opened"),
+        ("postgresql://me:secret@127.0.0.1:1/studies", "cannot open storage|needs the database's driver"),
+        ("nosuch://host/name", "cannot open storage"),
+        ("a folder", "cannot open storage"),
     ],
 )
 def test_a_database_that_cannot_be_opened_is_said_in_one_line_without_its_password(tmp_path, url, said):

@@ -1,4 +1,4 @@
-"""Processes of a search: they end with the one that started them; the command's own arguments."""
+"""Processes of a search: they end with their parent; the command's own arguments."""
 
 import os
 import signal
@@ -51,5 +51,5 @@ def test_the_command_says_how_it_is_used():
     assert "examples:" in shown.stderr
     with pytest.raises(ValueError, match="workers must be an integer"):
         command.main(["search=small_stsb", "workers=none"])
-    with pytest.raises(ValueError, match="arguments are written key=value"):
+    with pytest.raises(ValueError, match="arguments must have the form key=value"):
         command.main(["small_stsb"])

@@ -1,4 +1,4 @@
-"""Studies whose trials are real runs: what they read, what they spend, how they end; and the same by the command."""
+"""Studies whose trials are real runs: what they read, what they spend, how they end; also through the command."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def results_of(study, number, method="loreft"):
 
 @pytest.fixture(scope="module")
 def searched(data, tmp_path_factory):
-    """A study whose search phase ran while the test rows were no rows, and every file that it opened."""
+    """A study whose search phase ran while the test rows were unreadable, and every file that it opened."""
     (test_file,) = data.glob("*/test.json")
     rows = test_file.read_text()
     test_file.write_text("these are no rows")
@@ -132,7 +132,7 @@ def test_a_trial_that_is_not_sealed_does_not_run(searched, tmp_path):
     job = read_job(study.folder / "trials" / "loreft" / "0")
     job["overrides"] = [o for o in job["overrides"] if o != "sealed=true"]
     (tmp_path / "job.json").write_text(json.dumps(job))
-    with pytest.raises(ValueError, match="a trial is sealed"):
+    with pytest.raises(ValueError, match="a trial must be sealed"):
         run_job(study.folder, tmp_path)
 
 
@@ -199,7 +199,7 @@ def test_a_trial_that_ends_with_the_budget_is_complete(data, tmp_path):
 
 
 def test_a_trial_that_falls_behind_ends_there(data, tmp_path):
-    # two validations a trial, of which one of three goes on to the second
+    # two validations per trial; one of three trials continues to the second
     values = contents(
         data, sampler="grid", pruner="successive_halving", budget={"unit": "trials", "amount": 3}, sampler_seed=1
     )  # fmt: skip
@@ -255,7 +255,7 @@ def test_two_workers_and_a_trial_whose_process_is_killed(data, tmp_path):
     values = contents(data, budget={"unit": "trials", "amount": 3})
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     running = start(["search=mine.yaml", "folder=study", "workers=2"], tmp_path)
-    # what the kernel does where memory is used up
+    # what the kernel does when memory runs out
     victim = tmp_path / "study" / "trials" / "loreft" / "1"
     while not (victim / "log.txt").is_file():
         assert running.poll() is None, running.communicate()[0]

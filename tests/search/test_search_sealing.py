@@ -1,4 +1,4 @@
-"""That a search sees nothing of the test rows, whatever it searches, where both halves lie in one file, too."""
+"""A search sees no test rows, whatever it searches, even if both halves are in one file."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ def data(tmp_path):
 
 
 def outcomes(study):
-    """Everything of a study's trials that their times and their places do not decide."""
+    """Everything about a study's trials that does not depend on times and paths."""
     found = []
     for method in study.plan.methods:
         for trial in study.trials(method):
@@ -96,11 +96,11 @@ def test_the_look_at_rows_of_ones_own_opens_no_test_file(tmp_path):
     assert str(tmp_path / "test.jsonl") not in files
 
 
-# --- GLUE: rows for selection and rows of the test lie in one file
+# --- GLUE: rows for selection and test rows are in one file
 
 
 def halves(folder):
-    """Rows for selection and rows of the test, as a run divides them."""
+    """Rows for selection and test rows, as a run splits them."""
     task = FAMILY.task("rte")
     rows, _ = read_rows(task, "validation", DataSource("local", path=str(folder)))
     return divide([placed(task.example, *row) for row in rows], 42)

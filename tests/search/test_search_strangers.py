@@ -1,4 +1,4 @@
-"""A study that goes on may be another person's: the names in it run no code of its directory."""
+"""A study that is continued may be someone else's: the names in it run no code from its directory."""
 
 import pytest
 import real_searches

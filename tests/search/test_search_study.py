@@ -1,4 +1,4 @@
-"""The trials of a study: kills, failures, workers, budgets, with runs that only write what a run writes."""
+"""The trials of a study: kills, failures, workers, budgets, with fake runs that only write a run's files."""
 
 import threading
 import time
@@ -60,7 +60,7 @@ def test_a_score_that_is_missing_or_not_a_number_fails_the_trial(tmp_path, score
     work(study, diverge)
     (error,) = summarize(study)["methods"]["loreft"]["failed"].values()
     found = "not a number" if scores else "missing"
-    assert error == f"the run ended as 'complete', and val/accuracy is {found}"
+    assert error == f"the run ended with status 'complete', and val/accuracy is {found}"
 
 
 def test_one_worker_draws_the_same_trials_again_for_the_same_seed(whole, tmp_path):
@@ -252,6 +252,6 @@ def test_trials_of_other_lengths_are_reported_where_trials_are_counted():
 def test_two_commands_do_not_begin_a_study_in_one_folder(tmp_path):
     begin_study(tmp_path, make_plan(), "val/accuracy", "max")
     plan = (tmp_path / PLAN).read_text()
-    with pytest.raises(ValueError, match="another command has begun a study there"):
+    with pytest.raises(ValueError, match="another command has started a study there"):
         begin_study(tmp_path, make_plan(seeds=[3]), "val/accuracy", "max")
     assert (tmp_path / PLAN).read_text() == plan

@@ -1,4 +1,4 @@
-"""What comes after the trials of a study: winners, reads of test splits; and what its folder keeps."""
+"""What follows the trials of a study: winners and reads of test splits; and what its folder keeps."""
 
 import dataclasses
 import json
@@ -179,7 +179,7 @@ def test_a_winners_run_that_ended_otherwise_has_failed(tmp_path):
 
     work(study, halt)
     winner = summarize(study)["methods"]["loreft"]["winners"]["1"]
-    assert (winner["status"], winner["error"]) == ("failed", "the run ended as 'stopped'\n")
+    assert (winner["status"], winner["error"]) == ("failed", "the run ended with status 'stopped'\n")
 
 
 def test_a_winner_that_was_stopped_after_its_test_goes_on(tmp_path):
@@ -215,7 +215,7 @@ def test_a_winner_at_the_edge_of_its_space_is_marked(tmp_path, capsys):
     assert read_job(tmp_path / "winners/loreft/seed_1")["edges"] == edges
     print_summary(summary, tmp_path)
     printed = capsys.readouterr().out
-    assert "loreft: the winner lies at the upper edge of intervention.rank; values beyond" in printed
+    assert "loreft: the winner is at the upper edge of intervention.rank; values beyond" in printed
 
 
 # --- the folder
@@ -231,7 +231,7 @@ def test_a_study_goes_on_with_its_plan(begun):
     assert found == make_plan()
     assert more["monitor"] == "val/accuracy"
     assert command.prepare_study({"folder": str(begun)}, []) == begun
-    with pytest.raises(ValueError, match=r"is missing, or folder=FOLDER of a study"):
+    with pytest.raises(ValueError, match=r"is missing, or folder=FOLDER of an existing study"):
         command.prepare_study({}, [])
     with pytest.raises(ValueError, match=rf"folder={begun}s: no such folder; did you mean '{begun}'\?"):
         command.prepare_study({"folder": f"{begun}s"}, [])
@@ -251,7 +251,7 @@ def test_only_the_budget_of_a_study_can_be_raised_and_not_after_the_test(begun):
     with pytest.raises(ValueError, match="its runs cannot change"):
         command.go_on(begun, None, ["seed=7"])
     (begun / LEDGER).write_text('{"method": "loreft", "seed": 1, "model": "adapted"}\n')
-    with pytest.raises(ValueError, match="more trials would select knowing them"):
+    with pytest.raises(ValueError, match="more trials would be selected with knowledge of them"):
         command.go_on(begun, None, ["budget.amount=20"])
 
 
@@ -268,12 +268,12 @@ def test_a_test_that_the_ledger_has_lost_is_known_from_its_winner(tmp_path):
     after = summarize(study)["test_reads"]
     assert before == after
     assert [(r["method"], r["seed"]) for r in after] == [("direft", 1), ("loreft", 1)]
-    with pytest.raises(ValueError, match="more trials would select knowing them"):
+    with pytest.raises(ValueError, match="more trials would be selected with knowledge of them"):
         command.go_on(tmp_path, None, ["budget.amount=20"])
 
 
 def test_a_folder_keeps_one_plan(begun, tmp_path):
     other = tmp_path / "other.yaml"
     other.write_text(yaml.safe_dump(dataclasses.asdict(make_plan(sampler="random")), sort_keys=False))
-    with pytest.raises(ValueError, match="another plan, which differs in sampler;"):
+    with pytest.raises(ValueError, match="a study whose plan differs in sampler;"):
         command.prepare_study({"search": str(other), "folder": str(begun)}, [])

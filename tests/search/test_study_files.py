@@ -1,4 +1,4 @@
-"""The scripts of the studies in experiments/: what a verdict rests on."""
+"""The scripts of the studies in experiments/, on which their verdicts rest."""
 
 import gzip
 import itertools

@@ -32,7 +32,7 @@ def tokenizer():
 
 
 def sentence_piece():
-    """A tokenizer in the manner of Llama's: blanks begin words, and what has no token is written in bytes."""
+    """A tokenizer like Llama's: blanks begin words, and text without a token is encoded as bytes."""
     pieces = [
         "<s>",
         "</s>",
@@ -55,7 +55,7 @@ def sentence_piece():
 
 
 def strange(tokenizer):
-    """Which tokens no answer that can be read has, (v,) bool."""
+    """Which tokens never occur in a readable answer, (v,) bool."""
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))], skip_special_tokens=True)
     return torch.tensor([not (text.isascii() and text.isprintable() and text) for text in texts])
 
@@ -129,7 +129,7 @@ SERVED = {
 
 
 class Asked:
-    """One request, and what came of it."""
+    """One request, and its answer."""
 
     def __init__(self, engine, text, adapter=None, **settings):
         self.parts = queue.Queue()

@@ -1,4 +1,4 @@
-"""The endpoint as OpenAI's own client sees it, and what it refuses."""
+"""The endpoint as seen by OpenAI's own client, and what it refuses."""
 
 import asyncio
 import http.client
@@ -139,7 +139,7 @@ def test_what_clients_write_where_they_ask_for_nothing_is_taken(address, client)
 def test_an_answer_of_the_client_is_a_turn_of_the_next_request(client):
     turns = [{"role": "user", "content": "kept?"}]
     said = client.chat.completions.create(model="base", messages=turns, **GREEDY).choices[0].message
-    for turn in (said, said.model_dump()):  # the second holds a null for all that was not said
+    for turn in (said, said.model_dump()):  # the second has a null for every option that was not given
         more = [*turns, turn, {"role": "user", "content": "why?"}]
         assert (
             client.chat.completions.create(model="base", messages=more, **GREEDY).choices[0].message.content
@@ -153,11 +153,11 @@ def test_text_in_parts_is_read_as_one_text(client):
 
     parts = [{"type": "text", "text": "is it"}, {"type": "text", "text": "kept?"}]
     assert said(parts) == said("is it\nkept?")
-    with pytest.raises(openai.BadRequestError, match="reads text only: leave the pictures out"):
+    with pytest.raises(openai.BadRequestError, match="reads text only: leave out the pictures"):
         said([*parts, {"type": "image_url", "image_url": {"url": "data:image/png;base64,eA=="}}])
     with pytest.raises(openai.BadRequestError, match=r"'audio' found .* 'text', 'image_url'"):
         said([{"type": "audio"}])
-    with pytest.raises(openai.BadRequestError, match="must be a text, or a list of parts"):
+    with pytest.raises(openai.BadRequestError, match="must be a string, or a list of parts"):
         said(5)
 
 
@@ -195,12 +195,12 @@ def test_questions_are_written_as_the_adapter_was_trained_on_them(client):
         tokens("base", ("system", "be"))
     with pytest.raises(openai.BadRequestError, match="trained on single questions"):
         tokens("late", ("user", "hi"), ("assistant", "yo"), ("user", "hm"))
-    with pytest.raises(openai.BadRequestError, match="no place for a system message"):
+    with pytest.raises(openai.BadRequestError, match="does not support a system message"):
         tokens("late", ("system", "be"), ("user", "hi"))
 
 
 def test_a_misspelt_model_names_the_nearest(client):
-    with pytest.raises(openai.NotFoundError, match=r"no model 'lat'.*did you mean 'late'") as caught:
+    with pytest.raises(openai.NotFoundError, match=r"got 'lat'.*did you mean 'late'") as caught:
         client.completions.create(model="lat", prompt="x")
     assert caught.value.code == "model_not_found"
 
@@ -217,13 +217,13 @@ def test_a_misspelt_model_names_the_nearest(client):
         ({"model": "base", "prompt": ""}, "" ),
         ({"model": "base", "prompt": "x", "max_tokens": 0}, "max_tokens: Input should be greater"),
         ({"model": "base", "prompt": "x", "temperature": 3}, "temperature: Input should be less"),
-        ({"model": "base", "prompt": "x", "temprature": 1}, "temprature is not an option here; did you mean 'temp"),
+        ({"model": "base", "prompt": "x", "temprature": 1}, "temprature is not a supported option; did you mean 'temp"),
         ({"model": "base", "prompt": "x", "n": 2}, "n: Input should be 1"),
         ({"model": "base", "prompt": "x", "seed": 2**70}, "seed: Input should be less"),
         ({"model": "base", "prompt": "x", "stop": "x" * 300}, "String should have at most 200"),
         ({"model": "base", "prompt": "x", "strength": float("1e9")}, "strength: Input should be less"),
         ({"model": "base", "prompt": "x", "logprobs": 99}, "logprobs: Input should be less"),
-        ({"model": "base", "prompt": "x" * 500}, "; the prompt has 501, and the answer may have 1"),
+        ({"model": "base", "prompt": "x" * 500}, "; the prompt has 501, and up to 1 were requested"),
         ({"model": "base", "prompt": "x", "max_tokens": 500}, "128 tokens of the prompt and the answer together"),
     ],
     ids=lambda value: repr(value)[:40] if not isinstance(value, str) else None,
@@ -335,7 +335,7 @@ def test_a_client_that_leaves_frees_its_place():
 
 
 def test_a_connection_that_was_idle_is_used_again(address):
-    """Where a server hangs up first, a request that is on its way is lost; httpx keeps connections for five seconds."""
+    """If the server hangs up first, a request in flight is lost; httpx keeps connections for five seconds."""
     parts = urlsplit(address)
     with closing(http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)) as connection:
         for pause in (5.5, 0):

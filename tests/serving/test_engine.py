@@ -1,4 +1,4 @@
-"""The answers of many requests in shared batches are those that each would get alone."""
+"""Requests in shared batches get the same answers as they would alone."""
 
 import random
 import threading

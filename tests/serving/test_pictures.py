@@ -1,4 +1,4 @@
-"""Pictures in messages: each request is answered as it would be alone, and what is no picture is refused in words."""
+"""Pictures in messages: each request is answered as it would be alone, and other data is refused."""
 
 import io
 import sys
@@ -54,7 +54,7 @@ def part(url):
 
 
 def attached(base, tokenizer):
-    """Adapters on the tokens of images and on all; answers that can be read."""
+    """Adapters on the tokens of images and on all tokens; readable answers."""
     with torch.no_grad():
         base.get_output_embeddings().weight.normal_()[: len(tokenizer)][strange(tokenizer)] = 0
     base.generation_config.eos_token_id = None
@@ -82,9 +82,9 @@ def seeing(request):
 def examples(name, processor):
     """Questions with other numbers of pictures."""
     mark = processor.image_token
-    if name == "qwen2_vl":  # as its chat template has it
+    if name == "qwen2_vl":  # as in its chat template
         mark = f"<|vision_start|>{mark}<|vision_end|>"
-    counts = (1, 2, 1) if name == "paligemma" else (1, 0, 2)  # its processor takes no text without a picture
+    counts = (1, 2, 1) if name == "paligemma" else (1, 0, 2)  # its processor rejects a text without a picture
     return [
         Example(
             "question", mark * count + "what" + "?" * (i + 1), "-", "-",
@@ -95,7 +95,7 @@ def examples(name, processor):
 
 
 def expected(seeing, example, adapter, count):
-    """Return the greedy text of one question on its own, by the code of the evaluation."""
+    """Return the greedy text of one question on its own, with the code of the evaluation."""
     _, model, processor = seeing
     model.set_adapter(adapter)
     batch = ImageData.lay_out(processor, example, 10_000)
@@ -196,21 +196,21 @@ RED = file_of(Image.new("RGB", (28, 28), "red"))
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ([part("https://example.org/cat.png")], "nothing is fetched from elsewhere. Got https://example.org/cat.png"),
-        ([part("file:///etc/passwd")], "nothing is fetched from elsewhere. Got file:///etc/passwd"),
-        ([part("/etc/passwd")], "nothing is fetched from elsewhere"),
-        ([part("data:text/plain;base64,eA==")], "nothing is fetched from elsewhere"),
-        ([part("data:image/png,x")], "must hold the picture, as data:image/png;base64,..."),
-        ([part("data:image/png;base64,x")], "the picture '1' is not in base64"),
-        ([part("data:image/png;base64,é")], "the picture '1' is not in base64"),
+        ([part("https://example.org/cat.png")], "nothing is downloaded; got https://example.org/cat.png"),
+        ([part("file:///etc/passwd")], "nothing is downloaded; got file:///etc/passwd"),
+        ([part("/etc/passwd")], "nothing is downloaded"),
+        ([part("data:text/plain;base64,eA==")], "nothing is downloaded"),
+        ([part("data:image/png,x")], "must contain the picture, as data:image/png;base64,..."),
+        ([part("data:image/png;base64,x")], "the picture '1' is not valid base64"),
+        ([part("data:image/png;base64,é")], "the picture '1' is not valid base64"),
         ([part(url_of(RED)), part("data:image/png;base64,")], "the picture '2' cannot be read: it is not a PNG, JPEG"),
         ([part(url_of(RED[:60]))], "the picture '1' cannot be read: "),
         ([part(url_of(file_of(Image.new("RGB", (28, 28)), "EPS")))], "it is not a PNG, JPEG, GIF or WEBP file"),
-        ([part(url_of(LARGE)), part(url_of(LARGE))], "may have 50,000,000 pixels together; got 72,000,000"),
+        ([part(url_of(LARGE)), part(url_of(LARGE))], "may have at most 50,000,000 pixels together; got 72,000,000"),
         ([part(url_of(HUGE))], "the picture '1' cannot be read: Image size (400000000 pixels) exceeds limit"),
-        ([part(url_of(RED))] * 17, "a request may have 16 pictures; got 17"),
+        ([part(url_of(RED))] * 17, "a request may have at most 16 pictures; got 17"),
         ("what is <image>?", "as many marks <image> as pictures; got pictures: 0, marks: 1"),
-        ([part(url_of(RED)) | {"size": 3}], "size is not an option here"),
+        ([part(url_of(RED)) | {"size": 3}], "size is not a supported option"),
         ([{"type": "image_url", "image_url": {"url": url_of(RED), "detail": "high"}}], "Input should be 'auto'"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else None,
@@ -230,7 +230,9 @@ def test_a_mark_without_a_picture_is_refused_where_text_is_taken_as_it_is(client
 def test_a_mark_that_its_processor_overlooks_is_refused_too():
     processor, base = vision_models.with_processor("gemma3")
     engine = Engine(attached(base, processor.tokenizer), processor)
-    with pytest.raises(ValueError, match="<image> stands for a picture: send it as a part of a message"):
+    with pytest.raises(
+        ValueError, match="<image> is a placeholder for a picture: send the picture as a message part"
+    ):
         engine.encode(Example("prompt", "what is <image>?", "-", "-"))
     engine.close()
 
@@ -269,5 +271,5 @@ def test_an_adapter_that_edits_a_vision_tower_is_refused_at_the_start(tmp_path):
     reft = rl.attach(base, rank=2, **place)
     reft.save_pretrained(tmp_path / "tower")
     base = reft.detach()
-    with pytest.raises(ValueError, match="tower: it edits what a vision tower sees"):
+    with pytest.raises(ValueError, match="tower: it edits a vision tower"):
         load_adapters(base, {"tower": tmp_path / "tower"})

@@ -1,4 +1,4 @@
-"""reft-serve: which folders and addresses it takes, and a real one that answers."""
+"""reft-serve: which folders and addresses it accepts, and a real server that answers."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 
 def refused(monkeypatch, capsys, *arguments):
-    """Return what the command says before it ends with status 2."""
+    """Return the command's message before it exits with status 2."""
     monkeypatch.setattr(sys, "argv", ["reft-serve", *map(str, arguments)])
     monkeypatch.delenv("REFT_SERVE_TOKEN", raising=False)
     with pytest.raises(SystemExit) as stopped:
@@ -54,7 +54,7 @@ def test_folders_are_checked_before_weights_are_loaded(monkeypatch, capsys, fold
         monkeypatch, capsys, folder, f"adapters.polite={folder}"
     )
     (tmp_path / "empty").mkdir()
-    assert "neither a run that trained interventions nor" in refused(monkeypatch, capsys, tmp_path / "empty")
+    assert "must be a run that trained interventions, or" in refused(monkeypatch, capsys, tmp_path / "empty")
     said = refused(monkeypatch, capsys, folder / "adapter")
     assert "add model=NAME" in said
     assert "port must be at most 65535" in refused(monkeypatch, capsys, folder, "port=70000")
@@ -68,7 +68,7 @@ def test_an_adapter_of_another_base_is_refused_by_the_name_of_its_folder(
     rl.attach(tiny.model("llama"), rank=2).save_pretrained(tmp_path / "other")
     said = refused(monkeypatch, capsys, folder, f"adapters.other={tmp_path / 'other'}")
     assert str(tmp_path / "other") in said
-    assert "trained on another kind of model" in said
+    assert "trained on a different kind of model" in said
 
 
 def test_each_name_is_that_of_its_own_adapter(tmp_path):
@@ -126,13 +126,13 @@ def test_an_adapter_whose_calls_have_to_mark_tokens_is_refused_at_the_start(tmp_
     rl.attach(tiny.model("llama"), rank=2, layers=layers).save_pretrained(tmp_path / "marked")
     folders = {name: tmp_path / name for name in ("first", "marked")}
     for order in (["first", "marked"], ["marked", "first"]):
-        with pytest.raises(ValueError, match=r"marked: its positions 'given' need edit_mask"):
+        with pytest.raises(ValueError, match=r"marked: its positions 'given' need an edit_mask"):
             load_adapters(tiny.model("llama"), {name: folders[name] for name in order})
 
 
 def test_an_adapter_whose_calls_have_to_bring_another_text_is_refused_at_the_start(tmp_path):
     rl.attach(tiny.model("llama"), "das", rank=2, positions="l1").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="takes hidden states of another text"):
+    with pytest.raises(ValueError, match="needs hidden states of another text"):
         load_adapters(tiny.model("llama"), {"das": tmp_path})
 
 

@@ -1,4 +1,4 @@
-"""Models with an encoder and a decoder are served: the texts are those of each request alone."""
+"""Serving encoder-decoder models: each request gets the same text as it would alone."""
 
 import json
 import threading

@@ -194,16 +194,22 @@ BOTH_WAYS = {"use_bidirectional_attention": True}
 @pytest.mark.parametrize(
     ("auto", "name", "own", "method", "reason"),
     [
-        (AutoModelForCausalLM, "llama", {}, "reft_r1", "ReFTr1 looks at whole prompts"),
+        (AutoModelForCausalLM, "llama", {}, "reft_r1", "ReFTr1 needs whole prompts"),
         (
             AutoModelForCausalLM,
             "mistral",
             {},
             "direft",
-            "prefixes are not kept: the cache of a sliding window",
+            "prefixes are not kept: a sliding-window cache",
         ),
         (AutoModelForSeq2SeqLM, "t5", {}, "direft", "an encoder and a decoder read different texts"),
-        (AutoModelForCausalLM, "gemma3_text", BOTH_WAYS, "direft", "tokens before it read those after it"),
+        (
+            AutoModelForCausalLM,
+            "gemma3_text",
+            BOTH_WAYS,
+            "direft",
+            "tokens before it attend to those after it",
+        ),
         (
             AutoModelForCausalLM,
             "mamba",
@@ -449,7 +455,7 @@ def test_a_run_with_kept_inputs_reports_what_a_plain_one_does(tmp_path, caplog):
     plain = short_runs.run(data, tmp_path / "plain", *layers)
     with caplog.at_level(logging.INFO):
         keeping = short_runs.run(data, tmp_path / "kept", *layers, "kept.limit_gb=0.1")
-    assert "keeps the output of block 1 of 24 rows" in caplog.text
+    assert "keeping the output of block 1 of 24 rows" in caplog.text
     assert plain["config_hash"] == keeping["config_hash"]
     losses = [short_runs.logged(tmp_path / name, "train/loss") for name in ("plain", "kept")]
     assert len(losses[0]) == 16
@@ -501,7 +507,7 @@ def test_a_classifier_keeps_what_lies_below_its_head_or_its_lowest_site(tmp_path
         for name, more in (("plain", []), ("kept", ["kept.limit_gb=0.1"])):
             experiment.run(compose.compose([*settings, *more]), tmp_path / name)
             losses.append(short_runs.logged(tmp_path / name, "train/loss"))
-    assert f"keeps the output of block {block} of" in caplog.text
+    assert f"keeping the output of block {block} of" in caplog.text
     assert "falling back" not in caplog.text
     assert len(losses[0]) >= 3
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
@@ -510,8 +516,8 @@ def test_a_classifier_keeps_what_lies_below_its_head_or_its_lowest_site(tmp_path
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["kept.limit_gb=1", "model.base_dropout=true"], "leaves nothing the same"),
-        (["kept.limit_gb=1", "model.gradient_checkpointing=true"], "computes all of it again"),
+        (["kept.limit_gb=1", "model.base_dropout=true"], "changes every activation"),
+        (["kept.limit_gb=1", "model.gradient_checkpointing=true"], "recomputes them all"),
         (["kept.limit_gb=1", "intervention.beside=peft/lora"], "trains weights of all layers"),
     ],
     ids=str,

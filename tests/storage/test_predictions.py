@@ -32,5 +32,5 @@ def test_a_text_may_hold_ends_of_lines_that_json_does_not_escape(tmp_path):
 def test_a_damaged_line_is_named(tmp_path, line):
     file = tmp_path / "reft_test.jsonl"
     file.write_text(json.dumps(row("a")) + f"\n{line}\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"reft_test\.jsonl, line 2 is not a row of predictions"):
+    with pytest.raises(ValueError, match=r"reft_test\.jsonl, line 2 is not a prediction"):
         read_predictions(file)

@@ -9,13 +9,13 @@ from reft_lightning.storage.reading import read_json, read_yaml
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "it is empty"),
-        (b" \n", "it is empty"),
-        (b'{"a": [1,', "it is not"),
-        (b"[1, 2]", "it holds a list"),
-        (b"3", "it holds a int"),
-        (bytes(range(256)), "it is not"),
-        (b"[" * 5000, "it is not"),
+        (b"", "but is empty"),
+        (b" \n", "but is empty"),
+        (b'{"a": [1,', "is damaged or not"),
+        (b"[1, 2]", "but contains a list"),
+        (b"3", "but contains a int"),
+        (bytes(range(256)), "is damaged or not"),
+        (b"[" * 5000, "is damaged or not"),
     ],
     ids=["empty", "blank", "cut off", "list", "number", "binary", "nested"],
 )

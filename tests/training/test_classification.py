@@ -190,18 +190,19 @@ class TestOrderOfClasses:
 
     def test_names_that_agree_in_part_are_refused_before_rows_are_read(self, tmp_path):
         with pytest.raises(
-            ValueError, match=r"entailment, neutral, refuted, the task .* only some of them agree"
+            ValueError, match=r"entailment, neutral, refuted, the task .* only some of them match"
         ):
             self.run(tmp_path, ("entailment", "neutral", "refuted"), "data.path=nowhere")
 
     def test_another_number_of_outputs_is_refused_before_rows_are_read(self, tmp_path):
-        with pytest.raises(ValueError, match=r"2 outputs \(yes, no\), the task has 3.*new head"):
+        with pytest.raises(ValueError, match=r"2 outputs \(yes, no\), but the task has 3.*new head"):
             self.run(tmp_path, ("yes", "no"), "data.path=nowhere")
 
     def test_other_names_for_all_classes_are_taken_in_order_and_said(self, tmp_path, caplog):
         self.run(tmp_path, ("a", "b", "c"))
         assert (
-            "a, b, c, the task entailment, neutral, contradiction: they are taken as the same" in caplog.text
+            "a, b, c, the task entailment, neutral, contradiction: assuming that they correspond"
+            in caplog.text
         )
 
     def test_classes_without_names_are_taken_in_order(self, tmp_path, caplog):
@@ -223,7 +224,7 @@ class TestHeadAlone:
         assert attach(bert(), "loreft", rank=1, layers=[], heads=["classifier"]).sites == {}
         with pytest.raises(ValueError, match="no heads are given, so nothing would be trained"):
             attach(bert(), "loreft", rank=1, layers=[], heads=[])
-        with pytest.raises(ValueError, match="none trains only heads, and none is named: give heads="):
+        with pytest.raises(ValueError, match="none trains only heads, but none are given: use heads="):
             attach(bert(), "none", heads=[])
 
     def test_a_saved_head_gives_the_same_logits_on_another_head(self, tmp_path):
@@ -555,7 +556,7 @@ class TestModelFolderInAWheel:
         assert (first / "model.safetensors").is_file()
 
     def test_a_folder_that_is_not_there_names_the_one_that_is(self, wheel):
-        with pytest.raises(FileNotFoundError, match=r"has no toy/modle; its .* are toy/model"):
+        with pytest.raises(FileNotFoundError, match=r"has no toy/modle; its .*: toy/model"):
             ModelPlace("wheel", path="toy/modle", **wheel).folder()
 
 

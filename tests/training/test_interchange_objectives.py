@@ -159,14 +159,14 @@ def test_scores_are_those_of_exchanged_prompts(rows):
 
 def test_rows_that_do_not_bring_a_source_are_refused_before_a_weight_is_loaded(rows):
     for overrides, said in (
-        (["data.source_prompt=null"], "das takes hidden states of other texts: name their column"),
-        (["intervention=loreft"], "data.source_prompt means nothing to loreft"),
+        (["data.source_prompt=null"], "das uses hidden states of other texts: name their column"),
+        (["intervention=loreft"], "data.source_prompt does not apply to loreft"),
         (["data.source_prompt=sorce"], "no column 'sorce'.*did you mean 'source'"),
         (
             ["intervention=loreft", "data.source_prompt=null"],
             "Interchange puts hidden states .* loreft takes none",
         ),
-        (["intervention.positions=all"], "das puts tokens of one prompt into another"),
+        (["intervention.positions=all"], "das exchanges tokens between prompts"),
     ):
         with pytest.raises(ValueError, match=said):
             outline(compose.compose(arguments(rows, *overrides)))
@@ -188,5 +188,5 @@ def test_a_plan_counts_the_other_prompt_among_the_inputs(rows):
 @pytest.mark.parametrize("objective", ["dpo", "reps", "reward"])
 def test_two_answers_are_not_compared_under_another_text(rows, objective):
     overrides = [o for o in arguments(rows) if not o.startswith(("objective=", "decoding."))]
-    with pytest.raises(ValueError, match=r"compares two answers, and does so without data.source_prompt"):
+    with pytest.raises(ValueError, match=r"compares two answers and does not support data.source_prompt"):
         outline(compose.compose([*overrides, f"objective={objective}"]))

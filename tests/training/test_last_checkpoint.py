@@ -161,7 +161,7 @@ def test_evaluating_the_base_or_validating_more_often_changes_no_training_step(d
 
 
 def test_a_folder_without_a_run_cannot_go_on(data, tmp_path):
-    with pytest.raises(experiment.SetupError, match=r"there is no run to go on with"):
+    with pytest.raises(experiment.SetupError, match=r"there is no run to continue"):
         resume(data, tmp_path)
 
 

@@ -177,8 +177,8 @@ def test_a_step_in_parts_is_the_whole_step(rows, tmp_path):
             ["data=glue_rte", "data.prompt=null", "data.target=null", "data.options=null"],
             "are no questions in text with options",
         ),
-        (["decoding.max_new_tokens=3"], "decoding.max_new_tokens means nothing"),
-        (["kept.limit_gb=1"], "makes passes of its own"),
+        (["decoding.max_new_tokens=3"], "decoding.max_new_tokens does not apply"),
+        (["kept.limit_gb=1"], "runs its own passes"),
         (["checkpoint.monitor=val/option_accuracy"], "must be one of val/loss, val/pair_accuracy"),
     ],
 )
@@ -190,5 +190,5 @@ def test_what_a_reward_model_has_no_use_for_is_refused(rows, overrides, message)
 def test_a_reward_model_is_not_talked_to(rows):
     config = compose.compose(arguments(rows))
     assert outline(config).hf_config.num_labels == 1
-    with pytest.raises(ValueError, match="generates no text"):
+    with pytest.raises(ValueError, match="does not generate text"):
         PromptFormat.of(config, "here")

@@ -98,7 +98,7 @@ def test_a_single_process_trains_what_it_trains_without(data, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["model.compile=true"], "model.compile has not been tried"),
+        (["model.compile=true"], "model.compile has not been tested"),
         (
             ["trainer.strategy._target_=lightning.pytorch.strategies.ModelParallelStrategy"],
             "Write trainer=fsdp",
@@ -115,11 +115,13 @@ def test_what_cannot_be_divided_is_refused_before_weights_are_loaded(
 
 def test_a_base_that_is_trained_cannot_be_divided(data, tmp_path):
     divided = short_runs.config(data, "trainer=fsdp", "trainer.devices=1")
-    with pytest.raises(experiment.SetupError, match="full trains all of the base"):
+    with pytest.raises(experiment.SetupError, match="full trains the base's weights"):
         experiment.run(replace(divided, intervention=InterventionConfig(method="full")), tmp_path / "full")
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_3_offload"])
 def test_lightnings_own_are_refused_by_name(tmp_path, strategy):
-    with pytest.raises(ValueError, match=f"trainer.strategy={strategy} divides .* Write trainer=fsdp"):
+    with pytest.raises(
+        ValueError, match=f"trainer.strategy={strategy} would also shard .* Write trainer=fsdp"
+    ):
         short_runs.config(tmp_path, f"trainer.strategy={strategy}")

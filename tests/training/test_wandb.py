@@ -381,7 +381,7 @@ def test_a_server_that_wandb_login_keeps_in_its_settings_counts(tmp_path, anew):
 
 def test_a_key_that_cannot_be_one_is_refused(tmp_path, anew, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "short")
-    with pytest.raises(ValueError, match=r"key of W&B cannot be used: .*WANDB_API_KEY.*WANDB_MODE=offline"):
+    with pytest.raises(ValueError, match=r"W&B key cannot be used: .*WANDB_API_KEY.*WANDB_MODE=offline"):
         mode_of(tmp_path)
 
 

@@ -1,1 +1,1 @@
-"""What ReFT is compared with: the methods of the peft library, BitFit, full finetuning, the frozen model."""
+"""Baselines to compare ReFT with: the methods of the peft library, BitFit, full finetuning, the frozen model."""

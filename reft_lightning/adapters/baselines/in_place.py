@@ -1,6 +1,6 @@
-"""Baselines as adapted models: what they share, and those that train the base model's own parameters.
+"""Baselines as adapted models: their base class, and those that train the base model's own parameters.
 
-BitFit (Ben Zaken et al. 2021, arXiv:2106.10199) trains every bias, full finetuning everything, ``frozen`` nothing.
+BitFit (Ben Zaken et al. 2021, arXiv:2106.10199) trains every bias, full finetuning everything, and ``frozen`` nothing.
 The methods of the peft library are in :mod:`reft_lightning.adapters.baselines.peft`.
 
 Shapes: b rows, s columns.
@@ -39,7 +39,7 @@ FORMAT = 1
 
 @dataclass
 class BaselineConfig:
-    """What was trained, and of which model; saved with the tensors."""
+    """The method, its options and heads, and the base model; saved with the tensors."""
 
     method: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -52,15 +52,15 @@ class BaselineConfig:
 
 
 class Baseline(nn.Module):
-    """A base model trained by another method than ReFT, with the same interface.
+    """A base model trained by a method other than ReFT, with the same interface.
 
-    Parameters of the base that are trained in place have their first values kept in CPU memory, so that
-    :meth:`disabled` is exactly the base.
+    The first values of base parameters that are trained in place are kept in CPU memory, so :meth:`disabled` is exactly
+    the base.
 
     Args:
-        config: method, options, heads.
-        base_model: a Hugging Face model, frozen.
-        trained: names of its parameters that are trained in place.
+        config: method, options and heads.
+        base_model: a frozen Hugging Face model.
+        trained: names of the parameters to train in place.
     """
 
     base_model: Any
@@ -83,11 +83,11 @@ class Baseline(nn.Module):
         self,
         input_ids: Tensor | None = None,  # (b, s)
         attention_mask: Tensor | None = None,  # (b, s)
-        labels: Tensor | None = None,  # (b, s), the last columns of it, or (b,)
+        labels: Tensor | None = None,  # (b, s), only its last columns, or (b,)
         prompt_mask: Tensor | None = None,  # (b, s) bool, ignored; accepted for a common signature
         **kwargs: Any,
     ) -> Any:
-        """Run the adapted model on rows padded on either side; labels of the last columns need ``logits_to_keep``."""
+        """Run the adapted model on rows padded on either side; labels for the last columns need ``logits_to_keep``."""
         inputs = forward_inputs(self.base_model, self._known, input_ids, attention_mask, labels, kwargs)
         return self.base_model(**inputs)
 
@@ -98,13 +98,13 @@ class Baseline(nn.Module):
         prompt_mask: Tensor | None = None,  # (b, s) bool, ignored
         **kwargs: Any,
     ) -> Any:
-        """Generate as Hugging Face does; rows padded on the right are moved to the left first, but of an encoder."""
+        """Generate as Hugging Face does, after moving right-side padding to the left, except in an encoder's input."""
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         return self.base_model.generate(**left_padded_inputs(given, self.base_model))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Run exactly the base model inside the block, its head as it was before training too."""
+        """Run exactly the base model inside the block, with the head it had before training."""
         if not self._enabled:
             yield
             return
@@ -112,7 +112,7 @@ class Baseline(nn.Module):
             yield
 
     def detach(self) -> PreTrainedModel:
-        """Give trained parameters their first values back, and return the base model; save the adapter first."""
+        """Restore the trained parameters' first values and return the base model; save the adapter first."""
         fill(self._trained_in_place(), self._first.values)
         detached(self.base_model, self.config)
         return self.base_model
@@ -143,7 +143,7 @@ class Baseline(nn.Module):
         return parameter.ndim < 2
 
     def parameter_roles(self) -> dict[str, list[nn.Parameter]]:
-        """Return the trained parameters by role; vectors are biases, which never decay."""
+        """Return the trained parameters by role; vectors count as biases, without weight decay."""
         roles: dict[str, list[nn.Parameter]] = {"rotation": [], "weight": [], "bias": [], "head": []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -152,13 +152,13 @@ class Baseline(nn.Module):
         return roles
 
     def parameter_count(self) -> ParameterCount:
-        """Count the trained parameters against the base model's; heads are in neither."""
+        """Count the trained parameters and the base model's; neither includes heads."""
         roles = self.parameter_roles()
         trainable = sum(p.numel() for role in ("weight", "bias") for p in roles[role])
         return ParameterCount.of(trainable, self._base_parameters)
 
     def save_pretrained(self, folder: str | PathLike) -> None:
-        """Write ``baseline_config.json`` and, where the base's own parameters were trained, their tensors."""
+        """Write ``baseline_config.json``, and the tensors of the base's parameters that were trained."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / BASELINE_FILE, self._trained_in_place(), digest=True)
@@ -171,11 +171,11 @@ class InPlaceBaseline(Baseline):
 
     Args:
         base_model: a Hugging Face model.
-        method: one that trains the base model's own parameters.
-        heads: paths of modules that are trained in addition; counted separately.
+        method: a method that trains the base model's own parameters.
+        heads: paths of modules to train in addition; counted separately.
 
     Raises:
-        ValueError: for a model without parameters of the kind (BitFit without biases), or heads of a frozen model.
+        ValueError: if the model has no parameters to train (BitFit without biases), or heads are given with ``frozen``.
     """
 
     def __init__(self, base_model: PreTrainedModel, method: Method, heads: Sequence[str] = ()) -> None:
@@ -195,20 +195,20 @@ class InPlaceBaseline(Baseline):
             )
         if heads and not method.trains_heads:
             raise ValueError(
-                f"method {method.name} trains nothing; to train only heads use intervention=none, for nothing at all "
-                "intervention.heads=[]"
+                f"method {method.name} trains nothing: use intervention=none to train only heads, or "
+                "intervention.heads=[] to train nothing"
             )
         with attaching(base_model, config, alone=bool(chosen or heads)):
             super().__init__(config, base_model, [*chosen, *(n for n in names if n in of_heads)])
             self.base_model = base_model
         if chosen and not next(base_model.parameters()).is_meta and base_model.dtype in HALVES:
             log.warning(
-                "%s trains %s weights: small updates are lost to rounding; model.dtype=float32 keeps them",
+                "%s trains %s weights: small updates are lost to rounding; use model.dtype=float32 to keep them",
                 method.name, str(base_model.dtype).removeprefix("torch."),
             )  # fmt: skip
 
 
 def _names_of(heads: Sequence[str], model: PreTrainedModel) -> set[str]:
-    """Return the names that a model's parameters list gives those of heads: a tied one has that of the embeddings."""
+    """Return the names of heads' parameters in ``named_parameters()``: a tied head has the embeddings' name."""
     found = {id(parameter) for parameter in parameters_of(model, heads).values()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in found}

@@ -1,7 +1,7 @@
 """The methods of the peft library as adapted models.
 
-peft makes the trained parameters and puts them into the base model; the base model is then called directly, by the
-code that calls it for ReFT. Adapters are saved in peft's own format, which peft loads without this package.
+peft creates the trained parameters and inserts them into the base model, which is then called directly, by the same
+code as for ReFT. Adapters are saved in peft's own format, so peft can load them without this package.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ ADAPTER = "default"  # peft's name for the one adapter there is
 
 
 class PeftBaseline(Baseline):
-    """A base model with an adapter of the peft library. Heads are peft's ``modules_to_save``, trained copies.
+    """A base model with an adapter of the peft library. Heads are peft's ``modules_to_save``, which are trained copies.
 
     Args:
         base_model: a Hugging Face model, changed in place.
-        method: ``peft/lora`` or another of the library.
-        heads: paths of modules that are trained in addition; counted separately.
+        method: ``peft/lora`` or another method of the library.
+        heads: paths of modules to train in addition; counted separately.
         options: arguments of peft's configuration class.
 
     Raises:
-        ValueError: for an unknown method, option or head, or what peft refuses, such as unknown target modules.
+        ValueError: if a method, option or head is unknown, or peft refuses something, such as unknown target modules.
     """
 
     def __init__(
@@ -52,20 +52,20 @@ class PeftBaseline(Baseline):
         name = base_model.config.name_or_path or None
         config = BaselineConfig(method.name, dict(options or {}), list(heads), name)
         settings = peft_config(method, config.options)
-        # peft takes every module whose path ends in a head's name
+        # peft matches every module whose path ends in a head's name
         if more := [n for n, _ in base_model.named_modules() if n.endswith(tuple(heads)) and n not in heads]:
             raise ValueError(
-                f"{method.name} would train {', '.join(more)} besides the heads {', '.join(heads)}: peft matches "
-                "the ends of names; name those in intervention.heads too"
+                f"{method.name} would train {', '.join(more)} besides the heads {', '.join(heads)}, as peft matches "
+                "the ends of names; add them to intervention.heads"
             )
         if method.virtual_tokens and reads_two_texts(base_model):
             raise ValueError(
-                f"{method.name} puts virtual tokens before one text, and {type(base_model).__name__} reads two; use "
+                f"{method.name} puts virtual tokens before one text, but {type(base_model).__name__} reads two; use "
                 "peft/lora"
             )
         if method.needs_cache and not is_decoder(base_model.config):
             raise ValueError(
-                f"{method.name} needs a key/value cache, which the encoder {type(base_model).__name__} does not read; "
+                f"{method.name} needs a key/value cache, which the encoder {type(base_model).__name__} does not have; "
                 "use peft/prompt_tuning"
             )
         if method.virtual_tokens:
@@ -75,17 +75,17 @@ class PeftBaseline(Baseline):
             settings.modules_to_save = list(heads) or None
             try:
                 self.peft_model = _with_adapter(base_model, settings)
-            except (TypeError, ArithmeticError) as error:  # of a value that peft uses without checking it
+            except (TypeError, ArithmeticError) as error:  # from a value that peft uses without checking it
                 raise ValueError(f"peft cannot use the options {config.options}: {error}") from error
             self._virtual = VirtualTokens(self.peft_model) if settings.is_prompt_learning else None
 
     @property
     def base_model(self) -> PreTrainedModel:
-        """The Hugging Face model, with the adapter in it."""
+        """The Hugging Face model, with the adapter inserted."""
         return self.peft_model.get_base_model()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the adapted model, see :meth:`Baseline.forward`."""
+        """Run the adapted model; see :meth:`Baseline.forward`."""
         if self._virtual is None or not self._enabled:
             return super().forward(*args, **kwargs)
         before = self._virtual.calls
@@ -99,7 +99,7 @@ class PeftBaseline(Baseline):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Run exactly the base model inside the block, its head as it was before training too."""
+        """Run exactly the base model inside the block, with the head it had before training."""
         if not self._enabled:
             yield
             return
@@ -117,7 +117,7 @@ class PeftBaseline(Baseline):
                 self._switch(parts, True)
 
     def detach(self) -> PreTrainedModel:
-        """Take peft's modules out of the base model, trained heads too, and return it; save the adapter first."""
+        """Remove peft's modules, including trained heads, and return the base model; save the adapter first."""
         from peft.utils.other import AuxiliaryTrainingWrapper
 
         base = self.base_model
@@ -129,7 +129,7 @@ class PeftBaseline(Baseline):
             self.peft_model.unload()
         else:
             self._virtual.remove()
-        vars(base).pop("peft_config", None)  # peft would warn of a second adapter
+        vars(base).pop("peft_config", None)  # or peft would warn about a second adapter
         detached(base, self.config)
         return base
 
@@ -148,7 +148,7 @@ class PeftBaseline(Baseline):
         return flat or super()._is_vector(parameter)
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """Return every trained tensor, and those that peft saves with them, by the names of peft's file."""
+        """Return every trained tensor, and those that peft saves with them, under peft's names."""
         from peft import get_peft_model_state_dict
 
         # embeddings of the base are never trained; "auto" would ask the hub for the size of its vocabulary
@@ -171,17 +171,17 @@ class PeftBaseline(Baseline):
 
 
 def _check_columns(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model for which virtual tokens are not as near to a text after padding as to one without."""
+    """Refuse or warn about a model in which padding between the virtual tokens and a text changes its outputs."""
     config, kind = model.config.get_text_config(), type(model).__name__
     if states := states_in(config):
         raise ValueError(
             f"{name} puts virtual tokens before the padding of a row, and {states} layers of {kind} keep a running "
-            "state, which goes on through the padding; use interventions or peft/lora"
+            "state, which the padding would change; use interventions or peft/lora"
         )
     if window := window_of(config):
         log.warning(
-            "%s puts virtual tokens before the padding of a row, and layers of %s look back at %d columns: a longer "
-            "row is read otherwise under other padding",
+            "%s puts virtual tokens before the padding of a row, and layers of %s look back at %d columns: the outputs "
+            "of a longer row depend on its padding",
             name, kind, window,
         )  # fmt: skip
 
@@ -196,20 +196,20 @@ def peft_config(method: Method, options: Mapping[str, Any]) -> Any:
 
 
 def _with_adapter(base_model: PreTrainedModel, settings: Any) -> Any:
-    # The class for any task: those for one task train heads that nobody named, and their calls are not used.
+    # The class for any task: those for a specific task train heads that were not named, and their forward is not used.
     from peft import PeftModel
 
     on_meta = next(base_model.parameters()).is_meta
     with warnings.catch_warnings():
         # peft 0.21 reads a property that transformers 5.23 renames
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*deprecated", FutureWarning)
-        # it corrects the setting for GPT-2 itself
+        # peft corrects this setting for GPT-2 itself
         warnings.filterwarnings("ignore", ".*fan_in_fan_out is set to", UserWarning)
         return PeftModel(base_model, settings, ADAPTER, low_cpu_mem_usage=on_meta)
 
 
 def _task_of(model: PreTrainedModel) -> str:
-    """Return peft's word for what a model does; it decides which of peft's classes loads the adapter."""
+    """Return peft's task type for a model, which decides which of peft's classes loads the adapter."""
     if isinstance(model, GenerationMixin):
         return "SEQ_2_SEQ_LM" if reads_two_texts(model) else "CAUSAL_LM"
     return "SEQ_CLS" if "ForSequenceClassification" in type(model).__name__ else "FEATURE_EXTRACTION"

@@ -1,16 +1,16 @@
 """Trained virtual tokens before every row: prompt tuning (embeddings) and prefix tuning (keys and values).
 
-Two hooks on the transformer inside a base model put the tokens before whatever it reads first, and before nothing it
-reads later: training, evaluation and every kind of generation go the same way, and rows may be padded on the left.
-(peft's own wrapper drops the positions of left-padded rows under prompt tuning.) Virtual tokens are the positions
-0..v-1 and the text's first token is position v, whatever padding lies between.
+Two hooks on the transformer inside a base model put the tokens before the first columns it reads, and not before later
+ones: training, evaluation and every kind of generation take the same path, and rows can be padded on the left.
+(peft's own wrapper drops the positions of left-padded rows under prompt tuning.) Virtual tokens have positions
+0..v-1 and the text's first token has position v, whatever padding is in between.
 
-A decoder's outputs hold only the text's columns, so labels, ``logits_to_keep`` and a classifier's last token mean
-what they mean without virtual tokens. An encoder's keep the virtual ones, on whose first a classifier reads, as
-under peft.
+A decoder's outputs contain only the text's columns, so labels, ``logits_to_keep`` and a classifier's last token mean
+the same as without virtual tokens. An encoder's outputs keep the virtual tokens, and a classifier reads the first of
+them, as under peft.
 
-A sliding window counts columns, so padding between virtual tokens and text takes room in it: models with one (Mistral)
-give rows longer than their window other outputs under other padding.
+A sliding window counts columns, including padding between virtual tokens and text: in models that have one (Mistral),
+the outputs of rows longer than the window depend on the padding.
 
 Shapes: b rows, s columns, v virtual tokens, d width.
 """
@@ -29,14 +29,14 @@ from ...base_models.decoders import is_decoder
 
 
 class VirtualTokens:
-    """Put the virtual tokens of a peft model before what its base model reads.
+    """Put the virtual tokens of a peft model before the tokens that its base model reads.
 
     Args:
-        peft_model: of a prompt learning method.
+        peft_model: a peft model with a prompt learning method.
 
     Attributes:
-        enabled: whether they are put there.
-        calls: how often the transformer was called with them.
+        enabled: whether virtual tokens are inserted.
+        calls: the number of calls of the transformer with them.
     """
 
     def __init__(self, peft_model: Any) -> None:
@@ -47,11 +47,11 @@ class VirtualTokens:
         self.enabled = True
         base = peft_model.get_base_model()
         self.decoder = is_decoder(base.config)
-        # a language model may call its decoder past the model around it (OPT)
+        # a language model may call its decoder directly, bypassing the model around it (OPT)
         model: Any = base
         self.inner = model.get_decoder() if isinstance(base, GenerationMixin) else model.base_model
         self._names = list(inspect.signature(self.inner.forward).parameters)
-        # of the call under way: columns before the text's, and whether its cache holds only the prefix
+        # for the current call: the columns before the text's, and whether its cache only passes in the prefix
         self._in_front, self._passing = 0, False
         self.calls = 0
         self._hooks = [
@@ -60,7 +60,7 @@ class VirtualTokens:
         ]
 
     def remove(self) -> None:
-        """Leave the base model without them."""
+        """Remove the hooks from the base model."""
         for hook in self._hooks:
             hook.remove()
 
@@ -81,7 +81,7 @@ class VirtualTokens:
             if mask.ndim != 2:
                 raise ValueError(
                     f"virtual tokens need an attention mask of rows and columns; got the shape {tuple(mask.shape)} "
-                    "(a static cache makes such a mask: generate with a dynamic one)"
+                    "(if that comes from a static cache, generate with a dynamic one)"
                 )
             kwargs["attention_mask"] = F.pad(mask, (self.count, 0), value=1)
         if kwargs.get("position_ids") is not None:
@@ -95,14 +95,14 @@ class VirtualTokens:
         return (), kwargs
 
     def _keys_and_values(self, rows: int, cache: Any) -> Any:
-        """Return the cache, or a new one, with the prefix of every layer in it."""
+        """Return the cache, or a new one, with the prefix of every layer added."""
         cache = DynamicCache(config=self.inner.config) if cache is None else cache
         for index, layer in enumerate(self.peft_model.get_prompt(rows).layers):
             cache.update(layer.keys, layer.values, index)
         return cache
 
     def _embeddings(self, rows: int, kwargs: dict[str, Any]) -> None:
-        """Replace token ids by embeddings with the virtual tokens' in front."""
+        """Replace token ids with embeddings, those of the virtual tokens first."""
         embeddings = kwargs.get("inputs_embeds")
         if embeddings is None:
             embeddings = self.inner.get_input_embeddings()(kwargs["input_ids"])  # (b, s, d)
@@ -118,6 +118,6 @@ class VirtualTokens:
     def _after(self, module: Any, args: tuple, output: Any) -> Any:
         if self._in_front and self.decoder:
             output.last_hidden_state = output.last_hidden_state[:, self._in_front :]
-        if self._passing:  # nobody asked for it; generation without a cache would take it for one
+        if self._passing:  # the caller wants no cache; generation would continue from this one
             output.past_key_values = None
         return output

@@ -1,1 +1,1 @@
-"""ReFT models: a frozen base model with a set of (Phi, P, l)."""
+"""ReFT models: a frozen base model with a set of triples (Phi, P, l)."""

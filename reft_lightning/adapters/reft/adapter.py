@@ -1,4 +1,4 @@
-"""One adapter: interventions with their sites and positions, all that one saved folder holds of them."""
+"""One adapter: interventions with their sites and positions, as stored in one saved folder."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ TIED = ("all", "group", "position")
 
 
 class Adapter(nn.Module):
-    """A set of triples (Phi, P, l) whose positions do not overlap at one site.
+    """A set of triples (Phi, P, l) whose positions do not overlap at any site.
 
-    Built by :meth:`build`; layers are named by their number, ``"0"``, ``"1"``, ...
+    Built by :meth:`build`; layers are named by number, ``"0"``, ``"1"``, ...
 
     Attributes:
-        config: what was attached.
+        config: all arguments it was attached with.
         interventions: layer -> the Phi of its positions.
-        sites: layer -> where they act.
+        sites: layer -> the site of its Phi.
         positions: layer -> P, and how its Phi are tied.
-        partitions: name -> rows of the adapters that share this one's parameters.
-        penalized: the Phi that may have a penalty of their parameters.
-        seeing_rows: the class of a Phi whose edits depend on more than single tokens; None if there is none.
-        takes_source: whether a Phi takes hidden states of another text.
-        critical: the numbers of tokens of a prompt that a first pass has to find.
+        partitions: name -> rows, for the adapters that share this one's parameters.
+        penalized: the Phi that can have a penalty on their parameters.
+        seeing_rows: the class name of a Phi whose edits depend on more than single tokens; None if there is none.
+        takes_source: whether any Phi takes hidden states from another text.
+        critical: the numbers of critical tokens to find in a first pass.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def build(cls, base_model: PreTrainedModel, config: ReftConfig) -> Self:
-        """Find the sites of a configuration in a model, and make its interventions with their first parameters."""
+        """Find the sites of a configuration in a model, and create its interventions with initial parameters."""
         specs = {layer: config.for_layer(layer) for layer in config.layers}
         sites = find_sites(base_model, {layer: spec.component for layer, spec in specs.items()})
         check_shapes(base_model, sites.values())
@@ -86,11 +86,11 @@ class Adapter(nn.Module):
             _check_images(base_model, positions[key][0], site)
             if site.stack == ENCODER and {term.kind for term in positions[key][0].terms} == {"decode"}:
                 raise ValueError(
-                    f"the encoder of {type(base_model).__name__} reads only prompts, of which positions="
-                    f"{positions[key][0]} selects no token: give component='decoder.block_output', or other positions"
+                    f"the encoder of {type(base_model).__name__} reads only prompts, in which positions="
+                    f"{positions[key][0]} selects no token: use component='decoder.block_output', or other positions"
                 )
             device = device_at(base_model, site.path)
-            if device.type == "meta" and is_dispatched(base_model):  # offloaded until it is used
+            if device.type == "meta" and is_dispatched(base_model):  # offloaded until used
                 device = torch.get_default_device()
             with at_least_float32():
                 group = _interventions(spec, positions[key][0], site)
@@ -112,11 +112,11 @@ class Adapter(nn.Module):
 
 def _check_images(model: PreTrainedModel, positions: Positions, site: Site) -> None:
     if site.visual:
-        positions.share_of_images  # noqa: B018  which refuses what means nothing there
+        positions.share_of_images  # noqa: B018  raises for positions that are undefined there
     elif positions.needs_images and not image_tokens(model.config):
         raise ValueError(
-            f"positions={positions}: {type(model).__name__} reads no images. prompt:S is a share of the prompt, and "
-            "given takes a mask with each call"
+            f"positions={positions}: {type(model).__name__} reads no images. prompt:S is a share of the prompt; given "
+            "takes a mask in each call"
         )
 
 
@@ -126,33 +126,32 @@ def _interventions(spec: LayerSpec, positions: Positions, site: Site) -> nn.Modu
     cls = registered(spec.method)
     check_settings(cls, spec.settings)
     if site.visual and cls.defines("edit_rows"):
-        raise ValueError(f"{spec.method} looks at the rows of a text, and {spec.component} sees images only")
+        raise ValueError(f"{spec.method} needs the rows of a text, but {spec.component} sees only images")
     if cls.takes_source == "same" and any(term.kind in ("decode", "all") for term in positions.terms):
         raise ValueError(
-            f"{spec.method} puts tokens of one prompt into another, and the positions {positions} select tokens after "
-            "the prompt, too: use fN, lN or prompt"
+            f"{spec.method} exchanges tokens between prompts, but the positions {positions} also select tokens after "
+            "the prompt: use fN, lN or prompt"
         )
     marked = positions.needs_mask or positions.critical
     if cls.takes_source and marked:
         raise ValueError(
-            f"{spec.method} takes hidden states of another text, and nothing says which of its tokens "
-            f"positions={positions} are: use fN, lN or prompt"
+            f"{spec.method} takes hidden states from another text, in which positions={positions} are unknown: use "
+            "fN, lN or prompt"
         )
     if site.stack == DECODER and positions.needs_mask:
         raise ValueError(
-            "edit_mask marks what an encoder reads: positions=given means nothing in the decoder"
+            "edit_mask marks tokens of the encoder, so positions=given are undefined in the decoder"
         )
     if site.stack and (cls.takes_source or positions.critical):
         what = spec.method if cls.takes_source else f"positions={positions}"
         raise ValueError(
-            f"{what} needs a pass of the model over other tokens, which is not there for models with an encoder and a "
-            "decoder"
+            f"{what} needs a first pass of the model, which is not supported for models with an encoder and a decoder"
         )
     after = [term.kind == "decode" for term in positions.terms]
     if cls.reads_prompt and after and (all if spec.tied == "all" else any)(after):
         raise ValueError(
-            f"{spec.method} takes the strength of its edits from the tokens of the prompt that it edits, and with "
-            f"positions={positions} and tied={spec.tied} {'it' if all(after) else 'that of decode'} edits none: write "
-            "positions=all, or prompt+decode with tied=all"
+            f"{spec.method} takes the strength of its edits from the prompt tokens that it edits, but with "
+            f"positions={positions} and tied={spec.tied} {'there are' if all(after) else 'the one for decode has'} "
+            "none: use positions=all, or prompt+decode with tied=all"
         )
     return nn.ModuleList(cls(site.dim, **spec.settings) for _ in range(copies * len(site.heads)))

@@ -1,6 +1,6 @@
 """Attach interventions to a model.
 
-As in ``reft = attach(base_model, "loreft", rank=8, layers="all", positions="f7+l7")``.
+For example, ``reft = attach(base_model, "loreft", rank=8, layers="all", positions="f7+l7")``.
 """
 
 from __future__ import annotations
@@ -32,23 +32,24 @@ def attach(
 
     Args:
         base_model: a Hugging Face decoder or encoder, or a model with both.
-        method: a name of the table (``loreft``, ``direft``, ...) or a subclass of Intervention; ``none`` attaches
-            nothing, the control that trains only heads; layers, positions and settings are ignored.
-        layers: ``"all"``, 0-based ids (with ``heads`` perhaps none), or a dict from id to what differs there
-            (``{3: {"rank": 4}}``).
+        method: a registered name (``loreft``, ``direft``, ...) or a subclass of Intervention; ``none`` attaches
+            nothing, as a control that trains only heads, and ignores layers, positions and settings.
+        layers: ``"all"``, a list of 0-based ids (which can be empty if heads are trained), or a dict from id to the
+            settings that differ there (``{3: {"rank": 4}}``).
         positions: see :mod:`reft_lightning.adapters.reft.positions`.
-        tied: ``all`` one Phi a layer; ``group`` one for each term (prefix, suffix), which pyreft calls untied;
-            ``position`` one for each position, the paper's untied formula.
+        tied: ``all`` for one Phi per layer; ``group`` for one per term (prefix, suffix), which pyreft calls untied;
+            ``position`` for one per position, the paper's untied formula.
         component: see :mod:`reft_lightning.adapters.reft.sites`.
-        clip: of prompts shorter than the positions ask for: ``paper``, or ``floor`` as in the authors' code.
-        heads: paths of modules of the base model that are trained and saved with the interventions. Without it, those
-            of a classifier are: nothing else trains them, and they start at random. ``False`` or ``[]`` trains none.
+        clip: how prompts that are too short for the positions are handled: ``paper``, or ``floor`` as in the authors'
+            code.
+        heads: paths of modules of the base model to train and save with the interventions. By default, those of a
+            classifier, which start at random and would not be trained otherwise. ``False`` or ``[]`` trains none.
             See :mod:`reft_lightning.base_models.heads`.
-        **settings: arguments of the intervention's constructor (``rank``, ``dropout``, ``init``, ...). A tensor arrives
-            there as a list, as it is saved.
+        **settings: arguments of the intervention's constructor (``rank``, ``dropout``, ``init``, ...). A tensor is
+            passed on as a list, the form it is saved in.
 
     Raises:
-        ValueError: for anything unknown or out of range, with what is allowed.
+        ValueError: if an argument is unknown or out of range; the message says what is allowed.
     """
     config = config_of(
         base_model,

@@ -1,4 +1,4 @@
-"""The base model that a saved adapter names, loaded with the class that it was trained with."""
+"""Load the base model that a saved adapter names, with the class it was trained with."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ IN_PYTHON = "load it, and call from_pretrained(model, name)"
 def load_base_of(
     config: ReftConfig, *, instead: str = IN_PYTHON, weights: bool = True, **loading: Any
 ) -> PreTrainedModel:
-    """Load the base model of an adapter from the hub or a folder; ``instead`` is advice for one that is not there.
+    """Load the base model of an adapter from the hub or a folder; ``instead`` is advice if it cannot be found.
 
-    The class is looked up by its name among those of transformers: a configuration cannot name code. Without
-    ``weights`` only the model's configuration is read, and the model is on the meta device.
+    The class is looked up by name in transformers: a configuration cannot name other code. Without ``weights``, only
+    the model's configuration is read, and the model is on the meta device.
 
     Raises:
-        ValueError: if the adapter names no model, or one of a class that transformers does not have.
-        FileNotFoundError: if it cannot be loaded; says why.
+        ValueError: if the adapter names no model, or a class that transformers does not have.
+        FileNotFoundError: if the model cannot be loaded, with the reason.
     """
     trained = config.architecture
     kind = getattr(transformers, str(trained.get("class")), None)
     if config.base_model is None or not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise ValueError(
-            f"the adapter names the base model {config.base_model!r} of the class {trained.get('class')!r}, which "
-            f"cannot be loaded by name: {IN_PYTHON}"
+            f"the adapter's base model {config.base_model!r} of class {trained.get('class')!r} cannot be loaded by "
+            f"name: {IN_PYTHON}"
         )
     if trained.get("labels") is not None:
         loading = {"num_labels": trained["labels"], **loading}
@@ -45,12 +45,12 @@ def load_base_of(
 
 @contextmanager
 def naming_base(name: str, instead: str) -> Iterator[None]:
-    """Let what is raised while a base model is loaded name it, and end with what to do ``instead``."""
+    """Make errors raised while a base model is loaded name it, and end with what to do ``instead``."""
     try:
         yield
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
-            f"the adapter's base model {name!r} is not a folder, and did not come from the hub ({reason[:200]}); "
-            f"{instead}"
+            f"the adapter's base model {name!r} is not a folder, and could not be loaded from the hub "
+            f"({reason[:200]}); {instead}"
         ) from error

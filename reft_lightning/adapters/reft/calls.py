@@ -1,7 +1,7 @@
-"""The state of a call: what one forward pass or one generation of an adapted model needs while it runs.
+"""The state of a call: one forward pass or one generation of an adapted model, while it runs.
 
-A call may start another: a logits processor asks a model in the middle of a generation. So calls form a stack. Only the
-innermost one edits, and the outer one goes on where it stood. Each thread has its own stack.
+A call can start another: a logits processor may call a model in the middle of a generation. Calls therefore form a
+stack. Only the innermost one edits, and the outer one then continues where it was. Each thread has its own stack.
 
 Shapes: b rows, s columns, n selected tokens, r rank, d width.
 """
@@ -24,12 +24,12 @@ class Choice(NamedTuple):
     """An adapter that a call uses."""
 
     adapter: str
-    weight: float = 1.0  # in a call, times the adapter's scale
-    rows: Tensor | None = None  # (b,) bool, those it edits; None for all
+    weight: float = 1.0  # in a call, multiplied by the adapter's scale
+    rows: Tensor | None = None  # (b,) bool, the rows it edits; None for all
 
 
 class Edit(NamedTuple):
-    """What one adapter does at one site."""
+    """The edit of one adapter at one site."""
 
     adapter: str
     layer: str
@@ -39,13 +39,13 @@ class Edit(NamedTuple):
 
 @dataclass
 class EditPlan:
-    """What the hooks do during one pass of the base model, or of one of its stacks."""
+    """The edits of one pass of the base model, or of one of its stacks."""
 
-    edits: dict[str, list[Edit]]  # site -> one after the other, or added up
-    tokens: Tensor  # (b, s) or (b, s, d), what the pass reads; sizes in numbers would be constants to torch.compile
+    edits: dict[str, list[Edit]]  # site -> edits, applied in sequence or summed
+    tokens: Tensor  # (b, s) or (b, s, d), the pass's input; torch.compile would take plain sizes as constants
     differentiable: bool  # whether the pass records gradients
-    spans: Spans  # prompt and target of what is read
-    prompt: Tensor | None = None  # (b s,) bool, the tokens of prompts, where an intervention sees rows
+    spans: Spans  # prompt and target of the input
+    prompt: Tensor | None = None  # (b s,) bool, prompt tokens, if an intervention sees rows
 
     @property
     def edits_anything(self) -> bool:
@@ -55,28 +55,28 @@ class EditPlan:
 
 @dataclass
 class Call:
-    """One forward pass or one generation; what outlives a single pass of the base model is a field here."""
+    """One forward pass or one generation; its fields hold everything that outlives a single pass of the base model."""
 
     model: nn.Module  # the adapted model that was called
-    adapters: Mapping[str, Any]  # name -> :class:`~.adapter.Adapter`, all that are there
-    spans: Spans  # its prompt and target; of an encoder and a decoder, what the encoder reads
-    choices: tuple[Choice, ...]  # the adapters that it uses
-    summed: bool  # whether their edits are added up
-    nulled: bool  # whether edits remove what they would add; a block that is run again asks the call, too
+    adapters: Mapping[str, Any]  # name -> :class:`~.adapter.Adapter`, all of the model's
+    spans: Spans  # prompt and target; in an encoder-decoder, those of the encoder
+    choices: tuple[Choice, ...]  # the adapters in use
+    summed: bool  # whether their edits are summed
+    nulled: bool  # whether edits remove what they would add, also when a block is recomputed
     rows: Mapping[Orthonormal, Tensor]  # R (r, d) of each intervention, computed once
-    plan: EditPlan | None = None  # of the base model's current pass; a generation makes several
+    plan: EditPlan | None = None  # for the base model's current pass; a generation has several
     begun: bool = False  # whether the base model has read anything
     edited: bool = False  # whether any token was selected so far
-    given: Mapping[str, Tensor] = field(default_factory=dict)  # name -> (b, ...), of each row
-    kept: dict[str, dict[Any, Tensor]] = field(default_factory=dict)  # adapter -> what it found in prompts
-    penalties: list[Tensor] = field(default_factory=list)  # of its edits
-    decoder: Spans | None = None  # what the decoder of an encoder-decoder reads; None until its first pass
+    given: Mapping[str, Tensor] = field(default_factory=dict)  # name -> (b, ...), values for each row
+    kept: dict[str, dict[Any, Tensor]] = field(default_factory=dict)  # adapter -> values it found in prompts
+    penalties: list[Tensor] = field(default_factory=list)  # penalties of its edits
+    decoder: Spans | None = None  # the spans of an encoder-decoder's decoder; None until its first pass
     # (adapter, layer, number) -> Tokens.source
     sources: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    reads_sources: bool = False  # whether it edits nothing, and fills them in
+    reads_sources: bool = False  # whether it fills in `sources` instead of editing
 
     def again(self) -> Call:
-        """Return a call that goes on from here as this one does, and leaves this one as it is."""
+        """Return an independent call that continues from the current state."""
         return replace(self, kept={name: dict(kept) for name, kept in self.kept.items()}, penalties=[])
 
 
@@ -88,14 +88,14 @@ _stack = _Stack()
 
 
 def call_of(model: nn.Module) -> Call | None:
-    """Return the call under way in this thread, if it is one of this model, not of another that it calls."""
+    """Return this thread's innermost call if it is a call of this model, not of another."""
     call = _stack.innermost
     return call if call is not None and call.model is model else None
 
 
 @contextmanager
 def running(call: Call | None) -> Iterator[None]:
-    """Make a call the innermost one inside the block; None edits nothing."""
+    """Make a call the innermost one inside the block; with None, nothing is edited."""
     outer, _stack.innermost = _stack.innermost, call
     try:
         with lend({} if call is None else call.rows):

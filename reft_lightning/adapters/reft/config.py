@@ -1,4 +1,4 @@
-"""Everything that an adapter of interventions was attached with, as a saved folder keeps it."""
+"""The configuration of a ReFT adapter: all arguments it was attached with, as stored in a saved folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .sites import check_layers, layers_with
 
 NONE = "none"  # the method that attaches nothing: only a classifier's head is trained
 FORMAT = 1
-# of the values in a file
+# types of the values in a file
 KINDS = dict.fromkeys(("method", "positions", "tied", "component", "clip"), str) | {
     "layers": list,
     "heads": list,
@@ -28,17 +28,17 @@ KINDS = dict.fromkeys(("method", "positions", "tied", "component", "clip"), str)
     "scale": (int, float),
 }
 NEEDED = ("method", "layers", "positions")
-WORDS = {str: "text", list: "list", dict: "set of keys and values", (int, float): "number"}
+WORDS = {str: "string", list: "list", dict: "set of keys and values", (int, float): "number"}
 CONFIG_FILE, TENSOR_FILE, CARD_FILE = "reft_config.json", "reft.safetensors", "README.md"
 
-WHERE = ("positions", "tied", "component", "clip")  # of an intervention; all else are settings of its class
-# what makes two adapters alike
+WHERE = ("positions", "tied", "component", "clip")  # where to edit; everything else is a setting of the class
+# two adapters that agree in these were attached in the same way
 ATTACHED = ("method", "layers", "tied", "component", "clip", "heads", "per_layer", "partitions", "beside")
 TRAINING = ("dropout", "dropout_on", "init")
 
 
 class LayerSpec(NamedTuple):
-    """What is attached at one layer."""
+    """The interventions attached at one layer."""
 
     method: str
     positions: str | MaskFunction
@@ -49,7 +49,7 @@ class LayerSpec(NamedTuple):
 
 
 def architecture_of(model: PreTrainedModel) -> dict[str, Any]:
-    """Return what an adapter is trained for: the kind of model, its number of layers, their width, and its class."""
+    """Return the architecture an adapter is trained for: model type, number of layers, width, and class."""
     config = config_of_stack(model)
     found = {"type": config.model_type, "layers": config.num_hidden_layers, "width": config.hidden_size}
     labels = {"labels": model.config.num_labels} if is_classifier(model) else {}
@@ -57,14 +57,14 @@ def architecture_of(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def check_architecture(model: PreTrainedModel, trained: dict[str, Any]) -> None:
-    """Reject a model that is not like the one that an adapter was trained on; its class and its head may be others."""
+    """Reject a model whose architecture differs from the one an adapter was trained on, except in class and head."""
     found = architecture_of(model)
     differing = [f"{name} {found.get(name)!r} instead of {value!r}" for name, value in trained.items()
                  if found.get(name) != value and name not in ("class", "labels")]  # fmt: skip
     if differing:
         raise ValueError(
-            f"the adapter was trained on another kind of model: {type(model).__name__} has {', '.join(differing)}. "
-            "Load it onto its own base model, or give strict=False"
+            f"the adapter was trained on a different kind of model: {type(model).__name__} has {', '.join(differing)}. "
+            "Load it onto its own base model, or pass strict=False"
         )
 
 
@@ -87,9 +87,11 @@ class ReftConfig:
     base_model: str | None = None
     clip: str = "paper"
     scale: float = 1.0
-    architecture: dict[str, Any] = field(default_factory=dict)  # of the base model, see architecture_of
-    partitions: dict[str, list[int]] = field(default_factory=dict)  # name -> rows: ReftModel.add_partition
-    beside: str | None = None  # the method of peft that it was trained together with: JointModel
+    architecture: dict[str, Any] = field(default_factory=dict)  # the base model's; see architecture_of
+    partitions: dict[str, list[int]] = field(
+        default_factory=dict
+    )  # name -> rows; see ReftModel.add_partition
+    beside: str | None = None  # the peft method it was trained together with; see JointModel
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__.keys() - {"positions", "per_layer"}:
@@ -104,13 +106,13 @@ class ReftConfig:
         }
 
     def for_layer(self, layer: int) -> LayerSpec:
-        """Return the common specification with what differs at this layer."""
+        """Return the common settings, updated with those of this layer."""
         own = dict(self.per_layer.get(layer, {}))
         common = {name: own.pop(name, getattr(self, name)) for name in ("method", *WHERE)}
         return LayerSpec(**common, settings={**self.settings, **own})
 
     def differing(self, other: ReftConfig) -> list[str]:
-        """Return in what two adapters differ, but for numbers and what matters in training only.
+        """Return the settings in which two adapters differ, except those that only affect training.
 
         A setting that was not given has the default of the intervention's class.
         """
@@ -134,14 +136,14 @@ class ReftConfig:
         return {name: plain(name, value) for name, value in defaults.items()} | self.settings
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-ready values; a position callable is named, not stored."""
+        """Return JSON-serialisable values; a position callable is named, not stored."""
         values = asdict(self)
         values["positions"] = str(parse_positions(self.positions))
         for layer, own in self.per_layer.items():
             if callable(own.get("positions")):
                 raise ValueError(
-                    f"layer {layer} has a position function of its own, and code is not stored: give one function for "
-                    "all layers (it is passed again when loading), or a specification such as 'f7+l7'"
+                    f"layer {layer} has its own position function, and code is not stored: use one function for all "
+                    "layers (and pass it again when loading), or a specification such as 'f7+l7'"
                 )
         values["per_layer"] = {str(layer): own for layer, own in self.per_layer.items()}
         if self.beside is None:
@@ -153,14 +155,14 @@ class ReftConfig:
         """Rebuild a configuration.
 
         Raises:
-            ValueError: for a newer format, an unknown key, one that is missing or holds another kind of value, or a
-                position callable that is not given.
+            ValueError: if the format is unknown, a key is unknown or missing or has the wrong type, or a needed
+                position callable is not given.
         """
         values = dict(values)
         version = values.pop("format", None)
         if version != FORMAT:
             raise ValueError(
-                f"{CONFIG_FILE} has format {version!r}; this version of reft_lightning reads {FORMAT}: update it"
+                f"{CONFIG_FILE} has format {version!r}, but this version of reft_lightning reads {FORMAT}: update it"
             )
         unknown = sorted(values.keys() - cls.__dataclass_fields__.keys())
         if unknown:
@@ -170,11 +172,11 @@ class ReftConfig:
         for name, kind in KINDS.items():
             if (name in values or name in NEEDED) and not isinstance(values.get(name), kind):
                 held = f"{name}={values[name]!r}" if name in values else f"no {name}"
-                raise ValueError(f"{CONFIG_FILE} holds {held}; {name} must be a {WORDS[kind]}")
+                raise ValueError(f"{CONFIG_FILE} has {held}; {name} must be a {WORDS[kind]}")
         for name, rows in values.get("partitions", {}).items():
             if not isinstance(rows, list) or not all(type(row) is int for row in rows):
                 raise ValueError(
-                    f"{CONFIG_FILE} holds the partition {name!r} without a list of rows: {rows!r}"
+                    f"{CONFIG_FILE}: the partition {name!r} must be a list of rows; got {rows!r}"
                 )
         for layer, own in values.get("per_layer", {}).items():
             if (
@@ -183,16 +185,16 @@ class ReftConfig:
                 or not layer.isdecimal()
             ):
                 raise ValueError(
-                    f"{CONFIG_FILE} holds per_layer {layer!r}: {own!r}, which are no settings of a layer"
+                    f"{CONFIG_FILE}: per_layer must map layer numbers to settings; got {layer!r}: {own!r}"
                 )
         if not math.isfinite(values.get("scale", 1.0)):
-            raise ValueError(f"{CONFIG_FILE} holds scale={values['scale']}; scale must be finite")
+            raise ValueError(f"{CONFIG_FILE} has scale={values['scale']}; scale must be finite")
         if positions is not None:
             values["positions"] = positions
         elif values["positions"].startswith("<callable"):
             raise ValueError(
                 f"the adapter was trained with the position function {values['positions']}, and code is not stored: "
-                "pass it, ReftModel.from_pretrained(model, name, positions=function)"
+                "pass it as ReftModel.from_pretrained(model, name, positions=function)"
             )
         values["per_layer"] = {int(layer): own for layer, own in values.get("per_layer", {}).items()}
         return cls(**values)
@@ -206,10 +208,10 @@ def config_of(
     heads: str | Sequence[str] | bool | None = None,
     **settings: Any,
 ) -> ReftConfig:
-    """Return what the arguments of :func:`attach` ask for, with its defaults, checked against a model.
+    """Return the configuration for the arguments of :func:`attach`, with its defaults, checked against a model.
 
     Raises:
-        ValueError: for anything unknown or out of range, with what is allowed.
+        ValueError: if an argument is unknown or out of range; the message says what is allowed.
     """
     check_base(base_model)
     trained_heads = heads_to_train(base_model, heads)
@@ -218,8 +220,8 @@ def config_of(
     if method == NONE:
         if not trained_heads:
             raise ValueError(
-                "method none trains only heads, and none is named: give heads='auto' (intervention.heads=auto) for a "
-                "classifier, as data=glue_... has one, or a list of module paths such as ['lm_head'] "
+                "method none trains only heads, but none are given: use heads='auto' (intervention.heads=auto) for a "
+                "classifier, as with data=glue_..., or a list of module paths such as ['lm_head'] "
                 "(intervention.heads=[lm_head])"
             )
         return ReftConfig(NONE, layers=[], heads=trained_heads, base_model=base, architecture=kind)
@@ -229,7 +231,7 @@ def config_of(
     for layer, (key, own) in zip(ids, layers.items(), strict=True) if isinstance(layers, Mapping) else ():
         if not isinstance(own, Mapping):
             raise ValueError(
-                f"layers[{key}] must be a dict of what differs there, such as {{'rank': 4}}; got {own!r}"
+                f"layers[{key}] must be a dict of the settings that differ there, such as {{'rank': 4}}; got {own!r}"
             )
         per_layer[layer] = dict(own)
         if "method" in own:

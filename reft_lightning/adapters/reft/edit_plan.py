@@ -1,4 +1,4 @@
-"""Work out what a pass of the base model edits: the selected tokens of every site.
+"""Plan the edits of a pass of the base model: the selected tokens at every site.
 
 Shapes: b rows, s columns, n selected tokens.
 """
@@ -18,14 +18,14 @@ from .positions import Positions, spread
 
 
 def plan_of(call: Call, stack: str, given: Mapping[str, Any], reads_images: bool) -> EditPlan | None:
-    """Return what a pass of a stack edits; None for nothing."""
+    """Return the edits of a pass of a stack; None if there are none."""
     tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
     attention, spans = given.get("attention_mask"), call.spans
     length_of = getattr(given.get("past_key_values"), "get_seq_length", None)
     held = 0 if length_of is None else length_of()
     if stack == DECODER:
         call.decoder = spans = call.decoder or spans_of_start(tokens, held, spans.generating, attention)
-    # a static cache counts on the device; and a model may read images for more columns than its text has
+    # a static cache counts on the device, and a model can read more columns for images than its text has
     known = length_of is not None and isinstance(held, int) and (held > 0 or tokens.ndim == 2)
     columns = spans.next_columns(tokens.shape[1], attention, held if known else None)
     decoding = columns.start >= spans.width
@@ -41,11 +41,11 @@ def plan_of(call: Call, stack: str, given: Mapping[str, Any], reads_images: bool
             if not layers or (decoding and not positions.reaches_decode):
                 continue
             here = here or spans.upto(columns.stop, len(tokens))
-            told = "image" in here.marks or not reads_images or stack == DECODER  # a decoder writes text
+            told = "image" in here.marks or not reads_images or stack == DECODER  # a decoder only writes text
             if positions.tells_images_apart and not told:
                 raise ValueError(
-                    f"the positions {positions} tell text from images, and inputs_embeds or the columns of "
-                    "past_key_values do not say which tokens images fill: pass image_mask (b, s)"
+                    f"the positions {positions} distinguish text from images, but inputs_embeds and the columns of "
+                    "past_key_values do not show which tokens are images: pass image_mask (b, s)"
                 )
             indices = token_indices(positions, tied, here.of_rows(choice.rows), columns)
             for layer in layers:
@@ -59,15 +59,15 @@ def plan_of(call: Call, stack: str, given: Mapping[str, Any], reads_images: bool
     if seeing:
         if not decoding and (columns.start or columns.stop < spans.width):
             raise ValueError(
-                f"{seeing} looks at whole prompts, and the model reads only a part of them here: give no "
-                "past_key_values, and no prefill_chunk_size"
+                f"{seeing} needs whole prompts, but the model reads only a part of them here: pass neither "
+                "past_key_values nor prefill_chunk_size"
             )
         plan.prompt = here.prompt[:, columns].flatten()
     return plan
 
 
 def token_indices(positions: Positions, tied: str, spans: Spans, columns: slice) -> list[Tensor]:
-    """Return one flat token index (n,) for each intervention of a site, in the columns that are read."""
+    """Return the flat token indices (n,) of each intervention of a site, in the columns that are read."""
     slots = positions.select(spans.prompt, spans.target, spans.marks)
     groups = [of_group[:, columns].flatten() for of_group in slots]
     if tied == "all":
@@ -85,8 +85,8 @@ def image_indices(
     share = positions.share_of_images
     if share is not None and hidden.ndim != 3:
         raise ValueError(
-            f"{where} has the tokens of all images in one list, so a share of them would not be one of each image: "
-            "write positions=image there, or image:S in the language model"
+            f"{where} has the tokens of all images in one list, so a share of them would not be a share of each image: "
+            "use positions=image there, or image:S in the language model"
         )
     every = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
     return [(spread(every, share) >= 0).flatten().nonzero().squeeze(-1)]

@@ -1,4 +1,4 @@
-"""Edit hidden states at a site: what the hooks do during a call.
+"""Edit hidden states at a site, as the hooks do during a call.
 
 Shapes: b rows, s columns, d width, n selected tokens.
 """
@@ -18,25 +18,25 @@ from .sites import Site
 
 
 def edit_tokens(call: Call, plan: EditPlan, place: str, hidden: Tensor) -> Tensor:  # (b, s, d) -> (b, s, d)
-    """Return the hidden states at a site with the edits that the plan of a pass has there."""
+    """Return the hidden states at a site with the edits that the plan of a pass has for it."""
     edits = plan.edits[place]
     site = _site_of(call, edits[0])
     rows, columns = plan.tokens.shape[:2]
-    if hidden.shape[:-1].numel() != rows * columns:  # OPT's last map sees them in one dimension
+    if hidden.shape[:-1].numel() != rows * columns:  # in OPT's last map, tokens have one dimension
         raise ValueError(
             f"the {site.end} of {site.path} has the shape {tuple(hidden.shape)}, but the model reads "
-            f"{rows} rows of {columns} tokens: positions mean nothing there"
+            f"{rows} rows of {columns} tokens: positions are undefined there"
         )
     if plan.differentiable and not torch.is_grad_enabled():
         raise ValueError(
             f"no gradient reaches {site.path}: gradient checkpointing with use_reentrant=True cannot train "
-            "interventions inside a block; switch it on with use_reentrant=False"
+            "interventions inside a block; pass use_reentrant=False"
         )
     return _with_edits(call, edits, hidden)
 
 
 def edit_images(call: Call, place: str, hidden: Tensor) -> Tensor | None:  # (images, n, d) or (n, d)
-    """Return the hidden states at a site that sees images with their edits, which need no plan; None without any."""
+    """Return the edited hidden states at a site that sees images, which needs no plan; None without edits."""
     edits = []
     for choice in call.choices:
         adapter = call.adapters[choice.adapter]
@@ -45,8 +45,8 @@ def edit_images(call: Call, place: str, hidden: Tensor) -> Tensor | None:  # (im
                 continue
             if choice.rows is not None:
                 raise ValueError(
-                    f"adapter_names gives each row adapters of its own, and the adapter {choice.adapter!r} edits "
-                    "what a vision tower sees, which knows no rows: choose it by set_adapter"
+                    f"adapter_names chooses adapters per row, but the adapter {choice.adapter!r} edits a vision tower, "
+                    "which has no rows: choose it with set_adapter"
                 )
             indices = image_indices(adapter.positions[layer][0], hidden, site.path)
             edits.append(Edit(choice.adapter, layer, choice.weight, indices))
@@ -59,7 +59,7 @@ def _site_of(call: Call, edit: Edit) -> Site:
 
 
 def _with_edits(call: Call, edits: Sequence[Edit], hidden: Tensor) -> Tensor:  # (b, s, d) -> (b, s, d)
-    """Return hidden states with edits one after the other, or with the sum of them."""
+    """Return hidden states with edits applied in sequence, or with their sum."""
     site = _site_of(call, edits[0])
     if hidden.shape[-1] != site.width:
         raise ValueError(
@@ -70,14 +70,14 @@ def _with_edits(call: Call, edits: Sequence[Edit], hidden: Tensor) -> Tensor:  #
     if call.summed and len(edits) > 1:
         return _sum_of(call, edits, flat).view_as(hidden)
     for edit in edits:
-        flat = flat.view(-1, _site_of(call, edit).dim)  # of a head, or of the whole
+        flat = flat.view(-1, _site_of(call, edit).dim)  # the width of a head, or the whole width
         index, edited = _edited_by(call, edit, flat)
         flat = flat.index_copy(0, index, edited)
     return flat.view_as(hidden)
 
 
 def _sum_of(call: Call, edits: Sequence[Edit], flat: Tensor) -> Tensor:  # (b s, d) -> (b s, d)
-    """Return h + the sum of what each adapter adds to h."""
+    """Return h plus the sum of the adapters' edits of h."""
     h = flat.to(torch.promote_types(flat.dtype, torch.float32))
     total = h
     for edit in edits:
@@ -88,7 +88,7 @@ def _sum_of(call: Call, edits: Sequence[Edit], flat: Tensor) -> Tensor:  # (b s,
 
 
 def _edited_by(call: Call, edit: Edit, flat: Tensor) -> tuple[Tensor, Tensor]:  # (b s, d) -> (n,), (n, d)
-    """Return which tokens an adapter edits at a site, and Phi of them."""
+    """Return the indices of the tokens that an adapter edits at a site, and their Phi(h)."""
     adapter = call.adapters[edit.adapter]
     indices = [index.to(flat.device) for index in edit.indices]
     edited = []
@@ -110,11 +110,11 @@ def _edited_by(call: Call, edit: Edit, flat: Tensor) -> tuple[Tensor, Tensor]:  
 def _edited_rows(
     call: Call, phi: Any, edit: Edit, i: int, h: Tensor, index: Tensor
 ) -> Tensor:  # (n, d) -> (n, d)
-    """Return Phi of tokens with what is known of their rows, and note what else it found."""
+    """Return Phi(h) for an intervention that sees rows, and note its penalty."""
     device = next((parameter.device for parameter in phi.parameters()), h.device)  # where it computes
     tokens = _tokens_at(call, edit, index.to(device))
 
-    def of_rows_now(value: Tensor) -> Tensor:  # beams repeat every row
+    def of_rows_now(value: Tensor) -> Tensor:  # beam search repeats every row
         return value.to(device).repeat_interleave(tokens.count // len(value), 0)
 
     tokens.given = {name: of_rows_now(value) for name, value in call.given.items()}
@@ -128,9 +128,9 @@ def _edited_rows(
 
 
 def _tokens_at(call: Call, edit: Edit, index: Tensor) -> Tokens:  # (n,) flat token indices
-    """Return where the tokens of an edit stand in their rows."""
+    """Return the rows that the tokens of an edit belong to."""
     plan: Any = call.plan
     b, s = plan.tokens.shape[:2]
-    index = index // _site_of(call, edit).divided  # of a token, whatever the head
+    index = index // _site_of(call, edit).divided  # the token's index, whatever the head
     prompt = plan.prompt.to(index.device)
     return Tokens(index // s, b, prompt[index], call.kept.setdefault(edit.adapter, {}))

@@ -1,7 +1,7 @@
-"""First passes: what the base model reads, unedited, before a call, because edits depend on it.
+"""First passes of the unedited base model before a call, for edits that depend on them.
 
-Positions ``critical:N`` ask which tokens of a prompt the others attend to; interchange interventions ask for the hidden
-states of other texts.
+Positions ``critical:N`` need to know which tokens of a prompt the others attend to; interchange interventions need the
+hidden states of other texts.
 
 Shapes: b rows, s columns.
 """
@@ -22,16 +22,16 @@ from ..masks import Spans, marked, spans_of
 from .calls import Call, Choice, running
 from .critical import most_attended
 
-# what a first pass does without, where the base model takes it
+# arguments that make a first pass cheaper, if the base model takes them
 SPARED = {"logits_to_keep": 1, "use_cache": False}
 
 
 class FirstPasses:
-    """Reads texts with the base model, as in evaluation, and without logits that nobody asks for.
+    """Runs the base model on texts, in evaluation mode and without unneeded logits.
 
     Args:
         base_model: a Hugging Face model.
-        known: the names of its arguments; None of one that takes all.
+        known: the names of its arguments; None if they cannot be known.
     """
 
     def __init__(self, base_model: Any, known: Any) -> None:
@@ -41,12 +41,12 @@ class FirstPasses:
     def with_critical(
         self, spans: Spans, counts: set[int], ids: Tensor | None, embeds: Tensor | None
     ) -> Spans:
-        """Read the prompts, and mark the tokens of them that are critical."""
+        """Read the prompts and mark their critical tokens."""
         tokens: Any = ids if embeds is None else embeds
         if len(counts) > 1 or tokens.shape[1] != spans.width:
             raise ValueError(
-                f"positions critical:{', critical:'.join(map(str, sorted(counts)))} are found by reading all of a "
-                "prompt, and for one number of tokens a call: give no past_key_values, and one number in all layers"
+                f"positions critical:{', critical:'.join(map(str, sorted(counts)))} are found by reading the whole "
+                "prompt, for one N per call: use the same N in all layers, and give no past_key_values"
             )
         others = {"output_attentions": True} | ({} if embeds is None else {"inputs_embeds": embeds})
         causal = reading_of(self.base_model).causal
@@ -57,23 +57,21 @@ class FirstPasses:
     def sources(
         self, call: Call, ids: Tensor, mask: Tensor | None, images: Tensor | None
     ) -> dict[Any, tuple[Tensor, Tensor]]:
-        """Read other texts, and return their hidden states where the interventions of a call would edit."""
+        """Read other texts and return their hidden states at the tokens that the call's interventions would edit."""
         used = [call.adapters[choice.adapter] for choice in call.choices]
         if used and not any(adapter.takes_source for adapter in used):
             able = [name for name, cls in INTERVENTIONS.items() if cls.takes_source]
             raise ValueError(
-                f"{', '.join(adapter.config.method for adapter in used)} takes nothing from the texts source_ids; "
+                f"{', '.join(adapter.config.method for adapter in used)} takes no hidden states from source_ids; "
                 f"{', '.join(able)} do"
             )
         if len(ids) != len(call.spans.prompt):
-            raise ValueError(f"source_ids hold {len(ids)} rows, the batch {len(call.spans.prompt)}")
+            raise ValueError(f"source_ids have {len(ids)} rows, but the batch has {len(call.spans.prompt)}")
         if images is not None and not images.is_meta and images.any():
-            raise ValueError(
-                "source_ids hold places of images, and no pictures come with them: give texts alone"
-            )
+            raise ValueError("source_ids contain image tokens, but come without images: give texts only")
         mask = torch.ones_like(ids) if mask is None else mask
         spans = marked(spans_of(mask, None, None), image=images)
-        chosen: dict[str, Choice] = {}  # an adapter of several strengths reads once, for all of their rows
+        chosen: dict[str, Choice] = {}  # an adapter with several strengths reads once, for all of their rows
         for choice in call.choices:
             name, rows = choice.adapter, choice.rows
             others = chosen[name].rows if name in chosen else torch.zeros_like(mask[:, 0], dtype=torch.bool)
@@ -85,7 +83,7 @@ class FirstPasses:
     def _read(self, call: Call | None, ids: Tensor | None, mask: Tensor, others: Mapping[str, Any]) -> Any:
         spared = {name: value for name, value in SPARED.items() if name in (self.known or ())}
         inputs = forward_inputs(self.base_model, self.known, ids, mask, None, spared | dict(others))
-        if ids is not None:  # masks of a plan on the meta device have numbers
+        if ids is not None:  # with a model on the meta device, masks still have values
             inputs = {k: v.to(ids.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         with running(call), evaluating(self.base_model):
             return self.base_model(**inputs)

@@ -1,4 +1,4 @@
-"""The logit lens: what the output head makes of a direction (nostalgebraist 2020, "interpreting GPT: the logit lens").
+"""The logit lens: the output head's logits for a direction (nostalgebraist 2020, "interpreting GPT: the logit lens").
 
 Shapes: n directions, d width, v tokens of the vocabulary.
 """
@@ -12,15 +12,15 @@ from transformers import PreTrainedModel
 
 from .sites import Change, Site, find_sites, hook_at, number_of_layers
 
-LARGE = 256  # times the length of what is in the stream
+LARGE = 256  # times the norm of the residual stream
 
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, directions: Tensor) -> Tensor:  # (n, d) -> (n, v)
-    """Return the logits of directions that stand where the last block leaves its output.
+    """Return the logits of directions put in place of the last block's output.
 
-    The model computes them itself: its final norm, output head and whatever is between, whatever their names.
-    Directions get the length of a vector of ones, since a norm forgets lengths and a model without one does not.
+    The model itself computes them, with its final norm, its output head and anything in between, whatever their names.
+    Directions are scaled to the length of a vector of ones: a norm removes lengths, but not every model has one.
     """
     rows = directions * (directions.shape[1] ** 0.5 / directions.norm(dim=-1, keepdim=True).clamp(min=1e-12))
     with _changed(model, _output_of(model, number_of_layers(model) - 1), lambda h: rows.to(h).view_as(h)):
@@ -30,10 +30,10 @@ def logits_of(model: PreTrainedModel, directions: Tensor) -> Tensor:  # (n, d) -
 
 @torch.no_grad()
 def in_stream(model: PreTrainedModel, site: Site) -> bool:
-    """Whether a site lies in the residual stream, or is added to it as it is: only there does the lens mean something.
+    """Whether a site is in the residual stream, or is added to it as is: only there is the lens meaningful.
 
-    It is tried: a large vector that is added at such a site arrives at the output of its block, where all that the
-    block computes of it is small, because blocks read the stream through a norm. Elsewhere a map or a norm comes first.
+    This is tested: a large vector added at such a site reaches the output of its block, and anything the block computes
+    from it is small, because blocks read the stream through a norm. Elsewhere a map or a norm comes first.
     """
     if site.width != model.config.get_text_config().hidden_size:
         return False
@@ -62,5 +62,5 @@ def _block_output(model: PreTrainedModel, layer: int) -> Tensor:  # (d,)
 
 
 def _changed(model: PreTrainedModel, site: Site, change: Change) -> RemovableHandle:
-    """Replace the hidden states at a site, inside a ``with`` block of it."""
+    """Replace the hidden states at a site; the handle is a context manager that removes the hook."""
     return hook_at(model.get_submodule(site.path), site.end, change)

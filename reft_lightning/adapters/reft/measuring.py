@@ -1,7 +1,7 @@
-r"""See what each intervention does while a ReFT model runs, and leave some of it out.
+r"""Observe what each intervention does while a ReFT model runs, and leave out some of the edits.
 
-Nothing is added to the model: hooks of torch stand on the interventions inside a ``with`` block only. They do not see
-compiled passes.
+The model is not changed: torch hooks are on the interventions only inside a ``with`` block. They do not see compiled
+passes.
 
 Shapes: b rows, s columns, n tokens that one intervention edits, d width, k directions, p places.
 """
@@ -27,23 +27,23 @@ from .model import ReftModel
 from .positions import Positions, Term
 from .sites import Site
 
-TINY = 1e-12  # norm of h below which the ratio would be 0 / 0
+TINY = 1e-12  # smallest norm of h in a ratio, to avoid 0 / 0
 
 
 class Seen(NamedTuple):
     """One intervention's edit of its tokens in one pass."""
 
     layer: int
-    places: Tensor  # (n,), which of the model's places each token fills
+    places: Tensor  # (n,), each token's index into places_of(reft)
     before: Tensor  # (n, d), h
     after: Tensor  # (n, d), Phi(h)
-    latents: Tensor | None = None  # (n, k), what the intervention detects
+    latents: Tensor | None = None  # (n, k), the features the intervention detects
 
 
 def places_of(reft: ReftModel) -> list[str]:
     """Return the names of the positions of all layers, from left to right: f1, f2, ..., l2, l1, ..., decode:1.
 
-    A term without a bound (``all``, ``prompt``, ``decode``) is one place; a callable is ``selected``.
+    An unbounded term (``all``, ``prompt``, ``decode``) is one place; a callable is ``selected``.
     """
     names = [
         name for positions, _ in reft.positions.values() for group in _names(positions) for name in group
@@ -70,14 +70,14 @@ def _names(positions: Positions) -> list[list[str]]:
 
 @contextmanager
 def watching(reft: ReftModel, see: Callable[[Seen], Tensor | None]) -> Iterator[None]:
-    """Call a function for each edit inside the block; what it returns replaces Phi(h), unless it is None."""
+    """Call a function for each edit inside the block; its result replaces Phi(h) unless it is None."""
     places = {name: i for i, name in enumerate(places_of(reft))}
     first = reft.adapter_names[0]
     if any(site.visual for site in reft.sites.values()):
         raise ValueError(
-            "edits in a vision tower or its connector have no places in a text, and are not measured"
+            "edits in a vision tower or its connector have no positions in a text and cannot be measured"
         )
-    grids: dict[Positions, tuple[EditPlan, Tensor]] = {}  # of the present pass
+    grids: dict[Positions, tuple[EditPlan, Tensor]] = {}  # for the current pass
 
     def hook(key: str, number: int, phi: Any, args: Any, after: Tensor) -> Tensor | None:
         call = call_of(reft)
@@ -88,7 +88,7 @@ def watching(reft: ReftModel, see: Callable[[Seen], Tensor | None]) -> Iterator[
             grids[positions] = call.plan, _grid(positions, call.plan.spans, call.plan.tokens, places)
         edit = next(e for e in call.plan.edits[reft.sites[key].place] if e.adapter == first)
         filled = grids[positions][1][edit.indices[number] // reft.sites[key].divided]
-        found = args[2].found if len(args) > 2 else None  # of an intervention that sees rows
+        found = args[2].found if len(args) > 2 else None  # for an intervention that sees rows
         return see(Seen(int(key), filled.to(after.device), args[0], after, found and found.latents))
 
     with ExitStack() as hooks:
@@ -99,7 +99,7 @@ def watching(reft: ReftModel, see: Callable[[Seen], Tensor | None]) -> Iterator[
 
 
 def _grid(positions: Positions, spans: Spans, tokens: Tensor, places: Mapping[str, int]) -> Tensor:  # (b s,)
-    """Return the place of each token that the present pass reads, row after row; -1 where none is selected."""
+    """Return the place of each token that the current pass reads, row by row; -1 if it is not selected."""
     here = spans.upto(spans.read, len(tokens))
     found = torch.full(here.prompt.shape, -1, device=here.prompt.device)
     groups = positions.select(here.prompt, here.target, here.marks)
@@ -113,11 +113,11 @@ def _grid(positions: Positions, spans: Spans, tokens: Tensor, places: Mapping[st
 def leaving_out(
     reft: ReftModel, layers: Collection[int] = (), places: Collection[str] = ()
 ) -> Iterator[None]:
-    """Leave the edits of some layers, and those of some positions in every layer, out inside the block."""
+    """Inside the block, leave out the edits of some layers, and those of some positions in every layer."""
     names, edited = places_of(reft), [int(key) for key in reft.interventions]
     for given, known, what in ((layers, edited, "layer"), (places, names, "position")):
         if strange := [item for item in given if item not in known]:
-            raise ValueError(f"no {what} {strange[0]!r} is edited; those are {', '.join(map(str, known))}")
+            raise ValueError(f"{what} {strange[0]!r} is not edited; these are: {', '.join(map(str, known))}")
     off = torch.tensor([names.index(name) for name in places], dtype=torch.long)
 
     def see(seen: Seen) -> Tensor | None:
@@ -136,9 +136,9 @@ class EditNorms:
     r"""Mean :math:`\lVert\Phi(h) - h\rVert / \lVert h\rVert` by layer and position; pass it to :func:`watching`.
 
     Attributes:
-        ratios: layer -> (p,) sums.
+        ratios: layer -> (p,) sum of the ratios.
         edits: layer -> (d,) sum of :math:`\Phi(h) - h` over all tokens.
-        counts: layer -> (p,) tokens.
+        counts: layer -> (p,) number of tokens.
     """
 
     def __init__(self, reft: ReftModel) -> None:
@@ -149,7 +149,7 @@ class EditNorms:
         self.counts: dict[int, Tensor] = {}
 
     def __call__(self, seen: Seen) -> None:
-        """Add what one intervention did in one pass."""
+        """Add the edits of one intervention in one pass."""
         before = seen.before.detach().float()
         edit = seen.after.detach().float() - before
         ratio = edit.norm(dim=-1) / before.norm(dim=-1).clamp(min=TINY)  # (n,)
@@ -159,7 +159,7 @@ class EditNorms:
             sums[seen.layer] = sums[seen.layer] + new if seen.layer in sums else new
 
     def by_place(self) -> dict[int, Tensor]:  # layer -> (p,)
-        """Return the means; NaN where no token was."""
+        """Return the means; NaN for a place without tokens."""
         return {layer: total / self.counts[layer] for layer, total in self.ratios.items()}
 
     def by_layer(self) -> dict[int, Tensor]:  # layer -> ()
@@ -167,7 +167,7 @@ class EditNorms:
         return {layer: total.sum() / self.counts[layer].sum() for layer, total in self.ratios.items()}
 
     def mean_edits(self) -> dict[int, Tensor]:  # layer -> (d,)
-        """Return the mean of Phi(h) - h; none of layers whose attention heads are edited, in spaces of their own."""
+        """Return the mean of Phi(h) - h, without layers whose attention heads are edited, each in its own space."""
         return {
             layer: total / self.counts[layer].sum()
             for layer, total in self.edits.items()
@@ -184,8 +184,8 @@ def saved_interventions(folder: str | PathLike) -> dict[int, list[Intervention]]
     """Return the interventions of a saved adapter by layer, without its base model.
 
     Raises:
-        FileNotFoundError: if the folder holds no adapter of interventions.
-        ValueError: for a method that is not in the table, or tensors that do not fit.
+        FileNotFoundError: if the folder does not hold a ReFT adapter.
+        ValueError: if the method is not registered, or tensors do not fit.
     """
     config, state = load_adapter(folder)
     found: dict[int, list[Intervention]] = {}
@@ -209,9 +209,9 @@ def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def subspace(interventions: list[Intervention]) -> Tensor | None:  # -> (k, d)
-    """Return orthonormal rows, in float64, that span every edit of some interventions; None if those may be any.
+    """Return orthonormal rows, in float64, that span the edits of some interventions; None if nothing bounds them.
 
-    The interventions are those of one representation; two attention heads are two.
+    All interventions must edit the same representation; two attention heads are two representations.
     """
     rows = []
     with torch.no_grad():
@@ -224,20 +224,20 @@ def subspace(interventions: list[Intervention]) -> Tensor | None:  # -> (k, d)
 
 
 def _by_head(group: list[Intervention], site: Site) -> dict[int, list[Intervention]]:
-    """Return the interventions of each attention head; none where the representation is not divided."""
+    """Return the interventions of each attention head; empty if the site has no heads."""
     heads = site.heads if site.divided > 1 else ()
     return {head: group[k :: len(heads)] for k, head in enumerate(heads)}
 
 
 def longest_heads(reft: ReftModel, count: int) -> dict[int, dict[str, str]]:
-    """Return the attention heads whose interventions have the longest parameters, as ``layers`` of a second stage.
+    """Return the attention heads whose parameters have the largest norm, as ``layers`` for a second stage.
 
     Args:
-        reft: with interventions at ``head_output``, such as LoFiT's first stage.
-        count: how many; LoFiT takes 3 to 10 % of all.
+        reft: a model with interventions at ``head_output``, such as LoFiT's first stage.
+        count: the number of heads; LoFiT takes 3 to 10 % of all.
 
     Raises:
-        ValueError: for fewer heads than that, or none.
+        ValueError: if there are fewer heads with interventions, or none.
     """
     sizes = [
         (sum(float(p.detach().square().sum()) for phi in own for p in phi.parameters()), int(layer), head)
@@ -247,7 +247,9 @@ def longest_heads(reft: ReftModel, count: int) -> dict[int, dict[str, str]]:
     if not sizes:
         raise ValueError("no attention head has an intervention: attach with component='head_output'")
     if not 1 <= count <= len(sizes):
-        raise ValueError(f"count must lie in 1..{len(sizes)}, the heads with interventions; got {count}")
+        raise ValueError(
+            f"count must lie in 1..{len(sizes)}, the number of heads with interventions; got {count}"
+        )
     chosen: dict[int, list[int]] = {}
     for _, layer, head in sorted(sizes, reverse=True)[:count]:
         chosen.setdefault(layer, []).append(head)

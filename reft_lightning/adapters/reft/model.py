@@ -1,14 +1,14 @@
 r"""A frozen language model with interventions: a set of triples (Phi, P, l).
 
-The triples are those of one :class:`~.adapter.Adapter`, which is called ``default``, or of several: in a row, as a
-weighted sum, or another one for each row of a batch.
+The triples belong to one :class:`~.adapter.Adapter`, named ``default``, or to several: applied in sequence, as a
+weighted sum, or a different one for each row of a batch.
 
-One hook per site, registered once and bound to the :class:`ReftModel`. Once a call, R is computed for all interventions
-that it uses and a pre-hook on the base model works out which tokens are selected (P, :mod:`.edit_plan`); at the sites,
+There is one hook per site, registered once and bound to the :class:`ReftModel`. Once per call, R is computed for all
+interventions in use, and a pre-hook on the base model finds the selected tokens (P, :mod:`.edit_plan`); at the sites,
 :mod:`.editing` edits them. Outside ``forward`` and ``generate`` of the ReftModel, and inside ``disabled()``, the hooks
-do nothing. Calls may be nested, and run in several threads (:mod:`.calls`). ``disabled()`` counts for all threads at
-once; ``nulled()``, ``scale`` and ``set_adapter`` for calls that begin later, and for the blocks that gradient
-checkpointing runs again for them.
+do nothing. Calls can be nested, and can run in several threads (:mod:`.calls`). ``disabled()`` takes effect in all
+threads at once; ``nulled()``, ``scale`` and ``set_adapter`` affect calls that begin later, including the blocks that
+gradient checkpointing recomputes for them.
 
 Shapes: b rows, s columns, d width, n selected tokens.
 """
@@ -60,20 +60,20 @@ from .positions import MaskFunction, Positions
 from .sites import Site, hook_at
 
 log = logging.getLogger(__name__)
-CACHES = ("past_key_values", "cache_params", "state", "mems")  # what base models call what they have read
+CACHES = ("past_key_values", "cache_params", "state", "mems")  # base models' names for their caches
 DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # of speculative decoding
-INSTEAD = {  # words of PEFT and pyreft
+INSTEAD = {  # names in PEFT and pyreft -> names here
     "add_weighted_adapter": "set_adapter({name: weight, ...})",
     "get_base_model": "base_model",
-    "merge_and_unload": "reft_lightning.merge(reft), where a weight can hold the edits",
+    "merge_and_unload": "reft_lightning.merge(reft), if the weights can hold the edits",
     "model": "base_model",
     "save": "save_pretrained(folder)",
     "set_device": "to(device)",
     "unload": "detach()",
 }
-IDLE_PASSES = 8  # without training, after which a warning says that no pass has edited anything
+IDLE_PASSES = 8  # passes without training and without an edit before a warning
 
-_REPLACING = threading.RLock()  # held while attributes of a base model are replaced, which all threads see
+_REPLACING = threading.RLock()  # held while attributes of a base model, which all threads share, are replaced
 
 
 class ReftModel(nn.Module):
@@ -81,22 +81,22 @@ class ReftModel(nn.Module):
 
     Args:
         base_model: a Hugging Face model; its parameters are frozen in place, except those of ``heads``.
-        config: what to attach, see :func:`attach`.
+        config: what to attach; see :func:`attach`.
 
     Raises:
-        ValueError: for a method, layer, component, position or setting that does not exist.
+        ValueError: if a method, layer, component, position or setting does not exist.
     """
 
     def __init__(self, base_model: PreTrainedModel, config: ReftConfig) -> None:
         check_base(base_model)
         super().__init__()
         self.base_model: Any = base_model
-        self._noted = config  # by the base model; the first adapter may be deleted
+        self._noted = config  # noted on the base model; the first adapter may be deleted
         self._enabled, self._nulled = True, False
-        self._asked_again = False  # whether a warning of labels with gaps was given
-        self._idle: int | None = 0  # passes that edited nothing; None once one did, or a warning was given
+        self._asked_again = False  # whether the warning about labels with gaps was given
+        self._idle: int | None = 0  # passes without edits; None after an edit or a warning
         self._compiled: Callable[..., Any] | None = None  # the base model's forward
-        self.penalty_weight = 1.0  # of what interventions add to the loss
+        self.penalty_weight = 1.0  # weight of the interventions' penalties in the loss
         stacks = {name: base_model.get_submodule(path) for name, path in stacks_of(base_model).items()}
         self._arguments = {name: list(inspect.signature(s.forward).parameters) for name, s in stacks.items()}
         self._known = known_arguments(base_model)
@@ -118,7 +118,7 @@ class ReftModel(nn.Module):
 
     @classmethod
     def joining(cls, models: Mapping[str, ReftModel]) -> ReftModel:
-        """Return a model with the adapters of several on one base, which stay theirs; ``adapter_names`` chooses."""
+        """Return a model that shares the adapters of several models on one base; ``adapter_names`` chooses."""
         first = next(iter(models.values()))
         reft = cls(first.base_model, first.config)
         reft._insert({name: model.adapters.first for name, model in models.items()})
@@ -127,7 +127,7 @@ class ReftModel(nn.Module):
 
     @property
     def config(self) -> ReftConfig:
-        """What was attached: of the first adapter, as all properties that do not name one."""
+        """The configuration of the first adapter, as in all properties that do not name an adapter."""
         return self.adapters.first.config
 
     @property
@@ -137,7 +137,7 @@ class ReftModel(nn.Module):
 
     @property
     def sites(self) -> dict[str, Site]:
-        """Layer -> where its Phi act."""
+        """Layer -> the site of its Phi."""
         return self.adapters.first.sites
 
     @property
@@ -147,19 +147,19 @@ class ReftModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the base model's inputs belong."""
+        """The device for the base model's inputs."""
         return self.base_model.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the base model's weights."""
+        """The dtype of the base model's weights."""
         return self.base_model.dtype
 
     @property
     def scale(self) -> float:
         """The strength of every edit, in calls that begin after it is set.
 
-        A number given is that of all adapters, ``adapters[name].scale`` that of one.
+        Setting it changes all adapters; ``adapters[name].scale`` is the strength of one.
         """
         return self.adapters.first.scale
 
@@ -169,10 +169,10 @@ class ReftModel(nn.Module):
             adapter.scale = scale
 
     def detach(self) -> PreTrainedModel:
-        """Take everything off the base model again and return it.
+        """Remove everything from the base model and return it.
 
-        No hook is left, trained heads have their first values, and what learned before learns again. Save the adapter
-        first: this model cannot be used any more.
+        No hook is left, trained heads get their first values back, and parameters require gradients as before. Save the
+        adapter first: this model cannot be used afterwards.
         """
         self._check_attached()
         for hook in self._hooks.values():
@@ -190,24 +190,24 @@ class ReftModel(nn.Module):
 
     @property
     def adapter_names(self) -> list[str]:
-        """The adapters on the base model, in the order in which they came."""
+        """The adapters on the base model, in the order they were added."""
         return list(self.adapters)
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters that edit, in their order."""
+        """The adapters that edit, in order."""
         return [choice.adapter for choice in self.adapters.active]
 
     def add_adapter(self, adapter_name: str, method: Any = "loreft", **settings: Any) -> None:
-        """Attach one more adapter, which edits from when :meth:`set_adapter` or ``adapter_names`` name it.
+        """Attach another adapter, which edits only once :meth:`set_adapter` or ``adapter_names`` name it.
 
         Args:
-            adapter_name: letters, digits, ``-`` and ``_``.
+            adapter_name: its name, of letters, digits, ``-`` and ``_``.
             method: see :func:`attach`.
             **settings: see :func:`attach`.
 
         Raises:
-            ValueError: for what :func:`attach` rejects, a name that is taken, or trained heads.
+            ValueError: if :func:`attach` would raise, the name is taken, or there are trained heads.
         """
         self._check_attached()
         config = config_of(self.base_model, method, **{"heads": False, **settings})
@@ -227,14 +227,14 @@ class ReftModel(nn.Module):
         cache_dir: str | PathLike | None = None,
         local_files_only: bool = False,
     ) -> None:
-        """Add a saved adapter, or put its tensors into one that is there and was attached in the same way.
+        """Add a saved adapter, or load its tensors into an existing one that was attached in the same way.
 
-        The second changes numbers only: no hook, and no compiled code. ``adapter_name`` is the name that the adapter
-        gets here; the other arguments are those of :meth:`from_pretrained`.
+        The latter only changes values; hooks and compiled code stay. ``adapter_name`` is the adapter's name here; the
+        other arguments are those of :meth:`from_pretrained`.
 
         Raises:
-            ValueError: for what :meth:`from_pretrained` rejects, an adapter of that name that is another one, or one
-                that was trained together with a method of peft, which would change the base model of all.
+            ValueError: if :meth:`from_pretrained` would raise, the adapter of that name was attached differently, or
+                the saved one was trained together with a peft method, which would change the base model for all.
         """
         self._check_attached()
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
@@ -243,8 +243,8 @@ class ReftModel(nn.Module):
             check_architecture(self.base_model, config.architecture)
         if config.beside:
             raise ValueError(
-                f"{name} was trained together with {config.beside}, which changes the base model for every adapter on "
-                "it: load it onto a model of its own, with ReftModel.from_pretrained"
+                f"{name} was trained together with {config.beside}, which changes the base model for every adapter: "
+                "load it onto a base model of its own with ReftModel.from_pretrained"
             )
         if adapter_name in self.adapters:
             self._swap(adapter_name, config, state)
@@ -259,27 +259,27 @@ class ReftModel(nn.Module):
         adapter = self.adapters[name]
         if differing := self.saved_config(name).differing(config):
             raise ValueError(
-                f"the adapter {name!r} is there and was attached in another way ({'; '.join(differing)}): give the "
-                "new one another name, or delete_adapter() the old one first"
+                f"there is already an adapter {name!r}, attached differently ({'; '.join(differing)}): give the new "
+                "one another name, or delete_adapter() the old one first"
             )
         _put(tensors_of(self._parts(adapter)), state, f" {name}")
         adapter.scale = config.scale
 
     def add_partition(self, adapter_name: str, rows: Sequence[int], *, of: str = DEFAULT) -> None:
-        r"""Add an adapter with the parameters of another, which edits only along some rows K of its directions U.
+        r"""Add an adapter that shares the parameters of another and edits only along some rows K of its directions U.
 
-        .. math:: \Phi_K(h) = h + U_K^\top c(h)_K \quad \text{of} \quad \Phi(h) = h + U^\top c(h)
+        .. math:: \Phi_K(h) = h + U_K^\top c(h)_K \quad \text{for} \quad \Phi(h) = h + U^\top c(h)
 
-        Partitions are trained on different tasks (``adapter_names`` says which row of a batch is of which) and used
-        one by one or together. They are saved with the adapter that they are part of.
+        Partitions can be trained on different tasks (``adapter_names`` assigns the rows of a batch to them) and used
+        separately or together. They are saved with the adapter that they are part of.
 
         Args:
-            adapter_name: of the partition.
+            adapter_name: name of the partition.
             rows: K, numbers in 0..r-1.
             of: the adapter that it is part of.
 
         Raises:
-            ValueError: for an unknown adapter, one whose edit is not such a sum, or rows that it does not have.
+            ValueError: if the adapter is unknown, its edit is not such a sum, or it does not have the rows.
         """
         self._check_attached()
         self.adapters.check_known([of])
@@ -293,29 +293,30 @@ class ReftModel(nn.Module):
         """Choose which adapters edit, in calls without ``adapter_names``.
 
         Args:
-            adapters: a name; several, each editing what the one before it left; a dict from names to weights, which
-                may be negative: the weighted sum of the edits of one and the same hidden state; or None for none.
+            adapters: a name; several names, each adapter editing the output of the one before; a dict from names to
+                weights, for the weighted sum of their edits of the same hidden state (weights can be negative); or None
+                for no adapter.
 
         Raises:
-            ValueError: for an unknown name, one given twice, or a weight that is not a finite number.
+            ValueError: if a name is unknown or given twice, or a weight is not a finite number.
         """
         self._check_attached()
         self.adapters.choose(adapters)
 
     def disable_adapter(self, adapter_name: str) -> None:
-        """Let an adapter edit no more, until :meth:`set_adapter` names it again.
+        """Stop an adapter from editing until :meth:`set_adapter` names it again.
 
         Raises:
-            ValueError: for an unknown name.
+            ValueError: if the name is unknown.
         """
         self._check_attached()
         self.adapters.leave_out(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off the base model, with the hooks that only it needed.
+        """Remove an adapter from the base model, with the hooks that only it needs.
 
         Raises:
-            ValueError: for an unknown name, the last adapter, or one whose partitions are there.
+            ValueError: if the name is unknown, it is the last adapter, or it still has partitions.
         """
         self._check_attached()
         self.adapters.remove(adapter_name)
@@ -336,7 +337,7 @@ class ReftModel(nn.Module):
 
     def _forget_graphs(self) -> None:
         if self._compiled is not None:
-            torch.compiler.reset()  # compiled code has the hooks of its first pass
+            torch.compiler.reset()  # compiled code contains the hooks of its first pass
 
     # --- forward and generate ------------------------------------------------------------------------------------
 
@@ -344,48 +345,48 @@ class ReftModel(nn.Module):
         self,
         input_ids: Tensor | None = None,  # (b, s)
         attention_mask: Tensor | None = None,  # (b, s)
-        labels: Tensor | None = None,  # (b, s), the last columns of it, or (b,)
+        labels: Tensor | None = None,  # (b, s), only its last columns, or (b,)
         prompt_mask: Tensor | None = None,  # (b, s) bool
         adapter_names: Sequence[Any] | None = None,  # b of them
         row_values: Mapping[str, Tensor] | None = None,  # name -> (b, ...)
         edit_mask: Tensor | None = None,  # (b, s) bool
         image_mask: Tensor | None = None,  # (b, s) bool
-        source_ids: Tensor | None = None,  # (b, s'), of texts padded in their own way
+        source_ids: Tensor | None = None,  # (b, s'), texts with their own padding
         source_mask: Tensor | None = None,  # (b, s')
         **kwargs: Any,
     ) -> Any:
-        """Run the base model with the edits; returns what the base model returns (``loss``, ``logits``, ...).
+        """Run the base model with the edits and return its output (``loss``, ``logits``, ...).
 
-        The prompt is ``prompt_mask``; without it, what precedes the first label of a row; without token labels, and of
-        taggers and masked language models, every real token. Padding may stand on either side. Labels of only the last
-        columns, with ``logits_to_keep`` of as many, compute only those logits.
+        ``prompt_mask`` marks the prompt. Without it, the prompt is everything before the first label of a row; without
+        token labels, and for taggers and masked language models, every real token. Rows can be padded on either side.
+        With labels for only the last columns, and ``logits_to_keep`` for as many, only those logits are computed.
 
-        ``adapter_names`` gives each row an adapter of its own: a name, a pair of a name and its strength, or None (or
-        ``"__base__"``) for the base model. Without it, those of :meth:`set_adapter` edit all rows. ``row_values``
-        are for interventions that ask for something of each row, such as the number of a concept. ``edit_mask`` marks
-        tokens for the positions ``given``. ``image_mask`` says which tokens images fill; without it, those that have
-        the id of the configuration's ``image_token_id``. ``inputs_embeds`` and the columns of a cache have no ids.
-        ``source_ids`` are the prompts from which interchange interventions take hidden states, as the base model
-        reads them.
+        ``adapter_names`` gives each row its own adapter: a name, a pair of a name and a strength, or None (or
+        ``"__base__"``) for the base model. Without it, the adapters of :meth:`set_adapter` edit all rows.
+        ``row_values`` are for interventions that need a value for each row, such as the number of a concept.
+        ``edit_mask`` marks tokens for the positions ``given``. ``image_mask`` marks image tokens; without it, those
+        with the id ``image_token_id`` of the configuration (``inputs_embeds`` and cached columns have no ids).
+        ``source_ids`` are the prompts from which interchange interventions take hidden states, as computed by the
+        unedited base model.
 
-        In training, ``loss`` includes what interventions add to it, which is ``penalty``. Interventions that look at
-        whole prompts (:mod:`reft_lightning.interventions.rows`) hand out no ``past_key_values``: what they found in
-        the prompts is not in it.
+        In training, ``loss`` includes ``penalty``, the weighted sum of the interventions' penalties. If an intervention
+        reads whole prompts (:mod:`reft_lightning.interventions.rows`), no ``past_key_values`` are returned, as they
+        would lack what it found in the prompts.
 
-        Of a model with an encoder and a decoder, what the encoder reads is the prompt, or the part of it that
-        ``prompt_mask`` covers. The decoder's own prompt is what it reads up to its first label, without labels its
-        first token; ``decode`` are the tokens after it.
+        In a model with an encoder and a decoder, the encoder's input, or the part that ``prompt_mask`` covers, is the
+        prompt. The decoder's own prompt is its input up to the first label or, without labels, its first token;
+        ``decode`` selects the tokens after it.
 
         Raises:
-            ValueError: for an argument that the base model does not know, with the nearest, an unknown adapter, or
-                several texts in a row.
+            ValueError: if the base model does not know an argument (suggesting the closest), an adapter is unknown, or
+                a row holds several texts.
         """
         inputs = forward_inputs(self.base_model, self._known, input_ids, attention_mask, labels, kwargs)
         tokens = inputs["input_ids"] if input_ids is not None else inputs["inputs_embeds"]
         cached = [name for name in CACHES if kwargs.get(name) is not None]
         if cached and prompt_mask is None and not self._reads_two:
             raise ValueError(
-                f"with {cached[0]}, pass prompt_mask (b, cached + new columns): which part is prompt?"
+                f"with {cached[0]}, pass prompt_mask (b, cached + new columns) to mark the prompt"
             )
         attention = attention_mask
         if self._enabled:
@@ -413,7 +414,7 @@ class ReftModel(nn.Module):
         return output if call is None else self._with_findings(output, call)
 
     def _with_findings(self, output: Any, call: Call) -> Any:
-        """Add what interventions found to the output of the base model; most find nothing."""
+        """Add the interventions' penalties, which most lack, and drop a cache that would be incomplete."""
         used = self.adapters.used_by(call.choices)
         seeing = any(adapter.seeing_rows or adapter.critical for adapter in used)
         penalties: list[Tensor] = []
@@ -421,7 +422,7 @@ class ReftModel(nn.Module):
             own = (phi.penalty() for adapter in used for phi in adapter.penalized)
             penalties = [penalty for penalty in (*own, *call.penalties) if penalty is not None]
         if (seeing or penalties) and not isinstance(output, ModelOutput):
-            raise ValueError("return_dict=False has no place for what interventions find: leave it out")
+            raise ValueError("return_dict=False has no place for the interventions' outputs: leave it out")
         if seeing and output.get("past_key_values") is not None:
             output["past_key_values"] = None
         if penalties:
@@ -433,29 +434,29 @@ class ReftModel(nn.Module):
         return output
 
     def compile(self, **options: Any) -> None:
-        """Compile the training step: the forward pass of the base model with its edits, and its backward pass.
+        """Compile the training step: the base model's forward pass with its edits, and its backward pass.
 
-        Which tokens are selected depends on the data and is worked out before, uncompiled; the rest is one graph, also
+        The selected tokens depend on the data and are found beforehand, uncompiled; the rest is a single graph, even
         with ``fullgraph=True``. ``generate``, ``disabled()``, passes without gradients and copies of this model are
         not compiled. Hugging Face's ``gradient_checkpointing_enable`` hooks the embeddings, which breaks the graph:
         call ``base_model.disable_input_require_grads()`` after it, and set ``base_model.config.use_cache`` to False.
 
         Args:
-            **options: of ``torch.compile``.
+            **options: options of ``torch.compile``.
 
         Raises:
-            ValueError: for an intervention that sees rows, or a model with an encoder and a decoder.
+            ValueError: if an intervention reads whole rows, or the model has an encoder and a decoder.
         """
         if self._reads_two:
             raise ValueError(
-                f"{type(self.base_model).__name__} has an encoder and a decoder, and which of their tokens are edited "
-                "is worked out between the two, in the middle of the graph: leave compile() out"
+                f"{type(self.base_model).__name__} has an encoder and a decoder, and their edited tokens are found "
+                "between the two, in the middle of the graph: leave out compile()"
             )
         for name, adapter in self.adapters.items():
             if adapter.seeing_rows:
                 raise ValueError(
-                    f"the adapter {name!r} cannot be compiled: {adapter.seeing_rows} keeps what it finds in prompts "
-                    "from one pass to the next; leave model.compile out"
+                    f"the adapter {name!r} cannot be compiled: {adapter.seeing_rows} keeps values of the prompts from "
+                    "one pass to the next; leave out model.compile"
                 )
         self._compiled = torch.compile(self.base_model.forward, **options)
 
@@ -468,31 +469,31 @@ class ReftModel(nn.Module):
         row_values: Mapping[str, Tensor] | None = None,  # name -> (b, ...)
         edit_mask: Tensor | None = None,  # (b, s) bool
         image_mask: Tensor | None = None,  # (b, s) bool
-        source_ids: Tensor | None = None,  # (b, s'), of texts padded in their own way
+        source_ids: Tensor | None = None,  # (b, s'), texts with their own padding
         source_mask: Tensor | None = None,  # (b, s')
         **kwargs: Any,
     ) -> Any:
-        """Generate as Hugging Face does, with the edits on the prompt (and on new tokens where P says so).
+        """Generate as Hugging Face does, with the edits on the prompt (and on new tokens, if P selects them).
 
-        Rows padded on the right are moved to the left first, with every other tensor of rows and columns, so new tokens
-        always start at column s. ``inputs`` and ``inputs_embeds`` may be given as in Hugging Face's. Without
-        ``attention_mask``, padding is the pad token, unless it is the end-of-text token too. ``prompt_mask`` goes
-        with rows that hold the beginning of an answer after their prompt: it is edited as if it had been generated.
-        ``adapter_names`` gives each row an adapter, ``row_values`` says something of each, ``edit_mask`` and
-        ``image_mask`` mark tokens, and ``source_ids`` are other texts, see :meth:`forward`.
+        Right-padded rows are first moved to left padding, with every other tensor of rows and columns, so new tokens
+        always start at column s. ``inputs`` and ``inputs_embeds`` can be given as in Hugging Face. Without
+        ``attention_mask``, the pad token counts as padding, unless it is also the end-of-text token. If rows contain
+        the beginning of an answer after their prompt, ``prompt_mask`` separates them: the answer is edited as if it had
+        been generated. ``adapter_names``, ``row_values``, ``edit_mask``, ``image_mask`` and ``source_ids`` are as in
+        :meth:`forward`.
 
-        Of a model with an encoder and a decoder, the encoder's rows stay as they are padded, and the decoder's prompt
-        is what it starts with: one token, or ``decoder_input_ids``.
+        In a model with an encoder and a decoder, the encoder's rows keep their padding, and the decoder's prompt is
+        the input it starts with: one token, or ``decoder_input_ids``.
 
         Raises:
-            ValueError: for ``guidance_scale``, which reads a second text, for tokens that are missing or given twice,
-                for a mask of another shape, or for speculative decoding with edits of a decoder that has an encoder.
+            ValueError: if ``guidance_scale`` is given (it reads a second text), tokens are missing or given twice, a
+                mask has the wrong shape, or speculative decoding meets edits of a decoder that has an encoder.
         """
         defaults = kwargs.get("generation_config") or self.base_model.generation_config
         if self._enabled and kwargs.get("guidance_scale", defaults.guidance_scale) not in (None, 1):
             raise ValueError(
-                "guidance_scale reads a second text next to the prompt, in which positions have no meaning; pass a "
-                "logits processor that calls this model on that text"
+                "guidance_scale reads a second text in addition to the prompt, and positions are undefined there; pass "
+                "a logits processor that calls this model on that text"
             )
         given = {
             "input_ids": input_ids,
@@ -506,7 +507,9 @@ class ReftModel(nn.Module):
         spans = spans_of(arguments["attention_mask"], None, arguments.pop("prompt_mask", None))
         masks = arguments.pop("edit_mask", None), arguments.pop("image_mask", None)
         past = None if self._reads_two else kwargs.get("past_key_values")
-        read = 0 if past is None else past.get_seq_length()  # as Hugging Face asks it, to cut what was read
+        read = (
+            0 if past is None else past.get_seq_length()
+        )  # as in Hugging Face, which cuts off the columns read
         if self._enabled:
             check_one_text(arguments["attention_mask"], len(spans.prompt), arguments)
         chosen = self.adapters.chosen_by(adapter_names, len(spans.prompt))
@@ -514,8 +517,8 @@ class ReftModel(nn.Module):
         sites = (site for adapter in self.adapters.used_by(chosen[0]) for site in adapter.sites.values())
         if self._enabled and drafts and any(site.stack == DECODER for site in sites):
             raise ValueError(
-                f"{drafts[0]} puts a draft next to the token that the decoder starts with, and edits of the decoder do "
-                "not know where its prompt ends: leave it out"
+                f"{drafts[0]} puts a draft right after the decoder's first token, so edits of the decoder cannot tell "
+                "where its prompt ends: leave it out"
             )
         texts = arguments.get("input_ids"), arguments.get("inputs_embeds")
         spans = self._with_marks(spans, chosen[0], *texts, *masks)
@@ -532,7 +535,7 @@ class ReftModel(nn.Module):
         edit: Tensor | None,
         image: Tensor | None,
     ) -> Spans:
-        """Return the spans with what is known of tokens: what the caller marks, images, what a first pass finds."""
+        """Return the spans with marks on tokens: from the caller, for images, and from a first pass."""
         if image is None and embeds is None and ids is not None and ids.shape == spans.prompt.shape:
             image = self._images_in(ids)
         spans = marked(spans, edit=edit, image=image)
@@ -542,7 +545,7 @@ class ReftModel(nn.Module):
         return FirstPasses(self.base_model, self._known).with_critical(spans, critical, ids, embeds)
 
     def _images_in(self, input_ids: Tensor) -> Tensor | None:  # (b, s) -> (b, s)
-        """Return which tokens images fill; None of a model that reads none."""
+        """Return a mask of image tokens; None if the model reads no images."""
         if not self._image_tokens:
             return None
         if input_ids.is_meta:  # no values, so no images
@@ -550,7 +553,7 @@ class ReftModel(nn.Module):
         return torch.isin(input_ids, torch.tensor(self._image_tokens, device=input_ids.device))
 
     def check_prompts(self, spans: Spans, labels: Tensor, choices: Sequence[Choice]) -> None:
-        """Reject rows without a prompt where the positions of a chosen adapter ask for one, and warn of several."""
+        """Reject rows without a prompt if a chosen adapter's positions need one, and warn about several prompts."""
         needy = [str(spec) for spec in self._positions_of(choices) if spec.needs_prompt]
         empty = (spans.target.any(-1) & ~spans.prompt.any(-1)).nonzero().flatten().tolist()
         if needy and empty:
@@ -562,9 +565,9 @@ class ReftModel(nn.Module):
         if apart and not self._asked_again and asked_again(spans, labels):
             self._asked_again = True
             log.warning(
-                "the labels of a row have gaps, as those of several answers do: for the positions %s its prompt ends "
-                "before the first of them, and what is asked later counts as answer, which a generation reads as "
-                "prompt. Write a row for each answer, or pass prompt_mask",
+                "the labels of a row have gaps, as if it had several answers: for the positions %s its prompt ends at "
+                "the first label, so later questions count as answer in training, but as prompt in generation. Give "
+                "each answer its own row, or pass prompt_mask",
                 apart[0],
             )
 
@@ -587,7 +590,7 @@ class ReftModel(nn.Module):
         for name, value in values.items():
             if len(value) != len(spans.prompt):
                 raise ValueError(
-                    f"row_values[{name!r}] holds {len(value)} rows, the batch {len(spans.prompt)}"
+                    f"row_values[{name!r}] has {len(value)} rows, but the batch has {len(spans.prompt)}"
                 )
         (choices, summed), used = chosen, self.adapters.used_by(chosen[0])
         others: list[tuple[nn.Module, str, Callable]] = []
@@ -602,7 +605,7 @@ class ReftModel(nn.Module):
             if compiled and self._compiled is not None and self._enabled and not seeing:
                 others.append((self.base_model, "forward", self._compiled))
         call = None
-        if self._enabled:  # what counts as long as the call lasts: the adapters, their strength, R
+        if self._enabled:  # fixed for the whole call: the adapters, their strength, R
             with torch.set_grad_enabled(torch.is_grad_enabled() and not spans.generating):
                 rows = rotations(phi for adapter in used for phi in adapter.orthonormal)
             strong = tuple(c._replace(weight=c.weight * self.adapters[c.adapter].scale) for c in choices)
@@ -617,14 +620,14 @@ class ReftModel(nn.Module):
         if call is not None and not call.begun:
             raise ValueError(
                 "the base model ran without the hooks of this ReftModel, so nothing was edited: shallow copies "
-                "(copy.copy, nn.DataParallel, which Trainer uses where one process sees several GPUs) have none of "
-                "their own. Use copy.deepcopy, or a process for each GPU (torchrun, accelerate launch)"
+                "(copy.copy, nn.DataParallel, which Trainer uses if one process sees several GPUs) have no hooks of "
+                "their own. Use copy.deepcopy, or one process per GPU (torchrun, accelerate launch)"
             )
         if call is not None:
             self._notice(call)
 
     def _notice(self, call: Call) -> None:
-        """Warn once if nothing is edited: in a whole generation, in a step of training, in the first passes."""
+        """Warn once if nothing is edited in a whole generation, a training step, or the first passes."""
         positions = self._positions_of(call.choices)
         if self._idle is None or call.edited:
             self._idle = None
@@ -633,19 +636,21 @@ class ReftModel(nn.Module):
             training = self.training and torch.is_grad_enabled()
             if call.spans.generating or training or self._idle >= IDLE_PASSES:
                 log.warning(
-                    "the positions %s select no token in %s, so nothing is edited: tokens after the prompt are only "
-                    "known with labels or prompt_mask, or in generate()",
+                    "the positions %s select no token in %s, so nothing is edited: tokens after the prompt are known "
+                    "only with labels or prompt_mask, or in generate()",
                     ", ".join(sorted(set(map(str, positions)))),
                     "this generation" if call.spans.generating else f"{self._idle} passes",
                 )
                 self._idle = None
 
     def _checkpoint(self, checkpoint: Callable, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Checkpoint a block: hooks that run again in the backward pass find the plan and the R of this call."""
-        if torch.compiler.is_compiling():  # the graph holds what is run again
+        """Checkpoint a block: hooks that run again in the backward pass use the plan and the R of this call."""
+        if torch.compiler.is_compiling():  # the graph contains the recomputation
             return checkpoint(function, *args, **kwargs)
         call = call_of(self)
-        again = call and call.again()  # with the plan of this pass, and what its prompts have said so far
+        again = (
+            call and call.again()
+        )  # with the plan of this pass, and the values kept from its prompts so far
 
         def planned(*inputs: Any, **options: Any) -> Any:
             if call_of(self) is call:  # the forward pass
@@ -657,7 +662,7 @@ class ReftModel(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Run exactly the base model inside the block, its heads as they were before training too."""
+        """Run exactly the base model inside the block, with the heads it had before training."""
         if not self._enabled:
             yield
             return
@@ -670,18 +675,18 @@ class ReftModel(nn.Module):
 
     @contextmanager
     def nulled(self) -> Iterator[None]:
-        """Remove from hidden states what the edits would add, in calls that begin inside the block.
+        """Remove from hidden states the components the edits would add, in calls that begin inside the block.
 
-        Each intervention does so by its ``null``.
+        Each intervention defines this as ``null``.
 
         Raises:
-            ValueError: for an intervention of an active adapter that cannot be nulled, with those that can.
+            ValueError: if an intervention of an active adapter cannot be nulled; the message lists those that can.
         """
         for phi in (phi for name in self.active_adapters for phi in self.adapters[name].modules()):
             if isinstance(phi, Intervention) and not phi.defines("null"):
                 able = [name for name, cls in INTERVENTIONS.items() if cls.defines("null")]
                 raise ValueError(
-                    f"{type(phi).__name__} has no null(h), and cannot be nulled; {', '.join(able)} can"
+                    f"{type(phi).__name__} has no null(h), so it cannot be nulled; {', '.join(able)} can"
                 )
         with replaced([(self, "_nulled", True)]):
             yield
@@ -693,7 +698,7 @@ class ReftModel(nn.Module):
         return len(self._arguments) > 1
 
     def _begin(self, stack: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Plan a call of the base model or of one of its stacks: which columns it reads, which tokens are selected."""
+        """Plan a pass of the base model or of one of its stacks: the columns it reads, and the selected tokens."""
         call = call_of(self)
         if call is None:
             return
@@ -706,19 +711,19 @@ class ReftModel(nn.Module):
             call.edited |= call.plan.edits_anything
 
     def _edit(self, place: str, hidden: Tensor) -> Tensor | None:  # (b, s, d) -> (b, s, d)
-        """Return the hidden states at a site with their edits; None where the call makes none there."""
+        """Return the hidden states at a site with their edits; None if the call makes none there."""
         call = call_of(self)
         if call is None or call.plan is None or place not in call.plan.edits:
             return None
         return edit_tokens(call, call.plan, place, hidden)
 
     def _edit_images(self, place: str, hidden: Tensor) -> Tensor | None:  # (images, n, d) or (n, d)
-        """Likewise of images: in a generation, before the base model's first pass."""
+        """Do the same for images: in a generation, before the base model's first pass."""
         call = call_of(self)
         return None if call is None or not self._enabled else edit_images(call, place, hidden)
 
     def __getattr__(self, name: str) -> Any:
-        """Name, for what there is not, the counterpart of another library's word, or where it is."""
+        """For an unknown attribute, add to the error the equivalent of another library's name, or where it is."""
         try:
             return super().__getattr__(name)
         except AttributeError as error:
@@ -727,27 +732,27 @@ class ReftModel(nn.Module):
                 hint = f"; here it is {INSTEAD[name]}"
             elif not name.startswith("_") and (hasattr(type(base), name) or name in vars(base or self)):
                 hint = (
-                    f"; its base_model has: reft.base_model.{name}. What asks for a model of transformers takes "
+                    f"; its base_model has it: reft.base_model.{name}. For code that expects a transformers model, use "
                     "integrations.transformers.as_pretrained(reft)"
                 )
             raise AttributeError(f"{error}{hint}", name=name, obj=self) from None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled": None}  # compiled code neither pickles nor copies
+        return {**self.__dict__, "_compiled": None}  # compiled code cannot be pickled or copied
 
     # --- parameters and files -------------------------------------------------------------------------------------
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """Return every trained tensor once: the interventions, the heads under ``heads.``, others under ``adapters.``.
+        """Return every trained tensor once: interventions, heads under ``heads.``, other adapters under ``adapters.``.
 
-        A tensor that is shared, as the embeddings with a tied output head, has the name that comes first.
+        A shared tensor, such as the embeddings with a tied output head, appears under its first name.
         """
         self._check_attached()
         others = {f"adapters.{name}": self.adapters[name] for name in self.adapter_names[1:]}
         return tensors_of(self._parts(self.adapters.first) | others)
 
     def _parts(self, adapter: Adapter) -> dict[str, nn.Module]:
-        """Return what the file of an adapter holds."""
+        """Return the modules that the file of an adapter stores."""
         heads = {f"heads.{head}": self.base_model.get_submodule(head) for head in adapter.config.heads}
         return {"interventions": adapter.interventions, **heads}
 
@@ -755,7 +760,7 @@ class ReftModel(nn.Module):
         """Load what :meth:`adapter_state_dict` returned, into the same parameters.
 
         Raises:
-            ValueError: if a tensor is missing, unexpected, or of another shape.
+            ValueError: if a tensor is missing or unexpected, or has the wrong shape.
         """
         _put(self.adapter_state_dict(), state)
 
@@ -774,14 +779,14 @@ class ReftModel(nn.Module):
         return parameters_of(self.base_model, self.config.heads)
 
     def parameter_count(self) -> ParameterCount:
-        """Count the interventions' parameters against the base model's; heads are in neither, as in the paper."""
+        """Count the interventions' parameters and the base model's; neither includes heads, as in the paper."""
         trainable = sum(p.numel() for p in self.adapters.parameters())
         heads = sum(p.numel() for p in self._head_parameters().values())
         base = number_of_parameters(self.base_model) - heads
         return ParameterCount.of(trainable, base)
 
     def print_trainable_parameters(self) -> None:
-        """Print the count in PEFT's words."""
+        """Print the count in PEFT's format."""
         trainable, base, percent = self.parameter_count()
         print(f"trainable params: {trainable:,} || base params: {base:,} || trainable%: {percent:.4f}")
 
@@ -789,11 +794,11 @@ class ReftModel(nn.Module):
         """Write ``reft_config.json``, ``reft.safetensors`` and a model card into a folder.
 
         Args:
-            folder: for the first adapter; every other one gets the subfolder of its name.
-            selected_adapters: those to write; None for all. Partitions are written with what they are part of.
+            folder: folder of the first adapter; every other adapter gets a subfolder with its name.
+            selected_adapters: names of the adapters to write; None for all. Partitions are written with their adapter.
 
         Raises:
-            ValueError: for an unknown name.
+            ValueError: if a name is unknown.
         """
         self._check_attached()
         whole = self.adapters.whole
@@ -813,7 +818,7 @@ class ReftModel(nn.Module):
             )
 
     def saved_config(self, adapter_name: str | None = None) -> ReftConfig:
-        """Return what is attached, with the scale and the partitions of now."""
+        """Return an adapter's configuration, with its current scale and partitions."""
         adapter = self.adapters.first if adapter_name is None else self.adapters[adapter_name]
         return replace(adapter.config, scale=adapter.scale, partitions=dict(adapter.partitions))
 
@@ -830,11 +835,11 @@ class ReftModel(nn.Module):
         """Save the adapter and upload it to the Hugging Face hub; needs a login.
 
         Args:
-            repo_id: ``OWNER/NAME``; created if there is none.
+            repo_id: ``OWNER/NAME``; created if it does not exist.
             private: whether a new repository is private; None for the owner's default.
-            token: None for that of the login.
-            revision: a branch, created if there is none; None for ``main``.
-            commit_message: None for the hub's.
+            token: an access token; None for that of the login.
+            revision: a branch, created if it does not exist; None for ``main``.
+            commit_message: the commit's message; None for the hub's default.
             create_pr: whether to open a pull request with the files instead.
         """
         import tempfile
@@ -870,31 +875,31 @@ class ReftModel(nn.Module):
         local_files_only: bool = False,
         **loading: Any,
     ) -> ReftModel:
-        """Attach a saved adapter, in evaluation mode: without dropout, until ``train()`` is called.
+        """Attach a saved adapter in evaluation mode: dropout stays off until ``train()`` is called.
 
-        One that was trained together with a method of the peft library gets that, too, unless the base model has an
-        adapter of peft in it: then the interventions are attached to what that makes of it.
+        If it was trained together with a peft method, that adapter is loaded too, unless the base model already has a
+        peft adapter: the interventions are then attached to the model with that adapter.
 
         Args:
-            base_model: the model it was trained on; or the adapter's name, which loads that model too.
+            base_model: the model it was trained on; or the adapter's name, to load that model too.
             name: a folder, or the name of a repository on the Hugging Face hub.
-            positions: the callable, where the adapter was trained with one; or other positions than those that it was
-                trained with, of all layers without their own.
+            positions: the callable, if the adapter was trained with one; or positions that replace those it was trained
+                with, in all layers without their own.
             strict: whether the model must have the architecture, number of layers and width of the one that the
-                adapter was trained on; otherwise its tensors must fit, no more.
-            revision: of the adapter's repository: a branch, tag or commit.
-            subfolder: of its folder or repository.
-            token: for private repositories, also that of the base model.
-            cache_dir: of what comes from the hub, the base model too; None for the hub's own.
-            local_files_only: whether to ask no hub, only what is in that cache.
-            **loading: arguments of the base model's own ``from_pretrained`` (``dtype``, ``device_map``), where it is
+                adapter was trained on; otherwise only its tensors must fit.
+            revision: a branch, tag or commit of the adapter's repository.
+            subfolder: a subfolder of its folder or repository.
+            token: an access token for private repositories, including the base model's.
+            cache_dir: cache for downloads, including the base model; None for the hub's default.
+            local_files_only: whether to use only files in that cache, without accessing the hub.
+            **loading: arguments of the base model's own ``from_pretrained`` (``dtype``, ``device_map``), if it is
                 loaded here.
 
         Raises:
-            ValueError: if the adapter does not fit the model, is incomplete, or is of a newer format.
-            FileNotFoundError: if it, or the base model that it names, cannot be found; says what was tried.
+            ValueError: if the adapter does not fit the model, is incomplete, or has a newer format.
+            FileNotFoundError: if it, or the base model that it names, cannot be found, saying what was tried.
         """
-        named = isinstance(base_model, str | PathLike)  # the adapter, and by it the base model
+        named = isinstance(base_model, str | PathLike)  # names the adapter, and through it the base model
         if named == (name is not None):
             raise ValueError(
                 "give from_pretrained(base_model, name), or from_pretrained(name), which loads the base model too; got "
@@ -903,8 +908,8 @@ class ReftModel(nn.Module):
         if loading and not named:
             own = [key for key in inspect.signature(cls.from_pretrained).parameters if key != "loading"]
             raise ValueError(
-                f"from_pretrained(base_model, name) takes no {', '.join(loading)}: the base model is loaded already, "
-                f"and what its loading takes goes with from_pretrained(name){did_you_mean(next(iter(loading)), own)}"
+                f"from_pretrained(base_model, name) takes no {', '.join(loading)}: the base model is already loaded; "
+                f"from_pretrained(name) takes arguments for loading it{did_you_mean(next(iter(loading)), own)}"
             )
         source: Any = base_model if named else name
         if not named:
@@ -912,12 +917,12 @@ class ReftModel(nn.Module):
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         place: dict[str, Any] = {"revision": revision, "subfolder": subfolder, **hub}
         config, state = load_adapter(source, positions, **place)
-        settings: dict[str, Any] | None = None  # of the method of peft
+        settings: dict[str, Any] | None = None  # of the peft method
         if not named and hasattr(base_model, "peft_config"):
             if config.beside:
                 log.warning(
-                    "the base model has an adapter of peft already: the one that was trained together with these "
-                    "interventions is not loaded"
+                    "the base model already has a peft adapter, so the one trained together with these interventions "
+                    "is not loaded"
                 )
         elif config.beside:
             settings, tensors = load_beside(source, **place)
@@ -931,7 +936,7 @@ class ReftModel(nn.Module):
             if settings is None:
                 reft = cls(model, config)
             else:
-                from ..baselines.joint import join  # which knows this class
+                from ..baselines.joint import join  # which imports this class
 
                 reft = join(model, config, settings)
             reft.load_adapter_state_dict(state)
@@ -942,6 +947,6 @@ class ReftModel(nn.Module):
 
 
 def _put(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str = "") -> None:
-    """Copy the tensors of a file into one's own, if they are the same ones."""
+    """Copy the tensors of a file into existing ones, if they fit."""
     check_fit(own, state, what)
     fill(own, state)

@@ -1,4 +1,4 @@
-r"""Positions P: which tokens are edited, as a pure function of masks.
+r"""Positions P: the tokens to edit, as a pure function of masks.
 
 ========== ==================================================== ==================================
 term       tokens                                               positions (``tied="position"``)
@@ -6,13 +6,13 @@ term       tokens                                               positions (``tie
 fN         the first N tokens of the prompt                     1 .. N from the left
 lN         the last N tokens of the prompt                      1 .. N from the right
 prompt     every token of the prompt                            unbounded
-prompt:S   a share S of them, evenly spread, the last included  unbounded
-image      the tokens of the prompt that images fill            unbounded
-image:S    a share S of those, evenly spread                    unbounded
-text       the tokens of the prompt that no image fills         unbounded
-text:S     a share S of those                                   unbounded
-given      those of the prompt that ``edit_mask`` marks         unbounded
-given:S    a share S of those                                   unbounded
+prompt:S   a share S of them, evenly spread, with the last one  unbounded
+image      the image tokens of the prompt                       unbounded
+image:S    a share S of them, evenly spread                     unbounded
+text       the other tokens of the prompt                       unbounded
+text:S     a share S of them                                    unbounded
+given      the tokens of the prompt that ``edit_mask`` marks    unbounded
+given:S    a share S of them                                    unbounded
 critical:N the N tokens of the prompt that the others attend to unbounded
            most, found by a first pass of the base model
 decode     every token after the prompt (target or generated)   unbounded
@@ -20,12 +20,12 @@ decode:N   the first N tokens after the prompt                  1 .. N
 all        every token                                          unbounded
 ========== ==================================================== ==================================
 
-Terms are added: ``f7+l7``, ``prompt+decode:8``, ``l7+image:0.01``. ``fN`` and ``lN`` count the tokens of the text:
-where images fill places of the prompt, as often right after its first token, those are passed over. What else depends
-on the input is ``given``: a mask (b, s) with each call of the model, which a run makes of marks (``data.marks``). A
-callable ``(prompt_mask, target_mask) -> mask``, all (b, s) bool, selects anything else.
+Terms are added: ``f7+l7``, ``prompt+decode:8``, ``l7+image:0.01``. ``fN`` and ``lN`` count text tokens: image tokens
+in the prompt, often right after its first token, are skipped. For anything else that depends on the input, use
+``given``: a mask (b, s) in each call of the model, which a run makes from marks (``data.marks``). A callable
+``(prompt_mask, target_mask) -> mask``, all (b, s) bool, can select any tokens.
 
-A short prompt of n tokens clips the counts of ``fp+ls``, so that the two never overlap:
+In a short prompt of n tokens, the counts of ``fp+ls`` are clipped so that the two never overlap:
 
 =============== =============================================== ==============================================
 clip            p becomes                                       s becomes
@@ -34,11 +34,11 @@ paper           n < p + s: min(p, floor(n / 2))                 n < p + s: min(s
 floor           always: min(p, floor(n / 2))                    always: min(s, floor(n / 2))
 =============== =============================================== ==============================================
 
-``paper`` is Wu et al. 2024, sec. 4.1; ``floor`` is what the authors' code does (pyreft's
-``get_intervention_locations``), which also halves prompts that are long enough for only ``fN`` or ``lN``.
+``paper`` is Wu et al. 2024, sec. 4.1; ``floor`` is the authors' code (pyreft's ``get_intervention_locations``), which
+also halves prompts that are long enough for only ``fN`` or ``lN``.
 
-Shapes: b rows, s columns. A prompt need not be contiguous or start at any particular column: padding is
-whatever neither mask covers.
+Shapes: b rows, s columns. A prompt need not be contiguous or start at any particular column: tokens that neither mask
+covers are padding.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ SYNTAX = (
     "fN, lN, fN+lM, prompt, image, text, given, critical:N, all, decode, decode:N and sums of them, with N >= 1, and "
     "prompt:S, image:S, text:S or given:S with a share 0 < S < 1"
 )
-MOST = 2**31 - 1  # tokens that a term may count
-OF_PROMPT = ("prompt", "image", "text", "given")  # terms that take all of something, or a share of it
+MOST = 2**31 - 1  # the largest count of a term
+OF_PROMPT = ("prompt", "image", "text", "given")  # terms that select all of some tokens, or a share of them
 
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of a position specification: a kind and, where it is bounded, the number of positions."""
+    """One term of a position specification: a kind and, if it is bounded, the number of positions."""
 
     kind: str
     count: int | None = None
@@ -75,7 +75,7 @@ class Term:
 
     @property
     def slots(self) -> int | None:
-        """How many positions it has; None for as many as the text has."""
+        """The number of positions; None for as many as the text has."""
         return None if self.kind == "critical" else self.count
 
     def __str__(self) -> str:
@@ -88,7 +88,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Positions:
-    """A parsed specification: terms whose tokens never overlap, or one callable; and the clip of short prompts."""
+    """A parsed specification: terms whose tokens never overlap, or a callable, and the clip for short prompts."""
 
     terms: tuple[Term, ...]
     function: MaskFunction | None = None
@@ -101,7 +101,7 @@ class Positions:
 
     @property
     def needs_prompt(self) -> bool:
-        """Whether every row needs a prompt for the specification to mean anything."""
+        """Whether every row needs a prompt."""
         return any(term.kind in ("f", "l", *OF_PROMPT, "critical") for term in self.terms)
 
     @property
@@ -111,40 +111,39 @@ class Positions:
 
     @property
     def needs_images(self) -> bool:
-        """Whether only a model that reads images has such tokens."""
+        """Whether the model must read images."""
         return any(term.kind == "image" for term in self.terms)
 
     @property
     def tells_images_apart(self) -> bool:
-        """Whether it matters which tokens images fill."""
+        """Whether the selection depends on which tokens are images."""
         return any(term.kind in ("f", "l", "image", "text") for term in self.terms)
 
     @property
     def share_of_images(self) -> float | None:
-        """The share of the tokens of images that is edited, where there is nothing but images: in a vision tower.
+        """The share of image tokens to edit in a vision tower, which sees only images; None for all.
 
         Raises:
-            ValueError: for positions that mean something in a text only.
+            ValueError: if the positions refer to text.
         """
         if len(self.terms) == 1 and self.terms[0].kind in ("image", "all"):
             return self.terms[0].share
         raise ValueError(
-            f"a vision tower and its connector see images and no text: positions must be image or image:S there; "
-            f"got {self}"
+            f"a vision tower and its connector see only images: positions must be image or image:S there; got {self}"
         )
 
     @property
     def critical(self) -> int | None:
-        """How many tokens a first pass has to find; None for none."""
+        """The number of critical tokens to find in a first pass; None if there are none."""
         return next((term.count for term in self.terms if term.kind == "critical"), None)
 
     @property
     def groups(self) -> int:
-        """The number of groups (``tied="group"``): one for each term."""
+        """The number of groups (``tied="group"``), one per term."""
         return 1 if self.function is not None else len(self.terms)
 
     def slots(self) -> list[int]:
-        """Return the number of distinct positions of each group.
+        """Return the number of distinct positions in each group.
 
         Raises:
             ValueError: if a group has no fixed number of positions.
@@ -159,21 +158,21 @@ class Positions:
 
     def select(
         self, prompt: Tensor, target: Tensor, marks: Mapping[str, Tensor] = MappingProxyType({})
-    ) -> list[Tensor]:  # (b, s) each -> [(b, s)] a group
-        """Return for each group which slot every token fills: 0, 1, ... and -1 where it is not selected.
+    ) -> list[Tensor]:  # (b, s) each -> [(b, s)] per group
+        """Return, for each group, the slot of every token: 0, 1, ..., or -1 if it is not selected.
 
         Args:
             prompt: (b, s) bool, the tokens of the prompt.
             target: (b, s) bool, the tokens after it.
-            marks: (b, s) bool each: ``edit``, the tokens that the caller marks; ``critical``, those of the first pass;
-                ``image``, those that images fill. Nothing where there are none.
+            marks: (b, s) bool each: ``edit``, tokens marked by the caller; ``critical``, tokens found by the first
+                pass; ``image``, image tokens. Absent if there are none.
 
         Raises:
-            ValueError: without marks, where they are needed, or for what a function returns instead of a mask.
+            ValueError: if needed marks are missing, or a function does not return a mask.
         """
         if self.needs_mask and "edit" not in marks:
             raise ValueError(
-                f"the positions {self} need edit_mask (b, s): which tokens of the prompt are edited?"
+                f"the positions {self} need edit_mask (b, s), which marks the tokens of the prompt to edit"
             )
         if self.function is not None:
             chosen = self.function(prompt, target)
@@ -210,7 +209,7 @@ class Positions:
         return [slots(term) for term in self.terms]
 
     def _clipped(self, n: Tensor) -> tuple[Tensor, Tensor]:  # (b, 1) -> (b, 1), (b, 1)
-        """Return how many tokens fN and lN take of prompts of n tokens."""
+        """Return the numbers of tokens that fN and lN select in prompts of n tokens."""
         p, s = (next((t.count for t in self.terms if t.kind == kind), 0) or 0 for kind in "fl")
         if self.clip == "floor":
             return (n // 2).clamp(max=p), (n // 2).clamp(max=s)
@@ -224,7 +223,7 @@ class Positions:
 
 
 def spread(chosen: Tensor, share: float | None) -> Tensor:  # (b, s) bool -> (b, s)
-    """Return slot 0 for a share of the tokens of each row, at least one; all of them without a share."""
+    """Return slot 0 for an evenly spread share of each row's chosen tokens, at least one; without a share, for all."""
     if share is not None:
         n = chosen.sum(-1, keepdim=True).clamp(min=1)  # (b, 1)
         kept, place = (n * share + 1e-6).long().clamp(min=1), chosen.cumsum(-1) - 1
@@ -236,11 +235,11 @@ def parse_positions(spec: str | MaskFunction | Positions, clip: str = "paper") -
     """Parse a specification such as ``f7+l7``.
 
     Args:
-        spec: terms, or a callable on masks; a parsed one only takes the clip over.
-        clip: of prompts that are too short: ``paper`` or ``floor``, see the top of this file.
+        spec: terms, or a callable on masks; of a parsed specification, only the clip is replaced.
+        clip: how to clip prompts that are too short: ``paper`` or ``floor``, see the top of this file.
 
     Raises:
-        ValueError: if a term is malformed, repeated, or overlaps another, or the clip is unknown.
+        ValueError: if a term is malformed, repeated or overlaps another, or the clip is unknown.
     """
     check_choice("clip", clip, CLIPS)
     if isinstance(spec, Positions):
@@ -254,13 +253,13 @@ def parse_positions(spec: str | MaskFunction | Positions, clip: str = "paper") -
     return Positions(_parse_terms(spec), clip=clip)
 
 
-@cache  # every layer names its positions
+@cache  # every layer parses its positions
 def _parse_terms(spec: str) -> tuple[Term, ...]:
     terms = tuple(_parse_term(part.strip(), spec) for part in spec.split("+"))
     kinds = [term.kind for term in terms]
     for kind in kinds:
         if kinds.count(kind) > 1:
-            raise ValueError(f"positions {spec!r} name {kind!r} twice; each kind is allowed once")
+            raise ValueError(f"positions {spec!r} contain {kind!r} twice; each kind is allowed only once")
     covering = {
         "text": {"f", "l"},
         "prompt": {"f", "l", "image", "text"},

@@ -1,8 +1,8 @@
-"""Whether sites see one hidden state for each token, tried on a copy of the model when interventions are attached.
+"""Check, on a copy of the model, that sites see one hidden state per token when interventions are attached.
 
 Most blocks return the residual stream, (b, s, d). Some models keep several streams (Gemma 3n: four), read tokens of
-their own before the text, compute their last layers only for tokens whose logits are asked for (Gemma 4's shared
-ones), or have modules that they do not run; a position means nothing there.
+their own before the text, compute their last layers only for tokens whose logits are needed (Gemma 4's shared layers),
+or have modules that they never run. Positions are undefined there.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ _known: dict[tuple[Any, ...], Shapes] = {}  # by class, device, configuration an
 
 
 def check_shapes(model: PreTrainedModel, sites: Iterable[Site]) -> None:
-    """Run a copy of a model on a few tokens, and look at its sites.
+    """Run a copy of a model on a few tokens and check the shapes at its sites.
 
-    What cannot be copied, or without weights not run, is not checked; the first pass is.
+    A model that cannot be copied, or cannot run without weights, is checked in its first pass instead.
     """
-    asked = {(site.path, site.end): site for site in sites if not site.visual}  # which a text does not reach
+    asked = {
+        (site.path, site.end): site for site in sites if not site.visual
+    }  # a text does not reach visual sites
     key = (type(model), model.device.type, model.config.to_json_string(use_diff=False), frozenset(asked))
     if key not in _known:
         try:
@@ -51,11 +53,13 @@ def check_shapes(model: PreTrainedModel, sites: Iterable[Site]) -> None:
     silent = [asked[place].path for place, shape in seen.items() if shape is None]
     if silent and len(silent) == len(seen):
         raise ValueError(
-            f"{type(model).__name__} reads text without calling {silent[0]}, so it cannot be edited there. What can "
-            f"be edited: {_candidates(model, next(iter(asked.values()))) or 'nothing'}"
+            f"{type(model).__name__} reads text without calling {silent[0]}, so it cannot be edited there; it can be "
+            f"edited at {_candidates(model, next(iter(asked.values()))) or 'no module'}"
         )
     if silent:
-        log.warning("not computed where a text has no images, and then not edited: %s", ", ".join(silent))
+        log.warning(
+            "texts without images do not run these modules, so they are not edited: %s", ", ".join(silent)
+        )
     faults = {place: _fault(shape, asked[place].width) for place, shape in seen.items() if shape is not None}
     wrong = next((place for place, fault in faults.items() if fault), None)
     if wrong is not None:
@@ -63,8 +67,8 @@ def check_shapes(model: PreTrainedModel, sites: Iterable[Site]) -> None:
         instead = [f"layers={fine}"] if fine else []
         instead += [found] if (found := _candidates(model, site)) else []
         raise ValueError(
-            f"the {site.end} of {site.path} in {type(model).__name__} {faults[wrong]}. What can be edited: "
-            f"{' or '.join(instead) or 'nothing'}"
+            f"the {site.end} of {site.path} in {type(model).__name__} {faults[wrong]}. It can be edited at "
+            f"{' or '.join(instead) or 'no module'}"
         )
 
 
@@ -73,8 +77,8 @@ def _fault(shape: tuple[int, ...], dim: int) -> str:
         return "is not one tensor"
     if shape[:-1] not in ((ROWS, COLUMNS), (ROWS * COLUMNS,)):
         return (
-            f"has the shape {shape} where the model reads {ROWS} rows of {COLUMNS} tokens, so it is not one hidden "
-            "state for each token"
+            f"has the shape {shape} when the model reads {ROWS} rows of {COLUMNS} tokens, so it is not one hidden "
+            "state per token"
         )
     if shape[-1] != dim:
         return (
@@ -85,7 +89,7 @@ def _fault(shape: tuple[int, ...], dim: int) -> str:
 
 
 def _shapes(model: PreTrainedModel, places: Iterable[Place]) -> Shapes:
-    """Return the shape of what the hooks would edit at each place that the copy has; None if it never runs."""
+    """Return the shape of the hidden states at each place in the copy; None if it never runs."""
     tried = bare_copy(model)
     modules = dict(tried.named_modules())
     seen: Shapes = {}
@@ -94,7 +98,7 @@ def _shapes(model: PreTrainedModel, places: Iterable[Place]) -> Shapes:
             seen[path, end] = None
             hook_at(modules[path], end, partial(_note, seen, (path, end)))
     inputs: dict[str, Any] = {"input_ids": torch.full((ROWS, COLUMNS), 3, device=model.device)}
-    # as generation and training do: Gemma 4's last layers then read only those tokens
+    # as in generation and training: Gemma 4's last layers then read only those tokens
     if "logits_to_keep" in inspect.signature(tried.forward).parameters:
         inputs["logits_to_keep"] = 1
     if reads_two_texts(model):
@@ -109,7 +113,7 @@ def _note(seen: Shapes, place: Place, hidden: Any) -> None:
 
 
 def _candidates(model: PreTrainedModel, site: Site) -> str:
-    """Return the paths in the block of a site whose outputs are one hidden state for each token."""
+    """Return the paths in the block of a site whose outputs are one hidden state per token."""
     block = site.path.partition(f".{site.layer}")[0] + f".{site.layer}"
     inside = {name: module for name, module in model.named_modules() if name.startswith(f"{block}.")}
     width = config_of_stack(model, site.stack).hidden_size

@@ -1,29 +1,29 @@
-r"""Sites l: where in the base model an intervention acts, found in the model itself.
+r"""Sites l: where in the base model an intervention acts, found by inspecting the model.
 
-A site is a module and one of its ends (input or output). Blocks are the ``nn.ModuleList`` of as many members as
-the configuration has layers, so no table of architectures is needed. Components:
+A site is a module and one of its ends (input or output). The blocks are the ``nn.ModuleList`` whose length is the
+configuration's number of layers, so no table of architectures is needed. Components:
 
 ================  =====================================================================
 block_output      the hidden state after block l (the paper's choice)
 block_input       the hidden state before block l
 attention_output  the output of the block's attention module
-head_output       the output of each attention head, before the map that mixes them; ``head_output:0+5`` of two heads
+head_output       the output of each attention head, before the map that mixes them; ``head_output:0+5`` for two heads
 mlp_output        the output of the block's feed-forward module
 a module path     e.g. ``model.layers.{layer}.mlp.down_proj`` or ``...o_proj.input``
 ================  =====================================================================
 
-Two more see images and no text, in a model that reads both:
+Two more see only images, in a model that reads images and text:
 
 ===================  ==================================================================
 vision_block_output  the hidden states after block l of the vision tower
-connector_output     what the connector hands to the language model; it is layer 0
+connector_output     the connector's output to the language model; it is layer 0
 ===================  ==================================================================
 
-Layers and heads are 0-based: layer 0 is the first block. A head has interventions of its own, of its width. Heads are
-those of the queries, where several share a key and a value.
+Layers and heads are 0-based: layer 0 is the first block. Each head has its own interventions, with the width of a head.
+If several query heads share a key and a value, heads are the query heads.
 
-A model with an encoder and a decoder (T5, BART) has these in both, as ``encoder.block_output`` and
-``decoder.block_output``; without the name of a stack they are the encoder's, which reads the prompt.
+A model with an encoder and a decoder (T5, BART) has these components in both, as ``encoder.block_output`` and
+``decoder.block_output``; without the name of a stack, the encoder's are meant, as it reads the prompt.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ COMPONENTS = ("block_output", "block_input", "attention_output", "mlp_output", "
 VISION, CONNECTOR = "vision_block_output", "connector_output"
 VISUAL = (VISION, CONNECTOR)
 HEAD = "head_output"
-# What Hugging Face models call the module, in the order in which they are looked for inside a block.
+# Names of these modules in Hugging Face models, in the order they are looked for inside a block.
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention", "layer.0.SelfAttention")
-# of heads, inside attention
+# the map that mixes the heads, inside attention
 MIXING_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo", "proj", "output.dense", "o")
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2", "output.dense",
              "layer.1.DenseReluDense", "layer.2.DenseReluDense")  # fmt: skip
 
-Change = Callable[[Any], Tensor | None]  # of hidden states; None leaves them
+Change = Callable[[Any], Tensor | None]  # hidden states -> new ones, or None to leave them unchanged
 
 
 @dataclass(frozen=True)
@@ -66,34 +66,34 @@ class Site:
     path: str
     end: str  # "input" or "output"
     dim: int
-    divided: int = 1  # into how many parts the representation is: the heads of an attention module
+    divided: int = 1  # the number of parts of the representation: the heads of an attention module
     heads: tuple[int, ...] = (0,)  # the parts with interventions
-    stack: str = WHOLE  # of the model, which reads the tokens: encoder or decoder, where it has both
-    visual: bool = False  # whether it sees images and no text
+    stack: str = WHOLE  # the part of the model that reads the tokens: encoder or decoder, if it has both
+    visual: bool = False  # whether it sees only images
 
     @property
     def width(self) -> int:
-        """The width of the representation, of which an intervention sees d."""
+        """The width of the whole representation; an intervention sees d of it."""
         return self.dim * self.divided
 
     def parts(self, index: Tensor) -> Tensor:  # (n,) tokens -> (heads, n)
-        """Return where the edited parts of tokens are among the parts of all tokens."""
+        """Return the indices of the tokens' edited parts among the parts of all tokens."""
         heads = torch.tensor(self.heads, device=index.device)
         return index * self.divided + heads.unsqueeze(-1)
 
     @property
     def place(self) -> str:
-        """Its name, whatever the layer: path and end."""
+        """A unique name: path and end."""
         return f"{self.path}.{self.end}"
 
 
 def hidden_of(output: Any) -> Any:
-    """Return the hidden states of a module's output, which is them or begins with them."""
+    """Return the hidden states in a module's output: the output itself or its first element."""
     return output[0] if type(output) in (tuple, list) else output
 
 
 def hook_at(module: nn.Module, end: str, change: Change) -> RemovableHandle:
-    """Let a function replace the hidden states at an end of a module; None leaves them."""
+    """Hook a function that replaces the hidden states at one end of a module, or returns None to leave them."""
     if end == "output":
         return module.register_forward_hook(partial(_after, change))
     return module.register_forward_pre_hook(partial(_before, change), with_kwargs=True)
@@ -114,17 +114,17 @@ def _before(change: Change, module: nn.Module, args: tuple, kwargs: dict[str, An
 
 
 def check_layers(layers: str | Sequence[int], num_layers: int, none_allowed: bool = False) -> list[int]:
-    """Return the layer ids asked for.
+    """Return the requested layer ids.
 
     Raises:
-        ValueError: for anything but ``"all"`` or distinct ids in 0..num_layers-1.
+        ValueError: unless layers is ``"all"`` or distinct ids in 0..num_layers-1.
     """
     if isinstance(layers, str):
         if layers != "all":
             raise ValueError(f"layers must be 'all' or a list of ids in 0..{num_layers - 1}; got {layers!r}")
         if not num_layers and not none_allowed:
             raise ValueError(
-                "layers=all selects nothing: the model has no layers (num_hidden_layers=0), so nothing would be trained"
+                "layers=all selects no layer, as the model has none (num_hidden_layers=0): nothing would be trained"
             )
         return list(range(num_layers))
     if isinstance(layers, int) and not isinstance(layers, bool):
@@ -135,22 +135,22 @@ def check_layers(layers: str | Sequence[int], num_layers: int, none_allowed: boo
     for layer in ids:
         if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < num_layers:
             raise ValueError(
-                f"layer must lie in 0..{num_layers - 1}, the model has {num_layers}; got {layer!r}"
+                f"layer must lie in 0..{num_layers - 1}, as the model has {num_layers} layers; got {layer!r}"
             )
     if len(set(ids)) < len(ids):
-        raise ValueError(f"layers are named twice in {ids}")
+        raise ValueError(f"layers must be distinct; got {ids}")
     if not ids and not none_allowed:
         raise ValueError(
-            f"layers is empty, and no heads are given, so nothing would be trained; name at least one of "
-            f"0..{num_layers - 1}, or 'all'; or heads, to train only a classifier's head"
+            f"layers is empty and no heads are given, so nothing would be trained: name at least one of "
+            f"0..{num_layers - 1}, or 'all', or give heads to train only a classifier's head"
         )
     return ids
 
 
 def stack_of(model: PreTrainedModel, component: Any) -> tuple[str, str]:
-    """Return which stack of a model a component names, and its name there.
+    """Return the stack of a model that a component belongs to, and the component's name there.
 
-    ``decoder.block_output`` of T5 is ``("decoder", "block_output")``. A module path says itself where it is.
+    ``decoder.block_output`` in T5 gives ``("decoder", "block_output")``. A module path is returned unchanged.
     """
     stacks = stacks_of(model)
     if len(stacks) == 1 or not isinstance(component, str):
@@ -162,7 +162,7 @@ def stack_of(model: PreTrainedModel, component: Any) -> tuple[str, str]:
 
 
 def layers_with(model: PreTrainedModel, component: Any) -> int:
-    """Return how many layers have a component: of the language model, of a stack of it, or of the vision tower."""
+    """Return the number of layers with a component, in the language model, one of its stacks, or the vision tower."""
     if component == CONNECTOR:
         return 1
     if component == VISION:
@@ -171,17 +171,17 @@ def layers_with(model: PreTrainedModel, component: Any) -> int:
 
 
 def number_of_layers(model: PreTrainedModel, stack: str = WHOLE) -> int:
-    """Return how many blocks the configuration gives the language model, or one of its stacks."""
+    """Return the number of blocks of the language model, or of one of its stacks, in the configuration."""
     layers = getattr(config_of_stack(model, stack), "num_hidden_layers", None)
     if layers is None:
         raise ValueError(
-            f"the configuration of {type(model).__name__} has no num_hidden_layers: it is no language model"
+            f"the configuration of {type(model).__name__} has no num_hidden_layers: it is not a language model"
         )
     return layers
 
 
 def block_path(model: PreTrainedModel, stack: str = WHOLE) -> str:
-    """Return the path of the list of blocks, e.g. ``model.layers``; of an encoder and a decoder, of a stack's."""
+    """Return the path of the list of blocks, e.g. ``model.layers``; in an encoder-decoder, that of one stack."""
     num_layers = number_of_layers(model, stack)
     stacks = stacks_of(model)
     inside = f"{stacks[stack or ENCODER]}." if len(stacks) > 1 else ""
@@ -191,9 +191,9 @@ def block_path(model: PreTrainedModel, stack: str = WHOLE) -> str:
         if isinstance(module, nn.ModuleList) and name.startswith(inside)
     }
     found = [name for name, length in lists.items() if length == num_layers]
-    # A list inside a block (T5's block.N.layer, a mixture's experts) is not the list of blocks.
+    # A list inside a block (T5's block.N.layer, the experts of a mixture) is not the list of blocks.
     found = [n for n in found if not any(n.startswith(f"{outer}.") for outer in lists if outer != n)]
-    # A vision or audio tower can have as many blocks; the language model is what the config calls text.
+    # A vision or audio tower can have equally many blocks; the language model's path has one of these names.
     if len(found) > 1:
         text = [
             n for n in found if any(part in n for part in ("language_model", "text_model", "text_decoder"))
@@ -246,14 +246,14 @@ def _site(model: PreTrainedModel, block: str, layer: int, component: str, stack:
     else:
         raise ValueError(
             f"unknown component {component!r}; allowed: {', '.join((*COMPONENTS, *VISUAL))}, or a module path with "
-            f"{{layer}}{', each of the encoder or, as decoder.block_output, of the decoder' if stack else ''}"
+            f"{{layer}}{', in the encoder or, as in decoder.block_output, in the decoder' if stack else ''}"
             f"{did_you_mean(str(component), (*COMPONENTS, *VISUAL))}"
         )
     module = _module_at(model, path)
     if module is None:
         near = difflib.get_close_matches(path, dict(model.named_modules()), n=5, cutoff=0.5)
         raise ValueError(
-            f"{type(model).__name__} has no module {path!r}; near it are {', '.join(near) or 'none'}"
+            f"{type(model).__name__} has no module {path!r}; the closest are {', '.join(near) or 'none'}"
         )
     return Site(layer, path, end, width_at(module, end, config.hidden_size))
 
@@ -283,7 +283,7 @@ def _head_site(
     width = width_at(model.get_submodule(path), "input", config.hidden_size)
     if width % count:
         raise ValueError(
-            f"the input of {path} has width {width}, no multiple of the {count} heads of {type(model).__name__}"
+            f"the input of {path} has width {width}, not a multiple of the {count} heads of {type(model).__name__}"
         )
     _, colon, listed = component.partition(":")
     heads = tuple(range(count))
@@ -291,8 +291,8 @@ def _head_site(
         heads = tuple(int(head) if head.isdecimal() else -1 for head in listed.split("+"))
     if len(set(heads)) < len(heads) or not all(0 <= head < count for head in heads):
         raise ValueError(
-            f"component {component!r} must name distinct heads in 0..{count - 1}, as head_output:0+{count - 1}; "
-            "head_output by itself is all of them"
+            f"component {component!r} must name distinct heads in 0..{count - 1}, as in head_output:0+{count - 1}; "
+            "head_output without numbers means all heads"
         )
     return Site(layer, path, "input", width // count, count, heads)
 
@@ -310,8 +310,8 @@ def _child(model: PreTrainedModel, block: str, names: tuple[str, ...], component
 
 
 def width_at(module: nn.Module, end: str, stream: int) -> int:
-    """Return d at a site: a linear map's own width, elsewhere the width of the residual stream."""
-    module = dict(module.named_children()).get("base_layer", module)  # the map inside an adapter of peft
+    """Return d at a site: the width of a linear map, or else of the residual stream."""
+    module = dict(module.named_children()).get("base_layer", module)  # the map inside a peft adapter
     if isinstance(module, nn.Linear):
         return module.in_features if end == "input" else module.out_features
     if isinstance(module, Conv1D):  # GPT-2's linear map, which stores (in, out)
@@ -320,7 +320,7 @@ def width_at(module: nn.Module, end: str, stream: int) -> int:
 
 
 def device_at(model: nn.Module, path: str) -> torch.device:
-    """Return the device of a module's parameters, or of those around it where it has none."""
+    """Return the device of a module's parameters or, if it has none, of an enclosing module's."""
     while (parameter := next(model.get_submodule(path).parameters(), None)) is None:
         path = path.rpartition(".")[0]
     return parameter.device

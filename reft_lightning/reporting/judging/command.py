@@ -1,8 +1,8 @@
-"""Compare a model's outputs with a reference model's: `reft-judge outputs=FILE reference=FILE judge=...`.
+"""Compare a model's outputs with a reference model's: ``reft-judge outputs=FILE reference=FILE judge=...``.
 
-Judgements are appended to a JSON Lines file as they arrive, each with a key made of the texts of its pair and the
-settings of the judge: when a judge fails midway, the same command resumes where it stopped, and judgements of other
-outputs or by another judge are never taken for these. The file has AlpacaEval's format, so `judge=file` reads it.
+Judgements are appended to a JSON Lines file as they arrive, each with a key made from the texts of its pair and the
+settings of the judge: if a judge fails midway, the same command resumes where it stopped, and judgements of other
+outputs or by another judge are never reused. The file has AlpacaEval's format, so ``judge=file`` can read it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .win_rate import one_name, win_rate
 
 log = logging.getLogger(__name__)
 
-FIRST_PAIRS = 5  # if these are all refused, the judge refuses everything, not these pairs
+FIRST_PAIRS = 5  # if all of these are refused, the judge presumably refuses every pair
 USAGE = (
     "reft-judge judge=file annotations=FILE\n"
     "       reft-judge outputs=FILE reference=FILE judge=file annotations=FILE\n"
@@ -40,16 +40,16 @@ reft-judge: compare a model's outputs with those of a reference model; print the
 usage: {USAGE}
   outputs, reference        files of [{{instruction, output, generator}}]; a run's are in its outputs/
   judge                     file: judgements in AlpacaEval's format; endpoint: a served model
-  annotations               the file of the judgements
-  url, model, key_env       of the endpoint (OpenAI's API); the variable that holds its key
+  annotations               the file of judgements
+  url, model, key_env       endpoint (OpenAI's API), its model, the environment variable of its key
   temperature, max_tokens   of the endpoint's answers
-  generator, reference_name name the models where the files do not
-  limit, out                judge the first N pairs; the file of the result
+  generator, reference_name names of the models, if the files do not have them
+  limit, out                judge only the first N pairs; the file to write the result to
 examples:
   reft-judge outputs=RUN/outputs/reft_alpaca_eval.json reference=davinci.json \\
              judge=endpoint url=http://localhost:8000/v1 model=NAME
   reft-judge judge=file annotations=annotations.json
-The same command goes on where a judge stopped; each judgement is kept as it arrives.
+If a judge stops, the same command continues there; each judgement is saved as it arrives.
 """
 _COMMON = ("judge", "outputs", "reference", "generator", "reference_name", "limit", "out")
 _OF_JUDGE = {"file": ("annotations",), "endpoint": ("url", "model", "key_env", "temperature", "max_tokens")}
@@ -57,14 +57,14 @@ OPTIONS = (*_COMMON, *_OF_JUDGE["file"], *_OF_JUDGE["endpoint"])
 
 
 def main(options: Mapping[str, str]) -> dict[str, Any]:
-    """Judge, compute the win rate, and write both; the judgements lie next to `out`. The options are those of `HELP`.
+    """Judge, compute the win rate, and write both; the judgements are written next to ``out``. Options: see ``HELP``.
 
-    Without `outputs` and `reference`, judge=file takes the win rate of the annotations as they are. `temperature=none`
-    sends none.
+    Without ``outputs`` and ``reference``, ``judge=file`` computes the win rate of the annotations as is.
+    ``temperature=none`` sends no temperature.
 
     Raises:
-        ValueError: for options that do not fit, or outputs that do not belong together.
-        JudgeFailed: if the judge gave up; what it judged is kept.
+        ValueError: for invalid options, or outputs that do not match.
+        JudgeFailed: if the judge failed; its judgements so far are kept.
     """
     kind = _check(options)
     names = options.get("generator"), options.get("reference_name")
@@ -88,7 +88,7 @@ def main(options: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _from_file(path: Path, pairs: Sequence[Pair] | None) -> tuple[list[dict[str, Any]], str]:
-    """Return the annotations of a file, of these pairs where there are any, and who judged."""
+    """Return the annotations in a file, restricted to the given pairs if any, and the judge's name."""
     rows = _rows(path)
     named = any(row.get("annotator") for row in rows)
     judge = one_name(rows, "annotator", None if named else path.name, "judge")
@@ -97,8 +97,8 @@ def _from_file(path: Path, pairs: Sequence[Pair] | None) -> tuple[list[dict[str,
     shares = look_up(pairs, rows)
     if not any(share is not None for share in shares):
         raise ValueError(
-            f"{path} judges none of these {len(pairs)} pairs. A judgement counts only for the exact texts that were "
-            "judged; leave out outputs and reference to take the win rate of the file as it is"
+            f"{path} has no judgement of these {len(pairs)} pairs. A judgement counts only for the exact texts that "
+            "were judged; leave out outputs and reference to compute the win rate of the file as is"
         )
     return [_annotation(pair, share, judge) for pair, share in zip(pairs, shares, strict=True)], judge
 
@@ -115,7 +115,7 @@ def _finish(result: dict[str, Any], out: Path) -> dict[str, Any]:
     )  # fmt: skip
     if unjudged := result["n_unjudged"]:
         log.warning(
-            "%d pairs were not judged and do not count; the same command asks for them again", unjudged
+            "%d pairs were not judged and do not count; run the same command to ask for them again", unjudged
         )
     return result
 
@@ -129,9 +129,9 @@ def pair_up(
     generator: str | None = None,
     reference_name: str | None = None,
 ) -> list[Pair]:
-    """Return the pairs to compare, in the order of the outputs; the reference model may have more instructions.
+    """Return the pairs to compare, in the order of the outputs; the reference may have additional instructions.
 
-    The names, where given, override those in the rows.
+    Names that are given override those in the rows.
 
     Raises:
         ValueError: if an instruction has no reference output or two outputs, or a model has no name or several.
@@ -142,11 +142,11 @@ def pair_up(
     missing = [instruction for instruction in own if instruction not in known]
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(own)} instructions of outputs have no output of the reference; the first is "
+            f"{len(missing)} of {len(own)} instructions in outputs have no output in reference; the first is "
             f"{missing[0]!r:.100}"
         )
     if len(known) > len(own):
-        log.warning("outputs answer %d of the reference's %d instructions", len(own), len(known))
+        log.warning("outputs has %d of the %d instructions in reference", len(own), len(known))
     return [
         {
             "instruction": known[key]["instruction"], "output_1": known[key]["output"], "generator_1": reference,
@@ -160,7 +160,7 @@ def pair_up(
 def _by_instruction(rows: Sequence[Mapping[str, Any]], what: str) -> dict[str, Mapping[str, Any]]:
     found: dict[str, Mapping[str, Any]] = {}
     for i, row in enumerate(rows):
-        # some of AlpacaEval's instructions end in a newline, which other files have lost
+        # some of AlpacaEval's instructions end in a newline that is missing in other files
         with naming(f"{what}, row {i}"):
             instruction = column(row, "instruction").strip()
             if not isinstance(column(row, "output"), str):
@@ -174,20 +174,21 @@ def _by_instruction(rows: Sequence[Mapping[str, Any]], what: str) -> dict[str, M
 
 
 def judge_pairs(pairs: Sequence[Pair], judge: EndpointJudge, journal: Path) -> list[dict[str, Any]]:
-    """Return one annotation for each pair, asking the judge for those that the journal does not have.
+    """Return one annotation per pair, asking the judge for those that are not in the journal.
 
-    The journal, JSON Lines, is read first; then each judgement is appended. Unjudged pairs are asked again.
+    The journal (JSON Lines) is read first; then each judgement is appended. The judge is asked again for unjudged
+    pairs.
 
     Raises:
-        JudgeFailed: if the judge gives up, or refuses the first pairs without ever having answered.
-        ValueError: if the journal holds anything other than judgements, or another process writes to it.
+        JudgeFailed: if the judge fails, or refuses the first pairs without ever having answered.
+        ValueError: if the journal contains anything other than judgements, or another process is writing to it.
     """
     journal.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(f"{journal}.lock", timeout=0):
             return _judge_pairs(pairs, judge, journal)
     except Timeout as error:
-        raise ValueError(f"another process judges into {journal}; wait for it, or give out=FILE") from error
+        raise ValueError(f"another process is writing to {journal}; wait for it, or give out=FILE") from error
 
 
 def _judge_pairs(pairs: Sequence[Pair], judge: EndpointJudge, journal: Path) -> list[dict[str, Any]]:
@@ -216,7 +217,9 @@ def _judge_pairs(pairs: Sequence[Pair], judge: EndpointJudge, journal: Path) -> 
                     f"{error}\n{done} of {len(pairs)} judgements are kept in {journal}; the same command resumes there"
                 ) from error
             annotations.append(_annotation(pair, share, judge.name) | {"key": key})
-            file.write(json_text(annotations[-1]) + "\n")  # in ASCII: half a surrogate pair has no UTF-8
+            file.write(
+                json_text(annotations[-1]) + "\n"
+            )  # ASCII: an unpaired surrogate has no UTF-8 encoding
             file.flush()
             os.fsync(file.fileno())  # a judgement may have cost money
     return annotations
@@ -238,7 +241,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
         return []
     complete, _, rest = path.read_bytes().rpartition(b"\n")
     if rest:
-        log.warning("%s: the last line is cut off and left out: %r", path, rest[:60])
+        log.warning("%s: removed the last line, which is incomplete: %r", path, rest[:60])
         os.truncate(path, path.stat().st_size - len(rest))
     rows = []
     for number, line in enumerate(complete.splitlines(), start=1):
@@ -257,7 +260,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
 
 def _check(options: Mapping[str, str]) -> str:
-    """Return the kind of judge, if the options are its own and complete."""
+    """Return the kind of judge, after checking that its options are valid and complete."""
     kind = options.get("judge", "")
     check_choice("judge", kind, _OF_JUDGE)
     allowed = (*_COMMON, *_OF_JUDGE[kind])
@@ -276,7 +279,7 @@ def _check(options: Mapping[str, str]) -> str:
 def _endpoint(options: Mapping[str, str]) -> EndpointJudge:
     variable = options.get("key_env")
     if variable is not None and not os.environ.get(variable):
-        raise ValueError(f"key_env={variable}: there is no such environment variable")
+        raise ValueError(f"key_env={variable}: this environment variable is not set")
     temperature = _number({"temperature": "0", **options}, "temperature", float)
     key, most = os.environ[variable] if variable else None, _number(options, "max_tokens", int)
     return EndpointJudge(options["url"], options["model"], key, temperature, max_tokens=most)

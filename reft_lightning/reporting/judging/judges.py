@@ -1,8 +1,8 @@
-"""Which of two outputs is better, according to a file of judgements or an OpenAI-compatible endpoint.
+"""Judge which of two outputs is better, by a file of judgements or an OpenAI-compatible endpoint.
 
-A pair is a row of AlpacaEval's annotations without a judgement: `instruction`, `output_1` and `generator_1` of the
-reference model, `output_2` and `generator_2` of the model. A judge returns how much of a win it is for the model: 1,
-0, a number between, or None if it gave no judgement.
+A pair is a row of AlpacaEval's annotations without a judgement: ``instruction``, ``output_1`` and ``generator_1`` of
+the reference model, ``output_2`` and ``generator_2`` of the model. A judge returns the model's share of a win: 1, 0, a
+number between, or None without a judgement.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from .win_rate import share_of_win
 log = logging.getLogger(__name__)
 
 Pair = Mapping[str, str]
-PROMPT_VERSION = 1  # raise with every change of `question`: a judgement is reused only for the same prompt
-REFUSES_PAIR = (400, 413, 422)  # status codes about this request; others concern every request
-RETRIES = 5  # by the openai client, for rate limits, server errors and lost connections
+PROMPT_VERSION = 1  # increase with every change of `question`: judgements are reused only for the same prompt
+REFUSES_PAIR = (400, 413, 422)  # status codes about this request; all others concern every request
+RETRIES = 5  # by the openai client, after rate limits, server errors and lost connections
 
 
 class JudgeFailed(ConnectionError):
-    """The judge cannot go on: no connection, no permission, no such model."""
+    """The judge cannot continue: no connection, no permission, no such model."""
 
 
 class PairRefused(ConnectionError):
-    """The judge refuses this pair, for its content or length; others may pass."""
+    """The judge refuses this pair because of its content or length; it may accept others."""
 
 
 def look_up(pairs: Sequence[Pair], rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
     """Return the share of a win that existing judgements give each pair; None without one.
 
-    A row counts for a pair with exactly its texts, in either order: judgements of other outputs, also of another
-    version of the same model, are not used. Which of two contradicting rows holds only their author knows.
+    A row counts for a pair with exactly its texts, in either order: judgements of other outputs, even from another
+    version of the same model, are not used.
 
     Raises:
-        ValueError: if two rows contradict each other; names both.
+        ValueError: if two rows contradict each other; names both, as only their author knows which is right.
     """
     judged: dict[tuple[str, str, str], tuple[float, int]] = {}  # texts -> share, row
     for i, row in enumerate(rows):
@@ -67,10 +67,10 @@ def look_up(pairs: Sequence[Pair], rows: Sequence[Mapping[str, Any]]) -> list[fl
 
 
 class EndpointJudge:
-    """A model served by an OpenAI-compatible `/chat/completions` at a URL such as `http://localhost:8000/v1`.
+    """A model served by an OpenAI-compatible ``/chat/completions`` at a URL such as ``http://localhost:8000/v1``.
 
-    The key is sent as bearer token, and never logged or written. Temperature and `max_tokens` of the reply are left out
-    where they are None, for models that refuse them. `settings` holds everything that can change a judgement.
+    The key is sent as a bearer token, and never logged or written. Temperature and ``max_tokens`` are not sent if they
+    are None, for models that reject them. ``settings`` holds everything that can change a judgement.
     """
 
     def __init__(
@@ -82,12 +82,12 @@ class EndpointJudge:
         max_tokens: int | None = None,
     ) -> None:
         if not url.startswith(("http://", "https://")):
-            raise ValueError(f"url must begin with http:// or https://; got {url!r}")
+            raise ValueError(f"url must start with http:// or https://; got {url!r}")
         with needs_extra("judge", "judge=endpoint needs the openai client"):
             import openai
         self.url = url.rstrip("/").removesuffix("/chat/completions")
         self.model = self.name = model  # recorded as AlpacaEval's `annotator`
-        # without a key the client would send the one in OPENAI_API_KEY, to any url
+        # without a key the client would send that of OPENAI_API_KEY, to any url
         self._client = openai.OpenAI(base_url=self.url, api_key=key or "none", max_retries=RETRIES)
         given = {"temperature": temperature, "max_tokens": max_tokens}
         self._given: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -114,26 +114,28 @@ class EndpointJudge:
             if error.status_code in REFUSES_PAIR:
                 raise PairRefused(message) from error
             if error.status_code in (401, 403):
-                message += "; is the key in the variable that key_env names?"
+                message += "; does the variable given by key_env contain the key?"
             raise JudgeFailed(message) from error
         except APIConnectionError as error:
-            raise JudgeFailed(f"{self.url} cannot be reached ({error.__cause__ or error})") from error
+            raise JudgeFailed(f"cannot reach {self.url} ({error.__cause__ or error})") from error
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             raise JudgeFailed(f"{self.url} did not answer with a chat completion ({error})") from error
         verdict = parse_verdict(text)
         if verdict is None:
-            log.warning("%s gave no verdict on %r but %r", self.model, pair["instruction"][:60], text[:80])
+            log.warning(
+                "%s gave no verdict on %r; it replied %r", self.model, pair["instruction"][:60], text[:80]
+            )
             return None
         return 0.5 if verdict == 0 else float((verdict == 1) == model_first)
 
 
 def is_model_first(instruction: str) -> bool:
-    """Return whether the model's output is shown first: drawn by the instruction, the same for every model."""
+    """Return whether the model's output is shown first: drawn from the instruction, so equal for every model."""
     return hashlib.sha256(instruction.encode("utf-8", "surrogatepass")).digest()[0] % 2 == 1
 
 
 def question(pair: Pair, model_first: bool) -> str:
-    """Return the prompt of a judge."""
+    """Return the judge's prompt for a pair."""
     first, second = (pair[f"output_{i}"] for i in ((2, 1) if model_first else (1, 2)))
     return (
         "Two answers to one instruction follow. Decide which of them a careful reader would prefer: the one that "
@@ -148,7 +150,7 @@ _VERDICT = re.compile(r"(?:(?:final )?(?:answer|verdict|winner|output|response)\
 
 
 def parse_verdict(text: str) -> int | None:
-    r"""Return 1, 2 or 0 (neither) if the last line of a reply is nothing but that; else None.
+    r"""Return 1, 2 or 0 (neither) if the last line of a reply is only that; else None.
 
     >>> parse_verdict(" **2**"), parse_verdict("Both are fine.\nVerdict: 0"), parse_verdict("1 beats 2")
     (2, 0, None)

@@ -1,8 +1,8 @@
-r"""How often a judge prefers one model to another: the win rate, its standard error, and length control.
+r"""The win rate of one model against another, its standard error, and length control.
 
-A judgement is AlpacaEval's `preference` (https://github.com/tatsu-lab/alpaca_eval): 1 if `output_1`, the reference,
-is better, 2 if `output_2` is, 0 or 1.5 for a draw, a number between 1 and 2 for 1 + the probability of the second,
-None for a pair that was not judged. A win rate means nothing without its reference model, so a result names both.
+A judgement is AlpacaEval's ``preference`` (https://github.com/tatsu-lab/alpaca_eval): 1 if ``output_1``, the reference,
+is better, 2 if ``output_2`` is, 0 or 1.5 for a draw, a number between 1 and 2 for 1 + the probability of the second,
+None for a pair that was not judged. A win rate is meaningless without its reference model, so a result names both.
 
 Shapes: n judged rows.
 """
@@ -22,7 +22,7 @@ LENGTH_CONTROL = (
     "without the instruction-difficulty term of arXiv:2404.04475"
 )
 Z = 1.959964  # quantile of the normal distribution for 95 %
-RIDGE = 1e-6  # keeps the coefficients finite where one model wins every row
+RIDGE = 1e-6  # keeps the coefficients finite if one model wins every row
 
 
 def share_of_win(preference: float | None, where: str = "annotation") -> float | None:
@@ -60,14 +60,14 @@ def win_rate(
 
     .. math:: \mathrm{WR} = \frac{100}{n} \sum_i w_i, \qquad \mathrm{SE} = \frac{100\, s(w)}{\sqrt n}
 
-    with :math:`w_i` the share of a win of row i (`share_of_win`), s their sample standard deviation and n the
-    number of judged rows: draws count half, unjudged rows are left out and counted. `discrete_win_rate` counts a
-    preference of 1.9 as a win; `interval` is at 95 %; lengths and length control need outputs in all rows.
+    with :math:`w_i` the share of a win of row i (``share_of_win``), s their sample standard deviation and n the
+    number of judged rows: draws count half, unjudged rows are left out and counted. ``discrete_win_rate`` counts a
+    preference of 1.9 as a win; ``interval`` is at 95 %; lengths and length control need outputs in all rows.
 
-    Names of the model, of the reference and of the judge are given where the rows, in AlpacaEval's format, lack them.
+    Give the names of the model, the reference and the judge if the rows, in AlpacaEval's format, do not have them.
 
     Raises:
-        ValueError: if no row was judged, or the rows do not agree on who is compared with whom.
+        ValueError: if no row was judged, or the rows disagree on the models or the judge.
     """
     names = {
         "generator": one_name(annotations, "generator_2", generator, "generator"),
@@ -77,7 +77,7 @@ def win_rate(
     shares = [share_of_win(row["preference"], f"annotation {i}") for i, row in enumerate(annotations)]
     rows = [row for row, share in zip(annotations, shares, strict=True) if share is not None]
     if not rows:
-        raise ValueError(f"none of {len(annotations)} rows was judged: there is no win rate")
+        raise ValueError(f"none of the {len(annotations)} rows was judged, so there is no win rate")
     w = np.asarray([share for share in shares if share is not None])
     rate, error = _mean(w)
     half = Z * (error or 0.0)
@@ -106,8 +106,8 @@ def one_name(rows: Sequence[Mapping[str, Any]], column: str, given: str | None, 
     names = {str(row[column]) for row in rows if row.get(column)} | ({given} if given else set())
     if len(names) != 1:
         raise ValueError(
-            f"{column} must be one name for all rows; got {', '.join(sorted(names)) or 'none'} (a win rate is recorded "
-            f"with model, reference and judge; {option}=NAME gives a name that the rows lack)"
+            f"{column} must be the same name in all rows; got {', '.join(sorted(names)) or 'none'} (a win rate is "
+            f"recorded with model, reference and judge; {option}=NAME gives a name that is missing in the rows)"
         )
     return names.pop()
 
@@ -121,18 +121,18 @@ def length_controlled(
     w: np.ndarray,  # (n,), share of a win, 0..1
     difference: np.ndarray,  # (n,), length of the model's output minus the reference's, in characters
 ) -> tuple[float | None, float | None]:
-    r"""Return the win rate that a model would have with outputs as long as the reference's, and its error.
+    r"""Return the win rate that a model would have if its outputs were as long as the reference's, and its error.
 
     .. math::
         \operatorname{logit} E[w_i] = \theta + \varphi \tanh(\Delta_i / \operatorname{sd}(\Delta)), \qquad
         \mathrm{LC} = 100 \operatorname{logistic}(\theta)
 
-    Source: Dubois et al. 2024, arXiv:2404.04475, eq. 1. Theirs adds a difficulty of every instruction, fitted on all
-    models of their leaderboard together and published as weights of their package, and a penalty chosen by
-    cross-validation; judgements of one model do not identify a difficulty. On their judgements of alpaca-7b this
-    gives 25.7 where their leaderboard has 26.3.
+    Source: Dubois et al. 2024, arXiv:2404.04475, eq. 1. Theirs adds a difficulty for every instruction, fitted on all
+    models of their leaderboard together and published as weights in their package, and a penalty chosen by
+    cross-validation; the judgements of a single model do not identify a difficulty. On their judgements of alpaca-7b
+    this gives 25.7, while their leaderboard has 26.3.
 
-    The error is the delta method's, on the robust covariance (w may lie between 0 and 1).
+    The error is from the delta method, with the robust covariance (w may be between 0 and 1).
 
     Returns:
         (percent, standard error in percent); the plain win rate if all lengths are equal; (None, None) if all

@@ -1,1 +1,1 @@
-"""``reft-report paper``: runs next to the numbers that the paper prints."""
+"""``reft-report paper``: compare runs with the numbers printed in the paper."""

@@ -1,4 +1,4 @@
-"""What runs obtained for the rows of the paper's tables: run folders -> scores by seed, and what was changed."""
+"""Collect the results of runs for the rows of the paper's tables: scores by seed, and which settings were changed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .published import AVERAGE, GROUP, WIN_RATE, Printed
 log = logging.getLogger(__name__)
 
 
-# A win rate is the paper's only by its judge, against its reference, on all of AlpacaEval; a judge may fail on 1 %.
+# A win rate is comparable only with the paper's judge and reference on all of AlpacaEval; 1 % may be unjudged.
 JUDGE, REFERENCE = "alpaca_eval_gpt4", "text_davinci_003"
 INSTRUCTIONS, MOST_UNJUDGED = 805, 8
 
@@ -28,14 +28,14 @@ INSTRUCTIONS, MOST_UNJUDGED = 805, 8
 class Obtained:
     """Runs of one experiment with the same settings."""
 
-    # what differs from the experiment's own settings, such as "data.limit_train=100"
+    # differences from the experiment's own settings, such as "data.limit_train=100"
     changed: tuple[str, ...]
     scores: dict[int, dict[str, float]] = field(default_factory=dict)  # seed -> the paper's name -> percent
-    notes: list[str] = field(default_factory=list)  # what a reader must know
+    notes: list[str] = field(default_factory=list)  # notes for the reader
 
 
 def read_runs(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Return (run folder, results) of all runs below a folder that name an experiment of the paper."""
+    """Return (run folder, results) for all runs below a folder that belong to an experiment of the paper."""
     runs = []
     for path in sorted(folder.rglob("results.json")):
         try:
@@ -49,9 +49,9 @@ def read_runs(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def compare(row: Printed, runs: Iterable[tuple[Path, dict[str, Any]]]) -> list[Obtained]:
-    """Return the runs of a row, grouped by what was changed; the unchanged ones first.
+    """Return the runs of a row, grouped by their changed settings, the unchanged ones first.
 
-    Of several complete runs with one seed and the same settings the last one counts, and a note says so.
+    If several complete runs have the same seed and settings, the last one counts, and a note says so.
     """
     groups: dict[tuple[str, ...], Obtained] = {}
     mine = [run for run in runs if run[1]["experiment"] == row.experiment]
@@ -89,7 +89,7 @@ def _scores(row: Printed, folder: Path, results: Mapping[str, Any], notes: list[
 
 
 def _data_notes(versions: Mapping[str, Any]) -> list[str]:
-    """Return what a run recorded about its data: train rows, facts about a source, test rows seen in training."""
+    """Return notes on what a run recorded about its data: train rows, sources, test rows seen in training."""
     notes = []
     if "train_rows" in versions.get("split", {}):
         notes.append(f"{versions['split']['train_rows']} train rows")
@@ -105,9 +105,9 @@ def _data_notes(versions: Mapping[str, Any]) -> list[str]:
 
 
 def _win_rate(folder: Path, notes: list[str]) -> float | None:
-    """Return the win rate in percent that `reft-judge` wrote, if judge, reference and number of pairs are the paper's.
+    """Return the win rate that ``reft-judge`` wrote, if judge, reference and number of pairs are the paper's.
 
-    Of several files the last by name counts, and a note says so.
+    If there are several files, the last by name counts, and a note says so.
     """
     found: dict[str, float] = {}
     for path in sorted((folder / "outputs").glob("reft_*win_rate.json")):
@@ -116,32 +116,32 @@ def _win_rate(folder: Path, notes: list[str]) -> float | None:
         judged, unjudged = int(result["n_total"]), int(result["n_unjudged"])
         rate = f"{judge} against {reference} gives {result['win_rate']:.2f}"
         if (judge, reference) != (JUDGE, REFERENCE):
-            notes.append(f"{rate}: another judge, another number")
+            notes.append(f"{rate}: not the paper's judge and reference")
         elif judged + unjudged != INSTRUCTIONS or unjudged > MOST_UNJUDGED:
-            notes.append(f"{rate} on {judged} judged pairs, which are not AlpacaEval's {INSTRUCTIONS}")
+            notes.append(f"{rate} on {judged} judged pairs, not AlpacaEval's {INSTRUCTIONS}")
         else:
             found[path.name] = float(result["win_rate"])
             if unjudged:
                 notes.append(f"{rate} with {unjudged} of {INSTRUCTIONS} pairs unjudged")
     if len(found) > 1:
         said = ", ".join(f"{name} ({rate:.2f})" for name, rate in found.items())
-        notes.append(f"{len(found)} files hold its win rate, the last one counts: {said}")
+        notes.append(f"{len(found)} files contain its win rate, the last one counts: {said}")
     return next(reversed(found.values()), None)
 
 
 def composed(row: Printed) -> Config | None:
-    """Return the settings that the experiment composes to with the paper's training file, on any machine."""
-    # what one machine adds to every run makes another experiment of them
+    """Compose the experiment with the paper's training file, without the settings of this machine."""
+    # a machine's local settings would make a different experiment
     nothing_local = ["~local"] if (config_dir() / "local" / "default.yaml").is_file() else []
     try:
         return compose([f"experiment={row.experiment}", *row.overrides, *nothing_local])
     except CompositionError as error:
-        log.warning("%s does not compose, so changes cannot be told: %s", row.experiment, error)
+        log.warning("%s does not compose, so changed settings are unknown: %s", row.experiment, error)
         return None
 
 
 def _changes(path: Path, expected: Config | None) -> tuple[str, ...]:
-    """Return what a run's configuration has other than the experiment, as overrides."""
+    """Return the differences of a run's configuration from the experiment, as overrides."""
     if expected is None or not path.is_file():
         return ("(settings unknown)",)
     found = differences(read_yaml(path), expected, seed=False)

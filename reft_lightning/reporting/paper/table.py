@@ -1,9 +1,9 @@
-"""`reft-report paper`: what the paper's tables print against what runs of its configurations obtained.
+"""``reft-report paper``: the numbers in the paper's tables next to the results of runs.
 
-Over seeds the table gives the mean and the sample standard deviation; of one seed there is no deviation, and nothing
-is made up for it. A run counts as the paper's only where its configuration is what the experiment composes to
-with the paper's training file, seeds, places of files and logging apart. Runs with other settings are lines of their
-own, marked with an asterisk, with what was changed.
+The table gives the mean and the sample standard deviation over seeds; for one seed there is no deviation. A run counts
+as the paper's only if its configuration equals the experiment composed with the paper's training file, except for
+seeds, file locations and logging. Runs with other settings are separate lines, marked with an asterisk, with the
+changed settings.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .published import AVERAGE, Number, Printed, read_rows
 
 
 def main(options: Mapping[str, str], console: Console | None = None) -> list[tuple[Printed, list[Obtained]]]:
-    """Print the tables, or one, against the runs of a folder; return each row with the groups of its runs.
+    """Print all tables, or one, next to the runs in a folder; return each row with the groups of its runs.
 
     Raises:
         ValueError: for an unknown table, or a folder that does not exist.
@@ -30,25 +30,23 @@ def main(options: Mapping[str, str], console: Console | None = None) -> list[tup
     rows = read_rows()
     folder, table = Path(options.get("folder", "outputs")).expanduser(), options.get("table")
     if "folder" in options and not folder.is_dir():
-        raise ValueError(f"folder={folder}: no such folder; give the one that runs were written to")
+        raise ValueError(f"folder={folder}: no such folder; give the folder that runs were written to")
     known = [str(number) for number in dict.fromkeys(row.table for row in rows)]
     if table is not None and table not in known:
-        raise ValueError(
-            f"no experiment stands for table {table} of the paper; there are tables {', '.join(known)}"
-        )
+        raise ValueError(f"table must be one of {', '.join(known)}, which have experiments; got {table!r}")
     runs = read_runs(folder)
     compared = [(row, compare(row, runs)) for row in rows if table in (None, str(row.table))]
     console = console or Console(width=None if sys.stdout.isatty() else 120)
     for number in known:
         print_table(number, [pair for pair in compared if str(pair[0].table) == number], console)
     console.print(
-        f"{len(runs)} runs in {escape(str(folder))} name an experiment of the paper.", soft_wrap=True
+        f"{len(runs)} runs in {escape(str(folder))} belong to experiments of the paper.", soft_wrap=True
     )
     return compared
 
 
 def print_table(number: str, compared: Sequence[tuple[Printed, list[Obtained]]], console: Console) -> None:
-    """Print one table: a line for each benchmark of each row that was run, and one for a row that was not."""
+    """Print one table: one line per benchmark of each row that was run, and one line for each row that was not."""
     if not compared:
         return
     table = Table(title=f"Table {number}: percent, mean (standard deviation over seeds)")
@@ -74,7 +72,7 @@ def print_table(number: str, compared: Sequence[tuple[Printed, list[Obtained]]],
 
 
 def _label(row: Printed, lines: int, mark: str = "") -> list[str]:
-    """Return what the first column says in the lines of a row: its name in the paper, and the experiment."""
+    """Return the first column for the lines of a row: its name in the paper, and the experiment."""
     name, experiment = escape(row.row) + mark, f"[dim]{row.experiment}[/dim]"
     return [f"{name}\n{experiment}"] if lines == 1 else [name, experiment, *[""] * (lines - 2)]
 
@@ -88,7 +86,7 @@ def _cells(name: str, printed: Number, group: Obtained, of: int) -> tuple[str, s
     deviation = statistics.stdev(values) if len(values) > 1 else None
     obtained = _cell(mean, deviation, printed.value) + (" (one seed)" if deviation is None else "")
     decimals = _decimals(printed.value)
-    difference = round(mean - printed.value, decimals) + 0.0  # no minus in front of zero
+    difference = round(mean - printed.value, decimals) + 0.0  # avoids a minus sign before zero
     return _printed(printed), obtained, f"{difference:+.{decimals}f}", seeds
 
 

@@ -154,7 +154,7 @@ def test_a_head_that_shares_the_embeddings_is_not_parted_from_them(more, tmp_pat
     tied = ["model.dtype=bfloat16", "+model.config.tie_word_embeddings=true", *more]
     if more == ["intervention=full"]:
         tied += OURS
-    with pytest.raises(experiment.SetupError, match=r"shares its embeddings with its head"):
+    with pytest.raises(experiment.SetupError, match=r"ties its head to its embeddings"):
         short_runs.run(data, tmp_path / "run", *tied)
 
 
@@ -175,7 +175,7 @@ def test_unknown_methods_and_options_name_the_nearest():
     for overrides, message in (
         (["intervention.method=peft/lorra"], r"unknown baseline 'peft/lorra'.*did you mean 'peft/lora'"),
         (["intervention=peft/lora", "+intervention.options.lora_alhpa=3"], r"did you mean 'lora_alpha'"),
-        (["intervention=peft/lora", "+intervention.options.bias=all"], r"leave the option 'bias' out"),
+        (["intervention=peft/lora", "+intervention.options.bias=all"], r"leave out the option 'bias'"),
         (
             ["intervention=peft/lora", "+intervention.options.init_lora_weights=pissa"],
             r"orthogonal; got 'pissa', which",
@@ -206,7 +206,7 @@ def test_virtual_tokens_before_a_running_state_are_refused_and_before_a_window_a
         adapt(base, method, num_virtual_tokens=2)
     assert not caplog.messages
     adapted("mistral", method)
-    assert "layers of MistralForCausalLM look back at 6 columns: a longer row" in caplog.text
+    assert "layers of MistralForCausalLM look back at 6 columns: the outputs" in caplog.text
 
 
 def test_models_without_biases_or_caches_are_refused():
@@ -230,11 +230,11 @@ def test_settings_of_interventions_are_refused_before_weights_are_loaded(tmp_pat
         experiment.run(settings, tmp_path / "run")
     for override in ("intervention.rank=4", "intervention.positions=f1", "intervention.layers=[0]"):
         with pytest.raises(
-            compose.CompositionError, match=r"means nothing to peft/lora.*intervention.options"
+            compose.CompositionError, match=r"does not apply to peft/lora.*intervention.options"
         ):
             short_runs.run(data, tmp_path / "run", "intervention=peft/lora", *OURS, override)
     arguments = ("intervention=peft/prefix_tuning", *OURS, "model.gradient_checkpointing=true")
-    with pytest.raises(experiment.SetupError, match=r"leave model.gradient_checkpointing out"):
+    with pytest.raises(experiment.SetupError, match=r"leave out model.gradient_checkpointing"):
         short_runs.run(data, tmp_path / "run", *arguments)
     with pytest.raises(experiment.SetupError, match=r"no parameters that bitfit trains"):
         short_runs.run(data, tmp_path / "run", "intervention=bitfit", *OURS)

@@ -235,7 +235,7 @@ def test_peft_reads_its_part_and_interventions_are_attached_to_it(beside, tmp_pa
     both = rl.ReftModel.from_pretrained(theirs.get_base_model(), tmp_path)
     assert type(both) is rl.ReftModel
     (record,) = caplog.records  # whether it is the one that they were trained with is not known
-    assert "the base model has an adapter of peft already" in record.message
+    assert "the base model already has a peft adapter" in record.message
     torch.testing.assert_close(logits_of(both, batch), logits_of(model, batch), rtol=1e-5, atol=1e-5)
     with both.disabled():  # peft's adapter is the caller's
         torch.testing.assert_close(logits_of(both, batch), expected, rtol=1e-5, atol=1e-5)
@@ -276,7 +276,7 @@ def test_a_folder_that_does_not_say_so_is_warned_of(tmp_path, caplog):
     (tmp_path / "reft_config.json").write_text(json.dumps(values))
     assert type(rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)) is rl.ReftModel
     (warned,) = [record.getMessage() for record in caplog.records]
-    assert 'write it there: "beside": "peft/lora"' in warned
+    assert 'add to that file: "beside": "peft/lora"' in warned
     assert load_state(tmp_path).keys() == joint().adapter_state_dict().keys()
 
 
@@ -307,7 +307,7 @@ def changed(folder, file, **values):
         (
             lambda f: changed(f, "reft_config.json", beside=3),
             ValueError,
-            "holds beside=3; beside must be a text",
+            "has beside=3; beside must be a string",
         ),
         (lambda f: changed(f, "peft/adapter_config.json", r=4), ValueError, r"other shapes .*lora_A"),
         (
@@ -337,7 +337,7 @@ def test_a_damaged_folder_is_named_and_the_base_model_stays_as_it_was(change, er
 
 def test_another_architecture_is_refused_and_what_does_not_fit_there_is_named(tmp_path):
     joint().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="trained on another kind of model"):
+    with pytest.raises(ValueError, match="trained on a different kind of model"):
         rl.ReftModel.from_pretrained(tiny.model("gpt2"), tmp_path)
     wide = tiny.model("llama", hidden_size=32)
     with pytest.raises(ValueError, match=r"does not fit loreft \+ peft/lora"):
@@ -356,10 +356,10 @@ def test_where_adapters_share_a_base_model_it_is_refused(tmp_path):
             ValueError, match="trained together with peft/lora, which changes the base model for"
         ):
             other.load_adapter(tmp_path, "second")
-    with pytest.raises(ValueError, match="together with peft/lora, which all requests would share"):
+    with pytest.raises(ValueError, match="together with peft/lora, which would apply to all requests"):
         serve_adapters(tiny.model("llama"), {"one": tmp_path})
     for write in (rl.to_pyreft, rl.to_easysteer):
-        with pytest.raises(ValueError, match="together with peft/lora, and a folder for"):
+        with pytest.raises(ValueError, match="together with peft/lora, but a folder for"):
             write(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -396,7 +396,7 @@ def test_a_state_or_folder_that_does_not_fit_is_refused(tmp_path):
         (["intervention=none", "intervention.beside=peft/lora"], r"use intervention.method=peft/lora"),
         (
             ["+intervention.beside_options.r=3"],
-            r"beside_options r .*none is trained together with loreft: name it",
+            r"beside_options r .*none is trained together with loreft: name one",
         ),
         (
             ["intervention=loreft_lora", "+intervention.beside_options.lora_alhpa=3"],
@@ -404,7 +404,7 @@ def test_a_state_or_folder_that_does_not_fit_is_refused(tmp_path):
         ),
         (
             ["intervention=loreft_lora", "+intervention.beside_options.bias=all"],
-            r"leave the option 'bias' out",
+            r"leave out the option 'bias'",
         ),
         (["intervention.besides=peft/lora"], r"did you mean 'intervention.beside'"),
     ],

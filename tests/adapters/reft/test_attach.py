@@ -137,12 +137,15 @@ def test_a_callable_selects_positions():
         ({"rank": 17}, "rank must lie in 1..16.*got 17"),
         ({"layers": {}}, "layers is empty"),
         ({"layers": {1: {"rnk": 2}}}, "takes no setting 'rnk'.*did you mean 'rank'"),
-        ({"positions": "f1+f2"}, "name 'f' twice"),
+        ({"positions": "f1+f2"}, "contain 'f' twice"),
         ({"positions": "7"}, "malformed positions"),
         ({"tied": "groups"}, "tied must be one of all, group, position; got 'groups'.*did you mean 'group'"),
         ({"tied": "position", "positions": "all"}, "tied='position' needs a fixed number of positions"),
         ({"component": "mlp_ouput"}, "unknown component 'mlp_ouput'.*did you mean 'mlp_output'"),
-        ({"component": "model.layers.{layer}.mpl"}, r"no module 'model\.layers\.0\.mpl'; near it are .*mlp"),
+        (
+            {"component": "model.layers.{layer}.mpl"},
+            r"no module 'model\.layers\.0\.mpl'; the closest are .*mlp",
+        ),
         ({"heads": ["classifier"]}, "no module 'classifier' to train as a head"),
         ({"dropout": 1.5}, "dropout must lie in"),
     ],
@@ -183,7 +186,7 @@ def test_forward_refuses_what_it_cannot_place():
         reft(attention_mask=BATCH["attention_mask"])
     with pytest.raises(ValueError, match="with past_key_values, pass prompt_mask"):
         reft(ids[:, :1], past_key_values=cache)
-    with pytest.raises(ValueError, match="labels of only the last columns need a prompt_mask"):
+    with pytest.raises(ValueError, match="labels for only the last columns need a prompt_mask"):
         reft(**BATCH, labels=ids[:, -2:])
     with pytest.raises(ValueError, match="prompt_mask must have the shape"):
         reft(**BATCH, prompt_mask=torch.ones(2, 3, dtype=torch.bool))
@@ -221,9 +224,7 @@ def test_a_mask_of_strengths_is_refused(name):  # each but 0 counted as 1
     for whole in (marked, marked.long(), marked.float()):
         assert torch.equal(reft(**BATCH, **{name: whole}).logits, reft(**BATCH, **{name: marked}).logits)
     for run in (reft, reft.generate):
-        with pytest.raises(
-            ValueError, match=f"{name} says which tokens, by 0 and 1, and holds other numbers"
-        ):
+        with pytest.raises(ValueError, match=f"{name} must hold only 0 and 1"):
             run(**BATCH, **{name: 0.5 * marked.float()})
 
 
@@ -237,17 +238,17 @@ def test_embeddings_may_be_given_for_tokens():
 def test_words_of_other_libraries_are_answered_with_ours():
     reft = attach()
     for name, said in (
-        ("merge_and_unload", "here it is reft_lightning.merge(reft), where a weight can hold the edits"),
+        ("merge_and_unload", "here it is reft_lightning.merge(reft), if the weights can hold the edits"),
         ("get_base_model", "here it is base_model"),
         (
             "gradient_checkpointing_enable",
-            "its base_model has: reft.base_model.gradient_checkpointing_enable. What",
+            "its base_model has it: reft.base_model.gradient_checkpointing_enable. For",
         ),
         (
             "generation_config",
-            "its base_model has: reft.base_model.generation_config. What asks for a model of",
+            "its base_model has it: reft.base_model.generation_config. For code that expects a",
         ),
-        ("can_generate", "takes integrations.transformers.as_pretrained(reft)"),
+        ("can_generate", "use integrations.transformers.as_pretrained(reft)"),
         ("scales", "'ReftModel' object has no attribute 'scales'"),  # Python itself names the nearest
     ):
         assert not hasattr(reft, name)

@@ -99,17 +99,19 @@ def test_an_encoder_s_tokens_are_attended_to_by_all_others():
 
 
 def test_caches_and_other_attention_are_refused():
-    with pytest.raises(ValueError, match=r"critical:N are found .* model\.attn_implementation=eager"):
+    with pytest.raises(
+        ValueError, match=r"critical:N need the attention weights .* model\.attn_implementation=eager"
+    ):
         rl.attach(tiny.model("llama"), "loreft", rank=2, positions="critical:2")
     reft, inputs = attached(), tiny.padded(tiny.rows(5, 3), "left")
     assert reft(**inputs, use_cache=True).past_key_values is None
     with reft.disabled():
         cache = reft(**inputs, use_cache=True).past_key_values
     whole = torch.ones(2, 6, dtype=torch.long)
-    with pytest.raises(ValueError, match="found by reading all of a prompt"):
+    with pytest.raises(ValueError, match="found by reading the whole prompt"):
         reft(torch.full((2, 1), 5), whole, prompt_mask=whole.bool(), past_key_values=cache)
     two = attached(layers={0: {}, 1: {"positions": "critical:3"}})
-    with pytest.raises(ValueError, match=r"critical:2, critical:3 are found .* one number in all layers"):
+    with pytest.raises(ValueError, match=r"critical:2, critical:3 are found .* the same N in all layers"):
         two(**inputs)
     for positions, said in (("critical", "cannot read 'critical'"), ("critical:2+l1", "'critical' already covers l"),
                             ("given+critical:2", "'critical' already covers given")):  # fmt: skip

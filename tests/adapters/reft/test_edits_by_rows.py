@@ -125,7 +125,7 @@ def test_the_caller_says_something_of_each_row():
     told = {"row_values": {"concept": torch.tensor([2, 0])}, "max_new_tokens": 4, "do_sample": False}
     assert torch.equal(reft.generate(**inputs, **told), reft.generate(**inputs, **told, use_cache=False))
     assert reft.generate(**inputs, **told, num_beams=2).shape == (2, 9)
-    with pytest.raises(ValueError, match=r"row_values\['concept'\] holds 3 rows, the batch 2"):
+    with pytest.raises(ValueError, match=r"row_values\['concept'\] has 3 rows, but the batch has 2"):
         reft(**inputs, row_values={"concept": torch.tensor([2, 0, 1])})
 
 
@@ -173,9 +173,9 @@ def test_what_was_found_in_a_prompt_is_not_in_a_cache():
         cache = reft(**inputs, use_cache=True).past_key_values
     assert cache is not None
     whole = torch.ones(2, 6, dtype=torch.long)
-    with pytest.raises(ValueError, match="PromptGate looks at whole prompts"):
+    with pytest.raises(ValueError, match="PromptGate needs whole prompts"):
         reft(torch.full((2, 1), 5), whole, prompt_mask=whole.bool(), past_key_values=cache)
-    with pytest.raises(ValueError, match="PromptGate looks at whole prompts"):
+    with pytest.raises(ValueError, match="PromptGate needs whole prompts"):
         reft.generate(**inputs, max_new_tokens=2, prefill_chunk_size=2)
 
 
@@ -194,7 +194,7 @@ def test_shortcuts_step_aside():
     assert choose_part(reft, Rows, causal=True) is None
     with pytest.raises(ValueError, match="cannot be compiled: PromptGate"):
         reft.compile()
-    with pytest.raises(ValueError, match="no weight does that"):
+    with pytest.raises(ValueError, match="no weight can do that"):
         affine(reft.interventions["0"][0], tiny.WIDTH)
 
 

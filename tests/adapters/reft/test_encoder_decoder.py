@@ -237,7 +237,7 @@ def test_what_is_saved_says_its_stack_and_loads_onto_the_same_model(base, stack,
     again = rl.ReftModel.from_pretrained(other.eval(), tmp_path).eval()
     assert again.config.component == f"{stack}.block_output"
     assert torch.equal(logits(again, labels=LABELS), logits(reft, labels=LABELS))
-    with pytest.raises(ValueError, match=r"has an encoder and a decoder.*counts the layers of one"):
+    with pytest.raises(ValueError, match=r"has an encoder and a decoder.*number the layers of only one"):
         rl.to_pyreft(reft, tmp_path / "theirs")
 
 
@@ -247,7 +247,8 @@ def test_without_a_stack_a_component_is_the_encoder_s_and_layers_are_counted_in_
     number = {"t5": (3, 2), "bart": (2, 3)}[base.config.model_type]
     assert (len(encoder.sites), len(attached(copy.deepcopy(base), "decoder").sites)) == number
     with pytest.raises(
-        ValueError, match=rf"layer must lie in 0\.\.{number[0] - 1}, the model has {number[0]}; got 3"
+        ValueError,
+        match=rf"layer must lie in 0\.\.{number[0] - 1}, as the model has {number[0]} layers; got 3",
     ):
         rl.attach(base, rank=1, layers=[3])
     with pytest.raises(
@@ -260,11 +261,11 @@ def test_without_a_stack_a_component_is_the_encoder_s_and_layers_are_counted_in_
 
 def test_what_is_not_there_is_refused_with_a_reason(base):
     with pytest.raises(
-        ValueError, match=r"reads only prompts, of which positions=decode:2 selects no token: give comp"
+        ValueError, match=r"reads only prompts, in which positions=decode:2 selects no token: use comp"
     ):
         rl.attach(base, rank=1, positions="decode:2")
     reft = attached(base)
-    with pytest.raises(ValueError, match=r"has an encoder and a decoder.*leave compile"):
+    with pytest.raises(ValueError, match=r"has an encoder and a decoder.*leave out compile"):
         reft.compile()
     for method in ("peft/prompt_tuning", "peft/prefix_tuning"):
         with pytest.raises(ValueError, match=r"virtual tokens before one text.*reads two"):
@@ -321,7 +322,7 @@ def test_drafts_of_another_model_are_taken_with_edits_of_the_encoder_only(base):
     reft.add_adapter("answers", component="decoder.block_output", positions="f1", rank=2)
     reft.set_adapter("answers")
     with pytest.raises(
-        ValueError, match="assistant_model puts a draft next to the token that the decoder starts with"
+        ValueError, match="assistant_model puts a draft right after the decoder's first token"
     ):
         reft.generate(**prompt, **GREEDY, assistant_model=draft)
     with reft.disabled():

@@ -326,7 +326,7 @@ def test_a_model_that_reads_more_than_its_text_is_refused():
     base = architectures.build(AutoModelForCausalLM, CONFIG_MAPPING["llama"])
     reft = attached(base)
     with pytest.raises(
-        ValueError, match="the model reads 8 columns where the masks cover 5: pass masks of all"
+        ValueError, match="the model reads 8 columns, but the masks cover 5: pass masks of all"
     ):
         reft(input_ids=tokens(), prompt_mask=torch.ones(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="with past_key_values, pass prompt_mask"):
@@ -336,7 +336,7 @@ def test_a_model_that_reads_more_than_its_text_is_refused():
 # --- sites --------------------------------------------------------------------------------------------------------
 
 SHARED = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
-STREAMS = r"has the shape \(.*\) where the model reads 2 rows .*edited: 'model\.layers\.\{layer\}\.mlp'"
+STREAMS = r"has the shape \(.*\) when the model reads 2 rows .*edited at 'model\.layers\.\{layer\}\.mlp'"
 UNFIT = [
     ("gemma3n_text", {}, "block_output", STREAMS),
     ("gemma3n_text", {}, "block_input", STREAMS),
@@ -354,7 +354,7 @@ UNFIT = [
         "gemma4_text",
         SHARED,
         "block_output",
-        r"layers\.2 in .* has the shape .* What can be edited: layers=\[0, 1\]",
+        r"layers\.2 in .* has the shape .* It can be edited at layers=\[0, 1\]",
     ),
     ("llama", {}, "model.layers.{layer}.mlp.act_fn", "has width 48, expected 32"),
 ]

@@ -168,14 +168,14 @@ def test_what_heads_do_can_be_watched():
 
 @pytest.mark.parametrize("heads", ["4", "0+0", "x", "-1", "", "0,1"])
 def test_heads_that_are_not_there_are_refused(heads):
-    with pytest.raises(ValueError, match=r"must name distinct heads in 0\.\.3, as head_output:0\+3"):
+    with pytest.raises(ValueError, match=r"must name distinct heads in 0\.\.3, as in head_output:0\+3"):
         attached(grouped(), component=f"head_output:{heads}")
 
 
 def test_a_model_whose_heads_are_not_known_is_refused():
     model = grouped()
     model.config.num_attention_heads = 5
-    with pytest.raises(ValueError, match="no multiple of the 5 heads"):
+    with pytest.raises(ValueError, match="not a multiple of the 5 heads"):
         attached(model)
     for block in model.model.layers:
         block.self_attn = nn.Sequential(block.self_attn)
@@ -184,7 +184,7 @@ def test_a_model_whose_heads_are_not_known_is_refused():
 
 
 def test_heads_do_not_become_weights():
-    with pytest.raises(ValueError, match="each of its heads has an intervention of its own"):
+    with pytest.raises(ValueError, match="each of its heads has its own intervention"):
         folds_of(attached(grouped()))
 
 

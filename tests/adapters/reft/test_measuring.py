@@ -132,7 +132,7 @@ def test_without_some_positions_the_others_are_edited_as_before():
 def test_what_is_not_edited_cannot_be_left_out():
     for given in ({"layers": [1]}, {"places": ["f3"]}):
         with (
-            pytest.raises(ValueError, match="is edited; those are"),
+            pytest.raises(ValueError, match="is not edited; these are"),
             leaving_out(attached(), **given),
         ):
             pass

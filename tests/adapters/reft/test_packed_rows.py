@@ -40,7 +40,7 @@ def test_packed_rows_are_refused(given, call):
 
 @pytest.mark.parametrize("mask", [PAIRS, {"full_attention": PAIRS}])
 def test_a_mask_of_pairs_of_tokens_is_refused(mask):
-    with pytest.raises(ValueError, match="attention_mask says which tokens are real"):
+    with pytest.raises(ValueError, match="attention_mask must have the shape"):
         attached()(input_ids=torch.stack(tiny.rows(8)), attention_mask=mask)
 
 

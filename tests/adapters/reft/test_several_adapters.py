@@ -316,7 +316,7 @@ def test_a_misspelt_name_is_an_error_and_never_the_base_model(use):
 @pytest.mark.parametrize("name", ["default", "style", "peft", "__base__", "a.b", "", "keys", "active", "a/b"])
 def test_a_name_that_is_taken_or_impossible_is_refused(name):
     reft = several()
-    with pytest.raises(ValueError, match=r"is taken|cannot be called"):
+    with pytest.raises(ValueError, match=r"is taken|cannot be named"):
         reft.add_adapter(name, rank=1)
     assert reft.adapter_names == ["default", *OTHERS]
 
@@ -335,13 +335,13 @@ def test_a_weight_is_a_finite_number(weight):
 
 
 def test_an_adapter_edits_once():
-    with pytest.raises(ValueError, match="an adapter edits once"):
+    with pytest.raises(ValueError, match="each adapter can be named only once"):
         several().set_adapter(["style", "style"])
 
 
 def test_the_only_adapter_stays():
     reft = alone("default")
-    with pytest.raises(ValueError, match=r"only adapter: detach\(\) takes all off"):
+    with pytest.raises(ValueError, match=r"only adapter: use detach\(\) to remove everything"):
         reft.delete_adapter("default")
     assert reft.active_adapters == ["default"]
 
@@ -415,7 +415,8 @@ def test_both_parts_together_are_the_whole(method):
 def test_only_sums_of_directions_can_be_divided():
     reft = rl.attach(tiny.model("llama"), "red")
     with pytest.raises(
-        ValueError, match="RED is not a sum of directions that can be divided; those of loreft"
+        ValueError,
+        match="RED cannot be partitioned, as its edit is not a sum of directions; these can: loreft",
     ):
         reft.add_partition("left", [0])
     assert reft.adapter_names == ["default"]
@@ -425,7 +426,7 @@ def test_only_sums_of_directions_can_be_divided():
 @pytest.mark.parametrize("rows", [[], [0, 0], [4], [-1]], ids=str)
 def test_a_partition_has_rows_of_the_subspace(rows):
     reft = rl.attach(tiny.model("llama"), rank=4)
-    with pytest.raises(ValueError, match=r"distinct rows in 0\.\.3 of a subspace of rank 4"):
+    with pytest.raises(ValueError, match=r"must be distinct and in 0\.\.3, as the rank is 4"):
         reft.add_partition("part", rows)
     assert reft.adapter_names == ["default"]
 
@@ -491,7 +492,7 @@ def test_parts_count_once_and_are_saved_with_what_they_are_part_of(tmp_path):
 
 def test_an_adapter_outlives_its_parts_only_in_this_order():
     reft = halves()
-    with pytest.raises(ValueError, match="has parts, delete them first: left, right"):
+    with pytest.raises(ValueError, match="has partitions, delete them first: left, right"):
         reft.delete_adapter("default")
     with pytest.raises(ValueError, match="left are parts of other adapters"):
         reft.save_pretrained("nowhere", selected_adapters=["left"])
@@ -555,7 +556,7 @@ def test_another_adapter_does_not_replace_one_of_its_name(tmp_path):
     reft = several()
     reft.save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"'style' is there and was attached in another way .*method 'noreft'"
+        ValueError, match=r"there is already an adapter 'style', attached differently .*method 'noreft'"
     ):
         reft.load_adapter(tmp_path / "late", "style")
     with pytest.raises(ValueError, match="the name 'late' is taken"):
@@ -667,10 +668,10 @@ def test_every_pair_of_adapters_works_as_a_stack_and_as_a_sum():
     ("values", "said"),
     [
         ({"partitions": {"default": [0]}}, "the name 'default' is taken"),
-        ({"partitions": {"a.b": [0]}}, "cannot be called 'a.b'"),
-        ({"partitions": {"a": ["x"]}}, "without a list of rows"),
-        ({"per_layer": {"0": [1]}}, "no settings of a layer"),
-        ({"per_layer": {"0": {"method": ["x"]}}}, "no settings of a layer"),
+        ({"partitions": {"a.b": [0]}}, "cannot be named 'a.b'"),
+        ({"partitions": {"a": ["x"]}}, "the partition 'a' must be a list of rows"),
+        ({"per_layer": {"0": [1]}}, "per_layer must map layer numbers to settings"),
+        ({"per_layer": {"0": {"method": ["x"]}}}, "per_layer must map layer numbers to settings"),
         ({"settings": {"rank": 4, "act_fn": ["relu"]}}, "act_fn must be one of"),
         ({"scale": float("nan")}, "scale must be finite"),
     ],

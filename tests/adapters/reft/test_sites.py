@@ -74,9 +74,9 @@ def test_an_unknown_path_lists_the_nearest_modules():  # D39
 @pytest.mark.parametrize(
     ("layers", "said"),
     [
-        ([3], r"0\.\.2, the model has 3; got 3"),
+        ([3], r"0\.\.2, as the model has 3 layers; got 3"),
         ([-1], r"got -1"),
-        ([0, 0], "named twice"),
+        ([0, 0], "layers must be distinct"),
         ([], "empty"),
         ("first", "must be 'all' or a list"),
         ([1.0], r"got 1\.0"),
@@ -90,7 +90,7 @@ def test_layers_that_do_not_exist_are_refused(layers, said):
 
 def test_one_layer_may_be_written_as_a_number():
     assert check_layers(1, 3) == [1]
-    with pytest.raises(ValueError, match="the model has no layers"):
+    with pytest.raises(ValueError, match="layers=all selects no layer"):
         check_layers("all", 0)
     assert check_layers("all", 3) == [0, 1, 2]
 

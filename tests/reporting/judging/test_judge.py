@@ -44,7 +44,7 @@ def pairs():
 
 
 class Scripted:
-    """A judge that prefers the longer output, until it is told to fail, or to refuse."""
+    """A judge that prefers the longer output, until it is told to fail or to refuse."""
 
     def __init__(self, name="longer", fail_at=None, refuse=()):
         self.name, self.settings = name, {"judge": name}
@@ -182,7 +182,7 @@ class TestResume:
     def test_two_processes_do_not_write_one_journal(self, tmp_path):
         with (
             FileLock(f"{tmp_path}/j.jsonl.lock"),
-            pytest.raises(ValueError, match="another process judges into"),
+            pytest.raises(ValueError, match="another process is writing to"),
         ):
             judge_pairs([PAIR], Scripted(), tmp_path / "j.jsonl")
 
@@ -238,7 +238,7 @@ class TestEndpoint:
 
     @pytest.mark.parametrize(("reply", "message", "asked"), [
         ((503, b"closed for the night"), "503: closed for the night", 2),
-        ((401, b"bad key"), "401: bad key; is the key in the variable that key_env names", 1),
+        ((401, b"bad key"), "401: bad key; does the variable given by key_env contain the key", 1),
         ((404, b""), "404: nothing", 1),
         ((200, b"<html>"), "did not answer with a chat completion", 1),
         ((200, b'{"choices": []}'), "did not answer with a chat completion", 1),
@@ -252,7 +252,7 @@ class TestEndpoint:
 
     def test_an_address_where_nothing_answers_is_named(self, endpoint):
         endpoint.server.server_close()
-        with pytest.raises(JudgeFailed, match=r"http://127.0.0.1:\d+/v1 cannot be reached"):
+        with pytest.raises(JudgeFailed, match=r"cannot reach http://127.0.0.1:\d+/v1"):
             EndpointJudge(endpoint.url, "m")(PAIR)
 
     def test_a_redirection_to_another_server_is_not_given_the_key(self, endpoint, elsewhere):
@@ -271,7 +271,7 @@ class TestEndpoint:
         assert EndpointJudge(endpoint.url, "m")(PAIR) is None
 
     def test_another_scheme_is_refused(self):
-        with pytest.raises(ValueError, match="url must begin with http"):
+        with pytest.raises(ValueError, match="url must start with http"):
             EndpointJudge("file:///etc", "m")
 
     @pytest.mark.parametrize(("text", "verdict"), [
@@ -326,9 +326,7 @@ class TestFile:
 
 class TestPairs:
     def test_outputs_without_a_reference_output_are_refused(self):
-        with pytest.raises(
-            ValueError, match=r"3 of 10 instructions of outputs have no output of the reference"
-        ):
+        with pytest.raises(ValueError, match=r"3 of 10 instructions in outputs have no output in reference"):
             pair_up(read(OUTPUTS), read(REFERENCE)[3:])
 
     def test_white_space_around_an_instruction_does_not_part_a_pair(self):
@@ -371,7 +369,7 @@ class TestCommand:
         rows = [row | {"output_2": "Another model said this."} for row in read(ANNOTATIONS)]
         other = tmp_path / "annotations.json"
         other.write_text(json.dumps(rows))
-        with pytest.raises(ValueError, match="judges none of these 10 pairs"):
+        with pytest.raises(ValueError, match="has no judgement of these 10 pairs"):
             main(self.options(tmp_path, judge="file", annotations=str(other)))
 
     @pytest.mark.parametrize("names", ["outputs reference judge annotations out", "judge annotations out"])
@@ -380,7 +378,7 @@ class TestCommand:
         mixed = tmp_path / "annotations.json"
         mixed.write_text(json.dumps([*rows[1:], rows[0] | {"annotator": "other"}]))
         options = self.options(tmp_path, judge="file", annotations=str(mixed))
-        with pytest.raises(ValueError, match=r"annotator must be one name .* got invented_judge, other"):
+        with pytest.raises(ValueError, match=r"annotator must be the same name .* got invented_judge, other"):
             main({name: options[name] for name in names.split()})
 
     def test_an_endpoint_judges_and_what_it_wrote_is_a_file_of_judgements(
@@ -431,7 +429,7 @@ class TestCommand:
         ({"judge": "file", "annotation": "a"}, r"judge=file takes no annotation; did you mean 'annotations'"),
         ({"judge": "endpoint", "url": "http://x", "model": "m", "max_tokens": "many"}, r"must be an integer"),
         ({"judge": "endpoint", "url": "http://x", "model": "m", "limit": "0"}, r"limit must be positive; got '0'"),
-        ({"judge": "endpoint", "url": "http://x", "model": "m", "key_env": "NOT_THERE"}, r"no such environment"),
+        ({"judge": "endpoint", "url": "http://x", "model": "m", "key_env": "NOT_THERE"}, r"is not set"),
     ])  # fmt: skip
     def test_options_that_do_not_fit_are_explained(self, tmp_path, options, message):
         with pytest.raises(ValueError, match=message):

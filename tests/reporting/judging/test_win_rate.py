@@ -57,7 +57,7 @@ class TestWinRate:
             share_of_win(preference)
 
     def test_without_any_judgement_there_is_no_win_rate(self):
-        with pytest.raises(ValueError, match="none of 2 rows was judged"):
+        with pytest.raises(ValueError, match="none of the 2 rows was judged"):
             rate(None, None)
 
 
@@ -73,7 +73,7 @@ class TestNames:
 
     def test_rows_against_several_references_are_refused(self):
         rows = [{"preference": 2, "generator_1": name} for name in ("a", "b")]
-        with pytest.raises(ValueError, match="generator_1 must be one name for all rows; got a, b"):
+        with pytest.raises(ValueError, match="generator_1 must be the same name in all rows; got a, b"):
             win_rate(rows, generator="mine", judge="someone")
 
     def test_a_name_that_contradicts_the_rows_is_refused(self):

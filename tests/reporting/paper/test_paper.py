@@ -1,4 +1,4 @@
-"""`reft-report paper`: the printed numbers, runs, seeds, and what is said about runs with other settings."""
+"""``reft-report paper``: the printed numbers, runs, seeds, and notes on runs with other settings."""
 
 import io
 import json
@@ -56,7 +56,7 @@ def printed(folder, **options):
 
 
 def line(text, word):
-    """The cells of the table line that holds a word."""
+    """The cells of the table line that contains a word."""
     return [cell.strip() for cell in next(x for x in text.splitlines() if word in x).split("│")[1:-1]]
 
 
@@ -242,7 +242,9 @@ class TestWinRates:
         self.put(tmp_path / "a", "length", 99.0)
         group = self.group(tmp_path)
         assert group.scores == {42: {}}
-        assert group.notes == ["length against text_davinci_003 gives 99.00: another judge, another number"]
+        assert group.notes == [
+            "length against text_davinci_003 gives 99.00: not the paper's judge and reference"
+        ]
 
     @pytest.mark.parametrize(("n_total", "n_unjudged"), [(3, 0), (3, 800), (3, 802), (796, 9), (806, 0)])
     def test_a_win_rate_over_other_pairs_is_not_compared(self, tmp_path, n_total, n_unjudged):
@@ -250,7 +252,7 @@ class TestWinRates:
         group = self.group(tmp_path)
         assert group.scores == {42: {}}
         assert group.notes == [
-            f"alpaca_eval_gpt4 against text_davinci_003 gives 85.10 on {n_total} judged pairs, which are not "
+            f"alpaca_eval_gpt4 against text_davinci_003 gives 85.10 on {n_total} judged pairs, not "
             "AlpacaEval's 805"
         ]
 
@@ -268,7 +270,7 @@ class TestWinRates:
         group = self.group(tmp_path)
         assert group.scores == {42: {"Win-rate": 81.0}}
         assert group.notes == [
-            "2 files hold its win rate, the last one counts: reft_alpaca_eval.vs_a.win_rate.json (80.00), "
+            "2 files contain its win rate, the last one counts: reft_alpaca_eval.vs_a.win_rate.json (80.00), "
             "reft_alpaca_eval.vs_b.win_rate.json (81.00)"
         ]
 
@@ -280,9 +282,7 @@ class TestArguments:
         assert "Table 1:" not in text
 
     def test_an_unknown_table_lists_the_known_ones(self, tmp_path):
-        with pytest.raises(
-            ValueError, match="no experiment stands for table 5 of the paper; there are tables 1, 2"
-        ):
+        with pytest.raises(ValueError, match=r"table must be one of 1, 2.*; got '5'"):
             table.main({"folder": str(tmp_path), "table": "5"})
 
     def test_a_missing_folder_is_named(self, tmp_path):
