@@ -360,7 +360,7 @@ def test_what_edits_no_marked_words_reads_the_same_text_without_marks(tmp_path):
         (["intervention.layers={0: {}, 1: {positions: 'given:0.5'}}"], "the positions `given` need marked words"),
         ([*GIVEN[:1], "data.marks=[a]"], "data.marks must be two different texts"),
         ([*GIVEN, "objective=reward", "data.options=[a,b]"], "data.marks cannot be used with"),
-        ([*GIVEN, "intervention=das", "intervention.positions=given", "data.source_prompt=b"], "cannot be used with data.source"),
+        ([*GIVEN, "intervention=das", "intervention.positions=given", "data.source_prompt=b"], "used with data.source"),
         ([*GIVEN, "model.config={model_type: t5}"], r"data.marks=\['<<', '>>'\] needs a model that reads prompt and"),
     ],
 )  # fmt: skip
